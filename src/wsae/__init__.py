@@ -1,0 +1,44 @@
+"""wsae: train sparse autoencoders whose latents you can trust, and know how far to trust them.
+
+Names are loaded when first used, so `import wsae` is quick and `wsae --help` needs no PyTorch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from wsae.core.errors import UserError
+from wsae.core.version import __version__
+
+if TYPE_CHECKING:
+    from wsae.api import Family, Member, evaluate, fit, fit_family
+    from wsae.sae import SparseAutoencoder
+
+_WHERE = {
+    "SparseAutoencoder": "wsae.sae",
+    "fit": "wsae.api",
+    "fit_family": "wsae.api",
+    "Family": "wsae.api",
+    "Member": "wsae.api",
+    "evaluate": "wsae.api",
+}
+
+__all__ = [
+    "Family",
+    "Member",
+    "SparseAutoencoder",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "fit",
+    "fit_family",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'wsae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

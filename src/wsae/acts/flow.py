@@ -1,0 +1,132 @@
+"""Text through a model to kept rows, one forward pass at a time: shared by the store's writer and the live source."""
+
+from collections.abc import Iterator
+from itertools import batched
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+from wsae.acts.capture import Capture
+from wsae.acts.config import HarvestConfig
+from wsae.acts.hookpoints import resolve
+from wsae.acts.language import LanguageModel
+from wsae.acts.packing import START, Packer, Position, Sequence
+from wsae.acts.skip import FIRST, KEPT, PADDING, SkipRule, count_reasons
+from wsae.core.errors import UserError
+
+
+class Step(NamedTuple):
+    """What one forward pass gave: rows aligned between hooks, and the sequences they came from."""
+
+    x: dict[str, Float[Tensor, "rows d_in"]]
+    """Kept rows, float32."""
+    skipped: dict[str, Float[Tensor, "skipped d_in"]]
+    """Rows of real tokens that were dropped (padding is in neither)."""
+    seq: Int[Tensor, " rows"]
+    pos: Int[Tensor, " rows"]
+    ids: Int[Tensor, "batch seq"]
+    lengths: Int[Tensor, " batch"]
+    counts: dict[str, int]
+    after: Position
+
+    def head(self, rows: int) -> "Step":
+        """Return this step with its first `rows` kept rows only."""
+        if rows >= len(self.seq):
+            return self
+        x = {hook: values[:rows] for hook, values in self.x.items()}
+        return self._replace(x=x, seq=self.seq[:rows], pos=self.pos[:rows], counts={**self.counts, "kept": rows})
+
+
+class NonFiniteError(UserError):
+    """A NaN or infinite activation; `row` counts the kept rows before it in its step."""
+
+    def __init__(self, hook: str, seq: int, pos: int, dim: int, row: int) -> None:
+        self.row = row
+        self.place = f"sequence {seq}, position {pos}, dimension {dim}"
+        self.hook = hook
+        super().__init__(f"{hook}: NaN or infinite activation at {self.place}; check the model, or run it in float32")
+
+
+class Flow:
+    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position."""
+
+    def __init__(self, cfg: HarvestConfig, language: LanguageModel) -> None:
+        self.cfg, self.language = cfg, language
+        self.capture = Capture(language.model, resolve(language.model, cfg.hooks))
+        self.hooks = self.capture.hooks
+        self.rule = SkipRule(cfg, language.tokenizer.all_special_ids)
+
+    def calibrate(self, medians: dict[str, float] | None = None) -> dict[str, float]:
+        """Fix the median norms: as given, or from the first training batch. Raises UserError when there is no text."""
+        if medians is not None:
+            self.rule.medians = dict(medians)
+        if self.rule.medians is None:
+            batch = next(self._batches(heldout=False, start=START), None)
+            if batch is None:
+                raise UserError(f"text {self.cfg.text.path}: no text for training in it; give more documents")
+            acts, reasons, _ = self._run(batch)
+            self.rule.calibrate({hook: _norms(x) for hook, x in acts.items()}, reasons)
+        assert self.rule.medians is not None
+        return self.rule.medians
+
+    def steps(self, heldout: bool, start: Position = START) -> Iterator[Step]:
+        """Yield steps from a position on until the text ends; raises NonFiniteError at a NaN or infinity."""
+        number = start.sequence
+        for batch in self._batches(heldout, start):
+            yield self._step(batch, number)
+            number = batch[-1].after.sequence
+
+    def _batches(self, heldout: bool, start: Position) -> Iterator[tuple[Sequence, ...]]:
+        sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
+        return batched(sequences, self.cfg.batch_seqs)
+
+    def _run(self, batch: tuple[Sequence, ...]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return activations [tokens, d_in] in float32, reasons [tokens] and ids [batch, seq]."""
+        ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
+        lengths = torch.tensor([s.length for s in batch])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        device = self.language.device
+        full = bool(mask.all())
+        acts = self.capture(ids.to(device), None if full else mask.to(device))
+        flat = {hook: x.flatten(0, 1).float().cpu() for hook, x in acts.items()}
+        return flat, self.rule.by_token(ids, mask).flatten(), ids
+
+    def _step(self, batch: tuple[Sequence, ...], first_sequence: int) -> Step:
+        acts, reasons, ids = self._run(batch)
+        norms = {hook: _norms(x) for hook, x in acts.items()}
+        self._check_finite(acts, norms, reasons, first_sequence)
+        reasons = self.rule.by_norm(norms, reasons)
+        kept = (reasons == KEPT).nonzero().squeeze(1)
+        skipped = (reasons > PADDING).nonzero().squeeze(1)
+        return Step(
+            x={hook: x[kept] for hook, x in acts.items()},
+            skipped={hook: x[skipped] for hook, x in acts.items()},
+            seq=kept // self.cfg.seq_len + first_sequence,
+            pos=kept % self.cfg.seq_len,
+            ids=ids.int(),
+            lengths=torch.tensor([s.length for s in batch], dtype=torch.int32),
+            counts=count_reasons(reasons),
+            after=batch[-1].after,
+        )
+
+    def _check_finite(
+        self, acts: dict[str, Tensor], norms: dict[str, Tensor], reasons: Int8[Tensor, " tokens"], first: int
+    ) -> None:
+        for hook, norm in norms.items():
+            suspects = (~torch.isfinite(norm) & (reasons != PADDING)).nonzero().squeeze(1)
+            for token in suspects.tolist():  # a norm may overflow where no value does
+                bad = (~torch.isfinite(acts[hook][token])).nonzero()
+                if len(bad):
+                    seq, pos = divmod(token, self.cfg.seq_len)
+                    row = int((reasons[:token] == KEPT).sum())
+                    raise NonFiniteError(hook, first + seq, pos, int(bad[0]), row)
+
+
+def _norms(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, " tokens"]:
+    return torch.linalg.vector_norm(x, dim=1)
+
+
+assert FIRST > PADDING, "`skipped` takes every reason above padding"

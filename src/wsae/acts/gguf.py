@@ -1,0 +1,96 @@
+"""GGUF files: dequantised once, then read as safetensors from a cache ($WSAE_CACHE or ~/.cache/wsae)."""
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wsae.acts.hub import quiet_hub
+from wsae.core.artifact import sha256_file
+from wsae.core.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """Return the directory for dequantised models."""
+    return Path(os.environ.get("WSAE_CACHE") or Path.home() / ".cache" / "wsae")
+
+
+def dequantised(path: Path) -> Path:
+    """Return a model directory with the float32 weights and tokenizer of a GGUF file, made at the first call.
+
+    The cache key is the file's SHA-256 and size and the version of the library that reads it. Raises UserError when
+    the file is not readable GGUF, or the cache cannot be written.
+    """
+    key = f"{sha256_file(path)[:16]}-{path.stat().st_size}-{transformers.__version__}"
+    target = cache_dir() / "gguf" / key
+    if not (target / "config.json").is_file():
+        _fill(target, path)
+    return target
+
+
+def _fill(target: Path, path: Path) -> None:
+    _log.info("dequantising %s into %s (once)", path, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target.parent}: cannot write the model cache ({error.strerror}); set WSAE_CACHE") from error
+    try:
+        _convert(path, scratch)
+        with contextlib.suppress(FileExistsError, OSError):  # another process was first: its copy is the same
+            os.replace(scratch, target)
+        if not (target / "config.json").is_file():
+            raise UserError(f"{target}: cannot write the model cache; set WSAE_CACHE to another directory")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_conversion_bar() -> Iterator[None]:
+    """Disable the one progress bar that the library's own switch does not reach."""
+    from transformers import modeling_gguf_pytorch_utils as module
+
+    shown = module.tqdm
+    module.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = shown
+
+
+def _convert(path: Path, scratch: Path) -> None:
+    from transformers import GgufConfig
+
+    folder, name = str(path.parent), path.name
+    try:
+        with quiet_hub(), _no_conversion_bar():
+            options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+            )
+            model.config.__dict__.pop("quantization_config", None)
+            tokenizer.save_pretrained(scratch)
+            model.save_pretrained(scratch)
+    except ImportError as error:
+        raise UserError(f"model {path}: GGUF needs the packages gguf and accelerate; pip install 'wsae[lm]'") from error
+    except OSError as error:
+        if error.errno is None:  # the library's own "no such file in this repository"
+            raise UserError(f"model {path}: not a readable GGUF model ({_first(error)})") from error
+        raise UserError(f"{scratch}: cannot write the model cache ({error.strerror}); set WSAE_CACHE") from error
+    except Exception as error:  # a damaged file raises ValueError, KeyError, IndexError or RuntimeError somewhere inside
+        raise UserError(f"model {path}: not a readable GGUF model ({_first(error)})") from error
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

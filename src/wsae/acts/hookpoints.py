@@ -1,0 +1,122 @@
+"""Names of places in a model: patterns, canonical names, widths and the order in which they fire."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wsae.core.errors import UserError, nearest
+
+
+class HookPoint(NamedTuple):
+    """A module whose output is read: canonical name, full path, width of its output, rank in firing order."""
+
+    name: str
+    path: str
+    d_in: int
+    order: int
+
+
+def canonical_names(paths: Iterable[str]) -> dict[str, str]:
+    """Map each module path to its short name.
+
+    The short name starts at the component before the first number ("model.layers.9.mlp" -> "layers.9.mlp"), or is the
+    last component where there is none ("model.norm" -> "norm"). Paths whose short names collide keep the full path.
+    """
+    short = {path: _short(path) for path in paths if path}
+    count = Counter(short.values())
+    return {path: name if count[name] == 1 else path for path, name in short.items()}
+
+
+def match(pattern: str, paths: Iterable[str]) -> list[str]:
+    """Return the paths that end in `pattern` at a dot, in natural order; `*` stands for characters other than a dot.
+
+    Raises UserError naming the nearest names when nothing matches.
+    """
+    names = canonical_names(paths)
+    body = "".join("[^.]*" if char == "*" else re.escape(char) for char in pattern.strip())
+    regex = re.compile(rf"(?:.*\.)?{body}")
+    found = [path for path in names if regex.fullmatch(path)] if body else []
+    if not found:
+        raise UserError(f"hook {pattern!r}: the model has no such module{nearest(pattern, names.values())}")
+    return sorted(found, key=natural_key)
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts "layers.9" before "layers.10"."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+
+
+def resolve(model: nn.Module, patterns: Iterable[str]) -> list[HookPoint]:
+    """Return the hook points that the patterns name, in natural order, after one forward pass of two dummy tokens.
+
+    Raises UserError when a pattern matches nothing, a module does not run, runs twice or gives no [batch, seq, d_in].
+    """
+    modules = dict(model.named_modules())
+    names = canonical_names(modules)
+    paths = sorted({path for pattern in patterns for path in match(pattern, modules)}, key=natural_key)
+    fired = _fire(model, {path: modules[path] for path in paths})
+    return [HookPoint(names[path], path, *_checked(names[path], fired[path])) for path in paths]
+
+
+def module_named(model: nn.Module, name: str) -> nn.Module:
+    """Return the module with a canonical name, full path or pattern that names exactly one."""
+    modules = dict(model.named_modules())
+    for path, short in canonical_names(modules).items():
+        if name in (short, path):
+            return modules[path]
+    found = match(name, modules)
+    if len(found) > 1:
+        raise UserError(f"hook {name!r}: names {len(found)} modules ({', '.join(found[:3])}, ...); name one")
+    return modules[found[0]]
+
+
+def output_tensor(output: object, name: str) -> Tensor:
+    """Return the activation in a module's output: the output itself or the first element of a tuple."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor) or first.ndim != 3:
+        shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise UserError(f"hook {name!r}: its output is {shape}, not [batch, sequence, width]; name another module")
+    return first
+
+
+def _short(path: str) -> str:
+    parts = path.split(".")
+    first_number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[max(first_number - 1, 0) :]) if first_number is not None else parts[-1]
+
+
+def _fire(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[tuple[int, object]]]:
+    fired: dict[str, list[tuple[int, object]]] = {path: [] for path in modules}
+    count = 0
+
+    def note(path: str, output: object) -> None:
+        nonlocal count
+        count += 1
+        fired[path].append((count, output))
+
+    handles = [
+        module.register_forward_hook(lambda _m, _i, out, path=path: note(path, out))
+        for path, module in modules.items()
+    ]
+    try:
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return fired
+
+
+def _checked(name: str, firings: list[tuple[int, object]]) -> tuple[int, int]:
+    if not firings:
+        raise UserError(f"hook {name!r}: this module does not run in a forward pass; name one that does")
+    if len(firings) > 1:
+        raise UserError(f"hook {name!r}: this module runs {len(firings)} times in a forward pass; name one that runs once")
+    order, output = firings[0]
+    return output_tensor(output, name).shape[-1], order

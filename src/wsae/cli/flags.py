@@ -1,0 +1,197 @@
+"""Flags: a command's frozen Config read from the command line and, under it, from a JSON file.
+
+Parsing is tyro's; what goes wrong becomes a UserError of one line.
+"""
+
+import contextlib
+import difflib
+import io
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from pydantic.fields import FieldInfo
+
+from wsae.core.artifact import read_json
+from wsae.core.config import Config
+from wsae.core.errors import UserError, nearest
+
+F = TypeVar("F", bound=Config)
+
+Count = Annotated[int, tyro.conf.arg(metavar="N")]
+Number = Annotated[float, tyro.conf.arg(metavar="X")]
+Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Place = Annotated[Path, tyro.conf.arg(metavar="PATH")]
+
+_SWITCHES = ("as_json", "print_config", "debug")  # flags without a --no- form
+_NUMBER = re.compile(
+    r"Error parsing (?P<flag>\S+): (?:invalid literal for (?P<kind>int)\(\)[^:]*|could not convert[^:]*): '(?P<value>.*?)'"
+)
+
+
+class Common(Config):
+    """Flags of every command."""
+
+    seed: Count = 0
+    """One seed decides everything random."""
+    device: Name = "auto"
+    """cpu, cuda, cuda:1, mps; auto: the fastest one here."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the result as JSON on stdout, and nothing else there."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Read flags from a JSON file; those on the command line win."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the flags as such a file and stop."""
+    debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Show the traceback of an error."""
+
+
+class Flags(Config):
+    """Base of a command's flags."""
+
+    common: tyro.conf.OmitArgPrefixes[Common] = Common()
+    """Flags of every command."""
+
+
+def parse(kind: type[F], prog: str, words: list[str], about: str) -> F:
+    """Return `kind` filled from `words`; raises UserError with one line, or SystemExit(0) after --help."""
+    if "--help" not in words and "-h" not in words:
+        check_known(kind, words)
+        words = with_config_file(kind, words)
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(kind, prog=prog, args=words, description=about)
+    except SystemExit as end:
+        if end.code == 0:
+            raise
+        raise UserError(f"{plain(stderr.getvalue())}; see {prog} --help") from None
+
+
+def check_known(kind: type[Config], words: list[str]) -> None:
+    """Raise UserError for the first flag that does not exist, with the nearest that do."""
+    known = set(flag_names(kind))
+    for word in words:
+        if word.startswith("--") and word != "--":
+            flag = word.split("=", 1)[0].replace("_", "-")
+            if flag not in known:
+                close = difflib.get_close_matches(flag, known, n=3, cutoff=0.6)
+                mend = f" (nearest: {', '.join(close)})" if close else "; see --help"
+                raise UserError(f"unknown flag {flag}{mend}")
+
+
+def flag_names(kind: type[Config]) -> dict[str, tuple[str, ...]]:
+    """Return flag -> path of the field it fills, the negative forms of switches included."""
+    flags: dict[str, tuple[str, ...]] = {}
+    for path, field in leaves(kind):
+        if is_positional(field):
+            continue
+        name = "json" if path[-1] == "as_json" else path[-1].replace("_", "-")
+        flags[f"--{name}"] = path
+        if field.annotation is bool and path[-1] not in _SWITCHES:
+            flags[f"--no-{name}"] = path
+    return flags
+
+
+def leaves(kind: type[Config], prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:
+    """Return every field of `kind` and of the Configs nested in it, with its path."""
+    found: list[tuple[tuple[str, ...], FieldInfo]] = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Config):
+            found += leaves(inner, (*prefix, name))
+        else:
+            found.append(((*prefix, name), field))
+    return found
+
+
+def is_positional(field: FieldInfo) -> bool:
+    """Whether the field is given by place, not by flag."""
+    return tyro.conf.Positional in field.metadata
+
+
+def with_config_file(kind: type[Config], words: list[str]) -> list[str]:
+    """Return `words` with the flags of `--config FILE` added where the command line is silent."""
+    path = _value_of("--config", words)
+    if path is None:
+        return words
+    by_key = {path[-1]: (path, field) for path, field in leaves(kind)}
+    given = {flag_names(kind).get(w.split("=", 1)[0].replace("_", "-")) for w in words}
+    placed = bool(words) and not words[0].startswith("-")
+    before: list[str] = []
+    added: list[str] = []
+    for key, value in _read_object(Path(path)).items():
+        if key not in by_key:
+            raise UserError(f"{path}: unknown key '{key}'{nearest(key, by_key)}")
+        place, field = by_key[key]
+        if is_positional(field):
+            before += [] if placed else _words_of(value)
+        elif place not in given:
+            added += _flag_words(key, value)
+    return [*before, *words, *added]
+
+
+def as_file(flags: Config) -> dict[str, Any]:
+    """Return the flags as the JSON object that `--config` reads."""
+    values: dict[str, Any] = {}
+    data = flags.to_dict()
+    for path, _ in leaves(type(flags)):
+        if path[-1] not in ("config", "print_config", "debug"):
+            value: Any = data
+            for step in path:
+                value = value[step]
+            values[path[-1]] = value
+    return values
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a flags file is a JSON object, this is a {type(data).__name__}")
+    return data
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    for here, following in zip(words, [*words[1:], ""], strict=True):
+        if here == flag:
+            return following
+        if here.startswith(f"{flag}="):
+            return here.removeprefix(f"{flag}=")
+    return None
+
+
+def _flag_words(key: str, value: Any) -> list[str]:
+    name = "json" if key == "as_json" else key.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        off = [] if key in _SWITCHES else [f"--no-{name}"]
+        return [f"--{name}"] if value else off
+    return [f"--{name}", *_words_of(value)]
+
+
+def _words_of(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [] if value is None else [str(value)]
+
+
+def plain(boxed: str) -> str:
+    """Return the message of tyro's boxed error as one line."""
+    inside = [line.strip("│ ").strip() for line in boxed.splitlines()]
+    body: list[str] = []
+    for line in inside:
+        if line.startswith("╭") or not line:
+            continue
+        if line.startswith(("─", "╰")):
+            break
+        body.append(line)
+    text = " ".join(" ".join(body).split())
+    number = _NUMBER.search(text)
+    if number:
+        what = "a whole number" if number["kind"] == "int" else "a number"
+        return f"{number['flag']}: '{number['value']}' is not {what}"
+    if text.startswith("Missing from "):
+        return f"missing: {text.split(': ', 1)[1]}"
+    return text or "the flags could not be read"

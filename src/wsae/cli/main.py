@@ -1,0 +1,110 @@
+"""Entry point: finds the command, turns every ending into an exit code and at most one line.
+
+Only the standard library is imported here; a command's own modules are imported when it runs.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from wsae.cli import table
+from wsae.core.errors import UserError, nearest
+from wsae.core.version import __version__
+
+OK, BROKEN, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (`| head`) has enough
+        _silence_stdout()
+        return PIPE_CLOSED
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(table.help_text())
+        return OK
+    if words[0] in ("-V", "--version", "version"):
+        sys.stdout.write(f"wsae {__version__}\n")
+        return OK
+    name, rest = words[0], words[1:]
+    command = table.find(name)
+    if command is None:
+        known = table.names()
+        what = "put the command first" if name.startswith("-") else "wsae --help lists them"
+        return _error(f"no command '{name}'{nearest(name, known)}; {what}")
+    return _guarded(lambda: _run(command, rest), "--debug" in rest)
+
+
+def _run(command: table.Command, rest: list[str]) -> int:
+    from wsae.cli.runner import run_command
+
+    return run_command(command, rest)
+
+
+def _guarded(call: Callable[[], int], debug: bool) -> int:
+    """Turn what `call` raises into one line and an exit code; with `debug` the traceback comes first."""
+    try:
+        return call()
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt as interrupt:
+        note = str(interrupt) or "nothing is damaged"
+        return _error(f"interrupted; {note}", INTERRUPTED, kind="")
+    except UserError as error:
+        return _error(str(error), BAD_INPUT, debug)
+    except Exception as error:  # the last resort: name it, never hide it
+        return _unexpected(error, debug)
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    mended = _mendable(error)
+    if mended is not None:
+        return _error(str(mended), BAD_INPUT, debug)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _error(
+            "out of memory; lower --batch-size or --d-sae (`wsae doctor` estimates the need)",
+            BROKEN,
+            debug,
+        )
+    text = " ".join(str(error).split()) or "no message"
+    hint = "" if debug else "; run again with --debug for the traceback"
+    return _error(f"unexpected {type(error).__name__}: {text}{hint}", BROKEN, debug)
+
+
+def _mendable(error: Exception) -> UserError | None:
+    """Return what the user can do about the operating system's refusal, or None."""
+    if not isinstance(error, OSError) or not error.filename:
+        return None
+    from pathlib import Path
+
+    from wsae.core.artifact import as_user_error
+
+    path = Path(str(error.filename))
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: no such file or directory")
+    mended = as_user_error(error, path)
+    return mended if isinstance(mended, UserError) else None
+
+
+def _error(message: str, code: int = BAD_INPUT, debug: bool = False, kind: str = "error: ") -> int:
+    if debug:
+        import traceback
+
+        sys.stderr.write(traceback.format_exc())
+    one_line = " ".join(message.split())
+    sys.stderr.write(f"wsae: {kind}{one_line}\n")
+    return code
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush cannot fail."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

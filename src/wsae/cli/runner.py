@@ -1,0 +1,105 @@
+"""Runs one command: flags in, result out as JSON or as the command's own words."""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol, TextIO, cast
+
+from wsae.cli import flags as flag_tools
+from wsae.cli.table import Command
+from wsae.cli.ui import UI
+from wsae.core.errors import UserError
+
+
+class CommandModule(Protocol):
+    """What `wsae.cli.<command>` offers."""
+
+    Flags: type[flag_tools.Flags]
+    ABOUT: str
+    run: Callable[[Any, UI], dict[str, Any]]
+    show: Callable[[dict[str, Any], UI], None]
+
+
+def load(command: Command) -> CommandModule:
+    """Import the command's module."""
+    return cast(CommandModule, importlib.import_module(f"wsae.cli.{command.name}"))
+
+
+def run_command(command: Command, words: list[str]) -> int:
+    """Parse `words`, run the command and print its result; returns the exit code (1: a check failed)."""
+    module = load(command)
+    prog = f"wsae {command.name}"
+    try:
+        flags = flag_tools.parse(module.Flags, prog, words, about(command, module))
+    except SystemExit:
+        return 0
+    if flags.common.print_config:
+        sys.stdout.write(json.dumps(flag_tools.as_file(flags), indent=1) + "\n")
+        return 0
+    _calm_libraries(flags.common.debug)
+    ui = UI(sys.stdout, sys.stderr)
+    try:
+        result = _quietly(lambda: module.run(flags, ui), ui, flags.common.as_json)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(module, flags, words)) from None
+    if flags.common.as_json:
+        sys.stdout.write(json.dumps(finite(result), indent=1, ensure_ascii=False) + "\n")
+    else:
+        module.show(result, ui)
+    return 1 if result.get("failed") else 0
+
+
+def about(command: Command, module: CommandModule) -> str:
+    """Return the description above a command's flags: what it does, then its examples."""
+    lines = "\n".join(f"  {example}" for example in command.examples)
+    return f"{module.ABOUT}\n\nExamples:\n{lines}"
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with NaN and infinities as null, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _quietly(call: Callable[[], dict[str, Any]], ui: UI, to_stderr: bool) -> dict[str, Any]:
+    """Run `call`; with `to_stderr` whatever a library writes to stdout goes to stderr."""
+    target: TextIO = ui.stderr
+    with contextlib.redirect_stdout(target) if to_stderr else contextlib.nullcontext(), ui:
+        return call()
+
+
+def _kept(module: CommandModule, flags: flag_tools.Flags, words: list[str]) -> str:
+    describe = getattr(module, "interrupted", None)
+    return describe(flags, words) if describe else "nothing was written"
+
+
+def _calm_libraries(debug: bool) -> None:
+    """Keep the model libraries' chatter out of the way; an environment that says otherwise wins."""
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def device(name: str) -> str:
+    """Return the device to use; raises UserError for one this machine lacks."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"--device {name}: not on this machine; it has {', '.join(here)}") from error
+    return name

@@ -1,0 +1,97 @@
+"""The command table and the text of `wsae --help`: plain data, so that help needs no other module."""
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """One command; its code lives in `wsae.cli.<name>`."""
+
+    name: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "the main job on built-in data: WSAE beside its plain twin, with a report",
+        ("wsae demo", "wsae demo --model gpt2 --text notes.txt --hook h.6 --out runs/mine"),
+    ),
+    Command(
+        "doctor",
+        "before you spend hours: will this model, text and configuration work here?",
+        (
+            "wsae doctor gpt2 --hook h.6 --text notes.txt --expansion 16 --k 32",
+            "wsae doctor acts.npy --d-sae 4096 --k 32",
+        ),
+    ),
+    Command(
+        "harvest",
+        "activations of one or many hook points in one model pass, to a store",
+        ('wsae harvest gpt2 --text notes.jsonl --hook "h.*" --tokens 1000000 --out acts',),
+    ),
+    Command(
+        "train",
+        "a family of SAEs from a store, an array (.npy, .safetensors) or a live model",
+        (
+            "wsae train acts --out runs/first --expansion 8 --k 32 --gamma variance --alpha 1 0.5",
+            "wsae train gpt2 --text notes.txt --hook h.6 --out runs/live --gamma variance",
+            "wsae train acts --out runs/first --resume",
+        ),
+    ),
+    Command(
+        "evaluate",
+        "fidelity and monosemanticity of a run's SAEs on held-out tokens, with intervals",
+        ("wsae evaluate runs/first",),
+    ),
+    Command(
+        "compare",
+        "paired comparison of a run's members, or of several runs, with intervals",
+        ("wsae compare runs/first", "wsae compare runs/first runs/second --json"),
+    ),
+    Command(
+        "report",
+        "one HTML file: results, figures and a browser of latents",
+        ("wsae report runs/first --out first.html",),
+    ),
+)
+
+_ABOUT = """\
+Train sparse autoencoders (SAEs) on a model's activations, a reweighted one (WSAE)
+beside its plain twin on the same batches, and measure with intervals what the
+weights changed."""
+
+_COMMON = """\
+Every command takes:
+  --help            its own flags, with defaults and examples
+  --json            print the result as JSON on stdout, and nothing else there
+  --seed N          one seed decides everything random
+  --device NAME     cpu, cuda, cuda:1, mps; default: the fastest one here
+  --out PATH        where its result goes
+  --config FILE     flags from a JSON file; --print-config shows such a file
+  --debug           show the traceback of an error
+
+Exit codes: 0 done; 1 a check failed or something broke; 2 bad input, nothing
+written; 130 interrupted."""
+
+_FLOW = ("wsae demo", COMMANDS[1].examples[0], *(c.examples[0] for c in COMMANDS[2:]))
+
+
+def names() -> tuple[str, ...]:
+    """Return the commands' names in the order help shows them."""
+    return tuple(command.name for command in COMMANDS)
+
+
+def find(name: str) -> Command | None:
+    """Return the command called `name`, or None."""
+    return next((command for command in COMMANDS if command.name == name), None)
+
+
+def help_text() -> str:
+    """Return the text of `wsae --help`."""
+    rows = "\n".join(f"  {command.name:<10}{command.summary}" for command in COMMANDS)
+    flow = "\n".join(f"  {line}" for line in _FLOW)
+    return (
+        f"usage: wsae COMMAND [FLAGS]\n\n{_ABOUT}\n\nCommands:\n{rows}\n\n{_COMMON}\n\n"
+        f"Examples, in the order of the work:\n{flow}\n"
+    )

@@ -1,0 +1,196 @@
+"""What the user sees while a command works: bars on a terminal, a line every ten seconds elsewhere.
+
+Everything here goes to stderr; a command's result goes to stdout through `UI.say` and `UI.table`.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Self, TextIO
+
+from wsae.core.progress import Tick
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
+EVERY_S = 10.0
+
+
+class UI:
+    """The terminal: notes and progress on stderr, results on stdout."""
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, every_s: float = EVERY_S) -> None:
+        self.stdout = stdout
+        self.stderr = stderr
+        self.every_s = every_s
+        self.bars: Bars | None = None
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop drawing and give the cursor back."""
+        if self.bars is not None:
+            self.bars.stop()
+            self.bars = None
+
+    def note(self, text: str) -> None:
+        """Tell the user something while the command works (stderr)."""
+        if self.bars is not None:
+            self.bars.console.print(text, markup=False, highlight=False)
+        else:
+            self.stderr.write(text + "\n")
+            self.stderr.flush()
+
+    def say(self, text: str) -> None:
+        """Print a line of the result (stdout)."""
+        self.stdout.write(text + "\n")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table of the result (stdout); the last column wraps."""
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        console = Console(file=self.stdout, highlight=False)
+        if not console.is_terminal:
+            console.width = max(console.width, 120)
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+        console.print(table)
+
+    @contextmanager
+    def progress(
+        self, task: str, total: int | None, unit: str, done: int = 0
+    ) -> Iterator[Tick]:
+        """Show the progress of `task`; see wsae.core.progress.Progress."""
+        draw = _bar(self, task, total, unit, done) if self._live() else None
+        if draw is None:
+            lines = Lines(self, task, total, unit, done)
+            yield lines.tick
+            lines.close()
+        else:
+            with draw as tick:
+                yield tick
+
+    def _live(self) -> bool:
+        import os
+
+        return self.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+class Lines:
+    """Progress as plain lines: one every `every_s` seconds, and one at the end of anything that long."""
+
+    def __init__(self, ui: UI, task: str, total: int | None, unit: str, done: int) -> None:
+        self.ui, self.task, self.total, self.unit = ui, task, total, unit
+        self.start = self.last = time.monotonic()
+        self.first = self.done = done
+        self.fields: dict[str, float | str] = {}
+
+    def tick(self, n: int, **fields: float | str) -> None:
+        """Count `n` more units and print a line when one is due."""
+        self.done += n
+        self.fields = fields or self.fields
+        now = time.monotonic()
+        if now - self.last >= self.ui.every_s:
+            self.last = now
+            self.ui.note(self.line(now))
+
+    def close(self) -> None:
+        """Print the last line if any was printed."""
+        if self.last > self.start:
+            now = time.monotonic()
+            self.ui.note(f"{self.line(now, left=False)}, done in {duration(now - self.start)}")
+
+    def line(self, now: float, left: bool = True) -> str:
+        """Return `task: done/total unit (share), rate, time left, fields`."""
+        rate = (self.done - self.first) / max(now - self.start, 1e-9)
+        parts = [f"{self.task}: {self.done:,}"]
+        if self.total:
+            parts[0] += f"/{self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"
+        else:
+            parts[0] += f" {self.unit}"
+        parts.append(f"{rate_text(rate)} {self.unit}/s")
+        if left and self.total and rate > 0:
+            parts.append(f"{duration(max(self.total - self.done, 0) / rate)} left")
+        return ", ".join([*parts, *fields_text(self.fields)])
+
+
+@contextmanager
+def _bar(ui: UI, task: str, total: int | None, unit: str, done: int) -> Iterator[Tick]:
+    bars = _bars(ui)
+    start = time.monotonic()
+    count = done
+    key = bars.add_task(task, total=total, completed=done, rate="", note="")
+
+    def tick(n: int, **fields: float | str) -> None:
+        nonlocal count
+        count += n
+        rate = (count - done) / max(time.monotonic() - start, 1e-9)
+        text = f"{rate_text(rate)} {unit}/s"
+        if fields:
+            bars.update(key, advance=n, rate=text, note=" ".join(fields_text(fields)))
+        else:
+            bars.update(key, advance=n, rate=text)
+
+    try:
+        yield tick
+    finally:
+        bars.stop_task(key)
+        bars.refresh()
+
+
+def _bars(ui: UI) -> "Bars":
+    if ui.bars is None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        ui.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=Console(file=ui.stderr, highlight=False),
+            refresh_per_second=4,
+        )
+        ui.bars.start()
+    return ui.bars
+
+
+def fields_text(fields: dict[str, float | str]) -> list[str]:
+    """Return fields as `name=value`, numbers to four digits."""
+    return [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()]
+
+
+def rate_text(rate: float) -> str:
+    """Return a rate with as many digits as carry meaning."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `45 s`, `4 min 05 s` or `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

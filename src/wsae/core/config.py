@@ -1,0 +1,72 @@
+"""Frozen, strict, torch-free configuration: a run is reproducible from its `config.json`.
+
+Unknown keys are errors that suggest the nearest known key. Nothing writes to a config after it is built.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from wsae.core.errors import UserError, nearest
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, no extra keys, field docstrings are the help text."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=False,
+        ser_json_inf_nan="constants",
+    )
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], where: str = "config") -> Self:
+        """Validate `data`; raises UserError with one line that names the key, the value and the mend."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(f"{where}: {_one_line(cls, error)}") from error
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a JSON config file; raises UserError when it is missing, not JSON or invalid."""
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such config file") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a JSON config ({error})") from error
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: a config is a JSON object, this is a {type(data).__name__}")
+        return cls.parse(data, where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict (the exact content of `config.json`)."""
+        return self.model_dump(mode="json")
+
+
+def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        return f"unknown key '{place}'{nearest(key, _known_keys(cls))}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    shown = "" if isinstance(value, dict) else f" (got {value!r})"
+    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    return f"{place}: {message}{shown}{more}" if place else f"{message}{more}"
+
+
+def _known_keys(cls: type[BaseModel]) -> set[str]:
+    keys = set(cls.model_fields)
+    for field in cls.model_fields.values():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys |= _known_keys(kind)
+    return keys

@@ -1,0 +1,89 @@
+"""Tensors on disk: safetensors only, written atomically, read whole or memory-mapped by rows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wsae.core.artifact import writing
+from wsae.core.errors import UserError
+
+_NUMPY = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "U8": "u1",
+    "BOOL": "?",
+}
+_MAX_HEADER = 100_000_000
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors atomically (contiguous copies are made where needed)."""
+    with writing(path) as temporary:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file; raises UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except (
+        Exception
+    ) as error:  # the library has one exception type of its own plus ValueError and OSError
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+class MappedTensor:
+    """One tensor of a safetensors file as a memory map: rows are read when asked for, nothing before.
+
+    `shape` is the tensor's shape; `rows(index)` returns float32 (or the integer type) copies of those rows.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        dtype, shape, offset = _locate(path, name)
+        self.path, self.shape, self._bf16 = path, shape, dtype == "BF16"
+        self._map = np.memmap(path, dtype=_NUMPY[dtype], mode="r", offset=offset, shape=shape)
+
+    def rows(self, index: np.ndarray | slice) -> Tensor:
+        """Return the rows at `index` as a new tensor (bf16 and fp16 become float32)."""
+        part = np.array(self._map[index])
+        tensor = torch.from_numpy(part)
+        if self._bf16:
+            return tensor.view(torch.bfloat16).float()
+        return tensor.float() if tensor.dtype in (torch.float16, torch.float64) else tensor
+
+
+def _locate(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:
+    """Return dtype name, shape and byte offset of a tensor, with every number in the header checked."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise UserError(f"{path}: not a safetensors file (header of {length} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            entry = header[name]
+            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            begin, end = (int(n) for n in entry["data_offsets"])
+            item = np.dtype(_NUMPY[dtype]).itemsize
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: no readable tensor {name!r} in it ({error})") from error
+    count = int(np.prod(shape, dtype=object)) if shape else 1
+    if (
+        min(shape, default=0) < 0
+        or end - begin != count * item
+        or begin < 0
+        or 8 + length + end > size
+    ):
+        raise UserError(f"{path}: tensor {name!r} does not fit its file (cut or altered)")
+    return dtype, shape, 8 + length + begin

@@ -1,0 +1,134 @@
+"""What a run will need: memory by formula, time by measuring a few steps here."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wsae.acts.config import HarvestConfig
+from wsae.core.units import duration, size
+from wsae.doctor.check import Check, Status
+from wsae.sae.config import SAEConfig
+from wsae.stats import Moments
+from wsae.train.config import TrainConfig
+from wsae.train.family import power_of_two_scale
+from wsae.train.member import make_member, train_step
+
+TIGHT = 0.8
+"""Share of what is free above which memory or disk is called tight."""
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PER_ROW = 16
+"""Bytes of a stored row besides its activations: sequence number and position."""
+STEPS = 3
+
+
+class Memory(NamedTuple):
+    """Bytes, by what needs them."""
+
+    weights: int
+    optimiser: int
+    step: int
+    model: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def parameters(cfg: SAEConfig) -> int:
+    """Return the number of trained values: W_enc, W_dec, b_enc, b_dec and thresholds (tied: one matrix)."""
+    matrix = cfg.d_in * cfg.d_sae
+    if cfg.tied:
+        return matrix
+    thresholds = cfg.d_sae if cfg.activation.kind == "jumprelu" else 0
+    return 2 * matrix + cfg.d_sae + cfg.d_in + thresholds
+
+
+def memory(saes: list[SAEConfig], widths: list[int], batch_size: int, model_bytes: int) -> Memory:
+    """Return the memory of training: fp32 weights and gradients, two Adam moments, and one step's dense buffers.
+
+    Members step in turn, so the largest one's buffers count once: pre-activations [batch, d_sae], their gradient
+    and the code.
+    """
+    count = sum(parameters(cfg) for cfg in saes)
+    widest = max((cfg.d_sae for cfg in saes), default=0)
+    step = 4 * batch_size * (3 * widest + 2 * sum(widths))
+    return Memory(weights=8 * count, optimiser=8 * count, step=step, model=model_bytes)
+
+
+def check_memory(need: Memory, free: float) -> Check:
+    """Compare the need with what is free."""
+    shown = (
+        f"{size(need.total)} of {size(free)} free: model {size(need.model)}, SAE weights and gradients "
+        f"{size(need.weights)}, Adam {size(need.optimiser)}, one step {size(need.step)}"
+    )
+    mend = "lower --d-sae or --batch-size, or train fewer members at once"
+    return Check("memory", _room(need.total, free), shown, mend if need.total > TIGHT * free else "")
+
+
+def store_bytes(cfg: HarvestConfig, widths: list[int]) -> int:
+    """Return the size of a store of every hook's rows."""
+    rows = cfg.tokens + cfg.heldout_tokens
+    return rows * (sum(widths) * _BYTES[cfg.store_dtype] + _PER_ROW)
+
+
+def check_disk(need: int, free: float) -> Check:
+    """Compare a store's size with the free disk."""
+    shown = f"a store takes {size(need)} of {size(free)} free"
+    mend = "train from the live model (no store), lower --tokens, or use --store-dtype bfloat16"
+    return Check("disk", _room(need, free), shown, mend if need > TIGHT * free else "")
+
+
+def _room(need: float, free: float) -> Status:
+    return "fail" if need > free else "warn" if need > TIGHT * free else "ok"
+
+
+def seconds_per_step(
+    x: Float[Tensor, "rows d_in"], cfg: TrainConfig, device: str, budget_s: float
+) -> float:
+    """Return the time of one training step of every member on batches of cfg.batch_size rows.
+
+    Steps are timed on a smaller batch, growing until the budget is used, and scaled by its rows.
+    """
+    rows = min(cfg.batch_size, 256, len(x))
+    total = 0.0
+    share = budget_s / len(cfg.members)
+    for index in range(len(cfg.members)):
+        size_now, best = rows, _time_steps(x, cfg, index, rows, device)
+        while size_now < cfg.batch_size and best * 4 * STEPS < share:
+            size_now = min(2 * size_now, cfg.batch_size)
+            best = _time_steps(x, cfg, index, size_now, device)
+        total += best * cfg.batch_size / size_now
+    return total
+
+
+def _time_steps(x: Tensor, cfg: TrainConfig, index: int, rows: int, device: str) -> float:
+    moments = Moments(x.shape[1])
+    moments.update(x[:4096].cpu())
+    scale = power_of_two_scale(moments)
+    member = make_member("probe", cfg.members[index], cfg, moments.mean, scale)
+    member.sae.to(device)
+    batch = (x.repeat(-(-rows // len(x)), 1)[:rows] / scale).to(device)
+    times = []
+    for step in range(STEPS):
+        start = time.perf_counter()
+        train_step(member, batch, step, cfg)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def check_time(
+    cfg: TrainConfig, per_step: float, forward_tokens_per_s: float | None, tokens: int
+) -> Check:
+    """Add up the model's and the SAEs' time."""
+    training = per_step * cfg.steps
+    shown = f"training {duration(training)} ({cfg.steps:,} steps of {1000 * per_step:.3g} ms, all members)"
+    if forward_tokens_per_s:
+        forward = tokens / forward_tokens_per_s
+        shown += f"; model {duration(forward)} ({forward_tokens_per_s:,.0f} tokens/s)"
+    return Check("time", "ok", shown)

@@ -1,0 +1,42 @@
+"""Settings of an evaluation (torch-free)."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from wsae.core.config import Config
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=0)]
+
+
+class EvalConfig(Config):
+    """How held-out data are measured, and how sure the numbers are."""
+
+    batch_size: Count = 2048
+    """Held-out rows encoded at once."""
+    draws: Count = 2000
+    """Bootstrap resamples behind each interval."""
+    confidence: Fraction = 0.95
+    """Coverage of the intervals."""
+    dense_threshold: Fraction = 0.1
+    """A latent that fires on more than this share of tokens is dense."""
+    assignment_max: Size = 8192
+    """Latents up to which members are matched one-to-one optimally; beyond, by mutual nearest."""
+    random_control: bool = True
+    """Add an untrained SAE with random directions and the same L0, the floor of fvu."""
+    n_latents: Size = 200
+    """Latents per member whose contexts are collected, spread over the densities; 0 skips contexts."""
+    n_contexts: Count = 8
+    """Contexts per latent, each from another sequence."""
+    window_tokens: Count = 24
+    """Tokens shown per context, about two thirds of them before the strongest one."""
+    splice_tokens: Size = 8192
+    """Held-out tokens run through the model with reconstructions in place; 0 skips it."""
+    splice_logits: Count = 1 << 27
+    """Logits held at once while splicing; bounds memory (4 bytes each)."""
+    replay_bytes: Size = 1 << 29
+    """Held-out activations kept in memory between the two passes; more are read or computed again."""
+    seed: int = 0
+    """Root of the bootstrap, the sampling of latents and the random control."""

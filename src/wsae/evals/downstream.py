@@ -1,0 +1,186 @@
+"""What the model loses when reconstructions stand in for its activations.
+
+The output of the hooked module is replaced at every kept position (those the SAE was trained to see); skipped ones (start
+of sequence, special tokens, attention sinks) keep their true activation, as they do in training. Cross-entropy and
+KL(p_clean || p_spliced) are summed per sequence over the next tokens that are not special, in nats.
+
+One sequence runs at a time, and its variants (clean, ablated, one per member) share the layers before the hook: there the
+batch has one row, and the hook widens it to one row per variant. A probe compares this with the plain forward pass first;
+a model that does not take it runs once per variant.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor, nn
+
+from wsae.core.errors import UserError
+from wsae.core.progress import Progress, quiet
+
+Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_in"]]
+"""What to put in place of the kept activations (fp32 in, fp32 out)."""
+
+_ROWS = 128
+"""Positions whose log-probabilities are held at once."""
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference of logits allowed to the widened pass, relative to the largest logit."""
+
+
+class TokenSequence(NamedTuple):
+    """One held-out sequence: its number, tokens, which positions are replaced, which tokens are scored as targets."""
+
+    seq: int
+    ids: Int64[Tensor, " length"]
+    kept: Bool[Tensor, " length"]
+    target: Bool[Tensor, " length"]
+
+    def trimmed(self) -> "TokenSequence":
+        """Cut what follows the target of the last kept position (padding, at the least)."""
+        stop = int(self.kept.nonzero()[-1]) + 2
+        return TokenSequence(self.seq, self.ids[:stop], self.kept[:stop], self.target[:stop])
+
+
+class Losses(NamedTuple):
+    """Sums over the scored tokens of each sequence, in nats: [n_seq] for each variant."""
+
+    seq: Int64[Tensor, " n_seq"]
+    targets: Float64[Tensor, " n_seq"]
+    ce_clean: Float64[Tensor, " n_seq"]
+    ce: dict[str, Float64[Tensor, " n_seq"]]
+    kl: dict[str, Float64[Tensor, " n_seq"]]
+    shared: bool
+    """Whether the variants shared the layers before the hook."""
+
+
+@torch.inference_mode()
+def spliced_losses(
+    model: nn.Module,
+    module: nn.Module,
+    sequences: list[TokenSequence],
+    variants: dict[str, Replace],
+    max_logits: int,
+    progress: Progress = quiet,
+) -> Losses:
+    """Return cross-entropy and KL of every variant spliced at `module`, per sequence.
+
+    KL(p_clean || p_spliced) = sum_v p_clean(v) (log p_clean(v) - log p_spliced(v)). Raises UserError when a variant
+    makes the model's loss NaN or infinite.
+    """
+    sequences = [s.trimmed() for s in sequences if s.kept.any()]
+    sequences = [s for s in sequences if s.target[1:].any()]
+    rows: list[Tensor] = []
+    shared = bool(sequences) and _can_share(model, module, sequences[0])
+    with progress("splice", sum(len(s.ids) for s in sequences), "tokens") as tick:
+        for sequence in sequences:
+            splice = _Splice(model, module, sequence, max_logits if shared else 0)
+            rows.append(splice.losses(list(variants.values())))
+            tick(len(sequence.ids))
+    sums = torch.stack(rows) if rows else torch.zeros(0, 2, 1 + len(variants), dtype=torch.float64)
+    _check_finite(sums, ["clean", *variants])
+    names = list(enumerate(variants, start=1))
+    return Losses(
+        torch.tensor([s.seq for s in sequences], dtype=torch.int64),
+        torch.tensor([int(s.target[1:].sum()) for s in sequences], dtype=torch.float64),
+        sums[:, 0, 0],
+        {name: sums[:, 0, i] for i, name in names},
+        {name: sums[:, 1, i] for i, name in names},
+        shared,
+    )
+
+
+def _check_finite(sums: Float64[Tensor, "n_seq 2 variants"], names: list[str]) -> None:
+    bad = (~sums.isfinite()).any(1).any(0).nonzero()[:, 0].tolist()
+    if bad:
+        raise UserError(
+            f"the model's loss is NaN or infinite with {names[bad[0]]} in place; "
+            "run the model in float32 or bfloat16"
+        )
+
+
+class _Splice:
+    """The variants of one sequence."""
+
+    def __init__(
+        self, model: nn.Module, module: nn.Module, sequence: TokenSequence, max_logits: int
+    ) -> None:
+        self.model, self.module, self.sequence = model, module, sequence
+        self.device = next(model.parameters()).device
+        self.max_logits = max_logits
+        self.scored = sequence.target[1:].nonzero()[:, 0].to(self.device)
+        self.targets = sequence.ids.to(self.device)[self.scored + 1]
+
+    def losses(self, variants: list[Replace]) -> Float64[Tensor, "2 variants_plus_1"]:
+        """Return [cross-entropy; KL] of the clean run (first column) and of each variant."""
+        ids, kept = self.sequence.ids.to(self.device), self.sequence.kept.to(self.device)
+        clean = run_variants(self.model, self.module, ids, kept, [None])[0, self.scored]
+        columns = [self._compare(clean, clean)]
+        size = max(1, self.max_logits // clean.shape[1] // len(ids))
+        for start in range(0, len(variants), size):
+            group = variants[start : start + size]
+            logits = run_variants(self.model, self.module, ids, kept, [*group])
+            columns += [self._compare(clean, row[self.scored]) for row in logits]
+        return torch.stack(columns, dim=1)
+
+    def _compare(
+        self, clean: Float[Tensor, "scored vocabulary"], other: Float[Tensor, "scored vocabulary"]
+    ) -> Float64[Tensor, " 2"]:
+        total = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(self.targets), _ROWS):
+            span = slice(start, start + _ROWS)
+            log_q = other[span].float().log_softmax(-1)
+            log_p = clean[span].float().log_softmax(-1) if clean is not other else log_q
+            ce = -log_q.gather(1, self.targets[span, None])
+            kl = (log_p.exp() * (log_p - log_q)).sum(1)
+            total += torch.stack([ce.double().sum(), kl.double().sum()]).cpu()
+        return total
+
+
+def run_variants(
+    model: nn.Module,
+    module: nn.Module,
+    ids: Int64[Tensor, " length"],
+    kept: Bool[Tensor, " length"],
+    variants: list[Replace | None],
+) -> Float[Tensor, "variants length vocabulary"]:
+    """Return the logits with each variant in place at `kept` of the module's output; None leaves it untouched."""
+    with _widened(module, kept, variants):
+        logits = model(input_ids=ids[None], use_cache=False).logits
+    if len(logits) != len(variants):
+        raise RuntimeError("the hooked module's output does not reach the logits by batch row")
+    return logits
+
+
+@contextmanager
+def _widened(
+    module: nn.Module, kept: Bool[Tensor, " length"], variants: list[Replace | None]
+) -> Iterator[None]:
+    def swap(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> Tensor | tuple:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
+        x = hidden[0, kept].float()
+        for row, replace in zip(wide, variants, strict=True):
+            if replace is not None:
+                row[kept] = replace(x).to(row)
+        return wide if isinstance(output, Tensor) else (wide, *output[1:])
+
+    handle = module.register_forward_hook(swap)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _can_share(model: nn.Module, module: nn.Module, sequence: TokenSequence) -> bool:
+    """Whether two untouched rows, made at the hook, both give the logits of a plain forward pass."""
+    device = next(model.parameters()).device
+    ids, kept = sequence.ids.to(device), sequence.kept.to(device)
+    plain = model(input_ids=ids[None], use_cache=False).logits
+    try:
+        wide = run_variants(model, module, ids, kept, [None, None])
+    except (RuntimeError, ValueError, IndexError):  # shapes that do not broadcast: the other way is always right
+        return False
+    tolerance = _PROBE_TOLERANCE.get(plain.dtype, 1e-3) * float(plain.abs().max())
+    return float((wide - plain).abs().max()) <= tolerance

@@ -1,0 +1,111 @@
+"""What each latent does on held-out data (how often, how strongly) and how its decoder direction lies among others."""
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from wsae.ops import SparseCode
+
+HISTOGRAM_EDGES = [-7.0 + 0.25 * i for i in range(29)]
+"""Edges of the log10-density histogram: 1e-7 to 1, four bins per decade."""
+_BLOCK = 1 << 25
+"""Cosines held at once (128 MB in fp32), so that a full d_sae x d_sae matrix never exists."""
+
+
+class Entries:
+    """The active entries of a code on the CPU in fp64: exact zeros (padding of the top-k kinds) are left out."""
+
+    def __init__(self, code: SparseCode) -> None:
+        active = code.values != 0
+        self.batch = code.batch
+        self.rows: Int64[Tensor, " nnz"] = code.rows()[active].cpu()
+        self.indices: Int64[Tensor, " nnz"] = code.indices[active].cpu()
+        self.values: Float64[Tensor, " nnz"] = code.values[active].double().cpu()
+
+    def l0(self) -> Float64[Tensor, " batch"]:
+        """Active latents per row."""
+        return torch.bincount(self.rows, minlength=self.batch).double()
+
+
+class LatentActivity:
+    """Running count, sum and sum of squares of every latent, over all held-out rows (zeros included)."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.n = 0
+        self.count = torch.zeros(d_sae, dtype=torch.int64)
+        self._sum = torch.zeros(d_sae, dtype=torch.float64)
+        self._square = torch.zeros(d_sae, dtype=torch.float64)
+
+    def update(self, entries: Entries) -> None:
+        """Add the codes of some rows."""
+        size = len(self.count)
+        self.n += entries.batch
+        self.count += torch.bincount(entries.indices, minlength=size)
+        self._sum += torch.bincount(entries.indices, entries.values, minlength=size)
+        self._square += torch.bincount(entries.indices, entries.values.square(), minlength=size)
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents per row."""
+        return float(self.count.sum()) / self.n
+
+    @property
+    def alive(self) -> Int64[Tensor, " alive"]:
+        """Latents that fired at least once."""
+        return self.count.nonzero()[:, 0]
+
+    @property
+    def density(self) -> Float64[Tensor, " d_sae"]:
+        """Share of rows on which each latent is active."""
+        return self.count.double() / self.n
+
+    @property
+    def variance(self) -> Float64[Tensor, " d_sae"]:
+        """E[z_j^2] - E[z_j]^2 over all rows, at least 0."""
+        return (self._square / self.n - (self._sum / self.n).square()).clamp_min(0.0)
+
+
+def density_histogram(density: Float64[Tensor, " d_sae"]) -> dict[str, list[float] | list[int] | int]:
+    """Return counts of log10(density) between `edges` for the latents that fired, and how many never did.
+
+    Densities under the lowest edge are counted in the lowest bin.
+    """
+    alive = density[density > 0].log10().clamp_min(HISTOGRAM_EDGES[0])
+    edges = torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64)
+    counts = torch.histogram(alive, edges).hist.long()
+    return {
+        "edges": HISTOGRAM_EDGES,
+        "counts": counts.tolist(),
+        "never": int((density == 0).sum()),
+    }
+
+
+def unit_rows(W: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+    """Scale each row to length 1 (fp32); a row of zeros stays zero."""
+    return torch.nn.functional.normalize(W.detach().float(), dim=1)
+
+
+def decoder_max_cosine(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
+    """Return max over k != j of |cos(W_dec[j], W_dec[k])| for every latent j; NaN when there is only one."""
+    units = unit_rows(W_dec)
+    d_sae = len(units)
+    if d_sae < 2:
+        return torch.full((d_sae,), float("nan"))
+    out, size = [], max(1, _BLOCK // d_sae)
+    for start in range(0, d_sae, size):
+        block = (units[start : start + size] @ units.T).abs_()
+        block.diagonal(start).fill_(-1.0)
+        out.append(block.amax(1).clamp_max(1.0))
+    return torch.cat(out).cpu()
+
+
+def nearest(
+    a: Float[Tensor, "n_a d_in"], b: Float[Tensor, "n_b d_in"]
+) -> tuple[Float[Tensor, " n_a"], Int64[Tensor, " n_a"]]:
+    """Return, for each unit row of `a`, the largest signed cosine with the unit rows of `b` and where it is."""
+    if not len(a):
+        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    size = max(1, _BLOCK // len(b))
+    best = [(a[start : start + size] @ b.T).max(1) for start in range(0, len(a), size)]
+    cosine = torch.cat([part.values for part in best]).clamp(-1.0, 1.0)
+    return cosine.cpu(), torch.cat([part.indices for part in best]).cpu()

@@ -1,0 +1,125 @@
+"""gamma rules: statistics -> one loss weight per input dimension (paper Section 4.3.2, 5.1, 5.2).
+
+The proxies are pure functions; `gamma_from_proxy` makes weights of any of them. gamma acts on the loss only.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from wsae.core.errors import UserError
+from wsae.losses.config import GammaConfig, Normalise, Robust
+
+
+def gamma_from_proxy(cfg: GammaConfig, proxy: Float[Tensor, " d_in"]) -> Float64[Tensor, " d_in"]:
+    """Return gamma_i = normalise(robust(s)_i ^ alpha) [d_in], in fp64.
+
+    Raises UserError when a proxy is negative, not finite, all zero, or zero with alpha < 0.
+    """
+    s = robust_proxy(proxy.double().cpu(), cfg.robust, cfg.quantile)
+    _check(s, cfg)
+    if cfg.rule == "none" or cfg.alpha == 0:
+        return torch.ones_like(s)
+    return normalise_gamma(s.pow(cfg.alpha), cfg.normalise)
+
+
+def robust_proxy(
+    s: Float64[Tensor, " d_in"], robust: Robust, quantile: float
+) -> Float64[Tensor, " d_in"]:
+    """Tame outlier dimensions: clip at the quantiles 1 - q and q (winsor), or use rank / d_in (ties share ranks)."""
+    match robust:
+        case "none":
+            return s
+        case "winsor":
+            edges = torch.tensor([1 - quantile, quantile], dtype=s.dtype)
+            low, high = torch.quantile(s, edges).tolist()
+            return s.clamp(low, high)
+        case "rank":
+            ordered = s.sort().values
+            below = torch.searchsorted(ordered, s, right=False)
+            upto = torch.searchsorted(ordered, s, right=True)
+            return (below + 1 + upto).double() / 2 / len(s)
+
+
+def normalise_gamma(
+    gamma: Float64[Tensor, " d_in"], normalise: Normalise
+) -> Float64[Tensor, " d_in"]:
+    """Scale gamma: mean gamma^2 = 1 (rms), max gamma = 1 (max), or leave it (none)."""
+    gamma = (
+        gamma if normalise == "none" else gamma / gamma.max()
+    )  # first, so that squares cannot overflow
+    return gamma / gamma.square().mean().sqrt() if normalise == "rms" else gamma
+
+
+def latent_variance_proxy(
+    variance: Float[Tensor, " d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, " d_in"]:
+    """Return s_i = sum_j Var(z_j) W_dec[j, i]^2: the latents' variances carried to input dimensions.
+
+    Section 5.2.1 speaks of the variance of SAE latents but indexes it by i in [n_p], the input dimensions. This
+    makes both true: it is Var(x_hat_i) when latents are uncorrelated.
+    """
+    return variance @ W_dec.square()
+
+
+def describe_gamma(
+    cfg: GammaConfig,
+    gamma: Float[Tensor, " d_in"],
+    unmasked: Float[Tensor, " d_in"] | None = None,
+    heaviest: int = 10,
+) -> dict[str, Any]:
+    """Return the record a run keeps: rule, heaviest dimensions, and how far gamma would move without the mask.
+
+    Shares are gamma_i^2 / sum gamma^2, the part of the loss's weight a dimension carries.
+    """
+    gamma = gamma.double().cpu()
+    share = gamma.square() / gamma.square().sum()
+    top = gamma.topk(min(heaviest, len(gamma))).indices.tolist()
+    record: dict[str, Any] = {
+        **cfg.to_dict(),
+        "heaviest": [[i, float(gamma[i]), float(share[i])] for i in top],
+        "effective_dimensions": float(1.0 / share.square().sum()),
+        "max_over_median": float(gamma.max() / gamma.median()) if gamma.median() > 0 else None,
+    }
+    record.pop("vector")
+    if unmasked is not None:
+        record["without_mask"] = _movement(gamma, unmasked.double().cpu())
+    return record
+
+
+def _movement(gamma: Tensor, unmasked: Tensor) -> dict[str, float | int]:
+    share, other = (g.square() / g.square().sum() for g in (gamma, unmasked))
+    ratio = (unmasked.clamp_min(1e-300) / gamma.clamp_min(1e-300)).log().abs()
+    worst = int(ratio.argmax())
+    return {
+        "cosine": float(torch.cosine_similarity(gamma, unmasked, dim=0)),
+        "weight_moved": float((share - other).abs().sum() / 2),
+        "largest_change_dimension": worst,
+        "largest_change_factor": float(ratio[worst].clamp_max(700).exp()),
+        "top_share_masked": float(share.max()),
+        "top_share_unmasked": float(other.max()),
+    }
+
+
+def _check(s: Tensor, cfg: GammaConfig) -> None:
+    if cfg.rule == "none" or cfg.alpha == 0:
+        return
+    bad = ((s < 0) | ~torch.isfinite(s)).nonzero()
+    if len(bad):
+        i = int(bad[0, 0])
+        raise UserError(
+            f"gamma rule {cfg.rule}: proxy of dimension {i} is {float(s[i])}; it must be finite and >= 0"
+        )
+    if not bool((s > 0).any()):
+        raise UserError(
+            f"gamma rule {cfg.rule}: every dimension's proxy is 0 (constant activations?); use --gamma none"
+        )
+    zeros = int((s == 0).sum())
+    if cfg.alpha < 0 and zeros:
+        first = int((s == 0).nonzero()[0, 0])
+        raise UserError(
+            f"gamma rule {cfg.rule} with alpha {cfg.alpha:g}: {zeros} dimensions have proxy 0 (first: {first}), "
+            "which a negative power makes infinite; use --robust rank, or alpha >= 0"
+        )

@@ -1,0 +1,57 @@
+"""A batch of sparse codes in row-compressed form, shared by every activation function."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+class SparseCode(NamedTuple):
+    """Active latents of a batch: row b holds entries offsets[b] : offsets[b + 1]. A value of exactly 0 is inactive."""
+
+    values: Float[Tensor, " nnz"]
+    indices: Int64[Tensor, " nnz"]
+    offsets: Int64[Tensor, " batch_plus_1"]
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.offsets) - 1
+
+    def rows(self) -> Int64[Tensor, " nnz"]:
+        """Return the row of each entry."""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(counts, output_size=len(self.indices))
+
+    def dense(self, d_sae: int) -> Float[Tensor, "batch d_sae"]:
+        """Return z [batch, d_sae]."""
+        z = self.values.new_zeros(self.batch, d_sae)
+        return z.index_put((self.rows(), self.indices), self.values, accumulate=True)
+
+
+def code_from_topk(
+    values: Float[Tensor, "batch k"], indices: Int64[Tensor, "batch k"]
+) -> SparseCode:
+    """Flatten the same number of entries per row."""
+    batch, k = values.shape
+    offsets = (
+        torch.arange(0, batch * k + 1, k, device=values.device) if k else _zeros(batch, values)
+    )
+    return SparseCode(values.reshape(-1), indices.reshape(-1), offsets)
+
+
+def code_from_dense(z: Float[Tensor, "batch d_sae"]) -> SparseCode:
+    """Keep the non-zero entries of z."""
+    rows, indices = z.nonzero(as_tuple=True)
+    return SparseCode(z[rows, indices], indices, offsets_of(rows, len(z)))
+
+
+def offsets_of(rows: Int64[Tensor, " nnz"], batch: int) -> Int64[Tensor, " batch_plus_1"]:
+    """Return row offsets of entries sorted by row."""
+    counts = torch.bincount(rows, minlength=batch)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _zeros(batch: int, like: Tensor) -> Tensor:
+    return torch.zeros(batch + 1, dtype=torch.int64, device=like.device)

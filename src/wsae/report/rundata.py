@@ -1,0 +1,176 @@
+"""A run directory as the report sees it: what is there is read and checked, what is missing is noted, not invented.
+
+Needed: `config.json`. Optional: `metrics.jsonl`, `gamma.json`, `evaluation/` (refused when cut or altered).
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.errors import UserError
+from wsae.core.tensors import load_tensors
+
+Json = dict[str, Any]
+"""A parsed JSON object."""
+
+TWIN_NAME = "plain"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything the report shows, by hook and member; empty containers stand for missing parts."""
+
+    path: Path
+    config: Json
+    manifest: Json
+    metrics: dict[str, dict[str, list[Json]]]
+    """hook -> member -> rows of `metrics.jsonl` in order of step."""
+    gamma: dict[str, dict[str, Json]]
+    evaluation: Json
+    arrays: dict[str, np.ndarray]
+    contexts: dict[str, dict[str, list[Json]]]
+    notes: list[str] = field(default_factory=list)
+    """What is missing and what that means, one sentence each, shown on the page."""
+
+    @property
+    def hooks(self) -> list[str]:
+        """Hook names in the order first met: evaluation, metrics, gamma."""
+        sources = (self.evaluation.get("hooks", {}), self.metrics, self.gamma)
+        return list(dict.fromkeys(hook for source in sources for hook in source))
+
+    def evaluated(self, hook: str) -> Json:
+        """Return the evaluation of one hook, or an empty object."""
+        return self.evaluation.get("hooks", {}).get(hook, {})
+
+    def members(self, hook: str) -> list[str]:
+        """Member names of a hook, the plain twin first."""
+        sources = (
+            self.evaluated(hook).get("members", {}),
+            self.metrics.get(hook, {}),
+            self.gamma.get(hook, {}),
+        )
+        names = list(dict.fromkeys(name for source in sources for name in source))
+        twin = self.twin(hook)
+        return sorted(names, key=lambda name: name != twin)
+
+    def twin(self, hook: str) -> str | None:
+        """Name the unweighted member others are compared with: by gamma rule `none`, then by name."""
+        records = self.gamma.get(hook, {}) or {
+            name: member.get("gamma", {})
+            for name, member in self.evaluated(hook).get("members", {}).items()
+        }
+        unweighted = [name for name, record in records.items() if (record or {}).get("rule") == "none"]
+        if TWIN_NAME in unweighted or not unweighted:
+            known = (self.metrics.get(hook, {}), self.evaluated(hook).get("members", {}), records)
+            return TWIN_NAME if any(TWIN_NAME in names for names in known) else None
+        return unweighted[0]
+
+    def gamma_record(self, hook: str, member: str) -> Json:
+        """Return the gamma record of a member (rule, alpha, heaviest, ...), or an empty object."""
+        evaluated = self.evaluated(hook).get("members", {}).get(member, {})
+        return self.gamma.get(hook, {}).get(member) or evaluated.get("gamma") or {}
+
+    def array(self, hook: str, member: str, name: str) -> np.ndarray | None:
+        """Return one evaluation array, or None when it was not measured."""
+        return self.arrays.get(f"{hook}|{member}|{name}")
+
+
+def read_run(path: Path) -> RunData:
+    """Read a run directory; raises UserError when it is missing, no run, or a part of it is damaged."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: has no config.json, so it is not a wsae run directory")
+    notes: list[str] = []
+    evaluation, arrays, contexts = _read_evaluation(path / "evaluation", notes)
+    run = RunData(
+        path=path,
+        config=_object(path / "config.json"),
+        manifest=_read_run_manifest(path, notes),
+        metrics=_read_metrics(path / "metrics.jsonl", notes),
+        gamma=_object(path / "gamma.json") if (path / "gamma.json").is_file() else {},
+        evaluation=evaluation,
+        arrays=arrays,
+        contexts=contexts,
+        notes=notes,
+    )
+    if not run.hooks:
+        raise UserError(f"{path}: has no metrics, gamma or evaluation yet; train it before reporting")
+    return run
+
+
+def _object(path: Path) -> Json:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is needed here, this is a {type(value).__name__}")
+    return value
+
+
+def _read_run_manifest(path: Path, notes: list[str]) -> Json:
+    if not (path / MANIFEST).is_file():
+        notes.append("Training has not finished: the run has no manifest yet.")
+        return {}
+    return read_manifest(path, "run", verify=False).to_dict()
+
+
+def _read_evaluation(path: Path, notes: list[str]) -> tuple[Json, dict[str, np.ndarray], Json]:
+    if not (path / MANIFEST).is_file():
+        notes.append(
+            "No evaluation on held-out data yet: this page shows training only. "
+            "Run wsae evaluate, then wsae report again."
+        )
+        return {}, {}, {}
+    files = read_manifest(path, "evaluation").files
+    arrays: dict[str, np.ndarray] = {}
+    if "arrays.safetensors" in files:
+        tensors = load_tensors(path / "arrays.safetensors")
+        arrays = {name: tensor.double().numpy() for name, tensor in tensors.items()}
+    contexts = _object(path / "contexts.json") if "contexts.json" in files else {}
+    if not any(latents for members in contexts.values() for latents in members.values()):
+        notes.append("No text contexts: the data are arrays or no latent was sampled.")
+        contexts = {}
+    return _object(path / "evaluation.json"), arrays, contexts
+
+
+def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json]]]:
+    if not path.is_file():
+        notes.append("No training metrics: the run has no metrics.jsonl.")
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    out: dict[str, dict[str, list[Json]]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not a metrics row ({error!r})") from error
+            notes.append("The last line of metrics.jsonl is cut off (the run was stopped while writing it).")
+    return out
+
+
+def find(config: object, key: str) -> object:
+    """Return the first value called `key` in nested JSON, breadth first; None when there is none."""
+    level = [config]
+    while level:
+        objects = [item for item in level if isinstance(item, dict)]
+        for item in objects:
+            if item.get(key) is not None:
+                return item[key]
+        lists = [item for item in level if isinstance(item, list)]
+        level = [value for item in objects for value in item.values()]
+        level += [value for item in lists for value in item]
+    return None
+
+
+def finite(value: object) -> float | None:
+    """Return a JSON number as a float, or None when it is missing, NaN or infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,0 +1,237 @@
+"""What the page's template shows: plain values built from a run, no markup."""
+
+import json
+from dataclasses import dataclass
+
+from wsae.report import charts
+from wsae.report.charts import Figure
+from wsae.report.rundata import Json, RunData, find, finite
+from wsae.report.words import (
+    METRICS,
+    OTHER,
+    Judgement,
+    clause,
+    digits,
+    direction,
+    interval,
+    judgements,
+    main_member,
+    method,
+    metric_name,
+    number,
+    verdict,
+    weighting,
+)
+
+HEAVIEST = 8
+MATCHING = {
+    "decoder_cosine_mean": "mean decoder cosine to the best latent of the twin",
+    "decoder_cosine_median": "median decoder cosine to the best latent of the twin",
+    "frac_above_0.9": "share of latents with a near-copy in the twin (cosine above 0.9)",
+    "frac_above_0.7": "share of latents with a likeness in the twin (cosine above 0.7)",
+    "frac_mutual": "share of latents whose best match also chooses them",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric of one member: value, interval, and its comparison with the plain twin."""
+
+    value: str
+    bounds: str
+    judged: Judgement | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of the summary table."""
+
+    metric: str
+    name: str
+    tip: str
+    way: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class MemberView:
+    """A column head: name, colour class, weighting in words."""
+
+    name: str
+    kind: str
+    text: str
+    is_twin: bool
+
+
+@dataclass(frozen=True)
+class GammaView:
+    """A weighted member's gamma: settings, its heaviest dimensions, and its movement without the mask."""
+
+    member: MemberView
+    facts: list[tuple[str, str]]
+    heaviest: list[tuple[str, str, str]]
+    without_mask: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class HookView:
+    """One hook's part of the page."""
+
+    name: str
+    index: int
+    verdict: str
+    method: str
+    others: list[str]
+    members: list[MemberView]
+    groups: list[tuple[str, list[Row]]]
+    matching: list[tuple[MemberView, list[tuple[str, str]]]]
+    gamma: list[GammaView]
+    gamma_figures: list[Figure]
+    training: list[Figure]
+    density: list[Figure]
+    explained: list[Figure]
+
+
+def hook_view(run: RunData, hook: str, index: int) -> HookView:
+    """Collect everything shown for one hook."""
+    members = [_member(run, hook, name) for name in run.members(hook)]
+    by_name = {member.name: member for member in members}
+    matching = run.evaluated(hook).get("matching", {})
+    return HookView(
+        name=hook,
+        index=index,
+        verdict=verdict(run, hook),
+        method=method(run, hook),
+        others=_others(run, hook),
+        members=members,
+        groups=_groups(run, hook),
+        matching=[(by_name[name], _matching(found)) for name, found in matching.items() if name in by_name],
+        gamma=[
+            _gamma(member, record)
+            for member in members
+            if not member.is_twin and (record := run.gamma_record(hook, member.name))
+        ],
+        gamma_figures=charts.gamma_figures(run, hook),
+        training=charts.training_figures(run, hook),
+        density=charts.density_figures(run, hook),
+        explained=charts.explained_figures(run, hook),
+    )
+
+
+def _member(run: RunData, hook: str, name: str) -> MemberView:
+    is_twin = name == run.twin(hook)
+    record = run.gamma_record(hook, name)
+    text = "no weighting (γ = 1)" if is_twin else weighting(record, name) if record else ""
+    return MemberView(name, charts.kind_of(run, hook, name), text, is_twin)
+
+
+def _others(run: RunData, hook: str) -> list[str]:
+    """One sentence on plain FVU for each weighted member that the verdict leaves out."""
+    judged = [j for (_, metric), j in judgements(run, hook).items() if metric == "fvu"]
+    main = main_member(run, hook)
+    return [f"{j.member} {clause(run, hook, j)}." for j in judged if j.member != main]
+
+
+def _groups(run: RunData, hook: str) -> list[tuple[str, list[Row]]]:
+    found = run.evaluated(hook).get("members", {})
+    keys = dict.fromkeys(key for member in found.values() for key in member.get("metrics", {}))
+    ordered = [key for key in METRICS if key in keys] + [key for key in keys if key not in METRICS]
+    out: dict[str, list[Row]] = {}
+    for key in ordered:
+        group = METRICS.get(key, ("", OTHER, ""))[1]
+        out.setdefault(group, []).append(_row(run, hook, key))
+    return list(out.items())
+
+
+def _row(run: RunData, hook: str, key: str) -> Row:
+    glossary, judged = run.evaluation.get("glossary", {}), judgements(run, hook)
+    found = run.evaluated(hook).get("members", {})
+    entry = glossary.get(key) if isinstance(glossary.get(key), dict) else {}
+    tip = "; ".join(str(entry[part]) for part in ("formula", "direction") if entry.get(part))
+    cells = [
+        _cell(found.get(name, {}).get("metrics", {}).get(key), judged.get((name, key)))
+        for name in run.members(hook)
+    ]
+    return Row(key, metric_name(key), tip, direction(key, glossary), cells)
+
+
+def _cell(metric: object, judged: Judgement | None) -> Cell:
+    record = metric if isinstance(metric, dict) else {"value": metric}
+    value, low, high = (finite(record.get(part)) for part in ("value", "low", "high"))
+    if value is None or low is None or high is None or digits(low, high) is None:
+        return Cell(number(value), "", judged)
+    shown, bounds = interval(value, low, high).split(" ", 1)
+    return Cell(shown, bounds, judged)
+
+
+def _matching(found: Json) -> list[tuple[str, str]]:
+    pairs = [(MATCHING.get(key, key.replace("_", " ")), finite(value)) for key, value in found.items()]
+    return [(name, number(value)) for name, value in pairs if value is not None]
+
+
+def _gamma(member: MemberView, record: Json) -> GammaView:
+    facts = [(key, _plain(record[key])) for key in ("normalise", "robust", "tokens") if record.get(key) is not None]
+    heaviest = [
+        (str(row[0]), number(finite(row[1])), _percent(row[2]) if len(row) > 2 else "–")
+        for row in record.get("heaviest", [])[:HEAVIEST]
+    ]
+    return GammaView(member, facts, heaviest, _flat(record.get("without_mask") or {}))
+
+
+def _flat(value: object, name: str = "") -> list[tuple[str, str]]:
+    """Flatten nested JSON into (path in words, value) pairs."""
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _flat(item, f"{name} {key}".strip())]
+    return [(name.replace("_", " "), _plain(value))]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no"}.get(bool(value), "–") if value is not None else "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return number(finite(value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _percent(value: object) -> str:
+    share = finite(value)
+    return "–" if share is None else f"{100 * share:.3g} %"
+
+
+CARDS = (
+    ("Model", ("model",)),
+    ("Tokens trained on", ("tokens", "train_tokens")),
+    ("Latents (d_sae)", ("d_sae",)),
+    ("Active per token (k)", ("k",)),
+    ("Learning rate", ("lr",)),
+    ("Seed", ("seed",)),
+)
+
+
+def cards(run: RunData) -> list[tuple[str, str]]:
+    """Return the setup as (name, value) pairs; what the config does not say is left out."""
+    hooks = run.hooks
+    out = [("Hook point" if len(hooks) == 1 else "Hook points", ", ".join(hooks))]
+    for name, keys in CARDS:
+        found = [find(run.config, key) for key in keys]
+        value = next((v for v in found if isinstance(v, str | int | float)), None)
+        if value is not None:
+            out.append((name, _plain(value)))
+    for key, name in (("heldout_tokens", "Held-out tokens"), ("heldout_sequences", "Held-out sequences")):
+        count = finite(run.evaluation.get(key))
+        if count is not None:
+            out.append((name, f"{count:,.0f}"))
+    version = run.manifest.get("wsae_version")
+    return out + ([("wsae version", str(version))] if version else [])
+
+
+def glossary(run: RunData) -> list[tuple[str, str, str, str, str]]:
+    """Return (key, name, formula, direction, unit) of every metric the evaluation explains."""
+    entries = run.evaluation.get("glossary", {})
+    return [
+        (key, metric_name(key), *(str(entry.get(part, "")) for part in ("formula", "direction", "unit")))
+        for key, entry in entries.items()
+        if isinstance(entry, dict)
+    ]

@@ -1,0 +1,108 @@
+"""What an SAE is, as values: widths, tied or not, and the activation function. No torch here."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from wsae.core.config import Config
+from wsae.core.errors import UserError
+
+Kind = Literal["topk", "group_topk", "batch_topk", "relu", "jumprelu"]
+
+
+class TopK(Config):
+    """Keep the k largest pre-activations of a sample, then ReLU (Gao et al. 2025)."""
+
+    kind: Literal["topk"] = "topk"
+    k: PositiveInt = 32
+    """Active latents per sample."""
+
+
+class GroupTopK(Config):
+    """Split the latents into k contiguous groups and keep the largest of each, then ReLU (paper Appendix B.1)."""
+
+    kind: Literal["group_topk"] = "group_topk"
+    k: PositiveInt = 32
+    """Number of groups, so active latents per sample; d_sae must be a multiple of it."""
+
+
+class BatchTopK(Config):
+    """Keep the batch * k largest positive pre-activations of a batch (Bussmann et al. 2024).
+
+    At inference a latent is active above a fixed threshold, learned as a running mean of the batches' smallest
+    kept value, so one sample's code does not depend on its neighbours.
+    """
+
+    kind: Literal["batch_topk"] = "batch_topk"
+    k: PositiveInt = 32
+    """Mean number of active latents per sample."""
+
+
+class ReLU(Config):
+    """z = max(pre, 0); sparse only through a penalty or the data."""
+
+    kind: Literal["relu"] = "relu"
+
+
+class JumpReLU(Config):
+    """z = pre where pre > threshold, else 0, with a learned threshold per latent (Rajamanoharan et al. 2024b)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    threshold: PositiveFloat = 0.1
+    """Starting threshold, in units of the (scaled) activations."""
+    bandwidth: PositiveFloat = 0.1
+    """Width of the rectangle that stands in for the derivative of the step."""
+
+
+Activation = Annotated[TopK | GroupTopK | BatchTopK | ReLU | JumpReLU, Field(discriminator="kind")]
+
+
+def make_activation(kind: Kind, k: int = 32) -> TopK | GroupTopK | BatchTopK | ReLU | JumpReLU:
+    """Return the activation called `kind`; k is used by the Top-k family only."""
+    match kind:
+        case "topk":
+            return TopK(k=k)
+        case "group_topk":
+            return GroupTopK(k=k)
+        case "batch_topk":
+            return BatchTopK(k=k)
+        case "relu":
+            return ReLU()
+        case "jumprelu":
+            return JumpReLU()
+    raise UserError(
+        f"activation '{kind}' is unknown; choose topk, group_topk, batch_topk, relu or jumprelu"
+    )
+
+
+class SAEConfig(Config):
+    """Shape and form of one SAE (paper Eq. 2 and 3)."""
+
+    d_in: PositiveInt
+    """Width of the activations."""
+    d_sae: PositiveInt
+    """Number of latents."""
+    activation: Activation = TopK()
+    tied: bool = False
+    """Tied is the theory's form, W_dec = W_enc^T without biases; untied has biases and unit-norm decoder rows."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "SAEConfig":
+        k = getattr(self.activation, "k", None)
+        if k is not None and k > self.d_sae:
+            raise ValueError(
+                f"k = {k} active latents of only d_sae = {self.d_sae}; lower k or raise d_sae"
+            )
+        if self.activation.kind == "group_topk":
+            check_groups(self.d_sae, self.activation.k)
+        return self
+
+
+def check_groups(d_sae: int, k: int) -> None:
+    """Raise UserError when d_sae latents cannot form k equal groups."""
+    if d_sae % k:
+        down, up = d_sae - d_sae % k, d_sae + k - d_sae % k
+        raise UserError(
+            f"group_topk needs d_sae divisible by k, but {d_sae} % {k} = {d_sae % k}; "
+            f"use d_sae {f'{down} or ' if down else ''}{up}, or another k"
+        )

@@ -1,0 +1,201 @@
+"""The sparse autoencoder (paper Eq. 2 and 3, with the biases of Gao et al. 2025 when untied).
+
+    pre   = (x - b_dec) @ W_enc + b_enc          z = activation(pre)          x_hat = z @ W_dec + b_dec
+
+Tied: W_dec = W_enc^T and no biases. The training pass lives in `wsae.sae.forward`.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from wsae.core.artifact import read_manifest, write_json, write_manifest
+from wsae.core.errors import UserError
+from wsae.core.seeds import seed_for
+from wsae.core.tensors import load_tensors, save_tensors
+from wsae.ops import (
+    SparseCode,
+    code_from_dense,
+    code_from_topk,
+    select_group_topk,
+    select_topk,
+)
+from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, SAEConfig, TopK
+
+WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+
+
+class SparseAutoencoder(nn.Module):
+    """One SAE: `encode` gives latents [batch, d_sae], `decode` gives x_hat [batch, d_in].
+
+    Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_in],
+    `b_enc` [d_sae], `b_dec` [d_in], `log_threshold` [d_sae] (JumpReLU). Buffers: `threshold` (batch Top-k) and
+    `gamma` [d_in], the loss weights of training: they act on the loss only, nothing is folded at inference.
+    """
+
+    gamma: Tensor
+    threshold: Tensor
+
+    def __init__(self, cfg: SAEConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
+        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
+        self.W_dec = nn.Parameter(F.normalize(rows, dim=1))
+        self.W_enc_t = None if cfg.tied else nn.Parameter(self.W_dec.detach().clone())
+        self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae))
+        self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_in))
+        self.log_threshold = None
+        if isinstance(cfg.activation, JumpReLU):
+            start = torch.full((cfg.d_sae,), cfg.activation.threshold).log()
+            self.log_threshold = nn.Parameter(start)
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("gamma", torch.ones(cfg.d_in))
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        """Encoder weights [d_in, d_sae] (a view)."""
+        return self.encoder_rows.T
+
+    @property
+    def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
+        """The encoder with one row per latent: W_dec itself when tied."""
+        return self.W_dec if self.W_enc_t is None else self.W_enc_t
+
+    @property
+    def biases(self) -> tuple[Tensor, Tensor] | None:
+        """(b_enc, b_dec), or None when tied."""
+        if self.b_enc is None or self.b_dec is None:
+            return None
+        return self.b_enc, self.b_dec
+
+    def centre(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """Return x - b_dec."""
+        return x if self.b_dec is None else x - self.b_dec
+
+    def pre(self, centred: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Return the pre-activations of centred inputs."""
+        if self.b_enc is None:
+            return centred @ self.W_enc
+        return torch.addmm(self.b_enc, centred, self.W_enc)
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Return the latents z, dense."""
+        self._check_width(x)
+        pre = self.pre(self.centre(x))
+        if isinstance(self.cfg.activation, TopK | GroupTopK):
+            return self._code(pre).dense(self.cfg.d_sae)
+        return self._dense(pre)
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the latents as a SparseCode; Top-k kinds give k entries per row, some perhaps 0."""
+        self._check_width(x)
+        return self._code(self.pre(self.centre(x)))
+
+    def decode(self, z: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
+        """Return x_hat = z @ W_dec + b_dec."""
+        x_hat = z @ self.W_dec
+        return x_hat if self.b_dec is None else x_hat + self.b_dec
+
+    def decode_sparse(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
+        """Return x_hat of a sparse code."""
+        x_hat = F.embedding_bag(
+            code.indices,
+            self.W_dec,
+            code.offsets[:-1],
+            mode="sum",
+            per_sample_weights=code.values,
+        )
+        return x_hat if self.b_dec is None else x_hat + self.b_dec
+
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """Return the reconstruction x_hat."""
+        return self.decode_sparse(self.encode_sparse(x))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor under its public name; W_enc is [d_in, d_sae]."""
+        tensors = dict(self.state_dict())
+        rows = tensors.pop("W_enc_t", None)
+        return tensors if rows is None else {**tensors, "W_enc": rows.T}
+
+    def set_tensors(self, tensors: dict[str, Tensor], where: str = "tensors") -> None:
+        """Take tensors named as by `tensors()`; raises UserError on a wrong name, shape or value."""
+        state = dict(tensors)
+        if "W_enc" in state:
+            state["W_enc_t"] = state.pop("W_enc").T
+        expected = self.state_dict()
+        for name in sorted(expected.keys() | state.keys()):
+            if name not in state or name not in expected:
+                problem = "is missing" if name not in state else "does not belong here"
+                raise UserError(f"{where}: tensor {name} {problem} for this config.json")
+            if state[name].shape != expected[name].shape:
+                found, needed = tuple(state[name].shape), tuple(expected[name].shape)
+                raise UserError(f"{where}: tensor {name} is {found}, config.json says {needed}")
+            if not bool(torch.isfinite(state[name]).all()):
+                raise UserError(f"{where}: tensor {name} holds NaN or infinite values")
+        self.load_state_dict(state)
+
+    def save(self, path: Path | str) -> None:
+        """Write the SAE to a directory: sae.safetensors, config.json, manifest.json last."""
+        path = Path(path)
+        save_tensors(path / WEIGHTS, self.tensors())
+        write_json(path / CONFIG, self.cfg.to_dict())
+        write_manifest(path, "sae", self.cfg.to_dict(), [WEIGHTS, CONFIG])
+
+    @classmethod
+    def load(cls, path: Path | str) -> "SparseAutoencoder":
+        """Read an SAE from a directory; raises UserError when it is missing, cut or altered."""
+        path = Path(path)
+        manifest = read_manifest(path, "sae")
+        for name in (WEIGHTS, CONFIG):
+            if name not in manifest.files:
+                raise UserError(f"{path}: its manifest does not list {name}; save the SAE again")
+        sae = cls(SAEConfig.load(path / CONFIG))
+        sae.set_tensors(load_tensors(path / WEIGHTS), str(path / WEIGHTS))
+        return sae
+
+    def scaled(self, scale: float) -> "SparseAutoencoder":
+        """Return the SAE of scale * x that gives scale * z and scale * x_hat.
+
+        Every activation function here is homogeneous, so only biases and thresholds change; with a power of two
+        the two SAEs agree to the bit.
+        """
+        other = SparseAutoencoder(self.cfg)
+        tensors = {name: t.clone() for name, t in self.tensors().items()}
+        for name in ("b_enc", "b_dec", "threshold"):
+            if name in tensors:
+                tensors[name] *= scale
+        if "log_threshold" in tensors:
+            tensors["log_threshold"] += math.log(scale)
+        other.set_tensors(tensors)
+        return other.to(self.W_dec.device)
+
+    def _code(self, pre: Tensor) -> SparseCode:
+        activation = self.cfg.activation
+        if isinstance(activation, TopK | GroupTopK):
+            choose = select_topk if isinstance(activation, TopK) else select_group_topk
+            indices = choose(pre.detach(), activation.k)
+            return code_from_topk(pre.gather(1, indices).relu(), indices)
+        return code_from_dense(self._dense(pre))
+
+    def _dense(self, pre: Tensor) -> Tensor:
+        match self.cfg.activation:
+            case ReLU():
+                return pre.relu()
+            case JumpReLU():
+                assert self.log_threshold is not None
+                return pre * (pre > self.log_threshold.exp())
+            case BatchTopK():
+                return pre * (pre > self.threshold)  # the threshold is never negative
+            case _:
+                raise AssertionError(self.cfg.activation)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.cfg.d_in:
+            raise UserError(
+                f"input of shape {tuple(x.shape)} where this SAE needs [batch, {self.cfg.d_in}]"
+            )

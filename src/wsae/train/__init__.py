@@ -1,0 +1,1 @@
+"""Families of SAEs trained over the same batches, resumable bit for bit."""

@@ -1,0 +1,105 @@
+"""Checkpoints: the whole state of a run at a step, so that a killed run continues bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wsae.core.artifact import MANIFEST, read_manifest, write_json, write_manifest
+from wsae.core.errors import UserError
+from wsae.core.tensors import load_tensors, save_tensors
+from wsae.train.family import Family
+from wsae.train.member import MemberState
+
+KEEP = 2
+_PLACE, _STATE = "position.json", "state.safetensors"
+
+
+def save_checkpoint(run: Path, step: int, family: Family, place: dict[str, Any]) -> None:
+    """Write `run/checkpoints/step-N`, manifest last, then drop all but the newest two.
+
+    `place` is JSON-ready: the stream's position and the length of metrics.jsonl.
+    """
+    path = run / "checkpoints" / f"step-{step:09d}"
+    tensors = {
+        f"{hook}|{m.name}|{key}": value
+        for hook, m in family.all()
+        for key, value in member_tensors(m).items()
+    }
+    save_tensors(path / _STATE, tensors)
+    write_json(path / _PLACE, {"step": step, **place})
+    write_manifest(path, "checkpoint", {"step": step}, [_STATE, _PLACE])
+    for old in checkpoints(run)[:-KEEP]:
+        (old / MANIFEST).unlink()  # first: half a removal must not look whole
+        shutil.rmtree(old)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the finished checkpoints, oldest first; unfinished ones (no manifest) are not counted."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(p for p in found if (p / MANIFEST).exists())
+
+
+def load_checkpoint(run: Path, family: Family) -> dict[str, Any] | None:
+    """Restore the newest checkpoint into `family` and return its place, or None when there is none.
+
+    Raises UserError naming the file when the checkpoint is cut, altered or of another run.
+    """
+    found = checkpoints(run)
+    if not found:
+        return None
+    path = found[-1]
+    try:
+        read_manifest(path, "checkpoint")
+        tensors = load_tensors(path / _STATE)
+        place = json.loads((path / _PLACE).read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"{error}; remove {path} to resume from the checkpoint before") from error
+    expected = {f"{hook}|{m.name}" for hook, m in family.all()}
+    if {key.rsplit("|", 1)[0] for key in tensors} != expected:
+        raise UserError(f"{path}: holds other members than this run's config; use another --out")
+    for hook, member in family.all():
+        prefix = f"{hook}|{member.name}|"
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        set_member_tensors(member, own, str(path))
+    return place
+
+
+def member_tensors(member: MemberState) -> dict[str, Tensor]:
+    """Return everything of a member that changes during training."""
+    tensors = {f"sae.{k}": v for k, v in member.sae.tensors().items()}
+    for i, parameter in enumerate(member.optimizer.param_groups[0]["params"]):
+        for key, value in member.optimizer.state.get(parameter, {}).items():
+            tensors[f"adam.{i}.{key}"] = value
+    tensors |= {f"sum.{k}": v for k, v in member.sums.items()}
+    tensors["since_fired"], tensors["dead"] = member.since_fired, member.dead
+    tensors["latent_moments"] = member.latent_moments
+    return tensors
+
+
+def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: str) -> None:
+    """Restore what `member_tensors` returned."""
+    parts: dict[str, dict[str, Tensor]] = {"sae": {}, "adam": {}, "sum": {}}
+    for key, value in tensors.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            parts[head][rest] = value
+    member.sae.set_tensors(parts["sae"], where)
+    for i, parameter in enumerate(member.optimizer.param_groups[0]["params"]):
+        prefix = f"{i}."
+        state = {
+            k.removeprefix(prefix): v for k, v in parts["adam"].items() if k.startswith(prefix)
+        }
+        if state:
+            member.optimizer.state[parameter] = {
+                k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
+            }
+    device = member.since_fired.device
+    member.sums = {k: v.to(device) for k, v in parts["sum"].items()}
+    for name in ("since_fired", "dead", "latent_moments"):
+        value = tensors[name]
+        assert isinstance(value, torch.Tensor)
+        setattr(member, name, value.to(device))

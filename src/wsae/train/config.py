@@ -1,0 +1,139 @@
+"""What a training run is, as values: a family of members over the same batches. No torch here."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from wsae.core.config import Config
+from wsae.losses.config import GammaConfig
+from wsae.sae.config import Activation, SAEConfig, TopK
+
+
+class MemberConfig(Config):
+    """One SAE of a family: what may differ between members."""
+
+    gamma: GammaConfig = GammaConfig()
+    """Loss weights."""
+    d_sae: PositiveInt | None = None
+    """Number of latents; by default expansion * d_in."""
+    expansion: PositiveInt = 8
+    """Latents per input dimension where d_sae is not given."""
+    activation: Activation = TopK()
+    tied: bool = False
+    """The theory's form: decoder = encoder transposed, no biases."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate; by default 2e-4 / sqrt(d_sae / 2^14), the field's scaling (Gao et al. 2025)."""
+    seed: int | None = None
+    """Initial weights; by default the run's seed, so that members start alike."""
+    l1: float = Field(default=0.0, ge=0)
+    """Coefficient of the L1 penalty sum_j z_j ||W_dec[j]||."""
+    l0: float = Field(default=0.0, ge=0)
+    """Coefficient of the L0 penalty (moves JumpReLU thresholds)."""
+    auxk: float = Field(default=1 / 32, ge=0)
+    """Coefficient of dead-latent revival."""
+    k_aux: PositiveInt | None = None
+    """Dead latents that model the residual; by default d_in / 2."""
+    label: str | None = None
+    """Name of the member; by default made from what it is."""
+
+    def width(self, d_in: int) -> int:
+        """Return d_sae for activations of width d_in."""
+        return self.d_sae if self.d_sae is not None else self.expansion * d_in
+
+    def sae_config(self, d_in: int) -> SAEConfig:
+        """Return the SAE's shape for activations of width d_in; raises UserError when k does not fit."""
+        data = {
+            "d_in": d_in,
+            "d_sae": self.width(d_in),
+            "activation": self.activation,
+            "tied": self.tied,
+        }
+        return SAEConfig.parse(data, where="SAE")
+
+    def learning_rate(self, d_in: int) -> float:
+        """Return the peak learning rate."""
+        return self.lr if self.lr is not None else 2e-4 / (self.width(d_in) / 2**14) ** 0.5
+
+
+class TrainConfig(Config):
+    """A run: members trained in one pass over the same batches."""
+
+    members: tuple[MemberConfig, ...] = Field(min_length=1)
+    tokens: PositiveInt
+    """Training tokens (rows) per member; the data are repeated, reshuffled, when there are fewer."""
+    batch_size: PositiveInt = 2048
+    """Rows per step."""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    decay: float = Field(default=0.2, ge=0, le=1)
+    """Share of the steps, at the end, over which it falls to 0."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the dense encoder product; weights, losses and updates are float32."""
+    dead_after: PositiveInt | None = None
+    """Tokens without firing after which a latent counts as dead; by default 10 M, or a fifth of `tokens` if less."""
+    latent_variance_decay: float = Field(default=0.99, gt=0, lt=1)
+    """Per-step decay of the running latent variances behind the rule latent_variance."""
+    log_every: PositiveInt = 20
+    """Steps per row of metrics.jsonl (means over those steps)."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "TrainConfig":
+        names = self.names()
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"two members are called '{twice[0]}'; give them different labels")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return max(1, self.tokens // self.batch_size)
+
+    @property
+    def dead_tokens(self) -> int:
+        """Tokens without firing after which a latent counts as dead."""
+        return self.dead_after or max(self.batch_size, min(10_000_000, self.tokens // 5))
+
+    def names(self) -> list[str]:
+        """Return the members' names: the gamma rule, then whatever else sets them apart."""
+        fields = (
+            "activation",
+            "tied",
+            "lr",
+            "seed",
+            "l1",
+            "l0",
+            "d_sae",
+            "expansion",
+            "auxk",
+            "k_aux",
+        )
+        varying = [f for f in fields if len({str(getattr(m, f)) for m in self.members}) > 1]
+        return [m.label or "-".join([m.gamma.label, *_parts(m, varying)]) for m in self.members]
+
+
+def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
+    parts = []
+    for field in varying:
+        value = getattr(member, field)
+        if field == "activation":
+            k = getattr(value, "k", None)
+            parts.append(value.kind.replace("_", "-") + (f"-k{k}" if k else ""))
+        elif field == "tied":
+            parts.append("tied" if value else "untied")
+        elif value is not None:
+            parts.append(f"{field.replace('_', '-')}{value:g}")
+    return parts
+
+
+def family(members: list[MemberConfig], twin: bool = True) -> tuple[MemberConfig, ...]:
+    """Return the members with a plain twin first for each distinct setting that has none (unless twin is False)."""
+    out: list[MemberConfig] = []
+    for member in members:
+        plain = member.model_copy(update={"gamma": GammaConfig(), "label": None})
+        if twin and plain not in out and plain not in members:
+            out.append(plain)
+        if member not in out:
+            out.append(member)
+    return tuple(out)

@@ -1,0 +1,229 @@
+"""A synthetic run directory in the shape that training and evaluation write, with hostile token text in it."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wsae.core.artifact import write_json, write_manifest, write_text
+from wsae.core.tensors import save_tensors
+
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)>",
+    "<!--<script>",
+    "\u202eesrever",
+    "\u2028line\u2029",
+    "nul\x00bell\x07",
+    "🦜👩‍🔬",
+    "\"quotes' & &amp;",
+    "{{7*7}}",
+    "${7*7}",
+    "\ud800",
+    "javascript:alert(1)",
+)
+WORDS = (
+    " the", " of", " and", " ship", " whale", " sea", " captain", " a", " was", " in", " harbour",
+    " night", ",", ".", "\n", " storm", " letter", " she", " he", " said", " over", " water", "ing", " old",
+)  # fmt: skip
+MEMBERS = {"plain": 0.0, "variance-a1": 1.0, "variance-a0.5": 0.5}
+GLOSSARY = {
+    "fvu": {"formula": "sum ||x - x_hat||² / sum ||x - mean||²", "direction": "lower is better", "unit": "fraction"},
+    "fvu_weighted": {"formula": "the same with γ² per dimension", "direction": "lower is better", "unit": "fraction"},
+    "l0": {"formula": "mean number of latents above 0 per token", "direction": "neither", "unit": "latents"},
+    "dead_frac": {"formula": "latents that never fire / d_sae", "direction": "lower is better", "unit": "fraction"},
+    "ce_loss_recovered_zero": {
+        "formula": "(CE_zero - CE_sae) / (CE_zero - CE)",
+        "direction": "higher is better",
+        "unit": "",
+    },
+    "kl": {"formula": "KL(model || spliced model)", "direction": "lower is better", "unit": "nats/token"},
+    "latent_variance_mean": {"formula": "mean variance of a latent", "direction": "neither", "unit": ""},
+    "decoder_cosine_max_mean": {"formula": "mean nearest decoder cosine", "direction": "neither", "unit": ""},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the synthetic run."""
+
+    hooks: tuple[str, ...] = ("layers.9",)
+    d_in: int = 96
+    d_sae: int = 384
+    latents: int = 24
+    contexts: int = 6
+    window: int = 24
+    steps: int = 60
+    seed: int = 0
+
+
+def write_run(path: Path, shape: Shape | None = None, evaluation: bool = True, contexts: bool = True) -> Path:
+    """Write a run directory and return it."""
+    shape = shape or Shape()
+    rng = np.random.default_rng(shape.seed)
+    variance = {hook: np.sort(rng.lognormal(0, 1.4, shape.d_in)) for hook in shape.hooks}
+    for values in variance.values():
+        rng.shuffle(values)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {
+        "source": {"model": "HuggingFaceTB/SmolLM2-135M", "text": {"path": "builtin"}, "hooks": list(shape.hooks)},
+        "train": {"tokens": 262144, "lr": 0.0012, "seed": 0},
+        "sae": {"d_sae": shape.d_sae, "activation": {"kind": "topk", "k": 32}},
+    }
+    gamma = {hook: {m: _gamma_record(m, a, variance[hook]) for m, a in MEMBERS.items()} for hook in shape.hooks}
+    write_json(path / "config.json", config)
+    write_json(path / "gamma.json", gamma)
+    write_text(path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in _metrics(shape, rng)))
+    write_manifest(path, "run", config, ["config.json", "gamma.json", "metrics.jsonl"])
+    if evaluation:
+        _write_evaluation(path / "evaluation", shape, variance, gamma, contexts)
+    return path
+
+
+def _gamma(alpha: float, variance: np.ndarray) -> np.ndarray:
+    raw = variance**alpha
+    return raw / math.sqrt(float((raw**2).mean()))
+
+
+def _gamma_record(member: str, alpha: float, variance: np.ndarray) -> dict:
+    gamma = _gamma(alpha, variance)
+    share = gamma**2 / (gamma**2).sum()
+    top = np.argsort(-gamma)[:10]
+    return {
+        "rule": "none" if member == "plain" else "variance",
+        "alpha": alpha,
+        "normalise": "rms",
+        "robust": "none",
+        "tokens": 261_000,
+        "heaviest": [[int(i), float(gamma[i]), float(share[i])] for i in top],
+        "without_mask": {"largest_ratio": 41.5, "share_of_heaviest": 0.93, "cosine": 0.31},
+    }
+
+
+def _metrics(shape: Shape, rng: np.random.Generator) -> list[dict]:
+    rows = []
+    for step in range(1, shape.steps + 1):
+        for hook in shape.hooks:
+            for member, alpha in MEMBERS.items():
+                fall = math.exp(-step / 9)
+                fvu = 0.21 + 0.04 * alpha + 0.7 * fall + 0.004 * rng.normal()
+                rows.append(
+                    {
+                        "step": step, "tokens": step * 4096, "hook": hook, "member": member,
+                        "loss": fvu * 3, "reconstruction": fvu * 3, "auxk": 0.01, "fvu": fvu,
+                        "fvu_weighted": 0.2 - 0.1 * alpha + 0.6 * fall, "l0": 32.0,
+                        "dead_frac": max(0.0, 0.3 * fall - 0.02), "lr": 1e-3,
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def _write_evaluation(path: Path, shape: Shape, variance: dict, gamma: dict, with_contexts: bool) -> None:
+    rng = np.random.default_rng(shape.seed + 1)
+    arrays: dict[str, torch.Tensor] = {}
+    hooks, contexts = {}, {}
+    for hook in shape.hooks:
+        hooks[hook] = {
+            "members": {m: {"metrics": _values(a), "config": {}, "gamma": gamma[hook][m]} for m, a in MEMBERS.items()},
+            "comparisons": comparisons(),
+            "matching": {
+                m: {"decoder_cosine_mean": 0.71, "frac_above_0.9": 0.38} for m in MEMBERS if m != "plain"
+            },
+        }
+        contexts[hook] = {}
+        for member, alpha in MEMBERS.items():
+            found = _arrays(rng, shape, variance[hook], alpha)
+            arrays |= {f"{hook}|{member}|{name}": torch.tensor(values) for name, values in found.items()}
+            contexts[hook][member] = _contexts(rng, shape, member, found)
+    files = ["evaluation.json", "arrays.safetensors"] + (["contexts.json"] if with_contexts else [])
+    write_json(
+        path / "evaluation.json",
+        {"heldout_tokens": 50_000, "heldout_sequences": 200, "hooks": hooks, "glossary": GLOSSARY},
+    )
+    save_tensors(path / "arrays.safetensors", arrays)
+    if with_contexts:
+        write_text(path / "contexts.json", json.dumps(contexts))
+    write_manifest(path, "evaluation", {}, files)
+
+
+def _values(alpha: float) -> dict:
+    def around(value: float, half: float) -> dict:
+        return {"value": value, "low": value - half, "high": value + half}
+
+    return {
+        "fvu": around(0.2104 + 0.041 * alpha, 0.008),
+        "fvu_weighted": around(0.203 - 0.11 * alpha, 0.007),
+        "l0": {"value": 32.0, "low": 32.0, "high": 32.0},
+        "dead_frac": {"value": 0.013 + 0.02 * alpha},
+        "ce_loss_recovered_zero": around(0.957 - 0.001 * alpha, 0.004),
+        "kl": around(0.182 + 0.03 * alpha, 0.01),
+        "latent_variance_mean": {"value": 3.21e-4},
+        "decoder_cosine_max_mean": around(0.41 + 0.02 * alpha, 0.006),
+    }
+
+
+def comparisons() -> list[dict]:
+    """Return paired comparisons: worse, better, one whose interval covers 0, one without direction."""
+    out = []
+    for member, alpha in MEMBERS.items():
+        for metric, difference, half in (
+            ("fvu", 0.041 * alpha, 0.006),
+            ("fvu_weighted", -0.11 * alpha, 0.009),
+            ("ce_loss_recovered_zero", -0.001 * alpha, 0.003),
+            ("decoder_cosine_max_mean", 0.02 * alpha, 0.004),
+        ):
+            if member != "plain":
+                bounds = {"low": difference - half, "high": difference + half}
+                unit, n = ("latent", 384) if "decoder" in metric else ("sequence", 200)
+                pair = {"a": member, "b": "plain", "metric": metric, "difference": difference}
+                out.append(pair | bounds | {"effect_size": difference / half, "unit": unit, "n": n})
+    return out
+
+
+def _arrays(rng: np.random.Generator, shape: Shape, variance: np.ndarray, alpha: float) -> dict[str, np.ndarray]:
+    density = 10 ** np.clip(rng.normal(-2.2 - 0.2 * alpha, 0.7, shape.d_sae), -5, -0.02)
+    density[rng.random(shape.d_sae) < 0.02 + 0.03 * alpha] = 0.0
+    gamma = _gamma(alpha, variance)
+    explained = 1 - 0.35 / (1 + gamma**1.2) - 0.1 * rng.random(shape.d_in)
+    return {
+        "density": density,
+        "variance": density * rng.lognormal(0, 0.5, shape.d_sae),
+        "ev_per_dim": explained,
+        "gamma": gamma,
+        "input_variance": variance,
+        "decoder_max_cosine": rng.beta(4, 5, shape.d_sae),
+        "match_index": rng.integers(0, shape.d_sae, shape.d_sae),
+        "match_cosine": rng.beta(6, 3, shape.d_sae),
+    }
+
+
+def _contexts(rng: np.random.Generator, shape: Shape, member: str, found: dict[str, np.ndarray]) -> list[dict]:
+    sampled = np.sort(rng.choice(shape.d_sae, shape.latents, replace=False))
+    out = []
+    for place, latent in enumerate(sampled.tolist()):
+        windows = [_window(rng, shape, place * shape.contexts + i) for i in range(shape.contexts)]
+        windows.sort(key=lambda w: -max(w["acts"]))
+        match = {"member": "plain", "latent": int(found["match_index"][latent]), "cosine": 0.5 + 0.49 * rng.random()}
+        out.append(
+            {
+                "latent": latent,
+                "density": float(found["density"][latent]),
+                "variance": float(found["variance"][latent]),
+                "max": max(max(w["acts"]) for w in windows),
+                "match": None if member == "plain" else match,
+                "contexts": windows,
+            }
+        )
+    return out
+
+
+def _window(rng: np.random.Generator, shape: Shape, serial: int) -> dict:
+    tokens = [WORDS[i] for i in rng.integers(0, len(WORDS), shape.window)]
+    acts = np.where(rng.random(shape.window) < 0.15, rng.gamma(2.0, 2.0, shape.window), 0.0)
+    peak = int(rng.integers(0, shape.window))
+    tokens[peak] = HOSTILE[serial % len(HOSTILE)] if serial % 3 == 0 else tokens[peak]
+    tokens[(peak + 3) % shape.window] = HOSTILE[(serial + 5) % len(HOSTILE)] if serial % 4 == 0 else " sail"
+    acts[peak] = acts.max() + 1 + rng.random()
+    return {"tokens": tokens, "acts": [round(float(a), 4) for a in acts], "peak": peak, "seq": serial}
