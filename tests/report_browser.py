@@ -46,11 +46,15 @@ class Browser:
 
     def js(self, body: str, *args: object) -> object:
         """Run a function body in the page."""
-        return self.call(f"/session/{self.session}/execute/sync", {"script": body, "args": list(args)})
+        return self.call(
+            f"/session/{self.session}/execute/sync", {"script": body, "args": list(args)}
+        )
 
     def cdp(self, command: str, **params: object) -> dict:
         """Send a DevTools command."""
-        reply = self.call(f"/session/{self.session}/goog/cdp/execute", {"cmd": command, "params": params})
+        reply = self.call(
+            f"/session/{self.session}/goog/cdp/execute", {"cmd": command, "params": params}
+        )
         return reply if isinstance(reply, dict) else {}
 
     def console(self) -> list[str]:
@@ -60,13 +64,21 @@ class Browser:
 
     def size(self, width: int, height: int, phone: bool = False, dark: bool = False) -> None:
         """Emulate a screen."""
-        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=phone,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.cdp("Emulation.setEmulatedMedia", features=[scheme])
 
     def picture(self, path: Path, full: bool = False) -> None:
         """Write a screenshot."""
-        path.write_bytes(b64decode(self.cdp("Page.captureScreenshot", captureBeyondViewport=full)["data"]))
+        path.write_bytes(
+            b64decode(self.cdp("Page.captureScreenshot", captureBeyondViewport=full)["data"])
+        )
 
 
 @contextlib.contextmanager
@@ -92,7 +104,11 @@ def browser() -> Iterator[Browser]:
 
 def _start(client: Browser, profile: str) -> str:
     options = {"binary": CHROMIUM, "args": [*_FLAGS, f"--user-data-dir={profile}"]}
-    wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+    wanted = {
+        "browserName": "chrome",
+        "goog:chromeOptions": options,
+        "goog:loggingPrefs": {"browser": "ALL"},
+    }
     end = time.monotonic() + _START_S
     while True:
         try:

@@ -29,19 +29,49 @@ WORDS = (
     " night", ",", ".", "\n", " storm", " letter", " she", " he", " said", " over", " water", "ing", " old",
 )  # fmt: skip
 MEMBERS = {"plain": 0.0, "variance-a1": 1.0, "variance-a0.5": 0.5}
+CONTROL = "control-random"
 GLOSSARY = {
-    "fvu": {"formula": "sum ||x - x_hat||² / sum ||x - mean||²", "direction": "lower is better", "unit": "fraction"},
-    "fvu_weighted": {"formula": "the same with γ² per dimension", "direction": "lower is better", "unit": "fraction"},
-    "l0": {"formula": "mean number of latents above 0 per token", "direction": "neither", "unit": "latents"},
-    "dead_frac": {"formula": "latents that never fire / d_sae", "direction": "lower is better", "unit": "fraction"},
+    "fvu": {
+        "name": "Plain FVU",
+        "formula": "sum ||x - x_hat||² / sum ||x - mean||²",
+        "direction": "lower is better",
+        "unit": "fraction",
+    },
+    "fvu_weighted": {
+        "formula": "the same with γ² per dimension",
+        "direction": "lower is better",
+        "unit": "fraction",
+    },
+    "l0": {
+        "formula": "mean number of latents above 0 per token",
+        "direction": "neither",
+        "unit": "latents",
+    },
+    "dead_frac": {
+        "formula": "latents that never fire / d_sae",
+        "direction": "lower is better",
+        "unit": "fraction",
+    },
     "ce_loss_recovered_zero": {
         "formula": "(CE_zero - CE_sae) / (CE_zero - CE)",
         "direction": "higher is better",
         "unit": "",
     },
-    "kl": {"formula": "KL(model || spliced model)", "direction": "lower is better", "unit": "nats/token"},
-    "latent_variance_mean": {"formula": "mean variance of a latent", "direction": "neither", "unit": ""},
-    "decoder_cosine_max_mean": {"formula": "mean nearest decoder cosine", "direction": "neither", "unit": ""},
+    "kl": {
+        "formula": "KL(model || spliced model)",
+        "direction": "lower is better",
+        "unit": "nats/token",
+    },
+    "latent_variance_mean": {
+        "formula": "mean variance of a latent",
+        "direction": "neither",
+        "unit": "",
+    },
+    "decoder_cosine_max_mean": {
+        "formula": "mean nearest decoder cosine",
+        "direction": "neither",
+        "unit": "",
+    },
 }
 
 
@@ -59,7 +89,9 @@ class Shape:
     seed: int = 0
 
 
-def write_run(path: Path, shape: Shape | None = None, evaluation: bool = True, contexts: bool = True) -> Path:
+def write_run(
+    path: Path, shape: Shape | None = None, evaluation: bool = True, contexts: bool = True
+) -> Path:
     """Write a run directory and return it."""
     shape = shape or Shape()
     rng = np.random.default_rng(shape.seed)
@@ -68,14 +100,23 @@ def write_run(path: Path, shape: Shape | None = None, evaluation: bool = True, c
         rng.shuffle(values)
     path.mkdir(parents=True, exist_ok=True)
     config = {
-        "source": {"model": "HuggingFaceTB/SmolLM2-135M", "text": {"path": "builtin"}, "hooks": list(shape.hooks)},
+        "source": {
+            "model": "HuggingFaceTB/SmolLM2-135M",
+            "text": {"path": "builtin"},
+            "hooks": list(shape.hooks),
+        },
         "train": {"tokens": 262144, "lr": 0.0012, "seed": 0},
         "sae": {"d_sae": shape.d_sae, "activation": {"kind": "topk", "k": 32}},
     }
-    gamma = {hook: {m: _gamma_record(m, a, variance[hook]) for m, a in MEMBERS.items()} for hook in shape.hooks}
+    gamma = {
+        hook: {m: _gamma_record(m, a, variance[hook]) for m, a in MEMBERS.items()}
+        for hook in shape.hooks
+    }
     write_json(path / "config.json", config)
     write_json(path / "gamma.json", gamma)
-    write_text(path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in _metrics(shape, rng)))
+    write_text(
+        path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in _metrics(shape, rng))
+    )
     write_manifest(path, "run", config, ["config.json", "gamma.json", "metrics.jsonl"])
     if evaluation:
         _write_evaluation(path / "evaluation", shape, variance, gamma, contexts)
@@ -98,7 +139,12 @@ def _gamma_record(member: str, alpha: float, variance: np.ndarray) -> dict:
         "robust": "none",
         "tokens": 261_000,
         "heaviest": [[int(i), float(gamma[i]), float(share[i])] for i in top],
-        "without_mask": {"largest_ratio": 41.5, "share_of_heaviest": 0.93, "cosine": 0.31},
+        "effective_dimensions": float(1 / (share**2).sum()),
+        "without_mask": {
+            "cosine": 0.31,
+            "weight_moved": 0.84,
+            "largest_change_dimension": int(top[0]),
+        },
     }
 
 
@@ -120,23 +166,46 @@ def _metrics(shape: Shape, rng: np.random.Generator) -> list[dict]:
     return rows
 
 
-def _write_evaluation(path: Path, shape: Shape, variance: dict, gamma: dict, with_contexts: bool) -> None:
+def _write_evaluation(
+    path: Path, shape: Shape, variance: dict, gamma: dict, with_contexts: bool
+) -> None:
     rng = np.random.default_rng(shape.seed + 1)
     arrays: dict[str, torch.Tensor] = {}
     hooks, contexts = {}, {}
     for hook in shape.hooks:
         hooks[hook] = {
-            "members": {m: {"metrics": _values(a), "config": {}, "gamma": gamma[hook][m]} for m, a in MEMBERS.items()},
+            "members": {
+                m: {"metrics": _values(a), "config": {}, "gamma": gamma[hook][m]}
+                for m, a in MEMBERS.items()
+            },
             "comparisons": comparisons(),
             "matching": {
-                m: {"decoder_cosine_mean": 0.71, "frac_above_0.9": 0.38} for m in MEMBERS if m != "plain"
+                m: {
+                    "method": "assignment",
+                    "n_pairs": 371,
+                    "decoder_cosine_mean": 0.71,
+                    "frac_above_0.9": 0.38,
+                }
+                for m in MEMBERS
+                if m != "plain"
             },
         }
-        contexts[hook] = {}
-        for member, alpha in MEMBERS.items():
-            found = _arrays(rng, shape, variance[hook], alpha)
-            arrays |= {f"{hook}|{member}|{name}": torch.tensor(values) for name, values in found.items()}
-            contexts[hook][member] = _contexts(rng, shape, member, found)
+        hooks[hook]["members"][CONTROL] = {"metrics": _values(12.0), "config": {}, "gamma": None}
+        found = {m: _arrays(rng, shape, variance[hook], a) for m, a in MEMBERS.items()}
+        for member, named in found.items():
+            arrays |= {
+                f"{hook}|{member}|{name}": torch.tensor(values) for name, values in named.items()
+            }
+        chosen = {
+            m: np.sort(rng.choice(shape.d_sae, shape.latents, replace=False)) for m in MEMBERS
+        }
+        partners = [found[m]["match_index"][chosen[m]] for m in MEMBERS if m != "plain"]
+        chosen["plain"] = np.unique(
+            np.concatenate([chosen["plain"][: shape.latents // 2], *partners])
+        )
+        contexts[hook] = {
+            m: _contexts(rng, shape, (m, chosen[m].tolist()), found[m]) for m in MEMBERS
+        }
     files = ["evaluation.json", "arrays.safetensors"] + (["contexts.json"] if with_contexts else [])
     write_json(
         path / "evaluation.json",
@@ -170,7 +239,7 @@ def comparisons() -> list[dict]:
     for member, alpha in MEMBERS.items():
         for metric, difference, half in (
             ("fvu", 0.041 * alpha, 0.006),
-            ("fvu_weighted", -0.11 * alpha, 0.009),
+            ("fvu_weighted", -0.09 * alpha, 0.009),
             ("ce_loss_recovered_zero", -0.001 * alpha, 0.003),
             ("decoder_cosine_max_mean", 0.02 * alpha, 0.004),
         ):
@@ -178,11 +247,17 @@ def comparisons() -> list[dict]:
                 bounds = {"low": difference - half, "high": difference + half}
                 unit, n = ("latent", 384) if "decoder" in metric else ("sequence", 200)
                 pair = {"a": member, "b": "plain", "metric": metric, "difference": difference}
-                out.append(pair | bounds | {"effect_size": difference / half, "unit": unit, "n": n})
+                out.append(
+                    pair
+                    | bounds
+                    | {"effect_size": difference / half, "unit": unit, "n": n, "paired": True}
+                )
     return out
 
 
-def _arrays(rng: np.random.Generator, shape: Shape, variance: np.ndarray, alpha: float) -> dict[str, np.ndarray]:
+def _arrays(
+    rng: np.random.Generator, shape: Shape, variance: np.ndarray, alpha: float
+) -> dict[str, np.ndarray]:
     density = 10 ** np.clip(rng.normal(-2.2 - 0.2 * alpha, 0.7, shape.d_sae), -5, -0.02)
     density[rng.random(shape.d_sae) < 0.02 + 0.03 * alpha] = 0.0
     gamma = _gamma(alpha, variance)
@@ -199,13 +274,22 @@ def _arrays(rng: np.random.Generator, shape: Shape, variance: np.ndarray, alpha:
     }
 
 
-def _contexts(rng: np.random.Generator, shape: Shape, member: str, found: dict[str, np.ndarray]) -> list[dict]:
-    sampled = np.sort(rng.choice(shape.d_sae, shape.latents, replace=False))
+def _contexts(
+    rng: np.random.Generator,
+    shape: Shape,
+    chosen: tuple[str, list[int]],
+    found: dict[str, np.ndarray],
+) -> list[dict]:
+    member, latents = chosen
     out = []
-    for place, latent in enumerate(sampled.tolist()):
+    for place, latent in enumerate(latents):
         windows = [_window(rng, shape, place * shape.contexts + i) for i in range(shape.contexts)]
         windows.sort(key=lambda w: -max(w["acts"]))
-        match = {"member": "plain", "latent": int(found["match_index"][latent]), "cosine": 0.5 + 0.49 * rng.random()}
+        match = {
+            "member": "plain",
+            "latent": int(found["match_index"][latent]),
+            "cosine": float(found["match_cosine"][latent]),
+        }
         out.append(
             {
                 "latent": latent,
@@ -224,6 +308,13 @@ def _window(rng: np.random.Generator, shape: Shape, serial: int) -> dict:
     acts = np.where(rng.random(shape.window) < 0.15, rng.gamma(2.0, 2.0, shape.window), 0.0)
     peak = int(rng.integers(0, shape.window))
     tokens[peak] = HOSTILE[serial % len(HOSTILE)] if serial % 3 == 0 else tokens[peak]
-    tokens[(peak + 3) % shape.window] = HOSTILE[(serial + 5) % len(HOSTILE)] if serial % 4 == 0 else " sail"
+    tokens[(peak + 3) % shape.window] = (
+        HOSTILE[(serial + 5) % len(HOSTILE)] if serial % 4 == 0 else " sail"
+    )
     acts[peak] = acts.max() + 1 + rng.random()
-    return {"tokens": tokens, "acts": [round(float(a), 4) for a in acts], "peak": peak, "seq": serial}
+    return {
+        "tokens": tokens,
+        "acts": [round(float(a), 4) for a in acts],
+        "peak": peak,
+        "seq": serial,
+    }

@@ -65,7 +65,9 @@ def splice(
 
 
 @contextlib.contextmanager
-def _hooked(modules: list[tuple[str, nn.Module]], keep: Callable[[str, object], None]) -> Iterator[None]:
+def _hooked(
+    modules: list[tuple[str, nn.Module]], keep: Callable[[str, object], None]
+) -> Iterator[None]:
     handles = [
         module.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
         for name, module in modules

@@ -65,7 +65,9 @@ class HarvestConfig(Config):
         if not self.hooks:
             raise ValueError('hooks: name at least one, for example "layers.9"')
         if self.skip_first >= self.seq_len:
-            raise ValueError(f"skip_first {self.skip_first} leaves nothing of seq_len {self.seq_len}")
+            raise ValueError(
+                f"skip_first {self.skip_first} leaves nothing of seq_len {self.seq_len}"
+            )
         if self.heldout_tokens and not self.heldout_fraction:
             raise ValueError("heldout_tokens needs heldout_fraction > 0")
         return self

@@ -1,7 +1,7 @@
 """Text through a model to kept rows, one forward pass at a time: shared by the store's writer and the live source."""
 
 from collections.abc import Iterator
-from itertools import batched
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -37,17 +37,21 @@ class Step(NamedTuple):
         if rows >= len(self.seq):
             return self
         x = {hook: values[:rows] for hook, values in self.x.items()}
-        return self._replace(x=x, seq=self.seq[:rows], pos=self.pos[:rows], counts={**self.counts, "kept": rows})
+        return self._replace(
+            x=x, seq=self.seq[:rows], pos=self.pos[:rows], counts={**self.counts, "kept": rows}
+        )
 
 
 class NonFiniteError(UserError):
     """A NaN or infinite activation; `row` counts the kept rows before it in its step."""
 
+    MEND = "; check the model's weights, or run it with --dtype float32"
+
     def __init__(self, hook: str, seq: int, pos: int, dim: int, row: int) -> None:
         self.row = row
         self.place = f"sequence {seq}, position {pos}, dimension {dim}"
         self.hook = hook
-        super().__init__(f"{hook}: NaN or infinite activation at {self.place}; check the model, or run it in float32")
+        super().__init__(f"{hook}: NaN or infinite activation at {self.place}{self.MEND}")
 
 
 class Flow:
@@ -66,7 +70,9 @@ class Flow:
         if self.rule.medians is None:
             batch = next(self._batches(heldout=False, start=START), None)
             if batch is None:
-                raise UserError(f"text {self.cfg.text.path}: no text for training in it; give more documents")
+                raise UserError(
+                    f"text {self.cfg.text.path}: no text for training in it; give more documents"
+                )
             acts, reasons, _ = self._run(batch)
             self.rule.calibrate({hook: _norms(x) for hook, x in acts.items()}, reasons)
         assert self.rule.medians is not None
@@ -81,7 +87,8 @@ class Flow:
 
     def _batches(self, heldout: bool, start: Position) -> Iterator[tuple[Sequence, ...]]:
         sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
-        return batched(sequences, self.cfg.batch_seqs)
+        while batch := tuple(islice(sequences, self.cfg.batch_seqs)):
+            yield batch
 
     def _run(self, batch: tuple[Sequence, ...]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Return activations [tokens, d_in] in float32, reasons [tokens] and ids [batch, seq]."""
@@ -113,7 +120,11 @@ class Flow:
         )
 
     def _check_finite(
-        self, acts: dict[str, Tensor], norms: dict[str, Tensor], reasons: Int8[Tensor, " tokens"], first: int
+        self,
+        acts: dict[str, Tensor],
+        norms: dict[str, Tensor],
+        reasons: Int8[Tensor, " tokens"],
+        first: int,
     ) -> None:
         for hook, norm in norms.items():
             suspects = (~torch.isfinite(norm) & (reasons != PADDING)).nonzero().squeeze(1)

@@ -44,13 +44,19 @@ def _fill(target: Path, path: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise UserError(f"{target.parent}: cannot write the model cache ({error.strerror}); set WSAE_CACHE") from error
+        raise UserError(
+            f"{target.parent}: cannot write the model cache ({error.strerror}); set WSAE_CACHE"
+        ) from error
     try:
         _convert(path, scratch)
-        with contextlib.suppress(FileExistsError, OSError):  # another process was first: its copy is the same
+        with contextlib.suppress(
+            FileExistsError, OSError
+        ):  # another process was first: its copy is the same
             os.replace(scratch, target)
         if not (target / "config.json").is_file():
-            raise UserError(f"{target}: cannot write the model cache; set WSAE_CACHE to another directory")
+            raise UserError(
+                f"{target}: cannot write the model cache; set WSAE_CACHE to another directory"
+            )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -77,17 +83,24 @@ def _convert(path: Path, scratch: Path) -> None:
             options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+                folder,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                **options,
             )
             model.config.__dict__.pop("quantization_config", None)
             tokenizer.save_pretrained(scratch)
             model.save_pretrained(scratch)
     except ImportError as error:
-        raise UserError(f"model {path}: GGUF needs the packages gguf and accelerate; pip install 'wsae[lm]'") from error
+        raise UserError(
+            f"model {path}: GGUF needs the packages gguf and accelerate; pip install 'wsae[lm]'"
+        ) from error
     except OSError as error:
         if error.errno is None:  # the library's own "no such file in this repository"
             raise UserError(f"model {path}: not a readable GGUF model ({_first(error)})") from error
-        raise UserError(f"{scratch}: cannot write the model cache ({error.strerror}); set WSAE_CACHE") from error
+        raise UserError(
+            f"{scratch}: cannot write the model cache ({error.strerror}); set WSAE_CACHE"
+        ) from error
     except Exception as error:  # a damaged file raises ValueError, KeyError, IndexError or RuntimeError somewhere inside
         raise UserError(f"model {path}: not a readable GGUF model ({_first(error)})") from error
 

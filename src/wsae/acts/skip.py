@@ -34,12 +34,16 @@ class SkipRule:
         reasons[~mask] = PADDING
         return reasons
 
-    def calibrate(self, norms: Mapping[str, Float[Tensor, " tokens"]], reasons: Int8[Tensor, " tokens"]) -> None:
+    def calibrate(
+        self, norms: Mapping[str, Float[Tensor, " tokens"]], reasons: Int8[Tensor, " tokens"]
+    ) -> None:
         """Fix each hook's median norm from the tokens kept so far; raises UserError when there are none."""
         kept = reasons == KEPT
         if not bool(kept.any()):
-            raise UserError("the first batch has no token to calibrate on: all are padding, special or first; "
-                            "raise seq_len or lower skip_first")
+            raise UserError(
+                "the first batch has no token to calibrate on: all are padding, special or first; "
+                "raise seq_len or lower skip_first"
+            )
         self.medians = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
 
     def by_norm(

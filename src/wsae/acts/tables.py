@@ -20,7 +20,9 @@ def parquet_texts(path: Path, field: str) -> Iterator[str]:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if field not in columns:
-                raise UserError(f"text {path}: no column {field!r}{nearest(field, columns)}; see --field")
+                raise UserError(
+                    f"text {path}: no column {field!r}{nearest(field, columns)}; see --field"
+                )
             row = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[field]):
                 for value in batch.column(0).to_pylist():
@@ -35,7 +37,9 @@ def hub_texts(name: str, subset: str | None, split: str, field: str) -> Iterator
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError(f"text {name}: a hub dataset needs datasets; pip install 'wsae[lm]'") from error
+        raise UserError(
+            f"text {name}: a hub dataset needs datasets; pip install 'wsae[hub]'"
+        ) from error
     where = f"text {name}: no such file here, and as a hub dataset (split {split!r})"
     if not hub_reachable():
         raise UserError(f"{where} it cannot be read: there is no network")
@@ -43,12 +47,18 @@ def hub_texts(name: str, subset: str | None, split: str, field: str) -> Iterator
         with quiet_hub():
             rows = iter(load_dataset(name, subset, split=split, streaming=True))
             first = next(rows, None)
-    except Exception as error:  # the library raises its own, requests', httpx's, OSError and ValueError
-        raise UserError(f"{where} it cannot be read ({type(error).__name__}: {_first(error)})") from error
+    except (
+        Exception
+    ) as error:  # the library raises its own, requests', httpx's, OSError and ValueError
+        raise UserError(
+            f"{where} it cannot be read ({type(error).__name__}: {_first(error)})"
+        ) from error
     number = 0
     while first is not None:
         if field not in first:
-            raise UserError(f"{where} it has no column {field!r}{nearest(field, first)}; see --field")
+            raise UserError(
+                f"{where} it has no column {field!r}{nearest(field, first)}; see --field"
+            )
         yield _checked(first[field], field, f"text {name}, row {number}")
         first = next(rows, None)
         number += 1

@@ -61,7 +61,9 @@ class Tally:
         }
 
     @classmethod
-    def restore(cls, hooks: Mapping[str, int], tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> "Tally":
+    def restore(
+        cls, hooks: Mapping[str, int], tensors: Mapping[str, Tensor], counts: Mapping[str, int]
+    ) -> "Tally":
         """Rebuild a tally from `tensors()` and `counts`."""
         tally = cls({})
         tally.kept = {hook: _moments(tensors, f"{hook}|kept|") for hook in hooks}

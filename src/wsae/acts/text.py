@@ -83,7 +83,9 @@ def _texts(cfg: TextConfig) -> Iterator[str]:
 
 
 def _is_hub_name(name: str) -> bool:
-    looks_local = name.startswith(("/", ".", "~")) or name.lower().endswith((*SUFFIXES, ".json", ".csv", ".gz"))
+    looks_local = name.startswith(("/", ".", "~")) or name.lower().endswith(
+        (*SUFFIXES, ".json", ".csv", ".gz")
+    )
     return not looks_local and name.count("/") <= 1 and bool(name.strip())
 
 
@@ -105,7 +107,11 @@ def _file_texts(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"text {path}: unknown kind of file; use one of {', '.join(SUFFIXES)}")
     try:
         with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as file:
-            yield from _plain_texts(file, path) if name.endswith(".txt") else _json_texts(file, path, field)
+            yield from (
+                _plain_texts(file, path)
+                if name.endswith(".txt")
+                else _json_texts(file, path, field)
+            )
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"text {path}: damaged gzip file ({error})") from error
     except PermissionError as error:
@@ -122,11 +128,17 @@ def _json_text(line: bytes, where: str, field: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({_first_line(error)}); mend or remove the line") from error
+        raise UserError(
+            f"{where}: not JSON ({_first_line(error)}); mend or remove the line"
+        ) from error
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a {type(row).__name__} where an object with the field {field!r} is needed")
+        raise UserError(
+            f"{where}: a {type(row).__name__} where an object with the field {field!r} is needed"
+        )
     if field not in row:
-        raise UserError(f"{where}: no field {field!r} (it has: {', '.join(map(str, row)) or 'none'}); see --field")
+        raise UserError(
+            f"{where}: no field {field!r} (it has: {', '.join(map(str, row)) or 'none'}); see --field"
+        )
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is a {type(text).__name__}, not text")
@@ -139,7 +151,9 @@ def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds half a character (a lone surrogate); mend or remove the line") from error
+        raise UserError(
+            f"{where}: holds half a character (a lone surrogate); mend or remove the line"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -161,6 +175,8 @@ def _plain_texts(file: IO[bytes], path: Path) -> Iterator[str]:
                 parts.append(line)
                 size += len(line)
     except UnicodeDecodeError as error:
-        raise UserError(f"text {path}, after line {number}: not UTF-8 text ({error.reason})") from error
+        raise UserError(
+            f"text {path}, after line {number}: not UTF-8 text ({error.reason})"
+        ) from error
     if parts:
         yield "".join(parts).strip()

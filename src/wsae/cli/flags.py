@@ -6,9 +6,10 @@ Parsing is tyro's; what goes wrong becomes a UserError of one line.
 import contextlib
 import difflib
 import io
+import itertools
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import tyro
 from pydantic.fields import FieldInfo
@@ -23,10 +24,22 @@ Count = Annotated[int, tyro.conf.arg(metavar="N")]
 Number = Annotated[float, tyro.conf.arg(metavar="X")]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Place = Annotated[Path, tyro.conf.arg(metavar="PATH")]
+# the same where None stands for "as the help says", so that the default need not be shown
+MaybeCount = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
+MaybeNumber = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
+MaybeName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+MaybePlace = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
 _SWITCHES = ("as_json", "print_config", "debug")  # flags without a --no- form
-_NUMBER = re.compile(
-    r"Error parsing (?P<flag>\S+): (?:invalid literal for (?P<kind>int)\(\)[^:]*|could not convert[^:]*): '(?P<value>.*?)'"
+_PARSING = re.compile(r"Error parsing (--\S+?):")
+_CHOICE = re.compile(
+    r"invalid choice '(?P<value>.*)' for argument '(?P<flag>.*?)'. Expected one of \((?P<choices>.*)\)"
+)
+_PLAINER = (
+    ("Unrecognized options:", "too many words, left over:"),
+    (" (required)", ""),
+    ("Missing value for argument", "no value for"),
 )
 
 
@@ -37,21 +50,28 @@ class Common(Config):
     """One seed decides everything random."""
     device: Name = "auto"
     """cpu, cuda, cuda:1, mps; auto: the fastest one here."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="json", help_behavior_hint="")
+    ] = False
     """Print the result as JSON on stdout, and nothing else there."""
-    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    config: MaybePlace = None
     """Read flags from a JSON file; those on the command line win."""
-    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    print_config: Switch = False
     """Print the flags as such a file and stop."""
-    debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    debug: Switch = False
     """Show the traceback of an error."""
 
 
-class Flags(Config):
-    """Base of a command's flags."""
+CommonFlags = tyro.conf.OmitArgPrefixes[Common]
 
-    common: tyro.conf.OmitArgPrefixes[Common] = Common()
-    """Flags of every command."""
+
+class HasCommon(Protocol):
+    """A command's flags end with `common: CommonFlags = Common()`."""
+
+    @property
+    def common(self) -> Common:
+        """Flags of every command."""
+        ...
 
 
 def parse(kind: type[F], prog: str, words: list[str], about: str) -> F:
@@ -66,7 +86,9 @@ def parse(kind: type[F], prog: str, words: list[str], about: str) -> F:
     except SystemExit as end:
         if end.code == 0:
             raise
-        raise UserError(f"{plain(stderr.getvalue())}; see {prog} --help") from None
+        raise UserError(
+            f"{explain(kind, words, plain(stderr.getvalue()))}; see {prog} --help"
+        ) from None
 
 
 def check_known(kind: type[Config], words: list[str]) -> None:
@@ -94,7 +116,9 @@ def flag_names(kind: type[Config]) -> dict[str, tuple[str, ...]]:
     return flags
 
 
-def leaves(kind: type[Config], prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:
+def leaves(
+    kind: type[Config], prefix: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], FieldInfo]]:
     """Return every field of `kind` and of the Configs nested in it, with its path."""
     found: list[tuple[tuple[str, ...], FieldInfo]] = []
     for name, field in kind.model_fields.items():
@@ -153,7 +177,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:
-    for here, following in zip(words, [*words[1:], ""], strict=True):
+    for here, following in itertools.pairwise([*words, ""]):
         if here == flag:
             return following
         if here.startswith(f"{flag}="):
@@ -187,11 +211,28 @@ def plain(boxed: str) -> str:
         if line.startswith(("─", "╰")):
             break
         body.append(line)
-    text = " ".join(" ".join(body).split())
-    number = _NUMBER.search(text)
-    if number:
-        what = "a whole number" if number["kind"] == "int" else "a number"
-        return f"{number['flag']}: '{number['value']}' is not {what}"
-    if text.startswith("Missing from "):
-        return f"missing: {text.split(': ', 1)[1]}"
-    return text or "the flags could not be read"
+    return " ".join(" ".join(body).split())
+
+
+def explain(kind: type[Config], words: list[str], message: str) -> str:
+    """Return tyro's message in plainer words, naming flag and value."""
+    flag = _PARSING.match(message)
+    if flag:
+        return _wrong_value(kind, words, flag[1])
+    choice = _CHOICE.match(message)
+    if choice:
+        return f"{choice['flag']}: '{choice['value']}' is not one of {choice['choices'].replace(chr(39), '')}"
+    for old, new in _PLAINER:
+        message = message.replace(old, new)
+    return message.rstrip(".") or "the flags could not be read"
+
+
+def _wrong_value(kind: type[Config], words: list[str], flag: str) -> str:
+    path = flag_names(kind).get(flag)
+    field = next((f for p, f in leaves(kind) if p == path), None)
+    wanted = str(field.annotation) if field is not None else ""
+    what = (
+        "a whole number" if "int" in wanted else "a number" if "float" in wanted else "valid here"
+    )
+    value = _value_of(flag, words) or ""
+    return f"{flag}: '{value}' is not {what}"

@@ -12,13 +12,14 @@ from typing import Any, Protocol, TextIO, cast
 from wsae.cli import flags as flag_tools
 from wsae.cli.table import Command
 from wsae.cli.ui import UI
+from wsae.core.config import Config
 from wsae.core.errors import UserError
 
 
 class CommandModule(Protocol):
     """What `wsae.cli.<command>` offers."""
 
-    Flags: type[flag_tools.Flags]
+    Flags: type[Config]
     ABOUT: str
     run: Callable[[Any, UI], dict[str, Any]]
     show: Callable[[dict[str, Any], UI], None]
@@ -34,18 +35,19 @@ def run_command(command: Command, words: list[str]) -> int:
     module = load(command)
     prog = f"wsae {command.name}"
     try:
-        flags = flag_tools.parse(module.Flags, prog, words, about(command, module))
+        parsed = flag_tools.parse(module.Flags, prog, words, about(command, module))
     except SystemExit:
         return 0
+    flags = cast(flag_tools.HasCommon, parsed)
     if flags.common.print_config:
-        sys.stdout.write(json.dumps(flag_tools.as_file(flags), indent=1) + "\n")
+        sys.stdout.write(json.dumps(flag_tools.as_file(parsed), indent=1) + "\n")
         return 0
     _calm_libraries(flags.common.debug)
     ui = UI(sys.stdout, sys.stderr)
     try:
         result = _quietly(lambda: module.run(flags, ui), ui, flags.common.as_json)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_kept(module, flags, words)) from None
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(_kept(module, flags, words, interrupt)) from None
     if flags.common.as_json:
         sys.stdout.write(json.dumps(finite(result), indent=1, ensure_ascii=False) + "\n")
     else:
@@ -77,9 +79,15 @@ def _quietly(call: Callable[[], dict[str, Any]], ui: UI, to_stderr: bool) -> dic
         return call()
 
 
-def _kept(module: CommandModule, flags: flag_tools.Flags, words: list[str]) -> str:
+def _kept(
+    module: CommandModule,
+    flags: flag_tools.HasCommon,
+    words: list[str],
+    interrupt: KeyboardInterrupt,
+) -> str:
+    """Return what an interrupted command keeps and how to go on, in its own words if it has some."""
     describe = getattr(module, "interrupted", None)
-    return describe(flags, words) if describe else "nothing was written"
+    return describe(flags, words, interrupt) if describe else "nothing was written"
 
 
 def _calm_libraries(debug: bool) -> None:
@@ -101,5 +109,7 @@ def device(name: str) -> str:
         torch.empty(0, device=torch.device(name))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(f"--device {name}: not on this machine; it has {', '.join(here)}") from error
+        raise UserError(
+            f"--device {name}: not on this machine; it has {', '.join(here)}"
+        ) from error
     return name

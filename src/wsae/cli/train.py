@@ -1,17 +1,96 @@
 """`wsae train`: a family of SAEs over the same batches."""
 
+import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, Count, Flags as Base, Name, Number, Place
+from wsae.cli.flags import Common, CommonFlags, Place, Switch
 from wsae.cli.live import LiveFlags, open_data
+from wsae.cli.plan import PlanFlags
 from wsae.cli.ui import UI
-from wsae.core.errors import UserError
-from wsae.losses.config import GammaConfig, Normalise, Robust
-from wsae.sae.config import Kind, make_activation
-from wsae.train.config import MemberConfig, TrainConfig, family
+from wsae.core.artifact import read_json
+from wsae.core.config import Config
+from wsae.train.config import TrainConfig
 
-ABOUT = "Train SAEs on activations: one per --alpha, and their plain twin, on the same batches."
+ABOUT = "Train SAEs on activations: one per --alpha and their plain twin, all on the same batches."
+
+SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac")
+
+
+class Flags(Config):
+    """Flags of `wsae train`."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A store, an array (.npy, .safetensors), or a model together with --text and --hook."""
+    out: Place
+    """Directory of the run."""
+    resume: Switch = False
+    """Continue an interrupted run in --out; its own config is used where no flag says otherwise."""
+    plan: tyro.conf.OmitArgPrefixes[PlanFlags] = PlanFlags()
+    """The SAEs and their training."""
+    live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
+    """For a model: its text and the rows to keep."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Train and return the run's path and each member's last metrics."""
+    from wsae.cli.runner import device
+    from wsae.train.run import train_run
+
+    config(flags, None)  # bad flags are refused before anything is loaded
+    where = device(flags.common.device)
+    wanted = flags.plan.tokens
+    rest = {"dtype": flags.plan.dtype, **({} if wanted is None else {"tokens": wanted})}
+    source = open_data(flags.source, flags.live, flags.common.seed, where, rest)
+    cfg = config(flags, source.n_rows)
+    result = train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
+    return {"run": str(result.path), "members": last_metrics(result.path)}
+
+
+def config(flags: Flags, rows: int | None) -> TrainConfig:
+    """Return the run's config: that of the run to resume where no flag speaks of it, else the flags'."""
+    stored = flags.out / "config.json"
+    if flags.resume and flags.plan == PlanFlags() and stored.exists():
+        data = read_json(stored)
+        if isinstance(data, dict) and isinstance(data.get("train"), dict):
+            return TrainConfig.parse(data["train"], where=str(stored))
+    return flags.plan.config(rows, flags.common.seed)
+
+
+def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Return hook -> member -> the last row of its metrics."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
+            found.setdefault(row["hook"], {})[row["member"]] = kept
+    return found
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print each member's last training metrics and what to do next."""
+    rows = [
+        [hook, name, *(f"{metrics.get(key, float('nan')):.4g}" for key in SHOWN)]
+        for hook, members in result["members"].items()
+        for name, metrics in members.items()
+    ]
+    ui.table("last training batches", ("hook", "member", *SHOWN), rows)
+    place = shlex.quote(result["run"])
+    ui.say(
+        f"run: {result['run']}\nnext: wsae evaluate {place}, then wsae report {place} --out report.html"
+    )
+
+
+def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
+    """Say what is kept and how to go on."""
+    again = shlex.join(["wsae", "train", *(w for w in words if w != "--resume"), "--resume"])
+    done = f"{error}; " if str(error) else ""
+    if not (flags.out / "checkpoints").is_dir():
+        return f"{done}no checkpoint yet; the same command starts again"
+    return f"{done}{flags.out} keeps the work so far; go on with: {again}"

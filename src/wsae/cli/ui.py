@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self, TextIO
 
 from wsae.core.progress import Tick
+from wsae.core.units import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -56,7 +57,9 @@ class UI:
         console = Console(file=self.stdout, highlight=False)
         if not console.is_terminal:
             console.width = max(console.width, 120)
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
+        )
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
@@ -64,9 +67,7 @@ class UI:
         console.print(table)
 
     @contextmanager
-    def progress(
-        self, task: str, total: int | None, unit: str, done: int = 0
-    ) -> Iterator[Tick]:
+    def progress(self, task: str, total: int | None, unit: str, done: int = 0) -> Iterator[Tick]:
         """Show the progress of `task`; see wsae.core.progress.Progress."""
         draw = _bar(self, task, total, unit, done) if self._live() else None
         if draw is None:
@@ -184,13 +185,3 @@ def fields_text(fields: dict[str, float | str]) -> list[str]:
 def rate_text(rate: float) -> str:
     """Return a rate with as many digits as carry meaning."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `45 s`, `4 min 05 s` or `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -5,11 +5,14 @@ Unknown keys are errors that suggest the nearest known key. Nothing writes to a 
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from wsae.core.errors import UserError, nearest
+
+C = TypeVar("C", bound="Config")  # not typing.Self: the runtime type checker of the tests rejects it
+
 
 
 class Config(BaseModel):
@@ -24,7 +27,7 @@ class Config(BaseModel):
     )
 
     @classmethod
-    def parse(cls, data: dict[str, Any], where: str = "config") -> Self:
+    def parse(cls: type[C], data: dict[str, Any], where: str = "config") -> C:
         """Validate `data`; raises UserError with one line that names the key, the value and the mend."""
         try:
             return cls.model_validate(data)
@@ -32,7 +35,7 @@ class Config(BaseModel):
             raise UserError(f"{where}: {_one_line(cls, error)}") from error
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls: type[C], path: Path | str) -> C:
         """Read a JSON config file; raises UserError when it is missing, not JSON or invalid."""
         path = Path(path)
         try:

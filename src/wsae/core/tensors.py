@@ -52,15 +52,19 @@ class MappedTensor:
     def __init__(self, path: Path, name: str) -> None:
         dtype, shape, offset = _locate(path, name)
         self.path, self.shape, self._bf16 = path, shape, dtype == "BF16"
-        self._map = np.memmap(path, dtype=_NUMPY[dtype], mode="r", offset=offset, shape=shape)
+        mapped = np.memmap(path, dtype=_NUMPY[dtype], mode="r", offset=offset, shape=shape)
+        self._map = np.asarray(mapped)  # a plain view: the subclass is slow to index
 
     def rows(self, index: np.ndarray | slice) -> Tensor:
-        """Return the rows at `index` as a new tensor (bf16 and fp16 become float32)."""
-        part = np.array(self._map[index])
-        tensor = torch.from_numpy(part)
+        """Return the rows at `index` as a new tensor (half precisions and float64 become float32)."""
+        return torch.from_numpy(self.take(index))
+
+    def take(self, index: np.ndarray | slice) -> np.ndarray:
+        """Return the rows at `index` as a new array, like `rows` but without a copy through torch's allocator."""
+        part = np.array(self._map[index]) if isinstance(index, slice) else self._map[index]
         if self._bf16:
-            return tensor.view(torch.bfloat16).float()
-        return tensor.float() if tensor.dtype in (torch.float16, torch.float64) else tensor
+            return np.left_shift(part, 16, dtype=np.uint32).view(np.float32)
+        return part.astype(np.float32) if part.dtype in (np.float16, np.float64) else part
 
 
 def _locate(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:

@@ -66,7 +66,9 @@ def check_memory(need: Memory, free: float) -> Check:
         f"{size(need.weights)}, Adam {size(need.optimiser)}, one step {size(need.step)}"
     )
     mend = "lower --d-sae or --batch-size, or train fewer members at once"
-    return Check("memory", _room(need.total, free), shown, mend if need.total > TIGHT * free else "")
+    return Check(
+        "memory", _room(need.total, free), shown, mend if need.total > TIGHT * free else ""
+    )
 
 
 def store_bytes(cfg: HarvestConfig, widths: list[int]) -> int:
@@ -122,13 +124,11 @@ def _time_steps(x: Tensor, cfg: TrainConfig, index: int, rows: int, device: str)
     return min(times)
 
 
-def check_time(
-    cfg: TrainConfig, per_step: float, forward_tokens_per_s: float | None, tokens: int
-) -> Check:
+def check_time(cfg: TrainConfig, per_step: float, forward_tokens_per_s: float | None) -> Check:
     """Add up the model's and the SAEs' time."""
     training = per_step * cfg.steps
     shown = f"training {duration(training)} ({cfg.steps:,} steps of {1000 * per_step:.3g} ms, all members)"
     if forward_tokens_per_s:
-        forward = tokens / forward_tokens_per_s
+        forward = cfg.tokens / forward_tokens_per_s
         shown += f"; model {duration(forward)} ({forward_tokens_per_s:,.0f} tokens/s)"
     return Check("time", "ok", shown)

@@ -26,11 +26,15 @@ def check_versions() -> Check:
 def check_device(device: str) -> Check:
     """Name the device, and say when a faster one stands idle or threads are held back."""
     if device.startswith("cuda"):
-        return Check("device", "ok", f"{device}: {torch.cuda.get_device_name(torch.device(device))}")
+        return Check(
+            "device", "ok", f"{device}: {torch.cuda.get_device_name(torch.device(device))}"
+        )
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     shown = f"{device}, {threads} of {cores} threads, {size(free_memory(device))} memory free"
     if torch.cuda.is_available():
-        return Check("device", "warn", shown, "a GPU is here: leave out --device, or use --device cuda")
+        return Check(
+            "device", "warn", shown, "a GPU is here: leave out --device, or use --device cuda"
+        )
     if threads * 2 < cores:
         return Check("device", "warn", shown, "OMP_NUM_THREADS holds torch back; unset it")
     return Check("device", "ok", shown)

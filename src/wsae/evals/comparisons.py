@@ -1,9 +1,11 @@
 """Members against members: differences a - b with paired bootstrap intervals, from their arrays alone."""
 
+from typing import NamedTuple
+
 import numpy as np
 
-from wsae.core.errors import UserError
 from wsae.evals.config import EvalConfig
+from wsae.evals.glossary import COMPARED
 from wsae.evals.intervals import Difference, Ratio, mean, paired_difference, unpaired_difference
 from wsae.evals.scores import BY_SEQUENCE, Arrays, by_latent, fvu
 
@@ -14,57 +16,70 @@ UNPAIRED = {"dead_frac", "dense_frac"}
 """Shares over all latents: matched pairs (live in both) could not show a difference in dead ones."""
 
 
-def compare_members(a: tuple[str, Arrays], b: tuple[str, Arrays], cfg: EvalConfig) -> list[Comparison]:
-    """Compare member `a` with member `b`, each a (name, arrays), on the same held-out data.
+class Side(NamedTuple):
+    """One side of a comparison: its label in the results, its member name in its own run, its arrays."""
+
+    label: str
+    member: str
+    arrays: Arrays
+
+
+def compare_members(a: Side, b: Side, cfg: EvalConfig) -> list[Comparison]:
+    """Compare `a` with `b` on the same held-out data; differences are a - b.
 
     By sequence, paired: fvu, fvu_weighted (both under a's gamma), l0, cross-entropy and KL. By latent: paired over the
-    one-to-one pairs in a's `pair_index` where there is one, else (and for dead_frac, dense_frac) unpaired.
+    one-to-one pairs of the two where a has them, else (and always for dead_frac, dense_frac) unpaired.
     """
-    name_a, arrays_a = a
     out = []
-    for metric, (left, right) in _by_sequence(name_a, arrays_a, b[1]).items():
+    for metric, (left, right) in _by_sequence(a, b).items():
         difference = paired_difference(left, right, cfg)
-        out.append(_line(metric, a[0], b[0], difference, "sequence", True))
-    for metric, (difference, paired) in _by_latent(arrays_a, b[1], b[0], cfg).items():
-        out.append(_line(metric, a[0], b[0], difference, "latent", paired))
+        out.append(_line(metric, a, b, difference) | {"unit": "sequence", "paired": True})
+    for metric, (difference, paired) in _by_latent(a, b, cfg).items():
+        out.append(_line(metric, a, b, difference) | {"unit": "latent", "paired": paired})
     return out
 
 
-def _line(
-    metric: str, a: str, b: str, difference: Difference, unit: str, paired: bool
-) -> Comparison:
-    return {"a": a, "b": b, "metric": metric, **difference._asdict(), "unit": unit, "paired": paired}
+def _line(metric: str, a: Side, b: Side, difference: Difference) -> Comparison:
+    return {"a": a.label, "b": b.label, "metric": metric, **difference._asdict()}
 
 
-def _by_sequence(name_a: str, a: Arrays, b: Arrays) -> dict[str, tuple[Ratio, Ratio]]:
-    readers = {m: read for m, read in BY_SEQUENCE.items() if m not in ("ce_clean", "ce_spliced")}
-    if not np.array_equal(a.get("splice_seq", np.zeros(0)), b.get("splice_seq", np.zeros(0))):
+def _by_sequence(a: Side, b: Side) -> dict[str, tuple[Ratio, Ratio]]:
+    readers = {m: read for m, read in BY_SEQUENCE.items() if m in COMPARED}
+    if not _same_spliced(a.arrays, b.arrays):
         readers = {m: read for m, read in readers.items() if m in ("fvu", "l0")}
-    pairs = {metric: (read(a), read(b)) for metric, read in readers.items()}
-    pairs["fvu_weighted"] = fvu(a, under=name_a), fvu(b, under=name_a)
+    pairs = {metric: (read(a.arrays), read(b.arrays)) for metric, read in readers.items()}
+    pairs["fvu_weighted"] = tuple(fvu(side.arrays, under=a.member) for side in (a, b))
     return {m: (x, y) for m, (x, y) in pairs.items() if x is not None and y is not None}
 
 
-def _by_latent(
-    a: Arrays, b: Arrays, name_b: str, cfg: EvalConfig
-) -> dict[str, tuple[Difference, bool]]:
-    values_a, values_b = by_latent(a, cfg), by_latent(b, cfg)
-    index = a.get(f"pair_index@{name_b}")
+def _same_spliced(a: Arrays, b: Arrays) -> bool:
+    return all(
+        np.array_equal(a.get(key, np.zeros(0)), b.get(key, np.zeros(0)))
+        for key in ("splice_seq", "splice_targets")
+    )
+
+
+def _by_latent(a: Side, b: Side, cfg: EvalConfig) -> dict[str, tuple[Difference, bool]]:
+    values_a, values_b = by_latent(a.arrays, cfg), by_latent(b.arrays, cfg)
+    index = a.arrays.get(f"pair_index@{b.label}")
     out = {}
-    for metric in values_a.keys() & values_b.keys():
+    for metric in sorted(values_a.keys() & values_b.keys()):
         left, right = values_a[metric], values_b[metric]
         if index is None or metric in UNPAIRED:
             out[metric] = unpaired_difference(left, right, cfg), False
         else:
             kept = index >= 0
             out[metric] = paired_difference(mean(left[kept]), mean(right[index[kept]]), cfg), True
-    return dict(sorted(out.items()))
+    return out
 
 
-def check_same_data(a: tuple[str, str], b: tuple[str, str]) -> None:
-    """Raise UserError unless two (name, digest of the held-out data) agree: pairs exist only on the same sequences."""
-    if a[1] != b[1]:
-        raise UserError(
-            f"{a[0]} and {b[0]} were evaluated on different held-out data (digests {a[1][:12]} and {b[1][:12]}); "
-            "evaluate both on the same data before comparing"
-        )
+def across_runs(b: Side, a: Side) -> Side:
+    """Return `b` for comparison with `a` of another run: weighted sums stay only where both have the same gamma."""
+    same = "gamma" in b.arrays and np.array_equal(
+        a.arrays.get("gamma", np.zeros(0)), b.arrays["gamma"]
+    )
+    keys = (
+        {f"{key}@{b.member}": f"{key}@{a.member}" for key in ("seq_sse", "seq_var")} if same else {}
+    )
+    plain = {k: v for k, v in b.arrays.items() if "@" not in k}
+    return b._replace(arrays=plain | {new: b.arrays[old] for old, new in keys.items()})

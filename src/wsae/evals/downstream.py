@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
+from wsae.acts.hookpoints import module_named, output_tensor
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 
@@ -58,17 +59,18 @@ class Losses(NamedTuple):
 @torch.inference_mode()
 def spliced_losses(
     model: nn.Module,
-    module: nn.Module,
+    hook: str,
     sequences: list[TokenSequence],
     variants: dict[str, Replace],
     max_logits: int,
     progress: Progress = quiet,
 ) -> Losses:
-    """Return cross-entropy and KL of every variant spliced at `module`, per sequence.
+    """Return cross-entropy and KL of every variant spliced at the module called `hook`, per sequence.
 
     KL(p_clean || p_spliced) = sum_v p_clean(v) (log p_clean(v) - log p_spliced(v)). Raises UserError when a variant
     makes the model's loss NaN or infinite.
     """
+    module = module_named(model, hook)
     sequences = [s.trimmed() for s in sequences if s.kept.any()]
     sequences = [s for s in sequences if s.target[1:].any()]
     rows: list[Tensor] = []
@@ -158,7 +160,7 @@ def _widened(
     module: nn.Module, kept: Bool[Tensor, " length"], variants: list[Replace | None]
 ) -> Iterator[None]:
     def swap(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> Tensor | tuple:
-        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = output_tensor(output, "spliced")
         wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
         x = hidden[0, kept].float()
         for row, replace in zip(wide, variants, strict=True):
@@ -180,7 +182,11 @@ def _can_share(model: nn.Module, module: nn.Module, sequence: TokenSequence) -> 
     plain = model(input_ids=ids[None], use_cache=False).logits
     try:
         wide = run_variants(model, module, ids, kept, [None, None])
-    except (RuntimeError, ValueError, IndexError):  # shapes that do not broadcast: the other way is always right
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+    ):  # shapes that do not broadcast: the other way is always right
         return False
     tolerance = _PROBE_TOLERANCE.get(plain.dtype, 1e-3) * float(plain.abs().max())
     return float((wide - plain).abs().max()) <= tolerance

@@ -130,7 +130,9 @@ def _influence(ratio: Ratio, value: float) -> Column:
     return (ratio.num - value * ratio.den) / ratio.den.mean()
 
 
-def unpaired_difference(a: Column, b: Column, cfg: EvalConfig) -> Difference:
+def unpaired_difference(
+    a: Float64[np.ndarray, " units_a"], b: Float64[np.ndarray, " units_b"], cfg: EvalConfig
+) -> Difference:
     """Return mean(a) - mean(b) of independent samples, each resampled on its own.
 
     effect_size = (mean_a - mean_b) / sqrt((sd_a^2 + sd_b^2) / 2), Cohen's d; n = the smaller sample.

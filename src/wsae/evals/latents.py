@@ -28,11 +28,12 @@ class Entries:
 
 
 class LatentActivity:
-    """Running count, sum and sum of squares of every latent, over all held-out rows (zeros included)."""
+    """Running count, sum, sum of squares and maximum of every latent, over all held-out rows (zeros included)."""
 
     def __init__(self, d_sae: int) -> None:
         self.n = 0
         self.count = torch.zeros(d_sae, dtype=torch.int64)
+        self.peak = torch.zeros(d_sae, dtype=torch.float64)
         self._sum = torch.zeros(d_sae, dtype=torch.float64)
         self._square = torch.zeros(d_sae, dtype=torch.float64)
 
@@ -42,6 +43,7 @@ class LatentActivity:
         self.n += entries.batch
         self.count += torch.bincount(entries.indices, minlength=size)
         self._sum += torch.bincount(entries.indices, entries.values, minlength=size)
+        self.peak.scatter_reduce_(0, entries.indices, entries.values, "amax")
         self._square += torch.bincount(entries.indices, entries.values.square(), minlength=size)
 
     @property
@@ -65,7 +67,9 @@ class LatentActivity:
         return (self._square / self.n - (self._sum / self.n).square()).clamp_min(0.0)
 
 
-def density_histogram(density: Float64[Tensor, " d_sae"]) -> dict[str, list[float] | list[int] | int]:
+def density_histogram(
+    density: Float64[Tensor, " d_sae"],
+) -> dict[str, list[float] | list[int] | int]:
     """Return counts of log10(density) between `edges` for the latents that fired, and how many never did.
 
     Densities under the lowest edge are counted in the lowest bin.

@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wsae.acts.source import ActivationSource, Chunk
+from wsae.acts.source import Chunk
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import TopContexts, sample_latents
+from wsae.evals.data import HeldOut
 from wsae.evals.control import CONTROL, random_control
 from wsae.evals.fidelity import Errors, Survey, ev_per_dim
 from wsae.evals.latents import Entries, decoder_max_cosine
@@ -48,7 +49,7 @@ class Measured:
 class Replay:
     """Held-out chunks, kept in memory up to a limit so that a second pass need not compute them again."""
 
-    def __init__(self, source: ActivationSource, cfg: EvalConfig) -> None:
+    def __init__(self, source: HeldOut, cfg: EvalConfig) -> None:
         self._source, self._cfg = source, cfg
         self._kept: list[Chunk] | None = None
 
@@ -69,6 +70,7 @@ class Kept:
     """Which positions of some sequences are held-out rows (the rest are special tokens, sinks, padding)."""
 
     def __init__(self, sequences: list[int]) -> None:
+        self.sequences = sequences
         self._wanted = torch.tensor(sequences, dtype=torch.int64)
         self._found: dict[int, list[Tensor]] = {seq: [] for seq in sequences}
 
@@ -89,7 +91,7 @@ class Kept:
 
 @torch.inference_mode()
 def measure(
-    source: ActivationSource,
+    source: HeldOut,
     families: dict[str, Family],
     cfg: EvalConfig,
     kept: Kept | None = None,
@@ -121,7 +123,7 @@ def measure(
     return {hook: second.measured() for hook, second in passes.items()}
 
 
-def _width(source: ActivationSource, hook: str) -> int:
+def _width(source: HeldOut, hook: str) -> int:
     if hook not in source.hooks:
         raise UserError(f"the data have no hook {hook!r}; they have {', '.join(source.hooks)}")
     return source.hooks[hook]

@@ -1,4 +1,4 @@
-"""The report's charts: what is drawn for one hook of a run. Each function returns figures, none when data are missing."""
+"""The report's charts: what is drawn for one hook of a run. No figure is returned where data are missing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from wsae.report.rundata import Json, RunData, finite
+from wsae.report.rundata import Json, RunData, finite, is_control
 from wsae.report.svg import Axis, Chart, axis
 from wsae.report.words import number
 
@@ -44,17 +44,28 @@ def thinned(count: int, limit: int = MAX_POINTS) -> np.ndarray:
 def gamma_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw gamma against the rank of input variance, one curve per weighted member."""
     curves = {
-        member: pair for member in run.members(hook) if (pair := _gamma_pair(run, hook, member)) is not None
+        member: pair
+        for member in run.members(hook)
+        if (pair := _gamma_pair(run, hook, member)) is not None
     }
     if not curves:
         return []
     values = [v for gamma, _ in curves.values() for v in gamma]
     width = max(len(gamma) for gamma, _ in curves.values())
     y = axis("loss weight γ (log)", [*values, 1.0], log=True)
-    chart = Chart("Loss weight by dimension", Axis("rank of the input dimension, largest variance first (log)", 0.9, width, log=True), y, 900, 320)
-    chart.rule((0.9, 1), (width, 1), "γ = 1: plain")
+    chart = Chart(
+        "Loss weight by dimension",
+        Axis(
+            "rank of the input dimension, largest variance first (log)", 0.9, float(width), log=True
+        ),
+        y,
+        560,
+        300,
+    )
+    chart.rule((0.9, 1.0), (float(width), 1.0), "γ = 1: plain")
+    named: set[int] = set()
     for member, (gamma, order) in curves.items():
-        _gamma_curve(chart, gamma, order, kind_of(run, hook, member), member)
+        _gamma_curve(chart, (gamma, order), (kind_of(run, hook, member), member), named)
     text = (
         "Errors in a dimension count γ² times in the training loss. Dimensions above the line gained "
         "weight, those below lost it; the heaviest are numbered."
@@ -64,26 +75,42 @@ def gamma_figures(run: RunData, hook: str) -> list[Figure]:
 
 def _gamma_pair(run: RunData, hook: str, member: str) -> tuple[np.ndarray, np.ndarray] | None:
     gamma, variance = run.array(hook, member, "gamma"), run.array(hook, member, "input_variance")
-    if gamma is None or member == run.twin(hook):
+    if gamma is None or run.is_plain(hook, member) or is_control(member):
         return None
     return gamma, np.argsort(-(gamma if variance is None else variance), kind="stable")
 
 
-def _gamma_curve(chart: Chart, gamma: np.ndarray, order: np.ndarray, kind: str, member: str) -> None:
+def _gamma_curve(
+    chart: Chart, pair: tuple[np.ndarray, np.ndarray], who: tuple[str, str], named: set[int]
+) -> None:
+    """Draw one member's gamma; a dimension's number is written once for all members."""
+    (gamma, order), (kind, member) = pair, who
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     kept = np.unique(np.geomspace(1, len(order), MAX_POINTS).round().astype(int)) - 1
     chart.points(kept + 1.0, gamma[order][kept], kind, member)
     for place, dim in enumerate(np.argsort(-gamma, kind="stable")[:_NAMED]):
         tip = f"{member}: dimension {dim}, γ = {number(float(gamma[dim]))}"
-        chart.spot(rank[dim] + 1.0, float(gamma[dim]), kind, tip, f"dim {dim}" if place < 3 else "")
+        text = f"dim {dim}" if place < 3 and int(dim) not in named else ""
+        named.add(int(dim))
+        chart.spot(float(rank[dim]) + 1.0, float(gamma[dim]), kind, tip, text)
 
 
 # --- training --------------------------------------------------------------------------------------------
 
 CURVES = (
-    ("fvu", "Plain FVU", "fraction of variance unexplained", "All dimensions alike. Lower is better."),
-    ("fvu_weighted", "Weighted FVU", "FVU with weights γ²", "What the member itself is trained on."),
+    (
+        "fvu",
+        "Plain FVU",
+        "fraction of variance unexplained",
+        "All dimensions alike. Lower is better.",
+    ),
+    (
+        "fvu_weighted",
+        "Weighted FVU",
+        "FVU with weights γ²",
+        "What the member itself is trained on.",
+    ),
     ("l0", "L0", "active latents per token", "Fixed for Top-k; free for the others."),
     ("dead_frac", "Dead latents", "fraction of latents", "Latents that have not fired lately."),
 )
@@ -93,13 +120,20 @@ def training_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw each metric of training against tokens, all members together, linear and log."""
     rows = run.metrics.get(hook, {})
     return [
-        Figure(title, text, _curves(run, hook, rows, (key, unit, False)), _curves(run, hook, rows, (key, unit, True)))
+        Figure(
+            title,
+            text,
+            _curves(run, hook, rows, (key, unit, False)),
+            _curves(run, hook, rows, (key, unit, True)),
+        )
         for key, title, unit, text in CURVES
         if any(finite(row.get(key)) is not None for member in rows.values() for row in member)
     ]
 
 
-def _curves(run: RunData, hook: str, rows: dict[str, list[Json]], what: tuple[str, str, bool]) -> Markup:
+def _curves(
+    run: RunData, hook: str, rows: dict[str, list[Json]], what: tuple[str, str, bool]
+) -> Markup:
     key, unit, log = what
     series = {member: _series(rows[member], key) for member in run.members(hook) if member in rows}
     values = [v for _, ys in series.values() for v in ys]
@@ -132,21 +166,34 @@ def density_figures(run: RunData, hook: str) -> list[Figure]:
     return _beside(run, hook, ("density", help_text), _density_chart)
 
 
-def _density_chart(run: RunData, hook: str, pair: tuple[str | None, str], pool: dict[str, np.ndarray]) -> Markup:
-    floor = np.floor(min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0))
+def _density_chart(
+    run: RunData, hook: str, pair: tuple[str | None, str], pool: dict[str, np.ndarray]
+) -> Markup:
+    floor = np.floor(
+        min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
+    )
     edges = np.arange(floor, _BIN / 2, _BIN)
     bars = {name: _binned(density, edges) for name, density in pool.items()}
     top = max(max(dead, counts.max()) for dead, counts in bars.values())
     stride = 1 if floor > -7 else 2
     powers = tuple((float(p), _power(p)) for p in range(int(floor), 1, stride))
     dead_at = floor - _DEAD_GAP
-    x = Axis("density: share of tokens on which a latent fires", dead_at - _BIN, 0.05, ticks=((dead_at, "0"), *powers))
-    chart = Chart(f"Density of {pair[1]}", x, Axis("latents per bin", 0, max(1.0, 1.06 * float(top))))
+    x = Axis(
+        "density: share of tokens on which a latent fires",
+        dead_at - _BIN,
+        0.05,
+        ticks=((dead_at, "0"), *powers),
+    )
+    chart = Chart(
+        f"Density of {pair[1]}", x, Axis("latents per bin", 0.0, max(1.0, 1.06 * float(top)))
+    )
     for name in filter(None, dict.fromkeys(pair)):
         dead, counts = bars[name]
         kind = kind_of(run, hook, name)
-        chart.steps([dead_at - _BIN, dead_at + _BIN], [dead], kind, f"{name}: {dead} dead latents")
-        chart.steps(edges.tolist(), counts.tolist(), kind, name)
+        chart.steps(
+            [dead_at - _BIN, dead_at + _BIN], [float(dead)], kind, f"{name}: {dead} dead latents"
+        )
+        chart.steps(edges.tolist(), counts.astype(float).tolist(), kind, name)
     return chart.svg()
 
 
@@ -157,7 +204,11 @@ def _binned(density: np.ndarray, edges: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def _power(exponent: int) -> str:
-    return "1" if exponent == 0 else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return (
+        "1"
+        if exponent == 0
+        else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    )
 
 
 def explained_figures(run: RunData, hook: str) -> list[Figure]:
@@ -169,12 +220,15 @@ def explained_figures(run: RunData, hook: str) -> list[Figure]:
     return [f for f in _beside(run, hook, ("ev_per_dim", help_text), _explained_chart) if f.svg]
 
 
-def _explained_chart(run: RunData, hook: str, pair: tuple[str | None, str], pool: dict[str, np.ndarray]) -> Markup:
+def _explained_chart(
+    run: RunData, hook: str, pair: tuple[str | None, str], pool: dict[str, np.ndarray]
+) -> Markup:
     twin, member = pair
     if twin is None or twin == member:
         return Markup("")
     kind, gamma = kind_of(run, hook, member), run.array(hook, member, "gamma")
-    values = np.concatenate([v[np.isfinite(v)] for v in pool.values()])
+    x, y = pool[twin], pool[member]
+    values = np.concatenate([v[np.isfinite(v)] for v in (x, y)])
     low = max(-1.0, float(np.quantile(values, 0.002)) - 0.05) if len(values) else 0.0
     chart = Chart(
         f"Explained variance per dimension: {member}",
@@ -183,11 +237,10 @@ def _explained_chart(run: RunData, hook: str, pair: tuple[str | None, str], pool
         height=340,
     )
     chart.rule((low, low), (1.0, 1.0))
-    x, y = pool[twin], pool[member]
     kept = thinned(len(x))
     chart.points(x[kept], y[kept], kind, member)
     heaviest = [] if gamma is None else np.argsort(-gamma, kind="stable")[:_NAMED]
-    for dim in heaviest:
+    for dim in (d for d in heaviest if np.isfinite([x[d], y[d]]).all()):
         tip = f"dimension {dim}: {twin} {number(float(x[dim]))}, {member} {number(float(y[dim]))}"
         chart.spot(float(x[dim]), float(y[dim]), kind, tip, str(dim))
     return chart.svg()
@@ -199,13 +252,19 @@ Draw = Callable[[RunData, str, tuple[str | None, str], dict[str, np.ndarray]], M
 def _beside(run: RunData, hook: str, what: tuple[str, str], draw: Draw) -> list[Figure]:
     """One figure per weighted member beside the twin (or per member when there is no twin)."""
     name, text = what
-    arrays = {member: run.array(hook, member, name) for member in run.members(hook)}
+    arrays = {
+        member: run.array(hook, member, name)
+        for member in run.members(hook)
+        if not is_control(member)
+    }
     pool = {member: array for member, array in arrays.items() if array is not None}
-    twin = run.twin(hook)
-    twin = twin if twin in pool else None
-    shown: Sequence[str] = [member for member in pool if member != twin] or list(pool)
-    title = "{} beside {}" if twin else "{}"
-    return [
-        Figure(title.format(member, twin) if member != twin else member, text, draw(run, hook, (twin, member), pool))
-        for member in shown
-    ]
+    shown: Sequence[str] = [member for member in pool if not run.is_plain(hook, member)] or list(
+        pool
+    )
+    out = []
+    for member in shown:
+        twin = run.twin_of(hook, member)
+        twin = twin if twin in pool else None
+        title = f"{member} beside {twin}" if twin else member
+        out.append(Figure(title, text, draw(run, hook, (twin, member), pool)))
+    return out

@@ -11,6 +11,7 @@ import math
 from importlib.resources import files
 from pathlib import Path
 
+import jinja2  # torch brings it along, so it is always there
 from markupsafe import Markup
 
 from wsae.core.artifact import write_text
@@ -22,7 +23,13 @@ from wsae.report.view import cards, glossary, hook_view
 REPORT_NAME = "report.html"
 _ASSETS = files("wsae.report") / "assets"
 _SIGNIFICANT = 3
-_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_ESCAPES = {
+    "<": "\\u003c",
+    ">": "\\u003e",
+    "&": "\\u0026",
+    "\u2028": "\\u2028",
+    "\u2029": "\\u2029",
+}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -41,11 +48,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 def render(run: RunData) -> str:
     """Return the page of a run as text (always encodable as UTF-8)."""
-    try:
-        import jinja2  # an optional dependency: only this function needs it
-    except ImportError as error:
-        raise UserError("jinja2 is not installed; pip install 'wsae[report]'") from error
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     style, script = _asset("report.css"), _asset("report.js")
     page = environment.from_string(_asset("report.html.j2")).render(
         policy=policy(script, style),
@@ -60,7 +65,9 @@ def render(run: RunData) -> str:
         contexts=json_block(pack_contexts(run)),
         version=__version__,
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
-        manifest=json.dumps({k: v for k, v in run.manifest.items() if k != "config"}, indent=2, ensure_ascii=False),
+        manifest=json.dumps(
+            {k: v for k, v in run.manifest.items() if k != "config"}, indent=2, ensure_ascii=False
+        ),
     )
     return page.encode("utf-8", "replace").decode("utf-8")
 
@@ -72,7 +79,8 @@ def _asset(name: str) -> str:
 def policy(script: str, style: str) -> str:
     """Return a content security policy that allows these two texts and nothing else."""
     script_hash, style_hash = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (script, style)
     )
     return (
         f"default-src 'none'; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; "
@@ -102,7 +110,13 @@ def pack_contexts(run: RunData) -> Json:
     table = sorted(counts, key=lambda token: (-counts[token], token))
     number_of = {token: i for i, token in enumerate(table)}
     hooks = [
-        [hook, [[name, [_latent(entry, number_of) for entry in latents]] for name, latents in members.items()]]
+        [
+            hook,
+            [
+                [name, [_latent(entry, number_of) for entry in latents]]
+                for name, latents in members.items()
+            ],
+        ]
         for hook, members in run.contexts.items()
     ]
     return {"tokens": table, "hooks": hooks}

@@ -19,6 +19,8 @@ Json = dict[str, Any]
 """A parsed JSON object."""
 
 TWIN_NAME = "plain"
+CONTROL_PREFIX = "control"
+"""Members whose names start like this were not trained: a floor, no competitors."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +50,28 @@ class RunData:
         return self.evaluation.get("hooks", {}).get(hook, {})
 
     def members(self, hook: str) -> list[str]:
-        """Member names of a hook, the plain twin first."""
+        """Member names of a hook: unweighted ones first, untrained controls last."""
         sources = (
             self.evaluated(hook).get("members", {}),
             self.metrics.get(hook, {}),
             self.gamma.get(hook, {}),
         )
         names = list(dict.fromkeys(name for source in sources for name in source))
-        twin = self.twin(hook)
-        return sorted(names, key=lambda name: name != twin)
+        return sorted(names, key=lambda name: (is_control(name), not self.is_plain(hook, name)))
 
-    def twin(self, hook: str) -> str | None:
-        """Name the unweighted member others are compared with: by gamma rule `none`, then by name."""
-        records = self.gamma.get(hook, {}) or {
-            name: member.get("gamma", {})
-            for name, member in self.evaluated(hook).get("members", {}).items()
-        }
-        unweighted = [name for name, record in records.items() if (record or {}).get("rule") == "none"]
-        if TWIN_NAME in unweighted or not unweighted:
-            known = (self.metrics.get(hook, {}), self.evaluated(hook).get("members", {}), records)
-            return TWIN_NAME if any(TWIN_NAME in names for names in known) else None
-        return unweighted[0]
+    def is_plain(self, hook: str, member: str) -> bool:
+        """Say whether a trained member has no weighting: by its gamma rule, by its name where none is recorded."""
+        rule = self.gamma_record(hook, member).get("rule")
+        return not is_control(member) and (member == TWIN_NAME if rule is None else rule == "none")
+
+    def twin_of(self, hook: str, member: str) -> str | None:
+        """Name the plain twin of a member: the one it was compared with, else the first plain one of the hook."""
+        if self.is_plain(hook, member):
+            return None
+        plain = [name for name in self.members(hook) if self.is_plain(hook, name)]
+        lines = self.evaluated(hook).get("comparisons", [])
+        compared = [line.get("b") for line in lines if line.get("a") == member]
+        return next((name for name in compared if name in plain), plain[0] if plain else None)
 
     def gamma_record(self, hook: str, member: str) -> Json:
         """Return the gamma record of a member (rule, alpha, heaviest, ...), or an empty object."""
@@ -84,7 +87,9 @@ def read_run(path: Path) -> RunData:
     """Read a run directory; raises UserError when it is missing, no run, or a part of it is damaged."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`")
+        raise UserError(
+            f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json, so it is not a wsae run directory")
     notes: list[str] = []
@@ -101,7 +106,9 @@ def read_run(path: Path) -> RunData:
         notes=notes,
     )
     if not run.hooks:
-        raise UserError(f"{path}: has no metrics, gamma or evaluation yet; train it before reporting")
+        raise UserError(
+            f"{path}: has no metrics, gamma or evaluation yet; train it before reporting"
+        )
     return run
 
 
@@ -150,9 +157,18 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json
             out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise UserError(f"{path}: line {number} is not a metrics row ({error!r})") from error
-            notes.append("The last line of metrics.jsonl is cut off (the run was stopped while writing it).")
+                raise UserError(
+                    f"{path}: line {number} is not a metrics row ({error!r})"
+                ) from error
+            notes.append(
+                "The last line of metrics.jsonl is cut off (the run was stopped while writing it)."
+            )
     return out
+
+
+def is_control(member: str) -> bool:
+    """Say whether a member is an untrained control."""
+    return member.startswith(CONTROL_PREFIX)
 
 
 def find(config: object, key: str) -> object:

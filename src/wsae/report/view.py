@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from wsae.report import charts
 from wsae.report.charts import Figure
-from wsae.report.rundata import Json, RunData, find, finite
+from wsae.report.rundata import Json, RunData, find, finite, is_control
 from wsae.report.words import (
     METRICS,
     OTHER,
@@ -25,12 +25,28 @@ from wsae.report.words import (
 
 HEAVIEST = 8
 MATCHING = {
-    "decoder_cosine_mean": "mean decoder cosine to the best latent of the twin",
-    "decoder_cosine_median": "median decoder cosine to the best latent of the twin",
-    "frac_above_0.9": "share of latents with a near-copy in the twin (cosine above 0.9)",
-    "frac_above_0.7": "share of latents with a likeness in the twin (cosine above 0.7)",
-    "frac_mutual": "share of latents whose best match also chooses them",
+    "n_pairs": "latents paired one-to-one with the twin's",
+    "decoder_cosine_mean": "mean cosine of a pair (1: the same direction)",
+    "frac_above_0.9": "share of pairs that are near-copies (cosine above 0.9)",
+    "frac_above_0.7": "share of pairs that are alike (cosine above 0.7)",
+    "random_cosine_mean": "mean cosine that chance alone would give",
 }
+WITHOUT_MASK = {
+    "cosine": "cosine of γ with and without the mask",
+    "weight_moved": "share of the loss weight that would move",
+    "largest_change_dimension": "dimension whose γ would change most",
+    "largest_change_factor": "its γ would change by a factor of",
+    "top_share_masked": "heaviest dimension's share, as trained",
+    "top_share_unmasked": "heaviest dimension's share, without the mask",
+}
+FACTS = {
+    "normalise": "normalisation",
+    "robust": "made robust by",
+    "effective_dimensions": "effective number of dimensions",
+    "max_over_median": "largest γ over median γ",
+    "tokens": "tokens used",
+}
+"""Words for the keys of a gamma record and of the matching; others show as they are."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,8 @@ class MemberView:
     name: str
     kind: str
     text: str
-    is_twin: bool
+    is_plain: bool
+    is_control: bool
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,8 @@ class HookView:
     others: list[str]
     members: list[MemberView]
     groups: list[tuple[str, list[Row]]]
+    weighs: bool
+    """Whether weighted FVU was compared, which needs a word of explanation."""
     matching: list[tuple[MemberView, list[tuple[str, str]]]]
     gamma: list[GammaView]
     gamma_figures: list[Figure]
@@ -105,11 +124,14 @@ def hook_view(run: RunData, hook: str, index: int) -> HookView:
         others=_others(run, hook),
         members=members,
         groups=_groups(run, hook),
-        matching=[(by_name[name], _matching(found)) for name, found in matching.items() if name in by_name],
+        weighs=any(metric == "fvu_weighted" for _, metric in judgements(run, hook)),
+        matching=[
+            (by_name[name], _matching(found)) for name, found in matching.items() if name in by_name
+        ],
         gamma=[
             _gamma(member, record)
             for member in members
-            if not member.is_twin and (record := run.gamma_record(hook, member.name))
+            if not member.is_plain and (record := run.gamma_record(hook, member.name))
         ],
         gamma_figures=charts.gamma_figures(run, hook),
         training=charts.training_figures(run, hook),
@@ -119,10 +141,11 @@ def hook_view(run: RunData, hook: str, index: int) -> HookView:
 
 
 def _member(run: RunData, hook: str, name: str) -> MemberView:
-    is_twin = name == run.twin(hook)
+    plain, control = run.is_plain(hook, name), is_control(name)
     record = run.gamma_record(hook, name)
-    text = "no weighting (γ = 1)" if is_twin else weighting(record, name) if record else ""
-    return MemberView(name, charts.kind_of(run, hook, name), text, is_twin)
+    text = "untrained: the floor" if control else "no weighting (γ = 1)" if plain else ""
+    text = text or (weighting(record, name) if record else "")
+    return MemberView(name, charts.kind_of(run, hook, name), text, plain, control)
 
 
 def _others(run: RunData, hook: str) -> list[str]:
@@ -152,7 +175,9 @@ def _row(run: RunData, hook: str, key: str) -> Row:
         _cell(found.get(name, {}).get("metrics", {}).get(key), judged.get((name, key)))
         for name in run.members(hook)
     ]
-    return Row(key, metric_name(key), tip, direction(key, glossary), cells)
+    return Row(
+        key, str(entry.get("name") or metric_name(key)), tip, direction(key, glossary), cells
+    )
 
 
 def _cell(metric: object, judged: Judgement | None) -> Cell:
@@ -165,29 +190,28 @@ def _cell(metric: object, judged: Judgement | None) -> Cell:
 
 
 def _matching(found: Json) -> list[tuple[str, str]]:
-    pairs = [(MATCHING.get(key, key.replace("_", " ")), finite(value)) for key, value in found.items()]
+    pairs = [
+        (MATCHING.get(key, key.replace("_", " ")), finite(value)) for key, value in found.items()
+    ]
     return [(name, number(value)) for name, value in pairs if value is not None]
 
 
 def _gamma(member: MemberView, record: Json) -> GammaView:
-    facts = [(key, _plain(record[key])) for key in ("normalise", "robust", "tokens") if record.get(key) is not None]
+    facts = [
+        (words, _plain(record[key])) for key, words in FACTS.items() if record.get(key) is not None
+    ]
     heaviest = [
         (str(row[0]), number(finite(row[1])), _percent(row[2]) if len(row) > 2 else "–")
         for row in record.get("heaviest", [])[:HEAVIEST]
     ]
-    return GammaView(member, facts, heaviest, _flat(record.get("without_mask") or {}))
-
-
-def _flat(value: object, name: str = "") -> list[tuple[str, str]]:
-    """Flatten nested JSON into (path in words, value) pairs."""
-    if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in _flat(item, f"{name} {key}".strip())]
-    return [(name.replace("_", " "), _plain(value))]
+    moved: Json = record.get("without_mask") or {}
+    without = [(WITHOUT_MASK.get(key, key.replace("_", " ")), _plain(value)) for key, value in moved.items()]
+    return GammaView(member, facts, heaviest, without)
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no"}.get(bool(value), "–") if value is not None else "–"
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
@@ -215,11 +239,14 @@ def cards(run: RunData) -> list[tuple[str, str]]:
     hooks = run.hooks
     out = [("Hook point" if len(hooks) == 1 else "Hook points", ", ".join(hooks))]
     for name, keys in CARDS:
-        found = [find(run.config, key) for key in keys]
+        found = [find([run.config, run.evaluation], key) for key in keys]
         value = next((v for v in found if isinstance(v, str | int | float)), None)
         if value is not None:
             out.append((name, _plain(value)))
-    for key, name in (("heldout_tokens", "Held-out tokens"), ("heldout_sequences", "Held-out sequences")):
+    for key, name in (
+        ("heldout_tokens", "Held-out tokens"),
+        ("heldout_sequences", "Held-out sequences"),
+    ):
         count = finite(run.evaluation.get(key))
         if count is not None:
             out.append((name, f"{count:,.0f}"))
@@ -227,11 +254,8 @@ def cards(run: RunData) -> list[tuple[str, str]]:
     return out + ([("wsae version", str(version))] if version else [])
 
 
-def glossary(run: RunData) -> list[tuple[str, str, str, str, str]]:
-    """Return (key, name, formula, direction, unit) of every metric the evaluation explains."""
-    entries = run.evaluation.get("glossary", {})
-    return [
-        (key, metric_name(key), *(str(entry.get(part, "")) for part in ("formula", "direction", "unit")))
-        for key, entry in entries.items()
-        if isinstance(entry, dict)
-    ]
+def glossary(run: RunData) -> list[tuple[str, str, Json]]:
+    """Return (key, name, entry) of every metric the evaluation explains."""
+    entries: Json = run.evaluation.get("glossary", {})
+    explained = [(key, entry) for key, entry in entries.items() if isinstance(entry, dict)]
+    return [(key, str(entry.get("name") or metric_name(key)), entry) for key, entry in explained]

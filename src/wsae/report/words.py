@@ -3,24 +3,30 @@
 import math
 from dataclasses import dataclass
 
-from wsae.report.rundata import Json, RunData, finite
+from wsae.report.rundata import Json, RunData, finite, is_control
 
 METRICS: dict[str, tuple[str, str, str]] = {
     "fvu": ("Plain FVU", "Reconstruction", "lower"),
     "fvu_weighted": ("Weighted FVU", "Reconstruction", "lower"),
+    "ev_dim_mean": ("Explained variance per dimension, mean", "Reconstruction", "higher"),
+    "ev_dim_min": ("Explained variance of the worst dimension", "Reconstruction", "higher"),
     "ce_loss_recovered_zero": ("CE loss recovered (zero)", "The model's own predictions", "higher"),
     "ce_loss_recovered_mean": ("CE loss recovered (mean)", "The model's own predictions", "higher"),
     "ce_delta": ("CE increase", "The model's own predictions", "lower"),
+    "ce_clean": ("Model's cross-entropy", "The model's own predictions", ""),
+    "ce_spliced": ("Cross-entropy with reconstructions", "The model's own predictions", "lower"),
     "kl": ("KL divergence", "The model's own predictions", "lower"),
     "l0": ("L0, active latents", "Sparsity", ""),
     "dead_frac": ("Dead latents", "Sparsity", "lower"),
     "dense_frac": ("Dense latents", "Sparsity", "lower"),
+    "density_mean": ("Latent density, mean", "Sparsity", ""),
     "latent_variance_mean": ("Latent variance, mean", "Latents", ""),
     "decoder_cosine_max_mean": ("Nearest decoder cosine, mean", "Latents", ""),
 }
 """metric -> (name, group, better direction); the evaluation's glossary overrules the direction."""
 
 OTHER = "Other"
+NBSP = "\N{NO-BREAK SPACE}"
 _SMALL, _LARGE = 1e-3, 1e5
 
 
@@ -39,6 +45,13 @@ class Judgement:
     effect_size: float | None
     unit: str
     n: int | None
+    paired: bool
+
+    @property
+    def how(self) -> str:
+        """Say what was resampled."""
+        kind = "paired" if self.paired else "unpaired"
+        return f"{kind} bootstrap over {self.n or '?'} {self.unit}s"
 
     @property
     def mark(self) -> str:
@@ -80,16 +93,18 @@ def number(value: float | None, signed: bool = False) -> str:
     return f"{value:{sign},.{decimals}f}".replace("-", "−")
 
 
-def interval(value: float | None, low: float | None, high: float | None, signed: bool = False) -> str:
+def interval(
+    value: float | None, low: float | None, high: float | None, signed: bool = False
+) -> str:
     """Format `value [low, high]` with as many decimals as the interval's width carries."""
     if value is None or low is None or high is None:
         return number(value, signed)
     decimals = digits(low, high)
     if decimals is None:
-        return f"{number(value, signed)} [{number(low, signed)}, {number(high, signed)}]"
+        return f"{number(value, signed)} [{number(low, signed)},{NBSP}{number(high, signed)}]"
     sign = "+" if signed else ""
     texts = [f"{v:{sign},.{decimals}f}".replace("-", "−") for v in (value, low, high)]
-    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+    return f"{texts[0]} [{texts[1]},{NBSP}{texts[2]}]"
 
 
 def digits(low: float, high: float) -> int | None:
@@ -119,6 +134,7 @@ def judge(comparison: Json, glossary: Json) -> Judgement | None:
         effect_size=finite(comparison.get("effect_size")),
         unit=str(comparison.get("unit", "sample")),
         n=None if count is None else int(count),
+        paired=bool(comparison.get("paired", True)),
     )
 
 
@@ -135,9 +151,10 @@ def _outcome(difference: float, low: float | None, high: float | None, way: str)
 
 def judgements(run: RunData, hook: str) -> dict[tuple[str, str], Judgement]:
     """Return the comparisons with the plain twin by (member, metric)."""
-    glossary, twin = run.evaluation.get("glossary", {}), run.twin(hook)
+    glossary = run.evaluation.get("glossary", {})
     found = (judge(entry, glossary) for entry in run.evaluated(hook).get("comparisons", []))
-    return {(j.member, j.metric): j for j in found if j is not None and j.twin == twin}
+    kept = [j for j in found if j is not None and not is_control(j.member)]
+    return {(j.member, j.metric): j for j in kept if j.twin == run.twin_of(hook, j.member)}
 
 
 def weighting(record: Json, member: str) -> str:
@@ -169,7 +186,9 @@ HEADLINE = ("fvu", "fvu_weighted", "ce_loss_recovered_zero", "ce_delta", "decode
 def main_member(run: RunData, hook: str) -> str | None:
     """Name the compared member whose alpha is nearest to 1; None when nothing was compared."""
     names = dict.fromkeys(member for member, _ in judgements(run, hook))
-    return min(names, key=lambda name: _distance_from_one(run.gamma_record(hook, name)), default=None)
+    return min(
+        names, key=lambda name: _distance_from_one(run.gamma_record(hook, name)), default=None
+    )
 
 
 def _distance_from_one(record: Json) -> float:
@@ -225,7 +244,16 @@ def _join(parts: list[str]) -> str:
 
 def method(run: RunData, hook: str) -> str:
     """Say where the intervals come from: 'paired bootstrap over 200 sequences'."""
-    found = [j for j in judgements(run, hook).values() if j.n]
-    kinds = list(dict.fromkeys(f"{j.n:,} {j.unit}s" for j in found))
+    found = [j for j in judgements(run, hook).values() if j.n and j.paired]
+    counts = {
+        unit: [j.n for j in found if j.unit == unit and j.n]
+        for unit in dict.fromkeys(j.unit for j in found)
+    }
+    kinds = [_extent(ns, unit) for unit, ns in counts.items()]
     how = f", by paired bootstrap over {' or '.join(kinds)}" if kinds else ""
     return f"Brackets: 95 % intervals of the difference{how}." if judgements(run, hook) else ""
+
+
+def _extent(counts: list[int], unit: str) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,} {unit}s" if low == high else f"{low:,} to {high:,} {unit}s"

@@ -18,7 +18,7 @@ class ConsistencyCounts:
             d_in, n_classes, dtype=torch.int64
         )
 
-    def update(self, x: Float[Tensor, "rows d_in"], labels: Int64[Tensor, " rows"]) -> None:
+    def update(self, x: Float[Tensor, "rows d_in"], labels: Int64[Tensor, " labels"]) -> None:
         """Add rows with their labels; raises UserError when they differ in number or a label is out of range."""
         if len(x) != len(labels):
             raise UserError(f"{len(labels)} labels for {len(x)} rows; give one label per row")

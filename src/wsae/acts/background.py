@@ -1,0 +1,55 @@
+"""One worker thread behind a short queue: the model runs while the last step is written."""
+
+import queue
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """`with Background(work) as worker: worker.put(item)`: calls `work(item)` in order in another thread.
+
+    An exception in `work` is raised by the next `put`, or at the end of the block; nothing after it is worked on.
+    """
+
+    def __init__(self, work: Callable[[T], None], depth: int = 1) -> None:
+        self._work = work
+        self._queue: queue.Queue[T | None] = queue.Queue(depth)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="wsae-writer", daemon=True)
+
+    def put(self, item: T) -> None:
+        """Hand over one item; waits while the queue is full."""
+        self._raise()
+        self._queue.put(item)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if error is None:
+            self._raise()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # drain, so that `put` never blocks for ever
+            try:
+                self._work(item)
+            except BaseException as error:  # handed to the caller's thread
+                self._error = error
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error

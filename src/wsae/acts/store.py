@@ -1,0 +1,122 @@
+"""A harvested store: checked when opened, memory-mapped, rows gathered from any shards in any order."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from wsae.acts.tally import SourceStats, Tally
+from wsae.acts.tokens import TokenTable
+from wsae.core.artifact import read_json, read_manifest
+from wsae.core.errors import UserError, nearest
+from wsae.core.tensors import MappedTensor, load_tensors
+
+STATS = "stats.safetensors"
+TOKENS = "tokens.json"
+SPLITS = ("train", "heldout")
+
+
+class Store:
+    """A finished harvest on disk.
+
+    `hooks` {name: d_in}, `n_rows` {split: rows}, `info` (what the manifest says). Raises UserError when a file is
+    missing, cut, altered or foreign; `verify=False` checks sizes but not checksums (stores of hundreds of gigabytes).
+    """
+
+    def __init__(
+        self, path: Path | str, hooks: tuple[str, ...] | None = None, verify: bool = True
+    ) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path, "store", verify)
+        self.info = self.manifest.info
+        try:
+            self.hooks: dict[str, int] = _chosen(self.info["hooks"], hooks, self.path)
+            self.n_rows: dict[str, int] = {split: int(self.info["rows"][split]) for split in SPLITS}
+            self._shards: dict[str, list[int]] = {
+                split: list(self.info["shard_rows"][split]) for split in SPLITS
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.path}: its manifest lacks a store's fields ({error}); harvest it again"
+            ) from error
+        self._maps = {
+            (split, hook): self._open(split, hook) for split in SPLITS for hook in self.hooks
+        }
+
+    def rows(
+        self, split: str, index: Int[np.ndarray, " rows"]
+    ) -> dict[str, Float[Tensor, "rows d_in"]]:
+        """Return the rows of a split at any positions, in that order, as float32 for every hook."""
+        order = np.argsort(index, kind="stable")
+        ordered = index[order]
+        bounds = np.concatenate([[0], np.cumsum(self._shards[split], dtype=np.int64)])
+        cuts = np.searchsorted(ordered, bounds)
+        out = {hook: np.empty((len(index), d_in), np.float32) for hook, d_in in self.hooks.items()}
+        for shard, (first, lo, hi) in enumerate(zip(bounds, cuts, cuts[1:], strict=False)):
+            if hi > lo:
+                for hook, rows in out.items():
+                    rows[order[lo:hi]] = self._maps[split, hook][shard].take(ordered[lo:hi] - first)
+        return {hook: torch.from_numpy(rows) for hook, rows in out.items()}
+
+    def places(self, split: str) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """Return sequence number and position of every row of a split (int64)."""
+        hook = next(iter(self.hooks))
+        shards = [
+            load_columns(self._shard(split, hook, k), ("seq", "pos"))
+            for k in range(len(self._shards[split]))
+        ]
+        empty = torch.empty(0, dtype=torch.long)
+        return (
+            torch.cat([empty, *(s["seq"].long() for s in shards)]),
+            torch.cat([empty, *(s["pos"].long() for s in shards)]),
+        )
+
+    def tokens(self, split: str = "heldout") -> TokenTable:
+        """Return the token ids of a split's sequences and their strings."""
+        paths = [
+            self.path / f"{split}/tokens-{k:05d}.safetensors"
+            for k in range(len(self._shards[split]))
+        ]
+        parts = [load_tensors(path) for path in paths]
+        seq_len = int(self.info["seq_len"])
+        ids = torch.cat([torch.empty(0, seq_len, dtype=torch.int32), *(p["ids"] for p in parts)])
+        lengths = torch.cat([torch.empty(0, dtype=torch.int32), *(p["lengths"] for p in parts)])
+        strings = {int(i): text for i, text in read_json(self.path / TOKENS).items()}
+        return TokenTable(ids, lengths, strings)
+
+    def stats(self) -> dict[str, SourceStats]:
+        """Return the exact statistics of the training rows, taken while harvesting."""
+        tensors = load_tensors(self.path / STATS)
+        counts = {**self.info["skipped"]["train"], "kept": self.n_rows["train"]}
+        return Tally.restore(self.hooks, tensors, counts).result()
+
+    def _shard(self, split: str, hook: str, number: int) -> Path:
+        return self.path / f"{split}/{hook}/acts-{number:05d}.safetensors"
+
+    def _open(self, split: str, hook: str) -> list[MappedTensor]:
+        maps = []
+        for number, rows in enumerate(self._shards[split]):
+            path = self._shard(split, hook, number)
+            if str(path.relative_to(self.path)) not in self.manifest.files:
+                raise UserError(f"{path}: not listed in the manifest; harvest the store again")
+            mapped = MappedTensor(path, "acts")
+            if mapped.shape != (rows, self.hooks[hook]):
+                raise UserError(
+                    f"{path}: shape {mapped.shape} where the manifest says {(rows, self.hooks[hook])}"
+                )
+            maps.append(mapped)
+        return maps
+
+
+def load_columns(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return a shard's small tensors without reading its rows."""
+    return {name: MappedTensor(path, name).rows(slice(None)) for name in names}
+
+
+def _chosen(available: dict[str, int], names: tuple[str, ...] | None, path: Path) -> dict[str, int]:
+    for name in names or ():
+        if name not in available:
+            raise UserError(f"{path}: no hook {name!r} in this store{nearest(name, available)}")
+    return {hook: int(available[hook]) for hook in (names or tuple(available))}

@@ -1,0 +1,129 @@
+"""What a trainer sees of any data: the source interface, chunks, and epochs of shuffled rows."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from wsae.acts.tally import SourceStats
+from wsae.acts.tokens import TokenTable
+from wsae.core.errors import UserError
+from wsae.core.progress import Progress, quiet
+from wsae.core.seeds import Permutation, seed_for
+
+Batch = dict[str, Float[Tensor, "batch d_in"]]
+State = dict[str, int | list[int]]
+
+
+class Chunk(NamedTuple):
+    """Held-out rows by hook in float32, and where they came from: sequence (row number for arrays) and position."""
+
+    x: dict[str, Float[Tensor, "rows d_in"]]
+    seq: Int[Tensor, " rows"]
+    pos: Int[Tensor, " rows"]
+
+
+class BatchStream(Protocol):
+    """An infinite stream of full batches; each epoch is shuffled anew and its incomplete tail is dropped."""
+
+    def next(self) -> Batch:
+        """Return the next batch by hook, float32."""
+        ...
+
+    def state(self) -> State:
+        """Return the exact position as JSON; `source.stream(batch_size, seed, state)` continues bit-identically."""
+        ...
+
+
+class ActivationSource(Protocol):
+    """Activations at one or several hooks, split into training and held-out rows."""
+
+    hooks: dict[str, int]
+    """Hook name -> d_in."""
+
+    @property
+    def n_rows(self) -> int | None:
+        """Training rows per epoch; none when only a pass over the text would tell."""
+        ...
+
+    def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
+        """Return the statistics of the training rows by hook."""
+        ...
+
+    def stream(self, batch_size: int, seed: int, state: State | None = None) -> BatchStream:
+        """Return training batches from the start or from a state."""
+        ...
+
+    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+        """Yield every held-out row once, always in the same order."""
+        ...
+
+    def tokens(self) -> TokenTable | None:
+        """Return the held-out sequences' tokens; none for arrays."""
+        ...
+
+    def digest(self) -> str:
+        """Return a name for the data itself."""
+        ...
+
+
+class ShuffledStream:
+    """Batches of `n_rows` indexed rows, permuted by (seed, epoch); `gather` reads rows at any positions."""
+
+    def __init__(
+        self,
+        n_rows: int,
+        gather: Callable[[Int[np.ndarray, " rows"]], Batch],
+        batch_size: int,
+        seed: int,
+        state: State | None = None,
+    ) -> None:
+        check_batch_size(batch_size, n_rows)
+        self._n_rows, self._gather = n_rows, gather
+        self._batch_size, self._seed = batch_size, seed
+        self._epoch, self._batch = (0, 0) if state is None else restored(state, batch_size, seed)
+        self._permutation: Permutation | None = None
+
+    def next(self) -> Batch:
+        """Return the next batch by hook, float32."""
+        if self._batch >= self._n_rows // self._batch_size:
+            self._epoch, self._batch, self._permutation = self._epoch + 1, 0, None
+        if self._permutation is None:
+            self._permutation = Permutation(
+                self._n_rows, seed_for(self._seed, "epoch", self._epoch)
+            )
+        first = self._batch * self._batch_size
+        self._batch += 1
+        return self._gather(self._permutation(np.arange(first, first + self._batch_size)))
+
+    def state(self) -> State:
+        """Return the exact position as JSON."""
+        return {
+            "batch_size": self._batch_size,
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "batch": self._batch,
+        }
+
+
+def restored(state: State, batch_size: int, seed: int) -> tuple[int, int]:
+    """Return (epoch, batch) of a state; raises UserError when it belongs to another batch size or seed."""
+    for name, value in (("batch_size", batch_size), ("seed", seed)):
+        if state.get(name) != value:
+            raise UserError(
+                f"data position was saved with {name} {state.get(name)}, not {value}; resume with the same"
+            )
+    epoch, batch = state.get("epoch"), state.get("batch")
+    if not (isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and batch >= 0):
+        raise UserError(f"data position is damaged: epoch {epoch!r}, batch {batch!r}; start again")
+    return epoch, batch
+
+
+def check_batch_size(batch_size: int, n_rows: int) -> None:
+    """Raise UserError when no batch can be full."""
+    if not 1 <= batch_size <= n_rows:
+        raise UserError(
+            f"batch size {batch_size} with {n_rows} training rows: no full batch; lower --batch-size or give more rows"
+        )

@@ -1,0 +1,89 @@
+"""`wsae doctor`: will it work here, and what will it cost?"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount
+from wsae.cli.live import LiveFlags
+from wsae.cli.plan import TOKENS, PlanFlags
+from wsae.cli.ui import UI
+from wsae.core.config import Config
+
+ABOUT = """\
+Check a model, its text and the planned SAEs before spending hours: hooks and widths, attention
+sinks and outlier dimensions, number formats, k and groups, memory, disk and time.
+Exit code 1 when a check fails; warnings do not count."""
+
+
+class Flags(Config):
+    """Flags of `wsae doctor`."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A model (with --hook), or a store or an array that lies on disk."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(".")
+    """Where the store would go (its free space is looked up)."""
+    d_in: MaybeCount = None
+    """The width you expect at the hook."""
+    store_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the planned store."""
+    probe_seqs: Count = 8
+    """Sequences run through the model."""
+    plan: tyro.conf.OmitArgPrefixes[PlanFlags] = PlanFlags()
+    """The SAEs and their training."""
+    live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
+    """For a model: its text and the rows to keep."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Examine the subject and return the report."""
+    from wsae.cli.runner import device
+    from wsae.doctor.config import DoctorConfig
+    from wsae.doctor.run import examine
+
+    where = device(flags.common.device)
+    live = flags.live
+    is_data = not live.given() and Path(flags.model).exists() and is_data_path(Path(flags.model))
+    if not is_data and live.text is None:
+        live = live.model_copy(update={"text": "builtin"})
+    tokens = flags.plan.tokens or TOKENS
+    extra = {"dtype": flags.plan.dtype, "store_dtype": flags.store_dtype, "tokens": tokens}
+    seed = flags.common.seed
+    harvest = None if is_data else live.config(flags.model, seed=seed, device=where, **extra)
+    data = {
+        "train": flags.plan.config(None, seed),
+        "harvest": harvest,
+        "data": flags.model if is_data else None,
+        "d_in": flags.d_in,
+        "out": str(flags.out),
+        "device": where,
+        "probe_seqs": flags.probe_seqs,
+    }
+    return examine(DoctorConfig.parse(data, where="flags"), ui.progress)
+
+
+def is_data_path(path: Path) -> bool:
+    """Whether the path is an array file or a store rather than a model."""
+    if path.is_dir():
+        return (path / "manifest.json").exists() or not (path / "config.json").exists()
+    return path.suffix != ".gguf"
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print the findings as a table and the verdict below."""
+    rows = [[c["status"], c["name"], _value(c)] for c in result["checks"]]
+    ui.table(f"wsae doctor: {result['subject']}", ("", "what", "finding"), rows)
+    failed, warnings = result["failed"], result["warnings"]
+    if failed:
+        ui.say(f"\n{failed} failed, {warnings} to heed: this run would not work as planned")
+    elif warnings:
+        ui.say(f"\nnothing stands in the way; {warnings} to heed")
+    else:
+        ui.say("\nnothing stands in the way")
+
+
+def _value(check: dict[str, str]) -> str:
+    return f"{check['value']} -> {check['advice']}" if check["advice"] else check["value"]

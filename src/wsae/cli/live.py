@@ -1,0 +1,80 @@
+"""Flags that name a model's text and hook points, and the source of activations they lead to."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from wsae.acts.config import HarvestConfig
+from wsae.cli.flags import Count, MaybeName, Number
+from wsae.core.config import Config
+from wsae.core.errors import UserError
+
+if TYPE_CHECKING:
+    from wsae.acts.source import ActivationSource
+
+Precision = Literal["float32", "bfloat16"]
+DEFAULTS = HarvestConfig()
+
+
+class LiveFlags(Config):
+    """A model's text, and the rows to keep."""
+
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Text for the model: .txt, .jsonl, .jsonl.gz, .parquet, a directory of these, a hub dataset's name, or
+    "builtin"."""
+    hook: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
+    ] = ()
+    """Modules to read: "layers.9", "layers.*", "layers.9.mlp"; several are read in one pass."""
+    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = DEFAULTS.text.field
+    """Key or column that holds the text."""
+    split: MaybeName = None
+    """Split of a hub dataset; none means train."""
+    subset: MaybeName = None
+    """Configuration of a hub dataset that has several."""
+    seq_len: Count = DEFAULTS.seq_len
+    """Tokens per sequence."""
+    pack: bool = DEFAULTS.pack
+    """Join documents and cut every seq-len tokens; --no-pack: one document per sequence."""
+    batch_seqs: Count = DEFAULTS.batch_seqs
+    """Sequences per forward pass."""
+    heldout_tokens: Count = DEFAULTS.heldout_tokens
+    """Rows kept for evaluation, from documents that are not trained on."""
+    skip_first: Count = DEFAULTS.skip_first
+    """Positions dropped at the start of each sequence (the first is an attention sink)."""
+    skip_special: bool = DEFAULTS.skip_special
+    """Drop begin- and end-of-text and other special tokens."""
+    sink_norm_ratio: Number = DEFAULTS.sink_norm_ratio or 0.0
+    """Drop tokens whose norm exceeds this many times the median; 0 keeps them."""
+
+    def given(self) -> bool:
+        """Whether the flags name a model's text or hooks, so that the source is a model."""
+        return self.text is not None or bool(self.hook)
+
+    def config(self, model: str, **rest: object) -> HarvestConfig:
+        """Return the harvest these flags describe; raises UserError in one line."""
+        if not self.hook:
+            raise UserError('no --hook: name the modules to read, for example --hook "layers.9"')
+        if self.text is None:
+            raise UserError("no --text: give a file of text, or --text builtin for the shipped one")
+        text = {"path": self.text, "field": self.field, "split": self.split, "subset": self.subset}
+        plain = ("seq_len", "pack", "batch_seqs", "heldout_tokens", "skip_first", "skip_special")
+        data = {name: getattr(self, name) for name in plain} | {
+            "model": model,
+            "text": text,
+            "hooks": self.hook,
+            "sink_norm_ratio": self.sink_norm_ratio or None,
+            **rest,
+        }
+        return HarvestConfig.parse(data, where="flags")
+
+
+def open_data(
+    source: str, live: LiveFlags, seed: int, device: str, rest: dict[str, object]
+) -> "ActivationSource":
+    """Return the activations: of a live model when --text or --hook is given, else of a store or an array."""
+    from wsae.acts.source import open_source
+
+    if live.given():
+        return open_source(live.config(source, seed=seed, device=device, **rest))
+    return open_source(source)

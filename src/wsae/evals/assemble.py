@@ -1,0 +1,164 @@
+"""From the measurements of every hook to one evaluation: metrics, comparisons, contexts, arrays."""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from wsae.acts.language import LanguageModel
+from wsae.acts.tokens import TokenTable
+from wsae.core.progress import Progress, quiet
+from wsae.evals.comparisons import Side, compare_members
+from wsae.evals.config import EvalConfig
+from wsae.evals.contexts import Context
+from wsae.evals.control import CONTROL
+from wsae.evals.data import HeldOut
+from wsae.evals.glossary import glossary
+from wsae.evals.latents import density_histogram
+from wsae.evals.measure import Family, Kept, Measured, measure
+from wsae.evals.scores import Arrays, member_metrics
+from wsae.evals.splice import splice_arrays, splice_sequences
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Evaluation:
+    """Everything measured: `record` and `contexts` are JSON-ready, `arrays` is by "hook|member|name"."""
+
+    record: Json
+    contexts: dict[str, dict[str, list[Json]]]
+    arrays: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: each hook's family, and what the results say about a member beside its metrics."""
+
+    families: dict[str, Family]
+    about: dict[str, dict[str, Json]] = field(default_factory=dict)
+    """hook -> member -> fields added to the member's entry (config, gamma)."""
+
+
+def evaluate_families(
+    subject: Subject,
+    source: HeldOut,
+    cfg: EvalConfig,
+    language: LanguageModel | None = None,
+    progress: Progress = quiet,
+) -> Evaluation:
+    """Measure, splice, compare; everything in memory."""
+    tokens = source.tokens()
+    splice = language is not None and tokens is not None and cfg.splice_tokens > 0
+    kept = Kept(splice_sequences(tokens, cfg)) if splice and tokens is not None else None
+    measured = measure(source, subject.families, cfg, kept, progress)
+    if language is not None and tokens is not None and kept is not None:
+        for hook, found in measured.items():
+            family = subject.families[hook]
+            extra = splice_arrays(
+                (language, hook), family.saes, found.survey, (tokens, kept), cfg, progress
+            )
+            for name, arrays in extra.items():
+                found.arrays[name] |= arrays
+    first = next(iter(measured.values()))
+    hooks = {hook: _hook_record(hook, m, subject, cfg) for hook, m in measured.items()}
+    record = {
+        "heldout_tokens": first.survey.moments.n,
+        "heldout_sequences": int((first.errors.rows.sums > 0).sum()),
+        "config": cfg.to_dict(),
+        "hooks": hooks,
+        "glossary": glossary(),
+    }
+    contexts = {
+        hook: _contexts(m, subject.families[hook], tokens, cfg) for hook, m in measured.items()
+    }
+    arrays = {
+        f"{hook}|{name}|{key}": value
+        for hook, m in measured.items()
+        for name, named in m.arrays.items()
+        for key, value in named.items()
+    }
+    return Evaluation(record, contexts, arrays)
+
+
+def _hook_record(hook: str, found: Measured, subject: Subject, cfg: EvalConfig) -> Json:
+    arrays: dict[str, Arrays] = {
+        name: {key: value.numpy() for key, value in named.items()}
+        for name, named in found.arrays.items()
+    }
+    members = {}
+    for name, named in arrays.items():
+        members[name] = {"metrics": member_metrics(name, named, cfg)}
+        members[name] |= subject.about.get(hook, {}).get(name, {})
+        if "density" in named:
+            members[name]["density_histogram"] = density_histogram(found.arrays[name]["density"])
+    twins = subject.families[hook].twins
+    pairs = [*twins.items(), *((twin, CONTROL) for twin in dict.fromkeys(twins.values()))]
+    comparisons = [
+        line
+        for a, b in pairs
+        if b in arrays
+        for line in compare_members(Side(a, a, arrays[a]), Side(b, b, arrays[b]), cfg)
+    ]
+    matching = {name: {"with": twins[name], **m.summary()} for name, m in found.matching.items()}
+    record = {"data": data_digest(found), "members": members, "comparisons": comparisons}
+    return {key: _no_nan(value) for key, value in (record | {"matching": matching}).items()}
+
+
+def data_digest(found: Measured) -> str:
+    """Name the held-out rows by content: their exact moments and the number of rows in each sequence."""
+    moments = found.survey.moments
+    sha = hashlib.sha256()
+    for tensor in (moments.mean, moments.second_moment, found.errors.rows.sums[:, 0]):
+        sha.update(tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _contexts(
+    found: Measured, family: Family, tokens: TokenTable | None, cfg: EvalConfig
+) -> dict[str, list[Json]]:
+    return {
+        name: [
+            _latent(latent, found, (name, family.twins.get(name)))
+            | {
+                "contexts": [_window(context, tokens, cfg) for context in contexts]
+                if tokens
+                else []
+            }
+            for latent, contexts in top.result().items()
+        ]
+        for name, top in found.contexts.items()
+    }
+
+
+def _latent(latent: int, found: Measured, names: tuple[str, str | None]) -> Json:
+    member, twin = names
+    activity = found.survey.activity[member]
+    match = None
+    if twin is not None and int(found.matching[member].index[latent]) >= 0:
+        matching = found.matching[member]
+        cosine = round(float(matching.cosine[latent]), 6)
+        match = {"member": twin, "latent": int(matching.index[latent]), "cosine": cosine}
+    return {
+        "latent": latent,
+        "density": float(activity.density[latent]),
+        "variance": float(activity.variance[latent]),
+        "max": float(activity.peak[latent]),
+        "match": match,
+    }
+
+
+def _window(context: Context, tokens: TokenTable, cfg: EvalConfig) -> Json:
+    ids = tokens.ids[context.seq, : int(tokens.lengths[context.seq])].long()
+    return context.window(ids, tokens.decode, cfg.window_tokens)
+
+
+def _no_nan(value: object) -> object:
+    """Replace NaN and infinities by null: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: _no_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

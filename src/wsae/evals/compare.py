@@ -1,0 +1,111 @@
+"""`wsae compare`: differences between members of one run, or between runs evaluated on the same held-out data."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from wsae.core.artifact import read_json, read_manifest
+from wsae.core.errors import UserError
+from wsae.core.tensors import load_tensors
+from wsae.evals.assemble import Json
+from wsae.evals.comparisons import Comparison, Side, across_runs, compare_members
+from wsae.evals.config import EvalConfig
+from wsae.evals.control import CONTROL
+from wsae.evals.glossary import glossary
+from wsae.evals.scores import Arrays
+
+
+class Evaluated(NamedTuple):
+    """A run's evaluation, read back: its label and, per hook, the data's digest, members' arrays and twins."""
+
+    label: str
+    data: dict[str, str]
+    arrays: dict[str, dict[str, Arrays]]
+    twins: dict[str, dict[str, str]]
+
+
+def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: B008  (frozen)
+    """Return {"runs", "hooks": {hook: [comparison, ...]}, "glossary"} with intervals from `cfg`.
+
+    One run: each weighted member against its plain twin. Several: also each run's members against those of the same name
+    in the first run. Raises UserError when a run has no evaluation, two runs share no hook and member, or they were
+    evaluated on different held-out data.
+    """
+    if not runs:
+        raise UserError("name at least one run directory to compare")
+    read = [read_evaluation(path) for path in runs]
+    labels = [one.label for one in read]
+    if len(set(labels)) < len(labels):
+        read = [one._replace(label=str(path)) for one, path in zip(read, runs, strict=True)]
+    several = len(read) > 1
+    hooks: dict[str, list[Comparison]] = {}
+    for one in read:
+        for hook, lines in _within(one, cfg, several).items():
+            hooks.setdefault(hook, []).extend(lines)
+    for other in read[1:]:
+        for hook, lines in _between(other, read[0], cfg).items():
+            hooks.setdefault(hook, []).extend(lines)
+    return {"runs": [str(path) for path in runs], "hooks": hooks, "glossary": glossary()}
+
+
+def read_evaluation(run: Path) -> Evaluated:
+    """Read RUN/evaluation; raises UserError when it is missing, cut or altered."""
+    path = run / "evaluation"
+    if run.is_dir() and not path.is_dir():
+        raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")
+    read_manifest(path, "evaluation")
+    record = read_json(path / "evaluation.json")
+    arrays: dict[str, dict[str, Arrays]] = {}
+    for key, value in load_tensors(path / "arrays.safetensors").items():
+        hook, member, name = key.split("|")
+        arrays.setdefault(hook, {}).setdefault(member, {})[name] = value.numpy()
+    hooks = record["hooks"]
+    return Evaluated(
+        run.resolve().name,
+        {hook: entry["data"] for hook, entry in hooks.items()},
+        arrays,
+        {
+            hook: {m: s["with"] for m, s in entry["matching"].items()}
+            for hook, entry in hooks.items()
+        },
+    )
+
+
+def _within(one: Evaluated, cfg: EvalConfig, prefix: bool) -> dict[str, list[Comparison]]:
+    out = {}
+    for hook, twins in one.twins.items():
+        lines = []
+        for member, twin in twins.items():
+            sides = (Side(name, name, one.arrays[hook][name]) for name in (member, twin))
+            lines += compare_members(*sides, cfg)
+        label = f"{one.label}:" if prefix else ""
+        out[hook] = [
+            line | {"a": f"{label}{line['a']}", "b": f"{label}{line['b']}"} for line in lines
+        ]
+    return out
+
+
+def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comparison]]:
+    shared = {
+        hook: [m for m in a.arrays[hook] if m in b.arrays[hook] and m != CONTROL]
+        for hook in a.arrays
+        if hook in b.arrays
+    }
+    if not any(shared.values()):
+        raise UserError(f"{a.label} and {b.label} share no hook with a member of the same name")
+    out = {}
+    for hook, members in shared.items():
+        if a.data[hook] != b.data[hook]:
+            raise UserError(
+                f"{a.label} and {b.label} were evaluated on different held-out data at {hook} "
+                f"(digests {a.data[hook][:12]} and {b.data[hook][:12]}); evaluate both on the same data"
+            )
+        out[hook] = [line for m in members for line in _pair(a, b, (hook, m), cfg)]
+    return out
+
+
+def _pair(a: Evaluated, b: Evaluated, where: tuple[str, str], cfg: EvalConfig) -> list[Comparison]:
+    hook, member = where
+    left, right = (
+        Side(f"{one.label}:{member}", member, one.arrays[hook][member]) for one in (a, b)
+    )
+    return compare_members(left, across_runs(right, left), cfg)

@@ -1,0 +1,119 @@
+"""Evaluate a training run on held-out data into RUN/evaluation, or one SAE on an array."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from wsae.acts.language import LanguageModel
+from wsae.core.artifact import (
+    MANIFEST,
+    locked,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from wsae.core.errors import UserError
+from wsae.core.progress import Progress, quiet
+from wsae.core.tensors import save_tensors
+from wsae.evals.assemble import Json, Subject, evaluate_families
+from wsae.evals.config import EvalConfig
+from wsae.evals.control import CONTROL
+from wsae.evals.data import HeldOut, Rows
+from wsae.evals.measure import Family, measure
+from wsae.evals.scores import member_metrics
+from wsae.sae import SparseAutoencoder
+from wsae.train.config import TrainConfig
+from wsae.train.run import load_run
+
+EVALUATION, ARRAYS, CONTEXTS = "evaluation.json", "arrays.safetensors", "contexts.json"
+
+
+def evaluate(
+    sae: SparseAutoencoder,
+    acts: Shaped[np.ndarray, "..."] | Float[Tensor, "..."] | HeldOut,
+    cfg: EvalConfig = EvalConfig(n_latents=0),  # noqa: B008  (frozen)
+    progress: Progress = quiet,
+) -> Json:
+    """Measure one SAE on activations it was not trained on: {"metrics": {name: {value, low, high}}, "arrays": {...}}.
+
+    `acts` is an array [rows, d_in], all of which is used, or a source with one hook, of which the held-out rows are.
+    Formulas: `wsae.evals.glossary`. Raises UserError for another width, NaN, infinity, or no rows.
+    """
+    source = Rows(acts) if isinstance(acts, np.ndarray | Tensor) else acts
+    if len(source.hooks) != 1:
+        raise UserError(
+            f"the data have {len(source.hooks)} hooks ({', '.join(source.hooks)}); give one"
+        )
+    (hook,) = source.hooks
+    found = measure(source, {hook: Family({"sae": sae})}, cfg, progress=progress)[hook]
+    arrays = {key: value.numpy() for key, value in found.arrays["sae"].items()}
+    out: Json = {"metrics": member_metrics("sae", arrays, cfg), "arrays": arrays}
+    if CONTROL in found.arrays:
+        control = {key: value.numpy() for key, value in found.arrays[CONTROL].items()}
+        out["control"] = member_metrics(CONTROL, control, cfg)
+    return out
+
+
+def evaluate_run(
+    run: Path,
+    source: HeldOut,
+    cfg: EvalConfig = EvalConfig(),  # noqa: B008  (frozen)
+    language: LanguageModel | None = None,
+    progress: Progress = quiet,
+) -> Json:
+    """Measure every member of a finished run and write RUN/evaluation; return the content of evaluation.json.
+
+    `language` is the model behind the activations; without it (or without tokens) nothing is spliced. The directory is
+    whole or has no manifest. Raises UserError when `run` is not a finished run, or does not fit the source.
+    """
+    subject = run_subject(run)
+    found = evaluate_families(subject, source, cfg, language, progress)
+    out = run / "evaluation"
+    with locked(out):
+        (out / MANIFEST).unlink(missing_ok=True)
+        write_json(out / EVALUATION, found.record)
+        write_json(out / CONTEXTS, found.contexts)
+        save_tensors(out / ARRAYS, found.arrays)
+        inputs = {
+            "run": read_manifest(run, "run", verify=False).digest(),
+            **{f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()},
+        }
+        files = [EVALUATION, CONTEXTS, ARRAYS]
+        write_manifest(out, "evaluation", cfg.to_dict(), files, inputs=inputs)
+    return found.record
+
+
+def run_subject(run: Path) -> Subject:
+    """Return a finished run's families, each weighted member with its plain twin."""
+    config, gamma = read_json(run / "config.json"), read_json(run / "gamma.json")
+    loaded = load_run(run)
+    train = TrainConfig.parse(config["train"], where=str(run / "config.json"))
+    twins = find_twins(train)
+    members = {n: m.to_dict() for n, m in zip(train.names(), train.members, strict=True)}
+    about = {
+        hook: {name: {"config": members.get(name), "gamma": gamma[hook].get(name)} for name in saes}
+        for hook, saes in loaded.saes.items()
+    }
+    return Subject({hook: Family(saes, twins) for hook, saes in loaded.saes.items()}, about)
+
+
+def find_twins(train: TrainConfig) -> dict[str, str]:
+    """Return, for each weighted member, the member that differs from it in gamma alone.
+
+    Where there is none, the first unweighted member; a family without one has no twins.
+    """
+    named = list(zip(train.names(), train.members, strict=True))
+    plain = [(name, member) for name, member in named if member.gamma.rule == "none"]
+    out = {}
+    for name, member in named:
+        if member.gamma.rule != "none" and plain:
+            wanted = member.model_copy(update={"gamma": None, "label": None})
+            same = (
+                p for p, m in plain if m.model_copy(update={"gamma": None, "label": None}) == wanted
+            )
+            out[name] = next(same, plain[0][0])
+    return out

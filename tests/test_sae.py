@@ -1,0 +1,193 @@
+"""The SAE by its equations: every activation's definition, tied and untied, files, scaling."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wsae.core.errors import UserError
+from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
+from wsae.sae.config import JumpReLU
+from wsae.sae.forward import training_forward
+from wsae.sae.jumprelu import jumprelu, step
+
+KINDS = ("topk", "group_topk", "batch_topk", "relu", "jumprelu")
+
+
+def make(kind: str, tied: bool = False, d_in: int = 6, d_sae: int = 16, k: int = 4) -> SparseAutoencoder:
+    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, activation=make_activation(kind, k), tied=tied)  # type: ignore[arg-type]
+    sae = SparseAutoencoder(cfg, seed=3).double()
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype)
+        sae.threshold.fill_(0.7)
+    return sae
+
+
+def batch(n: int = 9, d_in: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@torch.no_grad()
+def by_the_book(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """z, one number at a time."""
+    b_enc = sae.b_enc if sae.b_enc is not None else torch.zeros(sae.cfg.d_sae)
+    b_dec = sae.b_dec if sae.b_dec is not None else torch.zeros(sae.cfg.d_in)
+    z = torch.zeros(len(x), sae.cfg.d_sae, dtype=torch.float64)
+    for b in range(len(x)):
+        pre = [float((x[b] - b_dec) @ sae.W_enc[:, j] + b_enc[j]) for j in range(sae.cfg.d_sae)]
+        match sae.cfg.activation.kind:
+            case "topk":
+                on = sorted(range(len(pre)), key=lambda j: -pre[j])[: sae.cfg.activation.k]  # noqa: B023
+            case "group_topk":
+                size = len(pre) // sae.cfg.activation.k
+                groups = [range(s, s + size) for s in range(0, len(pre), size)]
+                on = [max(g, key=lambda j: pre[j]) for g in groups]  # noqa: B023
+            case "batch_topk":
+                on = [j for j, p in enumerate(pre) if p > float(sae.threshold)]
+            case "relu":
+                on = list(range(len(pre)))
+            case _:
+                on = [j for j, p in enumerate(pre) if p > float(sae.log_threshold[j].exp())]
+        for j in on:
+            z[b, j] = max(pre[j], 0.0) if sae.cfg.activation.kind != "jumprelu" else pre[j]
+    return z
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_decode_and_forward_follow_the_definition(kind: str, tied: bool) -> None:
+    sae, x = make(kind, tied), batch()
+    z = by_the_book(sae, x)
+    bias = 0 if tied else sae.b_dec
+    torch.testing.assert_close(sae.encode(x), z)
+    torch.testing.assert_close(sae.encode_sparse(x).dense(16), z)
+    torch.testing.assert_close(sae.decode(z), z @ sae.W_dec + bias)
+    torch.testing.assert_close(sae(x), z @ sae.W_dec + bias)
+    if tied:
+        assert torch.equal(sae.W_enc, sae.W_dec.T)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["topk", "group_topk", "relu", "jumprelu"])
+def test_training_pass_equals_inference(kind: str, tied: bool) -> None:
+    sae, x = make(kind, tied), batch()
+    forward = training_forward(sae, x)
+    torch.testing.assert_close(forward.x_hat, sae(x))
+    torch.testing.assert_close(forward.code.dense(16), sae.encode(x))
+    norms = sae.W_dec.norm(dim=1) if tied else torch.ones(16, dtype=torch.float64)
+    torch.testing.assert_close(forward.l1, (sae.encode(x) * norms).sum(1).mean())
+    assert float(forward.l0) == pytest.approx(float((sae.encode(x) > 0).double().sum(1).mean()))
+
+
+def test_batch_topk_trains_on_the_batch_and_infers_by_threshold() -> None:
+    sae, x = make("batch_topk"), batch(32)
+    code = training_forward(sae, x).code
+    pre = sae.pre(sae.centre(x)).detach().relu()
+    assert int((code.values > 0).sum()) == 32 * 4
+    sae.threshold.fill_(float(pre.flatten().topk(32 * 4 + 1).values[-1]))
+    torch.testing.assert_close(sae.encode(x).detach(), code.dense(16))
+    torch.testing.assert_close(sae.encode(x[:1]), sae.encode(x)[:1])  # no dependence on the batch
+
+
+@settings(max_examples=30, deadline=None)
+@given(kind=st.sampled_from(KINDS), order=st.permutations(range(16)), seed=st.integers(0, 50))
+def test_permuting_latents_permutes_codes_and_changes_no_reconstruction(
+    kind: str, order: list[int], seed: int
+) -> None:
+    if kind == "group_topk":
+        return  # its groups are contiguous: the order is part of the model
+    sae, x = make(kind), batch(seed=seed)
+    other = make(kind)
+    tensors = sae.tensors()
+    tensors |= {"W_enc": tensors["W_enc"][:, order], "W_dec": tensors["W_dec"][order]}
+    for name in ("b_enc", "log_threshold"):
+        if name in tensors:
+            tensors[name] = tensors[name][order]
+    other.set_tensors(tensors)
+    torch.testing.assert_close(other.encode(x), sae.encode(x)[:, order])
+    torch.testing.assert_close(other(x), sae(x))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaling_by_a_power_of_two_is_exact(kind: str, tied: bool) -> None:
+    sae, x = make(kind, tied).float(), batch().float()
+    scaled = sae.scaled(8.0)
+    if kind == "jumprelu":
+        torch.testing.assert_close(scaled(8 * x), 8 * sae(x))
+        return
+    assert torch.equal(scaled.encode(8 * x), 8 * sae.encode(x))
+    assert torch.equal(scaled(8 * x), 8 * sae(x))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_bring_back_the_same_sae(tmp_path: Path, kind: str, tied: bool) -> None:
+    sae, x = make(kind, tied).float(), batch().float()
+    sae.gamma.copy_(torch.rand(6))
+    sae.save(tmp_path / "sae")
+    back = SparseAutoencoder.load(tmp_path / "sae")
+    assert back.cfg == sae.cfg
+    for name, tensor in sae.tensors().items():
+        assert torch.equal(tensor, back.tensors()[name]), name
+    assert torch.equal(back(x), sae(x))
+
+
+def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
+    make("topk").float().save(tmp_path / "sae")
+    weights = tmp_path / "sae" / "sae.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 4
+    weights.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"sae\.safetensors: checksum"):
+        SparseAutoencoder.load(tmp_path / "sae")
+    with pytest.raises(UserError, match="no such directory"):
+        SparseAutoencoder.load(tmp_path / "nowhere")
+    other = make("topk", d_sae=20)
+    with pytest.raises(UserError, match=r"W_dec is \(16, 6\), config.json says \(20, 6\)"):
+        other.set_tensors({k: v for k, v in make("topk").tensors().items() if k != "b_enc"} | {"b_enc": torch.zeros(20)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "d_sae", "k", "says"),
+    [
+        ("topk", 8, 9, "k = 9 active latents of only d_sae = 8"),
+        ("group_topk", 100, 32, "use d_sae 96 or 128"),
+    ],
+)
+def test_k_that_does_not_fit_is_refused(kind: str, d_sae: int, k: int, says: str) -> None:
+    data = {"d_in": 4, "d_sae": d_sae, "activation": {"kind": kind, "k": k}}
+    with pytest.raises(UserError, match=says):
+        SAEConfig.parse(data)
+
+
+def test_width_mismatch_names_both_widths() -> None:
+    with pytest.raises(UserError, match=r"\(2, 5\) where this SAE needs \[batch, 6\]"):
+        make("topk").encode(torch.zeros(2, 5, dtype=torch.float64))
+
+
+def test_untied_start_is_unit_decoder_and_its_transpose() -> None:
+    sae = SparseAutoencoder(SAEConfig(d_in=5, d_sae=40), seed=4)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    again = SparseAutoencoder(SAEConfig(d_in=5, d_sae=40), seed=4)
+    assert torch.equal(sae.W_dec, again.W_dec)
+
+
+def test_jumprelu_gradients_are_the_stated_estimators() -> None:
+    width = 0.5
+    pre = torch.linspace(-1, 2, 3001, dtype=torch.float64)[:, None].requires_grad_()
+    threshold = torch.tensor([0.6], dtype=torch.float64, requires_grad=True)
+    near = ((pre - threshold).abs() < width / 2).double().detach()
+    (g_pre, g_threshold) = torch.autograd.grad(jumprelu(pre, threshold, width).sum(), (pre, threshold))
+    assert torch.equal(g_pre, (pre > threshold).double())
+    assert float(g_threshold) == pytest.approx(float(-(0.6 / width) * near.sum()))
+    (g_step,) = torch.autograd.grad(step(pre, threshold, width).sum(), threshold)
+    # the rectangle integrates to 1: summing over a grid of spacing 1e-3 gives -1 / 1e-3
+    assert float(g_step) * 1e-3 == pytest.approx(-1, rel=5e-3)
+    assert JumpReLU(threshold=0.2).threshold == 0.2
