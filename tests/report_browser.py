@@ -84,7 +84,7 @@ class Browser:
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """Start chromedriver and one headless session; both end with the block."""
-    assert CHROMIUM and DRIVER, MISSING
+    assert DRIVER, MISSING
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,6 +1,5 @@
 """Latent statistics, decoder cosines, matching and top contexts, each recomputed directly."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings

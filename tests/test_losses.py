@@ -76,10 +76,15 @@ def test_robust_proxies_tame_one_huge_dimension() -> None:
 
 def test_latent_variance_reaches_input_dimensions_through_squared_decoder_weights() -> None:
     W = torch.tensor([[3.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
-    assert latent_variance_proxy(torch.tensor([2.0, 5.0], dtype=torch.float64), W).tolist() == [23, 20]
+    assert latent_variance_proxy(torch.tensor([2.0, 5.0], dtype=torch.float64), W).tolist() == [
+        23,
+        20,
+    ]
     z = torch.randn(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     z *= torch.tensor([2.0, 5.0]).sqrt()  # uncorrelated latents: it is the variance of x_hat
-    torch.testing.assert_close((z @ W).var(0), torch.tensor([23.0, 20.0], dtype=torch.float64), rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        (z @ W).var(0), torch.tensor([23.0, 20.0], dtype=torch.float64), rtol=0.02, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,9 @@ def test_latent_variance_reaches_input_dimensions_through_squared_decoder_weight
         ([1.0, float("nan")], {}, "proxy of dimension 1 is nan"),
     ],
 )
-def test_degenerate_proxies_are_refused(proxy: list[float], fields: dict[str, object], says: str) -> None:
+def test_degenerate_proxies_are_refused(
+    proxy: list[float], fields: dict[str, object], says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         gamma_from_proxy(rule(**fields), torch.tensor(proxy))
 
@@ -116,7 +123,7 @@ def sae_and_batch(kind: str = "topk", tied: bool = False) -> tuple[SparseAutoenc
 
 def test_weighted_loss_is_equation_12_and_equation_4_for_unit_weights() -> None:
     sae, x = sae_and_batch()
-    x_hat, gamma = sae(x), sae.gamma
+    x_hat, gamma = sae(x).detach(), sae.gamma
     by_hand = sum(
         float(gamma[i] ** 2 * (x[b, i] - x_hat[b, i]) ** 2) for b in range(16) for i in range(6)
     )
@@ -132,7 +139,8 @@ def test_weighted_loss_is_equation_12_and_equation_4_for_unit_weights() -> None:
 def test_gradients_of_the_whole_loss_equal_a_dense_reference(kind: str, tied: bool) -> None:
     if kind == "group_topk":
         sae = SparseAutoencoder(
-            SAEConfig(d_in=6, d_sae=21, activation=make_activation("group_topk", 3), tied=tied), seed=1
+            SAEConfig(d_in=6, d_sae=21, activation=make_activation("group_topk", 3), tied=tied),
+            seed=1,
         ).double()
         x = sae_and_batch()[1]
     else:
@@ -147,9 +155,11 @@ def test_gradients_of_the_whole_loss_equal_a_dense_reference(kind: str, tied: bo
     b_enc = 0 if sae.b_enc is None else sae.b_enc
     z = ((x - b_dec) @ sae.W_enc + b_enc) * mask
     norms = sae.W_dec.norm(dim=1) if tied else torch.ones(sae.cfg.d_sae, dtype=torch.float64)
-    reference = ((x - z @ sae.W_dec - b_dec) * sae.gamma).square().sum(1).mean() + 0.1 * (z * norms).sum(1).mean()
+    reference = ((x - z @ sae.W_dec - b_dec) * sae.gamma).square().sum(1).mean() + 0.1 * (
+        z * norms
+    ).sum(1).mean()
     reference.backward()
-    assert float(loss) == pytest.approx(float(reference), rel=1e-12)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-12)
     for name, p in sae.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-11, msg=name)
 
@@ -168,21 +178,42 @@ def test_revival_is_weighted_and_its_gradient_reaches_only_the_dead(tied: bool) 
         alive = sorted([2, 11, 17], key=lambda j: -float(pre[b, j]))[:2]
         e_hat = sum(max(float(pre[b, j]), 0) * sae.W_dec[j].detach() for j in alive)
         by_hand += float(((residual[b] - e_hat) * sae.gamma).square().sum())
-    assert float(loss) == pytest.approx(by_hand / 16, rel=1e-10)
+    assert loss.item() == pytest.approx(by_hand / 16, rel=1e-10)
     loss.backward()
     touched = sae.encoder_rows.grad.abs().sum(1) > 0
     assert touched[dead].all()  # revival that leaves the encoder alone revives nothing
     assert not touched[~dead].any()
     doubled = sae.gamma.clone() * 2
     sae.gamma.copy_(doubled)
-    assert float(auxk_loss(sae, residual, forward, dead, 2)) == pytest.approx(4 * by_hand / 16, rel=1e-10)
+    assert auxk_loss(sae, residual, forward, dead, 2).item() == pytest.approx(
+        4 * by_hand / 16, rel=1e-10
+    )
+
+
+def test_revival_alone_teaches_dead_latents_the_residual() -> None:
+    sae, x = sae_and_batch()
+    dead = torch.zeros(20, dtype=torch.bool)
+    dead[:8] = True
+    before, start = None, sae.encoder_rows.detach().clone()
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.02)
+    residual = (x - training_forward(sae, x).x_hat).detach()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = auxk_loss(sae, residual, training_forward(sae, x), dead, k_aux=8)
+        before = float(loss.detach()) if before is None else before
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.5 * before
+    moved = (sae.encoder_rows.detach() - start).abs().sum(1)
+    assert (moved[:8] > 0.1).all()
+    assert (moved[8:] == 0).all()
 
 
 def test_no_dead_latent_means_no_revival() -> None:
     sae, x = sae_and_batch()
     forward = training_forward(sae, x)
     none = torch.zeros(20, dtype=torch.bool)
-    assert float(auxk_loss(sae, x, forward, none, 4)) == 0.0
+    assert auxk_loss(sae, x, forward, none, 4).item() == 0.0
 
 
 @settings(max_examples=25, deadline=None)
@@ -191,7 +222,9 @@ def test_weighting_equals_the_plain_loss_in_rescaled_coordinates(seed: int, alph
     """||Gamma (x - x_hat)||^2 of (x, decoder) is ||u - u_hat||^2 of (Gamma x, decoder Gamma)."""
     sae, x = sae_and_batch()
     g = torch.Generator().manual_seed(seed)
-    gamma = gamma_from_proxy(rule(alpha=alpha), torch.rand(6, generator=g, dtype=torch.float64) + 0.01)
+    gamma = gamma_from_proxy(
+        rule(alpha=alpha), torch.rand(6, generator=g, dtype=torch.float64) + 0.01
+    )
     code = sae.encode(x)
     u_hat = code @ (sae.W_dec * gamma) + sae.b_dec * gamma
     ours = weighted_reconstruction_loss(x, sae(x), gamma)

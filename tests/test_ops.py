@@ -86,7 +86,12 @@ def test_duplicate_pairs_and_empty_rows_are_summed_and_zero() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(batch=st.integers(1, 6), groups=st.integers(1, 5), size=st.integers(1, 6), seed=st.integers(0, 99))
+@given(
+    batch=st.integers(1, 6),
+    groups=st.integers(1, 5),
+    size=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
 def test_selections_keep_what_their_definitions_say(
     batch: int, groups: int, size: int, seed: int
 ) -> None:

@@ -38,6 +38,7 @@ class Page(html.parser.HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
+        self.words: list[str] = []
         self.feed(text)
         self.close()
 
@@ -51,12 +52,14 @@ class Page(html.parser.HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in self.VOID:
-            assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+            assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-3:]}"
             self.open.pop()
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "script":
             self.scripts.append(data)
+        else:
+            self.words.append(data)
 
 
 def edit_evaluation(run: Path, change) -> None:
@@ -117,18 +120,14 @@ def test_contexts_survive_the_page_unchanged_and_cannot_leave_their_block(
                 source[hook][name], latents, strict=True
             ):
                 assert latent == entry["latent"]
-                assert density == pytest.approx(
-                    entry["density"], rel=5e-3
-                )
+                assert density == pytest.approx(entry["density"], rel=5e-3)
                 assert peak == pytest.approx(entry["max"], rel=5e-3)
                 assert (match and match[:2]) == (
                     entry["match"] and [entry["match"]["member"], entry["match"]["latent"]]
                 )
                 for want, (tokens, at, _, pairs) in zip(entry["contexts"], contexts, strict=True):
                     assert [packed["tokens"][t] for t in tokens] == want["tokens"]
-                    assert at == want[
-                        "peak"
-                    ]
+                    assert at == want["peak"]
                     acts = dict(zip(pairs[::2], pairs[1::2], strict=True))
                     assert acts == pytest.approx(
                         {i: a for i, a in enumerate(want["acts"]) if a > 0}, rel=5e-3
@@ -153,16 +152,13 @@ def test_hostile_names_are_text_everywhere(tmp_path: Path) -> None:
     path = write_run(tmp_path / "<b>run", Shape(hooks=(hook, "layers.2"), latents=3, d_sae=64))
     page = Page(write_report(path).read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("script") == 2
-    assert "b" not in [
-        t for t, a in page.tags if not a and t == "i"
-    ]
     assert page.open == []
-    assert not any(
-        "alert" in (value or "")
-        for _, a in page.tags
-        for key, value in a.items()
-        if key in ("class", "href")
-    )
+    allowed = {"aria-label", "title", "data-member"}
+    placed = {key for _, a in page.tags for key, value in a.items() if "alert(1)" in (value or "")}
+    assert placed <= allowed
+    words = " ".join(page.words)
+    assert hook.replace("\u202e", "") in words.replace("\u202e", "")
+    assert "{{7*7}}" in words, "nothing evaluates template text that comes from data"
 
 
 def test_report_of_three_members_with_200_latents_stays_under_1_5_mb(tmp_path: Path) -> None:
@@ -299,12 +295,8 @@ def test_several_plain_twins_each_judge_their_own_member(editable: Path) -> None
 
     edit_evaluation(editable, second_twin)
     data = read_run(editable)
-    assert (
-        data.members("layers.9")[:2] == ["plain", "none-k64"]
-    )
-    assert (
-        data.members("layers.9")[-1] == CONTROL
-    )
+    assert data.members("layers.9")[:2] == ["plain", "none-k64"]
+    assert data.members("layers.9")[-1] == CONTROL
     twins = {member: judged.twin for (member, _), judged in judgements(data, "layers.9").items()}
     assert twins == {"variance-a1": "plain", "variance-a0.5": "none-k64"}
 
@@ -411,9 +403,7 @@ def test_nan_and_missing_numbers_do_not_break_the_page(editable: Path) -> None:
     edit_evaluation(editable, spoil)
     text = write_report(editable).read_text(encoding="utf-8")
     assert Page(text).open == []
-    assert not re.search(
-        r"\bnan\b", text.split("<script")[0], re.IGNORECASE
-    )
+    assert not re.search(r"\bnan\b", text.split("<script")[0], re.IGNORECASE)
 
 
 def test_every_member_and_metric_is_on_the_page(run: Path, tmp_path: Path) -> None:

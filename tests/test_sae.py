@@ -17,7 +17,9 @@ from wsae.sae.jumprelu import jumprelu, step
 KINDS = ("topk", "group_topk", "batch_topk", "relu", "jumprelu")
 
 
-def make(kind: str, tied: bool = False, d_in: int = 6, d_sae: int = 16, k: int = 4) -> SparseAutoencoder:
+def make(
+    kind: str, tied: bool = False, d_in: int = 6, d_sae: int = 16, k: int = 4
+) -> SparseAutoencoder:
     cfg = SAEConfig(d_in=d_in, d_sae=d_sae, activation=make_activation(kind, k), tied=tied)  # type: ignore[arg-type]
     sae = SparseAutoencoder(cfg, seed=3).double()
     g = torch.Generator().manual_seed(1)
@@ -81,7 +83,9 @@ def test_training_pass_equals_inference(kind: str, tied: bool) -> None:
     torch.testing.assert_close(forward.code.dense(16), sae.encode(x))
     norms = sae.W_dec.norm(dim=1) if tied else torch.ones(16, dtype=torch.float64)
     torch.testing.assert_close(forward.l1, (sae.encode(x) * norms).sum(1).mean())
-    assert float(forward.l0) == pytest.approx(float((sae.encode(x) > 0).double().sum(1).mean()))
+    assert float(forward.l0.detach()) == pytest.approx(
+        float((sae.encode(x) > 0).double().sum(1).mean())
+    )
 
 
 def test_batch_topk_trains_on_the_batch_and_infers_by_threshold() -> None:
@@ -150,7 +154,10 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
         SparseAutoencoder.load(tmp_path / "nowhere")
     other = make("topk", d_sae=20)
     with pytest.raises(UserError, match=r"W_dec is \(16, 6\), config.json says \(20, 6\)"):
-        other.set_tensors({k: v for k, v in make("topk").tensors().items() if k != "b_enc"} | {"b_enc": torch.zeros(20)})
+        other.set_tensors(
+            {k: v for k, v in make("topk").tensors().items() if k != "b_enc"}
+            | {"b_enc": torch.zeros(20)}
+        )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +191,9 @@ def test_jumprelu_gradients_are_the_stated_estimators() -> None:
     pre = torch.linspace(-1, 2, 3001, dtype=torch.float64)[:, None].requires_grad_()
     threshold = torch.tensor([0.6], dtype=torch.float64, requires_grad=True)
     near = ((pre - threshold).abs() < width / 2).double().detach()
-    (g_pre, g_threshold) = torch.autograd.grad(jumprelu(pre, threshold, width).sum(), (pre, threshold))
+    (g_pre, g_threshold) = torch.autograd.grad(
+        jumprelu(pre, threshold, width).sum(), (pre, threshold)
+    )
     assert torch.equal(g_pre, (pre > threshold).double())
     assert float(g_threshold) == pytest.approx(float(-(0.6 / width) * near.sum()))
     (g_step,) = torch.autograd.grad(step(pre, threshold, width).sum(), threshold)

@@ -13,9 +13,7 @@ from wsae.core.errors import UserError
 from wsae.stats import ConsistencyCounts, Moments
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
-matrices = hnp.arrays(
-    np.float32, st.tuples(st.integers(1, 12), st.integers(1, 4)), elements=floats
-)
+matrices = hnp.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 4)), elements=floats)
 
 
 @settings(max_examples=150, deadline=None)
@@ -51,7 +49,9 @@ def test_an_offset_that_ruins_naive_variance_is_harmless() -> None:
     x = torch.randn(1000, 1) + 1e6
     moments = Moments(1)
     moments.update(x)
-    assert float(moments.variance[0]) == pytest.approx(float(x.double().var(correction=0)), rel=1e-12)
+    assert float(moments.variance[0]) == pytest.approx(
+        float(x.double().var(correction=0)), rel=1e-12
+    )
 
 
 def test_many_rows_cross_the_inner_block_without_rounding() -> None:

@@ -18,6 +18,7 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor
+from wsae.stats.consistency import ConsistencyCounts
 from wsae.stats.moments import check_finite
 
 _CHUNK_VALUES = 1 << 21
@@ -68,7 +69,7 @@ class ArraySource:
 
     def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
         """Return the training rows' statistics; raises UserError at the first NaN or infinity of any row."""
-        tally = Tally(self.hooks)
+        tally, counts = Tally(self.hooks), self._label_counts()
         train = np.ones(self._total, dtype=bool)
         train[self.heldout_rows] = False
         step = max(1, _CHUNK_VALUES // self.hooks[self._name])
@@ -78,8 +79,21 @@ class ArraySource:
                 check_finite(x, first, self._where)
                 keep = torch.from_numpy(train[first : first + step])
                 tally.update({self._name: x[keep]}, {}, {"kept": int(keep.sum())})
+                if counts is not None and self.labels is not None:
+                    labels = torch.from_numpy(self.labels[first : first + step].astype(np.int64))
+                    counts.update(x[keep], labels[keep])
                 tick(len(x))
-        return tally.result()
+        (stats,) = tally.result().values()
+        beta = None if counts is None else counts.consistency()
+        return {self._name: stats._replace(consistency=beta)}
+
+    def _label_counts(self) -> ConsistencyCounts | None:
+        if self.labels is None:
+            return None
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0:
+            raise UserError(f"{self._where}: label {low}; number the classes from 0")
+        return ConsistencyCounts(self.hooks[self._name], high + 1)
 
     def stream(self, batch_size: int, seed: int, state: State | None = None) -> ShuffledStream:
         """Return training batches from the start or from a state."""

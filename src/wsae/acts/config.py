@@ -1,6 +1,6 @@
 """What to read, which model to run and which rows to keep. Torch-free: the command line's help imports it."""
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -61,7 +61,7 @@ class HarvestConfig(Config):
     """Where the model runs ("cpu", "cuda", "cuda:1", ...)."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "HarvestConfig":
         if not self.hooks:
             raise ValueError('hooks: name at least one, for example "layers.9"')
         if self.skip_first >= self.seq_len:

@@ -17,10 +17,10 @@ from wsae.acts.language import fingerprint as model_fingerprint
 from wsae.acts.ledger import (
     PROGRESS,
     Ledger,
-    clean_up_if_nothing_done,
-    refuse_foreign,
     SplitState,
+    clean_up_if_nothing_done,
     open_ledger,
+    refuse_foreign,
     refuse_other,
 )
 from wsae.acts.shards import ShardWriter, as_stored, shard_name

@@ -99,7 +99,7 @@ def locate(model: str) -> Path | str:
 
 
 def fingerprint(path: Path | str) -> str:
-    """Return a digest of a model's files (full for small ones, name and size for weights); a hub id stands for itself."""
+    """Return a digest of a model's files: content of small ones, name and size of weights; a hub id as it is."""
     if isinstance(path, str):
         return digest(path)
     if path.is_file():

@@ -115,19 +115,16 @@ def refuse_other(
 
 
 def clean_up_if_nothing_done(out: Path, created: bool) -> None:
-    """Remove what a failed harvest has left if it committed no shard; the directory too if this run created it."""
+    """Remove what a failed harvest has left if it recorded no shard; the directory too if this run created it."""
     if (out / MANIFEST).exists():
         return
     if (out / PROGRESS).exists() and any(
         s.shard_rows for s in Ledger.load(out / PROGRESS).splits.values()
     ):
         return
-    for path in [
-        out / PROGRESS,
-        out / ".lock",
-        *out.glob("progress-*.safetensors"),
-        *out.rglob(".*.tmp"),
-    ]:
+    unrecorded = (p for split in ("heldout", "train") for p in (out / split).rglob("*.safetensors"))
+    progress = (out / PROGRESS, out / ".lock", *out.glob("progress-*.safetensors"))
+    for path in (*progress, *out.rglob(".*.tmp"), *unrecorded):
         path.unlink(missing_ok=True)
     folders = sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True)
     for folder in [*folders, *([out] if created else [])]:

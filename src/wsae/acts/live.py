@@ -34,10 +34,10 @@ class LiveSource:
     def __init__(
         self,
         cfg: HarvestConfig,
-        live: LiveConfig = LiveConfig(),
-        language: LanguageModel | None = None,  # noqa: B008
+        live: LiveConfig | None = None,
+        language: LanguageModel | None = None,
     ) -> None:
-        self.cfg, self.live = cfg, live
+        self.cfg, self.live = cfg, live or LiveConfig()
         self.language = language or load_language(cfg.model, cfg.dtype, cfg.device)
         self.flow = Flow(cfg, self.language)
         self.flow.calibrate()
@@ -204,14 +204,10 @@ class LiveStream:
 
 def _limited(steps: Iterator[Step], rows: int) -> Iterator[Step]:
     """Yield steps until there are `rows` kept rows, the last one cut."""
-    for step in steps:
-        if rows <= 0:
-            return
+    while rows > 0 and (step := next(steps, None)) is not None:
         part = step.head(rows)
         rows -= len(part.seq)
         yield part
-        if rows <= 0:
-            return
 
 
 def _chunks(steps: list[Step], size: int) -> list[tuple[Batch, Tensor, Tensor]]:

@@ -41,7 +41,7 @@ class _RowFile:
         file.write(bytes(8 + _HEADER_BYTES))
 
     def append(self, rows: Tensor) -> None:
-        assert rows.dtype == self._dtype and rows.shape[1] == self._width
+        assert (rows.dtype, rows.shape[1]) == (self._dtype, self._width)
         self._file.write(_bytes(rows))
         self._rows += len(rows)
 
@@ -119,7 +119,7 @@ class ShardWriter:
 
 
 def as_stored(step: Step, dtype: str) -> Step:
-    """Return the step with kept rows rounded as the store keeps them; raises UserError when float16 cannot hold a value."""
+    """Return the step with kept rows rounded as stored; raises UserError when float16 cannot hold a value."""
     kind = DTYPES[dtype]
     if kind == torch.float32:
         return step

@@ -62,5 +62,5 @@ class SkipRule:
 
 def count_reasons(reasons: Int8[Tensor, " tokens"]) -> dict[str, int]:
     """Return how many tokens each reason holds, the kept ones included."""
-    counts = torch.bincount(reasons.flatten().long(), minlength=len(REASONS)).tolist()
+    counts = torch.bincount(reasons.long(), minlength=len(REASONS)).tolist()
     return dict(zip(REASONS, counts, strict=True))

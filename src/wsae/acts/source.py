@@ -1,4 +1,4 @@
-"""Sources of activations for the trainer: a store on disk here, arrays and live models beside it, one way to open any."""
+"""Sources of activations for the trainer: a store on disk here, arrays beside it, one way to open either."""
 
 from collections.abc import Iterator
 from pathlib import Path

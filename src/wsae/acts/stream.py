@@ -1,7 +1,7 @@
 """What a trainer sees of any data: the source interface, chunks, and epochs of shuffled rows."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,6 +25,7 @@ class Chunk(NamedTuple):
     pos: Int[Tensor, " rows"]
 
 
+@runtime_checkable
 class BatchStream(Protocol):
     """An infinite stream of full batches; each epoch is shuffled anew and its incomplete tail is dropped."""
 
@@ -37,6 +38,7 @@ class BatchStream(Protocol):
         ...
 
 
+@runtime_checkable
 class ActivationSource(Protocol):
     """Activations at one or several hooks, split into training and held-out rows."""
 

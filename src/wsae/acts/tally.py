@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.acts.skip import REASONS
@@ -16,6 +16,8 @@ class SourceStats(NamedTuple):
     kept: Moments
     all: Moments
     skipped: dict[str, int]
+    consistency: Float64[Tensor, " d_in"] | None = None
+    """Semantic consistency of each dimension, where the rows are labelled."""
 
 
 class Tally:

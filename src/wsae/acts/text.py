@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from wsae.acts.config import TextConfig
 from wsae.acts.tables import hub_texts, parquet_texts
@@ -73,7 +73,7 @@ def _texts(cfg: TextConfig) -> Iterator[str]:
             yield from _file_texts(path, "text")
         return
     path = Path(cfg.path)
-    if path.exists():
+    if cfg.path.strip() and path.exists():
         for file in _files(path):
             yield from _file_texts(file, cfg.field)
     elif _is_hub_name(cfg.path):
@@ -118,7 +118,7 @@ def _file_texts(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"text {path}: cannot be read (permission denied)") from error
 
 
-def _json_texts(file: IO[bytes], path: Path, field: str) -> Iterator[str]:
+def _json_texts(file: io.BufferedIOBase, path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
         if line.strip():
             yield _json_text(line, f"text {path}, line {number}", field)
@@ -160,20 +160,20 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _plain_texts(file: IO[bytes], path: Path) -> Iterator[str]:
+def _plain_texts(file: io.BufferedIOBase, path: Path) -> Iterator[str]:
     """Cut plain text at blank lines into documents of about 2,000 characters (8,000 where there is no blank line)."""
     parts, size, number = [], 0, 0
-    lines = io.TextIOWrapper(file, encoding="utf-8")
     try:
-        while line := lines.readline(_LONGEST_CHARS):
-            number += 1
-            blank = not line.strip()
-            if size >= (_DOCUMENT_CHARS if blank else _LONGEST_CHARS):
-                yield "".join(parts).strip()
-                parts, size = [], 0
-            if not blank or parts:
-                parts.append(line)
-                size += len(line)
+        with io.TextIOWrapper(file, encoding="utf-8") as lines:
+            while line := lines.readline(_LONGEST_CHARS):
+                number += 1
+                blank = not line.strip()
+                if size >= (_DOCUMENT_CHARS if blank else _LONGEST_CHARS):
+                    yield "".join(parts).strip()
+                    parts, size = [], 0
+                if not blank or parts:
+                    parts.append(line)
+                    size += len(line)
     except UnicodeDecodeError as error:
         raise UserError(
             f"text {path}, after line {number}: not UTF-8 text ({error.reason})"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount
-from wsae.cli.live import LiveFlags
+from wsae.cli.live import LiveFlags, is_data
 from wsae.cli.plan import TOKENS, PlanFlags
 from wsae.cli.ui import UI
 from wsae.core.config import Config
@@ -46,30 +46,23 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
     where = device(flags.common.device)
     live = flags.live
-    is_data = not live.given() and Path(flags.model).exists() and is_data_path(Path(flags.model))
-    if not is_data and live.text is None:
+    on_disk = is_data(flags.model)
+    if not on_disk and live.text is None:
         live = live.model_copy(update={"text": "builtin"})
     tokens = flags.plan.tokens or TOKENS
     extra = {"dtype": flags.plan.dtype, "store_dtype": flags.store_dtype, "tokens": tokens}
     seed = flags.common.seed
-    harvest = None if is_data else live.config(flags.model, seed=seed, device=where, **extra)
+    harvest = None if on_disk else live.config(flags.model, seed=seed, device=where, **extra)
     data = {
         "train": flags.plan.config(None, seed),
         "harvest": harvest,
-        "data": flags.model if is_data else None,
+        "data": flags.model if on_disk else None,
         "d_in": flags.d_in,
         "out": str(flags.out),
         "device": where,
         "probe_seqs": flags.probe_seqs,
     }
     return examine(DoctorConfig.parse(data, where="flags"), ui.progress)
-
-
-def is_data_path(path: Path) -> bool:
-    """Whether the path is an array file or a store rather than a model."""
-    if path.is_dir():
-        return (path / "manifest.json").exists() or not (path / "config.json").exists()
-    return path.suffix != ".gguf"
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

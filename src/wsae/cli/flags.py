@@ -9,7 +9,7 @@ import io
 import itertools
 import re
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import tyro
 from pydantic.fields import FieldInfo
@@ -31,14 +31,13 @@ MaybeName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hi
 MaybePlace = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
-_SWITCHES = ("as_json", "print_config", "debug")  # flags without a --no- form
+_RULE = re.compile(r"[─-]{5,}")
 _PARSING = re.compile(r"Error parsing (--\S+?):")
 _CHOICE = re.compile(
     r"invalid choice '(?P<value>.*)' for argument '(?P<flag>.*?)'. Expected one of \((?P<choices>.*)\)"
 )
 _PLAINER = (
     ("Unrecognized options:", "too many words, left over:"),
-    (" (required)", ""),
     ("Missing value for argument", "no value for"),
 )
 
@@ -65,6 +64,7 @@ class Common(Config):
 CommonFlags = tyro.conf.OmitArgPrefixes[Common]
 
 
+@runtime_checkable
 class HasCommon(Protocol):
     """A command's flags end with `common: CommonFlags = Common()`."""
 
@@ -109,9 +109,9 @@ def flag_names(kind: type[Config]) -> dict[str, tuple[str, ...]]:
     for path, field in leaves(kind):
         if is_positional(field):
             continue
-        name = "json" if path[-1] == "as_json" else path[-1].replace("_", "-")
+        name = flag_name(path[-1])
         flags[f"--{name}"] = path
-        if field.annotation is bool and path[-1] not in _SWITCHES:
+        if field.annotation is bool and not is_switch(field):
             flags[f"--no-{name}"] = path
     return flags
 
@@ -130,6 +130,16 @@ def leaves(
     return found
 
 
+def flag_name(key: str) -> str:
+    """Return a field's flag without its dashes; `json` cannot be the name of a pydantic field."""
+    return "json" if key == "as_json" else key.replace("_", "-")
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """Whether the flag has no --no- form."""
+    return tyro.conf.FlagCreatePairsOff in field.metadata
+
+
 def is_positional(field: FieldInfo) -> bool:
     """Whether the field is given by place, not by flag."""
     return tyro.conf.Positional in field.metadata
@@ -140,7 +150,7 @@ def with_config_file(kind: type[Config], words: list[str]) -> list[str]:
     path = _value_of("--config", words)
     if path is None:
         return words
-    by_key = {path[-1]: (path, field) for path, field in leaves(kind)}
+    by_key = {key_of(path): (path, field) for path, field in leaves(kind)}
     given = {flag_names(kind).get(w.split("=", 1)[0].replace("_", "-")) for w in words}
     placed = bool(words) and not words[0].startswith("-")
     before: list[str] = []
@@ -152,7 +162,7 @@ def with_config_file(kind: type[Config], words: list[str]) -> list[str]:
         if is_positional(field):
             before += [] if placed else _words_of(value)
         elif place not in given:
-            added += _flag_words(key, value)
+            added += _flag_words(key, value, is_switch(field))
     return [*before, *words, *added]
 
 
@@ -165,8 +175,13 @@ def as_file(flags: Config) -> dict[str, Any]:
             value: Any = data
             for step in path:
                 value = value[step]
-            values[path[-1]] = value
+            values[key_of(path)] = value
     return values
+
+
+def key_of(path: tuple[str, ...]) -> str:
+    """Return the key of a field in a flags file."""
+    return flag_name(path[-1]).replace("-", "_")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -185,12 +200,12 @@ def _value_of(flag: str, words: list[str]) -> str | None:
     return None
 
 
-def _flag_words(key: str, value: Any) -> list[str]:
-    name = "json" if key == "as_json" else key.replace("_", "-")
-    if value is None:
+def _flag_words(key: str, value: Any, switch: bool) -> list[str]:
+    name = key.replace("_", "-")
+    if value is None or value == []:
         return []
     if isinstance(value, bool):
-        off = [] if key in _SWITCHES else [f"--no-{name}"]
+        off = [] if switch else [f"--no-{name}"]
         return [f"--{name}"] if value else off
     return [f"--{name}", *_words_of(value)]
 
@@ -202,15 +217,16 @@ def _words_of(value: Any) -> list[str]:
 
 
 def plain(boxed: str) -> str:
-    """Return the message of tyro's boxed error as one line."""
-    inside = [line.strip("│ ").strip() for line in boxed.splitlines()]
-    body: list[str] = []
-    for line in inside:
-        if line.startswith("╭") or not line:
-            continue
-        if line.startswith(("─", "╰")):
-            break
-        body.append(line)
+    """Return the message of tyro's box as one line: the first part below the title, between two rules."""
+    lines = [line.strip("│| ") for line in boxed.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if _RULE.fullmatch(line):
+            parts.append([])
+        elif not line.startswith(("╭", "╰")):
+            parts[-1].append(line)
+    drawn = any(line.startswith("╭") for line in lines)  # else the title is a part of its own
+    body = parts[0] if drawn or len(parts) < 2 else parts[1]
     return " ".join(" ".join(body).split())
 
 
@@ -222,9 +238,21 @@ def explain(kind: type[Config], words: list[str], message: str) -> str:
     choice = _CHOICE.match(message)
     if choice:
         return f"{choice['flag']}: '{choice['value']}' is not one of {choice['choices'].replace(chr(39), '')}"
+    if message.startswith("Missing from"):
+        return f"missing: {', '.join(_missing(kind, words))}"
     for old, new in _PLAINER:
         message = message.replace(old, new)
     return message.rstrip(".") or "the flags could not be read"
+
+
+def _missing(kind: type[Config], words: list[str]) -> list[str]:
+    given = {word.split("=", 1)[0].replace("_", "-") for word in words}
+    needed = [(path[-1], field) for path, field in leaves(kind) if field.is_required()]
+    flags = [f"--{flag_name(key)}" for key, field in needed if not is_positional(field)]
+    placed = [key.upper() for key, field in needed if is_positional(field)]
+    if words and not words[0].startswith("-"):
+        placed = placed[1:]
+    return placed + [flag for flag in flags if flag not in given]
 
 
 def _wrong_value(kind: type[Config], words: list[str], flag: str) -> str:

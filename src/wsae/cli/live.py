@@ -1,6 +1,7 @@
 """Flags that name a model's text and hook points, and the source of activations they lead to."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -10,10 +11,11 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 
 if TYPE_CHECKING:
+    from wsae.acts.language import LanguageModel
     from wsae.acts.source import ActivationSource
 
 Precision = Literal["float32", "bfloat16"]
-DEFAULTS = HarvestConfig()
+DEFAULTS = HarvestConfig.parse({})
 
 
 class LiveFlags(Config):
@@ -69,12 +71,59 @@ class LiveFlags(Config):
         return HarvestConfig.parse(data, where="flags")
 
 
+def is_data(source: str) -> bool:
+    """Whether `source` is a store or an array file that exists, rather than a model."""
+    path = Path(source)
+    if path.is_dir():
+        return (path / "manifest.json").exists() or not (path / "config.json").exists()
+    return path.exists() and path.suffix != ".gguf"
+
+
 def open_data(
     source: str, live: LiveFlags, seed: int, device: str, rest: dict[str, object]
 ) -> "ActivationSource":
-    """Return the activations: of a live model when --text or --hook is given, else of a store or an array."""
+    """Return the activations of a store or an array, or of a live model on --text."""
     from wsae.acts.source import open_source
 
-    if live.given():
-        return open_source(live.config(source, seed=seed, device=device, **rest))
-    return open_source(source)
+    if is_data(source):
+        if live.text is not None:
+            raise UserError(
+                f"--text {live.text}: {source} holds activations already; leave --text out"
+            )
+        return open_source(source, hooks=live.hook or None)
+    if not live.given():
+        raise UserError(
+            f"{source}: no such store or array; if it is a model, add --text FILE --hook PATTERN"
+        )
+    cfg = live.config(source, seed=seed, device=device, **rest)
+    from wsae.acts.live import LiveSource
+
+    return LiveSource(cfg)
+
+
+def reopen(record: dict[str, Any], device: str) -> "ActivationSource":
+    """Return the source that a run's config.json describes."""
+    from wsae.acts.source import open_source
+
+    if record.get("kind") == "live":
+        from wsae.acts.live import LiveSource
+
+        return LiveSource(
+            HarvestConfig.parse({**record["harvest"], "device": device}, where="source")
+        )
+    path = record.get("path")
+    if not isinstance(path, str) or not path:
+        raise UserError("the run does not say which file its data came from; name it with --source")
+    return open_source(path, hooks=tuple(record["hooks"]) if record.get("hooks") else None)
+
+
+def language_of(source: "ActivationSource", device: str) -> "LanguageModel | None":
+    """Return the model behind a source: the live one, that of the store's manifest, or None for arrays."""
+    live = getattr(source, "language", None)
+    store = getattr(source, "store", None)
+    if live is not None or store is None:
+        return live
+    from wsae.acts.language import load_language
+
+    cfg = HarvestConfig.parse(store.manifest.config, where="store")
+    return load_language(cfg.model, cfg.dtype, device)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, TextIO, cast
+from typing import IO, Any, Protocol, cast, runtime_checkable
 
 from wsae.cli import flags as flag_tools
 from wsae.cli.table import Command
@@ -16,6 +16,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 
 
+@runtime_checkable
 class CommandModule(Protocol):
     """What `wsae.cli.<command>` offers."""
 
@@ -74,8 +75,12 @@ def finite(value: Any) -> Any:
 
 def _quietly(call: Callable[[], dict[str, Any]], ui: UI, to_stderr: bool) -> dict[str, Any]:
     """Run `call`; with `to_stderr` whatever a library writes to stdout goes to stderr."""
-    target: TextIO = ui.stderr
-    with contextlib.redirect_stdout(target) if to_stderr else contextlib.nullcontext(), ui:
+    with (
+        contextlib.redirect_stdout(cast(IO[str], ui.stderr))
+        if to_stderr
+        else contextlib.nullcontext(),
+        ui,
+    ):
         return call()
 
 

@@ -39,10 +39,10 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Train and return the run's path and each member's last metrics."""
+    config(flags, None)  # bad flags are refused before anything is loaded
     from wsae.cli.runner import device
     from wsae.train.run import train_run
 
-    config(flags, None)  # bad flags are refused before anything is loaded
     where = device(flags.common.device)
     wanted = flags.plan.tokens
     rest = {"dtype": flags.plan.dtype, **({} if wanted is None else {"tokens": wanted})}

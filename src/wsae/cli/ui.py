@@ -6,7 +6,7 @@ Everything here goes to stderr; a command's result goes to stdout through `UI.sa
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from wsae.core.progress import Tick
 from wsae.core.units import duration
@@ -17,16 +17,33 @@ if TYPE_CHECKING:
 EVERY_S = 10.0
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """What is needed of stdout and stderr."""
+
+    def write(self, text: str, /) -> int:
+        """Write text."""
+        ...
+
+    def flush(self) -> None:
+        """Hand it on."""
+        ...
+
+    def isatty(self) -> bool:
+        """Whether a person watches."""
+        ...
+
+
 class UI:
     """The terminal: notes and progress on stderr, results on stdout."""
 
-    def __init__(self, stdout: TextIO, stderr: TextIO, every_s: float = EVERY_S) -> None:
+    def __init__(self, stdout: Stream, stderr: Stream, every_s: float = EVERY_S) -> None:
         self.stdout = stdout
         self.stderr = stderr
         self.every_s = every_s
         self.bars: Bars | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "UI":
         """Start drawing."""
         return self
 
@@ -54,7 +71,7 @@ class UI:
         from rich.table import Table
         from rich.text import Text
 
-        console = Console(file=self.stdout, highlight=False)
+        console = Console(file=cast(IO[str], self.stdout), highlight=False)
         if not console.is_terminal:
             console.width = max(console.width, 120)
         table = Table(
@@ -94,9 +111,9 @@ class Lines:
         self.ui, self.task, self.total, self.unit = ui, task, total, unit
         self.start = self.last = time.monotonic()
         self.first = self.done = done
-        self.fields: dict[str, float | str] = {}
+        self.fields: dict[str, int | float | str] = {}
 
-    def tick(self, n: int, **fields: float | str) -> None:
+    def tick(self, n: int, **fields: int | float | str) -> None:
         """Count `n` more units and print a line when one is due."""
         self.done += n
         self.fields = fields or self.fields
@@ -132,7 +149,7 @@ def _bar(ui: UI, task: str, total: int | None, unit: str, done: int) -> Iterator
     count = done
     key = bars.add_task(task, total=total, completed=done, rate="", note="")
 
-    def tick(n: int, **fields: float | str) -> None:
+    def tick(n: int, **fields: int | float | str) -> None:
         nonlocal count
         count += n
         rate = (count - done) / max(time.monotonic() - start, 1e-9)
@@ -170,14 +187,14 @@ def _bars(ui: UI) -> "Bars":
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
-            console=Console(file=ui.stderr, highlight=False),
+            console=Console(file=cast(IO[str], ui.stderr), highlight=False),
             refresh_per_second=4,
         )
         ui.bars.start()
     return ui.bars
 
 
-def fields_text(fields: dict[str, float | str]) -> list[str]:
+def fields_text(fields: dict[str, int | float | str]) -> list[str]:
     """Return fields as `name=value`, numbers to four digits."""
     return [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()]
 

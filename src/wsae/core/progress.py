@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Tick(Protocol):
     """Report `n` more units done; `fields` are shown beside the bar (loss=0.12, ...)."""
 
@@ -13,6 +14,7 @@ class Tick(Protocol):
         ...
 
 
+@runtime_checkable
 class Progress(Protocol):
     """`with progress("harvest", total, "tokens") as tick: tick(n)`; `total` None means unknown."""
 

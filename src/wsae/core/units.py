@@ -1,7 +1,7 @@
 """Sizes and times as people read them."""
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Return seconds as `0.4 s`, `45 s`, `4 min 05 s` or `2 h 10 min`."""
     whole = round(seconds)
     if seconds < 9.95:
@@ -13,7 +13,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def size(n_bytes: float) -> str:
+def size(n_bytes: int | float) -> str:
     """Return bytes as `512 B`, `1.5 KB`, `340 MB` or `2.1 GB` (powers of 1000)."""
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if n_bytes >= step:

@@ -84,7 +84,7 @@ def check_disk(need: int, free: float) -> Check:
     return Check("disk", _room(need, free), shown, mend if need > TIGHT * free else "")
 
 
-def _room(need: float, free: float) -> Status:
+def _room(need: int, free: float) -> Status:
     return "fail" if need > free else "warn" if need > TIGHT * free else "ok"
 
 

@@ -64,7 +64,7 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
         source = open_source(path)
         stats = source.stats(progress)
     except UserError as error:
-        return [*checks, Check("data", "fail", str(error), "make it again, or mend these values")]
+        return [*checks, Check("data", "fail", str(error))]
     rows = source.n_rows or 0
     status = "warn" if rows < cfg.train.batch_size else "ok"
     mend = (

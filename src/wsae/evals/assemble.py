@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from wsae.acts.language import LanguageModel
 from wsae.acts.tokens import TokenTable
 from wsae.core.progress import Progress, quiet
 from wsae.evals.comparisons import Side, compare_members
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
-from wsae.evals.data import HeldOut
+from wsae.evals.data import HeldOut, Language
 from wsae.evals.glossary import glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import Family, Kept, Measured, measure
@@ -46,7 +45,7 @@ def evaluate_families(
     subject: Subject,
     source: HeldOut,
     cfg: EvalConfig,
-    language: LanguageModel | None = None,
+    language: Language | None = None,
     progress: Progress = quiet,
 ) -> Evaluation:
     """Measure, splice, compare; everything in memory."""
@@ -75,7 +74,7 @@ def evaluate_families(
         hook: _contexts(m, subject.families[hook], tokens, cfg) for hook, m in measured.items()
     }
     arrays = {
-        f"{hook}|{name}|{key}": value
+        f"{hook}|{name}|{key}": value.clone()  # members share some; a file may not
         for hook, m in measured.items()
         for name, named in m.arrays.items()
         for key, value in named.items()

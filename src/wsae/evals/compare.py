@@ -26,9 +26,9 @@ class Evaluated(NamedTuple):
 def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: B008  (frozen)
     """Return {"runs", "hooks": {hook: [comparison, ...]}, "glossary"} with intervals from `cfg`.
 
-    One run: each weighted member against its plain twin. Several: also each run's members against those of the same name
-    in the first run. Raises UserError when a run has no evaluation, two runs share no hook and member, or they were
-    evaluated on different held-out data.
+    One run: each weighted member against its plain twin. Several: also each run's members against those of the
+    same name in the first run. Raises UserError when a run has no evaluation, two runs share no hook and member,
+    or they were evaluated on different held-out data.
     """
     if not runs:
         raise UserError("name at least one run directory to compare")
@@ -75,8 +75,8 @@ def _within(one: Evaluated, cfg: EvalConfig, prefix: bool) -> dict[str, list[Com
     for hook, twins in one.twins.items():
         lines = []
         for member, twin in twins.items():
-            sides = (Side(name, name, one.arrays[hook][name]) for name in (member, twin))
-            lines += compare_members(*sides, cfg)
+            a, b = (Side(name, name, one.arrays[hook][name]) for name in (member, twin))
+            lines += compare_members(a, b, cfg)
         label = f"{one.label}:" if prefix else ""
         out[hook] = [
             line | {"a": f"{label}{line['a']}", "b": f"{label}{line['b']}"} for line in lines

@@ -48,7 +48,7 @@ def _by_sequence(a: Side, b: Side) -> dict[str, tuple[Ratio, Ratio]]:
     if not _same_spliced(a.arrays, b.arrays):
         readers = {m: read for m, read in readers.items() if m in ("fvu", "l0")}
     pairs = {metric: (read(a.arrays), read(b.arrays)) for metric, read in readers.items()}
-    pairs["fvu_weighted"] = tuple(fvu(side.arrays, under=a.member) for side in (a, b))
+    pairs["fvu_weighted"] = fvu(a.arrays, under=a.member), fvu(b.arrays, under=a.member)
     return {m: (x, y) for m, (x, y) in pairs.items() if x is not None and y is not None}
 
 

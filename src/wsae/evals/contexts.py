@@ -51,7 +51,8 @@ class Hits(NamedTuple):
         return Hits(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-_NONE = Hits(*(np.zeros(0, dtype=np.int64),) * 3, np.zeros(0))
+_EMPTY = np.zeros(0, dtype=np.int64)
+_NONE = Hits(_EMPTY, _EMPTY, _EMPTY, np.zeros(0))
 
 
 class TopContexts:

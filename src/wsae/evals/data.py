@@ -1,18 +1,19 @@
 """What an evaluation needs of its data: held-out rows in a fixed order, and their tokens where there are any."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsae.acts.source import Chunk
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 
 
+@runtime_checkable
 class HeldOut(Protocol):
     """The part of an activation source that evaluation uses."""
 
@@ -24,6 +25,28 @@ class HeldOut(Protocol):
 
     def tokens(self) -> TokenTable | None:
         """Return the held-out sequences' tokens; None for arrays."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What splicing needs of a tokenizer."""
+
+    all_special_ids: list[int]
+
+
+@runtime_checkable
+class Language(Protocol):
+    """The model behind the activations (`wsae.acts.language.LanguageModel`; not imported: it needs transformers)."""
+
+    @property
+    def model(self) -> nn.Module:
+        """A causal language model."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
         ...
 
 

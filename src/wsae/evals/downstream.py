@@ -1,12 +1,12 @@
 """What the model loses when reconstructions stand in for its activations.
 
-The output of the hooked module is replaced at every kept position (those the SAE was trained to see); skipped ones (start
-of sequence, special tokens, attention sinks) keep their true activation, as they do in training. Cross-entropy and
-KL(p_clean || p_spliced) are summed per sequence over the next tokens that are not special, in nats.
+The output of the hooked module is replaced at every kept position (those the SAE was trained to see); skipped ones
+(start of sequence, special tokens, attention sinks) keep their true activation, as they do in training. Cross-entropy
+and KL(p_clean || p_spliced) are summed per sequence over the next tokens that are not special, in nats.
 
-One sequence runs at a time, and its variants (clean, ablated, one per member) share the layers before the hook: there the
-batch has one row, and the hook widens it to one row per variant. A probe compares this with the plain forward pass first;
-a model that does not take it runs once per variant.
+One sequence runs at a time, and its variants (ablated, one per member) share the layers before the hook: there the
+batch has one row, and the hook widens it to one row per variant. A probe compares this with the plain forward pass
+first; a model that does not take it runs once per variant.
 """
 
 from collections.abc import Callable, Iterator

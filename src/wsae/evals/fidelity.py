@@ -1,8 +1,8 @@
 """How well reconstructions match held-out activations: streaming sums from which every fidelity metric follows.
 
-Two passes over the data, members sharing each chunk. The first (`Survey`) gives the exact mean and variance and what the
-latents do; the second (`Errors`) sums squared errors against that mean. So memory depends on the number of sequences and
-dimensions, never on the number of tokens.
+Two passes over the data, members sharing each chunk. The first (`Survey`) gives the exact mean and variance and what
+the latents do; the second (`Errors`) sums squared errors against that mean. So memory depends on the number of
+sequences and dimensions, never on the number of tokens.
 
     fvu = sum_t |x_t - x_hat_t|^2 / sum_t |x_t - mean|^2            mean: over the held-out rows
 

@@ -16,8 +16,8 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import TopContexts, sample_latents
-from wsae.evals.data import HeldOut
 from wsae.evals.control import CONTROL, random_control
+from wsae.evals.data import HeldOut
 from wsae.evals.fidelity import Errors, Survey, ev_per_dim
 from wsae.evals.latents import Entries, decoder_max_cosine
 from wsae.evals.matching import Matching, Side, match

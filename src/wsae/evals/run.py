@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from wsae.acts.language import LanguageModel
 from wsae.core.artifact import (
     MANIFEST,
     locked,
@@ -22,7 +20,7 @@ from wsae.core.tensors import save_tensors
 from wsae.evals.assemble import Json, Subject, evaluate_families
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
-from wsae.evals.data import HeldOut, Rows
+from wsae.evals.data import HeldOut, Language, Rows
 from wsae.evals.measure import Family, measure
 from wsae.evals.scores import member_metrics
 from wsae.sae import SparseAutoencoder
@@ -62,7 +60,7 @@ def evaluate_run(
     run: Path,
     source: HeldOut,
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  (frozen)
-    language: LanguageModel | None = None,
+    language: Language | None = None,
     progress: Progress = quiet,
 ) -> Json:
     """Measure every member of a finished run and write RUN/evaluation; return the content of evaluation.json.

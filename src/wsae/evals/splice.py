@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wsae.acts.language import LanguageModel
 from wsae.acts.tokens import TokenTable
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
+from wsae.evals.data import Language
 from wsae.evals.downstream import Replace, TokenSequence, spliced_losses
 from wsae.evals.fidelity import Survey
 from wsae.evals.measure import Kept
@@ -22,7 +22,7 @@ def splice_sequences(tokens: TokenTable, cfg: EvalConfig) -> list[int]:
 
 
 def splice_arrays(
-    where: tuple[LanguageModel, str],
+    where: tuple[Language, str],
     saes: dict[str, SparseAutoencoder],
     survey: Survey,
     data: tuple[TokenTable, Kept],

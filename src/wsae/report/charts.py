@@ -215,7 +215,8 @@ def explained_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw explained variance per input dimension, each weighted member against the plain twin."""
     help_text = (
         "One point per input dimension. Above the diagonal the weighted SAE explains more of it, below "
-        "less. Larger points: its heaviest dimensions."
+        "less. Larger points: its heaviest dimensions. "
+        "Points on the lower edge lie below it."
     )
     return [f for f in _beside(run, hook, ("ev_per_dim", help_text), _explained_chart) if f.svg]
 

@@ -1,7 +1,7 @@
 """The report's key figure as a picture for documents: members side by side, with intervals. Needs matplotlib."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,19 +10,14 @@ from wsae.core.errors import UserError
 from wsae.report.rundata import RunData, finite, is_control, read_run
 from wsae.report.words import weighting
 
+_FLOOR = -5.0
+"""log10 of the density below which latents are drawn together."""
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#7d828c", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
 """Grey for the plain twin, then Okabe and Ito's colours, which the colour-blind can tell apart."""
-_STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-}
 
 
 def summary_figure(run: Path, path: Path, hook: str | None = None) -> Path:
@@ -36,23 +31,20 @@ def summary_figure(run: Path, path: Path, hook: str | None = None) -> Path:
     if hook not in data.hooks:
         raise UserError(f"{run}: has no hook '{hook}' (it has {', '.join(data.hooks)})")
     try:
-        import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("matplotlib is not installed; pip install 'wsae[report]'") from error
     panels = [draw for draw, there in _panels(data, hook) if there]
     if not panels:
         raise UserError(f"{run}: has neither metrics nor an evaluation of '{hook}' to draw")
-    with mpl.rc_context(rc=_STYLE):
-        figure = Figure(figsize=(4.1 * len(panels), 3.7), layout="constrained")
-        for draw, axes in zip(
-            panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True
-        ):
-            draw(axes, data, hook)
-        handles, labels = figure.axes[-1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        with writing(Path(path)) as temporary:
-            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+    figure = Figure(figsize=(4.1 * len(panels), 3.7), layout="constrained")
+    for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        draw(axes, data, hook)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    with writing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
     return Path(path)
 
 
@@ -94,13 +86,13 @@ def _fvu(axes: "Axes", run: RunData, hook: str) -> None:
             spread = None if low is None or high is None else [[value - low], [high - value]]
             face = colour if filled else "white"
             axes.errorbar(
-                value, place + shift, xerr=spread, fmt="o", color=colour, mfc=face, ms=7, capsize=3
+                value, place + shift, xerr=spread, fmt="o", color=colour, mfc=face, ms=6, capsize=4
             )
     axes.set_yticks(range(len(_trained(run, hook))), [name for name, *_ in _trained(run, hook)])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.margins(y=0.25)
-    axes.set_title("Held-out error, 95 % intervals")
+    axes.set_title("Held-out error, 95 % intervals", loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("FVU (● plain, ○ under its own γ)")
 
 
@@ -110,7 +102,7 @@ def _gamma(axes: "Axes", run: RunData, hook: str) -> None:
         if gamma is not None:
             order = np.argsort(-(gamma if variance is None else variance), kind="stable")
             axes.loglog(np.arange(1, len(gamma) + 1), gamma[order], color=colour, lw=2, label=label)
-    axes.set_title("Loss weight of each dimension")
+    axes.set_title("Loss weight of each dimension", loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("rank by input variance")
     axes.set_ylabel("γ")
 
@@ -120,11 +112,16 @@ def _density(axes: "Axes", run: RunData, hook: str) -> None:
         density = run.array(hook, name, "density")
         if density is not None:
             alive = np.log10(density[density > 0])
-            bins = np.arange(-6.0, 0.01, 0.2).tolist()
+            bins = np.arange(_FLOOR, 0.01, 0.2).tolist()
             axes.hist(
-                np.clip(alive, -6, 0), bins=bins, histtype="step", lw=1.8, color=colour, label=label
+                np.clip(alive, _FLOOR, 0),
+                bins=bins,
+                histtype="step",
+                lw=1.8,
+                color=colour,
+                label=label,
             )
-    axes.set_title("How often latents fire")
+    axes.set_title("How often latents fire", loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("log₁₀ density (share of tokens)")
     axes.set_ylabel("latents")
 
@@ -136,6 +133,6 @@ def _training(axes: "Axes", run: RunData, hook: str) -> None:
         kept = [(x, y) for x, y in pairs if x is not None and y is not None]
         axes.plot([x for x, _ in kept], [y for _, y in kept], color=colour, lw=1.8, label=label)
     axes.set_yscale("log")
-    axes.set_title("Training")
+    axes.set_title("Training", loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("tokens")
     axes.set_ylabel("plain FVU")

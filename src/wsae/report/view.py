@@ -205,7 +205,10 @@ def _gamma(member: MemberView, record: Json) -> GammaView:
         for row in record.get("heaviest", [])[:HEAVIEST]
     ]
     moved: Json = record.get("without_mask") or {}
-    without = [(WITHOUT_MASK.get(key, key.replace("_", " ")), _plain(value)) for key, value in moved.items()]
+    without = [
+        (WITHOUT_MASK.get(key, key.replace("_", " ")), _plain(value))
+        for key, value in moved.items()
+    ]
     return GammaView(member, facts, heaviest, without)
 
 
@@ -226,32 +229,45 @@ def _percent(value: object) -> str:
 
 CARDS = (
     ("Model", ("model",)),
-    ("Tokens trained on", ("tokens", "train_tokens")),
-    ("Latents (d_sae)", ("d_sae",)),
-    ("Active per token (k)", ("k",)),
+    ("Training tokens", ("tokens", "train_tokens")),
     ("Learning rate", ("lr",)),
     ("Seed", ("seed",)),
 )
 
 
 def cards(run: RunData) -> list[tuple[str, str]]:
-    """Return the setup as (name, value) pairs; what the config does not say is left out."""
+    """Return the setup as (name, value) pairs; what the run does not say is left out."""
     hooks = run.hooks
-    out = [("Hook point" if len(hooks) == 1 else "Hook points", ", ".join(hooks))]
+    out: list[tuple[str, object]] = [
+        ("Hook point" if len(hooks) == 1 else "Hook points", ", ".join(hooks))
+    ]
     for name, keys in CARDS:
-        found = [find([run.config, run.evaluation], key) for key in keys]
-        value = next((v for v in found if isinstance(v, str | int | float)), None)
-        if value is not None:
-            out.append((name, _plain(value)))
+        found = [find(run.config, key) for key in keys]
+        out.append((name, next((v for v in found if isinstance(v, str | int | float)), None)))
+    out[2:2] = [("Latents (d_sae)", _widths(run)), ("Active per token (k)", _distinct(run, "k"))]
     for key, name in (
-        ("heldout_tokens", "Held-out tokens"),
+        ("heldout_tokens", "Held-out tokens" if run.contexts else "Held-out rows"),
         ("heldout_sequences", "Held-out sequences"),
     ):
-        count = finite(run.evaluation.get(key))
-        if count is not None:
-            out.append((name, f"{count:,.0f}"))
-    version = run.manifest.get("wsae_version")
-    return out + ([("wsae version", str(version))] if version else [])
+        out.append((name, run.evaluation.get(key)))
+    out.append(("wsae version", run.manifest.get("wsae_version")))
+    return [(name, _plain(value)) for name, value in out if value is not None]
+
+
+def _distinct(run: RunData, key: str) -> str | None:
+    """Join the values a setting takes over the members."""
+    members = find(run.config, "members")
+    found = [
+        find(member, key) for member in (members if isinstance(members, list) else [run.config])
+    ]
+    values = dict.fromkeys(_plain(value) for value in found if isinstance(value, int | float))
+    return ", ".join(values) or None
+
+
+def _widths(run: RunData) -> str | None:
+    """Join the dictionary sizes: measured ones where there are any, else the configured ones."""
+    sizes = [len(array) for name, array in run.arrays.items() if name.endswith("|density")]
+    return ", ".join(f"{size:,}" for size in dict.fromkeys(sizes)) or _distinct(run, "d_sae")
 
 
 def glossary(run: RunData) -> list[tuple[str, str, Json]]:

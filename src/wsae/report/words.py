@@ -56,13 +56,17 @@ class Judgement:
     @property
     def mark(self) -> str:
         """Text marker, so that colour is never the only sign."""
+        if self.difference == self.low == self.high == 0:
+            return "= the same"
         arrow = "▲" if self.difference > 0 else "▼"
         named = {"none": "≈ no difference shown", "unknown": "no interval"}
         return named.get(self.outcome) or f"{arrow} {self.outcome}"
 
     @property
     def text(self) -> str:
-        """Difference and interval, signed."""
+        """Difference and interval, signed; nothing when both are exactly 0."""
+        if self.difference == self.low == self.high == 0:
+            return ""
         return interval(self.difference, self.low, self.high, signed=True)
 
 
@@ -108,11 +112,11 @@ def interval(
 
 
 def digits(low: float, high: float) -> int | None:
-    """Return decimals that show two digits of the width, or None when fixed point does not suit."""
-    width = high - low
+    """Return decimals that show two digits of the width, four of the ends at most; None without a fixed point."""
+    width, size = high - low, max(abs(low), abs(high))
     if not 1e-5 < width < _LARGE:
         return None
-    return max(0, 1 - math.floor(math.log10(width)))
+    return max(0, min(1 - math.floor(math.log10(width)), 3 - math.floor(math.log10(size))))
 
 
 def judge(comparison: Json, glossary: Json) -> Judgement | None:
@@ -200,7 +204,10 @@ def clause(run: RunData, hook: str, judged: Judgement) -> str:
     """Say what happened to one metric: 'raised plain FVU from a to b (worse; difference ...)'."""
     name = metric_name(judged.metric)
     name = name if name[1:2].isupper() else name[0].lower() + name[1:]
+    name = f"mean {name.removesuffix(', mean')}" if name.endswith(", mean") else name
     text = judged.text
+    if not text:
+        return f"left {name} the same"
     if judged.outcome == "none":
         return f"showed no difference in {name} ({text} covers 0)"
     if judged.outcome == "unknown":
@@ -234,7 +241,8 @@ def _where(run: RunData) -> str:
     if not tokens:
         return f"held-out {kind}"
     rows = "tokens" if run.contexts else "rows"
-    extent = f"{tokens:,.0f} {rows}" + (f" in {sequences:,.0f} sequences" if sequences else "")
+    grouped = sequences is not None and sequences < tokens
+    extent = f"{tokens:,.0f} {rows}" + (f" in {sequences:,.0f} sequences" if grouped else "")
     return f"held-out {kind} ({extent})"
 
 
@@ -251,7 +259,10 @@ def method(run: RunData, hook: str) -> str:
     }
     kinds = [_extent(ns, unit) for unit, ns in counts.items()]
     how = f", by paired bootstrap over {' or '.join(kinds)}" if kinds else ""
-    return f"Brackets: 95 % intervals of the difference{how}." if judgements(run, hook) else ""
+    scope = "They cover the choice of held-out data, not of the training seed."
+    return (
+        f"Brackets: 95 % intervals of the difference{how}. {scope}" if judgements(run, hook) else ""
+    )
 
 
 def _extent(counts: list[int], unit: str) -> str:

@@ -2,27 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
 from wsae.losses.config import GammaConfig
 from wsae.losses.gamma import describe_gamma, gamma_from_proxy
+from wsae.sae.model import SparseAutoencoder
 from wsae.stats import Moments
 from wsae.train.config import TrainConfig
 from wsae.train.member import MemberState, make_member
-
-
-class HookStats(Protocol):
-    """What a source knows of one hook's activations: moments of the rows trained on, and of all rows."""
-
-    kept: Moments
-    all: Moments
-    skipped: dict[str, int]
-    consistency: Float64[Tensor, " d_in"] | None
 
 
 @dataclass
@@ -37,7 +30,7 @@ class Family:
         return [(hook, m) for hook, members in self.members.items() for m in members]
 
 
-def make_family(cfg: TrainConfig, stats: dict[str, HookStats], device: str = "cpu") -> Family:
+def make_family(cfg: TrainConfig, stats: dict[str, SourceStats], device: str = "cpu") -> Family:
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows."""
     members, record = {}, {}
     for hook, s in stats.items():
@@ -90,7 +83,7 @@ def initial_gamma(
 
 
 def gamma_record(
-    cfg: GammaConfig, gamma: Float[Tensor, " d_in"], stats: HookStats
+    cfg: GammaConfig, gamma: Float[Tensor, " d_in"], stats: SourceStats
 ) -> dict[str, Any]:
     """Return what gamma.json keeps of one member, with the movement the mask prevented."""
     unmasked = None
@@ -108,3 +101,10 @@ def to_device(member: MemberState, device: str) -> MemberState:
             setattr(member, name, getattr(member, name).to(device))
         member.sums = {name: value.to(device) for name, value in member.sums.items()}
     return member
+
+
+def finished(member: MemberState) -> SparseAutoencoder:
+    """Return the trained SAE in the activations' own units, on the CPU."""
+    sae = member.sae.scaled(member.scale).cpu()
+    sae.gamma.copy_(member.sae.gamma)
+    return sae.requires_grad_(False)

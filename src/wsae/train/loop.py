@@ -3,11 +3,8 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
-from jaxtyping import Float
-from torch import Tensor
-
+from wsae.acts.stream import BatchStream
 from wsae.core.progress import Tick
 from wsae.train.checkpoint import save_checkpoint
 from wsae.train.config import TrainConfig
@@ -18,18 +15,6 @@ from wsae.train.schedule import lr_factor
 
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is due after this long, or after 20 times what the last one took to write, if that is longer."""
-
-
-class BatchStream(Protocol):
-    """An endless stream of batches with an exact position."""
-
-    def next(self) -> dict[str, Float[Tensor, "batch d_in"]]:
-        """Return the next batch of every hook."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Return the position, JSON-ready."""
-        ...
 
 
 class Stopped(KeyboardInterrupt):

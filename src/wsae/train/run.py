@@ -8,8 +8,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from wsae.acts.stream import ActivationSource
+from wsae.acts.tally import SourceStats
 from wsae.core.artifact import (
     MANIFEST,
     locked,
@@ -24,30 +26,8 @@ from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.checkpoint import checkpoints, load_checkpoint
 from wsae.train.config import TrainConfig
-from wsae.train.family import Family, HookStats, make_family
-from wsae.train.loop import BatchStream, Recorder, run_steps
-
-
-class Source(Protocol):
-    """What training needs of a source of activations."""
-
-    def stats(self, progress: Progress = quiet) -> dict[str, Any]:
-        """Return HookStats per hook."""
-        ...
-
-    def stream(
-        self, batch_size: int, seed: int, state: dict[str, Any] | None = None
-    ) -> BatchStream:
-        """Return an endless stream of batches, continuing from `state`."""
-        ...
-
-    def digest(self) -> str:
-        """Name the data."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Return where the data come from, JSON-ready."""
-        ...
+from wsae.train.family import Family, finished, make_family
+from wsae.train.loop import Recorder, run_steps
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class RunResult:
 
 def train_run(
     cfg: TrainConfig,
-    source: Source,
+    source: ActivationSource,
     out: Path,
     progress: Progress = quiet,
     resume: bool = False,
@@ -72,7 +52,7 @@ def train_run(
     or an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt) when interrupted, after
     writing a checkpoint.
     """
-    identity = {"train": cfg.to_dict(), "data": source.digest(), "source": source.describe()}
+    identity = {"train": cfg.to_dict(), "data": source.digest()}
     with locked(out):
         if (out / MANIFEST).exists():
             read_manifest(out, "run")
@@ -131,7 +111,9 @@ def _differences(a: object, b: object, place: str = "") -> Iterator[tuple[str, o
         yield place, a, b
 
 
-def _train(cfg: TrainConfig, family: Family, source: Source, out: Path, progress: Progress) -> None:
+def _train(
+    cfg: TrainConfig, family: Family, source: ActivationSource, out: Path, progress: Progress
+) -> None:
     place = load_checkpoint(out, family)
     first = int(place["step"]) if place else 0
     stream = source.stream(cfg.batch_size, cfg.seed, place["stream"] if place else None)
@@ -173,14 +155,13 @@ def _stopping(recorder: Recorder) -> Iterator[None]:
 
 
 def _finish(
-    out: Path, identity: dict[str, Any], family: Family, stats: dict[str, HookStats]
+    out: Path, identity: dict[str, Any], family: Family, stats: dict[str, SourceStats]
 ) -> RunResult:
     """Write the members (scale folded in) and the manifest, then drop the checkpoints."""
     files = ["config.json", "gamma.json", "metrics.jsonl"]
     saes: dict[str, dict[str, SparseAutoencoder]] = {}
     for hook, member in family.all():
-        sae = member.sae.scaled(member.scale).cpu()
-        sae.gamma.copy_(member.sae.gamma)
+        sae = finished(member)
         saes.setdefault(hook, {})[member.name] = sae
         place = Path("members") / hook / member.name
         sae.save(out / place)

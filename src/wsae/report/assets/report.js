@@ -56,10 +56,23 @@
       members.forEach(([name, latents], index) => byMember.set(name, { name, index, latents: latents.map(latent) }));
       for (const member of byMember.values()) member.byIndex = new Map(member.latents.map((l) => [l.latent, l]));
       hooks.set(hook, byMember);
+      chosenBy(byMember);
+    }
+  }
+  // A plain latent records no match; it gets the closest sampled latent that chose it.
+  function chosenBy(members) {
+    for (const member of members.values()) {
+      for (const other of member.latents) {
+        const [name, index, cosine] = other.match ?? [];
+        const entry = members.get(name)?.byIndex.get(index);
+        if (!entry || entry.match || (entry.suitor && entry.suitor[2] >= cosine)) continue;
+        entry.suitor = [member.name, other.latent, cosine];
+        entry.cosine = cosine;
+      }
     }
   }
   function latent([index, density, variance, max, match, contexts]) {
-    return { latent: index, density, variance, max, match, contexts, cosine: match ? match[2] : null, text: null };
+    return { latent: index, density, variance, max, match, contexts, cosine: match ? match[2] : null, suitor: null, text: null };
   }
   function textOf(entry) {
     if (entry.text === null) {
@@ -68,23 +81,11 @@
     return entry.text;
   }
 
-  // The nearest latent elsewhere: the recorded match, or (for the plain twin) the closest latent that chose this one.
   function partner(entry) {
-    const members = hooks.get(state.hook);
-    if (entry.match) {
-      const [name, index, cosine] = entry.match;
-      return { name, index, cosine, entry: members.get(name)?.byIndex.get(index) ?? null };
-    }
-    let best = null;
-    for (const member of members.values()) {
-      for (const other of member.latents) {
-        const m = other.match;
-        if (m && m[0] === state.member && m[1] === entry.latent && (!best || m[2] > best.cosine)) {
-          best = { name: member.name, index: other.latent, cosine: m[2], entry: other };
-        }
-      }
-    }
-    return best;
+    const pair = entry.match ?? entry.suitor;
+    if (!pair) return null;
+    const [name, index, cosine] = pair;
+    return { name, index, cosine, entry: hooks.get(state.hook).get(name)?.byIndex.get(index) ?? null };
   }
 
   function contextNode([tokens, peak, , pairs], max, query) {
@@ -93,12 +94,18 @@
     for (let i = 0; i < pairs.length; i += 2) acts.set(pairs[i], pairs[i + 1]);
     const hits = matched(tokens, query);
     let plain = "";
-    const flush = () => { if (plain) line.append(plain); plain = ""; };
+    const flush = () => {
+      const text = line.hasChildNodes() ? plain : plain.trimStart();
+      if (text) line.append(text);
+      plain = "";
+    };
     tokens.forEach((token, i) => {
       const text = visible(data.tokens[token]), act = acts.get(i);
       if (act === undefined && !hits.has(i)) { plain += text; return; }
+      const space = /^ +(?=\S)/.exec(text)?.[0] ?? ""; // outside the shading, so that lines break cleanly
+      plain += space;
       flush();
-      const span = node("span", "tok", text);
+      const span = node("span", "tok", text.slice(space.length));
       if (act !== undefined) {
         span.classList.add("a" + Math.max(1, Math.min(LEVELS, Math.ceil(LEVELS * act / (max || act)))));
         span.title = "activation " + number(act);

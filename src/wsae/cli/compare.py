@@ -1,0 +1,67 @@
+"""`wsae compare`: paired differences with intervals."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from wsae.cli.flags import Common, CommonFlags, Count, MaybePlace, Number
+from wsae.cli.ui import UI
+from wsae.core.artifact import write_json
+from wsae.core.config import Config
+from wsae.evals.config import EvalConfig
+
+ABOUT = """\
+Compare the SAEs of one run with their plain twin, or those of several runs with their namesakes in
+the first, on the same held-out sequences or matched latents: difference, interval, effect size."""
+DEFAULTS = EvalConfig()
+
+
+class Flags(Config):
+    """Flags of `wsae compare`."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Runs that `wsae evaluate` has measured."""
+    out: MaybePlace = None
+    """Write the result as JSON here too."""
+    draws: Count = DEFAULTS.draws
+    """Bootstrap resamples behind each interval."""
+    confidence: Number = DEFAULTS.confidence
+    """Coverage of the intervals."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
+    """Compare and return the comparisons of each hook."""
+    from wsae.evals.compare import compare
+
+    data = {"draws": flags.draws, "confidence": flags.confidence, "seed": flags.common.seed}
+    result = compare(list(flags.runs), EvalConfig.parse(data, where="flags"))
+    if flags.out is not None:
+        write_json(flags.out, result)
+    return dict(result)
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print each difference with its interval; those whose interval leaves out 0 carry a star."""
+    rows = [_row(hook, line) for hook, lines in result["hooks"].items() for line in lines]
+    columns = ("hook", "a", "b", "metric", "a - b", "interval", "effect", "paired by")
+    ui.table("paired differences", columns, rows)
+    ui.say("* the interval leaves out 0")
+
+
+def _row(hook: str, line: dict[str, Any]) -> list[str]:
+    low, high = line["low"], line["high"]
+    star = " *" if low > 0 or high < 0 else ""
+    effect = line.get("effect_size")
+    return [
+        hook,
+        line["a"],
+        line["b"],
+        line["metric"],
+        f"{line['difference']:+.4g}{star}",
+        f"[{low:+.4g}, {high:+.4g}]",
+        "-" if effect is None else f"{effect:+.2f}",
+        f"{line['n']:,} {line['unit']}s",
+    ]

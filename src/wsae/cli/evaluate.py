@@ -1,0 +1,86 @@
+"""`wsae evaluate`: what a run's SAEs are worth on held-out tokens."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace, Number
+from wsae.cli.live import LiveFlags, language_of, open_data, reopen
+from wsae.cli.ui import UI
+from wsae.core.artifact import read_json, read_manifest, write_json
+from wsae.core.config import Config
+from wsae.evals.config import EvalConfig
+
+ABOUT = "Measure every SAE of a run on held-out tokens, with intervals, into RUN/evaluation."
+DEFAULTS = EvalConfig()
+SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
+
+
+class Flags(Config):
+    """Flags of `wsae evaluate`."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A finished run's directory."""
+    out: MaybePlace = None
+    """Write the result as JSON here too."""
+    source: MaybeName = None
+    """Store or array to measure on; none means the run's own data."""
+    batch_size: Count = DEFAULTS.batch_size
+    """Held-out rows encoded at once."""
+    draws: Count = DEFAULTS.draws
+    """Bootstrap resamples behind each interval."""
+    confidence: Number = DEFAULTS.confidence
+    """Coverage of the intervals."""
+    n_latents: Count = DEFAULTS.n_latents
+    """Latents per SAE whose contexts are collected for the report; 0 skips them."""
+    n_contexts: Count = DEFAULTS.n_contexts
+    """Contexts per latent."""
+    splice_tokens: Count = DEFAULTS.splice_tokens
+    """Held-out tokens run through the model with reconstructions in place; 0 skips it."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Evaluate and return the content of evaluation.json, with the run's path."""
+    own = ("batch_size", "draws", "confidence", "n_latents", "n_contexts", "splice_tokens")
+    data = {name: getattr(flags, name) for name in own} | {"seed": flags.common.seed}
+    cfg = EvalConfig.parse(data, where="flags")
+    read_manifest(flags.run, "run", verify=False)
+    from wsae.cli.runner import device
+    from wsae.evals.run import evaluate_run
+
+    where = device(flags.common.device)
+    if flags.source is not None:
+        source = open_data(flags.source, LiveFlags(), flags.common.seed, where, {})
+    else:
+        source = reopen(read_json(flags.run / "config.json")["source"], where)
+    language = language_of(source, where) if cfg.splice_tokens else None
+    record = evaluate_run(flags.run, source, cfg, language, ui.progress)
+    if flags.out is not None:
+        write_json(flags.out, record)
+    return {"run": str(flags.run), **record}
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print the main scores of each member with their intervals."""
+    rows = [
+        [hook, name, *(interval(member["metrics"].get(key)) for key in SHOWN)]
+        for hook, found in result["hooks"].items()
+        for name, member in found["members"].items()
+    ]
+    ui.table("held-out tokens", ("hook", "member", *SHOWN), rows)
+    ui.say(f"next: wsae compare {result['run']}; wsae report {result['run']}")
+
+
+def interval(score: Any) -> str:
+    """Return `value [low, high]`, or a dash where it was not measured."""
+    if not isinstance(score, dict):
+        return "-" if score is None else f"{score:.4g}"
+    value = score.get("value")
+    if value is None:
+        return "-"
+    if score.get("low") is None:
+        return f"{value:.4g}"
+    return f"{value:.4g} [{score['low']:.4g}, {score['high']:.4g}]"

@@ -1,0 +1,180 @@
+"""Documents: every format, constant order, stable split, and one clear line for anything wrong."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wsae.acts.config import HarvestConfig, TextConfig
+from wsae.acts.text import documents, fingerprint, is_heldout
+from wsae.core.errors import UserError
+
+TEXTS = ["one two", "drei vier \u00e4", "", "five\n\nsix"]
+
+
+def read(path, **options) -> list[str]:
+    return [d.text for d in documents(TextConfig(path=str(path), **options))]
+
+
+def write_jsonl(path, texts, field="text"):
+    data = "".join(json.dumps({field: t}) + "\n" for t in texts).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_jsonl_gives_the_texts_in_order(tmp_path, name):
+    assert read(write_jsonl(tmp_path / name, TEXTS)) == TEXTS
+
+
+def test_parquet_gives_the_texts_in_order_across_row_groups(tmp_path):
+    texts = [f"document {i}" for i in range(1000)]
+    pq.write_table(
+        pa.table({"body": texts, "n": list(range(1000))}), tmp_path / "a.parquet", row_group_size=70
+    )
+    assert read(tmp_path / "a.parquet", field="body") == texts
+
+
+def test_a_directory_is_read_in_the_order_of_its_file_names(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", ["second"])
+    write_jsonl(tmp_path / "a.jsonl.gz", ["first"])
+    (tmp_path / "notes.md").write_text("not read")
+    assert read(tmp_path) == ["first", "second"]
+
+
+def test_start_skips_documents_and_keeps_their_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    found = list(documents(TextConfig(path=str(path)), start=2))
+    assert [(d.index, d.text) for d in found] == [(2, ""), (3, "five\n\nsix")]
+
+
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=3000), max_size=12
+    )
+)
+def test_plain_text_loses_nothing_but_blank_space(tmp_path_factory, paragraphs):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes("\n\n".join(paragraphs).encode())
+    parts = read(path)
+    assert "".join("".join(parts).split()) == "".join("\n\n".join(paragraphs).split())
+    assert all(parts)
+
+
+def test_plain_text_is_cut_at_blank_lines_near_2000_characters(tmp_path):
+    paragraph = "word " * 100
+    (tmp_path / "a.txt").write_text("\n\n".join([paragraph] * 40))
+    parts = read(tmp_path / "a.txt")
+    assert all(part.startswith("word") and part.endswith("word") for part in parts)
+    assert all(2000 <= len(part) <= 2600 for part in parts[:-1])
+    assert sum(part.count("word") for part in parts) == 4000
+
+
+def test_small_plain_text_is_one_document_and_a_line_without_end_is_cut(tmp_path):
+    (tmp_path / "a.txt").write_text("Title\n\nA short text.\n")
+    assert read(tmp_path / "a.txt") == ["Title\n\nA short text."]
+    (tmp_path / "b.txt").write_text("x" * 50_000)
+    assert max(map(len, read(tmp_path / "b.txt"))) == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", b'{"text": "ok"}\n\n{"body": "x"}\n', "line 3: no field 'text' (it has: body)"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: field 'text' is a int, not text"),
+        ("a.jsonl", b"[1]\n", "line 1: a list where an object"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: holds half a character"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "ok"}\n' * 500)[:-12], "damaged gzip"),
+        ("a.jsonl.gz", b"not gzip at all", "damaged gzip"),
+        ("a.txt", b"good\n\n\xff\xfe bad", "not UTF-8"),
+        ("a.parquet", b"PAR1 nonsense", "not a readable parquet file"),
+        ("a.csv", b"text\nx\n", "unknown kind of file"),
+    ],
+    ids=range(12),
+)
+def test_bad_files_are_named_with_their_place_in_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name)
+    assert message in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_names_the_nearest(tmp_path):
+    pq.write_table(pa.table({"texts": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no column 'text' \(nearest: texts\)"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_missing_cell_names_its_row(tmp_path):
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="row 1: field 'text' is NoneType"):
+        read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("path", ["/no/such/place", "./missing", "missing.jsonl", "a/b/c", ""])
+def test_a_missing_path_is_refused_without_asking_a_hub(path):
+    with pytest.raises(UserError, match="no such file"):
+        read(path)
+
+
+def test_a_hub_name_without_a_network_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="there is no network"):
+        read("owner/dataset")
+
+
+def test_an_empty_directory_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no .jsonl"):
+        read(tmp_path)
+
+
+def test_the_split_is_stable_and_has_the_fraction_asked_for():
+    held = [i for i in range(20_000) if is_heldout(i, seed=3, fraction=0.1)]
+    assert abs(len(held) / 20_000 - 0.1) < 0.01
+    assert held[:4] == [i for i in range(held[3] + 1) if is_heldout(i, 3, 0.1)]
+    assert held != [i for i in range(20_000) if is_heldout(i, seed=4, fraction=0.1)]
+    assert not any(is_heldout(i, 0, 0.0) for i in range(1000))
+
+
+def test_a_larger_fraction_holds_out_a_superset():
+    small = {i for i in range(2000) if is_heldout(i, 0, 0.1)}
+    assert small < {i for i in range(2000) if is_heldout(i, 0, 0.3)}
+
+
+def test_the_shipped_text_has_its_five_sources_and_a_few_megabytes():
+    texts = read("builtin")
+    assert len(texts) > 2000
+    assert 3.2e6 < sum(len(t.encode()) for t in texts) < 3.6e6
+    assert all(len(t.strip()) > 100 for t in texts)
+
+
+def test_a_fingerprint_changes_with_the_text(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
+    first = fingerprint(TextConfig(path=str(path)))
+    assert first == fingerprint(TextConfig(path=str(path)))
+    write_jsonl(path, ["two"])
+    assert first != fingerprint(TextConfig(path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hooks": ()}, "name at least one"),
+        ({"skip_first": 8, "seq_len": 8}, "leaves nothing"),
+        ({"heldout_fraction": 0.0}, "heldout_fraction > 0"),
+        ({"seq_length": 8}, "nearest: seq_len"),
+        ({"dtype": "float16"}, "dtype"),
+    ],
+)
+def test_bad_harvest_configs_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        HarvestConfig.parse(values)

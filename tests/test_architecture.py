@@ -1,0 +1,178 @@
+"""The shape of the code: what is imported when, sizes, and that every list of names says the truth."""
+
+import ast
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import wsae
+from wsae.cli import table
+from wsae.core.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src" / "wsae"
+SOURCES = sorted(SRC.rglob("*.py"))
+FILE_LINES, FUNCTION_LINES = 300, 50
+HEAVY = ("torch", "numpy", "transformers", "scipy")
+IGNORES, SKIPS = 0, 3
+"""Ratchets: how many `type: ignore` (src) and unconditional or conditional skips (tests) there may be."""
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the heavy modules that `code` loads in a fresh interpreter."""
+    line = f"{code}\nimport sys\nprint('LOADED', *[m for m in {HEAVY + ('pydantic', 'tyro', 'rich')} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", line], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert loaded_by("import wsae") == set()
+
+
+def test_the_overview_help_loads_the_standard_library_alone():
+    assert loaded_by("from wsae.cli.main import main\nmain(['--help'])") == set()
+
+
+@pytest.mark.parametrize("command", table.names())
+def test_a_commands_help_loads_no_torch(command):
+    found = loaded_by(f"from wsae.cli.main import main\nmain(['{command}', '--help'])")
+    assert found.isdisjoint(HEAVY), f"wsae {command} --help imports {found & set(HEAVY)}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.name == "config.py"], ids=lambda p: p.parent.name
+)
+def test_config_modules_are_torch_free(path):
+    module = ".".join(path.relative_to(SRC.parent).with_suffix("").parts)
+    assert loaded_by(f"import {module}").isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SRC)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < FILE_LINES, f"{path.name}: split it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES, (
+                f"{path.name}:{node.lineno} {node.name} has {lines} lines"
+            )
+
+
+def test_every_command_has_a_module_and_every_module_a_command():
+    """A module with `run` and `Flags` is a command; the table lists exactly those."""
+    found = set()
+    for info in pkgutil.iter_modules([str(SRC / "cli")]):
+        names = {n.name for n in ast.parse((SRC / "cli" / f"{info.name}.py").read_text()).body
+                 if isinstance(n, ast.FunctionDef | ast.ClassDef)}  # fmt: skip
+        if {"Flags", "run", "show"} <= names:
+            found.add(info.name)
+    assert found == set(table.names())
+
+
+def test_the_readme_names_only_commands_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```(?:bash|sh|console)?\n(.*?)```", text, flags=re.S):
+        for command in re.findall(
+            r"^\s*(?:\$ )?(?:\.venv/bin/)?wsae ([a-z]\w*)", block, flags=re.M
+        ):
+            assert table.find(command), f"README: no command wsae {command}"
+
+
+def test_every_exported_name_is_there():
+    for name in wsae.__all__:
+        assert getattr(wsae, name) is not None
+    assert list(wsae.__all__) == sorted(wsae.__all__, key=str.lower) or sorted(
+        wsae.__all__
+    ) == list(wsae.__all__)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = wsae.nothing_of_the_kind
+
+
+def configs() -> list[type[Config]]:
+    """Return every Config class of the package."""
+    for path in SOURCES:
+        if "class " in path.read_text() and "Config)" in path.read_text():
+            importlib.import_module(".".join(path.relative_to(SRC.parent).with_suffix("").parts))
+    found, todo = [], [Config]
+    while todo:
+        for kind in todo.pop().__subclasses__():
+            todo.append(kind)
+            if kind.__module__.startswith("wsae."):
+                found.append(kind)
+    return sorted(set(found), key=lambda kind: (kind.__module__, kind.__name__))
+
+
+def test_every_config_field_is_read_somewhere():
+    reads = "\n".join(path.read_text() for path in SOURCES)
+    for kind in configs():
+        for name in kind.model_fields:
+            pattern = rf"\.{name}\b|getattr\([^)]*[\"']{name}[\"']|[\"']{name}[\"']"
+            assert re.search(pattern, reads), f"{kind.__name__}.{name} is never read"
+
+
+def test_every_config_field_says_what_it_means_to_the_command_line():
+    """Fields of command-line flags carry the help text."""
+    for kind in configs():
+        if kind.__module__.startswith("wsae.cli."):
+            for name, field in kind.model_fields.items():
+                assert field.description, f"{kind.__module__}.{kind.__name__}.{name} has no help"
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_points_outside_the_project():
+    """No folder beside the checkout, no absolute path of somebody's machine, no package host."""
+    outside = re.compile(
+        r"\.\./shared|\bshared/data|/(?:home|Users|work|root)/\w|index-url|find-links"
+    )
+    for path in tracked():
+        if path.suffix in (".gz", ".png", ".npz", ".parquet", ".safetensors") or path == Path(
+            __file__
+        ):
+            continue
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            assert not outside.search(line), (
+                f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+            )
+
+
+def test_every_version_is_pinned_and_the_ranges_admit_the_pins():
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pins["torch"] == "2.13.0"
+    for text in requires("wsae") or []:
+        need = Requirement(text)
+        name = canonicalize_name(need.name)
+        if name != "wsae":
+            assert name in pins, f"{name} is not pinned"
+            assert need.specifier.contains(pins[name]), f"{need} does not admit {pins[name]}"
+
+
+def test_debts_only_shrink():
+    ignores = sum(path.read_text().count("type: ignore") for path in SOURCES)
+    tests = [p for p in (ROOT / "tests").glob("test_*.py") if p != Path(__file__)]
+    skips = sum(
+        len(re.findall(r"\bpytest\.(?:mark\.)?skip(?:if)?\b", p.read_text())) for p in tests
+    )
+    assert ignores <= IGNORES
+    assert skips <= SKIPS

@@ -1,0 +1,284 @@
+"""The command line's manners: help, exit codes, one line for bad input, JSON alone on stdout."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wsae.cli import flags, main, plan, runner, table, train
+from wsae.core.errors import UserError
+
+SAYS_ONE_LINE = re.compile(r"wsae: error: [^\n]+\n\Z")
+
+
+def wsae(*words: str, cwd: Path | None = None, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "wsae.cli", *words],
+        cwd=cwd, capture_output=True, text=True, timeout=100, check=False, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def array(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    features = (rng.random((1500, 24)) < 0.1) * rng.random((1500, 24))
+    np.save(tmp_path / "acts.npy", (features @ rng.standard_normal((24, 8))).astype(np.float32))
+    return tmp_path / "acts.npy"
+
+
+def test_help_lists_every_command_and_its_first_example(capsys):
+    assert main.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in table.COMMANDS:
+        assert f"  {command.name} " in text
+        assert command.summary in text
+        assert command.examples[0] in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_no_words_at_all_show_the_help(capsys):
+    assert main.main([]) == 0
+    assert "usage: wsae COMMAND" in capsys.readouterr().out
+
+
+def test_version_is_the_packages(capsys):
+    assert main.main(["--version"]) == 0
+    from wsae.core.version import __version__
+
+    assert capsys.readouterr().out == f"wsae {__version__}\n"
+
+
+@pytest.mark.parametrize("command", table.names())
+def test_each_commands_help_shows_its_examples_and_the_common_flags(command, capsys):
+    assert main.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    found = table.find(command)
+    assert found is not None
+    for example in found.examples:
+        assert example in text
+    for flag in ("--json", "--seed", "--device", "--out", "--debug", "--config"):
+        assert re.search(rf"{flag}\b", text), f"{command} lacks {flag}"
+
+
+@pytest.mark.parametrize("example", [e for c in table.COMMANDS for e in c.examples])
+def test_the_flags_of_every_example_in_the_help_are_real(example, capsys):
+    _, command, *words = shlex.split(example)
+    assert main.main([command, *words, "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["traim"], "no command 'traim' (nearest: train)"),
+        (["--json", "train"], "put the command first"),
+        (["train", "x", "--out", "y", "--kk", "3"], "unknown flag --kk (nearest: --k"),
+        (["train", "x", "--out", "y", "--d_saee", "3"], "nearest: --d-sae"),
+        (["train", "x", "--out", "y", "--k", "abc"], "--k: 'abc' is not a whole number"),
+        (["train", "x", "--out", "y", "--k=2.5"], "--k: '2.5' is not a whole number"),
+        (["train", "x", "--out", "y", "--alpha", "much"], "--alpha: 'much' is not a number"),
+        (["train", "x", "--out", "y", "--activation", "tok"], "--activation: 'tok' is not one of"),
+        (["train", "x"], "missing: --out"),
+        (["train"], "missing: SOURCE, --out"),
+        (["train", "x", "y", "--out", "z"], "left over: y"),
+        (["train", "x", "--out", "y", "--k"], "no value for '--k'"),
+        (["train", "x", "--out", "y", "--k", "0"], "greater than 0 (got 0)"),
+        (["train", "x", "--out", "y", "--k", "3", "--activation", "relu"], "relu has no k"),
+        (["train", "nowhere.npy", "--out", "y"], "nowhere.npy: no such store or array"),
+        (["train", "x", "--out", "y", "--alpha", "nan"], "alpha"),
+        (["train", "x", "--out", "y", "--gamma", "vector"], "vector"),
+        (["train", "x", "--out", "y", "--gamma", "vector", "--gamma-file", "g.npy"], "g.npy: no such file"),
+        (["train", "gpt2", "--out", "y", "--text", "builtin"], "no --hook"),
+        (["harvest", "gpt2", "--hook", "h.1", "--out", "y"], "no --text"),
+        (["report", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere"], "nowhere: no such directory"),
+        (["compare", "nowhere"], "nowhere"),
+        (["train", "--config", "nowhere.json"], "nowhere.json: no such file"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert SAYS_ONE_LINE.match(err), err
+    assert says in err
+    assert list(tmp_path.iterdir()) == [], "bad input must leave nothing behind"
+
+
+def test_an_unknown_device_is_refused_before_anything_is_written(array, capsys):
+    out = array.parent / "run"
+    assert main.main(["train", str(array), "--out", str(out), "--device", "cuda:77"]) == 2
+    assert "--device cuda:77: not on this machine" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_debug_shows_the_traceback_and_the_same_last_line(capsys):
+    assert main.main(["report", "nowhere", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.splitlines()[-1].startswith("wsae: error: ")
+
+
+def test_an_unexpected_error_is_named_on_one_line_with_exit_code_1(capsys):
+    def broken() -> int:
+        raise KeyError("inside\nout")
+
+    assert main._guarded(broken, debug=False) == 1
+    err = capsys.readouterr().err
+    assert SAYS_ONE_LINE.match(err)
+    assert "KeyError" in err
+    assert "--debug" in err
+
+
+def test_running_out_of_memory_names_the_mend(capsys):
+    def broken() -> int:
+        raise MemoryError
+
+    assert main._guarded(broken, debug=False) == 1
+    assert "lower --batch-size" in capsys.readouterr().err
+
+
+def test_a_missing_file_that_only_the_system_noticed_is_bad_input(tmp_path, capsys):
+    assert main._guarded(lambda: len((tmp_path / "gone").read_bytes()), debug=False) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_flags_file_fills_in_and_the_command_line_wins(tmp_path, capsys):
+    file = tmp_path / "flags.json"
+    words = ["train", "acts.npy", "--out", "run", "--k", "7", "--alpha", "1", "0.5", "--no-twin"]
+    assert main.main([*words, "--json", "--print-config"]) == 0
+    file.write_text(capsys.readouterr().out)
+    assert main.main(["train", "--config", str(file), "--k=9", "--print-config"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert read == json.loads(file.read_text()) | {"k": 9}
+    assert (read["source"], read["alpha"], read["twin"], read["json"]) == (
+        "acts.npy",
+        [1, 0.5],
+        False,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"d_saee": 4}', "unknown key 'd_saee' (nearest: d_sae"),
+        ("[1]", "a flags file is a JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_bad_flags_file_is_named_with_its_mistake(content, says, tmp_path, capsys):
+    file = tmp_path / "flags.json"
+    file.write_text(content)
+    assert main.main(["train", "x", "--out", "y", "--config", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert str(file) in err
+    assert says in err
+
+
+def test_several_alphas_make_one_member_each_beside_one_plain_twin():
+    made = plan.PlanFlags(alpha=(1.0, 0.5), k=4, d_sae=16).config(rows=1000, seed=3)
+    assert made.names() == ["plain", "variance-a1", "variance-a0.5"]
+    assert made.tokens == 1000
+    assert made.seed == 3
+    assert {m.activation.kind for m in made.members} == {"topk"}
+    alone = plan.PlanFlags(alpha=(1.0, 0.5), twin=False).config(None, 0)
+    assert alone.names() == ["variance-a1", "variance-a0.5"]
+    assert alone.tokens == plan.TOKENS
+
+
+def test_a_gamma_vector_is_read_from_a_file(tmp_path):
+    np.save(tmp_path / "g.npy", np.array([1.0, 2.0]))
+    made = plan.PlanFlags(gamma="vector", gamma_file=tmp_path / "g.npy").config(None, 0)
+    assert made.members[-1].gamma.vector == (1.0, 2.0)
+    np.save(tmp_path / "g.npy", np.ones((2, 2)))
+    with pytest.raises(UserError, match="one number per input dimension"):
+        plan.PlanFlags(gamma="vector", gamma_file=tmp_path / "g.npy").config(None, 0)
+
+
+def test_json_has_no_words_for_nan():
+    assert runner.finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {
+        "a": [None, 1.5],
+        "b": [None, "x"],
+    }
+
+
+def test_every_flag_of_a_nested_config_is_known_once():
+    names = [path for path, _ in flags.leaves(train.Flags)]
+    keys = [flags.key_of(path) for path in names]
+    assert len(keys) == len(set(keys))
+    known = flags.flag_names(train.Flags)
+    assert {"--d-sae", "--no-twin", "--json", "--resume", "--text"} <= set(known)
+    assert "--no-resume" not in known
+    assert "--source" not in known
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m wsae.cli --help | head -1; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] in ("0", "141")
+    assert done.stderr == ""
+
+
+def test_with_json_stdout_holds_the_result_and_nothing_else(array):
+    run = array.parent / "run"
+    words = ["--k", "2", "--expansion", "2", "--batch-size", "128", "--tokens", "640", "--json"]
+    done = wsae("train", str(array), "--out", str(run), *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["run"] == str(run)
+    assert list(result["members"]["acts"]) == ["plain", "variance-a1"]
+    assert result["members"]["acts"]["plain"]["tokens"] == 640
+
+
+def test_ctrl_c_says_what_is_kept_and_the_command_it_names_goes_on(array):
+    run = array.parent / "run"
+    words = ["--k", "2", "--expansion", "2", "--batch-size", "64", "--tokens", "40000000"]
+    command = [sys.executable, "-m", "wsae.cli", "train", str(array), "--out", str(run), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("wsae: interrupted; stopped after step ")
+    assert line.endswith("--resume")
+    assert "Traceback" not in err
+    assert (run / "checkpoints").is_dir()
+    again = wsae(*shlex.split(line.split("go on with: wsae ")[1]), "--tokens", "99")
+    assert again.returncode == 2
+    assert "holds a run of another config" in again.stderr
+
+
+def test_a_finished_run_is_resumed_from_its_own_config(array):
+    run = array.parent / "run"
+    small = ["--k", "2", "--expansion", "2", "--batch-size", "128", "--tokens", "640"]
+    first = wsae("train", str(array), "--out", str(run), *small, "--json")
+    assert first.returncode == 0, first.stderr
+    again = wsae("train", str(array), "--out", str(run), "--resume", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == json.loads(first.stdout)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_cannot_be_written_is_named(array, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    done = wsae("train", str(array), "--out", str(locked / "run"), "--k", "2")
+    assert done.returncode == 2
+    assert "cannot write here" in done.stderr

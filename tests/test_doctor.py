@@ -1,0 +1,233 @@
+"""The pre-flight's findings against hand numbers, and whole on a tiny model and on data files."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from acts_models import make_model, make_text
+from wsae.acts.config import HarvestConfig
+from wsae.cli.main import main
+from wsae.core.errors import UserError
+from wsae.doctor import activations, cost, machine, shape
+from wsae.doctor.check import Check, report
+from wsae.doctor.config import DoctorConfig
+from wsae.doctor.run import examine
+from wsae.losses.config import GammaConfig
+from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae.config import GroupTopK
+from wsae.train.config import MemberConfig, TrainConfig
+
+
+def by_name(found: dict) -> dict[str, dict[str, str]]:
+    return {check["name"]: check for check in found["checks"]}
+
+
+def plan(k: int = 2, **member) -> TrainConfig:
+    members = (MemberConfig(activation=TopK(k=k), expansion=2, **member),)
+    return TrainConfig(members=members, tokens=1000, batch_size=64)
+
+
+def test_spread_of_a_hand_made_variance():
+    found = activations.spread(torch.tensor([1.0, 1.0, 2.0, 4.0], dtype=torch.float64))
+    assert found.top_dim == 3
+    assert found.top_share == 0.5
+    assert found.largest_over_median == 4.0
+    assert found.effective == pytest.approx(1 / (1 / 64 + 1 / 64 + 4 / 64 + 16 / 64))
+
+
+def test_spread_of_constant_dimensions_does_not_divide_by_zero():
+    found = activations.spread(torch.zeros(4, dtype=torch.float64))
+    assert found.top_share == 0
+    assert math.isinf(found.largest_over_median)
+
+
+def test_weighted_loss_of_an_outlier_dimension_is_the_variance_cubed():
+    variance = torch.ones(100, dtype=torch.float64)
+    variance[7] = 10.0
+    plain, weighted = activations.check_outliers("h", variance, [GammaConfig(rule="variance")])
+    assert (plain.status, weighted.status) == ("ok", "warn")
+    assert f"{100 * 1000 / 1099:.3g} %" in weighted.value  # 10^3 of 10^3 + 99
+    tamed = activations.check_outliers("h", variance, [GammaConfig(rule="variance", robust="rank")])
+    assert tamed[1].status == "ok"
+
+
+def test_a_sink_at_the_first_position_is_fine_while_the_mask_drops_it():
+    x = torch.ones(2, 5, 3)
+    x[:, 0] *= 30
+    kept = torch.ones(2, 5, dtype=torch.bool)
+    kept[:, 0] = False
+    assert activations.check_sinks("h", x, kept).status == "ok"
+    assert "30 x" in activations.check_sinks("h", x, kept).value
+    assert activations.check_sinks("h", x, torch.ones_like(kept)).status == "warn"
+
+
+def test_nan_is_found_with_its_place():
+    x = torch.zeros(4, 3)
+    x[2, 1] = float("nan")
+    found = activations.check_finite("h", x)
+    assert found.status == "fail"
+    assert "row 2, dimension 1" in found.value
+
+
+def test_rounding_costs_what_rounding_costs():
+    x = 1000 + torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    bf16, fp16 = activations.check_rounding("h", x, "bfloat16")
+    error = (x.bfloat16().double() - x.double()).square().mean(0)
+    share = error.sum() / x.double().var(0, correction=0).sum()
+    assert share > 0.5  # bfloat16 steps by 4 just below 1024
+    assert f"fvu {float(share):.2g}" in bf16.value
+    assert (bf16.status, fp16.status) == ("warn", "ok")
+
+
+@pytest.mark.parametrize(("storage", "status"), [("float16", "fail"), ("float32", "ok")])
+def test_values_beyond_float16_fail_only_where_float16_is_wanted(storage, status):
+    x = torch.tensor([[7e4, 0.0], [1.0, 2.0]])
+    assert activations.check_rounding("h", x, storage)[1].status == status
+
+
+def test_group_k_that_does_not_divide_names_the_nearest_that_does():
+    found = shape.check_member("h", 16, MemberConfig(d_sae=100, activation=GroupTopK(k=30)))
+    assert found.status == "fail"
+    assert "90 or 120" in found.value
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "k", "status"), [(64, 4, "ok"), (64, 65, "fail"), (64, 16, "warn"), (8, 2, "warn")]
+)
+def test_shapes_that_cannot_or_should_not_be(d_sae, k, status):
+    assert (
+        shape.check_member("h", 16, MemberConfig(d_sae=d_sae, activation=TopK(k=k))).status
+        == status
+    )
+
+
+def test_text_is_compared_with_what_is_wanted():
+    assert shape.check_text(0, 10, whole=True).status == "fail"
+    assert shape.check_text(5, 10, whole=True).status == "warn"
+    assert shape.check_text(5, 10, whole=False).status == "ok"
+    assert shape.check_text(15, 10, whole=True).status == "ok"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_sae(tied):
+    cfg = SAEConfig(d_in=6, d_sae=20, activation=TopK(k=2), tied=tied)
+    trained = sum(p.numel() for p in SparseAutoencoder(cfg).parameters() if p.requires_grad)
+    assert cost.parameters(cfg) == trained
+
+
+def test_memory_is_four_times_the_fp32_weights_and_the_step():
+    cfg = SAEConfig(d_in=10, d_sae=100, activation=TopK(k=2), tied=True)
+    need = cost.memory([cfg, cfg], [10], batch_size=50, model_bytes=7)
+    assert need.weights + need.optimiser == 2 * 16 * 1000
+    assert need.total == need.weights + need.optimiser + need.step + 7
+    assert cost.check_memory(need, free=need.total * 2.0).status == "ok"
+    assert cost.check_memory(need, free=need.total * 1.1).status == "warn"
+    assert cost.check_memory(need, free=need.total * 0.9).status == "fail"
+
+
+def test_a_stores_size_is_rows_times_widths():
+    cfg = HarvestConfig(tokens=1000, heldout_tokens=100, store_dtype="bfloat16")
+    assert cost.store_bytes(cfg, [10, 30]) == 1100 * (40 * 2 + 16)
+    assert cost.check_disk(100, 50.0).status == "fail"
+
+
+def test_a_step_takes_about_as_long_as_it_takes():
+    x = torch.randn(512, 32, generator=torch.Generator().manual_seed(0))
+    per_step = cost.seconds_per_step(x, plan(), "cpu", budget_s=0.1)
+    assert 1e-5 < per_step < 1.0
+    assert "training" in cost.check_time(plan(), per_step, None).value
+
+
+def test_the_machine_has_memory_and_disk(tmp_path):
+    assert machine.free_memory("cpu") > 1e6
+    assert machine.free_disk(str(tmp_path / "not" / "yet")) > 1e6
+    assert "torch" in machine.check_versions().value
+
+
+def test_a_report_counts_its_findings():
+    found = report("x", [Check("a", "ok", ""), Check("b", "warn", ""), Check("c", "fail", "")])
+    assert (found["failed"], found["warnings"]) == (1, 1)
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("doctor")
+    make_text(place / "text.jsonl")
+    return make_model(place / "model", bos=True)
+
+
+def harvest(llama: Path, *hooks: str) -> HarvestConfig:
+    text = {"path": str(llama.parent / "text.jsonl")}
+    return HarvestConfig(model=str(llama), text=text, hooks=hooks, seq_len=32, tokens=200)  # pyright: ignore
+
+
+def test_a_tiny_model_is_examined_whole(llama):
+    cfg = DoctorConfig(
+        train=plan(), harvest=harvest(llama, "layers.1", "layers.2.mlp"), probe_seconds=0.1
+    )
+    found = by_name(examine(cfg))
+    for name in ("versions", "device", "begin-of-text token", "text", "memory", "time", "disk"):
+        assert name in found, name
+    assert "<s>" in found["begin-of-text token"]["value"]
+    for hook in ("layers.1", "layers.2.mlp"):
+        assert found[f"width of {hook}"]["value"] == "16"
+        assert found[f"values at {hook}"]["status"] == "ok"
+    assert {check["status"] for check in found.values()} <= {"ok", "warn"}
+
+
+def test_a_hook_the_model_lacks_fails_and_names_the_nearest(llama):
+    found = examine(DoctorConfig(train=plan(), harvest=harvest(llama, "layer.1")))
+    assert found["failed"] == 1
+    assert "layers.1" in by_name(found)["hooks"]["value"]
+
+
+def test_another_width_than_expected_fails(llama):
+    found = examine(
+        DoctorConfig(train=plan(), harvest=harvest(llama, "layers.1"), d_in=99, probe_seconds=0.1)
+    )
+    assert by_name(found)["width of layers.1"]["status"] == "fail"
+
+
+def test_a_model_that_is_not_there_is_bad_input(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        examine(DoctorConfig(train=plan(), harvest=HarvestConfig(model=str(tmp_path / "gone"))))
+
+
+def test_an_array_is_examined_and_its_nan_found(tmp_path):
+    x = np.random.default_rng(0).standard_normal((500, 12)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    cfg = DoctorConfig(train=plan(), data=str(tmp_path / "x.npy"), probe_seconds=0.1)
+    found = by_name(examine(cfg))
+    assert found["data"]["value"].startswith("450 training rows")
+    assert found["width of x"]["value"] == "12"
+    assert found["time"]["status"] == "ok"
+    x[17, 3] = np.inf
+    np.save(tmp_path / "x.npy", x)
+    bad = by_name(examine(cfg))["data"]
+    assert bad["status"] == "fail"
+    assert "row 17, dimension 3" in bad["value"]
+
+
+def test_fewer_rows_than_a_batch_is_a_warning(tmp_path):
+    np.save(
+        tmp_path / "x.npy", np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)
+    )
+    found = examine(DoctorConfig(train=plan(), data=str(tmp_path / "x.npy"), probe_seconds=0.1))
+    assert by_name(found)["data"]["status"] == "warn"
+
+
+def test_the_command_prints_every_finding_and_exits_1_on_a_failure(llama, capsys):
+    words = ["doctor", str(llama), "--hook", "layers.1", "--text", str(llama.parent / "text.jsonl")]
+    words += ["--seq-len", "32", "--expansion", "2", "--batch-size", "64", "--device", "cpu"]
+    assert main([*words, "--k", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == 0
+    assert main([*words, "--k", "5", "--activation", "group_topk"]) == 1
+    text = capsys.readouterr().out
+    assert "30 or 35" in text
+    assert "this run would not work as planned" in text

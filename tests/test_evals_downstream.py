@@ -1,0 +1,193 @@
+"""Splicing reconstructions into a model, against one plain forward pass per variant computed by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from wsae.acts.capture import splice
+from wsae.core.errors import UserError
+from wsae.evals import downstream
+from wsae.evals.downstream import TokenSequence, spliced_losses
+
+VOCABULARY, WIDTH, LENGTH = 50, 16, 12
+BIG = 1 << 27
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=3,
+        intermediate_size=32,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def neox():
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=3,
+        intermediate_size=32,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    return GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+
+
+def sequences(n=4):
+    g = torch.Generator().manual_seed(1)
+    out = []
+    for seq in range(n):
+        ids = torch.randint(3, VOCABULARY, (LENGTH,), generator=g)
+        kept = torch.rand(LENGTH, generator=g) > 0.3
+        kept[0] = False
+        target = torch.rand(LENGTH, generator=g) > 0.2
+        out.append(TokenSequence(10 + seq, ids, kept, target))
+    return out
+
+
+VARIANTS = {
+    "zero": torch.zeros_like,
+    "same": lambda x: x,
+    "half": lambda x: 0.5 * x + 1,
+    "noise": lambda x: x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
+}
+
+
+def direct(model, hook, sequence, replace):
+    """[CE, KL] of one sequence from whole forward passes with the plain splice."""
+    ids, kept = sequence.ids, sequence.kept
+
+    def put(x):
+        new = x.clone()
+        new[0, kept] = replace(x[0, kept])
+        return new
+
+    clean = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+    with splice(model, hook, put):
+        other = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+    scored = [t for t in range(len(ids) - 1) if sequence.target[t + 1]]
+    ce = -sum(float(other[t, ids[t + 1]]) for t in scored)
+    kl = sum(float(F.kl_div(other[t], clean[t], log_target=True, reduction="sum")) for t in scored)
+    return ce, kl
+
+
+@pytest.mark.parametrize("make", [llama, neox])
+@pytest.mark.parametrize("hook", ["layers.1", "layers.1.mlp", "layers.2.mlp"])
+@pytest.mark.parametrize("max_logits", [BIG, 2 * VOCABULARY * LENGTH, 1])
+def test_losses_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max_logits):
+    model, data = make(), sequences()
+    found = spliced_losses(model, hook, data, VARIANTS, max_logits)
+    assert found.shared, "both families of models can share the layers before the hook"
+    assert found.seq.tolist() == [10, 11, 12, 13]
+    for i, full in enumerate(data):
+        sequence = full.trimmed()
+        assert found.targets[i] == int(sequence.target[1:].sum())
+        for name, replace in VARIANTS.items():
+            ce, kl = direct(model, hook, sequence, replace)
+            assert float(found.ce[name][i]) == pytest.approx(ce, rel=1e-4)
+            assert float(found.kl[name][i]) == pytest.approx(kl, rel=1e-3, abs=1e-5)
+        assert float(found.ce_clean[i]) == pytest.approx(
+            direct(model, hook, sequence, VARIANTS["same"])[0], rel=1e-4
+        )
+
+
+def test_a_perfect_reconstruction_costs_nothing_and_an_ablation_costs_something():
+    found = spliced_losses(llama(), "layers.1", sequences(), VARIANTS, BIG)
+    torch.testing.assert_close(found.ce["same"], found.ce_clean, rtol=1e-5, atol=0)
+    assert found.kl["same"].abs().max() < 1e-4
+    assert (found.kl["zero"] > 1e-3).all()
+    assert all((kl > -1e-4).all() for kl in found.kl.values()), "KL is not negative"
+
+
+def test_the_direction_is_kl_of_clean_from_spliced():
+    clean = torch.tensor([[2.0, 0.0, -1.0]])
+    other = torch.tensor([[0.0, 1.0, 0.5]])
+    one = object.__new__(downstream._Splice)
+    one.targets = torch.tensor([1])
+    ce, kl = one._compare(clean, other).tolist()
+    p, q = clean.softmax(-1)[0], other.softmax(-1)[0]
+    assert ce == pytest.approx(-float(q[1].log()), rel=1e-5)
+    assert kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert kl != pytest.approx(float((q * (q / p).log()).sum()), rel=1e-2)
+
+
+def test_skipped_positions_keep_their_true_activation():
+    seen = []
+
+    def watch(x):
+        seen.append(len(x))
+        return x
+
+    data = sequences(1)
+    spliced_losses(llama(), "layers.1", data, {"watch": watch}, BIG)
+    assert seen == [int(data[0].kept.sum())]
+    nothing = data[0]._replace(kept=torch.zeros(LENGTH, dtype=torch.bool))
+    found = spliced_losses(llama(), "layers.1", [nothing, *data], VARIANTS, BIG)
+    assert found.seq.tolist() == [10], "a sequence with nothing to replace is left out"
+
+
+def test_a_model_that_cannot_be_widened_runs_once_per_variant():
+    model = llama()
+
+    class OneRow(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, **rest):
+            if len(x) != 1:
+                raise RuntimeError("one row only")
+            return self.layer(x, **rest)
+
+    model.model.layers[2] = OneRow(model.model.layers[2])
+    data = sequences(2)
+    found = spliced_losses(model, "layers.1", data, VARIANTS, BIG)
+    assert not found.shared
+    whole = spliced_losses(llama(), "layers.1", data, VARIANTS, BIG)
+    for name in VARIANTS:
+        torch.testing.assert_close(found.ce[name], whole.ce[name], rtol=1e-4, atol=0)
+
+
+def test_a_model_that_mixes_batch_rows_is_not_widened():
+    model = llama()
+
+    class Mixing(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, **rest):
+            return self.layer(x + torch.arange(len(x))[:, None, None], **rest)
+
+    model.model.layers[2] = Mixing(model.model.layers[2])
+    assert not spliced_losses(model, "layers.1", sequences(1), VARIANTS, BIG).shared
+
+
+def test_no_hook_is_left_behind():
+    model = llama()
+    spliced_losses(model, "layers.1", sequences(1), VARIANTS, BIG)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nan_in_the_loss_names_the_variant():
+    with pytest.raises(UserError, match=r"NaN or infinite with broken in place"):
+        spliced_losses(
+            llama(),
+            "layers.1",
+            sequences(1),
+            {"same": lambda x: x, "broken": lambda x: x * torch.nan},
+            BIG,
+        )
+
+
+def test_an_unknown_hook_names_the_nearest():
+    with pytest.raises(UserError, match="layers"):
+        spliced_losses(llama(), "layer.1", sequences(1), VARIANTS, BIG)
