@@ -19,6 +19,17 @@ _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-component-update",
     "--disable-background-networking", "--disable-sync", "--disable-dev-shm-usage", "--disable-extensions",
 )  # fmt: skip
+CONTRAST = """
+const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => v / 255)
+  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const solid = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+  if (c !== 'rgba(0, 0, 0, 0)' && !/, 0\\.\\d+\\)/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
+const of = (e) => { const [a, b] = [light(getComputedStyle(e).color), light(solid(e))].sort((x, y) => y - x);
+  return (a + 0.05) / (b + 0.05); };
+return Math.min(...[...document.querySelectorAll('p, h1, h2, dt, dd, td, th, small, .judged, .bounds, .ctx, button')]
+  .map(of));
+"""
+"""Function body: the lowest contrast ratio between a text's colour and what is behind it."""
 _START_S, _REPLY_S = 30, 60
 
 

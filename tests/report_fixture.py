@@ -2,32 +2,16 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from report_text import Shape, top_contexts
 from wsae.core.artifact import write_json, write_manifest, write_text
 from wsae.core.tensors import save_tensors
 
-HOSTILE = (
-    "</script><img src=x onerror=alert(1)>",
-    "<!--<script>",
-    "\u202eesrever",
-    "\u2028line\u2029",
-    "nul\x00bell\x07",
-    "🦜👩‍🔬",
-    "\"quotes' & &amp;",
-    "{{7*7}}",
-    "${7*7}",
-    "\ud800",
-    "javascript:alert(1)",
-)
-WORDS = (
-    " the", " of", " and", " ship", " whale", " sea", " captain", " a", " was", " in", " harbour",
-    " night", ",", ".", "\n", " storm", " letter", " she", " he", " said", " over", " water", "ing", " old",
-)  # fmt: skip
 MEMBERS = {"plain": 0.0, "variance-a1": 1.0, "variance-a0.5": 0.5}
 CONTROL = "control-random"
 GLOSSARY = {
@@ -73,20 +57,6 @@ GLOSSARY = {
         "unit": "",
     },
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the synthetic run."""
-
-    hooks: tuple[str, ...] = ("layers.9",)
-    d_in: int = 96
-    d_sae: int = 384
-    latents: int = 24
-    contexts: int = 6
-    window: int = 24
-    steps: int = 60
-    seed: int = 0
 
 
 def write_run(
@@ -204,7 +174,7 @@ def _write_evaluation(
             np.concatenate([chosen["plain"][: shape.latents // 2], *partners])
         )
         contexts[hook] = {
-            m: _contexts(rng, shape, (m, chosen[m].tolist()), found[m]) for m in MEMBERS
+            m: top_contexts(rng, shape, (m, chosen[m].tolist()), found[m]) for m in MEMBERS
         }
     files = ["evaluation.json", "arrays.safetensors"] + (["contexts.json"] if with_contexts else [])
     write_json(
@@ -274,47 +244,12 @@ def _arrays(
     }
 
 
-def _contexts(
-    rng: np.random.Generator,
-    shape: Shape,
-    chosen: tuple[str, list[int]],
-    found: dict[str, np.ndarray],
-) -> list[dict]:
-    member, latents = chosen
-    out = []
-    for place, latent in enumerate(latents):
-        windows = [_window(rng, shape, place * shape.contexts + i) for i in range(shape.contexts)]
-        windows.sort(key=lambda w: -max(w["acts"]))
-        match = {
-            "member": "plain",
-            "latent": int(found["match_index"][latent]),
-            "cosine": float(found["match_cosine"][latent]),
-        }
-        out.append(
-            {
-                "latent": latent,
-                "density": float(found["density"][latent]),
-                "variance": float(found["variance"][latent]),
-                "max": max(max(w["acts"]) for w in windows),
-                "match": None if member == "plain" else match,
-                "contexts": windows,
-            }
-        )
-    return out
-
-
-def _window(rng: np.random.Generator, shape: Shape, serial: int) -> dict:
-    tokens = [WORDS[i] for i in rng.integers(0, len(WORDS), shape.window)]
-    acts = np.where(rng.random(shape.window) < 0.15, rng.gamma(2.0, 2.0, shape.window), 0.0)
-    peak = int(rng.integers(0, shape.window))
-    tokens[peak] = HOSTILE[serial % len(HOSTILE)] if serial % 3 == 0 else tokens[peak]
-    tokens[(peak + 3) % shape.window] = (
-        HOSTILE[(serial + 5) % len(HOSTILE)] if serial % 4 == 0 else " sail"
+def edit_evaluation(run: Path, change: Callable[[dict], None]) -> None:
+    """Apply `change` to evaluation.json and seal the directory again."""
+    place = run / "evaluation"
+    value = json.loads((place / "evaluation.json").read_text())
+    change(value)
+    write_json(place / "evaluation.json", value)
+    write_manifest(
+        place, "evaluation", {}, [p.name for p in place.iterdir() if p.name != "manifest.json"]
     )
-    acts[peak] = acts.max() + 1 + rng.random()
-    return {
-        "tokens": tokens,
-        "acts": [round(float(a), 4) for a in acts],
-        "peak": peak,
-        "seq": serial,
-    }

@@ -153,7 +153,7 @@ def test_token_strings_spell_the_documents(base, store):
     table = store.tokens("heldout")
     spelled = "".join(table.decode(table.ids.flatten())).split("</s>")[1:-1]
     sentences = {json.loads(line)["text"] for line in (base / "a.jsonl").read_text().splitlines()}
-    assert len(spelled) > 3
+    assert len(spelled) >= 3
     assert set(spelled) <= sentences
 
 
@@ -403,7 +403,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_ends_with_the_same_bytes(
     def full(self, rows):
         nonlocal written
         written += 1
-        if written > 60:
+        if written > 40:
             raise OSError(errno.ENOSPC, "No space left on device")
         append(self, rows)
 

@@ -1,5 +1,7 @@
 """Fidelity metrics against a direct fp64 computation on all rows at once, for any chunking."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -229,7 +231,7 @@ def test_the_second_pass_is_replayed_from_memory_only_within_the_limit():
         assert source.passes == passes
     replay = Replay(Sequences(x, *places(len(x)), size=10), EvalConfig())
     for _ in range(2):
-        assert torch.equal(torch.cat([chunk.x["layers.1"] for chunk in replay]), x)
+        assert torch.equal(torch.cat([item.chunk.x["layers.1"] for item in replay]), x)
 
 
 def test_kept_positions_are_those_of_the_rows():
@@ -281,3 +283,15 @@ def test_the_glossary_names_what_is_emitted():
     assert all(
         entry["formula"] and entry["name"] and entry["direction"] for entry in table.values()
     )
+
+
+def test_the_docs_list_every_metric_with_its_formula():
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text().replace("\\|", "|")
+    for key, entry in glossary().items():
+        row = [
+            key.join("``"),
+            *(entry[field] for field in ("name", "formula", "direction", "unit")),
+        ]
+        assert f"| {' | '.join(row)} |" in text, key
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert listed == list(glossary()), "nothing else is listed, in the same order"

@@ -7,8 +7,9 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
-from report_browser import CHROMIUM, DRIVER, MISSING, Browser, browser
-from report_fixture import HOSTILE, Shape, write_run
+from report_browser import CHROMIUM, CONTRAST, DRIVER, MISSING, Browser, browser
+from report_fixture import write_run
+from report_text import HOSTILE, Shape
 from wsae.report.html import write_report
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
@@ -282,18 +283,6 @@ def test_fits_a_phone_and_keeps_contrast(page: Browser, run: Path, dark: bool) -
     ratio = page.js(CONTRAST)
     assert isinstance(ratio, int | float)
     assert ratio > 4.5, "every text colour against its page must stay readable"
-
-
-CONTRAST = """
-const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(v => v / 255)
-  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const solid = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
-  if (c !== 'rgba(0, 0, 0, 0)' && !/, 0\\.\\d+\\)/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
-const of = (e) => { const [a, b] = [light(getComputedStyle(e).color), light(solid(e))].sort((x, y) => y - x);
-  return (a + 0.05) / (b + 0.05); };
-return Math.min(...[...document.querySelectorAll('p, h1, h2, dt, dd, td, th, small, .judged, .bounds, .ctx, button')]
-  .map(of));
-"""
 
 
 def test_a_thousand_latents_draw_at_once(session: Browser, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class ArraySource:
         if labels is not None and len(labels) != total:
             raise UserError(f"{self._where}: {len(labels)} labels for {total} rows")
         self.hooks, self.labels = {name: d_in}, labels
-        self._name, self._total = name, total
+        self._name, self._total, self._seed = name, total, seed
         self._n_heldout = max(1, round(total * heldout_fraction)) if heldout_fraction else 0
         self._split = Permutation(total, seed_for(seed, "heldout"))
         if self._n_heldout >= total:
@@ -118,9 +119,16 @@ class ArraySource:
             sha = hashlib.sha256(repr(self._rows.shape).encode())
             step = max(1, _CHUNK_VALUES // self.hooks[self._name])
             for first in range(0, self._total, step):
-                sha.update(self._take(np.arange(first, min(first + step, self._total))).numpy())
+                sha.update(
+                    self._take(np.arange(first, min(first + step, self._total))).numpy().data
+                )
             content = sha.hexdigest()
-        return digest([content, self._n_heldout, self._name])
+        return digest([content, self._n_heldout, self._seed, self._name])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the file's place, if it is one."""
+        path = None if self._path is None else str(self._path.resolve())
+        return {"kind": "array", "path": path, "hooks": [self._name]}
 
     def _train(self, index: Int[np.ndarray, " rows"]) -> Batch:
         return {self._name: self._take(self._split(index + self._n_heldout))}

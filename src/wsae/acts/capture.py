@@ -26,7 +26,7 @@ class Capture:
     @torch.inference_mode()
     def __call__(
         self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
-    ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
+    ) -> dict[str, Float[Tensor, "batch seq _"]]:
         """Return each hook's output; `mask` is false at padding (none: no padding, which is a little faster)."""
         seen: dict[str, Tensor] = {}
 

@@ -30,30 +30,30 @@ class HarvestConfig(Config):
     """The documents."""
     hooks: tuple[str, ...] = ("layers.9",)
     """Module-name patterns ("layers.9", "layers.*", "layers.9.mlp"); `*` stands for one name between dots."""
-    seq_len: int = Field(256, ge=2)
+    seq_len: int = Field(default=256, ge=2)
     """Tokens per sequence."""
     pack: bool = True
     """Join documents with the end-of-text token and cut the stream; false: one document per sequence, truncated."""
-    batch_seqs: int = Field(8, ge=1)
+    batch_seqs: int = Field(default=8, ge=1)
     """Sequences per forward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision the model runs in."""
     store_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision on disk. The default loses nothing: rounding errs in proportion to a value, not to its deviation
     from the mean, so bfloat16 costs most in exactly the dimensions with a large mean that loss weights dwell on."""
-    tokens: int = Field(250_000, ge=1)
+    tokens: int = Field(default=250_000, ge=1)
     """Training rows wanted (per pass over the text when streaming)."""
-    heldout_tokens: int = Field(20_000, ge=0)
+    heldout_tokens: int = Field(default=20_000, ge=0)
     """Held-out rows wanted."""
-    heldout_fraction: float = Field(0.1, ge=0, lt=1)
+    heldout_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the documents kept for evaluation, chosen by a hash of seed and document number."""
-    skip_first: int = Field(1, ge=0)
+    skip_first: int = Field(default=1, ge=0)
     """Positions dropped at the start of every sequence (the first one is an attention sink)."""
     skip_special: bool = True
     """Drop begin-, end-of-text and other special tokens."""
-    sink_norm_ratio: float | None = Field(10.0, gt=1)
+    sink_norm_ratio: float | None = Field(default=10.0, gt=1)
     """Drop a token whose norm exceeds this multiple of the median at any hook (attention sinks); none: keep."""
-    shard_tokens: int = Field(65_536, ge=1)
+    shard_tokens: int = Field(default=65_536, ge=1)
     """Rows after which a store's shard is closed; a killed harvest loses at most this much work."""
     seed: int = 0
     """Decides which documents are held out."""
@@ -76,7 +76,7 @@ class HarvestConfig(Config):
 class LiveConfig(Config):
     """How a live model's rows are mixed on their way to training."""
 
-    shuffle_tokens: int = Field(32_768, ge=1)
+    shuffle_tokens: int = Field(default=32_768, ge=1)
     """Rows held and permuted at a time: larger mixes better and needs more memory (rows x width x 4 bytes)."""
-    stats_tokens: int = Field(32_768, ge=2)
+    stats_tokens: int = Field(default=32_768, ge=2)
     """Kept training rows behind the statistics that set gamma."""

@@ -21,9 +21,9 @@ from wsae.core.errors import UserError
 class Step(NamedTuple):
     """What one forward pass gave: rows aligned between hooks, and the sequences they came from."""
 
-    x: dict[str, Float[Tensor, "rows d_in"]]
+    x: dict[str, Float[Tensor, "rows _"]]
     """Kept rows, float32."""
-    skipped: dict[str, Float[Tensor, "skipped d_in"]]
+    skipped: dict[str, Float[Tensor, "skipped _"]]
     """Rows of real tokens that were dropped (padding is in neither)."""
     seq: Int[Tensor, " rows"]
     pos: Int[Tensor, " rows"]

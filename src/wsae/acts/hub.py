@@ -51,14 +51,14 @@ def _no_bars() -> Iterator[None]:
 
     hub_had_bars = not are_progress_bars_disabled()
     transformers = sys.modules.get("transformers.utils.logging")
-    transformers_had_bars = transformers is not None and transformers.is_progress_bar_enabled()
+    switch = transformers if transformers and transformers.is_progress_bar_enabled() else None
     disable_progress_bars()
-    if transformers_had_bars:
-        transformers.disable_progress_bar()
+    if switch:
+        switch.disable_progress_bar()
     try:
         yield
     finally:
-        if transformers_had_bars:
-            transformers.enable_progress_bar()
+        if switch:
+            switch.enable_progress_bar()
         if hub_had_bars:
             enable_progress_bars()

@@ -37,30 +37,25 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the input ids must be."""
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
 
 def load_language(model: str, dtype: str = "float32", device: str = "cpu") -> LanguageModel:
     """Load model and tokenizer; raises UserError in one line when they are missing, damaged or do not match."""
     path = locate(model)
-    source = gguf.dequantised(path) if isinstance(path, Path) and path.suffix == ".gguf" else path
+    source = _directory(path)
     tokenizer = _tokenizer(source, model)
     where = resolve_device(device)
     with quiet_hub():
         loaded = _from_pretrained(AutoModelForCausalLM, source, model, dtype=getattr(torch, dtype))
     loaded = loaded.to(where).eval().requires_grad_(False)
     _check_vocabulary(loaded, tokenizer, model)
-    name = path.stem if isinstance(path, Path) and path.suffix == ".gguf" else Path(str(path)).name
-    return LanguageModel(
-        loaded, tokenizer, name if isinstance(path, Path) else path, fingerprint(path)
-    )
+    return LanguageModel(loaded, tokenizer, _short_name(path), fingerprint(path))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer alone."""
-    path = locate(model)
-    is_gguf = isinstance(path, Path) and path.suffix == ".gguf"
-    return _tokenizer(gguf.dequantised(path) if is_gguf else path, model)
+    return _tokenizer(_directory(locate(model)), model)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -111,6 +106,19 @@ def fingerprint(path: Path | str) -> str:
             if p.suffix in (".json", ".safetensors", ".bin", ".model")
         ]
     )
+
+
+def _directory(path: Path | str) -> Path | str:
+    """Return where the library can load from: a GGUF file's dequantised copy, else the path or hub id itself."""
+    if isinstance(path, Path) and path.suffix == ".gguf":
+        return gguf.dequantised(path)
+    return path
+
+
+def _short_name(path: Path | str) -> str:
+    if isinstance(path, str):
+        return path
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
 def _stamp(path: Path) -> list[str | int]:
@@ -176,7 +184,7 @@ def _from_pretrained(kind: type, source: Path | str, model: str, **options):
 def _check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(next(model.get_input_embeddings().parameters()))
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest < 0:
         raise UserError(f"model {name}: its tokenizer has no vocabulary")

@@ -5,6 +5,7 @@ starts and how much of it is used, so restoring computes one block again.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,10 @@ class LiveSource:
                 tally.update(step.x, step.skipped, step.counts)
                 tick(len(step.seq))
         return tally.result()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the harvest this stands for."""
+        return {"kind": "live", "harvest": self.cfg.to_dict(), "hooks": list(self.hooks)}
 
     def stream(self, batch_size: int, seed: int, state: State | None = None) -> "LiveStream":
         """Return training batches from the start or from a state."""

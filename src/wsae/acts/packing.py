@@ -44,11 +44,8 @@ class Packer:
         self.cfg, self.heldout = cfg, heldout
         self._tokenizer = tokenizer
         self._start = _automatic_bos(tokenizer)
-        end = (
-            tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-        )
-        self._end = [] if end is None else [int(end)]
-        self._pad = next((int(i) for i in (tokenizer.pad_token_id, end) if i is not None), 0)
+        self._end = _one_id(tokenizer.eos_token_id) or _one_id(tokenizer.bos_token_id)
+        self._pad = (_one_id(tokenizer.pad_token_id) or self._end or [0])[0]
 
     def sequences(self, start: Position = START) -> Iterator[Sequence]:
         """Yield sequences from a position on."""
@@ -105,5 +102,9 @@ class Packer:
 def _automatic_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return [begin-of-text id] when the tokenizer puts it before any text, else []."""
     ids = tokenizer("a", verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [int(bos)] if bos is not None and len(ids) > 1 and ids[0] == bos else []
+    bos = _one_id(tokenizer.bos_token_id)
+    return bos if len(ids) > 1 and ids[:1] == bos else []
+
+
+def _one_id(token: object) -> list[int]:
+    return [token] if isinstance(token, int) else []

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -142,9 +141,9 @@ def _rounded(
     return y
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
+def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.contiguous()
-    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy().data
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:

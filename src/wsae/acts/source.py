@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -73,6 +74,10 @@ class StoreSource:
     def digest(self) -> str:
         """Return the manifest's digest."""
         return self.store.manifest.digest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the store's place and the hooks read."""
+        return {"kind": "store", "path": str(self.store.path.resolve()), "hooks": list(self.hooks)}
 
     def _train(self, index: np.ndarray) -> Batch:
         return self.store.rows("train", index)

@@ -47,7 +47,7 @@ class Store:
 
     def rows(
         self, split: str, index: Int[np.ndarray, " rows"]
-    ) -> dict[str, Float[Tensor, "rows d_in"]]:
+    ) -> dict[str, Float[Tensor, "rows _"]]:
         """Return the rows of a split at any positions, in that order, as float32 for every hook."""
         order = np.argsort(index, kind="stable")
         ordered = index[order]

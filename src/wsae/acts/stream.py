@@ -1,7 +1,7 @@
 """What a trainer sees of any data: the source interface, chunks, and epochs of shuffled rows."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,14 +13,15 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 
-Batch = dict[str, Float[Tensor, "batch d_in"]]
+Batch = dict[str, Float[Tensor, "_ _"]]
+"""Rows by hook: one number of rows, a width per hook."""
 State = dict[str, int | list[int]]
 
 
 class Chunk(NamedTuple):
     """Held-out rows by hook in float32, and where they came from: sequence (row number for arrays) and position."""
 
-    x: dict[str, Float[Tensor, "rows d_in"]]
+    x: dict[str, Float[Tensor, "rows _"]]
     seq: Int[Tensor, " rows"]
     pos: Int[Tensor, " rows"]
 
@@ -68,6 +69,10 @@ class ActivationSource(Protocol):
 
     def digest(self) -> str:
         """Return a name for the data itself."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the data come from as JSON: kind (store, array, live), path or harvest, hooks."""
         ...
 
 

@@ -26,12 +26,12 @@ class Tally:
     def __init__(self, hooks: Mapping[str, int]) -> None:
         self.kept = {hook: Moments(d_in) for hook, d_in in hooks.items()}
         self.skipped = {hook: Moments(d_in) for hook, d_in in hooks.items()}
-        self.counts = dict.fromkeys(REASONS, 0)
+        self.counts: dict[str, int] = dict.fromkeys(REASONS, 0)
 
     def update(
         self,
-        kept: Mapping[str, Float[Tensor, "rows d_in"]],
-        skipped: Mapping[str, Float[Tensor, "skipped d_in"]],
+        kept: Mapping[str, Float[Tensor, "rows _"]],
+        skipped: Mapping[str, Float[Tensor, "skipped _"]],
         counts: Mapping[str, int],
     ) -> None:
         """Add one step's rows and counts."""

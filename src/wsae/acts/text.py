@@ -9,9 +9,9 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 from wsae.acts.config import TextConfig
 from wsae.acts.tables import hub_texts, parquet_texts
@@ -25,7 +25,8 @@ _LONGEST_CHARS = 8_000
 _SAMPLE_BYTES = 1 << 20
 
 
-class Document(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Document:
     """One text and its position in the stream."""
 
     index: int
@@ -118,7 +119,7 @@ def _file_texts(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"text {path}: cannot be read (permission denied)") from error
 
 
-def _json_texts(file: io.BufferedIOBase, path: Path, field: str) -> Iterator[str]:
+def _json_texts(file: io.BufferedReader | gzip.GzipFile, path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
         if line.strip():
             yield _json_text(line, f"text {path}, line {number}", field)
@@ -160,7 +161,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _plain_texts(file: io.BufferedIOBase, path: Path) -> Iterator[str]:
+def _plain_texts(file: io.BufferedReader | gzip.GzipFile, path: Path) -> Iterator[str]:
     """Cut plain text at blank lines into documents of about 2,000 characters (8,000 where there is no blank line)."""
     parts, size, number = [], 0, 0
     try:

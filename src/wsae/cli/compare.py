@@ -44,24 +44,32 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
 
 
 def show(result: dict[str, Any], ui: UI) -> None:
-    """Print each difference with its interval; those whose interval leaves out 0 carry a star."""
-    rows = [_row(hook, line) for hook, lines in result["hooks"].items() for line in lines]
-    columns = ("hook", "a", "b", "metric", "a - b", "interval", "effect", "paired by")
-    ui.table("paired differences", columns, rows)
-    ui.say("* the interval leaves out 0")
+    """Print each hook's differences."""
+    for hook, lines in result["hooks"].items():
+        show_differences(hook, lines, ui)
 
 
-def _row(hook: str, line: dict[str, Any]) -> list[str]:
+def show_differences(hook: str, lines: list[dict[str, Any]], ui: UI) -> None:
+    """Print differences with their intervals; where an interval leaves out 0 there is a star."""
+    columns = ("a", "b", "metric", "a - b", "interval", "effect", "paired by")
+    ui.table(
+        f"{hook}: paired differences (*: the interval leaves out 0)", columns, map(_row, lines)
+    )
+
+
+def _row(line: dict[str, Any]) -> list[str]:
     low, high = line["low"], line["high"]
-    star = " *" if low > 0 or high < 0 else ""
-    effect = line.get("effect_size")
+    sure = low is not None and (low > 0 or high < 0)
     return [
-        hook,
         line["a"],
         line["b"],
         line["metric"],
-        f"{line['difference']:+.4g}{star}",
-        f"[{low:+.4g}, {high:+.4g}]",
-        "-" if effect is None else f"{effect:+.2f}",
+        _signed(line["difference"], ".3g") + (" *" if sure else ""),
+        "-" if low is None else f"[{low:+.3g}, {high:+.3g}]",
+        _signed(line.get("effect_size"), ".2f"),
         f"{line['n']:,} {line['unit']}s",
     ]
+
+
+def _signed(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:+{form}}"

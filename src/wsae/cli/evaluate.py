@@ -1,14 +1,15 @@
 """`wsae evaluate`: what a run's SAEs are worth on held-out tokens."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace, Number
-from wsae.cli.live import LiveFlags, language_of, open_data, reopen
+from wsae.cli.live import language_of, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import read_json, read_manifest, write_json
+from wsae.core.artifact import read_manifest, write_json
 from wsae.core.config import Config
 from wsae.evals.config import EvalConfig
 
@@ -52,10 +53,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     from wsae.evals.run import evaluate_run
 
     where = device(flags.common.device)
-    if flags.source is not None:
-        source = open_data(flags.source, LiveFlags(), flags.common.seed, where, {})
-    else:
-        source = reopen(read_json(flags.run / "config.json")["source"], where)
+    source = reopen(flags.run, where, flags.source)
     language = language_of(source, where) if cfg.splice_tokens else None
     record = evaluate_run(flags.run, source, cfg, language, ui.progress)
     if flags.out is not None:
@@ -64,23 +62,30 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], ui: UI) -> None:
-    """Print the main scores of each member with their intervals."""
-    rows = [
-        [hook, name, *(interval(member["metrics"].get(key)) for key in SHOWN)]
-        for hook, found in result["hooks"].items()
-        for name, member in found["members"].items()
-    ]
-    ui.table("held-out tokens", ("hook", "member", *SHOWN), rows)
-    ui.say(f"next: wsae compare {result['run']}; wsae report {result['run']}")
+    """Print the scores and what to do next."""
+    show_scores(result, ui)
+    place = shlex.quote(result["run"])
+    ui.say(f"next: wsae compare {place}; wsae report {place}")
+
+
+def show_scores(result: dict[str, Any], ui: UI) -> None:
+    """Print a table per hook: one row per metric, one column per member."""
+    for hook, found in result["hooks"].items():
+        members = found["members"]
+        rows = [
+            [key, *(interval(member["metrics"].get(key)) for member in members.values())]
+            for key in SHOWN
+        ]
+        known = [row for row in rows if set(row[1:]) != {"-"}]
+        ui.table(f"{hook}: held-out tokens", ("metric", *members), known)
 
 
 def interval(score: Any) -> str:
     """Return `value [low, high]`, or a dash where it was not measured."""
-    if not isinstance(score, dict):
-        return "-" if score is None else f"{score:.4g}"
-    value = score.get("value")
-    if value is None:
+    if isinstance(score, int | float):
+        score = {"value": score}
+    if not isinstance(score, dict) or score.get("value") is None:
         return "-"
-    if score.get("low") is None:
-        return f"{value:.4g}"
-    return f"{value:.4g} [{score['low']:.4g}, {score['high']:.4g}]"
+    if score.get("low") is None or score["low"] == score.get("high"):
+        return f"{score['value']:.3g}"
+    return f"{score['value']:.3g} [{score['low']:.3g}, {score['high']:.3g}]"

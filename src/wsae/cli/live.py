@@ -1,12 +1,14 @@
 """Flags that name a model's text and hook points, and the source of activations they lead to."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from wsae.acts.config import HarvestConfig
 from wsae.cli.flags import Count, MaybeName, Number
+from wsae.cli.plan import read_vector
+from wsae.core.artifact import read_json
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 
@@ -101,20 +103,42 @@ def open_data(
     return LiveSource(cfg)
 
 
-def reopen(record: dict[str, Any], device: str) -> "ActivationSource":
-    """Return the source that a run's config.json describes."""
-    from wsae.acts.source import open_source
+def open_labelled(source: str, labels: Path) -> "ActivationSource":
+    """Return the array at `source` with one class per row, for the gamma rule consistency."""
+    from wsae.acts.source import ArraySource
 
+    if not Path(source).is_file() or not is_data(source):
+        raise UserError(
+            f"--labels {labels}: goes with an array file, one class per row; {source} is none"
+        )
+    classes = read_vector("--labels", labels, "iu", "one whole number per row")
+    return ArraySource(source, name=Path(source).stem, labels=classes.astype("int64"))
+
+
+def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationSource":
+    """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place.
+
+    An array has no hooks of its own: it takes the name that the run's had.
+    """
+    from wsae.acts.source import ArraySource, open_source
+
+    record = read_json(run / "config.json").get("source") or {}
+    hooks = tuple(record.get("hooks", ()))
+    if elsewhere is not None:
+        if Path(elsewhere).is_file() and len(hooks) == 1:
+            return ArraySource(elsewhere, name=hooks[0])
+        return open_source(elsewhere, hooks=hooks)
     if record.get("kind") == "live":
         from wsae.acts.live import LiveSource
 
-        return LiveSource(
-            HarvestConfig.parse({**record["harvest"], "device": device}, where="source")
-        )
+        data = {**record["harvest"], "device": device}
+        return LiveSource(HarvestConfig.parse(data, where=f"{run}/config.json"))
     path = record.get("path")
-    if not isinstance(path, str) or not path:
-        raise UserError("the run does not say which file its data came from; name it with --source")
-    return open_source(path, hooks=tuple(record["hooks"]) if record.get("hooks") else None)
+    if path is None:
+        raise UserError(f"{run}: was trained on an array in memory; name the data with --source")
+    if not Path(path).exists():
+        raise UserError(f"{path}: the run's data are no longer there; name them with --source")
+    return open_source(path, hooks=hooks if record.get("kind") == "store" else None)
 
 
 def language_of(source: "ActivationSource", device: str) -> "LanguageModel | None":

@@ -1,6 +1,7 @@
 """Flags that say which SAEs to train and for how long."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -10,6 +11,9 @@ from wsae.core.errors import UserError
 from wsae.losses.config import Normalise, Robust, Rule
 from wsae.sae.config import Kind
 from wsae.train.config import MemberConfig, TrainConfig, family
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TOKENS = 250_000
 """Training tokens where neither --tokens nor the data say how many."""
@@ -106,19 +110,24 @@ class PlanFlags(Config):
     def _vector(self) -> tuple[float, ...] | None:
         if self.gamma_file is None:
             return None
-        import numpy as np
-
-        try:
-            values = np.load(self.gamma_file, allow_pickle=False)
-        except FileNotFoundError as error:
-            raise UserError(f"--gamma-file {self.gamma_file}: no such file") from error
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"--gamma-file {self.gamma_file}: not a .npy array ({error})"
-            ) from error
-        if values.ndim != 1 or values.dtype.kind not in "fiu":
-            raise UserError(
-                f"--gamma-file {self.gamma_file}: shape {values.shape} of {values.dtype}; "
-                "one number per input dimension is needed"
-            )
+        values = read_vector(
+            "--gamma-file", self.gamma_file, "fiu", "one number per input dimension"
+        )
         return tuple(float(v) for v in values)
+
+
+def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":
+    """Return the one-dimensional .npy array at `path` with a dtype among `kinds`; raises UserError else."""
+    import numpy as np
+
+    try:
+        values = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{flag} {path}: no such file") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{flag} {path}: not a .npy array ({error})") from error
+    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in kinds:
+        shape = getattr(values, "shape", "an archive")
+        dtype = getattr(values, "dtype", "many arrays")
+        raise UserError(f"{flag} {path}: shape {shape} of {dtype}; {needed} is needed")
+    return values

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Place, Switch
-from wsae.cli.live import LiveFlags, open_data
+from wsae.cli.flags import Common, CommonFlags, MaybePlace, Place, Switch
+from wsae.cli.live import LiveFlags, open_data, open_labelled
 from wsae.cli.plan import PlanFlags
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_json
@@ -29,6 +29,8 @@ class Flags(Config):
     """Directory of the run."""
     resume: Switch = False
     """Continue an interrupted run in --out; its own config is used where no flag says otherwise."""
+    labels: MaybePlace = None
+    """A .npy array of one class per row of an array, for --gamma consistency."""
     plan: tyro.conf.OmitArgPrefixes[PlanFlags] = PlanFlags()
     """The SAEs and their training."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
@@ -46,8 +48,14 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     where = device(flags.common.device)
     wanted = flags.plan.tokens
     rest = {"dtype": flags.plan.dtype, **({} if wanted is None else {"tokens": wanted})}
-    source = open_data(flags.source, flags.live, flags.common.seed, where, rest)
+    if flags.labels is not None:
+        source = open_labelled(flags.source, flags.labels)
+    else:
+        source = open_data(flags.source, flags.live, flags.common.seed, where, rest)
     cfg = config(flags, source.n_rows)
+    for member in cfg.members:  # shapes that cannot be are refused before anything is written
+        for d_in in source.hooks.values():
+            member.sae_config(d_in)
     result = train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
     return {"run": str(result.path), "members": last_metrics(result.path)}
 
@@ -62,9 +70,9 @@ def config(flags: Flags, rows: int | None) -> TrainConfig:
     return flags.plan.config(rows, flags.common.seed)
 
 
-def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float]]]:
+def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float | int]]]:
     """Return hook -> member -> the last row of its metrics."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, dict[str, float | int]]] = {}
     with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)

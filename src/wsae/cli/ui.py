@@ -3,8 +3,9 @@
 Everything here goes to stderr; a command's result goes to stdout through `UI.say` and `UI.table`.
 """
 
+import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
 EVERY_S = 10.0
+WIDE = 10_000
+"""Columns where no terminal sets a limit."""
 
 
 @runtime_checkable
@@ -65,15 +68,17 @@ class UI:
         """Print a line of the result (stdout)."""
         self.stdout.write(text + "\n")
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table of the result (stdout); the last column wraps."""
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Print a table of the result (stdout): fitted to a terminal, one line per row elsewhere."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        console = Console(file=cast(IO[str], self.stdout), highlight=False)
-        if not console.is_terminal:
-            console.width = max(console.width, 120)
+        live = self.stdout.isatty()
+        text = io.StringIO()
+        console = Console(
+            file=text, highlight=False, force_terminal=live, width=None if live else WIDE
+        )
         table = Table(
             title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
         )
@@ -82,6 +87,7 @@ class UI:
         for row in rows:
             table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
         console.print(table)
+        self.stdout.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))
 
     @contextmanager
     def progress(self, task: str, total: int | None, unit: str, done: int = 0) -> Iterator[Tick]:

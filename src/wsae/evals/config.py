@@ -37,6 +37,6 @@ class EvalConfig(Config):
     splice_logits: Count = 1 << 27
     """Logits held at once while splicing; bounds memory (4 bytes each)."""
     replay_bytes: Size = 1 << 29
-    """Held-out activations kept in memory between the two passes; more are read or computed again."""
+    """Held-out activations and codes kept in memory between the two passes; more are read or computed again."""
     seed: int = 0
     """Root of the bootstrap, the sampling of latents and the random control."""

@@ -32,7 +32,10 @@ class HeldOut(Protocol):
 class Tokenizer(Protocol):
     """What splicing needs of a tokenizer."""
 
-    all_special_ids: list[int]
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the tokens that are not text."""
+        ...
 
 
 @runtime_checkable

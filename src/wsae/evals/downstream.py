@@ -4,9 +4,9 @@ The output of the hooked module is replaced at every kept position (those the SA
 (start of sequence, special tokens, attention sinks) keep their true activation, as they do in training. Cross-entropy
 and KL(p_clean || p_spliced) are summed per sequence over the next tokens that are not special, in nats.
 
-One sequence runs at a time, and its variants (ablated, one per member) share the layers before the hook: there the
-batch has one row, and the hook widens it to one row per variant. A probe compares this with the plain forward pass
-first; a model that does not take it runs once per variant.
+One sequence runs at a time, and its variants (clean, ablated, one per member) share the layers before the hook:
+there the batch has one row, and the hook widens it to one row per variant. A probe compares this with the plain
+forward pass first; a model that does not take it runs once per variant.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_in"]]
 
 _ROWS = 128
 """Positions whose log-probabilities are held at once."""
+_PROBE_TOKENS = 32
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest difference of logits allowed to the widened pass, relative to the largest logit."""
 
@@ -74,11 +75,12 @@ def spliced_losses(
     sequences = [s.trimmed() for s in sequences if s.kept.any()]
     sequences = [s for s in sequences if s.target[1:].any()]
     rows: list[Tensor] = []
-    shared = bool(sequences) and _can_share(model, module, sequences[0])
+    vocabulary = _shared_vocabulary(model, module, sequences[0].ids) if sequences else 0
     with progress("splice", sum(len(s.ids) for s in sequences), "tokens") as tick:
         for sequence in sequences:
-            splice = _Splice(model, module, sequence, max_logits if shared else 0)
-            rows.append(splice.losses(list(variants.values())))
+            at_once = max_logits // (vocabulary * len(sequence.ids)) if vocabulary else 1
+            splice = _Splice(model, module, sequence, max(1, at_once))
+            rows.append(splice.losses([None, *variants.values()]))
             tick(len(sequence.ids))
     sums = torch.stack(rows) if rows else torch.zeros(0, 2, 1 + len(variants), dtype=torch.float64)
     _check_finite(sums, ["clean", *variants])
@@ -89,7 +91,7 @@ def spliced_losses(
         sums[:, 0, 0],
         {name: sums[:, 0, i] for i, name in names},
         {name: sums[:, 1, i] for i, name in names},
-        shared,
+        vocabulary > 0,
     )
 
 
@@ -106,23 +108,23 @@ class _Splice:
     """The variants of one sequence."""
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, sequence: TokenSequence, max_logits: int
+        self, model: nn.Module, module: nn.Module, sequence: TokenSequence, at_once: int
     ) -> None:
         self.model, self.module, self.sequence = model, module, sequence
         self.device = next(model.parameters()).device
-        self.max_logits = max_logits
+        self.at_once = at_once
         self.scored = sequence.target[1:].nonzero()[:, 0].to(self.device)
         self.targets = sequence.ids.to(self.device)[self.scored + 1]
 
-    def losses(self, variants: list[Replace]) -> Float64[Tensor, "2 variants_plus_1"]:
-        """Return [cross-entropy; KL] of the clean run (first column) and of each variant."""
+    def losses(self, variants: list[Replace | None]) -> Float64[Tensor, "2 variants"]:
+        """Return [cross-entropy; KL from the first variant] of each variant."""
         ids, kept = self.sequence.ids.to(self.device), self.sequence.kept.to(self.device)
-        clean = run_variants(self.model, self.module, ids, kept, [None])[0, self.scored]
-        columns = [self._compare(clean, clean)]
-        size = max(1, self.max_logits // clean.shape[1] // len(ids))
-        for start in range(0, len(variants), size):
-            group = variants[start : start + size]
-            logits = run_variants(self.model, self.module, ids, kept, [*group])
+        columns: list[Tensor] = []
+        clean: Tensor | None = None
+        for start in range(0, len(variants), self.at_once):
+            group = variants[start : start + self.at_once]
+            logits = run_variants(self.model, self.module, ids, kept, group)
+            clean = logits[0, self.scored] if clean is None else clean
             columns += [self._compare(clean, row[self.scored]) for row in logits]
         return torch.stack(columns, dim=1)
 
@@ -133,7 +135,7 @@ class _Splice:
         for start in range(0, len(self.targets), _ROWS):
             span = slice(start, start + _ROWS)
             log_q = other[span].float().log_softmax(-1)
-            log_p = clean[span].float().log_softmax(-1) if clean is not other else log_q
+            log_p = clean[span].float().log_softmax(-1)
             ce = -log_q.gather(1, self.targets[span, None])
             kl = (log_p.exp() * (log_p - log_q)).sum(1)
             total += torch.stack([ce.double().sum(), kl.double().sum()]).cpu()
@@ -175,18 +177,18 @@ def _widened(
         handle.remove()
 
 
-def _can_share(model: nn.Module, module: nn.Module, sequence: TokenSequence) -> bool:
-    """Whether two untouched rows, made at the hook, both give the logits of a plain forward pass."""
-    device = next(model.parameters()).device
-    ids, kept = sequence.ids.to(device), sequence.kept.to(device)
+def _shared_vocabulary(model: nn.Module, module: nn.Module, ids: Int64[Tensor, " length"]) -> int:
+    """Return the number of logits per token, or 0 when rows made at the hook do not give a plain pass's logits."""
+    ids = ids[:_PROBE_TOKENS].to(next(model.parameters()).device)
     plain = model(input_ids=ids[None], use_cache=False).logits
+    kept = torch.zeros_like(ids, dtype=torch.bool)
     try:
         wide = run_variants(model, module, ids, kept, [None, None])
     except (
         RuntimeError,
         ValueError,
         IndexError,
-    ):  # shapes that do not broadcast: the other way is always right
-        return False
+    ):  # shapes do not broadcast: one by one always works
+        return 0
     tolerance = _PROBE_TOLERANCE.get(plain.dtype, 1e-3) * float(plain.abs().max())
-    return float((wide - plain).abs().max()) <= tolerance
+    return plain.shape[-1] if float((wide - plain).abs().max()) <= tolerance else 0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.evals.latents import Entries, LatentActivity
+from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Moments
 
@@ -57,14 +58,19 @@ class Survey:
         self.moments = Moments(d_in)
         self.activity = {name: LatentActivity(sae.cfg.d_sae) for name, sae in saes.items()}
 
-    def update(self, x: Float[Tensor, "rows d_in"]) -> None:
-        """Add some rows; raises UserError naming the hook, row and dimension of a NaN or infinity."""
+    def update(self, x: Float[Tensor, "rows d_in"]) -> dict[str, SparseCode]:
+        """Add some rows and return each member's code of them.
+
+        Raises UserError naming the hook, row and dimension of a NaN or infinity.
+        """
         try:
             self.moments.update(x)
         except UserError as error:
             raise UserError(f"held-out data of {self.hook}: {error}") from error
-        for name, sae in self.saes.items():
-            self.activity[name].update(Entries(sae.encode_sparse(x.to(sae.W_dec.device))))
+        codes = {n: sae.encode_sparse(x.to(sae.W_dec.device)) for n, sae in self.saes.items()}
+        for name, code in codes.items():
+            self.activity[name].update(Entries(code))
+        return codes
 
 
 def check_width(name: str, sae_width: int, data_width: int) -> None:

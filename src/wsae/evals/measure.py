@@ -6,9 +6,9 @@ show. Pass 2 (errors): squared errors about the exact mean, top contexts, the ra
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.source import Chunk
@@ -21,6 +21,7 @@ from wsae.evals.data import HeldOut
 from wsae.evals.fidelity import Errors, Survey, ev_per_dim
 from wsae.evals.latents import Entries, decoder_max_cosine
 from wsae.evals.matching import Matching, Side, match
+from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
 
 Saes = dict[str, SparseAutoencoder]
@@ -46,23 +47,39 @@ class Measured:
     contexts: dict[str, TopContexts]
 
 
+class Item(NamedTuple):
+    """A chunk, and the codes that the first pass found for it, by (hook, member)."""
+
+    chunk: Chunk
+    codes: dict[tuple[str, str], SparseCode]
+
+    def size_bytes(self) -> int:
+        """Return the memory it holds."""
+        tensors = [*self.chunk.x.values(), *(part for code in self.codes.values() for part in code)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 class Replay:
-    """Held-out chunks, kept in memory up to a limit so that a second pass need not compute them again."""
+    """Held-out chunks and their codes, kept in memory up to a limit so that the second pass need not compute them."""
 
     def __init__(self, source: HeldOut, cfg: EvalConfig) -> None:
         self._source, self._cfg = source, cfg
-        self._kept: list[Chunk] | None = None
+        self._kept: list[Item] | None = None
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[Item]:
         if self._kept is not None:
             yield from self._kept
             return
-        kept: list[Chunk] | None = []
-        size = 0
+        kept: list[Item] | None = []
+        room = self._cfg.replay_bytes
         for chunk in self._source.heldout(self._cfg.batch_size):
-            size += sum(x.numel() * x.element_size() for x in chunk.x.values())
-            kept = [*kept, chunk] if kept is not None and size <= self._cfg.replay_bytes else None
-            yield chunk
+            item = Item(chunk, {})
+            yield item
+            room -= item.size_bytes()
+            if kept is not None and room >= 0:
+                kept.append(item)
+            else:
+                kept = None
         self._kept = kept
 
 
@@ -101,13 +118,14 @@ def measure(
 
     Raises UserError when a hook is not in the source, a width differs, the data hold NaN, or there are no rows.
     """
-    chunks = Replay(source, cfg)
+    items = Replay(source, cfg)
     surveys = {hook: Survey(hook, f.saes, _width(source, hook)) for hook, f in families.items()}
     n_rows = 0
     with progress("survey", None, "rows") as tick:
-        for chunk in chunks:
+        for chunk, codes in items:
             for hook, survey in surveys.items():
-                survey.update(chunk.x[hook])
+                found = survey.update(chunk.x[hook])
+                codes |= {(hook, name): code for name, code in found.items()}
             if kept is not None:
                 kept.update(chunk)
             n_rows += len(chunk.seq)
@@ -116,10 +134,10 @@ def measure(
         raise UserError("there are no held-out rows to evaluate on; hold out more data")
     passes = {h: _Pass(surveys[h], family, cfg) for h, family in families.items()}
     with progress("evaluate", n_rows, "rows") as tick:
-        for chunk in chunks:
-            for hook, second in passes.items():
-                second.update(chunk.x[hook], chunk)
-            tick(len(chunk.seq))
+        for item in items:
+            for second in passes.values():
+                second.update(item)
+            tick(len(item.chunk.seq))
     return {hook: second.measured() for hook, second in passes.items()}
 
 
@@ -166,12 +184,15 @@ class _Pass:
             for name, parts in wanted.items()
         }
 
-    def update(self, x: Float[Tensor, "rows d_in"], chunk: Chunk) -> None:
+    def update(self, item: Item) -> None:
         """Add one chunk of rows."""
+        chunk, hook = item.chunk, self.survey.hook
+        x = chunk.x[hook]
         wide = x.double().cpu()
         self.errors.add_rows(wide, chunk.seq)
         for name, sae in self.saes.items():
-            code = sae.encode_sparse(x.to(sae.W_dec.device))
+            code = item.codes.get((hook, name))
+            code = sae.encode_sparse(x.to(sae.W_dec.device)) if code is None else code
             entries = Entries(code)
             error = wide - sae.decode_sparse(code).double().cpu()
             self.errors.add_member(name, error, entries.l0(), chunk.seq)

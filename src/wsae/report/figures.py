@@ -10,14 +10,13 @@ from wsae.core.errors import UserError
 from wsae.report.rundata import RunData, finite, is_control, read_run
 from wsae.report.words import weighting
 
-_FLOOR = -5.0
-"""log10 of the density below which latents are drawn together."""
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#7d828c", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
 """Grey for the plain twin, then Okabe and Ito's colours, which the colour-blind can tell apart."""
+_FLOOR = -5.0
+"""log10 of the density below which latents are drawn together."""
 
 
 def summary_figure(run: Path, path: Path, hook: str | None = None) -> Path:

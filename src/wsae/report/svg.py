@@ -12,6 +12,8 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 30, 44
 _MAX_LOG_TICKS = 8
+_TINY = 1e-100
+"""Values below have no place on a log axis (their margins would underflow)."""
 _GLYPH = 6.6
 """Pixels a character of a note takes, at most: keeps notes from overlapping."""
 
@@ -46,7 +48,7 @@ class Axis:
 
 def axis(label: str, values: Iterable[Real], log: bool = False, pad: float = 0.04) -> Axis:
     """Build an axis that covers the finite values (positive ones when `log`), with a margin."""
-    kept = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
+    kept = [v for v in values if math.isfinite(v) and (v > _TINY or not log)]
     low, high = (min(kept), max(kept)) if kept else (0.0, 1.0)
     if log:
         low, high = (low or 0.1), (high or 1.0)

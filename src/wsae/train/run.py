@@ -52,8 +52,8 @@ def train_run(
     or an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt) when interrupted, after
     writing a checkpoint.
     """
-    identity = {"train": cfg.to_dict(), "data": source.digest()}
-    with locked(out):
+    identity = {"train": cfg.to_dict(), "data": source.digest(), "source": source.describe()}
+    with _nothing_left(out), locked(out):
         if (out / MANIFEST).exists():
             read_manifest(out, "run")
             _same_run(out, identity)
@@ -64,6 +64,18 @@ def train_run(
         write_json(out / "gamma.json", family.gamma_record)
         _train(cfg, family, source, out, progress)
         return _finish(out, identity, family, stats)
+
+
+@contextlib.contextmanager
+def _nothing_left(out: Path) -> Iterator[None]:
+    """Remove a directory made in vain: one that was not there before and has no checkpoint when work ends early."""
+    created = not out.exists()
+    try:
+        yield
+    except BaseException:
+        if created and not checkpoints(out):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def load_run(path: Path) -> RunResult:
@@ -90,10 +102,13 @@ def _enter(out: Path, identity: dict[str, Any], resume: bool) -> None:
 
 
 def _same_run(out: Path, identity: dict[str, Any]) -> None:
-    """Raise UserError naming the first setting in which `out` differs from this run."""
+    """Raise UserError naming the first setting in which `out` differs from this run.
+
+    Data may move: they are compared by digest, not by path.
+    """
     there = read_json(out / "config.json")
     here = json.loads(json.dumps(identity))
-    for key, a, b in _differences(there, here):
+    for key, a, b in _differences(there | {"source": None}, here | {"source": None}):
         raise UserError(
             f"{out}: holds a run of another config ({key} is {a!r} there, {b!r} here); use another --out"
         )
@@ -107,6 +122,8 @@ def _differences(a: object, b: object, place: str = "") -> Iterator[tuple[str, o
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (u, v) in enumerate(zip(a, b, strict=True)):
             yield from _differences(u, v, f"{place}.{i}")
+    elif isinstance(a, list) and isinstance(b, list):
+        yield f"{place} (how many)", len(a), len(b)
     elif a != b:
         yield place, a, b
 
