@@ -25,7 +25,8 @@ IGNORES, SKIPS = 1, 3
 
 def loaded_by(code: str) -> set[str]:
     """Return the heavy modules that `code` loads in a fresh interpreter."""
-    line = f"{code}\nimport sys\nprint('LOADED', *[m for m in {HEAVY + ('pydantic', 'tyro', 'rich')} if m in sys.modules])"
+    watched = (*HEAVY, "pydantic", "tyro", "rich")
+    line = f"{code}\nimport sys\nprint('LOADED', *[m for m in {watched} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", line], capture_output=True, text=True, check=True, timeout=60
     )

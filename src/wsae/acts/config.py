@@ -40,7 +40,8 @@ class HarvestConfig(Config):
     """Precision the model runs in."""
     store_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision on disk. The default loses nothing: rounding errs in proportion to a value, not to its deviation
-    from the mean, so bfloat16 costs most in exactly the dimensions with a large mean that loss weights dwell on."""
+    from the mean, so bfloat16 costs most in dimensions with a large mean (SmolLM2's block 9: 4e-4 of the variance in
+    the worst dimension, 3e-6 in the median one). bfloat16 halves the disk where that matters more."""
     tokens: int = Field(default=250_000, ge=1)
     """Training rows wanted (per pass over the text when streaming)."""
     heldout_tokens: int = Field(default=20_000, ge=0)

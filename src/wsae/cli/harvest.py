@@ -1,5 +1,6 @@
 """`wsae harvest`: activations to a store."""
 
+import shlex
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -62,10 +63,15 @@ def show(result: dict[str, Any], ui: UI) -> None:
     """Print what lies on disk and what to do next."""
     from wsae.core.units import size
 
-    for key, value in result.items():
-        shown = size(value) if key == "bytes" else value
-        ui.say(f"{key}: {shown}")
-    ui.say(f"next: wsae train {result['store']} --out runs/first")
+    rows, dropped = result["rows"], result["skipped"]["train"]
+    widths = ", ".join(f"{hook} ({d_in})" for hook, d_in in result["hooks"].items())
+    ui.say(f"store: {result['store']}, {size(result['bytes'])}, {result['store_dtype']}")
+    ui.say(f"hooks (width): {widths}")
+    ui.say(f"rows: {rows['train']:,} to train on, {rows['heldout']:,} held out")
+    ui.say("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()))
+    if result["exhausted"] or result["heldout_exhausted"]:
+        ui.say("the text ended before the rows that were wanted; more text gives more")
+    ui.say(f"next: wsae train {shlex.quote(result['store'])} --out runs/first")
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001

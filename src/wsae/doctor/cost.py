@@ -12,8 +12,8 @@ from wsae.core.units import duration, size
 from wsae.doctor.check import Check, Status
 from wsae.sae.config import SAEConfig
 from wsae.stats import Moments
-from wsae.train.config import TrainConfig
-from wsae.train.family import power_of_two_scale
+from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.family import power_of_two_scale, to_device
 from wsae.train.member import make_member, train_step
 
 TIGHT = 0.8
@@ -22,6 +22,10 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PER_ROW = 16
 """Bytes of a stored row besides its activations: sequence number and position."""
 STEPS = 3
+RUNTIME = 150_000_000
+"""Bytes that PyTorch itself takes for autograd, optimiser and thread buffers (measured: 130 MB on a CPU)."""
+_BUFFERS = {"topk": 4, "group_topk": 4, "batch_topk": 4, "relu": 8, "jumprelu": 9}
+"""Dense [batch, d_sae] float32 buffers alive at once (measured: 2.5, 2.5, 2.6, 7.1, 8.7; revival adds one)."""
 
 
 class Memory(NamedTuple):
@@ -50,12 +54,11 @@ def parameters(cfg: SAEConfig) -> int:
 def memory(saes: list[SAEConfig], widths: list[int], batch_size: int, model_bytes: int) -> Memory:
     """Return the memory of training: fp32 weights and gradients, two Adam moments, and one step's dense buffers.
 
-    Members step in turn, so the largest one's buffers count once: pre-activations [batch, d_sae], their gradient
-    and the code.
+    Members step in turn, so only the neediest one's dense [batch, d_sae] buffers count.
     """
     count = sum(parameters(cfg) for cfg in saes)
-    widest = max((cfg.d_sae for cfg in saes), default=0)
-    step = 4 * batch_size * (3 * widest + 2 * sum(widths))
+    dense = max((cfg.d_sae * _BUFFERS[cfg.activation.kind] for cfg in saes), default=0)
+    step = RUNTIME + 4 * batch_size * (dense + 2 * sum(widths))
     return Memory(weights=8 * count, optimiser=8 * count, step=step, model=model_bytes)
 
 
@@ -93,35 +96,49 @@ def seconds_per_step(
 ) -> float:
     """Return the time of one training step of every member on batches of cfg.batch_size rows.
 
-    Steps are timed on a smaller batch, growing until the budget is used, and scaled by its rows.
+    Where the budget does not reach to a whole batch, a smaller one is timed and scaled by its rows.
     """
-    rows = min(cfg.batch_size, 256, len(x))
-    total = 0.0
-    share = budget_s / len(cfg.members)
-    for index in range(len(cfg.members)):
-        size_now, best = rows, _time_steps(x, cfg, index, rows, device)
-        while size_now < cfg.batch_size and best * 4 * STEPS < share:
-            size_now = min(2 * size_now, cfg.batch_size)
-            best = _time_steps(x, cfg, index, size_now, device)
-        total += best * cfg.batch_size / size_now
-    return total
-
-
-def _time_steps(x: Tensor, cfg: TrainConfig, index: int, rows: int, device: str) -> float:
     moments = Moments(x.shape[1])
-    moments.update(x[:4096].cpu())
-    scale = power_of_two_scale(moments)
-    member = make_member("probe", cfg.members[index], cfg, moments.mean, scale)
-    member.sae.to(device)
-    batch = (x.repeat(-(-rows // len(x)), 1)[:rows] / scale).to(device)
-    times = []
-    for step in range(STEPS):
-        start = time.perf_counter()
-        train_step(member, batch, step, cfg)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    moments.update(x[:1024].cpu())
+    forms: dict[str, list[MemberConfig]] = {}
+    for member in cfg.members:  # members of one shape take the same time
+        forms.setdefault(member.sae_config(x.shape[1]).model_dump_json(), []).append(member)
+    probes = [Bench(cfg, alike[0], moments, device) for alike in forms.values()]
+    times = [probe.full_step(x, budget_s / len(probes)) for probe in probes]
+    return sum(t * len(alike) for t, alike in zip(times, forms.values(), strict=True))
+
+
+class Bench:
+    """Times training steps of one member's shape."""
+
+    def __init__(
+        self, cfg: TrainConfig, member: MemberConfig, moments: Moments, device: str
+    ) -> None:
+        self.cfg, self.device = cfg, device
+        self.scale = power_of_two_scale(moments)
+        self.member = make_member("probe", member, cfg, moments.mean, self.scale)
+        to_device(self.member, device)
+
+    def full_step(self, x: Float[Tensor, "rows d_in"], budget_s: float) -> float:
+        """Return the seconds of a step of cfg.batch_size rows, growing the batch while the budget lasts."""
+        rows = min(self.cfg.batch_size, 256)
+        best = self._seconds(x, rows)
+        while rows < self.cfg.batch_size and best * 2 * STEPS < budget_s:
+            budget_s -= best * 2 * STEPS
+            rows = min(2 * rows, self.cfg.batch_size)
+            best = self._seconds(x, rows)
+        return best * self.cfg.batch_size / rows
+
+    def _seconds(self, x: Tensor, rows: int) -> float:
+        batch = (x.repeat(-(-rows // len(x)), 1)[:rows] / self.scale).to(self.device)
+        times = []
+        for step in range(STEPS):
+            start = time.perf_counter()
+            train_step(self.member, batch, step, self.cfg)
+            if self.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
 
 
 def check_time(cfg: TrainConfig, per_step: float, forward_tokens_per_s: float | None) -> Check:

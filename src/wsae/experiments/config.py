@@ -33,9 +33,9 @@ class DemoConfig(Config):
     """Active latents per token."""
     alpha: tuple[float, ...] = (1.0, 0.5)
     """One WSAE for each exponent of the variance."""
-    lr: PositiveFloat = 4e-3
+    lr: PositiveFloat = 3e-3
     """Peak learning rate: high, because the run is short (chosen on the plain SAE)."""
-    splice_tokens: int = Field(default=8192, ge=0)
+    splice_tokens: int = Field(default=4096, ge=0)
     """Held-out tokens run through the model with reconstructions in place; 0 skips it."""
     n_latents: int = Field(default=200, ge=0)
     """Latents per SAE shown in the report."""
