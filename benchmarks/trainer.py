@@ -2,7 +2,7 @@
 
     python benchmarks/trainer.py [--d-in 576] [--d-sae 4608] [--k 32] [--batch 2048] [--threads 2] [--steps 40]
 
-Alternates, step by step in one process, the whole loop (data, step, metrics, counters) and the bare arithmetic of the same member
+    python benchmarks/trainer.py [--d-in 576] [--d-sae 4608] [--k 32] [--batch 2048] [--threads 2]
 (forward, backward, Adam, unit decoder rows). Prints medians and their ratio as JSON.
 """
 
@@ -38,7 +38,14 @@ def arithmetic(member: MemberState, x: torch.Tensor, bf16: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("d-in", 576), ("d-sae", 4608), ("k", 32), ("batch", 2048), ("threads", 2), ("steps", 40)):
+    for name, default in (
+        ("d-in", 576),
+        ("d-sae", 4608),
+        ("k", 32),
+        ("batch", 2048),
+        ("threads", 2),
+        ("steps", 40),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--kind", default="topk")
     parser.add_argument("--dtype", default="float32")

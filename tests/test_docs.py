@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-REFERENCES = sorted(set(re.findall(r"`(wsae[\w.]*:[\w.]+)`", (ROOT / "docs/paper-to-code.md").read_text())))
+REFERENCES = sorted(
+    set(re.findall(r"`(wsae[\w.]*:[\w.]+)`", (ROOT / "docs/paper-to-code.md").read_text()))
+)
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -114,7 +114,7 @@ def test_the_record_says_who_weighs_most_and_what_the_mask_did() -> None:
 
 
 def sae_and_batch(kind: str = "topk", tied: bool = False) -> tuple[SparseAutoencoder, Tensor]:
-    cfg = SAEConfig(d_in=6, d_sae=20, activation=make_activation(kind, 3), tied=tied)  # type: ignore[arg-type]
+    cfg = SAEConfig(d_in=6, d_sae=20, activation=make_activation(kind, 3), tied=tied)
     sae = SparseAutoencoder(cfg, seed=1).double()
     g = torch.Generator().manual_seed(5)
     sae.gamma.copy_(torch.rand(6, generator=g) + 0.5)

@@ -20,7 +20,7 @@ KINDS = ("topk", "group_topk", "batch_topk", "relu", "jumprelu")
 def make(
     kind: str, tied: bool = False, d_in: int = 6, d_sae: int = 16, k: int = 4
 ) -> SparseAutoencoder:
-    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, activation=make_activation(kind, k), tied=tied)  # type: ignore[arg-type]
+    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, activation=make_activation(kind, k), tied=tied)
     sae = SparseAutoencoder(cfg, seed=3).double()
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():

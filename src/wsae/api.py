@@ -44,7 +44,7 @@ def Member(  # noqa: N802  (reads as the value it makes)
         weights["rule"] = gamma
     else:
         weights |= {"rule": "vector", "vector": tuple(torch.as_tensor(gamma).tolist())}
-    kind = make_activation(activation, k)  # type: ignore[arg-type]
+    kind = make_activation(activation, k)
     data = {"gamma": weights, "activation": kind, **fields}
     return MemberConfig.parse(data, where="member")
 

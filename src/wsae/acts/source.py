@@ -76,8 +76,9 @@ class StoreSource:
         return self.store.manifest.digest()
 
     def describe(self) -> dict[str, Any]:
-        """Return the store's place and the hooks read."""
-        return {"kind": "store", "path": str(self.store.path.resolve()), "hooks": list(self.hooks)}
+        """Return the store's place, the model it is of, and the hooks read."""
+        place = {"kind": "store", "path": str(self.store.path.resolve())}
+        return {**place, "model": self.store.manifest.config["model"], "hooks": list(self.hooks)}
 
     def _train(self, index: np.ndarray) -> Batch:
         return self.store.rows("train", index)

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from wsae.core.errors import UserError, nearest
 
-C = TypeVar("C", bound="Config")  # not typing.Self: the runtime type checker of the tests rejects it
-
+C = TypeVar(
+    "C", bound="Config"
+)  # not typing.Self: the runtime type checker of the tests rejects it
 
 
 class Config(BaseModel):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
@@ -76,6 +75,8 @@ def match(a: Side, b: Side, assignment_max: int, seed: int = 0) -> Matching:
 
 def _assignment(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Pair one-to-one with the largest total cosine (Hungarian method)."""
+    from scipy.optimize import linear_sum_assignment  # takes a third of a second, needed here only
+
     rows, columns = linear_sum_assignment((a @ b.T).cpu().numpy(), maximize=True)
     return torch.from_numpy(np.asarray(rows)), torch.from_numpy(np.asarray(columns))
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.core.config import Config
@@ -43,6 +43,12 @@ class DemoConfig(Config):
     """Precision of the model and of the dense encoder product."""
     seed: int = 0
     device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _one_hook(self) -> "DemoConfig":
+        if "*" in self.hook:
+            raise ValueError(f"the demo takes one hook, {self.hook!r} may be several; name one")
+        return self
 
     def harvest(self) -> HarvestConfig:
         """Return the harvest."""

@@ -57,8 +57,8 @@ class JumpReLU(Config):
 Activation = Annotated[TopK | GroupTopK | BatchTopK | ReLU | JumpReLU, Field(discriminator="kind")]
 
 
-def make_activation(kind: Kind, k: int = 32) -> TopK | GroupTopK | BatchTopK | ReLU | JumpReLU:
-    """Return the activation called `kind`; k is used by the Top-k family only."""
+def make_activation(kind: str, k: int = 32) -> TopK | GroupTopK | BatchTopK | ReLU | JumpReLU:
+    """Return the activation called `kind`; k is used by the Top-k family only. Raises UserError for another name."""
     match kind:
         case "topk":
             return TopK(k=k)
