@@ -38,7 +38,7 @@ def test_the_demo_compares_and_reports_and_then_skips_what_is_done(
         "variance-a1",
         "variance-a0.5",
     ]
-    for metric in ("fvu", "fvu_weighted", "l0", "ce_loss_recovered_zero", "kl"):
+    for metric in ("fvu", "fvu_weighted", "l0", "ce_delta", "kl"):
         assert members["plain"]["metrics"][metric]["value"] is not None
     assert "variance-a1" in Path(result["report"]).read_text()
 

@@ -14,7 +14,7 @@ from wsae.sae.config import SAEConfig
 from wsae.stats import Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import power_of_two_scale, to_device
-from wsae.train.member import make_member, train_step
+from wsae.train.member import make_batch, make_member, train_step
 
 TIGHT = 0.8
 """Share of what is free above which memory or disk is called tight."""
@@ -115,8 +115,8 @@ class Bench:
         self, cfg: TrainConfig, member: MemberConfig, moments: Moments, device: str
     ) -> None:
         self.cfg, self.device = cfg, device
-        self.scale = power_of_two_scale(moments)
-        self.member = make_member("probe", member, cfg, moments.mean, self.scale)
+        scale = power_of_two_scale(moments)
+        self.member = make_member("probe", member, cfg, moments.mean, scale)
         to_device(self.member, device)
 
     def full_step(self, x: Float[Tensor, "rows d_in"], budget_s: float) -> float:
@@ -130,7 +130,7 @@ class Bench:
         return best * self.cfg.batch_size / rows
 
     def _seconds(self, x: Tensor, rows: int) -> float:
-        batch = (x.repeat(-(-rows // len(x)), 1)[:rows] / self.scale).to(self.device)
+        batch = make_batch(x.repeat(-(-rows // len(x)), 1)[:rows].to(self.device), self.member)
         times = []
         for step in range(STEPS):
             start = time.perf_counter()

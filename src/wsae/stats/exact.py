@@ -45,16 +45,18 @@ class ExactSum:
         ]
 
     def _add_block(self, rest: Tensor) -> None:
-        top = float(rest.abs().max()) if rest.numel() else 0.0
+        scratch = torch.empty_like(rest)
+        top = _largest(rest)
         for k in range(HIGHEST, LOWEST - 1, -1):
             unit = 2.0 ** (DIGIT_BITS * k)
             if top < unit / 2:
                 continue  # no value reaches this digit
             magic = 1.5 * 2.0**52 * unit
-            digit = (rest + magic).sub_(magic)  # rest, rounded to a multiple of `unit`
+            digit = torch.add(rest, magic, out=scratch).sub_(
+                magic
+            )  # rounded to a multiple of `unit`
             self.digits[k - LOWEST] += digit.sum(0).mul_(1.0 / unit).to(torch.int64).cpu()
-            rest -= digit
-            top = float(rest.abs().max())
+            top = _largest(rest.sub_(digit))
             if top == 0.0:
                 return
 
@@ -64,6 +66,14 @@ class ExactSum:
             carry = self.digits[k] >> DIGIT_BITS
             self.digits[k] -= carry << DIGIT_BITS
             self.digits[k + 1] += carry
+
+
+def _largest(values: Tensor) -> float:
+    """Return max |value|, 0 for none."""
+    if values.numel() == 0:
+        return 0.0
+    low, high = values.aminmax()
+    return max(-float(low), float(high))
 
 
 UNIT = Fraction(1, 2 ** (-DIGIT_BITS * LOWEST))

@@ -9,7 +9,7 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.stats.exact import UNIT, ExactSum
 
-_BLOCK = 128
+_BLOCK = 256
 """Rows handled at once: the float64 scratch of one block stays in the second-level cache."""
 
 

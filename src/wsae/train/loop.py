@@ -9,7 +9,7 @@ from wsae.core.progress import Tick
 from wsae.train.checkpoint import save_checkpoint
 from wsae.train.config import TrainConfig
 from wsae.train.family import Family
-from wsae.train.member import metrics_row, train_step
+from wsae.train.member import make_batch, metrics_row, train_step
 from wsae.train.metrics import JsonLines
 from wsae.train.schedule import lr_factor
 
@@ -39,10 +39,9 @@ def run_steps(
         rows = 0
         for hook, members in family.members.items():
             x = batch[hook].to(members[0].sae.W_dec.device)
-            scaled = x / members[0].scale
-            rows = len(x)
+            rows, shared = len(x), make_batch(x, members[0])
             for member in members:
-                train_step(member, scaled, step, cfg)
+                train_step(member, shared, step, cfg)
         on_step(step + 1)
         tick(rows)
 

@@ -1,8 +1,10 @@
 """One member of a family in training: its SAE, optimiser and counters, and its step."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
@@ -83,11 +85,23 @@ def make_member(
     )
 
 
-def train_step(
-    member: MemberState, x: Float[Tensor, "batch d_in"], step: int, run: TrainConfig
-) -> None:
-    """One optimiser step on scaled activations; metrics are summed into the member, nothing is read back."""
-    sae, cfg = member.sae, member.cfg
+class Batch(NamedTuple):
+    """One step's activations, scaled, and what all members need of them."""
+
+    x: Float[Tensor, "batch d_in"]
+    deviation: Float[Tensor, " d_in"]
+    """Sum over the rows of the squared deviation from the data's mean, per dimension."""
+
+
+def make_batch(x: Float[Tensor, "batch d_in"], member: MemberState) -> Batch:
+    """Scale activations for training; members of one hook share scale and mean."""
+    scaled = x / member.scale
+    return Batch(scaled, (scaled - member.mean).square_().sum(0))
+
+
+def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -> None:
+    """One optimiser step; metrics are summed into the member, nothing is read back."""
+    sae, cfg, x = member.sae, member.cfg, batch.x
     forward = training_forward(sae, x, bf16=run.dtype == "bfloat16")
     reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma)
     revival = _revival(member, x, forward)
@@ -102,7 +116,7 @@ def train_step(
         member.optimizer.step()
         _unit_rows_(sae)
         _count(member, forward, len(x))
-        _add_sums(member, x, forward, (loss, reconstruction, revival))
+        _add_sums(member, batch, forward, (loss, reconstruction, revival))
         if (step + 1) % GAMMA_EVERY == 0:
             member.dead = member.since_fired > run.dead_tokens
         _track_latents(member, forward, step, run.latent_variance_decay)
@@ -144,17 +158,16 @@ def _count(member: MemberState, forward: Forward, rows: int) -> None:
 
 
 def _add_sums(
-    member: MemberState, x: Tensor, forward: Forward, losses: tuple[Tensor, Tensor, Tensor]
+    member: MemberState, batch: Batch, forward: Forward, losses: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    sums, unit = member.sums, member.scale**2
-    deviation = (x - member.mean).square().sum(0)
+    sums, unit, deviation = member.sums, member.scale**2, batch.deviation
     for name, value in zip(("loss", "reconstruction", "auxk"), losses, strict=True):
         sums[name] += value.detach().double() * unit
-    sums["sse"] += (x - forward.x_hat.detach()).square().sum().double() * unit
+    sums["sse"] += F.mse_loss(forward.x_hat.detach(), batch.x, reduction="sum").double() * unit
     sums["variance"] += deviation.sum().double() * unit
     sums["weighted_variance"] += (deviation * member.sae.gamma.square()).sum().double() * unit
     sums["l0"] += torch.count_nonzero(forward.code.values).double()
-    sums["rows"] += len(x)
+    sums["rows"] += len(batch.x)
     sums["steps"] += 1
 
 
