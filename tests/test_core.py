@@ -1,6 +1,8 @@
 """Artifacts are whole or refused; seeds and permutations are what they claim."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +144,30 @@ def test_a_full_disk_is_one_clear_line() -> None:
     with pytest.raises(OSError, match="No space") as caught:
         write()
     assert "disk is full" in str(as_user_error(caught.value, Path("run/x")))
+
+
+LIMITED = """
+import resource, signal, torch
+from pathlib import Path
+from wsae.core.errors import UserError
+from wsae.core.tensors import save_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    save_tensors(Path({path!r}), {{"x": torch.zeros(100_000)}})
+except UserError as error:
+    print(error)
+"""
+
+
+def test_tensors_that_cannot_be_written_whole_are_one_line_and_leave_nothing(
+    tmp_path: Path,
+) -> None:
+    """The system cuts the file short for real (a size limit), as a full disk would."""
+    code = LIMITED.format(path=str(tmp_path / "x.safetensors"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "x.safetensors: larger than this system lets a file be" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_process_is_refused_the_directory(tmp_path: Path) -> None:

@@ -88,6 +88,10 @@ def as_user_error(error: OSError, path: Path) -> Exception:
         return UserError(
             f"{path}: the disk is full; free some space and run the same command again"
         )
+    if error.errno == errno.EFBIG:
+        return UserError(
+            f"{path}: larger than this system lets a file be; raise the limit (ulimit -f)"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(
             f"{path}: cannot write here ({os.strerror(error.errno)}); choose another --out"

@@ -1,10 +1,13 @@
 """Tensors on disk: safetensors only, written atomically, read whole or memory-mapped by rows."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +31,14 @@ _MAX_HEADER = 100_000_000
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write named tensors atomically (contiguous copies are made where needed)."""
     with writing(path) as temporary:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
+        try:
+            save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, temporary)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            code = int(number.group(1))  # the library hides a full disk in its own exception
+            raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -70,13 +70,14 @@ def describe_gamma(
     unmasked: Float[Tensor, " d_in"] | None = None,
     heaviest: int = 10,
 ) -> dict[str, Any]:
-    """Return the record a run keeps: rule, heaviest dimensions, and how far gamma would move without the mask.
+    """Return the record a run keeps: rule, heaviest dimensions (none when all weigh 1), movement without the mask.
 
     Shares are gamma_i^2 / sum gamma^2, the part of the loss's weight a dimension carries.
     """
     gamma = gamma.double().cpu()
     share = gamma.square() / gamma.square().sum()
-    top = gamma.topk(min(heaviest, len(gamma))).indices.tolist()
+    count = 0 if cfg.rule == "none" else min(heaviest, len(gamma))
+    top = gamma.topk(count).indices.tolist()
     record: dict[str, Any] = {
         **cfg.to_dict(),
         "heaviest": [[i, float(gamma[i]), float(share[i])] for i in top],
