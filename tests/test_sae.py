@@ -67,7 +67,11 @@ def test_encode_decode_and_forward_follow_the_definition(kind: str, tied: bool) 
     z = by_the_book(sae, x)
     bias = 0 if tied else sae.b_dec
     torch.testing.assert_close(sae.encode(x), z)
-    torch.testing.assert_close(sae.encode_sparse(x).dense(16), z)
+    torch.testing.assert_close(sae.encode_code(x).dense(16), z)
+    values, indices = sae.encode_sparse(x)
+    torch.testing.assert_close(torch.zeros_like(z).scatter_add(1, indices, values.detach()), z)
+    if kind in ("topk", "group_topk"):
+        assert values.shape == (9, 4)
     torch.testing.assert_close(sae.decode(z), z @ sae.W_dec + bias)
     torch.testing.assert_close(sae(x), z @ sae.W_dec + bias)
     if tied:

@@ -67,7 +67,7 @@ class Survey:
             self.moments.update(x)
         except UserError as error:
             raise UserError(f"held-out data of {self.hook}: {error}") from error
-        codes = {n: sae.encode_sparse(x.to(sae.W_dec.device)) for n, sae in self.saes.items()}
+        codes = {n: sae.encode_code(x.to(sae.W_dec.device)) for n, sae in self.saes.items()}
         for name, code in codes.items():
             self.activity[name].update(Entries(code))
         return codes

@@ -192,9 +192,9 @@ class _Pass:
         self.errors.add_rows(wide, chunk.seq)
         for name, sae in self.saes.items():
             code = item.codes.get((hook, name))
-            code = sae.encode_sparse(x.to(sae.W_dec.device)) if code is None else code
+            code = sae.encode_code(x.to(sae.W_dec.device)) if code is None else code
             entries = Entries(code)
-            error = wide - sae.decode_sparse(code).double().cpu()
+            error = wide - sae.decode_code(code).double().cpu()
             self.errors.add_member(name, error, entries.l0(), chunk.seq)
             if name in self.contexts:
                 self.contexts[name].update(entries, chunk.seq, chunk.pos)

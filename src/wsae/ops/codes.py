@@ -24,6 +24,15 @@ class SparseCode(NamedTuple):
         counts = self.offsets.diff()
         return torch.repeat_interleave(counts, output_size=len(self.indices))
 
+    def padded(self) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
+        """Return values and indices as rectangles; shorter rows end in value 0, index 0."""
+        counts, rows = self.offsets.diff(), self.rows()
+        width = int(counts.max()) if self.batch else 0
+        place = torch.arange(len(rows), device=rows.device) - self.offsets[rows]
+        values = self.values.new_zeros(self.batch, width).index_put((rows, place), self.values)
+        indices = self.indices.new_zeros(self.batch, width)
+        return values, indices.index_put((rows, place), self.indices)
+
     def dense(self, d_sae: int) -> Float[Tensor, "batch d_sae"]:
         """Return z [batch, d_sae]."""
         z = self.values.new_zeros(self.batch, d_sae)

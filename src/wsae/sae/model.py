@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from wsae.core.artifact import read_manifest, write_json, write_manifest
@@ -91,8 +91,14 @@ class SparseAutoencoder(nn.Module):
             return self._code(pre).dense(self.cfg.d_sae)
         return self._dense(pre)
 
-    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """Return the latents as a SparseCode; Top-k kinds give k entries per row, some perhaps 0."""
+    def encode_sparse(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
+        """Return (values, indices), each [batch, k]; kinds without a fixed k are padded with value 0, index 0."""
+        return self.encode_code(x).padded()
+
+    def encode_code(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
+        """Return the latents in row-compressed form; Top-k kinds give k entries per row, some perhaps 0."""
         self._check_width(x)
         return self._code(self.pre(self.centre(x)))
 
@@ -101,7 +107,7 @@ class SparseAutoencoder(nn.Module):
         x_hat = z @ self.W_dec
         return x_hat if self.b_dec is None else x_hat + self.b_dec
 
-    def decode_sparse(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
+    def decode_code(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
         """Return x_hat of a sparse code."""
         x_hat = F.embedding_bag(
             code.indices,
@@ -114,7 +120,7 @@ class SparseAutoencoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """Return the reconstruction x_hat."""
-        return self.decode_sparse(self.encode_sparse(x))
+        return self.decode_code(self.encode_code(x))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor under its public name; W_enc is [d_in, d_sae]."""
