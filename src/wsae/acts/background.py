@@ -13,10 +13,11 @@ class Background(Generic[T]):
     """`with Background(work) as worker: worker.put(item)`: calls `work(item)` in order in another thread.
 
     An exception in `work` is raised by the next `put`, or at the end of the block; nothing after it is worked on.
+    With `threaded=False` work is done at once, by the caller: on a CPU the model has every core in use already.
     """
 
-    def __init__(self, work: Callable[[T], None], depth: int = 1) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[T], None], threaded: bool = True, depth: int = 1) -> None:
+        self._work, self._threaded = work, threaded
         self._queue: queue.Queue[T | None] = queue.Queue(depth)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="wsae-writer", daemon=True)
@@ -24,7 +25,10 @@ class Background(Generic[T]):
     def put(self, item: T) -> None:
         """Hand over one item; waits while the queue is full."""
         self._raise()
-        self._queue.put(item)
+        if self._threaded:
+            self._queue.put(item)
+        else:
+            self._work(item)
 
     def __enter__(self) -> "Background[T]":
         self._thread.start()

@@ -104,7 +104,7 @@ class _Split:
         if self._state.done:
             return self._ledger
         try:
-            with Background(self._add) as worker:
+            with Background(self._add, threaded=self._flow.cfg.device != "cpu") as worker:
                 exhausted = self._drive(worker, wanted, tick)
             self._commit(done=True, exhausted=exhausted)
         except NonFiniteError as error:
