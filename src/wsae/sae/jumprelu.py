@@ -12,15 +12,19 @@ from torch.autograd import Function
 
 
 def jumprelu(
-    pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"], bandwidth: float
-) -> Float[Tensor, "batch d_sae"]:
+    pre: Float[Tensor, "*members batch d_sae"],
+    threshold: Float[Tensor, "*per d_sae"],
+    bandwidth: float,
+) -> Float[Tensor, "*members batch d_sae"]:
     """Return pre where it exceeds the threshold, else 0."""
     return _JumpReLU.apply(pre, threshold, bandwidth)
 
 
 def step(
-    pre: Float[Tensor, "batch d_sae"], threshold: Float[Tensor, " d_sae"], bandwidth: float
-) -> Float[Tensor, "batch d_sae"]:
+    pre: Float[Tensor, "*members batch d_sae"],
+    threshold: Float[Tensor, "*per d_sae"],
+    bandwidth: float,
+) -> Float[Tensor, "*members batch d_sae"]:
     """Return 1 where pre exceeds the threshold, else 0 (their sum is L0)."""
     return _Step.apply(pre, threshold, bandwidth)
 
@@ -39,7 +43,8 @@ class _JumpReLU(Function):
     @staticmethod
     def backward(ctx, *grads):
         pre, threshold = ctx.saved_tensors
-        grad_threshold = -(grads[0] * _rectangle(pre, threshold, ctx.bandwidth)).sum(0) * threshold
+        summands = grads[0] * _rectangle(pre, threshold, ctx.bandwidth)
+        grad_threshold = -summands.sum_to_size(threshold.shape) * threshold
         return grads[0] * (pre > threshold), grad_threshold, None
 
 
@@ -53,5 +58,6 @@ class _Step(Function):
     @staticmethod
     def backward(ctx, *grads):
         pre, threshold = ctx.saved_tensors
-        grad_threshold = -(grads[0] * _rectangle(pre, threshold, ctx.bandwidth)).sum(0)
+        summands = grads[0] * _rectangle(pre, threshold, ctx.bandwidth)
+        grad_threshold = -summands.sum_to_size(threshold.shape)
         return torch.zeros_like(pre), grad_threshold, None

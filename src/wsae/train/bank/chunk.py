@@ -1,0 +1,210 @@
+"""One chunk of a bank: a stack of SAEs with its optimiser, and its training step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from wsae.losses.config import GammaConfig
+from wsae.losses.gamma import gamma_from_proxy, latent_variance_proxy
+from wsae.sae.config import BatchTopK, ReLU
+from wsae.sae.model import SparseAutoencoder
+from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
+from wsae.train.bank.config import BankConfig
+from wsae.train.bank.entry import Entry
+from wsae.train.bank.relu import Scratch, relu_gradients
+from wsae.train.member import GAMMA_EVERY, THRESHOLD_DECAY
+from wsae.train.schedule import lr_factor
+
+
+@dataclass
+class Chunk:
+    """Stacked members and everything of them that changes; coefficients have one entry per member."""
+
+    members: list[int]
+    """Their places among the bank's entries."""
+    worlds: Int64[Tensor, " members"]
+    stack: Stack
+    optimizer: torch.optim.Optimizer
+    lr: float
+    gamma: Float[Tensor, "members rows d_in"]
+    """rows is 1 for weights per dimension, d_in for a matrix."""
+    coefficients: Float[Tensor, "members 3"]
+    """Of auxk, l1 and l0."""
+    k_aux: int
+    rule: GammaConfig | None
+    """The latent_variance rule whose gamma moves, if that is the members' rule."""
+    since_fired: Int64[Tensor, "members d_sae"]
+    dead: Bool[Tensor, "members d_sae"]
+    dead_rows: int
+    latent_moments: Float64[Tensor, "2 members d_sae"]
+    loss_sum: Float64[Tensor, " members"]
+    """Sum over steps of the weighted reconstruction loss."""
+    scratch: Scratch | None
+    """Set where the step is written by hand: ReLU without revival."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return self.stack.W_dec.dtype
+
+    def write_gamma(self, saes: list[SparseAutoencoder]) -> None:
+        """Copy gamma back where training moved it."""
+        if self.rule is not None:
+            for sae, gamma in zip(saes, self.gamma, strict=True):
+                sae.gamma.copy_(gamma[0])
+
+
+def make_chunk(
+    members: list[int], entries: Sequence[Entry], batch: int, cfg: BankConfig, device: str
+) -> Chunk:
+    """Return the entries stacked at their start."""
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.float64
+    stack = stack_saes([entry.sae for entry in entries], device, dtype)
+    first, shape = entries[0].cfg, (len(entries), stack.cfg.d_sae)
+    gammas = [g if g.ndim == 2 else g[None] for g in (entry.sae.gamma for entry in entries)]
+    numbers = [[entry.cfg.auxk, entry.cfg.l1, entry.cfg.l0] for entry in entries]
+    lr = first.learning_rate(stack.cfg.d_in)
+    by_hand = isinstance(stack.cfg.activation, ReLU) and not first.auxk and not first.l0
+    return Chunk(
+        members=members,
+        worlds=torch.tensor([entry.world for entry in entries], device=device),
+        stack=stack,
+        optimizer=_optimizer(cfg, stack, lr),
+        lr=lr,
+        gamma=torch.stack(gammas).to(device, dtype),
+        coefficients=torch.tensor(numbers, dtype=dtype, device=device),
+        k_aux=first.k_aux or max(1, stack.cfg.d_in // 2),
+        rule=first.gamma if first.gamma.rule == "latent_variance" else None,
+        since_fired=torch.zeros(shape, dtype=torch.int64, device=device),
+        dead=torch.zeros(shape, dtype=torch.bool, device=device),
+        dead_rows=cfg.dead_after or max(batch, cfg.steps * batch // 5),
+        latent_moments=torch.zeros(2, *shape, dtype=torch.float64, device=device),
+        loss_sum=torch.zeros(len(entries), dtype=torch.float64, device=device),
+        scratch=Scratch.like(stack, batch) if by_hand else None,
+    )
+
+
+def chunk_step(
+    chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int, cfg: BankConfig
+) -> None:
+    """One optimiser step of every member on its world's batch.
+
+    The members' losses are added, so each gets its own gradient; Adam and gradient descent work entry by entry.
+    """
+    stack = chunk.stack
+    x = x.index_select(0, chunk.worlds)
+    reconstruction, z = _by_hand(chunk, x) if chunk.scratch else _by_autograd(chunk, x)
+    rate = chunk.lr * lr_factor(step, cfg.steps, cfg.warmup, cfg.decay)
+    for group in chunk.optimizer.param_groups:
+        group["lr"] = rate
+    with torch.no_grad():
+        _remove_radial_gradient(stack)
+        chunk.optimizer.step()
+        _unit_rows_(stack)
+        chunk.loss_sum += reconstruction
+        _count(chunk, z, step)
+        _track_threshold(stack, z)
+        _track_latents(chunk, z, step, cfg.latent_variance_decay)
+
+
+def _by_hand(chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
+    assert chunk.scratch is not None
+    l1 = chunk.coefficients[:, 1] if bool(chunk.coefficients[0, 1]) else None
+    loss = relu_gradients(chunk.stack, x, chunk.gamma, l1, chunk.scratch)
+    return loss, chunk.scratch.z.mT
+
+
+def _by_autograd(chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
+    forward = stack_forward(chunk.stack, x)
+    residual = x - forward.x_hat
+    reconstruction = _weighted(residual, chunk.gamma)
+    loss = reconstruction + _penalties(chunk, residual, forward)
+    for parameter in chunk.stack.parameters():
+        parameter.grad = None
+    loss.sum().backward()
+    return reconstruction.detach(), forward.z.detach()
+
+
+def _weighted(residual: Tensor, gamma: Tensor) -> Tensor:
+    """Mean over the batch of ||Gamma r||^2, one number per member (Eq. 12)."""
+    weighed = residual * gamma if gamma.shape[1] == 1 else torch.bmm(residual, gamma.mT)
+    return weighed.square().sum((1, 2)) / residual.shape[1]
+
+
+def _penalties(chunk: Chunk, residual: Tensor, forward: StackForward) -> Tensor:
+    auxk, l1, l0 = chunk.coefficients.unbind(1)
+    total = torch.zeros_like(auxk)
+    if bool(l1[0]):  # members of a chunk all have a term, or none has
+        total = total + l1 * forward.l1
+    if bool(l0[0]):
+        total = total + l0 * forward.l0
+    if bool(auxk[0]) and bool(chunk.dead.any()):
+        total = total + auxk * _revival(chunk, residual.detach(), forward)
+    return total
+
+
+def _revival(chunk: Chunk, residual: Tensor, forward: StackForward) -> Tensor:
+    """AuxK of every member (see `auxk_loss`): its dead latents model its residual."""
+    count = min(chunk.k_aux, chunk.stack.cfg.d_sae)
+    dead = chunk.dead[:, None].expand_as(forward.pre)
+    candidates = forward.pre.detach().masked_fill(~dead, -torch.inf)
+    index = candidates.topk(count, dim=2, sorted=False).indices
+    values = forward.pre.gather(2, index).relu() * dead.gather(2, index)
+    z = torch.zeros_like(forward.pre).scatter(2, index, values)
+    loss = _weighted(residual - torch.bmm(z, chunk.stack.W_dec), chunk.gamma)
+    return loss * chunk.dead.any(1)
+
+
+def _optimizer(cfg: BankConfig, stack: Stack, lr: float) -> torch.optim.Optimizer:
+    if cfg.optimizer == "adam":
+        return torch.optim.Adam(stack.parameters(), lr=lr, fused=True)
+    return torch.optim.SGD(stack.parameters(), lr=lr)
+
+
+def _remove_radial_gradient(stack: Stack) -> None:
+    """Drop the part of the decoder's gradient along each row: the rows are kept at unit norm."""
+    grad = stack.W_dec.grad
+    if not stack.cfg.tied and grad is not None:
+        along = torch.linalg.vecdot(grad, stack.W_dec, dim=2)
+        grad.addcmul_(stack.W_dec, along[..., None], value=-1)
+
+
+def _unit_rows_(stack: Stack) -> None:
+    if not stack.cfg.tied:
+        norms = torch.linalg.vector_norm(stack.W_dec, dim=2, keepdim=True)
+        stack.W_dec.div_(norms.clamp_min_(1e-12))
+
+
+def _count(chunk: Chunk, z: Tensor, step: int) -> None:
+    if not bool(chunk.coefficients[0, 0]):  # only revival asks which latents are dead
+        return
+    fired = (z > 0).any(1)
+    chunk.since_fired.add_(z.shape[1]).masked_fill_(fired, 0)
+    if (step + 1) % GAMMA_EVERY == 0:
+        chunk.dead = chunk.since_fired > chunk.dead_rows
+
+
+def _track_threshold(stack: Stack, z: Tensor) -> None:
+    if not isinstance(stack.cfg.activation, BatchTopK):
+        return
+    smallest = torch.where(z > 0, z, torch.inf).amin((1, 2)).double()
+    old = stack.threshold
+    moved = torch.where(old == 0, smallest, torch.lerp(smallest, old, THRESHOLD_DECAY))
+    old.copy_(torch.where(smallest.isfinite(), moved, old))
+
+
+def _track_latents(chunk: Chunk, z: Tensor, step: int, decay: float) -> None:
+    """Refresh a latent_variance gamma from the running variances of the latents."""
+    if chunk.rule is None:
+        return
+    moments = torch.stack([z.mean(1), z.square().mean(1)]).double()
+    chunk.latent_moments.lerp_(moments, 1 - decay)
+    if (step + 1) % GAMMA_EVERY == 0:
+        mean, square = chunk.latent_moments / (1 - decay ** (step + 1))
+        variance = (square - mean * mean).clamp_min(0)
+        for i, W_dec in enumerate(chunk.stack.W_dec.detach().double()):
+            proxy = latent_variance_proxy(variance[i], W_dec)
+            chunk.gamma[i, 0] = gamma_from_proxy(chunk.rule, proxy).to(chunk.gamma)
