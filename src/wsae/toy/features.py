@@ -1,0 +1,79 @@
+"""Batches of ground-truth features of many worlds at once; a batch depends on (config, seed, step) alone."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from wsae.core.errors import UserError
+from wsae.toy.config import FeatureConfig
+from wsae.toy.draws import Draw, Recipe, generator
+
+_Key = tuple[Draw, int]
+
+
+class FeatureStream:
+    """Features x [worlds, rows, n_features] at any step: random access, nothing to save.
+
+    Worlds with one seed share the underlying draws (common random numbers), so that levels of S differ by S alone; a
+    world's batch equals its lone stream's to the bit. All worlds have the same number of features. Seeds of
+    different streams are drawn in threads.
+    """
+
+    def __init__(
+        self, cfgs: Sequence[FeatureConfig], seeds: Sequence[int], rows: int, device: str = "cpu"
+    ) -> None:
+        sizes = {cfg.n_features for cfg in cfgs}
+        if len(cfgs) != len(seeds) or not cfgs:
+            raise UserError(f"{len(cfgs)} worlds with {len(seeds)} seeds; give one seed per world")
+        if len(sizes) != 1:
+            raise UserError(f"worlds of {sorted(sizes)} features in one stream; give all the same")
+        if rows < 1:
+            raise UserError(f"rows = {rows}: a batch has at least one row")
+        self.rows, self.n_features = rows, sizes.pop()
+        self._recipes = [Recipe(cfg) for cfg in cfgs]
+        self._seeds, self._device = list(seeds), device
+        self._draws: dict[_Key, Tensor] = {}
+        self._drawn: dict[_Key, int] = {}
+        self._out = torch.empty(0, rows, self.n_features)
+
+    def batch(
+        self, step: int, first: int = 0, last: int | None = None
+    ) -> Float32[Tensor, "worlds rows n_features"]:
+        """Return step `step` of the worlds first .. last - 1 (all by default), valid until the next call."""
+        worlds = range(len(self._recipes))[first:last]
+        if len(self._out) < len(worlds):
+            self._out = torch.empty(len(worlds), self.rows, self.n_features)
+        self._draw(
+            step, [(kind, self._seeds[w]) for w in worlds for kind in self._recipes[w].needs]
+        )
+        for place, w in enumerate(worlds):
+            recipe = self._recipes[w]
+            draws: dict[Draw, Tensor] = {k: self._draws[k, self._seeds[w]] for k in recipe.needs}
+            recipe.fill(draws, self._out[place])
+        return self._out[: len(worlds)].to(self._device)
+
+    def _draw(self, step: int, keys: list[_Key]) -> None:
+        """Fill the buffers of `keys` that hold another step."""
+        missing = [key for key in dict.fromkeys(keys) if self._drawn.get(key) != step]
+        for key in missing:
+            self._draws.setdefault(key, torch.empty(self.rows, self.n_features))
+            self._drawn[key] = step
+        threads = min(len(missing), torch.get_num_threads())
+        if threads <= 1:
+            for key in missing:
+                self._fill(key, step)
+            return
+        with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter while it draws
+            list(pool.map(self._fill, missing, [step] * len(missing)))
+
+    def _fill(self, key: _Key, step: int) -> None:
+        kind, seed = key
+        stream, out = generator(seed, kind, self.n_features, step), self._draws[key].numpy()
+        if kind == "uniform":
+            stream.random(dtype=np.float32, out=out)
+        else:
+            stream.standard_normal(dtype=np.float32, out=out)
