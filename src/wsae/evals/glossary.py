@@ -1,4 +1,7 @@
-"""Every metric's formula, direction and unit: the one table behind evaluation.json, the report and the docs."""
+"""Every metric's formula, direction and unit: the one table behind evaluation.json, the report and the docs.
+
+Scores against a known ground truth have theirs in `wsae.evals.recovery.glossary`.
+"""
 
 from typing import NamedTuple
 
