@@ -10,7 +10,7 @@ from wsae.core.errors import UserError
 from wsae.core.version import __version__
 
 if TYPE_CHECKING:
-    from wsae.api import Family, Member, evaluate, fit, fit_family
+    from wsae.api import Family, Member, evaluate, fit, fit_family, recovery
     from wsae.sae import SparseAutoencoder
 
 _WHERE = {
@@ -20,6 +20,7 @@ _WHERE = {
     "Family": "wsae.api",
     "Member": "wsae.api",
     "evaluate": "wsae.api",
+    "recovery": "wsae.api",
 }
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_family",
+    "recovery",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What a notebook user types: fit, fit_family, evaluate. Nothing is written to disk."""
+"""What a notebook user types: fit, fit_family, evaluate, recovery. Nothing is written to disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,21 +11,32 @@ from torch import Tensor
 
 from wsae.acts.source import ActivationSource, ArraySource, open_source
 from wsae.core.progress import Progress, quiet
+from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
 from wsae.losses.gamma import gamma_from_proxy
 from wsae.sae.config import make_activation
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.covariance import covariances
 from wsae.train.family import finished, make_family
 from wsae.train.loop import run_steps
 from wsae.train.member import metrics_row
 
-__all__ = ["Family", "Member", "evaluate", "fit", "fit_family", "gamma_from_proxy"]
+__all__ = [
+    "Family",
+    "Member",
+    "Recovery",
+    "evaluate",
+    "fit",
+    "fit_family",
+    "gamma_from_proxy",
+    "recovery",
+]
 
 Acts = Shaped[np.ndarray, "..."] | Float[Tensor, "..."] | ActivationSource | str
 EPOCHS = 4
 """Passes over the data where no number of tokens is given."""
-_GAMMA = ("alpha", "normalise", "robust", "quantile")
+_GAMMA = ("alpha", "normalise", "robust", "quantile", "ridge")
 
 
 def Member(  # noqa: N802  (reads as the value it makes)
@@ -37,7 +48,7 @@ def Member(  # noqa: N802  (reads as the value it makes)
     """Return one member of a family: a gamma rule's name (or the proxy itself, one value per dimension) and the rest.
 
     `fields` are those of MemberConfig (d_sae, expansion, tied, lr, seed, l1, l0, auxk, k_aux, label) and of GammaConfig
-    (alpha, normalise, robust, quantile). Raises UserError naming an unknown one.
+    (alpha, normalise, robust, quantile, ridge). Raises UserError naming an unknown one.
     """
     weights: dict[str, Any] = {key: fields.pop(key) for key in _GAMMA if key in fields}
     if isinstance(gamma, str):
@@ -95,7 +106,8 @@ def fit_family(
         options["batch_size"] = min(2048, source.n_rows)
     data = {"members": tuple(members), "tokens": rows, **options}
     cfg = TrainConfig.parse(data, where="fit")
-    family = make_family(cfg, source.stats(progress), device)
+    stats = source.stats(progress)
+    family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
     stream = source.stream(cfg.batch_size, cfg.seed)
     with progress("train", cfg.steps * cfg.batch_size, "tokens") as tick:
 

@@ -42,6 +42,8 @@ class PlanFlags(Config):
     """Where --robust winsor clips."""
     gamma_file: MaybePlace = None
     """A .npy vector of width d_in for --gamma vector."""
+    ridge: MaybeNumber = None
+    """Ridge of --gamma whiten, as a share of the mean eigenvalue of the covariance; none means 0.01."""
     tied: bool = False
     """The theory's form: decoder = encoder transposed, no biases."""
     twin: bool = True
@@ -82,6 +84,7 @@ class PlanFlags(Config):
             "robust": self.robust,
             "quantile": self.quantile,
             "vector": self._vector(),
+            "ridge": self.ridge,
         }
         return [{**base, "alpha": alpha} for alpha in self.alpha]
 

@@ -75,8 +75,9 @@ def _by_latent(a: Side, b: Side, cfg: EvalConfig) -> dict[str, tuple[Difference,
 
 def across_runs(b: Side, a: Side) -> Side:
     """Return `b` for comparison with `a` of another run: weighted sums stay only where both have the same gamma."""
-    same = "gamma" in b.arrays and np.array_equal(
-        a.arrays.get("gamma", np.zeros(0)), b.arrays["gamma"]
+    same = "gamma" in b.arrays and all(
+        np.array_equal(a.arrays.get(key, np.zeros(0)), b.arrays.get(key, np.zeros(0)))
+        for key in ("gamma", "gamma_matrix")
     )
     keys = (
         {f"{key}@{b.member}": f"{key}@{a.member}" for key in ("seq_sse", "seq_var")} if same else {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.evals.latents import Entries, LatentActivity
+from wsae.losses.weigh import Weights, weigh
 from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Moments
@@ -94,21 +95,23 @@ class MemberErrors:
 class Errors:
     """Second pass over one hook: squared errors about the exact mean, plain and under every member's weights."""
 
-    def __init__(
-        self, mean: Float64[Tensor, " d_in"], gammas: dict[str, Float[Tensor, " d_in"]]
-    ) -> None:
+    def __init__(self, mean: Float64[Tensor, " d_in"], gammas: dict[str, Weights]) -> None:
         self.mean = mean
         self.names = list(gammas)
         """Weightings beside the plain one, in the order of the columns."""
-        squares = [gamma.detach().double().cpu().square() for gamma in gammas.values()]
+        wide = [gamma.detach().double().cpu() for gamma in gammas.values()]
+        squares = [g.square() if g.ndim == 1 else torch.zeros_like(mean) for g in wide]
         self._weights = torch.stack([torch.ones_like(mean), *squares], dim=1)
+        self._matrices = {column: g for column, g in enumerate(wide, start=1) if g.ndim == 2}
+        """Weightings by a whole matrix, by column; the others share one product."""
         self.var = SequenceSums(len(gammas) + 1)
         self.rows = SequenceSums(1)
         self.members: dict[str, MemberErrors] = {}
 
     def add_rows(self, x: Float64[Tensor, "rows d_in"], seq: Int64[Tensor, " rows"]) -> None:
         """Add the rows' squared distance from the mean."""
-        self.var.add(seq, (x - self.mean).square() @ self._weights)
+        deviation = x - self.mean
+        self.var.add(seq, self._weighted(deviation, deviation.square()))
         self.rows.add(seq, x.new_ones(len(x), 1))
 
     def add_member(
@@ -127,11 +130,20 @@ class Errors:
         member.sse_dim += square.sum(0)
         if not member.sse_dim.isfinite().all():
             raise UserError(f"{name}: its reconstruction of the held-out data has NaN or infinity")
-        member.sse.add(seq, square @ self._weights)
+        member.sse.add(seq, self._weighted(error, square))
         member.l0.add(seq, l0[:, None])
 
+    def _weighted(
+        self, values: Float64[Tensor, "rows d_in"], square: Float64[Tensor, "rows d_in"]
+    ) -> Float64[Tensor, "rows columns"]:
+        """Return ||Gamma v||^2 of each row under each weighting."""
+        sums = square @ self._weights
+        for column, gamma in self._matrices.items():
+            sums[:, column] = weigh(values, gamma).square().sum(1)
+        return sums
+
     def arrays(self, name: str) -> dict[str, Tensor]:
-        """Return the member's per-sequence sums; `seq_sse@M` and `seq_var@M` are weighted by member M's gamma^2."""
+        """Return the member's per-sequence sums; `seq_sse@M` and `seq_var@M` are weighted by member M's Gamma."""
         member = self.members[name]
         sse, var = member.sse.sums, self.var.sums
         out = {

@@ -21,6 +21,7 @@ from wsae.evals.data import HeldOut
 from wsae.evals.fidelity import Errors, Survey, ev_per_dim
 from wsae.evals.latents import Entries, decoder_max_cosine
 from wsae.evals.matching import Matching, Side, match
+from wsae.losses.weigh import dimension_weights
 from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
 
@@ -214,10 +215,17 @@ class _Pass:
         if name in self.survey.activity:
             activity, sae = self.survey.activity[name], self.saes[name]
             out["input_variance"] = variance
-            out["gamma"] = sae.gamma.detach().cpu()
+            out |= _gamma_arrays(sae)
             out["density"], out["variance"] = activity.density, activity.variance
             out["decoder_max_cosine"] = decoder_max_cosine(sae.W_dec)
         return out
+
+
+def _gamma_arrays(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    """Return gamma per dimension, and for a matrix also the matrix: two runs may agree in the first alone."""
+    gamma = sae.gamma.detach().cpu()
+    out = {"gamma": dimension_weights(gamma)}
+    return out if gamma.ndim == 1 else {**out, "gamma_matrix": gamma}
 
 
 def _matching_arrays(matching: Matching, twin: str) -> dict[str, Tensor]:

@@ -6,27 +6,36 @@ from pydantic import Field, model_validator
 
 from wsae.core.config import Config
 
-Rule = Literal["none", "variance", "latent_variance", "consistency", "vector"]
+Rule = Literal["none", "variance", "latent_variance", "consistency", "vector", "gap", "whiten"]
 Normalise = Literal["rms", "max", "none"]
 Robust = Literal["none", "winsor", "rank"]
+RIDGE = 0.01
+"""Ridge of the rule whiten where none is given: directions under it hold at most 1 % of the variance together."""
 
 
 class GammaConfig(Config):
-    """gamma_i = normalise(robust(s)_i ^ alpha), one weight per input dimension (paper Eq. 12, Section 5)."""
+    """gamma_i = normalise(robust(s)_i ^ alpha), one weight per input dimension (paper Eq. 12, Section 5).
+
+    The rule whiten gives a matrix instead: Gamma = normalise((C + ridge m I) ^ (-alpha / 2)), C the covariance.
+    """
 
     rule: Rule = "none"
     """The proxy s: none (all weights 1), variance of the input dimension, latent_variance (the latents' variances
-    carried to input dimensions through the squared decoder weights), consistency (from labels), or a given vector."""
+    carried to input dimensions through the squared decoder weights), consistency (from labels), or a given vector.
+    gap: the diagonal, whiten: the matrix that makes the gap of Theorem 5 smallest, from the covariance."""
     alpha: float = Field(default=1.0, allow_inf_nan=False)
-    """Exponent; negative values favour low-variance dimensions."""
+    """Exponent; negative values favour low-variance dimensions. For gap and whiten 1 is the rule as derived."""
     normalise: Normalise = "rms"
-    """rms: mean gamma^2 = 1; max: largest gamma = 1; none: the paper's raw s^alpha."""
+    """rms: mean gamma^2 = 1 (trace of Gamma^T Gamma = d_in); max: largest gamma (singular value) = 1; none: the paper's
+    raw s^alpha."""
     robust: Robust = "none"
     """winsor: clip s at the quantile from both ends; rank: replace s by its rank / d_in."""
     quantile: float = Field(default=0.99, gt=0.5, le=1.0)
     """Upper winsor quantile; the lower one is 1 minus it."""
     vector: tuple[float, ...] | None = None
     """The proxy itself, for the rule `vector`."""
+    ridge: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """For the rule whiten: added to every eigenvalue, as a share of their mean; none means 0.01."""
 
     @model_validator(mode="after")
     def _vector_goes_with_rule(self) -> "GammaConfig":
@@ -36,6 +45,19 @@ class GammaConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _whiten_has_a_ridge_and_no_robust(self) -> "GammaConfig":
+        if self.rule != "whiten" and self.ridge is not None:
+            raise ValueError(f"a ridge belongs to the rule 'whiten', not to '{self.rule}'")
+        if self.rule == "whiten" and self.robust != "none":
+            raise ValueError("the rule 'whiten' has no proxy to make robust; use a larger ridge")
+        return self
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Say whether gamma comes from the covariance of the activations."""
+        return self.rule in ("gap", "whiten") and self.alpha != 0
+
     @property
     def label(self) -> str:
         """A short name: plain, variance-a1, variance-a0.5-winsor ..."""
@@ -43,5 +65,6 @@ class GammaConfig(Config):
             return "plain"
         parts = [self.rule.replace("_", "-"), f"a{self.alpha:g}"]
         parts += [self.robust] if self.robust != "none" else []
+        parts += [f"ridge{self.ridge:g}"] if self.ridge is not None else []
         parts += [f"norm-{self.normalise}"] if self.normalise != "rms" else []
         return "-".join(parts)

@@ -1,6 +1,7 @@
-"""gamma rules: statistics -> one loss weight per input dimension (paper Section 4.3.2, 5.1, 5.2).
+"""gamma rules: statistics -> loss weights (paper Section 4.3.2, 5.1, 5.2).
 
-The proxies are pure functions; `gamma_from_proxy` makes weights of any of them. gamma acts on the loss only.
+The proxies are pure functions; `gamma_from_proxy` makes one weight per input dimension of any of them, and
+`gamma_from_covariance` a vector or a matrix. gamma acts on the loss only.
 """
 
 from typing import Any
@@ -10,7 +11,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.losses.config import GammaConfig, Normalise, Robust
+from wsae.losses.config import RIDGE, GammaConfig, Normalise, Robust
+from wsae.losses.gap import gap_weights, whitening
+from wsae.losses.weigh import Weights, dimension_weights, effective_dimensions
 
 
 def gamma_from_proxy(cfg: GammaConfig, proxy: Float[Tensor, " d_in"]) -> Float64[Tensor, " d_in"]:
@@ -23,6 +26,26 @@ def gamma_from_proxy(cfg: GammaConfig, proxy: Float[Tensor, " d_in"]) -> Float64
     if cfg.rule == "none" or cfg.alpha == 0:
         return torch.ones_like(s)
     return normalise_gamma(s.pow(cfg.alpha), cfg.normalise)
+
+
+def gamma_from_covariance(
+    cfg: GammaConfig, covariance: Float[Tensor, "_ _"]
+) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
+    """Return gamma of the rules gap, [d_in] with s_i = sqrt(g_i), and whiten, [d_in, d_in], in fp64.
+
+    `covariance` is [d_in, d_in]; alpha 0 gives the plain loss, a vector of ones, without a look at the covariance.
+    Raises UserError where `gap_weights`, `whitening` and `gamma_from_proxy` do.
+    """
+    if not cfg.needs_covariance:
+        return torch.ones(len(covariance), dtype=torch.float64)
+    covariance = covariance.double().cpu()
+    try:
+        if cfg.rule == "gap":
+            return gamma_from_proxy(cfg, gap_weights(covariance).sqrt())
+        ridge = RIDGE if cfg.ridge is None else cfg.ridge
+        return normalise_matrix(whitening(covariance, ridge, cfg.alpha), cfg.normalise)
+    except UserError as error:
+        raise UserError(f"gamma rule {cfg.rule}: {error}") from error
 
 
 def robust_proxy(
@@ -53,6 +76,21 @@ def normalise_gamma(
     return gamma / gamma.square().mean().sqrt() if normalise == "rms" else gamma
 
 
+def normalise_matrix(
+    gamma: Float64[Tensor, "d_in d_in"], normalise: Normalise
+) -> Float64[Tensor, "d_in d_in"]:
+    """Scale Gamma: trace(Gamma^T Gamma) = d_in (rms), largest singular value 1 (max), or leave it (none).
+
+    On a diagonal matrix this is `normalise_gamma` of its diagonal; neither depends on the basis.
+    """
+    if normalise == "none":
+        return gamma
+    if normalise == "max":
+        return gamma / torch.linalg.matrix_norm(gamma, 2)
+    gamma = gamma / gamma.abs().max()  # first, so that squares cannot overflow
+    return gamma / (gamma.square().sum() / len(gamma)).sqrt()
+
+
 def latent_variance_proxy(
     variance: Float[Tensor, " d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, " d_in"]:
@@ -66,25 +104,32 @@ def latent_variance_proxy(
 
 def describe_gamma(
     cfg: GammaConfig,
-    gamma: Float[Tensor, " d_in"],
+    gamma: Weights,
     unmasked: Float[Tensor, " d_in"] | None = None,
     heaviest: int = 10,
 ) -> dict[str, Any]:
     """Return the record a run keeps: rule, heaviest dimensions (none when all weigh 1), movement without the mask.
 
-    Shares are gamma_i^2 / sum gamma^2, the part of the loss's weight a dimension carries.
+    Shares are gamma_i^2 / sum gamma^2, the part of the loss's weight a dimension carries; a matrix is described by its
+    `dimension_weights`.
     """
     gamma = gamma.double().cpu()
-    share = gamma.square() / gamma.square().sum()
-    count = 0 if cfg.rule == "none" else min(heaviest, len(gamma))
-    top = gamma.topk(count).indices.tolist()
+    weight = dimension_weights(gamma)
+    share = weight.square() / weight.square().sum()
+    count = 0 if cfg.rule == "none" else min(heaviest, len(weight))
+    top = weight.topk(count).indices.tolist()
     record: dict[str, Any] = {
         **cfg.to_dict(),
-        "heaviest": [[i, float(gamma[i]), float(share[i])] for i in top],
-        "effective_dimensions": float(1.0 / share.square().sum()),
-        "max_over_median": float(gamma.max() / gamma.median()) if gamma.median() > 0 else None,
+        "heaviest": [[i, float(weight[i]), float(share[i])] for i in top],
+        "effective_dimensions": effective_dimensions(gamma),
+        "max_over_median": float(weight.max() / weight.median()) if weight.median() > 0 else None,
     }
-    record.pop("vector")
+    for key in ("vector", "ridge"):
+        record.pop(key)
+    if cfg.rule == "whiten":
+        record["ridge"] = RIDGE if cfg.ridge is None else cfg.ridge
+    if cfg.rule == "gap":
+        record["zero_weights"] = int((weight == 0).sum())
     if unmasked is not None:
         record["without_mask"] = _movement(gamma, unmasked.double().cpu())
     return record

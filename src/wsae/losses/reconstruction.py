@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from wsae.losses.weigh import Weights, weigh
 from wsae.ops import code_from_topk, decode, encode_at
 from wsae.ops.sparse import Plan
 from wsae.sae.forward import Forward
@@ -13,10 +14,10 @@ from wsae.sae.model import SparseAutoencoder
 def weighted_reconstruction_loss(
     x: Float[Tensor, "batch d_in"],
     x_hat: Float[Tensor, "batch d_in"],
-    gamma: Float[Tensor, " d_in"],
+    gamma: Weights,
 ) -> Float[Tensor, ""]:
     """Mean over the batch of ||Gamma (x - x_hat)||^2 (Eq. 12; Eq. 4 when gamma is 1)."""
-    return ((x - x_hat) * gamma).square().sum() / len(x)
+    return weigh(x - x_hat, gamma).square().sum() / len(x)
 
 
 def auxk_loss(

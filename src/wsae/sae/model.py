@@ -34,7 +34,8 @@ class SparseAutoencoder(nn.Module):
 
     Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_in],
     `b_enc` [d_sae], `b_dec` [d_in], `log_threshold` [d_sae] (JumpReLU). Buffers: `threshold` (batch Top-k) and
-    `gamma` [d_in], the loss weights of training: they act on the loss only, nothing is folded at inference.
+    `gamma` [d_in] (a matrix [d_in, d_in] for the rule whiten), the loss weights of training: they act on the loss only,
+    nothing is folded at inference.
     """
 
     gamma: Tensor
@@ -138,12 +139,28 @@ class SparseAutoencoder(nn.Module):
             if name not in state or name not in expected:
                 problem = "is missing" if name not in state else "does not belong here"
                 raise UserError(f"{where}: tensor {name} {problem} for this config.json")
-            if state[name].shape != expected[name].shape:
+            if state[name].shape != expected[name].shape and not self._is_gamma(name, state[name]):
                 found, needed = tuple(state[name].shape), tuple(expected[name].shape)
                 raise UserError(f"{where}: tensor {name} is {found}, config.json says {needed}")
             if not bool(torch.isfinite(state[name]).all()):
                 raise UserError(f"{where}: tensor {name} holds NaN or infinite values")
+        if state["gamma"].shape != self.gamma.shape:
+            self.gamma = self.gamma.new_empty(state["gamma"].shape)
         self.load_state_dict(state)
+
+    def set_gamma(self, gamma: Float[Tensor, "..."]) -> None:
+        """Take loss weights [d_in] or [d_in, d_in]; raises UserError for another shape."""
+        if gamma.shape != self.gamma.shape and not self._is_gamma("gamma", gamma):
+            d_in = self.cfg.d_in
+            raise UserError(
+                f"gamma of shape {tuple(gamma.shape)}: this SAE takes [{d_in}] or [{d_in}, {d_in}]"
+            )
+        self.gamma = gamma.to(self.gamma, copy=True)
+
+    def _is_gamma(self, name: str, tensor: Tensor) -> bool:
+        """Say whether a tensor is gamma in one of its two forms."""
+        d_in = self.cfg.d_in
+        return name == "gamma" and tuple(tensor.shape) in ((d_in,), (d_in, d_in))
 
     def save(self, path: Path | str) -> None:
         """Write the SAE to a directory: sae.safetensors, config.json, manifest.json last."""

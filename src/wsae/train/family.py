@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
 from wsae.losses.config import GammaConfig
-from wsae.losses.gamma import describe_gamma, gamma_from_proxy
+from wsae.losses.gamma import describe_gamma, gamma_from_covariance, gamma_from_proxy
+from wsae.losses.weigh import Weights
 from wsae.sae.model import SparseAutoencoder
-from wsae.stats import Moments
+from wsae.stats import Covariance, Moments
 from wsae.train.config import TrainConfig
 from wsae.train.member import MemberState, make_member
 
@@ -30,18 +31,27 @@ class Family:
         return [(hook, m) for hook, members in self.members.items() for m in members]
 
 
-def make_family(cfg: TrainConfig, stats: dict[str, SourceStats], device: str = "cpu") -> Family:
-    """Return every hook's members at step 0, their gamma set from the statistics of the kept rows."""
+def make_family(
+    cfg: TrainConfig,
+    stats: dict[str, SourceStats],
+    device: str = "cpu",
+    covariances: dict[str, Covariance] | None = None,
+) -> Family:
+    """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
+
+    `covariances` (of `wsae.train.covariance`) serve the rules gap and whiten.
+    """
     members, record = {}, {}
     for hook, s in stats.items():
         scale = power_of_two_scale(s.kept)
+        covariance = (covariances or {}).get(hook)
         members[hook], record[hook] = [], {}
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
             member = make_member(name, member_cfg, cfg, s.kept.mean, scale)
-            gamma = initial_gamma(member_cfg.gamma, s.kept, s.consistency)
-            member.sae.gamma.copy_(gamma)
+            gamma = initial_gamma(member_cfg.gamma, s, covariance)
+            member.sae.set_gamma(gamma)
             members[hook].append(to_device(member, device))
-            record[hook][name] = gamma_record(member_cfg.gamma, gamma, s)
+            record[hook][name] = gamma_record(member_cfg.gamma, gamma, s, covariance)
     return Family(members, record)
 
 
@@ -59,37 +69,65 @@ def power_of_two_scale(moments: Moments) -> float:
 
 
 def initial_gamma(
-    cfg: GammaConfig, kept: Moments, consistency: Float64[Tensor, " d_in"] | None
-) -> Float64[Tensor, " d_in"]:
+    cfg: GammaConfig, stats: SourceStats, covariance: Covariance | None = None
+) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
     """Return gamma at the start of training; latent_variance starts at 1 and moves with the latents."""
+    kept = stats.kept
     match cfg.rule:
         case "none" | "latent_variance":
             return torch.ones(kept.d_in, dtype=torch.float64)
         case "variance":
             return gamma_from_proxy(cfg, kept.variance)
         case "consistency":
-            if consistency is None:
+            if stats.consistency is None:
                 raise UserError(
                     "gamma rule consistency needs labels, one class per row; give --labels FILE"
                 )
-            return gamma_from_proxy(cfg, consistency)
+            return gamma_from_proxy(cfg, stats.consistency)
         case "vector":
-            assert cfg.vector is not None
-            if len(cfg.vector) != kept.d_in:
-                raise UserError(
-                    f"the gamma vector has {len(cfg.vector)} entries, the activations {kept.d_in} dimensions"
-                )
-            return gamma_from_proxy(cfg, torch.tensor(cfg.vector, dtype=torch.float64))
+            return gamma_from_proxy(cfg, _given(cfg, kept.d_in))
+        case "gap" | "whiten":
+            return _from_covariance(cfg, kept.d_in, covariance)
+
+
+def _given(cfg: GammaConfig, d_in: int) -> Float64[Tensor, " d_in"]:
+    assert cfg.vector is not None
+    if len(cfg.vector) != d_in:
+        raise UserError(
+            f"the gamma vector has {len(cfg.vector)} entries, the activations {d_in} dimensions"
+        )
+    return torch.tensor(cfg.vector, dtype=torch.float64)
+
+
+def _from_covariance(
+    cfg: GammaConfig, d_in: int, covariance: Covariance | None
+) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
+    if not cfg.needs_covariance:
+        return torch.ones(d_in, dtype=torch.float64)
+    if covariance is None:
+        raise UserError(f"gamma rule {cfg.rule} needs the covariance of the activations; give it")
+    if covariance.d_in != d_in:
+        raise UserError(
+            f"gamma rule {cfg.rule}: a covariance of width {covariance.d_in}, the activations have {d_in} dimensions"
+        )
+    if covariance.n <= d_in:
+        raise UserError(
+            f"gamma rule {cfg.rule}: {covariance.n} rows cannot give the covariance of {d_in} dimensions; "
+            f"give at least {d_in + 1}, better {10 * d_in}"
+        )
+    return gamma_from_covariance(cfg, covariance.covariance)
 
 
 def gamma_record(
-    cfg: GammaConfig, gamma: Float[Tensor, " d_in"], stats: SourceStats
+    cfg: GammaConfig, gamma: Weights, stats: SourceStats, covariance: Covariance | None = None
 ) -> dict[str, Any]:
     """Return what gamma.json keeps of one member, with the movement the mask prevented."""
     unmasked = None
     if cfg.rule == "variance" and stats.all.n > stats.kept.n:
         unmasked = gamma_from_proxy(cfg, stats.all.variance)
     record = describe_gamma(cfg, gamma, unmasked)
+    if cfg.needs_covariance and covariance is not None:
+        record["covariance_rows"] = covariance.n
     return {**record, "tokens": stats.kept.n, "skipped": stats.skipped}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wsae.losses.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.losses.reconstruction import auxk_loss, weighted_reconstruction_loss
+from wsae.losses.weigh import weigh
 from wsae.sae.config import BatchTopK
 from wsae.sae.forward import Forward, training_forward
 from wsae.sae.model import SparseAutoencoder
@@ -165,10 +166,18 @@ def _add_sums(
         sums[name] += value.detach().double() * unit
     sums["sse"] += F.mse_loss(forward.x_hat.detach(), batch.x, reduction="sum").double() * unit
     sums["variance"] += deviation.sum().double() * unit
-    sums["weighted_variance"] += (deviation * member.sae.gamma.square()).sum().double() * unit
+    sums["weighted_variance"] += _weighted_variance(member, batch).double() * unit
     sums["l0"] += torch.count_nonzero(forward.code.values).double()
     sums["rows"] += len(batch.x)
     sums["steps"] += 1
+
+
+def _weighted_variance(member: MemberState, batch: Batch) -> Tensor:
+    """Return the sum over rows of ||Gamma (x - mean)||^2; a vector needs only the sums per dimension."""
+    gamma = member.sae.gamma
+    if gamma.ndim == 1:
+        return (batch.deviation * gamma.square()).sum()
+    return weigh(batch.x - member.mean, gamma).square().sum()
 
 
 def _track_latents(member: MemberState, forward: Forward, step: int, decay: float) -> None:

@@ -26,6 +26,7 @@ from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.checkpoint import checkpoints, load_checkpoint
 from wsae.train.config import TrainConfig
+from wsae.train.covariance import covariances
 from wsae.train.family import Family, finished, make_family
 from wsae.train.loop import Recorder, run_steps
 
@@ -60,7 +61,7 @@ def train_run(
             return load_run(out)
         _enter(out, identity, resume)
         stats = source.stats(progress)
-        family = make_family(cfg, stats, device)
+        family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
         write_json(out / "gamma.json", family.gamma_record)
         _train(cfg, family, source, out, progress)
         return _finish(out, identity, family, stats)
