@@ -1,0 +1,176 @@
+"""The recovery benchmark: methods x loss weights x worlds. What recovers features, and where does weighting help?"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsae.core.artifact import write_json
+from wsae.core.progress import Progress, quiet
+from wsae.experiments.presets import Preset, training
+from wsae.experiments.sweep.config import Method, TrainingConfig
+from wsae.experiments.sweep.run import toy_models
+from wsae.experiments.sweep.scoring import RANDOM, Row, score_trials
+from wsae.experiments.sweep.table import differences, mean_interval, select, series
+from wsae.experiments.sweep.training import train_trials
+from wsae.experiments.sweep.trials import Trial
+from wsae.experiments.worlds import made_worlds, trials
+from wsae.losses.config import GammaConfig
+from wsae.sae.config import make_activation
+from wsae.toy.config import FeatureConfig, ToyModelConfig
+from wsae.toy.model import ToyModels
+from wsae.train.config import MemberConfig
+
+SCORES = ("mcc_direction", "mcc_code", "gt_scaled_rel")
+CHOSEN_BY = "gt_scaled_rel"
+"""A penalty's coefficient is the best of its grid by this score against the truth, for every rule alike."""
+RULES = {
+    "plain": GammaConfig(),
+    "variance 1": GammaConfig(rule="variance", alpha=1.0),
+    "variance -0.5": GammaConfig(rule="variance", alpha=-0.5),
+    "gap": GammaConfig(rule="gap"),
+    "whiten": GammaConfig(rule="whiten"),
+}
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "tied ReLU": [{"activation": "relu", "tied": True}],
+    "ReLU + L1": [{"activation": "relu", "l1": c} for c in (0.03, 0.1, 0.3)],
+    "Top-k": [{"activation": "topk", "auxk": 1 / 32}],
+    "batch Top-k": [{"activation": "batch_topk", "auxk": 1 / 32}],
+    "JumpReLU": [{"activation": "jumprelu", "l0": c} for c in (0.01, 0.03, 0.1)],
+}
+_TOY = (0.5, 0.9, 0.99)
+
+
+def benchmark_methods(d_sae: int, lr: float = 3e-3) -> list[Method]:
+    """Return every kind, penalty and rule as a method called "kind | rule | place in the grid"."""
+    methods = []
+    for kind, grid in KINDS.items():
+        for place, settings in enumerate(grid):
+            for rule, gamma in RULES.items():
+                fields = {"auxk": 0.0, "lr": lr, "d_sae": d_sae, "gamma": gamma, **settings}
+                fields["activation"] = make_activation(settings["activation"], 1)
+                member = MemberConfig.parse(fields, where=kind)
+                k = settings["activation"] in ("topk", "batch_topk")
+                name = f"{kind} | {rule} | {place}"
+                methods.append(Method(name=name, member=member, k_from_truth=k))
+    return methods
+
+
+def run_benchmark(
+    preset: Preset,
+    out: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = quiet,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, Any], list[Path]]:
+    """Train and score every method on every world; return the tables and the file with every SAE's scores."""
+    n, seeds, cfg = _size(preset)
+    toys = _toy_configs(n, seeds, seed, 200 if preset == "tiny" else 3000)
+    models = toy_models(toys, out / "toy-recovery", device, progress)
+    groups = _groups(models, n, seeds, seed)
+    rows: list[Row] = []
+    for group in groups:
+        width = group[0].features.n_features
+        methods = benchmark_methods(width)
+        say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
+        trained = train_trials(group, methods, cfg, device, progress)
+        rows += score_trials(group, trained, cfg, progress)
+    path = out / "recovery-rows.json"
+    write_json(path, rows)
+    worlds = list(dict.fromkeys(row["world"] for row in rows))
+    chosen = best_of_grid(rows)
+    tables = {f"{score}, plain": plain_table(chosen, worlds, score) for score in SCORES}
+    tables |= {f"{score}, rule minus plain": rule_table(chosen, worlds, score) for score in SCORES}
+    return {"tables": tables, "saes": len(rows)}, [path]
+
+
+def _size(preset: Preset) -> tuple[int, int, TrainingConfig]:
+    n, seeds, steps = {"tiny": (30, 2, 60), "small": (60, 3, 1000), "paper": (100, 5, 2000)}[preset]
+    batch = 64 if preset == "tiny" else 256
+    base = training(preset, steps=steps)
+    rows = 512 if preset == "tiny" else 2048
+    return n, seeds, base.model_copy(update={"batch_size": batch, "unit_scale": True, "rows": rows})
+
+
+def _toy_configs(n: int, seeds: int, seed: int, steps: int) -> list[ToyModelConfig]:
+    """Return one toy model per level and seed."""
+    return [
+        ToyModelConfig(
+            features=FeatureConfig(n_features=n, sparsity=level),
+            d_in=20,
+            steps=steps,
+            lr=2e-3,
+            decay=0.5,
+            seed=seed + s,
+        )
+        for level in _TOY
+        for s in range(seeds)
+    ]
+
+
+def _groups(models: ToyModels, n: int, seeds: int, seed: int) -> list[list[Trial]]:
+    """Return the trials, those of one width together."""
+    wide = [
+        Trial(W_p, cfg.features, cfg.seed, _toy_labels(cfg, seed))
+        for W_p, cfg in zip(models.W_p, models.configs, strict=True)
+    ]
+    narrow: list[Trial] = []
+    for world in made_worlds(20, n):
+        group = wide if world.features.n_features == n else narrow
+        group += trials(world, seeds, seed)
+    return [narrow, wide]
+
+
+def _toy_labels(cfg: ToyModelConfig, seed: int) -> dict[str, Any]:
+    level = cfg.features.sparsity
+    return {"world": f"toy, S = {level:g}", "sparsity": level, "seed": cfg.seed - seed}
+
+
+def best_of_grid(rows: Sequence[Row]) -> list[Row]:
+    """Return, per world, kind and rule, the rows of the grid's best place (mean over seeds), named "kind | rule"."""
+    out = [row for row in rows if row["method"] == RANDOM]
+    for world in dict.fromkeys(row["world"] for row in rows):
+        here = select(rows, world=world)
+        for kind, grid in KINDS.items():
+            for rule in RULES:
+                places = [
+                    select(here, method=f"{kind} | {rule} | {place}") for place in range(len(grid))
+                ]
+                best = min(places, key=lambda found: np.mean([row[CHOSEN_BY] for row in found]))
+                out += [{**row, "method": f"{kind} | {rule}"} for row in best]
+    return out
+
+
+def plain_table(rows: Sequence[Row], worlds: list[str], score: str) -> dict[str, Any]:
+    """Return world x kind -> mean of a score without weights, with the untrained SAE and chance beside it."""
+    header = ["world", *KINDS, RANDOM]
+    table = []
+    for world in worlds:
+        here = select(rows, world=world)
+        cells = [
+            f"{series(here, f'{kind} | plain', score, 'world')[world].value:.3f}" for kind in KINDS
+        ]
+        control = mean_interval([row[score] for row in select(here, method=RANDOM)])
+        table.append([world, *cells, f"{control.value:.3f}"])
+    return {"header": header, "rows": table}
+
+
+def rule_table(rows: Sequence[Row], worlds: list[str], score: str) -> dict[str, Any]:
+    """Return world x (kind, rule) -> mean paired difference from the plain twin; * where its interval excludes 0."""
+    rules = [rule for rule in RULES if rule != "plain"]
+    header = ["world", "kind", *rules]
+    table = []
+    for world in worlds:
+        here = select(rows, world=world)
+        for kind in KINDS:
+            cells = [_difference(here, world, kind, rule, score) for rule in rules]
+            table.append([world, kind, *cells])
+    return {"header": header, "rows": table}
+
+
+def _difference(rows: Sequence[Row], world: str, kind: str, rule: str, score: str) -> str:
+    found = differences(rows, f"{kind} | {rule}", f"{kind} | plain", score, "world")[world]
+    sure = found.low is not None and found.high is not None and found.low * found.high > 0
+    return f"{found.value:+.3f}{'*' if sure else ''}"

@@ -1,0 +1,140 @@
+"""Figures 2 and 3 of the paper: one sweep over toy models, panels with verdicts (Section 5.1, Appendix B.3).
+
+The paper prints curves, no numbers, so what is compared is its statements.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from wsae.experiments.panels import Panel, as_series, judged
+from wsae.experiments.sweep.config import RAW, Method, paper_method
+from wsae.experiments.sweep.scoring import CLOSED_FORM, RANDOM, Row
+from wsae.experiments.sweep.table import (
+    Mean,
+    differences,
+    mean_interval,
+    rank_correlation,
+    series,
+    steps_down,
+)
+from wsae.losses.config import GammaConfig
+
+PLAIN, WSAE, UNIT, SCALED = "SAE", "WSAE", "WSAE, mean weight 1", "SAE at WSAE's loss scale"
+LOW = 0.5
+"""Sparsity levels up to this are the paper's "relatively low"."""
+NEGLIGIBLE = 0.01
+"""A relative difference under 1 % is not called an effect, however sure it is."""
+
+ACTIVATED = {
+    "activated_sum": "summed response above 1 (Appendix B.3)",
+    "activated_mean": "mean response above 0.05",
+    "activated_relative": "mean response above a tenth of the strongest",
+    "activated_participation": "participation ratio (no threshold)",
+}
+
+
+def methods(d_sae: int, **fields: Any) -> tuple[Method, ...]:
+    """Return the plain SAE and WSAE as in the paper, and two that take weighting and loss scale apart."""
+    unit = GammaConfig(rule="variance", alpha=1.0)
+    return (
+        paper_method(PLAIN, d_sae, **fields),
+        paper_method(WSAE, d_sae, RAW, **fields),
+        paper_method(UNIT, d_sae, unit, **fields),
+        paper_method(SCALED, d_sae, scale_as=RAW, **fields),
+    )
+
+
+def figure2(rows: Sequence[Row]) -> list[Panel]:
+    """Return Figure 2, average activated features against S, in four readings of "activated".
+
+    The paper states no threshold. The random SAE beside it shows what a score does without any training.
+    """
+    shown = [name for name in (PLAIN, WSAE, RANDOM, CLOSED_FORM) if any_of(rows, name)]
+    return [_figure2_panel(rows, score, words, shown) for score, words in ACTIVATED.items()]
+
+
+def _figure2_panel(rows: Sequence[Row], score: str, words: str, shown: list[str]) -> Panel:
+    lines = [as_series(name, series(rows, name, score)) for name in shown]
+    plain, random = lines[0], next(line for line in lines if line.method == RANDOM)
+    rho = rank_correlation(plain.levels, plain.mean)
+    control = rank_correlation(random.levels, random.mean)
+    down, steps = steps_down(plain.mean), len(plain.mean) - 1
+    falls = down == steps
+    ours = (
+        f"{plain.mean[0]:.3g} at S = {plain.levels[0]:g}, {plain.mean[-1]:.3g} at S = {plain.levels[-1]:g}; "
+        f"falls in {down} of {steps} steps (Spearman {rho:+.2f}); untrained SAE {control:+.2f}"
+    )
+    verdict = "reproduced" if falls else "partly" if rho < -0.8 else "not reproduced"
+    verdict = "opposite" if rho > 0.8 else verdict
+    return Panel(
+        panel=f"2: {words}",
+        score=score,
+        paper="a clear decrease with S",
+        ours=ours,
+        verdict=verdict,
+        series=tuple(lines),
+    )
+
+
+_PANELS = (
+    ("3a", "gt_{}", "WSAE lower when S is low", True),
+    ("3b", "gt_{}_active", "on non-zero features: WSAE lower when S is low, by more", True),
+    ("3c", "sae_loss", "SAE and WSAE comparable", None),
+    ("3d", "latent_variance_mean", "WSAE higher when S is low", False),
+)
+
+
+def figure3(rows: Sequence[Row], loss: str = "raw") -> list[Panel]:
+    """Return Figure 3's panels; `loss` reads L_GT as "raw" (Eq. 10 as written), "matched" or "scaled"."""
+    return [
+        figure3_panel(rows, name, score.format(loss), paper, lower)
+        for name, score, paper, lower in _PANELS
+    ]
+
+
+def figure3_panel(
+    rows: Sequence[Row], name: str, score: str, paper: str, lower: bool | None, method: str = WSAE
+) -> Panel:
+    """Return one panel: SAE, WSAE and controls, judged on WSAE minus SAE, paired by seed, at S <= 0.5."""
+    shown = [m for m in (PLAIN, WSAE, UNIT, SCALED) if any_of(rows, m)]
+    low = relative(rows, method, PLAIN, score)
+    levels = [level for level in low if level <= LOW] or list(low)[:1]
+    found = [low[level] for level in levels]
+    mean = mean_interval([d.value for d in found]).value
+    largest = max(found, key=lambda d: abs(d.value))
+    ours = (
+        f"WSAE differs by {mean:+.2%} on average over S <= {levels[-1]:g}, "
+        f"at most {largest.value:+.2%}{interval(largest)}"
+    )
+    if lower is None:
+        ratio = max(abs(d.value) for d in low.values())
+        verdict = "reproduced" if ratio < 0.1 else "partly" if ratio < 0.5 else "not reproduced"
+    else:
+        verdict = judged(found, lower, NEGLIGIBLE)
+    lines = tuple(as_series(m, series(rows, m, score)) for m in shown)
+    return Panel(panel=name, score=score, paper=paper, ours=ours, verdict=verdict, series=lines)
+
+
+def relative(rows: Sequence[Row], method: str, against: str, score: str) -> dict[float, Mean]:
+    """Return level -> (method - against) / mean of against, paired by seed."""
+    base = series(rows, against, score)
+    found = differences(rows, method, against, score)
+    return {level: _divided(mean, abs(base[level].value)) for level, mean in found.items()}
+
+
+def interval(mean: Mean) -> str:
+    """Return " [low, high]" in per cent, or nothing for one seed."""
+    if mean.low is None or mean.high is None:
+        return ""
+    return f" [{mean.low:+.2%}, {mean.high:+.2%}]"
+
+
+def any_of(rows: Sequence[Row], method: str) -> bool:
+    """Say whether there are rows of a method."""
+    return any(row["method"] == method for row in rows)
+
+
+def _divided(mean: Mean, by: float) -> Mean:
+    by = by if by > 0 else 1.0
+    low, high = (None if edge is None else edge / by for edge in (mean.low, mean.high))
+    return Mean(mean.value / by, low, high, mean.n)

@@ -1,0 +1,71 @@
+"""One sweep over toy models from end to end, kept in a directory and made once."""
+
+from pathlib import Path
+from typing import Any
+
+from wsae.core.artifact import MANIFEST, read_json, read_manifest, write_json, write_manifest
+from wsae.core.progress import Progress, quiet
+from wsae.experiments.sweep.config import ToySweepConfig
+from wsae.experiments.sweep.scoring import Row, score_trials
+from wsae.experiments.sweep.training import train_trials
+from wsae.experiments.sweep.trials import toy_trials
+from wsae.toy.config import ToyModelConfig
+from wsae.toy.model import ToyModels, train_toy_models
+
+ROWS = "rows.json"
+
+
+def run_sweep(
+    cfg: ToySweepConfig,
+    out: Path,
+    device: str = "cpu",
+    progress: Progress = quiet,
+    toys: Path | None = None,
+) -> list[Row]:
+    """Train the sweep's toy models and SAEs, score them, and return one row per SAE.
+
+    The toy models are kept in `toys`, by default `out`/toy.
+    Rows are written to `out`; a finished sweep of the same settings is read, not run again.
+    Raises UserError as training does.
+    """
+    done = read_sweep(cfg, out)
+    if done is not None:
+        return done
+    models = toy_models(cfg.toy_models(), toys or out / "toy", device, progress)
+    trials = toy_trials(cfg, models)
+    trained = train_trials(trials, cfg.methods, cfg.training, device, progress)
+    rows = score_trials(trials, trained, cfg.training, progress)
+    write_json(out / ROWS, rows)
+    write_manifest(out, "sweep", cfg.to_dict(), [ROWS], info={"rows": len(rows)})
+    return rows
+
+
+def read_sweep(cfg: ToySweepConfig, out: Path) -> list[Row] | None:
+    """Return the rows of a finished sweep of these settings in `out`, or None."""
+    if not (out / MANIFEST).exists():
+        return None
+    manifest = read_manifest(out, "sweep")
+    if manifest.config != as_stored(cfg.to_dict()):
+        return None
+    rows: list[dict[str, Any]] = read_json(out / ROWS)
+    return rows
+
+
+def toy_models(
+    cfgs: list[ToyModelConfig], place: Path, device: str = "cpu", progress: Progress = quiet
+) -> ToyModels:
+    """Return these toy models, from `place` if they are there, else trained and kept there."""
+    if (place / MANIFEST).exists():
+        models = ToyModels.load(place)
+        if list(models.configs) == cfgs:
+            return models
+    models = train_toy_models(cfgs, progress, device)
+    models.save(place)
+    return models
+
+
+def as_stored(value: Any) -> Any:
+    """Return a config as JSON gives it back: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: as_stored(item) for key, item in value.items()}
+    return [as_stored(item) for item in value] if isinstance(value, list | tuple) else value

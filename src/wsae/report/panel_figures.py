@@ -1,0 +1,73 @@
+"""Panels of a reproduced figure as PNG and SVG. Needs matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsae.core.artifact import writing
+from wsae.core.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Line = dict[str, Any]
+"""method, levels, mean, low, high."""
+STYLES = (
+    ("#3b4252", "-", "o"),
+    ("#d55e00", "-", "s"),
+    ("#009e73", "--", "^"),
+    ("#0072b2", ":", "D"),
+    ("#cc79a7", "-.", "v"),
+)
+
+
+def panels_figure(
+    panels: Sequence[dict[str, Any]], path: Path, xlabel: str = "sparsity S", columns: int = 4
+) -> list[Path]:
+    """Draw panels (title, ylabel, series) side by side, one line a method with its 95 % band; returns both paths.
+
+    `path` is without suffix; PNG and SVG are written. Raises UserError when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("matplotlib is not installed; pip install 'wsae[report]'") from error
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.3 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    names = list(dict.fromkeys(line["method"] for panel in panels for line in panel["series"]))
+    for ax, panel in zip(axes, panels, strict=False):
+        _draw(ax, panel, names, xlabel)
+    for ax in list(axes)[len(panels) :]:
+        ax.set_visible(False)
+    seen: dict[str, Any] = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        seen |= dict(zip(labels, handles, strict=True))
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=4, frameon=False)
+    return [_save(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
+
+
+def _draw(ax: "Axes", panel: dict[str, Any], names: list[str], xlabel: str) -> None:
+    for line in panel["series"]:
+        colour, dash, marker = STYLES[names.index(line["method"]) % len(STYLES)]
+        x, y = line["levels"], line["mean"]
+        ax.plot(x, y, color=colour, ls=dash, marker=marker, ms=3.5, lw=1.5, label=line["method"])
+        if all(edge is not None for edge in (*line["low"], *line["high"])):
+            ax.fill_between(x, line["low"], line["high"], color=colour, alpha=0.18, lw=0)
+    ax.set_title(panel["title"], loc="left", fontsize=9.5)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(panel["ylabel"], fontsize=9)
+    if panel.get("log"):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, path: Path, kind: str) -> Path:
+    metadata = {"Software": None} if kind == "png" else {"Date": None}
+    with writing(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+    return path
