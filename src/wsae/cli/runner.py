@@ -50,7 +50,9 @@ def run_command(command: Command, words: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(_kept(module, flags, words, interrupt)) from None
     if flags.common.as_json:
-        sys.stdout.write(json.dumps(finite(result), indent=1, ensure_ascii=False) + "\n")
+        shape = getattr(module, "as_json", None)  # a command's JSON may be more than a dict
+        value = shape(result) if shape else result
+        sys.stdout.write(json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
     else:
         module.show(result, ui)
     return 1 if result.get("failed") else 0

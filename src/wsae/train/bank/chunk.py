@@ -33,11 +33,14 @@ class Chunk:
     """rows is 1 for weights per dimension, d_in for a matrix."""
     coefficients: Float[Tensor, "members 3"]
     """Of auxk, l1 and l0."""
+    active: tuple[bool, bool, bool]
+    """Which of the three penalties the members have: all of a chunk or none, known without a look at the device."""
     k_aux: int
     rule: GammaConfig | None
     """The latent_variance rule whose gamma moves, if that is the members' rule."""
     since_fired: Int64[Tensor, "members d_sae"]
     dead: Bool[Tensor, "members d_sae"]
+    any_dead: bool
     dead_rows: int
     latent_moments: Float64[Tensor, "2 members d_sae"]
     loss_sum: Float64[Tensor, " members"]
@@ -76,10 +79,12 @@ def make_chunk(
         lr=lr,
         gamma=torch.stack(gammas).to(device, dtype),
         coefficients=torch.tensor(numbers, dtype=dtype, device=device),
+        active=(first.auxk > 0, first.l1 > 0, first.l0 > 0),
         k_aux=first.k_aux or max(1, stack.cfg.d_in // 2),
         rule=first.gamma if first.gamma.rule == "latent_variance" else None,
         since_fired=torch.zeros(shape, dtype=torch.int64, device=device),
         dead=torch.zeros(shape, dtype=torch.bool, device=device),
+        any_dead=False,
         dead_rows=cfg.dead_after or max(batch, cfg.steps * batch // 5),
         latent_moments=torch.zeros(2, *shape, dtype=torch.float64, device=device),
         loss_sum=torch.zeros(len(entries), dtype=torch.float64, device=device),
@@ -112,7 +117,7 @@ def chunk_step(
 
 def _by_hand(chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
     assert chunk.scratch is not None
-    l1 = chunk.coefficients[:, 1] if bool(chunk.coefficients[0, 1]) else None
+    l1 = chunk.coefficients[:, 1] if chunk.active[1] else None
     loss = relu_gradients(chunk.stack, x, chunk.gamma, l1, chunk.scratch)
     return loss, chunk.scratch.z.mT
 
@@ -136,12 +141,13 @@ def _weighted(residual: Tensor, gamma: Tensor) -> Tensor:
 
 def _penalties(chunk: Chunk, residual: Tensor, forward: StackForward) -> Tensor:
     auxk, l1, l0 = chunk.coefficients.unbind(1)
+    has_auxk, has_l1, has_l0 = chunk.active
     total = torch.zeros_like(auxk)
-    if bool(l1[0]):  # members of a chunk all have a term, or none has
+    if has_l1:
         total = total + l1 * forward.l1
-    if bool(l0[0]):
+    if has_l0:
         total = total + l0 * forward.l0
-    if bool(auxk[0]) and bool(chunk.dead.any()):
+    if has_auxk and chunk.any_dead:
         total = total + auxk * _revival(chunk, residual.detach(), forward)
     return total
 
@@ -179,12 +185,13 @@ def _unit_rows_(stack: Stack) -> None:
 
 
 def _count(chunk: Chunk, z: Tensor, step: int) -> None:
-    if not bool(chunk.coefficients[0, 0]):  # only revival asks which latents are dead
+    if not chunk.active[0]:  # only revival asks which latents are dead
         return
     fired = (z > 0).any(1)
     chunk.since_fired.add_(z.shape[1]).masked_fill_(fired, 0)
     if (step + 1) % GAMMA_EVERY == 0:
         chunk.dead = chunk.since_fired > chunk.dead_rows
+        chunk.any_dead = bool(chunk.dead.any())
 
 
 def _track_threshold(stack: Stack, z: Tensor) -> None:

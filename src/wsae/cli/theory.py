@@ -1,0 +1,70 @@
+"""`wsae theory`: the ledger of the paper's claims, each checked numerically."""
+
+import shlex
+from typing import Any
+
+from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace
+from wsae.cli.ui import UI
+from wsae.core.artifact import write_json
+from wsae.core.config import Config
+
+ABOUT = "Check every theorem, example and claim of the paper's theory; takes under half a minute."
+SAVES = {"holds": "", "holds if": "Holds if: ", "counterexample": "What saves it: "}
+
+
+class Flags(Config):
+    """Flags of `wsae theory`."""
+
+    only: MaybeName = None
+    """Keep the claims with this in their source or words ("Theorem 3", "Section 4.1", "polygon")."""
+    out: MaybePlace = None
+    """Write ledger.json and the pictures (PNG and SVG) into this directory; without it nothing is written."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Check the claims and return them, with the files written."""
+    from wsae.theory.claims import checks, ledger
+
+    checks(flags.only)
+    if flags.out is not None:
+        from wsae.report.theory_figures import need_matplotlib
+
+        need_matplotlib()
+    claims = [claim.as_dict() for claim in ledger(flags.common.seed, flags.only, ui.progress)]
+    result: dict[str, Any] = {"claims": claims, "files": []}
+    if flags.out is not None:
+        from wsae.report.theory_figures import theory_figures
+
+        flags.out.mkdir(parents=True, exist_ok=True)
+        write_json(flags.out / "ledger.json", {"seed": flags.common.seed, "claims": claims})
+        pictures = theory_figures(flags.out, flags.common.seed, ui.progress)
+        result["files"] = [str(path) for path in (flags.out / "ledger.json", *pictures)]
+    return result
+
+
+def as_json(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what --json prints: the list of claims."""
+    return result["claims"]
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print the ledger as a table, then how many claims hold."""
+    claims = result["claims"]
+    between = [["", "", "", ""]] if ui.stdout.isatty() else []
+    rows = [line for claim in claims for line in (_row(claim), *between)]
+    ui.table("The paper's claims", ("source", "verdict", "claim", "evidence"), rows)
+    count = {verdict: sum(c["verdict"] == verdict for c in claims) for verdict in SAVES}
+    ui.say(
+        f"{len(claims)} claims: {count['holds']} hold, {count['holds if']} hold under a condition, "
+        f"{count['counterexample']} have a counterexample"
+    )
+    if result["files"]:
+        ui.say(f"wrote {', '.join(shlex.quote(path) for path in result['files'])}")
+
+
+def _row(claim: dict[str, Any]) -> list[str]:
+    saves = SAVES[claim["verdict"]] + claim["condition"] if claim["condition"] else ""
+    evidence = " ".join(part for part in (claim["evidence"], saves) if part)
+    return [claim["source"], claim["verdict"], claim["claim"], evidence]

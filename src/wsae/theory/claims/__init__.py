@@ -1,0 +1,65 @@
+"""The ledger: every theorem, example and claim of the paper's theory, checked numerically in the paper's order."""
+
+from wsae.core.errors import UserError
+from wsae.core.progress import Progress, quiet
+from wsae.theory.claims import (
+    activations,
+    assumptions,
+    dense,
+    gap,
+    limits,
+    proofs,
+    shrinking,
+    sparse,
+    unique,
+    weights,
+)
+from wsae.theory.claims.record import Check, Claim
+
+MODULES = (
+    assumptions,
+    dense,
+    shrinking,
+    sparse,
+    unique,
+    gap,
+    weights,
+    activations,
+    proofs,
+    limits,
+)
+"""The modules of checks, in the order of the paper (Appendix A last)."""
+
+
+def checks(only: str | None = None) -> list[Check]:
+    """Return the checks whose docstring ("SOURCE: claim") contains `only`, in the paper's order.
+
+    Raises UserError when nothing matches.
+    """
+    known = [check for module in MODULES for check in module.CHECKS]
+    if only is None:
+        return known
+    found = [check for check in known if only.casefold() in title(check).casefold()]
+    if not found:
+        sources = dict.fromkeys(title(check).split(":")[0] for check in known)
+        raise UserError(f"--only '{only}': no claim matches; the sources are {', '.join(sources)}")
+    return found
+
+
+def title(check: Check) -> str:
+    """Return the first paragraph of a check's docstring: "SOURCE: the claim in words."."""
+    return " ".join((check.__doc__ or "").split("\n\n")[0].split())
+
+
+def ledger(seed: int = 0, only: str | None = None, progress: Progress = quiet) -> list[Claim]:
+    """Run the checks and return what they found, in the paper's order; `only` keeps those whose title contains it.
+
+    Deterministic for a seed. Raises UserError when `only` matches nothing.
+    """
+    chosen = checks(only)
+    found = []
+    with progress("claims", len(chosen), "claims") as tick:
+        for check in chosen:
+            found.append(check(seed))
+            tick(1)
+    return found

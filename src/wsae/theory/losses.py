@@ -1,0 +1,201 @@
+"""The paper's losses and codes on an exact finite distribution of features, in float64.
+
+A distribution is a pair (features [points, n], probability [points]); expectations are finite sums, so identities
+hold to rounding and a comparison of two losses is a proof, not an estimate.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from wsae.core.errors import UserError
+from wsae.losses.weigh import Weights, weigh
+from wsae.theory.geometry import check_W_p
+
+Activation = Literal["relu", "topk", "jumprelu"]
+MAX_POINTS = 2_000_000
+"""Largest exact grid; above it `sampled` is the way."""
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return S; raises UserError outside [0, 1], and at 1, where every x is 0 and there is no signal."""
+    if not 0 <= sparsity <= 1:
+        raise UserError(
+            f"sparsity {sparsity:g}: S is the probability that a feature is 0; it must be in [0, 1]"
+        )
+    if sparsity == 1:
+        raise UserError("sparsity 1: every feature is always 0, so there is no signal; use S < 1")
+    return sparsity
+
+
+def magnitudes(levels: int) -> Float64[Tensor, " levels"]:
+    """Return the midpoints (i + 1/2) / levels of (0, 1]: the values an active feature takes on a grid."""
+    if levels < 1:
+        raise UserError(f"levels = {levels}; it must be at least 1")
+    return (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+
+
+def grid(
+    n: int, sparsity: float, levels: int = 4
+) -> tuple[Float64[Tensor, "points n"], Float64[Tensor, " points"]]:
+    """Return all (levels + 1)^n values of iid features and their probabilities (Section 3's assumption, exactly).
+
+    Each x_i is 0 with probability S, else uniform on `magnitudes(levels)`; a point with m active features has
+    probability S^(n-m) ((1-S) / levels)^m. Points of probability 0 are dropped.
+    """
+    S = check_sparsity(sparsity)
+    if n < 1 or (levels + 1) ** n > MAX_POINTS:
+        raise UserError(
+            f"grid of {levels + 1}^{n} points: 1 to {MAX_POINTS:,} are allowed; use sampled(), or fewer levels"
+        )
+    axis = torch.cat([torch.zeros(1, dtype=torch.float64), magnitudes(levels)])
+    mass = torch.full_like(axis, (1 - S) / levels)
+    mass[0] = S
+    index = torch.cartesian_prod(*[torch.arange(levels + 1)] * n).reshape(-1, n)
+    probability = mass[index].prod(1)
+    there = probability > 0
+    return axis[index[there]], probability[there]
+
+
+def sampled(
+    n: int, sparsity: float, rows: int, seed: int
+) -> tuple[Float64[Tensor, "rows n"], Float64[Tensor, " rows"]]:
+    """Return `rows` draws of iid features, uniform (0, 1] where active (Section 5.1), each of probability 1 / rows."""
+    S = check_sparsity(sparsity)
+    made = torch.Generator().manual_seed(seed)
+    u = 1 - torch.rand(rows, n, generator=made, dtype=torch.float64)
+    features = ((u - S) / (1 - S)).clamp_min(0)
+    return features, torch.full((rows,), 1 / rows, dtype=torch.float64)
+
+
+def superpose(
+    W_p: Float64[Tensor, "d_in n"], features: Float64[Tensor, "*points n"]
+) -> Float64[Tensor, "*points d_in"]:
+    """Return x_p = W_p x (Eq. 1)."""
+    return features @ W_p.T
+
+
+def code(
+    W_m: Float64[Tensor, "*members d_sae d_in"],
+    acts: Float64[Tensor, "points d_in"],
+    activation: Activation = "relu",
+    k: int = 1,
+    threshold: float = 0.0,
+) -> Float64[Tensor, "*members points d_sae"]:
+    """Return x_m = sigma(W_m x_p) (Eq. 2).
+
+    sigma: relu; topk, the k largest pre-activations, ReLU'd; jumprelu, a where a > threshold, else 0.
+    """
+    pre = acts @ W_m.mT
+    match activation:
+        case "relu":
+            return pre.relu()
+        case "topk":
+            if not 1 <= k <= pre.shape[-1]:
+                raise UserError(f"k = {k}; it must be between 1 and d_sae = {pre.shape[-1]}")
+            values, places = pre.topk(k, dim=-1)
+            return torch.zeros_like(pre).scatter(-1, places, values.relu())
+        case "jumprelu":
+            return pre * (pre > threshold)
+
+
+def sae_residual(
+    W_m: Float64[Tensor, "*members d_sae d_in"], acts: Float64[Tensor, "points d_in"]
+) -> Float64[Tensor, "*members points d_in"]:
+    """Return x_p - W_m^T sigma(W_m x_p) (Eq. 3)."""
+    return acts - code(W_m, acts) @ W_m
+
+
+def sae_loss(
+    W_m: Float64[Tensor, "*members d_sae d_in"],
+    W_p: Float64[Tensor, "d_in n"],
+    features: Float64[Tensor, "points n"],
+    probability: Float64[Tensor, " points"],
+    gamma: Weights | None = None,
+) -> Float64[Tensor, "*members"]:
+    """Return E ||Gamma [x_p - W_m^T ReLU(W_m x_p)]||^2 (Eq. 4; Eq. 12 with gamma), one value per member."""
+    residual = _weighed(sae_residual(W_m, superpose(W_p, features)), gamma)
+    return residual.square().sum(-1) @ probability
+
+
+def ground_truth_loss(
+    W_m: Float64[Tensor, "*members d_sae d_in"],
+    W_p: Float64[Tensor, "d_in n"],
+    features: Float64[Tensor, "points n"],
+    probability: Float64[Tensor, " points"],
+) -> Float64[Tensor, "*members"]:
+    """Return E ||(x, 0) - ReLU(W_m W_p x)||^2 (Eq. 10; latents beyond n are compared with 0, Eq. 7)."""
+    latents = code(W_m, superpose(W_p, features))
+    extra = latents.shape[-1] - features.shape[-1]
+    if extra < 0:
+        raise UserError(
+            f"d_sae = {latents.shape[-1]} latents for {features.shape[-1]} features; the ground-truth loss needs "
+            "a latent for each"
+        )
+    target = torch.nn.functional.pad(features, (0, extra))
+    return (target - latents).square().sum(-1) @ probability
+
+
+def gap(
+    W_p: Float64[Tensor, "d_in n"],
+    features: Float64[Tensor, "points n"],
+    gamma: Weights | None = None,
+) -> Float64[Tensor, " points"]:
+    """Return r^T (W_p^T Gamma^T Gamma W_p - I) r per point, r = x - ReLU(W_p^T W_p x) (Eq. 11; Eq. 13 with gamma).
+
+    The difference between the SAE loss and the ground-truth loss at W_m = W_p^T.
+    """
+    r = features - code(W_p.T, superpose(W_p, features))
+    return _weighed(r @ W_p.T, gamma).square().sum(-1) - r.square().sum(-1)
+
+
+def closed_form(
+    W_p: Float[Tensor, "d_in n"], d_sae: int | None = None, permutation: Sequence[int] | None = None
+) -> Float64[Tensor, "d_sae d_in"]:
+    """Return W_m = I* (W_p, 0)^T (Theorem 1): row i of (W_p, 0)^T is row permutation[i] of it when one is given.
+
+    Raises UserError for d_sae < n or a permutation that is not one.
+    """
+    matrix = check_W_p(W_p)
+    d_in, n = matrix.shape
+    width = n if d_sae is None else d_sae
+    if width < n:
+        raise UserError(
+            f"d_sae = {width} for {n} features: the closed form needs a latent for each; use d_sae >= {n}"
+        )
+    padded = torch.cat([matrix.T, matrix.new_zeros(width - n, d_in)])
+    if permutation is None:
+        return padded
+    order = list(permutation)
+    if sorted(order) != list(range(width)):
+        raise UserError(f"permutation {order}: it must hold each of 0 ... {width - 1} once")
+    return padded[torch.tensor(order, dtype=torch.int64)]
+
+
+def recovers(
+    latents: Float64[Tensor, "points d_sae"],
+    features: Float64[Tensor, "points n"],
+    tolerance: float = 1e-9,
+) -> Int64[Tensor, " n"] | None:
+    """Return the latent of each feature when x_m ~ (x, 0) (Eq. 6, 7), else None.
+
+    One assignment must serve all points: every feature equals its latent, and the other latents are 0.
+    """
+    points, n = features.shape
+    d_sae = latents.shape[1]
+    if d_sae < n:
+        return None
+    padded = torch.nn.functional.pad(features, (0, d_sae - n))
+    apart = torch.stack([(latents - padded[:, i : i + 1]).abs().amax(0) for i in range(d_sae)])
+    rows, columns = linear_sum_assignment((apart > tolerance).double().numpy())
+    if points and bool((apart[rows, columns] > tolerance).any()):
+        return None
+    return torch.as_tensor(columns[:n].copy())
+
+
+def _weighed(residual: Tensor, gamma: Weights | None) -> Tensor:
+    return residual if gamma is None else weigh(residual, gamma)

@@ -1,0 +1,197 @@
+"""The ledger's claims on the gap, on weights and on Appendix A's formulas: each number recomputed or bounded here."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wsae.losses.gap import gap_norm
+from wsae.theory.claims import activations, gap, variance, weights
+from wsae.theory.claims.worlds import EXAMPLE_1, blocks, rotation, shared_blocks, unfinished
+from wsae.theory.geometry import describe, nonpositive, polygon, random_unit
+from wsae.theory.losses import closed_form, code, grid, ground_truth_loss, sae_loss
+from wsae.theory.losses import gap as gap_of
+from wsae.theory.weighting import RULES, matched_loss, reweighted, scaled_gap_norm, weights_of
+
+MODULES = (gap, weights, activations)
+
+
+def claims_by_name(seed: int) -> dict[str, object]:
+    checks = [check for module in MODULES for check in module.CHECKS]
+    quick = [check for check in checks if check is not weights.better_reconstruction]
+    return {check.__name__: check(seed) for check in quick}
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_verdicts_do_not_depend_on_the_seed_and_say_what_saves_a_claim(seed: int) -> None:
+    found = claims_by_name(seed)
+    verdicts = {name: claim.verdict for name, claim in found.items()}
+    assert verdicts == {
+        "theorem_4": "holds",
+        "theorem_5": "holds",
+        "vanishing_gap": "holds if",
+        "equation_14": "holds if",
+        "narrowing": "counterexample",
+        "direction": "counterexample",
+        "principle": "holds if",
+        "same_minimisers": "counterexample",
+        "variance_proxy": "counterexample",
+        "basis": "counterexample",
+        "jumprelu": "counterexample",
+        "top_k": "counterexample",
+    }
+    for claim in found.values():
+        assert (claim.condition == "") == (claim.verdict == "holds")
+        assert claim.instances > 0
+        assert all(np.isfinite(v) for v in claim.numbers.values())
+
+
+def test_the_numbers_behind_each_verdict_carry_it() -> None:
+    n = {name: claim.numbers for name, claim in claims_by_name(3).items()}
+    assert n["theorem_4"]["worst_error"] < 1e-13
+    assert n["theorem_4"]["triangle_right_min"] < n["theorem_4"]["triangle_left"] - 1
+    assert max(n["theorem_5"].values()) < 1e-13
+    assert n["vanishing_gap"]["worst_one_sparse"] < 1e-20
+    assert (
+        n["vanishing_gap"]["pentagon_S0.999"] > 0.1 > 1e-3 > n["vanishing_gap"]["triangle_S0.999"]
+    )
+    assert n["equation_14"]["constant_on_blocks"] < 1e-12
+    assert n["equation_14"]["random_least"] > 1e-3
+    assert n["narrowing"]["spread"] < 1e-12
+    assert n["narrowing"]["gap_left"] < 1e-12
+    assert n["direction"]["widened_by_half"] == 1
+    assert n["principle"]["blocks_lighter"] == 1
+    assert n["principle"]["simplex_4"] == pytest.approx(3 / 4)
+    assert n["principle"]["polygon_5"] == pytest.approx(2 / 5)
+    assert n["same_minimisers"]["worst_loss"] < 1e-25
+    assert n["same_minimisers"]["lower_bound_ratio"] >= 1 - 1e-9
+    assert n["same_minimisers"]["upper_bound_ratio"] <= 1 + 1e-9
+    assert n["variance_proxy"]["variance_ratio"] == pytest.approx(2)
+    assert n["variance_proxy"]["optimal_ratio"] == pytest.approx(1 / 2)
+    assert n["variance_proxy"]["wider gap"] == n["variance_proxy"]["wider whiten"] == 0
+    assert n["basis"]["moved whiten"] < 1e-9 < 0.05 < n["basis"]["moved variance 1"]
+    assert n["top_k"]["strict_error"] < 1e-12
+    assert n["jumprelu"]["mean_shift"] == pytest.approx(0.25)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(2, 6))
+def test_non_positive_interference_makes_the_residual_positive_and_the_gap_negative(
+    seed: int, n: int
+) -> None:
+    """The proof of `direction`, point by point; and one weight less never narrows the gap."""
+    W_p = nonpositive(3, n, seed)
+    features, probability = grid(n, 0.4, 2)
+    r = features - code(closed_form(W_p), features @ W_p.T)
+    assert float(r.min()) > -1e-12
+    by_hand = sum(
+        float(W_p[:, i] @ W_p[:, j]) * r[:, i] * r[:, j]
+        for i, j in itertools.product(range(n), range(n))
+        if i != j
+    )
+    plain = gap_of(W_p, features)
+    if n > 1 and isinstance(by_hand, Tensor):
+        torch.testing.assert_close(plain, by_hand, rtol=1e-9, atol=1e-12)
+    assert float(plain.max()) <= 1e-12
+    gamma = torch.rand(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert float(gap_of(W_p, features, gamma) @ probability) <= float(plain @ probability) + 1e-12
+
+
+def test_a_triangles_gap_by_hand() -> None:
+    """x in {0, 1}^3: r is 1/2 for each of two active features, 1 for each of three; W r = 0 for three."""
+    features, probability = grid(3, 0.5, 1)
+    features = (features > 0).double()
+    by_hand = 3 / 8 * (0.25 - 0.5) + 1 / 8 * (0 - 3)
+    assert float(gap_of(polygon(3), features) @ probability) == pytest.approx(by_hand)
+
+
+def test_matched_loss_is_the_least_over_all_orders_and_zero_padding() -> None:
+    W_p = random_unit(2, 3, 4)
+    W_m = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    features, probability = grid(3, 0.5, 2)
+    orders = [
+        float(ground_truth_loss(W_m[list(order)], W_p, features, probability))
+        for order in itertools.permutations(range(4))
+    ]
+    assert matched_loss(W_m, W_p, features, probability) == pytest.approx(min(orders))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), rule=st.sampled_from(sorted(RULES)))
+def test_the_scaled_norm_is_the_least_over_scales(seed: int, rule: str) -> None:
+    W_p = random_unit(3, 5, seed) * torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)
+    gamma = weights_of(W_p, rule)
+    scales = torch.linspace(0.01, 4, 4000, dtype=torch.float64)
+    found = min(float(gap_norm(W_p, gamma * c)) for c in scales[::40])
+    exact = scaled_gap_norm(W_p, gamma)
+    assert exact <= found + 1e-12
+    assert exact == pytest.approx(found, rel=5e-2)
+
+
+def test_the_rules_of_example_1_are_those_of_the_derivation() -> None:
+    weight = {rule: weights_of(EXAMPLE_1, rule) for rule in RULES}
+    assert float(weight["variance 1"][1] / weight["variance 1"][0]) == pytest.approx(2)
+    for rule in ("variance -1/2", "gap"):
+        assert float((weight[rule][1] / weight[rule][0]) ** 2) == pytest.approx(1 / 2)
+    whiten = weight["whiten"]
+    torch.testing.assert_close(whiten, weight["gap"].diag())
+
+
+def test_where_the_loss_reaches_zero_every_rule_finds_it() -> None:
+    """Example 1 (a digon): plain and weighted minimisers all have L_SAE = 0."""
+    found = reweighted(EXAMPLE_1, 0.5, starts=2, steps=60, polished=1)
+    assert max(r.sae for r in found.values()) < 1e-20
+
+
+def test_weights_move_the_minimiser_either_way() -> None:
+    """The worlds that `better_reconstruction` picks, fewer starts: whiten helps in one and hurts in another."""
+    search = {"starts": 12, "steps": 250, "polished": 2, "seed": 0}
+    change = {}
+    for world in (weights.TELLING[0], weights.TELLING[3]):
+        W_p = nonpositive(*world)
+        found = reweighted(W_p, 0.5, **search)
+        features, probability = grid(W_p.shape[1], 0.5, 1)
+        for (
+            rule,
+            at,
+        ) in found.items():  # each is at least a better minimiser of its own loss than W_p^T
+            gamma = weights_of(W_p, rule)
+            own, start = (
+                float(sae_loss(W_m, W_p, features, probability, gamma))
+                for W_m in (at.W_m, closed_form(W_p))
+            )
+            assert own < start
+        assert found["whiten"].gap < found["plain"].gap
+        change[world] = found["whiten"].truth / found["plain"].truth - 1
+    helped, hurt = change.values()
+    assert helped < -0.2
+    assert hurt > 0.2
+
+
+def test_the_worlds_are_what_they_are_said_to_be() -> None:
+    for W_p in unfinished(7, 5):
+        found = describe(W_p)
+        assert found.nonpositive
+        assert found.unit_norm
+        assert found.n_features < 2 * found.d_in
+        assert float(sae_loss(closed_form(W_p), W_p, *grid(5, 0.5, 2))) > 1e-9
+    for W_p in shared_blocks():
+        assert describe(W_p).nonpositive
+        assert (W_p != 0).sum(1)[0] == 1
+    assert all((W_p[0] != 0).sum() == 1 for W_p in blocks(3, 5))
+    Q = rotation(0, 1, 4)
+    torch.testing.assert_close(Q @ Q.T, torch.eye(4, dtype=torch.float64))
+
+
+def test_titles_name_the_source_of_the_claim() -> None:
+    """`--only` looks at docstrings; they must agree with what the check returns."""
+    checks = [check for module in MODULES for check in module.CHECKS]
+    assert set(variance.CHECKS) <= set(checks)
+    assert len({check.__doc__ for check in checks}) == len(checks)
+    for check in checks:
+        if check is not weights.better_reconstruction:
+            assert check.__doc__.split(":")[0] == check(1).source
