@@ -18,6 +18,21 @@ COMMANDS = (
         ("wsae demo", "wsae demo --model gpt2 --text notes.txt --hook h.6 --out runs/mine"),
     ),
     Command(
+        "theory",
+        "every claim of the paper's theory, checked numerically, with counterexamples",
+        ("wsae theory", 'wsae theory --only "Theorem 3"', "wsae theory --out theory"),
+    ),
+    Command(
+        "toy",
+        "toy models and families of SAEs over sparsity levels: do they recover the truth?",
+        ("wsae toy", "wsae toy --sparsity 0.9 0.99 --activation relu topk --gamma variance whiten"),
+    ),
+    Command(
+        "reproduce",
+        "a figure of the paper measured again, its statement beside what was found",
+        ("wsae reproduce figure3", "wsae reproduce figure2 --preset paper --out runs/paper"),
+    ),
+    Command(
         "doctor",
         "before you spend hours: will this model, text and configuration work here?",
         (
@@ -74,7 +89,7 @@ Every command takes:
 Exit codes: 0 done; 1 a check failed or something broke; 2 bad input, nothing
 written; 130 interrupted."""
 
-_FLOW = ("wsae demo", COMMANDS[1].examples[0], *(c.examples[0] for c in COMMANDS[2:]))
+_FLOW = tuple(command.examples[0] for command in COMMANDS)
 
 
 def names() -> tuple[str, ...]:
