@@ -26,7 +26,8 @@ METRICS: dict[str, Metric] = {
     "fvu_weighted": Metric(
         "Weighted FVU",
         "sum_t |Gamma (x_t - x_hat_t)|^2 / sum_t |Gamma (x_t - mean)|^2, "
-        "Gamma = diag(gamma) of the member itself, or its matrix (rule whiten); in a comparison both sides are measured under the first member's Gamma",
+        "Gamma = diag(gamma) of the member itself, or its matrix (rule whiten); "
+        "in a comparison both sides are measured under the first member's Gamma",
         LOWER,
     ),
     "ev_dim_mean": Metric(
