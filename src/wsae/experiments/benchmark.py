@@ -87,11 +87,10 @@ def run_benchmark(
 
 
 def _size(preset: Preset) -> tuple[int, int, TrainingConfig]:
-    n, seeds, steps = {"tiny": (30, 2, 60), "small": (60, 3, 1000), "paper": (100, 5, 2000)}[preset]
-    batch = 64 if preset == "tiny" else 256
+    n, seeds, steps = {"tiny": (30, 2, 60), "small": (60, 3, 1000), "paper": (100, 3, 2000)}[preset]
     base = training(preset, steps=steps)
     rows = 512 if preset == "tiny" else 2048
-    return n, seeds, base.model_copy(update={"batch_size": batch, "unit_scale": True, "rows": rows})
+    return n, seeds, base.model_copy(update={"unit_scale": True, "rows": rows})
 
 
 def _toy_configs(n: int, seeds: int, seed: int, steps: int) -> list[ToyModelConfig]:

@@ -39,8 +39,8 @@ _SIZES: dict[Preset, dict[str, Any]] = {
     },
 }
 _TRAINING: dict[Preset, TrainingConfig] = {
-    "paper": TrainingConfig(bank=BankConfig(steps=5000), batch_size=256),
-    "small": TrainingConfig(bank=BankConfig(steps=2000), batch_size=256),
+    "paper": TrainingConfig(bank=BankConfig(steps=5000), batch_size=128),
+    "small": TrainingConfig(bank=BankConfig(steps=2000), batch_size=128),
     "tiny": TrainingConfig(
         bank=BankConfig(steps=200), batch_size=64, statistics_rows=4096, rows=512
     ),
@@ -61,6 +61,7 @@ def toy_sweep(preset: Preset, seed: int = 0, **changes: Any) -> ToySweepConfig:
 
 
 def training(preset: Preset, **bank: Any) -> TrainingConfig:
-    """Return a preset's training with some of the bank's settings changed."""
+    """Return a preset's training, in batches of 256 where it is not tiny, with some of the bank's settings changed."""
     base = _TRAINING[preset]
-    return base.model_copy(update={"bank": base.bank.model_copy(update=bank)})
+    batch = base.batch_size if preset == "tiny" else 256
+    return base.model_copy(update={"batch_size": batch, "bank": base.bank.model_copy(update=bank)})

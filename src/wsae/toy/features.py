@@ -13,6 +13,8 @@ from wsae.toy.config import FeatureConfig
 from wsae.toy.draws import Draw, Recipe, generator
 
 _Key = tuple[Draw, int]
+_WORTH_THREADS = 1 << 20
+"""Numbers in a batch from which drawing seeds side by side pays for starting threads."""
 
 
 class FeatureStream:
@@ -62,7 +64,8 @@ class FeatureStream:
         for key in missing:
             self._draws.setdefault(key, torch.empty(self.rows, self.n_features))
             self._drawn[key] = step
-        threads = min(len(missing), torch.get_num_threads())
+        work = len(missing) * self.rows * self.n_features
+        threads = min(len(missing), torch.get_num_threads()) if work > _WORTH_THREADS else 1
         if threads <= 1:
             for key in missing:
                 self._fill(key, step)

@@ -45,7 +45,7 @@ def train_bank(
     chunks = make_chunks(entries, first.shape[1], cfg, device)
     rows = -(-cfg.steps // cfg.log_every)
     record = np.zeros((rows, len(entries)))
-    with _workers(device, threads) as run_all, progress("train", cfg.steps, "steps") as tick:
+    with _workers(device, threads, len(chunks)) as run_all, progress("train", cfg.steps, "steps") as tick:
         for step in range(cfg.steps):
             x = batches(step).to(device=device, dtype=chunks[0].dtype)
             run_all([(chunk, x, step, cfg) for chunk in chunks])
@@ -101,17 +101,20 @@ def _record(row: np.ndarray, chunks: list[Chunk], step: int, cfg: BankConfig) ->
 
 
 @contextmanager
-def _workers(device: str, threads: int | None):
+def _workers(device: str, threads: int | None, chunks: int):
     """Yield a function that runs every chunk's step: side by side on a CPU, in turn elsewhere."""
-    count = threads or torch.get_num_threads()
-    if device != "cpu" or count == 1:
+    if device != "cpu":
         yield lambda jobs: [chunk_step(*job) for job in jobs]
         return
     before = torch.get_num_threads()
+    count = min(threads or before, chunks)
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(count, "wsae-bank", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield lambda jobs: list(pool.map(lambda job: chunk_step(*job), jobs))
+        if count == 1:
+            yield lambda jobs: [chunk_step(*job) for job in jobs]
+        else:
+            yield lambda jobs: list(pool.map(lambda job: chunk_step(*job), jobs))
     finally:
         pool.shutdown()
         torch.set_num_threads(before)

@@ -1,0 +1,235 @@
+"""`wsae toy`: toy models and families of SAEs over sparsity levels, scored against the truth."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, Number, Place
+from wsae.cli.ui import UI
+from wsae.core.config import Config
+from wsae.core.errors import UserError
+from wsae.evals.recovery.glossary import RECOVERY
+from wsae.losses.config import GammaConfig, Normalise
+from wsae.sae.config import Kind
+
+if TYPE_CHECKING:
+    from wsae.experiments.sweep.config import ToySweepConfig
+
+ABOUT = """\
+Train toy models of superposition over sparsity levels S, and on each a family of SAEs: every kind with every
+loss weight, beside its plain twin. The true features are known, so it shows what was recovered.
+What is finished in OUT is not run again; toy models are kept for other SAEs.
+The defaults take about half a minute on two cores."""
+
+WorldRule = Literal["none", "variance", "latent_variance", "gap", "whiten"]
+TOY_LR, TOY_DECAY = 2e-3, 0.5
+RECORDS = 20
+"""Stretches of training whose mean loss is kept, at least."""
+
+
+class SAEFlags(Config):
+    """The SAEs and their training."""
+
+    d_sae: MaybeCount = None
+    """Latents; none means n-features."""
+    activation: Annotated[tuple[Kind, ...], tyro.conf.arg(metavar="KIND ...")] = (
+        "relu",
+        "topk",
+    )
+    """Kinds of SAE: relu, topk, group_topk, batch_topk, jumprelu."""
+    k: MaybeCount = None
+    """Active latents per sample of the Top-k kinds; none means the truth's mean number of active features."""
+    tied: bool = True
+    """Kind relu in the theory's form: decoder = encoder transposed, no biases. Other kinds are never tied."""
+    l1: Number = 0.0
+    """L1 penalty on the latents of the kind relu."""
+    l0: Number = 0.03
+    """L0 penalty of the kind jumprelu."""
+    gamma: Annotated[tuple[WorldRule, ...], tyro.conf.arg(metavar="RULE ...")] = (
+        "variance",
+        "whiten",
+    )
+    """What the loss weights follow: none, variance, latent_variance, gap, whiten. The plain twin is always there."""
+    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...")] = ()
+    """Exponents of the weights, each with every rule; none means 1."""
+    normalise: Normalise = "rms"
+    """Scale of the weights: rms makes their mean square 1; none is the paper's raw s^alpha."""
+    steps: Count = 1500
+    """Optimiser steps of every SAE."""
+    batch_size: Count = 256
+    """Fresh rows per step."""
+    lr: Number = 3e-3
+    """Peak learning rate."""
+
+
+class Flags(Config):
+    """Flags of `wsae toy`."""
+
+    n_features: Count = 64
+    """True features of a world."""
+    d_in: Count = 16
+    """Width of the toy models' hidden layer, so of the SAEs' input."""
+    sparsity: Annotated[tuple[float, ...], tyro.conf.arg(metavar="S ...")] = (0.0, 0.9, 0.97)
+    """Levels of S: each feature is 0 with probability S, else uniform on (0, 1]."""
+    importance: Literal["equal", "decay"] = "equal"
+    """Weights of the features in the toy models' loss: all 1, or from 1 down to 0.01."""
+    toy_steps: Count = 3000
+    """Training steps of a toy model."""
+    seeds: Count = 3
+    """SAEs per method and level; intervals are over seeds."""
+    toy_seeds: Literal["one", "each"] = "each"
+    """one: a level's toy model serves all its seeds, as in the paper; each: every seed has a world of its own."""
+    saes: tyro.conf.OmitArgPrefixes[SAEFlags] = SAEFlags()
+    """The SAEs and their training."""
+    score: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (
+        "fvu",
+        "mcc_direction",
+        "mcc_code",
+        "gt_scaled_rel",
+        "activated_participation",
+    )
+    """Scores to show, by their keys in docs/metrics.md; rows.json holds all."""
+    out: Place = Path("toy-out")
+    """Directory of the toy models and the results."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Run the sweep and return its rows, summaries and differences."""
+    from wsae.cli.runner import device
+    from wsae.experiments.toy import run_toy
+
+    cfg = config(flags)
+    where = "cpu" if flags.common.device == "auto" else device(flags.common.device)
+    scores = tuple(dict.fromkeys(flags.score))
+    return run_toy(cfg, scores, flags.out, where, ui.progress, ui.note)
+
+
+def config(flags: Flags) -> "ToySweepConfig":
+    """Return the sweep these flags describe; raises UserError in one line."""
+    from wsae.experiments.sweep.config import ToySweepConfig
+    from wsae.experiments.toy import TOP_K, toy_methods
+
+    _check(flags, TOP_K)
+    saes = flags.saes
+    names = ("tied", "l1", "l0", "lr")
+    fields = {name: getattr(saes, name) for name in names}
+    fields["d_sae"] = flags.n_features if saes.d_sae is None else saes.d_sae
+    decay = {"kind": "decay", "last": 0.01}
+    data = {
+        "n_features": flags.n_features,
+        "d_in": flags.d_in,
+        "sparsities": tuple(dict.fromkeys(flags.sparsity)),
+        "seeds": flags.seeds,
+        "toy_seeds": flags.toy_seeds,
+        "importance": decay if flags.importance == "decay" else {"kind": "equal"},
+        "methods": toy_methods(saes.activation, _rules(saes), saes.k, **fields),
+        "training": {
+            "bank": {"steps": saes.steps, "log_every": max(1, min(50, saes.steps // RECORDS))},
+            "batch_size": saes.batch_size,
+            "unit_scale": True,
+        },
+        "toy_steps": flags.toy_steps,
+        "toy_lr": TOY_LR,
+        "toy_decay": TOY_DECAY,
+        "seed": flags.common.seed,
+    }
+    return ToySweepConfig.parse(data, where="flags")
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print a table of means and one of paired differences per score, then where the files are."""
+    for score in dict.fromkeys(line["score"] for line in result["summaries"]):
+        name, _, direction, _ = RECOVERY[score]
+        means = [line for line in result["summaries"] if line["score"] == score]
+        ui.say(f"{score}: {name}; {direction}")
+        ui.table("mean over seeds", *_pivot(means, "method", _mean))
+        paired = [line for line in result["differences"] if line["score"] == score]
+        if paired:
+            ui.table("minus the plain twin", *_pivot(paired, "a", _difference))
+        ui.say("")
+    settings, count = result["config"], len(result["differences"])
+    each = settings["toy_seeds"] == "each"
+    if settings["seeds"] == 1:
+        ui.say("one seed, so no intervals")
+    else:
+        worlds = "each its own world" if each else "all on one world per level"
+        ui.say(f"means and 95 % intervals over {settings['seeds']} seeds, {worlds}")
+    if count and settings["seeds"] > 1:
+        ui.say(f"*: leaves out 0; of {count} differences about {count / 20:.2g} do so by chance")
+    ui.say(
+        f"in its last tenth of training a loss fell by up to {result['loss_still_falling']:.1%} of its start"
+    )
+    ui.say("files: " + ", ".join(result["files"]))
+
+
+def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
+    """Say what is kept."""
+    from wsae.core.artifact import MANIFEST
+
+    if (flags.out / "toy" / MANIFEST).exists():
+        return f"{flags.out} keeps its toy models; the same command goes on from there"
+    return "no toy model is finished yet; the same command starts again"
+
+
+def _check(flags: Flags, with_k: tuple[str, ...]) -> None:
+    saes = flags.saes
+    if not saes.activation:
+        raise UserError("--activation: give at least one kind")
+    if not flags.sparsity:
+        raise UserError("--sparsity: give at least one level")
+    if saes.k is not None and not set(saes.activation) & set(with_k):
+        raise UserError(
+            f"--k {saes.k}: {saes.activation[0]} has no k; leave it out, or use --activation topk"
+        )
+    if not flags.score:
+        raise UserError("--score: give at least one name")
+    if flags.n_features < 1:
+        raise UserError(f"--n-features {flags.n_features}: a world has at least one")
+    if flags.common.seed < 0:
+        raise UserError(f"--seed {flags.common.seed}: use 0 or more")
+
+
+def _rules(saes: SAEFlags) -> list[GammaConfig]:
+    rules = [rule for rule in saes.gamma if rule != "none"]
+    if saes.alpha and not rules:
+        shown = " ".join(f"{alpha:g}" for alpha in saes.alpha)
+        raise UserError(
+            f"--alpha {shown}: no rule to apply it to; name one, as in --gamma variance"
+        )
+    parts = [(rule, alpha) for rule in rules for alpha in saes.alpha or (1.0,)]
+    return [
+        GammaConfig.parse(
+            {"rule": rule, "alpha": alpha, "normalise": saes.normalise}, where="flags"
+        )
+        for rule, alpha in parts
+    ]
+
+
+def _pivot(
+    lines: list[dict[str, Any]], key: str, cell: Callable[[dict[str, Any]], str]
+) -> tuple[list[str], list[list[str]]]:
+    levels = list(dict.fromkeys(line["sparsity"] for line in lines))
+    by_name: dict[str, dict[float, str]] = {}
+    for line in lines:
+        by_name.setdefault(line[key], {})[line["sparsity"]] = cell(line)
+    rows = [[name, *(cells.get(s, "-") for s in levels)] for name, cells in by_name.items()]
+    return ["method", *(f"S = {level:g}" for level in levels)], rows
+
+
+def _mean(line: dict[str, Any]) -> str:
+    return f"{line['value']:.3g}{_half(line)}"
+
+
+def _difference(line: dict[str, Any]) -> str:
+    low, high = line["low"], line["high"]
+    sure = low is not None and low * high > 0
+    return f"{line['value']:+.3g}{_half(line)}{' *' if sure else ''}"
+
+
+def _half(line: dict[str, Any]) -> str:
+    """Half the interval's width; Student's interval is symmetric."""
+    return "" if line["low"] is None else f" ±{(line['high'] - line['low']) / 2:.2g}"
