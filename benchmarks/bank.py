@@ -70,11 +70,16 @@ Side = Callable[[], float]
 """Runs once and returns seconds per member and step."""
 
 
+STRETCH = 10
+"""Steps between two records of the losses, where the threads meet (50 by default)."""
+
+
 class Clock:
-    """A progress callback that notes when each step ended."""
+    """A progress callback that notes when each stretch of steps ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.steps: list[int] = []
 
     @contextmanager
     def __call__(self, task: str, total: int | None, unit: str, done: int = 0) -> Iterator:  # noqa: ARG002
@@ -82,10 +87,11 @@ class Clock:
 
     def tick(self, n: int, **fields: float | str) -> None:  # noqa: ARG002
         self.times.append(time.perf_counter())
+        self.steps.append(n)
 
     def per_step(self) -> float:
-        """Mean over all steps but the first, which allocates."""
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        """Mean over all stretches but the first, in which buffers are made."""
+        return (self.times[-1] - self.times[0]) / sum(self.steps[1:])
 
 
 def worlds(n: int, levels: Sequence[float], seeds: int) -> list[Trial]:
@@ -101,13 +107,16 @@ def member(d_sae: int, tied: bool) -> MemberConfig:
     return MemberConfig(d_sae=d_sae, activation=ReLU(), tied=tied, lr=1e-3, auxk=0.0)
 
 
+def data(trials: Sequence[Trial], batch: int):
+    return lambda worlds: Rows([trials[w] for w in worlds], "train", batch).acts
+
+
 def bank_side(
     trials: Sequence[Trial], each: int, cfg: MemberConfig, batch: int, steps: int
 ) -> Side:
     """`each` members per world: the plain one and others with weights."""
 
     def run() -> float:
-        rows = Rows(trials, "train", batch)
         weights = torch.linspace(0.5, 1.5, D_IN)
         entries = [
             make_entry(cfg, weights**i, world=w, seed=i)
@@ -115,7 +124,12 @@ def bank_side(
             for i in range(each)
         ]
         clock = Clock()
-        train_bank(entries, rows.acts, BankConfig(steps=steps + 1), progress=clock)
+        train_bank(
+            entries,
+            data(trials, batch),
+            BankConfig(steps=steps + STRETCH, log_every=STRETCH),
+            progress=clock,
+        )
         return clock.per_step() / len(entries)
 
     return run
@@ -125,9 +139,14 @@ def lone_side(trial: Trial, cfg: MemberConfig, batch: int, steps: int) -> Side:
     """A bank of one member, with its own data."""
 
     def run() -> float:
-        rows, clock = Rows([trial], "train", batch), Clock()
+        clock = Clock()
         entry = make_entry(cfg, torch.ones(D_IN))
-        train_bank([entry], rows.acts, BankConfig(steps=steps + 1), progress=clock)
+        train_bank(
+            [entry],
+            data([trial], batch),
+            BankConfig(steps=steps + STRETCH, log_every=STRETCH),
+            progress=clock,
+        )
         return clock.per_step()
 
     return run

@@ -25,6 +25,10 @@ def batches(step: int) -> torch.Tensor:
     return torch.randn(WORLDS, BATCH, D_IN, generator=generator) + 0.3
 
 
+def data(worlds: list[int]):
+    return lambda step: batches(step)[worlds]
+
+
 def gamma(seed: int, matrix: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (D_IN, D_IN) if matrix else (D_IN,)
@@ -93,7 +97,7 @@ def test_a_member_is_what_the_main_trainer_makes_of_it(kind, fields, weights):
 
     entry = make_entry(cfg, gamma(0), mean, world=1)
     shared = BankConfig(steps=steps, warmup=0.1, decay=0.3, dead_after=40)
-    train_bank([make_entry(member(tied=True), gamma(2)), entry], batches, shared)
+    train_bank([make_entry(member(tied=True), gamma(2)), entry], data, shared)
     for name, tensor in alone.sae.state_dict().items():
         torch.testing.assert_close(
             entry.sae.state_dict()[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: n + m
@@ -114,24 +118,24 @@ def mixed() -> list[Entry]:
 def test_a_member_equals_its_lone_run(optimizer, monkeypatch):
     cfg = BankConfig(steps=60, dtype="float64", optimizer=optimizer, log_every=7)
     together = mixed()
-    record = train_bank(together, batches, cfg)
+    record = train_bank(together, data, cfg)
     alone = mixed()
     for i, entry in enumerate(alone):
-        lone = train_bank([entry], batches, cfg)
+        lone = train_bank([entry], data, cfg)
         torch.testing.assert_close(entry.sae.W_dec, together[i].sae.W_dec, rtol=1e-6, atol=1e-7)
         assert lone[:, 0] == pytest.approx(record[:, i], rel=1e-8)
     assert record.shape == (9, len(together))
     assert (record[-1] < record[0]).all()
     monkeypatch.setattr(bank_run, "CHUNK_BYTES", 1)
     split = mixed()
-    assert len(bank_run.make_chunks(split, BATCH, cfg)) == len(split)
-    assert train_bank(split, batches, cfg, threads=2) == pytest.approx(record, rel=1e-8)
+    assert len(bank_run.make_chunks(split, data, cfg)) == len(split)
+    assert train_bank(split, data, cfg, threads=2) == pytest.approx(record, rel=1e-8)
 
 
 def test_a_bank_repeats_to_the_bit():
     first, second = mixed(), mixed()
     cfg = BankConfig(steps=20)
-    assert (train_bank(first, batches, cfg) == train_bank(second, batches, cfg)).all()
+    assert (train_bank(first, data, cfg) == train_bank(second, data, cfg)).all()
     for a, b in zip(first, second, strict=True):
         assert all(
             torch.equal(x, y) for x, y in zip(a.sae.parameters(), b.sae.parameters(), strict=True)
@@ -140,10 +144,12 @@ def test_a_bank_repeats_to_the_bit():
 
 def test_a_diverging_member_is_named():
     entries = [make_entry(member(tied=True), gamma(0)), make_entry(member(lr=1e30), gamma(0))]
-    with pytest.raises(UserError, match=r"member 1: its loss is .* lower its learning rate"):
-        train_bank(entries, batches, BankConfig(steps=50, log_every=10))
+    with pytest.raises(
+        UserError, match=r"member 1 \(plain\): its loss is .* lower its learning rate"
+    ):
+        train_bank(entries, data, BankConfig(steps=50, log_every=10))
 
 
 def test_an_empty_bank_is_refused():
     with pytest.raises(UserError, match="no members"):
-        train_bank([], batches, BankConfig())
+        train_bank([], data, BankConfig())

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from wsae.core.artifact import write_json
 from wsae.core.progress import Progress, quiet
 from wsae.experiments.presets import Preset, training
 from wsae.experiments.sweep.config import Method, TrainingConfig
-from wsae.experiments.sweep.run import toy_models
+from wsae.experiments.sweep.run import ROWS, read_rows, toy_models, write_rows
 from wsae.experiments.sweep.scoring import RANDOM, Row, score_trials
 from wsae.experiments.sweep.table import differences, mean_interval, select, series
 from wsae.experiments.sweep.training import train_trials
@@ -24,7 +23,8 @@ from wsae.train.config import MemberConfig
 
 SCORES = ("mcc_direction", "mcc_code", "gt_scaled_rel")
 CHOSEN_BY = "gt_scaled_rel"
-"""A penalty's coefficient is the best of its grid by this score against the truth, for every rule alike."""
+"""A penalty's coefficient is the best of its grid by this score against the truth, for every rule alike. The same rows
+then make the tables, so kinds with a grid (L1, JumpReLU) look a little better beside kinds without one."""
 RULES = {
     "plain": GammaConfig(),
     "variance 1": GammaConfig(rule="variance", alpha=1.0),
@@ -68,22 +68,28 @@ def run_benchmark(
     """Train and score every method on every world; return the tables and the file with every SAE's scores."""
     n, seeds, cfg = _size(preset)
     toys = _toy_configs(n, seeds, seed, 200 if preset == "tiny" else 3000)
-    models = toy_models(toys, out / "toy-recovery", device, progress)
-    groups = _groups(models, n, seeds, seed)
-    rows: list[Row] = []
-    for group in groups:
-        width = group[0].features.n_features
-        methods = benchmark_methods(width)
-        say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
-        trained = train_trials(group, methods, cfg, device, progress)
-        rows += score_trials(group, trained, cfg, progress)
-    path = out / "recovery-rows.json"
-    write_json(path, rows)
+    settings = {
+        "training": cfg.to_dict(),
+        "methods": [method.to_dict() for method in benchmark_methods(n)],
+        "toys": [toy.to_dict() for toy in toys],
+    }
+    place = out / "recovery"
+    rows = read_rows(settings, place)
+    if rows is None:
+        models = toy_models(toys, out / "toy-recovery", device, progress)
+        rows = []
+        for group in _groups(models, n, seeds, seed):
+            width = group[0].features.n_features
+            methods = benchmark_methods(width)
+            say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
+            trained = train_trials(group, methods, cfg, device, progress)
+            rows += score_trials(group, trained, cfg, progress)
+        write_rows(rows, settings, place)
     worlds = list(dict.fromkeys(row["world"] for row in rows))
     chosen = best_of_grid(rows)
     tables = {f"{score}, plain": plain_table(chosen, worlds, score) for score in SCORES}
     tables |= {f"{score}, rule minus plain": rule_table(chosen, worlds, score) for score in SCORES}
-    return {"tables": tables, "saes": len(rows)}, [path]
+    return {"tables": tables, "saes": len(rows)}, [place / ROWS]
 
 
 def _size(preset: Preset) -> tuple[int, int, TrainingConfig]:

@@ -107,7 +107,7 @@ def figure3_panel(
         f"at most {largest.value:+.2%}{interval(largest)}"
     )
     if lower is None:
-        ratio = max(abs(d.value) for d in low.values())
+        ratio = abs(mean_interval([d.value for d in low.values()]).value)
         verdict = "reproduced" if ratio < 0.1 else "partly" if ratio < 0.5 else "not reproduced"
     else:
         verdict = judged(found, lower, NEGLIGIBLE)

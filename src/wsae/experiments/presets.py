@@ -39,8 +39,8 @@ _SIZES: dict[Preset, dict[str, Any]] = {
     },
 }
 _TRAINING: dict[Preset, TrainingConfig] = {
-    "paper": TrainingConfig(bank=BankConfig(steps=5000), batch_size=128),
-    "small": TrainingConfig(bank=BankConfig(steps=2000), batch_size=128),
+    "paper": TrainingConfig(bank=BankConfig(steps=10_000, decay=0.5), batch_size=32),
+    "small": TrainingConfig(bank=BankConfig(steps=4000, decay=0.5), batch_size=32),
     "tiny": TrainingConfig(
         bank=BankConfig(steps=200), batch_size=64, statistics_rows=4096, rows=512
     ),

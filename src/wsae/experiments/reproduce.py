@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wsae.core.artifact import write_json
+from wsae.core.artifact import locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.experiments.benchmark import run_benchmark
 from wsae.experiments.figures import figure2, figure3
@@ -43,19 +43,23 @@ def reproduce(name: Name, setting: Setting) -> dict[str, Any]:
     Figures 2 and 3 share one sweep. `readings` tries every reading of what the paper leaves open; `recovery` is the
     wider benchmark of methods, gamma rules and worlds. Raises UserError as training does.
     """
-    at, out = setting, setting.out
-    files: list[Path] = []
+    out = setting.out
+    with locked(out):
+        result, files = _run(name, setting)
+        result = {"name": name, "preset": setting.preset, "seed": setting.seed, **result}
+        write_json(out / f"{name}.json", result)
+    return {**result, "files": [str(out / f"{name}.json"), *map(str, files)]}
+
+
+def _run(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:
     match name:
         case "figure2" | "figure3":
-            result, files = _figure(name, setting)
+            return _figure(name, at)
         case "readings":
-            found = run_readings(at.preset, out, at.seed, at.device, at.progress, at.say)
-            result = {"readings": found}
+            found = run_readings(at.preset, at.out, at.seed, at.device, at.progress, at.say)
+            return {"readings": found}, []
         case "recovery":
-            result, files = run_benchmark(at.preset, out, at.seed, at.device, at.progress, at.say)
-    result = {"name": name, "preset": at.preset, "seed": at.seed, **result}
-    write_json(out / f"{name}.json", result)
-    return {**result, "files": [str(out / f"{name}.json"), *map(str, files)]}
+            return run_benchmark(at.preset, at.out, at.seed, at.device, at.progress, at.say)
 
 
 def _figure(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:

@@ -9,7 +9,7 @@ from wsae.core.errors import UserError, nearest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.recovery.glossary import RECOVERY
 from wsae.experiments.sweep.config import Method, ToySweepConfig
-from wsae.experiments.sweep.run import ROWS, read_sweep, run_sweep
+from wsae.experiments.sweep.run import ROWS, read_rows, run_sweep
 from wsae.experiments.sweep.scoring import CLOSED_FORM, RANDOM, Row
 from wsae.experiments.sweep.table import Mean, differences, select, series
 from wsae.experiments.sweep.training import with_true_k
@@ -94,7 +94,7 @@ def run_toy(
     for note in check_toy(cfg, scores):
         say(f"note: {note}")
     with locked(out):
-        if read_sweep(cfg, out) is not None:
+        if read_rows(cfg.to_dict(), out) is not None:
             say(f"{out} holds this sweep already; it is read")
         elif (out / MANIFEST).exists():
             say(f"{out} holds a sweep of other settings; its rows are replaced")

@@ -9,7 +9,14 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
-from wsae.toy.config import Correlated, FeatureConfig, Hierarchical, Magnitudes, ZipfRates
+from wsae.toy.config import (
+    Correlated,
+    FeatureConfig,
+    Hierarchical,
+    Independent,
+    Magnitudes,
+    ZipfRates,
+)
 
 Draw = Literal["uniform", "normal"]
 _SMALLEST = np.float32(2.0**-25)
@@ -86,17 +93,19 @@ class Recipe:
         self.needs: tuple[Draw, ...] = ("uniform",)
         if isinstance(cfg.structure, Correlated):
             self.needs = ("uniform", "normal")
-        self._rate = _per_draw(self._chance())
+        self.rate = _per_draw(self._chance())
+        """-1 / q: one number where all features share it, else [n_features]."""
+        silent, own = cfg.sparsity == 1, not isinstance(cfg.structure, Independent)
+        self.finished = not (silent or own or cfg.magnitudes != "uniform")
+        """Whether x = max(1 - r / q, 0) is all there is to do."""
 
-    def fill(
+    def finish(
         self, draws: dict[Draw, Float32[Tensor, "rows n"]], out: Float32[Tensor, "rows n"]
     ) -> None:
-        """Write features of `draws` [rows, n_features] into `out`."""
+        """Turn max(1 - r / q, 0) in `out` [rows, n_features] into features: structure, then magnitudes."""
         if self._cfg.sparsity == 1:
             out.zero_()
             return
-        # three separate operations: a fused one would round differently at the ends of a vector
-        torch.mul(draws["uniform"], self._rate, out=out).add_(1.0).clamp_min_(0.0)
         match self._cfg.structure:
             case Hierarchical(children=children):
                 for first in range(1, children + 1):
@@ -124,10 +133,10 @@ class Recipe:
         return ndtri(1.0 - self._p).astype(np.float32)
 
 
-def _per_draw(q: Float64[np.ndarray, " n_features"]) -> Float32[Tensor, "..."]:
-    """Return -1 / q, as one number where all are equal: scalars are faster."""
+def _per_draw(q: Float64[np.ndarray, " n_features"]) -> Float32[Tensor, "_"]:
+    """Return -1 / q, as one number where all are equal."""
     rate = torch.from_numpy(-1.0 / np.maximum(q, 1e-30)).float()
-    return rate[0] if bool((rate == rate[0]).all()) else rate
+    return rate[:1] if bool((rate == rate[0]).all()) else rate
 
 
 def _weights(cfg: FeatureConfig) -> Float64[np.ndarray, " n_features"]:

@@ -38,7 +38,13 @@ class FeatureStream:
         self.rows, self.n_features = rows, sizes.pop()
         self._recipes = [Recipe(cfg) for cfg in cfgs]
         self._seeds, self._device = list(seeds), device
-        self._draws: dict[_Key, Tensor] = {}
+        places = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
+        self._place = torch.tensor([places[seed] for seed in seeds])
+        self._uniform = torch.empty(len(places), rows, self.n_features)
+        self._rate = _stacked([recipe.rate for recipe in self._recipes], self.n_features)
+        self._draws: dict[_Key, Tensor] = {
+            ("uniform", seed): self._uniform[i] for seed, i in places.items()
+        }
         self._drawn: dict[_Key, int] = {}
         self._out = torch.empty(0, rows, self.n_features)
 
@@ -52,11 +58,18 @@ class FeatureStream:
         self._draw(
             step, [(kind, self._seeds[w]) for w in worlds for kind in self._recipes[w].needs]
         )
+        out = self._out[: len(worlds)]
+        torch.index_select(self._uniform, 0, self._place[first:last], out=out)
+        # separate operations: a fused one would round differently at the ends of a vector
+        out.mul_(self._rate[first:last]).add_(1.0).clamp_min_(0.0)
         for place, w in enumerate(worlds):
             recipe = self._recipes[w]
-            draws: dict[Draw, Tensor] = {k: self._draws[k, self._seeds[w]] for k in recipe.needs}
-            recipe.fill(draws, self._out[place])
-        return self._out[: len(worlds)].to(self._device)
+            if not recipe.finished:
+                draws: dict[Draw, Tensor] = {
+                    kind: self._draws[kind, self._seeds[w]] for kind in recipe.needs
+                }
+                recipe.finish(draws, out[place])
+        return out.to(self._device)
 
     def _draw(self, step: int, keys: list[_Key]) -> None:
         """Fill the buffers of `keys` that hold another step."""
@@ -80,3 +93,9 @@ class FeatureStream:
             stream.random(dtype=np.float32, out=out)
         else:
             stream.standard_normal(dtype=np.float32, out=out)
+
+
+def _stacked(rates: list[Tensor], n: int) -> Float32[Tensor, "worlds 1 _"]:
+    """Return the worlds' rates side by side, one number each where no world needs more."""
+    wide = any(len(rate) > 1 for rate in rates)
+    return torch.stack([rate.expand(n) if wide else rate for rate in rates])[:, None]

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from wsae.core.config import Config
 from wsae.evals.recovery.options import RecoveryConfig
@@ -65,7 +65,7 @@ class ToySweepConfig(Config):
     toy_lr: float = Field(default=1e-3, gt=0)
     toy_decay: float = Field(default=0.0, ge=0, le=1)
     """Share of the toy models' steps, at the end, over which their learning rate falls to 0."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _levels_make_sense(self) -> "ToySweepConfig":
@@ -74,6 +74,8 @@ class ToySweepConfig(Config):
                 raise ValueError(f"sparsity {level:g}: a probability, so from 0 to 1")
             if level == 1:
                 raise ValueError("sparsity 1: no feature is ever active, so there is no signal")
+        if len(set(self.sparsities)) < len(self.sparsities):
+            raise ValueError("a sparsity level is given twice; its SAEs would count as other seeds")
         names = [method.name for method in self.methods]
         if len(set(names)) < len(names):
             raise ValueError(f"two methods of one name among {', '.join(names)}; rename one")

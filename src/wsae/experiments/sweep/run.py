@@ -28,26 +28,31 @@ def run_sweep(
     Rows are written to `out`; a finished sweep of the same settings is read, not run again.
     Raises UserError as training does.
     """
-    done = read_sweep(cfg, out)
+    done = read_rows(cfg.to_dict(), out)
     if done is not None:
         return done
     models = toy_models(cfg.toy_models(), toys or out / "toy", device, progress)
     trials = toy_trials(cfg, models)
     trained = train_trials(trials, cfg.methods, cfg.training, device, progress)
     rows = score_trials(trials, trained, cfg.training, progress)
-    write_json(out / ROWS, rows)
-    write_manifest(out, "sweep", cfg.to_dict(), [ROWS], info={"rows": len(rows)})
+    write_rows(rows, cfg.to_dict(), out)
     return rows
 
 
-def read_sweep(cfg: ToySweepConfig, out: Path) -> list[Row] | None:
+def write_rows(rows: list[Row], settings: dict[str, Any], out: Path) -> None:
+    """Write the rows of a finished sweep, its settings in the manifest."""
+    write_json(out / ROWS, rows)
+    write_manifest(out, "sweep", settings, [ROWS], info={"rows": len(rows)})
+
+
+def read_rows(settings: dict[str, Any], out: Path) -> list[Row] | None:
     """Return the rows of a finished sweep of these settings in `out`, or None."""
     if not (out / MANIFEST).exists():
         return None
     manifest = read_manifest(out, "sweep")
-    if manifest.config != as_stored(cfg.to_dict()):
+    if manifest.config != as_stored(settings):
         return None
-    rows: list[dict[str, Any]] = read_json(out / ROWS)
+    rows: list[Row] = read_json(out / ROWS)
     return rows
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.experiments.sweep.config import Method, TrainingConfig
@@ -19,6 +20,7 @@ from wsae.losses.weigh import Weights
 from wsae.sae.model import SparseAutoencoder
 from wsae.stats.covariance import Covariance
 from wsae.toy.config import FeatureConfig
+from wsae.train.bank.chunk import Batches
 from wsae.train.bank.entry import Entry, make_entry
 from wsae.train.bank.run import train_bank
 from wsae.train.config import MemberConfig
@@ -36,7 +38,7 @@ class Trained:
     losses: Float[np.ndarray, "records saes"]
     """Mean weighted reconstruction loss over each stretch of steps, in the units trained in."""
     settled: list[float]
-    """How much the loss still fell at the end, as a share of what it began with."""
+    """Fall of the loss over the last tenth of the records, as a share of the first record."""
 
 
 def train_trials(
@@ -57,13 +59,14 @@ def train_trials(
         for method in methods:
             entries.append(_entry(method, trial, statistics[w], scales[w], w))
             labels.append({**trial.labels, "method": method.name})
-    rows = Rows(trials, "train", cfg.batch_size)
-    divisor = torch.tensor(scales)[:, None, None]
+    divisor = torch.tensor(scales)
 
-    def batches(step: int) -> Tensor:
-        return rows.acts(step).div_(divisor)
+    def data(worlds: list[int]) -> Batches:
+        rows = Rows([trials[w] for w in worlds], "train", cfg.batch_size)
+        scale = divisor[worlds][:, None, None]
+        return lambda step: rows.acts(step).div_(scale)
 
-    losses = train_bank(entries, batches, cfg.bank, device, progress=progress)
+    losses = train_bank(entries, data, cfg.bank, device, progress=progress)
     owners = [entry.world for entry in entries]
     saes = [_finished(entry.sae, scales[entry.world]) for entry in entries]
     return Trained(saes, labels, owners, losses, _settled(losses))
@@ -117,6 +120,10 @@ def _entry(method: Method, trial: Trial, statistics: Covariance, scale: float, w
 
 
 def _scale(covariance: Tensor) -> float:
+    if not bool(covariance.diagonal().any()):
+        raise UserError(
+            "a world's activations never vary (S too near 1?); there is nothing to learn"
+        )
     return 2.0 ** round(0.5 * float(covariance.diagonal().mean().log2()))
 
 

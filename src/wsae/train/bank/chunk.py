@@ -1,7 +1,8 @@
 """One chunk of a bank: a stack of SAEs with its optimiser, and its training step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -18,6 +19,19 @@ from wsae.train.bank.relu import Scratch, relu_gradients
 from wsae.train.member import GAMMA_EVERY, THRESHOLD_DECAY
 from wsae.train.schedule import lr_factor
 
+Batches = Callable[[int], Float[Tensor, "worlds batch d_in"]]
+"""Step -> activations of some worlds, valid until the next call; a pure function of the step."""
+
+
+class Source(NamedTuple):
+    """Where a chunk's activations come from."""
+
+    worlds: list[int]
+    """Numbers of the worlds, in the order of the batches' first axis."""
+    batch: int
+    """Rows per step."""
+    batches: Batches
+
 
 @dataclass
 class Chunk:
@@ -25,7 +39,9 @@ class Chunk:
 
     members: list[int]
     """Their places among the bank's entries."""
-    worlds: Int64[Tensor, " members"]
+    batches: Batches
+    world: Int64[Tensor, " members"]
+    """Each member's place on the batches' first axis."""
     stack: Stack
     optimizer: torch.optim.Optimizer
     lr: float
@@ -48,11 +64,6 @@ class Chunk:
     scratch: Scratch | None
     """Set where the step is written by hand: ReLU without revival."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
-        return self.stack.W_dec.dtype
-
     def write_gamma(self, saes: list[SparseAutoencoder]) -> None:
         """Copy gamma back where training moved it."""
         if self.rule is not None:
@@ -61,7 +72,7 @@ class Chunk:
 
 
 def make_chunk(
-    members: list[int], entries: Sequence[Entry], batch: int, cfg: BankConfig, device: str
+    members: list[int], entries: Sequence[Entry], source: Source, cfg: BankConfig, device: str
 ) -> Chunk:
     """Return the entries stacked at their start."""
     dtype = torch.float32 if cfg.dtype == "float32" else torch.float64
@@ -73,7 +84,8 @@ def make_chunk(
     by_hand = isinstance(stack.cfg.activation, ReLU) and not first.auxk and not first.l0
     return Chunk(
         members=members,
-        worlds=torch.tensor([entry.world for entry in entries], device=device),
+        batches=source.batches,
+        world=torch.tensor([source.worlds.index(entry.world) for entry in entries], device=device),
         stack=stack,
         optimizer=_optimizer(cfg, stack, lr),
         lr=lr,
@@ -85,11 +97,18 @@ def make_chunk(
         since_fired=torch.zeros(shape, dtype=torch.int64, device=device),
         dead=torch.zeros(shape, dtype=torch.bool, device=device),
         any_dead=False,
-        dead_rows=cfg.dead_after or max(batch, cfg.steps * batch // 5),
+        dead_rows=cfg.dead_after or max(source.batch, cfg.steps * source.batch // 5),
         latent_moments=torch.zeros(2, *shape, dtype=torch.float64, device=device),
         loss_sum=torch.zeros(len(entries), dtype=torch.float64, device=device),
-        scratch=Scratch.like(stack, batch) if by_hand else None,
+        scratch=Scratch.like(stack, source.batch) if by_hand else None,
     )
+
+
+def run_chunk(chunk: Chunk, steps: range, cfg: BankConfig) -> None:
+    """Train every member of a chunk for a stretch of steps."""
+    weights = chunk.stack.W_dec
+    for step in steps:
+        chunk_step(chunk, chunk.batches(step).to(weights.device, weights.dtype), step, cfg)
 
 
 def chunk_step(
@@ -100,7 +119,7 @@ def chunk_step(
     The members' losses are added, so each gets its own gradient; Adam and gradient descent work entry by entry.
     """
     stack = chunk.stack
-    x = x.index_select(0, chunk.worlds)
+    x = x.index_select(0, chunk.world)
     reconstruction, z = _by_hand(chunk, x) if chunk.scratch else _by_autograd(chunk, x)
     rate = chunk.lr * lr_factor(step, cfg.steps, cfg.warmup, cfg.decay)
     for group in chunk.optimizer.param_groups:
