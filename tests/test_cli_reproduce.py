@@ -54,7 +54,7 @@ def test_the_recovery_benchmark_fills_its_tables(tmp_path, capsys):
     assert all(len(row) == len(plain["header"]) for row in plain["rows"])
     ruled = found["tables"]["mcc_code, rule minus plain"]
     assert len(ruled["rows"]) == 50
-    rows = json.loads((tmp_path / "tiny/recovery-rows.json").read_text())
+    rows = json.loads((tmp_path / "tiny/recovery/rows.json").read_text())
     assert found["saes"] == len(rows)
 
 

@@ -60,8 +60,10 @@ def _figure2_panel(rows: Sequence[Row], score: str, words: str, shown: list[str]
     control = rank_correlation(random.levels, random.mean)
     down, steps = steps_down(plain.mean), len(plain.mean) - 1
     falls = down == steps
+    lowest = min(range(steps + 1), key=lambda i: plain.mean[i])
     ours = (
-        f"{plain.mean[0]:.3g} at S = {plain.levels[0]:g}, {plain.mean[-1]:.3g} at S = {plain.levels[-1]:g}; "
+        f"{plain.mean[0]:.3g} at S = {plain.levels[0]:g}, lowest {plain.mean[lowest]:.3g} at {plain.levels[lowest]:g}, "
+        f"{plain.mean[-1]:.3g} at {plain.levels[-1]:g}; "
         f"falls in {down} of {steps} steps (Spearman {rho:+.2f}); untrained SAE {control:+.2f}"
     )
     verdict = "reproduced" if falls else "partly" if rho < -0.8 else "not reproduced"

@@ -55,7 +55,9 @@ def _draw(ax: "Axes", panel: dict[str, Any], names: list[str], xlabel: str) -> N
         x, y = line["levels"], line["mean"]
         ax.plot(x, y, color=colour, ls=dash, marker=marker, ms=3.5, lw=1.5, label=line["method"])
         if all(edge is not None for edge in (*line["low"], *line["high"])):
-            ax.fill_between(x, line["low"], line["high"], color=colour, alpha=0.18, lw=0)
+            floor = [mean / 10 for mean in y] if panel.get("log") else line["low"]
+            low = [max(pair) for pair in zip(line["low"], floor, strict=True)]
+            ax.fill_between(x, low, line["high"], color=colour, alpha=0.18, lw=0)
     ax.set_title(panel["title"], loc="left", fontsize=9.5)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(panel["ylabel"], fontsize=9)
