@@ -16,7 +16,7 @@ from wsae.acts.decoding import decode_table
 from wsae.acts.flow import Flow, Step
 from wsae.acts.language import LanguageModel, load_language
 from wsae.acts.packing import START, Position
-from wsae.acts.stream import Batch, Chunk, State, check_batch_size, restored
+from wsae.acts.stream import Batch, Chunk, State, check_batch_size, position, restored
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import fingerprint
 from wsae.acts.tokens import TokenTable
@@ -143,13 +143,8 @@ class LiveStream:
 
     def state(self) -> State:
         """Return the exact position as JSON: the block's start in the text, and the batches used of it."""
-        return {
-            "batch_size": self._batch_size,
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "batch": self._batch,
-            "block": [self._number, self._skip, self._given, *self._start],
-        }
+        at = position(self._batch_size, self._seed, self._epoch, self._batch)
+        return {**at, "block": [self._number, self._skip, self._given, *self._start]}
 
     def _rows(self) -> int:
         assert self._block is not None

@@ -107,12 +107,12 @@ class ShuffledStream:
 
     def state(self) -> State:
         """Return the exact position as JSON."""
-        return {
-            "batch_size": self._batch_size,
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "batch": self._batch,
-        }
+        return position(self._batch_size, self._seed, self._epoch, self._batch)
+
+
+def position(batch_size: int, seed: int, epoch: int, batch: int) -> State:
+    """Return a stream's exact position as JSON; `restored` reads it."""
+    return {"batch_size": batch_size, "seed": seed, "epoch": epoch, "batch": batch}
 
 
 def restored(state: State, batch_size: int, seed: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from wsae.acts.stream import Batch, Chunk, State, check_batch_size, restored
+from wsae.acts.stream import Batch, Chunk, State, check_batch_size, position, restored
 from wsae.acts.tally import SourceStats, Tally
 from wsae.core.artifact import digest
 from wsae.core.errors import UserError
@@ -168,12 +168,7 @@ class BlockStream:
 
     def state(self) -> State:
         """Return the exact position as JSON."""
-        return {
-            "batch_size": self._batch_size,
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "batch": self._batch,
-        }
+        return position(self._batch_size, self._seed, self._epoch, self._batch)
 
     def _shuffled(self, slot: int) -> Float32[Tensor, "block d_in"]:
         """Return the block at position `slot` of this epoch; whole blocks change places, a last cut one stays last."""
