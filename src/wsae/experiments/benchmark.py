@@ -34,10 +34,10 @@ RULES = {
 }
 KINDS: dict[str, list[dict[str, Any]]] = {
     "tied ReLU": [{"activation": "relu", "tied": True}],
-    "ReLU + L1": [{"activation": "relu", "l1": c} for c in (0.03, 0.1, 0.3)],
+    "ReLU + L1": [{"activation": "relu", "l1": c} for c in (0.1, 0.3, 1.0, 3.0)],
     "Top-k": [{"activation": "topk", "auxk": 1 / 32}],
     "batch Top-k": [{"activation": "batch_topk", "auxk": 1 / 32}],
-    "JumpReLU": [{"activation": "jumprelu", "l0": c} for c in (0.01, 0.03, 0.1)],
+    "JumpReLU": [{"activation": "jumprelu", "l0": c} for c in (0.03, 0.1, 0.3, 1.0)],
 }
 _TOY = (0.5, 0.9, 0.99)
 
