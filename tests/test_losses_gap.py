@@ -72,8 +72,10 @@ def test_gap_weights_are_the_best_diagonal_found_by_direct_minimisation(
     best, diagonal = smallest_norm(
         W_p, lambda u: torch.diag(u / scale), np.ones(5), [(0, None)] * 5
     )
-    assert float(gap_norm(W_p, g.sqrt())) == pytest.approx(best, rel=1e-7)
-    torch.testing.assert_close(g * scale, diagonal.diagonal() * scale, rtol=1e-3, atol=1e-3)
+    ours = float(gap_norm(W_p, g.sqrt()))
+    assert ours <= best * (1 + 1e-7)  # the search can stop short of the minimum, never below it
+    if best <= ours * (1 + 1e-7):
+        torch.testing.assert_close(g * scale, diagonal.diagonal() * scale, rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
