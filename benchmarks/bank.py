@@ -31,7 +31,8 @@ from wsae.train.bank.config import BankConfig
 from wsae.train.bank.entry import make_entry
 from wsae.train.bank.run import train_bank
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.member import make_batch, make_member, train_step
+from wsae.train.state import make_batch, make_member
+from wsae.train.step import train_step
 
 D_IN = 20
 SEEDS = 5

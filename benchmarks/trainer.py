@@ -19,9 +19,10 @@ from wsae.losses.reconstruction import weighted_reconstruction_loss
 from wsae.sae import make_activation
 from wsae.sae.forward import training_forward
 from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.eager import remove_radial_gradient, unit_rows_
 from wsae.train.family import make_family
 from wsae.train.loop import run_steps
-from wsae.train.member import MemberState, _remove_radial_gradient, _unit_rows_
+from wsae.train.state import MemberState
 
 
 def arithmetic(member: MemberState, x: torch.Tensor, bf16: bool) -> None:
@@ -31,9 +32,9 @@ def arithmetic(member: MemberState, x: torch.Tensor, bf16: bool) -> None:
     member.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     with torch.no_grad():
-        _remove_radial_gradient(member.sae)
+        remove_radial_gradient(member.sae)
         member.optimizer.step()
-        _unit_rows_(member.sae)
+        unit_rows_(member.sae)
 
 
 def main() -> None:

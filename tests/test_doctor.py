@@ -15,9 +15,10 @@ from wsae.core.errors import UserError
 from wsae.doctor import activations, cost, machine, shape
 from wsae.doctor.check import Check, report
 from wsae.doctor.config import DoctorConfig
+from wsae.doctor.memory import Memory, check_memory
 from wsae.doctor.run import examine
 from wsae.losses.config import GammaConfig
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import TopK
 from wsae.sae.config import GroupTopK
 from wsae.train.config import MemberConfig, TrainConfig
 
@@ -112,21 +113,14 @@ def test_text_is_compared_with_what_is_wanted():
     assert shape.check_text(15, 10, whole=True).status == "ok"
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_those_of_the_sae(tied):
-    cfg = SAEConfig(d_in=6, d_sae=20, activation=TopK(k=2), tied=tied)
-    trained = sum(p.numel() for p in SparseAutoencoder(cfg).parameters() if p.requires_grad)
-    assert cost.parameters(cfg) == trained
-
-
-def test_memory_is_four_times_the_fp32_weights_and_the_step():
-    cfg = SAEConfig(d_in=10, d_sae=100, activation=TopK(k=2), tied=True)
-    need = cost.memory([cfg, cfg], [10], batch_size=50, model_bytes=7)
-    assert need.weights + need.optimiser == 2 * 16 * 1000
-    assert need.total == need.weights + need.optimiser + need.step + 7
-    assert cost.check_memory(need, free=need.total * 2.0).status == "ok"
-    assert cost.check_memory(need, free=need.total * 1.1).status == "warn"
-    assert cost.check_memory(need, free=need.total * 0.9).status == "fail"
+def test_memory_is_compared_with_what_is_free():
+    need = Memory(held=500, libraries=0, weights=100, optimiser=200, rows=0, step=200)
+    assert need.total == 1000
+    for free, status in ((2000.0, "ok"), (1100.0, "warn"), (900.0, "fail")):
+        found = check_memory(need, free)
+        assert found.status == status
+        assert bool(found.advice) == (status != "ok")
+    assert "rows" not in found.value  # what is nothing is not named
 
 
 def test_a_stores_size_is_rows_times_widths():
@@ -211,6 +205,16 @@ def test_an_array_is_examined_and_its_nan_found(tmp_path):
     bad = by_name(examine(cfg))["data"]
     assert bad["status"] == "fail"
     assert "row 17, dimension 3" in bad["value"]
+
+
+def test_whitening_on_too_few_rows_fails_beforehand(tmp_path):
+    x = np.random.default_rng(0).standard_normal((70, 64)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    train = plan(gamma=GammaConfig(rule="whiten"))
+    found = examine(DoctorConfig(train=train, data=str(tmp_path / "x.npy"), probe_seconds=0.1))
+    check = by_name(found)["covariance for whiten at x"]
+    assert check["status"] == "fail"
+    assert "at least 65 rows" in check["advice"]
 
 
 def test_fewer_rows_than_a_batch_is_a_warning(tmp_path):

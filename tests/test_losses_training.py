@@ -22,11 +22,13 @@ from wsae.losses import GammaConfig
 from wsae.losses.gamma import gamma_from_covariance
 from wsae.train import covariance as rows_behind
 from wsae.train.config import TrainConfig
+from wsae.train.counters import metrics_row
 from wsae.train.covariance import covariances
 from wsae.train.family import make_family
 from wsae.train.loop import Recorder, Stopped
-from wsae.train.member import make_batch, metrics_row, train_step
 from wsae.train.run import load_run, train_run
+from wsae.train.state import make_batch
+from wsae.train.step import train_step
 
 QUICK = {"tokens": 4_000, "batch_size": 200, "seed": 3}
 

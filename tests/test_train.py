@@ -21,9 +21,9 @@ from wsae.losses import GammaConfig
 from wsae.sae import SparseAutoencoder, make_activation
 from wsae.sae.config import JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig, family
+from wsae.train.counters import GAMMA_EVERY
 from wsae.train.family import Family, finished, make_family
 from wsae.train.loop import Stopped, run_steps
-from wsae.train.member import GAMMA_EVERY
 from wsae.train.metrics import read_json_lines
 from wsae.train.run import load_run, train_run
 from wsae.train.schedule import lr_factor
@@ -235,8 +235,9 @@ def test_decoder_rows_stay_at_unit_norm_and_the_start_is_shared() -> None:
     )
     run_all(cfg, members, source)
     for member in (plain, other):
-        torch.testing.assert_close(member.sae.W_dec.norm(dim=1), torch.ones(48))
-        assert not torch.equal(member.sae.W_enc, member.sae.W_dec.T)
+        sae = finished(member)
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
+        assert not torch.equal(sae.W_enc, sae.W_dec.T)
 
 
 def test_latent_variance_gamma_follows_the_latents() -> None:

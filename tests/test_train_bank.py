@@ -14,7 +14,8 @@ from wsae.train.bank.entry import Entry, make_entry
 from wsae.train.bank.relu import Scratch, relu_gradients
 from wsae.train.bank.run import train_bank
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.member import make_batch, make_member, train_step
+from wsae.train.state import make_batch, make_member
+from wsae.train.step import train_step
 
 D_IN, D_SAE, BATCH, WORLDS = 5, 12, 16, 3
 KINDS = ["relu", "topk", "group_topk", "batch_topk", "jumprelu"]

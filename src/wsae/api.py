@@ -17,10 +17,10 @@ from wsae.losses.gamma import gamma_from_proxy
 from wsae.sae.config import make_activation
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.counters import metrics_row
 from wsae.train.covariance import covariances
 from wsae.train.family import finished, make_family
 from wsae.train.loop import run_steps
-from wsae.train.member import metrics_row
 
 __all__ = [
     "Family",

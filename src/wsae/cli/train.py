@@ -1,19 +1,26 @@
 """`wsae train`: a family of SAEs over the same batches."""
 
 import json
+import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybePlace, Place, Switch
+from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place, Switch
 from wsae.cli.live import LiveFlags, open_data, open_labelled
 from wsae.cli.plan import PlanFlags
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_json
 from wsae.core.config import Config
+from wsae.core.errors import UserError
+from wsae.core.progress import quiet
 from wsae.train.config import TrainConfig
+from wsae.train.parallel.config import launched
+
+if TYPE_CHECKING:
+    from wsae.acts.source import ActivationSource
 
 ABOUT = "Train SAEs on activations: one per --alpha and their plain twin, all on the same batches."
 
@@ -31,6 +38,9 @@ class Flags(Config):
     """Continue an interrupted run in --out; its own config is used where no flag says otherwise."""
     labels: MaybePlace = None
     """A .npy array of one class per row of an array, for --gamma consistency."""
+    mesh: MaybeName = None
+    """How the processes that torchrun started share the work: "data=2,latents=4"; axes are layers (hooks and SAEs),
+    data (rows of a batch) and latents (of each SAE). None means that they all share the rows."""
     plan: tyro.conf.OmitArgPrefixes[PlanFlags] = PlanFlags()
     """The SAEs and their training."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
@@ -42,10 +52,46 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Train and return the run's path and each member's last metrics."""
     config(flags, None)  # bad flags are refused before anything is loaded
+    if launched():
+        return _together(flags, ui)
+    if flags.mesh is not None:
+        raise UserError(
+            f"--mesh {flags.mesh}: is for several processes; start them with "
+            "torchrun --nproc-per-node N -m wsae.cli train ..."
+        )
     from wsae.cli.runner import device
     from wsae.train.run import train_run
 
     where = device(flags.common.device)
+    cfg, source = _opened(flags, where)
+    result = train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
+    return {"run": str(result.path), "members": last_metrics(result.path)}
+
+
+def _together(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Train as one of the processes that torchrun started; rank 0 alone prints."""
+    from wsae.cli.runner import device
+    from wsae.train.parallel.run import train_parallel
+    from wsae.train.parallel.voice import RankLost
+    from wsae.train.parallel.world import joined
+
+    try:
+        with joined(flags.mesh, device(flags.common.device)) as world:
+            if not world.first:
+                _close_stdout()
+            cfg, source = _opened(flags, world.device)
+            progress = ui.progress if world.first else quiet
+            train_parallel(cfg, source, flags.out, world, progress, flags.resume)
+    except RankLost as error:
+        kept = (flags.out / "checkpoints").is_dir()
+        how = "go on with the same command and --resume" if kept else "start the same command again"
+        ui.note(f"wsae: error: {error}; the job has ended; {how}")
+        raise SystemExit(1) from error
+    return {"run": str(flags.out), "members": last_metrics(flags.out)}
+
+
+def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
+    """Return the run's config and its data."""
     wanted = flags.plan.tokens
     rest = {"dtype": flags.plan.dtype, **({} if wanted is None else {"tokens": wanted})}
     if flags.labels is not None:
@@ -56,8 +102,13 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     for member in cfg.members:  # shapes that cannot be are refused before anything is written
         for d_in in source.hooks.values():
             member.sae_config(d_in)
-    result = train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
-    return {"run": str(result.path), "members": last_metrics(result.path)}
+    return cfg, source
+
+
+def _close_stdout() -> None:
+    """Point stdout at nothing, whatever writes there."""
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
 
 
 def config(flags: Flags, rows: int | None) -> TrainConfig:
@@ -99,6 +150,8 @@ def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str
     """Say what is kept and how to go on."""
     again = shlex.join(["wsae", "train", *(w for w in words if w != "--resume"), "--resume"])
     done = f"{error}; " if str(error) else ""
+    if launched():
+        again = "the same torchrun command and --resume"
     if not (flags.out / "checkpoints").is_dir():
         return f"{done}no checkpoint yet; the same command starts again"
     return f"{done}{flags.out} keeps the work so far; go on with: {again}"

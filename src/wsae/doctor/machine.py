@@ -52,6 +52,25 @@ def free_memory(device: str) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def held_memory(device: str) -> float:
+    """Return the bytes this process holds on `device` now: on a CPU what is resident, libraries included."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.memory_reserved(torch.device(device)))
+    return _status("VmRSS:")
+
+
+def peak_memory() -> float:
+    """Return the most bytes of main memory this process has held at once."""
+    return _status("VmHWM:")
+
+
+def _status(field: str) -> float:
+    """Return a line of /proc/self/status in bytes (0 where there is none: only Linux has it)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(field)), 0.0)
+
+
 def free_disk(out: str) -> float:
     """Return the free bytes where `out` would be written."""
     place = Path(out).absolute()

@@ -12,7 +12,8 @@ from wsae.core.artifact import MANIFEST, read_manifest, write_json, write_manife
 from wsae.core.errors import UserError
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.train.family import Family
-from wsae.train.member import MemberState
+from wsae.train.native.state import as_usual, leave
+from wsae.train.state import MemberState
 
 KEEP = 2
 _PLACE, _STATE = "position.json", "state.safetensors"
@@ -70,18 +71,21 @@ def load_checkpoint(run: Path, family: Family) -> dict[str, Any] | None:
 
 def member_tensors(member: MemberState) -> dict[str, Tensor]:
     """Return everything of a member that changes during training."""
-    tensors = {f"sae.{k}": v for k, v in member.sae.tensors().items()}
-    for i, parameter in enumerate(member.optimizer.param_groups[0]["params"]):
-        for key, value in member.optimizer.state.get(parameter, {}).items():
-            tensors[f"adam.{i}.{key}"] = value
+    with as_usual(member):
+        tensors = {f"sae.{k}": v for k, v in member.sae.tensors().items()}
+        for i, parameter in enumerate(member.optimizer.param_groups[0]["params"]):
+            for key, value in member.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{i}.{key}"] = value
     tensors |= {f"sum.{k}": v for k, v in member.sums.items()}
     tensors["since_fired"], tensors["dead"] = member.since_fired, member.dead
+    tensors["sparse"] = member.sparse
     tensors["latent_moments"] = member.latent_moments
     return tensors
 
 
 def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: str) -> None:
     """Restore what `member_tensors` returned."""
+    leave(member)
     parts: dict[str, dict[str, Tensor]] = {"sae": {}, "adam": {}, "sum": {}}
     for key, value in tensors.items():
         head, _, rest = key.partition(".")
@@ -99,7 +103,7 @@ def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: s
             }
     device = member.since_fired.device
     member.sums = {k: v.to(device) for k, v in parts["sum"].items()}
-    for name in ("since_fired", "dead", "latent_moments"):
+    for name in ("since_fired", "dead", "latent_moments", "sparse"):
         value = tensors[name]
         assert isinstance(value, torch.Tensor)
         setattr(member, name, value.to(device))

@@ -50,6 +50,10 @@ class MemberConfig(Config):
         }
         return SAEConfig.parse(data, where="SAE")
 
+    def revived(self, d_in: int) -> int:
+        """Return how many dead latents model the residual."""
+        return self.k_aux or max(1, d_in // 2)
+
     def learning_rate(self, d_in: int) -> float:
         """Return the peak learning rate."""
         return self.lr if self.lr is not None else 2e-4 / (self.width(d_in) / 2**14) ** 0.5
@@ -68,7 +72,10 @@ class TrainConfig(Config):
     decay: float = Field(default=0.2, ge=0, le=1)
     """Share of the steps, at the end, over which it falls to 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the dense encoder product; weights, losses and updates are float32."""
+    """Precision of the encoder product of eager and triton; all else, and all of the compiled path, is float32."""
+    kernels: Literal["auto", "eager", "native", "triton"] = "auto"
+    """What computes a step: compiled CPU kernels (native), Triton's on a CUDA device (triton), PyTorch (eager), or the
+    fast ones of the device where they work, else PyTorch (auto)."""
     dead_after: PositiveInt | None = None
     """Tokens without firing after which a latent counts as dead; by default 10 M, or a fifth of `tokens` if less."""
     latent_variance_decay: float = Field(default=0.99, gt=0, lt=1)

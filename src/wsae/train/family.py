@@ -16,7 +16,8 @@ from wsae.losses.weigh import Weights
 from wsae.sae.model import SparseAutoencoder
 from wsae.stats import Covariance, Moments
 from wsae.train.config import TrainConfig
-from wsae.train.member import MemberState, make_member
+from wsae.train.native.state import leave
+from wsae.train.state import MemberState, make_member
 
 
 @dataclass
@@ -47,7 +48,8 @@ def make_family(
         covariance = (covariances or {}).get(hook)
         members[hook], record[hook] = [], {}
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
-            member = make_member(name, member_cfg, cfg, s.kept.mean, scale)
+            spread = s.kept.variance.sqrt()
+            member = make_member(name, member_cfg, cfg, s.kept.mean, scale, spread)
             gamma = initial_gamma(member_cfg.gamma, s, covariance)
             member.sae.set_gamma(gamma)
             members[hook].append(to_device(member, device))
@@ -135,7 +137,7 @@ def to_device(member: MemberState, device: str) -> MemberState:
     """Move a member that has not trained yet."""
     if device != "cpu":
         member.sae.to(device)
-        for name in ("mean", "since_fired", "dead", "latent_moments"):
+        for name in ("mean", "since_fired", "dead", "latent_moments", "spread", "sparse"):
             setattr(member, name, getattr(member, name).to(device))
         member.sums = {name: value.to(device) for name, value in member.sums.items()}
     return member
@@ -143,6 +145,7 @@ def to_device(member: MemberState, device: str) -> MemberState:
 
 def finished(member: MemberState) -> SparseAutoencoder:
     """Return the trained SAE in the activations' own units, on the CPU."""
+    leave(member)
     sae = member.sae.scaled(member.scale).cpu()
     sae.gamma.copy_(member.sae.gamma)
     return sae.requires_grad_(False)

@@ -8,10 +8,12 @@ from wsae.acts.stream import BatchStream
 from wsae.core.progress import Tick
 from wsae.train.checkpoint import save_checkpoint
 from wsae.train.config import TrainConfig
+from wsae.train.counters import metrics_row
 from wsae.train.family import Family
-from wsae.train.member import make_batch, metrics_row, train_step
 from wsae.train.metrics import JsonLines
 from wsae.train.schedule import lr_factor
+from wsae.train.side_by_side import side_by_side
+from wsae.train.state import make_batch
 
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is due after this long, or after 20 times what the last one took to write, if that is longer."""
@@ -34,16 +36,16 @@ def run_steps(
     on_step: Callable[[int], None],
 ) -> None:
     """Train from step `first` to the end; `on_step(n)` is called after each step with the number done."""
-    for step in range(first, cfg.steps):
-        batch = stream.next()
-        rows = 0
-        for hook, members in family.members.items():
-            x = batch[hook].to(members[0].sae.W_dec.device)
-            rows, shared = len(x), make_batch(x, members[0])
-            for member in members:
-                train_step(member, shared, step, cfg)
-        on_step(step + 1)
-        tick(rows)
+    with side_by_side(cfg, family) as step_all:
+        for step in range(first, cfg.steps):
+            batch = stream.next()
+            rows = 0
+            for hook, members in family.members.items():
+                x = batch[hook].to(members[0].mean.device)
+                rows, shared = len(x), make_batch(x, members[0])
+                step_all(members, shared, step)
+            on_step(step + 1)
+            tick(rows)
 
 
 class Recorder:

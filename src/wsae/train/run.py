@@ -21,6 +21,7 @@ from wsae.core.artifact import (
     write_manifest,
 )
 from wsae.core.errors import UserError
+from wsae.core.memory import explained
 from wsae.core.progress import Progress, quiet
 from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import SparseAutoencoder
@@ -29,6 +30,7 @@ from wsae.train.config import TrainConfig
 from wsae.train.covariance import covariances
 from wsae.train.family import Family, finished, make_family
 from wsae.train.loop import Recorder, run_steps
+from wsae.train.memory import training_buffers
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ def train_run(
             _same_run(out, identity)
             return load_run(out)
         _enter(out, identity, resume)
-        stats = source.stats(progress)
-        family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
-        write_json(out / "gamma.json", family.gamma_record)
-        _train(cfg, family, source, out, progress)
-        return _finish(out, identity, family, stats)
+        with explained("training", lambda: training_buffers(cfg, source.hooks)):
+            stats = source.stats(progress)
+            family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
+            write_json(out / "gamma.json", family.gamma_record)
+            _train(cfg, family, source, out, progress)
+            return _finish(out, identity, family, stats)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
 from wsae.train.bank.config import BankConfig
 from wsae.train.bank.entry import Entry
 from wsae.train.bank.relu import Scratch, relu_gradients
-from wsae.train.member import GAMMA_EVERY, THRESHOLD_DECAY
+from wsae.train.counters import GAMMA_EVERY, THRESHOLD_DECAY
 from wsae.train.schedule import lr_factor
 
 Batches = Callable[[int], Float[Tensor, "worlds batch d_in"]]
@@ -125,7 +125,7 @@ def chunk_step(
     for group in chunk.optimizer.param_groups:
         group["lr"] = rate
     with torch.no_grad():
-        _remove_radial_gradient(stack)
+        remove_radial_gradient(stack)
         chunk.optimizer.step()
         _unit_rows_(stack)
         chunk.loss_sum += reconstruction
@@ -189,7 +189,7 @@ def _optimizer(cfg: BankConfig, stack: Stack, lr: float) -> torch.optim.Optimize
     return torch.optim.SGD(stack.parameters(), lr=lr)
 
 
-def _remove_radial_gradient(stack: Stack) -> None:
+def remove_radial_gradient(stack: Stack) -> None:
     """Drop the part of the decoder's gradient along each row: the rows are kept at unit norm."""
     grad = stack.W_dec.grad
     if not stack.cfg.tied and grad is not None:

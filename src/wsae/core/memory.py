@@ -1,0 +1,79 @@
+"""Out of memory, said in one line: which buffer did not fit, and the setting that makes it smaller."""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from wsae.core.errors import UserError
+from wsae.core.units import size
+
+_UNITS = {unit: 1024**power for power, unit in enumerate(("", "K", "M", "G", "T", "P"))}
+_WANTED = re.compile(r"allocate (?P<number>[\d.]+) ?(?P<unit>[KMGTP]?)i?B?(?:ytes)?", re.IGNORECASE)
+_SAYS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_NEAR = 0.03
+"""A request this near to a buffer's size is for it (allocators round up, a message rounds to two digits)."""
+
+
+class Buffer(NamedTuple):
+    """A tensor that work needs: name, shape, bytes per value, and the setting to lower."""
+
+    name: str
+    shape: tuple[int, ...]
+    width: int
+    lower: str
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.width
+
+    def __str__(self) -> str:
+        """Return it as `pre-activations [4096, 24576], 403 MB`."""
+        return f"{self.name} {list(self.shape)}, {size(self.bytes)}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an exception of Python, NumPy or PyTorch (CPU or GPU) means that memory ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _SAYS)
+
+
+@contextlib.contextmanager
+def explained(
+    doing: str, buffers: Callable[[], Iterable[Buffer]], lower: str = "--batch-size"
+) -> Iterator[None]:
+    """Turn running out of memory inside into a UserError that names the buffer; other errors pass.
+
+    `buffers` lists what the work allocates, asked for only then: the one of the refused size is named with its setting,
+    else the largest with `lower`.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(_message(doing, list(buffers()), lower, str(error))) from error
+
+
+def _message(doing: str, buffers: list[Buffer], lower: str, text: str) -> str:
+    hint = "(`wsae doctor` estimates the need)"
+    wanted = _wanted(text)
+    fits = [b for b in buffers if wanted and abs(b.bytes - wanted) <= _NEAR * wanted]
+    if fits:
+        best = min(fits, key=lambda b: abs(b.bytes - (wanted or 0)))
+        return f"out of memory while {doing}: no room for {best}; lower {best.lower} {hint}"
+    what = f"{size(wanted)} more" if wanted else "what comes next"
+    largest = max(buffers, key=lambda b: b.bytes, default=None)
+    known = f" (its largest buffer is {largest})" if largest else ""
+    lower = largest.lower if largest else lower
+    return f"out of memory while {doing}: no room for {what}{known}; lower {lower} {hint}"
+
+
+def _wanted(text: str) -> float | None:
+    """Return the bytes that an allocator's message says were refused."""
+    found = _WANTED.search(text)
+    return float(found["number"]) * _UNITS[found["unit"].upper()] if found else None

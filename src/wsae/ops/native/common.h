@@ -1,0 +1,86 @@
+// Small vector helpers in the compiler's own vector types: lowered to whatever the machine has.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+typedef float vf __attribute__((vector_size(64)));  // 16 floats
+constexpr int64_t SLICE = 32;                        // dimensions of a slice: two vectors
+
+static inline vf load(const float* p) { vf v; std::memcpy(&v, p, 64); return v; }
+static inline void store(float* p, vf v) { std::memcpy(p, &v, 64); }
+static inline vf splat(float x) { return vf{} + x; }
+
+static inline float sum(vf v) {
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 a, b;
+  std::memcpy(&a, &v, 32), std::memcpy(&b, (char*)&v + 32, 32);
+  a += b;
+  v4 c, d;
+  std::memcpy(&c, &a, 16), std::memcpy(&d, (char*)&a + 16, 16);
+  c += d;
+  return (c[0] + c[1]) + (c[2] + c[3]);
+}
+
+// Pairs (token, latent) sorted by latent, tokens in order within one.
+struct Pairs {
+  const int64_t* offsets;  // [d_sae + 1]
+  const int32_t* tokens;   // [pairs]
+};
+
+// Counting sort of token-major pairs by latent. `order` [pairs]: where each sorted pair stood.
+template <class Index>
+static inline void sort_by_latent(const Index* latents, const int64_t* token_offsets, int64_t tokens, int64_t d_sae,
+                                  int64_t* offsets, int32_t* order, int32_t* sorted_tokens) {
+  std::fill(offsets, offsets + d_sae + 1, 0);
+  const int64_t pairs = token_offsets[tokens];
+  for (int64_t p = 0; p < pairs; p++) offsets[latents[p] + 1]++;
+  for (int64_t j = 0; j < d_sae; j++) offsets[j + 1] += offsets[j];
+  std::vector<int64_t> next(offsets, offsets + d_sae);
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t p = token_offsets[t]; p < token_offsets[t + 1]; p++) {
+      const int64_t place = next[latents[p]]++;
+      order[place] = (int32_t)p;
+      sorted_tokens[place] = (int32_t)t;
+    }
+}
+
+// Split the latents into `parts` runs of about the same work; borders are multiples of `block`.
+static inline std::vector<int64_t> split(const int64_t* offsets, int64_t d_sae, int64_t parts, int64_t block, int64_t per_latent) {
+  std::vector<int64_t> borders(parts + 1, d_sae);
+  borders[0] = 0;
+  const int64_t total = offsets[d_sae] + per_latent * d_sae;
+  int64_t part = 1;
+  for (int64_t j = block; j < d_sae && part < parts; j += block)
+    while (part < parts && (offsets[j] + per_latent * j) * parts >= total * part) borders[part++] = j;
+  return borders;
+}
+
+// values[p] = row_scale * <W[latent], left[token]> over the latents first .. last. The tokens' part of the slices of one
+// pass stays in the second-level cache while the weights stream by.
+constexpr int64_t CACHED = 512 << 10;
+
+static inline void dot_range(const Pairs& pairs, const float* left, const float* W, const float* row_scale, int64_t first,
+                             int64_t last, int64_t d_sae, int64_t tokens, int64_t slices, float* values) {
+  const int64_t together = std::max<int64_t>(1, CACHED / (tokens * SLICE * 4));
+  for (int64_t s = 0; s < slices; s += together) {
+    const int64_t n = std::min(together, slices - s);
+    for (int64_t j = first; j < last; j++) {
+      const float* w = W + (s * d_sae + j) * SLICE;
+      const vf scale = splat(row_scale ? row_scale[j] : 1);
+      for (int64_t p = pairs.offsets[j]; p < pairs.offsets[j + 1]; p++) {
+        const float* row = left + (s * tokens + pairs.tokens[p]) * SLICE;
+        vf total{};
+        for (int64_t i = 0; i < n; i++) {
+          const float *a = w + i * d_sae * SLICE, *b = row + i * tokens * SLICE;
+          total += (load(a) * scale) * load(b) + (load(a + 16) * scale) * load(b + 16);  // scaled rows, as stored when saved
+        }
+        const float part = sum(total);
+        values[p] = s ? values[p] + part : part;
+      }
+    }
+  }
+}

@@ -1,0 +1,567 @@
+// Which latents are active, and their exact values, without the [batch, d_sae] pre-activations.
+//
+// 1. Every encoder row and every centred activation is rounded to 8 bits (a scale per row; both first divided or
+//    multiplied by a scale per dimension, so that loud dimensions do not eat the range).
+// 2. Their product, in exact integer arithmetic, gives approximate pre-activations tile by tile. The standard deviation
+//    of what rounding changed follows from the scales and norms; MARGIN times it bounds each pre-activation from above
+//    and below. A latent stays a candidate while its upper bound reaches the k-th best lower bound so far.
+// 3. The survivors (a little more than k) are computed again in float32, and the k largest of those are returned.
+//
+// A batch starts from a guess of each token's k-th pre-activation, learned from the batch before. Where the exact k-th
+// value turns out below the guess, the token is done again without one: guesses change the time, never the result.
+#include "common.h"
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+#include <immintrin.h>
+#define HAVE_INT8 1
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+#endif
+
+extern "C" void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out);
+
+namespace {
+
+constexpr int TOKENS = 14, PANEL = 32;  // a tile: 14 tokens by 32 latents fill 28 of the 32 vector registers
+constexpr float MARGIN = 4;             // standard deviations of the rounding error allowed for, each side
+constexpr float LOWEST = -3.0e38f;
+constexpr float GUESS_QUANTILE = 0.01f, CAUTION = 0.9f;  // a guess too high costs more than one too low
+
+struct Pair {
+  float value;
+  int32_t index;
+};
+
+}  // namespace
+
+extern "C" {
+
+struct Encoder {
+  const float* W;         // slices of [d_sae]
+  const float* bias;      // [d_sae] or null
+  const float* floor;     // [d_sae] or null: subtracted from a pre-activation before it is compared with `above`
+  int64_t d_sae, d_in;
+  int64_t group;          // latents per group
+  const uint8_t* packed;  // panels of 32 latents: [d_in / 4][2][16][4], 128 added
+  const float* scale;     // [padded] step of each rounded row
+  const float* norm;      // [padded] norm of each scaled row
+  const float* dim;       // [slices * 32] scale of each dimension, padded with ones
+};
+
+struct Selection {
+  int64_t k;           // wanted per group; 0: everything above `above`
+  float above;         // used when k is 0
+  float guess, trend;  // in and out: k-th pre-activation per unit norm of the token, as first guessed; its last quantile
+  int64_t keep;        // entries returned per token (k > 0)
+  float* values;       // [batch, keep]
+  int64_t* indices;    // [batch, keep]
+  int64_t* counts;     // [batch]
+  int64_t examined;    // out: candidates computed exactly
+  int64_t exhaustive;  // out: tokens for which every latent was computed exactly
+  int64_t repeated;    // out: tokens whose guess was too high
+};
+
+struct Lists {  // the entries, token by token, when k is 0
+  std::vector<float> values;
+  std::vector<int64_t> indices;
+};
+
+int has_int8(void) {
+#ifdef HAVE_INT8
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int64_t padded_latents(int64_t d_sae, int64_t group) {
+  return d_sae / group * ((group + PANEL - 1) / PANEL * PANEL);
+}
+
+int64_t packed_bytes(int64_t d_sae, int64_t d_in, int64_t group) {
+  return padded_latents(d_sae, group) * ((d_in + 3) / 4 * 4);
+}
+
+// Round the encoder's rows to 8 bits, a step per row so that its largest entry is 127, panel by panel.
+void pack(const float* W, const float* dim, const float* largest, const float* square, int64_t d_sae, int64_t d_in,
+          int64_t group, uint8_t* packed, float* scale, float* norm) {
+  const int64_t per_group = (group + PANEL - 1) / PANEL * PANEL, panels = padded_latents(d_sae, group) / PANEL;
+  const int64_t steps = (d_in + 3) / 4, slices = (d_in + SLICE - 1) / SLICE;
+#pragma omp parallel for schedule(static)
+  for (int64_t panel = 0; panel < panels; panel++) {
+    const int64_t within = panel * PANEL % per_group, first = panel * PANEL / per_group * group + within;
+    const int64_t real = std::min<int64_t>(PANEL, group - within);
+    float inverse[PANEL];
+    for (int64_t i = 0; i < PANEL; i++) {
+      const float most = i < real ? largest[first + i] : 0;
+      scale[panel * PANEL + i] = most > 0 ? most / 127 : 1;
+      norm[panel * PANEL + i] = i < real ? std::sqrt(square[first + i]) : 0;
+      inverse[i] = 1 / scale[panel * PANEL + i];
+    }
+    uint8_t* out = packed + panel * PANEL * steps * 4;
+    for (int64_t s = 0; s < slices; s++)
+      for (int64_t i = 0; i < real; i++) {
+        const float* row = W + (s * d_sae + first + i) * SLICE;
+        alignas(64) uint8_t q[SLICE];
+#pragma omp simd
+        for (int64_t d = 0; d < SLICE; d++) {
+          const float v = row[d] * dim[s * SLICE + d] * inverse[i] + 128;
+          q[d] = (uint8_t)(int)(v + 0.5f);  // v is in 1 .. 255, so this rounds to nearest
+        }
+        for (int64_t k = 0; k < SLICE / 4 && s * (SLICE / 4) + k < steps; k++)
+          std::memcpy(out + ((s * (SLICE / 4) + k) * PANEL + i) * 4, q + 4 * k, 4);
+      }
+  }
+}
+
+}  // extern "C"
+
+#ifdef HAVE_INT8
+namespace {
+
+// acc[14][32] = init + sum over n steps of 4: A [n][14][4] signed, B [n][2][16][4] unsigned.
+static inline void tile(const int8_t* a, const uint8_t* b, int64_t n, const int32_t* init, int32_t* out) {
+#define START(m, r0, r1) "vpbroadcastd 4*" #m "(%[init]),%%zmm" #r0 "\n" "vmovdqa64 %%zmm" #r0 ",%%zmm" #r1 "\n"
+#define STEP(m, r0, r1, t) "vpbroadcastd 4*" #m "(%[a]),%%zmm" #t "\n" \
+  "vpdpbusd %%zmm" #t ",%%zmm28,%%zmm" #r0 "\n" "vpdpbusd %%zmm" #t ",%%zmm29,%%zmm" #r1 "\n"
+#define END(m, r0, r1) "vmovdqu64 %%zmm" #r0 ",128*" #m "(%[out])\n" "vmovdqu64 %%zmm" #r1 ",128*" #m "+64(%[out])\n"
+  asm volatile(
+      START(0, 0, 1) START(1, 2, 3) START(2, 4, 5) START(3, 6, 7) START(4, 8, 9) START(5, 10, 11) START(6, 12, 13)
+      START(7, 14, 15) START(8, 16, 17) START(9, 18, 19) START(10, 20, 21) START(11, 22, 23) START(12, 24, 25)
+      START(13, 26, 27)
+      "1:\n"
+      "vmovdqu64 (%[b]),%%zmm28\n"
+      "vmovdqu64 64(%[b]),%%zmm29\n"
+      STEP(0, 0, 1, 30) STEP(1, 2, 3, 31) STEP(2, 4, 5, 30) STEP(3, 6, 7, 31) STEP(4, 8, 9, 30) STEP(5, 10, 11, 31)
+      STEP(6, 12, 13, 30) STEP(7, 14, 15, 31) STEP(8, 16, 17, 30) STEP(9, 18, 19, 31) STEP(10, 20, 21, 30)
+      STEP(11, 22, 23, 31) STEP(12, 24, 25, 30) STEP(13, 26, 27, 31)
+      "add $128,%[b]\n"
+      "add $56,%[a]\n"
+      "dec %[n]\n"
+      "jnz 1b\n"
+      END(0, 0, 1) END(1, 2, 3) END(2, 4, 5) END(3, 6, 7) END(4, 8, 9) END(5, 10, 11) END(6, 12, 13) END(7, 14, 15)
+      END(8, 16, 17) END(9, 18, 19) END(10, 20, 21) END(11, 22, 23) END(12, 24, 25) END(13, 26, 27)
+      : [a] "+r"(a), [b] "+r"(b), [n] "+r"(n)
+      : [init] "r"(init), [out] "r"(out)
+      : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+        "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23",
+        "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
+#undef START
+#undef STEP
+#undef END
+}
+
+// Candidates of one token: [0, fixed) of finished groups, [fixed, count) of the group at hand.
+struct Candidates {
+  float* upper;     // upper bound of the pre-activation, in steps of the token
+  int32_t* index;
+  int32_t count, fixed, capacity, wanted;
+  float threshold;  // no latent below it is among the best
+  float reach;      // a bound's distance from the approximation, per unit spread of the latent
+  bool overflow;
+};
+
+struct Token {
+  float step = 1, norm = 0, guess = LOWEST;
+  bool broken = false;  // holds NaN or infinity
+};
+
+// All that a call shares: the encoder, what is asked, and how far rounding may move each latent.
+struct Job {
+  const Encoder& e;
+  const Selection& s;
+  std::vector<float> inverse_dim;  // [d_in]
+  std::vector<float> spread;       // [padded]: sqrt(norm^2 + kappa step^2)
+  int64_t steps, panels, groups, capacity;
+
+  int64_t place(int64_t j) const { return j / e.group * panels * PANEL + j % e.group; }
+};
+
+// Working memory of one thread.
+struct Chunk {
+  std::vector<int8_t> q;       // [blocks][steps][14][4]
+  std::vector<int32_t> start;  // -128 * sum of a token's rounded entries: undoes the 128 added to the weights
+  std::vector<Token> tokens;
+  std::vector<float> upper, scratch;
+  std::vector<int32_t> index;
+  std::vector<Candidates> candidates;
+};
+
+Token measure(const Encoder& e, const float* inverse_dim, const float* x) {
+  float largest = 0, square = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : square)
+  for (int64_t i = 0; i < e.d_in; i++) {
+    const float v = x[i] * inverse_dim[i];
+    largest = std::max(largest, std::fabs(v));
+    square += v * v;
+  }
+  Token token;
+  token.broken = !(square < 3e38f);
+  if (token.broken || largest == 0) return token;
+  token.step = largest / 127;
+  token.norm = std::sqrt(square);
+  return token;
+}
+
+void round_token(const Job& job, const float* x, const Token& token, int8_t* q, int32_t* start) {
+  const float up = 1 / token.step;
+  int32_t total = 0;
+  for (int64_t first = 0; first < job.e.d_in; first += SLICE) {
+    const int64_t n = std::min<int64_t>(SLICE, job.e.d_in - first);
+    alignas(64) int8_t part[SLICE] = {};
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) {
+      const float v = x[first + i] * job.inverse_dim[first + i] * up;
+      const int rounded = (int)(v + 128.5f) - 128;  // v is in -127 .. 127
+      part[i] = (int8_t)rounded;
+      total += rounded;
+    }
+    for (int64_t k = 0; k < (n + 3) / 4; k++) std::memcpy(q + (first / 4 + k) * TOKENS * 4, part + 4 * k, 4);
+  }
+  *start = -128 * total;
+}
+
+// Raise the threshold to the wanted-th best lower bound, and drop what cannot reach it.
+void prune(const Job& job, Candidates& c, std::vector<float>& scratch) {
+  const int n = c.count - c.fixed;
+  if (c.wanted == 0 || n < c.wanted) return;
+  scratch.resize(n);
+  for (int i = 0; i < n; i++)
+    scratch[i] = c.upper[c.fixed + i] - 2 * c.reach * job.spread[job.place(c.index[c.fixed + i])];
+  std::nth_element(scratch.begin(), scratch.begin() + (c.wanted - 1), scratch.end(), std::greater<float>());
+  c.threshold = std::max(c.threshold, scratch[c.wanted - 1]);
+  int kept = c.fixed;
+  for (int i = c.fixed; i < c.count; i++)
+    if (c.upper[i] >= c.threshold) {
+      c.upper[kept] = c.upper[i];
+      c.index[kept++] = c.index[i];
+    }
+  c.count = kept;
+}
+
+void close_group(const Job& job, Candidates& c, std::vector<float>& scratch, bool last) {
+  prune(job, c, scratch);
+  c.fixed = c.count;
+  if (!last && c.wanted > 0 && !c.overflow) c.threshold = LOWEST;
+}
+
+// Append the lanes of `mask`.
+inline void push(const Job& job, Candidates& c, __m512 upper, __mmask16 mask, int32_t first, std::vector<float>& scratch) {
+  if (c.count + 16 > c.capacity) {
+    prune(job, c, scratch);
+    if (c.count + 16 > c.capacity) {  // too many within reach of rounding: this token is computed in full
+      c.overflow = true;
+      c.threshold = -LOWEST;
+      return;
+    }
+    mask &= _mm512_cmp_ps_mask(upper, _mm512_set1_ps(c.threshold), _CMP_GE_OQ);
+    if (!mask) return;
+  }
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_ps(c.upper + c.count, _mm512_maskz_compress_ps(mask, upper));
+  _mm512_storeu_si512(c.index + c.count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(_mm512_set1_epi32(first), lane)));
+  c.count += __builtin_popcount(mask);
+}
+
+// Round a chunk's tokens and set up their candidates.
+void prepare(const Job& job, const float* x, int64_t count, bool guess, Chunk& w) {
+  const int64_t blocks = (count + TOKENS - 1) / TOKENS, room = job.capacity + 16;
+  w.q.assign(blocks * job.steps * TOKENS * 4, 0);
+  w.start.assign(blocks * TOKENS, 0);
+  w.tokens.assign(blocks * TOKENS, {});
+  w.candidates.resize(blocks * TOKENS);
+  w.upper.resize(blocks * TOKENS * room);
+  w.index.resize(blocks * TOKENS * room);
+  for (int64_t t = 0; t < blocks * TOKENS; t++) {
+    Token& token = w.tokens[t];
+    if (t < count) token = measure(job.e, job.inverse_dim.data(), x + t * job.e.d_in);
+    const bool idle = t >= count || token.broken;
+    if (!idle) {
+      int8_t* q = w.q.data() + (t / TOKENS * job.steps * TOKENS + t % TOKENS) * 4;
+      round_token(job, x + t * job.e.d_in, token, q, &w.start[t]);
+      if (guess) token.guess = job.s.guess * token.norm;
+    }
+    const float start = job.s.k == 0 ? job.s.above / token.step : guess ? token.guess / token.step : LOWEST;
+    w.candidates[t] = {w.upper.data() + t * room, w.index.data() + t * room, 0, 0, (int32_t)job.capacity,
+                       (int32_t)job.s.k, idle ? -LOWEST : start, MARGIN / std::sqrt(12.0f), false};
+  }
+}
+
+// Compare one tile with the tokens' thresholds.
+inline void sift(const Job& job, const int32_t* acc, const float* scale, const float* offset, const float* spread,
+                 int32_t first, const Token* tokens, Candidates* candidates, std::vector<float>& scratch) {
+  const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
+  const __m512 o0 = _mm512_load_ps(offset), o1 = _mm512_load_ps(offset + 16);
+  const __m512 r0 = _mm512_load_ps(spread), r1 = _mm512_load_ps(spread + 16);
+  for (int m = 0; m < TOKENS; m++) {
+    Candidates& c = candidates[m];
+    const __m512 inverse = _mm512_set1_ps(1 / tokens[m].step), reach = _mm512_set1_ps(c.reach);
+    __m512 limit = _mm512_set1_ps(c.threshold);
+    const __m512 a0 = _mm512_cvtepi32_ps(_mm512_load_si512(acc + m * PANEL));
+    const __m512 a1 = _mm512_cvtepi32_ps(_mm512_load_si512(acc + m * PANEL + 16));
+    const __m512 u0 = _mm512_fmadd_ps(r0, reach, _mm512_fmadd_ps(a0, s0, _mm512_mul_ps(o0, inverse)));
+    const __m512 u1 = _mm512_fmadd_ps(r1, reach, _mm512_fmadd_ps(a1, s1, _mm512_mul_ps(o1, inverse)));
+    __mmask16 m0 = _mm512_cmp_ps_mask(u0, limit, _CMP_GE_OQ), m1 = _mm512_cmp_ps_mask(u1, limit, _CMP_GE_OQ);
+    if (!(m0 | m1)) continue;
+    if (c.wanted == 1) {  // one winner: the best lower bound of the tile settles most of it
+      const __m512 twice = _mm512_add_ps(reach, reach);
+      const __m512 lower = _mm512_max_ps(_mm512_fnmadd_ps(r0, twice, u0), _mm512_fnmadd_ps(r1, twice, u1));
+      c.threshold = std::max(c.threshold, _mm512_reduce_max_ps(lower));
+      limit = _mm512_set1_ps(c.threshold);
+      m0 = _mm512_cmp_ps_mask(u0, limit, _CMP_GE_OQ), m1 = _mm512_cmp_ps_mask(u1, limit, _CMP_GE_OQ);
+    }
+    if (m0) push(job, c, u0, m0, first, scratch);
+    if (m1) push(job, c, u1, m1, first + 16, scratch);
+  }
+}
+
+// Approximate pre-activations of a chunk against all panels; leaves the candidates.
+void scan(const Job& job, Chunk& w) {
+  const Encoder& e = job.e;
+  const int64_t blocks = w.tokens.size() / TOKENS;
+  alignas(64) int32_t acc[TOKENS * PANEL];
+  alignas(64) float scale[PANEL], offset[PANEL], spread[PANEL];
+  for (int64_t g = 0; g < job.groups; g++) {
+    for (int64_t p = 0; p < job.panels; p++) {
+      const int64_t place = (g * job.panels + p) * PANEL, first = g * e.group + p * PANEL;
+      const int64_t real = std::min<int64_t>(PANEL, e.group - p * PANEL);
+      for (int64_t i = 0; i < PANEL; i++) {
+        const bool there = i < real;
+        scale[i] = there ? e.scale[place + i] : 0;
+        spread[i] = there ? job.spread[place + i] : 0;
+        offset[i] = there ? (e.bias ? e.bias[first + i] : 0) - (e.floor ? e.floor[first + i] : 0) : -INFINITY;
+      }
+      for (int64_t b = 0; b < blocks; b++) {
+        tile(w.q.data() + b * job.steps * TOKENS * 4, e.packed + place * job.steps * 4, job.steps, &w.start[b * TOKENS], acc);
+        sift(job, acc, scale, offset, spread, (int32_t)first, &w.tokens[b * TOKENS], &w.candidates[b * TOKENS], w.scratch);
+      }
+    }
+    for (Candidates& c : w.candidates) close_group(job, c, w.scratch, g + 1 == job.groups);
+  }
+}
+
+// Keep the k largest, ties to the lower index, in order of index.
+void keep_largest(std::vector<Pair>& pairs, size_t k) {
+  const auto better = [](const Pair& a, const Pair& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); };
+  if (k < pairs.size()) {
+    std::nth_element(pairs.begin(), pairs.begin() + k, pairs.end(), better);
+    pairs.resize(k);
+  }
+  std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.index < b.index; });
+}
+
+// Keep the largest of each group; the pairs come group by group.
+void keep_winners(std::vector<Pair>& pairs, int64_t group) {
+  size_t n = 0;
+  for (size_t i = 0; i < pairs.size();) {
+    const int64_t g = pairs[i].index / group;
+    Pair best = pairs[i];
+    for (; i < pairs.size() && pairs[i].index / group == g; i++)
+      if (pairs[i].value > best.value) best = pairs[i];
+    pairs[n++] = best;
+  }
+  pairs.resize(n);
+}
+
+// What is known of a set of tokens after its scan: their candidates, and then what was chosen of them.
+struct Round {
+  std::vector<Token> tokens;
+  std::vector<std::vector<int32_t>> chunk_latents;
+  std::vector<int64_t> offsets;  // [tokens + 1] into latents
+  std::vector<int32_t> latents;
+  std::vector<float> values;     // exact pre-activations of the candidates
+  std::vector<std::vector<Pair>> chosen;
+  std::vector<uint8_t> failed;   // the guess was too high
+  int64_t exhaustive = 0;
+};
+
+// Scan all tokens, chunk by chunk.
+void find_candidates(const Job& job, const float* x, int64_t count, int64_t chunk, bool guess, Round& r) {
+  const int64_t chunks = (count + chunk - 1) / chunk;
+  r.tokens.resize(count);
+  r.offsets.assign(count + 1, 0);
+  r.chunk_latents.assign(chunks, {});
+  int64_t exhaustive = 0;
+#pragma omp parallel reduction(+ : exhaustive)
+  {
+    Chunk w;
+#pragma omp for schedule(dynamic)
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t first = c * chunk, tokens = std::min(chunk, count - first);
+      prepare(job, x + first * job.e.d_in, tokens, guess, w);
+      scan(job, w);
+      for (int64_t t = 0; t < tokens; t++) {
+        const Candidates& found = w.candidates[t];
+        std::vector<int32_t>& out = r.chunk_latents[c];
+        const size_t before = out.size();
+        if (found.overflow || w.tokens[t].broken) {
+          for (int64_t j = 0; j < job.e.d_sae; j++) out.push_back((int32_t)j);
+          exhaustive++;
+        } else {
+          out.insert(out.end(), found.index, found.index + found.count);
+        }
+        r.tokens[first + t] = w.tokens[t];
+        r.offsets[first + t + 1] = out.size() - before;
+      }
+    }
+  }
+  r.exhaustive = exhaustive;
+  for (int64_t t = 0; t < count; t++) r.offsets[t + 1] += r.offsets[t];
+  r.latents.reserve(r.offsets[count]);
+  for (std::vector<int32_t>& part : r.chunk_latents) {
+    r.latents.insert(r.latents.end(), part.begin(), part.end());
+    part = {};
+  }
+}
+
+// Exact values of all candidates, latent by latent.
+void compute_exactly(const Job& job, const float* slices_of_x, int64_t count, Round& r) {
+  const Encoder& e = job.e;
+  const int64_t n = r.latents.size(), slices = (e.d_in + SLICE - 1) / SLICE, parts = std::max(1, omp_get_max_threads());
+  std::vector<int64_t> offsets(e.d_sae + 1);
+  std::vector<int32_t> order(n), tokens(n);
+  std::vector<float> sorted(n);
+  sort_by_latent(r.latents.data(), r.offsets.data(), count, e.d_sae, offsets.data(), order.data(), tokens.data());
+  const Pairs pairs{offsets.data(), tokens.data()};
+  const std::vector<int64_t> borders = split(offsets.data(), e.d_sae, parts, PANEL, 1);
+#pragma omp parallel for schedule(static, 1)
+  for (int64_t part = 0; part < parts; part++)
+    dot_range(pairs, slices_of_x, e.W, nullptr, borders[part], borders[part + 1], e.d_sae, count, slices, sorted.data());
+  r.values.resize(n);
+  for (int64_t p = 0; p < n; p++) {
+    const int32_t j = r.latents[order[p]];
+    r.values[order[p]] = sorted[p] + (e.bias ? e.bias[j] : 0);
+  }
+}
+
+// Choose among a token's candidates; says whether its guess was low enough.
+bool choose(const Job& job, Round& r, int64_t t) {
+  const Encoder& e = job.e;
+  std::vector<Pair>& pairs = r.chosen[t];
+  for (int64_t p = r.offsets[t]; p < r.offsets[t + 1]; p++) {
+    const int32_t j = r.latents[p];
+    if (job.s.k > 0 || r.values[p] - (e.floor ? e.floor[j] : 0) > job.s.above) pairs.push_back({r.values[p], j});
+  }
+  if (job.s.k == 0) return true;
+  if (job.groups > 1) {
+    keep_winners(pairs, e.group);
+    return true;
+  }
+  keep_largest(pairs, job.s.keep);
+  float kth = INFINITY;
+  for (const Pair& p : pairs) kth = std::min(kth, p.value);
+  const bool enough = (int64_t)pairs.size() >= job.s.keep && kth >= r.tokens[t].guess;
+  if (!enough && r.tokens[t].guess > LOWEST && !r.tokens[t].broken) return false;
+  if (r.tokens[t].norm > 0) r.tokens[t].guess = kth / r.tokens[t].norm;  // what the next batch may learn
+  return true;
+}
+
+Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_t count, int64_t chunk, bool guess) {
+  Round r;
+  find_candidates(job, x, count, chunk, guess, r);
+  compute_exactly(job, slices_of_x, count, r);
+  r.chosen.resize(count);
+  r.failed.assign(count, 0);
+#pragma omp parallel for schedule(dynamic, 64)
+  for (int64_t t = 0; t < count; t++) r.failed[t] = !choose(job, r, t);
+  return r;
+}
+
+Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch) {
+  Job job{e, s, {}, {}, (e.d_in + 3) / 4, (e.group + PANEL - 1) / PANEL, e.d_sae / e.group, 0};
+  job.capacity = s.k > 0 ? 2 * job.groups * s.k + s.k / 2 + 128 : std::max<int64_t>(1024, e.d_sae / 16);
+  job.inverse_dim.resize(e.d_in);
+  for (int64_t i = 0; i < e.d_in; i++) job.inverse_dim[i] = 1 / e.dim[i];
+  // Rounding errors are uniform in one step, so of variance step^2 / 12 per entry. In units of the token's step s_x:
+  // variance of a latent's error = (norm^2 + step^2 (|x|^2 / s_x^2 + d_in / 12)) / 12; kappa bounds the bracket.
+  float flattest = 0;
+#pragma omp parallel for reduction(max : flattest)
+  for (int64_t t = 0; t < batch; t++) {
+    const Token token = measure(e, job.inverse_dim.data(), x + t * e.d_in);
+    flattest = std::max(flattest, token.norm / token.step);
+  }
+  const float kappa = flattest * flattest + e.d_in / 12.0f;
+  const int64_t padded = padded_latents(e.d_sae, e.group);
+  job.spread.resize(padded);
+  for (int64_t j = 0; j < padded; j++) job.spread[j] = std::sqrt(e.norm[j] * e.norm[j] + kappa * e.scale[j] * e.scale[j]);
+  return job;
+}
+
+// The guess for the next batch: low enough for all but a small share of this batch's tokens, and lower where it falls.
+void learn_guess(std::vector<float>& reached, Selection& s) {
+  if (reached.empty()) {
+    s.guess = s.trend = NAN;
+    return;
+  }
+  const size_t n = (size_t)(GUESS_QUANTILE * reached.size());
+  std::nth_element(reached.begin(), reached.begin() + n, reached.end());
+  const float fall = std::isfinite(s.trend) && s.trend > 0 ? std::min(1.0f, reached[n] / s.trend) : NAN;
+  s.trend = reached[n];
+  s.guess = reached[n] > 0 ? CAUTION * fall * reached[n] : NAN;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Fill values, indices and counts of a batch from its centred rows, given as rows and as slices. With k = 0 the entries
+// are returned through `lists` (see `collect`).
+void select_int8(const Encoder* encoder, const float* x, const float* slices_of_x, int64_t batch, int64_t chunk,
+                 Selection* s, Lists* lists) {
+  const Job job = make_job(*encoder, *s, x, batch);
+  const int64_t d = encoder->d_in;
+  const bool guess = s->k > 0 && job.groups == 1 && std::isfinite(s->guess);
+  Round r = run_round(job, x, slices_of_x, batch, chunk, guess);
+  std::vector<int64_t> rest;
+  for (int64_t t = 0; t < batch; t++)
+    if (r.failed[t]) rest.push_back(t);
+  s->examined = r.latents.size(), s->exhaustive = r.exhaustive, s->repeated = rest.size();
+  if (!rest.empty()) {
+    const int64_t left = rest.size(), slices = (d + SLICE - 1) / SLICE;
+    std::vector<float> rows(left * d), again(left * slices * SLICE);
+    for (int64_t i = 0; i < left; i++) std::copy_n(x + rest[i] * d, d, rows.begin() + i * d);
+    to_slices(rows.data(), nullptr, left, d, again.data());
+    Round second = run_round(job, rows.data(), again.data(), left, std::min<int64_t>(chunk, 4 * TOKENS), false);
+    s->examined += second.latents.size(), s->exhaustive += second.exhaustive;
+    for (int64_t i = 0; i < left; i++) {
+      r.chosen[rest[i]] = std::move(second.chosen[i]);
+      r.tokens[rest[i]] = second.tokens[i];
+    }
+  }
+  std::vector<float> known;
+  for (int64_t t = 0; t < batch; t++) {
+    const std::vector<Pair>& pairs = r.chosen[t];
+    s->counts[t] = pairs.size();
+    for (size_t i = 0; i < pairs.size(); i++) {
+      if (lists) {
+        lists->values.push_back(pairs[i].value);
+        lists->indices.push_back(pairs[i].index);
+      } else {
+        s->values[t * s->keep + i] = pairs[i].value;
+        s->indices[t * s->keep + i] = pairs[i].index;
+      }
+    }
+    if (r.tokens[t].norm > 0 && std::isfinite(r.tokens[t].guess) && r.tokens[t].guess > LOWEST) known.push_back(r.tokens[t].guess);
+  }
+  if (s->k > 0 && job.groups == 1) learn_guess(known, *s);
+}
+
+}  // extern "C"
+#else
+extern "C" void select_int8(const Encoder*, const float*, const float*, int64_t, int64_t, Selection*, Lists*) {}
+#endif
+
+extern "C" {
+
+Lists* new_lists(void) { return new Lists; }
+void free_lists(Lists* lists) { delete lists; }
+
+// Copy the entries of `lists` to arrays of the right length.
+void collect(const Lists* lists, float* values, int64_t* indices) {
+  std::copy(lists->values.begin(), lists->values.end(), values);
+  std::copy(lists->indices.begin(), lists->indices.end(), indices);
+}
+
+}  // extern "C"

@@ -1,0 +1,211 @@
+"""Which latents are active and their exact values, from an 8-bit product that keeps no [batch, d_sae] array.
+
+The specification is `wsae.ops.select` on (x - b_dec) @ W_enc + b_enc in float32; select.cpp says how and how surely the
+8-bit product finds the same latents.
+"""
+
+import ctypes
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from wsae.ops.codes import SparseCode, code_from_topk
+from wsae.ops.native import plain
+from wsae.ops.native.build import has_int8, library
+from wsae.ops.native.slices import SLICE, Slices, pointer, slice_count
+
+CHUNK = 252
+"""Tokens scanned together: 18 tiles of 14, whose 8-bit rows and candidates stay in the second-level cache."""
+LARGEST_SHARE = 8
+"""A Top-k with k above d_sae / 8 is not sparse enough to gain."""
+
+
+class CEncoder(ctypes.Structure):
+    """struct Encoder of select.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("W", "bias", "floor")),
+        *((name, ctypes.c_int64) for name in ("d_sae", "d_in", "group")),
+        *((name, ctypes.c_void_p) for name in ("packed", "scale", "norm", "dim")),
+    )
+
+
+class CSelection(ctypes.Structure):
+    """struct Selection of select.cpp."""
+
+    _fields_ = (
+        ("k", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("above", "guess", "trend")),
+        ("keep", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("values", "indices", "counts")),
+        *((name, ctypes.c_int64) for name in ("examined", "exhaustive", "repeated")),
+    )
+
+
+@dataclass
+class Effort:
+    """What selections cost so far; it changes with machine and history, the selected latents do not."""
+
+    tokens: int = 0
+    examined: int = 0
+    """Pre-activations computed exactly."""
+    exhaustive: int = 0
+    """Tokens for which all were."""
+    repeated: int = 0
+    """Tokens scanned twice."""
+
+
+@dataclass
+class RoundedEncoder:
+    """An 8-bit copy of the encoder, in panels of 32 latents of one group, and what bounds its rounding errors."""
+
+    d_sae: int
+    d_in: int
+    group: int
+    """Latents per group (d_sae where there are no groups)."""
+    dim: Float[Tensor, " padded_d_in"]
+    """Scale of each dimension: activations are divided by it, weights multiplied."""
+    int8: bool = field(init=False)
+    packed: Tensor = field(init=False)
+    scale: Tensor = field(init=False)
+    norm: Tensor = field(init=False)
+    largest: Tensor = field(init=False)
+    square: Tensor = field(init=False)
+    guess: float = math.nan
+    trend: float = math.nan
+    effort: Effort = field(default_factory=Effort)
+
+    def __post_init__(self) -> None:
+        self.int8 = has_int8()
+        lib = library()
+        lib.padded_latents.restype = lib.packed_bytes.restype = ctypes.c_int64
+        shape = [ctypes.c_int64(n) for n in (self.d_sae, self.d_in, self.group)]
+        padded = int(lib.padded_latents(shape[0], shape[2]))
+        size = int(lib.packed_bytes(*shape)) if self.int8 else 0
+        self.packed = torch.full((size,), 128, dtype=torch.uint8)
+        self.scale, self.norm = torch.ones(padded), torch.zeros(padded)
+        self.largest, self.square = torch.zeros(self.d_sae), torch.zeros(self.d_sae)
+
+    def measure(self, W: Slices) -> None:
+        """Find each row's largest entry and square norm, times the dimensions' scales."""
+        library().measure_rows(
+            pointer(W),
+            pointer(self.dim),
+            ctypes.c_int64(self.d_sae),
+            ctypes.c_int64(self.d_in),
+            pointer(self.largest),
+            pointer(self.square),
+        )
+
+    def pack(self, W: Slices) -> None:
+        """Round the rows of W; `largest` and `square` must be theirs."""
+        if not self.int8:
+            return
+        library().pack(
+            pointer(W),
+            pointer(self.dim),
+            pointer(self.largest),
+            pointer(self.square),
+            ctypes.c_int64(self.d_sae),
+            ctypes.c_int64(self.d_in),
+            ctypes.c_int64(self.group),
+            pointer(self.packed),
+            pointer(self.scale),
+            pointer(self.norm),
+        )
+
+
+def dimension_scales(spread: Float[Tensor, " d_in"]) -> Float[Tensor, " padded_d_in"]:
+    """Return sqrt(spread), padded with ones: rounding errors are then shared by activations and weights alike."""
+    d_in = len(spread)
+    typical = float(spread.double().square().mean().sqrt()) or 1.0
+    scales = torch.ones(slice_count(d_in) * SLICE)
+    scales[:d_in] = (spread.float() / typical).clamp_min(1e-3).sqrt()
+    return scales
+
+
+class Centred(tuple[Tensor, Tensor]):
+    """Centred activations x - b_dec twice: as rows [batch, d_in] and in slices."""
+
+    __slots__ = ()
+
+
+def select_topk(
+    encoder: RoundedEncoder, W: Slices, bias: Tensor | None, centred: Centred, k: int
+) -> SparseCode:
+    """Return the k largest pre-activations of each row, or the largest of each of k groups, in order of latent."""
+    groups = encoder.group < encoder.d_sae
+    if not encoder.int8:
+        return plain.select_topk(W, bias, centred[0], k, groups)
+    batch = len(centred[0])
+    values, indices = torch.empty(batch, k), torch.empty(batch, k, dtype=torch.int64)
+    asked = CSelection(k=1 if groups else k, keep=k)
+    asked.values, asked.indices = values.data_ptr(), indices.data_ptr()
+    _run(encoder, (W, bias, None), centred, asked, None)
+    return code_from_topk(values, indices)
+
+
+def select_above(
+    encoder: RoundedEncoder,
+    W: Slices,
+    bias: Tensor | None,
+    centred: Centred,
+    above: float,
+    floor: Float[Tensor, " d_sae"] | None = None,
+) -> SparseCode:
+    """Return every pre-activation with pre - floor > above, in order of row and latent."""
+    if not encoder.int8:
+        return plain.select_above(W, bias, centred[0], above, floor)
+    lib = library()
+    lib.new_lists.restype = ctypes.c_void_p
+    lists = ctypes.c_void_p(lib.new_lists())
+    try:
+        asked = CSelection(k=0, above=above)
+        counts = _run(encoder, (W, bias, floor), centred, asked, lists)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        n = int(offsets[-1])
+        values, indices = torch.empty(n), torch.empty(n, dtype=torch.int64)
+        lib.collect(lists, pointer(values), pointer(indices))
+    finally:
+        lib.free_lists(lists)
+    return SparseCode(values, indices, offsets)
+
+
+def _run(
+    encoder: RoundedEncoder,
+    weights: tuple[Slices, Tensor | None, Tensor | None],
+    centred: Centred,
+    asked: CSelection,
+    lists: ctypes.c_void_p | None,
+) -> Int64[Tensor, " batch"]:
+    W, bias, floor = weights
+    rows, slices = centred
+    batch = len(rows)
+    counts = torch.empty(batch, dtype=torch.int64)
+    address = [None if t is None else t.data_ptr() for t in (W, bias, floor)]
+    numbers = (encoder.d_sae, encoder.d_in, encoder.group)
+    copies = (encoder.packed, encoder.scale, encoder.norm, encoder.dim)
+    c_encoder = CEncoder(*address, *numbers, *(t.data_ptr() for t in copies))
+    asked.counts, asked.guess, asked.trend = counts.data_ptr(), encoder.guess, encoder.trend
+    threads = torch.get_num_threads()
+    chunk = max(14, min(CHUNK, -(-batch // threads) // 14 * 14))
+    library().select_int8(
+        ctypes.byref(c_encoder),
+        pointer(rows),
+        pointer(slices),
+        ctypes.c_int64(batch),
+        ctypes.c_int64(chunk),
+        ctypes.byref(asked),
+        lists,
+    )
+    if asked.k:
+        encoder.guess, encoder.trend = asked.guess, asked.trend
+    effort = encoder.effort
+    effort.tokens += batch
+    effort.examined += asked.examined
+    effort.exhaustive += asked.exhaustive
+    effort.repeated += asked.repeated
+    return counts

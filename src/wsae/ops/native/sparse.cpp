@@ -1,0 +1,306 @@
+// Everything after the selection. One pattern throughout: weights and activations are kept in slices of 32 dimensions,
+// [slices][rows][32], and pairs (token, latent) are sorted by latent; a pass streams one slice of the weights while the
+// tokens' slice (batch * 128 bytes) stays in the second-level cache. Sums have a fixed order whatever the number of threads.
+#include "common.h"
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+#endif
+
+namespace {
+constexpr int64_t BLOCK = 64;         // latents or tokens whose sums form one partial sum
+constexpr int64_t WORK_PER_LATENT = 4;  // what updating a latent costs beside its pairs, in pairs
+
+template <class F>
+void over_latents(const Pairs& pairs, int64_t d_sae, F work) {
+  const int64_t parts = std::max(1, omp_get_max_threads());
+  const std::vector<int64_t> borders = split(pairs.offsets, d_sae, parts, BLOCK, WORK_PER_LATENT);
+#pragma omp parallel for schedule(static, 1)
+  for (int64_t part = 0; part < parts; part++) work(borders[part], borders[part + 1]);
+}
+}  // namespace
+
+extern "C" {
+
+// [rows][d_in] less `centre` to [slices][rows][32], padded with zeros.
+void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out) {
+  const int64_t slices = (d_in + SLICE - 1) / SLICE;
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < n; r++)
+    for (int64_t s = 0; s < slices; s++) {
+      float* to = out + (s * n + r) * SLICE;
+      const int64_t width = std::min(SLICE, d_in - s * SLICE);
+      for (int64_t i = 0; i < width; i++) to[i] = rows[r * d_in + s * SLICE + i] - (centre ? centre[s * SLICE + i] : 0);
+      for (int64_t i = width; i < SLICE; i++) to[i] = 0;
+    }
+}
+
+// Back to [rows][d_in], each row times its scale.
+void from_slices(const float* in, const float* scale, int64_t n, int64_t d_in, float* rows) {
+  const int64_t slices = (d_in + SLICE - 1) / SLICE;
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < n; r++)
+    for (int64_t s = 0; s < slices; s++)
+      for (int64_t i = 0; i < std::min(SLICE, d_in - s * SLICE); i++)
+        rows[r * d_in + s * SLICE + i] = in[(s * n + r) * SLICE + i] * (scale ? scale[r] : 1);
+}
+
+void sort_pairs(const int64_t* latents, const int64_t* token_offsets, int64_t tokens, int64_t d_sae, int64_t* offsets,
+                int32_t* order, int32_t* sorted_tokens) {
+  sort_by_latent(latents, token_offsets, tokens, d_sae, offsets, order, sorted_tokens);
+}
+
+// out[token] = start + sum of values * row_scale * W[latent].
+void decode(const Pairs* pairs, const float* values, const float* W, const float* row_scale, const float* start,
+            int64_t d_sae, int64_t tokens, int64_t d_in, float* out) {
+  const int64_t slices = (d_in + SLICE - 1) / SLICE;
+#pragma omp parallel for schedule(static)
+  for (int64_t s = 0; s < slices; s++) {
+    float first[SLICE] = {};
+    if (start) std::copy_n(start + s * SLICE, std::min(SLICE, d_in - s * SLICE), first);
+    float* y = out + s * tokens * SLICE;
+    for (int64_t t = 0; t < tokens; t++) std::memcpy(y + t * SLICE, first, sizeof first);
+    for (int64_t j = 0; j < d_sae; j++) {
+      const int64_t begin = pairs->offsets[j], end = pairs->offsets[j + 1];
+      if (begin == end) continue;
+      const vf scale = splat(row_scale ? row_scale[j] : 1);
+      const vf w0 = load(W + (s * d_sae + j) * SLICE) * scale, w1 = load(W + (s * d_sae + j) * SLICE + 16) * scale;
+      for (int64_t p = begin; p < end; p++) {
+        float* row = y + (int64_t)pairs->tokens[p] * SLICE;
+        const vf z = splat(values[p]);
+        store(row, load(row) + z * w0);
+        store(row + 16, load(row + 16) + z * w1);
+      }
+    }
+  }
+}
+
+// values[p] = row_scale * <W[latent], left[token]>.
+void dots(const Pairs* pairs, const float* left, const float* W, const float* row_scale, int64_t d_sae, int64_t tokens,
+          int64_t d_in, float* values) {
+  const int64_t slices = (d_in + SLICE - 1) / SLICE;
+  over_latents(*pairs, d_sae, [&](int64_t first, int64_t last) {
+    dot_range(*pairs, left, W, row_scale, first, last, d_sae, tokens, slices, values);
+  });
+}
+
+// In place: x_hat -> G = (2 / batch) gamma^2 (x_hat - target). errors [batch][2]: |e|^2 and |gamma e|^2.
+// partial [blocks of 64 tokens][d_in]: sums of G.
+void residual(float* slab, const float* target, const float* gamma, int64_t batch, int64_t d_in, double* errors, float* partial) {
+  const int64_t slices = (d_in + SLICE - 1) / SLICE;
+  const float two = 2.0f / batch;
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < (batch + BLOCK - 1) / BLOCK; block++) {
+    std::memset(partial + block * d_in, 0, d_in * sizeof(float));
+    for (int64_t t = block * BLOCK; t < std::min(batch, (block + 1) * BLOCK); t++) {
+      double plain = 0, weighted = 0;
+      for (int64_t s = 0; s < slices; s++) {
+        float* g = slab + (s * batch + t) * SLICE;
+        const float *x = target + t * d_in + s * SLICE, *weight = gamma + s * SLICE;
+        float* sums = partial + block * d_in + s * SLICE;
+        float a = 0, b = 0;
+        const int64_t width = std::min(SLICE, d_in - s * SLICE);
+#pragma omp simd reduction(+ : a, b)
+        for (int64_t i = 0; i < width; i++) {
+          const float e = g[i] - x[i], w = weight[i] * e;
+          a += e * e;
+          b += w * w;
+          g[i] = two * weight[i] * w;
+          sums[i] += g[i];
+        }
+        plain += a;
+        weighted += b;
+      }
+      errors[2 * t] = plain;
+      errors[2 * t + 1] = weighted;
+    }
+  }
+}
+
+struct Terms {  // one set of pairs and what they weigh: decoder gradient sum z G, encoder gradient sum v c
+  Pairs pairs;
+  const float *z, *v;  // [pairs]; v = dL / d pre-activation
+  const float* along;  // [pairs]: <W_dec[latent], G[token]>, for the radial part of the decoder's gradient
+  const float* G;      // slices of [batch]
+};
+
+struct Matrix {  // weights and Adam moments, in slices
+  float *W, *m, *v;
+};
+
+struct Update {
+  int64_t d_sae, d_in, tokens, terms;
+  const Terms* term;
+  const float* centred;                  // slices of [tokens]
+  Matrix decoder, encoder;               // encoder.W is null when tied
+  float *b_enc, *b_enc_m, *b_enc_v;      // null when tied
+  float lr, beta1, beta2, eps, correction1, correction2;  // corrections: 1 - beta^step
+  int64_t unit;                          // decoder rows are of norm 1: row_scale holds 1 / norm of what is stored
+  float* row_scale;                      // [d_sae]
+  float* norm;                           // [d_sae] out: norm of the decoder's rows before scaling
+  const float* pull;                     // [d_sae] or null: added to the decoder's gradient, times the row
+  float* partial;                        // [blocks of 64 latents][slices * 32]: sums of encoder rows times bias gradients
+  const float* dim;                      // [slices * 32] scale of each dimension for rounding, or null
+  float *largest, *square;               // [d_sae] out: of the scaled encoder row
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Rates {
+  vf rise1, rise2, beta2, step, root, eps;
+  explicit Rates(const Update& u)
+      : rise1(splat(1 - u.beta1)), rise2(splat(1 - u.beta2)), beta2(splat(u.beta2)), step(splat(u.lr / u.correction1)),
+        root(splat(1 / std::sqrt(u.correction2))), eps(splat(u.eps)) {}
+};
+
+inline vf root_of(vf x) {
+  float a[16];
+  std::memcpy(a, &x, 64);
+#pragma omp simd
+  for (int i = 0; i < 16; i++) a[i] = std::sqrt(a[i]);
+  return load(a);
+}
+
+inline vf adam(vf W, float* m, float* v, vf g, const Rates& r) {
+  const vf first = load(m) + r.rise1 * (g - load(m)), second = r.beta2 * load(v) + r.rise2 * g * g;
+  store(m, first);
+  store(v, second);
+  return W - r.step * first / (root_of(second) * r.root + r.eps);
+}
+
+// g += sum of weight * rows[token] over a latent's pairs.
+inline void gather(const Pairs& pairs, const float* weight, const float* rows, int64_t j, vf& g0, vf& g1) {
+  int64_t p = pairs.offsets[j];
+  const int64_t end = pairs.offsets[j + 1];
+  vf h0{}, h1{};
+  for (; p + 2 <= end; p += 2) {
+    const float *a = rows + (int64_t)pairs.tokens[p] * SLICE, *b = rows + (int64_t)pairs.tokens[p + 1] * SLICE;
+    const vf wa = splat(weight[p]), wb = splat(weight[p + 1]);
+    g0 += wa * load(a), g1 += wa * load(a + 16);
+    h0 += wb * load(b), h1 += wb * load(b + 16);
+  }
+  if (p < end) {
+    const float* a = rows + (int64_t)pairs.tokens[p] * SLICE;
+    const vf w = splat(weight[p]);
+    g0 += w * load(a), g1 += w * load(a + 16);
+  }
+  g0 += h0, g1 += h1;
+}
+
+void update_decoder(const Update& u, int64_t first, int64_t last, const float* along) {
+  const Rates rates(u);
+  const int64_t slices = (u.d_in + SLICE - 1) / SLICE;
+  std::vector<float> square(last - first, 0);
+  for (int64_t s = 0; s < slices; s++)
+    for (int64_t j = first; j < last; j++) {
+      const int64_t at = (s * u.d_sae + j) * SLICE;
+      const vf scale = splat(u.unit ? u.row_scale[j] : 1);
+      const vf w0 = load(u.decoder.W + at) * scale, w1 = load(u.decoder.W + at + 16) * scale;
+      vf g0{}, g1{};
+      for (int64_t k = 0; k < u.terms; k++) {
+        gather(u.term[k].pairs, u.term[k].z, u.term[k].G + s * u.tokens * SLICE, j, g0, g1);
+        if (!u.encoder.W) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
+      }
+      const vf pull = splat((u.pull ? u.pull[j] : 0) - (u.unit ? along[j - first] : 0));
+      g0 += pull * w0, g1 += pull * w1;
+      const vf a = adam(w0, u.decoder.m + at, u.decoder.v + at, g0, rates);
+      const vf b = adam(w1, u.decoder.m + at + 16, u.decoder.v + at + 16, g1, rates);
+      store(u.decoder.W + at, a);
+      store(u.decoder.W + at + 16, b);
+      square[j - first] += sum(a * a + b * b);
+    }
+  for (int64_t j = first; j < last; j++) {
+    u.norm[j] = std::sqrt(square[j - first]);
+    if (u.unit) u.row_scale[j] = 1 / std::max(u.norm[j], 1e-12f);
+  }
+}
+
+void update_encoder(const Update& u, int64_t first, int64_t last, const float* bias_grad) {
+  const Rates rates(u);
+  const int64_t slices = (u.d_in + SLICE - 1) / SLICE;
+  const bool tied = !u.encoder.W;
+  for (int64_t j = first; j < last; j++) u.largest[j] = u.square[j] = 0;
+  for (int64_t s = 0; s < slices; s++) {
+    vf b0{}, b1{};
+    const vf d0 = u.dim ? load(u.dim + s * SLICE) : vf{}, d1 = u.dim ? load(u.dim + s * SLICE + 16) : vf{};
+    for (int64_t j = first; j < last; j++) {
+      const int64_t at = (s * u.d_sae + j) * SLICE;
+      float* W = (tied ? u.decoder.W : u.encoder.W) + at;
+      vf w0 = load(W), w1 = load(W + 16);
+      if (u.partial) {
+        b0 += splat(bias_grad[j - first]) * w0, b1 += splat(bias_grad[j - first]) * w1;
+        if ((j + 1) % BLOCK == 0 || j + 1 == last) {
+          float* partial = u.partial + (j / BLOCK * slices + s) * SLICE;
+          store(partial, b0), store(partial + 16, b1);
+          b0 = b1 = vf{};
+        }
+      }
+      if (!tied) {
+        vf g0{}, g1{};
+        for (int64_t k = 0; k < u.terms; k++) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
+        w0 = adam(w0, u.encoder.m + at, u.encoder.v + at, g0, rates);
+        w1 = adam(w1, u.encoder.m + at + 16, u.encoder.v + at + 16, g1, rates);
+        store(W, w0);
+        store(W + 16, w1);
+      }
+      if (u.dim) {
+        const vf q0 = w0 * d0, q1 = w1 * d1;
+        u.square[j] += sum(q0 * q0 + q1 * q1);
+        float a[SLICE], most = u.largest[j];
+        store(a, q0), store(a + 16, q1);
+#pragma omp simd reduction(max : most)
+        for (int i = 0; i < SLICE; i++) most = std::max(most, std::fabs(a[i]));
+        u.largest[j] = most;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Gradients of both matrices, Adam and unit norm, latent by latent and slice by slice. No gradient matrix exists.
+void update_latents(const Update* update) {
+  const Update& u = *update;
+  const Rates rates(u);
+  over_latents(u.term[0].pairs, u.d_sae, [&](int64_t first, int64_t last) {
+    std::vector<float> along(last - first, 0), bias_grad(last - first, 0);
+    for (int64_t k = 0; k < u.terms; k++)
+      for (int64_t j = first; j < last; j++)
+        for (int64_t p = u.term[k].pairs.offsets[j]; p < u.term[k].pairs.offsets[j + 1]; p++) {
+          along[j - first] += u.term[k].z[p] * u.term[k].along[p];
+          bias_grad[j - first] += u.term[k].v[p];
+        }
+    update_decoder(u, first, last, along.data());
+    update_encoder(u, first, last, bias_grad.data());
+    if (u.b_enc)
+      for (int64_t j = first; j < last; j++) {
+        const float g = bias_grad[j - first];
+        u.b_enc_m[j] += (1 - u.beta1) * (g - u.b_enc_m[j]);
+        u.b_enc_v[j] = u.beta2 * u.b_enc_v[j] + (1 - u.beta2) * g * g;
+        u.b_enc[j] -= u.lr / u.correction1 * u.b_enc_m[j] / (std::sqrt(u.b_enc_v[j]) / std::sqrt(u.correction2) + u.eps);
+      }
+  });
+}
+
+// largest[j], square[j] of the rows of W times dim.
+void measure_rows(const float* W, const float* dim, int64_t d_sae, int64_t d_in, float* largest, float* square) {
+  const int64_t slices = (d_in + SLICE - 1) / SLICE;
+#pragma omp parallel for schedule(static)
+  for (int64_t j = 0; j < d_sae; j++) {
+    float most = 0, total = 0;
+    for (int64_t s = 0; s < slices; s++)
+      for (int64_t i = 0; i < SLICE; i++) {
+        const float w = W[(s * d_sae + j) * SLICE + i] * dim[s * SLICE + i];
+        most = std::max(most, std::fabs(w));
+        total += w * w;
+      }
+    largest[j] = most, square[j] = total;
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,194 @@
+"""One SAE's weights and Adam moments in slices, and their update from pairs without a gradient matrix.
+
+The specification is autograd through `wsae.ops.sparse` followed by `wsae.ops.update.adam_rows_`.
+"""
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wsae.ops.native.build import library
+from wsae.ops.native.select import RoundedEncoder
+from wsae.ops.native.slices import (
+    SLICE,
+    CPairs,
+    Slices,
+    SortedPairs,
+    from_slices,
+    to_slices,
+)
+from wsae.ops.update import AdamStep
+
+BLOCK = 64
+
+
+class CTerms(ctypes.Structure):
+    """struct Terms of sparse.cpp."""
+
+    _fields_ = (
+        ("pairs", CPairs),
+        *((name, ctypes.c_void_p) for name in ("z", "v", "along", "G")),
+    )
+
+
+class CMatrix(ctypes.Structure):
+    """struct Matrix of sparse.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("W", "m", "v"))
+
+
+class CUpdate(ctypes.Structure):
+    """struct Update of sparse.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("d_sae", "d_in", "tokens", "terms")),
+        ("term", ctypes.c_void_p),
+        ("centred", ctypes.c_void_p),
+        ("decoder", CMatrix),
+        ("encoder", CMatrix),
+        *((name, ctypes.c_void_p) for name in ("b_enc", "b_enc_m", "b_enc_v")),
+        *((name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps")),
+        *((name, ctypes.c_float) for name in ("correction1", "correction2")),
+        ("unit", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("row_scale", "norm", "pull")),
+        *((name, ctypes.c_void_p) for name in ("partial", "dim", "largest", "square")),
+    )
+
+
+class DenseMatrix(NamedTuple):
+    """A weight matrix and its Adam moments as rows."""
+
+    W: Float[Tensor, "rows d_in"]
+    m: Float[Tensor, "rows d_in"]
+    v: Float[Tensor, "rows d_in"]
+
+
+@dataclass
+class Matrix:
+    """A weight matrix [rows, d_in] and its Adam moments, in slices."""
+
+    W: Float[Tensor, "slices rows 32"]
+    m: Float[Tensor, "slices rows 32"]
+    v: Float[Tensor, "slices rows 32"]
+
+    @staticmethod
+    def of(rows: Float[Tensor, "rows d_in"], moments: tuple[Tensor, Tensor] | None) -> "Matrix":
+        """Take rows and moments in the usual layout; no moments: zeros."""
+        W = to_slices(rows)
+        if moments is None:
+            return Matrix(W, torch.zeros_like(W), torch.zeros_like(W))
+        return Matrix(W, to_slices(moments[0]), to_slices(moments[1]))
+
+    def dense(self, d_in: int, scale: Float[Tensor, " rows"] | None = None) -> "DenseMatrix":
+        """Return rows (each times its scale) and moments in the usual layout."""
+        moments = (from_slices(t, d_in) for t in (self.m, self.v))
+        return DenseMatrix(from_slices(self.W, d_in, scale), *moments)
+
+    def c(self) -> CMatrix:
+        """Return the C struct."""
+        return CMatrix(*(t.data_ptr() for t in (self.W, self.m, self.v)))
+
+
+class Terms(NamedTuple):
+    """One set of pairs and their part of the gradients, sorted by latent: dW_dec[j] = sum z G, dW_enc[j] = sum v c."""
+
+    pairs: SortedPairs
+    z: Float[Tensor, " pairs"]
+    v: Float[Tensor, " pairs"]
+    along: Float[Tensor, " pairs"]
+    """W_dec[j] . G[token]: with z, the radial part of the decoder's gradient."""
+    gradient: Slices
+    """G = dL/dx_hat."""
+
+    def c(self) -> CTerms:
+        """Return the C struct."""
+        tensors = (self.z, self.v, self.along, self.gradient)
+        return CTerms(self.pairs.c(), *(t.data_ptr() for t in tensors))
+
+
+@dataclass
+class Weights:
+    """An SAE's large tensors during compiled training."""
+
+    d_in: int
+    decoder: Matrix
+    encoder: Matrix | None
+    """None when tied."""
+    row_scale: Float[Tensor, " d_sae"]
+    """The decoder is row_scale * decoder.W: unit rows are normalised when next used (tied: 1)."""
+    norm: Float[Tensor, " d_sae"]
+    """Norms of the decoder's rows (untied: before normalisation)."""
+    rounded: RoundedEncoder
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return len(self.row_scale)
+
+    @property
+    def encoder_rows(self) -> Slices:
+        """The encoder's rows in slices."""
+        return self.decoder.W if self.encoder is None else self.encoder.W
+
+    def dense(self) -> "tuple[DenseMatrix, ...]":
+        """Return decoder and (untied) encoder in the usual layout, decoder rows normalised."""
+        scale = None if self.encoder is None else self.row_scale
+        decoder = self.decoder.dense(self.d_in, scale)
+        return (decoder,) if self.encoder is None else (decoder, self.encoder.dense(self.d_in))
+
+    def update(
+        self,
+        terms: list[Terms],
+        centred: Slices,
+        rates: AdamStep,
+        bias: tuple[Tensor, Tensor, Tensor] | None = None,
+        pull: Float[Tensor, " d_sae"] | None = None,
+    ) -> Float[Tensor, " d_in"]:
+        """Take one Adam step on both matrices and b_enc; returns sum_j db_enc[j] W_enc[j] (before the step).
+
+        `bias` is (b_enc, m, v); `pull` is added to the decoder's gradient times the row (tied L1).
+        """
+        d_sae, slices = self.d_sae, self.decoder.W.shape[0]
+        u, keep = CUpdate(), (CTerms * len(terms))(*(t.c() for t in terms))
+        u.d_sae, u.d_in, u.tokens, u.terms = d_sae, self.d_in, centred.shape[1], len(terms)
+        u.term, u.centred = ctypes.addressof(keep), centred.data_ptr()
+        u.decoder = self.decoder.c()
+        u.encoder = CMatrix() if self.encoder is None else self.encoder.c()
+        u.lr, u.beta1, u.beta2, u.eps = rates.lr, rates.beta1, rates.beta2, rates.eps
+        u.correction1 = 1 - rates.beta1**rates.step
+        u.correction2 = 1 - rates.beta2**rates.step
+        u.unit = int(self.encoder is not None)
+        u.row_scale, u.norm = self.row_scale.data_ptr(), self.norm.data_ptr()
+        u.pull = None if pull is None else pull.data_ptr()
+        partial = None
+        if bias is not None:
+            u.b_enc, u.b_enc_m, u.b_enc_v = (t.data_ptr() for t in bias)
+            partial = torch.zeros(math.ceil(d_sae / BLOCK), slices * SLICE)
+            u.partial = partial.data_ptr()
+        u.dim = self.rounded.dim.data_ptr()
+        u.largest, u.square = self.rounded.largest.data_ptr(), self.rounded.square.data_ptr()
+        library().update_latents(ctypes.byref(u))
+        self.rounded.pack(self.encoder_rows)
+        return torch.zeros(self.d_in) if partial is None else partial.sum(0)[: self.d_in]
+
+
+def make_weights(
+    decoder: Matrix,
+    encoder: Matrix | None,
+    d_in: int,
+    group: int,
+    dim: Float[Tensor, " padded_d_in"],
+) -> Weights:
+    """Return the state of one SAE at any point of its training."""
+    d_sae = decoder.W.shape[1]
+    rounded = RoundedEncoder(d_sae, d_in, group, dim)
+    rows = decoder.W if encoder is None else encoder.W
+    rounded.measure(rows)
+    rounded.pack(rows)
+    norm = torch.linalg.vector_norm(decoder.W, dim=(0, 2))
+    return Weights(d_in, decoder, encoder, torch.ones(d_sae), norm, rounded)

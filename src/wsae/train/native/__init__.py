@@ -1,0 +1,1 @@
+"""Training with the compiled CPU kernels: hand-written gradients, no gradient matrices."""

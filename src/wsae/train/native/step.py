@@ -1,0 +1,212 @@
+"""One step by hand-written gradients on the compiled kernels; `wsae.train.eager` is its specification.
+
+With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) of active latents:
+    dz = W_dec[j] . G[b] + l1 |W_dec[j]| / batch      dpre = dz where z > 0
+    dW_dec[j] = sum z G[b]     dW_enc[j] = sum dpre (x - b_dec)[b]     db_enc[j] = sum dpre
+    db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j]
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from wsae.losses.weigh import weigh
+from wsae.ops import SparseCode, code_from_topk
+from wsae.ops.native.select import Centred
+from wsae.ops.native.slices import (
+    Residual,
+    Slices,
+    decode,
+    dots,
+    from_slices,
+    residual,
+    sort_pairs,
+    to_slices,
+)
+from wsae.ops.native.weights import Terms, Weights
+from wsae.ops.update import AdamStep, adam_rows_
+from wsae.sae.config import JumpReLU
+from wsae.train.config import TrainConfig
+from wsae.train.counters import StepResult, add_sums, count, follow_latents, refresh_gamma
+from wsae.train.native.codes import Codes, find_codes
+from wsae.train.native.state import enter, moments
+from wsae.train.state import Batch, MemberState
+
+
+class Part(NamedTuple):
+    """One reconstruction (of x, or of the residual by dead latents): its gradients and its loss."""
+
+    terms: Terms
+    code: SparseCode
+    dz: Float[Tensor, " pairs"]
+    """In the code's order."""
+    left: Residual
+    penalty: float | Float[Tensor, ""]
+    """l1 * mean over the batch of sum_j z_j |W_dec[j]|, before the step."""
+
+
+@torch.no_grad()
+def native_step(
+    member: MemberState, batch: Batch, rate: float, run: TrainConfig, step: int
+) -> SparseCode:
+    """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
+    weights, sae, x = enter(member), member.sae, batch.x.contiguous()
+    b_dec = None if sae.b_dec is None else sae.b_dec.detach()
+    centred = Centred((x if b_dec is None else x - b_dec, to_slices(x, b_dec)))
+    codes = find_codes(sae, weights, centred)
+    main = _main(member, weights, codes, x, b_dec)
+    parts = [main]
+    revival = _revival(member, weights, centred, x, main.left)
+    if revival is not None:
+        parts.append(revival)
+    _update(member, weights, parts, centred[1], rate)
+    _move_thresholds(member, codes, main.dz, rate)
+    result = _result(member, main, revival)
+    count(member, main.code, len(x))
+    add_sums(member, batch, result)
+    if follow_latents(member, main.code, step, run.latent_variance_decay):
+        scale = None if sae.cfg.tied else weights.row_scale
+        W_dec = from_slices(weights.decoder.W, weights.d_in, scale)
+        refresh_gamma(member, W_dec, step, run.latent_variance_decay)
+    return main.code
+
+
+def _main(
+    member: MemberState, weights: Weights, codes: Codes, x: Tensor, b_dec: Tensor | None
+) -> Part:
+    pre, (batch, d_in) = codes.pre, x.shape
+    pairs = sort_pairs(pre, weights.d_sae)
+    z, passes = codes.z[pairs.order], codes.passes[pairs.order]
+    x_hat = decode(pairs, z, weights.decoder.W, _scale(weights), (batch, d_in), b_dec)
+    left = _weighted_residual(x_hat, x, member.sae.gamma)
+    along = dots(pairs, left.gradient, weights.decoder.W, _scale(weights), d_in)
+    dz, penalty = along, 0.0
+    if member.cfg.l1:
+        norms = _norms(weights)
+        price = member.cfg.l1 / batch * (1.0 if norms is None else norms[pre.indices[pairs.order]])
+        dz, penalty = along + price, (z * price).sum()
+    terms = Terms(pairs, z, dz * passes, along, left.gradient)
+    unsorted = torch.empty_like(dz).index_copy_(0, pairs.order, dz)
+    return Part(terms, SparseCode(codes.z, pre.indices, pre.offsets), unsorted, left, penalty)
+
+
+def _weighted_residual(x_hat: Slices, x: Tensor, gamma: Tensor) -> Residual:
+    if gamma.ndim == 1:
+        return residual(x_hat, x, gamma)
+    error = from_slices(x_hat, x.shape[1]) - x
+    weighted = weigh(error, gamma)
+    gradient = 2 / len(x) * (weighted @ gamma)
+    errors = torch.stack([error.double().square().sum(1), weighted.double().square().sum(1)], dim=1)
+    return Residual(to_slices(gradient), errors, gradient.sum(0))
+
+
+def _revival(
+    member: MemberState, weights: Weights, centred: Centred, x: Tensor, left: Residual
+) -> Part | None:
+    """Let dead latents model the residual (`wsae.losses.reconstruction.auxk_loss`)."""
+    dead = member.dead.nonzero()[:, 0]
+    if member.cfg.auxk == 0 or len(dead) == 0:
+        return None
+    rows = weights.encoder_rows.index_select(1, dead)
+    pre = centred[0] @ from_slices(rows, weights.d_in).T
+    pre = pre if member.sae.b_enc is None else pre.add_(member.sae.b_enc.detach()[dead])
+    k = min(member.cfg.revived(weights.d_in), len(dead))
+    values, picked = pre.topk(k, dim=1, sorted=False)
+    code = code_from_topk(values, dead[picked])
+    pairs = sort_pairs(code, weights.d_sae)
+    # the product's last bits depend on the number of threads, these values do not
+    z = dots(pairs, centred[1], weights.encoder_rows, None, weights.d_in)
+    if member.sae.b_enc is not None:
+        z += member.sae.b_enc.detach()[code.indices[pairs.order]]
+    z = z.relu_()
+    e_hat = decode(pairs, z, weights.decoder.W, _scale(weights), (len(x), weights.d_in))
+    target = _error(member, left, x)
+    found = _weighted_residual(e_hat, target, member.sae.gamma)
+    gradient = found.gradient.mul_(member.cfg.auxk)
+    along = dots(pairs, gradient, weights.decoder.W, _scale(weights), weights.d_in)
+    terms = Terms(pairs, z, along * (z > 0), along, gradient)
+    return Part(terms, code, along, found._replace(gradient=gradient), 0.0)
+
+
+def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "batch d_in"]:
+    """Return x - x_hat, undoing G = (2 / batch) Gamma^T Gamma (x_hat - x)."""
+    G, gamma = from_slices(left.gradient, x.shape[1]), member.sae.gamma
+    if gamma.ndim == 1:
+        return G.div_(-2 / len(x) * gamma.square())
+    return torch.linalg.solve(gamma.T @ gamma, G.T).T.mul_(-len(x) / 2)
+
+
+def _update(
+    member: MemberState, weights: Weights, parts: list[Part], centred: Slices, rate: float
+) -> None:
+    sae = member.sae
+    matrices = [p for p in (sae.W_dec, sae.W_enc_t) if p is not None]
+    for parameter in matrices:
+        member.optimizer.state[parameter]["step"] += 1
+    number = int(member.optimizer.state[sae.W_dec]["step"])
+    bias = None
+    if sae.b_enc is not None:
+        state = moments(member, sae.b_enc)
+        state["step"] += 1
+        bias = (sae.b_enc.detach(), state["exp_avg"], state["exp_avg_sq"])
+    terms = [part.terms for part in parts]
+    pull = _pull(member, weights, parts[0], len(parts[0].left.errors))
+    through = weights.update(terms, centred, AdamStep(rate, number), bias, pull)
+    if sae.b_dec is not None:
+        _adam(member, sae.b_dec, parts[0].left.total - through, rate)
+
+
+def _pull(
+    member: MemberState, weights: Weights, main: Part, batch: int
+) -> Float[Tensor, " d_sae"] | None:
+    """Return the tied L1 penalty's pull on each row: l1 / batch * sum_b z / |W_j|."""
+    norms = _norms(weights)
+    if not member.cfg.l1 or norms is None:
+        return None
+    total = torch.bincount(main.code.indices, main.code.values, minlength=weights.d_sae)
+    return (member.cfg.l1 / batch * total / norms.clamp_min(1e-12)).float()
+
+
+def _adam(member: MemberState, parameter: nn.Parameter, grad: Tensor, rate: float) -> None:
+    state = moments(member, parameter)
+    state["step"] += 1
+    tensors = (parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
+    W, grad, m, v = (tensor.unsqueeze(0) for tensor in tensors)
+    adam_rows_(W, grad, m, v, AdamStep(rate, int(state["step"])), unit=False)
+
+
+def _move_thresholds(member: MemberState, codes: Codes, dz: Tensor, rate: float) -> None:
+    """Step the thresholds of JumpReLU (`wsae.sae.jumprelu`), through log theta."""
+    sae, activation = member.sae, member.sae.cfg.activation
+    if sae.log_threshold is None or not isinstance(activation, JumpReLU):
+        return
+    theta = sae.log_threshold.detach().exp()
+    pre, latents = codes.pre.values, codes.pre.indices
+    here = theta[latents]
+    near = ((pre - here).abs() < activation.bandwidth / 2) / activation.bandwidth
+    slope = -(dz * here + member.cfg.l0 / codes.pre.batch) * near
+    grad = torch.bincount(latents, slope, minlength=len(theta)).float() * theta
+    _adam(member, sae.log_threshold, grad, rate)
+
+
+def _result(member: MemberState, main: Part, revival: Part | None) -> StepResult:
+    cfg, batch = member.cfg, len(main.left.errors)
+    sse, reconstruction = main.left.errors[:, 0].sum(), main.left.errors[:, 1].sum() / batch
+    aux = reconstruction.new_zeros(())
+    if revival is not None:
+        aux = revival.left.errors[:, 1].sum() / batch
+    loss = reconstruction + cfg.auxk * aux + main.penalty
+    if cfg.l0:
+        loss = loss + cfg.l0 * torch.count_nonzero(main.code.values) / batch
+    return StepResult(main.code, loss, reconstruction, aux, sse)
+
+
+def _scale(weights: Weights) -> Tensor | None:
+    return None if weights.encoder is None else weights.row_scale
+
+
+def _norms(weights: Weights) -> Tensor | None:
+    """Return the norms of a tied SAE's rows; None stands for unit rows."""
+    return weights.norm if weights.encoder is None else None

@@ -1,0 +1,182 @@
+"""The ranks of a job: who this one is, whom it shares work with, and what they tell each other."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from wsae.core.errors import UserError
+from wsae.train.parallel.config import AXES, Layout, parse_layout
+from wsae.train.parallel.voice import check_alive, one_voice
+
+TIMEOUT_S = 300
+"""A collective that waits longer than this for another rank fails. Work that only one rank does (checksums, the
+finished members) is waited for without limit."""
+ALIVE_S = 0.5
+"""Seconds between looks at the other ranks while waiting for them."""
+SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh: how many ranks share its work, which of them this is, and their process group."""
+
+    size: int = 1
+    index: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
+        """Replace a tensor by its sum (or largest, smallest) over the axis; every rank gets the same bits."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return every rank's tensor of one shape, stacked in the order of the axis [size, ...]."""
+        if self.size == 1:
+            return tensor[None]
+        out = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(out, tensor.contiguous(), group=self.group)
+        return torch.stack(out)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among those that train the same members."""
+
+    data: Axis = Axis()
+    latents: Axis = Axis()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for them."""
+        return self.data.index == 0 and self.latents.index == 0
+
+    def reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
+        """Replace a tensor by its sum (or largest, smallest) over all of them."""
+        return self.data.reduce_(self.latents.reduce_(tensor, op), op)
+
+    def before(self, count: Tensor) -> Tensor:
+        """Return the sum of the counts of the ranks before this one (by data, then by latents)."""
+        row = self.latents.gather(count)
+        rows = self.data.gather(row.sum(0))
+        return row[: self.latents.index].sum(0) + rows[: self.data.index].sum(0)
+
+
+@dataclass
+class World:
+    """All ranks of a job; `sub` is the mesh [data, latents] of those that train the same members."""
+
+    rank: int
+    layout: Layout
+    device: str
+    store: dist.Store
+    place: Place = field(default_factory=Place)
+    layer: int = 0
+    sub: DeviceMesh | None = None
+    _told: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes the run's own files."""
+        return self.rank == 0
+
+    def from_first(self, call: Callable[[], Any]) -> Any:
+        """Let rank 0 call and give its JSON-ready result to all; the others wait without limit."""
+        key = self._key()
+        if self.first:
+            value = call()
+            self.store.set(key, json.dumps(value))
+            return value
+        return json.loads(self._waited(key))
+
+    def to_first(self, value: Any) -> list[Any]:
+        """Return every rank's JSON-ready value in order on rank 0, which waits without limit; [] elsewhere."""
+        key = self._key()
+        self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        if not self.first:
+            return []
+        found = []
+        for rank in range(self.layout.ranks):
+            found.append(json.loads(self._waited(f"{key}/{rank}")))
+            self.store.delete_key(f"{key}/{rank}")
+        return found
+
+    def reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = SUM) -> Tensor:
+        """Replace a tensor by its sum (or largest, smallest) over all ranks."""
+        if self.layout.ranks > 1:
+            dist.all_reduce(tensor, op=op)
+        return tensor
+
+    def _waited(self, key: str) -> bytes:
+        """Return a key's value once it is there; looks now and then, so that signals and losses are noticed."""
+        pause = 0.01
+        while not self.store.check([key]):
+            if pause >= ALIVE_S:
+                check_alive(self.store, self.rank, self.layout.ranks)
+            time.sleep(pause)
+            pause = min(ALIVE_S, 1.5 * pause)
+        return self.store.get(key)
+
+    def _key(self) -> str:
+        self._told += 1
+        return f"wsae/{self._told}"
+
+
+@contextlib.contextmanager
+def joined(mesh: str | None, device: str = "cpu") -> Iterator[World]:
+    """Join the job that torchrun's environment describes, in the layout of `parse_layout`, until the block ends.
+
+    gloo carries CPU tensors, NCCL those on a GPU. When the block fails on several ranks, one of them keeps its voice
+    and the others' stderr is closed; a rank that vanished becomes a `RankLost` that names it.
+    """
+    limit = timedelta(seconds=TIMEOUT_S)
+    store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))
+    with one_voice(store, rank, ranks):
+        layout = parse_layout(mesh, ranks)
+        where = _own_device(device)
+        kind = torch.device(where).type
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        groups = dist.PrefixStore("groups", store)
+        dist.init_process_group(backend, store=groups, rank=rank, world_size=ranks, timeout=limit)
+        try:
+            yield lay_out(layout, rank, where, store)
+        finally:
+            dist.destroy_process_group()
+
+
+def _own_device(device: str) -> str:
+    if not device.startswith("cuda"):
+        if torch.device(device).type != "cpu":
+            raise UserError(f"--device {device}: several processes train on cpu or cuda only")
+        return device
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: process {local} of this machine has no GPU of its own "
+            f"({torch.cuda.device_count()} here); lower torchrun's --nproc-per-node"
+        )
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+def lay_out(layout: Layout, rank: int, device: str, store: dist.Store) -> World:
+    """Return the world of a process group that is there already, in this layout."""
+    sizes = tuple(getattr(layout, name) for name in AXES)
+    mesh = init_device_mesh(torch.device(device).type, sizes, mesh_dim_names=AXES)
+    axes = [
+        Axis(size, mesh.get_local_rank(name), mesh.get_group(name))
+        for name, size in zip(AXES, sizes, strict=True)
+    ]
+    layers, data, latents = axes
+    sub = mesh["data", "latents"]
+    return World(rank, layout, device, store, Place(data, latents), layers.index, sub)

@@ -1,0 +1,252 @@
+"""The compiled kernels against their eager twins: the same latents, values and gradients, whatever the shape."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wsae.ops import SparseCode, select_group_topk, select_topk
+from wsae.ops.native import select as native
+from wsae.ops.native import why_not
+from wsae.ops.native.select import Centred, RoundedEncoder, dimension_scales
+from wsae.ops.native.slices import decode, dots, from_slices, residual, sort_pairs, to_slices
+from wsae.ops.native.weights import Matrix, Terms, make_weights
+from wsae.ops.sparse import Plan
+from wsae.ops.update import AdamStep, adam_rows_
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
+
+
+def rounded(W: Tensor, x: Tensor, group: int | None = None) -> RoundedEncoder:
+    d_sae, d_in = W.shape
+    spread = x.std(0, correction=0) if len(x) > 1 else torch.ones(d_in)
+    encoder = RoundedEncoder(d_sae, d_in, group or d_sae, dimension_scales(spread))
+    slices = to_slices(W)
+    encoder.measure(slices)
+    encoder.pack(slices)
+    return encoder
+
+
+def topk(W: Tensor, x: Tensor, bias: Tensor | None, k: int, groups: bool = False) -> SparseCode:
+    encoder = rounded(W, x, len(W) // k if groups else None)
+    return native.select_topk(encoder, to_slices(W), bias, Centred((x, to_slices(x))), k)
+
+
+def data(b: int, d: int, f: int, seed: int, outlier: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations with one loud dimension, encoder rows of unequal norms, biases."""
+    g = torch.Generator().manual_seed(seed)
+    x, W = torch.randn(b, d, generator=g), torch.randn(f, d, generator=g)
+    x[:, 0] *= outlier
+    return x, W * torch.rand(f, 1, generator=g).exp(), 0.3 * torch.randn(f, generator=g)
+
+
+@pytest.fixture(params=[True, False], ids=["8 bits first", "float32"])
+def int8(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both selections, where the machine has both."""
+    if not request.param:
+        monkeypatch.setattr(native, "has_int8", lambda: False)
+    return request.param
+
+
+@settings(max_examples=60)
+@given(
+    b=st.integers(1, 40),
+    d=st.integers(1, 70),
+    f=st.integers(1, 300),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+    outlier=st.sampled_from([1.0, 100.0, 1e-4]),
+)
+def test_topk_finds_the_same_latents_and_their_exact_values(b, d, f, share, seed, outlier) -> None:  # noqa: ANN001
+    x, W, bias = data(b, d, f, seed, outlier)
+    k = max(1, min(f, round(share * f / 4)))
+    code = topk(W, x, bias, k)
+    pre = (x.double() @ W.double().T + bias.double()).float()
+    wanted = pre.gather(1, select_topk(pre, k)).sort(1).values
+    found = code.values.view(b, k)
+    torch.testing.assert_close(found.sort(1).values, wanted, rtol=1e-4, atol=1e-4 * float(x.norm()))
+    at = pre.gather(1, code.indices.view(b, k))
+    torch.testing.assert_close(found, at, rtol=1e-4, atol=1e-5 * float(x.abs().max() * W.norm()))
+    assert (code.indices.view(b, k).diff(dim=1) > 0).all()
+
+
+def test_the_selected_sets_agree_over_many_tokens() -> None:
+    """On activations with structure (features in superposition), 4 of a million pairs may differ; none did here."""
+    g = torch.Generator().manual_seed(0)
+    d, f, k = 96, 1536, 16
+    directions = torch.nn.functional.normalize(torch.randn(4 * d, d, generator=g), dim=1)
+    active = torch.rand(8000, 4 * d, generator=g) < 0.03
+    x = (active * torch.rand(8000, 4 * d, generator=g)) @ directions
+    x = x + 0.02 * torch.randn(8000, d, generator=g)
+    x[:, 3] *= 30
+    W = torch.nn.functional.normalize(torch.randn(f, d, generator=g), dim=1)
+    pre = x @ W.T
+    found = topk(W, x, None, k).indices.view(-1, k)
+    wanted = select_topk(pre, k).sort(1).values
+    assert int((found != wanted).any(1).sum()) <= 1
+
+
+@pytest.mark.usefixtures("int8")
+@pytest.mark.parametrize(("f", "k"), [(64, 4), (60, 6), (330, 10), (33, 1), (40, 40)])
+def test_group_topk_finds_the_largest_of_each_group(f: int, k: int) -> None:
+    x, W, bias = data(37, 24, f, seed=f)
+    code = topk(W, x, bias, k, groups=k > 1)
+    assert torch.equal(code.indices.view(37, k), select_group_topk(x @ W.T + bias, k))
+
+
+@pytest.mark.usefixtures("int8")
+@pytest.mark.parametrize("above", [-0.5, 0.0, 4.0, 1e9])
+def test_everything_above_a_threshold_is_found(above: float) -> None:
+    x, W, bias = data(33, 40, 500, seed=7)
+    floor = torch.rand(500)
+    encoder = rounded(W, x)
+    both = Centred((x, to_slices(x)))
+    code = native.select_above(encoder, to_slices(W), bias, both, above, floor)
+    pre = x @ W.T + bias
+    margin = (pre - floor - above).abs()
+    clear = margin > 1e-4  # a value on the border may fall on either side
+    found = torch.zeros_like(pre, dtype=torch.bool)
+    found[code.rows(), code.indices] = True
+    assert torch.equal(found[clear], (pre - floor > above)[clear])
+    torch.testing.assert_close(code.values, pre[code.rows(), code.indices], rtol=1e-4, atol=1e-4)
+
+
+def test_a_guess_from_other_data_changes_the_effort_only() -> None:
+    x, W, bias = data(200, 32, 400, seed=3)
+    encoder, slices = rounded(W, x), to_slices(W)
+    codes = []
+    for scale in (1.0, 1.0, 100.0, 0.01, 1.0):
+        rows = x * scale
+        both = Centred((rows, to_slices(rows)))
+        codes.append((scale, native.select_topk(encoder, slices, None, both, 8)))
+    assert encoder.effort.repeated > 0 or encoder.effort.examined > 0
+    for scale, code in codes:
+        pre = scale * (x @ W.T)
+        assert torch.equal(code.indices.view(200, 8), select_topk(pre, 8).sort(1).values)
+    assert bias is not None
+
+
+@pytest.mark.usefixtures("int8")
+def test_values_that_are_not_finite_stay_visible() -> None:
+    x, W, _ = data(20, 16, 64, seed=1)
+    x[3, 5] = torch.nan
+    x[9, 0] = torch.inf
+    code = topk(W, x, None, 4)
+    bad = ~torch.isfinite(code.values.view(20, 4)).all(1)
+    assert bad.nonzero()[:, 0].tolist() == [3, 9]
+    assert code.offsets[-1] == 80
+
+
+def test_all_equal_pre_activations_choose_the_lowest_latents() -> None:
+    code = topk(torch.ones(100, 8), torch.ones(5, 8), None, 3)
+    assert code.indices.view(5, 3).tolist() == [[0, 1, 2]] * 5
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 50), st.integers(1, 100), st.integers(1, 60), st.integers(0, 99))
+def test_sparse_products_equal_dense_ones(b: int, d: int, f: int, seed: int) -> None:
+    x, W, _ = data(b, d, f, seed)
+    g = torch.Generator().manual_seed(seed)
+    z = torch.rand(b, f, generator=g) * (torch.rand(b, f, generator=g) < 0.2)
+    rows, latents = z.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=b)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    code = SparseCode(z[rows, latents], latents, offsets)
+    pairs, scale = sort_pairs(code, f), torch.rand(f, generator=g)
+    values, slices = code.values[pairs.order], to_slices(W)
+    x_hat = from_slices(decode(pairs, values, slices, scale, (b, d), x[0].contiguous()), d)
+    torch.testing.assert_close(x_hat, z @ (W * scale[:, None]) + x[0], rtol=1e-4, atol=1e-4)
+    products = dots(pairs, to_slices(x), slices, scale, d)
+    dense = (x @ (W * scale[:, None]).T)[rows, latents][pairs.order]
+    torch.testing.assert_close(products, dense, rtol=1e-4, atol=1e-4)
+    assert torch.equal(from_slices(slices, d), W)
+
+
+def test_the_residual_is_the_gradient_of_the_weighted_loss() -> None:
+    x, _, _ = data(70, 45, 1, seed=2)
+    x_hat = torch.randn(70, 45, requires_grad=True)
+    gamma = torch.rand(45)
+    loss = ((x - x_hat) * gamma).square().sum() / 70
+    loss.backward()
+    left = residual(to_slices(x_hat.detach()), x, gamma)
+    torch.testing.assert_close(from_slices(left.gradient, 45), x_hat.grad)
+    torch.testing.assert_close(
+        float(left.errors[:, 1].sum() / 70), float(loss.detach()), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(left.errors[:, 0], (x - x_hat).double().square().sum(1).detach())
+    torch.testing.assert_close(left.total, x_hat.grad.sum(0), rtol=1e-4, atol=1e-6)
+
+
+def one_update(threads: int) -> list[Tensor]:
+    b, d, f, k = 90, 70, 200, 6
+    x, W, bias = data(b, d, f, seed=11)
+    torch.set_num_threads(threads)
+    code = topk(W, x, bias, k)
+    pairs = sort_pairs(code, f)
+    G, z = torch.randn(b, d, generator=torch.Generator().manual_seed(1)), code.values[pairs.order]
+    W_dec = torch.nn.functional.normalize(W, dim=1)
+    weights = make_weights(Matrix.of(W_dec, None), Matrix.of(W, None), d, f, torch.ones(96))
+    v = dots(pairs, to_slices(G), weights.decoder.W, weights.row_scale, d) * (z > 0)
+    moments = torch.zeros(2, f)
+    for step in (1, 2):
+        along = dots(pairs, to_slices(G), weights.decoder.W, weights.row_scale, d)
+        terms = [Terms(pairs, z, v, along, to_slices(G))]
+        packed = (bias, moments[0], moments[1])
+        through = weights.update(terms, to_slices(x), AdamStep(1e-2, step), packed)
+    return [*weights.dense()[0], *weights.dense()[1], bias, through, weights.rounded.packed.float()]
+
+
+def test_an_update_equals_gradient_matrices_and_adam() -> None:
+    b, d, f, k = 90, 70, 200, 6
+    x, W, bias = data(b, d, f, seed=11)
+    code = topk(W, x, bias, k)
+    plan = Plan.build(code.indices, code.offsets, f)
+    G = torch.randn(b, d, generator=torch.Generator().manual_seed(1))
+    W_dec, W_enc = torch.nn.functional.normalize(W, dim=1), W.clone()
+    along = (G @ W_dec.T)[code.rows(), code.indices]
+    v = along * (code.values > 0)
+    dec, enc, b_m = torch.zeros(2, f, d), torch.zeros(2, f, d), torch.zeros(2, 1, f)
+    for step in (1, 2):
+        adam, db = AdamStep(1e-2, step), plan.per_latent(v)
+        through = db @ W_enc
+        adam_rows_(W_dec, plan.scatter(code.values, G), dec[0], dec[1], adam, unit=True)
+        adam_rows_(W_enc, plan.scatter(v, x), enc[0], enc[1], adam, unit=False)
+        adam_rows_(bias[None], db[None].clone(), b_m[0], b_m[1], adam, unit=False)
+    found = one_update(threads=1)
+    for a, b_ in zip(found, [W_dec, *dec, W_enc, *enc, bias, through], strict=False):
+        torch.testing.assert_close(a, b_, rtol=2e-4, atol=2e-5)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    before = torch.get_num_threads()
+    try:
+        one, three = one_update(1), one_update(3)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one, three, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("WSAE_NATIVE", "0", "WSAE_NATIVE=0 turns them off"),
+        ("CXX", "no-such-compiler", "no C++ compiler found (no-such-compiler)"),
+        ("CXX", "false", "false failed"),
+    ],
+)
+def test_where_kernels_cannot_be_built_the_reason_is_told(
+    tmp_path, variable, value, reason
+) -> None:  # noqa: ANN001
+    code = "from wsae.ops.native import why_not\nprint(why_not())"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), variable: value}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert reason in done.stdout
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,99 @@
+"""Training with the Triton kernels: the step itself under the interpreter, and who gets it."""
+
+import logging
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from wsae.core.errors import UserError
+from wsae.train import step as dispatch
+from wsae.train.config import TrainConfig
+from wsae.train.gpu import fit
+from wsae.train.state import MemberState, make_member
+
+CASES = Path(__file__).with_name("train_gpu_cases.py")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton runs on Linux")
+
+
+@needs_triton
+def test_under_the_interpreter_the_step_is_autograds() -> None:
+    """Triton decides once per process whether it interprets, so the cases run in one of their own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+        cwd=CASES.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+def member_of(kernels: str) -> tuple[MemberState, TrainConfig]:
+    data = {"members": ({"d_sae": 8, "activation": {"kind": "topk", "k": 2}},), "tokens": 10}
+    run = TrainConfig.parse({**data, "kernels": kernels})
+    return make_member("plain", run.members[0], run, torch.zeros(3), 1.0), run
+
+
+def test_triton_without_a_cuda_device_says_so() -> None:
+    member, run = member_of("triton")
+    with pytest.raises(
+        UserError, match="'triton' cannot train plain: .* on cpu; use auto or eager"
+    ):
+        dispatch.chosen(member, run, torch.zeros(2, 3))
+
+
+def test_auto_takes_triton_on_other_devices_or_says_once_why_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    member, run = member_of("auto")
+    elsewhere = torch.zeros(2, 3, device="meta")
+    dispatch._told.clear()
+    with caplog.at_level(logging.WARNING, logger="wsae"):
+        assert dispatch.chosen(member, run, elsewhere) == "eager"
+        assert dispatch.chosen(member, run, elsewhere) == "eager"
+    (record,) = caplog.records
+    assert record.message.startswith("training plain with PyTorch's own kernels: the kernels run")
+    monkeypatch.setattr(dispatch, "unfit", lambda *_: None)
+    assert dispatch.chosen(member, run, elsewhere) == "triton"
+    assert dispatch.chosen(member, run, torch.zeros(2, 3)) != "triton"
+    member, run = member_of("eager")
+    assert dispatch.chosen(member, run, elsewhere) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("activation", "asked"),
+    [
+        ({"kind": "topk", "k": 2}, (2, False)),
+        ({"kind": "group_topk", "k": 2}, (2, True)),
+        ({"kind": "batch_topk", "k": 2}, (None, False)),
+        ({"kind": "relu"}, (None, False)),
+    ],
+)
+def test_a_member_is_asked_for_with_what_its_kernels_depend_on(
+    activation: dict[str, object], asked: tuple[object, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = []
+    monkeypatch.setattr(fit, "unsupported", lambda *a: questions.append(a) or "no")
+    run = TrainConfig.parse(
+        {"members": ({"d_sae": 8, "activation": activation},), "tokens": 1, "dtype": "bfloat16"}
+    )
+    member = make_member("plain", run.members[0], run, torch.zeros(3), 1.0)
+    assert fit.unfit(member, run) == "no"
+    assert questions[0][1:] == (torch.bfloat16, *asked)
+
+
+def test_triton_that_does_not_start_is_a_reason() -> None:
+    """Without a CUDA device no kernel launches, which the trial reports instead of raising."""
+    if torch.cuda.is_available():
+        return
+    reason = fit._fails(torch.device("cpu"))
+    assert reason is not None
+    assert reason.startswith("triton does not work here (")

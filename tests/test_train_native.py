@@ -1,0 +1,127 @@
+"""Compiled training against autograd: every activation function, form and loss, to float32's rounding."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from wsae.acts.source import ArraySource
+from wsae.core.errors import UserError
+from wsae.core.progress import quiet
+from wsae.ops.native import why_not
+from wsae.sae import SparseAutoencoder
+from wsae.train import step as dispatch
+from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.covariance import covariances
+from wsae.train.family import finished, make_family
+from wsae.train.loop import run_steps
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
+
+
+def world() -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(160, 48, generator=g), dim=1)
+    z = (torch.rand(4000, 160, generator=g) < 0.04) * torch.rand(4000, 160, generator=g)
+    x = 20 * z @ directions + 3
+    x[:, 5] *= 10
+    return x
+
+
+X = ArraySource(world())
+
+
+def trained(kernels: str, **fields: object) -> tuple[SparseAutoencoder, dict[str, float]]:
+    steps = 40
+    setting = {"d_sae": 192, "activation": {"kind": "topk", "k": 6}, "lr": 1e-3, **fields}
+    cfg = TrainConfig.parse(
+        {
+            "members": (MemberConfig.parse(setting),),
+            "tokens": steps * 200,
+            "batch_size": 200,
+            "kernels": kernels,
+            "dead_after": 800,
+        }
+    )
+    stats = X.stats()
+    family = make_family(cfg, stats, covariances=covariances(cfg, X, stats, quiet))
+    (member,) = family.members["acts"]
+    member.sparse.fill_(True)  # ReLU kinds take the compiled step from the start
+    with quiet("train", None, "tokens") as tick:
+        run_steps(cfg, family, X.stream(200, 0), 0, tick, lambda _: None)
+    sums = {name: float(value) for name, value in member.sums.items()}
+    return finished(member), sums
+
+
+CASES = {
+    "topk": {},
+    "topk, dead latents": {"lr": 3e-2},
+    "variance": {"gamma": {"rule": "variance"}},
+    "whiten": {"gamma": {"rule": "whiten"}},
+    "latent variance": {"gamma": {"rule": "latent_variance"}},
+    "l1": {"l1": 0.05},
+    "group": {"activation": {"kind": "group_topk", "k": 6}},
+    "batch": {"activation": {"kind": "batch_topk", "k": 6}},
+    "relu": {"activation": {"kind": "relu"}, "l1": 0.3},
+    "jumprelu": {
+        "activation": {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.2},
+        "l0": 3e-3,
+    },
+    "tied": {"tied": True},
+    "tied, l1": {"tied": True, "l1": 0.1},
+    "tied relu": {"tied": True, "activation": {"kind": "relu"}, "l1": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_training_follows_autograd(case: str) -> None:
+    one, sums = trained("eager", **CASES[case])
+    two, others = trained("native", **CASES[case])
+    for name in ("loss", "auxk", "sse", "l0", "rows"):
+        assert others[name] == pytest.approx(sums[name], rel=2e-3, abs=1e-9), name
+    for name, tensor in one.tensors().items():
+        difference = (two.tensors()[name] - tensor).double().norm()
+        assert float(difference) <= 5e-3 * max(1.0, float(tensor.double().norm())), name
+    if case == "topk, dead latents":
+        assert sums["auxk"] > 0
+
+
+def test_a_code_that_is_not_sparse_is_left_to_autograd(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match="k = 40 of 192 latents is not sparse.*use auto or eager"):
+        trained("native", activation={"kind": "topk", "k": 40})
+    dispatch._told.clear()
+    with caplog.at_level(logging.WARNING, logger="wsae"):
+        trained("auto", activation={"kind": "topk", "k": 40})
+        trained("auto", activation={"kind": "topk", "k": 40})
+    assert [r.message for r in caplog.records] == [
+        "training plain with PyTorch's own kernels: k = 40 of 192 latents is not sparse (more than one in 8)"
+    ]
+
+
+def test_relu_moves_to_the_compiled_step_once_few_latents_are_active() -> None:
+    cfg = TrainConfig.parse(
+        {
+            "members": (
+                MemberConfig.parse(
+                    {"d_sae": 192, "activation": {"kind": "relu"}, "l1": 3.0, "lr": 3e-3}
+                ),
+            ),
+            "tokens": 400 * 200,
+            "batch_size": 200,
+        }
+    )
+    family = make_family(cfg, X.stats())
+    (member,) = family.members["acts"]
+    where = []
+    with quiet("train", None, "tokens") as tick:
+        run_steps(
+            cfg,
+            family,
+            X.stream(200, 0),
+            0,
+            tick,
+            lambda _: where.append(member.weights is not None),
+        )
+    assert not any(where[: dispatch.LOOK_EVERY])
+    assert where[-1]
