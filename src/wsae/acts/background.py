@@ -1,10 +1,12 @@
-"""One worker thread behind a short queue: the model runs while the last step is written."""
+"""Work in another thread: items behind a short queue, or one value computed ahead of its use."""
 
 import queue
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
+
+import torch
 
 T = TypeVar("T")
 
@@ -57,3 +59,41 @@ class Background(Generic[T]):
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def leaving() -> bool:
+    """Return whether the program is at its end, so that nobody wants a result any more."""
+    return not threading.main_thread().is_alive()
+
+
+class Ahead(Generic[T]):
+    """A value that another thread computes meanwhile; `result` waits for it and raises what `work` raised.
+
+    On a GPU it is computed on `stream`, and there when `result` returns. The interpreter waits for it at its end:
+    long work should give up when `leaving()`.
+    """
+
+    def __init__(self, work: Callable[[], T], stream: torch.cuda.Stream | None = None) -> None:
+        self._work, self._stream = work, stream
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="wsae-ahead")
+        self._thread.start()
+
+    def result(self) -> T:
+        """Return the value."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return cast(T, self._value)
+
+    def _run(self) -> None:
+        try:
+            if self._stream is None:
+                self._value = self._work()
+            else:
+                with torch.cuda.stream(self._stream):
+                    self._value = self._work()
+                self._stream.synchronize()
+        except BaseException as error:  # handed to the caller's thread
+            self._error = error

@@ -1,5 +1,6 @@
 """Text through a model to kept rows, one forward pass at a time: shared by the store's writer and the live source."""
 
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -16,6 +17,10 @@ from wsae.acts.language import LanguageModel
 from wsae.acts.packing import START, Packer, Position, Sequence
 from wsae.acts.skip import FIRST, KEPT, PADDING, SkipRule, count_reasons
 from wsae.core.errors import UserError
+from wsae.core.memory import Buffer, explained
+
+_ONE_PASS = threading.Lock()
+"""One thread at a time runs a model: the hooks of two passes would mix their outputs."""
 
 
 class Step(NamedTuple):
@@ -54,12 +59,28 @@ class NonFiniteError(UserError):
         super().__init__(f"{hook}: NaN or infinite activation at {self.place}{self.MEND}")
 
 
-class Flow:
-    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position."""
+class _Pass(NamedTuple):
+    """What the model gave for one batch: rows in float32, and the reasons known without them."""
 
-    def __init__(self, cfg: HarvestConfig, language: LanguageModel) -> None:
-        self.cfg, self.language = cfg, language
-        self.capture = Capture(language.model, resolve(language.model, cfg.hooks))
+    acts: dict[str, Float[Tensor, "tokens _"]]
+    reasons: Int8[Tensor, " tokens"]
+    ids: Int[Tensor, "batch seq"]
+    lengths: Int[Tensor, " batch"]
+
+
+class Flow:
+    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position.
+
+    Rows are left on `keep_on`.
+    """
+
+    def __init__(
+        self, cfg: HarvestConfig, language: LanguageModel, keep_on: torch.device | str = "cpu"
+    ) -> None:
+        self.cfg, self.language, self.keep_on = cfg, language, torch.device(keep_on)
+        self._first: _Pass | None = None
+        with _ONE_PASS:
+            self.capture = Capture(language.model, resolve(language.model, cfg.hooks))
         self.hooks = self.capture.hooks
         self.rule = SkipRule(cfg, language.tokenizer.all_special_ids)
 
@@ -73,8 +94,9 @@ class Flow:
                 raise UserError(
                     f"text {self.cfg.text.path}: no text for training in it; give more documents"
                 )
-            acts, reasons, _ = self._run(batch)
-            self.rule.calibrate({hook: _norms(x) for hook, x in acts.items()}, reasons)
+            first = self._run(batch)
+            self.rule.calibrate({hook: _norms(x) for hook, x in first.acts.items()}, first.reasons)
+            self._first = first  # training starts with the same batch
         assert self.rule.medians is not None
         return self.rule.medians
 
@@ -90,31 +112,40 @@ class Flow:
         while batch := tuple(islice(sequences, self.cfg.batch_seqs)):
             yield batch
 
-    def _run(self, batch: tuple[Sequence, ...]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return activations [tokens, d_in] in float32, reasons [tokens] and ids [batch, seq]."""
+    def _run(self, batch: tuple[Sequence, ...]) -> _Pass:
         ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
         lengths = torch.tensor([s.length for s in batch])
+        if (first := self._first) and _same((first.ids, first.lengths), (ids, lengths)):
+            self._first = None
+            return first
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         device = self.language.device
         full = bool(mask.all())
-        acts = self.capture(ids.to(device), None if full else mask.to(device))
-        flat = {hook: x.flatten(0, 1).float().cpu() for hook, x in acts.items()}
-        return flat, self.rule.by_token(ids, mask).flatten(), ids
+        with explained("running the model", self._buffers, "--batch-seqs or --seq-len"):
+            with _ONE_PASS:
+                acts = self.capture(ids.to(device), None if full else mask.to(device))
+            flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
+        return _Pass(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
+
+    def _buffers(self) -> list[Buffer]:
+        rows, lower = self.cfg.batch_seqs * self.cfg.seq_len, "--batch-seqs or --seq-len"
+        widths = set(self.hooks.values())
+        return [Buffer("activations of one pass", (rows, d_in), 4, lower) for d_in in widths]
 
     def _step(self, batch: tuple[Sequence, ...], first_sequence: int) -> Step:
-        acts, reasons, ids = self._run(batch)
+        acts, reasons, ids, lengths = self._run(batch)
         norms = {hook: _norms(x) for hook, x in acts.items()}
         self._check_finite(acts, norms, reasons, first_sequence)
         reasons = self.rule.by_norm(norms, reasons)
         kept = (reasons == KEPT).nonzero().squeeze(1)
         skipped = (reasons > PADDING).nonzero().squeeze(1)
         return Step(
-            x={hook: x[kept] for hook, x in acts.items()},
-            skipped={hook: x[skipped] for hook, x in acts.items()},
+            x={hook: x[kept.to(x.device)] for hook, x in acts.items()},
+            skipped={hook: x[skipped.to(x.device)] for hook, x in acts.items()},
             seq=kept // self.cfg.seq_len + first_sequence,
             pos=kept % self.cfg.seq_len,
             ids=ids.int(),
-            lengths=torch.tensor([s.length for s in batch], dtype=torch.int32),
+            lengths=lengths.int(),
             counts=count_reasons(reasons),
             after=batch[-1].after,
         )
@@ -136,8 +167,12 @@ class Flow:
                     raise NonFiniteError(hook, first + seq, pos, int(bad[0]), row)
 
 
+def _same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+
+
 def _norms(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, " tokens"]:
-    return torch.linalg.vector_norm(x, dim=1)
+    return torch.linalg.vector_norm(x, dim=1).cpu()
 
 
 assert FIRST > PADDING, "`skipped` takes every reason above padding"

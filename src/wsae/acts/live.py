@@ -1,16 +1,18 @@
 """A model as a source: activations are computed while training, mixed in blocks, never written.
 
-A block of rows is filled, permuted, handed out and replaced. The position is the place in the text where the block
-starts and how much of it is used, so restoring computes one block again.
+A block of rows is filled, handed out in random order and replaced. The position is the place in the text where the
+block starts and how much of it is used, so restoring computes one block again.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
+from wsae.acts.background import Ahead, leaving
 from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.acts.decoding import decode_table
 from wsae.acts.flow import Flow, Step
@@ -22,6 +24,7 @@ from wsae.acts.text import fingerprint
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import digest
 from wsae.core.errors import UserError
+from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 
@@ -29,7 +32,10 @@ from wsae.core.seeds import seed_for
 class LiveSource:
     """The rows that `harvest` would store (`cfg.tokens` of them a pass), straight from the model.
 
-    Statistics come from the first `stats_tokens` training rows. Raises UserError as `harvest` does.
+    Statistics come from the first `stats_tokens` training rows, which are kept to be the first block (the model reads
+    them once). Rows stay on the model's device. `overlap` computes a block while the one before is trained on: by
+    default on a GPU only, where it runs on a stream of its own; on a CPU model and training want the same cores.
+    Raises UserError as `harvest` does.
     """
 
     def __init__(
@@ -37,13 +43,17 @@ class LiveSource:
         cfg: HarvestConfig,
         live: LiveConfig | None = None,
         language: LanguageModel | None = None,
+        overlap: bool | None = None,
     ) -> None:
         self.cfg, self.live = cfg, live or LiveConfig()
         self.language = language or load_language(cfg.model, cfg.dtype, cfg.device)
-        self.flow = Flow(cfg, self.language)
+        device = self.language.device
+        self.overlap = device.type == "cuda" if overlap is None else overlap
+        self.flow = Flow(cfg, self.language, device)
         self.flow.calibrate()
         self.hooks = self.flow.hooks
         self._tokens: TokenTable | None = None
+        self._head: list[Step] = []
 
     @property
     def n_rows(self) -> None:
@@ -53,11 +63,31 @@ class LiveSource:
     def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
         """Return the statistics of the first `stats_tokens` training rows."""
         tally, wanted = Tally(self.hooks), min(self.live.stats_tokens, self.cfg.tokens)
+        self._head = []
         with progress("statistics", wanted, "tokens") as tick:
-            for step in _limited(self.flow.steps(heldout=False), wanted):
-                tally.update(step.x, step.skipped, step.counts)
+            for step in _limited(self._noted(self.flow.steps(heldout=False)), wanted):
+                tally.update(_on_cpu(step.x), _on_cpu(step.skipped), step.counts)
                 tick(len(step.seq))
         return tally.result()
+
+    def steps(self, start: Position) -> Iterator[Step]:
+        """Yield the training steps from a position on; those that gave the statistics are not run again."""
+        head = self._head if start == START else []
+        yield from head
+        yield from self.flow.steps(heldout=False, start=head[-1].after if head else start)
+
+    def forget(self) -> None:
+        """Let go of the rows behind the statistics."""
+        self._head = []
+
+    def _noted(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Yield steps and keep those of a first block."""
+        have = 0
+        for step in steps:
+            if have < self.live.shuffle_tokens:
+                self._head.append(step._replace(skipped={}))
+            have += len(step.seq)
+            yield step
 
     def describe(self) -> dict[str, Any]:
         """Return the harvest this stands for."""
@@ -74,7 +104,7 @@ class LiveSource:
         for step in _limited(self.flow.steps(heldout=True), self.cfg.heldout_tokens):
             ids.append(step.ids)
             lengths.append(step.lengths)
-            pending.append(step)
+            pending.append(step._replace(x=_on_cpu(step.x)))
             if sum(len(s.seq) for s in pending) >= batch_size:
                 *full, rest = _chunks(pending, batch_size)
                 yield from (Chunk(*chunk) for chunk in full)
@@ -106,8 +136,30 @@ class LiveSource:
         )
 
 
+class _Place(NamedTuple):
+    """Where a block starts: its epoch and number in it, rows given before it, rows skipped after `start`."""
+
+    epoch: int = 0
+    number: int = 0
+    skip: int = 0
+    given: int = 0
+    start: Position = START
+
+
+class _Block(NamedTuple):
+    """Rows in the text's order, the order they are handed out in (whole batches), and where they end."""
+
+    place: _Place
+    x: Batch
+    order: Int[Tensor, " rows"]
+    end: tuple[Position, int]
+
+
 class LiveStream:
-    """Batches of a live source: blocks of about `shuffle_tokens` rows, each a multiple of the batch size."""
+    """Batches of a live source: blocks of about `shuffle_tokens` rows, each a multiple of the batch size.
+
+    With the source's `overlap` the model computes the next block in another thread while this one is trained on.
+    """
 
     def __init__(self, source: LiveSource, batch_size: int, seed: int, state: State | None) -> None:
         rows = max(1, source.live.shuffle_tokens // batch_size) * batch_size
@@ -118,88 +170,88 @@ class LiveStream:
             seed,
             rows,
         )
-        self._epoch, self._batch = (0, 0) if state is None else restored(state, batch_size, seed)
-        self._number, self._skip, self._given = 0, 0, 0
-        self._start = START
+        epoch, self._batch = (0, 0) if state is None else restored(state, batch_size, seed)
+        self._place = _Place(epoch)
         if state is not None:
-            self._number, self._skip, self._given, *start = (int(n) for n in _block_state(state))
-            self._start = Position(*start)
-        self._block: Batch | None = None
-        self._next: tuple[Position, int] = (START, 0)
+            number, skip, given, *start = _block_state(state)
+            self._place = _Place(epoch, number, skip, given, Position(*start))
+        self._block: _Block | None = None
+        self._ahead: Ahead[_Block] | None = None
+        device = source.flow.keep_on
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._place.start != START:
+            source.forget()
 
     def next(self) -> Batch:
         """Return the next batch by hook, float32."""
         if self._block is None:
-            self._fill()
-        while self._batch * self._batch_size >= self._rows():
-            self._advance()
-            self._fill()
-        assert self._block is not None
+            self._block = self._take(self._place)
+        while self._batch * self._batch_size >= len(self._block.order):
+            self._place, self._batch = self._after(self._block), 0
+            self._block = None  # before the next one is made: without overlap one is held at a time
+            self._source.forget()
+            self._block = self._take(self._place)
         first = self._batch * self._batch_size
         self._batch += 1
-        return {
-            hook: x[first : first + self._batch_size].clone() for hook, x in self._block.items()
-        }
+        chosen = self._block.order[first : first + self._batch_size]
+        return {hook: x[chosen] for hook, x in self._block.x.items()}
 
     def state(self) -> State:
         """Return the exact position as JSON: the block's start in the text, and the batches used of it."""
-        at = position(self._batch_size, self._seed, self._epoch, self._batch)
-        return {**at, "block": [self._number, self._skip, self._given, *self._start]}
+        place = self._place
+        at = position(self._batch_size, self._seed, place.epoch, self._batch)
+        return {**at, "block": [place.number, place.skip, place.given, *place.start]}
 
-    def _rows(self) -> int:
-        assert self._block is not None
-        return len(next(iter(self._block.values())))
+    def _take(self, place: _Place) -> _Block:
+        """Return the block at `place`, computed now or meanwhile, and start on the one after it."""
+        ahead, self._ahead = self._ahead, None
+        block = self._fill(place) if ahead is None else ahead.result()
+        if self._source.overlap:
+            if (
+                self._side is not None
+            ):  # memory of the side stream must not be reused under our reads
+                for tensor in (*block.x.values(), block.order):
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            after = self._after(block)
+            self._ahead = Ahead(lambda: self._fill(after), self._side)
+        return block
 
-    def _advance(self) -> None:
-        """Move to the next block of this epoch, or to the next epoch when this one has no full batch left."""
-        full = self._rows() == self._block_rows
-        self._given += self._rows()
-        self._number, self._batch = self._number + 1, 0
-        self._start, self._skip = self._next
-        if not full or self._source.cfg.tokens - self._given < self._batch_size:
-            self._new_epoch()
-
-    def _new_epoch(self) -> None:
-        if self._given == 0:
+    def _after(self, block: _Block) -> _Place:
+        """Return where the next block starts: in this epoch, or in the next when no full batch is left in it."""
+        place, rows = block.place, len(block.order)
+        given = place.given + rows
+        if rows == self._block_rows and self._source.cfg.tokens - given >= self._batch_size:
+            start, skip = block.end
+            return _Place(place.epoch, place.number + 1, skip, given, start)
+        if given == 0:
             raise UserError(
                 f"batch size {self._batch_size}: the text has fewer training rows; lower --batch-size"
             )
-        self._epoch, self._number, self._given, self._skip, self._start = (
-            self._epoch + 1,
-            0,
-            0,
-            0,
-            START,
-        )
+        return _Place(place.epoch + 1)
 
-    def _fill(self) -> None:
-        """Compute the block that starts `skip` rows after `start` and permute it; its length is whole batches."""
-        wanted = min(self._block_rows, self._source.cfg.tokens - self._given)
-        parts, have, skip = [], 0, self._skip
-        position = self._start
-        for step in self._source.flow.steps(heldout=False, start=self._start):
-            rows = len(step.seq) - skip
-            parts.append({hook: x[skip : skip + wanted - have] for hook, x in step.x.items()})
-            if have + rows > wanted:
-                self._next = (position, skip + wanted - have)
-                have = wanted
+    def _fill(self, place: _Place) -> _Block:
+        """Compute the rows that start `skip` rows after `start`; they are handed out in whole batches."""
+        wanted = min(self._block_rows, self._source.cfg.tokens - place.given)
+        where = self._source.flow.keep_on
+        hooks = self._source.hooks
+        with explained("holding rows to shuffle", lambda: _rows(wanted, hooks)):
+            x = {hook: torch.empty(wanted, d_in, device=where) for hook, d_in in hooks.items()}
+        have, skip, end = 0, place.skip, (place.start, 0)
+        for step in self._source.steps(place.start):
+            rows = min(len(step.seq) - skip, wanted - have)
+            for hook, block in x.items():
+                block[have : have + rows] = step.x[hook][skip : skip + rows]
+            whole = skip + rows == len(step.seq)
+            end = (step.after, 0) if whole else (end[0], skip + rows)
+            have, skip = have + rows, 0
+            if have == wanted or leaving():
                 break
-            have, skip, position = have + rows, 0, step.after
-            self._next = (position, 0)
-            if have == wanted:
-                break
-        self._block = self._permuted(parts, have - have % self._batch_size)
+        return _Block(place, x, self._order(place, have).to(where), end)
 
-    def _permuted(self, parts: list[Batch], rows: int) -> Batch:
-        generator = torch.Generator().manual_seed(
-            seed_for(self._seed, "block", self._epoch, self._number)
-        )
-        have = sum(len(next(iter(part.values()))) for part in parts)
-        order = torch.randperm(have, generator=generator)[:rows]
-        return {
-            hook: torch.cat([torch.empty(0, d_in), *(part[hook] for part in parts)])[order]
-            for hook, d_in in self._source.hooks.items()
-        }
+    def _order(self, place: _Place, have: int) -> Int[Tensor, " rows"]:
+        seed = seed_for(self._seed, "block", place.epoch, place.number)
+        order = torch.randperm(have, generator=torch.Generator().manual_seed(seed))
+        return order[: have - have % self._batch_size]
 
 
 def _limited(steps: Iterator[Step], rows: int) -> Iterator[Step]:
@@ -208,6 +260,15 @@ def _limited(steps: Iterator[Step], rows: int) -> Iterator[Step]:
         part = step.head(rows)
         rows -= len(part.seq)
         yield part
+
+
+def _rows(rows: int, hooks: dict[str, int]) -> list[Buffer]:
+    lower = "the number of hooks (--hook)"
+    return [Buffer(f"rows of {hook}", (rows, d_in), 4, lower) for hook, d_in in hooks.items()]
+
+
+def _on_cpu(x: Batch) -> Batch:
+    return {hook: rows.cpu() for hook, rows in x.items()}
 
 
 def _chunks(steps: list[Step], size: int) -> list[tuple[Batch, Tensor, Tensor]]:

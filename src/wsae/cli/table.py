@@ -69,6 +69,11 @@ COMMANDS = (
         "one HTML file: results, figures and a browser of latents",
         ("wsae report runs/first --out first.html",),
     ),
+    Command(
+        "bench",
+        "speed against the installed peers and against the machine's measured limit",
+        ("wsae bench --quick", "wsae bench --size B --threads 1 2 --out bench"),
+    ),
 )
 
 _ABOUT = """\

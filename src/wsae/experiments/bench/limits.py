@@ -1,0 +1,107 @@
+"""What this machine can do: the primitives of a training step, timed one by one. Needs torch alone; loaded by path.
+
+The floor of a step is the encoder product into a buffer that is used again, in fp32 or bf16, whichever is faster, and
+torch's fused Adam over both weight matrices: no exact trainer that computes the whole product can be faster.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLOW = 2.0
+"""A product that takes so many times the other's time is no candidate for the floor and is not timed again."""
+
+
+def make(job: Any, _state: Any, x: Tensor) -> "Limits":
+    """Return the primitives at the job's size; `x` [batch, d_in] is any batch."""
+    return Limits(job, x)
+
+
+class Limits:
+    """Matrices, gradients and buffers of one size, and the primitives on them."""
+
+    lr = None
+
+    def __init__(self, job: Any, x: Tensor) -> None:
+        self.job = job
+        rows = torch.randn(job.d_sae, job.d_in) / job.d_in**0.5
+        self.rows = torch.nn.Parameter(rows)
+        self.decoder = torch.nn.Parameter(rows.clone())
+        for matrix in (self.rows, self.decoder):
+            matrix.grad = torch.randn_like(matrix)
+        pair = [self.rows, self.decoder]
+        self.adams = {
+            "adam_fused": torch.optim.Adam(pair, lr=1e-9, fused=True),
+            "adam_foreach": torch.optim.Adam(pair, lr=1e-9, foreach=True),
+        }
+        self.pre = torch.empty(job.batch, job.d_sae)
+        self.low = torch.empty(job.batch, job.d_sae, dtype=torch.bfloat16)
+        self.codes, self.values = self._codes(x)
+        self.best: dict[str, bool] = {}
+        self.slow: dict[str, float] = {}
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return k random latents a row [batch, k] and the transposed code [d_sae, batch] as CSR."""
+        job = self.job
+        codes = torch.randint(job.d_sae, (job.batch, job.k))
+        flat, order = codes.flatten().sort()
+        starts = torch.searchsorted(flat, torch.arange(job.d_sae + 1))
+        shape = (job.d_sae, len(x))
+        weights = torch.rand(len(flat))
+        transposed = torch.sparse_csr_tensor(starts, order // job.k, weights, shape)
+        return codes, transposed
+
+    @torch.no_grad()
+    def step(self, _step: int, x: Tensor) -> dict[str, float]:
+        """Time every primitive once, in seconds; the products in the layout of the weights that suits them."""
+        low = (x.bfloat16(), self.rows.detach().bfloat16())
+        products = {
+            "fp32": self._product("fp32", x, self.rows.detach(), self.pre),
+            "bf16": self._product("bf16", *low, self.low),
+        }
+        faster = min(products.values())
+        self.slow |= {name: s for name, s in products.items() if s > SLOW * faster}
+        parts = {
+            "mm_fp32": products["fp32"],
+            "mm_bf16": products["bf16"],
+            "cast_to_bf16": timed(lambda: (x.bfloat16(), self.rows.bfloat16())),
+            "topk": timed(lambda: self.pre.topk(self.job.k, sorted=False)),
+            "embedding_bag": timed(self._bag),
+            "grad_sparse_csr": timed(lambda: self.values @ x),
+            "grad_dense": timed(lambda: torch.mm(self.pre.T, x, out=self.decoder.grad)),
+            "copy_matrix": timed(lambda: self.rows.detach().copy_(self.decoder)),
+        }
+        return parts | {name: timed(adam.step) for name, adam in self.adams.items()}
+
+    def _bag(self) -> Tensor:
+        weights = torch.ones(self.codes.shape)
+        return torch.nn.functional.embedding_bag(
+            self.codes, self.decoder, mode="sum", per_sample_weights=weights
+        )
+
+    def _product(self, dtype: str, x: Tensor, rows: Tensor, out: Tensor) -> float:
+        """Return the seconds of x @ rows^T; the first time both layouts of the weights are tried.
+
+        A type found far slower than the other (bf16 where the CPU has no instructions for it) keeps its first time.
+        """
+        if dtype in self.slow:
+            return self.slow[dtype]
+        columns = rows.T.contiguous()
+        if dtype not in self.best:
+            torch.mm(x, rows.T, out=out)  # the first call of a kernel is not like the others
+            by_rows = timed(lambda: torch.mm(x, rows.T, out=out))
+            self.best[dtype] = by_rows <= timed(lambda: torch.mm(x, columns, out=out))
+        return timed(lambda: torch.mm(x, rows.T if self.best[dtype] else columns, out=out))
+
+    def reconstruct(self, x: Tensor) -> None:  # noqa: ARG002
+        """Primitives reconstruct nothing."""
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
