@@ -339,6 +339,31 @@ def test_a_worker_ends_with_its_parents_pipe_and_on_close():
     assert lone.wait(30) == 0
 
 
+LONELY = """
+import sys, time
+from wsae.experiments.bench.process import WorkerProcess
+worker = WorkerProcess(sys.executable)
+worker.ask({"do": "versions", "names": []}, 30.0)
+print(worker._process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_busy_worker_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", LONELY], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = Path("/proc") / parent.stdout.readline().decode().strip() / "stat"
+    os.kill(int(child.parent.name), signal.SIGSTOP)  # busy: it does not read its stdin
+    assert child.exists()
+    parent.kill()
+    parent.communicate()
+    for _ in range(100):
+        if not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the worker outlived its parent")
+
+
 def test_an_interpreter_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be run"):
         installed(str(tmp_path / "no-python"), ["torch"])

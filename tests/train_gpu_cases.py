@@ -1,4 +1,8 @@
-"""A step on the Triton kernels, under Triton's interpreter, against autograd. `test_train_gpu` runs this file."""
+"""A step on the Triton kernels against autograd. `test_train_gpu` runs this file, under Triton's interpreter.
+
+The interpreter is slow, so only a few steps take the kernels themselves; the others take their twins, to which
+`triton_cases` holds the kernels.
+"""
 
 import pytest
 import torch
@@ -7,19 +11,68 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wsae.acts.source import ArraySource
 from wsae.core.progress import quiet
+from wsae.ops import select_batch_topk, select_group_topk, select_topk, sparse
+from wsae.ops import update as twin
+from wsae.ops.sparse import Plan
 from wsae.ops.triton.support import BUCKETS_PER_CHOICE
 from wsae.train import step as dispatch
 from wsae.train.checkpoint import member_tensors, set_member_tensors
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.eager import eager_step
 from wsae.train.family import make_family
-from wsae.train.gpu import codes, host, pairs
+from wsae.train.gpu import codes, host, pairs, update
 from wsae.train.gpu import step as gpu
 from wsae.train.loop import run_steps
 from wsae.train.state import MemberState, make_batch, make_member
 
 D_IN, D_SAE, BATCH = 20, 96, 17
 STEPS = 3
+
+
+def product(x: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    pre = (x.to(dtype).double() @ W.to(dtype).double().T).float()
+    return pre if b is None else pre + b
+
+
+def topk_encode(x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dtype):
+    indices = select_topk(product(x, W, b, dtype), k)
+    return product(x, W, b, torch.float32).gather(1, indices), indices
+
+
+TWINS = {
+    codes: {
+        "topk_encode": topk_encode,
+        "group_topk_encode": lambda x, W, b, k, dtype: select_group_topk(
+            product(x, W, b, dtype), k
+        ),
+        "select_batch_topk": lambda x, W, b, k, dtype: select_batch_topk(
+            product(x, W, b, dtype), k
+        ),
+        "above": lambda x, W, b, limit, dtype: (
+            (product(x, W, b, dtype) > limit).nonzero().unbind(1)
+        ),
+        "products": lambda x, W, rows, indices: (x[rows] * W[indices]).sum(1),
+    },
+    gpu: {"decode": sparse.decode, "pair_products": sparse._pair_products},
+    update: {
+        "scatter": Plan.scatter,
+        "adam_rows_": twin.adam_rows_,
+        "update_rows_": twin.update_rows_,
+    },
+}
+
+
+@pytest.fixture
+def twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, names in TWINS.items():
+        for name, function in names.items():
+            monkeypatch.setattr(module, name, function)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("D_IN", 7), ("D_SAE", 24), ("BATCH", 3)):
+        monkeypatch.setitem(globals(), name, size)
 
 
 def config(**fields: object) -> TrainConfig:
@@ -29,7 +82,7 @@ def config(**fields: object) -> TrainConfig:
     return TrainConfig.parse({**data, "dead_after": 60, "kernels": "triton", "dtype": dtype})
 
 
-def rows(seed: int, batch: int = BATCH) -> Tensor:
+def rows(seed: int, batch: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     directions = torch.randn(60, D_IN, generator=torch.Generator().manual_seed(1))
     z = (torch.rand(batch, 60, generator=g) < 0.08) * torch.rand(batch, 60, generator=g)
@@ -56,14 +109,14 @@ def member_of(run: TrainConfig, dead: bool = False) -> MemberState:
 
 def train(member: MemberState, run: TrainConfig, step, first: int = 0, last: int = STEPS) -> None:
     for number in range(first, last):
-        step(member, make_batch(rows(10 + number), member), 3e-3, run, number)
+        step(member, make_batch(rows(10 + number, BATCH), member), 3e-3, run, number)
 
 
 def same(one: MemberState, two: MemberState, rtol: float = 1e-4) -> None:
     ours, theirs = member_tensors(one), member_tensors(two)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=rtol, atol=1e-5, msg=name)
+        torch.testing.assert_close(tensor, theirs[name], rtol=rtol, atol=1e-5, msg=lambda why, name=name: f"{name}: {why}")
 
 
 KINDS = {
@@ -83,17 +136,35 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("twins")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dead", [False, True])
 def test_the_step_is_autograds(kind: str, dead: bool) -> None:
+    both(kind, dead, STEPS)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("kind", "dead", "steps"),
+    [
+        ("topk", True, 2), ("group", False, 1), ("batch", False, 1), ("relu", False, 1),
+        ("jumprelu", True, 1), ("tied", True, 1), ("tied, l1", False, 1),
+    ],
+)  # fmt: skip
+def test_the_step_on_the_kernels_is_autograds(kind: str, dead: bool, steps: int) -> None:
+    both(kind, dead, steps)
+
+
+def both(kind: str, dead: bool, steps: int) -> None:
     run = config(**KINDS[kind], auxk=0.3, k_aux=5)
     one, two = (member_of(run, dead) for _ in range(2))
-    train(one, run, gpu.triton_step)
-    train(two, run, eager_step)
+    train(one, run, gpu.triton_step, 0, steps)
+    train(two, run, eager_step, 0, steps)
     same(one, two)
     assert (float(one.sums["auxk"]) > 0) == dead
 
 
+@pytest.mark.usefixtures("twins")
 @pytest.mark.parametrize("gamma", ["none", "whiten"])
 def test_many_dead_latents_are_chosen_by_parts(gamma: str, monkeypatch) -> None:
     """With too many candidates for the fused kernel; and every dead latent wanted, as k_aux exceeds them."""
@@ -106,13 +177,14 @@ def test_many_dead_latents_are_chosen_by_parts(gamma: str, monkeypatch) -> None:
     same(one, two)
 
 
+@pytest.mark.usefixtures("twins")
 def test_bf16_rounds_the_inputs_of_the_choice_alone() -> None:
     run = config(dtype="bfloat16", auxk=0.0)
     one, two = (member_of(run) for _ in range(2))
-    sae, x = one.sae, rows(5)
+    sae, x = one.sae, rows(5, BATCH)
     centred = (x - sae.b_dec).detach()
-    product = centred.bfloat16().double() @ sae.encoder_rows.detach().bfloat16().double().T
-    wanted = (product + sae.b_enc).topk(4).indices.sort().values
+    low = product(centred, sae.encoder_rows.detach(), sae.b_enc.detach(), torch.bfloat16)
+    wanted = low.topk(4).indices.sort().values
     values = (centred @ sae.encoder_rows.T + sae.b_enc).gather(1, wanted).relu().detach()
     batch = make_batch(x, one)
     code = gpu.triton_step(one, batch, 3e-3, run, 0)
@@ -123,6 +195,7 @@ def test_bf16_rounds_the_inputs_of_the_choice_alone() -> None:
     assert float(one.sums["sse"]) == pytest.approx(float(two.sums["sse"]), rel=0.01)
 
 
+@pytest.mark.usefixtures("twins")
 def test_either_step_continues_the_other() -> None:
     """The moments and counts are where torch's Adam keeps them, so checkpoints are the same."""
     run = config()
@@ -137,6 +210,7 @@ def test_either_step_continues_the_other() -> None:
     same(three, two)
 
 
+@pytest.mark.usefixtures("twins")
 def test_a_run_goes_through_the_kernels_and_resumes_bit_for_bit(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "unfit", lambda *_: None)
     taken = []
@@ -166,9 +240,9 @@ def test_a_run_goes_through_the_kernels_and_resumes_bit_for_bit(monkeypatch) -> 
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operations for which a host waits for its device."""
+    """Notes the operations for which a host waits for its device (those a step might take)."""
 
-    KNOWN = ("nonzero", "_local_scalar_dense", "bincount", "masked_select", "unique", "equal")
+    KNOWN = ("nonzero", "_local_scalar_dense", "bincount", "masked_select", "equal")
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,21 +253,22 @@ class Waits(TorchDispatchMode):
         masks = name in ("index", "index_put_") and any(
             i is not None and i.dtype == torch.bool for i in args[1]
         )
-        if masks or any(known in name for known in self.KNOWN):
+        if masks or name in self.KNOWN:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["topk", "group", "tied", "whiten", "l1"])
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["topk", "tied"])
 def test_steps_do_not_wait_for_the_device(kind: str, monkeypatch) -> None:
-    run = config(**KINDS[kind], k_aux=3)
+    run = config(**KINDS[kind], k_aux=2)
     member = member_of(run, dead=True)
     monkeypatch.setattr(gpu, "count", lambda *_: None)
     with Waits() as waits:
         train(member, run, gpu.triton_step, 0, 1)
         assert waits.found.count("nonzero") == 1  # the dead latents, once
         waits.found.clear()
-        train(member, run, gpu.triton_step, 1, 3)
+        train(member, run, gpu.triton_step, 1, 2)
     assert waits.found == []
 
 

@@ -8,7 +8,7 @@ Table = tuple[list[str], list[list[str]]]
 
 def speed(block: dict[str, Any]) -> Table:
     """Return a block's variants: time, speed and its ratios, memory, fit and what else the machine did."""
-    families = block["kind"] in ("families", "scaling")
+    families = block["kind"] in ("families", "kinds", "scaling")
     header = ["variant", "ms/step", "min-max", "tokens/s"]
     header += ["x first" if families else "x fastest peer", "share of floor"]
     header += ["extra MiB", "peak MiB", "lr", _fvu_title(block), "L0", "other load"]

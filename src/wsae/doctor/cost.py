@@ -14,9 +14,9 @@ from wsae.losses.config import GammaConfig
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.covariance import MAX_ROWS
-from wsae.train.family import power_of_two_scale, to_device
+from wsae.train.family import Family, power_of_two_scale, to_device
+from wsae.train.side_by_side import side_by_side
 from wsae.train.state import make_batch, make_member
-from wsae.train.step import train_step
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PER_ROW = 16
@@ -74,21 +74,24 @@ def seconds_per_step(
     forms: dict[str, list[MemberConfig]] = {}
     for member in cfg.members:  # members of one shape take the same time
         forms.setdefault(member.sae_config(x.shape[1]).model_dump_json(), []).append(member)
-    budget_s /= len(forms)
-    times = [Bench(cfg, m[0], moments, device).full_step(x, budget_s) for m in forms.values()]
-    return sum(t * len(alike) for t, alike in zip(times, forms.values(), strict=True))
+    budget_s, total = budget_s / len(forms), 0.0
+    for alike in forms.values():
+        some = alike[: torch.get_num_threads()]  # as many as may train side by side
+        seconds = Bench(cfg, some, moments, device).full_step(x, budget_s)
+        total += seconds * len(alike) / len(some)
+    return total
 
 
 class Bench:
-    """Times training steps of one member's shape."""
+    """Times training steps of members of one shape."""
 
     def __init__(
-        self, cfg: TrainConfig, member: MemberConfig, moments: Moments, device: str
+        self, cfg: TrainConfig, members: list[MemberConfig], moments: Moments, device: str
     ) -> None:
         self.cfg, self.device = cfg, device
         scale = power_of_two_scale(moments)
-        self.member = make_member("probe", member, cfg, moments.mean, scale)
-        to_device(self.member, device)
+        states = [make_member("probe", m, cfg, moments.mean, scale) for m in members]
+        self.family = Family({"probe": [to_device(m, device) for m in states]}, {})
 
     def full_step(self, x: Float[Tensor, "rows d_in"], budget_s: float) -> float:
         """Return the seconds of a step of cfg.batch_size rows, growing the batch while the budget lasts.
@@ -108,13 +111,14 @@ class Bench:
 
     def _seconds(self, x: Tensor, rows: int) -> float:
         data = x.repeat(-(-rows // len(x)), 1)[:rows].to(self.device)
-        times = []
-        for step in range(STEPS + 1):
-            start = time.perf_counter()
-            train_step(self.member, make_batch(data, self.member), step, self.cfg)
-            if self.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+        (members,), times = self.family.members.values(), []
+        with side_by_side(self.cfg, self.family) as step_all:
+            for step in range(STEPS + 1):
+                start = time.perf_counter()
+                step_all(members, make_batch(data, members[0]), step)
+                if self.device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
         return statistics.median(times[1:])  # the first step makes the optimiser's state
 
 

@@ -4,6 +4,7 @@ The floor of a step is the encoder product into a buffer that is used again, in 
 torch's fused Adam over both weight matrices: no exact trainer that computes the whole product can be faster.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLOW = 2.0
+SLOW = 3.0
 """A product that takes so many times the other's time is no candidate for the floor and is not timed again."""
 
 
@@ -58,15 +59,11 @@ class Limits:
     def step(self, _step: int, x: Tensor) -> dict[str, float]:
         """Time every primitive once, in seconds; the products in the layout of the weights that suits them."""
         low = (x.bfloat16(), self.rows.detach().bfloat16())
-        products = {
-            "fp32": self._product("fp32", x, self.rows.detach(), self.pre),
-            "bf16": self._product("bf16", *low, self.low),
-        }
-        faster = min(products.values())
-        self.slow |= {name: s for name, s in products.items() if s > SLOW * faster}
+        fp32 = self._product("fp32", x, self.rows.detach(), self.pre)
+        bf16 = self._product("bf16", *low, self.low, SLOW * fp32)
         parts = {
-            "mm_fp32": products["fp32"],
-            "mm_bf16": products["bf16"],
+            "mm_fp32": fp32,
+            "mm_bf16": bf16,
             "cast_to_bf16": timed(lambda: (x.bfloat16(), self.rows.bfloat16())),
             "topk": timed(lambda: self.pre.topk(self.job.k, sorted=False)),
             "embedding_bag": timed(self._bag),
@@ -82,16 +79,21 @@ class Limits:
             self.codes, self.decoder, mode="sum", per_sample_weights=weights
         )
 
-    def _product(self, dtype: str, x: Tensor, rows: Tensor, out: Tensor) -> float:
+    def _product(
+        self, dtype: str, x: Tensor, rows: Tensor, out: Tensor, limit: float = math.inf
+    ) -> float:
         """Return the seconds of x @ rows^T; the first time both layouts of the weights are tried.
 
-        A type found far slower than the other (bf16 where the CPU has no instructions for it) keeps its first time.
+        A type whose first product takes longer than `limit` (bf16 where the CPU emulates it) keeps that time.
         """
         if dtype in self.slow:
             return self.slow[dtype]
         columns = rows.T.contiguous()
         if dtype not in self.best:
-            torch.mm(x, rows.T, out=out)  # the first call of a kernel is not like the others
+            first = timed(lambda: torch.mm(x, rows.T, out=out))
+            if first > limit:
+                self.slow[dtype] = first
+                return first
             by_rows = timed(lambda: torch.mm(x, rows.T, out=out))
             self.best[dtype] = by_rows <= timed(lambda: torch.mm(x, columns, out=out))
         return timed(lambda: torch.mm(x, rows.T if self.best[dtype] else columns, out=out))

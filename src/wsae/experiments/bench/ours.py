@@ -1,5 +1,6 @@
 """The real trainer as a subject of `wsae bench`: what `wsae train` does with a batch, data loading left out."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from wsae.ops.native import why_not
 from wsae.sae.config import make_activation
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family
-from wsae.train.member import make_batch, train_step
+from wsae.train.side_by_side import side_by_side
+from wsae.train.state import make_batch
 
 DEAD_AFTER = 10_000_000
 """Tokens after which a latent is dead: what the peers take, so that revival starts for nobody in a short run."""
@@ -33,14 +35,14 @@ class Ours:
     def __init__(self, job: Any, x: Float[Tensor, "batch d_in"]) -> None:
         self.cfg = train_config(job)
         stats = ArraySource(x, heldout_fraction=0.0).stats()
-        (self.members,) = make_family(self.cfg, stats).members.values()
+        family = make_family(self.cfg, stats)
+        (self.members,) = family.members.values()
+        self.step_all = ExitStack().enter_context(side_by_side(self.cfg, family))
         self.lr = self.cfg.members[0].learning_rate(job.d_in)
 
     def step(self, i: int, x: Float[Tensor, "batch d_in"]) -> None:
         """Train every member on one batch."""
-        batch = make_batch(x, self.members[0])
-        for member in self.members:
-            train_step(member, batch, i, self.cfg)
+        self.step_all(self.members, make_batch(x, self.members[0]), i)
 
     def reconstruct(self, x: Float[Tensor, "rows d_in"]) -> tuple[Float[Tensor, "rows d_in"], int]:
         """Return the first member's reconstruction and the number of latents that fired."""

@@ -2,15 +2,17 @@
 
 It imports the standard library, torch and what its variant needs (a peer, or wsae); a peer's environment need not have
 wsae. Requests come as JSON lines on stdin, one JSON line on the real stdout answers each; what a library prints goes to
-stderr. It ends with its stdin, so it never outlives the parent.
+stderr. It ends with its stdin or with its parent.
 """
 
+import ctypes
 import gc
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,12 +22,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 MIB = 1024.0
+PR_SET_PDEATHSIG = 1
 FILES = {"limits": "limits", "eai-sparsify": "peers", "dictionary-learning": "peers",
          "sae-lens": "peers", "overcomplete": "peers"}  # fmt: skip
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the libraries print
     here = str(Path(__file__).resolve().parent)
@@ -39,6 +43,13 @@ def main() -> None:
             answer = {"error": in_one_line(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def die_with_parent() -> None:
+    """Leave Ctrl-C to the parent, and let the kernel end this process with it, in the middle of a step too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # Linux alone has prctl
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Worker:

@@ -5,7 +5,6 @@ Each rank writes the latents it holds to one safetensors file with their offsets
 """
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -121,20 +120,6 @@ def load(run: Path, shards: list[Shard], world: World) -> dict[str, Any] | None:
         shard.take_sums()
         shard.count_dead()
     return place
-
-
-def read_whole(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Return the whole tensors of a checkpoint whose names begin with `prefix`, without it, on this rank alone."""
-    known = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    tensors: dict[str, Tensor] = {}
-    for key, entry in known.items():
-        if key.startswith(prefix):
-            assert isinstance(entry, dcp.TensorStorageMetadata)
-            tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():  # that one process reads alone is what is wanted
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
 def _state(shard: Shard, world: World, to_write: bool = False) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.covariance import covariances
 from wsae.train.family import gamma_record, initial_gamma, power_of_two_scale
-from wsae.train.parallel.checkpoint import load, place_of, read_whole
+from wsae.train.parallel.checkpoint import load, place_of
 from wsae.train.parallel.config import even_part
 from wsae.train.parallel.data import only_hooks, rows_of
 from wsae.train.parallel.loop import Recorder, run_steps, stopping
 from wsae.train.parallel.shard import Shard, Start, make_shard
+from wsae.train.parallel.whole import read_whole
 from wsae.train.parallel.world import World
 from wsae.train.run import _enter, _nothing_left, _same_run
 
