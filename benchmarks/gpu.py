@@ -4,13 +4,16 @@
 
 `--size` is d_in, d_sae and batch, and may be repeated. A row's `roofline` is the time its arithmetic and the bytes it
 cannot avoid would take at the rates given (the defaults are an H200's, bf16); `eager` is None where it ran out of
-memory. Kernels and twins alternate, round after round; medians of the rounds' medians, in milliseconds.
+memory. Kernels and twins alternate, round after round; medians of the rounds' medians, in milliseconds. `step` is the
+arithmetic of a step alone, `train_step` one as a run takes it, with its counters and metrics; `waits` says how often
+the host waited for the device in it.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,6 +26,10 @@ from wsae.ops import code_from_topk, select_batch_topk, select_group_topk, selec
 from wsae.ops import update as eager_update
 from wsae.ops.sparse import Plan
 from wsae.ops.update import AdamStep, SparseGrad
+from wsae.train.config import TrainConfig
+from wsae.train.eager import eager_step
+from wsae.train.family import to_device
+from wsae.train.state import Batch, MemberState, make_batch, make_member
 
 
 class Size(NamedTuple):
@@ -56,6 +63,18 @@ def make_state(size: Size, device: str) -> State:
     return State(W, W.clone(), moments, *zero)
 
 
+def make_training(size: Size, device: str) -> tuple[MemberState, Batch, float, TrainConfig, int]:
+    """Return the arguments of a training step: a Top-k member at its start, no latent dead."""
+    settings = {"d_sae": size.d_sae, "activation": {"kind": "topk", "k": size.k}}
+    data = {"members": (settings,), "tokens": size.batch, "batch_size": size.batch}
+    run = TrainConfig.parse({**data, "dtype": "bfloat16"})
+    member = make_member("topk", run.members[0], run, torch.zeros(size.d_in), 1.0)
+    member = to_device(member, device)
+    torch.manual_seed(0)
+    x = torch.randn(size.batch, size.d_in, device=device)
+    return member, make_batch(x, member), 1e-4, run, 0
+
+
 def eager() -> SimpleNamespace:
     def product(x: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
         pre = x.to(dtype) @ W.to(dtype).T
@@ -82,11 +101,13 @@ def eager() -> SimpleNamespace:
         scatter=Plan.scatter,
         update_rows_=eager_update.update_rows_,
         adam_rows_=eager_update.adam_rows_,
+        train_step=eager_step,
     )
 
 
 def kernels() -> SimpleNamespace:
     from wsae.ops.triton import above, encode, group, sums, update
+    from wsae.train.gpu.step import triton_step
 
     return SimpleNamespace(
         topk_encode=encode.topk_encode,
@@ -97,6 +118,7 @@ def kernels() -> SimpleNamespace:
         scatter=sums.scatter,
         update_rows_=update.update_rows_,
         adam_rows_=update.adam_rows_,
+        train_step=triton_step,
     )
 
 
@@ -136,6 +158,7 @@ def cases(ops: SimpleNamespace, size: Size) -> dict[str, tuple[Callable[[], obje
     pairs = 2.0 * len(code.indices) * size.d_in
     sums, full = Cost(pairs, touched + rows), Cost(pairs, 6 * weights + rows)
     arguments = (x, W_enc_t, b_enc, size.k, bf16)
+    training = make_training(size, device)
     whole = Cost(
         dense.flops + 4 * pairs, dense.bytes + 2 * sums.bytes + 2 * full.bytes
     )  # compute and traffic of different parts overlap here: a little below the sum of the parts
@@ -152,6 +175,7 @@ def cases(ops: SimpleNamespace, size: Size) -> dict[str, tuple[Callable[[], obje
             Cost(0.0, 7 * weights),
         ),
         "step": (lambda: step(ops, state, x, size.k, adam), whole),
+        "train_step": (lambda: ops.train_step(*training), whole),
     }
 
 
@@ -166,15 +190,28 @@ def milliseconds(work: Callable[[], object]) -> float | None:
         return None
 
 
+def waits(work: Callable[[], object]) -> int:
+    """Return how often the host waits for the device in the work, once its kernels are tuned."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        work()
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
 def measure(size: Size, args: argparse.Namespace) -> dict[str, object]:
     sides = {"triton": kernels(), "eager": eager()}
     taken: dict[tuple[str, str], list[float | None]] = {}
     costs: dict[str, Cost] = {}
+    waited: dict[str, int] = {}
     for _ in range(args.rounds):
         for side, ops in sides.items():
             for name, (work, cost) in cases(ops, size).items():
                 taken.setdefault((name, side), []).append(milliseconds(work))
                 costs[name] = cost
+                if (name, side) == ("train_step", "triton"):
+                    waited[name] = waits(work)
     rows = {}
     for name, cost in costs.items():
         ours, theirs = (median(taken[name, side]) for side in ("triton", "eager"))
@@ -187,6 +224,7 @@ def measure(size: Size, args: argparse.Namespace) -> dict[str, object]:
             "roofline_ms": roofline,
             "share_of_roofline": roofline / ours if ours else None,
             "eager_over_triton": theirs / ours if ours and theirs else None,
+            "waits": waited.get(name),
         }
     return {**size._asdict(), "rows": rows}
 

@@ -27,8 +27,11 @@ _SPARSE = {"batch_topk": 0.7}
 """The same in a compiled step."""
 _PAIR = 100
 """Bytes per active latent of a row: values, indices, orders."""
-_ENDING = 12
-"""Bytes per weight when a member's SAE is made to be saved, beside all that training holds."""
+_COPY, _MAKING = 4, 8
+"""Bytes per weight of an SAE made to be saved (kept until the last is written), and while it is made."""
+_LEFT, _RETURNED = 12, 1 << 25
+"""Bytes per weight that stay in the allocator's pools of threads that trained side by side, when weights and moments
+leave them; matrices of 32 MiB and more are returned to the system."""
 _ENTERING = 5.5
 """Bytes per weight when the compiled kernels take over."""
 
@@ -91,7 +94,11 @@ def memory(
         together = 1
     taking = [_ENTERING * n for n, kind in zip(counts, kernels, strict=True) if kind == "native"]
     largest = (sum(sorted(part)[-together:]) for part in (steps, taking))
-    ending = 4 * sum(counts[:-1]) + _ENDING * counts[-1] if counts else 0
+    pooled = [
+        n for n, cfg in zip(counts, saes, strict=True) if 4 * cfg.d_in * cfg.d_sae < _RETURNED
+    ]
+    left = _LEFT * sum(pooled) if together > 1 else 0
+    ending = left + _COPY * sum(counts) + _MAKING * max(counts, default=0)
     fixed = max((_FIXED[kind] for kind in kernels), default=0)
     return Memory(
         held=0,

@@ -40,9 +40,8 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     else:
         from wsae.train.gpu.step import triton_step  # there may be no Triton
 
-        with torch.cuda.device_of(
-            batch.x
-        ):  # Triton launches on the current device, not on the tensors'
+        # Triton launches on the current device, whichever the tensors are on
+        with torch.cuda.device_of(batch.x):
             code = triton_step(member, batch, rate, run, step)
     if (step + 1) % GAMMA_EVERY == 0:
         member.dead = member.since_fired > run.dead_tokens

@@ -55,7 +55,7 @@ def revive(
     k: int,
     dtype: torch.dtype,
 ) -> Codes:
-    """Choose the k largest of each row among dead latents."""
+    """Choose the k largest of each row among dead latents; fused as Top-k is, unless k is too large for that kernel."""
     W = sae.encoder_rows.detach().index_select(0, dead.latents)
     bias = dead.floor if sae.b_enc is None else dead.floor + sae.b_enc.detach()[dead.latents]
     if min(2 * BUCKETS_PER_CHOICE * k, len(W)) <= MAX_CANDIDATES:
