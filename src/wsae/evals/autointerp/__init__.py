@@ -1,0 +1,1 @@
+"""Auto-interpretability: what makes a latent fire, told from contexts and tested on others."""

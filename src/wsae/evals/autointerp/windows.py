@@ -1,0 +1,77 @@
+"""Windows of text and what a latent does in them: what collection hands to every scorer.
+
+The two sides, explain and score, share no document.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Distinct windows of `width` tokens or fewer, each once, whoever shows them; -1 pads `ids`."""
+
+    ids: Int32[np.ndarray, "windows width"]
+    seq: Int64[np.ndarray, " windows"]
+    start: Int64[np.ndarray, " windows"]
+    """Position of the first token in its sequence."""
+    document: Int64[np.ndarray, " windows"]
+    decode: Callable[[Sequence[int]], list[str]]
+    """Token ids -> their texts, leading spaces included."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.ids)
+
+    def tokens(self, window: int) -> list[str]:
+        """Return the texts of a window's tokens."""
+        ids = self.ids[window]
+        return self.decode(ids[ids >= 0].tolist())
+
+    def text(self, window: int) -> str:
+        """Return a window as one string."""
+        return "".join(self.tokens(window))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Some windows of one latent: rows of `Windows`, and its activation on each token (0 where silent or padded)."""
+
+    window: Int64[np.ndarray, " n"]
+    acts: Float32[np.ndarray, "n width"]
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.window)
+
+
+@dataclass(frozen=True)
+class LatentContexts:
+    """One latent's windows in every role."""
+
+    latent: int
+    density: float
+    """Share of the collected tokens on which it fires."""
+    peak: float
+    """Its largest activation on them."""
+    explain: Shown
+    """Activating, from explaining documents, strongest first."""
+    positive: Shown
+    """Activating, from scoring documents."""
+    negative: Shown
+    """Random windows of scoring documents in which it is silent."""
+    hard: Shown
+    """Windows of scoring documents in which it is silent and a neighbour is not; may be empty."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One member's latents with their contexts, and those left out for want of them."""
+
+    windows: Windows
+    latents: list[LatentContexts]
+    skipped: dict[str, int]
+    """Reason ("silent", "few windows") -> latents of the sample left out for it."""
