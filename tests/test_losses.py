@@ -38,6 +38,8 @@ def rule(**fields: object) -> GammaConfig:
         ({"alpha": 0.5}, [v / math.sqrt(14 / 3) for v in (1, 2, 3)]),
         ({"alpha": 0}, [1, 1, 1]),
         ({"robust": "rank", "normalise": "none"}, [1 / 3, 2 / 3, 1]),
+        ({"robust": "drop", "normalise": "none"}, [1, 4, 9]),
+        ({"robust": "drop", "alpha": 0}, [1, 1, 1]),
     ],
 )
 def test_gamma_by_hand(fields: dict[str, object], expected: list[float]) -> None:
@@ -48,7 +50,7 @@ def test_gamma_by_hand(fields: dict[str, object], expected: list[float]) -> None
 @given(
     s=st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=40),
     alpha=st.floats(-3, 3),
-    robust=st.sampled_from(["none", "winsor", "rank"]),
+    robust=st.sampled_from(["none", "winsor", "rank"]),  # drop does not keep the order
 )
 def test_rms_normalised_gamma_has_mean_square_one_and_keeps_the_order(
     s: list[float], alpha: float, robust: str
@@ -72,6 +74,27 @@ def test_robust_proxies_tame_one_huge_dimension() -> None:
     assert shares["rank"] < 0.03
     tied = robust_proxy(torch.tensor([3.0, 1.0, 3.0], dtype=torch.float64), "rank", 0.99)
     assert tied.tolist() == pytest.approx([2.5 / 3, 1 / 3, 2.5 / 3])
+
+
+@pytest.mark.parametrize("alpha", [-0.5, 0.0, 1.0])
+def test_outlier_dimensions_left_out_weigh_nothing_and_the_others_keep_their_power(
+    alpha: float,
+) -> None:
+    s = torch.tensor([1.0, 2.0, 3.0, 4.0, 200.001, 5.0, 200.0], dtype=torch.float64)  # median 4
+    gamma = gamma_from_proxy(rule(alpha=alpha, robust="drop"), s)
+    kept = [0, 1, 2, 3, 5, 6]
+    assert float(gamma[4]) == 0
+    assert (gamma[kept] / s[kept].pow(alpha)).tolist() == pytest.approx([float(gamma[0])] * 6)
+    assert float(gamma.square().mean()) == pytest.approx(1)  # over all dimensions
+    record = describe_gamma(rule(alpha=alpha, robust="drop"), gamma)
+    assert record["zero_weights"] == 1
+    assert record["robust"] == "drop"
+
+
+@pytest.mark.parametrize("name", ["none", "gap", "whiten"])
+def test_leaving_out_needs_a_proxy_that_is_large_on_outlier_dimensions(name: str) -> None:
+    with pytest.raises(UserError, match=f"rule '{name}'"):
+        GammaConfig.parse({"rule": name, "robust": "drop"})
 
 
 def test_latent_variance_reaches_input_dimensions_through_squared_decoder_weights() -> None:

@@ -59,6 +59,12 @@ CASES = {
     "topk, dead latents": {"lr": 3e-2},
     "variance": {"gamma": {"rule": "variance"}},
     "whiten": {"gamma": {"rule": "whiten"}},
+    "whiten, dead latents": {"gamma": {"rule": "whiten"}, "lr": 7e-3},
+    "outlier left out": {"gamma": {"rule": "variance", "robust": "drop"}},
+    "outlier left out, dead latents": {
+        "gamma": {"rule": "variance", "robust": "drop", "alpha": 0},
+        "lr": 3e-2,
+    },
     "latent variance": {"gamma": {"rule": "latent_variance"}},
     "l1": {"l1": 0.05},
     "group": {"activation": {"kind": "group_topk", "k": 6}},
@@ -83,7 +89,9 @@ def test_compiled_training_follows_autograd(case: str) -> None:
     for name, tensor in one.tensors().items():
         difference = (two.tensors()[name] - tensor).double().norm()
         assert float(difference) <= 5e-3 * max(1.0, float(tensor.double().norm())), name
-    if case == "topk, dead latents":
+    if case.startswith("outlier"):
+        assert one.gamma.nonzero()[:, 0].tolist() == [i for i in range(48) if i != 5]
+    if case.endswith("dead latents"):
         assert sums["auxk"] > 0
 
 

@@ -32,8 +32,8 @@ from wsae.core.artifact import MANIFEST, locked, read_manifest, record, write_js
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.core.tensors import load_tensors, save_tensors
+from wsae.losses.config import OUTLIER_RATIO
 
-_OUTLIER_RATIO = 50.0
 _MAX_OUTLIERS = 16
 
 
@@ -226,5 +226,5 @@ def outlier_dims(tally: Tally, hook: str) -> list[dict[str, float]]:
     return [
         {"dim": dim, "variance": float(variance[dim]), "over_median": float(variance[dim]) / median}
         for dim in order
-        if median > 0 and float(variance[dim]) > _OUTLIER_RATIO * median
+        if median > 0 and float(variance[dim]) > OUTLIER_RATIO * median
     ]

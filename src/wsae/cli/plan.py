@@ -37,7 +37,7 @@ class PlanFlags(Config):
     normalise: Normalise = "rms"
     """Scale of the weights: rms makes their mean square 1; none is the paper's raw s^alpha."""
     robust: Robust = "none"
-    """Tame outlier dimensions: clip their proxy at a quantile, or use its rank."""
+    """Tame outlier dimensions: clip their proxy at a quantile, use its rank, or drop them from the loss."""
     quantile: Number = 0.99
     """Where --robust winsor clips."""
     gamma_file: MaybePlace = None

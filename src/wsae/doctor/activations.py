@@ -83,7 +83,7 @@ def check_outliers(
             gamma = gamma_from_proxy(cfg, variance).double()
             weighted = spread(variance * gamma**2)
             heavy = weighted.top_share > 0.5
-            mend = "use --robust winsor or rank, or a smaller --alpha" if heavy else ""
+            mend = "use --robust winsor, rank or drop, or a smaller --alpha" if heavy else ""
             name = f"loss under {cfg.label} at {hook}"
             checks.append(Check(name, "warn" if heavy else "ok", _spread_text(weighted), mend))
     return checks

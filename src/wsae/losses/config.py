@@ -8,7 +8,9 @@ from wsae.core.config import Config
 
 Rule = Literal["none", "variance", "latent_variance", "consistency", "vector", "gap", "whiten"]
 Normalise = Literal["rms", "max", "none"]
-Robust = Literal["none", "winsor", "rank"]
+Robust = Literal["none", "winsor", "rank", "drop"]
+OUTLIER_RATIO = 50.0
+"""A dimension whose variance exceeds this many times the median one is an outlier dimension."""
 RIDGE = 0.01
 """Ridge of the rule whiten where none is given: directions under it hold at most 1 % of the variance together."""
 
@@ -29,7 +31,8 @@ class GammaConfig(Config):
     """rms: mean gamma^2 = 1 (trace of Gamma^T Gamma = d_in); max: largest gamma (singular value) = 1; none: the paper's
     raw s^alpha."""
     robust: Robust = "none"
-    """winsor: clip s at the quantile from both ends; rank: replace s by its rank / d_in."""
+    """winsor: clip s at the quantile from both ends; rank: replace s by its rank / d_in; drop: leave the outlier
+    dimensions (s over 50 times its median) out of the loss, gamma 0; with alpha 0 that is the plain loss without them."""
     quantile: float = Field(default=0.99, gt=0.5, le=1.0)
     """Upper winsor quantile; the lower one is 1 minus it."""
     vector: tuple[float, ...] | None = None
@@ -51,6 +54,15 @@ class GammaConfig(Config):
             raise ValueError(f"a ridge belongs to the rule 'whiten', not to '{self.rule}'")
         if self.rule == "whiten" and self.robust != "none":
             raise ValueError("the rule 'whiten' has no proxy to make robust; use a larger ridge")
+        return self
+
+    @model_validator(mode="after")
+    def _drop_needs_a_proxy_large_in_outliers(self) -> "GammaConfig":
+        if self.robust == "drop" and self.rule in ("none", "gap"):
+            raise ValueError(
+                f"robust 'drop' does not go with the rule '{self.rule}'; for the plain loss without outlier "
+                "dimensions use the rule 'variance' with alpha 0"
+            )
         return self
 
     @property

@@ -7,25 +7,33 @@ The proxies are pure functions; `gamma_from_proxy` makes one weight per input di
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.losses.config import RIDGE, GammaConfig, Normalise, Robust
+from wsae.losses.config import OUTLIER_RATIO, RIDGE, GammaConfig, Normalise, Robust
 from wsae.losses.gap import gap_weights, whitening
 from wsae.losses.weigh import Weights, dimension_weights, effective_dimensions
 
 
 def gamma_from_proxy(cfg: GammaConfig, proxy: Float[Tensor, " d_in"]) -> Float64[Tensor, " d_in"]:
-    """Return gamma_i = normalise(robust(s)_i ^ alpha) [d_in], in fp64.
+    """Return gamma_i = normalise(robust(s)_i ^ alpha) [d_in], in fp64; 0 on outlier dimensions with robust "drop".
 
     Raises UserError when a proxy is negative, not finite, all zero, or zero with alpha < 0.
     """
     s = robust_proxy(proxy.double().cpu(), cfg.robust, cfg.quantile)
     _check(s, cfg)
-    if cfg.rule == "none" or cfg.alpha == 0:
+    dropped = cfg.robust == "drop"
+    if cfg.rule == "none" or (cfg.alpha == 0 and not dropped):
         return torch.ones_like(s)
-    return normalise_gamma(s.pow(cfg.alpha), cfg.normalise)
+    gamma = s.pow(cfg.alpha)
+    return normalise_gamma(gamma.masked_fill(outliers(s), 0.0) if dropped else gamma, cfg.normalise)
+
+
+def outliers(s: Float64[Tensor, " d_in"]) -> Bool[Tensor, " d_in"]:
+    """Return which dimensions have s_i > 50 median(s); none where the median is 0."""
+    median = s.median()
+    return (s > OUTLIER_RATIO * median) & (median > 0)
 
 
 def gamma_from_covariance(
@@ -51,9 +59,12 @@ def gamma_from_covariance(
 def robust_proxy(
     s: Float64[Tensor, " d_in"], robust: Robust, quantile: float
 ) -> Float64[Tensor, " d_in"]:
-    """Tame outlier dimensions: clip at the quantiles 1 - q and q (winsor), or use rank / d_in (ties share ranks)."""
+    """Tame outlier dimensions: clip at the quantiles 1 - q and q (winsor), or use rank / d_in (ties share ranks).
+
+    drop leaves s as it is: `gamma_from_proxy` sets the weight of its `outliers` to 0.
+    """
     match robust:
-        case "none":
+        case "none" | "drop":
             return s
         case "winsor":
             edges = torch.tensor([1 - quantile, quantile], dtype=s.dtype)
@@ -128,7 +139,7 @@ def describe_gamma(
         record.pop(key)
     if cfg.rule == "whiten":
         record["ridge"] = RIDGE if cfg.ridge is None else cfg.ridge
-    if cfg.rule == "gap":
+    if cfg.rule == "gap" or cfg.robust == "drop":
         record["zero_weights"] = int((weight == 0).sum())
     if unmasked is not None:
         record["without_mask"] = _movement(gamma, unmasked.double().cpu())

@@ -142,6 +142,8 @@ class Residual(NamedTuple):
     """|x_hat - x|^2 and |gamma (x_hat - x)|^2 per token."""
     total: Float[Tensor, " d_in"]
     """Sum of G over the batch."""
+    error: Float[Tensor, "batch d_in"] | None = None
+    """x_hat - x, kept where a matrix Gamma made G of it."""
 
 
 def residual(

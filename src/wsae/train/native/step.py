@@ -99,7 +99,7 @@ def _weighted_residual(x_hat: Slices, x: Tensor, gamma: Tensor) -> Residual:
     weighted = weigh(error, gamma)
     gradient = 2 / len(x) * (weighted @ gamma)
     errors = torch.stack([error.double().square().sum(1), weighted.double().square().sum(1)], dim=1)
-    return Residual(to_slices(gradient), errors, gradient.sum(0))
+    return Residual(to_slices(gradient), errors, gradient.sum(0), error)
 
 
 def _revival(
@@ -131,11 +131,15 @@ def _revival(
 
 
 def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "batch d_in"]:
-    """Return x - x_hat, undoing G = (2 / batch) Gamma^T Gamma (x_hat - x)."""
-    G, gamma = from_slices(left.gradient, x.shape[1]), member.sae.gamma
-    if gamma.ndim == 1:
-        return G.div_(-2 / len(x) * gamma.square())
-    return torch.linalg.solve(gamma.T @ gamma, G.T).T.mul_(-len(x) / 2)
+    """Return x - x_hat, undoing G = (2 / batch) gamma^2 (x_hat - x); a matrix Gamma has kept it.
+
+    Where gamma is 0 (or its square is, in float32) it returns 0: no loss looks there, so any finite value serves.
+    """
+    if left.error is not None:
+        return -left.error
+    square = member.sae.gamma.square()
+    divisor = torch.where(square == 0, 1.0, -2 / len(x) * square)
+    return from_slices(left.gradient, x.shape[1]).div_(divisor)
 
 
 def _update(
