@@ -1,0 +1,26 @@
+"""The same architecture with weights nobody trained: what a model's activations look like before it has learned."""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from wsae.acts.language import LanguageModel
+from wsae.core.artifact import digest
+
+
+def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:
+    """Return a model of the same config, its weights drawn anew by the architecture's own rule; same tokenizer.
+
+    The global random state is left as it was.
+    """
+    trained = language.model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = copy.deepcopy(trained.config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = model.to(language.device, trained.dtype).eval().requires_grad_(False)
+    name = f"{language.name} with random weights"
+    return LanguageModel(
+        model, language.tokenizer, name, digest([language.digest, "random weights", seed])
+    )

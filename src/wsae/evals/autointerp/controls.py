@@ -1,0 +1,105 @@
+"""What a score is compared with: latents nobody trained, and explanations that belong to other latents.
+
+A control is an ordinary SparseAutoencoder, or ordinary contexts, so that nothing downstream knows the difference. A
+score that a random direction, a neuron or a principal direction reaches too says nothing about training; what the
+shuffled contexts reach is chance. The model of random weights has a file of its own, `random_model`.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from wsae.core.seeds import seed_for
+from wsae.evals.autointerp.config import Control
+from wsae.evals.autointerp.windows import Collected
+from wsae.evals.control import CONTROL
+from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+
+NAMES: dict[Control, str] = {
+    "random_sae": CONTROL,
+    "neurons": "control-neurons",
+    "pca": "control-pca",
+    "shuffled": "control-shuffled",
+    "random_model": "control-random-model",
+}
+"""Control -> its name among the members."""
+ABOUT: dict[Control, str] = {
+    "random_sae": "random directions, as sparse as the plain member",
+    "neurons": "dimensions of the activations, standardised, both signs",
+    "pca": "principal directions of the activations, whitened, both signs",
+    "shuffled": "the plain member's latents, each judged by the explaining windows of another: chance",
+    "random_model": "the plain member trained the same way on the model with random weights",
+}
+_RANK = 1e-9
+"""Principal directions with less than this share of the largest variance are rounding, and never fire."""
+
+
+def direction_sae(
+    axes: Float[Tensor, "n d_in"],
+    spread: Float[Tensor, " n"],
+    mean: Float[Tensor, " d_in"],
+    l0: float,
+) -> SparseAutoencoder:
+    """Return the Top-k SAE whose latents are the standardised coordinates along orthonormal axes, both signs.
+
+    z_i = relu((x - mean) . a_i / s_i),  z_(n+i) = relu(-(x - mean) . a_i / s_i),  the k = L0 largest kept;
+    x_hat = mean + sum_i (z_i - z_(n+i)) s_i a_i, so with k = 2n and n = d_in it gives x back. Where s_i = 0 the
+    latents never fire.
+    """
+    n, d_in = axes.shape
+    k = min(max(1, round(l0)), 2 * n)
+    sae = SparseAutoencoder(SAEConfig(d_in=d_in, d_sae=2 * n, activation=TopK(k=k)))
+    wide, spread = axes.double(), spread.double()
+    inverse = torch.where(spread > 0, 1 / spread, torch.zeros_like(spread))
+    encoder, decoder = wide * inverse[:, None], wide * spread[:, None]
+    assert sae.W_enc_t is not None
+    assert sae.b_dec is not None
+    with torch.no_grad():
+        sae.W_enc_t.copy_(torch.cat([encoder, -encoder]))
+        sae.W_dec.copy_(torch.cat([decoder, -decoder]))
+        sae.b_dec.copy_(mean)
+    return sae.requires_grad_(False)
+
+
+def neurons(
+    mean: Float64[Tensor, " d_in"], variance: Float64[Tensor, " d_in"], l0: float
+) -> SparseAutoencoder:
+    """Return the neurons control: latent i is dimension i above its mean, latent d_in + i below, in deviations."""
+    return direction_sae(torch.eye(len(mean)), variance.clamp_min(0).sqrt(), mean, l0)
+
+
+def pca(
+    mean: Float64[Tensor, " d_in"], covariance: Float64[Tensor, "d_in d_in"], l0: float
+) -> SparseAutoencoder:
+    """Return the PCA control: principal directions, largest variance first, scaled to unit variance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values, axes = values.flip(0), vectors.T.flip(0)
+    kept = torch.where(values > _RANK * values[0], values, torch.zeros_like(values))
+    return direction_sae(axes, kept.sqrt(), mean, l0)
+
+
+def shuffled(collected: Collected, seed: int, *names: str) -> Collected:
+    """Return the same latents and scoring windows, each latent with another one's explaining windows.
+
+    Who gets whose is one random cycle through all of them, so nobody keeps their own. A lone latent has no other: it
+    is skipped and counted.
+    """
+    latents = collected.latents
+    if len(latents) < 2:
+        return replace(collected, latents=[], skipped={"alone": len(latents)})
+    giver = derangement(len(latents), seed_for(seed, "shuffled", *names))
+    swapped = [
+        replace(latent, explain=latents[int(giver[i])].explain) for i, latent in enumerate(latents)
+    ]
+    return replace(collected, latents=swapped, skipped={})
+
+
+def derangement(n: int, seed: int) -> Int64[np.ndarray, " n"]:
+    """Return a random permutation of range(n) that is one cycle, so that it moves every element (n >= 2)."""
+    order = np.random.default_rng(seed).permutation(n)
+    out = np.empty(n, dtype=np.int64)
+    out[order] = np.roll(order, -1)
+    return out
