@@ -32,7 +32,7 @@ class GammaConfig(Config):
     raw s^alpha."""
     robust: Robust = "none"
     """winsor: clip s at the quantile from both ends; rank: replace s by its rank / d_in; drop: leave the outlier
-    dimensions (s over 50 times its median) out of the loss, gamma 0; with alpha 0 that is the plain loss without them."""
+    dimensions (s over 50 times its median) out of the loss; with alpha 0 that is the plain loss without them."""
     quantile: float = Field(default=0.99, gt=0.5, le=1.0)
     """Upper winsor quantile; the lower one is 1 minus it."""
     vector: tuple[float, ...] | None = None
