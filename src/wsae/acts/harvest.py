@@ -23,6 +23,7 @@ from wsae.acts.ledger import (
     refuse_foreign,
     refuse_other,
 )
+from wsae.acts.packing import Packer
 from wsae.acts.shards import ShardWriter, as_stored, shard_name
 from wsae.acts.store import STATS, TOKENS, Store
 from wsae.acts.tally import Tally
@@ -201,6 +202,7 @@ def _info(flow: Flow, ledger: Ledger, tally: Tally) -> dict[str, object]:
         "hooks": flow.hooks,
         "model": flow.language.name,
         "tokenizer": type(flow.language.tokenizer).__name__,
+        "document_ends": Packer(flow.cfg, flow.language.tokenizer, heldout=True).ends,
         "seq_len": flow.cfg.seq_len,
         "store_dtype": flow.cfg.store_dtype,
         "rows": {"train": train.rows, "heldout": heldout.rows},

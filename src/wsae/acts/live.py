@@ -17,7 +17,7 @@ from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.acts.decoding import decode_table
 from wsae.acts.flow import Flow, Step
 from wsae.acts.language import LanguageModel, load_language
-from wsae.acts.packing import START, Position
+from wsae.acts.packing import START, Packer, Position
 from wsae.acts.stream import Batch, Chunk, State, check_batch_size, position, restored
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import fingerprint
@@ -123,6 +123,13 @@ class LiveSource:
         assert self._tokens is not None
         return self._tokens
 
+    def preview(self) -> Iterator[TokenTable]:
+        """Yield the held-out text's sequences in order, a few at a time, without running the model."""
+        return self._packer().tables()
+
+    def _packer(self) -> Packer:
+        return Packer(self.cfg, self.language.tokenizer, heldout=True)
+
     def digest(self) -> str:
         """Return a hash of config, model files and text files."""
         return digest([self.cfg.to_dict(), self.language.digest, fingerprint(self.cfg.text)])
@@ -131,9 +138,8 @@ class LiveSource:
         joined = torch.cat([torch.empty(0, self.cfg.seq_len, dtype=torch.int32), *ids])
         strings = decode_table(self.language.tokenizer, np.unique(joined.numpy()).tolist())
         empty = torch.empty(0, dtype=torch.int32)
-        return TokenTable(
-            joined, torch.cat([empty, *lengths]), {int(i): s for i, s in strings.items()}
-        )
+        texts = {int(i): s for i, s in strings.items()}
+        return TokenTable(joined, torch.cat([empty, *lengths]), texts, self._packer().ends)
 
 
 class _Place(NamedTuple):

@@ -1,13 +1,16 @@
 """Token sequences from documents: packed end to end or one document each, with an exact position to resume from."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from wsae.acts.config import HarvestConfig
 from wsae.acts.text import Document, documents, is_heldout
+from wsae.acts.tokens import TokenTable
 
 
 class Position(NamedTuple):
@@ -46,6 +49,19 @@ class Packer:
         self._start = _automatic_bos(tokenizer)
         self._end = _one_id(tokenizer.eos_token_id) or _one_id(tokenizer.bos_token_id)
         self._pad = (_one_id(tokenizer.pad_token_id) or self._end or [0])[0]
+
+    @property
+    def ends(self) -> tuple[int, ...] | None:
+        """Ids that end a document: none where each sequence is one, None where nothing marks it."""
+        return (tuple(self._end) or None) if self.cfg.pack else ()
+
+    def tables(self) -> Iterator[TokenTable]:
+        """Yield all sequences, a batch at a time, as tokens without strings; no model is run."""
+        sequences = self.sequences()
+        while batch := tuple(islice(sequences, self.cfg.batch_seqs)):
+            ids = torch.from_numpy(np.stack([s.ids for s in batch]))
+            lengths = torch.tensor([s.length for s in batch], dtype=torch.int32)
+            yield TokenTable(ids, lengths, {}, self.ends)
 
     def sequences(self, start: Position = START) -> Iterator[Sequence]:
         """Yield sequences from a position on."""

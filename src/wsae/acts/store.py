@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wsae.acts.tally import SourceStats, Tally
-from wsae.acts.tokens import TokenTable
+from wsae.acts.tokens import TokenTable, likely_ends
 from wsae.core.artifact import read_json, read_manifest
 from wsae.core.errors import UserError, nearest
 from wsae.core.tensors import MappedTensor, load_tensors
@@ -84,7 +84,14 @@ class Store:
         ids = torch.cat([torch.empty(0, seq_len, dtype=torch.int32), *(p["ids"] for p in parts)])
         lengths = torch.cat([torch.empty(0, dtype=torch.int32), *(p["lengths"] for p in parts)])
         strings = {int(i): text for i, text in read_json(self.path / TOKENS).items()}
-        return TokenTable(ids, lengths, strings)
+        return TokenTable(ids, lengths, strings, self._document_ends(strings))
+
+    def _document_ends(self, strings: dict[int, str]) -> tuple[int, ...] | None:
+        """Return the ids that end a document as noted, or in older stores as they read."""
+        if "document_ends" in self.info:
+            noted = self.info["document_ends"]
+            return None if noted is None else tuple(int(i) for i in noted)
+        return likely_ends(strings) if self.manifest.config.get("pack", True) else ()
 
     def stats(self) -> dict[str, SourceStats]:
         """Return the exact statistics of the training rows, taken while harvesting."""

@@ -42,12 +42,12 @@ class Permutation:
         half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
         left, right = x >> half, x & mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right, key) & mask)
+            left, right = right, left ^ (mix64(right, key) & mask)
         return (left << half) | right
 
 
-def _mix(x, key: int):
-    """Hash uint64 values (the splitmix64 finaliser)."""
+def mix64(x, key: int):
+    """Hash uint64 values (numpy) under a key: the splitmix64 finaliser of their sum, a bijection."""
     import numpy as np
 
     with np.errstate(over="ignore"):

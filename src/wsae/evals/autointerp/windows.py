@@ -4,7 +4,7 @@ The two sides, explain and score, share no document.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
@@ -74,4 +74,6 @@ class Collected:
     windows: Windows
     latents: list[LatentContexts]
     skipped: dict[str, int]
-    """Reason ("silent", "few windows") -> latents of the sample left out for it."""
+    """Reason ("silent", "few windows", "few silent windows") -> latents of the sample left out for it."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Complete windows of the pass: "explain", "score", and "straddling" two documents (dropped)."""
