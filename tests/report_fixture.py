@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from report_text import Shape, top_contexts
+from report_text import HOSTILE, Shape, top_contexts
 from wsae.core.artifact import write_json, write_manifest, write_text
 from wsae.core.tensors import save_tensors
 
@@ -253,3 +253,85 @@ def edit_evaluation(run: Path, change: Callable[[dict], None]) -> None:
     write_manifest(
         place, "evaluation", {}, [p.name for p in place.iterdir() if p.name != "manifest.json"]
     )
+
+
+SCORES = {"embedding": 0.82, "surprisal": 0.71, "detection": 0.64}
+EXPLANATION = "words about ships " + "".join(HOSTILE)
+INTERPRET_CONTROLS = {"control-random": -0.2, "control-shuffled": -0.3}
+
+
+def write_interpretation(run: Path, latents: int = 6) -> Path:
+    """Write RUN/interpretation: half of the latents that the evaluation shows, and one that it does not."""
+    contexts = json.loads((run / "evaluation" / "contexts.json").read_text())
+    hooks, shown = {}, {}
+    for hook, members in contexts.items():
+        scored = {
+            name: _scored(found[:latents], i) for i, (name, found) in enumerate(members.items())
+        }
+        shown[hook] = {
+            name: [
+                {**entry, "scores": {s: v["value"] for s, v in scored[name][i]["scores"].items()}}
+                | {"explanation": scored[name][i]["explanation"]}
+                for i, entry in enumerate(found[:latents])
+            ]
+            for name, found in members.items()
+        }
+        shown[hook]["plain"].append(
+            {**shown[hook]["plain"][0], "latent": NEW_LATENT, "variance": None}
+        )
+        hooks[hook] = {
+            "members": {name: _entry(found, 0.01 * i) for i, (name, found) in enumerate(scored.items())},
+            "controls": {
+                name: _entry([], shift) | {"about": "</td><script>alert(1)</script>"}
+                for name, shift in INTERPRET_CONTROLS.items()
+            },
+            "comparisons": [
+                {"a": name, "b": "plain", "metric": score, "over": over, "difference": shift,
+                 "low": shift - 0.02, "high": shift + 0.02, "effect_size": 0.2, "unit": "latent",
+                 "n": 40, "paired": over == "matched"}
+                for name in members if name != "plain"
+                for score in SCORES
+                for over, shift in (("matched", 0.05), ("all", 0.01), ("density", -0.03))
+            ],
+        }  # fmt: skip
+    place = run / "interpretation"
+    record = {
+        "judges": {score: f"judge of {score} <i>" for score in SCORES},
+        "hooks": hooks,
+        "glossary": {
+            "embedding": {"name": "Embedding detection", "formula": "AUC", "direction": "higher is better"}
+        },
+    }  # fmt: skip
+    write_text(place / "interpretation.json", json.dumps(record))
+    write_text(place / "contexts.json", json.dumps(shown))
+    write_manifest(place, "interpretation", {}, ["interpretation.json", "contexts.json"])
+    return run
+
+
+NEW_LATENT = 9999
+
+
+def _scored(found: list[dict], member: int) -> list[dict]:
+    return [
+        {
+            "latent": entry["latent"],
+            "density": entry["density"],
+            "peak": entry["max"],
+            "explanation": EXPLANATION if i == 0 else f"explanation {member}/{i}",
+            "scores": {s: {"value": round(v - 0.03 * i, 3)} for s, v in SCORES.items()},
+        }
+        for i, entry in enumerate(found)
+    ]
+
+
+def _entry(latents: list[dict], shift: float) -> dict:
+    return {
+        "summary": {
+            score: {"value": v + shift, "low": v + shift - 0.02, "high": v + shift + 0.02, "n": 40}
+            | ({"requested": 400, "parsed": 390, "failed": 7, "not_asked": 3} if score == "detection" else {})
+            for score, v in SCORES.items()
+        },
+        "density": {"0.5": 0.004},
+        "counts": {"sampled": 50, "scored": 40, "skipped": {"few windows": 10, "silent": 0}},
+        "latents": latents,
+    }  # fmt: skip

@@ -104,7 +104,7 @@ def test_contexts_survive_the_page_unchanged_and_cannot_leave_their_block(
     source = json.loads((run / "evaluation" / "contexts.json").read_text())
     for hook, members in packed["hooks"]:
         for name, latents in members:
-            for entry, (latent, density, _, peak, match, contexts) in zip(
+            for entry, (latent, density, _, peak, match, contexts, *_) in zip(
                 source[hook][name], latents, strict=True
             ):
                 assert latent == entry["latent"]
@@ -254,4 +254,5 @@ def test_pack_contexts_of_no_contexts_is_empty(tmp_path: Path) -> None:
     assert pack_contexts(read_run(write_run(tmp_path / "run", evaluation=False))) == {
         "tokens": [],
         "hooks": [],
+        "scores": [],
     }

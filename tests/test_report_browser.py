@@ -8,7 +8,7 @@ from urllib.parse import quote, urlencode
 import pytest
 
 from report_browser import CHROMIUM, CONTRAST, DRIVER, MISSING, Browser, browser
-from report_fixture import write_run
+from report_fixture import EXPLANATION, NEW_LATENT, SCORES, write_interpretation, write_run
 from report_text import HOSTILE, Shape
 from wsae.report.html import write_report
 
@@ -297,3 +297,59 @@ def test_a_thousand_latents_draw_at_once(session: Browser, tmp_path: Path) -> No
     )
     assert isinstance(took, int | float)
     assert took < 1000, "sorting a thousand latents should feel immediate (milliseconds)"
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_interpretation(write_run(tmp_path_factory.mktemp("seen") / "run", Shape()))
+    write_report(path)
+    return path
+
+
+def test_explanation_and_scores_stand_beside_the_contexts_of_both_members(
+    session: Browser, interpreted: Path
+) -> None:
+    session.size(1280, 900)
+    session.console()
+    session.open(interpreted / "report.html", address("layers.9", "variance-a1"))
+    session.js("window.alert = () => { window.alerted = true; }")
+    all_cards(session)
+    shown = json.loads((interpreted / "interpretation" / "contexts.json").read_text())["layers.9"]
+    for entry in shown["variance-a1"]:
+        partner = next((e for e in shown["plain"] if e["latent"] == entry["match"]["latent"]), None)
+        for side, wanted in ((".own", entry), (".twin", partner)):
+            text = session.js(
+                "const side = document.querySelector(`.latent[data-latent='${arguments[0]}'] ${arguments[1]}`);"
+                "return [side.querySelector('.explained')?.textContent ?? null,"
+                " [...side.querySelectorAll('.scores b')].map(b => Number(b.textContent))]",
+                entry["latent"],
+                side,
+            )
+            assert isinstance(text, list)
+            if wanted is None:
+                assert text == [None, []]
+                continue
+            assert text[1] == [rounded(wanted["scores"][score]) for score in SCORES]
+            if wanted["explanation"] != EXPLANATION:
+                assert text[0] == f"“{wanted['explanation']}”"
+            else:
+                assert "<img src=x onerror=alert(1)>" in text[0], "hostile text stays text"
+                assert "⟨202E⟩" in text[0]
+    assert (
+        session.js("return document.querySelectorAll('img, iframe, #latents script').length") == 0
+    )
+    assert session.js(ALERTED) is None
+    assert session.console() == []
+
+
+def test_latents_that_only_the_interpretation_knows_are_in_the_browser_and_scores_sort(
+    session: Browser, interpreted: Path
+) -> None:
+    session.open(interpreted / "report.html", address("layers.9", "plain", sort="score-0"))
+    shown = json.loads((interpreted / "interpretation" / "contexts.json").read_text())["layers.9"]
+    scored = {e["latent"]: rounded(e["scores"]["embedding"]) for e in shown["plain"]}
+    order = all_cards(session)
+    assert NEW_LATENT in order
+    assert order[: len(scored)] == sorted(scored, key=lambda latent: (-scored[latent], latent))
+    session.open(interpreted / "report.html", address("layers.9", "plain", q="explanation 0/3"))
+    assert all_cards(session) == [shown["plain"][3]["latent"]], "explanations are searched too"

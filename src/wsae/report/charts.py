@@ -163,12 +163,13 @@ def density_figures(run: RunData, hook: str) -> list[Figure]:
         "How often each latent fires on held-out data. Left bar: never (dead). Towards 1: fires on "
         "nearly every token (dense). Grey: the plain twin."
     )
-    return _beside(run, hook, ("density", help_text), _density_chart)
+    return _beside(run, hook, ("density", help_text), density_chart)
 
 
-def _density_chart(
+def density_chart(
     run: RunData, hook: str, pair: tuple[str | None, str], pool: dict[str, np.ndarray]
 ) -> Markup:
+    """Draw the histograms of log10 density of a member and its twin, on the axes of the whole pool."""
     floor = np.floor(
         min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
     )

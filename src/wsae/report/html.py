@@ -17,6 +17,7 @@ from markupsafe import Markup
 from wsae.core.artifact import write_text
 from wsae.core.errors import UserError
 from wsae.core.version import __version__
+from wsae.report.interpretation import score_name
 from wsae.report.rundata import Json, RunData, read_run
 from wsae.report.view import cards, glossary, hook_view
 
@@ -99,8 +100,9 @@ def json_block(value: object) -> Markup:
 def pack_contexts(run: RunData) -> Json:
     """Return the contexts in compact form: a token table, and per context token numbers and the activations above 0.
 
-    A latent is [index, density, variance, max, match or null, contexts], a match [member, latent, cosine], a context
-    [token numbers, peak position, sequence, [position, activation, ...]].
+    A latent is [index, density, variance, max, match or null, contexts, scores, explanation or null], a match [member,
+    latent, cosine], a context [token numbers, peak position, sequence, [position, activation, ...]]; scores are
+    [value or null, ...] in the order of `scores`.
     """
     counts: dict[str, int] = {}
     for members in run.contexts.values():
@@ -109,26 +111,36 @@ def pack_contexts(run: RunData) -> Json:
                 counts[token] = counts.get(token, 0) + 1
     table = sorted(counts, key=lambda token: (-counts[token], token))
     number_of = {token: i for i, token in enumerate(table)}
+    scores = _score_names(run)
     hooks = [
         [
             hook,
             [
-                [name, [_latent(entry, number_of) for entry in latents]]
+                [name, [_latent(entry, number_of, list(scores)) for entry in latents]]
                 for name, latents in members.items()
             ],
         ]
         for hook, members in run.contexts.items()
     ]
-    return {"tokens": table, "hooks": hooks}
+    return {"tokens": table, "hooks": hooks, "scores": list(scores.values())}
 
 
-def _latent(entry: Json, number_of: dict[str, int]) -> list[object]:
-    match = entry.get("match")
+def _score_names(run: RunData) -> dict[str, str]:
+    """Return the scores that some latent on the page has, with their names."""
+    entries = (e for named in run.contexts.values() for latents in named.values() for e in latents)
+    found = dict.fromkeys(score for entry in entries for score in entry.get("scores", {}))
+    return {score: score_name(score) for score in found}
+
+
+def _latent(entry: Json, number_of: dict[str, int], scores: list[str]) -> list[object]:
+    match, said, values = entry.get("match"), entry.get("explanation"), entry.get("scores", {})
     return [
         int(entry["latent"]),
         *(_short(entry.get(key)) for key in ("density", "variance", "max")),
         None if not match else [match["member"], int(match["latent"]), _short(match.get("cosine"))],
         [_context(context, number_of) for context in entry["contexts"]],
+        [_short(values.get(score)) for score in scores] if values else [],
+        None if said is None else str(said),
     ]
 
 

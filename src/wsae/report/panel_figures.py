@@ -9,6 +9,7 @@ from wsae.core.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Line = dict[str, Any]
 """method, levels, mean, low, high."""
@@ -28,13 +29,9 @@ def panels_figure(
 
     `path` is without suffix; PNG and SVG are written. Raises UserError when matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("matplotlib is not installed; pip install 'wsae[report]'") from error
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.3 * rows + 0.5), layout="constrained")
+    figure = new_figure((3.6 * columns, 3.3 * rows + 0.5))
     axes = figure.subplots(rows, columns, squeeze=False).flat
     names = list(dict.fromkeys(line["method"] for panel in panels for line in panel["series"]))
     for ax, panel in zip(axes, panels, strict=False):
@@ -46,7 +43,16 @@ def panels_figure(
         handles, labels = ax.get_legend_handles_labels()
         seen |= dict(zip(labels, handles, strict=True))
     figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=4, frameon=False)
-    return [_save(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
+    return [save_figure(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
+
+
+def new_figure(size: tuple[float, float]) -> "Figure":
+    """Return an empty figure of this size in inches; raises UserError when matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("matplotlib is not installed; pip install 'wsae[report]'") from error
+    return Figure(figsize=size, layout="constrained")
 
 
 def _draw(ax: "Axes", panel: dict[str, Any], names: list[str], xlabel: str) -> None:
@@ -64,11 +70,12 @@ def _draw(ax: "Axes", panel: dict[str, Any], names: list[str], xlabel: str) -> N
     if panel.get("log"):
         ax.set_yscale("log")
     else:
-        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+        ax.set_ylim(bottom=min(panel.get("bottom", 0.0), ax.get_ylim()[0]))
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Any, path: Path, kind: str) -> Path:
+def save_figure(figure: "Figure", path: Path, kind: str) -> Path:
+    """Write a figure as png or svg, the same bytes each time."""
     metadata = {"Software": None} if kind == "png" else {"Date": None}
     with writing(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)

@@ -1,6 +1,7 @@
 """A run directory as the report sees it: what is there is read and checked, what is missing is noted, not invented.
 
-Needed: `config.json`. Optional: `metrics.jsonl`, `gamma.json`, `evaluation/` (refused when cut or altered).
+Needed: `config.json`. Optional: `metrics.jsonl`, `gamma.json`, `evaluation/` and `interpretation/` (refused when cut or
+altered).
 """
 
 import json
@@ -36,6 +37,8 @@ class RunData:
     evaluation: Json
     arrays: dict[str, np.ndarray]
     contexts: dict[str, dict[str, list[Json]]]
+    """hook -> member -> latents; those that were interpreted have `explanation` and `scores` too."""
+    interpretation: Json = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What is missing and what that means, one sentence each, shown on the page."""
 
@@ -94,6 +97,11 @@ def read_run(path: Path) -> RunData:
         raise UserError(f"{path}: has no config.json, so it is not a wsae run directory")
     notes: list[str] = []
     evaluation, arrays, contexts = _read_evaluation(path / "evaluation", notes)
+    interpretation, interpreted = _read_interpretation(path / "interpretation")
+    contexts = _merged(contexts, interpreted)
+    if evaluation and not any(latents for named in contexts.values() for latents in named.values()):
+        notes.append("No text contexts: the data are arrays or no latent was sampled.")
+        contexts = {}
     run = RunData(
         path=path,
         config=_object(path / "config.json"),
@@ -103,6 +111,7 @@ def read_run(path: Path) -> RunData:
         evaluation=evaluation,
         arrays=arrays,
         contexts=contexts,
+        interpretation=interpretation,
         notes=notes,
     )
     if not run.hooks:
@@ -139,10 +148,27 @@ def _read_evaluation(path: Path, notes: list[str]) -> tuple[Json, dict[str, np.n
         tensors = load_tensors(path / "arrays.safetensors")
         arrays = {name: tensor.double().numpy() for name, tensor in tensors.items()}
     contexts = _object(path / "contexts.json") if "contexts.json" in files else {}
-    if not any(latents for members in contexts.values() for latents in members.values()):
-        notes.append("No text contexts: the data are arrays or no latent was sampled.")
-        contexts = {}
     return _object(path / "evaluation.json"), arrays, contexts
+
+
+def _read_interpretation(path: Path) -> tuple[Json, Json]:
+    """Return the scores, and the contexts of the scored latents with explanation and scores beside them."""
+    if not (path / MANIFEST).is_file():
+        return {}, {}
+    read_manifest(path, "interpretation")
+    return _object(path / "interpretation.json"), _object(path / "contexts.json")
+
+
+def _merged(evaluated: Json, interpreted: Json) -> Json:
+    """Return the latents of both, once each: what both say comes from the evaluation, the scores from the other."""
+    out: Json = {hook: dict(members) for hook, members in evaluated.items()}
+    for hook, members in interpreted.items():
+        named = out.setdefault(hook, {})
+        for member, latents in members.items():
+            known = {entry["latent"]: entry for entry in named.get(member, [])}
+            known |= {e["latent"]: {**e, **known.get(e["latent"], {})} for e in latents}
+            named[member] = list(known.values())
+    return out
 
 
 def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json]]]:

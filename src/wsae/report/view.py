@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from wsae.report import charts
 from wsae.report.charts import Figure
+from wsae.report.interpretation import InterpretationView, interpretation_view
 from wsae.report.rundata import Json, RunData, find, finite, is_control
 from wsae.report.words import (
     METRICS,
@@ -109,6 +110,7 @@ class HookView:
     training: list[Figure]
     density: list[Figure]
     explained: list[Figure]
+    interpretation: InterpretationView | None
 
 
 def hook_view(run: RunData, hook: str, index: int) -> HookView:
@@ -137,6 +139,7 @@ def hook_view(run: RunData, hook: str, index: int) -> HookView:
         training=charts.training_figures(run, hook),
         density=charts.density_figures(run, hook),
         explained=charts.explained_figures(run, hook),
+        interpretation=interpretation_view(run, hook),
     )
 
 
@@ -272,6 +275,6 @@ def _widths(run: RunData) -> str | None:
 
 def glossary(run: RunData) -> list[tuple[str, str, Json]]:
     """Return (key, name, entry) of every metric the evaluation explains."""
-    entries: Json = run.evaluation.get("glossary", {})
+    entries: Json = {**run.evaluation.get("glossary", {}), **run.interpretation.get("glossary", {})}
     explained = [(key, entry) for key, entry in entries.items() if isinstance(entry, dict)]
     return [(key, str(entry.get("name") or metric_name(key)), entry) for key, entry in explained]

@@ -11,8 +11,13 @@
     "match": ["match, least alike first", by("cosine", 1)],
     "-match": ["match, most alike first", by("cosine", -1)],
   };
+  const SCORE = "score-";
   const find = (id) => document.getElementById(id);
   const data = JSON.parse(find("contexts").textContent);
+  data.scores.forEach((name, i) => {
+    SORTS[SCORE + i] = [name + ", high first", by(SCORE + i, -1)];
+    SORTS["-" + SCORE + i] = [name + ", low first", by(SCORE + i, 1)];
+  });
   const state = { hook: "", member: "", latent: null, sort: "index", query: "" };
   let hooks = new Map(), shown = [], drawn = 0;
 
@@ -71,12 +76,15 @@
       }
     }
   }
-  function latent([index, density, variance, max, match, contexts]) {
-    return { latent: index, density, variance, max, match, contexts, cosine: match ? match[2] : null, suitor: null, text: null };
+  function latent([index, density, variance, max, match, contexts, scores, explanation]) {
+    const entry = { latent: index, density, variance, max, match, contexts, scores, explanation };
+    data.scores.forEach((_, i) => { entry[SCORE + i] = scores[i] ?? null; });
+    return Object.assign(entry, { cosine: match ? match[2] : null, suitor: null, text: null });
   }
   function textOf(entry) {
     if (entry.text === null) {
-      entry.text = entry.contexts.map((c) => c[0].map((t) => data.tokens[t]).join("")).join("\n").toLowerCase();
+      const lines = entry.contexts.map((c) => c[0].map((t) => data.tokens[t]).join(""));
+      entry.text = [entry.explanation ?? "", ...lines].join("\n").toLowerCase();
     }
     return entry.text;
   }
@@ -144,6 +152,12 @@
     if (!entry) {
       box.append(node("p", "ctx code", "Not among the sampled latents, so no contexts are stored here."));
       return box;
+    }
+    if (entry.explanation !== null) box.append(node("p", "explained", "“" + visible(entry.explanation) + "”"));
+    if (entry.scores.length) {
+      const scores = node("p", "scores");
+      data.scores.forEach((name, i) => scores.append(stat(name, number(entry.scores[i]))));
+      box.append(scores);
     }
     const ordered = entry.contexts;
     ordered.slice(0, SHOWN).forEach((c) => box.append(contextNode(c, entry.max, state.query)));

@@ -1,0 +1,51 @@
+"""Scatter panels with named points and reference lines, as PNG and SVG. Needs matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsae.report.panel_figures import STYLES, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Panel = dict[str, Any]
+"""title, xlabel, ylabel; lines: [{label, x, y}]; points: [{label, group, x, y, low, high}]."""
+
+
+def scatter_figure(panels: Sequence[Panel], path: Path, columns: int = 3) -> list[Path]:
+    """Draw panels side by side: lines first, then a named point with its interval for each member; returns both paths.
+
+    Points of one group share colour and marker. `path` is without suffix. Raises UserError without matplotlib.
+    """
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure((4.6 * columns, 3.9 * rows + 0.4))
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    groups = list(dict.fromkeys(p["group"] for panel in panels for p in panel["points"]))
+    for ax, panel in zip(axes, panels, strict=False):
+        _draw(ax, panel, groups)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    seen: dict[str, Any] = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        seen |= dict(zip(labels, handles, strict=True))
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=4, frameon=False)
+    return [save_figure(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
+
+
+def _draw(ax: "Axes", panel: Panel, groups: list[str]) -> None:
+    for line, (dash, grey) in zip(panel["lines"], (("-", "0.35"), ("--", "0.6")), strict=False):
+        ax.plot(line["x"], line["y"], dash, color=grey, lw=1.3, label=line["label"], zorder=1)
+    for point in panel["points"]:
+        colour, _, marker = STYLES[groups.index(point["group"]) % len(STYLES)]
+        x, y = point["x"], point["y"]
+        if point["low"] is not None:
+            ax.plot([x, x], [point["low"], point["high"]], color=colour, lw=1, alpha=0.6, zorder=2)
+        ax.plot([x], [y], marker, color=colour, ms=4.5, ls="none", label=point["group"], zorder=3)
+        ax.annotate(point["label"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+    ax.set_title(panel["title"], loc="left", fontsize=9.5)
+    ax.set_xlabel(panel["xlabel"])
+    ax.set_ylabel(panel["ylabel"], fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
