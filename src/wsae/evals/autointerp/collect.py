@@ -1,5 +1,6 @@
 """Contexts of latents from one pass over the held-out rows, for all hooks and members together."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -104,13 +105,15 @@ class _Pass:
         for (hook, name), found in cast.items():
             member = self.tracked[hook, name]
             contexts = [_contexts(j, roles, member, number) for j, roles in found.roles.items()]
-            out[hook][name] = Collected(windows, contexts, found.skipped, dict(self.tiling.counts))
+            skipped = dict(Counter(found.left_out.values()))
+            counts = dict(self.tiling.counts)
+            out[hook][name] = Collected(windows, contexts, skipped, counts, found.left_out)
         return out
 
 
 class _Cast(NamedTuple):
     roles: dict[int, Roles]
-    skipped: dict[str, int]
+    left_out: dict[int, str]
 
 
 def _cast(casting: Casting, given: Int64[torch.Tensor, " latents"] | None) -> _Cast:
@@ -118,7 +121,7 @@ def _cast(casting: Casting, given: Int64[torch.Tensor, " latents"] | None) -> _C
     for latent in casting.latents(given):
         roles = casting.roles(latent)
         if isinstance(roles, str):
-            out.skipped[roles] = out.skipped.get(roles, 0) + 1
+            out.left_out[latent] = roles
         else:
             out.roles[latent] = roles
     return out

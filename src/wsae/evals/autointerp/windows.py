@@ -77,3 +77,5 @@ class Collected:
     """Reason ("silent", "few windows", "few silent windows") -> latents of the sample left out for it."""
     counts: dict[str, int] = field(default_factory=dict)
     """Complete windows of the pass: "explain", "score", and "straddling" two documents (dropped)."""
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Latent -> the reason for which it was skipped."""
