@@ -47,7 +47,7 @@ def load_language(model: str, dtype: str = "float32", device: str = "cpu") -> La
     tokenizer = _tokenizer(source, model)
     where = resolve_device(device)
     with quiet_hub():
-        loaded = _from_pretrained(AutoModelForCausalLM, source, model, dtype=getattr(torch, dtype))
+        loaded = from_pretrained(AutoModelForCausalLM, source, model, dtype=getattr(torch, dtype))
     loaded = loaded.to(where).eval().requires_grad_(False)
     _check_vocabulary(loaded, tokenizer, model)
     return LanguageModel(loaded, tokenizer, _short_name(path), fingerprint(path))
@@ -152,13 +152,14 @@ def _in_directory(path: Path) -> Path:
 
 def _tokenizer(source: Path | str, model: str) -> PreTrainedTokenizerBase:
     with quiet_hub():
-        tokenizer = _from_pretrained(AutoTokenizer, source, model)
+        tokenizer = from_pretrained(AutoTokenizer, source, model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"model {model}: no tokenizer in it")
     return tokenizer
 
 
-def _from_pretrained(kind: type, source: Path | str, model: str, **options):
+def from_pretrained(kind: type, source: Path | str, model: str, **options):
+    """Return `kind.from_pretrained` without running code that comes with a model; UserError names `model`."""
     offline = isinstance(source, Path) or not hub_reachable()
     try:
         return kind.from_pretrained(
