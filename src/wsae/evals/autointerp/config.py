@@ -45,6 +45,11 @@ class InterpretConfig(Config):
     contexts: ContextConfig = ContextConfig()
     scores: tuple[Score, ...] = ("embedding", "surprisal")
     controls: tuple[Control, ...] = ()
+    """What the scores are compared with."""
+    hooks: tuple[str, ...] = ()
+    """Hooks of the run; none means all."""
+    members: tuple[str, ...] = ()
+    """Members of the run; none means all. A weighted member brings its plain twin."""
     surprisal_latents: Count = 50
     """Latents per member scored by surprisal, which costs a model pass per window (the first of a seeded order)."""
     draws: Count = 2000
