@@ -5,29 +5,80 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Place
+from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place
 from wsae.cli.ui import UI
 from wsae.core.config import Config
+from wsae.core.errors import UserError
+from wsae.experiments.tables.config import Choices, Stage
 
 ABOUT = """\
-Measure a figure of the paper again and print its statement beside what was found.
+Measure a figure or table of the paper again and print its statement beside what was found.
 figure2, figure3: SAEs and WSAEs on toy models of superposition, many seeds (Section 5.1).
 readings: Figure 3 under every reading of what the paper leaves open.
 recovery: which methods and loss weights recover the truth, over several kinds of worlds.
+table1, table2, table3: auto-interpretability of SAEs and WSAEs on a language model (Section 5.2.1, Appendix B.1).
+language: the same with every gamma rule, both Top-k variants, several seeds, and the score at equal FVU and density.
 What is finished in OUT is not run again."""
 
-Name = Literal["figure2", "figure3", "readings", "recovery"]
+Name = Literal[
+    "figure2", "figure3", "readings", "recovery", "table1", "table2", "table3", "language"
+]
+STUDIES = ("table1", "table2", "table3", "language")
+
+
+class StudyFlags(Config):
+    """For the tables and language: what to use in place of the preset's."""
+
+    model: MaybeName = None
+    """Hub id, local directory, .gguf file or "builtin"; none means the preset's: a tiny one made here, builtin, or the
+    paper's."""
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Text for the model, as in `wsae harvest`; none means the shipped one (paper: OpenWebText from the hub)."""
+    hook: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
+    ] = ()
+    """Modules to read, in the table's order; none means the preset's."""
+    store: MaybePlace = None
+    """A finished store to use in place of a harvest."""
+    endpoint: MaybeName = None
+    """Base URL of an OpenAI-compatible server that judges contexts (scores "detection"); needs --judge."""
+    judge: MaybeName = None
+    """The judge's model name at --endpoint."""
+    until: Stage = "interpret"
+    """The last stage to run; the same command without it goes on from there."""
+
+    def choices(self, name: str) -> Choices:
+        """Return these flags' choices; raises UserError where they do not fit together or NAME takes none."""
+        if (self.endpoint is None) != (self.judge is None):
+            raise UserError("--endpoint and --judge go together: the server and its model's name")
+        if name not in STUDIES and self != StudyFlags():
+            raise UserError(
+                f"{name}: takes no --model, --text, --hook, --store, --endpoint, --judge or --until; those are for "
+                f"{', '.join(STUDIES)}"
+            )
+        judge = self.endpoint and {"endpoint": self.endpoint, "model": self.judge}
+        data = {
+            "model": self.model,
+            "text": self.text,
+            "hooks": self.hook,
+            "store": self.store,
+            "judge": judge or None,
+            "until": self.until,
+        }
+        return Choices.parse(data, where="flags")
 
 
 class Flags(Config):
     """Flags of `wsae reproduce`."""
 
     name: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """figure2, figure3, readings or recovery."""
+    """figure2, figure3, readings, recovery, table1, table2, table3 or language."""
     preset: Literal["tiny", "small", "paper"] = "small"
-    """Size: tiny (seconds), small (a minute), paper (the paper's setting, minutes)."""
+    """Size: tiny (seconds), small (a minute; tables: an hour), paper (the paper's setting)."""
     out: Place = Path("reproduce-out")
-    """Directory of the results; figure2 and figure3 share their training there."""
+    """Directory of the results; figure2 and figure3 share their training there, the tables their store."""
+    study: tyro.conf.OmitArgPrefixes[StudyFlags] = StudyFlags()
+    """For the tables and language: what to use in place of the preset's."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
@@ -37,9 +88,11 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     from wsae.cli.runner import device
     from wsae.experiments.reproduce import Setting, reproduce
 
-    where = "cpu" if flags.common.device == "auto" else device(flags.common.device)
+    choices = flags.study.choices(flags.name)
+    on_cpu = flags.common.device == "auto" and flags.name not in STUDIES  # toy models are too small
+    where = "cpu" if on_cpu else device(flags.common.device)
     place = flags.out / flags.preset
-    setting = Setting(flags.preset, place, flags.common.seed, where, ui.progress, ui.note)
+    setting = Setting(flags.preset, place, flags.common.seed, where, ui.progress, ui.note, choices)
     return reproduce(flags.name, setting)
 
 

@@ -29,8 +29,12 @@ COMMANDS = (
     ),
     Command(
         "reproduce",
-        "a figure of the paper measured again, its statement beside what was found",
-        ("wsae reproduce figure3", "wsae reproduce figure2 --preset paper --out runs/paper"),
+        "a figure or table of the paper measured again, its statement beside what was found",
+        (
+            "wsae reproduce figure3",
+            "wsae reproduce figure2 --preset paper --out runs/paper",
+            "wsae reproduce table1 --preset tiny",
+        ),
     ),
     Command(
         "doctor",

@@ -49,6 +49,7 @@ def benchmark_methods(d_sae: int, lr: float = 3e-3) -> list[Method]:
         for place, settings in enumerate(grid):
             for rule, gamma in RULES.items():
                 fields = {"auxk": 0.0, "lr": lr, "d_sae": d_sae, "gamma": gamma, **settings}
+                fields["encoder_scale"] = 1.0
                 fields["activation"] = make_activation(settings["activation"], 1)
                 member = MemberConfig.parse(fields, where=kind)
                 k = settings["activation"] in ("topk", "batch_topk")

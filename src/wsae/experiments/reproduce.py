@@ -13,9 +13,11 @@ from wsae.experiments.panels import Panel
 from wsae.experiments.presets import Preset, toy_sweep
 from wsae.experiments.readings import run_readings
 from wsae.experiments.sweep.run import run_sweep
+from wsae.experiments.tables.config import Choices
+from wsae.experiments.tables.plan import StudyName
 from wsae.report.panel_figures import panels_figure
 
-Name = Literal["figure2", "figure3", "readings", "recovery"]
+Name = Literal["figure2", "figure3", "readings", "recovery"] | StudyName
 
 TITLES = {
     "gt_raw": "ground-truth loss (Eq. 10)",
@@ -35,6 +37,8 @@ class Setting:
     device: str = "cpu"
     progress: Progress = quiet
     say: Callable[[str], None] = lambda _: None
+    choices: Choices = Choices()
+    """What the tables take beside a preset."""
 
 
 def reproduce(name: Name, setting: Setting) -> dict[str, Any]:
@@ -60,6 +64,11 @@ def _run(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:
             return {"readings": found}, []
         case "recovery":
             return run_benchmark(at.preset, at.out, at.seed, at.device, at.progress, at.say)
+        case _:  # brings transformers, which the toy models do not need
+            from wsae.experiments.tables.study import Place, reproduce_study
+
+            place = Place(at.out, at.choices, at.progress, at.say)
+            return reproduce_study(name, at.preset, place, at.seed, at.device)
 
 
 def _figure(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:

@@ -42,6 +42,7 @@ def toy_methods(
         own = {name: value for name, value in fields.items() if kind == ONLY.get(name, kind)}
         own["activation"] = {"kind": kind}
         own["auxk"] = 0.0
+        own["encoder_scale"] = 1.0
         if kind in TOP_K:
             own["activation"] = {"kind": kind, "k": 1 if k is None else k}
             own["auxk"] = MemberConfig().auxk

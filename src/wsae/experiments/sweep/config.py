@@ -110,6 +110,7 @@ def paper_method(name: str, d_sae: int, gamma: GammaConfig | None = None, **fiel
         "tied": True,
         "lr": 1e-3,
         "auxk": 0.0,
+        "encoder_scale": 1.0,
         "label": name,
         **fields,
     }

@@ -1,0 +1,1 @@
+"""Tables 1-3 of the paper (auto-interpretability of language-model latents) and the wider study around them."""

@@ -1,0 +1,163 @@
+"""Which SAEs are trained: for every hook and seed one family, as values. No torch here.
+
+A run holds one hook and one seed, so that its rows fit the page cache and a killed command loses at most one run.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from wsae.core.config import Config
+from wsae.experiments.tables.paper import TableName
+from wsae.losses.config import GammaConfig
+from wsae.sae.config import Activation, GroupTopK, TopK
+from wsae.train.config import MemberConfig
+
+StudyName = TableName | Literal["language"]
+Kind = Literal["topk", "group_topk"]
+
+PLAIN = GammaConfig()
+ALPHAS = (0.5, 1.0)
+PROXIES: tuple[Literal["none", "winsor", "rank"], ...] = ("none", "winsor", "rank")
+ALL_ALPHAS = (-1.0, -0.5, 0.5, 1.0, 2.0)
+
+
+class SAEPlan(Config):
+    """What all members have in common."""
+
+    expansion: PositiveInt = 32
+    k: PositiveInt = 32
+    lr: PositiveFloat | None = None
+    """Peak learning rate; none means 2e-4 / sqrt(d_sae / 2^14)."""
+    curve_k: tuple[PositiveInt, ...] = ()
+    """Plain members with fewer active latents, whose FVU is higher: they say what a plain SAE of some FVU scores."""
+    curve_lr: tuple[PositiveFloat, ...] = ()
+    """Plain members with the same k, trained too slowly: the same at the same density."""
+
+    def member(
+        self,
+        gamma: GammaConfig = PLAIN,
+        kind: Kind = "topk",
+        k: int | None = None,
+        lr: float | None = None,
+    ) -> MemberConfig:
+        """Return a member labelled by what sets it apart from the plain Top-k SAE."""
+        k, slow = k or self.k, lr is not None
+        activation: Activation = TopK(k=k) if kind == "topk" else GroupTopK(k=k)
+        parts = [
+            gamma.label,
+            "group" if kind == "group_topk" else "",
+            f"k{k}" if k != self.k else "",
+            f"lr{lr:g}" if slow else "",
+        ]
+        return MemberConfig(
+            gamma=gamma,
+            expansion=self.expansion,
+            activation=activation,
+            lr=lr if slow else self.lr,
+            label="-".join(part for part in parts if part),
+        )
+
+    def curve(self, kind: Kind = "topk") -> list[MemberConfig]:
+        """Return the plain members along which the score is read as a function of FVU."""
+        fewer = [self.member(kind=kind, k=k) for k in self.curve_k if _divides(kind, self, k)]
+        return fewer + [self.member(kind=kind, lr=lr) for lr in self.curve_lr]
+
+
+class RunPlan(Config):
+    """One training run: a hook, a seed, and the members that share its batches."""
+
+    hook: str
+    seed: int
+    members: tuple[MemberConfig, ...] = Field(min_length=1)
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of Top-k among the members, in order."""
+        return list(dict.fromkeys(member.activation.kind for member in self.members))
+
+
+class Plan(Config):
+    """All runs of a study."""
+
+    name: StudyName
+    runs: tuple[RunPlan, ...] = Field(min_length=1)
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Return the hooks in order."""
+        return tuple(dict.fromkeys(run.hook for run in self.runs))
+
+    @property
+    def n_members(self) -> int:
+        """Return how many SAEs are trained."""
+        return sum(len(run.members) for run in self.runs)
+
+
+def table_plan(name: TableName, sae: SAEPlan, hooks: Sequence[str], seed: int = 0) -> Plan:
+    """Return a table's runs at the given hooks: its own members and those that make the comparison fair.
+
+    The paper's members, weights without the outlier dimensions and the plain loss without them, and the curve.
+    """
+    kind: Kind = "group_topk" if name == "table2" else "topk"
+    alphas = ALPHAS if name == "table1" else (1.0,)
+    gammas = [PLAIN, *(_variance(alpha) for alpha in alphas), *_dropped((0.0, 1.0))]
+    members = [sae.member(gamma, kind) for gamma in gammas] + sae.curve(kind)
+    return Plan(name=name, runs=tuple(_run(hook, seed, members) for hook in hooks))
+
+
+class StudyPlace(Config):
+    """Where the wider study looks: every hook, more seeds at some, all gamma rules at one."""
+
+    hooks: tuple[str, ...]
+    seeds: PositiveInt = 3
+    seeded: tuple[str, ...] = ()
+    """Hooks with `seeds` seeds; the others have one."""
+    rules_at: str
+
+
+def study_plan(sae: SAEPlan, place: StudyPlace, seed: int = 0) -> Plan:
+    """Return the wider study's runs.
+
+    Everywhere: both Top-k variants; plain and alpha 0.5, 1 with the proxy raw, winsorised, by rank and without outlier
+    dimensions (Top-k); the curve. At one hook: all alphas and rules. At some: the core again with other seeds.
+    """
+    core = [PLAIN, *(_variance(alpha) for alpha in ALPHAS)]
+    tamed = [_variance(a, robust) for robust in PROXIES[1:] for a in ALPHAS]
+    every = [sae.member(g) for g in (*core, *tamed, *_dropped((0.0, *ALPHAS)))]
+    every += [sae.member(gamma, "group_topk") for gamma in core] + sae.curve()
+    runs = []
+    for hook in place.hooks:
+        rules = [sae.member(gamma) for gamma in all_rules()] if hook == place.rules_at else []
+        runs.append(_run(hook, seed, [*every, *rules]))
+    again = [sae.member(g) for g in (*core, *_dropped((0.0, 1.0)))]
+    again += [sae.member(gamma, "group_topk") for gamma in core] + sae.curve()
+    for hook in place.seeded:
+        runs += [_run(hook, seed + s, again) for s in range(1, place.seeds)]
+    return Plan(name="language", runs=tuple(runs))
+
+
+def all_rules() -> list[GammaConfig]:
+    """Return every gamma rule of the study: alphas by proxy, latent variance, gap, whiten."""
+    powers = [_variance(alpha, robust) for robust in PROXIES for alpha in ALL_ALPHAS]
+    carried = [GammaConfig(rule="latent_variance", alpha=alpha) for alpha in ALPHAS]
+    return [*powers, *carried, GammaConfig(rule="gap"), GammaConfig(rule="whiten")]
+
+
+def _variance(
+    alpha: float, robust: Literal["none", "winsor", "rank", "drop"] = "none"
+) -> GammaConfig:
+    return GammaConfig(rule="variance", alpha=alpha, robust=robust)
+
+
+def _dropped(alphas: Iterable[float]) -> list[GammaConfig]:
+    return [_variance(alpha, "drop") for alpha in alphas]
+
+
+def _run(hook: str, seed: int, members: Sequence[MemberConfig]) -> RunPlan:
+    return RunPlan(hook=hook, seed=seed, members=tuple(dict.fromkeys(members)))
+
+
+def _divides(kind: Kind, sae: SAEPlan, k: int) -> bool:
+    """Say whether a width that the base k divides can be cut into k equal groups."""
+    return kind == "topk" or sae.k % k == 0
