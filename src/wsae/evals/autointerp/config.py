@@ -1,6 +1,6 @@
 """Settings of auto-interpretability (torch-free)."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ Free = Literal["embedding", "surprisal"]
 Asked = Literal["detection", "fuzzing", "simulation"]
 """Scores that ask one."""
 Score = Free | Asked
+FREE: tuple[Score, ...] = get_args(Free)
 Control = Literal["random_sae", "random_model", "neurons", "pca", "shuffled"]
 
 
@@ -52,6 +53,8 @@ class InterpretConfig(Config):
     """Members of the run; none means all. A weighted member brings its plain twin."""
     surprisal_latents: Count = 50
     """Latents per member scored by surprisal, which costs a model pass per window (the first of a seeded order)."""
+    keep_store: bool = False
+    """Keep the activations that the control random_model harvests."""
     draws: Count = 2000
     """Bootstrap resamples of latents behind each interval."""
     confidence: Fraction = 0.95
