@@ -229,7 +229,8 @@ def test_decoder_rows_stay_at_unit_norm_and_the_start_is_shared() -> None:
     members = make_family(cfg, source.stats())
     plain, other = members.members["acts"]
     assert torch.equal(plain.sae.W_dec, other.sae.W_dec)
-    assert torch.equal(plain.sae.W_enc, plain.sae.W_dec.T)
+    torch.testing.assert_close(plain.sae.W_enc.norm(dim=0), torch.full((plain.sae.cfg.d_sae,), 3**-0.5))
+    torch.testing.assert_close(plain.sae.W_enc / 3**-0.5, plain.sae.W_dec.T, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         plain.sae.b_dec.double() * plain.scale, source.stats()["acts"].kept.mean, rtol=1e-6, atol=0
     )

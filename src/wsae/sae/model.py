@@ -41,13 +41,14 @@ class SparseAutoencoder(nn.Module):
     gamma: Tensor
     threshold: Tensor
 
-    def __init__(self, cfg: SAEConfig, seed: int = 0) -> None:
+    def __init__(self, cfg: SAEConfig, seed: int = 0, encoder_scale: float = 1.0) -> None:
+        """Start with random unit decoder rows and (untied) the encoder `encoder_scale` times their transpose."""
         super().__init__()
         self.cfg = cfg
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
         rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
         self.W_dec = nn.Parameter(F.normalize(rows, dim=1))
-        self.W_enc_t = None if cfg.tied else nn.Parameter(self.W_dec.detach().clone())
+        self.W_enc_t = None if cfg.tied else nn.Parameter(self.W_dec.detach() * encoder_scale)
         self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae))
         self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_in))
         self.log_threshold = None

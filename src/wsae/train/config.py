@@ -33,6 +33,9 @@ class MemberConfig(Config):
     """Coefficient of dead-latent revival."""
     k_aux: PositiveInt | None = None
     """Dead latents that model the residual; by default d_in / 2."""
+    encoder_scale: PositiveFloat | None = None
+    """Norm of the encoder's rows at the start (untied; the decoder's are 1). By default 1 / sqrt(3) for the Top-k kinds,
+    near the scale of least squared error (rows of norm 1 start with too long reconstructions), and 1 for others."""
     label: str | None = None
     """Name of the member; by default made from what it is."""
 
@@ -53,6 +56,12 @@ class MemberConfig(Config):
     def revived(self, d_in: int) -> int:
         """Return how many dead latents model the residual."""
         return self.k_aux or max(1, d_in // 2)
+
+    def start_scale(self) -> float:
+        """Return the norm of the encoder's rows at the start."""
+        if self.encoder_scale is not None:
+            return self.encoder_scale
+        return 3**-0.5 if hasattr(self.activation, "k") else 1.0
 
     def learning_rate(self, d_in: int) -> float:
         """Return the peak learning rate."""
@@ -115,6 +124,7 @@ class TrainConfig(Config):
             "expansion",
             "auxk",
             "k_aux",
+            "encoder_scale",
         )
         varying = [f for f in fields if len({str(getattr(m, f)) for m in self.members}) > 1]
         return [m.label or "-".join([m.gamma.label, *_parts(m, varying)]) for m in self.members]

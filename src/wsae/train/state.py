@@ -66,12 +66,13 @@ def make_member(
     scale: float,
     spread: Float[Tensor, " d_in"] | None = None,
 ) -> MemberState:
-    """Return a member at its start: b_dec at the data's mean, encoder the decoder's transpose, gamma all 1.
+    """Return a member at its start: b_dec at the data's mean, encoder along the decoder, gamma all 1.
 
     `mean` and `spread` (standard deviations; by default equal ones) are in the activations' own units.
     """
     d_in = len(mean)
-    sae = SparseAutoencoder(cfg.sae_config(d_in), seed=run.seed if cfg.seed is None else cfg.seed)
+    seed = run.seed if cfg.seed is None else cfg.seed
+    sae = SparseAutoencoder(cfg.sae_config(d_in), seed, cfg.start_scale())
     centre = (mean / scale).float()
     if sae.b_dec is not None:
         sae.b_dec.data.copy_(centre)

@@ -28,7 +28,8 @@ def make_entry(
 ) -> Entry:
     """Return a member at its start, as a lone run would have it; `seed` serves where the member names none."""
     d_in = gamma.shape[-1]
-    sae = SparseAutoencoder(cfg.sae_config(d_in), seed=seed if cfg.seed is None else cfg.seed)
+    seed = seed if cfg.seed is None else cfg.seed
+    sae = SparseAutoencoder(cfg.sae_config(d_in), seed, cfg.start_scale())
     sae.set_gamma(gamma.detach().float())
     if sae.b_dec is not None and mean is not None:
         sae.b_dec.data.copy_(mean)

@@ -86,7 +86,7 @@ def make_shard(
     rows = initial_rows(whole.d_sae, d_in, run.seed if cfg.seed is None else cfg.seed, part)
     sae.W_dec.data.copy_(rows)
     if sae.W_enc_t is not None:
-        sae.W_enc_t.data.copy_(rows)
+        sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
     centre = (start.mean / start.scale).float()
     if sae.b_dec is not None:
         sae.b_dec.data.copy_(centre)
