@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsae.evals import latents, matching
-from wsae.evals.contexts import TopContexts, sample_latents
+from wsae.evals.contexts import TopContexts, one_per_stratum, sample_latents
 from wsae.evals.latents import (
     HISTOGRAM_EDGES,
     Entries,
@@ -152,6 +152,14 @@ def test_sampled_latents_are_alive_distinct_and_spread_over_the_densities():
     assert picked.tolist() == sample_latents(density, 50, 0, "hook", "plain").tolist()
     assert picked.tolist() != sample_latents(density, 50, 0, "hook", "other").tolist()
     assert sample_latents(density, 5000, 0).tolist() == sorted(alive.tolist())
+
+
+@given(st.integers(1, 30), st.integers(0, 70), st.integers(0, 10**6))
+def test_one_place_of_each_stratum_is_drawn_and_none_twice(n, more, seed):
+    places = one_per_stratum(n + more, n, seed)
+    for i, place in enumerate(places.tolist()):
+        assert i * (n + more) // n <= place < (i + 1) * (n + more) // n
+    assert len(set(places.tolist())) == n
 
 
 @settings(max_examples=40, deadline=None)

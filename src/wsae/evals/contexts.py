@@ -27,10 +27,15 @@ def sample_latents(
     ranked = alive[density[alive].argsort(stable=True)]
     if len(ranked) <= n_latents:
         return ranked.sort().values
-    edges = np.linspace(0, len(ranked), n_latents + 1)
-    rng = np.random.default_rng(seed_for(seed, "contexts", *names))
-    picks = (edges[:-1] + rng.random(n_latents) * np.diff(edges)).astype(np.int64)
+    picks = one_per_stratum(len(ranked), n_latents, seed_for(seed, "contexts", *names))
     return ranked[torch.from_numpy(picks)].sort().values
+
+
+def one_per_stratum(n_ranked: int, n: int, seed: int) -> Int64[np.ndarray, " n"]:
+    """Return a random place in each of n runs of equal length (they differ by one at most) of n_ranked >= n places."""
+    edges = np.arange(n + 1) * n_ranked // n
+    share = np.random.default_rng(seed).random(n)
+    return edges[:-1] + (share * np.diff(edges)).astype(np.int64)
 
 
 class Hits(NamedTuple):

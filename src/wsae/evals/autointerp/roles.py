@@ -11,7 +11,7 @@ from wsae.evals.autointerp.config import ContextConfig
 from wsae.evals.autointerp.documents import EXPLAIN, SCORE
 from wsae.evals.autointerp.reservoirs import Kept, Pool, Shelf, priority
 from wsae.evals.autointerp.tracking import Tracked
-from wsae.evals.contexts import sample_latents
+from wsae.evals.contexts import one_per_stratum, sample_latents
 from wsae.evals.latents import unit_rows
 
 NEIGHBOURS = 10
@@ -91,9 +91,8 @@ class Casting:
         ranked = kept.random.nonzero()[0]
         ranked = ranked[np.argsort(-kept.peak[ranked], kind="stable")]
         if len(ranked) > n:
-            edges = np.linspace(0, len(ranked), n + 1)
-            rng = np.random.default_rng(seed_for(self._cfg.seed, "interpret", role, latent))
-            ranked = ranked[(edges[:-1] + rng.random(n) * np.diff(edges)).astype(np.int64)]
+            seed = seed_for(self._cfg.seed, "interpret", role, latent)
+            ranked = ranked[one_per_stratum(len(ranked), n, seed)]
         return Picked(kept.window[ranked], kept.acts[ranked])
 
     def _silent(self, latent: int) -> Int64[np.ndarray, " slots"]:
@@ -104,8 +103,8 @@ class Casting:
         return slots[np.argsort(order, kind="stable")]
 
     def _hard(
-        self, latent: int, silent: Int64[np.ndarray, " slots"]
-    ) -> Int64[np.ndarray, " slots"]:
+        self, latent: int, silent: Int64[np.ndarray, " silent"]
+    ) -> Int64[np.ndarray, " hard"]:
         """Return the silent slots with an active neighbour, those of the nearest neighbour first."""
         near = self._neighbours(latent)
         active = self._active(near)[silent]

@@ -1,0 +1,151 @@
+"""Collection of contexts against encoding alone, on a store of real activations. Prints JSON.
+
+    wsae harvest builtin --text builtin --hook layers.9 --tokens 50000 --heldout-tokens 60000 --out STORE
+    wsae train STORE --out RUN --d-sae 4608 --k 32
+    python benchmarks/contexts.py STORE --run RUN
+
+"Encode" reads the held-out rows and encodes them with every member; "collect" does that and keeps the contexts. Both
+sides alternate in one process. `ratio` is the median over rounds of encode seconds over collect seconds. Peak memory is
+that of fresh processes; `member_bytes` is what the formula says one member needs.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from wsae.acts.source import Chunk, StoreSource
+from wsae.acts.tokens import TokenTable
+from wsae.evals.autointerp.collect import Members, collect
+from wsae.evals.autointerp.config import ContextConfig
+from wsae.evals.autointerp.tracking import member_bytes
+from wsae.evals.data import HeldOut
+from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.train.run import load_run
+
+
+class First:
+    """The first rows of a source."""
+
+    def __init__(self, source: HeldOut, rows: int) -> None:
+        self._source, self._rows, self.hooks = source, rows, source.hooks
+
+    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+        left = self._rows
+        for x, seq, pos in self._source.heldout(batch_size):
+            if left <= 0:
+                return
+            yield Chunk({hook: rows[:left] for hook, rows in x.items()}, seq[:left], pos[:left])
+            left -= len(seq)
+
+    def tokens(self) -> TokenTable | None:
+        return self._source.tokens()
+
+
+def members_of(args: argparse.Namespace, source: StoreSource) -> Members:
+    """Return the run's SAEs, or untrained ones of the asked size."""
+    if args.run is not None:
+        return load_run(args.run).saes
+    return {
+        hook: {
+            "untrained": SparseAutoencoder(
+                SAEConfig(d_in=d_in, d_sae=args.d_sae, activation=TopK(k=args.k))
+            )
+        }
+        for hook, d_in in source.hooks.items()
+    }
+
+
+@torch.inference_mode()
+def encode(source: HeldOut, members: Members, batch_size: int) -> float:
+    """Return the seconds of encoding alone."""
+    start = time.perf_counter()
+    for chunk in source.heldout(batch_size):
+        for hook, saes in members.items():
+            for sae in saes.values():
+                sae.encode_code(chunk.x[hook])
+    return time.perf_counter() - start
+
+
+def collected(source: HeldOut, members: Members, args: argparse.Namespace) -> float:
+    """Return the seconds of a whole collection."""
+    start = time.perf_counter()
+    collect(source, members, config(args), args.batch_size)
+    return time.perf_counter() - start
+
+
+def config(args: argparse.Namespace) -> ContextConfig:
+    return ContextConfig(n_latents=args.n_latents)
+
+
+def peak_mebibytes(what: str, rows: int) -> float:
+    """Return the peak memory of a fresh process that does one side once on so many rows."""
+    command = [sys.executable, *sys.argv, "--peak", what, "--rows", str(rows)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    """Run the comparison the arguments ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--d-sae", type=int, default=4608)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--n-latents", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=1 << 60)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak", choices=["encode", "collect"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    store = StoreSource(args.store)
+    source, members = First(store, args.rows), members_of(args, store)
+    if args.peak:
+        if args.peak == "encode":
+            encode(source, members, args.batch_size)
+        else:
+            collected(source, members, args)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    encode(source, members, args.batch_size)  # warm-up
+    rounds = [
+        (encode(source, members, args.batch_size), collected(source, members, args))
+        for _ in range(args.rounds)
+    ]
+    rows = min(args.rows, store.store.n_rows["heldout"])
+    sizes = {sae.cfg.d_sae for saes in members.values() for sae in saes.values()}
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "d_sae": sorted(sizes),
+                "members": sum(map(len, members.values())),
+                "n_latents": args.n_latents,
+                "threads": args.threads,
+                "encode_s": round(statistics.median(e for e, _ in rounds), 3),
+                "collect_s": round(statistics.median(c for _, c in rounds), 3),
+                "ratio": round(statistics.median(e / c for e, c in rounds), 3),
+                "rounds": [[round(e, 3), round(c, 3)] for e, c in rounds],
+                "member_bytes": {d: member_bytes(config(args), d) for d in sorted(sizes)},
+                "peak_mib": {
+                    what: {n: round(peak_mebibytes(what, n), 1) for n in (rows // 3, rows)}
+                    for what in ("encode", "collect")
+                },
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
