@@ -24,6 +24,8 @@ FLAGS = (
     "-fPIC",
     "-w",
 )
+ALLOCATING = ("select_int8", "sort_pairs", "dots", "update_latents")
+"""Kernels with working memory of their own: they return 1 when there is none left."""
 TIMEOUT = 300
 SWITCH = "WSAE_NATIVE"
 """Environment variable: 0 turns the compiled kernels off, float32 the 8-bit selection alone."""
@@ -65,7 +67,18 @@ def _load() -> ctypes.CDLL | str:
         lib = ctypes.CDLL(str(_built()))
     except (Unavailable, OSError) as error:
         return str(error)
+    for name in ALLOCATING:
+        function = getattr(lib, name)
+        function.restype, function.errcheck = ctypes.c_int64, _succeeded
     return lib
+
+
+def _succeeded(status: int, function: object, _arguments: object) -> int:
+    """Raise MemoryError where a kernel says that memory ran out."""
+    if status:
+        name = getattr(function, "__name__", "a kernel")
+        raise MemoryError(f"std::bad_alloc in the compiled kernel {name}")
+    return status
 
 
 def _built() -> Path:

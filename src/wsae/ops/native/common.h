@@ -1,9 +1,11 @@
 // Small vector helpers in the compiler's own vector types: lowered to whatever the machine has.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 typedef float vf __attribute__((vector_size(64)));  // 16 floats
@@ -23,6 +25,31 @@ static inline float sum(vf v) {
   std::memcpy(&c, &a, 16), std::memcpy(&d, (char*)&a + 16, 16);
   c += d;
   return (c[0] + c[1]) + (c[2] + c[3]);
+}
+
+// Running out of memory in a thread of a parallel region: noted there (an exception must not leave it), thrown after it.
+struct Memory {
+  std::atomic<bool> out{false};
+  template <class F> void inside(F work) noexcept {
+    try {
+      if (!out) work();
+    } catch (const std::bad_alloc&) {
+      out = true;
+    }
+  }
+  void check() const {
+    if (out) throw std::bad_alloc();
+  }
+};
+
+// What a function called from Python returns: 0, or 1 when memory ran out.
+template <class F> static inline int64_t status_of(F work) noexcept {
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
 }
 
 // Pairs (token, latent) sorted by latent, tokens in order within one.

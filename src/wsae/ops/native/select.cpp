@@ -384,11 +384,12 @@ void find_candidates(const Job& job, const float* x, int64_t count, int64_t chun
   r.offsets.assign(count + 1, 0);
   r.chunk_latents.assign(chunks, {});
   int64_t exhaustive = 0;
+  Memory memory;
 #pragma omp parallel reduction(+ : exhaustive)
   {
     Chunk w;
 #pragma omp for schedule(dynamic)
-    for (int64_t c = 0; c < chunks; c++) {
+    for (int64_t c = 0; c < chunks; c++) memory.inside([&] {
       const int64_t first = c * chunk, tokens = std::min(chunk, count - first);
       prepare(job, x + first * job.e.d_in, tokens, guess, w);
       scan(job, w);
@@ -405,8 +406,9 @@ void find_candidates(const Job& job, const float* x, int64_t count, int64_t chun
         r.tokens[first + t] = w.tokens[t];
         r.offsets[first + t + 1] = out.size() - before;
       }
-    }
+    });
   }
+  memory.check();
   r.exhaustive = exhaustive;
   for (int64_t t = 0; t < count; t++) r.offsets[t + 1] += r.offsets[t];
   r.latents.reserve(r.offsets[count]);
@@ -464,8 +466,10 @@ Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_
   compute_exactly(job, slices_of_x, count, r);
   r.chosen.resize(count);
   r.failed.assign(count, 0);
+  Memory memory;
 #pragma omp parallel for schedule(dynamic, 64)
-  for (int64_t t = 0; t < count; t++) r.failed[t] = !choose(job, r, t);
+  for (int64_t t = 0; t < count; t++) memory.inside([&] { r.failed[t] = !choose(job, r, t); });
+  memory.check();
   return r;
 }
 
@@ -508,8 +512,8 @@ extern "C" {
 
 // Fill values, indices and counts of a batch from its centred rows, given as rows and as slices. With k = 0 the entries
 // are returned through `lists` (see `collect`).
-void select_int8(const Encoder* encoder, const float* x, const float* slices_of_x, int64_t batch, int64_t chunk,
-                 Selection* s, Lists* lists) {
+static void select_all(const Encoder* encoder, const float* x, const float* slices_of_x, int64_t batch, int64_t chunk,
+                       Selection* s, Lists* lists) {
   const Job job = make_job(*encoder, *s, x, batch);
   const int64_t d = encoder->d_in;
   const bool guess = s->k > 0 && job.groups == 1 && std::isfinite(s->guess);
@@ -548,9 +552,14 @@ void select_int8(const Encoder* encoder, const float* x, const float* slices_of_
   if (s->k > 0 && job.groups == 1) learn_guess(known, *s);
 }
 
+int64_t select_int8(const Encoder* encoder, const float* x, const float* slices_of_x, int64_t batch, int64_t chunk,
+                    Selection* s, Lists* lists) {
+  return status_of([&] { select_all(encoder, x, slices_of_x, batch, chunk, s, lists); });
+}
+
 }  // extern "C"
 #else
-extern "C" void select_int8(const Encoder*, const float*, const float*, int64_t, int64_t, Selection*, Lists*) {}
+extern "C" int64_t select_int8(const Encoder*, const float*, const float*, int64_t, int64_t, Selection*, Lists*) { return 0; }
 #endif
 
 extern "C" {

@@ -16,8 +16,10 @@ template <class F>
 void over_latents(const Pairs& pairs, int64_t d_sae, F work) {
   const int64_t parts = std::max(1, omp_get_max_threads());
   const std::vector<int64_t> borders = split(pairs.offsets, d_sae, parts, BLOCK, WORK_PER_LATENT);
+  Memory memory;
 #pragma omp parallel for schedule(static, 1)
-  for (int64_t part = 0; part < parts; part++) work(borders[part], borders[part + 1]);
+  for (int64_t part = 0; part < parts; part++) memory.inside([&] { work(borders[part], borders[part + 1]); });
+  memory.check();
 }
 }  // namespace
 
@@ -46,9 +48,9 @@ void from_slices(const float* in, const float* scale, int64_t n, int64_t d_in, f
         rows[r * d_in + s * SLICE + i] = in[(s * n + r) * SLICE + i] * (scale ? scale[r] : 1);
 }
 
-void sort_pairs(const int64_t* latents, const int64_t* token_offsets, int64_t tokens, int64_t d_sae, int64_t* offsets,
-                int32_t* order, int32_t* sorted_tokens) {
-  sort_by_latent(latents, token_offsets, tokens, d_sae, offsets, order, sorted_tokens);
+int64_t sort_pairs(const int64_t* latents, const int64_t* token_offsets, int64_t tokens, int64_t d_sae,
+                   int64_t* offsets, int32_t* order, int32_t* sorted_tokens) {
+  return status_of([&] { sort_by_latent(latents, token_offsets, tokens, d_sae, offsets, order, sorted_tokens); });
 }
 
 // out[token] = start + sum of values * row_scale * W[latent].
@@ -77,12 +79,13 @@ void decode(const Pairs* pairs, const float* values, const float* W, const float
 }
 
 // values[p] = row_scale * <W[latent], left[token]>.
-void dots(const Pairs* pairs, const float* left, const float* W, const float* row_scale, int64_t d_sae, int64_t tokens,
-          int64_t d_in, float* values) {
+int64_t dots(const Pairs* pairs, const float* left, const float* W, const float* row_scale, int64_t d_sae,
+             int64_t tokens, int64_t d_in, float* values) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-  over_latents(*pairs, d_sae, [&](int64_t first, int64_t last) {
+  const auto some = [&](int64_t first, int64_t last) {
     dot_range(*pairs, left, W, row_scale, first, last, d_sae, tokens, slices, values);
-  });
+  };
+  return status_of([&] { over_latents(*pairs, d_sae, some); });
 }
 
 // In place: x_hat -> G = (2 / batch) gamma^2 (x_hat - target). errors [batch][2]: |e|^2 and |gamma e|^2.
@@ -264,10 +267,9 @@ void update_encoder(const Update& u, int64_t first, int64_t last, const float* b
 extern "C" {
 
 // Gradients of both matrices, Adam and unit norm, latent by latent and slice by slice. No gradient matrix exists.
-void update_latents(const Update* update) {
+int64_t update_latents(const Update* update) {
   const Update& u = *update;
-  const Rates rates(u);
-  over_latents(u.term[0].pairs, u.d_sae, [&](int64_t first, int64_t last) {
+  const auto some = [&](int64_t first, int64_t last) {
     std::vector<float> along(last - first, 0), bias_grad(last - first, 0);
     for (int64_t k = 0; k < u.terms; k++)
       for (int64_t j = first; j < last; j++)
@@ -284,7 +286,8 @@ void update_latents(const Update* update) {
         u.b_enc_v[j] = u.beta2 * u.b_enc_v[j] + (1 - u.beta2) * g * g;
         u.b_enc[j] -= u.lr / u.correction1 * u.b_enc_m[j] / (std::sqrt(u.b_enc_v[j]) / std::sqrt(u.correction2) + u.eps);
       }
-  });
+  };
+  return status_of([&] { over_latents(u.term[0].pairs, u.d_sae, some); });
 }
 
 // largest[j], square[j] of the rows of W times dim.
