@@ -11,7 +11,9 @@ from test_train import files_of, world
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.losses.gamma import gamma_from_proxy
+from wsae.train.batched import fits_a_bank
 from wsae.train.config import TrainConfig
+from wsae.train.family import make_family
 from wsae.train.run import train_run
 
 QUICK = {"tokens": 8_000, "batch_size": 200, "seed": 3}
@@ -110,3 +112,39 @@ def test_gamma_from_proxy_is_what_a_run_uses() -> None:
     cfg = wsae.Member(gamma="variance", alpha=0.5, robust="winsor").gamma
     expected = gamma_from_proxy(cfg, x.double().var(0, correction=0))
     torch.testing.assert_close(sae.gamma.double(), expected, rtol=1e-6, atol=0)
+
+
+def many(**fields: object) -> list[wsae.Member]:
+    rules = [("none", 1.0), ("variance", 1.0), ("variance", 0.5), ("latent_variance", 1.0)]
+    return [
+        wsae.Member(gamma=rule, alpha=alpha, k=4, d_sae=48, lr=3e-3, activation=kind, **fields)
+        for rule, alpha in rules
+        for kind in ("topk", "batch_topk")
+    ]
+
+
+def test_many_small_members_train_together_as_they_would_in_turn() -> None:
+    x, data = world(), {"tokens": 12_000, "batch_size": 200, "seed": 3, "dead_after": 400}
+    together = wsae.fit_family(x, many(), **data)
+    in_turn = wsae.fit_family(x, many(), kernels="eager", **data)
+    start = make_family(TrainConfig(members=tuple(many()), **data), ArraySource(x).stats())
+    assert fits_a_bank(TrainConfig(members=tuple(many()), **data), start)
+    for mine, other, name in zip(together.saes, in_turn.saes, together.names, strict=True):
+        for key, tensor in other.tensors().items():
+            torch.testing.assert_close(
+                mine.tensors()[key], tensor, rtol=5e-3, atol=2e-3, msg=lambda m, n=name: n + m
+            )
+    for mine, other in zip(together.metrics, in_turn.metrics, strict=True):
+        assert mine.keys() == other.keys()
+        assert mine["fvu"] == pytest.approx(other["fvu"], rel=0.2)  # last batch, last window
+        assert abs(mine["dead_frac"] - other["dead_frac"]) < 0.05
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kernels": "eager"}, {"dtype": "bfloat16"}, {"batch_size": 4000}],
+)
+def test_members_that_ask_for_more_than_a_bank_has_train_in_turn(change: dict[str, object]) -> None:
+    data = {"tokens": 12_000, "batch_size": 200} | change
+    cfg = TrainConfig(members=tuple(many()), **data)
+    assert not fits_a_bank(cfg, make_family(cfg, ArraySource(world()).stats()))

@@ -16,9 +16,11 @@ from wsae.evals.run import evaluate
 from wsae.losses.gamma import gamma_from_proxy
 from wsae.sae.config import make_activation
 from wsae.sae.model import SparseAutoencoder
+from wsae.train.batched import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.counters import metrics_row
 from wsae.train.covariance import covariances
+from wsae.train.family import Family as TrainedFamily
 from wsae.train.family import finished, make_family
 from wsae.train.loop import run_steps
 
@@ -97,7 +99,8 @@ def fit_family(
     """Train members on the same batches from the same start; all rows are trained on.
 
     `tokens`: rows per member (default: four passes over the data). `options` are TrainConfig's: batch_size, warmup,
-    decay, dtype, dead_after, seed, log_every ..., and `device`. Raises UserError for data or options that do not fit.
+    decay, dtype, dead_after, seed, log_every ..., and `device`. Many small members (batch x d_sae x 4 bytes at
+    most 512 KiB each) train in one batched computation. Raises UserError for data or options that do not fit.
     """
     device = str(options.pop("device", "cpu"))
     source = _source(acts, labels)
@@ -108,6 +111,23 @@ def fit_family(
     cfg = TrainConfig.parse(data, where="fit")
     stats = source.stats(progress)
     family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
+    if fits_a_bank(cfg, family):
+        train_batched(cfg, family, source, progress)
+    else:
+        _train_in_turn(cfg, family, source, progress)
+    trained = [member for _, member in family.all()]
+    (record,) = family.gamma_record.values()
+    return Family(
+        [finished(m) for m in trained],
+        [m.name for m in trained],
+        [metrics_row(m) for m in trained],
+        record,
+    )
+
+
+def _train_in_turn(
+    cfg: TrainConfig, family: TrainedFamily, source: ActivationSource, progress: Progress
+) -> None:
     stream = source.stream(cfg.batch_size, cfg.seed)
     with progress("train", cfg.steps * cfg.batch_size, "tokens") as tick:
 
@@ -117,14 +137,6 @@ def fit_family(
                     member.reset_sums()
 
         run_steps(cfg, family, stream, 0, tick, on_step)
-    trained = [member for _, member in family.all()]
-    (record,) = family.gamma_record.values()
-    return Family(
-        [finished(m) for m in trained],
-        [m.name for m in trained],
-        [metrics_row(m) for m in trained],
-        record,
-    )
 
 
 _RUN = frozenset(TrainConfig.model_fields) - {"members"} | {"labels", "progress", "device"}

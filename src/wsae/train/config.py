@@ -34,8 +34,8 @@ class MemberConfig(Config):
     k_aux: PositiveInt | None = None
     """Dead latents that model the residual; by default d_in / 2."""
     encoder_scale: PositiveFloat | None = None
-    """Norm of the encoder's rows at the start (untied; the decoder's are 1). By default 1 / sqrt(3) for the Top-k kinds,
-    near the scale of least squared error (rows of norm 1 start with too long reconstructions), and 1 for others."""
+    """Norm of the encoder's rows at the start (untied; the decoder's are 1). By default 1 / sqrt(3) for the Top-k
+    kinds, near the scale of least squared error (rows of norm 1 start with too long reconstructions), 1 for others."""
     label: str | None = None
     """Name of the member; by default made from what it is."""
 

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from wsae.losses.reconstruction import auxk_loss, weighted_reconstruction_loss
@@ -20,7 +21,7 @@ def eager_step(
     sae, cfg, x = member.sae, member.cfg, batch.x
     forward = training_forward(sae, x, bf16=run.dtype == "bfloat16")
     reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma)
-    revival = _revival(member, x, forward)
+    revival = revival_loss(member, x, forward)
     loss = reconstruction + cfg.auxk * revival + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
     member.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -39,7 +40,10 @@ def eager_step(
     return forward.code
 
 
-def _revival(member: MemberState, x: Tensor, forward: Forward) -> Tensor:
+def revival_loss(
+    member: MemberState, x: Float[Tensor, "batch d_in"], forward: Forward
+) -> Float[Tensor, ""]:
+    """Return the loss by which dead latents model the residual; 0 where the member has no revival."""
     if member.cfg.auxk == 0:
         return x.new_zeros(())
     residual = x - forward.x_hat.detach()

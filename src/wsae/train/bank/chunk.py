@@ -57,6 +57,7 @@ class Chunk:
     since_fired: Int64[Tensor, "members d_sae"]
     dead: Bool[Tensor, "members d_sae"]
     any_dead: bool
+    follows_dead: bool
     dead_rows: int
     latent_moments: Float64[Tensor, "2 members d_sae"]
     loss_sum: Float64[Tensor, " members"]
@@ -97,6 +98,7 @@ def make_chunk(
         since_fired=torch.zeros(shape, dtype=torch.int64, device=device),
         dead=torch.zeros(shape, dtype=torch.bool, device=device),
         any_dead=False,
+        follows_dead=first.auxk > 0 or cfg.count_dead,
         dead_rows=cfg.dead_after or max(source.batch, cfg.steps * source.batch // 5),
         latent_moments=torch.zeros(2, *shape, dtype=torch.float64, device=device),
         loss_sum=torch.zeros(len(entries), dtype=torch.float64, device=device),
@@ -204,7 +206,7 @@ def _unit_rows_(stack: Stack) -> None:
 
 
 def _count(chunk: Chunk, z: Tensor, step: int) -> None:
-    if not chunk.active[0]:  # only revival asks which latents are dead
+    if not chunk.follows_dead:
         return
     fired = (z > 0).any(1)
     chunk.since_fired.add_(z.shape[1]).masked_fill_(fired, 0)

@@ -24,5 +24,7 @@ class BankConfig(Config):
     """Rows without firing after which a latent counts as dead; by default a fifth of all rows."""
     latent_variance_decay: float = Field(default=0.99, gt=0, lt=1)
     """Per-step decay of the running latent variances behind the rule latent_variance."""
+    count_dead: bool = False
+    """Follow which latents are dead also where there is no revival."""
     log_every: PositiveInt = 50
     """Steps per row of the record of losses."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wsae.sae.model import SparseAutoencoder
@@ -17,6 +17,8 @@ class Entry:
     cfg: MemberConfig
     world: int = 0
     """Which of the batches' worlds it sees."""
+    dead: Bool[Tensor, " d_sae"] | None = None
+    """Set by training: the latents that are dead at its end, where they are followed."""
 
 
 def make_entry(

@@ -55,6 +55,9 @@ def train_bank(
     for chunk in chunks:
         chunk.stack.write_back([entries[i].sae for i in chunk.members])
         chunk.write_gamma([entries[i].sae for i in chunk.members])
+        if chunk.follows_dead:
+            for i, dead in zip(chunk.members, chunk.dead.cpu(), strict=True):
+                entries[i].dead = dead
     return record
 
 
