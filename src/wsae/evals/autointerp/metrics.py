@@ -4,15 +4,11 @@ Every scorer, asked or free, hands out `LatentScore`. NaN stands for a context w
 could not be parsed, a text without tokens): it is counted in `failed` and enters nothing else.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
-
-_BLOCK = 1 << 22
-"""Pairs compared at once: bounds memory at about 32 MB."""
 
 Values = Float64[np.ndarray, " _"]
 
@@ -50,15 +46,13 @@ def judge(latent: int, density: float, verdicts: Verdicts, threshold: float = 0.
     """Return the score of one latent whose contexts count as active where verdict >= threshold.
 
     For yes/no answers (1 and 0) the AUC with ties at one half equals the balanced accuracy. A NaN threshold (none
-    could be set) makes every context failed.
+    could be set) leaves the AUC alone: all counts are 0.
     """
     usable = [np.asarray(values, dtype=np.float64) for values in verdicts]
-    if math.isnan(threshold):
-        usable = [np.full_like(values, np.nan) for values in usable]
     failed = sum(int(np.isnan(values).sum()) for values in usable)
     positive, negative, hard = (values[~np.isnan(values)] for values in usable)
     tp, fp, hard_fp = (int((values >= threshold).sum()) for values in (positive, negative, hard))
-    fn, tn, hard_tn = len(positive) - tp, len(negative) - fp, len(hard) - hard_fp
+    fn, tn, hard_tn = (int((values < threshold).sum()) for values in (positive, negative, hard))
     return LatentScore(
         latent,
         density,
@@ -81,27 +75,6 @@ def auc(positive: Values, negative: Values) -> float | None:
     not_above = np.searchsorted(negative, positive, side="right")
     wins = int(below.sum()) + int(not_above.sum())  # twice the wins, a tie counting 1
     return wins / (2 * len(positive) * len(negative))
-
-
-def auc_rows(
-    positive: Float64[np.ndarray, "rows n_p"], negative: Float64[np.ndarray, "rows n_n"]
-) -> Float64[np.ndarray, " rows"]:
-    """Return `auc` of every row at once; rows are padded with NaN, and NaN where a side of a row is empty."""
-    parts = [_pairs(positive[span], negative[span]) for span in _spans(positive, negative)]
-    wins, pairs = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
-
-
-def _spans(positive: np.ndarray, negative: np.ndarray) -> Iterator[slice]:
-    step = max(1, _BLOCK // max(1, positive.shape[1] * negative.shape[1]))
-    yield from (slice(start, start + step) for start in range(0, max(1, len(positive)), step))
-
-
-def _pairs(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's wins and its number of pairs without NaN."""
-    p, n = positive[:, :, None], negative[:, None, :]
-    wins = (p > n).sum((1, 2)) + (p == n).sum((1, 2)) / 2  # a comparison with NaN is false
-    return wins, (~np.isnan(positive)).sum(1) * (~np.isnan(negative)).sum(1)
 
 
 def balanced_accuracy(tp: int, fn: int, tn: int, fp: int) -> float | None:
