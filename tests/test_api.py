@@ -12,7 +12,8 @@ from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.losses.gamma import gamma_from_proxy
 from wsae.train.batched import fits_a_bank
-from wsae.train.config import TrainConfig
+from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.covariance import covariances
 from wsae.train.family import make_family
 from wsae.train.run import train_run
 
@@ -114,21 +115,27 @@ def test_gamma_from_proxy_is_what_a_run_uses() -> None:
     torch.testing.assert_close(sae.gamma.double(), expected, rtol=1e-6, atol=0)
 
 
-def many(**fields: object) -> list[wsae.Member]:
-    rules = [("none", 1.0), ("variance", 1.0), ("variance", 0.5), ("latent_variance", 1.0)]
+def many(**fields: object) -> list[MemberConfig]:
+    rules = [("none", 1.0), ("variance", 1.0), ("variance", 0.5), ("gap", 1.0)]
     return [
-        wsae.Member(gamma=rule, alpha=alpha, k=4, d_sae=48, lr=3e-3, activation=kind, **fields)
+        wsae.Member(gamma=rule, alpha=alpha, k=4, d_sae=48, lr=3e-3, seed=seed, **fields)
         for rule, alpha in rules
-        for kind in ("topk", "batch_topk")
+        for seed in range(3)
     ]
+
+
+def batched(members: list[MemberConfig], **data: object) -> bool:
+    cfg = TrainConfig(members=tuple(members), **data)
+    source = ArraySource(world(), heldout_fraction=0.0)
+    stats = source.stats()
+    return fits_a_bank(cfg, make_family(cfg, stats, "cpu", covariances(cfg, source, stats)))
 
 
 def test_many_small_members_train_together_as_they_would_in_turn() -> None:
     x, data = world(), {"tokens": 12_000, "batch_size": 200, "seed": 3, "dead_after": 400}
     together = wsae.fit_family(x, many(), **data)
     in_turn = wsae.fit_family(x, many(), kernels="eager", **data)
-    start = make_family(TrainConfig(members=tuple(many()), **data), ArraySource(x).stats())
-    assert fits_a_bank(TrainConfig(members=tuple(many()), **data), start)
+    assert batched(many(), **data)
     for mine, other, name in zip(together.saes, in_turn.saes, together.names, strict=True):
         for key, tensor in other.tensors().items():
             torch.testing.assert_close(
@@ -145,6 +152,9 @@ def test_many_small_members_train_together_as_they_would_in_turn() -> None:
     [{"kernels": "eager"}, {"dtype": "bfloat16"}, {"batch_size": 4000}],
 )
 def test_members_that_ask_for_more_than_a_bank_has_train_in_turn(change: dict[str, object]) -> None:
-    data = {"tokens": 12_000, "batch_size": 200} | change
-    cfg = TrainConfig(members=tuple(many()), **data)
-    assert not fits_a_bank(cfg, make_family(cfg, ArraySource(world()).stats()))
+    assert not batched(many(), **({"tokens": 12_000, "batch_size": 200} | change))
+
+
+def test_members_with_a_learning_rate_each_train_in_turn() -> None:
+    each = [m.model_copy(update={"lr": 1e-3 * (1 + i)}) for i, m in enumerate(many())]
+    assert not batched(each, tokens=12_000, batch_size=200)

@@ -14,9 +14,11 @@ from jaxtyping import Float
 
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
+from wsae.sae.model import SparseAutoencoder
 from wsae.train.bank.chunk import Batches, Chunk, Source, make_chunk, run_chunk
 from wsae.train.bank.config import BankConfig
 from wsae.train.bank.entry import Entry
+from wsae.train.config import MemberConfig
 
 CHUNK_BYTES = 1 << 21
 """Size of one [members, batch, d_sae] tensor that a chunk may reach: a few of them stay in a core's caches."""
@@ -68,7 +70,7 @@ def make_chunks(
     batch = data([entries[0].world])(0).shape[1]
     cohorts: dict[tuple, list[int]] = {}
     for i, entry in enumerate(entries):
-        cohorts.setdefault(_key(entry), []).append(i)
+        cohorts.setdefault(shared(entry.sae, entry.cfg), []).append(i)
     chunks = []
     for members in cohorts.values():
         size = len(members)
@@ -83,9 +85,8 @@ def make_chunks(
     return chunks
 
 
-def _key(entry: Entry) -> tuple:
+def shared(sae: SparseAutoencoder, cfg: MemberConfig) -> tuple:
     """Return what members of one batched computation must have in common."""
-    sae, cfg = entry.sae, entry.cfg
     kinds = (cfg.l1 > 0, cfg.l0 > 0, cfg.auxk > 0, cfg.k_aux, sae.gamma.ndim)
     tracked = cfg.gamma if cfg.gamma.rule == "latent_variance" else None
     return (sae.cfg, cfg.learning_rate(sae.cfg.d_in), *kinds, tracked)
