@@ -11,7 +11,7 @@ that of fresh processes; `member_bytes` is what the formula says one member need
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -115,7 +115,9 @@ def main() -> None:
             encode(source, members, args.batch_size)
         else:
             collected(source, members, args)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # not getrusage: its maximum outlives exec, so it would be that of the process that measures
+        (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        print(int(peak) / 1024)
         return
     encode(source, members, args.batch_size)  # warm-up
     rounds = [

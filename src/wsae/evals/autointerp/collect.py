@@ -118,8 +118,7 @@ class _Cast(NamedTuple):
 
 def _cast(casting: Casting, given: Int64[torch.Tensor, " latents"] | None) -> _Cast:
     out = _Cast({}, {})
-    for latent in casting.latents(given):
-        roles = casting.roles(latent)
+    for latent, roles in casting.roles(given):
         if isinstance(roles, str):
             out.left_out[latent] = roles
         else:

@@ -43,7 +43,7 @@ class Tiling:
                 "lower the width or harvest longer sequences"
             )
         self.width, self.per_seq = width, -(-self.seq_len // width)
-        self.counts = dict.fromkeys((*SIDES, STRADDLING), 0)
+        self.counts: dict[str, int] = dict.fromkeys((*SIDES, STRADDLING), 0)
         """Complete windows per side, and those dropped."""
         self._documents, self._key = documents, key
         self._open = np.zeros(0, dtype=np.int64)

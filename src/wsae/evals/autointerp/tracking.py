@@ -37,6 +37,26 @@ class Events(NamedTuple):
         return Events(*(np.concatenate(pair) for pair in zip(self, after, strict=True)))
 
 
+class _Entries(NamedTuple):
+    """Active entries of a slab's rows, in row order."""
+
+    latent: Int64[np.ndarray, " n"]
+    row: Int64[np.ndarray, " n"]
+    value: Float32[np.ndarray, " n"]
+
+    @staticmethod
+    def of(code: SparseCode) -> "_Entries":
+        columns = (code.indices, code.rows(), code.values.float())
+        active = code.values != 0
+        if not bool(active.all()):  # only padding of the Top-k kinds is 0
+            columns = tuple(column[active] for column in columns)
+        return _Entries(*(column.cpu().numpy() for column in columns))
+
+    def placed(self, at: np.ndarray | slice, slab: Slab) -> Events:
+        row = self.row[at]
+        return Events(self.latent[at], slab.row_window[row], slab.row_offset[row], self.value[at])
+
+
 def _no_events() -> Events:
     none = np.zeros(0, dtype=np.int64)
     return Events(none, none, none, none.astype(np.float32))
@@ -105,22 +125,26 @@ class Tracked:
 
     def update(self, code: SparseCode, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
         """Add the codes of a slab's rows; `slots` are the places of its windows in the pool, -1 for none."""
-        active = code.values != 0
-        values = code.values[active].float().cpu()
-        indices = code.indices[active].cpu()
-        if not bool(torch.isfinite(values).all()):
-            raise UserError(f"{self.name}: NaN or infinite activations on the held-out rows")
-        rows = code.rows()[active].cpu().numpy()
+        entries = _Entries.of(code)
         self.n += code.batch
-        self.count += np.bincount(indices.numpy(), minlength=self._d_sae)
-        self.peak.scatter_reduce_(0, indices, values, "amax")
+        self.count += np.bincount(entries.latent, minlength=self._d_sae)
+        latent, value = torch.from_numpy(entries.latent), torch.from_numpy(entries.value)
+        self.peak.scatter_reduce_(0, latent, value, "amax")
+        if not bool(torch.isfinite(self.peak).all()):
+            raise UserError(f"{self.name}: NaN or infinite activations on the held-out rows")
         self._track()
-        new = Events(indices.numpy(), slab.row_window[rows], slab.row_offset[rows], values.numpy())
-        self._add(self._carry.joined(new), slab, slots)
+        first_open = int(np.searchsorted(slab.row_window, slab.closed))
+        cut = int(np.searchsorted(entries.row, first_open))
+        closed = _Entries(*(column[:cut] for column in entries))
+        self._add(closed, slab, slots)
+        after = entries.placed(slice(cut, None), slab)
+        self._carry = after if slab.closed else self._carry.joined(after)
+        self._carry.window[:] = 0
 
     def finish(self, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
         """Add what is left of the last window."""
-        self._add(self._carry, slab, slots)
+        none = np.zeros(0, dtype=np.int64)
+        self._add(_Entries(none, none, none.astype(np.float32)), slab, slots)
 
     def _track(self) -> None:
         """Track the fired latents of the lowest ranks."""
@@ -133,20 +157,21 @@ class Tracked:
         self.tracked[:] = False
         self.tracked[fired] = True
 
-    def _add(self, events: Events, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
-        cut = int(np.searchsorted(events.window, slab.closed))
-        self._carry = events.take(slice(cut, None))
-        self._carry.window[:] = 0
-        closed = events.take(slice(cut))
-        self._note_pool(closed, slots)
-        closed = closed.take(self.tracked[closed.latent] & (slab.side[closed.window] >= 0))
-        closed = closed.take(np.argsort(closed.window * self._d_sae + closed.latent, kind="stable"))
-        window, side = slab.number[closed.window], slab.side[closed.window]
+    def _add(self, new: _Entries, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
+        """Add entries of closed windows, those carried over first."""
+        if not slab.closed:
+            return
+        self._note_pool(new, slab, slots)
+        events = self._carry.take(self.tracked[self._carry.latent])
+        events = events.joined(new.placed(self.tracked[new.latent].nonzero()[0], slab))
+        events = events.take(slab.side[events.window] >= 0)
+        events = events.take(np.argsort(events.window * self._d_sae + events.latent, kind="stable"))
+        window, side = slab.number[events.window], slab.side[events.window]
         self.reservoirs.add(
-            Hits(closed.latent, window, side, closed.offset, closed.value), self.tracked
+            Hits(events.latent, window, side, events.offset, events.value), self.tracked
         )
 
-    def _note_pool(self, events: Events, slots: Int64[np.ndarray, " windows"]) -> None:
+    def _note_pool(self, new: _Entries, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
         """Write which latents are active in the windows that entered the pool."""
         entering = (slots >= 0).nonzero()[0]
         size = max(1, _DENSE // self._d_sae)
@@ -155,8 +180,11 @@ class Tracked:
             place = np.full(len(slots), -1)
             place[windows] = np.arange(len(windows))
             dense = np.zeros((len(windows), self._d_sae), dtype=bool)
-            row = place[events.window]
-            dense[row[row >= 0], events.latent[row >= 0]] = True
+            at = place[slab.row_window][new.row]
+            mine = (at >= 0).nonzero()[0]
+            dense[at[mine], new.latent[mine]] = True
+            if place[0] >= 0:
+                dense[place[0], self._carry.latent] = True
             self.active[slots[windows]] = np.packbits(dense, axis=1)
 
     def active_in(
