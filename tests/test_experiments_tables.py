@@ -333,3 +333,36 @@ def test_what_cannot_work_is_refused_in_one_line(capsys, tmp_path, words, says) 
     assert last.startswith("wsae: error: ")
     assert says in last
     assert not list(tmp_path.rglob("runs"))
+
+
+def test_the_tiny_table_goes_from_a_model_to_figures(capsys, tmp_path) -> None:
+    place = ("--preset", "tiny", "--out", str(tmp_path))
+    code, out, err = run(capsys, "table1", *place, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    rows = json.loads((tmp_path / "tiny/table1/rows.json").read_text())
+    controls = {row["member"] for row in rows if row["rule"] == "control"}
+    assert controls == {"control-random", "control-neurons", "control-pca", "control-shuffled"}
+    assert len(rows) == 2 * (7 + len(controls))
+    for row in rows:
+        if row["rule"] != "control":
+            assert 0 < row["metrics"]["fvu"]["value"] < 1.5
+            assert len(row["latents"]) == row["counts"]["scored"] > 5
+            mean = np.mean([latent["scores"]["embedding"] for latent in row["latents"]])
+            assert row["scores"]["embedding"]["value"] == pytest.approx(mean)
+    weighted = next(row for row in rows if row["member"] == "variance-a1")
+    assert set(weighted["differences"]["embedding"]) == set(analysis.WAYS)
+    plain = next(row for row in rows if row["member"] == "plain")
+    whole = weighted["differences"]["embedding"]["all"]
+    gap = weighted["scores"]["embedding"]["value"] - plain["scores"]["embedding"]["value"]
+    assert whole["difference"] == pytest.approx(gap)
+    assert {line["member"] for line in found["means"]} == {
+        *("variance-a0.5", "variance-a1", "variance-a0-drop", "variance-a1-drop"),
+    }
+    assert found["tables"]["embedding: score in % [95 % interval over latents]"]["rows"]
+    markdown = (tmp_path / "tiny/table1/tables.md").read_text()
+    assert markdown == found["markdown"]
+    assert "| weighted SAE, alpha 1 | 77.2 |" in markdown
+    for name in ("score-by-layer", "score-against-fvu-embedding"):
+        assert (tmp_path / f"tiny/table1/{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "<svg" in (tmp_path / f"tiny/table1/{name}.svg").read_text()

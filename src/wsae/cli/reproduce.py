@@ -9,6 +9,8 @@ from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
+from wsae.evals.autointerp.config import Control, Score
+from wsae.evals.autointerp.llm.config import LOCAL, LlmConfig
 from wsae.experiments.tables.config import Choices, Stage
 
 ABOUT = """\
@@ -23,6 +25,7 @@ What is finished in OUT is not run again."""
 Name = Literal[
     "figure2", "figure3", "readings", "recovery", "table1", "table2", "table3", "language"
 ]
+LLM = LlmConfig()
 STUDIES = ("table1", "table2", "table3", "language")
 
 
@@ -40,29 +43,46 @@ class StudyFlags(Config):
     """Modules to read, in the table's order; none means the preset's."""
     store: MaybePlace = None
     """A finished store to use in place of a harvest."""
-    endpoint: MaybeName = None
-    """Base URL of an OpenAI-compatible server that judges contexts (scores "detection"); needs --judge."""
-    judge: MaybeName = None
-    """The judge's model name at --endpoint."""
+    score: Annotated[
+        tuple[Score, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")
+    ] = ()
+    """Scores, as in `wsae interpret`; none means embedding, and with --endpoint detection too."""
+    controls: Annotated[
+        tuple[Control, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")
+    ] = None
+    """Controls beside the first seed, as in `wsae interpret`; none means random_sae, neurons, pca and shuffled."""
+    endpoint: Annotated[str, tyro.conf.arg(metavar="URL", help_behavior_hint="")] = LLM.endpoint
+    """OpenAI-compatible service that explains and judges latents, or "local:MODEL"; needs --judge."""
+    judge: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = LLM.model
+    """The judge's model name at --endpoint; its key is read from OPENAI_API_KEY."""
+    answers: Place = Path(LLM.cache)
+    """Directory of the judge's answers: what is there is not asked, or paid for, again."""
     until: Stage = "interpret"
     """The last stage to run; the same command without it goes on from there."""
 
     def choices(self, name: str) -> Choices:
         """Return these flags' choices; raises UserError where they do not fit together or NAME takes none."""
-        if (self.endpoint is None) != (self.judge is None):
+        if bool(self.judge) != bool(self.endpoint) and not self.endpoint.startswith(LOCAL):
             raise UserError("--endpoint and --judge go together: the server and its model's name")
+        asked = [score for score in self.score if score not in ("embedding", "surprisal")]
+        if asked and not self.endpoint:
+            raise UserError(
+                f"--score {asked[0]}: asks a language model; name one with --endpoint and --judge"
+            )
         if name not in STUDIES and self != StudyFlags():
             raise UserError(
-                f"{name}: takes no --model, --text, --hook, --store, --endpoint, --judge or --until; those are for "
-                f"{', '.join(STUDIES)}"
+                f"{name}: takes no --model, --text, --hook, --store, --score, --controls, --endpoint, --judge or "
+                f"--until; those are for {', '.join(STUDIES)}"
             )
-        judge = self.endpoint and {"endpoint": self.endpoint, "model": self.judge}
+        judge = {"endpoint": self.endpoint, "model": self.judge, "cache": str(self.answers)}
         data = {
             "model": self.model,
             "text": self.text,
             "hooks": self.hook,
             "store": self.store,
-            "judge": judge or None,
+            "judge": judge if self.endpoint else None,
+            "scores": tuple(dict.fromkeys(self.score)),
+            "controls": self.controls,
             "until": self.until,
         }
         return Choices.parse(data, where="flags")

@@ -7,7 +7,7 @@ from pydantic import PositiveInt, model_validator
 
 from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.core.config import Config
-from wsae.evals.autointerp.config import InterpretConfig
+from wsae.evals.autointerp.config import Control, InterpretConfig, Score
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.config import EvalConfig
 from wsae.experiments.tables.plan import Plan
@@ -27,6 +27,10 @@ class Choices(Config):
     """A finished store to use in place of a harvest; its hooks are used where none are named."""
     judge: LlmConfig | None = None
     """A language model that explains latents and judges contexts; none: the scores that need none."""
+    scores: tuple[Score, ...] = ()
+    """none: embedding, and with a judge detection."""
+    controls: tuple[Control, ...] | None = None
+    """None: those that cost no model pass."""
     until: Stage = "interpret"
     """The last stage to run."""
 
@@ -56,6 +60,14 @@ class StudyConfig(Config):
         if self.live is not None and len({run.members for run in self.plan.runs}) > 1:
             raise ValueError("training from a live model needs the same members at every hook")
         return self
+
+    def interpretation(self, run: int) -> InterpretConfig:
+        """Return how run number `run` is interpreted: controls stand beside the first seed of a hook alone."""
+        planned = self.plan.runs[run]
+        first = min(other.seed for other in self.plan.runs if other.hook == planned.hook)
+        if planned.seed == first:
+            return self.interpret
+        return self.interpret.model_copy(update={"controls": ()})
 
     def training(self, run: int, rows: int | None) -> TrainConfig:
         """Return run number `run`'s training over `rows` stored rows."""

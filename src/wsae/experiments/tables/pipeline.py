@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wsae.acts.harvest import harvest
 from wsae.acts.language import LanguageModel, load_language
@@ -19,11 +19,8 @@ from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.run import evaluate_run
 from wsae.experiments.tables.config import STAGES, Choices, Stage, StudyConfig
-from wsae.experiments.tables.tiny import tiny_model
+from wsae.experiments.tables.tiny import BagEncoder, tiny_model
 from wsae.train.run import train_run
-
-if TYPE_CHECKING:
-    from wsae.evals.data import HeldOut
 
 Say = Callable[[str], None]
 
@@ -109,13 +106,13 @@ def finished(shop: Workshop, job: Job, stage: Stage) -> bool:
         return (job.path / MANIFEST).exists() and not _changed(shop, job)
     kind, settings = {
         "evaluate": ("evaluation", shop.cfg.evaluation),
-        "interpret": ("interpretation", shop.cfg.interpret),
+        "interpret": ("interpretation", shop.cfg.interpretation(job.number)),
     }[stage]
     place = job.path / kind
     if not (place / MANIFEST).exists():
         return False
     manifest = read_manifest(place, kind, verify=False)
-    return manifest.config == settings.to_dict()
+    return manifest.config == settings.to_dict() and not manifest.info.get("unfinished")
 
 
 def _changed(shop: Workshop, job: Job) -> bool:
@@ -139,10 +136,20 @@ def _evaluate(shop: Workshop, job: Job) -> None:
 
 
 def _interpret(shop: Workshop, job: Job) -> None:
-    from wsae.experiments.tables.scoring import score_run
+    from wsae.evals.autointerp.llm.open import open_llm
+    from wsae.evals.autointerp.run import interpret_run
 
-    source: HeldOut = shop.source(job)
-    score_run(shop, job.path, source)
+    cfg, judge = shop.cfg.interpretation(job.number), shop.cfg.judge
+    own = {"surprisal"} & set(cfg.scores) or {"random_model"} & set(cfg.controls)
+    interpret_run(
+        job.path,
+        shop.source(job),
+        cfg,
+        shop.progress,
+        language=shop.language if own else None,
+        encoder=BagEncoder() if shop.cfg.made_here else None,
+        llm=None if judge is None else open_llm(judge),
+    )
 
 
 WORK: dict[Stage, Callable[[Workshop, Job], None]] = {

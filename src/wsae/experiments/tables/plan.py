@@ -119,19 +119,19 @@ class StudyPlace(Config):
 def study_plan(sae: SAEPlan, place: StudyPlace, seed: int = 0) -> Plan:
     """Return the wider study's runs.
 
-    Everywhere: both Top-k variants; plain and alpha 0.5, 1 with the proxy raw, winsorised, by rank and without outlier
-    dimensions (Top-k); the curve. At one hook: all alphas and rules. At some: the core again with other seeds.
+    Everywhere: both Top-k variants, plain and alpha 0.5, 1; alpha 1 with the proxy winsorised, by rank and without
+    outlier dimensions (Top-k); the curve. At one hook: all alphas and rules. At some: the core again with other seeds.
     """
     core = [PLAIN, *(_variance(alpha) for alpha in ALPHAS)]
-    tamed = [_variance(a, robust) for robust in PROXIES[1:] for a in ALPHAS]
-    every = [sae.member(g) for g in (*core, *tamed, *_dropped((0.0, *ALPHAS)))]
+    tamed = [_variance(1.0, robust) for robust in PROXIES[1:]]
+    every = [sae.member(g) for g in (*core, *tamed, *_dropped((0.0, 1.0)))]
     every += [sae.member(gamma, "group_topk") for gamma in core] + sae.curve()
     runs = []
     for hook in place.hooks:
         rules = [sae.member(gamma) for gamma in all_rules()] if hook == place.rules_at else []
         runs.append(_run(hook, seed, [*every, *rules]))
     again = [sae.member(g) for g in (*core, *_dropped((0.0, 1.0)))]
-    again += [sae.member(gamma, "group_topk") for gamma in core] + sae.curve()
+    again += [sae.member(gamma, "group_topk") for gamma in (PLAIN, _variance(1.0))]
     for hook in place.seeded:
         runs += [_run(hook, seed + s, again) for s in range(1, place.seeds)]
     return Plan(name="language", runs=tuple(runs))
@@ -141,7 +141,8 @@ def all_rules() -> list[GammaConfig]:
     """Return every gamma rule of the study: alphas by proxy, latent variance, gap, whiten."""
     powers = [_variance(alpha, robust) for robust in PROXIES for alpha in ALL_ALPHAS]
     carried = [GammaConfig(rule="latent_variance", alpha=alpha) for alpha in ALPHAS]
-    return [*powers, *carried, GammaConfig(rule="gap"), GammaConfig(rule="whiten")]
+    other = [*_dropped((0.5,)), GammaConfig(rule="gap"), GammaConfig(rule="whiten")]
+    return [*powers, *carried, *other]
 
 
 def _variance(

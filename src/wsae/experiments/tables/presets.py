@@ -6,7 +6,7 @@ from typing import Any
 from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
-from wsae.evals.autointerp.config import ContextConfig, InterpretConfig
+from wsae.evals.autointerp.config import ContextConfig, Control, InterpretConfig
 from wsae.evals.config import EvalConfig
 from wsae.experiments.presets import Preset
 from wsae.experiments.tables.config import Choices, StudyConfig
@@ -25,7 +25,7 @@ TINY_MODEL = "model"
 SAES: dict[Preset, SAEPlan] = {
     "tiny": SAEPlan(expansion=8, k=8, lr=3e-3, curve_k=(4,), curve_lr=(1e-4,)),
     # lr: chosen on the plain SAE (docs/reproduction.md); the curve reaches from its FVU to an untrained SAE's
-    "small": SAEPlan(expansion=8, k=32, lr=3e-3, curve_k=(16, 8), curve_lr=(5e-4, 1e-4, 2e-5)),
+    "small": SAEPlan(expansion=8, k=32, lr=3e-3, curve_k=(16,), curve_lr=(5e-4, 1e-4)),
     "paper": SAEPlan(expansion=32, k=32, curve_k=(16,), curve_lr=(2e-5,)),
 }
 HARVESTS: dict[Preset, dict[str, Any]] = {
@@ -41,7 +41,7 @@ HARVESTS: dict[Preset, dict[str, Any]] = {
         "tokens": 1_048_576,
         "heldout_tokens": 262_144,
         "dtype": "bfloat16",
-        "store_dtype": "float32",
+        "store_dtype": "float16",
     },
     "paper": {
         "model": "EleutherAI/pythia-160m",
@@ -66,9 +66,12 @@ CONTEXTS: dict[Preset, ContextConfig] = {
     "tiny": ContextConfig(
         width=16, n_latents=24, min_windows=6, n_top=2, n_quantile=3, n_score=6, n_hard=4, pool=256
     ),
-    "small": ContextConfig(),
+    "small": ContextConfig(n_latents=100, n_hard=10),
     "paper": ContextConfig(),
 }
+SURPRISAL: dict[Preset, int] = {"tiny": 4, "small": 10, "paper": 50}
+CONTROLS: tuple[Control, ...] = ("random_sae", "neurons", "pca", "shuffled")
+"""Those that need no further model pass."""
 
 
 def study_config(
@@ -152,8 +155,13 @@ def _plan(name: StudyName, preset: Preset, hooks: tuple[str, ...], seed: int) ->
 
 
 def _interpret(preset: Preset, choices: Choices, seed: int) -> InterpretConfig:
-    scores: tuple[str, ...] = ("embedding",)
-    if choices.judge is not None:
-        scores = ("embedding", "detection")
-    data = {"contexts": CONTEXTS[preset], "scores": scores, "seed": seed}
+    usual = ("embedding",) if choices.judge is None else ("embedding", "detection")
+    controls = CONTROLS if choices.controls is None else choices.controls
+    data = {
+        "contexts": CONTEXTS[preset],
+        "scores": choices.scores or usual,
+        "controls": controls,
+        "surprisal_latents": SURPRISAL[preset],
+        "seed": seed,
+    }
     return InterpretConfig.parse(data, where=f"preset {preset}")
