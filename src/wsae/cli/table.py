@@ -64,6 +64,16 @@ COMMANDS = (
         ("wsae evaluate runs/first",),
     ),
     Command(
+        "interpret",
+        "are the latents interpretable? scores with and without an LLM, beside their controls",
+        (
+            "wsae interpret runs/first --controls all",
+            "wsae interpret runs/first --score detection --endpoint http://localhost:8000/v1 "
+            "--model my-model --dry-run",
+            "wsae interpret runs/first --agreement --endpoint local:HuggingFaceTB/SmolLM2-1.7B-Instruct",
+        ),
+    ),
+    Command(
         "compare",
         "paired comparison of a run's members, or of several runs, with intervals",
         ("wsae compare runs/first", "wsae compare runs/first runs/second --json"),

@@ -23,7 +23,11 @@ ROWS = {
 COUNTED = ("requested", "parsed", "failed", "not_asked")
 COMPARED = "matched"
 """The comparison shown under a weighted member: over latents matched with the twin's."""
-OTHER_WAYS = {"all": "all latents", "density": "latents of the same density"}
+OTHER_WAYS = {
+    "all": "all latents",
+    "density": "latents of the same density",
+    "adjusted": "density regressed out",
+}
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ class InterpretConfig(Config):
     """Members of the run; none means all. A weighted member brings its plain twin."""
     surprisal_latents: Count = 50
     """Latents per member scored by surprisal, which costs a model pass per window (the first of a seeded order)."""
+    fragment_tokens: Count = 64
+    """Tokens of the fragments that simulation is scored on."""
     keep_store: bool = False
     """Keep the activations that the control random_model harvests."""
     draws: Count = 2000

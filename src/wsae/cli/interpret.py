@@ -1,0 +1,231 @@
+"""`wsae interpret`: can a reader tell when a latent fires?"""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from wsae.cli.flags import (
+    Common,
+    CommonFlags,
+    Count,
+    MaybeName,
+    MaybePlace,
+    Name,
+    Number,
+    Place,
+    Switch,
+)
+from wsae.cli.interpret_tables import show_agreement, show_plan, show_scores
+from wsae.cli.live import language_of, reopen
+from wsae.cli.ui import UI
+from wsae.core.artifact import read_manifest, write_json
+from wsae.core.config import Config
+from wsae.core.errors import UserError
+from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
+from wsae.evals.autointerp.llm.config import LlmConfig
+
+if TYPE_CHECKING:
+    from wsae.evals.autointerp.panel import Judges
+
+ABOUT = """\
+Score how well it can be told when a latent fires, from what it fired on in other documents, into RUN/interpretation.
+embedding and surprisal need no language model that follows instructions; detection, fuzzing and simulation ask one
+(--endpoint), keep every answer on disk and stop at a budget. What is finished is not scored again."""
+DEFAULTS, LLM = InterpretConfig(), LlmConfig()
+CHEAP: tuple[Control, ...] = ("random_sae", "neurons", "pca", "shuffled")
+"""What `--controls all` means; random_model trains an SAE of its own and is only done by name."""
+
+
+class LlmFlags(Config):
+    """The language model that explains and judges."""
+
+    endpoint: Annotated[str, tyro.conf.arg(metavar="URL", help_behavior_hint="")] = LLM.endpoint
+    """Base URL of an OpenAI-compatible service, for example https://api.openai.com/v1 or http://localhost:8000/v1,
+    or "local:MODEL", a Hugging Face model on this machine."""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = LLM.model
+    """The model's name at the endpoint."""
+    key_variable: Name = LLM.key_env
+    """Environment variable that holds the key; it is written nowhere."""
+    budget_requests: Count = LLM.max_requests
+    """Requests of this run, retries included: a hard stop."""
+    budget_tokens: Count = LLM.max_tokens
+    """Prompt and completion tokens of this run: a hard stop."""
+    concurrency: Count = LLM.concurrency
+    """Requests under way at a time."""
+    simulator: Literal["logprobs", "json"] = LLM.simulator
+    """How simulation reads an activation: from log-probabilities, or as the number the model writes."""
+    probabilities: Switch = False
+    """Judge contexts by log-probabilities, not by the answer alone."""
+    answers: Place = Path(LLM.cache)
+    """Directory of answers: what is there is not asked, or paid for, again."""
+
+    def config(self, device: str, seed: int) -> LlmConfig:
+        """Return the settings these flags describe; raises UserError in one line."""
+        data = {
+            "endpoint": self.endpoint,
+            "model": self.model,
+            "key_env": self.key_variable,
+            "max_requests": self.budget_requests,
+            "max_tokens": self.budget_tokens,
+            "concurrency": self.concurrency,
+            "simulator": self.simulator,
+            "probabilities": self.probabilities,
+            "cache": str(self.answers),
+            "device": device,
+            "seed": seed,
+        }
+        return LlmConfig.parse(data, where="flags")
+
+
+class ContextFlags(Config):
+    """Which contexts stand for a latent."""
+
+    n_latents: Count = DEFAULTS.contexts.n_latents
+    """Latents per member, spread over the densities."""
+    width: Count = DEFAULTS.contexts.width
+    """Tokens per context."""
+    min_windows: Count = DEFAULTS.contexts.min_windows
+    """Contexts a latent must fire in, to explain and again to score; fewer: it is skipped and counted."""
+    n_score: Count = DEFAULTS.contexts.n_score
+    """Contexts to score on in which the latent fires, and as many in which it is silent."""
+    n_hard: Count = DEFAULTS.contexts.n_hard
+    """Contexts in which a neighbouring latent fires and it does not."""
+
+
+class Flags(Config):
+    """Flags of `wsae interpret`."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A finished run's directory."""
+    score: Annotated[tuple[Score, ...], tyro.conf.arg(metavar="NAME ...")] = DEFAULTS.scores
+    """embedding, surprisal; with --endpoint also detection, fuzzing, simulation."""
+    controls: Annotated[
+        tuple[Control | Literal["all"], ...],
+        tyro.conf.arg(metavar="NAME ...", help_behavior_hint=""),
+    ] = ()
+    """What the scores are compared with: random_sae, neurons, pca, shuffled, or all for these four; random_model
+    also trains an SAE on the model with random weights."""
+    hook: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOOK ...", help_behavior_hint="")] = ()
+    """Hooks of the run; none means all."""
+    member: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")
+    ] = ()
+    """Members of the run; none means all. A weighted member brings its plain twin."""
+    contexts: tyro.conf.OmitArgPrefixes[ContextFlags] = ContextFlags()
+    """Which contexts stand for a latent."""
+    surprisal_latents: Count = DEFAULTS.surprisal_latents
+    """Latents per member scored by surprisal, which costs a model pass per context."""
+    encoder: Name = "builtin"
+    """Sentence encoder of the embedding score: builtin, a directory or a hub id."""
+    llm: tyro.conf.OmitArgPrefixes[LlmFlags] = LlmFlags()
+    """The language model that explains and judges."""
+    dry_run: Switch = False
+    """Print the requests and tokens each score would take, and stop."""
+    agreement: Switch = False
+    """Rank correlation of the free scores with LLM detection, over the same latents."""
+    source: MaybeName = None
+    """Store to take the text from; none means the run's own data."""
+    keep_store: Switch = False
+    """Keep the activations of the model with random weights (control random_model)."""
+    force: Switch = False
+    """Score again what is there already."""
+    batch_size: Count = DEFAULTS.batch_size
+    """Rows encoded at once."""
+    draws: Count = DEFAULTS.draws
+    """Bootstrap resamples of latents behind each interval."""
+    confidence: Number = DEFAULTS.confidence
+    """Coverage of the intervals."""
+    out: MaybePlace = None
+    """Write the result as JSON here too."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def config(flags: Flags) -> InterpretConfig:
+    """Return what the flags ask for; raises UserError in one line."""
+    seed = flags.common.seed
+    scores = dict.fromkeys(flags.score)
+    if flags.agreement:
+        scores = dict.fromkeys((*FREE, *scores, "detection"))
+    asked = [score for score in scores if score not in FREE]
+    if asked and not flags.llm.endpoint:
+        raise UserError(
+            f"score {asked[0]}: asks a language model; name one with --endpoint URL --model NAME "
+            "(or --endpoint local:MODEL), or leave it out"
+        )
+    named = (n for c in flags.controls for n in (CHEAP if c == "all" else (c,)))
+    own = ("surprisal_latents", "batch_size", "draws", "confidence")
+    data = {name: getattr(flags, name) for name in own} | {
+        "contexts": flags.contexts.to_dict() | {"seed": seed},
+        "scores": tuple(scores),
+        "controls": tuple(dict.fromkeys(named)),
+        "hooks": flags.hook,
+        "members": flags.member,
+        "keep_store": flags.keep_store,
+        "seed": seed,
+    }
+    return InterpretConfig.parse(data, where="flags")
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Interpret and return the content of interpretation.json, with the run's path (and plan or agreement)."""
+    cfg = config(flags)
+    asks = any(score not in FREE for score in cfg.scores)
+    if flags.dry_run and not asks:
+        raise UserError(
+            "--dry-run: no score asks a language model; name one, for example --score detection"
+        )
+    from wsae.cli.runner import device
+
+    where = device(flags.common.device)
+    llm_cfg = flags.llm.config(where, flags.common.seed)
+    read_manifest(flags.run, "run", verify=False)
+    source = reopen(flags.run, where, flags.source)
+    judges = _judges(flags, cfg, llm_cfg, where)
+    if flags.dry_run:
+        from wsae.evals.autointerp.run import plan_run
+
+        planned = plan_run(flags.run, source, cfg, ui.progress, llm=judges.get("llm"))
+        return {"run": str(flags.run), "plan": {name: vars(part) for name, part in planned.items()}}
+    if _needs_model(cfg):
+        judges["language"] = language_of(source, where)
+    from wsae.evals.autointerp.agreement import agreement
+    from wsae.evals.autointerp.run import interpret_run
+
+    record = interpret_run(flags.run, source, cfg, ui.progress, flags.force, **judges)
+    if flags.agreement:
+        record = {**record, "agreement": agreement(record, cfg)}
+    if flags.out is not None:
+        write_json(flags.out, record)
+    return {"run": str(flags.run), **record}
+
+
+def _needs_model(cfg: InterpretConfig) -> bool:
+    """Whether the model behind the activations is needed."""
+    return "surprisal" in cfg.scores or "random_model" in cfg.controls
+
+
+def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "Judges":
+    """Open what the scores ask, except the model behind the activations."""
+    judges: Judges = {}
+    if "embedding" in cfg.scores and not flags.dry_run:
+        from wsae.evals.autointerp.encoder import load_encoder
+
+        judges["encoder"] = load_encoder(flags.encoder, device=where)
+    if any(score not in FREE for score in cfg.scores):
+        from wsae.evals.autointerp.llm.open import open_llm
+
+        judges["llm"] = open_llm(llm)
+    return judges
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print the scores, or the plan, and what to do next."""
+    if "plan" in result:
+        show_plan(result["plan"], ui)
+        return
+    show_scores(result, ui)
+    show_agreement(result.get("agreement", []), ui)
+    ui.say(f"next: wsae report {shlex.quote(result['run'])}")

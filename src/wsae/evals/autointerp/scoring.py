@@ -1,0 +1,142 @@
+"""Every scorer over every member and control; what needs no endpoint is kept part by part."""
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from wsae.core.seeds import seed_for
+from wsae.evals.autointerp.config import FREE, Score
+from wsae.evals.autointerp.controls import derangement
+from wsae.evals.autointerp.llm.config import FragmentConfig
+from wsae.evals.autointerp.llm.fragments import Fragments, fragments
+from wsae.evals.autointerp.pairs import Sides
+from wsae.evals.autointerp.parts import Parts
+from wsae.evals.autointerp.subjects import Job, Named, Subject, Subjects
+from wsae.sae import SparseAutoencoder
+
+Json = dict[str, Any]
+Chosen = set[int] | None
+SCHEMA = 1
+"""Of a part: another way of scoring is another number."""
+
+
+def score_all(job: Job, parts: Parts, sides: dict[str, Sides], found: Subjects) -> None:
+    """Fill in every subject's parts and explanations."""
+    for hook, named in found.items():
+        few = few_latents(job.cfg.surprisal_latents, job.cfg.seed, sides[hook], named)
+        for name, subject in named.items():
+            for score in job.cfg.scores:
+                if score in FREE:
+                    chosen = few[name] if score == "surprisal" else None
+                    subject.parts[score] = _free(job, parts, (hook, name), subject, score, chosen)
+            _asked(job, f"{hook}/{name}", subject)
+    if "simulation" in job.cfg.scores:
+        for key, fragments_of in all_fragments(job, sides, found).items():
+            _simulated(job, key, found[key[0]][key[1]], fragments_of)
+
+
+def few_latents(n: int, seed: int, sides: Sides, named: Named) -> dict[str, set[int]]:
+    """Return, for a costly score, the first n latents of a seeded order of each sample that have contexts.
+
+    A twin is scored on the partners of other members' too, so that there are pairs.
+    """
+    out = {}
+    for name, subject in named.items():
+        there = {contexts.latent for contexts in subject.collected.latents}
+        own = [latent for latent in subject.sample if latent in there]
+        rng = np.random.default_rng(seed_for(seed, "few", sides.survey.hook, name))
+        out[name] = {own[i] for i in rng.permutation(len(own))[:n]}
+        if subject.control == "shuffled":
+            out[name] = set(out[sides.reference])
+    for member, twin in sides.family.twins.items():
+        partners = sides.partners(member)
+        out[twin] = out[twin] | {partners[j] for j in out[member] if j in partners}
+    return out
+
+
+def _free(
+    job: Job, parts: Parts, key: tuple[str, str], subject: Subject, score: Score, chosen: Chosen
+) -> Json:
+    """Return a part from disk or made now."""
+    shown = [contexts.latent for contexts in subject.collected.latents]
+    made_from = {
+        "schema": SCHEMA,
+        "scorer": job.panel.identity(score),
+        "place": key,
+        "data": job.data,
+        "sae": sae_digest(subject.sae),
+        "contexts": job.cfg.contexts.to_dict(),
+        "shuffled": job.cfg.seed if subject.control == "shuffled" else None,
+        "latents": shown,
+        "chosen": None if chosen is None else sorted(chosen),
+    }
+    return parts.get(made_from, lambda: job.panel.free(score, subject.collected, chosen))
+
+
+def sae_digest(sae: SparseAutoencoder) -> str:
+    """Return a hash of an SAE's settings and tensors."""
+    sha = hashlib.sha256(repr(sae.cfg.to_dict()).encode())
+    for name, tensor in sorted(sae.tensors().items()):
+        sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _asked(job: Job, task: str, subject: Subject) -> None:
+    """Ask the language model about one member: detection and fuzzing share their explanations."""
+    if {"detection", "fuzzing"} & set(job.cfg.scores):
+        parts, explanations = job.panel.asked(subject.collected, task)
+        subject.parts |= parts
+        subject.explanations |= explanations
+
+
+def _simulated(job: Job, key: tuple[str, str], subject: Subject, found: Fragments) -> None:
+    part, explanations = job.panel.simulated(found, "/".join(key))
+    subject.parts["simulation"] = part
+    subject.explanations = explanations | subject.explanations
+
+
+def all_fragments(
+    job: Job, sides: dict[str, Sides], found: Subjects
+) -> dict[tuple[str, str], Fragments]:
+    """Return the fragments that simulation needs, by hook and name: one pass over each source."""
+    out: dict[tuple[str, str], Fragments] = {}
+    every = [(h, n, s) for h, named in found.items() for n, s in named.items()]
+    real = [(h, n, s) for h, n, s in every if s.control != "shuffled"]
+    for source in {id(s.source): s.source for _, _, s in real}.values():
+        mine = [(h, n, s) for h, n, s in real if s.source is source]
+        saes: dict[str, dict[str, SparseAutoencoder]] = {h: {} for h, _, _ in mine}
+        latents: dict[str, dict[str, torch.Tensor]] = {h: {} for h, _, _ in mine}
+        for hook, name, subject in mine:
+            saes[hook][name] = subject.sae
+            latents[hook][name] = torch.tensor(_simulable(subject), dtype=torch.int64)
+        cfg = FragmentConfig(
+            width=job.cfg.fragment_tokens, batch_size=job.cfg.batch_size, seed=job.cfg.seed
+        )
+        made = fragments(source, saes, latents, cfg, job.progress)
+        out |= {(hook, name): made[hook][name] for hook, name, _ in mine}
+    for hook, name, subject in every:
+        if subject.control == "shuffled":
+            reference = out[hook, sides[hook].reference]
+            out[hook, name] = _shuffled(reference, set(subject.sample), job.cfg.seed, hook)
+    return out
+
+
+def _simulable(subject: Subject) -> list[int]:
+    """Return a subject's latents, those without contexts too: fragments have their own rule for skipping."""
+    shown = [contexts.latent for contexts in subject.collected.latents]
+    return list(dict.fromkeys([*subject.sample, *shown]))
+
+
+def _shuffled(found: Fragments, sample: set[int], seed: int, hook: str) -> Fragments:
+    """Return the fragments of a sample, each latent with another one's explaining ones."""
+    latents = [latent for latent in found.latents if latent.latent in sample]
+    if len(latents) < 2:
+        return replace(found, latents=[], skipped={"alone": len(latents)})
+    giver = derangement(len(latents), seed_for(seed, "shuffled", hook))
+    swapped = [
+        replace(one, explain=latents[int(giver[i])].explain) for i, one in enumerate(latents)
+    ]
+    return replace(found, latents=swapped, skipped={})
