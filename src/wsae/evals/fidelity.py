@@ -21,6 +21,7 @@ from wsae.evals.latents import Entries, LatentActivity
 from wsae.losses.weigh import Weights, weigh
 from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
+from wsae.sae.encoding import Encoder
 from wsae.stats.moments import Moments
 
 
@@ -58,6 +59,7 @@ class Survey:
         self.saes = saes
         self.moments = Moments(d_in)
         self.activity = {name: LatentActivity(sae.cfg.d_sae) for name, sae in saes.items()}
+        self._encoders = {name: Encoder(sae) for name, sae in saes.items()}
 
     def update(self, x: Float[Tensor, "rows d_in"]) -> dict[str, SparseCode]:
         """Add some rows and return each member's code of them.
@@ -68,7 +70,10 @@ class Survey:
             self.moments.update(x)
         except UserError as error:
             raise UserError(f"held-out data of {self.hook}: {error}") from error
-        codes = {n: sae.encode_code(x.to(sae.W_dec.device)) for n, sae in self.saes.items()}
+        codes = {
+            name: encode(x.to(self.saes[name].W_dec.device))
+            for name, encode in self._encoders.items()
+        }
         for name, code in codes.items():
             self.activity[name].update(Entries(code))
         return codes

@@ -24,6 +24,7 @@ from wsae.evals.matching import Matching, Side, match
 from wsae.losses.weigh import dimension_weights
 from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
+from wsae.sae.encoding import Encoder
 
 Saes = dict[str, SparseAutoencoder]
 
@@ -160,6 +161,7 @@ class _Pass:
             name = next(iter(family.twins.values()), next(iter(self.saes)))
             l0 = survey.activity[name].l0
             self.saes[CONTROL] = random_control(self.saes[name], mean, l0, cfg.seed)
+        self.encoders = {name: Encoder(sae) for name, sae in self.saes.items()}
         self.matching = {m: self._match(m, twin) for m, twin in family.twins.items()}
         self.contexts = self._contexts() if cfg.n_latents else {}
 
@@ -193,7 +195,7 @@ class _Pass:
         self.errors.add_rows(wide, chunk.seq)
         for name, sae in self.saes.items():
             code = item.codes.get((hook, name))
-            code = sae.encode_code(x.to(sae.W_dec.device)) if code is None else code
+            code = self.encoders[name](x.to(sae.W_dec.device)) if code is None else code
             entries = Entries(code)
             error = wide - sae.decode_code(code).double().cpu()
             self.errors.add_member(name, error, entries.l0(), chunk.seq)

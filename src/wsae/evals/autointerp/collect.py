@@ -21,6 +21,7 @@ from wsae.evals.autointerp.tracking import Tracked, entering
 from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
 from wsae.evals.data import HeldOut
 from wsae.sae import SparseAutoencoder
+from wsae.sae.encoding import Encoder
 
 Members = dict[str, dict[str, SparseAutoencoder]]
 """Hook -> member name -> SAE."""
@@ -64,6 +65,11 @@ class _Pass:
         self, source: HeldOut, members: Members, cfg: ContextConfig, latents: Latents
     ) -> None:
         self.cfg, self.members = cfg, members
+        self._encoders = {
+            (hook, name): Encoder(sae)
+            for hook, saes in members.items()
+            for name, sae in saes.items()
+        }
         self.tiling = Tiling(documents_of(source), cfg.width, seed_for(cfg.seed, "sides"))
         self.pool = Pool(cfg.pool, cfg.seed)
         self.tracked = {
@@ -82,7 +88,7 @@ class _Pass:
         slots = entering(self.pool, slab)
         for hook, saes in self.members.items():
             for name, sae in saes.items():
-                code = sae.encode_code(x[hook].to(sae.W_dec.device))
+                code = self._encoders[hook, name](x[hook].to(sae.W_dec.device))
                 self.tracked[hook, name].update(code, slab, slots)
 
     def finish(self) -> None:
