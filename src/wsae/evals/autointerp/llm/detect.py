@@ -1,0 +1,225 @@
+"""Detection and fuzzing: which held-out windows hold the explained pattern, judged a few at a time (Paulo et al. 2024).
+
+Detection: activating windows against random ones in which the latent is silent, unmarked. Fuzzing: marked windows; in
+the positive ones the latent's own tokens are marked, in the negative ones as many as the positives' mean, at random
+(`silent`), or wrong tokens of activating windows (`active`: half of the positives, disjoint from the other half). As
+many positives as negatives per latent, shuffled together. Hard negatives are judged in prompts of their own, so that
+asking for them changes no other answer.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from wsae.core.progress import Progress, quiet
+from wsae.core.seeds import seed_for
+from wsae.evals.autointerp.llm.asking import Unparsed, ask_all, said
+from wsae.evals.autointerp.llm.config import LlmConfig
+from wsae.evals.autointerp.llm.explain import Explanation, Tokens, marks, window_tokens
+from wsae.evals.autointerp.llm.prompts import filled
+from wsae.evals.autointerp.llm.texts import marked
+from wsae.evals.autointerp.llm.types import Answer, Llm, Request, Tally
+from wsae.evals.autointerp.metrics import LatentScore, Verdicts, judge
+from wsae.evals.autointerp.windows import Collected, LatentContexts
+
+Kind = Literal["detection", "fuzzing"]
+Variant = Literal["silent", "active"]
+POSITIVE, NEGATIVE, HARD = 0, 1, 2
+_LIST = re.compile(r"\[[^\[\]]*\]")
+
+
+class Item(NamedTuple):
+    """A window to judge: its role (0 positive, 1 negative, 2 hard) and its text, marked for fuzzing."""
+
+    role: int
+    text: str
+
+
+class Batch(NamedTuple):
+    """The windows of one prompt."""
+
+    latent: int
+    items: tuple[Item, ...]
+
+
+class Judged(NamedTuple):
+    """A score per latent and the outcomes of asking."""
+
+    scores: list[LatentScore]
+    tally: Tally
+    model: str
+
+
+def batches(
+    kind: Kind, collected: Collected, cfg: LlmConfig, variant: Variant = "silent"
+) -> list[Batch]:
+    """Return the prompts' windows, latent by latent; the same seed gives the same."""
+    out = []
+    for contexts in collected.latents:
+        rng = np.random.default_rng(seed_for(cfg.seed, kind, variant, contexts.latent))
+        positive, negative = _sides(kind, variant, collected, contexts, rng)
+        n = min(len(positive), len(negative))
+        asked = [Item(POSITIVE, text) for text in _some(positive, n, rng)]
+        asked += [Item(NEGATIVE, text) for text in _some(negative, n, rng)]
+        out += _cut(
+            contexts.latent, [asked[i] for i in rng.permutation(len(asked))], cfg.per_prompt
+        )
+        if cfg.hard and kind == "detection":
+            hard = _plain(window_tokens(collected.windows, contexts.hard))
+            out += _cut(contexts.latent, [Item(HARD, text) for text in hard], cfg.per_prompt)
+    return out
+
+
+def _cut(latent: int, items: Sequence[Item], size: int) -> list[Batch]:
+    return [Batch(latent, tuple(items[i : i + size])) for i in range(0, len(items), size)]
+
+
+def _some(texts: list[str], n: int, rng: np.random.Generator) -> list[str]:
+    return texts if len(texts) == n else [texts[i] for i in rng.permutation(len(texts))[:n]]
+
+
+def _sides(
+    kind: Kind,
+    variant: Variant,
+    collected: Collected,
+    contexts: LatentContexts,
+    rng: np.random.Generator,
+) -> tuple[list[str], list[str]]:
+    positive = window_tokens(collected.windows, contexts.positive)
+    negative = window_tokens(collected.windows, contexts.negative)
+    if kind == "detection":
+        return _plain(positive), _plain(negative)
+    if variant == "active":
+        right, wrong = positive[::2], positive[1::2]
+        return [_own(tokens) for tokens in right], [
+            _wrong(tokens, rng) for tokens in wrong if not all(marks(tokens.acts))
+        ]
+    counts = [sum(marks(tokens.acts)) for tokens in positive]
+    n = math.ceil(float(np.mean(counts))) if counts else 0
+    silent = [_random(tokens, range(len(tokens.texts)), n, rng) for tokens in negative]
+    return [_own(tokens) for tokens in positive], silent
+
+
+def _plain(windows: list[Tokens]) -> list[str]:
+    return ["".join(tokens.texts) for tokens in windows]
+
+
+def _own(tokens: Tokens) -> str:
+    return marked(tokens.texts, marks(tokens.acts))
+
+
+def _wrong(tokens: Tokens, rng: np.random.Generator) -> str:
+    """Mark as many tokens as are the latent's own, none of them its own (fewer where fewer are left)."""
+    own = marks(tokens.acts)
+    return _random(tokens, [i for i, mark in enumerate(own) if not mark], sum(own), rng)
+
+
+def _random(tokens: Tokens, among: Sequence[int], n: int, rng: np.random.Generator) -> str:
+    chosen = {among[i] for i in rng.permutation(len(among))[:n]}
+    return marked(tokens.texts, [i in chosen for i in range(len(tokens.texts))])
+
+
+def judging_request(kind: Kind, batch: Batch, explanation: str, cfg: LlmConfig) -> Request:
+    """Return the request to judge a batch."""
+    texts = [f"Text {i}: {item.text}" for i, item in enumerate(batch.items, start=1)]
+    n = len(texts)
+    messages = filled(kind, explanation=explanation, texts="\n".join(texts), n=str(n))
+    return Request(messages, 16 + 8 * n, 1 + 3 * n, logprobs=cfg.probabilities)
+
+
+def parse_verdicts(answer: Answer, n: int, probabilities: bool = False) -> list[float]:
+    """Return n verdicts from an answer with exactly one list, of n symbols 0 or 1; raises Unparsed.
+
+    With probabilities: P(1) / (P(0) + P(1)) at each symbol.
+    """
+    text = said(answer)
+    found = _LIST.findall(text)
+    if len(found) != 1:
+        raise Unparsed(f"{len(found)} lists" if found else "no list")
+    symbols = [part.strip() for part in found[0][1:-1].split(",")]
+    if not set(symbols) <= {"0", "1"}:
+        raise Unparsed("a list of other things than 0 and 1")
+    if len(symbols) != n:
+        raise Unparsed("a list of another length")
+    if not probabilities:
+        return [float(symbol) for symbol in symbols]
+    return _probabilities(answer, symbols)
+
+
+def _probabilities(answer: Answer, symbols: list[str]) -> list[float]:
+    """Return P(1) / (P(0) + P(1)) at the answer's last n tokens that are 0 or 1, which must spell the list."""
+    spoken = [token for token in answer.tokens if token.text.strip() in ("0", "1")][-len(symbols) :]
+    if [token.text.strip() for token in spoken] != symbols:
+        raise Unparsed("0 and 1 are not tokens of their own, so they have no probabilities")
+    out = []
+    for token in spoken:
+        mass = {"0": 0.0, "1": 0.0}
+        for text, logprob in token.top.items():
+            if text.strip() in mass:
+                mass[text.strip()] += math.exp(logprob)
+        total = mass["0"] + mass["1"]
+        if total <= 0:
+            raise Unparsed("0 and 1 have no probability")
+        out.append(mass["1"] / total)
+    return out
+
+
+def detection_scores(
+    collected: Collected,
+    explanations: dict[int, Explanation],
+    llm: Llm,
+    progress: Progress = quiet,
+    task: str = "detection",
+) -> Judged:
+    """Judge whether held-out windows hold each explained pattern; a latent without explanation is not asked about."""
+    asked = batches("detection", collected, llm.cfg)
+    return _judged("detection", (collected, asked), explanations, llm, progress, task)
+
+
+def fuzzing_scores(
+    collected: Collected,
+    explanations: dict[int, Explanation],
+    llm: Llm,
+    variant: Variant = "silent",
+    progress: Progress = quiet,
+    task: str = "fuzzing",
+) -> Judged:
+    """Judge whether the marked tokens are the explained ones."""
+    asked = batches("fuzzing", collected, llm.cfg, variant)
+    return _judged("fuzzing", (collected, asked), explanations, llm, progress, task)
+
+
+def _judged(
+    kind: Kind,
+    of: tuple[Collected, list[Batch]],
+    explanations: dict[int, Explanation],
+    llm: Llm,
+    progress: Progress,
+    task: str,
+) -> Judged:
+    collected, asked = of
+    requests = [
+        judging_request(kind, batch, explanations[batch.latent].text, llm.cfg)
+        if batch.latent in explanations
+        else None
+        for batch in asked
+    ]
+    verdicts, tally = ask_all(
+        llm,
+        requests,
+        lambda i, answer: parse_verdicts(answer, len(asked[i].items), llm.cfg.probabilities),
+        task,
+        progress,
+    )
+    sides: dict[int, tuple[list[float], ...]] = {c.latent: ([], [], []) for c in collected.latents}
+    for batch, given in zip(asked, verdicts, strict=True):
+        for item, verdict in zip(batch.items, given or [math.nan] * len(batch.items), strict=True):
+            sides[batch.latent][item.role].append(verdict)
+    scores = []
+    for contexts in collected.latents:
+        columns = [np.array(side, dtype=np.float64) for side in sides[contexts.latent]]
+        scores.append(judge(contexts.latent, contexts.density, Verdicts(*columns)))
+    return Judged(scores, tally, llm.name)

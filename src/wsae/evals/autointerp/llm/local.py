@@ -1,0 +1,186 @@
+"""A Hugging Face causal language model on this machine, behind the same interface as an endpoint.
+
+Greedy, one request after another, answers kept on disk like an endpoint's. Where a request has slots, the expected
+numbers are read from one forward pass instead of being written token by token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from wsae.acts.language import LanguageModel, load_language
+from wsae.core.artifact import digest
+from wsae.core.errors import UserError
+from wsae.core.progress import Progress, quiet
+from wsae.evals.autointerp.llm.budget import Budget
+from wsae.evals.autointerp.llm.cache import Cache
+from wsae.evals.autointerp.llm.config import LlmConfig
+from wsae.evals.autointerp.llm.slots import UNKNOWN, Reader
+from wsae.evals.autointerp.llm.types import Answer, Message, Request, Token
+
+TOP_LOGPROBS = 20
+_PLAIN = {"system": "", "user": "### Question\n", "assistant": "### Answer\n"}
+"""How turns read where the model has no chat template."""
+
+
+class LocalModel:
+    """A causal language model that answers by greedy decoding."""
+
+    def __init__(self, cfg: LlmConfig, language: LanguageModel | None = None) -> None:
+        assert cfg.local is not None or language is not None
+        self.cfg = cfg
+        self.language = language or load_language(cfg.local or "", cfg.dtype, cfg.device)
+        self.budget = Budget(cfg.max_requests, cfg.max_tokens)
+        self._cache = Cache(Path(cfg.cache))
+
+    @property
+    def name(self) -> str:
+        """The model's short name."""
+        return self.language.name
+
+    def key(self, request: Request) -> str:
+        """Return the content hash of a request: the model's files, messages and parameters."""
+        return digest(self._asked(request))
+
+    def peek(self, request: Request) -> Answer | None:
+        """Return the answer on disk, if there is one."""
+        return self._cache.load(self.key(request))[0]
+
+    def ask(
+        self, requests: Sequence[Request], task: str = "ask", progress: Progress = quiet
+    ) -> list[Answer]:
+        """Return one answer per request, in order."""
+        out = []
+        with progress(task, len(requests), "requests") as tick:
+            for request in requests:
+                key = self.key(request)
+                found, damaged = self._cache.load(key)
+                out.append(found if found is not None else self._answer(key, request, damaged))
+                tick(1)
+        return out
+
+    def _answer(self, key: str, request: Request, damaged: str) -> Answer:
+        prompt = self._prompt(request.messages)
+        cap = 0 if request.slots else request.max_tokens + self.cfg.thinking_tokens
+        need = len(prompt) + cap
+        longest = getattr(self.language.model.config, "max_position_embeddings", None)
+        if longest and need > longest:
+            return Answer(
+                "failed", reason=f"longer than the model's {longest} positions", damaged=damaged
+            )
+        if not self.budget.take(need):
+            self.budget.closed = True
+            return Answer("not asked", reason="budget", damaged=damaged)
+        with torch.inference_mode():
+            answer = (
+                self._read(prompt, request) if request.slots else self._write(prompt, request, cap)
+            )
+        self.budget.settle(need, answer.prompt_tokens + answer.completion_tokens)
+        self._cache.save(key, self._asked(request), answer)
+        return replace(answer, damaged=damaged)
+
+    def _asked(self, request: Request) -> dict[str, Any]:
+        return {
+            "local": self.language.digest,
+            "dtype": str(self.language.model.dtype),
+            "messages": [message._asdict() for message in request.messages],
+            "max_tokens": request.max_tokens + self.cfg.thinking_tokens,
+            "logprobs": request.logprobs,
+            "slots": list(request.slots),
+        }
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of a conversation up to where the model's turn begins."""
+        tokenizer = self.language.tokenizer
+        if tokenizer.chat_template is None:
+            turns = [f"{_PLAIN[turn.role]}{turn.content}\n\n" for turn in messages]
+            return tokenizer("".join(turns) + _PLAIN["assistant"])["input_ids"]
+        try:
+            text = self._templated(messages)
+        except Exception as error:  # templates are programs: some refuse a system turn
+            try:
+                text = self._templated(_merged(messages))
+            except Exception:
+                raise UserError(
+                    f"model {self.name}: its chat template refuses our turns ({type(error).__name__})"
+                ) from error
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _templated(self, messages: Sequence[Message]) -> str:
+        turns = [message._asdict() for message in messages]
+        text = self.language.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _ids(self, ids: list[int]) -> Int64[Tensor, "1 length"]:
+        return torch.tensor([ids], dtype=torch.int64, device=self.language.device)
+
+    def _write(self, prompt: list[int], request: Request, cap: int) -> Answer:
+        """Continue greedily to an end token or the cap."""
+        model, tokenizer = self.language.model, self.language.tokenizer
+        ends = _end_ids(model, tokenizer.eos_token_id)
+        written: list[int] = []
+        tokens: list[Token] = []
+        ids, past, finish = self._ids(prompt), None, "length"
+        for _ in range(cap):
+            out = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            logprobs = out.logits[0, -1].float().log_softmax(-1)
+            best = int(logprobs.argmax())
+            if best in ends:
+                finish = "stop"
+                break
+            written.append(best)
+            if request.logprobs:
+                tokens.append(self._token(best, logprobs))
+            ids = self._ids([best])
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        assert isinstance(text, str)
+        if text.strip():
+            answer = Answer("answered", text, finish, tokens=tuple(tokens))
+        else:
+            answer = Answer("failed", finish=finish, reason="empty content")
+        return answer.counted(len(prompt), len(written))
+
+    def _token(self, chosen: int, logprobs: Float[Tensor, " vocabulary"]) -> Token:
+        values, ids = logprobs.topk(min(TOP_LOGPROBS, len(logprobs)))
+        top: dict[str, float] = {}
+        for value, i in zip(values.tolist(), ids.tolist(), strict=True):
+            text = str(self.language.tokenizer.decode([i]))
+            top[text] = _log_add(top[text], value) if text in top else value
+        text = str(self.language.tokenizer.decode([chosen]))
+        return Token(text, top, len(text.encode()))
+
+    def _read(self, prompt: list[int], request: Request) -> Answer:
+        """Read the expected number at each slot."""
+        reader = Reader(self.language.model, self.language.tokenizer, self.language.device)
+        values = reader.expected(prompt, request.slots)
+        text = "".join(f"{slot}{UNKNOWN}" for slot in request.slots)
+        return Answer("answered", text, "stop", values=tuple(values), prompt_tokens=reader.length)
+
+
+def _log_add(a: float, b: float) -> float:
+    return max(a, b) + math.log1p(math.exp(-abs(a - b)))
+
+
+def _end_ids(model: Any, tokenizer_end: object) -> set[int]:
+    listed = [getattr(model.generation_config, "eos_token_id", None), tokenizer_end]
+    flat = [i for entry in listed for i in (entry if isinstance(entry, list) else [entry])]
+    return {i for i in flat if isinstance(i, int)}
+
+
+def _merged(messages: Sequence[Message]) -> list[Message]:
+    """Put the system's words at the head of the first user turn."""
+    head, *rest = messages
+    if head.role != "system" or not rest:
+        return [*messages]
+    first, *others = rest
+    return [Message(first.role, f"{head.content}\n\n{first.content}"), *others]
