@@ -74,7 +74,8 @@ def typical_tokens(collected: Collected, contexts: LatentContexts) -> list[str]:
 def _summary(subject: Subject, score: str, cfg: InterpretConfig) -> Json:
     """Return the mean of a score with its interval, every other number of the scorer likewise, and the counts."""
     part = subject.parts[score]
-    rows = [part["details"][str(j)] for j in subject.sample if str(j) in part["details"]]
+    sample = subject.sampled(score)
+    rows = [part["details"][str(j)] for j in sample if str(j) in part["details"]]
     metric = part["metric"]
     out: Json = {"metric": metric, **_mean([row.get(metric) for row in rows], cfg)}
     out["also"] = {
@@ -110,7 +111,7 @@ def _mean(values: list[float | None], cfg: InterpretConfig) -> Json:
 def _pooled(subject: Subject, score: str, cfg: InterpretConfig) -> Json | None:
     """Return the balanced accuracy of all contexts together with its interval, and the sums of their counts."""
     details = subject.parts[score]["details"]
-    rows = {j: details[str(j)] for j in subject.sample if str(j) in details}
+    rows = {j: details[str(j)] for j in subject.sampled(score) if str(j) in details}
     if not all("tp" in row for row in rows.values()) or not rows:
         return None
     scores = [LatentScore(latent=j, density=0.0, **row) for j, row in rows.items()]

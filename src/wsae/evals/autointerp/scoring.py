@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from wsae.evals.autointerp.subjects import Job, Named, Subject, Subjects
 from wsae.sae import SparseAutoencoder
 
 Json = dict[str, Any]
-Chosen = set[int] | None
 SCHEMA = 1
 """Of a part: another way of scoring is another number."""
 
@@ -38,42 +37,58 @@ def score_all(job: Job, parts: Parts, sides: dict[str, Sides], found: Subjects) 
             _simulated(job, key, found[key[0]][key[1]], fragments_of)
 
 
-def few_latents(n: int, seed: int, sides: Sides, named: Named) -> dict[str, set[int]]:
-    """Return, for a costly score, the first n latents of a seeded order of each sample that have contexts.
+class Few(NamedTuple):
+    """The latents of one subject that a costly score is made for."""
 
-    A twin is scored on the partners of other members' too, so that there are pairs.
+    sample: list[int]
+    """A part of the subject's sample: its mean is over these."""
+    partners: list[int]
+    """Of the latents of other members."""
+
+
+def few_latents(n: int, seed: int, sides: Sides, named: Named) -> dict[str, Few]:
+    """Return the first n latents of a seeded order of each sample that have contexts, and their partners.
+
+    The shuffled control is made for the reference's.
     """
     out = {}
     for name, subject in named.items():
         there = {contexts.latent for contexts in subject.collected.latents}
         own = [latent for latent in subject.sample if latent in there]
         rng = np.random.default_rng(seed_for(seed, "few", sides.survey.hook, name))
-        out[name] = {own[i] for i in rng.permutation(len(own))[:n]}
+        out[name] = Few([own[i] for i in rng.permutation(len(own))[:n]], [])
         if subject.control == "shuffled":
-            out[name] = set(out[sides.reference])
+            out[name] = Few(out[sides.reference].sample, [])
     for member, twin in sides.family.twins.items():
         partners = sides.partners(member)
-        out[twin] = out[twin] | {partners[j] for j in out[member] if j in partners}
+        out[twin].partners.extend(partners[j] for j in out[member].sample if j in partners)
     return out
 
 
 def _free(
-    job: Job, parts: Parts, key: tuple[str, str], subject: Subject, score: Score, chosen: Chosen
+    job: Job,
+    parts: Parts,
+    place: tuple[str, str],
+    subject: Subject,
+    score: Score,
+    few: Few | None,
 ) -> Json:
-    """Return a part from disk or made now."""
-    shown = [contexts.latent for contexts in subject.collected.latents]
+    """Return a part from disk or made now; of a few latents it says which are the sample."""
+    chosen = None if few is None else sorted({*few.sample, *few.partners})
     made_from = {
         "schema": SCHEMA,
         "scorer": job.panel.identity(score),
-        "place": key,
+        "place": place,
         "data": job.data,
         "sae": sae_digest(subject.sae),
         "contexts": job.cfg.contexts.to_dict(),
         "shuffled": job.cfg.seed if subject.control == "shuffled" else None,
-        "latents": shown,
-        "chosen": None if chosen is None else sorted(chosen),
+        "latents": [contexts.latent for contexts in subject.collected.latents],
+        "chosen": chosen,
     }
-    return parts.get(made_from, lambda: job.panel.free(score, subject.collected, chosen))
+    wanted = None if chosen is None else set(chosen)
+    part = parts.get(made_from, lambda: job.panel.free(score, subject.collected, wanted))
+    return part if few is None else {**part, "sample": few.sample}
 
 
 def sae_digest(sae: SparseAutoencoder) -> str:

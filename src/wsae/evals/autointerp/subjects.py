@@ -68,7 +68,11 @@ class Subject:
     def own(self, score: str) -> dict[int, float]:
         """Return the same for the sample alone."""
         values = self.values(score)
-        return {latent: values[latent] for latent in self.sample if latent in values}
+        return {latent: values[latent] for latent in self.sampled(score) if latent in values}
+
+    def sampled(self, score: str) -> list[int]:
+        """Return the latents that a score's mean is over: the sample, or the part of it that was scored."""
+        return self.parts[score].get("sample", self.sample)
 
 
 Named = dict[str, Subject]
