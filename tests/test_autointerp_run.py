@@ -13,7 +13,7 @@ from wsae.core.artifact import MANIFEST, read_json, read_manifest
 from wsae.core.errors import UserError
 from wsae.evals.autointerp.agreement import agreement, rank_correlation, spearman
 from wsae.evals.autointerp.config import InterpretConfig
-from wsae.evals.autointerp.glossary import SCORES
+from wsae.evals.autointerp.glossary import SCORES, glossary
 from wsae.evals.autointerp.pairs import look, selected
 from wsae.evals.autointerp.panel import METRIC
 from wsae.evals.autointerp.run import interpret_run, plan_run
@@ -309,8 +309,12 @@ def test_an_array_has_no_text_and_nothing_is_left_behind(run) -> None:
     assert not (run / "interpretation" / MANIFEST).exists()
 
 
-def test_every_score_has_its_metric_and_formula() -> None:
+def test_every_score_has_its_metric_and_the_docs_its_formula() -> None:
     assert set(METRIC) == set(SCORES)
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text().replace("\\|", "|")
+    for key, entry in glossary().items():
+        row = (entry["name"], f"`{key}`", entry["formula"], entry["direction"])
+        assert f"| {' | '.join(row)} |" in text, key
 
 
 def test_the_report_shows_the_scores_of_an_interpreted_run(done, tmp_path) -> None:
