@@ -8,17 +8,27 @@ import numpy as np
 import pytest
 import torch
 
+from acts_models import make_model
 from autointerp_worlds import features, shown, windows
+from wsae.acts.language import load_language
 from wsae.core.errors import UserError
 from wsae.evals.autointerp import encoder as encoders
+from wsae.evals.autointerp import reader as readers
 from wsae.evals.autointerp.embedding import Space, embedding_scores
 from wsae.evals.autointerp.encoder import Memo, TransformerEncoder, load_encoder
 from wsae.evals.autointerp.metrics import LatentScore
+from wsae.evals.autointerp.reader import Reader
 from wsae.evals.autointerp.summary import (
     Sample,
     density_adjusted,
     matched_density,
     pooled_accuracy,
+)
+from wsae.evals.autointerp.surprisal import (
+    split_shown,
+    surprisal_scores,
+    windows_prefix,
+    words_prefix,
 )
 from wsae.evals.autointerp.windows import Collected, LatentContexts
 from wsae.evals.config import EvalConfig
@@ -341,3 +351,124 @@ def test_pooled_accuracy_resamples_latents_with_all_their_contexts():
     assert found.value == pytest.approx(per_latent.mean())
     assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
     assert pooled_accuracy([], CFG) == (None, None, None)
+
+
+# --- surprisal detection -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A tiny causal model of random weights with its tokenizer."""
+    return load_language(str(make_model(tmp_path_factory.mktemp("lm"), bos=True)))
+
+
+def by_whole_passes(language, prefix: str, text: str) -> float:
+    """Mean log P(token | everything before it) from one pass over prefix and text, softmax written out."""
+    before, body = (
+        language.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prefix, text)
+    )
+    head = [language.tokenizer.bos_token_id, *before]
+    with torch.no_grad():
+        logits = language.model(torch.tensor([head + body])).logits[0].double()
+    share = logits.exp() / logits.exp().sum(1, keepdim=True)
+    places = range(len(head) - 1, len(head) + len(body) - 1)
+    return float(np.mean([np.log(share[p, t].item()) for p, t in zip(places, body, strict=True)]))
+
+
+TEXTS = ["the cat sat", " dogs run over green hills while rain fell all day", "a", "", "two dogs"]
+
+
+@pytest.mark.parametrize("logits", [1, 1 << 25])
+def test_a_reader_agrees_with_whole_passes_however_texts_are_batched(language, monkeypatch, logits):
+    monkeypatch.setattr(readers, "LOGITS", logits)
+    found = Reader(language).read("a mat and two dogs: ", TEXTS)
+    assert np.isnan(found[3]), "a text without tokens has no probability"
+    for text, value in zip(TEXTS, found, strict=True):
+        if text:
+            expected = by_whole_passes(language, "a mat and two dogs: ", text)
+            assert value == pytest.approx(expected, abs=1e-5)
+    assert Reader(language).read("", []).shape == (0,)
+    bare = by_whole_passes(language, "", "a cat")
+    assert Reader(language).read("", ["a cat"]) == pytest.approx(bare, abs=1e-5)
+
+
+def test_a_prefix_longer_than_the_model_reads_loses_its_beginning(language):
+    reader, end = Reader(language), "the cat sat on a mat"
+    long, longer = "green hills " * 200 + end, "while rain fell " * 300 + "green hills " * 200 + end
+    assert np.isfinite(reader.read(long, ["all day"])).all()
+    np.testing.assert_allclose(reader.read(long, TEXTS[:2]), reader.read(longer, TEXTS[:2]))
+
+
+def test_what_comes_back_after_the_same_prefix_is_read_once(language, monkeypatch):
+    reader, passes = Reader(language), []
+    read = reader.read
+    monkeypatch.setattr(reader, "read", lambda prefix, texts: passes.append(texts) or read(prefix, texts))  # fmt: skip
+    first = reader.remembered("the ", ["cat", "cat", "dogs"])
+    again = reader.remembered("the ", ["dogs", "cat"])
+    assert passes == [["cat", "dogs"], []]
+    np.testing.assert_array_equal(again, first[[2, 0]])
+    assert reader.remembered("a ", ["cat"])[0] != first[0], "another prefix is another number"
+
+
+class Overlap(Reader):
+    """Reads by counting: a text's log-probability is the share of its words that the prefix has."""
+
+    def __init__(self):
+        self._remembered = {}
+        self.prefixes: list[str] = []
+
+    def read(self, prefix, texts):
+        self.prefixes.append(prefix)
+        said = set(re.findall(r"\w+", prefix.lower()))
+        split = [re.findall(r"\w+", text.lower()) for text in texts]
+        return np.array(
+            [np.mean([w in said for w in words]) if words else np.nan for words in split]
+        )
+
+
+def test_surprisal_scores_separate_contexts_that_the_explanation_makes_likely():
+    reader = Overlap()
+    first, second = surprisal_scores(two_latents(), reader)
+    assert (first.latent, first.auc, second.auc) == (3, 1.0, 1.0)
+    named = surprisal_scores(two_latents(), reader, {3: "red, blue, paint, door"}, latents=[3])
+    assert [score.latent for score in named] == [3]
+    assert named[0].auc == named[0].balanced_accuracy == 1.0
+    wrong = surprisal_scores(two_latents(), reader, {3: "a dog, the hill, the cat sat"}, {3})
+    assert wrong[0].auc == 0.0
+
+
+def test_no_scored_context_sets_the_threshold_or_is_read_as_explanation():
+    collected, reader = two_latents(), Overlap()
+    before = surprisal_scores(collected, reader, seed=1)
+    texts = [collected.windows.text(int(w)) for w in collected.latents[0].positive.window]
+    assert not any(text in prefix for text in texts for prefix in reader.prefixes)
+    one = collected.latents[0]
+    swapped = replace(one, positive=one.negative, negative=one.positive)
+    after = surprisal_scores(
+        replace(collected, latents=[swapped, collected.latents[1]]), reader, seed=1
+    )
+    assert after[0].auc == pytest.approx(1 - before[0].auc)
+    assert (after[0].tp, after[0].fn) == (before[0].fp, before[0].tn)
+    assert (after[0].tn, after[0].fp) == (before[0].fn, before[0].tp)
+
+
+def test_half_of_the_explaining_windows_are_read_and_the_others_calibrate():
+    shown_, rest = split_shown(np.arange(20, 35))
+    assert shown_.tolist() == [20, 22, 24, 26, 28, 30, 32, 34]
+    assert rest.tolist() == [21, 23, 25, 27, 29, 31, 33]
+
+
+def test_text_in_a_template_is_data():
+    assert "{window} {0} <b>" in windows_prefix(["{window} {0} <b>", "x"])
+    assert words_prefix("{explanation} {}") == words_prefix("A").replace("A", "{explanation} {}")
+    assert len(words_prefix("x" * 10**6)) < 2000
+
+
+def test_hostile_windows_are_scored_or_counted(language):
+    """Control characters, right-to-left text, markup and nothing at all."""
+    collected = two_latents(extra="\u202e\x00\x1b[31m <script>{x}</script> \u05d0\ufffd")
+    for scores in (embedding_scores(collected, Bag()), surprisal_scores(collected, language)):
+        for score, one in zip(scores, collected.latents, strict=True):
+            counted = score.tp + score.fn + score.tn + score.fp + score.hard_tn + score.hard_fp
+            contexts = len(one.positive) + len(one.negative) + len(one.hard)
+            assert counted + score.failed == contexts

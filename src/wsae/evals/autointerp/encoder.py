@@ -128,6 +128,10 @@ class Memo:
         self._place: dict[str, int] = {}
         self._rows: np.ndarray | None = None
 
+    def __len__(self) -> int:
+        """Return how many distinct texts there are."""
+        return len(self._place)
+
     def encode(self, texts: Sequence[str], progress: Progress = quiet) -> Vectors:
         """Return one row per text, encoding only those not seen before."""
         new = [text for text in dict.fromkeys(texts) if text not in self._place]

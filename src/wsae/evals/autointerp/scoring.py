@@ -18,7 +18,7 @@ from wsae.evals.autointerp.subjects import Job, Named, Subject, Subjects
 from wsae.sae import SparseAutoencoder
 
 Json = dict[str, Any]
-SCHEMA = 1
+SCHEMA = 2
 """Of a part: another way of scoring is another number."""
 
 
