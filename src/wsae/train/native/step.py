@@ -9,11 +9,12 @@ With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from wsae.losses.weigh import weigh
-from wsae.ops import SparseCode, code_from_topk
+from wsae.ops import SparseCode
+from wsae.ops.codes import offsets_of
 from wsae.ops.native.select import Centred
 from wsae.ops.native.slices import (
     Residual,
@@ -33,6 +34,9 @@ from wsae.train.counters import StepResult, add_sums, count, follow_latents, ref
 from wsae.train.native.codes import Codes, find_codes
 from wsae.train.native.state import enter, moments
 from wsae.train.state import Batch, MemberState
+
+ROUNDING = 2.0**-23
+"""A float32 product of two vectors errs by at most this share of their lengths per dimension."""
 
 
 class Part(NamedTuple):
@@ -109,25 +113,41 @@ def _revival(
     dead = member.dead.nonzero()[:, 0]
     if member.cfg.auxk == 0 or len(dead) == 0:
         return None
-    rows = weights.encoder_rows.index_select(1, dead)
-    pre = centred[0] @ from_slices(rows, weights.d_in).T
-    pre = pre if member.sae.b_enc is None else pre.add_(member.sae.b_enc.detach()[dead])
-    k = min(member.cfg.revived(weights.d_in), len(dead))
-    values, picked = pre.topk(k, dim=1, sorted=False)
-    code = code_from_topk(values, dead[picked])
+    code = _revived(member, weights, centred, dead)
     pairs = sort_pairs(code, weights.d_sae)
-    # the product's last bits depend on the number of threads, these values do not
-    z = dots(pairs, centred[1], weights.encoder_rows, None, weights.d_in)
-    if member.sae.b_enc is not None:
-        z += member.sae.b_enc.detach()[code.indices[pairs.order]]
-    z = z.relu_()
+    z = code.values[pairs.order]
     e_hat = decode(pairs, z, weights.decoder.W, _scale(weights), (len(x), weights.d_in))
     target = _error(member, left, x)
     found = _weighted_residual(e_hat, target, member.sae.gamma)
     gradient = found.gradient.mul_(member.cfg.auxk)
     along = dots(pairs, gradient, weights.decoder.W, _scale(weights), weights.d_in)
-    terms = Terms(pairs, z, along * (z > 0), along, gradient)
+    terms = Terms(pairs, z, along, along, gradient)
     return Part(terms, code, along, found._replace(gradient=gradient), 0.0)
+
+
+def _revived(
+    member: MemberState, weights: Weights, centred: Centred, dead: Int64[Tensor, " dead"]
+) -> SparseCode:
+    """Return the positive pre-activations among each row's largest ones of dead latents: the others change nothing.
+
+    A dense product says which may be positive. Its last bits depend on the number of threads, those of the values here
+    do not.
+    """
+    rows = from_slices(weights.encoder_rows.index_select(1, dead), weights.d_in)
+    bias = None if member.sae.b_enc is None else member.sae.b_enc.detach()
+    pre = centred[0] @ rows.T
+    pre = pre if bias is None else pre.add_(bias[dead])
+    k = min(member.cfg.revived(weights.d_in), len(dead))
+    values, picked = pre.topk(k, dim=1, sorted=False)
+    slack = ROUNDING * weights.d_in * centred[0].norm(dim=1, keepdim=True) * rows.norm(dim=1).max()
+    row, place = (values > -slack).nonzero(as_tuple=True)
+    latents, offsets = dead[picked[row, place]], offsets_of(row, len(pre))
+    pairs = sort_pairs(SparseCode(values[row, place], latents, offsets), weights.d_sae)
+    exact = dots(pairs, centred[1], weights.encoder_rows, None, weights.d_in)
+    z = torch.empty_like(exact).index_copy_(0, pairs.order, exact)
+    z = z if bias is None else z.add_(bias[latents])
+    keep = z > 0
+    return SparseCode(z[keep], latents[keep], offsets_of(row[keep], len(pre)))
 
 
 def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "batch d_in"]:
