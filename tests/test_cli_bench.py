@@ -1,11 +1,16 @@
 """`wsae bench` from the command line, at its smallest size and without peers."""
 
+import contextlib
 import csv
+import io
 import json
+from pathlib import Path
 
 import pytest
 
+from wsae.cli.bench import show
 from wsae.cli.main import main
+from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest
 
 SMALL = ("--d-in", "16", "--d-sae", "64", "--k", "4", "--batch", "64", "--rounds", "2",
@@ -18,20 +23,40 @@ def run(capsys, *words: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-def test_a_run_prints_tables_and_leaves_its_numbers(tmp_path, capsys):
-    out = tmp_path / "bench"
-    code, text, _ = run(capsys, *SMALL, "--lr", "0", "--out", str(out))
-    assert code == 0
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, str]:
+    """One run: the directory it leaves and what it wrote to stdout."""
+    place, out = tmp_path_factory.mktemp("bench") / "bench", io.StringIO()
+    words = [*SMALL, "--lr", "0.002", "--fit-steps", "3", "--json", "--out", str(place)]
+    with contextlib.redirect_stdout(out):
+        assert main(["bench", *words]) == 0
+    return place, out.getvalue()
+
+
+def test_json_is_all_there_is_on_stdout(made):
+    found = json.loads(made[1])
+    assert [block["kind"] for block in found["blocks"]] == ["speed", "fit"]
+    assert found["blocks"][1]["rows"][0]["lr"] == 0.002
+    assert found["blocks"][0]["floor_ms"] > 0
+
+
+def test_a_run_prints_tables_and_leaves_its_numbers(made):
+    out, printed = made
+    text = io.StringIO()
+    show(json.loads(printed), UI(text, io.StringIO()))
+    text = text.getvalue()
     for words in ("tokens/s", "share of floor", "encoder product, bf16", "0 variants failed"):
         assert words in text
     with (out / "results.csv").open() as file:
-        (row,) = csv.DictReader(file)
+        row, fit = csv.DictReader(file)
+    assert (fit["block"], fit["lr"]) == ("fit", "0.002")
     assert row["variant"] == "wsae-eager"
     assert (row["d_sae"], row["threads"], row["dtype"]) == ("64", "1", "float32")
     assert row["cpu"]
     assert row["commit"]
     with (out / "steps.csv").open() as file:
-        steps = [line for line in csv.DictReader(file) if line["variant"] == "wsae-eager"]
+        steps = list(csv.DictReader(file))
+    steps = [s for s in steps if (s["block"], s["variant"]) == ("speed", "wsae-eager")]
     assert len(steps) == int(row["steps"]) == 6
     middle = sorted(float(step["s"]) for step in steps)[2:4]
     assert 1e3 * sum(middle) / 2 == pytest.approx(float(row["ms"]))
@@ -40,17 +65,6 @@ def test_a_run_prints_tables_and_leaves_its_numbers(tmp_path, capsys):
     assert set(read_manifest(out, "bench").files) >= {"results.csv", "steps.csv", "bench.json"}
     kept = json.loads((out / "bench.json").read_text())
     assert kept["blocks"][0]["rows"][0]["ms"] == pytest.approx(float(row["ms"]))
-
-
-def test_json_is_all_there_is_on_stdout(capsys):
-    code, out, _ = run(
-        capsys, *SMALL, "--rounds", "1", "--lr", "0.002", "--fit-steps", "3", "--json"
-    )
-    found = json.loads(out)
-    assert code == 0
-    assert [block["kind"] for block in found["blocks"]] == ["speed", "fit"]
-    assert found["blocks"][1]["rows"][0]["lr"] == 0.002
-    assert found["blocks"][0]["floor_ms"] > 0
 
 
 def test_quick_is_small(capsys):

@@ -25,12 +25,24 @@ def wsae(*words: str, cwd: Path | None = None, **options) -> subprocess.Complete
     )  # fmt: skip
 
 
-@pytest.fixture
-def array(tmp_path: Path) -> Path:
+def write_array(place: Path) -> Path:
     rng = np.random.default_rng(0)
     features = (rng.random((1500, 24)) < 0.1) * rng.random((1500, 24))
-    np.save(tmp_path / "acts.npy", (features @ rng.standard_normal((24, 8))).astype(np.float32))
-    return tmp_path / "acts.npy"
+    np.save(place / "acts.npy", (features @ rng.standard_normal((24, 8))).astype(np.float32))
+    return place / "acts.npy"
+
+
+@pytest.fixture
+def array(tmp_path: Path) -> Path:
+    return write_array(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run made by the command in a process of its own, and what it said."""
+    array = write_array(tmp_path_factory.mktemp("trained"))
+    words = ["--k", "2", "--expansion", "2", "--batch-size", "128", "--tokens", "640", "--json"]
+    return array, wsae("train", str(array), "--out", str(array.parent / "run"), *words)
 
 
 def test_help_lists_every_command_and_its_first_example(capsys):
@@ -230,18 +242,16 @@ def test_a_closed_pipe_is_no_error():
     assert done.stderr == ""
 
 
-def test_with_json_stdout_holds_the_result_and_nothing_else(array):
-    run = array.parent / "run"
-    words = ["--k", "2", "--expansion", "2", "--batch-size", "128", "--tokens", "640", "--json"]
-    done = wsae("train", str(array), "--out", str(run), *words)
+def test_with_json_stdout_holds_the_result_and_nothing_else(trained):
+    array, done = trained
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["run"] == str(run)
+    assert result["run"] == str(array.parent / "run")
     assert list(result["members"]["acts"]) == ["plain", "variance-a1"]
     assert result["members"]["acts"]["plain"]["tokens"] == 640
 
 
-def test_ctrl_c_says_what_is_kept_and_the_command_it_names_goes_on(array):
+def test_ctrl_c_says_what_is_kept_and_the_command_it_names_goes_on(array, capsys):
     run = array.parent / "run"
     words = ["--k", "2", "--expansion", "2", "--batch-size", "64", "--tokens", "40000000"]
     command = [sys.executable, "-m", "wsae.cli", "train", str(array), "--out", str(run), *words]
@@ -259,19 +269,16 @@ def test_ctrl_c_says_what_is_kept_and_the_command_it_names_goes_on(array):
     assert line.endswith("--resume")
     assert "Traceback" not in err
     assert (run / "checkpoints").is_dir()
-    again = wsae(*shlex.split(line.split("go on with: wsae ")[1]), "--tokens", "99")
-    assert again.returncode == 2
-    assert "holds a run of another config" in again.stderr
+    again = shlex.split(line.split("go on with: wsae ")[1])
+    assert main.main([*again, "--tokens", "99"]) == 2
+    assert "holds a run of another config" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_resumed_from_its_own_config(array):
-    run = array.parent / "run"
-    small = ["--k", "2", "--expansion", "2", "--batch-size", "128", "--tokens", "640"]
-    first = wsae("train", str(array), "--out", str(run), *small, "--json")
-    assert first.returncode == 0, first.stderr
-    again = wsae("train", str(array), "--out", str(run), "--resume", "--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == json.loads(first.stdout)
+def test_a_finished_run_is_resumed_from_its_own_config(trained, capsys):
+    array, first = trained
+    words = ["train", str(array), "--out", str(array.parent / "run"), "--resume", "--json"]
+    assert main.main(words) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(first.stdout)
 
 
 def test_a_file_in_the_way_of_the_run_is_named(array, capsys):
