@@ -58,15 +58,15 @@ class Reader:
             return probabilities[:, self._digits[10][0]]
         ten = torch.zeros_like(one)
         first, zero = self._digits[1][0], self._digits[0][0]
+        held = len(ids)
         for i in reversed(range(len(places))):  # backwards: the cache is cut shorter and shorter
             if one[i] < _NEGLIGIBLE:
                 continue
-            past.crop(places[i] + 1)
+            past.crop(places[i] + 1 - held)  # negative: so many are removed
             out = self._model(input_ids=self._tensor([first]), past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            past, held = out.past_key_values, places[i] + 2
             self.length += 1
             ten[i] = one[i] * out.logits[0, -1].float().softmax(-1).double()[zero]
-        assert len(ids) >= len(places)
         return ten
 
     def _plain(self, text: str) -> list[int]:
