@@ -270,8 +270,8 @@ def write_interpretation(run: Path, latents: int = 6) -> Path:
         }
         shown[hook] = {
             name: [
-                {**entry, "scores": {s: v["value"] for s, v in scored[name][i]["scores"].items()}}
-                | {"explanation": scored[name][i]["explanation"]}
+                {**entry, "scores": scored[name][i]["scores"]}
+                | {"explanation": scored[name][i]["explanation"], "tokens": [" ship", HOSTILE[0]]}
                 for i, entry in enumerate(found[:latents])
             ]
             for name, found in members.items()
@@ -317,8 +317,8 @@ def _scored(found: list[dict], member: int) -> list[dict]:
             "latent": entry["latent"],
             "density": entry["density"],
             "peak": entry["max"],
-            "explanation": EXPLANATION if i == 0 else f"explanation {member}/{i}",
-            "scores": {s: {"value": round(v - 0.03 * i, 3)} for s, v in SCORES.items()},
+            "explanation": {0: EXPLANATION, 1: None}.get(i, f"explanation {member}/{i}"),
+            "scores": {s: round(v - 0.03 * i, 3) for s, v in SCORES.items()},
         }
         for i, entry in enumerate(found)
     ]

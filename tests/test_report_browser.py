@@ -330,7 +330,9 @@ def test_explanation_and_scores_stand_beside_the_contexts_of_both_members(
                 assert text == [None, []]
                 continue
             assert text[1] == [rounded(wanted["scores"][score]) for score in SCORES]
-            if wanted["explanation"] != EXPLANATION:
+            if wanted["explanation"] is None:
+                assert text[0] == f"fires on ship {HOSTILE[0]} ", "nobody explained it"
+            elif wanted["explanation"] != EXPLANATION:
                 assert text[0] == f"“{wanted['explanation']}”"
             else:
                 assert "<img src=x onerror=alert(1)>" in text[0], "hostile text stays text"

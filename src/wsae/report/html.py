@@ -100,9 +100,9 @@ def json_block(value: object) -> Markup:
 def pack_contexts(run: RunData) -> Json:
     """Return the contexts in compact form: a token table, and per context token numbers and the activations above 0.
 
-    A latent is [index, density, variance, max, match or null, contexts, scores, explanation or null], a match [member,
-    latent, cosine], a context [token numbers, peak position, sequence, [position, activation, ...]]; scores are
-    [value or null, ...] in the order of `scores`.
+    A latent is [index, density, variance, max, match or null, contexts, scores, explanation or null, typical tokens], a
+    match [member, latent, cosine], a context [token numbers, peak position, sequence, [position, activation, ...]];
+    scores are [value or null, ...] in the order of `scores`.
     """
     counts: dict[str, int] = {}
     for members in run.contexts.values():
@@ -141,6 +141,7 @@ def _latent(entry: Json, number_of: dict[str, int], scores: list[str]) -> list[o
         [_context(context, number_of) for context in entry["contexts"]],
         [_short(values.get(score)) for score in scores] if values else [],
         None if said is None else str(said),
+        [str(token) for token in entry.get("tokens", [])],
     ]
 
 

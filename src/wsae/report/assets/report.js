@@ -76,8 +76,8 @@
       }
     }
   }
-  function latent([index, density, variance, max, match, contexts, scores, explanation]) {
-    const entry = { latent: index, density, variance, max, match, contexts, scores, explanation };
+  function latent([index, density, variance, max, match, contexts, scores, explanation, typical]) {
+    const entry = { latent: index, density, variance, max, match, contexts, scores, explanation, typical };
     data.scores.forEach((_, i) => { entry[SCORE + i] = scores[i] ?? null; });
     return Object.assign(entry, { cosine: match ? match[2] : null, suitor: null, text: null });
   }
@@ -154,6 +154,11 @@
       return box;
     }
     if (entry.explanation !== null) box.append(node("p", "explained", "“" + visible(entry.explanation) + "”"));
+    else if (entry.typical.length) {
+      const line = node("p", "explained", "fires on ");
+      entry.typical.forEach((token) => line.append(node("code", "typical", visible(token).trim() || "␣"), " "));
+      box.append(line);
+    }
     if (entry.scores.length) {
       const scores = node("p", "scores");
       data.scores.forEach((name, i) => scores.append(stat(name, number(entry.scores[i]))));
