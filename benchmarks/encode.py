@@ -11,8 +11,8 @@ import statistics
 import time
 
 import torch
-from kernels import SIZES, mixture
 
+from training_step import SIZES, mixture
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.sae.encoding import Encoder
 

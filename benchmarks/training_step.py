@@ -1,6 +1,6 @@
 """Where a compiled training step goes, and what each of its ideas is worth, on synthetic activations.
 
-    python benchmarks/kernels.py [--size A B] [--threads 1] [--steps 30]
+    python benchmarks/training_step.py [--size A B] [--threads 1] [--steps 30]
 
 Variants step alternately on the same batches: as shipped; without the guess learned from the batch before; with a
 float32 product in place of 8 bits; PyTorch's own kernels. Prints the median time of each part of a shipped step, the
