@@ -68,7 +68,7 @@ def run_benchmark(
 ) -> tuple[dict[str, Any], list[Path]]:
     """Train and score every method on every world; return the tables and the file with every SAE's scores."""
     n, seeds, cfg = _size(preset)
-    toys = _toy_configs(n, seeds, seed, 200 if preset == "tiny" else 3000)
+    toys = _toy_configs(n, seeds, seed, 60 if preset == "tiny" else 3000)
     settings = {
         "training": cfg.to_dict(),
         "methods": [method.to_dict() for method in benchmark_methods(n)],
@@ -94,7 +94,7 @@ def run_benchmark(
 
 
 def _size(preset: Preset) -> tuple[int, int, TrainingConfig]:
-    n, seeds, steps = {"tiny": (30, 2, 60), "small": (60, 3, 1000), "paper": (100, 3, 2000)}[preset]
+    n, seeds, steps = {"tiny": (30, 2, 20), "small": (60, 3, 1000), "paper": (100, 3, 2000)}[preset]
     base = training(preset, steps=steps)
     rows = 512 if preset == "tiny" else 2048
     return n, seeds, base.model_copy(update={"unit_scale": True, "rows": rows})

@@ -19,6 +19,11 @@ STYLES = (
     ("#009e73", "--", "^"),
     ("#0072b2", ":", "D"),
     ("#cc79a7", "-.", "v"),
+    ("#e69f00", "-", "P"),
+    ("#56b4e9", "--", "X"),
+    ("#7f7f7f", ":", "*"),
+    ("#8c564b", "-.", "<"),
+    ("#000000", "--", ">"),
 )
 
 
@@ -26,6 +31,8 @@ def panels_figure(
     panels: Sequence[dict[str, Any]], path: Path, xlabel: str = "sparsity S", columns: int = 4
 ) -> list[Path]:
     """Draw panels (title, ylabel, series) side by side, one line a method with its 95 % band; returns both paths.
+
+    A panel may have `log`, the `bottom` its axis reaches down to (0), and `ticks`, names of the places 0, 1, ...
 
     `path` is without suffix; PNG and SVG are written. Raises UserError when matplotlib is not installed.
     """
@@ -42,7 +49,10 @@ def panels_figure(
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
         seen |= dict(zip(labels, handles, strict=True))
-    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=4, frameon=False)
+    columns = min(4, 2 * columns)
+    figure.legend(
+        seen.values(), seen.keys(), loc="outside lower center", ncols=columns, frameon=False
+    )
     return [save_figure(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
 
 
@@ -66,6 +76,8 @@ def _draw(ax: "Axes", panel: dict[str, Any], names: list[str], xlabel: str) -> N
             ax.fill_between(x, low, line["high"], color=colour, alpha=0.18, lw=0)
     ax.set_title(panel["title"], loc="left", fontsize=9.5)
     ax.set_xlabel(xlabel)
+    if panel.get("ticks"):
+        ax.set_xticks(range(len(panel["ticks"])), panel["ticks"], fontsize=8)
     ax.set_ylabel(panel["ylabel"], fontsize=9)
     if panel.get("log"):
         ax.set_yscale("log")

@@ -31,7 +31,10 @@ def scatter_figure(panels: Sequence[Panel], path: Path, columns: int = 3) -> lis
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
         seen |= dict(zip(labels, handles, strict=True))
-    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=4, frameon=False)
+    columns = min(4, 2 * columns)
+    figure.legend(
+        seen.values(), seen.keys(), loc="outside lower center", ncols=columns, frameon=False
+    )
     return [save_figure(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
 
 

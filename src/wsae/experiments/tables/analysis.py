@@ -29,12 +29,14 @@ WAYS = {
 
 
 def add_matched_fvu(rows: list[Row], sae: SAEPlan, cfg: InterpretConfig) -> None:
-    """Add to every weighted row its difference from plain SAEs of equal FVU, by score and way."""
+    """Add to every weighted row its difference from plain SAEs of equal FVU, by score and way.
+
+    The plain SAEs of higher FVU that a further seed lacks are those of the hook's first seed.
+    """
     for row in rows:
         if row["rule"] in ("none", "control"):
             continue
-        family = select(rows, hook=row["hook"], seed=row["seed"], activation=row["activation"])
-        plain = [other for other in family if other["rule"] == "none"]
+        plain = _plain(rows, row)
         curves = {
             FEWER: [p for p in plain if p["lr"] == sae.lr],
             SLOWER: [p for p in plain if p["k"] == sae.k],
@@ -44,6 +46,14 @@ def add_matched_fvu(rows: list[Row], sae: SAEPlan, cfg: InterpretConfig) -> None
                 found = _at_fvu(row, curve, score, cfg)
                 if found is not None:
                     row["differences"].setdefault(score, {})[way] = found
+
+
+def _plain(rows: Sequence[Row], row: Row) -> list[Row]:
+    """Return the plain rows of a row's hook and kind, each of its own seed or else of the first."""
+    found = select(rows, hook=row["hook"], activation=row["activation"], rule="none")
+    first = min((other["seed"] for other in found), default=row["seed"])
+    named = {r["member"]: r for seed in (first, row["seed"]) for r in select(found, seed=seed)}
+    return list(named.values())
 
 
 def _at_fvu(

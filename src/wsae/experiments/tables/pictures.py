@@ -25,9 +25,9 @@ def draw(rows: Sequence[Row], hooks: Sequence[str], sae: SAEPlan, out: Path) -> 
     """Draw both figures for the scores there are; returns their paths."""
     paths = []
     scores = scores_of(rows)
-    panels = [_by_layer(rows, hooks, score) for score in scores]
+    panels = [panel for score in scores for panel in _by_layer(rows, hooks, score)]
     if panels:
-        paths += panels_figure(panels, out / "score-by-layer", "place of the hook", 3)
+        paths += panels_figure(panels, out / "score-by-layer", "hook", 3)
     for score in scores:
         scatter = [_against_fvu(rows, hook, score, sae) for hook in hooks]
         kept = [panel for panel in scatter if panel["points"]]
@@ -36,12 +36,19 @@ def draw(rows: Sequence[Row], hooks: Sequence[str], sae: SAEPlan, out: Path) -> 
     return paths
 
 
-def _by_layer(rows: Sequence[Row], hooks: Sequence[str], score: str) -> dict[str, Any]:
-    controls = [row["member"] for row in rows if row["rule"] == "control"]
-    grouped = [f"{name}-group" for name in (PLAIN, ONE)]
-    names = [*SHOWN, *grouped, *dict.fromkeys(controls)]
-    series = [line for name in names if (line := _line(rows, hooks, name, score)) is not None]
-    return {"title": score, "ylabel": "score", "series": series, "bottom": 0.5}
+def _by_layer(rows: Sequence[Row], hooks: Sequence[str], score: str) -> list[dict[str, Any]]:
+    """Return a panel of the weights, one of the controls, and one of group Top-k, each beside the plain SAE."""
+    controls = dict.fromkeys(row["member"] for row in rows if row["rule"] == "control")
+    grouped = [f"{name}-group" for name in (PLAIN, HALF, ONE)]
+    choices = {"weights": SHOWN, "controls": (PLAIN, *controls), "group Top-k": (PLAIN, *grouped)}
+    ticks = [hook.removeprefix("layers.") for hook in hooks]
+    panels = []
+    for title, names in choices.items():
+        series = [line for name in names if (line := _line(rows, hooks, name, score)) is not None]
+        if {line["method"] for line in series} - {PLAIN}:
+            about = {"title": f"{score}: {title}", "ylabel": "score", "bottom": 0.5}
+            panels.append(about | {"series": series, "ticks": ticks})
+    return panels
 
 
 def _line(

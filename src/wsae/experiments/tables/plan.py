@@ -114,32 +114,36 @@ class StudyPlace(Config):
     seeded: tuple[str, ...] = ()
     """Hooks with `seeds` seeds; the others have one."""
     rules_at: str
+    curve_at: tuple[str, ...]
+    """Hooks at which plain SAEs of other FVU are trained too."""
 
 
 def study_plan(sae: SAEPlan, place: StudyPlace, seed: int = 0) -> Plan:
     """Return the wider study's runs.
 
     Everywhere: both Top-k variants, plain and alpha 0.5, 1; alpha 1 with the proxy winsorised, by rank and without
-    outlier dimensions (Top-k); the curve. At one hook: all alphas and rules. At some: the core again with other seeds.
+    outlier dimensions (Top-k). At some hooks the curve; at one all alphas and rules; at some plain and alpha 0.5, 1
+    again with other seeds.
     """
     core = [PLAIN, *(_variance(alpha) for alpha in ALPHAS)]
     tamed = [_variance(1.0, robust) for robust in PROXIES[1:]]
     every = [sae.member(g) for g in (*core, *tamed, *_dropped((0.0, 1.0)))]
-    every += [sae.member(gamma, "group_topk") for gamma in core] + sae.curve()
+    every += [sae.member(gamma, "group_topk") for gamma in core]
     runs = []
     for hook in place.hooks:
+        curve = sae.curve() if hook in place.curve_at else []
         rules = [sae.member(gamma) for gamma in all_rules()] if hook == place.rules_at else []
-        runs.append(_run(hook, seed, [*every, *rules]))
-    again = [sae.member(g) for g in (*core, *_dropped((0.0, 1.0)))]
-    again += [sae.member(gamma, "group_topk") for gamma in (PLAIN, _variance(1.0))]
+        runs.append(_run(hook, seed, [*every, *curve, *rules]))
     for hook in place.seeded:
+        again = [sae.member(gamma) for gamma in core]
         runs += [_run(hook, seed + s, again) for s in range(1, place.seeds)]
     return Plan(name="language", runs=tuple(runs))
 
 
 def all_rules() -> list[GammaConfig]:
     """Return every gamma rule of the study: alphas by proxy, latent variance, gap, whiten."""
-    powers = [_variance(alpha, robust) for robust in PROXIES for alpha in ALL_ALPHAS]
+    powers = [_variance(alpha) for alpha in ALL_ALPHAS]
+    powers += [_variance(a, robust) for robust in PROXIES[1:] for a in ALL_ALPHAS if a > 0]
     carried = [GammaConfig(rule="latent_variance", alpha=alpha) for alpha in ALPHAS]
     other = [*_dropped((0.5,)), GammaConfig(rule="gap"), GammaConfig(rule="whiten")]
     return [*powers, *carried, *other]

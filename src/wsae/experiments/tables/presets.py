@@ -24,7 +24,7 @@ TINY_MODEL = "model"
 
 SAES: dict[Preset, SAEPlan] = {
     "tiny": SAEPlan(expansion=8, k=8, lr=3e-3, curve_k=(4,), curve_lr=(1e-4,)),
-    # lr: chosen on the plain SAE (docs/reproduction.md); the curve reaches from its FVU to an untrained SAE's
+    # lr: chosen on the plain SAE (docs/reproduction.md); the curve reaches the FVU of all but the most extreme weights
     "small": SAEPlan(expansion=8, k=32, lr=3e-3, curve_k=(16,), curve_lr=(5e-4, 1e-4)),
     "paper": SAEPlan(expansion=32, k=32, curve_k=(16,), curve_lr=(2e-5,)),
 }
@@ -150,6 +150,7 @@ def _plan(name: StudyName, preset: Preset, hooks: tuple[str, ...], seed: int) ->
         seeds=2 if preset == "tiny" else 3,
         seeded=tuple(dict.fromkeys((rules, again)))[: 1 if preset == "tiny" else 2],
         rules_at=rules,
+        curve_at=tuple(dict.fromkeys((hooks[0], rules, again))),
     )
     return study_plan(sae, place, seed)
 

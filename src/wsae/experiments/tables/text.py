@@ -115,11 +115,13 @@ def _value(row: Row | None, score: str) -> float | None:
 
 def _of(record: dict[str, Any], sign: bool = False) -> str:
     value = record.get("difference" if sign else "value")
-    return NONE if value is None else _cell(value, record.get("low"), record.get("high"), sign, 100)
+    return (
+        NONE if value is None else _cell(value, record.get("low"), record.get("high"), sign, 100.0)
+    )
 
 
 def _cell(
-    value: float, low: float | None, high: float | None, sign: bool = False, scale: float = 1
+    value: float, low: float | None, high: float | None, sign: bool = False, scale: float = 1.0
 ) -> str:
     shown = f"{scale * value:{'+' if sign else ''}.1f}"
     if low is None or high is None:
