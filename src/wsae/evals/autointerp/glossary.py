@@ -15,8 +15,8 @@ SCORES: dict[Score, Metric] = {
     ),
     "surprisal": Metric(
         "Surprisal detection",
-        "mean over latents of the AUC of (log P(c | explaining windows) - log P(c)) / tokens of c under a language "
-        "model; windows c as for embedding",
+        "mean over latents of the AUC of (log P(c | explaining windows) - log P(c | windows of other latents)) / "
+        "tokens of c under a language model; windows c as for embedding",
         HIGHER,
     ),
     "detection": Metric(
