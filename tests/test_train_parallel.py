@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,6 +105,12 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def run_ranks(work: Callable[..., None], ranks: int, *arguments: object) -> None:
+    """Run work(rank, *arguments) in as many processes, forked from one that has imported the package."""
+    mp.set_forkserver_preload(["pytest", "wsae.train.run", "wsae.train.parallel.run"])
+    mp.start_processes(work, arguments, ranks, start_method="forkserver")
 
 
 def again(world: World, name: str, layout: Layout) -> World:
@@ -250,7 +256,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(Stopped, match=f"step {HALF} of"):
         train_run(config(), Interrupted(features()), out / "1+latents4")
     torch.set_num_threads(threads)
-    mp.spawn(work, (free_port(), out), 4)
+    run_ranks(work, 4, free_port(), out)
     return out
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from test_train_parallel import features, free_port
+from test_train_parallel import features, free_port, run_ranks
 from wsae.acts.source import open_source
 from wsae.core.artifact import read_json
 from wsae.train.checkpoint import checkpoints
@@ -104,7 +103,7 @@ def test_a_killed_rank_ends_the_job_with_one_line_and_loses_nothing(tmp_path: Pa
     assert "--resume" in ours[0]
     begun = checkpoints(run)
     assert begun, "no checkpoint was left: the test showed nothing"
-    mp.spawn(finish, (free_port(), tmp_path), 2)
+    run_ranks(finish, 2, free_port(), tmp_path)
     assert files_of(run) == files_of(tmp_path / "whole")
 
 
