@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
+from wsae.core.artifact import digest
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import FREE, InterpretConfig, Score
@@ -15,8 +16,8 @@ from wsae.evals.autointerp.llm.explain import Explained, Explanation, explain_la
 from wsae.evals.autointerp.llm.fragments import Fragments
 from wsae.evals.autointerp.llm.simulate import simulation_scores
 from wsae.evals.autointerp.llm.types import Llm, Tally
-from wsae.evals.autointerp.reader import Causal, Reader
-from wsae.evals.autointerp.surprisal import surprisal_scores
+from wsae.evals.autointerp.reader import Reader
+from wsae.evals.autointerp.surprisal import TEMPLATES, surprisal_scores
 from wsae.evals.autointerp.windows import Collected
 from wsae.evals.data import Language
 
@@ -68,6 +69,8 @@ class Panel:
             "judge": _name(judge),
             "digest": getattr(judge, "digest", ""),
         }
+        if score == "surprisal":
+            found["prompts"] = digest(TEMPLATES)
         if score not in FREE:
             assert self.llm is not None
             cfg = self.llm.cfg
@@ -90,7 +93,7 @@ class Panel:
     def asked(self, collected: Collected, task: str) -> tuple[dict[str, Json], dict[str, str]]:
         """Explain a member's latents and judge them by detection and fuzzing; return parts and explanations."""
         assert self.llm is not None
-        wanted = [score for score in ("detection", "fuzzing") if score in self.cfg.scores]
+        wanted: list[Score] = [s for s in self.cfg.scores if s in ("detection", "fuzzing")]
         explained = explain_latents(collected, self.llm, self.progress, f"{task}: explain")
         parts = {}
         for score in wanted:
@@ -136,9 +139,7 @@ def panel(cfg: InterpretConfig, judges: Judges, progress: Progress) -> Panel:
         raise UserError(
             f"score {asked[0]}: asks a language model that follows instructions; give one, or leave it out"
         )
-    reader = (
-        Reader(language) if "surprisal" in cfg.scores and isinstance(language, Causal) else None
-    )
+    reader = Reader(language) if "surprisal" in cfg.scores and language is not None else None
     return Panel(cfg, encoder, language, llm, reader, progress)
 
 

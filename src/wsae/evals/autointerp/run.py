@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from wsae.core.artifact import MANIFEST, digest, locked, read_json, read_manifest, write_manifest
 from wsae.core.progress import Progress, quiet
-from wsae.evals.autointerp.config import FREE, InterpretConfig
+from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.llm.plan import Planned, dry_run
 from wsae.evals.autointerp.pairs import look, selected
 from wsae.evals.autointerp.panel import Judges, again, panel
@@ -103,9 +103,9 @@ def plan_run(
 
     The control random_model is left out: its latents are known only after it was trained.
     """
-    asked = tuple(score for score in cfg.scores if score not in FREE)
+    asked: list[Asked] = [s for s in cfg.scores if s != "embedding" and s != "surprisal"]
     known = tuple(control for control in cfg.controls if control != "random_model")
-    cfg = cfg.model_copy(update={"scores": asked, "controls": known})
+    cfg = cfg.model_copy(update={"scores": tuple(asked), "controls": known})
     families = selected(run_subject(run).families, cfg)
     job = Job(run, source, families, panel(cfg, judges, progress), "")
     sides = look(source, families, cfg, progress)

@@ -86,7 +86,7 @@ def subjects(job: Job, place: Path, sides: dict[str, Sides]) -> Subjects:
     saes: Members = {h: {**s.family.saes, **s.controls(job.cfg)} for h, s in sides.items()}
     wanted = {hook: side.latents() for hook, side in sides.items()}
     found = _collected(job, job.source, saes, wanted)
-    control_of = {name: control for control, name in NAMES.items()}
+    control_of: dict[str, Control] = {name: control for control, name in NAMES.items()}
     out: Subjects = {hook: {} for hook in sides}
     for hook, side in sides.items():
         for name, collected in found[hook].items():
