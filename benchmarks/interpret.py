@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latents", type=int, default=1000)
     parser.add_argument("--surprisal-latents", type=int, default=10, help="0 leaves surprisal out")
-    parser.add_argument("--dtype", default="float32", help="of both models")
+    parser.add_argument("--dtype", default="bfloat16", help="of both models")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

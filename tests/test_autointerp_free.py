@@ -237,9 +237,10 @@ def test_an_encoder_is_loaded_from_a_directory_and_named_when_it_is_not_there(be
     model, tokenizer = bert
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded = load_encoder(str(tmp_path))
+    loaded, auto = load_encoder(str(tmp_path), dtype="float32"), load_encoder(str(tmp_path))
     direct = TransformerEncoder(model, tokenizer, "tiny", "", max_tokens=32)
     np.testing.assert_allclose(loaded.encode(["a b"]), direct.encode(["a b"]), atol=1e-6)
+    assert (auto.encode(["a b"]) * direct.encode(["a b"])).sum() > 0.999
     assert loaded.max_tokens == 32
     with pytest.raises(UserError, match="no such file or directory"):
         load_encoder(str(tmp_path / "absent"))
