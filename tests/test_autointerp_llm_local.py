@@ -178,11 +178,13 @@ def test_a_ten_of_one_token_is_read_directly():
             return {"input_ids": table.get(text, [11])}
 
     class Model:
-        def __call__(self, input_ids, **_):
+        def forward(self, input_ids, **_):
             weights = torch.zeros(12).double()
             weights[10], weights[4] = 3.0, 1.0
             logits = weights.add(1e-30).log().expand(1, input_ids.shape[1], 12)
             return type("Out", (), {"logits": logits, "past_key_values": None})
+
+        __call__ = forward
 
     reader = Reader(Model(), Tokenizer(), torch.device("cpu"))
     assert reader.expected([0], ("x", "y")) == pytest.approx([8.5, 8.5])

@@ -21,7 +21,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.llm.budget import Budget
 from wsae.evals.autointerp.llm.cache import Cache
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.slots import UNKNOWN, Reader
+from wsae.evals.autointerp.llm.slots import UNKNOWN, Reader, logits_at
 from wsae.evals.autointerp.llm.types import Answer, Message, Request, Token
 
 TOP_LOGPROBS = 20
@@ -131,7 +131,8 @@ class LocalModel:
         tokens: list[Token] = []
         ids, past, finish = self._ids(prompt), None, "length"
         for _ in range(cap):
-            out = model(input_ids=ids, past_key_values=past, use_cache=True)
+            last = logits_at(model, [ids.shape[1] - 1], ids.shape[1])
+            out = model(input_ids=ids, past_key_values=past, use_cache=True, **last)
             past = out.past_key_values
             logprobs = out.logits[0, -1].float().log_softmax(-1)
             best = int(logprobs.argmax())

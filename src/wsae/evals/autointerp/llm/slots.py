@@ -6,6 +6,7 @@ Where the tokenizer writes 10 as `1` and `0`, P(10) = P(1) P(0 | 1) and P(1) is 
 one more token of computation at slots where P(1) is not negligible.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ from torch import Tensor
 UNKNOWN = "unknown\n"
 _NEGLIGIBLE = 0.005
 """P(1) under which it cannot matter whether a 10 is meant: at most 0.05 of 10."""
+
+
+def logits_at(model: Any, places: Sequence[int], length: int) -> dict[str, Any]:
+    """Return the argument that spares a model the logits of all other places; nothing where it knows no such."""
+    if len(places) == length or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"logits_to_keep": torch.tensor(places, dtype=torch.int64)}
 
 
 class Reader:
@@ -35,8 +43,11 @@ class Reader:
             places.append(len(ids) - 1)
             ids += self._plain(UNKNOWN)
         self.length = len(ids)
-        out = self._model(input_ids=self._tensor(ids), use_cache=True)
-        probabilities = out.logits[0, places].float().softmax(-1).double()
+        out = self._model(
+            input_ids=self._tensor(ids), use_cache=True, **logits_at(self._model, places, len(ids))
+        )
+        logits = out.logits[0] if out.logits.shape[1] == len(places) else out.logits[0, places]
+        probabilities = logits.float().softmax(-1).double()
         single = torch.stack([probabilities[:, d[0]] for d in self._digits[:10]], 1)
         ten = self._tens(ids, places, single[:, 1], probabilities, out.past_key_values)
         return _expectation(single, ten, split=self._split)
