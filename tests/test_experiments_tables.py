@@ -9,15 +9,18 @@ from scipy import stats
 
 from wsae.cli.harvest import Flags as HarvestFlags
 from wsae.cli.main import main
+from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.experiments.tables import analysis, text
 from wsae.experiments.tables.config import Choices, StudyConfig
+from wsae.experiments.tables.estimate import refuse_or_estimate
 from wsae.experiments.tables.matched import Point, at_fvu, bracket
 from wsae.experiments.tables.paper import HALF, ONE, PAPER, PLAIN
 from wsae.experiments.tables.pipeline import run_study
 from wsae.experiments.tables.plan import SAEPlan, all_rules, table_plan
 from wsae.experiments.tables.presets import HARVESTS, SAES, study_config
-from wsae.experiments.tables.study import announce
+from wsae.experiments.tables.study import announce, job_rows
+from wsae.experiments.tables.tiny import BagEncoder, tiny_model
 
 HERE = Path("somewhere")
 
@@ -88,19 +91,19 @@ def test_the_wider_study_has_all_rules_at_one_hook_and_seeds_at_two() -> None:
     assert sorted(seed for hook, seed in at if hook == "layers.19") == [0, 1, 2]
     assert len(at) == 6 + 2 + 2
     for (_, seed), names in at.items():
-        assert {"plain", "plain-group", "variance-a1", "variance-a1-group"} <= set(names)
+        assert {"plain", "variance-a0.5", "variance-a1"} <= set(names)
         assert len(set(names)) == len(names)
         if seed == 0:
             tamed = {f"variance-a1-{robust}" for robust in ("winsor", "rank", "drop")}
-            assert tamed | {"variance-a0.5", "variance-a0-drop", "plain-k16"} <= set(names)
+            group = {"plain-group", "variance-a0.5-group", "variance-a1-group"}
+            assert tamed | group | {"variance-a0-drop"} <= set(names)
+    curved = [hook for (hook, seed), names in at.items() if "plain-k16" in names]
+    assert {"layers.9", "layers.19"} <= set(curved)  # where the seeds are, for their matched FVU
     everywhere = set(at["layers.9", 0])
     assert {g.label for g in all_rules()} <= everywhere
     rules = {"latent-variance-a0.5", "latent-variance-a1", "gap-a1", "whiten-a1"}
-    powers = {
-        f"variance-a{a:g}{suffix}"
-        for a in (-1, -0.5, 0.5, 1, 2)
-        for suffix in ("", "-winsor", "-rank")
-    }
+    powers = {f"variance-a{a:g}" for a in (-1, -0.5, 0.5, 1, 2)}
+    powers |= {f"variance-a{a:g}-{r}" for a in (0.5, 1, 2) for r in ("winsor", "rank")}
     assert rules | powers <= everywhere
     assert not (rules & set(at["layers.14", 0]))
 
@@ -215,7 +218,11 @@ def test_seeds_are_pooled_by_students_t_and_hooks_are_the_units_of_the_mean() ->
     (mean,) = analysis.over_hooks(lines, 2)
     assert mean["difference"] == pytest.approx(0.04)
     assert mean["positive"] == 2
-    assert analysis.over_hooks(lines, 3) == []  # one hook is missing: no mean over all
+    assert mean["hooks"] == 2
+    shown = text.gain_table(lines, [mean], ("a", "b", "c"), "embedding")["rows"]
+    assert shown[0][-1].endswith("(2 of 3 hooks)")  # a hook left out is said
+    assert shown[0][-2] == text.NONE
+    assert analysis.over_hooks(lines[:1], 3) == []  # one hook is no mean over hooks
 
 
 def test_a_seed_without_the_difference_leaves_the_hook_out() -> None:
@@ -374,3 +381,51 @@ def test_the_tiny_table_goes_from_a_model_to_figures(capsys, tmp_path) -> None:
     for name in ("score-by-layer", "score-against-fvu-embedding"):
         assert (tmp_path / f"tiny/table1/{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / f"tiny/table1/{name}.svg").read_text()
+
+
+def live_study(model: Path, expansion: int) -> StudyConfig:
+    """The preset paper's way, straight from the model, at a tiny size."""
+    choices = Choices(model=str(model), text="builtin", hooks=("layers.0", "layers.1"))
+    data = study_config("table3", "paper", HERE, choices).to_dict()
+    sae = SAEPlan(expansion=expansion, k=8, lr=3e-3, curve_lr=(1e-4,))
+    data["plan"] = table_plan("table3", sae, choices.hooks).to_dict()
+    data["harvest"] |= {"tokens": 2048, "heldout_tokens": 512, "batch_seqs": 4, "dtype": "float32"}
+    data["live"] = {"shuffle_tokens": 1024, "stats_tokens": 1024}
+    return StudyConfig.parse(data | {"tokens": 2048, "batch_size": 256})
+
+
+def test_a_live_study_is_estimated_first_and_trains_all_hooks_in_one_pass(tmp_path) -> None:
+    model = tiny_model(tmp_path / "model")
+    cfg, said = live_study(model, 8), []
+    refuse_or_estimate(cfg, tmp_path / "out", quiet, said.append)
+    assert [line.split(":")[0] for line in said] == ["memory", "time", "disk"]
+    (job,) = run_study(cfg, tmp_path / "out", Choices(until="evaluate"))
+    rows = job_rows(cfg, job)
+    assert {row["hook"] for row in rows} == {"layers.0", "layers.1"}
+    assert all(0 < row["metrics"]["fvu"]["value"] < 2 for row in rows)
+    again: list[str] = []
+    refuse_or_estimate(cfg, tmp_path / "out", quiet, again.append)
+    assert again == []  # under way
+
+
+def test_a_live_study_that_does_not_fit_in_memory_is_refused(tmp_path) -> None:
+    model = tiny_model(tmp_path / "model")
+    with pytest.raises(UserError, match=r"table3: memory: .* free"):
+        refuse_or_estimate(live_study(model, 20_000_000), tmp_path, quiet, lambda _: None)
+
+
+def test_the_tiny_model_is_made_once_and_made_whole(tmp_path) -> None:
+    place = tiny_model(tmp_path / "model")
+    stamp = (place / "model.safetensors").stat().st_mtime_ns
+    assert tiny_model(place) == place
+    assert (place / "model.safetensors").stat().st_mtime_ns == stamp
+    (place / "manifest.json").unlink()  # killed before the end
+    tiny_model(place)
+    assert (place / "manifest.json").exists()
+
+
+def test_the_bag_encoder_gives_unit_vectors_and_nan_for_no_text() -> None:
+    rows = BagEncoder().encode(["the cat", "the cat sat", "quite other words", ""])
+    assert np.linalg.norm(rows[:3], axis=1) == pytest.approx(np.ones(3), abs=1e-6)
+    assert np.isnan(rows[3]).all()
+    assert rows[0] @ rows[1] > rows[0] @ rows[2]

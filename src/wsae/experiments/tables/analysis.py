@@ -102,15 +102,18 @@ def _pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def over_hooks(lines: Sequence[dict[str, Any]], hooks: int) -> list[dict[str, Any]]:
-    """Return, by member, score and way, the mean over all hooks with its Student interval (hooks as the units)."""
+    """Return, by member, score and way, the mean over the hooks that have it, with its Student interval.
+
+    Hooks are the units. `hooks` is how many there are: not all have plain SAEs of other FVU, or ones poor enough.
+    """
     out = []
     keys = dict.fromkeys((line["member"], line["score"], line["way"]) for line in lines)
     for member, score, way in keys:
         found = select(lines, member=member, score=score, way=way)
-        if len(found) == hooks:
+        if len(found) > 1 or hooks == 1:
             mean = mean_interval([line["difference"] for line in found])
             positive = sum(line["difference"] > 0 for line in found)
-            line = {"member": member, "score": score, "way": way, "hooks": hooks}
+            line = {"member": member, "score": score, "way": way, "hooks": len(found)}
             out.append(line | _interval(mean) | {"positive": positive})
     return out
 

@@ -72,9 +72,14 @@ def gain_table(
             if mine:
                 cells = [_of(by_hook.get(hook, {}), sign=True) for hook in hooks]
                 whole = select(means, member=name, score=score, way=way)
-                last = _of(whole[0], sign=True) if whole else NONE
+                last = _over_hooks(whole[0], len(hooks)) if whole else NONE
                 out.append([name, words, *cells, last])
     return {"header": ["", "compared over", *hooks, "mean over hooks"], "rows": out}
+
+
+def _over_hooks(line: dict[str, Any], hooks: int) -> str:
+    some = f" ({line['hooks']} of {hooks} hooks)" if line["hooks"] < hooks else ""
+    return _of(line, sign=True) + some
 
 
 def tables(
