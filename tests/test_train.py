@@ -2,11 +2,9 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -92,8 +90,9 @@ def test_each_member_of_a_family_equals_a_lone_run(tmp_path: Path) -> None:
             assert torch.equal(tensor, lone.tensors()[key]), (name, key)
 
 
-@pytest.mark.parametrize("stop", [1, 7, 10, 23, 59])
-def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(tmp_path: Path, stop: int) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, dict[str, bytes]]:
+    """A run of several kinds, and what it leaves."""
     members = family(
         [
             weighted(),
@@ -102,8 +101,15 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(tmp_path: Path, sto
         ]
     )
     cfg = config(*members, tokens=12_000, dead_after=600)
-    source = ArraySource(world())
-    train_run(cfg, source, tmp_path / "whole")
+    place = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return cfg, files_of(train_run(cfg, ArraySource(world()), place).path)
+
+
+@pytest.mark.parametrize("stop", [1, 7, 10, 23, 59])
+def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(
+    tmp_path: Path, uninterrupted: tuple[TrainConfig, dict[str, bytes]], stop: int
+) -> None:
+    (cfg, whole), source = uninterrupted, ArraySource(world())
 
     class Halting(ArraySource):
         """Asks the run to stop, as Ctrl-C does, while step `stop` is being made."""
@@ -127,53 +133,54 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(tmp_path: Path, sto
     with pytest.raises(UserError, match="add --resume"):
         train_run(cfg, source, tmp_path / "cut")
     train_run(cfg, source, tmp_path / "cut", resume=True)
-    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert files_of(tmp_path / "cut") == whole
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import wsae.train.loop as loop
+KILLER = """
+import os, random, signal, sys, time
 from pathlib import Path
-from test_train import ArraySource, config, train_run, weighted, world, family
+import torch
+sys.path.insert(0, sys.argv[1])
+import wsae.train.loop as loop
+from test_train import ArraySource, config, family, train_run, weighted, world
+
+torch.set_num_threads(1)
 loop.CHECKPOINT_SECONDS = 0.0
 loop.Recorder._cost = property(lambda self: 0.0, lambda self, value: None)
-import torch
-torch.set_num_threads(1)
-train_run(config(*family([weighted()]), tokens=60_000, dead_after=600), ArraySource(world()), Path({out!r}),
-          resume=True)
+cfg = config(*family([weighted()]), tokens=60_000, dead_after=600)
+
+
+def begin(out):
+    child = os.fork()
+    if child == 0:
+        train_run(cfg, ArraySource(world()), out, resume=True)
+        os._exit(0)
+    return child
+
+
+whole, cut = Path(sys.argv[2], "whole"), Path(sys.argv[2], "cut")
+assert os.waitpid(begin(whole), 0)[1] == 0
+pick, kills, status = random.Random(0), 0, None
+while status != 0:
+    child = begin(cut)
+    while not (cut / "checkpoints").exists():
+        time.sleep(0.001)
+    if kills < 4:
+        time.sleep(pick.random() * 0.5)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    kills += status != 0
+print(kills)
 """
 
 
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
     """SIGKILL lands anywhere: in a step, in a checkpoint's files, between its files and its manifest."""
-    tests = str(Path(__file__).parent)
-
-    def start(out: str) -> subprocess.Popen[bytes]:
-        code = SCRIPT.format(tests=tests, out=str(tmp_path / out))
-        return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-
-    whole = start("whole")
-    _, errors = whole.communicate(timeout=100)
-    assert whole.returncode == 0, errors.decode()
-    pick, kills = random.Random(0), 0
-    for _ in range(60):
-        process = start("cut")
-        while process.poll() is None and not (tmp_path / "cut" / "checkpoints").exists():
-            time.sleep(0.01)
-        time.sleep(pick.random() * 0.5)
-        process.kill()
-        _, errors = process.communicate(timeout=60)
-        kills += process.returncode == -signal.SIGKILL
-        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-        if process.returncode == 0:
-            break
-        if kills == 4:
-            process = start("cut")
-            _, errors = process.communicate(timeout=100)
-            assert process.returncode == 0, errors.decode()
-            break
-    assert kills > 0, "no run was killed: the test showed nothing"
+    command = [sys.executable, "-c", KILLER, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0, "no run was killed: the test showed nothing"
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
@@ -229,7 +236,9 @@ def test_decoder_rows_stay_at_unit_norm_and_the_start_is_shared() -> None:
     members = make_family(cfg, source.stats())
     plain, other = members.members["acts"]
     assert torch.equal(plain.sae.W_dec, other.sae.W_dec)
-    torch.testing.assert_close(plain.sae.W_enc.norm(dim=0), torch.full((plain.sae.cfg.d_sae,), 3**-0.5))
+    torch.testing.assert_close(
+        plain.sae.W_enc.norm(dim=0), torch.full((plain.sae.cfg.d_sae,), 3**-0.5)
+    )
     torch.testing.assert_close(plain.sae.W_enc / 3**-0.5, plain.sae.W_dec.T, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         plain.sae.b_dec.double() * plain.scale, source.stats()["acts"].kept.mean, rtol=1e-6, atol=0
