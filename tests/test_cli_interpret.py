@@ -154,3 +154,17 @@ def test_flags_become_the_settings() -> None:
     flags = interpret.Flags(run=Path("r"), agreement=True, score=("embedding",), llm=llm)
     assert interpret.config(flags).scores == ("embedding", "surprisal", "detection")
     assert llm.config("cpu", 3).max_requests == 7
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(place, monkeypatch, capsys) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wsae.evals.autointerp.run.score_all", stopped)
+    command = words(place, "--score", "embedding", "--force")
+    assert main(command) == 130
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(
+        "wsae: interrupted; finished scores and answers are kept; go on with: wsae "
+    )
+    assert err.endswith(" ".join(command))

@@ -229,3 +229,9 @@ def show(result: dict[str, Any], ui: UI) -> None:
     show_scores(result, ui)
     show_agreement(result.get("agreement", []), ui)
     ui.say(f"next: wsae report {shlex.quote(result['run'])}")
+
+
+def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
+    """Say what is kept and how to go on."""
+    again = shlex.join(["wsae", "interpret", *words])
+    return f"finished scores and answers are kept; go on with: {again}"
