@@ -10,7 +10,6 @@ import torch
 
 from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained, is_out_of_memory
-from wsae.ops.native import why_not
 from wsae.sae.config import TopK
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.memory import training_buffers
@@ -114,44 +113,3 @@ def test_training_beyond_a_real_limit_names_the_pre_activations():
     assert done.returncode == 0, done.stderr
     assert "out of memory while training" in done.stdout
     assert "pre-activations [4096, 16384], 268 MB; lower --batch-size or --d-sae" in done.stdout
-
-
-KERNEL = """
-import ctypes, resource
-import torch
-from wsae.acts.source import ArraySource
-from wsae.core.errors import UserError
-from wsae.core.memory import explained
-from wsae.ops.native import why_not
-from wsae.sae.config import TopK
-from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import make_family
-from wsae.train.memory import training_buffers
-from wsae.train.state import make_batch
-from wsae.train.step import train_step
-
-torch.set_num_threads(2)
-x = torch.randn(4096, 64)
-member = MemberConfig(d_sae=16384, activation=TopK(k=512))
-cfg = TrainConfig(members=(member,), tokens=8192, batch_size=4096, kernels="native")
-(state,) = make_family(cfg, ArraySource(x, heldout_fraction=0.0).stats()).members["acts"]
-batch = make_batch(x, state)
-train_step(state, batch, 0, cfg)
-ctypes.CDLL(None).malloc_trim(0)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 20 * 2**20,) * 2)
-try:
-    with explained("training", lambda: training_buffers(cfg, {"acts": 64})):
-        train_step(state, batch, 1, cfg)
-except UserError as error:
-    print(error, "|", error.__cause__)
-"""
-
-
-@pytest.mark.skipif(why_not() is not None, reason="no compiled kernels here")
-def test_a_compiled_kernel_without_memory_ends_in_the_same_line():
-    command = [sys.executable, "-c", KERNEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "out of memory while training" in done.stdout
-    assert "std::bad_alloc in the compiled kernel" in done.stdout
