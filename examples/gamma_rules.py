@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
     source = StoreSource(args.store)
-    members = tuple(m.model_copy(update={"lr": args.lr}) for m in MEMBERS)
+    members = tuple(m.model_copy(update={"lr": args.lr, "encoder_scale": 1.0}) for m in MEMBERS)
     for seed in args.seeds:
         cfg = TrainConfig(members=members, tokens=source.n_rows * args.passes, seed=seed)
         run = train_run(cfg, source, args.out / f"seed-{seed}", resume=True).path
