@@ -72,7 +72,7 @@ def means(scores: list[LatentScore]) -> dict[str, float]:
 
 
 def hand_made(language: LanguageModel | None, encoder: Memo) -> dict[str, dict[str, float]]:
-    """Return what each scorer makes of the hand-made features, both halves explaining in turn."""
+    """Return what each scorer makes of the hand-made features; for embeddings both halves explain in turn."""
     out: dict[str, list[LatentScore]] = {}
     for turn in (False, True):
         collected, names = features(turn=turn)
@@ -80,7 +80,7 @@ def hand_made(language: LanguageModel | None, encoder: Memo) -> dict[str, dict[s
             "embedding, windows": embedding_scores(collected, encoder),
             "embedding, words": embedding_scores(collected, encoder, names),
         }
-        if language is not None:
+        if language is not None and not turn:
             reader = Reader(language)
             made["surprisal, windows"] = surprisal_scores(collected, reader)
             made["surprisal, words"] = surprisal_scores(collected, reader, names)
