@@ -130,7 +130,8 @@ def by_baseline(plain: Sequence[float], gains: Sequence[float]) -> float | None:
     """
     if len(plain) < 3 or len(set(plain)) == 1 or len(set(gains)) == 1:
         return None
-    return float(stats.spearmanr(np.asarray(plain), np.asarray(gains)).statistic)
+    correlation, _ = stats.spearmanr(np.asarray(plain), np.asarray(gains))
+    return float(np.asarray(correlation))
 
 
 def density_and_fvu(rows: Iterable[Row], sae: SAEPlan) -> list[dict[str, Any]]:

@@ -82,9 +82,10 @@ def _by_baseline(rows: Sequence[Row], hooks: Sequence[str], score: str) -> float
     for hook in hooks:
         pair = [select(rows, hook=hook, member=name) for name in (PLAIN, ONE)]
         found = [p[0]["scores"].get(score, {}).get("value") if p else None for p in pair]
-        if None not in found:
-            plain.append(found[0])
-            gains.append(found[1] - found[0])
+        values = [float(value) for value in found if value is not None]
+        if len(values) == len(pair):
+            plain.append(values[0])
+            gains.append(values[1] - values[0])
     return analysis.by_baseline(plain, gains)
 
 
