@@ -17,6 +17,13 @@ settings.load_profile("repeatable")
 WORKERS = 8
 """At most: each holds PyTorch (about 1 GB), and a file's tests stay together."""
 
+FIRST = ("test_cli_reproduce", "test_train_parallel_killed", "test_ops_triton", "test_cli_theory")
+"""Files of few and long tests, which at the end would keep one worker busy alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return a worker per core, and none where single files are named: starting them takes longer."""
