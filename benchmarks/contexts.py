@@ -28,6 +28,7 @@ from wsae.evals.autointerp.config import ContextConfig
 from wsae.evals.autointerp.tracking import member_bytes
 from wsae.evals.data import HeldOut
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae.encoding import Encoder
 from wsae.train.run import load_run
 
 
@@ -65,12 +66,13 @@ def members_of(args: argparse.Namespace, source: StoreSource) -> Members:
 
 @torch.inference_mode()
 def encode(source: HeldOut, members: Members, batch_size: int) -> float:
-    """Return the seconds of encoding alone."""
+    """Return the seconds of encoding alone, by what collection encodes with."""
     start = time.perf_counter()
+    encoders = {hook: [Encoder(sae) for sae in saes.values()] for hook, saes in members.items()}
     for chunk in source.heldout(batch_size):
-        for hook, saes in members.items():
-            for sae in saes.values():
-                sae.encode_code(chunk.x[hook])
+        for hook, found in encoders.items():
+            for encoder in found:
+                encoder(chunk.x[hook])
     return time.perf_counter() - start
 
 
