@@ -9,6 +9,11 @@ from wsae.report.panel_figures import STYLES, new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_GLYPH, _LINE = 0.0135, 0.034
+"""Width of a letter and height of a line of a point's name, in shares of a panel."""
+_SHIFTS = (0.0, -1.1, 1.1, -2.2, 2.2, -3.3, 3.3, -4.4, 4.4)
+"""Where a name may stand beside its point, in lines above it."""
+
 Panel = dict[str, Any]
 """title, xlabel, ylabel; lines: [{label, x, y}]; points: [{label, group, x, y, low, high}]."""
 
@@ -47,8 +52,29 @@ def _draw(ax: "Axes", panel: Panel, groups: list[str]) -> None:
         if point["low"] is not None:
             ax.plot([x, x], [point["low"], point["high"]], color=colour, lw=1, alpha=0.6, zorder=2)
         ax.plot([x], [y], marker, color=colour, ms=4.5, ls="none", label=point["group"], zorder=3)
-        ax.annotate(point["label"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+    _name(ax, panel["points"])
     ax.set_title(panel["title"], loc="left", fontsize=9.5)
     ax.set_xlabel(panel["xlabel"])
     ax.set_ylabel(panel["ylabel"], fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _name(ax: "Axes", points: Sequence[dict[str, Any]]) -> None:
+    """Write every point's name to its right, on the nearest line that is free; where none is, on its own."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    taken: list[tuple[float, float, float]] = []
+    for point in sorted(points, key=lambda point: (point["x"], point["y"])):
+        x = (point["x"] - left) / (right - left)
+        y = (point["y"] - bottom) / (top - bottom)
+        x, width = x + 0.015, _GLYPH * len(point["label"])
+        lines = [y + shift * _LINE for shift in _SHIFTS]
+        free = [line for line in lines if not any(_over((x, line, width), old) for old in taken)]
+        line = (free or lines)[0]
+        taken.append((x, line, width))
+        ax.text(x, line, point["label"], transform=ax.transAxes, fontsize=6.5, va="center")
+
+
+def _over(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
+    """Say whether two names (left, middle, width) overlap."""
+    apart = a[0] > b[0] + b[2] or b[0] > a[0] + a[2]
+    return not apart and abs(a[1] - b[1]) < _LINE
