@@ -61,11 +61,11 @@ def _draw(ax: "Axes", panel: Panel, groups: list[str]) -> None:
 
 def _name(ax: "Axes", points: Sequence[dict[str, Any]]) -> None:
     """Write every point's name to its right, on the nearest line that is free; where none is, on its own."""
-    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    left, right, bottom, top = (float(edge) for edge in (*ax.get_xlim(), *ax.get_ylim()))
     taken: list[tuple[float, float, float]] = []
     for point in sorted(points, key=lambda point: (point["x"], point["y"])):
-        x = (point["x"] - left) / (right - left)
-        y = (point["y"] - bottom) / (top - bottom)
+        x = (float(point["x"]) - left) / (right - left)
+        y = (float(point["y"]) - bottom) / (top - bottom)
         x, width = x + 0.015, _GLYPH * len(point["label"])
         lines = [y + shift * _LINE for shift in _SHIFTS]
         free = [line for line in lines if not any(_over((x, line, width), old) for old in taken)]
@@ -77,4 +77,4 @@ def _name(ax: "Axes", points: Sequence[dict[str, Any]]) -> None:
 def _over(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
     """Say whether two names (left, middle, width) overlap."""
     apart = a[0] > b[0] + b[2] or b[0] > a[0] + a[2]
-    return not apart and abs(a[1] - b[1]) < _LINE
+    return bool(not apart and abs(a[1] - b[1]) < _LINE)
