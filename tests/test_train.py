@@ -145,9 +145,7 @@ import wsae.train.loop as loop
 from test_train import ArraySource, config, family, train_run, weighted, world
 
 torch.set_num_threads(1)
-loop.CHECKPOINT_SECONDS = 0.0
-loop.Recorder._cost = property(lambda self: 0.0, lambda self, value: None)
-cfg = config(*family([weighted()]), tokens=60_000, dead_after=600)
+cfg = config(*family([weighted()]), tokens=40_000, dead_after=600)
 
 
 def begin(out):
@@ -160,6 +158,8 @@ def begin(out):
 
 whole, cut = Path(sys.argv[2], "whole"), Path(sys.argv[2], "cut")
 assert os.waitpid(begin(whole), 0)[1] == 0
+loop.CHECKPOINT_SECONDS = 0.0  # from here on a checkpoint after every step
+loop.Recorder._cost = property(lambda self: 0.0, lambda self, value: None)
 pick, kills, status = random.Random(0), 0, None
 while status != 0:
     child = begin(cut)
