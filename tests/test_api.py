@@ -128,7 +128,8 @@ def batched(members: list[MemberConfig], **data: object) -> bool:
     cfg = TrainConfig(members=tuple(members), **data)
     source = ArraySource(world(), heldout_fraction=0.0)
     stats = source.stats()
-    return fits_a_bank(cfg, make_family(cfg, stats, "cpu", covariances(cfg, source, stats)))
+    family = make_family(cfg, stats, "cpu", covariances(cfg, source, stats))
+    return fits_a_bank(cfg, family, source)
 
 
 def test_many_small_members_train_together_as_they_would_in_turn() -> None:
@@ -158,3 +159,39 @@ def test_members_that_ask_for_more_than_a_bank_has_train_in_turn(change: dict[st
 def test_members_with_a_learning_rate_each_train_in_turn() -> None:
     each = [m.model_copy(update={"lr": 1e-3 * (1 + i)}) for i, m in enumerate(many())]
     assert not batched(each, tokens=12_000, batch_size=200)
+
+
+class Counted(ArraySource):
+    """Counts the batches read."""
+
+    reads = 0
+
+    def stream(self, *args: object, **kwargs: object) -> object:
+        stream = super().stream(*args, **kwargs)
+        read = stream.next
+
+        def counted() -> object:
+            self.reads += 1
+            return read()
+
+        stream.next = counted
+        return stream
+
+
+class Endless(ArraySource):
+    """Does not know how many rows it has, as a live model."""
+
+    @property
+    def n_rows(self) -> None:
+        return
+
+
+def test_a_bank_reads_the_data_once_and_none_of_a_live_source() -> None:
+    members = [m for m in many() if m.gamma.rule != "gap"]  # a covariance reads the data too
+    run = {"tokens": 12_000, "batch_size": 200}
+    source = Counted(world(), heldout_fraction=0.0)
+    wsae.fit_family(source, members, **run)
+    assert source.reads == 60 + 1  # one group of members; its first batch is looked at before
+    assert batched(members, **run)
+    live, cfg = Endless(world(), heldout_fraction=0.0), TrainConfig(members=tuple(members), **run)
+    assert not fits_a_bank(cfg, make_family(cfg, live.stats()), live)

@@ -106,6 +106,7 @@ def test_the_flags_of_every_example_in_the_help_are_real(example, capsys):
         (["train", "nowhere.npy", "--out", "y"], "nowhere.npy: no such store or array"),
         (["train", "x", "--out", "y", "--alpha", "nan"], "alpha"),
         (["train", "x", "--out", "y", "--gamma", "vector"], "vector"),
+        (["train", "x", "--out", "y", "--gamma", "none", "--robust", "drop"], "use --gamma variance --alpha 0"),
         (["train", "x", "--out", "y", "--gamma", "vector", "--gamma-file", "g.npy"], "g.npy: no such file"),
         (["train", "gpt2", "--out", "y", "--text", "builtin"], "no --hook"),
         (["harvest", "gpt2", "--hook", "h.1", "--out", "y"], "no --text"),

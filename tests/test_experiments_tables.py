@@ -148,7 +148,7 @@ def test_every_preset_gives_a_valid_study_and_the_papers_sizes() -> None:
                 for member in run.members:
                     assert member.sae_config(d_in).d_sae == 32 * d_in
     assert study_config("table3", "paper", HERE, Choices()).harvest.model.startswith("meta-llama")
-    assert "12 hooks" in announce(paper)
+    assert "hooks: 12" in announce(paper)
     assert set(SAES) == set(HARVESTS) == {"tiny", "small", "paper"}
 
 

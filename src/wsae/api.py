@@ -111,7 +111,7 @@ def fit_family(
     cfg = TrainConfig.parse(data, where="fit")
     stats = source.stats(progress)
     family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
-    if fits_a_bank(cfg, family):
+    if fits_a_bank(cfg, family, source):
         train_batched(cfg, family, source, progress)
     else:
         _train_in_turn(cfg, family, source, progress)

@@ -75,6 +75,11 @@ class PlanFlags(Config):
 
     def _gammas(self) -> list[dict[str, object]]:
         if self.gamma == "none":
+            if self.robust != "none":
+                raise UserError(
+                    f"--robust {self.robust}: the plain loss has no proxy to tame; for the plain loss without outlier "
+                    "dimensions use --gamma variance --alpha 0 --robust drop"
+                )
             return [{}]
         if not self.alpha:
             raise UserError("--alpha: give at least one number")

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Line = dict[str, Any]
-"""method, levels, mean, low, high."""
 STYLES = (
     ("#3b4252", "-", "o"),
     ("#d55e00", "-", "s"),
@@ -47,6 +45,12 @@ def panels_figure(
         _draw(ax, panel, names, xlabel)
     for ax in list(axes)[len(panels) :]:
         ax.set_visible(False)
+    shared_legend(figure, columns)
+    return [save_figure(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
+
+
+def shared_legend(figure: "Figure", columns: int) -> None:
+    """Name each line and marker once, below all panels."""
     seen: dict[str, Any] = {}
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
@@ -55,7 +59,6 @@ def panels_figure(
     figure.legend(
         seen.values(), seen.keys(), loc="outside lower center", ncols=columns, frameon=False
     )
-    return [save_figure(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
 
 
 def new_figure(size: tuple[float, float]) -> "Figure":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsae.report.panel_figures import STYLES, new_figure, save_figure
+from wsae.report.panel_figures import STYLES, new_figure, save_figure, shared_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,14 +32,7 @@ def scatter_figure(panels: Sequence[Panel], path: Path, columns: int = 3) -> lis
         _draw(ax, panel, groups)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    seen: dict[str, Any] = {}
-    for ax in figure.axes:
-        handles, labels = ax.get_legend_handles_labels()
-        seen |= dict(zip(labels, handles, strict=True))
-    columns = min(4, 2 * columns)
-    figure.legend(
-        seen.values(), seen.keys(), loc="outside lower center", ncols=columns, frameon=False
-    )
+    shared_legend(figure, columns)
     return [save_figure(figure, path.with_suffix(f".{kind}"), kind) for kind in ("png", "svg")]
 
 

@@ -26,16 +26,18 @@ ROOM = 4
 """And where so many share a core's cache."""
 
 
-def fits_a_bank(cfg: TrainConfig, family: Family) -> bool:
+def fits_a_bank(cfg: TrainConfig, family: Family, source: ActivationSource) -> bool:
     """Say whether the members are many and small enough to train in one batched computation on a CPU.
 
-    Most must be alike but for their weights, gamma and seed, each must leave room in the cache for others, and none may
-    ask for what a bank lacks: bfloat16, chosen kernels, or a latent_variance gamma on the paper's raw scale.
+    Most must be alike but for their weights, gamma and seed, each must leave room in the cache for others, and none
+    may ask for what a bank lacks: bfloat16, chosen kernels, or a latent_variance gamma on the paper's raw scale. Every
+    group reads the data for itself, so a live model does not serve.
     """
     members = [member for _, member in family.all()]
     codes = [4 * cfg.batch_size * member.sae.cfg.d_sae for member in members]
     return (
-        len(family.members) == 1
+        source.n_rows is not None
+        and len(family.members) == 1
         and len(members) >= TOGETHER * len({shared(m.sae, m.cfg) for m in members})
         and max(codes) * ROOM <= CHUNK_BYTES
         and (cfg.dtype, cfg.kernels) == ("float32", "auto")
@@ -53,6 +55,7 @@ def train_batched(
     """Train every member in place on the batches that the loop would give; their sums are those of the last batch."""
     ((hook, members),) = family.members.items()
     scale = members[0].scale
+    final: list[Tensor] = []
 
     def data(worlds: list[int]) -> Callable[[int], Float[Tensor, "worlds batch d_in"]]:
         assert worlds == [0]
@@ -63,6 +66,8 @@ def train_batched(
             nonlocal x, last
             while last < step:  # a chunk asks in order, and for a step again if at all
                 x, last = stream.next()[hook][None] / scale, last + 1
+                if last == cfg.steps - 1:
+                    final[:] = [x]  # the same whoever comes last
             return x
 
         return batches
@@ -78,7 +83,7 @@ def train_batched(
     )
     entries = [Entry(member.sae, member.cfg) for member in members]
     train_bank(entries, data, bank, progress=progress)
-    x = data([0])(cfg.steps - 1)[0] * scale
+    x = final[0][0] * scale
     for member, entry in zip(members, entries, strict=True):
         assert entry.dead is not None
         member.dead.copy_(entry.dead)

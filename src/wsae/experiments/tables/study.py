@@ -95,6 +95,6 @@ def announce(cfg: StudyConfig) -> str:
     rows = cfg.tokens or harvest.tokens
     way = "one by one from a store" if cfg.live is None else "all hooks at once from the model"
     return (
-        f"{plan.name}: {plan.n_members} SAEs of {harvest.model}, {len(plan.hooks)} hooks, {len(plan.runs)} families; "
+        f"{plan.name}: {plan.n_members} SAEs of {harvest.model}, hooks: {len(plan.hooks)}, families: {len(plan.runs)}; "
         f"up to {rows:,} training rows each, {way}; finished stages are not run again"
     )
