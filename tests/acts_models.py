@@ -27,19 +27,19 @@ def make_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
     return path
 
 
-def make_model(path: Path, kind: str = "llama", bos: bool = False) -> Path:
+def make_model(path: Path, kind: str = "llama", bos: bool = False, positions: int = 128) -> Path:
     """Save a tiny model of the kind and a byte-level tokenizer trained on the words."""
     tokenizer = make_tokenizer(bos)
     size = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
     torch.manual_seed(0)
     if kind == "llama":
         config = LlamaConfig(
-            **size, intermediate_size=32, num_attention_heads=2, max_position_embeddings=128
+            **size, intermediate_size=32, num_attention_heads=2, max_position_embeddings=positions
         )
         model = LlamaForCausalLM(config)
     else:
         config = GPTNeoXConfig(
-            **size, intermediate_size=32, num_attention_heads=2, max_position_embeddings=128
+            **size, intermediate_size=32, num_attention_heads=2, max_position_embeddings=positions
         )
         model = GPTNeoXForCausalLM(config)
     model.save_pretrained(path)

@@ -255,4 +255,5 @@ def test_pack_contexts_of_no_contexts_is_empty(tmp_path: Path) -> None:
         "tokens": [],
         "hooks": [],
         "scores": [],
+        "images": {},
     }

@@ -47,16 +47,24 @@ class ArraySource:
         total, d_in = self._rows.shape
         if not 0 <= heldout_fraction < 1:
             raise UserError(f"heldout_fraction {heldout_fraction}: must be at least 0 and under 1")
-        if labels is not None and len(labels) != total:
-            raise UserError(f"{self._where}: {len(labels)} labels for {total} rows")
-        self.hooks, self.labels = {name: d_in}, labels
+        self.hooks = {name: d_in}
         self._name, self._total, self._seed = name, total, seed
         self._n_heldout = max(1, round(total * heldout_fraction)) if heldout_fraction else 0
         self._split = Permutation(total, seed_for(seed, "heldout"))
+        self.labels: Int[np.ndarray, " rows"] | None = None
+        if labels is not None:
+            self.with_labels(labels)
         if self._n_heldout >= total:
             raise UserError(
                 f"{self._where}: {total} rows leave none to train on after holding out {self._n_heldout}"
             )
+
+    def with_labels(self, labels: Int[np.ndarray, " rows"]) -> "ArraySource":
+        """Keep a class beside every row, and return the source; raises UserError for another number of labels."""
+        if len(labels) != self._total:
+            raise UserError(f"{self._where}: {len(labels)} labels for {self._total} rows")
+        self.labels = labels
+        return self
 
     @property
     def n_rows(self) -> int:

@@ -1,13 +1,14 @@
 """Read module outputs during a forward pass that stops at the deepest one, or replace one during a full pass."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from wsae.acts.hookpoints import HookPoint, module_named, output_tensor
+from wsae.acts.hookpoints import LANGUAGE, HookPoint, Manner, module_named, output_tensor
 
 
 class _DeepestReached(Exception):  # noqa: N818  (control flow, not an error)
@@ -17,27 +18,33 @@ class _DeepestReached(Exception):  # noqa: N818  (control flow, not an error)
 class Capture:
     """Activations at several hook points from one forward pass, stopped once the last of them has fired."""
 
-    def __init__(self, model: nn.Module, hooks: Sequence[HookPoint]) -> None:
+    def __init__(
+        self, model: nn.Module, hooks: Sequence[HookPoint], manner: Manner = LANGUAGE
+    ) -> None:
         self.hooks = {hook.name: hook.d_in for hook in hooks}
-        self._model = model
+        self._model, self._manner = model, manner
         self._modules = [(hook.name, model.get_submodule(hook.path)) for hook in hooks]
         self._deepest = max(hooks, key=lambda hook: hook.order).name
 
-    @torch.inference_mode()
     def __call__(
         self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"] | None = None
     ) -> dict[str, Float[Tensor, "batch seq _"]]:
-        """Return each hook's output; `mask` is false at padding (none: no padding, which is a little faster)."""
+        """Return each hook's output on tokens; `mask` is false at padding (none: no padding, a little faster)."""
+        attention = None if mask is None else mask.long()
+        return self.read({"input_ids": ids, "attention_mask": attention, "use_cache": False})
+
+    @torch.inference_mode()
+    def read(self, inputs: Mapping[str, Any]) -> dict[str, Float[Tensor, "batch positions _"]]:
+        """Return each hook's output when the model is called with these keyword arguments."""
         seen: dict[str, Tensor] = {}
 
         def keep(name: str, output: object) -> None:
-            seen[name] = output_tensor(output, name)
+            seen[name] = output_tensor(output, name, self._manner)
             if name == self._deepest:
                 raise _DeepestReached
 
         with _hooked(self._modules, keep), contextlib.suppress(_DeepestReached):
-            attention = None if mask is None else mask.long()
-            self._model(input_ids=ids, attention_mask=attention, use_cache=False)
+            self._model(**inputs)
         return {name: seen[name] for name in self.hooks}
 
 

@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int, Int8, Int64
 from torch import Tensor
 
 from wsae.acts.capture import Capture
@@ -20,7 +21,11 @@ from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained
 
 _ONE_PASS = threading.Lock()
-"""One thread at a time runs a model: the hooks of two passes would mix their outputs."""
+
+
+def one_pass() -> AbstractContextManager[object]:
+    """Return what a thread holds while it runs a model: the hooks of two passes would mix their outputs."""
+    return _ONE_PASS
 
 
 class Step(NamedTuple):
@@ -36,6 +41,8 @@ class Step(NamedTuple):
     lengths: Int[Tensor, " batch"]
     counts: dict[str, int]
     after: Position
+    labels: Int64[Tensor, " rows"] | None = None
+    """Class of every kept row, where rows have classes."""
 
     def head(self, rows: int) -> "Step":
         """Return this step with its first `rows` kept rows only."""
@@ -43,7 +50,11 @@ class Step(NamedTuple):
             return self
         x = {hook: values[:rows] for hook, values in self.x.items()}
         return self._replace(
-            x=x, seq=self.seq[:rows], pos=self.pos[:rows], counts={**self.counts, "kept": rows}
+            x=x,
+            seq=self.seq[:rows],
+            pos=self.pos[:rows],
+            counts={**self.counts, "kept": rows},
+            labels=None if self.labels is None else self.labels[:rows],
         )
 
 
@@ -52,9 +63,10 @@ class NonFiniteError(UserError):
 
     MEND = "; check the model's weights, or run it with --dtype float32"
 
-    def __init__(self, hook: str, seq: int, pos: int, dim: int, row: int) -> None:
+    def __init__(self, hook: str, place: tuple[str, int, int, int], row: int) -> None:
+        kind, number, pos, dim = place
         self.row = row
-        self.place = f"sequence {seq}, position {pos}, dimension {dim}"
+        self.place = f"{kind} {number}, position {pos}, dimension {dim}"
         self.hook = hook
         super().__init__(f"{hook}: NaN or infinite activation at {self.place}{self.MEND}")
 
@@ -79,7 +91,7 @@ class Flow:
     ) -> None:
         self.cfg, self.language, self.keep_on = cfg, language, torch.device(keep_on)
         self._first: _Pass | None = None
-        with _ONE_PASS:
+        with one_pass():
             self.capture = Capture(language.model, resolve(language.model, cfg.hooks))
         self.hooks = self.capture.hooks
         self.rule = SkipRule(cfg, language.tokenizer.all_special_ids)
@@ -122,7 +134,7 @@ class Flow:
         device = self.language.device
         full = bool(mask.all())
         with explained("running the model", self._buffers, "--batch-seqs or --seq-len"):
-            with _ONE_PASS:
+            with one_pass():
                 acts = self.capture(ids.to(device), None if full else mask.to(device))
             flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
         return _Pass(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
@@ -164,7 +176,8 @@ class Flow:
                 if len(bad):
                     seq, pos = divmod(token, self.cfg.seq_len)
                     row = int((reasons[:token] == KEPT).sum())
-                    raise NonFiniteError(hook, first + seq, pos, int(bad[0]), row)
+                    place = ("sequence", first + seq, pos, int(bad[0]))
+                    raise NonFiniteError(hook, place, row)
 
 
 def _same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:

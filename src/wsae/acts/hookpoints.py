@@ -2,13 +2,24 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from wsae.core.errors import UserError, nearest
+
+
+class Manner(NamedTuple):
+    """How a kind of model is called, and how a module's output becomes rows."""
+
+    example: Callable[[nn.Module], dict[str, Any]]
+    """The keyword arguments of a smallest forward pass, on the model's device."""
+    arrange: Callable[[Tensor], Tensor | None]
+    """An output as [batch, positions, width]; none where it cannot be."""
+    wanted: str
+    """The shapes that can be, in words."""
 
 
 class HookPoint(NamedTuple):
@@ -18,6 +29,8 @@ class HookPoint(NamedTuple):
     path: str
     d_in: int
     order: int
+    positions: int = 1
+    """Rows that the example of the model's `Manner` gave per element of the batch."""
 
 
 def canonical_names(paths: Iterable[str]) -> dict[str, str]:
@@ -34,9 +47,11 @@ def canonical_names(paths: Iterable[str]) -> dict[str, str]:
 def match(pattern: str, paths: Iterable[str]) -> list[str]:
     """Return the paths that end in `pattern` at a dot, in natural order; `*` stands for characters other than a dot.
 
-    Raises UserError naming the nearest names when nothing matches.
+    A full path names that module alone. Raises UserError naming the nearest names when nothing matches.
     """
     names = canonical_names(paths)
+    if pattern.strip() in names:
+        return [pattern.strip()]
     body = "".join("[^.]*" if char == "*" else re.escape(char) for char in pattern.strip())
     regex = re.compile(rf"(?:.*\.)?{body}")
     found = [path for path in names if regex.fullmatch(path)] if body else []
@@ -53,18 +68,22 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
 
 
-def resolve(model: nn.Module, patterns: Iterable[str]) -> list[HookPoint]:
-    """Return the hook points that the patterns name, in natural order, after one forward pass of two dummy tokens.
+def resolve(
+    model: nn.Module, patterns: Iterable[str], manner: Manner | None = None
+) -> list[HookPoint]:
+    """Return the hook points that the patterns name, in natural order, after one forward pass of an example.
 
-    Raises UserError when a pattern matches nothing, a module does not run, runs twice or gives no [batch, seq, d_in].
+    `manner` none means a language model. Raises UserError when a pattern matches nothing, a module does not run, runs
+    twice or gives nothing that can be arranged as rows.
     """
+    manner = manner or LANGUAGE
     modules = dict(model.named_modules())
     names = canonical_names(modules)
     paths = sorted(
         {path for pattern in patterns for path in match(pattern, modules)}, key=natural_key
     )
-    fired = _fire(model, {path: modules[path] for path in paths})
-    return [HookPoint(names[path], path, *_checked(names[path], fired[path])) for path in paths]
+    fired = _fire(model, {path: modules[path] for path in paths}, manner)
+    return [_checked(names[path], path, fired[path], manner) for path in paths]
 
 
 def module_named(model: nn.Module, name: str) -> nn.Module:
@@ -81,15 +100,33 @@ def module_named(model: nn.Module, name: str) -> nn.Module:
     return modules[found[0]]
 
 
-def output_tensor(output: object, name: str) -> Tensor:
-    """Return the activation in a module's output: the output itself or the first element of a tuple."""
+def output_tensor(output: object, name: str, manner: Manner | None = None) -> Tensor:
+    """Return the activation [batch, positions, width] in a module's output: the output or the first of a tuple.
+
+    `manner` none means a language model. Raises UserError when it cannot be arranged so.
+    """
+    manner = manner or LANGUAGE
     first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor) or first.ndim != 3:
+    rows = manner.arrange(first) if isinstance(first, Tensor) else None
+    if rows is None:
         shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise UserError(
-            f"hook {name!r}: its output is {shape}, not [batch, sequence, width]; name another module"
+            f"hook {name!r}: its output is {shape}, not {manner.wanted}; name another module"
         )
-    return first
+    return rows
+
+
+def _two_tokens(model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    return {"input_ids": ids, "use_cache": False}
+
+
+def _sequence(output: Tensor) -> Tensor | None:
+    return output if output.ndim == 3 else None
+
+
+LANGUAGE = Manner(_two_tokens, _sequence, "[batch, sequence, width]")
 
 
 def _short(path: str) -> str:
@@ -98,7 +135,9 @@ def _short(path: str) -> str:
     return ".".join(parts[max(first_number - 1, 0) :]) if first_number is not None else parts[-1]
 
 
-def _fire(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[tuple[int, object]]]:
+def _fire(
+    model: nn.Module, modules: dict[str, nn.Module], manner: Manner
+) -> dict[str, list[tuple[int, object]]]:
     fired: dict[str, list[tuple[int, object]]] = {path: [] for path in modules}
     count = 0
 
@@ -112,16 +151,15 @@ def _fire(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[tup
         for path, module in modules.items()
     ]
     try:
-        device = next(model.parameters()).device
         with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+            model(**manner.example(model))
     finally:
         for handle in handles:
             handle.remove()
     return fired
 
 
-def _checked(name: str, firings: list[tuple[int, object]]) -> tuple[int, int]:
+def _checked(name: str, path: str, firings: list[tuple[int, object]], manner: Manner) -> HookPoint:
     if not firings:
         raise UserError(
             f"hook {name!r}: this module does not run in a forward pass; name one that does"
@@ -131,4 +169,5 @@ def _checked(name: str, firings: list[tuple[int, object]]) -> tuple[int, int]:
             f"hook {name!r}: this module runs {len(firings)} times in a forward pass; name one that runs once"
         )
     order, output = firings[0]
-    return output_tensor(output, name).shape[-1], order
+    rows = output_tensor(output, name, manner)
+    return HookPoint(name, path, rows.shape[-1], order, rows.shape[1])

@@ -58,10 +58,10 @@ class Ledger(Config):
                 old.unlink()
         return saved
 
-    def tally(self, out: Path, hooks: Mapping[str, int]) -> Tally:
-        """Return the statistics that belong to this ledger."""
+    def tally(self, out: Path, hooks: Mapping[str, int], n_classes: int = 0) -> Tally:
+        """Return the statistics that belong to this ledger; with classes, those of labelled rows."""
         if self.stats is None:
-            return Tally(hooks)
+            return Tally(hooks, n_classes)
         return Tally.restore(hooks, load_tensors(out / self.stats), self.splits["train"].counts)
 
 

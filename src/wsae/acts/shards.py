@@ -6,13 +6,12 @@ A safetensors header needs the sizes, so room for it is left at the start and fi
 import contextlib
 import json
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import Step
 from wsae.core.artifact import FileRecord, record, writing
 from wsae.core.errors import UserError
@@ -29,6 +28,17 @@ def shard_name(split: str, hook: str | None, number: int) -> str:
         if hook is None
         else f"{split}/{hook}/acts-{number:05d}.safetensors"
     )
+
+
+class Form(NamedTuple):
+    """What a store's shards look like."""
+
+    dtype: str
+    """Precision on disk."""
+    shard_rows: int
+    """Rows after which a shard is closed."""
+    seq_len: int | None
+    """Token ids kept per sequence; none where rows do not come from text."""
 
 
 class _RowFile:
@@ -58,19 +68,21 @@ class _RowFile:
 
 
 class ShardWriter:
-    """Writes one shard of every hook and of the token ids; all files appear at `finish`, none after `abort`."""
+    """Writes one shard of every hook and of any token ids; all files appear at `finish`, none after `abort`."""
 
     def __init__(
-        self, out: Path, split: str, number: int, hooks: dict[str, int], cfg: HarvestConfig
+        self, out: Path, split: str, number: int, hooks: dict[str, int], form: Form
     ) -> None:
-        self._out, self._dtype = out, DTYPES[cfg.store_dtype]
+        self._out, self._dtype = out, DTYPES[form.dtype]
         self._names: list[str] = []
         self._stack = contextlib.ExitStack()
         self._seq, self._pos, self._lengths = [], [], []
         self.rows = self.sequences = 0
         try:
-            self._tokens = self._open(
-                shard_name(split, None, number), "ids", cfg.seq_len, torch.int32
+            self._tokens = (
+                self._open(shard_name(split, None, number), "ids", form.seq_len, torch.int32)
+                if form.seq_len
+                else None
             )
             self._acts = {
                 hook: self._open(shard_name(split, hook, number), "acts", d_in, self._dtype)
@@ -83,7 +95,8 @@ class ShardWriter:
     def append(self, step: Step) -> None:
         """Add a step's kept rows and its sequences."""
         try:
-            self._tokens.append(step.ids)
+            if self._tokens is not None:
+                self._tokens.append(step.ids)
             for hook, file in self._acts.items():
                 file.append(step.x[hook].to(self._dtype))
         except BaseException as error:
@@ -98,7 +111,8 @@ class ShardWriter:
     def finish(self) -> dict[str, FileRecord]:
         """Complete and rename every file; return their records by name."""
         try:
-            self._tokens.finish({"lengths": torch.cat(self._lengths)})
+            if self._tokens is not None:
+                self._tokens.finish({"lengths": torch.cat(self._lengths)})
             for file in self._acts.values():
                 file.finish({"seq": torch.cat(self._seq), "pos": torch.cat(self._pos)})
         except BaseException as error:

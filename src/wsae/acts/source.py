@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from torch import Tensor
 
 from wsae.acts.arrays import ArraySource
@@ -60,15 +61,19 @@ class StoreSource:
         return ShuffledStream(self.n_rows, self._train, batch_size, seed, state)
 
     def heldout(self, batch_size: int) -> Iterator[Chunk]:
-        """Yield the held-out rows in the text's order."""
+        """Yield the held-out rows in the order of the text or the images."""
         n_rows = self.store.n_rows["heldout"]
         seq, pos = self.store.places("heldout")
         for first in range(0, n_rows, batch_size):
             index = np.arange(first, min(first + batch_size, n_rows))
             yield Chunk(self.store.rows("heldout", index), seq[index], pos[index])
 
-    def tokens(self) -> TokenTable:
-        """Return the held-out sequences' tokens."""
+    def labels(self) -> Int[Tensor, " rows"] | None:
+        """Return the class of every held-out row (int64), or none where rows have none."""
+        return self.store.labels("heldout")
+
+    def tokens(self) -> TokenTable | None:
+        """Return the held-out sequences' tokens; none for images."""
         return self.store.tokens("heldout")
 
     def digest(self) -> str:

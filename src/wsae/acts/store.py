@@ -13,6 +13,7 @@ from wsae.core.artifact import read_json, read_manifest
 from wsae.core.errors import UserError, nearest
 from wsae.core.tensors import MappedTensor, load_tensors
 
+IMAGES = "images.safetensors"
 STATS = "stats.safetensors"
 TOKENS = "tokens.json"
 SPLITS = ("train", "heldout")
@@ -73,8 +74,23 @@ class Store:
             torch.cat([empty, *(s["pos"].long() for s in shards)]),
         )
 
-    def tokens(self, split: str = "heldout") -> TokenTable:
-        """Return the token ids of a split's sequences and their strings."""
+    @property
+    def of_images(self) -> bool:
+        """Whether rows come from images, so that a sequence's number is an image's."""
+        return self.info.get("kind") == "images"
+
+    def labels(self, split: str) -> Int[Tensor, " rows"] | None:
+        """Return the class of every row of a split (int64), or none where rows have none."""
+        if not self.of_images or not self.info.get("labelled"):
+            return None
+        found = load_tensors(self.path / split / IMAGES)
+        place = torch.searchsorted(found["images"], self.places(split)[0])
+        return found["labels"][place]
+
+    def tokens(self, split: str = "heldout") -> TokenTable | None:
+        """Return the token ids of a split's sequences and their strings; none for images."""
+        if self.of_images:
+            return None
         paths = [
             self.path / f"{split}/tokens-{k:05d}.safetensors"
             for k in range(len(self._shards[split]))

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from wsae.acts.skip import REASONS
+from wsae.stats.consistency import ConsistencyCounts
 from wsae.stats.moments import Moments
 
 
@@ -21,9 +22,15 @@ class SourceStats(NamedTuple):
 
 
 class Tally:
-    """Running statistics per hook; exact, so their order and grouping do not matter."""
+    """Running statistics per hook; exact, so their order and grouping do not matter.
 
-    def __init__(self, hooks: Mapping[str, int]) -> None:
+    With classes, kept rows bring labels and their consistency is counted.
+    """
+
+    def __init__(self, hooks: Mapping[str, int], n_classes: int = 0) -> None:
+        self.classes = {
+            hook: ConsistencyCounts(d, n_classes) for hook, d in hooks.items() if n_classes
+        }
         self.kept = {hook: Moments(d_in) for hook, d_in in hooks.items()}
         self.skipped = {hook: Moments(d_in) for hook, d_in in hooks.items()}
         self.counts: dict[str, int] = dict.fromkeys(REASONS, 0)
@@ -33,14 +40,17 @@ class Tally:
         kept: Mapping[str, Float[Tensor, "rows _"]],
         skipped: Mapping[str, Float[Tensor, "skipped _"]],
         counts: Mapping[str, int],
+        labels: Int64[Tensor, " labels"] | None = None,
     ) -> None:
-        """Add one step's rows and counts."""
+        """Add one step's rows and counts, and the kept rows' labels where there are classes."""
         for hook, x in kept.items():
             self.kept[hook].update(x)
+            if labels is not None:
+                self.classes[hook].update(x, labels)
         for hook, x in skipped.items():
             self.skipped[hook].update(x)
         for reason, n in counts.items():
-            self.counts[reason] += n
+            self.counts[reason] = self.counts.get(reason, 0) + n
 
     def result(self) -> dict[str, SourceStats]:
         """Return the statistics so far."""
@@ -49,18 +59,20 @@ class Tally:
         for hook, kept in self.kept.items():
             every = Moments.from_tensors(kept.tensors())
             every.merge(self.skipped[hook])
-            out[hook] = SourceStats(kept, every, counts)
+            beta = self.classes[hook].consistency() if hook in self.classes else None
+            out[hook] = SourceStats(kept, every, counts, beta)
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the moments as tensors named "<hook>|kept|<name>" and "<hook>|skipped|<name>"."""
+        """Return the moments as "<hook>|kept|<name>" and "<hook>|skipped|<name>", class counts as "<hook>|classes"."""
         parts = (("kept", self.kept), ("skipped", self.skipped))
-        return {
+        moments = {
             f"{hook}|{part}|{name}": tensor
             for part, per_hook in parts
             for hook, moments in per_hook.items()
             for name, tensor in moments.tensors().items()
         }
+        return moments | {f"{hook}|classes": c.counts for hook, c in self.classes.items()}
 
     @classmethod
     def restore(
@@ -70,7 +82,11 @@ class Tally:
         tally = cls({})
         tally.kept = {hook: _moments(tensors, f"{hook}|kept|") for hook in hooks}
         tally.skipped = {hook: _moments(tensors, f"{hook}|skipped|") for hook in hooks}
-        tally.counts.update(counts)
+        tally.counts = dict(counts)
+        for hook, d_in in hooks.items():
+            if (found := tensors.get(f"{hook}|classes")) is not None:
+                tally.classes[hook] = ConsistencyCounts(d_in, found.shape[1])
+                tally.classes[hook].counts = found.clone()
         return tally
 
 

@@ -7,13 +7,16 @@ from typing import Annotated, Any
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace, Number
-from wsae.cli.live import language_of, reopen
+from wsae.cli.live import behind, labelled, reopen
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest, write_json
 from wsae.core.config import Config
+from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
 
-ABOUT = "Measure every SAE of a run on held-out tokens, with intervals, into RUN/evaluation."
+ABOUT = """\
+Measure every SAE of a run on held-out data, with intervals, into RUN/evaluation. Where the data have classes, its
+latents are scored against them too, into RUN/classes."""
 DEFAULTS = EvalConfig()
 SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
 
@@ -27,6 +30,8 @@ class Flags(Config):
     """Write the result as JSON here too."""
     source: MaybeName = None
     """Store or array to measure on; none means the run's own data."""
+    labels: MaybePlace = None
+    """For arrays: a .npy file with the class of every row, numbered from 0; stores of images have their own."""
     batch_size: Count = DEFAULTS.batch_size
     """Held-out rows encoded at once."""
     draws: Count = DEFAULTS.draws
@@ -50,12 +55,18 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg = EvalConfig.parse(data, where="flags")
     read_manifest(flags.run, "run", verify=False)
     from wsae.cli.runner import device
+    from wsae.evals.classes.labels import labels_of
+    from wsae.evals.classes.run import score_run
     from wsae.evals.run import evaluate_run
 
     where = device(flags.common.device)
-    source = reopen(flags.run, where, flags.source)
-    language = language_of(source, where) if cfg.splice_tokens else None
-    record = evaluate_run(flags.run, source, cfg, language, ui.progress)
+    source = labelled(reopen(flags.run, where, flags.source), flags.labels)
+    seen = behind(source, where, language=cfg.splice_tokens > 0)
+    record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
+    labels = labels_of(source)
+    if labels is not None:
+        found = ClassesConfig(draws=cfg.draws, confidence=cfg.confidence, seed=cfg.seed)
+        record["classes"] = score_run(flags.run, source, labels, found, ui.progress)
     if flags.out is not None:
         write_json(flags.out, record)
     return {"run": str(flags.run), **record}
@@ -64,6 +75,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print the scores and what to do next."""
     show_scores(result, ui)
+    for hook, found in result.get("classes", {}).get("hooks", {}).items():
+        show_classes(hook, found, ui)
     place = shlex.quote(result["run"])
     ui.say(f"next: wsae compare {place}; wsae report {place}")
 
@@ -77,7 +90,18 @@ def show_scores(result: dict[str, Any], ui: UI) -> None:
             for key in SHOWN
         ]
         known = [row for row in rows if set(row[1:]) != {"-"}]
-        ui.table(f"{hook}: held-out tokens", ("metric", *members), known)
+        ui.table(f"{hook}: held-out data", ("metric", *members), known)
+
+
+def show_classes(hook: str, found: dict[str, Any], ui: UI) -> None:
+    """Print the class scores of members and controls, one row each."""
+    scored = found["members"] | found["controls"]
+    scores = list(next(iter(scored.values()))["scores"])
+    rows = [
+        [name, *(interval(entry["scores"][score]) for score in scores)]
+        for name, entry in scored.items()
+    ]
+    ui.table(f"{hook}: latents against {len(found['class_totals'])} classes", ("", *scores), rows)
 
 
 def interval(score: Any) -> str:

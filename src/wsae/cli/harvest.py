@@ -6,22 +6,25 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, Place
+from wsae.cli.images import ImageFlags
 from wsae.cli.live import DEFAULTS, LiveFlags, Precision
 from wsae.cli.ui import UI
 from wsae.core.config import Config
+from wsae.core.errors import UserError
 
-ABOUT = "Run a text through a model once and keep the activations of the named modules on disk."
+ABOUT = "Run a text or images through a model once and keep the activations of the named modules on disk."
 
 
 class Flags(Config):
     """Flags of `wsae harvest`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Hub id, local directory, .gguf file, or "builtin" (SmolLM2-135M)."""
+    """Hub id, local directory, .gguf file, or "builtin" (SmolLM2-135M); with --images a vision model or a run of
+    `wsae pretrain`."""
     out: Place
     """Directory of the store."""
     tokens: Count = DEFAULTS.tokens
-    """Training rows wanted."""
+    """Training rows wanted (of a text; see --limit for images)."""
     dtype: Precision = DEFAULTS.dtype
     """Precision the model runs in."""
     store_dtype: Literal["float32", "bfloat16", "float16"] = DEFAULTS.store_dtype
@@ -30,23 +33,33 @@ class Flags(Config):
     """Rows per shard; a killed harvest loses at most one shard."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
     """The text and the rows to keep."""
+    vision: tyro.conf.OmitArgPrefixes[ImageFlags] = ImageFlags()
+    """Or images."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Harvest and return the store's path, rows and widths."""
-    from wsae.acts.harvest import harvest
     from wsae.cli.runner import device
 
-    own = ("tokens", "dtype", "store_dtype", "shard_tokens")
-    cfg = flags.live.config(
-        flags.model,
-        seed=flags.common.seed,
-        device=device(flags.common.device),
-        **{name: getattr(flags, name) for name in own},
-    )
-    harvest(cfg, flags.out, ui.progress)
+    rest = {"seed": flags.common.seed, "dtype": flags.dtype, "store_dtype": flags.store_dtype}
+    where = device(flags.common.device)
+    if flags.vision.images is not None:
+        if flags.tokens != DEFAULTS.tokens:
+            raise UserError("--tokens: is for --text, not for --images; see --limit")
+        rest |= {"shard_rows": flags.shard_tokens, "device": where}
+        images = flags.vision.config(flags.model, flags.live, **rest)
+        from wsae.acts.images.harvest import harvest_images
+
+        harvest_images(images, flags.out, ui.progress)
+    else:
+        flags.vision.refuse()
+        rest |= {"shard_tokens": flags.shard_tokens, "tokens": flags.tokens, "device": where}
+        text = flags.live.config(flags.model, **rest)
+        from wsae.acts.harvest import harvest
+
+        harvest(text, flags.out, ui.progress)
     return describe(flags)
 
 
@@ -69,9 +82,27 @@ def show(result: dict[str, Any], ui: UI) -> None:
     ui.say(f"hooks (width): {widths}")
     ui.say(f"rows: {rows['train']:,} to train on, {rows['heldout']:,} held out")
     ui.say("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()))
-    if result["exhausted"] or result["heldout_exhausted"]:
+    gamma = ""
+    if result.get("kind") == "images":
+        _show_images(result, ui)
+        gamma = " --gamma consistency" if result["labelled"] else ""
+    elif result["exhausted"] or result["heldout_exhausted"]:
         ui.say("the text ended before the rows that were wanted; more text gives more")
-    ui.say(f"next: wsae train {shlex.quote(result['store'])} --out runs/first")
+    ui.say(f"next: wsae train {shlex.quote(result['store'])}{gamma} --out runs/first")
+
+
+def _show_images(result: dict[str, Any], ui: UI) -> None:
+    """Print what images there were, and which could not be read."""
+    read, classes = result["images"], len(result["classes"])
+    each = f"{result['positions']} rows each" if result["positions"] > 1 else "a row each"
+    of = f"{classes} classes" if result["labelled"] else "no labels"
+    side = result["size"]
+    ui.say(f"images: {read['train'] + read['heldout']:,} of {side} x {side} pixels, {each}, {of}")
+    unread = sum(part["unreadable"] for part in result["skipped"].values())
+    for message in result["unreadable"]:
+        ui.say(f"unreadable: {message}")
+    if unread > len(result["unreadable"]):
+        ui.say(f"unreadable: {unread - len(result['unreadable']):,} more")
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001

@@ -13,6 +13,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 
 if TYPE_CHECKING:
+    from wsae.acts.images.gallery import Gallery
     from wsae.acts.language import LanguageModel
     from wsae.acts.source import ActivationSource
 
@@ -142,12 +143,46 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
 
 
 def language_of(source: "ActivationSource", device: str) -> "LanguageModel | None":
-    """Return the model behind a source: the live one, that of the store's manifest, or None for arrays."""
+    """Return the model behind a source: the live one, that of the store's manifest, or None for arrays and images."""
     live = getattr(source, "language", None)
     store = getattr(source, "store", None)
-    if live is not None or store is None:
+    if live is not None or store is None or store.of_images:
         return live
     from wsae.acts.language import load_language
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
     return load_language(cfg.model, cfg.dtype, device)
+
+
+def labelled(source: "ActivationSource", labels: Path | None) -> "ActivationSource":
+    """Return the source with the classes in a .npy file, one a row, where one is given; UserError for a store."""
+    from wsae.acts.source import ArraySource
+
+    if labels is None:
+        return source
+    if not isinstance(source, ArraySource):
+        raise UserError(f"--labels {labels}: goes with an array file, one class per row")
+    classes = read_vector("--labels", labels, "iu", "one whole number per row")
+    return source.with_labels(classes.astype("int64"))
+
+
+def behind(
+    source: "ActivationSource", device: str, language: bool = True
+) -> "LanguageModel | Gallery | None":
+    """Return what evaluation shows or splices: a source's language model, or the images of its store; None for arrays.
+
+    `language`: whether the model is wanted.
+
+    Images that have moved or changed are left out: scores do not need them.
+    """
+    from wsae.acts.source import StoreSource
+
+    if not isinstance(source, StoreSource) or not source.store.of_images:
+        return language_of(source, device) if language else None
+    from wsae.acts.images.gallery import Gallery
+    from wsae.acts.images.harvest import store_images
+
+    try:
+        return Gallery(store_images(source.store))
+    except UserError:
+        return None

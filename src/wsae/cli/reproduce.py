@@ -12,21 +12,33 @@ from wsae.core.errors import UserError
 from wsae.evals.autointerp.config import Control, Score
 from wsae.evals.autointerp.llm.config import LOCAL, LlmConfig
 from wsae.experiments.tables.config import Choices, Stage
+from wsae.experiments.vision.config import VisionChoices
 
 ABOUT = """\
 Measure a figure or table of the paper again and print its statement beside what was found.
 figure2, figure3: SAEs and WSAEs on toy models of superposition, many seeds (Section 5.1).
 readings: Figure 3 under every reading of what the paper leaves open.
+figure4, figure5: semantic consistency of SAEs and WSAEs on a pretrained ResNet-18 (Section 5.2.2).
 recovery: which methods and loss weights recover the truth, over several kinds of worlds.
 table1, table2, table3: auto-interpretability of SAEs and WSAEs on a language model (Section 5.2.1, Appendix B.1).
 language: the same with every gamma rule, both Top-k variants, several seeds, and the score at equal FVU and density.
 What is finished in OUT is not run again."""
 
 Name = Literal[
-    "figure2", "figure3", "readings", "recovery", "table1", "table2", "table3", "language"
+    "figure2",
+    "figure3",
+    "figure4",
+    "figure5",
+    "readings",
+    "recovery",
+    "table1",
+    "table2",
+    "table3",
+    "language",
 ]
 LLM = LlmConfig()
 STUDIES = ("table1", "table2", "table3", "language")
+VISION = ("figure4", "figure5")
 
 
 class StudyFlags(Config):
@@ -88,17 +100,40 @@ class StudyFlags(Config):
         return Choices.parse(data, where="flags")
 
 
+class VisionFlags(Config):
+    """For figure4 and figure5: what to use in place of the preset's."""
+
+    images: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Labelled images, as in `wsae pretrain`; none means digits (tiny), Debian's Fashion-MNIST (small), ImageNet-100
+    from the hub (paper)."""
+    pretrained: Annotated[
+        tuple[Path, ...], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")
+    ] = ()
+    """Finished runs of `wsae pretrain` to use as backbones; none means that they are pretrained here."""
+
+    def choices(self, name: str) -> VisionChoices:
+        """Return these flags' choices; raises UserError where NAME takes none."""
+        if name not in VISION and self != VisionFlags():
+            raise UserError(
+                f"{name}: takes no --images or --pretrained; those are for {', '.join(VISION)}"
+            )
+        return VisionChoices.parse(self.to_dict(), where="flags")
+
+
 class Flags(Config):
     """Flags of `wsae reproduce`."""
 
     name: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """figure2, figure3, readings, recovery, table1, table2, table3 or language."""
+    """figure2, figure3, figure4, figure5, readings, recovery, table1, table2, table3 or language."""
     preset: Literal["tiny", "small", "paper"] = "small"
-    """Size: tiny (seconds), small (a minute; tables: an hour), paper (the paper's setting)."""
+    """Size: tiny (seconds), small (a minute; tables, figure4 and figure5: hours), paper (the paper's setting)."""
     out: Place = Path("reproduce-out")
-    """Directory of the results; figure2 and figure3 share their training there, the tables their store."""
+    """Directory of the results; figure2 and figure3 share their training there, figure4 and figure5 theirs, the tables
+    their store."""
     study: tyro.conf.OmitArgPrefixes[StudyFlags] = StudyFlags()
     """For the tables and language: what to use in place of the preset's."""
+    vision: tyro.conf.OmitArgPrefixes[VisionFlags] = VisionFlags()
+    """For figure4 and figure5: what to use in place of the preset's."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
@@ -109,10 +144,13 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     from wsae.experiments.reproduce import Setting, reproduce
 
     choices = flags.study.choices(flags.name)
-    on_cpu = flags.common.device == "auto" and flags.name not in STUDIES  # toy models are too small
+    vision = flags.vision.choices(flags.name)
+    toy = flags.name not in (*STUDIES, *VISION)
+    on_cpu = flags.common.device == "auto" and toy  # toy models are too small
     where = "cpu" if on_cpu else device(flags.common.device)
     place = flags.out / flags.preset
-    setting = Setting(flags.preset, place, flags.common.seed, where, ui.progress, ui.note, choices)
+    tell = (ui.progress, ui.note)
+    setting = Setting(flags.preset, place, flags.common.seed, where, *tell, choices, vision)
     return reproduce(flags.name, setting)
 
 

@@ -45,6 +45,14 @@ COMMANDS = (
         ),
     ),
     Command(
+        "pretrain",
+        "an image encoder by contrastive learning: NCL or SimCLR",
+        (
+            "wsae pretrain digits --preset tiny --out runs/digits",
+            "wsae pretrain fashion_mnist.npz --preset small --method ncl --out runs/ncl",
+        ),
+    ),
+    Command(
         "harvest",
         "activations of one or many hook points in one model pass, to a store",
         ('wsae harvest gpt2 --text notes.jsonl --hook "h.*" --tokens 1000000 --out acts',),

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from wsae.evals.comparisons import Side, compare_members
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
-from wsae.evals.data import HeldOut, Language
+from wsae.evals.data import HeldOut, Language, Pictures
 from wsae.evals.glossary import glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import Family, Kept, Measured, measure
@@ -21,6 +22,7 @@ from wsae.evals.scores import Arrays, member_metrics
 from wsae.evals.splice import splice_arrays, splice_sequences
 
 Json = dict[str, Any]
+Show = Callable[[Context], Json]
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Evaluation:
     record: Json
     contexts: dict[str, dict[str, list[Json]]]
     arrays: dict[str, Tensor]
+    thumbnails: dict[str, str] = field(default_factory=dict)
+    """Image number -> PNG in base64, of the images among the contexts."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,16 @@ def evaluate_families(
     subject: Subject,
     source: HeldOut,
     cfg: EvalConfig,
-    language: Language | None = None,
+    behind: Language | Pictures | None = None,
     progress: Progress = quiet,
 ) -> Evaluation:
-    """Measure, splice, compare; everything in memory."""
+    """Measure, splice, compare; everything in memory.
+
+    `behind` is what the activations are of: a language model whose passes are spliced, or images to show.
+    """
     tokens = source.tokens()
+    language = behind if isinstance(behind, Language) else None
+    pictures = behind if isinstance(behind, Pictures) else None
     splice = language is not None and tokens is not None and cfg.splice_tokens > 0
     kept = Kept(splice_sequences(tokens, cfg)) if splice and tokens is not None else None
     measured = measure(source, subject.families, cfg, kept, progress)
@@ -71,7 +80,8 @@ def evaluate_families(
         "glossary": glossary(),
     }
     contexts = {
-        hook: _contexts(m, subject.families[hook], tokens, cfg) for hook, m in measured.items()
+        hook: _contexts(m, subject.families[hook], _shown_by(tokens, pictures, cfg))
+        for hook, m in measured.items()
     }
     arrays = {
         f"{hook}|{name}|{key}": value.clone()  # members share some; a file may not
@@ -79,7 +89,7 @@ def evaluate_families(
         for name, named in m.arrays.items()
         for key, value in named.items()
     }
-    return Evaluation(record, contexts, arrays)
+    return Evaluation(record, contexts, arrays, _thumbnails(contexts, pictures))
 
 
 def _hook_record(hook: str, found: Measured, subject: Subject, cfg: EvalConfig) -> Json:
@@ -115,21 +125,39 @@ def data_digest(found: Measured) -> str:
     return sha.hexdigest()
 
 
-def _contexts(
-    found: Measured, family: Family, tokens: TokenTable | None, cfg: EvalConfig
-) -> dict[str, list[Json]]:
+def _contexts(found: Measured, family: Family, show: Show | None) -> dict[str, list[Json]]:
     return {
         name: [
             _latent(latent, found, (name, family.twins.get(name)))
-            | {
-                "contexts": [_window(context, tokens, cfg) for context in contexts]
-                if tokens
-                else []
-            }
+            | {"contexts": [] if show is None else [show(context) for context in contexts]}
             for latent, contexts in top.result().items()
         ]
         for name, top in found.contexts.items()
     }
+
+
+def _shown_by(tokens: TokenTable | None, pictures: Pictures | None, cfg: EvalConfig) -> Show | None:
+    """Return what makes a context JSON-ready: its tokens, or the class of its image; None for arrays."""
+    if tokens is not None:
+        return lambda context: _window(context, tokens, cfg)
+    if pictures is not None:
+        return lambda context: _image(context, pictures)
+    return None
+
+
+def _image(context: Context, pictures: Pictures) -> Json:
+    act = float(f"{context.value:.4g}")
+    return {"tokens": [pictures.label(context.seq)], "acts": [act], "peak": 0, "seq": context.seq}
+
+
+def _thumbnails(
+    contexts: dict[str, dict[str, list[Json]]], pictures: Pictures | None
+) -> dict[str, str]:
+    if pictures is None:
+        return {}
+    latents = (entry for named in contexts.values() for found in named.values() for entry in found)
+    shown = {context["seq"] for entry in latents for context in entry["contexts"]}
+    return {str(image): pictures.thumbnail(image) for image in sorted(shown)}
 
 
 def _latent(latent: int, found: Measured, names: tuple[str, str | None]) -> Json:

@@ -53,6 +53,19 @@ class Language(Protocol):
         ...
 
 
+@runtime_checkable
+class Pictures(Protocol):
+    """The images behind the activations (`wsae.acts.images.gallery.Gallery`; not imported: it needs Pillow)."""
+
+    def label(self, image: int) -> str:
+        """Return the name of an image's class."""
+        ...
+
+    def thumbnail(self, image: int) -> str:
+        """Return a small PNG in base64; raises UserError where the image cannot be read."""
+        ...
+
+
 class Rows:
     """An array of activations [rows, d_in], all of it evaluated; each row is a sequence of its own."""
 

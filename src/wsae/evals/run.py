@@ -20,7 +20,7 @@ from wsae.core.tensors import save_tensors
 from wsae.evals.assemble import Json, Subject, evaluate_families
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
-from wsae.evals.data import HeldOut, Language, Rows
+from wsae.evals.data import HeldOut, Language, Pictures, Rows
 from wsae.evals.measure import Family, measure
 from wsae.evals.scores import member_metrics
 from wsae.sae import SparseAutoencoder
@@ -28,6 +28,7 @@ from wsae.train.config import TrainConfig
 from wsae.train.run import load_run
 
 EVALUATION, ARRAYS, CONTEXTS = "evaluation.json", "arrays.safetensors", "contexts.json"
+THUMBNAILS = "thumbnails.json"
 
 
 def evaluate(
@@ -60,16 +61,17 @@ def evaluate_run(
     run: Path,
     source: HeldOut,
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  (frozen)
-    language: Language | None = None,
+    behind: Language | Pictures | None = None,
     progress: Progress = quiet,
 ) -> Json:
     """Measure every member of a finished run and write RUN/evaluation; return the content of evaluation.json.
 
-    `language` is the model behind the activations; without it (or without tokens) nothing is spliced. The directory is
-    whole or has no manifest. Raises UserError when `run` is not a finished run, or does not fit the source.
+    `behind` is the language model behind the activations (without it, or without tokens, nothing is spliced) or the
+    images (without them no latent has pictures). The directory is whole or has no manifest. Raises UserError when `run`
+    is not a finished run, or does not fit the source.
     """
     subject = run_subject(run)
-    found = evaluate_families(subject, source, cfg, language, progress)
+    found = evaluate_families(subject, source, cfg, behind, progress)
     out = run / "evaluation"
     with locked(out):
         (out / MANIFEST).unlink(missing_ok=True)
@@ -81,6 +83,9 @@ def evaluate_run(
             **{f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()},
         }
         files = [EVALUATION, CONTEXTS, ARRAYS]
+        if found.thumbnails:
+            write_json(out / THUMBNAILS, found.thumbnails)
+            files.append(THUMBNAILS)
         write_manifest(out, "evaluation", cfg.to_dict(), files, inputs=inputs)
     return found.record
 

@@ -15,9 +15,11 @@ from wsae.experiments.readings import run_readings
 from wsae.experiments.sweep.run import run_sweep
 from wsae.experiments.tables.config import Choices
 from wsae.experiments.tables.plan import StudyName
+from wsae.experiments.vision.config import VisionChoices
+from wsae.experiments.vision.plan import FigureName
 from wsae.report.panel_figures import panels_figure
 
-Name = Literal["figure2", "figure3", "readings", "recovery"] | StudyName
+Name = Literal["figure2", "figure3", "readings", "recovery"] | StudyName | FigureName
 
 TITLES = {
     "gt_raw": "ground-truth loss (Eq. 10)",
@@ -39,13 +41,16 @@ class Setting:
     say: Callable[[str], None] = lambda _: None
     choices: Choices = Choices()
     """What the tables take beside a preset."""
+    vision: VisionChoices = VisionChoices()
+    """What Figures 4 and 5 take beside a preset."""
 
 
 def reproduce(name: Name, setting: Setting) -> dict[str, Any]:
     """Run what is missing in the setting's `out`, write NAME.json there and its pictures, and return the result.
 
-    Figures 2 and 3 share one sweep. `readings` tries every reading of what the paper leaves open; `recovery` is the
-    wider benchmark of methods, gamma rules and worlds. Raises UserError as training does.
+    Figures 2 and 3 share one sweep, Figures 4 and 5 backbones and SAEs. `readings` tries every reading of what the
+    paper leaves open; `recovery` is the wider benchmark of methods, gamma rules and worlds. Raises UserError as
+    training does.
     """
     out = setting.out
     with locked(out):
@@ -64,6 +69,11 @@ def _run(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:
             return {"readings": found}, []
         case "recovery":
             return run_benchmark(at.preset, at.out, at.seed, at.device, at.progress, at.say)
+        case "figure4" | "figure5":  # as the tables: brings transformers
+            from wsae.experiments.vision import study
+
+            here = study.Place(at.out, at.vision, at.progress, at.say)
+            return study.reproduce_vision(name, at.preset, here, at.seed, at.device)
         case _:  # brings transformers, which the toy models do not need
             from wsae.experiments.tables.study import Place, reproduce_study
 

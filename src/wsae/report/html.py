@@ -63,6 +63,7 @@ def render(run: RunData) -> str:
         notes=run.notes,
         glossary=glossary(run),
         has_contexts=bool(run.contexts),
+        pictured=bool(run.thumbnails),
         contexts=json_block(pack_contexts(run)),
         version=__version__,
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
@@ -84,7 +85,8 @@ def policy(script: str, style: str) -> str:
         for text in (script, style)
     )
     return (
-        f"default-src 'none'; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; "
+        f"default-src 'none'; img-src data:; script-src 'sha256-{script_hash}'; "
+        f"style-src 'sha256-{style_hash}'; "
         "base-uri 'none'; form-action 'none'"
     )
 
@@ -102,7 +104,8 @@ def pack_contexts(run: RunData) -> Json:
 
     A latent is [index, density, variance, max, match or null, contexts, scores, explanation or null, typical tokens], a
     match [member, latent, cosine], a context [token numbers, peak position, sequence, [position, activation, ...]];
-    scores are [value or null, ...] in the order of `scores`.
+    scores are [value or null, ...] in the order of `scores`. A context in an image has one token, its class, and the
+    image's number as sequence; `images` holds the thumbnails.
     """
     counts: dict[str, int] = {}
     for members in run.contexts.values():
@@ -122,7 +125,12 @@ def pack_contexts(run: RunData) -> Json:
         ]
         for hook, members in run.contexts.items()
     ]
-    return {"tokens": table, "hooks": hooks, "scores": list(scores.values())}
+    return {
+        "tokens": table,
+        "hooks": hooks,
+        "scores": list(scores.values()),
+        "images": run.thumbnails,
+    }
 
 
 def _score_names(run: RunData) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""The part of the page about auto-interpretability: mean scores beside their controls, and who was scored.
+"""The parts of the page that score latents: interpretability and classes, beside their controls, and who was scored.
 
-The formulas are `wsae.evals.autointerp.glossary`'s; here is only what a run's interpretation says.
+The formulas are in `wsae.evals.autointerp.glossary` and `wsae.evals.classes.glossary`; here is only what a run says.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,11 @@ ROWS = {
     "detection": "Detection",
     "fuzzing": "Fuzzing",
     "simulation": "Simulation",
+    "consistency_top": "Consistency, strongest",
+    "consistency_corrected": "Consistency above chance",
+    "consistency_ncl": "Consistency, NCL",
+    "selectivity": "Class selectivity",
+    "information": "Class information",
 }
 """Score -> its name for readers."""
 COUNTED = ("requested", "parsed", "failed", "not_asked")
@@ -71,7 +76,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class InterpretationView:
+class ScoresView:
     """What the page shows of one hook."""
 
     columns: list[Column]
@@ -86,21 +91,28 @@ def score_name(score: str) -> str:
     return ROWS.get(score, score.replace("_", " "))
 
 
-def interpretation_view(run: RunData, hook: str) -> InterpretationView | None:
+def interpretation_view(run: RunData, hook: str) -> ScoresView | None:
     """Collect everything shown for one hook; None when it was not interpreted."""
-    found = run.interpretation.get("hooks", {}).get(hook)
+    return _view(run, hook, run.interpretation)
+
+
+def classes_view(run: RunData, hook: str) -> ScoresView | None:
+    """Collect what is shown of one hook's latents against class labels; None when they were not scored."""
+    return _view(run, hook, run.classes)
+
+
+def _view(run: RunData, hook: str, scored: Json) -> ScoresView | None:
+    found = scored.get("hooks", {}).get(hook)
     if not found:
         return None
+    glossary: Json = scored.get("glossary", {})
     columns = _columns(run, hook, found)
     scores = dict.fromkeys(key for column in columns for key in column.entry.get("summary", {}))
-    return InterpretationView(
+    return ScoresView(
         columns=columns,
-        rows=[_row(run, found, columns, score) for score in scores],
+        rows=[_row(glossary, found, columns, score) for score in scores],
         facts=_facts(columns, list(scores)),
-        judges=[
-            (score_name(score), str(name))
-            for score, name in run.interpretation.get("judges", {}).items()
-        ],
+        judges=[(score_name(score), str(name)) for score, name in scored.get("judges", {}).items()],
         density=_density_figures(run, hook, found),
     )
 
@@ -114,17 +126,16 @@ def _columns(run: RunData, hook: str, found: Json) -> list[Column]:
     ]
 
 
-def _row(run: RunData, found: Json, columns: list[Column], score: str) -> Row:
-    entry = run.interpretation.get("glossary", {}).get(score, {})
+def _row(glossary: Json, found: Json, columns: list[Column], score: str) -> Row:
+    entry = glossary.get(score, {})
     tip = "; ".join(str(entry[part]) for part in ("formula", "direction") if entry.get(part))
-    judged = _judgements(run, found, score)
+    judged = _judgements(glossary, found, score)
     cells = [_cell(column, score, judged) for column in columns]
     return Row(score, str(entry.get("name") or score_name(score)), tip, "higher", cells)
 
 
-def _judgements(run: RunData, found: Json, score: str) -> dict[tuple[str, str], Judgement]:
+def _judgements(glossary: Json, found: Json, score: str) -> dict[tuple[str, str], Judgement]:
     """Return the comparisons of one score by (member, way)."""
-    glossary = run.interpretation.get("glossary", {})
     lines = [line for line in found.get("comparisons", []) if line.get("metric") == score]
     pairs = [(line, judge(line, glossary)) for line in lines]
     return {(str(line.get("a")), str(line.get("over"))): j for line, j in pairs if j is not None}

@@ -6,19 +6,18 @@ altered).
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from wsae.core.artifact import MANIFEST, read_json, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.tensors import load_tensors
+from wsae.report.classdata import Json, add_scores, read_classes
 
-Json = dict[str, Any]
-"""A parsed JSON object."""
-
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 TWIN_NAME = "plain"
 CONTROL_PREFIX = "control"
 """Members whose names start like this were not trained: a floor, no competitors."""
@@ -39,6 +38,10 @@ class RunData:
     contexts: dict[str, dict[str, list[Json]]]
     """hook -> member -> latents; those that were interpreted have `explanation` and `scores` too."""
     interpretation: Json = field(default_factory=dict)
+    classes: Json = field(default_factory=dict)
+    """Latents against class labels, in the form of `interpretation`."""
+    thumbnails: dict[str, str] = field(default_factory=dict)
+    """Image number -> PNG in base64, of the images among the contexts."""
     notes: list[str] = field(default_factory=list)
     """What is missing and what that means, one sentence each, shown on the page."""
 
@@ -97,10 +100,13 @@ def read_run(path: Path) -> RunData:
         raise UserError(f"{path}: has no config.json, so it is not a wsae run directory")
     notes: list[str] = []
     evaluation, arrays, contexts = _read_evaluation(path / "evaluation", notes)
+    thumbnails = _read_thumbnails(path / "evaluation")
     interpretation, interpreted = _read_interpretation(path / "interpretation")
+    classes, by_class = read_classes(path / "classes")
     contexts = _merged(contexts, interpreted)
+    add_scores(contexts, by_class)
     if evaluation and not any(latents for named in contexts.values() for latents in named.values()):
-        notes.append("No text contexts: the data are arrays or no latent was sampled.")
+        notes.append("No contexts: the data are arrays or no latent was sampled.")
         contexts = {}
     run = RunData(
         path=path,
@@ -112,6 +118,8 @@ def read_run(path: Path) -> RunData:
         arrays=arrays,
         contexts=contexts,
         interpretation=interpretation,
+        classes=classes,
+        thumbnails=thumbnails,
         notes=notes,
     )
     if not run.hooks:
@@ -149,6 +157,19 @@ def _read_evaluation(path: Path, notes: list[str]) -> tuple[Json, dict[str, np.n
         arrays = {name: tensor.double().numpy() for name, tensor in tensors.items()}
     contexts = _object(path / "contexts.json") if "contexts.json" in files else {}
     return _object(path / "evaluation.json"), arrays, contexts
+
+
+def _read_thumbnails(path: Path) -> dict[str, str]:
+    """Return image number -> PNG in base64; nothing else may reach an address on the page."""
+    name = "thumbnails.json"
+    listed = (path / MANIFEST).is_file() and name in read_manifest(path, "evaluation", False).files
+    found = _object(path / name) if listed else {}
+    for number, data in found.items():
+        if not (number.isdigit() and isinstance(data, str) and _BASE64.fullmatch(data)):
+            raise UserError(
+                f"{path / name}: image {number} is not a picture in base64; evaluate the run again"
+            )
+    return found
 
 
 def _read_interpretation(path: Path) -> tuple[Json, Json]:

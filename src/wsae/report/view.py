@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from wsae.report import charts
 from wsae.report.charts import Figure
-from wsae.report.interpretation import InterpretationView, interpretation_view
+from wsae.report.interpretation import ScoresView, classes_view, interpretation_view
 from wsae.report.rundata import Json, RunData, find, finite, is_control
 from wsae.report.words import (
     METRICS,
@@ -110,7 +110,8 @@ class HookView:
     training: list[Figure]
     density: list[Figure]
     explained: list[Figure]
-    interpretation: InterpretationView | None
+    interpretation: ScoresView | None
+    classes: ScoresView | None
 
 
 def hook_view(run: RunData, hook: str, index: int) -> HookView:
@@ -140,6 +141,7 @@ def hook_view(run: RunData, hook: str, index: int) -> HookView:
         density=charts.density_figures(run, hook),
         explained=charts.explained_figures(run, hook),
         interpretation=interpretation_view(run, hook),
+        classes=classes_view(run, hook),
     )
 
 
@@ -275,6 +277,9 @@ def _widths(run: RunData) -> str | None:
 
 def glossary(run: RunData) -> list[tuple[str, str, Json]]:
     """Return (key, name, entry) of every metric the evaluation explains."""
-    entries: Json = {**run.evaluation.get("glossary", {}), **run.interpretation.get("glossary", {})}
+    parts = (run.evaluation, run.interpretation, run.classes)
+    entries: Json = {
+        key: entry for part in parts for key, entry in part.get("glossary", {}).items()
+    }
     explained = [(key, entry) for key, entry in entries.items() if isinstance(entry, dict)]
     return [(key, str(entry.get("name") or metric_name(key)), entry) for key, entry in explained]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,14 @@ KEEP = 2
 _PLACE, _STATE = "position.json", "state.safetensors"
 
 
-def save_checkpoint(run: Path, step: int, family: Family, place: dict[str, Any]) -> None:
+def save_checkpoint(
+    run: Path, step: int, tensors: dict[str, Tensor], place: dict[str, Any]
+) -> None:
     """Write `run/checkpoints/step-N`, manifest last, then drop all but the newest two.
 
-    `place` is JSON-ready: the stream's position and the length of metrics.jsonl.
+    `place` is JSON-ready: the position in the data and the length of metrics.jsonl.
     """
     path = run / "checkpoints" / f"step-{step:09d}"
-    tensors = {
-        f"{hook}|{m.name}|{key}": value
-        for hook, m in family.all()
-        for key, value in member_tensors(m).items()
-    }
     save_tensors(path / _STATE, tensors)
     write_json(path / _PLACE, {"step": step, **place})
     write_manifest(path, "checkpoint", {"step": step}, [_STATE, _PLACE])
@@ -44,10 +42,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in found if (p / MANIFEST).exists())
 
 
-def load_checkpoint(run: Path, family: Family) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into `family` and return its place, or None when there is none.
+def load_checkpoint(
+    run: Path, restore: Callable[[dict[str, Tensor], str], None]
+) -> dict[str, Any] | None:
+    """Hand the newest checkpoint's tensors and its path to `restore`; return its place, or None when there is none.
 
-    Raises UserError naming the file when the checkpoint is cut, altered or of another run.
+    Raises UserError naming the file when the checkpoint is cut or altered.
     """
     found = checkpoints(run)
     if not found:
@@ -59,14 +59,28 @@ def load_checkpoint(run: Path, family: Family) -> dict[str, Any] | None:
         place = json.loads((path / _PLACE).read_text(encoding="utf-8"))
     except UserError as error:
         raise UserError(f"{error}; remove {path} to resume from the checkpoint before") from error
+    restore(tensors, str(path))
+    return place
+
+
+def family_tensors(family: Family) -> dict[str, Tensor]:
+    """Return everything of a family that changes during training."""
+    return {
+        f"{hook}|{m.name}|{key}": value
+        for hook, m in family.all()
+        for key, value in member_tensors(m).items()
+    }
+
+
+def set_family_tensors(family: Family, tensors: dict[str, Tensor], where: str) -> None:
+    """Restore what `family_tensors` returned; raises UserError when the members are others."""
     expected = {f"{hook}|{m.name}" for hook, m in family.all()}
     if {key.rsplit("|", 1)[0] for key in tensors} != expected:
-        raise UserError(f"{path}: holds other members than this run's config; use another --out")
+        raise UserError(f"{where}: holds other members than this run's config; use another --out")
     for hook, member in family.all():
         prefix = f"{hook}|{member.name}|"
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        set_member_tensors(member, own, str(path))
-    return place
+        set_member_tensors(member, own, where)
 
 
 def member_tensors(member: MemberState) -> dict[str, Tensor]:

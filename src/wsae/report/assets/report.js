@@ -96,6 +96,22 @@
     return { name, index, cosine, entry: hooks.get(state.hook).get(name)?.byIndex.get(index) ?? null };
   }
 
+  function imageNode([tokens, , image, pairs], query) {
+    const box = node("figure", "shot"), label = visible(data.tokens[tokens[0]]);
+    const picture = node("img");
+    picture.src = "data:image/png;base64," + data.images[image];
+    picture.alt = `image ${image}: ${label}`;
+    picture.title = `image ${image}, activation ${number(pairs[1])}`;
+    box.append(picture, node("figcaption", matched(tokens, query).size ? "hit" : "", label));
+    return box;
+  }
+  function contextNodes(contexts, entry) { // images side by side, texts one below the other
+    if (!contexts.every((c) => Object.hasOwn(data.images, c[2]))) return contexts.map((c) => contextNode(c, entry.max, state.query));
+    const sheet = node("div", "sheet");
+    sheet.append(...contexts.map((c) => imageNode(c, state.query)));
+    return [sheet];
+  }
+
   function contextNode([tokens, peak, , pairs], max, query) {
     const line = node("p", "ctx");
     const acts = new Map();
@@ -164,14 +180,14 @@
       data.scores.forEach((name, i) => scores.append(stat(name, number(entry.scores[i]))));
       box.append(scores);
     }
-    const ordered = entry.contexts;
-    ordered.slice(0, SHOWN).forEach((c) => box.append(contextNode(c, entry.max, state.query)));
-    const rest = ordered.slice(SHOWN);
+    const ordered = entry.contexts, pictured = ordered.some((c) => Object.hasOwn(data.images, c[2]));
+    const first = pictured ? ordered.length : SHOWN, rest = ordered.slice(first);
+    box.append(...contextNodes(ordered.slice(0, first), entry));
     if (rest.length) {
       const more = node("button", "fold", `${rest.length} more`);
       more.type = "button";
       more.addEventListener("click", () => {
-        more.replaceWith(...rest.map((c) => contextNode(c, entry.max, state.query)));
+        more.replaceWith(...contextNodes(rest, entry));
       });
       box.append(more);
     }

@@ -13,6 +13,7 @@ from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.covariance import covariances
+from wsae.train.directory import enter, nothing_left, same_run
 from wsae.train.family import gamma_record, initial_gamma, power_of_two_scale
 from wsae.train.parallel.checkpoint import load, place_of
 from wsae.train.parallel.config import even_part
@@ -21,7 +22,6 @@ from wsae.train.parallel.loop import Recorder, run_steps, stopping
 from wsae.train.parallel.shard import Shard, Start, make_shard
 from wsae.train.parallel.whole import read_whole
 from wsae.train.parallel.world import World
-from wsae.train.run import _enter, _nothing_left, _same_run
 
 
 def train_parallel(
@@ -41,7 +41,7 @@ def train_parallel(
     _check(cfg, source, world)
     with contextlib.ExitStack() as held:
         if world.first:
-            held.enter_context(_nothing_left(out))
+            held.enter_context(nothing_left(out))
             held.enter_context(locked(out))
         identity = world.from_first(lambda: _entered(cfg, source, out, resume))
         if identity is None:
@@ -88,9 +88,9 @@ def _entered(
     identity = {"train": cfg.to_dict(), "data": source.digest(), "source": source.describe()}
     if (out / MANIFEST).exists():
         read_manifest(out, "run")
-        _same_run(out, identity)
+        same_run(out, identity)
         return None
-    _enter(out, identity, resume)
+    enter(out, identity, resume)
     return identity
 
 

@@ -1,0 +1,214 @@
+"""Images of one size as arrays: .npz files, MNIST's IDX files, scikit-learn's digits."""
+
+import gzip
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from wsae.acts.images.config import ImagesConfig
+from wsae.acts.images.labels import checked_labels
+from wsae.acts.images.pixels import middle_square, to_pillow, to_tensor
+from wsae.core.artifact import digest, sha256_file
+from wsae.core.errors import UserError, nearest
+
+IDX_SPLITS = {"train": ("train",), "test": ("t10k", "test")}
+_IDX_BYTES, _OPAQUE = 8, 255
+
+
+class ArrayImages:
+    """Images of one size, grey [n, h, w] or with 1, 3 (RGB) or 4 (RGBA, laid over white) channels; memory may be a map.
+
+    With a config that names a size they are resized to it, else `square` is the image as it is.
+    """
+
+    def __init__(
+        self,
+        images: UInt8[np.ndarray, "images height width *channels"],
+        labels: Int[np.ndarray, " images"] | None,
+        names: tuple[str, ...],
+        digest: str,
+        cfg: ImagesConfig = ImagesConfig(),  # noqa: B008  (frozen)
+    ) -> None:
+        self._images, self.labels, self.names, self._digest = images, labels, names, digest
+        self._cfg = cfg
+        own = cfg.size is None or images.shape[1:3] == (cfg.size, cfg.size)
+        self.as_they_are = own and cfg.resize in (None, cfg.size)
+        """Whether `square` gives the images unchanged, so that reading them costs next to nothing."""
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self._images)
+
+    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """Return an image as RGB."""
+        return self.images(np.array([index]))[0]
+
+    def square(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """Return an image in the config's size, or as it is where there is none."""
+        image, size = self.image(index), self._cfg.size
+        if self.as_they_are or size is None:
+            return image
+        return to_tensor(middle_square(to_pillow(image), self._cfg, size))
+
+    def images(self, index: Int[np.ndarray, " rows"]) -> UInt8[Tensor, "rows 3 height width"]:
+        """Return some images as RGB, in their own size."""
+        raw = torch.from_numpy(self._images[index])
+        if raw.ndim == 3:
+            raw = raw[..., None]
+        if raw.shape[3] == 4:
+            raw = _over_white(raw)
+        return raw.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+
+    def digest(self) -> str:
+        """Return a hash of what the images are."""
+        return self._digest
+
+
+def digits(cfg: ImagesConfig) -> ArrayImages:
+    """Return scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; raises UserError where it is not installed."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("images digits: needs scikit-learn; pip install 'wsae[vision]'") from error
+    found: Any = load_digits()
+    images = np.round(found.images * (255 / 16)).astype(np.uint8)
+    names = tuple(str(name) for name in found.target_names)
+    return ArrayImages(images, found.target.astype(np.int64), names, "scikit-learn digits", cfg)
+
+
+def npz_images(path: Path, cfg: ImagesConfig) -> ArrayImages:
+    """Return the images of an .npz file: mapped where it is stored uncompressed (np.savez), else read whole.
+
+    Raises UserError where it is damaged, has no `images` or has ones that are not uint8, or labels that do not fit.
+    """
+    where = f"images {path}"
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            if "images" not in file:
+                found = ", ".join(file.files) or "nothing"
+                raise UserError(
+                    f"{where}: no array named images (it has: {found}); name it so{nearest('images', file.files)}"
+                )
+            mapped = _mapped(path, "images")
+            images = file["images"] if mapped is None else mapped
+            labels = file.get("labels")
+            names = tuple(str(name) for name in file["names"]) if "names" in file else ()
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: not a readable .npz file ({_first(error)})") from error
+    _check_images(images, where)
+    classes, names = checked_labels(labels, names, len(images), where)
+    return ArrayImages(images, classes, names, sha256_file(path), cfg)
+
+
+def idx_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
+    """Return split -> files of images and labels in MNIST's layout; empty where the folder has none."""
+    found = {}
+    for split, prefixes in IDX_SPLITS.items():
+        for prefix in prefixes:
+            images, labels = (
+                _idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1")
+            )
+            if images is not None:
+                found.setdefault(split, (images, labels))
+    return found
+
+
+def idx_images(folder: Path, cfg: ImagesConfig) -> ArrayImages:
+    """Return a split of a folder of IDX files; raises UserError where it has none, or they are damaged."""
+    files, split = idx_files(folder), cfg.split or "train"
+    if split not in files:
+        raise UserError(f"images {folder}: no split {split!r}; it has {', '.join(files)}")
+    path, label_path = files[split]
+    images = _read_idx(path, 3)
+    labels = None if label_path is None else _read_idx(label_path, 1)
+    classes, names = checked_labels(labels, (), len(images), f"images {folder}")
+    hashes = [sha256_file(p) for p in (path, label_path) if p is not None]
+    return ArrayImages(images, classes, names, digest(hashes), cfg)
+
+
+def _idx_file(folder: Path, prefix: str, kind: str) -> Path | None:
+    names = [f"{prefix}-{kind}-ubyte{end}" for end in ("", ".gz")]
+    names += [f"{prefix}-{kind.replace('-idx', '.idx')}-ubyte{end}" for end in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_idx(path: Path, axes: int) -> np.ndarray:
+    """Return the bytes of an IDX file: mapped where it is unpacked."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as file:
+                data = np.frombuffer(file.read(), dtype=np.uint8)
+        else:
+            data = np.memmap(path, dtype=np.uint8, mode="r")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: not a readable IDX file ({_first(error)})") from error
+    start = 4 + 4 * axes
+    if len(data) < start or data[:4].tolist() != [0, 0, _IDX_BYTES, axes]:
+        raise UserError(f"{path}: not an IDX file of bytes with {axes} axes")
+    shape = tuple(int(n) for n in data[4:start].view(">u4"))
+    if len(data) - start != int(np.prod(shape, dtype=object)):
+        raise UserError(
+            f"{path}: {len(data) - start} bytes where its header says {shape} (cut or altered)"
+        )
+    return np.array(data[start:]).reshape(shape) if axes == 1 else data[start:].reshape(shape)
+
+
+def _check_images(images: np.ndarray, where: str) -> None:
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3, 4)):
+        raise UserError(
+            f"{where}: images of shape {images.shape}; give [n, height, width] or [n, height, width, 1, 3 or 4]"
+        )
+    if images.dtype != np.uint8:
+        raise UserError(
+            f"{where}: images are {images.dtype}; give uint8 from 0 to 255 "
+            '(floats in [0, 1]: np.round(255 * images).astype("uint8"))'
+        )
+    if 0 in images.shape:
+        raise UserError(f"{where}: images of shape {images.shape}; there are none in it")
+
+
+def _mapped(path: Path, name: str) -> np.ndarray | None:
+    """Return an array of an .npz file as a memory map, or none where it is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return None
+        with path.open("rb") as file:
+            file.seek(
+                entry.header_offset + 26
+            )  # where the local header says how long its two texts are
+            lengths = np.frombuffer(file.read(4), dtype="<u2")
+            file.seek(entry.header_offset + 30 + int(lengths.sum()))
+            version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0)):
+                return None
+            reader = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran, dtype = reader(file)
+            if dtype.hasobject or 0 in shape:
+                return None
+            order = "F" if fortran else "C"
+            return np.asarray(
+                np.memmap(path, dtype, mode="r", offset=file.tell(), shape=shape, order=order)
+            )
+
+
+def _over_white(raw: UInt8[Tensor, "rows height width 4"]) -> UInt8[Tensor, "rows height width 3"]:
+    alpha = raw[..., 3:].int()
+    mixed = raw[..., :3].int() * alpha + _OPAQUE * (_OPAQUE - alpha)
+    return ((mixed + _OPAQUE // 2) // _OPAQUE).to(torch.uint8)
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

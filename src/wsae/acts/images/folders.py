@@ -1,0 +1,126 @@
+"""Image files in folders: one a class (ImageFolder's layout), with or without train/ and val/ above, or all in one."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from wsae.acts.images.config import ImagesConfig
+from wsae.acts.images.pixels import decoded, middle_square, to_tensor
+from wsae.core.artifact import digest, sha256_file
+from wsae.core.errors import UserError, nearest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SPLITS = ("train", "val", "valid", "validation", "test")
+_SAMPLES = 256
+
+
+class Texts:
+    """Many short strings in two arrays: processes that share them copy nothing."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        parts = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self._bytes = b"".join(parts)
+        self._ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        """Return one."""
+        first, last = int(self._ends[index]), int(self._ends[index + 1])
+        return self._bytes[first:last].decode("utf-8", "surrogateescape")
+
+
+class FolderImages:
+    """Image files of one folder, sorted by class and path, decoded when asked for."""
+
+    def __init__(self, folder: Path, cfg: ImagesConfig) -> None:
+        found = _found(folder, cfg)
+        self._folder, self._cfg = folder, cfg
+        self.names = tuple(sorted({name for name, _ in found if name}))
+        numbers = {name: number for number, name in enumerate(self.names)}
+        found.sort()
+        self._paths = Texts([path for _, path in found])
+        self.labels = (
+            np.array([numbers[name] for name, _ in found], dtype=np.int64) if self.names else None
+        )
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self._paths)
+
+    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """Return an image as RGB, in its own size; raises ImageError naming the file."""
+        path = self._path(index)
+        return to_tensor(decoded(path, str(path), index))
+
+    def square(self, index: int) -> UInt8[Tensor, "3 size size"]:
+        """Return an image resized and cut; raises ImageError naming the file."""
+        path = self._path(index)
+        return to_tensor(middle_square(decoded(path, str(path), index), self._cfg, self._cfg.side))
+
+    @functools.cache  # noqa: B019  (a set lives as long as its run)
+    def digest(self) -> str:
+        """Return a hash of every file's name and size and of 256 files' content."""
+        sha = hashlib.sha256()
+        for index in range(len(self)):
+            size = self._path(index).stat().st_size
+            sha.update(f"{self._paths[index]}\0{size}\n".encode("utf-8", "surrogateescape"))
+        some = np.unique(np.linspace(0, len(self) - 1, _SAMPLES).round().astype(int))
+        return digest([sha.hexdigest(), [sha256_file(self._path(int(i))) for i in some]])
+
+    def _path(self, index: int) -> Path:
+        return self._folder / self._paths[index]
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether a folder holds an image file at any depth."""
+    return next(_files(folder), None) is not None
+
+
+def _found(root: Path, cfg: ImagesConfig) -> list[tuple[str, str]]:
+    """Return (class, path from `root`) of every image; the class is empty in a folder without class folders."""
+    found, flat = [], ""
+    for part in _parts(root, cfg.split):
+        for path in _files(part):
+            inside = path.relative_to(part).parts
+            flat = flat or (str(path) if len(inside) == 1 else "")
+            found.append((inside[0] if len(inside) > 1 else "", str(path.relative_to(root))))
+    if not found:
+        raise UserError(f"images {root}: no image file in it ({', '.join(SUFFIXES)})")
+    if flat and any(name for name, _ in found):
+        raise UserError(
+            f"images {root}: {flat} lies beside class folders; move it into its class's folder"
+        )
+    return found
+
+
+def _parts(root: Path, split: str | None) -> list[Path]:
+    """Return the folders that hold the classes: the root, or those of a split ("train", or "train.X1", ...)."""
+    inside = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    kinds = {p.name.split(".")[0] for p in inside}
+    if split is None and not (kinds and kinds <= set(SPLITS)):
+        return [root]
+    wanted = split or "train"
+    parts = [p for p in inside if p.name == wanted] or [
+        p for p in inside if p.name.split(".")[0] == wanted
+    ]
+    if not parts:
+        has = ", ".join(sorted(kinds)) or "no folders"
+        raise UserError(f"images {root}: no split {wanted!r}; it has {has}{nearest(wanted, kinds)}")
+    return parts
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(place, name)

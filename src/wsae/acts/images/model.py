@@ -1,0 +1,203 @@
+"""A vision model and how its images are prepared: from the hub, a local directory or a run of `wsae pretrain`.
+
+No code that comes with a model is run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel
+
+from wsae.acts.hookpoints import Manner
+from wsae.acts.hub import quiet_hub
+from wsae.acts.images.config import ImagesConfig, Resample
+from wsae.acts.images.encoder import CONFIG, load_encoder
+from wsae.acts.language import fingerprint, from_pretrained, locate, resolve_device
+from wsae.core.errors import UserError
+
+RUN_FOLDER = "encoder"
+_PREPARATION = ("preprocessor_config.json", "processor_config.json")
+_WARPED = 384
+"""ConvNeXt's preparation (ResNet's too) cuts nothing off images of this side or more."""
+
+
+@dataclass(frozen=True)
+class VisionModel:
+    """A model in evaluation mode with frozen weights, a digest of its files, and the images it was trained on."""
+
+    model: nn.Module
+    name: str
+    digest: str
+    size: int
+    """Side of the square it takes."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Subtracted from pixels in [0, 1], and then divided by."""
+    resize: int
+    """Side that an image's shorter side has before the square is cut."""
+    resample: Resample
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def prepare(
+        self, images: UInt8[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return bytes as the model takes them, on its device."""
+        x = images.to(self.device, non_blocking=True).float().div_(255)
+        mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return x.sub_(mean).div_(std).to(self.dtype)
+
+    def images(self, cfg: ImagesConfig) -> ImagesConfig:
+        """Return the config with this model's size and way of resizing, where it names no size itself."""
+        if cfg.size is not None:
+            return cfg
+        mine = {"size": self.size, "resize": self.resize, "resample": self.resample}
+        return cfg.model_copy(update=mine)
+
+    def manner(self, height: int, width: int) -> Manner:
+        """Return how hook points of this model are found and read, for images of this size."""
+
+        def example(_model: nn.Module) -> dict[str, Any]:
+            return {
+                "pixel_values": self.prepare(torch.zeros(1, 3, height, width, dtype=torch.uint8))
+            }
+
+        return Manner(
+            example, positions, "[batch, width], [batch, tokens, width] or [batch, channels, h, w]"
+        )
+
+
+def positions(output: Tensor) -> Tensor | None:
+    """Return an output of a vision model as [batch, positions, width]; none for other shapes.
+
+    [batch, width] has one position, [batch, channels, h, w] has h * w of them, row by row.
+    """
+    if output.ndim == 2:
+        return output[:, None]
+    if output.ndim == 4:
+        return output.flatten(2).transpose(1, 2)
+    return output if output.ndim == 3 else None
+
+
+def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> VisionModel:
+    """Load a vision model; raises UserError in one line when it is missing, damaged or takes no images."""
+    where, kind = resolve_device(device), getattr(torch, dtype)
+    folder = _encoder_folder(name)
+    if folder is not None:
+        return _own(name, folder, where, kind)
+    path = _located(name)
+    if isinstance(path, Path) and not any((path / file).is_file() for file in _PREPARATION):
+        raise UserError(
+            f"model {name}: no {_PREPARATION[0]} in it, so nothing says how its images are prepared; "
+            "copy that of the model it came from"
+        )
+    with quiet_hub():
+        loaded: Any = from_pretrained(AutoModel, path, name, dtype=kind)
+        loaded = getattr(loaded, "vision_model", loaded)  # of a model of images and text
+        taken = getattr(loaded, "main_input_name", None)
+        if taken != "pixel_values":
+            raise UserError(f"model {name}: not a vision model (its input is {taken})")
+        processor: Any = from_pretrained(AutoImageProcessor, path, name)
+    side, resize = _sizes(processor, name)
+    return VisionModel(
+        loaded.to(where).eval().requires_grad_(False),
+        path if isinstance(path, str) else path.resolve().name,
+        fingerprint(path),
+        side,
+        _channels(processor, "image_mean", 0.0),
+        _channels(processor, "image_std", 1.0),
+        resize,
+        _filter(getattr(processor, "resample", None)),
+        kind,
+    )
+
+
+def model_fingerprint(name: str) -> str:
+    """Return the digest that `load_vision` would give, without loading anything."""
+    folder = _encoder_folder(name)
+    return fingerprint(_located(name) if folder is None else folder)
+
+
+def _own(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> VisionModel:
+    encoder = load_encoder(folder)
+    cfg = encoder.cfg
+    return VisionModel(
+        encoder.to(device, dtype).eval().requires_grad_(False),
+        Path(name).expanduser().resolve().name,
+        fingerprint(folder),
+        cfg.size,
+        cfg.mean,
+        cfg.std,
+        cfg.size,
+        "bicubic",
+        dtype,
+    )
+
+
+def _encoder_folder(name: str) -> Path | None:
+    """Return the encoder's folder of a run of `wsae pretrain`, or none for other models."""
+    folder = Path(name).expanduser() / RUN_FOLDER
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def _located(name: str) -> Path | str:
+    path = locate(name)
+    if isinstance(path, Path) and path.is_file():
+        raise UserError(f"model {name}: a language model's file, not a vision model")
+    return path
+
+
+def _sizes(processor: Any, name: str) -> tuple[int, int]:
+    """Return the sides of the square that a processor cuts and of what it cuts it from."""
+    size, crop = (_plain(getattr(processor, key, None)) for key in ("size", "crop_size"))
+    whole = size.get("shortest_edge") or size.get("height")
+    if getattr(processor, "do_center_crop", False) and crop.get("height"):
+        side = int(crop["height"])
+        return side, int(whole) if whole and getattr(processor, "do_resize", True) else side
+    if not whole:
+        raise UserError(f"model {name}: its preprocessor_config.json names no size of images")
+    side, share = int(whole), getattr(processor, "crop_pct", None)
+    return side, int(side / share) if share and side < _WARPED else side
+
+
+def _plain(size: Any) -> Mapping[str, Any]:
+    if isinstance(size, int):
+        return {"height": size, "shortest_edge": size}
+    return (
+        {}
+        if size is None
+        else {key: size[key] for key in ("height", "shortest_edge") if key in size}
+    )
+
+
+def _channels(processor: Any, key: str, otherwise: float) -> tuple[float, ...]:
+    """Return a processor's mean or deviation, for pixels in [0, 1] whatever range it uses itself."""
+    rescaled = getattr(processor, "do_rescale", True)
+    scale = 255 * float(getattr(processor, "rescale_factor", 1 / 255) if rescaled else 1.0)
+    if not getattr(processor, "do_normalize", True):
+        return (otherwise / scale,) * 3
+    values = getattr(processor, key, None)
+    values = (otherwise,) * 3 if values is None else values
+    values = (values,) * 3 if isinstance(values, int | float) else tuple(values)
+    return tuple(float(value) / scale for value in values)
+
+
+def _filter(value: Any) -> Resample:
+    names: dict[int, Resample] = {
+        Image.Resampling.NEAREST: "nearest",
+        Image.Resampling.LANCZOS: "lanczos",
+        Image.Resampling.BILINEAR: "bilinear",
+        Image.Resampling.BOX: "box",
+        Image.Resampling.HAMMING: "hamming",
+    }
+    return "bicubic" if value is None else names.get(int(value), "bicubic")

@@ -1,0 +1,227 @@
+"""Images in a column: parquet files (by row group) and hub datasets (mapped from the hub library's cache)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from wsae.acts.hub import hub_reachable, quiet_hub
+from wsae.acts.images.config import ImagesConfig
+from wsae.acts.images.folders import SPLITS
+from wsae.acts.images.labels import checked_labels
+from wsae.acts.images.pixels import ImageError, decoded, middle_square, to_tensor
+from wsae.acts.images.rowgroups import Groups
+from wsae.core.artifact import digest, sha256_file
+from wsae.core.errors import UserError, nearest
+
+
+@runtime_checkable
+class Cells(Protocol):
+    """A column of images as they are stored."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def __getitem__(self, index: int) -> object:
+        """Return bytes, or {"bytes": ..., "path": ...} as the hub's library stores an image."""
+        ...
+
+
+class TableImages:
+    """The images of a column."""
+
+    def __init__(
+        self,
+        cells: Cells,
+        labelled: tuple[Int[np.ndarray, " images"] | None, tuple[str, ...]],
+        where: str,
+        digest: str,
+        cfg: ImagesConfig,
+    ) -> None:
+        self._cells, self._where, self._digest, self._cfg = cells, where, digest, cfg
+        self.labels, self.names = labelled
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self._cells)
+
+    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """Return an image as RGB, in its own size; raises ImageError naming the row."""
+        return to_tensor(self._decoded(index))
+
+    def square(self, index: int) -> UInt8[Tensor, "3 size size"]:
+        """Return an image resized and cut; raises ImageError naming the row."""
+        return to_tensor(middle_square(self._decoded(index), self._cfg, self._cfg.side))
+
+    def digest(self) -> str:
+        """Return a hash of what the images are."""
+        return self._digest
+
+    def _decoded(self, index: int):
+        where = f"{self._where}, row {index}"
+        try:
+            cell = self._cells[index]
+        except MemoryError:
+            raise
+        except Exception as error:  # pyarrow's own, OSError, ValueError
+            raise ImageError(f"{where}: cannot be read ({_first(error)})", index) from error
+        path = cell.get("path") if isinstance(cell, Mapping) else None
+        data = cell.get("bytes") if isinstance(cell, Mapping) else cell
+        if isinstance(data, bytes):
+            return decoded(data, where, index)
+        if isinstance(path, str):
+            return decoded(Path(path), f"{where} ({path})", index)
+        raise ImageError(f"{where}: no image in it", index)
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """Return a .parquet file, or those of a folder at any depth, sorted; empty where there are none."""
+    if path.is_file():
+        return [path] if path.suffix.lower() == ".parquet" else []
+    return sorted(p for p in path.rglob("*.parquet") if not p.name.startswith("."))
+
+
+def parquet_images(path: Path, cfg: ImagesConfig) -> TableImages:
+    """Return the images of .parquet files, a row group or less of each in memory.
+
+    A folder whose files are named after splits ("train-00000-of-00002.parquet") gives the one asked for. Raises
+    UserError for a damaged file, a missing column (naming the nearest), or one that holds no images.
+    """
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise UserError(
+            f"images {path}: parquet needs pyarrow; pip install 'wsae[vision]'"
+        ) from error
+    files = _of_split(parquet_files(path), path, cfg.split)
+    try:
+        groups = Groups(files, cfg.image_field)
+        labels = _labels(groups, cfg)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"images {path}: not a readable parquet file ({_first(error)})") from error
+    if not len(groups):
+        raise UserError(f"images {path}: no rows in it")
+    _check_kind(groups, path, cfg.image_field)
+    where = f"images {path}"
+    names = _class_names(groups.metadata.get("huggingface"), cfg.label_field)
+    labelled = checked_labels(*_numbered(labels, names), len(groups), where)
+    return TableImages(groups, labelled, where, digest([sha256_file(p) for p in files]), cfg)
+
+
+def hub_images(cfg: ImagesConfig) -> TableImages:
+    """Return the images of a hub dataset, downloaded once and mapped; no code from the hub is run.
+
+    Raises UserError where there is no such dataset, no network, or no such column.
+    """
+    try:
+        from datasets import Image, load_dataset
+    except ImportError as error:
+        raise UserError(
+            f"images {cfg.path}: a hub dataset needs datasets; pip install 'wsae[hub]'"
+        ) from error
+    split = cfg.split or "train"
+    where = f"images {cfg.path}: no such file here, and as a hub dataset (split {split!r})"
+    if not hub_reachable():
+        raise UserError(f"{where} it cannot be read: there is no network")
+    try:
+        with quiet_hub():
+            table: Any = load_dataset(cfg.path, cfg.subset, split=split)
+    except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
+        raise UserError(
+            f"{where} it cannot be read ({type(error).__name__}: {_first(error)})"
+        ) from error
+    columns = list(table.features)
+    if cfg.image_field not in columns:
+        near = nearest(cfg.image_field, columns)
+        raise UserError(f"{where} it has no column {cfg.image_field!r}{near}; see --image-field")
+    names, labels = (), None
+    if cfg.label_field in columns:
+        names = tuple(getattr(table.features[cfg.label_field], "names", None) or ())
+        labels = np.asarray(table.data.column(cfg.label_field).to_numpy())
+    raw = table.select_columns([cfg.image_field]).cast_column(cfg.image_field, Image(decode=False))
+    labelled = checked_labels(*_numbered(labels, names), len(raw), f"images {cfg.path}")
+    # the library's fingerprint names the data's revision and every change to it
+    revision = getattr(table, "_fingerprint", len(table))
+    name = digest([cfg.path, cfg.subset, split, cfg.image_field, cfg.label_field, revision])
+    return TableImages(_Column(raw, cfg.image_field), labelled, f"images {cfg.path}", name, cfg)
+
+
+class _Column:
+    def __init__(self, table: Any, field: str) -> None:
+        self._table, self._field = table, field
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> object:
+        return self._table[index][self._field]
+
+
+def _of_split(files: list[Path], path: Path, split: str | None) -> list[Path]:
+    """Return the files that belong to a split, where files or their folders are named after splits."""
+    kinds = {p: _kind(p, path) for p in files}
+    if path.is_file() or (split is None and not any(kinds.values())):
+        return files
+    chosen = [p for p in files if kinds[p] == (split or "train")]
+    if not chosen:
+        has = ", ".join(sorted({kind for kind in kinds.values() if kind})) or "none"
+        raise UserError(
+            f"images {path}: no split {split or 'train'!r} among its files (it has: {has})"
+        )
+    return chosen
+
+
+def _kind(file: Path, root: Path) -> str:
+    words = [file.name.split("-")[0].split(".")[0], *file.relative_to(root).parts[:-1]]
+    return next((word for word in words if word in SPLITS), "")
+
+
+def _labels(groups: Groups, cfg: ImagesConfig) -> np.ndarray | None:
+    if cfg.label_field not in groups.columns:
+        if cfg.label_field != ImagesConfig().label_field:
+            near = nearest(cfg.label_field, groups.columns)
+            raise UserError(
+                f"{groups.files[0]}: no column {cfg.label_field!r}{near}; see --label-field"
+            )
+        return None
+    return groups.column(cfg.label_field)
+
+
+def _numbered(
+    labels: np.ndarray | None, names: tuple[str, ...]
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Return labels as numbers: those that are text become the places of the sorted texts."""
+    if (
+        labels is None
+        or labels.dtype.kind not in "OUS"
+        or not all(isinstance(x, str) for x in labels)
+    ):
+        return labels, names
+    found, numbers = np.unique(labels.astype(str), return_inverse=True)
+    return numbers.astype(np.int64), tuple(str(name) for name in found)
+
+
+def _class_names(metadata: str | None, field: str) -> tuple[str, ...]:
+    """Return the class names that the hub's library notes in a parquet file's metadata."""
+    try:
+        feature = json.loads(metadata or "{}")["info"]["features"][field]
+        return tuple(str(name) for name in feature["names"])
+    except (ValueError, KeyError, TypeError):
+        return ()
+
+
+def _check_kind(groups: Groups, path: Path, field: str) -> None:
+    kind = groups.kind(field)
+    if kind not in ("bytes", "struct"):
+        raise UserError(
+            f"images {path}: column {field!r} holds {kind}; image files' bytes are needed, or {{bytes, path}}"
+        )
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]

@@ -1,0 +1,151 @@
+"""`wsae pretrain`: an image encoder by contrastive learning, NCL or SimCLR."""
+
+import os
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from wsae.cli.flags import Common, CommonFlags, MaybeCount, MaybeName, Place, Switch
+from wsae.cli.ui import UI
+from wsae.core.config import Config
+from wsae.core.progress import quiet
+from wsae.train.parallel.config import launched
+
+if TYPE_CHECKING:
+    from wsae.vision.config import PretrainConfig
+
+ABOUT = """\
+Pretrain a ResNet-18 by contrastive learning: SimCLR, or NCL, which makes the projections non-negative.
+Labels, where there are some, are used only to say what the embeddings know."""
+
+
+class Flags(Config):
+    """Flags of `wsae pretrain`."""
+
+    images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+    """A folder of class folders, an .npz file (images, labels, names), a folder of IDX or Parquet files, a hub dataset,
+    or "digits"."""
+    out: Place
+    """Directory of the run."""
+    preset: Literal["imagenet100", "cifar", "small", "tiny"] = "small"
+    """Sizes, augmentation and optimiser: imagenet100 and cifar are the NCL paper's, small is for 28x28 on two cores,
+    tiny for the digits."""
+    method: Literal["ncl", "simclr"] = "ncl"
+    """ncl: projections made non-negative; simclr: left as they are."""
+    epochs: MaybeCount = None
+    """Passes over the images; none means the preset's."""
+    batch_size: MaybeCount = None
+    """Images per step; none means the preset's."""
+    limit: MaybeCount = None
+    """Images used at most; none means all."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, tyro.conf.arg(help_behavior_hint="")
+    ] = None
+    """Precision of convolutions and products; none means the preset's."""
+    split: MaybeName = None
+    """Split of a hub dataset or IDX folder; none means "train"."""
+    workers: MaybeCount = None
+    """Processes that decode and crop image files; none means one per core. Images in memory need none."""
+    resume: Switch = False
+    """Continue an interrupted run in --out."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Pretrain and return the run's path and what its manifest says."""
+    cfg = config(flags)
+    if launched():
+        return _together(cfg, flags, ui)
+    from wsae.acts.images.sets import open_images
+    from wsae.cli.runner import device
+    from wsae.vision.run import pretrain
+
+    where = device(flags.common.device)
+    images = open_images(cfg.images)
+    result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
+    return {"run": str(result.path), **result.info}
+
+
+def _together(cfg: "PretrainConfig", flags: Flags, ui: UI) -> dict[str, Any]:
+    """Pretrain as one of the processes that torchrun started; rank 0 alone prints."""
+    from wsae.acts.images.sets import open_images
+    from wsae.cli.runner import device
+    from wsae.train.parallel.voice import RankLost
+    from wsae.train.parallel.world import joined
+    from wsae.vision.run import pretrain_parallel
+
+    try:
+        with joined(None, device(flags.common.device)) as world:
+            if not world.first:
+                with open(os.devnull, "w") as nothing:  # whatever writes there
+                    os.dup2(nothing.fileno(), 1)
+            progress = ui.progress if world.first else quiet
+            images = open_images(cfg.images)
+            result = pretrain_parallel(cfg, images, flags.out, world, progress, flags.resume)
+    except RankLost as error:
+        kept = (flags.out / "checkpoints").is_dir()
+        how = "go on with the same command and --resume" if kept else "start the same command again"
+        ui.note(f"wsae: error: {error}; the job has ended; {how}")
+        raise SystemExit(1) from error
+    return {"run": str(result.path), **result.info}
+
+
+def config(flags: Flags) -> "PretrainConfig":
+    """Return the run's config: the preset's, changed by the flags."""
+    from wsae.vision.config import PRESETS, preset
+
+    names = ("epochs", "batch_size", "limit", "dtype")
+    given = {name: getattr(flags, name) for name in names}
+    changes = {name: value for name, value in given.items() if value is not None}
+    workers = flags.workers if flags.workers is not None else os.cpu_count() or 1
+    images = {
+        "path": flags.images,
+        "split": flags.split,
+        "size": PRESETS[flags.preset].get("size", 32),
+        "workers": workers,
+    }
+    return preset(
+        flags.preset, images=images, method=flags.method, seed=flags.common.seed, **changes
+    )
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print what the embeddings know and what to do next."""
+    probes = result["probes"]
+    if probes is None:
+        ui.say(
+            "no labels of two classes or more, or no held-out images: what the embeddings know was not measured"
+        )
+    else:
+        rows = [
+            [
+                name,
+                f"{100 * probes[key]['accuracy']:.2f} %",
+                f"{probes[key]['train']:,}",
+                f"{probes[key]['test']:,}",
+            ]
+            for name, key in (
+                ("linear probe on embeddings", "linear"),
+                ("the same on raw pixels", "raw_pixels"),
+                ("20 nearest neighbours", "knn"),
+            )
+        ]
+        ui.table("held-out accuracy", ("probe", "accuracy", "train", "test"), rows)
+    bad = result["unreadable"]
+    if bad["count"]:
+        ui.say(f"{bad['count']:,} times an image was unreadable, first: {bad['first'][0]}")
+    ui.say(f"loss: {result['loss']:.4g} after {result['steps']:,} steps")
+    ui.say(f"run: {result['run']}")
+
+
+def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
+    """Say what is kept and how to go on."""
+    again = shlex.join(["wsae", "pretrain", *(w for w in words if w != "--resume"), "--resume"])
+    done = f"{error}; " if str(error) else ""
+    if launched():
+        again = "the same torchrun command and --resume"
+    if not (flags.out / "checkpoints").is_dir():
+        return f"{done}no checkpoint yet; the same command starts again"
+    return f"{done}{flags.out} keeps the work so far; go on with: {again}"

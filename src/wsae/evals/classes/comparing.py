@@ -1,0 +1,98 @@
+"""A member against its plain twin, and against the controls: differences a - b of mean scores.
+
+all       the two sets of scored latents, each resampled on its own
+matched   pairs of latents by decoder direction, both scored, resampled together
+density   both sets in strata of density (support), so that a shift in density cannot pass for one in consistency
+adjusted  the same by a regression on density
+images    all scored latents, leaving out groups of images: both members lose the same ones
+control   as all, against a control
+"""
+
+import numpy as np
+from jaxtyping import Int64
+from torch import Tensor
+
+from wsae.evals.autointerp.summary import Sample, density_adjusted, matched_density
+from wsae.evals.classes.config import ClassesConfig
+from wsae.evals.classes.score import OVER_IMAGES, SCORES, Json, Scored
+from wsae.evals.intervals import Difference, mean, paired_difference
+from wsae.evals.matching import Matching, Side, match
+from wsae.stats.corrected import gap, jackknife
+
+Named = dict[str, Scored]
+
+
+def comparisons(
+    members: Named, controls: Named, twins: dict[str, str], cfg: ClassesConfig
+) -> list[Json]:
+    """Return the lines: a, b, metric (the score), over, difference, low, high, effect_size, n."""
+    out = []
+    for member, twin in twins.items():
+        a, b = members[member], members[twin]
+        matching = matched(a, b, cfg)
+        for score in SCORES:
+            found = differences(a, b, score, matching, cfg)
+            out += [_line((member, twin), score, over, gap) for over, gap in found.items()]
+    for name, member in members.items():
+        for control, other in controls.items():
+            found = {score: _unpaired(member, other, score, cfg) for score in SCORES}
+            out += [_line((name, control), score, "control", gap) for score, gap in found.items()]
+    return out
+
+
+def differences(
+    a: Scored, b: Scored, score: str, matching: Matching, cfg: ClassesConfig
+) -> dict[str, Difference]:
+    """Return a - b of one score over all latents, matched ones, equal density, and over images."""
+    samples, bootstrap = (_sample(a, score), _sample(b, score)), cfg.bootstrap()
+    found = {
+        "all": _unpaired(a, b, score, cfg),
+        "matched": _paired(a, b, score, matching, cfg),
+        "density": matched_density(*samples, bootstrap),
+        "adjusted": density_adjusted(*samples, bootstrap),
+    }
+    if score in OVER_IMAGES and score in a.images and score in b.images:
+        between = gap(a.images[score], b.images[score])
+        spread = jackknife(between, cfg.confidence)
+        found["images"] = Difference(between.value, *spread, None, len(between.without))
+    return found
+
+
+def matched(a: Scored, b: Scored, cfg: ClassesConfig) -> Matching:
+    """Return which live latent of `a` goes with which of `b`, by decoder direction."""
+    assert a.sae is not None
+    assert b.sae is not None
+    sides = [Side(side.sae.W_dec, _alive(side)) for side in (a, b) if side.sae is not None]
+    return match(sides[0], sides[1], cfg.assignment_max, cfg.seed)
+
+
+def _alive(side: Scored) -> Int64[Tensor, " alive"]:
+    return side.arrays["support"].nonzero()[:, 0]
+
+
+def _paired(a: Scored, b: Scored, score: str, matching: Matching, cfg: ClassesConfig) -> Difference:
+    left = a.values(score)[matching.pair_a.numpy()]
+    right = b.values(score)[matching.pair_b.numpy()]
+    both = ~np.isnan(left) & ~np.isnan(right)
+    return paired_difference(mean(left[both]), mean(right[both]), cfg.bootstrap())
+
+
+def _unpaired(a: Scored, b: Scored, score: str, cfg: ClassesConfig) -> Difference:
+    """Return the difference of means, each side resampled on its own, once for all comparisons it takes part in."""
+    x, y = a.known(score), b.known(score)
+    n = min(len(x), len(y))
+    if n < 2:
+        return Difference(float(x.mean() - y.mean()) if n else None, None, None, None, n)
+    difference, tail = float(x.mean() - y.mean()), (1 - cfg.confidence) / 2
+    low, high = np.quantile(a.resampled(score, cfg) - b.resampled(score, cfg), [tail, 1 - tail])
+    spread = float(np.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2))
+    effect = difference / spread if spread > 0 else None
+    return Difference(difference, float(low), float(high), effect, n)
+
+
+def _sample(side: Scored, score: str) -> Sample:
+    return Sample(side.density, side.values(score))
+
+
+def _line(names: tuple[str, str], score: str, over: str, found: Difference) -> Json:
+    return {"a": names[0], "b": names[1], "metric": score, "over": over, **found._asdict()}

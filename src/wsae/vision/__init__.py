@@ -1,0 +1,1 @@
+"""Contrastive pretraining of image encoders: SimCLR and its non-negative form, NCL."""
