@@ -234,6 +234,23 @@ def test_the_second_pass_is_replayed_from_memory_only_within_the_limit():
         assert torch.equal(torch.cat([item.chunk.x["layers.1"] for item in replay]), x)
 
 
+@pytest.mark.parametrize("limit", [1, 10, 25, 40])
+def test_a_limit_measures_the_first_rows_as_if_there_were_no_others(limit):
+    x, sae = rows(), make_sae()
+    seq, pos = places(len(x))
+    cfg = EvalConfig(rows=limit, splice_tokens=0, n_latents=0)
+    family = {"layers.1": Family({"plain": sae})}
+    some = measure(Sequences(x, seq, pos, size=10), family, cfg)["layers.1"]
+    alone = Sequences(x[:limit], seq[:limit], pos[:limit], size=7)
+    whole = measure(alone, family, EvalConfig(n_latents=0))["layers.1"]
+    for name, values in whole.arrays["plain"].items():
+        torch.testing.assert_close(
+            some.arrays["plain"][name], values, equal_nan=True, rtol=1e-5, atol=1e-6
+        )
+    with pytest.raises(ValueError, match="set splice_tokens to 0"):
+        EvalConfig(rows=limit)
+
+
 def test_kept_positions_are_those_of_the_rows():
     kept = Kept([4, 6])
     for seq, pos in (([3, 4, 4], [0, 1, 3]), ([4, 6], [5, 2])):

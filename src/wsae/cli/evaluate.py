@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace, Number
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybeName, MaybePlace, Number
 from wsae.cli.live import behind, labelled, reopen
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest, write_json
@@ -34,6 +34,8 @@ class Flags(Config):
     """For arrays: a .npy file with the class of every row, numbered from 0; stores of images have their own."""
     batch_size: Count = DEFAULTS.batch_size
     """Held-out rows encoded at once."""
+    rows: MaybeCount = None
+    """Held-out rows measured at most; none means all. Needs --splice-tokens 0."""
     draws: Count = DEFAULTS.draws
     """Bootstrap resamples behind each interval."""
     confidence: Number = DEFAULTS.confidence
@@ -50,7 +52,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
-    own = ("batch_size", "draws", "confidence", "n_latents", "n_contexts", "splice_tokens")
+    own = ("batch_size", "rows", "draws", "confidence", "n_latents", "n_contexts", "splice_tokens")
     data = {name: getattr(flags, name) for name in own} | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where="flags")
     read_manifest(flags.run, "run", verify=False)

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from wsae.core.config import Config
 
@@ -16,6 +16,8 @@ class EvalConfig(Config):
 
     batch_size: Count = 2048
     """Held-out rows encoded at once."""
+    rows: Count | None = None
+    """Held-out rows measured at most, the first ones; none means all. Splicing needs all of them."""
     draws: Count = 2000
     """Bootstrap resamples behind each interval."""
     confidence: Fraction = 0.95
@@ -40,3 +42,9 @@ class EvalConfig(Config):
     """Held-out activations and codes kept in memory between the two passes; more are read or computed again."""
     seed: int = 0
     """Root of the bootstrap, the sampling of latents and the random control."""
+
+    @model_validator(mode="after")
+    def _splicing_needs_all_rows(self) -> "EvalConfig":
+        if self.rows is not None and self.splice_tokens:
+            raise ValueError(f"rows {self.rows}: splicing needs all rows; set splice_tokens to 0")
+        return self

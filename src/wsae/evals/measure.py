@@ -74,7 +74,7 @@ class Replay:
             return
         kept: list[Item] | None = []
         room = self._cfg.replay_bytes
-        for chunk in self._source.heldout(self._cfg.batch_size):
+        for chunk in first_rows(self._source.heldout(self._cfg.batch_size), self._cfg.rows):
             item = Item(chunk, {})
             yield item
             room -= item.size_bytes()
@@ -83,6 +83,17 @@ class Replay:
             else:
                 kept = None
         self._kept = kept
+
+
+def first_rows(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
+    """Yield chunks until there are `rows` rows, the last one cut; all of them without a limit."""
+    for chunk in chunks:
+        if rows is not None and len(chunk.seq) >= rows:
+            x = {hook: values[:rows] for hook, values in chunk.x.items()}
+            yield Chunk(x, chunk.seq[:rows], chunk.pos[:rows])
+            return
+        rows = None if rows is None else rows - len(chunk.seq)
+        yield chunk
 
 
 class Kept:

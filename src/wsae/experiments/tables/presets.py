@@ -70,6 +70,8 @@ CONTEXTS: dict[Preset, ContextConfig] = {
     "paper": ContextConfig(),
 }
 SURPRISAL: dict[Preset, int] = {"tiny": 4, "small": 10, "paper": 50}
+EVALUATED = 65_536
+"""Held-out rows behind FVU and the other metrics; contexts are collected from all of them."""
 CONTROLS: tuple[Control, ...] = ("random_sae", "neurons", "pca", "shuffled")
 """Those that need no further model pass."""
 
@@ -97,7 +99,7 @@ def study_config(
         "live": LiveConfig(shuffle_tokens=131_072, stats_tokens=1_000_000) if live else None,
         "tokens": harvest.tokens if live else None,
         "batch_size": {"tiny": 256, "small": 2048, "paper": 4096}[preset],
-        "evaluation": EvalConfig(splice_tokens=0, n_latents=0, seed=seed),
+        "evaluation": EvalConfig(splice_tokens=0, n_latents=0, rows=EVALUATED, seed=seed),
         "interpret": _interpret(preset, choices, seed),
         "judge": choices.judge,
         "made_here": preset == "tiny" and choices.model is None and choices.store is None,
