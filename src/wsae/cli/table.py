@@ -15,7 +15,11 @@ COMMANDS = (
     Command(
         "demo",
         "the main job on built-in data: WSAE beside its plain twin, with a report",
-        ("wsae demo", "wsae demo --model gpt2 --text notes.txt --hook h.6 --out runs/mine"),
+        (
+            "wsae demo",
+            "wsae demo --vision",
+            "wsae demo --model gpt2 --text notes.txt --hook h.6 --out runs/mine",
+        ),
     ),
     Command(
         "theory",

@@ -111,7 +111,7 @@ CURVES = (
         "FVU with weights γ²",
         "What the member itself is trained on.",
     ),
-    ("l0", "L0", "active latents per token", "Fixed for Top-k; free for the others."),
+    ("l0", "L0", "active latents per {unit}", "Fixed for Top-k; free for the others."),
     ("dead_frac", "Dead latents", "fraction of latents", "Latents that have not fired lately."),
 )
 
@@ -123,8 +123,8 @@ def training_figures(run: RunData, hook: str) -> list[Figure]:
         Figure(
             title,
             text,
-            _curves(run, hook, rows, (key, unit, False)),
-            _curves(run, hook, rows, (key, unit, True)),
+            _curves(run, hook, rows, (key, unit.format(unit=run.unit), False)),
+            _curves(run, hook, rows, (key, unit.format(unit=run.unit), True)),
         )
         for key, title, unit, text in CURVES
         if any(finite(row.get(key)) is not None for member in rows.values() for row in member)
@@ -138,7 +138,7 @@ def _curves(
     series = {member: _series(rows[member], key) for member in run.members(hook) if member in rows}
     values = [v for _, ys in series.values() for v in ys]
     y = axis(unit + (" (log)" if log else ""), values if log else [0.0, *values], log=log)
-    x = axis("training tokens", [0.0, *(v for xs, _ in series.values() for v in xs)], pad=0.0)
+    x = axis(f"training {run.unit}s", [0.0, *(v for xs, _ in series.values() for v in xs)], pad=0.0)
     chart = Chart(unit, x, y)
     for member, (xs, ys) in series.items():
         drawn = np.where(ys > 0, ys, np.nan) if log else ys
@@ -161,7 +161,7 @@ def density_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw log10 density histograms, each member over the plain twin; dead latents in a bar of their own."""
     help_text = (
         "How often each latent fires on held-out data. Left bar: never (dead). Towards 1: fires on "
-        "nearly every token (dense). Grey: the plain twin."
+        f"nearly every {run.unit} (dense). Grey: the plain twin."
     )
     return _beside(run, hook, ("density", help_text), density_chart)
 
@@ -180,7 +180,7 @@ def density_chart(
     powers = tuple((float(p), _power(p)) for p in range(int(floor), 1, stride))
     dead_at = floor - _DEAD_GAP
     x = Axis(
-        "density: share of tokens on which a latent fires",
+        f"density: share of {run.unit}s on which a latent fires",
         dead_at - _BIN,
         0.05,
         ticks=((dead_at, "0"), *powers),

@@ -121,7 +121,7 @@ def _density(axes: "Axes", run: RunData, hook: str) -> None:
                 label=label,
             )
     axes.set_title("How often latents fire", loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("log₁₀ density (share of tokens)")
+    axes.set_xlabel("log₁₀ density (share of rows)")
     axes.set_ylabel("latents")
 
 
@@ -133,5 +133,5 @@ def _training(axes: "Axes", run: RunData, hook: str) -> None:
         axes.plot([x for x, _ in kept], [y for _, y in kept], color=colour, lw=1.8, label=label)
     axes.set_yscale("log")
     axes.set_title("Training", loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("tokens")
+    axes.set_xlabel("training rows")
     axes.set_ylabel("plain FVU")

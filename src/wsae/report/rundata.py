@@ -46,6 +46,16 @@ class RunData:
     """What is missing and what that means, one sentence each, shown on the page."""
 
     @property
+    def unit(self) -> str:
+        """What a row of activations is: a token of a text, or simply a row."""
+        return "token" if self.contexts and not self.thumbnails else "row"
+
+    @property
+    def sequence(self) -> str:
+        """What the rows of one sequence number are of."""
+        return "image" if self.thumbnails or self.classes else "sequence"
+
+    @property
     def hooks(self) -> list[str]:
         """Hook names in the order first met: evaluation, metrics, gamma."""
         sources = (self.evaluation.get("hooks", {}), self.metrics, self.gamma)

@@ -234,7 +234,7 @@ def _percent(value: object) -> str:
 
 CARDS = (
     ("Model", ("model",)),
-    ("Training tokens", ("tokens", "train_tokens")),
+    ("Training {unit}s", ("tokens", "train_tokens")),
     ("Learning rate", ("lr",)),
     ("Seed", ("seed",)),
 )
@@ -248,11 +248,19 @@ def cards(run: RunData) -> list[tuple[str, str]]:
     ]
     for name, keys in CARDS:
         found = [find(run.config, key) for key in keys]
-        out.append((name, next((v for v in found if isinstance(v, str | int | float)), None)))
-    out[2:2] = [("Latents (d_sae)", _widths(run)), ("Active per token (k)", _distinct(run, "k"))]
+        out.append(
+            (
+                name.format(unit=run.unit),
+                next((v for v in found if isinstance(v, str | int | float)), None),
+            )
+        )
+    out[2:2] = [
+        ("Latents (d_sae)", _widths(run)),
+        (f"Active per {run.unit} (k)", _distinct(run, "k")),
+    ]
     for key, name in (
-        ("heldout_tokens", "Held-out tokens" if run.contexts else "Held-out rows"),
-        ("heldout_sequences", "Held-out sequences"),
+        ("heldout_tokens", f"Held-out {run.unit}s"),
+        ("heldout_sequences", f"Held-out {run.sequence}s"),
     ):
         out.append((name, run.evaluation.get(key)))
     out.append(("wsae version", run.manifest.get("wsae_version")))

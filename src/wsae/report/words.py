@@ -237,12 +237,13 @@ def _from_to(run: RunData, hook: str, judged: Judgement) -> str:
 def _where(run: RunData) -> str:
     tokens = finite(run.evaluation.get("heldout_tokens"))
     sequences = finite(run.evaluation.get("heldout_sequences"))
-    kind = "text" if run.contexts else "data"
+    kind = {"token": "text", "row": "data"}[run.unit] if run.sequence == "sequence" else "images"
     if not tokens:
         return f"held-out {kind}"
-    rows = "tokens" if run.contexts else "rows"
     grouped = sequences is not None and sequences < tokens
-    extent = f"{tokens:,.0f} {rows}" + (f" in {sequences:,.0f} sequences" if grouped else "")
+    extent = f"{tokens:,.0f} {run.unit}s" + (
+        f" in {sequences:,.0f} {run.sequence}s" if grouped else ""
+    )
     return f"held-out {kind} ({extent})"
 
 
@@ -257,7 +258,9 @@ def method(run: RunData, hook: str) -> str:
         unit: [j.n for j in found if j.unit == unit and j.n]
         for unit in dict.fromkeys(j.unit for j in found)
     }
-    kinds = [_extent(ns, unit) for unit, ns in counts.items()]
+    kinds = [
+        _extent(ns, run.sequence if unit == "sequence" else unit) for unit, ns in counts.items()
+    ]
     how = f", by paired bootstrap over {' or '.join(kinds)}" if kinds else ""
     scope = "They cover the choice of held-out data, not of the training seed."
     return (
