@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from wsae.acts.arrays import ArraySource
 from wsae.core.errors import UserError
 from wsae.evals.classes.config import CONTROLS, ClassesConfig
+from wsae.evals.classes.glossary import glossary
 from wsae.evals.classes.run import CLASSES, score_classes, score_run
 from wsae.evals.classes.score import SCORES
 from wsae.evals.classes.tally import Labelled, look
@@ -175,3 +177,10 @@ def test_fewer_images_than_strongest_samples_are_counted_not_scored() -> None:
     assert summary["coverage"]["supported"] == 0.0
     assert summary["ncl"]["n"] > 0
     assert summary["ncl"]["minibatch"] is None
+
+
+def test_the_docs_have_every_scores_formula():
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text().replace("\\|", "|")
+    for key, entry in glossary().items():
+        row = (entry["name"], f"`{key}`", entry["formula"], entry["direction"])
+        assert f"| {' | '.join(row)} |" in text, key
