@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from wsae.acts.arrays import ArraySource
+from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.evals.classes.config import CONTROLS, ClassesConfig
 from wsae.evals.classes.glossary import glossary
@@ -184,3 +185,32 @@ def test_the_docs_have_every_scores_formula():
     for key, entry in glossary().items():
         row = (entry["name"], f"`{key}`", entry["formula"], entry["direction"])
         assert f"| {' | '.join(row)} |" in text, key
+
+
+def test_evaluate_scores_an_array_against_given_classes(tmp_path, capsys):
+    x, labels = world(600)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "labels.npy", labels)
+    np.save(tmp_path / "short.npy", labels[:-1])
+    words = ["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "run"), "--k", "2"]
+    words += [
+        "--labels",
+        str(tmp_path / "labels.npy"),
+        "--gamma",
+        "consistency",
+        "--tokens",
+        "2000",
+    ]
+    assert main([*words, "--batch-size", "64", "--d-sae", "16", "--device", "cpu"]) == 0
+    evaluate = ["evaluate", str(tmp_path / "run"), "--draws", "20", "--device", "cpu", "--json"]
+    capsys.readouterr()
+    assert main([*evaluate, "--labels", str(tmp_path / "labels.npy")]) == 0
+    found = json.loads(capsys.readouterr().out)["classes"]
+    source = ArraySource(tmp_path / "x.npy", labels=labels, name="x")
+    (hook,) = found["hooks"]
+    wanted = np.bincount(labels[source.heldout_rows]).tolist()
+    assert found["hooks"][hook]["class_totals"] == wanted
+    assert main(evaluate) == 0
+    assert "classes" not in json.loads(capsys.readouterr().out)
+    assert main([*evaluate, "--labels", str(tmp_path / "short.npy")]) == 2
+    assert "599 labels for 600 rows" in capsys.readouterr().err

@@ -59,7 +59,10 @@ COMMANDS = (
     Command(
         "harvest",
         "activations of one or many hook points in one model pass, to a store",
-        ('wsae harvest gpt2 --text notes.jsonl --hook "h.*" --tokens 1000000 --out acts',),
+        (
+            'wsae harvest gpt2 --text notes.jsonl --hook "h.*" --tokens 1000000 --out acts',
+            "wsae harvest microsoft/resnet-18 --images photos --hook pooler --out acts",
+        ),
     ),
     Command(
         "train",
