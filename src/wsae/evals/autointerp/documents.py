@@ -126,7 +126,8 @@ def documents_of(source: HeldOut) -> Documents:
     table = source.tokens()
     if table is None:
         raise UserError(
-            "the data are an array or of images, with no text to show; give a store of text (wsae harvest) or a model with --text"
+            "the data are an array or of images, with no text to show; give a store of text (wsae harvest) or a model "
+            "with --text"
         )
     return Documents(blocks(table))
 
