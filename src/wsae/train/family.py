@@ -83,8 +83,8 @@ def initial_gamma(
         case "consistency":
             if stats.consistency is None:
                 raise UserError(
-                    "gamma rule consistency needs labels, one class per row; give --labels FILE, or a store of labelled "
-                    "images"
+                    "gamma rule consistency needs labels, one class per row; give --labels FILE, or a store of "
+                    "labelled images"
                 )
             return gamma_from_proxy(cfg, stats.consistency)
         case "vector":
