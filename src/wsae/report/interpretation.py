@@ -32,6 +32,7 @@ OTHER_WAYS = {
     "all": "all latents",
     "density": "latents of the same density",
     "adjusted": "density regressed out",
+    "within": "within classes",
 }
 
 

@@ -1,5 +1,6 @@
 """Panels of a reproduced figure as PNG and SVG. Needs matplotlib."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+TITLE = 46
+"""Characters a line of a panel's title holds."""
+SPREAD = 0.6
+"""Share of the room between two named places over which methods are spread."""
 STYLES = (
     ("#3b4252", "-", "o"),
     ("#d55e00", "-", "s"),
@@ -73,13 +78,17 @@ def new_figure(size: tuple[float, float]) -> "Figure":
 def _draw(ax: "Axes", panel: dict[str, Any], names: list[str], xlabel: str) -> None:
     for line in panel["series"]:
         colour, dash, marker = STYLES[names.index(line["method"]) % len(STYLES)]
+        if panel.get("ticks"):
+            _draw_at_places(ax, line, colour, marker, _shift(line, panel))
+            continue
         x, y = line["levels"], line["mean"]
         ax.plot(x, y, color=colour, ls=dash, marker=marker, ms=3.5, lw=1.5, label=line["method"])
         if all(edge is not None for edge in (*line["low"], *line["high"])):
             floor = [mean / 10 for mean in y] if panel.get("log") else line["low"]
             low = [max(pair) for pair in zip(line["low"], floor, strict=True)]
             ax.fill_between(x, low, line["high"], color=colour, alpha=0.18, lw=0)
-    ax.set_title(panel["title"], loc="left", fontsize=9.5)
+    title = "\n".join(textwrap.fill(part, TITLE) for part in panel["title"].split("\n"))
+    ax.set_title(title, loc="left", fontsize=9.5)
     ax.set_xlabel(xlabel)
     if panel.get("ticks"):
         ax.set_xticks(range(len(panel["ticks"])), panel["ticks"], fontsize=8)
@@ -89,6 +98,24 @@ def _draw(ax: "Axes", panel: dict[str, Any], names: list[str], xlabel: str) -> N
     else:
         ax.set_ylim(bottom=min(panel.get("bottom", 0.0), ax.get_ylim()[0]))
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _shift(line: dict[str, Any], panel: dict[str, Any]) -> float:
+    """Return how far beside a place a method's points stand, so that they do not hide each other."""
+    methods = [other["method"] for other in panel["series"]]
+    return SPREAD * ((methods.index(line["method"]) + 0.5) / len(methods) - 0.5)
+
+
+def _draw_at_places(
+    ax: "Axes", line: dict[str, Any], colour: str, marker: str, shift: float
+) -> None:
+    """Draw points with their intervals: between named places there is nothing, so no line."""
+    x, y = [level + shift for level in line["levels"]], line["mean"]
+    spans = None
+    if all(edge is not None for edge in (*line["low"], *line["high"])):
+        below = [mean - low for mean, low in zip(y, line["low"], strict=True)]
+        spans = [below, [high - mean for mean, high in zip(y, line["high"], strict=True)]]
+    ax.errorbar(x, y, yerr=spans, color=colour, fmt=marker, ms=4.5, lw=1.2, label=line["method"])
 
 
 def save_figure(figure: "Figure", path: Path, kind: str) -> Path:

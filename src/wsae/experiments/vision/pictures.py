@@ -42,9 +42,11 @@ def _figure4(panels: Sequence[Panel]) -> list[dict[str, Any]]:
                 line["levels"].append(place)
                 for key in ("mean", "low", "high"):
                     line[key].append(getattr(series, key)[0])
-        ticks = [panel.panel.partition(": ")[2].replace(", ", "\n") for panel in mine]
-        verdicts = ", ".join(dict.fromkeys(panel.verdict for panel in mine))
-        title = f"{words}\n{verdicts}"
+        ticks = [
+            f"{panel.panel.partition(': ')[2]}\n{panel.verdict}".replace(", ", "\n")
+            for panel in mine
+        ]
+        title = words[0].upper() + words[1:]
         series = list(lines.values())
         out.append({"title": title, "ylabel": "consistency", "series": series, "ticks": ticks})
     return out

@@ -7,7 +7,7 @@ from wsae.core.artifact import read_json
 from wsae.experiments.vision.plan import PLAIN, RunPlan, Weighting
 
 Row = dict[str, Any]
-WAYS = ("all", "matched", "density", "adjusted", "images")
+WAYS = ("all", "matched", "density", "adjusted", "within", "images")
 """Over what a member is compared with the plain one (`wsae.evals.classes.comparing`)."""
 
 
