@@ -11,10 +11,11 @@ import torch
 from wsae.acts.arrays import ArraySource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
+from wsae.evals.classes.comparing import _within
 from wsae.evals.classes.config import CONTROLS, ClassesConfig
 from wsae.evals.classes.glossary import glossary
 from wsae.evals.classes.run import CLASSES, score_classes, score_run
-from wsae.evals.classes.score import SCORES
+from wsae.evals.classes.score import SCORES, Scored
 from wsae.evals.classes.tally import Labelled, look
 from wsae.evals.measure import Family
 from wsae.losses.config import GammaConfig
@@ -142,7 +143,7 @@ def test_a_run_is_scored_into_a_directory(tmp_path) -> None:
     assert set(entry["members"]) == {"plain", "consistency-a1"}
     assert {line["a"] for line in entry["comparisons"]} == {"plain", "consistency-a1"}
     ways = {line["over"] for line in entry["comparisons"] if line["b"] == "plain"}
-    assert ways == {"all", "matched", "density", "adjusted", "images"}
+    assert ways == {"all", "matched", "density", "adjusted", "within", "images"}
     assert score_run(tmp_path / "run", source, labels, CFG) == record  # seeded throughout
 
 
@@ -214,3 +215,34 @@ def test_evaluate_scores_an_array_against_given_classes(tmp_path, capsys):
     assert "classes" not in json.loads(capsys.readouterr().out)
     assert main([*evaluate, "--labels", str(tmp_path / "short.npy")]) == 2
     assert "599 labels for 600 rows" in capsys.readouterr().err
+
+
+def test_a_richer_mix_of_easy_classes_is_no_difference_within_classes():
+    """Two members whose latents of a class are equally pure, but one has more of the pure class."""
+    rng = np.random.default_rng(0)
+
+    def member(name: str, pure: int, mixed: int, lift: float = 0.0) -> Scored:
+        score = np.r_[
+            0.9 + 0.02 * rng.standard_normal(pure), 0.3 + 0.02 * rng.standard_normal(mixed)
+        ]
+        label = np.r_[np.zeros(pure, dtype=np.int64), np.ones(mixed, dtype=np.int64)]
+        arrays = {"selectivity": torch.from_numpy(score + lift), "label": torch.from_numpy(label)}
+        return Scored(name, arrays, {}, {})
+
+    few, many, better = (
+        member("few", 50, 150),
+        member("many", 150, 50),
+        member("better", 150, 50, 0.1),
+    )
+    same = _within(many, few, "selectivity", CFG)
+    assert same.difference == pytest.approx(0, abs=0.01)
+    assert same.low < 0 < same.high
+    lifted = _within(better, few, "selectivity", CFG)
+    assert lifted.low < 0.1 < lifted.high
+    assert lifted.low > 0.08
+    share = (150 + 50) / 400
+    gaps = [
+        a.known("selectivity")[a.arrays["label"] == c].mean() for c in (0, 1) for a in (better, few)
+    ]
+    wanted = share * (gaps[0] - gaps[1]) + (1 - share) * (gaps[2] - gaps[3])
+    assert lifted.difference == pytest.approx(wanted)
