@@ -280,3 +280,19 @@ def test_a_language_model_and_one_without_a_preparation_are_refused(base, tmp_pa
         (tmp_path / "bare" / name).write_bytes((base / "vit" / name).read_bytes())
     with pytest.raises(UserError, match="no preprocessor_config.json in it"):
         load_vision(str(tmp_path / "bare"))
+
+
+def test_a_store_is_known_again_however_its_place_is_written(tmp_path, monkeypatch):
+    make_vision(tmp_path / "model", "resnet")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, SIZE, SIZE, 3)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", images=pixels)
+    monkeypatch.chdir(tmp_path)
+    shared = {"model": str(tmp_path / "model"), "hooks": ("pooler",)}
+    first = harvest_images(
+        ImageHarvestConfig(**shared, images=ImagesConfig(path="x.npz")), tmp_path / "store"
+    )
+    place = ImagesConfig(path=str(tmp_path / "x.npz"))
+    again = harvest_images(ImageHarvestConfig(**shared, images=place), tmp_path / "store")
+    assert again.manifest.digest() == first.manifest.digest()
+    monkeypatch.chdir("/")
+    assert len(store_images(again)) == 12

@@ -52,8 +52,10 @@ def harvest_images(
 
 
 def _recorded(cfg: ImageHarvestConfig) -> dict[str, object]:
-    """Return what decides the rows: the number of workers does not."""
-    plain = cfg.images.model_copy(update={"workers": 0})
+    """Return what decides the rows: neither the number of workers nor how the place of a file is written."""
+    place = Path(cfg.images.path)
+    path = str(place.resolve()) if place.exists() else cfg.images.path
+    plain = cfg.images.model_copy(update={"workers": 0, "path": path})
     return cfg.model_copy(update={"images": plain}).to_dict()
 
 
