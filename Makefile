@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test wheel test-wheel check audit docs notebooks format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -25,11 +26,29 @@ demo: $(STAMP)  ## a language model, a WSAE beside its plain twin, and a report 
 test: $(STAMP)  ## all tests (CPU, no network)
 	$(BIN)/python -m pytest
 
-check: $(STAMP)  ## lint, format, types and layers; fails on any finding
+wheel: $(STAMP)  ## build the wheel and try it in a fresh environment with each extra alone (minutes each)
+	$(BIN)/python benchmarks/wheels.py
+
+test-wheel: $(STAMP)  ## all tests against the built wheel, without the sources
+	$(BIN)/python benchmarks/wheels.py --suite
+
+check: $(STAMP)  ## lint, format, types, layers and the docs site; fails on any finding
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(MKDOCS)
+	$(MAKE) --no-print-directory audit
+
+audit: $(STAMP)  ## known vulnerabilities of the pinned versions; says so where the advisory service cannot be asked
+	$(BIN)/python benchmarks/audit.py constraints.txt
+
+docs: $(STAMP)  ## the docs site in build/site; any warning is an error
+	$(MKDOCS)
+
+notebooks: $(STAMP)  ## run examples/notebooks again and keep their outputs (two minutes)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[all,notebooks]'
+	$(BIN)/python examples/build_notebooks.py
 
 format: $(STAMP)  ## rewrite the sources in the house format
 	$(BIN)/ruff format .

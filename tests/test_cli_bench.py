@@ -68,7 +68,7 @@ def test_a_run_prints_tables_and_leaves_its_numbers(made):
 
 
 def test_quick_is_small(capsys):
-    code, out, _ = run(capsys, "--quick", "--print-config")
+    code, out, _ = run(capsys, "--quick", "--json", "--print-config")
     assert code == 0
     assert json.loads(out)["quick"] is True
     from wsae.cli.bench import Flags, config

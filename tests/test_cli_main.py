@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from wsae.cli import flags, main, plan, runner, table, train
+from wsae.cli import flagfile, flags, main, plan, runner, table, train
 from wsae.core.errors import UserError
 
 SAYS_ONE_LINE = re.compile(r"wsae: error: [^\n]+\n\Z")
@@ -83,7 +85,7 @@ def test_each_commands_help_shows_its_examples_and_the_common_flags(command, cap
 def test_the_flags_of_every_example_in_the_help_are_real(example, capsys):
     _, command, *words = shlex.split(example)
     assert main.main([command, *words, "--print-config"]) == 0
-    assert json.loads(capsys.readouterr().out)
+    assert yaml.safe_load(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_json_has_no_words_for_nan():
 
 def test_every_flag_of_a_nested_config_is_known_once():
     names = [path for path, _ in flags.leaves(train.Flags)]
-    keys = [flags.key_of(path) for path in names]
+    keys = [flagfile.key_of(path) for path in names]
     assert len(keys) == len(set(keys))
     known = flags.flag_names(train.Flags)
     assert {"--d-sae", "--no-twin", "--json", "--resume", "--text"} <= set(known)
@@ -286,3 +288,17 @@ def test_a_file_in_the_way_of_the_run_is_named(array, capsys):
     out = array.parent / "acts.npy" / "run"
     assert main.main(["train", str(array), "--out", str(out), "--k", "2", "--device", "cpu"]) == 2
     assert "a file is in the way" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "extra"), main.EXTRAS.items())
+def test_a_missing_extra_is_one_line_that_names_it(module, extra, capsys):
+    def broken() -> int:
+        raise ModuleNotFoundError(f"No module named '{module}'", name=f"{module}.inner")
+
+    assert main._guarded(broken, debug=False) == 2
+    err = capsys.readouterr().err
+    assert err == f"wsae: error: {module} is not installed; pip install 'wsae[{extra}]'\n"
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    name = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+    needs = project["optional-dependencies"][extra]
+    assert any(need.startswith(name.get(module, module)) for need in needs)

@@ -16,6 +16,8 @@ from wsae.core.artifact import (
     MANIFEST,
     locked,
     read_manifest,
+    read_sealed,
+    seal,
     write_json,
     write_manifest,
     writing,
@@ -81,9 +83,9 @@ def cut_manifest(path: Path) -> None:
 
 
 def escape(path: Path) -> None:
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = read_sealed(path / MANIFEST)
     manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": "0"}
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    write_json(path / MANIFEST, seal(manifest))
 
 
 def future(path: Path) -> None:

@@ -58,7 +58,7 @@ def _bytes(name, data):
         (_npz(images=PIXELS, labels=np.arange(12) / 2), "not whole numbers"),
         (_npz(images=PIXELS, labels=np.arange(12) - 3), "image 0 has label -3"),
         (_npz(images=PIXELS, labels=np.arange(12), names=["a"]), "labels up to 11 but 1 names"),
-        (_npz(images=np.array([None, {}])), "not a readable .npz"),
+        (_npz(images=np.array([None, {}])), r"not a readable .npy array \(Python objects"),
         (_bytes("x.npz", b"PK\x03\x04nonsense"), "not a readable .npz"),
         (_bytes("x.tar.gz", b""), "an archive; unpack it"),
         (_bytes("x.png", b""), "one image; name a folder"),

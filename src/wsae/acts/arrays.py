@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wsae.acts.images.labels import MOST_CLASSES
 from wsae.acts.stream import Batch, Chunk, ShuffledStream, State
 from wsae.acts.tally import SourceStats, Tally
 from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError
+from wsae.core.npy import mapped_npy
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor
@@ -63,6 +65,10 @@ class ArraySource:
         """Keep a class beside every row, and return the source; raises UserError for another number of labels."""
         if len(labels) != self._total:
             raise UserError(f"{self._where}: {len(labels)} labels for {self._total} rows")
+        if int(labels.max()) >= MOST_CLASSES:
+            raise UserError(
+                f"{self._where}: label {int(labels.max())}; number the classes from 0 (at most {MOST_CLASSES:,})"
+            )
         self.labels = labels
         return self
 
@@ -180,10 +186,7 @@ def _file(path: Path) -> np.ndarray | MappedTensor:
     if not path.is_file():
         raise UserError(f"{path}: no such array file")
     if path.suffix == ".npy":
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path}: not a readable .npy array ({error})") from error
+        return mapped_npy(path, str(path))
     if path.suffix == ".safetensors":
         return MappedTensor(path, _only_matrix(path))
     raise UserError(f"{path}: unknown kind of array file; use .npy or .safetensors")

@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wsae.acts.hub import quiet_hub
 from wsae.core.artifact import sha256_file
 from wsae.core.errors import UserError
+from wsae.core.hub import quiet_hub
 
 _log = logging.getLogger(__name__)
 

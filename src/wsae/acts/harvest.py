@@ -12,7 +12,7 @@ from wsae.acts.decoding import decode_table
 from wsae.acts.flow import Flow
 from wsae.acts.language import LanguageModel, load_language, locate
 from wsae.acts.language import fingerprint as model_fingerprint
-from wsae.acts.ledger import Ledger, refuse_other
+from wsae.acts.ledger import Ledger, drop_ledger, refuse_other
 from wsae.acts.packing import Packer
 from wsae.acts.shards import Form, shard_name
 from wsae.acts.store import TOKENS, Store
@@ -45,6 +45,7 @@ def harvest(
     if (out / MANIFEST).exists():
         manifest = read_manifest(out, "store", verify=False)
         refuse_other(out, manifest.config, config, manifest.inputs, inputs)
+        drop_ledger(out)
         return Store(out, verify=False)
     if next(documents(cfg.text), None) is None:
         raise UserError(f"text {cfg.text.path}: no documents in it")

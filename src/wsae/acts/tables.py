@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsae.acts.hub import hub_reachable, quiet_hub
 from wsae.core.errors import UserError, nearest
+from wsae.core.hub import hub_reachable, quiet_hub
 
 _BATCH_ROWS = 256
 
@@ -12,7 +12,6 @@ _BATCH_ROWS = 256
 def parquet_texts(path: Path, field: str) -> Iterator[str]:
     """Yield the column `field` of a parquet file, a few rows in memory at a time."""
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UserError(f"text {path}: parquet needs pyarrow; pip install 'wsae[lm]'") from error
@@ -28,7 +27,9 @@ def parquet_texts(path: Path, field: str) -> Iterator[str]:
                 for value in batch.column(0).to_pylist():
                     yield _checked(value, field, f"text {path}, row {row}")
                     row += 1
-    except (pa.ArrowException, OSError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Arrow's own, OSError, UnicodeDecodeError, ...
         raise UserError(f"text {path}: not a readable parquet file ({_first(error)})") from error
 
 

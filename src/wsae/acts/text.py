@@ -22,6 +22,8 @@ from wsae.core.seeds import seed_for
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")
 _DOCUMENT_CHARS = 2_000
 _LONGEST_CHARS = 8_000
+_LONGEST_LINE = 1 << 26
+"""Bytes of a JSON line at most: a small .gz may hold one that fills the memory."""
 _SAMPLE_BYTES = 1 << 20
 
 
@@ -120,7 +122,13 @@ def _file_texts(path: Path, field: str) -> Iterator[str]:
 
 
 def _json_texts(file: io.BufferedReader | gzip.GzipFile, path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
+    number = 0
+    while line := file.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(line) > _LONGEST_LINE:
+            raise UserError(
+                f"text {path}, line {number}: over {_LONGEST_LINE:,} bytes; cut it into several"
+            )
         if line.strip():
             yield _json_text(line, f"text {path}, line {number}", field)
 

@@ -10,10 +10,10 @@ import torch
 from wsae.acts.background import Background
 from wsae.acts.flow import NonFiniteError, Step
 from wsae.acts.ledger import (
-    PROGRESS,
     Ledger,
     SplitState,
     clean_up_if_nothing_done,
+    drop_ledger,
     open_ledger,
     refuse_foreign,
 )
@@ -145,8 +145,7 @@ def finish(
     }
     known |= {name: record(out / name) for name in [STATS, *files]}
     write_manifest(out, "store", ledger.config, known, inputs=ledger.inputs, info=info)
-    for leftover in (out / PROGRESS, *out.glob("progress-*.safetensors")):
-        leftover.unlink()
+    drop_ledger(out)
 
 
 def skipped(state: SplitState) -> dict[str, int]:

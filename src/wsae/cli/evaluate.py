@@ -8,6 +8,7 @@ import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybeName, MaybePlace, Number
 from wsae.cli.live import behind, labelled, reopen
+from wsae.cli.single import evaluate_sae, is_sae
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest, write_json
 from wsae.core.config import Config
@@ -25,7 +26,7 @@ class Flags(Config):
     """Flags of `wsae evaluate`."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A finished run's directory."""
+    """A finished run's directory, or one SAE's (with --source), or hub:owner/name."""
     out: MaybePlace = None
     """Write the result as JSON here too."""
     source: MaybeName = None
@@ -55,8 +56,15 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     own = ("batch_size", "rows", "draws", "confidence", "n_latents", "n_contexts", "splice_tokens")
     data = {name: getattr(flags, name) for name in own} | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where="flags")
-    read_manifest(flags.run, "run", verify=False)
     from wsae.cli.runner import device
+
+    if is_sae(flags.run):
+        where = device(flags.common.device)
+        alone = evaluate_sae(flags.run, flags.source, cfg, where, ui.progress)
+        if flags.out is not None:
+            write_json(flags.out, alone)
+        return alone
+    read_manifest(flags.run, "run", verify=False)
     from wsae.evals.classes.labels import labels_of
     from wsae.evals.classes.run import score_run
     from wsae.evals.run import evaluate_run
@@ -77,6 +85,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print the scores and what to do next."""
     show_scores(result, ui)
+    if "sae" in result:
+        return
     for hook, found in result.get("classes", {}).get("hooks", {}).items():
         show_classes(hook, found, ui)
     place = shlex.quote(result["run"])

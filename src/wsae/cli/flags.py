@@ -1,4 +1,4 @@
-"""Flags: a command's frozen Config read from the command line and, under it, from a JSON file.
+"""Flags: a command's frozen Config read from the command line and, under it, from a file.
 
 Parsing is tyro's; what goes wrong becomes a UserError of one line.
 """
@@ -8,15 +8,16 @@ import difflib
 import io
 import itertools
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import tyro
 from pydantic.fields import FieldInfo
 
-from wsae.core.artifact import read_json
+from wsae.cli.flagfile import filled, flag_name, leaves, read_flags
 from wsae.core.config import Config
-from wsae.core.errors import UserError, nearest
+from wsae.core.errors import UserError
 
 F = TypeVar("F", bound=Config)
 
@@ -54,9 +55,9 @@ class Common(Config):
     ] = False
     """Print the result as JSON on stdout, and nothing else there."""
     config: MaybePlace = None
-    """Read flags from a JSON file; those on the command line win."""
+    """Read flags from a YAML or JSON file. A flag on the command line wins over the file, the file over the default."""
     print_config: Switch = False
-    """Print the flags as such a file and stop."""
+    """Print the flags as such a file, in YAML with help, or with --json in JSON, and stop."""
     debug: Switch = False
     """Show the traceback of an error."""
 
@@ -76,18 +77,23 @@ class HasCommon(Protocol):
 
 def parse(kind: type[F], prog: str, words: list[str], about: str) -> F:
     """Return `kind` filled from `words`; raises UserError with one line, or SystemExit(0) after --help."""
+    file: dict[tuple[str, ...], Any] = {}
+    options: dict[str, Any] = {}
     if "--help" not in words and "-h" not in words:
         check_known(kind, words)
-        words = with_config_file(kind, words)
+        path = _value_of("--config", words)
+        if path is not None:
+            file = read_flags(kind, path)
+            options = {"default": filled(kind, file)}
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, prog=prog, args=words, description=about)
+            return tyro.cli(kind, prog=prog, args=words, description=about, **options)
     except SystemExit as end:
         if end.code == 0:
             raise
         raise UserError(
-            f"{explain(kind, words, plain(stderr.getvalue()))}; see {prog} --help"
+            f"{explain(kind, words, plain(stderr.getvalue()), set(file))}; see {prog} --help"
         ) from None
 
 
@@ -116,25 +122,6 @@ def flag_names(kind: type[Config]) -> dict[str, tuple[str, ...]]:
     return flags
 
 
-def leaves(
-    kind: type[Config], prefix: tuple[str, ...] = ()
-) -> list[tuple[tuple[str, ...], FieldInfo]]:
-    """Return every field of `kind` and of the Configs nested in it, with its path."""
-    found: list[tuple[tuple[str, ...], FieldInfo]] = []
-    for name, field in kind.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Config):
-            found += leaves(inner, (*prefix, name))
-        else:
-            found.append(((*prefix, name), field))
-    return found
-
-
-def flag_name(key: str) -> str:
-    """Return a field's flag without its dashes; `json` cannot be the name of a pydantic field."""
-    return "json" if key == "as_json" else key.replace("_", "-")
-
-
 def is_switch(field: FieldInfo) -> bool:
     """Whether the flag has no --no- form."""
     return tyro.conf.FlagCreatePairsOff in field.metadata
@@ -145,52 +132,6 @@ def is_positional(field: FieldInfo) -> bool:
     return tyro.conf.Positional in field.metadata
 
 
-def with_config_file(kind: type[Config], words: list[str]) -> list[str]:
-    """Return `words` with the flags of `--config FILE` added where the command line is silent."""
-    path = _value_of("--config", words)
-    if path is None:
-        return words
-    by_key = {key_of(path): (path, field) for path, field in leaves(kind)}
-    given = {flag_names(kind).get(w.split("=", 1)[0].replace("_", "-")) for w in words}
-    placed = bool(words) and not words[0].startswith("-")
-    before: list[str] = []
-    added: list[str] = []
-    for key, value in _read_object(Path(path)).items():
-        if key not in by_key:
-            raise UserError(f"{path}: unknown key '{key}'{nearest(key, by_key)}")
-        place, field = by_key[key]
-        if is_positional(field):
-            before += [] if placed else _words_of(value)
-        elif place not in given:
-            added += _flag_words(key, value, is_switch(field))
-    return [*before, *words, *added]
-
-
-def as_file(flags: Config) -> dict[str, Any]:
-    """Return the flags as the JSON object that `--config` reads."""
-    values: dict[str, Any] = {}
-    data = flags.to_dict()
-    for path, _ in leaves(type(flags)):
-        if path[-1] not in ("config", "print_config", "debug"):
-            value: Any = data
-            for step in path:
-                value = value[step]
-            values[key_of(path)] = value
-    return values
-
-
-def key_of(path: tuple[str, ...]) -> str:
-    """Return the key of a field in a flags file."""
-    return flag_name(path[-1]).replace("-", "_")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    data = read_json(path)
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a flags file is a JSON object, this is a {type(data).__name__}")
-    return data
-
-
 def _value_of(flag: str, words: list[str]) -> str | None:
     for here, following in itertools.pairwise([*words, ""]):
         if here == flag:
@@ -198,22 +139,6 @@ def _value_of(flag: str, words: list[str]) -> str | None:
         if here.startswith(f"{flag}="):
             return here.removeprefix(f"{flag}=")
     return None
-
-
-def _flag_words(key: str, value: Any, switch: bool) -> list[str]:
-    name = key.replace("_", "-")
-    if value is None or value == []:
-        return []
-    if isinstance(value, bool):
-        off = [] if switch else [f"--no-{name}"]
-        return [f"--{name}"] if value else off
-    return [f"--{name}", *_words_of(value)]
-
-
-def _words_of(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [] if value is None else [str(value)]
 
 
 def plain(boxed: str) -> str:
@@ -230,8 +155,10 @@ def plain(boxed: str) -> str:
     return " ".join(" ".join(body).split())
 
 
-def explain(kind: type[Config], words: list[str], message: str) -> str:
-    """Return tyro's message in plainer words, naming flag and value."""
+def explain(
+    kind: type[Config], words: list[str], message: str, file: Set[tuple[str, ...]] = frozenset()
+) -> str:
+    """Return tyro's message in plainer words, naming flag and value; `file`: the fields that a flags file gives."""
     flag = _PARSING.match(message)
     if flag:
         return _wrong_value(kind, words, flag[1])
@@ -239,15 +166,15 @@ def explain(kind: type[Config], words: list[str], message: str) -> str:
     if choice:
         return f"{choice['flag']}: '{choice['value']}' is not one of {choice['choices'].replace(chr(39), '')}"
     if message.startswith("Missing from"):
-        return f"missing: {', '.join(_missing(kind, words))}"
+        return f"missing: {', '.join(_missing(kind, words, file))}"
     for old, new in _PLAINER:
         message = message.replace(old, new)
     return message.rstrip(".") or "the flags could not be read"
 
 
-def _missing(kind: type[Config], words: list[str]) -> list[str]:
+def _missing(kind: type[Config], words: list[str], file: Set[tuple[str, ...]]) -> list[str]:
     given = {word.split("=", 1)[0].replace("_", "-") for word in words}
-    needed = [(path[-1], field) for path, field in leaves(kind) if field.is_required()]
+    needed = [(p[-1], f) for p, f in leaves(kind) if f.is_required() and p not in file]
     flags = [f"--{flag_name(key)}" for key, field in needed if not is_positional(field)]
     placed = [key.upper() for key, field in needed if is_positional(field)]
     if words and not words[0].startswith("-"):

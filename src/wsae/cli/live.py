@@ -1,14 +1,14 @@
 """Flags that name a model's text and hook points, and the source of activations they lead to."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from wsae.acts.config import HarvestConfig
 from wsae.cli.flags import Count, MaybeName, Number
 from wsae.cli.plan import read_vector
-from wsae.core.artifact import read_json
+from wsae.core.artifact import check_file, read_json, read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 
@@ -117,28 +117,38 @@ def open_labelled(source: str, labels: Path) -> "ActivationSource":
 
 
 def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationSource":
-    """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place.
+    """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place."""
+    manifest = read_manifest(run, "run", verify=False)
+    if "config.json" in manifest.files:
+        check_file(run, "config.json", manifest.files["config.json"])
+    record = read_json(run / "config.json").get("source") or {}
+    return reopened(record, str(run), device, elsewhere)
+
+
+def reopened(
+    record: dict[str, Any], run: str, device: str, other: str | None = None, flag: str = "--source"
+) -> "ActivationSource":
+    """Return the source that a run's record describes, or `other` in its place; `flag` is what else names data.
 
     An array has no hooks of its own: it takes the name that the run's had.
     """
     from wsae.acts.source import ArraySource, open_source
 
-    record = read_json(run / "config.json").get("source") or {}
     hooks = tuple(record.get("hooks", ()))
-    if elsewhere is not None:
-        if Path(elsewhere).is_file() and len(hooks) == 1:
-            return ArraySource(elsewhere, name=hooks[0])
-        return open_source(elsewhere, hooks=hooks)
+    if other is not None:
+        if Path(other).is_file() and len(hooks) == 1:
+            return ArraySource(other, name=hooks[0])
+        return open_source(other, hooks=hooks)
     if record.get("kind") == "live":
         from wsae.acts.live import LiveSource
 
         data = {**record["harvest"], "device": device}
-        return LiveSource(HarvestConfig.parse(data, where=f"{run}/config.json"))
+        return LiveSource(HarvestConfig.parse(data, where=run))
     path = record.get("path")
     if path is None:
-        raise UserError(f"{run}: was trained on an array in memory; name the data with --source")
+        raise UserError(f"{run}: was trained on an array in memory; name the data with {flag}")
     if not Path(path).exists():
-        raise UserError(f"{path}: the run's data are no longer there; name them with --source")
+        raise UserError(f"{path}: the run's data are no longer there; name them with {flag}")
     return open_source(path, hooks=hooks if record.get("kind") == "store" else None)
 
 

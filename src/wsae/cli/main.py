@@ -3,6 +3,7 @@
 Only the standard library is imported here; a command's own modules are imported when it runs.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,18 +13,30 @@ from wsae.cli import table
 from wsae.core.errors import UserError, nearest
 from wsae.core.version import __version__
 
+EXTRAS = {
+    **dict.fromkeys(("transformers", "tokenizers", "gguf", "accelerate", "pyarrow"), "lm"),
+    **dict.fromkeys(("PIL", "sklearn", "kornia"), "vision"),
+    **dict.fromkeys(("datasets", "huggingface_hub"), "hub"),
+    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+    **{"httpx": "interp", "tensorboard": "tensorboard", "wandb": "wandb"},
+}
+"""Module -> the extra that brings it."""
 OK, BROKEN, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    code = OK
     try:
         code = _dispatch(words)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (`| head`) has enough
         _silence_stdout()
         return PIPE_CLOSED
+    except OSError as error:  # stdout goes to a file on a full disk
+        _silence_stdout()
+        return code or _error(f"stdout: cannot be written ({error.strerror})", BROKEN)
     return code
 
 
@@ -80,9 +93,17 @@ def _unexpected(error: Exception, debug: bool) -> int:
 
 
 def _mendable(error: Exception) -> UserError | None:
-    """Return what the user can do about the operating system's refusal, or None."""
-    if not isinstance(error, OSError) or not error.filename:
+    """Return what the user can do about a missing extra or the operating system's refusal, or None."""
+    if isinstance(error, ModuleNotFoundError):
+        name = (error.name or "").split(".")[0]
+        extra = EXTRAS.get(name)
+        mend = f"{name} is not installed; pip install 'wsae[{extra}]'"
+        return None if extra is None else UserError(mend)
+    if not isinstance(error, OSError):
         return None
+    if not error.filename:  # stdout, or a library that does not say which file
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return UserError("the disk is full; free some space and run it again") if full else None
     from pathlib import Path
 
     from wsae.core.artifact import as_user_error

@@ -126,16 +126,11 @@ class PlanFlags(Config):
 
 def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":
     """Return the one-dimensional .npy array at `path` with a dtype among `kinds`; raises UserError else."""
-    import numpy as np
+    from wsae.core.npy import mapped_npy
 
-    try:
-        values = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise UserError(f"{flag} {path}: no such file") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{flag} {path}: not a .npy array ({error})") from error
-    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in kinds:
-        shape = getattr(values, "shape", "an archive")
-        dtype = getattr(values, "dtype", "many arrays")
-        raise UserError(f"{flag} {path}: shape {shape} of {dtype}; {needed} is needed")
-    return values
+    values = mapped_npy(path, f"{flag} {path}")
+    if values.ndim != 1 or values.dtype.kind not in kinds:
+        raise UserError(
+            f"{flag} {path}: shape {values.shape} of {values.dtype}; {needed} is needed"
+        )
+    return values.copy()

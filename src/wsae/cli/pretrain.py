@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, MaybeCount, MaybeName, Place, Switch
+from wsae.cli.loggers import LoggerFlags, mirrored
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.progress import quiet
 from wsae.train.parallel.config import launched
 
 if TYPE_CHECKING:
+    from wsae.train.loggers.mirror import Logger
     from wsae.vision.config import PretrainConfig
 
 ABOUT = """\
@@ -49,6 +51,8 @@ class Flags(Config):
     """Processes that decode and crop image files; none means one per core. Images in memory need none."""
     resume: Switch = False
     """Continue an interrupted run in --out."""
+    loggers: tyro.conf.OmitArgPrefixes[LoggerFlags] = LoggerFlags()
+    """Copies of the metrics for other tools."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
@@ -56,19 +60,23 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Pretrain and return the run's path and what its manifest says."""
     cfg = config(flags)
+    loggers = flags.loggers.made()
     if launched():
-        return _together(cfg, flags, ui)
+        return _together(cfg, flags, ui, loggers)
     from wsae.acts.images.sets import open_images
     from wsae.cli.runner import device
     from wsae.vision.run import pretrain
 
     where = device(flags.common.device)
     images = open_images(cfg.images)
-    result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
+    with mirrored(loggers, ui):
+        result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
     return {"run": str(result.path), **result.info}
 
 
-def _together(cfg: "PretrainConfig", flags: Flags, ui: UI) -> dict[str, Any]:
+def _together(
+    cfg: "PretrainConfig", flags: Flags, ui: UI, loggers: "list[Logger]"
+) -> dict[str, Any]:
     """Pretrain as one of the processes that torchrun started; rank 0 alone prints."""
     from wsae.acts.images.sets import open_images
     from wsae.cli.runner import device
@@ -83,7 +91,8 @@ def _together(cfg: "PretrainConfig", flags: Flags, ui: UI) -> dict[str, Any]:
                     os.dup2(nothing.fileno(), 1)
             progress = ui.progress if world.first else quiet
             images = open_images(cfg.images)
-            result = pretrain_parallel(cfg, images, flags.out, world, progress, flags.resume)
+            with mirrored(loggers, ui, world.first):
+                result = pretrain_parallel(cfg, images, flags.out, world, progress, flags.resume)
     except RankLost as error:
         kept = (flags.out / "checkpoints").is_dir()
         how = "go on with the same command and --resume" if kept else "start the same command again"

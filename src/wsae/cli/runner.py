@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import IO, Any, Protocol, cast, runtime_checkable
 
 from wsae.cli import flags as flag_tools
+from wsae.cli.flagfile import as_json, as_yaml
 from wsae.cli.table import Command
 from wsae.cli.ui import UI
 from wsae.core.config import Config
@@ -28,7 +29,7 @@ class CommandModule(Protocol):
 
 def load(command: Command) -> CommandModule:
     """Import the command's module."""
-    return cast(CommandModule, importlib.import_module(f"wsae.cli.{command.name}"))
+    return cast(CommandModule, importlib.import_module(command.module))
 
 
 def run_command(command: Command, words: list[str]) -> int:
@@ -41,7 +42,11 @@ def run_command(command: Command, words: list[str]) -> int:
         return 0
     flags = cast(flag_tools.HasCommon, parsed)
     if flags.common.print_config:
-        sys.stdout.write(json.dumps(flag_tools.as_file(parsed), indent=1) + "\n")
+        printable = getattr(module, "printable", None)  # a command may read more than flags say
+        if printable:
+            printable(flags)
+        in_json = flags.common.as_json
+        sys.stdout.write(as_json(parsed) if in_json else as_yaml(parsed, prog))
         return 0
     _calm_libraries(flags.common.debug)
     ui = UI(sys.stdout, sys.stderr)

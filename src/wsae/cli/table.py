@@ -1,5 +1,6 @@
 """The command table and the text of `wsae --help`: plain data, so that help needs no other module."""
 
+import keyword
 from typing import NamedTuple
 
 
@@ -9,6 +10,11 @@ class Command(NamedTuple):
     name: str
     summary: str
     examples: tuple[str, ...]
+
+    @property
+    def module(self) -> str:
+        """The module of its code: `wsae.cli.<name>`, with an underscore where the name is a word of Python."""
+        return f"wsae.cli.{self.name}{'_' if keyword.iskeyword(self.name) else ''}"
 
 
 COMMANDS = (
@@ -99,9 +105,47 @@ COMMANDS = (
         ("wsae report runs/first --out first.html",),
     ),
     Command(
+        "serve",
+        "browse every latent of some runs in a browser: search, sort, compare, try a text",
+        (
+            "wsae serve runs/first",
+            "wsae serve runs/first runs/second --port 8200 --open",
+            "wsae serve runs/first --contexts 1000 --index-only",
+        ),
+    ),
+    Command(
+        "export",
+        "SAEs as SAELens, sparsify or dictionary_learning read them",
+        (
+            "wsae export runs/first --member variance-a1 --format saelens --out shared",
+            "wsae export runs/first --all --format dictionary_learning --out shared",
+        ),
+    ),
+    Command(
+        "import",
+        "an SAE that another tool wrote, as a directory of ours",
+        (
+            "wsae import shared --out runs/theirs",
+            "wsae import downloads/sae --format sparsify --out runs/theirs",
+        ),
+    ),
+    Command(
+        "push",
+        "SAEs to the model hub, with a model card",
+        (
+            "wsae push runs/first somebody/saes --dry-run --out folder",
+            "wsae push runs/first somebody/saes --member variance-a1 --private",
+        ),
+    ),
+    Command(
         "bench",
         "speed against the installed peers and against the machine's measured limit",
         ("wsae bench --quick", "wsae bench --size B --threads 1 2 --out bench"),
+    ),
+    Command(
+        "completion",
+        "a script that makes bash, zsh or fish complete the words of wsae",
+        ("wsae completion bash", "wsae completion fish --out wsae.fish"),
     ),
 )
 
@@ -117,7 +161,8 @@ Every command takes:
   --seed N          one seed decides everything random
   --device NAME     cpu, cuda, cuda:1, mps; default: the fastest one here
   --out PATH        where its result goes
-  --config FILE     flags from a JSON file; --print-config shows such a file
+  --config FILE     flags from a YAML or JSON file, below those given here and above
+                    the defaults; --print-config shows such a file
   --debug           show the traceback of an error
 
 Exit codes: 0 done; 1 a check failed or something broke; 2 bad input, nothing
@@ -138,7 +183,7 @@ def find(name: str) -> Command | None:
 
 def help_text() -> str:
     """Return the text of `wsae --help`."""
-    rows = "\n".join(f"  {command.name:<10}{command.summary}" for command in COMMANDS)
+    rows = "\n".join(f"  {command.name:<11} {command.summary}" for command in COMMANDS)
     flow = "\n".join(f"  {line}" for line in _FLOW)
     return (
         f"usage: wsae COMMAND [FLAGS]\n\n{_ABOUT}\n\nCommands:\n{rows}\n\n{_COMMON}\n\n"

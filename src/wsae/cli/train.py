@@ -4,13 +4,15 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place, Switch
 from wsae.cli.live import LiveFlags, open_data, open_labelled
+from wsae.cli.loggers import LoggerFlags, mirrored
 from wsae.cli.plan import PlanFlags
+from wsae.cli.record import as_flags, config_of, record_of, source_of
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_json
 from wsae.core.config import Config
@@ -21,6 +23,7 @@ from wsae.train.parallel.config import launched
 
 if TYPE_CHECKING:
     from wsae.acts.source import ActivationSource
+    from wsae.train.loggers.mirror import Logger
 
 ABOUT = "Train SAEs on activations: one per --alpha and their plain twin, all on the same batches."
 
@@ -45,15 +48,23 @@ class Flags(Config):
     """The SAEs and their training."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
     """For a model: its text and the rows to keep."""
+    loggers: tyro.conf.OmitArgPrefixes[LoggerFlags] = LoggerFlags()
+    """Copies of the metrics for other tools."""
     common: CommonFlags = Common()
     """Flags of every command."""
+
+    @classmethod
+    def from_record(cls, data: dict[str, Any], path: Path) -> dict[str, Any] | None:
+        """Return the flags in a run's config.json, for --config; None for another file."""
+        return as_flags(data, path)
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Train and return the run's path and each member's last metrics."""
     config(flags, None)  # bad flags are refused before anything is loaded
+    loggers = flags.loggers.made()
     if launched():
-        return _together(flags, ui)
+        return _together(flags, ui, loggers)
     if flags.mesh is not None:
         raise UserError(
             f"--mesh {flags.mesh}: is for several processes; start them with "
@@ -64,11 +75,12 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
     where = device(flags.common.device)
     cfg, source = _opened(flags, where)
-    result = train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
+    with mirrored(loggers, ui):
+        result = train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
     return {"run": str(result.path), "members": last_metrics(result.path)}
 
 
-def _together(flags: Flags, ui: UI) -> dict[str, Any]:
+def _together(flags: Flags, ui: UI, loggers: "list[Logger]") -> dict[str, Any]:
     """Train as one of the processes that torchrun started; rank 0 alone prints."""
     from wsae.cli.runner import device
     from wsae.train.parallel.run import train_parallel
@@ -81,7 +93,8 @@ def _together(flags: Flags, ui: UI) -> dict[str, Any]:
                 _close_stdout()
             cfg, source = _opened(flags, world.device)
             progress = ui.progress if world.first else quiet
-            train_parallel(cfg, source, flags.out, world, progress, flags.resume)
+            with mirrored(loggers, ui, world.first):
+                train_parallel(cfg, source, flags.out, world, progress, flags.resume)
     except RankLost as error:
         kept = (flags.out / "checkpoints").is_dir()
         how = "go on with the same command and --resume" if kept else "start the same command again"
@@ -94,7 +107,11 @@ def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
     """Return the run's config and its data."""
     wanted = flags.plan.tokens
     rest = {"dtype": flags.plan.dtype, **({} if wanted is None else {"tokens": wanted})}
-    if flags.labels is not None:
+    record = record_of(flags.common.config)
+    if record is not None and flags.labels is None:
+        path = cast(Path, flags.common.config)
+        source = source_of(record, path, flags.source, flags.live, where)
+    elif flags.labels is not None:
         source = open_labelled(flags.source, flags.labels)
     else:
         source = open_data(flags.source, flags.live, flags.common.seed, where, rest)
@@ -112,13 +129,25 @@ def _close_stdout() -> None:
 
 
 def config(flags: Flags, rows: int | None) -> TrainConfig:
-    """Return the run's config: that of the run to resume where no flag speaks of it, else the flags'."""
+    """Return the run's config: that in --config or of the run to resume where no flag speaks of it, else the flags'."""
+    record = record_of(flags.common.config)
+    if record is not None:
+        path = cast(Path, flags.common.config)
+        return config_of(record, path, flags.plan, flags.common.seed)
     stored = flags.out / "config.json"
     if flags.resume and flags.plan == PlanFlags() and stored.exists():
         data = read_json(stored)
         if isinstance(data, dict) and isinstance(data.get("train"), dict):
             return TrainConfig.parse(data["train"], where=str(stored))
     return flags.plan.config(rows, flags.common.seed)
+
+
+def printable(flags: Flags) -> None:
+    """Raise UserError where the flags are not all: with a run's config in --config."""
+    if record_of(flags.common.config) is not None:
+        raise UserError(
+            f"{flags.common.config}: is a run's config, whose SAEs are not flags; give it to --config as it is"
+        )
 
 
 def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float | int]]]:

@@ -1,18 +1,20 @@
 """Directories on disk that are either whole or refused.
 
 A stage writes its files under temporary names, renames them, and writes `manifest.json` last. A reader refuses a
-directory without a manifest, of another kind or schema, or whose files differ from the recorded size and SHA-256.
+directory without a manifest, of another kind or schema, or whose files differ from the recorded size and SHA-256. A
+JSON file that no manifest lists yet (the manifest itself, the state of unfinished work) carries its own: `seal`.
 """
 
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -20,6 +22,7 @@ from wsae.core.version import __version__
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+SEAL = "checksum"
 
 
 class FileRecord(Config):
@@ -68,6 +71,7 @@ def writing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_leftovers(path)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -80,6 +84,24 @@ def writing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _drop_leftovers(path: Path) -> None:
+    """Remove the temporary files of this name whose writers were killed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = leftover.name.split(".")[-2]
+        if number.isdecimal() and int(number) != os.getpid() and not _is_alive(int(number)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def as_user_error(error: OSError, path: Path) -> Exception:
@@ -114,12 +136,41 @@ def write_json(path: Path, value: object) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises UserError when it is missing or damaged."""
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise UserError(f"{path}: not a regular file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON-ready object with its own checksum beside its keys."""
+    return value | {SEAL: digest(json.loads(json.dumps(value)))}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `seal` made, without the checksum; raises UserError when the file is missing, damaged or altered.
+
+    A file of before there were seals has none and is read as it is; no single change of a sealed one looks like that.
+    """
+    return unsealed(read_json(path), path)
+
+
+def unsealed(value: Any, path: Path) -> dict[str, Any]:
+    """Return a sealed object without its checksum; raises UserError naming `path` when they do not fit."""
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, a {type(value).__name__} where an object belongs")
+    rest = {key: item for key, item in value.items() if key != SEAL}
+    try:
+        sealed = SEAL not in value or value[SEAL] == digest(rest)
+    except (ValueError, RecursionError) as error:  # half a character; nested too deep
+        raise UserError(f"{path}: damaged, not JSON that wsae writes ({error})") from error
+    if not sealed:
+        raise UserError(f"{path}: altered, its checksum differs; remove it and make it again")
+    return rest
 
 
 def write_manifest(
@@ -142,7 +193,7 @@ def write_manifest(
         info=info or {},
         files=records,
     )
-    write_json(directory / MANIFEST, manifest.to_dict())
+    write_json(directory / MANIFEST, seal(manifest.to_dict()))
     return manifest
 
 
@@ -170,7 +221,7 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
         raise UserError(
             f"{path}: schema version {found!r} is not {SCHEMA}; it was not written by this wsae"
         )
-    manifest = Manifest.parse(data, where=str(path))
+    manifest = Manifest.parse(unsealed(data, path), where=str(path))
     if manifest.kind != kind:
         raise UserError(f"{directory}: this is a wsae {manifest.kind}, but a {kind} is needed here")
     for name, expected in manifest.files.items():
@@ -180,9 +231,7 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
 
 def check_file(directory: Path, name: str, expected: FileRecord, verify: bool = True) -> None:
     """Compare one file with its record; raises UserError when it is missing, cut, altered or outside."""
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise UserError(f"{directory / MANIFEST}: names a file outside the directory: {name!r}")
+    path = contained(directory, name)
     if not path.is_file():
         raise UserError(f"{path}: listed in the manifest but missing")
     size = path.stat().st_size
@@ -194,17 +243,54 @@ def check_file(directory: Path, name: str, expected: FileRecord, verify: bool = 
         raise UserError(f"{path}: checksum differs from the manifest (altered); make it again")
 
 
+def contained(directory: Path, name: str) -> Path:
+    """Return a file or folder of a directory; raises UserError when that lies outside, by "..", a root or a link."""
+    path = directory / name
+    try:
+        inside = path.resolve().is_relative_to(_home(directory.resolve()))
+        path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not text, a circle of links
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(
+            f"{directory / MANIFEST}: names no possible file: {name[:80]!r} ({reason})"
+        ) from error
+    if not inside:
+        raise UserError(f"{directory / MANIFEST}: names a file outside the directory: {name!r}")
+    return path
+
+
+def _home(directory: Path) -> Path:
+    """Return the directory; for a snapshot in the hub's cache, whose files are links to blobs, the repository's."""
+    for place in (directory, *directory.parents):
+        if place.parent.name == "snapshots" and (place.parents[1] / "blobs").is_dir():
+            return place.parents[1]
+    return directory
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold the directory for this process; a second process is refused with a UserError."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / ".lock").open("a+")
-    except OSError as error:
-        raise as_user_error(error, directory) from error
-    with file:
+    path = directory / ".lock"
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            directory.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
         except OSError as error:
-            raise UserError(f"{directory}: another wsae process is writing here") from error
-        yield
+            raise as_user_error(error, directory) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{directory}: another wsae process is writing here") from error
+            if not _is_still(path, file):
+                continue  # another process removed the directory in between
+            yield
+            return
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is still the one at this path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -3,12 +3,12 @@
 Unknown keys are errors that suggest the nearest known key. Nothing writes to a config after it is built.
 """
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from wsae.core.configfile import read_config
 from wsae.core.errors import UserError, nearest
 
 C = TypeVar(
@@ -37,17 +37,8 @@ class Config(BaseModel):
 
     @classmethod
     def load(cls: type[C], path: Path | str) -> C:
-        """Read a JSON config file; raises UserError when it is missing, not JSON or invalid."""
-        path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: no such config file") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not a JSON config ({error})") from error
-        if not isinstance(data, dict):
-            raise UserError(f"{path}: a config is a JSON object, this is a {type(data).__name__}")
-        return cls.parse(data, where=str(path))
+        """Read a JSON or YAML config file; raises UserError when it is missing, neither, or invalid."""
+        return cls.parse(read_config(path).data, where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict (the exact content of `config.json`)."""

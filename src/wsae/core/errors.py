@@ -1,7 +1,9 @@
 """The one exception for bad input. The command line prints it as one line and exits with code 2."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from os import PathLike
 
 
 class UserError(ValueError):
@@ -12,3 +14,20 @@ def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
     """Return ' (nearest: a, b)' for the choices closest to `word`, or '' when nothing is close."""
     close = difflib.get_close_matches(word, list(choices), n=n, cutoff=0.4)
     return f" (nearest: {', '.join(close)})" if close else ""
+
+
+@contextlib.contextmanager
+def understood(path: PathLike[str] | str) -> Iterator[None]:
+    """Turn what reading a file of another form raises inside into a UserError naming `path`.
+
+    For content that is whole, by its checksum, and yet not what wsae writes: made by hand or by an attacker.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(
+            f"{path}: not of the form that this wsae writes ({reason}); make it again"
+        ) from error

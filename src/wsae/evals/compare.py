@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wsae.core.artifact import read_json, read_manifest
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, understood
 from wsae.core.tensors import load_tensors
 from wsae.evals.assemble import Json
 from wsae.evals.comparisons import Comparison, Side, across_runs, compare_members
@@ -55,19 +55,19 @@ def read_evaluation(run: Path) -> Evaluated:
     read_manifest(path, "evaluation")
     record = read_json(path / "evaluation.json")
     arrays: dict[str, dict[str, Arrays]] = {}
-    for key, value in load_tensors(path / "arrays.safetensors").items():
-        hook, member, name = key.split("|")
-        arrays.setdefault(hook, {}).setdefault(member, {})[name] = value.numpy()
-    hooks = record["hooks"]
-    return Evaluated(
-        run.resolve().name,
-        {hook: entry["data"] for hook, entry in hooks.items()},
-        arrays,
-        {
+    tensors = load_tensors(path / "arrays.safetensors")
+    with understood(path / "arrays.safetensors"):
+        for key, value in tensors.items():
+            hook, member, name = key.split("|")
+            arrays.setdefault(hook, {}).setdefault(member, {})[name] = value.numpy()
+    with understood(path / "evaluation.json"):
+        hooks = record["hooks"]
+        data = {hook: entry["data"] for hook, entry in hooks.items()}
+        twins = {
             hook: {m: s["with"] for m, s in entry["matching"].items()}
             for hook, entry in hooks.items()
-        },
-    )
+        }
+    return Evaluated(run.resolve().name, data, arrays, twins)
 
 
 def _within(one: Evaluated, cfg: EvalConfig, prefix: bool) -> dict[str, list[Comparison]]:

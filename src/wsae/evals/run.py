@@ -14,7 +14,7 @@ from wsae.core.artifact import (
     write_json,
     write_manifest,
 )
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, understood
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.assemble import Json, Subject, evaluate_families
@@ -94,13 +94,17 @@ def run_subject(run: Path) -> Subject:
     """Return a finished run's families, each weighted member with its plain twin."""
     config, gamma = read_json(run / "config.json"), read_json(run / "gamma.json")
     loaded = load_run(run)
-    train = TrainConfig.parse(config["train"], where=str(run / "config.json"))
+    with understood(run / "config.json"):
+        train = TrainConfig.parse(config["train"], where=str(run / "config.json"))
     twins = find_twins(train)
     members = {n: m.to_dict() for n, m in zip(train.names(), train.members, strict=True)}
-    about = {
-        hook: {name: {"config": members.get(name), "gamma": gamma[hook].get(name)} for name in saes}
-        for hook, saes in loaded.saes.items()
-    }
+    with understood(run / "gamma.json"):
+        about = {
+            hook: {
+                name: {"config": members.get(name), "gamma": gamma[hook].get(name)} for name in saes
+            }
+            for hook, saes in loaded.saes.items()
+        }
     return Subject({hook: Family(saes, twins) for hook, saes in loaded.saes.items()}, about)
 
 

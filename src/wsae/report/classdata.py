@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.errors import understood
 from wsae.core.tensors import load_tensors
 
 Json = dict[str, Any]
@@ -25,9 +26,10 @@ def read_classes(path: Path) -> tuple[Json, dict[str, np.ndarray]]:
     read_manifest(path, "classes")
     record = read_json(path / "classes.json")
     tensors = load_tensors(path / "arrays.safetensors")
-    hooks = {hook: _hook(found) for hook, found in record["hooks"].items()}
     arrays = {name: tensor.double().numpy() for name, tensor in tensors.items()}
-    return {"hooks": hooks, "glossary": record.get("glossary", {})}, arrays
+    with understood(path / "classes.json"):
+        hooks = {hook: _hook(found) for hook, found in record["hooks"].items()}
+        return {"hooks": hooks, "glossary": record.get("glossary", {})}, arrays
 
 
 def add_scores(contexts: Json, arrays: dict[str, np.ndarray]) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from wsae.core.artifact import MANIFEST, read_json, read_manifest
-from wsae.core.errors import UserError
+from wsae.core.artifact import MANIFEST, check_file, read_json, read_manifest
+from wsae.core.errors import UserError, understood
 from wsae.core.tensors import load_tensors
 from wsae.report.classdata import Json, add_scores, read_classes
 
@@ -109,19 +109,21 @@ def read_run(path: Path) -> RunData:
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json, so it is not a wsae run directory")
     notes: list[str] = []
+    manifest = _read_run_manifest(path, notes)
     evaluation, arrays, contexts = _read_evaluation(path / "evaluation", notes)
     thumbnails = _read_thumbnails(path / "evaluation")
     interpretation, interpreted = _read_interpretation(path / "interpretation")
     classes, by_class = read_classes(path / "classes")
-    contexts = _merged(contexts, interpreted)
-    add_scores(contexts, by_class)
+    with understood(path / "evaluation" / "contexts.json"):
+        contexts = _merged(contexts, interpreted)
+        add_scores(contexts, by_class)
     if evaluation and not any(latents for named in contexts.values() for latents in named.values()):
         notes.append("No contexts: the data are arrays or no latent was sampled.")
         contexts = {}
     run = RunData(
         path=path,
         config=_object(path / "config.json"),
-        manifest=_read_run_manifest(path, notes),
+        manifest=manifest,
         metrics=_read_metrics(path / "metrics.jsonl", notes),
         gamma=_object(path / "gamma.json") if (path / "gamma.json").is_file() else {},
         evaluation=evaluation,
@@ -150,7 +152,11 @@ def _read_run_manifest(path: Path, notes: list[str]) -> Json:
     if not (path / MANIFEST).is_file():
         notes.append("Training has not finished: the run has no manifest yet.")
         return {}
-    return read_manifest(path, "run", verify=False).to_dict()
+    manifest = read_manifest(path, "run", verify=False)
+    for name in ("config.json", "gamma.json", "metrics.jsonl"):  # the page shows these, not weights
+        if name in manifest.files:
+            check_file(path, name, manifest.files[name])
+    return manifest.to_dict()
 
 
 def _read_evaluation(path: Path, notes: list[str]) -> tuple[Json, dict[str, np.ndarray], Json]:
@@ -206,13 +212,13 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json
     if not path.is_file():
         notes.append("No training metrics: the run has no metrics.jsonl.")
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     out: dict[str, dict[str, list[Json]]] = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(
                     f"{path}: line {number} is not a metrics row ({error!r})"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wsae.core.artifact import read_manifest, write_json, write_manifest
 from wsae.core.errors import UserError
+from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.ops import (
@@ -172,8 +173,8 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> "SparseAutoencoder":
-        """Read an SAE from a directory; raises UserError when it is missing, cut or altered."""
-        path = Path(path)
+        """Read an SAE from a directory or `hub:owner/name`; raises UserError when it is missing, cut or altered."""
+        path = local_folder(path)
         manifest = read_manifest(path, "sae")
         for name in (WEIGHTS, CONFIG):
             if name not in manifest.files:

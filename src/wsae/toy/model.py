@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from wsae.core.artifact import read_manifest, write_manifest
-from wsae.core.errors import UserError
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.errors import UserError, understood
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.toy.config import ToyModelConfig
@@ -49,8 +49,9 @@ class ToyModels:
         path = Path(path)
         manifest = read_manifest(path, "toy")
         tensors = load_tensors(path / WEIGHTS) if WEIGHTS in manifest.files else {}
-        data = manifest.config.get("models", [])
-        configs = tuple(ToyModelConfig.parse(cfg, where=str(path)) for cfg in data)
+        with understood(path / MANIFEST):
+            data = manifest.config.get("models", [])
+            configs = tuple(ToyModelConfig.parse(cfg, where=str(path / MANIFEST)) for cfg in data)
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         if not configs or shapes != _shapes(configs):
             raise UserError(

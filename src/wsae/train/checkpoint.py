@@ -1,6 +1,5 @@
 """Checkpoints: the whole state of a run at a step, so that a killed run continues bit for bit."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import MANIFEST, read_manifest, write_json, write_manifest
-from wsae.core.errors import UserError
+from wsae.core.artifact import (
+    MANIFEST,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from wsae.core.errors import UserError, understood
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.train.family import Family
 from wsae.train.native.state import as_usual, leave
@@ -56,10 +61,11 @@ def load_checkpoint(
     try:
         read_manifest(path, "checkpoint")
         tensors = load_tensors(path / _STATE)
-        place = json.loads((path / _PLACE).read_text(encoding="utf-8"))
+        place = read_json(path / _PLACE)
     except UserError as error:
         raise UserError(f"{error}; remove {path} to resume from the checkpoint before") from error
-    restore(tensors, str(path))
+    with understood(path / _STATE):
+        restore(tensors, str(path))
     return place
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import read_json, write_json
-from wsae.core.errors import UserError
+from wsae.core.artifact import locked, read_json, write_json
+from wsae.core.errors import UserError, understood
 from wsae.core.progress import Progress
 from wsae.train.checkpoint import checkpoints, load_checkpoint
 from wsae.train.loop import ALONE, Job, Recorder, Team
@@ -26,10 +26,11 @@ def train_job(job: Job, out: Path, progress: Progress, team: Team = ALONE) -> No
     first = int(place["step"]) if place else 0
     recorder = Recorder(out, job, team)
     if team.first:
-        recorder.metrics.cut(int(place["metrics_bytes"]) if place else 0)
+        recorder.metrics.back_to(place)
     total = job.steps * job.per_step
     with (
         stopping(recorder),
+        recorder.mirror.following(out) if team.first else contextlib.nullcontext(),
         progress(job.task, total, job.unit, first * job.per_step) as tick,
     ):
         job.run(place, lambda n, **fields: tick(n, **job.fields, **fields), recorder.on_step)
@@ -59,15 +60,21 @@ def stopping(recorder: Recorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nothing_left(out: Path) -> Iterator[None]:
-    """Remove a directory made in vain: one that was not there before and has no checkpoint when work ends early."""
+def held(out: Path) -> Iterator[None]:
+    """Hold a run's directory for this process, and remove one made in vain.
+
+    That is one that was not there before and has no checkpoint when work ends early. A second process is refused with a
+    UserError, and removes nothing.
+    """
     created = not out.exists()
-    try:
-        yield
-    except BaseException:
-        if created and not checkpoints(out):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    with locked(out):
+        created = created and [path.name for path in out.iterdir()] == [".lock"]
+        try:
+            yield
+        except BaseException:
+            if created and not checkpoints(out):
+                shutil.rmtree(out, ignore_errors=True)
+            raise
 
 
 def enter(out: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -78,6 +85,7 @@ def enter(out: Path, identity: dict[str, Any], resume: bool) -> None:
             raise UserError(
                 f"{out}: holds an unfinished run of this config; add --resume to continue it, or use another --out"
             )
+        write_json(out / "config.json", identity)  # the data may lie elsewhere now
     elif any(p for p in out.iterdir() if p.name != ".lock"):
         raise UserError(f"{out}: is not empty and not a wsae run; use another --out")
     else:
@@ -89,11 +97,12 @@ def same_run(out: Path, identity: dict[str, Any]) -> None:
 
     Data may move: they are compared by digest, not by path.
     """
-    there = read_json(out / "config.json")
-    here = json.loads(json.dumps(identity))
-    for key, a, b in _differences(there | {"source": None}, here | {"source": None}):
+    path, here = out / "config.json", json.loads(json.dumps(identity))
+    with understood(path):
+        there = {**read_json(path), "source": None}
+    for key, a, b in _differences(there, here | {"source": None}):
         raise UserError(
-            f"{out}: holds a run of another config ({key} is {a!r} there, {b!r} here); use another --out"
+            f"{path}: holds a run of another config ({key} is {a!r} there, {b!r} here); use another --out"
         )
 
 

@@ -12,6 +12,7 @@ from wsae.core.progress import Tick
 from wsae.train.checkpoint import save_checkpoint
 from wsae.train.config import TrainConfig
 from wsae.train.family import Family
+from wsae.train.loggers.mirror import current
 from wsae.train.metrics import JsonLines
 from wsae.train.side_by_side import side_by_side
 from wsae.train.state import make_batch
@@ -126,6 +127,7 @@ class Recorder:
         self.run, self.job, self.team = run, job, team
         self.metrics = JsonLines(run / "metrics.jsonl")
         self.speed = JsonLines(run / "speed.jsonl")
+        self.mirror = current()
         self.stop = False
         self._saved_at = self._logged_at = time.monotonic()
         self._cost = 0.0
@@ -147,15 +149,17 @@ class Recorder:
         """Write a checkpoint of the state after `done` steps."""
         begin = time.monotonic()
         if self.team.first:
-            place = {**self.job.position(), "metrics_bytes": self.metrics.size()}
+            place = {**self.job.position(), **self.metrics.mark()}
             save_checkpoint(self.run, done, self.job.tensors(), place)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - begin
 
     def _log(self, done: int) -> None:
-        for row in self.job.rows(done):
-            if self.team.first:
+        rows = list(self.job.rows(done))
+        if self.team.first:
+            for row in rows:
                 self.metrics.write(row)
+            self.mirror.write(rows)
         now = time.monotonic()
         steps = done - (self._logged_step or 0) if self._logged_step is not None else 0
         if steps and self.team.first:

@@ -1,10 +1,13 @@
 """Metrics as JSON lines: appended and flushed, cut back to a checkpoint's length on resume."""
 
+import contextlib
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import as_user_error
+from wsae.core.artifact import as_user_error, sha256_file
 from wsae.core.errors import UserError
 
 
@@ -15,16 +18,38 @@ class JsonLines:
         self.path = path
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
+        """Append one row, or none of it: a full disk is a UserError."""
+        size = self.size()
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
             raise as_user_error(error, self.path) from error
 
     def size(self) -> int:
         """Return the file's length in bytes."""
         return self.path.stat().st_size if self.path.exists() else 0
+
+    def mark(self) -> dict[str, Any]:
+        """Flush the rows to disk; return what a checkpoint keeps of them, for `back_to`."""
+        if not self.path.exists():
+            return {"metrics_bytes": 0, "metrics_sha256": hashlib.sha256().hexdigest()}
+        try:
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise as_user_error(error, self.path) from error
+        return {"metrics_bytes": self.size(), "metrics_sha256": sha256_file(self.path)}
+
+    def back_to(self, mark: dict[str, Any] | None) -> None:
+        """Drop the rows since a mark (none: all); raises UserError when those before are not what they were."""
+        size = 0 if mark is None else int(mark["metrics_bytes"])
+        self.cut(size)
+        expected = None if mark is None else mark.get("metrics_sha256")
+        if size and expected is not None and sha256_file(self.path) != expected:
+            raise UserError(f"{self.path}: altered since its checkpoint; use another --out")
 
     def cut(self, size: int) -> None:
         """Drop everything past `size` bytes; raises UserError when the file is already shorter."""
@@ -40,10 +65,12 @@ class JsonLines:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the rows; raises UserError naming the first damaged line."""
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{path}: line {number} is damaged, not JSON ({error})") from error
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is damaged, not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is damaged, not a JSON object")
+        rows.append(row)
     return rows

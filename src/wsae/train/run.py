@@ -7,14 +7,21 @@ from typing import Any
 
 from wsae.acts.stream import ActivationSource
 from wsae.acts.tally import SourceStats
-from wsae.core.artifact import MANIFEST, locked, read_manifest, write_json, write_manifest
+from wsae.core.artifact import (
+    MANIFEST,
+    contained,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from wsae.core.errors import understood
 from wsae.core.memory import explained
 from wsae.core.progress import Progress, quiet
 from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.covariance import covariances
-from wsae.train.directory import enter, nothing_left, same_run, train_job
+from wsae.train.directory import enter, held, same_run, train_job
 from wsae.train.family import Family, finished, make_family
 from wsae.train.job import FamilyJob
 from wsae.train.memory import training_buffers
@@ -43,10 +50,11 @@ def train_run(
     writing a checkpoint.
     """
     identity = {"train": cfg.to_dict(), "data": source.digest(), "source": source.describe()}
-    with nothing_left(out), locked(out):
+    with held(out):
         if (out / MANIFEST).exists():
             read_manifest(out, "run")
             same_run(out, identity)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed before it could
             return load_run(out)
         enter(out, identity, resume)
         with explained("training", lambda: training_buffers(cfg, source.hooks)):
@@ -60,9 +68,14 @@ def train_run(
 def load_run(path: Path) -> RunResult:
     """Read a finished run; raises UserError when it is not one, or a file was cut or altered."""
     manifest = read_manifest(path, "run")
+    with understood(path / MANIFEST):
+        places = {
+            hook: {name: contained(path, f"members/{hook}/{name}") for name in names}
+            for hook, names in manifest.info["members"].items()
+        }
     saes = {
-        hook: {name: SparseAutoencoder.load(path / "members" / hook / name) for name in names}
-        for hook, names in manifest.info["members"].items()
+        hook: {name: SparseAutoencoder.load(place) for name, place in named.items()}
+        for hook, named in places.items()
     }
     return RunResult(path, saes)
 

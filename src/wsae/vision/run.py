@@ -8,10 +8,10 @@ from typing import Any
 
 from wsae.acts.images.encoder import Encoder, load_encoder
 from wsae.acts.images.sets import ImageSet
-from wsae.core.artifact import MANIFEST, locked, read_manifest, write_manifest
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
-from wsae.train.directory import enter, nothing_left, same_run, train_job
+from wsae.train.directory import enter, held, same_run, train_job
 from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.world import World
 from wsae.vision.config import PretrainConfig
@@ -46,7 +46,7 @@ def pretrain(
     an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt) when interrupted, after writing a
     checkpoint.
     """
-    with nothing_left(out), locked(out):
+    with held(out):
         identity = _entered(cfg, images, out, resume)
         if identity is not None:
             job = Pretrainer(cfg, make_data(cfg, images), device)
@@ -72,10 +72,7 @@ def pretrain_parallel(
     """
     ranks = Ranks(world)
     ranks.part(cfg.batch_size)
-    with contextlib.ExitStack() as held:
-        if world.first:
-            held.enter_context(nothing_left(out))
-            held.enter_context(locked(out))
+    with held(out) if world.first else contextlib.nullcontext():
         identity = world.from_first(lambda: _entered(cfg, images, out, resume))
         if identity is not None:
             job = Pretrainer(cfg, make_data(cfg, images), world.device, ranks)
@@ -97,6 +94,7 @@ def _entered(
     if (out / MANIFEST).exists():
         read_manifest(out, KIND)
         same_run(out, identity)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed before it could
         return None
     enter(out, identity, resume)
     return identity

@@ -1,7 +1,7 @@
 """Images of one size as arrays: .npz files, MNIST's IDX files, scikit-learn's digits."""
 
 import gzip
-import zipfile
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from wsae.acts.images.labels import checked_labels
 from wsae.acts.images.pixels import middle_square, to_pillow, to_tensor
 from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError, nearest
+from wsae.core.npy import check_unpacked, npz_arrays
 
 IDX_SPLITS = {"train": ("train",), "test": ("t10k", "test")}
 _IDX_BYTES, _OPAQUE = 8, 255
@@ -88,21 +89,12 @@ def npz_images(path: Path, cfg: ImagesConfig) -> ArrayImages:
     Raises UserError where it is damaged, has no `images` or has ones that are not uint8, or labels that do not fit.
     """
     where = f"images {path}"
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if "images" not in file:
-                found = ", ".join(file.files) or "nothing"
-                raise UserError(
-                    f"{where}: no array named images (it has: {found}); name it so{nearest('images', file.files)}"
-                )
-            mapped = _mapped(path, "images")
-            images = file["images"] if mapped is None else mapped
-            labels = file.get("labels")
-            names = tuple(str(name) for name in file["names"]) if "names" in file else ()
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{where}: not a readable .npz file ({_first(error)})") from error
+    found, there = npz_arrays(path, ("images", "labels", "names"), where)
+    if "images" not in found:
+        has, near = ", ".join(there) or "nothing", nearest("images", there)
+        raise UserError(f"{where}: no array named images (it has: {has}); name it so{near}")
+    images, labels = found["images"], found.get("labels")
+    names = _names(found.get("names"), where)
     _check_images(images, where)
     classes, names = checked_labels(labels, names, len(images), where)
     return ArrayImages(images, classes, names, sha256_file(path), cfg)
@@ -128,6 +120,8 @@ def idx_images(folder: Path, cfg: ImagesConfig) -> ArrayImages:
         raise UserError(f"images {folder}: no split {split!r}; it has {', '.join(files)}")
     path, label_path = files[split]
     images = _read_idx(path, 3)
+    if 0 in images.shape:
+        raise UserError(f"{path}: images of shape {images.shape}; there are none in it")
     labels = None if label_path is None else _read_idx(label_path, 1)
     classes, names = checked_labels(labels, (), len(images), f"images {folder}")
     hashes = [sha256_file(p) for p in (path, label_path) if p is not None]
@@ -142,23 +136,28 @@ def _idx_file(folder: Path, prefix: str, kind: str) -> Path | None:
 
 def _read_idx(path: Path, axes: int) -> np.ndarray:
     """Return the bytes of an IDX file: mapped where it is unpacked."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                data = np.frombuffer(file.read(), dtype=np.uint8)
-        else:
-            data = np.memmap(path, dtype=np.uint8, mode="r")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable IDX file ({_first(error)})") from error
     start = 4 + 4 * axes
-    if len(data) < start or data[:4].tolist() != [0, 0, _IDX_BYTES, axes]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            shape = _idx_shape(file.read(start), axes, path)
+            needed = math.prod(shape)
+            if path.suffix == ".gz":
+                mend = "unpack it with gunzip: then it is mapped and not read"
+                check_unpacked(needed, path.stat().st_size, str(path), mend)
+                data = np.frombuffer(file.read(needed + 1), dtype=np.uint8)
+            else:
+                data = np.memmap(path, dtype=np.uint8, mode="r")[start:]
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a readable IDX file ({_first(error)})") from error
+    if len(data) != needed:
+        raise UserError(f"{path}: {len(data)} bytes where its header says {shape} (cut or altered)")
+    return np.array(data).reshape(shape) if axes == 1 else data.reshape(shape)
+
+
+def _idx_shape(head: bytes, axes: int, path: Path) -> tuple[int, ...]:
+    if len(head) < 4 + 4 * axes or [*head[:4]] != [0, 0, _IDX_BYTES, axes]:
         raise UserError(f"{path}: not an IDX file of bytes with {axes} axes")
-    shape = tuple(int(n) for n in data[4:start].view(">u4"))
-    if len(data) - start != int(np.prod(shape, dtype=object)):
-        raise UserError(
-            f"{path}: {len(data) - start} bytes where its header says {shape} (cut or altered)"
-        )
-    return np.array(data[start:]).reshape(shape) if axes == 1 else data[start:].reshape(shape)
+    return tuple(int(n) for n in np.frombuffer(head[4:], dtype=">u4"))
 
 
 def _check_images(images: np.ndarray, where: str) -> None:
@@ -175,33 +174,12 @@ def _check_images(images: np.ndarray, where: str) -> None:
         raise UserError(f"{where}: images of shape {images.shape}; there are none in it")
 
 
-def _mapped(path: Path, name: str) -> np.ndarray | None:
-    """Return an array of an .npz file as a memory map, or none where it is compressed."""
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo(f"{name}.npy")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            return None
-        with path.open("rb") as file:
-            file.seek(
-                entry.header_offset + 26
-            )  # where the local header says how long its two texts are
-            lengths = np.frombuffer(file.read(4), dtype="<u2")
-            file.seek(entry.header_offset + 30 + int(lengths.sum()))
-            version = np.lib.format.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                return None
-            reader = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = reader(file)
-            if dtype.hasobject or 0 in shape:
-                return None
-            order = "F" if fortran else "C"
-            return np.asarray(
-                np.memmap(path, dtype, mode="r", offset=file.tell(), shape=shape, order=order)
-            )
+def _names(names: np.ndarray | None, where: str) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    if names.ndim != 1:
+        raise UserError(f"{where}: names of shape {names.shape}; give a list, one a class")
+    return tuple(str(name) for name in names)
 
 
 def _over_white(raw: UInt8[Tensor, "rows height width 4"]) -> UInt8[Tensor, "rows height width 3"]:

@@ -118,9 +118,28 @@ def _parts(root: Path, split: str | None) -> list[Path]:
     return parts
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(place, name)
+def _files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
+    """Yield the image files below a folder, each folder's own first, sorted. Links are followed: they are the user's.
+
+    Raises UserError where links lead to a folder twice: in circles, or to an image under two classes.
+    """
+    seen = set() if seen is None else seen
+    try:
+        status = folder.stat()
+        with os.scandir(folder) as found:
+            entries = sorted((e for e in found if not e.name.startswith(".")), key=_name)
+    except OSError as error:
+        raise UserError(f"images {folder}: cannot be read ({error.strerror})") from error
+    if (status.st_dev, status.st_ino) in seen:
+        raise UserError(f"images {folder}: links lead to this folder twice; remove one of them")
+    seen.add((status.st_dev, status.st_ino))
+    for entry in entries:
+        if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+            yield Path(entry.path)
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files(Path(entry.path), seen)
+
+
+def _name(entry: os.DirEntry[str]) -> str:
+    return entry.name

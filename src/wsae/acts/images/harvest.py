@@ -11,7 +11,7 @@ from wsae.acts.images.config import ImageHarvestConfig
 from wsae.acts.images.flow import ImageFlow
 from wsae.acts.images.model import VisionModel, load_vision, model_fingerprint
 from wsae.acts.images.sets import ImageError, ImageSet, open_images
-from wsae.acts.ledger import Ledger, refuse_other
+from wsae.acts.ledger import Ledger, drop_ledger, refuse_other
 from wsae.acts.shards import Form, shard_name
 from wsae.acts.store import IMAGES, SPLITS, Store, load_columns
 from wsae.acts.tally import Tally
@@ -42,6 +42,7 @@ def harvest_images(
         manifest = read_manifest(out, "store", verify=False)
         inputs = _inputs(cfg, open_images(cfg.images))
         refuse_other(out, manifest.config, config, manifest.inputs, inputs)
+        drop_ledger(out)
         return Store(out, verify=False)
     vision = vision or load_vision(cfg.model, cfg.dtype, cfg.device)
     images = open_images(vision.images(cfg.images))

@@ -5,6 +5,9 @@ from jaxtyping import Int, Shaped
 
 from wsae.core.errors import UserError
 
+MOST_CLASSES = 1 << 20
+"""A label above would have a name, and sums of every dimension, made for each class below it."""
+
 
 def checked_labels(
     labels: Shaped[np.ndarray, "..."] | None, names: tuple[str, ...], n_images: int, where: str
@@ -31,6 +34,11 @@ def checked_labels(
             f"{where}: image {int(labels.argmin())} has label {int(labels.min())}; number the classes from 0"
         )
     needed = int(labels.max()) + 1
+    if needed > MOST_CLASSES:
+        raise UserError(
+            f"{where}: image {int(labels.argmax())} has label {needed - 1}; "
+            f"number the classes from 0 (at most {MOST_CLASSES:,})"
+        )
     if names and len(names) < needed:
         raise UserError(
             f"{where}: labels up to {needed - 1} but {len(names)} names; give one a class"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel
 
 from wsae.acts.hookpoints import Manner
-from wsae.acts.hub import quiet_hub
 from wsae.acts.images.config import ImagesConfig, Resample
 from wsae.acts.images.encoder import CONFIG, load_encoder
 from wsae.acts.language import fingerprint, from_pretrained, locate, resolve_device
 from wsae.core.errors import UserError
+from wsae.core.hub import quiet_hub
 
 RUN_FOLDER = "encoder"
 _PREPARATION = ("preprocessor_config.json", "processor_config.json")

@@ -1,5 +1,6 @@
 """One image: decoded by Pillow to RGB bytes, whatever its file holds, and cut to a square."""
 
+import functools
 import io
 import warnings
 from pathlib import Path
@@ -17,6 +18,8 @@ from wsae.core.errors import UserError
 _FILTERS = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _TOP = 65_535
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is read, by content whatever a file is called: Pillow knows more, and runs a program for some (PostScript)."""
 
 
 class ImageError(UserError):
@@ -57,13 +60,16 @@ def decoded(source: bytes | Path, where: str, index: int) -> Image.Image:
     """Return an image in mode RGB, upright; raises ImageError for one that is missing, damaged, cut or far too large.
 
     Alpha lies over white, 16 bits lose their lower byte, and EXIF orientation is obeyed. Pillow's limit against
-    decompression bombs stands.
+    decompression bombs stands; only `FORMATS` are read, and only from regular files.
     """
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ImageError(f"{where}: cannot be read (not a regular file)", index)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice about odd but readable files
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            opened = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(opened, formats=_formats()) as image:
                 return as_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
@@ -110,6 +116,13 @@ def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
 def to_pillow(image: UInt8[Tensor, "3 height width"]) -> Image.Image:
     """Return RGB bytes as an image."""
     return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _wide(image: Image.Image) -> np.ndarray:

@@ -23,6 +23,7 @@ class Groups:
 
     def __init__(self, files: list[Path], field: str) -> None:
         self.files, self._field = files, field
+        self.roots = tuple(dict.fromkeys(file.resolve().parent for file in files))
         self._starts: list[int] = []
         self._places: list[tuple[int, int, int]] = []  # file, row group, compressed bytes
         self._rows, self.columns = 0, []

@@ -1,7 +1,9 @@
 """Images in a column: parquet files (by row group) and hub datasets (mapped from the hub library's cache)."""
 
 import json
+import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +11,6 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from wsae.acts.hub import hub_reachable, quiet_hub
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.folders import SPLITS
 from wsae.acts.images.labels import checked_labels
@@ -17,11 +18,15 @@ from wsae.acts.images.pixels import ImageError, decoded, middle_square, to_tenso
 from wsae.acts.images.rowgroups import Groups
 from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError, nearest
+from wsae.core.hub import hub_reachable, quiet_hub
 
 
 @runtime_checkable
 class Cells(Protocol):
     """A column of images as they are stored."""
+
+    roots: tuple[Path, ...]
+    """Folders in which images may lie that a cell only names."""
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -75,8 +80,17 @@ class TableImages:
         if isinstance(data, bytes):
             return decoded(data, where, index)
         if isinstance(path, str):
-            return decoded(Path(path), f"{where} ({path})", index)
+            return decoded(self._inside(path, where, index), f"{where} ({path})", index)
         raise ImageError(f"{where}: no image in it", index)
+
+    def _inside(self, path: str, where: str, index: int) -> Path:
+        """Return the file that a cell names; raises ImageError when it lies outside: a table may not reach anywhere."""
+        roots = self._cells.roots
+        places = [Path(os.path.realpath(root / path)) for root in roots if "\0" not in path]
+        for root, place in zip(roots, places, strict=False):
+            if place.is_relative_to(os.path.realpath(root)):
+                return place
+        raise ImageError(f"{where}: names a file outside the table's folder: {path!r}", index)
 
 
 def parquet_files(path: Path) -> list[Path]:
@@ -92,17 +106,15 @@ def parquet_images(path: Path, cfg: ImagesConfig) -> TableImages:
     A folder whose files are named after splits ("train-00000-of-00002.parquet") gives the one asked for. Raises
     UserError for a damaged file, a missing column (naming the nearest), or one that holds no images.
     """
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise UserError(
-            f"images {path}: parquet needs pyarrow; pip install 'wsae[vision]'"
-        ) from error
+    if find_spec("pyarrow") is None:
+        raise UserError(f"images {path}: parquet needs pyarrow; pip install 'wsae[vision]'")
     files = _of_split(parquet_files(path), path, cfg.split)
     try:
         groups = Groups(files, cfg.image_field)
         labels = _labels(groups, cfg)
-    except (pa.ArrowException, OSError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Arrow's own, OSError, UnicodeDecodeError, ...
         raise UserError(f"images {path}: not a readable parquet file ({_first(error)})") from error
     if not len(groups):
         raise UserError(f"images {path}: no rows in it")
@@ -153,7 +165,12 @@ def hub_images(cfg: ImagesConfig) -> TableImages:
 
 class _Column:
     def __init__(self, table: Any, field: str) -> None:
+        from datasets import config
+        from huggingface_hub.constants import HF_HUB_CACHE
+
         self._table, self._field = table, field
+        places = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        self.roots = tuple(Path(place) for place in places)
 
     def __len__(self) -> int:
         return len(self._table)

@@ -149,8 +149,8 @@ def load_encoder(
         raise UserError("embedding scores: need transformers; run: pip install 'wsae[lm]'")
     from transformers import AutoModel  # heavy; needed here only
 
-    from wsae.acts.hub import quiet_hub
     from wsae.acts.language import fingerprint, from_pretrained, load_tokenizer, resolve_device
+    from wsae.core.hub import quiet_hub
 
     source = _packaged() if model in BUILTIN else _located(model)
     where = resolve_device(device)

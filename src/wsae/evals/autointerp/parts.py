@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import digest, read_json, write_text
+from wsae.core.artifact import digest, read_sealed, seal, write_text
+from wsae.core.errors import UserError
 
 Json = dict[str, Any]
 
@@ -25,8 +26,11 @@ class Parts:
         """Return the part made from `key`, from disk or made now; what was made now is read back the same way."""
         path = self.place / f"{digest(key)}.json"
         if not path.is_file():
-            write_ascii(path, {"key": key, "part": make()})
-        return read_json(path)["part"]
+            write_ascii(path, seal(finite({"key": key, "part": make()})))
+        found = read_sealed(path)
+        if found.keys() != {"key", "part"} or digest(found["key"]) != path.stem:
+            raise UserError(f"{path}: altered, not the part it is named after; remove it")
+        return found["part"]
 
     def clear(self) -> None:
         """Forget all of them."""
@@ -38,7 +42,7 @@ def write_ascii(path: Path, value: object) -> None:
     write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def finite(value: object) -> object:
+def finite(value: Any) -> Any:
     """Replace NaN and infinities by null: JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}

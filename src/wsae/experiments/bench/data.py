@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wsae.core.artifact import writing
 from wsae.core.errors import UserError
+from wsae.core.npy import mapped_npy
 from wsae.core.seeds import Permutation, seed_for
 
 ACTIVE = 24.0
@@ -89,12 +90,7 @@ def write_array(path: Path, source: Path, rows: int, seed: int) -> None:
 
 def opened(source: Path) -> np.ndarray:
     """Return a .npy matrix of floats, memory-mapped; raises UserError for anything else."""
-    try:
-        x = np.load(source, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--acts {source}: not a readable .npy file ({str(error).splitlines()[0]})"
-        ) from error
-    if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind != "f" or not x.size:
+    x = mapped_npy(source, f"--acts {source}")
+    if x.ndim != 2 or x.dtype.kind != "f" or not x.size:
         raise UserError(f"--acts {source}: needed is a .npy matrix of floats, rows x d_in")
     return x

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from wsae.acts.hub import hub_reachable
 from wsae.acts.language import load_tokenizer, locate
 from wsae.core.errors import UserError
+from wsae.core.hub import hub_reachable
 from wsae.core.progress import Progress
 from wsae.doctor.config import DoctorConfig
 from wsae.doctor.run import examine

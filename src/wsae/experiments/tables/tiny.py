@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from wsae.acts.config import TextConfig
-from wsae.acts.hub import quiet_hub
 from wsae.acts.text import documents
 from wsae.core.artifact import read_manifest, write_manifest
+from wsae.core.hub import quiet_hub
 from wsae.core.progress import Progress, quiet
 
 WIDTH, LAYERS, VOCABULARY = 32, 2, 512

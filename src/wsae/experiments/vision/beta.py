@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64
 
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import read_json, write_json
+from wsae.core.artifact import read_sealed, seal, write_json
 from wsae.stats.classes import Hits
 from wsae.stats.strongest import Strongest
 
@@ -23,8 +23,8 @@ def top_consistency(
     """
     key = {"data": source.digest(), "n_top": n_top}
     if cache.exists():
-        kept = read_json(cache)
-        if kept["key"] == key:
+        kept = read_sealed(cache)
+        if kept.get("key") == key:
             return tuple(kept["beta"])
     ((hook, d_in),) = source.hooks.items()
     image = np.asarray(source.store.places("train")[0])
@@ -37,5 +37,5 @@ def top_consistency(
         number = image[index][hits.row.numpy()]
         strongest.update(hits.unit.numpy(), hits.value.numpy(), number, labels[number])
     beta = np.nan_to_num(strongest.share()).tolist()
-    write_json(cache, {"key": key, "beta": beta})
+    write_json(cache, seal({"key": key, "beta": beta}))
     return tuple(beta)

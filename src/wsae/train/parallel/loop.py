@@ -13,6 +13,7 @@ from wsae.acts.stream import BatchStream
 from wsae.core.progress import Tick
 from wsae.train.config import TrainConfig
 from wsae.train.counters import metrics_row
+from wsae.train.loggers.mirror import current
 from wsae.train.loop import CHECKPOINT_SECONDS, Stopped
 from wsae.train.metrics import JsonLines
 from wsae.train.parallel.checkpoint import save
@@ -65,6 +66,7 @@ class Recorder:
         self.rates = rates
         """Peak learning rate of every member of the run, by its name in checkpoints, in the order of one process."""
         self.metrics, self.speed = JsonLines(run / "metrics.jsonl"), JsonLines(run / "speed.jsonl")
+        self.mirror = current()
         self.stream: BatchStream | None = None
         self.stop = False
         self.fields: dict[str, float] = {}
@@ -96,7 +98,7 @@ class Recorder:
         begin = time.monotonic()
         for shard in self.shards:
             shard.show_sums()
-        place = {"stream": self.stream.state(), "metrics_bytes": self.metrics.size()}
+        place = {"stream": self.stream.state(), **self.metrics.mark()}
         path = save(self.run, done, self.shards, place, self.world)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - begin
@@ -131,12 +133,15 @@ class Recorder:
     def _write(self, done: int, rows: list[list[float]]) -> None:
         cfg = self.cfg
         factor = lr_factor(done - 1, cfg.steps, cfg.warmup, cfg.decay)
+        written = []
         for (key, rate), values in zip(self.rates.items(), rows, strict=True):
             hook, name = key.rsplit("|", 1)
             row = dict(zip(METRICS, values, strict=True))
             head = {"step": done, "tokens": done * cfg.batch_size, "hook": hook, "member": name}
-            self.metrics.write({**head, **row, "lr": rate * factor})
+            written.append({**head, **row, "lr": rate * factor})
+            self.metrics.write(written[-1])
             self.fields = {"fvu": row["fvu"], "l0": row["l0"]}
+        self.mirror.write(written)
         now = time.monotonic()
         if done > self._logged:
             tokens = (done - self._logged) * cfg.batch_size

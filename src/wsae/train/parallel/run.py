@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from wsae.acts.stream import ActivationSource
-from wsae.core.artifact import MANIFEST, locked, read_manifest, write_json, write_manifest
+from wsae.core.artifact import MANIFEST, read_manifest, write_json, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.covariance import covariances
-from wsae.train.directory import enter, nothing_left, same_run
+from wsae.train.directory import enter, held, same_run
 from wsae.train.family import gamma_record, initial_gamma, power_of_two_scale
 from wsae.train.parallel.checkpoint import load, place_of
 from wsae.train.parallel.config import even_part
@@ -39,10 +39,7 @@ def train_parallel(
     interrupted, and RuntimeError from torch.distributed when a rank is gone.
     """
     _check(cfg, source, world)
-    with contextlib.ExitStack() as held:
-        if world.first:
-            held.enter_context(nothing_left(out))
-            held.enter_context(locked(out))
+    with held(out) if world.first else contextlib.nullcontext():
         identity = world.from_first(lambda: _entered(cfg, source, out, resume))
         if identity is None:
             return out
@@ -89,6 +86,7 @@ def _entered(
     if (out / MANIFEST).exists():
         read_manifest(out, "run")
         same_run(out, identity)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed before it could
         return None
     enter(out, identity, resume)
     return identity
@@ -143,19 +141,21 @@ def _train(
     stream = rows_of(source, cfg.batch_size, cfg.seed, place["stream"] if place else None, rows)
     recorder.begin(stream, first)
     if world.first:
-        recorder.metrics.cut(int(place["metrics_bytes"]) if place else 0)
+        recorder.metrics.back_to(place)
     total = cfg.steps * cfg.batch_size
-    if first == cfg.steps:  # killed between the last step and the members
-        return place_of(recorder.run, first)
-    with stopping(recorder), progress("train", total, "tokens", first * cfg.batch_size) as tick:
-        run_steps(
-            cfg,
-            recorder.shards,
-            stream,
-            first,
-            lambda n, **fields: tick(n, **recorder.fields, **fields),
-            recorder.on_step,
-        )
+    copied = recorder.mirror.following(recorder.run) if world.first else contextlib.nullcontext()
+    with stopping(recorder), copied:
+        if first == cfg.steps:  # killed between the last step and the members
+            return place_of(recorder.run, first)
+        with progress("train", total, "tokens", first * cfg.batch_size) as tick:
+            run_steps(
+                cfg,
+                recorder.shards,
+                stream,
+                first,
+                lambda n, **fields: tick(n, **recorder.fields, **fields),
+                recorder.on_step,
+            )
     return recorder.save(cfg.steps)
 
 

@@ -59,6 +59,9 @@ def _checked(data: object, key: str) -> Answer | None:
     reply = data.get("reply")
     if not isinstance(reply, dict) or digest([data["asked"], reply]) != data.get("sha256"):
         return None
-    tokens = tuple(Token(*token) for token in reply["tokens"])
-    rest = {name: value for name, value in reply.items() if name not in ("tokens", "values")}
-    return Answer(**rest, tokens=tokens, values=tuple(reply["values"]), cached=True)
+    try:
+        tokens = tuple(Token(*token) for token in reply["tokens"])
+        rest = {name: value for name, value in reply.items() if name not in ("tokens", "values")}
+        return Answer(**rest, tokens=tokens, values=tuple(reply["values"]), cached=True)
+    except (KeyError, TypeError):  # whole, but of another form: it is named, and asked again
+        return None

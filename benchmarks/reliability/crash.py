@@ -1,0 +1,128 @@
+"""SIGKILL at random moments of harvest, train, evaluate, interpret and report, then the same command again.
+
+    python -m benchmarks.reliability.crash [--kills 200] [--seed 0] [--out crash.json]
+
+A tiny model, text and encoder are made; every stage runs once undisturbed (its time T and its files are the reference)
+and once more (its files must be the same: else nothing could be compared). Then, in turn, each stage's output is
+removed and its command is started and killed at a time drawn evenly from [0, T]; a kill counts when the process had not
+ended. The same command follows, killed again with probability 1/3, until it ends by itself. Its files must then be the
+reference's byte for byte, with none missing, none left over. Training writes a checkpoint after every step here, so
+that kills land in checkpoints too. Not compared: see LEFT_OUT in world.py.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reliability.common import write
+from benchmarks.reliability.world import (
+    OUTPUTS,
+    commands,
+    contents,
+    finish,
+    forget,
+    prepare,
+    start,
+    undisturbed,
+)
+
+AGAIN = 1 / 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        result = matrix(Path(folder), args.kills, args.seed)
+    write(args.out, result)
+    raise SystemExit(1 if result["differ"] else 0)
+
+
+def matrix(at: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kill in whole rounds over the stages until there are `kills`; return the counts and what differed."""
+    pick, begin = random.Random(seed), time.monotonic()
+    counts: dict[str, Counter[str]] = {stage: Counter() for stage in OUTPUTS}
+    differ: list[dict[str, Any]] = []
+    with undisturbed(at) as reference:
+        for stage, words in commands(at).items():
+            with aside(at, stage):
+                forget(at, stage)
+                finish(words, at / "log")
+                differ += compare(at, stage, reference[stage][1], ["never killed"])
+        while not differ and sum(c["kills"] for c in counts.values()) < kills:
+            for stage, words in commands(at).items():
+                seconds, expected = reference[stage]
+                with aside(at, stage):
+                    moments = trial(at, stage, words, seconds, pick)
+                    differ += compare(at, stage, expected, moments)
+                counts[stage].update(trials=1, kills=len(moments))
+    return {
+        "kills": sum(c["kills"] for c in counts.values()),
+        "by_stage": {stage: dict(c) for stage, c in counts.items()},
+        "seconds_undisturbed": {stage: round(v[0], 3) for stage, v in reference.items()},
+        "files_compared": {stage: len(v[1]) for stage, v in reference.items()},
+        "differ": differ,
+        "seed": seed,
+        "minutes": round((time.monotonic() - begin) / 60, 2),
+    }
+
+
+def trial(at: Path, stage: str, words: list[str], seconds: float, pick: random.Random) -> list[Any]:
+    """Kill one stage at a random moment, perhaps again, then let it end; return the moments of the kills."""
+    forget(at, stage)
+    moments: list[Any] = []
+    while not moments or pick.random() < AGAIN:
+        child, moment = start(words, at / "log"), pick.random() * seconds
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            moments.append(round(moment, 4))
+        elif status:
+            raise SystemExit(f"{stage}: status {status}\n{(at / 'log').read_text()[-2000:]}")
+        else:  # it had ended: draw again from the start, or leave it finished
+            if moments:
+                break
+            forget(at, stage)
+    finish(words, at / "log")
+    return moments
+
+
+@contextlib.contextmanager
+def aside(at: Path, stage: str) -> Iterator[None]:
+    """Keep the finished run, inside which later stages write, out of the way of training's trials."""
+    if stage != "train":
+        yield
+        return
+    (at / "run").rename(at / "kept")
+    yield
+    forget(at, stage)
+    (at / "kept").rename(at / "run")
+
+
+def compare(at: Path, stage: str, expected: dict[str, bytes], moments: list[Any]) -> list[Any]:
+    """Return how a stage's files differ from the reference, if they do."""
+    found = contents(at / OUTPUTS[stage])
+    changed = [name for name in expected if name in found and found[name] != expected[name]]
+    missing, more = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if not (changed or missing or more):
+        return []
+    return [
+        {"stage": stage, "kills": moments, "changed": changed, "missing": missing, "more": more}
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`wsae export`: SAEs as SAELens, sparsify or dictionary_learning read them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from wsae.cli.flags import Common, CommonFlags, MaybeName, Switch
+from wsae.cli.ui import UI
+from wsae.core.config import Config
+from wsae.interop.config import FormatName
+
+ABOUT = """\
+Write SAEs as another tool's own loader reads them, with the same latents and reconstructions there. What has no equal
+there is refused. Gamma travels beside the weights, so that `wsae import` gives the SAE back to the bit."""
+
+
+class Flags(Config):
+    """Flags of `wsae export`."""
+
+    sae: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
+    """An SAE's directory, a finished run, or hub:owner/name."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """The folder; with --all one below it for each SAE, HOOK/NAME."""
+    format: Annotated[FormatName, tyro.conf.arg(metavar="NAME")] = "saelens"
+    """saelens, sparsify or dictionary_learning."""
+    member: MaybeName = None
+    """Which member of a run."""
+    hook: MaybeName = None
+    """Which hook of a run that has several."""
+    all: Switch = False
+    """Every member of a run (of --hook, of --member), those without an equal left out and named."""
+    force: Switch = False
+    """Write over an export that is already there."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
+    """Export and return what was written where, and what was refused why."""
+    from wsae.core.errors import UserError
+    from wsae.interop.runs import choose
+
+    chosen = choose(flags.sae, flags.member, flags.hook, flags.all)
+    written: list[dict[str, Any]] = []
+    refused: list[dict[str, str]] = []
+    for one in chosen:
+        out = flags.out / one.place if flags.all else flags.out
+        try:
+            new = _export(one, out, flags)
+        except UserError as error:
+            if not flags.all or "no equal" not in str(error):
+                raise
+            refused.append({"sae": one.place, "reason": str(error)})
+            continue
+        written.append({"sae": one.place or str(flags.sae), "path": str(out), "new": new})
+    if not written:
+        raise UserError(
+            f"{flags.sae}: nothing written; {refused[0]['sae']}: {refused[0]['reason']}"
+        )
+    return {"format": flags.format, "written": written, "refused": refused}
+
+
+def _export(one: Any, out: Path, flags: Flags) -> bool:
+    """Write one SAE unless the same export lies there already; returns whether it was written."""
+    from wsae.core.artifact import read_manifest
+    from wsae.interop.convert import save
+    from wsae.interop.target import same
+    from wsae.sae import SparseAutoencoder
+
+    inputs = {"sae": read_manifest(one.path, "sae").digest()}
+    if same(out, "export", flags.format, inputs) and not flags.force:
+        return False
+    save(SparseAutoencoder.load(one.path), out, flags.format, one.about, inputs, flags.force)
+    return True
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print where the folders lie, what was left out, and how the other tool opens one."""
+    for entry in result["written"]:
+        ui.say(f"{entry['path']}" + ("" if entry["new"] else " (already there)"))
+    for entry in result["refused"]:
+        ui.say(f"left out {entry['sae']}: {entry['reason']}")
+    path = result["written"][0]["path"]
+    opens = {
+        "saelens": f"from sae_lens import SAE; SAE.load_from_disk({path!r})",
+        "sparsify": f"from sparsify import SparseCoder; SparseCoder.load_from_disk({path!r})",
+        "dictionary_learning": "from dictionary_learning.utils import load_dictionary; "
+        f"load_dictionary({path!r}, 'cpu')",
+    }
+    ui.say(f"open it: {opens[result['format']]}")

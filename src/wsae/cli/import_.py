@@ -1,0 +1,77 @@
+"""`wsae import`: an SAE that another tool wrote, as a directory of ours."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from wsae.cli.flags import Common, CommonFlags, Switch
+from wsae.cli.ui import UI
+from wsae.core.config import Config
+from wsae.interop.config import FormatName
+
+ABOUT = """\
+Read an SAE of SAELens, sparsify or dictionary_learning and write it as an SAE directory of wsae, with the same latents
+and reconstructions. What has no equal here is refused, naming what."""
+
+
+class Flags(Config):
+    """Flags of `wsae import`."""
+
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """The folder another tool wrote (cfg.json and weights, or ae.pt and config.json), or hub:owner/name/folder."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """The SAE directory to write."""
+    format: Annotated[Literal["auto"] | FormatName, tyro.conf.arg(metavar="NAME")] = "auto"
+    """saelens, sparsify or dictionary_learning; auto looks at the files."""
+    force: Switch = False
+    """Write over an SAE that is already there."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
+    """Convert and return where the SAE lies and what it is."""
+    from wsae.core.artifact import MANIFEST
+    from wsae.core.errors import UserError
+    from wsae.interop.convert import load, save_native
+
+    loaded = load(flags.path, flags.format)
+    if loaded.format == "wsae":
+        raise UserError(f"{flags.path}: is an SAE of wsae already; every command takes it as it is")
+    result = {
+        "sae": str(flags.out),
+        "format": loaded.format,
+        "config": loaded.sae.cfg.to_dict(),
+        "provenance": loaded.about.to_dict(),
+        "new": True,
+    }
+    if (flags.out / MANIFEST).is_file() and not flags.force:
+        there = load(flags.out)
+        if there.format == "wsae" and _equal(there, loaded):
+            return {**result, "new": False}
+    save_native(loaded.sae, flags.out, loaded.about, flags.force)
+    return result
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two loaded SAEs are the same to the bit, with the same provenance."""
+    import torch
+
+    mine, other = a.sae.tensors(), b.sae.tensors()
+    return (
+        a.sae.cfg == b.sae.cfg
+        and a.about == b.about
+        and mine.keys() == other.keys()
+        and all(torch.equal(mine[name], other[name]) for name in mine)
+    )
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print what was read and where it lies."""
+    cfg = result["config"]
+    k = cfg["activation"].get("k")
+    kind = cfg["activation"]["kind"] + (f", k = {k}" if k else "")
+    note = "" if result["new"] else " (already there)"
+    ui.say(f"{result['format']}: {cfg['d_in']} -> {cfg['d_sae']} latents, {kind}")
+    ui.say(f"{result['sae']}{note}: wsae.SparseAutoencoder.load({result['sae']!r})")

@@ -1,0 +1,128 @@
+"""`wsae serve`: browse the latents of runs in a browser."""
+
+import contextlib
+import importlib.util
+import socket
+import time
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from wsae.cli.flags import Common, CommonFlags, Count, MaybePlace, Name, Switch
+from wsae.cli.live import reopen
+from wsae.cli.ui import UI
+from wsae.core.config import Config
+from wsae.core.errors import UserError
+from wsae.serve.config import IndexConfig
+
+ABOUT = """\
+Browse every latent of some runs: search explanations and contexts, sort, filter, compare with the plain twin, try a
+text. An index (RUN/browser.sqlite) is made once, and again when the run's scores change; it is served to this machine
+alone unless --host says otherwise. Ctrl-C ends it."""
+DEFAULTS = IndexConfig()
+
+
+class Flags(Config):
+    """Flags of `wsae serve`."""
+
+    run: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+    """Evaluated runs' directories."""
+    port: Count = 8137
+    """Port to listen on; 0: any free one."""
+    host: Name = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: everybody who can reach this machine can read the runs."""
+    open: Switch = False
+    """Open a browser window."""
+    contexts: Count = DEFAULTS.contexts
+    """Latents of each member to collect contexts for, from the run's held-out data; 0: only the stored ones."""
+    neighbours: Count = DEFAULTS.neighbours
+    """Nearest latents kept for each latent."""
+    logits: Count = DEFAULTS.logits
+    """Promoted and demoted tokens kept for each latent; 0: none, the model is not loaded."""
+    index_only: Switch = False
+    """Make the index and stop."""
+    out: MaybePlace = None
+    """Directory for the index, where the run's own cannot be written."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Index the runs and serve them until interrupted; return what was served."""
+    _check_installed()
+    from wsae.serve.slugs import slugs
+
+    if not flags.run:
+        raise UserError("missing: RUN; name at least one evaluated run")
+    sizes = {name: getattr(flags, name) for name in ("contexts", "neighbours", "logits")}
+    cfg = IndexConfig.parse({**sizes, "seed": flags.common.seed}, where="flags")
+    names = slugs([path.resolve().name for path in flags.run])
+    with _listening(flags) as listening:
+        told = [
+            _index(flags, path, (name, cfg), ui)
+            for path, name in zip(flags.run, names, strict=True)
+        ]
+        url = {} if listening is None else {"url": _serve(flags, listening, told, ui)}
+    return {"runs": told, **url}
+
+
+def _listening(flags: Flags) -> contextlib.AbstractContextManager[socket.socket | None]:
+    """Listen before any work: the port may be taken."""
+    if flags.index_only:
+        return contextlib.nullcontext()
+    from wsae.serve import server
+
+    return server.listen(flags.host, flags.port)
+
+
+def _check_installed() -> None:
+    """Raise UserError when the extra of this command is not installed."""
+    for package in ("jinja2", "starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed; pip install 'wsae[serve]'")
+
+
+def _index(flags: Flags, path: Path, how: tuple[str, IndexConfig], ui: UI) -> dict[str, Any]:
+    from wsae.serve.open import ensure_index
+
+    slug, cfg = how
+    begin = time.monotonic()
+    place = None if flags.out is None else flags.out / f"{slug}.sqlite"
+    index, made = ensure_index(path, place, cfg, lambda run: reopen(run, "cpu"), ui.progress)
+    return {
+        "run": str(path),
+        "slug": slug,
+        "index": str(index),
+        "bytes": index.stat().st_size,
+        "made": made,
+        "seconds": round(time.monotonic() - begin, 3),
+    }
+
+
+def _serve(flags: Flags, listening: socket.socket, told: list[dict[str, Any]], ui: UI) -> str:
+    from wsae.cli.runner import device
+    from wsae.serve import server
+    from wsae.serve.app import application
+    from wsae.serve.index import Index
+    from wsae.serve.live import Live
+    from wsae.serve.served import Served
+
+    runs = [Served(t["slug"], Path(t["run"]), Index(Path(t["index"]))) for t in told]
+    url, inside = server.address_of(listening), server.is_loopback(listening)
+    if not inside:
+        ui.note(
+            f"warning: --host {flags.host} lets everybody who can reach this machine read the runs"
+        )
+    ui.note(f"serving {len(runs)} run{'s' if len(runs) > 1 else ''} on {url} (Ctrl-C ends it)")
+    if flags.open:
+        webbrowser.open(url)
+    server.serve(application(runs, Live(device(flags.common.device)), inside), listening)
+    return url
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print where the indexes lie."""
+    for told in result["runs"]:
+        ui.say(f"index: {told['index']} ({told['bytes'] / 1e6:.1f} MB)")

@@ -1,0 +1,216 @@
+"""Config files as plain data: JSON, and a YAML without surprises.
+
+YAML is read by the rules of version 1.2: `no`, `on` and dates are words, `010` is ten, `1e-3` is a number. Tags,
+anchors and aliases, and keys given twice are refused; depth and size are bounded.
+"""
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wsae.core.errors import UserError
+
+MOST_BYTES, MOST_DEPTH = 1 << 18, 50
+JSON_BYTES = 1 << 26
+_PREFIX = "tag:yaml.org,2002:"
+_PLAIN = (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+)
+"""What a plain word may be but text: kind, pattern, first characters."""
+_SPECIAL = r"~|null|true|false|yes|no|on|off|y|n|[.]?(?:inf|nan)|[.][0-9].*|[.]+"
+"""Words that some YAML takes for something else than text."""
+
+
+class Read(NamedTuple):
+    """What a config file holds."""
+
+    data: dict[str, Any]
+    lines: dict[str, int]
+    """Line of each key of the outermost object."""
+    path: Path
+
+    def where(self, key: str) -> str:
+        """Return `file:line` of a key."""
+        return f"{self.path}:{self.lines[key]}" if key in self.lines else str(self.path)
+
+
+def read_config(path: Path | str, what: str = "config") -> Read:
+    """Read a JSON or YAML file that holds an object; raises UserError naming file, line and mistake.
+
+    A file is JSON when its name says so, or when it says nothing and begins like JSON.
+    """
+    path = Path(path)
+    text = _text(path, what)
+    if is_json(path, text):
+        data, lines = _json(path, text, what)
+    else:
+        data, lines = _yaml(path, text, what)
+    if not isinstance(data, dict):
+        kind = "JSON object" if is_json(path, text) else "YAML mapping"
+        raise UserError(f"{path}: a {what} file is a {kind}, this is a {type(data).__name__}")
+    return Read(data, lines, path)
+
+
+def is_json(path: Path, text: str) -> bool:
+    """Return whether a file's text is to be read as JSON."""
+    if path.suffix in (".json", ".yaml", ".yml"):
+        return path.suffix == ".json"
+    return text.lstrip().startswith(("{", "["))
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(JSON_BYTES + 1)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read as a {what} file ({error.strerror or error})"
+        ) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a {what} file ({error})") from error
+    most = JSON_BYTES if is_json(path, text[:4096]) else MOST_BYTES
+    if len(data) > most:
+        raise UserError(f"{path}: larger than the {most:,} bytes that a {what} file may have")
+    return text
+
+
+def _json(path: Path, text: str, what: str) -> tuple[Any, dict[str, int]]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise UserError(f"{path}: key '{twice}' is given twice")
+        return found
+
+    try:
+        data = json.loads(text, object_pairs_hook=unique)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON, as a {what} file of this name is ({error})") from error
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1) if isinstance(data, dict) else ():
+        # every string is matched whole, whatever follows: what is inside one is not looked at again
+        for found in re.finditer(r'"((?:[^"\\]|\\.)*)"(\s*:)?', line):
+            if found[2]:
+                lines.setdefault(found[1], number)
+    return data, lines
+
+
+def _yaml(path: Path, text: str, what: str) -> tuple[Any, dict[str, int]]:
+    import yaml
+
+    loader = _loader()
+    try:
+        reading = loader(text)
+        node = reading.get_single_node()
+        data = None if node is None else reading.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{place}: {error.problem or error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not a {what} file ({' '.join(str(error).split())})") from error
+    lines = {}
+    if isinstance(node, yaml.MappingNode):
+        lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+    return data, lines
+
+
+@functools.cache
+def _loader() -> Any:
+    """Return the YAML loader; made when it is needed, since `wsae --help` imports no YAML."""
+    import yaml
+    from yaml.composer import ComposerError
+    from yaml.constructor import ConstructorError
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            mark = event.start_mark
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise ComposerError(None, None, "anchors and aliases are not read here", mark)
+            if getattr(event, "tag", None):
+                raise ComposerError(None, None, "tags (!...) are not read here", mark)
+            if self.depth >= MOST_DEPTH:
+                raise ComposerError(None, None, f"nested deeper than {MOST_DEPTH}", mark)
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.tag != f"{_PREFIX}str":
+                    raise ConstructorError(None, None, f"a key is text, not {key.value!r}", key.start_mark)  # fmt: skip
+                if key.value in seen:
+                    raise ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)  # fmt: skip
+                seen.add(key.value)
+            return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+    for kind, pattern, first in _PLAIN:
+        firsts = [char if char != "\0" else "" for char in first]
+        Loader.add_implicit_resolver(f"{_PREFIX}{kind}", re.compile(f"(?:{pattern})$"), firsts)
+    Loader.add_constructor(f"{_PREFIX}int", lambda _, node: _whole(node.value))
+    Loader.add_constructor(f"{_PREFIX}float", lambda _, node: _number(node.value))
+    return Loader
+
+
+def _whole(text: str) -> int:
+    return int(text[2:], {"0o": 8, "0x": 16}[text[:2]]) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _number(text: str) -> float:
+    bare = text.lower().replace(".inf", "inf").replace(".nan", "nan")
+    return float(bare)
+
+
+def yaml_value(value: Any) -> str:
+    """Return a scalar, or a list of them, as YAML of one line that reads back as the same value."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(yaml_value(item) for item in value)}]"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    if isinstance(value, int | float):
+        return repr(value)
+    return str(value) if _is_plain(str(value)) else _quoted(str(value))
+
+
+def _is_plain(text: str) -> bool:
+    """Whether text needs no quotes: nothing in it means anything to YAML, of any version."""
+    words = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text)
+    return bool(words) and not re.fullmatch(_SPECIAL, text, re.IGNORECASE)
+
+
+def _quoted(text: str) -> str:
+    parts = []
+    for char in text:
+        code = ord(char)
+        if char in '"\\':
+            parts.append("\\" + char)
+        elif char.isprintable() and code < 0xE000:
+            parts.append(char)
+        else:
+            parts.append(f"\\x{code:02x}" if code < 256 else f"\\U{code:08x}")
+    return f'"{"".join(parts)}"'

@@ -1,0 +1,143 @@
+"""The model hub: is it there at all, its libraries' chatter, and folders fetched from it."""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlparse
+
+from wsae.core.errors import UserError
+
+_NOISY = ("huggingface_hub", "datasets", "transformers", "httpx")
+
+
+def hub_reachable() -> bool:
+    """Return whether the hub's name resolves (or a proxy is set): a machine without network then fails at once."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    if urllib.request.getproxies():
+        return True
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Silence advisory messages and progress bars of the hub's libraries while loading, errors excepted."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with _no_bars():
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    hub_had_bars = not are_progress_bars_disabled()
+    transformers = sys.modules.get("transformers.utils.logging")
+    switch = transformers if transformers and transformers.is_progress_bar_enabled() else None
+    disable_progress_bars()
+    if switch:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if switch:
+            switch.enable_progress_bar()
+        if hub_had_bars:
+            enable_progress_bars()
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return what the hub's library raises when the hub refuses, is not there, or a name is malformed."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    transport = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    return HfHubHTTPError, HFValidationError, OSError, *transport  # httpx, httpx2 or requests
+
+
+_PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?", flags=re.ASCII)
+
+
+class HubPlace(NamedTuple):
+    """`hub:owner/name[@revision][/subfolder]`: a repository of the model hub, or a folder in it."""
+
+    repo: str
+    revision: str | None
+    subfolder: str
+
+    @property
+    def patterns(self) -> tuple[list[str], list[str]]:
+        """The file names to fetch and those not to: safetensors and JSON of this very folder."""
+        at = f"{self.subfolder}/" if self.subfolder else ""
+        return [f"{at}*.json", f"{at}*.safetensors"], [f"{at}*/*"]
+
+
+def hub_place(place: Path | str) -> HubPlace | None:
+    """Return what a `hub:` address names, None for anything else; raises UserError for a malformed one."""
+    text = str(place)
+    if not text.startswith("hub:"):
+        return None
+    found = _PLACE.fullmatch(text)
+    subfolder = (found[3] or "").strip("/") if found else ""
+    if not found or any(part in ("", "..", ".") for part in subfolder.split("/") if subfolder):
+        raise UserError(f"{text}: an address on the hub is hub:owner/name[@revision][/folder]")
+    if any(mark in subfolder for mark in "*?[]"):
+        raise UserError(f"{text}: a folder's name on the hub has none of * ? [ ]")
+    return HubPlace(found[1], found[2], subfolder)
+
+
+def local_folder(place: Path | str) -> Path:
+    """Return a path as it is, and for `hub:owner/name[@revision][/folder]` the folder fetched from the hub.
+
+    Only .safetensors and .json files are fetched, into the hub library's cache. HF_TOKEN, HF_ENDPOINT and
+    HF_HUB_OFFLINE are heeded. Raises UserError when it is not there or cannot be reached.
+    """
+    there = hub_place(place)
+    if there is None:
+        return Path(place)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError as error:
+        raise UserError(f"{place}: needs the extra hub (pip install 'wsae[hub]')") from error
+    wanted, unwanted = there.patterns
+    try:
+        with quiet_hub():
+            root = snapshot_download(
+                there.repo,
+                revision=there.revision,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
+                token=os.environ.get("HF_TOKEN") or False,
+            )
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"{place}: the hub cannot be reached and it is not in the cache") from error
+    except hub_errors() as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: not to be had from the hub ({reason})") from error
+    folder = Path(root, there.subfolder)
+    if not folder.is_dir():
+        raise UserError(f"{place}: no folder {there.subfolder!r} with an SAE in {there.repo}")
+    return folder

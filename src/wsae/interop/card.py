@@ -1,0 +1,200 @@
+"""A folder for the model hub: SAE directories of ours, an index, and a model card that says what they are."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wsae.core.artifact import Manifest, read_manifest, write_json, write_text
+from wsae.core.errors import UserError
+from wsae.core.version import __version__
+from wsae.interop.config import INDEX, Provenance
+from wsae.interop.convert import save_native
+from wsae.interop.runs import Chosen
+from wsae.sae.model import SparseAutoencoder
+
+CARD = "README.md"
+_TITLES = {
+    "fvu": "FVU",
+    "fvu_weighted": "FVU, weighted",
+    "l0": "L0",
+    "dead_frac": "dead latents",
+    "ce_loss_recovered_zero": "CE loss recovered",
+}
+
+
+_SHAPE = ("SAE", "d_in", "d_sae", "activation", "k", "tied")
+_GAMMA = ("SAE", "rule", "alpha", "normalisation", "outliers", "effective dimensions")
+_FOLDING = "gamma acted on the loss of training only; nothing is to be folded in. It is stored with the weights."
+
+
+def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
+    """Write SAEs, index and card to `out`; returns every file's path in it. A lone SAE lies at the top.
+
+    Raises UserError when `out` holds anything that is not such a folder.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / INDEX).is_file():
+        raise UserError(f"{out}: is not empty and not a folder of wsae push; use another --out")
+    alone = len(chosen) == 1
+    manifests: dict[str, Manifest] = {}
+    abouts: dict[str, Provenance] = {}
+    for path, place, about in chosen:
+        name = "" if alone else place
+        save_native(SparseAutoencoder.load(path), out / name, about, force=True)
+        manifests[name] = read_manifest(out / name, "sae")
+        abouts[name] = about
+    digests = {name or ".": manifest.digest() for name, manifest in manifests.items()}
+    write_json(
+        out / INDEX,
+        {
+            "saes": [name for name in manifests if name],
+            "digests": digests,
+            "wsae_version": __version__,
+        },
+    )
+    write_text(out / CARD, card(repo, manifests, abouts))
+    files = [INDEX, CARD]
+    for name, manifest in manifests.items():
+        files += [str(Path(name) / file) for file in (*manifest.files, "manifest.json")]
+    return files
+
+
+def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance]) -> str:
+    """Return the model card: front matter, how to load, config, scores, loss weights and provenance of every SAE."""
+    first = next(iter(abouts.values()))
+    digests = [(name or ".", manifest.digest()) for name, manifest in manifests.items()]
+    sections = (
+        [_front_matter(first), *_opening(repo, list(manifests), first)],
+        ["## Configuration", "", *_table(_SHAPE, [_shape(n, m) for n, m in manifests.items()])],
+        ["## Scores on held-out data", "", *_scores(abouts)],
+        [
+            "## Loss weights (gamma)",
+            "",
+            _FOLDING,
+            "",
+            *_table(_GAMMA, [_gamma(n, a) for n, a in abouts.items()]),
+        ],
+        ["## Provenance", "", *_table(("", ""), _provenance(first))],
+        [*_table(("SAE", "SHA-256 of its manifest"), digests)],
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
+
+
+def _opening(repo: str, names: list[str], about: Provenance) -> list[str]:
+    """Return title, what the SAEs are of, and how to load the first."""
+    place = f"hub:{repo}/{names[0]}" if names[0] else f"hub:{repo}"
+    at = f" at {_text(about.hook)}" if about.hook and len(names) == 1 else ""
+    return [
+        f"# {_text(repo.split('/')[-1])}",
+        "",
+        f"{_count(len(names))}{_maker(about)} on activations of {_text(about.model or 'a model not recorded')}{at}.",
+        "",
+        "```python",
+        "import wsae",
+        f'sae = wsae.SparseAutoencoder.load("{place}")',
+        "z = sae.encode(x)        # [batch, d_sae]",
+        "x_hat = sae.decode(z)    # [batch, d_in]",
+        "```",
+        "",
+        f"For other tools: `wsae export {place} --format saelens --out DIR` (or sparsify, dictionary_learning).",
+    ]
+
+
+def _front_matter(about: Provenance) -> str:
+    """Return the YAML block (JSON strings are YAML strings)."""
+    lines = ["---", "library_name: wsae", "tags:"]
+    lines += [f"- {tag}" for tag in ("sparse-autoencoder", "interpretability", "wsae")]
+    if about.model and about.model.count("/") == 1:
+        lines.append(f"base_model: {json.dumps(about.model)}")
+    if about.dataset and about.dataset.count("/") == 1:
+        lines += ["datasets:", f"- {json.dumps(about.dataset)}"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _count(n: int) -> str:
+    return "A sparse autoencoder" if n == 1 else f"{n} sparse autoencoders"
+
+
+def _maker(about: Provenance) -> str:
+    if about.wsae_version:
+        return f" trained with wsae {about.wsae_version}"
+    other = about.origin.get("format")
+    return f", converted from {other} by wsae {__version__}," if other else " trained"
+
+
+def _shape(name: str, manifest: Manifest) -> tuple[object, ...]:
+    cfg = manifest.config
+    activation = cfg["activation"]
+    return (
+        name or ".",
+        cfg["d_in"],
+        cfg["d_sae"],
+        activation["kind"],
+        activation.get("k", "-"),
+        cfg["tied"],
+    )
+
+
+def _scores(abouts: dict[str, Provenance]) -> list[str]:
+    keys = [key for key in _TITLES if any(key in about.metrics for about in abouts.values())]
+    if not keys:
+        return ["Not measured (`wsae evaluate` before `wsae push` puts them here)."]
+    rows = [
+        (name or ".", *(_interval(about.metrics.get(key)) for key in keys))
+        for name, about in abouts.items()
+    ]
+    note = (
+        "FVU: fraction of variance unexplained. Brackets: 95 % bootstrap intervals over sequences."
+    )
+    return [*_table(("SAE", *(_TITLES[key] for key in keys)), rows), "", note]
+
+
+def _interval(score: Any) -> str:
+    if not isinstance(score, dict) or score.get("value") is None:
+        return "-"
+    if score.get("low") is None or score["low"] == score.get("high"):
+        return f"{score['value']:.4g}"
+    return f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]"
+
+
+def _gamma(name: str, about: Provenance) -> tuple[object, ...]:
+    gamma = about.gamma
+    if not gamma:
+        return (name or ".", "not recorded", "-", "-", "-", "-")
+    weighted = gamma.get("rule") != "none"
+    shown = (gamma.get(key, "-") if weighted else "-" for key in ("alpha", "normalise", "robust"))
+    dimensions = gamma.get("effective_dimensions")
+    return (
+        name or ".",
+        gamma.get("rule"),
+        *shown,
+        "-" if dimensions is None else f"{dimensions:.4g}",
+    )
+
+
+def _provenance(about: Provenance) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = [
+        ("model", about.model),
+        ("hook", about.hook),
+        ("text or images", about.dataset),
+        ("tokens per sequence", about.context),
+        ("training tokens", about.tokens),
+        ("begin-of-text token", about.prepend_bos),
+        ("wsae", about.wsae_version),
+        ("written by", about.origin.get("format")),
+        *((f"digest of {name}", value) for name, value in about.inputs.items()),
+    ]
+    return [row for row in rows if row[1] is not None]
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(_text(str(cell)) for cell in row)} |" for row in rows)]
+
+
+def _text(value: str) -> str:
+    """Return words that cannot leave their table cell or become markup."""
+    flat = " ".join(value.split())
+    for mark in "\\`|<>[]*":
+        flat = flat.replace(mark, f"\\{mark}") if mark != "<" else flat.replace("<", "&lt;")
+    return flat

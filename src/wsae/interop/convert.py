@@ -1,0 +1,198 @@
+"""Load an SAE from any format here, save one to any: `load`, `save`.
+
+Beside another tool's files an export has two of ours, which the tools ignore: `wsae.safetensors` (gamma and whatever
+the format cannot hold to the bit) and `manifest.json` (the SAE's config, its provenance, every checksum), written last.
+With them the way back is exact to the bit; without them gamma is 1 and the files alone speak.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wsae.core.artifact import (
+    MANIFEST,
+    Manifest,
+    locked,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from wsae.core.errors import UserError, nearest
+from wsae.core.hub import local_folder
+from wsae.core.tensors import load_tensors, save_tensors
+from wsae.interop.config import FORMATS, FormatName, Provenance
+from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
+from wsae.interop.format import Format
+from wsae.interop.saelens import SAELENS
+from wsae.interop.sparsify import SPARSIFY
+from wsae.interop.target import free
+from wsae.interop.weights import Foreign, Named
+from wsae.sae.config import SAEConfig
+from wsae.sae.model import CONFIG, WEIGHTS, SparseAutoencoder
+
+SIDE, ABOUT = "wsae.safetensors", "provenance.json"
+KINDS: dict[FormatName, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
+
+
+class Loaded(NamedTuple):
+    """An SAE, what is known about it, and the format it was read from ("wsae" for our own)."""
+
+    sae: SparseAutoencoder
+    about: Provenance
+    format: str
+
+
+def find(name: str) -> Format:
+    """Return the format called `name`; raises UserError for another name."""
+    found = next((kind for key, kind in KINDS.items() if key == name), None)
+    if found is None:
+        raise UserError(
+            f"format '{name}' is unknown{nearest(name, FORMATS)}; choose {', '.join(FORMATS)}"
+        )
+    return found
+
+
+def save(
+    sae: SparseAutoencoder,
+    path: Path | str,
+    format: str = "saelens",
+    about: Provenance = Provenance(),  # noqa: B008  (frozen)
+    inputs: dict[str, str] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write an SAE as another tool's folder, with its gamma beside it; returns the folder.
+
+    Raises UserError, before anything is written, when the format has no equal for this SAE, or the folder holds
+    something else (with `force` another export gives way).
+    """
+    kind, path = find(format), Path(path)
+    packed = kind.pack(sae, about)
+    named = kind.rename(packed, format)
+    side = {
+        name: tensor for name, tensor in sae.tensors().items() if not _held(name, tensor, named)
+    }
+    config = {"format": kind.name, "sae": sae.cfg.to_dict(), "provenance": about.to_dict()}
+    free(path, "export", force)
+    with locked(path):
+        kind.write(packed, path)
+        save_tensors(path / SIDE, side)
+        write_manifest(path, "export", config, [*kind.files, SIDE], inputs=inputs)
+    return path
+
+
+def save_native(
+    sae: SparseAutoencoder, path: Path | str, about: Provenance, force: bool = False
+) -> Path:
+    """Write an SAE directory of ours with its provenance beside it; returns the directory.
+
+    Raises UserError when the directory holds something else (with `force` another SAE gives way).
+    """
+    path = Path(path)
+    free(path, "sae", force)
+    with locked(path):
+        sae.save(path)
+        write_json(path / ABOUT, about.to_dict())
+        write_manifest(path, "sae", sae.cfg.to_dict(), [WEIGHTS, CONFIG, ABOUT])
+    return path
+
+
+def load(path: Path | str, format: str = "auto") -> Loaded:
+    """Read an SAE of any format here, or our own, from a folder or `hub:owner/name`.
+
+    Raises UserError naming what is missing, damaged or without an equal here.
+    """
+    folder = local_folder(path)
+    manifest = _manifest(folder)
+    if manifest is not None and manifest.kind == "sae":
+        return Loaded(SparseAutoencoder.load(folder), native_about(folder), "wsae")
+    kind = detect(folder) if format == "auto" else find(format)
+    foreign = kind.read(folder)
+    where = str(folder)
+    if manifest is None:
+        return Loaded(kind.understand(foreign, where), kind.about(foreign), kind.name)
+    if manifest.config.get("format") != kind.name:
+        raise UserError(f"{folder}: its manifest says format {manifest.config.get('format')!r}")
+    sae = _restored(manifest, kind.rename(foreign, where), folder)
+    return Loaded(sae, _said(manifest, folder), kind.name)
+
+
+def detect(folder: Path) -> Format:
+    """Return the format whose weights a folder holds; raises UserError when there are none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
+    for kind in KINDS.values():
+        if kind.detect(folder):
+            return kind
+    looked = ", ".join(kind.files[1] for kind in KINDS.values())
+    inside = [
+        p.parent for kind in KINDS.values() for p in sorted(folder.glob(f"*/{kind.files[1]}"))
+    ]
+    hint = f"; there is one in {inside[0]}" if inside else ""
+    raise UserError(f"{folder}: holds no SAE that this reads ({looked}){hint}")
+
+
+def native_about(folder: Path) -> Provenance:
+    """Return what an SAE directory of ours says about itself; nothing where it says nothing."""
+    if not (folder / ABOUT).is_file():
+        return Provenance()
+    data = read_json(folder / ABOUT)
+    if not isinstance(data, dict):
+        raise UserError(f"{folder / ABOUT}: not a JSON object; remove it or make the SAE again")
+    return Provenance.parse(data, where=str(folder / ABOUT))
+
+
+def _said(manifest: Manifest, folder: Path) -> Provenance:
+    data = manifest.config.get("provenance")
+    if not isinstance(data, dict):
+        raise UserError(f"{folder / MANIFEST}: lacks the provenance (altered); export it again")
+    return Provenance.parse(data, where=str(folder / MANIFEST))
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    """Return the verified manifest of an export or an SAE of ours, or None."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    data = read_json(folder / MANIFEST)
+    kind = data.get("kind") if isinstance(data, dict) else None
+    return read_manifest(folder, "sae" if kind == "sae" else "export")
+
+
+def _held(name: str, tensor: Tensor, named: Named) -> bool:
+    """Whether the other tool's file gives this tensor back to the bit."""
+    found = getattr(named, name, None) if name != "threshold" else None
+    return found is not None and torch.equal(found, tensor.cpu())
+
+
+def _restored(manifest: Manifest, named: Named, folder: Path) -> SparseAutoencoder:
+    """Return the SAE an export was made from, bit for bit."""
+    config: Any = manifest.config.get("sae")
+    if not isinstance(config, dict) or SIDE not in manifest.files:
+        raise UserError(f"{folder / MANIFEST}: lacks the SAE's config or {SIDE}; export it again")
+    cfg = SAEConfig.parse(config, where=str(folder / MANIFEST))
+    if named.widths != {"d_in": cfg.d_in, "d_sae": cfg.d_sae}:
+        raise UserError(
+            f"{folder / MANIFEST}: its widths are not those of the weights; export it again"
+        )
+    sae = SparseAutoencoder(cfg)
+    side = load_tensors(folder / SIDE)
+    same = {name: getattr(named, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    wanted = {name: same[name] for name in sae.tensors() if name in same}
+    sae.set_tensors({**wanted, **side}, str(folder / SIDE))
+    return sae
+
+
+__all__ = [
+    "ABOUT",
+    "KINDS",
+    "SIDE",
+    "Foreign",
+    "Loaded",
+    "detect",
+    "find",
+    "load",
+    "save",
+    "save_native",
+]

@@ -1,0 +1,221 @@
+"""dictionary_learning: ae.pt + config.json (`{"trainer": {...}, "buffer": {...}}`), one class per kind of SAE.
+
+| class               | encoder                                          | ours       |
+|---------------------|--------------------------------------------------|------------|
+| AutoEncoderTopK     | k largest of ReLU(enc(x - b_dec))                 | topk       |
+| BatchTopKSAE        | ReLU(enc(x - b_dec)) above one threshold          | batch_topk |
+| AutoEncoder         | ReLU(enc(x - bias)), norms folded when it is read | relu       |
+| AutoEncoderNew      | ReLU(enc(x)), decoder with a bias                 | relu       |
+| JumpReluAutoEncoder | x @ W_enc + b_enc above a threshold per latent    | jumprelu   |
+
+AutoEncoderTopK's `threshold` is off there unless asked for (`use_threshold=True`), so it is kept as provenance only.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wsae.core.artifact import write_json
+from wsae.core.errors import UserError
+from wsae.interop.config import Provenance
+from wsae.interop.format import Format, maybe, plain, read_config, whole
+from wsae.interop.naming import hook_name
+from wsae.interop.torchfile import load_state, save_state
+from wsae.interop.weights import (
+    Foreign,
+    Named,
+    assemble,
+    centred,
+    check_shapes,
+    log_threshold,
+    named,
+    take,
+    uncentred,
+    unit_rows,
+)
+from wsae.sae.config import SAEConfig
+from wsae.sae.model import SparseAutoencoder
+
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+_TOPK = ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec")
+_PLAIN = ("encoder.weight", "decoder.weight", "encoder.bias", "bias")
+_NEW = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
+_JUMP = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_TENSORS = {
+    "AutoEncoderTopK": _TOPK,
+    "BatchTopKSAE": _TOPK,
+    "AutoEncoder": _PLAIN,
+    "AutoEncoderNew": _NEW,
+    "JumpReluAutoEncoder": _JUMP,
+}
+_CLASSES = {
+    "topk": ("AutoEncoderTopK", "TopKTrainer"),
+    "batch_topk": ("BatchTopKSAE", "BatchTopKTrainer"),
+    "relu": ("AutoEncoder", "StandardTrainer"),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer"),
+}
+
+
+def _read(path: Path) -> Foreign:
+    return Foreign(read_config(path / CONFIG), load_state(path / WEIGHTS))
+
+
+def _trainer(foreign: Foreign, where: str) -> dict[str, Any]:
+    found = foreign.config.get("trainer")
+    if not isinstance(found, dict) or not isinstance(found.get("dict_class"), str):
+        raise UserError(f"{where}: config.json lacks trainer.dict_class, which says what ae.pt is")
+    return found
+
+
+def _class(foreign: Foreign, where: str) -> str:
+    kind = _trainer(foreign, where)["dict_class"]
+    if kind not in _TENSORS:
+        raise UserError(f"{where}: {kind} has no equal here; {', '.join(_TENSORS)} have")
+    return kind
+
+
+def _rename(foreign: Foreign, where: str) -> Named:
+    trainer, kind = _trainer(foreign, where), _class(foreign, where)
+    tensors = dict(foreign.tensors)
+    threshold = None
+    if _TENSORS[kind] is _TOPK:
+        tensors.pop("k", None)
+        threshold = tensors.pop("threshold", torch.tensor(-1.0)).detach().float()
+        threshold = threshold.reshape(()) if threshold.numel() == 1 else threshold
+    parts = take(tensors, _TENSORS[kind], where)
+    if parts[0].ndim != 2 or parts[1].ndim != 2:
+        raise UserError(f"{where}: encoder or decoder of {kind} is not a matrix")
+    if kind == "JumpReluAutoEncoder":
+        weights = Named(*parts)
+    else:
+        weights = Named(parts[0].T, parts[1].T, parts[2], parts[3], threshold)
+    return check_shapes(weights, where, trainer.get("activation_dim"), trainer.get("dict_size"))
+
+
+def _topk(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:
+    return weights, {"kind": "topk", "k": k}, {}
+
+
+def _batch_topk(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:
+    assert weights.threshold is not None
+    level = weights.threshold.double().clamp(
+        min=0
+    )  # -1 means "never set": every positive latent speaks
+    return weights, {"kind": "batch_topk", "k": k}, {"threshold": level}
+
+
+def _relu(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
+    norms = weights.W_dec.norm(dim=1)
+    unit = torch.allclose(norms, torch.ones_like(norms))  # as AutoEncoder.from_pretrained decides
+    return weights if unit else unit_rows(weights), {"kind": "relu"}, {}
+
+
+def _relu_new(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
+    return centred(weights), {"kind": "relu"}, {}
+
+
+def _jumprelu(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
+    assert weights.threshold is not None
+    return (
+        centred(weights),
+        {"kind": "jumprelu"},
+        {"log_threshold": log_threshold(weights.threshold)},
+    )
+
+
+_MEANINGS: dict[str, Callable[[Named, int], tuple[Named, dict[str, Any], dict[str, Tensor]]]] = {
+    "AutoEncoderTopK": _topk,
+    "BatchTopKSAE": _batch_topk,
+    "AutoEncoder": _relu,
+    "AutoEncoderNew": _relu_new,
+    "JumpReluAutoEncoder": _jumprelu,
+}
+
+
+def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
+    weights = _rename(foreign, where)
+    kind = _class(foreign, where)
+    k = _k(foreign, where) if _TENSORS[kind] is _TOPK else 1
+    weights, activation, extra = _MEANINGS[kind](weights, k)
+    cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
+    return assemble(cfg, weights, extra)
+
+
+def _k(foreign: Foreign, where: str) -> int:
+    trainer = _trainer(foreign, where)
+    inside = foreign.tensors.get("k")
+    if inside is None:
+        return whole(trainer, "k", where)
+    if inside.numel() != 1 or inside.is_floating_point() or int(inside) < 1:
+        raise UserError(f"{where}: k in {WEIGHTS} is not a positive whole number")
+    if trainer.get("k") not in (None, int(inside)):
+        raise UserError(
+            f"{where}: k is {int(inside)} in {WEIGHTS} and {trainer['k']!r} in {CONFIG}"
+        )
+    return int(inside)
+
+
+def _about(foreign: Foreign) -> Provenance:
+    found, rest = foreign.config.get("trainer"), foreign.config.get("buffer")
+    trainer = found if isinstance(found, dict) else {}
+    buffer = rest if isinstance(rest, dict) else {}
+    level = foreign.tensors.get("threshold")
+    scalar = {"threshold": float(level)} if level is not None and level.numel() == 1 else {}
+    return Provenance(
+        model=maybe(trainer, "lm_name", str),
+        hook=maybe(trainer, "submodule_name", str),
+        context=maybe(buffer, "ctx_len", int),
+        origin={"format": "dictionary_learning", **plain(trainer), **scalar},
+    )
+
+
+def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
+    activation = sae.cfg.activation
+    if activation.kind not in _CLASSES:
+        raise UserError(
+            f"activation {activation.kind} has no equal in dictionary_learning; sparsify has (--format sparsify)"
+        )
+    kind, trainer_class = _CLASSES[activation.kind]
+    weights = named(sae)
+    hook = hook_name(about.hook) if about.hook else None
+    trainer: dict[str, Any] = {
+        "trainer_class": trainer_class,
+        "dict_class": kind,
+        "activation_dim": sae.cfg.d_in,
+        "dict_size": sae.cfg.d_sae,
+        "layer": hook.layer if hook else None,
+        "lm_name": about.model,
+        "submodule_name": about.hook,
+        "wandb_name": about.member or "wsae",
+    }
+    k = getattr(activation, "k", None)
+    if k is not None:
+        trainer["k"] = k
+    config = {"trainer": trainer, "buffer": {"ctx_len": about.context, "d_submodule": sae.cfg.d_in}}
+    return Foreign(config, _state(kind, weights, k))
+
+
+def _state(kind: str, weights: Named, k: int | None) -> dict[str, Tensor]:
+    if kind == "JumpReluAutoEncoder":  # it does not subtract b_dec
+        moved = uncentred(weights)
+        assert moved.threshold is not None
+        return dict(zip(_JUMP, (*moved[:4], moved.threshold), strict=True))
+    parts = (weights.W_enc.T, weights.W_dec.T, weights.b_enc, weights.b_dec)
+    state = dict(zip(_TENSORS[kind], parts, strict=True))
+    if k is not None:
+        level = torch.tensor(-1.0) if weights.threshold is None else weights.threshold
+        state |= {"k": torch.tensor(k, dtype=torch.int32), "threshold": level}
+    return state
+
+
+def _write(foreign: Foreign, path: Path) -> None:
+    save_state(path / WEIGHTS, foreign.tensors)
+    write_json(path / CONFIG, foreign.config)
+
+
+DICTIONARY_LEARNING = Format(
+    "dictionary_learning", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack, _write
+)

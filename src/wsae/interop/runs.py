@@ -1,0 +1,187 @@
+"""Which SAEs a path names (a directory of one, a run's members, the hub), and what the run knows about them."""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wsae.acts.store import Store
+from wsae.core.artifact import MANIFEST, Manifest, check_file, read_json, read_manifest
+from wsae.core.errors import UserError, nearest
+from wsae.core.hub import local_folder
+from wsae.interop.config import INDEX, Provenance
+from wsae.interop.convert import native_about
+
+SCORES = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
+"""The scores of an evaluation that travel with an SAE."""
+_GAMMA = (
+    *("rule", "alpha", "normalise", "robust", "quantile", "ridge"),
+    *("effective_dimensions", "max_over_median", "tokens"),
+)
+_FILES = re.compile(r"\.(jsonl|txt|parquet|npz|npy|gz|safetensors)$")
+
+
+class Chosen(NamedTuple):
+    """One SAE directory of ours: where it lies, its place in its run ("hook/name", "" for one alone), what is known."""
+
+    path: Path
+    place: str
+    about: Provenance
+
+
+def choose(
+    path: Path | str, member: str | None = None, hook: str | None = None, every: bool = False
+) -> list[Chosen]:
+    """Return the SAEs that a path, a member's name and a hook's name; `every` takes all a run has.
+
+    Raises UserError when that is none, or several without `every`.
+    """
+    folder = local_folder(path)
+    kind = _kind(folder, path)
+    if kind == "sae":
+        if member or hook or every:
+            raise UserError(f"{path}: is a single SAE; --member, --hook and --all belong to runs")
+        return [Chosen(folder, "", about_sae(folder))]
+    manifest = read_manifest(folder, "run", verify=False)
+    members = _members_of(manifest, folder)
+    found = [
+        (h, name)
+        for h, names in members.items()
+        for name in names
+        if hook in (None, h) and member in (None, name)
+    ]
+    if not found:
+        names = list(dict.fromkeys(n for h in members.values() for n in h))
+        wrong, known = (hook, list(members)) if hook and hook not in members else (member, names)
+        raise UserError(
+            f"{path}: has no '{wrong}'{nearest(str(wrong), known)}; it has {', '.join(known)}"
+        )
+    if len(found) > 1 and not every:
+        shown = ", ".join(f"{h}/{n}" for h, n in found[:6]) + (", ..." if len(found) > 6 else "")
+        raise UserError(
+            f"{path}: {len(found)} SAEs fit ({shown}); choose with --member NAME and --hook HOOK, or take --all"
+        )
+    for h, n in found:
+        _check(folder, manifest, f"members/{h}/{n}/{MANIFEST}")
+    return [
+        Chosen(folder / "members" / h / n, f"{h}/{n}", about_member(folder, h, n)) for h, n in found
+    ]
+
+
+def _members_of(manifest: Manifest, run: Path) -> dict[str, list[str]]:
+    """Return {hook: names} of a finished run; raises UserError where its manifest does not say."""
+    found = manifest.info.get("members")
+    if not isinstance(found, dict) or not all(isinstance(names, list) for names in found.values()):
+        raise UserError(
+            f"{run / MANIFEST}: does not list the run's members (altered); train it again"
+        )
+    return found
+
+
+def _check(folder: Path, manifest: Manifest, name: str) -> Path:
+    """Return a file of an artifact after comparing it with its record; raises UserError when it was altered."""
+    if name not in manifest.files:
+        raise UserError(f"{folder / MANIFEST}: does not list {name} (altered); make it again")
+    check_file(folder, name, manifest.files[name])
+    return folder / name
+
+
+def _kind(folder: Path, path: Path | str) -> str:
+    """Return "sae" or "run"; raises UserError for anything else."""
+    if not (folder / MANIFEST).is_file():
+        what = "no such directory" if not folder.is_dir() else f"has no {MANIFEST}"
+        raise UserError(
+            f"{path}: {what}; an SAE directory or a finished run is needed here{_members(folder)}"
+        )
+    data = read_json(folder / MANIFEST)
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind not in ("sae", "run"):
+        raise UserError(
+            f"{path}: this is a wsae {kind}; an SAE directory or a finished run is needed here"
+        )
+    return kind
+
+
+def _members(folder: Path) -> str:
+    """Return a hint at the SAEs of a shared folder, where its index is there."""
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    names = index.get("saes") if isinstance(index, dict) else None
+    return f"; it holds {', '.join(map(str, names))}: add one to the address" if names else ""
+
+
+def about_sae(folder: Path) -> Provenance:
+    """Return what is known about one SAE: its own words, else those of the run it lies in."""
+    own = native_about(folder)
+    if own != Provenance():
+        return own
+    members = folder.resolve().parents[1] if len(folder.resolve().parents) > 2 else folder
+    run = members.parent
+    if members.name == "members" and (run / MANIFEST).is_file():
+        return about_member(run, folder.resolve().parent.name, folder.resolve().name)
+    return own
+
+
+def about_member(run: Path, hook: str, name: str) -> Provenance:
+    """Return what a finished run records about one member: model, text, tokens, gamma, scores, digests."""
+    manifest = read_manifest(run, "run", verify=False)
+    config = read_json(_check(run, manifest, "config.json"))
+    gamma = read_json(_check(run, manifest, "gamma.json")).get(hook, {}).get(name, {})
+    return Provenance(
+        hook=hook,
+        member=name,
+        tokens=config["train"]["tokens"],
+        gamma={key: gamma[key] for key in _GAMMA if gamma.get(key) is not None},
+        metrics=_metrics(run, hook, name),
+        inputs={**manifest.inputs, "run": manifest.digest()},
+        wsae_version=manifest.wsae_version,
+        **_source(config["source"]),
+    )
+
+
+def _source(source: dict[str, Any]) -> dict[str, Any]:
+    """Return model, context and dataset of a run's source; of a store that is still there also what only it knows."""
+    if source.get("kind") == "live":
+        harvest = source["harvest"]
+        return _language(harvest, harvest["model"])
+    if source.get("kind") != "store":
+        path = source.get("path")
+        return {"dataset": dataset_name(path)} if path else {}
+    manifest = Path(source["path"]) / MANIFEST
+    if not manifest.is_file():  # the store has moved; the run knows its model
+        return {"model": source.get("model")}
+    store = Store(manifest.parent, verify=False)
+    model = str(store.info.get("model") or source.get("model"))
+    return {**_language(store.manifest.config, model), "prepend_bos": _begins_alike(store)}
+
+
+def _begins_alike(store: Store) -> bool | None:
+    """Whether every held-out sequence begins with the same token; None where there are too few to tell."""
+    table = store.tokens()
+    if table is None or len(table.ids) < 8:
+        return None
+    return bool((table.ids[:, 0] == table.ids[0, 0]).all())
+
+
+def _language(harvest: dict[str, Any], model: str) -> dict[str, Any]:
+    text = harvest.get("text") or harvest.get("images") or {}
+    path = text.get("path") if isinstance(text, dict) else text
+    return {
+        "model": Path(model).name if Path(model).is_absolute() else model,
+        "context": harvest.get("seq_len"),
+        "dataset": dataset_name(path) if isinstance(path, str) else None,
+    }
+
+
+def dataset_name(path: str) -> str:
+    """Return a hub dataset's name as it is, and of a local path its last part: what is shared names no machine."""
+    local = path.startswith((".", "/", "~", "\\")) or _FILES.search(path) or Path(path).exists()
+    return Path(path).name if local else path
+
+
+def _metrics(run: Path, hook: str, name: str) -> dict[str, Any]:
+    folder = run / "evaluation"
+    if not (folder / MANIFEST).is_file():
+        return {}
+    manifest = read_manifest(folder, "evaluation", verify=False)
+    record = read_json(_check(folder, manifest, "evaluation.json"))
+    metrics = record["hooks"].get(hook, {}).get("members", {}).get(name, {}).get("metrics", {})
+    return {key: metrics[key] for key in SCORES if key in metrics}

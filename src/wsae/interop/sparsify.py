@@ -1,0 +1,91 @@
+"""sparsify (EleutherAI): cfg.json + sae.safetensors, as `SparseCoder.load_from_disk` reads and `save_to_disk` writes.
+
+    pre = ReLU((x - b_dec) @ encoder.weight^T + encoder.bias)     x_hat = z @ W_dec + b_dec
+
+z keeps the k largest (`topk`) or the largest of each of k contiguous groups (`groupmax`, our group_topk). ReLU comes
+before the choice there and after it here, which changes no latent: a chosen pre-activation below 0 is 0 either way.
+`normalize_decoder` and `multi_topk` act on training only; decoder norms enter neither choice nor latents.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wsae.core.artifact import write_json
+from wsae.core.errors import UserError
+from wsae.core.tensors import load_tensors, save_tensors
+from wsae.interop.config import Provenance
+from wsae.interop.format import Format, plain, read_config, whole
+from wsae.interop.weights import Foreign, Named, assemble, check_shapes, named, take
+from wsae.sae.config import GroupTopK, SAEConfig, TopK
+from wsae.sae.model import SparseAutoencoder
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
+_KINDS = {"topk": "topk", "groupmax": "group_topk"}
+
+
+def _read(path: Path) -> Foreign:
+    return Foreign(read_config(path / CONFIG), load_tensors(path / WEIGHTS))
+
+
+def _rename(foreign: Foreign, where: str) -> Named:
+    config = foreign.config
+    for key, what in (("transcode", "a transcoder"), ("skip_connection", "a skip connection")):
+        if config.get(key):
+            raise UserError(f"{where}: {what} ({key} = true) has no equal here")
+    rows, W_dec, b_enc, b_dec = take(foreign.tensors, _TENSORS, where)
+    if rows.ndim != 2:
+        raise UserError(f"{where}: encoder.weight is {tuple(rows.shape)}, not a matrix")
+    d_in = whole(config, "d_in", where)
+    d_sae = config.get("num_latents") or d_in * whole(
+        {"expansion_factor": 32} | config, "expansion_factor", where
+    )
+    return check_shapes(Named(rows.T, W_dec, b_enc, b_dec), where, d_in, d_sae)
+
+
+def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
+    weights = _rename(foreign, where)
+    kind = foreign.config.get("activation", "topk")
+    if kind not in _KINDS:
+        raise UserError(f"{where}: activation {kind!r} has no equal here; topk and groupmax have")
+    activation = {"kind": _KINDS[kind], "k": whole({"k": 32} | foreign.config, "k", where)}
+    cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
+    return assemble(cfg, weights)
+
+
+def _about(foreign: Foreign) -> Provenance:
+    return Provenance(origin={"format": "sparsify", **plain(foreign.config)})
+
+
+def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:  # noqa: ARG001  (the config has no room for it)
+    activation = sae.cfg.activation
+    if not isinstance(activation, TopK | GroupTopK):
+        raise UserError(
+            f"activation {activation.kind} has no equal in sparsify, which has Top-k and groupmax only; "
+            "SAELens has (--format saelens)"
+        )
+    weights = named(sae)
+    unit = (weights.W_dec.norm(dim=1) - 1).abs().max() < 1e-3
+    config: dict[str, Any] = {
+        "activation": "topk" if isinstance(activation, TopK) else "groupmax",
+        "expansion_factor": max(1, sae.cfg.d_sae // sae.cfg.d_in),
+        "normalize_decoder": bool(unit),
+        "num_latents": sae.cfg.d_sae,
+        "k": activation.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.cfg.d_in,
+    }
+    parts = (weights.W_enc.T, weights.W_dec, weights.b_enc, weights.b_dec)
+    return Foreign(config, dict(zip(_TENSORS, map(torch.clone, parts), strict=True)))
+
+
+def _write(foreign: Foreign, path: Path) -> None:
+    save_tensors(path / WEIGHTS, foreign.tensors)
+    write_json(path / CONFIG, foreign.config)
+
+
+SPARSIFY = Format("sparsify", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack, _write)

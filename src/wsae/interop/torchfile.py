@@ -1,0 +1,91 @@
+"""`ae.pt`: the one file of this project that holds a pickle, because dictionary_learning has no other.
+
+Reading is fenced in: a zip as `torch.save` writes it, nothing compressed, its pickle small; `weights_only`, whose
+unpickler builds tensors and plain numbers and calls nothing a file names; and then each value is checked to be a dense
+tensor no larger than the file, or a number. Writing makes such a file from a plain dict of tensors.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wsae.core.artifact import writing
+from wsae.core.errors import UserError
+
+MAX_PICKLE = 2**20
+"""Bytes of the pickle that names the tensors; an SAE's has about one thousand."""
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict (numbers become 0-dim tensors); raises UserError for anything else in the file."""
+    _check_zip(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+    ) as error:  # fmt: skip  (what a damaged or hostile file makes the reader say)
+        reason = str(error).split("\n", 1)[0][:200]
+        raise UserError(
+            f"{path}: not a state dict of tensors and numbers, so it is not opened ({reason})"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, not a state dict")
+    room = path.stat().st_size
+    return {_name(key, path): _tensor(key, value, room, path) for key, value in found.items()}
+
+
+def save_state(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a plain dict of tensors as `torch.save` does, atomically."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    with writing(path) as temporary:
+        torch.save(plain, temporary)
+
+
+def _check_zip(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"{path}: not a zip as torch.save writes it (cut, altered, or of a torch before 1.6): {error}"
+        ) from error
+    size = path.stat().st_size
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+            raise UserError(
+                f"{path}: entry {entry.filename!r} is compressed; torch.save does not do that"
+            )
+        if entry.filename.endswith(".pkl") and entry.file_size > MAX_PICKLE:
+            raise UserError(
+                f"{path}: a pickle of {entry.file_size:,} bytes; a state dict needs a few thousand"
+            )
+
+
+def _name(key: object, path: Path) -> str:
+    if not isinstance(key, str):
+        raise UserError(f"{path}: a key of its state dict is a {type(key).__name__}, not a name")
+    return key
+
+
+def _tensor(name: str, value: object, room: int, path: Path) -> Tensor:
+    if isinstance(value, int | float):
+        return torch.tensor(value)
+    if not isinstance(value, Tensor):
+        raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor or a number")
+    dense = value.layout == torch.strided and value.device.type == "cpu"
+    if not dense or value.is_quantized or value.numel() * value.element_size() > room:
+        raise UserError(f"{path}: {name} is not a dense tensor that fits into this file")
+    return value.detach()

@@ -1,0 +1,47 @@
+"""A run that is being indexed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from wsae.report.rundata import RunData
+from wsae.sae import SparseAutoencoder
+from wsae.serve.config import IndexConfig
+from wsae.serve.measures import Classes, Measure
+from wsae.serve.model import ModelName
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member to be indexed."""
+
+    id: int
+    hook: str
+    name: str
+    slug: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run being indexed: what was read of it, and what is asked for."""
+
+    run: RunData
+    classes: Classes
+    measures: list[Measure]
+    members: list[Member]
+    cfg: IndexConfig
+    model: ModelName
+
+    def density(self, member: Member) -> Float[np.ndarray, " d_sae"]:
+        """Return how often each latent of a member fires."""
+        found = self.run.array(member.hook, member.name, "density")
+        assert found is not None, "only members with densities are indexed"
+        return found
+
+    def load(self, member: Member) -> SparseAutoencoder | None:
+        """Return a member's SAE; none where the run keeps no weights of it."""
+        listed = self.run.manifest.get("info", {}).get("members", {}).get(member.hook, [])
+        place = self.run.path / "members" / member.hook / member.name
+        inside = place.resolve().is_relative_to(self.run.path.resolve())
+        return SparseAutoencoder.load(place) if member.name in listed and inside else None

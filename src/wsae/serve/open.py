@@ -1,0 +1,90 @@
+"""Find a run's index, or make it: once, under a lock, and again when the run or its scores have changed."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from wsae.core.artifact import as_user_error
+from wsae.core.errors import UserError
+from wsae.core.progress import Progress, quiet
+from wsae.serve import schema
+from wsae.serve.build import Reopen, build, identity
+from wsae.serve.config import IndexConfig
+
+
+def ensure_index(
+    run: Path,
+    place: Path | None,
+    cfg: IndexConfig,
+    reopen: Reopen | None = None,
+    progress: Progress = quiet,
+) -> tuple[Path, bool]:
+    """Return the path of a run's current index, and whether it was made just now.
+
+    `place`: the file, instead of RUN/browser.sqlite; `reopen`: see `build`. Raises UserError when the run is not
+    whole or evaluated, or nothing can be written there. A second process waits for the first one's index.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run directory; give the --out of a `wsae train`")
+    path = place or run / schema.NAME
+    key = identity(run, cfg)
+    if is_current(path, key):
+        return path, False
+    try:
+        with alone(path):
+            if is_current(path, key):  # made by another process in the meantime
+                return path, False
+            for old in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                old.unlink()
+            build(run, path, cfg, reopen, progress)
+    except UserError as error:
+        if "cannot write here" in str(error) and place is None:
+            raise UserError(
+                f"{run}: cannot write its index here; give a directory with --out"
+            ) from error
+        raise
+    return path, True
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process makes this index; raises UserError where its place cannot be written or is full."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise as_user_error(error, path) from error
+    except sqlite3.OperationalError as error:
+        number = _REFUSALS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        if number is None:
+            raise
+        raise as_user_error(OSError(number, str(error)), path) from error
+
+
+_REFUSALS = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.ENOSPC,  # what a write past the disk's or the user's limit becomes
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+}
+"""What SQLite calls the operating system's refusals: its result code without the details -> errno."""
+
+
+def is_current(path: Path, key: str) -> bool:
+    """Whether a file is a whole index of this identity."""
+    if not path.is_file():
+        return False
+    try:
+        with contextlib.closing(schema.connect(path)) as connection:
+            values = dict(connection.execute("SELECT key, value FROM meta"))
+            if json.loads(values["identity"]) != key:
+                return False
+            return schema.is_ours(connection, len(json.loads(values["measures"])))
+    except (sqlite3.Error, ValueError, KeyError, TypeError):  # damaged: made again
+        return False

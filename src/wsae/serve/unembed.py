@@ -1,0 +1,92 @@
+"""The tokens a latent promotes: its decoder row through the model's final norm and unembedding.
+
+The norm's gain is folded in (and, for LayerNorm, its centring); its division by the length of the residual stream
+is left out, which is the same for all tokens: the order of tokens is exact for a residual that lies along the row, the
+scale is not in nats.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from wsae.serve.geometry import BLOCK
+
+
+class Unembedding(NamedTuple):
+    """Rows of the unembedding with the final norm's gain folded in, and what was folded, in words."""
+
+    rows: Float[Tensor, "vocabulary d_model"]
+    about: str
+
+
+class Promoted(NamedTuple):
+    """The most promoted and the most demoted tokens of some latents, strongest first."""
+
+    up: tuple[Float[Tensor, "block n"], Int64[Tensor, "block n"]]
+    down: tuple[Float[Tensor, "block n"], Int64[Tensor, "block n"]]
+
+
+def unembedding(model: nn.Module) -> Unembedding | None:
+    """Return a causal language model's unembedding; None when it has none that is a plain matrix."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    rows = weight.detach().float()
+    norm = final_norm(model, rows.shape[1])
+    if norm is None:
+        return Unembedding(rows, "without a final norm, none was found")
+    gain, centred = _gain(norm, rows.shape[1])
+    rows = rows * gain.to(rows.device)
+    kind = type(norm).__name__
+    if not centred:
+        return Unembedding(rows, f"gain of the final {kind} folded in")
+    return Unembedding(
+        rows - rows.mean(1, keepdim=True), f"gain and centring of the final {kind} folded in"
+    )
+
+
+def final_norm(model: nn.Module, d_model: int) -> nn.Module | None:
+    """Return the norm before the unembedding: the last one of this width outside the blocks."""
+    found = [
+        module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and not any(part.isdigit() for part in name.split("."))
+        and getattr(getattr(module, "weight", None), "shape", None) == (d_model,)
+    ]
+    return found[-1] if found else None
+
+
+@torch.no_grad()
+def _gain(norm: nn.Module, d_model: int) -> tuple[Float[Tensor, " d_model"], bool]:
+    """Read a norm's gain off two probes, whatever its kind, and whether it takes the mean away.
+
+    The odd part of norm(x) at x = +-1 in turn is gain * x: both have mean 0 (even widths) and mean square 1.
+    """
+    parameter = next(norm.parameters())
+    signs = torch.ones(d_model, device=parameter.device, dtype=parameter.dtype)
+    flat = signs.clone()
+    signs[1::2] = -1
+
+    def odd(x: Tensor) -> Tensor:
+        return ((norm(x[None]) - norm(-x[None])) / 2)[0].float()
+
+    gain = odd(signs) * signs.float()
+    centred = float(odd(flat).abs().max()) < 1e-3 * float(gain.abs().max())
+    return gain, centred
+
+
+def promoted(W_dec: Float[Tensor, "d_sae d_model"], out: Unembedding, n: int) -> Iterator[Promoted]:
+    """Yield, block by block, the n tokens each decoder row raises most and lowers most."""
+    rows = out.rows
+    n = min(n, len(rows))
+    size = max(1, BLOCK // len(rows))
+    W_dec = W_dec.detach().float().to(rows.device)
+    for start in range(0, len(W_dec), size):
+        logits = W_dec[start : start + size] @ rows.T
+        up, down = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
+        yield Promoted((up.values.cpu(), up.indices.cpu()), (down.values.cpu(), down.indices.cpu()))

@@ -1,0 +1,19 @@
+"""Which copies of the metrics a run makes; no torch here."""
+
+from typing import Literal
+
+from wsae.core.config import Config
+
+LoggerName = Literal["tensorboard", "wandb"]
+WandbMode = Literal["online", "offline"]
+
+
+class WandbConfig(Config):
+    """Where a Weights & Biases run goes."""
+
+    project: str = "wsae"
+    """Project of the W&B run."""
+    name: str | None = None
+    """Name shown for it; by default the run directory's."""
+    mode: WandbMode | None = None
+    """online uploads with the user's own key, offline writes files; by default what WANDB_MODE says, else online."""

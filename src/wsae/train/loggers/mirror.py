@@ -1,0 +1,199 @@
+"""Hands each step's scalars to loggers as they are written to `metrics.jsonl`, and outlives their failures.
+
+A logger begins by taking all rows that the file holds (cut back to the checkpoint when a run is resumed), so that its
+copy has each step once, whatever came before: a killed run, another logger, none. One that fails is left alone for a
+while and then begins anew in the same way; training does not wait for it.
+"""
+
+import contextlib
+import importlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from wsae.core.errors import UserError
+from wsae.train.loggers.rows import scalars, steps_of
+
+RETRY_S, MOST_S = 30.0, 600.0
+"""A logger that failed is tried again after so long, twice as long after every further failure, at most so long."""
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """An open copy of a run's metrics."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Take one step's scalars; steps increase."""
+        ...
+
+    def close(self, finished: bool) -> None:
+        """Write what is left; `finished`: whether the run came to its end."""
+        ...
+
+
+class Logger(NamedTuple):
+    """A kind of copy, as a value."""
+
+    name: str
+    check: Callable[[], None]
+    """Raises UserError when it cannot work here: nothing is installed, no key."""
+    open: Callable[[Path], Sink]
+    """Begins the copy of the run in a directory anew, without its former rows."""
+
+
+class Copy:
+    """One logger's copy of a run."""
+
+    def __init__(self, logger: Logger, run: Path, warn: Callable[[str], None]) -> None:
+        self.logger, self.run, self.warn = logger, run, warn
+        self.sink: Sink | None = None
+        self.failures = 0
+        self.last = ""
+        self._retry_at, self._wait = 0.0, RETRY_S
+
+    @property
+    def complete(self) -> bool:
+        """Whether the copy has every row."""
+        return self.sink is not None
+
+    def begin(self) -> None:
+        """Take every row there is."""
+        self._attempt(self._catch_up)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Hand on one step; where the copy is behind, all steps, if it is time to try again."""
+        sink = self.sink
+        if sink is not None:
+            self._attempt(lambda: sink.log(step, values))
+        elif time.monotonic() >= self._retry_at:
+            self._attempt(self._catch_up)
+
+    def _catch_up(self) -> None:
+        sink = self.logger.open(self.run)
+        try:
+            for step, values in steps_of(self.run):
+                sink.log(step, values)
+        except BaseException:
+            with contextlib.suppress(Exception):  # what matters is the first failure
+                sink.close(finished=False)
+            raise
+        self.sink = sink
+
+    def close(self, finished: bool) -> None:
+        """Close the copy; one that is behind is tried a last time."""
+        if self.sink is None:
+            self.begin()
+        sink = self.sink
+        if sink is not None:
+            self._attempt(lambda: sink.close(finished))
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:  # counted and told; training goes on
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        self.last = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        sink, self.sink = self.sink, None
+        if sink is not None:
+            with contextlib.suppress(Exception):  # already counted
+                sink.close(finished=False)
+        self._retry_at = time.monotonic() + self._wait
+        self._wait = min(2 * self._wait, MOST_S)
+        if self.failures == 1:
+            self.warn(
+                f"logger {self.logger.name}: {self.last}; training goes on, metrics.jsonl has every row"
+            )
+
+
+class Mirror:
+    """The loggers of a run, or none."""
+
+    def __init__(
+        self, loggers: Sequence[Logger] = (), warn: Callable[[str], None] = _log.warning
+    ) -> None:
+        self.loggers, self.warn = tuple(loggers), warn
+        self.copies: list[Copy] = []
+
+    @contextlib.contextmanager
+    def following(self, run: Path) -> Iterator[None]:
+        """Copy what `metrics.jsonl` of the run holds and, until the end, every row that `write` is told of."""
+        self.copies = [Copy(logger, run, self.warn) for logger in self.loggers]
+        finished = False
+        try:
+            for copy in self.copies:
+                copy.begin()
+            yield
+            finished = True
+        finally:
+            for copy in self.copies:
+                copy.close(finished)
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Hand on one step's rows, which are in `metrics.jsonl` already."""
+        if not self.copies or not rows:
+            return
+        step, values = int(rows[0]["step"]), scalars(rows)
+        for copy in self.copies:
+            copy.write(step, values)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Return logger -> how often it failed, the last failure, whether its copy is complete."""
+        return {
+            copy.logger.name: {
+                "failures": copy.failures,
+                "last": copy.last or None,
+                "complete": copy.complete,
+            }
+            for copy in self.copies
+        }
+
+
+_NONE = Mirror()
+_current: ContextVar[Mirror] = ContextVar("mirror", default=_NONE)
+
+
+def current() -> Mirror:
+    """Return the mirror of the runs trained here, by default one without loggers."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def mirrored(
+    loggers: Sequence[Logger], warn: Callable[[str], None] = _log.warning
+) -> Iterator[Mirror]:
+    """Copy the metrics of the run trained inside to these loggers, and tell `warn` at the end what failed.
+
+    Raises UserError at once for a logger that cannot work here.
+    """
+    for logger in loggers:
+        logger.check()
+    mirror = Mirror(loggers, warn)
+    token = _current.set(mirror)
+    try:
+        yield mirror
+    finally:
+        _current.reset(token)
+        for name, told in mirror.summary().items():
+            if told["failures"]:
+                state = "has every row" if told["complete"] else "lacks rows that metrics.jsonl has"
+                warn(
+                    f"logger {name}: failed {told['failures']} times, last {told['last']}; its copy {state}"
+                )
+
+
+def needed(module: str, extra: str) -> ModuleType:
+    """Import a logger's library; raises UserError naming the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"--logger {extra}: {module.split('.')[0]} is not installed; pip install 'wsae[{extra}]'"
+        ) from error

@@ -1,0 +1,361 @@
+"""Flags files: what --print-config writes is read back as the same run, in YAML and JSON; mistakes name their line."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsae.cli import flagfile, flags, main, runner, table
+from wsae.core.artifact import read_json
+from wsae.core.config import Config
+from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
+from wsae.core.errors import UserError
+from wsae.train.metrics import read_json_lines
+
+COMMANDS = {command.name: runner.load(command).Flags for command in table.COMMANDS}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+TRAPS = st.sampled_from(
+    ["no", "on", "y", "~", "null", "010", "1e-3", "0x1", "1_0", "12:30", "2020-01-01", "--debug", "-1", "", " a ", "#",
+     "a: b", "[1]", "{a}", "*x", "&x", "!t", "%", "@", "`", "'", '"', "\\n", "é\u2028\x85\ufeff", "\U0001f40d", "<<",
+     "=",      "a\n\nb", ".inf", "-", "?", "|", ">", "yes # no", "\t"]
+)  # fmt: skip
+
+
+def values_of(kind: Any) -> st.SearchStrategy:
+    """Return values of a flag's type."""
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if get_origin(kind) is tuple:
+        return st.lists(values_of(get_args(kind)[0]), max_size=4).map(tuple)
+    if type(None) in get_args(kind) or len(get_args(kind)) > 1:
+        return st.one_of([values_of(inner) for inner in get_args(kind)])
+    plain: dict[Any, st.SearchStrategy] = {
+        type(None): st.none(),
+        bool: st.booleans(),
+        int: st.integers(-(10**20), 10**20),
+        float: st.floats(allow_nan=False),
+        str: TEXT | TRAPS,
+        Path: (TEXT | TRAPS).filter(lambda t: "\0" not in t).map(Path),
+    }
+    return plain[get_args(kind)[0] if get_origin(kind) else kind]
+
+
+def flags_of(kind: type[Config]) -> st.SearchStrategy[Config]:
+    """Return flags of a command with every value drawn, nested ones included."""
+    fields = {
+        name: flags_of(field.annotation) if isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+        else st.just(field.default) if name in flagfile.NOT_IN_A_FILE else values_of(field.annotation)
+        for name, field in kind.model_fields.items()
+    }  # fmt: skip
+    return st.fixed_dictionaries(fields).map(kind.model_validate)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_print_config_writes_is_read_as_the_same_flags(
+    command: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kind, place = COMMANDS[command], tmp_path_factory.mktemp("flags")
+
+    @settings(max_examples=10)
+    @given(flags_of(kind))
+    def check(wanted: Config) -> None:
+        for path, text in (
+            (place / "f.yaml", flagfile.as_yaml(wanted, f"wsae {command}")),
+            (place / "f.json", flagfile.as_json(wanted)),
+        ):
+            path.write_text(text, encoding="utf-8")
+            read = flags.parse(kind, "wsae", ["--config", str(path)], "")
+            assert flagfile.as_file(read) == flagfile.as_file(wanted), path
+            common: Any = read
+            assert common.common.config == path
+
+    check()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_printed_file_has_every_flag_below_its_help(command: str, capsys) -> None:
+    kind = COMMANDS[command]
+    needed = [p for p, f in flagfile.leaves(kind) if f.is_required()]
+    placed = "figure3" if command == "reproduce" else "bash" if command == "completion" else "x"
+    words = [
+        placed for p in needed if f"--{flagfile.flag_name(p[-1])}" not in flags.flag_names(kind)
+    ]
+    for path in needed:
+        flag = f"--{flagfile.flag_name(path[-1])}"
+        words += [flag, "x"] if flag in flags.flag_names(kind) else []
+    assert main.main([command, *words, "--print-config"]) == 0
+    text = capsys.readouterr().out
+    read = yaml.safe_load(text)  # by the rules of YAML 1.1, too
+    assert main.main([command, *words, "--print-config", "--json"]) == 0
+    assert read | {"json": True} == json.loads(capsys.readouterr().out)
+    blocks = {block.splitlines()[-1].split(":")[0]: block for block in text.split("\n\n")[1:]}
+    for path, field in flagfile.leaves(kind):
+        if path[-1] not in flagfile.NOT_IN_A_FILE:
+            *comment, _ = blocks[flagfile.key_of(path)].splitlines()
+            said = " ".join(line.removeprefix("# ") for line in comment)
+            assert said == " ".join((field.description or "").split())
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT | TRAPS,
+                    lambda inner: st.lists(inner, max_size=3), max_leaves=6))  # fmt: skip
+def test_a_value_written_as_yaml_is_read_back_by_ours_and_by_any_yaml(value: Any) -> None:
+    text = f"key: {yaml_value(value)}\n"
+    path = Path(str(WRITTEN / "v.yaml"))
+    path.write_text(text, encoding="utf-8")
+    assert repr(read_config(path).data["key"]) == repr(value)
+    if not any(part in repr(value) for part in ("e+", "e-")):  # YAML 1.1 takes 1e-05 for a word
+        assert repr(yaml.safe_load(text)["key"]) == repr(value)
+
+
+WRITTEN = Path()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _written(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global WRITTEN  # noqa: PLW0603
+    WRITTEN = tmp_path_factory.mktemp("values")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"), ("on", "on"), ("Yes", "Yes"), ("y", "y"), ("true", True), ("False", False),
+        ("010", 10), ("0o10", 8), ("0x1F", 31), ("-7", -7), ("+7", 7), ("1_000", "1_000"), ("12:30", "12:30"),
+        ("1e-3", 1e-3), ("1E5", 1e5), (".5", 0.5), ("5.", 5.0), ("-.inf", -math.inf), (".inf", math.inf),
+        ("2020-01-01", "2020-01-01"), ("~", None), ("null", None), ("", None), ("'null'", "null"), ("=", "="),
+        ("<<", "<<"), ("[1, a, [true]]", [1, "a", [True]]), ("h.6", "h.6"), ("1.2.3", "1.2.3"), ("0b1", "0b1"),
+        ("1e", "1e"), ("layers.*", "layers.*"), ("{a: 1}", {"a": 1}), ("0.1e+2", 10.0), ("-", None),
+    ],
+)  # fmt: skip
+def test_yaml_is_read_without_the_surprises_of_version_1(text: str, value: Any, tmp_path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(f"key: {text}\n" if text != "-" else "key:\n")
+    found = read_config(path).data["key"]
+    assert (type(found), found) == (type(value), value)
+
+
+def bomb() -> str:
+    lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("f.yaml", "out: x\nd_saee: 4\n", "f.yaml:2: unknown key 'd_saee' (nearest: d_sae"),
+        ("f.json", '{\n "out": "x",\n "d_saee": 4\n}', "f.json:3: unknown key 'd_saee' (nearest: d_sae"),
+        ("f.yaml", "config: g.yaml\n", "f.yaml:1: unknown key 'config'"),
+        ("f.yaml", "k: 3\nout: x\nk: 4\n", "f.yaml:3: key 'k' is given twice"),
+        ("f.json", '{"k": 3, "k": 4}', "f.json: key 'k' is given twice"),
+        ("f.yaml", "out: x\nk: many\n", "f.yaml:2: k: Input should be a valid integer"),
+        ("f.yaml", "k: 2.5\n", "f.yaml:1: k: Input should be a valid integer"),
+        ("f.yaml", "k: true\n", "f.yaml:1: k: Input should not be true or false"),
+        ("f.yaml", "alpha: [1, true]\n", "alpha: Input should not be true or false"),
+        ("f.yaml", "text: 2020\n", "f.yaml:1: text: Input should be a valid string (got 2020); quote it"),
+        ("f.yaml", "activation: topp\n", "f.yaml:1: activation: Input should be 'topk', 'group_topk'"),
+        ("f.yaml", bomb(), "f.yaml:1: anchors and aliases are not read here"),
+        ("f.yaml", "k: *x\n", "f.yaml:1: anchors and aliases are not read here"),
+        ("f.yaml", "out: x\nk: !!python/object/apply:os.system [id]\n", "f.yaml:2: tags (!...) are not read here"),
+        ("f.yaml", "k: !!binary aGk=\n", "tags (!...) are not read here"),
+        ("f.yaml", "k: " + "[" * 5000, f"f.yaml:1: nested deeper than {MOST_DEPTH}"),
+        ("f.json", "[" * 100_000, "f.json: not JSON"),
+        ("f.yaml", "k: 1\n--- \nk: 2\n", "f.yaml:2: but found another document"),
+        ("f.yaml", "1: x\n", "f.yaml:1: a key is text, not '1'"),
+        ("f.yaml", "k: [1\nout: x\n", "f.yaml:2: expected ',' or ']'"),
+        ("f.yaml", "k: \x01\n", "f.yaml: not a flags file"),
+        ("f.yaml", "- k\n", "f.yaml: a flags file is a YAML mapping, this is a list"),
+        ("f.yaml", "", "f.yaml: a flags file is a YAML mapping, this is a NoneType"),
+        ("f", "[1]", "f: a flags file is a JSON object, this is a list"),
+        ("f.json", "k: 1", "f.json: not JSON, as a flags file of this name is"),
+        ("f.yaml", "k: 1\n" * 300_000, f"f.yaml: larger than the {MOST_BYTES:,} bytes"),
+        ("f.json", '{"k": ' + "9" * 5000 + "}", "f.json: not JSON"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_one_line_with_its_place(name, text, says, tmp_path, capsys) -> None:
+    (tmp_path / name).write_text(text)
+    begin = time.monotonic()
+    assert main.main(["train", "x", "--out", "y", "--config", str(tmp_path / name)]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("path", ["", ".", "/dev/zero", "nowhere.yaml"])
+def test_what_is_no_file_is_refused(path: str, capsys) -> None:
+    assert main.main(["train", "x", "--out", "y", f"--config={path}"]) == 2
+    assert capsys.readouterr().err.startswith("wsae: error: ")
+
+
+@given(st.binary(max_size=200) | TEXT.map(str.encode))
+def test_no_bytes_bring_it_down(data: bytes) -> None:
+    for name in ("any.yaml", "any.json", "any"):
+        (WRITTEN / name).write_bytes(data)
+        try:
+            read_config(WRITTEN / name)
+        except UserError as error:
+            lines = str(error).count("\n")
+        else:
+            lines = 0
+        assert lines == 0
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(
+    tmp_path, capsys
+) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(
+        "source: here\nout: there\nk: 7\nlr: 1e-3\nalpha: 0.5\ntwin: no\nresume: on\nhook: [a, --b]\n"
+    )
+
+    def told(*words: str) -> dict[str, Any]:
+        assert main.main(["train", *words, "--config", str(file), "--json", "--print-config"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    read = told()
+    assert (read["source"], read["out"], read["k"], read["lr"]) == ("here", "there", 7, 1e-3)
+    assert (read["alpha"], read["twin"], read["resume"], read["expansion"]) == ([0.5], False, True, 8)  # fmt: skip
+    assert read["hook"] == ["a", "--b"]
+    over = told("other", "--k", "9", "--twin", "--alpha", "1", "2")
+    assert over == read | {"source": "other", "k": 9, "twin": True, "alpha": [1.0, 2.0]}
+    file.write_text("k: 7\n")
+    assert main.main(["train", "--config", str(file)]) == 2
+    assert "missing: SOURCE, --out" in capsys.readouterr().err
+    file.write_text("out: x\n")
+    assert main.main(["train", "--config", str(file)]) == 2
+    assert "missing: SOURCE;" in capsys.readouterr().err
+
+
+def test_a_flags_file_without_a_suffix_may_be_either(tmp_path, capsys) -> None:
+    for text in ('{"source": "s", "out": "o", "k": 3}', "source: s\nout: o\nk: 3\n"):
+        (tmp_path / "flags").write_text(text)
+        words = ["train", "--config", str(tmp_path / "flags"), "--json", "--print-config"]
+        assert main.main(words) == 0
+        assert json.loads(capsys.readouterr().out)["k"] == 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of three members, made by flags."""
+    place = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    x = (rng.random((1500, 24)) < 0.1) * rng.random((1500, 24)) @ rng.standard_normal((24, 8))
+    np.save(place / "acts.npy", x.astype(np.float32))
+    words = [
+        "--k",
+        "2",
+        "--expansion",
+        "2",
+        "--batch-size",
+        "128",
+        "--tokens",
+        "1280",
+        "--seed",
+        "5",
+    ]
+    words += ["--alpha", "1", "0.5", "--lr", "1e-3", "--device", "cpu"]
+    assert main.main(["train", str(place / "acts.npy"), "--out", str(place / "a"), *words]) == 0
+    return place / "a"
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*.safetensors")}
+    return found | {"metrics": (run / "metrics.jsonl").read_bytes()}
+
+
+def test_a_runs_own_config_makes_the_same_weights_again(run: Path, tmp_path: Path, capsys) -> None:
+    words = ["train", "--config", str(run / "config.json"), "--device", "cpu", "--out"]
+    assert main.main([*words, str(tmp_path / "b")]) == 0
+    assert len(weights(run)) == 4
+    assert weights(tmp_path / "b") == weights(run)
+    assert main.main([*words, str(tmp_path / "c"), "--seed", "6", "--tokens", "640"]) == 0
+    other = read_json(tmp_path / "c" / "config.json")["train"]
+    assert other == read_json(run / "config.json")["train"] | {"seed": 6, "tokens": 640}
+    assert read_json_lines(tmp_path / "c" / "metrics.jsonl")[-1]["tokens"] == 640
+    capsys.readouterr()
+    for more, says in (
+        (["--k", "3"], "--k: "), (["--text", "x"], "leave the flags of a model's text out"),
+        (["--print-config"], "is a run's config, whose SAEs are not flags"),
+    ):  # fmt: skip
+        assert main.main([*words, str(tmp_path / "d"), *more]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_printed_flags_make_the_same_weights_again(run: Path, tmp_path: Path, capsys) -> None:
+    words = [
+        "train",
+        str(run.parent / "acts.npy"),
+        "--out",
+        str(tmp_path / "b"),
+        "--k",
+        "2",
+        "--expansion",
+        "2",
+    ]
+    words += [
+        "--batch-size",
+        "128",
+        "--tokens",
+        "1280",
+        "--seed",
+        "5",
+        "--alpha",
+        "1",
+        "0.5",
+        "--lr",
+        "1e-3",
+    ]
+    assert main.main([*words, "--device", "cpu", "--print-config"]) == 0
+    (tmp_path / "f.yaml").write_text(capsys.readouterr().out)
+    assert main.main(["train", "--config", str(tmp_path / "f.yaml")]) == 0
+    assert weights(tmp_path / "b") == weights(run)
+
+
+def test_a_runs_config_whose_data_are_gone_names_the_mend(
+    run: Path, tmp_path: Path, capsys
+) -> None:
+    record = read_json(run / "config.json")
+    for path, says in (
+        (str(tmp_path / "gone.npy"), "no longer there; name them with SOURCE"),
+        (None, "missing: SOURCE"),
+    ):
+        (tmp_path / "r.json").write_text(
+            json.dumps(record | {"source": record["source"] | {"path": path}})
+        )
+        assert (
+            main.main(["train", "--config", str(tmp_path / "r.json"), "--out", str(tmp_path / "b")])
+            == 2
+        )
+        assert says in capsys.readouterr().err
+    words = [
+        "train",
+        str(run.parent / "acts.npy"),
+        "--config",
+        str(tmp_path / "r.json"),
+        "--device",
+        "cpu",
+    ]
+    assert main.main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert weights(tmp_path / "b") == weights(run)
+    (tmp_path / "r.json").write_text(json.dumps(record | {"train": {"members": []}}))
+    assert main.main(["train", "--config", str(tmp_path / "r.json"), "--out", "x"]) == 2
+    assert "r.json: train: members" in capsys.readouterr().err
+
+
+def test_configs_of_any_kind_are_read_from_yaml(tmp_path: Path) -> None:
+    from wsae.train.config import TrainConfig
+
+    (tmp_path / "t.yaml").write_text(
+        "tokens: 100\nmembers:\n- gamma: {rule: variance, alpha: 5e-1}\n  k_aux: 3\n"
+    )
+    cfg = TrainConfig.load(tmp_path / "t.yaml")
+    assert (cfg.tokens, cfg.members[0].gamma.alpha, cfg.members[0].k_aux) == (100, 0.5, 3)

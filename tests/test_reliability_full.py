@@ -1,0 +1,105 @@
+"""Full and read-only disks, and two processes in one place; `benchmarks.reliability.full` and `.places`: long forms."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wsae.core.errors import UserError
+from wsae.train.metrics import JsonLines
+
+ROOT = Path(__file__).parents[1]
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+
+
+def long_form(name: str, *words: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"benchmarks.reliability.{name}", *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(Path(words[-1]).read_text())
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build the fault with")
+def test_a_disk_that_fills_up_leaves_nothing_half_and_costs_nothing(tmp_path: Path) -> None:
+    out = str(tmp_path / "full.json")
+    found = long_form(
+        "full", "--points", "1", "--kinds", "full", "--stages", "train", "report", "--out", out
+    )
+    assert not found["wrong"]
+    assert all(kinds["full"]["refused"] == 1 for kinds in found["by_stage"].values())
+
+
+def test_a_second_process_in_the_same_place_is_refused(tmp_path: Path) -> None:
+    code = (
+        "import sys, json, pathlib\n"
+        "from benchmarks.reliability.places import every_stage, prepare\n"
+        "prepare()\n"
+        "found = every_stage(pathlib.Path(sys.argv[1]), False, ('train', 'interpret'))\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["wrong"]
+    for stage in ("train", "interpret"):
+        said = found["said"][stage]["second process"]
+        assert "another wsae process is writing here" in said
+
+
+@needs_full
+@pytest.mark.parametrize("words", [["version"], ["train", "--help"]])
+def test_a_result_that_cannot_be_printed_is_one_line(words: list[str]) -> None:
+    with FULL.open("w") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "wsae.cli", *words],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode in (1, 2)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("wsae: error: ")
+
+
+@needs_full
+def test_a_row_of_metrics_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"step": 1})
+    whole = lines.path.read_bytes()
+    opened = Path.open
+
+    def half(self: Path, *args: str, **kwargs: str):
+        if self != lines.path:
+            return opened(self, *args, **kwargs)
+        with opened(self, "ab") as file:
+            file.write(b'{"st')  # what had room
+        return opened(FULL, "w", encoding="utf-8")
+
+    monkeypatch.setattr(Path, "open", half)
+    with pytest.raises(UserError, match="the disk is full"):
+        lines.write({"step": 2})
+    monkeypatch.undo()  # /dev/full can be read without end
+    assert lines.path.read_bytes() == whole
