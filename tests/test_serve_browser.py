@@ -16,6 +16,7 @@ from wsae.serve.open import ensure_index
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 
 PRESS = "document.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))"
+READY = "document.getElementById('help-button').hidden === false"
 INERT = """
 const mine = new Set(['/static/serve.js']);
 return [document.querySelectorAll('iframe, object, embed, style, [style], [onclick], [onerror], [onload]').length,
@@ -65,7 +66,9 @@ def wait(page: Browser, test: str) -> None:
 
 
 def walked(page: Browser, key: str, wanted: str) -> None:
-    """Press a key and wait for the page it leads to."""
+    """Press a key, once the script listens, and wait for the page it leads to."""
+    wait(page, READY)
+    assert page.js(f"return {READY}"), "the script did not run"
     page.js(PRESS, key)
     wait(page, f"location.pathname === {json.dumps(wanted)} && document.readyState === 'complete'")
     assert place(page) == wanted

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -10,6 +11,7 @@ from wsae.cli.flags import Common, CommonFlags, MaybeCount, MaybeName, Place, Sw
 from wsae.cli.loggers import LoggerFlags, mirrored
 from wsae.cli.ui import UI
 from wsae.core.config import Config
+from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.train.parallel.config import launched
 
@@ -59,6 +61,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Pretrain and return the run's path and what its manifest says."""
+    _check_installed()
     cfg = config(flags)
     loggers = flags.loggers.made()
     if launched():
@@ -72,6 +75,13 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     with mirrored(loggers, ui):
         result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
     return {"run": str(result.path), **result.info}
+
+
+def _check_installed() -> None:
+    """Raise UserError when the extra is missing, whichever other one has brought a part of it."""
+    for module in ("transformers", "kornia", "PIL"):
+        if find_spec(module) is None:
+            raise UserError(f"{module} is not installed; pip install 'wsae[vision]'")
 
 
 def _together(
