@@ -51,7 +51,12 @@ def page(session: Browser) -> Browser:
 
 
 def go(page: Browser, client: Client, path: str) -> None:
-    page.call(f"/session/{page.session}/url", {"url": client.root + path})
+    """Open a page; again where a busy machine's browser gave up on its script or style."""
+    for _ in range(4):
+        page.call(f"/session/{page.session}/url", {"url": client.root + path})
+        if page.js(f"return {READY} && innerWidth >= document.documentElement.scrollWidth"):
+            return
+        time.sleep(0.5)
 
 
 def place(page: Browser) -> str:

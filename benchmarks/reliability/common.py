@@ -11,6 +11,7 @@ PYTHON = sys.executable
 WSAE = [PYTHON, "-m", "wsae.cli"]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
+    "HF_DEACTIVATE_ASYNC_LOAD": "1",  # loading by threads after a fork trips over PyTorch's thread pool
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
