@@ -16,7 +16,10 @@ from wsae.serve.open import ensure_index
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 
 PRESS = "document.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))"
-READY = "document.getElementById('help-button').hidden === false"
+READY = (
+    "document.getElementById('help-button')?.hidden === false"
+    " && getComputedStyle(document.querySelector('.bar')).display === 'flex'"
+)
 INERT = """
 const mine = new Set(['/static/serve.js']);
 return [document.querySelectorAll('iframe, object, embed, style, [style], [onclick], [onerror], [onload]').length,
@@ -51,12 +54,10 @@ def page(session: Browser) -> Browser:
 
 
 def go(page: Browser, client: Client, path: str) -> None:
-    """Open a page; again where a busy machine's browser gave up on its script or style."""
-    for _ in range(4):
-        page.call(f"/session/{page.session}/url", {"url": client.root + path})
-        if page.js(f"return {READY} && innerWidth >= document.documentElement.scrollWidth"):
-            return
-        time.sleep(0.5)
+    """Open a page and wait for its style and script: the driver may answer before they are there."""
+    page.call(f"/session/{page.session}/url", {"url": client.root + path})
+    wait(page, READY)
+    assert page.js(f"return {READY}"), f"{path}: its style or script did not come"
 
 
 def place(page: Browser) -> str:
@@ -71,11 +72,9 @@ def wait(page: Browser, test: str) -> None:
 
 
 def walked(page: Browser, key: str, wanted: str) -> None:
-    """Press a key, once the script listens, and wait for the page it leads to."""
-    wait(page, READY)
-    assert page.js(f"return {READY}"), "the script did not run"
+    """Press a key and wait for the page it leads to, its style and script included."""
     page.js(PRESS, key)
-    wait(page, f"location.pathname === {json.dumps(wanted)} && document.readyState === 'complete'")
+    wait(page, f"location.pathname === {json.dumps(wanted)} && {READY}")
     assert place(page) == wanted
 
 
