@@ -1,8 +1,6 @@
 """Copies of the metrics: every scalar of metrics.jsonl once, whatever happened to the run or to the logger."""
 
 import json
-import os
-import signal
 import struct
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from halting import Halting
 from test_train import ArraySource, config, family, weighted, world
 from test_train_parallel import a_world_of_one
 from test_vision_pretrain import config as vision_config
@@ -57,24 +56,6 @@ def written(run: Path, single: bool = True) -> Copied:
     return found
 
 
-class Halting(ArraySource):
-    """Asks the run to stop, as Ctrl-C does, while step 23 is being made."""
-
-    def stream(self, batch_size, seed, state=None):  # noqa: ANN001, ANN202
-        inner, served = super().stream(batch_size, seed, state), 0
-        forward = inner.next
-
-        def counting():  # noqa: ANN202
-            nonlocal served
-            served += 1
-            if served == 23:
-                os.kill(os.getpid(), signal.SIGINT)
-            return forward()
-
-        inner.next = counting  # type: ignore[method-assign]
-        return inner
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with mirrored([tensorboard()]):
@@ -104,7 +85,7 @@ def test_a_run_without_loggers_has_the_same_files_but_theirs(whole: Path, tmp_pa
 def test_a_resumed_run_has_each_step_once(whole: Path, tmp_path: Path, first: list[Logger]) -> None:
     out = tmp_path / "run"
     with pytest.raises(Stopped), mirrored(first):
-        train_run(CFG, Halting(world()), out)
+        train_run(CFG, Halting(world(), 23), out)
     rows = (out / "metrics.jsonl").read_text()
     if first:  # rows past the checkpoint, as a kill leaves them: in the event file, to be cut from the metrics
         assert accumulated(out) == written(out)
@@ -168,7 +149,7 @@ def test_a_run_killed_at_random_moments_shows_the_same_scalars(whole: Path, tmp_
 def test_a_cut_or_altered_event_file_is_no_obstacle(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(Stopped), mirrored([tensorboard()]):
-        train_run(CFG, Halting(world()), out)
+        train_run(CFG, Halting(world(), 23), out)
     (file,) = (out / "tensorboard").iterdir()
     data = bytearray(file.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
@@ -371,7 +352,7 @@ def test_wandb_offline_holds_every_scalar_also_when_resumed(tmp_path: Path) -> N
     out, logger = tmp_path / "run", wandb(WandbConfig(mode="offline"))
     told: list[str] = []
     with pytest.raises(Stopped), mirrored([logger], told.append):
-        train_run(CFG, Halting(world()), out)
+        train_run(CFG, Halting(world(), 23), out)
     history, first = wandb_history(out)
     assert sorted(history) == [5, 10, 15, 20]
     with mirrored([logger], told.append):

@@ -1,8 +1,6 @@
 """Training: members equal lone runs, kill and resume is exact, directories are whole or refused, losses go down."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halting import Halting
 from wsae.acts.source import ArraySource
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
@@ -111,25 +110,8 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(
 ) -> None:
     (cfg, whole), source = uninterrupted, ArraySource(world())
 
-    class Halting(ArraySource):
-        """Asks the run to stop, as Ctrl-C does, while step `stop` is being made."""
-
-        def stream(self, batch_size, seed, state=None):  # noqa: ANN001, ANN202
-            inner, served = super().stream(batch_size, seed, state), 0
-            forward = inner.next
-
-            def counting():  # noqa: ANN202
-                nonlocal served
-                served += 1
-                if served == stop:
-                    os.kill(os.getpid(), signal.SIGINT)
-                return forward()
-
-            inner.next = counting  # type: ignore[method-assign]
-            return inner
-
     with pytest.raises(Stopped, match=f"step {stop} of 60"):
-        train_run(cfg, Halting(world()), tmp_path / "cut")
+        train_run(cfg, Halting(world(), stop), tmp_path / "cut")
     with pytest.raises(UserError, match="add --resume"):
         train_run(cfg, source, tmp_path / "cut")
     train_run(cfg, source, tmp_path / "cut", resume=True)

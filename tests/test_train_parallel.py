@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from halting import Halting as Interrupted
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.acts.tally import Tally
 from wsae.core.artifact import write_json, write_manifest
@@ -227,24 +227,6 @@ def a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         yield world
 
 
-class Interrupted(ArraySource):
-    """Asks the run to stop, as Ctrl-C does, while step HALF is being made."""
-
-    def stream(self, batch_size, seed, state=None):  # noqa: ANN001, ANN202
-        inner, served = super().stream(batch_size, seed, state), 0
-        forward = inner.next
-
-        def counting():  # noqa: ANN202
-            nonlocal served
-            served += 1
-            if served == HALF:
-                os.kill(os.getpid(), signal.SIGINT)
-            return forward()
-
-        inner.next = counting  # type: ignore[method-assign]
-        return inner
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("parallel")
@@ -254,7 +236,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_run(config(), ArraySource(features()), out / "one")
     train_run(two_hooks(), StoreSource(out / "store"), out / "one-hooks")
     with pytest.raises(Stopped, match=f"step {HALF} of"):
-        train_run(config(), Interrupted(features()), out / "1+latents4")
+        train_run(config(), Interrupted(features(), HALF), out / "1+latents4")
     torch.set_num_threads(threads)
     run_ranks(work, 4, free_port(), out)
     return out

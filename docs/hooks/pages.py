@@ -21,10 +21,6 @@ KNOWN = {
     DOCS / "README.md": "index.md",
 }
 LANGUAGES = {".py": "python", ".sbatch": "bash", ".toml": "toml", ".yaml": "yaml", ".json": "json"}
-AWAITED = (
-    *("browser.md", "configuration.md", "security.md"),
-    *("reliability.md", "reliability-corruption.md", "reliability-wheels.md"),
-)
 FENCE = re.compile(r"^\s*```")
 slug = slugify(case="lower")
 
@@ -162,20 +158,9 @@ def to_how_to(text: str, here: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the how-to's pages into the navigation, and leave out pages that are not written yet."""
-    prune(config.nav)
+    """Put the how-to's pages into the navigation."""
     fill(config.nav, "how-to.md", how_to_nav())
     return config
-
-
-def prune(nav: list) -> None:
-    """Take entries of the navigation out whose page is awaited but not there."""
-    for entry in list(nav):
-        inner = next(iter(entry.values())) if isinstance(entry, dict) else entry
-        if isinstance(inner, list):
-            prune(inner)
-        elif inner in AWAITED and not (DOCS / inner).is_file():
-            nav.remove(entry)
 
 
 def fill(nav: list, page: str, more: list[dict[str, str]]) -> None:

@@ -122,7 +122,8 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
 def detect(folder: Path) -> Format:
     """Return the format whose weights a folder holds; raises UserError when there are none."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory")
+        what = "not a directory" if folder.exists() else "no such directory"
+        raise UserError(f"{folder}: {what}; give the folder that holds an SAE")
     for kind in KINDS.values():
         if kind.detect(folder):
             return kind

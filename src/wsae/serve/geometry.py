@@ -37,8 +37,11 @@ def influence(
 
     1 without weights. `gamma` is the diagonal [d_in] or the matrix [d_in, d_in]. A row of zeros gives NaN.
     """
-    units = unit_rows(W_dec).double()
     weights = gamma.detach().double()
-    weighed = units * weights if weights.ndim == 1 else units @ weights.T
-    length = units.square().sum(1)
-    return torch.where(length > 0, weighed.square().sum(1) / length, torch.nan).cpu()
+    out = []
+    for rows in W_dec.split(max(1, BLOCK // W_dec.shape[1])):
+        units = unit_rows(rows).double()
+        weighed = units * weights if weights.ndim == 1 else units @ weights.T
+        length = units.square().sum(1)
+        out.append(torch.where(length > 0, weighed.square().sum(1) / length, torch.nan).cpu())
+    return torch.cat(out)
