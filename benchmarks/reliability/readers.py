@@ -4,9 +4,11 @@
 """
 
 import contextlib
+import functools
 import gzip
 import io
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -125,6 +127,36 @@ def _kind(path: Path) -> str:
         return str(json.loads(path.read_bytes()).get("kind"))
     except (ValueError, AttributeError, RecursionError):
         return "run"
+
+
+def _foreign(name: str, format: str) -> Reader:
+    """Return the reader of one file of another tool's folder, the others of it whole."""
+
+    def call(path: Path) -> Any:
+        from wsae.interop import load
+
+        for other, data in _shared(format).items():
+            if other != name:
+                (path.parent / other).write_bytes(data)
+        found = load(path.parent, format)
+        return found.sae.tensors(), found.about
+
+    return Reader(name, call, lambda: [_shared(format)[name]])
+
+
+@functools.cache
+def _shared(format: str) -> dict[str, bytes]:
+    """Return the files of an SAE as another tool has them: without ours beside, which hold checksums."""
+    from wsae import SparseAutoencoder
+    from wsae.interop import save
+    from wsae.interop.convert import KINDS
+    from wsae.sae.config import SAEConfig
+
+    cfg = SAEConfig.parse({"d_in": 4, "d_sae": 6, "activation": {"kind": "topk", "k": 2}})
+    with tempfile.TemporaryDirectory() as folder:
+        save(SparseAutoencoder(cfg, seed=0), folder, format)
+        names = next(kind.files for kind in KINDS.values() if kind.name == format)
+        return {name: (Path(folder) / name).read_bytes() for name in names}
 
 
 def _npy(*arrays: Any) -> list[bytes]:
@@ -247,4 +279,9 @@ READERS = (
     Reader("sealed.json", _sealed, _objects),
     Reader("metrics.jsonl", _metrics, lambda: [b'{"hook": "h", "member": "m", "step": 1}\n' * 2]),
     Reader("manifest.json", _manifest, _manifests),
+    _foreign("cfg.json", "saelens"),
+    _foreign("sae_weights.safetensors", "saelens"),
+    _foreign("sae.safetensors", "sparsify"),
+    _foreign("config.json", "dictionary_learning"),
+    _foreign("ae.pt", "dictionary_learning"),
 )

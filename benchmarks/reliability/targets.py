@@ -6,6 +6,7 @@ A new kind of file: make an artifact in `make_targets` and name its files and it
 import contextlib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,7 +42,7 @@ def make_targets(at: Path) -> list[Target]:
     """Write every artifact into `at` and return what to damage."""
     _prepare()
     _world(at)
-    targets = [*_stores(at), *_runs(at), *_toys(at), *_vision(at), _answers(at)]
+    targets = [*_stores(at), *_runs(at), *_shared(at), *_toys(at), *_vision(at), _answers(at)]
     return [target for target in targets if target.files]
 
 
@@ -185,6 +186,41 @@ def _runs(at: Path) -> list[Target]:
         Target("interpretation", run, files(run, "interpretation/*"), _reported),
         Target("parts", run, files(run, "interpretation/parts/*"), interpreted),
         Target("class scores", at / "run-array", files(at / "run-array", "classes/*"), _reported),
+    ]
+
+
+def _shared(at: Path) -> list[Target]:
+    """What of a run goes elsewhere: other tools' folders, a folder for the hub, the browser's index."""
+    from wsae.interop import load
+    from wsae.interop.config import FORMATS
+    from wsae.serve.config import IndexConfig
+    from wsae.serve.index import Index
+    from wsae.serve.open import ensure_index
+
+    run, member = str(at / "run"), ("--member", "variance-a1")
+    for name in FORMATS:
+        command("export", run, *member, "--format", name, "--out", str(at / f"as-{name}"))
+    command("push", run, "somebody/saes", *member, "--dry-run", "--out", str(at / "pushed"))
+
+    def imported(place: Path) -> Any:
+        found = load(place)
+        return found.sae.cfg, {n: t.tolist() for n, t in found.sae.tensors().items()}, found.about
+
+    def indexed(place: Path) -> Any:
+        index = Index(ensure_index(place, None, IndexConfig(logits=0))[0])
+        tables = ("meta", "member", "latent", "shown", "packed", "words_data")
+        return [index.rows(f"SELECT * FROM {table}") for table in tables]
+
+    browsed, pushed = at / "browsed", at / "pushed"
+    shutil.copytree(run, browsed)
+    indexed(browsed)
+    read = ("manifest.json", "evaluation/*", "interpretation/*", "members/**/*")
+    exports = [at / f"as-{name}" for name in FORMATS]
+    return [
+        *(Target(f"export {place.name}", place, files(place, "*"), imported) for place in exports),
+        Target("pushed", pushed, files(pushed, "[!Rw]*", "weights*"), imported),
+        Target("browser's index", browsed, files(browsed, "browser.sqlite*"), indexed),
+        Target("run in the browser", at / "run", files(at / "run", *read), indexed),
     ]
 
 

@@ -67,7 +67,6 @@ def build(
     `reopen` gives the data, needed for `cfg.contexts` alone. Raises UserError when the run is not whole or not
     evaluated, or what was asked for cannot be had.
     """
-    key = identity(run, cfg)
     data = read_run(run)
     classes = Classes(read_classes(run / "classes")[1], data.classes.get("glossary", {}))
     job = Job(data, classes, measures(data, classes), _members(data), cfg, _model(run, cfg))
@@ -79,7 +78,7 @@ def build(
         connection = schema.create(temporary, len(job.measures))
         try:
             about = _fill(connection, (job, seen), language, progress)
-            _meta(connection, job, (key, about))
+            _meta(connection, job, about)
             schema.finish(connection)
         finally:
             connection.close()
@@ -150,10 +149,8 @@ def _images(connection: sqlite3.Connection, run: RunData) -> None:
         connection.execute("INSERT INTO image VALUES(?, ?)", (int(number), png))
 
 
-def _meta(connection: sqlite3.Connection, job: Job, told: tuple[str, str]) -> None:
-    key, about = told
+def _meta(connection: sqlite3.Connection, job: Job, about: str) -> None:
     values = {
-        "identity": key,
         "measures": [tuple(measure) for measure in job.measures],
         "overview": overview(job.run),
         "model": {**job.model._asdict(), "about": about},

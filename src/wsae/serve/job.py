@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from wsae.core.artifact import contained
 from wsae.report.rundata import RunData
 from wsae.sae import SparseAutoencoder
 from wsae.serve.config import IndexConfig
@@ -40,8 +41,7 @@ class Job:
         return found
 
     def load(self, member: Member) -> SparseAutoencoder | None:
-        """Return a member's SAE; none where the run keeps no weights of it."""
+        """Return a member's SAE, none where the run keeps no weights of it; raises UserError for a damaged one."""
         listed = self.run.manifest.get("info", {}).get("members", {}).get(member.hook, [])
-        place = self.run.path / "members" / member.hook / member.name
-        inside = place.resolve().is_relative_to(self.run.path.resolve())
-        return SparseAutoencoder.load(place) if member.name in listed and inside else None
+        place = contained(self.run.path, f"members/{member.hook}/{member.name}")
+        return SparseAutoencoder.load(place) if member.name in listed else None

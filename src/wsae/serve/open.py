@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsae.core.artifact import as_user_error
+from wsae.core.artifact import as_user_error, read_sealed, record, seal, write_json
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.serve import schema
@@ -41,6 +41,7 @@ def ensure_index(
             for old in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                 old.unlink()
             build(run, path, cfg, reopen, progress)
+            write_json(seal_of(path), seal({"identity": key, "file": record(path).to_dict()}))
     except UserError as error:
         if "cannot write here" in str(error) and place is None:
             raise UserError(
@@ -76,15 +77,20 @@ _REFUSALS = {
 """What SQLite calls the operating system's refusals: its result code without the details -> errno."""
 
 
+def seal_of(path: Path) -> Path:
+    """Return where the checksum of an index is kept: beside it, written after it."""
+    return path.with_name(f"{path.name}.json")
+
+
 def is_current(path: Path, key: str) -> bool:
-    """Whether a file is a whole index of this identity."""
-    if not path.is_file():
+    """Whether a file is a whole index of this identity, unaltered since it was made."""
+    if not path.is_file() or not seal_of(path).is_file():
         return False
     try:
+        if read_sealed(seal_of(path)) != {"identity": key, "file": record(path).to_dict()}:
+            return False
         with contextlib.closing(schema.connect(path)) as connection:
             values = dict(connection.execute("SELECT key, value FROM meta"))
-            if json.loads(values["identity"]) != key:
-                return False
             return schema.is_ours(connection, len(json.loads(values["measures"])))
-    except (sqlite3.Error, ValueError, KeyError, TypeError):  # damaged: made again
+    except (UserError, sqlite3.Error, ValueError, KeyError, TypeError):  # damaged: made again
         return False
