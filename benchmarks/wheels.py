@@ -67,7 +67,9 @@ CASES = (
     ),  # fmt: skip
     Case("push {out}/run somebody/saes --dry-run --out {out}/folder"),
     Case("serve {out}/run --index-only", ("serve",)),
-    Case("harvest {model} --text somebody/texts --hook layers.1 --out {out}/h", ("lm|vision", "hub")),
+    Case(
+        "harvest {model} --text somebody/texts --hook layers.1 --out {out}/h", ("lm|vision", "hub")
+    ),
 )
 SMALL = "--d-sae 16 --k 2 --tokens 1200 --batch-size 100"
 RUN = ("-I", "-c", "import sys; from wsae.cli.main import main; sys.exit(main(sys.argv[1:]))")

@@ -1,7 +1,6 @@
 """The browser's index: it says what the run's files say, computed another way; it is whole or not there."""
 
 import contextlib
-import json
 import os
 import signal
 import sqlite3
