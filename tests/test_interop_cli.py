@@ -1,5 +1,6 @@
 """`wsae export`, `wsae import` and `wsae push` on a run of two SAEs, and the hub's protocol on a loopback port."""
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from wsae.losses.config import GammaConfig
 from wsae.sae import GroupTopK, TopK
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import train_run
+
+FIXTURES = Path(__file__).parent / "fixtures" / "interop"
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,46 @@ def test_nothing_is_written_over_unasked(run, tmp_path, capsys):
     assert told(capsys, back)["new"] is False
 
 
+@pytest.mark.parametrize("command", ["export", "import", "push"])
+def test_the_same_command_goes_on_after_one_that_was_cut_off(
+    run, tmp_path, capsys, monkeypatch, command
+):
+    """Whatever was written so far; a folder of somebody else's with the same names is left alone."""
+    out = tmp_path / "out"
+    words = {
+        "export": ["export", str(run), "--member", "plain", "--format", "saelens"],
+        "import": ["import", str(FIXTURES / "saelens-topk")],
+        "push": ["push", str(run), "a/b", "--member", "plain", "--dry-run"],
+    }[command] + ["--out", str(out)]
+    found = told(capsys, [*words[:-1], str(tmp_path / "whole")])
+    whole = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    replace = os.replace
+    for at in range(len(whole) - 1):
+        calls = []
+
+        def full(path, process, at=at, calls=calls):
+            calls.append(path)
+            if len(calls) > at:
+                raise OSError(errno.ENOSPC, "no space")
+            return replace(path, process)
+
+        monkeypatch.setattr("wsae.core.artifact.os.replace", full)
+        assert "the disk is full" in failed(capsys, words)
+        monkeypatch.undo()
+        assert len([p for p in out.iterdir() if not p.name.startswith(".")]) <= at
+        assert list(out.glob(".unfinished-*"))
+        again = told(capsys, words)
+        assert again.keys() == found.keys()
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
+        shutil.rmtree(out)
+    shutil.copytree(tmp_path / "whole", out)
+    (out / "manifest.json").unlink()
+    (out / "wsae.json").unlink(missing_ok=True)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert "is not empty and holds no wsae" in failed(capsys, words)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
 def test_all_members_and_the_ones_left_out(run, tmp_path, capsys):
     found = told(capsys, ["export", str(run), "--all", "--out", str(tmp_path / "all")])
     assert [entry["sae"] for entry in found["written"]] == ["acts/plain", "acts/weighted"]
@@ -157,7 +200,7 @@ def test_a_folder_for_the_hub_without_network(run, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("a")
     words = ["push", str(run), "a/b", "--dry-run", "--out", str(tmp_path / "mine")]
-    assert "not a folder of wsae push" in failed(capsys, words)
+    assert "holds no wsae hub folder" in failed(capsys, words)
 
 
 def test_a_hostile_name_cannot_leave_its_place_in_the_card(tmp_path):

@@ -1,6 +1,6 @@
-"""SIGKILL at random moments of harvest, train, evaluate, interpret and report, then the same command again.
+"""SIGKILL at random moments of every stage, from harvest to the browser's index, then the same command again.
 
-    python -m benchmarks.reliability.crash [--kills 200] [--seed 0] [--out crash.json]
+    python -m benchmarks.reliability.crash [--kills 200] [--seed 0] [--stages ...] [--out crash.json]
 
 A tiny model, text and encoder are made; every stage runs once undisturbed (its time T and its files are the reference)
 and once more (its files must be the same: else nothing could be compared). Then, in turn, each stage's output is
@@ -41,28 +41,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="*", choices=OUTPUTS, default=list(OUTPUTS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     prepare()
     with tempfile.TemporaryDirectory() as folder:
-        result = matrix(Path(folder), args.kills, args.seed)
+        result = matrix(Path(folder), args.kills, args.seed, args.stages)
     write(args.out, result)
     raise SystemExit(1 if result["differ"] else 0)
 
 
-def matrix(at: Path, kills: int, seed: int) -> dict[str, Any]:
+def matrix(at: Path, kills: int, seed: int, stages: list[str]) -> dict[str, Any]:
     """Kill in whole rounds over the stages until there are `kills`; return the counts and what differed."""
     pick, begin = random.Random(seed), time.monotonic()
-    counts: dict[str, Counter[str]] = {stage: Counter() for stage in OUTPUTS}
+    counts: dict[str, Counter[str]] = {stage: Counter() for stage in stages}
+    chosen = {stage: words for stage, words in commands(at).items() if stage in stages}
     differ: list[dict[str, Any]] = []
     with undisturbed(at) as reference:
-        for stage, words in commands(at).items():
+        for stage, words in chosen.items():
             with aside(at, stage):
                 forget(at, stage)
                 finish(words, at / "log")
                 differ += compare(at, stage, reference[stage][1], ["never killed"])
         while not differ and sum(c["kills"] for c in counts.values()) < kills:
-            for stage, words in commands(at).items():
+            for stage, words in chosen.items():
                 seconds, expected = reference[stage]
                 with aside(at, stage):
                     moments = trial(at, stage, words, seconds, pick)

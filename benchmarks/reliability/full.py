@@ -1,4 +1,4 @@
-"""A disk that is full, or turns read-only, at every write of harvest, train, evaluate, interpret and report.
+"""A disk that is full, or turns read-only, at every write of every stage, from harvest to the browser's index.
 
     python -m benchmarks.reliability.full [--points 0] [--out full.json]
 
@@ -39,7 +39,7 @@ from benchmarks.reliability.world import (
 KINDS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
 SAYS = {"full": "the disk is full", "read-only": "cannot write here"}
 MANIFEST_KINDS = {
-    "harvest": "store", "train": "run", "evaluate": "evaluation", "interpret": "interpretation",
+    "harvest": "store", "train": "run", "evaluate": "evaluation", "interpret": "interpretation", "export": "export",
 }  # fmt: skip
 LIBRARY = "WSAE_FAULT_LIBRARY"
 
@@ -164,16 +164,14 @@ def accepted(place: Path, stage: str, expected: dict[str, bytes]) -> list[str]:
     from wsae.core.artifact import read_manifest
     from wsae.core.errors import UserError
 
-    if stage == "report":
-        there = place / "report.html"
-        whole = not there.exists() or there.read_bytes() == expected["report.html"]
-        return [] if whole else ["half a page"]
+    found = {name: data for name, data in contents(place).items() if name in expected}
+    if stage not in MANIFEST_KINDS:  # files that are whole, each for itself
+        return [f"{name} is not whole" for name, data in found.items() if data != expected[name]]
     try:
         read_manifest(place, MANIFEST_KINDS[stage])
     except UserError:
         return []
-    same = {name: found for name, found in contents(place).items() if name in expected}
-    return [] if same == expected else ["accepted, but not the undisturbed result"]
+    return [] if found == expected else ["accepted, but not the undisturbed result"]
 
 
 if __name__ == "__main__":

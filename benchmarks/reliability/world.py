@@ -29,16 +29,21 @@ def prepare() -> None:
     import wsae.acts.harvest
     import wsae.acts.source
     import wsae.cli.evaluate
+    import wsae.cli.export
     import wsae.cli.harvest
     import wsae.cli.interpret
     import wsae.cli.main
+    import wsae.cli.push
     import wsae.cli.report
     import wsae.cli.runner
+    import wsae.cli.serve
     import wsae.cli.train
     import wsae.evals.autointerp.encoder
     import wsae.evals.autointerp.run
     import wsae.evals.run
+    import wsae.interop.card
     import wsae.report.html
+    import wsae.serve.open
     import wsae.train.run  # noqa: F401
 
 
@@ -62,6 +67,7 @@ def make(at: Path) -> None:
 def commands(at: Path) -> dict[str, list[str]]:
     """Return stage -> words of its command; each is the same when repeated after a kill."""
     model, store, run = (str(at / name) for name in ("model", "store", "run"))
+    member = ("--member", "variance-a1")
     return {
         "harvest": [
             *("harvest", model, "--text", str(at / "text.jsonl"), "--hook", "layers.1"),
@@ -81,6 +87,9 @@ def commands(at: Path) -> dict[str, list[str]]:
             *("--n-hard", "2", "--draws", "20", "--controls", "random_sae", "shuffled"),
         ],
         "report": ["report", run, "--out", str(at / "page" / "report.html")],
+        "export": ["export", run, *member, "--format", "saelens", "--out", str(at / "exported")],
+        "push": ["push", run, "a/b", *member, "--dry-run", "--out", str(at / "pushed")],
+        "index": ["serve", run, "--index-only", "--logits", "0", "--out", str(at / "indexed")],
     }
 
 
@@ -90,6 +99,9 @@ OUTPUTS = {
     "evaluate": "run/evaluation",
     "interpret": "run/interpretation",
     "report": "page",
+    "export": "exported",
+    "push": "pushed",
+    "index": "indexed",
 }
 """Where each stage writes, below the world's directory."""
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from wsae.core.artifact import Manifest, read_manifest, write_json, write_text
-from wsae.core.errors import UserError
 from wsae.core.version import __version__
 from wsae.interop.config import INDEX, Provenance
 from wsae.interop.convert import save_native
 from wsae.interop.runs import Chosen
+from wsae.interop.target import free, unfinished
 from wsae.sae.model import SparseAutoencoder
 
 CARD = "README.md"
@@ -33,30 +33,34 @@ def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
 
     Raises UserError when `out` holds anything that is not such a folder.
     """
-    if out.exists() and any(out.iterdir()) and not (out / INDEX).is_file():
-        raise UserError(f"{out}: is not empty and not a folder of wsae push; use another --out")
-    alone = len(chosen) == 1
-    manifests: dict[str, Manifest] = {}
-    abouts: dict[str, Provenance] = {}
-    for path, place, about in chosen:
-        name = "" if alone else place
-        save_native(SparseAutoencoder.load(path), out / name, about, force=True)
-        manifests[name] = read_manifest(out / name, "sae")
-        abouts[name] = about
-    digests = {name or ".": manifest.digest() for name, manifest in manifests.items()}
-    write_json(
-        out / INDEX,
-        {
-            "saes": [name for name in manifests if name],
-            "digests": digests,
-            "wsae_version": __version__,
-        },
-    )
-    write_text(out / CARD, card(repo, manifests, abouts))
+    if not (out / INDEX).is_file():
+        free(out, "hub folder", force=False)
+    with unfinished(out, "hub folder"):
+        manifests, abouts = _saes(chosen, out)
+        write_text(out / CARD, card(repo, manifests, abouts))
+        write_json(out / INDEX, _index(manifests))
     files = [INDEX, CARD]
     for name, manifest in manifests.items():
         files += [str(Path(name) / file) for file in (*manifest.files, "manifest.json")]
     return files
+
+
+def _saes(chosen: list[Chosen], out: Path) -> tuple[dict[str, Manifest], dict[str, Provenance]]:
+    """Write the SAEs; return the manifest and the provenance of each by its place in the folder."""
+    manifests: dict[str, Manifest] = {}
+    abouts: dict[str, Provenance] = {}
+    for path, place, about in chosen:
+        name = "" if len(chosen) == 1 else place
+        save_native(SparseAutoencoder.load(path), out / name, about, force=True)
+        manifests[name] = read_manifest(out / name, "sae")
+        abouts[name] = about
+    return manifests, abouts
+
+
+def _index(manifests: dict[str, Manifest]) -> dict[str, Any]:
+    digests = {name or ".": manifest.digest() for name, manifest in manifests.items()}
+    named = [name for name in manifests if name]
+    return {"saes": named, "digests": digests, "wsae_version": __version__}
 
 
 def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance]) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor
 from wsae.core.artifact import (
     MANIFEST,
     Manifest,
-    locked,
     read_json,
     read_manifest,
     write_json,
@@ -28,7 +27,7 @@ from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
 from wsae.interop.format import Format
 from wsae.interop.saelens import SAELENS
 from wsae.interop.sparsify import SPARSIFY
-from wsae.interop.target import free
+from wsae.interop.target import free, replacing
 from wsae.interop.weights import Foreign, Named
 from wsae.sae.config import SAEConfig
 from wsae.sae.model import CONFIG, WEIGHTS, SparseAutoencoder
@@ -76,7 +75,7 @@ def save(
     }
     config = {"format": kind.name, "sae": sae.cfg.to_dict(), "provenance": about.to_dict()}
     free(path, "export", force)
-    with locked(path):
+    with replacing(path, "export"):
         kind.write(packed, path)
         save_tensors(path / SIDE, side)
         write_manifest(path, "export", config, [*kind.files, SIDE], inputs=inputs)
@@ -92,7 +91,7 @@ def save_native(
     """
     path = Path(path)
     free(path, "sae", force)
-    with locked(path):
+    with replacing(path, "sae"):
         sae.save(path)
         write_json(path / ABOUT, about.to_dict())
         write_manifest(path, "sae", sae.cfg.to_dict(), [WEIGHTS, CONFIG, ABOUT])

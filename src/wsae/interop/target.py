@@ -1,9 +1,17 @@
-"""Folders about to be written: what may lie there already."""
+"""Folders that are given away (exports, SAEs, hub folders): what may lie there already, and how one is written.
 
+While a folder is written it holds an empty file that says so, so that the same command goes on after a kill or a full
+disk, and a folder of somebody else is never taken for one.
+"""
+
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, as_user_error, locked, read_json, read_manifest
 from wsae.core.errors import UserError
+
+_UNFINISHED = ".unfinished-"
 
 
 def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
@@ -18,13 +26,11 @@ def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
 
 
 def free(out: Path, kind: str, force: bool) -> None:
-    """Make room for an artifact: an empty or new folder is free, one of the same kind is emptied with `force`.
+    """Raise UserError unless an artifact may be written to `out`.
 
-    Raises UserError for anything else.
+    It may where nothing is, where the same kind was begun and not finished, and over one of the same kind with `force`.
     """
-    if not out.exists() or (
-        out.is_dir() and not any(p for p in out.iterdir() if p.name != ".lock")
-    ):
+    if not _others(out) or _mark(out, kind).exists():
         return
     data = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
     if not isinstance(data, dict) or data.get("kind") != kind:
@@ -33,8 +39,43 @@ def free(out: Path, kind: str, force: bool) -> None:
         raise UserError(
             f"{out}: holds another {kind}; add --force to write over it, or use another --out"
         )
-    (out / MANIFEST).unlink()
-    for name in data.get("files", {}):
-        inside = out / str(name)
-        if inside.resolve().is_relative_to(out.resolve()) and inside.is_file():
-            inside.unlink()
+
+
+@contextlib.contextmanager
+def replacing(out: Path, kind: str) -> Iterator[None]:
+    """Hold a folder that is `free` while an artifact is written to it; what a former one's manifest lists goes first.
+
+    Raises UserError when another process writes there, or nothing can be written.
+    """
+    with locked(out), unfinished(out, kind):
+        former = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+        for name in former.get("files", {}) if isinstance(former, dict) else ():
+            inside = out / str(name)
+            if inside.resolve().is_relative_to(out.resolve()) and inside.is_file():
+                inside.unlink()
+        (out / MANIFEST).unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, kind: str) -> Iterator[None]:
+    """Mark a folder as being written; the mark stays where the work inside fails."""
+    mark = _mark(out, kind)
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        yield
+        mark.unlink()
+    except OSError as error:
+        raise as_user_error(error, out) from error
+
+
+def _mark(out: Path, kind: str) -> Path:
+    return out / f"{_UNFINISHED}{kind.replace(' ', '-')}"
+
+
+def _others(out: Path) -> bool:
+    """Whether anything but a lock and marks lies in a folder, or a file is in its place."""
+    if not out.is_dir():
+        return out.exists()
+    return any(p.name != ".lock" and not p.name.startswith(_UNFINISHED) for p in out.iterdir())
