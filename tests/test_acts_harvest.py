@@ -268,6 +268,17 @@ def test_another_text_in_the_same_place_is_refused(base, tmp_path):
         harvest(cfg, tmp_path / "s")
 
 
+def test_a_harvest_killed_before_its_first_record_begins_again(base, tmp_path):
+    """Moments are written before the ledger that names them: a kill in between leaves them alone."""
+    cfg = config(base, tokens=100)
+    harvest(cfg, tmp_path / "whole")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "progress-00000.safetensors").write_bytes(b"moments")
+    harvest(cfg, tmp_path / "s")
+    names = [{p.name for p in (tmp_path / place).iterdir()} for place in ("s", "whole")]
+    assert names[0] == names[1]
+
+
 def test_a_directory_with_other_files_is_refused_and_untouched(base, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"not empty and not a harvest \(notes.txt"):

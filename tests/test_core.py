@@ -1,6 +1,8 @@
 """Artifacts are whole or refused; seeds and permutations are what they claim."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from wsae.core.artifact import (
     MANIFEST,
@@ -25,7 +28,7 @@ from wsae.core.artifact import (
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.seeds import Permutation, seed_for
-from wsae.core.tensors import MappedTensor, load_tensors, save_tensors
+from wsae.core.tensors import _NAMES, MappedTensor, load_tensors, save_tensors
 
 
 class Inner(Config):
@@ -216,6 +219,58 @@ def test_mapped_rows_equal_the_whole_tensor(tmp_path: Path, dtype: torch.dtype) 
     index = np.array([3, 49, 0, 3])
     assert torch.equal(mapped.rows(index), x[torch.from_numpy(index)].float())
     assert torch.equal(load_tensors(tmp_path / "t.safetensors")["x"], x)
+
+
+DTYPES = st.sampled_from(
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    ]
+)
+SHAPES = st.lists(st.integers(0, 4), max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(wanted=st.dictionaries(st.text(max_size=5), st.tuples(DTYPES, SHAPES), max_size=6))
+def test_what_is_written_is_what_safetensors_reads(
+    tmp_path_factory: pytest.TempPathFactory, wanted: dict
+) -> None:
+    wanted.pop("__metadata__", None)
+    tensors = {
+        name: torch.randint(0, 2, shape[::-1]).to(dtype).T
+        if len(shape) == 2
+        else torch.randint(0, 2, shape).to(dtype)
+        for name, (dtype, shape) in wanted.items()
+    }
+    path = tmp_path_factory.mktemp("parity") / "x.safetensors"
+    save_tensors(path, tensors)
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get_tensor(name), tensor)
+            assert file.get_tensor(name).dtype == tensor.dtype
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert start % 8 == 0
+    for entry in json.loads(data[8:start]).values():
+        size = torch.empty(0, dtype=BY_NAME[entry["dtype"]]).element_size()
+        assert entry["data_offsets"][0] % size == 0, "so that a map of the file is aligned"
+
+
+BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def test_tensors_killed_while_written_leave_one_file_that_the_next_write_removes(
+    tmp_path: Path,
+) -> None:
+    path, child = tmp_path / "x.safetensors", os.fork()
+    if child == 0:
+        torch.Tensor.contiguous = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        save_tensors(path, {"x": torch.zeros(3)})
+    os.waitpid(child, 0)
+    assert [p.name for p in tmp_path.iterdir()] == [f".x.safetensors.{child}.tmp"]
+    save_tensors(path, {"x": torch.zeros(3)})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @settings(max_examples=60, deadline=None)

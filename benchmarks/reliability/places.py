@@ -11,12 +11,12 @@ renamed into place (a report, the browser's index) both must succeed.
 
 import argparse
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,16 +132,12 @@ def can_mount(at: Path) -> bool:
 def second(at: Path, stage: str, words: list[str], wrong: list[str]) -> str:
     """Start a command twice; return what the second says while the first holds the directory."""
     forget(at, stage)
-    lock = at / OUTPUTS[stage] / ".lock"
-    child = start(words, at / "log")
+    child = start(words, at / "log", before=int if stage in BOTH else stop_with_the_lock)
     if stage in BOTH:
         finish(words, at / "log")
         told = BOTH[stage]
     else:
-        while not lock.exists():
-            time.sleep(0.002)
-        time.sleep(0.02)  # created and locked are two calls
-        os.kill(child, signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]), (at / "log").read_text()
         told = line(words, at / "line", wrong)
         os.kill(child, signal.SIGCONT)
         if BUSY not in told:
@@ -149,6 +145,18 @@ def second(at: Path, stage: str, words: list[str], wrong: list[str]) -> str:
     if os.waitpid(child, 0)[1]:
         wrong.append(f"{stage}: the first of two processes failed")
     return told
+
+
+def stop_with_the_lock() -> None:
+    """Have this process stop as soon as it holds a directory."""
+    flock = fcntl.flock
+
+    def stopping(file: Any, how: int) -> None:
+        flock(file, how)
+        fcntl.flock = flock
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    fcntl.flock = stopping
 
 
 if __name__ == "__main__":

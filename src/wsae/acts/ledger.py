@@ -21,6 +21,8 @@ from wsae.core.errors import UserError
 from wsae.core.tensors import load_tensors, save_tensors
 
 PROGRESS = "progress.json"
+MOMENTS = "progress-*.safetensors"
+"""Statistics of rows so far: written before the ledger that names them."""
 
 
 class SplitState(Config):
@@ -63,7 +65,7 @@ class Ledger(Config):
         save_tensors(out / name, tally.tensors())
         saved = self.model_copy(update={"stats": name, "stats_record": record(out / name)})
         write_json(out / PROGRESS, seal(saved.to_dict()))
-        for old in out.glob("progress-*.safetensors"):
+        for old in out.glob(MOMENTS):
             if old.name != name:
                 old.unlink()
         return saved
@@ -97,7 +99,7 @@ def open_ledger(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> Le
 
 def drop_ledger(out: Path) -> None:
     """Remove the ledger of a finished harvest; a harvest killed just before this is finished too."""
-    for leftover in (out / PROGRESS, *out.glob("progress-*.safetensors")):
+    for leftover in (out / PROGRESS, *out.glob(MOMENTS)):
         leftover.unlink(missing_ok=True)
 
 
@@ -105,7 +107,8 @@ def refuse_foreign(out: Path) -> None:
     """Raise UserError when a directory holds files that no harvest wrote."""
     if not out.is_dir() or (out / PROGRESS).exists():
         return
-    foreign = [p.name for p in out.iterdir() if not p.name.startswith(".")]
+    own = {p.name for pattern in (".*", MOMENTS) for p in out.glob(pattern)}
+    foreign = [p.name for p in out.iterdir() if p.name not in own]
     if foreign:
         raise UserError(
             f"{out}: not empty and not a harvest ({foreign[0]}, ...); choose another --out"
@@ -142,7 +145,7 @@ def clean_up_if_nothing_done(out: Path, created: bool) -> None:
     ):
         return
     unrecorded = (p for split in ("heldout", "train") for p in (out / split).rglob("*.safetensors"))
-    progress = (out / PROGRESS, out / ".lock", *out.glob("progress-*.safetensors"))
+    progress = (out / PROGRESS, out / ".lock", *out.glob(MOMENTS))
     for path in (*progress, *out.rglob(".*.tmp"), *unrecorded):
         path.unlink(missing_ok=True)
     folders = sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True)

@@ -8,9 +8,9 @@ from typing import Any
 from wsae.core.artifact import Manifest, read_manifest, write_json, write_text
 from wsae.core.version import __version__
 from wsae.interop.config import INDEX, Provenance
-from wsae.interop.convert import save_native
+from wsae.interop.convert import write_native
 from wsae.interop.runs import Chosen
-from wsae.interop.target import free, unfinished
+from wsae.interop.target import free, replacing, unfinished
 from wsae.sae.model import SparseAutoencoder
 
 CARD = "README.md"
@@ -35,7 +35,7 @@ def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
     """
     if not (out / INDEX).is_file():
         free(out, "hub folder", force=False)
-    with unfinished(out, "hub folder"):
+    with replacing(out, "hub folder"):
         manifests, abouts = _saes(chosen, out)
         write_text(out / CARD, card(repo, manifests, abouts))
         write_json(out / INDEX, _index(manifests))
@@ -50,8 +50,11 @@ def _saes(chosen: list[Chosen], out: Path) -> tuple[dict[str, Manifest], dict[st
     manifests: dict[str, Manifest] = {}
     abouts: dict[str, Provenance] = {}
     for path, place, about in chosen:
-        name = "" if len(chosen) == 1 else place
-        save_native(SparseAutoencoder.load(path), out / name, about, force=True)
+        sae, name = SparseAutoencoder.load(path), "" if len(chosen) == 1 else place
+        if name:
+            free(out / name, "sae", force=True)
+        with unfinished(out / name, "sae"):
+            write_native(sae, out / name, about)
         manifests[name] = read_manifest(out / name, "sae")
         abouts[name] = about
     return manifests, abouts

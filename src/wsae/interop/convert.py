@@ -30,7 +30,7 @@ from wsae.interop.sparsify import SPARSIFY
 from wsae.interop.target import free, replacing
 from wsae.interop.weights import Foreign, Named
 from wsae.sae.config import SAEConfig
-from wsae.sae.model import CONFIG, WEIGHTS, SparseAutoencoder
+from wsae.sae.model import SparseAutoencoder
 
 SIDE, ABOUT = "wsae.safetensors", "provenance.json"
 KINDS: dict[FormatName, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
@@ -92,10 +92,14 @@ def save_native(
     path = Path(path)
     free(path, "sae", force)
     with replacing(path, "sae"):
-        sae.save(path)
-        write_json(path / ABOUT, about.to_dict())
-        write_manifest(path, "sae", sae.cfg.to_dict(), [WEIGHTS, CONFIG, ABOUT])
+        write_native(sae, path, about)
     return path
+
+
+def write_native(sae: SparseAutoencoder, path: Path, about: Provenance) -> None:
+    """Write an SAE with its provenance into a directory that the caller holds."""
+    write_json(path / ABOUT, about.to_dict())
+    sae.save(path, beside=(ABOUT,))
 
 
 def load(path: Path | str, format: str = "auto") -> Loaded:

@@ -6,6 +6,7 @@ Tied: W_dec = W_enc^T and no biases. The training pass lives in `wsae.sae.forwar
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -164,12 +165,15 @@ class SparseAutoencoder(nn.Module):
         d_in = self.cfg.d_in
         return name == "gamma" and tuple(tensor.shape) in ((d_in,), (d_in, d_in))
 
-    def save(self, path: Path | str) -> None:
-        """Write the SAE to a directory: sae.safetensors, config.json, manifest.json last."""
+    def save(self, path: Path | str, beside: Sequence[str] = ()) -> None:
+        """Write the SAE to a directory: sae.safetensors, config.json, manifest.json last.
+
+        `beside`: files that lie there already and belong to it.
+        """
         path = Path(path)
         save_tensors(path / WEIGHTS, self.tensors())
         write_json(path / CONFIG, self.cfg.to_dict())
-        write_manifest(path, "sae", self.cfg.to_dict(), [WEIGHTS, CONFIG])
+        write_manifest(path, "sae", self.cfg.to_dict(), [WEIGHTS, CONFIG, *beside])
 
     @classmethod
     def load(cls, path: Path | str) -> "SparseAutoencoder":

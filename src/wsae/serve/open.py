@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,23 @@ def alone(path: Path) -> Iterator[None]:
         number = _REFUSALS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
         if number is None:
             raise
-        raise as_user_error(OSError(number, str(error)), path) from error
+        raise as_user_error(_refusal(path) or OSError(number, str(error)), path) from error
+
+
+def _refusal(path: Path) -> OSError | None:
+    """Return what the operating system says to a small write beside a file: SQLite keeps its reasons to itself."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with probe.open("wb") as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+        return error
+    return None
 
 
 _REFUSALS = {
@@ -74,7 +91,7 @@ _REFUSALS = {
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
 }
-"""What SQLite calls the operating system's refusals: its result code without the details -> errno."""
+"""SQLite's result code without the details -> errno, for where a second, small write is not refused."""
 
 
 def seal_of(path: Path) -> Path:
