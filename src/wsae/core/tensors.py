@@ -57,7 +57,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with writing(path) as temporary, temporary.open("wb") as file:
         file.write(len(told).to_bytes(8, "little") + told)
         for tensor in ordered.values():
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
