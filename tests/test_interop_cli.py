@@ -146,6 +146,10 @@ def test_the_same_command_goes_on_after_one_that_was_cut_off(
         assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
         shutil.rmtree(out)
     shutil.copytree(tmp_path / "whole", out)
+    kind = {"export": "export", "import": "sae", "push": "hub-folder"}[command]
+    (out / f".unfinished-{kind}").touch()  # killed between the manifest and the end
+    told(capsys, words)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == whole
     (out / "manifest.json").unlink()
     (out / "wsae.json").unlink(missing_ok=True)
     before = {p.name: p.read_bytes() for p in out.iterdir()}

@@ -218,7 +218,7 @@ def _shared(at: Path) -> list[Target]:
     exports = [at / f"as-{name}" for name in FORMATS]
     return [
         *(Target(f"export {place.name}", place, files(place, "*"), imported) for place in exports),
-        Target("pushed", pushed, files(pushed, "[!Rw]*", "weights*"), imported),
+        Target("pushed", pushed, files(pushed, "*.safetensors", "[mcp]*.json"), imported),
         Target("browser's index", browsed, files(browsed, "browser.sqlite*"), indexed),
         Target("run in the browser", at / "run", files(at / "run", *read), indexed),
     ]

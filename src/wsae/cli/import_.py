@@ -35,6 +35,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
     from wsae.core.artifact import MANIFEST
     from wsae.core.errors import UserError
     from wsae.interop.convert import load, save_native
+    from wsae.interop.target import begun
 
     loaded = load(flags.path, flags.format)
     if loaded.format == "wsae":
@@ -46,7 +47,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
         "provenance": loaded.about.to_dict(),
         "new": True,
     }
-    if (flags.out / MANIFEST).is_file() and not flags.force:
+    if (flags.out / MANIFEST).is_file() and not flags.force and not begun(flags.out, "sae"):
         there = load(flags.out)
         if there.format == "wsae" and _equal(there, loaded):
             return {**result, "new": False}

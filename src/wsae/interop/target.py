@@ -16,7 +16,7 @@ _UNFINISHED = ".unfinished-"
 
 def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
     """Whether `out` holds, whole, the artifact that would be written from these inputs."""
-    if not (out / MANIFEST).is_file():
+    if not (out / MANIFEST).is_file() or begun(out, kind):
         return False
     data = read_json(out / MANIFEST)
     if not isinstance(data, dict) or data.get("kind") != kind or data.get("inputs") != inputs:
@@ -30,7 +30,7 @@ def free(out: Path, kind: str, force: bool) -> None:
 
     It may where nothing is, where the same kind was begun and not finished, and over one of the same kind with `force`.
     """
-    if not _others(out) or _mark(out, kind).exists():
+    if not _others(out) or begun(out, kind):
         return
     data = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
     if not isinstance(data, dict) or data.get("kind") != kind:
@@ -68,6 +68,11 @@ def unfinished(out: Path, kind: str) -> Iterator[None]:
         mark.unlink()
     except OSError as error:
         raise as_user_error(error, out) from error
+
+
+def begun(out: Path, kind: str) -> bool:
+    """Whether an artifact of this kind was begun in a folder and not finished."""
+    return _mark(out, kind).exists()
 
 
 def _mark(out: Path, kind: str) -> Path:
