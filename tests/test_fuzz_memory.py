@@ -43,8 +43,8 @@ def zipped(path: Path, method: int, **entries: bytes) -> Path:
     return path
 
 
-def safetensors(path: Path) -> Path:
-    header = b'{"x":{"dtype":"F32","shape":[%d,4],"data_offsets":[0,%d]}}' % (HUGE, 16 * HUGE)
+def safetensors(path: Path, shape: tuple[int, int] = (HUGE, 4), end: int = 16 * HUGE) -> Path:
+    header = b'{"x":{"dtype":"F32","shape":[%d,%d],"data_offsets":[0,%d]}}' % (*shape, end)
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
     return path
 
@@ -97,6 +97,8 @@ CASES = {
     "npy of truths": (lambda d: write(d / "x.npy", npy("(True, 4)")), open_source),
     "npy of a header cut": (lambda d: write(d / "x.npy", npy("(2, 4")), open_source),
     "npy of objects": (lambda d: write(d / "x.npy", npy("(1, 1)", "'|O'", b"cos\nsystem\n")), open_source),
+    "npy of no rows, each of 2^62": (lambda d: write(d / "x.npy", npy(f"(0, {1 << 62})")), open_source),
+    "safetensors of no rows, each of 2^62": (lambda d: safetensors(d / "x.safetensors", (0, 1 << 62), 0), open_source),
     "npy of nothing": (lambda d: write(d / "x.npy", npy(f"({HUGE}, 4)", "'|S0'")), open_source),
     "npy that is a zip": (lambda d: zipped(d / "x.npy", zipfile.ZIP_STORED, x=npy("(1, 1)")), open_source),
     "npz of 2^40 images": (lambda d: zipped(d / "x.npz", 0, images=npy(pixels(HUGE), "'|u1'")), images),

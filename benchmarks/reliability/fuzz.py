@@ -1,6 +1,6 @@
 """The long form of the fuzz tests: changed files into every reader, words into the command line.
 
-    python -m benchmarks.reliability.fuzz [--seconds 600] [--seed 0] [--out fuzz.json] [--only NAME]
+    python -m benchmarks.reliability.fuzz [--seconds 600] [--seed 0] [--out fuzz.json] [--only NAME ...]
 
 Every reader (`readers.py`) gets sound files with one to four changes (`mutate.py`) in a process of its own, whose
 address space is bounded by what it held before and ROOM, and in which one file may take SLOW seconds of processor time.
@@ -57,18 +57,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="of processor time, for all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="", help="the readers whose name has this in it")
+    names = [reader.name for reader in READERS] + ["command line"]
+    parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="NAME")
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     jobs: dict[str, Callable[[Path, int], str]] = {
-        reader.name: file_job(reader) for reader in READERS if args.only in reader.name
+        reader.name: file_job(reader) for reader in READERS if reader.name in args.only
     }
-    if args.only in "command line":
+    if "command line" in args.only:
         jobs["command line"] = words_job()
     found: dict[str, dict[str, Any]] = {}
     for name, job in jobs.items():
         found[name] = run(job, args.seconds / len(jobs), args.seed)
-        print(f"{name}: {found[name]['outcomes']}", file=sys.stderr)
+        print(name, found[name]["outcomes"], *found[name]["wrong"], sep="\n  ", file=sys.stderr)
     total: Counter[str] = sum((Counter(one["outcomes"]) for one in found.values()), Counter())
     wrong = sum(len(one["wrong"]) for one in found.values())
     write(

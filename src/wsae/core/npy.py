@@ -132,7 +132,9 @@ def _header(file: IO[bytes] | zipfile.ZipExtFile, where: str) -> Header:
         if dtype.hasobject:
             raise ValueError("Python objects, which only a pickle can hold; save numbers")
         header = Header(shape, bool(fortran), dtype, file.tell())
-        if header.bytes >= 1 << 63 or max(shape, default=0) >= 1 << 63:
+        if (
+            math.prod(n for n in shape if n) * dtype.itemsize >= 1 << 63
+        ):  # as numpy counts, (0, 2^62) too
             raise ValueError(f"shape {shape}")
     except OSError:
         raise

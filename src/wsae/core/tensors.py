@@ -1,6 +1,7 @@
 """Tensors on disk: safetensors only, written atomically, read whole or memory-mapped by rows."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,12 @@ def _locate(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:
             item = np.dtype(_NUMPY[dtype]).itemsize
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: no readable tensor {name!r} in it ({error})") from error
-    count = int(np.prod(shape, dtype=object)) if shape else 1
+    count = math.prod(shape)
     if (
         min(shape, default=0) < 0
         or end - begin != count * item
         or begin < 0
+        or math.prod(n for n in shape if n) * item >= 1 << 63  # as numpy counts, (0, 2^62) too
         or 8 + length + end > size
     ):
         raise UserError(f"{path}: tensor {name!r} does not fit its file (cut or altered)")
