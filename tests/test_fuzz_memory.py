@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from benchmarks.reliability.mutate import mutated
+from benchmarks.reliability.readers import READERS
+
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import open_source
@@ -70,6 +74,13 @@ def picture_bomb(path: Path) -> Path:
         chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
     )
     (path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    return path
+
+
+def damaged_statistics(path: Path) -> Path:
+    """A table whose description of a column makes Arrow itself end the process (mutation 3337 of a sound one)."""
+    reader = next(r for r in READERS if r.name == "images.parquet")
+    path.write_bytes(mutated(reader.seeds()[1], 3337))
     return path
 
 
@@ -179,6 +190,45 @@ def test_an_array_packed_or_not_is_the_one_that_was_saved(tmp_path) -> None:
         found = open_images(ImagesConfig(path=str(tmp_path / "x.npz")))
         assert (found.images(np.arange(4))[:, 0].numpy() == pictures).all()
         assert (found.names, found.labels.tolist()) == (tuple("abcd"), [0, 1, 2, 3])
+
+
+def test_a_chunk_that_claims_gigabytes_takes_no_memory(tmp_path, little_room) -> None:
+    """Its pixels are all there, so that Pillow reads on to the chunk's end."""
+    whole = png(tmp_path / "p" / "x.png")
+    data = whole.read_bytes()
+    at = data.index(b"IDAT")
+    whole.write_bytes(data[: at - 4] + struct.pack(">I", 0xFFFFFFFF) + data[at:])
+    little_room()
+    assert images(tmp_path / "p").sum() == 0
+
+
+READ = """
+import sys
+from wsae.acts.images.config import ImagesConfig
+from wsae.acts.images.sets import open_images
+from wsae.core.errors import UserError
+import pyarrow.parquet as pq
+if sys.argv[2] == "wsae":
+    try:
+        open_images(ImagesConfig(path=sys.argv[1])).image(0)
+    except UserError:
+        pass
+else:
+    pq.ParquetFile(sys.argv[1]).metadata.row_group(0).column(0)
+"""
+
+
+def test_a_table_that_ends_arrows_process_does_not_end_ours(tmp_path) -> None:
+    path = damaged_statistics(tmp_path / "images.parquet")
+    ends = {
+        who: subprocess.run(
+            [sys.executable, "-c", READ, str(path), who], capture_output=True, check=False
+        ).returncode
+        for who in ("arrow", "wsae")
+    }
+    if ends["arrow"] == 0:
+        pytest.skip("this Arrow reads what it once died of, or wrote the sound table otherwise")
+    assert ends["wsae"] == 0
 
 
 # ---- places outside

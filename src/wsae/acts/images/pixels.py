@@ -68,8 +68,9 @@ def decoded(source: bytes | Path, where: str, index: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice about odd but readable files
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(opened, formats=_formats()) as image:
+            data = source if isinstance(source, bytes) else source.read_bytes()
+            # from memory: of a file Pillow would ask for as many bytes as a damaged header says, at once
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 return as_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
