@@ -219,6 +219,18 @@ def test_torch_files_hold_plain_tensors_that_fit_into_them(tmp_path):
     refused(path, "a pickle of")
 
 
+def test_a_torch_file_is_a_zip_from_its_first_byte(tmp_path):
+    """torch.load takes anything else for its old format: a bare pickle, past every check of the zip behind it."""
+    path = tmp_path / "ae.pt"
+    save_state(path, {"b_dec": torch.ones(2)})
+    whole = path.read_bytes()
+    torch.save({"b_dec": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes() + whole)
+    assert zipfile.is_zipfile(path)
+    assert torch.load(path, weights_only=True)["b_dec"].sum() == 0
+    refused(path, "does not begin with an entry")
+
+
 def test_damaged_torch_files_are_refused_or_read_as_they_are(tmp_path):
     """Every byte flipped: one line, or a state dict; never another exception."""
     path = tmp_path / "ae.pt"

@@ -15,6 +15,7 @@ from torch import Tensor
 from wsae.core.artifact import writing
 from wsae.core.errors import UserError
 
+_MAGIC = b"PK\x03\x04"
 MAX_PICKLE = 2**20
 """Bytes of the pickle that names the tensors; an SAE's has about one thousand."""
 
@@ -32,6 +33,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         KeyError,
         TypeError,
         AttributeError,
+        AssertionError,
         IndexError,
         OSError,
     ) as error:  # fmt: skip  (what a damaged or hostile file makes the reader say)
@@ -55,7 +57,11 @@ def save_state(path: Path, state: dict[str, Tensor]) -> None:
 def _check_zip(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        begins = file.read(len(_MAGIC)) == _MAGIC
     try:
+        if not begins:  # a zip may begin anywhere, but torch.load takes such a file for its old format, a bare pickle
+            raise zipfile.BadZipFile("does not begin with an entry")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
