@@ -260,6 +260,21 @@ def test_what_is_written_is_what_safetensors_reads(
 BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 
 
+def test_tensors_whose_values_lie_elsewhere_are_written_as_they_look(tmp_path: Path) -> None:
+    x = torch.arange(24.0).reshape(4, 6)
+    views = {
+        "row": x[2],
+        "columns": x[:, ::2],
+        "expanded": torch.tensor(3).expand(1),
+        "repeated": torch.tensor(3.0).expand(2, 3),
+        "one of many": x[1, 4],
+        "none of many": x[:0],
+    }
+    save_tensors(tmp_path / "x.safetensors", views)
+    found = load_tensors(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[name], view) for name, view in views.items())
+
+
 def test_tensors_killed_while_written_leave_one_file_that_the_next_write_removes(
     tmp_path: Path,
 ) -> None:

@@ -58,7 +58,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with writing(path) as temporary, temporary.open("wb") as file:
         file.write(len(told).to_bytes(8, "little") + told)
         for tensor in ordered.values():
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = tensor.contiguous().as_strided(
+                (tensor.numel(),), (1,)
+            )  # of one value any stride is contiguous
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
