@@ -111,6 +111,8 @@ def _mendable(error: Exception) -> UserError | None:
     path = Path(str(error.filename))
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such file or directory")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{str(path)[:60]}...: a longer name than this system has; shorten it")
     mended = as_user_error(error, path)
     return mended if isinstance(mended, UserError) else None
 
