@@ -302,3 +302,10 @@ def test_a_missing_extra_is_one_line_that_names_it(module, extra, capsys):
     name = {"PIL": "pillow", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
     needs = project["optional-dependencies"][extra]
     assert any(need.startswith(name.get(module, module)) for need in needs)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "serve", "interpret", "compare"])
+def test_a_name_longer_than_the_system_has_is_one_line(command: str, capsys) -> None:
+    assert main([command, "9" * 400]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a longer name than this system has" in line
