@@ -306,6 +306,6 @@ def test_a_missing_extra_is_one_line_that_names_it(module, extra, capsys):
 
 @pytest.mark.parametrize("command", ["evaluate", "report", "serve", "interpret", "compare"])
 def test_a_name_longer_than_the_system_has_is_one_line(command: str, capsys) -> None:
-    assert main([command, "9" * 400]) == 2
+    assert main.main([command, "9" * 400]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "a longer name than this system has" in line
