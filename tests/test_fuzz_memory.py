@@ -60,8 +60,8 @@ def idx(path: Path, *shape: int, body: bytes = b"") -> Path:
     return path
 
 
-def picture_bomb(path: Path) -> Path:
-    """A PNG of 50,000 x 50,000 pixels, in a few kilobytes."""
+def picture_bomb(path: Path, side: int = 50_000) -> Path:
+    """A PNG of so many pixels squared, in a few kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -69,7 +69,7 @@ def picture_bomb(path: Path) -> Path:
         )
 
     path.mkdir(exist_ok=True)
-    head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = (
         chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
     )
@@ -190,6 +190,15 @@ def test_an_array_packed_or_not_is_the_one_that_was_saved(tmp_path) -> None:
         found = open_images(ImagesConfig(path=str(tmp_path / "x.npz")))
         assert (found.images(np.arange(4))[:, 0].numpy() == pictures).all()
         assert (found.names, found.labels.tolist()) == (tuple("abcd"), [0, 1, 2, 3])
+
+
+def test_many_pixels_of_few_bytes_are_refused_below_pillows_own_limit(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"25,000,000 pixels out of [\d,]+ bytes"):
+        images(picture_bomb(tmp_path / "p", 5_000))
+    with pytest.raises(
+        UserError, match="truncated"
+    ):  # 4,000: Pillow's own word for what is not there
+        images(picture_bomb(tmp_path / "p", 4_000))
 
 
 def test_a_chunk_that_claims_gigabytes_takes_no_memory(tmp_path, little_room) -> None:

@@ -18,6 +18,8 @@ from wsae.core.errors import UserError
 _FILTERS = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _TOP = 65_535
+_PLAIN_PIXELS, _MOST_PER_BYTE = 1 << 24, 1000
+"""More pixels than the first are refused where there are more than the second for each byte of the file."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is read, by content whatever a file is called: Pillow knows more, and runs a program for some (PostScript)."""
 
@@ -60,7 +62,8 @@ def decoded(source: bytes | Path, where: str, index: int) -> Image.Image:
     """Return an image in mode RGB, upright; raises ImageError for one that is missing, damaged, cut or far too large.
 
     Alpha lies over white, 16 bits lose their lower byte, and EXIF orientation is obeyed. Pillow's limit against
-    decompression bombs stands; only `FORMATS` are read, and only from regular files.
+    decompression bombs stands, with a lower one for files that are nearly empty; only `FORMATS` are read, and only
+    from regular files.
     """
     if isinstance(source, Path) and source.exists() and not source.is_file():
         raise ImageError(f"{where}: cannot be read (not a regular file)", index)
@@ -71,6 +74,9 @@ def decoded(source: bytes | Path, where: str, index: int) -> Image.Image:
             data = source if isinstance(source, bytes) else source.read_bytes()
             # from memory: of a file Pillow would ask for as many bytes as a damaged header says, at once
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                pixels = image.width * image.height
+                if pixels > _PLAIN_PIXELS and pixels > _MOST_PER_BYTE * len(data):
+                    raise ValueError(f"{pixels:,} pixels out of {len(data):,} bytes")
                 return as_rgb(ImageOps.exif_transpose(image))
     except MemoryError:
         raise
