@@ -17,6 +17,7 @@ from test_interop_roundtrip import make, same_bits
 from wsae import SparseAutoencoder, UserError
 from wsae.acts.source import open_source
 from wsae.cli.main import main
+from wsae.core.artifact import locked
 from wsae.core.hub import HubPlace, hub_errors, hub_place
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
@@ -155,6 +156,17 @@ def test_the_same_command_goes_on_after_one_that_was_cut_off(
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert "is not empty and holds no wsae" in failed(capsys, words)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["export", "push"])
+def test_a_second_process_in_the_same_folder_is_refused(run, tmp_path, capsys, command):
+    words = {
+        "export": ["export", str(run), "--format", "saelens"],
+        "push": ["push", str(run), "a/b", "--dry-run"],
+    }[command] + ["--member", "plain", "--out", str(tmp_path / "out")]
+    with locked(tmp_path / "out"):
+        assert "another wsae process is writing here" in failed(capsys, words)
+    told(capsys, words)
 
 
 def test_all_members_and_the_ones_left_out(run, tmp_path, capsys):

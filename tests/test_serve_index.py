@@ -1,6 +1,7 @@
 """The browser's index: it says what the run's files say, computed another way; it is whole or not there."""
 
 import contextlib
+import errno
 import os
 import signal
 import sqlite3
@@ -35,7 +36,7 @@ from wsae.serve import geometry, schema, unembed
 from wsae.serve.config import IndexConfig
 from wsae.serve.histogram import bin_of
 from wsae.serve.index import Index
-from wsae.serve.open import ensure_index, is_current, seal_of
+from wsae.serve.open import alone, ensure_index, is_current, seal_of
 
 CFG = IndexConfig(neighbours=5, logits=4)
 
@@ -329,6 +330,25 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path: Path):
     assert "the disk is full" in done.stderr.splitlines()[-1]
     assert not [p for p in run.iterdir() if p.name.startswith(schema.NAME) or p.suffix == ".tmp"]
     assert ensure_index(run, None, CFG)[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "cannot write here")]
+)
+def test_what_sqlite_keeps_to_itself_is_asked_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+):
+    """SQLite says "disk I/O error" of a full disk and of one that has turned read-only."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+
+    def refused(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(UserError, match=words), alone(tmp_path / "x.sqlite"):
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == [".x.sqlite.lock"]
 
 
 def test_collected_contexts_and_histograms_against_a_dense_pass(tmp_path: Path):
