@@ -227,6 +227,7 @@ DTYPES = st.sampled_from(
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
     ]
 )
+BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
 
 
@@ -255,9 +256,6 @@ def test_what_is_written_is_what_safetensors_reads(
     for entry in json.loads(data[8:start]).values():
         size = torch.empty(0, dtype=BY_NAME[entry["dtype"]]).element_size()
         assert entry["data_offsets"][0] % size == 0, "so that a map of the file is aligned"
-
-
-BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def test_tensors_whose_values_lie_elsewhere_are_written_as_they_look(tmp_path: Path) -> None:

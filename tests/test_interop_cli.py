@@ -158,6 +158,16 @@ def test_the_same_command_goes_on_after_one_that_was_cut_off(
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+def test_a_push_writes_over_a_push_and_over_no_run(run, tmp_path, capsys):
+    words = ["push", str(run), "a/b", "--member", "plain", "--dry-run", "--out"]
+    told(capsys, [*words, str(tmp_path / "out")])
+    told(capsys, [*words, str(tmp_path / "out")])
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "wsae.json").write_text("{}")
+    assert "holds no wsae sae" in failed(capsys, [*words, str(tmp_path / "run")])
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("command", ["export", "push"])
 def test_a_second_process_in_the_same_folder_is_refused(run, tmp_path, capsys, command):
     words = {

@@ -132,9 +132,9 @@ def _header(file: IO[bytes] | zipfile.ZipExtFile, where: str) -> Header:
         if dtype.hasobject:
             raise ValueError("Python objects, which only a pickle can hold; save numbers")
         header = Header(shape, bool(fortran), dtype, file.tell())
-        if (
-            math.prod(n for n in shape if n) * dtype.itemsize >= 1 << 63
-        ):  # as numpy counts, (0, 2^62) too
+        # as numpy counts: a shape of (0, 2^62) is too large as well
+        largest = math.prod(n for n in shape if n) * dtype.itemsize
+        if largest >= 1 << 63:
             raise ValueError(f"shape {shape}")
     except OSError:
         raise

@@ -58,9 +58,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with writing(path) as temporary, temporary.open("wb") as file:
         file.write(len(told).to_bytes(8, "little") + told)
         for tensor in ordered.values():
-            flat = tensor.contiguous().as_strided(
-                (tensor.numel(),), (1,)
-            )  # of one value any stride is contiguous
+            # one stride for all: a contiguous tensor of a single value may have any
+            flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
             file.write(flat.view(torch.uint8).numpy().data)
 
 

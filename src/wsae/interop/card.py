@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import Manifest, read_manifest, write_json, write_text
+from wsae.core.artifact import MANIFEST, Manifest, read_manifest, write_json, write_text
 from wsae.core.version import __version__
 from wsae.interop.config import INDEX, Provenance
 from wsae.interop.convert import write_native
@@ -35,13 +35,15 @@ def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
     """
     if not (out / INDEX).is_file():
         free(out, "hub folder", force=False)
+    elif (out / MANIFEST).is_file():
+        free(out, "sae", force=True)  # a lone SAE of a former push; nothing else is written over
     with replacing(out, "hub folder"):
         manifests, abouts = _saes(chosen, out)
         write_text(out / CARD, card(repo, manifests, abouts))
         write_json(out / INDEX, _index(manifests))
     files = [INDEX, CARD]
     for name, manifest in manifests.items():
-        files += [str(Path(name) / file) for file in (*manifest.files, "manifest.json")]
+        files += [str(Path(name) / file) for file in (*manifest.files, MANIFEST)]
     return files
 
 

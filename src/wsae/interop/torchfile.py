@@ -57,9 +57,9 @@ def save_state(path: Path, state: dict[str, Tensor]) -> None:
 def _check_zip(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    with path.open("rb") as file:
-        begins = file.read(len(_MAGIC)) == _MAGIC
     try:
+        with path.open("rb") as file:
+            begins = file.read(len(_MAGIC)) == _MAGIC
         if not begins:  # a zip may begin anywhere, but torch.load takes such a file for its old format, a bare pickle
             raise zipfile.BadZipFile("does not begin with an entry")
         with zipfile.ZipFile(path) as archive:
