@@ -1,5 +1,6 @@
 """Artifacts are whole or refused; seeds and permutations are what they claim."""
 
+import contextlib
 import json
 import os
 import signal
@@ -219,6 +220,21 @@ def test_mapped_rows_equal_the_whole_tensor(tmp_path: Path, dtype: torch.dtype) 
     index = np.array([3, 49, 0, 3])
     assert torch.equal(mapped.rows(index), x[torch.from_numpy(index)].float())
     assert torch.equal(load_tensors(tmp_path / "t.safetensors")["x"], x)
+
+
+def test_every_flipped_bit_of_a_sealed_file_is_found(tmp_path: Path) -> None:
+    """The key of the checksum itself included: a file that has lost it is not one of before there were checksums."""
+    path = tmp_path / "x.json"
+    write_json(path, seal({"key": "a", "beta": [0.25]}))
+    whole, value = path.read_bytes(), read_sealed(path)
+    assert value == {"key": "a", "beta": [0.25]}
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with contextlib.suppress(UserError):
+            assert read_sealed(path) == value
+            assert json.loads(data) == json.loads(whole), f"bit {bit} changed more than white space"
 
 
 DTYPES = st.sampled_from(

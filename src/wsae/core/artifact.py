@@ -152,15 +152,19 @@ def seal(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what `seal` made, without the checksum; raises UserError when the file is missing, damaged or altered.
-
-    A file of before there were seals has none and is read as it is; no single change of a sealed one looks like that.
-    """
-    return unsealed(read_json(path), path)
+    """Read what `seal` made, without the checksum; raises UserError when the file is missing, damaged or altered."""
+    value = read_json(path)
+    if isinstance(value, dict) and SEAL not in value:
+        raise UserError(f"{path}: altered, it has no checksum; remove it and make it again")
+    return unsealed(value, path)
 
 
 def unsealed(value: Any, path: Path) -> dict[str, Any]:
-    """Return a sealed object without its checksum; raises UserError naming `path` when they do not fit."""
+    """Return a sealed object without its checksum; raises UserError naming `path` when they do not fit.
+
+    One without a checksum is taken as it is: a manifest of before there were any, whose keys are all known, so that
+    no altered name of the checksum's key looks like that.
+    """
     if not isinstance(value, dict):
         raise UserError(f"{path}: damaged, a {type(value).__name__} where an object belongs")
     rest = {key: item for key, item in value.items() if key != SEAL}
