@@ -184,6 +184,11 @@ def test_a_second_process_is_refused_the_directory(tmp_path: Path) -> None:
         pass
 
 
+def test_a_message_is_one_line_of_what_prints_whatever_a_file_puts_into_it() -> None:
+    told = str(UserError("x: no array (it has: a\nb\t\x1b[31m\u202e\udcffé\u2028)"))
+    assert told == "x: no array (it has: a b \\x1b[31m\\u202e\\udcffé )"
+
+
 def test_unknown_keys_suggest_the_nearest_and_wrong_values_are_named() -> None:
     with pytest.raises(UserError, match=r"unknown key 'inner\.bandwith' \(nearest: bandwidth"):
         Outer.parse({"inner": {"bandwith": 1.0}})

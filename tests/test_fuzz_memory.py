@@ -132,6 +132,7 @@ CASES = {
     "safetensors of 2^40 rows": (lambda d: safetensors(d / "x.safetensors"), open_source),
     "safetensors of 2^40 rows, whole": (lambda d: safetensors(d / "x.safetensors"), load_tensors),
     "picture bomb": (lambda d: picture_bomb(d / "p"), images),
+    "npz whose names have lines": (lambda d: zipped(d / "x.npz", 0, **{"a\nb\x1b[2J": ONE}), images),
     "PostScript called PNG": (lambda d: write(d / "p" / "x.png", POSTSCRIPT).parent, images),
 }  # fmt: skip
 

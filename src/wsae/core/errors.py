@@ -7,7 +7,20 @@ from os import PathLike
 
 
 class UserError(ValueError):
-    """Bad input: the message names the value, the place and the mend, in one line."""
+    """Bad input: the message names the value, the place and the mend, in one line.
+
+    What a stranger's file puts into it cannot break the line or steer a terminal: white space becomes a space, other
+    characters that do not print are spelled out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(map(_shown, message)))
+
+
+def _shown(char: str) -> str:
+    if char.isprintable():
+        return char
+    return " " if char.isspace() else ascii(char)[1:-1]
 
 
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
