@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wsae.core.artifact import write_json, write_manifest, write_text
+from wsae.core.artifact import write_manifest
+from wsae.core.files import write_json, write_text
 from wsae.core.tensors import save_tensors
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.serve import build

@@ -9,7 +9,8 @@ import torch
 
 from wsae.acts.source import Chunk
 from wsae.acts.tokens import TokenTable
-from wsae.core.artifact import digest, write_json, write_manifest
+from wsae.core.artifact import write_manifest
+from wsae.core.files import digest, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import ContextConfig, InterpretConfig
 from wsae.evals.autointerp.llm.config import LlmConfig

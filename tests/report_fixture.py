@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from report_text import HOSTILE, Shape, top_contexts
-from wsae.core.artifact import write_json, write_manifest, write_text
+from wsae.core.artifact import write_manifest
+from wsae.core.files import write_json, write_text
 from wsae.core.tensors import save_tensors
 
 MEMBERS = {"plain": 0.0, "variance-a1": 1.0, "variance-a0.5": 0.5}

@@ -15,7 +15,8 @@ import torch
 from acts_models import make_model
 from report_fixture import MEMBERS, NEW_LATENT, write_interpretation, write_run
 from report_text import Shape
-from wsae.core.artifact import read_json, read_manifest, write_json, write_manifest, write_text
+from wsae.core.artifact import read_manifest, write_manifest
+from wsae.core.files import read_json, write_json, write_text
 from wsae.core.tensors import load_tensors
 from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig

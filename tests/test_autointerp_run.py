@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from interpret_world import CFG, D_IN, HOOK, TOPICS, BagEncoder, KeywordLlm, Text, write_planted_run
-from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 from wsae.evals.autointerp.agreement import agreement, rank_correlation, spearman
 from wsae.evals.autointerp.config import InterpretConfig
 from wsae.evals.autointerp.glossary import SCORES, glossary

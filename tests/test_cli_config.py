@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsae.cli import flagfile, flags, main, runner, table
-from wsae.core.artifact import read_json
 from wsae.core.config import Config
 from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 from wsae.train.metrics import read_json_lines
 
 COMMANDS = {command.name: runner.load(command).Flags for command in table.COMMANDS}

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 from acts_models import make_model, make_text, make_tokenizer
 from wsae.cli import interpret
 from wsae.cli.main import main
-from wsae.core.artifact import read_json
+from wsae.core.files import read_json
 from wsae.evals.autointerp.config import InterpretConfig
 
 HOOK = "layers.1"

@@ -16,18 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from wsae.core.artifact import (
-    MANIFEST,
-    locked,
-    read_manifest,
-    read_sealed,
-    seal,
-    write_json,
-    write_manifest,
-    writing,
-)
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError
+from wsae.core.files import locked, read_sealed, seal, write_json, writing
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import _NAMES, MappedTensor, load_tensors, save_tensors
 
@@ -141,7 +133,7 @@ def test_a_full_disk_is_one_clear_line() -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")
-    from wsae.core.artifact import as_user_error
+    from wsae.core.files import as_user_error
 
     def write() -> None:
         with full.open("wb", buffering=0) as file:

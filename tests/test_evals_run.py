@@ -12,8 +12,9 @@ from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
 from wsae.acts.language import load_language
 from wsae.acts.source import ArraySource, StoreSource
-from wsae.core.artifact import read_json, read_manifest
+from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
 from wsae.evals.assemble import evaluate_families
 from wsae.evals.compare import compare

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wsae.core.artifact import seal
 from wsae.core.errors import UserError
+from wsae.core.files import seal
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.reliability.mutate import mutated

@@ -22,8 +22,9 @@ from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import open_source
 from wsae.cli.plan import read_vector
-from wsae.core.artifact import contained, read_json, write_manifest
+from wsae.core.artifact import contained, write_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 from wsae.core.npy import MOST_TIMES, PLAIN_UNPACKED, check_unpacked
 from wsae.core.tensors import load_tensors
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK

@@ -17,7 +17,7 @@ from test_interop_roundtrip import make, same_bits
 from wsae import SparseAutoencoder, UserError
 from wsae.acts.source import open_source
 from wsae.cli.main import main
-from wsae.core.artifact import locked
+from wsae.core.files import locked
 from wsae.core.hub import HubPlace, hub_errors, hub_place
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
@@ -137,7 +137,7 @@ def test_the_same_command_goes_on_after_one_that_was_cut_off(
                 raise OSError(errno.ENOSPC, "no space")
             return replace(path, process)
 
-        monkeypatch.setattr("wsae.core.artifact.os.replace", full)
+        monkeypatch.setattr("wsae.core.files.os.replace", full)
         assert "the disk is full" in failed(capsys, words)
         monkeypatch.undo()
         assert len([p for p in out.iterdir() if not p.name.startswith(".")]) <= at

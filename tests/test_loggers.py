@@ -19,8 +19,8 @@ from test_train_parallel import a_world_of_one
 from test_vision_pretrain import config as vision_config
 from test_vision_pretrain import stripes
 from wsae.cli import main
-from wsae.core.artifact import read_json
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 from wsae.train.loggers import Logger, mirror, mirrored, tensorboard, wandb
 from wsae.train.loggers.config import WandbConfig
 from wsae.train.loggers.events import records

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wsae.core.artifact import unsealed
 from wsae.core.errors import UserError
+from wsae.core.files import unsealed
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.reliability import corruption, targets

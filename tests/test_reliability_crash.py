@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from wsae.acts.source import ArraySource
-from wsae.core.artifact import locked, writing
 from wsae.core.errors import UserError
+from wsae.core.files import locked, writing
 from wsae.sae import TopK
 from wsae.train import directory
 from wsae.train.config import MemberConfig, TrainConfig
@@ -117,7 +117,7 @@ def test_a_directory_removed_while_its_lock_was_waited_for_is_locked_anew(
         calls.append(args)
         flock(*args)
 
-    monkeypatch.setattr("wsae.core.artifact.fcntl.flock", removed_first)
+    monkeypatch.setattr("wsae.core.files.fcntl.flock", removed_first)
     with locked(out):
         assert len(calls) == 2
         assert (out / ".lock").exists()

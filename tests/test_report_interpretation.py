@@ -14,8 +14,9 @@ from report_fixture import (
     write_interpretation,
     write_run,
 )
-from wsae.core.artifact import write_json, write_manifest
+from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.report.html import pack_contexts, write_report
 from wsae.report.interpretation import interpretation_view
 from wsae.report.rundata import read_run

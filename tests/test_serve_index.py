@@ -27,8 +27,9 @@ from serve_world import (
     tiny_model,
     write_world,
 )
-from wsae.core.artifact import read_sealed, record, seal, write_json
+from wsae.core.artifact import record
 from wsae.core.errors import UserError
+from wsae.core.files import read_sealed, seal, write_json
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.sae import SparseAutoencoder

@@ -16,8 +16,9 @@ from torch import Tensor
 from halting import Halting as Interrupted
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.acts.tally import Tally
-from wsae.core.artifact import write_json, write_manifest
+from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.core.tensors import MappedTensor, save_tensors
 from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from test_train_parallel import features, free_port, run_ranks
 from wsae.acts.source import open_source
-from wsae.core.artifact import read_json
+from wsae.core.files import read_json
 from wsae.train.checkpoint import checkpoints
 from wsae.train.config import TrainConfig
 from wsae.train.parallel import loop

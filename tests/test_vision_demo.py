@@ -12,8 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from wsae.cli.main import main
-from wsae.core.artifact import read_json, read_manifest, write_json, write_manifest
+from wsae.core.artifact import read_manifest, write_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import read_json, write_json
 from wsae.experiments.vision import demo
 from wsae.report.rundata import read_run
 from wsae.vision.config import preset

@@ -89,7 +89,7 @@ def _train_config(path: Path) -> Any:
 
 
 def _sealed(path: Path) -> Any:
-    from wsae.core.artifact import read_sealed
+    from wsae.core.files import read_sealed
 
     return read_sealed(path)
 
@@ -233,7 +233,7 @@ def _settings() -> list[bytes]:
 
 
 def _objects() -> list[bytes]:
-    from wsae.core.artifact import seal
+    from wsae.core.files import seal
 
     train = {"members": [{"d_sae": 8, "label": "plain"}], "tokens": 100}
     return [json.dumps(value).encode() for value in (train, seal(train), {"a": [1, {"b": None}]})]
@@ -241,7 +241,7 @@ def _objects() -> list[bytes]:
 
 def _manifests() -> list[bytes]:
     """Sound manifests of empty artifacts: a fuzzer that knows JSON changes them and seals them again."""
-    from wsae.core.artifact import seal
+    from wsae.core.files import seal
 
     about: dict[str, dict[str, Any]] = {
         "store": {"hooks": {"h": 4}, "rows": {"train": 0, "heldout": 0}, "shard_rows": {"train": [], "heldout": []}},

@@ -345,8 +345,8 @@ def _vision(at: Path) -> list[Target]:
 
 def _answers(at: Path) -> Target:
     """Answers of a language model: a damaged one is asked again, and named."""
-    from wsae.core.artifact import digest
     from wsae.core.errors import UserError
+    from wsae.core.files import digest
     from wsae.evals.autointerp.llm.cache import Cache
     from wsae.evals.autointerp.llm.types import Answer, Token
 

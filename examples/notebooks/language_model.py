@@ -22,7 +22,7 @@ import wsae
 from wsae.acts.config import HarvestConfig
 from wsae.acts.harvest import harvest
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import read_json
+from wsae.core.files import read_json
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.train.config import TrainConfig

@@ -24,7 +24,7 @@ from wsae.acts.images.harvest import harvest_images
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import StoreSource
 from wsae.api import Member
-from wsae.core.artifact import read_json
+from wsae.core.files import read_json
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.classes.labels import labels_of
 from wsae.evals.classes.run import score_run

@@ -15,8 +15,8 @@ from torch import Tensor
 from wsae.acts.images.labels import MOST_CLASSES
 from wsae.acts.stream import Batch, Chunk, ShuffledStream, State
 from wsae.acts.tally import SourceStats, Tally
-from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError
+from wsae.core.files import digest, sha256_file
 from wsae.core.npy import mapped_npy
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for

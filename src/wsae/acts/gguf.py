@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wsae.core.artifact import sha256_file
 from wsae.core.errors import UserError
+from wsae.core.files import sha256_file
 from wsae.core.hub import quiet_hub
 
 _log = logging.getLogger(__name__)

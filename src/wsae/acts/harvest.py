@@ -20,8 +20,9 @@ from wsae.acts.tally import Tally
 from wsae.acts.text import documents
 from wsae.acts.text import fingerprint as text_fingerprint
 from wsae.acts.writing import Feed, SplitWriter, finish, outlier_dims, skipped, unfinished
-from wsae.core.artifact import MANIFEST, read_manifest, write_json
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import load_tensors
 

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from wsae.acts import gguf
-from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError
+from wsae.core.files import digest, sha256_file
 from wsae.core.hub import hub_reachable, quiet_hub
 
 BUILTIN = ("builtin", "smollm2")

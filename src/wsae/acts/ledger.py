@@ -7,17 +7,10 @@ from typing import Any
 
 from wsae.acts.packing import Position
 from wsae.acts.tally import Tally
-from wsae.core.artifact import (
-    MANIFEST,
-    FileRecord,
-    check_file,
-    read_sealed,
-    record,
-    seal,
-    write_json,
-)
+from wsae.core.artifact import MANIFEST, FileRecord, check_file, record
 from wsae.core.config import Config
 from wsae.core.errors import UserError
+from wsae.core.files import read_sealed, seal, write_json
 from wsae.core.tensors import load_tensors, save_tensors
 
 PROGRESS = "progress.json"

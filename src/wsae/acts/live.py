@@ -22,8 +22,8 @@ from wsae.acts.stream import Batch, Chunk, State, check_batch_size, position, re
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import fingerprint
 from wsae.acts.tokens import TokenTable
-from wsae.core.artifact import digest
 from wsae.core.errors import UserError
+from wsae.core.files import digest
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for

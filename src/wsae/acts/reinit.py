@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from wsae.acts.language import LanguageModel
-from wsae.core.artifact import digest
+from wsae.core.files import digest
 
 
 def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:

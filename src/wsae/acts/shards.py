@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wsae.acts.flow import Step
-from wsae.core.artifact import FileRecord, record, writing
+from wsae.core.artifact import FileRecord, record
 from wsae.core.errors import UserError
+from wsae.core.files import writing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32"}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.tokens import TokenTable, likely_ends
-from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, nearest, understood
+from wsae.core.files import read_json
 from wsae.core.tensors import MappedTensor, load_tensors
 
 IMAGES = "images.safetensors"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from wsae.acts.config import TextConfig
 from wsae.acts.tables import hub_texts, parquet_texts
-from wsae.core.artifact import digest
 from wsae.core.errors import UserError
+from wsae.core.files import digest
 from wsae.core.seeds import seed_for
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".parquet")

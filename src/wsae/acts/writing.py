@@ -21,8 +21,9 @@ from wsae.acts.packing import Position
 from wsae.acts.shards import Form, ShardWriter, as_stored
 from wsae.acts.store import STATS
 from wsae.acts.tally import Tally
-from wsae.core.artifact import FileRecord, locked, record, write_manifest
+from wsae.core.artifact import FileRecord, record, write_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import locked
 from wsae.core.progress import Tick
 from wsae.core.tensors import save_tensors
 from wsae.losses.config import OUTLIER_RATIO

@@ -7,8 +7,8 @@ import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybePlace, Number
 from wsae.cli.ui import UI
-from wsae.core.artifact import write_json
 from wsae.core.config import Config
+from wsae.core.files import write_json
 from wsae.evals.config import EvalConfig
 
 ABOUT = """\

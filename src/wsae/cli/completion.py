@@ -8,8 +8,8 @@ import tyro
 from wsae.cli import shells
 from wsae.cli.flags import Common, CommonFlags, MaybePlace
 from wsae.cli.ui import UI
-from wsae.core.artifact import write_text
 from wsae.core.config import Config
+from wsae.core.files import write_text
 
 ABOUT = """\
 Print a script that makes bash, zsh or fish complete the words of wsae. It is plain text:

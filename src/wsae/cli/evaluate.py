@@ -10,8 +10,9 @@ from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybeName, Ma
 from wsae.cli.live import behind, labelled, reopen
 from wsae.cli.single import evaluate_sae, is_sae
 from wsae.cli.ui import UI
-from wsae.core.artifact import read_manifest, write_json
+from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
+from wsae.core.files import write_json
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
 

@@ -20,9 +20,10 @@ from wsae.cli.flags import (
 from wsae.cli.interpret_tables import show_agreement, show_plan, show_scores
 from wsae.cli.live import language_of, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import read_manifest, write_json
+from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
 from wsae.evals.autointerp.llm.config import LlmConfig
 

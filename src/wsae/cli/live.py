@@ -8,9 +8,10 @@ import tyro
 from wsae.acts.config import HarvestConfig
 from wsae.cli.flags import Count, MaybeName, Number
 from wsae.cli.plan import read_vector
-from wsae.core.artifact import check_file, read_json, read_manifest
+from wsae.core.artifact import check_file, read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 
 if TYPE_CHECKING:
     from wsae.acts.images.gallery import Gallery

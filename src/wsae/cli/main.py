@@ -106,7 +106,7 @@ def _mendable(error: Exception) -> UserError | None:
         return UserError("the disk is full; free some space and run it again") if full else None
     from pathlib import Path
 
-    from wsae.core.artifact import as_user_error
+    from wsae.core.files import as_user_error
 
     path = Path(str(error.filename))
     if isinstance(error, FileNotFoundError):

@@ -64,7 +64,8 @@ def _push(flags: Flags, out: Path) -> dict[str, Any]:
 
 
 def _is_single(path: Path) -> bool:
-    from wsae.core.artifact import MANIFEST, read_json
+    from wsae.core.artifact import MANIFEST
+    from wsae.core.files import read_json
 
     data = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
     return isinstance(data, dict) and data.get("kind") == "sae"

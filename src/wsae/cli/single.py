@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsae.core.artifact import MANIFEST, read_json
+from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 from wsae.core.hub import local_folder
 from wsae.core.progress import Progress
 from wsae.evals.config import EvalConfig

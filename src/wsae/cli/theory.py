@@ -5,8 +5,8 @@ from typing import Any
 
 from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace
 from wsae.cli.ui import UI
-from wsae.core.artifact import write_json
 from wsae.core.config import Config
+from wsae.core.files import write_json
 
 ABOUT = "Check every theorem, example and claim of the paper's theory; takes under half a minute."
 SAVES = {"holds": "", "holds if": "Holds if: ", "counterexample": "What saves it: "}

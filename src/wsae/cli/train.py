@@ -14,9 +14,9 @@ from wsae.cli.loggers import LoggerFlags, mirrored
 from wsae.cli.plan import PlanFlags
 from wsae.cli.record import as_flags, config_of, record_of, source_of
 from wsae.cli.ui import UI
-from wsae.core.artifact import read_json
 from wsae.core.config import Config
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 from wsae.core.progress import quiet
 from wsae.train.config import TrainConfig
 from wsae.train.parallel.config import launched

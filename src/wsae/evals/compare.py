@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from wsae.core.artifact import read_json, read_manifest
+from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError, understood
+from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
 from wsae.evals.assemble import Json
 from wsae.evals.comparisons import Comparison, Side, across_runs, compare_members

@@ -6,15 +6,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from wsae.core.artifact import (
-    MANIFEST,
-    locked,
-    read_json,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.errors import UserError, understood
+from wsae.core.files import locked, read_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.assemble import Json, Subject, evaluate_families

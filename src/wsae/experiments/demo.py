@@ -11,7 +11,8 @@ from typing import Any
 from wsae.acts.harvest import harvest
 from wsae.acts.language import load_language
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, read_manifest
+from wsae.core.files import read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.run import evaluate_run
 from wsae.experiments.config import DemoConfig

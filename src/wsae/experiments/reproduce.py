@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wsae.core.artifact import locked, write_json
+from wsae.core.files import locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.experiments.benchmark import run_benchmark
 from wsae.experiments.figures import figure2, figure3

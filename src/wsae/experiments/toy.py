@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import MANIFEST, locked, write_json
+from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
+from wsae.core.files import locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.recovery.glossary import RECOVERY
 from wsae.experiments.sweep.config import Method, ToySweepConfig

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import MANIFEST, Manifest, read_manifest, write_json, write_text
+from wsae.core.artifact import MANIFEST, Manifest, read_manifest
+from wsae.core.files import write_json, write_text
 from wsae.core.version import __version__
 from wsae.interop.config import INDEX, Provenance
 from wsae.interop.convert import write_native

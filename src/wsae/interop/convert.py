@@ -11,15 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import (
-    MANIFEST,
-    Manifest,
-    read_json,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
+from wsae.core.artifact import MANIFEST, Manifest, read_manifest, write_manifest
 from wsae.core.errors import UserError, nearest
+from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import FORMATS, FormatName, Provenance

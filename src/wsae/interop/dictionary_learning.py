@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import write_json
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.interop.config import Provenance
 from wsae.interop.format import Format, maybe, plain, read_config, whole
 from wsae.interop.naming import hook_name

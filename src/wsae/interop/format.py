@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsae.core.artifact import read_json
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 from wsae.interop.config import FormatName, Provenance
 from wsae.interop.weights import Foreign, Named
 from wsae.sae.model import SparseAutoencoder

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wsae.acts.store import Store
-from wsae.core.artifact import MANIFEST, Manifest, check_file, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, Manifest, check_file, read_manifest
 from wsae.core.errors import UserError, nearest
+from wsae.core.files import read_json
 from wsae.core.hub import local_folder
 from wsae.interop.config import INDEX, Provenance
 from wsae.interop.convert import native_about

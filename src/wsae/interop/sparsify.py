@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from wsae.core.artifact import write_json
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import Provenance
 from wsae.interop.format import Format, plain, read_config, whole

@@ -8,8 +8,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsae.core.artifact import MANIFEST, as_user_error, locked, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import as_user_error, locked, read_json
 
 _UNFINISHED = ".unfinished-"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import writing
 from wsae.core.errors import UserError
+from wsae.core.files import writing
 
 _MAGIC = b"PK\x03\x04"
 MAX_PICKLE = 2**20

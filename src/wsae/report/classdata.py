@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import understood
+from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
 
 Json = dict[str, Any]

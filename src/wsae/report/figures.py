@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsae.core.artifact import writing
 from wsae.core.errors import UserError
+from wsae.core.files import writing
 from wsae.report.rundata import RunData, finite, is_control, read_run
 from wsae.report.words import weighting
 

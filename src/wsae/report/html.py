@@ -14,8 +14,8 @@ from pathlib import Path
 import jinja2  # torch brings it along, so it is always there
 from markupsafe import Markup
 
-from wsae.core.artifact import write_text
 from wsae.core.errors import UserError
+from wsae.core.files import write_text
 from wsae.core.version import __version__
 from wsae.report.interpretation import score_name
 from wsae.report.rundata import Json, RunData, read_run

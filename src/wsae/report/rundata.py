@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wsae.core.artifact import MANIFEST, check_file, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, check_file, read_manifest
 from wsae.core.errors import UserError, understood
+from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
 from wsae.report.classdata import Json, add_scores, read_classes
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import writing
 from wsae.core.errors import UserError
+from wsae.core.files import writing
 from wsae.core.progress import Progress, quiet
 from wsae.report.figures import COLOURS
 from wsae.theory.claims.assumptions import turned_digons

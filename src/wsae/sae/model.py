@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from wsae.core.artifact import read_manifest, write_json, write_manifest
+from wsae.core.artifact import read_manifest, write_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wsae.core.artifact import MANIFEST, digest, read_manifest, writing
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import digest, writing
 from wsae.core.progress import Progress, quiet
 from wsae.evals.data import HeldOut
 from wsae.report.classdata import read_classes

@@ -4,8 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wsae.core.artifact import read_json
 from wsae.core.errors import UserError
+from wsae.core.files import read_json
 
 if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel

@@ -9,8 +9,9 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsae.core.artifact import as_user_error, read_sealed, record, seal, write_json
+from wsae.core.artifact import record
 from wsae.core.errors import UserError
+from wsae.core.files import as_user_error, read_sealed, seal, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.serve import schema
 from wsae.serve.build import Reopen, build, identity

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from wsae.acts.stream import Batch, Chunk, State, check_batch_size, position, restored
 from wsae.acts.tally import SourceStats, Tally
-from wsae.core.artifact import digest
 from wsae.core.errors import UserError
+from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.toy.world import World

@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import (
-    MANIFEST,
-    read_json,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.errors import UserError, understood
+from wsae.core.files import read_json, write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.train.family import Family
 from wsae.train.native.state import as_usual, leave

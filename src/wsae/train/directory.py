@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import locked, read_json, write_json
 from wsae.core.errors import UserError, understood
+from wsae.core.files import locked, read_json, write_json
 from wsae.core.progress import Progress
 from wsae.train.checkpoint import checkpoints, load_checkpoint
 from wsae.train.loop import ALONE, Job, Recorder, Team

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import as_user_error, sha256_file
 from wsae.core.errors import UserError
+from wsae.core.files import as_user_error, sha256_file
 
 
 class JsonLines:

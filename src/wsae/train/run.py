@@ -7,14 +7,9 @@ from typing import Any
 
 from wsae.acts.stream import ActivationSource
 from wsae.acts.tally import SourceStats
-from wsae.core.artifact import (
-    MANIFEST,
-    contained,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
+from wsae.core.artifact import MANIFEST, contained, read_manifest, write_manifest
 from wsae.core.errors import understood
+from wsae.core.files import write_json
 from wsae.core.memory import explained
 from wsae.core.progress import Progress, quiet
 from wsae.losses.gamma import describe_gamma

@@ -14,8 +14,8 @@ from torch import Tensor
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.labels import checked_labels
 from wsae.acts.images.pixels import middle_square, to_pillow, to_tensor
-from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError, nearest
+from wsae.core.files import digest, sha256_file
 from wsae.core.npy import check_unpacked, npz_arrays
 
 IDX_SPLITS = {"train": ("train",), "test": ("t10k", "test")}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
 from wsae.acts.images.config import Stem
-from wsae.core.artifact import write_json
 from wsae.core.config import Config
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.pixels import decoded, middle_square, to_tensor
-from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError, nearest
+from wsae.core.files import digest, sha256_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "val", "valid", "validation", "test")

@@ -16,8 +16,8 @@ from wsae.acts.images.folders import SPLITS
 from wsae.acts.images.labels import checked_labels
 from wsae.acts.images.pixels import ImageError, decoded, middle_square, to_tensor
 from wsae.acts.images.rowgroups import Groups
-from wsae.core.artifact import digest, sha256_file
 from wsae.core.errors import UserError, nearest
+from wsae.core.files import digest, sha256_file
 from wsae.core.hub import hub_reachable, quiet_hub
 
 

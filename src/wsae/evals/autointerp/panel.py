@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
-from wsae.core.artifact import digest
 from wsae.core.errors import UserError
+from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import FREE, InterpretConfig, Score
 from wsae.evals.autointerp.embedding import embedding_scores

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import digest, read_sealed, seal, write_text
 from wsae.core.errors import UserError
+from wsae.core.files import digest, read_sealed, seal, write_text
 
 Json = dict[str, Any]
 

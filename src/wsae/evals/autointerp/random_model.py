@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from wsae.core.artifact import MANIFEST, digest, read_json, write_json
+from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
+from wsae.core.files import digest, read_json, write_json
 from wsae.core.progress import Progress
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.controls import NAMES

@@ -8,7 +8,8 @@ import hashlib
 from pathlib import Path
 from typing import Any, Unpack
 
-from wsae.core.artifact import MANIFEST, digest, locked, read_json, read_manifest, write_manifest
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.files import digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.llm.plan import Planned, dry_run

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import read_json
+from wsae.core.files import read_json
 from wsae.core.progress import Progress
 from wsae.evals.autointerp.collect import Members, collect
 from wsae.evals.autointerp.config import Control, InterpretConfig

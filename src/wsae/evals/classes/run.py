@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from wsae.core.artifact import MANIFEST, digest, locked, read_manifest, write_json, write_manifest
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.files import digest, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.autointerp.controls import pca

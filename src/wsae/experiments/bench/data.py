@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wsae.core.artifact import writing
 from wsae.core.errors import UserError
+from wsae.core.files import writing
 from wsae.core.npy import mapped_npy
 from wsae.core.seeds import Permutation, seed_for
 

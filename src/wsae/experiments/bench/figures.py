@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsae.core.artifact import writing
 from wsae.core.errors import UserError
+from wsae.core.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import write_json, write_manifest, write_text
+from wsae.core.artifact import write_manifest
+from wsae.core.files import write_json, write_text
 from wsae.experiments.bench.figures import scaling_figure, speed_figure
 from wsae.experiments.bench.rounds import Samples
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import locked
 from wsae.core.errors import UserError
+from wsae.core.files import locked
 from wsae.core.progress import Progress, quiet
 from wsae.experiments.bench.config import HELDOUT, PEERS, PINS, BenchConfig, Block, blocks
 from wsae.experiments.bench.data import opened, rows_for, write_array, write_mixtures

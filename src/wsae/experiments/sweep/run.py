@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import MANIFEST, read_json, read_manifest, write_json, write_manifest
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.files import read_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.experiments.sweep.config import ToySweepConfig
 from wsae.experiments.sweep.scoring import Row, score_trials

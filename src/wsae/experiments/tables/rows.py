@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from wsae.core.artifact import MANIFEST, read_json
+from wsae.core.artifact import MANIFEST
+from wsae.core.files import read_json
 from wsae.experiments.tables.config import StudyConfig
 from wsae.experiments.tables.paper import PLAIN
 from wsae.experiments.tables.plan import SAEPlan

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsae.core.artifact import write_json, write_text
+from wsae.core.files import write_json, write_text
 from wsae.core.progress import Progress
 from wsae.experiments.presets import Preset
 from wsae.experiments.sweep.table import select

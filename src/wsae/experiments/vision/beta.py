@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64
 
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import read_sealed, seal, write_json
+from wsae.core.files import read_sealed, seal, write_json
 from wsae.stats.classes import Hits
 from wsae.stats.strongest import Strongest
 

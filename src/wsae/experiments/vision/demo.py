@@ -13,8 +13,9 @@ from wsae.acts.images.gallery import Gallery
 from wsae.acts.images.harvest import harvest_images
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import MANIFEST, read_json, read_manifest
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.config import Config
+from wsae.core.files import read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.classes.labels import labels_of

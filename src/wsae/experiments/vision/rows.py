@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import read_json
+from wsae.core.files import read_json
 from wsae.experiments.vision.plan import PLAIN, RunPlan, Weighting
 
 Row = dict[str, Any]

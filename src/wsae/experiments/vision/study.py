@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsae.core.artifact import read_manifest, write_json, write_text
+from wsae.core.artifact import read_manifest
+from wsae.core.files import write_json, write_text
 from wsae.core.progress import Progress
 from wsae.experiments.presets import Preset
 from wsae.experiments.tables.text import markdown

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import read_json, write_json
 from wsae.core.errors import UserError
+from wsae.core.files import read_json, write_json
 from wsae.train.loggers.config import WandbConfig
 from wsae.train.loggers.mirror import Logger, needed
 

@@ -19,15 +19,13 @@ from torch.distributed.tensor import Shard as Cut
 from wsae.core.artifact import (
     MANIFEST,
     FileRecord,
-    as_user_error,
     check_file,
-    read_json,
     read_manifest,
     record,
-    write_json,
     write_manifest,
 )
 from wsae.core.errors import UserError
+from wsae.core.files import as_user_error, read_json, write_json
 from wsae.train.checkpoint import KEEP, checkpoints, member_tensors
 from wsae.train.parallel.shard import Shard
 from wsae.train.parallel.world import World

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from wsae.acts.stream import ActivationSource
-from wsae.core.artifact import MANIFEST, read_manifest, write_json, write_manifest
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.core.progress import Progress, quiet
 from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import SparseAutoencoder

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import as_user_error, digest, write_json
+from wsae.core.files import as_user_error, digest, write_json
 from wsae.evals.autointerp.llm.types import Answer, Token
 
 Json = dict[str, Any]

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from wsae.core.artifact import digest
 from wsae.core.errors import UserError
+from wsae.core.files import digest
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.llm.budget import Budget, estimated_tokens

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from wsae.acts.language import LanguageModel, load_language
-from wsae.core.artifact import digest
 from wsae.core.errors import UserError
+from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.llm.budget import Budget
 from wsae.evals.autointerp.llm.cache import Cache
