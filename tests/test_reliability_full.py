@@ -14,6 +14,7 @@ from wsae.train.metrics import JsonLines
 
 ROOT = Path(__file__).parents[1]
 FULL = Path("/dev/full")
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build fault.c")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 
 
@@ -31,7 +32,7 @@ def long_form(name: str, *words: str) -> dict:
     return json.loads(Path(words[-1]).read_text())
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build the fault with")
+@needs_cc
 def test_a_disk_that_fills_up_leaves_nothing_half_and_costs_nothing(tmp_path: Path) -> None:
     out = str(tmp_path / "full.json")
     found = long_form(

@@ -7,24 +7,21 @@ to write, mkdir, write, fsync, growing, rename, whether Python or a library asks
 succeeds (or for --points of them, spread evenly) the command must end with code 2 and one line, leave no temporary
 file, and leave nothing that a reader takes for finished unless it is the undisturbed result. With space again, the same
 command must end with the undisturbed result byte for byte. `places.py` has real mounts and two processes.
-
 """
 
 import argparse
-import ctypes
 import errno
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability.common import environment, write
+from benchmarks.reliability.common import write
+from benchmarks.reliability.preload import arm, preload, spread, writes
 from benchmarks.reliability.world import (
     OUTPUTS,
     commands,
@@ -41,7 +38,6 @@ SAYS = {"full": "the disk is full", "read-only": "cannot write here"}
 MANIFEST_KINDS = {
     "harvest": "store", "train": "run", "evaluate": "evaluation", "interpret": "interpretation", "export": "export",
 }  # fmt: skip
-LIBRARY = "WSAE_FAULT_LIBRARY"
 
 
 def main() -> None:
@@ -51,23 +47,12 @@ def main() -> None:
     parser.add_argument("--stages", nargs="*", choices=OUTPUTS, default=list(OUTPUTS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if LIBRARY not in os.environ:
-        raise SystemExit(preloaded())
+    preload()
     prepare()
     with tempfile.TemporaryDirectory() as folder:
         result = every_write(Path(folder).resolve(), args.points, args.kinds, args.stages)
     write(args.out, result)
     raise SystemExit(1 if result["wrong"] else 0)
-
-
-def preloaded() -> int:
-    """Build the library and run this script again with it in place; return the exit code."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "fault.so"
-        source = Path(__file__).with_name("fault.c")
-        subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-        own = environment() | {LIBRARY: str(library), "LD_PRELOAD": str(library)}
-        return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=own, check=False).returncode
 
 
 def every_write(at: Path, points: int, kinds: list[str], stages: list[str]) -> dict[str, Any]:
@@ -96,9 +81,7 @@ def refuse(
     kind, points, expected = how
     log = at / "refused.log"
     total = writes(at, stage, words)
-    chosen = range(1, total + 1)
-    if points and points < total:
-        chosen = sorted({1 + (2 * i + 1) * total // (2 * points) for i in range(points)})
+    chosen = spread(total, points)
     counts, wrong = Counter(writes=total), []
     for point in chosen:
         forget(at, stage)
@@ -110,31 +93,6 @@ def refuse(
         counts["refused" if code else "succeeded"] += 1
         wrong += [{"stage": stage, "kind": kind, "write": point, "what": w} for w in problems]
     return dict(counts), wrong
-
-
-def writes(at: Path, stage: str, words: list[str]) -> int:
-    """Return how many writes a stage makes."""
-    forget(at, stage)
-    log = at / "count.log"
-    with tempfile.TemporaryFile() as told:
-        child = start(
-            words, log, before=lambda: arm(at / OUTPUTS[stage], 0, 0), after=count_to(told)
-        )
-        assert os.waitpid(child, 0)[1] == 0, log.read_text()[-2000:]
-        told.seek(0)
-        return int(told.read())
-
-
-def count_to(file: Any) -> Any:
-    """Return what writes the number of writes so far into a file."""
-    return lambda: os.write(file.fileno(), str(ctypes.CDLL(None).fault_count()).encode())
-
-
-def arm(place: Path, first: int, code: int) -> None:
-    """Refuse writes below a place from the first-th on (0: only count them)."""
-    arm_ = ctypes.CDLL(None).fault_arm
-    arm_.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]
-    arm_(str(place).encode(), first, code)
 
 
 def ended(words: list[str], log: Path, place: Path, point: int, code: int) -> int:

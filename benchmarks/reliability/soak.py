@@ -11,6 +11,7 @@ samples, the slope of each is fitted with an interval (blocks of samples as one:
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -49,29 +50,27 @@ def train(array: Path, out: Path, steps: int) -> list[str]:
 
 def rate(array: Path, out: Path, seconds: float) -> float:
     """Return the steps per second of the command alone, start-up left out."""
-    took = []
-    few = 2000
-    for steps in (few, 2 * few):
-        begin = time.perf_counter()
-        subprocess.run(
-            train(array, out / f"rate-{steps}", steps),
-            env=environment(),
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        took.append(time.perf_counter() - begin)
-    first = few / max(took[1] - took[0], 1e-3)
-    steps = max(few, int(first * seconds))
+    steps = 2000
+    timed(array, out, steps)  # the first start reads everything from the disk
+    few, start_up = steps, timed(array, out, steps)
+    while (took := timed(array, out, steps := 2 * steps)) < start_up + seconds / 2:
+        pass
+    return (steps - few) / (took - start_up)
+
+
+def timed(array: Path, out: Path, steps: int) -> float:
+    """Return the seconds that the command takes for a number of steps, in a directory of its own."""
+    place = out / "rate"
+    shutil.rmtree(place, ignore_errors=True)
     begin = time.perf_counter()
     subprocess.run(
-        train(array, out / "rate", steps),
+        train(array, place, steps),
         env=environment(),
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    return (steps - few) / (time.perf_counter() - begin - took[0])
+    return time.perf_counter() - begin
 
 
 def watch(command: list[str], log: Path, every: float) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wsae.core.errors import UserError
-from wsae.core.files import sha256_file
+from wsae.core.files import flush, sha256_file
 from wsae.core.hub import quiet_hub
 
 _log = logging.getLogger(__name__)
@@ -49,6 +49,9 @@ def _fill(target: Path, path: Path) -> None:
         ) from error
     try:
         _convert(path, scratch)
+        # there is no checksum: a name must not outlive a power cut that its content does not
+        for written in scratch.rglob("*"):
+            flush(written)
         with contextlib.suppress(
             FileExistsError, OSError
         ):  # another process was first: its copy is the same

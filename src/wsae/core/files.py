@@ -22,7 +22,7 @@ SEAL = "checksum"
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it over `path`.
+    """Yield a temporary path beside `path`; on success flush it to disk, rename it over `path` and flush the name.
 
     A failure removes the temporary file; a full disk or a read-only place becomes a one-line UserError.
     """
@@ -31,9 +31,9 @@ def writing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_leftovers(path)
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)  # the name too, before anything is written that counts on it
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -42,6 +42,19 @@ def writing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the names in a directory, to the disk; raises OSError when it cannot."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # some network file systems have no such call for directories
+        if not (path.is_dir() and error.errno == errno.EINVAL):
+            raise
+    finally:
+        os.close(handle)
 
 
 def _drop_leftovers(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, sha256_file
+from wsae.core.files import as_user_error, flush, sha256_file
 
 
 class JsonLines:
@@ -37,8 +37,7 @@ class JsonLines:
         if not self.path.exists():
             return {"metrics_bytes": 0, "metrics_sha256": hashlib.sha256().hexdigest()}
         try:
-            with self.path.open("rb+") as file:
-                os.fsync(file.fileno())
+            flush(self.path)
         except OSError as error:
             raise as_user_error(error, self.path) from error
         return {"metrics_bytes": self.size(), "metrics_sha256": sha256_file(self.path)}

@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from wsae.core.files import flush
+
 FOLDER = Path(__file__).parent
 SOURCES = ("common.h", "select.cpp", "sparse.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -107,6 +109,7 @@ def _compile(compiler: str, path: Path) -> None:
             timeout=TIMEOUT,
             text=True,
         )
+        flush(Path(name))  # half a library would be loaded after a power cut
         os.replace(name, path)  # whole or not there, whoever else compiles at the same time
     except subprocess.CalledProcessError as error:
         first = next((line for line in error.stderr.splitlines() if "error" in line), "no message")

@@ -1,0 +1,85 @@
+"""What a power cut may take; `benchmarks.reliability.power` is the long form."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from test_reliability_full import long_form, needs_cc
+from wsae.acts import gguf
+from wsae.core.files import write_json
+from wsae.ops.native import build
+
+
+@needs_cc
+def test_after_a_power_cut_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    out = str(tmp_path / "power.json")
+    found = long_form("power", "--points", "3", "--stages", "train", "report", "--out", out)
+    assert not found["wrong"]
+    assert found["cuts"] == 6
+    assert found["names"] > 0  # something was lost at all
+
+
+@pytest.fixture
+def renamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Collect what gets its final name; each file of it must have been flushed as it is then."""
+    flushed: dict[int, int] = {}
+    places: list[Path] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushing(handle: int) -> None:
+        fsync(handle)
+        flushed[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    def naming(source: str | Path, target: str | Path) -> None:
+        source = Path(source)
+        for path in [source] if source.is_file() else source.rglob("*"):
+            assert flushed.get(path.stat().st_ino) == path.stat().st_size, path
+        replace(source, target)
+        places.append(Path(target))
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(os, "replace", naming)
+    yield places
+    assert places
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_we_go_on(
+    tmp_path: Path, renamed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after: list[int] = []
+    fsync = os.fsync
+
+    def noting(handle: int) -> None:
+        fsync(handle)
+        if renamed:
+            after.append(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    write_json(tmp_path / "a" / "x.json", {"a": 1})
+    assert renamed == [tmp_path / "a" / "x.json"]
+    assert after == [(tmp_path / "a").stat().st_ino]
+
+
+def test_a_compiled_library_is_on_the_disk_before_its_name(
+    tmp_path: Path, renamed: list[Path]
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')
+    compiler.chmod(0o755)
+    build._compile(str(compiler), tmp_path / "kernels.so")
+    assert renamed == [tmp_path / "kernels.so"]
+
+
+def test_a_converted_model_is_on_the_disk_before_its_name(
+    tmp_path: Path, renamed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(_path: Path, into: Path) -> None:
+        (into / "config.json").write_text("{}")
+        (into / "model.safetensors").write_bytes(bytes(5000))
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    gguf._fill(tmp_path / "gguf" / "key", tmp_path / "model.gguf")
+    assert renamed == [tmp_path / "gguf" / "key"]
+    assert (tmp_path / "gguf" / "key" / "model.safetensors").stat().st_size == 5000
