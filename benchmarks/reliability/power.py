@@ -1,6 +1,6 @@
 """The power fails at any write of every stage, from harvest to the browser's index; then the same command again.
 
-    python -m benchmarks.reliability.power [--points 0] [--draws 1] [--seed 0] [--stages ...] [--out power.json]
+    python -m benchmarks.reliability.power [--points 0] [--draws 1] [--seed 0] [--no-flush] [--stages ...] [--out ...]
 
 A preloaded library (fault.c, built with cc) ends the process at its n-th write and has noted what was done before. Then
 everything that no flush had made sure of is put at risk, as a journaling file system may (ext4, XFS: names change in
@@ -12,7 +12,7 @@ their order, content in any):
   the file ends at a random place in it.
 
 The same command must then end with the undisturbed result byte for byte. --points: that many writes of a stage, spread
-evenly, and not every one; --draws: losses drawn for each.
+evenly, and not every one; --draws: losses drawn for each. --no-flush is the control: what if wsae flushed nothing?
 """
 
 import argparse
@@ -60,11 +60,14 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=0, help="writes per stage; 0: all")
     parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-flush", action="store_true")
     parser.add_argument("--stages", nargs="*", choices=OUTPUTS, default=list(OUTPUTS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     preload()
     prepare()
+    if args.no_flush:
+        os.fsync = lambda _: None
     with tempfile.TemporaryDirectory() as folder:
         result = every_stage(Path(folder).resolve(), args)
     write(args.out, result)

@@ -139,7 +139,7 @@ def verdict(samples: list[dict[str, float]], warmup: float) -> dict[str, Any]:
         "samples": len(samples),
         "rss_mb": memory,
         "files": files,
-        "flat": still and files["last"] < files["first"] + 0.5,
+        "flat": still and (files["low"] <= 0 or files["last"] < files["first"] + 0.5),
     }
 
 
