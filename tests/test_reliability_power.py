@@ -8,8 +8,11 @@ import pytest
 
 from test_reliability_full import long_form, needs_cc
 from wsae.acts import gguf
+from wsae.core.artifact import write_manifest
+from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.ops.native import build
+from wsae.train.directory import enter
 
 
 @needs_cc
@@ -83,3 +86,31 @@ def test_a_converted_model_is_on_the_disk_before_its_name(
     gguf._fill(tmp_path / "gguf" / "key", tmp_path / "model.gguf")
     assert renamed == [tmp_path / "gguf" / "key"]
     assert (tmp_path / "gguf" / "key" / "model.safetensors").stat().st_size == 5000
+
+
+def test_a_manifest_lists_what_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: dict[int, int] = {}
+    fsync = os.fsync
+
+    def noting(handle: int) -> None:
+        fsync(handle)
+        flushed[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    monkeypatch.setattr(os, "fsync", noting)
+    rows = tmp_path / "metrics.jsonl"  # appended to, not written by `writing`
+    rows.write_text('{"step": 1}\n')
+    write_manifest(tmp_path, "run", {}, iter([rows.name]))
+    assert flushed[rows.stat().st_ino] == rows.stat().st_size
+
+
+def test_a_run_killed_while_it_writes_its_first_file_begins_again(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.json.4194305.tmp").write_text('{"half')  # no process has this number
+    enter(tmp_path, {"a": 1}, resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.json"]
+    (tmp_path / ".config.json.notes").touch()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="is not empty and not a wsae run"):
+        enter(tmp_path, {"a": 1}, resume=True)

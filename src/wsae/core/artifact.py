@@ -10,7 +10,16 @@ from typing import Any
 
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.core.files import digest, read_json, seal, sha256_file, unsealed, write_json
+from wsae.core.files import (
+    digest,
+    flush,
+    read_json,
+    refusals,
+    seal,
+    sha256_file,
+    unsealed,
+    write_json,
+)
 from wsae.core.version import __version__
 
 SCHEMA = 1
@@ -52,7 +61,7 @@ def write_manifest(
 ) -> Manifest:
     """Write `manifest.json`, the last act of a stage. `files` may bring records made while writing."""
     known = files if isinstance(files, Mapping) else {}
-    records = {name: known.get(name) or record(directory / name) for name in sorted(files)}
+    records = {name: known.get(name) or _flushed(directory / name) for name in sorted(files)}
     manifest = Manifest(
         schema_version=SCHEMA,
         kind=kind,
@@ -64,6 +73,13 @@ def write_manifest(
     )
     write_json(directory / MANIFEST, seal(manifest.to_dict()))
     return manifest
+
+
+def _flushed(path: Path) -> FileRecord:
+    """Return the record of a file that no power cut can take back any more."""
+    with refusals(path):
+        flush(path)
+    return record(path)
 
 
 def record(path: Path) -> FileRecord:

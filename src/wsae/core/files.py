@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -94,6 +95,20 @@ def as_user_error(error: OSError, path: Path) -> Exception:
     return error
 
 
+@contextlib.contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Raise what the operating system refuses inside as a UserError that names `path`, where a user can mend it."""
+    try:
+        yield
+    except OSError as error:
+        raise as_user_error(error, path) from error
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one of those that `writing` gives to files that are not finished."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with writing(path) as temporary:
@@ -165,11 +180,9 @@ def locked(directory: Path) -> Iterator[None]:
     """Hold the directory for this process; a second process is refused with a UserError."""
     path = directory / ".lock"
     while True:
-        try:
+        with refusals(directory):
             directory.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
-        except OSError as error:
-            raise as_user_error(error, directory) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, locked, read_json
+from wsae.core.files import locked, read_json, refusals
 
 _UNFINISHED = ".unfinished-"
 
@@ -62,13 +62,11 @@ def replacing(out: Path, kind: str) -> Iterator[None]:
 def unfinished(out: Path, kind: str) -> Iterator[None]:
     """Mark a folder as being written; the mark stays where the work inside fails."""
     mark = _mark(out, kind)
-    try:
+    with refusals(out):
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         yield
         mark.unlink()
-    except OSError as error:
-        raise as_user_error(error, out) from error
 
 
 def begun(out: Path, kind: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wsae.core.errors import UserError, understood
-from wsae.core.files import locked, read_json, write_json
+from wsae.core.files import is_temporary, locked, read_json, write_json
 from wsae.core.progress import Progress
 from wsae.train.checkpoint import checkpoints, load_checkpoint
 from wsae.train.loop import ALONE, Job, Recorder, Team
@@ -86,7 +86,7 @@ def enter(out: Path, identity: dict[str, Any], resume: bool) -> None:
                 f"{out}: holds an unfinished run of this config; add --resume to continue it, or use another --out"
             )
         write_json(out / "config.json", identity)  # the data may lie elsewhere now
-    elif any(p for p in out.iterdir() if p.name != ".lock"):
+    elif any(p.name != ".lock" and not is_temporary(p) for p in out.iterdir()):
         raise UserError(f"{out}: is not empty and not a wsae run; use another --out")
     else:
         write_json(out / "config.json", identity)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, flush, sha256_file
+from wsae.core.files import as_user_error, flush, refusals, sha256_file
 
 
 class JsonLines:
@@ -36,10 +36,8 @@ class JsonLines:
         """Flush the rows to disk; return what a checkpoint keeps of them, for `back_to`."""
         if not self.path.exists():
             return {"metrics_bytes": 0, "metrics_sha256": hashlib.sha256().hexdigest()}
-        try:
+        with refusals(self.path):
             flush(self.path)
-        except OSError as error:
-            raise as_user_error(error, self.path) from error
         return {"metrics_bytes": self.size(), "metrics_sha256": sha256_file(self.path)}
 
     def back_to(self, mark: dict[str, Any] | None) -> None:

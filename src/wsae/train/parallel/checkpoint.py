@@ -25,7 +25,7 @@ from wsae.core.artifact import (
     write_manifest,
 )
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, read_json, write_json
+from wsae.core.files import as_user_error, read_json, refusals, write_json
 from wsae.train.checkpoint import KEEP, checkpoints, member_tensors
 from wsae.train.parallel.shard import Shard
 from wsae.train.parallel.world import World
@@ -64,10 +64,8 @@ def _empty(path: Path) -> None:
     """Make room: what a killed job left here may have been cut for more ranks."""
     if path.exists():
         shutil.rmtree(path)
-    try:
+    with refusals(path):
         path.mkdir(parents=True)
-    except OSError as error:
-        raise as_user_error(error, path) from error
 
 
 def _complete(run: Path, path: Path, place: dict[str, Any], files: dict[str, FileRecord]) -> None:
