@@ -11,14 +11,12 @@ that kills land in checkpoints too. Not compared: see LEFT_OUT in world.py.
 """
 
 import argparse
-import contextlib
 import os
 import random
 import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from benchmarks.reliability.world import (
     finish,
     forget,
     prepare,
+    restored,
     start,
     undisturbed,
 )
@@ -59,14 +58,14 @@ def matrix(at: Path, kills: int, seed: int, stages: list[str]) -> dict[str, Any]
     differ: list[dict[str, Any]] = []
     with undisturbed(at) as reference:
         for stage, words in chosen.items():
-            with aside(at, stage):
+            with restored(at, stage):
                 forget(at, stage)
                 finish(words, at / "log")
                 differ += compare(at, stage, reference[stage][1], ["never killed"])
         while not differ and sum(c["kills"] for c in counts.values()) < kills:
             for stage, words in chosen.items():
                 seconds, expected = reference[stage]
-                with aside(at, stage):
+                with restored(at, stage):
                     moments = trial(at, stage, words, seconds, pick)
                     differ += compare(at, stage, expected, moments)
                 counts[stage].update(trials=1, kills=len(moments))
@@ -100,18 +99,6 @@ def trial(at: Path, stage: str, words: list[str], seconds: float, pick: random.R
             forget(at, stage)
     finish(words, at / "log")
     return moments
-
-
-@contextlib.contextmanager
-def aside(at: Path, stage: str) -> Iterator[None]:
-    """Keep the finished run, inside which later stages write, out of the way of training's trials."""
-    if stage != "train":
-        yield
-        return
-    (at / "run").rename(at / "kept")
-    yield
-    forget(at, stage)
-    (at / "kept").rename(at / "run")
 
 
 def compare(at: Path, stage: str, expected: dict[str, bytes], moments: list[Any]) -> list[Any]:

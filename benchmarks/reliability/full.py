@@ -13,7 +13,6 @@ import argparse
 import errno
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from benchmarks.reliability.world import (
     finish,
     forget,
     prepare,
+    restored,
     start,
     undisturbed,
 )
@@ -60,15 +60,12 @@ def every_write(at: Path, points: int, kinds: list[str], stages: list[str]) -> d
     begin, wrong, found = time.monotonic(), [], {}
     with undisturbed(at) as reference:
         for stage in stages:
-            words, kept = commands(at)[stage], at / "kept"
-            shutil.copytree(at / OUTPUTS[stage], kept)
-            expected = reference[stage][1]
-            for kind in kinds:
-                counts, worse = refuse(at, stage, words, (kind, points, expected))
-                found.setdefault(stage, {})[kind] = counts
-                wrong += worse
-            forget(at, stage)
-            kept.rename(at / OUTPUTS[stage])
+            words, expected = commands(at)[stage], reference[stage][1]
+            with restored(at, stage):
+                for kind in kinds:
+                    counts, worse = refuse(at, stage, words, (kind, points, expected))
+                    found.setdefault(stage, {})[kind] = counts
+                    wrong += worse
     minutes = round((time.monotonic() - begin) / 60, 2)
     total = sum(c["refused"] for kinds_of in found.values() for c in kinds_of.values())
     return {"refused": total, "by_stage": found, "wrong": wrong, "minutes": minutes}

@@ -36,6 +36,7 @@ from benchmarks.reliability.world import (
     finish,
     forget,
     prepare,
+    restored,
     start,
     undisturbed,
 )
@@ -79,25 +80,31 @@ def every_stage(at: Path, args: argparse.Namespace) -> dict[str, Any]:
     begin, wrong, found = time.monotonic(), [], {}
     with undisturbed(at) as reference:
         for stage in args.stages:
-            words, kept = commands(at)[stage], at / "kept"
-            shutil.copytree(at / OUTPUTS[stage], kept)
-            total = writes(at, stage, words)
-            cuts = names = content = 0
-            for point in spread(total, args.points):
-                for draw in range(args.draws):
-                    pick = random.Random(f"{args.seed} {stage} {point} {draw}")
-                    lost = cut(at, stage, words, point, pick)
-                    cuts, names, content = cuts + 1, names + lost[0], content + lost[1]
-                    wrong += [
-                        {"stage": stage, "write": point, "draw": draw, "lost": lost, "what": what}
-                        for what in repeated(at, stage, words, reference[stage][1])
-                    ]
-            found[stage] = {"writes": total, "cuts": cuts, "names": names, "content": content}
-            forget(at, stage)
-            kept.rename(at / OUTPUTS[stage])
+            with restored(at, stage):
+                found[stage], worse = cuts_of(at, stage, args, reference[stage][1])
+            wrong += worse
     minutes = round((time.monotonic() - begin) / 60, 2)
     total = {key: sum(f[key] for f in found.values()) for key in ("cuts", "names", "content")}
     return total | {"by_stage": found, "wrong": wrong, "seed": args.seed, "minutes": minutes}
+
+
+def cuts_of(
+    at: Path, stage: str, args: argparse.Namespace, expected: dict[str, bytes]
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Cut the power at one write after the other of a stage; return counts and what went wrong."""
+    words, wrong = commands(at)[stage], []
+    total = writes(at, stage, words)
+    cuts = names = content = 0
+    for point in spread(total, args.points):
+        for draw in range(args.draws):
+            pick = random.Random(f"{args.seed} {stage} {point} {draw}")
+            lost = cut(at, stage, words, point, pick)
+            cuts, names, content = cuts + 1, names + lost[0], content + lost[1]
+            wrong += [
+                {"stage": stage, "write": point, "draw": draw, "lost": lost, "what": what}
+                for what in repeated(at, stage, words, expected)
+            ]
+    return {"writes": total, "cuts": cuts, "names": names, "content": content}, wrong
 
 
 def cut(at: Path, stage: str, words: list[str], point: int, pick: random.Random) -> tuple[int, int]:

@@ -165,6 +165,16 @@ def forget(at: Path, stage: str) -> None:
 
 
 @contextlib.contextmanager
+def restored(at: Path, stage: str) -> Iterator[None]:
+    """Put back what a stage had written, and what later stages wrote inside it, after trials of that stage."""
+    kept = at / "kept"
+    shutil.copytree(at / OUTPUTS[stage], kept)
+    yield
+    forget(at, stage)
+    kept.rename(at / OUTPUTS[stage])
+
+
+@contextlib.contextmanager
 def undisturbed(at: Path) -> Iterator[dict[str, tuple[float, dict[str, bytes]]]]:
     """Make the world and run every stage without a kill; yield stage -> (seconds, content)."""
     make(at)
