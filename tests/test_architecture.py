@@ -18,7 +18,8 @@ from wsae.core.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "wsae"
 SOURCES = sorted(SRC.rglob("*.py"))
-FILE_LINES, FUNCTION_LINES = 300, 50
+FILE_LINES, FUNCTION_LINES = 700, 60
+"""Bounds against runaways. A file is one subject that a reader wants to read in one go, however long that is."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
 IGNORES, SKIPS = 1, 14
 """Ratchets: how many `type: ignore` (src) and unconditional or conditional skips (tests) there may be."""
@@ -80,7 +81,7 @@ def test_config_modules_are_torch_free():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SRC)))
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
-    assert len(text.splitlines()) < FILE_LINES, f"{path.name}: split it"
+    assert len(text.splitlines()) < FILE_LINES, f"{path.name}: more than one subject? split it by meaning"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1

@@ -2,7 +2,6 @@
 
 Bits cannot overflow as a list of fixed room would, are 1/16 of the product in bf16, and their order is the pairs' own.
 """
-# ruff: noqa: PLR0913 (a kernel takes every pointer and size as its own argument)
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import no_type_check

@@ -5,7 +5,6 @@
    (at least as large), so the few buckets with two chosen are computed again and all their latents compared: the
    choice is exact, whatever the sizes. The chosen values are then computed from the fp32 weights.
 """
-# ruff: noqa: PLR0913 (a kernel takes every pointer and size as its own argument)
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import no_type_check

@@ -1,5 +1,4 @@
 """Encoder and group Top-k in one kernel that never writes the [batch, d_sae] product."""
-# ruff: noqa: PLR0913 (a kernel takes every pointer and size as its own argument)
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import no_type_check

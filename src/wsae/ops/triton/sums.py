@@ -5,7 +5,6 @@ order of the pairs, so results are reproducible. A latent that fires in every ro
 the others: its pairs are first summed in chunks of CHUNK by programs of their own, so that none adds up more than CHUNK
 pairs and batch / CHUNK sums. (Atomic adds balance as well, but in no fixed order, and need the output cleared first.)
 """
-# ruff: noqa: PLR0913 (a kernel takes every pointer and size as its own argument)
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import NamedTuple, no_type_check

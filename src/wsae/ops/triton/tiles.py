@@ -1,5 +1,4 @@
 """What the encoder kernels share: a tile of the product, products of one row, and keys that sort by value."""
-# ruff: noqa: PLR0913 (a kernel takes every pointer and size as its own argument)
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import Any, no_type_check

@@ -3,7 +3,6 @@
 One program per row forms the gradient (from its terms, or reads it), drops its radial part, takes Adam's step and
 renormalises: W, m and v are read and written once and the gradient's matrix never is.
 """
-# ruff: noqa: PLR0913 (a kernel takes every pointer and size as its own argument)
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import no_type_check
