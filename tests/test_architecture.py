@@ -81,7 +81,9 @@ def test_config_modules_are_torch_free():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SRC)))
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
-    assert len(text.splitlines()) < FILE_LINES, f"{path.name}: more than one subject? split it by meaning"
+    assert len(text.splitlines()) < FILE_LINES, (
+        f"{path.name}: more than one subject? split it by meaning"
+    )
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
