@@ -123,6 +123,14 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     return Loaded(sae, _said(manifest, place), kind.name)
 
 
+def readable(place: Path) -> bool:
+    """Whether a folder, or a file in it, holds what some reader takes for an SAE."""
+    folder = _folder(place)
+    if folder.is_file():
+        return folder.suffix in (".pt", ".pth")
+    return any(kind.detect(folder) for kind in READERS.values())
+
+
 def reader(name: str) -> Reader:
     """Return the reader called `name`; raises UserError for another name."""
     found = next((kind for key, kind in READERS.items() if key == name), None)
@@ -157,7 +165,7 @@ def _placed(about: Provenance, folder: Path) -> Provenance:
 
 def detect(place: Path) -> Reader:
     """Return the reader of a folder's weights, or of one file of torch.save; raises UserError when there are none."""
-    if place.is_file() and place.suffix in (".pt", ".pth"):
+    if place.is_file() and readable(place):
         return TORCH
     if not place.is_dir():
         what = "holds no SAE that this reads" if place.exists() else "no such file or directory"
