@@ -12,6 +12,7 @@ from wsae.cli.single import evaluate_sae, is_sae, strangers
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
+from wsae.core.errors import understood
 from wsae.core.files import read_json, write_json
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
@@ -75,9 +76,11 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     seen = behind(source, where, language=cfg.splice_tokens > 0)
     record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
     if flags.source is not None:
-        place = read_json(flags.run / "config.json").get("source") or {}
-        model = place.get("model") or place.get("harvest", {}).get("model")
-        record["notes"] = [*record.get("notes", []), *strangers(model, None, source)]
+        with understood(flags.run / "config.json"):
+            place = read_json(flags.run / "config.json").get("source") or {}
+            model = place.get("model") or place.get("harvest", {}).get("model")
+            foreign = strangers(model, None, source)
+        record["notes"] = [*record.get("notes", []), *foreign]
     labels = labels_of(source)
     if labels is not None:
         found = ClassesConfig(draws=cfg.draws, confidence=cfg.confidence, seed=cfg.seed)

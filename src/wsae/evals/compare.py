@@ -72,9 +72,23 @@ def read_evaluation(run: Path) -> Evaluated:
     with understood(path / "evaluation.json"):
         hooks = record["hooks"]
         data = {hook: entry["data"] for hook, entry in hooks.items()}
-        matching = {hook: dict(entry["matching"]) for hook, entry in hooks.items()}
+        matching = {
+            hook: {member: _summary(found) for member, found in entry["matching"].items()}
+            for hook, entry in hooks.items()
+        }
         twins = {hook: {m: s["with"] for m, s in found.items()} for hook, found in matching.items()}
     return Evaluated(run.resolve().name, data, arrays, twins, matching)
+
+
+def _summary(found: Json) -> Json:
+    """Return how a member's latents match the twin's; raises TypeError or ValueError for another form."""
+    cosine, chance = (found[key] for key in ("decoder_cosine_mean", "random_cosine_mean"))
+    return {
+        "with": str(found["with"]),
+        "n_pairs": int(found["n_pairs"]),
+        "decoder_cosine_mean": None if cosine is None else float(cosine),
+        "random_cosine_mean": None if chance is None else float(chance),
+    }
 
 
 def _matching(read: list[Evaluated]) -> dict[str, dict[str, Json]]:

@@ -91,6 +91,8 @@ def run_subject(run: Path) -> Subject:
     """Return a finished run's families, each weighted member with its plain twin."""
     loaded, train = load_run(run), _training(run)
     gamma = read_json(run / "gamma.json")
+    if any(set(saes) != set(train.names()) for saes in loaded.saes.values()):
+        raise UserError(f"{run / 'config.json'}: names other members than the run has (altered)")
     twins = find_twins(train)
     members = {n: m.to_dict() for n, m in zip(train.names(), train.members, strict=True)}
     with understood(run / "gamma.json"):

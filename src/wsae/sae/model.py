@@ -184,8 +184,17 @@ class SparseAutoencoder(nn.Module):
         for name in (WEIGHTS, CONFIG):
             if name not in manifest.files:
                 raise UserError(f"{path}: its manifest does not list {name}; save the SAE again")
-        sae = cls(SAEConfig.load(path / CONFIG))
-        sae.set_tensors(load_tensors(path / WEIGHTS), str(path / WEIGHTS))
+        cfg, tensors = SAEConfig.load(path / CONFIG), load_tensors(path / WEIGHTS)
+        decoder = tensors.get("W_dec")
+        if decoder is not None and tuple(decoder.shape) != (
+            cfg.d_sae,
+            cfg.d_in,
+        ):  # before anything is allocated
+            raise UserError(
+                f"{path / WEIGHTS}: tensor W_dec is {tuple(decoder.shape)}, config.json says {(cfg.d_sae, cfg.d_in)}"
+            )
+        sae = cls(cfg)
+        sae.set_tensors(tensors, str(path / WEIGHTS))
         return sae
 
     def scaled(self, scale: float) -> "SparseAutoencoder":
