@@ -14,7 +14,6 @@ are for s x, its threshold for x.
 """
 
 import re
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wsae.core.errors import UserError
+from wsae.core.npy import npz_arrays
 from wsae.core.tensors import load_tensors
 from wsae.interop.config import Provenance
 from wsae.interop.format import Keys, Reader, Switch, check_keys, maybe, plain, read_config, whole
@@ -42,6 +42,7 @@ from wsae.sae.model import SparseAutoencoder
 
 NPZ, SAFE, CONFIG = "params.npz", "params.safetensors", "config.json"
 HYPER, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
+_FACTOR = "scaling_factor"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _THROUGH_SAELENS = (
     "open it in SAELens 6 (SAE.from_pretrained), save it (save_model) and import that folder"
@@ -117,27 +118,15 @@ def _read_gemma(path: Path) -> Foreign:
 
 
 def _load_npz(path: Path) -> dict[str, Tensor]:
-    """Read the arrays of a .npz file; raises UserError for objects, damage, and sizes out of proportion to the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inside = sum(entry.file_size for entry in archive.infolist())
-        if inside > 2**26 and inside > 20 * path.stat().st_size:
-            raise UserError(f"{path}: {inside:,} bytes packed into {path.stat().st_size:,}")
-        with np.load(path, allow_pickle=False) as data:
-            return {name: torch.from_numpy(np.ascontiguousarray(data[name])) for name in data.files}
-    except UserError:
-        raise
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        EOFError,
-        NotImplementedError,
-    ) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not an .npz file of plain arrays ({reason})") from error
+    """Read the arrays of Gemma Scope; raises UserError for others, objects, damage, and what unpacks to far too much."""
+    wanted = (*_NAMES, *(name.replace("W_", "w_") for name in _NAMES[:2]), _FACTOR)
+    arrays, names = npz_arrays(path, wanted, str(path))
+    extra = sorted(set(names) - set(wanted))
+    if extra:
+        raise UserError(
+            f"{path}: array {extra[0]} belongs to no SAE this reads (needed: {', '.join(_NAMES)})"
+        )
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
 def _rename_gemma(foreign: Foreign, where: str) -> Named:
@@ -145,9 +134,9 @@ def _rename_gemma(foreign: Foreign, where: str) -> Named:
     if "affine_skip_connection" in foreign.tensors:
         raise UserError(f"{where}: tensor affine_skip_connection: {_TRANSCODER}")
     tensors = dict(foreign.tensors)
-    factor = tensors.get("scaling_factor")
+    factor = tensors.get(_FACTOR)
     if factor is not None and bool((factor == 1).all()):
-        del tensors["scaling_factor"]
+        del tensors[_FACTOR]
     return check_shapes(Named(*take(tensors, _NAMES, where)), where)
 
 
