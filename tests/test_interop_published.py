@@ -223,7 +223,9 @@ def test_qwen_scope(tmp_path):
         "Qwen/Qwen3-1.7B-Base",
         "blocks.7.hook_resid_post",
     )
-    refuse(folder, "layer7.sae.pt")  # a folder may hold every layer
+    agrees(load(folder).sae, z, z @ w["W_dec"] + w["b_dec"])
+    (folder / "layer8.sae.pt").write_bytes(b"")
+    refuse(folder, "there is one in .*layer7.sae.pt")  # a folder may hold every layer
     (folder / "layer7.sae.pt").rename(tmp_path / "layer7.sae.pt")
     refuse(tmp_path / "layer7.sae.pt", "W32K-L0_50")
 
@@ -234,7 +236,8 @@ def test_openais_relu_saes_are_read_and_those_that_normalise_tokens_are_not(tmp_
     state["stats_last_nonzero"] = torch.zeros(M, dtype=torch.int64)
     torch.save({**state, "activation": "ReLU", "activation_state_dict": {}}, file)
     z = torch.relu((X - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
-    agrees(load(file).sae, z, z @ w["W_dec"] + w["b_dec"])
+    for place in (file, tmp_path):  # the only one of its folder
+        agrees(load(place).sae, z, z @ w["W_dec"] + w["b_dec"])
     torch.save({**state, "activation": "TopK", "activation_state_dict": {"k": 4}}, file)
     refuse(file, "own norm")
     torch.save({**state, "activation": "Identity"}, file)

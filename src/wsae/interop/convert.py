@@ -19,7 +19,7 @@ from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import FORMATS, FormatName, Provenance, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
-from wsae.interop.format import Format, Reader
+from wsae.interop.format import THROUGH_SAELENS, Format, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
 from wsae.interop.saelens import SAELENS
 from wsae.interop.sparsify import SPARSIFY
@@ -142,9 +142,11 @@ def reader(name: str) -> Reader:
 
 
 def _folder(place: Path) -> Path:
-    """Return the folder of a config or weights that were named in place of it; other paths as they are."""
+    """Return the folder of a config or weights that were named in place of it, and the one .pt file of a folder."""
     if not place.is_file():
-        return place
+        alone = [*place.glob("*.pt"), *place.glob("*.pth")] if place.is_dir() else []
+        known = any(kind.detect(place) for kind in READERS.values()) or (place / MANIFEST).exists()
+        return alone[0] if len(alone) == 1 and not known else place
     names = (MANIFEST, WEIGHTS, *(name for kind in READERS.values() for name in kind.files if name))
     for name in dict.fromkeys(names):
         parts = Path(name).parts
@@ -177,7 +179,10 @@ def detect(place: Path) -> Reader:
     inside = [place / p for p in sorted({p for n in names for p in place.glob(f"*/{n}")})]
     inside += sorted([*place.glob("*.pt"), *place.glob("*.pth")])
     hint = f"; there is one in {_folder(inside[0])}" if inside else ""
-    raise UserError(f"{place}: holds no SAE that this reads ({', '.join(names)}, a .pt){hint}")
+    raise UserError(
+        f"{place}: holds no SAE that this reads ({', '.join(names)}, a .pt)"
+        + (hint or f"; if SAELens reads it, {THROUGH_SAELENS}")
+    )
 
 
 def native_about(folder: Path) -> Provenance:

@@ -14,6 +14,10 @@ from wsae.interop.config import FormatName, Provenance, SourceName
 from wsae.interop.weights import Foreign, Named
 from wsae.sae.model import SparseAutoencoder
 
+THROUGH_SAELENS = (
+    "open it in SAELens 6 (SAE.from_pretrained), save it (save_model) and import that folder"
+)
+"""How to bring what SAELens reads and wsae does not."""
 MAX_JSON = 16 * 2**20
 """Bytes a config file may have."""
 
@@ -94,6 +98,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return a JSON object; raises UserError when the file is missing, too large, damaged or something else."""
     if path.is_file() and path.stat().st_size > MAX_JSON:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes are no SAE's config")
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file, and weights alone do not say what the SAE computes; if SAELens reads this release, "
+            f"{THROUGH_SAELENS}"
+        )
     data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: a config is a JSON object, this is a {type(data).__name__}")

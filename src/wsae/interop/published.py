@@ -25,7 +25,17 @@ from wsae.core.errors import UserError
 from wsae.core.npy import npz_arrays
 from wsae.core.tensors import load_tensors
 from wsae.interop.config import Provenance
-from wsae.interop.format import Keys, Reader, Switch, check_keys, maybe, plain, read_config, whole
+from wsae.interop.format import (
+    THROUGH_SAELENS,
+    Keys,
+    Reader,
+    Switch,
+    check_keys,
+    maybe,
+    plain,
+    read_config,
+    whole,
+)
 from wsae.interop.torchfile import load_state
 from wsae.interop.weights import (
     Foreign,
@@ -44,9 +54,6 @@ NPZ, SAFE, CONFIG = "params.npz", "params.safetensors", "config.json"
 HYPER, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
 _FACTOR = "scaling_factor"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-_THROUGH_SAELENS = (
-    "open it in SAELens 6 (SAE.from_pretrained), save it (save_model) and import that folder"
-)
 _TRANSCODER = "a transcoder has no equal here"
 _GEMMA_KEYS = Keys(
     used=frozenset({"model_name", "hf_hook_point_in"}),
@@ -61,14 +68,14 @@ _GEMMA_KEYS = Keys(
 )
 _LLAMA_SWITCHES = {
     "act_fn": Switch(
-        ("jumprelu",), f"of Llama Scope's SAEs those with jumprelu are read; {_THROUGH_SAELENS}"
+        ("jumprelu",), f"of Llama Scope's SAEs those with jumprelu are read; {THROUGH_SAELENS}"
     ),
     "norm_activation": Switch(
-        ("dataset-wise",), f"dataset-wise has an equal here; {_THROUGH_SAELENS}"
+        ("dataset-wise",), f"dataset-wise has an equal here; {THROUGH_SAELENS}"
     ),
     "use_glu_encoder": Switch((False, None), "a gated encoder has no equal here"),
-    "apply_decoder_bias_to_pre_encoder": Switch((False, None), f"unknown here; {_THROUGH_SAELENS}"),
-    "use_decoder_bias": Switch((True, None), f"unknown here; {_THROUGH_SAELENS}"),
+    "apply_decoder_bias_to_pre_encoder": Switch((False, None), f"unknown here; {THROUGH_SAELENS}"),
+    "use_decoder_bias": Switch((True, None), f"unknown here; {THROUGH_SAELENS}"),
 }
 
 
@@ -118,7 +125,7 @@ def _read_gemma(path: Path) -> Foreign:
 
 
 def _load_npz(path: Path) -> dict[str, Tensor]:
-    """Read the arrays of Gemma Scope; raises UserError for others, objects, damage, and what unpacks to far too much."""
+    """Read the arrays of Gemma Scope; raises UserError for others, Python objects, damage, and packed bombs."""
     wanted = (*_NAMES, *(name.replace("W_", "w_") for name in _NAMES[:2]), _FACTOR)
     arrays, names = npz_arrays(path, wanted, str(path))
     extra = sorted(set(names) - set(wanted))
@@ -210,7 +217,7 @@ def _understand_llama(foreign: Foreign, where: str) -> SparseAutoencoder:
     ):
         raise UserError(
             f"{where}: sparsity_include_decoder_norm = True with decoder rows whose norms are not 1 is not read; "
-            f"{_THROUGH_SAELENS}"
+            f"{THROUGH_SAELENS}"
         )
     return _jumprelu(rescaled(centred(weights), foreign.scale or 1.0), where)
 
@@ -267,7 +274,7 @@ def _rename_torch(foreign: Foreign, where: str) -> Named:
         raise UserError(
             f"{where}: its tensors ({', '.join(sorted(names)[:8])}) are of no SAE this knows (Qwen Scope's, OpenAI's "
             f"and Goodfire's are read), and a bare file says nothing of the rest; if SAELens reads it, "
-            f"{_THROUGH_SAELENS}"
+            f"{THROUGH_SAELENS}"
         )
     rows, columns, b_enc, b_dec = take(tensors, order, where)
     weights = Named(_matrix(rows, order[0], where), _matrix(columns, order[1], where), b_enc, b_dec)
