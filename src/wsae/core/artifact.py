@@ -24,7 +24,8 @@ from wsae.core.version import __version__
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-_FOREIGN = dict.fromkeys(("run", "sae"), " (an SAE of another tool is read by wsae import)")
+_HINT = " (an SAE of another tool is read by wsae import)"
+_FOREIGN: dict[str, str] = {"run": _HINT, "sae": _HINT}
 _INSTEAD = {
     (
         "sae",
