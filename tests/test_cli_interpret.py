@@ -1,6 +1,7 @@
 """`wsae interpret` on a tiny model made here: results, controls, refusals in one line, and the report after it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def test_members_and_controls_are_scored_without_an_llm_and_told_on_the_terminal
     for name in ("plain", "variance-a1", *controls):
         assert name in text
     assert "matched" in text
+    assert ", n = " in text  # every score says how many latents it is over
+    assert re.search(r"embedding: \d+ of \d+ sampled latents have a match .*\(chance 0\.\d", text)
     assert f"next: wsae report {place / 'run'}" in text
     record = read_json(place / "result.json")
     assert record == read_json(place / "run" / "interpretation" / "interpretation.json")
@@ -66,7 +69,13 @@ def test_members_and_controls_are_scored_without_an_llm_and_told_on_the_terminal
         )
         assert 0 < entry["summary"]["embedding"]["n"] == entry["counts"]["scored"]
         assert entry["summary"]["surprisal"]["n"] <= 3
+    for line in found["comparisons"]:
+        assert (line["over"] == "matched") == ("cosine" in line)
+        if line["over"] == "matched":
+            assert line["n"] <= line["sampled"]
+            assert line["cosine"] is None or -1 <= line["chance"] < line["cosine"] <= 1
     assert main(["report", str(place / "run"), "--out", str(place / "r.html")]) == 0
+    assert "matched latents compared" in (place / "r.html").read_text()
     assert "Are the latents interpretable?" in (place / "r.html").read_text()
 
 

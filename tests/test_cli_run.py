@@ -8,6 +8,7 @@ import pytest
 
 from acts_models import make_model, make_text
 from wsae.cli.main import main
+from wsae.train.run import load_run
 
 SMALL = ("--k", "2", "--expansion", "2", "--batch-size", "64", "--tokens", "640", "--device", "cpu")
 
@@ -148,6 +149,80 @@ def test_the_words_on_the_terminal_show_members_intervals_and_the_next_step(run,
     text = capsys.readouterr().out
     assert f"wsae compare {run}" in text
     assert "fvu_weighted" in text
+
+
+def test_few_steps_dense_codes_and_matches_are_told(run, place, tmp_path, capsys):
+    assert main(["compare", str(run), "--draws", "20"]) == 0
+    text = capsys.readouterr().out
+    assert "variance-a1: " in text
+    assert "latents matched with plain's, mean cosine" in text
+    assert "(chance 0." in text
+    found = result(["evaluate", str(run), "--draws", "20", "--splice-tokens", "0"], capsys)
+    assert any("only 10 training steps (640 tokens, 64 a step)" in note for note in found["notes"])
+    words = ["train", str(place / "acts"), "--hook", "layers.1", "--out", str(tmp_path / "dense")]
+    words += ["--k", "16", "--expansion", "2", "--batch-size", "8", "--tokens", "800"]
+    assert main([*words, "--alpha", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "(k = 16)" in text
+    assert "training steps" not in text
+
+
+def sae_of(run: Path, out: Path, **about: str) -> Path:
+    """Save one of the run's SAEs as SAELens' with words of its own about where it is from."""
+    from wsae.interop import Provenance, save
+
+    sae = load_run(run).saes["layers.1"]["plain"]
+    save(sae, out, "saelens", Provenance(**about))
+    for ours in ("manifest.json", "wsae.safetensors"):
+        (out / ours).unlink()
+    return out
+
+
+def test_an_sae_of_another_place_or_model_is_told_beside_its_scores(run, place, tmp_path, capsys):
+    model = (place / "model").name
+
+    def notes(name: str, source: Path, **about: str) -> list[str]:
+        sae = sae_of(run, tmp_path / name, **about)
+        words = ["evaluate", str(sae), "--source", str(source), "--draws", "5"]
+        found = result(words, capsys)
+        assert list(found["hooks"]) == ["layers.1"]
+        return found["notes"]
+
+    store = place / "acts"  # of two hooks: the SAE's own is taken
+    assert notes("same", store, hook="layers.1", model=model) == []
+    assert notes("lens", store, hook="blocks.1.hook_resid_post", model=f"me/{model}") == []
+    one = tmp_path / "one"
+    words = ["harvest", str(place / "model"), "--text", str(place / "text.jsonl"), "--hook"]
+    words += ["layers.1", "--seq-len", "32", "--tokens", "300", "--heldout-tokens", "64"]
+    assert main([*words, "--out", str(one)]) == 0
+    (note,) = notes("other", one, hook="blocks.0.hook_resid_post", model=model)
+    assert "trained at blocks.0.hook_resid_post, these activations are of layers.1" in note
+    (note,) = notes("stranger", one, hook="layers.1", model="gpt2-small")
+    assert "trained on gpt2-small" in note
+    (note,) = notes("kwargs", one, hook="layers.1", model=model, dataset="x") or [""]
+    assert note == ""
+    lost = sae_of(run, tmp_path / "lost", hook="blocks.7.hook_resid_post")
+    assert main(["evaluate", str(lost), "--source", str(store)]) == 2
+    assert "the SAE is of blocks.7.hook_resid_post" in capsys.readouterr().err
+    np.save(tmp_path / "wide.npy", np.zeros((20, 5), np.float32))
+    assert main(["evaluate", str(lost), "--source", str(tmp_path / "wide.npy")]) == 2
+    assert "trained at blocks.7.hook_resid_post), and" in capsys.readouterr().err
+    x = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32) * 1e-3
+    np.save(tmp_path / "small.npy", x)
+    words = ["evaluate", str(lost), "--source", str(tmp_path / "small.npy"), "--draws", "5"]
+    assert "worse than the mean" in result(words, capsys)["notes"][-1]
+
+
+def test_an_sae_alone_where_a_run_is_needed_is_told_what_works_today(run, tmp_path, capsys):
+    theirs = sae_of(run, tmp_path / "theirs", hook="layers.1")
+    assert main(["import", str(theirs), "--out", str(tmp_path / "ours")]) == 0
+    for command in (["serve", "--index-only"], ["report"], ["interpret"], ["compare"]):
+        name, *rest = command
+        assert main([name, str(tmp_path / "ours"), *rest]) == 2
+        error = capsys.readouterr().err
+        assert "wsae evaluate SAE --source DATA" in error
+        assert "make it again" not in error
+        assert error.count("\n") == 1
 
 
 def test_a_live_model_is_trained_on_without_a_store_and_evaluated(place, tmp_path, capsys):

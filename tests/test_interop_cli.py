@@ -1,11 +1,13 @@
 """`wsae export`, `wsae import` and `wsae push` on a run of two SAEs, and the hub's protocol on a loopback port."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +18,21 @@ from interop_hub import serving
 from test_interop_roundtrip import make, same_bits
 from wsae import SparseAutoencoder, UserError
 from wsae.acts.source import open_source
+from wsae.cli.live import reopen
 from wsae.cli.main import main
-from wsae.core.files import locked
+from wsae.core.artifact import record
+from wsae.core.files import locked, seal
 from wsae.core.hub import HubPlace, hub_errors, hub_place
+from wsae.evals.compare import read_evaluation
 from wsae.evals.config import EvalConfig
-from wsae.evals.run import evaluate_run
+from wsae.evals.run import evaluate_run, run_subject
 from wsae.interop import load, save
+from wsae.interop.convert import native_about, save_native
+from wsae.interop.runs import choose
 from wsae.losses.config import GammaConfig
 from wsae.sae import GroupTopK, TopK
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.run import train_run
+from wsae.train.run import load_run, train_run
 
 FIXTURES = Path(__file__).parent / "fixtures" / "interop"
 
@@ -190,6 +197,123 @@ def test_all_members_and_the_ones_left_out(run, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "left out acts/grouped" in shown
     assert "already there" in shown
+
+
+def refused(place: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        SparseAutoencoder.load(place)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_load_says_how_whatever_else_becomes_an_sae(run, tmp_path):
+    layouts = [*FIXTURES.glob("*-topk"), tmp_path]
+    save(SparseAutoencoder.load(member(run, "plain")), tmp_path / "export", "saelens")
+    np.savez(tmp_path / "params.npz", W_enc=np.zeros((4, 8)))
+    for place in (*layouts, tmp_path / "export", tmp_path / "params.npz"):
+        said = refused(place)
+        assert f"wsae import {place} --out DIR" in said
+        assert "wsae.interop.load(" in said
+        assert "make it again" not in said
+    assert "members/HOOK/NAME" in refused(run)
+    assert "no such directory" in refused(tmp_path / "nowhere")
+    weights = member(run, "plain") / "sae.safetensors"
+    assert same_bits(SparseAutoencoder.load(weights), SparseAutoencoder.load(weights.parent))
+    with pytest.raises(
+        UserError, match="is a wsae run; give one of its SAEs, for example .*members"
+    ):
+        load(run)
+
+
+def test_what_import_has_to_say_is_printed_and_kept(tmp_path, capsys):
+    shutil.copytree(FIXTURES / "sparsify-topk", tmp_path / "layers.3.mlp")
+    config = json.loads((tmp_path / "layers.3.mlp/cfg.json").read_text())
+    (tmp_path / "layers.3.mlp/cfg.json").write_text(json.dumps(config | {"novelty": False}))
+    words = ["import", str(tmp_path / "layers.3.mlp"), "--out", str(tmp_path / "ours")]
+    assert main(words) == 0
+    assert "novelty = False" in capsys.readouterr().err
+    about = load(tmp_path / "ours").about
+    assert about.hook == "layers.3.mlp"  # sparsify says it in the folder's name alone
+    assert "novelty" in about.notes[0]
+
+
+WRONG = (1e308, [], {}, None, "x", 10**40, float("nan"), -1, True, [[]], {"a": 1})
+
+
+def places(value: object, place: tuple = ()) -> list[tuple]:
+    """Return the way to every value of a JSON document (of lists: to the first)."""
+    if isinstance(value, dict):
+        inner = [way for key, item in value.items() for way in places(item, (*place, key))]
+    else:
+        inner = places(value[0], (*place, 0)) if isinstance(value, list) and value else []
+    return [place, *inner]
+
+
+def altered(value, place: tuple, new: object):
+    """Return a JSON document with another value at one place."""
+    if not place:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[place[0]] = altered(value[place[0]], place[1:], new)
+    return copy
+
+
+def sealed(top: Path, name: str, content: object) -> None:
+    """Write a file below `top` and every manifest that speaks of it, so that all checksums are right."""
+    file = top / name
+    own = file.name == "manifest.json" and isinstance(content, dict)
+    file.write_text(json.dumps(seal(content) if own else content))
+    for folder in (p for p in file.parents if p.is_relative_to(top)):
+        place = folder / "manifest.json"
+        data = json.loads(place.read_text()) if place.is_file() and place != file else {}
+        changed = {
+            inside: record(folder / inside).to_dict()
+            for inside in data.get("files", {})
+            if (folder / inside).is_file()
+        }
+        if changed:
+            rest = {key: item for key, item in data.items() if key != "checksum"}
+            place.write_text(json.dumps(seal(rest | {"files": changed})))
+
+
+@pytest.mark.parametrize(
+    ("name", "readers"),
+    [
+        ("manifest.json", (load_run, partial(choose, every=True))),
+        ("config.json", (run_subject, partial(choose, every=True), partial(reopen, device="cpu"))),
+        ("gamma.json", (run_subject, partial(choose, every=True))),
+        ("evaluation/evaluation.json", (read_evaluation, partial(choose, every=True))),
+        ("evaluation/manifest.json", (read_evaluation,)),
+        ("members/acts/weighted/config.json", (load_run,)),
+        ("members/acts/weighted/manifest.json", (load_run,)),
+        ("sae/provenance.json", (load,)),
+        ("sae/config.json", (load,)),
+        ("export/manifest.json", (load,)),
+    ],
+)
+def test_sealed_files_of_another_form_are_bad_input_and_no_accident(run, tmp_path, name, readers):
+    """Every place of every file once, with values of wrong types in turn."""
+    about = load(member(run, "weighted"))
+    save_native(about.sae, tmp_path / "sae", native_about(member(run, "weighted")))
+    save(about.sae, tmp_path / "export", "saelens")
+    alone = name.split("/")[0] in ("sae", "export")
+    top = tmp_path / name.split("/")[0] if alone else Path(shutil.copytree(run, tmp_path / "run"))
+    inside = name.split("/", 1)[1] if alone else name
+    kept = {p: p.read_bytes() for p in top.rglob("*.json")}
+    good = json.loads((top / inside).read_text())
+    good.pop("checksum", None)
+    ways = places(good)
+    said = []
+    for i, way in enumerate(ways[:: max(1, len(ways) // 40)]):
+        sealed(top, inside, altered(good, way, WRONG[i % len(WRONG)]))
+        for reader in readers:
+            with contextlib.suppress(UserError):  # anything else fails the test
+                reader(top)
+                continue
+            said.append(way)
+        for file, content in kept.items():
+            file.write_bytes(content)
+    assert said
 
 
 def test_bad_requests_end_in_one_line(run, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wsae import UserError
+from wsae import SparseAutoencoder, UserError
 from wsae.interop import load
 
 FIXTURES = Path(__file__).parent / "fixtures" / "interop"
@@ -152,16 +152,33 @@ def edited(folder: Path, file: str, **changes: object) -> Path:
         ("saelens-topk", {"k": 99}, "k = 99 active latents of only"),
         ("saelens-topk", {"d_in": 7}, "d_in = 7"),
         ("saelens-topk", {"d_sae": 10**12}, "d_sae = 1000000000000"),
-        ("saelens-topk", {"metadata": {"sae_lens_version": "5.9.1"}}, "SAELens 5.9.1"),
-        ("saelens-topk", {"metadata": 3}, "SAELens < 6"),
+        ("saelens-topk", {"metadata": 3}, "metadata is a int"),
+        ("saelens-topk", {"architecture": ["topk"]}, "architecture"),
+        ("saelens-topk", {"architecture": "abstopk"}, "architecture 'abstopk'"),
+        ("saelens-topk", {"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input = 'false'"),
+        ("saelens-topk", {"rescale_acts_by_decoder_norm": 2}, "rescale_acts_by_decoder_norm = 2"),
+        ("saelens-topk", {"activation_fn": "tanh-relu"}, "activation_fn = 'tanh-relu'"),
+        ("saelens-topk", {"reshape_activations": "heads"}, "reshape_activations = 'heads'"),
+        ("saelens-topk", {"hook_name_out": "blocks.3.hook_mlp_out"}, "transcoder"),
+        ("saelens-topk", {"clip_acts": 3.0}, "clip_acts = 3.0 is a key that wsae does not know"),
+        ("saelens-standard", {"activation_fn": "topk"}, "activation_fn = 'topk'"),
         ("saelens-topk", {"architecture": "batchtopk"}, "training checkpoint"),
         ("saelens-topk", {"normalize_activations": "expected_average_only_in"}, "folded"),
         ("sparsify-topk", {"activation": "relu"}, "activation 'relu'"),
+        ("sparsify-topk", {"activation": ["topk"]}, "activation"),
+        ("sparsify-topk", {"signed": True}, "signed = True"),
+        ("sparsify-topk", {"signed": "yes"}, "signed = 'yes'"),
+        ("sparsify-topk", {"transcode": 1}, "transcode = 1"),
+        ("sparsify-topk", {"matching_pursuit": True}, "matching_pursuit = True is a key"),
+        ("sparsify-topk", {"num_latent": 16}, r"num_latent = 16 .*nearest: num_latents"),
+        ("sparsify-topk", {"num_latents": "16"}, "num_latents = '16'"),
+        ("sparsify-topk", {"k": 4.0}, "k = 4.0"),
         ("sparsify-topk", {"d_in": None}, "d_in = None"),
         ("sparsify-topk", {"num_latents": 17}, "d_sae = 17"),
         ("sparsify-groupmax", {"k": 5}, "divisible"),
         ("dl-topk", {"k": 5}, "k is 4 in ae.pt and 5"),
         ("dl-topk", {"dict_class": None}, "dict_class"),
+        ("dl-topk", {"apply_b_dec_to_input": True}, "apply_b_dec_to_input = True is a key"),
         ("dl-topk", {"dict_size": 3}, "d_sae = 3"),
     ],
 )
@@ -174,4 +191,149 @@ def test_a_folder_without_an_sae_says_what_was_looked_for(tmp_path):
     refuse(tmp_path, "sae_weights.safetensors, sae.safetensors, ae.pt")
     copied(tmp_path, "dl-topk")
     refuse(tmp_path, "there is one in .*dl-topk")
-    refuse(tmp_path / "nothing", "no such directory")
+    refuse(tmp_path / "nothing", "no such file or directory")
+    (tmp_path / "notes.txt").write_text("x")
+    refuse(tmp_path / "notes.txt", "holds no SAE")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("saelens-topk", "cfg.json"),
+        ("saelens-topk", "sae_weights.safetensors"),
+        ("sparsify-topk", "sae.safetensors"),
+        ("dl-topk", "ae.pt"),
+        ("dl-topk", "config.json"),
+    ],
+)
+def test_a_file_of_the_folder_stands_for_the_folder(name, file):
+    assert same(load(FIXTURES / name / file).sae, load(FIXTURES / name).sae)
+
+
+def same(a: SparseAutoencoder, b: SparseAutoencoder) -> bool:
+    mine, other = a.tensors(), b.tensors()
+    return a.cfg == b.cfg and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def upstream(name: str) -> dict[str, torch.Tensor]:
+    return load_file(FIXTURES / name / "expected.safetensors")
+
+
+def agrees(sae: SparseAutoencoder, x: torch.Tensor, z: torch.Tensor, x_hat: torch.Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(sae.encode(x), z, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sae(x), x_hat, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["saelens-topk", "sparsify-topk"])
+def test_unknown_keys_that_are_off_are_read_and_told(tmp_path, name):
+    folder = edited(copied(tmp_path, name), "cfg.json", novelty=False, other="none", more=None)
+    found = load(folder)
+    assert same(found.sae, load(FIXTURES / name).sae)
+    (note,) = found.about.notes
+    assert "novelty = False" in note
+    assert load(FIXTURES / name).about.notes == ()
+
+
+OLD = {
+    "hook_point": "blocks.3.hook_resid_post",
+    "hook_point_layer": 3,
+    "hook_point_head_index": None,
+    "model_name": "tiny",
+    "context_size": 64,
+    "prepend_bos": True,
+    "finetuning_scaling_factor": False,
+    "normalize_activations": False,
+    "l1_coefficient": 1e-3,
+    "noise_scale": 0.0,
+    "use_ghost_grads": True,
+    "lr": 4e-4,
+    "seqpos_slice": [None],
+    "model_from_pretrained_kwargs": {"center_writing_weights": True},
+}
+
+
+def old(tmp_path: Path, name: str, **changes: object) -> Path:
+    """A fixture's weights under a config as SAELens wrote it before version 6."""
+    folder = copied(tmp_path, name)
+    now = json.loads((folder / "cfg.json").read_text())
+    kept = {key: now[key] for key in ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input")}
+    (folder / "cfg.json").write_text(json.dumps(kept | OLD | changes))
+    return folder
+
+
+def test_configs_of_before_saelens_6_are_read_as_saelens_6_reads_them(tmp_path):
+    expected = upstream("saelens-topk")
+    folder = old(tmp_path, "saelens-topk", activation_fn_str="topk", activation_fn_kwargs={"k": 4})
+    found = load(folder)
+    agrees(found.sae, *(expected[key] for key in ("x", "z", "x_hat")))
+    assert (found.about.model, found.about.hook) == ("tiny", "blocks.3.hook_resid_post")
+    assert "center_writing_weights" in found.about.notes[0]
+    found = load(old(tmp_path, "saelens-standard"))  # the oldest name no architecture
+    assert found.sae.cfg.activation.kind == "relu"
+    folder = old(tmp_path, "saelens-jumprelu", architecture="jumprelu", activation_fn="relu")
+    agrees(load(folder).sae, *(upstream("saelens-jumprelu")[key] for key in ("x", "z", "x_hat")))
+    (folder / "cfg.json").write_text("{}")
+    refuse(folder, "neither architecture nor d_in")
+
+
+def test_finetuning_factors_are_folded_into_the_decoder(tmp_path):
+    folder = old(tmp_path, "saelens-standard", finetuning_scaling_factor=True)
+    file = folder / "sae_weights.safetensors"
+    weights = load_file(file)
+    factor = torch.linspace(0.5, 2.0, len(weights["b_enc"]))
+    save_file({**weights, "scaling_factor": factor}, file)
+    expected = upstream("saelens-standard")
+    x_hat = (expected["z"] * factor) @ weights["W_dec"] + weights["b_dec"]
+    agrees(load(folder).sae, expected["x"], expected["z"], x_hat)
+    edited(folder, "cfg.json", finetuning_scaling_factor=False)
+    refuse(folder, "scaling_factor is there")
+    save_file({**weights, "scaling_factor": torch.ones_like(factor)}, file)
+    agrees(load(folder).sae, expected["x"], expected["z"], expected["x_hat"])
+
+
+def test_a_constant_scale_is_folded_and_scales_of_each_token_are_not(tmp_path):
+    expected, scale = upstream("saelens-topk-rescale"), 0.37
+    folder = copied(tmp_path, "saelens-topk-rescale")
+    edited(folder, "cfg.json", normalize_activations="expected_average_only_in")
+    refuse(folder, "activation_scaler.json")
+    (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scale}))
+    found = load(folder)
+    agrees(found.sae, expected["x"] / scale, expected["z"], expected["x_hat"] / scale)
+    assert "0.37" in found.about.notes[0]
+    for bad in (0, -1, "2", None, True, 1e300):
+        (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": bad}))
+        refuse(folder, "scaling_factor = .* is not a positive number")
+    for how in ("layer_norm", "constant_norm_rescale"):
+        refuse(edited(folder, "cfg.json", normalize_activations=how), "every token .* your")
+    refuse(edited(folder, "cfg.json", normalize_activations="covariance_whitening"), "whitened")
+    refuse(edited(folder, "cfg.json", normalize_activations=["none"]), "normalize_activations")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.int64])
+def test_quantised_weights_are_not_taken_for_weights(tmp_path, dtype):
+    folder = copied(tmp_path, "saelens-topk")
+    file = folder / "sae_weights.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "W_enc": weights["W_enc"].to(dtype)}, file)
+    refuse(folder, "tensor W_enc is .*quantised")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_precisions_are_read(tmp_path, dtype):
+    folder = copied(tmp_path, "saelens-topk")
+    file = folder / "sae_weights.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    expected = upstream("saelens-topk")
+    with torch.no_grad():
+        z = load(folder).sae.encode(expected["x"])
+    torch.testing.assert_close(z, expected["z"], atol=1e-2, rtol=1e-2)
+
+
+def test_transposed_matrices_are_named(tmp_path):
+    folder = copied(tmp_path, "saelens-topk")
+    file = folder / "sae_weights.safetensors"
+    weights = load_file(file)
+    turned = {name: weights[name].T.contiguous() for name in ("W_enc", "W_dec")}
+    save_file({**weights, **turned}, file)
+    refuse(folder, "transposed")

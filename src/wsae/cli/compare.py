@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from wsae.cli.evaluate import show_matching
 from wsae.cli.flags import Common, CommonFlags, Count, MaybePlace, Number
 from wsae.cli.ui import UI
 from wsae.core.config import Config
@@ -47,6 +48,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
     """Print each hook's differences."""
     for hook, lines in result["hooks"].items():
         show_differences(hook, lines, ui)
+        show_matching(result["matching"].get(hook, {}), ui)
 
 
 def show_differences(hook: str, lines: list[dict[str, Any]], ui: UI) -> None:

@@ -8,11 +8,12 @@ import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybeName, MaybePlace, Number
 from wsae.cli.live import behind, labelled, reopen
-from wsae.cli.single import evaluate_sae, is_sae
+from wsae.cli.single import evaluate_sae, is_sae, strangers
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
-from wsae.core.files import write_json
+from wsae.core.errors import understood
+from wsae.core.files import read_json, write_json
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
 
@@ -74,6 +75,12 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     source = labelled(reopen(flags.run, where, flags.source), flags.labels)
     seen = behind(source, where, language=cfg.splice_tokens > 0)
     record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
+    if flags.source is not None:
+        with understood(flags.run / "config.json"):
+            place = read_json(flags.run / "config.json").get("source") or {}
+            model = place.get("model") or place.get("harvest", {}).get("model")
+            foreign = strangers(model, None, source)
+        record["notes"] = [*record.get("notes", []), *foreign]
     labels = labels_of(source)
     if labels is not None:
         found = ClassesConfig(draws=cfg.draws, confidence=cfg.confidence, seed=cfg.seed)
@@ -96,6 +103,8 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 def show_scores(result: dict[str, Any], ui: UI) -> None:
     """Print a table per hook: one row per metric, one column per member."""
+    for note in result.get("notes", ()):
+        ui.say(f"note: {note}")
     for hook, found in result["hooks"].items():
         members = found["members"]
         rows = [
@@ -104,17 +113,55 @@ def show_scores(result: dict[str, Any], ui: UI) -> None:
         ]
         known = [row for row in rows if set(row[1:]) != {"-"}]
         ui.table(f"{hook}: held-out data", ("metric", *members), known)
+        show_matching(found.get("matching", {}), ui)
+
+
+def show_matching(matching: dict[str, Any], ui: UI) -> None:
+    """Print how many latents of each member are paired with its twin's, and how alike the pairs are."""
+    for member, found in matching.items():
+        pairs, cosine = found["n_pairs"], found["decoder_cosine_mean"]
+        alike = "" if cosine is None else f", {likeness(cosine, found['random_cosine_mean'])}"
+        ui.say(f"{member}: {pairs:,} latents matched with {found['with']}'s{alike}")
+
+
+def likeness(cosine: float, chance: float | None) -> str:
+    """Return the mean cosine of matched pairs beside that of random directions."""
+    return f"mean cosine {cosine:.2f}" + ("" if chance is None else f" (chance {chance:.2f})")
 
 
 def show_classes(hook: str, found: dict[str, Any], ui: UI) -> None:
     """Print the class scores of members and controls, one row each."""
-    scored = found["members"] | found["controls"]
-    scores = list(next(iter(scored.values()))["scores"])
+    entries = found["members"] | found["controls"]
+    scores = list(next(iter(entries.values()))["scores"])
     rows = [
-        [name, *(interval(entry["scores"][score]) for score in scores)]
-        for name, entry in scored.items()
+        [name, *(scored(e["scores"][score]) for score in scores), covered(e.get("coverage"))]
+        for name, e in entries.items()
     ]
-    ui.table(f"{hook}: latents against {len(found['class_totals'])} classes", ("", *scores), rows)
+    title = f"{hook}: latents against {len(found['class_totals'])} classes"
+    ui.table(title, ("", *scores, "latents"), rows)
+
+
+def covered(coverage: dict[str, Any] | None) -> str:
+    """Return how many latents fire on rows enough to be scored, of all, and how many never fire."""
+    if coverage is None:
+        return "-"
+    total = coverage["latents"]
+    enough, alive = (round(coverage[key] * total) for key in ("supported", "alive"))
+    return f"{enough:,} of {total:,} ({alive - enough:,} too seldom, {total - alive:,} never fire)"
+
+
+def scored(summary: Any) -> str:
+    """Return a mean score with its interval and the number of latents it is over."""
+    n = summary.get("n") if isinstance(summary, dict) else None
+    return interval(summary) + ("" if n is None else f", n = {n}")
+
+
+def counted(counts: dict[str, Any]) -> str:
+    """Return 'scored of sampled', with the reasons of those skipped and the latents that never fire."""
+    left = [f"{n} {reason}" for reason, n in counts["skipped"].items() if n]
+    if counts.get("silent"):
+        left.append(f"{counts['silent']:,} of all {counts['d_sae']:,} never fire")
+    return f"{counts['scored']} of {counts['sampled']}" + (f" ({'; '.join(left)})" if left else "")
 
 
 def interval(score: Any) -> str:

@@ -8,22 +8,24 @@ import tyro
 from wsae.cli.flags import Common, CommonFlags, Switch
 from wsae.cli.ui import UI
 from wsae.core.config import Config
-from wsae.interop.config import FormatName
+from wsae.interop.config import SourceName
 
 ABOUT = """\
-Read an SAE of SAELens, sparsify or dictionary_learning and write it as an SAE directory of wsae, with the same latents
-and reconstructions. What has no equal here is refused, naming what."""
+Read an SAE of SAELens, sparsify, dictionary_learning or a published release (Gemma Scope, Llama Scope, Qwen Scope) and
+write it as an SAE directory of wsae, with the same latents and reconstructions. What has no equal here is refused,
+naming what."""
 
 
 class Flags(Config):
     """Flags of `wsae import`."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """The folder another tool wrote (cfg.json and weights, or ae.pt and config.json), or hub:owner/name/folder."""
+    """The folder another tool wrote (cfg.json and weights, ae.pt and config.json, params.npz), a .pt file, or
+    hub:owner/name/folder."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The SAE directory to write."""
-    format: Annotated[Literal["auto"] | FormatName, tyro.conf.arg(metavar="NAME")] = "auto"
-    """saelens, sparsify or dictionary_learning; auto looks at the files."""
+    format: Annotated[Literal["auto"] | SourceName, tyro.conf.arg(metavar="NAME")] = "auto"
+    """saelens, sparsify, dictionary_learning, gemma_scope, llama_scope or torch; auto looks at the files."""
     force: Switch = False
     """Write over an SAE that is already there."""
     common: CommonFlags = Common()
@@ -74,5 +76,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
     k = cfg["activation"].get("k")
     kind = cfg["activation"]["kind"] + (f", k = {k}" if k else "")
     note = "" if result["new"] else " (already there)"
+    for text in result["provenance"]["notes"]:
+        ui.note(text)
     ui.say(f"{result['format']}: {cfg['d_in']} -> {cfg['d_sae']} latents, {kind}")
     ui.say(f"{result['sae']}{note}: wsae.SparseAutoencoder.load({result['sae']!r})")

@@ -22,7 +22,7 @@ from wsae.cli.live import language_of, reopen
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, understood
 from wsae.core.files import write_json
 from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
 from wsae.evals.autointerp.llm.config import LlmConfig
@@ -227,7 +227,8 @@ def show(result: dict[str, Any], ui: UI) -> None:
     if "plan" in result:
         show_plan(result["plan"], ui)
         return
-    show_scores(result, ui)
+    with understood(Path(result["run"]) / "interpretation" / "interpretation.json"):
+        show_scores(result, ui)  # what is finished is shown as it was written
     show_agreement(result.get("agreement", []), ui)
     ui.say(f"next: wsae report {shlex.quote(result['run'])}")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from wsae.cli.evaluate import interval
+from wsae.cli.evaluate import counted, interval, likeness, scored
 from wsae.cli.ui import UI
 
 
@@ -20,7 +20,7 @@ def show_scores(result: dict[str, Any], ui: UI) -> None:
     for hook, found in result["hooks"].items():
         scores = list(result["judges"])
         rows = [
-            [name, *(interval(e["summary"].get(s)) for s in scores), counted(e["counts"])]
+            [name, *(scored(e["summary"].get(s)) for s in scores), counted(e["counts"])]
             for name, e in {**found["members"], **found["controls"]}.items()
         ]
         ui.table(f"{hook}: interpretability", ("", *scores, "latents"), rows)
@@ -32,14 +32,18 @@ def show_scores(result: dict[str, Any], ui: UI) -> None:
         if lines:
             columns = ("a", "b", "score", "over latents", "a - b", "n")
             ui.table(f"{hook}: differences", columns, lines)
-        for text in unanswered(found):
+        for text in [*compared(found["comparisons"]), *unanswered(found)]:
             ui.say(text)
 
 
-def counted(counts: dict[str, Any]) -> str:
-    """Return 'scored of sampled', with the reasons of those skipped."""
-    left = "; ".join(f"{n} {reason}" for reason, n in counts["skipped"].items() if n)
-    return f"{counts['scored']} of {counts['sampled']}" + (f" ({left})" if left else "")
+def compared(lines: list[dict[str, Any]]) -> list[str]:
+    """Return a line per pair of members and score: how many matched latents are compared, and how alike they are."""
+    return [
+        f"{line['a']} against {line['b']}, {line['metric']}: {line['n']} of {line['sampled']} sampled latents have a "
+        f"match that was scored, {likeness(line['cosine'], line['chance'])}"
+        for line in lines
+        if line.get("cosine") is not None
+    ]
 
 
 def difference(line: dict[str, Any]) -> str:

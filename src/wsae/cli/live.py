@@ -10,7 +10,7 @@ from wsae.cli.flags import Count, MaybeName, Number
 from wsae.cli.plan import read_vector
 from wsae.core.artifact import check_file, read_manifest
 from wsae.core.config import Config
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 
 if TYPE_CHECKING:
@@ -122,8 +122,9 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
     manifest = read_manifest(run, "run", verify=False)
     if "config.json" in manifest.files:
         check_file(run, "config.json", manifest.files["config.json"])
-    record = read_json(run / "config.json").get("source") or {}
-    return reopened(record, str(run), device, elsewhere)
+    with understood(run / "config.json"):
+        record = read_json(run / "config.json").get("source") or {}
+        return reopened(record, str(run), device, elsewhere)
 
 
 def reopened(
@@ -136,6 +137,8 @@ def reopened(
     from wsae.acts.source import ArraySource, open_source
 
     hooks = tuple(record.get("hooks", ()))
+    if not all(isinstance(hook, str) for hook in hooks):
+        raise UserError(f"{run}: the hooks in its config.json are not all names (altered)")
     if other is not None:
         if Path(other).is_file() and len(hooks) == 1:
             return ArraySource(other, name=hooks[0])

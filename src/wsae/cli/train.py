@@ -18,6 +18,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.core.progress import quiet
+from wsae.sae.config import JumpReLU, ReLU
 from wsae.train.config import TrainConfig
 from wsae.train.parallel.config import launched
 
@@ -77,7 +78,11 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg, source = _opened(flags, where)
     with mirrored(loggers, ui):
         result = train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
-    return {"run": str(result.path), "members": last_metrics(result.path)}
+    return {
+        "run": str(result.path),
+        "members": last_metrics(result.path),
+        "notes": _notes(cfg, source),
+    }
 
 
 def _together(flags: Flags, ui: UI, loggers: "list[Logger]") -> dict[str, Any]:
@@ -100,7 +105,7 @@ def _together(flags: Flags, ui: UI, loggers: "list[Logger]") -> dict[str, Any]:
         how = "go on with the same command and --resume" if kept else "start the same command again"
         ui.note(f"wsae: error: {error}; the job has ended; {how}")
         raise SystemExit(1) from error
-    return {"run": str(flags.out), "members": last_metrics(flags.out)}
+    return {"run": str(flags.out), "members": last_metrics(flags.out), "notes": _notes(cfg, source)}
 
 
 def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
@@ -120,6 +125,23 @@ def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
         for d_in in source.hooks.values():
             member.sae_config(d_in)
     return cfg, source
+
+
+def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:
+    """Return what makes the run's SAEs worth little, as far as its settings tell."""
+    notes = [*cfg.doubts()]
+    for hook, d_in in source.hooks.items():
+        dense = [
+            f"{name} (k = {m.activation.k})"
+            for name, m in zip(cfg.names(), cfg.members, strict=True)
+            if not isinstance(m.activation, ReLU | JumpReLU) and m.activation.k >= d_in
+        ]
+        if dense:
+            notes.append(
+                f"{hook}: {', '.join(dense)}: as many active latents as the {d_in} dimensions or more can copy any "
+                "activation; lower --k"
+            )
+    return notes
 
 
 def _close_stdout() -> None:
@@ -169,6 +191,8 @@ def show(result: dict[str, Any], ui: UI) -> None:
         for name, metrics in members.items()
     ]
     ui.table("last training batches", ("hook", "member", *SHOWN), rows)
+    for note in result["notes"]:
+        ui.say(f"note: {note}")
     place = shlex.quote(result["run"])
     ui.say(
         f"run: {result['run']}\nnext: wsae evaluate {place}, then wsae report {place} --out report.html"

@@ -24,6 +24,19 @@ from wsae.core.version import __version__
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+_HINT = " (an SAE of another tool is read by wsae import)"
+_FOREIGN: dict[str, str] = {"run": _HINT, "sae": _HINT}
+_INSTEAD = {
+    (
+        "sae",
+        "run",
+    ): "; one SAE alone can be measured: wsae evaluate SAE --source DATA, and given away: wsae export SAE",
+    (
+        "export",
+        "run",
+    ): "; wsae import makes it an SAE of wsae, which wsae evaluate SAE --source DATA measures",
+}
+"""What to do with an artifact where another kind is needed."""
 
 
 class FileRecord(Config):
@@ -99,6 +112,7 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
     if not path.exists():
         raise UserError(
             f"{directory}: has no {MANIFEST}, so it is not a finished wsae {kind}; make it again"
+            f"{_FOREIGN.get(kind, '')}"
         )
     data = read_json(path)
     if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
@@ -108,7 +122,10 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
         )
     manifest = Manifest.parse(unsealed(data, path), where=str(path))
     if manifest.kind != kind:
-        raise UserError(f"{directory}: this is a wsae {manifest.kind}, but a {kind} is needed here")
+        raise UserError(
+            f"{directory}: this is a wsae {manifest.kind}, but a {kind} is needed here"
+            f"{_INSTEAD.get((manifest.kind, kind), '')}"
+        )
     for name, expected in manifest.files.items():
         check_file(directory, name, expected, verify)
     return manifest

@@ -89,9 +89,9 @@ class HubPlace(NamedTuple):
 
     @property
     def patterns(self) -> tuple[list[str], list[str]]:
-        """The file names to fetch and those not to: safetensors and JSON of this very folder."""
+        """The file names to fetch and those not to: safetensors, JSON and Gemma Scope's arrays of this folder."""
         at = f"{self.subfolder}/" if self.subfolder else ""
-        return [f"{at}*.json", f"{at}*.safetensors"], [f"{at}*/*"]
+        return [f"{at}*.json", f"{at}*.safetensors", f"{at}params.npz"], [f"{at}*/*"]
 
 
 def hub_place(place: Path | str) -> HubPlace | None:
@@ -111,7 +111,7 @@ def hub_place(place: Path | str) -> HubPlace | None:
 def local_folder(place: Path | str) -> Path:
     """Return a path as it is, and for `hub:owner/name[@revision][/folder]` the folder fetched from the hub.
 
-    Only .safetensors and .json files are fetched, into the hub library's cache. HF_TOKEN, HF_ENDPOINT and
+    Only .safetensors, .json and params.npz files are fetched, into the hub library's cache. HF_TOKEN, HF_ENDPOINT and
     HF_HUB_OFFLINE are heeded. Raises UserError when it is not there or cannot be reached.
     """
     there = hub_place(place)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from wsae.core.artifact import read_manifest
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
@@ -16,16 +16,17 @@ from wsae.evals.scores import Arrays
 
 
 class Evaluated(NamedTuple):
-    """A run's evaluation, read back: its label and, per hook, the data's digest, members' arrays and twins."""
+    """A run's evaluation, read back: its label and, per hook, the data's digest, members' arrays, twins, matchings."""
 
     label: str
     data: dict[str, str]
     arrays: dict[str, dict[str, Arrays]]
     twins: dict[str, dict[str, str]]
+    matching: dict[str, dict[str, Json]]
 
 
 def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: B008  (frozen)
-    """Return {"runs", "hooks": {hook: [comparison, ...]}, "glossary"} with intervals from `cfg`.
+    """Return {"runs", "hooks": {hook: [comparison, ...]}, "matching", "glossary"} with intervals from `cfg`.
 
     One run: each weighted member against its plain twin. Several: also each run's members against those of the
     same name in the first run. Raises UserError when a run has no evaluation, two runs share no hook and member,
@@ -45,12 +46,19 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
     for other in read[1:]:
         for hook, lines in _between(other, read[0], cfg).items():
             hooks.setdefault(hook, []).extend(lines)
-    return {"runs": [str(path) for path in runs], "hooks": hooks, "glossary": glossary()}
+    return {
+        "runs": [str(path) for path in runs],
+        "hooks": hooks,
+        "matching": _matching(read),
+        "glossary": glossary(),
+    }
 
 
 def read_evaluation(run: Path) -> Evaluated:
     """Read RUN/evaluation; raises UserError when it is missing, cut or altered."""
     path = run / "evaluation"
+    if (run / MANIFEST).is_file():
+        read_manifest(run, "run", verify=False)
     if run.is_dir() and not path.is_dir():
         raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")
     read_manifest(path, "evaluation")
@@ -64,11 +72,35 @@ def read_evaluation(run: Path) -> Evaluated:
     with understood(path / "evaluation.json"):
         hooks = record["hooks"]
         data = {hook: entry["data"] for hook, entry in hooks.items()}
-        twins = {
-            hook: {m: s["with"] for m, s in entry["matching"].items()}
+        matching = {
+            hook: {member: _summary(found) for member, found in entry["matching"].items()}
             for hook, entry in hooks.items()
         }
-    return Evaluated(run.resolve().name, data, arrays, twins)
+        twins = {hook: {m: s["with"] for m, s in found.items()} for hook, found in matching.items()}
+    return Evaluated(run.resolve().name, data, arrays, twins, matching)
+
+
+def _summary(found: Json) -> Json:
+    """Return how a member's latents match the twin's; raises TypeError or ValueError for another form."""
+    cosine, chance = (found[key] for key in ("decoder_cosine_mean", "random_cosine_mean"))
+    return {
+        "with": str(found["with"]),
+        "n_pairs": int(found["n_pairs"]),
+        "decoder_cosine_mean": None if cosine is None else float(cosine),
+        "random_cosine_mean": None if chance is None else float(chance),
+    }
+
+
+def _matching(read: list[Evaluated]) -> dict[str, dict[str, Json]]:
+    """Return {hook: {member: how its latents match the twin's}}, members labelled as in the comparisons."""
+    out: dict[str, dict[str, Json]] = {}
+    for one in read:
+        label = f"{one.label}:" if len(read) > 1 else ""
+        for hook, found in one.matching.items():
+            out.setdefault(hook, {}).update(
+                {f"{label}{m}": {**s, "with": f"{label}{s['with']}"} for m, s in found.items()}
+            )
+    return out
 
 
 def _within(one: Evaluated, cfg: EvalConfig, prefix: bool) -> dict[str, list[Comparison]]:

@@ -66,6 +66,9 @@ def evaluate_run(
     """
     subject = run_subject(run)
     found = evaluate_families(subject, source, cfg, behind, progress)
+    notes = [*_training(run).doubts(), *doubts(found.record["hooks"])]
+    if notes:
+        found.record["notes"] = [*found.record.get("notes", []), *notes]
     out = run / "evaluation"
     with locked(out):
         (out / MANIFEST).unlink(missing_ok=True)
@@ -86,10 +89,10 @@ def evaluate_run(
 
 def run_subject(run: Path) -> Subject:
     """Return a finished run's families, each weighted member with its plain twin."""
-    config, gamma = read_json(run / "config.json"), read_json(run / "gamma.json")
-    loaded = load_run(run)
-    with understood(run / "config.json"):
-        train = TrainConfig.parse(config["train"], where=str(run / "config.json"))
+    loaded, train = load_run(run), _training(run)
+    gamma = read_json(run / "gamma.json")
+    if any(set(saes) != set(train.names()) for saes in loaded.saes.values()):
+        raise UserError(f"{run / 'config.json'}: names other members than the run has (altered)")
     twins = find_twins(train)
     members = {n: m.to_dict() for n, m in zip(train.names(), train.members, strict=True)}
     with understood(run / "gamma.json"):
@@ -100,6 +103,33 @@ def run_subject(run: Path) -> Subject:
             for hook, saes in loaded.saes.items()
         }
     return Subject({hook: Family(saes, twins) for hook, saes in loaded.saes.items()}, about)
+
+
+def _training(run: Path) -> TrainConfig:
+    """Return how a run's SAEs were trained."""
+    place = run / "config.json"
+    with understood(place):
+        return TrainConfig.parse(read_json(place)["train"], where=str(place))
+
+
+def doubts(hooks: Json) -> list[str]:
+    """Return a note on every SAE that is worse than none, of {hook: {"members": {name: {"metrics": ...}}}}."""
+    worse = [
+        f"{hook}/{name} (FVU {value:.3g})"
+        for hook, found in hooks.items()
+        for name, entry in found["members"].items()
+        if name not in (CONTROL, "random") and (value := _fvu(entry)) is not None and value > 1
+    ]
+    if not worse:
+        return []
+    return [
+        f"{', '.join(worse)}: worse than the mean of the data alone; the SAE is of another model, hook or scale than "
+        "these activations, or is hardly trained"
+    ]
+
+
+def _fvu(entry: Json) -> float | None:
+    return entry["metrics"].get("fvu", {}).get("value")
 
 
 def find_twins(train: TrainConfig) -> dict[str, str]:

@@ -8,6 +8,9 @@ FormatName = Literal["saelens", "sparsify", "dictionary_learning"]
 INDEX = "wsae.json"
 """The list of SAEs at the top of a shared folder."""
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
+"""What SAEs are written as, and read from."""
+SourceName = Literal[FormatName, "gemma_scope", "llama_scope", "torch"]
+"""What SAEs are read from."""
 
 
 class Provenance(Config):
@@ -35,5 +38,7 @@ class Provenance(Config):
     """Digests of what it was made from, by name."""
     origin: dict[str, Any] = {}
     """For an SAE of another tool: `format` and what else its files say."""
+    notes: tuple[str, ...] = ()
+    """What its files leave open, or what to know before its scores are believed."""
     wsae_version: str | None = None
     """The version that trained it, where that was wsae."""

@@ -5,6 +5,7 @@ the format cannot hold to the bit) and `manifest.json` (the SAE's config, its pr
 With them the way back is exact to the bit; without them gamma is 1 and the files alone speak.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +17,23 @@ from wsae.core.errors import UserError, nearest
 from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.interop.config import FORMATS, FormatName, Provenance
+from wsae.interop.config import FORMATS, FormatName, Provenance, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
-from wsae.interop.format import Format
+from wsae.interop.format import THROUGH_SAELENS, Format, Reader
+from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
 from wsae.interop.saelens import SAELENS
 from wsae.interop.sparsify import SPARSIFY
 from wsae.interop.target import free, replacing
 from wsae.interop.weights import Foreign, Named
 from wsae.sae.config import SAEConfig
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import WEIGHTS, SparseAutoencoder
 
 SIDE, ABOUT = "wsae.safetensors", "provenance.json"
 KINDS: dict[FormatName, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
+"""What can be written, too."""
+READERS: dict[SourceName, Reader] = {
+    reader.name: reader for reader in (*KINDS.values(), GEMMA_SCOPE, LLAMA_SCOPE, TORCH)
+}
 
 
 class Loaded(NamedTuple):
@@ -97,39 +103,86 @@ def write_native(sae: SparseAutoencoder, path: Path, about: Provenance) -> None:
 
 
 def load(path: Path | str, format: str = "auto") -> Loaded:
-    """Read an SAE of any format here, or our own, from a folder or `hub:owner/name`.
+    """Read an SAE of any format here, or our own, from a folder, a file in one, or `hub:owner/name`.
 
     Raises UserError naming what is missing, damaged or without an equal here.
     """
-    folder = local_folder(path)
-    manifest = _manifest(folder)
+    place = _folder(local_folder(path))
+    manifest = None if place.is_file() else _manifest(place)
     if manifest is not None and manifest.kind == "sae":
-        return Loaded(SparseAutoencoder.load(folder), native_about(folder), "wsae")
-    kind = detect(folder) if format == "auto" else find(format)
-    foreign = kind.read(folder)
-    where = str(folder)
-    if manifest is None:
-        return Loaded(kind.understand(foreign, where), kind.about(foreign), kind.name)
+        return Loaded(SparseAutoencoder.load(place), native_about(place), "wsae")
+    kind = detect(place) if format == "auto" else reader(format)
+    foreign = kind.read(place)
+    where = str(place)
+    if manifest is None or not isinstance(kind, Format):
+        sae = kind.understand(foreign, where)
+        return Loaded(sae, _placed(kind.about(foreign), place), kind.name)
     if manifest.config.get("format") != kind.name:
-        raise UserError(f"{folder}: its manifest says format {manifest.config.get('format')!r}")
-    sae = _restored(manifest, kind.rename(foreign, where), folder)
-    return Loaded(sae, _said(manifest, folder), kind.name)
+        raise UserError(f"{place}: its manifest says format {manifest.config.get('format')!r}")
+    sae = _restored(manifest, kind.rename(foreign, where), place)
+    return Loaded(sae, _said(manifest, place), kind.name)
 
 
-def detect(folder: Path) -> Format:
-    """Return the format whose weights a folder holds; raises UserError when there are none."""
-    if not folder.is_dir():
-        what = "not a directory" if folder.exists() else "no such directory"
-        raise UserError(f"{folder}: {what}; give the folder that holds an SAE")
-    for kind in KINDS.values():
-        if kind.detect(folder):
+def readable(place: Path) -> bool:
+    """Whether a folder, or a file in it, holds what some reader takes for an SAE."""
+    folder = _folder(place)
+    if folder.is_file():
+        return folder.suffix in (".pt", ".pth")
+    return any(kind.detect(folder) for kind in READERS.values())
+
+
+def reader(name: str) -> Reader:
+    """Return the reader called `name`; raises UserError for another name."""
+    found = next((kind for key, kind in READERS.items() if key == name), None)
+    if found is None:
+        raise UserError(
+            f"format '{name}' is unknown{nearest(name, READERS)}; choose {', '.join(READERS)}"
+        )
+    return found
+
+
+def _folder(place: Path) -> Path:
+    """Return the folder of a config or weights that were named in place of it, and the one .pt file of a folder."""
+    if not place.is_file():
+        alone = [*place.glob("*.pt"), *place.glob("*.pth")] if place.is_dir() else []
+        known = any(kind.detect(place) for kind in READERS.values()) or (place / MANIFEST).exists()
+        return alone[0] if len(alone) == 1 and not known else place
+    names = (MANIFEST, WEIGHTS, *(name for kind in READERS.values() for name in kind.files if name))
+    for name in dict.fromkeys(names):
+        parts = Path(name).parts
+        if place.parts[-len(parts) :] == parts:
+            return Path(*place.parts[: -len(parts)])
+    return place
+
+
+_MODULE = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.\d+(?:\.\w+)*", flags=re.ASCII)
+
+
+def _placed(about: Provenance, folder: Path) -> Provenance:
+    """Return what is known, the hook read from the folder's name where only that says it, as sparsify's does."""
+    if about.hook is not None or not _MODULE.fullmatch(folder.absolute().name):
+        return about
+    return about.model_copy(update={"hook": folder.absolute().name})
+
+
+def detect(place: Path) -> Reader:
+    """Return the reader of a folder's weights, or of one file of torch.save; raises UserError when there are none."""
+    if place.is_file() and readable(place):
+        return TORCH
+    if not place.is_dir():
+        what = "holds no SAE that this reads" if place.exists() else "no such file or directory"
+        raise UserError(f"{place}: {what}; give the folder that holds an SAE")
+    for kind in READERS.values():
+        if kind.detect(place):
             return kind
-    looked = ", ".join(kind.files[1] for kind in KINDS.values())
-    inside = [
-        p.parent for kind in KINDS.values() for p in sorted(folder.glob(f"*/{kind.files[1]}"))
-    ]
-    hint = f"; there is one in {inside[0]}" if inside else ""
-    raise UserError(f"{folder}: holds no SAE that this reads ({looked}){hint}")
+    names = [name for kind in READERS.values() for name in kind.files[1:] if name]
+    inside = [place / p for p in sorted({p for n in names for p in place.glob(f"*/{n}")})]
+    inside += sorted([*place.glob("*.pt"), *place.glob("*.pth")])
+    hint = f"; there is one in {_folder(inside[0])}" if inside else ""
+    raise UserError(
+        f"{place}: holds no SAE that this reads ({', '.join(names)}, a .pt)"
+        + (hint or f"; if SAELens reads it, {THROUGH_SAELENS}")
+    )
 
 
 def native_about(folder: Path) -> Provenance:
@@ -155,6 +208,10 @@ def _manifest(folder: Path) -> Manifest | None:
         return None
     data = read_json(folder / MANIFEST)
     kind = data.get("kind") if isinstance(data, dict) else None
+    if kind == "run":
+        members = sorted(folder.glob(f"members/*/*/{MANIFEST}"))
+        hint = f", for example {members[0].parent}" if members else ""
+        raise UserError(f"{folder}: is a wsae run; give one of its SAEs{hint}")
     return read_manifest(folder, "sae" if kind == "sae" else "export")
 
 

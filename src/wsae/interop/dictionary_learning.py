@@ -21,7 +21,7 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.interop.config import Provenance
-from wsae.interop.format import Format, maybe, plain, read_config, whole
+from wsae.interop.format import Format, Keys, check_keys, maybe, plain, read_config, whole
 from wsae.interop.naming import hook_name
 from wsae.interop.torchfile import load_state, save_state
 from wsae.interop.weights import (
@@ -59,6 +59,22 @@ _CLASSES = {
 }
 
 
+_TRAINING = """
+    trainer_class wandb_name layer device seed lr steps warmup_steps decay_start resample_steps l1_penalty l0_penalty
+    auxk_alpha top_k_aux threshold_beta threshold_start_step sparsity_warmup_steps lambda_warm_steps sparsity_penalty
+    sparsity_coeff sparsity_coefficient sparsity_function sparsity_queue_length sparsity_loss_queue_length
+    adaptive_sparsity_penalty n_sparsity_updates p p_start p_end next_p anneal_start target_l0 bandwidth
+    weights_temperature gp_reg_coeff steps_before_annealing group_fractions group_weights group_sizes norm_factor
+"""
+"""`norm_factor` is folded into the biases before ae.pt is written; groups belong to a class of their own."""
+_KEYS = Keys(
+    used=frozenset({"dict_class", "activation_dim", "dict_size", "k", "lm_name", "submodule_name"}),
+    harmless=frozenset(_TRAINING.split()),
+    switches={},
+)
+"""Of `trainer`."""
+
+
 def _read(path: Path) -> Foreign:
     return Foreign(read_config(path / CONFIG), load_state(path / WEIGHTS))
 
@@ -74,6 +90,7 @@ def _class(foreign: Foreign, where: str) -> str:
     kind = _trainer(foreign, where)["dict_class"]
     if kind not in _TENSORS:
         raise UserError(f"{where}: {kind} has no equal here; {', '.join(_TENSORS)} have")
+    check_keys(_trainer(foreign, where), _KEYS, where)
     return kind
 
 
@@ -168,6 +185,7 @@ def _about(foreign: Foreign) -> Provenance:
         model=maybe(trainer, "lm_name", str),
         hook=maybe(trainer, "submodule_name", str),
         context=maybe(buffer, "ctx_len", int),
+        notes=check_keys(trainer, _KEYS, CONFIG),
         origin={"format": "dictionary_learning", **plain(trainer), **scalar},
     )
 

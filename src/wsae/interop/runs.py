@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from wsae.acts.store import Store
 from wsae.core.artifact import MANIFEST, Manifest, check_file, read_manifest
-from wsae.core.errors import UserError, nearest
+from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import read_json
 from wsae.core.hub import local_folder
 from wsae.interop.config import INDEX, Provenance
@@ -125,17 +125,22 @@ def about_member(run: Path, hook: str, name: str) -> Provenance:
     """Return what a finished run records about one member: model, text, tokens, gamma, scores, digests."""
     manifest = read_manifest(run, "run", verify=False)
     config = read_json(_check(run, manifest, "config.json"))
-    gamma = read_json(_check(run, manifest, "gamma.json")).get(hook, {}).get(name, {})
-    return Provenance(
-        hook=hook,
-        member=name,
-        tokens=config["train"]["tokens"],
-        gamma={key: gamma[key] for key in _GAMMA if gamma.get(key) is not None},
-        metrics=_metrics(run, hook, name),
-        inputs={**manifest.inputs, "run": manifest.digest()},
-        wsae_version=manifest.wsae_version,
-        **_source(config["source"]),
-    )
+    with understood(run / "gamma.json"):
+        gamma = read_json(_check(run, manifest, "gamma.json")).get(hook, {}).get(name, {})
+        gamma = {key: gamma[key] for key in _GAMMA if gamma.get(key) is not None}
+    with understood(run / "evaluation" / "evaluation.json"):
+        metrics = _metrics(run, hook, name)
+    with understood(run / "config.json"):
+        return Provenance(
+            hook=hook,
+            member=name,
+            tokens=config["train"]["tokens"],
+            gamma=gamma,
+            metrics=metrics,
+            inputs={**manifest.inputs, "run": manifest.digest()},
+            wsae_version=manifest.wsae_version,
+            **_source(config["source"]),
+        )
 
 
 def _source(source: dict[str, Any]) -> dict[str, Any]:

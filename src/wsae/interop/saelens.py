@@ -1,9 +1,12 @@
-"""SAELens 6: cfg.json + sae_weights.safetensors, as `SAE.load_from_disk` reads and `save_model` writes them.
+"""SAELens: cfg.json + sae_weights.safetensors, as `SAE.load_from_disk` of version 6 reads and `save_model` writes them.
 
     z = act((x - apply_b_dec_to_input * b_dec) @ W_enc + b_enc)        x_hat = z @ W_dec + b_dec
 
 Top-k with `rescale_acts_by_decoder_norm` chooses by pre * ||W_dec[j]|| and divides the norm out again: the norms are
 folded. Without it latents and choice do not depend on the norms, so they stay as they are.
+
+Configs from before version 6 keep everything at the top and have other names (`_settings`); of theirs,
+`finetuning_scaling_factor` multiplies latents on their way to the decoder, so it is folded into W_dec.
 """
 
 import re
@@ -16,7 +19,17 @@ from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import Provenance
-from wsae.interop.format import Format, maybe, plain, read_config, whole
+from wsae.interop.format import (
+    Format,
+    Keys,
+    Switch,
+    check_keys,
+    maybe,
+    plain,
+    read_config,
+    truth,
+    whole,
+)
 from wsae.interop.naming import hook_name
 from wsae.interop.weights import (
     Foreign,
@@ -26,6 +39,7 @@ from wsae.interop.weights import (
     check_shapes,
     log_threshold,
     named,
+    rescaled,
     take,
     unit_rows,
 )
@@ -42,21 +56,136 @@ _ARCHITECTURES = {
     "relu": "standard",
 }
 _TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
+_SCALER = "activation_scaler.json"
+"""Where SAELens 6 keeps the number that training multiplied activations by, beside a checkpoint."""
+_FACTORS = ("finetuning_scaling_factor", "scaling_factor")
+_RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "hook_point_layer": "hook_layer",
+    "activation_fn_str": "activation_fn",
+}
+"""Keys of before version 6, and their later names."""
+_META = (
+    *("model_name", "hook_name", "hook_layer", "hook_head_index", "context_size", "prepend_bos"),
+    *("dataset_path", "training_tokens", "model_from_pretrained_kwargs"),
+)
+"""What version 6 keeps in `metadata`."""
+_TRAINING = """
+    decoder_init_norm l1_coefficient l1_warm_up_steps lp_norm aux_loss_coefficient use_sparse_activations
+    topk_threshold_lr jumprelu_init_threshold jumprelu_bandwidth jumprelu_sparsity_loss_mode jumprelu_tanh_scale
+    jumprelu_ste_to_input l0_coefficient l0_warm_up_steps pre_act_loss_coefficient target_l0 matryoshka_widths
+    use_matryoshka_aux_loss
+    b_dec_init_method expansion_factor normalize_sae_decoder noise_scale from_pretrained_path decoder_orthogonal_init
+    decoder_heuristic_init decoder_heuristic_init_norm init_encoder_as_decoder_transpose n_batches_in_buffer
+    finetuning_tokens store_batch_size_prompts store_batch_size total_training_tokens train_batch_size
+    train_batch_size_tokens tokens_per_buffer act_store_device seed autocast autocast_lm compile_llm
+    llm_compilation_mode compile_sae sae_compilation_mode adam_beta1 adam_beta2 mse_loss_normalization
+    scale_sparsity_penalty_by_decoder_norm lr lr_scheduler_name lr_warm_up_steps lr_end lr_decay_steps
+    n_restart_cycles finetuning_method use_ghost_grads ghost_grads feature_sampling_window feature_sampling_method
+    feature_reinit_scale dead_feature_window dead_feature_threshold dead_feature_estimation_method
+    resample_batches n_eval_batches eval_batch_size_prompts n_resampling_batches n_running_sparsity_tokens
+    log_to_wandb log_activations_store_to_wandb log_optimizer_state_to_wandb wandb_project wandb_id run_name
+    wandb_entity wandb_log_frequency wandb_group_suffix eval_every_n_wandb_logs resume n_checkpoints checkpoint_path
+    verbose model_kwargs
+"""
+_KEYS = Keys(
+    used=frozenset(
+        (
+            *("architecture", "d_in", "d_sae", "k", "metadata", "normalize_activations", *_META),
+            *("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "activation_fn_kwargs"),
+            *("finetuning_scaling_factor", "sae_lens_version"),
+        )
+    ),
+    harmless=frozenset(
+        (
+            *("dtype", "device", "sae_lens_training_version", "dataset_trust_remote_code"),
+            *("neuronpedia_id", "seqpos_slice", "exclude_special_tokens", "model_class_name"),
+            *("hook_eval", "hook_point_eval", "streaming", "is_dataset_tokenized", "dataset"),
+            *("use_cached_activations", "cached_activations_path", "jump_relu_threshold"),
+            *("hf_hook_name", "training_architecture", "training_architecture_details"),
+            *_TRAINING.split(),
+        )
+    ),
+    switches={
+        "activation_fn": Switch(
+            ("relu", "topk", None),
+            "of the activation functions of SAELens relu and topk have an equal here",
+        ),
+        "reshape_activations": Switch(
+            ("none", "hook_z", None), "none and hook_z (heads side by side) have an equal here"
+        ),
+        "hook_name_out": Switch((None, ""), "a transcoder has no equal here"),
+        "d_out": Switch((None,), "a transcoder has no equal here"),
+    },
+)
+_PER_TOKEN = (
+    "every token is scaled by a number of its own, which no fixed weights can do. Use the SAE in SAELens; or, for "
+    'activations that you have normalised in this way yourself, set the key to "none" in a copy of cfg.json and import '
+    "that"
+)
+_NORMALISED = {
+    "layer_norm": _PER_TOKEN,
+    "constant_norm_rescale": _PER_TOKEN,
+    "expected_average_only_in": "activations are multiplied by one number, sqrt(d_in) / their mean norm, which is not "
+    f'in this folder; write it beside the weights into {_SCALER} as {{"scaling_factor": NUMBER}}, as SAELens 6 '
+    "does, and it is folded; or give the folder of the finished SAE, into which SAELens has folded it",
+    "covariance_whitening": "activations are whitened by a matrix that is not among the weights; give the folder of "
+    "the finished SAE, into which SAELens has folded it",
+}
 
 
 def _read(path: Path) -> Foreign:
-    return Foreign(read_config(path / CONFIG), load_tensors(path / WEIGHTS))
+    config = read_config(path / CONFIG)
+    scale = None
+    if _normalised(config) == "expected_average_only_in" and (path / _SCALER).is_file():
+        scale = read_config(path / _SCALER).get("scaling_factor")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e30:
+            raise UserError(
+                f"{path / _SCALER}: scaling_factor = {scale!r} is not a positive number"
+            )
+    return Foreign(config, load_tensors(path / WEIGHTS), scale and float(scale))
+
+
+def _normalised(config: dict[str, Any]) -> object:
+    """Return how activations are normalised, in the words of version 6."""
+    found = config.get("normalize_activations")
+    if isinstance(found, bool) or found is None:
+        return "expected_average_only_in" if found else "none"
+    return found
+
+
+def _renamed(config: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(key, key): value for key, value in config.items()}
+
+
+def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a config in the words of version 6, every key known; raises UserError as `check_keys` does."""
+    meta = config.get("metadata", {})
+    if not isinstance(meta, dict):
+        raise UserError(f"{where}: metadata is a {type(meta).__name__}, not an object")
+    version = meta.get("sae_lens_version") or config.get("sae_lens_version")
+    found = _renamed(config)
+    if int((re.match(r"\d+", str(version)) or ["0"])[0]) < 6:  # as SAELens 6 reads them
+        if "architecture" not in found and "d_in" not in found:
+            raise UserError(f"{where}: {CONFIG} says neither architecture nor d_in")
+        found = {"architecture": "standard", **found}
+        arguments = found.get("activation_fn_kwargs") or {}
+        if found.get("activation_fn") == "topk":
+            if not isinstance(arguments, dict) or arguments.keys() - {"k"}:
+                raise UserError(f'{where}: activation_fn_kwargs = {arguments!r} is not {{"k": K}}')
+            found |= {"architecture": "topk", **arguments}
+    _architecture(found, where)
+    check_keys(_renamed(config), _KEYS, where)
+    if found.get("activation_fn") == "topk" and found.get("architecture") != "topk":
+        raise UserError(
+            f"{where}: activation_fn = 'topk' with architecture {found.get('architecture')!r} has no equal here"
+        )
+    return found
 
 
 def _architecture(config: dict[str, Any], where: str) -> str:
     """Return topk, jumprelu or standard; raises UserError for what our forward pass cannot be."""
-    found = config.get("metadata")
-    version = str((found if isinstance(found, dict) else {}).get("sae_lens_version") or "0")
-    if int((re.match(r"\d+", version) or ["0"])[0]) < 6:
-        raise UserError(
-            f"{where}: written by SAELens {version if version != '0' else '< 6'}; open it with SAELens 6 "
-            "(SAE.load_from_disk) and save it again (save_model)"
-        )
     kind = config.get("architecture")
     if kind == "batchtopk":
         raise UserError(
@@ -67,35 +196,59 @@ def _architecture(config: dict[str, Any], where: str) -> str:
         raise UserError(
             f"{where}: architecture {kind!r} has no equal here; topk, jumprelu and standard have"
         )
-    normalise = config.get("normalize_activations", "none")
-    if normalise not in ("none", None, False):
-        raise UserError(
-            f"{where}: normalize_activations = {normalise!r} cannot be folded from this folder alone; "
-            "fold it in SAELens and save again"
-        )
-    if config.get("finetuning_scaling_factor"):
-        raise UserError(f"{where}: finetuning_scaling_factor has no equal here")
     return kind
 
 
+def _check_normalised(foreign: Foreign, where: str) -> None:
+    """Raise UserError for a normalisation that is not "none" and whose scale is not known."""
+    how = _normalised(foreign.config)
+    if how == "none" or foreign.scale is not None:
+        return
+    why = _NORMALISED.get(how, "is unknown here") if isinstance(how, str) else "is unknown here"
+    raise UserError(f"{where}: normalize_activations = {how!r}: {why}")
+
+
 def _rename(foreign: Foreign, where: str) -> Named:
-    config = foreign.config
+    config = _settings(foreign.config, where)
     names = _TENSORS
     if _architecture(config, where) == "jumprelu":
         names = (*_TENSORS, "threshold")
-    weights = Named(*take(foreign.tensors, names, where))
+    _check_normalised(foreign, where)
+    tensors = {key: value for key, value in foreign.tensors.items() if key not in _FACTORS}
+    weights = Named(*take(tensors, names, where))
     return check_shapes(weights, where, config.get("d_in"), config.get("d_sae"))
 
 
+def _factor(foreign: Foreign, weights: Named, where: str) -> Tensor | None:
+    """Return what multiplies latents before they are decoded, none where that is 1 for all."""
+    held = next((name for name in _FACTORS if name in foreign.tensors), None)
+    said = truth(
+        {k: v for k, v in foreign.config.items() if v is not None}, _FACTORS[0], False, where
+    )
+    if held is None:  # SAELens takes the switch for off then
+        return None
+    (factor,) = take({held: foreign.tensors[held]}, (held,), where)
+    if factor.shape != weights.b_enc.shape or not bool(factor.isfinite().all()):
+        raise UserError(f"{where}: tensor {held} is not one finite number per latent")
+    if bool((factor == 1).all()):
+        return None
+    if not said:
+        raise UserError(
+            f"{where}: tensor {held} is there and {_FACTORS[0]} is not true in {CONFIG}"
+        )
+    return factor
+
+
 def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
-    config = foreign.config
+    config = _settings(foreign.config, where)
     weights = _rename(foreign, where)
-    if not config.get("apply_b_dec_to_input", True):
+    factor = _factor(foreign, weights, where)
+    if not truth(config, "apply_b_dec_to_input", True, where):
         weights = centred(weights)
     extra: dict[str, Tensor] = {}
     match _architecture(config, where):
         case "topk":
-            if config.get("rescale_acts_by_decoder_norm", False):
+            if truth(config, "rescale_acts_by_decoder_norm", False, where):
                 weights = unit_rows(weights)
             activation: dict[str, Any] = {"kind": "topk", "k": whole(config, "k", where)}
         case "jumprelu":
@@ -104,13 +257,20 @@ def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
             activation = {"kind": "jumprelu"}
         case _:
             activation = {"kind": "relu"}
+    if factor is not None:
+        weights = weights._replace(W_dec=weights.W_dec * factor[:, None])
+    if foreign.scale is not None:
+        weights = rescaled(weights, foreign.scale)
     cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
     return assemble(cfg, weights, extra)
 
 
 def _about(foreign: Foreign) -> Provenance:
+    config = _settings(foreign.config, CONFIG)
     found = foreign.config.get("metadata")
-    meta = found if isinstance(found, dict) else {}
+    meta = {key: config[key] for key in _META if key in config} | (
+        found if isinstance(found, dict) else {}
+    )
     return Provenance(
         model=maybe(meta, "model_name", str),
         hook=maybe(meta, "hook_name", str),
@@ -118,8 +278,23 @@ def _about(foreign: Foreign) -> Provenance:
         prepend_bos=maybe(meta, "prepend_bos", bool),
         dataset=maybe(meta, "dataset_path", str),
         tokens=maybe(meta, "training_tokens", int),
+        notes=_notes(foreign, meta),
         origin={"format": "saelens", **plain(foreign.config), **plain(meta)},
     )
+
+
+def _notes(foreign: Foreign, meta: dict[str, Any]) -> tuple[str, ...]:
+    notes = [*check_keys(_renamed(foreign.config), _KEYS, CONFIG)]
+    if foreign.scale is not None:
+        notes.append(f"scaling_factor {foreign.scale:g} of {_SCALER} is folded into the weights")
+    if maybe(meta, "model_from_pretrained_kwargs", dict):
+        notes.append(
+            f"trained on a model loaded with {meta['model_from_pretrained_kwargs']}, whose activations may differ from "
+            "those of the model as it is"
+        )
+    if maybe(meta, "hook_head_index", int) is not None:
+        notes.append(f"trained on head {meta['hook_head_index']} of its hook alone")
+    return tuple(notes)
 
 
 def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:

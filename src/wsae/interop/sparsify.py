@@ -16,7 +16,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import Provenance
-from wsae.interop.format import Format, plain, read_config, whole
+from wsae.interop.format import Format, Keys, Switch, check_keys, plain, read_config, whole
 from wsae.interop.weights import Foreign, Named, assemble, check_shapes, named, take
 from wsae.sae.config import GroupTopK, SAEConfig, TopK
 from wsae.sae.model import SparseAutoencoder
@@ -24,6 +24,22 @@ from wsae.sae.model import SparseAutoencoder
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
 _KINDS = {"topk": "topk", "groupmax": "group_topk"}
+_ELSEWHERE = "use it with the sparsify that wrote it"
+_KEYS = Keys(
+    used=frozenset({"d_in", "num_latents", "expansion_factor", "k", "activation"}),
+    harmless=frozenset({"normalize_decoder", "multi_topk", "init_method"}),
+    switches={
+        "signed": Switch(
+            (False, None),
+            "latents are chosen by magnitude and keep their sign (sparsify of June to August 2024), which has no "
+            f"equal here; {_ELSEWHERE}",
+        ),
+        "transcode": Switch((False, None), f"a transcoder has no equal here; {_ELSEWHERE}"),
+        "skip_connection": Switch(
+            (False, None), f"a skip connection has no equal here; {_ELSEWHERE}"
+        ),
+    },
+)
 
 
 def _read(path: Path) -> Foreign:
@@ -32,23 +48,22 @@ def _read(path: Path) -> Foreign:
 
 def _rename(foreign: Foreign, where: str) -> Named:
     config = foreign.config
-    for key, what in (("transcode", "a transcoder"), ("skip_connection", "a skip connection")):
-        if config.get(key):
-            raise UserError(f"{where}: {what} ({key} = true) has no equal here")
+    check_keys(config, _KEYS, where)
     rows, W_dec, b_enc, b_dec = take(foreign.tensors, _TENSORS, where)
     if rows.ndim != 2:
         raise UserError(f"{where}: encoder.weight is {tuple(rows.shape)}, not a matrix")
     d_in = whole(config, "d_in", where)
-    d_sae = config.get("num_latents") or d_in * whole(
-        {"expansion_factor": 32} | config, "expansion_factor", where
-    )
+    if config.get("num_latents") in (None, 0):
+        d_sae = d_in * whole({"expansion_factor": 32} | config, "expansion_factor", where)
+    else:
+        d_sae = whole(config, "num_latents", where)
     return check_shapes(Named(rows.T, W_dec, b_enc, b_dec), where, d_in, d_sae)
 
 
 def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
     weights = _rename(foreign, where)
     kind = foreign.config.get("activation", "topk")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(f"{where}: activation {kind!r} has no equal here; topk and groupmax have")
     activation = {"kind": _KINDS[kind], "k": whole({"k": 32} | foreign.config, "k", where)}
     cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
@@ -56,7 +71,8 @@ def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
 
 
 def _about(foreign: Foreign) -> Provenance:
-    return Provenance(origin={"format": "sparsify", **plain(foreign.config)})
+    notes = check_keys(foreign.config, _KEYS, CONFIG)
+    return Provenance(notes=notes, origin={"format": "sparsify", **plain(foreign.config)})
 
 
 def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:  # noqa: ARG001  (the config has no room for it)

@@ -20,8 +20,11 @@ MAX_PICKLE = 2**20
 """Bytes of the pickle that names the tensors; an SAE's has about one thousand."""
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict (numbers become 0-dim tensors); raises UserError for anything else in the file."""
+def load_state(path: Path, words: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """Read a state dict (numbers become 0-dim tensors); raises UserError for anything else in the file.
+
+    With `words` its strings are put there, and dicts of settings beside the tensors are left out.
+    """
     _check_zip(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -44,6 +47,9 @@ def load_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, not a state dict")
     room = path.stat().st_size
+    if words is not None:
+        words.update({str(key): value for key, value in found.items() if isinstance(value, str)})
+        found = {key: value for key, value in found.items() if not isinstance(value, str | dict)}
     return {_name(key, path): _tensor(key, value, room, path) for key, value in found.items()}
 
 

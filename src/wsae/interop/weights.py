@@ -11,6 +11,8 @@ from wsae.core.errors import UserError
 from wsae.sae.config import SAEConfig
 from wsae.sae.model import SparseAutoencoder
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights may be stored as; integers and 8-bit floats are quantised, with scales that lie elsewhere."""
 NEVER = -200.0
 """log_threshold of a latent with threshold 0: exp(-200) is 0 in float32, to the bit."""
 
@@ -20,6 +22,8 @@ class Foreign(NamedTuple):
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    scale: float | None = None
+    """What inputs are multiplied by before they are encoded, where a file beside the weights says it."""
 
 
 class Named(NamedTuple):
@@ -48,6 +52,12 @@ def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> lis
         raise UserError(
             f"{where}: tensor {extra[0]} belongs to no SAE this reads (needed: {_list(names)})"
         )
+    for name in names:
+        if tensors[name].dtype not in FLOATS:
+            kind = str(tensors[name].dtype).removeprefix("torch.")
+            raise UserError(
+                f"{where}: tensor {name} is {kind} (quantised?); float16, bfloat16, float32 and float64 are read"
+            )
     return [tensors[name].detach().float() for name in names]
 
 
@@ -56,6 +66,11 @@ def check_shapes(weights: Named, where: str, d_in: object = None, d_sae: object 
     if weights.W_dec.ndim != 2:
         raise UserError(f"{where}: the decoder is {tuple(weights.W_dec.shape)}, not a matrix")
     m, d = weights.W_dec.shape
+    if m != d and (weights.b_enc.shape, weights.b_dec.shape) == ((d,), (m,)):
+        raise UserError(
+            f"{where}: W_enc and W_dec look transposed: the decoder is {(m, d)}, the biases say {d} latents of "
+            f"width {m}"
+        )
     wanted = {"W_enc": (d, m), "b_enc": (m,), "b_dec": (d,)}
     for name, shape in wanted.items():
         found = tuple(getattr(weights, name).shape)
@@ -93,6 +108,15 @@ def uncentred(weights: Named) -> Named:
     """Return weights that do not subtract b_dec, from ones that do."""
     shift = weights.b_dec.double() @ weights.W_enc.double()
     return weights._replace(b_enc=(weights.b_enc.double() - shift).float())
+
+
+def rescaled(weights: Named, scale: float) -> Named:
+    """Return weights for x from ones for scale * x: the same latents, x_hat divided by the scale."""
+    return weights._replace(
+        W_enc=(weights.W_enc.double() * scale).float(),
+        W_dec=(weights.W_dec.double() / scale).float(),
+        b_dec=(weights.b_dec.double() / scale).float(),
+    )
 
 
 def unit_rows(weights: Named) -> Named:

@@ -112,7 +112,7 @@ def _view(run: RunData, hook: str, scored: Json) -> ScoresView | None:
     return ScoresView(
         columns=columns,
         rows=[_row(glossary, found, columns, score) for score in scores],
-        facts=_facts(columns, list(scores)),
+        facts=_facts(columns, list(scores)) + _pairs(columns, found),
         judges=[(score_name(score), str(name)) for score, name in scored.get("judges", {}).items()],
         density=_density_figures(run, hook, found),
     )
@@ -165,6 +165,24 @@ def _facts(columns: list[Column], scores: list[str]) -> list[Fact]:
         if any(cells):
             out.append(Fact(f"{score_name(score)}: answers", cells))
     return out
+
+
+def _pairs(columns: list[Column], found: Json) -> list[Fact]:
+    """Return how many matched latents each comparison with the twin is over, and how alike they are."""
+    lines = [
+        line for line in found.get("comparisons", []) if finite(line.get("cosine")) is not None
+    ]
+    out = []
+    for score in dict.fromkeys(str(line.get("metric")) for line in lines):
+        said = {line.get("a"): _likeness(line) for line in lines if line.get("metric") == score}
+        cells = [said.get(column.name, "") for column in columns]
+        out.append(Fact(f"{score_name(score)}: matched latents compared", cells))
+    return out
+
+
+def _likeness(line: Json) -> str:
+    cosine, chance = number(finite(line.get("cosine"))), number(finite(line.get("chance")))
+    return f"{line.get('n')} of {line.get('sampled')}, mean cosine {cosine} (chance {chance})"
 
 
 def _scored(entry: Json) -> str:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from wsae.core.artifact import read_manifest, write_manifest
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.errors import UserError
-from wsae.core.files import write_json
+from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
@@ -179,13 +179,22 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def load(cls, path: Path | str) -> "SparseAutoencoder":
         """Read an SAE from a directory or `hub:owner/name`; raises UserError when it is missing, cut or altered."""
-        path = local_folder(path)
+        path = _native(local_folder(path))
         manifest = read_manifest(path, "sae")
         for name in (WEIGHTS, CONFIG):
             if name not in manifest.files:
                 raise UserError(f"{path}: its manifest does not list {name}; save the SAE again")
-        sae = cls(SAEConfig.load(path / CONFIG))
-        sae.set_tensors(load_tensors(path / WEIGHTS), str(path / WEIGHTS))
+        cfg, tensors = SAEConfig.load(path / CONFIG), load_tensors(path / WEIGHTS)
+        decoder = tensors.get("W_dec")
+        if decoder is not None and tuple(decoder.shape) != (
+            cfg.d_sae,
+            cfg.d_in,
+        ):  # before anything is allocated
+            raise UserError(
+                f"{path / WEIGHTS}: tensor W_dec is {tuple(decoder.shape)}, config.json says {(cfg.d_sae, cfg.d_in)}"
+            )
+        sae = cls(cfg)
+        sae.set_tensors(tensors, str(path / WEIGHTS))
         return sae
 
     def scaled(self, scale: float) -> "SparseAutoencoder":
@@ -229,3 +238,23 @@ class SparseAutoencoder(nn.Module):
             raise UserError(
                 f"input of shape {tuple(x.shape)} where this SAE needs [batch, {self.cfg.d_in}]"
             )
+
+
+def _native(path: Path) -> Path:
+    """Return a folder with a manifest; raises UserError that says how what else lies there becomes an SAE of ours."""
+    folder = path.parent if path.is_file() else path
+    if (folder / MANIFEST).is_file():
+        data = read_json(folder / MANIFEST)
+        kind = data.get("kind") if isinstance(data, dict) else None
+        if kind == "run":
+            raise UserError(
+                f"{path}: is a wsae run; give one of its SAEs, {folder}/members/HOOK/NAME"
+            )
+        if kind != "export":
+            return folder
+    elif not folder.is_dir():
+        raise UserError(f"{path}: no such directory")
+    raise UserError(
+        f"{path}: is not a finished wsae sae; one of another tool is read by wsae import {path} --out DIR, "
+        f"or wsae.interop.load({str(path)!r}).sae"
+    )

@@ -8,6 +8,9 @@ from wsae.core.config import Config
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import Activation, SAEConfig, TopK
 
+FEW_STEPS = 100
+"""Steps below which a run is called too short."""
+
 
 class MemberConfig(Config):
     """One SAE of a family: what may differ between members."""
@@ -105,6 +108,15 @@ class TrainConfig(Config):
     def steps(self) -> int:
         """Number of optimiser steps."""
         return max(1, self.tokens // self.batch_size)
+
+    def doubts(self) -> tuple[str, ...]:
+        """Return what to know of a run too short to have learned anything."""
+        if self.steps >= FEW_STEPS:
+            return ()
+        return (
+            f"only {self.steps} training steps ({self.tokens:,} tokens, {self.batch_size:,} a step): an SAE needs "
+            "thousands; give more tokens or a smaller batch size",
+        )
 
     @property
     def dead_tokens(self) -> int:

@@ -20,7 +20,11 @@ Json = dict[str, Any]
 
 
 def comparisons(sides: Sides, named: Named, cfg: InterpretConfig) -> list[Json]:
-    """Return the lines of one hook: a, b, metric (the score), over, difference, low, high, effect_size, n, unit."""
+    """Return the lines of one hook: a, b, metric (the score), over, difference, low, high, effect_size, n, unit.
+
+    Those over matched latents also have `sampled` (the member's latents of which n are compared), `cosine` (the mean
+    decoder cosine of the n pairs) and `chance` (that of random directions).
+    """
     out = []
     for member, twin in sides.family.twins.items():
         a, b = named[member], named[twin]
@@ -32,7 +36,9 @@ def comparisons(sides: Sides, named: Named, cfg: InterpretConfig) -> list[Json]:
                 "density": matched_density(*samples, bootstrap(cfg)),
                 "adjusted": density_adjusted(*samples, bootstrap(cfg)),
             }
-            out += [_line((member, twin), score, over, gap) for over, gap in found.items()]
+            lines = [_line((member, twin), score, over, gap) for over, gap in found.items()]
+            lines[0] |= _pairs(sides, member, a.own(score), b.values(score))
+            out += lines
     return out + _against_controls(named, cfg)
 
 
@@ -61,6 +67,19 @@ def _matched(
     pairs = [(left[j], right[k]) for j, k in partners.items() if j in left and k in right]
     values = np.array(pairs, dtype=np.float64).reshape(len(pairs), 2)
     return paired_difference(mean(values[:, 0]), mean(values[:, 1]), bootstrap(cfg))
+
+
+def _pairs(sides: Sides, member: str, left: dict[int, float], right: dict[int, float]) -> Json:
+    """Return how many of a member's sampled latents are compared, and how alike the pairs are."""
+    matching = sides.matching[member]
+    cosines = dict(zip(matching.pair_a.tolist(), matching.pair_cosine.tolist(), strict=True))
+    partners = sides.partners(member).items()
+    compared = [cosines[j] for j, k in partners if j in left and k in right]
+    return {
+        "sampled": len(sides.sample[member]),
+        "cosine": float(np.mean(compared)) if compared else None,
+        "chance": matching.summary()["random_cosine_mean"],
+    }
 
 
 def _unpaired(a: Subject, b: Subject, score: str, cfg: InterpretConfig) -> Difference:

@@ -1,0 +1,326 @@
+"""SAEs as laboratories publish them: bare arrays, with what they are of in the folder's name or a small config.
+
+| what            | files                                              | encoder                                  |
+|-----------------|----------------------------------------------------|------------------------------------------|
+| Gemma Scope     | params.npz                                         | JumpReLU(x @ W_enc + b_enc)              |
+| Gemma Scope 2   | params.safetensors, perhaps config.json            | the same                                 |
+| Llama Scope     | hyperparams.json, checkpoints/final.safetensors    | JumpReLU(s x @ W_enc + b_enc)            |
+| Qwen Scope      | layerN.sae.pt in a folder named ...-L0_K           | Top-k(x @ W_enc + b_enc)                 |
+| OpenAI's, ReLU  | a .pt file with pre_bias and latent_bias           | ReLU((x - pre_bias) @ W + latent_bias)   |
+| Goodfire        | a .pt or .pth file with encoder_linear.weight ...  | ReLU(x @ W + b_enc)                      |
+
+None but OpenAI's subtracts b_dec from its input. Llama Scope's s is sqrt(d) / the mean norm of its activations: weights
+are for s x, its threshold for x.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wsae.core.errors import UserError
+from wsae.core.npy import npz_arrays
+from wsae.core.tensors import load_tensors
+from wsae.interop.config import Provenance
+from wsae.interop.format import (
+    THROUGH_SAELENS,
+    Keys,
+    Reader,
+    Switch,
+    check_keys,
+    maybe,
+    plain,
+    read_config,
+    whole,
+)
+from wsae.interop.torchfile import load_state
+from wsae.interop.weights import (
+    Foreign,
+    Named,
+    assemble,
+    centred,
+    check_shapes,
+    log_threshold,
+    rescaled,
+    take,
+)
+from wsae.sae.config import SAEConfig
+from wsae.sae.model import SparseAutoencoder
+
+NPZ, SAFE, CONFIG = "params.npz", "params.safetensors", "config.json"
+HYPER, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
+_FACTOR = "scaling_factor"
+_NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_TRANSCODER = "a transcoder has no equal here"
+_GEMMA_KEYS = Keys(
+    used=frozenset({"model_name", "hf_hook_point_in"}),
+    harmless=frozenset(
+        {"width", "l0", "type", "layer", "release", "dtype", "num_latents", "d_in", "d_sae"}
+    ),
+    switches={
+        "architecture": Switch(("jump_relu", None), "Gemma Scope's jump_relu has an equal here"),
+        "hf_hook_point_out": Switch((None, ""), _TRANSCODER),
+        "affine_connection": Switch((None, False), "a skip connection has no equal here"),
+    },
+)
+_LLAMA_SWITCHES = {
+    "act_fn": Switch(
+        ("jumprelu",), f"of Llama Scope's SAEs those with jumprelu are read; {THROUGH_SAELENS}"
+    ),
+    "norm_activation": Switch(
+        ("dataset-wise",), f"dataset-wise has an equal here; {THROUGH_SAELENS}"
+    ),
+    "use_glu_encoder": Switch((False, None), "a gated encoder has no equal here"),
+    "apply_decoder_bias_to_pre_encoder": Switch((False, None), f"unknown here; {THROUGH_SAELENS}"),
+    "use_decoder_bias": Switch((True, None), f"unknown here; {THROUGH_SAELENS}"),
+}
+
+
+class Origin(NamedTuple):
+    """What the name of a folder of Gemma Scope says: the model and TransformerLens' name of the hook."""
+
+    model: str | None
+    hook: str | None
+
+
+_GEMMA_2 = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)")
+_GEMMA_3 = re.compile(r"gemma-scope-2-(\d+[bm])-(pt|it)")
+_SITES = {
+    "res": "hook_resid_post",
+    "mlp": "hook_mlp_out",
+    "att": "attn.hook_z",
+    "resid_post": "hook_resid_post",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "attn.hook_z",
+}
+
+
+def origin(folder: Path) -> Origin:
+    """Return the model and the hook that a folder's path names in the manner of Gemma Scope's releases."""
+    path = folder.absolute().as_posix()
+    layer = re.search(r"layer_(\d+)", path)
+    site = re.search(r"(resid_post|mlp_out|attn_out)", path)
+    name, model = site and site[1], None
+    if (found := _GEMMA_2.search(path)) is not None:
+        model = f"google/gemma-2-{found[1]}" + ("-it" if found[2] == "it" else "")
+        name = found[3]
+    elif (found := _GEMMA_3.search(path)) is not None:
+        model = f"google/gemma-3-{found[1]}-{found[2]}"
+    known = layer and name and "embedding" not in path
+    return Origin(model, f"blocks.{layer[1]}.{_SITES[name]}" if known and layer and name else None)
+
+
+def _read_gemma(path: Path) -> Foreign:
+    if re.search(r"transcoder|/clt", path.absolute().as_posix()):
+        raise UserError(f"{path}: {_TRANSCODER}, and the folder's name says that this is one")
+    config = read_config(path / CONFIG) if (path / CONFIG).is_file() else {}
+    found = origin(path)
+    config = {"model_name": found.model, "hf_hook_point_in": found.hook} | config
+    npz = (path / NPZ).is_file()
+    raw = _load_npz(path / NPZ) if npz else load_tensors(path / SAFE)
+    return Foreign(config, {re.sub(r"^w_", "W_", name): tensor for name, tensor in raw.items()})
+
+
+def _load_npz(path: Path) -> dict[str, Tensor]:
+    """Read the arrays of Gemma Scope; raises UserError for others, Python objects, damage, and packed bombs."""
+    wanted = (*_NAMES, *(name.replace("W_", "w_") for name in _NAMES[:2]), _FACTOR)
+    arrays, names = npz_arrays(path, wanted, str(path))
+    extra = sorted(set(names) - set(wanted))
+    if extra:
+        raise UserError(
+            f"{path}: array {extra[0]} belongs to no SAE this reads (needed: {', '.join(_NAMES)})"
+        )
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def _rename_gemma(foreign: Foreign, where: str) -> Named:
+    check_keys(foreign.config, _GEMMA_KEYS, where)
+    if "affine_skip_connection" in foreign.tensors:
+        raise UserError(f"{where}: tensor affine_skip_connection: {_TRANSCODER}")
+    tensors = dict(foreign.tensors)
+    factor = tensors.get(_FACTOR)
+    if factor is not None and bool((factor == 1).all()):
+        del tensors[_FACTOR]
+    return check_shapes(Named(*take(tensors, _NAMES, where)), where)
+
+
+def _jumprelu(weights: Named, where: str) -> SparseAutoencoder:
+    assert weights.threshold is not None
+    cfg = SAEConfig.parse({**weights.widths, "activation": {"kind": "jumprelu"}}, where=where)
+    return assemble(cfg, weights, {"log_threshold": log_threshold(weights.threshold)})
+
+
+def _understand_gemma(foreign: Foreign, where: str) -> SparseAutoencoder:
+    return _jumprelu(centred(_rename_gemma(foreign, where)), where)
+
+
+def _about_gemma(foreign: Foreign) -> Provenance:
+    config = foreign.config
+    notes = check_keys(config, _GEMMA_KEYS, CONFIG)
+    if config.get("hf_hook_point_in") is None:
+        notes = (*notes, "neither files nor folder name the hook; the page of the release does")
+    return Provenance(
+        model=maybe(config, "model_name", str),
+        hook=maybe(config, "hf_hook_point_in", str),
+        notes=notes,
+        origin={"format": "gemma_scope", **plain(config)},
+    )
+
+
+GEMMA_SCOPE = Reader(
+    "gemma_scope", (CONFIG, NPZ, SAFE), _read_gemma, _rename_gemma, _understand_gemma, _about_gemma
+)
+
+
+def _number(value: object, name: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise UserError(f"{where}: {name} = {value!r} is not a positive number")
+    return float(value)
+
+
+def _read_llama(path: Path) -> Foreign:
+    config = read_config(path / HYPER)
+    for key, switch in _LLAMA_SWITCHES.items():
+        if config.get(key) not in (*switch.off, None):
+            raise UserError(f"{path}: {key} = {config[key]!r}: {switch.otherwise}")
+    norms = config.get("dataset_average_activation_norm")
+    norm = norms.get("in") if isinstance(norms, dict) else None
+    mean = _number(norm, "dataset_average_activation_norm.in", str(path / HYPER))
+    if isinstance(norms, dict) and norms.get("out", norm) != norm:
+        raise UserError(f"{path}: input and output have different norms: {_TRANSCODER}")
+    scale = whole(config, "d_model", str(path / HYPER)) ** 0.5 / mean
+    return Foreign(config, load_tensors(path / FINAL), scale)
+
+
+def _rename_llama(foreign: Foreign, where: str) -> Named:
+    config = foreign.config
+    if config.get("hook_point_out", config.get("hook_point_in")) != config.get("hook_point_in"):
+        raise UserError(f"{where}: hook_point_in is not hook_point_out: {_TRANSCODER}")
+    names = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
+    rows, columns, b_enc, b_dec = take(foreign.tensors, names, where)
+    level = _number(config.get("jump_relu_threshold"), "jump_relu_threshold", where)
+    threshold = torch.full_like(b_enc, level * (foreign.scale or 1.0))
+    weights = Named(
+        _matrix(rows, names[0], where), _matrix(columns, names[1], where), b_enc, b_dec, threshold
+    )
+    return check_shapes(weights, where, config.get("d_model"), config.get("d_sae"))
+
+
+def _understand_llama(foreign: Foreign, where: str) -> SparseAutoencoder:
+    weights = _rename_llama(foreign, where)
+    norms = weights.W_dec.norm(dim=1)
+    if foreign.config.get("sparsity_include_decoder_norm") and bool(
+        ((norms - 1).abs() > 0.02).any()
+    ):
+        raise UserError(
+            f"{where}: sparsity_include_decoder_norm = True with decoder rows whose norms are not 1 is not read; "
+            f"{THROUGH_SAELENS}"
+        )
+    return _jumprelu(rescaled(centred(weights), foreign.scale or 1.0), where)
+
+
+def _about_llama(foreign: Foreign) -> Provenance:
+    config = foreign.config
+    return Provenance(
+        model=maybe(config, "model_name", str) or "meta-llama/Llama-3.1-8B",
+        hook=maybe(config, "hook_point_in", str),
+        origin={"format": "llama_scope", **plain(config)},
+    )
+
+
+LLAMA_SCOPE = Reader(
+    "llama_scope", (HYPER, FINAL), _read_llama, _rename_llama, _understand_llama, _about_llama
+)
+
+_QWEN = frozenset({"W_enc", "W_dec", "b_enc", "b_dec"})
+_OPENAI = frozenset({"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"})
+_OPENAI_REST = frozenset(
+    {"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"}
+)
+_GOODFIRE = (
+    *("encoder_linear.weight", "decoder_linear.weight"),
+    *("encoder_linear.bias", "decoder_linear.bias"),
+)
+
+
+def _read_torch(path: Path) -> Foreign:
+    words: dict[str, str] = {}
+    tensors = load_state(path, words)
+    found = re.search(r"-W\d+K-L0_(\d+)", path.absolute().as_posix())
+    layer = re.search(r"layer(\d+)\.sae\.pt$", path.name)
+    model = re.search(r"SAE-Res-(.+?)-W\d+K-L0_", path.absolute().as_posix())
+    config = {
+        "k": int(found[1]) if found else None,
+        "hook": f"blocks.{layer[1]}.hook_resid_post" if layer else None,
+        "model": f"Qwen/{model[1]}" if model else None,
+        "activation": words.get("activation"),
+    }
+    return Foreign(config, tensors)
+
+
+def _rename_torch(foreign: Foreign, where: str) -> Named:
+    tensors = {k: v for k, v in foreign.tensors.items() if k not in _OPENAI_REST}
+    names = frozenset(tensors)
+    if names == _OPENAI:
+        order = ("encoder.weight", "decoder.weight", "latent_bias", "pre_bias")
+    elif names == _QWEN:
+        order = ("W_enc", "W_dec", "b_enc", "b_dec")
+    elif names == set(_GOODFIRE):
+        order = _GOODFIRE
+    else:
+        raise UserError(
+            f"{where}: its tensors ({', '.join(sorted(names)[:8])}) are of no SAE this knows (Qwen Scope's, OpenAI's "
+            f"and Goodfire's are read), and a bare file says nothing of the rest; if SAELens reads it, "
+            f"{THROUGH_SAELENS}"
+        )
+    rows, columns, b_enc, b_dec = take(tensors, order, where)
+    weights = Named(_matrix(rows, order[0], where), _matrix(columns, order[1], where), b_enc, b_dec)
+    return check_shapes(weights, where)
+
+
+def _matrix(tensor: Tensor, name: str, where: str) -> Tensor:
+    if tensor.ndim != 2:
+        raise UserError(f"{where}: tensor {name} is {tuple(tensor.shape)}, not a matrix")
+    return tensor.T
+
+
+def _understand_torch(foreign: Foreign, where: str) -> SparseAutoencoder:
+    weights = _rename_torch(foreign, where)
+    activation: dict[str, Any] = {"kind": "relu"}
+    how = foreign.config["activation"]
+    if how == "TopK":
+        raise UserError(
+            f"{where}: OpenAI's Top-k SAEs scale every token by its own norm (layer norm), which no fixed weights can "
+            "do; use it in OpenAI's sparse_autoencoder or in SAELens"
+        )
+    if how not in (None, "ReLU"):
+        raise UserError(f"{where}: activation {how!r} has no equal here; ReLU has")
+    if foreign.tensors.keys() >= _QWEN:
+        activation = {"kind": "topk", "k": foreign.config["k"]}
+        if foreign.config["k"] is None:
+            raise UserError(
+                f"{where}: Qwen Scope's files do not say how many latents are active; put the file into a folder named "
+                "as its repository, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50 for 50"
+            )
+    if "pre_bias" not in foreign.tensors:
+        weights = centred(weights)
+    cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
+    return assemble(cfg, weights)
+
+
+def _about_torch(foreign: Foreign) -> Provenance:
+    config = foreign.config
+    notes = () if config["hook"] else ("the file names neither model nor hook",)
+    return Provenance(
+        model=config["model"],
+        hook=config["hook"],
+        notes=notes,
+        origin={"format": "torch", **plain(config)},
+    )
+
+
+TORCH = Reader("torch", ("", ""), _read_torch, _rename_torch, _understand_torch, _about_torch)
+"""One file, which is given in place of its folder."""
