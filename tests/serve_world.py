@@ -22,9 +22,9 @@ from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig
 from wsae.serve import server
 from wsae.serve.app import application
-from wsae.serve.index import Index
+from wsae.serve.guard import Gate
 from wsae.serve.live import Live
-from wsae.serve.served import Served
+from wsae.serve.served import Shelf
 
 HOOK, D_IN, D_SAE = "layers.1", 16, 64
 SHAPE = Shape(hooks=(HOOK,), d_in=D_IN, d_sae=D_SAE, latents=12)
@@ -157,10 +157,10 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(*runs: tuple[str, Path, Path]) -> Iterator[Client]:
+def serving(*runs: tuple[str, Path, Path], gate: Gate = Gate()) -> Iterator[Client]:  # noqa: B008  (frozen)
     """Serve (slug, run, index) in a thread, over a real socket."""
     listening = server.listen("127.0.0.1", 0)
-    app = application([Served(slug, path, Index(index)) for slug, path, index in runs], Live())
+    app = application([Shelf(*run) for run in runs], Live(), gate)
     running = server.configured(app)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
