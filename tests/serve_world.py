@@ -134,15 +134,15 @@ class Answer(NamedTuple):
 class Client:
     """Sends requests to one port."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.port, self.host = port, host
         self.root = f"http://127.0.0.1:{port}"
 
     def ask(
         self, path: str, method: str = "GET", body: str = "", headers: dict[str, str] | None = None
     ) -> Answer:
         """Send one request exactly as told."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         connection.request(method, path, body.encode() or None, headers or {})
         reply = connection.getresponse()
         text = reply.read().decode()
@@ -157,10 +157,15 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(*runs: tuple[str, Path, Path], gate: Gate = Gate()) -> Iterator[Client]:  # noqa: B008  (frozen)
+def serving(
+    *runs: tuple[str, Path, Path],
+    gate: Gate = Gate(),  # noqa: B008  (frozen)
+    live: Live | None = None,
+    host: str = "127.0.0.1",
+) -> Iterator[Client]:
     """Serve (slug, run, index) in a thread, over a real socket."""
-    listening = server.listen("127.0.0.1", 0)
-    app = application([Shelf(*run) for run in runs], Live(), gate)
+    listening = server.listen(host, 0)
+    app = application([Shelf(*run) for run in runs], live or Live(), gate)
     running = server.configured(app)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
@@ -168,7 +173,7 @@ def serving(*runs: tuple[str, Path, Path], gate: Gate = Gate()) -> Iterator[Clie
     while not running.started and time.monotonic() < end:
         time.sleep(0.02)
     try:
-        yield Client(listening.getsockname()[1])
+        yield Client(listening.getsockname()[1], host)
     finally:
         running.should_exit = True
         thread.join(60)

@@ -335,4 +335,6 @@ def _plausible(name: str, array: np.ndarray) -> bool:
         return bool(((array >= 0) & (array <= 1)).all())
     if name == "match_index":
         return bool(((array >= -1) & (array < 1 << 31) & (array == np.floor(array))).all())
+    if name in ("gamma", "input_variance") and not np.isfinite(array).all():
+        return False
     return not bool((np.abs(array[np.isfinite(array)]) > LARGEST).any())

@@ -191,7 +191,7 @@ def host_name(given: str) -> str:
 
 def path_prefix(given: str) -> str:
     """Return the value of --root-path, without a slash at its end; raises UserError when it is no path."""
-    path = quote(given.strip().rstrip("/"), safe="/%@:+,=!~")
+    path = re.sub(r"[^\x00-\x7f]+", lambda found: quote(found[0]), given.strip().rstrip("/"))
     if path and (len(path) > MAX_PREFIX or not _PREFIX.fullmatch(path)):
         inner = (
             urlsplit(given.strip()).path.rstrip("/") if "://" in given else f"/{path.strip('/')}"

@@ -276,12 +276,20 @@ class Index:
         finally:
             self._free.put(connection)
 
-    def numbers(self, key: int) -> dict[str, float | None]:
-        """Return the measures of one latent by name."""
-        columns = ", ".join(self.column.values())
+    def numbers(self, keys: Sequence[int]) -> dict[int, dict[str, float | None]]:
+        """Return the measures of some latents by key, then name."""
+        columns, marks = ", ".join(self.column.values()), ",".join("?" * len(keys))
+        found = self.rows(f"SELECT key, {columns} FROM latent WHERE key IN ({marks})", keys)
         with self._readable():
-            (values,) = self.rows(f"SELECT {columns} FROM latent WHERE key = ?", (key,))
-            return dict(zip(self.column, formed(_NUMBERS, [*values], self.path), strict=True))
+            if {key for key, *_ in found} != {*keys}:
+                raise ValueError("lacks a latent")
+            formed(_NUMBERS, [value for _, *values in found for value in values], self.path)
+            return {key: dict(zip(self.column, values, strict=True)) for key, *values in found}
+
+    def keys(self, sql: str, values: Sequence[object]) -> list[int]:
+        """Run a query for keys of latents and return them."""
+        with self._readable():
+            return [self._key(key) for (key,) in self.rows(sql, values)]
 
     def state(self, key: int) -> tuple[bool, int | None]:
         """Return (whether it fired, key of its match in the twin)."""

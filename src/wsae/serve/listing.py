@@ -175,8 +175,7 @@ def find(index: Index, member: Member | None, ask: Asked) -> Found:
         f"SELECT latent.key FROM {source} WHERE {where} "
         f"ORDER BY {_order(index, ask)}, latent.key LIMIT ? OFFSET ?"
     )
-    found = index.rows(sql, [*values, PER_PAGE, skip]) if skip < total else []
-    return Found([key for (key,) in found], total)
+    return Found(index.keys(sql, [*values, PER_PAGE, skip]) if skip < total else [], total)
 
 
 def beside(
@@ -192,16 +191,8 @@ def beside(
             f"SELECT latent.key FROM {source} WHERE {where} AND ({order}, latent.key) {sign} (?, ?) "
             f"ORDER BY {order} {way}, latent.key {way} LIMIT 1"
         )
-        found = index.rows(sql, [*values, here[0][0], key])
-        out.append(found[0][0] if found else None)
+        out.append(next(iter(index.keys(sql, [*values, here[0][0], key])), None))
     return out[0], out[1]
-
-
-def numbers_of(index: Index, keys: list[int]) -> dict[int, dict[str, float | None]]:
-    """Return the measures of some latents by key, then name."""
-    columns, marks = ", ".join(index.column.values()), ",".join("?" * len(keys))
-    found = index.rows(f"SELECT key, {columns} FROM latent WHERE key IN ({marks})", keys)
-    return {key: dict(zip(index.column, values, strict=True)) for key, *values in found}
 
 
 def member_of(index: Index, key: int) -> tuple[Member, int]:

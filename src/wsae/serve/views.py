@@ -6,7 +6,7 @@ from urllib.parse import quote, urlencode
 from wsae.report.rundata import Json
 from wsae.report.words import number
 from wsae.serve.index import Index, Member
-from wsae.serve.listing import PER_PAGE, Asked, Found, beside, find, member_of, numbers_of
+from wsae.serve.listing import PER_PAGE, Asked, Found, beside, find, member_of
 from wsae.serve.measures import BASIC
 from wsae.serve.schema import key_of
 
@@ -52,7 +52,7 @@ def columns_of(index: Index, ask: Asked, found: list[dict[str, float | None]]) -
 def list_view(base: str, index: Index, member: Member | None, ask: Asked) -> Json:
     """Return one page of a list."""
     found: Found = find(index, member, ask)
-    numbers, labels = numbers_of(index, found.keys), index.labels(found.keys)
+    numbers, labels = index.numbers(found.keys), index.labels(found.keys)
     fired = index.alive(found.keys)
     columns = columns_of(index, ask, list(numbers.values()))
     rows = []
@@ -90,7 +90,7 @@ def latent_view(base: str, index: Index, member: Member, latent: int) -> Json:
         "member": member.slug,
         "latent": latent,
         "alive": alive,
-        "measures": index.numbers(key),
+        "measures": index.numbers([key])[key],
         **index.record(key),
         "neighbours": _neighbours(base, index, member, near),
         "promotes": [[texts.get(token, "?"), value] for token, value in logits[:half]],
@@ -120,7 +120,7 @@ def _neighbours(
 
 def _matches(base: str, index: Index, key: int, twin: int | None) -> list[Json]:
     """Return the match in the twin; for a latent of the twin itself, those that chose it, most alike first."""
-    cosine = index.numbers(key)["match"]
+    cosine = index.numbers([key])[key]["match"]
     pairs: list[tuple[int, Any]] = index.suitors(key, SUITORS) if twin is None else [(twin, cosine)]
     labels = index.labels([other for other, _ in pairs])
     out = []
