@@ -17,6 +17,8 @@ from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.report.html import write_report
 from wsae.report.rundata import finite
+from wsae.sae import SparseAutoencoder
+from wsae.sae.config import SAEConfig
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
 from wsae.serve.open import ensure_index
@@ -168,6 +170,14 @@ def test_the_place_and_the_value_are_named(run: Path, change, told: str):
         UserError, match=rf"evaluation\.json: not of the form .*{told}.*; make it again"
     ):
         write_report(run)
+
+
+def test_a_single_sae_is_told_what_can_be_done_with_it(tmp_path: Path):
+    shape = {"d_in": 4, "d_sae": 8, "activation": {"kind": "topk", "k": 2}}
+    SparseAutoencoder(SAEConfig.parse(shape)).save(tmp_path / "sae")
+    for make in (write_report, lambda path: ensure_index(path, None, CFG)):
+        with pytest.raises(UserError, match=r"is a single SAE, .*: wsae evaluate \S+/sae --source"):
+            make(tmp_path / "sae")
 
 
 def test_a_number_of_400_digits_is_none():

@@ -139,17 +139,22 @@ class MatchForm(Form):
     cosine: Number = None
 
 
-class ShownForm(Form):
-    """What is shown of a latent beside its numbers."""
+class SaidForm(Form):
+    """What is said of a latent beside its numbers and contexts."""
 
-    contexts: list[ContextForm] = []
     match: MatchForm | None = None
     scores: dict[Text, Number] = {}
     explanation: Text | None = None
     tokens: list[Text] = []
 
 
-class LatentForm(ShownForm):
+class ShownForm(SaidForm):
+    """What an index keeps of a latent beside its numbers."""
+
+    contexts: list[ContextForm] = []
+
+
+class LatentForm(SaidForm):
     """A latent of contexts.json."""
 
     latent: Count

@@ -113,6 +113,7 @@ def read_run(path: Path) -> RunData:
         raise UserError(
             f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
         )
+    check_no_sae(path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json, so it is not a wsae run directory")
     notes: list[str] = []
@@ -147,6 +148,16 @@ def read_run(path: Path) -> RunData:
             f"{path}: has no metrics, gamma or evaluation yet; train it before reporting"
         )
     return run
+
+
+def check_no_sae(path: Path) -> None:
+    """Raise UserError for the directory of a single SAE, imported or a member of a run."""
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    if isinstance(manifest, dict) and manifest.get("kind") == "sae":
+        raise UserError(
+            f"{path}: is a single SAE, and report and serve show runs (the --out of a `wsae train`); "
+            f"to measure an SAE: wsae evaluate {path} --source STORE"
+        )
 
 
 def _formed(path: Path, form: TypeAdapter) -> Json:

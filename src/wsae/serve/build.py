@@ -17,7 +17,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import digest, writing
 from wsae.core.progress import Progress, quiet
 from wsae.evals.data import HeldOut
-from wsae.report.rundata import RunData, is_control, read_classes, read_run
+from wsae.report.rundata import RunData, check_no_sae, is_control, read_classes, read_run
 from wsae.serve import schema
 from wsae.serve.collect import Seen, collect
 from wsae.serve.config import IndexConfig
@@ -52,6 +52,7 @@ def identity(run: Path, cfg: IndexConfig) -> str:
 
 def run_digest(run: Path) -> str:
     """Return the digest of a run with its evaluation and scores; raises UserError as `identity`."""
+    check_no_sae(run)
     found = {"run": read_manifest(run, "run", verify=False).digest()}
     if not (run / "evaluation" / MANIFEST).is_file():
         raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")

@@ -56,7 +56,7 @@ class Connection(H11Protocol):
         answered = self.cycle is None or self.cycle.response_complete
         return self.waits and now - self.since > (HEAD_S if answered else STALL_S)
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Take a connection in, or the place of one that waits."""
         super().connection_made(transport)
         self.since = self.loop.time()
@@ -122,8 +122,7 @@ def _why(error: OSError | UnicodeError, host: str, port: int) -> str:
         return f"--port {port}: in use on {host}; give another with --port (0: any free one)"
     if number == errno.EACCES:
         return f"--port {port}: not allowed here; give one above 1023"
-    known = isinstance(error, OSError) and number and number > 0
-    why = (error.strerror or os.strerror(number or 0)) if known else "unknown name"
+    why = os.strerror(number) if number and number > 0 else "unknown name"
     return f"--host {host[:80]}: cannot listen there ({why}); try --host 127.0.0.1"
 
 
