@@ -26,7 +26,7 @@ from wsae.serve.open import ensure_index
 HOOK, D_SAE = "layers.9", 16
 SHAPE = Shape(hooks=(HOOK,), d_in=8, d_sae=D_SAE, latents=2, contexts=1, window=3, steps=2)
 CFG = IndexConfig(neighbours=2, logits=0)
-EVERY = 13
+EVERY = 19
 """Of the places of a file, which share is tried; the wrong values take turns."""
 
 
@@ -114,10 +114,10 @@ def test_a_wrong_value_anywhere_is_lived_with_or_refused_in_one_line(
         seal(run, part)
 
     refused = sum(tried(run, what) for what in every_spoiled(value, EVERY, write))
-    for whole in WRONG:
+    for whole in WRONG[::2]:
         write(whole)
         refused += tried(run, f"whole = {whole!r:.40}")
-    assert refused > 5
+    assert refused > 3
 
 
 WRONG_ARRAYS = {
@@ -140,7 +140,7 @@ def test_a_wrong_array_is_lived_with_or_refused_in_one_line(run: Path, wrong: st
         place = run / part / "arrays.safetensors"
         kept = {name: tensor.clone() for name, tensor in load_tensors(place).items()}
         shown = [name for name in kept if not name.startswith(f"{HOOK}|plain") or part == "classes"]
-        for name in shown:
+        for name in shown[len(wrong) % 2 :: 2] or shown:
             tensor = kept[name]
             array = np.ascontiguousarray(WRONG_ARRAYS[wrong](tensor.numpy()))
             save_tensors(place, {**kept, name: torch.from_numpy(array)})
