@@ -22,9 +22,9 @@ from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig
 from wsae.serve import server
 from wsae.serve.app import application
-from wsae.serve.index import Index
+from wsae.serve.guard import Gate
 from wsae.serve.live import Live
-from wsae.serve.served import Served
+from wsae.serve.served import Shelf
 
 HOOK, D_IN, D_SAE = "layers.1", 16, 64
 SHAPE = Shape(hooks=(HOOK,), d_in=D_IN, d_sae=D_SAE, latents=12)
@@ -134,15 +134,15 @@ class Answer(NamedTuple):
 class Client:
     """Sends requests to one port."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.port, self.host = port, host
         self.root = f"http://127.0.0.1:{port}"
 
     def ask(
         self, path: str, method: str = "GET", body: str = "", headers: dict[str, str] | None = None
     ) -> Answer:
         """Send one request exactly as told."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         connection.request(method, path, body.encode() or None, headers or {})
         reply = connection.getresponse()
         text = reply.read().decode()
@@ -157,10 +157,15 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(*runs: tuple[str, Path, Path]) -> Iterator[Client]:
+def serving(
+    *runs: tuple[str, Path, Path],
+    gate: Gate = Gate(),  # noqa: B008  (frozen)
+    live: Live | None = None,
+    host: str = "127.0.0.1",
+) -> Iterator[Client]:
     """Serve (slug, run, index) in a thread, over a real socket."""
-    listening = server.listen("127.0.0.1", 0)
-    app = application([Served(slug, path, Index(index)) for slug, path, index in runs], Live())
+    listening = server.listen(host, 0)
+    app = application([Shelf(*run) for run in runs], live or Live(), gate)
     running = server.configured(app)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
@@ -168,7 +173,7 @@ def serving(*runs: tuple[str, Path, Path]) -> Iterator[Client]:
     while not running.started and time.monotonic() < end:
         time.sleep(0.02)
     try:
-        yield Client(listening.getsockname()[1])
+        yield Client(listening.getsockname()[1], host)
     finally:
         running.should_exit = True
         thread.join(60)

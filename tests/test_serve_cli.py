@@ -42,6 +42,12 @@ def test_index_only_says_what_it_made_and_finds_it_again(run: Path, tmp_path: Pa
         (["{bare}"], "has not been evaluated; run: wsae evaluate"),
         (["{run}", "--port", "70000"], "--port 70000: not a port"),
         (["{run}", "--neighbours", "1000"], "neighbours"),
+        (["{run}", "--allow-host", "https://hub.example/x"], "give --allow-host hub.example"),
+        (
+            ["{run}", "--allow-host", "hub", "--allow-host", "a/b"],
+            "--allow-host a/b: not the name of a host",
+        ),
+        (["{run}", "--root-path", "https://hub.example/user/me/"], "give one such as /user/me"),
         ([], "missing: RUN"),
     ],
 )

@@ -70,7 +70,8 @@ def test_every_latent_has_the_numbers_of_the_evaluation(index: Index, run: Path,
     gamma = sae.gamma.double().numpy()
     assert index.by_slug[member].size == D_SAE
     for latent in range(D_SAE):
-        numbers = index.numbers(key(index, member, latent))
+        at = key(index, member, latent)
+        numbers = index.numbers([at])[at]
         assert numbers["density"] == arrays["density"][latent]
         assert numbers["variance"] == arrays["variance"][latent]
         assert numbers["match"] == arrays["match_cosine"][latent]
@@ -99,7 +100,8 @@ def test_contexts_scores_and_explanations_are_those_of_the_files(
         for name in ("explanation", "contexts", "scores", "tokens"):
             assert record.get(name) == (wanted.get(name) or None), (latent, name)
         for score, value in scored.get(latent, {}).get("scores", {}).items():
-            assert index.numbers(key(index, member, latent))[score] == value
+            at = key(index, member, latent)
+            assert index.numbers([at])[at][score] == value
 
 
 def test_a_plain_latent_knows_who_chose_it_most_alike_first(index: Index, run: Path):
@@ -377,7 +379,7 @@ def test_collected_contexts_and_histograms_against_a_dense_pass(tmp_path: Path):
             )
             assert {i: n for i, n in enumerate(counts) if n} == dict(bins)
             most = max((v for *_, v in mine), default=None)
-            assert index.numbers(at)["max"] == (
+            assert index.numbers([at])[at]["max"] == (
                 None if most is None else pytest.approx(most, rel=1e-5)
             )
             contexts = index.record(at).get("contexts", [])

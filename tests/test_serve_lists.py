@@ -117,7 +117,7 @@ def test_operators_are_words(index: Index, query: str):
 
 def plain_order(index: Index, member, sort: str, down: bool) -> list[int]:
     low, high = member.keys
-    rows = [(k, index.numbers(k)) for k in range(low, high + 1)]
+    rows = [(k, index.numbers([k])[k]) for k in range(low, high + 1)]
 
     def place(row: tuple[int, dict]) -> tuple:
         value = row[0] if sort == "latent" else row[1][sort]
@@ -173,7 +173,7 @@ def test_filters_keep_exactly_what_lies_between(index: Index, data: st.DataObjec
     scope = index.members if member is None else [member]
     wanted = []
     for k in (k for m in scope for k in range(m.keys[0], m.keys[1] + 1)):
-        value, fired = index.numbers(k)[key], index.state(k)[0]
+        value, fired = index.numbers([k])[k][key], index.state(k)[0]
         bounded = low is None and high is None
         inside = (
             value is not None and (low is None or value >= low) and (high is None or value <= high)

@@ -5,8 +5,9 @@ import importlib.util
 import socket
 import time
 import webbrowser
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -16,6 +17,9 @@ from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.serve.config import IndexConfig
+
+if TYPE_CHECKING:
+    from wsae.serve.guard import Gate
 
 ABOUT = """\
 Browse every latent of some runs: search explanations and contexts, sort, filter, compare with the plain twin, try a
@@ -33,6 +37,10 @@ class Flags(Config):
     """Port to listen on; 0: any free one."""
     host: Name = "127.0.0.1"
     """Address to listen on; 0.0.0.0: everybody who can reach this machine can read the runs."""
+    allow_host: Annotated[tuple[Name, ...], tyro.conf.UseAppendAction] = ()
+    """Another name by which a proxy or a tunnel reaches it (hub.example.org); give it once for each name."""
+    root_path: Name = ""
+    """Path under which a proxy shows it (/user/me/proxy/8137), where the proxy does not tell it."""
     open: Switch = False
     """Open a browser window."""
     contexts: Count = DEFAULTS.contexts
@@ -59,13 +67,22 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     sizes = {name: getattr(flags, name) for name in ("contexts", "neighbours", "logits")}
     cfg = IndexConfig.parse({**sizes, "seed": flags.common.seed}, where="flags")
     names = slugs([path.resolve().name for path in flags.run])
+    gate = _gate(flags)
     with _listening(flags) as listening:
         told = [
             _index(flags, path, (name, cfg), ui)
             for path, name in zip(flags.run, names, strict=True)
         ]
-        url = {} if listening is None else {"url": _serve(flags, listening, told, ui)}
+        url = {} if listening is None else {"url": _serve(flags, (listening, gate), told, ui)}
     return {"runs": told, **url}
+
+
+def _gate(flags: Flags) -> "Gate":
+    """Return under which names and path it is reached: those given, and the one it listens on."""
+    from wsae.serve.guard import Gate, host_name, path_prefix
+
+    hosts = (*map(host_name, flags.allow_host), flags.host.lower())
+    return Gate(hosts=hosts, root_path=path_prefix(flags.root_path))
 
 
 def _listening(flags: Flags) -> contextlib.AbstractContextManager[socket.socket | None]:
@@ -101,15 +118,19 @@ def _index(flags: Flags, path: Path, how: tuple[str, IndexConfig], ui: UI) -> di
     }
 
 
-def _serve(flags: Flags, listening: socket.socket, told: list[dict[str, Any]], ui: UI) -> str:
+def _serve(
+    flags: Flags, where: tuple[socket.socket, "Gate"], told: list[dict[str, Any]], ui: UI
+) -> str:
     from wsae.cli.runner import device
     from wsae.serve import server
     from wsae.serve.app import application
-    from wsae.serve.index import Index
     from wsae.serve.live import Live
-    from wsae.serve.served import Served
+    from wsae.serve.served import Shelf
 
-    runs = [Served(t["slug"], Path(t["run"]), Index(Path(t["index"]))) for t in told]
+    listening, gate = where
+    runs = [Shelf(t["slug"], Path(t["run"]), Path(t["index"])) for t in told]
+    for run in runs:
+        run.now()  # what cannot be read is said before anybody asks
     url, inside = server.address_of(listening), server.is_loopback(listening)
     if not inside:
         ui.note(
@@ -118,7 +139,8 @@ def _serve(flags: Flags, listening: socket.socket, told: list[dict[str, Any]], u
     ui.note(f"serving {len(runs)} run{'s' if len(runs) > 1 else ''} on {url} (Ctrl-C ends it)")
     if flags.open:
         webbrowser.open(url)
-    server.serve(application(runs, Live(device(flags.common.device)), inside), listening)
+    gate = replace(gate, loopback=inside)
+    server.serve(application(runs, Live(device(flags.common.device)), gate), listening)
     return url
 
 

@@ -6,20 +6,26 @@ altered).
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from wsae.core.artifact import MANIFEST, check_file, read_manifest
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
-from wsae.report.classdata import Json, add_scores, read_classes
+from wsae.report import forms
 
-_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+Json = dict[str, Any]
+"""A parsed JSON object."""
+SHOWN = ("consistency_top", "consistency_corrected", "information")
+"""Class scores beside each latent in the browser."""
 TWIN_NAME = "plain"
+BY_CLASS = ("|consistency_top", "|consistency_corrected", "|selectivity", "|information")
+"""How the names of the class scores end that are shown."""
 CONTROL_PREFIX = "control"
 """Members whose names start like this were not trained: a floor, no competitors."""
 
@@ -77,7 +83,7 @@ class RunData:
         return sorted(names, key=lambda name: (is_control(name), not self.is_plain(hook, name)))
 
     def is_plain(self, hook: str, member: str) -> bool:
-        """Say whether a trained member has no weighting: by its gamma rule, by its name where none is recorded."""
+        """Return whether a trained member has no weighting: by its gamma rule, by its name where none is recorded."""
         rule = self.gamma_record(hook, member).get("rule")
         return not is_control(member) and (member == TWIN_NAME if rule is None else rule == "none")
 
@@ -107,9 +113,11 @@ def read_run(path: Path) -> RunData:
         raise UserError(
             f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
         )
+    check_no_sae(path)
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json, so it is not a wsae run directory")
     notes: list[str] = []
+    gamma = path / "gamma.json"
     manifest = _read_run_manifest(path, notes)
     evaluation, arrays, contexts = _read_evaluation(path / "evaluation", notes)
     thumbnails = _read_thumbnails(path / "evaluation")
@@ -117,16 +125,16 @@ def read_run(path: Path) -> RunData:
     classes, by_class = read_classes(path / "classes")
     with understood(path / "evaluation" / "contexts.json"):
         contexts = _merged(contexts, interpreted)
-        add_scores(contexts, by_class)
+        _add_scores(contexts, by_class)
     if evaluation and not any(latents for named in contexts.values() for latents in named.values()):
         notes.append("No contexts: the data are arrays or no latent was sampled.")
         contexts = {}
     run = RunData(
         path=path,
-        config=_object(path / "config.json"),
+        config=_formed(path / "config.json", forms.RUN_CONFIG),
         manifest=manifest,
         metrics=_read_metrics(path / "metrics.jsonl", notes),
-        gamma=_object(path / "gamma.json") if (path / "gamma.json").is_file() else {},
+        gamma=_formed(gamma, forms.GAMMA) if gamma.is_file() else {},
         evaluation=evaluation,
         arrays=arrays,
         contexts=contexts,
@@ -142,11 +150,19 @@ def read_run(path: Path) -> RunData:
     return run
 
 
-def _object(path: Path) -> Json:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is needed here, this is a {type(value).__name__}")
-    return value
+def check_no_sae(path: Path) -> None:
+    """Raise UserError for the directory of a single SAE, imported or a member of a run."""
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    if isinstance(manifest, dict) and manifest.get("kind") == "sae":
+        raise UserError(
+            f"{path}: is a single SAE, and report and serve show runs (the --out of a `wsae train`); "
+            f"to measure an SAE: wsae evaluate {path} --source STORE"
+        )
+
+
+def _formed(path: Path, form: TypeAdapter) -> Json:
+    """Read a JSON file; raises UserError when it is not of the form."""
+    return forms.formed(form, read_json(path), path)
 
 
 def _read_run_manifest(path: Path, notes: list[str]) -> Json:
@@ -157,6 +173,7 @@ def _read_run_manifest(path: Path, notes: list[str]) -> Json:
     for name in ("config.json", "gamma.json", "metrics.jsonl"):  # the page shows these, not weights
         if name in manifest.files:
             check_file(path, name, manifest.files[name])
+    forms.formed(forms.RUN_INFO, manifest.info, path / MANIFEST)
     return manifest.to_dict()
 
 
@@ -170,23 +187,24 @@ def _read_evaluation(path: Path, notes: list[str]) -> tuple[Json, dict[str, np.n
     files = read_manifest(path, "evaluation").files
     arrays: dict[str, np.ndarray] = {}
     if "arrays.safetensors" in files:
-        tensors = load_tensors(path / "arrays.safetensors")
-        arrays = {name: tensor.double().numpy() for name, tensor in tensors.items()}
-    contexts = _object(path / "contexts.json") if "contexts.json" in files else {}
-    return _object(path / "evaluation.json"), arrays, contexts
+        arrays = forms.formed_arrays(*_arrays(path / "arrays.safetensors"))
+    contexts = _formed(path / "contexts.json", forms.CONTEXTS) if "contexts.json" in files else {}
+    return _formed(path / "evaluation.json", forms.EVALUATION), arrays, contexts
+
+
+def _arrays(path: Path) -> tuple[dict[str, np.ndarray], Path]:
+    tensors = load_tensors(path)
+    odd = next((name for name, tensor in tensors.items() if tensor.is_complex()), None)
+    if odd is not None:
+        raise UserError(f"{path}: {odd!r} holds complex numbers; make it again")
+    return {name: tensor.double().numpy() for name, tensor in tensors.items()}, path
 
 
 def _read_thumbnails(path: Path) -> dict[str, str]:
-    """Return image number -> PNG in base64; nothing else may reach an address on the page."""
+    """Return image number -> PNG in base64."""
     name = "thumbnails.json"
     listed = (path / MANIFEST).is_file() and name in read_manifest(path, "evaluation", False).files
-    found = _object(path / name) if listed else {}
-    for number, data in found.items():
-        if not (number.isdigit() and isinstance(data, str) and _BASE64.fullmatch(data)):
-            raise UserError(
-                f"{path / name}: image {number} is not a picture in base64; evaluate the run again"
-            )
-    return found
+    return _formed(path / name, forms.THUMBNAILS) if listed else {}
 
 
 def _read_interpretation(path: Path) -> tuple[Json, Json]:
@@ -194,7 +212,56 @@ def _read_interpretation(path: Path) -> tuple[Json, Json]:
     if not (path / MANIFEST).is_file():
         return {}, {}
     read_manifest(path, "interpretation")
-    return _object(path / "interpretation.json"), _object(path / "contexts.json")
+    scores = _formed(path / "interpretation.json", forms.INTERPRETATION)
+    return scores, _formed(path / "contexts.json", forms.CONTEXTS)
+
+
+def read_classes(path: Path) -> tuple[Json, dict[str, np.ndarray]]:
+    """Return RUN/classes as an interpretation and its arrays by "hook|member|name"; nothing where it is not there.
+
+    Raises UserError when a part of it is cut or altered.
+    """
+    if not (path / MANIFEST).is_file():
+        return {}, {}
+    read_manifest(path, "classes")
+    record = _formed(path / "classes.json", forms.CLASSES)
+    arrays, place = _arrays(path / "arrays.safetensors")
+    if any(array.ndim != 1 for name, array in arrays.items() if name.endswith(BY_CLASS)):
+        raise UserError(f"{place}: holds a score that is no row of numbers; make it again")
+    hooks = {hook: _class_hook(found) for hook, found in record["hooks"].items()}
+    return {"hooks": hooks, "glossary": record.get("glossary", {})}, arrays
+
+
+def _class_hook(found: Json) -> Json:
+    least = found["config"]["min_support"]
+    return {
+        "members": {name: _class_entry(entry, least) for name, entry in found["members"].items()},
+        "controls": {name: _class_entry(entry, least) for name, entry in found["controls"].items()},
+        "comparisons": found["comparisons"],
+    }
+
+
+def _class_entry(entry: Json, least: int) -> Json:
+    coverage = entry["coverage"]
+    total = int(coverage["latents"])
+    alive, supported = (round(total * coverage[key]) for key in ("alive", "supported"))
+    skipped = {"never active": total - alive, f"active on under {least} images": alive - supported}
+    counts = {"sampled": total, "scored": supported, "skipped": skipped}
+    return {"summary": entry["scores"], "density": entry["density"], "counts": counts}
+
+
+def _add_scores(contexts: Json, arrays: dict[str, np.ndarray]) -> None:
+    """Add the class scores of every latent among the contexts to its other scores."""
+    for hook, members in contexts.items():
+        for member, latents in members.items():
+            for name in SHOWN:
+                values = arrays.get(f"{hook}|{member}|{name}")
+                if values is None:
+                    continue
+                for entry in latents:
+                    value = float(values[entry["latent"]])
+                    known = None if np.isnan(value) else value
+                    entry["scores"] = {**entry.get("scores", {}), name: known}
 
 
 def _merged(evaluated: Json, interpreted: Json) -> Json:
@@ -218,8 +285,7 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(
                     f"{path}: line {number} is not a metrics row ({error!r})"
@@ -227,11 +293,14 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json
             notes.append(
                 "The last line of metrics.jsonl is cut off (the run was stopped while writing it)."
             )
+            continue
+        forms.formed(forms.METRICS_ROW, row, f"{path}: line {number}")
+        out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
     return out
 
 
 def is_control(member: str) -> bool:
-    """Say whether a member is an untrained control."""
+    """Return whether a member is an untrained control."""
     return member.startswith(CONTROL_PREFIX)
 
 
@@ -251,6 +320,10 @@ def find(config: object, key: str) -> object:
 
 def finite(value: object) -> float | None:
     """Return a JSON number as a float, or None when it is missing, NaN or infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return None
+    return number if math.isfinite(number) else None

@@ -177,7 +177,7 @@ def _row(run: RunData, hook: str, key: str) -> Row:
     entry = glossary.get(key) if isinstance(glossary.get(key), dict) else {}
     tip = "; ".join(str(entry[part]) for part in ("formula", "direction") if entry.get(part))
     cells = [
-        _cell(found.get(name, {}).get("metrics", {}).get(key), judged.get((name, key)))
+        _cell(found.get(name, {}).get("metrics", {}).get(key, {}), judged.get((name, key)))
         for name in run.members(hook)
     ]
     return Row(
@@ -185,8 +185,7 @@ def _row(run: RunData, hook: str, key: str) -> Row:
     )
 
 
-def _cell(metric: object, judged: Judgement | None) -> Cell:
-    record = metric if isinstance(metric, dict) else {"value": metric}
+def _cell(record: Json, judged: Judgement | None) -> Cell:
     value, low, high = (finite(record.get(part)) for part in ("value", "low", "high"))
     if value is None or low is None or high is None or digits(low, high) is None:
         return Cell(number(value), "", judged)

@@ -17,8 +17,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import digest, writing
 from wsae.core.progress import Progress, quiet
 from wsae.evals.data import HeldOut
-from wsae.report.classdata import read_classes
-from wsae.report.rundata import RunData, is_control, read_run
+from wsae.report.rundata import RunData, check_no_sae, is_control, read_classes, read_run
 from wsae.serve import schema
 from wsae.serve.collect import Seen, collect
 from wsae.serve.config import IndexConfig
@@ -45,15 +44,22 @@ def identity(run: Path, cfg: IndexConfig) -> str:
 
     Raises UserError when `run` is no finished run or has not been evaluated.
     """
+    found = run_digest(run)
+    model = _model(run, cfg)
+    told = fingerprint_of(model.name) if model.name else model.why_not
+    return digest([schema.SCHEMA, cfg.to_dict(), found, told])
+
+
+def run_digest(run: Path) -> str:
+    """Return the digest of a run with its evaluation and scores; raises UserError as `identity`."""
+    check_no_sae(run)
     found = {"run": read_manifest(run, "run", verify=False).digest()}
     if not (run / "evaluation" / MANIFEST).is_file():
         raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")
     for part in PARTS:
         if (run / part / MANIFEST).is_file():
             found[part] = read_manifest(run / part, part, verify=False).digest()
-    model = _model(run, cfg)
-    told = fingerprint_of(model.name) if model.name else model.why_not
-    return digest([schema.SCHEMA, cfg.to_dict(), found, told])
+    return digest(found)
 
 
 def build(
@@ -66,8 +72,9 @@ def build(
     """Write the index of a run to `out`, atomically.
 
     `reopen` gives the data, needed for `cfg.contexts` alone. Raises UserError when the run is not whole or not
-    evaluated, or what was asked for cannot be had.
+    evaluated, changes meanwhile, or what was asked for cannot be had.
     """
+    key, of_run = identity(run, cfg), run_digest(run)
     data = read_run(run)
     classes = Classes(read_classes(run / "classes")[1], data.classes.get("glossary", {}))
     job = Job(data, classes, measures(data, classes), _members(data), cfg, _model(run, cfg))
@@ -79,10 +86,12 @@ def build(
         connection = schema.create(temporary, len(job.measures))
         try:
             about = _fill(connection, (job, seen), language, progress)
-            _meta(connection, job, about)
+            _meta(connection, job, {"identity": key, "run": of_run, "about": about})
             schema.finish(connection)
         finally:
             connection.close()
+        if identity(run, cfg) != key:
+            raise UserError(f"{run}: changed while its index was made; run the same command again")
 
 
 def _model(run: Path, cfg: IndexConfig) -> ModelName:
@@ -150,11 +159,14 @@ def _images(connection: sqlite3.Connection, run: RunData) -> None:
         connection.execute("INSERT INTO image VALUES(?, ?)", (int(number), png))
 
 
-def _meta(connection: sqlite3.Connection, job: Job, about: str) -> None:
+def _meta(connection: sqlite3.Connection, job: Job, told: dict[str, str]) -> None:
+    """Write what holds for the whole index; `identity` and `run` are digests of what it was made from."""
     values = {
+        "identity": told["identity"],
+        "run": told["run"],
         "measures": [tuple(measure) for measure in job.measures],
         "overview": overview(job.run),
-        "model": {**job.model._asdict(), "about": about},
+        "model": {**job.model._asdict(), "about": told["about"]},
         "unit": job.run.unit,
         "name": job.run.path.resolve().name,
         "config": job.cfg.to_dict(),

@@ -6,6 +6,8 @@ from torch import Tensor
 
 PER_DECADE, LOWEST, BINS = 8, -4, 72
 """Eight bins per decade from 1e-4 to 1e5; what lies outside is counted in the last bin of its side."""
+DENSITY_EDGES = [-7.0 + 0.25 * i for i in range(29)]
+"""The bins in which a member's densities are counted, as powers of ten."""
 
 
 def bin_of(values: Float64[Tensor, " nnz"]) -> Int64[Tensor, " nnz"]:

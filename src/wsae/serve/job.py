@@ -1,11 +1,12 @@
 """A run that is being indexed."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from wsae.core.artifact import contained
+from wsae.core.artifact import contained, read_manifest
 from wsae.report.rundata import RunData
 from wsae.sae import SparseAutoencoder
 from wsae.serve.config import IndexConfig
@@ -45,3 +46,12 @@ class Job:
         listed = self.run.manifest.get("info", {}).get("members", {}).get(member.hook, [])
         place = contained(self.run.path, f"members/{member.hook}/{member.name}")
         return SparseAutoencoder.load(place) if member.name in listed else None
+
+    def weights(self, member: Member) -> str:
+        """Return the digest of the manifest of a member's weights."""
+        return weights_digest(self.run.path / "members" / member.hook / member.name)
+
+
+def weights_digest(place: Path) -> str:
+    """Return the digest of the manifest of an SAE, which names its content; raises UserError when it has none."""
+    return read_manifest(place, "sae", verify=False).digest()

@@ -14,6 +14,8 @@ from wsae.serve.index import Index, Member
 from wsae.serve.schema import place_of
 
 PER_PAGE = 50
+ECHO = 40
+"""Characters of a visitor's word that a message repeats."""
 MAX_QUERY = 200
 MAX_PAGE = 1_000_000
 ALIVE = ("any", "yes", "no")
@@ -63,7 +65,8 @@ def asked(params: Mapping[str, str], index: Index) -> Asked:
     sort = params.get("sort", LATENT)
     down, sort = sort.startswith("-"), sort.removeprefix("-")
     if sort not in (LATENT, *index.column):
-        raise UserError(f"sort: no measure {sort!r}{nearest(sort, [LATENT, *index.column])}")
+        near = nearest(sort[:ECHO], [LATENT, *index.column])
+        raise UserError(f"sort: no measure {sort[:ECHO]!r}{near}")
     query = params.get("q", "").strip()
     if len(query) > MAX_QUERY:
         raise UserError(f"q: longer than {MAX_QUERY} characters")
@@ -82,14 +85,14 @@ def asked(params: Mapping[str, str], index: Index) -> Asked:
 def whole(text: str, name: str, low: int, high: int) -> int:
     """Return a whole number within bounds; raises UserError."""
     if not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
-        raise UserError(f"{name}: {text[:40]!r} is not a whole number from {low} to {high}")
+        raise UserError(f"{name}: {text[:ECHO]!r} is not a whole number from {low} to {high}")
     return int(text)
 
 
 def _one_of(params: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
     value = params.get(name) or choices[0]
     if value not in choices:
-        raise UserError(f"{name}: {value[:40]!r} is not one of {', '.join(choices)}")
+        raise UserError(f"{name}: {value[:ECHO]!r} is not one of {', '.join(choices)}")
     return value
 
 
@@ -100,13 +103,15 @@ def _bounds(params: Mapping[str, str], prefix: str, index: Index) -> dict[str, f
         if not name.startswith(prefix) or not text.strip():
             continue
         if key not in index.column:
-            raise UserError(f"{prefix}: no measure {key[:40]!r}{nearest(key, index.column)}")
+            raise UserError(
+                f"{prefix}: no measure {key[:ECHO]!r}{nearest(key[:ECHO], index.column)}"
+            )
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise UserError(f"{name}: {text[:40]!r} is not a number")
+            raise UserError(f"{name}: {text[:ECHO]!r} is not a number")
         out[key] = value
     return out
 
@@ -170,8 +175,7 @@ def find(index: Index, member: Member | None, ask: Asked) -> Found:
         f"SELECT latent.key FROM {source} WHERE {where} "
         f"ORDER BY {_order(index, ask)}, latent.key LIMIT ? OFFSET ?"
     )
-    found = index.rows(sql, [*values, PER_PAGE, skip]) if skip < total else []
-    return Found([key for (key,) in found], total)
+    return Found(index.keys(sql, [*values, PER_PAGE, skip]) if skip < total else [], total)
 
 
 def beside(
@@ -187,16 +191,8 @@ def beside(
             f"SELECT latent.key FROM {source} WHERE {where} AND ({order}, latent.key) {sign} (?, ?) "
             f"ORDER BY {order} {way}, latent.key {way} LIMIT 1"
         )
-        found = index.rows(sql, [*values, here[0][0], key])
-        out.append(found[0][0] if found else None)
+        out.append(next(iter(index.keys(sql, [*values, here[0][0], key])), None))
     return out[0], out[1]
-
-
-def numbers_of(index: Index, keys: list[int]) -> dict[int, dict[str, float | None]]:
-    """Return the measures of some latents by key, then name."""
-    columns, marks = ", ".join(index.column.values()), ",".join("?" * len(keys))
-    found = index.rows(f"SELECT key, {columns} FROM latent WHERE key IN ({marks})", keys)
-    return {key: dict(zip(index.column, values, strict=True)) for key, *values in found}
 
 
 def member_of(index: Index, key: int) -> tuple[Member, int]:

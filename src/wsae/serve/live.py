@@ -1,15 +1,23 @@
-"""A text typed by a visitor: which latents fire on which token. One model and one SAE at a time, loaded when asked."""
+"""A text typed by a visitor: which latents fire on which token. One model and one SAE at a time, loaded when asked.
 
+Texts are read one after the other in a thread of their own, which leaves a core and the right of way to the pages; few
+may wait.
+"""
+
+import os
+import sys
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from wsae.core.errors import UserError
 from wsae.report.rundata import Json
 from wsae.serve.index import Index, Member
+from wsae.serve.job import weights_digest
 from wsae.serve.model import load
 from wsae.serve.schema import key_of
-from wsae.serve.served import Served
+from wsae.serve.served import CHANGED, Served
 from wsae.serve.views import latent_link
 
 if TYPE_CHECKING:
@@ -18,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_CHARS, MAX_TOKENS = 2000, 256
 PER_TOKEN, OVERALL = 8, 24
+PLACES = 3
+"""Texts that are read or wait at once."""
 
 
 class Token(NamedTuple):
@@ -27,32 +37,47 @@ class Token(NamedTuple):
     latents: list[tuple[int, float]]
 
 
+class BusyError(UserError):
+    """Too many others are being served."""
+
+
 class Live:
-    """The model and SAE last asked for. Calls take turns."""
+    """The model and SAE last asked for, and the thread that reads with them."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
-        self._turn = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "live", _give_way)
+        self._places = threading.BoundedSemaphore(PLACES)
         self._model: tuple[str, LanguageModel] | None = None
-        self._sae: tuple[tuple[Path, int], SparseAutoencoder] | None = None
+        self._sae: tuple[tuple[Path, str], SparseAutoencoder] | None = None
 
-    def read(self, run: Served, member: Member, text: str) -> Json:
-        """Return the tokens of a text with their latents, and the latents of the whole text.
+    def submit(self, run: Served, member: Member, text: str) -> Future[Json]:
+        """Have a text read: its tokens with their latents, and the latents of the whole text.
 
-        Raises UserError when the text is empty or too long, or the model is not at hand.
+        Raises UserError when the text is empty or too long, or the model is not at hand, BusyError when others wait.
         """
-        path, index = run.path, run.index
+        index = run.index
         check(text)
         if index.model["why_not"]:
             raise UserError(f"no live reading: {index.model['why_not']}")
         if not member.weights:
             raise UserError(f"no live reading: the run keeps no weights of {member.name}")
-        with self._turn:
-            tokens = self._tokens(path, index.model["name"], member, text)
+        if not self._places.acquire(blocking=False):
+            raise BusyError("others are having texts read; try again in a moment")
+        try:
+            reading = self._thread.submit(self._read, run, member, text)
+        except BaseException:
+            self._places.release()
+            raise
+        reading.add_done_callback(lambda _: self._places.release())
+        return reading
+
+    def _read(self, run: Served, member: Member, text: str) -> Json:
+        tokens = self._tokens(run.path, run.index.model["name"], member, text)
         return {
             "member": member.slug,
             "tokens": [{"text": t.text, "latents": t.latents} for t in tokens],
-            "latents": _overall((run.slug, index, member), tokens),
+            "latents": _overall((run.base, run.index, member), tokens),
         }
 
     def _tokens(self, path: Path, name: str, member: Member, text: str) -> list[Token]:
@@ -91,14 +116,29 @@ class Live:
     def _member(self, path: Path, member: Member) -> "SparseAutoencoder":
         from wsae.sae import SparseAutoencoder
 
-        wanted = (path, member.id)
+        wanted = (path, f"{member.hook}|{member.name}|{member.weights}")
         if self._sae is None or self._sae[0] != wanted:
             self._sae = None
             place = path / "members" / member.hook / member.name
             if not place.resolve().is_relative_to(path.resolve()):
                 raise UserError(f"{member.name}: its weights lie outside the run")
-            self._sae = (wanted, SparseAutoencoder.load(place).to(self.device))
+            if weights_digest(place) != member.weights:
+                raise UserError(f"no live reading: {CHANGED}")
+            sae = SparseAutoencoder.load(place).to(self.device)
+            if weights_digest(place) != member.weights:  # trained again while they were read
+                raise UserError(f"no live reading: {CHANGED}")
+            self._sae = (wanted, sae)
         return self._sae[1]
+
+
+def _give_way() -> None:
+    """Leave the pages a core, and the right of way on all others: threads that this one starts inherit it."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores - 1))
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def check(text: str) -> None:
@@ -111,7 +151,7 @@ def check(text: str) -> None:
 
 def _overall(place: tuple[str, Index, Member], tokens: list[Token]) -> list[Json]:
     """Return the latents of the whole text, strongest first; the first token is an attention sink and left out."""
-    slug, index, member = place
+    base, index, member = place
     peak: dict[int, float] = {}
     for token in tokens[1:] or tokens:
         for latent, value in token.latents:
@@ -124,7 +164,7 @@ def _overall(place: tuple[str, Index, Member], tokens: list[Token]) -> list[Json
             "latent": latent,
             "activation": peak[latent],
             "label": labels.get(key, ""),
-            "link": latent_link(slug, member, latent),
+            "link": latent_link(base, member, latent),
         }
         for latent, key in zip(best, keys, strict=True)
     ]

@@ -3,9 +3,9 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.serve import schema
 from wsae.serve.build import Reopen, build, identity
 from wsae.serve.config import IndexConfig
+from wsae.serve.index import Index
 
 
 def ensure_index(
@@ -40,8 +41,6 @@ def ensure_index(
         with alone(path):
             if is_current(path, key):  # made by another process in the meantime
                 return path, False
-            for old in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-                old.unlink()
             build(run, path, cfg, reopen, progress)
             write_json(seal_of(path), seal({"identity": key, "file": record(path).to_dict()}))
     except UserError as error:
@@ -56,12 +55,15 @@ def ensure_index(
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Wait until no other process makes this index; raises UserError where its place cannot be written or is full."""
+    lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".{path.name}.lock").open("a+") as file:
+        with open(lock, "a+", opener=_unlinked) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{lock}: is a link; remove it") from error
         raise as_user_error(error, path) from error
     except sqlite3.OperationalError as error:
         number = _REFUSALS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
@@ -70,18 +72,19 @@ def alone(path: Path) -> Iterator[None]:
         raise as_user_error(_refusal(path) or OSError(number, str(error)), path) from error
 
 
+def _unlinked(path: str, flags: int) -> int:
+    """Open a file that is no link: one in a run that somebody sent could lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 def _refusal(path: Path) -> OSError | None:
     """Return what the operating system says to a small write beside a file: SQLite keeps its reasons to itself."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with probe.open("wb") as file:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
             file.write(b"x")
             file.flush()
             os.fsync(file.fileno())
-        probe.unlink()
     except OSError as error:
-        with contextlib.suppress(OSError):
-            probe.unlink()
         return error
     return None
 
@@ -102,13 +105,17 @@ def seal_of(path: Path) -> Path:
 
 def is_current(path: Path, key: str) -> bool:
     """Whether a file is a whole index of this identity, unaltered since it was made."""
-    if not path.is_file() or not seal_of(path).is_file():
-        return False
     try:
-        if read_sealed(seal_of(path)) != {"identity": key, "file": record(path).to_dict()}:
-            return False
-        with contextlib.closing(schema.connect(path)) as connection:
-            values = dict(connection.execute("SELECT key, value FROM meta"))
-            return schema.is_ours(connection, len(json.loads(values["measures"])))
-    except (UserError, sqlite3.Error, ValueError, KeyError, TypeError):  # damaged: made again
+        return sealed_identity(path) == key == Index(path).identity
+    except UserError:  # damaged: made again
         return False
+
+
+def sealed_identity(path: Path) -> str:
+    """Return the identity of an index that its seal tells; raises UserError when it is not the file that was sealed."""
+    if not path.is_file() or not seal_of(path).is_file():
+        raise UserError(f"{path}: no index with its seal")
+    told = read_sealed(seal_of(path))
+    if told.get("file") != record(path).to_dict() or not isinstance(told.get("identity"), str):
+        raise UserError(f"{path}: altered, its checksum differs")
+    return told["identity"]

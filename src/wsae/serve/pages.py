@@ -62,16 +62,16 @@ def _render(name: str, **values: object) -> str:
     return page.encode("utf-8", "replace").decode()
 
 
-def problem(status: int, line: str) -> str:
+def problem(status: int, line: str, root: str) -> str:
     """Return the page of an error."""
-    return _render("problem", title=f"{status}", run=None, line=line)
+    return _render("problem", title=f"{status}", run=None, root=root, line=line)
 
 
-def overview(runs: list[Served]) -> str:
+def overview(runs: list[Served], root: str) -> str:
     """Return the first page: the runs that are served."""
     if len(runs) == 1:
         return run(runs[0])
-    return _render("runs", title="Runs", run=None, runs=runs)
+    return _render("runs", title="Runs", run=None, root=root, runs=runs)
 
 
 def run(served: Served) -> str:
@@ -83,7 +83,13 @@ def run(served: Served) -> str:
         for hook in index.overview["hooks"]
     ]
     return _render(
-        "run", title=index.name, run=served, hooks=hooks, charts=charts, about=index.overview
+        "run",
+        title=index.name,
+        run=served,
+        root=served.root,
+        hooks=hooks,
+        charts=charts,
+        about=index.overview,
     )
 
 
@@ -93,14 +99,15 @@ def latents(served: Served, member: Member | None, ask: Asked, view: Json) -> st
     slug = member.slug if member else "all"
     names = {measure.key: measure for measure in index.measures}
     turn = {
-        name: list_link(served.slug, slug, ask, page=ask.page + step)
+        name: list_link(served.base, slug, ask, page=ask.page + step)
         for name, step in (("before", -1), ("after", 1))
     }
-    heads = [(names[key], _sorted_by(served.slug, slug, ask, key)) for key in view["columns"]]
+    heads = [(names[key], _sorted_by(served.base, slug, ask, key)) for key in view["columns"]]
     return _render(
         "latents",
         title=f"{member.name if member else 'All members'} · {index.name}",
         run=served,
+        root=served.root,
         member=member,
         slug=slug,
         ask=ask,
@@ -114,17 +121,17 @@ def latents(served: Served, member: Member | None, ask: Asked, view: Json) -> st
     )
 
 
-def _sorted_by(run: str, slug: str, ask: Asked, key: str) -> str:
+def _sorted_by(base: str, slug: str, ask: Asked, key: str) -> str:
     """Return the address of the same list sorted by a measure: highest first, the other way when it is already."""
     down = not (ask.sort == key and ask.down)
-    return list_link(run, slug, ask, sort=("-" if down else "") + key, page=1)
+    return list_link(base, slug, ask, sort=("-" if down else "") + key, page=1)
 
 
 def latent(served: Served, place: tuple[Member | None, Member], ask: Asked, view: Json) -> str:
     """Return the page of one latent, its match in the twin beside it."""
     index, (scope, member) = served.index, place
     words = words_of(ask.query)
-    before, after = ways(served.slug, index, (scope, member, view["latent"]), ask)
+    before, after = ways(served.base, index, (scope, member, view["latent"]), ask)
     match = view["matches"][0] if view["matches"] else None
     twin = None
     if match is not None:
@@ -132,7 +139,7 @@ def latent(served: Served, place: tuple[Member | None, Member], ask: Asked, view
         twin = _side(
             index,
             owner,
-            latent_view(served.slug, index, owner, match["latent"]),
+            latent_view(served.base, index, owner, match["latent"]),
             words,
             BESIDE_CONTEXTS,
         )
@@ -146,6 +153,7 @@ def latent(served: Served, place: tuple[Member | None, Member], ask: Asked, view
         "latent",
         title=f"Latent {view['latent']} · {member.name} · {index.name}",
         run=served,
+        root=served.root,
         member=member,
         view=view,
         own=_side(index, member, view, words, FIRST_CONTEXTS),
@@ -154,7 +162,7 @@ def latent(served: Served, place: tuple[Member | None, Member], ask: Asked, view
         measures=measures,
         before=before,
         after=after,
-        up=list_link(served.slug, scope.slug if scope else "all", ask),
+        up=list_link(served.base, scope.slug if scope else "all", ask),
         density=draw.density_chart(member, view["measures"]["density"], index.unit),
         acts=draw.acts_chart(view["histogram"], acts, member.kind),
         collected=bool(view["histogram"]),
@@ -211,6 +219,7 @@ def live(served: Served, member: Member, form: Form, answer: tuple[Json | None, 
         "live",
         title=f"Try a text · {served.index.name}",
         run=served,
+        root=served.root,
         member=member,
         form=form,
         found=found,

@@ -3,21 +3,28 @@
 import json
 from urllib.parse import parse_qsl
 
+import anyio
 from starlette.requests import Request
 
 from wsae.core.errors import UserError
 
 MAX_BODY = 64 * 1024
+BODY_S = 20
+"""Seconds in which the whole body must be there."""
 FIELDS = ("text", "member", "latent")
 
 
 async def read_text(request: Request) -> dict[str, str]:
-    """Return the known fields of a form or a JSON object; raises UserError when the body is too long or neither."""
+    """Return the known fields of a form or a JSON object.
+
+    Raises UserError when the body is too long or neither, TimeoutError when it does not come.
+    """
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise UserError(f"the request is larger than {MAX_BODY} bytes")
+    with anyio.fail_after(BODY_S):
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                raise UserError(f"the request is larger than {MAX_BODY} bytes")
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind not in ("application/json", "application/x-www-form-urlencoded"):
         raise UserError("send a form or JSON (content-type)")

@@ -4,12 +4,13 @@ A latent's key is `member << 32 | latent`. Everything a list sorts or filters by
 `latent`; what one latent's page shows lies in other tables under the same key.
 """
 
+import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-SCHEMA = 4
+SCHEMA = 5
 """Raise it whenever a table, or the meaning of a value in one, changes."""
 NAME = "browser.sqlite"
 _SHIFT = 32
@@ -53,7 +54,6 @@ def create(path: Path, measures: int) -> sqlite3.Connection:
 
     Without a journal: the file has a temporary name until it is whole.
     """
-    path.unlink(missing_ok=True)
     connection = sqlite3.connect(path, isolation_level=None)
     for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-65536"):
         connection.execute(f"PRAGMA {pragma}")
@@ -74,8 +74,12 @@ def finish(connection: sqlite3.Connection) -> None:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open an index for reading; nothing that its file says about its own schema is run."""
-    connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)
+    """Open an index for reading, from any thread; nothing that its file says about its own schema is run.
+
+    `immutable`: a journal or log that lies beside the file, which no checksum covers, is left alone, and no lock taken.
+    """
+    address = f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&immutable=1"
+    connection = sqlite3.connect(address, uri=True, check_same_thread=False)
     for pragma in ("query_only=ON", "trusted_schema=OFF", "cell_size_check=ON"):
         connection.execute(f"PRAGMA {pragma}")
     connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")

@@ -1,18 +1,100 @@
-"""Listen, serve until interrupted, and say in one line why that cannot be."""
+"""Listen, serve until interrupted, and say in one line why that cannot be.
 
+Nobody holds a place by being silent: a connection that waits for its client is closed after some seconds, whole
+requests alone are worked on, and when there are too many connections the one that has waited longest makes room.
+"""
+
+import asyncio
 import contextlib
 import errno
 import ipaddress
 import os
 import socket
+from collections import Counter
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from wsae.core.errors import UserError
 from wsae.serve.guard import App
 
-BACKLOG = 64
+BACKLOG = 128
 MAX_PORT = 65535
+MAX_CONNECTIONS = 256
+HEAD_S = 10
+"""Seconds in which a request must be there, from when its connection was opened or last answered."""
+STALL_S = 30
+"""Seconds that a client may take to send a body, or to take what is ready for it."""
+IDLE_S = 5
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 2\r\ncontent-length: 0\r\n"
+    b"connection: close\r\n\r\n"
+)
+
+
+class Connection(H11Protocol):
+    """A connection that knows since when it has waited for its client."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.since = self.loop.time()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is the client's turn: no request, half a request, or an answer that is not taken."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered or self.cycle.more_body or self.flow.write_paused
+
+    @property
+    def peer(self) -> str:
+        """The address it comes from."""
+        return self.client[0] if self.client else ""
+
+    def overdue(self, now: float) -> bool:
+        """Whether the client has had its time."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return self.waits and now - self.since > (HEAD_S if answered else STALL_S)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Take a connection in, or the place of one that waits."""
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        if len(self.connections) <= MAX_CONNECTIONS:
+            return
+        others = [c for c in self.connections if isinstance(c, Connection) and c is not self]
+        held = Counter(other.peer for other in others)
+        waiting = [other for other in others if other.waits]
+        if not waiting:
+            transport.write(FULL)
+            transport.close()
+            return
+        last = max(waiting, key=lambda c: (held[c.peer], -c.since))
+        self.connections.discard(last)
+        last.transport.abort()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request."""
+        self.since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to take what is ready."""
+        self.since = self.loop.time()
+        super().pause_writing()
+
+
+class Sweeping(uvicorn.Server):
+    """A server that closes connections whose clients have had their time."""
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look at every connection, twice a second."""
+        if counter % 5 == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in [*self.server_state.connections]:
+                if isinstance(connection, Connection) and connection.overdue(now):
+                    connection.transport.abort()
+        return await super().on_tick(counter)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -30,17 +112,18 @@ def listen(host: str, port: int) -> socket.socket:
             found.close()
             raise
         return found
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(_why(error, host, port)) from error
 
 
-def _why(error: OSError, host: str, port: int) -> str:
-    if error.errno == errno.EADDRINUSE:
+def _why(error: OSError | UnicodeError, host: str, port: int) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EADDRINUSE:
         return f"--port {port}: in use on {host}; give another with --port (0: any free one)"
-    if error.errno == errno.EACCES:
+    if number == errno.EACCES:
         return f"--port {port}: not allowed here; give one above 1023"
-    why = error.strerror if error.errno and error.errno > 0 else "unknown name"
-    return f"--host {host}: cannot listen there ({why or os.strerror(error.errno or 0)}); try --host 127.0.0.1"
+    why = os.strerror(number) if number and number > 0 else "unknown name"
+    return f"--host {host[:80]}: cannot listen there ({why}); try --host 127.0.0.1"
 
 
 def is_loopback(listening: socket.socket) -> bool:
@@ -57,18 +140,20 @@ def address_of(listening: socket.socket) -> str:
 
 
 def configured(app: App) -> uvicorn.Server:
-    """Return the server of an application: no log of visits, no word of what it is made of."""
+    """Return the server of an application: no log of visits or of what was no request, no word of what it is."""
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        http=Connection,
+        log_level="error",
         access_log=False,
         server_header=False,
         date_header=False,
+        proxy_headers=False,  # who asks is who is connected: `guard` trusts a proxy on this machine alone
         timeout_graceful_shutdown=5,
-        limit_concurrency=BACKLOG,
+        timeout_keep_alive=IDLE_S,
         ws="none",
     )
-    return uvicorn.Server(config)
+    return Sweeping(config)
 
 
 def serve(app: App, listening: socket.socket) -> None:

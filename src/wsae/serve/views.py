@@ -6,7 +6,7 @@ from urllib.parse import quote, urlencode
 from wsae.report.rundata import Json
 from wsae.report.words import number
 from wsae.serve.index import Index, Member
-from wsae.serve.listing import PER_PAGE, Asked, Found, beside, find, member_of, numbers_of
+from wsae.serve.listing import PER_PAGE, Asked, Found, beside, find, member_of
 from wsae.serve.measures import BASIC
 from wsae.serve.schema import key_of
 
@@ -23,20 +23,20 @@ def shown_number(key: str, value: float | None) -> str:
 
 
 def latent_link(
-    run: str, member: Member, latent: int, ask: Asked | None = None, everywhere: bool = False
+    base: str, member: Member, latent: int, ask: Asked | None = None, everywhere: bool = False
 ) -> str:
-    """Return the address of a latent's page, with the list it was found in."""
+    """Return the address of a latent's page, with the list it was found in; `base` is the run's, here and below."""
     params = {} if ask is None else ask.address(page=1)
     if everywhere:
         params["in"] = "all"
     tail = f"?{urlencode(params)}" if params else ""
-    return f"/r/{quote(run)}/{quote(member.slug)}/{latent}{tail}"
+    return f"{base}/{quote(member.slug)}/{latent}{tail}"
 
 
-def list_link(run: str, slug: str, ask: Asked, **changes: str | int) -> str:
+def list_link(base: str, slug: str, ask: Asked, **changes: str | int) -> str:
     """Return the address of a list."""
     params = ask.address(**changes)
-    return f"/r/{quote(run)}/{quote(slug)}" + (f"?{urlencode(params)}" if params else "")
+    return f"{base}/{quote(slug)}" + (f"?{urlencode(params)}" if params else "")
 
 
 def columns_of(index: Index, ask: Asked, found: list[dict[str, float | None]]) -> list[str]:
@@ -49,10 +49,10 @@ def columns_of(index: Index, ask: Asked, found: list[dict[str, float | None]]) -
     return list(dict.fromkeys(wanted))
 
 
-def list_view(run: str, index: Index, member: Member | None, ask: Asked) -> Json:
+def list_view(base: str, index: Index, member: Member | None, ask: Asked) -> Json:
     """Return one page of a list."""
     found: Found = find(index, member, ask)
-    numbers, labels = numbers_of(index, found.keys), index.labels(found.keys)
+    numbers, labels = index.numbers(found.keys), index.labels(found.keys)
     fired = index.alive(found.keys)
     columns = columns_of(index, ask, list(numbers.values()))
     rows = []
@@ -66,7 +66,7 @@ def list_view(run: str, index: Index, member: Member | None, ask: Asked) -> Json
                 "label": labels.get(key, ""),
                 "stored": key in labels,
                 "measures": numbers[key],
-                "link": latent_link(run, owner, latent, ask, member is None),
+                "link": latent_link(base, owner, latent, ask, member is None),
             }
         )
     pages = max(1, -(-found.total // PER_PAGE))
@@ -79,7 +79,7 @@ def list_view(run: str, index: Index, member: Member | None, ask: Asked) -> Json
     }
 
 
-def latent_view(run: str, index: Index, member: Member, latent: int) -> Json:
+def latent_view(base: str, index: Index, member: Member, latent: int) -> Json:
     """Return everything the index knows of one latent, the same for pages and the JSON interface."""
     key = key_of(member.id, latent)
     alive, twin = index.state(key)
@@ -87,23 +87,22 @@ def latent_view(run: str, index: Index, member: Member, latent: int) -> Json:
     half = len(logits) // 2
     texts = index.tokens([token for token, _ in logits])
     return {
-        "run": run,
         "member": member.slug,
         "latent": latent,
         "alive": alive,
-        "measures": index.numbers(key),
+        "measures": index.numbers([key])[key],
         **index.record(key),
-        "neighbours": _neighbours(run, index, member, near),
+        "neighbours": _neighbours(base, index, member, near),
         "promotes": [[texts.get(token, "?"), value] for token, value in logits[:half]],
         "demotes": [[texts.get(token, "?"), value] for token, value in logits[half:]],
         "histogram": counts,
-        "matches": _matches(run, index, key, twin),
-        "link": latent_link(run, member, latent),
+        "matches": _matches(base, index, key, twin),
+        "link": latent_link(base, member, latent),
     }
 
 
 def _neighbours(
-    run: str, index: Index, member: Member, near: list[tuple[int, float]]
+    base: str, index: Index, member: Member, near: list[tuple[int, float]]
 ) -> list[Json]:
     keys = [key_of(member.id, latent) for latent, _ in near]
     labels, fired = index.labels(keys), index.alive(keys)
@@ -113,15 +112,15 @@ def _neighbours(
             "cosine": cosine,
             "label": labels.get(key, ""),
             "alive": fired[key],
-            "link": latent_link(run, member, latent),
+            "link": latent_link(base, member, latent),
         }
         for key, (latent, cosine) in zip(keys, near, strict=True)
     ]
 
 
-def _matches(run: str, index: Index, key: int, twin: int | None) -> list[Json]:
+def _matches(base: str, index: Index, key: int, twin: int | None) -> list[Json]:
     """Return the match in the twin; for a latent of the twin itself, those that chose it, most alike first."""
-    cosine = index.numbers(key)["match"]
+    cosine = index.numbers([key])[key]["match"]
     pairs: list[tuple[int, Any]] = index.suitors(key, SUITORS) if twin is None else [(twin, cosine)]
     labels = index.labels([other for other, _ in pairs])
     out = []
@@ -135,14 +134,14 @@ def _matches(run: str, index: Index, key: int, twin: int | None) -> list[Json]:
                 "latent": latent,
                 "cosine": value,
                 "label": labels.get(other, ""),
-                "link": latent_link(run, owner, latent),
+                "link": latent_link(base, owner, latent),
             }
         )
     return out
 
 
 def ways(
-    run: str, index: Index, place: tuple[Member | None, Member, int], ask: Asked
+    base: str, index: Index, place: tuple[Member | None, Member, int], ask: Asked
 ) -> tuple[str, str]:
     """Return the addresses of the latents before and after this one in the list it was found in; '' at the ends."""
     scope, member, latent = place
@@ -150,5 +149,5 @@ def ways(
     links = []
     for key in found:
         owner, other = (member, 0) if key is None else member_of(index, key)
-        links.append("" if key is None else latent_link(run, owner, other, ask, scope is None))
+        links.append("" if key is None else latent_link(base, owner, other, ask, scope is None))
     return links[0], links[1]

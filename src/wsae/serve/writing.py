@@ -15,12 +15,13 @@ from wsae.serve import schema
 from wsae.serve.collect import Seen
 from wsae.serve.config import IndexConfig
 from wsae.serve.geometry import neighbours
+from wsae.serve.histogram import DENSITY_EDGES
 from wsae.serve.job import Job, Member
 from wsae.serve.measures import columns
 from wsae.serve.stored import stored_rows
 from wsae.serve.unembed import Unembedding, promoted
 
-_EDGES = np.arange(-7.0, 0.25, 0.25)
+EDGES = np.array(DENSITY_EDGES)
 Watched = tuple[Member, Seen | None]
 
 
@@ -46,7 +47,9 @@ def write_member(
             (at, *texts),
         )
     partner = _twin(job, member)
-    record = _record(job, (member, partner), (len(shown), sae is not None))
+    record = _record(
+        job, (member, partner), (len(shown), "" if sae is None else job.weights(member))
+    )
     values = (member.id, member.slug, json.dumps(record))
     connection.execute("INSERT INTO member VALUES(?, ?, ?)", values)
     marks = ",".join("?" * (4 + len(job.measures)))
@@ -59,7 +62,7 @@ def _twin(job: Job, member: Member) -> Member | None:
     return next((m for m in job.members if (m.hook, m.name) == (member.hook, twin)), None)
 
 
-def _record(job: Job, pair: tuple[Member, Member | None], known: tuple[int, bool]) -> Json:
+def _record(job: Job, pair: tuple[Member, Member | None], known: tuple[int, str]) -> Json:
     member, partner = pair
     density = job.density(member)
     return {
@@ -102,9 +105,9 @@ def _latent_rows(
 
 
 def _histogram(density: np.ndarray) -> Json:
-    alive = np.clip(np.log10(density[density > 0]), _EDGES[0], _EDGES[-1] - 1e-9)
-    counts = np.histogram(alive, _EDGES)[0]
-    return {"edges": _EDGES.tolist(), "counts": counts.tolist(), "dead": int((density <= 0).sum())}
+    alive = np.clip(np.log10(density[density > 0]), EDGES[0], EDGES[-1] - 1e-9)
+    counts = np.histogram(alive, EDGES)[0]
+    return {"edges": DENSITY_EDGES, "counts": counts.tolist(), "dead": int((density <= 0).sum())}
 
 
 def write_packed(
