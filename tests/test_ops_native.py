@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,6 +253,54 @@ def test_where_kernels_cannot_be_built_the_reason_is_told(
     assert told is not None
     assert reason in told
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Build in a fresh cache, by a compiler that copies what is compiled already; returns the compiler."""
+    compiler = tmp_path / "c++"
+    built = build._built()
+    compiler.write_text(
+        f'#!/bin/sh\nwhile [ "$1" ] && [ "$1" != -o ]; do shift; done\n[ "$2" ] && cp "{built}" "$2"\nexit 0\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
+    return compiler
+
+
+def loaded_elsewhere() -> str:
+    """Return what a new process says of its kernels: a damaged library would end it by a signal."""
+    script = "from wsae.ops.native import why_not; print(why_not())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout.strip() + done.stderr.strip()
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed"])
+def test_a_damaged_library_is_built_again_before_it_is_loaded(quick: Path, damage: str) -> None:
+    assert quick.is_file()
+    path = build._built()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000] if damage == "cut" else bytes(len(whole)))
+    assert loaded_elsewhere() == "None"
+    assert path.read_bytes() == whole
+
+
+def test_a_library_without_our_kernels_is_not_used(quick: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.so"
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "/dev/null", "-o", str(empty)]
+    subprocess.run(command, check=True)
+    quick.write_text(quick.read_text().replace(str(build._load()._name), str(empty)))
+    assert "undefined symbol" in loaded_elsewhere()
+
+
+def test_a_compiler_may_have_a_helper_before_it(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", f"env {quick}")
+    assert build._built().is_file()
 
 
 KERNEL = """
