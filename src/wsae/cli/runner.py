@@ -122,7 +122,7 @@ def device(name: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=torch.device(name))
+        torch.empty(0, dtype=torch.float32, device=torch.device(name))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise UserError(

@@ -34,7 +34,7 @@ class Encoder:
     def __init__(self, sae: SparseAutoencoder) -> None:
         self._sae = sae
         self._rounded: RoundedEncoder | None = None
-        self._rows = torch.empty(0)
+        self._rows = sae.W_dec.new_empty(0)
         self._fast = _compiled(sae)
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:

@@ -49,17 +49,17 @@ class SparseAutoencoder(nn.Module):
         super().__init__()
         self.cfg = cfg
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
-        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
+        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
         self.W_dec = nn.Parameter(F.normalize(rows, dim=1))
         self.W_enc_t = None if cfg.tied else nn.Parameter(self.W_dec.detach() * encoder_scale)
-        self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae))
-        self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_in))
+        self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae, dtype=torch.float32))
+        self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_in, dtype=torch.float32))
         self.log_threshold = None
         if isinstance(cfg.activation, JumpReLU):
-            start = torch.full((cfg.d_sae,), cfg.activation.threshold).log()
+            start = torch.full((cfg.d_sae,), cfg.activation.threshold, dtype=torch.float32).log()
             self.log_threshold = nn.Parameter(start)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("gamma", torch.ones(cfg.d_in))
+        self.register_buffer("gamma", torch.ones(cfg.d_in, dtype=torch.float32))
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:

@@ -27,7 +27,7 @@ FLAGS = (
     "-w",
 )
 ALLOCATING = ("select_int8", "sort_pairs", "dots", "update_latents")
-"""Kernels with working memory of their own: they return 1 when there is none left."""
+"""Kernels with working memory of their own: they return 1 when there is none left, 2 for a code that does not fit."""
 TIMEOUT = 300
 SWITCH = "WSAE_NATIVE"
 """Environment variable: 0 turns the compiled kernels off, float32 the 8-bit selection alone."""
@@ -86,9 +86,11 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def _succeeded(status: int, function: object, _arguments: object) -> int:
-    """Raise MemoryError where a kernel says that memory ran out."""
+    """Raise what a kernel says: memory ran out, or a code names latents or tokens that there are not."""
+    name = getattr(function, "__name__", "a kernel")
+    if status == 2:
+        raise ValueError(f"a sparse code that does not fit in the compiled kernel {name}")
     if status:
-        name = getattr(function, "__name__", "a kernel")
         raise MemoryError(f"std::bad_alloc in the compiled kernel {name}")
     return status
 
