@@ -14,7 +14,6 @@ from wsae.cli.flagfile import as_json, as_yaml
 from wsae.cli.table import Command
 from wsae.cli.ui import UI
 from wsae.core.config import Config
-from wsae.core.errors import UserError
 
 
 @runtime_checkable
@@ -117,15 +116,10 @@ def device(name: str) -> str:
     """Return the device to use; raises UserError for one this machine lacks."""
     import torch
 
+    from wsae.core.calls import usable_device
+
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, dtype=torch.float32, device=torch.device(name))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(
-            f"--device {name}: not on this machine; it has {', '.join(here)}"
-        ) from error
-    return name
+    return usable_device(name, "--device")
