@@ -420,12 +420,8 @@ def unusable(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
         case _:
             monkeypatch.delenv("WSAE_CACHE")
             monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-            monkeypatch.setattr(Path, "home", no_home)
-            return "this user has no home"
-
-
-def no_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")
+            monkeypatch.setenv("HOME", str(tmp_path / "none"))
+            return "the home is no directory"
 
 
 @pytest.mark.parametrize(
@@ -461,9 +457,9 @@ def test_a_root_that_users_share_has_a_folder_for_each(
     [
         ({"WSAE_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
         ({"WSAE_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/wsae"),
-        ({"WSAE_CACHE": "~/c", "HOME": "/h"}, "/h/c"),
-        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/wsae"),
-        ({"HOME": "/h"}, "/h/.cache/wsae"),
+        ({"WSAE_CACHE": "~/c", "HOME": "/usr"}, "/usr/c"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/usr"}, "/usr/.cache/wsae"),
+        ({"HOME": "/usr"}, "/usr/.cache/wsae"),
     ],
 )
 def test_one_folder_holds_all_caches(

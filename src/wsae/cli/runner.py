@@ -14,6 +14,7 @@ from wsae.cli.flagfile import as_json, as_yaml
 from wsae.cli.table import Command
 from wsae.cli.ui import UI
 from wsae.core.config import Config
+from wsae.core.errors import UserError
 
 
 @runtime_checkable
@@ -48,6 +49,7 @@ def run_command(command: Command, words: list[str]) -> int:
         sys.stdout.write(as_json(parsed) if in_json else as_yaml(parsed, prog))
         return 0
     _calm_libraries(flags.common.debug)
+    _check_folder()
     ui = UI(sys.stdout, sys.stderr)
     try:
         result = _quietly(lambda: module.run(flags, ui), ui, flags.common.as_json)
@@ -99,6 +101,16 @@ def _kept(
     """Return what an interrupted command keeps and how to go on, in its own words if it has some."""
     describe = getattr(module, "interrupted", None)
     return describe(flags, words, interrupt) if describe else "nothing was written"
+
+
+def _check_folder() -> None:
+    """Raise UserError where the current folder was removed: PyTorch's libraries end the process there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder is gone ({error.strerror}); change to another"
+        ) from error
 
 
 def _calm_libraries(debug: bool) -> None:

@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import pwd
 import shutil
 import stat
 import tempfile
@@ -32,14 +33,20 @@ def cache_root() -> Path:
     Raises OSError where the user has no home.
     """
     chosen, base = os.environ.get("WSAE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(os.path.expanduser(chosen)).absolute()
+    below = Path(base) if base and Path(base).is_absolute() else _home() / ".cache"
+    return below / "wsae"
+
+
+def _home() -> Path:
     try:
-        if chosen:
-            return Path(chosen).expanduser().absolute()
-        return (
-            Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-        ) / "wsae"
-    except RuntimeError as error:  # neither HOME nor an entry in the system's list of users
+        home = os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError as error:
         raise OSError(errno.ENOENT, "this user has no home") from error
+    if not Path(home).is_dir():  # made here, it would be nobody's
+        raise NotADirectoryError(errno.ENOTDIR, "the home is no directory", home)
+    return Path(home)
 
 
 def cached(part: str, key: str, make: Callable[[Path], None]) -> Path:
