@@ -240,8 +240,9 @@ def _flat(part: Part, where: str) -> Part:
         )
     if isinstance(part, np.ndarray):
         return np.asarray(part)  # without the subclass of a map, which is slow to index
-    one_byte = isinstance(part, Tensor) and part.is_floating_point() and part.element_size() == 1
-    return part.float() if one_byte else part  # 8-bit floats cannot be indexed
+    if isinstance(part, Tensor) and part.is_floating_point() and part.element_size() == 1:
+        return part.float()  # 8-bit floats cannot be indexed
+    return part
 
 
 @functools.cache

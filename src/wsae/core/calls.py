@@ -132,6 +132,7 @@ def _of_objects(found: np.ndarray, value: object, what: str) -> np.ndarray | Ten
         and not isinstance(cells[0], str)
     ):
         return _array(list(cells), what)
+    kinds: set[type] = set()
     try:
         kinds = {type(cell) for cell in found.flat}
         if not any(issubclass(kind, str | bytes) for kind in kinds):
