@@ -315,7 +315,7 @@ def test_a_nan_in_an_array_names_row_and_dimension(value, row):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((3, 4, 5)), r"shape \(3, 4, 5\)"),
+        (np.zeros((2, 3, 4, 5)), r"shape \(2, 3, 4, 5\)"),
         (np.zeros(3), r"shape \(3,\)"),
         (np.zeros((0, 5)), "no activations"),
         (np.zeros((5, 4), dtype=complex), "real numbers"),
@@ -333,7 +333,13 @@ def test_files_that_are_no_activations_are_refused(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([[{}]], dtype=object), allow_pickle=True)
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 40)
     save_file({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, tmp_path / "two.safetensors")
-    (tmp_path / "x.pt").touch()
+    for name in ("x.pt", "x.csv", "x.h5", "x.pkl"):
+        (tmp_path / name).touch()
+    torch.save({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, tmp_path / "two.pt")
+    torch.save({"a": {"b": torch.zeros(2, 2)}}, tmp_path / "deep.pt")
+    torch.save(np.zeros((3, 3)), tmp_path / "pickled.pt")
+    np.savez(tmp_path / "two.npz", a=np.zeros((2, 2)), b=np.zeros((2, 2)))
+    np.savez(tmp_path / "objects.npz", np.array([[{}]], dtype=object))
     whole = tmp_path / "cut.npy"
     np.save(whole, np.zeros((50, 4)))
     whole.write_bytes(whole.read_bytes()[:-8])
@@ -343,14 +349,96 @@ def test_files_that_are_no_activations_are_refused(tmp_path):
         ("cut.npy", "not a readable .npy"),
         ("bad.safetensors", "not a readable safetensors"),
         ("two.safetensors", r"exactly one tensor .* found a \[2, 2\], b \[2, 2\]"),
-        ("x.pt", "unknown kind of array file"),
+        ("x.pt", "not a zip as torch.save writes it"),
+        ("x.csv", r"unknown kind of array file; use .npy.*np.loadtxt"),
+        ("x.h5", "unknown kind of array file.*h5py"),
+        ("x.pkl", "unknown kind of array file.*can run code"),
+        ("pickled.pt", "neither a tensor nor a dict or list of tensors"),
+        ("two.pt", r"exactly one tensor .* found a \[2, 2\], b \[2, 2\]"),
+        ("deep.pt", "a is a dict, not a tensor"),
+        ("two.npz", "found a, b"),
+        ("objects.npz", "not a readable .npy"),
         ("none.npy", "no such"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             open_source(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="an empty folder"):
+        open_source(tmp_path / "folder")
+    (tmp_path / "folder" / "notes.md").touch()
     with pytest.raises(UserError, match="not a finished wsae store"):
+        open_source(tmp_path / "folder")
+    for mark in (
+        "progress.json",
+        "config.json",
+    ):  # an unfinished store, a run: no arrays of a user's
+        np.save(tmp_path / "folder" / "x.npy", np.zeros((5, 4)))
+        (tmp_path / "folder" / mark).touch()
+        with pytest.raises(UserError, match="not a finished wsae store"):
+            open_source(tmp_path / "folder")
+        (tmp_path / "folder" / mark).unlink()
+
+
+def written(x: torch.Tensor, folder) -> dict[str, object]:
+    """Write the same rows in every form that is read; returns the paths."""
+    arrays, half = x.numpy(), x.bfloat16()
+    folder.mkdir()
+    np.save(folder / "fortran.npy", np.asfortranarray(arrays.astype(">f8")))
+    np.savez(folder / "one.npz", arrays)
+    np.savez_compressed(folder / "named.npz", labels=np.zeros(len(x)), acts=arrays)
+    torch.save(x, folder / "tensor.pt")
+    torch.save({"activations": half, "mask": torch.ones(3, 3)}, folder / "dict.pth")
+    torch.save(list(x.split(17)), folder / "batches.bin")
+    save_file({"hidden": half.reshape(10, -1, x.shape[1])}, folder / "three_axes.safetensors")
+    paths: dict[str, object] = {path.name: path for path in folder.iterdir()}
+    shards = folder / "shards"
+    shards.mkdir()
+    for i, part in enumerate(x.split(6)):  # 9 comes before 10
+        np.save(shards / f"acts-{i}.npy", part.numpy())
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    np.save(mixed / "a1.npy", arrays[:5])
+    torch.save(x[5:30], mixed / "a2.pt")
+    save_file({"x": x[30:].contiguous()}, mixed / "a10.safetensors")
+    return paths | {"shards": str(shards), "mixed": mixed}
+
+
+def test_every_form_on_disk_holds_the_same_rows(tmp_path, caplog):
+    x = matrix(120).bfloat16().float()  # so that half precision loses nothing
+    digests = set()
+    for name, path in written(x, tmp_path / "forms").items():
+        source = open_source(path)
+        index = np.array([119, 0, 17, 17, 64, 5, 29, 30])
+        assert torch.equal(source._take(index), x[index]), name
+        assert torch.equal(
+            torch.cat([chunk.x[source._name] for chunk in source.heldout(7)]),
+            x[source.heldout_rows],
+        )
+        assert source.n_rows == 108
+        again = open_source(source.describe()["path"])
+        assert again.digest() == source.digest()
+        assert list(again.hooks) == list(source.hooks)
+        digests.add(source.digest())
+    assert len(digests) == 9
+    (note,) = caplog.messages
+    assert "arrays [n, 12, 16], read as rows of width 16" in note
+
+
+def test_a_folder_of_arrays_says_what_does_not_fit(tmp_path, caplog):
+    np.save(tmp_path / "1.npy", np.zeros((5, 4)))
+    np.save(tmp_path / "2.npy", np.zeros((5, 3)))
+    with pytest.raises(UserError, match=r"2.npy: rows of width 3 where 1.npy has 4"):
         open_source(tmp_path)
+    np.save(tmp_path / "2.npy", np.zeros((0, 4)))  # an empty shard is no fault
+    (tmp_path / "README.md").touch()
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "more").mkdir()
+    assert open_source(tmp_path, heldout_fraction=0.0).n_rows == 5
+    assert caplog.messages == [f"{tmp_path}: not read: 2 that are no array files (README.md, more)"]
+    before = open_source(tmp_path).digest()
+    (tmp_path / "1.npy").rename(tmp_path / "3.npy")
+    assert open_source(tmp_path).digest() != before  # the order of the rows
 
 
 def test_integers_and_half_precision_are_read_as_float32():

@@ -1,8 +1,14 @@
 """The Python interface does what the command line does, on arrays in memory."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
@@ -11,6 +17,7 @@ from test_train import files_of, world
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.losses.gamma import gamma_from_proxy
+from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.train.batched import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.covariance import covariances
@@ -30,19 +37,182 @@ def test_fit_returns_an_sae_that_reconstructs() -> None:
     assert torch.equal(sae.gamma, torch.ones(16))
 
 
-@pytest.mark.parametrize("kind", ["numpy", "torch", "npy", "source"])
-def test_every_form_of_the_same_data_gives_the_same_sae(tmp_path: Path, kind: str) -> None:
-    x = world(1000)
-    np.save(tmp_path / "x.npy", x.numpy())
-    forms = {
-        "numpy": x.numpy(),
-        "torch": x,
+class Array:
+    """What NumPy makes an array of, as many packages' containers are."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.x = x
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        return self.x
+
+
+class Somewhere:
+    """A path of another kind than pathlib's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def forms(x: torch.Tensor, folder: Path) -> dict[str, object]:
+    """Return the same rows in every form that a call may bring."""
+    a = x.numpy()
+    np.save(folder / "x.npy", a)
+    frame, cells = pd.DataFrame(a), pd.DataFrame({"row": list(a)})
+    column = datasets.Dataset.from_dict({"x": a.tolist()})
+    return {
+        "numpy": a,
+        "float64": a.astype(np.float64),
+        "big-endian": a.astype(">f4"),
+        "fortran": np.asfortranarray(a),
+        "backwards": a[::-1].copy()[::-1],
+        "map": np.load(folder / "x.npy", mmap_mode="r"),
+        "strided": x.repeat_interleave(2, 1)[:, ::2],
+        "gradient": x.clone().requires_grad_(),
+        "three axes": x.view(20, 50, 16),
+        "lists": a.tolist(),
+        "list of arrays": list(a),
+        "list of tensors": list(x),
+        "frame": frame,
+        "frame of objects": frame.astype(object),
+        "nullable frame": frame.convert_dtypes(),
+        "cells": cells,
+        "series": cells["row"],
+        "arrow": pa.table(frame),
+        "column": column["x"],
+        "numpy column": column.with_format("numpy")["x"],
+        "array": Array(a),
         "source": ArraySource(x, heldout_fraction=0.0),
-        "npy": ArraySource(tmp_path / "x.npy", heldout_fraction=0.0),
+        "str": str(folder / "x.npy"),
+        "Path": folder / "x.npy",
+        "PathLike": Somewhere(folder / "x.npy"),
     }
-    sae = wsae.fit(forms[kind], k=4, d_sae=32, gamma="variance", **QUICK)
-    reference = wsae.fit(x, k=4, d_sae=32, gamma="variance", **QUICK)
-    assert torch.equal(sae.W_enc, reference.W_enc)
+
+
+def test_every_form_of_the_same_data_gives_the_same_sae_and_scores(tmp_path: Path) -> None:
+    x = world(1000)
+    options = {"k": 4, "d_sae": 32, "gamma": "variance", "tokens": 800, "batch_size": 200}
+    reference = wsae.fit(x, **options)
+    z, fvu = reference.encode(x), wsae.evaluate(reference, x)["metrics"]["fvu"]
+    for name, form in forms(x, tmp_path).items():
+        assert torch.equal(wsae.fit(form, **options).W_enc, reference.W_enc), name
+        if name != "source":  # all of its rows are for training
+            assert wsae.evaluate(reference, form)["metrics"]["fvu"] == fvu, name
+        if name not in ("source", "str", "Path", "PathLike"):
+            assert torch.equal(reference.encode(form).reshape(z.shape), z), name
+
+
+def test_a_source_with_several_hooks_is_refused() -> None:
+    source = ArraySource(world(100), heldout_fraction=0.0)
+    source.hooks = {"a": 16, "b": 16}
+    with pytest.raises(UserError, match=r"2 hooks \(a, b\); give one"):
+        wsae.fit(source, **QUICK)
+
+
+NOT_NUMBERS = {
+    "nothing": (None, "given as NoneType"),
+    "dict": ({"a": 1}, "given as dict"),
+    "number": (3, "given as int"),
+    "generator": ((row for row in [[1.0]]), "given as generator"),
+    "bytes": (b"x.npy", "given as bytes"),
+    "text": (np.array([["a"]]), "real numbers"),
+    "frame of text": (pd.DataFrame({"a": ["x", "y"]}), r"cells that are no numbers \(str\)"),
+    "bool": (np.ones((3, 16), dtype=bool), "real numbers"),
+    "complex": (np.ones((3, 16), dtype=complex), "real numbers"),
+    "unequal rows": ([[1.0, 2.0], [1.0]], r"rows of unequal lengths \(1, 2\)"),
+    "records": ([{"a": 1.0}], "rows that are dicts"),
+    "masked": (np.ma.masked_greater(np.ones((3, 16)), 0), "masked values"),
+    "sparse": (torch.eye(16).to_sparse(), "to_dense"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_NUMBERS)
+def test_what_is_no_array_is_refused_by_its_type(kind: str) -> None:
+    value, says = NOT_NUMBERS[kind]
+    sae, x = SparseAutoencoder(SAEConfig(d_in=16, d_sae=32, activation=TopK(k=2))), world(50)
+    calls = [
+        lambda: wsae.fit(value, k=2, d_sae=32, **QUICK),
+        lambda: wsae.evaluate(sae, value),
+        lambda: sae.encode(value),
+        lambda: wsae.recovery(sae, x.abs(), value),
+        lambda: wsae.Member(gamma=value),
+    ]
+    for call in calls[: 3 if kind == "nothing" else 5]:
+        with pytest.raises(UserError, match=says) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def default_device(name: str) -> Iterator[None]:
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+SETTINGS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "meta": lambda: default_device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "numpy raises": lambda: np.errstate(all="raise"),
+}
+KINDS = [
+    {"activation": "topk"},
+    {"activation": "batch_topk", "kernels": "eager"},
+    {"activation": "jumprelu", "l0": 0.01},
+]
+
+
+SMALL = {"k": 4, "d_sae": 48, "tokens": 300, "batch_size": 100}
+
+
+@functools.cache
+def as_usual(number: int) -> tuple[SparseAutoencoder, dict[str, float], dict[str, float]]:
+    x = world(300)
+    sae = wsae.fit(x, **SMALL, **KINDS[number])
+    found = wsae.evaluate(sae, x)["metrics"]["fvu"]
+    return sae, found, wsae.recovery(sae, x.abs(), x).scores
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_is_set_for_the_process_changes_no_number(setting: str, tmp_path: Path) -> None:
+    x = world(300)
+    for number, kind in enumerate(KINDS):
+        usual, metric, recovered = as_usual(number)
+        with SETTINGS[setting]():
+            sae = wsae.fit(x, **SMALL, **kind)
+            x_hat, z = sae(x), sae.encode(x)
+            found = wsae.evaluate(sae, x)["metrics"]["fvu"]
+            scores = wsae.recovery(sae, x.abs(), x).scores
+            sae.save(tmp_path / str(number))
+            loaded = SparseAutoencoder.load(tmp_path / str(number))
+        for name, tensor in usual.tensors().items():
+            assert torch.equal(sae.tensors()[name], tensor), name
+            assert torch.equal(loaded.tensors()[name], tensor), name
+            assert loaded.tensors()[name].dtype == tensor.dtype
+        assert torch.equal(x_hat, usual(x))
+        assert torch.equal(z, usual.encode(x))
+        assert found == metric
+        assert scores == recovered
+        loaded(x).sum().backward()  # its parameters can be trained
 
 
 def test_a_family_shares_batches_and_equals_the_run_on_disk(tmp_path: Path) -> None:
@@ -98,6 +268,17 @@ def test_evaluate_measures_held_out_rows() -> None:
         ({"gamma": np.ones(3)}, "3 entries, the activations 16"),
         ({"gamma": "consistency"}, "needs labels"),
         ({"labels": np.zeros(7, dtype=np.int64)}, "7 labels for 500 rows"),
+        ({"labels": np.full(500, 0.5)}, "one whole number a row"),
+        ({"k": 0}, r"k: .* greater than 0 \(got 0\)"),
+        ({"d_sae": 2**63}, "more than any machine holds"),
+        ({"tokens": 0}, r"tokens: .* greater than 0 \(got 0\)"),
+        ({"batch_size": 501}, "batch size 501 with 500 training rows"),
+        ({"device": "gpu"}, "device gpu: not on this machine; it has cpu"),
+        ({"device": "cuda:77"}, "device cuda:77: not on this machine"),
+        ({"device": "meta"}, "holds no values"),
+        ({"auxk": float("inf")}, "auxk: .* finite"),
+        ({"gamma": np.ones((16, 16))}, r"one value per dimension, \[d_in\]"),
+        ({"gamma": np.full(16, np.nan)}, "must be finite"),
     ],
 )
 def test_wrong_options_are_one_clear_line(options: dict[str, object], says: str) -> None:

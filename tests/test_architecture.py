@@ -92,6 +92,22 @@ def test_files_and_functions_stay_small(path):
             )
 
 
+ALLOCATING = {"zeros", "ones", "empty", "rand", "randn", "full", "eye", "linspace", "normal"}
+
+
+def test_every_new_tensor_states_its_type():
+    """A default type belongs to the user's process: kernels, files and statistics must not follow it."""
+    found = []
+    for path in sorted(SRC.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or "dtype" in {word.arg for word in node.keywords}:
+                continue
+            name = ast.unparse(node.func)
+            if name.startswith("torch.") and name.removeprefix("torch.") in ALLOCATING:
+                found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    assert not found, "\n".join(found)
+
+
 def test_every_command_has_a_module_and_every_module_a_command():
     """A module with `run` and `Flags` is a command; the table lists exactly those."""
     found = set()

@@ -309,3 +309,36 @@ def test_a_name_longer_than_the_system_has_is_one_line(command: str, capsys) -> 
     assert main.main([command, "9" * 400]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "a longer name than this system has" in line
+
+
+def test_python_dash_m_is_the_command(tmp_path: Path) -> None:
+    done = {
+        module: subprocess.run(
+            [sys.executable, "-m", module, "doctor", "no-such-thing", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        ).stdout
+        for module in ("wsae", "wsae.cli")
+    }
+    assert done["wsae"] == done["wsae.cli"]
+    assert "wsae doctor" in done["wsae"]
+    command = [sys.executable, "-m", "wsae", "nonsense"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    script = (
+        "import os, runpy, sys; os.rmdir(os.getcwd()); sys.argv = ['wsae', 'doctor', 'x.npy']; "
+    )
+    script += "runpy.run_module('wsae', run_name='__main__')"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path / "gone"
+    )
+    assert done.returncode == 2
+    assert "the current folder is gone" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """Artifacts are whole or refused; seeds and permutations are what they claim."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from wsae.core import cache
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -310,3 +312,181 @@ def test_foreign_bytes_never_open_as_tensors(
         MappedTensor(path, "x")
     with pytest.raises(UserError, match=r"x\.safetensors"):
         load_tensors(path)
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
+    """Return the cache's entry; each time it has to be made, `count` in the test's folder grows by a byte."""
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        cache, "_private_folder", functools.cache(cache._private_folder.__wrapped__)
+    )
+
+    def make(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "code.so").write_bytes(b"code" * 1000)
+        with (tmp_path / "count").open("ab") as file:
+            file.write(b"x")
+
+    return lambda: cache.cached("native", "key", make)
+
+
+def times(tmp_path: Path) -> int:
+    return (tmp_path / "count").stat().st_size
+
+
+def test_a_cache_entry_is_made_once_for_this_user_alone(made, tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        entry = made()
+    finally:
+        os.umask(umask)
+    assert made() == entry == tmp_path / "cache" / "native" / "key"
+    assert times(tmp_path) == 1
+    for path in (tmp_path / "cache").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def _other_owner(path: Path) -> None:
+    os.chown(path, 54321, 54321)
+
+
+SPOILED = {
+    "cut": lambda entry: os.truncate(entry / "sub/code.so", 100),
+    "zeroed": lambda entry: (entry / "sub/code.so").write_bytes(bytes(4000)),
+    "open to others": lambda entry: (entry / "sub/code.so").chmod(0o666),
+    "in an open folder": lambda entry: (entry / "sub").chmod(0o777),
+    "a link": lambda entry: (
+        (entry / "sub/code.so").rename(entry.parents[2] / "x.so"),
+        (entry / "sub/code.so").symlink_to(entry.parents[2] / "x.so"),
+    ),
+    "a pipe": lambda entry: ((entry / "sub/code.so").unlink(), os.mkfifo(entry / "sub/code.so")),
+    "more": lambda entry: (entry / "sub/more.so").write_bytes(b"planted"),
+    "unlisted": lambda entry: (entry / cache.LIST).unlink(),
+    "listed badly": lambda entry: (entry / cache.LIST).write_text("[" * 100_000),
+}
+if os.geteuid() == 0:
+    SPOILED["another user's file"] = lambda entry: _other_owner(entry / "sub/code.so")
+    SPOILED["another user's list"] = lambda entry: _other_owner(entry / cache.LIST)
+    SPOILED["another user's folder"] = _other_owner
+
+
+@pytest.mark.parametrize("damage", SPOILED)
+def test_a_spoiled_cache_entry_is_made_again(made, tmp_path: Path, damage: str) -> None:
+    entry = made()
+    SPOILED[damage](entry)
+    assert made() == entry
+    assert (entry / "sub/code.so").read_bytes() == b"code" * 1000
+    assert times(tmp_path) == 2
+    assert made() == entry
+    assert times(tmp_path) == 2
+    assert [path.name for path in entry.parent.iterdir()] == ["key"]  # nothing is left aside
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_was_planted_under_an_entrys_name_is_not_followed(
+    made, tmp_path: Path, kind: str
+) -> None:
+    place, elsewhere = tmp_path / "cache" / "native", tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    place.mkdir(parents=True, mode=0o755)
+    (place / "key").symlink_to(elsewhere) if kind == "link" else (place / "key").touch()
+    assert made() == place / "key"
+    assert not (place / "key").is_symlink()
+    assert not list(elsewhere.iterdir())
+
+
+def unusable(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the cache unusable in one way; returns a word of the reason."""
+    root = tmp_path / "cache"
+    match kind:
+        case "open to everybody":
+            root.mkdir()
+            root.chmod(0o777)
+            return "other users can write there"
+        case "linked part":
+            (root / "native").mkdir(parents=True)
+            (root / "native").rename(tmp_path / "away")
+            for name in ("native", f"native-{os.geteuid()}"):
+                (root / name).symlink_to(tmp_path / "away")
+            return "belongs to another user"
+        case "a file":
+            root.touch()
+            return "cache"
+        case "under a file":
+            (tmp_path / "file").touch()
+            monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "file" / "cache"))
+            return "Not a directory"
+        case _:
+            monkeypatch.delenv("WSAE_CACHE")
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+            monkeypatch.setenv("HOME", str(tmp_path / "none"))
+            return "the home is no directory"
+
+
+@pytest.mark.parametrize(
+    "kind", ["open to everybody", "linked part", "a file", "under a file", "no home"]
+)
+def test_without_a_cache_of_ones_own_a_private_folder_serves(
+    made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, kind: str
+) -> None:
+    reason = unusable(tmp_path, kind, monkeypatch)
+    entry = made()
+    assert made() == entry
+    assert times(tmp_path) == 1
+    assert tmp_path not in entry.parents
+    assert entry.parent.stat().st_mode & 0o777 == 0o700
+    (note,) = caplog.messages
+    assert reason in note
+    assert "WSAE_CACHE" in note
+
+
+def test_a_root_that_users_share_has_a_folder_for_each(
+    made, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "cache"
+    root.mkdir()
+    root.chmod(0o1777)
+    (root / "native").touch()  # somebody was first
+    assert made().parent == root / f"native-{os.geteuid()}"
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({"WSAE_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"WSAE_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/wsae"),
+        ({"WSAE_CACHE": "~/c", "HOME": "/usr"}, "/usr/c"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/usr"}, "/usr/.cache/wsae"),
+        ({"HOME": "/usr"}, "/usr/.cache/wsae"),
+    ],
+)
+def test_one_folder_holds_all_caches(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], place: str
+) -> None:
+    for name in ("WSAE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache.cache_root() == Path(place)
+
+
+def test_processes_that_make_one_entry_at_once_agree(tmp_path: Path) -> None:
+    script = (
+        "from wsae.core.cache import cached\n"
+        "for i in range(30):\n"
+        "    e = cached('native', f'k{i}', lambda f: (f / 'a').write_text('a' * 9999) and None)\n"
+        "    assert (e / 'a').read_text() == 'a' * 9999\n"
+    )
+    for i in range(0, 30, 2):  # every other one lies there damaged
+        (tmp_path / "cache" / "native" / f"k{i}").mkdir(parents=True)
+        (tmp_path / "cache" / "native" / f"k{i}" / "a").touch()
+    env = {**os.environ, "WSAE_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", script]
+    running = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE) for _ in range(3)]
+    for process in running:
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 0, told
+        assert not told  # nobody gave up on the cache
+    assert len(list((tmp_path / "cache" / "native").iterdir())) == 30

@@ -281,11 +281,11 @@ def test_bad_data_is_refused_in_one_line():
         broken[70, 2] = bad
         with pytest.raises(UserError, match=r"acts.*row 70.*dimension 2"):
             evaluate(sae, broken, EvalConfig(batch_size=16, n_latents=0))
-    with pytest.raises(UserError, match="no held-out rows"):
+    with pytest.raises(UserError, match="there are no activations in it"):
         evaluate(sae, x[:0])
     with pytest.raises(UserError, match="no hook 'layers.9'; they have acts"):
         measure(Rows(x), {"layers.9": Family({"a": sae})}, EvalConfig())
-    with pytest.raises(UserError, match=r"give \[rows, d_in\]"):
+    with pytest.raises(UserError, match=r"must be \[rows, d_in\]"):
         evaluate(sae, x[0])
     with torch.no_grad():
         sae.W_dec[0] = float("nan")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from wsae import SparseAutoencoder, UserError
+from wsae.core.torchfile import load_state, save_state
 from wsae.interop import Provenance, load, save
 from wsae.interop.saebench import SAEBenchSAE
-from wsae.interop.torchfile import load_state, save_state
 from wsae.interop.weights import Named, assemble, centred, log_threshold, uncentred, unit_rows
 from wsae.sae import SAEConfig, make_activation
 

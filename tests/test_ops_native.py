@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,6 +253,186 @@ def test_where_kernels_cannot_be_built_the_reason_is_told(
     assert told is not None
     assert reason in told
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Build in a fresh cache, by a compiler that copies what is compiled already; returns the compiler."""
+    compiler = tmp_path / "c++"
+    built = build._built()
+    compiler.write_text(
+        f'#!/bin/sh\nwhile [ "$1" ] && [ "$1" != -o ]; do shift; done\n[ "$2" ] && cp "{built}" "$2"\nexit 0\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
+    return compiler
+
+
+def loaded_elsewhere() -> str:
+    """Return what a new process says of its kernels: a damaged library would end it by a signal."""
+    script = "from wsae.ops.native import why_not; print(why_not())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout.strip() + done.stderr.strip()
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed"])
+def test_a_damaged_library_is_built_again_before_it_is_loaded(quick: Path, damage: str) -> None:
+    assert quick.is_file()
+    path = build._built()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000] if damage == "cut" else bytes(len(whole)))
+    assert loaded_elsewhere() == "None"
+    assert path.read_bytes() == whole
+
+
+def test_a_library_without_our_kernels_is_not_used(quick: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.so"
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "/dev/null", "-o", str(empty)]
+    subprocess.run(command, check=True)
+    quick.write_text(quick.read_text().replace(str(build._load()._name), str(empty)))
+    assert "undefined symbol" in loaded_elsewhere()
+
+
+def test_a_compiler_may_have_a_helper_before_it(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", f"env {quick}")
+    assert build._built().is_file()
+
+
+ENTRIES = """
+import torch
+from wsae.ops import SparseCode
+from wsae.ops.native.select import Centred, RoundedEncoder, select_above, select_topk
+from wsae.ops.native.slices import decode, dots, from_slices, residual, sort_pairs, to_slices
+from wsae.ops.native.weights import Matrix, Terms, make_weights
+from wsae.ops.update import AdamStep
+
+B, D, F, K = 20, 40, 64, 2
+g = torch.Generator().manual_seed(0)
+x, W = torch.randn(B, D, generator=g), torch.randn(F, D, generator=g)
+xs, Ws = to_slices(x), to_slices(W)
+code = SparseCode(torch.rand(B * K), torch.randint(0, F, (B * K,)), torch.arange(0, B * K + 1, K))
+pairs = sort_pairs(code, F)
+bias, dim, z = torch.zeros(F), torch.ones(64), torch.rand(B * K)
+
+def encoder(W, dim):
+    made = RoundedEncoder(F, D, F, dim)
+    made.measure(W)
+    made.pack(W)
+    return made
+
+fine = encoder(Ws, dim)
+
+def update(W, m, v, z, along, gradient, centred, b, bm, bv):
+    weights = make_weights(Matrix(W, m, v), None, D, F, dim)
+    pull = torch.zeros(F)
+    terms = Terms(pairs, z, z, along, gradient)
+    weights.update([terms], centred, AdamStep(1e-3, 1), (b, bm, bv), pull)
+
+ENTRIES = {
+    "to_slices": (to_slices, x, torch.zeros(D)),
+    "from_slices": (lambda s, c: from_slices(s, D, c), Ws, torch.ones(F)),
+    "sort_pairs": (lambda i, o: sort_pairs(SparseCode(z, i, o), F), code.indices, code.offsets),
+    "decode": (
+        lambda z, W, c, s, o, t: decode(pairs._replace(offsets=o, tokens=t), z, W, c, (B, D), s),
+        z, Ws, torch.ones(F), torch.zeros(D), pairs.offsets, pairs.tokens,
+    ),
+    "dots": (lambda l, W, c: dots(pairs, l, W, c, D), xs, Ws, torch.ones(F)),
+    "residual": (lambda s, x, c: residual(s.clone(), x, c), xs, x, torch.ones(D)),
+    "encoder": (encoder, Ws, dim),
+    "topk": (lambda W, b, r, s: select_topk(fine, W, b, Centred((r, s)), K), Ws, bias, x, xs),
+    "above": (
+        lambda W, b, r, s, f: select_above(fine, W, b, Centred((r, s)), 0.0, f),
+        Ws, bias, x, xs, torch.zeros(F),
+    ),
+    "update": (
+        update, Ws.clone(), Ws * 0, Ws * 0, z, z, xs, xs, torch.zeros(F), torch.zeros(F), torch.ones(F),
+    ),
+}
+WRONG = {
+    "float64": lambda t: t.double(),
+    "float16": lambda t: t.half(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "int32": lambda t: t.int() if t.dtype != torch.int32 else t.long(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64),
+    "short": lambda t: t[..., :-1].contiguous(),
+    "long": lambda t: torch.cat([t, t], -1),
+    "fewer rows": lambda t: t[:-1],
+    "empty": lambda t: t[:0],
+    "one more axis": lambda t: t[None],
+    "elsewhere": lambda t: t.to("meta"),
+    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "other way round": lambda t: t.mT.contiguous().mT if t.ndim > 1 else t.repeat_interleave(2)[::2],
+}
+tried = 0
+for name, (call, *tensors) in ENTRIES.items():
+    call(*tensors)
+    for place, tensor in enumerate(tensors):
+        for what, spoil in WRONG.items():
+            if name == "to_slices" and place == 0 and what in ("fewer rows", "empty"):
+                continue  # any number of rows is right
+            given = list(tensors)
+            given[place] = spoil(tensor)
+            tried += 1
+            try:
+                found = call(*given)
+            except (TypeError, ValueError, RuntimeError, AssertionError, IndexError):
+                continue
+            # some entries take strides, and copy; then the numbers are those of the same values in order
+            given[place] = given[place].contiguous()
+            assert given[place].shape == tensor.shape and given[place].dtype == tensor.dtype, (
+                name, place, what)
+            first = lambda r: r[0] if isinstance(r, tuple) else r
+            same, found = first(call(*given)), first(found)
+            if isinstance(found, torch.Tensor):
+                assert torch.equal(same, found), (name, place, what)
+for latents in ([-1, 0], [0, F], [2**40, 0]):
+    try:
+        sort_pairs(SparseCode(torch.ones(2), torch.tensor(latents), torch.tensor([0, 1, 2])), F)
+    except ValueError:
+        continue
+    raise AssertionError(latents)
+for offsets in ([0, 3, 2], [1, 2, 2], [0, 1, 5], [0, -1, 2]):
+    try:
+        sort_pairs(SparseCode(torch.ones(2), torch.tensor([0, 1]), torch.tensor(offsets)), F)
+    except ValueError:
+        continue
+    raise AssertionError(offsets)
+for k, group in ((0, F), (F + 1, F), (3, F // 2), (-1, F)):
+    try:
+        select_topk(RoundedEncoder(F, D, group, dim), Ws, None, Centred((x, xs)), k)
+    except ValueError:
+        continue
+    raise AssertionError((k, group))
+print(tried)
+"""
+
+
+@pytest.mark.parametrize(
+    "before", ["", "torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')"]
+)
+def test_kernels_read_no_memory_as_what_it_is_not(before: str) -> None:
+    """In a process of its own, without the tests' type checks: a wrong read could end it."""
+    head, rest = ENTRIES.split("B, D, F, K", 1)
+    tail = "B, D, F, K" + rest
+    if before:  # only our own allocations follow the default then
+        tail = (
+            tail.split("ENTRIES = {")[0]
+            + f"{before}\n"
+            + "assert select_topk(fine, Ws, bias, Centred((x, xs)), K).values.dtype == torch.float32\n"
+            + "assert torch.equal(from_slices(to_slices(W), D), W)\nencoder(Ws, dim)\n"
+            + "update(Ws, Ws * 0, Ws * 0, z, z, xs, xs, bias, bias * 0, bias * 0)\nprint(500)"
+        ).replace("pull = torch.zeros(F)", "pull = bias")
+    command = [sys.executable, "-c", head + tail]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert int(done.stdout) >= 500
 
 
 KERNEL = """

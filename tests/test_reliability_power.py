@@ -66,13 +66,18 @@ def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_we_go_on(
 
 
 def test_a_compiled_library_is_on_the_disk_before_its_name(
-    tmp_path: Path, renamed: list[Path]
+    tmp_path: Path, renamed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')
+    compiler.write_text(
+        '#!/bin/sh\nwhile [ "$1" ] && [ "$1" != -o ]; do shift; done\necho library > "${2:-/dev/null}"\n'
+    )
     compiler.chmod(0o755)
-    build._compile(str(compiler), tmp_path / "kernels.so")
-    assert renamed == [tmp_path / "kernels.so"]
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
+    library = build._built()
+    assert renamed == [library.parent]
+    assert library.read_text() == "library\n"
 
 
 def test_a_converted_model_is_on_the_disk_before_its_name(
@@ -83,9 +88,11 @@ def test_a_converted_model_is_on_the_disk_before_its_name(
         (into / "model.safetensors").write_bytes(bytes(5000))
 
     monkeypatch.setattr(gguf, "_convert", convert)
-    gguf._fill(tmp_path / "gguf" / "key", tmp_path / "model.gguf")
-    assert renamed == [tmp_path / "gguf" / "key"]
-    assert (tmp_path / "gguf" / "key" / "model.safetensors").stat().st_size == 5000
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    folder = gguf.dequantised(tmp_path / "model.gguf")
+    assert renamed == [folder]
+    assert (folder / "model.safetensors").stat().st_size == 5000
 
 
 def test_a_manifest_lists_what_is_on_the_disk(

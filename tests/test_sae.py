@@ -1,5 +1,6 @@
 """The SAE by its equations: every activation's definition, tied and untied, files, scaling."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wsae.core.errors import UserError
+from wsae.evals.run import evaluate
 from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
 from wsae.sae.config import JumpReLU
 from wsae.sae.forward import training_forward
@@ -178,8 +180,50 @@ def test_k_that_does_not_fit_is_refused(kind: str, d_sae: int, k: int, says: str
 
 
 def test_width_mismatch_names_both_widths() -> None:
-    with pytest.raises(UserError, match=r"\(2, 5\) where this SAE needs \[batch, 6\]"):
+    with pytest.raises(UserError, match=r"\(2, 5\) where this SAE needs \[\.\.\., 6\]"):
         make("topk").encode(torch.zeros(2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "jumprelu"])
+def test_any_leading_axes_are_encoded_row_by_row(kind: str) -> None:
+    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=24, activation=make_activation(kind, 3)))
+    x = torch.randn(2, 5, 6)
+    z, values, indices = sae.encode(x), *sae.encode_sparse(x)
+    flat = x.view(10, 6)
+    assert torch.equal(z, sae.encode(flat).view(2, 5, 24))
+    assert torch.equal(torch.zeros(2, 5, 24).scatter_add(2, indices, values), z)
+    assert torch.equal(sae.decode(z), sae.decode(z.view(10, 24)).view(2, 5, 6))
+    assert torch.equal(sae(x), sae(flat).view(2, 5, 6))
+    torch.testing.assert_close(sae.encode(x[0, 0]), z[0, 0])
+    assert sae.encode(x[:, :0]).shape == (2, 0, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["topk", "group_topk", "batch_topk", "relu", "jumprelu"])
+def test_an_sae_of_another_type_computes_in_it_and_is_saved(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=24, activation=make_activation(kind, 3)))
+    sae.threshold.fill_(0.25)
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    other = copy.deepcopy(sae).to(dtype)
+    for batch in (x, x.double(), x.half(), x.numpy(), x.to(dtype)):
+        x_hat = other(batch)
+        assert x_hat.dtype == other.encode(batch).dtype == dtype
+        near = (x_hat.float() - sae(x)).abs().amax(1) < 0.05
+        assert near.float().mean() > 0.9  # at a tie another latent is chosen
+    other.save(tmp_path / "sae")
+    loaded = SparseAutoencoder.load(tmp_path / "sae")
+    assert {t.dtype for t in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(loaded.W_dec, sae.W_dec, rtol=0.01, atol=0.01)
+    assert set(evaluate(other, x)["metrics"]) == set(evaluate(sae, x)["metrics"])
+
+
+def test_inputs_elsewhere_are_refused() -> None:
+    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=24, activation=make_activation("topk", 3)))
+    with pytest.raises(UserError, match=r"input on meta, this SAE is on cpu; move one with .to"):
+        sae.encode(torch.randn(2, 6, device="meta"))
+    assert sae.to("meta").encode(torch.randn(2, 6, device="meta")).shape == (2, 24)
 
 
 def test_untied_start_is_unit_decoder_and_its_transpose() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from wsae.acts.source import open_source
 from wsae.core.errors import UserError
-from wsae.interop.torchfile import load_state
+from wsae.core.torchfile import load_state
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "wsae"
 SOURCES = sorted(SRC.rglob("*.py"))
@@ -33,7 +33,7 @@ CALLS = {
     *("os.system", "os.popen", "tarfile.open", "shutil.unpack_archive", "np.fromregex"),
 }
 METHODS = ("extractall", "extract", "unpack_archive")
-ALLOWED = {("interop/torchfile.py", "pickle")}
+ALLOWED = {("core/torchfile.py", "pickle")}
 """For the name of an exception; its `torch.load` is fenced in, and tested below."""
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor
 
-from wsae.acts.source import ActivationSource, ArraySource, open_source
+from wsae.acts.arrays import as_path, is_folder_of_arrays
+from wsae.acts.source import ActivationSource, ArraySource, StoreSource, open_source
+from wsae.core.calls import own_settings, tensor, usable_device
+from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
@@ -35,14 +35,16 @@ __all__ = [
     "recovery",
 ]
 
-Acts = Shaped[np.ndarray, "..."] | Float[Tensor, "..."] | ActivationSource | str
+Acts = object
+"""Activations [rows, d_in] or [n, seq, d_in]: an array, a tensor, a table or lists (`wsae.core.calls.numbers`); the
+path of an array file, of a folder of them or of a store (`str` or `os.PathLike`); or a source with one hook."""
 EPOCHS = 4
 """Passes over the data where no number of tokens is given."""
 _GAMMA = ("alpha", "normalise", "robust", "quantile", "ridge")
 
 
 def Member(  # noqa: N802  (reads as the value it makes)
-    gamma: str | Float[Tensor, " d_in"] | Float[np.ndarray, " d_in"] = "none",
+    gamma: object = "none",
     k: int = 32,
     activation: str = "topk",
     **fields: Any,
@@ -50,13 +52,18 @@ def Member(  # noqa: N802  (reads as the value it makes)
     """Return one member of a family: a gamma rule's name (or the proxy itself, one value per dimension) and the rest.
 
     `fields` are those of MemberConfig (d_sae, expansion, tied, lr, seed, l1, l0, auxk, k_aux, label) and of GammaConfig
-    (alpha, normalise, robust, quantile, ridge). Raises UserError naming an unknown one.
+    (alpha, normalise, robust, quantile, ridge). Raises UserError naming an unknown one, or a value that does not fit.
     """
     weights: dict[str, Any] = {key: fields.pop(key) for key in _GAMMA if key in fields}
     if isinstance(gamma, str):
         weights["rule"] = gamma
     else:
-        weights |= {"rule": "vector", "vector": tuple(torch.as_tensor(gamma).tolist())}
+        proxy = tensor(gamma, "gamma").detach()
+        if proxy.ndim != 1:
+            raise UserError(
+                f"gamma: shape {tuple(proxy.shape)}; give one value per dimension, [d_in]"
+            )
+        weights |= {"rule": "vector", "vector": tuple(proxy.double().tolist())}
     kind = make_activation(activation, k)
     data = {"gamma": weights, "activation": kind, **fields}
     return MemberConfig.parse(data, where="member")
@@ -76,38 +83,41 @@ def fit(
     acts: Acts,
     k: int = 32,
     d_sae: int | None = None,
-    gamma: str | Float[Tensor, " d_in"] | Float[np.ndarray, " d_in"] = "none",
+    gamma: object = "none",
     **options: Any,
 ) -> SparseAutoencoder:
-    """Train one SAE on activations [rows, d_in] (numpy, torch, memmap, a path, or a source with one hook).
+    """Train one SAE on activations (see `Acts`); all rows are trained on, those of a store but for its held-out ones.
 
-    `options` are those of `Member` and of `fit_family`; `labels` [rows] serve the rule consistency.
+    `options` are those of `Member` and of `fit_family`; `labels` [rows] serve the rule consistency. Raises UserError
+    for data or options that do not fit.
     """
     run = {key: options.pop(key) for key in list(options) if key in _RUN}
     member = Member(gamma=gamma, k=k, d_sae=d_sae, **options)
     return fit_family(acts, [member], **run).saes[0]
 
 
+@own_settings()
 def fit_family(
     acts: Acts,
-    members: Sequence[MemberConfig],
+    members: MemberConfig | Sequence[MemberConfig],
     tokens: int | None = None,
-    labels: Shaped[np.ndarray, " rows"] | None = None,
+    labels: object = None,
     progress: Progress = quiet,
     **options: Any,
 ) -> Family:
-    """Train members on the same batches from the same start; all rows are trained on.
+    """Train members on the same batches from the same start; all rows of an array or a file of one are trained on.
 
     `tokens`: rows per member (default: four passes over the data). `options` are TrainConfig's: batch_size, warmup,
     decay, dtype, dead_after, seed, log_every ..., and `device`. Many small members (batch x d_sae x 4 bytes at
     most 512 KiB each) train in one batched computation. Raises UserError for data or options that do not fit.
     """
-    device = str(options.pop("device", "cpu"))
+    device = usable_device(str(options.pop("device", "cpu")))
+    given = [members] if isinstance(members, MemberConfig) else list(members)
     source = _source(acts, labels)
-    rows = tokens or EPOCHS * (source.n_rows or 0)
+    rows = EPOCHS * (source.n_rows or 0) if tokens is None else tokens
     if source.n_rows is not None and "batch_size" not in options:
         options["batch_size"] = min(2048, source.n_rows)
-    data = {"members": tuple(members), "tokens": rows, **options}
+    data = {"members": tuple(given), "tokens": rows, **options}
     cfg = TrainConfig.parse(data, where="fit")
     stats = source.stats(progress)
     family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
@@ -142,7 +152,32 @@ def _train_in_turn(
 _RUN = frozenset(TrainConfig.model_fields) - {"members"} | {"labels", "progress", "device"}
 
 
-def _source(acts: Acts, labels: np.ndarray | None) -> ActivationSource:
-    if isinstance(acts, np.ndarray | Tensor):
-        return ArraySource(acts, heldout_fraction=0.0, labels=labels)
-    return open_source(acts) if isinstance(acts, str) else acts
+def _source(acts: Acts, labels: object) -> ActivationSource:
+    """Return the data with one hook, nothing held out; raises UserError for several."""
+    path = as_path(acts)
+    store = path is not None and path.is_dir() and not is_folder_of_arrays(path)
+    if isinstance(acts, ActivationSource) or store:
+        source = acts if isinstance(acts, ActivationSource) else open_source(acts)
+        if labels is not None:
+            kind = "a store" if isinstance(source, StoreSource) else "a source"
+            raise UserError(f"labels: go with an array, {kind} has its own")
+    else:
+        source = open_source(acts, heldout_fraction=0.0)
+        if labels is not None and isinstance(source, ArraySource):
+            source.with_labels(_classes(labels))
+    if len(source.hooks) != 1:
+        few = ", ".join(list(source.hooks)[:4])
+        raise UserError(
+            f"the data have {len(source.hooks)} hooks ({few}); give one: open_source(path, hooks=(NAME,))"
+        )
+    return source
+
+
+def _classes(labels: object) -> np.ndarray:
+    found = np.asarray(tensor(labels, "labels").detach().cpu())
+    whole = found.astype(np.int64)
+    if found.ndim != 1 or not (found == whole).all():
+        raise UserError(
+            f"labels: shape {found.shape}, dtype {found.dtype}; give one whole number a row"
+        )
+    return whole

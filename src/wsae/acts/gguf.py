@@ -1,11 +1,8 @@
-"""GGUF files: dequantised once, then read as safetensors from a cache ($WSAE_CACHE or ~/.cache/wsae)."""
+"""GGUF files: dequantised once, then read as safetensors from the cache (`wsae.core.cache`)."""
 
 import contextlib
 import functools
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,55 +10,28 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wsae.core.cache import cached
 from wsae.core.errors import UserError
-from wsae.core.files import flush, sha256_file
+from wsae.core.files import sha256_file
 from wsae.core.hub import quiet_hub
 
 _log = logging.getLogger(__name__)
 
 
-def cache_dir() -> Path:
-    """Return the directory for dequantised models."""
-    return Path(os.environ.get("WSAE_CACHE") or Path.home() / ".cache" / "wsae")
-
-
 def dequantised(path: Path) -> Path:
     """Return a model directory with the float32 weights and tokenizer of a GGUF file, made at the first call.
 
-    The cache key is the file's SHA-256 and size and the version of the library that reads it. Raises UserError when
-    the file is not readable GGUF, or the cache cannot be written.
+    The cache key is the file's SHA-256 and size and the version of the library that reads it; a copy that was damaged
+    or is not this user's is made again. Raises UserError when the file is not readable GGUF, or nothing can be written.
     """
     key = f"{sha256_file(path)[:16]}-{path.stat().st_size}-{transformers.__version__}"
-    target = cache_dir() / "gguf" / key
-    if not (target / "config.json").is_file():
-        _fill(target, path)
-    return target
-
-
-def _fill(target: Path, path: Path) -> None:
-    _log.info("dequantising %s into %s (once)", path, target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        return cached("gguf", key, functools.partial(_convert, path))
     except OSError as error:
+        place = error.filename or "a temporary folder"
         raise UserError(
-            f"{target.parent}: cannot write the model cache ({error.strerror}); set WSAE_CACHE"
+            f"{place}: cannot write the dequantised model ({error.strerror}); set WSAE_CACHE"
         ) from error
-    try:
-        _convert(path, scratch)
-        # there is no checksum: a name must not outlive a power cut that its content does not
-        for written in scratch.rglob("*"):
-            flush(written)
-        with contextlib.suppress(
-            FileExistsError, OSError
-        ):  # another process was first: its copy is the same
-            os.replace(scratch, target)
-        if not (target / "config.json").is_file():
-            raise UserError(
-                f"{target}: cannot write the model cache; set WSAE_CACHE to another directory"
-            )
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -78,6 +48,7 @@ def _no_conversion_bar() -> Iterator[None]:
 
 
 def _convert(path: Path, scratch: Path) -> None:
+    _log.info("dequantising %s (once)", path)
     from transformers import GgufConfig
 
     folder, name = str(path.parent), path.name
@@ -101,9 +72,7 @@ def _convert(path: Path, scratch: Path) -> None:
     except OSError as error:
         if error.errno is None:  # the library's own "no such file in this repository"
             raise UserError(f"model {path}: not a readable GGUF model ({_first(error)})") from error
-        raise UserError(
-            f"{scratch}: cannot write the model cache ({error.strerror}); set WSAE_CACHE"
-        ) from error
+        raise
     except Exception as error:  # a damaged file fails in many ways somewhere inside
         raise UserError(f"model {path}: not a readable GGUF model ({_first(error)})") from error
 

@@ -62,7 +62,7 @@ def resolve_device(device: str) -> torch.device:
     """Return the device; raises UserError when it is unknown or absent from this machine."""
     try:
         where = torch.device(device)
-        torch.empty(0, device=where)
+        torch.empty(0, dtype=torch.float32, device=where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device {device}: not available here ({_first(error)}); try --device cpu"

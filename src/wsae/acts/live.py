@@ -241,7 +241,10 @@ class LiveStream:
         where = self._source.flow.keep_on
         hooks = self._source.hooks
         with explained("holding rows to shuffle", lambda: _rows(wanted, hooks)):
-            x = {hook: torch.empty(wanted, d_in, device=where) for hook, d_in in hooks.items()}
+            x = {
+                hook: torch.empty(wanted, d_in, device=where, dtype=torch.float32)
+                for hook, d_in in hooks.items()
+            }
         have, skip, end = 0, place.skip, (place.start, 0)
         for step in self._source.steps(place.start):
             rows = min(len(step.seq) - skip, wanted - have)

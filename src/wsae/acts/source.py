@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
-from wsae.acts.arrays import ArraySource
+from wsae.acts.arrays import READERS, ArraySource, as_path, is_folder_of_arrays
 from wsae.acts.store import Store
 from wsae.acts.stream import (
     ActivationSource,
@@ -90,20 +90,26 @@ class StoreSource:
 
 
 def open_source(
-    spec: Path | str | np.ndarray | Tensor,
+    spec: object,
     hooks: tuple[str, ...] | None = None,
     verify: bool = True,
     heldout_fraction: float = 0.1,
 ) -> ActivationSource:
-    """Open a store directory, a .npy or .safetensors file, or an array in memory.
+    """Open a store, an array file (.npy, .npz, .safetensors, .pt), a folder of array files, or numbers in memory.
 
     `hooks` and `verify` concern stores, `heldout_fraction` arrays. Raises UserError when there is no such thing.
     """
-    if not isinstance(spec, str | Path):
+    path = as_path(spec)
+    if path is None:
         return ArraySource(spec, heldout_fraction)
-    path = Path(spec)
-    if path.is_dir():
-        return StoreSource(path, hooks, verify)
     if not path.exists():
         raise UserError(f"{path}: no such store or array file")
-    return ArraySource(path, heldout_fraction, name=path.stem)
+    if not path.is_dir():
+        return ArraySource(path, heldout_fraction, name=path.stem)
+    if is_folder_of_arrays(path):
+        return ArraySource(path, heldout_fraction, name=path.resolve().name or "acts")
+    if not any(path.iterdir()):
+        raise UserError(
+            f"{path}: an empty folder; give a store, or a folder of {', '.join(READERS)}"
+        )
+    return StoreSource(path, hooks, verify)

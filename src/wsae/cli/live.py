@@ -109,12 +109,20 @@ def open_labelled(source: str, labels: Path) -> "ActivationSource":
     """Return the array at `source` with one class per row, for the gamma rule consistency."""
     from wsae.acts.source import ArraySource
 
-    if not Path(source).is_file() or not is_data(source):
+    if not _is_array(source):
         raise UserError(
             f"--labels {labels}: goes with an array file, one class per row; {source} is none"
         )
     classes = read_vector("--labels", labels, "iu", "one whole number per row")
     return ArraySource(source, name=Path(source).stem, labels=classes.astype("int64"))
+
+
+def _is_array(source: str) -> bool:
+    """Whether there is an array file, or a folder of them."""
+    from wsae.acts.arrays import is_folder_of_arrays
+
+    path = Path(source)
+    return is_folder_of_arrays(path) if path.is_dir() else is_data(source)
 
 
 def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationSource":
@@ -140,7 +148,7 @@ def reopened(
     if not all(isinstance(hook, str) for hook in hooks):
         raise UserError(f"{run}: the hooks in its config.json are not all names (altered)")
     if other is not None:
-        if Path(other).is_file() and len(hooks) == 1:
+        if _is_array(other) and len(hooks) == 1:
             return ArraySource(other, name=hooks[0])
         return open_source(other, hooks=hooks)
     if record.get("kind") == "live":

@@ -49,6 +49,7 @@ def run_command(command: Command, words: list[str]) -> int:
         sys.stdout.write(as_json(parsed) if in_json else as_yaml(parsed, prog))
         return 0
     _calm_libraries(flags.common.debug)
+    _check_folder()
     ui = UI(sys.stdout, sys.stderr)
     try:
         result = _quietly(lambda: module.run(flags, ui), ui, flags.common.as_json)
@@ -102,6 +103,16 @@ def _kept(
     return describe(flags, words, interrupt) if describe else "nothing was written"
 
 
+def _check_folder() -> None:
+    """Raise UserError where the current folder was removed: PyTorch's libraries end the process there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder is gone ({error.strerror}); change to another"
+        ) from error
+
+
 def _calm_libraries(debug: bool) -> None:
     """Keep the libraries' chatter out of the way and idle threads off the cores; the environment wins.
 
@@ -117,15 +128,10 @@ def device(name: str) -> str:
     """Return the device to use; raises UserError for one this machine lacks."""
     import torch
 
+    from wsae.core.calls import usable_device
+
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=torch.device(name))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(
-            f"--device {name}: not on this machine; it has {', '.join(here)}"
-        ) from error
-    return name
+    return usable_device(name, "--device")

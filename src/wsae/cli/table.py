@@ -72,7 +72,7 @@ COMMANDS = (
     ),
     Command(
         "train",
-        "a family of SAEs from a store, an array (.npy, .safetensors) or a live model",
+        "a family of SAEs from a store, arrays (.npy, .npz, .safetensors, .pt) or a live model",
         (
             "wsae train acts --out runs/first --expansion 8 --k 32 --gamma variance --alpha 1 0.5",
             "wsae train gpt2 --text notes.txt --hook h.6 --out runs/live --gamma variance",

@@ -1,5 +1,6 @@
 """Tensors on disk: safetensors only, written atomically, read whole or memory-mapped by rows."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ _NUMPY = {
     "I64": "<i8",
     "I32": "<i4",
     "I16": "<i2",
+    "I8": "i1",
     "U8": "u1",
     "BOOL": "?",
 }
@@ -86,6 +88,13 @@ class MappedTensor:
         self.path, self.shape, self._bf16 = path, shape, dtype == "BF16"
         mapped = np.memmap(path, dtype=_NUMPY[dtype], mode="r", offset=offset, shape=shape)
         self._map = np.asarray(mapped)  # a plain view: the subclass is slow to index
+
+    def as_rows(self) -> "MappedTensor":
+        """Return the tensor with all axes but the last made one."""
+        flat = copy.copy(self)
+        flat._map = self._map.reshape(-1, self.shape[-1])
+        flat.shape = flat._map.shape
+        return flat
 
     def rows(self, index: np.ndarray | slice) -> Tensor:
         """Return the rows at `index` as a new tensor (half precisions and float64 become float32)."""

@@ -80,7 +80,7 @@ class TopContexts:
             slot[slot >= 0].numpy(),
             seq[rows].numpy(),
             pos[rows].numpy(),
-            entries.values[slot >= 0].numpy(),
+            entries.values[slot >= 0].float().numpy(),
         )
         hits = Hits.join([self._hits, new])
         unfinished = hits.seq == int(seq[-1]) if len(seq) else np.zeros(len(hits.seq), dtype=bool)

@@ -5,12 +5,11 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import nn
 
+from wsae.acts.arrays import as_path, open_matrix
 from wsae.acts.source import Chunk
 from wsae.acts.tokens import TokenTable
-from wsae.core.errors import UserError
 
 
 @runtime_checkable
@@ -67,24 +66,19 @@ class Pictures(Protocol):
 
 
 class Rows:
-    """An array of activations [rows, d_in], all of it evaluated; each row is a sequence of its own."""
+    """Activations in memory, in a file or a folder of files (`open_matrix`), all evaluated, each row by itself."""
 
-    def __init__(
-        self, x: Shaped[np.ndarray, "..."] | Float[Tensor, "..."], name: str = "acts"
-    ) -> None:
-        if x.ndim != 2:
-            raise UserError(f"activations of shape {tuple(x.shape)}; give [rows, d_in]")
-        self._x = x
+    def __init__(self, x: object, name: str = "acts") -> None:
+        self._x = open_matrix(x, str(as_path(x) or name))
         self._name = name
-        self.hooks = {name: int(x.shape[1])}
+        self.hooks = {name: self._x.shape[1]}
 
     def heldout(self, batch_size: int) -> Iterator[Chunk]:
         """Yield the rows in order, as fp32."""
-        for start in range(0, len(self._x), batch_size):
-            part = self._x[start : start + batch_size]
-            x = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-            seq = torch.arange(start, start + len(x))
-            yield Chunk({self._name: x.detach().float().cpu()}, seq, torch.zeros_like(seq))
+        for start in range(0, self._x.shape[0], batch_size):
+            index = np.arange(start, min(start + batch_size, self._x.shape[0]))
+            seq = torch.from_numpy(index)
+            yield Chunk({self._name: self._x.take(index)}, seq, torch.zeros_like(seq))
 
     def tokens(self) -> TokenTable | None:
         """Arrays have no tokens."""

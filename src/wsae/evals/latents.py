@@ -94,7 +94,7 @@ def decoder_max_cosine(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_
     units = unit_rows(W_dec)
     d_sae = len(units)
     if d_sae < 2:
-        return torch.full((d_sae,), float("nan"))
+        return torch.full((d_sae,), float("nan"), dtype=torch.float32)
     out, size = [], max(1, _BLOCK // d_sae)
     for start in range(0, d_sae, size):
         block = (units[start : start + size] @ units.T).abs_()
@@ -108,7 +108,7 @@ def nearest(
 ) -> tuple[Float[Tensor, " n_a"], Int64[Tensor, " n_a"]]:
     """Return, for each unit row of `a`, the largest signed cosine with the unit rows of `b` and where it is."""
     if not len(a):
-        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.int64)
     size = max(1, _BLOCK // len(b))
     best = [(a[start : start + size] @ b.T).max(1) for start in range(0, len(a), size)]
     cosine = torch.cat([part.values for part in best]).clamp(-1.0, 1.0)

@@ -60,8 +60,10 @@ def match(a: Side, b: Side, assignment_max: int, seed: int = 0) -> Matching:
     if len(b.alive) == 0:
         none = torch.zeros(0, dtype=torch.int64)
         index = torch.full((d_sae,), -1, dtype=torch.int64)
-        nan = torch.full((d_sae,), float("nan"))
-        return Matching(index, nan, none, none, torch.zeros(0), "none", float("nan"))
+        nan = torch.full((d_sae,), float("nan"), dtype=torch.float32)
+        return Matching(
+            index, nan, none, none, torch.zeros(0, dtype=torch.float32), "none", float("nan")
+        )
     cosine, where = nearest(units_a, units_b[b.alive])
     live_a, live_b = units_a[a.alive], units_b[b.alive]
     pair = _assignment if max(len(a.alive), len(b.alive)) <= assignment_max else _mutual
@@ -96,5 +98,5 @@ def _random_level(a: Tensor, b: Tensor, seed: int) -> float:
     if not len(a):
         return float("nan")
     generator = torch.Generator().manual_seed(seed_for(seed, "matching", "random"))
-    random = torch.randn(b.shape, generator=generator).to(a.device)
+    random = torch.randn(b.shape, generator=generator, dtype=torch.float32).to(a.device)
     return float(nearest(a, unit_rows(random))[0].double().mean())

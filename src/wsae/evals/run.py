@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Shaped
+import torch
 from torch import Tensor
 
+from wsae.acts.arrays import as_path, is_folder_of_arrays
+from wsae.acts.source import open_source
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.calls import own_settings
 from wsae.core.errors import UserError, understood
 from wsae.core.files import locked, read_json, write_json
 from wsae.core.progress import Progress, quiet
@@ -25,32 +28,54 @@ EVALUATION, ARRAYS, CONTEXTS = "evaluation.json", "arrays.safetensors", "context
 THUMBNAILS = "thumbnails.json"
 
 
+@own_settings()
 def evaluate(
     sae: SparseAutoencoder,
-    acts: Shaped[np.ndarray, "..."] | Float[Tensor, "..."] | HeldOut,
+    acts: object,
     cfg: EvalConfig = EvalConfig(n_latents=0),  # noqa: B008  (frozen)
     progress: Progress = quiet,
 ) -> Json:
     """Measure one SAE on activations it was not trained on: {"metrics": {name: {value, low, high}}, "arrays": {...}}.
 
-    `acts` is an array [rows, d_in], all of which is used, or a source with one hook, of which the held-out rows are.
-    Formulas: `wsae.evals.glossary`. Raises UserError for another width, NaN, infinity, or no rows.
+    `acts` are numbers [rows, d_in] or [n, seq, d_in] in memory, in a file or a folder of files, of which all rows are
+    used; or a store (or its path) or another source with one hook, of which the held-out rows are. Formulas:
+    `wsae.evals.glossary`. Raises UserError for another width, NaN, infinity, or no rows.
     """
-    source = Rows(acts) if isinstance(acts, np.ndarray | Tensor) else acts
+    if not isinstance(sae, SparseAutoencoder):
+        raise UserError(
+            f"evaluate: given {type(sae).__name__} in place of an SAE; SparseAutoencoder.load(path)"
+        )
+    source = _data(acts)
     if len(source.hooks) != 1:
         raise UserError(
             f"the data have {len(source.hooks)} hooks ({', '.join(source.hooks)}); give one"
         )
     (hook,) = source.hooks
     found = measure(source, {hook: Family({"sae": sae})}, cfg, progress=progress)[hook]
-    arrays = {key: value.numpy() for key, value in found.arrays["sae"].items()}
+    arrays = _as_numpy(found.arrays["sae"])
     out: Json = {"metrics": member_metrics("sae", arrays, cfg), "arrays": arrays}
     if CONTROL in found.arrays:
-        control = {key: value.numpy() for key, value in found.arrays[CONTROL].items()}
+        control = _as_numpy(found.arrays[CONTROL])
         out["control"] = member_metrics(CONTROL, control, cfg)
     return out
 
 
+def _as_numpy(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return arrays as NumPy's; it has no bfloat16, in which an SAE's own numbers may be."""
+    return {
+        key: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        for key, value in arrays.items()
+    }
+
+
+def _data(acts: object) -> HeldOut:
+    path = as_path(acts)
+    if path is not None and path.is_dir() and not is_folder_of_arrays(path):
+        return open_source(path)
+    return acts if isinstance(acts, HeldOut) else Rows(acts)
+
+
+@own_settings()
 def evaluate_run(
     run: Path,
     source: HeldOut,

@@ -24,6 +24,7 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.core.npy import npz_arrays
 from wsae.core.tensors import load_tensors
+from wsae.core.torchfile import load_state
 from wsae.interop.config import Provenance
 from wsae.interop.format import (
     THROUGH_SAELENS,
@@ -36,7 +37,6 @@ from wsae.interop.format import (
     read_config,
     whole,
 )
-from wsae.interop.torchfile import load_state
 from wsae.interop.weights import (
     Foreign,
     Named,

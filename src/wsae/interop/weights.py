@@ -175,7 +175,7 @@ def log_threshold(threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]
 
 
 def _or_zeros(bias: Tensor | None, width: int) -> Tensor:
-    return torch.zeros(width) if bias is None else bias.detach().float().cpu()
+    return torch.zeros(width, dtype=torch.float32) if bias is None else bias.detach().float().cpu()
 
 
 def _list(names: Iterable[str]) -> str:

@@ -10,18 +10,23 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from wsae.core.calls import tensor
 from wsae.core.errors import UserError
 from wsae.losses.config import OUTLIER_RATIO, RIDGE, GammaConfig, Normalise, Robust
 from wsae.losses.gap import gap_weights, whitening
 from wsae.losses.weigh import Weights, dimension_weights, effective_dimensions
 
 
-def gamma_from_proxy(cfg: GammaConfig, proxy: Float[Tensor, " d_in"]) -> Float64[Tensor, " d_in"]:
+def gamma_from_proxy(cfg: GammaConfig, proxy: object) -> Float64[Tensor, " d_in"]:
     """Return gamma_i = normalise(robust(s)_i ^ alpha) [d_in], in fp64; 0 on outlier dimensions with robust "drop".
 
-    Raises UserError when a proxy is negative, not finite, all zero, or zero with alpha < 0.
+    The proxy s [d_in] is a tensor, an array or a list. Raises UserError when one is negative, not finite, all zero, or
+    zero with alpha < 0.
     """
-    s = robust_proxy(proxy.double().cpu(), cfg.robust, cfg.quantile)
+    given = tensor(proxy, "proxy").detach()
+    if given.ndim != 1:
+        raise UserError(f"proxy: shape {tuple(given.shape)}; give one value per dimension, [d_in]")
+    s = robust_proxy(given.double().cpu(), cfg.robust, cfg.quantile)
     _check(s, cfg)
     dropped = cfg.robust == "drop"
     if cfg.rule == "none" or (cfg.alpha == 0 and not dropped):

@@ -59,7 +59,7 @@ def adam_rows_(
         [m],
         [v],
         [],  # no running maximum of v: amsgrad is off
-        [torch.tensor(float(adam.step), device=W.device)],
+        [torch.tensor(float(adam.step), dtype=torch.float32, device=W.device)],
         lr=adam.lr,
         beta1=adam.beta1,
         beta2=adam.beta2,

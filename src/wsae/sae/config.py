@@ -10,6 +10,10 @@ from wsae.core.errors import UserError
 Kind = Literal["topk", "group_topk", "batch_topk", "relu", "jumprelu"]
 
 
+MOST_VALUES = 1 << 44
+"""Entries of a weight matrix: 64 TiB in float32."""
+
+
 class TopK(Config):
     """Keep the k largest pre-activations of a sample, then ReLU (Gao et al. 2025)."""
 
@@ -58,14 +62,17 @@ Activation = Annotated[TopK | GroupTopK | BatchTopK | ReLU | JumpReLU, Field(dis
 
 
 def make_activation(kind: str, k: int = 32) -> TopK | GroupTopK | BatchTopK | ReLU | JumpReLU:
-    """Return the activation called `kind`; k is used by the Top-k family only. Raises UserError for another name."""
+    """Return the activation called `kind`; k is used by the Top-k family only.
+
+    Raises UserError for another name, or a k that is no whole number of at least 1.
+    """
     match kind:
         case "topk":
-            return TopK(k=k)
+            return TopK.parse({"k": k}, where="activation")
         case "group_topk":
-            return GroupTopK(k=k)
+            return GroupTopK.parse({"k": k}, where="activation")
         case "batch_topk":
-            return BatchTopK(k=k)
+            return BatchTopK.parse({"k": k}, where="activation")
         case "relu":
             return ReLU()
         case "jumprelu":
@@ -88,6 +95,10 @@ class SAEConfig(Config):
 
     @model_validator(mode="after")
     def _k_fits(self) -> "SAEConfig":
+        if self.d_in * self.d_sae > MOST_VALUES:
+            raise ValueError(
+                f"d_sae = {self.d_sae} latents of width {self.d_in}: more than any machine holds"
+            )
         k = getattr(self.activation, "k", None)
         if k is not None and k > self.d_sae:
             raise ValueError(

@@ -34,12 +34,13 @@ class Encoder:
     def __init__(self, sae: SparseAutoencoder) -> None:
         self._sae = sae
         self._rounded: RoundedEncoder | None = None
-        self._rows = torch.empty(0)
+        self._rows = sae.W_dec.new_empty(0)
         self._fast = _compiled(sae)
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         """Return the latents of some rows."""
-        if not self._fast or len(x) < FEW or x.dtype != torch.float32:
+        here = x.shape[1] == self._sae.cfg.d_in and x.device.type == "cpu"
+        if not (self._fast and here) or len(x) < FEW or x.dtype != torch.float32:
             return self._sae.encode_code(x)
         with torch.no_grad():
             return self._select(x)

@@ -5,6 +5,7 @@
 Tied: W_dec = W_enc^T and no biases. The training pass lives in `wsae.sae.forward`.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.calls import check_tensor, own_settings, tensor
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
@@ -33,7 +35,7 @@ WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 
 
 class SparseAutoencoder(nn.Module):
-    """One SAE: `encode` gives latents [batch, d_sae], `decode` gives x_hat [batch, d_in].
+    """One SAE: `encode` gives latents [..., d_sae] of [..., d_in], `decode` gives x_hat [..., d_in].
 
     Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_in],
     `b_enc` [d_sae], `b_dec` [d_in], `log_threshold` [d_sae] (JumpReLU). Buffers: `threshold` (batch Top-k) and
@@ -44,22 +46,23 @@ class SparseAutoencoder(nn.Module):
     gamma: Tensor
     threshold: Tensor
 
+    @own_settings()
     def __init__(self, cfg: SAEConfig, seed: int = 0, encoder_scale: float = 1.0) -> None:
         """Start with random unit decoder rows and (untied) the encoder `encoder_scale` times their transpose."""
         super().__init__()
         self.cfg = cfg
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
-        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
+        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
         self.W_dec = nn.Parameter(F.normalize(rows, dim=1))
         self.W_enc_t = None if cfg.tied else nn.Parameter(self.W_dec.detach() * encoder_scale)
-        self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae))
-        self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_in))
+        self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae, dtype=torch.float32))
+        self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_in, dtype=torch.float32))
         self.log_threshold = None
         if isinstance(cfg.activation, JumpReLU):
-            start = torch.full((cfg.d_sae,), cfg.activation.threshold).log()
+            start = torch.full((cfg.d_sae,), cfg.activation.threshold, dtype=torch.float32).log()
             self.log_threshold = nn.Parameter(start)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("gamma", torch.ones(cfg.d_in))
+        self.register_buffer("gamma", torch.ones(cfg.d_in, dtype=torch.float32))
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -88,44 +91,60 @@ class SparseAutoencoder(nn.Module):
             return centred @ self.W_enc
         return torch.addmm(self.b_enc, centred, self.W_enc)
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """Return the latents z, dense."""
-        self._check_width(x)
-        pre = self.pre(self.centre(x))
-        if isinstance(self.cfg.activation, TopK | GroupTopK):
-            return self._code(pre).dense(self.cfg.d_sae)
-        return self._dense(pre)
+    def encode(self, x: object) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latents z, dense, of activations [..., d_in]: a tensor, an array or lists, of any real type.
+
+        They are computed, and returned, in the SAE's own type and on its device, under autocast too. Raises UserError
+        for another width, or a tensor on another device.
+        """
+        rows, lead = self._rows(x, self.cfg.d_in)
+        with self._own_type():
+            pre = self.pre(self.centre(rows))
+            if isinstance(self.cfg.activation, TopK | GroupTopK):
+                z = self._code(pre).dense(self.cfg.d_sae)
+            else:
+                z = self._dense(pre)
+        return z.reshape(*lead, self.cfg.d_sae)
 
     def encode_sparse(
-        self, x: Float[Tensor, "batch d_in"]
-    ) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
-        """Return (values, indices), each [batch, k]; kinds without a fixed k are padded with value 0, index 0."""
-        return self.encode_code(x).padded()
+        self, x: object
+    ) -> tuple[Float[Tensor, "*batch k"], Int64[Tensor, "*batch k"]]:
+        """Return (values, indices), each [..., k]; kinds without a fixed k are padded with value 0, index 0."""
+        rows, lead = self._rows(x, self.cfg.d_in)
+        values, indices = self.encode_code(rows).padded()
+        width = values.shape[1]
+        return values.reshape(*lead, width), indices.reshape(*lead, width)
 
-    def encode_code(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
-        """Return the latents in row-compressed form; Top-k kinds give k entries per row, some perhaps 0."""
-        self._check_width(x)
-        return self._code(self.pre(self.centre(x)))
+    def encode_code(self, x: object) -> SparseCode:
+        """Return the latents in row-compressed form, leading axes as one; Top-k kinds give k entries per row."""
+        rows, _ = self._rows(x, self.cfg.d_in)
+        with self._own_type():
+            return self._code(self.pre(self.centre(rows)))
 
-    def decode(self, z: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
-        """Return x_hat = z @ W_dec + b_dec."""
-        x_hat = z @ self.W_dec
-        return x_hat if self.b_dec is None else x_hat + self.b_dec
+    def decode(self, z: object) -> Float[Tensor, "*batch d_in"]:
+        """Return x_hat = z @ W_dec + b_dec of latents [..., d_sae], given as `encode` takes activations."""
+        rows, lead = self._rows(z, self.cfg.d_sae)
+        with self._own_type():
+            x_hat = rows @ self.W_dec
+            x_hat = x_hat if self.b_dec is None else x_hat + self.b_dec
+        return x_hat.reshape(*lead, self.cfg.d_in)
 
     def decode_code(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
         """Return x_hat of a sparse code."""
-        x_hat = F.embedding_bag(
-            code.indices,
-            self.W_dec,
-            code.offsets[:-1],
-            mode="sum",
-            per_sample_weights=code.values,
-        )
-        return x_hat if self.b_dec is None else x_hat + self.b_dec
+        with self._own_type():
+            x_hat = F.embedding_bag(
+                code.indices,
+                self.W_dec,
+                code.offsets[:-1],
+                mode="sum",
+                per_sample_weights=code.values,
+            )
+            return x_hat if self.b_dec is None else x_hat + self.b_dec
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """Return the reconstruction x_hat."""
-        return self.decode_code(self.encode_code(x))
+    def forward(self, x: object) -> Float[Tensor, "*batch d_in"]:
+        """Return the reconstruction x_hat of activations [..., d_in], given as `encode` takes them."""
+        rows, lead = self._rows(x, self.cfg.d_in)
+        return self.decode_code(self.encode_code(rows)).reshape(*lead, self.cfg.d_in)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor under its public name; W_enc is [d_in, d_sae]."""
@@ -177,6 +196,7 @@ class SparseAutoencoder(nn.Module):
         write_manifest(path, "sae", self.cfg.to_dict(), [WEIGHTS, CONFIG, *beside])
 
     @classmethod
+    @own_settings()
     def load(cls, path: Path | str) -> "SparseAutoencoder":
         """Read an SAE from a directory or `hub:owner/name`; raises UserError when it is missing, cut or altered."""
         path = _native(local_folder(path))
@@ -233,11 +253,27 @@ class SparseAutoencoder(nn.Module):
             case _:
                 raise AssertionError(self.cfg.activation)
 
-    def _check_width(self, x: Tensor) -> None:
-        if x.ndim != 2 or x.shape[1] != self.cfg.d_in:
+    def _rows(self, x: object, width: int) -> tuple[Float[Tensor, "rows width"], torch.Size]:
+        """Return x [..., width] as rows in the SAE's type, and its leading axes."""
+        given = x if isinstance(x, Tensor) else tensor(x, "input").to(self.W_dec.device)
+        if given.ndim == 0 or given.shape[-1] != width:
             raise UserError(
-                f"input of shape {tuple(x.shape)} where this SAE needs [batch, {self.cfg.d_in}]"
+                f"input of shape {tuple(given.shape)} where this SAE needs [..., {width}]"
             )
+        if given.device != self.W_dec.device:
+            raise UserError(
+                f"input on {given.device}, this SAE is on {self.W_dec.device}; move one with .to(device)"
+            )
+        check_tensor(given, "input")
+        lead = given.shape[:-1]
+        return given.to(self.W_dec.dtype).reshape(math.prod(lead), width), lead
+
+    def _own_type(self) -> contextlib.AbstractContextManager[object]:
+        """Keep autocast from computing in another type than the parameters'."""
+        kind = self.W_dec.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
+        return contextlib.nullcontext()
 
 
 def _native(path: Path) -> Path:

@@ -40,13 +40,13 @@ class FeatureStream:
         self._seeds, self._device = list(seeds), device
         places = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
         self._place = torch.tensor([places[seed] for seed in seeds])
-        self._uniform = torch.empty(len(places), rows, self.n_features)
+        self._uniform = torch.empty(len(places), rows, self.n_features, dtype=torch.float32)
         self._rate = _stacked([recipe.rate for recipe in self._recipes], self.n_features)
         self._draws: dict[_Key, Tensor] = {
             ("uniform", seed): self._uniform[i] for seed, i in places.items()
         }
         self._drawn: dict[_Key, int] = {}
-        self._out = torch.empty(0, rows, self.n_features)
+        self._out = torch.empty(0, rows, self.n_features, dtype=torch.float32)
 
     def batch(
         self, step: int, first: int = 0, last: int | None = None
@@ -54,7 +54,7 @@ class FeatureStream:
         """Return step `step` of the worlds first .. last - 1 (all by default), valid until the next call."""
         worlds = range(len(self._recipes))[first:last]
         if len(self._out) < len(worlds):
-            self._out = torch.empty(len(worlds), self.rows, self.n_features)
+            self._out = torch.empty(len(worlds), self.rows, self.n_features, dtype=torch.float32)
         self._draw(
             step, [(kind, self._seeds[w]) for w in worlds for kind in self._recipes[w].needs]
         )
@@ -75,7 +75,9 @@ class FeatureStream:
         """Fill the buffers of `keys` that hold another step."""
         missing = [key for key in dict.fromkeys(keys) if self._drawn.get(key) != step]
         for key in missing:
-            self._draws.setdefault(key, torch.empty(self.rows, self.n_features))
+            self._draws.setdefault(
+                key, torch.empty(self.rows, self.n_features, dtype=torch.float32)
+            )
             self._drawn[key] = step
         work = len(missing) * self.rows * self.n_features
         threads = min(len(missing), torch.get_num_threads()) if work > _WORTH_THREADS else 1

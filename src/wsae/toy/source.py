@@ -132,7 +132,7 @@ class SyntheticSource:
         rows, total = torch.as_tensor(index, dtype=torch.int64), self._rows[split]
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < total:
             raise UserError(f"rows {int(rows.min())} to {int(rows.max())} of {total} {split} rows")
-        out, blocks = torch.empty(len(rows), width), rows // self.block
+        out, blocks = torch.empty(len(rows), width, dtype=torch.float32), rows // self.block
         for number in blocks.unique().tolist():
             here = (blocks == number).nonzero()[:, 0]
             out[here] = draw(split, number)[rows[here] % self.block]

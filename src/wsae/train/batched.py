@@ -60,7 +60,7 @@ def train_batched(
     def data(worlds: list[int]) -> Callable[[int], Float[Tensor, "worlds batch d_in"]]:
         assert worlds == [0]
         stream, last = source.stream(cfg.batch_size, cfg.seed), -1
-        x = torch.empty(0)
+        x = torch.empty(0, dtype=torch.float32)
 
         def batches(step: int) -> Tensor:
             nonlocal x, last

@@ -24,19 +24,19 @@ class MemberConfig(Config):
     activation: Activation = TopK()
     tied: bool = False
     """The theory's form: decoder = encoder transposed, no biases."""
-    lr: PositiveFloat | None = None
+    lr: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
     """Peak learning rate; by default 2e-4 / sqrt(d_sae / 2^14), the field's scaling (Gao et al. 2025)."""
     seed: int | None = None
     """Initial weights; by default the run's seed, so that members start alike."""
-    l1: float = Field(default=0.0, ge=0)
+    l1: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Coefficient of the L1 penalty sum_j z_j ||W_dec[j]||."""
-    l0: float = Field(default=0.0, ge=0)
+    l0: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Coefficient of the L0 penalty (moves JumpReLU thresholds)."""
-    auxk: float = Field(default=1 / 32, ge=0)
+    auxk: float = Field(default=1 / 32, ge=0, allow_inf_nan=False)
     """Coefficient of dead-latent revival."""
     k_aux: PositiveInt | None = None
     """Dead latents that model the residual; by default d_in / 2."""
-    encoder_scale: PositiveFloat | None = None
+    encoder_scale: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
     """Norm of the encoder's rows at the start (untied; the decoder's are 1). By default 1 / sqrt(3) for the Top-k
     kinds, near the scale of least squared error (rows of norm 1 start with too long reconstructions), 1 for others."""
     label: str | None = None

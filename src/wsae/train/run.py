@@ -8,6 +8,7 @@ from typing import Any
 from wsae.acts.stream import ActivationSource
 from wsae.acts.tally import SourceStats
 from wsae.core.artifact import MANIFEST, contained, read_manifest, write_manifest
+from wsae.core.calls import own_settings
 from wsae.core.errors import understood
 from wsae.core.files import write_json
 from wsae.core.memory import explained
@@ -30,6 +31,7 @@ class RunResult:
     saes: dict[str, dict[str, SparseAutoencoder]]
 
 
+@own_settings()
 def train_run(
     cfg: TrainConfig,
     source: ActivationSource,

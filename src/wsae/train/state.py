@@ -88,7 +88,9 @@ def make_member(
         since_fired=torch.zeros(d_sae, dtype=torch.int64),
         dead=torch.zeros(d_sae, dtype=torch.bool),
         latent_moments=torch.zeros(2, d_sae, dtype=torch.float64),
-        spread=torch.ones(d_in) if spread is None else (spread / scale).float(),
+        spread=torch.ones(d_in, dtype=torch.float32)
+        if spread is None
+        else (spread / scale).float(),
         sparse=torch.tensor(hasattr(cfg.activation, "k")),
     )
 

@@ -52,7 +52,9 @@ class Pretrainer:
         self.encoder = self.model.encoder
         self.optimizer = make_optimizer(cfg, self.model)
         self.augment = Augment(cfg.augment, cfg.size, data.grey, cropped=not data.in_memory)
-        self.sums = torch.zeros(3, device=device)  # loss, share of right answers, steps
+        self.sums = torch.zeros(
+            3, device=device, dtype=torch.float32
+        )  # loss, share of right answers, steps
 
     def run(
         self, position: dict[str, Any] | None, tick: Tick, on_step: Callable[[int], None]

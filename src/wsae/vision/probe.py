@@ -40,7 +40,7 @@ def knn_accuracy(
     right, rows = 0, max(1, _CELLS // len(train))
     for part, truth in zip(test.split(rows), test_labels.split(rows), strict=True):
         near = (part @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device)
+        votes = torch.zeros(len(part), classes, device=part.device, dtype=torch.float32)
         votes.scatter_add_(1, train_labels[near.indices], (near.values / temperature).exp())
         right += int((votes.argmax(1) == truth).sum())
     return right / len(test)

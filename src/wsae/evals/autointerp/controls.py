@@ -68,7 +68,9 @@ def neurons(
     mean: Float64[Tensor, " d_in"], variance: Float64[Tensor, " d_in"], l0: float
 ) -> SparseAutoencoder:
     """Return the neurons control: latent i is dimension i above its mean, latent d_in + i below, in deviations."""
-    return direction_sae(torch.eye(len(mean)), variance.clamp_min(0).sqrt(), mean, l0)
+    return direction_sae(
+        torch.eye(len(mean), dtype=torch.float32), variance.clamp_min(0).sqrt(), mean, l0
+    )
 
 
 def pca(

@@ -108,7 +108,7 @@ class Tracked:
         )
         self.n = 0
         self.count = np.zeros(d_sae, dtype=np.int64)
-        self.peak = torch.zeros(d_sae)
+        self.peak = torch.zeros(d_sae, dtype=torch.float32)
         self.tracked: Bool[np.ndarray, " d_sae"] = np.zeros(d_sae, dtype=bool)
         rng = np.random.default_rng(seed_for(cfg.seed, "interpret", "latents", name))
         self._rank = rng.permutation(d_sae)

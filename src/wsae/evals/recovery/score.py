@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 
+from wsae.core.calls import own_settings
 from wsae.core.errors import UserError
 from wsae.evals.recovery.codes import code_scores
 from wsae.evals.recovery.directions import direction_scores, length_shrinkage
@@ -50,6 +51,7 @@ class Recovery:
     direction_signed."""
 
 
+@own_settings()
 @torch.no_grad()
 def recovery(
     sae: SparseAutoencoder,
@@ -65,14 +67,22 @@ def recovery(
     UserError for shapes that do not fit, values that are not finite, negative features, or features without signal.
     """
     cfg = RecoveryConfig.parse(dict(options), where="recovery")
+    if not isinstance(sae, SparseAutoencoder):
+        raise UserError(
+            f"recovery: given {type(sae).__name__} in place of an SAE; SparseAutoencoder.load(path)"
+        )
     truth = ground_truth(features, acts, W_p)
-    assert truth.acts is not None
+    if truth.acts is None:
+        raise UserError(
+            "acts: given as None; give the activations [rows, d_in] behind the features"
+        )
     x = truth.acts.to(sae.W_dec.device, sae.W_dec.dtype)
     latents = sae.encode(x)
     alone = None if truth.W_p is None else isolated(truth, truth.W_p, sae)
     return score_codes(truth, Codes(latents, sae.W_dec, sae.decode(latents), alone), cfg)
 
 
+@own_settings()
 @torch.no_grad()
 def score_codes(
     truth: GroundTruth,

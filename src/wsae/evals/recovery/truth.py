@@ -1,17 +1,20 @@
 """The ground truth of a synthetic world, checked and reduced once, against which any number of SAEs are scored."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Shaped
 from torch import Tensor
 
+from wsae.acts.arrays import as_path, open_matrix
+from wsae.core.calls import tensor
 from wsae.core.errors import UserError
 from wsae.evals.recovery.spread import Moments, moments
 
-Matrix = Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."]
-"""A matrix as users bring it; its shape is checked here, so that a mistake is answered in words."""
+Matrix = object
+"""A matrix as users bring it (`wsae.core.calls.numbers`), or an array file; a mistake is answered in words."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,16 @@ def matrix(name: str, value: Matrix, shape: str) -> Float64[Tensor, "rows column
 
 def two_dimensional(name: str, value: Matrix, shape: str) -> Shaped[Tensor, "rows columns"]:
     """Return `value` as a detached matrix; raises UserError when it is none, or empty."""
-    x = torch.as_tensor(value).detach()
+    path = as_path(value)
+    x = tensor(value, name).detach() if path is None else _read(path)
     if x.ndim != 2 or 0 in x.shape:
         raise UserError(f"{name} has shape {tuple(x.shape)}; give {shape}, both at least 1")
     return x
+
+
+def _read(path: Path) -> Tensor:
+    matrix = open_matrix(path, str(path))
+    return matrix.take(np.arange(matrix.shape[0]))
 
 
 def check_finite(name: str, x: Shaped[Tensor, "rows columns"]) -> None:

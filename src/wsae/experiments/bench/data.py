@@ -37,18 +37,24 @@ def write_mixtures(path: Path, rows: int, d_in: int, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "bench", d_in))
     n = OVERCOMPLETE * d_in
-    directions = torch.randn(n, d_in, generator=generator)
+    directions = torch.randn(n, d_in, generator=generator, dtype=torch.float32)
     directions /= directions.norm(dim=1, keepdim=True)
     chance = zipf(n)
     norm = float((chance.sum() * 13 / 12).sqrt())  # E a^2 = 1 + 1/12
-    offset = torch.randn(d_in, generator=generator) * (OFFSET * norm / d_in**0.5)
+    offset = torch.randn(d_in, generator=generator, dtype=torch.float32) * (
+        OFFSET * norm / d_in**0.5
+    )
     scale = 0.0
     with writing(path) as temporary, temporary.open("wb") as file:
         for first in range(0, rows, CHUNK):
             shape = (min(CHUNK, rows - first), n)
-            active = torch.rand(shape, generator=generator) < chance
-            codes = torch.rand(shape, generator=generator).add_(0.5).mul_(active)
-            noise = torch.randn(shape[0], d_in, generator=generator) * (NOISE * norm / d_in**0.5)
+            active = torch.rand(shape, generator=generator, dtype=torch.float32) < chance
+            codes = (
+                torch.rand(shape, generator=generator, dtype=torch.float32).add_(0.5).mul_(active)
+            )
+            noise = torch.randn(shape[0], d_in, generator=generator, dtype=torch.float32) * (
+                NOISE * norm / d_in**0.5
+            )
             x = codes @ directions + offset + noise
             scale = scale or unit_scale(x)
             file.write((x * scale).numpy().tobytes())

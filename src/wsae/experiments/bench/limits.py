@@ -28,7 +28,7 @@ class Limits:
 
     def __init__(self, job: Any, x: Tensor) -> None:
         self.job = job
-        rows = torch.randn(job.d_sae, job.d_in) / job.d_in**0.5
+        rows = torch.randn(job.d_sae, job.d_in, dtype=torch.float32) / job.d_in**0.5
         self.rows = torch.nn.Parameter(rows)
         self.decoder = torch.nn.Parameter(rows.clone())
         for matrix in (self.rows, self.decoder):
@@ -38,7 +38,7 @@ class Limits:
             "adam_fused": torch.optim.Adam(pair, lr=1e-9, fused=True),
             "adam_foreach": torch.optim.Adam(pair, lr=1e-9, foreach=True),
         }
-        self.pre = torch.empty(job.batch, job.d_sae)
+        self.pre = torch.empty(job.batch, job.d_sae, dtype=torch.float32)
         self.low = torch.empty(job.batch, job.d_sae, dtype=torch.bfloat16)
         self.codes, self.values = self._codes(x)
         self.best: dict[str, bool] = {}
@@ -51,7 +51,7 @@ class Limits:
         flat, order = codes.flatten().sort()
         starts = torch.searchsorted(flat, torch.arange(job.d_sae + 1))
         shape = (job.d_sae, len(x))
-        weights = torch.rand(len(flat))
+        weights = torch.rand(len(flat), dtype=torch.float32)
         transposed = torch.sparse_csr_tensor(starts, order // job.k, weights, shape)
         return codes, transposed
 
@@ -74,7 +74,7 @@ class Limits:
         return parts | {name: timed(adam.step) for name, adam in self.adams.items()}
 
     def _bag(self) -> Tensor:
-        weights = torch.ones(self.codes.shape)
+        weights = torch.ones(self.codes.shape, dtype=torch.float32)
         return torch.nn.functional.embedding_bag(
             self.codes, self.decoder, mode="sum", per_sample_weights=weights
         )

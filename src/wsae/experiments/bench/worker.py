@@ -150,7 +150,7 @@ def first_step() -> None:
     """Let torch import what it imports at the first step of an optimiser: 100 MiB that are no variant's own."""
     import torch
 
-    weight = torch.nn.Parameter(torch.ones(1))
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float32))
     weight.square().sum().backward()
     torch.optim.Adam([weight]).step()
 

@@ -1,4 +1,4 @@
-"""Compile and load the kernels: once per machine and version, kept in the user's cache directory."""
+"""Compile and load the kernels: once per machine and version, kept in the user's cache folder."""
 
 import ctypes
 import functools
@@ -7,12 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
-from wsae.core.files import flush
+from wsae.core.cache import cached, cached_privately
 
 FOLDER = Path(__file__).parent
+LIBRARY = "kernels.so"
 SOURCES = ("common.h", "select.cpp", "sparse.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
@@ -27,7 +27,7 @@ FLAGS = (
     "-w",
 )
 ALLOCATING = ("select_int8", "sort_pairs", "dots", "update_latents")
-"""Kernels with working memory of their own: they return 1 when there is none left."""
+"""Kernels with working memory of their own: they return 1 when there is none left, 2 for a code that does not fit."""
 TIMEOUT = 300
 SWITCH = "WSAE_NATIVE"
 """Environment variable: 0 turns the compiled kernels off, float32 the 8-bit selection alone."""
@@ -66,9 +66,19 @@ def _load() -> ctypes.CDLL | str:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 turns them off"
     try:
-        lib = ctypes.CDLL(str(_built()))
-    except (Unavailable, OSError) as error:
+        return _opened(_built())
+    except (Unavailable, OSError, AttributeError) as error:
+        reason = str(error)
+        if isinstance(error, Unavailable):
+            return reason
+    try:  # a cache on a file system that forbids running what lies there
+        return _opened(_built(reason))
+    except (Unavailable, OSError, AttributeError) as error:
         return str(error)
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
     for name in ALLOCATING:
         function = getattr(lib, name)
         function.restype, function.errcheck = ctypes.c_int64, _succeeded
@@ -76,62 +86,69 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _succeeded(status: int, function: object, _arguments: object) -> int:
-    """Raise MemoryError where a kernel says that memory ran out."""
+    """Raise what a kernel says: memory ran out, or a code names latents or tokens that there are not."""
+    name = getattr(function, "__name__", "a kernel")
+    if status == 2:
+        raise ValueError(f"a sparse code that does not fit in the compiled kernel {name}")
     if status:
-        name = getattr(function, "__name__", "a kernel")
         raise MemoryError(f"std::bad_alloc in the compiled kernel {name}")
     return status
 
 
-def _built() -> Path:
-    """Return the path of the compiled library for this source, compiler and CPU."""
+def _built(refused: str | None = None) -> Path:
+    """Return the path of the compiled library for this source, compiler and CPU.
+
+    `refused` says why the library in the cache could not be loaded: one in a temporary folder is made then.
+    """
     compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    try:
+        told = subprocess.run(
+            [*compiler, "--version"], capture_output=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{compiler[-1]} failed: {error}") from error
     parts = [(FOLDER / name).read_bytes() for name in SOURCES]
-    parts += [version, " ".join(FLAGS).encode(), _cpu().encode()]
+    parts += [told.stdout, " ".join(FLAGS).encode(), _cpu().encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    path = _cache() / f"kernels-{key}.so"
-    if not path.exists():
-        _compile(compiler, path)
-    return path
+
+    def make(folder: Path) -> None:
+        _compile(compiler, folder)
+
+    if refused is not None:
+        return cached_privately("native", key, make, refused) / LIBRARY
+    return cached("native", key, make) / LIBRARY
 
 
-def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
+def _compile(compiler: list[str], folder: Path) -> None:
     files = [str(FOLDER / source) for source in SOURCES if source.endswith(".cpp")]
     try:
         subprocess.run(
-            [compiler, *FLAGS, *files, "-o", name],
+            [*compiler, *FLAGS, *files, "-o", str(folder / LIBRARY)],
             capture_output=True,
             check=True,
             timeout=TIMEOUT,
             text=True,
+            errors="replace",
+            env={**os.environ, "TMPDIR": str(folder)},  # the compiler's own scratch files too
         )
-        flush(Path(name))  # half a library would be loaded after a power cut
-        os.replace(name, path)  # whole or not there, whoever else compiles at the same time
     except subprocess.CalledProcessError as error:
         first = next((line for line in error.stderr.splitlines() if "error" in line), "no message")
-        raise Unavailable(f"{compiler} failed: {first.strip()}") from error
+        raise Unavailable(f"{compiler[-1]} failed: {first.strip()}") from error
     except (subprocess.TimeoutExpired, OSError) as error:
-        raise Unavailable(f"{compiler} failed: {error}") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
+        raise Unavailable(f"{compiler[-1]} failed: {error}") from error
+    if not (folder / LIBRARY).is_file():
+        raise Unavailable(f"{compiler[-1]} failed: it wrote no library")
 
 
-def _compiler() -> str:
-    chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else COMPILERS:
+def _compiler() -> list[str]:
+    """Return the compiler's command: $CXX, which may begin with a helper (`ccache g++`), or the first that is there."""
+    chosen = os.environ.get("CXX", "").split()
+    for name, *rest in (chosen,) if chosen else ([name] for name in COMPILERS):
         found = shutil.which(name)
         if found:
-            return found
-    raise Unavailable(f"no C++ compiler found ({chosen or ', '.join(COMPILERS)}); install g++")
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "wsae" / "native"
+            return [found, *rest]
+    wanted = " ".join(chosen) or ", ".join(COMPILERS)
+    raise Unavailable(f"no C++ compiler found ({wanted}); install g++")
 
 
 def _cpu() -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from wsae.ops.codes import SparseCode, code_from_topk
 from wsae.ops.native import plain
 from wsae.ops.native.build import has_int8, library
-from wsae.ops.native.slices import SLICE, Slices, pointer, slice_count
+from wsae.ops.native.slices import SLICE, Slices, address, empty, pointer, slice_count
 
 CHUNK = 252
 """Tokens scanned together: 18 tiles of 14, whose 8-bit rows and candidates stay in the second-level cache."""
@@ -79,50 +79,53 @@ class RoundedEncoder:
     effort: Effort = field(default_factory=Effort)
 
     def __post_init__(self) -> None:
+        d_sae, d_in, group = self.d_sae, self.d_in, self.group
+        if min(d_sae, d_in, group) < 1 or d_sae % group:
+            raise ValueError(f"groups of {group} of {d_sae} latents, {d_in} dimensions")
         self.int8 = has_int8()
         lib = library()
         lib.padded_latents.restype = lib.packed_bytes.restype = ctypes.c_int64
-        shape = [ctypes.c_int64(n) for n in (self.d_sae, self.d_in, self.group)]
+        shape = [ctypes.c_int64(n) for n in (d_sae, d_in, group)]
         padded = int(lib.padded_latents(shape[0], shape[2]))
         size = int(lib.packed_bytes(*shape)) if self.int8 else 0
-        self.packed = torch.full((size,), 128, dtype=torch.uint8)
-        self.scale, self.norm = torch.ones(padded), torch.zeros(padded)
-        self.largest, self.square = torch.zeros(self.d_sae), torch.zeros(self.d_sae)
+        self.packed = empty(size, dtype=torch.uint8).fill_(128)
+        self.scale, self.norm = empty(padded).fill_(1), empty(padded).zero_()
+        self.largest, self.square = empty(d_sae).zero_(), empty(d_sae).zero_()
 
     def measure(self, W: Slices) -> None:
         """Find each row's largest entry and square norm, times the dimensions' scales."""
-        library().measure_rows(
-            pointer(W),
-            pointer(self.dim),
-            ctypes.c_int64(self.d_sae),
-            ctypes.c_int64(self.d_in),
-            pointer(self.largest),
-            pointer(self.square),
-        )
+        library().measure_rows(*self._rows(W), *self._sizes(), *self._measured())
 
     def pack(self, W: Slices) -> None:
         """Round the rows of W; `largest` and `square` must be theirs."""
         if not self.int8:
             return
         library().pack(
-            pointer(W),
-            pointer(self.dim),
-            pointer(self.largest),
-            pointer(self.square),
-            ctypes.c_int64(self.d_sae),
-            ctypes.c_int64(self.d_in),
+            *self._rows(W),
+            *self._measured(),
+            *self._sizes(),
             ctypes.c_int64(self.group),
-            pointer(self.packed),
-            pointer(self.scale),
-            pointer(self.norm),
+            pointer(self.packed, len(self.packed), dtype=torch.uint8),
+            pointer(self.scale, len(self.scale)),
+            pointer(self.norm, len(self.scale)),
         )
+
+    def _rows(self, W: Slices) -> list[ctypes.c_void_p | None]:
+        slices = slice_count(self.d_in)
+        return [pointer(W, slices, self.d_sae, SLICE), pointer(self.dim, slices * SLICE)]
+
+    def _measured(self) -> list[ctypes.c_void_p | None]:
+        return [pointer(t, self.d_sae) for t in (self.largest, self.square)]
+
+    def _sizes(self) -> list[ctypes.c_int64]:
+        return [ctypes.c_int64(self.d_sae), ctypes.c_int64(self.d_in)]
 
 
 def dimension_scales(spread: Float[Tensor, " d_in"]) -> Float[Tensor, " padded_d_in"]:
     """Return sqrt(spread), padded with ones: rounding errors are then shared by activations and weights alike."""
     d_in = len(spread)
     typical = float(spread.double().square().mean().sqrt()) or 1.0
-    scales = torch.ones(slice_count(d_in) * SLICE)
+    scales = empty(slice_count(d_in) * SLICE).fill_(1)
     scales[:d_in] = (spread.float() / typical).clamp_min(1e-3).sqrt()
     return scales
 
@@ -140,8 +143,10 @@ def select_topk(
     groups = encoder.group < encoder.d_sae
     if not encoder.int8:
         return plain.select_topk(W, bias, centred[0], k, groups)
+    if not 1 <= k <= encoder.d_sae or (groups and k * encoder.group != encoder.d_sae):
+        raise ValueError(f"{k} of {encoder.d_sae} latents in groups of {encoder.group}")
     batch = len(centred[0])
-    values, indices = torch.empty(batch, k), torch.empty(batch, k, dtype=torch.int64)
+    values, indices = empty(batch, k), empty(batch, k, dtype=torch.int64)
     asked = CSelection(k=1 if groups else k, keep=k)
     asked.values, asked.indices = values.data_ptr(), indices.data_ptr()
     _run(encoder, (W, bias, None), centred, asked, None)
@@ -167,8 +172,8 @@ def select_above(
         counts = _run(encoder, (W, bias, floor), centred, asked, lists)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         n = int(offsets[-1])
-        values, indices = torch.empty(n), torch.empty(n, dtype=torch.int64)
-        lib.collect(lists, pointer(values), pointer(indices))
+        values, indices = empty(n), empty(n, dtype=torch.int64)
+        lib.collect(lists, pointer(values, n), pointer(indices, n, dtype=torch.int64))
     finally:
         lib.free_lists(lists)
     return SparseCode(values, indices, offsets)
@@ -183,19 +188,23 @@ def _run(
 ) -> Int64[Tensor, " batch"]:
     W, bias, floor = weights
     rows, slices = centred
-    batch = len(rows)
-    counts = torch.empty(batch, dtype=torch.int64)
-    address = [None if t is None else t.data_ptr() for t in (W, bias, floor)]
-    numbers = (encoder.d_sae, encoder.d_in, encoder.group)
-    copies = (encoder.packed, encoder.scale, encoder.norm, encoder.dim)
-    c_encoder = CEncoder(*address, *numbers, *(t.data_ptr() for t in copies))
+    batch, d_sae, padded = len(rows), encoder.d_sae, len(encoder.scale)
+    shape = (slice_count(encoder.d_in), d_sae, SLICE)
+    counts = empty(batch, dtype=torch.int64)
+    vectors = [None if t is None else address(t, d_sae) for t in (bias, floor)]
+    copies = [
+        address(encoder.packed, len(encoder.packed), dtype=torch.uint8),
+        *(address(t, padded) for t in (encoder.scale, encoder.norm)),
+        address(encoder.dim, shape[0] * SLICE),
+    ]
+    c_encoder = CEncoder(address(W, *shape), *vectors, d_sae, encoder.d_in, encoder.group, *copies)
     asked.counts, asked.guess, asked.trend = counts.data_ptr(), encoder.guess, encoder.trend
     threads = torch.get_num_threads()
     chunk = max(14, min(CHUNK, -(-batch // threads) // 14 * 14))
     library().select_int8(
         ctypes.byref(c_encoder),
-        pointer(rows),
-        pointer(slices),
+        pointer(rows, batch, encoder.d_in),
+        pointer(slices, shape[0], batch, SLICE),
         ctypes.c_int64(batch),
         ctypes.c_int64(chunk),
         ctypes.byref(asked),

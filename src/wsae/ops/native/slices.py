@@ -17,12 +17,31 @@ SLICE = 32
 Slices = Float[Tensor, "slices rows 32"]
 
 
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    """Return the address of a contiguous CPU tensor's data."""
-    if tensor is None:
-        return None
-    assert tensor.is_contiguous(), tensor.shape
-    return ctypes.c_void_p(tensor.data_ptr())
+def address(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+    """Return where a tensor's data lie; the kernels read what is there as numbers of this type and shape.
+
+    Raises TypeError for another type, ValueError for another shape, device or order in memory.
+    """
+    if tensor.dtype != dtype:
+        raise TypeError(f"a tensor of {tensor.dtype} where the kernels read {dtype}")
+    if tensor.shape != shape or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device} "
+            f"where the kernels read {shape}, contiguous, on cpu"
+        )
+    return tensor.data_ptr()
+
+
+def pointer(
+    tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32
+) -> ctypes.c_void_p | None:
+    """Return `address` for ctypes, and None (a null pointer) for None."""
+    return None if tensor is None else ctypes.c_void_p(address(tensor, *shape, dtype=dtype))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return memory for a kernel to fill, whatever PyTorch's default type and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def slice_count(d_in: int) -> int:
@@ -35,9 +54,14 @@ def to_slices(
 ) -> Slices:
     """Return rows - centre in slices, padded with zeros."""
     n, d_in = rows.shape
-    out = torch.empty(slice_count(d_in), n, SLICE)
-    rows = rows.contiguous()
-    library().to_slices(pointer(rows), pointer(centre), _i(n), _i(d_in), pointer(out))
+    rows, out = rows.contiguous(), empty(slice_count(d_in), n, SLICE)
+    library().to_slices(
+        pointer(rows, n, d_in),
+        pointer(centre, d_in),
+        _i(n),
+        _i(d_in),
+        pointer(out, *out.shape),
+    )
     return out
 
 
@@ -46,8 +70,14 @@ def from_slices(
 ) -> Float[Tensor, "rows d_in"]:
     """Return the rows of a slice tensor, each times its scale."""
     n = slices.shape[1]
-    out = torch.empty(n, d_in)
-    library().from_slices(pointer(slices), pointer(scale), _i(n), _i(d_in), pointer(out))
+    out = empty(n, d_in)
+    library().from_slices(
+        pointer(slices, slice_count(d_in), n, SLICE),
+        pointer(scale, n),
+        _i(n),
+        _i(d_in),
+        pointer(out, n, d_in),
+    )
     return out
 
 
@@ -64,24 +94,32 @@ class SortedPairs(NamedTuple):
     tokens: Int32[Tensor, " pairs"]
     order: Int64[Tensor, " pairs"]
 
-    def c(self) -> CPairs:
+    def c(self, d_sae: int) -> CPairs:
         """Return the C struct; the tensors must outlive its use."""
-        return CPairs(self.offsets.data_ptr(), self.tokens.data_ptr())
+        return CPairs(
+            address(self.offsets, d_sae + 1, dtype=torch.int64),
+            address(self.tokens, len(self.order), dtype=torch.int32),
+        )
 
 
 def sort_pairs(code: SparseCode, d_sae: int) -> SortedPairs:
-    """Sort a code's pairs by latent (as `wsae.ops.sparse.Plan`)."""
-    n = len(code.indices)
-    offsets = torch.empty(d_sae + 1, dtype=torch.int64)
-    order, tokens = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    """Sort a code's pairs by latent (as `wsae.ops.sparse.Plan`); raises ValueError for a latent that is none."""
+    n, long, short = len(code.indices), torch.int64, torch.int32
+    offsets, order, tokens = (
+        empty(d_sae + 1, dtype=long),
+        empty(n, dtype=short),
+        empty(n, dtype=short),
+    )
+    indices, starts = code.indices.contiguous(), code.offsets.contiguous()
     library().sort_pairs(
-        pointer(code.indices.contiguous()),
-        pointer(code.offsets.contiguous()),
+        pointer(indices, n, dtype=long),
+        pointer(starts, code.batch + 1, dtype=long),
         _i(code.batch),
+        _i(n),
         _i(d_sae),
-        pointer(offsets),
-        pointer(order),
-        pointer(tokens),
+        pointer(offsets, d_sae + 1, dtype=long),
+        pointer(order, n, dtype=short),
+        pointer(tokens, n, dtype=short),
     )
     return SortedPairs(offsets, tokens, order.long())
 
@@ -95,18 +133,18 @@ def decode(
     start: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "slices batch 32"]:
     """Return start + sum over a token's pairs of value * scale * W[latent], in slices; `shape` is (batch, d_in)."""
-    batch, d_in = shape
-    out = torch.empty(slice_count(d_in), batch, SLICE)
+    (batch, d_in), d_sae, slices = shape, W.shape[1], slice_count(shape[1])
+    out = empty(slices, batch, SLICE)
     library().decode(
-        ctypes.byref(pairs.c()),
-        pointer(values),
-        pointer(W),
-        pointer(scale),
-        pointer(start),
-        _i(W.shape[1]),
+        ctypes.byref(pairs.c(d_sae)),
+        pointer(values, len(pairs.tokens)),
+        pointer(W, slices, d_sae, SLICE),
+        pointer(scale, d_sae),
+        pointer(start, d_in),
+        _i(d_sae),
         _i(batch),
         _i(d_in),
-        pointer(out),
+        pointer(out, *out.shape),
     )
     return out
 
@@ -119,16 +157,17 @@ def dots(
     d_in: int,
 ) -> Float[Tensor, " pairs"]:
     """Return scale * W[latent] . left[token] for every pair (as `wsae.ops.sparse._pair_products`)."""
-    out = torch.zeros(len(pairs.tokens))
+    d_sae, batch, slices = W.shape[1], left.shape[1], slice_count(d_in)
+    out = empty(len(pairs.tokens)).zero_()
     library().dots(
-        ctypes.byref(pairs.c()),
-        pointer(left),
-        pointer(W),
-        pointer(scale),
-        _i(W.shape[1]),
-        _i(left.shape[1]),
+        ctypes.byref(pairs.c(d_sae)),
+        pointer(left, slices, batch, SLICE),
+        pointer(W, slices, d_sae, SLICE),
+        pointer(scale, d_sae),
+        _i(d_sae),
+        _i(batch),
         _i(d_in),
-        pointer(out),
+        pointer(out, len(out)),
     )
     return out
 
@@ -153,16 +192,17 @@ def residual(
 ) -> Residual:
     """Return G, in place of x_hat, and the losses (Eq. 12)."""
     batch, d_in = x.shape
-    errors = torch.empty(batch, 2, dtype=torch.float64)
-    partial = torch.empty(-(-batch // 64), d_in)
+    errors = empty(batch, 2, dtype=torch.float64)
+    x, gamma = x.contiguous(), gamma.contiguous()
+    partial = empty(-(-batch // 64), d_in)
     library().residual(
-        pointer(x_hat),
-        pointer(x.contiguous()),
-        pointer(gamma.contiguous()),
+        pointer(x_hat, slice_count(d_in), batch, SLICE),
+        pointer(x, batch, d_in),
+        pointer(gamma, d_in),
         _i(batch),
         _i(d_in),
-        pointer(errors),
-        pointer(partial),
+        pointer(errors, batch, 2, dtype=torch.float64),
+        pointer(partial, *partial.shape),
     )
     return Residual(x_hat, errors, partial.sum(0))
 

@@ -19,7 +19,10 @@ from wsae.ops.native.slices import (
     CPairs,
     Slices,
     SortedPairs,
+    address,
+    empty,
     from_slices,
+    slice_count,
     to_slices,
 )
 from wsae.ops.update import AdamStep
@@ -89,9 +92,9 @@ class Matrix:
         moments = (from_slices(t, d_in) for t in (self.m, self.v))
         return DenseMatrix(from_slices(self.W, d_in, scale), *moments)
 
-    def c(self) -> CMatrix:
+    def c(self, slices: int, rows: int) -> CMatrix:
         """Return the C struct."""
-        return CMatrix(*(t.data_ptr() for t in (self.W, self.m, self.v)))
+        return CMatrix(*(address(t, slices, rows, SLICE) for t in (self.W, self.m, self.v)))
 
 
 class Terms(NamedTuple):
@@ -105,10 +108,11 @@ class Terms(NamedTuple):
     gradient: Slices
     """G = dL/dx_hat."""
 
-    def c(self) -> CTerms:
+    def c(self, d_sae: int, slices: int, batch: int) -> CTerms:
         """Return the C struct."""
-        tensors = (self.z, self.v, self.along, self.gradient)
-        return CTerms(self.pairs.c(), *(t.data_ptr() for t in tensors))
+        pairs = [address(t, len(self.pairs.tokens)) for t in (self.z, self.v, self.along)]
+        gradient = address(self.gradient, slices, batch, SLICE)
+        return CTerms(self.pairs.c(d_sae), *pairs, gradient)
 
 
 @dataclass
@@ -153,28 +157,31 @@ class Weights:
 
         `bias` is (b_enc, m, v); `pull` is added to the decoder's gradient times the row (tied L1).
         """
-        d_sae, slices = self.d_sae, self.decoder.W.shape[0]
-        u, keep = CUpdate(), (CTerms * len(terms))(*(t.c() for t in terms))
-        u.d_sae, u.d_in, u.tokens, u.terms = d_sae, self.d_in, centred.shape[1], len(terms)
-        u.term, u.centred = ctypes.addressof(keep), centred.data_ptr()
-        u.decoder = self.decoder.c()
-        u.encoder = CMatrix() if self.encoder is None else self.encoder.c()
+        d_sae, slices, batch = self.d_sae, slice_count(self.d_in), centred.shape[1]
+        u = CUpdate()
+        keep = (CTerms * len(terms))(*(t.c(d_sae, slices, batch) for t in terms))
+        u.d_sae, u.d_in, u.tokens, u.terms = d_sae, self.d_in, batch, len(terms)
+        u.term, u.centred = ctypes.addressof(keep), address(centred, slices, batch, SLICE)
+        u.decoder = self.decoder.c(slices, d_sae)
+        u.encoder = CMatrix() if self.encoder is None else self.encoder.c(slices, d_sae)
         u.lr, u.beta1, u.beta2, u.eps = rates.lr, rates.beta1, rates.beta2, rates.eps
         u.correction1 = 1 - rates.beta1**rates.step
         u.correction2 = 1 - rates.beta2**rates.step
         u.unit = int(self.encoder is not None)
-        u.row_scale, u.norm = self.row_scale.data_ptr(), self.norm.data_ptr()
-        u.pull = None if pull is None else pull.data_ptr()
+        u.row_scale, u.norm = (address(t, d_sae) for t in (self.row_scale, self.norm))
+        u.pull = None if pull is None else address(pull, d_sae)
         partial = None
         if bias is not None:
-            u.b_enc, u.b_enc_m, u.b_enc_v = (t.data_ptr() for t in bias)
-            partial = torch.zeros(math.ceil(d_sae / BLOCK), slices * SLICE)
+            u.b_enc, u.b_enc_m, u.b_enc_v = (address(t, d_sae) for t in bias)
+            partial = empty(math.ceil(d_sae / BLOCK), slices * SLICE).zero_()
             u.partial = partial.data_ptr()
-        u.dim = self.rounded.dim.data_ptr()
-        u.largest, u.square = self.rounded.largest.data_ptr(), self.rounded.square.data_ptr()
+        u.dim = address(self.rounded.dim, slices * SLICE)
+        u.largest, u.square = (
+            address(t, d_sae) for t in (self.rounded.largest, self.rounded.square)
+        )
         library().update_latents(ctypes.byref(u))
         self.rounded.pack(self.encoder_rows)
-        return torch.zeros(self.d_in) if partial is None else partial.sum(0)[: self.d_in]
+        return empty(self.d_in).zero_() if partial is None else partial.sum(0)[: self.d_in]
 
 
 def make_weights(
@@ -191,4 +198,4 @@ def make_weights(
     rounded.measure(rows)
     rounded.pack(rows)
     norm = torch.linalg.vector_norm(decoder.W, dim=(0, 2))
-    return Weights(d_in, decoder, encoder, torch.ones(d_sae), norm, rounded)
+    return Weights(d_in, decoder, encoder, torch.ones_like(norm), norm, rounded)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from wsae.ops.triton.sums import products
+from wsae.ops.triton.support import check
 from wsae.ops.triton.tiles import CONFIGS, block_of, columns_per_tile, product_tile, prune_configs
 
 SAMPLE = 64
@@ -37,6 +38,8 @@ def above(
     tiles = triton.cdiv(d_sae, columns)
     x, w = centred.to(dtype).contiguous(), W_enc_t.to(dtype)
     limits = threshold.to(torch.float32).expand(d_sae).contiguous()
+    for tensor, *shape in ((w, d_sae, d_in), (b_enc, d_sae), (limits, d_sae)):
+        check(x.device, tensor, *shape)
     words = torch.empty(batch, tiles * columns // WORD, dtype=torch.int32, device=x.device)
     if batch:
         grid = lambda meta: (triton.cdiv(batch, meta["BM"]) * tiles,)  # noqa: E731

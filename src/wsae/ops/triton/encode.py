@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from wsae.ops.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
+from wsae.ops.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES, check
 from wsae.ops.triton.tiles import (
     BN,
     CONFIGS,
@@ -51,6 +51,8 @@ def topk_encode(
     width = 2 * tiles * (columns // size)
     centred = centred.contiguous()
     x, w = centred.to(dtype), W_enc_t.to(dtype)
+    for tensor, *shape in ((W_enc_t, d_sae, d_in), (b_enc, d_sae)):
+        check(x.device, tensor, *shape)
     keys = torch.empty(batch, width, dtype=torch.int64, device=x.device)
     values = torch.empty(batch, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(batch, k, dtype=torch.int64, device=x.device)

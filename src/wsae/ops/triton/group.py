@@ -9,6 +9,7 @@ import triton.language as tl
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from wsae.ops.triton.support import check
 from wsae.ops.triton.tiles import CONFIGS, columns_per_tile, product_tile, prune_configs
 
 
@@ -28,6 +29,8 @@ def group_topk_encode(
     assert d_sae % k == 0, (d_sae, k)  # SAEConfig refuses it with a message
     size = d_sae // k
     x, w = centred.to(dtype).contiguous(), W_enc_t.to(dtype)
+    for tensor, *shape in ((w, d_sae, d_in), (b_enc, d_sae)):
+        check(x.device, tensor, *shape)
     indices = torch.empty(batch, k, dtype=torch.int64, device=x.device)
     if batch:
         grid = lambda meta: (triton.cdiv(batch, meta["BM"]), k)  # noqa: E731

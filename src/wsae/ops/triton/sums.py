@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from wsae.ops.sparse import Plan
+from wsae.ops.triton.support import check
 
 CHUNK = 64
 """Pairs of one latent that one program sums."""
@@ -87,6 +88,8 @@ def products(
     """Return left[rows[p]] . W[indices[p]] for every p, in fp64 for fp64 and otherwise in fp32."""
     wide = torch.float64 if left.dtype == torch.float64 else torch.float32
     out = torch.empty(len(indices), dtype=wide, device=left.device)
+    for tensor, *shape in ((W, len(W), left.shape[1]), (rows, len(out)), (indices, len(out))):
+        check(left.device, tensor, *shape)
     if len(out):
         grid = (triton.cdiv(len(out), _PAIRS),)
         _products[grid](
@@ -107,6 +110,9 @@ def _launch_sums(
     d_in = out.shape[1]
     if out.numel() == 0:
         return
+    check(out.device, matrix, len(matrix), d_in)
+    for tensor in terms:
+        check(out.device, tensor, len(terms[0]))
     block = min(256, triton.next_power_of_2(d_in))
     done = (None, None) if chunks is None else (chunks.sums, chunks.offsets)
     _sums[(len(out), triton.cdiv(d_in, block))](

@@ -18,6 +18,17 @@ BUCKETS_PER_CHOICE = 8
 """Buckets per chosen latent: few hold three of the k best, which costs a second look at the bucket."""
 
 
+def check(device: torch.device, tensor: Tensor | None, *shape: int) -> None:
+    """Raise ValueError for a tensor that a kernel would read beyond its end, in another order or elsewhere."""
+    if tensor is None:
+        return
+    if tensor.shape != shape or not tensor.is_contiguous() or tensor.device != device:
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device} "
+            f"where the kernels read {shape}, contiguous, on {device}"
+        )
+
+
 def unsupported(
     W: Float[Tensor, "d_sae d_in"], dtype: torch.dtype, k: int | None = None, grouped: bool = False
 ) -> str | None:

@@ -7,12 +7,14 @@ renormalises: W, m and v are read and written once and the gradient's matrix nev
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float32
 from torch import Tensor
 
 from wsae.ops.triton.sums import add_rows, sum_chunks
+from wsae.ops.triton.support import check
 from wsae.ops.update import AdamStep, SparseGrad
 
 
@@ -50,8 +52,16 @@ def _launch(
     unit: bool,
 ) -> None:
     n, d = state[0].shape
-    for tensor in state:
-        assert tensor.is_contiguous(), tensor.stride()  # rows are addressed by their number
+    for tensor in state:  # rows are addressed by their number
+        check(state[0].device, tensor, n, d)
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"a tensor of {tensor.dtype} where the kernels keep float32")
+    rows, columns, weights = terms[:3]
+    if columns is None:
+        check(state[0].device, rows, n, d)
+    elif rows is not None:
+        check(state[0].device, rows, len(rows), d)
+        check(state[0].device, weights, len(columns))
     if n == 0 or d == 0:
         return
     block = triton.next_power_of_2(d)

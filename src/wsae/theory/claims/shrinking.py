@@ -48,7 +48,7 @@ def shrinks_with_polysemanticity(seed: int) -> Claim:
 def _many_weak_against_one_strong(seed: int) -> tuple[float, float]:
     """Return the ratios of a feature with two weak non-positive interferers and of one in a digon (S = 0.5)."""
     made = torch.Generator().manual_seed(seed_for(seed, "weak"))
-    lean = 0.02 + 0.03 * float(torch.rand((), generator=made))
+    lean = 0.02 + 0.03 * float(torch.rand((), generator=made, dtype=torch.float32))
     leaning = torch.eye(3, dtype=torch.float64) - lean  # three axes, slightly away from each other
     weak = direct_sum(leaning / leaning.norm(dim=0), digons(1))
     ratio = shrinkage(weak, 0.5).ratio

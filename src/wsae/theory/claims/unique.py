@@ -120,7 +120,7 @@ def _others_against_closed_form(found: dict[str, Zeros]) -> tuple[int, int, int]
 
 def _two_sparse_and_l1(W_m: Tensor, W_p: Tensor) -> tuple[float, float]:
     """Return the 2-sparse loss and the l1 norm of the codes of 1-sparse features, both to 9 digits."""
-    two = support_terms(W_m, W_p)[2] if W_p.shape[1] > 1 else torch.zeros(())
+    two = support_terms(W_m, W_p)[2] if W_p.shape[1] > 1 else torch.zeros((), dtype=torch.float32)
     return round(float(two), 9), round(float(code(W_m, W_p.T.contiguous()).sum()), 9)
 
 

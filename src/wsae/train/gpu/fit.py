@@ -26,7 +26,7 @@ def _fails(device: torch.device) -> str | None:
         from wsae.ops.triton.update import adam_rows_
         from wsae.ops.update import AdamStep
 
-        W, grad, m, v = torch.zeros(4, 1, 1, device=device)
+        W, grad, m, v = torch.zeros(4, 1, 1, dtype=torch.float32, device=device)
         with torch.cuda.device(device):
             adam_rows_(W, grad, m, v, AdamStep(0.0, 1), unit=False)
             torch.cuda.synchronize()

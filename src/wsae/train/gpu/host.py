@@ -49,7 +49,7 @@ def _find(mask: Tensor) -> Dead:
     latents = mask.nonzero()[:, 0]
     number = len(latents)
     filling = (1 << max(4, (number - 1).bit_length())) - number
-    floor = torch.zeros(number + filling, device=mask.device)
+    floor = torch.zeros(number + filling, device=mask.device, dtype=torch.float32)
     floor[number:] = -torch.inf
     return Dead(number, torch.cat([latents, latents.new_zeros(filling)]), floor)
 

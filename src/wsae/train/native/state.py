@@ -52,7 +52,7 @@ def moments(member: MemberState, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Return a parameter's Adam state, made as torch.optim.Adam makes it where there is none."""
     state = member.optimizer.state[parameter]
     if not state:
-        state["step"] = torch.zeros(())
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state["exp_avg"] = torch.zeros_like(parameter.detach())
         state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
     return state
@@ -74,7 +74,7 @@ def _clear(member: MemberState, parameter: nn.Parameter) -> None:
     """Let go of the memory of a parameter and its moments; the count of steps stays."""
     parameter.data, parameter.grad = parameter.new_empty(0), None
     state = member.optimizer.state[parameter]
-    state["exp_avg"] = state["exp_avg_sq"] = torch.empty(0)
+    state["exp_avg"] = state["exp_avg_sq"] = parameter.new_empty(0)
 
 
 def _put(member: MemberState, weights: Weights) -> None:

@@ -138,7 +138,7 @@ def _state(shard: Shard, world: World, to_write: bool = False) -> dict[str, Any]
 def _cut(local: Tensor, dim: int, shard: Shard, world: World) -> DTensor:
     shape = list(local.shape)
     shape[dim] = shard.piece.d_sae
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=torch.float32, device="meta").stride()
     placements = [Replicate(), Cut(dim)]
     return DTensor.from_local(
         local, world.sub, placements, run_check=False, shape=torch.Size(shape), stride=stride

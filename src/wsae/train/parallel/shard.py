@@ -120,14 +120,14 @@ def initial_rows(
     stream of random numbers is that of one draw.
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
-    found = torch.empty(part.stop - part.start, d_in)
+    found = torch.empty(part.stop - part.start, d_in, dtype=torch.float32)
     blocks = max(1, d_sae // block)
     for number in range(blocks):
         first = number * block
         last = d_sae if number == blocks - 1 else first + block
         if first >= part.stop:
             break
-        rows = torch.randn(last - first, d_in, generator=generator)
+        rows = torch.randn(last - first, d_in, generator=generator, dtype=torch.float32)
         low, high = max(first, part.start), min(last, part.stop)
         if high > low:
             found[low - part.start : high - part.start] = rows[low - first : high - first]

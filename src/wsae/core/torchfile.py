@@ -1,4 +1,4 @@
-"""`ae.pt`: the one file of this project that holds a pickle, because dictionary_learning has no other.
+"""Files of `torch.save`: the only ones this project reads that hold a pickle (SAEs and activations of other tools).
 
 Reading is fenced in: a zip as `torch.save` writes it, nothing compressed, its pickle small; `weights_only`, whose
 unpickler builds tensors and plain numbers and calls nothing a file names; and then each value is checked to be a dense
@@ -25,9 +25,38 @@ def load_state(path: Path, words: dict[str, str] | None = None) -> dict[str, Ten
 
     With `words` its strings are put there, and dicts of settings beside the tensors are left out.
     """
+    found = _loaded(path, "not a state dict of tensors and numbers", mapped=False)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, not a state dict")
+    room = path.stat().st_size
+    if words is not None:
+        words.update({str(key): value for key, value in found.items() if isinstance(value, str)})
+        found = {key: value for key, value in found.items() if not isinstance(value, str | dict)}
+    return {_name(key, path): _tensor(key, value, room, path) for key, value in found.items()}
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, memory-mapped: of a dict, a list (numbered) or the only one.
+
+    Raises UserError for anything else in the file.
+    """
+    found = _loaded(path, "neither a tensor nor a dict or list of tensors", mapped=True)
+    if isinstance(found, Tensor):
+        found = {"tensor": found}
+    elif isinstance(found, list | tuple):
+        found = dict(enumerate(found))
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict of them"
+        )
+    room = path.stat().st_size
+    return {str(key): _tensor(str(key), value, room, path) for key, value in found.items()}
+
+
+def _loaded(path: Path, otherwise: str, mapped: bool) -> object:
     _check_zip(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -41,16 +70,7 @@ def load_state(path: Path, words: dict[str, str] | None = None) -> dict[str, Ten
         OSError,
     ) as error:  # fmt: skip  (what a damaged or hostile file makes the reader say)
         reason = str(error).split("\n", 1)[0][:200]
-        raise UserError(
-            f"{path}: not a state dict of tensors and numbers, so it is not opened ({reason})"
-        ) from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a {type(found).__name__}, not a state dict")
-    room = path.stat().st_size
-    if words is not None:
-        words.update({str(key): value for key, value in found.items() if isinstance(value, str)})
-        found = {key: value for key, value in found.items() if not isinstance(value, str | dict)}
-    return {_name(key, path): _tensor(key, value, room, path) for key, value in found.items()}
+        raise UserError(f"{path}: {otherwise}, so it is not opened ({reason})") from error
 
 
 def save_state(path: Path, state: dict[str, Tensor]) -> None:
@@ -94,7 +114,8 @@ def _name(key: object, path: Path) -> str:
 
 def _tensor(name: str, value: object, room: int, path: Path) -> Tensor:
     if isinstance(value, int | float):
-        return torch.tensor(value)
+        kind = torch.float32 if isinstance(value, float) else None
+        return torch.tensor(value, dtype=kind, device="cpu")
     if not isinstance(value, Tensor):
         raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor or a number")
     dense = value.layout == torch.strided and value.device.type == "cpu"
