@@ -67,7 +67,7 @@ def evaluate_run(
     subject = run_subject(run)
     found = evaluate_families(subject, source, cfg, behind, progress)
     out = run / "evaluation"
-    with locked(out):
+    with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / EVALUATION, found.record)
         write_json(out / CONTEXTS, found.contexts)

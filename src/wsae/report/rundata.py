@@ -4,7 +4,6 @@ Needed: `config.json`. Optional: `metrics.jsonl`, `gamma.json`, `evaluation/` an
 altered).
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 
 from wsae.core.artifact import MANIFEST, check_file, read_manifest
 from wsae.core.errors import UserError, understood
-from wsae.core.files import read_json
+from wsae.core.files import parse_json, read_json, read_lines
 from wsae.core.tensors import load_tensors
 from wsae.report.classdata import Json, add_scores, read_classes
 
@@ -213,11 +212,11 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json
     if not path.is_file():
         notes.append("No training metrics: the run has no metrics.jsonl.")
         return {}
-    lines = path.read_bytes().splitlines()
+    lines = list(read_lines(path))
     out: dict[str, dict[str, list[Json]]] = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(lines):

@@ -2,16 +2,16 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from wsae.core.artifact import record
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, read_sealed, seal, write_json
+from wsae.core.files import as_user_error, drop, locked_file, read_sealed, seal, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.serve import schema
 from wsae.serve.build import Reopen, build, identity
@@ -41,7 +41,7 @@ def ensure_index(
             if is_current(path, key):  # made by another process in the meantime
                 return path, False
             for old in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-                old.unlink()
+                drop(old)
             build(run, path, cfg, reopen, progress)
             write_json(seal_of(path), seal({"identity": key, "file": record(path).to_dict()}))
     except UserError as error:
@@ -57,9 +57,7 @@ def ensure_index(
 def alone(path: Path) -> Iterator[None]:
     """Wait until no other process makes this index; raises UserError where its place cannot be written or is full."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".{path.name}.lock").open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked_file(path.with_name(f".{path.name}.lock"), wait=True):
             yield
     except OSError as error:
         raise as_user_error(error, path) from error
@@ -72,16 +70,12 @@ def alone(path: Path) -> Iterator[None]:
 
 def _refusal(path: Path) -> OSError | None:
     """Return what the operating system says to a small write beside a file: SQLite keeps its reasons to itself."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with probe.open("wb") as file:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
             file.write(b"x")
             file.flush()
             os.fsync(file.fileno())
-        probe.unlink()
     except OSError as error:
-        with contextlib.suppress(OSError):
-            probe.unlink()
         return error
     return None
 
