@@ -157,7 +157,7 @@ def test_running_out_of_memory_names_the_mend(capsys):
     def broken() -> int:
         raise MemoryError
 
-    assert main._guarded(broken, debug=False) == 1
+    assert main._guarded(broken, debug=False) == 2
     assert "lower --batch-size" in capsys.readouterr().err
 
 
