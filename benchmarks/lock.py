@@ -1,9 +1,10 @@
 """Write requirements.lock and requirements-cuda.lock: every pinned file that `make` may install, by its SHA-256.
 
-    make lock        after a change of pyproject.toml or constraints.txt; needs the network
+    make lock                              after a change of pyproject.toml or constraints.txt; needs the network
+    python benchmarks/lock.py --builds     print the lines of torch with the build that pip chooses here
 
-uv resolves [all,dev] under constraints.txt for every system and Python at once and lists the hashes of all files of each
-version. What torch needs beside a CUDA build alone goes to the second file. A version that comes in other builds too
+uv resolves [all,dev] under constraints.txt for every system and Python at once and lists the hashes of all files of
+each version. What a CUDA build of torch alone needs goes to the second file. A version that comes in other builds too
 (torch for CPUs) also gets the hash of the one that pip chooses here, and keeps those that it had.
 """
 
@@ -72,15 +73,26 @@ def resolved(*words: str) -> list[Locked]:
     return read(done.stdout)
 
 
-def chosen_here(requirement: str) -> set[str]:
-    """Return the hash of the file that pip would install here."""
+def chosen_here(requirement: str) -> tuple[str, str]:
+    """Return version (with its build) and hash of the file that pip would install here."""
     words = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-"]
     done = subprocess.run(
         [sys.executable, "-m", "pip", *words, requirement],
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    found = [entry["download_info"]["archive_info"] for entry in json.loads(done.stdout)["install"]]
-    return {info["hashes"]["sha256"] for info in found}
+    (found,) = json.loads(done.stdout)["install"]
+    info = found["download_info"]["archive_info"]
+    return found["metadata"]["version"], info["hashes"]["sha256"]
+
+
+def builds() -> str:
+    """Return the lines of what comes in several builds, with the one that pip chooses here.
+
+    Asked for `2.13.0` with hashes pip takes a file whose hash its index states before a better one of a local folder.
+    """
+    known = {one.name: one for one in read(LOCK.read_text())}
+    chosen = {name: chosen_here(f"{name}=={known[name].version}")[0] for name in BUILDS}
+    return "".join(str(known[name]._replace(version=version)) for name, version in chosen.items())
 
 
 def main() -> None:
@@ -96,7 +108,7 @@ def main() -> None:
             continue
         hashes = set(one.hashes)
         if one.name in BUILDS:
-            hashes |= chosen_here(f"{one.name}=={one.version}")
+            hashes.add(chosen_here(f"{one.name}=={one.version}")[1])
             known = before.get(one.name)
             hashes |= set(known.hashes) if known and known.version == one.version else set()
         kept.append(one._replace(hashes=tuple(sorted(hashes))))
@@ -109,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print(builds(), end="") if sys.argv[1:] == ["--builds"] else main()

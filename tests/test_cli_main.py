@@ -1,7 +1,10 @@
 """The command line's manners: help, exit codes, one line for bad input, JSON alone on stdout."""
 
+import contextlib
 import json
+import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -15,6 +18,7 @@ import pytest
 import yaml
 
 from wsae.cli import flagfile, flags, main, plan, runner, table, train
+from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 
 SAYS_ONE_LINE = re.compile(r"wsae: error: [^\n]+\n\Z")
@@ -309,3 +313,172 @@ def test_a_name_longer_than_the_system_has_is_one_line(command: str, capsys) -> 
     assert main.main([command, "9" * 400]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "a longer name than this system has" in line
+
+
+NUMBERS = {
+    int: ("-1", str(2**63), str(10**30)),
+    float: ("nan", "inf", "-inf", "1e400"),
+}
+"""What no flag takes: each is refused before anything is opened."""
+
+
+def numeric(command: str) -> list[tuple[str, type]]:
+    """Return the flags of a command that take numbers, and of which kind."""
+    module = runner.load(table.find(command))  # type: ignore[arg-type]
+    found = []
+    for path, field in flags.leaves(module.Flags):
+        kinds = [kind for kind in (float, int) if kind.__name__ in str(field.annotation)]
+        if kinds and not flags.is_positional(field):
+            found.append((f"--{flags.flag_name(path[-1])}", kinds[0]))
+    return found
+
+
+def some_words(command: str) -> list[str]:
+    """Return words that a command takes: those of its first example."""
+    found = table.find(command)
+    assert found is not None
+    return shlex.split(found.examples[0])[2:]
+
+
+@pytest.mark.parametrize("command", table.names())
+def test_no_number_is_too_extreme_to_be_refused_in_one_line(command, tmp_path, monkeypatch, capsys):
+    """Every numeric flag of every command, beside the words of its first example, whose files are not there."""
+    monkeypatch.chdir(tmp_path)
+    for flag, kind in numeric(command):
+        for value in NUMBERS[kind]:
+            assert main.main([command, *some_words(command), f"{flag}={value}"]) == 2, (flag, value)
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert SAYS_ONE_LINE.match(err), err
+            assert flag in err
+            assert len(err) < 300
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_number_of_a_flags_file_is_held_to_the_same_bounds(tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    for value, says in (("9" * 30, "--d-sae: 9999"), ("-5", "--d-sae: -5 is not between 0")):
+        file.write_text(f"source: x\nout: y\nd_sae: {value}\n")
+        assert main.main(["train", "--config", str(file)]) == 2
+        assert says in capsys.readouterr().err
+
+
+HUGE = (
+    "--d-sae=2147483647",
+    "--expansion=2147483647",
+    "--batch-size=2147483647",
+    "--k=2147483647",
+    "--d-sae=100000000",
+    "--lr=1e308",
+    "--lr=1e-320",
+    "--l1=1e308",
+    "--alpha=1e308",
+    "--alpha=-1e308",
+    "--seed=9223372036854775807",
+)
+
+
+@pytest.mark.parametrize("flag", HUGE)
+def test_training_with_a_huge_number_ends_in_one_line_or_works(flag, array):
+    """In a child with little memory: what cannot be had is refused, and nothing is killed."""
+    words = ["train", str(array), "--out", str(array.parent / "run"), "--device", "cpu"]
+    words += ["--d-sae", "16", "--k", "2", "--tokens", "640", "--batch-size", "64", flag]
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (held + (2 << 30), held + (2 << 30)))
+        sys.stdout = sys.stderr = os.fdopen(write, "w")
+        code = 99
+        with contextlib.suppress(BaseException):
+            code = main.main(words)
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as said:
+        text = said.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 2), text
+    assert "unexpected" not in text
+    assert code == 0 or SAYS_ONE_LINE.match(text), text
+
+
+# What the shell does with the streams.
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("--help >&-", 1, "wsae: error: stdout: cannot be written (Bad file descriptor)\n"),
+        ("--help >&- 2>&-", 1, ""),
+        ("traim >&-", 2, "wsae: error: no command 'traim'"),
+        ("traim 2>&-", 2, ""),
+        ("--help <&-", 0, "usage: wsae COMMAND"),
+        ("--help <&- >/dev/full", 1, "wsae: error: stdout: cannot be written (No space"),
+        ("train x --out y --print-config >&-", 1, "stdout: cannot be written"),
+        ("traim 2>&1 >/dev/null | true", 141, ""),
+    ],
+)
+def test_a_stream_that_is_closed_is_one_line_at_most(words: str, code: int, says: str) -> None:
+    line = f"set -o pipefail; {sys.executable} -m wsae.cli {words}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode in ((2, 141) if code == 141 else (code,)), done.stderr
+    said = done.stdout + done.stderr
+    assert says in said
+    assert bool(said) == bool(says)
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+
+
+def test_a_file_opened_by_a_command_is_never_taken_for_a_closed_stream(array) -> None:
+    """With stdout and stderr closed the first files opened would get their numbers, and the words written to them."""
+    run = array.parent / "run"
+    words = f"train {array} --out {run} --k 2 --d-sae 16 --tokens 640 --batch-size 64 --device cpu"
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m wsae.cli {words} <&- >&- 2>&-"], check=False
+    )
+    assert done.returncode == 1
+    assert read_manifest(run, "run").files
+    for path in run.rglob("*"):
+        assert path.is_dir() or b"last training batches" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_name_can_be_printed_in_any_encoding(encoding: str, tmp_path: Path) -> None:
+    name = "acts-\u65e5\u672c-\ud800.npy".encode("utf-8", "surrogatepass") + b"\xff"
+    shown = os.fsencode(tmp_path) + b"/" + name
+    env = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    for words in (["train", shown, "--out", "y"], ["train", shown, "--out", "y", "--print-config"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "wsae.cli", *words, "--json"], env=env, capture_output=True, check=False
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        assert b"Traceback" not in said
+        assert b"unexpected" not in said
+        if "--print-config" in words:
+            assert os.fsencode(json.loads(done.stdout.decode(encoding))["source"]) == shown
+
+
+def test_json_on_stdout_cannot_steer_a_terminal() -> None:
+    value = {"a": "\x1b[31m\x9b\u202e\u2028\udcffé\n日"}
+    text = runner.json_text(value)
+    assert json.loads(text) == value
+    assert all(char.isprintable() or char == "\n" for char in text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_command_without_a_traceback(number, array) -> None:
+    run = array.parent / "run"
+    words = f"train {array} --out {run} --k 2 --d-sae 16 --tokens 40000000 --batch-size 64"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wsae.cli", *words.split()], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -number), err
+    assert "Traceback" not in err
