@@ -4,6 +4,7 @@ A latent's key is `member << 32 | latent`. Everything a list sorts or filters by
 `latent`; what one latent's page shows lies in other tables under the same key.
 """
 
+import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,10 +52,10 @@ def place_of(key: int) -> tuple[int, int]:
 def create(path: Path, measures: int) -> sqlite3.Connection:
     """Create the tables in a new file and return a connection for filling it.
 
-    Without a journal: the file has a temporary name until it is whole.
+    Without a journal or locks: the file has a temporary name of its own until it is whole.
     """
-    path.unlink(missing_ok=True)
-    connection = sqlite3.connect(path, isolation_level=None)
+    address = f"file:{quote(os.fsencode(path.absolute()))}?nolock=1"
+    connection = sqlite3.connect(address, uri=True, isolation_level=None)
     for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-65536"):
         connection.execute(f"PRAGMA {pragma}")
     for name, statement in statements(measures).items():
@@ -75,7 +76,7 @@ def finish(connection: sqlite3.Connection) -> None:
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open an index for reading; nothing that its file says about its own schema is run."""
-    connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True)
+    connection = sqlite3.connect(f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&immutable=1", uri=True)
     for pragma in ("query_only=ON", "trusted_schema=OFF", "cell_size_check=ON"):
         connection.execute(f"PRAGMA {pragma}")
     connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
