@@ -76,7 +76,9 @@ def finish(connection: sqlite3.Connection) -> None:
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open an index for reading; nothing that its file says about its own schema is run."""
-    connection = sqlite3.connect(f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&immutable=1", uri=True)
+    connection = sqlite3.connect(
+        f"file:{quote(os.fsencode(path.resolve()))}?mode=ro&immutable=1", uri=True
+    )
     for pragma in ("query_only=ON", "trusted_schema=OFF", "cell_size_check=ON"):
         connection.execute(f"PRAGMA {pragma}")
     connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
