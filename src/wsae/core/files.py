@@ -18,9 +18,9 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from wsae.core.errors import UserError
 
@@ -167,7 +167,7 @@ def is_temporary(path: Path) -> bool:
     return re.fullmatch(r"\..+\.\d+(\.[0-9a-f]{8})?\.tmp", path.name) is not None
 
 
-def opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BufferedReader:
     """Open a regular file for reading; raises UserError for anything else, such as a pipe, which might never end.
 
     Raises OSError as `open` does.
