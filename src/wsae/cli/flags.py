@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import itertools
+import math
 import re
 from collections.abc import Set
 from pathlib import Path
@@ -32,6 +33,16 @@ MaybeName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hi
 MaybePlace = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
+_LARGEST = 2**31 - 1
+"""The largest count of what is held at once or done one after the other."""
+_TOTAL = 10**15
+_MOST = {
+    **dict.fromkeys(("tokens", "heldout_tokens", "shard_tokens", "splice_tokens", "rows"), _TOTAL),
+    **dict.fromkeys(("budget_tokens", "budget_requests"), _TOTAL),
+    "draws": 10**7,
+    "seed": 2**63 - 1,
+}
+"""Flag -> its largest value, where that is another: totals over a whole command, resampling, seeds."""
 _RULE = re.compile(r"[─-]{5,}")
 _PARSING = re.compile(r"Error parsing (--\S+?):")
 _CHOICE = re.compile(
@@ -88,13 +99,30 @@ def parse(kind: type[F], prog: str, words: list[str], about: str) -> F:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(kind, prog=prog, args=words, description=about, **options)
+            flags = tyro.cli(kind, prog=prog, args=words, description=about, **options)
+        _check_numbers(flags)
+        return flags
     except SystemExit as end:
         if end.code == 0:
             raise
         raise UserError(
             f"{explain(kind, words, plain(stderr.getvalue()), set(file))}; see {prog} --help"
         ) from None
+
+
+def _check_numbers(flags: Config) -> None:
+    """Raise UserError for a number that no command can work with: not finite, a count below 0 or far too large."""
+    for path, _ in leaves(type(flags)):
+        value: Any = flags
+        for step in path:
+            value = getattr(value, step)
+        most = _MOST.get(path[-1], _LARGEST)
+        for one in value if isinstance(value, tuple) else (value,):
+            said = f"--{flag_name(path[-1])}: {one}"
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UserError(f"{said} is not a number to work with; give a finite one")
+            if isinstance(one, int) and not 0 <= one <= most:
+                raise UserError(f"{said:.60} is not between 0 and {most:,}")
 
 
 def check_known(kind: type[Config], words: list[str]) -> None:

@@ -4,13 +4,14 @@ Only the standard library is imported here; a command's own modules are imported
 """
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from wsae.cli import table
-from wsae.core.errors import UserError, nearest
+from wsae.core.errors import UserError, nearest, printable
 from wsae.core.version import __version__
 
 EXTRAS = {
@@ -28,14 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     code = OK
+    _open_streams()
     try:
         code = _dispatch(words)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader (`| head`) has enough
-        _silence_stdout()
+        _silence()
         return PIPE_CLOSED
-    except OSError as error:  # stdout goes to a file on a full disk
-        _silence_stdout()
+    except OSError as error:  # stdout is closed, or goes to a file on a full disk
+        _silence()
         return code or _error(f"stdout: cannot be written ({error.strerror})", BROKEN)
     return code
 
@@ -81,10 +83,12 @@ def _unexpected(error: Exception, debug: bool) -> int:
     mended = _mendable(error)
     if mended is not None:
         return _error(str(mended), BAD_INPUT, debug)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    from wsae.core.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return _error(
             "out of memory; lower --batch-size or --d-sae (`wsae doctor` estimates the need)",
-            BROKEN,
+            BAD_INPUT,
             debug,
         )
     text = " ".join(str(error).split()) or "no message"
@@ -122,12 +126,36 @@ def _error(message: str, code: int = BAD_INPUT, debug: bool = False, kind: str =
         import traceback
 
         sys.stderr.write(traceback.format_exc())
-    one_line = " ".join(message.split())
+    one_line = printable(" ".join(message.split()))
     sys.stderr.write(f"wsae: {kind}{one_line}\n")
     return code
 
 
-def _silence_stdout() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush cannot fail."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _open_streams() -> None:
+    """Make stdin, stdout and stderr something that can be used, whatever the shell has closed (`>&-`).
+
+    Else the first files opened would be taken for them. What is written to a closed stdout fails at the end, to a
+    closed stderr it is lost. A character that the terminal's encoding lacks, or half of one in a file's name, is
+    spelled out.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)  # the lowest free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _silence() -> None:
+    """Point stdout, and stderr where nobody reads it, at nothing, so that the interpreter's last flush cannot fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

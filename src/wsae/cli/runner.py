@@ -50,6 +50,7 @@ def run_command(command: Command, words: list[str]) -> int:
         return 0
     _calm_libraries(flags.common.debug)
     _check_folder()
+    _bound_memory()
     ui = UI(sys.stdout, sys.stderr)
     try:
         result = _quietly(lambda: module.run(flags, ui), ui, flags.common.as_json)
@@ -58,10 +59,19 @@ def run_command(command: Command, words: list[str]) -> int:
     if flags.common.as_json:
         shape = getattr(module, "as_json", None)  # a command's JSON may be more than a dict
         value = shape(result) if shape else result
-        sys.stdout.write(json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(finite(value)) + "\n")
     else:
         module.show(result, ui)
     return 1 if result.get("failed") else 0
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON that stdout can carry; what could steer a terminal is escaped."""
+    utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    text = json.dumps(value, indent=1, ensure_ascii=not utf8)
+    return "".join(
+        char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text
+    )
 
 
 def about(command: Command, module: CommandModule) -> str:
@@ -122,6 +132,24 @@ def _calm_libraries(debug: bool) -> None:
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _bound_memory() -> None:
+    """Have the system refuse what exceeds the machine's memory, so that it is one line and not a process killed.
+
+    Not beside a GPU, whose driver reserves addresses without end.
+    """
+    gpu = any(os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "kfd", "dxg"))
+    if gpu or not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    from wsae.core.memory import most_memory
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    with contextlib.suppress(OSError):
+        limits = [n for n in (soft, hard, most_memory()) if n != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
 def device(name: str) -> str:

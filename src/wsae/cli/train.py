@@ -1,6 +1,5 @@
 """`wsae train`: a family of SAEs over the same batches."""
 
-import json
 import os
 import shlex
 from pathlib import Path
@@ -20,6 +19,7 @@ from wsae.core.files import read_json
 from wsae.core.progress import quiet
 from wsae.sae.config import JumpReLU, ReLU
 from wsae.train.config import TrainConfig
+from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.config import launched
 
 if TYPE_CHECKING:
@@ -175,11 +175,9 @@ def printable(flags: Flags) -> None:
 def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float | int]]]:
     """Return hook -> member -> the last row of its metrics."""
     found: dict[str, dict[str, dict[str, float | int]]] = {}
-    with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
-            found.setdefault(row["hook"], {})[row["member"]] = kept
+    for row in read_json_lines(run / "metrics.jsonl"):
+        kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
+        found.setdefault(row["hook"], {})[row["member"]] = kept
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
 
+from wsae.core.errors import printable
 from wsae.core.progress import Tick
 from wsae.core.units import duration
 
@@ -58,6 +59,7 @@ class UI:
 
     def note(self, text: str) -> None:
         """Tell the user something while the command works (stderr)."""
+        text = _lines(text)
         if self.bars is not None:
             self.bars.console.print(text, markup=False, highlight=False)
         else:
@@ -66,7 +68,7 @@ class UI:
 
     def say(self, text: str) -> None:
         """Print a line of the result (stdout)."""
-        self.stdout.write(text + "\n")
+        self.stdout.write(_lines(text) + "\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print a table of the result (stdout): fitted to a terminal, one line per row elsewhere."""
@@ -80,12 +82,16 @@ class UI:
             file=text, highlight=False, force_terminal=live, width=None if live else WIDE
         )
         table = Table(
-            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
+            title=printable(title),
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            pad_edge=False,
         )
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+            table.add_row(*(Text(printable(cell), style=_STYLES.get(cell, "")) for cell in row))
         console.print(table)
         self.stdout.write("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()))
 
@@ -105,6 +111,11 @@ class UI:
         import os
 
         return self.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def _lines(text: str) -> str:
+    """Return lines of text in which nothing steers a terminal."""
+    return "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
 
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}

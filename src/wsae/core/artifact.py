@@ -11,6 +11,7 @@ from typing import Any
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import (
+    CONFIG_BYTES,
     digest,
     flush,
     read_json,
@@ -114,7 +115,7 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
             f"{directory}: has no {MANIFEST}, so it is not a finished wsae {kind}; make it again"
             f"{_FOREIGN.get(kind, '')}"
         )
-    data = read_json(path)
+    data = read_json(path, CONFIG_BYTES)
     if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
         found = data.get("schema_version") if isinstance(data, dict) else None
         raise UserError(

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wsae.core.errors import UserError
+from wsae.core.files import CONFIG_BYTES, GivenTwice, opened, parse_json
 
 MOST_BYTES, MOST_DEPTH = 1 << 18, 50
-JSON_BYTES = 1 << 26
 _PREFIX = "tag:yaml.org,2002:"
 _PLAIN = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -70,8 +70,8 @@ def is_json(path: Path, text: str) -> bool:
 
 def _text(path: Path, what: str) -> str:
     try:
-        with path.open("rb") as file:
-            data = file.read(JSON_BYTES + 1)
+        with opened(path) as file:
+            data = file.read(CONFIG_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:
@@ -82,25 +82,17 @@ def _text(path: Path, what: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a {what} file ({error})") from error
-    most = JSON_BYTES if is_json(path, text[:4096]) else MOST_BYTES
+    most = CONFIG_BYTES if is_json(path, text[:4096]) else MOST_BYTES
     if len(data) > most:
         raise UserError(f"{path}: larger than the {most:,} bytes that a {what} file may have")
     return text
 
 
 def _json(path: Path, text: str, what: str) -> tuple[Any, dict[str, int]]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
-            raise UserError(f"{path}: key '{twice}' is given twice")
-        return found
-
     try:
-        data = json.loads(text, object_pairs_hook=unique)
-    except UserError:
-        raise
+        data = parse_json(text)
+    except GivenTwice as error:
+        raise UserError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON, as a {what} file of this name is ({error})") from error
     lines: dict[str, int] = {}

@@ -7,14 +7,19 @@ from os import PathLike
 
 
 class UserError(ValueError):
-    """Bad input: the message names the value, the place and the mend, in one line.
+    """Bad input: the message names the value, the place and the fix, in one line.
 
     What a stranger's file puts into it cannot break the line or steer a terminal: white space becomes a space, other
     characters that do not print are spelled out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(map(_shown, message)))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Return text in which what does not print is spelled out: a file's name cannot steer a terminal."""
+    return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def _shown(char: str) -> str:

@@ -1,7 +1,9 @@
-"""Files on disk that are whole or not there.
+"""Files on disk that are whole or not there, and that are what their names say.
 
-A file is written under a temporary name, flushed and renamed. A JSON file that no manifest lists (a manifest itself,
-the state of unfinished work) carries its own checksum: `seal`. A directory is held by one process at a time: `locked`.
+All that wsae writes goes through this module. A file is written under a new name that nothing else has, flushed and
+renamed; one that grows is opened without following links; a directory is held by one process at a time (`locked`), and
+no folder in it may be a link that leads out. What is read must be a regular file (`opened`). A JSON file that no
+manifest lists (a manifest itself, the state of unfinished work) carries its own checksum: `seal`.
 """
 
 import contextlib
@@ -10,44 +12,83 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
+import secrets
+import stat
 from collections.abc import Iterator
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any
 
 from wsae.core.errors import UserError
 
 SEAL = "checksum"
+CONFIG_BYTES = 64 << 20
+"""The largest manifest or config that is read."""
+RECORD_BYTES = 256 << 20
+"""The largest other JSON file of wsae that is written and read: in memory it takes some ten times as much."""
+LINE_BYTES = 1 << 20
+"""The longest line of a file of JSON lines that wsae wrote."""
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_KINDS = {
+    stat.S_IFIFO: "a pipe; write what comes out of it to a file first, and give that",
+    stat.S_IFDIR: "a folder, where a file belongs",
+    stat.S_IFSOCK: "a socket, not a file",
+    stat.S_IFCHR: "a device, not a file",
+    stat.S_IFBLK: "a device, not a file",
+}
+_log = logging.getLogger(__name__)
+
+
+class GivenTwice(ValueError):
+    """A JSON object has two values for one key: readers would not agree on what it says."""
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk, rename it over `path` and flush the name.
+    """Yield a new, empty file beside `path`; when done flush it to disk, rename it over `path` and flush the name.
 
-    A failure removes the temporary file; a full disk or a read-only place becomes a one-line UserError.
+    A failure removes that file; a full disk or a read-only place becomes a one-line UserError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_leftovers(path)
+        temporary = _new_beside(path)
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)  # the name too, before anything is written that counts on it
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        _discard(temporary, path)
         raise as_user_error(error, path) from error
     except BaseException:
+        _discard(temporary, path)
+        raise
+
+
+def _new_beside(path: Path) -> Path:
+    """Make an empty file under a name that nothing had, not even a link that somebody has laid there."""
+    while True:
+        name = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            os.close(os.open(path.with_name(name), flags, 0o666))
+            return path.with_name(name)
+
+
+def _discard(temporary: Path, path: Path) -> None:
+    if temporary != path:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
 
 
 def flush(path: Path) -> None:
     """Have the system write a file, or the names in a directory, to the disk; raises OSError when it cannot."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(handle)
     except OSError as error:
@@ -60,10 +101,23 @@ def flush(path: Path) -> None:
 
 def _drop_leftovers(path: Path) -> None:
     """Remove the temporary files of this name whose writers were killed."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.(\d+)(?:\.[0-9a-f]{{8}})?\.tmp")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        number = leftover.name.split(".")[-2]
-        if number.isdecimal() and int(number) != os.getpid() and not _is_alive(int(number)):
-            leftover.unlink(missing_ok=True)
+        found = own.fullmatch(leftover.name)
+        if found and int(found[1]) != os.getpid() and not _is_alive(int(found[1])):
+            drop(leftover)
+
+
+def drop(temporary: Path) -> None:
+    """Remove a temporary file of ours; a link or a file with another name is left alone, since we make none."""
+    with contextlib.suppress(FileNotFoundError):
+        if _is_plain(temporary.lstat()):
+            temporary.unlink()
+
+
+def _is_plain(known: os.stat_result) -> bool:
+    """Whether a file is regular and has no second name (a hard link)."""
+    return stat.S_ISREG(known.st_mode) and known.st_nlink <= 1
 
 
 def _is_alive(process: int) -> bool:
@@ -77,7 +131,7 @@ def _is_alive(process: int) -> bool:
 
 
 def as_user_error(error: OSError, path: Path) -> Exception:
-    """Translate the operating system's refusals a user can mend; anything else stays what it is."""
+    """Translate the operating system's refusals a user can fix; anything else stays what it is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"{path}: the disk is full; free some space and run the same command again"
@@ -92,12 +146,16 @@ def as_user_error(error: OSError, path: Path) -> Exception:
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return UserError(f"{path}: a file is in the way of this directory; choose another --out")
+    if error.errno == errno.EISDIR:
+        return UserError(f"{path}: a directory is in the way of this file; choose another --out")
+    if error.errno == errno.ELOOP:
+        return UserError(f"{path}: a link that leads to itself; remove it, or choose another --out")
     return error
 
 
 @contextlib.contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Raise what the operating system refuses inside as a UserError that names `path`, where a user can mend it."""
+    """Raise what the operating system refuses inside as a UserError that names `path`, where a user can fix it."""
     try:
         yield
     except OSError as error:
@@ -106,41 +164,132 @@ def refusals(path: Path) -> Iterator[None]:
 
 def is_temporary(path: Path) -> bool:
     """Whether a name is one of those that `writing` gives to files that are not finished."""
-    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None
+    return re.fullmatch(r"\..+\.\d+(\.[0-9a-f]{8})?\.tmp", path.name) is not None
+
+
+def opened(path: Path) -> BufferedReader:
+    """Open a regular file for reading; raises UserError for anything else, such as a pipe, which might never end.
+
+    Raises OSError as `open` does.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError as error:
+        if str(path) == "-":
+            message = "-: standard input is not read; write it to a file, and give that"
+            raise UserError(message) from error
+        raise
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise UserError(f"{path}: is {_KINDS[stat.S_IFSOCK]}") from error
+        raise
+    kind = stat.S_IFMT(os.fstat(handle).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(handle)
+        raise UserError(f"{path}: is {_KINDS.get(kind, 'not a file')}")
+    return os.fdopen(handle, "rb")
+
+
+def check_regular(path: Path) -> None:
+    """Raise as `opened` does, for a file that a library opens by its name."""
+    opened(path).close()
+
+
+def growing(path: Path) -> FileIO:
+    """Open one of our files, unbuffered, for adding to its end and for cutting it; made when it is not there.
+
+    Raises UserError for a link, a file with a second name, and anything but a regular file: it would be another's.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise UserError(_not_ours(path)) from error
+        raise
+    if not _is_plain(os.fstat(handle)):
+        os.close(handle)
+        raise UserError(_not_ours(path))
+    return os.fdopen(handle, "ab", buffering=0)
+
+
+def _not_ours(path: Path) -> str:
+    return (
+        f"{path}: is a link or has a second name, so that another file would be written; "
+        "put a copy of the file in its place"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; what UTF-8 cannot carry (part of a file's name) is written as JSON would."""
     with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically; raises UserError when it would be larger than what is read back."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    if len(text) > RECORD_BYTES:
+        raise UserError(
+            f"{path}: {len(text):,} characters, more than the {RECORD_BYTES:,} bytes that are read back; "
+            "ask for fewer latents, contexts or members"
+        )
+    write_text(path, text)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises UserError when it is missing or damaged."""
-    if path.exists() and not path.is_file():  # a pipe would never end
-        raise UserError(f"{path}: not a regular file")
+def read_json(path: Path, most: int = RECORD_BYTES) -> Any:
+    """Read a JSON file; raises UserError when it is missing, damaged, no regular file, or larger than `most` bytes."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise UserError(
+                    f"{path}: {size:,} bytes, and no such file of wsae has more than {most:,}"
+                )
+            data = file.read(most + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    try:
+        return parse_json(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; raises GivenTwice, ValueError or RecursionError."""
+    plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    return json.loads(plain, object_pairs_hook=_unique)
+
+
+def read_lines(path: Path, longest: int = LINE_BYTES) -> Iterator[bytes]:
+    """Yield the lines of a file of ours; raises UserError when it is no regular file or a line has too many bytes."""
+    with opened(path) as file:
+        while line := file.readline(longest + 1):
+            if len(line) > longest:
+                raise UserError(f"{path}: damaged, a line of more than {longest:,} bytes")
+            yield line
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise GivenTwice(f"key {twice[:80]!r} is given twice")
+    return found
 
 
 def digest(value: object) -> str:
     """Return the SHA-256 of a JSON-ready value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file, read in chunks."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file, read in chunks; raises UserError when it is not a regular file."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -168,7 +317,7 @@ def unsealed(value: Any, path: Path) -> dict[str, Any]:
     rest = {key: item for key, item in value.items() if key != SEAL}
     try:
         sealed = SEAL not in value or value[SEAL] == digest(rest)
-    except (ValueError, RecursionError) as error:  # half a character; nested too deep
+    except (ValueError, RecursionError) as error:  # nested too deep
         raise UserError(f"{path}: damaged, not JSON that wsae writes ({error})") from error
     if not sealed:
         raise UserError(f"{path}: altered, its checksum differs; remove it and make it again")
@@ -176,25 +325,107 @@ def unsealed(value: Any, path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory for this process; a second process is refused with a UserError."""
-    path = directory / ".lock"
+def locked(directory: Path, top: Path | None = None) -> Iterator[None]:
+    """Hold the directory for this process; a second process is refused with a UserError.
+
+    `top`: the directory of the user's that this one is a part of. It may be a link; below it none is written through:
+    raises UserError for a folder that is a link.
+    """
+    _refuse_links(directory, top or directory)
+    with refusals(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with locked_file(directory / ".lock") as held:
+        if not held:
+            raise UserError(f"{directory}: another wsae process is writing here")
+        yield
+
+
+def _refuse_links(directory: Path, top: Path) -> None:
+    """Raise UserError when a folder between `top` and `directory` is a link, or one below leads out of it."""
+    between = directory.relative_to(top).parts
+    for depth in range(1, len(between) + 1):
+        folder = top.joinpath(*between[:depth])
+        if folder.is_symlink():
+            raise UserError(_leads_out(folder, top))
+    if directory.is_dir():
+        home = os.path.realpath(directory)
+        for folder in _linked_folders(directory):
+            if not Path(os.path.realpath(folder)).is_relative_to(home):
+                raise UserError(_leads_out(folder, directory))
+
+
+def _linked_folders(directory: Path | str) -> Iterator[str]:
+    """Yield every link to a folder in a directory and in its folders."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                if entry.is_dir():
+                    yield entry.path
+            elif entry.is_dir():
+                yield from _linked_folders(entry.path)
+
+
+def _leads_out(folder: Path | str, top: Path) -> str:
+    return (
+        f"{folder}: is a link to a folder, and nothing is written through links in {top}; "
+        "put the folder itself in its place, or work on a copy (cp -rL)"
+    )
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Yield whether this process holds the lock on a file, made when it is not there; `wait` for it or not.
+
+    Where the file system has no locks the file counts as held, with one note: processes are not kept apart there.
+    """
     while True:
-        with refusals(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
+        with refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = _lock_file(path)
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{directory}: another wsae process is writing here") from error
-            if not _is_still(path, file):
+            held = _lock(file, path, wait)
+            if held and not _is_still(path, file):
                 continue  # another process removed the directory in between
-            yield
+            yield held
             return
 
 
-def _is_still(path: Path, file: IO[str]) -> bool:
+def _lock_file(path: Path) -> IO[bytes]:
+    """Open a lock file, which is never written."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise UserError(f"{path}: is not a lock that wsae made; remove it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path}: is not a lock that wsae made; remove it")
+    return os.fdopen(handle, "rb")
+
+
+def _lock(file: IO[bytes], path: Path, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise as_user_error(error, path) from error
+        if path.parent not in _told:
+            _told.add(path.parent)
+            _log.warning(
+                "%s: this file system has no locks; let no second wsae write here at the same time",
+                path.parent,
+            )
+    return True
+
+
+_told: set[Path] = set()
+"""Places without locks that were noted."""
+
+
+def _is_still(path: Path, file: IO[bytes]) -> bool:
     """Whether the open file is still the one at this path."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))

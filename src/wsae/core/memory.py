@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from wsae.core.errors import UserError
@@ -11,7 +12,13 @@ from wsae.core.units import size
 
 _UNITS = {unit: 1024**power for power, unit in enumerate(("", "K", "M", "G", "T", "P"))}
 _WANTED = re.compile(r"allocate (?P<number>[\d.]+) ?(?P<unit>[KMGTP]?)i?B?(?:ytes)?", re.IGNORECASE)
-_SAYS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_SAYS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "storage size calculation overflowed",
+)
 _NEAR = 0.03
 """A request this near to a buffer's size is for it (allocators round up, a message rounds to two digits)."""
 
@@ -40,6 +47,19 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _SAYS)
+
+
+def most_memory() -> int:
+    """Return the bytes that all processes of this Linux machine (or container) can hold together, swap included.
+
+    Raises OSError where the system does not tell.
+    """
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+    total = found["MemTotal"] + found.get("SwapTotal", 0)
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return total
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from wsae.core.errors import UserError
+from wsae.core.files import opened
 from wsae.core.units import size
 
 MOST_UNPACKED = 8 << 30
@@ -42,7 +43,7 @@ class Header(NamedTuple):
 def mapped_npy(path: Path, where: str) -> np.ndarray:
     """Return the array of a .npy file as a memory map; raises UserError beginning with `where` for any other file."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             header = _header(file, where)
             file.seek(0, 2)
             there = file.tell() - header.start
@@ -67,7 +68,7 @@ def npz_arrays(
     Raises UserError beginning with `where` when the file or an array in it is damaged, or unpacks to far too much.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with opened(path) as packed, zipfile.ZipFile(packed) as archive:
             names = [
                 name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")
             ]

@@ -3,16 +3,17 @@
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.core.files import writing
+from wsae.core.files import opened, parse_json, writing
 
 _NUMPY = {
     "F64": "<f8",
@@ -67,10 +68,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read every tensor of a safetensors file; raises UserError when it is missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
+        with opened(path) as file:
+            if any(
+                "\ud800" <= char <= "\udfff" for char in str(path)
+            ):  # the library takes UTF-8 names
+                return load(file.read())
         return load_file(path)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
     except (
         Exception
     ) as error:  # the library has one exception type of its own plus ValueError and OSError
@@ -110,13 +118,13 @@ class MappedTensor:
 
 def _locate(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:
     """Return dtype name, shape and byte offset of a tensor, with every number in the header checked."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise UserError(f"{path}: not a safetensors file (header of {length} bytes)")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             entry = header[name]
             dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])

@@ -76,8 +76,8 @@ def _loaded(path: Path, otherwise: str, mapped: bool) -> object:
 def save_state(path: Path, state: dict[str, Tensor]) -> None:
     """Write a plain dict of tensors as `torch.save` does, atomically."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    with writing(path) as temporary:
-        torch.save(plain, temporary)
+    with writing(path) as temporary, temporary.open("wb") as file:
+        torch.save(plain, file)  # by a name, the archive would hold it: other bytes every time
 
 
 def _check_zip(path: Path) -> None:

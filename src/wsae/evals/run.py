@@ -95,7 +95,7 @@ def evaluate_run(
     if notes:
         found.record["notes"] = [*found.record.get("notes", []), *notes]
     out = run / "evaluation"
-    with locked(out):
+    with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / EVALUATION, found.record)
         write_json(out / CONTEXTS, found.contexts)

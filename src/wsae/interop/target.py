@@ -10,7 +10,7 @@ from pathlib import Path
 
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
-from wsae.core.files import locked, read_json, refusals
+from wsae.core.files import growing, locked, read_json, refusals
 
 _UNFINISHED = ".unfinished-"
 
@@ -64,7 +64,7 @@ def unfinished(out: Path, kind: str) -> Iterator[None]:
     mark = _mark(out, kind)
     with refusals(out):
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        growing(mark).close()
         yield
         mark.unlink()
 

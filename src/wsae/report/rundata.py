@@ -4,7 +4,6 @@ Needed: `config.json`. Optional: `metrics.jsonl`, `gamma.json`, `evaluation/` an
 altered).
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter
 
 from wsae.core.artifact import MANIFEST, check_file, read_manifest
 from wsae.core.errors import UserError, understood
-from wsae.core.files import read_json
+from wsae.core.files import parse_json, read_json, read_lines
 from wsae.core.tensors import load_tensors
 from wsae.report import forms
 
@@ -280,11 +279,11 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json
     if not path.is_file():
         notes.append("No training metrics: the run has no metrics.jsonl.")
         return {}
-    lines = path.read_bytes().splitlines()
+    lines = list(read_lines(path))
     out: dict[str, dict[str, list[Json]]] = {}
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import sqlite3
 import tempfile
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from wsae.core.artifact import record
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, read_sealed, seal, write_json
+from wsae.core.files import as_user_error, locked_file, read_sealed, seal, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.serve import schema
 from wsae.serve.build import Reopen, build, identity
@@ -57,24 +56,15 @@ def alone(path: Path) -> Iterator[None]:
     """Wait until no other process makes this index; raises UserError where its place cannot be written or is full."""
     lock = path.with_name(f".{path.name}.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "a+", opener=_unlinked) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked_file(lock, wait=True):
             yield
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UserError(f"{lock}: is a link; remove it") from error
         raise as_user_error(error, path) from error
     except sqlite3.OperationalError as error:
         number = _REFUSALS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
         if number is None:
             raise
         raise as_user_error(_refusal(path) or OSError(number, str(error)), path) from error
-
-
-def _unlinked(path: str, flags: int) -> int:
-    """Open a file that is no link: one in a run that somebody sent could lead anywhere."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def _refusal(path: Path) -> OSError | None:

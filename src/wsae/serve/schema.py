@@ -52,9 +52,10 @@ def place_of(key: int) -> tuple[int, int]:
 def create(path: Path, measures: int) -> sqlite3.Connection:
     """Create the tables in a new file and return a connection for filling it.
 
-    Without a journal: the file has a temporary name until it is whole.
+    Without a journal or locks: the file has a temporary name of its own until it is whole.
     """
-    connection = sqlite3.connect(path, isolation_level=None)
+    address = f"file:{quote(os.fsencode(path.absolute()))}?nolock=1"
+    connection = sqlite3.connect(address, uri=True, isolation_level=None)
     for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-65536"):
         connection.execute(f"PRAGMA {pragma}")
     for name, statement in statements(measures).items():

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, flush, refusals, sha256_file
+from wsae.core.files import (
+    flush,
+    growing,
+    parse_json,
+    read_lines,
+    refusals,
+    sha256_file,
+)
 
 
 class JsonLines:
@@ -19,14 +26,16 @@ class JsonLines:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row, or none of it: a full disk is a UserError."""
-        size = self.size()
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)
-            raise as_user_error(error, self.path) from error
+        with refusals(self.path), growing(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            line = json.dumps(row).encode() + b"\n"
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
 
     def size(self) -> int:
         """Return the file's length in bytes."""
@@ -55,16 +64,16 @@ class JsonLines:
                 f"{self.path}: {self.size()} bytes where {size} were written (cut or altered)"
             )
         if self.path.exists():
-            with self.path.open("rb+") as file:
+            with refusals(self.path), growing(self.path) as file:
                 file.truncate(size)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the rows; raises UserError naming the first damaged line."""
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is damaged, not JSON ({error})") from error
         if not isinstance(row, dict):

@@ -43,7 +43,7 @@ def interpret_run(
     families = selected(run_subject(run).families, cfg)
     job = Job(run, source, families, panel(cfg, judges, progress), data_digest(source))
     place = run / PLACE
-    with locked(place):
+    with locked(place, top=run):
         if force:
             Parts(place / "parts").clear()
         elif (done := _current(job, place)) is not None:

@@ -122,7 +122,7 @@ def score_run(
         for name, scores in (found.members | found.controls).items():
             arrays |= {f"{hook}|{name}|{key}": value for key, value in scores.arrays.items()}
     out = run / "classes"
-    with locked(out):
+    with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / CLASSES, record)
         save_tensors(out / ARRAYS, arrays)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wsae.core.files import opened
 from wsae.train.loggers.mirror import Logger, needed
 
 _WRITER = "tensorboard.summary.writer.record_writer"
@@ -46,7 +47,7 @@ class EventFile:
             self._times |= self._times_in(path)
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now}"
-        file = (place / name).open("wb")
+        file = (place / name).open("xb")
         self._records = needed(_WRITER, "tensorboard").RecordWriter(file)
         self._add(file_version="brain.Event:2")
         session = self._event.SessionLog(status=self._event.SessionLog.START)
@@ -84,8 +85,8 @@ class EventFile:
 
 def records(path: Path) -> Iterator[bytes]:
     """Yield the records of an event file up to the first that was cut (checksums are not compared)."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         while len(head := file.read(_HEAD.size)) == _HEAD.size:
             length = _HEAD.unpack(head)[0]
             if file.tell() + length + _FOOT > size:

@@ -3,12 +3,11 @@
 One file per answer, written atomically as soon as the answer is there, so that a killed run repeats no paid call.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from wsae.core.files import as_user_error, digest, write_json
+from wsae.core.files import LINE_BYTES, as_user_error, digest, opened, parse_json, write_json
 from wsae.evals.autointerp.llm.types import Answer, Token
 
 Json = dict[str, Any]
@@ -28,7 +27,8 @@ class Cache:
         """Return the answer, or None and the name of the file if it is damaged ("" if there is none)."""
         path = self.path(key)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            with opened(path) as file:
+                data = parse_json(file.read(LINE_BYTES))
         except FileNotFoundError:
             return None, ""
         except (ValueError, RecursionError):
