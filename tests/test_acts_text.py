@@ -6,11 +6,16 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from wsae.acts.config import HarvestConfig, TextConfig
+from wsae.acts.decoding import decode_table
 from wsae.acts.text import documents, fingerprint, is_heldout
+from wsae.acts.tokens import TokenTable, alone, joined, owner_of, texts_json, texts_of
 from wsae.core.errors import UserError
 
 TEXTS = ["one two", "drei vier \u00e4", "", "five\n\nsix"]
@@ -178,3 +183,63 @@ def test_a_fingerprint_changes_with_the_text(tmp_path):
 def test_bad_harvest_configs_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         HarvestConfig.parse(values)
+
+
+def byte_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes: the byte-level alphabet with some merges, or "<0xE6>" where a word is unknown."""
+    if kind == "level":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=290, special_tokens=["</s>"], initial_alphabet=letters
+        )
+        made.train_from_iterator(["a 日 本 日本 é"] * 9, trainer)
+    else:
+        names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "日"]
+        vocab = {name: i for i, name in enumerate(names)}
+        made = Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+        made.normalizer = normalizers.Replace(" ", "▁")
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["level", "fallback"])
+def test_characters_split_over_tokens_stand_whole_in_any_cut(kind):
+    tokenizer = byte_tokenizer(kind)
+    texts = decode_table(tokenizer, range(len(tokenizer)))
+    letters = st.text(st.sampled_from("ab 日本é👩\u200d�ก\n") | st.characters(codec="utf-8"))
+
+    @settings(max_examples=60)
+    @given(letters, st.integers(0, 40), st.integers(0, 40))
+    def check(text: str, a: int, b: int) -> None:
+        a, b = sorted((a, b))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = [texts[i] for i in ids]
+        assert "".join(joined(tokens)) == text == tokenizer.decode(ids)
+        seen = joined(tokens, slice(a, b))
+        assert len(seen) == len(tokens[a:b]) and "".join(seen) in text
+        assert seen == [] or not tokens[a:b] or "".join(seen)  # a cut within a character shows it
+        alone_seen = "".join(joined(tokens[a:b]))  # nothing known beyond the cut
+        raw = b"".join(t if isinstance(t, bytes) else t.encode() for t in tokens[a:b])
+        assert alone_seen == raw.decode("utf-8", "ignore")
+
+    check()
+
+
+def test_tokens_of_part_of_a_character_are_named_and_written_by_their_bytes():
+    texts = {1: b"\xe6", 2: b" \xe6\x97", 3: " the", 4: b"\x97z\xe6"}
+    assert texts_of(json.loads(json.dumps(texts_json(texts)))) == texts
+    assert [alone(t) for t in texts.values()] == [
+        "<0xE6>",
+        " <0xE6><0x97>",
+        " the",
+        "<0x97>z<0xE6>",
+    ]
+    assert owner_of(["日", "", ""], 2) == "日"
+    assert texts_of({"7": "\ufffd"}) == {7: "\ufffd"}  # stores of before there were bytes
+    table = TokenTable(torch.tensor([[2, 1]]).int(), torch.tensor([2]).int(), texts)
+    assert table.decode([3, 9]) == [" the", "<9>"]

@@ -19,6 +19,7 @@ from wsae.acts.store import TOKENS, Store
 from wsae.acts.tally import Tally
 from wsae.acts.text import documents
 from wsae.acts.text import fingerprint as text_fingerprint
+from wsae.acts.tokens import texts_json
 from wsae.acts.writing import Feed, SplitWriter, finish, outlier_dims, skipped, unfinished
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
@@ -79,7 +80,8 @@ def _nothing(cfg: HarvestConfig) -> str:
 
 
 def _finish(flow: Flow, out: Path, ledger: Ledger, tally: Tally) -> None:
-    write_json(out / TOKENS, decode_table(flow.language.tokenizer, _used_ids(out, ledger)))
+    texts = decode_table(flow.language.tokenizer, _used_ids(out, ledger))
+    write_json(out / TOKENS, texts_json(texts))
     finish(out, ledger, tally, [TOKENS], _info(flow, ledger, tally))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-SCHEMA = 4
+SCHEMA = 5
 """Raise it whenever a table, or the meaning of a value in one, changes."""
 NAME = "browser.sqlite"
 _SHIFT = 32
