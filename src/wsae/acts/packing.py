@@ -67,6 +67,7 @@ class Packer:
         self._start = automatic_bos(tokenizer)
         self._end = _one_id(tokenizer.eos_token_id) or _one_id(tokenizer.bos_token_id)
         self._pad = (_one_id(tokenizer.pad_token_id) or self._end or [0])[0]
+        self._refused, self._reason = 0, ""
         self._highest = max(tokenizer.get_vocab().values(), default=-1)
 
     @property
@@ -83,8 +84,17 @@ class Packer:
             yield TokenTable(ids, lengths, {}, self.ends)
 
     def sequences(self, start: Position = START) -> Iterator[Sequence]:
-        """Yield sequences from a position on."""
-        return self._packed(start) if self.cfg.pack else self._single(start)
+        """Yield sequences from a position on; raises UserError when all there is are conversations, none usable."""
+        found = self._packed(start) if self.cfg.pack else self._single(start)
+        first = next(found, None)
+        if first is not None:
+            yield first
+            yield from found
+        elif start == START and self._refused:
+            raise UserError(
+                f"text {self.cfg.text.path}: the model's chat template refuses all {self._refused:,} conversations "
+                f"({self._reason}); read a field of plain text (--field)"
+            )
 
     def _documents(self, start: int) -> Iterator[Document]:
         for document in documents(self.cfg.text, start):
@@ -131,8 +141,8 @@ class Packer:
             text = self._rendered(document) if document.messages else document.text
             ids = self._tokenised(text or "")
         if document.messages or document.ids is not None:  # these may bring their own
-            ids = ids[len(self._start) :] if self._start and ids[:1] == self._start else ids
-            end = [] if end and ids[-1:] == end else end
+            ids = ids[1:] if self._start and ids[:1].tolist() == self._start else ids
+            end = [] if ids[-1:].tolist() == end else end
         return np.concatenate([ids, np.array(end, dtype=np.int32)]) if len(ids) else ids
 
     def _tokenised(self, text: str) -> np.ndarray:
@@ -168,7 +178,9 @@ class Packer:
                     turns, chat_template=dated, tokenize=False, date_string=_TODAY
                 )
             )
-        except (TemplateError, ValueError, TypeError, KeyError):  # what a template raises
+        except (TemplateError, ValueError, TypeError, KeyError) as error:  # what a template raises
+            self._refused += 1
+            self._reason = " ".join(str(error).split())[:80]
             return None
 
     def _sequence(self, ids: np.ndarray, after: Position) -> Sequence:

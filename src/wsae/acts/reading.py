@@ -61,7 +61,7 @@ _NO_TEXT = {
 _HEAD = 1 << 16
 LONGEST = 1 << 26
 """Bytes of a record at most: a small .gz may hold one that fills the memory."""
-_LARGE, _MOST_VALUES = 1 << 20, 1 << 20
+_LARGE, _MOST_MARKS, _SIGNS = 1 << 20, 1 << 21, (b",", b"[", b"{")
 """A record of more bytes is looked at before it is parsed: as objects its values take a hundred bytes each."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _SPACE = re.compile(r"[ \t\r\n]*+")
@@ -218,7 +218,14 @@ class _Unpacked(io.RawIOBase):
                 self._rest = self._file.read(_HEAD)
                 if not self._rest:
                     raise EOFError("it ends too early")
-            data = self._unpack.decompress(self._rest, len(buffer))
+            try:
+                data = self._unpack.decompress(self._rest, len(buffer))
+            except lzma.LZMAError as error:
+                if "limit" not in str(error):
+                    raise
+                raise UserError(
+                    f"text {self._file.name}: takes over {_XZ_MEMORY >> 20} MB to unpack; pack it again (xz -9)"
+                ) from error
             self._rest = b""
             if data:
                 buffer[: len(data)] = data
@@ -328,9 +335,14 @@ def _refuse_many_values(raw: bytes, where: str) -> None:
     """Raise UserError when a record, once parsed, would take far more memory than it has bytes."""
     if len(raw) <= _LARGE:
         return
-    bare = _STRING.sub(b"", raw)
-    if sum(map(bare.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise UserError(f"{where}: over {_MOST_VALUES:,} values in one record; cut it into several")
+    marks, at = 0, 0
+    for found in _STRING.finditer(raw):
+        marks += 1 + sum(raw.count(sign, at, found.start()) for sign in _SIGNS)
+        at = found.end()
+        if marks > _MOST_MARKS:
+            break
+    if marks + sum(raw.count(sign, at) for sign in _SIGNS) > _MOST_MARKS:
+        raise UserError(f"{where}: over {_MOST_MARKS:,} values in one record; cut it into several")
 
 
 def _json_values(file: io.BufferedIOBase, path: Path, field: str) -> Iterator[Record]:

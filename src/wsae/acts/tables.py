@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS, _BATCH_BYTES = 16, 1 << 27
 """Rows read at once, and fewer where the largest possible value would make them more than so many bytes."""
-_LONGEST = 1 << 26
+_LONGEST = 1 << 24
 """Characters of a CSV row at most."""
 _MOST_FIELDS = 1 << 20
 
