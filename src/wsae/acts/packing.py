@@ -98,6 +98,8 @@ class Packer:
 
     def _documents(self, start: int) -> Iterator[Document]:
         for document in documents(self.cfg.text, start):
+            if document.empty:  # millions of them should pass quickly
+                continue
             if is_heldout(document.index, self.cfg.seed, self.cfg.heldout_fraction) == self.heldout:
                 yield document
 

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from wsae.acts.rows import Content, Record, no_field, read_row, readable, with_field
 from wsae.acts.tables import arrow_records, csv_records, parquet_records
@@ -64,6 +64,7 @@ LONGEST = 1 << 26
 _LARGE, _MOST_MARKS, _SIGNS = 1 << 20, 1 << 21, (b",", b"[", b"{")
 """A record of more bytes is looked at before it is parsed: as objects its values take a hundred bytes each."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_PARSE = json.JSONDecoder().decode
 _SPACE = re.compile(r"[ \t\r\n]*+")
 _DOCUMENT_CHARS, _LONGEST_CHARS = 2_000, 8_000
 _XZ_MEMORY = 256 << 20
@@ -285,10 +286,10 @@ class _Recoded(io.RawIOBase):
 
 def _json_lines(file: io.BufferedIOBase, path: Path, field: str) -> Iterator[Record]:
     def rows() -> Iterator[tuple[str, object]]:
-        number = 0
+        number, prefix = 0, f"text {path}, line "
         while line := file.readline(LONGEST + 1):
             number += 1
-            where = f"text {path}, line {number}"
+            where = prefix + str(number)
             if len(line) > LONGEST:
                 raise UserError(f"{where}: over {LONGEST:,} bytes; cut it into several")
             if line.strip():
@@ -320,9 +321,10 @@ def _rows(rows: Iterator[tuple[str, object]], field: str) -> Iterator[Record]:
 
 
 def _parsed(raw: bytes, where: str) -> object:
-    _refuse_many_values(raw, where)
+    if len(raw) > _LARGE:
+        _refuse_many_values(raw, where)
     try:
-        return json.loads(raw)
+        return _PARSE(raw.decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not JSON in UTF-8 ({error.reason}); {ICONV}") from error
     except (ValueError, RecursionError) as error:
@@ -333,8 +335,6 @@ def _parsed(raw: bytes, where: str) -> object:
 
 def _refuse_many_values(raw: bytes, where: str) -> None:
     """Raise UserError when a record, once parsed, would take far more memory than it has bytes."""
-    if len(raw) <= _LARGE:
-        return
     marks, at = 0, 0
     for found in _STRING.finditer(raw):
         marks += 1 + sum(raw.count(sign, at, found.start()) for sign in _SIGNS)
@@ -432,7 +432,7 @@ def _plain_texts(file: io.BufferedIOBase, path: Path, _: str) -> Iterator[Record
     """Cut plain text at blank lines into documents of about 2,000 characters (8,000 where there is no blank line)."""
     parts, size, number = [], 0, 0
     try:
-        with io.TextIOWrapper(file, encoding="utf-8") as lines:
+        with io.TextIOWrapper(cast(io.BufferedReader, file), encoding="utf-8") as lines:
             while line := lines.readline(_LONGEST_CHARS):
                 number += 1
                 blank = not line.strip()
@@ -453,7 +453,8 @@ def _plain_texts(file: io.BufferedIOBase, path: Path, _: str) -> Iterator[Record
 def _csv(file: io.BufferedIOBase, path: Path, field: str) -> Iterator[Record]:
     tabs = ".tsv" in path.name.lower()
     try:
-        with io.TextIOWrapper(file, encoding="utf-8", newline="") as lines:
+        buffered = cast(io.BufferedReader, file)
+        with io.TextIOWrapper(buffered, encoding="utf-8", newline="") as lines:
             yield from csv_records(lines, f"text {path}", field, tabs)
     except UnicodeDecodeError as error:
         raise UserError(f"text {path}: not UTF-8 text ({error.reason}); {ICONV}") from error

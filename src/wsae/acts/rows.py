@@ -6,7 +6,7 @@ A field is a key, or keys joined by dots for what lies deeper ("data.text", "cho
 import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -107,7 +107,7 @@ def no_field(where: str, field: str, names: Mapping[str, bool], kind: str = "fie
     return NoField(f"{where}: no {kind} {field!r}{near or has}; {advice}")
 
 
-def readable(value: object) -> bool:
+def readable(value: Any) -> bool:
     """Return whether a value could be what --field names: text, or a conversation."""
     is_talk = isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
     return isinstance(value, str) or (is_talk and _role(value[0]) is not None)
@@ -116,7 +116,7 @@ def readable(value: object) -> bool:
 def _value(row: Mapping[str, object], field: str) -> object:
     if field in row:
         return row[field]
-    at: object = row
+    at: Any = row
     for name in field.split("."):
         if isinstance(at, Mapping) and name in at:
             at = at[name]

@@ -46,7 +46,7 @@ _HASHES = 1 << 22
 """Documents of each half that are compared (8 bytes each)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Document:
     """One record and its position in the stream: a text, or a conversation, or (then without text) token ids."""
 
@@ -114,7 +114,8 @@ def documents(
             continue
         document = Document(index, record.text, record.ids, record.messages)
         reading.documents += 1
-        reading.empty += document.empty
+        if document.empty:
+            reading.empty += 1
         if record.note:
             reading.records[record.note] += 1
         if index >= start:
@@ -165,6 +166,8 @@ def survey(
     for document in documents(cfg.text, reading=reading):
         if last is not None and document.index >= last:
             break
+        if document.empty:
+            continue
         heldout = is_heldout(document.index, cfg.seed, cfg.heldout_fraction)
         end = stop["heldout" if heldout else "train"]
         if end is not None and document.index >= end:
@@ -243,12 +246,13 @@ def _read(files: Files, name: str, reading: Reading) -> Iterator[Record]:
     reading.files_left_out = {reason: [*names] for reason, names in files.left_out.items()}
     first, found = None, False
     for file in files.read:
+        reading.files += 1
         try:
             for record in records(file, name):
                 found = True
                 yield record
-            reading.files += 1
         except NoField as error:
+            reading.files -= 1
             first = first or error
             reading.files_left_out.setdefault(WITHOUT, []).append(file.name)
     if first is not None and not found:
