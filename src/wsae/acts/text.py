@@ -293,7 +293,7 @@ def _files(path: Path, split: str | None = None) -> Files:
 
 
 def _nothing(root: Path, split: str | None, left_out: dict[str, list[str]]) -> str:
-    """Say what a directory without text holds instead."""
+    """Return the error for a directory without text: what it holds instead."""
     has = "; ".join(f"{len(ps)} {reason} ({ps[0]})" for reason, ps in left_out.items())
     what = f"no {', '.join(DATA)} file"
     if split is not None and OTHER_SPLIT in left_out:
