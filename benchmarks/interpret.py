@@ -19,6 +19,7 @@ from wsae.acts.config import TextConfig
 from wsae.acts.decoding import decode_table
 from wsae.acts.language import LanguageModel, load_language, load_tokenizer
 from wsae.acts.text import documents
+from wsae.acts.tokens import joined
 from wsae.evals.autointerp.embedding import embedding_scores
 from wsae.evals.autointerp.encoder import Memo, load_encoder
 from wsae.evals.autointerp.metrics import LatentScore
@@ -44,7 +45,7 @@ def texts_windows(n: int) -> Windows:
     ids = np.array(rows[:n], dtype=np.int32)
     table = decode_table(tokenizer, np.unique(ids).tolist())
     place = np.arange(len(ids))
-    return Windows(ids, place, 0 * place, place, lambda some: [table[str(int(i))] for i in some])
+    return Windows(ids, place, 0 * place, place, lambda some: joined([table[int(i)] for i in some]))
 
 
 def stand_ins(n_latents: int, seed: int = 0) -> Collected:

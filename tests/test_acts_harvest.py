@@ -18,6 +18,7 @@ from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
 from wsae.acts.language import load_language
 from wsae.acts.store import Store
+from wsae.acts.text import is_heldout, told
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
 
@@ -53,6 +54,35 @@ def store(base, tmp_path_factory) -> Store:
 def contents(path: Path) -> dict[str, bytes]:
     files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+# ---- what is told of the text
+
+
+def test_what_is_left_out_or_repeated_is_in_the_manifest(base, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "README.md").write_text("about")
+    lines = make_text(text / "a.jsonl", documents=60).read_text().splitlines()
+    rows = [line for line in lines for _ in range(2)]  # every document twice
+    rows[5:5] = ['{"text": null}', '{"text": ""}', '{"id": 3}']
+    (text / "a.jsonl").write_text("\n".join(rows))
+    cfg = config(base, text=TextConfig(path=str(text)), tokens=400, heldout_tokens=60)
+    whole = harvest(cfg, tmp_path / "whole").info["text"]
+    assert whole["left_out"] == {"null": 1, "without the field": 1}
+    assert (whole["empty"], whole["documents"] < len(rows)) == (1, True)
+    assert whole["files_left_out"]["about the data"] == {"n": 1, "names": ["README.md"]}
+    held = [is_heldout(i, cfg.seed, cfg.heldout_fraction) for i in range(len(rows))]
+    texts = [row for row in rows if len(row) > 15]
+    used = {
+        half: [row for row, is_held in zip(rows, held, strict=True) if is_held == half]
+        for half in (True, False)
+    }
+    repeated, few = whole["repeated"], whole["repeated"]["heldout"]
+    assert 0 < few < len(used[True])
+    twice = sum(row in used[False] for row in used[True])
+    assert 0 < repeated["in_training"] <= twice < len(texts)
+    assert f"{repeated['in_training']} of {few} held-out documents" in told(whole)[-1]
 
 
 # ---- what is stored

@@ -16,8 +16,9 @@ from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.decoding import decode_table
 from wsae.acts.hookpoints import canonical_names, match, resolve
 from wsae.acts.language import load_language, load_tokenizer, locate
-from wsae.acts.packing import Packer, Position
+from wsae.acts.packing import REFUSED, Packer, Position
 from wsae.acts.skip import REASONS, SkipRule, count_reasons
+from wsae.acts.text import documents
 from wsae.core.errors import UserError
 
 
@@ -299,6 +300,51 @@ def test_unpacked_sequences_are_one_truncated_document_each(text):
         assert s.ids[: s.length].tolist() == tokenizer(t)["input_ids"][:16]
 
 
+TALK = [[("user", "the cat"), ("assistant", "sat")], [("system", "a mat")], [("user", "ran")]]
+TEMPLATE = (
+    "{{ bos_token }}{{ strftime_now('%d %b %Y') }} {{ date_string }}\n{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}|{% endfor %}</s>"
+)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, "{{ raise_exception('nothing') }}"])
+def test_conversations_are_read_as_the_models_chat_template_writes_them(tmp_path, template):
+    rows = [[{"role": role, "content": text} for role, text in turns] for turns in TALK]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.chat_template = template
+    cfg = HarvestConfig(
+        text=TextConfig(path=str(path), field="messages"), seq_len=99, heldout_tokens=0, heldout_fraction=0
+    )  # fmt: skip
+    packer = Packer(cfg, tokenizer, heldout=False)
+    if template is not None and "nothing" in template:
+        with pytest.raises(UserError, match="chat template refuses all"):
+            list(packer.sequences())
+        return
+    (sequence,) = packer.sequences()
+    day = "26 Jul 2024 26 Jul 2024\n"
+    whole = ["user: the cat\nassistant: sat", "system: a mat", "user: ran"]
+    texts = whole if template is None else [f"{day}the cat|sat|", f"{day}ran|"]
+    assert tokenizer.decode(sequence.ids[: sequence.length]) == "<s>" + "".join(
+        f"{text}</s>" for text in texts
+    )
+    refused = [packer.refuses(d) for d in documents(cfg.text)]
+    assert refused == ([""] * 3 if template is None else ["", REFUSED, ""])
+
+
+def test_token_ids_are_taken_as_they_are_and_must_be_the_tokenizers(tmp_path):
+    path, tokenizer = tmp_path / "a.jsonl", make_tokenizer(bos=True)
+    path.write_text('{"input_ids": [0, 40, 41]}\n{"input_ids": []}\n{"input_ids": [42, 1]}\n')
+    text = TextConfig(path=str(path), field="input_ids")
+    cfg = HarvestConfig(text=text, seq_len=16, heldout_tokens=0, heldout_fraction=0)
+    (sequence,) = Packer(cfg, tokenizer, heldout=False).sequences()
+    assert sequence.ids[: sequence.length].tolist() == [0, 40, 41, 1, 42, 1]
+    path.write_text('{"input_ids": [5]}\n{"input_ids": [50256]}\n')
+    with pytest.raises(UserError, match="document 1: token id 50256, but .* ids up to"):
+        list(Packer(cfg, tokenizer, heldout=False).sequences())
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_position_continues_with_the_very_next_sequence(text, pack):
     packer = Packer(config(text, pack=pack), make_tokenizer(), heldout=False)
@@ -374,5 +420,5 @@ def test_token_strings_keep_their_spaces():
     tokenizer = make_tokenizer()
     ids = tokenizer("the cat sat</s>", add_special_tokens=False)["input_ids"]
     table = decode_table(tokenizer, sorted(set(ids)))
-    assert "".join(table[str(i)] for i in ids) == "the cat sat</s>"
+    assert "".join(table[i] for i in ids) == "the cat sat</s>"
     assert np.array(ids).dtype.kind == "i"

@@ -22,6 +22,8 @@ from wsae.evals.autointerp.documents import EXPLAIN, SCORE, Documents, blocks, s
 from wsae.evals.autointerp.reservoirs import Pool, priority
 from wsae.evals.autointerp.roles import NEIGHBOURS
 from wsae.evals.autointerp.tracking import Tracked, member_bytes
+from wsae.evals.autointerp.windows import cut_windows
+from wsae.evals.contexts import Context
 from wsae.evals.data import Rows
 from wsae.sae import ReLU, SAEConfig, SparseAutoencoder, TopK
 
@@ -528,3 +530,21 @@ def test_given_latents_must_be_latents_of_a_member(wanted):
     assert "no such member (nearest: sae)" in refused(
         Text(1), latents={HOOK: {"saw": torch.tensor([1])}}
     )
+
+
+def test_a_character_split_at_a_windows_border_stands_whole_in_both_windows():
+    sea = "日本".encode()
+    texts = {i: sea[i : i + 1] for i in range(6)} | {6: " a"}
+    ids = torch.tensor([[6, 0, 1, 2, 3, 4, 5, 6], [4, 5, 6, 6, 6, 6, 6, 6]]).int()
+    table = TokenTable(ids, torch.tensor([8, 3]).int(), texts)
+    seq, start = np.array([0, 0, 1]), np.array([0, 4, 0])
+    windows = cut_windows(table, seq, start, seq, 4)
+    assert [windows.tokens(i) for i in range(3)] == [
+        [" a", "日", "", ""],
+        ["本", "", "", " a"],
+        ["", "", " a"],  # the beginning of the character is in no sequence
+    ]
+    assert cut_windows(table, seq[:1], start[:1] + 2, seq[:1], 2).text(0) == "日"
+    context = Context(seq=0, pos=5, value=2.0, acts={5: 2.0})
+    shown = context.window(ids[0].long(), table.decode, 3)
+    assert (shown["tokens"], shown["peak"]) == (["日", "本", ""], 2)

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from acts_models import make_model, make_text
-from wsae.acts.config import HarvestConfig
+from wsae.acts.config import HarvestConfig, TextConfig
+from wsae.acts.harvest import harvest as write_store
 from wsae.cli.main import main
+from wsae.core.artifact import read_manifest, record, write_manifest
 from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.doctor import activations, cost, machine, shape
 from wsae.doctor.check import Check, report
 from wsae.doctor.config import DoctorConfig
@@ -190,6 +193,32 @@ def test_another_width_than_expected_fails(llama):
 def test_a_model_that_is_not_there_is_bad_input(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         examine(DoctorConfig(train=plan(), harvest=HarvestConfig(model=str(tmp_path / "gone"))))
+
+
+def test_what_a_text_or_a_store_leaves_out_or_repeats_is_told(llama, tmp_path):
+    lines = (llama.parent / "text.jsonl").read_text().splitlines()
+    text = tmp_path / "a.jsonl"
+    text.write_text("\n".join(['{"text": null}', *lines, *lines]))
+    cfg = harvest(llama, "layers.1").model_copy(
+        update={"text": TextConfig(path=str(text)), "heldout_tokens": 50, "tokens": 100_000}
+    )
+    live = examine(DoctorConfig(train=plan(), harvest=cfg, probe_seconds=0.1))
+    path = write_store(cfg, tmp_path / "s").path
+    stored = examine(DoctorConfig(train=plan(), data=str(path), probe_seconds=0.1))
+    for found in (live, stored):
+        lines_told = [check["value"] for check in found["checks"] if check["name"] == "text"]
+        assert "records left out: 1 null" in lines_told
+        assert any("held-out documents are training documents" in line for line in lines_told)
+    older = read_manifest(path, "store")
+    write_json(path / "tokens.json", {"3": "\ufffd", "4": " a"})
+    del older.info["text"]
+    files = {n: r for n, r in older.files.items() if n != "tokens.json"} | {
+        "tokens.json": record(path / "tokens.json")
+    }
+    write_manifest(path, "store", older.config, files, older.inputs, older.info)
+    old = by_name(examine(DoctorConfig(train=plan(), data=str(path), probe_seconds=0.1)))
+    assert "older wsae" in old["text"]["value"]
+    assert "1 tokens hold part of a character" in old["tokens"]["value"]
 
 
 def test_an_array_is_examined_and_its_nan_found(tmp_path):

@@ -1,11 +1,15 @@
 """Headers that claim what is not there, bombs, and places outside: refused within bounded memory and time."""
 
+import contextlib
 import gzip
+import json
+import lzma
 import os
 import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,9 +22,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.reliability.mutate import mutated
 from benchmarks.reliability.readers import READERS
 
+from acts_models import make_tokenizer
+from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.sets import open_images
+from wsae.acts.packing import PIECE, Packer, pieces
 from wsae.acts.source import open_source
+from wsae.acts.text import documents
 from wsae.cli.plan import read_vector
 from wsae.core.artifact import contained, write_manifest
 from wsae.core.errors import UserError
@@ -192,6 +200,95 @@ def test_an_array_packed_or_not_is_the_one_that_was_saved(tmp_path) -> None:
         found = open_images(ImagesConfig(path=str(tmp_path / "x.npz")))
         assert (found.images(np.arange(4))[:, 0].numpy() == pictures).all()
         assert (found.names, found.labels.tolist()) == (tuple("abcd"), [0, 1, 2, 3])
+
+
+def packed_reader(path: Path, field: str = "text", **options) -> Packer:
+    """Return what cuts a text into sequences, with a tokenizer of bytes."""
+    text = TextConfig(path=str(path), field=field)
+    cfg = HarvestConfig(text=text, seq_len=16, heldout_fraction=0.0, heldout_tokens=0, **options)
+    return Packer(cfg, make_tokenizer(), heldout=False)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_memory_does_not_grow_with_records_that_are_skipped(tmp_path, pack) -> None:
+    rows, peaks = b'{"text": ""}\n{"text": ""}\n{"text": null}\n{"x": 1}\n\n', []
+    for n in (300, 1_500):
+        data = b'{"text": "a"}\n' + rows * n + b'{"text": "b c"}\n'
+        path = write(tmp_path / f"{n}.jsonl.gz", gzip.compress(data, 1))
+        packer = packed_reader(path, pack=pack)
+        tracemalloc.start()
+        found = list(packer.sequences())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found) == (1 if pack else 2)
+    assert peaks[1] < peaks[0] + (1 << 17)
+
+
+def dictionary_bomb(path: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    said = pa.array(["x" * (24 << 20)])
+    often = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), said)
+    pq.write_table(pa.table({"text": often}), path, compression="zstd")
+    assert path.stat().st_size < 1 << 16
+    return path
+
+
+def xz(data: bytes, dictionary: int = 1 << 20) -> bytes:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": dictionary}]
+    return lzma.compress(data, filters=filters)
+
+
+TEXTS = {
+    "spaces.txt.gz": (lambda: gzip.compress(b" " * (64 << 20), 1), ""),
+    "one line.txt.xz": (lambda: xz(b"a " * (8 << 20)), ""),
+    "empty.json": (lambda: b"[" + b'{"text": ""},' * 9_000 + b'{"text": ""}]', ""),
+    "lists.jsonl": (lambda: b'{"text": "a", "x": [' + b"[]," * 4_000_000 + b"[]]}", "values in one"),
+    "deep.jsonl": (lambda: b"[" * 4_000_000, "values in one record"),
+    "objects.json": (lambda: b'[{"x": [' + b'{"a":0},' * 2_000_000, "values in one record"),
+    "strings.json": (lambda: b'{"text": [' + b'"a",' * 4_000_000, "values in one record"),
+    "no end.json.gz": (lambda: gzip.compress(b'{"text": "' + b"a" * (80 << 20), 1), "over 67,108,864"),
+    "no end.jsonl.gz": (lambda: gzip.compress(b'{"text": "' + b"a" * (80 << 20), 1), "over 67,108,864"),
+    "open.csv.gz": (lambda: gzip.compress(b'text\n"' + b"a\n" * (9 << 20), 1), "is a quote left open"),
+    "line.csv.gz": (lambda: gzip.compress(b"text\n" + b"a" * (80 << 20), 1), "a row of over"),
+    "cells.csv": (lambda: b"text\n" + b"," * (8 << 20), "cells"),
+    "dictionary.jsonl.xz": (lambda: xz(b'{"text": "a"}\n', 512 << 20), "over 256 MB to unpack"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.timeout(120)
+def test_a_small_text_cannot_fill_the_memory(name, tmp_path, little_room) -> None:
+    make, said = TEXTS[name]
+    path = write(tmp_path / name, make())
+    little_room()
+    refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+    with refused:
+        for document in documents(TextConfig(path=str(path))):
+            assert len(document.text) < 1 << 20
+
+
+def test_a_table_that_says_one_text_in_every_row_is_read_a_few_rows_at_a_time(
+    tmp_path, little_room
+) -> None:
+    path = dictionary_bomb(tmp_path / "x.parquet")
+    little_room()
+    found = documents(TextConfig(path=str(path)))
+    assert {len(next(found).text) for _ in range(40)} == {24 << 20}
+
+
+def test_a_long_document_is_tokenised_in_pieces_cut_before_words(tmp_path) -> None:
+    text = "the cat sat on a mat  and\nsaw two dogs " * 40_000
+    parts = list(pieces(text))
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= PIECE < len(text)
+    assert all(part[0] == " " and part[1].isalpha() for part in parts[1:])
+    assert [*map(len, pieces("x" * (PIECE + 1)))] == [PIECE, 1]
+    packer = packed_reader(write(tmp_path / "x.jsonl", json.dumps({"text": text}).encode()))
+    ids = np.concatenate([s.ids[: s.length] for s in packer.sequences()])
+    whole = make_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert ids.tolist() == [*whole, 1]
 
 
 def test_many_pixels_of_few_bytes_are_refused_below_pillows_own_limit(tmp_path) -> None:

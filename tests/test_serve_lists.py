@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from report_fixture import EXPLANATION
 from serve_world import D_SAE, latents_of, write_world
 from wsae.core.errors import UserError
-from wsae.serve import listing, schema
+from wsae.serve import listing, schema, stored
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
 from wsae.serve.listing import Asked, asked, beside, find, match_of
@@ -65,6 +65,26 @@ def test_search_finds_the_planted_word_and_nothing_else(index: Index, run: Path)
         assert set(found.keys) == wanted
         assert found.total == len(index.members)
     assert find(index, None, Asked(query='"zyzz"')).total == 0, "a closed phrase is no beginning"
+
+
+def test_search_finds_words_of_scripts_without_spaces_in_the_midst_of_a_sentence(tmp_path: Path):
+    connection = schema.create(tmp_path / "x.sqlite", 0)
+    for said in (
+        "the whale 日本語で話す naïve",
+        "語本日 is another order",
+        "ภาษาไทย and 한국어입니다",
+    ):
+        entry = {"contexts": [{"tokens": [said[:7], said[7:]]}]}
+        connection.execute("INSERT INTO words VALUES(?, ?, ?)", stored.texts(entry))
+
+    def found(query: str) -> list[int]:
+        sql = "SELECT rowid FROM words WHERE words MATCH ?"
+        return [key for (key,) in connection.execute(sql, (match_of(query),))]
+
+    for query in ("日本語", "本語", "語で話", "日", "whale 話す", "naive 日本", '"日本語"'):
+        assert found(query) == ([1, 2] if query == "日" else [1]), query
+    assert (found("語"), found("ภาษา"), found("국어"), found("日語")) == ([1, 2], [3], [3], [])
+    connection.close()
 
 
 @pytest.mark.parametrize("query", ["whale", "captain storm", "words about ships", "explanation"])
@@ -224,6 +244,13 @@ def test_pieces_carry_the_whole_text_and_shade_by_activation(run: Path):
             levels = [math.ceil(6 * a / entry["max"] - 1e-12) for a in acts]
             assert [p.level for p in shaded] == [max(1, min(6, level)) for level in levels]
             assert sum(p.peak for p in found) == 1
+
+
+def test_a_token_that_continues_a_character_is_marked_where_it_fires():
+    context = {"tokens": ["日", "", "", " sea"], "acts": [0.0, 0.0, 2.0, 1.0], "peak": 2}
+    shown = pieces(context, 2.0, [])
+    assert [(p.text, p.level, p.peak) for p in shown[:2]] == [("日", 0, False), ("⋯", 6, True)]
+    assert stored.label({"contexts": [context]}) == "fires on “日”"
 
 
 def test_marks_cover_words_across_tokens():

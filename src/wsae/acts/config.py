@@ -11,12 +11,14 @@ class TextConfig(Config):
     """Where documents come from."""
 
     path: str = "builtin"
-    """A .jsonl, .jsonl.gz, .txt or .parquet file, a directory of these, a hub dataset's name, or "builtin" (the
-    shipped public-domain text)."""
+    """A .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, also packed (.gz, .zst, .xz, .bz2), a directory of
+    these or of `save_to_disk`, a hub dataset's name, or "builtin" (the shipped public-domain text)."""
     field: str = "text"
-    """The key (JSONL) or column (parquet, hub dataset) that holds the text."""
+    """The key (JSON) or column (tables) that holds the text, a conversation (messages) or token ids; "data.text" is the
+    key text within data."""
     split: str | None = None
-    """Split of a hub dataset; none means "train"."""
+    """Split of a hub dataset, of a folder of `save_to_disk`, or of a directory whose files are named by split; none
+    means "train", and every file of a directory."""
     subset: str | None = None
     """Configuration of a hub dataset that has several."""
 

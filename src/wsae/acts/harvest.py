@@ -17,8 +17,9 @@ from wsae.acts.packing import Packer
 from wsae.acts.shards import Form, shard_name
 from wsae.acts.store import TOKENS, Store
 from wsae.acts.tally import Tally
-from wsae.acts.text import documents
+from wsae.acts.text import Reading, documents, survey, told
 from wsae.acts.text import fingerprint as text_fingerprint
+from wsae.acts.tokens import texts_json
 from wsae.acts.writing import Feed, SplitWriter, finish, outlier_dims, skipped, unfinished
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
@@ -48,8 +49,10 @@ def harvest(
         refuse_other(out, manifest.config, config, manifest.inputs, inputs)
         drop_ledger(out)
         return Store(out, verify=False)
-    if next(documents(cfg.text), None) is None:
-        raise UserError(f"text {cfg.text.path}: no documents in it")
+    reading = Reading()
+    if next(documents(cfg.text, reading=reading), None) is None:
+        without = "".join(f" ({line})" for line in told(reading.info()))
+        raise UserError(f"text {cfg.text.path}: no documents in it{without}")
     flow = Flow(cfg, language or load_language(cfg.model, cfg.dtype, cfg.device))
     with unfinished(out, config, inputs) as ledger:
         _run(flow, out, ledger, progress)
@@ -79,7 +82,8 @@ def _nothing(cfg: HarvestConfig) -> str:
 
 
 def _finish(flow: Flow, out: Path, ledger: Ledger, tally: Tally) -> None:
-    write_json(out / TOKENS, decode_table(flow.language.tokenizer, _used_ids(out, ledger)))
+    texts = decode_table(flow.language.tokenizer, _used_ids(out, ledger))
+    write_json(out / TOKENS, texts_json(texts))
     finish(out, ledger, tally, [TOKENS], _info(flow, ledger, tally))
 
 
@@ -94,11 +98,13 @@ def _used_ids(out: Path, ledger: Ledger) -> list[int]:
 
 def _info(flow: Flow, ledger: Ledger, tally: Tally) -> dict[str, object]:
     train, heldout = ledger.splits["train"], ledger.splits["heldout"]
+    packer = Packer(flow.cfg, flow.language.tokenizer, heldout=True)
+    ends = {name: None if s.exhausted else s.start.documents for name, s in ledger.splits.items()}
     return {
         "hooks": flow.hooks,
         "model": flow.language.name,
         "tokenizer": type(flow.language.tokenizer).__name__,
-        "document_ends": Packer(flow.cfg, flow.language.tokenizer, heldout=True).ends,
+        "document_ends": packer.ends,
         "seq_len": flow.cfg.seq_len,
         "store_dtype": flow.cfg.store_dtype,
         "rows": {"train": train.rows, "heldout": heldout.rows},
@@ -107,6 +113,7 @@ def _info(flow: Flow, ledger: Ledger, tally: Tally) -> dict[str, object]:
         "exhausted": train.exhausted,
         "heldout_exhausted": heldout.exhausted,
         "skipped": {"train": skipped(train), "heldout": skipped(heldout)},
+        "text": survey(flow.cfg, ends, packer.refuses),
         "median_norm": ledger.medians,
         "outlier_dims": {hook: outlier_dims(tally, hook) for hook in flow.hooks},
     }

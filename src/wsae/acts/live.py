@@ -138,8 +138,7 @@ class LiveSource:
         joined = torch.cat([torch.empty(0, self.cfg.seq_len, dtype=torch.int32), *ids])
         strings = decode_table(self.language.tokenizer, np.unique(joined.numpy()).tolist())
         empty = torch.empty(0, dtype=torch.int32)
-        texts = {int(i): s for i, s in strings.items()}
-        return TokenTable(joined, torch.cat([empty, *lengths]), texts, self._packer().ends)
+        return TokenTable(joined, torch.cat([empty, *lengths]), strings, self._packer().ends)
 
 
 class _Place(NamedTuple):

@@ -1,5 +1,6 @@
 """Token sequences from documents: packed end to end or one document each, with an exact position to resume from."""
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
@@ -11,6 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from wsae.acts.config import HarvestConfig
 from wsae.acts.text import Document, documents, is_heldout
 from wsae.acts.tokens import TokenTable
+from wsae.core.errors import UserError
+
+PIECE = 1 << 20
+"""Characters tokenised at once: a tokenizer takes 150 bytes for each."""
+REFUSED = "conversations that the model's chat template refuses"
+_TODAY = "26 Jul 2024"
+_DAY = (
+    '{%- macro strftime_now(form) -%}{{ {"%d %b %Y": "26 Jul 2024", "%d %B %Y": "26 July 2024"}'
+    '.get(form, "2024-07-26") }}{%- endmacro %}'
+)
+"""What tells chat templates the day, so that a text has the same tokens on any day."""
 
 
 class Position(NamedTuple):
@@ -20,8 +32,14 @@ class Position(NamedTuple):
     token: int = 0
     sequence: int = 0
 
+    @property
+    def documents(self) -> int:
+        """How many documents of the stream are used, the last perhaps in part."""
+        return self.document + (self.token > 0)
+
 
 START = Position()
+_BEFORE_WORD = re.compile(r"(?<=\S) (?=\w)")
 
 
 class Sequence(NamedTuple):
@@ -49,6 +67,8 @@ class Packer:
         self._start = automatic_bos(tokenizer)
         self._end = _one_id(tokenizer.eos_token_id) or _one_id(tokenizer.bos_token_id)
         self._pad = (_one_id(tokenizer.pad_token_id) or self._end or [0])[0]
+        self._refused, self._reason = 0, ""
+        self._highest = max(tokenizer.get_vocab().values(), default=-1)
 
     @property
     def ends(self) -> tuple[int, ...] | None:
@@ -64,11 +84,22 @@ class Packer:
             yield TokenTable(ids, lengths, {}, self.ends)
 
     def sequences(self, start: Position = START) -> Iterator[Sequence]:
-        """Yield sequences from a position on."""
-        return self._packed(start) if self.cfg.pack else self._single(start)
+        """Yield sequences from a position on; raises UserError when all there is are conversations, none usable."""
+        found = self._packed(start) if self.cfg.pack else self._single(start)
+        first = next(found, None)
+        if first is not None:
+            yield first
+            yield from found
+        elif start == START and self._refused:
+            raise UserError(
+                f"text {self.cfg.text.path}: the model's chat template refuses all {self._refused:,} conversations "
+                f"({self._reason}); read a field of plain text (--field)"
+            )
 
     def _documents(self, start: int) -> Iterator[Document]:
         for document in documents(self.cfg.text, start):
+            if document.empty:  # millions of them should pass quickly
+                continue
             if is_heldout(document.index, self.cfg.seed, self.cfg.heldout_fraction) == self.heldout:
                 yield document
 
@@ -78,7 +109,7 @@ class Packer:
         have, number = 0, start.sequence
         after = start.document
         for document in self._documents(start.document):
-            ids = self._ids(document.text, self._end)
+            ids = self._ids(document, self._end)
             used = start.token if document.index == start.document else 0
             while len(ids) - used >= room - have:
                 parts.append(ids[used : used + room - have])
@@ -86,8 +117,9 @@ class Packer:
                 number += 1
                 yield self._sequence(np.concatenate(parts), Position(document.index, used, number))
                 parts, have = [], 0
-            parts.append(ids[used:])
-            have += len(ids) - used
+            if used < len(ids):  # nothing is kept of empty documents, however many there are
+                parts.append(ids[used:])
+                have += len(ids) - used
             after = document.index + 1
         if have:
             yield self._sequence(np.concatenate(parts), Position(after, 0, number + 1))
@@ -95,24 +127,81 @@ class Packer:
     def _single(self, start: Position) -> Iterator[Sequence]:
         room, number = self.cfg.seq_len - len(self._start), start.sequence
         for document in self._documents(start.document):
-            ids = self._ids(document.text, [])[:room]
+            ids = self._ids(document, [])[:room]
             if len(ids):
                 number += 1
                 yield self._sequence(ids, Position(document.index + 1, 0, number))
 
-    def _ids(self, text: str, end: list[int]) -> np.ndarray:
-        ids = (
-            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            if text
-            else []
-        )
-        return np.array(ids + end if ids else [], dtype=np.int32)
+    def refuses(self, document: Document) -> str:
+        """Return why a document has no tokens although it is not empty: what its chat template says; else ""."""
+        return REFUSED if document.messages and self._rendered(document) is None else ""
+
+    def _ids(self, document: Document, end: list[int]) -> np.ndarray:
+        if document.ids is not None:
+            ids = self._checked(document)
+        else:
+            text = self._rendered(document) if document.messages else document.text
+            ids = self._tokenised(text or "")
+        if document.messages or document.ids is not None:  # these may bring their own
+            ids = ids[1:] if self._start and ids[:1].tolist() == self._start else ids
+            end = [] if ids[-1:].tolist() == end else end
+        return np.concatenate([ids, np.array(end, dtype=np.int32)]) if len(ids) else ids
+
+    def _tokenised(self, text: str) -> np.ndarray:
+        parts = [
+            self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            for part in pieces(text)
+        ]
+        return np.concatenate([np.array(part, dtype=np.int32) for part in [*parts, []]])
+
+    def _checked(self, document: Document) -> np.ndarray:
+        """Return the ids that a document brings; raises UserError when the tokenizer has not as many."""
+        assert document.ids is not None
+        highest = int(document.ids.max(initial=-1))
+        if highest > self._highest:
+            raise UserError(
+                f"text {self.cfg.text.path}, document {document.index}: token id {highest}, but the model's tokenizer "
+                f"has ids up to {self._highest}; another one made these: read the text instead (--field)"
+            )
+        return document.ids
+
+    def _rendered(self, document: Document) -> str | None:
+        """Return a conversation as the model reads it: by its chat template, else one line a turn; None if refused."""
+        if not self._tokenizer.chat_template:
+            return document.text
+        from jinja2.exceptions import TemplateError
+
+        turns = [message._asdict() for message in document.messages]
+        try:
+            template = str(self._tokenizer.get_chat_template())
+            dated = _DAY + template if "strftime_now" in template else template
+            return str(
+                self._tokenizer.apply_chat_template(
+                    turns, chat_template=dated, tokenize=False, date_string=_TODAY
+                )
+            )
+        except (TemplateError, ValueError, TypeError, KeyError) as error:  # what a template raises
+            self._refused += 1
+            self._reason = " ".join(str(error).split())[:80]
+            return None
 
     def _sequence(self, ids: np.ndarray, after: Position) -> Sequence:
         out = np.full(self.cfg.seq_len, self._pad, dtype=np.int32)
         length = len(self._start) + len(ids)
         out[:length] = [*self._start, *ids]
         return Sequence(out, length, after)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Yield a long text in pieces of about `PIECE` characters, each beginning with the white space of a word."""
+    start = 0
+    while len(text) - start > PIECE:
+        spaces = _BEFORE_WORD.finditer(text, start + PIECE - PIECE // 64, start + PIECE)
+        cut = next((found.start() for found in spaces), start + PIECE)
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
 
 
 def automatic_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wsae.acts.tally import SourceStats, Tally
-from wsae.acts.tokens import TokenTable, likely_ends
+from wsae.acts.tokens import Texts, TokenTable, likely_ends, texts_of
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import read_json
@@ -106,10 +106,10 @@ class Store:
             first = torch.empty(0, int(self.info["seq_len"]), dtype=torch.int32)
             ids = torch.cat([first, *(p["ids"] for p in parts)])
             lengths = torch.cat([torch.empty(0, dtype=torch.int32), *(p["lengths"] for p in parts)])
-            strings = {int(i): text for i, text in read.items()}
+            strings = texts_of(read)
             return TokenTable(ids, lengths, strings, self._document_ends(strings))
 
-    def _document_ends(self, strings: dict[int, str]) -> tuple[int, ...] | None:
+    def _document_ends(self, strings: Texts) -> tuple[int, ...] | None:
         """Return the ids that end a document as noted, or in older stores as they read."""
         if "document_ends" in self.info:
             noted = self.info["document_ends"]

@@ -1,6 +1,8 @@
 """Token ids of sequences and what they read, without model or tokenizer."""
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -19,6 +21,16 @@ _MARKERS = frozenset(
     }
 )
 """How end-of-text tokens read, for stores that did not note their ids."""
+Texts = Mapping[int, str | bytes]
+"""Token id -> its text, or its bytes where it holds part of a character."""
+REACH = 3
+"""Tokens beyond a cut that a character may begin or end in: it has four bytes at most."""
+_CHARACTER = re.compile(
+    rb"[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|"
+    rb"\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|"
+    rb"\xf4[\x80-\x8f][\x80-\xbf]{2}"
+)
+"""One whole character in UTF-8."""
 
 
 class TokenTable:
@@ -32,17 +44,86 @@ class TokenTable:
         self,
         ids: Int[Tensor, "n_seq seq_len"],
         lengths: Int[Tensor, " n_seq"],
-        strings: Mapping[int, str],
+        strings: Texts,
         ends: tuple[int, ...] | None = None,
     ) -> None:
         self.ids, self.lengths, self.ends = ids, lengths, ends
         self._strings = strings
 
-    def decode(self, ids: Sequence[int] | np.ndarray | Tensor) -> list[str]:
-        """Return each id's text, leading space included."""
-        return [self._strings.get(int(i), f"<{int(i)}>") for i in ids]
+    def decode(
+        self, ids: Sequence[int] | np.ndarray | Tensor, part: slice = slice(None)
+    ) -> list[str]:
+        """Return the text of each id of a part, leading space included; `ids` go on beyond it where they can.
+
+        A character split over tokens stands whole at the first of them in the part; the others read "".
+        """
+        return joined([self._strings.get(int(i), f"<{int(i)}>") for i in ids], part)
 
 
-def likely_ends(strings: Mapping[int, str]) -> tuple[int, ...] | None:
+def joined(tokens: Sequence[str | bytes], part: slice = slice(None)) -> list[str]:
+    """Return the text of each token of a part: together they read as the whole characters in it.
+
+    A character split over tokens stands at the first of its tokens in the part. Bytes of no whole character (its rest
+    lies beyond the sequence) read as nothing.
+    """
+    first, stop, _ = part.indices(len(tokens))
+    out = ["" if isinstance(token, bytes) else token for token in tokens]
+    at = 0
+    while at < len(tokens):
+        run = at
+        while run < len(tokens) and isinstance(tokens[run], bytes):
+            run += 1
+        if run > at:
+            _place(tokens[at:run], out, at, first)
+        at = run + 1
+    return out[first:stop]
+
+
+def _place(run: Sequence[str | bytes], out: list[str], start: int, first: int) -> None:
+    """Write the characters that the bytes of neighbouring tokens make to `out`, from place `start` on."""
+    raw = [token for token in run if isinstance(token, bytes)]
+    owner = [start + i for i, token in enumerate(raw) for _ in token]
+    for found in _CHARACTER.finditer(b"".join(raw)):
+        place = owner[found.start()]
+        if place < first <= owner[found.end() - 1]:
+            place = first
+        out[place] += found[0].decode()
+
+
+def alone(token: str | bytes) -> str:
+    """Return how a token reads by itself: bytes of no whole character by name, "<0xE6>"."""
+    if isinstance(token, str):
+        return token
+    text, end = "", 0
+    for found in [*_CHARACTER.finditer(token), None]:
+        start = len(token) if found is None else found.start()
+        text += "".join(f"<0x{byte:02X}>" for byte in token[end:start])
+        text, end = (text, end) if found is None else (text + found[0].decode(), found.end())
+    return text
+
+
+def owner_of(texts: Sequence[str], place: int) -> str:
+    """Return the text that a token of a context belongs to: of a continued character, the whole one before it."""
+    return next((text for text in reversed(texts[: place + 1]) if text), "")
+
+
+def texts_json(texts: Texts) -> dict[str, Any]:
+    """Return what a store writes: text, or {"bytes": hexadecimal}."""
+    return {
+        str(i): token if isinstance(token, str) else {"bytes": token.hex()}
+        for i, token in texts.items()
+    }
+
+
+def texts_of(value: Mapping[str, Any]) -> dict[int, str | bytes]:
+    """Return the inverse of `texts_json`; raises ValueError, KeyError or TypeError for anything else."""
+    return {
+        int(i): token if isinstance(token, str) else bytes.fromhex(token["bytes"])
+        for i, token in value.items()
+    }
+
+
+def likely_ends(strings: Texts) -> tuple[int, ...] | None:
     """Return the ids that read like an end-of-text token, or None when none does."""
-    return tuple(sorted(i for i, text in strings.items() if text.strip() in _MARKERS)) or None
+    found = (i for i, t in strings.items() if isinstance(t, str) and t.strip() in _MARKERS)
+    return tuple(sorted(found)) or None

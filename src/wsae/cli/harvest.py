@@ -60,7 +60,13 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         from wsae.acts.harvest import harvest
 
         harvest(text, flags.out, ui.progress)
-    return describe(flags)
+    result = describe(flags)
+    if "text" in result:
+        from wsae.acts.text import told
+
+        for line in told(result["text"]):
+            ui.note(f"wsae: {line}")
+    return result
 
 
 def describe(flags: Flags) -> dict[str, Any]:

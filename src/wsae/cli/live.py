@@ -26,16 +26,16 @@ class LiveFlags(Config):
     """A model's text, and the rows to keep."""
 
     text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """Text for the model: .txt, .jsonl, .jsonl.gz, .parquet, a directory of these, a hub dataset's name, or
-    "builtin"."""
+    """Text for the model: .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow, also packed (.gz, .zst, .xz, .bz2), a
+    directory of these or of save_to_disk, a hub dataset's name, or "builtin"."""
     hook: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
     ] = ()
     """Modules to read: "layers.9", "layers.*", "layers.9.mlp"; several are read in one pass."""
     field: Annotated[str, tyro.conf.arg(metavar="NAME")] = DEFAULTS.text.field
-    """Key or column that holds the text."""
+    """Key or column that holds the text, a conversation or token ids; dots lead deeper ("data.text")."""
     split: MaybeName = None
-    """Split of a hub dataset; none means train."""
+    """Split of a hub dataset or of a directory that has several; none means train."""
     subset: MaybeName = None
     """Configuration of a hub dataset that has several."""
     seq_len: Count = DEFAULTS.seq_len

@@ -18,7 +18,7 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     checks = [machine.check_versions(), machine.check_device(cfg.device)]
     language = load_language(harvest.model, harvest.dtype, cfg.device)
     tick(1)
-    checks += [_check_bos(language), _check_text(harvest, language)]
+    checks += [_check_bos(language), *_check_text(harvest, language)]
     try:
         hooks = resolve(language.model, harvest.hooks)
     except UserError as error:
@@ -45,9 +45,10 @@ def _check_bos(language: LanguageModel) -> Check:
     return Check("begin-of-text token", "ok", f"the tokenizer adds {bos}; the mask drops it")
 
 
-def _check_text(harvest: HarvestConfig, language: LanguageModel) -> Check:
+def _check_text(harvest: HarvestConfig, language: LanguageModel) -> list[Check]:
     have = probe.text_size(harvest, language)
-    return shape.check_text(have.tokens, harvest.tokens, have.whole)
+    enough = shape.check_text(have.tokens, harvest.tokens, have.whole)
+    return [enough, *(Check("text", "warn", line) for line in have.told)]
 
 
 def _check_hook(

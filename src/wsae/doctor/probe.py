@@ -15,7 +15,7 @@ from wsae.acts.hookpoints import HookPoint
 from wsae.acts.language import LanguageModel
 from wsae.acts.packing import Packer
 from wsae.acts.skip import KEPT, SkipRule
-from wsae.acts.text import documents
+from wsae.acts.text import Reading, Repeats, documents, is_heldout, told
 from wsae.core.errors import UserError
 
 TEXT_SECONDS = 2.0
@@ -39,10 +39,11 @@ class Probe(NamedTuple):
 
 
 class TextSize(NamedTuple):
-    """How much text there is: tokens for training (at least), and whether it was read to its end."""
+    """How much text there is: tokens for training (at least), whether it was read to its end, and what was left out."""
 
     tokens: int
     whole: bool
+    told: list[str]
 
 
 def probe_model(
@@ -81,19 +82,23 @@ def text_size(
 ) -> TextSize:
     """Estimate the training tokens of the text, reading it for at most `seconds`."""
     end = time.monotonic() + seconds
-    chars, sample, taken, whole = 0, [], 0, True
-    for document in documents(cfg.text):
+    chars, given, sample, taken, whole = 0, 0, [], 0, True
+    reading, repeats = Reading(), Repeats()
+    for document in documents(cfg.text, reading=reading):
         chars += len(document.text)
-        if taken < SAMPLE_CHARS:
+        given += 0 if document.ids is None else len(document.ids)
+        if document.text and taken < SAMPLE_CHARS:
             sample.append(document.text[:SAMPLE_CHARS])
             taken += len(sample[-1])
+        repeats.add(document, is_heldout(document.index, cfg.seed, cfg.heldout_fraction))
         if time.monotonic() > end:
             whole = False
             break
-    if not taken:
-        return TextSize(0, whole)
-    tokens = sum(len(ids) for ids in language.tokenizer(sample, verbose=False)["input_ids"])
-    return TextSize(int(chars * tokens / taken * (1 - cfg.heldout_fraction)), whole)
+    lines = told({**reading.info(), "repeated": repeats.info()})
+    if taken:
+        tokens = sum(len(ids) for ids in language.tokenizer(sample, verbose=False)["input_ids"])
+        given += int(chars * tokens / taken)
+    return TextSize(int(given * (1 - cfg.heldout_fraction)), whole, lines)
 
 
 def adds_bos(language: LanguageModel) -> str | None:

@@ -2,8 +2,12 @@
 
 from typing import Any
 
-from wsae.acts.source import open_source
-from wsae.core.errors import UserError
+from wsae.acts.source import StoreSource, open_source
+from wsae.acts.store import TOKENS, Store
+from wsae.acts.text import told
+from wsae.core.artifact import MANIFEST
+from wsae.core.errors import UserError, understood
+from wsae.core.files import read_json
 from wsae.core.progress import Progress, quiet
 from wsae.doctor import activations, machine
 from wsae.doctor.check import Check, report
@@ -44,6 +48,8 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
         else ""
     )
     checks.append(Check("data", status, f"{rows:,} training rows, all values finite", mend))
+    if isinstance(source, StoreSource) and not source.store.of_images:
+        checks += _check_text(source.store)
     checks += check_shapes(cfg, source.hooks)
     size = min(SAMPLE_ROWS, rows)
     batch = source.stream(size, cfg.train.seed).next() if size else {}
@@ -52,3 +58,22 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
         checks += activations.check_outliers(hook, stats[hook].kept.variance, gammas)
         checks += activations.check_rounding(hook, x, "float32")
     return checks + check_costs(cfg, batch, rows, None)
+
+
+def _check_text(store: Store) -> list[Check]:
+    """Tell what a store's text left out or repeats, and whether its tokens are those of before bytes were kept."""
+    if "text" in store.info:
+        with understood(store.path / MANIFEST):
+            checks = [Check("text", "warn", line) for line in told(store.info["text"])]
+    else:
+        known = (
+            "made by an older wsae, which counted neither what it left out nor repeated documents"
+        )
+        checks = [Check("text", "warn", known, "harvest again to know")]
+    with understood(store.path / TOKENS):
+        tokens = read_json(store.path / TOKENS).values()
+        split = sum(isinstance(token, str) and "\ufffd" in token for token in tokens)
+    if split:
+        known = f"{split:,} tokens hold part of a character and are kept as U+FFFD"
+        checks.append(Check("tokens", "warn", known, "harvest again to see characters whole"))
+    return checks

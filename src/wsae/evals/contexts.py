@@ -123,13 +123,16 @@ class Context(NamedTuple):
     acts: dict[int, float]
 
     def window(
-        self, ids: Int64[Tensor, " length"], decode: Callable[[list[int]], list[str]], width: int
+        self, ids: Int64[Tensor, " length"], decode: Callable[..., list[str]], width: int
     ) -> dict[str, list[str] | list[float] | int]:
-        """Return the tokens around the peak with their activations, JSON-ready."""
+        """Return the tokens around the peak with their activations, JSON-ready.
+
+        `decode` (ids, part) -> texts of the part (`TokenTable.decode`).
+        """
         start = max(0, min(self.pos - int(width * BEFORE), len(ids) - width))
         stop = min(len(ids), start + width)
         return {
-            "tokens": decode(ids[start:stop].tolist()),
+            "tokens": decode(ids.tolist(), slice(start, stop)),
             "acts": [float(f"{self.acts.get(p, 0.0):.4g}") for p in range(start, stop)],
             "peak": self.pos - start,
             "seq": self.seq,

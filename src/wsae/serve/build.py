@@ -143,9 +143,10 @@ def _fill(
             write_packed(connection, job.cfg, (member, seen.get(member)), packed, tick)
     if language is not None:
         from wsae.acts.decoding import decode_table
+        from wsae.acts.tokens import alone
 
         texts = decode_table(language.tokenizer, sorted(used))
-        rows = ((int(t), text.encode("utf-8", "replace").decode()) for t, text in texts.items())
+        rows = ((t, alone(text).encode("utf-8", "replace").decode()) for t, text in texts.items())
         connection.executemany("INSERT INTO token VALUES(?, ?)", rows)
     _images(connection, job.run)
     return "" if out is None else out.about

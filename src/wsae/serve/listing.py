@@ -12,6 +12,7 @@ from typing import NamedTuple
 from wsae.core.errors import UserError, nearest
 from wsae.serve.index import Index, Member
 from wsae.serve.schema import place_of
+from wsae.serve.text import spaced
 
 PER_PAGE = 50
 ECHO = 40
@@ -130,7 +131,7 @@ def match_of(query: str) -> str | None:
     words = [w for w in words_of(query) if any(char.isalnum() for char in w)]
     if not words:
         return None
-    phrases = ['"' + word.replace('"', '""').replace("\0", " ") + '"' for word in words]
+    phrases = ['"' + spaced(word).replace('"', '""').replace("\0", " ") + '"' for word in words]
     open_end = "" if query.rstrip().endswith('"') else " *"
     return " AND ".join(phrases) + open_end
 

@@ -87,6 +87,7 @@ class Live:
         from wsae.acts.decoding import decode_table
         from wsae.acts.hookpoints import resolve
         from wsae.acts.packing import automatic_bos
+        from wsae.acts.tokens import joined
 
         language, sae = self._language(name), self._member(path, member)
         body = language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -101,10 +102,11 @@ class Live:
             z = sae.encode(x.float().to(sae.W_dec.device)).cpu()
         strongest = z.topk(min(PER_TOKEN, z.shape[1]), dim=1)
         texts = decode_table(language.tokenizer, sorted(set(ids)))
-        found = zip(ids, strongest.indices.tolist(), strongest.values.tolist(), strict=True)
+        shown = joined([texts[i] for i in ids])
+        found = zip(shown, strongest.indices.tolist(), strongest.values.tolist(), strict=True)
         return [
-            Token(texts[str(i)], [(j, v) for j, v in zip(js, vs, strict=True) if v > 0])
-            for i, js, vs in found
+            Token(text, [(j, v) for j, v in zip(js, vs, strict=True) if v > 0])
+            for text, js, vs in found
         ]
 
     def _language(self, name: str) -> "LanguageModel":

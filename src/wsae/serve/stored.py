@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
+from wsae.acts.tokens import owner_of
 from wsae.core.errors import UserError
 from wsae.report.rundata import Json, RunData, finite
-from wsae.serve.text import shown_token
+from wsae.serve.text import shown_token, spaced
 
 Texts = tuple[str, str, str]
 """Explanation, contexts and typical tokens, as they are searched."""
@@ -82,14 +83,15 @@ def label(entry: Json) -> str:
 
 def _peaks(entry: Json) -> list[str]:
     contexts = [c for c in entry.get("contexts", []) if isinstance(c.get("peak"), int)]
-    return list(dict.fromkeys(str(c["tokens"][c["peak"]]) for c in contexts))
+    return list(dict.fromkeys(owner_of(c["tokens"], c["peak"]) for c in contexts))
 
 
 def texts(entry: Json) -> Texts:
-    """Return what a search looks through."""
+    """Return what a search looks through (`spaced`)."""
     contexts = "\n".join("".join(map(str, c["tokens"])) for c in entry.get("contexts", []))
     typical = " ".join(str(token) for token in entry.get("tokens", []))
-    return clean(str(entry.get("explanation") or "")), clean(contexts), clean(typical)
+    said = str(entry.get("explanation") or "")
+    return spaced(clean(said)), spaced(clean(contexts)), spaced(clean(typical))
 
 
 def clean(text: str) -> str:

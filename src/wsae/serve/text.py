@@ -6,9 +6,16 @@ from typing import Any, NamedTuple
 from wsae.report.words import number
 
 LEVELS = 6
+CONTINUED = "⋯"
+"""Stands for a token that continues the character before it."""
 _HIDDEN = re.compile(
     "[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
+_UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u312f\u3131-\u318e\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff])"
+)
+"""Scripts that are written without spaces between words (Thai to Khmer, Chinese, Japanese), and Korean."""
 _NAMED = {"\n": "↵", "\t": "⇥"}
 
 
@@ -40,9 +47,17 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda m: _NAMED.get(m[0]) or f"⟨{ord(m[0]):04X}⟩", text)
 
 
+def spaced(text: str) -> str:
+    """Return text in which each character of a script without spaces is a word of its own, for the search.
+
+    A search for some of them is one for that phrase, so it finds them in the midst of a sentence.
+    """
+    return text if text.isascii() else _UNSPACED.sub(r" \1 ", text)
+
+
 def shown_token(text: str) -> str:
     """Return a token that stands alone: visible, and not empty."""
-    return visible(text).strip() or "␣"
+    return visible(text).strip() or ("␣" if text else CONTINUED)
 
 
 def level_of(act: float, most: float | None) -> int:
@@ -61,7 +76,7 @@ def pieces(context: dict[str, Any], most: float | None, words: list[str]) -> lis
     for i, (token, act) in enumerate(zip(tokens, context["acts"], strict=True)):
         tip = f"activation {number(float(act))}" if act > 0 else ""
         piece = Piece(
-            visible(token),
+            visible(token) or (CONTINUED if act > 0 else ""),
             level_of(act, most),
             i == context.get("peak") and act > 0,
             i in hits,

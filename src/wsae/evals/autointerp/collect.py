@@ -1,7 +1,6 @@
 """Contexts of latents from one pass over the held-out rows, for all hooks and members together."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,13 @@ from wsae.evals.autointerp.reservoirs import Pool
 from wsae.evals.autointerp.roles import Casting, Picked, Roles
 from wsae.evals.autointerp.tiling import STRADDLING, Slab, Tiling
 from wsae.evals.autointerp.tracking import Tracked, entering
-from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
+from wsae.evals.autointerp.windows import (
+    Collected,
+    LatentContexts,
+    Shown,
+    Windows,
+    cut_windows,
+)
 from wsae.evals.data import HeldOut
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
@@ -147,14 +152,7 @@ def _contexts(
 def _windows(number: Int64[np.ndarray, " windows"], tiling: Tiling, table: TokenTable) -> Windows:
     seq, start = number // tiling.per_seq, number % tiling.per_seq * tiling.width
     document = Documents(blocks(table)).of(seq, start, tiling.width).first
-    place = start[:, None] + np.arange(tiling.width)
-    inside = place < table.lengths.numpy()[seq][:, None]
-    ids = np.where(inside, table.ids.numpy()[seq[:, None], np.where(inside, place, 0)], -1)
-    return Windows(ids.astype(np.int32), seq, start, document, _decoder(table))
-
-
-def _decoder(table: TokenTable) -> Callable:
-    return table.decode
+    return cut_windows(table, seq, start, document, tiling.width)
 
 
 def _check(source: HeldOut, members: Members, latents: Latents) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from wsae.acts.tokens import owner_of
 from wsae.evals.autointerp.config import InterpretConfig
 from wsae.evals.autointerp.metrics import LatentScore
 from wsae.evals.autointerp.subjects import Subject, about
@@ -65,8 +66,8 @@ def typical_tokens(collected: Collected, contexts: LatentContexts) -> list[str]:
     total: dict[str, float] = {}
     for window, acts in zip(contexts.explain.window.tolist(), contexts.explain.acts, strict=True):
         texts = collected.windows.tokens(window)
-        for text, act in zip(texts, acts[: len(texts)].tolist(), strict=True):
-            if act > 0:
+        for place, act in enumerate(acts[: len(texts)].tolist()):
+            if act > 0 and (text := owner_of(texts, place)):
                 total[text] = total.get(text, 0.0) + act
     return sorted(total, key=lambda text: (-total[text], text))[:TYPICAL]
 

@@ -3,11 +3,13 @@
 The two sides, explain and score, share no document.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
+
+from wsae.acts.tokens import REACH, TokenTable
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,10 @@ class Windows:
     start: Int64[np.ndarray, " windows"]
     """Position of the first token in its sequence."""
     document: Int64[np.ndarray, " windows"]
-    decode: Callable[[Sequence[int]], list[str]]
-    """Token ids -> their texts, leading spaces included."""
+    decode: Callable[..., list[str]]
+    """(token ids, part of them) -> the texts of the part, leading spaces included (`TokenTable.decode`)."""
+    beyond: Int32[np.ndarray, "windows beyond"] | None = None
+    """The ids just before and just after each window, as many of each: a character may be split there."""
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -29,11 +33,35 @@ class Windows:
     def tokens(self, window: int) -> list[str]:
         """Return the texts of a window's tokens."""
         ids = self.ids[window]
-        return self.decode(ids[ids >= 0].tolist())
+        inside = ids[ids >= 0].tolist()
+        if self.beyond is None:
+            return self.decode(inside)
+        before, after = (side[side >= 0].tolist() for side in np.split(self.beyond[window], 2))
+        part = slice(len(before), len(before) + len(inside))
+        return self.decode([*before, *inside, *after], part)
 
     def text(self, window: int) -> str:
         """Return a window as one string."""
         return "".join(self.tokens(window))
+
+
+def cut_windows(
+    table: TokenTable,
+    seq: Int64[np.ndarray, " windows"],
+    start: Int64[np.ndarray, " windows"],
+    document: Int64[np.ndarray, " windows"],
+    width: int,
+) -> Windows:
+    """Return the windows that begin at `start` of sequences `seq`, shorter where a sequence ends."""
+
+    def taken(first: int, stop: int) -> Int32[np.ndarray, "windows _"]:
+        place = start[:, None] + np.arange(first, stop)
+        inside = (place >= 0) & (place < table.lengths.numpy()[seq][:, None])
+        ids = table.ids.numpy()[seq[:, None], np.where(inside, place, 0)]
+        return np.where(inside, ids, -1).astype(np.int32)
+
+    beyond = np.concatenate([taken(-REACH, 0), taken(width, width + REACH)], axis=1)
+    return Windows(taken(0, width), seq, start, document, table.decode, beyond)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@
       plain = "";
     };
     tokens.forEach((token, i) => {
-      const text = visible(data.tokens[token]), act = acts.get(i);
+      const act = acts.get(i), text = visible(data.tokens[token]) || (act === undefined ? "" : "⋯"); // a character goes on
       if (act === undefined && !hits.has(i)) { plain += text; return; }
       const space = /^ +(?=\S)/.exec(text)?.[0] ?? ""; // outside the shading, so that lines break cleanly
       plain += space;

@@ -51,11 +51,17 @@ class Tokens(NamedTuple):
 
 
 def window_tokens(windows: Windows, shown: Shown) -> list[Tokens]:
-    """Return the windows shown, without padding."""
+    """Return the windows shown, without padding.
+
+    The tokens that continue a split character count as one with that which shows it, whose activation is their largest.
+    """
     out = []
     for window, acts in zip(shown.window.tolist(), shown.acts, strict=True):
-        texts = harmless_tokens(windows.tokens(window))
-        out.append(Tokens(texts, acts[windows.ids[window] >= 0].astype(np.float64)))
+        texts, values = windows.tokens(window), acts[windows.ids[window] >= 0].astype(np.float64)
+        heads = [i for i, text in enumerate(texts) if text or i == 0]
+        if len(heads) < len(texts):
+            texts, values = [texts[i] for i in heads], np.maximum.reduceat(values, heads)
+        out.append(Tokens(harmless_tokens(texts), values))
     return out
 
 

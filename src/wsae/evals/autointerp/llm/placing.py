@@ -10,7 +10,7 @@ from wsae.core.errors import UserError
 from wsae.core.seeds import mix64, seed_for
 from wsae.evals.autointerp.documents import Documents
 from wsae.evals.autointerp.llm.config import FragmentConfig
-from wsae.evals.autointerp.windows import Windows
+from wsae.evals.autointerp.windows import Windows, cut_windows
 
 
 class Placed(NamedTuple):
@@ -83,8 +83,7 @@ class Placer:
         """Return fragments as windows."""
         chosen = [self._all[i] for i in number.tolist()]
         seq, start, document = np.array(chosen, dtype=np.int64).reshape(len(chosen), 3).T
-        ids = table.ids.numpy()[seq[:, None], start[:, None] + np.arange(self.width)]
-        return Windows(ids.astype(np.int32), seq, start, document, table.decode)
+        return cut_windows(table, seq, start, document, self.width)
 
     def _before(self, seq: int) -> int:
         """Return how many fragments lie in sequences before this one, at most the limit."""
