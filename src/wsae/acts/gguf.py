@@ -4,20 +4,24 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, named, reason
 from wsae.core.files import flush, sha256_file
 from wsae.core.hub import quiet_hub
 
 _log = logging.getLogger(__name__)
+_CHECKED = 2
+"""Goes up when a copy must be made again: copies of the first kind hold random numbers for weights that were absent."""
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def cache_dir() -> Path:
@@ -29,13 +33,30 @@ def dequantised(path: Path) -> Path:
     """Return a model directory with the float32 weights and tokenizer of a GGUF file, made at the first call.
 
     The cache key is the file's SHA-256 and size and the version of the library that reads it. Raises UserError when
-    the file is not readable GGUF, or the cache cannot be written.
+    the file is not readable GGUF, lacks weights or is a part of a split one, or the cache cannot be written.
     """
-    key = f"{sha256_file(path)[:16]}-{path.stat().st_size}-{transformers.__version__}"
+    refuse_parts([path])
+    key = f"{sha256_file(path)[:16]}-{path.stat().st_size}-{transformers.__version__}-{_CHECKED}"
     target = cache_dir() / "gguf" / key
     if not (target / "config.json").is_file():
         _fill(target, path)
     return target
+
+
+def refuse_parts(files: Sequence[Path]) -> None:
+    """Raise UserError when a file is named as a part of a split GGUF file."""
+    found = _PART.fullmatch(files[0].name)
+    if not found or int(found[3]) < 2:
+        return
+    whole, parts = found[1], int(found[3])
+    folder = files[0].parent
+    names = [f"{whole}-{i:05d}-of-{parts:05d}.gguf" for i in range(1, parts + 1)]
+    absent = [name for name in names if not (folder / name).is_file()]
+    fetch = f"fetch the rest ({named(absent)}), then " if absent else ""
+    raise UserError(
+        f"model {files[0]}: one of {parts} parts of a model; {fetch}merge them: "
+        f"llama-gguf-split --merge {folder / names[0]} {folder / whole}.gguf"
+    )
 
 
 def _fill(target: Path, path: Path) -> None:
@@ -85,28 +106,33 @@ def _convert(path: Path, scratch: Path) -> None:
         with quiet_hub(), _no_conversion_bar():
             options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
                 **options,
             )
+            missing = sorted(info["missing_keys"])
+            if missing:
+                raise UserError(
+                    f"model {path}: {len(missing):,} of the model's weights are not in this file ({named(missing)}); "
+                    "get the whole file"
+                )
             model.config.__dict__.pop("quantization_config", None)
             tokenizer.save_pretrained(scratch)
             model.save_pretrained(scratch)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(
             f"model {path}: GGUF needs the packages gguf and accelerate; pip install 'wsae[lm]'"
         ) from error
     except OSError as error:
         if error.errno is None:  # the library's own "no such file in this repository"
-            raise UserError(f"model {path}: not a readable GGUF model ({_first(error)})") from error
+            raise UserError(f"model {path}: not a readable GGUF model ({reason(error)})") from error
         raise UserError(
             f"{scratch}: cannot write the model cache ({error.strerror}); set WSAE_CACHE"
         ) from error
     except Exception as error:  # a damaged file fails in many ways somewhere inside
-        raise UserError(f"model {path}: not a readable GGUF model ({_first(error)})") from error
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model {path}: not a readable GGUF model ({reason(error)})") from error

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wsae.acts.loading import refuse_unloaded
 from wsae.core.errors import UserError, nearest
 
 
@@ -83,6 +84,9 @@ def resolve(
         {path for pattern in patterns for path in match(pattern, modules)}, key=natural_key
     )
     fired = _fire(model, {path: modules[path] for path in paths}, manner)
+    for path, firings in fired.items():
+        for _, output in firings:
+            refuse_unloaded(model, output, f"hook {names[path]!r}")
     return [_checked(names[path], path, fired[path], manner) for path in paths]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.acts.hookpoints import HookPoint, resolve
 from wsae.acts.language import LanguageModel, load_language
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, named
 from wsae.core.progress import Tick
 from wsae.doctor import activations, cost, machine, probe, shape
 from wsae.doctor.check import Check
@@ -18,7 +18,7 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     checks = [machine.check_versions(), machine.check_device(cfg.device)]
     language = load_language(harvest.model, harvest.dtype, cfg.device)
     tick(1)
-    checks += [_check_bos(language), _check_text(harvest, language)]
+    checks += [_check_weights(language), _check_bos(language), _check_text(harvest, language)]
     try:
         hooks = resolve(language.model, harvest.hooks)
     except UserError as error:
@@ -36,6 +36,14 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     need = cost.store_bytes(harvest, [hook.d_in for hook in hooks])
     tick(1)
     return [*checks, cost.check_disk(need, machine.free_disk(cfg.out))]
+
+
+def _check_weights(language: LanguageModel) -> Check:
+    lacking = language.not_loaded
+    if not lacking:
+        return Check("weights", "ok", "all are in the model's files")
+    mend = "a hook or a prediction that depends on them is refused"
+    return Check("weights", "warn", f"not in the model's files: {named(lacking)}", mend)
 
 
 def _check_bos(language: LanguageModel) -> Check:

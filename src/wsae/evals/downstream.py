@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from wsae.acts.hookpoints import module_named, output_tensor
+from wsae.acts.loading import refuse_without_logits
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 
@@ -72,6 +73,7 @@ def spliced_losses(
     makes the model's loss NaN or infinite.
     """
     module = module_named(model, hook)
+    refuse_without_logits(model)
     sequences = [s.trimmed() for s in sequences if s.kept.any()]
     sequences = [s for s in sequences if s.target[1:].any()]
     rows: list[Tensor] = []

@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModel
 from wsae.acts.hookpoints import Manner
 from wsae.acts.images.config import ImagesConfig, Resample
 from wsae.acts.images.encoder import CONFIG, load_encoder
-from wsae.acts.language import fingerprint, from_pretrained, locate, resolve_device
+from wsae.acts.language import fingerprint, locate, resolve_device
+from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
 from wsae.core.errors import UserError
 from wsae.core.hub import quiet_hub
 
@@ -43,6 +44,8 @@ class VisionModel:
     """Side that an image's shorter side has before the square is cut."""
     resample: Resample
     dtype: torch.dtype = torch.float32
+    not_loaded: tuple[str, ...] = ()
+    """Weights that its files do not hold: they are NaN, and what depends on them is refused."""
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +105,7 @@ def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> Visio
             "copy that of the model it came from"
         )
     with quiet_hub():
-        loaded: Any = from_pretrained(AutoModel, path, name, dtype=kind)
+        loaded: Any = load_weights(AutoModel, path, name, dtype=kind)
         loaded = getattr(loaded, "vision_model", loaded)  # of a model of images and text
         taken = getattr(loaded, "main_input_name", None)
         if taken != "pixel_values":
@@ -119,6 +122,7 @@ def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> Visio
         resize,
         _filter(getattr(processor, "resample", None)),
         kind,
+        tell_unloaded(loaded, name),
     )
 
 

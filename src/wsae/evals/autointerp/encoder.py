@@ -16,6 +16,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from wsae.acts.loading import refuse_unloaded
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.evals.data import Tokenizer
@@ -149,7 +150,8 @@ def load_encoder(
         raise UserError("embedding scores: need transformers; run: pip install 'wsae[lm]'")
     from transformers import AutoModel  # heavy; needed here only
 
-    from wsae.acts.language import fingerprint, from_pretrained, load_tokenizer, resolve_device
+    from wsae.acts.language import fingerprint, load_tokenizer, resolve_device, text_part
+    from wsae.acts.loading import load_weights, tell_unloaded
     from wsae.core.hub import quiet_hub
 
     source = _packaged() if model in BUILTIN else _located(model)
@@ -157,11 +159,26 @@ def load_encoder(
     tokenizer = load_tokenizer(str(source))
     with quiet_hub():
         kind = _fast(where) if dtype == "auto" else getattr(torch, dtype)
-        loaded = from_pretrained(AutoModel, source, str(source), dtype=kind)
+        loaded = text_part(load_weights(AutoModel, source, str(source), dtype=kind), model)
+    loaded: Any = loaded.get_encoder() if loaded.config.is_encoder_decoder else loaded
     loaded = loaded.to(where).eval().requires_grad_(False)
+    tell_unloaded(loaded, model)
+    _refuse_other(loaded, model)
     limit = min(MAX_TOKENS, getattr(loaded.config, "max_position_embeddings", MAX_TOKENS))
     name = "all-MiniLM-L6-v2" if model in BUILTIN else model
     return TransformerEncoder(loaded, tokenizer, name, fingerprint(source), limit)
+
+
+@torch.inference_mode()
+def _refuse_other(loaded: nn.Module, model: str) -> None:
+    """Raise UserError when a model gives no vector for each token, or not by weights from its files."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(loaded.parameters()).device)
+    states = getattr(loaded(input_ids=ids), "last_hidden_state", None)
+    if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[1] != 2:
+        raise UserError(
+            f"encoder {model}: a {type(loaded).__name__} gives no vector for each token"
+        )
+    refuse_unloaded(loaded, states, f"encoder {model}")
 
 
 def _fast(device: torch.device) -> torch.dtype:
@@ -175,7 +192,7 @@ _NATIVE = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def installed() -> bool:
-    """Say whether the builtin encoder is there."""
+    """Return whether the builtin encoder is there."""
     return _package_folder() is not None
 
 
