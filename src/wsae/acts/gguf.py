@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -63,11 +64,9 @@ def refuse_parts(files: Sequence[Path]) -> None:
     )
 
 
-def _refuse_part(path: Path) -> None:
+def _refuse_part(path: Path, reader: Any) -> None:
     """Raise UserError when a file says that it is a part of a split one, whatever its name."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).fields.get("split.count")
+    field = reader.fields.get("split.count")
     parts = int(field.contents()) if field else 1
     if parts > 1:
         raise UserError(
@@ -76,13 +75,12 @@ def _refuse_part(path: Path) -> None:
         )
 
 
-def _unused(path: Path, model: PreTrainedModel) -> list[str]:
+def _unused(reader: Any, model: PreTrainedModel) -> list[str]:
     """Return the file's tensors that the model has no place for; experts, which are renamed, are not looked at."""
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
     known = get_gguf_hf_weights_map(model, TensorProcessor())
-    names = (tensor.name for tensor in GGUFReader(path).tensors)
+    names = (tensor.name for tensor in reader.tensors)
     return [n for n in names if n not in known and "_exps" not in n and not n.startswith("rope_")]
 
 
@@ -130,7 +128,10 @@ def _convert(path: Path, scratch: Path) -> None:
 
     folder, name = str(path.parent), path.name
     try:
-        _refuse_part(path)
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+        _refuse_part(path, reader)
         with quiet_hub(), _no_conversion_bar():
             options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -147,7 +148,7 @@ def _convert(path: Path, scratch: Path) -> None:
                     f"model {path}: {len(missing):,} of the model's weights are not in this file ({named(missing)}); "
                     "get the whole file"
                 )
-            write_json(scratch / _UNUSED, _unused(path, model))
+            write_json(scratch / _UNUSED, _unused(reader, model))
             model.config.__dict__.pop("quantization_config", None)
             tokenizer.save_pretrained(scratch)
             model.save_pretrained(scratch)

@@ -75,12 +75,10 @@ def load_language(model: str, dtype: str = "float32", device: str = "cpu") -> La
     path = locate(model)
     source = _directory(path)
     with quiet_hub():
-        config = read_config(source, model)
-        kind = _kind(config, model)
+        _kind(read_config(source, model), model)  # what it is comes before what it lacks
     tokenizer = _tokenizer(source, model)
     where = resolve_device(device)
-    with quiet_hub():
-        loaded = _load(kind, config, (source, model), getattr(torch, dtype))
+    loaded = load_text_model(source, model, getattr(torch, dtype))
     loaded = loaded.to(where).eval().requires_grad_(False)
     missing = tell_unloaded(loaded, model)
     made_ready(loaded, tokenizer, model)
@@ -91,7 +89,7 @@ def made_ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> PreTrainedModel:
     """Return a model that takes text alone; raises UserError when it cannot, or its tokenizer does not match."""
-    _check_vocabulary(model, tokenizer, name)
+    check_vocabulary(model, tokenizer, name)
     if model.config.is_encoder_decoder:
         model.register_forward_pre_hook(_started_decoder, with_kwargs=True)
     if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -105,7 +103,24 @@ def made_ready(
     return model
 
 
-def text_part(model: Any, name: str) -> PreTrainedModel:
+def load_text_model(source: Path | str, model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model that reads text by the class that its config names; raises UserError where there is none."""
+    with quiet_hub():
+        config = read_config(source, model)
+        kind = _kind(config, model)
+        try:
+            return _text_part(load_weights(kind, source, model, dtype=dtype), model)
+        except UserError as error:
+            how = getattr(config, "quantization_config", None)
+            method = how.get("quant_method") if isinstance(how, dict) else None
+            if method is None:
+                raise
+            raise UserError(
+                f"{error}; its weights are quantised ({method}): give the model that is not, or a GGUF file"
+            ) from error
+
+
+def _text_part(model: Any, name: str) -> PreTrainedModel:
     """Return what reads text in a model of images and text, else the model; raises UserError when nothing does."""
     part = getattr(model, "text_model", model) if hasattr(model, "vision_model") else model
     takes = getattr(part, "main_input_name", None)
@@ -284,22 +299,6 @@ def _kind(config: PreTrainedConfig, model: str) -> Any:
     raise UserError(f"model {model}: of type {config.model_type}, which reads no text; {WORKING}")
 
 
-def _load(
-    kind: Any, config: PreTrainedConfig, place: tuple[Path | str, str], dtype: torch.dtype
-) -> PreTrainedModel:
-    source, model = place
-    try:
-        return text_part(load_weights(kind, source, model, dtype=dtype), model)
-    except UserError as error:
-        how = getattr(config, "quantization_config", None)
-        method = how.get("quant_method") if isinstance(how, dict) else None
-        if method is None:
-            raise
-        raise UserError(
-            f"{error}; its weights are quantised ({method}): give the model that is not quantised, or a GGUF file"
-        ) from error
-
-
 def _started_decoder(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -325,9 +324,7 @@ def _tokenizer(source: Path | str, model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
-) -> None:
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raise UserError for a tokenizer of another model; special tokens without an embedding are refused when used."""
     try:
         table: Any = model.get_input_embeddings()
