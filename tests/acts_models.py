@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,14 +88,19 @@ def reconfigured(path: Path, **values: object) -> Path:
     return path
 
 
-_SMALL = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2}
+_SMALL: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2}
 _SMALL |= {"num_attention_heads": 2}
-_TEXT = {"vocab_size": 320, **_SMALL}
-_IMAGES = {**_SMALL, "image_size": 28, "patch_size": 14}
-_BOTH = {"encoder_layers": 2, "decoder_layers": 1, "d_model": WIDTH, "vocab_size": 320}
+_TEXT: dict[str, Any] = {"vocab_size": 320, **_SMALL}
+_IMAGES: dict[str, Any] = {**_SMALL, "image_size": 28, "patch_size": 14}
+_BOTH: dict[str, Any] = {
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "d_model": WIDTH,
+    "vocab_size": 320,
+}
 _BOTH |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
 _BOTH |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-_WHISPER = dict.fromkeys(("max_source_positions", "max_target_positions"), 9)
+_WHISPER: dict[str, Any] = dict.fromkeys(("max_source_positions", "max_target_positions"), 9)
 _WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 KINDS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "t5": lambda: tf.T5ForConditionalGeneration(

@@ -305,9 +305,9 @@ def test_what_depends_on_a_missing_layer_is_refused_and_the_rest_works(tmp_path,
     for hook in ("layers.1", "layers.1.mlp", "layers.2.self_attn", "norm"):
         with pytest.raises(UserError, match=rf"hook '{hook}': depends on .*{wanted[0]}"):
             resolve(language.model, [hook])
-    with pytest.raises(UserError, match="predictions .* depends on"):
+    with pytest.raises(UserError, match="predictions .*depends on"):
         refuse_without_logits(language.model)
-    values = {"tokens": 50, "heldout_tokens": 20, "seq_len": 16}
+    values: dict = {"tokens": 50, "heldout_tokens": 20, "seq_len": 16}
     cfg = HarvestConfig(model=str(path), text=TextConfig(path=text), hooks=("layers.0",), **values)
     assert harvest(cfg, tmp_path / "acts").manifest.info["not_loaded"] == wanted
     with pytest.raises(UserError, match="hook 'layers.2': depends on"):
@@ -427,10 +427,10 @@ def test_models_of_other_kinds_are_read_on_text(tmp_path, kind, hook, predicts):
     if predicts:
         refuse_without_logits(language.model)
     else:
-        with pytest.raises(UserError, match="predicts no token"):
+        with pytest.raises(UserError, match="predicts no tokens"):
             refuse_without_logits(language.model)
     if kind != "llava":
-        with pytest.raises(UserError, match="no token|continues no text"):
+        with pytest.raises(UserError, match="no tokens|continues no text"):
             refuse_unable_to_continue(language.model)
 
 

@@ -90,7 +90,7 @@ def test_a_judge_without_its_head_or_that_is_no_language_model_is_refused(tmp_pa
     lacking = rewritten(
         make_model(tmp_path / "m"), lambda x: {k: v for k, v in x.items() if "lm_head" not in k}
     )
-    with pytest.raises(UserError, match=r"predictions .* depends on .*lm_head\.weight"):
+    with pytest.raises(UserError, match=r"predictions .*depends on .*lm_head\.weight"):
         local(lacking, tmp_path)
     with pytest.raises(UserError, match="continues no text; use a causal"):
         local(make_kind(tmp_path / "encoder", "modernbert"), tmp_path)

@@ -135,13 +135,14 @@ def _convert(path: Path, scratch: Path) -> None:
         with quiet_hub(), _no_conversion_bar():
             options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
                 **options,
             )
+            model, info = loaded
             missing = sorted(info["missing_keys"])
             if missing:
                 raise UserError(

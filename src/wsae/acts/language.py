@@ -78,7 +78,7 @@ def load_language(model: str, dtype: str = "float32", device: str = "cpu") -> La
         _kind(read_config(source, model), model)  # what it is comes before what it lacks
     tokenizer = _tokenizer(source, model)
     where = resolve_device(device)
-    loaded = load_text_model(source, model, getattr(torch, dtype))
+    loaded: Any = load_text_model(source, model, getattr(torch, dtype))
     loaded = loaded.to(where).eval().requires_grad_(False)
     missing = tell_unloaded(loaded, model)
     made_ready(loaded, tokenizer, model)

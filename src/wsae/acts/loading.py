@@ -139,17 +139,27 @@ def refuse_unloaded(model: nn.Module, output: object, what: str) -> None:
         )
 
 
+PREDICTS_NOTHING = "this model predicts no tokens; cross-entropy and KL are not measured"
+
+
 @torch.inference_mode()
-def refuse_without_logits(model: nn.Module) -> None:
-    """Raise UserError when a model gives no logits at each token of a text, or not by weights from its files."""
+def predictions(model: nn.Module) -> Tensor | None:
+    """Return a model's logits [1, 2, vocabulary] for two tokens, none where it gives none at each of them."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] != 2:
-        raise UserError(
-            f"the model's class {type(model).__name__} predicts no token at each position; use a causal language "
-            "model, or leave out what needs that (evaluate: --splice-tokens 0)"
-        )
-    refuse_unloaded(model, logits, "the model's predictions (logits)")
+    good = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[1] == 2
+    return logits if good else None
+
+
+def refuse_without_logits(model: nn.Module) -> None:
+    """Raise UserError when a model gives no logits at each token of a text, or not by weights from its files."""
+    logits = predictions(model)
+    if logits is None:
+        kind = type(model).__name__
+        raise UserError(f"the model's class {kind} predicts no tokens; use a causal language model")
+    refuse_unloaded(
+        model, logits, "the model's predictions (evaluate does without them: --splice-tokens 0)"
+    )
 
 
 def refuse_unable_to_continue(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The same architecture with weights nobody trained: what a model's activations look like before it has learned."""
 
 import copy
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:
     trained = language.model
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = type(trained)._from_config(copy.deepcopy(trained.config))
+        model: Any = type(trained)._from_config(copy.deepcopy(trained.config))
     model = model.to(language.device, trained.dtype).eval().requires_grad_(False)
     made_ready(model, language.tokenizer, language.name)
     name = f"{language.name} with random weights"
