@@ -14,8 +14,10 @@ from acts_models import LAYERS, WIDTH, make_model, make_text, make_tokenizer
 from wsae.acts.capture import Capture, splice
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.decoding import decode_table
-from wsae.acts.hookpoints import canonical_names, match, resolve
+from wsae.acts.hookpoints import HookPoint, probe
 from wsae.acts.language import load_language, load_tokenizer, locate
+from wsae.acts.layout import tokens
+from wsae.acts.names import Place, canonical_names, match
 from wsae.acts.packing import Packer, Position
 from wsae.acts.skip import REASONS, SkipRule, count_reasons
 from wsae.core.errors import UserError
@@ -38,6 +40,10 @@ def some_ids(batch=2, seq=7):
 # ---- hook points
 
 
+def hooks_of(model: nn.Module, patterns: list[str]) -> list[HookPoint]:
+    return probe(model, patterns, tokens()).hooks
+
+
 def test_names_start_before_the_first_number_and_collisions_keep_the_full_path():
     paths = ["model", "model.layers", "model.layers.9", "model.layers.9.mlp.act", "model.norm"]
     assert canonical_names(paths) == {
@@ -53,10 +59,10 @@ def test_names_start_before_the_first_number_and_collisions_keep_the_full_path()
 
 def test_a_star_does_not_cross_a_dot_and_order_is_natural():
     paths = [f"model.layers.{i}{tail}" for i in range(12) for tail in ("", ".mlp", ".mlp.up")]
-    assert match("layers.*", paths) == [f"model.layers.{i}" for i in range(12)]
-    assert match("layers.1*.mlp", paths) == [f"model.layers.{i}.mlp" for i in (1, 10, 11)]
-    assert match("model.layers.9", paths) == match("layers.9", paths) == ["model.layers.9"]
-    assert match("9.mlp", paths) == ["model.layers.9.mlp"]
+    assert match("layers.*", paths) == [Place(f"model.layers.{i}") for i in range(12)]
+    assert match("layers.1*.mlp", paths) == [Place(f"model.layers.{i}.mlp") for i in (1, 10, 11)]
+    assert match("model.layers.9", paths) == match("layers.9", paths) == [Place("model.layers.9")]
+    assert match("9.mlp", paths) == [Place("model.layers.9.mlp")]
 
 
 @pytest.mark.parametrize(
@@ -69,11 +75,11 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern):
 
 def test_the_nearest_hook_is_named(language):
     with pytest.raises(UserError, match=r"hook 'layer.1': .*nearest: layers.1"):
-        resolve(language.model, ["layer.1"])
+        hooks_of(language.model, ["layer.1"])
 
 
 def test_overlapping_patterns_resolve_once_with_widths_and_firing_order(language):
-    hooks = resolve(language.model, ["layers.*", "layers.1", "layers.0.mlp"])
+    hooks = hooks_of(language.model, ["layers.*", "layers.1", "layers.0.mlp"])
     assert [h.name for h in hooks] == ["layers.0", "layers.0.mlp", "layers.1", "layers.2"]
     assert {h.d_in for h in hooks} == {WIDTH}
     by_order = sorted(hooks, key=lambda h: h.order)
@@ -82,21 +88,21 @@ def test_overlapping_patterns_resolve_once_with_widths_and_firing_order(language
 
 def test_modules_that_do_not_run_or_give_no_sequence_are_refused(language):
     with pytest.raises(UserError, match="does not run"):
-        resolve(language.model, ["layers"])
+        hooks_of(language.model, ["layers"])
 
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
             self.inner, self.flat = nn.Linear(2, 2), nn.Flatten()
 
-        def forward(self, input_ids, use_cache):  # noqa: ARG002
-            x = self.inner(self.inner(torch.zeros(1, 2, 2)))
+        def forward(self, input_ids, **rest):  # noqa: ARG002
+            x = self.inner(self.inner(input_ids[..., None] * torch.ones(2)))
             return self.flat(x)
 
     with pytest.raises(UserError, match="runs 2 times"):
-        resolve(Twice(), ["inner"])
-    with pytest.raises(UserError, match=r"its output is \(1, 4\)"):
-        resolve(Twice(), ["flat"])
+        hooks_of(Twice(), ["inner"])
+    with pytest.raises(UserError, match=r"its output is \(3, 10\) for 3 sequences of 5 tokens"):
+        hooks_of(Twice(), ["flat"])
 
 
 # ---- capture and splice
@@ -104,7 +110,7 @@ def test_modules_that_do_not_run_or_give_no_sequence_are_refused(language):
 
 def test_capture_equals_the_hidden_states_of_a_full_forward(language):
     ids = some_ids()
-    got = Capture(language.model, resolve(language.model, ["layers.*"]))(ids)
+    got = Capture(language.model, hooks_of(language.model, ["layers.*"]))(ids)
     with torch.no_grad():
         full = language.model(input_ids=ids, output_hidden_states=True).hidden_states
     for layer in range(LAYERS - 1):  # the last hidden state is after the final norm
@@ -117,7 +123,7 @@ def hook_count(model: nn.Module) -> int:
 
 def test_the_forward_stops_after_the_deepest_hook_and_leaves_no_hooks(language):
     model = language.model
-    hooks = resolve(model, ["layers.0", "layers.1"])
+    hooks = hooks_of(model, ["layers.0", "layers.1"])
     ran: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -133,14 +139,14 @@ def test_the_forward_stops_after_the_deepest_hook_and_leaves_no_hooks(language):
 
 
 def test_an_error_inside_the_model_is_not_swallowed_and_hooks_are_removed(language):
-    hooks, before = resolve(language.model, ["layers.1"]), hook_count(language.model)
+    hooks, before = hooks_of(language.model, ["layers.1"]), hook_count(language.model)
     with pytest.raises(IndexError):
         Capture(language.model, hooks)(torch.full((1, 3), 10_000))
     assert hook_count(language.model) == before
 
 
 def test_padding_on_the_right_does_not_change_real_tokens(language):
-    capture = Capture(language.model, resolve(language.model, ["layers.2"]))
+    capture = Capture(language.model, hooks_of(language.model, ["layers.2"]))
     ids = some_ids(1, 7)
     padded = torch.cat([ids, torch.full((1, 4), 2)], dim=1)
     mask = torch.arange(11)[None] < 7

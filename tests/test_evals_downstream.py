@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from wsae.acts.capture import splice
+from wsae.acts.capture import one_hook, splice
 from wsae.core.errors import UserError
 from wsae.evals import downstream
 from wsae.evals.downstream import TokenSequence, spliced_losses
@@ -61,6 +61,10 @@ VARIANTS = {
 }
 
 
+def losses_at(model, hook, *rest):
+    return spliced_losses(model, one_hook(model, hook), *rest)
+
+
 def direct(model, hook, sequence, replace):
     """[CE, KL] of one sequence from whole forward passes with the plain splice."""
     ids, kept = sequence.ids, sequence.kept
@@ -84,7 +88,7 @@ def direct(model, hook, sequence, replace):
 @pytest.mark.parametrize("max_logits", [BIG, 2 * VOCABULARY * LENGTH, 1])
 def test_losses_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max_logits):
     model, data = make(), sequences()
-    found = spliced_losses(model, hook, data, VARIANTS, max_logits)
+    found = losses_at(model, hook, data, VARIANTS, max_logits)
     assert found.shared, "both families of models can share the layers before the hook"
     assert found.seq.tolist() == [10, 11, 12, 13]
     for i, full in enumerate(data):
@@ -100,7 +104,7 @@ def test_losses_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max
 
 
 def test_a_perfect_reconstruction_costs_nothing_and_an_ablation_costs_something():
-    found = spliced_losses(llama(), "layers.1", sequences(), VARIANTS, BIG)
+    found = losses_at(llama(), "layers.1", sequences(), VARIANTS, BIG)
     torch.testing.assert_close(found.ce["same"], found.ce_clean, rtol=1e-5, atol=0)
     assert found.kl["same"].abs().max() < 1e-4
     assert (found.kl["zero"] > 1e-3).all()
@@ -127,10 +131,10 @@ def test_skipped_positions_keep_their_true_activation():
         return x
 
     data = sequences(1)
-    spliced_losses(llama(), "layers.1", data, {"watch": watch}, BIG)
+    losses_at(llama(), "layers.1", data, {"watch": watch}, BIG)
     assert seen == [int(data[0].kept.sum())]
     nothing = data[0]._replace(kept=torch.zeros(LENGTH, dtype=torch.bool))
-    found = spliced_losses(llama(), "layers.1", [nothing, *data], VARIANTS, BIG)
+    found = losses_at(llama(), "layers.1", [nothing, *data], VARIANTS, BIG)
     assert found.seq.tolist() == [10], "a sequence with nothing to replace is left out"
 
 
@@ -147,11 +151,12 @@ def test_a_model_that_cannot_be_widened_runs_once_per_variant():
                 raise RuntimeError("one row only")
             return self.layer(x, **rest)
 
+    hook = one_hook(model, "layers.1")
     model.model.layers[2] = OneRow(model.model.layers[2])
     data = sequences(2)
-    found = spliced_losses(model, "layers.1", data, VARIANTS, BIG)
+    found = spliced_losses(model, hook, data, VARIANTS, BIG)
     assert not found.shared
-    whole = spliced_losses(llama(), "layers.1", data, VARIANTS, BIG)
+    whole = losses_at(llama(), "layers.1", data, VARIANTS, BIG)
     for name in VARIANTS:
         torch.testing.assert_close(found.ce[name], whole.ce[name], rtol=1e-4, atol=0)
 
@@ -167,19 +172,20 @@ def test_a_model_that_mixes_batch_rows_is_not_widened():
         def forward(self, x, **rest):
             return self.layer(x + torch.arange(len(x))[:, None, None], **rest)
 
+    hook = one_hook(model, "layers.1")
     model.model.layers[2] = Mixing(model.model.layers[2])
-    assert not spliced_losses(model, "layers.1", sequences(1), VARIANTS, BIG).shared
+    assert not spliced_losses(model, hook, sequences(1), VARIANTS, BIG).shared
 
 
 def test_no_hook_is_left_behind():
     model = llama()
-    spliced_losses(model, "layers.1", sequences(1), VARIANTS, BIG)
+    losses_at(model, "layers.1", sequences(1), VARIANTS, BIG)
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_nan_in_the_loss_names_the_variant():
     with pytest.raises(UserError, match=r"NaN or infinite with broken in place"):
-        spliced_losses(
+        losses_at(
             llama(),
             "layers.1",
             sequences(1),
@@ -190,4 +196,4 @@ def test_nan_in_the_loss_names_the_variant():
 
 def test_an_unknown_hook_names_the_nearest():
     with pytest.raises(UserError, match="layers"):
-        spliced_losses(llama(), "layer.1", sequences(1), VARIANTS, BIG)
+        losses_at(llama(), "layer.1", sequences(1), VARIANTS, BIG)

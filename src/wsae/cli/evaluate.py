@@ -96,6 +96,8 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 def show_scores(result: dict[str, Any], ui: UI) -> None:
     """Print a table per hook: one row per metric, one column per member."""
+    for note in result.get("notes", ()):
+        ui.say(f"note: {note}")
     for hook, found in result["hooks"].items():
         members = found["members"]
         rows = [

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from wsae.acts.hookpoints import SEES_LATER, probe
+from wsae.acts.layout import tokens as token_manner
 from wsae.acts.tokens import TokenTable
 from wsae.core.progress import Progress, quiet
 from wsae.evals.comparisons import Side, compare_members
@@ -62,11 +64,14 @@ def evaluate_families(
     splice = language is not None and tokens is not None and cfg.splice_tokens > 0
     kept = Kept(splice_sequences(tokens, cfg)) if splice and tokens is not None else None
     measured = measure(source, subject.families, cfg, kept, progress)
+    sees_later = False
     if language is not None and tokens is not None and kept is not None:
         for hook, found in measured.items():
             family = subject.families[hook]
+            probed = probe(language.model, [hook], token_manner())
+            sees_later |= probed.causal is False
             extra = splice_arrays(
-                (language, hook), family.saes, found.survey, (tokens, kept), cfg, progress
+                language, probed, family.saes, found.survey, (tokens, kept), cfg, progress
             )
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
@@ -79,6 +84,8 @@ def evaluate_families(
         "hooks": hooks,
         "glossary": glossary(),
     }
+    if sees_later:
+        record |= {"causal": False, "notes": [SEES_LATER]}
     contexts = {
         hook: _contexts(m, subject.families[hook], _shown_by(tokens, pictures, cfg))
         for hook, m in measured.items()
