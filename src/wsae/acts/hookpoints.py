@@ -447,6 +447,8 @@ class _Found:
 
     def _trouble(self, a: Tensor, b: Tensor, c: Tensor) -> str:
         """Return what is wrong with rows [batch, positions, width], or nothing."""
+        if not bool(torch.isfinite(a).all()):  # found and named where rows are written
+            return ""
         row, pos = self.given.at
         change = (a - b).nan_to_num().abs().amax(-1)
         others = torch.arange(len(a), device=a.device) != row
