@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPTNeoXConfig,
@@ -43,6 +44,23 @@ def make_model(path: Path, kind: str = "llama", bos: bool = False, positions: in
         )
         model = GPTNeoXForCausalLM(config)
     model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_bert(path: Path) -> Path:
+    """Save a tiny model that sees later tokens, with the same tokenizer."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from wsae.acts.capture import one_hook, splice
 from wsae.core.errors import UserError
@@ -101,6 +110,48 @@ def test_losses_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max
         assert float(found.ce_clean[i]) == pytest.approx(
             direct(model, hook, sequence, VARIANTS["same"])[0], rel=1e-4
         )
+
+
+def mixtral():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        initializer_range=0.5,
+    )
+    return MixtralForCausalLM(config).eval().requires_grad_(False)
+
+
+def xlnet():
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=2, n_head=2, d_inner=32)
+    return XLNetLMHeadModel(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "hook", "shared"),
+    [
+        (llama, "layers.1.self_attn.o_proj.input", True),
+        (llama, "layers.1.input", True),
+        (llama, "blocks.1.hook_resid_post", True),
+        (mixtral, "layers.1.mlp.experts", False),
+        (xlnet, "layer.1", None),
+    ],
+)
+def test_inputs_and_other_orders_are_spliced_as_whole_forward_passes(make, hook, shared):
+    model, data = make(), sequences(2)
+    found = losses_at(model, hook, data, VARIANTS, BIG)
+    assert shared is None or found.shared is shared
+    for i, full in enumerate(data):
+        for name, replace in VARIANTS.items():
+            ce, kl = direct(model, hook, full.trimmed(), replace)
+            assert float(found.ce[name][i]) == pytest.approx(ce, rel=1e-4)
+            assert float(found.kl[name][i]) == pytest.approx(kl, rel=1e-3, abs=1e-5)
 
 
 def test_a_perfect_reconstruction_costs_nothing_and_an_ablation_costs_something():

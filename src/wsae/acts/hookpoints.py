@@ -115,7 +115,7 @@ def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
     wanted = {place for group in groups for place in group}
     passes = _Passes(model, wanted, manner)
     # full length comes first: a short input may change the model's ways for good
-    long = None if given.long is None else passes.run(given.long, thin=True)
+    long = None if given.long is None else _run_long(passes, given)
     first = passes.run(given.first)
     places = {place for group in groups for place in _running(group, first.fired)}
     ordered = sorted(places, key=lambda place: (natural_key(place.path), place.side))
@@ -292,6 +292,10 @@ class _Lookups(torch.overrides.TorchFunctionMode):
             self.seen.append((index, rows))
             if index.numel() and int(index.max()) >= rows:
                 raise BeyondTableError(rows - int(index.min()))
+        if func in (torch.gather, Tensor.gather) and len(args) > 2:  # positions in some models
+            table, dim, index = args[:3]
+            if index.numel() and int(index.max()) >= table.shape[dim]:
+                raise IndexError(f"index {int(index.max())} in a table of {table.shape[dim]}")
         return func(*args, **(kwargs or {}))
 
 
@@ -385,6 +389,20 @@ def _check_firings(name: str, firings: list[_Firing]) -> None:
         )
 
 
+def _run_long(passes: _Passes, given: Probing) -> _Pass:
+    """Run the input of full length; where that fails, a short one tells whether there are too few positions."""
+    assert given.long is not None
+    try:
+        return passes.run(given.long, thin=True)
+    except UserError as failed:
+        short = passes.run(given.first)
+        limit = positions_in(short.tables, short.size[1])
+        if limit is None or next(iter(given.long.values())).shape[1] <= limit:
+            raise
+        beyond = passes.manner.explain(passes.model, BeyondTableError(limit), given.long)
+        raise beyond from failed
+
+
 class _Found:
     """Judges the passes of a probe, one place after another."""
 
@@ -405,12 +423,11 @@ class _Found:
                     f"{self.manner.wanted}; name another module"
                 )
         first, again, changed, other = (firing.seen for firing in firings)
+        if first.shape != again.shape or (first.ndim and not _same(first, again)):
+            raise UserError(not_repeatable(name))
         layout, a = self._arranged(name, side, first, changed, other)
         item, order = firings[0].item, firings[0].order
         self._look_back(a, layout.rows(changed, self.runs.changed.size))
-        b = layout.rows(again, self.runs.again.size)
-        if b is None or not _same(a, b):
-            raise UserError(not_repeatable(name))
         now = taken(firings[0].value, item)
         copied = not torch.equal(now.nan_to_num(), first.nan_to_num())
         return HookPoint(
@@ -453,7 +470,8 @@ class _Found:
         change = (a - b).nan_to_num().abs().amax(-1)
         others = torch.arange(len(a), device=a.device) != row
         noise, floor = float(change[others].max()), _floor(a)
-        if _share(_differ(a[others], b[others])) > 0.5:
+        moved = _differ(a[others], b[others])
+        if _share(moved) > 0.5 or (pos is not None and bool(moved[:, pos].all())):
             return ", and its rows change with another sequence of the batch: they are not of one token each"
         own = change[row] if pos is None else change[row, pos]
         if float(own.max()) <= max(8 * noise, floor):
