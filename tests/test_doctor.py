@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from acts_models import make_bert, make_model, make_text
+from acts_models import make_bert, make_model, make_text, rewritten
 from wsae.acts.config import HarvestConfig
 from wsae.acts.harvest import harvest as harvest_store
 from wsae.cli.main import main
@@ -175,6 +175,19 @@ def test_a_tiny_model_is_examined_whole(llama):
         assert found[f"width of {hook}"]["value"] == "16"
         assert found[f"values at {hook}"]["status"] == "ok"
     assert {check["status"] for check in found.values()} <= {"ok", "warn"}
+
+
+def test_weights_that_are_not_in_the_files_are_a_warning_where_no_hook_needs_them(tmp_path):
+    path = rewritten(
+        make_model(tmp_path / "m"), lambda x: {k: v for k, v in x.items() if "layers.2" not in k}
+    )
+    make_text(tmp_path / "text.jsonl")
+    cfg = DoctorConfig(train=plan(), harvest=harvest(path, "layers.1"), probe_seconds=0.1)
+    assert by_name(examine(cfg))["weights"]["status"] == "warn"
+    cfg = DoctorConfig(train=plan(), harvest=harvest(path, "layers.2"), probe_seconds=0.1)
+    failed = by_name(examine(cfg))["hooks"]
+    assert failed["status"] == "fail"
+    assert "depends on weights" in failed["value"]
 
 
 def test_a_hook_the_model_lacks_fails_and_names_the_nearest(llama):

@@ -85,8 +85,9 @@ def splice(
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal size
-        given = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        size = tuple((args[0] if args else given).shape)
+        given = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        assert isinstance(given, Tensor), "a model is called with tokens, or with their vectors"
+        size = tuple(given.shape)
 
     def swap(value: Any) -> Any:
         x = rows_of(point, value, size)

@@ -19,7 +19,7 @@ from wsae.acts.store import TOKENS, Store
 from wsae.acts.tally import Tally
 from wsae.acts.text import documents
 from wsae.acts.text import fingerprint as text_fingerprint
-from wsae.acts.writing import Feed, SplitWriter, finish, outlier_dims, skipped, unfinished
+from wsae.acts.writing import Feed, SplitWriter, finish, lacking, outlier_dims, skipped, unfinished
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
@@ -110,4 +110,5 @@ def _info(flow: Flow, ledger: Ledger, tally: Tally) -> dict[str, object]:
         "median_norm": ledger.medians,
         "outlier_dims": {hook: outlier_dims(tally, hook) for hook in flow.hooks},
         **flow.probed.record(),
+        **lacking(flow.language.not_loaded),
     }

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from wsae.acts.loading import refuse_unloaded
 from wsae.acts.names import Place, Side, canonical_names, match, natural_key, short_name
 from wsae.core.errors import UserError
 from wsae.core.memory import is_out_of_memory
@@ -121,6 +122,8 @@ def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
     ordered = sorted(places, key=lambda place: (natural_key(place.path), place.side))
     for place in ordered:
         _check_firings(_named(names, place), first.fired[place])
+    for place in ordered:
+        refuse_unloaded(model, first.fired[place][0].seen, f"hook {_named(names, place)!r}")
     passes.places = places
     runs = _Runs(first, passes.run(given.first), passes.run(given.changed), passes.run(given.other))
     found = _Found(given, manner, runs)
@@ -176,7 +179,7 @@ def _parts(value: object) -> dict[Any, object]:
     if isinstance(value, tuple | list):
         return dict(enumerate(value))
     if isinstance(value, Mapping):
-        return dict(value)
+        return {**value}
     if _has_fields(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}  # pyright: ignore
     return {}

@@ -13,7 +13,7 @@ from wsae.acts.hookpoints import probe as probe_hooks
 from wsae.acts.language import LanguageModel, load_language, locate
 from wsae.acts.layout import tokens
 from wsae.acts.store import MANIFEST, Store
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, named
 from wsae.core.progress import Tick
 from wsae.doctor import activations, cost, machine, probe, shape
 from wsae.doctor.check import Check
@@ -26,7 +26,7 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     checks = [machine.check_versions(), machine.check_device(cfg.device)]
     language = load_language(harvest.model, harvest.dtype, cfg.device)
     tick(1)
-    checks += [_check_bos(language), _check_text(harvest, language)]
+    checks += [_check_weights(language), _check_bos(language), _check_text(harvest, language)]
     try:
         probed = probe_hooks(language.model, harvest.hooks, tokens(harvest.seq_len))
     except UserError as error:
@@ -139,6 +139,14 @@ def _differences(
         name = f"{ROWS_AGAINST} at {hook.name}"
         checks.append(Check(name, "fail" if wrong else "ok", value, mend if wrong else ""))
     return checks
+
+
+def _check_weights(language: LanguageModel) -> Check:
+    lacking = language.not_loaded
+    if not lacking:
+        return Check("weights", "ok", "all are in the model's files")
+    mend = "a hook or a prediction that depends on them is refused"
+    return Check("weights", "warn", f"not in the model's files: {named(lacking)}", mend)
 
 
 def _check_bos(language: LanguageModel) -> Check:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wsae.acts.capture import replaced, rows_of, with_rows
 from wsae.acts.hookpoints import HookPoint
+from wsae.acts.loading import refuse_without_logits
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 
@@ -71,6 +72,7 @@ def spliced_losses(
     KL(p_clean || p_spliced) = sum_v p_clean(v) (log p_clean(v) - log p_spliced(v)). Raises UserError when a variant
     makes the model's loss NaN or infinite.
     """
+    refuse_without_logits(model)
     sequences = [s.trimmed() for s in sequences if s.kept.any()]
     sequences = [s for s in sequences if s.target[1:].any()]
     rows: list[Tensor] = []

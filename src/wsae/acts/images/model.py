@@ -12,17 +12,24 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoImageProcessor,
+    AutoModel,
+)
 
 from wsae.acts.hookpoints import Inputs, Manner, Probing
 from wsae.acts.images.config import ImagesConfig, Resample
 from wsae.acts.images.encoder import CONFIG, load_encoder
-from wsae.acts.language import fingerprint, from_pretrained, locate, resolve_device
+from wsae.acts.language import fingerprint, locate, read_config, resolve_device
+from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
 from wsae.core.errors import UserError
 from wsae.core.hub import quiet_hub
 
 RUN_FOLDER = "encoder"
 _PREPARATION = ("preprocessor_config.json", "processor_config.json")
+_WORKING = "what works: ResNet, ViT, DINOv2 and their like, and the vision tower of CLIP and SigLIP"
 _WARPED = 384
 """ConvNeXt's preparation (ResNet's too) cuts nothing off images of this side or more."""
 
@@ -43,6 +50,8 @@ class VisionModel:
     """Side that an image's shorter side has before the square is cut."""
     resample: Resample
     dtype: torch.dtype = torch.float32
+    not_loaded: tuple[str, ...] = ()
+    """Weights that its files do not hold: they are NaN, and what depends on them is refused."""
 
     @property
     def device(self) -> torch.device:
@@ -119,17 +128,23 @@ def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> Visio
     if folder is not None:
         return _own(name, folder, where, kind)
     path = _located(name)
+    with quiet_hub():
+        config = read_config(path, name)
+    if type(config) not in MODEL_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model {name}: not a vision model (its type is {config.model_type}); {_WORKING}"
+        )
     if isinstance(path, Path) and not any((path / file).is_file() for file in _PREPARATION):
         raise UserError(
             f"model {name}: no {_PREPARATION[0]} in it, so nothing says how its images are prepared; "
             "copy that of the model it came from"
         )
     with quiet_hub():
-        loaded: Any = from_pretrained(AutoModel, path, name, dtype=kind)
+        loaded: Any = load_weights(AutoModel, path, name, dtype=kind)
         loaded = getattr(loaded, "vision_model", loaded)  # of a model of images and text
         taken = getattr(loaded, "main_input_name", None)
         if taken != "pixel_values":
-            raise UserError(f"model {name}: not a vision model (its input is {taken})")
+            raise UserError(f"model {name}: not a vision model (its input is {taken}); {_WORKING}")
         processor: Any = from_pretrained(AutoImageProcessor, path, name)
     side, resize = _sizes(processor, name)
     return VisionModel(
@@ -142,6 +157,7 @@ def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> Visio
         resize,
         _filter(getattr(processor, "resample", None)),
         kind,
+        tell_unloaded(loaded, name),
     )
 
 
