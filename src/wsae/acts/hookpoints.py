@@ -335,7 +335,7 @@ class _Passes:
         return _Pass(inputs, fired, output, lookups.seen)
 
 
-def watch(model: nn.Module, place: Place, note: Callable[[Place, Any], object]) -> Any:
+def watch(model: nn.Module, place: Place, note: Callable[[Place, Any], Any]) -> Any:
     """Call `note(place, value)` whenever the place runs; returns the handle.
 
     The value is the output; of an input the positional arguments, or the keyword arguments where none of the positional
