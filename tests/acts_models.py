@@ -52,6 +52,23 @@ def make_model(path: Path, kind: str = "llama", bos: bool = False, positions: in
     return path
 
 
+def make_bert(path: Path) -> Path:
+    """Save a tiny model that sees later tokens, with the same tokenizer."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = tf.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    tf.BertForMaskedLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     """Train a byte-level tokenizer; `bos` makes it put <s> before every text."""
     raw = Tokenizer(models.BPE())

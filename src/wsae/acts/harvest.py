@@ -37,8 +37,8 @@ def harvest(
 
     The same command on a killed harvest continues after its last whole shard and ends with the same bytes. `language`
     saves loading the model that `cfg` names a second time. Raises UserError for a missing or empty text, a bad line, a
-    hook the model lacks, NaN or infinite activations (hook, shard, row, dimension), a full disk, or a directory that
-    belongs to another config.
+    hook the model lacks or that has no row for each token, sequences longer than the model's positions, NaN or infinite
+    activations (hook, shard, row, dimension), a full disk, or a directory that belongs to another config.
     """
     out = Path(out)
     config = cfg.to_dict()
@@ -109,5 +109,6 @@ def _info(flow: Flow, ledger: Ledger, tally: Tally) -> dict[str, object]:
         "skipped": {"train": skipped(train), "heldout": skipped(heldout)},
         "median_norm": ledger.medians,
         "outlier_dims": {hook: outlier_dims(tally, hook) for hook in flow.hooks},
+        **flow.probed.record(),
         **lacking(flow.language.not_loaded),
     }

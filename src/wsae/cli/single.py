@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsae.acts.names import among
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
@@ -52,9 +53,10 @@ def _of_hook(source: str, hook: str | None) -> "ActivationSource":
     data = open_source(source)
     if len(data.hooks) == 1:
         return data
-    if hook not in data.hooks:
+    known = among(hook, data.hooks) if hook else None
+    if known is None:
         raise UserError(
             f"{source}: has hooks {', '.join(data.hooks)}, and the SAE is of {hook or 'a hook it does not name'}; "
             "harvest that hook alone, or give an array"
         )
-    return open_source(source, hooks=(hook,))
+    return open_source(source, hooks=(known,))

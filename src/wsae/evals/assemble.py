@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from wsae.acts.hookpoints import SEES_LATER, probe
+from wsae.acts.layout import tokens as token_manner
 from wsae.acts.loading import PREDICTS_NOTHING, predictions
 from wsae.acts.tokens import TokenTable
 from wsae.core.progress import Progress, quiet
@@ -65,11 +67,14 @@ def evaluate_families(
         silent = predictions(language.model) is None
         kept = None if silent else Kept(splice_sequences(tokens, cfg))
     measured = measure(source, subject.families, cfg, kept, progress)
+    sees_later = False
     if language is not None and tokens is not None and kept is not None:
         for hook, found in measured.items():
             family = subject.families[hook]
+            probed = probe(language.model, [hook], token_manner())
+            sees_later |= probed.causal is False
             extra = splice_arrays(
-                (language, hook), family.saes, found.survey, (tokens, kept), cfg, progress
+                language, probed, family.saes, found.survey, (tokens, kept), cfg, progress
             )
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
@@ -82,6 +87,8 @@ def evaluate_families(
         "hooks": hooks,
         "glossary": glossary(),
     }
+    if sees_later:
+        record |= {"causal": False, "notes": [SEES_LATER]}
     if silent:
         record["notes"] = [PREDICTS_NOTHING]
     contexts = {

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from wsae.acts.names import hook_name
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import Provenance
 from wsae.interop.format import Format, maybe, plain, read_config, whole
-from wsae.interop.naming import hook_name
 from wsae.interop.weights import (
     Foreign,
     Named,

@@ -6,7 +6,7 @@ No code that comes with a model is run.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,7 +19,7 @@ from transformers import (
     AutoModel,
 )
 
-from wsae.acts.hookpoints import Manner
+from wsae.acts.hookpoints import Inputs, Manner, Probing
 from wsae.acts.images.config import ImagesConfig, Resample
 from wsae.acts.images.encoder import CONFIG, load_encoder
 from wsae.acts.language import fingerprint, locate, read_config, resolve_device
@@ -74,16 +74,39 @@ class VisionModel:
         return cfg.model_copy(update=mine)
 
     def manner(self, height: int, width: int) -> Manner:
-        """Return how hook points of this model are found and read, for images of this size."""
+        """Return how hook points of this model are probed and read, for images of this size."""
 
-        def example(_model: nn.Module) -> dict[str, Any]:
-            return {
-                "pixel_values": self.prepare(torch.zeros(1, 3, height, width, dtype=torch.uint8))
-            }
+        def inputs(_model: nn.Module) -> Probing:
+            noise = torch.Generator().manual_seed(0)
+            some = torch.randint(0, 256, (4, 3, height, width), generator=noise).to(torch.uint8)
+            first, changed = some[:3], some[[0, 3, 2]]
+            images = [{"pixel_values": self.prepare(x)} for x in (first, changed, first[:2])]
+            return Probing(images[0], images[1], (1, None), images[2])
+
+        def explain(_model: nn.Module, error: Exception, _inputs: Inputs) -> UserError:
+            first = (str(error).strip().splitlines() or ["no reason given"])[0]
+            return UserError(
+                f"model {self.name}: does not take images of {height} x {width} pixels ({first}); "
+                f"its own size is {self.size}"
+            )
 
         return Manner(
-            example, positions, "[batch, width], [batch, tokens, width] or [batch, channels, h, w]"
+            inputs,
+            lambda _first, _other, _given: [ImageLayout()],
+            "[batch, width], [batch, tokens, width] or [batch, channels, h, w]",
+            explain,
+            lambda _model, _long, _limit: [],
         )
+
+
+class ImageLayout(NamedTuple):
+    """Images come first: [batch, width], [batch, positions, width] or [batch, channels, h, w]."""
+
+    def rows(
+        self, x: Tensor, size: tuple[int, ...]
+    ) -> Float[Tensor, "batch positions width"] | None:
+        """Return the rows; none for other shapes, or another number of images."""
+        return positions(x) if x.shape[:1] == size[:1] else None
 
 
 def positions(output: Tensor) -> Tensor | None:
