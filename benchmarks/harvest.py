@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wsae.acts.capture import one_hook
 from wsae.acts.config import HarvestConfig
 from wsae.acts.harvest import harvest
-from wsae.acts.hookpoints import module_named
 from wsae.acts.language import LanguageModel, load_language
 from wsae.acts.packing import Packer
 
@@ -58,7 +58,8 @@ def bare(language: LanguageModel, hook: str, batches: list[torch.Tensor]) -> flo
     def stop(*_: object) -> None:
         raise Stop
 
-    handle = module_named(language.model, hook).register_forward_hook(stop)
+    module = language.model.get_submodule(one_hook(language.model, hook).path)
+    handle = module.register_forward_hook(stop)
     start = time.perf_counter()
     with torch.inference_mode():
         for ids in batches:

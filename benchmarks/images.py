@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wsae.acts.hookpoints import module_named
+from wsae.acts.hookpoints import probe
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.acts.images.encoder import Encoder, EncoderConfig
 from wsae.acts.images.harvest import harvest_images
@@ -76,7 +76,8 @@ def bare(vision: VisionModel, hook: str, batches: list[torch.Tensor]) -> float:
     def stop(*_: object) -> None:
         raise Stop
 
-    handle = module_named(vision.model, hook).register_forward_hook(stop)
+    (point,) = probe(vision.model, [hook], vision.manner(*batches[0].shape[-2:])).hooks
+    handle = vision.model.get_submodule(point.path).register_forward_hook(stop)
     start = time.perf_counter()
     with torch.inference_mode():
         for x in batches:

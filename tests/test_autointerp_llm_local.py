@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from acts_models import make_model
+from acts_models import make_kind, make_model, rewritten
 from autointerp_llm_worlds import N_LATENTS, collected, word_fragments
 from autointerp_server import Reply, config, serving
 from wsae.core.errors import UserError
@@ -84,6 +84,16 @@ def test_greedy_answers_equal_a_search_without_cache(model, tmp_path, end):
         assert math.fsum(map(math.exp, token.top.values())) == pytest.approx(
             float(p.topk(20).values.sum()), rel=1e-4
         )
+
+
+def test_a_judge_without_its_head_or_that_is_no_language_model_is_refused(tmp_path):
+    lacking = rewritten(
+        make_model(tmp_path / "m"), lambda x: {k: v for k, v in x.items() if "lm_head" not in k}
+    )
+    with pytest.raises(UserError, match=r"predictions .*depends on .*lm_head\.weight"):
+        local(lacking, tmp_path)
+    with pytest.raises(UserError, match="continues no text; use a causal"):
+        local(make_kind(tmp_path / "encoder", "modernbert"), tmp_path)
 
 
 def test_answers_are_kept_and_another_model_has_its_own(model, tmp_path):

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from acts_models import make_model, make_text
+from acts_models import make_bert, make_model, make_text, rewritten
 from wsae.acts.config import HarvestConfig, TextConfig
-from wsae.acts.harvest import harvest as write_store
+from wsae.acts.harvest import harvest as harvest_store
 from wsae.cli.main import main
 from wsae.core.artifact import read_manifest, record, write_manifest
 from wsae.core.errors import UserError
-from wsae.core.files import write_json
+from wsae.core.files import read_json, write_json
 from wsae.doctor import activations, cost, machine, shape
 from wsae.doctor.check import Check, report
 from wsae.doctor.config import DoctorConfig
@@ -177,6 +178,19 @@ def test_a_tiny_model_is_examined_whole(llama):
     assert {check["status"] for check in found.values()} <= {"ok", "warn"}
 
 
+def test_weights_that_are_not_in_the_files_are_a_warning_where_no_hook_needs_them(tmp_path):
+    path = rewritten(
+        make_model(tmp_path / "m"), lambda x: {k: v for k, v in x.items() if "layers.2" not in k}
+    )
+    make_text(tmp_path / "text.jsonl")
+    cfg = DoctorConfig(train=plan(), harvest=harvest(path, "layers.1"), probe_seconds=0.1)
+    assert by_name(examine(cfg))["weights"]["status"] == "warn"
+    cfg = DoctorConfig(train=plan(), harvest=harvest(path, "layers.2"), probe_seconds=0.1)
+    failed = by_name(examine(cfg))["hooks"]
+    assert failed["status"] == "fail"
+    assert "depends on weights" in failed["value"]
+
+
 def test_a_hook_the_model_lacks_fails_and_names_the_nearest(llama):
     found = examine(DoctorConfig(train=plan(), harvest=harvest(llama, "layer.1")))
     assert found["failed"] == 1
@@ -203,14 +217,14 @@ def test_what_a_text_or_a_store_leaves_out_or_repeats_is_told(llama, tmp_path):
         update={"text": TextConfig(path=str(text)), "heldout_tokens": 50, "tokens": 100_000}
     )
     live = examine(DoctorConfig(train=plan(), harvest=cfg, probe_seconds=0.1))
-    path = write_store(cfg, tmp_path / "s").path
+    path = harvest_store(cfg, tmp_path / "s").path
     stored = examine(DoctorConfig(train=plan(), data=str(path), probe_seconds=0.1))
     for found in (live, stored):
         lines_told = [check["value"] for check in found["checks"] if check["name"] == "text"]
         assert "records left out: 1 null" in lines_told
         assert any("held-out documents are training documents" in line for line in lines_told)
     older = read_manifest(path, "store")
-    write_json(path / "tokens.json", {"3": "\ufffd", "4": " a"})
+    write_json(path / "tokens.json", dict.fromkeys(read_json(path / "tokens.json"), "\ufffd"))
     del older.info["text"]
     files = {n: r for n, r in older.files.items() if n != "tokens.json"} | {
         "tokens.json": record(path / "tokens.json")
@@ -218,7 +232,7 @@ def test_what_a_text_or_a_store_leaves_out_or_repeats_is_told(llama, tmp_path):
     write_manifest(path, "store", older.config, files, older.inputs, older.info)
     old = by_name(examine(DoctorConfig(train=plan(), data=str(path), probe_seconds=0.1)))
     assert "older wsae" in old["text"]["value"]
-    assert "1 tokens hold part of a character" in old["tokens"]["value"]
+    assert old["token texts"]["value"] == "1e+02 % read as U+FFFD"
 
 
 def test_an_array_is_examined_and_its_nan_found(tmp_path):
@@ -264,3 +278,139 @@ def test_the_command_prints_every_finding_and_exits_1_on_a_failure(llama, capsys
     text = capsys.readouterr().out
     assert "30 or 35" in text
     assert "this run would not work as planned" in text
+
+
+@pytest.fixture(scope="module")
+def bidirectional(llama, tmp_path_factory) -> Path:
+    """A model that sees later tokens, its store, and a short run with its evaluation."""
+    place = tmp_path_factory.mktemp("bidirectional")
+    make_bert(place / "model")
+    text = str(llama.parent / "text.jsonl")
+    words = [
+        "harvest",
+        str(place / "model"),
+        "--text",
+        text,
+        "--hook",
+        "layer.1",
+        "--seq-len",
+        "32",
+    ]
+    words += ["--tokens", "400", "--heldout-tokens", "100", "--device", "cpu"]
+    assert main([*words, "--out", str(place / "acts")]) == 0
+    words = ["train", str(place / "acts"), "--k", "4", "--expansion", "2", "--batch-size", "100"]
+    assert main([*words, "--tokens", "400", "--out", str(place / "run"), "--device", "cpu"]) == 0
+    assert main(["evaluate", str(place / "run"), "--device", "cpu"]) == 0
+    return place
+
+
+def check_up(path: Path) -> dict[str, dict[str, str]]:
+    return by_name(examine(DoctorConfig(train=plan(), data=str(path), probe_seconds=0.1)))
+
+
+def test_next_token_cross_entropy_of_a_model_that_sees_that_token_is_not_measured(
+    bidirectional, capsys
+):
+    measured = json.loads((bidirectional / "run/evaluation/evaluation.json").read_text())
+    metrics = measured["hooks"]["layer.1"]["members"]["plain"]["metrics"]
+    assert not [name for name in metrics if name.startswith("ce_")]
+    assert {"kl", "fvu"} <= set(metrics)
+    assert measured["causal"] is False
+    assert main(["evaluate", str(bidirectional / "run"), "--device", "cpu"]) == 0
+    assert "next-token cross-entropy is not measured" in capsys.readouterr().out
+
+
+def test_a_run_is_examined_with_its_steps_its_data_and_its_evaluation(bidirectional):
+    found = check_up(bidirectional / "run")
+    assert found["steps"]["status"] == "warn"
+    assert found["steps"]["value"] == "4 of 100 rows"
+    assert found["rows against the model at layer.1"]["status"] == "ok"
+    assert found["later tokens"]["status"] == "warn"
+    assert found["evaluation"]["status"] == "ok"
+    place = bidirectional / "run/evaluation/evaluation.json"
+    text = place.read_text()
+    older = json.loads(text)  # as older versions wrote it
+    older["hooks"]["layer.1"]["members"]["plain"]["metrics"]["ce_clean"] = {"value": 1.0}
+    place.write_text(json.dumps(older))
+    assert check_up(bidirectional / "run")["evaluation"]["status"] == "fail"
+    place.write_text(text)
+
+
+def test_a_models_probe_is_told(bidirectional, llama):
+    text = {"path": str(llama.parent / "text.jsonl")}
+    model = str(bidirectional / "model")
+    planned = HarvestConfig(model=model, text=text, hooks=("layer.0",), seq_len=32, tokens=200)  # pyright: ignore
+    cfg = DoctorConfig(train=plan(), harvest=planned, probe_seconds=0.1)
+    found = by_name(examine(cfg))
+    assert "[batch, sequence, width]" in found["rows of layer.0"]["value"]
+    assert found["later tokens"]["status"] == "warn"
+    assert found["positions"]["value"] == "32 in its table, sequences of 32"
+    long = planned.model_copy(update={"seq_len": 33})
+    failed = by_name(examine(cfg.model_copy(update={"harvest": long})))["hooks"]
+    assert failed["status"] == "fail"
+    assert "--seq-len 32 or less" in failed["value"]
+
+
+def test_a_store_whose_model_has_other_weights_now_fails(llama, tmp_path, capsys):
+    model = make_model(tmp_path / "model")
+    cfg = HarvestConfig(
+        model=str(model),
+        text={"path": str(llama.parent / "text.jsonl")},  # pyright: ignore
+        hooks=("layers.1",),
+        seq_len=32,
+        tokens=300,
+        heldout_tokens=100,
+    )
+    made = harvest_store(cfg, tmp_path / "acts")
+    found = check_up(tmp_path / "acts")
+    assert found["rows against the model at layers.1"]["status"] == "ok"
+    assert found["made by"]["status"] == found["token texts"]["status"] == "ok"
+    assert found["documents in both halves"]["value"].startswith("0 of ")
+    torch.manual_seed(9)
+    made_anew = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(model))
+    made_anew.save_pretrained(model)
+    fails = check_up(tmp_path / "acts")["rows against the model at layers.1"]
+    assert fails["status"] == "fail"
+    assert fails["value"].startswith("100 of 100 differ")
+    words = ["doctor", str(tmp_path / "acts"), "--k", "4", "--expansion", "2", "--batch-size", "64"]
+    assert main([*words, "--device", "cpu"]) == 1
+    assert "do not build on it as it is" in capsys.readouterr().out
+    (model / "config.json").rename(model / "config.json.away")
+    gone = check_up(tmp_path / "acts")["rows against the model"]
+    assert gone["status"] == "warn"
+    assert "not compared" in gone["value"]
+    assert made.n_rows["train"] == 300
+
+
+def test_an_older_store_with_repeated_documents_and_broken_characters_is_told(llama, tmp_path):
+    words = (llama.parent / "text.jsonl").read_text().splitlines()
+    text = "\n".join(words * 3)  # every document three times
+    (tmp_path / "text.jsonl").write_text(text)
+    cfg = HarvestConfig(
+        model=str(llama),
+        text={"path": str(tmp_path / "text.jsonl")},  # pyright: ignore
+        hooks=("layers.1",),
+        seq_len=32,
+        tokens=5000,
+        heldout_tokens=200,
+    )
+    made = harvest_store(cfg, tmp_path / "acts")
+    names = json.loads((made.path / "tokens.json").read_text())
+    some = str(int(made.tokens("heldout").ids[0, 3]))
+    (made.path / "tokens.json").write_text(json.dumps(names | {some: "\ufffd"}))
+    manifest = made.manifest
+    info = {key: value for key, value in made.info.items() if key not in ("probe", "causal")}
+    files = {name: entry for name, entry in manifest.files.items() if name != "tokens.json"}
+    write_manifest(
+        made.path,
+        "store",
+        manifest.config,
+        {**files, "tokens.json": record(made.path / "tokens.json")},
+        inputs=manifest.inputs,
+        info=info,
+    )
+    found = check_up(made.path)
+    assert found["made by"]["status"] == "warn"
+    assert found["rows against the model at layers.1"]["status"] == "ok"
+    assert found["documents in both halves"]["status"] == "warn"
+    assert found["token texts"]["status"] == "warn"

@@ -4,9 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
-from wsae.acts.capture import splice
+from wsae.acts.capture import one_hook, splice
 from wsae.core.errors import UserError
 from wsae.evals import downstream
 from wsae.evals.downstream import TokenSequence, spliced_losses
@@ -61,6 +70,10 @@ VARIANTS = {
 }
 
 
+def losses_at(model, hook, *rest):
+    return spliced_losses(model, one_hook(model, hook), *rest)
+
+
 def direct(model, hook, sequence, replace):
     """[CE, KL] of one sequence from whole forward passes with the plain splice."""
     ids, kept = sequence.ids, sequence.kept
@@ -84,7 +97,7 @@ def direct(model, hook, sequence, replace):
 @pytest.mark.parametrize("max_logits", [BIG, 2 * VOCABULARY * LENGTH, 1])
 def test_losses_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max_logits):
     model, data = make(), sequences()
-    found = spliced_losses(model, hook, data, VARIANTS, max_logits)
+    found = losses_at(model, hook, data, VARIANTS, max_logits)
     assert found.shared, "both families of models can share the layers before the hook"
     assert found.seq.tolist() == [10, 11, 12, 13]
     for i, full in enumerate(data):
@@ -99,8 +112,50 @@ def test_losses_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max
         )
 
 
+def mixtral():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        initializer_range=0.5,
+    )
+    return MixtralForCausalLM(config).eval().requires_grad_(False)
+
+
+def xlnet():
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=2, n_head=2, d_inner=32)
+    return XLNetLMHeadModel(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "hook", "shared"),
+    [
+        (llama, "layers.1.self_attn.o_proj.input", True),
+        (llama, "layers.1.input", True),
+        (llama, "blocks.1.hook_resid_post", True),
+        (mixtral, "layers.1.mlp.experts", False),
+        (xlnet, "layer.1", None),
+    ],
+)
+def test_inputs_and_other_orders_are_spliced_as_whole_forward_passes(make, hook, shared):
+    model, data = make(), sequences(2)
+    found = losses_at(model, hook, data, VARIANTS, BIG)
+    assert shared is None or found.shared is shared
+    for i, full in enumerate(data):
+        for name, replace in VARIANTS.items():
+            ce, kl = direct(model, hook, full.trimmed(), replace)
+            assert float(found.ce[name][i]) == pytest.approx(ce, rel=1e-4)
+            assert float(found.kl[name][i]) == pytest.approx(kl, rel=1e-3, abs=1e-5)
+
+
 def test_a_perfect_reconstruction_costs_nothing_and_an_ablation_costs_something():
-    found = spliced_losses(llama(), "layers.1", sequences(), VARIANTS, BIG)
+    found = losses_at(llama(), "layers.1", sequences(), VARIANTS, BIG)
     torch.testing.assert_close(found.ce["same"], found.ce_clean, rtol=1e-5, atol=0)
     assert found.kl["same"].abs().max() < 1e-4
     assert (found.kl["zero"] > 1e-3).all()
@@ -127,10 +182,10 @@ def test_skipped_positions_keep_their_true_activation():
         return x
 
     data = sequences(1)
-    spliced_losses(llama(), "layers.1", data, {"watch": watch}, BIG)
+    losses_at(llama(), "layers.1", data, {"watch": watch}, BIG)
     assert seen == [int(data[0].kept.sum())]
     nothing = data[0]._replace(kept=torch.zeros(LENGTH, dtype=torch.bool))
-    found = spliced_losses(llama(), "layers.1", [nothing, *data], VARIANTS, BIG)
+    found = losses_at(llama(), "layers.1", [nothing, *data], VARIANTS, BIG)
     assert found.seq.tolist() == [10], "a sequence with nothing to replace is left out"
 
 
@@ -147,11 +202,12 @@ def test_a_model_that_cannot_be_widened_runs_once_per_variant():
                 raise RuntimeError("one row only")
             return self.layer(x, **rest)
 
+    hook = one_hook(model, "layers.1")
     model.model.layers[2] = OneRow(model.model.layers[2])
     data = sequences(2)
-    found = spliced_losses(model, "layers.1", data, VARIANTS, BIG)
+    found = spliced_losses(model, hook, data, VARIANTS, BIG)
     assert not found.shared
-    whole = spliced_losses(llama(), "layers.1", data, VARIANTS, BIG)
+    whole = losses_at(llama(), "layers.1", data, VARIANTS, BIG)
     for name in VARIANTS:
         torch.testing.assert_close(found.ce[name], whole.ce[name], rtol=1e-4, atol=0)
 
@@ -167,19 +223,20 @@ def test_a_model_that_mixes_batch_rows_is_not_widened():
         def forward(self, x, **rest):
             return self.layer(x + torch.arange(len(x))[:, None, None], **rest)
 
+    hook = one_hook(model, "layers.1")
     model.model.layers[2] = Mixing(model.model.layers[2])
-    assert not spliced_losses(model, "layers.1", sequences(1), VARIANTS, BIG).shared
+    assert not spliced_losses(model, hook, sequences(1), VARIANTS, BIG).shared
 
 
 def test_no_hook_is_left_behind():
     model = llama()
-    spliced_losses(model, "layers.1", sequences(1), VARIANTS, BIG)
+    losses_at(model, "layers.1", sequences(1), VARIANTS, BIG)
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_nan_in_the_loss_names_the_variant():
     with pytest.raises(UserError, match=r"NaN or infinite with broken in place"):
-        spliced_losses(
+        losses_at(
             llama(),
             "layers.1",
             sequences(1),
@@ -190,4 +247,4 @@ def test_nan_in_the_loss_names_the_variant():
 
 def test_an_unknown_hook_names_the_nearest():
     with pytest.raises(UserError, match="layers"):
-        spliced_losses(llama(), "layer.1", sequences(1), VARIANTS, BIG)
+        losses_at(llama(), "layer.1", sequences(1), VARIANTS, BIG)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from acts_models import make_model, make_text
+from acts_models import make_kind, make_model, make_text
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
 from wsae.acts.language import load_language
+from wsae.acts.loading import PREDICTS_NOTHING
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
@@ -299,3 +300,14 @@ def test_an_unfinished_run_or_the_wrong_data_is_refused(world, tmp_path):
     assert (root / "run" / "evaluation" / "manifest.json").exists(), (
         "a refusal leaves the old result"
     )
+
+
+def test_a_model_that_predicts_nothing_is_measured_without_cross_entropy(world, tmp_path):
+    root, source, _, _ = world
+    encoder = load_language(str(make_kind(tmp_path / "bert", "bert")))
+    cfg = CFG.model_copy(update={"n_latents": 0})
+    record = evaluate_families(run_subject(root / "run"), source, cfg, encoder).record
+    assert record["notes"] == [PREDICTS_NOTHING]
+    metrics = record["hooks"][HOOK]["members"]["plain"]["metrics"]
+    assert "fvu" in metrics
+    assert not any("ce" in name.split("_") for name in metrics)

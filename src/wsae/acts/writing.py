@@ -1,7 +1,7 @@
 """One half of a store, written shard by shard as rows arrive: wherever they come from."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from wsae.core.progress import Tick
 from wsae.core.tensors import save_tensors
 from wsae.losses.config import OUTLIER_RATIO
 
-_MAX_OUTLIERS = 16
+_MAX_OUTLIERS, _MAX_NAMED = 16, 20
 
 
 class Feed(NamedTuple):
@@ -152,6 +152,11 @@ def finish(
 def skipped(state: SplitState) -> dict[str, int]:
     """Return how many rows one half left out, by reason."""
     return {reason: n for reason, n in state.counts.items() if reason != "kept"}
+
+
+def lacking(not_loaded: Sequence[str]) -> dict[str, list[str]]:
+    """Return a manifest's record of weights that the model's files lack (20 names at most), nothing where none are."""
+    return {"not_loaded": [*not_loaded[:_MAX_NAMED]]} if not_loaded else {}
 
 
 def outlier_dims(tally: Tally, hook: str) -> list[dict[str, int | float]]:

@@ -12,8 +12,9 @@ from wsae.cli.ui import UI
 from wsae.core.config import Config
 
 ABOUT = """\
-Check a model, its text and the planned SAEs before spending hours: hooks and widths, attention
-sinks and outlier dimensions, number formats, k and groups, memory, disk and time.
+Check a model, its text and the planned SAEs before spending hours: hooks and widths, order of
+rows, attention sinks and outlier dimensions, number formats, k and groups, memory, disk and time.
+Or check a store or a run that you have: its rows against its model's, tokens, repeated documents.
 Exit code 1 when a check fails; warnings do not count."""
 
 
@@ -21,7 +22,7 @@ class Flags(Config):
     """Flags of `wsae doctor`."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model (with --hook), or a store or an array that lies on disk."""
+    """A model (with --hook), or a store, an array or a run that lies on disk."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path(".")
     """Where the store would go (its free space is looked up)."""
     d_in: MaybeCount = None
@@ -70,7 +71,9 @@ def show(result: dict[str, Any], ui: UI) -> None:
     rows = [[c["status"], c["name"], _value(c)] for c in result["checks"]]
     ui.table(f"wsae doctor: {result['subject']}", ("", "what", "finding"), rows)
     failed, warnings = result["failed"], result["warnings"]
-    if failed:
+    if failed and result.get("on_disk"):
+        ui.say(f"\n{failed} failed, {warnings} to heed: do not build on it as it is")
+    elif failed:
         ui.say(f"\n{failed} failed, {warnings} to heed: this run would not work as planned")
     elif warnings:
         ui.say(f"\nnothing stands in the way; {warnings} to heed")

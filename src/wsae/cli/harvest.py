@@ -87,6 +87,8 @@ def show(result: dict[str, Any], ui: UI) -> None:
     ui.say(f"store: {result['store']}, {size(result['bytes'])}, {result['store_dtype']}")
     ui.say(f"hooks (width): {widths}")
     ui.say(f"rows: {rows['train']:,} to train on, {rows['heldout']:,} held out")
+    for note in result.get("notes", ()):
+        ui.say(f"note: {note}")
     ui.say("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()))
     gamma = ""
     if result.get("kind") == "images":

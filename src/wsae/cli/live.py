@@ -79,7 +79,9 @@ def is_data(source: str) -> bool:
     """Whether `source` is a store or an array file that exists, rather than a model."""
     path = Path(source)
     if path.is_dir():
-        return (path / "manifest.json").exists() or not (path / "config.json").exists()
+        of_model = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
+        known = any((path / name).exists() for name in of_model) or any(path.glob("*.gguf"))
+        return (path / "manifest.json").exists() or not known
     return path.exists() and path.suffix != ".gguf"
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsae.acts.names import among
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
@@ -64,7 +65,7 @@ def _of_hook(source: str, hook: str | None) -> "ActivationSource":
     data = open_source(source)
     if len(data.hooks) == 1:
         return data
-    mine = None if hook is None else hook_meant(hook, list(data.hooks))
+    mine = among(hook, data.hooks) if hook else None
     if mine is None:
         raise UserError(
             f"{source}: has hooks {', '.join(data.hooks)}, and the SAE is of {hook or 'a hook it does not name'}; "
@@ -81,7 +82,7 @@ def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> 
         return []
     notes = []
     (here, *_) = data.hooks
-    if hook is not None and hook_meant(hook, [here]) is None:
+    if hook is not None and among(hook, [here]) is None:
         notes.append(
             f"the SAE was trained at {hook}, these activations are of {here}: unless that is the same place in the "
             "model, the scores say nothing of the SAE"
@@ -92,15 +93,6 @@ def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> 
             "scores say nothing of the SAE"
         )
     return notes
-
-
-def hook_meant(hook: str, hooks: list[str]) -> str | None:
-    """Return the one of the data's hooks that the words of an SAE mean, or None."""
-    from wsae.interop.naming import hook_name
-
-    plain = hook.removesuffix(".output")
-    found = [h for h in hooks if h == hook or hook_name(h).name == hook_name(plain).name]
-    return found[0] if len(found) == 1 else None
 
 
 def _model(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 
 
@@ -26,6 +26,20 @@ def _shown(char: str) -> str:
     if char.isprintable():
         return char
     return " " if char.isspace() else ascii(char)[1:-1]
+
+
+def reason(error: BaseException, limit: int = 300) -> str:
+    """Return what a library's exception says, its lines as one, cut at a word; its type where it says nothing."""
+    text = " ".join(str(error).split()).rstrip(" :")
+    if not text:
+        return type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0].rstrip(' ,:;(')} ..."
+
+
+def named(names: Sequence[str], n: int = 3) -> str:
+    """Return the first names, and how many there are in all where that is more."""
+    more = f", ...: {len(names):,} in all" if len(names) > n else ""
+    return ", ".join(names[:n]) + more
 
 
 def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:

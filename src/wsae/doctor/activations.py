@@ -54,6 +54,16 @@ def check_finite(hook: str, x: Float[Tensor, "rows d_in"]) -> Check:
     return Check(f"values at {hook}", "ok", f"finite, largest {float(x.abs().max()):.4g}")
 
 
+def check_constant(hook: str, variance: Float64[Tensor, " d_in"]) -> Check:
+    """Count dimensions without variance."""
+    dead = (variance <= 0).nonzero()[:, 0].tolist()
+    if dead:
+        value = f"{len(dead)} of {len(variance)} never change, the first is {dead[0]}"
+        mend = "an SAE cannot learn them; look whether the hook is the one you mean"
+        return Check(f"constant dimensions at {hook}", "warn", value, mend)
+    return Check(f"constant dimensions at {hook}", "ok", "none")
+
+
 def check_sinks(
     hook: str, x: Float[Tensor, "batch seq d_in"], kept: Bool[Tensor, "batch seq"]
 ) -> Check:

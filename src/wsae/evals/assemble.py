@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from wsae.acts.hookpoints import SEES_LATER, probe
+from wsae.acts.layout import tokens as token_manner
+from wsae.acts.loading import PREDICTS_NOTHING, predictions
 from wsae.acts.tokens import TokenTable
 from wsae.core.progress import Progress, quiet
 from wsae.evals.comparisons import Side, compare_members
@@ -59,14 +62,19 @@ def evaluate_families(
     tokens = source.tokens()
     language = behind if isinstance(behind, Language) else None
     pictures = behind if isinstance(behind, Pictures) else None
-    splice = language is not None and tokens is not None and cfg.splice_tokens > 0
-    kept = Kept(splice_sequences(tokens, cfg)) if splice and tokens is not None else None
+    kept, silent = None, False
+    if language is not None and tokens is not None and cfg.splice_tokens > 0:
+        silent = predictions(language.model) is None
+        kept = None if silent else Kept(splice_sequences(tokens, cfg))
     measured = measure(source, subject.families, cfg, kept, progress)
+    sees_later = False
     if language is not None and tokens is not None and kept is not None:
         for hook, found in measured.items():
             family = subject.families[hook]
+            probed = probe(language.model, [hook], token_manner())
+            sees_later |= probed.causal is False
             extra = splice_arrays(
-                (language, hook), family.saes, found.survey, (tokens, kept), cfg, progress
+                language, probed, family.saes, found.survey, (tokens, kept), cfg, progress
             )
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
@@ -79,6 +87,10 @@ def evaluate_families(
         "hooks": hooks,
         "glossary": glossary(),
     }
+    if sees_later:
+        record |= {"causal": False, "notes": [SEES_LATER]}
+    if silent:
+        record["notes"] = [PREDICTS_NOTHING]
     contexts = {
         hook: _contexts(m, subject.families[hook], _shown_by(tokens, pictures, cfg))
         for hook, m in measured.items()

@@ -1,6 +1,6 @@
 """What the model loses when reconstructions stand in for its activations.
 
-The output of the hooked module is replaced at every kept position (those the SAE was trained to see); skipped ones
+The rows at the hook are replaced at every kept position (those the SAE was trained to see); skipped ones
 (start of sequence, special tokens, attention sinks) keep their true activation, as they do in training. Cross-entropy
 and KL(p_clean || p_spliced) are summed per sequence over the next tokens that are not special, in nats.
 
@@ -9,15 +9,16 @@ there the batch has one row, and the hook widens it to one row per variant. A pr
 forward pass first; a model that does not take it runs once per variant.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.acts.hookpoints import module_named, output_tensor
+from wsae.acts.capture import replaced, rows_of, with_rows
+from wsae.acts.hookpoints import HookPoint
+from wsae.acts.loading import refuse_without_logits
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 
@@ -60,26 +61,26 @@ class Losses(NamedTuple):
 @torch.inference_mode()
 def spliced_losses(
     model: nn.Module,
-    hook: str,
+    hook: HookPoint,
     sequences: list[TokenSequence],
     variants: dict[str, Replace],
     max_logits: int,
     progress: Progress = quiet,
 ) -> Losses:
-    """Return cross-entropy and KL of every variant spliced at the module called `hook`, per sequence.
+    """Return cross-entropy and KL of every variant spliced at `hook`, per sequence.
 
     KL(p_clean || p_spliced) = sum_v p_clean(v) (log p_clean(v) - log p_spliced(v)). Raises UserError when a variant
     makes the model's loss NaN or infinite.
     """
-    module = module_named(model, hook)
+    refuse_without_logits(model)
     sequences = [s.trimmed() for s in sequences if s.kept.any()]
     sequences = [s for s in sequences if s.target[1:].any()]
     rows: list[Tensor] = []
-    vocabulary = _shared_vocabulary(model, module, sequences[0].ids) if sequences else 0
+    vocabulary = _shared_vocabulary(model, hook, sequences[0].ids) if sequences else 0
     with progress("splice", sum(len(s.ids) for s in sequences), "tokens") as tick:
         for sequence in sequences:
             at_once = max_logits // (vocabulary * len(sequence.ids)) if vocabulary else 1
-            splice = _Splice(model, module, sequence, max(1, at_once))
+            splice = _Splice(model, hook, sequence, max(1, at_once))
             rows.append(splice.losses([None, *variants.values()]))
             tick(len(sequence.ids))
     sums = torch.stack(rows) if rows else torch.zeros(0, 2, 1 + len(variants), dtype=torch.float64)
@@ -108,9 +109,9 @@ class _Splice:
     """The variants of one sequence."""
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, sequence: TokenSequence, at_once: int
+        self, model: nn.Module, hook: HookPoint, sequence: TokenSequence, at_once: int
     ) -> None:
-        self.model, self.module, self.sequence = model, module, sequence
+        self.model, self.hook, self.sequence = model, hook, sequence
         self.device = next(model.parameters()).device
         self.at_once = at_once
         self.scored = sequence.target[1:].nonzero()[:, 0].to(self.device)
@@ -123,7 +124,7 @@ class _Splice:
         clean: Tensor | None = None
         for start in range(0, len(variants), self.at_once):
             group = variants[start : start + self.at_once]
-            logits = run_variants(self.model, self.module, ids, kept, group)
+            logits = run_variants(self.model, self.hook, ids, kept, group)
             clean = logits[0, self.scored] if clean is None else clean
             columns += [self._compare(clean, row[self.scored]) for row in logits]
         return torch.stack(columns, dim=1)
@@ -144,50 +145,41 @@ class _Splice:
 
 def run_variants(
     model: nn.Module,
-    module: nn.Module,
+    hook: HookPoint,
     ids: Int64[Tensor, " length"],
     kept: Bool[Tensor, " length"],
     variants: list[Replace | None],
 ) -> Float[Tensor, "variants length vocabulary"]:
-    """Return the logits with each variant in place at `kept` of the module's output; None leaves it untouched."""
-    with _widened(module, kept, variants):
+    """Return the logits with each variant in place at `kept` of the hook's rows; None leaves them untouched."""
+
+    def swap(value: Any) -> Any:
+        hidden = rows_of(hook, value, (1, len(ids)))
+        wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
+        x = hidden[0, kept].float()
+        for row, replace in zip(wide, variants, strict=True):
+            if replace is not None:
+                row[kept] = replace(x).to(row)
+        return with_rows(hook, value, wide)
+
+    with replaced(model, hook, swap):
         logits = model(input_ids=ids[None], use_cache=False).logits
     if len(logits) != len(variants):
         raise RuntimeError("the hooked module's output does not reach the logits by batch row")
     return logits
 
 
-@contextmanager
-def _widened(
-    module: nn.Module, kept: Bool[Tensor, " length"], variants: list[Replace | None]
-) -> Iterator[None]:
-    def swap(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> Tensor | tuple:
-        hidden = output_tensor(output, "spliced")
-        wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
-        x = hidden[0, kept].float()
-        for row, replace in zip(wide, variants, strict=True):
-            if replace is not None:
-                row[kept] = replace(x).to(row)
-        return wide if isinstance(output, Tensor) else (wide, *output[1:])
-
-    handle = module.register_forward_hook(swap)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _shared_vocabulary(model: nn.Module, module: nn.Module, ids: Int64[Tensor, " length"]) -> int:
+def _shared_vocabulary(model: nn.Module, hook: HookPoint, ids: Int64[Tensor, " length"]) -> int:
     """Return the number of logits per token, or 0 when rows made at the hook do not give a plain pass's logits."""
     ids = ids[:_PROBE_TOKENS].to(next(model.parameters()).device)
     plain = model(input_ids=ids[None], use_cache=False).logits
     kept = torch.zeros_like(ids, dtype=torch.bool)
     try:
-        wide = run_variants(model, module, ids, kept, [None, None])
+        wide = run_variants(model, hook, ids, kept, [None, None])
     except (
         RuntimeError,
         ValueError,
         IndexError,
+        AssertionError,
     ):  # shapes do not broadcast: one by one always works
         return 0
     tolerance = _PROBE_TOLERANCE.get(plain.dtype, 1e-3) * float(plain.abs().max())

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wsae.acts.hookpoints import Probed
 from wsae.acts.tokens import TokenTable
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
@@ -22,7 +23,8 @@ def splice_sequences(tokens: TokenTable, cfg: EvalConfig) -> list[int]:
 
 
 def splice_arrays(
-    where: tuple[Language, str],
+    language: Language,
+    probed: Probed,
     saes: dict[str, SparseAutoencoder],
     survey: Survey,
     data: tuple[TokenTable, Kept],
@@ -31,29 +33,26 @@ def splice_arrays(
 ) -> dict[str, dict[str, Tensor]]:
     """Return, for each member, sums over the scored tokens of each spliced sequence (nats) and their number.
 
-    Beside the members, kept positions are set to zero and to the held-out mean: the two ablations.
+    Beside the members, kept positions are set to zero and to the held-out mean: the two ablations. Of a model that sees
+    later tokens there is no cross-entropy of the next token, which it reads; only KL.
     """
-    language, hook = where
     mean = survey.moments.mean.float()
     variants: dict[str, Replace] = {"zero": torch.zeros_like, "mean": _constant(mean)}
     variants |= {f"sae {name}": _reconstruction(sae) for name, sae in saes.items()}
     sequences = token_sequences(data[0], data[1], language.tokenizer.all_special_ids)
-    losses = spliced_losses(language.model, hook, sequences, variants, cfg.splice_logits, progress)
-    common = {
-        "splice_seq": losses.seq,
-        "splice_targets": losses.targets,
+    losses = spliced_losses(
+        language.model, probed.hooks[0], sequences, variants, cfg.splice_logits, progress
+    )
+    common = {"splice_seq": losses.seq, "splice_targets": losses.targets}
+    kl = {name: {**common, "splice_kl": losses.kl[f"sae {name}"]} for name in saes}
+    if probed.causal is False:
+        return kl
+    clean = {
         "splice_ce_clean": losses.ce_clean,
         "splice_ce_zero": losses.ce["zero"],
         "splice_ce_mean": losses.ce["mean"],
     }
-    return {
-        name: {
-            **common,
-            "splice_ce": losses.ce[f"sae {name}"],
-            "splice_kl": losses.kl[f"sae {name}"],
-        }
-        for name in saes
-    }
+    return {name: {**kl[name], **clean, "splice_ce": losses.ce[f"sae {name}"]} for name in saes}
 
 
 def token_sequences(tokens: TokenTable, kept: Kept, special: list[int]) -> list[TokenSequence]:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wsae.acts.names import hook_name
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.torchfile import load_state, save_state
 from wsae.interop.config import Provenance
 from wsae.interop.format import Format, Keys, check_keys, maybe, plain, read_config, whole
-from wsae.interop.naming import hook_name
 from wsae.interop.weights import (
     Foreign,
     Named,

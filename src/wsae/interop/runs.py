@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wsae.acts.names import among
 from wsae.acts.store import Store
 from wsae.core.artifact import MANIFEST, Manifest, check_file, read_manifest
 from wsae.core.errors import UserError, nearest, understood
@@ -44,6 +45,7 @@ def choose(
         return [Chosen(folder, "", about_sae(folder))]
     manifest = read_manifest(folder, "run", verify=False)
     members = _members_of(manifest, folder)
+    hook = among(hook, members) or hook if hook else None
     found = [
         (h, name)
         for h, names in members.items()

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from wsae.acts.names import hook_name
 from wsae.interop.config import Provenance
-from wsae.interop.naming import hook_name
 from wsae.interop.weights import named
 from wsae.sae.model import SparseAutoencoder
 

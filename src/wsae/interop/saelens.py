@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wsae.acts.names import hook_name
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
@@ -30,7 +31,6 @@ from wsae.interop.format import (
     truth,
     whole,
 )
-from wsae.interop.naming import hook_name
 from wsae.interop.weights import (
     Foreign,
     Named,

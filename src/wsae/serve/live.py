@@ -21,6 +21,7 @@ from wsae.serve.served import CHANGED, Served
 from wsae.serve.views import latent_link
 
 if TYPE_CHECKING:
+    from wsae.acts.capture import Capture
     from wsae.acts.language import LanguageModel
     from wsae.sae import SparseAutoencoder
 
@@ -49,6 +50,7 @@ class Live:
         self._thread = ThreadPoolExecutor(1, "live", _give_way)
         self._places = threading.BoundedSemaphore(PLACES)
         self._model: tuple[str, LanguageModel] | None = None
+        self._probed: tuple[LanguageModel, str, Capture] | None = None
         self._sae: tuple[tuple[Path, str], SparseAutoencoder] | None = None
 
     def submit(self, run: Served, member: Member, text: str) -> Future[Json]:
@@ -83,9 +85,7 @@ class Live:
     def _tokens(self, path: Path, name: str, member: Member, text: str) -> list[Token]:
         import torch
 
-        from wsae.acts.capture import Capture
         from wsae.acts.decoding import decode_table
-        from wsae.acts.hookpoints import resolve
         from wsae.acts.packing import automatic_bos
         from wsae.acts.tokens import joined
 
@@ -96,7 +96,7 @@ class Live:
         if len(body) > MAX_TOKENS:
             raise UserError(f"text: {len(body)} tokens, at most {MAX_TOKENS} are read")
         ids = [*automatic_bos(language.tokenizer), *body]
-        capture = Capture(language.model, resolve(language.model, [member.hook]))
+        capture = self._capture(language, member.hook)
         x = next(iter(capture(torch.tensor([ids], device=language.device)).values()))[0]
         with torch.inference_mode():  # what was captured may enter no gradient
             z = sae.encode(x.float().to(sae.W_dec.device)).cpu()
@@ -109,9 +109,20 @@ class Live:
             for text, js, vs in found
         ]
 
+    def _capture(self, language: "LanguageModel", hook: str) -> "Capture":
+        """Return what reads a hook; it is probed once."""
+        from wsae.acts.capture import Capture
+        from wsae.acts.hookpoints import probe
+        from wsae.acts.layout import tokens
+
+        if self._probed is None or self._probed[:2] != (language, hook):
+            found = Capture(language.model, probe(language.model, [hook], tokens()).hooks)
+            self._probed = (language, hook, found)
+        return self._probed[2]
+
     def _language(self, name: str) -> "LanguageModel":
         if self._model is None or self._model[0] != name:
-            self._model = None  # before the next one is loaded: one is held at a time
+            self._model = self._probed = None  # before the next is loaded: one is held at a time
             self._model = (name, load(name, self.device))
         return self._model[1]
 

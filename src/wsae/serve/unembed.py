@@ -30,13 +30,18 @@ class Promoted(NamedTuple):
 
 
 def unembedding(model: nn.Module) -> Unembedding | None:
-    """Return a causal language model's unembedding; None when it has none that is a plain matrix."""
+    """Return a causal language model's unembedding; None when it has none that is a plain matrix.
+
+    None too where the model's files lack its weights or the final norm's: they are NaN.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
     rows = weight.detach().float()
     norm = final_norm(model, rows.shape[1])
+    if any(bool(x.isnan().any()) for x in (rows, *(norm.parameters() if norm else ()))):
+        return None
     if norm is None:
         return Unembedding(rows, "without a final norm, none was found")
     gain, centred = _gain(norm, rows.shape[1])

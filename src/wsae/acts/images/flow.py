@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wsae.acts.capture import Capture
 from wsae.acts.flow import NonFiniteError, Step, one_pass
-from wsae.acts.hookpoints import HookPoint, Manner, resolve
+from wsae.acts.hookpoints import HookPoint, probe
 from wsae.acts.images.config import ImageHarvestConfig
 from wsae.acts.images.model import VisionModel
 from wsae.acts.images.reading import Failures, batches
@@ -35,8 +35,8 @@ class ImageFlow:
         self.order = _order(len(images), cfg)
         manner = vision.manner(self.side, self.side)
         with one_pass():
-            hooks = self._resolved(manner)
-            self._capture = Capture(vision.model, hooks, manner)
+            hooks = probe(vision.model, cfg.hooks, manner).hooks
+        self._capture = Capture(vision.model, hooks)
         self.hooks, self.positions = self._capture.hooks, _same_positions(hooks)
 
     def steps(self, heldout: bool, start: Position) -> Iterator[Step]:
@@ -86,18 +86,6 @@ class ImageFlow:
                 row, dim = (int(i) for i in (~torch.isfinite(x)).nonzero()[0])
                 number, pos = divmod(row, self.positions)
                 raise NonFiniteError(hook, ("image", int(image[number]), pos, dim), row)
-
-    def _resolved(self, manner: Manner) -> list[HookPoint]:
-        try:
-            return resolve(self.vision.model, self.cfg.hooks, manner)
-        except UserError:
-            raise
-        except (ValueError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise UserError(
-                f"model {self.vision.name}: does not take images of {self.side} x {self.side} pixels ({first}); "
-                f"its own size is {self.vision.size}"
-            ) from error
 
     def _buffers(self) -> list[Buffer]:
         rows = self.cfg.batch_size * self.positions

@@ -15,7 +15,7 @@ from wsae.acts.ledger import Ledger, drop_ledger, refuse_other
 from wsae.acts.shards import Form, shard_name
 from wsae.acts.store import IMAGES, SPLITS, Store, load_columns
 from wsae.acts.tally import Tally
-from wsae.acts.writing import Feed, SplitWriter, finish, outlier_dims, unfinished
+from wsae.acts.writing import Feed, SplitWriter, finish, lacking, outlier_dims, unfinished
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
@@ -135,6 +135,7 @@ def _info(flow: ImageFlow, ledger: Ledger, tally: Tally) -> dict[str, object]:
         "rows": {"train": train.rows, "heldout": heldout.rows},
         "shard_rows": {"train": list(train.shard_rows), "heldout": list(heldout.shard_rows)},
         "outlier_dims": {hook: outlier_dims(tally, hook) for hook in flow.hooks},
+        **lacking(flow.vision.not_loaded),
     }
 
 

@@ -6,23 +6,30 @@ No code that comes with a model is run.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoImageProcessor,
+    AutoModel,
+)
 
-from wsae.acts.hookpoints import Manner
+from wsae.acts.hookpoints import Inputs, Manner, Probing
 from wsae.acts.images.config import ImagesConfig, Resample
 from wsae.acts.images.encoder import CONFIG, load_encoder
-from wsae.acts.language import fingerprint, from_pretrained, locate, resolve_device
+from wsae.acts.language import fingerprint, locate, read_config, resolve_device
+from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
 from wsae.core.errors import UserError
 from wsae.core.hub import quiet_hub
 
 RUN_FOLDER = "encoder"
 _PREPARATION = ("preprocessor_config.json", "processor_config.json")
+_WORKING = "what works: ResNet, ViT, DINOv2 and their like, and the vision tower of CLIP and SigLIP"
 _WARPED = 384
 """ConvNeXt's preparation (ResNet's too) cuts nothing off images of this side or more."""
 
@@ -43,6 +50,8 @@ class VisionModel:
     """Side that an image's shorter side has before the square is cut."""
     resample: Resample
     dtype: torch.dtype = torch.float32
+    not_loaded: tuple[str, ...] = ()
+    """Weights that its files do not hold: they are NaN, and what depends on them is refused."""
 
     @property
     def device(self) -> torch.device:
@@ -65,16 +74,39 @@ class VisionModel:
         return cfg.model_copy(update=mine)
 
     def manner(self, height: int, width: int) -> Manner:
-        """Return how hook points of this model are found and read, for images of this size."""
+        """Return how hook points of this model are probed and read, for images of this size."""
 
-        def example(_model: nn.Module) -> dict[str, Any]:
-            return {
-                "pixel_values": self.prepare(torch.zeros(1, 3, height, width, dtype=torch.uint8))
-            }
+        def inputs(_model: nn.Module) -> Probing:
+            noise = torch.Generator().manual_seed(0)
+            some = torch.randint(0, 256, (4, 3, height, width), generator=noise).to(torch.uint8)
+            first, changed = some[:3], some[[0, 3, 2]]
+            images = [{"pixel_values": self.prepare(x)} for x in (first, changed, first[:2])]
+            return Probing(images[0], images[1], (1, None), images[2])
+
+        def explain(_model: nn.Module, error: Exception, _inputs: Inputs) -> UserError:
+            first = (str(error).strip().splitlines() or ["no reason given"])[0]
+            return UserError(
+                f"model {self.name}: does not take images of {height} x {width} pixels ({first}); "
+                f"its own size is {self.size}"
+            )
 
         return Manner(
-            example, positions, "[batch, width], [batch, tokens, width] or [batch, channels, h, w]"
+            inputs,
+            lambda _first, _other, _given: [ImageLayout()],
+            "[batch, width], [batch, tokens, width] or [batch, channels, h, w]",
+            explain,
+            lambda _model, _long, _limit: [],
         )
+
+
+class ImageLayout(NamedTuple):
+    """Images come first: [batch, width], [batch, positions, width] or [batch, channels, h, w]."""
+
+    def rows(
+        self, x: Tensor, size: tuple[int, ...]
+    ) -> Float[Tensor, "batch positions width"] | None:
+        """Return the rows; none for other shapes, or another number of images."""
+        return positions(x) if x.shape[:1] == size[:1] else None
 
 
 def positions(output: Tensor) -> Tensor | None:
@@ -96,17 +128,23 @@ def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> Visio
     if folder is not None:
         return _own(name, folder, where, kind)
     path = _located(name)
+    with quiet_hub():
+        config = read_config(path, name)
+    if type(config) not in MODEL_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model {name}: not a vision model (its type is {config.model_type}); {_WORKING}"
+        )
     if isinstance(path, Path) and not any((path / file).is_file() for file in _PREPARATION):
         raise UserError(
             f"model {name}: no {_PREPARATION[0]} in it, so nothing says how its images are prepared; "
             "copy that of the model it came from"
         )
     with quiet_hub():
-        loaded: Any = from_pretrained(AutoModel, path, name, dtype=kind)
+        loaded: Any = load_weights(AutoModel, path, name, dtype=kind)
         loaded = getattr(loaded, "vision_model", loaded)  # of a model of images and text
         taken = getattr(loaded, "main_input_name", None)
         if taken != "pixel_values":
-            raise UserError(f"model {name}: not a vision model (its input is {taken})")
+            raise UserError(f"model {name}: not a vision model (its input is {taken}); {_WORKING}")
         processor: Any = from_pretrained(AutoImageProcessor, path, name)
     side, resize = _sizes(processor, name)
     return VisionModel(
@@ -119,6 +157,7 @@ def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> Visio
         resize,
         _filter(getattr(processor, "resample", None)),
         kind,
+        tell_unloaded(loaded, name),
     )
 
 

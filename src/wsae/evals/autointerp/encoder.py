@@ -16,7 +16,8 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from wsae.core.errors import UserError
+from wsae.acts.loading import refuse_unloaded
+from wsae.core.errors import UserError, reason
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.evals.data import Tokenizer
 
@@ -147,21 +148,43 @@ def load_encoder(
     """
     if importlib.util.find_spec("transformers") is None:
         raise UserError("embedding scores: need transformers; run: pip install 'wsae[lm]'")
-    from transformers import AutoModel  # heavy; needed here only
-
-    from wsae.acts.language import fingerprint, from_pretrained, load_tokenizer, resolve_device
-    from wsae.core.hub import quiet_hub
+    from wsae.acts.language import (  # heavy; needed here only
+        check_vocabulary,
+        fingerprint,
+        load_text_model,
+        load_tokenizer,
+        resolve_device,
+    )
+    from wsae.acts.loading import tell_unloaded
 
     source = _packaged() if model in BUILTIN else _located(model)
     where = resolve_device(device)
     tokenizer = load_tokenizer(str(source))
-    with quiet_hub():
-        kind = _fast(where) if dtype == "auto" else getattr(torch, dtype)
-        loaded = from_pretrained(AutoModel, source, str(source), dtype=kind)
+    whole = load_text_model(
+        source, model, _fast(where) if dtype == "auto" else getattr(torch, dtype)
+    )
+    check_vocabulary(whole, tokenizer, model)
+    loaded: Any = whole.get_encoder() if whole.config.is_encoder_decoder else whole.base_model
     loaded = loaded.to(where).eval().requires_grad_(False)
+    tell_unloaded(loaded, model)
+    _try_out(loaded, model)
     limit = min(MAX_TOKENS, getattr(loaded.config, "max_position_embeddings", MAX_TOKENS))
     name = "all-MiniLM-L6-v2" if model in BUILTIN else model
     return TransformerEncoder(loaded, tokenizer, name, fingerprint(source), limit)
+
+
+@torch.inference_mode()
+def _try_out(loaded: nn.Module, model: str) -> None:
+    """Raise UserError when a model gives no vector for each token, or not by weights from its files."""
+    ids = torch.zeros(1, 16, dtype=torch.long, device=next(loaded.parameters()).device)
+    kind = type(loaded).__name__
+    try:
+        states = getattr(loaded(input_ids=ids), "last_hidden_state", None)
+    except Exception as error:  # whatever a model does that wants something else, or another dtype
+        raise UserError(f"encoder {model}: a {kind} does not run ({reason(error, 100)})") from error
+    if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
+        raise UserError(f"encoder {model}: a {kind} gives no vector for each token")
+    refuse_unloaded(loaded, states, f"encoder {model}")
 
 
 def _fast(device: torch.device) -> torch.dtype:
@@ -175,7 +198,7 @@ _NATIVE = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def installed() -> bool:
-    """Say whether the builtin encoder is there."""
+    """Return whether the builtin encoder is there."""
     return _package_folder() is not None
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from wsae.acts.loading import refuse_unable_to_continue
 from wsae.evals.data import Language
 
 LOGITS = 1 << 25
@@ -28,6 +29,7 @@ class Reader:
         self._model: Any = language.model
         self._tokenizer: Any = language.tokenizer
         self._device = next(self._model.parameters()).device
+        refuse_unable_to_continue(self._model)
         self._remembered: dict[tuple[str, str], float] = {}
         limit = getattr(self._model.config, "max_position_embeddings", None)
         self._limit = limit if isinstance(limit, int) else 1 << 30

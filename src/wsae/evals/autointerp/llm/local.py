@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from wsae.acts.language import LanguageModel, load_language
+from wsae.acts.loading import refuse_unable_to_continue
 from wsae.core.errors import UserError
 from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
@@ -36,6 +37,7 @@ class LocalModel:
         assert cfg.local is not None or language is not None
         self.cfg = cfg
         self.language = language or load_language(cfg.local or "", cfg.dtype, cfg.device)
+        refuse_unable_to_continue(self.language.model)
         self.budget = Budget(cfg.max_requests, cfg.max_tokens)
         self._cache = Cache(Path(cfg.cache))
 
