@@ -365,7 +365,7 @@ def test_a_store_whose_model_has_other_weights_now_fails(llama, tmp_path, capsys
     found = check_up(tmp_path / "acts")
     assert found["rows against the model at layers.1"]["status"] == "ok"
     assert found["made by"]["status"] == found["token texts"]["status"] == "ok"
-    assert found["documents in both halves"]["value"].startswith("0 of ")
+    assert "documents in both halves" not in found  # counted while harvesting
     torch.manual_seed(9)
     made_anew = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(model))
     made_anew.save_pretrained(model)
@@ -399,7 +399,7 @@ def test_an_older_store_with_repeated_documents_and_broken_characters_is_told(ll
     some = str(int(made.tokens("heldout").ids[0, 3]))
     (made.path / "tokens.json").write_text(json.dumps(names | {some: "\ufffd"}))
     manifest = made.manifest
-    info = {key: value for key, value in made.info.items() if key not in ("probe", "causal")}
+    info = {key: value for key, value in made.info.items() if key not in ("probe", "causal", "text")}
     files = {name: entry for name, entry in manifest.files.items() if name != "tokens.json"}
     write_manifest(
         made.path,
