@@ -4,9 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from transformers import SwinConfig, SwinModel, ViTMAEConfig, ViTMAEModel
 
+from wsae.acts.hookpoints import probe
 from wsae.acts.images.config import ImagesConfig
+from wsae.acts.images.model import VisionModel
 from wsae.acts.images.sets import open_images
 from wsae.core.errors import UserError
 
@@ -112,3 +116,26 @@ def test_no_network_and_no_such_dataset_are_told_apart_from_a_file(monkeypatch):
     monkeypatch.setattr("wsae.acts.images.tables.hub_reachable", lambda: False)
     with pytest.raises(UserError, match="no such file here, and as a hub dataset .* no network"):
         open_images(ImagesConfig(path="someone/pictures"))
+
+
+def vision(model: torch.nn.Module) -> VisionModel:
+    half = (0.5, 0.5, 0.5)
+    return VisionModel(model.eval(), "m", "digest", 32, half, half, 32, "bicubic")
+
+
+def test_a_random_choice_of_patches_is_refused():
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sides = {"intermediate_size": 32, "image_size": 32, "patch_size": 8}
+    found = vision(ViTMAEModel(ViTMAEConfig(**small, **sides)))  # pyright: ignore
+    for hook in ("embeddings", "layers.1"):
+        with pytest.raises(UserError, match="a random choice of positions"):
+            probe(found.model, [hook], found.manner(32, 32))
+
+
+def test_windows_are_no_images_and_a_mean_over_positions_is_one_row():
+    sides = {"image_size": 32, "patch_size": 4, "window_size": 4}
+    found = vision(SwinModel(SwinConfig(**sides, embed_dim=8, depths=[1, 1], num_heads=[2, 2])))  # pyright: ignore
+    with pytest.raises(UserError, match=r"its output is \(12, 16, 8\), not \[batch, width\]"):
+        probe(found.model, ["layers.0.blocks.0.attention"], found.manner(32, 32))
+    (pooled,) = probe(found.model, ["pooler"], found.manner(32, 32)).hooks
+    assert (pooled.d_in, pooled.positions) == (16, 1)

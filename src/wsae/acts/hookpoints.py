@@ -5,6 +5,7 @@ is not a row for each token: rows that do not depend on their own token, that ch
 padding, or that two passes over the same input give differently.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -132,7 +133,7 @@ def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
     notes = [SEES_LATER] if causal is False else []
     if long is not None:
         notes += manner.length_notes(model, long.size, limit)
-        _check_long(hooks, long, passes.run(long.inputs, thin=True))
+        _check_long(hooks, long, passes.run(long.inputs, thin=True, whole=False))
     return Probed(hooks, causal, limit, tuple(notes))
 
 
@@ -302,14 +303,18 @@ class _Lookups(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _AllSeenError(Exception):
+    """Ends a pass of which nothing more is wanted."""
+
+
 class _Passes:
     """Runs a model and notes what its places give."""
 
     def __init__(self, model: nn.Module, places: set[Place], manner: Manner) -> None:
         self.model, self.places, self.manner = model, places, manner
 
-    def run(self, inputs: Inputs, thin: bool = False) -> _Pass:
-        """Run the model once; `thin` keeps some values of each tensor only."""
+    def run(self, inputs: Inputs, thin: bool = False, whole: bool = True) -> _Pass:
+        """Run the model once, or until every place has run; `thin` keeps some values of each tensor only."""
         fired: dict[Place, list[_Firing]] = {place: [] for place in self.places}
         count = 0
 
@@ -317,11 +322,13 @@ class _Passes:
             nonlocal count
             count += 1
             fired[place].append(_firing(count, value, thin))
+            if not whole and all(fired.values()):
+                raise _AllSeenError
 
         handles = [watch(self.model, place, note) for place in self.places]
-        lookups = _Lookups()
+        lookups, output = _Lookups(), None
         try:
-            with torch.inference_mode(), lookups:
+            with torch.inference_mode(), lookups, contextlib.suppress(_AllSeenError):
                 output = self.model(**inputs)
         except UserError:
             raise

@@ -112,13 +112,16 @@ class ImageLayout(NamedTuple):
 def positions(output: Tensor) -> Tensor | None:
     """Return an output of a vision model as [batch, positions, width]; none for other shapes.
 
-    [batch, width] has one position, [batch, channels, h, w] has h * w of them, row by row.
+    [batch, width] has one position, [batch, channels, h, w] has h * w of them, row by row, and a mean over
+    positions, [batch, channels, 1], has one.
     """
     if output.ndim == 2:
         return output[:, None]
     if output.ndim == 4:
         return output.flatten(2).transpose(1, 2)
-    return output if output.ndim == 3 else None
+    if output.ndim == 3:
+        return output.transpose(1, 2) if output.shape[2] == 1 else output
+    return None
 
 
 def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> VisionModel:
