@@ -399,7 +399,9 @@ def test_an_older_store_with_repeated_documents_and_broken_characters_is_told(ll
     some = str(int(made.tokens("heldout").ids[0, 3]))
     (made.path / "tokens.json").write_text(json.dumps(names | {some: "\ufffd"}))
     manifest = made.manifest
-    info = {key: value for key, value in made.info.items() if key not in ("probe", "causal", "text")}
+    info = {
+        key: value for key, value in made.info.items() if key not in ("probe", "causal", "text")
+    }
     files = {name: entry for name, entry in manifest.files.items() if name != "tokens.json"}
     write_manifest(
         made.path,
