@@ -359,7 +359,11 @@ def numeric(command: str) -> list[tuple[str, type]]:
     module = runner.load(table.find(command))  # type: ignore[arg-type]
     found = []
     for path, field in flags.leaves(module.Flags):
-        kinds = [kind for kind in (float, int) if kind.__name__ in str(field.annotation)]
+        kinds = [
+            kind
+            for kind in (float, int)
+            if re.search(rf"\b{kind.__name__}\b", str(field.annotation))
+        ]
         if kinds and not flags.is_positional(field):
             found.append((f"--{flags.flag_name(path[-1])}", kinds[0]))
     return found

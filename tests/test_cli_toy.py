@@ -216,7 +216,7 @@ def test_what_is_allowed_but_worth_a_word_is_said(words, says, tmp_path, capsys)
     [
         (["--sparsity", "1.5"], "sparsity 1.5: a probability, so from 0 to 1"),
         (["--sparsity", "0.5", "-0.1"], "sparsity -0.1: a probability"),
-        (["--sparsity", "nan"], "sparsity nan: a probability"),
+        (["--sparsity", "nan"], "--sparsity: nan is not a number to work with"),
         (["--sparsity", "1"], "sparsity 1: no feature is ever active, so there is no signal"),
         (["--sparsity", "0.9999"], "sparsity 0.9999: only about 4.9 active features in the 4,096 rows"),
         (["--sparsity"], "--sparsity: give at least one level"),
@@ -244,7 +244,7 @@ def test_what_is_allowed_but_worth_a_word_is_said(words, says, tmp_path, capsys)
         (["--score"], "--score: give at least one name"),
         (["--score", "mcc_cod"], "score 'mcc_cod' is unknown (nearest: mcc_code"),
         (["--d-sae", "6", "--score", "gt_raw"], "score gt_raw: takes latent i as feature i, but d_sae = 6"),
-        (["--seed", "-1"], "--seed -1: use 0 or more"),
+        (["--seed", "-1"], "--seed: -1 is not between 0 and"),
         (["--toy-seeds", "two"], "'two' is not one of one, each"),
         (["--device", "cuda:77"], "--device cuda:77: not on this machine"),
     ],

@@ -205,14 +205,14 @@ def test_a_window_shows_the_peak_with_more_before_than_after_and_stays_inside():
     top.update(Entries(code), torch.tensor([3, 3]), torch.tensor([18, 20]))
     (context,) = top.result()[0]
     ids = torch.arange(100, 140)
-    window = context.window(ids, lambda ids: [f"<{i}>" for i in ids], 9)
+    window = context.window(ids, lambda ids, part: [f"<{i}>" for i in ids[part]], 9)
     assert window["tokens"][window["peak"]] == "<120>"
     assert len(window["tokens"]) == len(window["acts"]) == 9
     assert window["acts"][window["peak"]] == 5.0
     assert window["acts"][window["peak"] - 2] == 2.0
     assert window["peak"] == 6
-    short = context.window(ids[:22], lambda ids: [str(i) for i in ids], 9)
+    short = context.window(ids[:22], lambda ids, part: [str(i) for i in ids[part]], 9)
     assert short["tokens"][0] == "113"
     assert short["tokens"][short["peak"]] == "120"
-    whole = context.window(ids[:22], lambda ids: [str(i) for i in ids], 60)
+    whole = context.window(ids[:22], lambda ids, part: [str(i) for i in ids[part]], 60)
     assert len(whole["tokens"]) == 22

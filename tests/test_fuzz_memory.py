@@ -364,7 +364,7 @@ def test_a_pipe_among_images_or_records_is_no_file_and_nobody_waits_for_it(tmp_p
     os.mkfifo(tmp_path / "set" / "a" / "2.png")
     assert len(open_images(ImagesConfig(path=str(tmp_path / "set")))) == 1
     os.mkfifo(tmp_path / "manifest.json")
-    with pytest.raises(UserError, match="manifest.json: not a regular file"):
+    with pytest.raises(UserError, match="manifest.json: is a pipe"):
         read_json(tmp_path / "manifest.json")
 
 

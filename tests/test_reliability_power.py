@@ -85,6 +85,7 @@ def test_a_converted_model_is_on_the_disk_before_its_name(
 ) -> None:
     def convert(_path: Path, into: Path) -> None:
         (into / "config.json").write_text("{}")
+        (into / "unused.json").write_text("[]")
         (into / "model.safetensors").write_bytes(bytes(5000))
 
     monkeypatch.setattr(gguf, "_convert", convert)

@@ -413,6 +413,8 @@ def test_a_journal_beside_an_index_is_left_alone(index: Path, tmp_path: Path):
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path):
     run = write_world(tmp_path / "run")
     (run / ".browser.sqlite.lock").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match=re.escape(".browser.sqlite.lock: is a link; remove it")):
+    with pytest.raises(
+        UserError, match=re.escape(".browser.sqlite.lock: is not a lock that wsae made; remove it")
+    ):
         ensure_index(run, None, CFG)
     assert not (tmp_path / "mine").exists()

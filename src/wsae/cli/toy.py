@@ -189,8 +189,6 @@ def _check(flags: Flags, with_k: tuple[str, ...]) -> None:
         raise UserError("--score: give at least one name")
     if flags.n_features < 1:
         raise UserError(f"--n-features {flags.n_features}: a world has at least one")
-    if flags.common.seed < 0:
-        raise UserError(f"--seed {flags.common.seed}: use 0 or more")
 
 
 def _rules(saes: SAEFlags) -> list[GammaConfig]:
