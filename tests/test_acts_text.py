@@ -435,3 +435,13 @@ def test_tokens_of_part_of_a_character_are_named_and_written_by_their_bytes():
     assert texts_of({"7": "\ufffd"}) == {7: "\ufffd"}  # stores of before there were bytes
     table = TokenTable(torch.tensor([[2, 1]]).int(), torch.tensor([2]).int(), texts)
     assert table.decode([3, 9]) == [" the", "<9>"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "nested.json"])
+def test_a_key_given_twice_is_refused_in_text_too(name: str, tmp_path: Path) -> None:
+    """Readers would not agree on which of the two texts is meant."""
+    inner = '"m": {"a": 1, "a": 2}' if name == "nested.json" else '"text": "x"'
+    row = f'{{{inner}, "text": "y"}}'
+    (tmp_path / name).write_text(row if name == "a.jsonl" else f"[{row}]")
+    with pytest.raises(UserError, match=r"key '(text|a)' is given twice"):
+        list(documents(TextConfig(path=str(tmp_path / name))))

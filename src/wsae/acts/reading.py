@@ -19,6 +19,7 @@ from typing import NamedTuple, cast
 from wsae.acts.rows import Content, Record, no_field, read_row, readable, with_field
 from wsae.acts.tables import arrow_records, csv_records, parquet_records
 from wsae.core.errors import UserError
+from wsae.core.files import GivenTwice, unique
 
 PACKED = {
     ".gz": "gzip",
@@ -64,7 +65,7 @@ LONGEST = 1 << 26
 _LARGE, _MOST_MARKS, _SIGNS = 1 << 20, 1 << 21, (b",", b"[", b"{")
 """A record of more bytes is looked at before it is parsed: as objects its values take a hundred bytes each."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_PARSE = json.JSONDecoder().decode
+_PARSE = json.JSONDecoder(object_pairs_hook=unique).decode
 _SPACE = re.compile(r"[ \t\r\n]*+")
 _DOCUMENT_CHARS, _LONGEST_CHARS = 2_000, 8_000
 _XZ_MEMORY = 256 << 20
@@ -369,7 +370,7 @@ class _Source:
     def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
         self._file, self._path = file, path
         self._decode = codecs.getincrementaldecoder("utf-8")()
-        self._parse = json.JSONDecoder().raw_decode
+        self._parse = json.JSONDecoder(object_pairs_hook=unique).raw_decode
         self._text, self._at, self._ended, self._number = "", 0, False, 0
 
     @property
@@ -401,7 +402,7 @@ class _Source:
             try:
                 value, self._at = self._parse(self._text, self._at)
             except (ValueError, RecursionError) as error:
-                if self._ended or isinstance(error, RecursionError):
+                if self._ended or isinstance(error, RecursionError | GivenTwice):
                     raise UserError(f"{self.where}: not JSON ({_first_line(error)})") from error
                 self._more()
                 continue

@@ -5,7 +5,6 @@ not read (files, records) is counted by reason.
 """
 
 import hashlib
-import json
 import re
 from array import array
 from collections import Counter
@@ -22,7 +21,7 @@ from wsae.acts.reading import DATA, PACKED, PROSE, named, records
 from wsae.acts.rows import LeftOut, Message, NoField, Record
 from wsae.acts.tables import hub_records
 from wsae.core.errors import UserError
-from wsae.core.files import digest
+from wsae.core.files import digest, parse_json
 from wsae.core.seeds import seed_for
 
 _SAMPLE_BYTES = 1 << 20
@@ -339,7 +338,7 @@ def _json_list(path: Path, key: str) -> list[Any]:
     """Return a list in a small JSON file of `save_to_disk`; raises UserError when it is not there."""
     try:
         with path.open("rb") as file:
-            found = json.loads(file.read(1 << 24))[key]
+            found = parse_json(file.read(1 << 24))[key]
         if isinstance(found, list) and all(isinstance(e, dict | str) for e in found):
             return found
     except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:

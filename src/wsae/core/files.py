@@ -260,7 +260,7 @@ def read_json(path: Path, most: int = RECORD_BYTES) -> Any:
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text; raises GivenTwice, ValueError or RecursionError."""
     plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-    return json.loads(plain, object_pairs_hook=_unique)
+    return json.loads(plain, object_pairs_hook=unique)
 
 
 def read_lines(path: Path, longest: int = LINE_BYTES) -> Iterator[bytes]:
@@ -272,7 +272,8 @@ def read_lines(path: Path, longest: int = LINE_BYTES) -> Iterator[bytes]:
             yield line
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs (for a JSON decoder); raises GivenTwice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
