@@ -438,7 +438,7 @@ def test_tokens_of_part_of_a_character_are_named_and_written_by_their_bytes():
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "nested.json"])
-def test_a_key_given_twice_is_refused_in_text_too(name: str, tmp_path: Path) -> None:
+def test_a_key_given_twice_is_refused_in_text_too(name, tmp_path):
     """Readers would not agree on which of the two texts is meant."""
     inner = '"m": {"a": 1, "a": 2}' if name == "nested.json" else '"text": "x"'
     row = f'{{{inner}, "text": "y"}}'
