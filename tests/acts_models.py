@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -18,6 +19,10 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from wsae.acts.config import HarvestConfig, TextConfig
+from wsae.acts.hookpoints import HookPoint, probe
+from wsae.acts.layout import tokens
 
 SENTENCE = "the cat sat on a mat and saw two dogs run over green hills while rain fell all day"
 WORDS = SENTENCE.split()
@@ -194,3 +199,19 @@ def make_gguf(path: Path, without: str = "-", more: str = "", parts: int = 1) ->
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def some_ids(batch=2, seq=7) -> torch.Tensor:
+    """Return random ids of the tokenizer's."""
+    return torch.randint(3, 90, (batch, seq), generator=torch.Generator().manual_seed(0))
+
+
+def hooks_of(model: nn.Module, patterns: list[str]) -> list[HookPoint]:
+    """Return the hook points that the patterns name in a language model."""
+    return probe(model, patterns, tokens()).hooks
+
+
+def config(text: str, **values) -> HarvestConfig:
+    """Return the settings of a harvest of short sequences of a text."""
+    values = {"seq_len": 16, "heldout_fraction": 0.2, **values}
+    return HarvestConfig(model="unused", text=TextConfig(path=text), **values)
