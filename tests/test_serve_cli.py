@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -87,3 +88,14 @@ def test_it_serves_until_it_is_interrupted(run: Path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_page_over_a_kept_connection_is_not_held_back_by_the_system():
+    """Head and body are two writes; without this the second waits for the first one's acknowledgement."""
+    with (
+        server.listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+    ):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
