@@ -23,12 +23,12 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from wsae.experiments.sweep.config import LEVELS
-from wsae.experiments.sweep.trials import Rows, Trial
+from wsae.experiments.sweep.run import Rows, Trial
 from wsae.sae.config import ReLU
 from wsae.theory.geometry import random_unit
 from wsae.toy.config import FeatureConfig
+from wsae.train.bank.chunk import make_entry
 from wsae.train.bank.config import BankConfig
-from wsae.train.bank.entry import make_entry
 from wsae.train.bank.run import train_bank
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.state import make_batch, make_member

@@ -55,10 +55,9 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from wsae.acts.gguf import dequantised
-    from wsae.acts.language import load_language, locate
+    from wsae.acts.language import dequantised, load_language, locate
     from wsae.acts.live import LiveSource
-    from wsae.acts.packing import Packer
+    from wsae.acts.text import Packer
 
     path = locate(job["model"])
     if isinstance(path, Path) and path.suffix == ".gguf":

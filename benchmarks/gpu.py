@@ -27,9 +27,9 @@ from wsae.ops import update as eager_update
 from wsae.ops.sparse import Plan
 from wsae.ops.update import AdamStep, SparseGrad
 from wsae.train.config import TrainConfig
-from wsae.train.eager import eager_step
 from wsae.train.family import to_device
 from wsae.train.state import Batch, MemberState, make_batch, make_member
+from wsae.train.step import eager_step
 
 
 class Size(NamedTuple):
@@ -106,7 +106,9 @@ def eager() -> SimpleNamespace:
 
 
 def kernels() -> SimpleNamespace:
-    from wsae.ops.triton import above, encode, group, sums, update
+    from wsae.ops.triton import encode, sums, update
+    from wsae.ops.triton import encode as above
+    from wsae.ops.triton import encode as group
     from wsae.train.gpu.step import triton_step
 
     return SimpleNamespace(

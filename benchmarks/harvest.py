@@ -28,7 +28,7 @@ from wsae.acts.capture import one_hook
 from wsae.acts.config import HarvestConfig
 from wsae.acts.harvest import harvest
 from wsae.acts.language import LanguageModel, load_language
-from wsae.acts.packing import Packer
+from wsae.acts.text import Packer
 
 
 class Stop(Exception):  # noqa: N818

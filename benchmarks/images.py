@@ -24,9 +24,8 @@ from PIL import Image
 
 from wsae.acts.hookpoints import probe
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
-from wsae.acts.images.encoder import Encoder, EncoderConfig
 from wsae.acts.images.harvest import harvest_images
-from wsae.acts.images.model import VisionModel, load_vision
+from wsae.acts.images.model import Encoder, EncoderConfig, VisionModel, load_vision
 
 
 class Stop(Exception):  # noqa: N818

@@ -16,15 +16,12 @@ import numpy as np
 import torch
 
 from wsae.acts.config import TextConfig
-from wsae.acts.decoding import decode_table
 from wsae.acts.language import LanguageModel, load_language, load_tokenizer
 from wsae.acts.text import documents
-from wsae.acts.tokens import joined
-from wsae.evals.autointerp.embedding import embedding_scores
-from wsae.evals.autointerp.encoder import Memo, load_encoder
-from wsae.evals.autointerp.metrics import LatentScore
-from wsae.evals.autointerp.reader import Reader
-from wsae.evals.autointerp.surprisal import surprisal_scores
+from wsae.acts.tokens import decode_table, joined
+from wsae.evals.autointerp.embedding import Memo, embedding_scores, load_encoder
+from wsae.evals.autointerp.summary import LatentScore
+from wsae.evals.autointerp.surprisal import Reader, surprisal_scores
 from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

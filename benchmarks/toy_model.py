@@ -15,9 +15,9 @@ import time
 import torch
 
 from wsae.toy.config import FAST, FeatureConfig, ToyModelConfig
-from wsae.toy.draws import feature_moments
+from wsae.toy.features import feature_moments
 from wsae.toy.model import train_toy_models
-from wsae.toy.summary import superposition
+from wsae.toy.world import superposition
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 

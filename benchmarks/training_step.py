@@ -20,7 +20,8 @@ from torch import Tensor
 from wsae.ops.native import select as selection
 from wsae.sae import TopK
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.native import codes, step
+from wsae.train.native import step
+from wsae.train.native import step as codes
 from wsae.train.state import Batch, MemberState, make_batch, make_member
 from wsae.train.step import train_step
 

@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from wsae.acts.capture import tokens
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.hookpoints import HookPoint, probe
-from wsae.acts.layout import tokens
 
 SENTENCE = "the cat sat on a mat and saw two dogs run over green hills while rain fell all day"
 WORDS = SENTENCE.split()

@@ -21,10 +21,9 @@ from wsae.core.tensors import load_tensors
 from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig
 from wsae.serve import server
-from wsae.serve.app import application
-from wsae.serve.guard import Gate
-from wsae.serve.live import Live
-from wsae.serve.served import Shelf
+from wsae.serve.app import Live, application
+from wsae.serve.index import Shelf
+from wsae.serve.server import Gate
 
 HOOK, D_IN, D_SAE = "layers.1", 16, 64
 SHAPE = Shape(hooks=(HOOK,), d_in=D_IN, d_sae=D_SAE, latents=12)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from acts_models import WIDTH, make_bert, make_model, make_text
-from wsae.acts import ledger, shards
+from wsae.acts import store as ledger
+from wsae.acts import store as shards
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
 from wsae.acts.language import load_language

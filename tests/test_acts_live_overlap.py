@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from acts_models import LAYERS, make_model, make_text
-from wsae.acts.background import Ahead
 from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
 from wsae.acts.language import load_language
-from wsae.acts.live import LiveSource, LiveStream
+from wsae.acts.live import Ahead, LiveSource, LiveStream
 from wsae.core.errors import UserError
 from wsae.sae.config import TopK
 from wsae.train.config import MemberConfig, TrainConfig
@@ -118,7 +117,7 @@ def test_a_value_computed_ahead_comes_with_its_error():
 def test_a_program_ends_at_once_while_a_value_is_computed_ahead():
     code = """
 import time
-from wsae.acts.background import Ahead, leaving
+from wsae.acts.live import Ahead, leaving
 
 def work():
     for _ in range(6000):

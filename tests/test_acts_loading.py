@@ -23,12 +23,11 @@ from acts_models import (
 from wsae.acts.capture import Capture
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
-from wsae.acts.language import load_language, load_tokenizer, locate
+from wsae.acts.language import load_language, load_tokenizer, locate, reinitialised
 from wsae.acts.loading import (
     refuse_unable_to_continue,
     refuse_without_logits,
 )
-from wsae.acts.reinit import reinitialised
 from wsae.core.errors import UserError
 
 

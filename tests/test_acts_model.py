@@ -24,16 +24,14 @@ from acts_models import (
     make_tokenizer,
     some_ids,
 )
-from wsae.acts.capture import Capture, splice
+from wsae.acts.capture import Capture, splice, tokens
 from wsae.acts.config import HarvestConfig, TextConfig
-from wsae.acts.decoding import decode_table
+from wsae.acts.flow import REASONS, SkipRule, count_reasons
 from wsae.acts.hookpoints import HookPoint, probe, taken
 from wsae.acts.language import load_language
-from wsae.acts.layout import tokens
 from wsae.acts.names import Place, among, canonical_names, hook_name, match
-from wsae.acts.packing import REFUSED, Packer, Position
-from wsae.acts.skip import REASONS, SkipRule, count_reasons
-from wsae.acts.text import documents
+from wsae.acts.text import REFUSED, Packer, Position, documents
+from wsae.acts.tokens import decode_table
 from wsae.core.errors import UserError
 
 

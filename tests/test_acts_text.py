@@ -17,9 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from wsae.acts.config import HarvestConfig, TextConfig
-from wsae.acts.decoding import decode_table
 from wsae.acts.text import Reading, documents, fingerprint, is_heldout, told
-from wsae.acts.tokens import TokenTable, alone, joined, owner_of, texts_json, texts_of
+from wsae.acts.tokens import TokenTable, alone, decode_table, joined, owner_of, texts_json, texts_of
 from wsae.core.errors import UserError
 
 TEXTS = ["one two", "drei vier \u00e4", "", "five\n\nsix"]

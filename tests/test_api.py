@@ -18,10 +18,9 @@ from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.losses.gamma import gamma_from_proxy
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
-from wsae.train.batched import fits_a_bank
+from wsae.train.bank.run import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.covariance import covariances
-from wsae.train.family import make_family
+from wsae.train.family import covariances, make_family
 from wsae.train.run import train_run
 
 QUICK = {"tokens": 8_000, "batch_size": 200, "seed": 3}

@@ -19,9 +19,7 @@ from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.collect import collect
 from wsae.evals.autointerp.config import ContextConfig
 from wsae.evals.autointerp.documents import EXPLAIN, SCORE, Documents, blocks, side_of
-from wsae.evals.autointerp.reservoirs import Pool, priority
-from wsae.evals.autointerp.roles import NEIGHBOURS
-from wsae.evals.autointerp.tracking import Tracked, member_bytes
+from wsae.evals.autointerp.reservoirs import NEIGHBOURS, Pool, Tracked, member_bytes, priority
 from wsae.evals.autointerp.windows import cut_windows
 from wsae.evals.contexts import Context
 from wsae.evals.data import Rows

@@ -9,20 +9,17 @@ from hypothesis import strategies as st
 from acts_models import make_model, make_text
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
-from wsae.acts.language import load_language
+from wsae.acts.language import load_language, reinitialised
 from wsae.acts.live import LiveSource
-from wsae.acts.reinit import reinitialised
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.evals.autointerp import random_model as module
-from wsae.evals.autointerp.controls import derangement, neurons, pca, shuffled
-from wsae.evals.autointerp.random_model import Recipe, random_model
+from wsae.evals.autointerp import controls as module
+from wsae.evals.autointerp.controls import Recipe, derangement, neurons, pca, random_model, shuffled
 from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
 from wsae.losses.config import GammaConfig
 from wsae.sae import TopK
-from wsae.stats.covariance import Covariance
-from wsae.stats.moments import Moments
+from wsae.stats.moments import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 
 HOOK = "layers.1"

@@ -12,19 +12,24 @@ from acts_models import make_model
 from autointerp_worlds import features, shown, windows
 from wsae.acts.language import load_language
 from wsae.core.errors import UserError
-from wsae.evals.autointerp import encoder as encoders
-from wsae.evals.autointerp import reader as readers
-from wsae.evals.autointerp.embedding import Space, embedding_scores
-from wsae.evals.autointerp.encoder import Memo, TransformerEncoder, load_encoder
-from wsae.evals.autointerp.metrics import LatentScore
-from wsae.evals.autointerp.reader import Reader
+from wsae.evals.autointerp import embedding as encoders
+from wsae.evals.autointerp import surprisal as readers
+from wsae.evals.autointerp.embedding import (
+    Memo,
+    Space,
+    TransformerEncoder,
+    embedding_scores,
+    load_encoder,
+)
 from wsae.evals.autointerp.summary import (
+    LatentScore,
     Sample,
     density_adjusted,
     matched_density,
     pooled_accuracy,
 )
 from wsae.evals.autointerp.surprisal import (
+    Reader,
     split_shown,
     surprisal_scores,
     windows_prefix,

@@ -16,12 +16,15 @@ import pytest
 
 from autointerp_server import KEY, Reply, config, error, said, serving
 from wsae.core.errors import UserError
-from wsae.evals.autointerp.llm.asking import Unparsed, ask_all
-from wsae.evals.autointerp.llm.budget import estimated_tokens
-from wsae.evals.autointerp.llm.client import Endpoint
+from wsae.evals.autointerp.llm.client import (
+    Endpoint,
+    Unparsed,
+    ask_all,
+    estimated_tokens,
+    retry_after,
+)
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.open import open_llm
-from wsae.evals.autointerp.llm.reply import retry_after
+from wsae.evals.autointerp.llm.local import open_llm
 from wsae.evals.autointerp.llm.types import Message, Request
 
 
@@ -168,7 +171,7 @@ def test_retry_after_as_a_date():
 
 
 def test_back_off_doubles_with_seeded_jitter():
-    from wsae.evals.autointerp.llm.reply import TryAgain
+    from wsae.evals.autointerp.llm.client import TryAgain
 
     llm = Endpoint(LlmConfig(endpoint="http://h/v1", model="m", backoff_s=1.0, max_wait_s=5.0))
     waits = [llm._wait(TryAgain("x"), "key", attempt) for attempt in range(6)]

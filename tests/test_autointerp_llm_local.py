@@ -14,13 +14,10 @@ from autointerp_server import Reply, config, serving
 from wsae.core.errors import UserError
 from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.detect import detection_scores
-from wsae.evals.autointerp.llm.explain import Explanation, explain_latents
-from wsae.evals.autointerp.llm.local import LocalModel
-from wsae.evals.autointerp.llm.open import open_llm
+from wsae.evals.autointerp.llm.detect import Explanation, detection_scores, explain_latents
+from wsae.evals.autointerp.llm.local import UNKNOWN, LocalModel, Reader, open_llm
 from wsae.evals.autointerp.llm.plan import dry_run
 from wsae.evals.autointerp.llm.simulate import simulation_scores
-from wsae.evals.autointerp.llm.slots import UNKNOWN, Reader
 from wsae.evals.autointerp.llm.types import Message, Request
 
 CHATML = (
@@ -162,7 +159,7 @@ def numbers(llm, prompt, slots, split):
 
 
 def test_slots_are_read_in_one_pass_as_many_passes_would(model, tmp_path, monkeypatch):
-    from wsae.evals.autointerp.llm import slots
+    from wsae.evals.autointerp.llm import local as slots
 
     monkeypatch.setattr(slots, "_NEGLIGIBLE", 0.0)
     llm = local(model, tmp_path)

@@ -9,21 +9,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsae.evals.autointerp.llm.asking import Unparsed
+from wsae.evals.autointerp.llm.client import Unparsed
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.detect import parse_verdicts
-from wsae.evals.autointerp.llm.explain import (
+from wsae.evals.autointerp.llm.detect import (
     Tokens,
     explanation_request,
     levels,
     marks,
     parse_explanation,
+    parse_verdicts,
 )
-from wsae.evals.autointerp.llm.prompts import filled, turns
-from wsae.evals.autointerp.llm.rows import expected_rows, rows_of
-from wsae.evals.autointerp.llm.simulate import Case, parse_simulation, simulation_request
-from wsae.evals.autointerp.llm.texts import harmless, harmless_tokens, marked, one_line
-from wsae.evals.autointerp.llm.types import Answer, Token
+from wsae.evals.autointerp.llm.simulate import (
+    Case,
+    expected_rows,
+    parse_simulation,
+    rows_of,
+    simulation_request,
+)
+from wsae.evals.autointerp.llm.types import (
+    Answer,
+    Token,
+    filled,
+    harmless,
+    harmless_tokens,
+    marked,
+    one_line,
+    turns,
+)
 
 JSON = LlmConfig(simulator="json")
 LOGPROBS = LlmConfig()

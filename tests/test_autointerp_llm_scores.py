@@ -22,12 +22,11 @@ from wsae.evals.autointerp.llm.detect import (
     POSITIVE,
     batches,
     detection_scores,
+    explain_latents,
     fuzzing_scores,
 )
-from wsae.evals.autointerp.llm.explain import explain_latents
-from wsae.evals.autointerp.llm.fragments import FEW
 from wsae.evals.autointerp.llm.plan import dry_run
-from wsae.evals.autointerp.llm.simulate import correlation, simulation_scores
+from wsae.evals.autointerp.llm.simulate import FEW, correlation, simulation_scores
 
 
 def parts(kind, chat, tmp_path, **more):

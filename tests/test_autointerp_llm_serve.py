@@ -17,8 +17,7 @@ from acts_models import make_model
 from autointerp_llm_worlds import N_LATENTS, collected
 from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.detect import detection_scores
-from wsae.evals.autointerp.llm.explain import Explanation, explain_latents
+from wsae.evals.autointerp.llm.detect import Explanation, detection_scores, explain_latents
 from wsae.evals.autointerp.llm.plan import dry_run
 
 pytestmark = pytest.mark.skipif(

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsae.evals.autointerp import metrics
-from wsae.evals.autointerp.metrics import Verdicts, auc, balanced_accuracy, judge
+from wsae.evals.autointerp import summary as metrics
+from wsae.evals.autointerp.summary import Verdicts, auc, balanced_accuracy, judge
 
 NAN = float("nan")
 FEW = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, np.inf, -np.inf, NAN])

@@ -12,12 +12,10 @@ from interpret_world import CFG, D_IN, HOOK, TOPICS, BagEncoder, KeywordLlm, Tex
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
-from wsae.evals.autointerp.agreement import agreement, rank_correlation, spearman
 from wsae.evals.autointerp.config import InterpretConfig
-from wsae.evals.autointerp.glossary import SCORES, glossary
-from wsae.evals.autointerp.pairs import look, selected
-from wsae.evals.autointerp.panel import METRIC
 from wsae.evals.autointerp.run import interpret_run, plan_run
+from wsae.evals.autointerp.subjects import METRIC, look, selected
+from wsae.evals.autointerp.summary import SCORES, agreement, glossary, rank_correlation, spearman
 from wsae.evals.data import Rows
 from wsae.evals.run import run_subject
 from wsae.report.html import write_report

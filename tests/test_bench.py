@@ -16,7 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsae.core.errors import UserError
-from wsae.experiments.bench import data, machine, ours, rounds, run, scaling, table
+from wsae.experiments.bench import ours, rounds, run, table
+from wsae.experiments.bench import run as data
+from wsae.experiments.bench import run as machine
+from wsae.experiments.bench import table as scaling
 from wsae.experiments.bench.config import (
     FLOOR,
     HELDOUT,
@@ -31,7 +34,7 @@ from wsae.experiments.bench.config import (
     Variant,
     blocks,
 )
-from wsae.experiments.bench.process import WORKER, WorkerFailed, WorkerProcess, installed
+from wsae.experiments.bench.rounds import WORKER, WorkerFailed, WorkerProcess, installed
 from wsae.experiments.bench.run import run_bench
 
 TINY = Size(name="tiny", d_in=16, d_sae=64, k=4, batch=64, warmup=2, rounds=2, turn=2)
@@ -341,7 +344,7 @@ def test_a_worker_ends_with_its_parents_pipe_and_on_close():
 
 LONELY = """
 import sys, time
-from wsae.experiments.bench.process import WorkerProcess
+from wsae.experiments.bench.rounds import WorkerProcess
 worker = WorkerProcess(sys.executable)
 worker.ask({"do": "versions", "names": []}, 30.0)
 print(worker._process.pid, flush=True)

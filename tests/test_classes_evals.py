@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from wsae.acts.arrays import ArraySource
+from wsae.acts.source import ArraySource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.evals.classes.comparing import _within
 from wsae.evals.classes.config import CONTROLS, ClassesConfig
-from wsae.evals.classes.glossary import glossary
 from wsae.evals.classes.run import CLASSES, score_classes, score_run
-from wsae.evals.classes.score import SCORES, Scored
+from wsae.evals.classes.score import SCORES, Scored, glossary
 from wsae.evals.classes.tally import Labelled, look
 from wsae.evals.measure import Family
 from wsae.losses.config import GammaConfig

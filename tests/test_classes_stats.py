@@ -13,17 +13,23 @@ from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import expected_mutual_information
 
 from wsae.core.errors import UserError
-from wsae.stats.chance import chance_levels
-from wsae.stats.classes import ClassTable, Hits, group_of, information, selectivity
-from wsae.stats.consistency import largest_share, minibatch_consistency, ncl_summary
-from wsae.stats.corrected import (
+from wsae.stats.classes import (
+    ClassTable,
+    Hits,
     OverImages,
+    Strongest,
+    chance_levels,
     corrected_information,
     corrected_share,
+    group_of,
+    information,
     jackknife,
+    largest_share,
+    minibatch_consistency,
+    ncl_summary,
     over_images,
+    selectivity,
 )
-from wsae.stats.strongest import Strongest
 
 
 def table_of(x: torch.Tensor, labels: torch.Tensor, split: int = 7, **sizes: int) -> ClassTable:

@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsae.cli import flagfile, flags, main, runner, table
+from wsae.cli import flags, main, runner, table
+from wsae.cli import flags as flagfile
 from wsae.core.config import Config
 from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
 from wsae.core.errors import UserError

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import yaml
 
-from wsae.cli import flagfile, flags, main, plan, runner, table, train
+from wsae.cli import flags, main, runner, table, train
+from wsae.cli import flags as flagfile
+from wsae.cli import live as plan
 from wsae.core.errors import UserError
 
 SAYS_ONE_LINE = re.compile(r"wsae: error: [^\n]+\n\Z")

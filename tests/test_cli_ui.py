@@ -6,8 +6,8 @@ import re
 import pytest
 
 from wsae.cli.ui import UI, Lines, fields_text, rate_text
+from wsae.core.memory import duration, size
 from wsae.core.progress import Progress
-from wsae.core.units import duration, size
 
 
 class Terminal(io.StringIO):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from wsae.cli import flags, main, runner, shells, table
+from wsae.cli import completion as shells
+from wsae.cli import flags, main, runner, table
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -12,7 +12,7 @@ from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained, is_out_of_memory
 from wsae.sae.config import TopK
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.memory import training_buffers
+from wsae.train.run import training_buffers
 
 PRE = Buffer("pre-activations", (4096, 24576), 4, "--batch-size or --d-sae")
 WEIGHTS = Buffer("weights", (24576, 768), 4, "--d-sae")
@@ -91,7 +91,7 @@ from wsae.api import Member, fit_family
 from wsae.core.errors import UserError
 from wsae.core.memory import explained
 from wsae.train.config import TrainConfig
-from wsae.train.memory import training_buffers
+from wsae.train.run import training_buffers
 
 x = np.random.default_rng(0).standard_normal((4096, 64), dtype=np.float32)
 member = Member(d_sae=16384, k=8)

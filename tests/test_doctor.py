@@ -16,10 +16,13 @@ from wsae.cli.main import main
 from wsae.core.artifact import read_manifest, record, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
-from wsae.doctor import activations, cost, machine, shape
-from wsae.doctor.check import Check, report
+from wsae.doctor import cost
+from wsae.doctor import cost as machine
+from wsae.doctor import probe as activations
+from wsae.doctor import probe as shape
 from wsae.doctor.config import DoctorConfig
-from wsae.doctor.memory import Memory, check_memory
+from wsae.doctor.cost import Memory, check_memory
+from wsae.doctor.probe import Check, report
 from wsae.doctor.run import examine
 from wsae.losses.config import GammaConfig
 from wsae.sae import TopK

@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from wsae.doctor.cost import check_covariance
-from wsae.doctor.memory import kernels_of, memory, parameters
+from wsae.doctor.cost import check_covariance, kernels_of, memory, parameters
 from wsae.losses.config import GammaConfig
 from wsae.ops.native import why_not
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK

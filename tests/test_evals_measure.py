@@ -13,9 +13,8 @@ from wsae.core.errors import UserError
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.data import Rows
-from wsae.evals.fidelity import SequenceSums, ev_per_dim
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS, glossary
-from wsae.evals.measure import Family, Kept, Replay, measure
+from wsae.evals.measure import Family, Kept, Replay, SequenceSums, ev_per_dim, measure
 from wsae.evals.run import evaluate
 from wsae.evals.scores import member_metrics
 from wsae.sae import SAEConfig, SparseAutoencoder, make_activation

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from wsae.core.errors import UserError
 from wsae.evals.recovery import Codes, Recovery, ground_truth, score_codes
-from wsae.evals.recovery.loss import ground_truth_losses, raw_loss
-from wsae.evals.recovery.sums import sums
+from wsae.evals.recovery.score import ground_truth_losses, raw_loss, sums
 
 PARTS = ("", "_rel", "_active", "_active_rel", "_active_entry")
 

@@ -18,7 +18,7 @@ from wsae.evals.recovery import (
     score_codes,
 )
 from wsae.evals.recovery.glossary import LOSS_PARTS, LOSSES
-from wsae.evals.recovery.isolated import (
+from wsae.evals.recovery.score import (
     Isolated,
     activated_features,
     is_homogeneous,
@@ -106,7 +106,7 @@ def test_the_closed_form_equals_the_direct_encoding(monkeypatch):
     assert truth.W_p is not None
     unit = (truth.W_p.T @ sae.W_dec.double().T).relu().detach()
     closed = isolated_homogeneous(truth, unit)
-    monkeypatch.setattr("wsae.evals.recovery.isolated._BLOCK", 3 * D_SAE)  # blocks cut features
+    monkeypatch.setattr("wsae.evals.recovery.score._BLOCK", 3 * D_SAE)  # blocks cut features
     direct = isolated_encoded(truth, truth.W_p, lambda v: sae.encode(v.float()).detach())
     torch.testing.assert_close(closed.total, direct.total, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(closed.response, direct.response, rtol=1e-5, atol=1e-6)

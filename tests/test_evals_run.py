@@ -17,12 +17,11 @@ from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
-from wsae.evals.assemble import evaluate_families
 from wsae.evals.compare import compare
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS
-from wsae.evals.run import evaluate_run, find_twins, run_subject
+from wsae.evals.run import evaluate_families, evaluate_run, find_twins, run_subject
 from wsae.losses.config import GammaConfig
 from wsae.sae import TopK
 from wsae.train.config import MemberConfig, TrainConfig

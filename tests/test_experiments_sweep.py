@@ -8,12 +8,31 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from wsae.core.errors import UserError
-from wsae.experiments.figures import PLAIN, SCALED, UNIT, WSAE, figure2, figure3, methods, relative
-from wsae.experiments.panels import judged
+from wsae.experiments.benchmark import made_worlds, mixed, trials
+from wsae.experiments.figures import (
+    PLAIN,
+    SCALED,
+    UNIT,
+    WSAE,
+    figure2,
+    figure3,
+    judged,
+    methods,
+    relative,
+)
 from wsae.experiments.presets import toy_sweep
 from wsae.experiments.sweep.config import RAW, ToySweepConfig, TrainingConfig, paper_method
-from wsae.experiments.sweep.run import run_sweep
-from wsae.experiments.sweep.scoring import CLOSED_FORM, RANDOM, score_trials
+from wsae.experiments.sweep.run import (
+    CLOSED_FORM,
+    RANDOM,
+    Rows,
+    Trial,
+    run_sweep,
+    score_trials,
+    train_trials,
+    trial_statistics,
+    world_gamma,
+)
 from wsae.experiments.sweep.table import (
     Mean,
     differences,
@@ -23,9 +42,6 @@ from wsae.experiments.sweep.table import (
     series,
     steps_down,
 )
-from wsae.experiments.sweep.training import train_trials, trial_statistics, world_gamma
-from wsae.experiments.sweep.trials import Rows, Trial
-from wsae.experiments.worlds import made_worlds, mixed, trials
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import make_activation
 from wsae.theory import geometry

@@ -11,16 +11,19 @@ from wsae.cli.harvest import Flags as HarvestFlags
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.experiments.tables import analysis, text
-from wsae.experiments.tables.config import Choices, StudyConfig
-from wsae.experiments.tables.estimate import refuse_or_estimate
-from wsae.experiments.tables.matched import Point, at_fvu, bracket
-from wsae.experiments.tables.paper import HALF, ONE, PAPER, PLAIN
-from wsae.experiments.tables.pipeline import run_study
-from wsae.experiments.tables.plan import SAEPlan, all_rules, table_plan
-from wsae.experiments.tables.presets import HARVESTS, SAES, study_config
-from wsae.experiments.tables.study import announce, job_rows
-from wsae.experiments.tables.tiny import BagEncoder, tiny_model
+from wsae.experiments.tables import analysis
+from wsae.experiments.tables import analysis as text
+from wsae.experiments.tables.analysis import Point, at_fvu, bracket
+from wsae.experiments.tables.config import HARVESTS, SAES, Choices, StudyConfig, study_config
+from wsae.experiments.tables.plan import HALF, ONE, PAPER, PLAIN, SAEPlan, all_rules, table_plan
+from wsae.experiments.tables.study import (
+    BagEncoder,
+    announce,
+    job_rows,
+    refuse_or_estimate,
+    run_study,
+    tiny_model,
+)
 
 HERE = Path("somewhere")
 
@@ -153,7 +156,7 @@ def test_every_preset_gives_a_valid_study_and_the_papers_sizes() -> None:
 
 
 def test_a_study_goes_by_hook_so_that_memory_does_not_grow_with_hooks(tmp_path) -> None:
-    from wsae.experiments.tables.pipeline import Workshop
+    from wsae.experiments.tables.study import Workshop
 
     shop = Workshop(small("language"), tmp_path, tmp_path / "store")
     assert [job.hooks for job in shop.jobs()] == [(run.hook,) for run in shop.cfg.plan.runs]

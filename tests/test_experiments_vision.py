@@ -13,13 +13,10 @@ from wsae.acts.source import StoreSource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.experiments.vision import presets
-from wsae.experiments.vision.beta import top_consistency
-from wsae.experiments.vision.config import VisionChoices
-from wsae.experiments.vision.estimate import announce
+from wsae.experiments.vision import config as presets
+from wsae.experiments.vision.config import VisionChoices, vision_config
 from wsae.experiments.vision.figures import figure4, figure5
-from wsae.experiments.vision.pipeline import Workshop, run_vision
-from wsae.experiments.vision.presets import vision_config
+from wsae.experiments.vision.study import Workshop, announce, run_vision, top_consistency
 
 NONE = VisionChoices()
 

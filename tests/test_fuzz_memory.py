@@ -26,10 +26,9 @@ from acts_models import make_tokenizer
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.sets import open_images
-from wsae.acts.packing import PIECE, Packer, pieces
 from wsae.acts.source import open_source
-from wsae.acts.text import documents
-from wsae.cli.plan import read_vector
+from wsae.acts.text import PIECE, Packer, documents, pieces
+from wsae.cli.live import read_vector
 from wsae.core.artifact import contained, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json

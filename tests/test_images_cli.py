@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from images_models import SIZE, make_vision
-from wsae.acts.images.encoder import Encoder, EncoderConfig
+from wsae.acts.images.model import Encoder, EncoderConfig
 from wsae.acts.store import Store
 from wsae.cli.main import main
 

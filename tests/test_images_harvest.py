@@ -9,11 +9,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
 
 from images_models import SIZE, WIDTH, make_vision
-from wsae.acts import ledger
+from wsae.acts import store as ledger
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
-from wsae.acts.images.harvest import harvest_images, store_images
+from wsae.acts.images.harvest import harvest_images, heldout_images, store_images
 from wsae.acts.images.model import load_vision
-from wsae.acts.images.split import heldout_images
 from wsae.acts.source import StoreSource
 from wsae.core.errors import UserError
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from wsae.acts.images import rowgroups
+from wsae.acts.images import tables as rowgroups
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.sets import Failures, ImageError, batches, open_images, originals
 from wsae.core.errors import UserError

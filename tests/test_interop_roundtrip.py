@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from wsae import SparseAutoencoder, UserError
 from wsae.core.torchfile import load_state, save_state
 from wsae.interop import Provenance, load, save
+from wsae.interop.format import Named, assemble, centred, log_threshold, uncentred, unit_rows
 from wsae.interop.saebench import SAEBenchSAE
-from wsae.interop.weights import Named, assemble, centred, log_threshold, uncentred, unit_rows
 from wsae.sae import SAEConfig, make_activation
 
 EQUALS = {

@@ -23,10 +23,9 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.train.loggers import Logger, mirror, mirrored, tensorboard, wandb
 from wsae.train.loggers.config import WandbConfig
-from wsae.train.loggers.events import records
-from wsae.train.loggers.rows import scalars
+from wsae.train.loggers.mirror import records
 from wsae.train.loop import Stopped
-from wsae.train.metrics import JsonLines, read_json_lines
+from wsae.train.metrics import JsonLines, read_json_lines, scalars
 from wsae.train.parallel.run import train_parallel
 from wsae.train.run import train_run
 from wsae.vision.run import pretrain
@@ -257,7 +256,7 @@ def test_a_real_logger_that_cannot_write_does_not_stop_the_run(tmp_path: Path, c
     out.mkdir()
     (out / ".lock").touch()
     script = f"""
-import sys, wsae.train.directory as directory
+import sys, wsae.train.loop as directory
 enter = directory.enter
 def blocked(out, *rest):
     enter(out, *rest)
@@ -381,7 +380,7 @@ def test_wandb_online_without_a_key_is_one_line(
 
 
 def test_a_damaged_wandb_id_is_refused(tmp_path: Path) -> None:
-    from wsae.train.loggers.weights_biases import run_id
+    from wsae.train.loggers.mirror import run_id
 
     first = run_id(tmp_path)
     assert run_id(tmp_path) == first

@@ -16,12 +16,19 @@ from wsae.losses.gamma import (
     describe_gamma,
     gamma_from_covariance,
     gamma_from_proxy,
+    gap_norm,
+    gap_weights,
     normalise_gamma,
     normalise_matrix,
+    whitening,
 )
-from wsae.losses.gap import gap_norm, gap_weights, whitening
-from wsae.losses.reconstruction import auxk_loss, weighted_reconstruction_loss
-from wsae.losses.weigh import dimension_weights, effective_dimensions, weigh
+from wsae.losses.reconstruction import (
+    auxk_loss,
+    dimension_weights,
+    effective_dimensions,
+    weigh,
+    weighted_reconstruction_loss,
+)
 from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
 from wsae.sae.forward import training_forward
 

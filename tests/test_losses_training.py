@@ -13,21 +13,18 @@ from test_train import config, files_of, weighted, world
 from wsae.acts.source import ArraySource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
-from wsae.evals.comparisons import Side, across_runs
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import Rows
 from wsae.evals.measure import Family, measure
-from wsae.evals.scores import member_metrics
+from wsae.evals.scores import Side, across_runs, member_metrics
 from wsae.losses import GammaConfig
 from wsae.losses.gamma import gamma_from_covariance
-from wsae.train import covariance as rows_behind
+from wsae.train import family as rows_behind
 from wsae.train.config import TrainConfig
-from wsae.train.counters import metrics_row
-from wsae.train.covariance import covariances
-from wsae.train.family import make_family
+from wsae.train.family import covariances, make_family
 from wsae.train.loop import Recorder, Stopped
 from wsae.train.run import load_run, train_run
-from wsae.train.state import make_batch
+from wsae.train.state import make_batch, metrics_row
 from wsae.train.step import train_step
 
 QUICK = {"tokens": 4_000, "batch_size": 200, "seed": 3}

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from test_reliability_full import long_form, needs_cc
-from wsae.acts import gguf
+from wsae.acts import language as gguf
 from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.ops.native import build
-from wsae.train.directory import enter
+from wsae.train.loop import enter
 
 
 @needs_cc

@@ -18,8 +18,8 @@ from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.report.html import pack_contexts, write_report
-from wsae.report.interpretation import interpretation_view
 from wsae.report.rundata import read_run
+from wsae.report.view import interpretation_view
 
 HOOK = "layers.9"
 

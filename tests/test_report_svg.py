@@ -12,21 +12,24 @@ from hypothesis import strategies as st
 from report_fixture import write_run
 from report_text import Shape
 from wsae.core.errors import UserError
-from wsae.report.charts import MAX_POINTS, density_figures, explained_figures, thinned
-from wsae.report.figures import summary_figure
-from wsae.report.rundata import read_run
-from wsae.report.svg import (
+from wsae.report.charts import (
     BOTTOM,
     LEFT,
+    MAX_POINTS,
     RIGHT,
     TOP,
     Axis,
     Chart,
     axis,
+    density_figures,
+    explained_figures,
     linear_ticks,
     log_ticks,
+    thinned,
     tick_text,
 )
+from wsae.report.panel_figures import summary_figure
+from wsae.report.rundata import read_run
 
 LOW = st.floats(-1e6, 1e6)
 

@@ -13,8 +13,7 @@ from wsae.core.errors import UserError
 from wsae.evals.run import evaluate
 from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
 from wsae.sae.config import JumpReLU
-from wsae.sae.forward import training_forward
-from wsae.sae.jumprelu import jumprelu, step
+from wsae.sae.forward import jumprelu, step, training_forward
 
 KINDS = ("topk", "group_topk", "batch_topk", "relu", "jumprelu")
 

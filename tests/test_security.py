@@ -22,9 +22,9 @@ import torch
 
 from halting import Halting
 from serve_world import write_world
-from wsae.acts import writing
-from wsae.acts.ledger import PROGRESS, Ledger
+from wsae.acts import store as writing
 from wsae.acts.source import ArraySource, open_source
+from wsae.acts.store import PROGRESS, Ledger
 from wsae.cli import main
 from wsae.core.artifact import read_manifest
 from wsae.core.configfile import read_config
@@ -34,7 +34,7 @@ from wsae.core.tensors import load_tensors
 from wsae.core.torchfile import load_state
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
-from wsae.interop.target import replacing
+from wsae.interop.convert import replacing
 from wsae.sae import TopK
 from wsae.serve.config import IndexConfig
 from wsae.serve.open import ensure_index

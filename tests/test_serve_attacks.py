@@ -23,11 +23,14 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
 from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig
-from wsae.serve import posted, served, server
+from wsae.serve import app as posted
+from wsae.serve import index as served
+from wsae.serve import server
+from wsae.serve.app import PLACES, Live
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import DamagedIndexError, Index
-from wsae.serve.live import PLACES, Live
-from wsae.serve.open import ensure_index, is_current, seal_of
+from wsae.serve.open import ensure_index, is_current
+from wsae.serve.schema import seal_of
 
 CFG = IndexConfig(neighbours=3, logits=2)
 JSON = {"Content-Type": "application/json"}

@@ -33,11 +33,13 @@ from wsae.core.files import read_sealed, seal, write_json
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.sae import SparseAutoencoder
-from wsae.serve import geometry, schema, unembed
+from wsae.serve import build as unembed
+from wsae.serve import schema
+from wsae.serve import schema as geometry
 from wsae.serve.config import IndexConfig
-from wsae.serve.histogram import bin_of
 from wsae.serve.index import Index
-from wsae.serve.open import alone, ensure_index, is_current, seal_of
+from wsae.serve.open import alone, ensure_index, is_current
+from wsae.serve.schema import bin_of, seal_of
 
 CFG = IndexConfig(neighbours=5, logits=4)
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from report_fixture import EXPLANATION
 from serve_world import D_SAE, latents_of, write_world
 from wsae.core.errors import UserError
-from wsae.serve import listing, schema, stored
+from wsae.serve import index as listing
+from wsae.serve import schema
+from wsae.serve import schema as stored
 from wsae.serve.config import IndexConfig
-from wsae.serve.index import Index
-from wsae.serve.listing import Asked, asked, beside, find, match_of
+from wsae.serve.index import Asked, Index, asked, beside, find, match_of
 from wsae.serve.open import ensure_index
-from wsae.serve.text import matched, pieces, visible
+from wsae.serve.schema import matched, pieces, visible
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,11 @@ from wsae.core.errors import UserError
 from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig
 from wsae.serve import server
+from wsae.serve.app import MAX_CHARS, MAX_TOKENS, Live
 from wsae.serve.config import IndexConfig
-from wsae.serve.guard import POLICY
-from wsae.serve.index import Index
-from wsae.serve.live import MAX_CHARS, MAX_TOKENS, Live
+from wsae.serve.index import Index, Served
 from wsae.serve.open import ensure_index
-from wsae.serve.served import Served
+from wsae.serve.server import POLICY
 
 PAGES = (
     "/",

@@ -11,11 +11,10 @@ import pytest
 from serve_world import Client, serving, tiny_model, write_world
 from wsae.core.errors import UserError
 from wsae.serve import server
-from wsae.serve.app import application
+from wsae.serve.app import Live, application
 from wsae.serve.config import IndexConfig
-from wsae.serve.guard import Gate, host_name, path_prefix
-from wsae.serve.live import Live
 from wsae.serve.open import ensure_index
+from wsae.serve.server import Gate, host_name, path_prefix
 
 PREFIX = "/user/me%40x/proxy/8137"
 LINK = re.compile(r'(?:href|src|action|data-(?:next|previous|up|twin))="([^"]*)"')

@@ -17,18 +17,22 @@ from wsae.theory.geometry import (
     simplex,
 )
 from wsae.theory.limits import (
+    distance,
     first_order,
+    gauss_newton,
+    jacobian,
     jumprelu_window,
     loss_at,
+    nullity,
     one_sparse_residuals,
     second_moment,
     support_terms,
     topk_bound,
     topk_code,
+    zero_solutions,
 )
 from wsae.theory.losses import closed_form, code, grid, sae_loss, superpose
 from wsae.theory.shrinkage import measure, shrinkage, simplex_shrinkage
-from wsae.theory.zeros import distance, gauss_newton, jacobian, nullity, zero_solutions
 
 SEEDS = st.integers(0, 2**31)
 

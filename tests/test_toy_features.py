@@ -18,8 +18,7 @@ from wsae.toy.config import (
     Independent,
     ZipfRates,
 )
-from wsae.toy.draws import activity, feature_moments
-from wsae.toy.features import FeatureStream
+from wsae.toy.features import FeatureStream, activity, feature_moments
 
 ROWS = 40_000
 STRUCTURES = (

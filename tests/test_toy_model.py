@@ -11,17 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsae.core.errors import UserError
-from wsae.toy import descent
+from wsae.toy import model as descent
 from wsae.toy.config import (
     Correlated,
     DecayingImportance,
     EqualImportance,
     ToyModelConfig,
 )
-from wsae.toy.descent import AdamW, Gradients, Parameters, toy_loss
-from wsae.toy.model import ToyModels, train_toy_models
-from wsae.toy.summary import superposition
-from wsae.toy.training import importances, initial, lr_factor
+from wsae.toy.model import (
+    AdamW,
+    Gradients,
+    Parameters,
+    ToyModels,
+    importances,
+    initial,
+    lr_factor,
+    toy_loss,
+    train_toy_models,
+)
+from wsae.toy.world import superposition
 
 PLANE = {"d_in": 2, "steps": 1500, "lr": 5e-3, "decay": 0.5, "batch": 256}
 

@@ -11,9 +11,7 @@ from scipy import stats
 
 from wsae.core.errors import UserError
 from wsae.toy.config import Correlated, EqualRates, FeatureConfig, Independent, ZipfRates
-from wsae.toy.draws import activity
-from wsae.toy.features import FeatureStream
-from wsae.toy.sparse import embed_sparse, sample_sparse
+from wsae.toy.features import FeatureStream, activity, embed_sparse, sample_sparse
 
 ROWS = 40_000
 

@@ -18,9 +18,7 @@ from wsae.ops import SparseCode
 from wsae.theory.geometry import digons, direct_sum, orthogonal, polygon, random_unit, simplex
 from wsae.toy.config import Correlated, FeatureConfig, ToyModelConfig, ZipfRates
 from wsae.toy.model import train_toy_models
-from wsae.toy.source import SyntheticSource
-from wsae.toy.summary import acts_variance, superposition
-from wsae.toy.world import World
+from wsae.toy.world import SyntheticSource, World, acts_variance, superposition
 
 N, D = 30, 4
 TRAIN, HELDOUT = 2_500, 90

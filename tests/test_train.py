@@ -18,12 +18,12 @@ from wsae.losses import GammaConfig
 from wsae.sae import SparseAutoencoder, make_activation
 from wsae.sae.config import JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig, family
-from wsae.train.counters import GAMMA_EVERY
 from wsae.train.family import Family, finished, make_family
 from wsae.train.loop import Stopped, run_steps
 from wsae.train.metrics import read_json_lines
 from wsae.train.run import load_run, train_run
-from wsae.train.schedule import lr_factor
+from wsae.train.state import GAMMA_EVERY
+from wsae.train.step import lr_factor
 
 
 def world(n: int = 4000, d_in: int = 16, n_features: int = 32, seed: int = 0) -> Tensor:

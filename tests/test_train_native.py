@@ -9,14 +9,13 @@ from torch import Tensor
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.losses.weigh import weigh
+from wsae.losses.reconstruction import weigh
 from wsae.ops.native import why_not
 from wsae.ops.native.slices import to_slices
 from wsae.sae import SparseAutoencoder
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.covariance import covariances
-from wsae.train.family import finished, make_family
+from wsae.train.family import covariances, finished, make_family
 from wsae.train.loop import run_steps
 from wsae.train.native import step as native
 

@@ -26,11 +26,11 @@ from wsae.train.checkpoint import checkpoints
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.loop import Stopped
 from wsae.train.metrics import read_json_lines
-from wsae.train.parallel import choose, loop
-from wsae.train.parallel.choose import among_largest, choose_groups, choose_topk
+from wsae.train.parallel import run as loop
+from wsae.train.parallel import step as choose
 from wsae.train.parallel.config import Layout, chunk_part, even_part, parse_layout
 from wsae.train.parallel.run import train_parallel
-from wsae.train.parallel.shard import initial_rows
+from wsae.train.parallel.step import among_largest, choose_groups, choose_topk, initial_rows
 from wsae.train.parallel.world import World, joined, lay_out
 from wsae.train.run import load_run, train_run
 

@@ -16,7 +16,7 @@ from wsae.acts.source import open_source
 from wsae.core.files import read_json
 from wsae.train.checkpoint import checkpoints
 from wsae.train.config import TrainConfig
-from wsae.train.parallel import loop
+from wsae.train.parallel import run as loop
 from wsae.train.parallel.run import train_parallel
 from wsae.train.parallel.world import joined, lay_out
 

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wsae.train.schedule import warmup_cosine
+from wsae.train.step import warmup_cosine
 from wsae.vision.config import preset
-from wsae.vision.lars import LARS
-from wsae.vision.loss import info_nce
-from wsae.vision.probe import knn_accuracy, linear_probe, pixels
+from wsae.vision.pretrainer import LARS, info_nce
+from wsae.vision.run import knn_accuracy, linear_probe, pixels
 
 
 def naive(z: Tensor, temperature: float) -> float:

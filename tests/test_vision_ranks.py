@@ -18,8 +18,7 @@ from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.world import World, joined
 from wsae.vision.config import PretrainConfig, preset
 from wsae.vision.data import make_data
-from wsae.vision.pretrainer import Pretrainer
-from wsae.vision.ranks import Ranks
+from wsae.vision.pretrainer import Pretrainer, Ranks
 from wsae.vision.run import pretrain_parallel
 
 RANKS, STOP = 2, 3

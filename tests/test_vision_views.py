@@ -10,10 +10,8 @@ from PIL import Image
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.sets import open_images
 from wsae.core.errors import UserError
-from wsae.vision.augment import Augment
 from wsae.vision.config import AugmentConfig, PretrainConfig, preset
-from wsae.vision.crops import crops_from
-from wsae.vision.data import make_data
+from wsae.vision.data import Augment, crops_from, make_data
 from wsae.vision.pretrainer import Pretrainer
 from wsae.vision.run import pretrain
 

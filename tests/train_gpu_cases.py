@@ -21,12 +21,15 @@ from wsae.ops.triton.support import BUCKETS_PER_CHOICE
 from wsae.train import step as dispatch
 from wsae.train.checkpoint import member_tensors, set_member_tensors
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.eager import eager_step
 from wsae.train.family import make_family
-from wsae.train.gpu import codes, host, pairs, update
+from wsae.train.gpu import step as codes
 from wsae.train.gpu import step as gpu
+from wsae.train.gpu import step as host
+from wsae.train.gpu import step as pairs
+from wsae.train.gpu import step as update
 from wsae.train.loop import run_steps
 from wsae.train.state import MemberState, make_batch, make_member
+from wsae.train.step import eager_step
 
 D_IN, D_SAE, BATCH = 20, 96, 17
 STEPS = 3

@@ -14,7 +14,9 @@ from wsae.ops import code_from_topk, select_batch_topk, select_group_topk, spars
 from wsae.ops import update as twin
 from wsae.ops.codes import offsets_of
 from wsae.ops.sparse import Plan
-from wsae.ops.triton import above, encode, group, sums, update
+from wsae.ops.triton import encode, sums, update
+from wsae.ops.triton import encode as above
+from wsae.ops.triton import encode as group
 from wsae.ops.triton.support import MAX_CANDIDATES
 from wsae.ops.update import AdamStep, SparseGrad
 

@@ -8,8 +8,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from wsae.ops.triton import above, encode, group, sums, update
-from wsae.ops.triton.tiles import CONFIGS
+from wsae.ops.triton import encode, sums, update
+from wsae.ops.triton import encode as above
+from wsae.ops.triton import encode as group
+from wsae.ops.triton.encode import CONFIGS
 
 FLOATS = ("rate", "scale", "eps", "new1", "old2", "new2")
 INT64 = ("keys", "indices", "order", "starts", "offsets", "chunk_offsets", "latents")

@@ -43,7 +43,7 @@ def _array(path: Path) -> Any:
 
 
 def _vector(path: Path) -> Any:
-    from wsae.cli.plan import read_vector
+    from wsae.cli.live import read_vector
 
     return read_vector("--labels", path, "iuf", "one number per row").sum()
 

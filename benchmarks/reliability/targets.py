@@ -309,7 +309,7 @@ def _vision(at: Path) -> list[Target]:
     from wsae.acts.images.sets import open_images
     from wsae.acts.source import open_source
     from wsae.core.artifact import read_manifest
-    from wsae.experiments.vision.beta import top_consistency
+    from wsae.experiments.vision.study import top_consistency
     from wsae.vision.config import preset
     from wsae.vision.run import load_pretrained, pretrain
 
@@ -347,7 +347,7 @@ def _answers(at: Path) -> Target:
     """Answers of a language model: a damaged one is asked again, and named."""
     from wsae.core.errors import UserError
     from wsae.core.files import digest
-    from wsae.evals.autointerp.llm.cache import Cache
+    from wsae.evals.autointerp.llm.client import Cache
     from wsae.evals.autointerp.llm.types import Answer, Token
 
     asked = {"model": "a", "messages": [["user", "Text 1: the cat"]]}

@@ -38,7 +38,7 @@ def prepare() -> None:
     import wsae.cli.runner
     import wsae.cli.serve
     import wsae.cli.train
-    import wsae.evals.autointerp.encoder
+    import wsae.evals.autointerp.embedding
     import wsae.evals.autointerp.run
     import wsae.evals.run
     import wsae.interop.card

@@ -19,15 +19,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
-from wsae.acts.images.gallery import Gallery
-from wsae.acts.images.harvest import harvest_images
+from wsae.acts.images.harvest import Gallery, harvest_images
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import StoreSource
 from wsae.api import Member
 from wsae.core.files import read_json
 from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.classes.labels import labels_of
-from wsae.evals.classes.run import score_run
+from wsae.evals.classes.run import labels_of, score_run
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.train.config import TrainConfig

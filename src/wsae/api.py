@@ -6,8 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from wsae.acts.arrays import as_path, is_folder_of_arrays
-from wsae.acts.source import ActivationSource, ArraySource, StoreSource, open_source
+from wsae.acts.source import (
+    ActivationSource,
+    ArraySource,
+    StoreSource,
+    as_path,
+    is_folder_of_arrays,
+    open_source,
+)
 from wsae.core.calls import own_settings, tensor, usable_device
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
@@ -16,13 +22,12 @@ from wsae.evals.run import evaluate
 from wsae.losses.gamma import gamma_from_proxy
 from wsae.sae.config import make_activation
 from wsae.sae.model import SparseAutoencoder
-from wsae.train.batched import fits_a_bank, train_batched
+from wsae.train.bank.run import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.counters import metrics_row
-from wsae.train.covariance import covariances
 from wsae.train.family import Family as TrainedFamily
-from wsae.train.family import finished, make_family
+from wsae.train.family import covariances, finished, make_family
 from wsae.train.loop import run_steps
+from wsae.train.state import metrics_row
 
 __all__ = [
     "Family",

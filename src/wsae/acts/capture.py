@@ -2,16 +2,201 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from wsae.acts.hookpoints import HookPoint, probe, put_back, taken, watch
-from wsae.acts.layout import TokenLayout, tokens
+from wsae.acts.hookpoints import (
+    BeyondTableError,
+    HookPoint,
+    Inputs,
+    Layout,
+    Manner,
+    Probing,
+    probe,
+    put_back,
+    taken,
+    text_config,
+    watch,
+)
 from wsae.acts.names import Place
 from wsae.core.errors import UserError
+
+# How language models are probed: sequences of tokens, and where batch and positions lie in a
+# tensor.
+
+
+class TokenLayout(NamedTuple):
+    """The axes of batch and positions; where they are one axis, whether the sequences lie one after another."""
+
+    batch: int
+    position: int
+    by_sequence: bool = True
+
+    def rows(self, x: Tensor, size: tuple[int, ...]) -> Float[Tensor, "batch seq width"] | None:
+        """Return the rows as a view where the memory allows it; none where the axes are not of this size."""
+        batch, seq = size[0], size[1]
+        if x.ndim <= max(self.batch, self.position):
+            return None
+        if self.batch != self.position:
+            if (x.shape[self.batch], x.shape[self.position]) != (batch, seq):
+                return None
+            return x.movedim((self.batch, self.position), (0, 1)).flatten(2)
+        if x.shape[self.batch] != batch * seq:
+            return None
+        flat = x.movedim(self.batch, 0).flatten(1)
+        if self.by_sequence:
+            return flat.unflatten(0, (batch, seq))
+        return flat.unflatten(0, (seq, batch)).transpose(0, 1)
+
+    def back(self, rows: Float[Tensor, "batch seq width"], like: Tensor) -> Tensor:
+        """Return rows arranged as `like`, which may have another number of sequences."""
+        axes = {self.batch, self.position}
+        rest = [n for axis, n in enumerate(like.shape) if axis not in axes]
+        if self.batch != self.position:
+            return rows.unflatten(2, rest).movedim((0, 1), (self.batch, self.position))
+        ordered = rows if self.by_sequence else rows.transpose(0, 1)
+        return ordered.flatten(0, 1).unflatten(1, rest).movedim(0, self.batch)
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.batch == self.position:
+            how = "sequence after sequence" if self.by_sequence else "position after position"
+            return f"[tokens, width], {how}"
+        if (self.batch, self.position) == (0, 1):
+            return "[batch, sequence, width]"
+        if (self.batch, self.position) == (1, 0):
+            return "[sequence, batch, width]"
+        return f"batch on axis {self.batch}, sequence on axis {self.position}"
+
+
+def tokens(seq_len: int | None = None) -> Manner:
+    """Return how language models are probed; `seq_len` is the length of the sequences to come, where it is known."""
+    return Manner(
+        lambda model: _token_inputs(model, seq_len),
+        _token_layouts,
+        "[batch, sequence, width]",
+        _explain_tokens,
+        _length_notes,
+    )
+
+
+def _token_layouts(first: Tensor, other: Tensor, given: Probing) -> list[Layout]:
+    """Return the layouts under which the axes that changed between two inputs are batch and positions."""
+    (b1, s1), (b2, s2) = (next(iter(i.values())).shape for i in (given.first, given.other))
+    if first.ndim != other.ndim or first.ndim < 2:
+        return []
+    pairs = list(zip(first.shape, other.shape, strict=True))
+    moved = [axis for axis, (a, b) in enumerate(pairs) if a != b]
+    batch, position, both = (
+        [axis for axis in moved if pairs[axis] == sizes]
+        for sizes in ((b1, b2), (s1, s2), (b1 * s1, b2 * s2))
+    )
+    if len(moved) == 2 and len(batch) == len(position) == 1 and first.ndim > 2:
+        return [TokenLayout(batch[0], position[0])]
+    if len(moved) == len(both) == 1:
+        return [TokenLayout(both[0], both[0], by) for by in (True, False)]
+    return []
+
+
+def _token_inputs(model: nn.Module, seq_len: int | None) -> Probing:
+    """Return three sequences of five tokens, one with its fourth changed, and two of them padded to seven."""
+    known = _config_limit(model)
+    longer = max(3, min(7, known[1] if known else 7))
+    seq = longer - 2
+    pos = max(0, seq - 2)
+    ids = _some_ids(model, 3 * seq + 1 + 4)
+    first = ids[: 3 * seq].view(3, seq)
+    changed = first.clone()
+    changed[1, pos] = ids[3 * seq]
+    other = torch.cat([first[:2], ids[3 * seq + 1 :].view(2, 2)], dim=1)
+    mask = (torch.arange(longer) < seq).long().expand(2, longer)
+    long = None if seq_len is None else _some_ids(model, seq_len)[None]
+    device = _input_device(model)
+
+    def call(x: Tensor, attention: Tensor | None = None) -> Inputs:
+        attention = None if attention is None else attention.to(device)
+        return {"input_ids": x.to(device), "attention_mask": attention, "use_cache": False}
+
+    whole = None if long is None else call(long)
+    return Probing(call(first), call(changed), (1, pos), call(other, mask), whole)
+
+
+def _some_ids(model: nn.Module, n: int) -> Tensor:
+    """Return token ids in random order, none special, the first ones all different where there are so many."""
+    table = _embedding(model)
+    vocabulary = 64 if table is None else len(table)
+    config = getattr(model, "config", None)
+    special = _special_ids(config) | _special_ids(text_config(model))
+    ids = [i for i in range(vocabulary) if i not in special] or list(range(vocabulary))
+    quarter = len(ids) // 4 if len(ids) > 200 else 0  # the ends are often unused
+    ids = torch.tensor(ids[quarter : len(ids) - quarter])
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    return ids[order].repeat(-(-n // len(ids)))[:n]
+
+
+def _special_ids(config: object) -> set[int]:
+    """Return what a config calls ids of special tokens, those that stand for images among them."""
+    found = set()
+    for key, value in vars(config).items() if hasattr(config, "__dict__") else ():
+        if key.endswith(("token_id", "token_index", "_index", "token_ids")):
+            found |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
+    return found
+
+
+def _embedding(model: nn.Module) -> Tensor | None:
+    """Return the table of the tokens' vectors."""
+    get = getattr(model, "get_input_embeddings", None)
+    return next(get().parameters(), None) if callable(get) else None  # pyright: ignore
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    table = _embedding(model)
+    return next(model.parameters()).device if table is None else table.device
+
+
+def _config_limit(model: nn.Module) -> tuple[str, int] | None:
+    """Return the name and value of what a config says about positions."""
+    config = text_config(model)
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(config, key, None)
+        if type(value) is int and value > 0:
+            return key, value
+    return None
+
+
+def _too_long(seq: int, limit: int, why: str) -> UserError:
+    return UserError(
+        f"--seq-len {seq}: the model has {limit} positions ({why}); give --seq-len {limit} or less"
+    )
+
+
+def _length_notes(model: nn.Module, size: tuple[int, ...], limit: int | None) -> list[str]:
+    """Return a note on sequences longer than a model without learned positions was made for."""
+    seq, known = size[1], _config_limit(model)
+    if limit is None and known and seq > known[1]:
+        return [
+            f"sequences of {seq} tokens are longer than the model's {known[0]} {known[1]}; "
+            "its activations beyond are not those it was trained for"
+        ]
+    return []
+
+
+def _explain_tokens(model: nn.Module, error: Exception, inputs: Inputs) -> UserError:
+    batch, seq = inputs["input_ids"].shape
+    known = _config_limit(model)
+    says = f"{known[0]} {known[1]}" if known else "the rows of its table"
+    if isinstance(error, BeyondTableError):
+        return _too_long(seq, error.limit, says)
+    if known and seq > known[1]:
+        return _too_long(seq, known[1], says)
+    first = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return UserError(
+        f"model: does not run on {batch} sequences of {seq} tokens ({type(error).__name__}: {first}); "
+        "it may not be a language model that reads token ids alone"
+    )
 
 
 class _DeepestReached(Exception):  # noqa: N818  (control flow, not an error)

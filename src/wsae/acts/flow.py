@@ -1,25 +1,83 @@
 """Text through a model to kept rows, one forward pass at a time: shared by the store's writer and the live source."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int8, Int64
+from jaxtyping import Bool, Float, Int, Int8, Int64
 from torch import Tensor
 
-from wsae.acts.capture import Capture
+from wsae.acts.capture import Capture, tokens
 from wsae.acts.config import HarvestConfig
 from wsae.acts.hookpoints import probe
 from wsae.acts.language import LanguageModel
-from wsae.acts.layout import tokens
-from wsae.acts.packing import START, Packer, Position, Sequence
-from wsae.acts.skip import FIRST, KEPT, PADDING, SkipRule, count_reasons
+from wsae.acts.text import START, Packer, Position, TokenSequence
 from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained
+
+# Which tokens are kept: not padding, not special, not at the start, not an attention sink; counted
+# by reason.
+
+REASONS = ("kept", "padding", "special", "first", "norm")
+"""Codes of `reasons`; a token is counted under the first that applies, in this order."""
+KEPT, PADDING, SPECIAL, FIRST, NORM = range(5)
+
+
+class SkipRule:
+    """Assigns each token a reason; the norm test needs the medians of `calibrate`."""
+
+    def __init__(self, cfg: HarvestConfig, special_ids: Iterable[int]) -> None:
+        self._cfg = cfg
+        ids = sorted(set(special_ids)) if cfg.skip_special else []
+        self._special = torch.tensor(ids, dtype=torch.long)
+        self.medians: dict[str, float] | None = None
+
+    def by_token(
+        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+    ) -> Int8[Tensor, "batch seq"]:
+        """Return the reasons that ids, padding and position give."""
+        reasons = torch.full(ids.shape, KEPT, dtype=torch.int8)
+        reasons[:, : self._cfg.skip_first] = FIRST
+        if len(self._special):
+            reasons[torch.isin(ids, self._special)] = SPECIAL
+        reasons[~mask] = PADDING
+        return reasons
+
+    def calibrate(
+        self, norms: Mapping[str, Float[Tensor, " tokens"]], reasons: Int8[Tensor, " tokens"]
+    ) -> None:
+        """Fix each hook's median norm from the tokens kept so far; raises UserError when there are none."""
+        kept = reasons == KEPT
+        if not bool(kept.any()):
+            raise UserError(
+                "the first batch has no token to calibrate on: all are padding, special or first; "
+                "raise seq_len or lower skip_first"
+            )
+        self.medians = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
+
+    def by_norm(
+        self, norms: Mapping[str, Float[Tensor, " tokens"]], reasons: Int8[Tensor, " tokens"]
+    ) -> Int8[Tensor, " tokens"]:
+        """Mark tokens whose norm exceeds sink_norm_ratio times the median at any hook."""
+        ratio = self._cfg.sink_norm_ratio
+        if ratio is None:
+            return reasons
+        assert self.medians is not None, "calibrate first"
+        reasons = reasons.clone()
+        for hook, norm in norms.items():
+            reasons[(norm > ratio * self.medians[hook]) & (reasons == KEPT)] = NORM
+        return reasons
+
+
+def count_reasons(reasons: Int8[Tensor, " tokens"]) -> dict[str, int]:
+    """Return how many tokens each reason holds, the kept ones included."""
+    counts = torch.bincount(reasons.long(), minlength=len(REASONS)).tolist()
+    return dict(zip(REASONS, counts, strict=True))
+
 
 _ONE_PASS = threading.Lock()
 
@@ -122,12 +180,12 @@ class Flow:
             yield self._step(batch, number)
             number = batch[-1].after.sequence
 
-    def _batches(self, heldout: bool, start: Position) -> Iterator[tuple[Sequence, ...]]:
+    def _batches(self, heldout: bool, start: Position) -> Iterator[tuple[TokenSequence, ...]]:
         sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
         while batch := tuple(islice(sequences, self.cfg.batch_seqs)):
             yield batch
 
-    def _run(self, batch: tuple[Sequence, ...]) -> _Pass:
+    def _run(self, batch: tuple[TokenSequence, ...]) -> _Pass:
         ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
         lengths = torch.tensor([s.length for s in batch])
         if (first := self._first) and _same((first.ids, first.lengths), (ids, lengths)):
@@ -151,7 +209,7 @@ class Flow:
         widths = set(self.hooks.values())
         return [Buffer("activations of one pass", (rows, d_in), 4, lower) for d_in in widths]
 
-    def _step(self, batch: tuple[Sequence, ...], first_sequence: int) -> Step:
+    def _step(self, batch: tuple[TokenSequence, ...], first_sequence: int) -> Step:
         acts, reasons, ids, lengths = self._run(batch)
         norms = {hook: _norms(x) for hook, x in acts.items()}
         self._check_finite(acts, norms, reasons, first_sequence)

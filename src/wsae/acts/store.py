@@ -1,19 +1,326 @@
 """A harvested store: checked when opened, memory-mapped, rows gathered from any shards in any order."""
 
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wsae.acts.flow import NonFiniteError, Step
+from wsae.acts.live import Background
 from wsae.acts.names import among
 from wsae.acts.tally import SourceStats, Tally
+from wsae.acts.text import Position
 from wsae.acts.tokens import Texts, TokenTable, likely_ends, texts_of
-from wsae.core.artifact import MANIFEST, read_manifest
+from wsae.core.artifact import (
+    MANIFEST,
+    FileRecord,
+    check_file,
+    read_manifest,
+    record,
+    write_manifest,
+)
+from wsae.core.config import Config
 from wsae.core.errors import UserError, nearest, understood
-from wsae.core.files import read_json
-from wsae.core.tensors import MappedTensor, load_tensors
+from wsae.core.files import drop, locked, read_json, read_sealed, seal, write_json, writing
+from wsae.core.progress import Tick
+from wsae.core.tensors import MappedTensor, load_tensors, save_tensors
+from wsae.losses.config import OUTLIER_RATIO
+
+# How far a harvest has come, on disk: written after each shard, so a killed harvest continues where
+# it stood.
+
+PROGRESS = "progress.json"
+MOMENTS = "progress-*.safetensors"
+"""Statistics of rows so far: written before the ledger that names them."""
+
+
+class SplitState(Config):
+    """One half of a store so far."""
+
+    position: tuple[int, int, int] = (0, 0, 0)
+    """Document, token and sequence number that come next."""
+    rows: int = 0
+    shard_rows: tuple[int, ...] = ()
+    counts: dict[str, int] = {}
+    files: dict[str, FileRecord] = {}
+    done: bool = False
+    exhausted: bool = False
+    """The text ended before the rows wanted were there."""
+
+    @property
+    def start(self) -> Position:
+        """Where the next sequence begins."""
+        return Position(*self.position)
+
+
+class Ledger(Config):
+    """The whole state of an unfinished harvest."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    medians: dict[str, float] | None = None
+    splits: dict[str, SplitState] = {"heldout": SplitState(), "train": SplitState()}
+    stats: str | None = None
+    """The file with the exact moments that belong to this state."""
+    stats_record: FileRecord | None = None
+
+    def with_split(self, split: str, state: SplitState) -> "Ledger":
+        """Return the ledger with one half replaced."""
+        return self.model_copy(update={"splits": {**self.splits, split: state}})
+
+    def save(self, out: Path, tally: Tally) -> "Ledger":
+        """Write moments, then the ledger that names them, then remove the moments before; return what was written."""
+        name = f"progress-{sum(len(s.shard_rows) for s in self.splits.values()):05d}.safetensors"
+        save_tensors(out / name, tally.tensors())
+        saved = self.model_copy(update={"stats": name, "stats_record": record(out / name)})
+        write_json(out / PROGRESS, seal(saved.to_dict()))
+        for old in out.glob(MOMENTS):
+            if old.name != name:
+                old.unlink()
+        return saved
+
+    def tally(self, out: Path, hooks: Mapping[str, int], n_classes: int = 0) -> Tally:
+        """Return the statistics that belong to this ledger; with classes, those of labelled rows."""
+        if self.stats is None:
+            return Tally(hooks, n_classes)
+        if self.stats_record is not None:
+            check_file(out, self.stats, self.stats_record)
+        return Tally.restore(hooks, load_tensors(out / self.stats), self.splits["train"].counts)
+
+
+def open_ledger(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> Ledger:
+    """Return the ledger of an unfinished harvest, or a new one.
+
+    Raises UserError when the directory holds a harvest of another config, or damaged shards.
+    """
+    path = out / PROGRESS
+    if not path.exists():
+        return Ledger(config=config, inputs=inputs)
+    ledger = Ledger.parse(read_sealed(path), where=str(path))
+    refuse_other(out, ledger.config, config, ledger.inputs, inputs)
+    for temporary in out.rglob(".*.tmp"):
+        drop(temporary)
+    for state in ledger.splits.values():
+        for name, expected in state.files.items():
+            check_file(out, name, expected)
+    return ledger
+
+
+def drop_ledger(out: Path) -> None:
+    """Remove the ledger of a finished harvest; a harvest killed just before this is finished too."""
+    for leftover in (out / PROGRESS, *out.glob(MOMENTS)):
+        leftover.unlink(missing_ok=True)
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise UserError when a directory holds files that no harvest wrote."""
+    if not out.is_dir() or (out / PROGRESS).exists():
+        return
+    own = {p.name for pattern in (".*", MOMENTS) for p in out.glob(pattern)}
+    foreign = [p.name for p in out.iterdir() if p.name not in own]
+    if foreign:
+        raise UserError(
+            f"{out}: not empty and not a harvest ({foreign[0]}, ...); choose another --out"
+        )
+
+
+def refuse_other(
+    out: Path,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    old_inputs: dict[str, str],
+    new_inputs: dict[str, str],
+) -> None:
+    """Raise UserError when a directory was made with another config or from other data."""
+    for key in new:
+        if old.get(key) != new[key]:
+            raise UserError(
+                f"{out}: was made with {key}={old.get(key)!r}, not {new[key]!r}; choose another --out or remove it"
+            )
+    for name, value in new_inputs.items():
+        if old_inputs.get(name) != value:
+            raise UserError(
+                f"{out}: was made from another {name} (its files differ); choose another --out or remove it"
+            )
+
+
+def clean_up_if_nothing_done(out: Path, created: bool) -> None:
+    """Remove what a failed harvest has left if it recorded no shard; the directory too if this run created it."""
+    if (out / MANIFEST).exists():
+        return
+    if (out / PROGRESS).exists() and any(
+        s.shard_rows
+        for s in Ledger.parse(read_sealed(out / PROGRESS), str(out / PROGRESS)).splits.values()
+    ):
+        return
+    unrecorded = (p for split in ("heldout", "train") for p in (out / split).rglob("*.safetensors"))
+    progress = (out / PROGRESS, out / ".lock", *out.glob(MOMENTS))
+    for path in (*progress, *out.rglob(".*.tmp"), *unrecorded):
+        drop(path)
+    folders = sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True)
+    for folder in [*folders, *([out] if created else [])]:
+        with contextlib.suppress(OSError):  # holds someone else's files
+            folder.rmdir()
+
+
+# One shard of a store, written as rows arrive: memory does not grow with the shard.
+#
+# A safetensors header needs the sizes, so room for it is left at the start and filled in at the
+# end.
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32"}
+_HEADER_BYTES = 512
+
+
+def shard_name(split: str, hook: str | None, number: int) -> str:
+    """Return the relative path of a shard of one hook's rows, or of the token ids (hook None)."""
+    return (
+        f"{split}/tokens-{number:05d}.safetensors"
+        if hook is None
+        else f"{split}/{hook}/acts-{number:05d}.safetensors"
+    )
+
+
+class Form(NamedTuple):
+    """What a store's shards look like."""
+
+    dtype: str
+    """Precision on disk."""
+    shard_rows: int
+    """Rows after which a shard is closed."""
+    seq_len: int | None
+    """Token ids kept per sequence; none where rows do not come from text."""
+
+
+class _RowFile:
+    """A safetensors file with one tensor that grows by rows and a few that are added at the end."""
+
+    def __init__(self, file: BinaryIO, name: str, width: int, dtype: torch.dtype) -> None:
+        self._file, self._name, self._width, self._dtype = file, name, width, dtype
+        self._rows = 0
+        file.write(bytes(8 + _HEADER_BYTES))
+
+    def append(self, rows: Tensor) -> None:
+        assert (rows.dtype, rows.shape[1]) == (self._dtype, self._width)
+        self._file.write(_bytes(rows))
+        self._rows += len(rows)
+
+    def finish(self, extra: dict[str, Int[Tensor, " rows"]]) -> None:
+        end = self._rows * self._width * self._dtype.itemsize
+        entries = {self._name: _entry(self._dtype, (self._rows, self._width), 0, end)}
+        for name, tensor in extra.items():
+            self._file.write(_bytes(tensor))
+            entries[name] = _entry(tensor.dtype, tuple(tensor.shape), end, end + tensor.nbytes)
+            end += tensor.nbytes
+        header = json.dumps(entries).encode().ljust(_HEADER_BYTES)
+        assert len(header) == _HEADER_BYTES
+        self._file.seek(0)
+        self._file.write(_HEADER_BYTES.to_bytes(8, "little") + header)
+
+
+class ShardWriter:
+    """Writes one shard of every hook and of any token ids; all files appear at `finish`, none after `abort`."""
+
+    def __init__(
+        self, out: Path, split: str, number: int, hooks: dict[str, int], form: Form
+    ) -> None:
+        self._out, self._dtype = out, DTYPES[form.dtype]
+        self._names: list[str] = []
+        self._stack = contextlib.ExitStack()
+        self._seq, self._pos, self._lengths = [], [], []
+        self.rows = self.sequences = 0
+        try:
+            self._tokens = (
+                self._open(shard_name(split, None, number), "ids", form.seq_len, torch.int32)
+                if form.seq_len
+                else None
+            )
+            self._acts = {
+                hook: self._open(shard_name(split, hook, number), "acts", d_in, self._dtype)
+                for hook, d_in in hooks.items()
+            }
+        except BaseException as error:
+            self.abort(error)
+            raise
+
+    def append(self, step: Step) -> None:
+        """Add a step's kept rows and its sequences."""
+        try:
+            if self._tokens is not None:
+                self._tokens.append(step.ids)
+            for hook, file in self._acts.items():
+                file.append(step.x[hook].to(self._dtype))
+        except BaseException as error:
+            self.abort(error)
+            raise
+        self._seq.append(step.seq.int())
+        self._pos.append(step.pos.int())
+        self._lengths.append(step.lengths)
+        self.rows += len(step.seq)
+        self.sequences += len(step.ids)
+
+    def finish(self) -> dict[str, FileRecord]:
+        """Complete and rename every file; return their records by name."""
+        try:
+            if self._tokens is not None:
+                self._tokens.finish({"lengths": torch.cat(self._lengths)})
+            for file in self._acts.values():
+                file.finish({"seq": torch.cat(self._seq), "pos": torch.cat(self._pos)})
+        except BaseException as error:
+            self.abort(error)
+            raise
+        self._stack.close()
+        return {name: record(self._out / name) for name in self._names}
+
+    def abort(self, error: BaseException) -> None:
+        """Remove the unfinished files (a full disk becomes a UserError here)."""
+        self._stack.__exit__(type(error), error, error.__traceback__)
+
+    def _open(self, name: str, tensor: str, width: int, dtype: torch.dtype) -> _RowFile:
+        self._names.append(name)
+        temporary = self._stack.enter_context(writing(self._out / name))
+        return _RowFile(self._stack.enter_context(temporary.open("wb")), tensor, width, dtype)
+
+
+def as_stored(step: Step, dtype: str) -> Step:
+    """Return the step with kept rows rounded as stored; raises UserError when float16 cannot hold a value."""
+    kind = DTYPES[dtype]
+    if kind == torch.float32:
+        return step
+    return step._replace(x={hook: _rounded(x, kind, hook) for hook, x in step.x.items()})
+
+
+def _rounded(
+    x: Float[Tensor, "rows d_in"], dtype: torch.dtype, hook: str
+) -> Float[Tensor, "rows d_in"]:
+    y = x.to(dtype).float()
+    if (
+        dtype == torch.float16
+        and not bool(torch.isfinite(y.sum()))
+        and not bool(torch.isfinite(y).all())
+    ):
+        worst = float(x.abs().max())
+        raise UserError(
+            f"{hook}: activation of size {worst:.0f} does not fit float16; use --store-dtype bfloat16"
+        )
+    return y
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous()
+    return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy().data
+
+
+def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:
+    return {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+
 
 IMAGES = "images.safetensors"
 STATS = "stats.safetensors"
@@ -155,3 +462,148 @@ def _chosen(available: dict[str, int], names: tuple[str, ...] | None, path: Path
             raise UserError(f"{path}: no hook {name!r} in this store{nearest(name, available)}")
         chosen.append(hook)
     return {hook: int(available[hook]) for hook in chosen}
+
+
+# One half of a store, written shard by shard as rows arrive: wherever they come from.
+
+_MAX_OUTLIERS, _MAX_NAMED = 16, 20
+
+
+class Feed(NamedTuple):
+    """Rows for a store: their widths, the steps of one half from any position on, and the form of the shards."""
+
+    hooks: dict[str, int]
+    steps: Callable[[bool, Position], Iterator[Step]]
+    """(held out?, where to begin) -> steps until the data end."""
+    form: Form
+    nothing: str
+    """What to say when a half has no row at all; "{split}" stands for its name."""
+    threaded: bool
+    """Whether rows are written by another thread while the model runs."""
+
+
+class SplitWriter:
+    """Writes one half of the store: `run` drives the model, `_add` runs in the writer thread."""
+
+    def __init__(self, feed: Feed, out: Path, ledger: Ledger, split: str, tally: Tally) -> None:
+        self._feed, self._out, self._ledger = feed, out, ledger
+        self._name, self._tally = split, tally
+        self._state = ledger.splits[split]
+        self._shard: ShardWriter | None = None
+
+    def run(self, wanted: int, tick: Tick) -> Ledger:
+        """Write rows until there are `wanted` or the data end; return the ledger."""
+        if self._state.done:
+            return self._ledger
+        try:
+            with Background(self._add, threaded=self._feed.threaded) as worker:
+                exhausted = self._drive(worker, wanted, tick)
+            self._commit(done=True, exhausted=exhausted)
+        except NonFiniteError as error:
+            raise self._located(error) from error
+        finally:
+            if self._shard is not None:
+                self._shard.abort(RuntimeError("harvest interrupted"))
+        return self._ledger
+
+    def _drive(self, worker: Background[Step], wanted: int, tick: Tick) -> bool:
+        rows = self._state.rows
+        if rows >= wanted:
+            return False
+        for step in self._feed.steps(self._name == "heldout", self._state.start):
+            part = step.head(wanted - rows)
+            rows += len(part.seq)
+            worker.put(part)
+            tick(len(part.seq))
+            if rows >= wanted:
+                return False
+        if rows == 0:
+            raise UserError(self._feed.nothing.replace("{split}", self._name))
+        return True
+
+    def _add(self, step: Step) -> None:
+        form = self._feed.form
+        step = as_stored(step, form.dtype)
+        if self._shard is None:
+            number = len(self._state.shard_rows)
+            self._shard = ShardWriter(self._out, self._name, number, self._feed.hooks, form)
+        self._shard.append(step)
+        if self._name == "train":
+            self._tally.update(step.x, step.skipped, step.counts, step.labels)
+        counts = {
+            reason: n + self._state.counts.get(reason, 0) for reason, n in step.counts.items()
+        }
+        self._state = self._state.model_copy(
+            update={"counts": counts, "position": tuple(step.after)}
+        )
+        if self._shard.rows >= form.shard_rows:
+            self._commit()
+
+    def _commit(self, done: bool = False, exhausted: bool = False) -> None:
+        state, shard = self._state, self._shard
+        if shard is not None:
+            self._shard = None  # whatever happens in `finish`, it removes its own files
+            files = {**state.files, **shard.finish()}
+            shards = (*state.shard_rows, shard.rows)
+            state = state.model_copy(
+                update={"files": files, "shard_rows": shards, "rows": sum(shards)}
+            )
+        self._state = state.model_copy(update={"done": done, "exhausted": exhausted})
+        self._ledger = self._ledger.with_split(self._name, self._state).save(self._out, self._tally)
+
+    def _located(self, error: NonFiniteError) -> UserError:
+        row = (self._shard.rows if self._shard else 0) + error.row
+        place = f"{self._name} shard {len(self._state.shard_rows)}, row {row} ({error.place})"
+        return UserError(f"{error.hook}: NaN or infinite activation in {place}{error.MEND}")
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> Iterator[Ledger]:
+    """Yield the ledger of a new or begun harvest and hold its directory; what fails before a shard is removed.
+
+    Raises UserError when the directory holds something else, or another process is writing there.
+    """
+    refuse_foreign(out)
+    created = not out.exists()
+    with locked(out):
+        ledger = open_ledger(out, config, inputs)
+        try:
+            yield ledger
+        except BaseException:
+            clean_up_if_nothing_done(out, created)
+            raise
+
+
+def finish(
+    out: Path, ledger: Ledger, tally: Tally, files: list[str], info: dict[str, object]
+) -> None:
+    """Write the statistics and the manifest, with `files` beside the shards, and remove the ledger."""
+    save_tensors(out / STATS, tally.tensors())
+    known: dict[str, FileRecord] = {
+        name: kept for state in ledger.splits.values() for name, kept in state.files.items()
+    }
+    known |= {name: record(out / name) for name in [STATS, *files]}
+    write_manifest(out, "store", ledger.config, known, inputs=ledger.inputs, info=info)
+    drop_ledger(out)
+
+
+def skipped(state: SplitState) -> dict[str, int]:
+    """Return how many rows one half left out, by reason."""
+    return {reason: n for reason, n in state.counts.items() if reason != "kept"}
+
+
+def lacking(not_loaded: Sequence[str]) -> dict[str, list[str]]:
+    """Return a manifest's record of weights that the model's files lack (20 names at most), nothing where none are."""
+    return {"not_loaded": [*not_loaded[:_MAX_NAMED]]} if not_loaded else {}
+
+
+def outlier_dims(tally: Tally, hook: str) -> list[dict[str, int | float]]:
+    """Return the dimensions whose variance exceeds 50 times the median one, largest first (16 at most)."""
+    variance = tally.kept[hook].variance
+    median = float(variance.median())
+    order = torch.argsort(variance, descending=True)[:_MAX_OUTLIERS].tolist()
+    return [
+        {"dim": dim, "variance": float(variance[dim]), "over_median": float(variance[dim]) / median}
+        for dim in order
+        if median > 0 and float(variance[dim]) > OUTLIER_RATIO * median
+    ]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from wsae.acts.skip import REASONS
-from wsae.stats.consistency import ConsistencyCounts
+from wsae.acts.flow import REASONS
+from wsae.stats.classes import ConsistencyCounts
 from wsae.stats.moments import Moments
 
 

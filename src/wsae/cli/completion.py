@@ -1,15 +1,222 @@
 """`wsae completion`: a script that makes a shell complete commands, flags, choices and files."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import tyro
 
-from wsae.cli import shells
-from wsae.cli.flags import Common, CommonFlags, MaybePlace
+from wsae.cli import flags as flagfile
+from wsae.cli import runner, table
+from wsae.cli.flags import Common, CommonFlags, MaybePlace, flag_names, is_positional
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.files import write_text
+
+# Completion scripts: the commands' words as plain data, and that data in the words of each shell.
+
+FILES = ("FILE", "PATH", "DIR", "SOURCE", "IMAGES", "MODEL", "SAE", "RUN")
+"""Names of values that a file may be."""
+
+
+class Word(NamedTuple):
+    """A flag, or a word given by place, and what may follow it."""
+
+    name: str
+    about: str
+    takes: bool
+    """Whether a value follows."""
+    choices: tuple[str, ...]
+    files: bool
+    """Whether files complete it."""
+    several: bool
+    """Whether several values may follow."""
+
+
+class Words(NamedTuple):
+    """What a command understands."""
+
+    name: str
+    about: str
+    placed: tuple[Word, ...]
+    flags: tuple[Word, ...]
+
+
+HELP = Word("--help", "Show the flags, with defaults and examples", False, (), False, False)
+
+
+def script_for(shell: str) -> str:
+    """Return the script for bash, zsh or fish."""
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands())
+
+
+def commands() -> list[Words]:
+    """Return the words of every command."""
+    found = []
+    for command in table.COMMANDS:
+        kind = runner.load(command).Flags
+        fields = dict(flagfile.leaves(kind))
+        placed = [_word("", f) for f in fields.values() if is_positional(f)]
+        flags = [_word(flag, fields[path]) for flag, path in flag_names(kind).items()]
+        found.append(Words(command.name, command.summary, tuple(placed), (*flags, HELP)))
+    return found
+
+
+def _word(flag: str, field: Any) -> Word:
+    about = " ".join((field.description or "").split()).split(". ")[0].split("; ")[0]
+    kinds = _kinds(field.annotation)
+    choices = tuple(str(c) for kind in kinds if get_origin(kind) is Literal for c in get_args(kind))
+    metavar = next((m.metavar for m in field.metadata if getattr(m, "metavar", None)), "")
+    named = metavar.replace("|", " ").split(" ")[0] in FILES
+    several = get_origin(field.annotation) is tuple
+    takes = field.annotation is not bool
+    return Word(flag, about.rstrip("."), takes, choices, Path in kinds or named, several)
+
+
+def _kinds(kind: Any) -> list[Any]:
+    """Return the types in a union or a tuple of any depth; a Literal is one."""
+    if get_origin(kind) is Literal or not get_args(kind):
+        return [kind]
+    return [inner for part in get_args(kind) for inner in _kinds(part)]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+_BASH = """\
+# bash completion of wsae; made by `wsae completion bash`
+_wsae() {
+    local cur=${COMP_WORDS[COMP_CWORD]} command=${COMP_WORDS[1]} flag="" values="" files="" i
+    COMPREPLY=()
+    if ((COMP_CWORD == 1)); then
+        COMPREPLY=($(compgen -W @COMMANDS@ -- "$cur"))
+        return
+    fi
+    [[ $cur == "=" ]] && cur=""
+    for ((i = COMP_CWORD - 1; i > 1; i--)); do
+        [[ ${COMP_WORDS[i]} == --* ]] && flag=${COMP_WORDS[i]} && break
+    done
+    if [[ $cur == -* ]]; then
+        case $command in
+@FLAGS@
+        esac
+        COMPREPLY=($(compgen -W "$values" -- "$cur"))
+        return
+    fi
+    ((COMP_CWORD - i > 1)) && [[ ${COMP_WORDS[COMP_CWORD - 1]} != "=" ]] && flag="$flag ..."
+    case "$command $flag" in
+@VALUES@
+    *) case $command in
+@PLACED@
+        esac ;;
+    esac
+    if [[ $files ]]; then
+        local IFS=$'\\n'
+        compopt -o filenames 2>/dev/null
+        COMPREPLY=($(compgen -f -- "$cur"))
+    fi
+    COMPREPLY+=($(IFS=' ' compgen -W "$values" -- "$cur"))
+}
+complete -F _wsae wsae
+"""
+
+
+def _bash(found: list[Words]) -> str:
+    flags, values, placed = [], [], []
+    for one in found:
+        names = " ".join(word.name for word in one.flags)
+        flags.append(f"        {one.name}) values={_quoted(names)} ;;")
+        for word in one.flags:
+            if word.takes:
+                more = f' | "{one.name} {word.name} ..."' if word.several else ""
+                values.append(f'    "{one.name} {word.name}"{more}) {_bash_set([word])} ;;')
+        if one.placed:
+            placed.append(f"        {one.name}) {_bash_set(one.placed)} ;;")
+    names = _quoted(" ".join(one.name for one in found))
+    text = _BASH.replace("@COMMANDS@", names).replace("@FLAGS@", "\n".join(flags))
+    return text.replace("@VALUES@", "\n".join(values)).replace("@PLACED@", "\n".join(placed))
+
+
+def _bash_set(words: Any) -> str:
+    choices = " ".join(choice for word in words for choice in word.choices)
+    files = "yes" if any(word.files for word in words) else ""
+    return f"values={_quoted(choices)} files={files}"
+
+
+_ZSH = """\
+#compdef wsae
+# zsh completion of wsae; made by `wsae completion zsh`
+_wsae() {
+    local curcontext=$curcontext state line
+    typeset -A opt_args
+    _arguments -C '1:command:->command' '*::word:->words'
+    case $state in
+    command)
+        local -a commands=(
+@COMMANDS@
+        )
+        _describe command commands ;;
+    words)
+        case $words[1] in
+@WORDS@
+        esac ;;
+    esac
+}
+if [[ $funcstack[1] == _wsae ]]; then _wsae "$@"; else compdef _wsae wsae; fi
+"""
+
+
+def _zsh(found: list[Words]) -> str:
+    names = [f"            {_quoted(one.name + ':' + one.about)}" for one in found]
+    words = []
+    for one in found:
+        specs = [_zsh_flag(word) for word in one.flags] + [_zsh_placed(one.placed)]
+        lines = " \\\n".join(f"                {_quoted(spec)}" for spec in specs)
+        words.append(f"        {one.name})\n            _arguments \\\n{lines} ;;")
+    text = _ZSH.replace("@COMMANDS@", "\n".join(names))
+    return text.replace("@WORDS@", "\n".join(words))
+
+
+def _zsh_flag(word: Word) -> str:
+    about = word.about.replace("\\", "").replace("[", "(").replace("]", ")").replace(":", " -")
+    if not word.takes:
+        return f"{word.name}[{about}]"
+    many = "*-*:" if word.several else ""
+    return f"{word.name}[{about}]:{many}{word.name.lstrip('-')}:{_zsh_action([word])}"
+
+
+def _zsh_placed(placed: tuple[Word, ...]) -> str:
+    return f"*:word:{_zsh_action(placed)}" if placed else "*: :"
+
+
+def _zsh_action(words: Any) -> str:
+    choices = " ".join(choice for word in words for choice in word.choices)
+    if choices:
+        return f"({choices})"
+    return "_files" if any(word.files for word in words) else " "
+
+
+def _fish(found: list[Words]) -> str:
+    lines = ["# fish completion of wsae; made by `wsae completion fish`", "complete -c wsae -f"]
+    for one in found:
+        about = f"-a {one.name} -d {_fish_quoted(one.about)}"
+        lines.append(f"complete -c wsae -n __fish_use_subcommand {about}")
+    for one in found:
+        start = f"complete -c wsae -n '__fish_seen_subcommand_from {one.name}'"
+        for word in one.placed:
+            given = f" -a {_fish_quoted(' '.join(word.choices))}" if word.choices else ""
+            if given or word.files:
+                lines.append(f"{start}{' -F' if word.files else ''}{given}")
+        for word in one.flags:
+            name = f"{start} -l {word.name.removeprefix('--')} -d {_fish_quoted(word.about)}"
+            given = f" -x -a {_fish_quoted(' '.join(word.choices))}" if word.choices else " -x"
+            lines.append(name + ((" -r -F" if word.files else given) if word.takes else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _fish_quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
 
 ABOUT = """\
 Print a script that makes bash, zsh or fish complete the words of wsae. It is plain text:
@@ -37,7 +244,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Return the shell and its script, written to --out where that is given."""
-    script = shells.script(flags.shell)
+    script = script_for(flags.shell)
     if flags.out is not None:
         write_text(Path(flags.out), script)
         ui.note(f"{flags.shell} reads it from {PLACES[flags.shell]}")

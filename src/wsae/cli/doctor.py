@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount
-from wsae.cli.live import LiveFlags, is_data
-from wsae.cli.plan import TOKENS, PlanFlags
+from wsae.cli.live import TOKENS, LiveFlags, PlanFlags, is_data
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 

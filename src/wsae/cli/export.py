@@ -64,8 +64,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
 def _export(one: Any, out: Path, flags: Flags) -> bool:
     """Write one SAE unless the same export lies there already; returns whether it was written."""
     from wsae.core.artifact import read_manifest
-    from wsae.interop.convert import save
-    from wsae.interop.target import same
+    from wsae.interop.convert import same, save
     from wsae.sae import SparseAutoencoder
 
     inputs = {"sae": read_manifest(one.path, "sae").digest()}

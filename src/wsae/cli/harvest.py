@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, Place
-from wsae.cli.images import ImageFlags
-from wsae.cli.live import DEFAULTS, LiveFlags, Precision
+from wsae.cli.live import TEXT_DEFAULTS, ImageFlags, LiveFlags, Precision
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -23,13 +22,13 @@ class Flags(Config):
     `wsae pretrain`."""
     out: Place
     """Directory of the store."""
-    tokens: Count = DEFAULTS.tokens
+    tokens: Count = TEXT_DEFAULTS.tokens
     """Training rows wanted (of a text; see --limit for images)."""
-    dtype: Precision = DEFAULTS.dtype
+    dtype: Precision = TEXT_DEFAULTS.dtype
     """Precision the model runs in."""
-    store_dtype: Literal["float32", "bfloat16", "float16"] = DEFAULTS.store_dtype
+    store_dtype: Literal["float32", "bfloat16", "float16"] = TEXT_DEFAULTS.store_dtype
     """Precision on disk; float32 loses nothing."""
-    shard_tokens: Count = DEFAULTS.shard_tokens
+    shard_tokens: Count = TEXT_DEFAULTS.shard_tokens
     """Rows per shard; a killed harvest loses at most one shard."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
     """The text and the rows to keep."""
@@ -46,7 +45,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     rest = {"seed": flags.common.seed, "dtype": flags.dtype, "store_dtype": flags.store_dtype}
     where = device(flags.common.device)
     if flags.vision.images is not None:
-        if flags.tokens != DEFAULTS.tokens:
+        if flags.tokens != TEXT_DEFAULTS.tokens:
             raise UserError("--tokens: is for --text, not for --images; see --limit")
         rest |= {"shard_rows": flags.shard_tokens, "device": where}
         images = flags.vision.config(flags.model, flags.live, **rest)
@@ -80,7 +79,7 @@ def describe(flags: Flags) -> dict[str, Any]:
 
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print what lies on disk and what to do next."""
-    from wsae.core.units import size
+    from wsae.core.memory import size
 
     rows, dropped = result["rows"], result["skipped"]["train"]
     widths = ", ".join(f"{hook} ({d_in})" for hook, d_in in result["hooks"].items())

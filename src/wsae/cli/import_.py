@@ -36,8 +36,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
     """Convert and return where the SAE lies and what it is."""
     from wsae.core.artifact import MANIFEST
     from wsae.core.errors import UserError
-    from wsae.interop.convert import load, save_native
-    from wsae.interop.target import begun
+    from wsae.interop.convert import begun, load, save_native
 
     loaded = load(flags.path, flags.format)
     if loaded.format == "wsae":

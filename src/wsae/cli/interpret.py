@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from wsae.cli.evaluate import counted, interval, likeness, scored
 from wsae.cli.flags import (
     Common,
     CommonFlags,
@@ -17,7 +18,6 @@ from wsae.cli.flags import (
     Place,
     Switch,
 )
-from wsae.cli.interpret_tables import show_agreement, show_plan, show_scores
 from wsae.cli.live import language_of, reopen
 from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest
@@ -28,7 +28,76 @@ from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
 from wsae.evals.autointerp.llm.config import LlmConfig
 
 if TYPE_CHECKING:
-    from wsae.evals.autointerp.panel import Judges
+    from wsae.evals.autointerp.subjects import Judges
+
+# The tables of `wsae interpret`.
+
+
+def show_plan(plan: dict[str, dict[str, int]], ui: UI) -> None:
+    """Print the requests and tokens of each score."""
+    columns = ("requests", "cached", "prompt_tokens", "completion_tokens", "limit_tokens")
+    names = ("to send", "on disk", "prompt tokens", "answer tokens", "at most")
+    rows = [[score, *(f"{part[key]:,}" for key in columns)] for score, part in plan.items()]
+    total = [f"{sum(part[key] for part in plan.values()):,}" for key in columns]
+    ui.table("would be asked (tokens estimated)", ("score", *names), [*rows, ["total", *total]])
+
+
+def show_scores(result: dict[str, Any], ui: UI) -> None:
+    """Print a table per hook: members and controls as rows, mean scores with intervals; then the comparisons."""
+    for hook, found in result["hooks"].items():
+        scores = list(result["judges"])
+        rows = [
+            [name, *(scored(e["summary"].get(s)) for s in scores), counted(e["counts"])]
+            for name, e in {**found["members"], **found["controls"]}.items()
+        ]
+        ui.table(f"{hook}: interpretability", ("", *scores, "latents"), rows)
+        lines = [
+            [line["a"], line["b"], line["metric"], line["over"], difference(line), str(line["n"])]
+            for line in found["comparisons"]
+            if line["over"] != "control"
+        ]
+        if lines:
+            columns = ("a", "b", "score", "over latents", "a - b", "n")
+            ui.table(f"{hook}: differences", columns, lines)
+        for text in [*compared(found["comparisons"]), *unanswered(found)]:
+            ui.say(text)
+
+
+def compared(lines: list[dict[str, Any]]) -> list[str]:
+    """Return a line per pair of members and score: how many matched latents are compared, and how alike they are."""
+    return [
+        f"{line['a']} against {line['b']}, {line['metric']}: {line['n']} of {line['sampled']} sampled latents have a "
+        f"match that was scored, {likeness(line['cosine'], line['chance'])}"
+        for line in lines
+        if line.get("cosine") is not None
+    ]
+
+
+def difference(line: dict[str, Any]) -> str:
+    """Return a difference with its interval."""
+    return interval({"value": line["difference"], "low": line["low"], "high": line["high"]})
+
+
+def unanswered(found: dict[str, Any]) -> list[str]:
+    """Return a line for every member and score whose requests were not all parsed."""
+    out = []
+    for name, entry in {**found["members"], **found["controls"]}.items():
+        for score, part in entry["summary"].items():
+            if part.get("requested", 0) != part.get("parsed", 0):
+                reasons = ", ".join(f"{n} {why}" for why, n in part["reasons"].items())
+                out.append(
+                    f"{name}, {score}: {part['requested']} requested = {part['parsed']} parsed + "
+                    f"{part['failed']} failed + {part['not_asked']} not asked ({reasons})"
+                )
+    return out
+
+
+def show_agreement(lines: list[dict[str, Any]], ui: UI) -> None:
+    """Print the rank correlations."""
+    if lines:
+        rows = [[line["score"], line["with"], interval(line), str(line["n"])] for line in lines]
+        ui.table("agreement", ("score", "with", "Spearman", "latents"), rows)
+
 
 ABOUT = """\
 Score how well it can be told when a latent fires, from what it fired on in other documents, into RUN/interpretation.
@@ -192,8 +261,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         return {"run": str(flags.run), "plan": {name: vars(part) for name, part in planned.items()}}
     if _needs_model(cfg):
         judges["language"] = language_of(source, where)
-    from wsae.evals.autointerp.agreement import agreement
     from wsae.evals.autointerp.run import interpret_run
+    from wsae.evals.autointerp.summary import agreement
 
     record = interpret_run(flags.run, source, cfg, ui.progress, flags.force, **judges)
     if flags.agreement:
@@ -212,11 +281,11 @@ def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "
     """Open what the scores ask, except the model behind the activations."""
     judges: Judges = {}
     if "embedding" in cfg.scores and not flags.dry_run:
-        from wsae.evals.autointerp.encoder import load_encoder
+        from wsae.evals.autointerp.embedding import load_encoder
 
         judges["encoder"] = load_encoder(flags.encoder, device=where)
     if any(score not in FREE for score in cfg.scores):
-        from wsae.evals.autointerp.llm.open import open_llm
+        from wsae.evals.autointerp.llm.local import open_llm
 
         judges["llm"] = open_llm(llm)
     return judges

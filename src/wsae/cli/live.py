@@ -6,20 +6,148 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from wsae.acts.config import HarvestConfig
-from wsae.cli.flags import Count, MaybeName, Number
-from wsae.cli.plan import read_vector
+from wsae.acts.images.config import ImageHarvestConfig
+from wsae.cli.flags import Count, MaybeCount, MaybeName, MaybeNumber, MaybePlace, Name, Number
 from wsae.core.artifact import check_file, read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
+from wsae.losses.config import Normalise, Robust, Rule
+from wsae.sae.config import Kind
+from wsae.train.config import MemberConfig, TrainConfig, family
 
 if TYPE_CHECKING:
-    from wsae.acts.images.gallery import Gallery
+    import numpy as np
+
+    from wsae.acts.images.harvest import Gallery
     from wsae.acts.language import LanguageModel
     from wsae.acts.source import ActivationSource
 
+# Flags that say which SAEs to train and for how long.
+
+TOKENS = 250_000
+"""Training tokens where neither --tokens nor the data say how many."""
+
+
+class PlanFlags(Config):
+    """The SAEs: their shape, their loss weights and their training."""
+
+    d_sae: MaybeCount = None
+    """Latents; none means expansion x the width of the activations."""
+    expansion: Count = 8
+    """Latents per input dimension."""
+    k: MaybeCount = None
+    """Active latents per sample of the Top-k kinds; none means 32."""
+    activation: Kind = "topk"
+    """Which latents may be active."""
+    gamma: Rule = "variance"
+    """What the loss weights follow; "vector" reads --gamma-file."""
+    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...")] = (1.0,)
+    """Exponents of the weights; each gives one SAE on the same batches."""
+    normalise: Normalise = "rms"
+    """Scale of the weights: rms makes their mean square 1; none is the paper's raw s^alpha."""
+    robust: Robust = "none"
+    """Tame outlier dimensions: clip their proxy at a quantile, use its rank, or drop them from the loss."""
+    quantile: Number = 0.99
+    """Where --robust winsor clips."""
+    gamma_file: MaybePlace = None
+    """A .npy vector of width d_in for --gamma vector."""
+    ridge: MaybeNumber = None
+    """Ridge of --gamma whiten, as a share of the mean eigenvalue of the covariance; none means 0.01."""
+    tied: bool = False
+    """The theory's form: decoder = encoder transposed, no biases."""
+    twin: bool = True
+    """Train the plain SAE beside them, for comparison."""
+    l1: Number = 0.0
+    """L1 penalty on the latents."""
+    l0: Number = 0.0
+    """L0 penalty (moves JumpReLU's thresholds)."""
+    tokens: MaybeCount = None
+    """Training rows; none means once through the data, or 250,000 from a live model."""
+    batch_size: Count = 2048
+    """Rows per step."""
+    lr: MaybeNumber = None
+    """Peak learning rate; none means 2e-4 / sqrt(d_sae / 2^14)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the model and of the dense encoder product; weights stay float32."""
+
+    def config(self, rows: int | None, seed: int) -> TrainConfig:
+        """Return the run these flags describe over `rows` rows of data; raises UserError in one line."""
+        tokens = self.tokens if self.tokens is not None else (rows or TOKENS)
+        data = {
+            "members": family([self._member(gamma) for gamma in self._gammas()], self.twin),
+            "tokens": tokens,
+            "batch_size": self.batch_size,
+            "dtype": self.dtype,
+            "seed": seed,
+        }
+        return TrainConfig.parse(data, where="flags")
+
+    def _gammas(self) -> list[dict[str, object]]:
+        if self.gamma == "none":
+            if self.robust != "none":
+                raise UserError(
+                    f"--robust {self.robust}: the plain loss has no proxy to tame; for the plain loss without outlier "
+                    "dimensions use --gamma variance --alpha 0 --robust drop"
+                )
+            return [{}]
+        if not self.alpha:
+            raise UserError("--alpha: give at least one number")
+        base = {
+            "rule": self.gamma,
+            "normalise": self.normalise,
+            "robust": self.robust,
+            "quantile": self.quantile,
+            "vector": self._vector(),
+            "ridge": self.ridge,
+        }
+        return [{**base, "alpha": alpha} for alpha in self.alpha]
+
+    def _member(self, gamma: dict[str, object]) -> MemberConfig:
+        data = {
+            "gamma": gamma,
+            "d_sae": self.d_sae,
+            "expansion": self.expansion,
+            "activation": self._activation(),
+            "tied": self.tied,
+            "lr": self.lr,
+            "l1": self.l1,
+            "l0": self.l0,
+        }
+        return MemberConfig.parse(data, where="flags")
+
+    def _activation(self) -> dict[str, object]:
+        if self.activation in ("relu", "jumprelu"):
+            if self.k is not None:
+                raise UserError(
+                    f"--k {self.k}: {self.activation} has no k; leave it out, or use --activation topk"
+                )
+            return {"kind": self.activation}
+        return {"kind": self.activation, "k": 32 if self.k is None else self.k}
+
+    def _vector(self) -> tuple[float, ...] | None:
+        if self.gamma_file is None:
+            return None
+        values = read_vector(
+            "--gamma-file", self.gamma_file, "fiu", "one number per input dimension"
+        )
+        return tuple(float(v) for v in values)
+
+
+def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":
+    """Return the one-dimensional .npy array at `path` with a dtype among `kinds`; raises UserError else."""
+    from wsae.core.npy import mapped_npy
+
+    values = mapped_npy(path, f"{flag} {path}")
+    if values.ndim != 1 or values.dtype.kind not in kinds:
+        raise UserError(
+            f"{flag} {path}: shape {values.shape} of {values.dtype}; {needed} is needed"
+        )
+    return values.copy()
+
+
 Precision = Literal["float32", "bfloat16"]
-DEFAULTS = HarvestConfig.parse({})
+TEXT_DEFAULTS = HarvestConfig.parse({})
 
 
 class LiveFlags(Config):
@@ -32,25 +160,25 @@ class LiveFlags(Config):
         tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
     ] = ()
     """Modules to read: "layers.9", "layers.*", "layers.9.mlp"; several are read in one pass."""
-    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = DEFAULTS.text.field
+    field: Annotated[str, tyro.conf.arg(metavar="NAME")] = TEXT_DEFAULTS.text.field
     """Key or column that holds the text, a conversation or token ids; dots lead deeper ("data.text")."""
     split: MaybeName = None
     """Split of a hub dataset or of a directory that has several; none means train."""
     subset: MaybeName = None
     """Configuration of a hub dataset that has several."""
-    seq_len: Count = DEFAULTS.seq_len
+    seq_len: Count = TEXT_DEFAULTS.seq_len
     """Tokens per sequence."""
-    pack: bool = DEFAULTS.pack
+    pack: bool = TEXT_DEFAULTS.pack
     """Join documents and cut every seq-len tokens; --no-pack: one document per sequence."""
-    batch_seqs: Count = DEFAULTS.batch_seqs
+    batch_seqs: Count = TEXT_DEFAULTS.batch_seqs
     """Sequences per forward pass."""
-    heldout_tokens: Count = DEFAULTS.heldout_tokens
+    heldout_tokens: Count = TEXT_DEFAULTS.heldout_tokens
     """Rows kept for evaluation, from documents that are not trained on."""
-    skip_first: Count = DEFAULTS.skip_first
+    skip_first: Count = TEXT_DEFAULTS.skip_first
     """Positions dropped at the start of each sequence (the first is an attention sink)."""
-    skip_special: bool = DEFAULTS.skip_special
+    skip_special: bool = TEXT_DEFAULTS.skip_special
     """Drop begin- and end-of-text and other special tokens."""
-    sink_norm_ratio: Number = DEFAULTS.sink_norm_ratio or 0.0
+    sink_norm_ratio: Number = TEXT_DEFAULTS.sink_norm_ratio or 0.0
     """Drop tokens whose norm exceeds this many times the median; 0 keeps them."""
 
     def given(self) -> bool:
@@ -121,7 +249,7 @@ def open_labelled(source: str, labels: Path) -> "ActivationSource":
 
 def _is_array(source: str) -> bool:
     """Whether there is an array file, or a folder of them."""
-    from wsae.acts.arrays import is_folder_of_arrays
+    from wsae.acts.source import is_folder_of_arrays
 
     path = Path(source)
     return is_folder_of_arrays(path) if path.is_dir() else is_data(source)
@@ -203,10 +331,63 @@ def behind(
 
     if not isinstance(source, StoreSource) or not source.store.of_images:
         return language_of(source, device) if language else None
-    from wsae.acts.images.gallery import Gallery
-    from wsae.acts.images.harvest import store_images
+    from wsae.acts.images.harvest import Gallery, store_images
 
     try:
         return Gallery(store_images(source.store))
     except UserError:
         return None
+
+
+# Flags that name images, and the harvest they lead to.
+
+IMAGE_DEFAULTS = ImageHarvestConfig(model="")
+SHARED = ("hook", "split", "subset")
+"""Flags of `LiveFlags` that images take too."""
+
+
+class ImageFlags(Config):
+    """Images for a vision model, and the rows to keep."""
+
+    images: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Images for the model, in place of --text: a folder of class folders, .npz, a folder of IDX files, .parquet, a hub
+    dataset's name, or "digits"."""
+    size: MaybeCount = None
+    """Side in pixels; none means the model's own, cut as the model's own preparation does."""
+    limit: MaybeCount = None
+    """Images read at most, a random choice; none means all."""
+    workers: Count = IMAGE_DEFAULTS.images.workers
+    """Processes that decode images; 0: the main one."""
+    batch_size: Count = IMAGE_DEFAULTS.batch_size
+    """Images per forward pass."""
+    heldout_fraction: Number = IMAGE_DEFAULTS.heldout_fraction
+    """Share of the images kept for evaluation."""
+    image_field: Name = IMAGE_DEFAULTS.images.image_field
+    """Column of a table that holds the images."""
+    label_field: Name = IMAGE_DEFAULTS.images.label_field
+    """Column of a table that holds their classes."""
+    on_error: Literal["skip", "raise"] = IMAGE_DEFAULTS.images.on_error
+    """What an unreadable image does: it is left out, named and counted, or ends the command."""
+
+    def config(self, model: str, live: LiveFlags, **rest: object) -> ImageHarvestConfig:
+        """Return the harvest these flags describe; raises UserError in one line, also for flags of text."""
+        if live.text is not None:
+            raise UserError(f"--images {self.images} and --text {live.text}: give one of them")
+        for name, field in LiveFlags.model_fields.items():
+            if name not in SHARED and getattr(live, name) != field.default:
+                raise UserError(f"--{name.replace('_', '-')}: is for --text, not for --images")
+        read = ("size", "workers", "image_field", "label_field", "on_error")
+        images = {name: getattr(self, name) for name in read}
+        images |= {"path": self.images, "split": live.split, "subset": live.subset}
+        own = ("limit", "batch_size", "heldout_fraction")
+        data: dict[str, Any] = {name: getattr(self, name) for name in own}
+        hooks = {"hooks": live.hook} if live.hook else {}
+        return ImageHarvestConfig.parse(
+            {**data, **hooks, "model": model, "images": images, **rest}, where="flags"
+        )
+
+    def refuse(self) -> None:
+        """Raise UserError where a flag of images is given without --images."""
+        for name, field in ImageFlags.model_fields.items():
+            if getattr(self, name) != field.default:
+                raise UserError(f"--{name.replace('_', '-')}: is for --images, which is not given")

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeCount, MaybeName, Place, Switch
-from wsae.cli.loggers import LoggerFlags, mirrored
+from wsae.cli.flags import (
+    Common,
+    CommonFlags,
+    LoggerFlags,
+    MaybeCount,
+    MaybeName,
+    Place,
+    Switch,
+    mirrored,
+)
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -90,8 +98,7 @@ def _together(
     """Pretrain as one of the processes that torchrun started; rank 0 alone prints."""
     from wsae.acts.images.sets import open_images
     from wsae.cli.runner import device
-    from wsae.train.parallel.voice import RankLost
-    from wsae.train.parallel.world import joined
+    from wsae.train.parallel.world import RankLost, joined
     from wsae.vision.run import pretrain_parallel
 
     try:

@@ -39,7 +39,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
     """Write the folder, send it unless told not to, and return what is in it."""
-    from wsae.interop.push import check_repo
+    from wsae.interop.card import check_repo
 
     check_repo(flags.repo)
     out = flags.out
@@ -52,8 +52,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
 
 
 def _push(flags: Flags, out: Path) -> dict[str, Any]:
-    from wsae.interop.card import write_folder
-    from wsae.interop.push import upload
+    from wsae.interop.card import upload, write_folder
     from wsae.interop.runs import choose
 
     single = _is_single(flags.sae)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import IO, Any, Protocol, cast, runtime_checkable
 
 from wsae.cli import flags as flag_tools
-from wsae.cli.flagfile import as_json, as_yaml
+from wsae.cli.flags import as_json, as_yaml
 from wsae.cli.table import Command
 from wsae.cli.ui import UI
 from wsae.core.config import Config

@@ -19,7 +19,7 @@ from wsae.core.errors import UserError
 from wsae.serve.config import IndexConfig
 
 if TYPE_CHECKING:
-    from wsae.serve.guard import Gate
+    from wsae.serve.server import Gate
 
 ABOUT = """\
 Browse every latent of some runs: search explanations and contexts, sort, filter, compare with the plain twin, try a
@@ -60,7 +60,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Index the runs and serve them until interrupted; return what was served."""
     _check_installed()
-    from wsae.serve.slugs import slugs
+    from wsae.serve.build import slugs
 
     if not flags.run:
         raise UserError("missing: RUN; name at least one evaluated run")
@@ -79,7 +79,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
 def _gate(flags: Flags) -> "Gate":
     """Return under which names and path it is reached: those given, and the one it listens on."""
-    from wsae.serve.guard import Gate, host_name, path_prefix
+    from wsae.serve.server import Gate, host_name, path_prefix
 
     hosts = (*map(host_name, flags.allow_host), flags.host.lower())
     return Gate(hosts=hosts, root_path=path_prefix(flags.root_path))
@@ -123,9 +123,8 @@ def _serve(
 ) -> str:
     from wsae.cli.runner import device
     from wsae.serve import server
-    from wsae.serve.app import application
-    from wsae.serve.live import Live
-    from wsae.serve.served import Shelf
+    from wsae.serve.app import Live, application
+    from wsae.serve.index import Shelf
 
     listening, gate = where
     runs = [Shelf(t["slug"], Path(t["run"]), Path(t["index"])) for t in told]

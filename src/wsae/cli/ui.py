@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from wsae.core.errors import printable
+from wsae.core.memory import duration
 from wsae.core.progress import Tick
-from wsae.core.units import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars

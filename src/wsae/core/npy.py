@@ -14,7 +14,7 @@ import numpy as np
 
 from wsae.core.errors import UserError
 from wsae.core.files import opened
-from wsae.core.units import size
+from wsae.core.memory import size
 
 MOST_UNPACKED = 8 << 30
 """Bytes of packed data that are unpacked into memory."""

@@ -1,25 +1,244 @@
 """What a run will take of disk and time: disk by formula, time by measuring a few steps here."""
 
+import os
+import platform
+import shutil
 import statistics
+import sys
 import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.config import HarvestConfig
-from wsae.core.units import duration, size
-from wsae.doctor.check import Check, room
+from wsae.core.memory import duration, size
+from wsae.doctor.probe import Check, room
 from wsae.losses.config import GammaConfig
+from wsae.ops.native import why_not
+from wsae.sae.config import SAEConfig
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.covariance import MAX_ROWS
-from wsae.train.family import Family, power_of_two_scale, to_device
-from wsae.train.side_by_side import side_by_side
+from wsae.train.family import MAX_ROWS, Family, power_of_two_scale, to_device
 from wsae.train.state import make_batch, make_member
+from wsae.train.step import side_by_side
+
+# What this machine has: versions, threads, free memory, free disk.
+
+
+def check_versions() -> Check:
+    """Name the versions a bug report needs."""
+    shown = [f"Python {platform.python_version()}"]
+    for name in ("wsae", "torch", "transformers", "numpy"):
+        try:
+            shown.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            shown.append(f"{name} missing")
+    return Check("versions", "ok", ", ".join(shown))
+
+
+def check_device(device: str) -> Check:
+    """Name the device, and say when a faster one stands idle or threads are held back."""
+    if device.startswith("cuda"):
+        return Check(
+            "device", "ok", f"{device}: {torch.cuda.get_device_name(torch.device(device))}"
+        )
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    shown = f"{device}, {threads} of {cores} threads, {size(free_memory(device))} memory free"
+    if torch.cuda.is_available():
+        return Check(
+            "device", "warn", shown, "a GPU is here: leave out --device, or use --device cuda"
+        )
+    if threads * 2 < cores:
+        return Check("device", "warn", shown, "OMP_NUM_THREADS holds torch back; unset it")
+    return Check("device", "ok", shown)
+
+
+def free_memory(device: str) -> float:
+    """Return the bytes a process can still take on `device`."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.mem_get_info(torch.device(device))[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(float(line.split()[1]) * 1024, _cgroup_free())
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def held_memory(device: str) -> float:
+    """Return the bytes this process holds on `device` now: on a CPU what is resident, libraries included."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.memory_reserved(torch.device(device)))
+    return _status("VmRSS:")
+
+
+def peak_memory() -> float:
+    """Return the most bytes of main memory this process has held at once."""
+    return _status("VmHWM:")
+
+
+def _status(field: str) -> float:
+    """Return a line of /proc/self/status in bytes (0 where there is none: only Linux has it)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(field)), 0.0)
+
+
+def free_disk(out: str) -> float:
+    """Return the free bytes where `out` would be written."""
+    place = Path(out).absolute()
+    while not place.exists():
+        place = place.parent
+    return float(shutil.disk_usage(place).free)
+
+
+def _cgroup_free() -> float:
+    """Return what a container's limit leaves, or infinity without one."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = (root / "memory.current").read_text().strip()
+        return float("inf") if limit == "max" else float(limit) - float(used)
+    except (OSError, ValueError):
+        return float("inf")
+
+
+# What a run will hold in memory at most: what the process has already, and what training adds, by
+# formula.
+#
+# The constants are measured (`tests/test_doctor_memory.py` checks the sum against a run's peak
+# within 15 %).
+
+MEND = "lower --d-sae or --batch-size, or train fewer members at once"
+LIBRARY, LIBRARY_BYTES = "torch._dynamo", 152_000_000
+"""PyTorch's optimisers import its compiler."""
+_FIXED = {"eager": 32_000_000, "native": 22_000_000}
+"""Scratch of the products, pools of the allocator."""
+_NARROW_PER_ROW = {"eager": 12.0, "native": 3.5}
+"""[batch, d_in] float32 buffers alive at once, with those the allocator keeps."""
+_DENSE = {"topk": 1.05, "group_topk": 1.05, "batch_topk": 1.2, "relu": 6.4, "jumprelu": 8.5}
+"""[batch, d_sae] float32 buffers alive at once in an eager step."""
+_DENSE_BF16 = 1.5
+"""The same for the Top-k kinds with a bfloat16 product: it, the sum with b_enc, and what is freed late."""
+_SPARSE = {"batch_topk": 0.7}
+"""The same in a compiled step."""
+_PAIR = 100
+"""Bytes per active latent of a row: values, indices, orders."""
+_COPY, _MAKING = 4, 8
+"""Bytes per weight of an SAE made to be saved (kept until the last is written), and while it is made."""
+_LEFT, _RETURNED = 12, 1 << 25
+"""Bytes per weight that stay in the allocator's pools of threads that trained side by side, when weights and moments
+leave them; matrices of 32 MiB and more are returned to the system."""
+_ENTERING = 5.5
+"""Bytes per weight when the compiled kernels take over."""
+
+
+class Memory(NamedTuple):
+    """Bytes, by what needs them."""
+
+    held: int
+    """What the process has already: Python, libraries, the model."""
+    libraries: int
+    """What it has not imported yet."""
+    weights: int
+    """Weights, and their gradients (eager) or the encoder in 8 bits (native)."""
+    optimiser: int
+    rows: int
+    """Activations of a live model, waiting in a block to be mixed."""
+    step: int
+    """The largest of what comes and goes: a step, taking over, finishing."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def parameters(cfg: SAEConfig) -> int:
+    """Return the number of trained values: W_enc, W_dec, b_enc, b_dec and thresholds (tied: no W_enc, no biases)."""
+    matrix = cfg.d_in * cfg.d_sae
+    thresholds = cfg.d_sae if cfg.activation.kind == "jumprelu" else 0
+    return (matrix if cfg.tied else 2 * matrix + cfg.d_sae + cfg.d_in) + thresholds
+
+
+def kernels_of(wanted: str, device: str, cfg: SAEConfig) -> str:
+    """Return what computes a member's steps at their neediest: "native" or "eager" (ReLU kinds start eager)."""
+    sparse = hasattr(cfg.activation, "k")
+    return (
+        "native" if wanted != "eager" and device == "cpu" and sparse and not why_not() else "eager"
+    )
+
+
+def memory(
+    saes: Sequence[SAEConfig],
+    kernels: Sequence[str],
+    batch_size: int,
+    bf16: bool = False,
+    together: int = 1,
+) -> Memory:
+    """Return the memory of training these SAEs together, each with its kernels ("eager", "native").
+
+    Members step in turn, so only the neediest one's step counts; if all are native, `together` of them step side by
+    side. Finished SAEs are kept until the last is written. What is held and waits (`held`, `rows`) is the caller's.
+    """
+    counts = [parameters(cfg) for cfg in saes]
+    weights = [
+        8 * n if kind == "eager" else 4 * n + cfg.d_in * cfg.d_sae
+        for n, kind, cfg in zip(counts, kernels, saes, strict=True)
+    ]
+    steps = [_step(cfg, kind, batch_size, bf16) for cfg, kind in zip(saes, kernels, strict=True)]
+    if "eager" in kernels:
+        together = 1
+    taking = [_ENTERING * n for n, kind in zip(counts, kernels, strict=True) if kind == "native"]
+    largest = (sum(sorted(part)[-together:]) for part in (steps, taking))
+    pooled = [
+        n for n, cfg in zip(counts, saes, strict=True) if 4 * cfg.d_in * cfg.d_sae < _RETURNED
+    ]
+    left = _LEFT * sum(pooled) if together > 1 else 0
+    ending = left + _COPY * sum(counts) + _MAKING * max(counts, default=0)
+    fixed = max((_FIXED[kind] for kind in kernels), default=0)
+    return Memory(
+        held=0,
+        libraries=0 if LIBRARY in sys.modules else LIBRARY_BYTES,
+        weights=sum(weights),
+        optimiser=8 * sum(counts),
+        rows=0,
+        step=fixed + int(max(*largest, ending)),
+    )
+
+
+def _step(cfg: SAEConfig, kernels: str, batch_size: int, bf16: bool) -> float:
+    kind = cfg.activation.kind
+    pairs = _PAIR * batch_size * getattr(cfg.activation, "k", 0)
+    narrow = 4 * batch_size * cfg.d_in * _NARROW_PER_ROW[kernels] + pairs
+    if kernels == "native":
+        return narrow + 4 * batch_size * cfg.d_sae * _SPARSE.get(kind, 0.0)
+    dense = max(_DENSE[kind], _DENSE_BF16) if bf16 else _DENSE[kind]
+    return narrow + 4 * batch_size * cfg.d_sae * dense + 4 * cfg.d_in * cfg.d_sae
+
+
+def check_memory(need: Memory, free: float) -> Check:
+    """Compare the need with what is free (what the process holds already counts as free)."""
+    parts = {
+        "held now": need.held,
+        "libraries": need.libraries,
+        "SAE weights": need.weights,
+        "Adam": need.optimiser,
+        "rows to mix": need.rows,
+        "a step": need.step,
+    }
+    shown = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
+    status, mend = room(need.total, free, MEND)
+    return Check("memory", status, f"{size(need.total)} of {size(free)} free: {shown}", mend)
+
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_PER_ROW = 16
+_PLACE_BYTES = 16
 """Bytes of a stored row besides its activations: sequence number and position."""
 STEPS = 3
 _SAMPLE_VALUES = 1 << 30
@@ -29,7 +248,7 @@ _SAMPLE_VALUES = 1 << 30
 def store_bytes(cfg: HarvestConfig, widths: list[int]) -> int:
     """Return the size of a store of every hook's rows."""
     rows = cfg.tokens + cfg.heldout_tokens
-    return rows * (sum(widths) * _BYTES[cfg.store_dtype] + _PER_ROW)
+    return rows * (sum(widths) * _BYTES[cfg.store_dtype] + _PLACE_BYTES)
 
 
 def check_disk(need: int, free: float) -> Check:

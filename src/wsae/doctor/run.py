@@ -1,26 +1,271 @@
 """The pre-flight: a model with its text and hooks; and the check-up of a store, a run or an array on disk."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wsae.acts.capture import Capture, tokens
+from wsae.acts.config import HarvestConfig, LiveConfig
+from wsae.acts.hookpoints import SEES_LATER, HookPoint, Probed
+from wsae.acts.hookpoints import probe as probe_hooks
+from wsae.acts.language import LanguageModel, load_language, locate
 from wsae.acts.source import StoreSource, open_source
 from wsae.acts.store import Store
 from wsae.acts.text import told
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import MANIFEST, read_manifest
-from wsae.core.errors import UserError, understood
+from wsae.core.errors import UserError, named, understood
 from wsae.core.files import read_json
-from wsae.core.progress import Progress, quiet
-from wsae.doctor import activations, machine
-from wsae.doctor.check import Check, report
+from wsae.core.progress import Progress, Tick, quiet
+from wsae.doctor import cost, probe
+from wsae.doctor import cost as machine
+from wsae.doctor import probe as activations
+from wsae.doctor import probe as shape
 from wsae.doctor.config import DoctorConfig
-from wsae.doctor.plan import check_costs, check_shapes
-from wsae.train.config import FEW_STEPS, TrainConfig
+from wsae.doctor.cost import check_memory, kernels_of, memory
+from wsae.doctor.probe import Check, report
+from wsae.train.config import FEW_STEPS, MemberConfig, TrainConfig
+
+# The planned SAEs: do their shapes fit, and what will they take of memory and time?
+
+
+class Live(NamedTuple):
+    """What training from a model adds: the speed of its forward pass, and the rows that wait to be mixed."""
+
+    tokens_per_s: float
+    mixed_rows: int
+
+
+def check_shapes(cfg: DoctorConfig, widths: dict[str, int]) -> list[Check]:
+    """Check each hook's width and every form of SAE on it."""
+    checks: list[Check] = []
+    for hook, d_in in widths.items():
+        checks.append(shape.check_width(hook, d_in, cfg.d_in))
+        forms = {
+            m.sae_config(d_in).model_dump_json() if _fits(m, d_in) else str(m.activation): m
+            for m in cfg.train.members
+        }
+        checks += [shape.check_member(hook, d_in, member) for member in forms.values()]
+    return checks
+
+
+def _fits(member: MemberConfig, d_in: int) -> bool:
+    try:
+        member.sae_config(d_in)
+    except UserError:
+        return False
+    return True
+
+
+def check_costs(
+    cfg: DoctorConfig,
+    sample: dict[str, Float[Tensor, "rows _"]],
+    rows: int,
+    live: Live | None,
+) -> list[Check]:
+    """Check covariances, memory and time of the planned training, when its shapes fit the sample.
+
+    `rows` is how many rows the statistics will see.
+    """
+    widths = [x.shape[1] for x in sample.values()]
+    if not widths or not all(_fits(m, d) for m in cfg.train.members for d in widths):
+        return []
+    checks = [_check_memory(cfg, widths, live)]
+    finite = all(bool(torch.isfinite(x).all()) for x in sample.values())
+    if checks[0].status == "fail" or not finite:
+        return checks
+    gammas = [member.gamma for member in cfg.train.members]
+    for hook, x in sample.items():
+        checks += cost.check_covariance(hook, x, gammas, rows)
+    per_step = sum(
+        cost.seconds_per_step(x, cfg.train, cfg.device, cfg.probe_seconds / len(sample))
+        for x in sample.values()
+    )
+    return [*checks, cost.check_time(cfg.train, per_step, live and live.tokens_per_s)]
+
+
+def _check_memory(cfg: DoctorConfig, widths: list[int], live: Live | None) -> Check:
+    saes = [m.sae_config(d) for d in widths for m in cfg.train.members]
+    held = machine.held_memory(cfg.device)
+    # a live model's first block exists twice: as the rows behind the statistics, and in the block
+    mixing = 2 * 4 * live.mixed_rows * sum(widths) if live else 0
+    need = memory(
+        saes,
+        [kernels_of(cfg.train.kernels, cfg.device, sae) for sae in saes],
+        cfg.train.batch_size,
+        bf16=cfg.train.dtype == "bfloat16",
+        together=min(torch.get_num_threads(), len(cfg.train.members)),
+    )
+    need = need._replace(held=int(held), rows=mixing)
+    return check_memory(need, machine.free_memory(cfg.device) + held)
+
+
+# The pre-flight of a language model, its text and its hook points; a store's rows against its
+# model's.
+
+
+def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list[Check]:
+    """Load the model, run a few sequences and a few training steps."""
+    checks = [machine.check_versions(), machine.check_device(cfg.device)]
+    language = load_language(harvest.model, harvest.dtype, cfg.device)
+    tick(1)
+    checks += [_check_weights(language), _check_bos(language), *_check_text(harvest, language)]
+    try:
+        probed = probe_hooks(language.model, harvest.hooks, tokens(harvest.seq_len))
+    except UserError as error:
+        return [*checks, Check("hooks", "fail", str(error))]
+    hooks = probed.hooks
+    checks += check_probed(probed, harvest.seq_len)
+    checks += check_shapes(cfg, {hook.name: hook.d_in for hook in hooks})
+    tick(1)
+    look = probe.probe_model(harvest, language, hooks, cfg.probe_seqs)
+    tick(1)
+    for hook in hooks:
+        checks += _check_hook(cfg, harvest, look, hook)
+    rows = {hook.name: look.rows(hook.name) for hook in hooks}
+    mixed = min(LiveConfig().shuffle_tokens, harvest.tokens)
+    behind_stats = min(LiveConfig().stats_tokens, harvest.tokens)
+    checks += check_costs(cfg, rows, behind_stats, Live(look.tokens_per_s, mixed))
+    need = cost.store_bytes(harvest, [hook.d_in for hook in hooks])
+    tick(1)
+    return [*checks, cost.check_disk(need, machine.free_disk(cfg.out))]
+
+
+def check_probed(probed: Probed, seq_len: int) -> list[Check]:
+    """Tell what a probe found: the form of each hook's rows, later tokens, the model's positions."""
+    checks = [
+        Check(
+            f"rows of {hook.name}", "ok", f"{hook.layout}: one for each token, the same each time"
+        )
+        for hook in probed.hooks
+    ]
+    if probed.causal is False:
+        checks.append(Check("later tokens", "warn", SEES_LATER, "fvu and the others are"))
+    elif probed.causal:
+        checks.append(Check("later tokens", "ok", "no row depends on them (the model is causal)"))
+    beyond = [note for note in probed.notes if note != SEES_LATER]
+    shown = "no table of positions" if probed.limit is None else f"{probed.limit} in its table"
+    if beyond:
+        checks.append(Check("positions", "warn", beyond[0], "lower --seq-len"))
+    else:
+        checks.append(Check("positions", "ok", f"{shown}, sequences of {seq_len}"))
+    return checks
+
+
+AGREES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
+"""Difference of a stored row from the model's, as a share of its norm, that rounding may make."""
+ROWS_AGAINST = "rows against the model"
+_COMPARED = 8
+"""Sequences that are run through the model again."""
+
+
+def compare_rows(store: Store, device: str) -> list[Check]:
+    """Run a few of a store's sequences through its model again and compare the rows."""
+    cfg = HarvestConfig.parse(store.manifest.config, where=str(store.path / MANIFEST))
+    advice = f"to compare them, bring the model back to {cfg.model}"
+    try:
+        place = locate(cfg.model)
+    except UserError as error:
+        return [Check(ROWS_AGAINST, "warn", f"not compared: {error}", advice)]
+    try:
+        language = load_language(cfg.model, cfg.dtype, device)
+        probed = probe_hooks(language.model, list(store.hooks), tokens(cfg.seq_len))
+    except UserError as error:
+        if isinstance(place, Path):
+            return [Check(ROWS_AGAINST, "fail", str(error), "do not use rows of this model")]
+        return [Check(ROWS_AGAINST, "warn", f"not compared: {error}", advice)]
+    checks = _differences(store, cfg, language, probed)
+    if probed.causal is False:
+        checks.append(Check("later tokens", "warn", SEES_LATER, "evaluate runs on it again"))
+    return checks
+
+
+def examine_live(harvest: object, device: str) -> list[Check]:
+    """Probe the hooks of a run that was trained straight from a model."""
+    try:
+        cfg = HarvestConfig.parse({**dict(harvest or {}), "device": device}, where="run")  # pyright: ignore
+        language = load_language(cfg.model, cfg.dtype, device)
+        return check_probed(
+            probe_hooks(language.model, cfg.hooks, tokens(cfg.seq_len)), cfg.seq_len
+        )
+    except UserError as error:
+        return [Check("hooks", "fail", str(error))]
+
+
+def _differences(
+    store: Store, cfg: HarvestConfig, language: LanguageModel, probed: Probed
+) -> list[Check]:
+    split = "heldout" if store.n_rows["heldout"] else "train"
+    table, (seq, pos) = store.tokens(split), store.places(split)
+    assert table is not None, "a store of text"
+    chosen = (seq < seq.min() + _COMPARED).nonzero()[:, 0].numpy()
+    first, seq, pos = int(seq.min()), seq[chosen], pos[chosen]
+    ids = table.ids[first : first + _COMPARED].long()
+    mask = torch.arange(ids.shape[1]) < table.lengths[first : first + _COMPARED, None]
+    capture = Capture(language.model, probed.hooks)
+    now = capture(ids.to(language.device), mask.to(language.device))
+    stored = store.rows(split, np.asarray(chosen))
+    limit = max(AGREES[cfg.dtype], AGREES[cfg.store_dtype])
+    checks = []
+    for hook in probed.hooks:
+        a, b = stored[hook.name].double(), now[hook.name].float().cpu()[seq - first, pos].double()
+        apart = (a - b).norm(dim=1) / torch.maximum(a.norm(dim=1), b.norm(dim=1)).clamp_min(1e-300)
+        bad = int((apart > limit).sum())
+        value = (
+            f"{bad} of {len(a)} differ; by {float(apart.median()):.2g} of their norm in the median"
+        )
+        wrong = bad > 0.05 * len(a)
+        mend = (
+            f"these rows are not {cfg.model}'s activations at their tokens (other or random weights, or another "
+            "order): harvest again, and train again what was trained on them"
+        )
+        name = f"{ROWS_AGAINST} at {hook.name}"
+        checks.append(Check(name, "fail" if wrong else "ok", value, mend if wrong else ""))
+    return checks
+
+
+def _check_weights(language: LanguageModel) -> Check:
+    lacking = language.not_loaded
+    if not lacking:
+        return Check("weights", "ok", "all are in the model's files")
+    mend = "a hook or a prediction that depends on them is refused"
+    return Check("weights", "warn", f"not in the model's files: {named(lacking)}", mend)
+
+
+def _check_bos(language: LanguageModel) -> Check:
+    bos = probe.adds_bos(language)
+    if bos is None:
+        return Check("begin-of-text token", "ok", "the tokenizer adds none")
+    return Check("begin-of-text token", "ok", f"the tokenizer adds {bos}; the mask drops it")
+
+
+def _check_text(harvest: HarvestConfig, language: LanguageModel) -> list[Check]:
+    have = probe.text_size(harvest, language)
+    enough = shape.check_text(have.tokens, harvest.tokens, have.whole)
+    return [enough, *(Check("text", "warn", line) for line in have.told)]
+
+
+def _check_hook(
+    cfg: DoctorConfig, harvest: HarvestConfig, look: probe.Probe, hook: HookPoint
+) -> Iterable[Check]:
+    rows = look.rows(hook.name)
+    finite = activations.check_finite(hook.name, look.x[hook.name].flatten(0, 1))
+    if finite.status == "fail":
+        return [finite]
+    variance = rows.double().var(0, correction=0)
+    gammas = [member.gamma for member in cfg.train.members]
+    return [
+        finite,
+        activations.check_sinks(hook.name, look.x[hook.name], look.kept),
+        *activations.check_outliers(hook.name, variance, gammas),
+        *activations.check_rounding(hook.name, rows, harvest.store_dtype),
+    ]
+
 
 SAMPLE_ROWS = 4096
 """Rows of a store or array that are looked at for outliers and rounding."""
@@ -36,8 +281,6 @@ def examine(cfg: DoctorConfig, progress: Progress = quiet) -> dict[str, Any]:
     Raises UserError when the subject itself cannot be read (no such model, file or text).
     """
     if cfg.harvest is not None:
-        from wsae.doctor.model import examine_model  # brings transformers, which data do not need
-
         with progress("doctor", 4, "stages") as tick:
             return report(cfg.harvest.model, examine_model(cfg, cfg.harvest, tick))
     assert cfg.data is not None, "a subject: harvest or data"
@@ -87,7 +330,6 @@ def check_store(store: Store, device: str) -> list[Check]:
         checks.append(Check("weights", "warn", f"not in the model's files: {named}", mend))
     if store.of_images:
         return checks
-    from wsae.doctor.model import compare_rows  # brings transformers
 
     checks += compare_rows(store, device)
     table = store.tokens("heldout") if store.n_rows["heldout"] else store.tokens("train")
@@ -207,8 +449,6 @@ def _check_steps(train: TrainConfig) -> Check:
 def _run_data(cfg: DoctorConfig, source: dict[str, Any], progress: Progress) -> list[Check]:
     """Check the data that a run was trained on: its store, its array, or its model's hooks."""
     if source.get("kind") == "live":
-        from wsae.doctor.model import examine_live  # brings transformers
-
         return examine_live(source.get("harvest"), cfg.device)
     path = source.get("path")
     if path is None or not Path(path).exists():

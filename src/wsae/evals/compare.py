@@ -7,12 +7,11 @@ from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
-from wsae.evals.assemble import Json
-from wsae.evals.comparisons import Comparison, Side, across_runs, compare_members
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.glossary import glossary
-from wsae.evals.scores import Arrays
+from wsae.evals.run import Json
+from wsae.evals.scores import Arrays, Comparison, Side, across_runs, compare_members
 
 
 class Evaluated(NamedTuple):

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from wsae.acts.arrays import as_path, open_matrix
-from wsae.acts.source import Chunk
+from wsae.acts.source import Chunk, as_path, open_matrix
 from wsae.acts.tokens import TokenTable
 
 
@@ -54,7 +53,7 @@ class Language(Protocol):
 
 @runtime_checkable
 class Pictures(Protocol):
-    """The images behind the activations (`wsae.acts.images.gallery.Gallery`; not imported: it needs Pillow)."""
+    """The images behind the activations (`wsae.acts.images.harvest.Gallery`; not imported: it needs Pillow)."""
 
     def label(self, image: int) -> str:
         """Return the name of an image's class."""

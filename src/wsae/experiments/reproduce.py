@@ -8,8 +8,7 @@ from typing import Any, Literal
 from wsae.core.files import locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.experiments.benchmark import run_benchmark
-from wsae.experiments.figures import figure2, figure3
-from wsae.experiments.panels import Panel
+from wsae.experiments.figures import Panel, figure2, figure3
 from wsae.experiments.presets import Preset, toy_sweep
 from wsae.experiments.readings import run_readings
 from wsae.experiments.sweep.run import run_sweep

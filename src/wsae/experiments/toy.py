@@ -10,10 +10,16 @@ from wsae.core.files import locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.recovery.glossary import RECOVERY
 from wsae.experiments.sweep.config import Method, ToySweepConfig
-from wsae.experiments.sweep.run import ROWS, read_rows, run_sweep
-from wsae.experiments.sweep.scoring import CLOSED_FORM, RANDOM, Row
+from wsae.experiments.sweep.run import (
+    CLOSED_FORM,
+    RANDOM,
+    ROWS,
+    Row,
+    read_rows,
+    run_sweep,
+    with_true_k,
+)
 from wsae.experiments.sweep.table import Mean, differences, select, series
-from wsae.experiments.sweep.training import with_true_k
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import Kind
 from wsae.toy.config import FeatureConfig

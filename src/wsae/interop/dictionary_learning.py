@@ -23,18 +23,24 @@ from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.torchfile import load_state, save_state
 from wsae.interop.config import Provenance
-from wsae.interop.format import Format, Keys, check_keys, maybe, plain, read_config, whole
-from wsae.interop.weights import (
+from wsae.interop.format import (
     Foreign,
+    Format,
+    Keys,
     Named,
     assemble,
     centred,
+    check_keys,
     check_shapes,
     log_threshold,
+    maybe,
     named,
+    plain,
+    read_config,
     take,
     uncentred,
     unit_rows,
+    whole,
 )
 from wsae.sae.config import SAEConfig
 from wsae.sae.model import SparseAutoencoder

@@ -28,24 +28,22 @@ from wsae.core.torchfile import load_state
 from wsae.interop.config import Provenance
 from wsae.interop.format import (
     THROUGH_SAELENS,
+    Foreign,
     Keys,
+    Named,
     Reader,
     Switch,
+    assemble,
+    centred,
     check_keys,
+    check_shapes,
+    log_threshold,
     maybe,
     plain,
     read_config,
-    whole,
-)
-from wsae.interop.weights import (
-    Foreign,
-    Named,
-    assemble,
-    centred,
-    check_shapes,
-    log_threshold,
     rescaled,
     take,
+    whole,
 )
 from wsae.sae.config import SAEConfig
 from wsae.sae.model import SparseAutoencoder

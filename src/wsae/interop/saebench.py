@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wsae.acts.names import hook_name
 from wsae.interop.config import Provenance
-from wsae.interop.weights import named
+from wsae.interop.format import named
 from wsae.sae.model import SparseAutoencoder
 
 

@@ -21,27 +21,25 @@ from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import Provenance
 from wsae.interop.format import (
+    Foreign,
     Format,
     Keys,
-    Switch,
-    check_keys,
-    maybe,
-    plain,
-    read_config,
-    truth,
-    whole,
-)
-from wsae.interop.weights import (
-    Foreign,
     Named,
+    Switch,
     assemble,
     centred,
+    check_keys,
     check_shapes,
     log_threshold,
+    maybe,
     named,
+    plain,
+    read_config,
     rescaled,
     take,
+    truth,
     unit_rows,
+    whole,
 )
 from wsae.sae.config import ReLU, SAEConfig, TopK
 from wsae.sae.model import SparseAutoencoder

@@ -16,8 +16,21 @@ from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import Provenance
-from wsae.interop.format import Format, Keys, Switch, check_keys, plain, read_config, whole
-from wsae.interop.weights import Foreign, Named, assemble, check_shapes, named, take
+from wsae.interop.format import (
+    Foreign,
+    Format,
+    Keys,
+    Named,
+    Switch,
+    assemble,
+    check_keys,
+    check_shapes,
+    named,
+    plain,
+    read_config,
+    take,
+    whole,
+)
 from wsae.sae.config import GroupTopK, SAEConfig, TopK
 from wsae.sae.model import SparseAutoencoder
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.core.files import writing
 from wsae.core.progress import Progress, quiet
-from wsae.report.figures import COLOURS
+from wsae.report.panel_figures import COLOURS
 from wsae.theory.claims.assumptions import turned_digons
 from wsae.theory.geometry import digons, polygon, simplex
 from wsae.theory.losses import (

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, SAEConfig, TopK
-from wsae.sae.jumprelu import jumprelu, step
+from wsae.sae.forward import jumprelu, step
 from wsae.sae.model import SparseAutoencoder
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from wsae.core.artifact import record
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, locked_file, read_sealed, seal, write_json
+from wsae.core.files import as_user_error, locked_file, seal, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.serve import schema
 from wsae.serve.build import Reopen, build, identity
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
+from wsae.serve.schema import seal_of, sealed_identity
 
 
 def ensure_index(
@@ -88,24 +89,9 @@ _REFUSALS = {
 """SQLite's result code without the details -> errno, for where a second, small write is not refused."""
 
 
-def seal_of(path: Path) -> Path:
-    """Return where the checksum of an index is kept: beside it, written after it."""
-    return path.with_name(f"{path.name}.json")
-
-
 def is_current(path: Path, key: str) -> bool:
     """Whether a file is a whole index of this identity, unaltered since it was made."""
     try:
         return sealed_identity(path) == key == Index(path).identity
     except UserError:  # damaged: made again
         return False
-
-
-def sealed_identity(path: Path) -> str:
-    """Return the identity of an index that its seal tells; raises UserError when it is not the file that was sealed."""
-    if not path.is_file() or not seal_of(path).is_file():
-        raise UserError(f"{path}: no index with its seal")
-    told = read_sealed(seal_of(path))
-    if told.get("file") != record(path).to_dict() or not isinstance(told.get("identity"), str):
-        raise UserError(f"{path}: altered, its checksum differs")
-    return told["identity"]

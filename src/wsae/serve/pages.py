@@ -1,19 +1,240 @@
 """Pages as HTML. Every text goes through the template's escaping; only charts, which escape their own, are markup."""
 
+import math
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode
 
 import jinja2
+from markupsafe import Markup
 
 from wsae.core.version import __version__
+from wsae.report.charts import Axis, Chart, axis
 from wsae.report.rundata import Json
 from wsae.report.words import number
-from wsae.serve import draw
-from wsae.serve.index import Index, Member
-from wsae.serve.listing import LATENT, Asked, words_of
-from wsae.serve.served import Served
-from wsae.serve.text import level_of, pieces, shown_token, visible
-from wsae.serve.views import latent_view, list_link, shown_number, ways
+from wsae.serve.index import (
+    LATENT,
+    PER_PAGE,
+    Asked,
+    Found,
+    Index,
+    Member,
+    Served,
+    beside,
+    find,
+    member_of,
+    words_of,
+)
+from wsae.serve.schema import BASIC, key_of, level_of, occupied, pieces, shown_token, visible
+
+# The browser's charts: how a latent's density lies among the others', and how strongly it fires.
+
+_BINS = 12
+_DEAD_GAP = 0.5
+SMALL = (440, 200)
+
+
+def density_chart(member: Member, density: float | None = None, unit: str = "token") -> Markup:
+    """Draw the member's densities, with one latent's among them; the left bar counts the dead."""
+    edges, counts = member.density["edges"], member.density["counts"]
+    dead = member.density["dead"]
+    first = next((i for i, count in enumerate(counts) if count), len(counts) - 4)
+    low = min(edges[first], -3.0)
+    kept = [i for i in range(len(counts)) if edges[i] >= low - 1e-9]
+    edges, counts = [edges[i] for i in kept] + [edges[-1]], [counts[i] for i in kept]
+    at_dead = low - _DEAD_GAP
+    ticks = ((at_dead, "0"), *((float(p), _power(p)) for p in range(math.ceil(low), 1)))
+    x = Axis(f"share of {unit}s on which a latent fires", at_dead - 0.2, 0.05, ticks=ticks)
+    top = max([dead, *counts, 1])
+    chart = Chart(f"Density of {member.name}", x, Axis("latents", 0.0, 1.08 * top), *SMALL)
+    chart.steps([at_dead - 0.2, at_dead + 0.2], [float(dead)], member.kind, f"{dead} dead latents")
+    chart.steps(edges, [float(count) for count in counts], member.kind, member.name)
+    if density is not None:
+        place = math.log10(density) if density > 0 else at_dead
+        chart.rule((place, 0.0), (place, float(top)))
+        chart.spot(place, 0.0, member.kind, f"this latent: {number(density)}")
+    return chart.svg()
+
+
+def acts_chart(counts: list[int], acts: list[float], kind: str) -> Markup | None:
+    """Draw how strongly a latent fires: the collected counts, else the activations in its contexts."""
+    edges, kept = occupied(counts)
+    if kept:
+        x = Axis(
+            "activation", edges[0], edges[-1], ticks=tuple((e, number(10**e)) for e in edges[::4])
+        )
+        chart = Chart("Activations", x, Axis("rows", 0.0, 1.08 * max(kept)), *SMALL)
+        chart.steps(edges, [float(count) for count in kept], kind)
+        return chart.svg()
+    found = [act for act in acts if act > 0]
+    if len(found) < 2:
+        return None
+    width = max(found) / _BINS
+    edges = [width * i for i in range(_BINS + 1)]
+    counted = [0] * _BINS
+    for act in found:
+        counted[min(_BINS - 1, int(act / width))] += 1
+    return _acts(edges, counted, kind, "tokens of the contexts shown")
+
+
+def _acts(edges: list[float], counts: list[int], kind: str, what: str) -> Markup:
+    x = axis("activation", edges, pad=0.0)
+    y = Axis(what, 0.0, 1.08 * max([*counts, 1]))
+    chart = Chart("Activations", x, y, *SMALL)
+    chart.steps(edges, [float(count) for count in counts], kind)
+    return chart.svg()
+
+
+def _power(exponent: int) -> str:
+    if exponent == 0:
+        return "1"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+# What pages and the JSON interface show of a latent and of a list: plain values, no markup.
+
+SUITORS = 6
+LIST_SCORES = 3
+PERCENT = ("density",)
+
+
+def shown_number(key: str, value: float | None) -> str:
+    """Return a measure as readers see it."""
+    if value is not None and key in PERCENT:
+        return f"{number(100 * value)} %"
+    return number(value)
+
+
+def latent_link(
+    base: str, member: Member, latent: int, ask: Asked | None = None, everywhere: bool = False
+) -> str:
+    """Return the address of a latent's page, with the list it was found in; `base` is the run's, here and below."""
+    params = {} if ask is None else ask.address(page=1)
+    if everywhere:
+        params["in"] = "all"
+    tail = f"?{urlencode(params)}" if params else ""
+    return f"{base}/{quote(member.slug)}/{latent}{tail}"
+
+
+def list_link(base: str, slug: str, ask: Asked, **changes: str | int) -> str:
+    """Return the address of a list."""
+    params = ask.address(**changes)
+    return f"{base}/{quote(slug)}" + (f"?{urlencode(params)}" if params else "")
+
+
+def columns_of(index: Index, ask: Asked, found: list[dict[str, float | None]]) -> list[str]:
+    """Return the measures worth a column of a list: the common ones, what is sorted by, and scores."""
+    known = {k for values in found for k, v in values.items() if v is not None}
+    scores = [m.key for m in index.measures[len(BASIC) :] if m.key in known][:LIST_SCORES]
+    common = [key for key in ("density", "variance", "gamma", "match") if key in known]
+    wanted = [*common, *scores, *([ask.sort] if ask.sort in index.column else [])]
+    wanted += [key for key in (*ask.low, *ask.high)]
+    return list(dict.fromkeys(wanted))
+
+
+def list_view(base: str, index: Index, member: Member | None, ask: Asked) -> Json:
+    """Return one page of a list."""
+    found: Found = find(index, member, ask)
+    numbers, labels = index.numbers(found.keys), index.labels(found.keys)
+    fired = index.alive(found.keys)
+    columns = columns_of(index, ask, list(numbers.values()))
+    rows = []
+    for key in found.keys:
+        owner, latent = member_of(index, key)
+        rows.append(
+            {
+                "member": owner.slug,
+                "latent": latent,
+                "alive": fired[key],
+                "label": labels.get(key, ""),
+                "stored": key in labels,
+                "measures": numbers[key],
+                "link": latent_link(base, owner, latent, ask, member is None),
+            }
+        )
+    pages = max(1, -(-found.total // PER_PAGE))
+    return {
+        "total": found.total,
+        "page": ask.page,
+        "pages": pages,
+        "columns": columns,
+        "latents": rows,
+    }
+
+
+def latent_view(base: str, index: Index, member: Member, latent: int) -> Json:
+    """Return everything the index knows of one latent, the same for pages and the JSON interface."""
+    key = key_of(member.id, latent)
+    alive, twin = index.state(key)
+    near, logits, counts = index.packed(key)
+    half = len(logits) // 2
+    texts = index.tokens([token for token, _ in logits])
+    return {
+        "member": member.slug,
+        "latent": latent,
+        "alive": alive,
+        "measures": index.numbers([key])[key],
+        **index.record(key),
+        "neighbours": _neighbours(base, index, member, near),
+        "promotes": [[texts.get(token, "?"), value] for token, value in logits[:half]],
+        "demotes": [[texts.get(token, "?"), value] for token, value in logits[half:]],
+        "histogram": counts,
+        "matches": _matches(base, index, key, twin),
+        "link": latent_link(base, member, latent),
+    }
+
+
+def _neighbours(
+    base: str, index: Index, member: Member, near: list[tuple[int, float]]
+) -> list[Json]:
+    keys = [key_of(member.id, latent) for latent, _ in near]
+    labels, fired = index.labels(keys), index.alive(keys)
+    return [
+        {
+            "latent": latent,
+            "cosine": cosine,
+            "label": labels.get(key, ""),
+            "alive": fired[key],
+            "link": latent_link(base, member, latent),
+        }
+        for key, (latent, cosine) in zip(keys, near, strict=True)
+    ]
+
+
+def _matches(base: str, index: Index, key: int, twin: int | None) -> list[Json]:
+    """Return the match in the twin; for a latent of the twin itself, those that chose it, most alike first."""
+    cosine = index.numbers([key])[key]["match"]
+    pairs: list[tuple[int, Any]] = index.suitors(key, SUITORS) if twin is None else [(twin, cosine)]
+    labels = index.labels([other for other, _ in pairs])
+    out = []
+    for other, value in pairs:
+        owner, latent = member_of(index, other)
+        out.append(
+            {
+                "member": owner.slug,
+                "name": owner.name,
+                "kind": owner.kind,
+                "latent": latent,
+                "cosine": value,
+                "label": labels.get(other, ""),
+                "link": latent_link(base, owner, latent),
+            }
+        )
+    return out
+
+
+def ways(
+    base: str, index: Index, place: tuple[Member | None, Member, int], ask: Asked
+) -> tuple[str, str]:
+    """Return the addresses of the latents before and after this one in the list it was found in; '' at the ends."""
+    scope, member, latent = place
+    found = beside(index, scope, ask, key_of(member.id, latent))
+    links = []
+    for key in found:
+        owner, other = (member, 0) if key is None else member_of(index, key)
+        links.append("" if key is None else latent_link(base, owner, other, ask, scope is None))
+    return links[0], links[1]
+
 
 _ASSETS = files("wsae.serve") / "assets"
 _REPORT = files("wsae.report") / "assets"
@@ -77,7 +298,7 @@ def overview(runs: list[Served], root: str) -> str:
 def run(served: Served) -> str:
     """Return a run's page: its members side by side."""
     index = served.index
-    charts = {m.slug: draw.density_chart(m, unit=index.unit) for m in index.members}
+    charts = {m.slug: density_chart(m, unit=index.unit) for m in index.members}
     hooks = [
         (hook, [m for m in index.members if m.hook == hook["name"]])
         for hook in index.overview["hooks"]
@@ -163,8 +384,8 @@ def latent(served: Served, place: tuple[Member | None, Member], ask: Asked, view
         before=before,
         after=after,
         up=list_link(served.base, scope.slug if scope else "all", ask),
-        density=draw.density_chart(member, view["measures"]["density"], index.unit),
-        acts=draw.acts_chart(view["histogram"], acts, member.kind),
+        density=density_chart(member, view["measures"]["density"], index.unit),
+        acts=acts_chart(view["histogram"], acts, member.kind),
         collected=bool(view["histogram"]),
         model=index.model,
     )

@@ -7,17 +7,219 @@ requests alone are worked on, and when there are too many connections the one th
 import asyncio
 import contextlib
 import errno
+import hmac
 import ipaddress
 import os
+import re
 import socket
 from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from wsae.core.errors import UserError
-from wsae.serve.guard import App
+
+# What every request passes: is it meant for this server, where do its links lead, what may a
+# browser do with it.
+#
+# A page elsewhere can make a browser send requests here. It cannot read the answers, unless a name
+# of its own leads to this address (DNS rebinding): on the loopback interface only addresses of the
+# loopback, `localhost` and the names that were allowed are answered.
+#
+# Behind a proxy the server may lie under a path. It is known from `--root-path`, or from the
+# X-Forwarded-Prefix of a proxy on this machine; links then begin with it. Where it is not known
+# links are relative, so that they lead right behind a proxy that takes its path away and says
+# nothing.
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+MAX_TARGET, MAX_PREFIX = 4096, 512
+_PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|$))(?:[A-Za-z0-9._~@:+,=!-]|%[0-9A-Fa-f]{2})+)+")
+"""A path of segments that are not empty and lead nowhere up, so that it is never another host's address."""
+_HOST = re.compile(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]")
+_ROOMS = ("/r/", "/api/", "/static/")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Under which names and which path the server is reached."""
+
+    loopback: bool = True
+    """Whether it listens there alone."""
+    hosts: tuple[str, ...] = ()
+    """Names that are answered beside the loopback's own, as `host_name` gives them."""
+    root_path: str = ""
+    """The path it lies under, as `path_prefix` gives it."""
+
+    def answers(self, name: str) -> bool:
+        """Whether requests for a host, without its port, are for this server."""
+        return not self.loopback or _is_loopback(name) or name in map(_name_of, self.hosts)
+
+
+class Guard:
+    """Refuses foreign hosts, foreign origins and other methods; adds the headers to every answer."""
+
+    def __init__(self, app: App, gate: Gate, key: str) -> None:
+        self.app, self.gate, self.key = app, gate, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def guarded(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                given = [(k, v) for k, v in message.get("headers", []) if k.decode() not in HEADERS]
+                own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
+                message = {**message, "headers": [*given, *own]}
+            await send(message)
+
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        scope = self.placed(scope, headers)
+        refused = self.refusal(scope, headers)
+        if refused is None:
+            await self.app(scope, receive, guarded)
+            return
+        status, line = refused
+        kind = [(b"content-type", b"text/plain; charset=utf-8")]
+        await guarded({"type": "http.response.start", "status": status, "headers": kind})
+        await guarded({"type": "http.response.body", "body": (line + "\n").encode()})
+
+    def placed(self, scope: Scope, headers: dict[str, str]) -> Scope:
+        """Return a request with the path it has here, and what leads from it to the start: `links` and `api_links`."""
+        path, prefix = scope["path"], self.gate.root_path
+        if not prefix and _from_here(scope):
+            told = headers.get("x-forwarded-prefix", "").rstrip("/")
+            prefix = told if len(told) <= MAX_PREFIX and _PREFIX.fullmatch(told) else ""
+        rest = path.removeprefix(unquote(prefix)) if prefix else path
+        if rest in ("", "/") or rest.startswith(_ROOMS):
+            path = rest  # else the proxy has taken the prefix away already
+        raw = scope.get("raw_path") or path.encode()
+        up = "../" * (raw.count(b"/") - 1) or "./"
+        return {
+            **scope,
+            "path": path.rstrip("/") or "/",
+            "links": f"{prefix}/" if prefix else up,
+            "api_links": f"{prefix}/",
+        }
+
+    def refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
+        """Return (status, one line) where a request is not answered."""
+        host = headers.get("host", "")
+        name = _name_of(host)
+        if not self.gate.answers(name):
+            known = len(name) <= 253 and _HOST.fullmatch(name)
+            advice = f"--allow-host {name}" if known else "--allow-host NAME"
+            return (
+                421,
+                f"this server answers to localhost and the addresses of the loopback, not to the host of this "
+                f"request; if it is yours, restart wsae serve with {advice}",
+            )
+        if len(scope.get("raw_path") or b"") + len(scope.get("query_string", b"")) > MAX_TARGET:
+            return 414, f"the address is longer than {MAX_TARGET} characters"
+        method, live = scope["method"], scope["path"].endswith("/live")
+        if method not in ("GET", "HEAD") and not (method == "POST" and live):
+            return 405, f"{method[:20]}: only GET is answered here"
+        if method == "POST" and not self.same_origin(headers, _from_here(scope)):
+            given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
+            nameless = headers.get("origin", "null") == "null"
+            if not (nameless and hmac.compare_digest(given.encode(), self.key.encode())):
+                return 403, "the request comes from another site"
+        return None
+
+    def same_origin(self, headers: dict[str, str], from_here: bool) -> bool:
+        """Whether a POST comes from a page of this server, or from no browser at all.
+
+        A browser's Sec-Fetch-Site tells whose page asks, whatever host a proxy puts into the request. Where it is not
+        sent (plain HTTP beyond the loopback) the origin does: it is the request's host, the one that a proxy on this
+        machine was asked for, or one that was allowed. Forms on pages without referrer send "Origin: null"; there the
+        form's key stands for it, which no other site can read.
+        """
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        if site is not None:
+            return site == "same-origin"
+        if origin is None:
+            return True
+        scheme, _, place = origin.lower().partition("://")
+        asked = headers.get("x-forwarded-host", "") if from_here else ""
+        hosts = (headers.get("host", "").lower(), asked.lower(), *self.gate.hosts)
+        return scheme in ("http", "https") and bool(place) and place in hosts
+
+
+def _from_here(scope: Scope) -> bool:
+    """Whether who is connected is on this machine: what a proxy says of a request is believed of no other."""
+    return _is_loopback((scope.get("client") or ("", 0))[0])
+
+
+def _name_of(host: str) -> str:
+    """Return the host without its port and last dot, in lower case."""
+    name, _, port = host.rpartition(":")
+    return (name if name and port.isdigit() else host).lower().removesuffix(".")
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether a host means the loopback, whoever is asked for the name: an address, or below `localhost`."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        found = ipaddress.ip_address(name.removeprefix("[").removesuffix("]").split("%")[0])
+    except ValueError:
+        return False
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
+
+
+def host_name(given: str) -> str:
+    """Return the value of --allow-host, "NAME" or "NAME:PORT"; raises UserError when it is no name of a host."""
+    named = given.strip().lower().removesuffix(".")
+    if ":" in named and named.count(":") > 1 and not named.startswith("["):
+        named = f"[{named}]"
+    name, _, port = named.rpartition(":")
+    bare = name if name and port.isdigit() else named
+    if not _HOST.fullmatch(bare) or len(bare) > 253:
+        host = _name_of(urlsplit(named).netloc.rpartition("@")[2]) if "://" in named else ""
+        advice = (
+            f"--allow-host {host}" if _HOST.fullmatch(host) else "a name such as hub.example.org"
+        )
+        raise UserError(f"--allow-host {given[:80]}: not the name of a host; give {advice}")
+    return named
+
+
+def path_prefix(given: str) -> str:
+    """Return the value of --root-path, without a slash at its end; raises UserError when it is no path."""
+    path = re.sub(r"[^\x00-\x7f]+", lambda found: quote(found[0]), given.strip().rstrip("/"))
+    if path and (len(path) > MAX_PREFIX or not _PREFIX.fullmatch(path)):
+        inner = (
+            urlsplit(given.strip()).path.rstrip("/") if "://" in given else f"/{path.strip('/')}"
+        )
+        advice = (
+            inner if len(inner) < MAX_PREFIX and _PREFIX.fullmatch(inner) else "/user/me/proxy/8137"
+        )
+        raise UserError(
+            f"--root-path {given[:80]}: not a path of this server; give one such as {advice}"
+        )
+    return path
+
 
 BACKLOG = 128
 MAX_PORT = 65535

@@ -3,18 +3,265 @@
 Memory is units x classes, whatever the number of samples; a row of codes is never made dense.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
+from scipy import stats
 from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.core.seeds import mix64, seed_for
-from wsae.stats.chance import x_log2_x
-from wsae.stats.consistency import ACTIVE, check_labels
-from wsae.stats.strongest import Strongest
+
+# What the scores of a latent that knows nothing of the classes would be: expectations under
+# permuted labels.
+#
+# A latent active on s of N samples, s fixed, under a random permutation of the labels has class
+# counts that are one draw from the multivariate hypergeometric distribution of the class totals.
+# The expectation of any score of these counts is a function of s alone, tabulated here by seeded
+# draws. The first s labels of a random permutation are such a draw for every s at once, and so is
+# every disjoint stretch of it, which makes the table precise where it matters, at small s.
+#
+# Samples are taken as exchangeable: right for one row an image, too low a chance level for several
+# rows of each image.
+
+STRETCH = 256
+"""Supports up to this use every disjoint stretch of a permutation, larger ones its beginning alone."""
+
+
+class Chance(NamedTuple):
+    """Expectations by support: entry s is for a latent active on s samples; entry 0 is NaN."""
+
+    share: Float64[np.ndarray, " supports"]
+    """E[max_c counts_c / s]."""
+    information: Float64[np.ndarray, " supports"]
+    """E of the plug-in mutual information between "active" and the class, in bits."""
+
+
+def chance_levels(
+    totals: Int[np.ndarray, " n_classes"], largest: int, draws: int = 1000, seed: int = 0
+) -> Chance:
+    """Return the expectations for supports 0 .. largest, given how many samples each class has.
+
+    `draws` permutations of all labels; the error at support s is about the spread of one score divided by
+    sqrt(draws N / 256) for s <= 256 and by sqrt(draws) above.
+    """
+    totals = np.asarray(totals, dtype=np.int64)
+    labels = np.repeat(np.arange(len(totals)), totals)
+    n, rng = len(labels), np.random.default_rng(seed)
+    largest = min(largest, n)
+    short = min(STRETCH, largest)
+    sums = {length: np.zeros((2, length)) for length in (short, largest)}
+    logs = x_log2_x(np.arange(n + 1))
+    for _ in range(draws if largest else 0):
+        order = rng.permutation(labels)
+        stretches = order[: n // short * short].reshape(-1, short)
+        sums[short] += _scores(stretches, totals, logs) / len(stretches)
+        if largest > short:
+            sums[largest] += _scores(order[None, :largest], totals, logs)
+    table = np.full((2, largest + 1), np.nan)
+    table[:, 1:] = sums[largest] / draws
+    table[:, 1 : short + 1] = sums[short] / draws
+    return Chance(*table)
+
+
+def x_log2_x(x: Int[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+    """Return x log2 x, 0 at 0."""
+    wide = np.asarray(x, dtype=np.float64)
+    return wide * np.log2(np.maximum(wide, 1.0))
+
+
+def _scores(
+    drawn: Int64[np.ndarray, "draws length"],
+    totals: Int64[np.ndarray, " n_classes"],
+    logs: Float64[np.ndarray, " samples_plus_1"],
+) -> Float64[np.ndarray, "2 length"]:
+    """Return the sums over draws of share and information of the first 1 .. length labels of each.
+
+    A label that is its class's k-th so far (from 0) raises the class's count from k to k + 1, and
+    N I = sum_c [h(c_1) + h(c_0)] - h(s) - h(N - s) - sum_c h(n_c) + h(N),  h(x) = x log2 x,
+    over active counts c_1 and silent ones c_0 = n_c - c_1, changes by what that moves.
+    """
+    n, length = int(totals.sum()), drawn.shape[1]
+    before = _earlier(drawn, len(totals))
+    share = np.maximum.accumulate(before + 1, axis=1).sum(0) / np.arange(1, length + 1)
+    silent = totals[drawn] - before
+    moved = logs[before + 1] - logs[before] + logs[silent - 1] - logs[silent]
+    s = np.arange(1, length + 1)
+    rest = len(drawn) * (logs[n] - logs[s] - logs[n - s])
+    return np.stack([share, (moved.sum(0).cumsum() + rest) / n])
+
+
+def _earlier(
+    drawn: Int64[np.ndarray, "draws length"], n_classes: int
+) -> Int64[np.ndarray, "draws length"]:
+    """Return how many labels before each one, in its draw, are of the same class."""
+    keys = (np.arange(len(drawn))[:, None] * n_classes + drawn).ravel()
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    start = np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
+    out = np.empty(len(keys), dtype=np.int64)
+    out[order] = np.arange(len(keys)) - start
+    return out.reshape(drawn.shape)
+
+
+# Semantic consistency per dimension from labels (Wang et al. 2024b; the paper's beta, Section
+# 5.2.2).
+#
+# The code of Wang et al. counts, for every dimension, the samples on which it is active (|f| > 1e-5
+# after scaling rows to length 1) and takes the share of their most frequent class. A dimension
+# active on one sample scores 1 whatever it means, and one active on all of them scores the share of
+# the largest class: `wsae.stats.classes` corrects for both.
+
+ACTIVE = 1e-5
+"""A dimension is active on a sample when its value, after L2 normalisation of the row, exceeds this."""
+
+
+class ConsistencyCounts:
+    """Streaming counts [d_in, n_classes] of the samples each dimension is active on; exact and mergeable."""
+
+    def __init__(self, d_in: int, n_classes: int) -> None:
+        self.counts: Int64[Tensor, "d_in n_classes"] = torch.zeros(
+            d_in, n_classes, dtype=torch.int64
+        )
+
+    def update(self, x: Float[Tensor, "rows d_in"], labels: Int64[Tensor, " labels"]) -> None:
+        """Add rows with their labels; raises UserError when they differ in number or a label is out of range."""
+        check_labels(labels, len(x), self.counts.shape[1])
+        norms = x.double().norm(dim=1, keepdim=True).clamp_min(1e-12)
+        active = (x.double().abs() / norms > ACTIVE).double()
+        classes = torch.zeros(len(x), self.counts.shape[1], dtype=torch.float64)
+        classes.scatter_(1, labels[:, None], 1.0)
+        self.counts += (active.T @ classes).round().to(torch.int64)
+
+    def consistency(self) -> Float64[Tensor, " d_in"]:
+        """Return beta_i, the share of the most frequent label among the samples active in dimension i (0 if none)."""
+        return largest_share(self.counts).nan_to_num(0.0)
+
+
+def check_labels(labels: Int64[Tensor, " labels"], rows: int, n_classes: int) -> None:
+    """Raise UserError unless there is one label per row, from 0 to n_classes - 1."""
+    if rows != len(labels):
+        raise UserError(f"{len(labels)} labels for {rows} rows; give one label per row")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
+        raise UserError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}; use 0 .. n_classes - 1"
+        )
+
+
+def largest_share(counts: Int64[Tensor, "units n_classes"]) -> Float64[Tensor, " units"]:
+    """Return max_c counts[i, c] / sum_c counts[i, c]; NaN where the sum is 0."""
+    return counts.amax(1).double() / counts.sum(1).double()
+
+
+class NclSummary(NamedTuple):
+    """What the reference prints of a set of dimensions, as shares rather than percent."""
+
+    mean: float | None
+    std: float | None
+    """Over dimensions, with n - 1."""
+    entropy: float | None
+    """Mean over dimensions of -sum_c p_c ln(p_c + 1e-5)."""
+    n: int
+    """Dimensions averaged."""
+
+
+def ncl_summary(
+    counts: Int64[Tensor, "units n_classes"], positive: Bool[Tensor, " units"] | None = None
+) -> NclSummary:
+    """Return the mean over dimensions of the share of the most frequent label, as Wang et al.'s `main_eval.py` does.
+
+    Averaged are the dimensions with a positive sum of positive parts (`positive`; none: all) that are active on at
+    least one sample. `counts` must come from rows scaled to length 1 over the positive dimensions alone.
+    """
+    seen = counts.sum(1) > 0
+    kept = counts[seen if positive is None else seen & positive]
+    if not len(kept):
+        return NclSummary(None, None, None, 0)
+    share = largest_share(kept)
+    p = kept.double() / kept.sum(1, keepdim=True).double()
+    entropy = -(p * (p + ACTIVE).log()).sum(1)
+    std = float(share.std()) if len(kept) > 1 else None
+    return NclSummary(float(share.mean()), std, float(entropy.mean()), len(kept))
+
+
+def minibatch_consistency(
+    rows: Int64[Tensor, " hits"],
+    units: Int64[Tensor, " hits"],
+    labels: Int64[Tensor, " batch"],
+) -> float | None:
+    """Return the mean share of the most frequent label within one mini-batch, as the reference's training log has it.
+
+    (rows, units) are the active entries of the batch. Dimensions active on one sample of the batch score 1, so that the
+    value depends on the size of the batch: it is here to show how much. None where nothing is active.
+    """
+    if not len(units):
+        return None
+    n_classes = int(labels.max()) + 1
+    seen, place = units.unique(return_inverse=True)
+    keys = place * n_classes + labels[rows]
+    counts = torch.bincount(keys, minlength=len(seen) * n_classes).view(len(seen), n_classes)
+    return float(largest_share(counts).mean())
+
+
+# The n samples on which each unit is strongest, with their classes, in one pass and bounded memory.
+
+
+class Strongest:
+    """Running top n of every unit: memory is units x n x 24 bytes, whatever the number of samples.
+
+    Equal values are taken by ascending place, so that the result does not depend on how samples are split or ordered.
+    """
+
+    def __init__(self, units: int, n: int) -> None:
+        self.n = n
+        self.value: Float64[np.ndarray, "units n"] = np.full((units, n), -np.inf)
+        self.place: Int64[np.ndarray, "units n"] = np.full((units, n), -1, dtype=np.int64)
+        """The samples' numbers, strongest first; -1 where there are fewer than n."""
+        self.label: Int64[np.ndarray, "units n"] = np.full((units, n), -1, dtype=np.int64)
+
+    def update(
+        self,
+        unit: Int64[np.ndarray, " hits"],
+        value: Float64[np.ndarray, " hits"],
+        place: Int64[np.ndarray, " hits"],
+        label: Int64[np.ndarray, " hits"],
+    ) -> None:
+        """Add activations: of which unit, how strong, on which sample, of which class."""
+        enters = value >= self.value[unit, -1]
+        columns = [column[enters] for column in (unit, value, place, label)]
+        touched = np.unique(columns[0])
+        kept, where = (self.place[touched] >= 0).nonzero()
+        old = touched[kept]
+        held = (old, self.value[old, where], self.place[old, where], self.label[old, where])
+        unit, value, place, label = (
+            np.concatenate(pair) for pair in zip(held, columns, strict=True)
+        )
+        order = np.lexsort((place, -value, unit))
+        ordered = unit[order]
+        start = np.searchsorted(ordered, ordered, side="left")
+        rank = np.arange(len(order)) - start
+        order, rank = order[rank < self.n], rank[rank < self.n]
+        unit = unit[order]
+        self.value[unit, rank], self.place[unit, rank] = value[order], place[order]
+        self.label[unit, rank] = label[order]
+
+    def full(self) -> np.ndarray:
+        """Return which units have n samples [units]."""
+        return self.place[:, -1] >= 0
+
+    def share(self) -> Float64[np.ndarray, " units"]:
+        """Return the share of the most frequent class among the n strongest samples; NaN where there are fewer."""
+        ordered = np.sort(self.label, axis=1)
+        run = np.ones(len(ordered), dtype=np.int64)
+        best = run.copy()
+        for j in range(1, self.n):
+            run = np.where(ordered[:, j] == ordered[:, j - 1], run + 1, 1)
+            best = np.maximum(best, run)
+        return np.where(self.full(), best / self.n, np.nan)
 
 
 class Hits(NamedTuple):
@@ -132,3 +379,78 @@ def information(
     whole = x_log2_x(np.array([n])) - x_log2_x(total).sum()
     bits = (cells - x_log2_x(support) - x_log2_x(n - support) + whole) / n
     return torch.from_numpy(np.maximum(bits, 0.0))
+
+
+# Class scores with chance taken out, and their intervals over images.
+#
+# corrected_i = (beta_i - E[beta | s_i]) / (1 - E[beta | s_i])
+#
+# beta_i is the share of the most frequent class among the s_i samples unit i is active on, E its
+# expectation for a unit that is active on as many samples whatever their class
+# (`wsae.stats.classes`). 1 means one class only, 0 chance; units with little support stay out, since
+# their share says little either way.
+
+Values = Float64[Tensor, " units"]
+
+
+def corrected_share(
+    counts: Int64[Tensor, "units n_classes"], chance: Chance, min_support: int = 1
+) -> Values:
+    """Return (beta - E) / (1 - E) of each unit; NaN under `min_support`, or where E is 1."""
+    support = counts.sum(1)
+    expected = torch.from_numpy(chance.share)[support]
+    value = (largest_share(counts) - expected) / (1 - expected)
+    known = (support >= max(1, min_support)) & (expected < 1)
+    return torch.where(known, value, torch.nan)
+
+
+def corrected_information(
+    counts: Int64[Tensor, "units n_classes"],
+    totals: Int64[Tensor, " n_classes"],
+    chance: Chance,
+    min_support: int = 1,
+) -> Values:
+    """Return I - E[I | s] in bits, the mutual information beyond chance; NaN under `min_support`."""
+    support = counts.sum(1)
+    value = information(counts, totals) - torch.from_numpy(chance.information)[support]
+    return torch.where(support >= max(1, min_support), value, torch.nan)
+
+
+class OverImages(NamedTuple):
+    """A mean over units and the same without each group of images."""
+
+    value: float
+    without: Float64[np.ndarray, " groups"]
+
+
+def over_images(
+    table: ClassTable,
+    score: Callable[[Int64[Tensor, "units n_classes"]], Values],
+    units: Bool[Tensor, " units"],
+) -> OverImages | None:
+    """Return the mean score of the marked units, with all images and without each group; None for no units or groups.
+
+    The units stay the same when a group is left out (a unit whose support sinks below a minimum still counts). Groups
+    are left out rather than images drawn with replacement: a sample drawn twice agrees with itself, which would raise
+    every share.
+    """
+    if not bool(units.any()) or not table.n_groups:
+        return None
+    counts = table.counts[units]
+    whole = float(score(counts).nanmean())
+    parts = (score(counts - group[units]) for group in table.group_counts)
+    return OverImages(whole, np.array([float(part.nanmean()) for part in parts]))
+
+
+def jackknife(found: OverImages, confidence: float = 0.95) -> tuple[float, float]:
+    """Return value -+ t_(G-1) se with se^2 = (G - 1) / G sum_g (without_g - mean)^2 (delete-a-group jackknife)."""
+    groups = len(found.without)
+    spread = ((found.without - found.without.mean()) ** 2).sum()
+    error = float(np.sqrt((groups - 1) / groups * spread))
+    half = float(stats.t.ppf((1 + confidence) / 2, groups - 1)) * error
+    return found.value - half, found.value + half
+
+
+def gap(a: OverImages, b: OverImages) -> OverImages:
+    """Return a - b, paired: both leave out the same images."""
+    return OverImages(a.value - b.value, a.without - b.without)

@@ -3,11 +3,84 @@
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.stats.exact import UNIT, ExactSum
+
+# Exact sums of floating-point columns: the same bits for every split, order and number of workers.
+#
+# A value is cut into 32-bit digits of a fixed-point number (Demmel & Nguyen 2015, "Parallel
+# reproducible summation"); each digit is summed without rounding and kept as an integer, so
+# addition is associative and merging is exact.
+
+DIGIT_BITS = 32
+LOWEST, HIGHEST = -10, 7
+"""Digits from 2^-320 to 2^256: holds every float32 and every square of one."""
+MAX_ROWS = 1 << 14
+"""Rows per inner sum: 2^14 digits under 2^33 stay under 2^53, so float64 adds them without rounding."""
+
+
+class ExactSum:
+    """Column sums of float64 values whose lowest bit is at least 2^-320, exact in any order."""
+
+    def __init__(self, width: int) -> None:
+        self.digits: Int64[Tensor, "digits width"] = torch.zeros(
+            HIGHEST - LOWEST + 1, width, dtype=torch.int64
+        )
+
+    def add(self, values: Float64[Tensor, "rows width"]) -> None:
+        """Add every row; `values` is used as scratch space."""
+        for block in values.split(MAX_ROWS):
+            self._add_block(block)
+        self._carry()
+
+    def merge(self, other: "ExactSum") -> None:
+        """Add another sum, exactly."""
+        self.digits += other.digits
+        self._carry()
+
+    def integers(self) -> list[int]:
+        """Return each column's sum as an integer number of 2^-320."""
+        shifts = range(self.digits.shape[0])
+        return [
+            sum(int(d) << (DIGIT_BITS * s) for s, d in zip(shifts, column, strict=True))
+            for column in self.digits.T.tolist()
+        ]
+
+    def _add_block(self, rest: Tensor) -> None:
+        scratch = torch.empty_like(rest)
+        top = _largest(rest)
+        for k in range(HIGHEST, LOWEST - 1, -1):
+            unit = 2.0 ** (DIGIT_BITS * k)
+            if top < unit / 2:
+                continue  # no value reaches this digit
+            magic = 1.5 * 2.0**52 * unit
+            digit = torch.add(rest, magic, out=scratch).sub_(
+                magic
+            )  # rounded to a multiple of `unit`
+            self.digits[k - LOWEST] += digit.sum(0).mul_(1.0 / unit).to(torch.int64).cpu()
+            top = _largest(rest.sub_(digit))
+            if top == 0.0:
+                return
+
+    def _carry(self) -> None:
+        """Bring every digit but the highest into [0, 2^32): one representation per value, no overflow."""
+        for k in range(self.digits.shape[0] - 1):
+            carry = self.digits[k] >> DIGIT_BITS
+            self.digits[k] -= carry << DIGIT_BITS
+            self.digits[k + 1] += carry
+
+
+def _largest(values: Tensor) -> float:
+    """Return max |value|, 0 for none."""
+    if values.numel() == 0:
+        return 0.0
+    low, high = values.aminmax()
+    return max(-float(low), float(high))
+
+
+UNIT = Fraction(1, 2 ** (-DIGIT_BITS * LOWEST))
 
 _BLOCK = 256
 """Rows handled at once: the float64 scratch of one block stays in the second-level cache."""
@@ -102,3 +175,63 @@ def check_finite(x: Float[Tensor, "rows d_in"], first_row: int = 0, where: str =
         f"{place}activation is {value} at row {first_row + row}, dimension {dim}; "
         "remove or mend that row (a float16 model overflows: try --dtype bfloat16)"
     )
+
+
+# Streaming covariance of activations in float64, mergeable (the statistics behind the rules gap and
+# whiten).
+
+_ROWS_AT_ONCE = 4096
+"""Rows widened to float64 at once: bounds the scratch memory at 4096 x d_in x 8 bytes."""
+
+
+class Covariance:
+    """Running mean and scatter matrix of rows; memory is d_in^2 x 8 bytes however many rows there are.
+
+    Unlike `Moments` it is not exact: another split or order of the rows changes the last digits (pairwise updates of
+    Chan, Golub & LeVeque 1983, stable for any mean). A constant dimension has variance 0 exactly.
+    """
+
+    def __init__(self, d_in: int) -> None:
+        self.d_in = d_in
+        self.n = 0
+        self.mean: Float64[Tensor, " d_in"] = torch.zeros(d_in, dtype=torch.float64)
+        self._scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
+
+    def update(self, x: Float[Tensor, "rows d_in"]) -> None:
+        """Add rows; raises UserError naming row and dimension of the first NaN or infinity."""
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise UserError(f"rows of shape {tuple(x.shape)} where [rows, {self.d_in}] is needed")
+        for block in x.split(_ROWS_AT_ONCE):
+            if len(block):
+                check_finite(block, self.n)
+                self._add(block.double().cpu())
+
+    def merge(self, other: "Covariance") -> None:
+        """Add another stream's rows; equals one pass over both up to rounding."""
+        if other.d_in != self.d_in:
+            raise UserError(
+                f"a covariance of width {other.d_in} cannot join one of width {self.d_in}"
+            )
+        self._join(other.n, other.mean, other._scatter)
+
+    @property
+    def covariance(self) -> Float64[Tensor, "d_in d_in"]:
+        """E[(x - mean)(x - mean)^T], over n rows, not n - 1; raises UserError when no row was seen."""
+        if self.n == 0:
+            raise UserError("no rows were seen, so there is no covariance; is the data empty?")
+        return self._scatter / self.n
+
+    def _add(self, block: Float64[Tensor, "rows d_in"]) -> None:
+        shifted = block - block[0]  # so a constant dimension is 0, not a rounding error
+        offset = shifted.mean(0)
+        deviation = shifted - offset
+        self._join(len(block), block[0] + offset, deviation.T @ deviation)
+
+    def _join(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        if n == 0:
+            return
+        total = self.n + n
+        step = mean - self.mean if self.n else torch.zeros_like(mean)
+        self._scatter += scatter + torch.outer(step, step) * (self.n * n / total)
+        self.mean = self.mean + step * (n / total) if self.n else mean.clone()
+        self.n = total

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.losses.weigh import Weights, weigh
+from wsae.losses.reconstruction import Weights, weigh
 from wsae.theory.geometry import check_W_p
 from wsae.theory.losses import superpose
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wsae.losses.config import GammaConfig
 from wsae.losses.gamma import gamma_from_covariance, gamma_from_proxy
-from wsae.losses.weigh import Weights
+from wsae.losses.reconstruction import Weights
 from wsae.theory.geometry import check_W_p
 from wsae.theory.losses import closed_form, code, grid, sae_loss, superpose
 from wsae.theory.optimise import minimise

@@ -1,20 +1,84 @@
 """A world with known truth: features x by a law, and activations x_p = W_p x (paper Eq. 1)."""
 
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from jaxtyping import Float, Float32, Shaped
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64, Int, Shaped
 from torch import Tensor
 
+from wsae.acts.stream import Batch, Chunk, State, check_batch_size, position, restored
+from wsae.acts.tally import SourceStats, Tally
 from wsae.core.errors import UserError
+from wsae.core.files import digest
+from wsae.core.progress import Progress, quiet
+from wsae.core.seeds import Permutation, seed_for
 from wsae.ops import SparseCode
 from wsae.theory.geometry import check_W_p
-from wsae.toy.config import FeatureConfig
-from wsae.toy.features import FeatureStream
+from wsae.toy.config import FeatureConfig, Independent
+from wsae.toy.features import FeatureStream, embed_sparse, feature_moments, sample_sparse
 from wsae.toy.model import ToyModels
-from wsae.toy.sparse import embed_sparse, sample_sparse
+
+# What superposition looks like in a trained W_p: norms, dimensionality, signs of interference,
+# variances.
+
+
+@dataclass(frozen=True)
+class Superposition:
+    """Measures of a matrix W_p [d_in, n_features] whose columns W_i are feature directions."""
+
+    norms: Float64[Tensor, " n_features"]
+    """||W_i||: 1 for a feature that is represented, near 0 for one that is not."""
+    dimensionality: Float64[Tensor, " n_features"]
+    """D_i = ||W_i||^2 / sum_j (W_i . W_j / ||W_i||)^2, the share of a dimension that feature i has (Elhage et al.).
+
+    1 alone, 1/2 in an antipodal pair, 2/5 in a pentagon; 0 for a zero column.
+    """
+    positive_share: float
+    """Share of the pairs of represented features with W_i . W_j > `tolerance`: the paper's theory assumes 0."""
+    negative_share: float
+    """Share of those pairs with W_i . W_j < -`tolerance`."""
+    represented: int
+    """Number of features with ||W_i|| > `above`."""
+
+
+def superposition(
+    W_p: Float[Tensor, "d_in n_features"], above: float = 0.5, tolerance: float = 0.01
+) -> Superposition:
+    """Return the measures of one W_p; pairs are counted among features with ||W_i|| > `above`."""
+    W = W_p.double().cpu()
+    norms = W.norm(dim=0)
+    gram = W.T @ W
+    shared = gram.square().sum(1)  # ||W_i||^2 sum_j (W_i/||W_i|| . W_j)^2
+    dimensionality = torch.where(shared > 0, norms.pow(4) / shared.clamp_min(1e-300), 0.0)
+    kept = norms > above
+    pairs = gram[kept][:, kept]
+    upper = pairs[tuple(torch.triu_indices(*pairs.shape, offset=1))]
+    positive, negative = (upper > tolerance).sum(), (upper < -tolerance).sum()
+    count = max(1, len(upper))
+    return Superposition(
+        norms, dimensionality, int(positive) / count, int(negative) / count, int(kept.sum())
+    )
+
+
+def acts_variance(
+    W_p: Float[Tensor, "d_in n_features"], features: FeatureConfig
+) -> Float64[Tensor, " d_in"]:
+    """Return Var(x_p,i) = sum_j W_p[i, j]^2 Var(x_j), exact for independent features.
+
+    Raises UserError for other structures, whose covariances it does not know.
+    """
+    if not isinstance(features.structure, Independent):
+        raise UserError(
+            f"structure '{features.structure.kind}': variances are known in closed form for independent features "
+            "only; take SyntheticSource(world).stats()"
+        )
+    mean, second = feature_moments(features)
+    return W_p.double().cpu().square() @ (second - mean.square())
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +168,175 @@ class World:
     def _by_feature(self) -> Float32[Tensor, "n_features d_in"]:
         """W_p with one row per feature: what the sparse product reads."""
         return self.W_p.T.contiguous()
+
+
+# A world as a source of activations, as in `wsae.fit(SyntheticSource(world))`: rows are drawn when
+# asked for.
+
+Split = Literal["train", "heldout"]
+_BLOCK_CELLS = 1 << 18
+"""Features drawn at once, at most: a buffer of 1 MB."""
+
+
+class SyntheticSource:
+    """Rows of a world as the activations of one hook called `name`.
+
+    `rows` training rows per epoch and `heldout_rows` others, of another seed; both exist by number only, so more rows
+    cost nothing: with rows >= the rows trained on, every row is new. Statistics are exact over the first `stats_rows`
+    (default: 65,536 or all). Raises UserError for counts below 1.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        rows: int = 1 << 20,
+        heldout_rows: int = 1 << 14,
+        stats_rows: int | None = None,
+        seed: int = 0,
+        name: str = "acts",
+    ) -> None:
+        stats_rows = min(rows, 1 << 16) if stats_rows is None else stats_rows
+        for what, count in (
+            ("rows", rows),
+            ("heldout_rows", heldout_rows),
+            ("stats_rows", stats_rows),
+        ):
+            if count < 1:
+                raise UserError(f"{what} = {count}: a source needs at least one")
+        if stats_rows > rows:
+            raise UserError(
+                f"stats_rows = {stats_rows} of only {rows} training rows; ask for fewer"
+            )
+        self.world, self.hooks = world, {name: world.d_in}
+        self._name, self._seed = name, seed
+        self._rows: dict[Split, int] = {"train": rows, "heldout": heldout_rows}
+        self._stats_rows = stats_rows
+        fits = _BLOCK_CELLS // (1 if world.sparse else world.n_features)
+        self.block = max(16, min(1024, fits))
+
+    @property
+    def n_rows(self) -> int:
+        """Training rows per epoch."""
+        return self._rows["train"]
+
+    def features(
+        self, index: Int[np.ndarray, " rows"] | Int[Tensor, " rows"], split: Split = "heldout"
+    ) -> Float32[Tensor, "rows n_features"]:
+        """Return the true features of rows by number: a held-out chunk's `seq` holds its row numbers."""
+        return self._gather(index, split, self._block_features, self.world.n_features)
+
+    def acts(
+        self, index: Int[np.ndarray, " rows"] | Int[Tensor, " rows"], split: Split = "heldout"
+    ) -> Float32[Tensor, "rows d_in"]:
+        """Return the activations of rows by number."""
+        return self._gather(index, split, self.block_acts, self.world.d_in)
+
+    def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
+        """Return the statistics of the first `stats_rows` training rows."""
+        tally = Tally(self.hooks)
+        with progress("statistics", self._stats_rows, "rows") as tick:
+            for first in range(0, self._stats_rows, self.block):
+                count = min(self.block, self._stats_rows - first)
+                x = self.block_acts("train", first // self.block)[:count]
+                tally.update({self._name: x}, {}, {"kept": count})
+                tick(count)
+        return tally.result()
+
+    def stream(self, batch_size: int, seed: int, state: State | None = None) -> "BlockStream":
+        """Return training batches from the start or from a state."""
+        return BlockStream(self, batch_size, seed, state)
+
+    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+        """Yield the held-out rows by number."""
+        total = self._rows["heldout"]
+        for first in range(0, total, batch_size):
+            seq = torch.arange(first, min(first + batch_size, total))
+            yield Chunk({self._name: self.acts(seq)}, seq, torch.zeros_like(seq))
+
+    def tokens(self) -> None:
+        """Return none: there is no text."""
+
+    def digest(self) -> str:
+        """Return a name for the rows: world, counts, seed."""
+        return digest([self.describe(), self._rows, self._stats_rows, self._seed, self.block])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the world as JSON."""
+        return {"kind": "synthetic", "world": self.world.describe(), "hooks": list(self.hooks)}
+
+    def block_acts(self, split: Split, number: int) -> Float32[Tensor, "block d_in"]:
+        """Return the activations of rows number * block ... of a split (past its end they are not part of it)."""
+        if self.world.sparse:
+            code = self.world.sample_sparse(self.block, self._seeds[split], number)
+            return self.world.embed(code)
+        return self.world.sample(self.block, self._seeds[split], number)[1]
+
+    def _block_features(self, split: Split, number: int) -> Float32[Tensor, "block n_features"]:
+        return self.world.sample(self.block, self._seeds[split], number)[0]
+
+    @cached_property
+    def _seeds(self) -> dict[Split, int]:
+        return {"train": seed_for(self._seed, "train"), "heldout": seed_for(self._seed, "heldout")}
+
+    def _gather(
+        self,
+        index: Int[np.ndarray, " rows"] | Int[Tensor, " rows"],
+        split: Split,
+        draw: Callable[[Split, int], Tensor],
+        width: int,
+    ) -> Tensor:
+        rows, total = torch.as_tensor(index, dtype=torch.int64), self._rows[split]
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < total:
+            raise UserError(f"rows {int(rows.min())} to {int(rows.max())} of {total} {split} rows")
+        out, blocks = torch.empty(len(rows), width, dtype=torch.float32), rows // self.block
+        for number in blocks.unique().tolist():
+            here = (blocks == number).nonzero()[:, 0]
+            out[here] = draw(split, number)[rows[here] % self.block]
+        return out
+
+
+class BlockStream:
+    """Batches of a synthetic source: blocks in an order of each epoch's own, rows shuffled inside each block.
+
+    Rows are independent of each other, so this mixes as well as a full shuffle, and each block is drawn once an epoch.
+    """
+
+    def __init__(
+        self, source: SyntheticSource, batch_size: int, seed: int, state: State | None = None
+    ) -> None:
+        check_batch_size(batch_size, source.n_rows)
+        self._source, self._batch_size, self._seed = source, batch_size, seed
+        self._epoch, self._batch = (0, 0) if state is None else restored(state, batch_size, seed)
+        self._held: tuple[int, int, Tensor] | None = None
+
+    def next(self) -> Batch:
+        """Return the next batch, float32."""
+        if self._batch >= self._source.n_rows // self._batch_size:
+            self._epoch, self._batch = self._epoch + 1, 0
+        first, block = self._batch * self._batch_size, self._source.block
+        last, parts = first + self._batch_size, []
+        for slot in range(first // block, -(-last // block)):
+            start = slot * block
+            parts.append(self._shuffled(slot)[max(0, first - start) : last - start])
+        self._batch += 1
+        (name,) = self._source.hooks
+        return {name: torch.cat(parts)}
+
+    def state(self) -> State:
+        """Return the exact position as JSON."""
+        return position(self._batch_size, self._seed, self._epoch, self._batch)
+
+    def _shuffled(self, slot: int) -> Float32[Tensor, "block d_in"]:
+        """Return the block at position `slot` of this epoch; whole blocks change places, a last cut one stays last."""
+        if self._held is not None and self._held[:2] == (self._epoch, slot):
+            return self._held[2]
+        n_rows, block = self._source.n_rows, self._source.block
+        whole, epoch = n_rows // block, seed_for(self._seed, "epoch", self._epoch)
+        number = int(Permutation(whole, epoch)(np.array([slot]))[0]) if slot < whole else slot
+        size = min(block, n_rows - number * block)
+        order = np.random.Generator(np.random.SFC64(seed_for(epoch, "rows", slot))).permutation(
+            size
+        )
+        rows = self._source.block_acts("train", number)[torch.from_numpy(order)]
+        self._held = (self._epoch, slot, rows)
+        return rows

@@ -1,21 +1,34 @@
 """The loop: one batch, every member's step, a row of metrics now and then, a checkpoint now and then."""
 
+import contextlib
+import json
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from wsae.acts.stream import BatchStream
-from wsae.core.progress import Tick
-from wsae.train.checkpoint import save_checkpoint
+from wsae.acts.stream import ActivationSource, BatchStream
+from wsae.core.errors import UserError, understood
+from wsae.core.files import is_temporary, locked, read_json, write_json
+from wsae.core.progress import Progress, Tick
+from wsae.train.checkpoint import (
+    checkpoints,
+    family_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    set_family_tensors,
+)
 from wsae.train.config import TrainConfig
 from wsae.train.family import Family
 from wsae.train.loggers.mirror import current
 from wsae.train.metrics import JsonLines
-from wsae.train.side_by_side import side_by_side
-from wsae.train.state import make_batch
+from wsae.train.state import make_batch, metrics_row
+from wsae.train.step import lr_factor, side_by_side
 
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is due after this long, or after 20 times what the last one took to write, if that is longer."""
@@ -166,3 +179,159 @@ class Recorder:
             rate = steps * self.job.per_step / (now - self._logged_at)
             self.speed.write({"step": done, f"{self.job.unit}_per_s": rate})
         self._logged_at, self._logged_step = now, done
+
+
+# A run's directory: which run it holds, and what happens in it from the first step to the last.
+
+
+def train_job(job: Job, out: Path, progress: Progress, team: Team = ALONE) -> None:
+    """Train from the newest checkpoint in `out`, or from the start, to the end, with metrics and checkpoints in `out`.
+
+    Every process of a team calls this; only its first writes. Raises `Stopped` (a KeyboardInterrupt) when interrupted,
+    after writing a checkpoint.
+    """
+    place = load_checkpoint(out, job.restore)
+    first = int(place["step"]) if place else 0
+    recorder = Recorder(out, job, team)
+    if team.first:
+        recorder.metrics.back_to(place)
+    total = job.steps * job.per_step
+    with (
+        stopping(recorder),
+        recorder.mirror.following(out) if team.first else contextlib.nullcontext(),
+        progress(job.task, total, job.unit, first * job.per_step) as tick,
+    ):
+        job.run(place, lambda n, **fields: tick(n, **job.fields, **fields), recorder.on_step)
+
+
+@contextlib.contextmanager
+def stopping(recorder: Recorder) -> Iterator[None]:
+    """Let the first Ctrl-C (or SIGTERM) stop training between steps, after a checkpoint; a second one at once.
+
+    Never at once for a team: torchrun sends a second signal to those that heard the first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: object) -> None:  # noqa: ARG001
+        if recorder.stop and recorder.team is ALONE:
+            raise KeyboardInterrupt
+        recorder.stop = True
+
+    old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold a run's directory for this process, and remove one made in vain.
+
+    That is one that was not there before and has no checkpoint when work ends early. A second process is refused with a
+    UserError, and removes nothing.
+    """
+    created = not out.exists()
+    with locked(out):
+        created = created and [path.name for path in out.iterdir()] == [".lock"]
+        try:
+            yield
+        except BaseException:
+            if created and not checkpoints(out):
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+def enter(out: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Begin or go on with a run of this identity; raises UserError when `out` holds anything else."""
+    if (out / "config.json").exists():
+        same_run(out, identity)
+        if checkpoints(out) and not resume:
+            raise UserError(
+                f"{out}: holds an unfinished run of this config; add --resume to continue it, or use another --out"
+            )
+        write_json(out / "config.json", identity)  # the data may lie elsewhere now
+    elif any(p.name != ".lock" and not is_temporary(p) for p in out.iterdir()):
+        raise UserError(f"{out}: is not empty and not a wsae run; use another --out")
+    else:
+        write_json(out / "config.json", identity)
+
+
+def same_run(out: Path, identity: dict[str, Any]) -> None:
+    """Raise UserError naming the first setting in which `out` differs from this run.
+
+    Data may move: they are compared by digest, not by path.
+    """
+    path, here = out / "config.json", json.loads(json.dumps(identity))
+    with understood(path):
+        there = {**read_json(path), "source": None}
+    for key, a, b in _differences(there, here | {"source": None}):
+        raise UserError(
+            f"{path}: holds a run of another config ({key} is {a!r} there, {b!r} here); use another --out"
+        )
+
+
+def _differences(a: object, b: object, place: str = "") -> Iterator[tuple[str, object, object]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(k for k in b if k not in a)]:
+            inner = f"{place}.{key}" if place else str(key)
+            yield from _differences(a.get(key), b.get(key), inner)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (u, v) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(u, v, f"{place}.{i}")
+    elif isinstance(a, list) and isinstance(b, list):
+        yield f"{place} (how many)", len(a), len(b)
+    elif a != b:
+        yield place, a, b
+
+
+# A family of SAEs as what a run trains.
+
+
+class FamilyJob:
+    """Trains a family on a source's batches; see `wsae.train.loop.Job`."""
+
+    task, unit = "train", "tokens"
+
+    def __init__(self, cfg: TrainConfig, family: Family, source: ActivationSource) -> None:
+        self.cfg, self.family, self.source = cfg, family, source
+        self.per_step, self.steps = cfg.batch_size, cfg.steps
+        self.fields: dict[str, float] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every member's weights, optimiser and counters."""
+        return family_tensors(self.family)
+
+    def restore(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Take back what `tensors` returned; raises UserError when the members are others."""
+        set_family_tensors(self.family, tensors, where)
+
+    def position(self) -> dict[str, Any]:
+        """Return the stream's place."""
+        return {"stream": self.stream.state()}
+
+    def run(
+        self, position: dict[str, Any] | None, tick: Tick, on_step: Callable[[int], None]
+    ) -> None:
+        """Train from a checkpoint's position, or from the start."""
+        place, first = (position["stream"], int(position["step"])) if position else (None, 0)
+        self.stream = self.source.stream(self.cfg.batch_size, self.cfg.seed, place)
+        run_steps(self.cfg, self.family, self.stream, first, tick, on_step)
+
+    def due(self, done: int) -> bool:
+        """Return whether a row of metrics is due: every `log_every` steps and at the end."""
+        return done % self.cfg.log_every == 0 or done == self.steps
+
+    def rows(self, done: int) -> Iterator[dict[str, Any]]:
+        """Yield each member's metrics since its last row."""
+        for hook, member in self.family.all():
+            rate = member.cfg.learning_rate(member.sae.cfg.d_in)
+            rate *= lr_factor(done - 1, self.cfg.steps, self.cfg.warmup, self.cfg.decay)
+            head = {"step": done, "tokens": done * self.cfg.batch_size, "hook": hook}
+            row = metrics_row(member)
+            yield {**head, "member": member.name, **row, "lr": rate}
+            member.reset_sums()
+            self.fields = {"fvu": row["fvu"], "l0": row["l0"]}

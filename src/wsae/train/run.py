@@ -1,6 +1,7 @@
 """A training run as a directory: config first, checkpoints on the way, members and manifest last."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,35 @@ from wsae.core.artifact import MANIFEST, contained, read_manifest, write_manifes
 from wsae.core.calls import own_settings
 from wsae.core.errors import understood
 from wsae.core.files import write_json
-from wsae.core.memory import explained
+from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.covariance import covariances
-from wsae.train.directory import enter, held, same_run, train_job
-from wsae.train.family import Family, finished, make_family
-from wsae.train.job import FamilyJob
-from wsae.train.memory import training_buffers
+from wsae.train.family import Family, covariances, finished, make_family
+from wsae.train.loop import FamilyJob, enter, held, same_run, train_job
+
+# What training allocates, by name: for the message when it does not fit.
+
+_SHAPE = "--d-sae, --expansion or the number of members"
+
+
+def training_buffers(cfg: TrainConfig, widths: Mapping[str, int]) -> list[Buffer]:
+    """Return the buffers of every member's weights and step on hooks of these widths."""
+    batch, found = cfg.batch_size, []
+    for d_in in set(widths.values()):
+        found.append(Buffer("activations of a batch", (batch, d_in), 4, "--batch-size"))
+        for member in cfg.members:
+            d_sae = member.width(d_in)
+            found += [
+                Buffer("pre-activations", (batch, d_sae), 4, "--batch-size or --d-sae"),
+                Buffer("bfloat16 pre-activations", (batch, d_sae), 2, "--batch-size or --d-sae"),
+                Buffer("mask of active latents", (batch, d_sae), 1, "--batch-size or --d-sae"),
+                Buffer("weights, their gradient or Adam's moments", (d_sae, d_in), 4, _SHAPE),
+            ]
+            if member.gamma.needs_covariance:
+                found.append(Buffer("covariance", (d_in, d_in), 8, "the width: name another hook"))
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from wsae.losses.gamma import gamma_from_proxy, latent_variance_proxy
+from wsae.losses.reconstruction import weigh
+from wsae.ops import SparseCode
 from wsae.ops.native.weights import Weights
+from wsae.sae.config import BatchTopK
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import MemberConfig, TrainConfig
 
@@ -107,3 +111,95 @@ def make_batch(x: Float[Tensor, "batch d_in"], member: MemberState) -> Batch:
     """Scale activations for training; members of one hook share scale and mean."""
     scaled = x / member.scale
     return Batch(scaled, (scaled - member.mean).square_().sum(0))
+
+
+# What a step counts: firing latents, the batch Top-k threshold, sums for the metrics, running
+# latent variances.
+
+GAMMA_EVERY = 10
+"""Steps between refreshes of a latent_variance gamma and of the set of dead latents."""
+THRESHOLD_DECAY = 0.95
+"""Per-step decay of batch Top-k's running threshold."""
+
+
+class StepResult(NamedTuple):
+    """What one step found, detached."""
+
+    code: SparseCode
+    loss: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    revival: Float[Tensor, ""]
+    sse: Float[Tensor, ""]
+    """Sum over the batch of |x_hat - x|^2, in scaled units."""
+
+
+def count(member: MemberState, code: SparseCode, rows: int) -> None:
+    """Note which latents fired and, for batch Top-k, move the threshold of inference."""
+    fired = torch.zeros_like(member.dead)
+    fired[code.indices[code.values > 0]] = True
+    member.since_fired.add_(rows).masked_fill_(fired, 0)
+    if isinstance(member.sae.cfg.activation, BatchTopK):
+        positive = torch.where(code.values > 0, code.values, torch.inf)
+        smallest = positive.min() if len(positive) else positive.new_tensor(torch.inf)
+        old = member.sae.threshold
+        moved = torch.where(old == 0, smallest, torch.lerp(smallest.double(), old, THRESHOLD_DECAY))
+        old.copy_(torch.where(smallest.isfinite(), moved, old))
+
+
+def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
+    """Add a step to the window of metrics, in the activations' own units."""
+    sums, unit, deviation = member.sums, member.scale**2, batch.deviation
+    sums["loss"] += result.loss.double() * unit
+    sums["reconstruction"] += result.reconstruction.double() * unit
+    sums["auxk"] += result.revival.double() * unit
+    sums["sse"] += result.sse.double() * unit
+    sums["variance"] += deviation.sum().double() * unit
+    sums["weighted_variance"] += _weighted_variance(member, batch).double() * unit
+    sums["l0"] += torch.count_nonzero(result.code.values).double()
+    sums["rows"] += len(batch.x)
+    sums["steps"] += 1
+
+
+def _weighted_variance(member: MemberState, batch: Batch) -> Tensor:
+    """Return the sum over rows of ||Gamma (x - mean)||^2; a vector needs only the sums per dimension."""
+    gamma = member.sae.gamma
+    if gamma.ndim == 1:
+        return (batch.deviation * gamma.square()).sum()
+    return weigh(batch.x - member.mean, gamma).square().sum()
+
+
+def follow_latents(member: MemberState, code: SparseCode, step: int, decay: float) -> bool:
+    """Keep the running variances of the latents for the rule latent_variance; says whether gamma is due."""
+    if member.cfg.gamma.rule != "latent_variance":
+        return False
+    d_sae = member.sae.cfg.d_sae
+    z = code.values.double()
+    sums = [torch.bincount(code.indices, w, minlength=d_sae) for w in (z, z * z)]
+    member.latent_moments.lerp_(torch.stack(sums) / code.batch, 1 - decay)
+    return (step + 1) % GAMMA_EVERY == 0
+
+
+def refresh_gamma(
+    member: MemberState, W_dec: Float[Tensor, "d_sae d_in"], step: int, decay: float
+) -> None:
+    """Set a latent_variance gamma from the running variances of the latents."""
+    mean, square = member.latent_moments / (1 - decay ** (step + 1))
+    variance = (square - mean * mean).clamp_min(0) * member.scale**2
+    proxy = latent_variance_proxy(variance, W_dec.double())
+    member.sae.gamma.copy_(gamma_from_proxy(member.cfg.gamma, proxy))
+
+
+def metrics_row(member: MemberState) -> dict[str, float]:
+    """Return the means of the window of metrics, in the activations' own units."""
+    s = {name: float(value) for name, value in member.sums.items()}
+    steps, rows = max(s["steps"], 1.0), max(s["rows"], 1.0)
+    weighted = s["reconstruction"] * rows / steps  # reconstruction is a mean per row
+    return {
+        "loss": s["loss"] / steps,
+        "reconstruction": s["reconstruction"] / steps,
+        "auxk": s["auxk"] / steps,
+        "fvu": s["sse"] / s["variance"] if s["variance"] else 0.0,
+        "fvu_weighted": weighted / s["weighted_variance"] if s["weighted_variance"] else 0.0,
+        "l0": s["l0"] / rows,
+        "dead_frac": float(member.dead.double().mean()),
+    }

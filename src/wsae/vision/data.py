@@ -2,17 +2,68 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, UInt8
-from torch import Tensor
+from jaxtyping import Float, Int, Int64, UInt8
+from kornia import augmentation as kornia
+from kornia.augmentation.random_generator import ResizedCropGenerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from wsae.acts.images.harvest import heldout_images
+from wsae.acts.images.pixels import ImageError
 from wsae.acts.images.sets import ArrayImages, Failures, ImageSet, batches
-from wsae.acts.images.split import heldout_images
 from wsae.core.errors import UserError
 from wsae.core.seeds import Permutation, seed_for
-from wsae.vision.config import PretrainConfig
+from wsae.vision.config import AugmentConfig, PretrainConfig
+
+# Random views of images, decided by a seed alone.
+
+RATIO = (3 / 4, 4 / 3)
+"""Width over height of a crop, before it is resized to a square."""
+SIGMA = (0.1, 2.0)
+
+
+class Augment:
+    """Augments a batch on its own device; every image is treated by itself.
+
+    `cropped`: the images are random crops already. `grey`: they have one channel, so colour is left alone.
+    """
+
+    def __init__(self, cfg: AugmentConfig, size: int, grey: bool, cropped: bool = False) -> None:
+        square = (size, size)
+        self._steps: list[torch.nn.Module] = []
+        if not cropped:
+            self._steps.append(
+                kornia.RandomResizedCrop(square, cfg.crop, RATIO, cropping_mode="resample")
+            )
+        if cfg.flip:
+            self._steps.append(kornia.RandomHorizontalFlip(p=cfg.flip))
+        brightness, contrast, saturation, hue = cfg.jitter
+        if grey:
+            saturation = hue = 0.0
+        if cfg.jitter_p and any((brightness, contrast, saturation, hue)):
+            jitter = kornia.ColorJitter(brightness, contrast, saturation, hue, p=cfg.jitter_p)
+            self._steps.append(jitter)
+        if cfg.grey and not grey:
+            self._steps.append(kornia.RandomGrayscale(p=cfg.grey))
+        if cfg.blur:
+            kernel = max(3, size // 10 | 1)
+            self._steps.append(kornia.RandomGaussianBlur((kernel, kernel), SIGMA, p=cfg.blur))
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Float[Tensor, "batch channels height width"], seed: int
+    ) -> Float[Tensor, "batch channels size size"]:
+        """Return a view of each image, values in [0, 1]; the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):  # kornia draws on the CPU's generator
+            torch.default_generator.manual_seed(seed)
+            for step in self._steps:
+                images = step(images)
+        return images
+
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATS_IMAGES = 10_000
@@ -132,3 +183,83 @@ def _moments(
     std = torch.where(std > 0, std, 255.0)  # a constant channel stays what it is
     a, b = (mean / 255).tolist(), (std / 255).tolist()
     return (a[0], a[1], a[2]), (b[0], b[1], b[2])
+
+
+# Random crops of image files, cut by worker processes from the whole image, before anything is
+# resized.
+
+
+class Crops(NamedTuple):
+    """A step's images and two crops of each: all first ones, then all second ones."""
+
+    numbers: Int64[np.ndarray, " batch"]
+    crops: UInt8[Tensor, "views 3 size size"]
+    failed: list[tuple[int, str]]
+
+
+def crops_from(cfg: PretrainConfig, data: Data, part: slice, first: int) -> Iterator[Crops]:
+    """Yield this process's part of every step from `first` on; the result does not depend on the number of workers."""
+    reader = _Reader(cfg, data, part)
+    steps = range(first, cfg.epochs * (len(data.train) // cfg.batch_size))
+    if not data.workers:
+        yield from (reader[step] for step in steps)
+        return
+    yield from DataLoader(
+        reader,
+        batch_size=None,
+        sampler=steps,
+        num_workers=data.workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator().manual_seed(0),  # the loader draws a seed nobody uses
+    )
+
+
+def _as_it_is(crops: Any) -> Any:
+    """Return an item unchanged: by default the loader makes tensors of arrays."""
+    return crops
+
+
+class _Reader(Dataset[Crops]):
+    def __init__(self, cfg: PretrainConfig, data: Data, part: slice) -> None:
+        self._cfg, self._data, self._part = cfg, data, part
+        self._boxes = ResizedCropGenerator(
+            (cfg.size, cfg.size), torch.tensor(cfg.augment.crop), torch.tensor(RATIO)
+        )
+
+    def __getitem__(self, step: int) -> Crops:
+        cfg = self._cfg
+        index = self._data.batch(step, cfg.batch_size, cfg.seed)[self._part]
+        found: list[Tensor | None] = []
+        failed: list[tuple[int, str]] = []
+        for number in index:
+            try:
+                found.append(self._views(int(number), step))
+            except ImageError as error:
+                found.append(None)
+                failed.append((error.index, str(error)))
+        good = [place for place, views in enumerate(found) if views is not None]
+        if not good:
+            raise ImageError(
+                f"none of the {len(index)} images of a step can be read; {failed[0][1]}",
+                failed[0][0],
+            )
+        # an unreadable image gives its place to one before it, so that all processes have equal parts
+        places = [
+            max((p for p in good if p <= place), default=good[0]) for place in range(len(index))
+        ]
+        views = [views for p in places if (views := found[p]) is not None]
+        return Crops(index[places], torch.stack(views, dim=1).flatten(0, 1), failed)
+
+    def _views(self, number: int, step: int) -> UInt8[Tensor, "2 3 size size"]:
+        image, size = self._data.images.image(number), self._cfg.size
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_for(self._cfg.seed, "crop", step, number))
+            boxes = self._boxes((2, *image.shape))["src"].round().long()
+        views = []
+        for box in boxes:
+            (left, top), (right, bottom) = box[0].tolist(), box[2].tolist()
+            cut = image[None, :, top : bottom + 1, left : right + 1]
+            views.append(
+                nn.functional.interpolate(cut, (size, size), mode="bilinear", antialias=True)
+            )
+        return torch.cat(views)

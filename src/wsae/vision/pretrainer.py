@@ -1,25 +1,217 @@
 """One encoder in pretraining: its weights, optimiser and step, as what a run trains."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from wsae.acts.images.model import Encoder, EncoderConfig
 from wsae.core.errors import UserError
 from wsae.core.progress import Tick
 from wsae.core.seeds import seed_for
-from wsae.train.schedule import warmup_cosine
-from wsae.vision.augment import Augment
+from wsae.train.parallel.world import MAX, World
+from wsae.train.step import warmup_cosine
 from wsae.vision.config import PretrainConfig
-from wsae.vision.crops import crops_from
-from wsae.vision.data import Data
-from wsae.vision.loss import info_nce
-from wsae.vision.model import Model, make_model, make_optimizer
-from wsae.vision.ranks import Ranks
+from wsae.vision.data import Augment, Data, crops_from
+
+# LARS: momentum SGD whose gradients are first scaled per layer.
+
+
+class LARS(torch.optim.SGD):
+    """LARS with a clipped rate, as solo-learn has it; its steps are `torch.optim.SGD`'s.
+
+    Each tensor of two dimensions or more steps along min(eta |w| / (|g| + wd |w| + 1e-8) / lr, 1) (g + wd w); biases
+    and norms (one dimension) along g. `pytorch_optimizer.LARS` does not clip, and decays where |g| is 0.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], eta: float, momentum: float, decay: float
+    ) -> None:
+        super().__init__(groups, lr=1.0, momentum=momentum)
+        self.eta, self.decay = eta, decay
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # noqa: ARG002
+        """Scale the gradients in place, then take SGD's step."""
+        for group in self.param_groups:
+            decay = group.get("decay", self.decay)
+            layers = [p for p in group["params"] if p.ndim > 1 and p.grad is not None]
+            if layers and group["lr"] > 0:
+                _scale(layers, self.eta, decay, group["lr"])
+        super().step()
+
+
+def _scale(layers: list[Tensor], eta: float, decay: float, lr: float) -> None:
+    gradients = [p.grad for p in layers if p.grad is not None]
+    w = torch.stack(torch._foreach_norm(layers))
+    g = torch.stack(torch._foreach_norm(gradients))
+    share = (eta * w / (g + decay * w + 1e-8) / lr).clamp_max(1.0)
+    used = (w > 0) & (g > 0)  # elsewhere the gradient stays as it is, without decay
+    weights = torch.where(used, decay * share, 0.0).unbind()
+    torch._foreach_mul_(gradients, torch.where(used, share, 1.0).unbind())
+    torch._foreach_add_(gradients, torch._foreach_mul(layers, weights))
+
+
+# InfoNCE over two views of every image, as solo-learn and NCL have it.
+
+
+def info_nce(
+    z: Float[Tensor, "rows out"],
+    everyone: Float[Tensor, "all out"],
+    first: int,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Return the mean over the rows of -log(pos / (pos + neg)), with pos and neg sums of exp(cosine / temperature).
+
+    `z` holds this process's first views, then its second views; `everyone` is all processes' `z` one after another,
+    and `z` begins at its row `first`. A row's positive is the other view of its image, its negatives all views of the
+    others; the row itself counts as neither. Float32 at least, under autocast too. Raises ValueError when `z` is not
+    two views.
+    """
+    rows = len(z)
+    if rows % 2:
+        raise ValueError(f"{rows} projections are not two views of the same images")
+    with torch.autocast(z.device.type, enabled=False):
+        own = _unit(z)
+        logits = own @ (own if everyone is z else _unit(everyone)).T / temperature
+    row = torch.arange(rows, device=z.device)
+    itself = torch.zeros_like(logits, dtype=torch.bool)
+    itself[row, first + row] = True
+    partner = first + (row + rows // 2) % rows
+    return nn.functional.cross_entropy(logits.masked_fill(itself, -torch.inf), partner)
+
+
+def _unit(z: Float[Tensor, "rows out"]) -> Float[Tensor, "rows out"]:
+    """Return rows of length 1, in float32 at least."""
+    return nn.functional.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+
+
+# What a step trains: the encoder and, beside it, a linear probe that the encoder does not feel.
+
+
+class Model(nn.Module):
+    """Encoder and online probe, which is there when the images have classes."""
+
+    def __init__(self, encoder: Encoder, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = nn.Linear(encoder.cfg.widths[-1], classes) if classes else None
+
+    def forward(
+        self, views: Float[Tensor, "views 3 size size"]
+    ) -> tuple[Float[Tensor, "views out"], Float[Tensor, "views classes"] | None]:
+        """Return projections, and the probe's logits (float32)."""
+        h, z = self.encoder(views)
+        return z, self.logits(h.detach())
+
+    def logits(self, h: Float[Tensor, "rows width"]) -> Float[Tensor, "rows classes"] | None:
+        """Return the probe's logits (float32) of embeddings, or none without a probe."""
+        if self.classifier is None:
+            return None
+        with torch.autocast(h.device.type, enabled=False):
+            return self.classifier(h.float())
+
+
+def make_model(cfg: PretrainConfig, data: Data, device: str) -> Model:
+    """Return an untrained model; the run's seed decides its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_for(cfg.seed, "encoder"))
+        model = Model(
+            Encoder(encoder_config(cfg, data)), data.classes if data.labels is not None else 0
+        )
+    return model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def make_optimizer(cfg: PretrainConfig, model: Model) -> LARS:
+    """Return LARS over the encoder, and over the probe without weight decay."""
+    groups: list[dict[str, Any]] = [{"params": list(model.encoder.parameters())}]
+    if model.classifier is not None:
+        groups.append({"params": list(model.classifier.parameters()), "decay": 0.0})
+    return LARS(groups, cfg.lars.eta, cfg.lars.momentum, cfg.lars.weight_decay)
+
+
+def encoder_config(cfg: PretrainConfig, data: Data) -> EncoderConfig:
+    """Return the encoder that a run trains."""
+    return EncoderConfig(
+        stem=cfg.stem,
+        widths=cfg.widths,
+        projector_hidden=cfg.projector_hidden,
+        projector_out=cfg.projector_out,
+        positive=cfg.positivity,
+        size=cfg.size,
+        grey=data.grey,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+# The processes that torchrun started: each takes a part of every batch and sees everyone's
+# projections.
+
+
+class Ranks:
+    """One of several processes; with no world, the only one. See `wsae.train.loop.Team`."""
+
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world
+        self.count = world.layout.ranks if world else 1
+        self.rank = world.rank if world else 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def part(self, batch_size: int) -> slice:
+        """Return this process's part of a batch; raises UserError when the parts are not equal."""
+        if batch_size % self.count:
+            raise UserError(
+                f"--batch-size {batch_size}: {self.count} processes take equal parts; use a multiple of {self.count}"
+            )
+        size = batch_size // self.count
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def agree(self, stop: bool, due: bool) -> tuple[bool, bool]:
+        """Return whether any process is to stop, and whether the first one's checkpoint is due."""
+        if self.world is None:
+            return stop, due
+        ask = torch.tensor([int(stop), int(due and self.first)], device=self.world.device)
+        all_stop, all_due = self.world.reduce_(ask, MAX).tolist()
+        return bool(all_stop), bool(all_due)
+
+    def mean_(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Replace values by their mean over the processes."""
+        return values if self.world is None else self.world.reduce_(values).div_(self.count)
+
+    def everyone(self, z: Float[Tensor, "rows out"]) -> Float[Tensor, "all out"]:
+        """Return all processes' rows one after another, `z` itself where there is one; gradients go back to each."""
+        if self.world is None:
+            return z
+        found = _Gather.apply(z)
+        assert isinstance(found, Tensor)
+        return found
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward gives each process the sum of what all found for its rows, as solo-learn has it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:  # noqa: ARG004
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
 
 EPOCH_TEST = 2_000
 """Held-out images at most whose accuracy is measured after every epoch."""

@@ -1,25 +1,184 @@
 """Activations of a vision model on images to a store: the text's format, image numbers and classes beside the rows."""
 
+import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 from torch import Tensor
 
+from wsae.acts.capture import Capture
+from wsae.acts.flow import NonFiniteError, Step, one_pass
+from wsae.acts.hookpoints import HookPoint, probe
 from wsae.acts.images.config import ImageHarvestConfig
-from wsae.acts.images.flow import ImageFlow
 from wsae.acts.images.model import VisionModel, load_vision, model_fingerprint
-from wsae.acts.images.sets import ImageError, ImageSet, open_images
-from wsae.acts.ledger import Ledger, drop_ledger, refuse_other
-from wsae.acts.shards import Form, shard_name
-from wsae.acts.store import IMAGES, SPLITS, Store, load_columns
+from wsae.acts.images.sets import Failures, ImageError, ImageSet, batches, open_images
+from wsae.acts.store import (
+    IMAGES,
+    SPLITS,
+    Feed,
+    Form,
+    Ledger,
+    SplitWriter,
+    Store,
+    drop_ledger,
+    finish,
+    lacking,
+    load_columns,
+    outlier_dims,
+    refuse_other,
+    shard_name,
+    unfinished,
+)
 from wsae.acts.tally import Tally
-from wsae.acts.writing import Feed, SplitWriter, finish, lacking, outlier_dims, unfinished
+from wsae.acts.text import Position
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
+from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
+from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import load_tensors, save_tensors
+
+# What a page shows of an image: its class and a thumbnail.
+
+SIDE = 56
+"""Longest side of a thumbnail in pixels; smaller images stay as they are."""
+
+
+class Gallery:
+    """Classes and thumbnails of a set's images, by number."""
+
+    def __init__(self, images: ImageSet, labels: Int[np.ndarray, " images"] | None = None) -> None:
+        self._images = images
+        self._labels = images.labels if labels is None else labels
+
+    def label(self, image: int) -> str:
+        """Return the name of an image's class, or its number where it has none."""
+        if self._labels is None:
+            return f"image {image}"
+        number, names = int(self._labels[image]), self._images.names
+        return names[number] if number < len(names) else f"class {number}"
+
+    def thumbnail(self, image: int) -> str:
+        """Return an image as PNG in base64, its longest side at most `SIDE` pixels; raises ImageError if unreadable."""
+        pixels = self._images.image(image).permute(1, 2, 0).contiguous().numpy()
+        picture = Image.fromarray(pixels)
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        if not np.ptp(pixels, axis=2).any():
+            picture = picture.convert("L")  # a third of the bytes
+        out = io.BytesIO()
+        picture.save(out, "PNG", optimize=True)
+        return base64.b64encode(out.getvalue()).decode("ascii")
+
+
+# Which images are kept for evaluation: one rule for pretraining, harvesting and every probe.
+
+
+def heldout_images(n: int, fraction: float, seed: int) -> Bool[np.ndarray, " images"]:
+    """Return for each image whether it is held out: a hash of seed and image number, whatever else there is."""
+    limit = fraction * 2.0**63
+    return np.array([seed_for(seed, "heldout image", i) < limit for i in range(n)], dtype=bool)
+
+
+# Images through a vision model to rows, one forward pass at a time.
+
+
+class ImageFlow:
+    """A model, its hook points, and the images of each half in the order of their numbers.
+
+    `labels` [images] int64 or none, `positions` rows an image, `order` {split: image numbers}.
+    """
+
+    def __init__(self, cfg: ImageHarvestConfig, vision: VisionModel, images: ImageSet) -> None:
+        self.cfg, self.vision, self.images = cfg, vision, images
+        self.side = cfg.images.size or vision.size
+        self.labels = None if images.labels is None else torch.from_numpy(images.labels)
+        self.n_classes = len(images.names) if images.labels is not None else 0
+        self.order = _order(len(images), cfg)
+        manner = vision.manner(self.side, self.side)
+        with one_pass():
+            hooks = probe(vision.model, cfg.hooks, manner).hooks
+        self._capture = Capture(vision.model, hooks)
+        self.hooks, self.positions = self._capture.hooks, _same_positions(hooks)
+
+    def steps(self, heldout: bool, start: Position) -> Iterator[Step]:
+        """Yield steps from the `start.document`-th image of a half on; raises NonFiniteError at a NaN or infinity.
+
+        Unreadable images are left out, or raise ImageError, as the config says.
+        """
+        order, cfg = self.order["heldout" if heldout else "train"], self.cfg
+        done, failures = start.document, Failures(cfg.images.on_error)
+        read = batches(self.images, order[done:], cfg.batch_size, cfg.images.workers, failures)
+        for index, squares in read:
+            done = min(done + cfg.batch_size, len(order))
+            if len(index):
+                yield self._step(index, squares, Position(done, 0, done))
+
+    def _step(
+        self,
+        index: Int[np.ndarray, " batch"],
+        squares: UInt8[Tensor, "batch 3 height width"],
+        after: Position,
+    ) -> Step:
+        with explained("running the model", self._buffers, "--batch-size"), one_pass():
+            acts = self._capture.read({"pixel_values": self.vision.prepare(squares)})
+            flat = {hook: x.flatten(0, 1).float().cpu() for hook, x in acts.items()}
+        image = torch.from_numpy(index.astype(np.int64))
+        self._check_finite(flat, image)
+        n, none = len(index), torch.empty(0, dtype=torch.int32)
+        return Step(
+            x=flat,
+            skipped={},
+            seq=image.repeat_interleave(self.positions),
+            pos=torch.arange(self.positions).repeat(n),
+            ids=none.expand(n, 0),
+            lengths=torch.zeros(n, dtype=torch.int32),
+            counts={"kept": n * self.positions},
+            after=after,
+            labels=None
+            if self.labels is None
+            else self.labels[image].repeat_interleave(self.positions),
+        )
+
+    def _check_finite(
+        self, acts: dict[str, Float[Tensor, "rows _"]], image: Int[Tensor, " batch"]
+    ) -> None:
+        for hook, x in acts.items():
+            if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+                row, dim = (int(i) for i in (~torch.isfinite(x)).nonzero()[0])
+                number, pos = divmod(row, self.positions)
+                raise NonFiniteError(hook, ("image", int(image[number]), pos, dim), row)
+
+    def _buffers(self) -> list[Buffer]:
+        rows = self.cfg.batch_size * self.positions
+        return [
+            Buffer("activations of one pass", (rows, d_in), 4, "--batch-size")
+            for d_in in set(self.hooks.values())
+        ]
+
+
+def _order(n: int, cfg: ImageHarvestConfig) -> dict[str, np.ndarray]:
+    """Return each half's image numbers, ascending; under a limit a random choice of all images."""
+    used = np.arange(n)
+    if cfg.limit is not None and cfg.limit < n:
+        used = np.sort(Permutation(n, seed_for(cfg.seed, "limit"))(np.arange(cfg.limit)))
+    held = heldout_images(n, cfg.heldout_fraction, cfg.seed)[used]
+    return {"train": used[~held], "heldout": used[held]}
+
+
+def _same_positions(hooks: list[HookPoint]) -> int:
+    rows = {hook.positions: hook.name for hook in hooks}
+    if len(rows) > 1:
+        (a, first), (b, second) = list(rows.items())[:2]
+        raise UserError(
+            f"hooks {first!r} and {second!r} have {a} and {b} rows an image; harvest them to two stores"
+        )
+    return hooks[0].positions
+
 
 NAMED = 5
 

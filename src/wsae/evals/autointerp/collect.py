@@ -12,11 +12,16 @@ from wsae.core.errors import UserError, nearest
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import ContextConfig
-from wsae.evals.autointerp.documents import SIDES, Documents, blocks, documents_of
-from wsae.evals.autointerp.reservoirs import Pool
-from wsae.evals.autointerp.roles import Casting, Picked, Roles
-from wsae.evals.autointerp.tiling import STRADDLING, Slab, Tiling
-from wsae.evals.autointerp.tracking import Tracked, entering
+from wsae.evals.autointerp.documents import (
+    SIDES,
+    STRADDLING,
+    Documents,
+    Slab,
+    Tiling,
+    blocks,
+    documents_of,
+)
+from wsae.evals.autointerp.reservoirs import Casting, Picked, Pool, Roles, Tracked, entering
 from wsae.evals.autointerp.windows import (
     Collected,
     LatentContexts,

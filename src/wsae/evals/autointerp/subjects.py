@@ -1,24 +1,331 @@
 """Whose latents are scored: the run's members and their controls, each with its contexts."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from wsae.core.files import read_json
-from wsae.core.progress import Progress
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from wsae.core.errors import UserError
+from wsae.core.files import digest, read_json
+from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.collect import Members, collect
-from wsae.evals.autointerp.config import Control, InterpretConfig
-from wsae.evals.autointerp.controls import ABOUT, NAMES, shuffled
-from wsae.evals.autointerp.pairs import Sides
-from wsae.evals.autointerp.panel import Panel, subset
-from wsae.evals.autointerp.random_model import Recipe, random_model
+from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
+from wsae.evals.autointerp.controls import (
+    ABOUT,
+    NAMES,
+    Recipe,
+    neurons,
+    pca,
+    random_model,
+    shuffled,
+)
+from wsae.evals.autointerp.embedding import Encoder, Memo, embedding_scores, load_encoder
+from wsae.evals.autointerp.llm.client import NO_EXPLANATION
+from wsae.evals.autointerp.llm.detect import (
+    Explained,
+    Explanation,
+    Judged,
+    detection_scores,
+    explain_latents,
+    fuzzing_scores,
+)
+from wsae.evals.autointerp.llm.simulate import Fragments, simulation_scores
+from wsae.evals.autointerp.llm.types import Llm, Tally
+from wsae.evals.autointerp.surprisal import TEMPLATES, Reader, surprisal_scores
 from wsae.evals.autointerp.windows import Collected
-from wsae.evals.data import HeldOut
-from wsae.evals.measure import Family
+from wsae.evals.contexts import sample_latents
+from wsae.evals.control import random_control
+from wsae.evals.data import HeldOut, Language
+from wsae.evals.matching import Matching, Side, match
+from wsae.evals.measure import Family, Survey
 from wsae.sae import SparseAutoencoder
+from wsae.stats.moments import Covariance
 from wsae.train.config import TrainConfig
 
+# Before contexts are collected: which latents stand for a member, and which latent of its twin each
+# is compared with.
+#
+# One pass over the held-out rows gives densities, live latents and the statistics behind the
+# controls. A member's sample is one live latent from each of n equal-count strata of density; its
+# twin shows the partners of these beside a sample of its own, so that a comparison over matched
+# latents has both sides.
+
+ASSIGNMENT_MAX = 8192
+"""Live latents up to which members are matched one-to-one optimally, as in `wsae evaluate`."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One hook's members before collection."""
+
+    family: Family
+    survey: Survey
+    covariance: Covariance | None
+    reference: str
+    """The member that the controls are made like: the plain twin, or the first member where none is plain."""
+    sample: dict[str, list[int]] = field(default_factory=dict)
+    """Each member's own latents: its means are over these."""
+    matching: dict[str, Matching] = field(default_factory=dict)
+
+    def partners(self, member: str) -> dict[int, int]:
+        """Return latent -> its partner in the twin, for the member's sampled latents that have one."""
+        matching = self.matching[member]
+        pairs = dict(zip(matching.pair_a.tolist(), matching.pair_b.tolist(), strict=True))
+        return {latent: pairs[latent] for latent in self.sample[member] if latent in pairs}
+
+    def latents(self) -> dict[str, Int64[Tensor, " latents"]]:
+        """Return what to collect of each member: its sample, then partners of other members' samples."""
+        wanted = {name: list(sample) for name, sample in self.sample.items()}
+        for member, twin in self.family.twins.items():
+            wanted[twin] += self.partners(member).values()
+        return {
+            name: torch.tensor(list(dict.fromkeys(latents)), dtype=torch.int64)
+            for name, latents in wanted.items()
+        }
+
+    def controls(self, cfg: InterpretConfig) -> dict[str, SparseAutoencoder]:
+        """Return the controls that are SAEs of the same rows, by name."""
+        mean, l0 = self.survey.moments.mean, self.survey.activity[self.reference].l0
+        like = self.family.saes[self.reference]
+        made: dict[Control, SparseAutoencoder] = {}
+        if "random_sae" in cfg.controls:
+            made["random_sae"] = random_control(like, mean, l0, cfg.seed)
+        if "neurons" in cfg.controls:
+            made["neurons"] = neurons(mean, self.survey.moments.variance, l0)
+        if "pca" in cfg.controls:
+            assert self.covariance is not None
+            made["pca"] = pca(mean, self.covariance.covariance, l0)
+        device = like.W_dec.device
+        return {NAMES[control]: sae.to(device) for control, sae in made.items()}
+
+
+@torch.inference_mode()
+def look(
+    source: HeldOut,
+    families: dict[str, Family],
+    cfg: InterpretConfig,
+    progress: Progress = quiet,
+) -> dict[str, Sides]:
+    """Survey the held-out rows once and choose each member's latents, hook by hook.
+
+    Raises UserError when there are no rows, a width differs, or the data hold NaN.
+    """
+    surveys = {
+        hook: Survey(hook, family.saes, source.hooks[hook]) for hook, family in families.items()
+    }
+    covariances = {h: Covariance(source.hooks[h]) for h in families if "pca" in cfg.controls}
+    n_rows = 0
+    with progress("survey", None, "rows") as tick:
+        for chunk in source.heldout(cfg.batch_size):
+            for hook, survey in surveys.items():
+                survey.update(chunk.x[hook])
+                if hook in covariances:
+                    covariances[hook].update(chunk.x[hook])
+            n_rows += len(chunk.seq)
+            tick(len(chunk.seq))
+    if not n_rows:
+        raise UserError("there are no held-out rows to interpret on; hold out more data")
+    return {h: _sides(f, surveys[h], covariances.get(h), cfg) for h, f in families.items()}
+
+
+def _sides(
+    family: Family, survey: Survey, covariance: Covariance | None, cfg: InterpretConfig
+) -> Sides:
+    sample = {
+        name: sample_latents(
+            activity.density, cfg.contexts.n_latents, cfg.seed, "interpret", survey.hook, name
+        ).tolist()
+        for name, activity in survey.activity.items()
+    }
+    matching = {}
+    for member, twin in family.twins.items():
+        a, b = (Side(family.saes[n].W_dec, survey.activity[n].alive) for n in (member, twin))
+        matching[member] = match(a, b, ASSIGNMENT_MAX, cfg.seed)
+    reference = next(iter(family.twins.values()), next(iter(family.saes)))
+    return Sides(family, survey, covariance, reference, sample, matching)
+
+
+def selected(families: dict[str, Family], cfg: InterpretConfig) -> dict[str, Family]:
+    """Return the hooks and members asked for, each weighted member with its twin; raises UserError for others."""
+    for hook in cfg.hooks:
+        if hook not in families:
+            raise UserError(f"hook {hook!r}: the run has {', '.join(families)}")
+    chosen = {hook: f for hook, f in families.items() if not cfg.hooks or hook in cfg.hooks}
+    return {hook: _restricted(family, cfg.members) for hook, family in chosen.items()}
+
+
+def _restricted(family: Family, members: tuple[str, ...]) -> Family:
+    for name in members:
+        if name not in family.saes:
+            raise UserError(f"member {name!r}: the run has {', '.join(family.saes)}")
+    if not members:
+        return family
+    kept = set(members) | {twin for name, twin in family.twins.items() if name in members}
+    twins = {name: twin for name, twin in family.twins.items() if name in kept}
+    return Family({name: sae for name, sae in family.saes.items() if name in kept}, twins)
+
+
+# Who judges, and each scorer's answer for one member as a part that can be kept: plain JSON, by
+# latent.
+
 Json = dict[str, Any]
+METRIC: dict[Score, str] = {
+    "embedding": "auc",
+    "surprisal": "auc",
+    "detection": "balanced_accuracy",
+    "fuzzing": "balanced_accuracy",
+    "simulation": "mixed",
+}
+"""The number that stands for a score; what else is known of a latent is beside it."""
+_FINAL = (NO_EXPLANATION, "unparsed")
+"""Beginnings of the reasons that asking again would not mend: the answer on disk is what it is."""
+
+
+class Judges(TypedDict, total=False):
+    """Who may be asked; what is left out is not there."""
+
+    llm: Llm | None
+    """A language model that follows instructions, for detection, fuzzing and simulation."""
+    language: Language | None
+    """The model behind the activations, for surprisal and the control random_model."""
+    encoder: Encoder | None
+    """A sentence encoder, for embedding; none loads the builtin one."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The judges that the scores need, all there."""
+
+    cfg: InterpretConfig
+    encoder: Encoder | None
+    language: Language | None
+    llm: Llm | None
+    reader: Reader | None = None
+    """The language model as a reader, which remembers what it has read."""
+    progress: Progress = quiet
+
+    def names(self) -> dict[str, str]:
+        """Return score -> who judges it."""
+        return {score: _name(self._judge(score)) for score in self.cfg.scores}
+
+    def identity(self, score: Score) -> Json:
+        """Return what a score depends on beside the contexts: who judges, and how."""
+        judge = self._judge(score)
+        found: Json = {
+            "score": score,
+            "judge": _name(judge),
+            "digest": getattr(judge, "digest", ""),
+        }
+        if score == "surprisal":
+            found["prompts"] = digest(TEMPLATES)
+        if score not in FREE:
+            assert self.llm is not None
+            cfg = self.llm.cfg
+            own = ("probabilities", "hard", "per_prompt", "simulator", "temperature", "seed")
+            found |= {name: getattr(cfg, name) for name in own}
+        return found
+
+    def free(self, score: Score, collected: Collected, latents: set[int] | None) -> Json:
+        """Score some of a member's latents (none: all) without an LLM."""
+        if score == "embedding":
+            assert self.encoder is not None
+            scores = embedding_scores(collected, self.encoder, progress=self.progress)
+        else:
+            assert self.reader is not None
+            scores = surprisal_scores(
+                collected, self.reader, None, latents, self.cfg.seed, self.progress
+            )
+        return _part(score, _name(self._judge(score)), scores, None)
+
+    def asked(self, collected: Collected, task: str) -> tuple[dict[str, Json], dict[str, str]]:
+        """Explain a member's latents and judge them by detection and fuzzing; return parts and explanations."""
+        assert self.llm is not None
+        wanted: list[Score] = [s for s in self.cfg.scores if s in ("detection", "fuzzing")]
+        explained = explain_latents(collected, self.llm, self.progress, f"{task}: explain")
+        parts = {}
+        for score in wanted:
+            found = self._judged(score, collected, explained, f"{task}: {score}")
+            parts[score] = _part(score, found.model, found.scores, found.tally)
+            parts[score]["explaining"] = explained.tally.to_dict()
+        return parts, _texts(explained.explanations)
+
+    def simulated(self, found: Fragments, task: str) -> tuple[Json, dict[str, str]]:
+        """Explain a member's latents from fragments and simulate others; return the part and explanations."""
+        assert self.llm is not None
+        result = simulation_scores(found, self.llm, None, self.progress, task)
+        part = _part("simulation", result.model, result.scores, result.tally)
+        part |= {"explaining": result.explained.tally.to_dict(), "skipped": result.skipped}
+        return part, _texts(result.explained.explanations)
+
+    def _judged(self, score: str, collected: Collected, explained: Explained, task: str) -> Judged:
+        assert self.llm is not None
+        if score == "detection":
+            return detection_scores(
+                collected, explained.explanations, self.llm, self.progress, task
+            )
+        return fuzzing_scores(
+            collected, explained.explanations, self.llm, "silent", self.progress, task
+        )
+
+    def _judge(self, score: str) -> object:
+        named = {"embedding": self.encoder, "surprisal": self.language}
+        return named.get(score, self.llm)
+
+
+def panel(cfg: InterpretConfig, judges: Judges, progress: Progress) -> Panel:
+    """Return the judges; raises UserError naming the score that lacks one."""
+    encoder, language, llm = judges.get("encoder"), judges.get("language"), judges.get("llm")
+    if "embedding" in cfg.scores:
+        encoder = Memo(load_encoder() if encoder is None else encoder)
+    if "surprisal" in cfg.scores and language is None:
+        raise UserError(
+            "score surprisal: needs the model behind the data, and these have none; leave it out"
+        )
+    asked = [score for score in cfg.scores if score not in FREE]
+    if asked and llm is None:
+        raise UserError(
+            f"score {asked[0]}: asks a language model that follows instructions; give one, or leave it out"
+        )
+    reader = Reader(language) if "surprisal" in cfg.scores and language is not None else None
+    return Panel(cfg, encoder, language, llm, reader, progress)
+
+
+def subset(collected: Collected, latents: set[int]) -> Collected:
+    """Return the contexts of some latents."""
+    return replace(collected, latents=[c for c in collected.latents if c.latent in latents])
+
+
+def again(parts: Mapping[str, Json]) -> bool:
+    """Say whether some request had no answer that another attempt, or a larger budget, could bring."""
+    tallies = (part.get(kind) for part in parts.values() for kind in ("tally", "explaining"))
+    reasons = (reason for tally in tallies if tally for reason in tally["reasons"])
+    return any(not reason.startswith(_FINAL) for reason in reasons)
+
+
+def _part(score: Score, judge: str, scores: list[Any], tally: Tally | None) -> Json:
+    return {
+        "judge": judge,
+        "metric": METRIC[score],
+        "density": {str(row.latent): row.density for row in scores},
+        "details": {str(row.latent): _row(row) for row in scores},
+        "tally": None if tally is None else tally.to_dict(),
+    }
+
+
+def _row(row: Any) -> Json:
+    return {key: value for key, value in row._asdict().items() if key not in ("latent", "density")}
+
+
+def _texts(explanations: dict[int, Explanation]) -> dict[str, str]:
+    return {str(latent): found.text for latent, found in explanations.items()}
+
+
+def _name(judge: object) -> str:
+    return str(getattr(judge, "name", type(judge).__name__))
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,210 @@ differences a - b stand beside the raw one, with d = log10(density):
 Bootstrap percentile intervals over latents, seeded, fp64.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
 from wsae.core.seeds import seed_for
-from wsae.evals.autointerp.metrics import LatentScore, pooled_balanced_accuracy, pooled_counts
+from wsae.evals.autointerp.config import FREE, InterpretConfig, Score
 from wsae.evals.config import EvalConfig
+from wsae.evals.glossary import HIGHER, Metric
 from wsae.evals.intervals import Difference, Estimate, resampled_sums
+
+# Do the scores that need no LLM rank latents as LLM detection does? Rank correlation over the same
+# latents.
+
+Json = dict[str, Any]
+Pairs = Float64[np.ndarray, "latents 2"]
+FEWEST_RANKED = 3
+"""Latents below which no correlation is reported."""
+
+
+def agreement(record: Json, cfg: InterpretConfig, asked: str = "detection") -> list[Json]:
+    """Return a line per free score: Spearman's correlation with an asked one over all latents that have both.
+
+    Latents of all hooks and members (not controls), each in its member's own sample: score, with, value, low, high, n.
+    """
+    members = [m for hook in record["hooks"].values() for m in hook["members"].values()]
+    rows = [latent["scores"] for member in members for latent in member["latents"]]
+    out = []
+    for score in FREE:
+        both = [(row.get(score), row.get(asked)) for row in rows]
+        known = [pair for pair in both if None not in pair]
+        values = np.array(known, dtype=np.float64).reshape(len(known), 2)
+        found = rank_correlation(values, cfg)
+        out.append({"score": score, "with": asked, **found._asdict(), "n": len(values)})
+    return out
+
+
+def rank_correlation(values: Pairs, cfg: InterpretConfig) -> Estimate:
+    """Return Spearman's rho (Pearson's r of ranks, ties at their mean rank) with its interval over latents.
+
+    Percentile bootstrap: latents are drawn with replacement and ranked anew. None for fewer than three latents or a
+    column without variance; draws without variance are left out.
+    """
+    value = spearman(values)
+    if value is None:
+        return Estimate(None, None, None)
+    rng = np.random.default_rng(cfg.seed)
+    picks = rng.integers(0, len(values), size=(cfg.draws, len(values)))
+    found = [rho for pick in picks if (rho := spearman(values[pick])) is not None]
+    tail = (1 - cfg.confidence) / 2
+    low, high = np.quantile(found, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))
+
+
+def spearman(values: Pairs) -> float | None:
+    """Return Spearman's rank correlation of two columns."""
+    from scipy.stats import rankdata  # a third of a second to import, needed here only
+
+    if len(values) < FEWEST_RANKED:
+        return None
+    ranks = rankdata(values, axis=0)
+    centred = ranks - ranks.mean(0)
+    scale = float(np.sqrt((centred**2).sum(0).prod()))
+    return float((centred[:, 0] * centred[:, 1]).sum()) / scale if scale > 0 else None
+
+
+# Every interpretability score's formula and direction: the table behind the results, the report and
+# the docs.
+
+SCORES: dict[Score, Metric] = {
+    "embedding": Metric(
+        "Embedding detection",
+        "mean over latents of the AUC of cos(u(c), g), u(c) = v(c) - m, for held-out windows c in which the latent "
+        "fires against random ones in which it is silent; v: sentence encoder, m: mean v of all latents' explaining "
+        "windows, g: mean of u / |u| over the latent's own",
+        HIGHER,
+    ),
+    "surprisal": Metric(
+        "Surprisal detection",
+        "mean over latents of the AUC of (log P(c | explaining windows) - log P(c | windows of other latents)) / "
+        "tokens of c under a language model; windows c as for embedding",
+        HIGHER,
+    ),
+    "detection": Metric(
+        "Detection",
+        "mean over latents of (TPR + TNR) / 2 of a language model's yes or no on each scoring window, given an "
+        "explanation written from the explaining windows; pooled: of all latents' windows together",
+        HIGHER,
+    ),
+    "fuzzing": Metric(
+        "Fuzzing",
+        "as detection, with tokens marked: the latent's own in windows in which it fires, as many random ones in "
+        "the others",
+        HIGHER,
+    ),
+    "simulation": Metric(
+        "Simulation",
+        "mean over latents of Pearson's r between the activations (0-10) that a language model predicts from an "
+        "explanation and the real ones, over 5 top and 5 random fragments of 64 tokens (Appendix B.4)",
+        HIGHER,
+    ),
+}
+"""Scores in the order a reader wants them."""
+
+
+def glossary(scores: Iterable[str] = tuple(SCORES)) -> dict[str, dict[str, str]]:
+    """Return the table as JSON-ready objects {score: {name, formula, direction, unit}}."""
+    wanted = set(scores)
+    return {key: metric._asdict() for key, metric in SCORES.items() if key in wanted}
+
+
+# How well positive contexts are told from negative ones: exact AUC, balanced accuracy, and the
+# score of one latent.
+#
+# Every scorer, asked or free, hands out `LatentScore`. NaN stands for a context without a usable
+# verdict (a reply that could not be parsed, a text without tokens): it is counted in `failed` and
+# enters nothing else.
+
+Values = Float64[np.ndarray, " _"]
+
+
+class LatentScore(NamedTuple):
+    """One latent's score; positives and random negatives make the counts, hard negatives have their own."""
+
+    latent: int
+    density: float
+    """Share of tokens on which it fires: denser latents score differently."""
+    auc: float | None
+    """Area under the curve against random negatives; None without verdicts on both sides."""
+    auc_hard: float | None
+    """The same against hard negatives; None without any."""
+    balanced_accuracy: float | None
+    tp: int
+    fn: int
+    tn: int
+    fp: int
+    hard_tn: int = 0
+    hard_fp: int = 0
+    failed: int = 0
+    """Contexts without a usable verdict."""
+
+
+class Verdicts(NamedTuple):
+    """One latent's contexts as numbers, larger = more likely to activate; NaN = no usable verdict."""
+
+    positive: Values
+    negative: Values
+    hard: Values
+
+
+def judge(latent: int, density: float, verdicts: Verdicts, threshold: float = 0.5) -> LatentScore:
+    """Return the score of one latent whose contexts count as active where verdict >= threshold.
+
+    For yes/no answers (1 and 0) the AUC with ties at one half equals the balanced accuracy. A NaN threshold (none
+    could be set) leaves the AUC alone: all counts are 0.
+    """
+    usable = [np.asarray(values, dtype=np.float64) for values in verdicts]
+    failed = sum(int(np.isnan(values).sum()) for values in usable)
+    positive, negative, hard = (values[~np.isnan(values)] for values in usable)
+    tp, fp, hard_fp = (int((values >= threshold).sum()) for values in (positive, negative, hard))
+    fn, tn, hard_tn = (int((values < threshold).sum()) for values in (positive, negative, hard))
+    return LatentScore(
+        latent,
+        density,
+        auc(positive, negative),
+        auc(positive, hard),
+        balanced_accuracy(tp, fn, tn, fp),
+        *(tp, fn, tn, fp, hard_tn, hard_fp, failed),
+    )
+
+
+def auc(positive: Values, negative: Values) -> float | None:
+    """Return the probability that a positive exceeds a negative, ties counting half (Mann-Whitney U / (n_p n_n)).
+
+    AUC = sum_i sum_j ([p_i > n_j] + [p_i = n_j] / 2) / (n_p n_n); NaN entries are left out; None when a side is empty.
+    """
+    positive, negative = positive[~np.isnan(positive)], np.sort(negative[~np.isnan(negative)])
+    if not len(positive) or not len(negative):
+        return None
+    below = np.searchsorted(negative, positive, side="left")
+    not_above = np.searchsorted(negative, positive, side="right")
+    wins = int(below.sum()) + int(not_above.sum())  # twice the wins, a tie counting 1
+    return wins / (2 * len(positive) * len(negative))
+
+
+def balanced_accuracy(tp: int, fn: int, tn: int, fp: int) -> float | None:
+    """Return (TPR + TNR) / 2 = (tp / (tp + fn) + tn / (tn + fp)) / 2; None when a side is empty."""
+    if tp + fn == 0 or tn + fp == 0:
+        return None
+    return (tp / (tp + fn) + tn / (tn + fp)) / 2
+
+
+def pooled_counts(scores: Sequence[LatentScore]) -> Float64[np.ndarray, "latents 4"]:
+    """Return tp, fn, tn, fp of every latent as columns."""
+    counts = [(s.tp, s.fn, s.tn, s.fp) for s in scores]
+    return np.asarray(counts, dtype=np.float64).reshape(len(scores), 4)
+
+
+def pooled_balanced_accuracy(scores: Sequence[LatentScore]) -> float | None:
+    """Return the balanced accuracy of all latents' contexts taken together."""
+    tp, fn, tn, fp = pooled_counts(scores).sum(0)
+    return balanced_accuracy(int(tp), int(fn), int(tn), int(fp))
+
 
 N_STRATA = 10
 """Strata of equal count in the pooled sample: with more, few latents are left on each side."""
@@ -24,8 +218,6 @@ FEWEST = 2
 """Latents that each member needs in a stratum: one alone has no spread to resample."""
 KNOTS = (0.1, 0.5, 0.9)
 """Quantiles of the pooled d at which the spline bends (Harrell 2015 for three knots)."""
-
-Values = Float64[np.ndarray, " _"]
 
 
 class Sample(NamedTuple):

@@ -20,7 +20,7 @@ from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.classes.score import OVER_IMAGES, SCORES, Json, Scored
 from wsae.evals.intervals import Difference, mean, paired_difference
 from wsae.evals.matching import Matching, Side, match
-from wsae.stats.corrected import gap, jackknife
+from wsae.stats.classes import gap, jackknife
 
 Named = dict[str, Scored]
 

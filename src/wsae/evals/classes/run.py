@@ -7,15 +7,16 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from wsae.acts.source import ArraySource, StoreSource
+from wsae.acts.store import IMAGES
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.files import digest, locked, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.core.tensors import save_tensors
+from wsae.core.tensors import load_tensors, save_tensors
 from wsae.evals.autointerp.controls import pca
 from wsae.evals.classes.comparing import Named, comparisons
 from wsae.evals.classes.config import ClassControl, ClassesConfig
-from wsae.evals.classes.glossary import glossary
-from wsae.evals.classes.score import Json, Scored, scored
+from wsae.evals.classes.score import Json, Scored, glossary, scored
 from wsae.evals.classes.tally import (
     Encode,
     Ground,
@@ -33,7 +34,23 @@ from wsae.evals.data import HeldOut
 from wsae.evals.measure import Family
 from wsae.evals.run import run_subject
 from wsae.sae import SparseAutoencoder
-from wsae.stats.chance import Chance, chance_levels
+from wsae.stats.classes import Chance, chance_levels
+
+# Where the classes of held-out rows come from.
+
+
+def labels_of(source: HeldOut) -> Labels | None:
+    """Return the class of every image, or row of an array, by number (-1: not held out); none without classes."""
+    if isinstance(source, ArraySource):
+        return source.labels
+    if not isinstance(source, StoreSource) or source.labels() is None:
+        return None
+    found = load_tensors(source.store.path / "heldout" / IMAGES)
+    images, labels = found["images"].numpy(), found["labels"].numpy()
+    out = np.full(int(images.max(initial=-1)) + 1, -1, dtype=np.int64)
+    out[images] = labels
+    return out
+
 
 CLASSES, ARRAYS = "classes.json", "arrays.safetensors"
 

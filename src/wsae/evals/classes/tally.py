@@ -16,12 +16,11 @@ from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.data import HeldOut
-from wsae.evals.fidelity import check_width
+from wsae.evals.measure import check_width
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
-from wsae.stats.classes import ClassTable, Hits
-from wsae.stats.consistency import minibatch_consistency
-from wsae.stats.covariance import Covariance
+from wsae.stats.classes import ClassTable, Hits, minibatch_consistency
+from wsae.stats.moments import Covariance
 
 Encode = Callable[[Float[Tensor, "rows d_in"]], Hits]
 Labels = Int[np.ndarray, " images"]

@@ -11,15 +11,14 @@ from wsae.evals.recovery.glossary import RECOVERY, recovery_glossary
 from wsae.evals.recovery.options import RecoveryConfig
 
 if TYPE_CHECKING:
-    from wsae.evals.recovery.reference import ground_truth
-    from wsae.evals.recovery.score import Codes, Recovery, recovery, score_codes
+    from wsae.evals.recovery.score import Codes, Recovery, ground_truth, recovery, score_codes
     from wsae.evals.recovery.truth import GroundTruth
 
 _WHERE = {
     "Codes": "wsae.evals.recovery.score",
     "GroundTruth": "wsae.evals.recovery.truth",
     "Recovery": "wsae.evals.recovery.score",
-    "ground_truth": "wsae.evals.recovery.reference",
+    "ground_truth": "wsae.evals.recovery.score",
     "recovery": "wsae.evals.recovery.score",
     "score_codes": "wsae.evals.recovery.score",
 }

@@ -12,8 +12,8 @@ from wsae.ops.native import why_not
 from wsae.sae.config import make_activation
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family
-from wsae.train.side_by_side import side_by_side
 from wsae.train.state import make_batch
+from wsae.train.step import side_by_side
 
 DEAD_AFTER = 10_000_000
 """Tokens after which a latent is dead: what the peers take, so that revival starts for nobody in a short run."""

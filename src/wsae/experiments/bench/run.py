@@ -1,5 +1,9 @@
 """`wsae bench`: every block of a run, one after another, on rows made once."""
 
+import csv
+import io
+import os
+import platform
 import sys
 import tempfile
 import time
@@ -7,19 +11,246 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
-from wsae.core.files import locked
+from wsae.core.files import locked, write_json, write_text, writing
+from wsae.core.npy import mapped_npy
 from wsae.core.progress import Progress, quiet
+from wsae.core.seeds import Permutation, seed_for
 from wsae.experiments.bench.config import HELDOUT, PEERS, PINS, BenchConfig, Block, blocks
-from wsae.experiments.bench.data import opened, rows_for, write_array, write_mixtures
-from wsae.experiments.bench.figures import need_matplotlib
-from wsae.experiments.bench.files import write_files
-from wsae.experiments.bench.machine import describe
-from wsae.experiments.bench.process import installed
-from wsae.experiments.bench.rounds import Samples, Setting, run_block
-from wsae.experiments.bench.scaling import exponents, scaling_blocks
-from wsae.experiments.bench.table import summarise
+from wsae.experiments.bench.rounds import Samples, Setting, installed, run_block
+from wsae.experiments.bench.table import (
+    exponents,
+    need_matplotlib,
+    scaling_blocks,
+    scaling_figure,
+    speed_figure,
+    summarise,
+)
 from wsae.ops.native import why_not
+
+# The rows that every variant trains on: a file of float32, the held-out rows first, mean |x|^2 =
+# d_in.
+
+ACTIVE = 24.0
+"""Mean number of active directions of a row."""
+OVERCOMPLETE = 4
+MOST = 0.5
+"""No direction is active more often than this."""
+OFFSET, NOISE = 0.5, 0.15
+"""Norms of the offset and of the noise, as shares of the mixture's root mean square norm."""
+CHUNK = 2048
+LIMIT = 1 << 30
+"""Bytes a file of rows may take; a longer run sees its rows again."""
+
+
+def rows_for(d_in: int, batch: int, steps: int, heldout: int) -> int:
+    """Return how many rows a run of so many steps needs, within the limit."""
+    most = max(batch, LIMIT // (4 * d_in) - heldout)
+    return heldout + min(batch * steps, most)
+
+
+def write_mixtures(path: Path, rows: int, d_in: int, seed: int) -> None:
+    """Write x = s (sum_j a_j D_j + o + e): 4 d_in unit directions D_j, about 24 of them active, a_j ~ U(0.5, 1.5).
+
+    Frequencies are Zipf's, o is one fixed offset, e Gaussian noise; s makes the first chunk's mean |x|^2 d_in.
+    """
+    generator = torch.Generator().manual_seed(seed_for(seed, "bench", d_in))
+    n = OVERCOMPLETE * d_in
+    directions = torch.randn(n, d_in, generator=generator, dtype=torch.float32)
+    directions /= directions.norm(dim=1, keepdim=True)
+    chance = zipf(n)
+    norm = float((chance.sum() * 13 / 12).sqrt())  # E a^2 = 1 + 1/12
+    offset = torch.randn(d_in, generator=generator, dtype=torch.float32) * (
+        OFFSET * norm / d_in**0.5
+    )
+    scale = 0.0
+    with writing(path) as temporary, temporary.open("wb") as file:
+        for first in range(0, rows, CHUNK):
+            shape = (min(CHUNK, rows - first), n)
+            active = torch.rand(shape, generator=generator, dtype=torch.float32) < chance
+            codes = (
+                torch.rand(shape, generator=generator, dtype=torch.float32).add_(0.5).mul_(active)
+            )
+            noise = torch.randn(shape[0], d_in, generator=generator, dtype=torch.float32) * (
+                NOISE * norm / d_in**0.5
+            )
+            x = codes @ directions + offset + noise
+            scale = scale or unit_scale(x)
+            file.write((x * scale).numpy().tobytes())
+
+
+def zipf(n: int) -> Float[Tensor, " n"]:
+    """Return min(c / j, 0.5) for j = 1 ... n, with c so that the sum is the mean number of active directions."""
+    harmonic = 1.0 / torch.arange(1, n + 1, dtype=torch.float64)
+    low, high = 0.0, float(n)
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = float((middle * harmonic).clamp(max=MOST).sum()) >= min(ACTIVE, MOST * n)
+        low, high = (low, middle) if enough else (middle, high)
+    return (high * harmonic).clamp(max=MOST).float()
+
+
+def unit_scale(x: Float[Tensor, "rows d_in"]) -> float:
+    """Return s so that the mean of |s x|^2 is d_in."""
+    return float((x.shape[1] / x.double().square().sum(1).mean()).sqrt())
+
+
+def write_array(path: Path, source: Path, rows: int, seed: int) -> None:
+    """Write `rows` random rows of a .npy array, scaled alike; raises UserError when there are not enough."""
+    x = opened(source)
+    if len(x) < rows:
+        raise UserError(
+            f"--acts {source}: {len(x)} rows, {rows} are needed; lower --batch or --rounds"
+        )
+    order = Permutation(len(x), seed_for(seed, "bench", "rows"))(np.arange(rows))
+    scale = 0.0
+    with writing(path) as temporary, temporary.open("wb") as file:
+        for first in range(0, rows, CHUNK):
+            chunk = np.asarray(x[order[first : first + CHUNK]], dtype=np.float32)
+            if not np.isfinite(chunk).all():
+                raise UserError(f"--acts {source}: holds NaN or infinity; remove those rows")
+            scale = scale or unit_scale(torch.from_numpy(chunk))
+            file.write((chunk * np.float32(scale)).tobytes())
+
+
+def opened(source: Path) -> np.ndarray:
+    """Return a .npy matrix of floats, memory-mapped; raises UserError for anything else."""
+    x = mapped_npy(source, f"--acts {source}")
+    if x.ndim != 2 or x.dtype.kind != "f" or not x.size:
+        raise UserError(f"--acts {source}: needed is a .npy matrix of floats, rows x d_in")
+    return x
+
+
+# What a run leaves: results.csv, steps.csv, bench.json and the pictures.
+
+HARDWARE = ("cpu", "flags", "cores", "memory_gib", "python", "commit")
+
+
+def write_files(
+    out: Path,
+    result: dict[str, Any],
+    steps: Sequence[tuple[str, Samples]],
+    config: dict[str, Any],
+) -> list[str]:
+    """Write everything of a run to `out`, the manifest last, and return the paths."""
+    names = ["results.csv", "steps.csv", "bench.json"]
+    write_text(out / "results.csv", table_text(results(result)))
+    write_text(out / "steps.csv", table_text(step_rows(steps)))
+    write_json(out / "bench.json", result)
+    compared = [b for b in result["blocks"] if b["kind"] in ("speed", "kinds", "fit")]
+    if any("ms" in row for block in compared for row in block["rows"]):
+        names.append(speed_figure(compared, out / "speed.png").name)
+    if result["scaling"]:
+        names.append(scaling_figure(result["scaling"], out / "scaling.png").name)
+    write_manifest(out, "bench", config, names, info=result["machine"])
+    return [str(out / name) for name in names]
+
+
+def results(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row for each variant and setting, with the hardware beside it; the floor is a row of its own."""
+    machine = {key: result["machine"][key] for key in HARDWARE}
+    rows = []
+    for block in result["blocks"]:
+        for row in block["rows"]:
+            floor = {"floor_ms": block["floor_ms"], "block": block["kind"]}
+            rows.append({**machine, **row, **floor})
+    return rows
+
+
+def step_rows(steps: Sequence[tuple[str, Samples]]) -> list[dict[str, Any]]:
+    """Return every measured step of every job."""
+    return [
+        {
+            "block": kind,
+            "variant": of.job.name,
+            "size": of.job.size.name,
+            "dtype": of.job.dtype,
+            "threads": of.job.threads,
+            "lr": of.built.get("lr"),
+            **step,
+        }
+        for kind, of in steps
+        for step in of.steps
+    ]
+
+
+def table_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as CSV; the columns are all keys in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# What was measured on: processor, memory, versions and commit.
+
+BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Features of a processor that multiplies bf16 itself; others emulate it, several times slower than fp32."""
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def describe(root: Path | None = None) -> dict[str, str]:
+    """Return the processor's name, those of its features that matter here, cores, memory, Python and commit."""
+    model, flags = processor()
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": model,
+        "flags": " ".join(flag for flag in FLAGS if flag in flags),
+        "cores": str(os.cpu_count() or 1),
+        "memory_gib": f"{pages / 2**30:.0f}",
+        "python": platform.python_version(),
+        "commit": commit(root or Path(__file__).resolve().parent),
+    }
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
+    """Return the processor's name and its feature flags, as the kernel tells them."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), frozenset()
+    fields = dict(reversed([_pair(line) for line in lines if ":" in line]))
+    return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
+
+
+def commit(start: Path) -> str:
+    """Return the commit checked out around `start`, read from .git, or "unknown"; changes beside it are not seen."""
+    for place in (start, *start.parents):
+        git = place / ".git"
+        if (
+            git.is_dir() and (place / "src" / "wsae").is_dir()
+        ):  # ours, not one around an environment
+            return _head(git) or "unknown"
+    return "unknown"
+
+
+def _head(git: Path) -> str:
+    """Return what HEAD points to, through a loose or a packed reference; "" where that cannot be read."""
+    try:
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        name = head.removeprefix("ref: ")
+        if name == head:
+            return head
+        if (git / name).is_file():
+            return (git / name).read_text(encoding="utf-8").strip()
+        lines = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split()[0] for line in lines if line.endswith(f" {name}")), "")
+
+
+def _pair(line: str) -> tuple[str, str]:
+    name, _, value = line.partition(":")
+    return name.strip(), value.strip()
+
 
 ADVICE = "pip install 'wsae[bench]', or name another interpreter with --peers-python"
 

@@ -1,17 +1,272 @@
 """One sweep over toy models from end to end, kept in a directory and made once."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.experiments.sweep.config import ToySweepConfig
-from wsae.experiments.sweep.scoring import Row, score_trials
-from wsae.experiments.sweep.training import train_trials
-from wsae.experiments.sweep.trials import toy_trials
-from wsae.toy.config import ToyModelConfig
+from wsae.core.seeds import seed_for
+from wsae.evals.recovery import Codes, GroundTruth, ground_truth, score_codes
+from wsae.evals.recovery.score import isolated
+from wsae.experiments.sweep.config import Method, ToySweepConfig, TrainingConfig
+from wsae.losses.config import GammaConfig
+from wsae.losses.gamma import gamma_from_covariance, gamma_from_proxy
+from wsae.losses.reconstruction import Weights
+from wsae.sae.config import ReLU, SAEConfig
+from wsae.sae.model import SparseAutoencoder
+from wsae.stats.moments import Covariance
+from wsae.toy.config import FeatureConfig, ToyModelConfig
+from wsae.toy.features import FeatureStream
 from wsae.toy.model import ToyModels, train_toy_models
+from wsae.train.bank.chunk import Batches, Entry, make_entry
+from wsae.train.bank.run import train_bank
+from wsae.train.config import MemberConfig
+
+# Trials: worlds to train on, each with its seed and the labels its scores are kept under.
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One world under one seed: x_p = W_p x with x drawn by `features`."""
+
+    W_p: Float[Tensor, "d_in n_features"]
+    features: FeatureConfig
+    seed: int
+    labels: dict[str, Any]
+
+
+def toy_trials(cfg: ToySweepConfig, models: ToyModels) -> list[Trial]:
+    """Return one trial per sparsity level and seed, on that level's toy model."""
+    per_level = cfg.seeds if cfg.toy_seeds == "each" else 1
+    trials = []
+    for i, level in enumerate(cfg.sparsities):
+        for seed in range(cfg.seeds):
+            model = i * per_level + seed % per_level
+            labels = {"world": "toy", "sparsity": level, "seed": seed}
+            features = models.configs[model].features
+            trials.append(Trial(models.W_p[model], features, cfg.seed + seed, labels))
+    return trials
+
+
+class Rows:
+    """Rows of many worlds at once, for one use ("train", "statistics", "score"); uses never share a draw."""
+
+    def __init__(self, trials: Sequence[Trial], use: str, rows: int) -> None:
+        seeds = [seed_for(trial.seed, "sweep", use) for trial in trials]
+        self._features = FeatureStream([trial.features for trial in trials], seeds, rows)
+        self._W_p = torch.stack([trial.W_p for trial in trials]).float()
+
+    def features(self, step: int) -> Float[Tensor, "worlds rows n_features"]:
+        """Return a step's features, valid until the next call."""
+        return self._features.batch(step)
+
+    def acts(self, step: int) -> Float[Tensor, "worlds rows d_in"]:
+        """Return a step's activations, x_p = W_p x (Eq. 1)."""
+        return torch.bmm(self.features(step), self._W_p.mT)
+
+
+# Trains every method on every trial, all in one bank.
+
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The SAEs of a sweep: trial by trial, within a trial method by method."""
+
+    saes: list[SparseAutoencoder]
+    labels: list[dict[str, Any]]
+    trial: list[int]
+    losses: Float[np.ndarray, "records saes"]
+    """Mean weighted reconstruction loss over each stretch of steps, in the units trained in."""
+    settled: list[float]
+    """Fall of the loss over the last tenth of the records, as a share of the first record."""
+
+
+def train_trials(
+    trials: Sequence[Trial],
+    methods: Sequence[Method],
+    cfg: TrainingConfig,
+    device: str = "cpu",
+    progress: Progress = quiet,
+) -> Trained:
+    """Train one SAE per trial and method. Methods of a trial share start (by seed) and batches.
+
+    All trials must have the same widths. Raises UserError as `train_bank` and the gamma rules do.
+    """
+    statistics = trial_statistics(trials, cfg.statistics_rows)
+    scales = [_scale(s.covariance) if cfg.unit_scale else 1.0 for s in statistics]
+    entries, labels = [], []
+    for w, trial in enumerate(trials):
+        for method in methods:
+            entries.append(_entry(method, trial, statistics[w], scales[w], w))
+            labels.append({**trial.labels, "method": method.name})
+    divisor = torch.tensor(scales)
+
+    def data(worlds: list[int]) -> Batches:
+        rows = Rows([trials[w] for w in worlds], "train", cfg.batch_size)
+        scale = divisor[worlds][:, None, None]
+        return lambda step: rows.acts(step).div_(scale)
+
+    losses = train_bank(entries, data, cfg.bank, device, progress=progress)
+    owners = [entry.world for entry in entries]
+    saes = [_finished(entry.sae, scales[entry.world]) for entry in entries]
+    return Trained(saes, labels, owners, losses, _settled(losses))
+
+
+def trial_statistics(trials: Sequence[Trial], rows: int) -> list[Covariance]:
+    """Return the mean and covariance of every trial's activations over `rows` fresh rows (at least 4096)."""
+    block = min(rows, _BLOCK)
+    stream = Rows(trials, "statistics", block)
+    found = [Covariance(len(trial.W_p)) for trial in trials]
+    for step in range(-(-rows // block)):
+        for covariance, acts in zip(found, stream.acts(step), strict=True):
+            covariance.update(acts)
+    return found
+
+
+def world_gamma(
+    cfg: GammaConfig, covariance: Float64[Tensor, "d_in d_in"]
+) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
+    """Return the weights a rule gives for activations of this covariance; ones for latent_variance, which moves."""
+    match cfg.rule:
+        case "variance":
+            return gamma_from_proxy(cfg, covariance.diagonal())
+        case "gap" | "whiten":
+            return gamma_from_covariance(cfg, covariance)
+        case "vector":
+            return gamma_from_proxy(cfg, torch.tensor(cfg.vector, dtype=torch.float64))
+        case _:
+            return torch.ones(len(covariance), dtype=torch.float64)
+
+
+def with_true_k(member: MemberConfig, features: FeatureConfig) -> MemberConfig:
+    """Return the member with k at the mean number of active features, at least 1 and at most half its latents."""
+    active = round(features.n_features * (1 - features.sparsity))
+    k = max(1, min(active, member.width(features.n_features) // 2))
+    activation = member.activation.model_copy(update={"k": k})
+    return member.model_copy(update={"activation": activation})
+
+
+def _entry(method: Method, trial: Trial, statistics: Covariance, scale: float, world: int) -> Entry:
+    gamma: Weights = world_gamma(method.member.gamma, statistics.covariance)
+    if method.scale_as is not None:
+        gamma = gamma * world_gamma(method.scale_as, statistics.covariance).square().mean().sqrt()
+    mean = (statistics.mean / scale).float()
+    member = with_true_k(method.member, trial.features) if method.k_from_truth else method.member
+    seed = seed_for(trial.seed, "sweep", "sae")
+    entry = make_entry(member, gamma, mean, world, seed)
+    if entry.sae.cfg.tied:
+        entry.sae.W_dec.data.mul_(method.init_scale)
+    return entry
+
+
+def _scale(covariance: Tensor) -> float:
+    if not bool(covariance.diagonal().any()):
+        raise UserError(
+            "a world's activations never vary (S too near 1?); there is nothing to learn"
+        )
+    return 2.0 ** round(0.5 * float(covariance.diagonal().mean().log2()))
+
+
+def _finished(sae: SparseAutoencoder, scale: float) -> SparseAutoencoder:
+    if scale != 1.0:
+        gamma, sae = sae.gamma, sae.scaled(scale)
+        sae.set_gamma(gamma)
+    return sae.requires_grad_(False)
+
+
+def _settled(losses: np.ndarray) -> list[float]:
+    """Fall of the loss over the last tenth of the records, as a share of the first: near 0 when it has converged."""
+    if len(losses) < 2:
+        return [0.0] * losses.shape[1]
+    tail = max(1, len(losses) // 10)
+    fall = losses[-2 * tail : -tail].mean(0) - losses[-tail:].mean(0)
+    return [float(x) for x in fall / np.where(losses[0] > 0, losses[0], 1.0)]
+
+
+# Scores every SAE of a sweep against the truth, with two answers that need no training beside them.
+
+Row = dict[str, Any]
+"""One SAE's labels and scores, flat."""
+RANDOM, CLOSED_FORM = "random", "closed form"
+"""The controls: an untrained tied ReLU SAE, and the paper's W_p^T (Theorem 1)."""
+
+
+def score_trials(
+    trials: Sequence[Trial], trained: Trained, cfg: TrainingConfig, progress: Progress = quiet
+) -> list[Row]:
+    """Return one row per SAE, and per trial one for each control (`random`, `closed form`).
+
+    All SAEs of a trial see the same rows, which no SAE was trained on.
+    """
+    groups: list[list[int]] = [[] for _ in trials]
+    for i, owner in enumerate(trained.trial):
+        groups[owner].append(i)
+    rows: list[Row] = []
+    with progress("score", len(trials), "worlds") as tick, _pool() as pool:
+
+        def score(w: int) -> list[Row]:
+            truth = _truth(trials[w], cfg.rows)
+            width = trained.saes[groups[w][0]].cfg.d_sae if groups[w] else len(trials[w].W_p[0])
+            named = [(trained.labels[i]["method"], trained.saes[i]) for i in groups[w]]
+            settled = [trained.settled[i] for i in groups[w]]
+            named += controls(trials[w], width)
+            found = [
+                {**trials[w].labels, "method": name, **_scores(truth, sae, cfg)}
+                for name, sae in named
+            ]
+            for row, value in zip(found, settled, strict=False):
+                row["loss_still_falling"] = value
+            tick(1)
+            return found
+
+        for part in pool.map(score, range(len(trials))):
+            rows += part
+    return rows
+
+
+def controls(trial: Trial, d_sae: int) -> list[tuple[str, SparseAutoencoder]]:
+    """Return a random tied ReLU SAE and, where d_sae >= n_features, the closed form W_m = (W_p, 0)^T."""
+    d_in, n = trial.W_p.shape
+    cfg = SAEConfig(d_in=d_in, d_sae=d_sae, activation=ReLU(), tied=True)
+    out = [(RANDOM, SparseAutoencoder(cfg, seed=seed_for(trial.seed, "sweep", "random")))]
+    if d_sae >= n:
+        closed = SparseAutoencoder(cfg)
+        closed.W_dec.data.zero_()
+        closed.W_dec.data[:n] = trial.W_p.T
+        out.append((CLOSED_FORM, closed))
+    return [(name, sae.requires_grad_(False)) for name, sae in out]
+
+
+def _truth(trial: Trial, count: int) -> GroundTruth:
+    stream = Rows([trial], "score", count)
+    return ground_truth(stream.features(0)[0].clone(), stream.acts(0)[0], trial.W_p)
+
+
+def _scores(truth: GroundTruth, sae: SparseAutoencoder, cfg: TrainingConfig) -> dict[str, float]:
+    assert truth.acts is not None
+    assert truth.W_p is not None
+    latents = sae.encode(truth.acts.float())
+    codes = Codes(latents, sae.W_dec, sae.decode(latents), isolated(truth, truth.W_p, sae))
+    return score_codes(truth, codes, cfg.recovery).scores
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Threads for whole worlds; each computes on one core."""
+    count = torch.get_num_threads()
+    return ThreadPoolExecutor(count, "wsae-score", torch.set_num_threads, (1,))
+
 
 ROWS = "rows.json"
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from wsae.experiments.sweep.scoring import Row
+from wsae.experiments.sweep.run import Row
 
 
 class Mean(NamedTuple):

@@ -1,21 +1,203 @@
 """From rows to answers: does weighting raise the score, and is it the weighting, the density or the FVU?
 
 Four differences from the plain twin stand side by side: over all latents, over matched latents, over latents of equal
-density (all three from the interpretation), and from plain SAEs of equal FVU (`wsae.experiments.tables.matched`).
+density (all three from the interpretation), and from plain SAEs of equal FVU (`wsae.experiments.tables.analysis`).
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 from scipy import stats
 
+from wsae.core.artifact import MANIFEST
+from wsae.core.files import read_json
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import InterpretConfig
 from wsae.experiments.sweep.table import Mean, mean_interval, select
-from wsae.experiments.tables.matched import Point, at_fvu
-from wsae.experiments.tables.plan import SAEPlan
-from wsae.experiments.tables.rows import Row, on_curve, scores_of, values
+from wsae.experiments.tables.config import StudyConfig
+from wsae.experiments.tables.plan import HALF, ONE, PAPER, PLAIN, PaperTable, SAEPlan, TableName
+from wsae.report.panel_figures import panels_figure, scatter_figure
+from wsae.train.config import MemberConfig
+
+# A weighted SAE beside a plain one of the same FVU.
+#
+# Weights raise the plain FVU, and an SAE that reconstructs less may be easier to read for that
+# reason alone. So plain SAEs with a higher FVU are trained too, in two ways: with fewer active
+# latents, or with the same number trained too slowly (same density). Along each way, ordered by FVU
+# f_1 < f_2 < ..., the plain score is read at the weighted SAE's FVU f in [f_i, f_(i+1)] by linear
+# interpolation:
+#
+# s(f) = (1 - t) s_i + t s_(i+1), t = (f - f_i) / (f_(i+1) - f_i), difference = s_weighted - s(f).
+#
+# Intervals resample the latents of the three SAEs independently; the FVUs' own errors are a hundred
+# times smaller than the gaps between them and are left out.
+
+Scores = Float64[np.ndarray, " latents"]
+
+
+class Point(NamedTuple):
+    """One plain SAE: its FVU and its latents' scores."""
+
+    fvu: float
+    scores: Scores
+    label: str
+
+
+class AtFVU(NamedTuple):
+    """A weighted SAE's mean score minus the plain one's at the same FVU, with its interval."""
+
+    difference: float | None
+    low: float | None
+    high: float | None
+    n: int
+    between: tuple[str, str] | None
+    """The plain SAEs on either side; none: no plain SAE here has such an FVU."""
+    share: float | None
+    """t, the weight of the second."""
+
+
+def bracket(curve: Sequence[Point], fvu: float) -> tuple[Point, Point, float] | None:
+    """Return the neighbours f_i <= fvu <= f_(i+1) on the curve and t; None outside it."""
+    ordered = sorted(curve, key=lambda point: point.fvu)
+    for left, right in zip(ordered, ordered[1:], strict=False):
+        if left.fvu <= fvu <= right.fvu:
+            gap = right.fvu - left.fvu
+            return left, right, (fvu - left.fvu) / gap if gap > 0 else 0.0
+    return None
+
+
+def at_fvu(
+    member: Point, curve: Sequence[Point], draws: int, confidence: float, seed: int
+) -> AtFVU:
+    """Return member minus the curve at the member's FVU, with a percentile bootstrap interval over latents."""
+    found = bracket(curve, member.fvu)
+    if found is None:
+        return AtFVU(None, None, None, len(member.scores), None, None)
+    left, right, t = found
+    parts = [(member.scores, 1.0), (left.scores, t - 1.0), (right.scores, -t)]
+    parts = [(scores, weight) for scores, weight in parts if weight]
+    names = (left.label, right.label)
+    if not all(len(scores) for scores, _ in parts):
+        return AtFVU(None, None, None, len(member.scores), names, t)
+    value = sum(weight * float(scores.mean()) for scores, weight in parts)
+    if not all(len(scores) > 1 for scores, _ in parts):
+        return AtFVU(value, None, None, len(member.scores), names, t)
+    rng = np.random.default_rng(seed)
+    spread = sum(weight * _resampled(scores, draws, rng) for scores, weight in parts)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.asarray(spread), [tail, 1 - tail])
+    return AtFVU(value, float(low), float(high), len(member.scores), names, t)
+
+
+def _resampled(
+    scores: Scores, draws: int, rng: np.random.Generator
+) -> Float64[np.ndarray, " draws"]:
+    picks = rng.integers(0, len(scores), size=(draws, len(scores)))
+    return scores[picks].mean(axis=1)
+
+
+# One row per SAE: what it is, how well it reconstructs, how interpretable its latents are. JSON-
+# ready.
+
+Row = dict[str, Any]
+METRICS = ("fvu", "fvu_weighted", "l0", "dead_frac", "ev_dim_mean", "density_mean")
+ROW_WAYS = ("all", "matched", "density")
+"""Over which latents an interpretation compares a member with its twin: all, matched ones, ones of equal density."""
+
+
+def run_rows(cfg: StudyConfig, hooks: Iterable[str], number: int, path: Path) -> list[Row]:
+    """Return the rows of one run: what its evaluation and interpretation say, as far as they are there."""
+    plan = cfg.plan.runs[number]
+    evaluated = _record(path / "evaluation", "evaluation.json")
+    interpreted = _record(path / "interpretation", "interpretation.json")
+    rows = []
+    for hook in hooks:
+        found, read = (part.get("hooks", {}).get(hook, {}) for part in (evaluated, interpreted))
+        for member in plan.members:
+            name = str(member.label)
+            row = {"hook": hook, "seed": plan.seed, "member": name, **describe(member)}
+            row["twin"] = twin_of(row)
+            metrics = found.get("members", {}).get(name, {}).get("metrics", {})
+            row["metrics"] = {key: metrics[key] for key in METRICS if key in metrics}
+            rows.append(row | _scores(read, name))
+        rows += _controls(read, hook, plan.seed)
+    return rows
+
+
+def describe(member: MemberConfig) -> Row:
+    """Return what a member is, as labels."""
+    gamma = member.gamma
+    return {
+        "activation": member.activation.kind,
+        "k": getattr(member.activation, "k", None),
+        "rule": gamma.rule,
+        "alpha": None if gamma.rule == "none" else gamma.alpha,
+        "robust": gamma.robust,
+        "lr": member.lr,
+    }
+
+
+def twin_of(row: Row) -> str | None:
+    """Return the label of the plain member that differs in gamma alone."""
+    if row["rule"] == "none":
+        return None
+    return PLAIN if row["activation"] == "topk" else f"{PLAIN}-group"
+
+
+def on_curve(row: Row, sae: SAEPlan) -> bool:
+    """Say whether a row is a plain SAE made to have a higher FVU."""
+    return row["rule"] == "none" and (row["k"] != sae.k or row["lr"] != sae.lr)
+
+
+def values(row: Row, score: str) -> Float64[np.ndarray, " latents"]:
+    """Return a row's score of every latent that has one."""
+    found = (latent["scores"].get(score) for latent in row["latents"])
+    return np.array([value for value in found if value is not None], dtype=np.float64)
+
+
+def scores_of(rows: Iterable[Row]) -> list[str]:
+    """Return the scores that some row has, in order."""
+    return list(dict.fromkeys(score for row in rows for score in row.get("scores", {})))
+
+
+def _record(place: Path, name: str) -> dict[str, Any]:
+    return read_json(place / name) if (place / MANIFEST).exists() else {}
+
+
+def _scores(read: dict[str, Any], name: str) -> Row:
+    entry = read.get("members", {}).get(name, {})
+    differences: dict[str, dict[str, Any]] = {}
+    for line in read.get("comparisons", []):
+        if line["a"] == name and line.get("over") in ROW_WAYS:
+            part = {key: line[key] for key in ("difference", "low", "high", "n")}
+            differences.setdefault(line["metric"], {})[line["over"]] = part | {"b": line["b"]}
+    return _entry(entry) | {"differences": differences}
+
+
+def _entry(entry: dict[str, Any]) -> Row:
+    return {
+        "scores": entry.get("summary", {}),
+        "counts": entry.get("counts", {}),
+        "density": entry.get("density", {}),
+        "latents": list(_latents(entry)),
+    }
+
+
+def _latents(entry: dict[str, Any]) -> Iterator[Row]:
+    for latent in entry.get("latents", []):
+        yield {key: latent[key] for key in ("latent", "density", "scores")}
+
+
+def _controls(read: dict[str, Any], hook: str, seed: int) -> list[Row]:
+    rows = []
+    for name, entry in read.get("controls", {}).items():
+        row = {"hook": hook, "seed": seed, "member": name, "rule": "control", "twin": None}
+        rows.append(row | {"metrics": {}, "differences": {}} | _entry(entry))
+    return rows
+
 
 FEWER, SLOWER = "fvu, fewer active", "fvu, slower training"
 """The two ways to a plain SAE of higher FVU."""
@@ -154,3 +336,243 @@ def density_and_fvu(rows: Iterable[Row], sae: SAEPlan) -> list[dict[str, Any]]:
 def _mean(found: Sequence[float | None]) -> float | None:
     kept = [value for value in found if value is not None]
     return float(np.mean(kept)) if kept and len(kept) == len(found) else None
+
+
+# Figures of a study: the score by layer, and the score against FVU.
+
+SHOWN = (PLAIN, HALF, ONE, "variance-a0-drop", "variance-a1-drop")
+GROUPS = {
+    "none": "plain",
+    "drop": "outlier dimensions left out",
+    "winsor": "variance, winsorised",
+    "rank": "variance, ranks",
+}
+
+
+def draw(rows: Sequence[Row], hooks: Sequence[str], sae: SAEPlan, out: Path) -> list[Path]:
+    """Draw both figures for the scores there are; returns their paths."""
+    paths = []
+    scores = scores_of(rows)
+    panels = [panel for score in scores for panel in _by_layer(rows, hooks, score)]
+    if panels:
+        paths += panels_figure(panels, out / "score-by-layer", "hook", 3)
+    for score in scores:
+        scatter = [_against_fvu(rows, hook, score, sae) for hook in hooks]
+        kept = [panel for panel in scatter if panel["points"]]
+        if kept:
+            paths += scatter_figure(kept, out / f"score-against-fvu-{score}")
+    return paths
+
+
+def _by_layer(rows: Sequence[Row], hooks: Sequence[str], score: str) -> list[dict[str, Any]]:
+    """Return a panel of the weights, one of the controls, and one of group Top-k, each beside the plain SAE."""
+    controls = dict.fromkeys(row["member"] for row in rows if row["rule"] == "control")
+    grouped = [f"{name}-group" for name in (PLAIN, HALF, ONE)]
+    choices = {"weights": SHOWN, "controls": (PLAIN, *controls), "group Top-k": (PLAIN, *grouped)}
+    ticks = [hook.removeprefix("layers.") for hook in hooks]
+    panels = []
+    for title, names in choices.items():
+        series = [line for name in names if (line := _line(rows, hooks, name, score)) is not None]
+        if {line["method"] for line in series} - {PLAIN}:
+            about = {"title": f"{score}: {title}", "ylabel": "score", "bottom": 0.5}
+            panels.append(about | {"series": series, "ticks": ticks})
+    return panels
+
+
+def _line(
+    rows: Sequence[Row], hooks: Sequence[str], name: str, score: str
+) -> dict[str, Any] | None:
+    found = []
+    for place, hook in enumerate(hooks):
+        here = [r for r in select(rows, member=name, hook=hook) if r["scores"].get(score)]
+        if here:
+            first = min(here, key=lambda row: row["seed"])["scores"][score]
+            found.append((place, first["value"], first["low"], first["high"]))
+    kept = [point for point in found if point[1] is not None]
+    if not kept:
+        return None
+    levels, mean, low, high = (list(column) for column in zip(*kept, strict=True))
+    return {"method": name, "levels": levels, "mean": mean, "low": low, "high": high}
+
+
+def _against_fvu(rows: Sequence[Row], hook: str, score: str, sae: SAEPlan) -> dict[str, Any]:
+    here = [row for row in select(rows, hook=hook) if _placed(row, score)]
+    seed = min((row["seed"] for row in here), default=0)
+    here = select(here, seed=seed)
+    plain = [r for r in here if r["rule"] == "none" and r["activation"] == "topk"]
+    curves = {
+        FEWER: [r for r in plain if r["lr"] == sae.lr],
+        SLOWER: [r for r in plain if r["k"] == sae.k],
+    }
+    lines = []
+    for label, curve in curves.items():
+        ordered = sorted((_xy(row, score) for row in curve), key=lambda xy: xy[0])
+        if len(ordered) > 1:
+            x, y = (list(column) for column in zip(*ordered, strict=True))
+            lines.append({"label": f"plain: {label.split(', ')[1]}", "x": x, "y": y})
+    points = [_named(row, score) for row in here if not on_curve(row, sae)]
+    return {"title": hook, "xlabel": "plain FVU", "ylabel": score, "lines": lines, "points": points}
+
+
+def _placed(row: Row, score: str) -> bool:
+    fvu, found = row["metrics"].get("fvu", {}), row["scores"].get(score, {})
+    return fvu.get("value") is not None and found.get("value") is not None
+
+
+def _xy(row: Row, score: str) -> tuple[float, float]:
+    return row["metrics"]["fvu"]["value"], row["scores"][score]["value"]
+
+
+def _named(row: Row, score: str) -> dict[str, Any]:
+    x, y = _xy(row, score)
+    record = row["scores"][score]
+    group = GROUPS.get(row["robust"] if row["rule"] != "none" else "none", "")
+    if row["rule"] not in ("none", "variance"):
+        group = row["rule"].replace("_", " ")
+    elif row["rule"] == "variance" and row["robust"] == "none":
+        group = "variance, raw"
+    label = row["member"].removeprefix("variance-")
+    return {
+        "label": label,
+        "group": group,
+        "x": x,
+        "y": y,
+        "low": record["low"],
+        "high": record["high"],
+    }
+
+
+# Tables of a study as header and rows of text, and as Markdown ready to paste. Scores are in
+# percent.
+
+Table = dict[str, Any]
+"""header and rows, all text."""
+
+NAMES = {PLAIN: "original SAE", HALF: "weighted SAE, alpha 0.5", ONE: "weighted SAE, alpha 1"}
+NONE = "-"
+"""Stands for what was not measured."""
+
+
+def paper_table(name: TableName) -> Table:
+    """Return the paper's table with the gains and their mean over layers."""
+    table = PAPER[name]
+    rows = []
+    for method, scores in table.scores.items():
+        mean = sum(scores) / len(scores)
+        rows.append([NAMES[method], *(f"{s:.1f}" for s in scores), f"{mean:.1f}"])
+        if method != PLAIN:
+            rows.append(
+                ["gain", *(f"{g:+.1f}" for g in table.gains(method)), _paper_mean(table, method)]
+            )
+    return {"header": [f"{table.model}, layer", *map(str, table.layers), "mean"], "rows": rows}
+
+
+def _paper_mean(table: PaperTable, method: str) -> str:
+    mean = mean_interval(table.gains(method))
+    return _cell(round(mean.value, 6), mean.low, mean.high, sign=True)  # 3.75 is shown as 3.8
+
+
+def score_table(rows: Sequence[Row], hooks: Sequence[str], score: str) -> Table:
+    """Return member x hook -> mean score over latents of the first seed with its interval, and the mean over hooks."""
+    out = []
+    for name in dict.fromkeys(row["member"] for row in rows):
+        found = [_first(rows, name, hook) for hook in hooks]
+        cells = [_of(row["scores"].get(score, {}) if row else {}) for row in found]
+        if any(cell != NONE for cell in cells):
+            out.append([name, *cells, _mean_cell([_value(row, score) for row in found])])
+    return {"header": ["", *hooks, "mean"], "rows": out}
+
+
+def fvu_table(rows: Sequence[Row], hooks: Sequence[str]) -> Table:
+    """Return member x hook -> plain FVU of the first seed."""
+    out = []
+    for name in dict.fromkeys(row["member"] for row in rows):
+        found = [_first(rows, name, hook) for hook in hooks]
+        fvus = [row["metrics"].get("fvu", {}).get("value") if row else None for row in found]
+        if any(v is not None for v in fvus):
+            out.append([name, *(NONE if v is None else f"{v:.3f}" for v in fvus)])
+    return {"header": ["", *hooks], "rows": out}
+
+
+def gain_table(
+    lines: Sequence[dict[str, Any]],
+    means: Sequence[dict[str, Any]],
+    hooks: Sequence[str],
+    score: str,
+) -> Table:
+    """Return (member, way of comparing) x hook -> difference in points with its interval, and the mean over hooks."""
+    out = []
+    for name in dict.fromkeys(line["member"] for line in lines):
+        for way, words in WAYS.items():
+            mine = select(lines, member=name, score=score, way=way)
+            by_hook = {line["hook"]: line for line in mine}
+            if mine:
+                cells = [_of(by_hook.get(hook, {}), sign=True) for hook in hooks]
+                whole = select(means, member=name, score=score, way=way)
+                last = _over_hooks(whole[0], len(hooks)) if whole else NONE
+                out.append([name, words, *cells, last])
+    return {"header": ["", "compared over", *hooks, "mean over hooks"], "rows": out}
+
+
+def _over_hooks(line: dict[str, Any], hooks: int) -> str:
+    some = f" ({line['hooks']} of {hooks} hooks)" if line["hooks"] < hooks else ""
+    return _of(line, sign=True) + some
+
+
+def tables(
+    rows: Sequence[Row],
+    lines: Sequence[dict[str, Any]],
+    means: Sequence[dict[str, Any]],
+    hooks: Sequence[str],
+) -> dict[str, Table]:
+    """Return every table of our own results, by title."""
+    out = {}
+    for score in scores_of(rows):
+        out[f"{score}: score in % [95 % interval over latents]"] = score_table(rows, hooks, score)
+        out[f"{score}: weighted minus plain, points"] = gain_table(lines, means, hooks, score)
+    out["plain FVU"] = fvu_table(rows, hooks)
+    return {title: table for title, table in out.items() if table["rows"]}
+
+
+def markdown(titled: dict[str, Table]) -> str:
+    """Return tables as Markdown."""
+    parts = []
+    for title, table in titled.items():
+        lines = [table["header"], ["---"] * len(table["header"]), *table["rows"]]
+        body = "\n".join(
+            f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines
+        )
+        parts.append(f"**{title}**\n\n{body}\n")
+    return "\n".join(parts)
+
+
+def _first(rows: Sequence[Row], name: str, hook: str) -> Row | None:
+    found = select(rows, member=name, hook=hook)
+    return min(found, key=lambda row: row["seed"]) if found else None
+
+
+def _value(row: Row | None, score: str) -> float | None:
+    return None if row is None else row["scores"].get(score, {}).get("value")
+
+
+def _of(record: dict[str, Any], sign: bool = False) -> str:
+    value = record.get("difference" if sign else "value")
+    return (
+        NONE if value is None else _cell(value, record.get("low"), record.get("high"), sign, 100.0)
+    )
+
+
+def _cell(
+    value: float, low: float | None, high: float | None, sign: bool = False, scale: float = 1.0
+) -> str:
+    shown = f"{scale * value:{'+' if sign else ''}.1f}"
+    if low is None or high is None:
+        return shown
+    return (
+        f"{shown} [{scale * low:{'+' if sign else ''}.1f}, {scale * high:{'+' if sign else ''}.1f}]"
+    )
+
+
+def _mean_cell(found: Sequence[float | None]) -> str:
+    kept = [value for value in found if value is not None]
+    return f"{100 * sum(kept) / len(kept):.1f}" if len(kept) == len(found) else NONE

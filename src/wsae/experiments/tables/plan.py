@@ -9,15 +9,64 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from wsae.core.config import Config
-from wsae.experiments.tables.paper import TableName
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import Activation, GroupTopK, TopK
 from wsae.train.config import MemberConfig
 
+# What Tables 1 to 3 say, as data: auto-interpretability scores in percent, by layer and method. No
+# torch here.
+
+TableName = Literal["table1", "table2", "table3"]
+
+PLAIN, HALF, ONE = "plain", "variance-a0.5", "variance-a1"
+"""The paper's three methods, by the labels of `wsae.experiments.tables.plan`."""
+
+
+class PaperTable(Config):
+    """One table: `scores` of each method, in the order of `layers`."""
+
+    title: str
+    model: str
+    layers: tuple[int, ...]
+    """Counted from 0; for Llama-3-8B the last of 32."""
+    scores: dict[str, tuple[float, ...]]
+
+    def gains(self, method: str) -> list[float]:
+        """Return a method's score minus the plain SAE's, by layer, in points (rounded as the table's are)."""
+        return [
+            round(a - b, 1) for a, b in zip(self.scores[method], self.scores[PLAIN], strict=True)
+        ]
+
+
+PAPER: dict[TableName, PaperTable] = {
+    "table1": PaperTable(
+        title="Table 1: Top-k 32, 32x",
+        model="Pythia-160M",
+        layers=tuple(range(12)),
+        scores={
+            PLAIN: (74.7, 74.1, 76.7, 77.8, 78.5, 79.5, 79.3, 77.8, 74.6, 75.6, 71.6, 72.5),
+            HALF: (75.4, 77.6, 76.4, 77.9, 79.3, 79.6, 79.8, 77.4, 78.6, 79.3, 76.1, 72.6),
+            ONE: (77.2, 78.9, 81.3, 84.6, 83.9, 83.3, 83.9, 79.6, 81.5, 77.6, 72.4, 73.5),
+        },
+    ),
+    "table2": PaperTable(
+        title="Table 2: group Top-k 32, 32x",
+        model="Pythia-160M",
+        layers=(9, 10, 11),
+        scores={PLAIN: (69.0, 61.8, 56.3), ONE: (71.5, 63.7, 59.0)},
+    ),
+    "table3": PaperTable(
+        title="Table 3: the last layer",
+        model="Llama-3-8B",
+        layers=(31,),
+        scores={PLAIN: (41.6,), ONE: (63.6,)},
+    ),
+}
+
 StudyName = TableName | Literal["language"]
 Kind = Literal["topk", "group_topk"]
 
-PLAIN = GammaConfig()
+PLAIN_GAMMA = GammaConfig()
 ALPHAS = (0.5, 1.0)
 PROXIES: tuple[Literal["none", "winsor", "rank"], ...] = ("none", "winsor", "rank")
 ALL_ALPHAS = (-1.0, -0.5, 0.5, 1.0, 2.0)
@@ -37,7 +86,7 @@ class SAEPlan(Config):
 
     def member(
         self,
-        gamma: GammaConfig = PLAIN,
+        gamma: GammaConfig = PLAIN_GAMMA,
         kind: Kind = "topk",
         k: int | None = None,
         lr: float | None = None,
@@ -101,7 +150,7 @@ def table_plan(name: TableName, sae: SAEPlan, hooks: Sequence[str], seed: int = 
     """
     kind: Kind = "group_topk" if name == "table2" else "topk"
     alphas = ALPHAS if name == "table1" else (1.0,)
-    gammas = [PLAIN, *(_variance(alpha) for alpha in alphas), *_dropped((0.0, 1.0))]
+    gammas = [PLAIN_GAMMA, *(_variance(alpha) for alpha in alphas), *_dropped((0.0, 1.0))]
     members = [sae.member(gamma, kind) for gamma in gammas] + sae.curve(kind)
     return Plan(name=name, runs=tuple(_run(hook, seed, members) for hook in hooks))
 
@@ -125,7 +174,7 @@ def study_plan(sae: SAEPlan, place: StudyPlace, seed: int = 0) -> Plan:
     outlier dimensions (Top-k). At some hooks the curve; at one all alphas and rules; at some plain and alpha 0.5, 1
     again with other seeds.
     """
-    core = [PLAIN, *(_variance(alpha) for alpha in ALPHAS)]
+    core = [PLAIN_GAMMA, *(_variance(alpha) for alpha in ALPHAS)]
     tamed = [_variance(1.0, robust) for robust in PROXIES[1:]]
     every = [sae.member(g) for g in (*core, *tamed, *_dropped((0.0, 1.0)))]
     every += [sae.member(gamma, "group_topk") for gamma in core]

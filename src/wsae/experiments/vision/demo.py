@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
-from wsae.acts.images.gallery import Gallery
-from wsae.acts.images.harvest import harvest_images
+from wsae.acts.images.harvest import Gallery, harvest_images
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import StoreSource
 from wsae.core.artifact import MANIFEST, read_manifest
@@ -18,8 +17,7 @@ from wsae.core.config import Config
 from wsae.core.files import read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.classes.labels import labels_of
-from wsae.evals.classes.run import CLASSES, score_run
+from wsae.evals.classes.run import CLASSES, labels_of, score_run
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import EVALUATION, evaluate_run
 from wsae.experiments.vision.plan import SAEPlan, Weighting

@@ -5,11 +5,65 @@ text's statement ("a notable improvement in semantic consistency") and what the 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from wsae.experiments.panels import Panel, Series, Verdict, judged
+from wsae.core.files import read_json
+from wsae.evals.classes.score import SCORES
+from wsae.experiments.figures import Panel, Series, Verdict, judged
 from wsae.experiments.sweep.table import Mean, mean_interval, select
-from wsae.experiments.vision.plan import PLAIN
-from wsae.experiments.vision.rows import Row
+from wsae.experiments.vision.plan import PLAIN, RunPlan, Weighting
+from wsae.report.panel_figures import panels_figure
+
+# One row per SAE or control: what it is, how well it reconstructs, how its latents go with the
+# classes. JSON-ready.
+
+Row = dict[str, Any]
+WAYS = ("all", "matched", "density", "adjusted", "within", "images")
+"""Over what a member is compared with the plain one (`wsae.evals.classes.comparing`)."""
+
+
+def run_rows(planned: RunPlan, path: Path) -> list[Row]:
+    """Return the rows of one finished run: its members, then its controls."""
+    hook = planned.hook
+    gamma = read_json(path / "gamma.json")[hook]
+    metrics = read_json(path / "evaluation" / "evaluation.json")["hooks"][hook]["members"]
+    scores = read_json(path / "classes" / "classes.json")["hooks"][hook]
+    base = {"backbone": planned.backbone, "hook": hook, "seed": planned.seed}
+    rows = []
+    for weighting in planned.weightings:
+        name = weighting.label
+        found = metrics[name]["metrics"]
+        row = base | _about(weighting) | _flat(scores["members"][name])
+        row |= {"fvu": found["fvu"]["value"], "fvu_weighted": found["fvu_weighted"]["value"]}
+        row["effective_dimensions"] = gamma[name]["effective_dimensions"]
+        rows.append(row | {"differences": _differences(scores["comparisons"], name)})
+    for name, entry in scores["controls"].items():
+        rows.append(base | {"member": name, "proxy": "control"} | _flat(entry))
+    return rows
+
+
+def _about(weighting: Weighting) -> Row:
+    alpha = 0.0 if weighting.proxy == "none" else weighting.alpha
+    return {"member": weighting.label, "proxy": weighting.proxy, "alpha": alpha}
+
+
+def _flat(entry: Row) -> Row:
+    """Return the means of the scores by name, beside the whole entry."""
+    means = {name: score["value"] for name, score in entry["scores"].items()}
+    coverage = {f"share_{key}": value for key, value in entry["coverage"].items()}
+    return means | coverage | {"ncl_minibatch": entry["ncl"]["minibatch"], "classes": entry}
+
+
+def _differences(lines: list[Row], member: str) -> dict[str, dict[str, Row]]:
+    """Return score -> way -> the member minus the plain one."""
+    out: dict[str, dict[str, Row]] = {}
+    for line in lines:
+        if line["a"] == member and line["b"] == PLAIN and line["over"] in WAYS:
+            part = {key: line[key] for key in ("difference", "low", "high", "n")}
+            out.setdefault(line["metric"], {})[line["over"]] = part
+    return out
+
 
 WSAE = "consistency-a1"
 """The paper names no alpha for Figure 4; 1 is its choice elsewhere."""
@@ -194,3 +248,137 @@ def _series(method: str, line: list[tuple[float, Mean]]) -> Series:
         high=tuple(mean.high for _, mean in line),
         n=max((mean.n for _, mean in line), default=0),
     )
+
+
+# Pictures of Figures 4 and 5.
+
+_AXES = {
+    "5a": "alpha",
+    "5b": "weights by",
+    "5c": "alpha",
+}
+
+
+def draw(name: str, panels: Sequence[Panel], out: Path) -> list[Path]:
+    """Draw a figure's panels; returns the paths of its pictures."""
+    if name == "figure4":
+        return panels_figure(_figure4(panels), out / name, "embeddings", 3)
+    paths = []
+    for part, xlabel in _AXES.items():
+        shown = [_drawn(panel) for panel in panels if panel.panel.startswith(part)]
+        if shown:
+            paths += panels_figure(shown, out / f"{name}{part[1:]}", xlabel, 3)
+    return paths
+
+
+def _figure4(panels: Sequence[Panel]) -> list[dict[str, Any]]:
+    """Return a panel for each reading: SAE, WSAE and controls at every backbone and hook."""
+    out = []
+    for score, words in READINGS.items():
+        mine = [panel for panel in panels if panel.score == score]
+        lines: dict[str, dict[str, Any]] = {}
+        for place, panel in enumerate(mine):
+            for series in panel.series:
+                line = lines.setdefault(
+                    series.method,
+                    {"method": series.method, "levels": [], "mean": [], "low": [], "high": []},
+                )
+                line["levels"].append(place)
+                for key in ("mean", "low", "high"):
+                    line[key].append(getattr(series, key)[0])
+        ticks = [
+            f"{panel.panel.partition(': ')[2]}\n{panel.verdict}".replace(", ", "\n")
+            for panel in mine
+        ]
+        title = words[0].upper() + words[1:]
+        series = list(lines.values())
+        out.append({"title": title, "ylabel": "consistency", "series": series, "ticks": ticks})
+    return out
+
+
+def _drawn(panel: Panel) -> dict[str, Any]:
+    part, _, where = panel.panel.partition(": ")
+    words = READINGS.get(panel.score, "reconstruction error")
+    found: dict[str, Any] = {
+        "title": f"({part[1:]}) {where}: {words}\n{panel.verdict}",
+        "ylabel": "consistency" if panel.score in READINGS else "FVU",
+        "series": [line.to_dict() for line in panel.series],
+        "bottom": min(min(line.mean) for line in panel.series if line.mean),
+    }
+    if part == "5b":
+        found["ticks"] = ["SAE", *(word.replace(" of ", "\nof ") for word in PROXIES.values())]
+    return found
+
+
+# Tables of Figures 4 and 5 as header and rows of text; scores in percent, intervals over seeds.
+
+Table = dict[str, Any]
+NONE = "-"
+COLUMNS = {
+    "NCL": "consistency_ncl",
+    "one mini-batch": "ncl_minibatch",
+    "top": "consistency_top",
+    "corrected": "consistency_corrected",
+    "selectivity": "selectivity",
+    "alive": "share_alive",
+    "supported": "share_supported",
+}
+
+
+def tables(rows: Sequence[Row]) -> dict[str, Table]:
+    """Return every table by title, backbone by backbone and hook by hook."""
+    out = {}
+    for backbone, hook in places(rows):
+        here = select(rows, backbone=backbone, hook=hook)
+        out[f"{backbone}, {hook}: semantic consistency in %, mean over seeds"] = _scores(here)
+        out[f"{backbone}, {hook}: weighted minus plain, points (information in bits)"] = _gains(
+            here
+        )
+    return out
+
+
+def _scores(rows: list[Row]) -> Table:
+    body = []
+    for name in dict.fromkeys(row["member"] for row in rows):
+        cells = [_cell(over_seeds(rows, name, key), 100.0) for key in COLUMNS.values()]
+        bits = _cell(over_seeds(rows, name, "information"), 1.0, ".4f")
+        trained = "fvu" in select(rows, member=name)[0]
+        others = ("fvu", "fvu_weighted", "effective_dimensions")
+        shown = [
+            _cell(over_seeds(rows, name, key), 1.0, ".4g") if trained else NONE for key in others
+        ]
+        body.append([name, *cells, bits, *shown])
+    header = ["", *COLUMNS, "information, bits", "FVU", "weighted FVU", "effective dimensions"]
+    return {"header": header, "rows": body}
+
+
+def _gains(rows: list[Row]) -> Table:
+    body = []
+    members = dict.fromkeys(row["member"] for row in rows if row.get("differences"))
+    for name in members:
+        mine = select(rows, member=name)
+        for score in SCORES:
+            form = (1.0, "+.4f") if score == "information" else (100.0, "+.1f")
+            found = ([row["differences"][score].get(way) for row in mine] for way in WAYS)
+            cells = [_over_seeds(list(parts), *form) for parts in found]
+            body.append([name, score, *cells])
+    return {"header": ["", "score", *WAYS], "rows": body}
+
+
+def _over_seeds(found: list[Row | None], scale: float, form: str) -> str:
+    """Return the mean difference over seeds with Student's interval; one seed keeps its own interval."""
+    values = [part["difference"] for part in found if part and part["difference"] is not None]
+    if not found or len(values) < len(found):
+        return NONE
+    if len(values) == 1 and found[0]:
+        return _cell(Mean(values[0], found[0]["low"], found[0]["high"], 1), scale, form)
+    return _cell(mean_interval(values), scale, form)
+
+
+def _cell(mean: Mean | None, scale: float, form: str = ".1f") -> str:
+    if mean is None:
+        return NONE
+    shown = f"{scale * mean.value:{form}}"
+    if mean.low is None or mean.high is None:
+        return shown
+    return f"{shown} [{scale * mean.low:{form}}, {scale * mean.high:{form}}]"

@@ -2,32 +2,10 @@
 
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.theory.claims import (
-    activations,
-    assumptions,
-    dense,
-    gap,
-    limits,
-    proofs,
-    shrinking,
-    sparse,
-    unique,
-    weights,
-)
+from wsae.theory.claims import assumptions, limits, minima, weights
 from wsae.theory.claims.record import Check, Claim
 
-MODULES = (
-    assumptions,
-    dense,
-    shrinking,
-    sparse,
-    unique,
-    gap,
-    weights,
-    activations,
-    proofs,
-    limits,
-)
+MODULES = (assumptions, minima, weights, limits)
 """The modules of checks, in the order of the paper (Appendix A last)."""
 
 

@@ -1,15 +1,197 @@
 """Appendix A.2: the steps behind Theorems 2 and 3 (Eq. 26, Top-k and JumpReLU, Eq. 35)."""
 
+import math
+
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
+from wsae.theory.claims.minima import polysemantic_identity
 from wsae.theory.claims.record import Claim
-from wsae.theory.claims.unique import polysemantic_identity
-from wsae.theory.geometry import interference, nonpositive, orthogonal, polygon, random_unit
-from wsae.theory.limits import first_order, jumprelu_window, second_moment, topk_bound, topk_code
-from wsae.theory.losses import closed_form, code, grid, sae_residual, superpose
-from wsae.theory.zeros import zero_solutions
+from wsae.theory.geometry import (
+    interference,
+    nonpositive,
+    orthogonal,
+    polygon,
+    random_unit,
+    simplex,
+)
+from wsae.theory.limits import (
+    first_order,
+    jumprelu_window,
+    second_moment,
+    topk_bound,
+    topk_code,
+    zero_solutions,
+)
+from wsae.theory.losses import closed_form, code, grid, sae_loss, sae_residual, superpose
+
+# Appendix A's formulas for JumpReLU and Top-k.
+
+THRESHOLD = 0.25
+
+
+def jumprelu(seed: int) -> Claim:
+    """Appendix A: JumpReLU(x, c) = ReLU(x - c)."""
+    x = _rows(seed, "jumprelu")
+    true, paper = x * (x > THRESHOLD), (x - THRESHOLD).relu()
+    active = true > 0
+    same_support = bool((active == (paper > 0)).all())
+    shift = float((true - paper)[active].mean())
+    added = float((true - paper - THRESHOLD * active).abs().max())
+    at_zero = float((x * (x > 0) - x.relu()).abs().max())
+    return Claim(
+        claim="JumpReLU(x, c) = ReLU(x - c), so results for ReLU carry over.",
+        source="Appendix A",
+        verdict="counterexample",
+        condition="c = 0; or ReLU(x - c) + c H(x - c) with H(0) = 0, which is JumpReLU.",
+        evidence=f"A shifted ReLU: at c = {THRESHOLD} it is {shift:.2f} below JumpReLU(x) = x H(x - c) wherever it "
+        f"is active, over {x.numel():,} values (same active set: {same_support}). JumpReLU exists to avoid that "
+        f"shrinkage. With c H(x - c) added the difference is {added:.0e}; at c = 0 it is {at_zero:.0e}.",
+        instances=x.numel(),
+        numbers={"threshold": THRESHOLD, "mean_shift": shift, "with_the_step": added}
+        | {"at_threshold_zero": at_zero},
+    )
+
+
+def top_k(seed: int) -> Claim:
+    """Appendix A: Top-k(x) = ReLU(x - x_(k+1)) + x_(k+1) H(x - x_(k+1)), H(0) = 1."""
+    example = torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
+    x = _rows(seed, "topk")
+    sizes = range(1, x.shape[1])
+    wrong = [int((_paper(x, k) != _top_k(x, k)).any(1).sum()) for k in sizes]
+    extra = [int((_paper(x, k) != 0).sum(1).max()) - k for k in sizes]
+    strict = max(float((_paper(x, k, strict=True) - _top_k(x, k)).abs().max()) for k in sizes)
+    tied = _paper(torch.tensor([[2.0, 2.0, 1.0]], dtype=torch.float64), 1, strict=True)
+    shown = _paper(example, 1)[0].tolist()
+    return Claim(
+        claim="Top-k(x) = ReLU(x - x_(k+1) 1) + x_(k+1) H(x - x_(k+1) 1) with H(x) = 1[x >= 0].",
+        source="Appendix A",
+        verdict="counterexample",
+        condition="H(0) = 0 (a strict step) and the k-th and (k+1)-th entries differ.",
+        evidence=f"It keeps the (k+1)-th entry too: x = (3, 2, 1), k = 1 gives ({', '.join(f'{v:g}' for v in shown)}). "
+        f"Wrong on {sum(wrong) / (len(x) * len(wrong)):.0%} of {len(x) * len(wrong):,} random cases, by {max(extra)} "
+        f"entry each. With a strict step the difference is {strict:.0e}; a tie, x = (2, 2, 1), then keeps none "
+        f"({int((tied != 0).sum())} entries).",
+        instances=len(x) * len(wrong) + 2,
+        numbers={"wrong_share": sum(wrong) / (len(x) * len(wrong)), "extra_entries": float(max(extra))}
+        | {"strict_error": strict, "entries_at_a_tie": float((tied != 0).sum())},
+    )  # fmt: skip
+
+
+def _rows(seed: int, name: str) -> Float64[Tensor, "rows 6"]:
+    made = torch.Generator().manual_seed(seed_for(seed, "activations", name))
+    return torch.randn(500, 6, generator=made, dtype=torch.float64)
+
+
+def _top_k(x: Tensor, k: int) -> Tensor:
+    """Keep the k largest entries of each row, whatever their sign; the rest are 0."""
+    values, places = x.topk(k, dim=1)
+    return torch.zeros_like(x).scatter(1, places, values)
+
+
+def _paper(x: Tensor, k: int, strict: bool = False) -> Tensor:
+    """Return Appendix A's formula; `strict` takes H(0) = 0."""
+    next_one = x.sort(dim=1, descending=True).values[:, k : k + 1]
+    step = x > next_one if strict else x >= next_one
+    return (x - next_one).relu() + next_one * step
+
+
+ACTIVATIONS_CHECKS = (jumprelu, top_k)
+
+# Appendix A.1: the steps behind Theorem 1 (Eq. 15, 18, 19).
+
+
+def reordering(seed: int) -> Claim:
+    """Eq. 15: reordering the rows of W_m, or padding it with zero rows, leaves L_SAE unchanged."""
+    worst = 0.0
+    for i in range(24):
+        made = torch.Generator().manual_seed(seed_for(seed, "order", i))
+        d, n, spare = 2 + i % 3, 4 + i % 3, i % 4
+        W_p = random_unit(d, n, seed_for(seed, "W_p", i))
+        features, probability = grid(n, 0.5, 1)
+        W_m = torch.randn(n, d, generator=made, dtype=torch.float64)
+        padded = torch.cat([W_m, W_m.new_zeros(spare, d)])
+        padded = padded[torch.randperm(n + spare, generator=made)]
+        own, other = (float(sae_loss(W, W_p, features, probability)) for W in (W_m, padded))
+        worst = max(worst, abs(own - other) / own)
+    return Claim(
+        claim="If W_m minimises L_SAE, so does W_m with its rows reordered and zero rows added.",
+        source="Eq. 15",
+        verdict="holds",
+        condition="",
+        evidence=f"Relative change of the loss at most {worst:.0e} over 24 random W_p, W_m, orders and paddings.",
+        instances=24,
+        numbers={"worst_relative_change": worst},
+    )
+
+
+def zero_mean_residual(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
+    """Eq. 18: the gradient of L_SAE is zero if and only if the mean residual E[x_p - W_m^T sigma(W_m x_p)] is zero."""
+    means, slopes = {}, {}
+    for name, W_p in (("triangle", polygon(3)), ("tetrahedron", simplex(4))):
+        means[name], slopes[name] = _mean_and_gradient(closed_form(W_p), W_p)
+    eye = orthogonal(2)
+    flat_mean, flat_slope = _mean_and_gradient(torch.zeros_like(eye), eye)
+    return Claim(
+        claim="The gradient of L_SAE vanishes if and only if the mean residual E[x_p - x_p_hat] does.",
+        source="Eq. 18",
+        verdict="counterexample",
+        condition="The residual is 0 for every x (digons, monosemantic dimensions); a zero mean is not enough, because "
+        "the gradient is a correlation of the residual with the code and with x_p.",
+        evidence=f"Triangle at W_p^T, S = 0.5: mean residual {means['triangle']:.0e}, gradient norm "
+        f"{slopes['triangle']:.3f} (tetrahedron {slopes['tetrahedron']:.3f}). Conversely W_m = 0 for W_p = I_2 has "
+        f"gradient {flat_slope:.0f} and mean residual {flat_mean:.2f}.",
+        instances=3,
+        numbers={
+            "triangle_mean_residual": means["triangle"],
+            "triangle_gradient": slopes["triangle"],
+            "tetrahedron_mean_residual": means["tetrahedron"],
+            "tetrahedron_gradient": slopes["tetrahedron"],
+            "zero_W_m_gradient": flat_slope,
+            "zero_W_m_mean_residual": flat_mean,
+        },
+    )
+
+
+def _mean_and_gradient(W_m: Tensor, W_p: Tensor) -> tuple[float, float]:
+    """Return the norms of the mean residual and of the loss's gradient, S = 0.5, uniform magnitudes on four levels."""
+    features, probability = grid(W_p.shape[1], 0.5, 4)
+    mean = probability @ sae_residual(W_m, superpose(W_p, features))
+    at = W_m.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(sae_loss(at, W_p, features, probability), at)
+    return float(mean.norm()), float(slope.norm())
+
+
+def polygon_gram(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
+    """Eq. 19: the Gram matrix of a digon or polygon of p features is 1 on and -1/(p-1) off the diagonal."""
+    away = {p: _away_from_eq_19(polygon(p)) for p in range(3, 9)}
+    away[2] = _away_from_eq_19(simplex(2))
+    simplices = max(_away_from_eq_19(simplex(p)) for p in range(2, 9))
+    positive = math.cos(2 * math.pi / 5)
+    return Claim(
+        claim="The columns of a digon or polygon of p features have W_p,i . W_p,j = -1/(p-1) for i != j.",
+        source="Eq. 19",
+        verdict="holds if",
+        condition="p = 2 or 3. For p >= 4 this Gram matrix is the simplex in p - 1 dimensions; a planar polygon has "
+        "cos(2 pi (i-j) / p) and, for p >= 5, positive interference.",
+        evidence=f"Largest deviation from Eq. 19: p = 2 {away[2]:.0e}, 3 {away[3]:.0e}, 4 {away[4]:.2f}, 5 "
+        f"{away[5]:.2f}, 6 {away[6]:.2f}; simplices {simplices:.0e}. Neighbours in a pentagon interfere at "
+        f"+{positive:.3f}, against the non-positive interference assumed.",
+        instances=len(away) + 7,
+        numbers={f"deviation_{p}": v for p, v in sorted(away.items())}
+        | {"simplices_worst": simplices, "pentagon_interference": positive},
+    )
+
+
+def _away_from_eq_19(W_p: Tensor) -> float:
+    p = W_p.shape[1]
+    gram = (torch.eye(p, dtype=torch.float64) * p - 1) / (p - 1)
+    return float((W_p.T @ W_p - gram).abs().max())
+
+
+PROOFS_CHECKS = (reordering, zero_mean_residual, polygon_gram)
 
 
 def coefficient(seed: int) -> Claim:
@@ -146,4 +328,11 @@ def _away_from_identity(latents: Tensor) -> float:
     return float((latents - torch.eye(len(latents), dtype=latents.dtype)).abs().max())
 
 
-CHECKS = (coefficient, topk_recovery, jumprelu_recovery, identity_step)
+CHECKS = (
+    *ACTIVATIONS_CHECKS,
+    *PROOFS_CHECKS,
+    coefficient,
+    topk_recovery,
+    jumprelu_recovery,
+    identity_step,
+)

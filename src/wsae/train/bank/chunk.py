@@ -14,10 +14,126 @@ from wsae.sae.config import BatchTopK, ReLU
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
 from wsae.train.bank.config import BankConfig
-from wsae.train.bank.entry import Entry
-from wsae.train.bank.relu import Scratch, relu_gradients
-from wsae.train.counters import GAMMA_EVERY, THRESHOLD_DECAY
-from wsae.train.schedule import lr_factor
+from wsae.train.config import MemberConfig
+from wsae.train.state import GAMMA_EVERY, THRESHOLD_DECAY
+from wsae.train.step import lr_factor
+
+# One member of a bank: an SAE to train, what it is, and the world it sees.
+
+
+@dataclass
+class Entry:
+    """One SAE to train: it is changed in place. Its gamma is set, its b_dec at the data's mean (untied)."""
+
+    sae: SparseAutoencoder
+    cfg: MemberConfig
+    world: int = 0
+    """Which of the batches' worlds it sees."""
+    dead: Bool[Tensor, " d_sae"] | None = None
+    """Set by training: the latents that are dead at its end, where they are followed."""
+
+
+def make_entry(
+    cfg: MemberConfig,
+    gamma: Float[Tensor, "..."],
+    mean: Float[Tensor, " d_in"] | None = None,
+    world: int = 0,
+    seed: int = 0,
+) -> Entry:
+    """Return a member at its start, as a lone run would have it; `seed` serves where the member names none."""
+    d_in = gamma.shape[-1]
+    seed = seed if cfg.seed is None else cfg.seed
+    sae = SparseAutoencoder(cfg.sae_config(d_in), seed, cfg.start_scale())
+    sae.set_gamma(gamma.detach().float())
+    if sae.b_dec is not None and mean is not None:
+        sae.b_dec.data.copy_(mean)
+    return Entry(sae, cfg, world)
+
+
+# The ReLU step of a stack by hand: the gradients autograd would give, several times faster for
+# small SAEs.
+#
+# The code is held latent-major, z [members, d_sae, batch]: all five products then run along the
+# batch, which small widths (d_in = 20) need. `stack_forward` and autograd are the specification.
+
+
+@dataclass
+class Scratch:
+    """Buffers of one chunk, reused every step."""
+
+    z: Float[Tensor, "members d_sae batch"]
+    dz: Float[Tensor, "members d_sae batch"]
+
+    @classmethod
+    def like(cls, stack: Stack, batch: int) -> "Scratch":
+        """Return buffers for a stack and a batch size."""
+        members, d_sae, _ = stack.W_dec.shape
+        z = stack.W_dec.new_empty(members, d_sae, batch, requires_grad=False)
+        return cls(z, torch.empty_like(z))
+
+
+@torch.no_grad()
+def relu_gradients(
+    stack: Stack,
+    x: Float[Tensor, "members batch d_in"],
+    gamma: Float[Tensor, "members rows d_in"],
+    l1: Float[Tensor, " members"] | None,
+    scratch: Scratch,
+) -> Float[Tensor, " members"]:
+    """Set every parameter's gradient of E||Gamma (x - x_hat)||^2 + l1 E sum_j z_j ||W_dec[j]||; returns the first term.
+
+    `gamma` holds one row of weights per member, or a matrix [d_in, d_in].
+    """
+    batch, z, dz = x.shape[1], scratch.z, scratch.dz
+    centred = x.mT if stack.b_dec is None else x.mT - stack.b_dec.mT
+    W_enc, W_dec = stack.encoder_rows, stack.W_dec
+    if stack.b_enc is None:
+        torch.bmm(W_enc, centred, out=z).relu_()
+    else:
+        torch.baddbmm(stack.b_enc.mT, W_enc, centred, out=z).relu_()
+    residual = torch.baddbmm(centred, W_dec.mT, z, alpha=-1)
+    loss, g = _pull(residual, gamma, batch)
+    torch.bmm(W_dec, g, out=dz)
+    norms = None
+    if l1 is not None:
+        rate = l1[:, None, None] / batch
+        norms = (
+            W_dec.norm(dim=2, keepdim=True) if stack.cfg.tied else torch.ones_like(W_dec[..., :1])
+        )
+        dz.add_(norms * rate)
+    torch.ops.aten.threshold_backward.grad_input(dz, z, 0, grad_input=dz)
+    decoder = torch.bmm(g, z.mT)
+    if stack.W_enc_t is None:
+        W_dec.grad = decoder.baddbmm_(centred, dz.mT).mT.contiguous()
+        if l1 is not None and norms is not None:
+            pushed = z.sum(2, keepdim=True) * (l1[:, None, None] / batch)
+            W_dec.grad.addcmul_(W_dec, pushed / norms.clamp_min(1e-12))
+        return loss
+    W_dec.grad = decoder.mT.contiguous()
+    stack.W_enc_t.grad = torch.bmm(centred, dz.mT).mT.contiguous()
+    _bias_gradients(stack, g, dz)
+    return loss
+
+
+def _pull(residual: Tensor, gamma: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Return E||Gamma r||^2 per member and its gradient with respect to x_hat [members, d_in, batch]."""
+    if gamma.shape[1] == 1:
+        weights = gamma.mT
+        weighed = residual * weights
+        g = weighed * (weights * (-2 / batch))
+    else:
+        weighed = torch.bmm(gamma, residual)
+        g = torch.bmm(gamma.mT, weighed).mul_(-2 / batch)
+    return weighed.square_().sum((1, 2)) / batch, g
+
+
+def _bias_gradients(stack: Stack, g: Tensor, dz: Tensor) -> None:
+    assert stack.b_enc is not None
+    assert stack.b_dec is not None
+    summed = dz.sum(2, keepdim=True)
+    stack.b_enc.grad = summed.mT
+    stack.b_dec.grad = (g.sum(2, keepdim=True) - torch.bmm(stack.encoder_rows.mT, summed)).mT
+
 
 Batches = Callable[[int], Float[Tensor, "worlds batch d_in"]]
 """Step -> activations of some worlds, valid until the next call; a pure function of the step."""

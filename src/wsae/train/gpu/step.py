@@ -1,4 +1,4 @@
-"""One step by hand-written gradients on the Triton kernels; `wsae.train.eager` is its specification.
+"""One step by hand-written gradients on the Triton kernels; `wsae.train.step` is its specification.
 
 With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) of active latents:
     dz = W_dec[j] . G[b] + l1 |W_dec[j]| / batch      dpre = dz where z > 0
@@ -10,24 +10,360 @@ The host waits for the device only where a docstring says so: `find_codes` for b
 `dead_latents` and `next_step` when what they read has changed, and the counters of a latent_variance gamma.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from wsae.losses.weigh import weigh
-from wsae.ops import SparseCode
+from wsae.losses.reconstruction import weigh
+from wsae.ops import SparseCode, code_from_topk
+from wsae.ops.codes import offsets_of
 from wsae.ops.sparse import Plan
-from wsae.ops.triton.sums import decode, pair_products
+from wsae.ops.triton.encode import above, group_topk_encode, select_batch_topk, topk_encode
+from wsae.ops.triton.sums import decode, pair_products, products, scatter
+from wsae.ops.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
+from wsae.ops.triton.update import adam_rows_, update_rows_
+from wsae.ops.update import AdamStep, SparseGrad
+from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
+from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.counters import add_sums, count, follow_latents, refresh_gamma
-from wsae.train.gpu.codes import find_codes, revive
-from wsae.train.gpu.host import dead_latents
-from wsae.train.gpu.pairs import in_row_order, joined, sort_by_latent
-from wsae.train.gpu.update import Terms, update
-from wsae.train.handwritten import Codes, Losses, step_result, threshold_slopes
-from wsae.train.state import Batch, MemberState
+from wsae.train.native.state import moments
+from wsae.train.state import (
+    Batch,
+    MemberState,
+    StepResult,
+    add_sums,
+    count,
+    follow_latents,
+    refresh_gamma,
+)
+
+# What the host remembers of tensors on the device, so that a step need not wait for them.
+
+_seen = WeakTensorKeyDictionary()
+"""Tensor: how often it had been written to when it was read, and what was read."""
+
+
+class Dead(NamedTuple):
+    """The dead latents, filled up to a power of two: kernels are tuned per size, and the number changes often."""
+
+    number: int
+    latents: Int64[Tensor, " room"]
+    floor: Float[Tensor, " room"]
+    """0, and -inf for what only fills up: added to pre-activations it keeps those from being chosen."""
+
+
+def dead_latents(mask: Bool[Tensor, " d_sae"]) -> Dead:
+    """Return the dead latents; waits for the device only when the mask has changed since it was last asked."""
+    return _remembered(mask, _find)
+
+
+def next_step(member: MemberState) -> int:
+    """Count a step in the Adam states of all parameters, which count alike, and return its number (from 1).
+
+    The counts are put beside the moments, where torch's fused Adam wants them. Waits for the device only when another
+    optimiser or a checkpoint has written them since.
+    """
+    states = [moments(member, p) for p in member.optimizer.param_groups[0]["params"]]
+    for state in states:
+        state["step"] = state["step"].to(state["exp_avg"].device)
+    counts = [state["step"] for state in states]
+    number = _remembered(counts[0], int) + 1
+    torch._foreach_add_(counts, 1)
+    _remember(counts[0], number)
+    return number
+
+
+def _find(mask: Tensor) -> Dead:
+    latents = mask.nonzero()[:, 0]
+    number = len(latents)
+    filling = (1 << max(4, (number - 1).bit_length())) - number
+    floor = torch.zeros(number + filling, device=mask.device, dtype=torch.float32)
+    floor[number:] = -torch.inf
+    return Dead(number, torch.cat([latents, latents.new_zeros(filling)]), floor)
+
+
+def _remembered(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    if tensor in _seen:
+        written, value = _seen[tensor]
+        if written == tensor._version:
+            return value
+    return _remember(tensor, read(tensor))
+
+
+def _remember(tensor: Tensor, value: Any) -> Any:
+    _seen[tensor] = (tensor._version, value)
+    return value
+
+
+# The pairs (row, latent) of a step, sorted by latent, without waiting for the device.
+#
+# `Plan.build` does the same where waiting costs nothing: bincount reads the largest index back.
+
+
+def in_row_order(code: SparseCode) -> Plan:
+    """Return a plan with its pairs in order of row alone: enough to decode and for products of pairs."""
+    none = code.indices[:0]
+    return Plan(code.indices, code.offsets, code.rows(), none, none, none)
+
+
+def joined(plans: list[Plan]) -> Plan:
+    """Return plans over the same batch as one, in order of row alone; the rows of the second follow the first's."""
+    if len(plans) == 1:
+        return plans[0]
+    batch, pairs = 0, 0
+    offsets, rows = [plans[0].offsets[:1]], []
+    for plan in plans:
+        offsets.append(plan.offsets[1:] + pairs)
+        rows.append(plan.rows + batch)
+        batch, pairs = batch + len(plan.offsets) - 1, pairs + len(plan.indices)
+    indices = torch.cat([plan.indices for plan in plans])
+    none = indices[:0]
+    return Plan(indices, torch.cat(offsets), torch.cat(rows), none, none, none)
+
+
+def sort_by_latent(plan: Plan, d_sae: int) -> Plan:
+    """Return the plan with its pairs sorted by latent too (stable, so sums are in row order and reproducible)."""
+    latents, order = plan.indices.int().sort(stable=True)
+    bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=latents.device)
+    latent_offsets = torch.searchsorted(latents, bounds, out_int32=len(latents) < 2**31)
+    return plan._replace(
+        order=order, latent_offsets=latent_offsets, latent_rows=plan.rows[order].int()
+    )
+
+
+def twice(plan: Plan, rows: Int32[Tensor, " nnz"]) -> Plan:
+    """Return the plan with each pair followed by a second one of the same latent, in row `rows[p]`.
+
+    Of the weights the first half belongs to the plan's pairs, the second to the added ones. Sorted by latent only.
+    """
+    order = plan.order
+    return plan._replace(
+        indices=torch.cat([plan.indices, plan.indices]),
+        order=torch.stack([order, order + len(order)], dim=1).flatten(),
+        latent_offsets=2 * plan.latent_offsets,
+        latent_rows=torch.stack([plan.latent_rows, rows], dim=1).flatten(),
+    )
+
+
+def per_latent(plan: Plan, weights: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+    """Return the sum of the weights of each latent's pairs, in order of row."""
+    ordered, offsets = weights[plan.order], plan.latent_offsets
+    return torch.segment_reduce(ordered, "sum", offsets=offsets, unsafe=True, initial=0)
+
+
+# The optimiser's step from the pairs of a batch: no gradient matrix, both matrices in one pass
+# each.
+
+WIDTH = 1024
+"""A vector is stepped as rows of at most this many entries, each by a program of its own."""
+
+
+class Terms(NamedTuple):
+    """The gradients of a step: dW_dec[j] = sum z G[b], dW_enc[j] = sum dpre centred[b mod batch] over j's pairs."""
+
+    plan: Plan
+    """The pairs (b, j) of all reconstructions, those of the first one first, sorted by latent too."""
+    z: Float[Tensor, " pairs"]
+    dpre: Float[Tensor, " pairs"]
+    G: Float[Tensor, "rows d_in"]
+    """One batch below another, a reconstruction each; the rows of `plan` count through them."""
+    centred: Float[Tensor, "batch d_in"]
+    first: int
+    """Pairs of the first reconstruction."""
+
+
+def update(
+    member: MemberState, terms: Terms, slopes: Float[Tensor, " first"] | None, rate: float
+) -> None:
+    """Step every parameter at learning rate `rate`, decoder rows kept at unit norm where untied.
+
+    `slopes` are the parts of the gradient in log theta, one per pair of the first reconstruction (None without).
+    """
+    sae = member.sae
+    adam = AdamStep(rate, next_step(member))
+    if sae.log_threshold is not None and slopes is not None:
+        _step_vector(member, sae.log_threshold, _of_first(terms, slopes), adam)
+    if sae.W_enc_t is None or sae.b_enc is None or sae.b_dec is None:
+        _update_tied(member, terms, adam)
+        return
+    plan, batch = terms.plan, len(terms.centred)
+    db_enc = per_latent(plan, terms.dpre)
+    db_dec = terms.G[:batch].sum(0) - db_enc @ sae.W_enc_t
+    decoder = SparseGrad(plan, terms.z, terms.G)
+    encoder = SparseGrad(
+        plan._replace(latent_rows=plan.latent_rows % batch), terms.dpre, terms.centred
+    )
+    update_rows_(sae.W_dec.detach(), decoder, *_moments(member, sae.W_dec), adam, unit=True)
+    update_rows_(sae.W_enc_t.detach(), encoder, *_moments(member, sae.W_enc_t), adam, unit=False)
+    _step_vector(member, sae.b_enc, db_enc, adam)
+    _step_vector(member, sae.b_dec, db_dec, adam)
+
+
+def _update_tied(member: MemberState, terms: Terms, adam: AdamStep) -> None:
+    """Step the one matrix: both gradients are terms of one sum, and L1 pulls at the norms of the rows.
+
+    The pull, l1 / batch * sum_b z W_j / |W_j|, is no such term: with it the gradient is made a matrix.
+    """
+    W, plan, batch = member.sae.W_dec.detach(), terms.plan, len(terms.centred)
+    m, v = _moments(member, member.sae.W_dec)
+    both = twice(plan, plan.latent_rows % batch + len(terms.G))
+    weights, rows = torch.cat([terms.z, terms.dpre]), torch.cat([terms.G, terms.centred])
+    if not member.cfg.l1:
+        update_rows_(W, SparseGrad(both, weights, rows), m, v, adam, unit=False)
+        return
+    norms = torch.linalg.vector_norm(W, dim=1).clamp_min_(1e-12)
+    pull = member.cfg.l1 / batch * _of_first(terms, terms.z[: terms.first]) / norms
+    gradient = scatter(both, weights, rows).addcmul_(pull[:, None], W)
+    adam_rows_(W, gradient, m, v, adam, unit=False)
+
+
+def _of_first(terms: Terms, weights: Tensor) -> Tensor:
+    """Sum weights of the first reconstruction's pairs per latent."""
+    return per_latent(terms.plan, F.pad(weights, (0, len(terms.z) - len(weights))))
+
+
+def _step_vector(member: MemberState, vector: nn.Parameter, grad: Tensor, adam: AdamStep) -> None:
+    tensors = (vector.detach(), grad, *_moments(member, vector))
+    W, grad, m, v = (tensor.view(-1, math.gcd(len(vector), WIDTH)) for tensor in tensors)
+    adam_rows_(W, grad, m, v, adam, unit=False)
+
+
+def _moments(member: MemberState, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    state = moments(member, parameter)
+    return state["exp_avg"], state["exp_avg_sq"]
+
+
+# What the steps by hand-written gradients share, whatever sums over their pairs (row, active
+# latent).
+
+
+class Codes(NamedTuple):
+    """The pairs of a batch that carry values or gradients, in order of row."""
+
+    pre: SparseCode
+    """Pre-activations of the pairs."""
+    z: Float[Tensor, " pairs"]
+    passes: Float[Tensor, " pairs"]
+    """dz / dpre: 1 where the latent is active, else 0."""
+
+
+class Losses(NamedTuple):
+    """What a step's reconstruction came to."""
+
+    reconstruction: Float[Tensor, ""]
+    """Mean over the batch of ||Gamma e||^2."""
+    sse: Float[Tensor, ""]
+    """Sum over the batch of ||e||^2."""
+    penalty: float | Float[Tensor, ""]
+    """l1 * mean over the batch of sum_j z_j |W_dec[j]|, before the step."""
+
+
+def activate(sae: SparseAutoencoder, pre: SparseCode) -> Codes:
+    """Apply the activation function to the pre-activations of chosen pairs."""
+    if isinstance(sae.cfg.activation, JumpReLU):
+        assert sae.log_threshold is not None
+        on = (pre.values > sae.log_threshold.detach().exp()[pre.indices]).float()
+        return Codes(pre, pre.values * on, on)
+    return Codes(pre, pre.values.relu(), (pre.values > 0).float())
+
+
+def threshold_slopes(
+    member: MemberState, codes: Codes, dz: Float[Tensor, " pairs"]
+) -> Float[Tensor, " pairs"] | None:
+    """Return each pair's part of the loss's gradient in log theta (`wsae.sae.forward`); None without thresholds.
+
+    -(dz theta + l0 / batch) rect((pre - theta) / width) / width * theta, theta the latent's threshold.
+    """
+    sae, activation = member.sae, member.sae.cfg.activation
+    if sae.log_threshold is None or not isinstance(activation, JumpReLU):
+        return None
+    pre = codes.pre
+    here = sae.log_threshold.detach().exp()[pre.indices]
+    near = ((pre.values - here).abs() < activation.bandwidth / 2) / activation.bandwidth
+    return -(dz * here + member.cfg.l0 / pre.batch) * near * here
+
+
+def step_result(
+    member: MemberState, code: SparseCode, losses: Losses, revival: Float[Tensor, ""] | None
+) -> StepResult:
+    """Return the step's loss and its parts; `revival` is the mean of ||Gamma (e - e_hat)||^2, None without."""
+    cfg, reconstruction = member.cfg, losses.reconstruction
+    aux = reconstruction.new_zeros(()) if revival is None else revival
+    loss = reconstruction + cfg.auxk * aux + losses.penalty
+    if cfg.l0:
+        loss = loss + cfg.l0 * torch.count_nonzero(code.values) / code.batch
+    return StepResult(code, loss, reconstruction, aux, losses.sse)
+
+
+# Which latents of a batch are active, by the Triton kernels.
+
+ROWS = 256
+"""Rows at once where the choice needs a whole product of the dead latents."""
+
+
+def find_codes(
+    sae: SparseAutoencoder, centred: Float[Tensor, "batch d_in"], dtype: torch.dtype
+) -> Codes:
+    """Choose the active latents as `wsae.sae.forward` does; the values are those of float32, whatever the dtype.
+
+    Top-k and group Top-k do not wait for the device; the kinds without a fixed number of pairs do, to learn it.
+    """
+    W, bias = sae.encoder_rows.detach(), None if sae.b_enc is None else sae.b_enc.detach()
+    match sae.cfg.activation:
+        case TopK(k=k):
+            return activate(sae, code_from_topk(*topk_encode(centred, W, bias, k, dtype)))
+        case GroupTopK(k=k):
+            winners = group_topk_encode(centred, W, bias, k, dtype)
+            chosen = code_from_topk(winners.float(), winners)
+            return activate(sae, _valued(centred, W, bias, chosen))
+        case BatchTopK(k=k):
+            rows, latents = select_batch_topk(centred, W, bias, k, dtype)
+        case ReLU():
+            rows, latents = above(centred, W, bias, centred.new_zeros(()), dtype)
+        case JumpReLU(bandwidth=width):
+            assert sae.log_threshold is not None
+            # the thresholds' gradient reaches half the width below them
+            floor = sae.log_threshold.detach().exp() - width / 2
+            rows, latents = above(centred, W, bias, floor, dtype)
+    chosen = SparseCode(centred.new_empty(0), latents, offsets_of(rows, len(centred)))
+    return activate(sae, _valued(centred, W, bias, chosen))
+
+
+def revive(
+    sae: SparseAutoencoder,
+    centred: Float[Tensor, "batch d_in"],
+    dead: Dead,
+    k: int,
+    dtype: torch.dtype,
+) -> Codes:
+    """Choose the k largest of each row among dead latents; fused as Top-k is, unless k is too large for that kernel."""
+    W = sae.encoder_rows.detach().index_select(0, dead.latents)
+    bias = dead.floor if sae.b_enc is None else dead.floor + sae.b_enc.detach()[dead.latents]
+    if min(2 * BUCKETS_PER_CHOICE * k, len(W)) <= MAX_CANDIDATES:
+        values, picked = topk_encode(centred, W, bias, k, dtype)
+        return _relu(values, dead.latents[picked])
+    low = W.to(dtype).T
+    parts = [(rows.to(dtype) @ low + bias).topk(k, sorted=False)[1] for rows in centred.split(ROWS)]
+    picked = torch.cat(parts)
+    code = _valued(centred, W, bias, code_from_topk(picked.float(), picked))
+    return _relu(code.values.view(-1, k), dead.latents[picked])
+
+
+def _relu(values: Tensor, latents: Tensor) -> Codes:
+    pre = code_from_topk(values, latents)
+    return Codes(pre, pre.values.relu(), (pre.values > 0).float())
+
+
+def _valued(centred: Tensor, W: Tensor, bias: Tensor | None, chosen: SparseCode) -> SparseCode:
+    """Return the pre-activations of chosen pairs."""
+    values = products(centred, W, chosen.rows(), chosen.indices)
+    return chosen._replace(values=values if bias is None else values + bias[chosen.indices])
 
 
 class Part(NamedTuple):

@@ -4,8 +4,6 @@ with mirrored([tensorboard()], warn=print):
     train_run(cfg, source, out)
 """
 
-from wsae.train.loggers.events import tensorboard
-from wsae.train.loggers.mirror import Logger, Mirror, Sink, mirrored
-from wsae.train.loggers.weights_biases import wandb
+from wsae.train.loggers.mirror import Logger, Mirror, Sink, mirrored, tensorboard, wandb
 
 __all__ = ["Logger", "Mirror", "Sink", "mirrored", "tensorboard", "wandb"]

@@ -8,6 +8,11 @@ while and then begins anew in the same way; training does not wait for it.
 import contextlib
 import importlib
 import logging
+import os
+import secrets
+import shutil
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -16,7 +21,9 @@ from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from wsae.core.errors import UserError
-from wsae.train.loggers.rows import scalars, steps_of
+from wsae.core.files import opened, read_json, write_json
+from wsae.train.loggers.config import WandbConfig
+from wsae.train.metrics import scalars, steps_of
 
 RETRY_S, MOST_S = 30.0, 600.0
 """A logger that failed is tried again after so long, twice as long after every further failure, at most so long."""
@@ -197,3 +204,158 @@ def needed(module: str, extra: str) -> ModuleType:
         raise UserError(
             f"--logger {extra}: {module.split('.')[0]} is not installed; pip install 'wsae[{extra}]'"
         ) from error
+
+
+# TensorBoard: one event file in `tensorboard/` of the run directory.
+
+_WRITER = "tensorboard.summary.writer.record_writer"
+_EVENT = "tensorboard.compat.proto.event_pb2"
+_SUMMARY = "tensorboard.compat.proto.summary_pb2"
+_HEAD = struct.Struct("<QI")
+_FOOT = 4
+
+
+def tensorboard() -> Logger:
+    """Return the logger that writes TensorBoard's event files."""
+    return Logger("tensorboard", _check_tensorboard, EventFile)
+
+
+def _check_tensorboard() -> None:
+    for module in (_WRITER, _EVENT, _SUMMARY):
+        needed(module, "tensorboard")
+
+
+class EventFile:
+    """An event file of the scalars of a run; it takes the place of those that were there.
+
+    A step that the former files had keeps its time there.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._event: Any = needed(_EVENT, "tensorboard")
+        self._summary: Any = needed(_SUMMARY, "tensorboard")
+        place = run / "tensorboard"
+        place.mkdir(exist_ok=True)
+        former = sorted(place.glob("events.out.tfevents.*"))
+        self._times: dict[int, float] = {}
+        for path in former:
+            self._times |= self._times_in(path)
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now}"
+        file = (place / name).open("xb")
+        self._records = needed(_WRITER, "tensorboard").RecordWriter(file)
+        self._add(file_version="brain.Event:2")
+        session = self._event.SessionLog(status=self._event.SessionLog.START)
+        self._add(session_log=session, step=0)  # a TensorBoard that looks on forgets former files
+        self._records.flush()
+        for path in former:
+            path.unlink()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append one step's scalars."""
+        pairs = [self._summary.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        when = self._times.get(step, time.time())
+        self._add(summary=self._summary.Summary(value=pairs), step=step, wall_time=when)
+        self._records.flush()
+
+    def close(self, finished: bool) -> None:  # noqa: ARG002
+        """Close the file."""
+        self._records.close()
+
+    def _times_in(self, path: Path) -> dict[int, float]:
+        events = map(self._event.Event.FromString, records(path))
+        times: dict[int, float] = {}
+        try:
+            for event in events:
+                if event.summary.value:
+                    times[event.step] = event.wall_time
+        except needed("google.protobuf.message", "tensorboard").DecodeError as error:
+            _log.warning("%s: damaged (%s); its later steps get new times", path, error)
+        return times
+
+    def _add(self, **fields: Any) -> None:
+        event = self._event.Event(**{"wall_time": time.time(), **fields})
+        self._records.write(event.SerializeToString())
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """Yield the records of an event file up to the first that was cut (checksums are not compared)."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            length = _HEAD.unpack(head)[0]
+            if file.tell() + length + _FOOT > size:
+                return
+            yield file.read(length)
+            file.seek(_FOOT, os.SEEK_CUR)
+
+
+# Weights & Biases: a run under `wandb/` of the run directory, uploaded only where the user is
+# logged in.
+
+_ID = "wandb.json"
+
+
+def wandb(cfg: WandbConfig | None = None) -> Logger:
+    """Return the logger that writes or uploads a W&B run."""
+    chosen = cfg or WandbConfig()
+    return Logger("wandb", lambda: _check_wandb(chosen), lambda run: WandbRun(run, chosen))
+
+
+def _check_wandb(cfg: WandbConfig) -> None:
+    module: Any = needed("wandb", "wandb")
+    mode = cfg.mode or os.environ.get("WANDB_MODE") or "online"
+    if mode == "online" and not module.login(prompt=False, verify=False):
+        raise UserError(
+            "--logger wandb: no W&B key here; run `wandb login`, set WANDB_API_KEY, or add --wandb-mode offline"
+        )
+
+
+class WandbRun:
+    """A W&B run with the id that the run directory keeps, so that a resumed run goes on in it.
+
+    Online, steps that the server has already are left out. Offline there is no server to ask: a run begun again takes
+    the place of the former files, and holds every step.
+    """
+
+    def __init__(self, run: Path, cfg: WandbConfig) -> None:
+        module: Any = needed("wandb", "wandb")
+        key = run_id(run)
+        former = list((run / "wandb").glob(f"offline-run-*-{key}"))
+        self._run = module.init(
+            project=cfg.project,
+            name=cfg.name or run.resolve().name,
+            id=key,
+            resume="allow",
+            dir=str(run),
+            mode=cfg.mode,
+            config=read_json(run / "config.json"),
+            settings=module.Settings(
+                console="off", silent=True, disable_git=True, disable_code=True, save_code=False
+            ),
+        )
+        self._first = int(self._run.step)
+        for path in former if self._run.offline else []:
+            if path.name != Path(self._run.dir).parent.name:
+                shutil.rmtree(path)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Log one step's scalars, unless the server has them."""
+        if step >= self._first:
+            self._run.log(values, step=step)
+
+    def close(self, finished: bool) -> None:
+        """Write or upload what is left."""
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+def run_id(run: Path) -> str:
+    """Return the W&B id of the run in a directory, made once and kept there."""
+    path = run / _ID
+    if not path.exists():
+        write_json(path, {"id": secrets.token_hex(4)})
+    data = read_json(path)
+    key = data.get("id") if isinstance(data, dict) else None
+    if not isinstance(key, str) or not key.isalnum():
+        raise UserError(f"{path}: holds no W&B id; remove it to begin another W&B run")
+    return key

@@ -4,12 +4,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from wsae.evals.autointerp.config import Asked
-from wsae.evals.autointerp.llm.asking import Unparsed
-from wsae.evals.autointerp.llm.budget import estimated_tokens
-from wsae.evals.autointerp.llm.detect import batches, judging_request
-from wsae.evals.autointerp.llm.explain import explanation_requests, parse_explanation
-from wsae.evals.autointerp.llm.fragments import Fragments
-from wsae.evals.autointerp.llm.simulate import cases, simulation_explanations, simulation_request
+from wsae.evals.autointerp.llm.client import Unparsed, estimated_tokens
+from wsae.evals.autointerp.llm.detect import (
+    batches,
+    explanation_requests,
+    judging_request,
+    parse_explanation,
+)
+from wsae.evals.autointerp.llm.simulate import (
+    Fragments,
+    cases,
+    simulation_explanations,
+    simulation_request,
+)
 from wsae.evals.autointerp.llm.types import Llm, Request
 from wsae.evals.autointerp.windows import Collected
 

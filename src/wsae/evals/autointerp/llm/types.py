@@ -1,11 +1,78 @@
 """What is asked of a language model, what comes back, and how the outcomes are counted."""
 
+import functools
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.llm.config import LlmConfig
+
+# Texts of corpora and models made harmless inside prompts: one character for one, so token
+# boundaries survive.
+#
+# What is replaced (the prompts say so): `<` and `>` by U+2039 and U+203A, since `<<` and `>>` mark
+# tokens and chat templates write their own markers between angle brackets; the bracket that opens
+# `[EXPLANATION]`, `[INST]` and the like, also across tokens, by U+27E6; newline, tab and other
+# control characters by visible signs, so that a text cannot begin a line of the prompt; direction
+# marks, invisible, tag, private and unassigned characters by U+2426. The joiners U+200C and U+200D
+# stay: scripts and emoji need them. A text that gives orders stays readable as such; the prompts
+# say that texts are data.
+
+_GONE = "\u2426"
+_SIGNS = {
+    "<": "\u2039",
+    ">": "\u203a",
+    "\n": "\u23ce",
+    "\t": "\u21e5",
+    "\u200c": "\u200c",
+    "\u200d": "\u200d",
+}
+_MARKER = re.compile(r"\[(?=\W*(?:EXPLANATION|INST|/INST|SYS|RESPONSE)\b)", re.IGNORECASE)
+_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def _sign(char: str) -> str:
+    if char in _SIGNS:
+        return _SIGNS[char]
+    if char < " ":
+        return chr(0x2400 + ord(char))
+    return _GONE if unicodedata.category(char) in _HIDDEN else char
+
+
+def harmless(text: str) -> str:
+    """Return a text of the same length that imitates no marker and hides nothing."""
+    return _MARKER.sub("\u27e6", "".join(map(_sign, text)))
+
+
+def harmless_tokens(tokens: Sequence[str]) -> list[str]:
+    """Return tokens made harmless together: markers that span tokens are found too."""
+    whole, out, start = harmless("".join(tokens)), [], 0
+    for token in tokens:
+        out.append(whole[start : start + len(token)])
+        start += len(token)
+    return out
+
+
+def one_line(text: str, limit: int) -> str:
+    """Return a text without control characters or line breaks, at most `limit` characters."""
+    line = harmless(" ".join(text.split()))
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def marked(tokens: Sequence[str], marks: Sequence[bool]) -> str:
+    """Join harmless tokens, each run of marked ones between << and >>."""
+    out, inside = [], False
+    for token, mark in zip(tokens, marks, strict=True):
+        if mark != inside:
+            out.append("<<" if mark else ">>")
+            inside = mark
+        out.append(token)
+    return "".join(out) + (">>" if inside else "")
+
 
 Role = Literal["system", "user", "assistant"]
 
@@ -141,3 +208,29 @@ class Llm(Protocol):
     ) -> list[Answer]:
         """Return one answer per request, in order; raises UserError when none can come (wrong key, no such model)."""
         ...
+
+
+# Prompts from their data files: turns after a line `@system`, `@user` or `@assistant`, with
+# {{names}} to fill.
+
+Prompt = Literal["explain", "detection", "fuzzing", "simulation", "simulation_json"]
+_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_TURN = re.compile(r"^@(system|user|assistant)\n", re.MULTILINE)
+_NAME = re.compile(r"\{\{(\w+)\}\}")
+
+
+@functools.cache
+def turns(prompt: Prompt) -> tuple[Message, ...]:
+    """Return a prompt's turns, unfilled."""
+    file = resources.files("wsae.evals.autointerp.llm") / "prompts" / f"{prompt}.txt"
+    parts = _TURN.split(file.read_text(encoding="utf-8"))[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return tuple(Message(_ROLES[role], text.rstrip("\n")) for role, text in pairs)
+
+
+def filled(prompt: Prompt, **texts: str) -> tuple[Message, ...]:
+    """Return a prompt with every {{name}} replaced at once: braces inside the texts are left alone."""
+    return tuple(
+        Message(turn.role, _NAME.sub(lambda name: texts[name[1]], turn.content))
+        for turn in turns(prompt)
+    )
