@@ -9,19 +9,19 @@ from scipy import stats
 
 from wsae.core.errors import UserError
 from wsae.experiments.benchmark import made_worlds, mixed, trials
-from wsae.experiments.figures import (
+from wsae.experiments.figures import figure2, figure3, judged, relative
+from wsae.experiments.presets import toy_sweep
+from wsae.experiments.sweep.config import (
     PLAIN,
+    RAW,
     SCALED,
     UNIT,
     WSAE,
-    figure2,
-    figure3,
-    judged,
+    ToySweepConfig,
+    TrainingConfig,
     methods,
-    relative,
+    paper_method,
 )
-from wsae.experiments.presets import toy_sweep
-from wsae.experiments.sweep.config import RAW, ToySweepConfig, TrainingConfig, paper_method
 from wsae.experiments.sweep.run import (
     CLOSED_FORM,
     RANDOM,

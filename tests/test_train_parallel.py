@@ -129,13 +129,12 @@ class Halting(loop.Recorder):
 
 @contextmanager
 def halting() -> Iterator[None]:
-    import wsae.train.parallel.run as run
-
-    run.Recorder, loop.AGREE_S = Halting, 0.0  # type: ignore[misc]
+    plain = loop.Recorder
+    loop.Recorder, loop.AGREE_S = Halting, 0.0  # type: ignore[misc]
     try:
         yield
     finally:
-        run.Recorder, loop.AGREE_S = loop.Recorder, 1.0
+        loop.Recorder, loop.AGREE_S = plain, 1.0
 
 
 def work(rank: int, port: int, out: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from wsae.core.config import Config
-from wsae.experiments.sweep.config import RAW, Method, paper_method
+from wsae.experiments.sweep.config import PLAIN, SCALED, UNIT, WSAE
 from wsae.experiments.sweep.run import CLOSED_FORM, RANDOM, Row
 from wsae.experiments.sweep.table import (
     Mean,
@@ -17,7 +17,6 @@ from wsae.experiments.sweep.table import (
     series,
     steps_down,
 )
-from wsae.losses.config import GammaConfig
 
 # A figure's panel: what the paper claims, what was measured, and whether they agree. No torch here.
 
@@ -84,7 +83,6 @@ def _counts(difference: Mean, sign: float, negligible: float) -> bool:
     return sign * near > 0 and abs(difference.value) > negligible
 
 
-PLAIN, WSAE, UNIT, SCALED = "SAE", "WSAE", "WSAE, mean weight 1", "SAE at WSAE's loss scale"
 LOW = 0.5
 """Sparsity levels up to this are the paper's "relatively low"."""
 NEGLIGIBLE = 0.01
@@ -96,17 +94,6 @@ ACTIVATED = {
     "activated_relative": "mean response above a tenth of the strongest",
     "activated_participation": "participation ratio (no threshold)",
 }
-
-
-def methods(d_sae: int, **fields: Any) -> tuple[Method, ...]:
-    """Return the plain SAE and WSAE as in the paper, and two that take weighting and loss scale apart."""
-    unit = GammaConfig(rule="variance", alpha=1.0)
-    return (
-        paper_method(PLAIN, d_sae, **fields),
-        paper_method(WSAE, d_sae, RAW, **fields),
-        paper_method(UNIT, d_sae, unit, **fields),
-        paper_method(SCALED, d_sae, scale_as=RAW, **fields),
-    )
 
 
 def figure2(rows: Sequence[Row]) -> list[Panel]:

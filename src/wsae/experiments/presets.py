@@ -2,8 +2,7 @@
 
 from typing import Any, Literal
 
-from wsae.experiments.figures import methods
-from wsae.experiments.sweep.config import ToySweepConfig, TrainingConfig
+from wsae.experiments.sweep.config import ToySweepConfig, TrainingConfig, methods
 from wsae.toy.config import FAST
 from wsae.train.bank.config import BankConfig
 

@@ -12,19 +12,9 @@ from typing import Any, Literal
 
 from wsae.core.config import Config
 from wsae.core.progress import Progress, quiet
-from wsae.experiments.figures import (
-    LOW,
-    NEGLIGIBLE,
-    PLAIN,
-    SCALED,
-    UNIT,
-    WSAE,
-    judged,
-    methods,
-    relative,
-)
+from wsae.experiments.figures import LOW, NEGLIGIBLE, judged, relative
 from wsae.experiments.presets import LR, Preset, toy_sweep, training
-from wsae.experiments.sweep.config import ToySweepConfig
+from wsae.experiments.sweep.config import PLAIN, SCALED, UNIT, WSAE, ToySweepConfig, methods
 from wsae.experiments.sweep.run import Row, run_sweep
 from wsae.experiments.sweep.table import mean_interval, rank_correlation, series
 from wsae.toy.config import DecayingImportance, EqualImportance

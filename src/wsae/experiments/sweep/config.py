@@ -116,3 +116,17 @@ def paper_method(name: str, d_sae: int, gamma: GammaConfig | None = None, **fiel
     }
     member = MemberConfig.parse(data, where=f"method {name}")
     return Method.parse({"name": name, "member": member, **own}, where="method")
+
+
+PLAIN, WSAE, UNIT, SCALED = "SAE", "WSAE", "WSAE, mean weight 1", "SAE at WSAE's loss scale"
+
+
+def methods(d_sae: int, **fields: Any) -> tuple[Method, ...]:
+    """Return the plain SAE and WSAE as in the paper, and two that take weighting and loss scale apart."""
+    unit = GammaConfig(rule="variance", alpha=1.0)
+    return (
+        paper_method(PLAIN, d_sae, **fields),
+        paper_method(WSAE, d_sae, RAW, **fields),
+        paper_method(UNIT, d_sae, unit, **fields),
+        paper_method(SCALED, d_sae, scale_as=RAW, **fields),
+    )
