@@ -11,7 +11,7 @@ CUDA := import importlib.metadata as m, sys; sys.exit(not any(r.startswith("nvid
 HASHES ?= yes
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test wheel test-wheel check audit lock docs notebooks format clean
+.PHONY: help demo test fast coverage wheel test-wheel check audit lock docs notebooks format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ demo: $(STAMP)  ## a language model, a WSAE beside its plain twin, and a report 
 
 test: $(STAMP)  ## all tests (CPU, no network)
 	$(BIN)/python -m pytest
+
+fast: $(STAMP)  ## the tests nearest to what differs from main, for 50 seconds
+	$(BIN)/python -m pytest -q --fast --numprocesses=0
+
+coverage: $(STAMP)  ## all tests, and which lines of src they do not reach (network; slower)
+	$(PIP) -c constraints.txt pytest-cov
+	$(BIN)/python -m pytest -q --cov=wsae --cov-report=term-missing:skip-covered
 
 wheel: $(STAMP)  ## build the wheel and try it in a fresh environment with each extra alone (minutes each)
 	$(BIN)/python benchmarks/wheels.py

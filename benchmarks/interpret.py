@@ -24,7 +24,7 @@ from wsae.evals.autointerp.summary import LatentScore
 from wsae.evals.autointerp.surprisal import Reader, surprisal_scores
 from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from autointerp_worlds import features  # noqa: E402  (the hand-made features live with the tests)
 
 WIDTH, POOL, ROLES = 32, 2048, (15, 20, 20, 20)

@@ -117,7 +117,7 @@ def inputs(place: Path) -> dict[str, str]:
     """Make an array, a text and a tiny language model."""
     script = f"""
 import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
 from pathlib import Path
 import numpy as np
 from acts_models import make_model, make_text

@@ -1,6 +1,6 @@
 """Every reader of a file that a user or a stranger may bring: how to call it, and sound files to begin from.
 
-`READERS` is what the fuzzers (`fuzz.py`, tests/test_fuzz.py) feed; a new reader is one entry.
+`READERS` is what the fuzzers (`fuzz.py`, tests/reliability/test_fuzz.py) feed; a new reader is one entry.
 """
 
 import contextlib

@@ -80,7 +80,7 @@ def files(place: Path, *patterns: str) -> tuple[str, ...]:
 
 def _prepare() -> None:
     os.environ.update(ENVIRONMENT)
-    sys.path.append(str(ROOT / "tests"))
+    sys.path.append(str(ROOT / "tests" / "support"))
     import torch
 
     torch.set_num_threads(1)
@@ -303,8 +303,8 @@ def _toys(at: Path) -> list[Target]:
 def _vision(at: Path) -> list[Target]:
     """A store of images, a pretrained encoder, one whose pretraining has begun, and a cached consistency."""
     import numpy as np
-
     from images_models import make_vision
+
     from wsae.acts.images.config import ImagesConfig
     from wsae.acts.images.sets import open_images
     from wsae.acts.source import open_source

@@ -20,7 +20,7 @@ LEFT_OUT = ("speed.jsonl", ".lock")
 def prepare() -> None:
     """Import what the commands import, so that a forked child starts at once; no work, no threads."""
     os.environ.update(ENVIRONMENT)
-    sys.path.append(str(ROOT / "tests"))
+    sys.path.append(str(ROOT / "tests" / "support"))
     import torch
 
     torch.set_num_threads(1)
@@ -50,9 +50,8 @@ def prepare() -> None:
 def make(at: Path) -> None:
     """Write a model, an encoder and a text into `at`."""
     import torch
-    from transformers import BertConfig, BertModel
-
     from acts_models import make_model, make_text, make_tokenizer
+    from transformers import BertConfig, BertModel
 
     make_model(at / "model")
     make_text(at / "text.jsonl", documents=150)

@@ -111,7 +111,7 @@ def _cgroup_free() -> float:
 # What a run will hold in memory at most: what the process has already, and what training adds, by
 # formula.
 #
-# The constants are measured (`tests/test_doctor_memory.py` checks the sum against a run's peak
+# The constants are measured (`tests/doctor/test_doctor_memory.py` checks the sum against a run's peak
 # within 15 %).
 
 MEND = "lower --d-sae or --batch-size, or train fewer members at once"

@@ -1,0 +1,77 @@
+"""SAEs of ours opened by the libraries themselves. Needs the extra `interop`; skipped where it is not installed.
+
+pip install 'wsae[interop]'   (in an environment of its own: they pin older libraries), then pytest this file
+"""
+
+import importlib.util
+
+import pytest
+import torch
+from test_interop_roundtrip import EQUALS, make
+
+from wsae.interop import save
+
+PACKAGES = {
+    "saelens": "sae_lens",
+    "sparsify": "sparsify",
+    "dictionary_learning": "dictionary_learning",
+}
+MISSING = [name for name in PACKAGES.values() if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} (extra interop)"),
+    pytest.mark.filterwarnings("default"),
+]
+PAIRS = [(name, kind) for name, kinds in EQUALS.items() for kind in kinds]
+
+
+def of_saelens(folder):
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(folder)
+    assert sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+    return sae.encode, sae.decode
+
+
+def of_sparsify(folder):
+    from sparsify import SparseCoder
+
+    coder = SparseCoder.load_from_disk(folder)
+
+    def encode(x):
+        found = coder.encode(x)
+        return torch.zeros(len(x), coder.num_latents).scatter(1, found.top_indices, found.top_acts)
+
+    return encode, lambda z: coder.decode(*z.topk(coder.cfg.k, dim=1))
+
+
+def of_dictionary_learning(folder):
+    from dictionary_learning.utils import load_dictionary
+
+    loaded, config = load_dictionary(str(folder), "cpu")
+    assert config["trainer"]["layer"] == 3
+    return loaded.encode, loaded.decode
+
+
+OPEN = {
+    "saelens": of_saelens,
+    "sparsify": of_sparsify,
+    "dictionary_learning": of_dictionary_learning,
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_upstreams_own_loader_gives_our_latents_and_reconstructions(tmp_path, name, kind, tied):
+    from wsae.interop import Provenance
+
+    sae = make(kind, d_in=6, groups=5, k=3, tied=tied, seed=1)
+    encode, decode = OPEN[name](save(sae, tmp_path / "sae", name, Provenance(hook="layers.3")))
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(2)) * 2 + 1
+    with torch.no_grad():
+        z, ours = encode(x), sae.encode(x)
+        norms = sae.W_dec.norm(dim=1)
+        if (name, kind) == ("dictionary_learning", "relu"):  # its loader folds the norms
+            ours = ours * norms
+        torch.testing.assert_close(z, ours, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decode(z), sae(x), atol=1e-4, rtol=1e-5)
+    assert (z != 0).sum() > len(x)

@@ -1,0 +1,291 @@
+"""The shape of the code: what is imported when, sizes, and that every list of names says the truth."""
+
+import ast
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import wsae
+from wsae.cli import table
+from wsae.core.config import Config
+from wsae.experiments.figures import Panel
+
+ROOT = Path(__file__).resolve().parents[2]
+SRC = ROOT / "src" / "wsae"
+SOURCES = sorted(SRC.rglob("*.py"))
+FILE_LINES, FUNCTION_LINES = 700, 60
+FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 266, 27.4, 4, 46, 60
+"""Ratchets: they only go down."""
+HEAVY = ("torch", "numpy", "transformers", "scipy")
+IGNORES, SKIPS = 1, 14
+"""Ratchets: how many `type: ignore` (src) and unconditional or conditional skips (tests) there may be."""
+
+
+FORKS = """
+import json, os, sys
+lines, watched, first = json.loads(sys.argv[1])
+for name in first:
+    __import__(name)
+assert "wsae" not in sys.modules
+for line in lines:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.dup2(2, 1)
+        exec(line)
+        os.write(write, json.dumps([m for m in watched if m in sys.modules]).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        told = answer.read()
+    assert os.wait()[1] == 0 and told, line
+    print(told)
+"""
+"""Runs each line in a fork of its own, so that what all may load is loaded but once."""
+
+
+def loaded_by(lines: list[str], first: tuple[str, ...] = ()) -> list[set[str]]:
+    """Return the heavy modules that each line loads in a fresh interpreter, which had imported `first`."""
+    job = json.dumps([lines, [*HEAVY, "pydantic", "tyro", "rich"], first])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, job], capture_output=True, text=True, check=False, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    return [set(json.loads(told)) for told in done.stdout.splitlines()]
+
+
+def test_importing_the_package_and_the_overview_help_load_the_standard_library_alone():
+    help_ = "from wsae.cli.main import main\nmain(['--help'])"
+    assert loaded_by(["import wsae", help_]) == [set(), set()]
+
+
+def test_the_help_of_no_command_loads_torch():
+    names = table.names()
+    lines = [f"from wsae.cli.main import main\nmain(['{name}', '--help'])" for name in names]
+    for name, found in zip(names, loaded_by(lines, ("pydantic", "tyro", "rich")), strict=True):
+        assert found.isdisjoint(HEAVY), f"wsae {name} --help imports {found & set(HEAVY)}"
+
+
+def test_config_modules_are_torch_free():
+    paths = [path.relative_to(SRC.parent) for path in SOURCES if path.name == "config.py"]
+    names = [".".join(path.with_suffix("").parts) for path in paths]
+    lines = [f"import {name}" for name in names]
+    for name, found in zip(names, loaded_by(lines, ("pydantic",)), strict=True):
+        assert found.isdisjoint(HEAVY), f"{name} imports {found & set(HEAVY)}"
+    assert "torch" in loaded_by(["import wsae.train.loop"])[0]  # it can tell
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SRC)))
+def test_files_and_functions_are_of_one_subject(path):
+    """Bounds against runaways. A file is one subject that a reader wants to read in one go, however long that is."""
+    text = path.read_text()
+    assert len(text.splitlines()) < FILE_LINES, (
+        f"{path.name}: more than one subject? split it by meaning"
+    )
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES, (
+                f"{path.name}:{node.lineno} {node.name} has {lines} lines"
+            )
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SRC.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {module_of(path): ast.parse(path.read_text()) for path in SOURCES}
+
+
+def edges() -> set[tuple[str, str]]:
+    """Return who imports whom inside the package, imports inside functions included."""
+    found = set()
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    found.add((name, whole if whole in TREES else node.module))
+    return {(a, b) for a, b in found if b in TREES and a != b}
+
+
+def test_a_walk_through_the_package_stays_short():
+    """What makes a package hard to learn, counted: each number may only go down."""
+    lines = {module_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    importers: dict[str, set[str]] = {}
+    for importer, imported in edges():
+        importers.setdefault(imported, set()).add(importer)
+    packages = {module_of(path) for path in SOURCES if path.name == "__init__.py"}
+    lone = [
+        name
+        for name, n in lines.items()
+        if n <= 80 and len(importers.get(name, ())) == 1 and name not in packages
+    ]
+    assert len(lone) <= LONE_MODULES, f"join each with its one importer: {lone}"
+    per_thousand = 1000 * len(edges()) / sum(lines.values())
+    assert per_thousand <= EDGES_PER_1000, f"{per_thousand:.1f} import edges per 1,000 lines"
+    assert len(lines) <= FILES, f"{len(lines)} files"
+
+
+def test_no_parameter_is_an_anonymous_tuple():
+    """Two things that travel together have a name, or travel apart."""
+    found = [
+        f"{name}:{node.lineno} {node.name}({arg.arg})"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for arg in [*node.args.args, *node.args.kwonlyargs]
+        if arg.annotation is not None
+        and ast.unparse(arg.annotation).startswith("tuple[")
+        and "..." not in ast.unparse(arg.annotation)
+    ]
+    assert len(found) <= TUPLES, "\n".join(found)
+
+
+def test_a_class_name_means_one_thing():
+    where: dict[str, list[str]] = {}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(name)
+    where.pop("Flags", None)  # of each command: the convention that a test below checks
+    twice = {name: found for name, found in where.items() if len(found) > 1}
+    assert len(twice) <= CLASS_NAMES_TWICE, twice
+
+
+ALLOCATING = {"zeros", "ones", "empty", "rand", "randn", "full", "eye", "linspace", "normal"}
+
+
+def test_every_new_tensor_states_its_type():
+    """A default type belongs to the user's process: kernels, files and statistics must not follow it."""
+    found = []
+    for path in sorted(SRC.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or "dtype" in {word.arg for word in node.keywords}:
+                continue
+            name = ast.unparse(node.func)
+            if name.startswith("torch.") and name.removeprefix("torch.") in ALLOCATING:
+                found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    assert not found, "\n".join(found)
+
+
+def test_every_command_has_a_module_and_every_module_a_command():
+    """A module with `run` and `Flags` is a command; the table lists exactly those."""
+    found = set()
+    for info in pkgutil.iter_modules([str(SRC / "cli")]):
+        names = {n.name for n in ast.parse((SRC / "cli" / f"{info.name}.py").read_text()).body
+                 if isinstance(n, ast.FunctionDef | ast.ClassDef)}  # fmt: skip
+        if {"Flags", "run", "show"} <= names:
+            found.add(f"wsae.cli.{info.name}")
+    assert found == {command.module for command in table.COMMANDS}
+
+
+def test_every_exported_name_is_there():
+    for name in wsae.__all__:
+        assert getattr(wsae, name) is not None
+    assert list(wsae.__all__) == sorted(wsae.__all__, key=str.lower) or sorted(
+        wsae.__all__
+    ) == list(wsae.__all__)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = wsae.nothing_of_the_kind
+
+
+def configs() -> list[type[Config]]:
+    """Return every Config class of the package."""
+    for path in SOURCES:
+        if "class " in path.read_text() and "Config)" in path.read_text():
+            importlib.import_module(".".join(path.relative_to(SRC.parent).with_suffix("").parts))
+    found, todo = [], [Config]
+    while todo:
+        for kind in todo.pop().__subclasses__():
+            todo.append(kind)
+            if kind.__module__.startswith("wsae."):
+                found.append(kind)
+    return sorted(set(found), key=lambda kind: (kind.__module__, kind.__name__))
+
+
+WRITTEN_WHOLE = {Panel}
+"""Results in the form of a Config: people and files get them, field by field or not."""
+
+
+def test_every_config_field_is_read_somewhere():
+    """As an attribute, or by its name where names are looked up: `getattr`, a mapping's key, a list of fields."""
+    read: set[str] = set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+            looked_up = node.slice if isinstance(node, ast.Subscript) else None
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("getattr", ".get")):
+                looked_up = next((a for a in node.args if isinstance(a, ast.Constant)), None)
+            if isinstance(looked_up, ast.Constant) and isinstance(looked_up.value, str):
+                read.add(looked_up.value)
+    for kind in set(configs()) - WRITTEN_WHOLE:
+        unread = set(kind.model_fields) - read
+        assert not unread, f"{kind.__name__}: {unread} are never read"
+
+
+def test_every_config_field_says_what_it_means_to_the_command_line():
+    """Fields of command-line flags carry the help text."""
+    for kind in configs():
+        if kind.__module__.startswith("wsae.cli."):
+            for name, field in kind.model_fields.items():
+                assert field.description, f"{kind.__module__}.{kind.__name__}.{name} has no help"
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_points_outside_the_project():
+    """No folder beside the checkout, no absolute path of somebody's machine, no package host."""
+    outside = re.compile(
+        r"\.\./shared|\bshared/data|/(?:home|Users|work|root)/\w|index-url|find-links"
+    )
+    for path in tracked():
+        if path.suffix in (".gz", ".png", ".npz", ".parquet", ".safetensors") or path == Path(
+            __file__
+        ):
+            continue
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            assert not outside.search(line), (
+                f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+            )
+
+
+def test_every_version_is_pinned_and_the_ranges_admit_the_pins():
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pins["torch"] == "2.13.0"
+    for text in requires("wsae") or []:
+        need = Requirement(text)
+        name = canonicalize_name(need.name)
+        if name != "wsae":
+            assert name in pins, f"{name} is not pinned"
+            assert need.specifier.contains(pins[name]), f"{need} does not admit {pins[name]}"
+
+
+def test_debts_only_shrink():
+    ignores = sum(path.read_text().count("type: ignore") for path in SOURCES)
+    tests = [p for p in (ROOT / "tests").rglob("test_*.py") if p != Path(__file__)]
+    skips = sum(
+        len(re.findall(r"\bpytest\.(?:mark\.)?skip(?:if)?\b", p.read_text())) for p in tests
+    )
+    assert ignores <= IGNORES
+    assert skips <= SKIPS

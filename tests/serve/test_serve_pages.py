@@ -1,0 +1,461 @@
+"""The server over a real socket: strict headers, hostile text inert, bad requests refused in one line."""
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+import torch
+from report_fixture import MEMBERS
+from report_text import HOSTILE
+from serve_world import (
+    D_IN,
+    D_SAE,
+    HOOK,
+    Client,
+    latents_of,
+    sae_of,
+    serving,
+    tiny_model,
+    write_world,
+)
+
+from wsae.core.errors import UserError
+from wsae.sae import SparseAutoencoder
+from wsae.sae.config import SAEConfig
+from wsae.serve import server
+from wsae.serve.app import MAX_CHARS, MAX_TOKENS, Live
+from wsae.serve.config import IndexConfig
+from wsae.serve.index import Index, Served
+from wsae.serve.open import ensure_index
+from wsae.serve.server import POLICY
+
+PAGES = (
+    "/",
+    "/r/first",
+    "/r/first/all",
+    "/r/first/plain",
+    "/r/first/variance-a1?sort=-density&alive=yes&q=whale",
+    "/r/first/plain?q=%3C%2Fscript%3E%3Cimg+src%3Dx+onerror%3Dalert%281%29%3E",
+    "/r/first/live",
+    "/r/first/live?latent=3&member=plain",
+    "/r/nowhere",
+    "/r/first/nowhere",
+    "/r/first/plain/64",
+    "/r/first/plain?sort=%3Cscript%3E",
+    "/nothing",
+)
+TAGS = {
+    *(
+        "html",
+        "head",
+        "meta",
+        "title",
+        "link",
+        "script",
+        "body",
+        "header",
+        "nav",
+        "main",
+        "section",
+        "article",
+    ),
+    *(
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "dl",
+        "dt",
+        "dd",
+        "div",
+        "kbd",
+        "p",
+        "span",
+        "small",
+        "code",
+        "em",
+        "b",
+        "br",
+    ),
+    *(
+        "form",
+        "input",
+        "button",
+        "label",
+        "select",
+        "option",
+        "fieldset",
+        "legend",
+        "textarea",
+        "dialog",
+        "a",
+    ),
+    *(
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "details",
+        "summary",
+        "figure",
+        "img",
+        "figcaption",
+    ),
+    *("ol", "ul", "li", "svg", "path", "line", "circle", "text"),
+}
+
+
+class Strict(HTMLParser):
+    """Collects what a browser would run or load: nothing may come from data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in TAGS, tag
+        found = dict(attrs)
+        assert len(found) == len(attrs), attrs
+        assert not any(name.startswith("on") or name == "style" for name in found), attrs
+        if tag == "script":
+            assert re.fullmatch(r"(?:\./|(?:\.\./)+)static/serve\.js", found["src"] or "")
+        if tag == "img":
+            assert (found["src"] or "").startswith("data:image/png;base64,")
+        for name in ("href", "src", "action"):
+            value = found.get(name) or "./"
+            assert value.startswith(("./", "../", "#", "data:,", "data:image/png")), value
+            assert not value.startswith("//"), value
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    return write_world(tmp_path_factory.mktemp("serve") / "run", model)
+
+
+@pytest.fixture(scope="module")
+def client(run: Path) -> Iterator[Client]:
+    index, _ = ensure_index(run, None, IndexConfig(neighbours=5, logits=4))
+    with serving(("first", run, index)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_answer_has_the_headers_and_holds_nothing_to_run(client: Client, page: str):
+    for method in ("GET", "HEAD"):
+        answer = client.ask(page, method)
+        assert answer.headers["content-security-policy"] == POLICY
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert "server" not in answer.headers
+        if method == "GET":
+            Strict(answer.text)
+
+
+def test_the_policy_allows_no_more_than_this_server_gives():
+    parts = dict(part.split(" ", 1) for part in POLICY.split("; "))
+    assert parts == {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self' data:",
+        "form-action": "'self'",
+        "frame-ancestors": "'none'",
+        "base-uri": "'none'",
+    }
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_hostile_contexts_are_text_on_every_latents_page(client: Client, run: Path, member: str):
+    seen = ""
+    for latent, entry in latents_of(run, "evaluation", member).items():
+        answer = client.ask(f"/r/first/{member}/{latent}")
+        assert answer.status == 200
+        words = "".join(Strict(answer.text).words)
+        seen += words
+        assert f"Latent {latent}" in words
+        assert len(entry["contexts"]) == 6
+    for text in HOSTILE:
+        if text.isprintable():
+            assert text.strip() in seen, text
+    assert "\u202e" not in seen
+    assert "⟨202E⟩" in seen
+    assert "⟨0000⟩" in seen
+
+
+def shown(link: str, depth: int) -> str:
+    """Return an address of the interface as a page shows it that lies so deep."""
+    return "../" * depth + link.removeprefix("/").replace("&", "&amp;")
+
+
+def test_a_latents_page_has_its_match_beside_it_and_walks_the_list_it_came_from(client: Client):
+    params = {"sort": "-density", "alive": "yes"}
+    found = client.json(f"/api/r/first/variance-a1?{urlencode(params)}")
+    assert isinstance(found, dict)
+    rows = found["latents"]
+    densities = [row["measures"]["density"] for row in rows]
+    assert densities == sorted(densities, reverse=True)
+    for before, here, after in zip(rows, rows[1:], rows[2:], strict=False):
+        page = client.ask(here["link"]).text
+        assert f'data-previous="{shown(before["link"], 3)}"' in page
+        assert f'data-next="{shown(after["link"], 3)}"' in page
+    one = client.json(f"/api/r/first/variance-a1/{rows[0]['latent']}")
+    assert isinstance(one, dict)
+    (match,) = one["matches"]
+    assert match["member"] == "plain"
+    assert f'data-twin="{shown(match["link"], 3)}"' in client.ask(one["link"]).text
+    back = client.json(f"/api{match['link']}")
+    assert isinstance(back, dict)
+    assert back["matches"], "the twin's latent names those that chose it"
+
+
+def test_pages_and_interface_agree_on_a_list(client: Client):
+    query = "?sort=-embedding&shown=contexts"
+    found = client.json(f"/api/r/first/plain{query}")
+    assert isinstance(found, dict)
+    page = client.ask(f"/r/first/plain{query}").text
+    places = [page.index(f'"{shown(row["link"], 2)}"') for row in found["latents"]]
+    assert places == sorted(places)
+    assert found["total"] == len(found["latents"])
+    runs = client.json("/api/runs")
+    assert runs == [{"run": "first", "name": "run"}]
+    about = client.json("/api/r/first")
+    assert isinstance(about, dict)
+    assert [m["member"] for m in about["members"]] == ["plain", "variance-a1", "variance-a0.5"]
+
+
+OTHERS = (
+    "evil.example",
+    "evil.example:80",
+    "127.0.0.1.evil.example",
+    "localhost.evil",
+    "",
+    "10.0.0.1",
+)
+
+
+@pytest.mark.parametrize("host", OTHERS)
+def test_other_hosts_are_not_answered(client: Client, host: str):
+    answer = client.ask("/", headers={"Host": host})
+    assert answer.status == 421
+    assert "latent" not in answer.text
+    assert answer.headers["content-security-policy"] == POLICY
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}"]
+)
+def test_the_loopbacks_own_names_are_answered(client: Client, host: str):
+    assert client.ask("/", headers={"Host": host.format(port=client.port)}).status == 200
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "null", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "null", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({}, 200),
+    ],
+)
+def test_a_post_from_another_site_is_refused(client: Client, headers: dict, status: int):
+    body = urlencode({"text": "the cat sat", "member": "plain"})
+    assert client.ask("/r/first/live", "POST", body, {**FORM, **headers}).status == status
+
+
+def test_the_forms_own_key_stands_for_its_origin(client: Client):
+    page = client.ask("/r/first/live").text
+    key = page.split("/live?key=")[1].split('"')[0]
+    body = urlencode({"text": "the cat sat"})
+    for given, status in ((key, 200), (key[:-1], 403), ("", 403)):
+        headers = {**FORM, "Origin": "null"}
+        assert client.ask(f"/r/first/live?key={given}", "POST", body, headers).status == status
+    headers = {**FORM, "Origin": "http://evil.example"}
+    assert client.ask(f"/r/first/live?key={key}", "POST", body, headers).status == 403
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
+def test_other_methods_are_refused(client: Client, method: str):
+    assert client.ask("/r/first/plain", method).status == 405
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../cli.py",
+        "/static/..%2f..%2fpyproject.toml",
+        "/static/%2e%2e/x",
+        "/r/..%2f..",
+        "/r/first/plain/-1",
+        "/r/first/all/3",
+        "/r/first/plain/99999999999999999999",
+        "/r/first/plain/1e3",
+    ],  # fmt: skip
+)
+def test_no_address_leads_to_a_file_or_a_traceback(client: Client, path: str):
+    answer = client.ask(path)
+    assert answer.status == 404
+    assert "Traceback" not in answer.text
+
+
+def test_an_address_without_end_is_refused(client: Client):
+    assert client.ask("/r/first/plain?q=" + "x" * 5000).status == 414
+
+
+def test_errors_of_the_interface_are_json_in_one_line(client: Client):
+    for path, status, told in (
+        ("/api/r/first/plain?sort=zz", 400, "sort: no measure 'zz'"),
+        ("/api/r/none", 404, "no such run"),
+        ("/api/r/first/plain/64", 404, "no such latent"),
+    ):
+        answer = client.ask(path)
+        assert answer.status == status
+        assert told in json.loads(answer.text)["error"]
+
+
+def test_a_live_text_fires_what_the_model_and_the_sae_say(client: Client, run: Path, model: Path):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    text = "two dogs run over green hills"
+    found = client.json(
+        "/api/r/first/live",
+        method="POST",
+        body=json.dumps({"text": text, "member": "variance-a1"}),
+        headers={"Content-Type": "application/json"},
+    )
+    assert isinstance(found, dict)
+    ids = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = LlamaForCausalLM.from_pretrained(model)(
+            ids, output_hidden_states=True
+        ).hidden_states[2][0]
+        z = sae_of(run, "variance-a1").encode(hidden)
+    assert "".join(token["text"] for token in found["tokens"]) == text
+    for token, row in zip(found["tokens"], z, strict=True):
+        wanted = {j: float(row[j]) for j in row.nonzero()[:, 0].tolist()}
+        assert dict(token["latents"]) == pytest.approx(wanted, rel=1e-4)
+        values = [value for _, value in token["latents"]]
+        assert values == sorted(values, reverse=True)
+    best = z[1:].max(0).values
+    assert found["latents"][0]["latent"] == int(best.argmax())
+
+
+def test_a_tied_sae_reads_a_text_too(tmp_path: Path, model: Path):
+    run = write_world(tmp_path / "tied", model)
+    shape = {"d_in": D_IN, "d_sae": D_SAE, "tied": True, "activation": {"kind": "topk", "k": 4}}
+    SparseAutoencoder(SAEConfig.parse(shape)).save(run / "members" / HOOK / "plain")
+    index = Index(ensure_index(run, None, IndexConfig(neighbours=2, logits=2))[0])
+    reading = Live().submit(Served("tied", run, index), index.by_slug["plain"], "two dogs run")
+    found = reading.result(60)
+    assert any(token["latents"] for token in found["tokens"])
+
+
+def test_the_interface_gives_every_context_back(client: Client, run: Path):
+    """Half a surrogate pair included, which UTF-8 cannot carry but JSON can."""
+    wanted, halves = latents_of(run, "evaluation", "plain"), 0
+    for latent, entry in wanted.items():
+        found = json.dumps(client.json(f"/api/r/first/plain/{latent}"))
+        halves += "\\ud800" in found
+        assert all(json.dumps(c["tokens"])[1:-1] in found for c in entry["contexts"])
+    assert halves
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "text: is empty"),
+        (" \n ", "text: is empty"),
+        ("x" * (MAX_CHARS + 1), f"at most {MAX_CHARS:,} are read"),
+        ("☃" * (MAX_TOKENS + 1), f"tokens, at most {MAX_TOKENS} are read"),
+    ],
+)
+def test_a_text_that_is_not_read_is_said_on_the_page(client: Client, text: str, told: str):
+    answer = client.ask("/r/first/live", "POST", urlencode({"text": text}), FORM)
+    assert answer.status == 400
+    assert told in "".join(Strict(answer.text).words)
+
+
+def test_a_hostile_text_stays_text(client: Client):
+    text = "".join(HOSTILE).encode("utf-8", "replace").decode()
+    answer = client.ask("/r/first/live", "POST", urlencode({"text": text}), FORM)
+    assert answer.status == 200
+    assert HOSTILE[0] in "".join(Strict(answer.text).words)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ("[1]", "application/json"),
+        ("{", "application/json"),
+        ("x" * 70_000, "application/json"),
+        ('{"text": 3}', "application/json"),
+        ("a", "text/plain"),
+        ("[" * 60_000, "application/json"),
+    ],  # fmt: skip
+)
+def test_a_body_that_cannot_be_read_is_refused(client: Client, body: str, kind: str):
+    answer = client.ask("/api/r/first/live", "POST", body, {"Content-Type": kind})
+    assert answer.status == 400
+    assert json.loads(answer.text)["error"]
+
+
+def test_without_the_model_the_page_says_so(tmp_path: Path):
+    run = write_world(tmp_path / "run")
+    index, _ = ensure_index(run, None, IndexConfig())
+    with serving(("first", run, index), ("second", run, index)) as client:
+        assert (
+            "HuggingFaceTB/SmolLM2-135M is not on this machine" in client.ask("/r/first/live").text
+        )
+        latent = next(iter(latents_of(run, "evaluation", "plain")))
+        assert "is not known: the model" in client.ask(f"/r/second/plain/{latent}").text
+        assert "Runs" in client.ask("/").text
+        answer = client.ask(
+            "/api/r/first/live", "POST", '{"text": "a"}', {"Content-Type": "application/json"}
+        )
+        assert answer.status == 400
+
+
+def test_latents_without_contexts_say_so(client: Client, run: Path):
+    stored = {
+        **latents_of(run, "evaluation", "plain"),
+        **latents_of(run, "interpretation", "plain"),
+    }
+    for latent in set(range(D_SAE)) - set(stored):
+        words = "".join(Strict(client.ask(f"/r/first/plain/{latent}").text).words)
+        assert "No contexts of this latent are stored" in words or "Dead: it never fired" in words
+
+
+def test_a_port_in_use_or_an_address_elsewhere_is_said_in_one_line():
+    with server.listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+        assert server.address_of(listening) == f"http://127.0.0.1:{port}/"
+        assert server.is_loopback(listening)
+        with pytest.raises(UserError, match=f"--port {port}: in use on 127.0.0.1"):
+            server.listen("127.0.0.1", port)
+    with pytest.raises(UserError, match=r"--host 192\.0\.2\.1: cannot listen there"):
+        server.listen("192.0.2.1", 0)
+    with pytest.raises(UserError, match="--port 70000: not a port"):
+        server.listen("127.0.0.1", 70000)

@@ -1,0 +1,364 @@
+"""Training on several processes: every layout equals one process, and continues on any other."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from halting import Halting as Interrupted
+from torch import Tensor
+
+from wsae.acts.source import ArraySource, StoreSource
+from wsae.acts.tally import Tally
+from wsae.core.artifact import write_manifest
+from wsae.core.errors import UserError
+from wsae.core.files import write_json
+from wsae.core.tensors import MappedTensor, save_tensors
+from wsae.sae import SparseAutoencoder
+from wsae.sae.config import SAEConfig
+from wsae.train.checkpoint import checkpoints
+from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.loop import Stopped
+from wsae.train.metrics import read_json_lines
+from wsae.train.parallel import run as loop
+from wsae.train.parallel import step as choose
+from wsae.train.parallel.config import Layout, chunk_part, even_part, parse_layout
+from wsae.train.parallel.run import train_parallel
+from wsae.train.parallel.step import among_largest, choose_groups, choose_topk, initial_rows
+from wsae.train.parallel.world import World, joined, lay_out
+from wsae.train.run import load_run, train_run
+
+STEPS, HALF, ROWS = 12, 10, 62
+LAYOUTS = {
+    "data4": Layout(data=4),
+    "latents4": Layout(latents=4),
+    "data2-latents2": Layout(data=2, latents=2),
+    "layers2-data2": Layout(layers=2, data=2),
+    "layers2-latents2": Layout(layers=2, latents=2),
+}
+RELATIVE = 1e-5
+"""Largest difference to one process, as a share of the largest entry: fp32 sums in another order, nothing else."""
+
+
+def features(n: int = 3000, d_in: int = 16, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(40, d_in, generator=g), dim=1)
+    z = (torch.rand(n, 40, generator=g) < 0.06) * torch.rand(n, 40, generator=g)
+    x = 20 * z @ directions + 3
+    x[:, 5] *= 10
+    return x
+
+
+def member(kind: str, label: str, **fields: object) -> MemberConfig:
+    activation: dict[str, object] = {"kind": kind}
+    if kind in ("topk", "group_topk", "batch_topk"):
+        activation["k"] = fields.pop("k", 4)
+    defaults: dict[str, object] = {"d_sae": 230, "lr": 3e-3, "auxk": 0.25, "label": label}
+    return MemberConfig.parse({"activation": activation, **defaults, **fields})
+
+
+def config(**fields: object) -> TrainConfig:
+    """230 latents, 62 rows, groups of 46: nothing divides evenly; most latents soon count as dead."""
+    members = [
+        member("topk", "topk", gamma={"rule": "latent_variance"}),
+        member("batch_topk", "batch", k_aux=300),
+        member("jumprelu", "jump", l0=0.05),
+        member("group_topk", "group", k=5, gamma={"rule": "variance"}),
+        member("relu", "tied", tied=True, l1=0.01),
+    ]
+    data = {"members": members, "tokens": STEPS * ROWS, "batch_size": ROWS, "log_every": 6}
+    return TrainConfig.parse({**data, "dead_after": 100, "kernels": "eager", **fields})
+
+
+def two_hooks() -> TrainConfig:
+    members = [member("topk", "topk"), member("batch_topk", "batch", d_sae=None, expansion=4)]
+    return config(members=members)
+
+
+def write_store(place: Path) -> None:
+    """A store of two hooks in two shards each, as a harvest leaves it."""
+    acts = {"a": features(600), "b": features(600, 12, seed=1)}
+    tally, names, none = Tally({"a": 16, "b": 12}), ["stats.safetensors", "tokens.json"], {}
+    tally.update(acts, none, {"kept": 600})
+    save_tensors(place / "stats.safetensors", tally.tensors())
+    write_json(place / "tokens.json", {})
+    for hook, x in acts.items():
+        for shard, rows in enumerate((x[:250], x[250:])):
+            names.append(f"train/{hook}/acts-{shard:05d}.safetensors")
+            save_tensors(place / names[-1], {"acts": rows})
+    info = {
+        "hooks": {"a": 16, "b": 12},
+        "rows": {"train": 600, "heldout": 0},
+        "shard_rows": {"train": [250, 350], "heldout": []},
+        "skipped": {"train": {}, "heldout": {}},
+        "seq_len": 1,
+    }
+    write_manifest(place, "store", {"model": "none"}, names, info=info)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_ranks(work: Callable[..., None], ranks: int, *arguments: object) -> None:
+    """Run work(rank, *arguments) in as many processes, forked from one that has imported the package."""
+    mp.set_forkserver_preload(["pytest", "wsae.train.run", "wsae.train.parallel.run"])
+    mp.start_processes(work, arguments, ranks, start_method="forkserver")
+
+
+def again(world: World, name: str, layout: Layout) -> World:
+    """The same ranks in another layout, with a corner of the store of its own."""
+    return lay_out(layout, world.rank, "cpu", dist.PrefixStore(name, world.store))
+
+
+class Halting(loop.Recorder):
+    """One rank is asked to stop, as by a signal, after step HALF."""
+
+    def on_step(self, done: int) -> None:
+        self.stop = done >= HALF and self.world.rank == self.world.layout.ranks - 1
+        super().on_step(done)
+
+
+@contextmanager
+def halting() -> Iterator[None]:
+    plain = loop.Recorder
+    loop.Recorder, loop.AGREE_S = Halting, 0.0  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        loop.Recorder, loop.AGREE_S = plain, 1.0
+
+
+def work(rank: int, port: int, out: Path) -> None:
+    """What each of four processes does: all in one job, for starting processes is most of the time."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4"}
+    cfg, source = config(), ArraySource(features())
+    with joined(None) as world:
+        check_choices(world)
+        for name, layout in LAYOUTS.items():
+            train_parallel(cfg, source, out / name, again(world, name, layout))
+        moved = out / "latents4+layers2-data2"
+        with halting(), pytest.raises(Stopped, match=f"step {HALF} of"):
+            train_parallel(cfg, source, moved, again(world, "begin", LAYOUTS["latents4"]))
+        if world.first:
+            shutil.copytree(moved, out / "latents4+1")
+        two = again(world, "end", LAYOUTS["layers2-data2"])
+        train_parallel(cfg, source, moved, two, resume=True)
+        four = again(world, "from 1", LAYOUTS["latents4"])
+        train_parallel(cfg, source, out / "1+latents4", four, resume=True)
+        check_reads(world, out)
+
+
+def check_reads(world: World, out: Path) -> None:
+    """Train two hooks on layers=2,data=2: a rank reads its own hook and its own rows of each batch."""
+    source, read = StoreSource(out / "store"), []
+    take = MappedTensor.take
+
+    def noting(self, index):  # noqa: ANN001, ANN202
+        read.append((self.path.parent.name, len(index)))
+        return take(self, index)
+
+    MappedTensor.take = noting  # type: ignore[method-assign]
+    train_parallel(
+        two_hooks(), source, out / "hooks", again(world, "hooks", LAYOUTS["layers2-data2"])
+    )
+    MappedTensor.take = take  # type: ignore[method-assign]
+    assert {hook for hook, _ in read} == {"a" if world.rank < 2 else "b"}
+    assert sum(rows for _, rows in read) == STEPS * ROWS // 2
+
+
+def check_choices(world: World) -> None:
+    """Random matrices full of ties, cut over four ranks: what they choose together is what one would."""
+    latents = again(world, "choose", Layout(latents=4)).place
+    both = again(world, "choose both", Layout(data=2, latents=2)).place
+    g, owner = torch.Generator().manual_seed(0), torch.arange(30) // 8
+    for few, dtype in ((2048, torch.float32), (0, torch.float32), (0, torch.bfloat16)):
+        choose._FEW = few  # gather all candidates, or count
+        whole = torch.randint(-3, 9, (20, 30), generator=g).to(dtype)
+        part = chunk_part(30, 4, world.rank)
+        pairs = choose_topk(whole[:, part], 7, latents.latents)
+        chosen = together(pairs, part.start, (20, 30))
+        assert torch.equal(chosen.sum(1), torch.full((20,), 7))
+        for row, mask in zip(whole, chosen.bool(), strict=True):
+            assert torch.equal(row[mask].sort().values, row.topk(7).values.sort().values)
+            last = row == row[mask].min()  # of equal ones the lower ranks' are taken
+            assert max(owner[last & mask]) <= min([*owner[last & ~mask], 4])
+        pairs = choose_groups(whole[:, part], part.start, 6, 5, latents.latents)
+        chosen = together(pairs, part.start, (20, 30)).bool()
+        groups = whole.view(20, 5, 6)
+        assert torch.equal(chosen.view(20, 5, 6).sum(2), torch.ones(20, 5, dtype=torch.int64))
+        best = torch.where(chosen, whole, -9).view(20, 5, 6)
+        assert torch.equal(best.amax(2), groups.amax(2))
+    choose._FEW = 2048
+    values = torch.rand(400, generator=g).mul(50).round() / 7 + 1e-3
+    part = even_part(400, 4, world.rank)
+    for wanted in (1, 97, 399, 400, 1000):
+        kept = among_largest(values[part], wanted, both)
+        every = torch.zeros(400, dtype=torch.int64)
+        every[part] = kept.long()
+        dist.all_reduce(every)
+        top = values.topk(min(wanted, 400)).values
+        assert torch.equal(values[every.bool()].sort(descending=True).values, top)
+
+
+def together(pairs: tuple[Tensor, Tensor], first: int, shape: tuple[int, int]) -> Tensor:
+    chosen = torch.zeros(shape, dtype=torch.int64)
+    chosen[pairs[0], pairs[1] + first] = 1
+    dist.all_reduce(chosen)
+    return chosen
+
+
+@contextmanager
+def a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {**env, "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with joined(None) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("parallel")
+    write_store(out / "store")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_run(config(), ArraySource(features()), out / "one")
+    train_run(two_hooks(), StoreSource(out / "store"), out / "one-hooks")
+    with pytest.raises(Stopped, match=f"step {HALF} of"):
+        train_run(config(), Interrupted(features(), HALF), out / "1+latents4")
+    torch.set_num_threads(threads)
+    run_ranks(work, 4, free_port(), out)
+    return out
+
+
+def check_same(run: Path, other: Path) -> None:
+    """The two runs have the same files, and the same numbers to RELATIVE."""
+    assert sorted(names(run)) == sorted(names(other))
+    here, there = load_run(run).saes, load_run(other).saes
+    for hook, members in here.items():
+        for name, sae in members.items():
+            for key, tensor in there[hook][name].tensors().items():
+                found, scale = sae.tensors()[key], float(tensor.abs().max())
+                torch.testing.assert_close(
+                    found, tensor, rtol=0, atol=RELATIVE * scale, msg=f"{run} {name} {key}"
+                )
+    rows, others = (read_json_lines(place / "metrics.jsonl") for place in (run, other))
+    assert len(rows) == len(others)
+    for row, expected in zip(rows, others, strict=True):
+        assert list(row) == list(expected)
+        for key, value in row.items():
+            if isinstance(value, str):
+                assert value == expected[key]
+            else:
+                near = pytest.approx(expected[key], rel=RELATIVE, abs=1e-9)
+                assert value == near, (run, row["member"], key)
+
+
+def names(run: Path) -> set[str]:
+    found = (p.relative_to(run) for p in run.rglob("*") if p.is_file())
+    return {str(name) for name in found}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_equals_one_process(runs: Path, name: str) -> None:
+    check_same(runs / name, runs / "one")
+
+
+def test_the_comparison_covers_dead_latents_in_both_ways(runs: Path) -> None:
+    rows = {row["member"]: row for row in read_json_lines(runs / "one" / "metrics.jsonl")}
+    for name, k_aux in (("topk", 8), ("batch", 300), ("group", 8)):
+        assert rows[name]["auxk"] > 0, name
+        assert (rows[name]["dead_frac"] * 230 > k_aux) == (k_aux == 8), name
+
+
+def test_hooks_over_ranks_equal_one_process_and_read_their_own_rows(runs: Path) -> None:
+    check_same(runs / "hooks", runs / "one-hooks")
+
+
+@pytest.mark.parametrize("name", ["latents4+layers2-data2", "1+latents4"])
+def test_a_run_begun_on_one_layout_ends_on_another(runs: Path, name: str) -> None:
+    check_same(runs / name, runs / "one")
+
+
+def test_a_run_of_four_ranks_ends_on_one(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [p.name for p in checkpoints(runs / "latents4+1")] == [f"step-{HALF:09d}"]
+    with a_world_of_one(monkeypatch) as world:
+        train_parallel(config(), ArraySource(features()), runs / "latents4+1", world, resume=True)
+    check_same(runs / "latents4+1", runs / "one")
+
+
+def test_misfits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ArraySource(features(200))
+    with a_world_of_one(monkeypatch) as world:
+        for layout, says in (
+            (Layout(data=64), "data=64: a batch of 62 rows leaves a rank without"),
+            (Layout(layers=6), "layers=6: there are 1 hooks of 5 members to divide; use at most 5"),
+        ):
+            world.layout = layout
+            with pytest.raises(UserError, match=says):
+                train_parallel(config(), source, tmp_path / "run", world)
+        world.layout = Layout()
+        with pytest.raises(UserError, match="'native' are for one process"):
+            train_parallel(config(kernels="native"), source, tmp_path / "run", world)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "layout"),
+    [
+        (None, 6, Layout(data=6)),
+        ("data=2,latents=3", 6, Layout(data=2, latents=3)),
+        ("latents", 6, Layout(latents=6)),
+        ("layers=2, data", 6, Layout(layers=2, data=3)),
+    ],
+)
+def test_meshes_are_read(text: str | None, ranks: int, layout: Layout) -> None:
+    assert parse_layout(text, ranks) == layout
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("data=2,latent=3", "no axis .latent. .nearest: latents"),
+        ("data=0,latents=6", "data=0 is no number of ranks"),
+        ("data=4", "asks for 4 processes, 6 were started"),
+        ("data=4,latents", "asks for 4 processes, 6 were started"),
+        ("data,latents", "only one axis may come without a size"),
+        ("data=2,data=3", "data is given twice"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        parse_layout(text, 6)
+
+
+def test_parts_cover_everything_once() -> None:
+    for total in (1, 7, 12, 62):
+        for parts in (1, 2, 4, 7):
+            for rule in (even_part, chunk_part):
+                found = [i for p in range(parts) for i in range(total)[rule(total, parts, p)]]
+                assert found == list(range(total))
+            sizes = [len(range(total)[chunk_part(total, parts, p)]) for p in range(parts)]
+            chunks = [len(c) for c in torch.arange(total).chunk(parts)]
+            assert sizes == chunks + [0] * (parts - len(chunks))
+
+
+@pytest.mark.parametrize(("d_sae", "d_in"), [(70, 7), (64, 16), (33, 3), (3, 2)])
+def test_a_rank_starts_from_the_same_rows_without_drawing_all(d_sae: int, d_in: int) -> None:
+    cfg = SAEConfig.parse({"d_in": d_in, "d_sae": d_sae, "activation": {"kind": "relu"}})
+    whole = SparseAutoencoder(cfg, seed=3).W_dec.detach()
+    for parts in (1, 3):
+        for index in range(parts):
+            part = chunk_part(d_sae, parts, index)
+            assert torch.equal(initial_rows(d_sae, d_in, 3, part, block=16), whole[part])

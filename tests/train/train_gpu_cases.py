@@ -1,0 +1,331 @@
+"""A step on the Triton kernels against autograd. `test_train_gpu` runs this file, under Triton's interpreter.
+
+The interpreter is slow, so only a few steps take the kernels themselves; the others take their twins, to which
+`triton_cases` holds the kernels.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wsae.acts.source import ArraySource
+from wsae.core.progress import quiet
+from wsae.ops import select_batch_topk, select_group_topk, select_topk, sparse
+from wsae.ops import update as twin
+from wsae.ops.sparse import Plan
+from wsae.ops.triton.support import BUCKETS_PER_CHOICE
+from wsae.train import step as dispatch
+from wsae.train.checkpoint import member_tensors, set_member_tensors
+from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.family import make_family
+from wsae.train.gpu import step as codes
+from wsae.train.gpu import step as gpu
+from wsae.train.gpu import step as host
+from wsae.train.gpu import step as pairs
+from wsae.train.gpu import step as update
+from wsae.train.loop import run_steps
+from wsae.train.state import MemberState, make_batch, make_member
+from wsae.train.step import eager_step
+
+D_IN, D_SAE, BATCH = 20, 96, 17
+STEPS = 3
+
+
+def product(x: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    pre = (x.to(dtype).double() @ W.to(dtype).double().T).float()
+    return pre if b is None else pre + b
+
+
+def topk_encode(x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dtype):
+    indices = select_topk(product(x, W, b, dtype), k)
+    return product(x, W, b, torch.float32).gather(1, indices), indices
+
+
+TWINS = {
+    codes: {
+        "topk_encode": topk_encode,
+        "group_topk_encode": lambda x, W, b, k, dtype: select_group_topk(
+            product(x, W, b, dtype), k
+        ),
+        "select_batch_topk": lambda x, W, b, k, dtype: select_batch_topk(
+            product(x, W, b, dtype), k
+        ),
+        "above": lambda x, W, b, limit, dtype: (
+            (product(x, W, b, dtype) > limit).nonzero().unbind(1)
+        ),
+        "products": lambda x, W, rows, indices: (x[rows] * W[indices]).sum(1),
+    },
+    gpu: {"decode": sparse.decode, "pair_products": sparse._pair_products},
+    update: {
+        "scatter": Plan.scatter,
+        "adam_rows_": twin.adam_rows_,
+        "update_rows_": twin.update_rows_,
+    },
+}
+
+
+@pytest.fixture
+def twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, names in TWINS.items():
+        for name, function in names.items():
+            monkeypatch.setattr(module, name, function)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("D_IN", 7), ("D_SAE", 24), ("BATCH", 3)):
+        monkeypatch.setitem(globals(), name, size)
+
+
+def config(**fields: object) -> TrainConfig:
+    setting = {"d_sae": D_SAE, "activation": {"kind": "topk", "k": 4}, "lr": 3e-3, **fields}
+    dtype = setting.pop("dtype", "float32")
+    data = {"members": (MemberConfig.parse(setting),), "tokens": 30 * BATCH, "batch_size": BATCH}
+    return TrainConfig.parse({**data, "dead_after": 60, "kernels": "triton", "dtype": dtype})
+
+
+def rows(seed: int, batch: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.randn(60, D_IN, generator=torch.Generator().manual_seed(1))
+    z = (torch.rand(batch, 60, generator=g) < 0.08) * torch.rand(batch, 60, generator=g)
+    return 2 * z @ directions + 0.5
+
+
+def member_of(run: TrainConfig, dead: bool = False) -> MemberState:
+    """A member some way into training: biases, thresholds, moments and rows are not those of the start."""
+    g = torch.Generator().manual_seed(2)
+    member = make_member("m", run.members[0], run, torch.full((D_IN,), 0.4), 1.0)
+    sae = member.sae
+    gamma = torch.rand(D_IN, generator=g) + 0.5
+    if run.members[0].gamma.rule == "whiten":
+        gamma = gamma + torch.rand(D_IN, D_IN, generator=g) / 4
+    if run.members[0].gamma.rule != "none":
+        sae.set_gamma(gamma)
+    for parameter in sae.parameters():
+        noise = 0.1 * torch.randn(parameter.shape, generator=g)
+        parameter.data += noise if parameter is not sae.W_dec or sae.cfg.tied else 0.0
+    if dead:
+        member.dead = torch.rand(D_SAE, generator=g) < 0.3
+    return member
+
+
+def train(member: MemberState, run: TrainConfig, step, first: int = 0, last: int = STEPS) -> None:
+    for number in range(first, last):
+        step(member, make_batch(rows(10 + number, BATCH), member), 3e-3, run, number)
+
+
+def same(one: MemberState, two: MemberState) -> None:
+    ours, theirs = member_tensors(one), member_tensors(two)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        why = f"{name}: {{}}".format
+        atol = 1e-5 * max(1.0, float(tensor.double().abs().max()))  # sums cancel
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=atol, msg=why)
+
+
+KINDS = {
+    "topk": {},
+    "l0": {"l0": 0.01},
+    "variance": {"gamma": {"rule": "variance"}},
+    "whiten": {"gamma": {"rule": "whiten"}},
+    "latent variance": {"gamma": {"rule": "latent_variance"}},
+    "l1": {"l1": 0.05},
+    "group": {"activation": {"kind": "group_topk", "k": 4}},
+    "batch": {"activation": {"kind": "batch_topk", "k": 4}},
+    "relu": {"activation": {"kind": "relu"}, "l1": 0.1},
+    "jumprelu": {"activation": {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.2}, "l0": 0.01},
+    "tied": {"tied": True},
+    "tied, l1": {"tied": True, "l1": 0.1},
+    "tied jumprelu": {"tied": True, "activation": {"kind": "jumprelu", "threshold": 0.3}, "l0": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("twins")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dead", [False, True])
+def test_the_step_is_autograds(kind: str, dead: bool) -> None:
+    both(kind, dead, STEPS)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("kind", "dead", "steps"),
+    [
+        ("topk", True, 2), ("group", False, 1), ("batch", False, 1), ("relu", False, 1),
+        ("jumprelu", True, 1), ("tied", True, 1), ("tied, l1", False, 1),
+    ],
+)  # fmt: skip
+def test_the_step_on_the_kernels_is_autograds(kind: str, dead: bool, steps: int) -> None:
+    both(kind, dead, steps)
+
+
+def both(kind: str, dead: bool, steps: int) -> None:
+    run = config(**KINDS[kind], auxk=0.3, k_aux=5)
+    one, two = (member_of(run, dead) for _ in range(2))
+    train(one, run, gpu.triton_step, 0, steps)
+    train(two, run, eager_step, 0, steps)
+    same(one, two)
+    assert (float(one.sums["auxk"]) > 0) == dead
+
+
+@pytest.mark.usefixtures("twins")
+@pytest.mark.parametrize("gamma", ["none", "whiten"])
+def test_many_dead_latents_are_chosen_by_parts(gamma: str, monkeypatch) -> None:
+    """With too many candidates for the fused kernel; and every dead latent wanted, as k_aux exceeds them."""
+    run = config(gamma={"rule": gamma}, auxk=0.3, k_aux=50)
+    monkeypatch.setattr(codes, "MAX_CANDIDATES", 2 * BUCKETS_PER_CHOICE)
+    monkeypatch.setattr(codes, "ROWS", 7)
+    one, two = (member_of(run, dead=True) for _ in range(2))
+    train(one, run, gpu.triton_step)
+    train(two, run, eager_step)
+    same(one, two)
+
+
+@pytest.mark.usefixtures("twins")
+def test_bf16_rounds_the_inputs_of_the_choice_alone() -> None:
+    run = config(dtype="bfloat16", auxk=0.0)
+    one, two = (member_of(run) for _ in range(2))
+    sae, x = one.sae, rows(5, BATCH)
+    centred = (x - sae.b_dec).detach()
+    low = product(centred, sae.encoder_rows.detach(), sae.b_enc.detach(), torch.bfloat16)
+    wanted = low.topk(4).indices.sort().values
+    values = (centred @ sae.encoder_rows.T + sae.b_enc).gather(1, wanted).relu().detach()
+    batch = make_batch(x, one)
+    code = gpu.triton_step(one, batch, 3e-3, run, 0)
+    order = code.indices.view(-1, 4).argsort(1)
+    assert torch.equal(code.indices.view(-1, 4).gather(1, order), wanted)
+    torch.testing.assert_close(code.values.view(-1, 4).gather(1, order), values)
+    eager_step(two, batch, 3e-3, run, 0)
+    assert float(one.sums["sse"]) == pytest.approx(float(two.sums["sse"]), rel=0.01)
+
+
+@pytest.mark.usefixtures("twins")
+def test_either_step_continues_the_other() -> None:
+    """The moments and counts are where torch's Adam keeps them, so checkpoints are the same."""
+    run = config()
+    one, two, three = (member_of(run) for _ in range(3))
+    train(one, run, gpu.triton_step, 0, 2)
+    train(two, run, eager_step, 0, 2)
+    set_member_tensors(three, {k: v.clone() for k, v in member_tensors(one).items()}, "here")
+    train(one, run, eager_step, 2, 4)
+    train(two, run, gpu.triton_step, 2, 4)
+    train(three, run, gpu.triton_step, 2, 4)
+    same(one, two)
+    same(three, two)
+
+
+@pytest.mark.usefixtures("twins")
+def test_a_run_goes_through_the_kernels_and_resumes_bit_for_bit(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "unfit", lambda *_: None)
+    taken = []
+    monkeypatch.setattr(
+        gpu, "triton_step", lambda *a, old=gpu.triton_step: taken.append(a[-1]) or old(*a)
+    )
+    run, source = config(k_aux=3), ArraySource(rows(3, 200))
+    whole, cut = (make_family(run, source.stats()) for _ in range(2))
+
+    def go(family, first: int, last: int, place=None):
+        stream = source.stream(BATCH, 0, place)
+        short = run.model_copy(update={"tokens": last * BATCH, "warmup": 0.0, "decay": 0.0})
+        with quiet("train", None, "tokens") as tick:
+            run_steps(short, family, stream, first, tick, lambda _: None)
+        return stream.state()
+
+    go(whole, 0, 14)
+    place = go(cut, 0, 12)  # the dead latents were found after step 10
+    again = make_family(run, source.stats())
+    (old,), (new,), (one,) = (f.members["acts"] for f in (cut, again, whole))
+    assert old.dead.any()
+    set_member_tensors(new, {k: v.clone() for k, v in member_tensors(old).items()}, "here")
+    go(again, 12, 14, place)
+    assert taken == [*range(14), *range(12), 12, 13]
+    for name, tensor in member_tensors(one).items():
+        assert torch.equal(tensor, member_tensors(new)[name]), name
+
+
+@pytest.mark.usefixtures("twins")
+def test_the_benchmark_trains_the_same_member_both_ways() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    size = benchmark.Size(d_in=9, d_sae=17, batch=3, k=2)
+    one, two = (benchmark.make_training(size, "cpu") for _ in range(2))
+    benchmark.kernels().train_step(*one)
+    benchmark.eager().train_step(*two)
+    assert one[3].dtype == "bfloat16"
+    assert float(one[0].sums["sse"]) == pytest.approx(float(two[0].sums["sse"]), rel=0.05)
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for which a host waits for its device (those a step might take)."""
+
+    KNOWN = ("nonzero", "_local_scalar_dense", "bincount", "masked_select", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if masks or name in self.KNOWN:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["topk", "tied"])
+def test_steps_do_not_wait_for_the_device(kind: str, monkeypatch) -> None:
+    run = config(**KINDS[kind], k_aux=2)
+    member = member_of(run, dead=True)
+    monkeypatch.setattr(gpu, "count", lambda *_: None)
+    with Waits() as waits:
+        train(member, run, gpu.triton_step, 0, 1)
+        assert waits.found.count("nonzero") == 1  # the dead latents, once
+        waits.found.clear()
+        train(member, run, gpu.triton_step, 1, 2)
+    assert waits.found == []
+
+
+def test_what_is_remembered_follows_its_tensor() -> None:
+    mask = torch.tensor([True, False, True])
+    assert host.dead_latents(mask).latents[:2].tolist() == [0, 2]
+    assert host.dead_latents(mask) is host.dead_latents(mask)
+    mask[0] = False
+    dead = host.dead_latents(mask)
+    assert (dead.number, dead.latents[0], len(dead.latents)) == (1, 2, 16)
+    assert torch.equal(dead.floor.isinf(), torch.arange(16) > 0)
+
+
+def test_pairs_are_sorted_as_a_plan_is() -> None:
+    g = torch.Generator().manual_seed(0)
+    parts = []
+    for _ in range(2):
+        counts = torch.randint(0, 4, (9,), generator=g)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        indices = torch.randint(0, 6, (int(counts.sum()),), generator=g)
+        code = codes.SparseCode(torch.randn(len(indices), generator=g), indices, offsets)
+        parts.append((code, pairs.in_row_order(code)))
+    plan = pairs.sort_by_latent(pairs.joined([plan for _, plan in parts]), 7)
+    offsets = torch.cat([parts[0][0].offsets, parts[0][0].offsets[-1] + parts[1][0].offsets[1:]])
+    indices = torch.cat([code.indices for code, _ in parts])
+    for ours, theirs in zip(plan, pairs.Plan.build(indices, offsets, 7), strict=True):
+        assert torch.equal(ours, theirs)
+    weights = torch.cat([code.values for code, _ in parts])
+    torch.testing.assert_close(pairs.per_latent(plan, weights), plan.per_latent(weights))
+    x = torch.randn(18, 3, generator=g)
+    both = pairs.twice(plan, plan.latent_rows.flip(0))
+    extra = torch.zeros(7, 3).index_add(
+        0, indices[plan.order], weights[plan.order, None] * x[plan.latent_rows.flip(0)]
+    )
+    doubled = torch.cat([weights, weights])
+    torch.testing.assert_close(both.scatter(doubled, x), plan.scatter(weights, x) + extra)
