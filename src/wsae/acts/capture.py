@@ -13,7 +13,7 @@ from wsae.acts.hookpoints import (
     HookPoint,
     Inputs,
     Layout,
-    Manner,
+    Modality,
     Probing,
     probe,
     put_back,
@@ -22,7 +22,7 @@ from wsae.acts.hookpoints import (
     watch,
 )
 from wsae.acts.names import Place
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, first_line
 
 # How language models are probed: sequences of tokens, and where batch and positions lie in a
 # tensor.
@@ -72,9 +72,9 @@ class TokenLayout(NamedTuple):
         return f"batch on axis {self.batch}, sequence on axis {self.position}"
 
 
-def tokens(seq_len: int | None = None) -> Manner:
+def tokens(seq_len: int | None = None) -> Modality:
     """Return how language models are probed; `seq_len` is the length of the sequences to come, where it is known."""
-    return Manner(
+    return Modality(
         lambda model: _token_inputs(model, seq_len),
         _token_layouts,
         "[batch, sequence, width]",
@@ -192,9 +192,8 @@ def _explain_tokens(model: nn.Module, error: Exception, inputs: Inputs) -> UserE
         return _too_long(seq, error.limit, says)
     if known and seq > known[1]:
         return _too_long(seq, known[1], says)
-    first = (str(error).strip().splitlines() or ["no reason given"])[0]
     return UserError(
-        f"model: does not run on {batch} sequences of {seq} tokens ({type(error).__name__}: {first}); "
+        f"model: does not run on {batch} sequences of {seq} tokens ({type(error).__name__}: {first_line(error)}); "
         "it may not be a language model that reads token ids alone"
     )
 

@@ -118,16 +118,13 @@ class Step(NamedTuple):
 
 
 class NonFiniteError(UserError):
-    """A NaN or infinite activation; `row` counts the kept rows before it in its step."""
+    """A NaN or infinite activation; `row` counts the kept rows before it in its step, `place` says where it came up."""
 
-    MEND = "; check the model's weights, or run it with --dtype float32"
+    FIX = "; check the model's weights, or run it with --dtype float32"
 
-    def __init__(self, hook: str, place: tuple[str, int, int, int], row: int) -> None:
-        kind, number, pos, dim = place
-        self.row = row
-        self.place = f"{kind} {number}, position {pos}, dimension {dim}"
-        self.hook = hook
-        super().__init__(f"{hook}: NaN or infinite activation at {self.place}{self.MEND}")
+    def __init__(self, hook: str, place: str, row: int) -> None:
+        self.hook, self.place, self.row = hook, place, row
+        super().__init__(f"{hook}: NaN or infinite activation at {place}{self.FIX}")
 
 
 class _Pass(NamedTuple):
@@ -241,7 +238,7 @@ class Flow:
                 if len(bad):
                     seq, pos = divmod(token, self.cfg.seq_len)
                     row = int((reasons[:token] == KEPT).sum())
-                    place = ("sequence", first + seq, pos, int(bad[0]))
+                    place = f"sequence {first + seq}, position {pos}, dimension {int(bad[0])}"
                     raise NonFiniteError(hook, place, row)
 
 

@@ -55,7 +55,7 @@ class Probing(NamedTuple):
     """An input as long as those to come."""
 
 
-class Manner(NamedTuple):
+class Modality(NamedTuple):
     """How a kind of model is called, and how a module's output becomes rows."""
 
     inputs: Callable[[nn.Module], Probing]
@@ -104,7 +104,7 @@ class Probed(NamedTuple):
         return {"causal": self.causal, "probe": found, "notes": list(self.notes)}
 
 
-def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
+def probe(model: nn.Module, patterns: Iterable[str], modality: Modality) -> Probed:
     """Return the hook points that the patterns name, in natural order, after a few small forward passes.
 
     Raises UserError when a pattern matches nothing or means several modules, or a place does not run, runs twice or
@@ -113,9 +113,9 @@ def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
     names = canonical_names(path for path, _ in model.named_modules())
     kind = _model_type(model)
     groups = [match(pattern, names, kind) for pattern in patterns]
-    given = manner.inputs(model)
+    given = modality.inputs(model)
     wanted = {place for group in groups for place in group}
-    passes = _Passes(model, wanted, manner)
+    passes = _Passes(model, wanted, modality)
     # full length comes first: a short input may change the model's ways for good
     long = None if given.long is None else _run_long(passes, given)
     first = passes.run(given.first)
@@ -127,12 +127,12 @@ def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
         refuse_unloaded(model, first.fired[place][0].seen, f"hook {_named(names, place)!r}")
     passes.places = places
     runs = _Runs(first, passes.run(given.first), passes.run(given.changed), passes.run(given.other))
-    found = _Found(given, manner, runs)
+    found = _Found(given, modality, runs)
     hooks = [found.hook(_named(names, place), place) for place in ordered]
     causal, limit = found.causal(), found.limit()
     notes = [SEES_LATER] if causal is False else []
     if long is not None:
-        notes += manner.length_notes(model, long.size, limit)
+        notes += modality.length_notes(model, long.size, limit)
         _check_long(hooks, long, passes.run(long.inputs, thin=True, whole=False))
     return Probed(hooks, causal, limit, tuple(notes))
 
@@ -310,8 +310,8 @@ class _AllSeenError(Exception):
 class _Passes:
     """Runs a model and notes what its places give."""
 
-    def __init__(self, model: nn.Module, places: set[Place], manner: Manner) -> None:
-        self.model, self.places, self.manner = model, places, manner
+    def __init__(self, model: nn.Module, places: set[Place], modality: Modality) -> None:
+        self.model, self.places, self.modality = model, places, modality
 
     def run(self, inputs: Inputs, thin: bool = False, whole: bool = True) -> _Pass:
         """Run the model once, or until every place has run; `thin` keeps some values of each tensor only."""
@@ -335,7 +335,7 @@ class _Passes:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise self.manner.explain(self.model, error, inputs) from error
+            raise self.modality.explain(self.model, error, inputs) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -409,15 +409,15 @@ def _run_long(passes: _Passes, given: Probing) -> _Pass:
         limit = positions_in(short.tables, short.size[1])
         if limit is None or next(iter(given.long.values())).shape[1] <= limit:
             raise
-        beyond = passes.manner.explain(passes.model, BeyondTableError(limit), given.long)
+        beyond = passes.modality.explain(passes.model, BeyondTableError(limit), given.long)
         raise beyond from failed
 
 
 class _Found:
     """Judges the passes of a probe, one place after another."""
 
-    def __init__(self, given: Probing, manner: Manner, runs: _Runs) -> None:
-        self.given, self.manner, self.runs = given, manner, runs
+    def __init__(self, given: Probing, modality: Modality, runs: _Runs) -> None:
+        self.given, self.modality, self.runs = given, modality, runs
         self._sees_later = False
 
     def hook(self, name: str, place: Place) -> HookPoint:
@@ -430,7 +430,7 @@ class _Found:
             if firings[-1].seen is None:
                 raise UserError(
                     f"hook {name!r}: its {side} is {firings[-1].trouble}, not one activation "
-                    f"{self.manner.wanted}; name another module"
+                    f"{self.modality.wanted}; name another module"
                 )
         first, again, changed, other = (firing.seen for firing in firings)
         if first.shape != again.shape or (first.ndim and not _same(first, again)):
@@ -449,7 +449,7 @@ class _Found:
     ) -> tuple[Layout, Tensor]:
         """Return the layout that stands the trial, and the first pass's rows."""
         trouble = self._no_rows(first)
-        for layout in self.manner.layouts(first, other, self.given):
+        for layout in self.modality.layouts(first, other, self.given):
             a = layout.rows(first, self.runs.first.size)
             b = layout.rows(changed, self.runs.changed.size)
             c = layout.rows(other, self.runs.other.size)
@@ -466,9 +466,9 @@ class _Found:
     def _no_rows(self, first: Tensor) -> str:
         size = self.runs.first.size
         if len(size) != 2:
-            return f", not {self.manner.wanted}"
+            return f", not {self.modality.wanted}"
         batch, seq = size
-        kind = f" for {batch} sequences of {seq} tokens, not {self.manner.wanted}"
+        kind = f" for {batch} sequences of {seq} tokens, not {self.modality.wanted}"
         few = first.ndim == 2 and len(first) < batch * seq
         return kind + (" (an expert gets only the tokens that are sent to it)" if few else "")
 

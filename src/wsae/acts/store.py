@@ -390,7 +390,7 @@ class Store:
 
     @property
     def of_images(self) -> bool:
-        """Whether rows come from images, so that a sequence's number is an image's."""
+        """Return whether rows come from images, so that a sequence's number is an image's."""
         return self.info.get("kind") == "images"
 
     def labels(self, split: str) -> Int[Tensor, " rows"] | None:
@@ -554,7 +554,7 @@ class SplitWriter:
     def _located(self, error: NonFiniteError) -> UserError:
         row = (self._shard.rows if self._shard else 0) + error.row
         place = f"{self._name} shard {len(self._state.shard_rows)}, row {row} ({error.place})"
-        return UserError(f"{error.hook}: NaN or infinite activation in {place}{error.MEND}")
+        return UserError(f"{error.hook}: NaN or infinite activation in {place}{error.FIX}")
 
 
 @contextlib.contextmanager

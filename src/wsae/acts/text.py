@@ -59,7 +59,7 @@ class Document:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing in it."""
+        """Return whether there is nothing in it."""
         return not self.text and (self.ids is None or not len(self.ids))
 
     def hash(self) -> int:

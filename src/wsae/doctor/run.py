@@ -220,12 +220,12 @@ def _differences(
             f"{bad} of {len(a)} differ; by {float(apart.median()):.2g} of their norm in the median"
         )
         wrong = bad > 0.05 * len(a)
-        mend = (
+        fix = (
             f"these rows are not {cfg.model}'s activations at their tokens (other or random weights, or another "
             "order): harvest again, and train again what was trained on them"
         )
         name = f"{ROWS_AGAINST} at {hook.name}"
-        checks.append(Check(name, "fail" if wrong else "ok", value, mend if wrong else ""))
+        checks.append(Check(name, "fail" if wrong else "ok", value, fix if wrong else ""))
     return checks
 
 
@@ -233,8 +233,8 @@ def _check_weights(language: LanguageModel) -> Check:
     lacking = language.not_loaded
     if not lacking:
         return Check("weights", "ok", "all are in the model's files")
-    mend = "a hook or a prediction that depends on them is refused"
-    return Check("weights", "warn", f"not in the model's files: {named(lacking)}", mend)
+    fix = "a hook or a prediction that depends on them is refused"
+    return Check("weights", "warn", f"not in the model's files: {named(lacking)}", fix)
 
 
 def _check_bos(language: LanguageModel) -> Check:
@@ -301,12 +301,12 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
         return [*checks, Check("data", "fail", str(error))]
     rows = source.n_rows or 0
     status = "warn" if rows < cfg.train.batch_size else "ok"
-    mend = (
+    fix = (
         f"fewer than one batch of {cfg.train.batch_size}: lower --batch-size"
         if status == "warn"
         else ""
     )
-    checks.append(Check("data", status, f"{rows:,} training rows, all values finite", mend))
+    checks.append(Check("data", status, f"{rows:,} training rows, all values finite", fix))
     if isinstance(source, StoreSource):
         checks += check_store(source.store, cfg.device)
     checks += check_shapes(cfg, source.hooks)
@@ -326,8 +326,8 @@ def check_store(store: Store, device: str) -> list[Check]:
     checks = [_check_made(store)]
     if lacking := store.info.get("not_loaded"):
         named = ", ".join(map(str, lacking)) if isinstance(lacking, list) else str(lacking)
-        mend = "get the whole checkpoint and harvest again"
-        checks.append(Check("weights", "warn", f"not in the model's files: {named}", mend))
+        fix = "get the whole checkpoint and harvest again"
+        checks.append(Check("weights", "warn", f"not in the model's files: {named}", fix))
     if store.of_images:
         return checks
 
@@ -355,8 +355,8 @@ def _check_norms(hook: str, x: Float[Tensor, "rows d_in"]) -> Check:
     norm = x.double().norm(dim=1)
     ratio = float(norm.max()) / max(float(norm.median()), 1e-300)
     if ratio > activations.SINK_RATIO:
-        mend = "attention sinks are among them: harvest with --sink-norm-ratio 10"
-        return Check(f"norms at {hook}", "warn", f"the largest is {ratio:.3g} x the median", mend)
+        fix = "attention sinks are among them: harvest with --sink-norm-ratio 10"
+        return Check(f"norms at {hook}", "warn", f"the largest is {ratio:.3g} x the median", fix)
     return Check(f"norms at {hook}", "ok", f"the largest is {ratio:.3g} x the median")
 
 
@@ -365,8 +365,8 @@ def _check_texts(table: TokenTable) -> Check:
     broken = [n for i, n in zip(ids, counts, strict=True) if "\ufffd" in table.decode([int(i)])[0]]
     share = sum(broken) / max(1, int(counts.sum()))
     if share:
-        mend = "an older wsae wrote characters split over tokens so; harvest again to read them"
-        return Check("token texts", "warn", f"{100 * share:.2g} % read as U+FFFD", mend)
+        fix = "an older wsae wrote characters split over tokens so; harvest again to read them"
+        return Check("token texts", "warn", f"{100 * share:.2g} % read as U+FFFD", fix)
     return Check("token texts", "ok", "no U+FFFD in them")
 
 
@@ -384,8 +384,8 @@ def _check_documents(store: Store) -> list[Check]:
     both = sum(start in seen for start in halves[1])
     value = f"{both} of {len(halves[1])} held-out ones begin like one that is trained on"
     if both > 0.01 * len(halves[1]):
-        mend = "scores on them are of seen text: remove duplicates from the text and harvest again"
-        return [Check(name, "warn", value, mend)]
+        fix = "scores on them are of seen text: remove duplicates from the text and harvest again"
+        return [Check(name, "warn", value, fix)]
     return [Check(name, "ok", value)]
 
 

@@ -218,7 +218,7 @@ class Reader:
     about: Callable[[Foreign], Provenance]
 
     def detect(self, path: Path) -> bool:
-        """Whether a folder holds this format's weights."""
+        """Return whether a folder holds this format's weights."""
         return any((path / name).is_file() for name in self.files[1:])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.labels import checked_labels
 from wsae.acts.images.pixels import middle_square, to_pillow, to_tensor
-from wsae.core.errors import UserError, nearest
+from wsae.core.errors import UserError, first_line, nearest
 from wsae.core.files import digest, sha256_file
 from wsae.core.npy import check_unpacked, npz_arrays
 
@@ -142,13 +142,13 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
             shape = _idx_shape(file.read(start), axes, path)
             needed = math.prod(shape)
             if path.suffix == ".gz":
-                mend = "unpack it with gunzip: then it is mapped and not read"
-                check_unpacked(needed, path.stat().st_size, str(path), mend)
+                fix = "unpack it with gunzip: then it is mapped and not read"
+                check_unpacked(needed, path.stat().st_size, str(path), fix)
                 data = np.frombuffer(file.read(needed + 1), dtype=np.uint8)
             else:
                 data = np.memmap(path, dtype=np.uint8, mode="r")[start:]
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable IDX file ({_first(error)})") from error
+        raise UserError(f"{path}: not a readable IDX file ({first_line(error)})") from error
     if len(data) != needed:
         raise UserError(f"{path}: {len(data)} bytes where its header says {shape} (cut or altered)")
     return np.array(data).reshape(shape) if axes == 1 else data.reshape(shape)
@@ -186,7 +186,3 @@ def _over_white(raw: UInt8[Tensor, "rows height width 4"]) -> UInt8[Tensor, "row
     alpha = raw[..., 3:].int()
     mixed = raw[..., :3].int() * alpha + _OPAQUE * (_OPAQUE - alpha)
     return ((mixed + _OPAQUE // 2) // _OPAQUE).to(torch.uint8)
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from wsae.acts.flow import NonFiniteError, Step, one_pass
 from wsae.acts.hookpoints import HookPoint, probe
 from wsae.acts.images.config import ImageHarvestConfig
 from wsae.acts.images.model import VisionModel, load_vision, model_fingerprint
-from wsae.acts.images.sets import Failures, ImageError, ImageSet, batches, open_images
+from wsae.acts.images.sets import NAMED, Failures, ImageError, ImageSet, batches, open_images
 from wsae.acts.store import (
     IMAGES,
     SPLITS,
@@ -99,9 +99,9 @@ class ImageFlow:
         self.labels = None if images.labels is None else torch.from_numpy(images.labels)
         self.n_classes = len(images.names) if images.labels is not None else 0
         self.order = _order(len(images), cfg)
-        manner = vision.manner(self.side, self.side)
+        modality = vision.modality(self.side, self.side)
         with one_pass():
-            hooks = probe(vision.model, cfg.hooks, manner).hooks
+            hooks = probe(vision.model, cfg.hooks, modality).hooks
         self._capture = Capture(vision.model, hooks)
         self.hooks, self.positions = self._capture.hooks, _same_positions(hooks)
 
@@ -151,7 +151,8 @@ class ImageFlow:
             if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
                 row, dim = (int(i) for i in (~torch.isfinite(x)).nonzero()[0])
                 number, pos = divmod(row, self.positions)
-                raise NonFiniteError(hook, ("image", int(image[number]), pos, dim), row)
+                place = f"image {int(image[number])}, position {pos}, dimension {dim}"
+                raise NonFiniteError(hook, place, row)
 
     def _buffers(self) -> list[Buffer]:
         rows = self.cfg.batch_size * self.positions
@@ -178,9 +179,6 @@ def _same_positions(hooks: list[HookPoint]) -> int:
             f"hooks {first!r} and {second!r} have {a} and {b} rows an image; harvest them to two stores"
         )
     return hooks[0].positions
-
-
-NAMED = 5
 
 
 def harvest_images(

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from wsae.acts.images.config import ImagesConfig
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, first_line
 
 _FILTERS = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -141,5 +141,4 @@ def _reason(error: Exception) -> str:
         return "not an image that Pillow can read"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"cannot be read ({first})"
+    return f"cannot be read ({first_line(error)})"

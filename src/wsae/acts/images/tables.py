@@ -16,7 +16,7 @@ from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.folders import SPLITS
 from wsae.acts.images.labels import checked_labels
 from wsae.acts.images.pixels import ImageError, decoded, middle_square, to_tensor
-from wsae.core.errors import UserError, nearest
+from wsae.core.errors import UserError, first_line, nearest
 from wsae.core.files import digest, sha256_file
 from wsae.core.hub import hub_reachable, quiet_hub
 
@@ -202,7 +202,7 @@ class TableImages:
         except MemoryError:
             raise
         except Exception as error:  # pyarrow's own, OSError, ValueError
-            raise ImageError(f"{where}: cannot be read ({_first(error)})", index) from error
+            raise ImageError(f"{where}: cannot be read ({first_line(error)})", index) from error
         path = cell.get("path") if isinstance(cell, Mapping) else None
         data = cell.get("bytes") if isinstance(cell, Mapping) else cell
         if isinstance(data, bytes):
@@ -243,7 +243,9 @@ def parquet_images(path: Path, cfg: ImagesConfig) -> TableImages:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Arrow's own, OSError, UnicodeDecodeError, ...
-        raise UserError(f"images {path}: not a readable parquet file ({_first(error)})") from error
+        raise UserError(
+            f"images {path}: not a readable parquet file ({first_line(error)})"
+        ) from error
     if not len(groups):
         raise UserError(f"images {path}: no rows in it")
     _check_kind(groups, path, cfg.image_field)
@@ -273,7 +275,7 @@ def hub_images(cfg: ImagesConfig) -> TableImages:
             table: Any = load_dataset(cfg.path, cfg.subset, split=split)
     except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
         raise UserError(
-            f"{where} it cannot be read ({type(error).__name__}: {_first(error)})"
+            f"{where} it cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
     columns = list(table.features)
     if cfg.image_field not in columns:
@@ -366,7 +368,3 @@ def _check_kind(groups: Groups, path: Path, field: str) -> None:
         raise UserError(
             f"images {path}: column {field!r} holds {kind}; image files' bytes are needed, or {{bytes, path}}"
         )
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
