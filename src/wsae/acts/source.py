@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wsae.acts.images.labels import MOST_CLASSES
 from wsae.acts.store import Store
 from wsae.acts.stream import ActivationSource, Batch, BatchStream, Chunk, ShuffledStream, State
-from wsae.acts.tally import SourceStats, Tally
+from wsae.acts.tally import MOST_CLASSES, SourceStats, Tally
 from wsae.acts.tokens import TokenTable
 from wsae.core.calls import numbers
 from wsae.core.errors import UserError

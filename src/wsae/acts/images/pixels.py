@@ -58,6 +58,24 @@ class ImageSet(Protocol):
         ...
 
 
+class DecodedImages:
+    """Images that are decoded when asked for: a subclass says how one is found."""
+
+    cfg: ImagesConfig
+
+    def decoded(self, index: int) -> Image.Image:
+        """Return an image as RGB, in its own size; raises ImageError naming it."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """Return an image as RGB, in its own size; raises ImageError naming it."""
+        return to_tensor(self.decoded(index))
+
+    def square(self, index: int) -> UInt8[Tensor, "3 size size"]:
+        """Return an image resized and cut; raises ImageError naming it."""
+        return to_tensor(middle_square(self.decoded(index), self.cfg, self.cfg.side))
+
+
 def decoded(source: bytes | Path, where: str, index: int) -> Image.Image:
     """Return an image in mode RGB, upright; raises ImageError for one that is missing, damaged, cut or far too large.
 
