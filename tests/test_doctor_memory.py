@@ -19,7 +19,7 @@ import json, sys, tempfile
 from pathlib import Path
 import numpy as np
 from wsae.acts.source import ArraySource
-from wsae.doctor import machine
+from wsae.doctor.cost import peak_memory
 from wsae.doctor.config import DoctorConfig
 from wsae.doctor.run import examine
 from wsae.train.config import TrainConfig
@@ -34,7 +34,7 @@ cfg = TrainConfig.parse(job["train"], where="test")
 doctor = DoctorConfig(train=cfg, data=str(place / "x.npy"), probe_seconds=1e-9)
 value = next(c["value"] for c in examine(doctor)["checks"] if c["name"] == "memory")
 train_run(cfg, ArraySource(place / "x.npy"), place / "run")
-print(json.dumps([value, machine.peak_memory()]))
+print(json.dumps([value, peak_memory()]))
 """
 UNITS = {"MB": 1e6, "GB": 1e9}
 

@@ -16,7 +16,6 @@ from wsae.acts.store import (
     Feed,
     Form,
     Ledger,
-    SplitWriter,
     Store,
     drop_ledger,
     finish,
@@ -26,6 +25,7 @@ from wsae.acts.store import (
     shard_name,
     skipped,
     unfinished,
+    write_halves,
 )
 from wsae.acts.tally import Tally
 from wsae.acts.text import Packer, Reading, documents, survey, told
@@ -77,10 +77,7 @@ def _run(flow: Flow, out: Path, ledger: Ledger, progress: Progress) -> None:
     wanted = {"heldout": cfg.heldout_tokens, "train": cfg.tokens}
     form = Form(cfg.store_dtype, cfg.shard_tokens, cfg.seq_len)
     feed = Feed(flow.hooks, flow.steps, form, _nothing(cfg), threaded=cfg.device != "cpu")
-    done = sum(state.rows for state in ledger.splits.values())
-    with progress("harvest", sum(wanted.values()), "tokens", done) as tick:
-        for split, rows in wanted.items():
-            ledger = SplitWriter(feed, out, ledger, split, tally).run(rows, tick)
+    ledger = write_halves(feed, out, ledger, tally, wanted, "tokens", progress)
     _finish(flow, out, ledger, tally)
 
 

@@ -28,7 +28,7 @@ from wsae.core.artifact import (
 from wsae.core.config import Config
 from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import drop, locked, read_json, read_sealed, seal, write_json, writing
-from wsae.core.progress import Tick
+from wsae.core.progress import Progress, Tick
 from wsae.core.tensors import MappedTensor, load_tensors, save_tensors
 from wsae.losses.config import OUTLIER_RATIO
 
@@ -555,6 +555,23 @@ class SplitWriter:
         row = (self._shard.rows if self._shard else 0) + error.row
         place = f"{self._name} shard {len(self._state.shard_rows)}, row {row} ({error.place})"
         return UserError(f"{error.hook}: NaN or infinite activation in {place}{error.FIX}")
+
+
+def write_halves(
+    feed: Feed,
+    out: Path,
+    ledger: Ledger,
+    tally: Tally,
+    wanted: dict[str, int],
+    unit: str,
+    progress: Progress,
+) -> Ledger:
+    """Write the rows of every half in `wanted` that are not there yet; return the ledger of all."""
+    done = sum(state.rows for state in ledger.splits.values())
+    with progress("harvest", sum(wanted.values()), unit, done) as tick:
+        for split, rows in wanted.items():
+            ledger = SplitWriter(feed, out, ledger, split, tally).run(rows, tick)
+    return ledger
 
 
 @contextlib.contextmanager

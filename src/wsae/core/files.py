@@ -190,11 +190,6 @@ def opened(path: Path) -> BufferedReader:
     return os.fdopen(handle, "rb")
 
 
-def check_regular(path: Path) -> None:
-    """Raise as `opened` does, for a file that a library opens by its name."""
-    opened(path).close()
-
-
 def growing(path: Path) -> FileIO:
     """Open one of our files, unbuffered, for adding to its end and for cutting it; made when it is not there.
 

@@ -23,11 +23,7 @@ from wsae.core.errors import UserError, named, understood
 from wsae.core.files import read_json
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.doctor import cost, probe
-from wsae.doctor import cost as machine
-from wsae.doctor import probe as activations
-from wsae.doctor import probe as shape
 from wsae.doctor.config import DoctorConfig
-from wsae.doctor.cost import check_memory, kernels_of, memory
 from wsae.doctor.probe import Check, report
 from wsae.train.config import FEW_STEPS, MemberConfig, TrainConfig
 
@@ -45,12 +41,12 @@ def check_shapes(cfg: DoctorConfig, widths: dict[str, int]) -> list[Check]:
     """Check each hook's width and every form of SAE on it."""
     checks: list[Check] = []
     for hook, d_in in widths.items():
-        checks.append(shape.check_width(hook, d_in, cfg.d_in))
+        checks.append(probe.check_width(hook, d_in, cfg.d_in))
         forms = {
             m.sae_config(d_in).model_dump_json() if _fits(m, d_in) else str(m.activation): m
             for m in cfg.train.members
         }
-        checks += [shape.check_member(hook, d_in, member) for member in forms.values()]
+        checks += [probe.check_member(hook, d_in, member) for member in forms.values()]
     return checks
 
 
@@ -91,18 +87,18 @@ def check_costs(
 
 def _check_memory(cfg: DoctorConfig, widths: list[int], live: Live | None) -> Check:
     saes = [m.sae_config(d) for d in widths for m in cfg.train.members]
-    held = machine.held_memory(cfg.device)
+    held = cost.held_memory(cfg.device)
     # a live model's first block exists twice: as the rows behind the statistics, and in the block
     mixing = 2 * 4 * live.mixed_rows * sum(widths) if live else 0
-    need = memory(
+    need = cost.memory(
         saes,
-        [kernels_of(cfg.train.kernels, cfg.device, sae) for sae in saes],
+        [cost.kernels_of(cfg.train.kernels, cfg.device, sae) for sae in saes],
         cfg.train.batch_size,
         bf16=cfg.train.dtype == "bfloat16",
         together=min(torch.get_num_threads(), len(cfg.train.members)),
     )
     need = need._replace(held=int(held), rows=mixing)
-    return check_memory(need, machine.free_memory(cfg.device) + held)
+    return cost.check_memory(need, cost.free_memory(cfg.device) + held)
 
 
 # The pre-flight of a language model, its text and its hook points; a store's rows against its
@@ -111,7 +107,7 @@ def _check_memory(cfg: DoctorConfig, widths: list[int], live: Live | None) -> Ch
 
 def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list[Check]:
     """Load the model, run a few sequences and a few training steps."""
-    checks = [machine.check_versions(), machine.check_device(cfg.device)]
+    checks = [cost.check_versions(), cost.check_device(cfg.device)]
     language = load_language(harvest.model, harvest.dtype, cfg.device)
     tick(1)
     checks += [_check_weights(language), _check_bos(language), *_check_text(harvest, language)]
@@ -133,7 +129,7 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     checks += check_costs(cfg, rows, behind_stats, Live(look.tokens_per_s, mixed))
     need = cost.store_bytes(harvest, [hook.d_in for hook in hooks])
     tick(1)
-    return [*checks, cost.check_disk(need, machine.free_disk(cfg.out))]
+    return [*checks, cost.check_disk(need, cost.free_disk(cfg.out))]
 
 
 def check_probed(probed: Probed, seq_len: int) -> list[Check]:
@@ -246,7 +242,7 @@ def _check_bos(language: LanguageModel) -> Check:
 
 def _check_text(harvest: HarvestConfig, language: LanguageModel) -> list[Check]:
     have = probe.text_size(harvest, language)
-    enough = shape.check_text(have.tokens, harvest.tokens, have.whole)
+    enough = probe.check_text(have.tokens, harvest.tokens, have.whole)
     return [enough, *(Check("text", "warn", line) for line in have.told)]
 
 
@@ -254,16 +250,16 @@ def _check_hook(
     cfg: DoctorConfig, harvest: HarvestConfig, look: probe.Probe, hook: HookPoint
 ) -> Iterable[Check]:
     rows = look.rows(hook.name)
-    finite = activations.check_finite(hook.name, look.x[hook.name].flatten(0, 1))
+    finite = probe.check_finite(hook.name, look.x[hook.name].flatten(0, 1))
     if finite.status == "fail":
         return [finite]
     variance = rows.double().var(0, correction=0)
     gammas = [member.gamma for member in cfg.train.members]
     return [
         finite,
-        activations.check_sinks(hook.name, look.x[hook.name], look.kept),
-        *activations.check_outliers(hook.name, variance, gammas),
-        *activations.check_rounding(hook.name, rows, harvest.store_dtype),
+        probe.check_sinks(hook.name, look.x[hook.name], look.kept),
+        *probe.check_outliers(hook.name, variance, gammas),
+        *probe.check_rounding(hook.name, rows, harvest.store_dtype),
     ]
 
 
@@ -293,7 +289,7 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
 
     Of a store also what can be wrong in it, and a few of its rows against those of its model.
     """
-    checks = [machine.check_versions(), machine.check_device(cfg.device)]
+    checks = [cost.check_versions(), cost.check_device(cfg.device)]
     try:
         source = open_source(path)
         stats = source.stats(progress)
@@ -315,9 +311,9 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
     for hook, x in batch.items():
         gammas = [member.gamma for member in cfg.train.members]
         variance = stats[hook].kept.variance
-        checks += [activations.check_constant(hook, variance), _check_norms(hook, x)]
-        checks += activations.check_outliers(hook, variance, gammas)
-        checks += activations.check_rounding(hook, x, "float32")
+        checks += [probe.check_constant(hook, variance), _check_norms(hook, x)]
+        checks += probe.check_outliers(hook, variance, gammas)
+        checks += probe.check_rounding(hook, x, "float32")
     return checks + check_costs(cfg, batch, rows, None)
 
 
@@ -354,7 +350,7 @@ def _check_made(store: Store) -> Check:
 def _check_norms(hook: str, x: Float[Tensor, "rows d_in"]) -> Check:
     norm = x.double().norm(dim=1)
     ratio = float(norm.max()) / max(float(norm.median()), 1e-300)
-    if ratio > activations.SINK_RATIO:
+    if ratio > probe.SINK_RATIO:
         fix = "attention sinks are among them: harvest with --sink-norm-ratio 10"
         return Check(f"norms at {hook}", "warn", f"the largest is {ratio:.3g} x the median", fix)
     return Check(f"norms at {hook}", "ok", f"the largest is {ratio:.3g} x the median")
@@ -420,7 +416,7 @@ def _is_run(path: str) -> bool:
 
 def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check]:
     """Check a run: its files, how long it was trained, the data it is of, and what its evaluation says."""
-    checks = [machine.check_versions(), machine.check_device(cfg.device)]
+    checks = [cost.check_versions(), cost.check_device(cfg.device)]
     try:
         manifest = read_manifest(path, "run")
         config = read_json(Path(path) / "config.json")

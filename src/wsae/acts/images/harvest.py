@@ -23,7 +23,6 @@ from wsae.acts.store import (
     Feed,
     Form,
     Ledger,
-    SplitWriter,
     Store,
     drop_ledger,
     finish,
@@ -33,6 +32,7 @@ from wsae.acts.store import (
     refuse_other,
     shard_name,
     unfinished,
+    write_halves,
 )
 from wsae.acts.tally import Tally
 from wsae.acts.text import Position
@@ -41,7 +41,7 @@ from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
-from wsae.core.tensors import load_tensors, save_tensors
+from wsae.core.tensors import save_tensors
 
 # What a page shows of an image: its class and a thumbnail.
 
@@ -233,10 +233,7 @@ def _run(flow: ImageFlow, out: Path, ledger: Ledger, progress: Progress) -> None
             f"images {cfg.images.path}: {len(flow.order['heldout'])} images, all held out, leave none to train on; "
             "give more images or lower heldout_fraction"
         )
-    done = sum(state.rows for state in ledger.splits.values())
-    with progress("harvest", sum(wanted.values()), "rows", done) as tick:
-        for split, rows in wanted.items():
-            ledger = SplitWriter(feed, out, ledger, split, tally).run(rows, tick)
+    ledger = write_halves(feed, out, ledger, tally, wanted, "rows", progress)
     _finish(flow, out, ledger, tally)
 
 
@@ -303,8 +300,3 @@ def store_images(store: Store) -> ImageSet:
     if images.digest() != store.manifest.inputs["images"]:
         raise UserError(f"images {cfg.images.path}: not those that {store.path} was made from")
     return images
-
-
-def image_numbers(store: Store, split: str) -> dict[str, Tensor]:
-    """Return the images of a split: `images` read and `skipped` (int64), and `labels` of those read where known."""
-    return load_tensors(store.path / split / IMAGES)
