@@ -12,16 +12,16 @@ from wsae.acts.hookpoints import (
     BeyondTableError,
     HookPoint,
     Inputs,
-    Layout,
     Modality,
     Probing,
+    RowLayout,
     probe,
     put_back,
     taken,
     text_config,
     watch,
 )
-from wsae.acts.names import Place
+from wsae.acts.names import HookPlace
 from wsae.core.errors import UserError, first_line
 
 # How language models are probed: sequences of tokens, and where batch and positions lie in a
@@ -83,7 +83,7 @@ def tokens(seq_len: int | None = None) -> Modality:
     )
 
 
-def _token_layouts(first: Tensor, other: Tensor, given: Probing) -> list[Layout]:
+def _token_layouts(first: Tensor, other: Tensor, given: Probing) -> list[RowLayout]:
     """Return the layouts under which the axes that changed between two inputs are batch and positions."""
     (b1, s1), (b2, s2) = (next(iter(i.values())).shape for i in (given.first, given.other))
     if first.ndim != other.ndim or first.ndim < 2:
@@ -305,7 +305,7 @@ def with_rows(hook: HookPoint, value: Any, rows: Float[Tensor, "batch seq _"]) -
 @contextlib.contextmanager
 def replaced(model: nn.Module, hook: HookPoint, swap: Callable[[Any], Any]) -> Iterator[None]:
     """Within the context, `swap(value)` takes the place of what the module gives, or takes."""
-    handle = watch(model, Place(hook.path, hook.side), lambda _place, value: swap(value))
+    handle = watch(model, HookPlace(hook.path, hook.side), lambda _place, value: swap(value))
     try:
         yield
     finally:
@@ -318,7 +318,9 @@ def _watched(
 ) -> Iterator[None]:
     handles = [
         watch(
-            model, Place(hook.path, hook.side), lambda _place, value, hook=hook: keep(hook, value)
+            model,
+            HookPlace(hook.path, hook.side),
+            lambda _place, value, hook=hook: keep(hook, value),
         )
         for hook in hooks
     ]

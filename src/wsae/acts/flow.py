@@ -127,7 +127,7 @@ class NonFiniteError(UserError):
         super().__init__(f"{hook}: NaN or infinite activation at {place}{self.FIX}")
 
 
-class _Pass(NamedTuple):
+class _Captured(NamedTuple):
     """What the model gave for one batch: rows in float32, and the reasons known without them."""
 
     acts: dict[str, Float[Tensor, "tokens _"]]
@@ -146,7 +146,7 @@ class Flow:
         self, cfg: HarvestConfig, language: LanguageModel, keep_on: torch.device | str = "cpu"
     ) -> None:
         self.cfg, self.language, self.keep_on = cfg, language, torch.device(keep_on)
-        self._first: _Pass | None = None
+        self._first: _Captured | None = None
         lower = "--batch-seqs or --seq-len"
         with explained("running the model", self._probe_buffers, lower), one_pass():
             self.probed = probe(language.model, cfg.hooks, tokens(cfg.seq_len))
@@ -182,7 +182,7 @@ class Flow:
         while batch := tuple(islice(sequences, self.cfg.batch_seqs)):
             yield batch
 
-    def _run(self, batch: tuple[TokenSequence, ...]) -> _Pass:
+    def _run(self, batch: tuple[TokenSequence, ...]) -> _Captured:
         ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
         lengths = torch.tensor([s.length for s in batch])
         if (first := self._first) and _same((first.ids, first.lengths), (ids, lengths)):
@@ -195,7 +195,7 @@ class Flow:
             with one_pass():
                 acts = self.capture(ids.to(device), None if full else mask.to(device))
             flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
-        return _Pass(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
+        return _Captured(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
 
     def _probe_buffers(self) -> list[Buffer]:
         rows = self.cfg.seq_len

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from wsae.acts.loading import refuse_unloaded
-from wsae.acts.names import Place, Side, canonical_names, match, natural_key, short_name
+from wsae.acts.names import HookPlace, Side, canonical_names, match, natural_key, short_name
 from wsae.core.errors import UserError
 from wsae.core.memory import is_out_of_memory
 
@@ -33,7 +33,7 @@ _THIN = 4096
 
 
 @runtime_checkable
-class Layout(Protocol):
+class RowLayout(Protocol):
     """Where batch and positions lie in a tensor."""
 
     def rows(self, x: Tensor, size: tuple[int, ...]) -> Tensor | None:
@@ -60,7 +60,7 @@ class Modality(NamedTuple):
 
     inputs: Callable[[nn.Module], Probing]
     """Inputs for a probe, on the model's device."""
-    layouts: Callable[[Tensor, Tensor, Probing], list[Layout]]
+    layouts: Callable[[Tensor, Tensor, Probing], list[RowLayout]]
     """The layouts that the same tensor in `first` and in `other` allows."""
     wanted: str
     """The shapes that can be, in words."""
@@ -77,7 +77,7 @@ class HookPoint(NamedTuple):
     path: str
     d_in: int
     order: int
-    layout: Layout
+    layout: RowLayout
     side: Side = "output"
     item: Item = None
     positions: int = 1
@@ -213,11 +213,11 @@ def text_config(model: nn.Module) -> Any:
     return text() if callable(text) else config
 
 
-def _named(names: dict[str, str], place: Place) -> str:
+def _named(names: dict[str, str], place: HookPlace) -> str:
     return names[place.path] + (".input" if place.side == "input" else "")
 
 
-def _running(group: list[Place], fired: dict[Place, list["_Firing"]]) -> list[Place]:
+def _running(group: list[HookPlace], fired: dict[HookPlace, list["_Firing"]]) -> list[HookPlace]:
     """Return the places of one pattern, without those of towers that do not run where another does.
 
     Raises UserError where modules of one short name run in several.
@@ -251,11 +251,11 @@ class _Firing(NamedTuple):
     """Why there is none."""
 
 
-class _Pass(NamedTuple):
+class _ProbePass(NamedTuple):
     """What one forward pass gave."""
 
     inputs: Inputs
-    fired: dict[Place, list[_Firing]]
+    fired: dict[HookPlace, list[_Firing]]
     output: object
     tables: list[tuple[Tensor, int]]
     """Indices that were looked up in tables of vectors, and the rows that each table has."""
@@ -269,10 +269,10 @@ class _Pass(NamedTuple):
 class _Runs(NamedTuple):
     """The passes of a probe."""
 
-    first: _Pass
-    again: _Pass
-    changed: _Pass
-    other: _Pass
+    first: _ProbePass
+    again: _ProbePass
+    changed: _ProbePass
+    other: _ProbePass
 
 
 class BeyondTableError(IndexError):
@@ -310,15 +310,15 @@ class _AllSeenError(Exception):
 class _Passes:
     """Runs a model and notes what its places give."""
 
-    def __init__(self, model: nn.Module, places: set[Place], modality: Modality) -> None:
+    def __init__(self, model: nn.Module, places: set[HookPlace], modality: Modality) -> None:
         self.model, self.places, self.modality = model, places, modality
 
-    def run(self, inputs: Inputs, thin: bool = False, whole: bool = True) -> _Pass:
+    def run(self, inputs: Inputs, thin: bool = False, whole: bool = True) -> _ProbePass:
         """Run the model once, or until every place has run; `thin` keeps some values of each tensor only."""
-        fired: dict[Place, list[_Firing]] = {place: [] for place in self.places}
+        fired: dict[HookPlace, list[_Firing]] = {place: [] for place in self.places}
         count = 0
 
-        def note(place: Place, value: object) -> None:
+        def note(place: HookPlace, value: object) -> None:
             nonlocal count
             count += 1
             fired[place].append(_firing(count, value, thin))
@@ -339,10 +339,10 @@ class _Passes:
         finally:
             for handle in handles:
                 handle.remove()
-        return _Pass(inputs, fired, output, lookups.seen)
+        return _ProbePass(inputs, fired, output, lookups.seen)
 
 
-def watch(model: nn.Module, place: Place, note: Callable[[Place, Any], Any]) -> Any:
+def watch(model: nn.Module, place: HookPlace, note: Callable[[HookPlace, Any], Any]) -> Any:
     """Call `note(place, value)` whenever the place runs; returns the handle.
 
     The value is the output; of an input the positional arguments, or the keyword arguments where none of the positional
@@ -399,7 +399,7 @@ def _check_firings(name: str, firings: list[_Firing]) -> None:
         )
 
 
-def _run_long(passes: _Passes, given: Probing) -> _Pass:
+def _run_long(passes: _Passes, given: Probing) -> _ProbePass:
     """Run the input of full length; where that fails, a short one tells whether there are too few positions."""
     assert given.long is not None
     try:
@@ -420,7 +420,7 @@ class _Found:
         self.given, self.modality, self.runs = given, modality, runs
         self._sees_later = False
 
-    def hook(self, name: str, place: Place) -> HookPoint:
+    def hook(self, name: str, place: HookPlace) -> HookPoint:
         """Return the hook point; raises UserError when its rows are not what they should be."""
         side = place.side
         firings = []
@@ -446,7 +446,7 @@ class _Found:
 
     def _arranged(
         self, name: str, side: Side, first: Tensor, changed: Tensor, other: Tensor
-    ) -> tuple[Layout, Tensor]:
+    ) -> tuple[RowLayout, Tensor]:
         """Return the layout that stands the trial, and the first pass's rows."""
         trouble = self._no_rows(first)
         for layout in self.modality.layouts(first, other, self.given):
@@ -543,10 +543,10 @@ def _field(output: object, key: str) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
-def _check_long(hooks: list[HookPoint], first: _Pass, again: _Pass) -> None:
+def _check_long(hooks: list[HookPoint], first: _ProbePass, again: _ProbePass) -> None:
     """Compare two passes of full length: some models choose positions at random only there."""
     for hook in hooks:
-        place = Place(hook.path, hook.side)
+        place = HookPlace(hook.path, hook.side)
         a, b = (run.fired[place][0].seen for run in (first, again))
         value = taken(first.fired[place][0].value, hook.item)
         if hook.layout.rows(value, first.size) is None:

@@ -83,20 +83,20 @@ ICONV = (
 )
 
 
-class Named(NamedTuple):
+class FileKind(NamedTuple):
     """What a file's name says: how it is packed ("": not) and its kind (None: unknown)."""
 
     packing: str
     kind: str | None
 
 
-def named(path: Path) -> Named:
+def named(path: Path) -> FileKind:
     """Return what the name of a file says."""
     name = path.name.lower()
     last = Path(name).suffix
     packing = PACKED.get(last, "")
     inner = Path(name).stem if packing else name
-    return Named(packing, (DATA | PROSE).get(Path(inner).suffix))
+    return FileKind(packing, (DATA | PROSE).get(Path(inner).suffix))
 
 
 def records(path: Path, field: str) -> Iterator[Record]:

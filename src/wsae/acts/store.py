@@ -188,7 +188,7 @@ def shard_name(split: str, hook: str | None, number: int) -> str:
     )
 
 
-class Form(NamedTuple):
+class ShardForm(NamedTuple):
     """What a store's shards look like."""
 
     dtype: str
@@ -229,7 +229,7 @@ class ShardWriter:
     """Writes one shard of every hook and of any token ids; all files appear at `finish`, none after `abort`."""
 
     def __init__(
-        self, out: Path, split: str, number: int, hooks: dict[str, int], form: Form
+        self, out: Path, split: str, number: int, hooks: dict[str, int], form: ShardForm
     ) -> None:
         self._out, self._dtype = out, DTYPES[form.dtype]
         self._names: list[str] = []
@@ -475,7 +475,7 @@ class Feed(NamedTuple):
     hooks: dict[str, int]
     steps: Callable[[bool, Position], Iterator[Step]]
     """(held out?, where to begin) -> steps until the data end."""
-    form: Form
+    form: ShardForm
     nothing: str
     """What to say when a half has no row at all; "{split}" stands for its name."""
     threaded: bool

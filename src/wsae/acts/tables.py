@@ -32,7 +32,7 @@ _MASK = "attention_mask"
 _MISSING = object()
 
 
-class Message(NamedTuple):
+class Turn(NamedTuple):
     """One turn of a conversation."""
 
     role: str
@@ -44,7 +44,7 @@ class Content(NamedTuple):
 
     text: str
     ids: np.ndarray | None = None
-    messages: tuple[Message, ...] = ()
+    messages: tuple[Turn, ...] = ()
     note: str = ""
     """What of it was not read."""
 
@@ -197,7 +197,7 @@ def _conversation(value: list[dict[str, object]], field: str, where: str) -> Con
             raise UserError(f"{where}: a message whose content is a {type(content).__name__}")
         texts = [t for part in parts if (t := _part(part)) is not None]
         whole &= len(texts) == len(parts) and not turn.get("tool_calls")
-        messages.append(Message(role, whole_text("\n".join(texts), where)))
+        messages.append(Turn(role, whole_text("\n".join(texts), where)))
     text = "\n".join(f"{message.role}: {message.content}" for message in messages)
     return Content(text, messages=tuple(messages), note="" if whole else NO_TEXT_PARTS)
 

@@ -14,7 +14,7 @@ from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import KEPT, SkipRule
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.language import LanguageModel
-from wsae.acts.text import Packer, Reading, Repeats, documents, is_heldout, told
+from wsae.acts.text import Packer, Repeats, TextCounts, documents, is_heldout, told
 from wsae.core.errors import UserError
 from wsae.losses.config import GammaConfig
 from wsae.losses.gamma import gamma_from_proxy
@@ -283,7 +283,7 @@ def text_size(
     """Estimate the training tokens of the text, reading it for at most `seconds`."""
     end = time.monotonic() + seconds
     chars, given, sample, taken, whole = 0, 0, [], 0, True
-    reading, repeats = Reading(), Repeats()
+    reading, repeats = TextCounts(), Repeats()
     for document in documents(cfg.text, reading=reading):
         chars += len(document.text)
         given += 0 if document.ids is None else len(document.ids)

@@ -30,7 +30,7 @@ from wsae.train.config import FEW_STEPS, MemberConfig, TrainConfig
 # The planned SAEs: do their shapes fit, and what will they take of memory and time?
 
 
-class Live(NamedTuple):
+class LiveCost(NamedTuple):
     """What training from a model adds: the speed of its forward pass, and the rows that wait to be mixed."""
 
     tokens_per_s: float
@@ -62,7 +62,7 @@ def check_costs(
     cfg: DoctorConfig,
     sample: dict[str, Float[Tensor, "rows _"]],
     rows: int,
-    live: Live | None,
+    live: LiveCost | None,
 ) -> list[Check]:
     """Check covariances, memory and time of the planned training, when its shapes fit the sample.
 
@@ -85,7 +85,7 @@ def check_costs(
     return [*checks, cost.check_time(cfg.train, per_step, live and live.tokens_per_s)]
 
 
-def _check_memory(cfg: DoctorConfig, widths: list[int], live: Live | None) -> Check:
+def _check_memory(cfg: DoctorConfig, widths: list[int], live: LiveCost | None) -> Check:
     saes = [m.sae_config(d) for d in widths for m in cfg.train.members]
     held = cost.held_memory(cfg.device)
     # a live model's first block exists twice: as the rows behind the statistics, and in the block
@@ -126,7 +126,7 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     rows = {hook.name: look.rows(hook.name) for hook in hooks}
     mixed = min(LiveConfig().shuffle_tokens, harvest.tokens)
     behind_stats = min(LiveConfig().stats_tokens, harvest.tokens)
-    checks += check_costs(cfg, rows, behind_stats, Live(look.tokens_per_s, mixed))
+    checks += check_costs(cfg, rows, behind_stats, LiveCost(look.tokens_per_s, mixed))
     need = cost.store_bytes(harvest, [hook.d_in for hook in hooks])
     tick(1)
     return [*checks, cost.check_disk(need, cost.free_disk(cfg.out))]

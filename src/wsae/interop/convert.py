@@ -21,7 +21,7 @@ from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import FORMATS, FormatName, Provenance, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
-from wsae.interop.format import THROUGH_SAELENS, Foreign, Format, Named, Reader
+from wsae.interop.format import THROUGH_SAELENS, Foreign, Format, NamedTensors, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
 from wsae.interop.saelens import SAELENS
 from wsae.interop.sparsify import SPARSIFY
@@ -294,13 +294,13 @@ def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder, "sae" if kind == "sae" else "export")
 
 
-def _held(name: str, tensor: Tensor, named: Named) -> bool:
+def _held(name: str, tensor: Tensor, named: NamedTensors) -> bool:
     """Return whether the other tool's file gives this tensor back to the bit."""
     found = getattr(named, name, None) if name != "threshold" else None
     return found is not None and torch.equal(found, tensor.cpu())
 
 
-def _restored(manifest: Manifest, named: Named, folder: Path) -> SparseAutoencoder:
+def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAutoencoder:
     """Return the SAE an export was made from, bit for bit."""
     config: Any = manifest.config.get("sae")
     if not isinstance(config, dict) or SIDE not in manifest.files:

@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "valid", "validation", "test")
 _SAMPLES = 256
 
 
-class Texts:
+class PackedTexts:
     """Many short strings in two arrays: processes that share them copy nothing."""
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -46,7 +46,7 @@ class FolderImages(DecodedImages):
         self.names = tuple(sorted({name for name, _ in found if name}))
         numbers = {name: number for number, name in enumerate(self.names)}
         found.sort()
-        self._paths = Texts([path for _, path in found])
+        self._paths = PackedTexts([path for _, path in found])
         self.labels = (
             np.array([numbers[name] for name, _ in found], dtype=np.int64) if self.names else None
         )

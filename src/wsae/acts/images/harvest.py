@@ -21,8 +21,8 @@ from wsae.acts.store import (
     IMAGES,
     SPLITS,
     Feed,
-    Form,
     Ledger,
+    ShardForm,
     Store,
     drop_ledger,
     finish,
@@ -224,7 +224,7 @@ def _inputs(cfg: ImageHarvestConfig, images: ImageSet) -> dict[str, str]:
 def _run(flow: ImageFlow, out: Path, ledger: Ledger, progress: Progress) -> None:
     cfg = flow.cfg
     tally = ledger.tally(out, flow.hooks, flow.n_classes)
-    form = Form(cfg.store_dtype, cfg.shard_rows, seq_len=None)
+    form = ShardForm(cfg.store_dtype, cfg.shard_rows, seq_len=None)
     nothing = f"images {cfg.images.path}: none of the {{split}} images can be read"
     feed = Feed(flow.hooks, flow.steps, form, nothing, threaded=cfg.device != "cpu")
     wanted = {split: len(flow.order[split]) * flow.positions for split in ("heldout", "train")}

@@ -107,7 +107,7 @@ def batches(
     chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     if isinstance(images, ArrayImages) and images.as_they_are:
         workers = 0  # handing them over would cost more than reading them
-    for part in _read(_Reader(images, chunks), workers):
+    for part in _read(_BatchReader(images, chunks), workers):
         for index, message in part.failed:
             failures.add(index, message)
         yield part.index, part.squares
@@ -122,7 +122,7 @@ class _Part:
     failed: list[tuple[int, str]]
 
 
-class _Reader(Dataset[_Part]):
+class _BatchReader(Dataset[_Part]):
     """Whole batches by number: what a worker process reads at a time."""
 
     def __init__(self, images: ImageSet, chunks: Sequence[np.ndarray]) -> None:
@@ -147,7 +147,7 @@ class _Reader(Dataset[_Part]):
         return _Part(np.array(kept, dtype=index.dtype), stacked, failed)
 
 
-def _read(reader: _Reader, workers: int) -> Iterator[_Part]:
+def _read(reader: _BatchReader, workers: int) -> Iterator[_Part]:
     """Return every batch in order, read by worker processes where there is more than one."""
     if not workers or len(reader) < 2:
         return (reader[number] for number in range(len(reader)))
