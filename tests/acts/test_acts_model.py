@@ -29,7 +29,7 @@ from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import REASONS, SkipRule, count_reasons
 from wsae.acts.hookpoints import HookPoint, probe, taken
 from wsae.acts.language import load_language
-from wsae.acts.names import Place, among, canonical_names, hook_name, match
+from wsae.acts.names import HookPlace, among, canonical_names, hook_name, match
 from wsae.acts.text import REFUSED, Packer, Position, documents
 from wsae.acts.tokens import decode_table
 from wsae.core.errors import UserError
@@ -63,10 +63,14 @@ def test_names_start_before_the_first_number_and_collisions_keep_the_full_path()
 
 def test_a_star_does_not_cross_a_dot_and_order_is_natural():
     paths = [f"model.layers.{i}{tail}" for i in range(12) for tail in ("", ".mlp", ".mlp.up")]
-    assert match("layers.*", paths) == [Place(f"model.layers.{i}") for i in range(12)]
-    assert match("layers.1*.mlp", paths) == [Place(f"model.layers.{i}.mlp") for i in (1, 10, 11)]
-    assert match("model.layers.9", paths) == match("layers.9", paths) == [Place("model.layers.9")]
-    assert match("9.mlp", paths) == [Place("model.layers.9.mlp")]
+    assert match("layers.*", paths) == [HookPlace(f"model.layers.{i}") for i in range(12)]
+    assert match("layers.1*.mlp", paths) == [
+        HookPlace(f"model.layers.{i}.mlp") for i in (1, 10, 11)
+    ]
+    assert (
+        match("model.layers.9", paths) == match("layers.9", paths) == [HookPlace("model.layers.9")]
+    )
+    assert match("9.mlp", paths) == [HookPlace("model.layers.9.mlp")]
 
 
 @pytest.mark.parametrize(

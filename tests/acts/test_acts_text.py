@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from wsae.acts.config import HarvestConfig, TextConfig
-from wsae.acts.text import Reading, documents, fingerprint, is_heldout, told
+from wsae.acts.text import TextCounts, documents, fingerprint, is_heldout, told
 from wsae.acts.tokens import TokenTable, alone, decode_table, joined, owner_of, texts_json, texts_of
 from wsae.core.errors import UserError
 
@@ -195,7 +195,7 @@ def test_csv_cells_may_hold_lines_quotes_and_long_texts(tmp_path):
 
 
 def counted(path, **options) -> tuple[list[str], dict]:
-    reading = Reading()
+    reading = TextCounts()
     found = documents(TextConfig(path=str(path), **options), reading=reading)
     return [d.text for d in found], reading.info()
 

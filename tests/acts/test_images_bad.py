@@ -129,13 +129,13 @@ def test_a_random_choice_of_patches_is_refused():
     found = vision(ViTMAEModel(ViTMAEConfig(**small, **sides)))  # pyright: ignore
     for hook in ("embeddings", "layers.1"):
         with pytest.raises(UserError, match="a random choice of positions"):
-            probe(found.model, [hook], found.manner(32, 32))
+            probe(found.model, [hook], found.modality(32, 32))
 
 
 def test_windows_are_no_images_and_a_mean_over_positions_is_one_row():
     sides = {"image_size": 32, "patch_size": 4, "window_size": 4}
     found = vision(SwinModel(SwinConfig(**sides, embed_dim=8, depths=[1, 1], num_heads=[2, 2])))  # pyright: ignore
     with pytest.raises(UserError, match=r"its output is \(12, 16, 8\), not \[batch, width\]"):
-        probe(found.model, ["layers.0.blocks.0.attention"], found.manner(32, 32))
-    (pooled,) = probe(found.model, ["pooler"], found.manner(32, 32)).hooks
+        probe(found.model, ["layers.0.blocks.0.attention"], found.modality(32, 32))
+    (pooled,) = probe(found.model, ["pooler"], found.modality(32, 32)).hooks
     assert (pooled.d_in, pooled.positions) == (16, 1)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from wsae.acts.images import tables as rowgroups
 from wsae.acts.images.config import ImagesConfig
-from wsae.acts.images.sets import Failures, ImageError, batches, open_images, originals
+from wsae.acts.images.sets import Failures, ImageError, batches, open_images
 from wsae.core.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -224,12 +224,6 @@ def test_batches_keep_the_order_and_leave_out_what_cannot_be_read(tmp_path, work
     assert re.search(r"6 unreadable: .*\.png: .*; .* and 1 more$", failures.summary())
     with pytest.raises(ImageError, match=r"\.png: "):
         list(batches(images, order, 5, workers))
-    whole = [
-        (i, x.shape)
-        for index, xs in originals(images, order, 5, workers, Failures("skip"))
-        for i, x in zip(index.tolist(), xs, strict=True)
-    ]
-    assert whole == [(i, (3, 9, 7)) for i in kept]
 
 
 def _unreadable(images, index) -> bool:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from wsae import SparseAutoencoder, UserError
 from wsae.core.torchfile import load_state, save_state
 from wsae.interop import Provenance, load, save
-from wsae.interop.format import Named, assemble, centred, log_threshold, uncentred, unit_rows
+from wsae.interop.format import NamedTensors, assemble, centred, log_threshold, uncentred, unit_rows
 from wsae.interop.saebench import SAEBenchSAE
 from wsae.sae import SAEConfig, make_activation
 
@@ -111,7 +111,9 @@ def test_kinds_without_an_equal_are_refused_before_anything_is_written(tmp_path,
 def test_folding_is_algebra():
     """Of the three foldings, the equations they stand for, in fp64."""
     g = torch.Generator().manual_seed(0)
-    weights = Named(*(torch.randn(s, generator=g) for s in ((4, 7), (7, 4), (7,), (4,), (7,))))
+    weights = NamedTensors(
+        *(torch.randn(s, generator=g) for s in ((4, 7), (7, 4), (7,), (4,), (7,)))
+    )
     x = torch.randn(9, 4, generator=g)
     raw = x @ weights.W_enc + weights.b_enc
     moved = centred(weights)
@@ -130,7 +132,7 @@ def test_thresholds_of_zero_and_below_act_as_zero_exactly():
     assert levels[:2].tolist() == [0.0, 0.0]
     torch.testing.assert_close(levels[2:], torch.tensor([0.5, 1e-30]), rtol=1e-5, atol=0)
     cfg = SAEConfig(d_in=1, d_sae=2, activation=make_activation("jumprelu"))
-    weights = Named(torch.ones(1, 2), torch.ones(2, 1), torch.zeros(2), torch.zeros(1))
+    weights = NamedTensors(torch.ones(1, 2), torch.ones(2, 1), torch.zeros(2), torch.zeros(1))
     sae = assemble(cfg, weights, {"log_threshold": log_threshold(torch.tensor([0.0, 1e-3]))})
     assert sae.encode(torch.tensor([[1e-20]])).tolist() == [[pytest.approx(1e-20), 0.0]]
 

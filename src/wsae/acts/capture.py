@@ -12,17 +12,17 @@ from wsae.acts.hookpoints import (
     BeyondTableError,
     HookPoint,
     Inputs,
-    Layout,
-    Manner,
+    Modality,
     Probing,
+    RowLayout,
     probe,
     put_back,
     taken,
     text_config,
     watch,
 )
-from wsae.acts.names import Place
-from wsae.core.errors import UserError
+from wsae.acts.names import HookPlace
+from wsae.core.errors import UserError, first_line
 
 # How language models are probed: sequences of tokens, and where batch and positions lie in a
 # tensor.
@@ -72,9 +72,9 @@ class TokenLayout(NamedTuple):
         return f"batch on axis {self.batch}, sequence on axis {self.position}"
 
 
-def tokens(seq_len: int | None = None) -> Manner:
+def tokens(seq_len: int | None = None) -> Modality:
     """Return how language models are probed; `seq_len` is the length of the sequences to come, where it is known."""
-    return Manner(
+    return Modality(
         lambda model: _token_inputs(model, seq_len),
         _token_layouts,
         "[batch, sequence, width]",
@@ -83,7 +83,7 @@ def tokens(seq_len: int | None = None) -> Manner:
     )
 
 
-def _token_layouts(first: Tensor, other: Tensor, given: Probing) -> list[Layout]:
+def _token_layouts(first: Tensor, other: Tensor, given: Probing) -> list[RowLayout]:
     """Return the layouts under which the axes that changed between two inputs are batch and positions."""
     (b1, s1), (b2, s2) = (next(iter(i.values())).shape for i in (given.first, given.other))
     if first.ndim != other.ndim or first.ndim < 2:
@@ -192,9 +192,8 @@ def _explain_tokens(model: nn.Module, error: Exception, inputs: Inputs) -> UserE
         return _too_long(seq, error.limit, says)
     if known and seq > known[1]:
         return _too_long(seq, known[1], says)
-    first = (str(error).strip().splitlines() or ["no reason given"])[0]
     return UserError(
-        f"model: does not run on {batch} sequences of {seq} tokens ({type(error).__name__}: {first}); "
+        f"model: does not run on {batch} sequences of {seq} tokens ({type(error).__name__}: {first_line(error)}); "
         "it may not be a language model that reads token ids alone"
     )
 
@@ -306,7 +305,7 @@ def with_rows(hook: HookPoint, value: Any, rows: Float[Tensor, "batch seq _"]) -
 @contextlib.contextmanager
 def replaced(model: nn.Module, hook: HookPoint, swap: Callable[[Any], Any]) -> Iterator[None]:
     """Within the context, `swap(value)` takes the place of what the module gives, or takes."""
-    handle = watch(model, Place(hook.path, hook.side), lambda _place, value: swap(value))
+    handle = watch(model, HookPlace(hook.path, hook.side), lambda _place, value: swap(value))
     try:
         yield
     finally:
@@ -319,7 +318,9 @@ def _watched(
 ) -> Iterator[None]:
     handles = [
         watch(
-            model, Place(hook.path, hook.side), lambda _place, value, hook=hook: keep(hook, value)
+            model,
+            HookPlace(hook.path, hook.side),
+            lambda _place, value, hook=hook: keep(hook, value),
         )
         for hook in hooks
     ]

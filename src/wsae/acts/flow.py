@@ -118,19 +118,16 @@ class Step(NamedTuple):
 
 
 class NonFiniteError(UserError):
-    """A NaN or infinite activation; `row` counts the kept rows before it in its step."""
+    """A NaN or infinite activation; `row` counts the kept rows before it in its step, `place` says where it came up."""
 
-    MEND = "; check the model's weights, or run it with --dtype float32"
+    FIX = "; check the model's weights, or run it with --dtype float32"
 
-    def __init__(self, hook: str, place: tuple[str, int, int, int], row: int) -> None:
-        kind, number, pos, dim = place
-        self.row = row
-        self.place = f"{kind} {number}, position {pos}, dimension {dim}"
-        self.hook = hook
-        super().__init__(f"{hook}: NaN or infinite activation at {self.place}{self.MEND}")
+    def __init__(self, hook: str, place: str, row: int) -> None:
+        self.hook, self.place, self.row = hook, place, row
+        super().__init__(f"{hook}: NaN or infinite activation at {place}{self.FIX}")
 
 
-class _Pass(NamedTuple):
+class _Captured(NamedTuple):
     """What the model gave for one batch: rows in float32, and the reasons known without them."""
 
     acts: dict[str, Float[Tensor, "tokens _"]]
@@ -149,7 +146,7 @@ class Flow:
         self, cfg: HarvestConfig, language: LanguageModel, keep_on: torch.device | str = "cpu"
     ) -> None:
         self.cfg, self.language, self.keep_on = cfg, language, torch.device(keep_on)
-        self._first: _Pass | None = None
+        self._first: _Captured | None = None
         lower = "--batch-seqs or --seq-len"
         with explained("running the model", self._probe_buffers, lower), one_pass():
             self.probed = probe(language.model, cfg.hooks, tokens(cfg.seq_len))
@@ -185,7 +182,7 @@ class Flow:
         while batch := tuple(islice(sequences, self.cfg.batch_seqs)):
             yield batch
 
-    def _run(self, batch: tuple[TokenSequence, ...]) -> _Pass:
+    def _run(self, batch: tuple[TokenSequence, ...]) -> _Captured:
         ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
         lengths = torch.tensor([s.length for s in batch])
         if (first := self._first) and _same((first.ids, first.lengths), (ids, lengths)):
@@ -198,7 +195,7 @@ class Flow:
             with one_pass():
                 acts = self.capture(ids.to(device), None if full else mask.to(device))
             flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
-        return _Pass(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
+        return _Captured(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
 
     def _probe_buffers(self) -> list[Buffer]:
         rows = self.cfg.seq_len
@@ -241,7 +238,7 @@ class Flow:
                 if len(bad):
                     seq, pos = divmod(token, self.cfg.seq_len)
                     row = int((reasons[:token] == KEPT).sum())
-                    place = ("sequence", first + seq, pos, int(bad[0]))
+                    place = f"sequence {first + seq}, position {pos}, dimension {int(bad[0])}"
                     raise NonFiniteError(hook, place, row)
 
 

@@ -14,9 +14,8 @@ from wsae.acts.language import fingerprint as model_fingerprint
 from wsae.acts.store import (
     TOKENS,
     Feed,
-    Form,
     Ledger,
-    SplitWriter,
+    ShardForm,
     Store,
     drop_ledger,
     finish,
@@ -26,9 +25,10 @@ from wsae.acts.store import (
     shard_name,
     skipped,
     unfinished,
+    write_halves,
 )
 from wsae.acts.tally import Tally
-from wsae.acts.text import Packer, Reading, documents, survey, told
+from wsae.acts.text import Packer, TextCounts, documents, survey, told
 from wsae.acts.text import fingerprint as text_fingerprint
 from wsae.acts.tokens import decode_table, texts_json
 from wsae.core.artifact import MANIFEST, read_manifest
@@ -59,7 +59,7 @@ def harvest(
         refuse_other(out, manifest.config, config, manifest.inputs, inputs)
         drop_ledger(out)
         return Store(out, verify=False)
-    reading = Reading()
+    reading = TextCounts()
     if next(documents(cfg.text, reading=reading), None) is None:
         without = "".join(f" ({line})" for line in told(reading.info()))
         raise UserError(f"text {cfg.text.path}: no documents in it{without}")
@@ -75,12 +75,9 @@ def _run(flow: Flow, out: Path, ledger: Ledger, progress: Progress) -> None:
     tally = ledger.tally(out, flow.hooks)
     ledger = ledger.save(out, tally)
     wanted = {"heldout": cfg.heldout_tokens, "train": cfg.tokens}
-    form = Form(cfg.store_dtype, cfg.shard_tokens, cfg.seq_len)
+    form = ShardForm(cfg.store_dtype, cfg.shard_tokens, cfg.seq_len)
     feed = Feed(flow.hooks, flow.steps, form, _nothing(cfg), threaded=cfg.device != "cpu")
-    done = sum(state.rows for state in ledger.splits.values())
-    with progress("harvest", sum(wanted.values()), "tokens", done) as tick:
-        for split, rows in wanted.items():
-            ledger = SplitWriter(feed, out, ledger, split, tally).run(rows, tick)
+    ledger = write_halves(feed, out, ledger, tally, wanted, "tokens", progress)
     _finish(flow, out, ledger, tally)
 
 

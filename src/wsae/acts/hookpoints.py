@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from wsae.acts.loading import refuse_unloaded
-from wsae.acts.names import Place, Side, canonical_names, match, natural_key, short_name
+from wsae.acts.names import HookPlace, Side, canonical_names, match, natural_key, short_name
 from wsae.core.errors import UserError
 from wsae.core.memory import is_out_of_memory
 
@@ -33,7 +33,7 @@ _THIN = 4096
 
 
 @runtime_checkable
-class Layout(Protocol):
+class RowLayout(Protocol):
     """Where batch and positions lie in a tensor."""
 
     def rows(self, x: Tensor, size: tuple[int, ...]) -> Tensor | None:
@@ -55,12 +55,12 @@ class Probing(NamedTuple):
     """An input as long as those to come."""
 
 
-class Manner(NamedTuple):
+class Modality(NamedTuple):
     """How a kind of model is called, and how a module's output becomes rows."""
 
     inputs: Callable[[nn.Module], Probing]
     """Inputs for a probe, on the model's device."""
-    layouts: Callable[[Tensor, Tensor, Probing], list[Layout]]
+    layouts: Callable[[Tensor, Tensor, Probing], list[RowLayout]]
     """The layouts that the same tensor in `first` and in `other` allows."""
     wanted: str
     """The shapes that can be, in words."""
@@ -77,7 +77,7 @@ class HookPoint(NamedTuple):
     path: str
     d_in: int
     order: int
-    layout: Layout
+    layout: RowLayout
     side: Side = "output"
     item: Item = None
     positions: int = 1
@@ -104,7 +104,7 @@ class Probed(NamedTuple):
         return {"causal": self.causal, "probe": found, "notes": list(self.notes)}
 
 
-def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
+def probe(model: nn.Module, patterns: Iterable[str], modality: Modality) -> Probed:
     """Return the hook points that the patterns name, in natural order, after a few small forward passes.
 
     Raises UserError when a pattern matches nothing or means several modules, or a place does not run, runs twice or
@@ -113,9 +113,9 @@ def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
     names = canonical_names(path for path, _ in model.named_modules())
     kind = _model_type(model)
     groups = [match(pattern, names, kind) for pattern in patterns]
-    given = manner.inputs(model)
+    given = modality.inputs(model)
     wanted = {place for group in groups for place in group}
-    passes = _Passes(model, wanted, manner)
+    passes = _Passes(model, wanted, modality)
     # full length comes first: a short input may change the model's ways for good
     long = None if given.long is None else _run_long(passes, given)
     first = passes.run(given.first)
@@ -127,12 +127,12 @@ def probe(model: nn.Module, patterns: Iterable[str], manner: Manner) -> Probed:
         refuse_unloaded(model, first.fired[place][0].seen, f"hook {_named(names, place)!r}")
     passes.places = places
     runs = _Runs(first, passes.run(given.first), passes.run(given.changed), passes.run(given.other))
-    found = _Found(given, manner, runs)
+    found = _Found(given, modality, runs)
     hooks = [found.hook(_named(names, place), place) for place in ordered]
     causal, limit = found.causal(), found.limit()
     notes = [SEES_LATER] if causal is False else []
     if long is not None:
-        notes += manner.length_notes(model, long.size, limit)
+        notes += modality.length_notes(model, long.size, limit)
         _check_long(hooks, long, passes.run(long.inputs, thin=True, whole=False))
     return Probed(hooks, causal, limit, tuple(notes))
 
@@ -213,11 +213,11 @@ def text_config(model: nn.Module) -> Any:
     return text() if callable(text) else config
 
 
-def _named(names: dict[str, str], place: Place) -> str:
+def _named(names: dict[str, str], place: HookPlace) -> str:
     return names[place.path] + (".input" if place.side == "input" else "")
 
 
-def _running(group: list[Place], fired: dict[Place, list["_Firing"]]) -> list[Place]:
+def _running(group: list[HookPlace], fired: dict[HookPlace, list["_Firing"]]) -> list[HookPlace]:
     """Return the places of one pattern, without those of towers that do not run where another does.
 
     Raises UserError where modules of one short name run in several.
@@ -251,11 +251,11 @@ class _Firing(NamedTuple):
     """Why there is none."""
 
 
-class _Pass(NamedTuple):
+class _ProbePass(NamedTuple):
     """What one forward pass gave."""
 
     inputs: Inputs
-    fired: dict[Place, list[_Firing]]
+    fired: dict[HookPlace, list[_Firing]]
     output: object
     tables: list[tuple[Tensor, int]]
     """Indices that were looked up in tables of vectors, and the rows that each table has."""
@@ -269,10 +269,10 @@ class _Pass(NamedTuple):
 class _Runs(NamedTuple):
     """The passes of a probe."""
 
-    first: _Pass
-    again: _Pass
-    changed: _Pass
-    other: _Pass
+    first: _ProbePass
+    again: _ProbePass
+    changed: _ProbePass
+    other: _ProbePass
 
 
 class BeyondTableError(IndexError):
@@ -310,15 +310,15 @@ class _AllSeenError(Exception):
 class _Passes:
     """Runs a model and notes what its places give."""
 
-    def __init__(self, model: nn.Module, places: set[Place], manner: Manner) -> None:
-        self.model, self.places, self.manner = model, places, manner
+    def __init__(self, model: nn.Module, places: set[HookPlace], modality: Modality) -> None:
+        self.model, self.places, self.modality = model, places, modality
 
-    def run(self, inputs: Inputs, thin: bool = False, whole: bool = True) -> _Pass:
+    def run(self, inputs: Inputs, thin: bool = False, whole: bool = True) -> _ProbePass:
         """Run the model once, or until every place has run; `thin` keeps some values of each tensor only."""
-        fired: dict[Place, list[_Firing]] = {place: [] for place in self.places}
+        fired: dict[HookPlace, list[_Firing]] = {place: [] for place in self.places}
         count = 0
 
-        def note(place: Place, value: object) -> None:
+        def note(place: HookPlace, value: object) -> None:
             nonlocal count
             count += 1
             fired[place].append(_firing(count, value, thin))
@@ -335,14 +335,14 @@ class _Passes:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise self.manner.explain(self.model, error, inputs) from error
+            raise self.modality.explain(self.model, error, inputs) from error
         finally:
             for handle in handles:
                 handle.remove()
-        return _Pass(inputs, fired, output, lookups.seen)
+        return _ProbePass(inputs, fired, output, lookups.seen)
 
 
-def watch(model: nn.Module, place: Place, note: Callable[[Place, Any], Any]) -> Any:
+def watch(model: nn.Module, place: HookPlace, note: Callable[[HookPlace, Any], Any]) -> Any:
     """Call `note(place, value)` whenever the place runs; returns the handle.
 
     The value is the output; of an input the positional arguments, or the keyword arguments where none of the positional
@@ -399,7 +399,7 @@ def _check_firings(name: str, firings: list[_Firing]) -> None:
         )
 
 
-def _run_long(passes: _Passes, given: Probing) -> _Pass:
+def _run_long(passes: _Passes, given: Probing) -> _ProbePass:
     """Run the input of full length; where that fails, a short one tells whether there are too few positions."""
     assert given.long is not None
     try:
@@ -409,18 +409,18 @@ def _run_long(passes: _Passes, given: Probing) -> _Pass:
         limit = positions_in(short.tables, short.size[1])
         if limit is None or next(iter(given.long.values())).shape[1] <= limit:
             raise
-        beyond = passes.manner.explain(passes.model, BeyondTableError(limit), given.long)
+        beyond = passes.modality.explain(passes.model, BeyondTableError(limit), given.long)
         raise beyond from failed
 
 
 class _Found:
     """Judges the passes of a probe, one place after another."""
 
-    def __init__(self, given: Probing, manner: Manner, runs: _Runs) -> None:
-        self.given, self.manner, self.runs = given, manner, runs
+    def __init__(self, given: Probing, modality: Modality, runs: _Runs) -> None:
+        self.given, self.modality, self.runs = given, modality, runs
         self._sees_later = False
 
-    def hook(self, name: str, place: Place) -> HookPoint:
+    def hook(self, name: str, place: HookPlace) -> HookPoint:
         """Return the hook point; raises UserError when its rows are not what they should be."""
         side = place.side
         firings = []
@@ -430,7 +430,7 @@ class _Found:
             if firings[-1].seen is None:
                 raise UserError(
                     f"hook {name!r}: its {side} is {firings[-1].trouble}, not one activation "
-                    f"{self.manner.wanted}; name another module"
+                    f"{self.modality.wanted}; name another module"
                 )
         first, again, changed, other = (firing.seen for firing in firings)
         if first.shape != again.shape or (first.ndim and not _same(first, again)):
@@ -446,10 +446,10 @@ class _Found:
 
     def _arranged(
         self, name: str, side: Side, first: Tensor, changed: Tensor, other: Tensor
-    ) -> tuple[Layout, Tensor]:
+    ) -> tuple[RowLayout, Tensor]:
         """Return the layout that stands the trial, and the first pass's rows."""
         trouble = self._no_rows(first)
-        for layout in self.manner.layouts(first, other, self.given):
+        for layout in self.modality.layouts(first, other, self.given):
             a = layout.rows(first, self.runs.first.size)
             b = layout.rows(changed, self.runs.changed.size)
             c = layout.rows(other, self.runs.other.size)
@@ -466,9 +466,9 @@ class _Found:
     def _no_rows(self, first: Tensor) -> str:
         size = self.runs.first.size
         if len(size) != 2:
-            return f", not {self.manner.wanted}"
+            return f", not {self.modality.wanted}"
         batch, seq = size
-        kind = f" for {batch} sequences of {seq} tokens, not {self.manner.wanted}"
+        kind = f" for {batch} sequences of {seq} tokens, not {self.modality.wanted}"
         few = first.ndim == 2 and len(first) < batch * seq
         return kind + (" (an expert gets only the tokens that are sent to it)" if few else "")
 
@@ -543,10 +543,10 @@ def _field(output: object, key: str) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
-def _check_long(hooks: list[HookPoint], first: _Pass, again: _Pass) -> None:
+def _check_long(hooks: list[HookPoint], first: _ProbePass, again: _ProbePass) -> None:
     """Compare two passes of full length: some models choose positions at random only there."""
     for hook in hooks:
-        place = Place(hook.path, hook.side)
+        place = HookPlace(hook.path, hook.side)
         a, b = (run.fired[place][0].seen for run in (first, again))
         value = taken(first.fired[place][0].value, hook.item)
         if hook.layout.rows(value, first.size) is None:

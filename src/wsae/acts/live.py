@@ -88,7 +88,7 @@ def leaving() -> bool:
     return not threading.main_thread().is_alive()
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """A value that another thread computes meanwhile; `result` waits for it and raises what `work` raised.
 
     On a GPU it is computed on `stream`, and there when `result` returns. The interpreter waits for it at its end:
@@ -273,7 +273,7 @@ class LiveStream:
             number, skip, given, *start = _block_state(state)
             self._place = _Place(epoch, number, skip, given, Position(*start))
         self._block: _Block | None = None
-        self._ahead: Ahead[_Block] | None = None
+        self._ahead: Prefetch[_Block] | None = None
         device = source.flow.keep_on
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._place.start != START:
@@ -310,7 +310,7 @@ class LiveStream:
                 for tensor in (*block.x.values(), block.order):
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
             after = self._after(block)
-            self._ahead = Ahead(lambda: self._fill(after), self._side)
+            self._ahead = Prefetch(lambda: self._fill(after), self._side)
         return block
 
     def _after(self, block: _Block) -> _Place:

@@ -22,7 +22,7 @@ _LENS = re.compile(
 )
 
 
-class Place(NamedTuple):
+class HookPlace(NamedTuple):
     """A module's full path, and which side of it is read."""
 
     path: str
@@ -54,7 +54,7 @@ def short_name(path: str) -> str:
     return ".".join(parts[max(first_number - 1, 0) :]) if first_number is not None else parts[-1]
 
 
-def match(pattern: str, paths: Iterable[str], model_type: str = "") -> list[Place]:
+def match(pattern: str, paths: Iterable[str], model_type: str = "") -> list[HookPlace]:
     """Return the places that a pattern names, in natural order; `*` stands for characters other than a dot.
 
     A pattern matches paths that end in it at a dot; a full path names that module alone. A module called "output" or
@@ -65,13 +65,13 @@ def match(pattern: str, paths: Iterable[str], model_type: str = "") -> list[Plac
     paths = [path for path in paths if path]
     wanted = pattern.strip()
     if found := _ending(wanted, paths):
-        return [Place(path) for path in found]
+        return [HookPlace(path) for path in found]
     side: Side = "output"
     bare = wanted
     if suffix := _SIDE.search(wanted):
         side, bare = ("input" if suffix["side"] == "input" else "output"), wanted[: suffix.start()]
         if found := _ending(bare, paths):
-            return [Place(path, side) for path in found]
+            return [HookPlace(path, side) for path in found]
     if _LENS.fullmatch(bare):
         return _translated(bare, paths, model_type)
     names = canonical_names(paths).values()
@@ -225,7 +225,7 @@ _SCALED = ("gemma", "gemma2", "gemma3", "gemma3_text")
 """The embedding is scaled, in some versions behind its module: read where the first block takes it."""
 
 
-def _translated(name: str, paths: list[str], model_type: str) -> list[Place]:
+def _translated(name: str, paths: list[str], model_type: str) -> list[HookPlace]:
     """Return the places of TransformerLens' name; raises UserError where there is no exact equal."""
     found = _LENS.fullmatch(name)
     assert found is not None
@@ -251,11 +251,11 @@ def _translated(name: str, paths: list[str], model_type: str) -> list[Place]:
     return places
 
 
-def _below(block: str, tail: str) -> Place:
+def _below(block: str, tail: str) -> HookPlace:
     """Return the place that a table's entry means in a block: "" its output, ".input" its input."""
     side: Side = "input" if tail.endswith(".input") else "output"
     inner = tail.removesuffix("input").strip(".") if side == "input" else tail
-    return Place(f"{block}.{inner}" if inner else block, side)
+    return HookPlace(f"{block}.{inner}" if inner else block, side)
 
 
 def _blocks(layer: str, paths: list[str]) -> list[str]:
@@ -265,10 +265,10 @@ def _blocks(layer: str, paths: list[str]) -> list[str]:
     return sorted((path for path in paths if regex.fullmatch(path)), key=natural_key)
 
 
-def _top(name: str, paths: list[str], model_type: str) -> list[Place]:
+def _top(name: str, paths: list[str], model_type: str) -> list[HookPlace]:
     """Return a place outside the blocks."""
     if name in ("hook_embed", "embed") and model_type in _SCALED:
-        return [Place(block, "input") for block in _blocks("0", paths)]
+        return [HookPlace(block, "input") for block in _blocks("0", paths)]
     ends = _TOP.get(name, ())
     found = [p for p in paths if p.rsplit(".", 1)[-1] in ends and not re.search(r"\.\d+\.", p)]
     if not found:
@@ -278,7 +278,7 @@ def _top(name: str, paths: list[str], model_type: str) -> list[Place]:
             f"hook {name!r}: no module has exactly these values{hint if 'ln_' in name else ''}; "
             "blocks.N.hook_resid_post, blocks.N.hook_resid_pre and the model's own module names are understood"
         )
-    return [Place(path) for path in found]
+    return [HookPlace(path) for path in found]
 
 
 def _no_equal(name: str, rest: str, block: str, known: set[str]) -> str:

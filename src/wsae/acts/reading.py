@@ -27,7 +27,7 @@ from wsae.acts.tables import (
     readable,
     with_field,
 )
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, first_line
 from wsae.core.files import GivenTwice, unique
 
 PACKED = {
@@ -83,20 +83,20 @@ ICONV = (
 )
 
 
-class Named(NamedTuple):
+class FileKind(NamedTuple):
     """What a file's name says: how it is packed ("": not) and its kind (None: unknown)."""
 
     packing: str
     kind: str | None
 
 
-def named(path: Path) -> Named:
+def named(path: Path) -> FileKind:
     """Return what the name of a file says."""
     name = path.name.lower()
     last = Path(name).suffix
     packing = PACKED.get(last, "")
     inner = Path(name).stem if packing else name
-    return Named(packing, (DATA | PROSE).get(Path(inner).suffix))
+    return FileKind(packing, (DATA | PROSE).get(Path(inner).suffix))
 
 
 def records(path: Path, field: str) -> Iterator[Record]:
@@ -109,7 +109,7 @@ def records(path: Path, field: str) -> Iterator[Record]:
             raise UserError(f"text {path}: cannot be read ({reason})") from error
         packing = _packing(path) or named(path).packing or "packed"
         raise UserError(
-            f"text {path}: damaged {packing} file ({_first_line(error)}); fetch it again"
+            f"text {path}: damaged {packing} file ({first_line(error)}); fetch it again"
         ) from error
 
 
@@ -281,7 +281,7 @@ class _Recoded(io.RawIOBase):
                 self._rest = self._decode.decode(raw, final=not raw).encode()
             except UnicodeError as error:
                 raise UserError(
-                    f"text {self._path}: begins as {self._encoding.upper()} and is damaged ({_first_line(error)})"
+                    f"text {self._path}: begins as {self._encoding.upper()} and is damaged ({first_line(error)})"
                 ) from error
             if not raw:
                 break
@@ -339,7 +339,7 @@ def _parsed(raw: bytes, where: str) -> object:
         raise UserError(f"{where}: not JSON in UTF-8 ({error.reason}); {ICONV}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where}: not JSON ({_first_line(error)}); fix or remove the line"
+            f"{where}: not JSON ({first_line(error)}); fix or remove the line"
         ) from error
 
 
@@ -412,7 +412,7 @@ class _Source:
                 value, self._at = self._parse(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 if self._ended or isinstance(error, RecursionError | GivenTwice):
-                    raise UserError(f"{self.where}: not JSON ({_first_line(error)})") from error
+                    raise UserError(f"{self.where}: not JSON ({first_line(error)})") from error
                 self._more()
                 continue
             self._number += 1
@@ -476,7 +476,3 @@ _TEXTS: dict[str, Callable[[io.BufferedIOBase, Path, str], Iterator[Record]]] = 
     PLAIN: _plain_texts,
     CSV: _csv,
 }
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

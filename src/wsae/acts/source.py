@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wsae.acts.images.labels import MOST_CLASSES
 from wsae.acts.store import Store
 from wsae.acts.stream import ActivationSource, Batch, BatchStream, Chunk, ShuffledStream, State
-from wsae.acts.tally import SourceStats, Tally
+from wsae.acts.tally import MOST_CLASSES, SourceStats, Tally
 from wsae.acts.tokens import TokenTable
 from wsae.core.calls import numbers
 from wsae.core.errors import UserError
@@ -178,7 +177,7 @@ Part = np.ndarray | Tensor | MappedTensor
 """A matrix in memory or on disk."""
 
 
-class Matrix:
+class RowMatrix:
     """Rows of one or several matrices of one width, as float32 tensors; `files` are those they lie in, if any."""
 
     def __init__(self, parts: list[Part], files: list[Path]) -> None:
@@ -213,7 +212,7 @@ def _rows_of(part: Part, index: np.ndarray) -> Tensor:
     return part[torch.from_numpy(index).to(part.device)].detach().float().cpu()
 
 
-def open_matrix(x: object, where: str) -> Matrix:
+def open_matrix(x: object, where: str) -> RowMatrix:
     """Return the activations at a path, or in memory, as one matrix [rows, d_in].
 
     Raises UserError, beginning with `where` or the file's name, for a missing or unreadable file, another number of
@@ -221,11 +220,11 @@ def open_matrix(x: object, where: str) -> Matrix:
     """
     path = as_path(x)
     if path is None:
-        matrix = Matrix([_flat(numbers(x, where), where)], [])
+        matrix = RowMatrix([_flat(numbers(x, where), where)], [])
     elif path.is_dir():
         matrix = _folder(path)
     else:
-        matrix = Matrix(_file(path), [path])
+        matrix = RowMatrix(_file(path), [path])
     if 0 in matrix.shape:
         raise UserError(f"{where}: shape {matrix.shape}; there are no activations in it")
     return matrix
@@ -273,7 +272,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]
 
 
-def _folder(folder: Path) -> Matrix:
+def _folder(folder: Path) -> RowMatrix:
     files = _files(folder)
     if not files:
         known = ", ".join(READERS)
@@ -291,7 +290,7 @@ def _folder(folder: Path) -> Matrix:
                 f"{path}: rows of width {width} where {files[0].name} has {first}; "
                 "give each width a folder of its own"
             )
-    return Matrix(parts, files)
+    return RowMatrix(parts, files)
 
 
 def _file(path: Path) -> list[Part]:

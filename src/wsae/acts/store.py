@@ -28,7 +28,7 @@ from wsae.core.artifact import (
 from wsae.core.config import Config
 from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import drop, locked, read_json, read_sealed, seal, write_json, writing
-from wsae.core.progress import Tick
+from wsae.core.progress import Progress, Tick
 from wsae.core.tensors import MappedTensor, load_tensors, save_tensors
 from wsae.losses.config import OUTLIER_RATIO
 
@@ -188,7 +188,7 @@ def shard_name(split: str, hook: str | None, number: int) -> str:
     )
 
 
-class Form(NamedTuple):
+class ShardForm(NamedTuple):
     """What a store's shards look like."""
 
     dtype: str
@@ -229,7 +229,7 @@ class ShardWriter:
     """Writes one shard of every hook and of any token ids; all files appear at `finish`, none after `abort`."""
 
     def __init__(
-        self, out: Path, split: str, number: int, hooks: dict[str, int], form: Form
+        self, out: Path, split: str, number: int, hooks: dict[str, int], form: ShardForm
     ) -> None:
         self._out, self._dtype = out, DTYPES[form.dtype]
         self._names: list[str] = []
@@ -390,7 +390,7 @@ class Store:
 
     @property
     def of_images(self) -> bool:
-        """Whether rows come from images, so that a sequence's number is an image's."""
+        """Return whether rows come from images, so that a sequence's number is an image's."""
         return self.info.get("kind") == "images"
 
     def labels(self, split: str) -> Int[Tensor, " rows"] | None:
@@ -475,7 +475,7 @@ class Feed(NamedTuple):
     hooks: dict[str, int]
     steps: Callable[[bool, Position], Iterator[Step]]
     """(held out?, where to begin) -> steps until the data end."""
-    form: Form
+    form: ShardForm
     nothing: str
     """What to say when a half has no row at all; "{split}" stands for its name."""
     threaded: bool
@@ -554,7 +554,24 @@ class SplitWriter:
     def _located(self, error: NonFiniteError) -> UserError:
         row = (self._shard.rows if self._shard else 0) + error.row
         place = f"{self._name} shard {len(self._state.shard_rows)}, row {row} ({error.place})"
-        return UserError(f"{error.hook}: NaN or infinite activation in {place}{error.MEND}")
+        return UserError(f"{error.hook}: NaN or infinite activation in {place}{error.FIX}")
+
+
+def write_halves(
+    feed: Feed,
+    out: Path,
+    ledger: Ledger,
+    tally: Tally,
+    wanted: dict[str, int],
+    unit: str,
+    progress: Progress,
+) -> Ledger:
+    """Write the rows of every half in `wanted` that are not there yet; return the ledger of all."""
+    done = sum(state.rows for state in ledger.splits.values())
+    with progress("harvest", sum(wanted.values()), unit, done) as tick:
+        for split, rows in wanted.items():
+            ledger = SplitWriter(feed, out, ledger, split, tally).run(rows, tick)
+    return ledger
 
 
 @contextlib.contextmanager

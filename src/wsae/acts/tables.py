@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from wsae.core.errors import UserError, nearest
+from wsae.core.errors import UserError, first_line, nearest
 from wsae.core.hub import hub_reachable, quiet_hub
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _MASK = "attention_mask"
 _MISSING = object()
 
 
-class Message(NamedTuple):
+class Turn(NamedTuple):
     """One turn of a conversation."""
 
     role: str
@@ -44,7 +44,7 @@ class Content(NamedTuple):
 
     text: str
     ids: np.ndarray | None = None
-    messages: tuple[Message, ...] = ()
+    messages: tuple[Turn, ...] = ()
     note: str = ""
     """What of it was not read."""
 
@@ -197,7 +197,7 @@ def _conversation(value: list[dict[str, object]], field: str, where: str) -> Con
             raise UserError(f"{where}: a message whose content is a {type(content).__name__}")
         texts = [t for part in parts if (t := _part(part)) is not None]
         whole &= len(texts) == len(parts) and not turn.get("tool_calls")
-        messages.append(Message(role, whole_text("\n".join(texts), where)))
+        messages.append(Turn(role, whole_text("\n".join(texts), where)))
     text = "\n".join(f"{message.role}: {message.content}" for message in messages)
     return Content(text, messages=tuple(messages), note="" if whole else NO_TEXT_PARTS)
 
@@ -237,7 +237,9 @@ def parquet_records(path: Path, field: str) -> Iterator[Record]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Arrow's own, OSError, UnicodeDecodeError, ...
-        raise UserError(f"text {path}: not a readable parquet file ({_first(error)})") from error
+        raise UserError(
+            f"text {path}: not a readable parquet file ({first_line(error)})"
+        ) from error
 
 
 def arrow_records(path: Path, field: str) -> Iterator[Record]:
@@ -269,7 +271,7 @@ def arrow_records(path: Path, field: str) -> Iterator[Record]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Arrow's own, OSError, ...
-        raise UserError(f"text {path}: not a readable Arrow file ({_first(error)})") from error
+        raise UserError(f"text {path}: not a readable Arrow file ({first_line(error)})") from error
 
 
 def _columns(schema: "pa.Schema", where: str, field: str) -> list[str]:
@@ -322,7 +324,7 @@ def csv_records(lines: io.TextIOBase, where: str, field: str, tabs: bool) -> Ite
                 yield LeftOut(NULL)
     except csv.Error as error:
         raise UserError(
-            f"{where}, line {rows.line_num + 1}: not CSV ({_first(error)}); fix or remove the row"
+            f"{where}, line {rows.line_num + 1}: not CSV ({first_line(error)}); fix or remove the row"
         ) from error
 
 
@@ -377,7 +379,7 @@ def hub_records(name: str, subset: str | None, split: str, field: str) -> Iterat
         Exception
     ) as error:  # the library raises its own, requests', httpx's, OSError and ValueError
         raise UserError(
-            f"{where} it cannot be read ({type(error).__name__}: {_first(error)})"
+            f"{where} it cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
 
     def read() -> Iterator[Record]:
@@ -392,7 +394,3 @@ def hub_records(name: str, subset: str | None, split: str, field: str) -> Iterat
         return no_field(f"{where} it can be read, but", field, names, "column")
 
     return with_field(read(), missing)
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no reason given"])[0]

@@ -10,6 +10,9 @@ from wsae.acts.flow import REASONS
 from wsae.stats.classes import ConsistencyCounts
 from wsae.stats.moments import Moments
 
+MOST_CLASSES = 1 << 20
+"""A label above would have a name, and sums of every dimension, made for each class below it."""
+
 
 class SourceStats(NamedTuple):
     """Statistics of one hook's training rows: `kept` set gamma; `all` adds the skipped tokens (padding excepted)."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.reading import DATA, PACKED, PROSE, named, records
-from wsae.acts.tables import LeftOut, Message, NoField, Record, hub_records
+from wsae.acts.tables import LeftOut, NoField, Record, Turn, hub_records
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.files import digest, parse_json
@@ -55,11 +55,11 @@ class Document:
     index: int
     text: str
     ids: np.ndarray | None = None
-    messages: tuple[Message, ...] = ()
+    messages: tuple[Turn, ...] = ()
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing in it."""
+        """Return whether there is nothing in it."""
         return not self.text and (self.ids is None or not len(self.ids))
 
     def hash(self) -> int:
@@ -76,7 +76,7 @@ class Files(NamedTuple):
 
 
 @dataclass
-class Reading:
+class TextCounts:
     """What was read of a text, and what was left out."""
 
     documents: int = 0
@@ -103,13 +103,13 @@ class Reading:
 
 
 def documents(
-    cfg: TextConfig, start: int = 0, reading: Reading | None = None
+    cfg: TextConfig, start: int = 0, reading: TextCounts | None = None
 ) -> Iterator[Document]:
     """Yield documents from index `start` on; raises UserError naming file, line and field of the first bad one.
 
     `reading` counts what is met on the way, from the beginning.
     """
-    reading = Reading() if reading is None else reading
+    reading = TextCounts() if reading is None else reading
     for index, record in enumerate(_records(cfg, reading)):
         if isinstance(record, LeftOut):
             reading.records[record.reason] += 1
@@ -163,7 +163,7 @@ def survey(
     `stop` says for "train" and "heldout" before which document its half ended (None: with the text). `refuses` returns
     why a document gave no tokens, or "". The answer does not depend on whether the harvest was killed on its way.
     """
-    reading, repeats, refused = Reading(), Repeats(), Counter[str]()
+    reading, repeats, refused = TextCounts(), Repeats(), Counter[str]()
     last = None if None in stop.values() else max((n for n in stop.values() if n), default=0)
     for document in documents(cfg.text, reading=reading):
         if last is not None and document.index >= last:
@@ -229,7 +229,7 @@ def _builtin():
     return resources.files("wsae") / "assets" / "text.jsonl.gz"
 
 
-def _records(cfg: TextConfig, reading: Reading) -> Iterator[Record]:
+def _records(cfg: TextConfig, reading: TextCounts) -> Iterator[Record]:
     if cfg.path == "builtin":
         with resources.as_file(_builtin()) as path:
             yield from records(path, "text")
@@ -243,7 +243,7 @@ def _records(cfg: TextConfig, reading: Reading) -> Iterator[Record]:
         raise UserError(f"text {cfg.path}: no such file or directory")
 
 
-def _read(files: Files, name: str, reading: Reading) -> Iterator[Record]:
+def _read(files: Files, name: str, reading: TextCounts) -> Iterator[Record]:
     """Yield the records of files; one without the field is left out, unless all are."""
     reading.files_left_out = {reason: [*names] for reason, names in files.left_out.items()}
     first, found = None, False

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, reason
 
 REAL = "fiu"
 """NumPy's kinds of real numbers."""
@@ -93,9 +93,8 @@ def _array(value: object, what: str) -> np.ndarray | Tensor:
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's container raises when it is read
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{what}: given as {_name(value)}, of which no array can be made ({reason})"
+            f"{what}: given as {_name(value)}, of which no array can be made ({reason(error, 160)})"
         ) from error
     if isinstance(found, Tensor):
         return found

@@ -29,7 +29,7 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls: type[C], data: dict[str, Any], where: str = "config") -> C:
-        """Validate `data`; raises UserError with one line that names the key, the value and the mend."""
+        """Validate `data`; raises UserError with one line that names the key, the value and the fix."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:

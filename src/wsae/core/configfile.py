@@ -190,7 +190,7 @@ def yaml_value(value: Any) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether text needs no quotes: nothing in it means anything to YAML, of any version."""
+    """Return whether text needs no quotes: nothing in it means anything to YAML, of any version."""
     words = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text)
     return bool(words) and not re.fullmatch(_SPECIAL, text, re.IGNORECASE)
 

@@ -36,6 +36,11 @@ def reason(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:limit].rsplit(' ', 1)[0].rstrip(' ,:;(')} ..."
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library's exception says; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def named(names: Sequence[str], n: int = 3) -> str:
     """Return the first names, and how many there are in all where that is more."""
     more = f", ...: {len(names):,} in all" if len(names) > n else ""

@@ -116,7 +116,7 @@ def drop(temporary: Path) -> None:
 
 
 def _is_plain(known: os.stat_result) -> bool:
-    """Whether a file is regular and has no second name (a hard link)."""
+    """Return whether a file is regular and has no second name (a hard link)."""
     return stat.S_ISREG(known.st_mode) and known.st_nlink <= 1
 
 
@@ -163,7 +163,7 @@ def refusals(path: Path) -> Iterator[None]:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a name is one of those that `writing` gives to files that are not finished."""
+    """Return whether a name is one of those that `writing` gives to files that are not finished."""
     return re.fullmatch(r"\..+\.\d+(\.[0-9a-f]{8})?\.tmp", path.name) is not None
 
 
@@ -188,11 +188,6 @@ def opened(path: Path) -> BufferedReader:
         os.close(handle)
         raise UserError(f"{path}: is {_KINDS.get(kind, 'not a file')}")
     return os.fdopen(handle, "rb")
-
-
-def check_regular(path: Path) -> None:
-    """Raise as `opened` does, for a file that a library opens by its name."""
-    opened(path).close()
 
 
 def growing(path: Path) -> FileIO:
@@ -427,7 +422,7 @@ _told: set[Path] = set()
 
 
 def _is_still(path: Path, file: IO[bytes]) -> bool:
-    """Whether the open file is still the one at this path."""
+    """Return whether the open file is still the one at this path."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

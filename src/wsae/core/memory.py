@@ -65,7 +65,7 @@ class Buffer(NamedTuple):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an exception of Python, NumPy or PyTorch (CPU or GPU) means that memory ran out."""
+    """Return whether an exception of Python, NumPy or PyTorch (CPU or GPU) means that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()

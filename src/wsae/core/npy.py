@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, first_line
 from wsae.core.files import opened
 from wsae.core.memory import size
 
@@ -85,14 +85,14 @@ def npz_arrays(
     except (
         Exception
     ) as error:  # BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, RuntimeError, ...
-        raise UserError(f"{where}: not a readable .npz file ({_first(error)})") from error
+        raise UserError(f"{where}: not a readable .npz file ({first_line(error)[:200]})") from error
 
 
-def check_unpacked(unpacked: int, packed: int, where: str, mend: str) -> None:
+def check_unpacked(unpacked: int, packed: int, where: str, fix: str) -> None:
     """Raise UserError when packed data would fill the memory: too many bytes, or far more than were packed."""
     bomb = unpacked > PLAIN_UNPACKED and unpacked > MOST_TIMES * packed
     if bomb or unpacked > MOST_UNPACKED:
-        raise UserError(f"{where}: unpacks to {size(unpacked)} from {size(packed)}; {mend}")
+        raise UserError(f"{where}: unpacks to {size(unpacked)} from {size(packed)}; {fix}")
 
 
 def _entry(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> np.ndarray:
@@ -106,9 +106,9 @@ def _entry(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: 
                 f"{what}: not a readable .npy array ({there} bytes where its header says {header.bytes})"
             )
         if entry.compress_type != zipfile.ZIP_STORED:
-            mend = "save it with np.savez, which is mapped and not read"
+            fix = "save it with np.savez, which is mapped and not read"
             packed = min(entry.compress_size, path.stat().st_size)
-            check_unpacked(entry.file_size, packed, what, mend)
+            check_unpacked(entry.file_size, packed, what, fix)
             flat = np.frombuffer(file.read(header.bytes), dtype=header.dtype)
             return flat.reshape(header.shape, order="F" if header.fortran else "C")
     with path.open("rb") as file:
@@ -140,7 +140,9 @@ def _header(file: IO[bytes] | zipfile.ZipExtFile, where: str) -> Header:
     except OSError:
         raise
     except Exception as error:  # numpy evaluates a literal: SyntaxError, TokenError, TypeError, RecursionError, ...
-        raise UserError(f"{where}: not a readable .npy array ({_first(error)})") from error
+        raise UserError(
+            f"{where}: not a readable .npy array ({first_line(error)[:200]})"
+        ) from error
     return header
 
 
@@ -150,7 +152,3 @@ def _map(path: Path, header: Header, start: int) -> np.ndarray:
         return np.empty(header.shape, header.dtype, order)
     mapped = np.memmap(path, header.dtype, mode="r", offset=start, shape=header.shape, order=order)
     return np.asarray(mapped)  # a plain view: the subclass is slow to index
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

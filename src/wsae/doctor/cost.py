@@ -114,7 +114,7 @@ def _cgroup_free() -> float:
 # The constants are measured (`tests/doctor/test_doctor_memory.py` checks the sum against a run's peak
 # within 15 %).
 
-MEND = "lower --d-sae or --batch-size, or train fewer members at once"
+FIX = "lower --d-sae or --batch-size, or train fewer members at once"
 LIBRARY, LIBRARY_BYTES = "torch._dynamo", 152_000_000
 """PyTorch's optimisers import its compiler."""
 _FIXED = {"eager": 32_000_000, "native": 22_000_000}
@@ -233,8 +233,8 @@ def check_memory(need: Memory, free: float) -> Check:
         "a step": need.step,
     }
     shown = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
-    status, mend = room(need.total, free, MEND)
-    return Check("memory", status, f"{size(need.total)} of {size(free)} free: {shown}", mend)
+    status, fix = room(need.total, free, FIX)
+    return Check("memory", status, f"{size(need.total)} of {size(free)} free: {shown}", fix)
 
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -253,15 +253,15 @@ def store_bytes(cfg: HarvestConfig, widths: list[int]) -> int:
 
 def check_disk(need: int, free: float) -> Check:
     """Compare a store's size with the free disk."""
-    mend = "train from the live model (no store), lower --tokens, or use --store-dtype bfloat16"
-    status, mend = room(need, free, mend)
-    return Check("disk", status, f"a store takes {size(need)} of {size(free)} free", mend)
+    fix = "train from the live model (no store), lower --tokens, or use --store-dtype bfloat16"
+    status, fix = room(need, free, fix)
+    return Check("disk", status, f"a store takes {size(need)} of {size(free)} free", fix)
 
 
 def check_covariance(
     hook: str, x: Float[Tensor, "rows d_in"], gammas: list[GammaConfig], rows: int
 ) -> list[Check]:
-    """Say whether `rows` training rows give the covariance that a gamma rule needs, and what taking it costs."""
+    """Return whether `rows` training rows give the covariance that a gamma rule needs, and what taking it costs."""
     rules = sorted({cfg.rule for cfg in gammas if cfg.needs_covariance})
     if not rules:
         return []
@@ -269,8 +269,8 @@ def check_covariance(
     rows = min(rows, MAX_ROWS)
     need = f"{rows:,} rows for {d_in} dimensions"
     if rows <= d_in:
-        mend = f"give at least {d_in + 1} rows, better {10 * d_in}, or use another --gamma"
-        return [Check(name, "fail", f"{need}: too few", mend)]
+        fix = f"give at least {d_in + 1} rows, better {10 * d_in}, or use another --gamma"
+        return [Check(name, "fail", f"{need}: too few", fix)]
     sample, covariance = x[: max(256, _SAMPLE_VALUES // d_in**2)], Covariance(d_in)
     start = time.perf_counter()
     covariance.update(sample)

@@ -14,7 +14,7 @@ from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import KEPT, SkipRule
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.language import LanguageModel
-from wsae.acts.text import Packer, Reading, Repeats, documents, is_heldout, told
+from wsae.acts.text import Packer, Repeats, TextCounts, documents, is_heldout, told
 from wsae.core.errors import UserError
 from wsae.losses.config import GammaConfig
 from wsae.losses.gamma import gamma_from_proxy
@@ -26,7 +26,7 @@ Status = Literal["ok", "warn", "fail"]
 
 
 class Check(NamedTuple):
-    """A finding. `fail`: the run would not work; `warn`: it would, but not as you think; `advice` is the mend."""
+    """A finding. `fail`: the run would not work; `warn`: it would, but not as you think; `advice` is the fix."""
 
     name: str
     status: Status
@@ -38,11 +38,11 @@ TIGHT = 0.8
 """Share of what is free above which memory or disk is called tight."""
 
 
-def room(need: int | float, free: float, mend: str) -> tuple[Status, str]:
-    """Return how a need stands to what is free, and `mend` where it is tight or too much."""
+def room(need: int | float, free: float, fix: str) -> tuple[Status, str]:
+    """Return how a need stands to what is free, and `fix` where it is tight or too much."""
     if need <= TIGHT * free:
         return "ok", ""
-    return ("fail" if need > free else "warn"), mend
+    return ("fail" if need > free else "warn"), fix
 
 
 def report(subject: str, checks: list[Check]) -> dict[str, object]:
@@ -107,8 +107,8 @@ def check_constant(hook: str, variance: Float64[Tensor, " d_in"]) -> Check:
     dead = (variance <= 0).nonzero()[:, 0].tolist()
     if dead:
         value = f"{len(dead)} of {len(variance)} never change, the first is {dead[0]}"
-        mend = "an SAE cannot learn them; look whether the hook is the one you mean"
-        return Check(f"constant dimensions at {hook}", "warn", value, mend)
+        fix = "an SAE cannot learn them; look whether the hook is the one you mean"
+        return Check(f"constant dimensions at {hook}", "warn", value, fix)
     return Check(f"constant dimensions at {hook}", "ok", "none")
 
 
@@ -122,8 +122,8 @@ def check_sinks(
     largest = float(norm[kept].max()) / median if bool(kept.any()) else 0.0
     value = f"norm at position 0 is {first:.3g} x the median; largest kept {largest:.3g} x"
     if largest > SINK_RATIO:
-        mend = "keep the mask: --skip-first 1 --sink-norm-ratio 10"
-        return Check(f"attention sinks at {hook}", "warn", value, mend)
+        fix = "keep the mask: --skip-first 1 --sink-norm-ratio 10"
+        return Check(f"attention sinks at {hook}", "warn", value, fix)
     dropped = "; the mask drops it" if first > SINK_RATIO else ""
     return Check(f"attention sinks at {hook}", "ok", value + dropped)
 
@@ -134,16 +134,16 @@ def check_outliers(
     """Say which dimensions carry the variance, and which would carry the weighted loss."""
     plain = spread(variance)
     status: Status = "warn" if plain.top_share > HEAVY_SHARE else "ok"
-    mend = "the plain loss looks mostly at it; read fvu per dimension" if status == "warn" else ""
-    checks = [Check(f"variance at {hook}", status, _spread_text(plain), mend)]
+    fix = "the plain loss looks mostly at it; read fvu per dimension" if status == "warn" else ""
+    checks = [Check(f"variance at {hook}", status, _spread_text(plain), fix)]
     for cfg in gammas:
         if cfg.rule == "variance":
             gamma = gamma_from_proxy(cfg, variance).double()
             weighted = spread(variance * gamma**2)
             heavy = weighted.top_share > 0.5
-            mend = "use --robust winsor, rank or drop, or a smaller --alpha" if heavy else ""
+            fix = "use --robust winsor, rank or drop, or a smaller --alpha" if heavy else ""
             name = f"loss under {cfg.label} at {hook}"
-            checks.append(Check(name, "warn" if heavy else "ok", _spread_text(weighted), mend))
+            checks.append(Check(name, "warn" if heavy else "ok", _spread_text(weighted), fix))
     return checks
 
 
@@ -185,8 +185,8 @@ def _spread_text(s: Spread) -> str:
 def check_width(hook: str, d_in: int, expected: int | None) -> Check:
     """Compare a hook's width with the one the caller expects."""
     if expected is not None and d_in != expected:
-        mend = "name another hook, or leave out --d-in"
-        return Check(f"width of {hook}", "fail", f"{d_in}, not {expected}", mend)
+        fix = "name another hook, or leave out --d-in"
+        return Check(f"width of {hook}", "fail", f"{d_in}, not {expected}", fix)
     return Check(f"width of {hook}", "ok", str(d_in))
 
 
@@ -200,8 +200,8 @@ def check_member(hook: str, d_in: int, member: MemberConfig) -> Check:
     k = getattr(cfg.activation, "k", None)
     shown = f"{d_in} -> {cfg.d_sae} latents, {cfg.activation.kind}" + (f", k {k}" if k else "")
     if k is not None and k >= d_in:
-        mend = f"choose k well below {d_in}; {k} latents can carry any vector of that width"
-        return Check(name, "warn", shown, mend)
+        fix = f"choose k well below {d_in}; {k} latents can carry any vector of that width"
+        return Check(name, "warn", shown, fix)
     if cfg.d_sae < d_in:
         return Check(name, "warn", shown, f"fewer latents than dimensions; {8 * d_in} is common")
     return Check(name, "ok", shown)
@@ -213,8 +213,8 @@ def check_text(have: int, wanted: int, whole: bool) -> Check:
     if whole and have == 0:
         return Check("text", "fail", "no text in it", "give a file with text")
     if whole and have < wanted:
-        mend = f"{wanted:,} are wanted: give more text or lower --tokens (training repeats rows)"
-        return Check("text", "warn", about, mend)
+        fix = f"{wanted:,} are wanted: give more text or lower --tokens (training repeats rows)"
+        return Check("text", "warn", about, fix)
     return Check("text", "ok", f"{about} for the {wanted:,} wanted")
 
 
@@ -283,7 +283,7 @@ def text_size(
     """Estimate the training tokens of the text, reading it for at most `seconds`."""
     end = time.monotonic() + seconds
     chars, given, sample, taken, whole = 0, 0, [], 0, True
-    reading, repeats = Reading(), Repeats()
+    reading, repeats = TextCounts(), Repeats()
     for document in documents(cfg.text, reading=reading):
         chars += len(document.text)
         given += 0 if document.ids is None else len(document.ids)

@@ -23,18 +23,14 @@ from wsae.core.errors import UserError, named, understood
 from wsae.core.files import read_json
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.doctor import cost, probe
-from wsae.doctor import cost as machine
-from wsae.doctor import probe as activations
-from wsae.doctor import probe as shape
 from wsae.doctor.config import DoctorConfig
-from wsae.doctor.cost import check_memory, kernels_of, memory
 from wsae.doctor.probe import Check, report
 from wsae.train.config import FEW_STEPS, MemberConfig, TrainConfig
 
 # The planned SAEs: do their shapes fit, and what will they take of memory and time?
 
 
-class Live(NamedTuple):
+class LiveCost(NamedTuple):
     """What training from a model adds: the speed of its forward pass, and the rows that wait to be mixed."""
 
     tokens_per_s: float
@@ -45,12 +41,12 @@ def check_shapes(cfg: DoctorConfig, widths: dict[str, int]) -> list[Check]:
     """Check each hook's width and every form of SAE on it."""
     checks: list[Check] = []
     for hook, d_in in widths.items():
-        checks.append(shape.check_width(hook, d_in, cfg.d_in))
+        checks.append(probe.check_width(hook, d_in, cfg.d_in))
         forms = {
             m.sae_config(d_in).model_dump_json() if _fits(m, d_in) else str(m.activation): m
             for m in cfg.train.members
         }
-        checks += [shape.check_member(hook, d_in, member) for member in forms.values()]
+        checks += [probe.check_member(hook, d_in, member) for member in forms.values()]
     return checks
 
 
@@ -66,7 +62,7 @@ def check_costs(
     cfg: DoctorConfig,
     sample: dict[str, Float[Tensor, "rows _"]],
     rows: int,
-    live: Live | None,
+    live: LiveCost | None,
 ) -> list[Check]:
     """Check covariances, memory and time of the planned training, when its shapes fit the sample.
 
@@ -89,20 +85,20 @@ def check_costs(
     return [*checks, cost.check_time(cfg.train, per_step, live and live.tokens_per_s)]
 
 
-def _check_memory(cfg: DoctorConfig, widths: list[int], live: Live | None) -> Check:
+def _check_memory(cfg: DoctorConfig, widths: list[int], live: LiveCost | None) -> Check:
     saes = [m.sae_config(d) for d in widths for m in cfg.train.members]
-    held = machine.held_memory(cfg.device)
+    held = cost.held_memory(cfg.device)
     # a live model's first block exists twice: as the rows behind the statistics, and in the block
     mixing = 2 * 4 * live.mixed_rows * sum(widths) if live else 0
-    need = memory(
+    need = cost.memory(
         saes,
-        [kernels_of(cfg.train.kernels, cfg.device, sae) for sae in saes],
+        [cost.kernels_of(cfg.train.kernels, cfg.device, sae) for sae in saes],
         cfg.train.batch_size,
         bf16=cfg.train.dtype == "bfloat16",
         together=min(torch.get_num_threads(), len(cfg.train.members)),
     )
     need = need._replace(held=int(held), rows=mixing)
-    return check_memory(need, machine.free_memory(cfg.device) + held)
+    return cost.check_memory(need, cost.free_memory(cfg.device) + held)
 
 
 # The pre-flight of a language model, its text and its hook points; a store's rows against its
@@ -111,7 +107,7 @@ def _check_memory(cfg: DoctorConfig, widths: list[int], live: Live | None) -> Ch
 
 def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list[Check]:
     """Load the model, run a few sequences and a few training steps."""
-    checks = [machine.check_versions(), machine.check_device(cfg.device)]
+    checks = [cost.check_versions(), cost.check_device(cfg.device)]
     language = load_language(harvest.model, harvest.dtype, cfg.device)
     tick(1)
     checks += [_check_weights(language), _check_bos(language), *_check_text(harvest, language)]
@@ -130,10 +126,10 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     rows = {hook.name: look.rows(hook.name) for hook in hooks}
     mixed = min(LiveConfig().shuffle_tokens, harvest.tokens)
     behind_stats = min(LiveConfig().stats_tokens, harvest.tokens)
-    checks += check_costs(cfg, rows, behind_stats, Live(look.tokens_per_s, mixed))
+    checks += check_costs(cfg, rows, behind_stats, LiveCost(look.tokens_per_s, mixed))
     need = cost.store_bytes(harvest, [hook.d_in for hook in hooks])
     tick(1)
-    return [*checks, cost.check_disk(need, machine.free_disk(cfg.out))]
+    return [*checks, cost.check_disk(need, cost.free_disk(cfg.out))]
 
 
 def check_probed(probed: Probed, seq_len: int) -> list[Check]:
@@ -220,12 +216,12 @@ def _differences(
             f"{bad} of {len(a)} differ; by {float(apart.median()):.2g} of their norm in the median"
         )
         wrong = bad > 0.05 * len(a)
-        mend = (
+        fix = (
             f"these rows are not {cfg.model}'s activations at their tokens (other or random weights, or another "
             "order): harvest again, and train again what was trained on them"
         )
         name = f"{ROWS_AGAINST} at {hook.name}"
-        checks.append(Check(name, "fail" if wrong else "ok", value, mend if wrong else ""))
+        checks.append(Check(name, "fail" if wrong else "ok", value, fix if wrong else ""))
     return checks
 
 
@@ -233,8 +229,8 @@ def _check_weights(language: LanguageModel) -> Check:
     lacking = language.not_loaded
     if not lacking:
         return Check("weights", "ok", "all are in the model's files")
-    mend = "a hook or a prediction that depends on them is refused"
-    return Check("weights", "warn", f"not in the model's files: {named(lacking)}", mend)
+    fix = "a hook or a prediction that depends on them is refused"
+    return Check("weights", "warn", f"not in the model's files: {named(lacking)}", fix)
 
 
 def _check_bos(language: LanguageModel) -> Check:
@@ -246,7 +242,7 @@ def _check_bos(language: LanguageModel) -> Check:
 
 def _check_text(harvest: HarvestConfig, language: LanguageModel) -> list[Check]:
     have = probe.text_size(harvest, language)
-    enough = shape.check_text(have.tokens, harvest.tokens, have.whole)
+    enough = probe.check_text(have.tokens, harvest.tokens, have.whole)
     return [enough, *(Check("text", "warn", line) for line in have.told)]
 
 
@@ -254,16 +250,16 @@ def _check_hook(
     cfg: DoctorConfig, harvest: HarvestConfig, look: probe.Probe, hook: HookPoint
 ) -> Iterable[Check]:
     rows = look.rows(hook.name)
-    finite = activations.check_finite(hook.name, look.x[hook.name].flatten(0, 1))
+    finite = probe.check_finite(hook.name, look.x[hook.name].flatten(0, 1))
     if finite.status == "fail":
         return [finite]
     variance = rows.double().var(0, correction=0)
     gammas = [member.gamma for member in cfg.train.members]
     return [
         finite,
-        activations.check_sinks(hook.name, look.x[hook.name], look.kept),
-        *activations.check_outliers(hook.name, variance, gammas),
-        *activations.check_rounding(hook.name, rows, harvest.store_dtype),
+        probe.check_sinks(hook.name, look.x[hook.name], look.kept),
+        *probe.check_outliers(hook.name, variance, gammas),
+        *probe.check_rounding(hook.name, rows, harvest.store_dtype),
     ]
 
 
@@ -293,7 +289,7 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
 
     Of a store also what can be wrong in it, and a few of its rows against those of its model.
     """
-    checks = [machine.check_versions(), machine.check_device(cfg.device)]
+    checks = [cost.check_versions(), cost.check_device(cfg.device)]
     try:
         source = open_source(path)
         stats = source.stats(progress)
@@ -301,12 +297,12 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
         return [*checks, Check("data", "fail", str(error))]
     rows = source.n_rows or 0
     status = "warn" if rows < cfg.train.batch_size else "ok"
-    mend = (
+    fix = (
         f"fewer than one batch of {cfg.train.batch_size}: lower --batch-size"
         if status == "warn"
         else ""
     )
-    checks.append(Check("data", status, f"{rows:,} training rows, all values finite", mend))
+    checks.append(Check("data", status, f"{rows:,} training rows, all values finite", fix))
     if isinstance(source, StoreSource):
         checks += check_store(source.store, cfg.device)
     checks += check_shapes(cfg, source.hooks)
@@ -315,9 +311,9 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
     for hook, x in batch.items():
         gammas = [member.gamma for member in cfg.train.members]
         variance = stats[hook].kept.variance
-        checks += [activations.check_constant(hook, variance), _check_norms(hook, x)]
-        checks += activations.check_outliers(hook, variance, gammas)
-        checks += activations.check_rounding(hook, x, "float32")
+        checks += [probe.check_constant(hook, variance), _check_norms(hook, x)]
+        checks += probe.check_outliers(hook, variance, gammas)
+        checks += probe.check_rounding(hook, x, "float32")
     return checks + check_costs(cfg, batch, rows, None)
 
 
@@ -326,8 +322,8 @@ def check_store(store: Store, device: str) -> list[Check]:
     checks = [_check_made(store)]
     if lacking := store.info.get("not_loaded"):
         named = ", ".join(map(str, lacking)) if isinstance(lacking, list) else str(lacking)
-        mend = "get the whole checkpoint and harvest again"
-        checks.append(Check("weights", "warn", f"not in the model's files: {named}", mend))
+        fix = "get the whole checkpoint and harvest again"
+        checks.append(Check("weights", "warn", f"not in the model's files: {named}", fix))
     if store.of_images:
         return checks
 
@@ -354,9 +350,9 @@ def _check_made(store: Store) -> Check:
 def _check_norms(hook: str, x: Float[Tensor, "rows d_in"]) -> Check:
     norm = x.double().norm(dim=1)
     ratio = float(norm.max()) / max(float(norm.median()), 1e-300)
-    if ratio > activations.SINK_RATIO:
-        mend = "attention sinks are among them: harvest with --sink-norm-ratio 10"
-        return Check(f"norms at {hook}", "warn", f"the largest is {ratio:.3g} x the median", mend)
+    if ratio > probe.SINK_RATIO:
+        fix = "attention sinks are among them: harvest with --sink-norm-ratio 10"
+        return Check(f"norms at {hook}", "warn", f"the largest is {ratio:.3g} x the median", fix)
     return Check(f"norms at {hook}", "ok", f"the largest is {ratio:.3g} x the median")
 
 
@@ -365,8 +361,8 @@ def _check_texts(table: TokenTable) -> Check:
     broken = [n for i, n in zip(ids, counts, strict=True) if "\ufffd" in table.decode([int(i)])[0]]
     share = sum(broken) / max(1, int(counts.sum()))
     if share:
-        mend = "an older wsae wrote characters split over tokens so; harvest again to read them"
-        return Check("token texts", "warn", f"{100 * share:.2g} % read as U+FFFD", mend)
+        fix = "an older wsae wrote characters split over tokens so; harvest again to read them"
+        return Check("token texts", "warn", f"{100 * share:.2g} % read as U+FFFD", fix)
     return Check("token texts", "ok", "no U+FFFD in them")
 
 
@@ -384,8 +380,8 @@ def _check_documents(store: Store) -> list[Check]:
     both = sum(start in seen for start in halves[1])
     value = f"{both} of {len(halves[1])} held-out ones begin like one that is trained on"
     if both > 0.01 * len(halves[1]):
-        mend = "scores on them are of seen text: remove duplicates from the text and harvest again"
-        return [Check(name, "warn", value, mend)]
+        fix = "scores on them are of seen text: remove duplicates from the text and harvest again"
+        return [Check(name, "warn", value, fix)]
     return [Check(name, "ok", value)]
 
 
@@ -420,7 +416,7 @@ def _is_run(path: str) -> bool:
 
 def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check]:
     """Check a run: its files, how long it was trained, the data it is of, and what its evaluation says."""
-    checks = [machine.check_versions(), machine.check_device(cfg.device)]
+    checks = [cost.check_versions(), cost.check_device(cfg.device)]
     try:
         manifest = read_manifest(path, "run")
         config = read_json(Path(path) / "config.json")

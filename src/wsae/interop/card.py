@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wsae.core.artifact import MANIFEST, Manifest, read_manifest
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, reason
 from wsae.core.files import write_json, write_text
 from wsae.core.hub import hub_errors, quiet_hub
 from wsae.core.version import __version__
@@ -54,8 +54,7 @@ def upload(folder: Path, files: list[str], repo: str, private: bool) -> str:
                 commit_message="SAEs trained with wsae",
             )
     except hub_errors() as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{repo}: not sent to the hub ({reason})") from error
+        raise UserError(f"{repo}: not sent to the hub ({reason(error)})") from error
     return str(done.commit_url)
 
 

@@ -21,7 +21,7 @@ from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import FORMATS, FormatName, Provenance, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
-from wsae.interop.format import THROUGH_SAELENS, Foreign, Format, Named, Reader
+from wsae.interop.format import THROUGH_SAELENS, Foreign, Format, NamedTensors, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
 from wsae.interop.saelens import SAELENS
 from wsae.interop.sparsify import SPARSIFY
@@ -38,7 +38,7 @@ _UNFINISHED = ".unfinished-"
 
 
 def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
-    """Whether `out` holds, whole, the artifact that would be written from these inputs."""
+    """Return whether `out` holds, whole, the artifact that would be written from these inputs."""
     if not (out / MANIFEST).is_file() or begun(out, kind):
         return False
     data = read_json(out / MANIFEST)
@@ -92,7 +92,7 @@ def unfinished(out: Path, kind: str) -> Iterator[None]:
 
 
 def begun(out: Path, kind: str) -> bool:
-    """Whether an artifact of this kind was begun in a folder and not finished."""
+    """Return whether an artifact of this kind was begun in a folder and not finished."""
     return _mark(out, kind).exists()
 
 
@@ -101,7 +101,7 @@ def _mark(out: Path, kind: str) -> Path:
 
 
 def _others(out: Path) -> bool:
-    """Whether anything but a lock and marks lies in a folder, or a file is in its place."""
+    """Return whether anything but a lock and marks lies in a folder, or a file is in its place."""
     if not out.is_dir():
         return out.exists()
     return any(p.name != ".lock" and not p.name.startswith(_UNFINISHED) for p in out.iterdir())
@@ -203,7 +203,7 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
 
 
 def readable(place: Path) -> bool:
-    """Whether a folder, or a file in it, holds what some reader takes for an SAE."""
+    """Return whether a folder, or a file in it, holds what some reader takes for an SAE."""
     folder = _folder(place)
     if folder.is_file():
         return folder.suffix in (".pt", ".pth")
@@ -294,13 +294,13 @@ def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder, "sae" if kind == "sae" else "export")
 
 
-def _held(name: str, tensor: Tensor, named: Named) -> bool:
-    """Whether the other tool's file gives this tensor back to the bit."""
+def _held(name: str, tensor: Tensor, named: NamedTensors) -> bool:
+    """Return whether the other tool's file gives this tensor back to the bit."""
     found = getattr(named, name, None) if name != "threshold" else None
     return found is not None and torch.equal(found, tensor.cpu())
 
 
-def _restored(manifest: Manifest, named: Named, folder: Path) -> SparseAutoencoder:
+def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAutoencoder:
     """Return the SAE an export was made from, bit for bit."""
     config: Any = manifest.config.get("sae")
     if not isinstance(config, dict) or SIDE not in manifest.files:

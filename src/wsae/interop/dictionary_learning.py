@@ -27,7 +27,7 @@ from wsae.interop.format import (
     Foreign,
     Format,
     Keys,
-    Named,
+    NamedTensors,
     assemble,
     centred,
     check_keys,
@@ -100,7 +100,7 @@ def _class(foreign: Foreign, where: str) -> str:
     return kind
 
 
-def _rename(foreign: Foreign, where: str) -> Named:
+def _rename(foreign: Foreign, where: str) -> NamedTensors:
     trainer, kind = _trainer(foreign, where), _class(foreign, where)
     tensors = dict(foreign.tensors)
     threshold = None
@@ -112,17 +112,19 @@ def _rename(foreign: Foreign, where: str) -> Named:
     if parts[0].ndim != 2 or parts[1].ndim != 2:
         raise UserError(f"{where}: encoder or decoder of {kind} is not a matrix")
     if kind == "JumpReluAutoEncoder":
-        weights = Named(*parts)
+        weights = NamedTensors(*parts)
     else:
-        weights = Named(parts[0].T, parts[1].T, parts[2], parts[3], threshold)
+        weights = NamedTensors(parts[0].T, parts[1].T, parts[2], parts[3], threshold)
     return check_shapes(weights, where, trainer.get("activation_dim"), trainer.get("dict_size"))
 
 
-def _topk(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:
+def _topk(weights: NamedTensors, k: int) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:
     return weights, {"kind": "topk", "k": k}, {}
 
 
-def _batch_topk(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:
+def _batch_topk(
+    weights: NamedTensors, k: int
+) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:
     assert weights.threshold is not None
     level = weights.threshold.double().clamp(
         min=0
@@ -130,17 +132,21 @@ def _batch_topk(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str
     return weights, {"kind": "batch_topk", "k": k}, {"threshold": level}
 
 
-def _relu(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
+def _relu(weights: NamedTensors, k: int) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
     norms = weights.W_dec.norm(dim=1)
     unit = torch.allclose(norms, torch.ones_like(norms))  # as AutoEncoder.from_pretrained decides
     return weights if unit else unit_rows(weights), {"kind": "relu"}, {}
 
 
-def _relu_new(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
+def _relu_new(
+    weights: NamedTensors, k: int
+) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
     return centred(weights), {"kind": "relu"}, {}
 
 
-def _jumprelu(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
+def _jumprelu(
+    weights: NamedTensors, k: int
+) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
     assert weights.threshold is not None
     return (
         centred(weights),
@@ -149,7 +155,9 @@ def _jumprelu(weights: Named, k: int) -> tuple[Named, dict[str, Any], dict[str, 
     )
 
 
-_MEANINGS: dict[str, Callable[[Named, int], tuple[Named, dict[str, Any], dict[str, Tensor]]]] = {
+_MEANINGS: dict[
+    str, Callable[[NamedTensors, int], tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]]
+] = {
     "AutoEncoderTopK": _topk,
     "BatchTopKSAE": _batch_topk,
     "AutoEncoder": _relu,
@@ -222,7 +230,7 @@ def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
     return Foreign(config, _state(kind, weights, k))
 
 
-def _state(kind: str, weights: Named, k: int | None) -> dict[str, Tensor]:
+def _state(kind: str, weights: NamedTensors, k: int | None) -> dict[str, Tensor]:
     if kind == "JumpReluAutoEncoder":  # it does not subtract b_dec
         moved = uncentred(weights)
         assert moved.threshold is not None

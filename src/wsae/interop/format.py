@@ -36,7 +36,7 @@ class Foreign(NamedTuple):
     """What inputs are multiplied by before they are encoded, where a file beside the weights says it."""
 
 
-class Named(NamedTuple):
+class NamedTensors(NamedTuple):
     """Weights under our names and orientation; what an SAE lacks is None."""
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -71,7 +71,9 @@ def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> lis
     return [tensors[name].detach().float() for name in names]
 
 
-def check_shapes(weights: Named, where: str, d_in: object = None, d_sae: object = None) -> Named:
+def check_shapes(
+    weights: NamedTensors, where: str, d_in: object = None, d_sae: object = None
+) -> NamedTensors:
     """Return the weights; raises UserError where shapes do not fit one another or the widths of the config."""
     if weights.W_dec.ndim != 2:
         raise UserError(f"{where}: the decoder is {tuple(weights.W_dec.shape)}, not a matrix")
@@ -108,19 +110,19 @@ def check_finite(tensors: Mapping[str, Tensor | None], where: str) -> None:
             raise UserError(f"{where}: tensor {name} holds NaN or infinite values")
 
 
-def centred(weights: Named) -> Named:
+def centred(weights: NamedTensors) -> NamedTensors:
     """Return weights that subtract b_dec before encoding, from ones that do not: b_enc + b_dec @ W_enc, in fp64."""
     shift = weights.b_dec.double() @ weights.W_enc.double()
     return weights._replace(b_enc=(weights.b_enc.double() + shift).float())
 
 
-def uncentred(weights: Named) -> Named:
+def uncentred(weights: NamedTensors) -> NamedTensors:
     """Return weights that do not subtract b_dec, from ones that do."""
     shift = weights.b_dec.double() @ weights.W_enc.double()
     return weights._replace(b_enc=(weights.b_enc.double() - shift).float())
 
 
-def rescaled(weights: Named, scale: float) -> Named:
+def rescaled(weights: NamedTensors, scale: float) -> NamedTensors:
     """Return weights for x from ones for scale * x: the same latents, x_hat divided by the scale."""
     return weights._replace(
         W_enc=(weights.W_enc.double() * scale).float(),
@@ -129,7 +131,7 @@ def rescaled(weights: Named, scale: float) -> Named:
     )
 
 
-def unit_rows(weights: Named) -> Named:
+def unit_rows(weights: NamedTensors) -> NamedTensors:
     """Fold the decoder's norms into the encoder: latents are multiplied by them, reconstructions stay.
 
     Exact (to fp32 rounding) for every activation that is homogeneous with its threshold. A latent whose row is 0 never
@@ -137,7 +139,7 @@ def unit_rows(weights: Named) -> Named:
     """
     norms = weights.W_dec.double().norm(dim=1)
     scale = weights.threshold if weights.threshold is None else (weights.threshold * norms).float()
-    return Named(
+    return NamedTensors(
         W_enc=(weights.W_enc.double() * norms).float(),
         W_dec=(weights.W_dec.double() / norms.clamp(min=1e-30)[:, None]).float(),
         b_enc=(weights.b_enc.double() * norms).float(),
@@ -147,7 +149,7 @@ def unit_rows(weights: Named) -> Named:
 
 
 def assemble(
-    cfg: SAEConfig, weights: Named, extra: Mapping[str, Tensor] | None = None
+    cfg: SAEConfig, weights: NamedTensors, extra: Mapping[str, Tensor] | None = None
 ) -> SparseAutoencoder:
     """Return an SAE of ours with these weights, gamma 1 and threshold 0 unless `extra` says otherwise."""
     sae = SparseAutoencoder(cfg)
@@ -157,10 +159,10 @@ def assemble(
     return sae
 
 
-def named(sae: SparseAutoencoder) -> Named:
+def named(sae: SparseAutoencoder) -> NamedTensors:
     """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T."""
     W_dec, W_enc = sae.W_dec.detach().float().cpu(), sae.W_enc.detach().float().cpu()
-    return Named(
+    return NamedTensors(
         W_enc=W_enc.clone() if sae.cfg.tied else W_enc,  # two tensors of a file share no memory
         W_dec=W_dec,
         b_enc=_or_zeros(sae.b_enc, sae.cfg.d_sae),
@@ -213,12 +215,12 @@ class Reader:
     files: tuple[str, ...]
     """The config's name first, then those of the weights, of which one is enough."""
     read: Callable[[Path], Foreign]
-    rename: Callable[[Foreign, str], Named]
+    rename: Callable[[Foreign, str], NamedTensors]
     understand: Callable[[Foreign, str], SparseAutoencoder]
     about: Callable[[Foreign], Provenance]
 
     def detect(self, path: Path) -> bool:
-        """Whether a folder holds this format's weights."""
+        """Return whether a folder holds this format's weights."""
         return any((path / name).is_file() for name in self.files[1:])
 
 

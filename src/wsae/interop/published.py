@@ -30,7 +30,7 @@ from wsae.interop.format import (
     THROUGH_SAELENS,
     Foreign,
     Keys,
-    Named,
+    NamedTensors,
     Reader,
     Switch,
     assemble,
@@ -134,7 +134,7 @@ def _load_npz(path: Path) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
-def _rename_gemma(foreign: Foreign, where: str) -> Named:
+def _rename_gemma(foreign: Foreign, where: str) -> NamedTensors:
     check_keys(foreign.config, _GEMMA_KEYS, where)
     if "affine_skip_connection" in foreign.tensors:
         raise UserError(f"{where}: tensor affine_skip_connection: {_TRANSCODER}")
@@ -142,10 +142,10 @@ def _rename_gemma(foreign: Foreign, where: str) -> Named:
     factor = tensors.get(_FACTOR)
     if factor is not None and bool((factor == 1).all()):
         del tensors[_FACTOR]
-    return check_shapes(Named(*take(tensors, _NAMES, where)), where)
+    return check_shapes(NamedTensors(*take(tensors, _NAMES, where)), where)
 
 
-def _jumprelu(weights: Named, where: str) -> SparseAutoencoder:
+def _jumprelu(weights: NamedTensors, where: str) -> SparseAutoencoder:
     assert weights.threshold is not None
     cfg = SAEConfig.parse({**weights.widths, "activation": {"kind": "jumprelu"}}, where=where)
     return assemble(cfg, weights, {"log_threshold": log_threshold(weights.threshold)})
@@ -193,7 +193,7 @@ def _read_llama(path: Path) -> Foreign:
     return Foreign(config, load_tensors(path / FINAL), scale)
 
 
-def _rename_llama(foreign: Foreign, where: str) -> Named:
+def _rename_llama(foreign: Foreign, where: str) -> NamedTensors:
     config = foreign.config
     if config.get("hook_point_out", config.get("hook_point_in")) != config.get("hook_point_in"):
         raise UserError(f"{where}: hook_point_in is not hook_point_out: {_TRANSCODER}")
@@ -201,7 +201,7 @@ def _rename_llama(foreign: Foreign, where: str) -> Named:
     rows, columns, b_enc, b_dec = take(foreign.tensors, names, where)
     level = _number(config.get("jump_relu_threshold"), "jump_relu_threshold", where)
     threshold = torch.full_like(b_enc, level * (foreign.scale or 1.0))
-    weights = Named(
+    weights = NamedTensors(
         _matrix(rows, names[0], where), _matrix(columns, names[1], where), b_enc, b_dec, threshold
     )
     return check_shapes(weights, where, config.get("d_model"), config.get("d_sae"))
@@ -259,7 +259,7 @@ def _read_torch(path: Path) -> Foreign:
     return Foreign(config, tensors)
 
 
-def _rename_torch(foreign: Foreign, where: str) -> Named:
+def _rename_torch(foreign: Foreign, where: str) -> NamedTensors:
     tensors = {k: v for k, v in foreign.tensors.items() if k not in _OPENAI_REST}
     names = frozenset(tensors)
     if names == _OPENAI:
@@ -275,7 +275,9 @@ def _rename_torch(foreign: Foreign, where: str) -> Named:
             f"{THROUGH_SAELENS}"
         )
     rows, columns, b_enc, b_dec = take(tensors, order, where)
-    weights = Named(_matrix(rows, order[0], where), _matrix(columns, order[1], where), b_enc, b_dec)
+    weights = NamedTensors(
+        _matrix(rows, order[0], where), _matrix(columns, order[1], where), b_enc, b_dec
+    )
     return check_shapes(weights, where)
 
 

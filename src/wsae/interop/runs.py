@@ -162,7 +162,7 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _begins_alike(store: Store) -> bool | None:
-    """Whether every held-out sequence begins with the same token; None where there are too few to tell."""
+    """Return whether every held-out sequence begins with the same token; None where there are too few to tell."""
     table = store.tokens()
     if table is None or len(table.ids) < 8:
         return None

@@ -24,7 +24,7 @@ from wsae.interop.format import (
     Foreign,
     Format,
     Keys,
-    Named,
+    NamedTensors,
     Switch,
     assemble,
     centred,
@@ -206,18 +206,18 @@ def _check_normalised(foreign: Foreign, where: str) -> None:
     raise UserError(f"{where}: normalize_activations = {how!r}: {why}")
 
 
-def _rename(foreign: Foreign, where: str) -> Named:
+def _rename(foreign: Foreign, where: str) -> NamedTensors:
     config = _settings(foreign.config, where)
     names = _TENSORS
     if _architecture(config, where) == "jumprelu":
         names = (*_TENSORS, "threshold")
     _check_normalised(foreign, where)
     tensors = {key: value for key, value in foreign.tensors.items() if key not in _FACTORS}
-    weights = Named(*take(tensors, names, where))
+    weights = NamedTensors(*take(tensors, names, where))
     return check_shapes(weights, where, config.get("d_in"), config.get("d_sae"))
 
 
-def _factor(foreign: Foreign, weights: Named, where: str) -> Tensor | None:
+def _factor(foreign: Foreign, weights: NamedTensors, where: str) -> Tensor | None:
     """Return what multiplies latents before they are decoded, none where that is 1 for all."""
     held = next((name for name in _FACTORS if name in foreign.tensors), None)
     said = truth(

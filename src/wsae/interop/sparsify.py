@@ -20,7 +20,7 @@ from wsae.interop.format import (
     Foreign,
     Format,
     Keys,
-    Named,
+    NamedTensors,
     Switch,
     assemble,
     check_keys,
@@ -59,7 +59,7 @@ def _read(path: Path) -> Foreign:
     return Foreign(read_config(path / CONFIG), load_tensors(path / WEIGHTS))
 
 
-def _rename(foreign: Foreign, where: str) -> Named:
+def _rename(foreign: Foreign, where: str) -> NamedTensors:
     config = foreign.config
     check_keys(config, _KEYS, where)
     rows, W_dec, b_enc, b_dec = take(foreign.tensors, _TENSORS, where)
@@ -70,7 +70,7 @@ def _rename(foreign: Foreign, where: str) -> Named:
         d_sae = d_in * whole({"expansion_factor": 32} | config, "expansion_factor", where)
     else:
         d_sae = whole(config, "num_latents", where)
-    return check_shapes(Named(rows.T, W_dec, b_enc, b_dec), where, d_in, d_sae)
+    return check_shapes(NamedTensors(rows.T, W_dec, b_enc, b_dec), where, d_in, d_sae)
 
 
 def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
 from wsae.acts.images.config import ImagesConfig
-from wsae.acts.images.labels import checked_labels
 from wsae.acts.images.pixels import middle_square, to_pillow, to_tensor
-from wsae.core.errors import UserError, nearest
+from wsae.acts.tally import MOST_CLASSES
+from wsae.core.errors import UserError, first_line, nearest
 from wsae.core.files import digest, sha256_file
 from wsae.core.npy import check_unpacked, npz_arrays
 
@@ -142,13 +142,13 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
             shape = _idx_shape(file.read(start), axes, path)
             needed = math.prod(shape)
             if path.suffix == ".gz":
-                mend = "unpack it with gunzip: then it is mapped and not read"
-                check_unpacked(needed, path.stat().st_size, str(path), mend)
+                fix = "unpack it with gunzip: then it is mapped and not read"
+                check_unpacked(needed, path.stat().st_size, str(path), fix)
                 data = np.frombuffer(file.read(needed + 1), dtype=np.uint8)
             else:
                 data = np.memmap(path, dtype=np.uint8, mode="r")[start:]
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a readable IDX file ({_first(error)})") from error
+        raise UserError(f"{path}: not a readable IDX file ({first_line(error)})") from error
     if len(data) != needed:
         raise UserError(f"{path}: {len(data)} bytes where its header says {shape} (cut or altered)")
     return np.array(data).reshape(shape) if axes == 1 else data.reshape(shape)
@@ -188,5 +188,38 @@ def _over_white(raw: UInt8[Tensor, "rows height width 4"]) -> UInt8[Tensor, "row
     return ((mixed + _OPAQUE // 2) // _OPAQUE).to(torch.uint8)
 
 
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def checked_labels(
+    labels: Shaped[np.ndarray, "..."] | None, names: tuple[str, ...], n_images: int, where: str
+) -> tuple[Int[np.ndarray, " images"] | None, tuple[str, ...]]:
+    """Return labels as int64 with one name a class (numbers where there are none); (None, ()) without labels.
+
+    Labels that are all negative mean that nobody labelled the images. Raises UserError for another number of labels
+    than images, ones that are not whole numbers from 0, or more classes than names.
+    """
+    if labels is None:
+        return None, ()
+    if labels.shape != (n_images,):
+        raise UserError(
+            f"{where}: labels of shape {labels.shape} for {n_images} images; give one an image"
+        )
+    if labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{where}: labels are {labels.dtype}, not whole numbers; number the classes from 0"
+        )
+    if not n_images or int(labels.max()) < 0:
+        return None, ()
+    if int(labels.min()) < 0:
+        raise UserError(
+            f"{where}: image {int(labels.argmin())} has label {int(labels.min())}; number the classes from 0"
+        )
+    needed = int(labels.max()) + 1
+    if needed > MOST_CLASSES:
+        raise UserError(
+            f"{where}: image {int(labels.argmax())} has label {needed - 1}; "
+            f"number the classes from 0 (at most {MOST_CLASSES:,})"
+        )
+    if names and len(names) < needed:
+        raise UserError(
+            f"{where}: labels up to {needed - 1} but {len(names)} names; give one a class"
+        )
+    return labels.astype(np.int64), names or tuple(str(number) for number in range(needed))

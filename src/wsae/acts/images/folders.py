@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
-from torch import Tensor
+from PIL import Image
 
 from wsae.acts.images.config import ImagesConfig
-from wsae.acts.images.pixels import decoded, middle_square, to_tensor
+from wsae.acts.images.pixels import DecodedImages, decoded
 from wsae.core.errors import UserError, nearest
 from wsae.core.files import digest, sha256_file
 
@@ -20,7 +19,7 @@ SPLITS = ("train", "val", "valid", "validation", "test")
 _SAMPLES = 256
 
 
-class Texts:
+class PackedTexts:
     """Many short strings in two arrays: processes that share them copy nothing."""
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -38,16 +37,16 @@ class Texts:
         return self._bytes[first:last].decode("utf-8", "surrogateescape")
 
 
-class FolderImages:
+class FolderImages(DecodedImages):
     """Image files of one folder, sorted by class and path, decoded when asked for."""
 
     def __init__(self, folder: Path, cfg: ImagesConfig) -> None:
         found = _found(folder, cfg)
-        self._folder, self._cfg = folder, cfg
+        self._folder, self.cfg = folder, cfg
         self.names = tuple(sorted({name for name, _ in found if name}))
         numbers = {name: number for number, name in enumerate(self.names)}
         found.sort()
-        self._paths = Texts([path for _, path in found])
+        self._paths = PackedTexts([path for _, path in found])
         self.labels = (
             np.array([numbers[name] for name, _ in found], dtype=np.int64) if self.names else None
         )
@@ -56,15 +55,10 @@ class FolderImages:
         """Return how many images there are."""
         return len(self._paths)
 
-    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """Return an image as RGB, in its own size; raises ImageError naming the file."""
+    def decoded(self, index: int) -> Image.Image:
+        """Return an image as RGB; raises ImageError naming the file."""
         path = self._path(index)
-        return to_tensor(decoded(path, str(path), index))
-
-    def square(self, index: int) -> UInt8[Tensor, "3 size size"]:
-        """Return an image resized and cut; raises ImageError naming the file."""
-        path = self._path(index)
-        return to_tensor(middle_square(decoded(path, str(path), index), self._cfg, self._cfg.side))
+        return decoded(path, str(path), index)
 
     @functools.cache  # noqa: B019  (a set lives as long as its run)
     def digest(self) -> str:

@@ -16,14 +16,13 @@ from wsae.acts.flow import NonFiniteError, Step, one_pass
 from wsae.acts.hookpoints import HookPoint, probe
 from wsae.acts.images.config import ImageHarvestConfig
 from wsae.acts.images.model import VisionModel, load_vision, model_fingerprint
-from wsae.acts.images.sets import Failures, ImageError, ImageSet, batches, open_images
+from wsae.acts.images.sets import NAMED, Failures, ImageError, ImageSet, batches, open_images
 from wsae.acts.store import (
     IMAGES,
     SPLITS,
     Feed,
-    Form,
     Ledger,
-    SplitWriter,
+    ShardForm,
     Store,
     drop_ledger,
     finish,
@@ -33,6 +32,7 @@ from wsae.acts.store import (
     refuse_other,
     shard_name,
     unfinished,
+    write_halves,
 )
 from wsae.acts.tally import Tally
 from wsae.acts.text import Position
@@ -41,7 +41,7 @@ from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
-from wsae.core.tensors import load_tensors, save_tensors
+from wsae.core.tensors import save_tensors
 
 # What a page shows of an image: its class and a thumbnail.
 
@@ -99,9 +99,9 @@ class ImageFlow:
         self.labels = None if images.labels is None else torch.from_numpy(images.labels)
         self.n_classes = len(images.names) if images.labels is not None else 0
         self.order = _order(len(images), cfg)
-        manner = vision.manner(self.side, self.side)
+        modality = vision.modality(self.side, self.side)
         with one_pass():
-            hooks = probe(vision.model, cfg.hooks, manner).hooks
+            hooks = probe(vision.model, cfg.hooks, modality).hooks
         self._capture = Capture(vision.model, hooks)
         self.hooks, self.positions = self._capture.hooks, _same_positions(hooks)
 
@@ -151,7 +151,8 @@ class ImageFlow:
             if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
                 row, dim = (int(i) for i in (~torch.isfinite(x)).nonzero()[0])
                 number, pos = divmod(row, self.positions)
-                raise NonFiniteError(hook, ("image", int(image[number]), pos, dim), row)
+                place = f"image {int(image[number])}, position {pos}, dimension {dim}"
+                raise NonFiniteError(hook, place, row)
 
     def _buffers(self) -> list[Buffer]:
         rows = self.cfg.batch_size * self.positions
@@ -178,9 +179,6 @@ def _same_positions(hooks: list[HookPoint]) -> int:
             f"hooks {first!r} and {second!r} have {a} and {b} rows an image; harvest them to two stores"
         )
     return hooks[0].positions
-
-
-NAMED = 5
 
 
 def harvest_images(
@@ -226,7 +224,7 @@ def _inputs(cfg: ImageHarvestConfig, images: ImageSet) -> dict[str, str]:
 def _run(flow: ImageFlow, out: Path, ledger: Ledger, progress: Progress) -> None:
     cfg = flow.cfg
     tally = ledger.tally(out, flow.hooks, flow.n_classes)
-    form = Form(cfg.store_dtype, cfg.shard_rows, seq_len=None)
+    form = ShardForm(cfg.store_dtype, cfg.shard_rows, seq_len=None)
     nothing = f"images {cfg.images.path}: none of the {{split}} images can be read"
     feed = Feed(flow.hooks, flow.steps, form, nothing, threaded=cfg.device != "cpu")
     wanted = {split: len(flow.order[split]) * flow.positions for split in ("heldout", "train")}
@@ -235,10 +233,7 @@ def _run(flow: ImageFlow, out: Path, ledger: Ledger, progress: Progress) -> None
             f"images {cfg.images.path}: {len(flow.order['heldout'])} images, all held out, leave none to train on; "
             "give more images or lower heldout_fraction"
         )
-    done = sum(state.rows for state in ledger.splits.values())
-    with progress("harvest", sum(wanted.values()), "rows", done) as tick:
-        for split, rows in wanted.items():
-            ledger = SplitWriter(feed, out, ledger, split, tally).run(rows, tick)
+    ledger = write_halves(feed, out, ledger, tally, wanted, "rows", progress)
     _finish(flow, out, ledger, tally)
 
 
@@ -305,8 +300,3 @@ def store_images(store: Store) -> ImageSet:
     if images.digest() != store.manifest.inputs["images"]:
         raise UserError(f"images {cfg.images.path}: not those that {store.path} was made from")
     return images
-
-
-def image_numbers(store: Store, split: str) -> dict[str, Tensor]:
-    """Return the images of a split: `images` read and `skipped` (int64), and `labels` of those read where known."""
-    return load_tensors(store.path / split / IMAGES)

@@ -22,12 +22,12 @@ from transformers import (
     ResNetModel,
 )
 
-from wsae.acts.hookpoints import Inputs, Manner, Probing
+from wsae.acts.hookpoints import Inputs, Modality, Probing
 from wsae.acts.images.config import ImagesConfig, Resample, Stem
 from wsae.acts.language import fingerprint, locate, read_config, resolve_device
 from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
 from wsae.core.config import Config
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, first_line
 from wsae.core.files import write_json
 from wsae.core.hub import quiet_hub
 from wsae.core.tensors import load_tensors, save_tensors
@@ -199,7 +199,7 @@ class VisionModel:
         mine = {"size": self.size, "resize": self.resize, "resample": self.resample}
         return cfg.model_copy(update=mine)
 
-    def manner(self, height: int, width: int) -> Manner:
+    def modality(self, height: int, width: int) -> Modality:
         """Return how hook points of this model are probed and read, for images of this size."""
 
         def inputs(_model: nn.Module) -> Probing:
@@ -210,13 +210,12 @@ class VisionModel:
             return Probing(images[0], images[1], (1, None), images[2])
 
         def explain(_model: nn.Module, error: Exception, _inputs: Inputs) -> UserError:
-            first = (str(error).strip().splitlines() or ["no reason given"])[0]
             return UserError(
-                f"model {self.name}: does not take images of {height} x {width} pixels ({first}); "
+                f"model {self.name}: does not take images of {height} x {width} pixels ({first_line(error)}); "
                 f"its own size is {self.size}"
             )
 
-        return Manner(
+        return Modality(
             inputs,
             lambda _first, _other, _given: [ImageLayout()],
             "[batch, width], [batch, tokens, width] or [batch, channels, h, w]",

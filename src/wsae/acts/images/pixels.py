@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from wsae.acts.images.config import ImagesConfig
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, first_line
 
 _FILTERS = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -56,6 +56,24 @@ class ImageSet(Protocol):
     def digest(self) -> str:
         """Return a hash of what the images are."""
         ...
+
+
+class DecodedImages:
+    """Images that are decoded when asked for: a subclass says how one is found."""
+
+    cfg: ImagesConfig
+
+    def decoded(self, index: int) -> Image.Image:
+        """Return an image as RGB, in its own size; raises ImageError naming it."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        """Return an image as RGB, in its own size; raises ImageError naming it."""
+        return to_tensor(self.decoded(index))
+
+    def square(self, index: int) -> UInt8[Tensor, "3 size size"]:
+        """Return an image resized and cut; raises ImageError naming it."""
+        return to_tensor(middle_square(self.decoded(index), self.cfg, self.cfg.side))
 
 
 def decoded(source: bytes | Path, where: str, index: int) -> Image.Image:
@@ -141,5 +159,4 @@ def _reason(error: Exception) -> str:
         return "not an image that Pillow can read"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"cannot be read ({first})"
+    return f"cannot be read ({first_line(error)})"

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,150 +19,10 @@ from wsae.acts.images.pixels import ImageError, ImageSet
 from wsae.acts.images.tables import hub_images, parquet_files, parquet_images
 from wsae.core.errors import UserError
 
-# Many images in a given order, decoded by worker processes; unreadable ones are left out, named and
-# counted.
-
 NAMED = 5
-_AHEAD = 2
-
-
-class Failures:
-    """Images that could not be read: how many, and the first five by name; `on_error` "raise" stops at the first."""
-
-    def __init__(self, on_error: Literal["skip", "raise"] = "raise") -> None:
-        self.on_error = on_error
-        self.count = 0
-        self.messages: list[str] = []
-
-    def add(self, index: int, message: str) -> None:
-        """Note one; raises ImageError where none may be skipped."""
-        if self.on_error == "raise":
-            raise ImageError(message, index)
-        self.count += 1
-        if len(self.messages) < NAMED:
-            self.messages.append(message)
-
-    def summary(self) -> str:
-        """Return a line that counts and names them; empty where there are none."""
-        more = f" and {self.count - NAMED} more" if self.count > NAMED else ""
-        return f"{self.count} unreadable: {'; '.join(self.messages)}{more}" if self.count else ""
-
-
-def batches(
-    images: ImageSet,
-    order: Int[np.ndarray, " images"],
-    batch_size: int,
-    workers: int = 0,
-    failures: Failures | None = None,
-) -> Iterator[tuple[Int[np.ndarray, " batch"], UInt8[Tensor, "batch 3 height width"]]]:
-    """Yield the numbers and squares of every `batch_size` images of `order`, in that order.
-
-    Images that cannot be read are missing from their batch (which may become empty) and noted in `failures`; without it
-    the first one raises ImageError. The result does not depend on `workers`.
-    """
-    for part in _parts(images, order, (batch_size, workers, True), failures):
-        if part.stacked is not None:
-            yield part.index, part.stacked
-
-
-def originals(
-    images: ImageSet,
-    order: Int[np.ndarray, " images"],
-    batch_size: int,
-    workers: int = 0,
-    failures: Failures | None = None,
-) -> Iterator[tuple[Int[np.ndarray, " batch"], list[UInt8[Tensor, "3 _ _"]]]]:
-    """Yield like `batches`, each image in its own size."""
-    for part in _parts(images, order, (batch_size, workers, False), failures):
-        yield part.index, part.images
-
-
-@dataclass(frozen=True)
-class _Part:
-    index: np.ndarray
-    images: list[Tensor]
-    stacked: Tensor | None
-    failed: list[tuple[int, str]]
-
-
-def _parts(
-    images: ImageSet,
-    order: np.ndarray,
-    how: tuple[int, int, bool],
-    failures: Failures | None,
-) -> Iterator[_Part]:
-    batch_size, workers, square = how
-    noted = failures or Failures("raise")
-    chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    reader = _Reader(images, chunks, square)
-    if isinstance(images, ArrayImages) and images.as_they_are:
-        workers = 0  # handing them over would cost more than reading them
-    for part in _loader(reader, workers):
-        for index, message in part.failed:
-            noted.add(index, message)
-        yield part
-
-
-def _loader(reader: "_Reader", workers: int) -> Any:
-    if not workers or len(reader) < 2:
-        return (reader[number] for number in range(len(reader)))
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        shuffle=False,
-        num_workers=min(workers, len(reader)),
-        prefetch_factor=_AHEAD,
-        generator=torch.Generator().manual_seed(0),  # the loader draws a seed nobody uses
-    )
-    with (
-        warnings.catch_warnings()
-    ):  # a worker decodes and does nothing that another thread could hold a lock for
-        warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
-        return iter(loader)
-
-
-class _Reader(Dataset[_Part]):
-    """Whole batches by number: what a worker process reads at a time."""
-
-    def __init__(self, images: ImageSet, chunks: Sequence[np.ndarray], square: bool) -> None:
-        self._images, self._chunks, self._square = images, chunks, square
-
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, number: int) -> _Part:
-        index = self._chunks[number]
-        if self._square and isinstance(self._images, ArrayImages) and self._images.as_they_are:
-            return _Part(index, [], self._images.images(index), [])
-        read, kept, failed = self._images.square if self._square else self._images.image, [], []
-        found: list[Tensor] = []
-        for place, image in enumerate(index):
-            try:
-                found.append(read(int(image)))
-                kept.append(place)
-            except ImageError as error:
-                failed.append((error.index, str(error)))
-        good = index[np.array(kept, dtype=np.int64)]
-        if not self._square:
-            return _Part(good, found, None, failed)
-        return _Part(
-            good,
-            [],
-            torch.stack(found) if found else torch.empty(0, 3, 1, 1, dtype=torch.uint8),
-            failed,
-        )
-
-
-__all__ = [
-    "ArrayImages",
-    "Failures",
-    "ImageError",
-    "ImageSet",
-    "batches",
-    "open_images",
-    "originals",
-]
-
+"""Unreadable images that are named, not only counted."""
+_PREFETCHED = 2
+"""Batches that each worker process reads before they are asked for."""
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
@@ -207,3 +67,99 @@ def _is_hub_name(name: str) -> bool:
         (*SUFFIXES, *_ARCHIVES, ".npz", ".npy", ".parquet")
     )
     return not looks_local and name.count("/") <= 1 and bool(name.strip())
+
+
+class Failures:
+    """Images that could not be read: how many, and the first five by name; `on_error` "raise" stops at the first."""
+
+    def __init__(self, on_error: Literal["skip", "raise"] = "raise") -> None:
+        self.on_error = on_error
+        self.count = 0
+        self.messages: list[str] = []
+
+    def add(self, index: int, message: str) -> None:
+        """Note one; raises ImageError where none may be skipped."""
+        if self.on_error == "raise":
+            raise ImageError(message, index)
+        self.count += 1
+        if len(self.messages) < NAMED:
+            self.messages.append(message)
+
+    def summary(self) -> str:
+        """Return a line that counts and names them; empty where there are none."""
+        more = f" and {self.count - NAMED} more" if self.count > NAMED else ""
+        return f"{self.count} unreadable: {'; '.join(self.messages)}{more}" if self.count else ""
+
+
+def batches(
+    images: ImageSet,
+    order: Int[np.ndarray, " images"],
+    batch_size: int,
+    workers: int = 0,
+    failures: Failures | None = None,
+) -> Iterator[tuple[Int[np.ndarray, " batch"], UInt8[Tensor, "batch 3 height width"]]]:
+    """Yield the numbers and squares of every `batch_size` images of `order`, in that order.
+
+    Images that cannot be read are missing from their batch (which may become empty) and noted in `failures`; without it
+    the first one raises ImageError. The result does not depend on `workers`.
+    """
+    failures = failures or Failures("raise")
+    chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    if isinstance(images, ArrayImages) and images.as_they_are:
+        workers = 0  # handing them over would cost more than reading them
+    for part in _read(_BatchReader(images, chunks), workers):
+        for index, message in part.failed:
+            failures.add(index, message)
+        yield part.index, part.squares
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One batch: what could be read, and the number and message of what could not."""
+
+    index: np.ndarray
+    squares: Tensor
+    failed: list[tuple[int, str]]
+
+
+class _BatchReader(Dataset[_Part]):
+    """Whole batches by number: what a worker process reads at a time."""
+
+    def __init__(self, images: ImageSet, chunks: Sequence[np.ndarray]) -> None:
+        self._images, self._chunks = images, chunks
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, number: int) -> _Part:
+        index = self._chunks[number]
+        if isinstance(self._images, ArrayImages) and self._images.as_they_are:
+            return _Part(index, self._images.images(index), [])
+        squares: list[Tensor] = []
+        kept, failed = [], []
+        for image in index:
+            try:
+                squares.append(self._images.square(int(image)))
+                kept.append(image)
+            except ImageError as error:
+                failed.append((error.index, str(error)))
+        stacked = torch.stack(squares) if squares else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        return _Part(np.array(kept, dtype=index.dtype), stacked, failed)
+
+
+def _read(reader: _BatchReader, workers: int) -> Iterator[_Part]:
+    """Return every batch in order, read by worker processes where there is more than one."""
+    if not workers or len(reader) < 2:
+        return (reader[number] for number in range(len(reader)))
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        shuffle=False,
+        num_workers=min(workers, len(reader)),
+        prefetch_factor=_PREFETCHED,
+        generator=torch.Generator().manual_seed(0),  # the loader draws a seed nobody uses
+    )
+    with warnings.catch_warnings():
+        # a worker decodes and does nothing that another thread could hold a lock for
+        warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+        return iter(loader)

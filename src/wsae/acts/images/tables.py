@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from torch import Tensor
+from jaxtyping import Int
+from PIL import Image
 
+from wsae.acts.images.arrays import checked_labels
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.folders import SPLITS
-from wsae.acts.images.labels import checked_labels
-from wsae.acts.images.pixels import ImageError, decoded, middle_square, to_tensor
-from wsae.core.errors import UserError, nearest
+from wsae.acts.images.pixels import DecodedImages, ImageError, decoded
+from wsae.core.errors import UserError, first_line, nearest
 from wsae.core.files import digest, sha256_file
 from wsae.core.hub import hub_reachable, quiet_hub
 
@@ -165,44 +165,38 @@ class Cells(Protocol):
         ...
 
 
-class TableImages:
+class TableImages(DecodedImages):
     """The images of a column."""
 
     def __init__(
         self,
         cells: Cells,
-        labelled: tuple[Int[np.ndarray, " images"] | None, tuple[str, ...]],
+        labels: Int[np.ndarray, " images"] | None,
+        names: tuple[str, ...],
         where: str,
         digest: str,
         cfg: ImagesConfig,
     ) -> None:
-        self._cells, self._where, self._digest, self._cfg = cells, where, digest, cfg
-        self.labels, self.names = labelled
+        self._cells, self._where, self._digest, self.cfg = cells, where, digest, cfg
+        self.labels, self.names = labels, names
 
     def __len__(self) -> int:
         """Return how many images there are."""
         return len(self._cells)
 
-    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """Return an image as RGB, in its own size; raises ImageError naming the row."""
-        return to_tensor(self._decoded(index))
-
-    def square(self, index: int) -> UInt8[Tensor, "3 size size"]:
-        """Return an image resized and cut; raises ImageError naming the row."""
-        return to_tensor(middle_square(self._decoded(index), self._cfg, self._cfg.side))
-
     def digest(self) -> str:
         """Return a hash of what the images are."""
         return self._digest
 
-    def _decoded(self, index: int):
+    def decoded(self, index: int) -> Image.Image:
+        """Return an image as RGB; raises ImageError naming the row."""
         where = f"{self._where}, row {index}"
         try:
             cell = self._cells[index]
         except MemoryError:
             raise
         except Exception as error:  # pyarrow's own, OSError, ValueError
-            raise ImageError(f"{where}: cannot be read ({_first(error)})", index) from error
+            raise ImageError(f"{where}: cannot be read ({first_line(error)})", index) from error
         path = cell.get("path") if isinstance(cell, Mapping) else None
         data = cell.get("bytes") if isinstance(cell, Mapping) else cell
         if isinstance(data, bytes):
@@ -243,14 +237,16 @@ def parquet_images(path: Path, cfg: ImagesConfig) -> TableImages:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Arrow's own, OSError, UnicodeDecodeError, ...
-        raise UserError(f"images {path}: not a readable parquet file ({_first(error)})") from error
+        raise UserError(
+            f"images {path}: not a readable parquet file ({first_line(error)})"
+        ) from error
     if not len(groups):
         raise UserError(f"images {path}: no rows in it")
     _check_kind(groups, path, cfg.image_field)
     where = f"images {path}"
     names = _class_names(groups.metadata.get("huggingface"), cfg.label_field)
-    labelled = checked_labels(*_numbered(labels, names), len(groups), where)
-    return TableImages(groups, labelled, where, digest([sha256_file(p) for p in files]), cfg)
+    labels, names = checked_labels(*_numbered(labels, names), len(groups), where)
+    return TableImages(groups, labels, names, where, digest([sha256_file(p) for p in files]), cfg)
 
 
 def hub_images(cfg: ImagesConfig) -> TableImages:
@@ -259,7 +255,7 @@ def hub_images(cfg: ImagesConfig) -> TableImages:
     Raises UserError where there is no such dataset, no network, or no such column.
     """
     try:
-        from datasets import Image, load_dataset
+        import datasets
     except ImportError as error:
         raise UserError(
             f"images {cfg.path}: a hub dataset needs datasets; pip install 'wsae[hub]'"
@@ -270,10 +266,10 @@ def hub_images(cfg: ImagesConfig) -> TableImages:
         raise UserError(f"{where} it cannot be read: there is no network")
     try:
         with quiet_hub():
-            table: Any = load_dataset(cfg.path, cfg.subset, split=split)
+            table: Any = datasets.load_dataset(cfg.path, cfg.subset, split=split)
     except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
         raise UserError(
-            f"{where} it cannot be read ({type(error).__name__}: {_first(error)})"
+            f"{where} it cannot be read ({type(error).__name__}: {first_line(error)})"
         ) from error
     columns = list(table.features)
     if cfg.image_field not in columns:
@@ -283,12 +279,16 @@ def hub_images(cfg: ImagesConfig) -> TableImages:
     if cfg.label_field in columns:
         names = tuple(getattr(table.features[cfg.label_field], "names", None) or ())
         labels = np.asarray(table.data.column(cfg.label_field).to_numpy())
-    raw = table.select_columns([cfg.image_field]).cast_column(cfg.image_field, Image(decode=False))
-    labelled = checked_labels(*_numbered(labels, names), len(raw), f"images {cfg.path}")
+    raw = table.select_columns([cfg.image_field]).cast_column(
+        cfg.image_field, datasets.Image(decode=False)
+    )
+    labels, names = checked_labels(*_numbered(labels, names), len(raw), f"images {cfg.path}")
     # the library's fingerprint names the data's revision and every change to it
     revision = getattr(table, "_fingerprint", len(table))
     name = digest([cfg.path, cfg.subset, split, cfg.image_field, cfg.label_field, revision])
-    return TableImages(_Column(raw, cfg.image_field), labelled, f"images {cfg.path}", name, cfg)
+    return TableImages(
+        _Column(raw, cfg.image_field), labels, names, f"images {cfg.path}", name, cfg
+    )
 
 
 class _Column:
@@ -366,7 +366,3 @@ def _check_kind(groups: Groups, path: Path, field: str) -> None:
         raise UserError(
             f"images {path}: column {field!r} holds {kind}; image files' bytes are needed, or {{bytes, path}}"
         )
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
