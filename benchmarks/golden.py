@@ -49,7 +49,10 @@ def written(at: Path) -> dict[str, str]:
 def said(words: list[str]) -> str:
     from wsae.cli.main import main
 
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         code = main(words)
     return f"{code}\n{out.getvalue()}"
 

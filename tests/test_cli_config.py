@@ -19,6 +19,8 @@ from wsae.core.config import Config
 from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
+from wsae.evals.autointerp.config import ContextConfig, InterpretConfig
+from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.config import EvalConfig
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import JumpReLU
@@ -119,7 +121,8 @@ OLD_FLAGS = {
         tokens twin wandb-mode wandb-name wandb-project
     """,
     "doctor": """
-        activation alpha batch-seqs batch-size d-in d-sae dtype expansion field gamma gamma-file heldout-tokens hook k l0 l1 lr no-pack no-skip-special no-tied no-twin normalise out pack probe-seqs
+        activation alpha batch-seqs batch-size d-in d-sae dtype expansion field gamma gamma-file
+        heldout-tokens hook k l0 l1 lr no-pack no-skip-special no-tied no-twin normalise out pack probe-seqs
         quantile ridge robust seq-len sink-norm-ratio skip-first skip-special split store-dtype subset text
         tied tokens twin
     """,
@@ -127,8 +130,9 @@ OLD_FLAGS = {
         batch-size confidence draws labels n-contexts n-latents out rows source splice-tokens
     """,
     "harvest": """
-        batch-seqs batch-size dtype field heldout-fraction heldout-tokens hook image-field images label-field limit no-pack no-skip-special on-error out pack seq-len shard-tokens sink-norm-ratio size
-        skip-first skip-special split store-dtype subset text tokens workers
+        batch-seqs batch-size dtype field heldout-fraction heldout-tokens hook image-field images
+        label-field limit no-pack no-skip-special on-error out pack seq-len shard-tokens sink-norm-ratio
+        size skip-first skip-special split store-dtype subset text tokens workers
     """,
     "interpret": """
         agreement answers batch-size budget-requests budget-tokens concurrency confidence controls draws
@@ -178,6 +182,7 @@ def word_for(kind: Any, default: Any) -> str | None:
     [
         ("train", (TrainConfig, MemberConfig, GammaConfig, JumpReLU)),
         ("evaluate", (EvalConfig,)),
+        ("interpret", (InterpretConfig, ContextConfig, LlmConfig)),
     ],
 )
 def test_every_field_of_a_config_has_a_flag(
@@ -185,6 +190,7 @@ def test_every_field_of_a_config_has_a_flag(
 ) -> None:
     """Under its own name or that of FLAG_OF; the members of a family are made by --alpha and --twin."""
     elsewhere = {
+        "contexts": "width",
         "rule": "gamma",
         "vector": "gamma_file",
         "kind": "activation",
@@ -195,7 +201,8 @@ def test_every_field_of_a_config_has_a_flag(
     assert len(keys) == len(set(keys))
     for config in configs:
         for name in config.model_fields:
-            assert elsewhere.get(name, flagfile.FLAG_OF.get(name, name)) in keys, (config, name)
+            flag = flagfile.FLAG_OF.get(name, name)
+            assert flag in keys or elsewhere[name] in keys, (config, name)
 
 
 def test_fields_that_had_no_flag_reach_the_config() -> None:

@@ -28,11 +28,12 @@ class GammaConfig(Config):
     alpha: float = Field(default=1.0, allow_inf_nan=False)
     """Exponent; negative values favour low-variance dimensions. For gap and whiten 1 is the rule as derived."""
     normalise: Normalise = "rms"
-    """Scale of the weights. rms: mean gamma^2 = 1 (trace of Gamma^T Gamma = d_in); max: largest gamma (singular value) = 1; none: the paper's
-    raw s^alpha."""
+    """Scale of the weights. rms: mean gamma^2 = 1 (trace of Gamma^T Gamma = d_in); max: largest gamma (singular value)
+    = 1; none: the paper's raw s^alpha."""
     robust: Robust = "none"
-    """How to tame outlier dimensions. winsor: clip s at the quantile from both ends; rank: replace s by its rank / d_in; drop: leave the outlier
-    dimensions (s over 50 times its median) out of the loss; with alpha 0 that is the plain loss without them."""
+    """What tames outlier dimensions. winsor: clip s at the quantile from both ends; rank: replace s by its rank / d_in;
+    drop: leave the outlier dimensions (s over 50 times its median) out of the loss; with alpha 0 that is the plain loss
+    without them."""
     quantile: float = Field(default=0.99, gt=0.5, le=1.0)
     """Where winsor clips above; below it clips at 1 minus it."""
     vector: tuple[float, ...] | None = None

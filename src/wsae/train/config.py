@@ -89,7 +89,8 @@ class TrainConfig(Config):
     """What computes a step: compiled CPU kernels (native), Triton's on a CUDA device (triton), PyTorch (eager), or the
     fast ones of the device where they work, else PyTorch (auto)."""
     dead_after: PositiveInt | None = None
-    """Tokens without firing after which a latent counts as dead; default: 10 M, or a fifth of the training tokens if less."""
+    """Tokens without firing after which a latent counts as dead; default: 10 M, or a fifth of all
+    tokens if less."""
     latent_variance_decay: float = Field(default=0.99, gt=0, lt=1)
     """Per-step decay of the running latent variances behind the rule latent_variance."""
     log_every: PositiveInt = 20
