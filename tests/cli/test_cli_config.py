@@ -3,8 +3,9 @@
 import json
 import math
 import time
+import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -12,12 +13,18 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsae.cli import flags, main, runner, table
+from wsae.cli import flags, main, runner, table, train
 from wsae.cli import flags as flagfile
 from wsae.core.config import Config
 from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
+from wsae.evals.autointerp.config import ContextConfig, InterpretConfig
+from wsae.evals.autointerp.llm.config import LlmConfig
+from wsae.evals.config import EvalConfig
+from wsae.losses.config import GammaConfig
+from wsae.sae.config import JumpReLU
+from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.metrics import read_json_lines
 
 COMMANDS = {command.name: runner.load(command).Flags for command in table.COMMANDS}
@@ -104,6 +111,123 @@ def test_the_printed_file_has_every_flag_below_its_help(command: str, capsys) ->
             *comment, _ = blocks[flagfile.key_of(path)].splitlines()
             said = " ".join(line.removeprefix("# ") for line in comment)
             assert said == " ".join((field.description or "").split())
+
+
+OLD_FLAGS = {
+    "train": """
+        activation alpha batch-seqs batch-size d-sae dtype expansion field gamma gamma-file heldout-tokens
+        hook k l0 l1 labels logger lr mesh no-pack no-skip-special no-tied no-twin normalise out pack
+        quantile resume ridge robust seq-len sink-norm-ratio skip-first skip-special split subset text tied
+        tokens twin wandb-mode wandb-name wandb-project
+    """,
+    "doctor": """
+        activation alpha batch-seqs batch-size d-in d-sae dtype expansion field gamma gamma-file
+        heldout-tokens hook k l0 l1 lr no-pack no-skip-special no-tied no-twin normalise out pack probe-seqs
+        quantile ridge robust seq-len sink-norm-ratio skip-first skip-special split store-dtype subset text
+        tied tokens twin
+    """,
+    "evaluate": """
+        batch-size confidence draws labels n-contexts n-latents out rows source splice-tokens
+    """,
+    "harvest": """
+        batch-seqs batch-size dtype field heldout-fraction heldout-tokens hook image-field images
+        label-field limit no-pack no-skip-special on-error out pack seq-len shard-tokens sink-norm-ratio
+        size skip-first skip-special split store-dtype subset text tokens workers
+    """,
+    "interpret": """
+        agreement answers batch-size budget-requests budget-tokens concurrency confidence controls draws
+        dry-run encoder endpoint force hook keep-store key-variable member min-windows model n-hard
+        n-latents n-score out probabilities score simulator source surprisal-latents width
+    """,
+}
+"""Flags that commands have always had: scripts hold them."""
+
+
+@pytest.mark.parametrize("command", OLD_FLAGS)
+def test_every_flag_of_old_is_still_read(command: str) -> None:
+    """Each by itself, with a value that is not its default, lands in the field of its name."""
+    kind = COMMANDS[command]
+    fields, paths = dict(flagfile.leaves(kind)), flags.flag_names(kind)
+    needed = ["x", "--out", "y"] if command in ("train", "harvest") else ["x"]
+    for name in OLD_FLAGS[command].split():
+        path = paths[f"--{name}"]
+        field = fields[path]
+        word = word_for(field.annotation, field.default)
+        made = flags.parse(
+            kind, "wsae", [*needed, f"--{name}", *([] if word is None else [word])], ""
+        )
+        value = flagfile.as_file(made)[flagfile.key_of(path)]
+        if word is None:
+            assert value is not name.startswith("no-")
+        elif isinstance(value, list):
+            assert [str(item) for item in value] == [word]
+        else:
+            assert str(value) == word
+
+
+def word_for(kind: Any, default: Any) -> str | None:
+    """Return a word that a flag of this type takes, other than its default; None for a switch."""
+    if kind is bool:
+        return None
+    inner = [part for part in (get_args(kind) or [kind]) if part not in (type(None), ...)]
+    if get_origin(kind) is Literal:
+        return next(str(choice) for choice in get_args(kind) if choice != default)
+    if get_origin(inner[0]) in (Literal, Annotated, types.UnionType, Union):
+        return word_for(inner[0], default)
+    return {int: "7", float: "0.7"}.get(inner[0], "word")
+
+
+@pytest.mark.parametrize(
+    ("command", "configs"),
+    [
+        ("train", (TrainConfig, MemberConfig, GammaConfig, JumpReLU)),
+        ("evaluate", (EvalConfig,)),
+        ("interpret", (InterpretConfig, ContextConfig, LlmConfig)),
+    ],
+)
+def test_every_field_of_a_config_has_a_flag(
+    command: str, configs: tuple[type[Config], ...]
+) -> None:
+    """Under its own name or that of FLAG_OF; the members of a family are made by --alpha and --twin."""
+    elsewhere = {
+        "contexts": "width",
+        "rule": "gamma",
+        "vector": "gamma_file",
+        "kind": "activation",
+        "members": "alpha",
+        "label": "alpha",
+    }
+    keys = [path[-1] for path, _ in flagfile.leaves(COMMANDS[command])]
+    assert len(keys) == len(set(keys))
+    for config in configs:
+        for name in config.model_fields:
+            flag = flagfile.FLAG_OF.get(name, name)
+            assert flag in keys or elsewhere[name] in keys, (config, name)
+
+
+def test_fields_that_had_no_flag_reach_the_config() -> None:
+    words = "x --out y --activation jumprelu --threshold 0.2 --bandwidth 0.3 --warmup 0.1 --decay 0.4 --kernels eager"
+    more = "--dead-after 99 --log-every 3 --latent-variance-decay 0.5 --auxk 0 --k-aux 5 --encoder-scale 0.25"
+    made = flags.parse(train.Flags, "wsae", [*words.split(), *more.split()], "")
+    cfg = train.config(made, 1000)
+    assert (cfg.warmup, cfg.decay, cfg.kernels, cfg.dead_after) == (0.1, 0.4, "eager", 99)
+    assert (cfg.log_every, cfg.latent_variance_decay, cfg.tokens) == (3, 0.5, 1000)
+    for member in cfg.members:
+        assert member.activation == JumpReLU(threshold=0.2, bandwidth=0.3)
+        assert (member.auxk, member.k_aux, member.encoder_scale) == (0.0, 5, 0.25)
+    for wrong, says in (
+        (
+            "--threshold 0.2",
+            "--threshold 0.2: topk has no threshold; leave it out, or use --activation jumprelu",
+        ),
+        ("--warmup 2", "flags: warmup: Input should be less than or equal to 1 (got 2.0)"),
+        ("--log-every 0", "flags: log_every: Input should be greater than 0 (got 0)"),
+    ):
+        with pytest.raises(UserError) as caught:
+            train.config(
+                flags.parse(train.Flags, "wsae", ["x", "--out", "y", *wrong.split()], ""), 1000
+            )
+        assert str(caught.value) == says
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | TEXT | TRAPS,
@@ -355,8 +479,6 @@ def test_a_runs_config_whose_data_are_gone_names_the_mend(
 
 
 def test_configs_of_any_kind_are_read_from_yaml(tmp_path: Path) -> None:
-    from wsae.train.config import TrainConfig
-
     (tmp_path / "t.yaml").write_text(
         "tokens: 100\nmembers:\n- gamma: {rule: variance, alpha: 5e-1}\n  k_aux: 3\n"
     )

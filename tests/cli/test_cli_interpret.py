@@ -155,12 +155,15 @@ def test_an_array_s_run_has_no_text(tmp_path, capsys) -> None:
 def test_flags_become_the_settings() -> None:
     flags = interpret.Flags(run=Path("r"))
     assert interpret.config(flags) == InterpretConfig()
-    flags = interpret.Flags(run=Path("r"), controls=("all", "random_model", "pca"))
+    flags = interpret.Flags(
+        run=Path("r"), scoring=interpret.ScoringFlags(controls=("all", "random_model", "pca"))
+    )
     assert interpret.config(flags).controls == (
         "random_sae", "neurons", "pca", "shuffled", "random_model",
     )  # fmt: skip
     llm = interpret.LlmFlags(endpoint="http://localhost:1/v1", model="m", budget_requests=7)
-    flags = interpret.Flags(run=Path("r"), agreement=True, score=("embedding",), llm=llm)
+    asked = interpret.ScoringFlags(score=("embedding",))
+    flags = interpret.Flags(run=Path("r"), agreement=True, scoring=asked, llm=llm)
     assert interpret.config(flags).scores == ("embedding", "surprisal", "detection")
     assert llm.config("cpu", 3).max_requests == 7
 

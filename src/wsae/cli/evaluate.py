@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from wsae.acts.names import among
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybeName, MaybePlace, Number
+from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_flags, config_values
 from wsae.cli.live import behind, labelled, reopen
 from wsae.cli.ui import UI
 from wsae.core.artifact import MANIFEST, read_manifest
@@ -115,8 +115,11 @@ def _model(name: str) -> str:
 ABOUT = """\
 Measure every SAE of a run on held-out data, with intervals, into RUN/evaluation. Where the data have classes, its
 latents are scored against them too, into RUN/classes."""
-DEFAULTS = EvalConfig()
 SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
+
+
+class EvalFlags(config_flags(EvalConfig)):
+    """How held-out data are measured, and how sure the numbers are."""
 
 
 class Flags(Config):
@@ -130,28 +133,15 @@ class Flags(Config):
     """Store or array to measure on; none means the run's own data."""
     labels: MaybePlace = None
     """For arrays: a .npy file with the class of every row, numbered from 0; stores of images have their own."""
-    batch_size: Count = DEFAULTS.batch_size
-    """Held-out rows encoded at once."""
-    rows: MaybeCount = None
-    """Held-out rows measured at most; none means all. Needs --splice-tokens 0."""
-    draws: Count = DEFAULTS.draws
-    """Bootstrap resamples behind each interval."""
-    confidence: Number = DEFAULTS.confidence
-    """Coverage of the intervals."""
-    n_latents: Count = DEFAULTS.n_latents
-    """Latents per SAE whose contexts are collected for the report; 0 skips them."""
-    n_contexts: Count = DEFAULTS.n_contexts
-    """Contexts per latent."""
-    splice_tokens: Count = DEFAULTS.splice_tokens
-    """Held-out tokens run through the model with reconstructions in place; 0 skips it."""
+    measured: tyro.conf.OmitArgPrefixes[EvalFlags] = EvalFlags()
+    """How held-out data are measured."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
-    own = ("batch_size", "rows", "draws", "confidence", "n_latents", "n_contexts", "splice_tokens")
-    data = {name: getattr(flags, name) for name in own} | {"seed": flags.common.seed}
+    data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where="flags")
     from wsae.cli.runner import device
 

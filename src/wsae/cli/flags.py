@@ -11,13 +11,24 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Set
+from collections.abc import Collection, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_origin, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    runtime_checkable,
+)
 
 import tyro
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from wsae.cli.ui import UI
@@ -155,12 +166,76 @@ MaybeName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hi
 MaybePlace = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
+# Configs as flags: a config's fields are its flags, with the same names, defaults and help.
+
+FLAG_OF = {
+    "hooks": "hook",
+    "members": "member",
+    "scores": "score",
+    "key_env": "key_variable",
+    "max_requests": "budget_requests",
+    "max_tokens": "budget_tokens",
+    "cache": "answers",
+}
+"""Field of a config -> its flag, where another word reads better on a command line."""
+_METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+
+
+def config_flags(*kinds: type[Config], omit: Collection[str] = ()) -> Any:
+    """Return the base of a class of flags: one flag for every field of these configs but `omit` and nested configs.
+
+    Limits are left to the config, which `config_values` fills, so that a bad value has one message everywhere. Every
+    config's `seed` is --seed and its `device` --device. (Any: a type checker sees no class made at run time.)
+    """
+    fields: dict[str, Any] = {}
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            bare = _without_limits(field.annotation)
+            if name in ("seed", "device", *omit) or not _is_plain(bare):
+                continue
+            optional = type(None) in get_args(bare)
+            several = " ..." if get_origin(bare) is tuple else ""
+            inner = next((k for k in (bare, *get_args(bare)) if k in _METAVARS), None)
+            shown: dict[str, Any] = {"metavar": _METAVARS[inner] + several} if inner else {}
+            default = field.get_default(call_default_factory=True)
+            if optional or default in ("", ()):
+                shown["help_behavior_hint"] = ""
+            mark = Annotated[bare, tyro.conf.arg(**shown)]
+            fields[FLAG_OF.get(name, name)] = (mark, Field(default, description=field.description))
+    return create_model("ConfigFlags", __base__=Config, __module__=__name__, **fields)
+
+
+def config_values(flags: Config, kind: type[Config]) -> dict[str, Any]:
+    """Return what the flags say of the fields of `kind`."""
+    names = {name: FLAG_OF.get(name, name) for name in kind.model_fields}
+    own = type(flags).model_fields
+    return {name: getattr(flags, flag) for name, flag in names.items() if flag in own}
+
+
+def _without_limits(kind: Any) -> Any:
+    """Return a type without the limits that pydantic checks, at any depth."""
+    if get_origin(kind) is Annotated:
+        return _without_limits(get_args(kind)[0])
+    if get_origin(kind) is Literal or not get_args(kind):
+        return kind
+    inner = tuple(part if part is ... else _without_limits(part) for part in get_args(kind))
+    return tuple[inner] if get_origin(kind) is tuple else Union[inner]  # noqa: UP007
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether a flag can hold the type: nothing in it is a config."""
+    parts = () if get_origin(kind) is Literal else get_args(kind)
+    nested = isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, Config)
+    return not nested and all(_is_plain(part) for part in parts if part is not ...)
+
+
 _LARGEST = 2**31 - 1
 """The largest count of what is held at once or done one after the other."""
 _TOTAL = 10**15
 _MOST = {
     **dict.fromkeys(("tokens", "heldout_tokens", "shard_tokens", "splice_tokens", "rows"), _TOTAL),
     **dict.fromkeys(("budget_tokens", "budget_requests"), _TOTAL),
+    **dict.fromkeys(("dead_after", "stats_tokens", "splice_logits", "replay_bytes"), _TOTAL),
     "draws": 10**7,
     "seed": 2**63 - 1,
 }

@@ -10,13 +10,13 @@ from wsae.cli.evaluate import counted, interval, likeness, scored
 from wsae.cli.flags import (
     Common,
     CommonFlags,
-    Count,
     MaybeName,
     MaybePlace,
     Name,
-    Number,
     Place,
     Switch,
+    config_flags,
+    config_values,
 )
 from wsae.cli.live import language_of, reopen
 from wsae.cli.ui import UI
@@ -24,7 +24,7 @@ from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import write_json
-from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
+from wsae.evals.autointerp.config import FREE, ContextConfig, Control, InterpretConfig, Score
 from wsae.evals.autointerp.llm.config import LlmConfig
 
 if TYPE_CHECKING:
@@ -108,67 +108,24 @@ CHEAP: tuple[Control, ...] = ("random_sae", "neurons", "pca", "shuffled")
 """What `--controls all` means; random_model trains an SAE of its own and is only done by name."""
 
 
-class LlmFlags(Config):
+class LlmFlags(config_flags(LlmConfig)):
     """The language model that explains and judges."""
 
     endpoint: Annotated[str, tyro.conf.arg(metavar="URL", help_behavior_hint="")] = LLM.endpoint
     """Base URL of an OpenAI-compatible service, for example https://api.openai.com/v1 or http://localhost:8000/v1,
     or "local:MODEL", a Hugging Face model on this machine."""
-    model: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = LLM.model
-    """The model's name at the endpoint."""
-    key_variable: Name = LLM.key_env
-    """Environment variable that holds the key; it is written nowhere."""
-    budget_requests: Count = LLM.max_requests
-    """Requests of this run, retries included: a hard stop."""
-    budget_tokens: Count = LLM.max_tokens
-    """Prompt and completion tokens of this run: a hard stop."""
-    concurrency: Count = LLM.concurrency
-    """Requests under way at a time."""
-    simulator: Literal["logprobs", "json"] = LLM.simulator
-    """How simulation reads an activation: from log-probabilities, or as the number the model writes."""
-    probabilities: Switch = False
-    """Judge contexts by log-probabilities, not by the answer alone."""
     answers: Place = Path(LLM.cache)
     """Directory of answers: what is there is not asked, or paid for, again."""
 
     def config(self, device: str, seed: int) -> LlmConfig:
         """Return the settings these flags describe; raises UserError in one line."""
-        data = {
-            "endpoint": self.endpoint,
-            "model": self.model,
-            "key_env": self.key_variable,
-            "max_requests": self.budget_requests,
-            "max_tokens": self.budget_tokens,
-            "concurrency": self.concurrency,
-            "simulator": self.simulator,
-            "probabilities": self.probabilities,
-            "cache": str(self.answers),
-            "device": device,
-            "seed": seed,
-        }
-        return LlmConfig.parse(data, where="flags")
+        own = {"cache": str(self.answers), "device": device, "seed": seed}
+        return LlmConfig.parse(config_values(self, LlmConfig) | own, where="flags")
 
 
-class ContextFlags(Config):
-    """Which contexts stand for a latent."""
+class ScoringFlags(config_flags(InterpretConfig)):
+    """What is scored, and how sure the numbers are."""
 
-    n_latents: Count = DEFAULTS.contexts.n_latents
-    """Latents per member, spread over the densities."""
-    width: Count = DEFAULTS.contexts.width
-    """Tokens per context."""
-    min_windows: Count = DEFAULTS.contexts.min_windows
-    """Contexts a latent must fire in, to explain and again to score; fewer: it is skipped and counted."""
-    n_score: Count = DEFAULTS.contexts.n_score
-    """Contexts to score on in which the latent fires, and as many in which it is silent."""
-    n_hard: Count = DEFAULTS.contexts.n_hard
-    """Contexts in which a neighbouring latent fires and it does not."""
-
-
-class Flags(Config):
-    """Flags of `wsae interpret`."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A finished run's directory."""
     score: Annotated[tuple[Score, ...], tyro.conf.arg(metavar="NAME ...")] = DEFAULTS.scores
     """embedding, surprisal; with --endpoint also detection, fuzzing, simulation."""
     controls: Annotated[
@@ -177,16 +134,21 @@ class Flags(Config):
     ] = ()
     """What the scores are compared with: random_sae, neurons, pca, shuffled, or all for these four; random_model
     also trains an SAE on the model with random weights."""
-    hook: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOOK ...", help_behavior_hint="")] = ()
-    """Hooks of the run; none means all."""
-    member: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")
-    ] = ()
-    """Members of the run; none means all. A weighted member brings its plain twin."""
+
+
+class ContextFlags(config_flags(ContextConfig)):
+    """Which contexts stand for a latent."""
+
+
+class Flags(Config):
+    """Flags of `wsae interpret`."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A finished run's directory."""
+    scoring: tyro.conf.OmitArgPrefixes[ScoringFlags] = ScoringFlags()
+    """What is scored, and how sure the numbers are."""
     contexts: tyro.conf.OmitArgPrefixes[ContextFlags] = ContextFlags()
     """Which contexts stand for a latent."""
-    surprisal_latents: Count = DEFAULTS.surprisal_latents
-    """Latents per member scored by surprisal, which costs a model pass per context."""
     encoder: Name = "builtin"
     """Sentence encoder of the embedding score: builtin, a directory or a hub id."""
     llm: tyro.conf.OmitArgPrefixes[LlmFlags] = LlmFlags()
@@ -196,17 +158,9 @@ class Flags(Config):
     agreement: Switch = False
     """Rank correlation of the free scores with LLM detection, over the same latents."""
     source: MaybeName = None
-    """Store to take the text from; none means the run's own data."""
-    keep_store: Switch = False
-    """Keep the activations of the model with random weights (control random_model)."""
+    """Store to take the text from; default: the run's own data."""
     force: Switch = False
     """Score again what is there already."""
-    batch_size: Count = DEFAULTS.batch_size
-    """Rows encoded at once."""
-    draws: Count = DEFAULTS.draws
-    """Bootstrap resamples of latents behind each interval."""
-    confidence: Number = DEFAULTS.confidence
-    """Coverage of the intervals."""
     out: MaybePlace = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
@@ -216,7 +170,7 @@ class Flags(Config):
 def config(flags: Flags) -> InterpretConfig:
     """Return what the flags ask for; raises UserError in one line."""
     seed = flags.common.seed
-    scores = dict.fromkeys(flags.score)
+    scores = dict.fromkeys(flags.scoring.score)
     if flags.agreement:
         scores = dict.fromkeys((*FREE, *scores, "detection"))
     asked = [score for score in scores if score not in FREE]
@@ -225,15 +179,11 @@ def config(flags: Flags) -> InterpretConfig:
             f"score {asked[0]}: asks a language model; name one with --endpoint URL --model NAME "
             "(or --endpoint local:MODEL), or leave it out"
         )
-    named = (n for c in flags.controls for n in (CHEAP if c == "all" else (c,)))
-    own = ("surprisal_latents", "batch_size", "draws", "confidence")
-    data = {name: getattr(flags, name) for name in own} | {
-        "contexts": flags.contexts.to_dict() | {"seed": seed},
+    named = (n for c in flags.scoring.controls for n in (CHEAP if c == "all" else (c,)))
+    data = config_values(flags.scoring, InterpretConfig) | {
+        "contexts": config_values(flags.contexts, ContextConfig) | {"seed": seed},
         "scores": tuple(scores),
         "controls": tuple(dict.fromkeys(named)),
-        "hooks": flags.hook,
-        "members": flags.member,
-        "keep_store": flags.keep_store,
         "seed": seed,
     }
     return InterpretConfig.parse(data, where="flags")

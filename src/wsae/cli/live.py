@@ -7,13 +7,22 @@ import tyro
 
 from wsae.acts.config import HarvestConfig
 from wsae.acts.images.config import ImageHarvestConfig
-from wsae.cli.flags import Count, MaybeCount, MaybeName, MaybeNumber, MaybePlace, Name, Number
+from wsae.cli.flags import (
+    Count,
+    MaybeCount,
+    MaybeName,
+    MaybePlace,
+    Name,
+    Number,
+    config_flags,
+    config_values,
+)
 from wsae.core.artifact import check_file, read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
-from wsae.losses.config import Normalise, Robust, Rule
-from wsae.sae.config import Kind
+from wsae.losses.config import GammaConfig, Rule
+from wsae.sae.config import JumpReLU, Kind
 from wsae.train.config import MemberConfig, TrainConfig, family
 
 if TYPE_CHECKING:
@@ -29,59 +38,38 @@ TOKENS = 250_000
 """Training tokens where neither --tokens nor the data say how many."""
 
 
-class PlanFlags(Config):
+class PlanFlags(
+    config_flags(
+        MemberConfig,
+        GammaConfig,
+        JumpReLU,
+        TrainConfig,
+        omit=("label", "rule", "kind", "vector", "tokens", "alpha"),
+    )
+):
     """The SAEs: their shape, their loss weights and their training."""
 
-    d_sae: MaybeCount = None
-    """Latents; none means expansion x the width of the activations."""
-    expansion: Count = 8
-    """Latents per input dimension."""
     k: MaybeCount = None
-    """Active latents per sample of the Top-k kinds; none means 32."""
+    """Active latents per sample of the Top-k kinds; default: 32."""
     activation: Kind = "topk"
     """Which latents may be active."""
     gamma: Rule = "variance"
     """What the loss weights follow; "vector" reads --gamma-file."""
     alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...")] = (1.0,)
     """Exponents of the weights; each gives one SAE on the same batches."""
-    normalise: Normalise = "rms"
-    """Scale of the weights: rms makes their mean square 1; none is the paper's raw s^alpha."""
-    robust: Robust = "none"
-    """Tame outlier dimensions: clip their proxy at a quantile, use its rank, or drop them from the loss."""
-    quantile: Number = 0.99
-    """Where --robust winsor clips."""
     gamma_file: MaybePlace = None
     """A .npy vector of width d_in for --gamma vector."""
-    ridge: MaybeNumber = None
-    """Ridge of --gamma whiten, as a share of the mean eigenvalue of the covariance; none means 0.01."""
-    tied: bool = False
-    """The theory's form: decoder = encoder transposed, no biases."""
     twin: bool = True
     """Train the plain SAE beside them, for comparison."""
-    l1: Number = 0.0
-    """L1 penalty on the latents."""
-    l0: Number = 0.0
-    """L0 penalty (moves JumpReLU's thresholds)."""
     tokens: MaybeCount = None
-    """Training rows; none means once through the data, or 250,000 from a live model."""
-    batch_size: Count = 2048
-    """Rows per step."""
-    lr: MaybeNumber = None
-    """Peak learning rate; none means 2e-4 / sqrt(d_sae / 2^14)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the model and of the dense encoder product; weights stay float32."""
+    """Training rows; default: once through the data, or 250,000 from a live model."""
 
     def config(self, rows: int | None, seed: int) -> TrainConfig:
         """Return the run these flags describe over `rows` rows of data; raises UserError in one line."""
+        members = family([self._member(gamma) for gamma in self._gammas()], self.twin)
         tokens = self.tokens if self.tokens is not None else (rows or TOKENS)
-        data = {
-            "members": family([self._member(gamma) for gamma in self._gammas()], self.twin),
-            "tokens": tokens,
-            "batch_size": self.batch_size,
-            "dtype": self.dtype,
-            "seed": seed,
-        }
-        return TrainConfig.parse(data, where="flags")
+        own = {"members": members, "tokens": tokens, "seed": seed}
+        return TrainConfig.parse(config_values(self, TrainConfig) | own, where="flags")
 
     def _gammas(self) -> list[dict[str, object]]:
         if self.gamma == "none":
@@ -93,37 +81,28 @@ class PlanFlags(Config):
             return [{}]
         if not self.alpha:
             raise UserError("--alpha: give at least one number")
-        base = {
-            "rule": self.gamma,
-            "normalise": self.normalise,
-            "robust": self.robust,
-            "quantile": self.quantile,
-            "vector": self._vector(),
-            "ridge": self.ridge,
-        }
+        base = config_values(self, GammaConfig) | {"rule": self.gamma, "vector": self._vector()}
         return [{**base, "alpha": alpha} for alpha in self.alpha]
 
     def _member(self, gamma: dict[str, object]) -> MemberConfig:
-        data = {
-            "gamma": gamma,
-            "d_sae": self.d_sae,
-            "expansion": self.expansion,
-            "activation": self._activation(),
-            "tied": self.tied,
-            "lr": self.lr,
-            "l1": self.l1,
-            "l0": self.l0,
-        }
-        return MemberConfig.parse(data, where="flags")
+        own = {"gamma": gamma, "activation": self._activation()}
+        return MemberConfig.parse(config_values(self, MemberConfig) | own, where="flags")
 
     def _activation(self) -> dict[str, object]:
-        if self.activation in ("relu", "jumprelu"):
-            if self.k is not None:
+        kind = self.activation
+        jump = config_values(self, JumpReLU)
+        for name, value in jump.items():
+            if kind != "jumprelu" and value != JumpReLU.model_fields[name].default:
                 raise UserError(
-                    f"--k {self.k}: {self.activation} has no k; leave it out, or use --activation topk"
+                    f"--{name} {value:g}: {kind} has no {name}; leave it out, or use --activation jumprelu"
                 )
-            return {"kind": self.activation}
-        return {"kind": self.activation, "k": 32 if self.k is None else self.k}
+        if kind not in ("relu", "jumprelu"):
+            return {"kind": kind, "k": 32 if self.k is None else self.k}
+        if self.k is not None:
+            raise UserError(
+                f"--k {self.k}: {kind} has no k; leave it out, or use --activation topk"
+            )
+        return {"kind": kind, **(jump if kind == "jumprelu" else {})}
 
     def _vector(self) -> tuple[float, ...] | None:
         if self.gamma_file is None:

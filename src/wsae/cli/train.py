@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # A run's `config.json` as what `wsae train --config` reads: the same SAEs on the same data.
 
-_OWN = ("tokens", "batch_size", "dtype")
+_OWN = tuple(name for name in TrainConfig.model_fields if name in PlanFlags.model_fields)
 """Flags of the plan that a run has once, not per SAE: they win over the record."""
 
 

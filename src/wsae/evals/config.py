@@ -17,7 +17,7 @@ class EvalConfig(Config):
     batch_size: Count = 2048
     """Held-out rows encoded at once."""
     rows: Count | None = None
-    """Held-out rows measured at most, the first ones; none means all. Splicing needs all of them."""
+    """Held-out rows measured at most, the first ones; default: all. Fewer need splice-tokens 0."""
     draws: Count = 2000
     """Bootstrap resamples behind each interval."""
     confidence: Fraction = 0.95

@@ -28,17 +28,18 @@ class GammaConfig(Config):
     alpha: float = Field(default=1.0, allow_inf_nan=False)
     """Exponent; negative values favour low-variance dimensions. For gap and whiten 1 is the rule as derived."""
     normalise: Normalise = "rms"
-    """rms: mean gamma^2 = 1 (trace of Gamma^T Gamma = d_in); max: largest gamma (singular value) = 1; none: the paper's
-    raw s^alpha."""
+    """Scale of the weights. rms: mean gamma^2 = 1 (trace of Gamma^T Gamma = d_in); max: largest gamma (singular value)
+    = 1; none: the paper's raw s^alpha."""
     robust: Robust = "none"
-    """winsor: clip s at the quantile from both ends; rank: replace s by its rank / d_in; drop: leave the outlier
-    dimensions (s over 50 times its median) out of the loss; with alpha 0 that is the plain loss without them."""
+    """What tames outlier dimensions. winsor: clip s at the quantile from both ends; rank: replace s by its rank / d_in;
+    drop: leave the outlier dimensions (s over 50 times its median) out of the loss; with alpha 0 that is the plain loss
+    without them."""
     quantile: float = Field(default=0.99, gt=0.5, le=1.0)
-    """Upper winsor quantile; the lower one is 1 minus it."""
+    """Where winsor clips above; below it clips at 1 minus it."""
     vector: tuple[float, ...] | None = None
     """The proxy itself, for the rule `vector`."""
     ridge: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """For the rule whiten: added to every eigenvalue, as a share of their mean; none means 0.01."""
+    """For the rule whiten: added to every eigenvalue, as a share of their mean; default: 0.01."""
 
     @model_validator(mode="after")
     def _vector_goes_with_rule(self) -> "GammaConfig":
@@ -67,7 +68,7 @@ class GammaConfig(Config):
 
     @property
     def needs_covariance(self) -> bool:
-        """Say whether gamma comes from the covariance of the activations."""
+        """Return whether gamma comes from the covariance of the activations."""
         return self.rule in ("gap", "whiten") and self.alpha != 0
 
     @property

@@ -53,9 +53,9 @@ class JumpReLU(Config):
 
     kind: Literal["jumprelu"] = "jumprelu"
     threshold: PositiveFloat = 0.1
-    """Starting threshold, in units of the (scaled) activations."""
+    """Starting threshold of JumpReLU, in units of the (scaled) activations."""
     bandwidth: PositiveFloat = 0.1
-    """Width of the rectangle that stands in for the derivative of the step."""
+    """Width of the rectangle that stands in for the derivative of JumpReLU's step."""
 
 
 Activation = Annotated[TopK | GroupTopK | BatchTopK | ReLU | JumpReLU, Field(discriminator="kind")]

@@ -18,14 +18,14 @@ class MemberConfig(Config):
     gamma: GammaConfig = GammaConfig()
     """Loss weights."""
     d_sae: PositiveInt | None = None
-    """Number of latents; by default expansion * d_in."""
+    """Number of latents; default: expansion * d_in."""
     expansion: PositiveInt = 8
     """Latents per input dimension where d_sae is not given."""
     activation: Activation = TopK()
     tied: bool = False
     """The theory's form: decoder = encoder transposed, no biases."""
     lr: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
-    """Peak learning rate; by default 2e-4 / sqrt(d_sae / 2^14), the field's scaling (Gao et al. 2025)."""
+    """Peak learning rate; default: 2e-4 / sqrt(d_sae / 2^14), the field's scaling (Gao et al. 2025)."""
     seed: int | None = None
     """Initial weights; by default the run's seed, so that members start alike."""
     l1: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -33,11 +33,11 @@ class MemberConfig(Config):
     l0: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Coefficient of the L0 penalty (moves JumpReLU thresholds)."""
     auxk: float = Field(default=1 / 32, ge=0, allow_inf_nan=False)
-    """Coefficient of dead-latent revival."""
+    """Coefficient of the loss that revives dead latents; 0 revives none."""
     k_aux: PositiveInt | None = None
-    """Dead latents that model the residual; by default d_in / 2."""
+    """Dead latents that model the residual; default: d_in / 2."""
     encoder_scale: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
-    """Norm of the encoder's rows at the start (untied; the decoder's are 1). By default 1 / sqrt(3) for the Top-k
+    """Norm of the encoder's rows at the start (untied; the decoder's are 1). Default: 1 / sqrt(3) for the Top-k
     kinds, near the scale of least squared error (rows of norm 1 start with too long reconstructions), 1 for others."""
     label: str | None = None
     """Name of the member; by default made from what it is."""
@@ -89,7 +89,8 @@ class TrainConfig(Config):
     """What computes a step: compiled CPU kernels (native), Triton's on a CUDA device (triton), PyTorch (eager), or the
     fast ones of the device where they work, else PyTorch (auto)."""
     dead_after: PositiveInt | None = None
-    """Tokens without firing after which a latent counts as dead; by default 10 M, or a fifth of `tokens` if less."""
+    """Tokens without firing after which a latent counts as dead; default: 10 M, or a fifth of all
+    tokens if less."""
     latent_variance_decay: float = Field(default=0.99, gt=0, lt=1)
     """Per-step decay of the running latent variances behind the rule latent_variance."""
     log_every: PositiveInt = 20

@@ -2,8 +2,6 @@
 
 from typing import Literal, get_args
 
-from pydantic import Field
-
 from wsae.core.config import Config
 from wsae.evals.config import Count, Fraction, Size
 
@@ -48,9 +46,9 @@ class InterpretConfig(Config):
     controls: tuple[Control, ...] = ()
     """What the scores are compared with."""
     hooks: tuple[str, ...] = ()
-    """Hooks of the run; none means all."""
+    """Hooks of the run; default: all."""
     members: tuple[str, ...] = ()
-    """Members of the run; none means all. A weighted member brings its plain twin."""
+    """Members of the run; default: all. A weighted member brings its plain twin."""
     surprisal_latents: Count = 50
     """Latents per member scored by surprisal, which costs a model pass per window (the first of a seeded order)."""
     fragment_tokens: Count = 64
@@ -60,6 +58,7 @@ class InterpretConfig(Config):
     draws: Count = 2000
     """Bootstrap resamples of latents behind each interval."""
     confidence: Fraction = 0.95
+    """Coverage of the intervals."""
     batch_size: Count = 2048
     """Rows encoded at once."""
-    seed: int = Field(default=0)
+    seed: int = 0
