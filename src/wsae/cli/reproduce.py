@@ -171,7 +171,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Say what is kept."""
+    """Return what is kept."""
     return f"{flags.out} keeps the finished parts; the same command goes on from there"
 
 

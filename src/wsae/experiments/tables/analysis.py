@@ -156,7 +156,7 @@ def twin_of(row: Row) -> str | None:
 
 
 def on_curve(row: Row, sae: TableSAEs) -> bool:
-    """Say whether a row is a plain SAE made to have a higher FVU."""
+    """Return whether a row is a plain SAE made to have a higher FVU."""
     return row["rule"] == "none" and (row["k"] != sae.k or row["lr"] != sae.lr)
 
 
