@@ -14,14 +14,25 @@ from wsae.core.progress import quiet
 from wsae.experiments.tables import analysis
 from wsae.experiments.tables import analysis as text
 from wsae.experiments.tables.analysis import Point, at_fvu, bracket
-from wsae.experiments.tables.config import HARVESTS, SAES, Choices, StudyConfig, study_config
-from wsae.experiments.tables.plan import HALF, ONE, PAPER, PLAIN, SAEPlan, all_rules, table_plan
+from wsae.experiments.tables.config import (
+    HALF,
+    HARVESTS,
+    ONE,
+    PAPER,
+    PLAIN,
+    SAES,
+    StudyConfig,
+    TableChoices,
+    TableSAEs,
+    all_rules,
+    study_config,
+    table_plan,
+)
 from wsae.experiments.tables.study import (
     BagEncoder,
+    TableStudy,
     announce,
-    job_rows,
     refuse_or_estimate,
-    run_study,
     tiny_model,
 )
 
@@ -29,7 +40,7 @@ HERE = Path("somewhere")
 
 
 def small(name: str = "table1", **choices: object) -> StudyConfig:
-    return study_config(name, "small", HERE, Choices.parse(choices))
+    return study_config(name, "small", HERE, TableChoices.parse(choices))
 
 
 # --- the paper -------------------------------------------------------------------------------------------
@@ -112,7 +123,7 @@ def test_the_wider_study_has_all_rules_at_one_hook_and_seeds_at_two() -> None:
 
 
 def test_group_members_of_the_curve_divide_the_width() -> None:
-    sae = SAEPlan(expansion=8, k=32, curve_k=(24, 16))
+    sae = TableSAEs(expansion=8, k=32, curve_k=(24, 16))
     plan = table_plan("table2", sae, ("h",))
     ks = [getattr(member.activation, "k", 0) for member in plan.runs[0].members]
     assert 24 not in ks
@@ -140,29 +151,29 @@ def test_the_small_harvest_is_the_documented_command() -> None:
 
 
 def test_every_preset_gives_a_valid_study_and_the_papers_sizes() -> None:
-    paper = study_config("table1", "paper", HERE, Choices())
+    paper = study_config("table1", "paper", HERE, TableChoices())
     assert len(paper.plan.runs) == 12
     assert paper.live is not None
     member = paper.plan.runs[0].members[0]
     assert (member.expansion, member.activation.k) == (32, 32)
     for d_in in (768, 4096):
         for name in ("table1", "table2", "table3"):
-            for run in study_config(name, "paper", HERE, Choices()).plan.runs:
+            for run in study_config(name, "paper", HERE, TableChoices()).plan.runs:
                 for member in run.members:
                     assert member.sae_config(d_in).d_sae == 32 * d_in
-    assert study_config("table3", "paper", HERE, Choices()).harvest.model.startswith("meta-llama")
+    assert study_config("table3", "paper", HERE, TableChoices()).harvest.model.startswith(
+        "meta-llama"
+    )
     assert "hooks: 12" in announce(paper)
     assert set(SAES) == set(HARVESTS) == {"tiny", "small", "paper"}
 
 
 def test_a_study_goes_by_hook_so_that_memory_does_not_grow_with_hooks(tmp_path) -> None:
-    from wsae.experiments.tables.study import Workshop
-
-    shop = Workshop(small("language"), tmp_path, tmp_path / "store")
-    assert [job.hooks for job in shop.jobs()] == [(run.hook,) for run in shop.cfg.plan.runs]
-    assert len({job.path for job in shop.jobs()}) == len(shop.jobs())
-    live = Workshop(study_config("table1", "paper", HERE, Choices()), tmp_path, tmp_path / "store")
-    assert [job.hooks for job in live.jobs()] == [tuple(f"layers.{i}" for i in range(12))]
+    study = TableStudy(small("language"), tmp_path)
+    assert [run.hooks for run in study.runs()] == [(run.hook,) for run in study.cfg.plan.runs]
+    assert len({run.path for run in study.runs()}) == len(study.runs())
+    live = TableStudy(study_config("table1", "paper", HERE, TableChoices()), tmp_path)
+    assert [run.hooks for run in live.runs()] == [tuple(f"layers.{i}" for i in range(12))]
 
 
 # --- the analysis ----------------------------------------------------------------------------------------
@@ -233,7 +244,7 @@ def test_a_seed_without_the_difference_leaves_the_hook_out() -> None:
 
 
 def test_matched_fvu_uses_plain_members_of_the_same_hook_and_the_first_seeds_curve() -> None:
-    sae = SAEPlan(k=32, lr=1e-3)
+    sae = TableSAEs(k=32, lr=1e-3)
 
     def member(seed: int, name: str, rule: str, fvu: float, score: float, **f: object) -> dict:
         latents = [{"latent": i, "density": 0.1, "scores": {"embedding": score}} for i in range(4)]
@@ -308,15 +319,15 @@ class _Interrupting:
 
 def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    choices = Choices(until="evaluate")
+    choices = TableChoices(until="evaluate")
     configs = {p: study_config("table2", "tiny", p, choices) for p in (whole, broken)}
-    run_study(configs[whole], whole / "table2", choices)
+    TableStudy(configs[whole], whole / "table2", choices=choices).run()
     with pytest.raises(KeyboardInterrupt):
-        run_study(configs[broken], broken / "table2", choices, progress=Killed())
+        TableStudy(configs[broken], broken / "table2", choices=choices, progress=Killed()).run()
     kept = broken / "table2/runs/layers.0/seed-0/manifest.json"
     stamp = kept.stat().st_mtime_ns
     said: list[str] = []
-    run_study(configs[broken], broken / "table2", choices, say=said.append)
+    TableStudy(configs[broken], broken / "table2", choices=choices, say=said.append).run()
     assert [line.split(":")[0] for line in said] == [
         "train 2 of 2",
         "evaluate 1 of 2",
@@ -327,7 +338,7 @@ def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path) -> None:
         twin = broken / "table2" / path.relative_to(whole / "table2")
         assert path.read_bytes() == twin.read_bytes(), path
     again: list[str] = []
-    run_study(configs[broken], broken / "table2", choices, say=again.append)
+    TableStudy(configs[broken], broken / "table2", choices=choices, say=again.append).run()
     assert again == []
 
 
@@ -388,9 +399,9 @@ def test_the_tiny_table_goes_from_a_model_to_figures(capsys, tmp_path) -> None:
 
 def live_study(model: Path, expansion: int) -> StudyConfig:
     """The preset paper's way, straight from the model, at a tiny size."""
-    choices = Choices(model=str(model), text="builtin", hooks=("layers.0", "layers.1"))
+    choices = TableChoices(model=str(model), text="builtin", hooks=("layers.0", "layers.1"))
     data = study_config("table3", "paper", HERE, choices).to_dict()
-    sae = SAEPlan(expansion=expansion, k=8, lr=3e-3, curve_lr=(1e-4,))
+    sae = TableSAEs(expansion=expansion, k=8, lr=3e-3, curve_lr=(1e-4,))
     data["plan"] = table_plan("table3", sae, choices.hooks).to_dict()
     data["harvest"] |= {"tokens": 2048, "heldout_tokens": 512, "batch_seqs": 4, "dtype": "float32"}
     data["live"] = {"shuffle_tokens": 1024, "stats_tokens": 1024}
@@ -402,8 +413,9 @@ def test_a_live_study_is_estimated_first_and_trains_all_hooks_in_one_pass(tmp_pa
     cfg, said = live_study(model, 8), []
     refuse_or_estimate(cfg, tmp_path / "out", quiet, said.append)
     assert [line.split(":")[0] for line in said] == ["memory", "time", "disk"]
-    (job,) = run_study(cfg, tmp_path / "out", Choices(until="evaluate"))
-    rows = job_rows(cfg, job)
+    study = TableStudy(cfg, tmp_path / "out", choices=TableChoices(until="evaluate"))
+    (run,) = study.run()
+    rows = study.rows(run)
     assert {row["hook"] for row in rows} == {"layers.0", "layers.1"}
     assert all(0 < row["metrics"]["fvu"]["value"] < 2 for row in rows)
     again: list[str] = []

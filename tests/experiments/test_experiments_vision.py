@@ -16,7 +16,7 @@ from wsae.core.progress import quiet
 from wsae.experiments.vision import config as presets
 from wsae.experiments.vision.config import VisionChoices, vision_config
 from wsae.experiments.vision.figures import figure4, figure5
-from wsae.experiments.vision.study import Workshop, announce, run_vision, top_consistency
+from wsae.experiments.vision.study import FigureStudy, announce, top_consistency
 
 NONE = VisionChoices()
 
@@ -76,7 +76,7 @@ def test_images_without_classes_are_refused(tmp_path) -> None:
     np.savez(tmp_path / "bare.npz", images=images)
     cfg = vision_config("figure4", "tiny", VisionChoices(images=str(tmp_path / "bare.npz")))
     with pytest.raises(UserError, match="have no classes"):
-        run_vision(Workshop(cfg, tmp_path / "out"))
+        FigureStudy(cfg, tmp_path / "out").run()
 
 
 # --- verdicts --------------------------------------------------------------------------------------------
@@ -232,9 +232,9 @@ def test_a_killed_figure_goes_on_and_ends_as_an_unbroken_one(whole, tmp_path) ->
     given = VisionChoices(pretrained=(whole / "vision/pretrain/ncl",))
     cfg = vision_config("figure5", "tiny", given)
     with pytest.raises(KeyboardInterrupt):
-        run_vision(Workshop(cfg, tmp_path / "vision", Killed()))
+        FigureStudy(cfg, tmp_path / "vision", Killed()).run()
     said: list[str] = []
-    run_vision(Workshop(cfg, tmp_path / "vision", say=said.append))
+    FigureStudy(cfg, tmp_path / "vision", say=said.append).run()
     assert said[0].startswith("train 2 of 4")
     weights = sorted((whole / "vision/runs").rglob("sae.safetensors"))
     assert len(weights) == 20

@@ -240,7 +240,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Say what is kept."""
+    """Return what is kept."""
     return f"{flags.out} keeps the finished blocks" if flags.out else "give --out to keep results"
 
 

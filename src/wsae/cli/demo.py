@@ -112,6 +112,6 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Say what is kept and how to go on."""
+    """Return what is kept and how to go on."""
     done = f"{error}; " if str(error) else ""
     return f"{done}{flags.out} keeps the work so far; the same command goes on from there"

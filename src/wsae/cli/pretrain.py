@@ -167,7 +167,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
-    """Say what is kept and how to go on."""
+    """Return what is kept and how to go on."""
     again = shlex.join(["wsae", "pretrain", *(w for w in words if w != "--resume"), "--resume"])
     done = f"{error}; " if str(error) else ""
     if launched():

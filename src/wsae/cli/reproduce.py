@@ -11,7 +11,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.autointerp.config import Control, Score
 from wsae.evals.autointerp.llm.config import LOCAL, LlmConfig
-from wsae.experiments.tables.config import Choices, Stage
+from wsae.experiments.tables.config import StageName, TableChoices
 from wsae.experiments.vision.config import VisionChoices
 
 ABOUT = """\
@@ -69,10 +69,10 @@ class StudyFlags(Config):
     """The judge's model name at --endpoint; its key is read from OPENAI_API_KEY."""
     answers: Place = Path(LLM.cache)
     """Directory of the judge's answers: what is there is not asked, or paid for, again."""
-    until: Stage = "interpret"
+    until: StageName = "interpret"
     """The last stage to run; the same command without it goes on from there."""
 
-    def choices(self, name: str) -> Choices:
+    def choices(self, name: str) -> TableChoices:
         """Return these flags' choices; raises UserError where they do not fit together or NAME takes none."""
         if bool(self.judge) != bool(self.endpoint) and not self.endpoint.startswith(LOCAL):
             raise UserError("--endpoint and --judge go together: the server and its model's name")
@@ -97,7 +97,7 @@ class StudyFlags(Config):
             "controls": self.controls,
             "until": self.until,
         }
-        return Choices.parse(data, where="flags")
+        return TableChoices.parse(data, where="flags")
 
 
 class VisionFlags(Config):
@@ -171,7 +171,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Say what is kept."""
+    """Return what is kept."""
     return f"{flags.out} keeps the finished parts; the same command goes on from there"
 
 

@@ -167,7 +167,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Say what is kept."""
+    """Return what is kept."""
     from wsae.core.artifact import MANIFEST
 
     if (flags.out / "toy" / MANIFEST).exists():

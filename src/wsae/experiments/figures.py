@@ -184,7 +184,7 @@ def interval(mean: Mean) -> str:
 
 
 def any_of(rows: Sequence[Row], method: str) -> bool:
-    """Say whether there are rows of a method."""
+    """Return whether there are rows of a method."""
     return any(row["method"] == method for row in rows)
 
 

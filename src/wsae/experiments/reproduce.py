@@ -8,14 +8,13 @@ from typing import Any, Literal
 from wsae.core.files import locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.experiments.benchmark import run_benchmark
+from wsae.experiments.engine import reproduce_study
 from wsae.experiments.figures import Panel, figure2, figure3
 from wsae.experiments.presets import Preset, toy_sweep
 from wsae.experiments.readings import run_readings
 from wsae.experiments.sweep.run import run_sweep
-from wsae.experiments.tables.config import Choices
-from wsae.experiments.tables.plan import StudyName
-from wsae.experiments.vision.config import VisionChoices
-from wsae.experiments.vision.plan import FigureName
+from wsae.experiments.tables.config import StudyName, TableChoices, study_config
+from wsae.experiments.vision.config import FigureName, VisionChoices, vision_config
 from wsae.report.panel_figures import panels_figure
 
 Name = Literal["figure2", "figure3", "readings", "recovery"] | StudyName | FigureName
@@ -38,7 +37,7 @@ class Setting:
     device: str = "cpu"
     progress: Progress = quiet
     say: Callable[[str], None] = lambda _: None
-    choices: Choices = Choices()
+    choices: TableChoices = TableChoices()
     """What the tables take beside a preset."""
     vision: VisionChoices = VisionChoices()
     """What Figures 4 and 5 take beside a preset."""
@@ -69,15 +68,17 @@ def _run(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:
         case "recovery":
             return run_benchmark(at.preset, at.out, at.seed, at.device, at.progress, at.say)
         case "figure4" | "figure5":  # as the tables: brings transformers
-            from wsae.experiments.vision import study
+            from wsae.experiments.vision.study import FigureStudy
 
-            here = study.Place(at.out, at.vision, at.progress, at.say)
-            return study.reproduce_vision(name, at.preset, here, at.seed, at.device)
+            cfg = vision_config(name, at.preset, at.vision, at.seed, at.device)
+            hint = at.preset == "paper"
+            study = FigureStudy(cfg, at.out / "vision", at.progress, at.say, hint)
         case _:  # brings transformers, which the toy models do not need
-            from wsae.experiments.tables.study import Place, reproduce_study
+            from wsae.experiments.tables.study import TableStudy
 
-            place = Place(at.out, at.choices, at.progress, at.say)
-            return reproduce_study(name, at.preset, place, at.seed, at.device)
+            cfg = study_config(name, at.preset, at.out, at.choices, at.seed, at.device)
+            study = TableStudy(cfg, at.out / name, at.progress, at.say, at.choices, at.preset)
+    return reproduce_study(study, at.out / name)
 
 
 def _figure(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:

@@ -139,7 +139,7 @@ class Geometry:
 
     @property
     def nonpositive(self) -> bool:
-        """Whether no pair interferes positively (Section 3's assumption)."""
+        """Return whether no pair interferes positively (Section 3's assumption)."""
         return self.most_positive <= TOLERANCE
 
 

@@ -106,7 +106,7 @@ class Recipe:
         """-1 / q: one number where all features share it, else [n_features]."""
         silent, own = cfg.sparsity == 1, not isinstance(cfg.structure, Independent)
         self.finished = not (silent or own or cfg.magnitudes != "uniform")
-        """Whether x = max(1 - r / q, 0) is all there is to do."""
+        """Return whether x = max(1 - r / q, 0) is all there is to do."""
 
     def finish(
         self, draws: dict[Draw, Float32[Tensor, "rows n"]], out: Float32[Tensor, "rows n"]

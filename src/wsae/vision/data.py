@@ -85,7 +85,7 @@ class Data:
     """Class of every image; none where fewer than two classes are there."""
     classes: int
     grey: bool
-    """Whether no image has colour, so that one channel says all."""
+    """Return whether no image has colour, so that one channel says all."""
     mean: Channels
     std: Channels
     workers: int
@@ -93,7 +93,7 @@ class Data:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are an array, all of one size."""
+        """Return whether the images are an array, all of one size."""
         return isinstance(self.images, ArrayImages)
 
     def squares(

@@ -164,7 +164,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes."""
+        """Return whether this process writes."""
         return self.rank == 0
 
     def part(self, batch_size: int) -> slice:

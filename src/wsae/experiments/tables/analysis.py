@@ -16,9 +16,18 @@ from wsae.core.artifact import MANIFEST
 from wsae.core.files import read_json
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import InterpretConfig
+from wsae.experiments.engine import Row, Table
 from wsae.experiments.sweep.table import Mean, mean_interval, select
-from wsae.experiments.tables.config import StudyConfig
-from wsae.experiments.tables.plan import HALF, ONE, PAPER, PLAIN, PaperTable, SAEPlan, TableName
+from wsae.experiments.tables.config import (
+    HALF,
+    ONE,
+    PAPER,
+    PLAIN,
+    PaperTable,
+    StudyConfig,
+    TableName,
+    TableSAEs,
+)
 from wsae.report.panel_figures import panels_figure, scatter_figure
 from wsae.train.config import MemberConfig
 
@@ -102,7 +111,6 @@ def _resampled(
 # One row per SAE: what it is, how well it reconstructs, how interpretable its latents are. JSON-
 # ready.
 
-Row = dict[str, Any]
 METRICS = ("fvu", "fvu_weighted", "l0", "dead_frac", "ev_dim_mean", "density_mean")
 ROW_WAYS = ("all", "matched", "density")
 """Over which latents an interpretation compares a member with its twin: all, matched ones, ones of equal density."""
@@ -147,8 +155,8 @@ def twin_of(row: Row) -> str | None:
     return PLAIN if row["activation"] == "topk" else f"{PLAIN}-group"
 
 
-def on_curve(row: Row, sae: SAEPlan) -> bool:
-    """Say whether a row is a plain SAE made to have a higher FVU."""
+def on_curve(row: Row, sae: TableSAEs) -> bool:
+    """Return whether a row is a plain SAE made to have a higher FVU."""
     return row["rule"] == "none" and (row["k"] != sae.k or row["lr"] != sae.lr)
 
 
@@ -210,7 +218,7 @@ WAYS = {
 }
 
 
-def add_matched_fvu(rows: list[Row], sae: SAEPlan, cfg: InterpretConfig) -> None:
+def add_matched_fvu(rows: list[Row], sae: TableSAEs, cfg: InterpretConfig) -> None:
     """Add to every weighted row its difference from plain SAEs of equal FVU, by score and way.
 
     The plain SAEs of higher FVU that a further seed lacks are those of the hook's first seed.
@@ -316,7 +324,7 @@ def by_baseline(plain: Sequence[float], gains: Sequence[float]) -> float | None:
     return float(np.asarray(correlation))
 
 
-def density_and_fvu(rows: Iterable[Row], sae: SAEPlan) -> list[dict[str, Any]]:
+def density_and_fvu(rows: Iterable[Row], sae: TableSAEs) -> list[dict[str, Any]]:
     """Return every member's mean FVU, density and score over its hooks and seeds: what else the weights moved."""
     kept = [row for row in rows if row["rule"] != "control"]
     out = []
@@ -349,7 +357,7 @@ GROUPS = {
 }
 
 
-def draw(rows: Sequence[Row], hooks: Sequence[str], sae: SAEPlan, out: Path) -> list[Path]:
+def draw(rows: Sequence[Row], hooks: Sequence[str], sae: TableSAEs, out: Path) -> list[Path]:
     """Draw both figures for the scores there are; returns their paths."""
     paths = []
     scores = scores_of(rows)
@@ -395,7 +403,7 @@ def _line(
     return {"method": name, "levels": levels, "mean": mean, "low": low, "high": high}
 
 
-def _against_fvu(rows: Sequence[Row], hook: str, score: str, sae: SAEPlan) -> dict[str, Any]:
+def _against_fvu(rows: Sequence[Row], hook: str, score: str, sae: TableSAEs) -> dict[str, Any]:
     here = [row for row in select(rows, hook=hook) if _placed(row, score)]
     seed = min((row["seed"] for row in here), default=0)
     here = select(here, seed=seed)
@@ -445,7 +453,6 @@ def _named(row: Row, score: str) -> dict[str, Any]:
 # Tables of a study as header and rows of text, and as Markdown ready to paste. Scores are in
 # percent.
 
-Table = dict[str, Any]
 """header and rows, all text."""
 
 NAMES = {PLAIN: "original SAE", HALF: "weighted SAE, alpha 0.5", ONE: "weighted SAE, alpha 1"}
@@ -532,18 +539,6 @@ def tables(
         out[f"{score}: weighted minus plain, points"] = gain_table(lines, means, hooks, score)
     out["plain FVU"] = fvu_table(rows, hooks)
     return {title: table for title, table in out.items() if table["rows"]}
-
-
-def markdown(titled: dict[str, Table]) -> str:
-    """Return tables as Markdown."""
-    parts = []
-    for title, table in titled.items():
-        lines = [table["header"], ["---"] * len(table["header"]), *table["rows"]]
-        body = "\n".join(
-            f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in lines
-        )
-        parts.append(f"**{title}**\n\n{body}\n")
-    return "\n".join(parts)
 
 
 def _first(rows: Sequence[Row], name: str, hook: str) -> Row | None:

@@ -1,9 +1,10 @@
-"""Settings of a table or of the wider study: what is harvested, trained and scored. No torch here."""
+"""Settings of Tables 1 to 3 and of the wider study: what is harvested, trained and scored. No torch here."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
 from wsae.core.artifact import read_manifest
@@ -13,21 +14,224 @@ from wsae.evals.autointerp.config import ContextConfig, Control, InterpretConfig
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.config import EvalConfig
 from wsae.experiments.presets import Preset
-from wsae.experiments.tables.plan import (
-    Plan,
-    SAEPlan,
-    StudyName,
-    StudyPlace,
-    study_plan,
-    table_plan,
-)
-from wsae.train.config import TrainConfig
+from wsae.losses.config import GammaConfig
+from wsae.sae.config import Activation, GroupTopK, TopK
+from wsae.train.config import MemberConfig, TrainConfig
 
-Stage = Literal["harvest", "train", "evaluate", "interpret"]
-STAGES: tuple[Stage, ...] = ("harvest", "train", "evaluate", "interpret")
+# What Tables 1 to 3 say: auto-interpretability scores in percent, by layer and method.
+
+TableName = Literal["table1", "table2", "table3"]
+
+PLAIN, HALF, ONE = "plain", "variance-a0.5", "variance-a1"
+"""The paper's three methods, by the labels of their members."""
 
 
-class Choices(Config):
+class PaperTable(Config):
+    """One table: `scores` of each method, in the order of `layers`."""
+
+    title: str
+    model: str
+    layers: tuple[int, ...]
+    """Counted from 0; for Llama-3-8B the last of 32."""
+    scores: dict[str, tuple[float, ...]]
+
+    def gains(self, method: str) -> list[float]:
+        """Return a method's score minus the plain SAE's, by layer, in points (rounded as the table's are)."""
+        return [
+            round(a - b, 1) for a, b in zip(self.scores[method], self.scores[PLAIN], strict=True)
+        ]
+
+
+PAPER: dict[TableName, PaperTable] = {
+    "table1": PaperTable(
+        title="Table 1: Top-k 32, 32x",
+        model="Pythia-160M",
+        layers=tuple(range(12)),
+        scores={
+            PLAIN: (74.7, 74.1, 76.7, 77.8, 78.5, 79.5, 79.3, 77.8, 74.6, 75.6, 71.6, 72.5),
+            HALF: (75.4, 77.6, 76.4, 77.9, 79.3, 79.6, 79.8, 77.4, 78.6, 79.3, 76.1, 72.6),
+            ONE: (77.2, 78.9, 81.3, 84.6, 83.9, 83.3, 83.9, 79.6, 81.5, 77.6, 72.4, 73.5),
+        },
+    ),
+    "table2": PaperTable(
+        title="Table 2: group Top-k 32, 32x",
+        model="Pythia-160M",
+        layers=(9, 10, 11),
+        scores={PLAIN: (69.0, 61.8, 56.3), ONE: (71.5, 63.7, 59.0)},
+    ),
+    "table3": PaperTable(
+        title="Table 3: the last layer",
+        model="Llama-3-8B",
+        layers=(31,),
+        scores={PLAIN: (41.6,), ONE: (63.6,)},
+    ),
+}
+
+StudyName = TableName | Literal["language"]
+Kind = Literal["topk", "group_topk"]
+
+PLAIN_GAMMA = GammaConfig()
+ALPHAS = (0.5, 1.0)
+PROXIES: tuple[Literal["none", "winsor", "rank"], ...] = ("none", "winsor", "rank")
+ALL_ALPHAS = (-1.0, -0.5, 0.5, 1.0, 2.0)
+
+
+# Which SAEs are trained: for every hook and seed one family. A run holds one hook and one seed, so that its rows fit
+# the page cache and a killed command loses at most one run.
+
+
+class TableSAEs(Config):
+    """What all members have in common."""
+
+    expansion: PositiveInt = 32
+    k: PositiveInt = 32
+    lr: PositiveFloat | None = None
+    """Peak learning rate; none means 2e-4 / sqrt(d_sae / 2^14)."""
+    curve_k: tuple[PositiveInt, ...] = ()
+    """Plain members with fewer active latents, whose FVU is higher: they say what a plain SAE of some FVU scores."""
+    curve_lr: tuple[PositiveFloat, ...] = ()
+    """Plain members with the same k, trained too slowly: the same at the same density."""
+
+    def member(
+        self,
+        gamma: GammaConfig = PLAIN_GAMMA,
+        kind: Kind = "topk",
+        k: int | None = None,
+        lr: float | None = None,
+    ) -> MemberConfig:
+        """Return a member labelled by what sets it apart from the plain Top-k SAE."""
+        k, slow = k or self.k, lr is not None
+        activation: Activation = TopK(k=k) if kind == "topk" else GroupTopK(k=k)
+        parts = [
+            gamma.label,
+            "group" if kind == "group_topk" else "",
+            f"k{k}" if k != self.k else "",
+            f"lr{lr:g}" if slow else "",
+        ]
+        return MemberConfig(
+            gamma=gamma,
+            expansion=self.expansion,
+            activation=activation,
+            lr=lr if slow else self.lr,
+            label="-".join(part for part in parts if part),
+        )
+
+    def curve(self, kind: Kind = "topk") -> list[MemberConfig]:
+        """Return the plain members along which the score is read as a function of FVU."""
+        fewer = [self.member(kind=kind, k=k) for k in self.curve_k if _divides(kind, self, k)]
+        return fewer + [self.member(kind=kind, lr=lr) for lr in self.curve_lr]
+
+
+class HookRun(Config):
+    """One training run: a hook, a seed, and the members that share its batches."""
+
+    hook: str
+    seed: int
+    members: tuple[MemberConfig, ...] = Field(min_length=1)
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of Top-k among the members, in order."""
+        return list(dict.fromkeys(member.activation.kind for member in self.members))
+
+
+class TablePlan(Config):
+    """All runs of a study."""
+
+    name: StudyName
+    runs: tuple[HookRun, ...] = Field(min_length=1)
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Return the hooks in order."""
+        return tuple(dict.fromkeys(run.hook for run in self.runs))
+
+    @property
+    def n_members(self) -> int:
+        """Return how many SAEs are trained."""
+        return sum(len(run.members) for run in self.runs)
+
+
+def table_plan(name: TableName, sae: TableSAEs, hooks: Sequence[str], seed: int = 0) -> TablePlan:
+    """Return a table's runs at the given hooks: its own members and those that make the comparison fair.
+
+    The paper's members, weights without the outlier dimensions and the plain loss without them, and the curve.
+    """
+    kind: Kind = "group_topk" if name == "table2" else "topk"
+    alphas = ALPHAS if name == "table1" else (1.0,)
+    gammas = [PLAIN_GAMMA, *(_variance(alpha) for alpha in alphas), *_dropped((0.0, 1.0))]
+    members = [sae.member(gamma, kind) for gamma in gammas] + sae.curve(kind)
+    return TablePlan(name=name, runs=tuple(_run(hook, seed, members) for hook in hooks))
+
+
+class StudyScope(Config):
+    """Where the wider study looks: every hook, more seeds at some, all gamma rules at one."""
+
+    hooks: tuple[str, ...]
+    seeds: PositiveInt = 3
+    seeded: tuple[str, ...] = ()
+    """Hooks with `seeds` seeds; the others have one."""
+    rules_at: str
+    curve_at: tuple[str, ...]
+    """Hooks at which plain SAEs of other FVU are trained too."""
+
+
+def study_plan(sae: TableSAEs, place: StudyScope, seed: int = 0) -> TablePlan:
+    """Return the wider study's runs.
+
+    Everywhere: both Top-k variants, plain and alpha 0.5, 1; alpha 1 with the proxy winsorised, by rank and without
+    outlier dimensions (Top-k). At some hooks the curve; at one all alphas and rules; at some plain and alpha 0.5, 1
+    again with other seeds.
+    """
+    core = [PLAIN_GAMMA, *(_variance(alpha) for alpha in ALPHAS)]
+    tamed = [_variance(1.0, robust) for robust in PROXIES[1:]]
+    every = [sae.member(g) for g in (*core, *tamed, *_dropped((0.0, 1.0)))]
+    every += [sae.member(gamma, "group_topk") for gamma in core]
+    runs = []
+    for hook in place.hooks:
+        curve = sae.curve() if hook in place.curve_at else []
+        rules = [sae.member(gamma) for gamma in all_rules()] if hook == place.rules_at else []
+        runs.append(_run(hook, seed, [*every, *curve, *rules]))
+    for hook in place.seeded:
+        again = [sae.member(gamma) for gamma in core]
+        runs += [_run(hook, seed + s, again) for s in range(1, place.seeds)]
+    return TablePlan(name="language", runs=tuple(runs))
+
+
+def all_rules() -> list[GammaConfig]:
+    """Return every gamma rule of the study: alphas by proxy, latent variance, gap, whiten."""
+    powers = [_variance(alpha) for alpha in ALL_ALPHAS]
+    powers += [_variance(a, robust) for robust in PROXIES[1:] for a in ALL_ALPHAS if a > 0]
+    carried = [GammaConfig(rule="latent_variance", alpha=alpha) for alpha in ALPHAS]
+    other = [*_dropped((0.5,)), GammaConfig(rule="gap"), GammaConfig(rule="whiten")]
+    return [*powers, *carried, *other]
+
+
+def _variance(
+    alpha: float, robust: Literal["none", "winsor", "rank", "drop"] = "none"
+) -> GammaConfig:
+    return GammaConfig(rule="variance", alpha=alpha, robust=robust)
+
+
+def _dropped(alphas: Iterable[float]) -> list[GammaConfig]:
+    return [_variance(alpha, "drop") for alpha in alphas]
+
+
+def _run(hook: str, seed: int, members: Sequence[MemberConfig]) -> HookRun:
+    return HookRun(hook=hook, seed=seed, members=tuple(dict.fromkeys(members)))
+
+
+def _divides(kind: Kind, sae: TableSAEs, k: int) -> bool:
+    """Return whether a width that the base k divides can be cut into k equal groups."""
+    return kind == "topk" or sae.k % k == 0
+
+
+# A study as settings.
+
+StageName = Literal["harvest", "train", "evaluate", "interpret"]
+STAGES: tuple[StageName, ...] = ("harvest", "train", "evaluate", "interpret")
+
+
+class TableChoices(Config):
     """What a user may change of a preset."""
 
     model: str | None = None
@@ -41,18 +245,14 @@ class Choices(Config):
     """none: embedding, and with a judge detection."""
     controls: tuple[Control, ...] | None = None
     """None: those that cost no model pass."""
-    until: Stage = "interpret"
+    until: StageName = "interpret"
     """The last stage to run."""
-
-    def given(self) -> bool:
-        """Say whether anything is chosen."""
-        return self != Choices()
 
 
 class StudyConfig(Config):
     """One study, complete: its results follow from this and the files it names."""
 
-    plan: Plan
+    plan: TablePlan
     harvest: HarvestConfig
     live: LiveConfig | None = None
     """Train straight from the model, all hooks in one run; none: by way of a store, a run for each hook."""
@@ -92,17 +292,16 @@ class StudyConfig(Config):
         return TrainConfig.parse(data, where=f"{self.plan.name}, {planned.hook}")
 
 
-# The sizes of the tables and of the wider study: tiny (seconds), small (two cores), paper. No torch
-# here.
+# The sizes of the tables and of the wider study: tiny (seconds), small (two cores), paper.
 
 TINY_MODEL = "model"
 """Directory, under the output directory, of the model that the preset tiny makes."""
 
-SAES: dict[Preset, SAEPlan] = {
-    "tiny": SAEPlan(expansion=8, k=8, lr=3e-3, curve_k=(4,), curve_lr=(1e-4,)),
+SAES: dict[Preset, TableSAEs] = {
+    "tiny": TableSAEs(expansion=8, k=8, lr=3e-3, curve_k=(4,), curve_lr=(1e-4,)),
     # lr: chosen on the plain SAE (docs/reproduction.md); the curve reaches the FVU of all but the most extreme weights
-    "small": SAEPlan(expansion=8, k=32, lr=3e-3, curve_k=(16,), curve_lr=(5e-4, 1e-4)),
-    "paper": SAEPlan(expansion=32, k=32, curve_k=(16,), curve_lr=(2e-5,)),
+    "small": TableSAEs(expansion=8, k=32, lr=3e-3, curve_k=(16,), curve_lr=(5e-4, 1e-4)),
+    "paper": TableSAEs(expansion=32, k=32, curve_k=(16,), curve_lr=(2e-5,)),
 }
 HARVESTS: dict[Preset, dict[str, Any]] = {
     "tiny": {
@@ -156,7 +355,7 @@ def study_config(
     name: StudyName,
     preset: Preset,
     out: Path,
-    choices: Choices,
+    choices: TableChoices,
     seed: int = 0,
     device: str = "cpu",
 ) -> StudyConfig:
@@ -183,7 +382,7 @@ def study_config(
     return StudyConfig.parse(settings, where=f"{name}, preset {preset}")
 
 
-def _harvest(name: StudyName, preset: Preset, out: Path, choices: Choices) -> dict[str, Any]:
+def _harvest(name: StudyName, preset: Preset, out: Path, choices: TableChoices) -> dict[str, Any]:
     for hook in choices.hooks:
         if "*" in hook:
             raise UserError(
@@ -206,7 +405,7 @@ def _harvest(name: StudyName, preset: Preset, out: Path, choices: Choices) -> di
     return data
 
 
-def _of_store(choices: Choices) -> dict[str, Any]:
+def _of_store(choices: TableChoices) -> dict[str, Any]:
     """Return the harvest that a finished store came from, with its hooks by name."""
     for flag, value in (("--model", choices.model), ("--text", choices.text)):
         if value is not None:
@@ -216,14 +415,14 @@ def _of_store(choices: Choices) -> dict[str, Any]:
     return {**manifest.config, "hooks": hooks}
 
 
-def _plan(name: StudyName, preset: Preset, hooks: tuple[str, ...], seed: int) -> Plan:
+def _plan(name: StudyName, preset: Preset, hooks: tuple[str, ...], seed: int) -> TablePlan:
     sae = SAES[preset]
     if name != "language":
         last = LAST.get(name, len(hooks)) if preset != "paper" else len(hooks)
         return table_plan(name, sae, hooks[-last:], seed)
     rules = "layers.9" if "layers.9" in hooks else hooks[len(hooks) // 2]
     again = "layers.19" if "layers.19" in hooks else hooks[-1]
-    place = StudyPlace(
+    place = StudyScope(
         hooks=hooks,
         seeds=2 if preset == "tiny" else 3,
         seeded=tuple(dict.fromkeys((rules, again)))[: 1 if preset == "tiny" else 2],
@@ -233,7 +432,7 @@ def _plan(name: StudyName, preset: Preset, hooks: tuple[str, ...], seed: int) ->
     return study_plan(sae, place, seed)
 
 
-def _interpret(preset: Preset, choices: Choices, seed: int) -> InterpretConfig:
+def _interpret(preset: Preset, choices: TableChoices, seed: int) -> InterpretConfig:
     usual = ("embedding",) if choices.judge is None else ("embedding", "detection")
     controls = CONTROLS if choices.controls is None else choices.controls
     data = {

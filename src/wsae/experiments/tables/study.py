@@ -4,10 +4,10 @@ import itertools
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -18,21 +18,28 @@ from wsae.acts.language import LanguageModel, load_language, load_tokenizer, loc
 from wsae.acts.live import LiveSource
 from wsae.acts.source import StoreSource
 from wsae.acts.text import documents
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import read_manifest, write_manifest
 from wsae.core.errors import UserError
-from wsae.core.files import write_json, write_text
 from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
 from wsae.doctor.config import DoctorConfig
 from wsae.doctor.run import examine
 from wsae.evals.run import evaluate_run
+from wsae.experiments.engine import Row, Stage, Study, StudyRun, markdown
 from wsae.experiments.presets import Preset
 from wsae.experiments.sweep.table import select
 from wsae.experiments.tables import analysis
-from wsae.experiments.tables import analysis as text
-from wsae.experiments.tables.analysis import Row, draw, run_rows, scores_of
-from wsae.experiments.tables.config import SAES, STAGES, Choices, Stage, StudyConfig, study_config
-from wsae.experiments.tables.plan import ONE, PAPER, PLAIN, StudyName
+from wsae.experiments.tables.analysis import draw, run_rows, scores_of
+from wsae.experiments.tables.config import (
+    ONE,
+    PAPER,
+    PLAIN,
+    SAES,
+    STAGES,
+    StudyConfig,
+    TableChoices,
+)
+from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
 
 # Before hours are spent: is the model there, and what will it take of memory, disk and time?
@@ -58,8 +65,8 @@ def refuse_or_estimate(
         if check["name"] in SHOWN or check["status"] == "fail":
             say(f"{check['name']}: {check['value']}")
         if check["status"] == "fail" and check["name"] != "disk":  # nothing is stored
-            mend = check["advice"] or "see `wsae doctor`"
-            raise UserError(f"{cfg.plan.name}: {check['name']}: {check['value']}; {mend}")
+            fix = check["advice"] or "see `wsae doctor`"
+            raise UserError(f"{cfg.plan.name}: {check['name']}: {check['value']}; {fix}")
 
 
 def doctor_config(cfg: StudyConfig, out: Path) -> DoctorConfig:
@@ -172,204 +179,128 @@ class BagEncoder:
 
 # From a model to scored SAEs: harvest once, then train, evaluate and interpret run after run.
 #
-# Each stage reads directories and writes one; a finished stage is not run again, and a killed one
-# goes on. By way of a store every run has one hook: at most its rows are in the page cache and its
-# members in memory, whatever the number of hooks. Training from a live model needs no disk, but
-# every hook's members in memory at once.
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: its number in the plan, its hooks and its directory."""
-
-    number: int
-    hooks: tuple[str, ...]
-    path: Path
+# By way of a store every run has one hook: at most its rows are in the page cache and its members in memory, whatever
+# the number of hooks. Training from a live model needs no disk, but every hook's members in memory at once.
 
 
 @dataclass
-class Workshop:
-    """What the stages share: places, the model (loaded once, when first needed) and whom to tell."""
+class TableStudy(Study[StudyConfig]):
+    """The recipe of the tables and of the wider study."""
 
-    cfg: StudyConfig
-    out: Path
-    store: Path
-    progress: Progress = quiet
-    say: Say = lambda _: None
-    _checked: set[Path] = field(default_factory=set)
+    choices: TableChoices = TableChoices()
+    preset: Preset = "small"
+
+    @property
+    def store(self) -> Path:
+        """The harvest of every hook, or the user's."""
+        return self.choices.store or self.out.parent / "store"
 
     @cached_property
     def language(self) -> LanguageModel:
-        """The model under study."""
+        """The model under study, loaded once, when first needed."""
         wanted = self.cfg.harvest
         return load_language(wanted.model, wanted.dtype, wanted.device)
 
-    def jobs(self) -> list[Job]:
-        """Return the runs in the plan's order; live training has one for each seed, with every hook."""
-        runs = self.cfg.plan.runs
-        if self.cfg.live is None:
-            return [
-                Job(i, (run.hook,), self.out / "runs" / run.hook / f"seed-{run.seed}")
-                for i, run in enumerate(runs)
-            ]
-        seeds = {run.seed: i for i, run in reversed(list(enumerate(runs)))}
-        hooks = self.cfg.plan.hooks
-        return [
-            Job(i, hooks, self.out / "runs" / "all" / f"seed-{s}") for s, i in sorted(seeds.items())
-        ]
+    def introduce(self) -> None:
+        """Tell what will be done; on a live model its memory, disk and time too."""
+        self.say(announce(self.cfg))
+        refuse_or_estimate(self.cfg, self.out, self.progress, self.say)
 
-    def source(self, job: Job) -> "StoreSource | LiveSource":
+    def prepare(self) -> None:
+        """Make the tiny model where the preset asks for it, and harvest its activations."""
+        if self.cfg.made_here:
+            tiny_model(Path(self.cfg.harvest.model), self.cfg.harvest.seed)
+        if self.cfg.live is None and self.choices.store is None:
+            harvest(self.cfg.harvest, self.store, self.progress)
+
+    def runs(self) -> list[StudyRun]:
+        """Return the runs in the plan's order; live training has one for each seed, with every hook."""
+        planned, live = self.cfg.plan.runs, self.cfg.live is not None
+        numbers = {run.seed: i for i, run in reversed(list(enumerate(planned)))}
+        found = []
+        for i in (numbers[seed] for seed in sorted(numbers)) if live else range(len(planned)):
+            hook, seed = "all" if live else planned[i].hook, planned[i].seed
+            hooks = self.cfg.plan.hooks if live else (hook,)
+            path = self.out / "runs" / hook / f"seed-{seed}"
+            found.append(StudyRun(i, hooks, path, f"{', '.join(hooks)}, seed {seed}"))
+        return found
+
+    def source(self, run: StudyRun) -> "StoreSource | LiveSource":
         """Return the activations of a run's hooks."""
         if self.cfg.live is None:
-            return StoreSource(self.store, job.hooks, verify=False)  # the harvest has checked them
-        wanted = self.cfg.harvest.model_copy(update={"hooks": job.hooks})
+            return StoreSource(self.store, run.hooks, verify=False)  # the harvest has checked them
+        wanted = self.cfg.harvest.model_copy(update={"hooks": run.hooks})
         return LiveSource(wanted, self.cfg.live, self.language)
 
+    def stages(self) -> list[Stage]:
+        """Return the stages up to the last one asked for."""
+        cfg = self.cfg
+        stages = [
+            Stage("train", self._train, self._training, "run"),
+            Stage("evaluate", self._evaluate, lambda _: cfg.evaluation, "evaluation"),
+            Stage(
+                "interpret",
+                self._interpret,
+                lambda run: cfg.interpretation(run.number),
+                "interpretation",
+            ),
+        ]
+        return stages[: STAGES.index(self.choices.until)]
 
-def run_study(
-    cfg: StudyConfig,
-    out: Path,
-    choices: Choices,
-    progress: Progress = quiet,
-    say: Say = lambda _: None,
-) -> list[Job]:
-    """Run the stages up to `choices.until` and return the runs, in the plan's order.
+    def _training(self, run: StudyRun) -> TrainConfig:
+        return self.cfg.training(run.number, self.source(run).n_rows)
 
-    Raises UserError as the stages do, and KeyboardInterrupt after what is written is whole.
-    """
-    shop = Workshop(cfg, out, choices.store or out.parent / "store", progress, say)
-    if cfg.made_here:
-        tiny_model(Path(cfg.harvest.model), cfg.harvest.seed)
-    if cfg.live is None and choices.store is None:
-        harvest(cfg.harvest, shop.store, progress)
-    jobs = shop.jobs()
-    for stage in STAGES[1 : STAGES.index(choices.until) + 1]:
-        for place, job in enumerate(jobs, start=1):
-            if not finished(shop, job, stage):
-                names = ", ".join(job.hooks)
-                seed = cfg.plan.runs[job.number].seed
-                say(f"{stage} {place} of {len(jobs)}: {names}, seed {seed}")
-                WORK[stage](shop, job)
-    return jobs
+    def _train(self, run: StudyRun) -> None:
+        source, device = self.source(run), self.cfg.harvest.device
+        cfg = self.cfg.training(run.number, source.n_rows)
+        train_run(cfg, source, run.path, self.progress, resume=True, device=device)
 
+    def _evaluate(self, run: StudyRun) -> None:
+        evaluate_run(run.path, self.source(run), self.cfg.evaluation, None, self.progress)
 
-def finished(shop: Workshop, job: Job, stage: Stage) -> bool:
-    """Say whether a stage of a run is there, made with this study's settings from what is there now."""
-    if stage == "train":
-        return (job.path / MANIFEST).exists() and not _changed(shop, job)
-    kind, settings = {
-        "evaluate": ("evaluation", shop.cfg.evaluation),
-        "interpret": ("interpretation", shop.cfg.interpretation(job.number)),
-    }[stage]
-    place = job.path / kind
-    if not (place / MANIFEST).exists():
-        return False
-    manifest = read_manifest(place, kind, verify=False)
-    return manifest.config == settings.to_dict() and not manifest.info.get("unfinished")
+    def _interpret(self, run: StudyRun) -> None:
+        from wsae.evals.autointerp.llm.local import open_llm
+        from wsae.evals.autointerp.run import interpret_run
 
+        cfg, judge = self.cfg.interpretation(run.number), self.cfg.judge
+        own = {"surprisal"} & set(cfg.scores) or {"random_model"} & set(cfg.controls)
+        interpret_run(
+            run.path,
+            self.source(run),
+            cfg,
+            self.progress,
+            language=self.language if own else None,
+            encoder=BagEncoder() if self.cfg.made_here else None,
+            llm=None if judge is None else open_llm(judge),
+        )
 
-def _changed(shop: Workshop, job: Job) -> bool:
-    """Say whether the run that is there is another one; `train_run` then refuses it by the first difference."""
-    manifest = read_manifest(job.path, "run", verify=False)
-    return manifest.config["train"] != _training(shop, job, shop.source(job)).to_dict()
+    def rows(self, run: StudyRun) -> list[Row]:
+        """Return the rows of one run."""
+        return run_rows(self.cfg, run.hooks, run.number, run.path)
 
+    def results(self, rows: list[Row]) -> dict[str, Any]:
+        """Return differences, means and tables of a study's rows."""
+        sae, hooks = SAES[self.preset], self.cfg.plan.hooks
+        analysis.add_matched_fvu(rows, sae, self.cfg.interpret)
+        lines = analysis.over_seeds(rows)
+        means = analysis.over_hooks(lines, len(hooks))
+        paper = {}
+        if self.cfg.plan.name != "language":
+            name = self.cfg.plan.name
+            paper = {f"the paper's {PAPER[name].title}, score in %": analysis.paper_table(name)}
+        ours = analysis.tables(rows, lines, means, hooks)
+        return {
+            "tables": paper | ours,
+            "markdown": markdown(paper | ours),
+            "differences": lines,
+            "means": means,
+            "moved": analysis.density_and_fvu(rows, sae),
+            "by_baseline": {score: _by_baseline(rows, hooks, score) for score in scores_of(rows)},
+        }
 
-def _training(shop: Workshop, job: Job, source: "StoreSource | LiveSource") -> Any:
-    return shop.cfg.training(job.number, source.n_rows)
-
-
-def _train(shop: Workshop, job: Job) -> None:
-    source = shop.source(job)
-    cfg = _training(shop, job, source)
-    train_run(cfg, source, job.path, shop.progress, resume=True, device=shop.cfg.harvest.device)
-
-
-def _evaluate(shop: Workshop, job: Job) -> None:
-    evaluate_run(job.path, shop.source(job), shop.cfg.evaluation, None, shop.progress)
-
-
-def _interpret(shop: Workshop, job: Job) -> None:
-    from wsae.evals.autointerp.llm.local import open_llm
-    from wsae.evals.autointerp.run import interpret_run
-
-    cfg, judge = shop.cfg.interpretation(job.number), shop.cfg.judge
-    own = {"surprisal"} & set(cfg.scores) or {"random_model"} & set(cfg.controls)
-    interpret_run(
-        job.path,
-        shop.source(job),
-        cfg,
-        shop.progress,
-        language=shop.language if own else None,
-        encoder=BagEncoder() if shop.cfg.made_here else None,
-        llm=None if judge is None else open_llm(judge),
-    )
-
-
-WORK: dict[Stage, Callable[[Workshop, Job], None]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "interpret": _interpret,
-}
-
-ROWS, TABLES = "rows.json", "tables.md"
-
-
-class Place(NamedTuple):
-    """Where a study lives, what the user chose, and whom it tells how far it is."""
-
-    out: Path
-    choices: Choices
-    progress: Progress
-    say: Callable[[str], None]
-
-
-def reproduce_study(
-    name: StudyName, preset: Preset, place: Place, seed: int = 0, device: str = "cpu"
-) -> tuple[dict[str, Any], list[Path]]:
-    """Run what is missing of a study and return its tables and the files written: rows.json, tables.md, figures.
-
-    Raises UserError as the stages do, and, before anything starts, where the model or the room for it is missing.
-    """
-    cfg = study_config(name, preset, place.out, place.choices, seed, device)
-    place.say(announce(cfg))
-    out = place.out / name
-    refuse_or_estimate(cfg, out, place.progress, place.say)
-    jobs = run_study(cfg, out, place.choices, place.progress, place.say)
-    rows = [row for job in jobs for row in job_rows(cfg, job)]
-    result = results(cfg, preset, rows)
-    write_json(out / ROWS, rows)
-    write_text(out / TABLES, result["markdown"])
-    pictures = draw(rows, cfg.plan.hooks, SAES[preset], out)
-    done = {"runs": [str(job.path) for job in jobs], "config": cfg.to_dict()}
-    return {**result, **done}, [out / ROWS, out / TABLES, *pictures]
-
-
-def job_rows(cfg: StudyConfig, job: Job) -> list[Row]:
-    """Return the rows of one run."""
-    return run_rows(cfg, job.hooks, job.number, job.path)
-
-
-def results(cfg: StudyConfig, preset: Preset, rows: list[Row]) -> dict[str, Any]:
-    """Return differences, means and tables of a study's rows."""
-    sae, hooks = SAES[preset], cfg.plan.hooks
-    analysis.add_matched_fvu(rows, sae, cfg.interpret)
-    lines = analysis.over_seeds(rows)
-    means = analysis.over_hooks(lines, len(hooks))
-    paper = {}
-    if cfg.plan.name != "language":
-        name = cfg.plan.name
-        paper = {f"the paper's {PAPER[name].title}, score in %": text.paper_table(name)}
-    ours = text.tables(rows, lines, means, hooks)
-    return {
-        "tables": paper | ours,
-        "markdown": text.markdown(paper | ours),
-        "differences": lines,
-        "means": means,
-        "moved": analysis.density_and_fvu(rows, sae),
-        "by_baseline": {score: _by_baseline(rows, hooks, score) for score in scores_of(rows)},
-    }
+    def draw(self, rows: list[Row], out: Path) -> list[Path]:
+        """Draw every score against the layer, the FVU and the density."""
+        return draw(rows, self.cfg.plan.hooks, SAES[self.preset], out)
 
 
 def _by_baseline(rows: Sequence[Row], hooks: Sequence[str], score: str) -> float | None:

@@ -1,9 +1,9 @@
-"""Settings of Figures 4 and 5: images, backbones, SAEs, scores. No torch here."""
+"""Settings of Figures 4 and 5: which SAEs on which embeddings of which images, and their scores. No torch here."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.core.artifact import read_manifest
@@ -12,9 +12,133 @@ from wsae.core.errors import UserError
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
 from wsae.experiments.presets import Preset
-from wsae.experiments.vision.plan import FigureName, Members, Plan, SAEPlan, figure_plan
-from wsae.train.config import TrainConfig
+from wsae.losses.config import GammaConfig
+from wsae.sae.config import TopK
+from wsae.train.config import MemberConfig, TrainConfig
 from wsae.vision.config import Method, PretrainConfig, preset
+
+FigureName = Literal["figure4", "figure5"]
+Proxy = Literal["none", "consistency", "top", "variance"]
+"""consistency: beta as NCL's code counts it. top: the share of the most frequent class among each dimension's n most
+strongly activated training images, as the paper words it. variance: of the dimension. All from training images."""
+
+PLAIN = "plain"
+HOOKS = ("pooler", "projector")
+"""The paper trains on "the learned representations" and does not say which: embeddings, or NCL's projections."""
+
+
+class Weighting(Config):
+    """The loss weights of one member: gamma_i = proxy_i ^ alpha, scaled to mean square 1."""
+
+    proxy: Proxy = "none"
+    alpha: float = Field(default=1.0, gt=0)
+
+    @property
+    def label(self) -> str:
+        """The member's name."""
+        return PLAIN if self.proxy == "none" else f"{self.proxy}-a{self.alpha:g}"
+
+    def gamma(self, top: tuple[float, ...] | None) -> GammaConfig:
+        """Return the gamma rule; `top` is the proxy of that name, one value a dimension."""
+        if self.proxy == "none":
+            return GammaConfig()
+        if self.proxy == "top":
+            return GammaConfig(rule="vector", alpha=self.alpha, vector=top)
+        return GammaConfig(rule=self.proxy, alpha=self.alpha)
+
+
+class FigureSAEs(Config):
+    """What all members have in common."""
+
+    d_sae: PositiveInt = 16_384
+    k: PositiveInt = 16
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    passes: PositiveInt = 20
+    """Passes over the training rows."""
+    batch_size: PositiveInt = 1024
+    auxk: NonNegativeFloat = 0.0
+    """Weight of the dead latents' loss. None by default: with tens of thousands of images most of 16,384 latents are
+    dead whatever one does, and reviving them left more of them dead (97 % against 76 %) in four times the time."""
+
+    def member(self, weighting: Weighting, top: tuple[float, ...] | None) -> MemberConfig:
+        """Return one member."""
+        return MemberConfig(
+            gamma=weighting.gamma(top),
+            d_sae=self.d_sae,
+            activation=TopK(k=self.k),
+            lr=self.lr,
+            auxk=self.auxk,
+            label=weighting.label,
+        )
+
+
+class BackboneRun(Config):
+    """One training run: a backbone, a hook, a seed, and the members that share its batches."""
+
+    backbone: str
+    hook: str
+    seed: int
+    weightings: tuple[Weighting, ...] = Field(min_length=1)
+
+
+class FigurePlan(Config):
+    """All runs of a figure."""
+
+    name: FigureName
+    sae: FigureSAEs
+    runs: tuple[BackboneRun, ...] = Field(min_length=1)
+
+    @property
+    def n_members(self) -> int:
+        """Return how many SAEs are trained."""
+        return sum(len(run.weightings) for run in self.runs)
+
+
+class FigureMembers(Config):
+    """Which weightings are tried, and how often."""
+
+    alphas: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Exponents of the consistency, for Figure 5 (a) and (c)."""
+    seeds: PositiveInt = 3
+    hooks: tuple[str, ...] = HOOKS
+
+    def weightings(self, method: Method) -> tuple[Weighting, ...]:
+        """Return the members on a backbone: all on NCL's, what Figure 4 needs on others'."""
+        one = [Weighting(proxy="consistency"), Weighting(proxy="top"), Weighting(proxy="variance")]
+        if method != "ncl":
+            return (Weighting(), *one)
+        others = [Weighting(proxy="consistency", alpha=alpha) for alpha in self.alphas]
+        return tuple(dict.fromkeys([Weighting(), *others, *one]))
+
+
+def figure_plan(
+    name: FigureName,
+    sae: FigureSAEs,
+    members: FigureMembers,
+    backbones: dict[str, Method],
+    seed: int = 0,
+) -> FigurePlan:
+    """Return a figure's runs: both figures share those on NCL's backbones, Figure 4 has the others' embeddings too.
+
+    Others' projections are left out: no dimension of theirs is asked to mean anything.
+    """
+    runs = [
+        BackboneRun(
+            backbone=backbone,
+            hook=hook,
+            seed=seed + s,
+            weightings=members.weightings(method),
+        )
+        for backbone, method in backbones.items()
+        if name == "figure4" or method == "ncl"
+        for hook in (members.hooks if method == "ncl" else members.hooks[:1])
+        for s in range(members.seeds)
+    ]
+    return FigurePlan(name=name, sae=sae, runs=tuple(runs))
+
+
+# A figure as settings.
 
 
 class VisionChoices(Config):
@@ -24,10 +148,6 @@ class VisionChoices(Config):
     """Labelled images, as in `wsae pretrain`; none: the preset's."""
     pretrained: tuple[Path, ...] = ()
     """Finished pretraining runs to use in place of one for each method."""
-
-    def given(self) -> bool:
-        """Say whether anything is chosen."""
-        return self != VisionChoices()
 
 
 class Backbone(Config):
@@ -45,7 +165,7 @@ class VisionConfig(Config):
 
     images: ImagesConfig
     backbones: tuple[Backbone, ...] = Field(min_length=1)
-    plan: Plan
+    plan: FigurePlan
     classes: ClassesConfig = ClassesConfig()
     evaluation: EvalConfig = EvalConfig()
     device: str = "cpu"
@@ -89,23 +209,22 @@ class VisionConfig(Config):
 
 
 # The sizes of Figures 4 and 5: tiny (digits, seconds), small (Fashion-MNIST), paper (ImageNet-100).
-# No torch here.
 
 FASHION = (Path("/usr/share/dataset-fashion-mnist"), Path("/usr/share/datasets/fashion-mnist"))
 """Where Debian's dataset-fashion-mnist may lie."""
 IMAGENET100 = "clane9/imagenet-100"
 """ImageNet-100 on the hub (126,689 training images, the split that is read here; some are held out)."""
 
-SAES: dict[Preset, SAEPlan] = {
-    "tiny": SAEPlan(d_sae=64, k=4, lr=3e-3, passes=8, batch_size=128),
+SAES: dict[Preset, FigureSAEs] = {
+    "tiny": FigureSAEs(d_sae=64, k=4, lr=3e-3, passes=8, batch_size=128),
     # 48,000 rows of 512, 281 steps. Plain SAE's FVU after 5 passes: 0.030, 0.019, 0.014 at lr 5e-4, 1e-3, 2e-3
-    "small": SAEPlan(lr=2e-3, passes=6, batch_size=1024),
-    "paper": SAEPlan(lr=5e-4, passes=50, batch_size=4096),
+    "small": FigureSAEs(lr=2e-3, passes=6, batch_size=1024),
+    "paper": FigureSAEs(lr=5e-4, passes=50, batch_size=4096),
 }
-MEMBERS: dict[Preset, Members] = {
-    "tiny": Members(alphas=(0.5, 1.0), seeds=2),
-    "small": Members(),
-    "paper": Members(),
+MEMBERS: dict[Preset, FigureMembers] = {
+    "tiny": FigureMembers(alphas=(0.5, 1.0), seeds=2),
+    "small": FigureMembers(),
+    "paper": FigureMembers(),
 }
 METHODS: dict[Preset, tuple[Method, ...]] = {
     "tiny": ("ncl",),

@@ -20,7 +20,7 @@ from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.classes.run import CLASSES, labels_of, score_run
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import EVALUATION, evaluate_run
-from wsae.experiments.vision.plan import SAEPlan, Weighting
+from wsae.experiments.vision.config import FigureSAEs, Weighting
 from wsae.report.html import write_report
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
@@ -28,7 +28,7 @@ from wsae.vision.config import PretrainConfig, preset
 from wsae.vision.run import pretrain
 
 IMAGES = ImagesConfig(path="digits")
-SAE = SAEPlan(d_sae=256, k=8, lr=3e-3, passes=60, batch_size=128)
+SAE = FigureSAEs(d_sae=256, k=8, lr=3e-3, passes=60, batch_size=128)
 WEIGHTINGS = (Weighting(), Weighting(proxy="consistency"), Weighting(proxy="variance"))
 EVALUATION_CONFIG = EvalConfig(splice_tokens=0, n_latents=60, n_contexts=8)
 CLASSES_CONFIG = ClassesConfig(n_top=10, min_support=10, groups=10)

@@ -10,20 +10,20 @@ from typing import Any
 
 from wsae.core.files import read_json
 from wsae.evals.classes.score import SCORES
+from wsae.experiments.engine import Row, Table
 from wsae.experiments.figures import Panel, Series, Verdict, judged
 from wsae.experiments.sweep.table import Mean, mean_interval, select
-from wsae.experiments.vision.plan import PLAIN, RunPlan, Weighting
+from wsae.experiments.vision.config import PLAIN, BackboneRun, Weighting
 from wsae.report.panel_figures import panels_figure
 
 # One row per SAE or control: what it is, how well it reconstructs, how its latents go with the
 # classes. JSON-ready.
 
-Row = dict[str, Any]
 WAYS = ("all", "matched", "density", "adjusted", "within", "images")
 """Over what a member is compared with the plain one (`wsae.evals.classes.comparing`)."""
 
 
-def run_rows(planned: RunPlan, path: Path) -> list[Row]:
+def run_rows(planned: BackboneRun, path: Path) -> list[Row]:
     """Return the rows of one finished run: its members, then its controls."""
     hook = planned.hook
     gamma = read_json(path / "gamma.json")[hook]
@@ -312,7 +312,6 @@ def _drawn(panel: Panel) -> dict[str, Any]:
 
 # Tables of Figures 4 and 5 as header and rows of text; scores in percent, intervals over seeds.
 
-Table = dict[str, Any]
 NONE = "-"
 COLUMNS = {
     "NCL": "consistency_ncl",

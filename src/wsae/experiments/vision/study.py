@@ -1,10 +1,9 @@
 """`wsae reproduce figure4|figure5`: from settings to panels, tables and pictures."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,18 +12,16 @@ from jaxtyping import Int64
 from wsae.acts.images.harvest import Gallery, harvest_images
 from wsae.acts.images.sets import ImageSet, open_images
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import MANIFEST, read_manifest
+from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
-from wsae.core.files import read_sealed, seal, write_json, write_text
+from wsae.core.files import read_sealed, seal, write_json
 from wsae.core.memory import duration, size
-from wsae.core.progress import Progress, quiet
 from wsae.evals.classes.run import score_run
 from wsae.evals.run import evaluate_run
-from wsae.experiments.presets import Preset
-from wsae.experiments.tables.analysis import markdown
-from wsae.experiments.vision.config import Backbone, VisionChoices, VisionConfig, vision_config
+from wsae.experiments.engine import Row, Stage, Study, StudyRun
+from wsae.experiments.figures import Panel
+from wsae.experiments.vision.config import Backbone, VisionConfig
 from wsae.experiments.vision.figures import draw, figure4, figure5, run_rows, tables
-from wsae.experiments.vision.plan import FigureName
 from wsae.stats.classes import Hits, Strongest
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
@@ -63,7 +60,7 @@ def top_consistency(
     return tuple(beta)
 
 
-# What a figure is about to do, and roughly what it takes. No torch here.
+# What a figure is about to do, and roughly what it takes.
 
 FORWARD = {"imagenet": 3.6e9 / 224**2, "small": 1.1e9 / 32**2, "smallest": 0.28e9 / 32**2}
 """Operations of ResNet-18's forward pass per pixel of an image, by stem (a multiplication and an addition: two)."""
@@ -117,31 +114,14 @@ def pretraining_operations(backbone: Backbone, images: int) -> float:
 
 # From images to scored SAEs: pretrain, harvest, then train, evaluate and score run after run.
 #
-# Each stage reads directories and writes one; a finished stage is not run again, and a killed one
-# goes on. Held-out images are for the last two stages alone: they do not enter pretraining, gamma,
-# or the training of the SAEs.
-
-Say = Callable[[str], None]
-Stage = Literal["train", "evaluate", "score"]
-STAGES: tuple[Stage, ...] = ("train", "evaluate", "score")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: its number in the plan and its directory."""
-
-    number: int
-    path: Path
+# Held-out images are for the last two stages alone: they do not enter pretraining, gamma, or the training of the SAEs.
 
 
 @dataclass
-class Workshop:
-    """What the stages share: settings, places, the images, and whom to tell."""
+class FigureStudy(Study[VisionConfig]):
+    """The recipe of Figures 4 and 5, which share `out`."""
 
-    cfg: VisionConfig
-    out: Path
-    progress: Progress = quiet
-    say: Say = lambda _: None
+    torchrun_hint: bool = False
 
     @cached_property
     def images(self) -> ImageSet:
@@ -160,139 +140,93 @@ class Workshop:
         assert labels is not None
         return labels
 
+    def introduce(self) -> None:
+        """Tell what will be done and roughly what it takes."""
+        for line in announce(self.cfg, len(self.images), self.torchrun_hint):
+            self.say(line)
+
+    def prepare(self) -> None:
+        """Pretrain every backbone that is not there, and harvest its embeddings."""
+        cfg, images = self.cfg, self.images
+        for backbone in cfg.used():
+            place = self.model(backbone.name)
+            if backbone.run is None:
+                self.say(f"pretrain: {backbone.name}, {len(images)} images")
+                settings = backbone.pretrain
+                pretrain(settings, images, place, self.progress, resume=True, device=cfg.device)
+            store = self.out / "store" / backbone.name
+            harvest_images(cfg.harvest(backbone.name, place), store, self.progress)
+
     def model(self, backbone: str) -> Path:
         """Return the directory of a backbone's pretraining run."""
         return self.cfg.backbone(backbone).run or self.out / "pretrain" / backbone
 
-    def source(self, job: Job) -> StoreSource:
-        """Return the activations of a run."""
-        planned = self.cfg.plan.runs[job.number]
-        return StoreSource(self.out / "store" / planned.backbone, (planned.hook,), verify=False)
-
-    def jobs(self) -> list[Job]:
+    def runs(self) -> list[StudyRun]:
         """Return the runs in the plan's order."""
         return [
-            Job(i, self.out / "runs" / run.backbone / run.hook / f"seed-{run.seed}")
+            StudyRun(
+                i,
+                (run.hook,),
+                self.out / "runs" / run.backbone / run.hook / f"seed-{run.seed}",
+                f"{run.backbone}, {run.hook}, seed {run.seed}",
+            )
             for i, run in enumerate(self.cfg.plan.runs)
         ]
 
-    def training(self, job: Job) -> TrainConfig:
+    def source(self, run: StudyRun) -> StoreSource:
+        """Return the activations of a run."""
+        backbone = self.cfg.plan.runs[run.number].backbone
+        return StoreSource(self.out / "store" / backbone, run.hooks, verify=False)
+
+    def training(self, run: StudyRun) -> TrainConfig:
         """Return a run's training; the proxy `top` is computed once for each backbone and hook, from training rows."""
-        planned, source = self.cfg.plan.runs[job.number], self.source(job)
+        planned, source = self.cfg.plan.runs[run.number], self.source(run)
         top = None
         if any(weighting.proxy == "top" for weighting in planned.weightings):
-            place = job.path.parent / "top.json"
+            place = run.path.parent / "top.json"
             top = top_consistency(source, self.labels, self.cfg.classes.n_top, place)
-        return self.cfg.training(job.number, source.n_rows, top)
+        return self.cfg.training(run.number, source.n_rows, top)
 
+    def stages(self) -> list[Stage]:
+        """Return training, evaluation and the scores by class."""
+        cfg = self.cfg
+        return [
+            Stage("train", self._train, self.training, "run"),
+            Stage("evaluate", self._evaluate, lambda _: cfg.evaluation, "evaluation"),
+            Stage("score", self._score, lambda _: cfg.classes, "classes"),
+        ]
 
-def run_vision(shop: Workshop) -> list[Job]:
-    """Run every stage that is not finished and return the runs, in the plan's order.
+    def _train(self, run: StudyRun) -> None:
+        cfg, source = self.training(run), self.source(run)
+        train_run(cfg, source, run.path, self.progress, resume=True, device=self.cfg.device)
 
-    Raises UserError as the stages do, and KeyboardInterrupt after what is written is whole.
-    """
-    cfg, images = shop.cfg, shop.images
-    for backbone in cfg.used():
-        if backbone.run is None:
-            shop.say(f"pretrain: {backbone.name}, {len(images)} images")
-            place = shop.model(backbone.name)
-            pretrain(
-                backbone.pretrain, images, place, shop.progress, resume=True, device=cfg.device
-            )
-        harvested = cfg.harvest(backbone.name, shop.model(backbone.name))
-        harvest_images(harvested, shop.out / "store" / backbone.name, shop.progress)
-    jobs = shop.jobs()
-    for stage in STAGES:
-        for place, job in enumerate(jobs, start=1):
-            if not finished(shop, job, stage):
-                run = cfg.plan.runs[job.number]
-                where = f"{run.backbone}, {run.hook}, seed {run.seed}"
-                shop.say(f"{stage} {place} of {len(jobs)}: {where}")
-                STAGE_WORK[stage](shop, job)
-    return jobs
+    def _evaluate(self, run: StudyRun) -> None:
+        gallery = Gallery(self.images)
+        evaluate_run(run.path, self.source(run), self.cfg.evaluation, gallery, self.progress)
 
+    def _score(self, run: StudyRun) -> None:
+        score_run(run.path, self.source(run), self.labels, self.cfg.classes, self.progress)
 
-def finished(shop: Workshop, job: Job, stage: Stage) -> bool:
-    """Say whether a stage of a run is there, made with these settings from what is there now."""
-    if stage == "train":
-        if not (job.path / MANIFEST).exists():
-            return False
-        manifest = read_manifest(job.path, "run", verify=False)
-        return manifest.config["train"] == shop.training(job).to_dict()
-    kind, settings = {
-        "evaluate": ("evaluation", shop.cfg.evaluation),
-        "score": ("classes", shop.cfg.classes),
-    }[stage]
-    place = job.path / kind
-    if not (place / MANIFEST).exists():
-        return False
-    manifest = read_manifest(place, kind, verify=False)
-    run = read_manifest(job.path, "run", verify=False).digest()
-    return manifest.config == settings.to_dict() and manifest.inputs["run"] == run
+    def rows(self, run: StudyRun) -> list[Row]:
+        """Return the rows of one run."""
+        return run_rows(self.cfg.plan.runs[run.number], run.path)
 
+    def panels(self, rows: list[Row]) -> list[Panel]:
+        """Return the figure's panels."""
+        return figure4(rows) if self.cfg.plan.name == "figure4" else figure5(rows)
 
-def _train(shop: Workshop, job: Job) -> None:
-    cfg, source = shop.training(job), shop.source(job)
-    train_run(cfg, source, job.path, shop.progress, resume=True, device=shop.cfg.device)
+    def results(self, rows: list[Row]) -> dict[str, Any]:
+        """Return panels, tables, and what probes of the embeddings know of the classes, beside raw pixels'."""
+        models = {backbone.name: self.model(backbone.name) for backbone in self.cfg.used()}
+        return {
+            "panels": [panel.to_dict() for panel in self.panels(rows)],
+            "tables": tables(rows),
+            "backbones": {
+                name: read_manifest(place, "pretrain", verify=False).info.get("probes")
+                for name, place in models.items()
+            },
+        }
 
-
-def _evaluate(shop: Workshop, job: Job) -> None:
-    gallery = Gallery(shop.images)
-    evaluate_run(job.path, shop.source(job), shop.cfg.evaluation, gallery, shop.progress)
-
-
-def _score(shop: Workshop, job: Job) -> None:
-    score_run(job.path, shop.source(job), shop.labels, shop.cfg.classes, shop.progress)
-
-
-STAGE_WORK: dict[Stage, Callable[[Workshop, Job], None]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "score": _score,
-}
-
-WORK = "vision"
-"""Directory, under the output directory, that both figures share."""
-
-
-class Place(NamedTuple):
-    """Where a figure lives, what the user chose, and whom it tells how far it is."""
-
-    out: Path
-    choices: VisionChoices
-    progress: Progress
-    say: Callable[[str], None]
-
-
-def reproduce_vision(
-    name: FigureName, preset: Preset, place: Place, seed: int = 0, device: str = "cpu"
-) -> tuple[dict[str, Any], list[Path]]:
-    """Run what is missing of a figure and return its panels and tables, and the files written.
-
-    Raises UserError as the stages do, and before anything starts where there are no images or these have no classes.
-    """
-    cfg = vision_config(name, preset, place.choices, seed, device)
-    shop = Workshop(cfg, place.out / WORK, place.progress, place.say)
-    for line in announce(cfg, len(shop.images), torchrun_hint=preset == "paper"):
-        place.say(line)
-    jobs = run_vision(shop)
-    rows = [row for job in jobs for row in run_rows(cfg.plan.runs[job.number], job.path)]
-    panels = figure4(rows) if name == "figure4" else figure5(rows)
-    shown = tables(rows)
-    out = place.out / name
-    write_json(out / "rows.json", rows)
-    write_text(out / "tables.md", markdown(shown))
-    pictures = draw(name, panels, out)
-    result = {
-        "panels": [panel.to_dict() for panel in panels],
-        "tables": shown,
-        "backbones": {backbone.name: _probes(shop, backbone.name) for backbone in cfg.used()},
-        "runs": [str(job.path) for job in jobs],
-        "config": cfg.to_dict(),
-    }
-    return result, [out / "rows.json", out / "tables.md", *pictures]
-
-
-def _probes(shop: Workshop, backbone: str) -> Any:
-    """Return what a backbone's embeddings know of the classes: accuracies of probes, beside raw pixels'."""
-    return read_manifest(shop.model(backbone), "pretrain", verify=False).info.get("probes")
+    def draw(self, rows: list[Row], out: Path) -> list[Path]:
+        """Draw the panels."""
+        return draw(self.cfg.plan.name, self.panels(rows), out)

@@ -281,7 +281,7 @@ def basis(seed: int) -> Claim:
     ratios = [float(s.max() / s.min()) for s in (gram(Q @ EXAMPLE_1).diagonal() for Q in turns)]
     features, probability = grid(3, 0.5, 2)
     W_m = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    moved = {rule: _change(rule, W_m, (features, probability), turns) for rule in RULES}
+    moved = {rule: _change(rule, W_m, features, probability, turns) for rule in RULES}
     return Claim(
         claim="The variance of x_p in dimension i measures a property of the features there.",
         source="Section 5.1",
@@ -318,12 +318,14 @@ def _gap_ratios(worlds: list[Tensor]) -> Tensor:
     )
 
 
-def _change(rule: str, W_m: Tensor, world: tuple[Tensor, Tensor], turns: list[Tensor]) -> float:
+def _change(
+    rule: str, W_m: Tensor, features: Tensor, probability: Tensor, turns: list[Tensor]
+) -> float:
     """Return the largest relative change of an SAE's weighted loss when everything is rotated (Example 1's W_p)."""
 
     def loss(Q: Tensor) -> float:
         W_p = Q @ EXAMPLE_1
-        return float(sae_loss(W_m @ Q.T, W_p, *world, gamma=weights_of(W_p, rule)))
+        return float(sae_loss(W_m @ Q.T, W_p, features, probability, gamma=weights_of(W_p, rule)))
 
     plain = loss(torch.eye(2, dtype=torch.float64))
     return max(abs(loss(Q) / plain - 1) for Q in turns)
@@ -536,7 +538,7 @@ def _sandwich(seed: int) -> tuple[float, float]:
 
 
 def _shared_weigh_less(W_p: Tensor) -> bool:
-    """Say whether the best diagonal is 1 on dimensions of one feature and less on all others."""
+    """Return whether the best diagonal is 1 on dimensions of one feature and less on all others."""
     g, alone = gap_weights(gram(W_p)), (W_p != 0).sum(1) == 1
     return bool((g[~alone] < 1 - 1e-9).all() and ((g[alone] - 1).abs() < 1e-9).all())
 
