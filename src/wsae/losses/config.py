@@ -67,7 +67,7 @@ class GammaConfig(Config):
 
     @property
     def needs_covariance(self) -> bool:
-        """Say whether gamma comes from the covariance of the activations."""
+        """Return whether gamma comes from the covariance of the activations."""
         return self.rule in ("gap", "whiten") and self.alpha != 0
 
     @property
