@@ -181,7 +181,7 @@ class SparseAutoencoder(nn.Module):
         self.gamma = gamma.to(self.gamma, copy=True)
 
     def _is_gamma(self, name: str, tensor: Tensor) -> bool:
-        """Say whether a tensor is gamma in one of its two forms."""
+        """Return whether a tensor is gamma in one of its two forms."""
         d_in = self.cfg.d_in
         return name == "gamma" and tuple(tensor.shape) in ((d_in,), (d_in, d_in))
 

@@ -30,7 +30,7 @@ SUMS = (
 
 @dataclass
 class MemberState:
-    """Everything of a member that changes during training; `tensors()` is all of it."""
+    """Everything of a member that changes during training; `wsae.train.checkpoint` keeps it."""
 
     name: str
     cfg: MemberConfig
@@ -139,11 +139,23 @@ def count(member: MemberState, code: SparseCode, rows: int) -> None:
     fired[code.indices[code.values > 0]] = True
     member.since_fired.add_(rows).masked_fill_(fired, 0)
     if isinstance(member.sae.cfg.activation, BatchTopK):
-        positive = torch.where(code.values > 0, code.values, torch.inf)
-        smallest = positive.min() if len(positive) else positive.new_tensor(torch.inf)
-        old = member.sae.threshold
-        moved = torch.where(old == 0, smallest, torch.lerp(smallest.double(), old, THRESHOLD_DECAY))
-        old.copy_(torch.where(smallest.isfinite(), moved, old))
+        follow_threshold(member.sae.threshold, smallest_active(code))
+
+
+def smallest_active(code: SparseCode) -> Float[Tensor, ""]:
+    """Return the smallest positive value of a batch's code, infinity where no latent is active."""
+    positive = torch.where(code.values > 0, code.values, torch.inf)
+    return positive.min() if len(positive) else positive.new_tensor(torch.inf)
+
+
+def follow_threshold(
+    threshold: Float64[Tensor, "*members"], smallest: Float[Tensor, "*members"]
+) -> None:
+    """Move batch Top-k's threshold of inference to a batch's smallest active value, where it has one."""
+    smallest = smallest.double()
+    moved = torch.lerp(smallest, threshold, THRESHOLD_DECAY)
+    moved = torch.where(threshold == 0, smallest, moved)
+    threshold.copy_(torch.where(smallest.isfinite(), moved, threshold))
 
 
 def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
@@ -169,22 +181,33 @@ def _weighted_variance(member: MemberState, batch: Batch) -> Tensor:
 
 
 def follow_latents(member: MemberState, code: SparseCode, step: int, decay: float) -> bool:
-    """Keep the running variances of the latents for the rule latent_variance; says whether gamma is due."""
+    """Keep the running variances of the latents for the rule latent_variance; return whether gamma is due."""
     if member.cfg.gamma.rule != "latent_variance":
         return False
-    d_sae = member.sae.cfg.d_sae
-    z = code.values.double()
-    sums = [torch.bincount(code.indices, w, minlength=d_sae) for w in (z, z * z)]
-    member.latent_moments.lerp_(torch.stack(sums) / code.batch, 1 - decay)
+    sums = moment_sums(code, member.sae.cfg.d_sae)
+    member.latent_moments.lerp_(sums / code.batch, 1 - decay)
     return (step + 1) % GAMMA_EVERY == 0
+
+
+def moment_sums(code: SparseCode, d_sae: int) -> Float64[Tensor, "2 d_sae"]:
+    """Return the sums over a batch of z and z^2 of every latent."""
+    z = code.values.double()
+    return torch.stack([torch.bincount(code.indices, w, minlength=d_sae) for w in (z, z * z)])
+
+
+def latent_variance(
+    moments: Float64[Tensor, "2 *latents"], step: int, decay: float
+) -> Float64[Tensor, "*latents"]:
+    """Return Var(z_j) from the running means of z and z^2 after step `step`, which began at 0."""
+    mean, square = moments / (1 - decay ** (step + 1))
+    return (square - mean * mean).clamp_min(0)
 
 
 def refresh_gamma(
     member: MemberState, W_dec: Float[Tensor, "d_sae d_in"], step: int, decay: float
 ) -> None:
     """Set a latent_variance gamma from the running variances of the latents."""
-    mean, square = member.latent_moments / (1 - decay ** (step + 1))
-    variance = (square - mean * mean).clamp_min(0) * member.scale**2
+    variance = latent_variance(member.latent_moments, step, decay) * member.scale**2
     proxy = latent_variance_proxy(variance, W_dec.double())
     member.sae.gamma.copy_(gamma_from_proxy(member.cfg.gamma, proxy))
 

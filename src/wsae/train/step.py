@@ -19,6 +19,7 @@ from wsae.ops.native.select import LARGEST_SHARE
 from wsae.sae.config import JumpReLU, ReLU
 from wsae.sae.forward import Forward, training_forward
 from wsae.sae.model import SparseAutoencoder
+from wsae.sae.stack import Stack
 from wsae.train.config import TrainConfig
 from wsae.train.family import Family
 from wsae.train.gpu.fit import unfit
@@ -74,19 +75,19 @@ def revival_loss(
     return auxk_loss(member.sae, residual, forward, member.dead, member.cfg.revived(x.shape[1]))
 
 
-def remove_radial_gradient(sae: SparseAutoencoder) -> None:
+def remove_radial_gradient(sae: SparseAutoencoder | Stack) -> None:
     """Drop the part of the decoder's gradient along each row: the rows are kept at unit norm."""
     grad = sae.W_dec.grad
     if sae.cfg.tied or grad is None:
         return
-    along = torch.linalg.vecdot(grad, sae.W_dec, dim=1)
-    grad.addcmul_(sae.W_dec, along[:, None], value=-1)
+    along = torch.linalg.vecdot(grad, sae.W_dec, dim=-1)
+    grad.addcmul_(sae.W_dec, along[..., None], value=-1)
 
 
-def unit_rows_(sae: SparseAutoencoder) -> None:
+def unit_rows_(sae: SparseAutoencoder | Stack) -> None:
     """Bring the decoder's rows back to unit norm (untied)."""
     if not sae.cfg.tied:
-        norms = torch.linalg.vector_norm(sae.W_dec, dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(sae.W_dec, dim=-1, keepdim=True)
         sae.W_dec.div_(norms.clamp_min_(1e-12))
 
 
@@ -212,7 +213,7 @@ def side_by_side(cfg: TrainConfig, family: Family) -> Iterator[Steps]:
 
 
 def _compiled(member: MemberState, cfg: TrainConfig) -> bool:
-    """Say whether every step of this member will be the compiled one (ReLU kinds change over on the way)."""
+    """Return whether every step of this member will be the compiled one (ReLU kinds change over on the way)."""
     return hasattr(member.cfg.activation, "k") and chosen(member, cfg, member.mean) == "native"
 
 

@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def has_int8() -> bool:
-    """Say whether this CPU multiplies 8-bit integers fast (AVX-512 VNNI)."""
+    """Return whether this CPU multiplies 8-bit integers fast (AVX-512 VNNI)."""
     return os.environ.get(SWITCH) != "float32" and bool(library().has_int8())
 
 

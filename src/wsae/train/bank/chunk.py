@@ -15,8 +15,8 @@ from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
 from wsae.train.bank.config import BankConfig
 from wsae.train.config import MemberConfig
-from wsae.train.state import GAMMA_EVERY, THRESHOLD_DECAY
-from wsae.train.step import lr_factor
+from wsae.train.state import GAMMA_EVERY, follow_threshold, latent_variance
+from wsae.train.step import lr_factor, remove_radial_gradient, unit_rows_
 
 # One member of a bank: an SAE to train, what it is, and the world it sees.
 
@@ -245,10 +245,11 @@ def chunk_step(
     with torch.no_grad():
         remove_radial_gradient(stack)
         chunk.optimizer.step()
-        _unit_rows_(stack)
+        unit_rows_(stack)
         chunk.loss_sum += reconstruction
         _count(chunk, z, step)
-        _track_threshold(stack, z)
+        if isinstance(stack.cfg.activation, BatchTopK):
+            follow_threshold(stack.threshold, torch.where(z > 0, z, torch.inf).amin((1, 2)))
         _track_latents(chunk, z, step, cfg.latent_variance_decay)
 
 
@@ -271,7 +272,7 @@ def _by_autograd(chunk: Chunk, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weighted(residual: Tensor, gamma: Tensor) -> Tensor:
-    """Mean over the batch of ||Gamma r||^2, one number per member (Eq. 12)."""
+    """Return the mean over the batch of ||Gamma r||^2, one number per member (Eq. 12)."""
     weighed = residual * gamma if gamma.shape[1] == 1 else torch.bmm(residual, gamma.mT)
     return weighed.square().sum((1, 2)) / residual.shape[1]
 
@@ -307,20 +308,6 @@ def _optimizer(cfg: BankConfig, stack: Stack, lr: float) -> torch.optim.Optimize
     return torch.optim.SGD(stack.parameters(), lr=lr)
 
 
-def remove_radial_gradient(stack: Stack) -> None:
-    """Drop the part of the decoder's gradient along each row: the rows are kept at unit norm."""
-    grad = stack.W_dec.grad
-    if not stack.cfg.tied and grad is not None:
-        along = torch.linalg.vecdot(grad, stack.W_dec, dim=2)
-        grad.addcmul_(stack.W_dec, along[..., None], value=-1)
-
-
-def _unit_rows_(stack: Stack) -> None:
-    if not stack.cfg.tied:
-        norms = torch.linalg.vector_norm(stack.W_dec, dim=2, keepdim=True)
-        stack.W_dec.div_(norms.clamp_min_(1e-12))
-
-
 def _count(chunk: Chunk, z: Tensor, step: int) -> None:
     if not chunk.follows_dead:
         return
@@ -331,15 +318,6 @@ def _count(chunk: Chunk, z: Tensor, step: int) -> None:
         chunk.any_dead = bool(chunk.dead.any())
 
 
-def _track_threshold(stack: Stack, z: Tensor) -> None:
-    if not isinstance(stack.cfg.activation, BatchTopK):
-        return
-    smallest = torch.where(z > 0, z, torch.inf).amin((1, 2)).double()
-    old = stack.threshold
-    moved = torch.where(old == 0, smallest, torch.lerp(smallest, old, THRESHOLD_DECAY))
-    old.copy_(torch.where(smallest.isfinite(), moved, old))
-
-
 def _track_latents(chunk: Chunk, z: Tensor, step: int, decay: float) -> None:
     """Refresh a latent_variance gamma from the running variances of the latents."""
     if chunk.rule is None:
@@ -347,8 +325,7 @@ def _track_latents(chunk: Chunk, z: Tensor, step: int, decay: float) -> None:
     moments = torch.stack([z.mean(1), z.square().mean(1)]).double()
     chunk.latent_moments.lerp_(moments, 1 - decay)
     if (step + 1) % GAMMA_EVERY == 0:
-        mean, square = chunk.latent_moments / (1 - decay ** (step + 1))
-        variance = (square - mean * mean).clamp_min(0)
+        variance = latent_variance(chunk.latent_moments, step, decay)
         for i, W_dec in enumerate(chunk.stack.W_dec.detach().double()):
             proxy = latent_variance_proxy(variance[i], W_dec)
             chunk.gamma[i, 0] = gamma_from_proxy(chunk.rule, proxy).to(chunk.gamma)

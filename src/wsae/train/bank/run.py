@@ -142,7 +142,7 @@ ROOM = 4
 
 
 def fits_a_bank(cfg: TrainConfig, family: Family, source: ActivationSource) -> bool:
-    """Say whether the members are many and small enough to train in one batched computation on a CPU.
+    """Return whether the members are many and small enough to train in one batched computation on a CPU.
 
     Most must be alike but for their weights, gamma and seed, each must leave room in the cache for others, and none
     may ask for what a bank lacks: bfloat16, chosen kernels, or a latent_variance gamma on the paper's raw scale. Every

@@ -28,7 +28,7 @@ class Layout(Config):
 
 
 def launched() -> bool:
-    """Say whether torchrun (or anything that speaks its environment) started this process."""
+    """Return whether torchrun (or anything that speaks its environment) started this process."""
     return all(name in os.environ for name in _TORCHRUN)
 
 

@@ -28,11 +28,14 @@ from wsae.train.parallel.world import MAX, MIN, Axis, Place, World
 from wsae.train.state import (
     GAMMA_EVERY,
     SUMS,
-    THRESHOLD_DECAY,
     Batch,
     MemberState,
     StepResult,
     add_sums,
+    follow_threshold,
+    latent_variance,
+    moment_sums,
+    smallest_active,
 )
 from wsae.train.step import lr_factor, remove_radial_gradient, unit_rows_
 
@@ -501,12 +504,7 @@ def _count(shard: Shard, code: SparseCode, batch: int) -> None:
     place.data.reduce_(fired, MAX)
     member.since_fired.add_(batch).masked_fill_(fired.bool(), 0)
     if isinstance(member.sae.cfg.activation, BatchTopK):
-        positive = torch.where(code.values > 0, code.values, torch.inf)
-        smallest = positive.min() if len(positive) else positive.new_tensor(torch.inf)
-        place.reduce_(smallest, MIN)
-        old = member.sae.threshold
-        moved = torch.where(old == 0, smallest, torch.lerp(smallest.double(), old, THRESHOLD_DECAY))
-        old.copy_(torch.where(smallest.isfinite(), moved, old))
+        follow_threshold(member.sae.threshold, place.reduce_(smallest_active(code), MIN))
 
 
 def _add_sums(shard: Shard, batch: Batch, result: StepResult) -> None:
@@ -529,9 +527,8 @@ def _follow_latents(shard: Shard, code: SparseCode, step: int, run: TrainConfig)
     member, place, decay = shard.member, shard.piece.place, run.latent_variance_decay
     if member.cfg.gamma.rule != "latent_variance":
         return
-    z, own = code.values.double(), len(member.dead)
-    sums = torch.stack([torch.bincount(code.indices, w, minlength=own) for w in (z, z * z)])
-    member.latent_moments.lerp_(place.data.reduce_(sums) / run.batch_size, 1 - decay)
+    sums = place.data.reduce_(moment_sums(code, len(member.dead)))
+    member.latent_moments.lerp_(sums / run.batch_size, 1 - decay)
     if (step + 1) % GAMMA_EVERY == 0:
         member.sae.gamma.copy_(gamma_from_proxy(member.cfg.gamma, _proxy(shard, step, decay)))
 
@@ -539,7 +536,6 @@ def _follow_latents(shard: Shard, code: SparseCode, step: int, run: TrainConfig)
 def _proxy(shard: Shard, step: int, decay: float) -> Float[Tensor, " d_in"]:
     """Return sum_j Var(z_j) W_dec[j]^2 over the latents of all ranks."""
     member = shard.member
-    mean, square = member.latent_moments / (1 - decay ** (step + 1))
-    variance = (square - mean * mean).clamp_min(0) * member.scale**2
+    variance = latent_variance(member.latent_moments, step, decay) * member.scale**2
     part = latent_variance_proxy(variance, member.sae.W_dec.double())
     return shard.piece.place.latents.reduce_(part)
