@@ -11,9 +11,11 @@ from wsae.core.version import __version__
 
 if TYPE_CHECKING:
     from wsae.api import Family, Member, evaluate, fit, fit_family, recovery
+    from wsae.run import Run
     from wsae.sae import SparseAutoencoder
 
 _WHERE = {
+    "Run": "wsae.run",
     "SparseAutoencoder": "wsae.sae",
     "fit": "wsae.api",
     "fit_family": "wsae.api",
@@ -26,6 +28,7 @@ _WHERE = {
 __all__ = [
     "Family",
     "Member",
+    "Run",
     "SparseAutoencoder",
     "UserError",
     "__version__",

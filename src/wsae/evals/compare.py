@@ -5,13 +5,12 @@ from typing import NamedTuple
 
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, understood
-from wsae.core.files import read_json
-from wsae.core.tensors import load_tensors
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.glossary import glossary
 from wsae.evals.run import Json
 from wsae.evals.scores import Arrays, Comparison, Side, across_runs, compare_members
+from wsae.run import ARRAYS, EVALUATION_PART, Run
 
 
 class Evaluated(NamedTuple):
@@ -55,16 +54,18 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
 
 def read_evaluation(run: Path) -> Evaluated:
     """Read RUN/evaluation; raises UserError when it is missing, cut or altered."""
-    path = run / "evaluation"
+    path = run / EVALUATION_PART
     if (run / MANIFEST).is_file():
         read_manifest(run, "run", verify=False)
     if run.is_dir() and not path.is_dir():
         raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")
-    read_manifest(path, "evaluation")
-    record = read_json(path / "evaluation.json")
+    read_manifest(path, "evaluation", verify=False)
+    opened = Run(run)
+    record, tensors = opened.evaluation_record, opened.arrays
+    if not tensors:
+        raise UserError(f"{path}: has no {ARRAYS}; run: wsae evaluate {run}")
     arrays: dict[str, dict[str, Arrays]] = {}
-    tensors = load_tensors(path / "arrays.safetensors")
-    with understood(path / "arrays.safetensors"):
+    with understood(path / ARRAYS):
         for key, value in tensors.items():
             hook, member, name = key.split("|")
             arrays.setdefault(hook, {}).setdefault(member, {})[name] = value.numpy()

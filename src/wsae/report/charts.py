@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from wsae.report.rundata import Json, RunData, finite, is_control
+from wsae.report.rundata import RunData, finite, is_control
 from wsae.report.words import number
+from wsae.run import Json
 
 # Small inline SVG charts: axes, lines, steps, points. Colours are CSS classes (`s0`, ...) that
 # follow the theme.

@@ -17,8 +17,9 @@ from markupsafe import Markup
 from wsae.core.errors import UserError
 from wsae.core.files import write_text
 from wsae.core.version import __version__
-from wsae.report.rundata import Json, RunData, read_run
+from wsae.report.rundata import RunData, read_run
 from wsae.report.view import cards, glossary, hook_view, score_name
+from wsae.run import Json
 
 REPORT_NAME = "report.html"
 _ASSETS = files("wsae.report") / "assets"

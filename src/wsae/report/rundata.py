@@ -7,19 +7,22 @@ altered).
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
-from wsae.core.artifact import MANIFEST, check_file, read_manifest
 from wsae.core.errors import UserError, understood
-from wsae.core.files import parse_json, read_json, read_lines
-from wsae.core.tensors import load_tensors
-from wsae.report import forms
+from wsae.run import (
+    ARRAYS,
+    CLASSES_PART,
+    CONTEXTS_FILE,
+    EVALUATION_PART,
+    INTERPRETATION_PART,
+    METRICS,
+    Json,
+    Run,
+    formed_arrays,
+)
 
-Json = dict[str, Any]
-"""A parsed JSON object."""
 SHOWN = ("consistency_top", "consistency_corrected", "information")
 """Class scores beside each latent in the browser."""
 TWIN_NAME = "plain"
@@ -105,35 +108,40 @@ class RunData:
         return self.arrays.get(f"{hook}|{member}|{name}")
 
 
-def read_run(path: Path) -> RunData:
-    """Read a run directory; raises UserError when it is missing, no run, or a part of it is damaged."""
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
-        )
-    check_no_sae(path)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}: has no config.json, so it is not a wsae run directory")
-    notes: list[str] = []
-    gamma = path / "gamma.json"
-    manifest = _read_run_manifest(path, notes)
-    evaluation, arrays, contexts = _read_evaluation(path / "evaluation", notes)
-    thumbnails = _read_thumbnails(path / "evaluation")
-    interpretation, interpreted = _read_interpretation(path / "interpretation")
-    classes, by_class = read_classes(path / "classes")
-    with understood(path / "evaluation" / "contexts.json"):
+def read_run(run: Run | Path) -> RunData:
+    """Read a run; raises UserError when it is missing, no run, or a part of it is damaged."""
+    run = run if isinstance(run, Run) else Run(run)
+    path, notes = run.path, []
+    manifest: Json = {}
+    if run.finished:
+        manifest = run.manifest.to_dict()
+    else:
+        notes.append("Training has not finished: the run has no manifest yet.")
+    evaluation, arrays, contexts = _evaluated(run, notes)
+    thumbnails = run.thumbnails
+    interpretation, interpreted = {}, {}
+    if run.has(INTERPRETATION_PART):
+        interpretation, interpreted = run.interpretation_record, run.interpreted_contexts
+    classes, by_class = read_classes(run)
+    with understood(path / EVALUATION_PART / CONTEXTS_FILE):
         contexts = _merged(contexts, interpreted)
         _add_scores(contexts, by_class)
     if evaluation and not any(latents for named in contexts.values() for latents in named.values()):
         notes.append("No contexts: the data are arrays or no latent was sampled.")
         contexts = {}
-    run = RunData(
+    config = run.record
+    if not (path / METRICS).is_file():
+        notes.append(f"No training metrics: the run has no {METRICS}.")
+    elif run.metrics_cut:
+        notes.append(
+            f"The last line of {METRICS} is cut off (the run was stopped while writing it)."
+        )
+    data = RunData(
         path=path,
-        config=_formed(path / "config.json", forms.RUN_CONFIG),
+        config=config,
         manifest=manifest,
-        metrics=_read_metrics(path / "metrics.jsonl", notes),
-        gamma=_formed(gamma, forms.GAMMA) if gamma.is_file() else {},
+        metrics=run.metrics,
+        gamma=run.gamma_record,
         evaluation=evaluation,
         arrays=arrays,
         contexts=contexts,
@@ -142,89 +150,41 @@ def read_run(path: Path) -> RunData:
         thumbnails=thumbnails,
         notes=notes,
     )
-    if not run.hooks:
+    if not data.hooks:
         raise UserError(
             f"{path}: has no metrics, gamma or evaluation yet; train it before reporting"
         )
-    return run
+    return data
 
 
-def check_no_sae(path: Path) -> None:
-    """Raise UserError for the directory of a single SAE, imported or a member of a run."""
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-    if isinstance(manifest, dict) and manifest.get("kind") == "sae":
-        raise UserError(
-            f"{path}: is a single SAE, and report and serve show runs (the --out of a `wsae train`); "
-            f"to measure an SAE: wsae evaluate {path} --source STORE"
-        )
-
-
-def _formed(path: Path, form: TypeAdapter) -> Json:
-    """Read a JSON file; raises UserError when it is not of the form."""
-    return forms.formed(form, read_json(path), path)
-
-
-def _read_run_manifest(path: Path, notes: list[str]) -> Json:
-    if not (path / MANIFEST).is_file():
-        notes.append("Training has not finished: the run has no manifest yet.")
-        return {}
-    manifest = read_manifest(path, "run", verify=False)
-    for name in ("config.json", "gamma.json", "metrics.jsonl"):  # the page shows these, not weights
-        if name in manifest.files:
-            check_file(path, name, manifest.files[name])
-    forms.formed(forms.RUN_INFO, manifest.info, path / MANIFEST)
-    return manifest.to_dict()
-
-
-def _read_evaluation(path: Path, notes: list[str]) -> tuple[Json, dict[str, np.ndarray], Json]:
-    if not (path / MANIFEST).is_file():
+def _evaluated(run: Run, notes: list[str]) -> tuple[Json, dict[str, np.ndarray], Json]:
+    if not run.has(EVALUATION_PART):
         notes.append(
             "No evaluation on held-out data yet: this page shows training only. "
             "Run wsae evaluate, then wsae report again."
         )
         return {}, {}, {}
-    files = read_manifest(path, "evaluation").files
-    arrays: dict[str, np.ndarray] = {}
-    if "arrays.safetensors" in files:
-        arrays = forms.formed_arrays(*_arrays(path / "arrays.safetensors"))
-    contexts = _formed(path / "contexts.json", forms.CONTEXTS) if "contexts.json" in files else {}
-    return _formed(path / "evaluation.json", forms.EVALUATION), arrays, contexts
+    arrays = formed_arrays(*_arrays(run, EVALUATION_PART))
+    return run.evaluation_record, arrays, run.context_record
 
 
-def _arrays(path: Path) -> tuple[dict[str, np.ndarray], Path]:
-    tensors = load_tensors(path)
+def _arrays(run: Run, part: str) -> tuple[dict[str, np.ndarray], Path]:
+    tensors, place = run.tensors(part), run.path / part / ARRAYS
     odd = next((name for name, tensor in tensors.items() if tensor.is_complex()), None)
     if odd is not None:
-        raise UserError(f"{path}: {odd!r} holds complex numbers; make it again")
-    return {name: tensor.double().numpy() for name, tensor in tensors.items()}, path
+        raise UserError(f"{place}: {odd!r} holds complex numbers; make it again")
+    return {name: tensor.double().numpy() for name, tensor in tensors.items()}, place
 
 
-def _read_thumbnails(path: Path) -> dict[str, str]:
-    """Return image number -> PNG in base64."""
-    name = "thumbnails.json"
-    listed = (path / MANIFEST).is_file() and name in read_manifest(path, "evaluation", False).files
-    return _formed(path / name, forms.THUMBNAILS) if listed else {}
-
-
-def _read_interpretation(path: Path) -> tuple[Json, Json]:
-    """Return the scores, and the contexts of the scored latents with explanation and scores beside them."""
-    if not (path / MANIFEST).is_file():
-        return {}, {}
-    read_manifest(path, "interpretation")
-    scores = _formed(path / "interpretation.json", forms.INTERPRETATION)
-    return scores, _formed(path / "contexts.json", forms.CONTEXTS)
-
-
-def read_classes(path: Path) -> tuple[Json, dict[str, np.ndarray]]:
+def read_classes(run: Run) -> tuple[Json, dict[str, np.ndarray]]:
     """Return RUN/classes as an interpretation and its arrays by "hook|member|name"; nothing where it is not there.
 
     Raises UserError when a part of it is cut or altered.
     """
-    if not (path / MANIFEST).is_file():
+    if not run.has(CLASSES_PART):
         return {}, {}
-    read_manifest(path, "classes")
-    record = _formed(path / "classes.json", forms.CLASSES)
-    arrays, place = _arrays(path / "arrays.safetensors")
+    record = run.class_record
+    arrays, place = _arrays(run, CLASSES_PART)
     if any(array.ndim != 1 for name, array in arrays.items() if name.endswith(BY_CLASS)):
         raise UserError(f"{place}: holds a score that is no row of numbers; make it again")
     hooks = {hook: _class_hook(found) for hook, found in record["hooks"].items()}
@@ -272,29 +232,6 @@ def _merged(evaluated: Json, interpreted: Json) -> Json:
             known = {entry["latent"]: entry for entry in named.get(member, [])}
             known |= {e["latent"]: {**e, **known.get(e["latent"], {})} for e in latents}
             named[member] = list(known.values())
-    return out
-
-
-def _read_metrics(path: Path, notes: list[str]) -> dict[str, dict[str, list[Json]]]:
-    if not path.is_file():
-        notes.append("No training metrics: the run has no metrics.jsonl.")
-        return {}
-    lines = list(read_lines(path))
-    out: dict[str, dict[str, list[Json]]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}: line {number} is not a metrics row ({error!r})"
-                ) from error
-            notes.append(
-                "The last line of metrics.jsonl is cut off (the run was stopped while writing it)."
-            )
-            continue
-        forms.formed(forms.METRICS_ROW, row, f"{path}: line {number}")
-        out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
     return out
 
 

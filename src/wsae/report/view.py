@@ -7,7 +7,7 @@ import numpy as np
 
 from wsae.report import charts
 from wsae.report.charts import Figure
-from wsae.report.rundata import Json, RunData, find, finite, is_control
+from wsae.report.rundata import RunData, find, finite, is_control
 from wsae.report.words import (
     METRICS,
     OTHER,
@@ -25,6 +25,7 @@ from wsae.report.words import (
     verdict,
     weighting,
 )
+from wsae.run import Json
 
 # The parts of the page that score latents: interpretability and classes, beside their controls, and
 # who was scored.

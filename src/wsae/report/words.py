@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from wsae.report.rundata import Json, RunData, finite, is_control
+from wsae.report.rundata import RunData, finite, is_control
+from wsae.run import Json
 
 METRICS: dict[str, tuple[str, str, str]] = {
     "fvu": ("Plain FVU", "Reconstruction", "lower"),

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from wsae.core.errors import UserError
-from wsae.report.rundata import Json
+from wsae.run import Json
 from wsae.serve import pages
 from wsae.serve.build import weights_digest
 from wsae.serve.index import (

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Int32, Int64
 from torch import Tensor, nn
 
-from wsae.core.artifact import MANIFEST, contained, read_manifest
+from wsae.core.artifact import contained, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import digest, writing
 from wsae.core.progress import Progress, Tick, quiet
@@ -27,8 +27,9 @@ from wsae.evals.latents import Entries
 from wsae.report import view
 from wsae.report import view as interpretation
 from wsae.report.charts import kind_of
-from wsae.report.rundata import Json, RunData, check_no_sae, is_control, read_classes, read_run
+from wsae.report.rundata import RunData, is_control, read_classes, read_run
 from wsae.report.words import Judgement
+from wsae.run import Json, Run, check_no_sae
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
 from wsae.serve import schema
@@ -473,7 +474,6 @@ def _logit_blobs(
         yield from (v.tobytes() + t.tobytes() for v, t in zip(values, tokens, strict=True))
 
 
-PARTS = ("evaluation", "interpretation", "classes")
 _PNG = b"\x89PNG\r\n\x1a\n"
 NO_LOGITS = ModelName("", "left out with --logits 0")
 Reopen = Callable[[Path], HeldOut]
@@ -494,13 +494,8 @@ def identity(run: Path, cfg: IndexConfig) -> str:
 def run_digest(run: Path) -> str:
     """Return the digest of a run with its evaluation and scores; raises UserError as `identity`."""
     check_no_sae(run)
-    found = {"run": read_manifest(run, "run", verify=False).digest()}
-    if not (run / "evaluation" / MANIFEST).is_file():
-        raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")
-    for part in PARTS:
-        if (run / part / MANIFEST).is_file():
-            found[part] = read_manifest(run / part, part, verify=False).digest()
-    return digest(found)
+    read_manifest(run, "run", verify=False)  # an unfinished run is refused as such
+    return Run(run).digest()
 
 
 def build(
@@ -516,8 +511,9 @@ def build(
     evaluated, changes meanwhile, or what was asked for cannot be had.
     """
     key, of_run = identity(run, cfg), run_digest(run)
-    data = read_run(run)
-    classes = Classes(read_classes(run / "classes")[1], data.classes.get("glossary", {}))
+    opened = Run(run)
+    data = read_run(opened)
+    classes = Classes(read_classes(opened)[1], data.classes.get("glossary", {}))
     job = Job(data, classes, measures(data, classes), _members(data), cfg, _model(run, cfg))
     if not job.members:
         raise UserError(f"{run}: its evaluation knows no latents; run: wsae evaluate {run}")

@@ -25,10 +25,9 @@ from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
-from wsae.report.forms import Count, Form, Number, ShownForm, Text, formed
-from wsae.report.rundata import Json
+from wsae.run import PARTS, Count, Form, Json, Number, ShownForm, Text, formed
 from wsae.serve import schema
-from wsae.serve.build import PARTS, run_digest
+from wsae.serve.build import run_digest
 from wsae.serve.schema import (
     BASIC,
     BINS,

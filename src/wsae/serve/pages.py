@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from wsae.core.version import __version__
 from wsae.report.charts import Axis, Chart, axis
-from wsae.report.rundata import Json
 from wsae.report.words import number
+from wsae.run import Json
 from wsae.serve.index import (
     LATENT,
     PER_PAGE,

@@ -23,9 +23,10 @@ from wsae.core.artifact import record
 from wsae.core.errors import UserError
 from wsae.core.files import read_sealed
 from wsae.evals.latents import unit_rows
-from wsae.report.rundata import Json, RunData, finite
+from wsae.report.rundata import RunData, finite
 from wsae.report.view import score_name
 from wsae.report.words import number
+from wsae.run import Json
 from wsae.sae import SparseAutoencoder
 
 # What is computed from decoder rows alone, in blocks: nearest latents, and what a latent's

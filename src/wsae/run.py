@@ -1,0 +1,581 @@
+"""`Run`: a run's directory, the names of its files, and what they hold, read when first asked for and checked.
+
+Whoever sends a run can seal whatever JSON they like. Keys that are not named in a form here pass, and no page shows
+them but as they are; a named one is of its form, or the file is refused in one line.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from wsae.core.artifact import MANIFEST, Manifest, check_file, read_manifest
+from wsae.core.errors import UserError, understood
+from wsae.core.files import digest, parse_json, read_json, read_lines
+from wsae.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wsae.sae import SparseAutoencoder
+
+CONFIG, GAMMA_FILE, METRICS = "config.json", "gamma.json", "metrics.jsonl"
+EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
+PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
+"""What later commands add to a run: a folder of its own each, whole or without a manifest."""
+ARRAYS, CONTEXTS_FILE, THUMBNAILS_FILE = "arrays.safetensors", "contexts.json", "thumbnails.json"
+
+LARGEST = 1e100
+"""No measured number comes near this; the arithmetic of axes overflows beyond."""
+
+
+def _drawable(value: float | None) -> float | None:
+    if value is not None and LARGEST < abs(value) < float("inf"):
+        raise ValueError("is too large a number")
+    return value
+
+
+Text = InstanceOf[str]
+"""Half of a surrogate pair included, which JSON can carry and pydantic's own text cannot."""
+Number = Annotated[float | None, AfterValidator(_drawable)]
+"""A number, NaN and infinities included, or nothing."""
+Finite = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+Glossary = dict[Text, dict[Text, Any]]
+
+
+class Form(BaseModel):
+    """A JSON object: named keys of the right type, others of any."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class GammaForm(Form):
+    """A member's record in gamma.json."""
+
+    rule: Text | None = None
+    alpha: Number = None
+    heaviest: list[Annotated[list[Number], Field(min_length=2)]] = []
+    without_mask: dict[Text, Any] | None = None
+
+
+class MetricForm(Form):
+    """A value with its interval."""
+
+    value: Number = None
+    low: Number = None
+    high: Number = None
+
+
+class AnsweredForm(MetricForm):
+    """A score with the counts of what was asked."""
+
+    requested: Count | None = None
+    parsed: Count = 0
+    failed: Count = 0
+    not_asked: Count = 0
+
+
+class ComparisonForm(Form):
+    """A member against its twin."""
+
+    a: Text = ""
+    b: Text = ""
+    metric: Text = ""
+    over: Text = ""
+    unit: Text = "sample"
+    difference: Number = None
+    low: Number = None
+    high: Number = None
+    effect_size: Number = None
+    n: Count | None = None
+    paired: bool = True
+
+
+class EvaluatedMember(Form):
+    """A member's metrics."""
+
+    metrics: dict[Text, MetricForm] = {}
+    gamma: GammaForm | None = None
+
+
+class EvaluatedHook(Form):
+    """What was measured at a hook."""
+
+    members: dict[Text, EvaluatedMember] = {}
+    comparisons: list[ComparisonForm] = []
+    matching: dict[Text, dict[Text, Any]] = {}
+
+
+class EvaluationForm(Form):
+    """evaluation.json."""
+
+    hooks: dict[Text, EvaluatedHook] = {}
+    glossary: Glossary = {}
+    heldout_tokens: Number = None
+    heldout_sequences: Number = None
+
+
+class ContextForm(Form):
+    """A window of tokens with one latent's activations."""
+
+    tokens: list[Text]
+    acts: list[Finite]
+    peak: Count | None = None
+    seq: Count | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ContextForm":
+        if len(self.tokens) != len(self.acts):
+            raise ValueError("has not one activation a token")
+        if self.peak is not None and self.peak >= len(self.tokens):
+            raise ValueError("has its peak beyond its tokens")
+        return self
+
+
+class MatchForm(Form):
+    """The most similar latent of another member."""
+
+    member: Text
+    latent: Count
+    cosine: Number = None
+
+
+class SaidForm(Form):
+    """What is said of a latent beside its numbers and contexts."""
+
+    match: MatchForm | None = None
+    scores: dict[Text, Number] = {}
+    explanation: Text | None = None
+    tokens: list[Text] = []
+
+
+class ShownForm(SaidForm):
+    """What an index keeps of a latent beside its numbers."""
+
+    contexts: list[ContextForm] = []
+
+
+class LatentForm(SaidForm):
+    """A latent of contexts.json."""
+
+    latent: Count
+    contexts: list[ContextForm]
+    density: Number = None
+    variance: Number = None
+    max: Number = None
+
+
+class ScoredLatent(Form):
+    """A latent among those that were scored."""
+
+    latent: Count
+    density: Share | None = None
+
+
+class CountsForm(Form):
+    """How many latents were scored, and why others were not."""
+
+    sampled: Count = 0
+    scored: Count = 0
+    skipped: dict[Text, Count] = {}
+
+
+class ScoredMember(Form):
+    """A member's or a control's mean scores."""
+
+    summary: dict[Text, AnsweredForm] = {}
+    density: dict[Text, Number] = {}
+    counts: CountsForm = CountsForm()
+    latents: list[ScoredLatent] = []
+
+
+class ScoredHook(Form):
+    """What was scored at a hook."""
+
+    members: dict[Text, ScoredMember] = {}
+    controls: dict[Text, ScoredMember] = {}
+    comparisons: list[ComparisonForm] = []
+
+
+class InterpretationForm(Form):
+    """interpretation.json."""
+
+    hooks: dict[Text, ScoredHook] = {}
+    glossary: Glossary = {}
+    judges: dict[Text, Any] = {}
+
+
+class CoverageForm(Form):
+    """How many latents a class score covers."""
+
+    latents: Count
+    alive: Share
+    supported: Share
+
+
+class ClassMember(Form):
+    """A member's or a control's mean class scores."""
+
+    scores: dict[Text, AnsweredForm]
+    coverage: CoverageForm
+    density: dict[Text, Number]
+
+
+class ClassConfig(Form):
+    """The settings that the page words."""
+
+    min_support: Count
+
+
+class ClassHook(Form):
+    """Class scores at a hook."""
+
+    config: ClassConfig
+    members: dict[Text, ClassMember]
+    controls: dict[Text, ClassMember]
+    comparisons: list[ComparisonForm]
+
+
+class ClassesForm(Form):
+    """classes.json."""
+
+    hooks: dict[Text, ClassHook]
+    glossary: Glossary = {}
+
+
+class SourceForm(Form):
+    """Where a run's activations came from."""
+
+    harvest: dict[Text, Any] | None = None
+
+
+class RunConfigForm(Form):
+    """config.json of a run."""
+
+    source: SourceForm | None = None
+
+
+class RunInfoForm(Form):
+    """What a run's manifest tells of it."""
+
+    members: dict[Text, list[Text]] = {}
+
+
+class MetricsRow(Form):
+    """A line of metrics.jsonl."""
+
+    hook: Text
+    member: Text
+    step: Number = None
+    tokens: Number = None
+    fvu: Number = None
+    fvu_weighted: Number = None
+    l0: Number = None
+    dead_frac: Number = None
+
+
+Picture = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
+RUN_CONFIG = TypeAdapter(RunConfigForm)
+RUN_INFO = TypeAdapter(RunInfoForm)
+METRICS_ROW = TypeAdapter(MetricsRow)
+GAMMA = TypeAdapter(dict[Text, dict[Text, GammaForm | None]])
+EVALUATION = TypeAdapter(EvaluationForm)
+CONTEXTS = TypeAdapter(dict[Text, dict[Text, list[LatentForm]]])
+INTERPRETATION = TypeAdapter(InterpretationForm)
+CLASSES = TypeAdapter(ClassesForm)
+THUMBNAILS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Picture])
+"""Image number -> PNG in base64; nothing else may reach an address on the page."""
+
+
+def formed(form: TypeAdapter, value: object, where: PathLike[str] | str) -> Any:
+    """Return a parsed JSON value as it is; raises UserError naming `where` when it is not of a form."""
+    try:
+        form.validate_python(value, strict=True)
+    except (ValidationError, RecursionError) as error:
+        raise UserError(
+            f"{where}: not of the form that this wsae writes ({reason(error)}); make it again"
+        ) from error
+    return value
+
+
+def reason(error: Exception) -> str:
+    """Return where and why a value is not of its form, in a few words."""
+    if not isinstance(error, ValidationError):
+        return "nested too deep"
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return f"{place[-100:]} {message[:120]}".strip()
+
+
+BY_LATENT = ("density", "variance", "match_index", "match_cosine", "decoder_max_cosine")
+BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
+"""Arrays of the evaluation that are shown: those of one member, or hook, are equally long."""
+
+
+def formed_arrays(
+    arrays: Mapping[str, np.ndarray], where: PathLike[str] | str
+) -> dict[str, np.ndarray]:
+    """Return arrays by "hook|member|name"; raises UserError when one that is shown is not a row of its length.
+
+    Densities are shares, no number is beyond `LARGEST`, a match is a whole number.
+    """
+    lengths: dict[str, int] = {}
+    for key, array in arrays.items():
+        hook_member, _, name = key.rpartition("|")
+        if name not in BY_LATENT + BY_DIMENSION:
+            continue
+        unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
+        wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
+        if array.ndim != 1 or not array.size or array.size != wanted or not _plausible(name, array):
+            shape = list(array.shape)
+            raise UserError(
+                f"{where}: not of the form that this wsae writes (array {key!r}, shape {shape}, "
+                "has another length or other values); make it again"
+            )
+    return dict(arrays)
+
+
+def _plausible(name: str, array: np.ndarray) -> bool:
+    if name == "density":
+        return bool(((array >= 0) & (array <= 1)).all())
+    if name == "match_index":
+        return bool(((array >= -1) & (array < 1 << 31) & (array == np.floor(array))).all())
+    if name in ("gamma", "input_variance") and not np.isfinite(array).all():
+        return False
+    return not bool((np.abs(array[np.isfinite(array)]) > LARGEST).any())
+
+
+Json = dict[str, Any]
+"""A parsed JSON object."""
+Trained = dict[str, dict[str, Any]]
+"""hook -> member -> what is known of it."""
+
+
+class Run:
+    """A run's directory; each part is read, and checked, when it is first asked for.
+
+    A run may be unfinished, or not evaluated or interpreted: `has` tells which parts are there. A part that was cut or
+    altered, or is not of its form, is refused with a `UserError` of one line.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Raise UserError when there is no such directory, or it is none of a run."""
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(
+                f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
+            )
+        check_no_sae(self.path)
+        if not (self.path / CONFIG).is_file():
+            raise UserError(f"{path}: has no {CONFIG}, so it is not a wsae run directory")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def has(self, part: str) -> bool:
+        """Return whether an evaluation, interpretation or classes are there (see `PARTS`)."""
+        return (self.path / part / MANIFEST).is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has finished: the manifest is written last."""
+        return (self.path / MANIFEST).is_file()
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest; the records are compared with their digests, the weights when they are loaded."""
+        manifest = read_manifest(self.path, "run", verify=False)
+        for name in (CONFIG, GAMMA_FILE, METRICS):
+            if name in manifest.files:
+                check_file(self.path, name, manifest.files[name])
+        formed(RUN_INFO, manifest.info, self.path / MANIFEST)
+        return manifest
+
+    def digest(self) -> str:
+        """Return what names the content of a run with the parts added to it."""
+        found = {"run": read_manifest(self.path, "run", verify=False).digest()}
+        if not self.has(EVALUATION_PART):
+            raise self._not_yet(EVALUATION_PART)
+        for part in PARTS:
+            if self.has(part):
+                found[part] = read_manifest(self.path / part, part, verify=False).digest()
+        return digest(found)
+
+    @cached_property
+    def record(self) -> Json:
+        """config.json as it is written: `train`, `data`, `source`."""
+        return _read(self.path / CONFIG, RUN_CONFIG)
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """How the members were trained."""
+        with understood(self.path / CONFIG):
+            return TrainConfig.parse(self.record["train"], where=str(self.path / CONFIG))
+
+    @cached_property
+    def gamma_record(self) -> Trained:
+        """gamma.json as it is written; empty where there is none yet."""
+        path = self.path / GAMMA_FILE
+        return _read(path, GAMMA) if path.is_file() else {}
+
+    @cached_property
+    def gamma(self) -> dict[str, dict[str, "GammaForm | None"]]:
+        """Hook -> member -> its loss weights: the rule, alpha, and the heaviest dimensions."""
+        return GAMMA.validate_python(self.gamma_record)
+
+    @cached_property
+    def saes(self) -> "dict[str, dict[str, SparseAutoencoder]]":
+        """Hook -> member -> its SAE, every file compared with the manifest."""
+        from wsae.train.run import load_run
+
+        return load_run(self.path).saes
+
+    @cached_property
+    def _metrics(self) -> tuple[dict[str, dict[str, list[Json]]], bool]:
+        """The rows, and whether the last one is cut off."""
+        path = self.path / METRICS
+        lines = list(read_lines(path)) if path.is_file() else []
+        out: dict[str, dict[str, list[Json]]] = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                row = parse_json(line)
+            except (ValueError, RecursionError) as error:
+                if number < len(lines):
+                    raise UserError(
+                        f"{path}: line {number} is not a metrics row ({error!r})"
+                    ) from error
+                return out, True
+            formed(METRICS_ROW, row, f"{path}: line {number}")
+            out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
+        return out, False
+
+    @property
+    def metrics(self) -> dict[str, dict[str, list[Json]]]:
+        """Hook -> member -> the rows of metrics.jsonl in order of step; empty where there are none yet."""
+        return self._metrics[0]
+
+    @property
+    def metrics_cut(self) -> bool:
+        """Whether the last row is cut off, as in a run that was stopped while writing it."""
+        return self._metrics[1]
+
+    @cached_property
+    def evaluation_record(self) -> Json:
+        """evaluation.json as it is written."""
+        return _read(self._whole(EVALUATION_PART) / "evaluation.json", EVALUATION)
+
+    @cached_property
+    def evaluation(self) -> "EvaluationForm":
+        """The evaluation: `evaluation.hooks[hook].members[name].metrics["fvu"].value`."""
+        return EVALUATION.validate_python(self.evaluation_record)
+
+    @cached_property
+    def arrays(self) -> "dict[str, Tensor]":
+        """The evaluation's arrays by "hook|member|name"; empty where it has none."""
+        return self.tensors(EVALUATION_PART)
+
+    def tensors(self, part: str) -> "dict[str, Tensor]":
+        """Return the arrays of a part, by name; empty where it has none."""
+        from wsae.core.tensors import load_tensors
+
+        place = self._whole(part)
+        listed = ARRAYS in read_manifest(place, part, verify=False).files
+        return load_tensors(place / ARRAYS) if listed else {}
+
+    @cached_property
+    def context_record(self) -> dict[str, dict[str, list[Json]]]:
+        """contexts.json of the evaluation as it is written; empty where it has none."""
+        place = self._whole(EVALUATION_PART)
+        listed = CONTEXTS_FILE in read_manifest(place, EVALUATION_PART, verify=False).files
+        return _read(place / CONTEXTS_FILE, CONTEXTS) if listed else {}
+
+    @cached_property
+    def contexts(self) -> "dict[str, dict[str, list[LatentForm]]]":
+        """Hook -> member -> the sampled latents, with the windows of the data that move each most."""
+        return CONTEXTS.validate_python(self.context_record)
+
+    @cached_property
+    def thumbnails(self) -> dict[str, str]:
+        """Image number -> PNG in base64, of the images among the contexts."""
+        if not self.has(EVALUATION_PART):
+            return {}
+        place = self.path / EVALUATION_PART
+        listed = THUMBNAILS_FILE in read_manifest(place, EVALUATION_PART, verify=False).files
+        return _read(place / THUMBNAILS_FILE, THUMBNAILS) if listed else {}
+
+    @cached_property
+    def interpretation_record(self) -> Json:
+        """interpretation.json as it is written."""
+        place = self._whole(INTERPRETATION_PART)
+        return _read(place / "interpretation.json", INTERPRETATION)
+
+    @cached_property
+    def interpretation(self) -> "InterpretationForm":
+        """The scores of interpretability: `interpretation.hooks[hook].members[name].summary["detection"].value`."""
+        return INTERPRETATION.validate_python(self.interpretation_record)
+
+    @cached_property
+    def interpreted_contexts(self) -> dict[str, dict[str, list[Json]]]:
+        """contexts.json of the interpretation: the scored latents, with explanation and scores."""
+        return _read(self._whole(INTERPRETATION_PART) / CONTEXTS_FILE, CONTEXTS)
+
+    @cached_property
+    def class_record(self) -> Json:
+        """classes.json as it is written: latents against class labels."""
+        return _read(self._whole(CLASSES_PART) / "classes.json", CLASSES)
+
+    def _whole(self, part: str) -> Path:
+        """Return the folder of a part whose files are all as they were written."""
+        if part not in self._checked:
+            if not (self.path / part).is_dir():
+                raise self._not_yet(part)
+            read_manifest(self.path / part, part)
+            self._checked.add(part)
+        return self.path / part
+
+    @cached_property
+    def _checked(self) -> set[str]:
+        return set()
+
+    def _not_yet(self, part: str) -> UserError:
+        command, done = _MADE_BY[part]
+        return UserError(f"{self.path}: has not been {done}; run: wsae {command} {self.path}")
+
+
+_MADE_BY = {
+    EVALUATION_PART: ("evaluate", "evaluated"),
+    INTERPRETATION_PART: ("interpret", "interpreted"),
+    CLASSES_PART: ("evaluate --labels FILE", "scored against classes"),
+}
+"""Part -> the command that makes it, and the word for what it does."""
+
+
+def check_no_sae(path: Path) -> None:
+    """Raise UserError for the directory of a single SAE, imported or a member of a run."""
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    if isinstance(manifest, dict) and manifest.get("kind") == "sae":
+        raise UserError(
+            f"{path}: is a single SAE, and report and serve show runs (the --out of a `wsae train`); "
+            f"to measure an SAE: wsae evaluate {path} --source STORE"
+        )
+
+
+def _read(path: Path, form: TypeAdapter) -> Any:
+    """Read a JSON file; raises UserError when it is not of the form."""
+    return formed(form, read_json(path), path)
