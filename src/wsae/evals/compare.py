@@ -131,12 +131,11 @@ def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comp
                 f"{a.label} and {b.label} were evaluated on different held-out data at {hook} "
                 f"(digests {a.data[hook][:12]} and {b.data[hook][:12]}); evaluate both on the same data"
             )
-        out[hook] = [line for m in members for line in _pair(a, b, (hook, m), cfg)]
+        out[hook] = [line for m in members for line in _pair(a, b, hook, m, cfg)]
     return out
 
 
-def _pair(a: Evaluated, b: Evaluated, where: tuple[str, str], cfg: EvalConfig) -> list[Comparison]:
-    hook, member = where
+def _pair(a: Evaluated, b: Evaluated, hook: str, member: str, cfg: EvalConfig) -> list[Comparison]:
     left, right = (
         Side(f"{one.label}:{member}", member, one.arrays[hook][member]) for one in (a, b)
     )

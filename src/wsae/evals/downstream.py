@@ -207,7 +207,7 @@ def splice_arrays(
     probed: Probed,
     saes: dict[str, SparseAutoencoder],
     survey: Survey,
-    data: tuple[TokenTable, Kept],
+    sequences: list[TokenSequence],
     cfg: EvalConfig,
     progress: Progress = quiet,
 ) -> dict[str, dict[str, Tensor]]:
@@ -219,7 +219,6 @@ def splice_arrays(
     mean = survey.moments.mean.float()
     variants: dict[str, Replace] = {"zero": torch.zeros_like, "mean": _constant(mean)}
     variants |= {f"sae {name}": _reconstruction(sae) for name, sae in saes.items()}
-    sequences = token_sequences(data[0], data[1], language.tokenizer.all_special_ids)
     losses = spliced_losses(
         language.model, probed.hooks[0], sequences, variants, cfg.splice_logits, progress
     )

@@ -26,7 +26,7 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
 from wsae.evals.data import HeldOut, Language, Pictures, Rows
-from wsae.evals.downstream import splice_arrays, splice_sequences
+from wsae.evals.downstream import splice_arrays, splice_sequences, token_sequences
 from wsae.evals.glossary import glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import Family, Kept, Measured, measure
@@ -82,12 +82,13 @@ def evaluate_families(
     measured = measure(source, subject.families, cfg, kept, progress)
     sees_later = False
     if language is not None and tokens is not None and kept is not None:
+        sequences = token_sequences(tokens, kept, language.tokenizer.all_special_ids)
         for hook, found in measured.items():
             family = subject.families[hook]
             probed = probe(language.model, [hook], token_manner())
             sees_later |= probed.causal is False
             extra = splice_arrays(
-                language, probed, family.saes, found.survey, (tokens, kept), cfg, progress
+                language, probed, family.saes, found.survey, sequences, cfg, progress
             )
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
@@ -153,7 +154,7 @@ def data_digest(found: Measured) -> str:
 def _contexts(found: Measured, family: Family, show: Show | None) -> dict[str, list[Json]]:
     return {
         name: [
-            _latent(latent, found, (name, family.twins.get(name)))
+            _latent(latent, found, name, family.twins.get(name))
             | {"contexts": [] if show is None else [show(context) for context in contexts]}
             for latent, contexts in top.result().items()
         ]
@@ -185,8 +186,7 @@ def _thumbnails(
     return {str(image): pictures.thumbnail(image) for image in sorted(shown)}
 
 
-def _latent(latent: int, found: Measured, names: tuple[str, str | None]) -> Json:
-    member, twin = names
+def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json:
     activity = found.survey.activity[member]
     match = None
     if twin is not None and int(found.matching[member].index[latent]) >= 0:

@@ -205,7 +205,7 @@ def comparisons(sides: Sides, named: Named, cfg: InterpretConfig) -> list[Json]:
                 "density": matched_density(*samples, bootstrap(cfg)),
                 "adjusted": density_adjusted(*samples, bootstrap(cfg)),
             }
-            lines = [_line((member, twin), score, over, gap) for over, gap in found.items()]
+            lines = [_line(member, twin, score, over, gap) for over, gap in found.items()]
             lines[0] |= _pairs(sides, member, a.own(score), b.values(score))
             out += lines
     return out + _against_controls(named, cfg)
@@ -215,7 +215,7 @@ def _against_controls(named: Named, cfg: InterpretConfig) -> list[Json]:
     members = {name: subject for name, subject in named.items() if subject.control is None}
     controls = {name: subject for name, subject in named.items() if subject.control is not None}
     return [
-        _line((a, b), score, "control", _unpaired(member, control, score, cfg))
+        _line(a, b, score, "control", _unpaired(member, control, score, cfg))
         for a, member in members.items()
         for b, control in controls.items()
         for score in member.parts
@@ -223,8 +223,7 @@ def _against_controls(named: Named, cfg: InterpretConfig) -> list[Json]:
     ]
 
 
-def _line(names: tuple[str, str], score: str, over: str, found: Difference) -> Json:
-    a, b = names
+def _line(a: str, b: str, score: str, over: str, found: Difference) -> Json:
     paired = {"unit": "latent", "paired": over == "matched"}
     return {"a": a, "b": b, "metric": score, "over": over, **found._asdict(), **paired}
 

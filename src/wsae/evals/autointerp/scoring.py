@@ -76,11 +76,17 @@ def score_all(job: Job, parts: Parts, sides: dict[str, Sides], found: Subjects) 
             for score in job.cfg.scores:
                 if score in FREE:
                     chosen = few[name] if score == "surprisal" else None
-                    subject.parts[score] = _free(job, parts, (hook, name), subject, score, chosen)
-            _asked(job, f"{hook}/{name}", subject)
+                    subject.parts[score] = _free(job, parts, hook, name, subject, score, chosen)
+            if {"detection", "fuzzing"} & set(job.cfg.scores):  # they share their explanations
+                asked, explanations = job.panel.asked(subject.collected, f"{hook}/{name}")
+                subject.parts |= asked
+                subject.explanations |= explanations
     if "simulation" in job.cfg.scores:
-        for key, fragments_of in all_fragments(job, sides, found).items():
-            _simulated(job, key, found[key[0]][key[1]], fragments_of)
+        for (hook, name), shown in all_fragments(job, sides, found).items():
+            subject = found[hook][name]
+            part, explanations = job.panel.simulated(shown, f"{hook}/{name}")
+            subject.parts["simulation"] = part
+            subject.explanations = explanations | subject.explanations
 
 
 class Few(NamedTuple):
@@ -114,7 +120,8 @@ def few_latents(n: int, seed: int, sides: Sides, named: Named) -> dict[str, Few]
 def _free(
     job: Job,
     parts: Parts,
-    place: tuple[str, str],
+    hook: str,
+    name: str,
     subject: Subject,
     score: Score,
     few: Few | None,
@@ -124,7 +131,7 @@ def _free(
     made_from = {
         "schema": SCHEMA,
         "scorer": job.panel.identity(score),
-        "place": place,
+        "place": [hook, name],
         "data": job.data,
         "sae": sae_digest(subject.sae),
         "contexts": job.cfg.contexts.to_dict(),
@@ -143,20 +150,6 @@ def sae_digest(sae: SparseAutoencoder) -> str:
     for name, tensor in sorted(sae.tensors().items()):
         sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
-
-
-def _asked(job: Job, task: str, subject: Subject) -> None:
-    """Ask the language model about one member: detection and fuzzing share their explanations."""
-    if {"detection", "fuzzing"} & set(job.cfg.scores):
-        parts, explanations = job.panel.asked(subject.collected, task)
-        subject.parts |= parts
-        subject.explanations |= explanations
-
-
-def _simulated(job: Job, key: tuple[str, str], subject: Subject, found: Fragments) -> None:
-    part, explanations = job.panel.simulated(found, "/".join(key))
-    subject.parts["simulation"] = part
-    subject.explanations = explanations | subject.explanations
 
 
 def all_fragments(

@@ -35,11 +35,11 @@ def comparisons(
         matching = matched(a, b, cfg)
         for score in SCORES:
             found = differences(a, b, score, matching, cfg)
-            out += [_line((member, twin), score, over, gap) for over, gap in found.items()]
+            out += [_line(member, twin, score, over, gap) for over, gap in found.items()]
     for name, member in members.items():
         for control, other in controls.items():
             found = {score: _unpaired(member, other, score, cfg) for score in SCORES}
-            out += [_line((name, control), score, "control", gap) for score, gap in found.items()]
+            out += [_line(name, control, score, "control", gap) for score, gap in found.items()]
     return out
 
 
@@ -139,5 +139,5 @@ def _sample(side: Scored, score: str) -> Sample:
     return Sample(side.density, side.values(score))
 
 
-def _line(names: tuple[str, str], score: str, over: str, found: Difference) -> Json:
-    return {"a": names[0], "b": names[1], "metric": score, "over": over, **found._asdict()}
+def _line(a: str, b: str, score: str, over: str, found: Difference) -> Json:
+    return {"a": a, "b": b, "metric": score, "over": over, **found._asdict()}

@@ -319,7 +319,7 @@ def detection_scores(
 ) -> Judged:
     """Judge whether held-out windows hold each explained pattern; a latent without explanation is not asked about."""
     asked = batches("detection", collected, llm.cfg)
-    return _judged("detection", (collected, asked), explanations, llm, progress, task)
+    return _judged("detection", collected, asked, explanations, llm, progress, task)
 
 
 def fuzzing_scores(
@@ -332,18 +332,18 @@ def fuzzing_scores(
 ) -> Judged:
     """Judge whether the marked tokens are the explained ones."""
     asked = batches("fuzzing", collected, llm.cfg, variant)
-    return _judged("fuzzing", (collected, asked), explanations, llm, progress, task)
+    return _judged("fuzzing", collected, asked, explanations, llm, progress, task)
 
 
 def _judged(
     kind: Kind,
-    of: tuple[Collected, list[Batch]],
+    collected: Collected,
+    asked: list[Batch],
     explanations: dict[int, Explanation],
     llm: Llm,
     progress: Progress,
     task: str,
 ) -> Judged:
-    collected, asked = of
     requests = [
         judging_request(kind, batch, explanations[batch.latent].text, llm.cfg)
         if batch.latent in explanations

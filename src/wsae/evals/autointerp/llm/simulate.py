@@ -303,14 +303,15 @@ class _Keeper:
             )
             for slot, rank in zip(slots.tolist(), hashes.tolist(), strict=True):
                 column = acts[:, slot]
-                _offer(self.top[slot], (float(peak[slot]), -number), number, column, N_TOP)
-                _offer(self.random[slot], (-rank, -number), number, column, _RESERVOIR)
+                _offer(self.top[slot], float(peak[slot]), number, column, N_TOP)
+                _offer(self.random[slot], -rank, number, column, _RESERVOIR)
 
 
 def _offer(
-    heap: list[_Kept], rank: tuple[float | int, int], number: int, acts: np.ndarray, size: int
+    heap: list[_Kept], strength: float | int, number: int, acts: np.ndarray, size: int
 ) -> None:
-    """Keep a fragment if it is among the `size` best so far."""
+    """Keep a fragment if it is among the `size` best so far; of equal ones the earlier."""
+    rank = (strength, -number)
     if len(heap) < size:
         heapq.heappush(heap, _Kept(rank, number, acts.copy()))
     elif rank > heap[0].rank:
