@@ -11,7 +11,7 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.glossary import glossary
 from wsae.evals.run import Json
-from wsae.evals.scores import Arrays, Comparison, Side, across_runs, compare_members
+from wsae.evals.scores import Arrays, ComparedMember, Comparison, across_runs, compare_members
 
 
 class Evaluated(NamedTuple):
@@ -107,7 +107,7 @@ def _within(one: Evaluated, cfg: EvalConfig, prefix: bool) -> dict[str, list[Com
     for hook, twins in one.twins.items():
         lines = []
         for member, twin in twins.items():
-            a, b = (Side(name, name, one.arrays[hook][name]) for name in (member, twin))
+            a, b = (ComparedMember(name, name, one.arrays[hook][name]) for name in (member, twin))
             lines += compare_members(a, b, cfg)
         label = f"{one.label}:" if prefix else ""
         out[hook] = [
@@ -137,6 +137,6 @@ def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comp
 
 def _pair(a: Evaluated, b: Evaluated, hook: str, member: str, cfg: EvalConfig) -> list[Comparison]:
     left, right = (
-        Side(f"{one.label}:{member}", member, one.arrays[hook][member]) for one in (a, b)
+        ComparedMember(f"{one.label}:{member}", member, one.arrays[hook][member]) for one in (a, b)
     )
     return compare_members(left, across_runs(right, left), cfg)

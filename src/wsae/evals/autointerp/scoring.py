@@ -19,7 +19,7 @@ from wsae.evals.autointerp.config import FREE, Score
 from wsae.evals.autointerp.controls import derangement
 from wsae.evals.autointerp.llm.config import FragmentConfig
 from wsae.evals.autointerp.llm.simulate import Fragments, fragments
-from wsae.evals.autointerp.subjects import Job, Named, Sides, Subject, Subjects
+from wsae.evals.autointerp.subjects import InterpretJob, Named, Subject, Subjects, SurveyedHook
 from wsae.sae import SparseAutoencoder
 
 # Finished parts of an interpretation, in files named by the hash of what they were made from.
@@ -68,7 +68,9 @@ SCHEMA = 2
 """Of a part: another way of scoring is another number."""
 
 
-def score_all(job: Job, parts: Parts, sides: dict[str, Sides], found: Subjects) -> None:
+def score_all(
+    job: InterpretJob, parts: Parts, sides: dict[str, SurveyedHook], found: Subjects
+) -> None:
     """Fill in every subject's parts and explanations."""
     for hook, named in found.items():
         few = few_latents(job.cfg.surprisal_latents, job.cfg.seed, sides[hook], named)
@@ -78,13 +80,13 @@ def score_all(job: Job, parts: Parts, sides: dict[str, Sides], found: Subjects) 
                     chosen = few[name] if score == "surprisal" else None
                     subject.parts[score] = _free(job, parts, hook, name, subject, score, chosen)
             if {"detection", "fuzzing"} & set(job.cfg.scores):  # they share their explanations
-                asked, explanations = job.panel.asked(subject.collected, f"{hook}/{name}")
+                asked, explanations = job.scorers.asked(subject.collected, f"{hook}/{name}")
                 subject.parts |= asked
                 subject.explanations |= explanations
     if "simulation" in job.cfg.scores:
         for (hook, name), shown in all_fragments(job, sides, found).items():
             subject = found[hook][name]
-            part, explanations = job.panel.simulated(shown, f"{hook}/{name}")
+            part, explanations = job.scorers.simulated(shown, f"{hook}/{name}")
             subject.parts["simulation"] = part
             subject.explanations = explanations | subject.explanations
 
@@ -98,7 +100,7 @@ class Few(NamedTuple):
     """Of the latents of other members."""
 
 
-def few_latents(n: int, seed: int, sides: Sides, named: Named) -> dict[str, Few]:
+def few_latents(n: int, seed: int, sides: SurveyedHook, named: Named) -> dict[str, Few]:
     """Return the first n latents of a seeded order of each sample that have contexts, and their partners.
 
     The shuffled control is made for the reference's.
@@ -118,7 +120,7 @@ def few_latents(n: int, seed: int, sides: Sides, named: Named) -> dict[str, Few]
 
 
 def _free(
-    job: Job,
+    job: InterpretJob,
     parts: Parts,
     hook: str,
     name: str,
@@ -130,7 +132,7 @@ def _free(
     chosen = None if few is None else sorted({*few.sample, *few.partners})
     made_from = {
         "schema": SCHEMA,
-        "scorer": job.panel.identity(score),
+        "scorer": job.scorers.identity(score),
         "place": [hook, name],
         "data": job.data,
         "sae": sae_digest(subject.sae),
@@ -140,7 +142,7 @@ def _free(
         "chosen": chosen,
     }
     wanted = None if chosen is None else set(chosen)
-    part = parts.get(made_from, lambda: job.panel.free(score, subject.collected, wanted))
+    part = parts.get(made_from, lambda: job.scorers.free(score, subject.collected, wanted))
     return part if few is None else {**part, "sample": few.sample}
 
 
@@ -153,7 +155,7 @@ def sae_digest(sae: SparseAutoencoder) -> str:
 
 
 def all_fragments(
-    job: Job, sides: dict[str, Sides], found: Subjects
+    job: InterpretJob, sides: dict[str, SurveyedHook], found: Subjects
 ) -> dict[tuple[str, str], Fragments]:
     """Return the fragments that simulation needs, by hook and name: one pass over each source."""
     out: dict[tuple[str, str], Fragments] = {}

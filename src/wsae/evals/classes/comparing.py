@@ -19,7 +19,7 @@ from wsae.evals.autointerp.summary import Sample, density_adjusted, matched_dens
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.classes.score import OVER_IMAGES, SCORES, Json, Scored
 from wsae.evals.intervals import Difference, mean, paired_difference
-from wsae.evals.matching import Matching, Side, match
+from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.stats.classes import gap, jackknife
 
 Named = dict[str, Scored]
@@ -66,7 +66,7 @@ def matched(a: Scored, b: Scored, cfg: ClassesConfig) -> Matching:
     """Return which live latent of `a` goes with which of `b`, by decoder direction."""
     assert a.sae is not None
     assert b.sae is not None
-    sides = [Side(side.sae.W_dec, _alive(side)) for side in (a, b) if side.sae is not None]
+    sides = [LiveDecoder(side.sae.W_dec, _alive(side)) for side in (a, b) if side.sae is not None]
     return match(sides[0], sides[1], cfg.assignment_max, cfg.seed)
 
 
