@@ -21,7 +21,7 @@ from wsae.acts.text import documents
 from wsae.acts.tokens import decode_table, joined
 from wsae.evals.autointerp.embedding import Memo, embedding_scores, load_encoder
 from wsae.evals.autointerp.summary import LatentScore
-from wsae.evals.autointerp.surprisal import Reader, surprisal_scores
+from wsae.evals.autointerp.surprisal import PrefixReader, surprisal_scores
 from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
@@ -79,7 +79,7 @@ def hand_made(language: LanguageModel | None, encoder: Memo) -> dict[str, dict[s
             "embedding, words": embedding_scores(collected, encoder, names),
         }
         if language is not None and not turn:
-            reader = Reader(language)
+            reader = PrefixReader(language)
             made["surprisal, windows"] = surprisal_scores(collected, reader)
             made["surprisal, words"] = surprisal_scores(collected, reader, names)
         for name, scores in made.items():

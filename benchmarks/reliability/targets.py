@@ -348,11 +348,11 @@ def _answers(at: Path) -> Target:
     from wsae.core.errors import UserError
     from wsae.core.files import digest
     from wsae.evals.autointerp.llm.client import Cache
-    from wsae.evals.autointerp.llm.types import Answer, Token
+    from wsae.evals.autointerp.llm.types import Answer, AnswerToken
 
     asked = {"model": "a", "messages": [["user", "Text 1: the cat"]]}
     answer = Answer(
-        "answered", "[1, 0]", tokens=(Token("[1", {"[1": -0.5}, 2),), values=(0.25, 0.75)
+        "answered", "[1, 0]", tokens=(AnswerToken("[1", {"[1": -0.5}, 2),), values=(0.25, 0.75)
     )
     key = digest(asked)
     Cache(at / "answers").save(key, asked, answer)

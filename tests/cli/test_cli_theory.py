@@ -33,7 +33,7 @@ VERDICTS = [
     ("Appendix A.2", "holds if"),
     ("Eq. 35", "counterexample"),
 ]
-"""What the checks of Sections 3 to 4.2 and Appendices A.1, A.2 find; the others: tests/theory/test_theory_weights.py."""
+"""What the checks of Sections 3 to 4.2, A.1 and A.2 find; the others: tests/theory/test_theory_weights.py."""
 OWN = {*assumptions.CHECKS, *minima.CHECKS, *limits.CHECKS} - {*limits.ACTIVATIONS_CHECKS}
 
 

@@ -22,7 +22,7 @@ from wsae.evals.autointerp.documents import EXPLAIN, SCORE, Documents, blocks, s
 from wsae.evals.autointerp.reservoirs import NEIGHBOURS, Pool, Tracked, member_bytes, priority
 from wsae.evals.autointerp.windows import cut_windows
 from wsae.evals.contexts import Context
-from wsae.evals.data import Rows
+from wsae.evals.data import MatrixRows
 from wsae.sae import ReLU, SAEConfig, SparseAutoencoder, TopK
 
 HOOK, D_IN, D_SAE, END = "layers.1", 4, 14, 0
@@ -503,8 +503,8 @@ def text_of(rows, ends: tuple[int, ...] | None = (END,)) -> Text:
 
 
 def test_bad_input_is_refused_in_one_line_that_names_it():
-    assert "array" in refused(Rows(torch.ones(9, D_IN), HOOK))
-    assert "no hook 'layers.1'; they have acts" in refused(Rows(torch.ones(9, D_IN)))
+    assert "array" in refused(MatrixRows(torch.ones(9, D_IN), HOOK))
+    assert "no hook 'layers.1'; they have acts" in refused(MatrixRows(torch.ones(9, D_IN)))
     one = text_of([[5] * 8] * 4)
     assert "different documents" in refused(one)
     assert "lower the width" in refused(text_of([[5, 0] * 4] * 4))

@@ -15,7 +15,14 @@ from wsae.acts.source import ArraySource, StoreSource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.evals.autointerp import controls as module
-from wsae.evals.autointerp.controls import Recipe, derangement, neurons, pca, random_model, shuffled
+from wsae.evals.autointerp.controls import (
+    RandomModelRecipe,
+    derangement,
+    neurons,
+    pca,
+    random_model,
+    shuffled,
+)
 from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
 from wsae.losses.config import GammaConfig
 from wsae.sae import TopK
@@ -160,13 +167,13 @@ def world(tmp_path_factory):
     return root, cfg, load_language(str(model))
 
 
-def recipe(source, language, seed=0, keep=False) -> Recipe:
+def recipe(source, language, seed=0, keep=False) -> RandomModelRecipe:
     members = tuple(
         MemberConfig(gamma=GammaConfig(rule=rule), d_sae=48, activation=TopK(k=4), label=rule)
         for rule in ("none", "variance")
     )
     train = TrainConfig(members=members, tokens=2000, batch_size=200)
-    return Recipe(source, language, train, "none", seed, keep)
+    return RandomModelRecipe(source, language, train, "none", seed, keep)
 
 
 def test_fresh_weights_are_drawn_by_the_seed_and_the_trained_ones_stay(world) -> None:

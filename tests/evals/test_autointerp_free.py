@@ -29,7 +29,7 @@ from wsae.evals.autointerp.summary import (
     pooled_accuracy,
 )
 from wsae.evals.autointerp.surprisal import (
-    Reader,
+    PrefixReader,
     split_shown,
     surprisal_scores,
     windows_prefix,
@@ -405,26 +405,26 @@ TEXTS = ["the cat sat", " dogs run over green hills while rain fell all day", "a
 @pytest.mark.parametrize("logits", [1, 1 << 25])
 def test_a_reader_agrees_with_whole_passes_however_texts_are_batched(language, monkeypatch, logits):
     monkeypatch.setattr(readers, "LOGITS", logits)
-    found = Reader(language).read("a mat and two dogs: ", TEXTS)
+    found = PrefixReader(language).read("a mat and two dogs: ", TEXTS)
     assert np.isnan(found[3]), "a text without tokens has no probability"
     for text, value in zip(TEXTS, found, strict=True):
         if text:
             expected = by_whole_passes(language, "a mat and two dogs: ", text)
             assert value == pytest.approx(expected, abs=1e-5)
-    assert Reader(language).read("", []).shape == (0,)
+    assert PrefixReader(language).read("", []).shape == (0,)
     bare = by_whole_passes(language, "", "a cat")
-    assert Reader(language).read("", ["a cat"]) == pytest.approx(bare, abs=1e-5)
+    assert PrefixReader(language).read("", ["a cat"]) == pytest.approx(bare, abs=1e-5)
 
 
 def test_a_prefix_longer_than_the_model_reads_loses_its_beginning(language):
-    reader, end = Reader(language), "the cat sat on a mat"
+    reader, end = PrefixReader(language), "the cat sat on a mat"
     long, longer = "green hills " * 200 + end, "while rain fell " * 300 + "green hills " * 200 + end
     assert np.isfinite(reader.read(long, ["all day"])).all()
     np.testing.assert_allclose(reader.read(long, TEXTS[:2]), reader.read(longer, TEXTS[:2]))
 
 
 def test_what_comes_back_after_the_same_prefix_is_read_once(language, monkeypatch):
-    reader, passes = Reader(language), []
+    reader, passes = PrefixReader(language), []
     read = reader.read
     monkeypatch.setattr(reader, "read", lambda prefix, texts: passes.append(texts) or read(prefix, texts))  # fmt: skip
     first = reader.remembered("the ", ["cat", "cat", "dogs"])
@@ -434,7 +434,7 @@ def test_what_comes_back_after_the_same_prefix_is_read_once(language, monkeypatc
     assert reader.remembered("a ", ["cat"])[0] != first[0], "another prefix is another number"
 
 
-class Overlap(Reader):
+class Overlap(PrefixReader):
     """Reads by counting: a text's log-probability is the share of its words that the prefix has."""
 
     def __init__(self):

@@ -25,7 +25,7 @@ from wsae.evals.autointerp.llm.client import (
 )
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.autointerp.llm.local import open_llm
-from wsae.evals.autointerp.llm.types import Message, Request
+from wsae.evals.autointerp.llm.types import ChatMessage, Request
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def _environment(monkeypatch):
 
 
 def requests(n, **more):
-    return [Request((Message("user", f"question {i}"),), 20, 5, **more) for i in range(n)]
+    return [Request((ChatMessage("user", f"question {i}"),), 20, 5, **more) for i in range(n)]
 
 
 def ask(chat, tmp_path, n=1, **more):

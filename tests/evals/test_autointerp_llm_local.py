@@ -15,10 +15,10 @@ from wsae.core.errors import UserError
 from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.autointerp.llm.detect import Explanation, detection_scores, explain_latents
-from wsae.evals.autointerp.llm.local import UNKNOWN, LocalModel, Reader, open_llm
+from wsae.evals.autointerp.llm.local import UNKNOWN, LocalModel, SlotReader, open_llm
 from wsae.evals.autointerp.llm.plan import dry_run
 from wsae.evals.autointerp.llm.simulate import simulation_scores
-from wsae.evals.autointerp.llm.types import Message, Request
+from wsae.evals.autointerp.llm.types import ChatMessage, Request
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant:"
@@ -50,7 +50,7 @@ def ids_of(llm: LocalModel, request: Request) -> list[int]:
 
 
 QUESTION = Request(
-    (Message("system", "be brief"), Message("user", "the cat sat")), 6, 3, logprobs=True
+    (ChatMessage("system", "be brief"), ChatMessage("user", "the cat sat")), 6, 3, logprobs=True
 )
 
 
@@ -126,10 +126,12 @@ def test_a_template_that_refuses_everything_is_one_line(model, tmp_path):
 
 def test_budgets_and_lengths_are_hard_stops(model, tmp_path):
     llm = local(model, tmp_path, max_requests=1)
-    other = Request((Message("user", "two dogs run"),), 6, 3)
+    other = Request((ChatMessage("user", "two dogs run"),), 6, 3)
     states = [a.state for a in llm.ask([QUESTION, other, QUESTION])]
     assert states == ["answered", "not asked", "answered"], "the last one is on disk"
-    (answer,) = local(model, tmp_path).ask([Request((Message("user", "the cat " * 200),), 6, 3)])
+    (answer,) = local(model, tmp_path).ask(
+        [Request((ChatMessage("user", "the cat " * 200),), 6, 3)]
+    )
     assert (answer.state, answer.reason) == ("failed", "longer than the model's 128 positions")
 
 
@@ -165,7 +167,7 @@ def test_slots_are_read_in_one_pass_as_many_passes_would(model, tmp_path, monkey
     llm = local(model, tmp_path)
     prompt = ids_of(llm, QUESTION)
     pieces = ("1\tthe\t", "2\t cat\t", "3\t sat\t")
-    reader = Reader(llm.language.model, llm.language.tokenizer, llm.language.device)
+    reader = SlotReader(llm.language.model, llm.language.tokenizer, llm.language.device)
     with torch.inference_mode():
         found = reader.expected(prompt, pieces)
     assert found == pytest.approx(numbers(llm, prompt, pieces, split=True), abs=1e-4)
@@ -193,7 +195,7 @@ def test_a_ten_of_one_token_is_read_directly():
 
         __call__ = forward
 
-    reader = Reader(Model(), Tokenizer(), torch.device("cpu"))
+    reader = SlotReader(Model(), Tokenizer(), torch.device("cpu"))
     assert reader.expected([0], ("x", "y")) == pytest.approx([8.5, 8.5])
 
 

@@ -28,7 +28,7 @@ from wsae.evals.autointerp.llm.simulate import (
 )
 from wsae.evals.autointerp.llm.types import (
     Answer,
-    Token,
+    AnswerToken,
     filled,
     harmless,
     harmless_tokens,
@@ -137,21 +137,21 @@ def test_no_text_makes_the_parsers_do_anything_but_parse_or_refuse(text, n):
 
 def test_probabilities_are_those_of_the_lists_symbols():
     def token(text, p1):
-        return Token(
+        return AnswerToken(
             text, {"1": math.log(p1), " 0": math.log(0.8 - p1), "x": math.log(0.2)}, len(text)
         )
 
     spoken = [
-        Token("1 of them: [", {}, 12),
+        AnswerToken("1 of them: [", {}, 12),
         token("1", 0.6),
-        Token(",", {}, 1),
+        AnswerToken(",", {}, 1),
         token(" 0", 0.2),
-        Token("]", {}, 1),
+        AnswerToken("]", {}, 1),
     ]
     text = "".join(t.text for t in spoken)
     found = parse_verdicts(answer(text, tokens=spoken), 2, probabilities=True)
     assert found == pytest.approx([0.75, 0.25])
-    glued = [Token("[1,", {}, 3), Token(" 0]", {}, 3)]
+    glued = [AnswerToken("[1,", {}, 3), AnswerToken(" 0]", {}, 3)]
     with pytest.raises(Unparsed, match="not tokens of their own"):
         parse_verdicts(answer("[1, 0]", tokens=glued), 2, probabilities=True)
 
@@ -178,7 +178,9 @@ def test_any_other_pairs_are_refused(text):
 def spelled(*parts):
     """Tokens with log-probabilities given as {text: probability}."""
     return [
-        Token(text, {k: math.log(v) for k, v in (top or {text: 1.0}).items()}, len(text.encode()))
+        AnswerToken(
+            text, {k: math.log(v) for k, v in (top or {text: 1.0}).items()}, len(text.encode())
+        )
         for text, top in parts
     ]
 

@@ -14,9 +14,9 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.evals.autointerp.config import InterpretConfig
 from wsae.evals.autointerp.run import interpret_run, plan_run
-from wsae.evals.autointerp.subjects import METRIC, look, selected
+from wsae.evals.autointerp.subjects import METRIC, selected, survey_hooks
 from wsae.evals.autointerp.summary import SCORES, agreement, glossary, rank_correlation, spearman
-from wsae.evals.data import Rows
+from wsae.evals.data import MatrixRows
 from wsae.evals.run import run_subject
 from wsae.report.html import write_report
 
@@ -277,7 +277,7 @@ def test_hooks_and_members_can_be_chosen_and_a_weighted_one_brings_its_twin(run)
 
 def test_the_sample_is_alike_from_run_to_run_and_never_dead(run) -> None:
     families = run_subject(run).families
-    first, again = (look(Text(), families, CFG)[HOOK] for _ in range(2))
+    first, again = (survey_hooks(Text(), families, CFG)[HOOK] for _ in range(2))
     assert first.sample == again.sample
     for sample in first.sample.values():
         assert len(set(sample)) == 12
@@ -302,7 +302,7 @@ def test_a_score_without_its_judge_is_refused_before_anything_is_done(scores, sa
 
 
 def test_an_array_has_no_text_and_nothing_is_left_behind(run) -> None:
-    rows = Rows(torch.randn(50, D_IN), HOOK)
+    rows = MatrixRows(torch.randn(50, D_IN), HOOK)
     with pytest.raises(UserError, match="no text"):
         interpret_run(run, rows, CFG, encoder=BagEncoder())
     assert not (run / "interpretation" / MANIFEST).exists()

@@ -18,7 +18,7 @@ from transformers import (
 from wsae.acts.capture import one_hook, splice
 from wsae.core.errors import UserError
 from wsae.evals import downstream
-from wsae.evals.downstream import TokenSequence, spliced_losses
+from wsae.evals.downstream import SplicedSequence, spliced_losses
 
 VOCABULARY, WIDTH, LENGTH = 50, 16, 12
 BIG = 1 << 27
@@ -58,7 +58,7 @@ def sequences(n=4):
         kept = torch.rand(LENGTH, generator=g) > 0.3
         kept[0] = False
         target = torch.rand(LENGTH, generator=g) > 0.2
-        out.append(TokenSequence(10 + seq, ids, kept, target))
+        out.append(SplicedSequence(10 + seq, ids, kept, target))
     return out
 
 

@@ -16,7 +16,7 @@ from wsae.evals.latents import (
     nearest,
     unit_rows,
 )
-from wsae.evals.matching import Side, match
+from wsae.evals.matching import LiveDecoder, match
 from wsae.ops import SparseCode, code_from_topk
 
 
@@ -84,7 +84,7 @@ def test_matching_recovers_a_permutation_whatever_the_scale(limit):
     order = torch.randperm(20, generator=g)
     noisy = (W + 0.05 * torch.randn(20, 16, generator=g))[order] * torch.rand(20, 1, generator=g)
     every = torch.arange(20)
-    found = match(Side(noisy, every), Side(W, every), limit)
+    found = match(LiveDecoder(noisy, every), LiveDecoder(W, every), limit)
     assert found.index.tolist() == order.tolist()
     pairs = dict(zip(found.pair_a.tolist(), found.pair_b.tolist(), strict=True))
     assert pairs == dict(enumerate(order.tolist()))
@@ -100,7 +100,7 @@ def test_dead_latents_that_kept_their_start_do_not_fake_agreement():
     a, b = start.clone(), start.clone()
     alive = torch.arange(10)
     a[alive], b[alive] = (torch.randn(10, 64, generator=g) for _ in range(2))
-    found = match(Side(a, alive), Side(b, alive), 100)
+    found = match(LiveDecoder(a, alive), LiveDecoder(b, alive), 100)
     assert found.summary()["n_pairs"] == 10
     assert found.summary()["frac_above_0.7"] == 0.0
     assert set(found.index.tolist()) <= set(alive.tolist())
@@ -109,7 +109,7 @@ def test_dead_latents_that_kept_their_start_do_not_fake_agreement():
 def test_assignment_is_one_to_one_and_best():
     g = torch.Generator().manual_seed(3)
     a, b = torch.randn(7, 5, generator=g), torch.randn(4, 5, generator=g)
-    found = match(Side(a, torch.arange(7)), Side(b, torch.arange(4)), 100)
+    found = match(LiveDecoder(a, torch.arange(7)), LiveDecoder(b, torch.arange(4)), 100)
     assert sorted(found.pair_b.tolist()) == [0, 1, 2, 3]
     cosine = (unit_rows(a) @ unit_rows(b).T).numpy()
     from itertools import permutations
@@ -134,10 +134,10 @@ def test_mutual_pairs_choose_each_other():
 @pytest.mark.parametrize("limit", [0, 10])
 def test_matching_with_nothing_alive_says_so(limit):
     W, none, every = torch.eye(3), torch.zeros(0, dtype=torch.int64), torch.arange(3)
-    empty = match(Side(W, every), Side(W, none), limit)
+    empty = match(LiveDecoder(W, every), LiveDecoder(W, none), limit)
     assert empty.index.tolist() == [-1, -1, -1]
     assert empty.summary()["decoder_cosine_mean"] is None
-    assert match(Side(W, none), Side(W, every), limit).summary()["n_pairs"] == 0
+    assert match(LiveDecoder(W, none), LiveDecoder(W, every), limit).summary()["n_pairs"] == 0
 
 
 def test_sampled_latents_are_alive_distinct_and_spread_over_the_densities():

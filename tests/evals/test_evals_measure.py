@@ -12,9 +12,9 @@ from wsae.acts.source import Chunk
 from wsae.core.errors import UserError
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
-from wsae.evals.data import Rows
+from wsae.evals.data import MatrixRows
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS, glossary
-from wsae.evals.measure import Family, Kept, Replay, SequenceSums, ev_per_dim, measure
+from wsae.evals.measure import Family, HeldOutPositions, Replay, SequenceSums, ev_per_dim, measure
 from wsae.evals.run import evaluate
 from wsae.evals.scores import member_metrics
 from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
@@ -251,7 +251,7 @@ def test_a_limit_measures_the_first_rows_as_if_there_were_no_others(limit):
 
 
 def test_kept_positions_are_those_of_the_rows():
-    kept = Kept([4, 6])
+    kept = HeldOutPositions([4, 6])
     for seq, pos in (([3, 4, 4], [0, 1, 3]), ([4, 6], [5, 2])):
         kept.update(Chunk({}, torch.tensor(seq), torch.tensor(pos)))
     assert kept.mask(4, 7).tolist() == [False, True, False, True, False, True, False]
@@ -283,7 +283,7 @@ def test_bad_data_is_refused_in_one_line():
     with pytest.raises(UserError, match="there are no activations in it"):
         evaluate(sae, x[:0])
     with pytest.raises(UserError, match="no hook 'layers.9'; they have acts"):
-        measure(Rows(x), {"layers.9": Family({"a": sae})}, EvalConfig())
+        measure(MatrixRows(x), {"layers.9": Family({"a": sae})}, EvalConfig())
     with pytest.raises(UserError, match=r"must be \[rows, d_in\]"):
         evaluate(sae, x[0])
     with torch.no_grad():

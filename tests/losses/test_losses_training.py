@@ -14,9 +14,9 @@ from wsae.acts.source import ArraySource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.evals.config import EvalConfig
-from wsae.evals.data import Rows
+from wsae.evals.data import MatrixRows
 from wsae.evals.measure import Family, measure
-from wsae.evals.scores import Side, across_runs, member_metrics
+from wsae.evals.scores import ComparedMember, across_runs, member_metrics
 from wsae.losses import GammaConfig
 from wsae.losses.gamma import gamma_from_covariance
 from wsae.train import family as rows_behind
@@ -116,7 +116,7 @@ def test_evaluation_weighs_by_the_whole_matrix() -> None:
     fitted = wsae.fit_family(x, [weighted("none"), weighted("whiten"), weighted("gap")], **QUICK)
     saes = dict(zip(fitted.names, fitted.saes, strict=True))
     cfg = EvalConfig(draws=10, n_latents=0, random_control=False)
-    arrays = measure(Rows(x), {"acts": Family(saes)}, cfg)["acts"].arrays
+    arrays = measure(MatrixRows(x), {"acts": Family(saes)}, cfg)["acts"].arrays
     for name, sae in saes.items():
         y = x.double()
         error, spread = y - sae(x).double().detach(), y - y.mean(0)
@@ -135,7 +135,7 @@ def test_evaluation_weighs_by_the_whole_matrix() -> None:
     assert arrays["whiten-a1"]["gamma"].shape == (16,)
     turned = {key: value.numpy() for key, value in arrays["whiten-a1"].items()}
     other = {**turned, "gamma_matrix": turned["gamma_matrix"][::-1]}  # same cost per dimension
-    mine, theirs = Side("a", "whiten-a1", turned), Side("b", "whiten-a1", other)
+    mine, theirs = ComparedMember("a", "whiten-a1", turned), ComparedMember("b", "whiten-a1", other)
     assert "seq_sse@whiten-a1" in across_runs(mine, mine).arrays
     assert "seq_sse@whiten-a1" not in across_runs(theirs, mine).arrays
 

@@ -28,7 +28,7 @@ from wsae.evals.autointerp.config import FREE, ContextConfig, Control, Interpret
 from wsae.evals.autointerp.llm.config import LlmConfig
 
 if TYPE_CHECKING:
-    from wsae.evals.autointerp.subjects import Judges
+    from wsae.evals.autointerp.subjects import ScorerModels
 
 # The tables of `wsae interpret`.
 
@@ -227,9 +227,9 @@ def _needs_model(cfg: InterpretConfig) -> bool:
     return "surprisal" in cfg.scores or "random_model" in cfg.controls
 
 
-def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "Judges":
+def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "ScorerModels":
     """Open what the scores ask, except the model behind the activations."""
-    judges: Judges = {}
+    judges: ScorerModels = {}
     if "embedding" in cfg.scores and not flags.dry_run:
         from wsae.evals.autointerp.embedding import load_encoder
 

@@ -9,7 +9,7 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.glossary import glossary
 from wsae.evals.run import Json
-from wsae.evals.scores import Arrays, Comparison, Side, across_runs, compare_members
+from wsae.evals.scores import Arrays, ComparedMember, Comparison, across_runs, compare_members
 from wsae.run import ARRAYS, EVALUATION_PART, Run
 
 
@@ -108,7 +108,7 @@ def _within(one: Evaluated, cfg: EvalConfig, prefix: bool) -> dict[str, list[Com
     for hook, twins in one.twins.items():
         lines = []
         for member, twin in twins.items():
-            a, b = (Side(name, name, one.arrays[hook][name]) for name in (member, twin))
+            a, b = (ComparedMember(name, name, one.arrays[hook][name]) for name in (member, twin))
             lines += compare_members(a, b, cfg)
         label = f"{one.label}:" if prefix else ""
         out[hook] = [
@@ -132,13 +132,12 @@ def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comp
                 f"{a.label} and {b.label} were evaluated on different held-out data at {hook} "
                 f"(digests {a.data[hook][:12]} and {b.data[hook][:12]}); evaluate both on the same data"
             )
-        out[hook] = [line for m in members for line in _pair(a, b, (hook, m), cfg)]
+        out[hook] = [line for m in members for line in _pair(a, b, hook, m, cfg)]
     return out
 
 
-def _pair(a: Evaluated, b: Evaluated, where: tuple[str, str], cfg: EvalConfig) -> list[Comparison]:
-    hook, member = where
+def _pair(a: Evaluated, b: Evaluated, hook: str, member: str, cfg: EvalConfig) -> list[Comparison]:
     left, right = (
-        Side(f"{one.label}:{member}", member, one.arrays[hook][member]) for one in (a, b)
+        ComparedMember(f"{one.label}:{member}", member, one.arrays[hook][member]) for one in (a, b)
     )
     return compare_members(left, across_runs(right, left), cfg)

@@ -38,7 +38,7 @@ def one_per_stratum(n_ranked: int, n: int, seed: int) -> Int64[np.ndarray, " n"]
     return edges[:-1] + (share * np.diff(edges)).astype(np.int64)
 
 
-class Hits(NamedTuple):
+class LatentFirings(NamedTuple):
     """Active entries of sampled latents: slot (place among the sampled), sequence, position, value."""
 
     slot: Int64[np.ndarray, " hits"]
@@ -46,18 +46,18 @@ class Hits(NamedTuple):
     pos: Int64[np.ndarray, " hits"]
     value: Float64[np.ndarray, " hits"]
 
-    def take(self, keep: np.ndarray) -> "Hits":
+    def take(self, keep: np.ndarray) -> "LatentFirings":
         """Return the entries at `keep` (mask or index)."""
-        return Hits(*(column[keep] for column in self))
+        return LatentFirings(*(column[keep] for column in self))
 
     @staticmethod
-    def join(parts: Sequence["Hits"]) -> "Hits":
+    def join(parts: Sequence["LatentFirings"]) -> "LatentFirings":
         """Concatenate."""
-        return Hits(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return LatentFirings(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 _EMPTY = np.zeros(0, dtype=np.int64)
-_NONE = Hits(_EMPTY, _EMPTY, _EMPTY, np.zeros(0))
+_NONE = LatentFirings(_EMPTY, _EMPTY, _EMPTY, np.zeros(0))
 
 
 class TopContexts:
@@ -76,17 +76,17 @@ class TopContexts:
         """Add the codes of some rows; `seq` and `pos` place each row."""
         slot = self._slot[entries.indices]
         rows = entries.rows[slot >= 0]
-        new = Hits(
+        new = LatentFirings(
             slot[slot >= 0].numpy(),
             seq[rows].numpy(),
             pos[rows].numpy(),
             entries.values[slot >= 0].float().numpy(),
         )
-        hits = Hits.join([self._hits, new])
+        hits = LatentFirings.join([self._hits, new])
         unfinished = hits.seq == int(seq[-1]) if len(seq) else np.zeros(len(hits.seq), dtype=bool)
         self._hits = hits.take(unfinished | _among(hits, self._best(hits)))
 
-    def _best(self, hits: Hits) -> Hits:
+    def _best(self, hits: LatentFirings) -> LatentFirings:
         """Return the strongest entry of each shown (slot, seq), strongest first within a slot.
 
         Ties go to the earlier sequence and position, so the result does not depend on how rows were split.
@@ -139,16 +139,16 @@ class Context(NamedTuple):
         }
 
 
-def _stride(hits: Hits) -> int:
+def _stride(hits: LatentFirings) -> int:
     return int(hits.seq.max(initial=0)) + 1
 
 
-def _key(hits: Hits) -> np.ndarray:
+def _key(hits: LatentFirings) -> np.ndarray:
     """One number per (slot, seq), in that order."""
     return hits.slot * _stride(hits) + hits.seq
 
 
-def _among(hits: Hits, shown: Hits) -> np.ndarray:
+def _among(hits: LatentFirings, shown: LatentFirings) -> np.ndarray:
     """Which entries belong to a shown (slot, seq)."""
     stride = _stride(hits)
     return np.isin(hits.slot * stride + hits.seq, shown.slot * stride + shown.seq)

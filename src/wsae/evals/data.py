@@ -64,7 +64,7 @@ class Pictures(Protocol):
         ...
 
 
-class Rows:
+class MatrixRows:
     """Activations in memory, in a file or a folder of files (`open_matrix`), all evaluated, each row by itself."""
 
     def __init__(self, x: object, name: str = "acts") -> None:

@@ -24,7 +24,7 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import Language
-from wsae.evals.measure import Kept, Survey
+from wsae.evals.measure import HeldOutPositions, Survey
 from wsae.sae import SparseAutoencoder
 
 Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_in"]]
@@ -37,7 +37,7 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e
 """Largest difference of logits allowed to the widened pass, relative to the largest logit."""
 
 
-class TokenSequence(NamedTuple):
+class SplicedSequence(NamedTuple):
     """One held-out sequence: its number, tokens, which positions are replaced, which tokens are scored as targets."""
 
     seq: int
@@ -45,13 +45,13 @@ class TokenSequence(NamedTuple):
     kept: Bool[Tensor, " length"]
     target: Bool[Tensor, " length"]
 
-    def trimmed(self) -> "TokenSequence":
+    def trimmed(self) -> "SplicedSequence":
         """Cut what follows the target of the last kept position (padding, at the least)."""
         stop = int(self.kept.nonzero()[-1]) + 2
-        return TokenSequence(self.seq, self.ids[:stop], self.kept[:stop], self.target[:stop])
+        return SplicedSequence(self.seq, self.ids[:stop], self.kept[:stop], self.target[:stop])
 
 
-class Losses(NamedTuple):
+class SplicedLosses(NamedTuple):
     """Sums over the scored tokens of each sequence, in nats: [n_seq] for each variant."""
 
     seq: Int64[Tensor, " n_seq"]
@@ -67,11 +67,11 @@ class Losses(NamedTuple):
 def spliced_losses(
     model: nn.Module,
     hook: HookPoint,
-    sequences: list[TokenSequence],
+    sequences: list[SplicedSequence],
     variants: dict[str, Replace],
     max_logits: int,
     progress: Progress = quiet,
-) -> Losses:
+) -> SplicedLosses:
     """Return cross-entropy and KL of every variant spliced at `hook`, per sequence.
 
     KL(p_clean || p_spliced) = sum_v p_clean(v) (log p_clean(v) - log p_spliced(v)). Raises UserError when a variant
@@ -91,7 +91,7 @@ def spliced_losses(
     sums = torch.stack(rows) if rows else torch.zeros(0, 2, 1 + len(variants), dtype=torch.float64)
     _check_finite(sums, ["clean", *variants])
     names = list(enumerate(variants, start=1))
-    return Losses(
+    return SplicedLosses(
         torch.tensor([s.seq for s in sequences], dtype=torch.int64),
         torch.tensor([int(s.target[1:].sum()) for s in sequences], dtype=torch.float64),
         sums[:, 0, 0],
@@ -114,7 +114,7 @@ class _Splice:
     """The variants of one sequence."""
 
     def __init__(
-        self, model: nn.Module, hook: HookPoint, sequence: TokenSequence, at_once: int
+        self, model: nn.Module, hook: HookPoint, sequence: SplicedSequence, at_once: int
     ) -> None:
         self.model, self.hook, self.sequence = model, hook, sequence
         self.device = next(model.parameters()).device
@@ -207,7 +207,7 @@ def splice_arrays(
     probed: Probed,
     saes: dict[str, SparseAutoencoder],
     survey: Survey,
-    data: tuple[TokenTable, Kept],
+    sequences: list[SplicedSequence],
     cfg: EvalConfig,
     progress: Progress = quiet,
 ) -> dict[str, dict[str, Tensor]]:
@@ -219,7 +219,6 @@ def splice_arrays(
     mean = survey.moments.mean.float()
     variants: dict[str, Replace] = {"zero": torch.zeros_like, "mean": _constant(mean)}
     variants |= {f"sae {name}": _reconstruction(sae) for name, sae in saes.items()}
-    sequences = token_sequences(data[0], data[1], language.tokenizer.all_special_ids)
     losses = spliced_losses(
         language.model, probed.hooks[0], sequences, variants, cfg.splice_logits, progress
     )
@@ -235,13 +234,15 @@ def splice_arrays(
     return {name: {**kl[name], **clean, "splice_ce": losses.ce[f"sae {name}"]} for name in saes}
 
 
-def token_sequences(tokens: TokenTable, kept: Kept, special: list[int]) -> list[TokenSequence]:
+def token_sequences(
+    tokens: TokenTable, kept: HeldOutPositions, special: list[int]
+) -> list[SplicedSequence]:
     """Return the chosen sequences without padding; special tokens are not scored as targets."""
     out = []
     for seq in kept.sequences:
         ids = tokens.ids[seq, : int(tokens.lengths[seq])].long()
         target = ~torch.isin(ids, torch.tensor(special, dtype=torch.int64))
-        out.append(TokenSequence(seq, ids, kept.mask(seq, len(ids)), target))
+        out.append(SplicedSequence(seq, ids, kept.mask(seq, len(ids)), target))
     return out
 
 

@@ -16,7 +16,7 @@ from wsae.evals.latents import nearest, unit_rows
 
 
 @dataclass(frozen=True)
-class Side:
+class LiveDecoder:
     """The decoder of one SAE and the latents of it that fired."""
 
     W_dec: Float[Tensor, "d_sae d_in"]
@@ -53,7 +53,7 @@ class Matching:
         }
 
 
-def match(a: Side, b: Side, assignment_max: int, seed: int = 0) -> Matching:
+def match(a: LiveDecoder, b: LiveDecoder, assignment_max: int, seed: int = 0) -> Matching:
     """Match the latents of `a` with those of `b` by decoder cosine (signed: latents are non-negative)."""
     units_a, units_b = unit_rows(a.W_dec), unit_rows(b.W_dec).to(a.W_dec.device)
     d_sae = len(units_a)

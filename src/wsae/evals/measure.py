@@ -20,7 +20,7 @@ from wsae.evals.contexts import TopContexts, sample_latents
 from wsae.evals.control import CONTROL, random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries, LatentActivity, decoder_max_cosine
-from wsae.evals.matching import Matching, Side, match
+from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.losses.reconstruction import Weights, dimension_weights, weigh
 from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
@@ -209,7 +209,7 @@ class Measured:
     contexts: dict[str, TopContexts]
 
 
-class Item(NamedTuple):
+class ReplayedChunk(NamedTuple):
     """A chunk, and the codes that the first pass found for it, by (hook, member)."""
 
     chunk: Chunk
@@ -226,16 +226,16 @@ class Replay:
 
     def __init__(self, source: HeldOut, cfg: EvalConfig) -> None:
         self._source, self._cfg = source, cfg
-        self._kept: list[Item] | None = None
+        self._kept: list[ReplayedChunk] | None = None
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[ReplayedChunk]:
         if self._kept is not None:
             yield from self._kept
             return
-        kept: list[Item] | None = []
+        kept: list[ReplayedChunk] | None = []
         room = self._cfg.replay_bytes
         for chunk in first_rows(self._source.heldout(self._cfg.batch_size), self._cfg.rows):
-            item = Item(chunk, {})
+            item = ReplayedChunk(chunk, {})
             yield item
             room -= item.size_bytes()
             if kept is not None and room >= 0:
@@ -256,7 +256,7 @@ def first_rows(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
         yield chunk
 
 
-class Kept:
+class HeldOutPositions:
     """Which positions of some sequences are held-out rows (the rest are special tokens, sinks, padding)."""
 
     def __init__(self, sequences: list[int]) -> None:
@@ -284,7 +284,7 @@ def measure(
     source: HeldOut,
     families: dict[str, Family],
     cfg: EvalConfig,
-    kept: Kept | None = None,
+    kept: HeldOutPositions | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Measured]:
     """Measure every member on the held-out rows of its hook.
@@ -305,7 +305,7 @@ def measure(
             tick(len(chunk.seq))
     if not n_rows:
         raise UserError("there are no held-out rows to evaluate on; hold out more data")
-    passes = {h: _Pass(surveys[h], family, cfg) for h, family in families.items()}
+    passes = {h: _MeasuringPass(surveys[h], family, cfg) for h, family in families.items()}
     with progress("evaluate", n_rows, "rows") as tick:
         for item in items:
             for second in passes.values():
@@ -320,7 +320,7 @@ def _width(source: HeldOut, hook: str) -> int:
     return source.hooks[hook]
 
 
-class _Pass:
+class _MeasuringPass:
     """The second pass over one hook."""
 
     def __init__(self, survey: Survey, family: Family, cfg: EvalConfig) -> None:
@@ -338,7 +338,8 @@ class _Pass:
 
     def _match(self, member: str, twin: str) -> Matching:
         a, b = (
-            Side(self.saes[name].W_dec, self.survey.activity[name].alive) for name in (member, twin)
+            LiveDecoder(self.saes[name].W_dec, self.survey.activity[name].alive)
+            for name in (member, twin)
         )
         return match(a, b, self.cfg.assignment_max, self.cfg.seed)
 
@@ -358,7 +359,7 @@ class _Pass:
             for name, parts in wanted.items()
         }
 
-    def update(self, item: Item) -> None:
+    def update(self, item: ReplayedChunk) -> None:
         """Add one chunk of rows."""
         chunk, hook = item.chunk, self.survey.hook
         x = chunk.x[hook]

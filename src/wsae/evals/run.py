@@ -25,12 +25,12 @@ from wsae.core.tensors import save_tensors
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
-from wsae.evals.data import HeldOut, Language, Pictures, Rows
-from wsae.evals.downstream import splice_arrays, splice_sequences
+from wsae.evals.data import HeldOut, Language, MatrixRows, Pictures
+from wsae.evals.downstream import splice_arrays, splice_sequences, token_sequences
 from wsae.evals.glossary import glossary
 from wsae.evals.latents import density_histogram
-from wsae.evals.measure import Family, Kept, Measured, measure
-from wsae.evals.scores import Arrays, Side, compare_members, member_metrics
+from wsae.evals.measure import Family, HeldOutPositions, Measured, measure
+from wsae.evals.scores import Arrays, ComparedMember, compare_members, member_metrics
 from wsae.sae import SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.run import load_run
@@ -53,7 +53,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedFamilies:
     """What is evaluated: each hook's family, and what the results say about a member beside its metrics."""
 
     families: dict[str, Family]
@@ -62,7 +62,7 @@ class Subject:
 
 
 def evaluate_families(
-    subject: Subject,
+    subject: EvaluatedFamilies,
     source: HeldOut,
     cfg: EvalConfig,
     behind: Language | Pictures | None = None,
@@ -78,16 +78,17 @@ def evaluate_families(
     kept, silent = None, False
     if language is not None and tokens is not None and cfg.splice_tokens > 0:
         silent = predictions(language.model) is None
-        kept = None if silent else Kept(splice_sequences(tokens, cfg))
+        kept = None if silent else HeldOutPositions(splice_sequences(tokens, cfg))
     measured = measure(source, subject.families, cfg, kept, progress)
     sees_later = False
     if language is not None and tokens is not None and kept is not None:
+        sequences = token_sequences(tokens, kept, language.tokenizer.all_special_ids)
         for hook, found in measured.items():
             family = subject.families[hook]
             probed = probe(language.model, [hook], token_manner())
             sees_later |= probed.causal is False
             extra = splice_arrays(
-                language, probed, family.saes, found.survey, (tokens, kept), cfg, progress
+                language, probed, family.saes, found.survey, sequences, cfg, progress
             )
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
@@ -117,7 +118,7 @@ def evaluate_families(
     return Evaluation(record, contexts, arrays, _thumbnails(contexts, pictures))
 
 
-def _hook_record(hook: str, found: Measured, subject: Subject, cfg: EvalConfig) -> Json:
+def _hook_record(hook: str, found: Measured, subject: EvaluatedFamilies, cfg: EvalConfig) -> Json:
     arrays: dict[str, Arrays] = {
         name: {key: value.numpy() for key, value in named.items()}
         for name, named in found.arrays.items()
@@ -134,7 +135,9 @@ def _hook_record(hook: str, found: Measured, subject: Subject, cfg: EvalConfig) 
         line
         for a, b in pairs
         if b in arrays
-        for line in compare_members(Side(a, a, arrays[a]), Side(b, b, arrays[b]), cfg)
+        for line in compare_members(
+            ComparedMember(a, a, arrays[a]), ComparedMember(b, b, arrays[b]), cfg
+        )
     ]
     matching = {name: {"with": twins[name], **m.summary()} for name, m in found.matching.items()}
     record = {"data": data_digest(found), "members": members, "comparisons": comparisons}
@@ -153,7 +156,7 @@ def data_digest(found: Measured) -> str:
 def _contexts(found: Measured, family: Family, show: Show | None) -> dict[str, list[Json]]:
     return {
         name: [
-            _latent(latent, found, (name, family.twins.get(name)))
+            _latent(latent, found, name, family.twins.get(name))
             | {"contexts": [] if show is None else [show(context) for context in contexts]}
             for latent, contexts in top.result().items()
         ]
@@ -185,8 +188,7 @@ def _thumbnails(
     return {str(image): pictures.thumbnail(image) for image in sorted(shown)}
 
 
-def _latent(latent: int, found: Measured, names: tuple[str, str | None]) -> Json:
-    member, twin = names
+def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json:
     activity = found.survey.activity[member]
     match = None
     if twin is not None and int(found.matching[member].index[latent]) >= 0:
@@ -264,7 +266,7 @@ def _data(acts: object) -> HeldOut:
     path = as_path(acts)
     if path is not None and path.is_dir() and not is_folder_of_arrays(path):
         return open_source(path)
-    return acts if isinstance(acts, HeldOut) else Rows(acts)
+    return acts if isinstance(acts, HeldOut) else MatrixRows(acts)
 
 
 @own_settings()
@@ -304,7 +306,7 @@ def evaluate_run(
     return found.record
 
 
-def run_subject(run: Path) -> Subject:
+def run_subject(run: Path) -> EvaluatedFamilies:
     """Return a finished run's families, each weighted member with its plain twin."""
     loaded, train = load_run(run), _training(run)
     gamma = read_json(run / "gamma.json")
@@ -319,7 +321,9 @@ def run_subject(run: Path) -> Subject:
             }
             for hook, saes in loaded.saes.items()
         }
-    return Subject({hook: Family(saes, twins) for hook, saes in loaded.saes.items()}, about)
+    return EvaluatedFamilies(
+        {hook: Family(saes, twins) for hook, saes in loaded.saes.items()}, about
+    )
 
 
 def _training(run: Path) -> TrainConfig:

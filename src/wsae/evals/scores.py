@@ -130,7 +130,7 @@ UNPAIRED = {"dead_frac", "dense_frac"}
 """Shares over all latents: matched pairs (live in both) could not show a difference in dead ones."""
 
 
-class Side(NamedTuple):
+class ComparedMember(NamedTuple):
     """One side of a comparison: its label in the results, its member name in its own run, its arrays."""
 
     label: str
@@ -138,7 +138,7 @@ class Side(NamedTuple):
     arrays: Arrays
 
 
-def compare_members(a: Side, b: Side, cfg: EvalConfig) -> list[Comparison]:
+def compare_members(a: ComparedMember, b: ComparedMember, cfg: EvalConfig) -> list[Comparison]:
     """Compare `a` with `b` on the same held-out data; differences are a - b.
 
     By sequence, paired: fvu, fvu_weighted (both under a's gamma), l0, cross-entropy and KL. By latent: paired over the
@@ -153,11 +153,11 @@ def compare_members(a: Side, b: Side, cfg: EvalConfig) -> list[Comparison]:
     return out
 
 
-def _line(metric: str, a: Side, b: Side, difference: Difference) -> Comparison:
+def _line(metric: str, a: ComparedMember, b: ComparedMember, difference: Difference) -> Comparison:
     return {"a": a.label, "b": b.label, "metric": metric, **difference._asdict()}
 
 
-def _by_sequence(a: Side, b: Side) -> dict[str, tuple[Ratio, Ratio]]:
+def _by_sequence(a: ComparedMember, b: ComparedMember) -> dict[str, tuple[Ratio, Ratio]]:
     readers = {m: read for m, read in BY_SEQUENCE.items() if m in COMPARED}
     if not _same_spliced(a.arrays, b.arrays):
         readers = {m: read for m, read in readers.items() if m in ("fvu", "l0")}
@@ -173,7 +173,9 @@ def _same_spliced(a: Arrays, b: Arrays) -> bool:
     )
 
 
-def _by_latent(a: Side, b: Side, cfg: EvalConfig) -> dict[str, tuple[Difference, bool]]:
+def _by_latent(
+    a: ComparedMember, b: ComparedMember, cfg: EvalConfig
+) -> dict[str, tuple[Difference, bool]]:
     values_a, values_b = by_latent(a.arrays, cfg), by_latent(b.arrays, cfg)
     index = a.arrays.get(f"pair_index@{b.label}")
     out = {}
@@ -187,7 +189,7 @@ def _by_latent(a: Side, b: Side, cfg: EvalConfig) -> dict[str, tuple[Difference,
     return out
 
 
-def across_runs(b: Side, a: Side) -> Side:
+def across_runs(b: ComparedMember, a: ComparedMember) -> ComparedMember:
     """Return `b` for comparison with `a` of another run: weighted sums stay only where both have the same gamma."""
     same = "gamma" in b.arrays and all(
         np.array_equal(a.arrays.get(key, np.zeros(0)), b.arrays.get(key, np.zeros(0)))

@@ -139,14 +139,16 @@ def _relu(weights: NamedTensors, k: int) -> tuple[NamedTensors, dict[str, Any], 
 
 
 def _relu_new(
-    weights: NamedTensors, k: int
-) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
+    weights: NamedTensors,
+    k: int,  # noqa: ARG001
+) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:
     return centred(weights), {"kind": "relu"}, {}
 
 
 def _jumprelu(
-    weights: NamedTensors, k: int
-) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
+    weights: NamedTensors,
+    k: int,  # noqa: ARG001
+) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:
     assert weights.threshold is not None
     return (
         centred(weights),

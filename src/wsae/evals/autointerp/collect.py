@@ -21,7 +21,7 @@ from wsae.evals.autointerp.documents import (
     blocks,
     documents_of,
 )
-from wsae.evals.autointerp.reservoirs import Casting, Picked, Pool, Roles, Tracked, entering
+from wsae.evals.autointerp.reservoirs import Picked, Pool, RoleAssignment, Roles, Tracked, entering
 from wsae.evals.autointerp.windows import (
     Collected,
     LatentContexts,
@@ -56,7 +56,7 @@ def collect(
     """
     chosen = latents or {}
     _check(source, members, chosen)
-    run = _Pass(source, members, cfg, chosen)
+    run = _CollectingPass(source, members, cfg, chosen)
     with torch.inference_mode(), progress("contexts", None, "rows") as tick:
         for chunk in source.heldout(batch_size):
             run.update(chunk.x, chunk.seq.numpy(), chunk.pos.numpy())
@@ -68,7 +68,7 @@ def collect(
     return run.collected(table, chosen)
 
 
-class _Pass:
+class _CollectingPass:
     """Everything that sees the rows go by."""
 
     def __init__(
@@ -112,7 +112,7 @@ class _Pass:
         """Return what was asked for."""
         cast: dict[tuple[str, str], _Cast] = {}
         for (hook, name), member in self.tracked.items():
-            casting = Casting(member, self.pool, self.members[hook][name].W_dec, self.cfg)
+            casting = RoleAssignment(member, self.pool, self.members[hook][name].W_dec, self.cfg)
             cast[hook, name] = _cast(casting, latents.get(hook, {}).get(name))
         shown = [p.window for c in cast.values() for roles in c.roles.values() for p in roles]
         number = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *shown]))
@@ -132,7 +132,7 @@ class _Cast(NamedTuple):
     left_out: dict[int, str]
 
 
-def _cast(casting: Casting, given: Int64[torch.Tensor, " latents"] | None) -> _Cast:
+def _cast(casting: RoleAssignment, given: Int64[torch.Tensor, " latents"] | None) -> _Cast:
     out = _Cast({}, {})
     for latent, roles in casting.roles(given):
         if isinstance(roles, str):

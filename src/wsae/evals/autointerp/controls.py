@@ -138,7 +138,7 @@ class RandomModel(NamedTuple):
     source: "LiveSource"
 
 
-class Recipe(NamedTuple):
+class RandomModelRecipe(NamedTuple):
     """What is repeated on the model with random weights, and how."""
 
     source: HeldOut
@@ -152,7 +152,7 @@ class Recipe(NamedTuple):
     keep_store: bool = False
 
 
-def random_model(recipe: Recipe, place: Path, progress: Progress) -> RandomModel:
+def random_model(recipe: RandomModelRecipe, place: Path, progress: Progress) -> RandomModel:
     """Train (or finish, or just open) the control in `place`.
 
     A run on a store harvests the same text once; that store is removed when training is done unless it is to be kept.
@@ -198,7 +198,7 @@ def harvest_config(source: HeldOut) -> "HarvestConfig | None":
     return cfg.model_copy(update={"hooks": tuple(source.hooks)})
 
 
-def _training(recipe: Recipe) -> TrainConfig:
+def _training(recipe: RandomModelRecipe) -> TrainConfig:
     """Return the run's training with the one member."""
     members = dict(zip(recipe.train.names(), recipe.train.members, strict=True))
     member = members[recipe.member].model_copy(update={"label": NAMES["random_model"]})

@@ -191,7 +191,7 @@ class Tiling:
         self._open_side, self._open_whole = DROPPED, False
 
     def width_too_large(self, width: int) -> bool:
-        """Say whether no window would fit."""
+        """Return whether no window would fit."""
         return 0 < self.seq_len < width
 
     def slab(self, seq: Int64[np.ndarray, " rows"], pos: Int64[np.ndarray, " rows"]) -> Slab:

@@ -44,7 +44,7 @@ Vectors = Float32[np.ndarray, "texts dim"]
 
 
 @runtime_checkable
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """Anything that turns texts into unit vectors; a row of NaN for a text that has no tokens."""
 
     @property
@@ -128,7 +128,7 @@ class Memo:
     Memory: 4 dim bytes per distinct text (1.5 kB for the builtin model) and the text.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: TextEncoder) -> None:
         self.name = encoder.name
         self._encoder = encoder
         self._place: dict[str, int] = {}
@@ -242,7 +242,7 @@ _BLOCK = 64
 
 def embedding_scores(
     collected: Collected,
-    encoder: Encoder,
+    encoder: TextEncoder,
     words: Mapping[int, str] | None = None,
     progress: Progress = quiet,
 ) -> list[LatentScore]:
@@ -269,7 +269,9 @@ def embedding_scores(
 class Space:
     """The unit vectors of every window that some latent shows, about their mean."""
 
-    def __init__(self, collected: Collected, encoder: Encoder, progress: Progress = quiet) -> None:
+    def __init__(
+        self, collected: Collected, encoder: TextEncoder, progress: Progress = quiet
+    ) -> None:
         used = np.unique(np.concatenate([_shown(one) for one in collected.latents]))
         self._row = np.full(
             len(collected.windows) + 1, -1, dtype=np.int64
@@ -294,7 +296,10 @@ class Space:
 
 
 def window_vectors(
-    windows: Windows, used: Int64[np.ndarray, " used"], encoder: Encoder, progress: Progress = quiet
+    windows: Windows,
+    used: Int64[np.ndarray, " used"],
+    encoder: TextEncoder,
+    progress: Progress = quiet,
 ) -> Float32[np.ndarray, "used dim"]:
     """Return the encoder's vectors of some windows."""
     return encoder.encode([windows.text(int(window)) for window in used], progress)

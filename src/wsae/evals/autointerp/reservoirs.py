@@ -64,7 +64,7 @@ class Pool:
         return out
 
 
-class Hits(NamedTuple):
+class WindowActivations(NamedTuple):
     """Activations sorted by (window, latent)."""
 
     latent: Int64[np.ndarray, " hits"]
@@ -74,7 +74,7 @@ class Hits(NamedTuple):
     value: Float32[np.ndarray, " hits"]
 
 
-class Kept(NamedTuple):
+class KeptWindows(NamedTuple):
     """One latent's windows on one side: peak activation, activations, and rank among the strongest and the random."""
 
     window: Int64[np.ndarray, " n"]
@@ -85,7 +85,7 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Size:
+class ReservoirSize:
     """The shapes behind a member's memory."""
 
     cfg: ContextConfig
@@ -116,7 +116,7 @@ class Reservoirs:
     room is full (`compact`), which is also when latents no longer tracked leave.
     """
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: ReservoirSize) -> None:
         self._cfg, self._d_sae, self._kept = size.cfg, size.d_sae, size.kept
         self._n = 0
         self._group = np.empty(size.rows, dtype=np.int64)
@@ -136,7 +136,7 @@ class Reservoirs:
         arrays = (self._group, self._window, self._priority, self._peak, self._acts)
         return sum(a.nbytes for a in (*arrays, self.seen, self._above, self._before))
 
-    def add(self, hits: Hits, tracked: Bool[np.ndarray, " d_sae"]) -> None:
+    def add(self, hits: WindowActivations, tracked: Bool[np.ndarray, " d_sae"]) -> None:
         """Offer the windows of some hits, whole windows only; `tracked` marks the latents to keep."""
         if not len(hits.latent):
             return
@@ -170,7 +170,9 @@ class Reservoirs:
     ) -> Bool[np.ndarray, " n"]:
         return (peak > self._above[group]) | (rank < self._before[group])
 
-    def _fill(self, rows: slice, hits: Hits, starts: np.ndarray, ends: np.ndarray) -> None:
+    def _fill(
+        self, rows: slice, hits: WindowActivations, starts: np.ndarray, ends: np.ndarray
+    ) -> None:
         """Write the activations starts[i] .. ends[i] of the hits as row i, zero elsewhere."""
         self._acts[rows] = 0
         counts = ends - starts
@@ -205,29 +207,29 @@ class Reservoirs:
         chosen[order[rank < n]] = True
         return chosen, order[rank == n - 1]
 
-    def kept(self, tracked: Bool[np.ndarray, " d_sae"]) -> "Shelf":
+    def kept(self, tracked: Bool[np.ndarray, " d_sae"]) -> "KeptByLatent":
         """Return what is kept, ready to be looked up."""
         self.compact(tracked)
         top, _ = self._ranked(-self._peak[: self._n], self._cfg.n_top)
         random, _ = self._ranked(self._priority[: self._n], self._cfg.reservoir)
         order = np.lexsort((self._window[: self._n], self._group[: self._n]))
-        columns = Kept(self._window, self._peak, self._acts, top, random)
-        return Shelf(self._group[order], order, columns, self._d_sae)
+        columns = KeptWindows(self._window, self._peak, self._acts, top, random)
+        return KeptByLatent(self._group[order], order, columns, self._d_sae)
 
 
-class Shelf(NamedTuple):
+class KeptByLatent(NamedTuple):
     """Kept windows of all latents and sides."""
 
     group: Int64[np.ndarray, " n"]
     order: Int64[np.ndarray, " n"]
-    columns: Kept
+    columns: KeptWindows
     d_sae: int
 
-    def of(self, latent: int, side: int) -> Kept:
+    def of(self, latent: int, side: int) -> KeptWindows:
         """Return those of one latent on one side, in the text's order."""
         key = side * self.d_sae + latent
         rows = self.order[slice(*np.searchsorted(self.group, [key, key + 1]))]
-        return Kept(*(column[rows] for column in self.columns))
+        return KeptWindows(*(column[rows] for column in self.columns))
 
 
 # One member while the rows go by: how often each latent fires, its windows, and the activity in the
@@ -296,8 +298,10 @@ def member_bytes(cfg: ContextConfig, d_sae: int, given: int | None = None) -> in
     return size.bytes + cfg.pool * _packed(d_sae) + d_sae * 21
 
 
-def _size(cfg: ContextConfig, d_sae: int, given: int | None) -> Size:
-    return Size(cfg, d_sae, min(d_sae, OVERSAMPLE * cfg.n_latents) if given is None else given)
+def _size(cfg: ContextConfig, d_sae: int, given: int | None) -> ReservoirSize:
+    return ReservoirSize(
+        cfg, d_sae, min(d_sae, OVERSAMPLE * cfg.n_latents) if given is None else given
+    )
 
 
 def _packed(d_sae: int) -> int:
@@ -387,7 +391,8 @@ class Tracked:
         events = events.take(np.argsort(events.window * self._d_sae + events.latent, kind="stable"))
         window, side = slab.number[events.window], slab.side[events.window]
         self.reservoirs.add(
-            Hits(events.latent, window, side, events.offset, events.value), self.tracked
+            WindowActivations(events.latent, window, side, events.offset, events.value),
+            self.tracked,
         )
 
     def _note_pool(self, new: _Entries, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
@@ -464,12 +469,12 @@ def neighbours(
     return torch.cat([torch.zeros(0, min(NEIGHBOURS, len(units)), dtype=torch.int64), *out])
 
 
-class Casting:
+class RoleAssignment:
     """Gives the kept windows of one member to the roles of each latent."""
 
     def __init__(self, member: Tracked, pool: Pool, W_dec: Tensor, cfg: ContextConfig) -> None:
         self._member, self._pool, self._cfg = member, pool, cfg
-        self._shelf: Shelf = member.reservoirs.kept(member.tracked)
+        self._shelf: KeptByLatent = member.reservoirs.kept(member.tracked)
         self._units = unit_rows(W_dec).cpu()
 
     def roles(self, given: Int64[Tensor, " latents"] | None) -> Iterator[tuple[int, Roles | str]]:
@@ -517,7 +522,7 @@ class Casting:
         order = np.lexsort((window, -acts.max(axis=1, initial=0)))
         return Picked(window[order], acts[order])
 
-    def _spread(self, kept: Kept, n: int, latent: int, role: str) -> Picked:
+    def _spread(self, kept: KeptWindows, n: int, latent: int, role: str) -> Picked:
         """Return one random window from each of n equal-count quantiles of peak activation, strongest first."""
         ranked = kept.random.nonzero()[0]
         ranked = ranked[np.argsort(-kept.peak[ranked], kind="stable")]

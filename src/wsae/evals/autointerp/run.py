@@ -19,19 +19,19 @@ from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.llm.plan import Planned, dry_run
 from wsae.evals.autointerp.scoring import Parts, all_fragments, score_all, write_ascii
 from wsae.evals.autointerp.subjects import (
-    Job,
-    Judges,
+    InterpretJob,
     Named,
-    Panel,
-    Sides,
+    ScorerModels,
+    Scorers,
     Subject,
     Subjects,
+    SurveyedHook,
     about,
     again,
-    look,
-    panel,
+    choose_scorers,
     selected,
     subjects,
+    survey_hooks,
 )
 from wsae.evals.autointerp.summary import (
     LatentScore,
@@ -188,7 +188,7 @@ def bootstrap(cfg: InterpretConfig) -> EvalConfig:
 # change in interpretability. Over "control": a sample against a control's.
 
 
-def comparisons(sides: Sides, named: Named, cfg: InterpretConfig) -> list[Json]:
+def comparisons(sides: SurveyedHook, named: Named, cfg: InterpretConfig) -> list[Json]:
     """Return the lines of one hook: a, b, metric (the score), over, difference, low, high, effect_size, n, unit.
 
     Those over matched latents also have `sampled` (the member's latents of which n are compared), `cosine` (the mean
@@ -205,7 +205,7 @@ def comparisons(sides: Sides, named: Named, cfg: InterpretConfig) -> list[Json]:
                 "density": matched_density(*samples, bootstrap(cfg)),
                 "adjusted": density_adjusted(*samples, bootstrap(cfg)),
             }
-            lines = [_line((member, twin), score, over, gap) for over, gap in found.items()]
+            lines = [_line(member, twin, score, over, gap) for over, gap in found.items()]
             lines[0] |= _pairs(sides, member, a.own(score), b.values(score))
             out += lines
     return out + _against_controls(named, cfg)
@@ -215,7 +215,7 @@ def _against_controls(named: Named, cfg: InterpretConfig) -> list[Json]:
     members = {name: subject for name, subject in named.items() if subject.control is None}
     controls = {name: subject for name, subject in named.items() if subject.control is not None}
     return [
-        _line((a, b), score, "control", _unpaired(member, control, score, cfg))
+        _line(a, b, score, "control", _unpaired(member, control, score, cfg))
         for a, member in members.items()
         for b, control in controls.items()
         for score in member.parts
@@ -223,8 +223,7 @@ def _against_controls(named: Named, cfg: InterpretConfig) -> list[Json]:
     ]
 
 
-def _line(names: tuple[str, str], score: str, over: str, found: Difference) -> Json:
-    a, b = names
+def _line(a: str, b: str, score: str, over: str, found: Difference) -> Json:
     paired = {"unit": "latent", "paired": over == "matched"}
     return {"a": a, "b": b, "metric": score, "over": over, **found._asdict(), **paired}
 
@@ -238,7 +237,9 @@ def _matched(
     return paired_difference(mean(values[:, 0]), mean(values[:, 1]), bootstrap(cfg))
 
 
-def _pairs(sides: Sides, member: str, left: dict[int, float], right: dict[int, float]) -> Json:
+def _pairs(
+    sides: SurveyedHook, member: str, left: dict[int, float], right: dict[int, float]
+) -> Json:
     """Return how many of a member's sampled latents are compared, and how alike the pairs are."""
     matching = sides.matching[member]
     cosines = dict(zip(matching.pair_a.tolist(), matching.pair_cosine.tolist(), strict=True))
@@ -269,19 +270,19 @@ SHOWN = 6
 """Contexts of a latent that are written, the strongest explaining ones."""
 
 
-def record_json(panel: Panel, sides: dict[str, Sides], found: Subjects) -> Json:
+def record_json(scorers: Scorers, sides: dict[str, SurveyedHook], found: Subjects) -> Json:
     """Return the content of interpretation.json."""
     return {
         "schema": 1,
-        "config": panel.cfg.to_dict(),
-        "judges": panel.names(),
-        "hooks": {hook: _hook(panel, sides[hook], named) for hook, named in found.items()},
-        "glossary": glossary(panel.cfg.scores),
+        "config": scorers.cfg.to_dict(),
+        "judges": scorers.names(),
+        "hooks": {hook: _hook(scorers, sides[hook], named) for hook, named in found.items()},
+        "glossary": glossary(scorers.cfg.scores),
     }
 
 
-def _hook(panel: Panel, sides: Sides, named: Named) -> Json:
-    entries = {name: entry(subject, panel.cfg) for name, subject in named.items()}
+def _hook(scorers: Scorers, sides: SurveyedHook, named: Named) -> Json:
+    entries = {name: entry(subject, scorers.cfg) for name, subject in named.items()}
     first = next(iter(named.values()))
     return {
         "heldout_tokens": sides.survey.moments.n,
@@ -293,11 +294,11 @@ def _hook(panel: Panel, sides: Sides, named: Named) -> Json:
             member: {"with": sides.family.twins[member], **matching.summary()}
             for member, matching in sides.matching.items()
         },
-        "comparisons": comparisons(sides, named, panel.cfg),
+        "comparisons": comparisons(sides, named, scorers.cfg),
     }
 
 
-def contexts_json(sides: dict[str, Sides], found: Subjects) -> dict[str, Json]:
+def contexts_json(sides: dict[str, SurveyedHook], found: Subjects) -> dict[str, Json]:
     """Return the content of contexts.json: as the evaluation's, with explanation, typical tokens and scores."""
     return {
         hook: {
@@ -309,7 +310,7 @@ def contexts_json(sides: dict[str, Sides], found: Subjects) -> dict[str, Json]:
     }
 
 
-def _latent(sides: Sides, name: str, subject: Subject, contexts: LatentContexts) -> Json:
+def _latent(sides: SurveyedHook, name: str, subject: Subject, contexts: LatentContexts) -> Json:
     latent = contexts.latent
     row = latent_row(subject, latent, contexts)
     return {
@@ -323,7 +324,7 @@ def _latent(sides: Sides, name: str, subject: Subject, contexts: LatentContexts)
     }
 
 
-def _match(sides: Sides, name: str, latent: int) -> Json | None:
+def _match(sides: SurveyedHook, name: str, latent: int) -> Json | None:
     """Return the twin's latent that this one is paired with."""
     matching = sides.matching.get(name)
     if matching is None:
@@ -359,7 +360,7 @@ def interpret_run(
     cfg: InterpretConfig = InterpretConfig(),  # noqa: B008  (frozen)
     progress: Progress = quiet,
     force: bool = False,
-    **judges: Unpack[Judges],
+    **judges: Unpack[ScorerModels],
 ) -> Json:
     """Score the latents of a finished run, write RUN/interpretation and return the content of interpretation.json.
 
@@ -368,7 +369,9 @@ def interpret_run(
     Raises UserError when `run` is not a finished run, the data have no text, or a score lacks its judge.
     """
     families = selected(run_subject(run).families, cfg)
-    job = Job(run, source, families, panel(cfg, judges, progress), data_digest(source))
+    job = InterpretJob(
+        run, source, families, choose_scorers(cfg, judges, progress), data_digest(source)
+    )
     place = run / PLACE
     with locked(place, top=run):
         if force:
@@ -390,14 +393,14 @@ def data_digest(source: HeldOut) -> str:
     return sha.hexdigest()
 
 
-def _inputs(job: Job) -> dict[str, str]:
+def _inputs(job: InterpretJob) -> dict[str, str]:
     """Return the digests of everything the result depends on beside the settings."""
-    judges = {f"judge/{score}": digest(job.panel.identity(score)) for score in job.cfg.scores}
+    judges = {f"judge/{score}": digest(job.scorers.identity(score)) for score in job.cfg.scores}
     run = read_manifest(job.run, "run", verify=False).digest()
     return {"run": run, "data": job.data, **judges}
 
 
-def _current(job: Job, place: Path) -> Json | None:
+def _current(job: InterpretJob, place: Path) -> Json | None:
     """Return what is there, if it is whole, finished, and of these inputs and settings."""
     if not (place / MANIFEST).exists():
         return None
@@ -406,12 +409,12 @@ def _current(job: Job, place: Path) -> Json | None:
     return read_json(place / RECORD) if same and not there.info.get("unfinished") else None
 
 
-def _interpret(job: Job, place: Path) -> Json:
-    sides = look(job.source, job.families, job.cfg, job.progress)
+def _interpret(job: InterpretJob, place: Path) -> Json:
+    sides = survey_hooks(job.source, job.families, job.cfg, job.progress)
     found = subjects(job, place, sides)
     score_all(job, Parts(place / "parts"), sides, found)
     (place / MANIFEST).unlink(missing_ok=True)
-    write_ascii(place / RECORD, record_json(job.panel, sides, found))
+    write_ascii(place / RECORD, record_json(job.scorers, sides, found))
     write_ascii(place / CONTEXTS, contexts_json(sides, found))
     parts = (subject.parts for named in found.values() for subject in named.values())
     info = {"unfinished": any(map(again, parts))}
@@ -425,7 +428,7 @@ def plan_run(
     source: HeldOut,
     cfg: InterpretConfig,
     progress: Progress = quiet,
-    **judges: Unpack[Judges],
+    **judges: Unpack[ScorerModels],
 ) -> dict[str, Planned]:
     """Return what the language model would be asked, by score, summed over hooks, members and controls; asks nothing.
 
@@ -435,17 +438,17 @@ def plan_run(
     known = tuple(control for control in cfg.controls if control != "random_model")
     cfg = cfg.model_copy(update={"scores": tuple(asked), "controls": known})
     families = selected(run_subject(run).families, cfg)
-    job = Job(run, source, families, panel(cfg, judges, progress), "")
-    sides = look(source, families, cfg, progress)
+    job = InterpretJob(run, source, families, choose_scorers(cfg, judges, progress), "")
+    sides = survey_hooks(source, families, cfg, progress)
     found = subjects(job, run / PLACE, sides)
     simulated = all_fragments(job, sides, found) if "simulation" in asked else {}
     total: dict[str, Planned] = {}
     for hook, named in found.items():
         for name, subject in named.items():
-            assert job.panel.llm is not None
+            assert job.scorers.llm is not None
             fragments_of = simulated.get((hook, name))
             for score, part in dry_run(
-                job.panel.llm, asked, subject.collected, fragments_of
+                job.scorers.llm, asked, subject.collected, fragments_of
             ).items():
                 total[score] = total.get(score, Planned()) + part
     return total

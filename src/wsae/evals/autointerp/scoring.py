@@ -19,7 +19,7 @@ from wsae.evals.autointerp.config import FREE, Score
 from wsae.evals.autointerp.controls import derangement
 from wsae.evals.autointerp.llm.config import FragmentConfig
 from wsae.evals.autointerp.llm.simulate import Fragments, fragments
-from wsae.evals.autointerp.subjects import Job, Named, Sides, Subject, Subjects
+from wsae.evals.autointerp.subjects import InterpretJob, Named, Subject, Subjects, SurveyedHook
 from wsae.sae import SparseAutoencoder
 
 # Finished parts of an interpretation, in files named by the hash of what they were made from.
@@ -68,7 +68,9 @@ SCHEMA = 2
 """Of a part: another way of scoring is another number."""
 
 
-def score_all(job: Job, parts: Parts, sides: dict[str, Sides], found: Subjects) -> None:
+def score_all(
+    job: InterpretJob, parts: Parts, sides: dict[str, SurveyedHook], found: Subjects
+) -> None:
     """Fill in every subject's parts and explanations."""
     for hook, named in found.items():
         few = few_latents(job.cfg.surprisal_latents, job.cfg.seed, sides[hook], named)
@@ -76,11 +78,17 @@ def score_all(job: Job, parts: Parts, sides: dict[str, Sides], found: Subjects) 
             for score in job.cfg.scores:
                 if score in FREE:
                     chosen = few[name] if score == "surprisal" else None
-                    subject.parts[score] = _free(job, parts, (hook, name), subject, score, chosen)
-            _asked(job, f"{hook}/{name}", subject)
+                    subject.parts[score] = _free(job, parts, hook, name, subject, score, chosen)
+            if {"detection", "fuzzing"} & set(job.cfg.scores):  # they share their explanations
+                asked, explanations = job.scorers.asked(subject.collected, f"{hook}/{name}")
+                subject.parts |= asked
+                subject.explanations |= explanations
     if "simulation" in job.cfg.scores:
-        for key, fragments_of in all_fragments(job, sides, found).items():
-            _simulated(job, key, found[key[0]][key[1]], fragments_of)
+        for (hook, name), shown in all_fragments(job, sides, found).items():
+            subject = found[hook][name]
+            part, explanations = job.scorers.simulated(shown, f"{hook}/{name}")
+            subject.parts["simulation"] = part
+            subject.explanations = explanations | subject.explanations
 
 
 class Few(NamedTuple):
@@ -92,7 +100,7 @@ class Few(NamedTuple):
     """Of the latents of other members."""
 
 
-def few_latents(n: int, seed: int, sides: Sides, named: Named) -> dict[str, Few]:
+def few_latents(n: int, seed: int, sides: SurveyedHook, named: Named) -> dict[str, Few]:
     """Return the first n latents of a seeded order of each sample that have contexts, and their partners.
 
     The shuffled control is made for the reference's.
@@ -112,9 +120,10 @@ def few_latents(n: int, seed: int, sides: Sides, named: Named) -> dict[str, Few]
 
 
 def _free(
-    job: Job,
+    job: InterpretJob,
     parts: Parts,
-    place: tuple[str, str],
+    hook: str,
+    name: str,
     subject: Subject,
     score: Score,
     few: Few | None,
@@ -123,8 +132,8 @@ def _free(
     chosen = None if few is None else sorted({*few.sample, *few.partners})
     made_from = {
         "schema": SCHEMA,
-        "scorer": job.panel.identity(score),
-        "place": place,
+        "scorer": job.scorers.identity(score),
+        "place": [hook, name],
         "data": job.data,
         "sae": sae_digest(subject.sae),
         "contexts": job.cfg.contexts.to_dict(),
@@ -133,7 +142,7 @@ def _free(
         "chosen": chosen,
     }
     wanted = None if chosen is None else set(chosen)
-    part = parts.get(made_from, lambda: job.panel.free(score, subject.collected, wanted))
+    part = parts.get(made_from, lambda: job.scorers.free(score, subject.collected, wanted))
     return part if few is None else {**part, "sample": few.sample}
 
 
@@ -145,22 +154,8 @@ def sae_digest(sae: SparseAutoencoder) -> str:
     return sha.hexdigest()
 
 
-def _asked(job: Job, task: str, subject: Subject) -> None:
-    """Ask the language model about one member: detection and fuzzing share their explanations."""
-    if {"detection", "fuzzing"} & set(job.cfg.scores):
-        parts, explanations = job.panel.asked(subject.collected, task)
-        subject.parts |= parts
-        subject.explanations |= explanations
-
-
-def _simulated(job: Job, key: tuple[str, str], subject: Subject, found: Fragments) -> None:
-    part, explanations = job.panel.simulated(found, "/".join(key))
-    subject.parts["simulation"] = part
-    subject.explanations = explanations | subject.explanations
-
-
 def all_fragments(
-    job: Job, sides: dict[str, Sides], found: Subjects
+    job: InterpretJob, sides: dict[str, SurveyedHook], found: Subjects
 ) -> dict[tuple[str, str], Fragments]:
     """Return the fragments that simulation needs, by hook and name: one pass over each source."""
     out: dict[tuple[str, str], Fragments] = {}

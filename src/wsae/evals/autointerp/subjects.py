@@ -17,13 +17,13 @@ from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
 from wsae.evals.autointerp.controls import (
     ABOUT,
     NAMES,
-    Recipe,
+    RandomModelRecipe,
     neurons,
     pca,
     random_model,
     shuffled,
 )
-from wsae.evals.autointerp.embedding import Encoder, Memo, embedding_scores, load_encoder
+from wsae.evals.autointerp.embedding import Memo, TextEncoder, embedding_scores, load_encoder
 from wsae.evals.autointerp.llm.client import NO_EXPLANATION
 from wsae.evals.autointerp.llm.detect import (
     Explained,
@@ -34,13 +34,13 @@ from wsae.evals.autointerp.llm.detect import (
     fuzzing_scores,
 )
 from wsae.evals.autointerp.llm.simulate import Fragments, simulation_scores
-from wsae.evals.autointerp.llm.types import Llm, Tally
-from wsae.evals.autointerp.surprisal import TEMPLATES, Reader, surprisal_scores
+from wsae.evals.autointerp.llm.types import AnswerTally, Llm
+from wsae.evals.autointerp.surprisal import TEMPLATES, PrefixReader, surprisal_scores
 from wsae.evals.autointerp.windows import Collected
 from wsae.evals.contexts import sample_latents
 from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut, Language
-from wsae.evals.matching import Matching, Side, match
+from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.evals.measure import Family, Survey
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Covariance
@@ -59,7 +59,7 @@ ASSIGNMENT_MAX = 8192
 
 
 @dataclass(frozen=True)
-class Sides:
+class SurveyedHook:
     """One hook's members before collection."""
 
     family: Family
@@ -104,12 +104,12 @@ class Sides:
 
 
 @torch.inference_mode()
-def look(
+def survey_hooks(
     source: HeldOut,
     families: dict[str, Family],
     cfg: InterpretConfig,
     progress: Progress = quiet,
-) -> dict[str, Sides]:
+) -> dict[str, SurveyedHook]:
     """Survey the held-out rows once and choose each member's latents, hook by hook.
 
     Raises UserError when there are no rows, a width differs, or the data hold NaN.
@@ -134,7 +134,7 @@ def look(
 
 def _sides(
     family: Family, survey: Survey, covariance: Covariance | None, cfg: InterpretConfig
-) -> Sides:
+) -> SurveyedHook:
     sample = {
         name: sample_latents(
             activity.density, cfg.contexts.n_latents, cfg.seed, "interpret", survey.hook, name
@@ -143,10 +143,10 @@ def _sides(
     }
     matching = {}
     for member, twin in family.twins.items():
-        a, b = (Side(family.saes[n].W_dec, survey.activity[n].alive) for n in (member, twin))
+        a, b = (LiveDecoder(family.saes[n].W_dec, survey.activity[n].alive) for n in (member, twin))
         matching[member] = match(a, b, ASSIGNMENT_MAX, cfg.seed)
     reference = next(iter(family.twins.values()), next(iter(family.saes)))
-    return Sides(family, survey, covariance, reference, sample, matching)
+    return SurveyedHook(family, survey, covariance, reference, sample, matching)
 
 
 def selected(families: dict[str, Family], cfg: InterpretConfig) -> dict[str, Family]:
@@ -182,29 +182,29 @@ METRIC: dict[Score, str] = {
 }
 """The number that stands for a score; what else is known of a latent is beside it."""
 _FINAL = (NO_EXPLANATION, "unparsed")
-"""Beginnings of the reasons that asking again would not mend: the answer on disk is what it is."""
+"""Beginnings of the reasons that asking again would not fix: the answer on disk is what it is."""
 
 
-class Judges(TypedDict, total=False):
-    """Who may be asked; what is left out is not there."""
+class ScorerModels(TypedDict, total=False):
+    """The models that may be asked; what is left out is not there."""
 
     llm: Llm | None
     """A language model that follows instructions, for detection, fuzzing and simulation."""
     language: Language | None
     """The model behind the activations, for surprisal and the control random_model."""
-    encoder: Encoder | None
+    encoder: TextEncoder | None
     """A sentence encoder, for embedding; none loads the builtin one."""
 
 
 @dataclass(frozen=True)
-class Panel:
-    """The judges that the scores need, all there."""
+class Scorers:
+    """The models that the scores need, all there."""
 
     cfg: InterpretConfig
-    encoder: Encoder | None
+    encoder: TextEncoder | None
     language: Language | None
     llm: Llm | None
-    reader: Reader | None = None
+    reader: PrefixReader | None = None
     """The language model as a reader, which remembers what it has read."""
     progress: Progress = quiet
 
@@ -276,7 +276,7 @@ class Panel:
         return named.get(score, self.llm)
 
 
-def panel(cfg: InterpretConfig, judges: Judges, progress: Progress) -> Panel:
+def choose_scorers(cfg: InterpretConfig, judges: ScorerModels, progress: Progress) -> Scorers:
     """Return the judges; raises UserError naming the score that lacks one."""
     encoder, language, llm = judges.get("encoder"), judges.get("language"), judges.get("llm")
     if "embedding" in cfg.scores:
@@ -290,8 +290,8 @@ def panel(cfg: InterpretConfig, judges: Judges, progress: Progress) -> Panel:
         raise UserError(
             f"score {asked[0]}: asks a language model that follows instructions; give one, or leave it out"
         )
-    reader = Reader(language) if "surprisal" in cfg.scores and language is not None else None
-    return Panel(cfg, encoder, language, llm, reader, progress)
+    reader = PrefixReader(language) if "surprisal" in cfg.scores and language is not None else None
+    return Scorers(cfg, encoder, language, llm, reader, progress)
 
 
 def subset(collected: Collected, latents: set[int]) -> Collected:
@@ -300,13 +300,13 @@ def subset(collected: Collected, latents: set[int]) -> Collected:
 
 
 def again(parts: Mapping[str, Json]) -> bool:
-    """Say whether some request had no answer that another attempt, or a larger budget, could bring."""
+    """Return whether some request had no answer that another attempt, or a larger budget, could bring."""
     tallies = (part.get(kind) for part in parts.values() for kind in ("tally", "explaining"))
     reasons = (reason for tally in tallies if tally for reason in tally["reasons"])
     return any(not reason.startswith(_FINAL) for reason in reasons)
 
 
-def _part(score: Score, judge: str, scores: list[Any], tally: Tally | None) -> Json:
+def _part(score: Score, judge: str, scores: list[Any], tally: AnswerTally | None) -> Json:
     return {
         "judge": judge,
         "metric": METRIC[score],
@@ -329,25 +329,25 @@ def _name(judge: object) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class InterpretJob:
     """One interpretation: the run's families on some data, and who judges."""
 
     run: Path
     source: HeldOut
     families: dict[str, Family]
-    panel: Panel
+    scorers: Scorers
     data: str
     """Digest of the data."""
 
     @property
     def cfg(self) -> InterpretConfig:
         """The settings."""
-        return self.panel.cfg
+        return self.scorers.cfg
 
     @property
     def progress(self) -> Progress:
         """Whom to tell."""
-        return self.panel.progress
+        return self.scorers.progress
 
 
 @dataclass
@@ -388,7 +388,7 @@ Subjects = dict[str, Named]
 """Hook -> subjects."""
 
 
-def subjects(job: Job, place: Path, sides: dict[str, Sides]) -> Subjects:
+def subjects(job: InterpretJob, place: Path, sides: dict[str, SurveyedHook]) -> Subjects:
     """Collect the contexts of all members and controls: one pass, and one of the model with random weights."""
     saes: Members = {h: {**s.family.saes, **s.controls(job.cfg)} for h, s in sides.items()}
     wanted = {hook: side.latents() for hook, side in sides.items()}
@@ -416,7 +416,7 @@ def about(subject: Subject) -> str:
     return ABOUT[subject.control] if subject.control else ""
 
 
-def _collected(job: Job, source: HeldOut, saes: Members, wanted: Any) -> Any:
+def _collected(job: InterpretJob, source: HeldOut, saes: Members, wanted: Any) -> Any:
     return collect(source, saes, job.cfg.contexts, job.cfg.batch_size, wanted, job.progress)
 
 
@@ -425,7 +425,7 @@ def _all(collected: Collected) -> list[int]:
     return [*(contexts.latent for contexts in collected.latents), *collected.left_out]
 
 
-def _shuffled(job: Job, hook: str, reference: Subject) -> Subject:
+def _shuffled(job: InterpretJob, hook: str, reference: Subject) -> Subject:
     """Return the reference's sample, each latent with another one's explaining windows."""
     own = subset(reference.collected, set(reference.sample))
     swapped = shuffled(own, job.cfg.seed, hook)
@@ -433,10 +433,14 @@ def _shuffled(job: Job, hook: str, reference: Subject) -> Subject:
     return Subject(reference.sae, reference.source, swapped, sample, "shuffled")
 
 
-def _random_model(job: Job, place: Path, sides: dict[str, Sides]) -> dict[str, Subject]:
+def _random_model(
+    job: InterpretJob, place: Path, sides: dict[str, SurveyedHook]
+) -> dict[str, Subject]:
     train = TrainConfig.parse(read_json(job.run / "config.json")["train"], where=str(job.run))
     member = next(iter(sides.values())).reference
-    recipe = Recipe(job.source, job.panel.language, train, member, job.cfg.seed, job.cfg.keep_store)
+    recipe = RandomModelRecipe(
+        job.source, job.scorers.language, train, member, job.cfg.seed, job.cfg.keep_store
+    )
     made = random_model(recipe, place / "random-model", job.progress)
     saes = {hook: {NAMES["random_model"]: made.saes[hook]} for hook in sides}
     found = _collected(job, made.source, saes, None)

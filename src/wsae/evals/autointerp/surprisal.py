@@ -38,7 +38,7 @@ KEYS = 1 << 13
 """Tokens whose keys and values are held at once, prefixes included: 377 MB for SmolLM2-135M in fp32."""
 
 
-class Reader:
+class PrefixReader:
     """Reads texts after prefixes, and remembers what each distinct text costs after a fixed one."""
 
     def __init__(self, language: Language) -> None:
@@ -130,7 +130,7 @@ MAX_WORDS = 1000
 
 def surprisal_scores(
     collected: Collected,
-    language: Language | Reader,
+    language: Language | PrefixReader,
     explanations: Mapping[int, str] | None = None,
     latents: Collection[int] | None = None,
     seed: int = 0,
@@ -142,7 +142,7 @@ def surprisal_scores(
     explaining windows that the model did not read and the median one of 20 explaining windows of other latents. One
     `Reader` for several members reads each window after "nothing said" once.
     """
-    reader = language if isinstance(language, Reader) else Reader(language)
+    reader = language if isinstance(language, PrefixReader) else PrefixReader(language)
     asked = _Asked(reader, collected, seed)
     chosen = [one for one in collected.latents if latents is None or one.latent in latents]
     out = []
@@ -157,7 +157,7 @@ def surprisal_scores(
 class _Asked:
     """What scoring a latent needs beside its contexts."""
 
-    reader: Reader
+    reader: PrefixReader
     collected: Collected
     seed: int
 

@@ -19,7 +19,7 @@ from wsae.evals.autointerp.summary import Sample, density_adjusted, matched_dens
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.classes.score import OVER_IMAGES, SCORES, Json, Scored
 from wsae.evals.intervals import Difference, mean, paired_difference
-from wsae.evals.matching import Matching, Side, match
+from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.stats.classes import gap, jackknife
 
 Named = dict[str, Scored]
@@ -35,11 +35,11 @@ def comparisons(
         matching = matched(a, b, cfg)
         for score in SCORES:
             found = differences(a, b, score, matching, cfg)
-            out += [_line((member, twin), score, over, gap) for over, gap in found.items()]
+            out += [_line(member, twin, score, over, gap) for over, gap in found.items()]
     for name, member in members.items():
         for control, other in controls.items():
             found = {score: _unpaired(member, other, score, cfg) for score in SCORES}
-            out += [_line((name, control), score, "control", gap) for score, gap in found.items()]
+            out += [_line(name, control, score, "control", gap) for score, gap in found.items()]
     return out
 
 
@@ -66,7 +66,7 @@ def matched(a: Scored, b: Scored, cfg: ClassesConfig) -> Matching:
     """Return which live latent of `a` goes with which of `b`, by decoder direction."""
     assert a.sae is not None
     assert b.sae is not None
-    sides = [Side(side.sae.W_dec, _alive(side)) for side in (a, b) if side.sae is not None]
+    sides = [LiveDecoder(side.sae.W_dec, _alive(side)) for side in (a, b) if side.sae is not None]
     return match(sides[0], sides[1], cfg.assignment_max, cfg.seed)
 
 
@@ -139,5 +139,5 @@ def _sample(side: Scored, score: str) -> Sample:
     return Sample(side.density, side.values(score))
 
 
-def _line(names: tuple[str, str], score: str, over: str, found: Difference) -> Json:
-    return {"a": names[0], "b": names[1], "metric": score, "over": over, **found._asdict()}
+def _line(a: str, b: str, score: str, over: str, found: Difference) -> Json:
+    return {"a": a, "b": b, "metric": score, "over": over, **found._asdict()}

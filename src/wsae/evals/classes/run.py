@@ -56,7 +56,7 @@ CLASSES, ARRAYS = "classes.json", "arrays.safetensors"
 
 
 @dataclass(frozen=True)
-class Found:
+class ClassScores:
     """Scores by latent of every member and control, and the JSON-ready record."""
 
     members: Named
@@ -91,7 +91,7 @@ def score_classes(
     data: Labelled,
     cfg: ClassesConfig = ClassesConfig(),  # noqa: B008  (frozen)
     progress: Progress = quiet,
-) -> Found:
+) -> ClassScores:
     """Score every member of a family and the controls on held-out rows with classes.
 
     Returns per-latent arrays (`wsae.evals.classes.score.SCORES`) and a record with summaries and comparisons. Raises
@@ -116,7 +116,7 @@ def score_classes(
         "controls": {name: control.summary for name, control in controls.items()},
         "comparisons": comparisons(members, controls, family.twins, cfg),
     }
-    return Found(members, controls, record)
+    return ClassScores(members, controls, record)
 
 
 def score_run(

@@ -15,9 +15,9 @@ from wsae.evals.recovery.glossary import RECOVERY
 from wsae.evals.recovery.options import RecoveryConfig
 from wsae.evals.recovery.truth import (
     ROWS,
+    ColumnMoments,
     GroundTruth,
     Matrix,
-    Moments,
     Scores,
     check_finite,
     checked_truth,
@@ -51,7 +51,7 @@ class Sums:
     """sum_t z_tj^2."""
     fired: Float64[Tensor, " d_sae"]
     """sum_t [z_tj != 0]."""
-    moments: Moments
+    moments: ColumnMoments
     """Mean and central moments of each latent."""
 
 
@@ -307,7 +307,7 @@ def isolated(
 
 
 def is_homogeneous(sae: SparseAutoencoder) -> bool:
-    """Say whether h(c v) = c h(v) for every c > 0: no bias, no threshold."""
+    """Return whether h(c v) = c h(v) for every c > 0: no bias, no threshold."""
     biases = sae.biases
     free = biases is None or not any(bool(bias.any()) for bias in biases)
     return free and isinstance(sae.cfg.activation, ReLU | TopK | GroupTopK)

@@ -21,7 +21,7 @@ ROWS = 512
 """Rows taken to fp64 at once: blocks that stay in a core's cache, and no fp64 copy of the whole."""
 
 
-class Moments(NamedTuple):
+class ColumnMoments(NamedTuple):
     """Per column, over rows t."""
 
     mean: Float64[Tensor, " columns"]
@@ -31,7 +31,9 @@ class Moments(NamedTuple):
     """sum_t (z_t - mean)^4."""
 
 
-def moments(values: Float[Tensor, "rows columns"], mean: Float64[Tensor, " columns"]) -> Moments:
+def moments(
+    values: Float[Tensor, "rows columns"], mean: Float64[Tensor, " columns"]
+) -> ColumnMoments:
     """Return the central moments of each column about its `mean`."""
     square, fourth = torch.zeros_like(mean), torch.zeros_like(mean)
     for block in values.split(ROWS):
@@ -40,10 +42,10 @@ def moments(values: Float[Tensor, "rows columns"], mean: Float64[Tensor, " colum
         fourth += part.square_().sum(0)
     # What rounding leaves of a constant column is some 1e-32 of its square.
     varies = square > 1e-24 * len(values) * mean.square()
-    return Moments(mean, torch.where(varies, square, 0.0), fourth)
+    return ColumnMoments(mean, torch.where(varies, square, 0.0), fourth)
 
 
-def spread(name: str, found: Moments, rows: int) -> Scores:
+def spread(name: str, found: ColumnMoments, rows: int) -> Scores:
     """Return per-column variance (mean over all columns), dispersion and kurtosis (medians over columns that vary).
 
         Var(z_j)        Var(z_j) / E[z_j]^2        E[(z_j - E z_j)^4] / Var(z_j)^2
@@ -78,7 +80,7 @@ class GroundTruth:
     """1 where x > 0, else 0."""
     count: Float64[Tensor, " n"]
     """Rows in which each feature is active."""
-    moments: Moments
+    moments: ColumnMoments
     """Mean and central moments of each feature."""
     energy: Float64[Tensor, " n"]
     """sum_t x_ti^2."""

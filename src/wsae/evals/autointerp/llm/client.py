@@ -24,7 +24,7 @@ from wsae.core.files import LINE_BYTES, as_user_error, digest, opened, parse_jso
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.types import Answer, Llm, Request, Tally, Token, one_line
+from wsae.evals.autointerp.llm.types import Answer, AnswerTally, AnswerToken, Llm, Request, one_line
 
 # Requests asked, answers parsed strictly, every outcome counted.
 
@@ -43,7 +43,7 @@ def ask_all(
     parse: Callable[[int, Answer], T],
     task: str,
     progress: Progress = quiet,
-) -> tuple[list[T | None], Tally]:
+) -> tuple[list[T | None], AnswerTally]:
     """Return what `parse` makes of each answer (None where there is none) and the outcomes, counted.
 
     A request that is None is not asked (there was no explanation). `parse` gets the request's number and raises
@@ -78,10 +78,10 @@ def _parsed(
         return None, f"unparsed: {error}"
 
 
-def _tally(answers: list[Answer], not_asked: int, reasons: Counter[str]) -> Tally:
+def _tally(answers: list[Answer], not_asked: int, reasons: Counter[str]) -> AnswerTally:
     lost = sum(reasons.values())
     paid = [answer for answer in answers if not answer.cached]
-    return Tally(
+    return AnswerTally(
         requested=len(answers),
         parsed=len(answers) - lost,
         failed=lost - not_asked,
@@ -227,7 +227,7 @@ def _checked(data: object, key: str) -> Answer | None:
     if not isinstance(reply, dict) or digest([data["asked"], reply]) != data.get("sha256"):
         return None
     try:
-        tokens = tuple(Token(*token) for token in reply["tokens"])
+        tokens = tuple(AnswerToken(*token) for token in reply["tokens"])
         rest = {name: value for name, value in reply.items() if name not in ("tokens", "values")}
         return Answer(**rest, tokens=tokens, values=tuple(reply["values"]), cached=True)
     except (KeyError, TypeError):  # whole, but of another form: it is named, and asked again
@@ -278,7 +278,7 @@ def read(response: Response, cfg: LlmConfig, has_key: bool, logprobs: bool) -> A
 
 
 def _refuse(response: Response, cfg: LlmConfig, has_key: bool, message: str) -> None:
-    """Raise UserError for what no repetition mends."""
+    """Raise UserError for what no repetition fixes."""
     status = response.status
     if status in (401, 403):
         key = f"the key in {cfg.key_env} is not accepted" if has_key else f"no key in {cfg.key_env}"
@@ -361,7 +361,7 @@ def _count(body: dict[str, Any], kind: str) -> int:
     return n if isinstance(n, int) and not isinstance(n, bool) and n > 0 else 0
 
 
-def _tokens(logprobs: object) -> tuple[Token, ...]:
+def _tokens(logprobs: object) -> tuple[AnswerToken, ...]:
     """Return the answer's tokens; () unless every one has its text and finite-or-minus-infinite log-probabilities."""
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     out = []
@@ -375,7 +375,7 @@ def _tokens(logprobs: object) -> tuple[Token, ...]:
         top = {item["token"]: float(item["logprob"]) for item in listed}
         text, raw = entry["token"], entry.get("bytes")
         size = len(raw) if isinstance(raw, list) else len(text.encode(errors="replace"))
-        out.append(Token(text, top, size))
+        out.append(AnswerToken(text, top, size))
     return tuple(out)
 
 

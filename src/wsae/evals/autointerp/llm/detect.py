@@ -22,9 +22,9 @@ from wsae.evals.autointerp.llm.client import Unparsed, ask_all, said
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.autointerp.llm.types import (
     Answer,
+    AnswerTally,
     Llm,
     Request,
-    Tally,
     filled,
     harmless,
     harmless_tokens,
@@ -61,7 +61,7 @@ class Explained(NamedTuple):
     """Explanations by latent, of those that could be had, and the outcomes of asking."""
 
     explanations: dict[int, Explanation]
-    tally: Tally
+    tally: AnswerTally
     model: str
 
 
@@ -174,50 +174,52 @@ POSITIVE, NEGATIVE, HARD = 0, 1, 2
 _LIST = re.compile(r"\[[^\[\]]*\]")
 
 
-class Item(NamedTuple):
+class JudgedWindow(NamedTuple):
     """A window to judge: its role (0 positive, 1 negative, 2 hard) and its text, marked for fuzzing."""
 
     role: int
     text: str
 
 
-class Batch(NamedTuple):
+class JudgingBatch(NamedTuple):
     """The windows of one prompt."""
 
     latent: int
-    items: tuple[Item, ...]
+    items: tuple[JudgedWindow, ...]
 
 
 class Judged(NamedTuple):
     """A score per latent and the outcomes of asking."""
 
     scores: list[LatentScore]
-    tally: Tally
+    tally: AnswerTally
     model: str
 
 
 def batches(
     kind: Kind, collected: Collected, cfg: LlmConfig, variant: Variant = "silent"
-) -> list[Batch]:
+) -> list[JudgingBatch]:
     """Return the prompts' windows, latent by latent; the same seed gives the same."""
     out = []
     for contexts in collected.latents:
         rng = np.random.default_rng(seed_for(cfg.seed, kind, variant, contexts.latent))
         positive, negative = _sides(kind, variant, collected, contexts, rng)
         n = min(len(positive), len(negative))
-        asked = [Item(POSITIVE, text) for text in _some(positive, n, rng)]
-        asked += [Item(NEGATIVE, text) for text in _some(negative, n, rng)]
+        asked = [JudgedWindow(POSITIVE, text) for text in _some(positive, n, rng)]
+        asked += [JudgedWindow(NEGATIVE, text) for text in _some(negative, n, rng)]
         out += _cut(
             contexts.latent, [asked[i] for i in rng.permutation(len(asked))], cfg.per_prompt
         )
         if cfg.hard and kind == "detection":
             hard = _plain(window_tokens(collected.windows, contexts.hard))
-            out += _cut(contexts.latent, [Item(HARD, text) for text in hard], cfg.per_prompt)
+            out += _cut(
+                contexts.latent, [JudgedWindow(HARD, text) for text in hard], cfg.per_prompt
+            )
     return out
 
 
-def _cut(latent: int, items: Sequence[Item], size: int) -> list[Batch]:
-    return [Batch(latent, tuple(items[i : i + size])) for i in range(0, len(items), size)]
+def _cut(latent: int, items: Sequence[JudgedWindow], size: int) -> list[JudgingBatch]:
+    return [JudgingBatch(latent, tuple(items[i : i + size])) for i in range(0, len(items), size)]
 
 
 def _some(texts: list[str], n: int, rng: np.random.Generator) -> list[str]:
@@ -265,7 +267,7 @@ def _random(tokens: Tokens, among: Sequence[int], n: int, rng: np.random.Generat
     return marked(tokens.texts, [i in chosen for i in range(len(tokens.texts))])
 
 
-def judging_request(kind: Kind, batch: Batch, explanation: str, cfg: LlmConfig) -> Request:
+def judging_request(kind: Kind, batch: JudgingBatch, explanation: str, cfg: LlmConfig) -> Request:
     """Return the request to judge a batch."""
     texts = [f"Text {i}: {item.text}" for i, item in enumerate(batch.items, start=1)]
     n = len(texts)
@@ -319,7 +321,7 @@ def detection_scores(
 ) -> Judged:
     """Judge whether held-out windows hold each explained pattern; a latent without explanation is not asked about."""
     asked = batches("detection", collected, llm.cfg)
-    return _judged("detection", (collected, asked), explanations, llm, progress, task)
+    return _judged("detection", collected, asked, explanations, llm, progress, task)
 
 
 def fuzzing_scores(
@@ -332,18 +334,18 @@ def fuzzing_scores(
 ) -> Judged:
     """Judge whether the marked tokens are the explained ones."""
     asked = batches("fuzzing", collected, llm.cfg, variant)
-    return _judged("fuzzing", (collected, asked), explanations, llm, progress, task)
+    return _judged("fuzzing", collected, asked, explanations, llm, progress, task)
 
 
 def _judged(
     kind: Kind,
-    of: tuple[Collected, list[Batch]],
+    collected: Collected,
+    asked: list[JudgingBatch],
     explanations: dict[int, Explanation],
     llm: Llm,
     progress: Progress,
     task: str,
 ) -> Judged:
-    collected, asked = of
     requests = [
         judging_request(kind, batch, explanations[batch.latent].text, llm.cfg)
         if batch.latent in explanations

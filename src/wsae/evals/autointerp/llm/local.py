@@ -23,7 +23,7 @@ from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.llm.client import Budget, Cache
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.types import Answer, Llm, Message, Request, Token
+from wsae.evals.autointerp.llm.types import Answer, AnswerToken, ChatMessage, Llm, Request
 
 # A language model from its settings.
 
@@ -73,7 +73,7 @@ def logits_at(model: Any, places: Sequence[int], length: int) -> dict[str, Any]:
     return {"logits_to_keep": torch.tensor(places, dtype=torch.int64)}
 
 
-class Reader:
+class SlotReader:
     """Reads slots from one forward pass of a causal language model."""
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
@@ -220,7 +220,7 @@ class LocalModel:
             "slots": list(request.slots),
         }
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the ids of a conversation up to where the model's turn begins."""
         tokenizer = self.language.tokenizer
         if tokenizer.chat_template is None:
@@ -237,7 +237,7 @@ class LocalModel:
                 ) from error
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _templated(self, messages: Sequence[Message]) -> str:
+    def _templated(self, messages: Sequence[ChatMessage]) -> str:
         turns = [message._asdict() for message in messages]
         text = self.language.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True
@@ -253,7 +253,7 @@ class LocalModel:
         model, tokenizer = self.language.model, self.language.tokenizer
         ends = _end_ids(model, tokenizer.eos_token_id)
         written: list[int] = []
-        tokens: list[Token] = []
+        tokens: list[AnswerToken] = []
         ids, past, finish = self._ids(prompt), None, "length"
         for _ in range(cap):
             last = logits_at(model, [ids.shape[1] - 1], ids.shape[1])
@@ -276,18 +276,18 @@ class LocalModel:
             answer = Answer("failed", finish=finish, reason="empty content")
         return answer.counted(len(prompt), len(written))
 
-    def _token(self, chosen: int, logprobs: Float[Tensor, " vocabulary"]) -> Token:
+    def _token(self, chosen: int, logprobs: Float[Tensor, " vocabulary"]) -> AnswerToken:
         values, ids = logprobs.topk(min(TOP_LOGPROBS, len(logprobs)))
         top: dict[str, float] = {}
         for value, i in zip(values.tolist(), ids.tolist(), strict=True):
             text = str(self.language.tokenizer.decode([i]))
             top[text] = _log_add(top[text], value) if text in top else value
         text = str(self.language.tokenizer.decode([chosen]))
-        return Token(text, top, len(text.encode()))
+        return AnswerToken(text, top, len(text.encode()))
 
     def _read(self, prompt: list[int], request: Request) -> Answer:
         """Read the expected number at each slot."""
-        reader = Reader(self.language.model, self.language.tokenizer, self.language.device)
+        reader = SlotReader(self.language.model, self.language.tokenizer, self.language.device)
         values = reader.expected(prompt, request.slots)
         text = "".join(f"{slot}{UNKNOWN}" for slot in request.slots)
         return Answer("answered", text, "stop", values=tuple(values), prompt_tokens=reader.length)
@@ -303,10 +303,10 @@ def _end_ids(model: Any, tokenizer_end: object) -> set[int]:
     return {i for i in flat if isinstance(i, int)}
 
 
-def _merged(messages: Sequence[Message]) -> list[Message]:
+def _merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Put the system's words at the head of the first user turn."""
     head, *rest = messages
     if head.role != "system" or not rest:
         return [*messages]
     first, *others = rest
-    return [Message(first.role, f"{head.content}\n\n{first.content}"), *others]
+    return [ChatMessage(first.role, f"{head.content}\n\n{first.content}"), *others]

@@ -40,7 +40,7 @@ from wsae.evals.autointerp.llm.detect import (
     explanation_request,
     window_tokens,
 )
-from wsae.evals.autointerp.llm.types import Answer, Llm, Request, Tally, Token, filled
+from wsae.evals.autointerp.llm.types import Answer, AnswerTally, AnswerToken, Llm, Request, filled
 from wsae.evals.autointerp.reservoirs import priority
 from wsae.evals.autointerp.windows import Shown, Windows, cut_windows
 from wsae.evals.data import HeldOut
@@ -242,7 +242,7 @@ def _close(
         keeper.close(closed, placer.document)
 
 
-class _Kept(NamedTuple):
+class _KeptFragment(NamedTuple):
     """A fragment's rank (larger is better), number, and activations; compared by rank and number only."""
 
     rank: tuple[float | int, int]
@@ -261,8 +261,8 @@ class _Keeper:
         self._slot = np.full(sae.cfg.d_sae, -1)
         self._slot[latents.numpy()] = np.arange(len(latents))
         self._open: dict[int, Float32[np.ndarray, "width latents"]] = {}
-        self.top: list[list[_Kept]] = [[] for _ in self.latents]
-        self.random: list[list[_Kept]] = [[] for _ in self.latents]
+        self.top: list[list[_KeptFragment]] = [[] for _ in self.latents]
+        self.random: list[list[_KeptFragment]] = [[] for _ in self.latents]
         self.varying = np.zeros(len(latents), dtype=np.int64)
         self.active = np.zeros(len(latents), dtype=np.int64)
 
@@ -303,21 +303,22 @@ class _Keeper:
             )
             for slot, rank in zip(slots.tolist(), hashes.tolist(), strict=True):
                 column = acts[:, slot]
-                _offer(self.top[slot], (float(peak[slot]), -number), number, column, N_TOP)
-                _offer(self.random[slot], (-rank, -number), number, column, _RESERVOIR)
+                _offer(self.top[slot], float(peak[slot]), number, column, N_TOP)
+                _offer(self.random[slot], -rank, number, column, _RESERVOIR)
 
 
 def _offer(
-    heap: list[_Kept], rank: tuple[float | int, int], number: int, acts: np.ndarray, size: int
+    heap: list[_KeptFragment], strength: float | int, number: int, acts: np.ndarray, size: int
 ) -> None:
-    """Keep a fragment if it is among the `size` best so far."""
+    """Keep a fragment if it is among the `size` best so far; of equal ones the earlier."""
+    rank = (strength, -number)
     if len(heap) < size:
-        heapq.heappush(heap, _Kept(rank, number, acts.copy()))
+        heapq.heappush(heap, _KeptFragment(rank, number, acts.copy()))
     elif rank > heap[0].rank:
-        heapq.heapreplace(heap, _Kept(rank, number, acts.copy()))
+        heapq.heapreplace(heap, _KeptFragment(rank, number, acts.copy()))
 
 
-def _dealt(keeper: _Keeper, slot: int) -> tuple[list[_Kept], ...]:
+def _dealt(keeper: _Keeper, slot: int) -> tuple[list[_KeptFragment], ...]:
     """Return a latent's explaining, top and random fragments."""
     top = sorted(keeper.top[slot], key=lambda kept: kept.rank, reverse=True)
     explain, scored = top[EXPLAIN], top[TOP]
@@ -356,7 +357,7 @@ def _results(
     return out
 
 
-def _shown(kept: list[_Kept], number: Int64[np.ndarray, " n"], width: int) -> Shown:
+def _shown(kept: list[_KeptFragment], number: Int64[np.ndarray, " n"], width: int) -> Shown:
     window = np.searchsorted(number, np.array([k.fragment for k in kept], dtype=np.int64))
     acts = np.array([k.acts for k in kept], dtype=np.float32).reshape(len(kept), width)
     return Shown(window, acts)
@@ -368,14 +369,14 @@ def _shown(kept: list[_Kept], number: Int64[np.ndarray, " n"], width: int) -> Sh
 _NUMBERS = {str(v): v for v in range(11)}
 
 
-class Row(NamedTuple):
+class WrittenActivation(NamedTuple):
     """A written activation, and where it begins in the answer's UTF-8."""
 
     value: int
     place: int
 
 
-def rows_of(answer: Answer, n: int) -> list[Row]:
+def rows_of(answer: Answer, n: int) -> list[WrittenActivation]:
     """Return the activations of n lines `number, tab, token, tab, activation`, in order; raises Unparsed."""
     text = said(answer)
     place = len(answer.text[: answer.text.index(text)].encode())
@@ -388,14 +389,14 @@ def rows_of(answer: Answer, n: int) -> list[Row]:
         if digits not in _NUMBERS:
             raise Unparsed("an activation that is no whole number from 0 to 10")
         before = line[: len(line) - len(parts[2].lstrip())]
-        out.append(Row(_NUMBERS[digits], place + len(before.encode())))
+        out.append(WrittenActivation(_NUMBERS[digits], place + len(before.encode())))
         place += len(line.encode()) + 1
     if len(out) != n:
         raise Unparsed("not one line per token")
     return out
 
 
-def expected_rows(answer: Answer, rows: list[Row]) -> list[float]:
+def expected_rows(answer: Answer, rows: list[WrittenActivation]) -> list[float]:
     """Return E = sum_v v P(v) / sum_v P(v), v = 0 ... 10, at each row; raises Unparsed.
 
     Where 10 is written as the tokens `1` and `0`, a `1` counts as 1 + 9 P(0 | 1), known when it was written.
@@ -415,12 +416,12 @@ def expected_rows(answer: Answer, rows: list[Row]) -> list[float]:
     return out
 
 
-def _begins(token: Token, value: int) -> bool:
+def _begins(token: AnswerToken, value: int) -> bool:
     text = token.text.strip()
     return text == str(value) or (text == "1" and value == 10)
 
 
-def _expected(token: Token, following: Token | None) -> float:
+def _expected(token: AnswerToken, following: AnswerToken | None) -> float:
     mass = dict.fromkeys(_NUMBERS, 0.0)
     for text, logprob in token.top.items():
         if text.strip() in mass:
@@ -455,7 +456,7 @@ class Simulated(NamedTuple):
 
     scores: list[SimulationScore]
     explained: Explained
-    tally: Tally
+    tally: AnswerTally
     skipped: dict[str, int]
     model: str
 
@@ -566,7 +567,7 @@ def simulation_scores(
     explained = (
         ask_explanations(simulation_explanations(found), llm, progress, f"{task}: explain")
         if explanations is None
-        else Explained(explanations, Tally(), llm.name)
+        else Explained(explanations, AnswerTally(), llm.name)
     )
     asked = cases(found)
     requests = [

@@ -77,7 +77,7 @@ def marked(tokens: Sequence[str], marks: Sequence[bool]) -> str:
 Role = Literal["system", "user", "assistant"]
 
 
-class Message(NamedTuple):
+class ChatMessage(NamedTuple):
     """One turn of a conversation."""
 
     role: Role
@@ -88,7 +88,7 @@ class Message(NamedTuple):
 class Request:
     """A conversation that the model continues."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     max_tokens: int
     """Limit of the answer."""
     expected_tokens: int
@@ -100,7 +100,7 @@ class Request:
     from it in one pass instead of writing (endpoints cannot, and write)."""
 
 
-class Token(NamedTuple):
+class AnswerToken(NamedTuple):
     """A token of an answer and the log-probabilities of the likeliest at its place, itself included."""
 
     text: str
@@ -119,7 +119,7 @@ class Answer:
     """Why it ended ("stop", "length", ...), as far as the endpoint says."""
     reason: str = ""
     """Why there is none."""
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[AnswerToken, ...] = ()
     values: tuple[float, ...] = ()
     """Expected numbers at the request's slots (local models)."""
     prompt_tokens: int = 0
@@ -134,7 +134,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Tally:
+class AnswerTally:
     """Outcomes of some requests; requested = parsed + failed + not_asked, always."""
 
     requested: int = 0
@@ -163,11 +163,11 @@ class Tally:
         """Prompt and completion tokens paid in this run."""
         return self.prompt_tokens + self.completion_tokens
 
-    def __add__(self, other: "Tally") -> "Tally":
+    def __add__(self, other: "AnswerTally") -> "AnswerTally":
         reasons = dict(self.reasons)
         for reason, n in other.reasons.items():
             reasons[reason] = reasons.get(reason, 0) + n
-        return Tally(
+        return AnswerTally(
             self.requested + other.requested,
             self.parsed + other.parsed,
             self.failed + other.failed,
@@ -220,17 +220,17 @@ _NAME = re.compile(r"\{\{(\w+)\}\}")
 
 
 @functools.cache
-def turns(prompt: Prompt) -> tuple[Message, ...]:
+def turns(prompt: Prompt) -> tuple[ChatMessage, ...]:
     """Return a prompt's turns, unfilled."""
     file = resources.files("wsae.evals.autointerp.llm") / "prompts" / f"{prompt}.txt"
     parts = _TURN.split(file.read_text(encoding="utf-8"))[1:]
     pairs = zip(parts[::2], parts[1::2], strict=True)
-    return tuple(Message(_ROLES[role], text.rstrip("\n")) for role, text in pairs)
+    return tuple(ChatMessage(_ROLES[role], text.rstrip("\n")) for role, text in pairs)
 
 
-def filled(prompt: Prompt, **texts: str) -> tuple[Message, ...]:
+def filled(prompt: Prompt, **texts: str) -> tuple[ChatMessage, ...]:
     """Return a prompt with every {{name}} replaced at once: braces inside the texts are left alone."""
     return tuple(
-        Message(turn.role, _NAME.sub(lambda name: texts[name[1]], turn.content))
+        ChatMessage(turn.role, _NAME.sub(lambda name: texts[name[1]], turn.content))
         for turn in turns(prompt)
     )
