@@ -111,6 +111,7 @@ def _manifest(path: Path) -> Any:
     from wsae.vision.run import load_pretrained
 
     kind = _kind(path)
+    (path.parent.parent / "config.json").write_text("{}")  # the folder of an evaluation is in a run
     readers: dict[str, Callable[[Path], Any]] = {
         "store": Store,
         "run": load_run,

@@ -18,6 +18,7 @@ LINK = re.compile(r"\]\((?P<path>[^)#\s:]+)?(?P<anchor>#[^)\s]+)?\)")
 KNOWN = {
     ROOT / "README.md": "index.md",
     ROOT / "CHANGELOG.md": "changelog.md",
+    ROOT / "CONTRIBUTING.md": "contributing.md",
     DOCS / "README.md": "index.md",
 }
 LANGUAGES = {".py": "python", ".sbatch": "bash", ".toml": "toml", ".yaml": "yaml", ".json": "json"}
@@ -31,8 +32,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {
         "index.md": home,
         "changelog.md": links(ROOT / "CHANGELOG.md", (ROOT / "CHANGELOG.md").read_text()),
+        "contributing.md": links(ROOT / "CONTRIBUTING.md", (ROOT / "CONTRIBUTING.md").read_text()),
         **how_to_pages((DOCS / "how-to.md").read_text()),
-        **linked_sources([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")]),
+        **linked_sources(
+            [
+                ROOT / "README.md",
+                ROOT / "CHANGELOG.md",
+                ROOT / "CONTRIBUTING.md",
+                *DOCS.rglob("*.md"),
+            ]
+        ),
     }
     for name, text in made.items():
         if old := files.get_file_from_path(name):

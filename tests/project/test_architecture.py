@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "wsae"
 SOURCES = sorted(SRC.rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 700, 60
-FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 266, 27.4, 4, 46, 60
+FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 264, 27.4, 4, 34, 60
 """Ratchets: they only go down."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
 IGNORES, SKIPS = 1, 14
@@ -226,8 +226,15 @@ def test_every_config_field_is_read_somewhere():
                 looked_up = next((a for a in node.args if isinstance(a, ast.Constant)), None)
             if isinstance(looked_up, ast.Constant) and isinstance(looked_up.value, str):
                 read.add(looked_up.value)
-    for kind in set(configs()) - WRITTEN_WHOLE:
-        unread = set(kind.model_fields) - read
+    for kind in configs():
+        if (
+            kind in WRITTEN_WHOLE or kind.__name__ == "ConfigFlags"
+        ):  # made from configs, read back by name
+            continue
+        made = [base.model_fields for base in kind.__mro__ if base.__name__ == "ConfigFlags"]
+        unread = set(kind.model_fields).difference(
+            read, *made
+        )  # flags made from configs are read by name
         assert not unread, f"{kind.__name__}: {unread} are never read"
 
 

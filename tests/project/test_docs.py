@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from wsae.cli.main import main
 
@@ -54,3 +55,23 @@ def test_every_command_in_the_docs_is_understood(
 
 def test_the_docs_hold_commands() -> None:
     assert len(commands()) >= 15
+
+
+def test_the_python_of_the_readme_runs_and_finds_what_it_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(code, {})
+    said = re.search(r"about (0\.\d+)", code)
+    assert said
+    assert float(capsys.readouterr().out) == pytest.approx(float(said[1]), abs=0.03)
+
+
+def test_workflows_call_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    files = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    assert len(files) >= 5
+    for file in files:
+        assert yaml.safe_load(file.read_text())
+        assert set(re.findall(r"run: make ([a-z-]+)", file.read_text())) <= targets, file.name

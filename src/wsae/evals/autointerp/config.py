@@ -43,6 +43,7 @@ class InterpretConfig(Config):
 
     contexts: ContextConfig = ContextConfig()
     scores: tuple[Score, ...] = ("embedding", "surprisal")
+    """What is measured; detection, fuzzing and simulation ask a language model."""
     controls: tuple[Control, ...] = ()
     """What the scores are compared with."""
     hooks: tuple[str, ...] = ()
