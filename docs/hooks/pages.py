@@ -23,25 +23,18 @@ KNOWN = {
 }
 LANGUAGES = {".py": "python", ".sbatch": "bash", ".toml": "toml", ".yaml": "yaml", ".json": "json"}
 FENCE = re.compile(r"^\s*```")
+MERMAID = re.compile(r"```mermaid\n.*?```", re.S)
+FLOW = "![How data flows](images/data-flow.svg)"
+"""Stands in for the architecture's one Mermaid picture, which code hosts draw and the theme fetches a script for."""
 slug = slugify(case="lower")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made, not written."""
-    home = links(ROOT / "README.md", (ROOT / "README.md").read_text())
     made = {
-        "index.md": home,
-        "changelog.md": links(ROOT / "CHANGELOG.md", (ROOT / "CHANGELOG.md").read_text()),
-        "contributing.md": links(ROOT / "CONTRIBUTING.md", (ROOT / "CONTRIBUTING.md").read_text()),
+        **{name: links(path, path.read_text()) for path, name in KNOWN.items() if path.is_file()},
         **how_to_pages((DOCS / "how-to.md").read_text()),
-        **linked_sources(
-            [
-                ROOT / "README.md",
-                ROOT / "CHANGELOG.md",
-                ROOT / "CONTRIBUTING.md",
-                *DOCS.rglob("*.md"),
-            ]
-        ),
+        **linked_sources([*(path for path in KNOWN if path.is_file()), *DOCS.rglob("*.md")]),
     }
     for name, text in made.items():
         if old := files.get_file_from_path(name):
@@ -54,7 +47,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links that leave docs/, or lead into the split how-to, into links of the site."""
     if page.file.abs_src_path:
         markdown = links(Path(page.file.abs_src_path), markdown)
-    return to_how_to(markdown, page.file.src_uri)
+    return to_how_to(MERMAID.sub(FLOW, markdown), page.file.src_uri)
 
 
 def outside(page: Path, path: str) -> Path | None:

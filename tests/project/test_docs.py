@@ -1,4 +1,4 @@
-"""The docs name what exists: every code reference in paper-to-code is importable, every linked file is there."""
+"""The docs name what exists: code, files, links, commands and their flags; the README's Python runs."""
 
 import importlib
 import re
@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[2]
 REFERENCES = sorted(
     set(re.findall(r"`(wsae[\w.]*:[\w.]+)`", (ROOT / "docs/paper-to-code.md").read_text()))
 )
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+SRC = ROOT / "src" / "wsae"
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
@@ -30,31 +34,97 @@ def test_there_are_references() -> None:
     assert len(REFERENCES) >= 10
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """Every `wsae ...` line of the pages' indented blocks, as words."""
+def blocks(text: str) -> list[str]:
+    """Return the code blocks of a page that are no Python: fenced ones and indented ones."""
+    fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+    shell = [code for kind, code in fenced.findall(text) if kind not in ("python", "mermaid")]
+    rest = fenced.sub("", text)
+    return [*shell, *re.findall(r"(?:^    .*\n)+", rest, re.M)]
+
+
+START = r"^ *(?:\$ )?(?:(?:\.venv/bin/)?wsae|torchrun .*?-m wsae\.cli) ([a-z].*)"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return every `wsae ...` line of a page's code blocks, as words; a backslash joins lines."""
     found = []
-    for page in PAGES:
-        for line in re.findall(r"^    (?:\.venv/bin/)?(wsae [a-z][^\n#]*)", page.read_text(), re.M):
-            found.append((f"{page.name}: {line.strip()}", shlex.split(line)[1:]))
+    for block in blocks(page.read_text()):
+        joined = block.replace("\\\n", " ")
+        for line in re.findall(START, joined, re.M):
+            words = shlex.split(line, comments=True)
+            found.append(words[: words.index(">")] if ">" in words else words)
     return found
 
 
-@pytest.mark.parametrize("words", [pytest.param(w, id=name) for name, w in commands()])
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+def test_commands_are_found_in_every_kind_of_block(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Text, wsae no-command.\n\n    wsae theory   # why\n    .venv/bin/wsae toy \\\n      --seeds 2\n\n"
+        '```sh\n$ wsae theory --only "Theorem 3" > out.txt\n```\n\n```python\nwsae fit\n```\n'
+    )
+    assert sorted(commands(page)) == [
+        ["theory"],
+        ["theory", "--only", "Theorem 3"],
+        ["toy", "--seeds", "2"],
+    ]
+    places = {page.name for page, _ in COMMANDS}
+    assert {"README.md", "how-to.md", "configuration.md", "distributed.md"} <= places
+    assert len(COMMANDS) >= 100
+
+
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, id=f"{page.stem}: {shlex.join(words)}") for page, words in COMMANDS],
+)
 def test_every_command_in_the_docs_is_understood(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert main([*words, "--print-config"]) == 0, capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flags.yaml").write_text("source: acts.npy\nout: runs/first\nk: 64\n")
+    (tmp_path / "runs/first").mkdir(parents=True)
+    written = ROOT / "tests/fixtures/before-fold/run/config.json"
+    (tmp_path / "runs/first/config.json").write_text(written.read_text())
+    code, said = main([*words, "--print-config"]), capsys.readouterr().err
+    of_a_run = "runs/first/config.json" in words  # is read, and cannot be printed as flags
+    assert code == 0 or (of_a_run and "give it to --config as it is" in said), said
 
 
-def test_the_docs_hold_commands() -> None:
-    assert len(commands()) >= 15
+def test_every_file_and_name_of_the_architecture_exists() -> None:
+    """`a/b.py` (`name`, `Other`): each name stands in the file before it."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    found = re.findall(r"`([\w/.-]+\.py|[\w/-]+/)`(?: \(((?:`\w+`(?:, | or )?)+)[^)]*\))?", text)
+    assert len(found) >= 40
+    assert sum(bool(names) for _, names in found) >= 15
+    for path, names in found:
+        if path == "cli/NAME.py":
+            continue
+        file = next((top / path for top in (SRC, ROOT) if (top / path).exists()), None)
+        assert file, f"architecture.md names {path}"
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"\b{name}\b", file.read_text()), f"{path} has no {name}"
+
+
+def test_every_package_has_a_line_in_the_map() -> None:
+    (table,) = re.findall(
+        r"## The map\n(.*?)\n## ", (ROOT / "docs/architecture.md").read_text(), re.S
+    )
+    named = set(re.findall(r"`([\w.]+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.M))))
+    there = {path.parent.name for path in SRC.glob("*/__init__.py")}
+    there |= {path.name for path in SRC.glob("[!_]*.py")}
+    assert named == there
 
 
 def test_the_python_of_the_readme_runs_and_finds_what_it_says(

@@ -135,8 +135,22 @@ def test_the_start_is_the_readme(site):
     assert "build .venv from pinned versions" in text
 
 
+def test_the_picture_of_the_data_flow_says_what_its_mermaid_text_says(site):
+    text = (DOCS / "architecture.md").read_text()
+    (mermaid,) = re.findall(r"```mermaid\n(.*?)```", text, re.S)
+    labels = re.findall(r"\w\[\(?([^\]\[()]+)\)?\]", mermaid)
+    arrows = re.findall(r"--> ", mermaid)
+    drawn = (DOCS / "images" / "data-flow.svg").read_text()
+    assert set(labels) == set(re.findall(r"<text[^>]*>([^<]+)</text>", drawn))
+    ends = re.findall(r'marker-(?:start|end)="', drawn)
+    assert len(arrows) == len(ends) >= 10
+    assert "images/data-flow.svg" in read(site / "architecture.html").loads
+    assert "flowchart" not in words(site / "architecture.html")
+
+
 def test_every_section_of_the_how_to_is_a_page(site):
     headings = re.findall(r"^## (.*)$", (DOCS / "how-to.md").read_text(), re.M)
+    assert len(headings) >= 10
     titles = [
         re.search(r"<h1[^>]*>(.*?)</h1>", p.read_text(), re.S) for p in site.glob("how-to-*.html")
     ]
