@@ -138,10 +138,28 @@ def test_the_python_of_the_readme_runs_and_finds_what_it_says(
     assert float(capsys.readouterr().out) == pytest.approx(float(said[1]), abs=0.03)
 
 
-def test_workflows_call_targets_that_exist() -> None:
+def test_workflows_call_what_exists_and_pin_the_versions_of_actions() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     files = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]
     assert len(files) >= 5
+    called: list[str] = []
     for file in files:
         assert yaml.safe_load(file.read_text())
-        assert set(re.findall(r"run: make ([a-z-]+)", file.read_text())) <= targets, file.name
+        called += re.findall(r"run: make ([a-z-]+)", file.read_text())
+        for action in re.findall(r"uses: (\S+)", file.read_text()):
+            assert re.search(r"@v\d[\d.]*$", action), f"{file.name}: {action}"
+    assert called
+    assert set(called) <= targets
+
+
+def test_the_matrix_of_pythons_is_the_one_that_the_package_admits() -> None:
+    check = yaml.safe_load((ROOT / ".github/workflows/check.yml").read_text())
+    pythons = check["jobs"]["test"]["strategy"]["matrix"]["python"]
+    said = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+    assert pythons == said
+
+
+def test_contributing_names_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = re.findall(r"\bmake ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text())
+    assert {"test", "fast", "check", "coverage"} <= set(named) <= targets
