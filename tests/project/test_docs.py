@@ -170,3 +170,13 @@ def test_the_readme_is_short() -> None:
     assert len(text.split()) <= 450
     for line in text.splitlines():
         assert len(line) <= 100 or line.startswith(("|", "![")), line
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda p: p.name
+)
+def test_no_line_of_prose_is_long(page: Path) -> None:
+    """Tables, pictures and code are as long as they are."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    for line in prose.splitlines():
+        assert len(line) <= 120 or line.startswith(("|", "![", "    ")), line

@@ -92,7 +92,9 @@ def test_nothing_is_loaded_from_elsewhere(site, pages):
         foreign = [a for a in found.loads if re.match(r"(?:[a-z]+:)?//", a)]
         assert not foreign, f"{page.relative_to(site)} loads {foreign}"
         assert 'class="mermaid"' not in page.read_text(), "the theme fetches mermaid"
-    for sheet in site.rglob("*.css"):
+    sheets = list(site.rglob("*.css"))
+    assert sheets
+    for sheet in sheets:
         for address in re.findall(
             r"url\(['\"]?([^)'\"]+)|@import ['\"]([^'\"]+)", sheet.read_text()
         ):
@@ -106,6 +108,7 @@ def test_the_check_for_foreign_loads_can_see_one():
 
 
 def test_every_link_of_every_page_leads_somewhere(site, pages):
+    assert sum(len(found.links) for found in pages.values()) > 1000
     for page, found in pages.items():
         for link in found.links:
             target, _, anchor = link.partition("#")
@@ -130,8 +133,9 @@ def test_no_page_shows_raw_markdown(site, pages):
 
 def test_the_start_is_the_readme(site):
     text = words(site / "index.html")
-    for heading in re.findall(r"^## (.*)$", (ROOT / "README.md").read_text(), re.M):
-        assert heading in text
+    headings = re.findall(r"^## (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert len(headings) >= 3
+    assert all(heading in text for heading in headings)
     assert "build .venv from pinned versions" in text
 
 
@@ -183,10 +187,11 @@ def test_the_python_reference_documents_every_exported_name(site):
 
 
 def test_every_name_of_the_python_reference_exists_and_says_what_it_is(site):
-    for page in (site / "api").glob("*.html"):
-        for anchor in read(page).anchors:
-            if re.fullmatch(r"wsae(\.\w+)+", anchor):
-                exists(anchor)
+    anchors = set().union(*(read(page).anchors for page in (site / "api").glob("*.html")))
+    named = [anchor for anchor in anchors if re.fullmatch(r"wsae(\.\w+)+", anchor)]
+    assert len(named) >= 50
+    for anchor in named:
+        exists(anchor)
 
 
 def exists(dotted: str) -> object:
@@ -210,7 +215,9 @@ def test_a_name_that_is_not_there_is_noticed():
 
 
 def test_notebooks_are_pages_with_their_pictures(site):
-    for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
+    notebooks = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+    assert len(notebooks) == 3
+    for path in notebooks:
         page = site / "notebooks" / f"{path.stem}.html"
         cells = json.loads(path.read_text())["cells"]
         outputs = [o for c in cells for o in c.get("outputs", [])]
@@ -223,19 +230,24 @@ def test_notebooks_are_pages_with_their_pictures(site):
             "".join(o["text"]).splitlines()[0].strip() for o in outputs if o.get("name") == "stdout"
         ]
         text = " ".join(words(page).split())
+        assert printed
         for line in printed:
             assert " ".join(line.split()) in text
 
 
 def test_every_page_of_the_folder_is_listed():
     listed = (ROOT / "mkdocs.yml").read_text()
-    for page in DOCS.glob("*.md"):
+    pages = list(DOCS.glob("*.md"))
+    assert len(pages) >= 15
+    for page in pages:
         assert re.search(rf"[ :]{re.escape(page.name)}\n", listed), f"mkdocs.yml lacks {page.name}"
 
 
 def test_every_command_that_a_page_names_in_a_line_exists():
     for page in (DOCS / "paper-to-code.md", DOCS / "faq.md"):
-        for name in re.findall(r"`wsae ([a-z]+)", page.read_text()):
+        names = re.findall(r"`wsae ([a-z]+)", page.read_text())
+        assert names, page.name
+        for name in names:
             assert name in {command.name for command in COMMANDS}, f"{page.name}: wsae {name}"
 
 
