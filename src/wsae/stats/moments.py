@@ -173,7 +173,7 @@ def check_finite(x: Float[Tensor, "rows d_in"], first_row: int = 0, where: str =
     place = f"{where}: " if where else ""
     raise UserError(
         f"{place}activation is {value} at row {first_row + row}, dimension {dim}; "
-        "remove or mend that row (a float16 model overflows: try --dtype bfloat16)"
+        "remove or fix that row (a float16 model overflows: try --dtype bfloat16)"
     )
 
 
