@@ -11,12 +11,11 @@ from typing import Any
 from wsae.acts.harvest import harvest
 from wsae.acts.language import load_language
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import MANIFEST, read_manifest
-from wsae.core.files import read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.run import evaluate_run
 from wsae.experiments.config import DemoConfig
 from wsae.report.html import write_report
+from wsae.run import EVALUATION_PART, Run
 from wsae.train.run import train_run
 
 Say = Callable[[str], None]
@@ -64,10 +63,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Return the run's evaluation, made now unless the same one is there."""
     settings = cfg.evaluation()
-    done = run / "evaluation"
-    if (done / MANIFEST).exists():
-        manifest = read_manifest(done, "evaluation")
-        if manifest.config == settings.to_dict():
-            return read_json(done / "evaluation.json")
+    there = Run(run)
+    if there.made_with(EVALUATION_PART, settings.to_dict()):
+        return there.evaluation_record
     language = load_language(cfg.model, cfg.dtype, cfg.device) if cfg.splice_tokens else None
     return evaluate_run(run, source, settings, language, progress)

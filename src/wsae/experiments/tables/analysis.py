@@ -12,8 +12,6 @@ import numpy as np
 from jaxtyping import Float64
 from scipy import stats
 
-from wsae.core.artifact import MANIFEST
-from wsae.core.files import read_json
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import InterpretConfig
 from wsae.experiments.engine import Row, Table
@@ -29,6 +27,7 @@ from wsae.experiments.tables.config import (
     TableSAEs,
 )
 from wsae.report.panel_figures import panels_figure, scatter_figure
+from wsae.run import EVALUATION_PART, INTERPRETATION_PART, Run
 from wsae.train.config import MemberConfig
 
 # A weighted SAE beside a plain one of the same FVU.
@@ -119,8 +118,9 @@ ROW_WAYS = ("all", "matched", "density")
 def run_rows(cfg: StudyConfig, hooks: Iterable[str], number: int, path: Path) -> list[Row]:
     """Return the rows of one run: what its evaluation and interpretation say, as far as they are there."""
     plan = cfg.plan.runs[number]
-    evaluated = _record(path / "evaluation", "evaluation.json")
-    interpreted = _record(path / "interpretation", "interpretation.json")
+    run = Run(path)
+    evaluated = run.evaluation_record if run.has(EVALUATION_PART) else {}
+    interpreted = run.interpretation_record if run.has(INTERPRETATION_PART) else {}
     rows = []
     for hook in hooks:
         found, read = (part.get("hooks", {}).get(hook, {}) for part in (evaluated, interpreted))
@@ -169,10 +169,6 @@ def values(row: Row, score: str) -> Float64[np.ndarray, " latents"]:
 def scores_of(rows: Iterable[Row]) -> list[str]:
     """Return the scores that some row has, in order."""
     return list(dict.fromkeys(score for row in rows for score in row.get("scores", {})))
-
-
-def _record(place: Path, name: str) -> dict[str, Any]:
-    return read_json(place / name) if (place / MANIFEST).exists() else {}
 
 
 def _scores(read: dict[str, Any], name: str) -> Row:

@@ -18,7 +18,13 @@ from wsae.acts.language import LanguageModel, load_language, load_tokenizer, loc
 from wsae.acts.live import LiveSource
 from wsae.acts.source import StoreSource
 from wsae.acts.text import documents
-from wsae.core.artifact import read_manifest, write_manifest
+from wsae.core.artifact import (
+    EVALUATION_PART,
+    INTERPRETATION_PART,
+    MANIFEST,
+    read_manifest,
+    write_manifest,
+)
 from wsae.core.errors import UserError
 from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
@@ -112,7 +118,7 @@ READY = "tiny-model"
 
 def tiny_model(place: Path, seed: int = 0) -> Path:
     """Write a GPT-NeoX model (as Pythia) of random weights with a tokenizer to `place`, unless it is there."""
-    if place.exists() and (place / "manifest.json").exists():
+    if place.exists() and (place / MANIFEST).exists():
         read_manifest(place, READY)
         return place
     shutil.rmtree(place, ignore_errors=True)  # what a killed command left
@@ -237,12 +243,12 @@ class TableStudy(Study[StudyConfig]):
         cfg = self.cfg
         stages = [
             Stage("train", self._train, self._training, "run"),
-            Stage("evaluate", self._evaluate, lambda _: cfg.evaluation, "evaluation"),
+            Stage("evaluate", self._evaluate, lambda _: cfg.evaluation, EVALUATION_PART),
             Stage(
                 "interpret",
                 self._interpret,
                 lambda run: cfg.interpretation(run.number),
-                "interpretation",
+                INTERPRETATION_PART,
             ),
         ]
         return stages[: STAGES.index(self.choices.until)]

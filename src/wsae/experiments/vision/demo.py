@@ -12,16 +12,14 @@ from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.acts.images.harvest import Gallery, harvest_images
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import MANIFEST, read_manifest
-from wsae.core.config import Config
-from wsae.core.files import read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.classes.run import CLASSES, labels_of, score_run
+from wsae.evals.classes.run import labels_of, score_run
 from wsae.evals.config import EvalConfig
-from wsae.evals.run import EVALUATION, evaluate_run
+from wsae.evals.run import evaluate_run
 from wsae.experiments.vision.config import FigureSAEs, Weighting
 from wsae.report.html import write_report
+from wsae.run import CLASSES_PART, EVALUATION_PART, Run
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
 from wsae.vision.config import PretrainConfig, preset
@@ -77,22 +75,17 @@ def run_vision_demo(
     train = TrainConfig.parse(training, where="vision demo")
     run = train_run(train, source, out / "run", progress, resume=True, device=device).path
     evaluation = EVALUATION_CONFIG.model_copy(update={"seed": seed})
-    found = _done(run / "evaluation", EVALUATION, evaluation) or evaluate_run(
-        run, source, evaluation, Gallery(images), progress
-    )
+    there = Run(run)
+    if there.made_with(EVALUATION_PART, evaluation.to_dict()):
+        found = there.evaluation_record
+    else:
+        found = evaluate_run(run, source, evaluation, Gallery(images), progress)
     labels, classes = labels_of(source), CLASSES_CONFIG.model_copy(update={"seed": seed})
     assert labels is not None, "the digits have classes"
-    scored = _done(run / "classes", CLASSES, classes) or score_run(
-        run, source, labels, classes, progress
-    )
+    if there.made_with(CLASSES_PART, classes.to_dict()):
+        scored = there.class_record
+    else:
+        scored = score_run(run, source, labels, classes, progress)
     report = write_report(run, out / "report.html")
     places = {"report": str(report), "run": str(run), "store": str(source.store.path)}
     return {**places, "probes": pretrained.info["probes"], **found, "classes": scored}
-
-
-def _done(place: Path, name: str, cfg: Config) -> dict[str, Any] | None:
-    """Return what a finished stage with the same settings has written; none where there is no such stage."""
-    if not (place / MANIFEST).exists():
-        return None
-    manifest = read_manifest(place, place.name)
-    return read_json(place / name) if manifest.config == cfg.to_dict() else None

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.core.files import read_json
 from wsae.evals.classes.score import SCORES
 from wsae.experiments.engine import Row, Table
 from wsae.experiments.figures import Panel, Series, Verdict, judged
 from wsae.experiments.sweep.table import Mean, mean_interval, select
 from wsae.experiments.vision.config import PLAIN, BackboneRun, Weighting
 from wsae.report.panel_figures import panels_figure
+from wsae.run import Run
 
 # One row per SAE or control: what it is, how well it reconstructs, how its latents go with the
 # classes. JSON-ready.
@@ -26,9 +26,10 @@ WAYS = ("all", "matched", "density", "adjusted", "within", "images")
 def run_rows(planned: BackboneRun, path: Path) -> list[Row]:
     """Return the rows of one finished run: its members, then its controls."""
     hook = planned.hook
-    gamma = read_json(path / "gamma.json")[hook]
-    metrics = read_json(path / "evaluation" / "evaluation.json")["hooks"][hook]["members"]
-    scores = read_json(path / "classes" / "classes.json")["hooks"][hook]
+    run = Run(path)
+    gamma = run.gamma_record[hook]
+    metrics = run.evaluation_record["hooks"][hook]["members"]
+    scores = run.class_record["hooks"][hook]
     base = {"backbone": planned.backbone, "hook": hook, "seed": planned.seed}
     rows = []
     for weighting in planned.weightings:

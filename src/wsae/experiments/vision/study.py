@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from wsae.acts.images.harvest import Gallery, harvest_images
 from wsae.acts.images.sets import ImageSet, open_images
 from wsae.acts.source import StoreSource
-from wsae.core.artifact import read_manifest
+from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
 from wsae.core.memory import duration, size
@@ -192,8 +192,8 @@ class FigureStudy(Study[VisionConfig]):
         cfg = self.cfg
         return [
             Stage("train", self._train, self.training, "run"),
-            Stage("evaluate", self._evaluate, lambda _: cfg.evaluation, "evaluation"),
-            Stage("score", self._score, lambda _: cfg.classes, "classes"),
+            Stage("evaluate", self._evaluate, lambda _: cfg.evaluation, EVALUATION_PART),
+            Stage("score", self._score, lambda _: cfg.classes, CLASSES_PART),
         ]
 
     def _train(self, run: StudyRun) -> None:
