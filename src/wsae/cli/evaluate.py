@@ -12,12 +12,13 @@ from wsae.cli.live import behind, labelled, reopen
 from wsae.cli.ui import UI
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.config import Config
-from wsae.core.errors import UserError, understood
+from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.progress import Progress
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
+from wsae.run import Run
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
@@ -160,10 +161,9 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     seen = behind(source, where, language=cfg.splice_tokens > 0)
     record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
     if flags.source is not None:
-        with understood(flags.run / "config.json"):
-            place = read_json(flags.run / "config.json").get("source") or {}
-            model = place.get("model") or place.get("harvest", {}).get("model")
-            foreign = strangers(model, None, source)
+        place = Run(flags.run).source
+        model = place.get("model") or place.get("harvest", {}).get("model")
+        foreign = strangers(model, None, source)
         record["notes"] = [*record.get("notes", []), *foreign]
     labels = labels_of(source)
     if labels is not None:

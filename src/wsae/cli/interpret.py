@@ -20,7 +20,7 @@ from wsae.cli.flags import (
 )
 from wsae.cli.live import language_of, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import read_manifest
+from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART, read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import write_json
@@ -246,7 +246,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
     if "plan" in result:
         show_plan(result["plan"], ui)
         return
-    with understood(Path(result["run"]) / "interpretation" / "interpretation.json"):
+    with understood(Path(result["run"]) / INTERPRETATION_PART / INTERPRETATION):
         show_scores(result, ui)  # what is finished is shown as it was written
     show_agreement(result.get("agreement", []), ui)
     ui.say(f"next: wsae report {shlex.quote(result['run'])}")

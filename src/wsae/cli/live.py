@@ -17,11 +17,11 @@ from wsae.cli.flags import (
     config_flags,
     config_values,
 )
-from wsae.core.artifact import check_file, read_manifest
+from wsae.core.artifact import CONFIG
 from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
-from wsae.core.files import read_json
 from wsae.losses.config import GammaConfig, Rule
+from wsae.run import Run
 from wsae.sae.config import JumpReLU, Kind
 from wsae.train.config import MemberConfig, TrainConfig, family
 
@@ -236,12 +236,9 @@ def _is_array(source: str) -> bool:
 
 def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationSource":
     """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place."""
-    manifest = read_manifest(run, "run", verify=False)
-    if "config.json" in manifest.files:
-        check_file(run, "config.json", manifest.files["config.json"])
-    with understood(run / "config.json"):
-        record = read_json(run / "config.json").get("source") or {}
-        return reopened(record, str(run), device, elsewhere)
+    opened = Run(run)
+    with understood(opened.manifest and run / CONFIG):
+        return reopened(opened.source, str(run), device, elsewhere)
 
 
 def reopened(

@@ -20,6 +20,7 @@ from wsae.cli.flags import (
 )
 from wsae.cli.live import LiveFlags, PlanFlags, open_data, open_labelled, reopened
 from wsae.cli.ui import UI
+from wsae.core.artifact import CHECKPOINTS, CONFIG, METRICS_FILE
 from wsae.core.config import Config
 from wsae.core.configfile import read_config
 from wsae.core.errors import UserError
@@ -170,7 +171,7 @@ def _together(flags: Flags, ui: UI, loggers: "list[Logger]") -> dict[str, Any]:
             with mirrored(loggers, ui, world.first):
                 train_parallel(cfg, source, flags.out, world, progress, flags.resume)
     except RankLost as error:
-        kept = (flags.out / "checkpoints").is_dir()
+        kept = (flags.out / CHECKPOINTS).is_dir()
         how = "go on with the same command and --resume" if kept else "start the same command again"
         ui.note(f"wsae: error: {error}; the job has ended; {how}")
         raise SystemExit(1) from error
@@ -225,7 +226,7 @@ def config(flags: Flags, rows: int | None) -> TrainConfig:
     if record is not None:
         path = cast(Path, flags.common.config)
         return config_of(record, path, flags.plan, flags.common.seed)
-    stored = flags.out / "config.json"
+    stored = flags.out / CONFIG
     if flags.resume and flags.plan == PlanFlags() and stored.exists():
         data = read_json(stored)
         if isinstance(data, dict) and isinstance(data.get("train"), dict):
@@ -244,7 +245,7 @@ def printable(flags: Flags) -> None:
 def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float | int]]]:
     """Return hook -> member -> the last row of its metrics."""
     found: dict[str, dict[str, dict[str, float | int]]] = {}
-    for row in read_json_lines(run / "metrics.jsonl"):
+    for row in read_json_lines(run / METRICS_FILE):
         kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
         found.setdefault(row["hook"], {})[row["member"]] = kept
     return found
@@ -272,6 +273,6 @@ def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str
     done = f"{error}; " if str(error) else ""
     if launched():
         again = "the same torchrun command and --resume"
-    if not (flags.out / "checkpoints").is_dir():
+    if not (flags.out / CHECKPOINTS).is_dir():
         return f"{done}no checkpoint yet; the same command starts again"
     return f"{done}{flags.out} keeps the work so far; go on with: {again}"

@@ -25,6 +25,22 @@ from wsae.core.version import __version__
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+
+# The files of a run, which its stages write and `wsae.run.Run` reads.
+
+CONFIG, GAMMA_FILE, METRICS_FILE, SPEED = (
+    "config.json",
+    "gamma.json",
+    "metrics.jsonl",
+    "speed.jsonl",
+)
+MEMBERS, CHECKPOINTS = "members", "checkpoints"
+EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
+PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
+"""What later commands add to a run: a folder of its own each, whole or without a manifest."""
+EVALUATION, INTERPRETATION, CLASSES = "evaluation.json", "interpretation.json", "classes.json"
+ARRAYS, CONTEXTS_FILE, THUMBNAILS_FILE = "arrays.safetensors", "contexts.json", "thumbnails.json"
+
 _HINT = " (an SAE of another tool is read by wsae import)"
 _FOREIGN: dict[str, str] = {"run": _HINT, "sae": _HINT}
 _INSTEAD = {

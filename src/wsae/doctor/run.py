@@ -25,6 +25,7 @@ from wsae.core.progress import Progress, Tick, quiet
 from wsae.doctor import cost, probe
 from wsae.doctor.config import DoctorConfig
 from wsae.doctor.probe import Check, report
+from wsae.run import EVALUATION_PART, Run
 from wsae.train.config import FEW_STEPS, MemberConfig, TrainConfig
 
 # The planned SAEs: do their shapes fit, and what will they take of memory and time?
@@ -419,10 +420,8 @@ def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check
     checks = [cost.check_versions(), cost.check_device(cfg.device)]
     try:
         manifest = read_manifest(path, "run")
-        config = read_json(Path(path) / "config.json")
-        with understood(Path(path) / "config.json"):
-            train = TrainConfig.parse(config["train"], where=str(Path(path) / "config.json"))
-            source = dict(config.get("source") or {})
+        run = Run(path)
+        train, source = run.config, run.source
     except UserError as error:
         return [*checks, Check("run", "fail", str(error))]
     checks.append(Check("run", "ok", f"whole, made by wsae {manifest.wsae_version}"))
@@ -430,7 +429,7 @@ def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check
     data = _run_data(cfg, source, progress)
     checks += data
     sees_later = any(check.name == "later tokens" and check.status == "warn" for check in data)
-    return checks + _check_evaluation(Path(path), sees_later)
+    return checks + _check_evaluation(run, sees_later)
 
 
 def _check_steps(train: TrainConfig) -> Check:
@@ -459,16 +458,16 @@ def _run_data(cfg: DoctorConfig, source: dict[str, Any], progress: Progress) -> 
     return checks + (check_store(data.store, cfg.device) if isinstance(data, StoreSource) else [])
 
 
-def _check_evaluation(run: Path, sees_later: bool) -> list[Check]:
+def _check_evaluation(run: Run, sees_later: bool) -> list[Check]:
     """Find cross-entropies of a model that reads the token it is asked for."""
-    place = run / "evaluation" / "evaluation.json"
-    if not sees_later or not place.is_file():
+    if not sees_later or not run.has(EVALUATION_PART):
         return []
-    record = read_json(place)
-    with understood(place):
-        members = [m for hook in record["hooks"].values() for m in hook["members"].values()]
-        wrong = any("ce_clean" in member["metrics"] for member in members)
-    if not wrong:
+    try:
+        hooks = run.evaluation.hooks.values()
+    except UserError as error:
+        return [Check("evaluation", "fail", str(error))]
+    members = (member for hook in hooks for member in hook.members.values())
+    if not any("ce_clean" in member.metrics for member in members):
         return [Check("evaluation", "ok", "no next-token cross-entropy in it")]
     value = "has a next-token cross-entropy, of a model that reads that token"
-    return [Check("evaluation", "fail", value, f"evaluate again: wsae evaluate {run}")]
+    return [Check("evaluation", "fail", value, f"evaluate again: wsae evaluate {run.path}")]

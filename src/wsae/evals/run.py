@@ -16,10 +16,20 @@ from wsae.acts.hookpoints import SEES_LATER, probe
 from wsae.acts.loading import PREDICTS_NOTHING, predictions
 from wsae.acts.source import as_path, is_folder_of_arrays, open_source
 from wsae.acts.tokens import TokenTable
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import (
+    ARRAYS,
+    CONTEXTS_FILE,
+    EVALUATION,
+    EVALUATION_PART,
+    GAMMA_FILE,
+    MANIFEST,
+    THUMBNAILS_FILE,
+    read_manifest,
+    write_manifest,
+)
 from wsae.core.calls import own_settings
-from wsae.core.errors import UserError, understood
-from wsae.core.files import locked, read_json, write_json
+from wsae.core.errors import UserError
+from wsae.core.files import locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.config import EvalConfig
@@ -31,9 +41,9 @@ from wsae.evals.glossary import glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import Family, HeldOutPositions, Measured, measure
 from wsae.evals.scores import Arrays, ComparedMember, compare_members, member_metrics
+from wsae.run import CONFIG, Run
 from wsae.sae import SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.run import load_run
 
 # From the measurements of every hook to one evaluation: metrics, comparisons, contexts, arrays.
 
@@ -218,10 +228,6 @@ def _no_nan(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-EVALUATION, ARRAYS, CONTEXTS = "evaluation.json", "arrays.safetensors", "contexts.json"
-THUMBNAILS = "thumbnails.json"
-
-
 @own_settings()
 def evaluate(
     sae: SparseAutoencoder,
@@ -285,52 +291,44 @@ def evaluate_run(
     """
     subject = run_subject(run)
     found = evaluate_families(subject, source, cfg, behind, progress)
-    notes = [*_training(run).doubts(), *doubts(found.record["hooks"])]
+    notes = [*Run(run).config.doubts(), *doubts(found.record["hooks"])]
     if notes:
         found.record["notes"] = [*found.record.get("notes", []), *notes]
-    out = run / "evaluation"
+    out = run / EVALUATION_PART
     with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / EVALUATION, found.record)
-        write_json(out / CONTEXTS, found.contexts)
+        write_json(out / CONTEXTS_FILE, found.contexts)
         save_tensors(out / ARRAYS, found.arrays)
         inputs = {
             "run": read_manifest(run, "run", verify=False).digest(),
             **{f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()},
         }
-        files = [EVALUATION, CONTEXTS, ARRAYS]
+        files = [EVALUATION, CONTEXTS_FILE, ARRAYS]
         if found.thumbnails:
-            write_json(out / THUMBNAILS, found.thumbnails)
-            files.append(THUMBNAILS)
-        write_manifest(out, "evaluation", cfg.to_dict(), files, inputs=inputs)
+            write_json(out / THUMBNAILS_FILE, found.thumbnails)
+            files.append(THUMBNAILS_FILE)
+        write_manifest(out, EVALUATION_PART, cfg.to_dict(), files, inputs=inputs)
     return found.record
 
 
 def run_subject(run: Path) -> EvaluatedFamilies:
     """Return a finished run's families, each weighted member with its plain twin."""
-    loaded, train = load_run(run), _training(run)
-    gamma = read_json(run / "gamma.json")
-    if any(set(saes) != set(train.names()) for saes in loaded.saes.values()):
-        raise UserError(f"{run / 'config.json'}: names other members than the run has (altered)")
+    opened = Run(run)
+    train, gamma = opened.config, opened.gamma_record
+    if any(set(saes) != set(train.names()) for saes in opened.saes.values()):
+        raise UserError(f"{run / CONFIG}: names other members than the run has (altered)")
+    if opened.saes.keys() != gamma.keys():
+        raise UserError(f"{run / GAMMA_FILE}: is of other hooks than the run has (altered)")
     twins = find_twins(train)
     members = {n: m.to_dict() for n, m in zip(train.names(), train.members, strict=True)}
-    with understood(run / "gamma.json"):
-        about = {
-            hook: {
-                name: {"config": members.get(name), "gamma": gamma[hook].get(name)} for name in saes
-            }
-            for hook, saes in loaded.saes.items()
-        }
+    about = {
+        hook: {name: {"config": members[name], "gamma": gamma[hook].get(name)} for name in saes}
+        for hook, saes in opened.saes.items()
+    }
     return EvaluatedFamilies(
-        {hook: Family(saes, twins) for hook, saes in loaded.saes.items()}, about
+        {hook: Family(saes, twins) for hook, saes in opened.saes.items()}, about
     )
-
-
-def _training(run: Path) -> TrainConfig:
-    """Return how a run's SAEs were trained."""
-    place = run / "config.json"
-    with understood(place):
-        return TrainConfig.parse(read_json(place)["train"], where=str(place))
 
 
 def doubts(hooks: Json) -> list[str]:

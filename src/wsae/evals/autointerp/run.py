@@ -12,7 +12,14 @@ from typing import Any, Unpack
 import numpy as np
 
 from wsae.acts.tokens import owner_of
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import (
+    CONTEXTS_FILE,
+    INTERPRETATION,
+    INTERPRETATION_PART,
+    MANIFEST,
+    read_manifest,
+    write_manifest,
+)
 from wsae.core.files import digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import Asked, InterpretConfig
@@ -351,9 +358,6 @@ def _shown(collected: Collected, contexts: LatentContexts) -> list[Json]:
     return out
 
 
-PLACE, RECORD, CONTEXTS = "interpretation", "interpretation.json", "contexts.json"
-
-
 def interpret_run(
     run: Path,
     source: HeldOut,
@@ -372,7 +376,7 @@ def interpret_run(
     job = InterpretJob(
         run, source, families, choose_scorers(cfg, judges, progress), data_digest(source)
     )
-    place = run / PLACE
+    place = run / INTERPRETATION_PART
     with locked(place, top=run):
         if force:
             Parts(place / "parts").clear()
@@ -404,9 +408,9 @@ def _current(job: InterpretJob, place: Path) -> Json | None:
     """Return what is there, if it is whole, finished, and of these inputs and settings."""
     if not (place / MANIFEST).exists():
         return None
-    there = read_manifest(place, PLACE)
+    there = read_manifest(place, INTERPRETATION_PART)
     same = there.config == job.cfg.to_dict() and there.inputs == _inputs(job)
-    return read_json(place / RECORD) if same and not there.info.get("unfinished") else None
+    return read_json(place / INTERPRETATION) if same and not there.info.get("unfinished") else None
 
 
 def _interpret(job: InterpretJob, place: Path) -> Json:
@@ -414,13 +418,15 @@ def _interpret(job: InterpretJob, place: Path) -> Json:
     found = subjects(job, place, sides)
     score_all(job, Parts(place / "parts"), sides, found)
     (place / MANIFEST).unlink(missing_ok=True)
-    write_ascii(place / RECORD, record_json(job.scorers, sides, found))
-    write_ascii(place / CONTEXTS, contexts_json(sides, found))
+    write_ascii(place / INTERPRETATION, record_json(job.scorers, sides, found))
+    write_ascii(place / CONTEXTS_FILE, contexts_json(sides, found))
     parts = (subject.parts for named in found.values() for subject in named.values())
     info = {"unfinished": any(map(again, parts))}
-    files = [RECORD, CONTEXTS]
-    write_manifest(place, PLACE, job.cfg.to_dict(), files, inputs=_inputs(job), info=info)
-    return read_json(place / RECORD)
+    files = [INTERPRETATION, CONTEXTS_FILE]
+    write_manifest(
+        place, INTERPRETATION_PART, job.cfg.to_dict(), files, inputs=_inputs(job), info=info
+    )
+    return read_json(place / INTERPRETATION)
 
 
 def plan_run(
@@ -440,7 +446,7 @@ def plan_run(
     families = selected(run_subject(run).families, cfg)
     job = InterpretJob(run, source, families, choose_scorers(cfg, judges, progress), "")
     sides = survey_hooks(source, families, cfg, progress)
-    found = subjects(job, run / PLACE, sides)
+    found = subjects(job, run / INTERPRETATION_PART, sides)
     simulated = all_fragments(job, sides, found) if "simulation" in asked else {}
     total: dict[str, Planned] = {}
     for hook, named in found.items():

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.core.files import digest, read_json
+from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.collect import Members, collect
 from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
@@ -42,9 +42,9 @@ from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut, Language
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.evals.measure import Family, Survey
+from wsae.run import Run
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Covariance
-from wsae.train.config import TrainConfig
 
 # Before contexts are collected: which latents stand for a member, and which latent of its twin each
 # is compared with.
@@ -436,7 +436,7 @@ def _shuffled(job: InterpretJob, hook: str, reference: Subject) -> Subject:
 def _random_model(
     job: InterpretJob, place: Path, sides: dict[str, SurveyedHook]
 ) -> dict[str, Subject]:
-    train = TrainConfig.parse(read_json(job.run / "config.json")["train"], where=str(job.run))
+    train = Run(job.run).config
     member = next(iter(sides.values())).reference
     recipe = RandomModelRecipe(
         job.source, job.scorers.language, train, member, job.cfg.seed, job.cfg.keep_store

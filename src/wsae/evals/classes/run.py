@@ -9,7 +9,14 @@ from torch import Tensor
 
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.acts.store import IMAGES
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import (
+    ARRAYS,
+    CLASSES,
+    CLASSES_PART,
+    MANIFEST,
+    read_manifest,
+    write_manifest,
+)
 from wsae.core.files import digest, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import load_tensors, save_tensors
@@ -50,9 +57,6 @@ def labels_of(source: HeldOut) -> Labels | None:
     out = np.full(int(images.max(initial=-1)) + 1, -1, dtype=np.int64)
     out[images] = labels
     return out
-
-
-CLASSES, ARRAYS = "classes.json", "arrays.safetensors"
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def score_run(
         record["hooks"][hook] = found.record
         for name, scores in (found.members | found.controls).items():
             arrays |= {f"{hook}|{name}|{key}": value for key, value in scores.arrays.items()}
-    out = run / "classes"
+    out = run / CLASSES_PART
     with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / CLASSES, record)
@@ -147,7 +151,7 @@ def score_run(
             "run": read_manifest(run, "run", verify=False).digest(),
             "labels": digest(np.asarray(labels).tolist()),
         }
-        write_manifest(out, "classes", cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)
+        write_manifest(out, CLASSES_PART, cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)
     return record
 
 
