@@ -14,8 +14,9 @@ from wsae.core.errors import UserError
 from wsae.evals.classes.comparing import _within
 from wsae.evals.classes.config import CONTROLS, ClassesConfig
 from wsae.evals.classes.run import CLASSES, score_classes, score_run
-from wsae.evals.classes.score import SCORES, Scored, glossary
+from wsae.evals.classes.score import SCORES, Scored
 from wsae.evals.classes.tally import Labelled, look
+from wsae.evals.glossary import CLASS_SCORES
 from wsae.evals.measure import Family
 from wsae.losses.config import GammaConfig
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
@@ -182,8 +183,8 @@ def test_fewer_images_than_strongest_samples_are_counted_not_scored() -> None:
 
 def test_the_docs_have_every_scores_formula():
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().replace("\\|", "|")
-    for key, entry in glossary().items():
-        row = (entry["name"], f"`{key}`", entry["formula"], entry["direction"])
+    for key, entry in CLASS_SCORES.items():
+        row = (entry.name, f"`{key}`", entry.formula, entry.direction)
         assert f"| {' | '.join(row)} |" in text, key
 
 

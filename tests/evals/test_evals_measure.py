@@ -294,7 +294,7 @@ def test_bad_data_is_refused_in_one_line():
 
 def test_the_glossary_names_what_is_emitted():
     assert set(COMPARED) <= set(METRICS)
-    table = glossary()
+    table = glossary(METRICS, MATCHING)
     assert set(table) == set(METRICS) | set(MATCHING)
     assert all(
         entry["formula"] and entry["name"] and entry["direction"] for entry in table.values()
@@ -303,11 +303,11 @@ def test_the_glossary_names_what_is_emitted():
 
 def test_the_docs_list_every_metric_with_its_formula():
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().replace("\\|", "|")
-    for key, entry in glossary().items():
+    for key, entry in glossary(METRICS, MATCHING).items():
         row = [
             key.join("``"),
             *(entry[field] for field in ("name", "formula", "direction", "unit")),
         ]
         assert f"| {' | '.join(row)} |" in text, key
     listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
-    assert listed == list(glossary()), "nothing else is listed, in the same order"
+    assert listed == [*METRICS, *MATCHING], "nothing else is listed, in the same order"

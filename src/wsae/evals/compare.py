@@ -7,7 +7,7 @@ from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, understood
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
-from wsae.evals.glossary import glossary
+from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.run import Json
 from wsae.evals.scores import Arrays, ComparedMember, Comparison, across_runs, compare_members
 from wsae.run import ARRAYS, EVALUATION_PART, Run
@@ -48,7 +48,7 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
         "runs": [str(path) for path in runs],
         "hooks": hooks,
         "matching": _matching(read),
-        "glossary": glossary(),
+        "glossary": glossary(METRICS, MATCHING),
     }
 
 

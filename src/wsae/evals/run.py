@@ -27,7 +27,7 @@ from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
 from wsae.evals.data import HeldOut, Language, MatrixRows, Pictures
 from wsae.evals.downstream import splice_arrays, splice_sequences, token_sequences
-from wsae.evals.glossary import glossary
+from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import Family, HeldOutPositions, Measured, measure
 from wsae.evals.scores import Arrays, ComparedMember, compare_members, member_metrics
@@ -99,7 +99,7 @@ def evaluate_families(
         "heldout_sequences": int((first.errors.rows.sums > 0).sum()),
         "config": cfg.to_dict(),
         "hooks": hooks,
-        "glossary": glossary(),
+        "glossary": glossary(METRICS, MATCHING),
     }
     if sees_later:
         record |= {"causal": False, "notes": [SEES_LATER]}

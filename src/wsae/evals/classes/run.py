@@ -16,7 +16,7 @@ from wsae.core.tensors import load_tensors, save_tensors
 from wsae.evals.autointerp.controls import pca
 from wsae.evals.classes.comparing import Named, comparisons
 from wsae.evals.classes.config import ClassControl, ClassesConfig
-from wsae.evals.classes.score import Json, Scored, glossary, scored
+from wsae.evals.classes.score import Json, Scored, scored
 from wsae.evals.classes.tally import (
     Encode,
     Ground,
@@ -31,6 +31,7 @@ from wsae.evals.classes.tally import (
 )
 from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut
+from wsae.evals.glossary import CLASS_SCORES, glossary
 from wsae.evals.measure import Family
 from wsae.evals.run import run_subject
 from wsae.sae import SparseAutoencoder
@@ -131,7 +132,7 @@ def score_run(
     The directory is whole or has no manifest. Raises UserError as `score_classes`, and where `run` is not finished.
     """
     subject = run_subject(run)
-    record: Json = {"hooks": {}, "glossary": glossary()}
+    record: Json = {"hooks": {}, "glossary": glossary(CLASS_SCORES)}
     arrays: dict[str, Tensor] = {}
     for hook, family in subject.families.items():
         found = score_classes(family, Labelled(source, hook, labels), cfg, progress)

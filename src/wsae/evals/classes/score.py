@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wsae.core.seeds import seed_for
 from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.glossary import HIGHER, Metric
+from wsae.evals.glossary import CLASS_SCORES
 from wsae.evals.intervals import estimate, mean, resampled_sums
 from wsae.sae import SparseAutoencoder
 from wsae.stats.classes import (
@@ -26,48 +26,8 @@ from wsae.stats.classes import (
     selectivity,
 )
 
-# Every class score's formula and direction: the table behind the results, the report and the docs.
-
-GLOSSARY: dict[str, Metric] = {
-    "consistency_top": Metric(
-        "Consistency, strongest",
-        "mean over latents of the share of the most frequent class among the n held-out images on which a latent is "
-        "most active (the paper's words); latents active on fewer are counted, not scored",
-        HIGHER,
-    ),
-    "consistency_corrected": Metric(
-        "Consistency above chance",
-        "mean over latents of (share - chance) / (1 - chance): share of the most frequent class among the images a "
-        "latent is active on, chance: the same with the images' classes permuted; latents active on enough images",
-        HIGHER,
-    ),
-    "consistency_ncl": Metric(
-        "Consistency, NCL",
-        "mean over latents of the share of the most frequent class among the images a latent is active on, as NCL's "
-        "code counts it: a latent active on one image has 1",
-        HIGHER,
-    ),
-    "selectivity": Metric(
-        "Class selectivity",
-        "mean over latents of (mu_max - mu_rest) / (mu_max + mu_rest), mu: mean activation by class",
-        HIGHER,
-    ),
-    "information": Metric(
-        "Class information",
-        "mean over latents of the mutual information between being active and the class, in bits, less that with the "
-        "classes permuted",
-        HIGHER,
-    ),
-}
-
-
-def glossary() -> dict[str, dict[str, str]]:
-    """Return every score's entry, JSON-ready."""
-    return {name: metric._asdict() for name, metric in GLOSSARY.items()}
-
-
 Json = dict[str, Any]
-SCORES = tuple(GLOSSARY)
+SCORES = tuple(CLASS_SCORES)
 """Scores of a latent; NaN where it is not scored: never active, on fewer than n samples (top), under the minimum."""
 OVER_IMAGES = ("consistency_ncl", "consistency_corrected")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
