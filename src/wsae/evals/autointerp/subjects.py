@@ -41,7 +41,7 @@ from wsae.evals.contexts import sample_latents
 from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut, Language
 from wsae.evals.matching import LiveDecoder, Matching, match
-from wsae.evals.measure import Family, Survey
+from wsae.evals.measure import EvaluatedSaes, Survey
 from wsae.run import Run
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Covariance
@@ -62,7 +62,7 @@ ASSIGNMENT_MAX = 8192
 class SurveyedHook:
     """One hook's members before collection."""
 
-    family: Family
+    family: EvaluatedSaes
     survey: Survey
     covariance: Covariance | None
     reference: str
@@ -106,7 +106,7 @@ class SurveyedHook:
 @torch.inference_mode()
 def survey_hooks(
     source: HeldOut,
-    families: dict[str, Family],
+    families: dict[str, EvaluatedSaes],
     cfg: InterpretConfig,
     progress: Progress = quiet,
 ) -> dict[str, SurveyedHook]:
@@ -133,7 +133,7 @@ def survey_hooks(
 
 
 def _sides(
-    family: Family, survey: Survey, covariance: Covariance | None, cfg: InterpretConfig
+    family: EvaluatedSaes, survey: Survey, covariance: Covariance | None, cfg: InterpretConfig
 ) -> SurveyedHook:
     sample = {
         name: sample_latents(
@@ -149,7 +149,7 @@ def _sides(
     return SurveyedHook(family, survey, covariance, reference, sample, matching)
 
 
-def selected(families: dict[str, Family], cfg: InterpretConfig) -> dict[str, Family]:
+def selected(families: dict[str, EvaluatedSaes], cfg: InterpretConfig) -> dict[str, EvaluatedSaes]:
     """Return the hooks and members asked for, each weighted member with its twin; raises UserError for others."""
     for hook in cfg.hooks:
         if hook not in families:
@@ -158,7 +158,7 @@ def selected(families: dict[str, Family], cfg: InterpretConfig) -> dict[str, Fam
     return {hook: _restricted(family, cfg.members) for hook, family in chosen.items()}
 
 
-def _restricted(family: Family, members: tuple[str, ...]) -> Family:
+def _restricted(family: EvaluatedSaes, members: tuple[str, ...]) -> EvaluatedSaes:
     for name in members:
         if name not in family.saes:
             raise UserError(f"member {name!r}: the run has {', '.join(family.saes)}")
@@ -166,7 +166,7 @@ def _restricted(family: Family, members: tuple[str, ...]) -> Family:
         return family
     kept = set(members) | {twin for name, twin in family.twins.items() if name in members}
     twins = {name: twin for name, twin in family.twins.items() if name in kept}
-    return Family({name: sae for name, sae in family.saes.items() if name in kept}, twins)
+    return EvaluatedSaes({name: sae for name, sae in family.saes.items() if name in kept}, twins)
 
 
 # Who judges, and each scorer's answer for one member as a part that can be kept: plain JSON, by
@@ -334,7 +334,7 @@ class InterpretJob:
 
     run: Path
     source: HeldOut
-    families: dict[str, Family]
+    families: dict[str, EvaluatedSaes]
     scorers: Scorers
     data: str
     """Digest of the data."""
