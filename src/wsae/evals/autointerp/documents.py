@@ -4,6 +4,7 @@ Documents are numbered in the text's order. The token that ends a document belon
 several sequences keeps its number, and so its side. An end-of-text token written out in a text splits it in two.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from jaxtyping import Int64
 
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
-from wsae.core.seeds import mix64
+from wsae.core.seeds import mix64, seed_for
+from wsae.evals.autointerp.config import FragmentConfig
+from wsae.evals.autointerp.windows import Windows, cut_windows
 from wsae.evals.data import HeldOut
 
 EXPLAIN, SCORE = 0, 1
@@ -146,9 +149,6 @@ def side_of(document: Int64[np.ndarray, " n"], key: int) -> Int64[np.ndarray, " 
     return ((pair & np.uint64(1)).astype(np.int64) + document) & 1
 
 
-# Rows of held-out data to windows of text: which window each row is in, and which windows are
-# complete.
-
 DROPPED = -1
 """Side of a window that is not used."""
 STRADDLING = "straddling"
@@ -217,6 +217,12 @@ class Tiling:
         none = np.zeros(0, dtype=np.int64)
         return Slab(self._open, side, none, none, closed=len(side))
 
+    def windows(self, number: Int64[np.ndarray, " windows"], table: TokenTable) -> Windows:
+        """Return windows by their number, with their text."""
+        seq, start = number // self.per_seq, number % self.per_seq * self.width
+        document = Documents(blocks(table)).of(seq, start, self.width).first
+        return cut_windows(table, seq, start, document, self.width)
+
     def _placed(
         self, number: Int64[np.ndarray, " windows"]
     ) -> tuple[Int64[np.ndarray, " windows"], Int64[np.ndarray, " windows"]]:
@@ -230,3 +236,74 @@ class Tiling:
     def _count(self, side: Int64[np.ndarray, " windows"]) -> None:
         for name, n in zip((STRADDLING, *SIDES), np.bincount(side + 1, minlength=3), strict=True):
             self.counts[name] += int(n)
+
+
+class FragmentTiling:
+    """One fragment of `width` tokens per document, in its first part of a sequence that is long enough.
+
+    Uniform over the starts there, by a hash of the document, so that it does not depend on how the rows are split. A
+    fragment has its document's number, and is closed when a row at or after its last token was seen.
+    """
+
+    def __init__(self, documents: Documents, cfg: FragmentConfig) -> None:
+        self.width, self._limit = cfg.width, cfg.limit
+        self._documents, self._key = documents, seed_for(cfg.seed, "fragments")
+        self._place: dict[int, tuple[int, int]] = {}
+        self._ends: list[tuple[int, int]] = []
+        self._seen = (-1, 0)
+        self._settled = -1
+        self._here = self._open = np.zeros(0, dtype=np.int64)
+
+    @property
+    def n(self) -> int:
+        """Complete fragments so far, those of whose rows none was seen too."""
+        return bisect_right(self._ends, self._seen)
+
+    def slab(
+        self, seq: Int64[np.ndarray, " rows"], pos: Int64[np.ndarray, " rows"]
+    ) -> tuple[Int64[np.ndarray, " inside"], Slab]:
+        """Return which of the next rows lie in fragments, and place these."""
+        document = np.full(len(seq), -1)
+        cuts = np.flatnonzero(np.diff(seq)) + 1
+        for rows in np.split(np.arange(len(seq)), cuts) if len(seq) else ():
+            self._enter(int(seq[rows[0]]))
+            document[rows] = self._here[pos[rows]]
+            self._seen = (int(seq[rows[-1]]), int(pos[rows[-1]]) + 1)
+        inside = np.flatnonzero(document >= 0)
+        touched = np.concatenate([self._open, document[inside]])
+        number, window = np.unique(touched, return_inverse=True)
+        window = window[len(self._open) :]
+        places = [self._place[one] for one in number.tolist()]
+        starts = np.array([start for _, start in places], dtype=np.int64)
+        closed = sum((at, start + self.width) <= self._seen for at, start in places)
+        self._open = number[closed:]
+        side = np.full(len(number), EXPLAIN)
+        return inside, Slab(number, side, window, pos[inside] - starts[window], closed)
+
+    def windows(self, number: Int64[np.ndarray, " n"], table: TokenTable) -> Windows:
+        """Return fragments as windows."""
+        places = [self._place[one] for one in number.tolist()]
+        seq, start = np.array(places, dtype=np.int64).reshape(-1, 2).T
+        return cut_windows(table, seq, start, number, self.width)
+
+    def _enter(self, seq: int) -> None:
+        """Choose the fragments of a sequence when its first row comes."""
+        if seq == self._seen[0]:
+            return
+        if seq < self._seen[0]:
+            raise UserError("the held-out rows are not in the text's order; harvest the data again")
+        length = self._documents.seq_len
+        spans = self._documents.of(np.full(length, seq), np.arange(length), 1)
+        numbers = spans.first[: int(spans.length[0])]
+        self._here = np.full(length, -1)
+        for document in np.unique(numbers[numbers > self._settled]).tolist():
+            first, last = np.flatnonzero(numbers == document)[[0, -1]].tolist()
+            room = last + 1 - first - self.width
+            if room < 0 or len(self._place) >= self._limit:
+                continue
+            hashed = mix64(np.array([document], dtype=np.uint64), self._key)
+            start = first + int(hashed[0]) % (room + 1)
+            self._here[start : start + self.width] = document
+            self._place[document] = (seq, start)
+            self._ends.append((seq, start + self.width))
+            self._settled = document

@@ -111,6 +111,14 @@ SCORES: dict[Score, Metric] = {
     ),
 }
 """Scores in the order a reader wants them."""
+METRIC: dict[Score, str] = {
+    "embedding": "auc",
+    "surprisal": "auc",
+    "detection": "balanced_accuracy",
+    "fuzzing": "balanced_accuracy",
+    "simulation": "mixed",
+}
+"""The number that stands for a score; what else is known of a latent is beside it."""
 
 
 def glossary(scores: Iterable[str] = tuple(SCORES)) -> dict[str, dict[str, str]]:
@@ -156,6 +164,15 @@ class Verdicts(NamedTuple):
     positive: Values
     negative: Values
     hard: Values
+
+
+def half_way(own: Values, foreign: Values) -> float:
+    """Return the middle of the mean of a latent's own scores and the median of others'; NaN where a side has none.
+
+    The threshold of what has no natural one; no scored context sets it.
+    """
+    own, foreign = own[~np.isnan(own)], foreign[~np.isnan(foreign)]
+    return float((own.mean() + np.median(foreign)) / 2) if len(own) and len(foreign) else np.nan
 
 
 def judge(latent: int, density: float, verdicts: Verdicts, threshold: float = 0.5) -> LatentScore:
