@@ -382,7 +382,7 @@ def test_memory_is_what_the_formula_says_whatever_the_number_of_tokens(monkeypat
         lives = [a for name, a in every.items() if name not in handed_out]
         return sum(a.nbytes for a in lives if isinstance(a, np.ndarray | torch.Tensor))
 
-    handed_out = ("given", "_order", "_is_top", "_is_random")
+    handed_out = ("given", "_order", "_sorted", "_is_top", "_is_random")
     assert [size(m) for m in made] == [wanted, wanted, member_bytes(cfg, 30, 5)]
 
 

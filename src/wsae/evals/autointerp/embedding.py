@@ -151,7 +151,7 @@ def load_encoder(
     )
     from wsae.acts.loading import tell_unloaded
 
-    source = _package_folder() if model in BUILTIN else locate(model)
+    source = builtin_folder() if model in BUILTIN else locate(model)
     if source is None:
         raise UserError(f"encoder builtin: all-MiniLM-L6-v2 is not installed; run: {INSTALL}")
     if isinstance(source, Path) and not source.is_dir():
@@ -190,12 +190,8 @@ _NATIVE = ("avx512_bf16", "amx_bf16", "bf16")
 """Names of processor features (x86 and ARM) that multiply bfloat16."""
 
 
-def installed() -> bool:
-    """Return whether the builtin encoder is there."""
-    return _package_folder() is not None
-
-
-def _package_folder() -> Path | None:
+def builtin_folder() -> Path | None:
+    """Return where the builtin encoder is installed."""
     spec = importlib.util.find_spec(_PACKAGE)  # does not import it: its dependencies are not needed
     folders = spec.submodule_search_locations if spec else None
     found = (Path(folder) / _FOLDER for folder in folders or ())

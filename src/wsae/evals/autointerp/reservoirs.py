@@ -186,12 +186,12 @@ class Reservoirs:
         self._is_top, _ = self._ranked(-self._peak[: self._n], self._cfg.n_top)
         self._is_random, _ = self._ranked(self._priority[: self._n], self._cfg.reservoir)
         self._order = np.lexsort((self._window[: self._n], self._group[: self._n]))
+        self._sorted = self._group[self._order]
 
     def of(self, latent: int, side: int) -> "KeptWindows":
         """Return the windows of one latent on one side, in the text's order; `finish` comes first."""
         key = side * self._d_sae + latent
-        span = np.searchsorted(self._group[self._order], [key, key + 1])
-        rows = self._order[slice(*span)]
+        rows = self._order[slice(*np.searchsorted(self._sorted, [key, key + 1]))]
         columns = (self._window, self._peak, self._acts, self._is_top, self._is_random)
         return KeptWindows(*(column[rows] for column in columns))
 

@@ -19,9 +19,6 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.glossary import HIGHER, Metric
 from wsae.evals.intervals import Difference, Estimate, resampled_sums
 
-# Do the scores that need no LLM rank latents as LLM detection does? Rank correlation over the same
-# latents.
-
 Json = dict[str, Any]
 Pairs = Float64[np.ndarray, "latents 2"]
 FEWEST_RANKED = 3
@@ -74,9 +71,6 @@ def spearman(values: Pairs) -> float | None:
     return float((centred[:, 0] * centred[:, 1]).sum()) / scale if scale > 0 else None
 
 
-# Every interpretability score's formula and direction: the table behind the results, the report and
-# the docs.
-
 SCORES: dict[Score, Metric] = {
     "embedding": Metric(
         "Embedding detection",
@@ -127,18 +121,15 @@ def glossary(scores: Iterable[str] = tuple(SCORES)) -> dict[str, dict[str, str]]
     return {key: metric._asdict() for key, metric in SCORES.items() if key in wanted}
 
 
-# How well positive contexts are told from negative ones: exact AUC, balanced accuracy, and the
-# score of one latent.
-#
-# Every scorer, asked or free, hands out `LatentScore`. NaN stands for a context without a usable
-# verdict (a reply that could not be parsed, a text without tokens): it is counted in `failed` and
-# enters nothing else.
-
 Values = Float64[np.ndarray, " _"]
 
 
 class LatentScore(NamedTuple):
-    """One latent's score; positives and random negatives make the counts, hard negatives have their own."""
+    """One latent's score by any scorer; positives and random negatives make the counts, hard negatives have their own.
+
+    A context without a usable verdict (a reply that could not be parsed, a text without tokens; NaN in `Verdicts`) is
+    counted in `failed` and enters nothing else.
+    """
 
     latent: int
     density: float
@@ -217,18 +208,6 @@ def balanced_accuracy(tp: int, fn: int, tn: int, fp: int) -> float | None:
     return (tp / (tp + fn) + tn / (tn + fp)) / 2
 
 
-def pooled_counts(scores: Sequence[LatentScore]) -> Float64[np.ndarray, "latents 4"]:
-    """Return tp, fn, tn, fp of every latent as columns."""
-    counts = [(s.tp, s.fn, s.tn, s.fp) for s in scores]
-    return np.asarray(counts, dtype=np.float64).reshape(len(scores), 4)
-
-
-def pooled_balanced_accuracy(scores: Sequence[LatentScore]) -> float | None:
-    """Return the balanced accuracy of all latents' contexts taken together."""
-    tp, fn, tn, fp = pooled_counts(scores).sum(0)
-    return balanced_accuracy(int(tp), int(fn), int(tn), int(fp))
-
-
 N_STRATA = 10
 """Strata of equal count in the pooled sample: with more, few latents are left on each side."""
 FEWEST = 2
@@ -249,10 +228,12 @@ def pooled_accuracy(scores: Sequence[LatentScore], cfg: EvalConfig) -> Estimate:
 
     (sum tp / sum (tp + fn) + sum tn / sum (tn + fp)) / 2 over the latents of a draw.
     """
-    value = pooled_balanced_accuracy(scores)
+    counts = [(score.tp, score.fn, score.tn, score.fp) for score in scores]
+    columns = np.array(counts, dtype=np.float64).reshape(len(scores), 4)
+    value = balanced_accuracy(*map(int, columns.sum(0)))
     if value is None or len(scores) < FEWEST:
         return Estimate(value, None, None)
-    tp, fn, tn, fp = resampled_sums(pooled_counts(scores), cfg.draws, cfg.seed).T
+    tp, fn, tn, fp = resampled_sums(columns, cfg.draws, cfg.seed).T
     if not ((tp + fn > 0) & (tn + fp > 0)).all():
         return Estimate(value, None, None)
     return Estimate(value, *_interval((tp / (tp + fn) + tn / (tn + fp)) / 2, cfg))

@@ -1,5 +1,6 @@
 """What is asked of a language model and what comes back: within a budget, kept on disk, every outcome counted."""
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -54,6 +55,14 @@ class AnswerToken(NamedTuple):
     top: dict[str, float]
     size: int
     """Bytes of the answer's UTF-8: a token may be part of a character, which its text cannot say."""
+
+    def mass(self, symbols: Sequence[str]) -> dict[str, float]:
+        """Return the probability of each symbol, whatever spaces are around it."""
+        out = dict.fromkeys(symbols, 0.0)
+        for text, logprob in self.top.items():
+            if text.strip() in out:
+                out[text.strip()] += math.exp(logprob)
+        return out
 
 
 @dataclass(frozen=True)

@@ -235,25 +235,13 @@ def parse_verdicts(answer: Answer, n: int, probabilities: bool = False) -> list[
         raise Unparsed("a list of another length")
     if not probabilities:
         return [float(symbol) for symbol in symbols]
-    return _probabilities(answer, symbols)
-
-
-def _probabilities(answer: Answer, symbols: list[str]) -> list[float]:
-    """Return P(1) / (P(0) + P(1)) at the answer's last n tokens that are 0 or 1, which must spell the list."""
-    spoken = [token for token in answer.tokens if token.text.strip() in ("0", "1")][-len(symbols) :]
-    if [token.text.strip() for token in spoken] != symbols:
+    spoken = [token for token in answer.tokens if token.text.strip() in ("0", "1")][-n:]
+    if [token.text.strip() for token in spoken] != symbols:  # they must spell the list
         raise Unparsed("0 and 1 are not tokens of their own, so they have no probabilities")
-    out = []
-    for token in spoken:
-        mass = {"0": 0.0, "1": 0.0}
-        for text, logprob in token.top.items():
-            if text.strip() in mass:
-                mass[text.strip()] += math.exp(logprob)
-        total = mass["0"] + mass["1"]
-        if total <= 0:
-            raise Unparsed("0 and 1 have no probability")
-        out.append(mass["1"] / total)
-    return out
+    masses = [token.mass(("0", "1")) for token in spoken]
+    if any(mass["0"] + mass["1"] <= 0 for mass in masses):
+        raise Unparsed("0 and 1 have no probability")
+    return [mass["1"] / (mass["0"] + mass["1"]) for mass in masses]
 
 
 def judged(

@@ -94,10 +94,7 @@ def expected_rows(answer: Answer, rows: list[WrittenActivation]) -> list[float]:
 
 
 def _expected(token: AnswerToken, following: AnswerToken | None) -> float:
-    mass = dict.fromkeys(_NUMBERS, 0.0)
-    for text, logprob in token.top.items():
-        if text.strip() in mass:
-            mass[text.strip()] += math.exp(logprob)
+    mass = token.mass([*_NUMBERS])
     total = sum(mass.values())
     if total <= 0:
         raise Unparsed("0-10 have no probability")
@@ -182,16 +179,10 @@ def _pairs(text: str, n: int) -> list[float]:
         raise Unparsed("not a list of one pair per token")
     out = []
     for i, pair in enumerate(value, start=1):
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or pair[0] != i
-            or isinstance(pair[0], bool)
-        ):
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] != i or pair[0] is True:
             raise Unparsed("not a list of pairs in order")
         number = pair[1]
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not 0 <= number <= LEVELS:
+        if type(number) not in (int, float) or not 0 <= number <= LEVELS:
             raise Unparsed("an activation that is no number from 0 to 10")
         out.append(float(number))
     return out
