@@ -248,14 +248,14 @@ def _classes(at: Path) -> None:
 def _evaluated(place: Path) -> Any:
     from wsae.evals.run import run_subject
 
-    subject = run_subject(place)
+    families = run_subject(place)
     weights = {
         f"{hook}|{name}|{key}": tensor.tolist()
-        for hook, family in subject.families.items()
+        for hook, family in families.items()
         for name, sae in family.saes.items()
         for key, tensor in sae.tensors().items()
     }
-    return weights, subject.about
+    return weights, {hook: family.about for hook, family in families.items()}
 
 
 def _sae(place: Path) -> Any:

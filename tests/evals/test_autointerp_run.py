@@ -271,7 +271,7 @@ def test_rank_correlation_of_too_few_or_constant_values_is_none() -> None:
 
 
 def test_hooks_and_members_can_be_chosen_and_a_weighted_one_brings_its_twin(run) -> None:
-    families = run_subject(run).families
+    families = run_subject(run)
     chosen = selected(families, InterpretConfig(members=("variance-a1",)))
     assert set(chosen[HOOK].saes) == {"variance-a1", "plain"}
     alone = selected(families, InterpretConfig(members=("plain",)))
@@ -283,7 +283,7 @@ def test_hooks_and_members_can_be_chosen_and_a_weighted_one_brings_its_twin(run)
 
 
 def test_the_sample_is_alike_from_run_to_run_and_never_dead(run) -> None:
-    families = run_subject(run).families
+    families = run_subject(run)
     first, again = (survey_hooks(Text(), families, CFG)[HOOK] for _ in range(2))
     assert first.sample == again.sample
     for sample in first.sample.values():

@@ -8,7 +8,7 @@ from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
 from wsae.core.files import locked, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.evals.recovery.glossary import RECOVERY
+from wsae.evals.glossary import RECOVERY
 from wsae.experiments.sweep.config import Method, ToySweepConfig
 from wsae.experiments.sweep.run import (
     CLOSED_FORM,

@@ -27,7 +27,7 @@ from wsae.evals.contexts import sample_latents
 from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut, Language
 from wsae.evals.matching import LiveDecoder, Matching, match
-from wsae.evals.measure import Family, Survey
+from wsae.evals.measure import EvaluatedSaes, Survey
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Covariance
 from wsae.train.config import TrainConfig
@@ -53,7 +53,7 @@ class InterpretJob:
 
     run: Path
     source: HeldOut
-    families: dict[str, Family]
+    families: dict[str, EvaluatedSaes]
     cfg: InterpretConfig
     data: str
     """Digest of the data."""
@@ -97,7 +97,7 @@ def needed_models(cfg: InterpretConfig, given: ScorerModels) -> dict[str, Any]:
 class SurveyedHook:
     """One hook's members before collection."""
 
-    family: Family
+    family: EvaluatedSaes
     survey: Survey
     covariance: Covariance | None
     reference: str
@@ -141,7 +141,7 @@ class SurveyedHook:
 @torch.inference_mode()
 def survey_hooks(
     source: HeldOut,
-    families: dict[str, Family],
+    families: dict[str, EvaluatedSaes],
     cfg: InterpretConfig,
     progress: Progress = quiet,
 ) -> dict[str, SurveyedHook]:
@@ -179,7 +179,7 @@ def survey_hooks(
     return out
 
 
-def selected(families: dict[str, Family], cfg: InterpretConfig) -> dict[str, Family]:
+def selected(families: dict[str, EvaluatedSaes], cfg: InterpretConfig) -> dict[str, EvaluatedSaes]:
     """Return the hooks and members asked for, each weighted member with its twin; raises UserError for others."""
     for hook in cfg.hooks:
         if hook not in families:
@@ -193,7 +193,7 @@ def selected(families: dict[str, Family], cfg: InterpretConfig) -> dict[str, Fam
                 raise UserError(f"member {name!r}: the run has {', '.join(family.saes)}")
         chosen = set(cfg.members or family.saes)
         chosen |= {twin for name, twin in family.twins.items() if name in chosen}
-        out[hook] = Family(
+        out[hook] = EvaluatedSaes(
             {name: sae for name, sae in family.saes.items() if name in chosen},
             {name: twin for name, twin in family.twins.items() if name in chosen},
         )

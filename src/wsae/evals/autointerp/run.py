@@ -318,7 +318,7 @@ def interpret_run(
     its scores only. What was made from the same run, data, settings and judges is returned as it is unless `force`.
     Raises UserError when `run` is not a finished run, the data have no text, or a score lacks its judge.
     """
-    families = selected(run_subject(run).families, cfg)
+    families = selected(run_subject(run), cfg)
     models = needed_models(cfg, judges)
     job = InterpretJob(run, source, families, cfg, data_digest(source), progress, **models)
     place = run / PLACE
@@ -373,7 +373,7 @@ def plan_run(
     asked: list[Asked] = [s for s in cfg.scores if s != "embedding" and s != "surprisal"]
     known = tuple(control for control in cfg.controls if control != "random_model")
     cfg = cfg.model_copy(update={"scores": tuple(asked), "controls": known})
-    families = selected(run_subject(run).families, cfg)
+    families = selected(run_subject(run), cfg)
     job = InterpretJob(run, source, families, cfg, "", progress, **needed_models(cfg, judges))
     surveyed = survey_hooks(source, families, cfg, progress)
     found = collect_members(job, run / PLACE, surveyed)

@@ -17,7 +17,14 @@ from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import FREE, InterpretConfig, Score
 from wsae.evals.config import EvalConfig
 from wsae.evals.glossary import HIGHER, Metric
-from wsae.evals.intervals import Difference, Estimate, resampled_sums
+from wsae.evals.intervals import (
+    Difference,
+    Estimate,
+    effect_size,
+    percentiles,
+    resampled_means,
+    resampled_sums,
+)
 
 Json = dict[str, Any]
 Pairs = Float64[np.ndarray, "latents 2"]
@@ -54,9 +61,7 @@ def rank_correlation(values: Pairs, cfg: InterpretConfig) -> Estimate:
     rng = np.random.default_rng(cfg.seed)
     picks = rng.integers(0, len(values), size=(cfg.draws, len(values)))
     found = [rho for pick in picks if (rho := spearman(values[pick])) is not None]
-    tail = (1 - cfg.confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, *percentiles(np.array(found), cfg.confidence))
 
 
 def spearman(values: Pairs) -> float | None:
@@ -236,7 +241,7 @@ def pooled_accuracy(scores: Sequence[LatentScore], cfg: EvalConfig) -> Estimate:
     tp, fn, tn, fp = resampled_sums(columns, cfg.draws, cfg.seed).T
     if not ((tp + fn > 0) & (tn + fp > 0)).all():
         return Estimate(value, None, None)
-    return Estimate(value, *_interval((tp / (tp + fn) + tn / (tn + fp)) / 2, cfg))
+    return Estimate(value, *percentiles((tp / (tp + fn) + tn / (tn + fp)) / 2, cfg.confidence))
 
 
 def matched_density(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
@@ -246,7 +251,15 @@ def matched_density(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     resampled within member and stratum. effect_size divides by sqrt(sum_k w_k (var_a,k + var_b,k) / 2); n is the
     number of latents compared of the member that has fewer.
     """
-    pairs = _strata(_known(a), _known(b))
+    sides = _known(a), _known(b)
+    pairs: list[list[Values]] = []
+    if all(len(side.score) for side in sides):
+        d = [np.log10(side.density) for side in sides]
+        edges = np.unique(np.quantile(np.concatenate(d), np.linspace(0, 1, N_STRATA + 1))[1:-1])
+        place = [np.searchsorted(edges, one, side="right") for one in d]
+        for k in range(len(edges) + 1):
+            pair = [side.score[at == k] for side, at in zip(sides, place, strict=True)]
+            pairs += [pair] if min(map(len, pair)) >= FEWEST else []
     if not pairs:
         return Difference(None, None, None, None, 0)
     weights = np.array([len(left) + len(right) for left, right in pairs], dtype=np.float64)
@@ -257,21 +270,15 @@ def matched_density(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     )
     draws = np.zeros(cfg.draws)
     for k, (weight, pair) in enumerate(zip(weights, pairs, strict=True)):
-        x, y = (_means(part, cfg, "stratum", k, side) for side, part in enumerate(pair))
+        x, y = (
+            resampled_means(part, cfg.draws, seed_for(cfg.seed, "density", "stratum", k, side))
+            for side, part in enumerate(pair)
+        )
         draws += weight * (x - y)
     n = min(sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-    return Difference(gap, *_interval(draws, cfg), _effect(gap, float(np.sqrt(spread))), n)
-
-
-def _strata(a: Sample, b: Sample) -> list[tuple[Values, Values]]:
-    """Return both members' scores in each stratum that both have."""
-    if not len(a.score) or not len(b.score):
-        return []
-    d = [np.log10(side.density) for side in (a, b)]
-    edges = np.unique(np.quantile(np.concatenate(d), np.linspace(0, 1, N_STRATA + 1))[1:-1])
-    place = [np.searchsorted(edges, side, side="right") for side in d]
-    pairs = [(a.score[place[0] == k], b.score[place[1] == k]) for k in range(len(edges) + 1)]
-    return [pair for pair in pairs if min(map(len, pair)) >= FEWEST]
+    return Difference(
+        gap, *percentiles(draws, cfg.confidence), effect_size(gap, float(np.sqrt(spread))), n
+    )
 
 
 def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
@@ -284,7 +291,12 @@ def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     n = min(len(side.score) for side in sides)
     if n < FEWEST:
         return Difference(None, None, None, None, n)
-    design, score = _design(*sides), np.concatenate([side.score for side in sides])
+    score = np.concatenate([side.score for side in sides])
+    d = np.log10(np.concatenate([side.density for side in sides]))
+    knots = np.unique(np.quantile(d, KNOTS))
+    is_a = np.repeat([1.0, 0.0], [len(side.score) for side in sides])
+    hinges = np.maximum(d[:, None] - knots, 0)  # d is centred, which changes the constant alone
+    design = np.column_stack([is_a, np.ones_like(d), d - d.mean(), hinges])
     columns = np.concatenate([design, score[:, None]], axis=1)
     moments = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
     fit = _solve(moments.sum(0))
@@ -296,16 +308,9 @@ def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
         for side, part in enumerate((moments[:cut], moments[cut:]))
     )
     draws = np.array([_solve(one)[0] for one in np.asarray(sums)])
-    return Difference(float(fit[0]), *_interval(draws, cfg), _effect(float(fit[0]), spread), n)
-
-
-def _design(a: Sample, b: Sample) -> Float64[np.ndarray, "latents columns"]:
-    """Return [member is a], 1, d, (d - knot)_+ ...; d is centred, which changes the constant alone."""
-    d = np.log10(np.concatenate([a.density, b.density]))
-    knots = np.unique(np.quantile(d, KNOTS))
-    member = np.repeat([1.0, 0.0], [len(a.score), len(b.score)])
-    hinges = np.maximum(d[:, None] - knots, 0)
-    return np.column_stack([member, np.ones_like(d), d - d.mean(), hinges])
+    return Difference(
+        float(fit[0]), *percentiles(draws, cfg.confidence), effect_size(float(fit[0]), spread), n
+    )
 
 
 def _solve(moments: Float64[np.ndarray, " moments"]) -> Values:
@@ -324,20 +329,3 @@ def _known(sample: Sample) -> Sample:
     keep = ~np.isnan(score)
     assert (density[keep] > 0).all(), "a latent that was scored has fired"
     return Sample(density[keep], score[keep])
-
-
-def _means(values: Values, cfg: EvalConfig, *names: str | int) -> Float64[np.ndarray, " draws"]:
-    seed = seed_for(cfg.seed, "density", *names)
-    return resampled_sums(values[:, None], cfg.draws, seed)[:, 0] / len(values)
-
-
-def _interval(draws: Float64[np.ndarray, " draws"], cfg: EvalConfig) -> tuple[float, float]:
-    tail = (1 - cfg.confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _effect(gap: float, spread: float) -> float | None:
-    if spread > abs(gap) * 1e-12:
-        return gap / spread
-    return 0.0 if gap == 0 else None

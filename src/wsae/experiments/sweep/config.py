@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from wsae.core.config import Config
-from wsae.evals.recovery.options import RecoveryConfig
+from wsae.evals.config import RecoveryConfig
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import ReLU
 from wsae.toy.config import EqualImportance, FeatureConfig, Importance, ToyModelConfig

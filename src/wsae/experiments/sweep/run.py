@@ -16,8 +16,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.recovery import Codes, GroundTruth, ground_truth, score_codes
-from wsae.evals.recovery.score import isolated
+from wsae.evals.recovery import GroundTruth, ground_truth, isolated, score_codes
 from wsae.experiments.sweep.config import Method, ToySweepConfig, TrainingConfig
 from wsae.losses.config import GammaConfig
 from wsae.losses.gamma import gamma_from_covariance, gamma_from_proxy
@@ -258,8 +257,8 @@ def _scores(truth: GroundTruth, sae: SparseAutoencoder, cfg: TrainingConfig) -> 
     assert truth.acts is not None
     assert truth.W_p is not None
     latents = sae.encode(truth.acts.float())
-    codes = Codes(latents, sae.W_dec, sae.decode(latents), isolated(truth, truth.W_p, sae))
-    return score_codes(truth, codes, cfg.recovery).scores
+    x_hat, alone = sae.decode(latents), isolated(truth, truth.W_p, sae)
+    return score_codes(truth, latents, sae.W_dec, x_hat, alone, cfg.recovery).scores
 
 
 def _pool() -> ThreadPoolExecutor:

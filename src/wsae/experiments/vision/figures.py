@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wsae.core.files import read_json
-from wsae.evals.classes.score import SCORES
+from wsae.evals.glossary import CLASS_SCORES
 from wsae.experiments.engine import Row, Table
 from wsae.experiments.figures import Panel, Series, Verdict, judged
 from wsae.experiments.sweep.table import Mean, mean_interval, select
@@ -20,7 +20,7 @@ from wsae.report.panel_figures import panels_figure
 # classes. JSON-ready.
 
 WAYS = ("all", "matched", "density", "adjusted", "within", "images")
-"""Over what a member is compared with the plain one (`wsae.evals.classes.comparing`)."""
+"""Over what a member is compared with the plain one (`wsae.evals.classes.run`)."""
 
 
 def run_rows(planned: BackboneRun, path: Path) -> list[Row]:
@@ -356,7 +356,7 @@ def _gains(rows: list[Row]) -> Table:
     members = dict.fromkeys(row["member"] for row in rows if row.get("differences"))
     for name in members:
         mine = select(rows, member=name)
-        for score in SCORES:
+        for score in CLASS_SCORES:
             form = (1.0, "+.4f") if score == "information" else (100.0, "+.1f")
             found = ([row["differences"][score].get(way) for row in mine] for way in WAYS)
             cells = [_over_seeds(list(parts), *form) for parts in found]
