@@ -28,7 +28,7 @@ from wsae.evals.autointerp.config import FREE, ContextConfig, Control, Interpret
 from wsae.evals.autointerp.llm.config import LlmConfig
 
 if TYPE_CHECKING:
-    from wsae.evals.autointerp.subjects import ScorerModels
+    from wsae.evals.autointerp.members import ScorerModels
 
 # The tables of `wsae interpret`.
 
