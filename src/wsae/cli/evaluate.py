@@ -11,7 +11,7 @@ from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_fl
 from wsae.cli.live import behind, labelled, reopen
 from wsae.cli.ui import UI
 from wsae.core.artifact import MANIFEST, read_manifest
-from wsae.core.config import Config
+from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
@@ -142,7 +142,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
-    cfg = EvalConfig.parse(data, where="flags")
+    cfg = EvalConfig.parse(data, where=FLAGS)
     from wsae.cli.runner import device
 
     if is_sae(flags.run):

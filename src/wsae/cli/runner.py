@@ -42,9 +42,6 @@ def run_command(command: Command, words: list[str]) -> int:
         return 0
     flags = cast(flag_tools.HasCommon, parsed)
     if flags.common.print_config:
-        printable = getattr(module, "printable", None)  # a command may read more than flags say
-        if printable:
-            printable(flags)
         in_json = flags.common.as_json
         sys.stdout.write(as_json(parsed) if in_json else as_yaml(parsed, prog))
         return 0

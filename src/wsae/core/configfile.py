@@ -177,9 +177,11 @@ def _number(text: str) -> float:
 
 
 def yaml_value(value: Any) -> str:
-    """Return a scalar, or a list of them, as YAML of one line that reads back as the same value."""
+    """Return a scalar, a list or an object of plain keys as YAML of one line that reads back as the same value."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(yaml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {yaml_value(item)}' for key, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, float) and not math.isfinite(value):
