@@ -19,12 +19,10 @@ from typing import (
     Annotated,
     Any,
     Literal,
-    Protocol,
     TypeVar,
     Union,
     get_args,
     get_origin,
-    runtime_checkable,
 )
 
 import tyro
@@ -266,16 +264,7 @@ class Common(Config):
 
 
 CommonFlags = tyro.conf.OmitArgPrefixes[Common]
-
-
-@runtime_checkable
-class HasCommon(Protocol):
-    """A command's flags end with `common: CommonFlags = Common()`."""
-
-    @property
-    def common(self) -> Common:
-        """Flags of every command."""
-        ...
+"""The last flags of every command: `common: CommonFlags = Common()`."""
 
 
 def parse(kind: type[F], prog: str, words: list[str], about: str) -> F:

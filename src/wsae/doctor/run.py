@@ -18,7 +18,7 @@ from wsae.acts.source import StoreSource, open_source
 from wsae.acts.store import Store
 from wsae.acts.text import told
 from wsae.acts.tokens import TokenTable
-from wsae.core.artifact import MANIFEST, read_manifest
+from wsae.core.artifact import MANIFEST, kind_of, read_manifest
 from wsae.core.errors import UserError, named, understood
 from wsae.core.files import read_json
 from wsae.core.progress import Progress, Tick, quiet
@@ -259,10 +259,7 @@ def examine(cfg: DoctorConfig, progress: Progress = quiet) -> dict[str, Any]:
         with progress("doctor", 4, "stages") as tick:
             return report(cfg.harvest.model, examine_model(cfg, cfg.harvest, tick))
     assert cfg.data is not None, "a subject: harvest or data"
-    place = Path(cfg.data) / MANIFEST
-    data = read_json(place) if place.is_file() else None
-    is_run = isinstance(data, dict) and data.get("kind") == "run"
-    look = _examine_run if is_run else examine_data
+    look = _examine_run if kind_of(Path(cfg.data)) == "run" else examine_data
     return report(cfg.data, look(cfg, cfg.data, progress)) | {"on_disk": True}
 
 

@@ -1,11 +1,9 @@
 """Evaluate a training run on held-out data into RUN/evaluation, or one SAE on an array."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.calls import own_settings
 from wsae.core.errors import UserError, understood
-from wsae.core.files import locked, read_json, write_json
+from wsae.core.files import Json, finite, locked, read_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.config import EvalConfig
@@ -37,7 +35,6 @@ from wsae.train.run import load_run
 
 # From the measurements of every hook to one evaluation: metrics, comparisons, contexts, arrays.
 
-Json = dict[str, Any]
 Show = Callable[[Context], Json]
 
 
@@ -141,7 +138,7 @@ def _hook_record(hook: str, found: Measured, subject: EvaluatedFamilies, cfg: Ev
     ]
     matching = {name: {"with": twins[name], **m.summary()} for name, m in found.matching.items()}
     record = {"data": data_digest(found), "members": members, "comparisons": comparisons}
-    return {key: _no_nan(value) for key, value in (record | {"matching": matching}).items()}
+    return finite(record | {"matching": matching})
 
 
 def data_digest(found: Measured) -> str:
@@ -207,15 +204,6 @@ def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json
 def _window(context: Context, tokens: TokenTable, cfg: EvalConfig) -> Json:
     ids = tokens.ids[context.seq, : int(tokens.lengths[context.seq])].long()
     return context.window(ids, tokens.decode, cfg.window_tokens)
-
-
-def _no_nan(value: object) -> object:
-    """Replace NaN and infinities by null: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _no_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_no_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 EVALUATION, ARRAYS, CONTEXTS = "evaluation.json", "arrays.safetensors", "contexts.json"

@@ -2,15 +2,13 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from wsae.core.errors import UserError
-from wsae.core.files import read_json
+from wsae.core.files import Json, read_json
 
 if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
-
-Json = dict[str, Any]
 
 
 class ModelName(NamedTuple):

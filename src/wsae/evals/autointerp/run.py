@@ -7,13 +7,13 @@ answers one by one (`llm.cache`), so a killed run scores nothing twice and ends 
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
 from wsae.acts.tokens import owner_of
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
-from wsae.core.files import digest, locked, read_json
+from wsae.core.files import Json, digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.llm.plan import Planned, dry_run
@@ -54,7 +54,6 @@ from wsae.evals.run import run_subject
 # same pairs resampled for both), over all latents of both samples, and over latents of equal
 # density, since denser latents score differently.
 
-Json = dict[str, Any]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TYPICAL = 5
 """Tokens that say what a latent fires on where no model explains it."""

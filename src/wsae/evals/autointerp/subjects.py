@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.core.files import digest, read_json
+from wsae.core.files import Json, digest, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.collect import Members, collect
 from wsae.evals.autointerp.config import FREE, Control, InterpretConfig, Score
@@ -172,7 +172,6 @@ def _restricted(family: Family, members: tuple[str, ...]) -> Family:
 # Who judges, and each scorer's answer for one member as a part that can be kept: plain JSON, by
 # latent.
 
-Json = dict[str, Any]
 METRIC: dict[Score, str] = {
     "embedding": "auc",
     "surprisal": "auc",

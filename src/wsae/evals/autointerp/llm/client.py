@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from wsae.core.errors import UserError
-from wsae.core.files import LINE_BYTES, as_user_error, digest, opened, parse_json, write_json
+from wsae.core.files import LINE_BYTES, Json, as_user_error, digest, opened, parse_json, write_json
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.llm.config import LlmConfig
@@ -176,8 +176,6 @@ class Budget:
 #
 # One file per answer, written atomically as soon as the answer is there, so that a killed run
 # repeats no paid call.
-
-Json = dict[str, Any]
 
 
 class Cache:
