@@ -41,10 +41,11 @@ from wsae.core.artifact import (
     Manifest,
     check_file,
     contained,
+    kind_of,
     read_manifest,
 )
 from wsae.core.errors import UserError, understood
-from wsae.core.files import digest, parse_json, read_json, read_lines
+from wsae.core.files import Json, digest, parse_json, read_json, read_lines
 from wsae.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -375,8 +376,6 @@ def _plausible(name: str, array: np.ndarray) -> bool:
     return not bool((np.abs(array[np.isfinite(array)]) > LARGEST).any())
 
 
-Json = dict[str, Any]
-"""A parsed JSON object."""
 Trained = dict[str, dict[str, Any]]
 """hook -> member -> what is known of it."""
 
@@ -611,8 +610,7 @@ _MADE_BY = {
 
 def check_no_sae(path: Path) -> None:
     """Raise UserError for the directory of a single SAE, imported or a member of a run."""
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-    if isinstance(manifest, dict) and manifest.get("kind") == "sae":
+    if kind_of(path) == "sae":
         raise UserError(
             f"{path}: is a single SAE, and report and serve show runs (the --out of a `wsae train`); "
             f"to measure an SAE: wsae evaluate {path} --source STORE"

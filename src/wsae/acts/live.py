@@ -117,8 +117,9 @@ class LiveSource:
         self._head = []
 
     def describe(self) -> dict[str, Any]:
-        """Return the harvest this stands for."""
-        return {"kind": "live", "harvest": self.cfg.to_dict(), "hooks": list(self.hooks)}
+        """Return the harvest this stands for, and how rows are mixed where that is not as always."""
+        mixing = {} if self.live == LiveConfig() else {"mixing": self.live.to_dict()}
+        return {"kind": "live", "harvest": self.cfg.to_dict(), "hooks": list(self.hooks), **mixing}
 
     def stream(self, batch_size: int, seed: int, state: State | None = None) -> "LiveStream":
         """Return training batches from the start or from a state."""

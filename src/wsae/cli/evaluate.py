@@ -10,10 +10,10 @@ from wsae.acts.names import among
 from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_flags, config_values
 from wsae.cli.live import behind, labelled, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import MANIFEST, read_manifest
-from wsae.core.config import Config
+from wsae.core.artifact import MANIFEST, kind_of, read_manifest
+from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
-from wsae.core.files import read_json, write_json
+from wsae.core.files import write_json
 from wsae.core.hub import local_folder
 from wsae.core.progress import Progress
 from wsae.evals.classes.config import ClassesConfig
@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 
 def is_sae(path: Path) -> bool:
-    """Whether a path, or an address on the hub, is one SAE: a directory of ours, an export, or another tool's files."""
+    """Return whether a path, or a hub address, is one SAE: a directory of ours, an export, or another tool's files."""
     folder = local_folder(path)
     if (folder / MANIFEST).is_file():
-        data = read_json(folder / MANIFEST)
-        return isinstance(data, dict) and data.get("kind") in ("sae", "export")
+        return kind_of(folder) in ("sae", "export")
     from wsae.interop.convert import readable
 
     return readable(folder)
@@ -143,7 +142,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
-    cfg = EvalConfig.parse(data, where="flags")
+    cfg = EvalConfig.parse(data, where=FLAGS)
     from wsae.cli.runner import device
 
     if is_sae(flags.run):

@@ -1,11 +1,9 @@
 """Evaluate a training run on held-out data into RUN/evaluation, or one SAE on an array."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +27,7 @@ from wsae.core.artifact import (
 )
 from wsae.core.calls import own_settings
 from wsae.core.errors import UserError
-from wsae.core.files import locked, write_json
+from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.compare import ComparedMember, compare_members, member_metrics
@@ -125,7 +123,7 @@ def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Jso
     lines = [line for a, b in pairs for line in compare_members(sides[a], sides[b], cfg)]
     matching = {m: {"with": family.twins[m], **f.summary()} for m, f in found.matching.items()}
     record = {"data": data_digest(found), "members": members, "comparisons": lines}
-    return _no_nan(record | {"matching": matching})
+    return finite(record | {"matching": matching})
 
 
 def data_digest(found: Measured) -> str:
@@ -187,15 +185,6 @@ def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json
         "max": float(activity.peak[latent]),
         "match": match,
     }
-
-
-def _no_nan(value: Any) -> Any:
-    """Replace NaN and infinities by null: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _no_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_no_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @own_settings()

@@ -2,17 +2,15 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
-from wsae.core.files import read_json
+from wsae.core.files import Json, read_json
 from wsae.run import Run
 
 if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
-
-Json = dict[str, Any]
 
 
 class ModelName(NamedTuple):

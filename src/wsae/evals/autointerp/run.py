@@ -11,7 +11,7 @@ differently.
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from wsae.core.artifact import (
     read_manifest,
     write_manifest,
 )
-from wsae.core.files import digest, locked, read_json
+from wsae.core.files import Json, digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.controls import ABOUT
@@ -62,12 +62,6 @@ from wsae.evals.data import HeldOut
 from wsae.evals.intervals import Difference, estimate, mean, paired_difference, unpaired_difference
 from wsae.evals.run import run_subject
 
-Json = dict[str, Any]
-INTERPRETATION_PART, INTERPRETATION, CONTEXTS_FILE = (
-    "interpretation",
-    "interpretation.json",
-    "contexts.json",
-)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TYPICAL = 5
 """Tokens that say what a latent fires on where no model explains it."""

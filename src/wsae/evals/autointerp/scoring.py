@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from wsae.core.errors import UserError
-from wsae.core.files import digest, read_sealed, seal, write_text
+from wsae.core.files import Json, digest, read_sealed, seal, write_text
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.collect import Latents, Members, fragments
 from wsae.evals.autointerp.config import FREE, FragmentConfig, Score
@@ -37,7 +37,6 @@ from wsae.evals.autointerp.surprisal import TEMPLATES, surprisal_scores
 from wsae.evals.autointerp.windows import Fragments
 from wsae.sae import SparseAutoencoder
 
-Json = dict[str, Any]
 SCHEMA = 2
 """Of a part: another way of scoring is another number."""
 _FINAL = (NO_EXPLANATION, "unparsed")
