@@ -39,7 +39,7 @@ from wsae.evals.downstream import splice_arrays, splice_sequences, token_sequenc
 from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
-from wsae.run import CONFIG, Json, Run
+from wsae.run import CONFIG, Run
 from wsae.sae import SparseAutoencoder
 from wsae.train.config import TrainConfig
 

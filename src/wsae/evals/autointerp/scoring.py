@@ -6,7 +6,6 @@ its parts again; another score or control makes only its own.
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from wsae.core.errors import UserError
-from wsae.core.files import Json, digest, read_sealed, seal, write_text
+from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.collect import Latents, Members, fragments
 from wsae.evals.autointerp.config import FREE, FragmentConfig, Score
@@ -67,15 +66,6 @@ class Parts:
 def write_ascii(path: Path, value: object) -> None:
     """Write a JSON file atomically: NaN as null, and every text in ASCII, since a model's may not be valid UTF-8."""
     write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinities by null: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def part_of(
