@@ -278,7 +278,9 @@ class FeatureStream:
         places = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
         self._place = torch.tensor([places[seed] for seed in seeds])
         self._uniform = torch.empty(len(places), rows, self.n_features, dtype=torch.float32)
-        self._rate = _stacked([recipe.rate for recipe in self._recipes], self.n_features)
+        rates = [recipe.rate for recipe in self._recipes]
+        size = max(map(len, rates))  # one number each where no world needs more
+        self._rate = torch.stack([rate.expand(size) for rate in rates])[:, None]
         self._draws: dict[_Key, Tensor] = {
             ("uniform", seed): self._uniform[i] for seed, i in places.items()
         }
@@ -332,9 +334,3 @@ class FeatureStream:
             stream.random(dtype=np.float32, out=out)
         else:
             stream.standard_normal(dtype=np.float32, out=out)
-
-
-def _stacked(rates: list[Tensor], n: int) -> Float32[Tensor, "worlds 1 _"]:
-    """Return the worlds' rates side by side, one number each where no world needs more."""
-    wide = any(len(rate) > 1 for rate in rates)
-    return torch.stack([rate.expand(n) if wide else rate for rate in rates])[:, None]

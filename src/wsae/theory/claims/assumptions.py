@@ -76,7 +76,12 @@ def reconstruction_identifies(seed: int) -> Claim:
     given = float(superpose(W_p, features).square().sum(1) @ probability)
     signal = float(features.square().sum(1) @ probability)
     copies = (1, 1, 2, 3, 5, 5)
-    members = torch.stack([_signed_bases(n, d, c, seed_for(seed, i)) for i, c in enumerate(copies)])
+    bases = []
+    for i, count in enumerate(copies):
+        made = torch.Generator().manual_seed(seed_for(seed, i))
+        drawn = torch.randn(count, d, d, generator=made, dtype=torch.float64)
+        bases.append(signed(torch.linalg.qr(drawn).Q.flatten(0, 1) / count**0.5, n))
+    members = torch.stack(bases)
     losses = sae_loss(members, W_p, features, probability) / given
     truth = ground_truth_loss(members, W_p, features, probability) / signal
     acts = superpose(
@@ -111,15 +116,6 @@ def reconstruction_identifies(seed: int) -> Claim:
             "top1_loss_turned": top1,
         },
     )
-
-
-def _signed_bases(d_sae: int, d_in: int, copies: int, seed: int) -> Tensor:
-    """Return [Q; -Q; 0] / sqrt(copies) for `copies` random orthonormal Q: zero loss for every x_p."""
-    made = torch.Generator().manual_seed(seed)
-    bases = torch.linalg.qr(
-        torch.randn(copies, d_in, d_in, generator=made, dtype=torch.float64)
-    ).Q.flatten(0, 1)
-    return signed(bases / copies**0.5, d_sae)
 
 
 def turned_digons(angle: float) -> Tensor:

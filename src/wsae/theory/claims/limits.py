@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
-from wsae.theory.claims.minima import away_from_identity, polysemantic_identity
+from wsae.theory.claims.minima import POLYSEMANTIC_IDENTITY, away_from_identity
 from wsae.theory.claims.record import Claim
 from wsae.theory.geometry import (
     interference,
@@ -292,7 +292,7 @@ def identity_step(seed: int) -> Claim:
     solves = float((swap.T @ swap.relu() - eye).abs().max())
     product = float((D.T @ E_1).abs().max())
     two = zero_solutions(eye, 256, seed)
-    three = polysemantic_identity()
+    three = POLYSEMANTIC_IDENTITY
     third = float((three.T @ three.relu() - orthogonal(3)).abs().max())
     return Claim(
         claim="In W_m = I + E_1 - E_2 + D (E_1, E_2 off-diagonal, D diagonal) E_2^T E_1 = D^T E_1 = E_2^T D = 0, "

@@ -357,7 +357,7 @@ def theorem_3(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     turned = max(
         float(sae_loss(turned_digons(a), digons(2), features, probability)) for a in angles
     )
-    eye = polysemantic_identity()
+    eye = POLYSEMANTIC_IDENTITY
     active = int((code(eye, orthogonal(3)) > 0).sum(1).min())
     identity = float(one_sparse_residuals(eye, orthogonal(3)).sum())
     return Claim(
@@ -416,12 +416,9 @@ def mirrored_simplex_loss(p: int) -> Fraction:
     return p * _simplex_by_hand(p, [Fraction(1)] * p)
 
 
-def polysemantic_identity() -> Tensor:
-    """Return a W_m != I with W_m^T ReLU(W_m) = I_3 in which every latent serves two features."""
-    rows = torch.tensor([[1.0, 1.0, -1.0], [-1.0, 1.0, 1.0], [1.0, -1.0, 1.0]])
-    return rows.double() / 2**0.5
-
-
+ROWS = [[1.0, 1.0, -1.0], [-1.0, 1.0, 1.0], [1.0, -1.0, 1.0]]
+POLYSEMANTIC_IDENTITY = torch.tensor(ROWS, dtype=torch.float64) / 2**0.5
+"""A W_m != I with W_m^T ReLU(W_m) = I_3 in which every latent serves two features."""
 UNIQUE_WORLDS = {
     "I_2": orthogonal(2),
     "I_3": orthogonal(3),

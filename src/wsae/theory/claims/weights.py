@@ -288,11 +288,6 @@ def uneven(seed: int, count: int) -> list[Tensor]:
     return [loud * random_unit(5, 9, seed_for(seed, "uneven", i)) for i in range(count)]
 
 
-def rotated(seed: int) -> list[Tensor]:
-    """Return the block-built worlds, each turned at random."""
-    return [rotation(seed, i, len(W)) @ W for i, W in enumerate(blocks(seed, 50))]
-
-
 def unfinished(seed: int, count: int, d_in: int = 3, n: int = 5) -> list[Tensor]:
     """Return random non-positive W_p, n < 2 d_in, whose L_SAE at W_p^T is not 0 (not digons alone)."""
     found: list[Tensor] = []
@@ -317,7 +312,7 @@ def variance_proxy(seed: int) -> Claim:
     families = {
         "block-built": blocks(seed, 50),
         "random": uneven(seed, 50),
-        "rotated": rotated(seed),
+        "rotated": [rotation(seed, i, len(W)) @ W for i, W in enumerate(blocks(seed, 50))],
     }
     rules = [rule for rule in RULES if rule != "plain"]
     ratio = {
@@ -364,7 +359,13 @@ def basis(seed: int) -> Claim:
     ratios = [float(s.max() / s.min()) for s in (gram(Q @ EXAMPLE_1).diagonal() for Q in turns)]
     features, probability = grid(3, 0.5, 2)
     W_m = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    moved = {rule: _change(rule, W_m, features, probability, turns) for rule in RULES}
+
+    def loss(rule: str, Q: Tensor) -> float:
+        W_p = Q @ EXAMPLE_1
+        return float(sae_loss(W_m @ Q.T, W_p, features, probability, weights_of(W_p, rule)))
+
+    plain = {rule: loss(rule, torch.eye(2, dtype=torch.float64)) for rule in RULES}
+    moved = {r: max(abs(loss(r, Q) / own - 1) for Q in turns) for r, own in plain.items()}
     return Claim(
         claim="The variance of x_p in dimension i measures a property of the features there.",
         source="Section 5.1",
@@ -384,19 +385,6 @@ def basis(seed: int) -> Claim:
         }
         | {f"moved {rule}": value for rule, value in moved.items()},
     )
-
-
-def _change(
-    rule: str, W_m: Tensor, features: Tensor, probability: Tensor, turns: list[Tensor]
-) -> float:
-    """Return the largest relative change of an SAE's weighted loss when everything is rotated (Example 1's W_p)."""
-
-    def loss(Q: Tensor) -> float:
-        W_p = Q @ EXAMPLE_1
-        return float(sae_loss(W_m @ Q.T, W_p, features, probability, gamma=weights_of(W_p, rule)))
-
-    plain = loss(torch.eye(2, dtype=torch.float64))
-    return max(abs(loss(Q) / plain - 1) for Q in turns)
 
 
 TELLING = ((3, 4, 41), (4, 5, 43), (3, 4, 49), (4, 5, 51))
@@ -446,7 +434,8 @@ def direction(seed: int) -> Claim:
         largest = max(largest, float(gap(W_p, features).max()))
     built = shared_blocks()
     plain = [_mean_gap(W_p, None) for W_p in built]
-    halved = [_mean_gap(W_p, _halved(W_p)) for W_p in built]
+    squares = [torch.where((W_p.abs() > 1e-12).sum(1) > 1, 0.5, 1.0).double() for W_p in built]
+    halved = [_mean_gap(W_p, square.sqrt()) for W_p, square in zip(built, squares, strict=True)]
     loud = [_mean_gap(W_p, weights_of(W_p, "variance 1")) for W_p in built]
     wider = sum(h < p for h, p in zip(halved, plain, strict=True))
     narrower = sum(abs(v) < abs(p) for v, p in zip(loud, plain, strict=True))
@@ -473,8 +462,10 @@ def principle(seed: int) -> Claim:
     simplices = {p: float(gap_weights(gram(simplex(p)))[0]) for p in (2, 3, 4, 8)}
     planar = {p: float(gap_weights(gram(polygon(p)))[0]) for p in (3, 5, 8)}
     built, random = blocks(seed, 50), uneven(seed, 50)
-    lighter = sum(map(_shared_weigh_less, built)) / len(built)
-    ordered = 0
+    lighter = ordered = 0
+    for W_p in built:  # the best diagonal: 1 on dimensions of one feature, less on all others
+        g, alone = gap_weights(gram(W_p)), (W_p != 0).sum(1) == 1
+        lighter += bool((g[~alone] < 1 - 1e-9).all() and ((g[alone] - 1).abs() < 1e-9).all())
     for covariance in map(gram, random):
         g, variance = gap_weights(covariance), covariance.diagonal()
         ordered += bool(g[variance.argmax()] < g[variance.argmin()])
@@ -484,13 +475,13 @@ def principle(seed: int) -> Claim:
         verdict="holds if",
         condition="Small means the Frobenius norm, and polysemantic that a dimension carries much, ||W_p[i]||^2 (its "
         "variance for iid features), not that many features share it.",
-        evidence=f"The diagonal of least norm gives monosemantic dimensions 1 and all others less in {lighter:.0%} of "
-        f"{len(built)} block-built W_p. A simplex of p features gets (p-1)/p, rising with p: "
-        f"{', '.join(f'{g:.3g}' for g in simplices.values())} for p = 2, 3, 4, 8; a planar polygon 2/p: "
+        evidence="The diagonal of least norm gives monosemantic dimensions 1 and all others less in "
+        f"{lighter / len(built):.0%} of {len(built)} block-built W_p. A simplex of p features gets (p-1)/p, rising "
+        f"with p: {', '.join(f'{g:.3g}' for g in simplices.values())} for p = 2, 3, 4, 8; a planar polygon 2/p: "
         f"{', '.join(f'{g:.2g}' for g in planar.values())} for p = 3, 5, 8. In {ordered / len(random):.0%} of "
         f"{len(random)} random W_p the dimension that varies most weighs less than the one that varies least.",
         instances=len(built) + len(random) + len(simplices) + len(planar),
-        numbers={"blocks_lighter": lighter, "random_ordered": ordered / len(random)}
+        numbers={"blocks_lighter": lighter / len(built), "random_ordered": ordered / len(random)}
         | {f"simplex_{p}": g for p, g in simplices.items()}
         | {f"polygon_{p}": g for p, g in planar.items()},
     )
@@ -561,12 +552,6 @@ def _mean_gap(W_p: Tensor, gamma: Tensor | None) -> float:
     return float(gap(W_p, features, gamma) @ probability)
 
 
-def _halved(W_p: Tensor) -> Tensor:
-    """Return gamma with gamma^2 = 1/2 on the dimensions that features share, 1 elsewhere."""
-    shared = (W_p.abs() > 1e-12).sum(1) > 1
-    return torch.where(shared, 0.5, 1.0).double().sqrt()
-
-
 def _reaching_zero(W_p: Tensor, d_sae: int, number: int) -> Tensor:
     """Return [Q; -Q; 0] [d_sae, d_in] for a random rotation Q (the identity for number 0)."""
     d_in = len(W_p)
@@ -600,12 +585,6 @@ def _sandwich(seed: int) -> tuple[float, float]:
         )
         low, high = min(low, float(ratio / bounds[-1])), max(high, float(ratio / bounds[0]))
     return low, high
-
-
-def _shared_weigh_less(W_p: Tensor) -> bool:
-    """Return whether the best diagonal is 1 on dimensions of one feature and less on all others."""
-    g, alone = gap_weights(gram(W_p)), (W_p != 0).sum(1) == 1
-    return bool((g[~alone] < 1 - 1e-9).all() and ((g[alone] - 1).abs() < 1e-9).all())
 
 
 CHECKS = (
