@@ -248,14 +248,14 @@ def _classes(at: Path) -> None:
 def _evaluated(place: Path) -> Any:
     from wsae.evals.run import run_subject
 
-    subject = run_subject(place)
+    families = run_subject(place)
     weights = {
         f"{hook}|{name}|{key}": tensor.tolist()
-        for hook, family in subject.families.items()
+        for hook, family in families.items()
         for name, sae in family.saes.items()
         for key, tensor in sae.tensors().items()
     }
-    return weights, subject.about
+    return weights, {hook: family.about for hook, family in families.items()}
 
 
 def _sae(place: Path) -> Any:
@@ -347,8 +347,7 @@ def _answers(at: Path) -> Target:
     """Answers of a language model: a damaged one is asked again, and named."""
     from wsae.core.errors import UserError
     from wsae.core.files import digest
-    from wsae.evals.autointerp.llm.client import Cache
-    from wsae.evals.autointerp.llm.types import Answer, AnswerToken
+    from wsae.evals.autointerp.llm.asking import Answer, AnswerToken, Cache
 
     asked = {"model": "a", "messages": [["user", "Text 1: the cat"]]}
     answer = Answer(

@@ -16,7 +16,7 @@ from scipy import stats
 from wsae.cli import toy
 from wsae.cli.flags import parse
 from wsae.cli.main import main
-from wsae.evals.recovery import RECOVERY
+from wsae.evals.glossary import RECOVERY
 from wsae.experiments.sweep import run as sweep_run
 from wsae.experiments.sweep.run import twin_of
 from wsae.toy.model import ToyModels

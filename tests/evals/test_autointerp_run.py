@@ -13,9 +13,16 @@ from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.evals.autointerp.config import InterpretConfig
+from wsae.evals.autointerp.members import selected, survey_hooks
 from wsae.evals.autointerp.run import interpret_run, plan_run
-from wsae.evals.autointerp.subjects import METRIC, selected, survey_hooks
-from wsae.evals.autointerp.summary import SCORES, agreement, glossary, rank_correlation, spearman
+from wsae.evals.autointerp.summary import (
+    METRIC,
+    SCORES,
+    agreement,
+    glossary,
+    rank_correlation,
+    spearman,
+)
 from wsae.evals.data import MatrixRows
 from wsae.evals.run import run_subject
 from wsae.report.html import write_report
@@ -264,7 +271,7 @@ def test_rank_correlation_of_too_few_or_constant_values_is_none() -> None:
 
 
 def test_hooks_and_members_can_be_chosen_and_a_weighted_one_brings_its_twin(run) -> None:
-    families = run_subject(run).families
+    families = run_subject(run)
     chosen = selected(families, InterpretConfig(members=("variance-a1",)))
     assert set(chosen[HOOK].saes) == {"variance-a1", "plain"}
     alone = selected(families, InterpretConfig(members=("plain",)))
@@ -276,7 +283,7 @@ def test_hooks_and_members_can_be_chosen_and_a_weighted_one_brings_its_twin(run)
 
 
 def test_the_sample_is_alike_from_run_to_run_and_never_dead(run) -> None:
-    families = run_subject(run).families
+    families = run_subject(run)
     first, again = (survey_hooks(Text(), families, CFG)[HOOK] for _ in range(2))
     assert first.sample == again.sample
     for sample in first.sample.values():

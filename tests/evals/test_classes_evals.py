@@ -11,12 +11,11 @@ import torch
 from wsae.acts.source import ArraySource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
-from wsae.evals.classes.comparing import _within
 from wsae.evals.classes.config import CONTROLS, ClassesConfig
-from wsae.evals.classes.run import CLASSES, score_classes, score_run
-from wsae.evals.classes.score import SCORES, Scored, glossary
-from wsae.evals.classes.tally import Labelled, look
-from wsae.evals.measure import Family
+from wsae.evals.classes.run import CLASSES, _within, score_classes, score_run
+from wsae.evals.classes.tally import Labelled, Scored, look
+from wsae.evals.glossary import CLASS_SCORES
+from wsae.evals.measure import EvaluatedSaes
 from wsae.losses.config import GammaConfig
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.train.config import MemberConfig, TrainConfig
@@ -54,7 +53,7 @@ def labelled(heldout: float = 0.5, **fields: object) -> Labelled:
 
 
 def test_class_latents_score_one_and_blind_latents_zero() -> None:
-    found = score_classes(Family({"plain": reader()}), labelled(), CFG)
+    found = score_classes(EvaluatedSaes({"plain": reader()}), labelled(), CFG)
     arrays = found.members["plain"].arrays
     for score in ("consistency_ncl", "consistency_top", "consistency_corrected", "selectivity"):
         assert torch.allclose(arrays[score][:N_CLASSES], torch.ones(N_CLASSES).double()), score
@@ -82,7 +81,9 @@ def test_only_held_out_rows_count() -> None:
     kept[source.heldout_rows] = False
     wrong[kept] = 0  # what the training rows are must not matter
     records = [
-        score_classes(Family({"plain": reader()}), Labelled(source, "acts", given), CFG).record
+        score_classes(
+            EvaluatedSaes({"plain": reader()}), Labelled(source, "acts", given), CFG
+        ).record
         for given in (labels, wrong)
     ]
     assert records[0] == records[1]
@@ -90,7 +91,7 @@ def test_only_held_out_rows_count() -> None:
 
 
 def test_controls_stand_beside_the_members() -> None:
-    found = score_classes(Family({"plain": reader()}), labelled(), CFG)
+    found = score_classes(EvaluatedSaes({"plain": reader()}), labelled(), CFG)
     names = {f"control-{name.replace('_', '-')}" for name in CONTROLS}
     assert set(found.controls) == names
     shuffled = found.record["controls"]["control-shuffled"]["scores"]["consistency_corrected"]
@@ -104,7 +105,7 @@ def test_controls_stand_beside_the_members() -> None:
     assert random["l0"] == pytest.approx(2.0, abs=0.7)
     lines = [line for line in found.record["comparisons"] if line["over"] == "control"]
     assert {line["b"] for line in lines} == names
-    assert {line["metric"] for line in lines} == set(SCORES)
+    assert {line["metric"] for line in lines} == set(CLASS_SCORES)
 
 
 def test_the_same_latents_in_another_order_do_not_differ_and_better_ones_do() -> None:
@@ -116,7 +117,7 @@ def test_the_same_latents_in_another_order_do_not_differ_and_better_ones_do() ->
         better.W_enc_t[N_CLASSES:] = better.W_enc_t[:N_CLASSES]
         better.W_enc_t[N_CLASSES:] += 0.01 * torch.randn(N_CLASSES, d).sign()
     saes = {"plain": reader(), "turned": turned, "better": better}
-    family = Family(saes, {"turned": "plain", "better": "plain"})
+    family = EvaluatedSaes(saes, {"turned": "plain", "better": "plain"})
     lines = score_classes(family, labelled(), CFG).record["comparisons"]
     found = {(x["a"], x["over"]): x for x in lines if x["metric"] == "consistency_corrected"}
     for way in ("all", "matched", "images"):
@@ -148,7 +149,7 @@ def test_a_run_is_scored_into_a_directory(tmp_path) -> None:
 
 def test_bad_input_ends_in_one_line() -> None:
     x, labels = world(200)
-    source, family = ArraySource(x, heldout_fraction=0.5), Family({"plain": reader()})
+    source, family = ArraySource(x, heldout_fraction=0.5), EvaluatedSaes({"plain": reader()})
     with pytest.raises(UserError, match="all of class 3; consistency needs two"):
         look(Labelled(source, "acts", np.full(200, 3)), CFG)
     with pytest.raises(UserError, match="held-out image .* has no class"):
@@ -166,7 +167,7 @@ def test_bad_input_ends_in_one_line() -> None:
 
 def test_fewer_images_than_strongest_samples_are_counted_not_scored() -> None:
     data = labelled(heldout=0.01)
-    found = score_classes(Family({"plain": reader()}), data, CFG)
+    found = score_classes(EvaluatedSaes({"plain": reader()}), data, CFG)
     summary = found.record["members"]["plain"]
     assert summary["scores"]["consistency_top"] == {
         "value": None,
@@ -182,8 +183,8 @@ def test_fewer_images_than_strongest_samples_are_counted_not_scored() -> None:
 
 def test_the_docs_have_every_scores_formula():
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().replace("\\|", "|")
-    for key, entry in glossary().items():
-        row = (entry["name"], f"`{key}`", entry["formula"], entry["direction"])
+    for key, entry in CLASS_SCORES.items():
+        row = (entry.name, f"`{key}`", entry.formula, entry.direction)
         assert f"| {' | '.join(row)} |" in text, key
 
 

@@ -10,13 +10,20 @@ from hypothesis import strategies as st
 
 from wsae.acts.source import Chunk
 from wsae.core.errors import UserError
+from wsae.evals.compare import member_metrics
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.data import MatrixRows
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS, glossary
-from wsae.evals.measure import Family, HeldOutPositions, Replay, SequenceSums, ev_per_dim, measure
+from wsae.evals.measure import (
+    EvaluatedSaes,
+    HeldOutPositions,
+    Replay,
+    SequenceSums,
+    ev_per_dim,
+    measure,
+)
 from wsae.evals.run import evaluate
-from wsae.evals.scores import member_metrics
 from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
 
 D_IN, D_SAE = 6, 20
@@ -76,7 +83,7 @@ def test_every_metric_equals_its_formula_on_all_rows_at_once(kind):
     saes = {"plain": make_sae(kind), "weighted": make_sae(kind, seed=1, gamma=GAMMA)}
     cfg = EvalConfig(draws=10, n_latents=0)
     source = Sequences(x, seq, pos, size=17)
-    arrays = measure(source, {"layers.1": Family(saes)}, cfg)["layers.1"].arrays
+    arrays = measure(source, {"layers.1": EvaluatedSaes(saes)}, cfg)["layers.1"].arrays
     for name, sae in saes.items():
         z = sae.encode(x).double()
         error = (x.double() - sae(x).double()).square()
@@ -112,7 +119,7 @@ def test_sums_per_sequence_are_about_the_global_mean_and_weighted_by_each_member
     seq, pos = torch.tensor([0] * 5 + [2] * 20 + [3] * 15), torch.arange(40)
     saes = {"plain": make_sae(), "weighted": make_sae(seed=1, gamma=GAMMA)}
     source = Sequences(x, seq, pos, size=7)
-    found = measure(source, {"layers.1": Family(saes)}, EvalConfig(n_latents=0))["layers.1"]
+    found = measure(source, {"layers.1": EvaluatedSaes(saes)}, EvalConfig(n_latents=0))["layers.1"]
     weight = GAMMA.double().square()
     deviation = (x.double() - x.double().mean(0)).square()
     error = (x.double() - saes["plain"](x).double()).square()
@@ -139,7 +146,7 @@ def test_sums_per_sequence_are_about_the_global_mean_and_weighted_by_each_member
 def test_the_result_does_not_depend_on_the_chunks(size, seed):
     x = rows(seed=seed)
     seq, pos = places(len(x))
-    family = {"layers.1": Family({"plain": make_sae()})}
+    family = {"layers.1": EvaluatedSaes({"plain": make_sae()})}
     cfg = EvalConfig(n_latents=3)
     whole = measure(Sequences(x, seq, pos), family, cfg)["layers.1"]
     split = measure(Sequences(x, seq, pos, size), family, cfg)["layers.1"]
@@ -226,7 +233,7 @@ def test_the_second_pass_is_replayed_from_memory_only_within_the_limit():
     for limit, passes in ((1 << 20, 1), (100, 2)):
         source = Sequences(x, *places(len(x)), size=10)
         cfg = EvalConfig(replay_bytes=limit, n_latents=0)
-        measure(source, {"layers.1": Family({"plain": make_sae()})}, cfg)
+        measure(source, {"layers.1": EvaluatedSaes({"plain": make_sae()})}, cfg)
         assert source.passes == passes
     replay = Replay(Sequences(x, *places(len(x)), size=10), EvalConfig())
     for _ in range(2):
@@ -238,7 +245,7 @@ def test_a_limit_measures_the_first_rows_as_if_there_were_no_others(limit):
     x, sae = rows(), make_sae()
     seq, pos = places(len(x))
     cfg = EvalConfig(rows=limit, splice_tokens=0, n_latents=0)
-    family = {"layers.1": Family({"plain": sae})}
+    family = {"layers.1": EvaluatedSaes({"plain": sae})}
     some = measure(Sequences(x, seq, pos, size=10), family, cfg)["layers.1"]
     alone = Sequences(x[:limit], seq[:limit], pos[:limit], size=7)
     whole = measure(alone, family, EvalConfig(n_latents=0))["layers.1"]
@@ -283,7 +290,7 @@ def test_bad_data_is_refused_in_one_line():
     with pytest.raises(UserError, match="there are no activations in it"):
         evaluate(sae, x[:0])
     with pytest.raises(UserError, match="no hook 'layers.9'; they have acts"):
-        measure(MatrixRows(x), {"layers.9": Family({"a": sae})}, EvalConfig())
+        measure(MatrixRows(x), {"layers.9": EvaluatedSaes({"a": sae})}, EvalConfig())
     with pytest.raises(UserError, match=r"must be \[rows, d_in\]"):
         evaluate(sae, x[0])
     with torch.no_grad():
@@ -294,7 +301,7 @@ def test_bad_data_is_refused_in_one_line():
 
 def test_the_glossary_names_what_is_emitted():
     assert set(COMPARED) <= set(METRICS)
-    table = glossary()
+    table = glossary(METRICS, MATCHING)
     assert set(table) == set(METRICS) | set(MATCHING)
     assert all(
         entry["formula"] and entry["name"] and entry["direction"] for entry in table.values()
@@ -303,11 +310,11 @@ def test_the_glossary_names_what_is_emitted():
 
 def test_the_docs_list_every_metric_with_its_formula():
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().replace("\\|", "|")
-    for key, entry in glossary().items():
+    for key, entry in glossary(METRICS, MATCHING).items():
         row = [
             key.join("``"),
             *(entry[field] for field in ("name", "formula", "direction", "unit")),
         ]
         assert f"| {' | '.join(row)} |" in text, key
     listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
-    assert listed == list(glossary()), "nothing else is listed, in the same order"
+    assert listed == [*METRICS, *MATCHING], "nothing else is listed, in the same order"

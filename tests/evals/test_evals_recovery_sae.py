@@ -8,23 +8,18 @@ import torch
 
 import wsae
 from wsae.core.errors import UserError
+from wsae.evals.config import RecoveryConfig
+from wsae.evals.glossary import LOSS_PARTS, LOSSES, RECOVERY
 from wsae.evals.recovery import (
-    RECOVERY,
-    Codes,
-    RecoveryConfig,
-    ground_truth,
-    recovery,
-    recovery_glossary,
-    score_codes,
-)
-from wsae.evals.recovery.glossary import LOSS_PARTS, LOSSES
-from wsae.evals.recovery.score import (
     Isolated,
     activated_features,
+    ground_truth,
     is_homogeneous,
     isolated,
     isolated_encoded,
     isolated_homogeneous,
+    recovery,
+    score_codes,
 )
 from wsae.sae import (
     BatchTopK,
@@ -106,7 +101,7 @@ def test_the_closed_form_equals_the_direct_encoding(monkeypatch):
     assert truth.W_p is not None
     unit = (truth.W_p.T @ sae.W_dec.double().T).relu().detach()
     closed = isolated_homogeneous(truth, unit)
-    monkeypatch.setattr("wsae.evals.recovery.score._BLOCK", 3 * D_SAE)  # blocks cut features
+    monkeypatch.setattr("wsae.evals.recovery._BLOCK", 3 * D_SAE)  # blocks cut features
     direct = isolated_encoded(truth, truth.W_p, lambda v: sae.encode(v.float()).detach())
     torch.testing.assert_close(closed.total, direct.total, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(closed.response, direct.response, rtol=1e-5, atol=1e-6)
@@ -167,8 +162,8 @@ def test_the_scores_of_an_sae_are_those_of_its_codes():
         z = sae.encode(acts)
         x_hat = sae(acts)
     truth = ground_truth(x, acts, W_p)
-    codes = Codes(z, sae.W_dec, x_hat, isolated(truth, truth.W_p, sae))
-    whole, parts = recovery(sae, x, acts, W_p), score_codes(truth, codes)
+    parts = score_codes(truth, z, sae.W_dec, x_hat, isolated(truth, truth.W_p, sae))
+    whole = recovery(sae, x, acts, W_p)
     assert whole.scores == pytest.approx(parts.scores, rel=1e-5)
     assert {k: v.tolist() for k, v in whole.assignment.items()} == {
         k: v.tolist() for k, v in parts.assignment.items()
@@ -198,12 +193,11 @@ def test_every_score_is_in_the_glossary_and_those_that_need_w_p_are_absent_witho
 
 def test_the_docs_list_every_score_with_its_formula():
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().replace("\\|", "|")
-    rows = [[name, f"`gt_{which}`", z] for which, (name, z) in LOSSES.items()]
+    rows = [[loss.name, f"`gt_{which}`", loss.formula] for which, loss in LOSSES.items()]
     rows += [[formula, f"`gt_*{part}`", unit] for part, (_, formula, unit) in LOSS_PARTS.items()]
-    for key, entry in recovery_glossary().items():
+    for key, (name, *cells) in RECOVERY.items():
         if not key.startswith("gt_"):
-            cells = [entry[field] for field in ("name", "formula", "direction", "unit")]
-            rows.append([cells[0], f"`{key}`", *cells[1:]])
+            rows.append([name, f"`{key}`", *cells])
     for row in rows:
         assert f"| {' | '.join(row)} |" in text, row
 
@@ -238,15 +232,15 @@ def test_bad_codes_and_options_are_one_clear_line():
     truth, sae = ground_truth(x, acts, W_p), make(ReLU())
     z, W_dec = sae.encode(acts).detach(), sae.W_dec.detach()
     bad = [
-        (Codes(z[:9], W_dec), "latents have 9 rows but features have 60"),
-        (Codes(z, W_dec[:3]), "W_dec has 3 rows but there are 8 latents"),
-        (Codes(z, W_dec[:, :2]), "W_dec has 2 columns but acts have 4"),
-        (Codes(z * NAN, W_dec), r"latents\[0, 0\] is nan"),
-        (Codes(z, W_dec, acts[:, :2]), r"x_hat has shape \(60, 2\) where acts have \(60, 4\)"),
+        ((z[:9], W_dec), "latents have 9 rows but features have 60"),
+        ((z, W_dec[:3]), "W_dec has 3 rows but there are 8 latents"),
+        ((z, W_dec[:, :2]), "W_dec has 2 columns but acts have 4"),
+        ((z * NAN, W_dec), r"latents\[0, 0\] is nan"),
+        ((z, W_dec, acts[:, :2]), r"x_hat has shape \(60, 2\) where acts have \(60, 4\)"),
     ]
     for codes, message in bad:
         with pytest.raises(UserError, match=message):
-            score_codes(truth, codes)
+            score_codes(truth, *codes)
     with pytest.raises(UserError, match="recovery: unknown key 'treshold' .nearest: threshold"):
         recovery(sae, x, acts, treshold=0.1)
     with pytest.raises(UserError, match="recovery: relative_threshold: .* less than 1"):

@@ -189,7 +189,7 @@ def test_contexts_are_the_strongest_places_of_each_latent_with_its_tokens(world)
     root, source, _, _ = world
     contexts = read_json(root / "run" / "evaluation" / "contexts.json")[HOOK]
     assert set(contexts) == {"plain", "variance-a1", "variance-a0.5"}
-    sae = run_subject(root / "run").families[HOOK].saes["variance-a1"]
+    sae = run_subject(root / "run")[HOOK].saes["variance-a1"]
     chunks = list(source.heldout(10_000))
     z, seq, pos = sae.encode(chunks[0].x[HOOK]).detach(), chunks[0].seq, chunks[0].pos
     tokens = source.tokens()

@@ -136,15 +136,10 @@ def test_the_small_harvest_is_the_documented_command() -> None:
     flags = HarvestFlags(
         model="builtin",
         out=Path("STORE"),
-        tokens=1_048_576,
-        dtype="bfloat16",
-        store_dtype="float16",
+        store={"tokens": 1_048_576, "dtype": "bfloat16", "store_dtype": "float16"},
         live={"text": "some.jsonl", "hook": hooks, "heldout_tokens": 262_144},
     )
-    own = {
-        name: getattr(flags, name) for name in ("tokens", "dtype", "store_dtype", "shard_tokens")
-    }
-    made = flags.live.config(flags.model, seed=0, device="cpu", **own)
+    made = flags.live.config(flags.model, seed=0, device="cpu", **dict(flags.store))
     assert small(text="some.jsonl").harvest == made
     assert small().harvest.text.path == "builtin"
 

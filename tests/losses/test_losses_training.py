@@ -13,10 +13,10 @@ import wsae
 from wsae.acts.source import ArraySource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
+from wsae.evals.compare import ComparedMember, across_runs, member_metrics
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import MatrixRows
-from wsae.evals.measure import Family, measure
-from wsae.evals.scores import ComparedMember, across_runs, member_metrics
+from wsae.evals.measure import EvaluatedSaes, measure
 from wsae.losses import GammaConfig
 from wsae.losses.gamma import gamma_from_covariance
 from wsae.train import family as rows_behind
@@ -116,7 +116,7 @@ def test_evaluation_weighs_by_the_whole_matrix() -> None:
     fitted = wsae.fit_family(x, [weighted("none"), weighted("whiten"), weighted("gap")], **QUICK)
     saes = dict(zip(fitted.names, fitted.saes, strict=True))
     cfg = EvalConfig(draws=10, n_latents=0, random_control=False)
-    arrays = measure(MatrixRows(x), {"acts": Family(saes)}, cfg)["acts"].arrays
+    arrays = measure(MatrixRows(x), {"acts": EvaluatedSaes(saes)}, cfg)["acts"].arrays
     for name, sae in saes.items():
         y = x.double()
         error, spread = y - sae(x).double().detach(), y - y.mean(0)

@@ -10,7 +10,7 @@ from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, Number, Place
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.evals.recovery.glossary import RECOVERY
+from wsae.evals.glossary import RECOVERY
 from wsae.experiments.sweep.config import TOP_K, ToySweepConfig, toy_methods
 from wsae.losses.config import GammaConfig, Normalise
 from wsae.sae.config import Kind

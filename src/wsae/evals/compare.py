@@ -1,26 +1,172 @@
-"""`wsae compare`: differences between members of one run, or between runs evaluated on the same held-out data."""
+"""Members' metrics with intervals, and differences between members of one run or of several (`wsae compare`).
+
+Arrays in, numbers out: nothing here reads a model. Differences are a - b on the same held-out data.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
 
-from wsae.core.artifact import MANIFEST, read_manifest
+import numpy as np
+
+from wsae.core.artifact import EVALUATION, MANIFEST, read_manifest
 from wsae.core.errors import UserError, understood
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
-from wsae.evals.glossary import glossary
-from wsae.evals.run import Json
-from wsae.evals.scores import Arrays, ComparedMember, Comparison, across_runs, compare_members
-from wsae.run import ARRAYS, EVALUATION_PART, Run
+from wsae.evals.glossary import COMPARED, MATCHING, METRICS, glossary
+from wsae.evals.intervals import (
+    Column,
+    Difference,
+    Estimate,
+    Ratio,
+    estimates,
+    mean,
+    paired_difference,
+    unpaired_difference,
+)
+from wsae.run import ARRAYS, EVALUATION_PART, Json, Run
+
+Arrays = dict[str, np.ndarray]
+"""One member's arrays by name (`arrays.safetensors` without the hook and member prefix)."""
+Comparison = dict[str, str | float | int | bool | None]
+"""One line of `comparisons`: a, b, metric, difference, low, high, effect_size, unit, n, paired."""
+UNPAIRED = {"dead_frac", "dense_frac"}
+"""Shares over all latents: matched pairs (live in both) could not show a difference in dead ones."""
+
+
+def fvu(arrays: Arrays, under: str | None = None) -> Ratio | None:
+    """Return FVU as a ratio over sequences; `under` names the member whose Gamma weighs it (None: plain)."""
+    suffix = f"@{under}" if under else ""
+    if f"seq_sse{suffix}" not in arrays:
+        return None
+    seen = arrays["seq_rows"] > 0
+    return Ratio(arrays[f"seq_sse{suffix}"][seen], arrays[f"seq_var{suffix}"][seen])
+
+
+def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
+    """Return the metrics whose independent unit is the sequence, as ratios of sums; absent arrays give no metric.
+
+    fvu_weighted is under the Gamma of member `under`; cross-entropies are over the scored tokens of spliced sequences.
+    """
+    out: dict[str, Ratio] = {}
+    if (plain := fvu(arrays)) is not None:
+        out["fvu"] = plain
+    if "seq_l0" in arrays:
+        seen = arrays["seq_rows"] > 0
+        out["l0"] = Ratio(arrays["seq_l0"][seen], arrays["seq_rows"][seen])
+    if "splice_ce" in arrays:
+        clean, spliced = arrays["splice_ce_clean"], arrays["splice_ce"]
+        for key, nats in (("clean", clean), ("spliced", spliced), ("delta", spliced - clean)):
+            out[f"ce_{key}"] = Ratio(nats, arrays["splice_targets"])
+        for ablation in ("zero", "mean"):
+            ablated = arrays[f"splice_ce_{ablation}"]
+            out[f"ce_loss_recovered_{ablation}"] = Ratio(ablated - spliced, ablated - clean)
+    if "splice_kl" in arrays:
+        out["kl"] = Ratio(arrays["splice_kl"], arrays["splice_targets"])
+    if (weighted := fvu(arrays, under)) is not None:
+        out["fvu_weighted"] = weighted
+    return out
+
+
+def by_latent(arrays: Arrays, cfg: EvalConfig) -> dict[str, Column]:
+    """Return per-latent values of the metrics that are means over latents; absent arrays give no metric."""
+    out: dict[str, Column] = {}
+    if "density" in arrays:
+        density = arrays["density"]
+        out["dead_frac"] = (density == 0).astype(np.float64)
+        out["dense_frac"] = (density > cfg.dense_threshold).astype(np.float64)
+        out["density_mean"] = density
+    if "variance" in arrays:
+        out["latent_variance_mean"] = arrays["variance"]
+    cosine = arrays.get("decoder_max_cosine")
+    if cosine is not None and not np.isnan(cosine).any():
+        out["decoder_cosine_max_mean"] = cosine.astype(np.float64)
+    return out
+
+
+def member_metrics(
+    name: str, arrays: Arrays, cfg: EvalConfig
+) -> dict[str, dict[str, float | None]]:
+    """Return {metric: {value, low, high}} of one member; intervals by sequence or by latent.
+
+    Explained variance over dimensions has no interval: dimensions are not a sample.
+    """
+    ratios = by_sequence(arrays, name)
+    ratios |= {key: mean(values) for key, values in by_latent(arrays, cfg).items()}
+    out: dict[str, Estimate] = {}
+    for units in {len(ratio.num) for ratio in ratios.values()}:
+        group = {key: ratio for key, ratio in ratios.items() if len(ratio.num) == units}
+        out |= dict(zip(group, estimates(list(group.values()), cfg), strict=True))
+    ev = arrays.get("ev_per_dim")
+    if ev is not None and not np.isnan(ev).all():
+        out["ev_dim_mean"] = Estimate(float(np.nanmean(ev)), None, None)
+        out["ev_dim_min"] = Estimate(float(np.nanmin(ev)), None, None)
+    return {key: out[key]._asdict() for key in sorted(out)}
+
+
+class ComparedMember(NamedTuple):
+    """One side of a comparison: its label in the results, its member name in its own run, its arrays."""
+
+    label: str
+    member: str
+    arrays: Arrays
+
+
+def compare_members(a: ComparedMember, b: ComparedMember, cfg: EvalConfig) -> list[Comparison]:
+    """Compare `a` with `b` on the same held-out data; differences are a - b.
+
+    By sequence, paired: fvu, fvu_weighted (both under a's gamma), l0, cross-entropy and KL. By latent: paired over the
+    one-to-one pairs of the two where a has them, else (and always for dead_frac, dense_frac) unpaired.
+    """
+    out: list[Comparison] = []
+
+    def add(metric: str, found: Difference, unit: str, paired: bool) -> None:
+        line = {"a": a.label, "b": b.label, "metric": metric, **found._asdict()}
+        out.append(line | {"unit": unit, "paired": paired})
+
+    left, right = (by_sequence(side.arrays, a.member) for side in (a, b))
+    spliced = _same(a.arrays, b.arrays, "splice_seq", "splice_targets")
+    for metric in left:
+        wanted = metric in COMPARED if spliced else metric in ("fvu", "l0", "fvu_weighted")
+        if wanted and metric in right:
+            add(metric, paired_difference(left[metric], right[metric], cfg), "sequence", True)
+    of_a, of_b = by_latent(a.arrays, cfg), by_latent(b.arrays, cfg)
+    index = a.arrays.get(f"pair_index@{b.member}")
+    for metric in sorted(of_a.keys() & of_b.keys()):
+        x, y = of_a[metric], of_b[metric]
+        if index is None or metric in UNPAIRED:
+            add(metric, unpaired_difference(x, y, cfg), "latent", False)
+        else:
+            x, y = x[index >= 0], y[index[index >= 0]]
+            add(metric, paired_difference(mean(x), mean(y), cfg), "latent", True)
+    return out
+
+
+def _same(a: Arrays, b: Arrays, *keys: str) -> bool:
+    none = np.zeros(0)
+    return all(np.array_equal(a.get(key, none), b.get(key, none)) for key in keys)
+
+
+def across_runs(b: ComparedMember, a: ComparedMember) -> ComparedMember:
+    """Return `b` for comparison with `a` of another run: weighted sums stay only where both have the same gamma."""
+    arrays = {key: value for key, value in b.arrays.items() if "@" not in key}
+    if "gamma" in b.arrays and _same(a.arrays, b.arrays, "gamma", "gamma_matrix"):
+        for key in ("seq_sse", "seq_var"):
+            arrays[f"{key}@{a.member}"] = b.arrays[f"{key}@{b.member}"]
+    return b._replace(arrays=arrays)
 
 
 class Evaluated(NamedTuple):
-    """A run's evaluation, read back: its label and, per hook, the data's digest, members' arrays, twins, matchings."""
+    """A run's evaluation, read back: its label and, per hook, the data's digest, members' arrays, matchings."""
 
     label: str
     data: dict[str, str]
     arrays: dict[str, dict[str, Arrays]]
-    twins: dict[str, dict[str, str]]
     matching: dict[str, dict[str, Json]]
+
+    def side(self, hook: str, member: str, prefix: bool = True) -> ComparedMember:
+        """Return a member, labelled with its run or without."""
+        label = f"{self.label}:{member}" if prefix else member
+        return ComparedMember(label, member, self.arrays[hook][member])
 
 
 def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: B008  (frozen)
@@ -33,23 +179,50 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
     if not runs:
         raise UserError("name at least one run directory to compare")
     read = [read_evaluation(path) for path in runs]
-    labels = [one.label for one in read]
-    if len(set(labels)) < len(labels):
+    if len({one.label for one in read}) < len(read):
         read = [one._replace(label=str(path)) for one, path in zip(read, runs, strict=True)]
     several = len(read) > 1
     hooks: dict[str, list[Comparison]] = {}
+    matching: dict[str, dict[str, Json]] = {}
     for one in read:
-        for hook, lines in _within(one, cfg, several).items():
-            hooks.setdefault(hook, []).extend(lines)
+        label = f"{one.label}:" if several else ""
+        for hook, found in one.matching.items():
+            lines, named = hooks.setdefault(hook, []), matching.setdefault(hook, {})
+            for member, match in found.items():
+                a, b = (one.side(hook, name, several) for name in (member, match["with"]))
+                lines += compare_members(a, b, cfg)
+                named[f"{label}{member}"] = match | {"with": f"{label}{match['with']}"}
     for other in read[1:]:
         for hook, lines in _between(other, read[0], cfg).items():
             hooks.setdefault(hook, []).extend(lines)
     return {
         "runs": [str(path) for path in runs],
         "hooks": hooks,
-        "matching": _matching(read),
-        "glossary": glossary(),
+        "matching": matching,
+        "glossary": glossary(METRICS, MATCHING),
     }
+
+
+def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comparison]]:
+    shared = {
+        hook: [m for m in a.arrays[hook] if m in b.arrays[hook] and m != CONTROL]
+        for hook in a.arrays
+        if hook in b.arrays
+    }
+    if not any(shared.values()):
+        raise UserError(f"{a.label} and {b.label} share no hook with a member of the same name")
+    out: dict[str, list[Comparison]] = {}
+    for hook, members in shared.items():
+        if a.data[hook] != b.data[hook]:
+            raise UserError(
+                f"{a.label} and {b.label} were evaluated on different held-out data at {hook} "
+                f"(digests {a.data[hook][:12]} and {b.data[hook][:12]}); evaluate both on the same data"
+            )
+        out[hook] = []
+        for member in members:
+            left, right = a.side(hook, member), b.side(hook, member)
+            out[hook] += compare_members(left, across_runs(right, left), cfg)
+    return out
 
 
 def read_evaluation(run: Path) -> Evaluated:
@@ -59,7 +232,7 @@ def read_evaluation(run: Path) -> Evaluated:
         read_manifest(run, "run", verify=False)
     if run.is_dir() and not path.is_dir():
         raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")
-    read_manifest(path, "evaluation", verify=False)
+    read_manifest(path, EVALUATION_PART, verify=False)
     opened = Run(run)
     record, tensors = opened.evaluation_record, opened.arrays
     if not tensors:
@@ -69,15 +242,14 @@ def read_evaluation(run: Path) -> Evaluated:
         for key, value in tensors.items():
             hook, member, name = key.split("|")
             arrays.setdefault(hook, {}).setdefault(member, {})[name] = value.numpy()
-    with understood(path / "evaluation.json"):
+    with understood(path / EVALUATION):
         hooks = record["hooks"]
         data = {hook: entry["data"] for hook, entry in hooks.items()}
         matching = {
             hook: {member: _summary(found) for member, found in entry["matching"].items()}
             for hook, entry in hooks.items()
         }
-        twins = {hook: {m: s["with"] for m, s in found.items()} for hook, found in matching.items()}
-    return Evaluated(run.resolve().name, data, arrays, twins, matching)
+    return Evaluated(run.resolve().name, data, arrays, matching)
 
 
 def _summary(found: Json) -> Json:
@@ -89,55 +261,3 @@ def _summary(found: Json) -> Json:
         "decoder_cosine_mean": None if cosine is None else float(cosine),
         "random_cosine_mean": None if chance is None else float(chance),
     }
-
-
-def _matching(read: list[Evaluated]) -> dict[str, dict[str, Json]]:
-    """Return {hook: {member: how its latents match the twin's}}, members labelled as in the comparisons."""
-    out: dict[str, dict[str, Json]] = {}
-    for one in read:
-        label = f"{one.label}:" if len(read) > 1 else ""
-        for hook, found in one.matching.items():
-            out.setdefault(hook, {}).update(
-                {f"{label}{m}": {**s, "with": f"{label}{s['with']}"} for m, s in found.items()}
-            )
-    return out
-
-
-def _within(one: Evaluated, cfg: EvalConfig, prefix: bool) -> dict[str, list[Comparison]]:
-    out = {}
-    for hook, twins in one.twins.items():
-        lines = []
-        for member, twin in twins.items():
-            a, b = (ComparedMember(name, name, one.arrays[hook][name]) for name in (member, twin))
-            lines += compare_members(a, b, cfg)
-        label = f"{one.label}:" if prefix else ""
-        out[hook] = [
-            line | {"a": f"{label}{line['a']}", "b": f"{label}{line['b']}"} for line in lines
-        ]
-    return out
-
-
-def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comparison]]:
-    shared = {
-        hook: [m for m in a.arrays[hook] if m in b.arrays[hook] and m != CONTROL]
-        for hook in a.arrays
-        if hook in b.arrays
-    }
-    if not any(shared.values()):
-        raise UserError(f"{a.label} and {b.label} share no hook with a member of the same name")
-    out = {}
-    for hook, members in shared.items():
-        if a.data[hook] != b.data[hook]:
-            raise UserError(
-                f"{a.label} and {b.label} were evaluated on different held-out data at {hook} "
-                f"(digests {a.data[hook][:12]} and {b.data[hook][:12]}); evaluate both on the same data"
-            )
-        out[hook] = [line for m in members for line in _pair(a, b, hook, m, cfg)]
-    return out
-
-
-def _pair(a: Evaluated, b: Evaluated, hook: str, member: str, cfg: EvalConfig) -> list[Comparison]:
-    left, right = (
-        ComparedMember(f"{one.label}:{member}", member, one.arrays[hook][member]) for one in (a, b)
-    )
-    return compare_members(left, across_runs(right, left), cfg)

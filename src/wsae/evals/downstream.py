@@ -24,7 +24,7 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import Language
-from wsae.evals.measure import HeldOutPositions, Survey
+from wsae.evals.measure import HeldOutPositions
 from wsae.sae import SparseAutoencoder
 
 Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_in"]]
@@ -206,7 +206,7 @@ def splice_arrays(
     language: Language,
     probed: Probed,
     saes: dict[str, SparseAutoencoder],
-    survey: Survey,
+    mean: Float64[Tensor, " d_in"],
     sequences: list[SplicedSequence],
     cfg: EvalConfig,
     progress: Progress = quiet,
@@ -216,8 +216,8 @@ def splice_arrays(
     Beside the members, kept positions are set to zero and to the held-out mean: the two ablations. Of a model that sees
     later tokens there is no cross-entropy of the next token, which it reads; only KL.
     """
-    mean = survey.moments.mean.float()
-    variants: dict[str, Replace] = {"zero": torch.zeros_like, "mean": _constant(mean)}
+    constant = mean.float()
+    variants: dict[str, Replace] = {"zero": torch.zeros_like, "mean": _constant(constant)}
     variants |= {f"sae {name}": _reconstruction(sae) for name, sae in saes.items()}
     losses = spliced_losses(
         language.model, probed.hooks[0], sequences, variants, cfg.splice_logits, progress

@@ -5,7 +5,7 @@ units with replacement and takes the ratio of the resampled sums (Efron & Tibshi
 A paired comparison draws the same units for both members.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -63,11 +63,7 @@ def resampled_sums(
 
     The draws depend on the number of units and the seed only, so columns resampled together stay paired.
     """
-    parts = [counts @ columns for counts in _counts(len(columns), draws, seed)]
-    return np.concatenate(parts)
-
-
-def _counts(units: int, draws: int, seed: int) -> Iterator[Float64[np.ndarray, "block units"]]:
+    units, parts = len(columns), []
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK // units)
     for start in range(0, draws, block):
@@ -75,7 +71,27 @@ def _counts(units: int, draws: int, seed: int) -> Iterator[Float64[np.ndarray, "
         picks = rng.integers(0, units, size=(rows, units))
         picks += np.arange(rows)[:, None] * units
         counts = np.bincount(picks.ravel(), minlength=rows * units)
-        yield counts.reshape(rows, units).astype(np.float64)
+        parts.append(counts.reshape(rows, units).astype(np.float64) @ columns)
+    return np.concatenate(parts)
+
+
+def resampled_means(values: Column, draws: int, seed: int) -> Float64[np.ndarray, " draws"]:
+    """Return the mean of the resampled values for each draw."""
+    return resampled_sums(values[:, None], draws, seed)[:, 0] / len(values)
+
+
+def percentiles(draws: Column, confidence: float) -> tuple[float, float]:
+    """Return the percentile interval of a resampled statistic."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def effect_size(gap: float, spread: float) -> float | None:
+    """Return gap / spread; no spread means no effect when there is no gap, and no finite effect otherwise."""
+    if spread > abs(gap) * 1e-12:
+        return gap / spread
+    return 0.0 if gap == 0 else None
 
 
 def estimate(ratio: Ratio, cfg: EvalConfig) -> Estimate:
@@ -88,21 +104,12 @@ def estimates(ratios: list[Ratio], cfg: EvalConfig) -> list[Estimate]:
     if not ratios or len(ratios[0].num) < 2:
         return [Estimate(r.value, None, None) for r in ratios]
     columns = np.stack([column for r in ratios for column in r], axis=1)
-    sums = resampled_sums(columns, cfg.draws, cfg.seed)
-    spreads = (_interval(sums[:, 2 * i], sums[:, 2 * i + 1], cfg) for i in range(len(ratios)))
-    return [Estimate(r.value, *spread) for r, spread in zip(ratios, spreads, strict=True)]
-
-
-def _interval(num: Column, den: Column, cfg: EvalConfig) -> tuple[float | None, float | None]:
-    if not (den > 0).all():
-        return None, None
-    return _quantiles(num / den, cfg)
-
-
-def _quantiles(values: Column, cfg: EvalConfig) -> tuple[float, float]:
-    tail = (1 - cfg.confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    sums, out = resampled_sums(columns, cfg.draws, cfg.seed), []
+    for ratio, num, den in zip(ratios, sums.T[::2], sums.T[1::2], strict=True):
+        known = bool((den > 0).all())
+        edges = percentiles(num / den, cfg.confidence) if known else (None, None)
+        out.append(Estimate(ratio.value, *edges))
+    return out
 
 
 def paired_difference(a: Ratio, b: Ratio, cfg: EvalConfig) -> Difference:
@@ -121,9 +128,9 @@ def paired_difference(a: Ratio, b: Ratio, cfg: EvalConfig) -> Difference:
     sums = resampled_sums(np.stack([*a, *b], axis=1), cfg.draws, cfg.seed)
     if not ((sums[:, 1] > 0) & (sums[:, 3] > 0)).all():
         return Difference(r_a - r_b, None, None, None, n)
-    low, high = _quantiles(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], cfg)
+    edges = percentiles(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], cfg.confidence)
     shares = (r_a - r_b) + _influence(a, r_a) - _influence(b, r_b)
-    return Difference(r_a - r_b, low, high, _standardised(r_a - r_b, float(shares.std(ddof=1))), n)
+    return Difference(r_a - r_b, *edges, effect_size(r_a - r_b, float(shares.std(ddof=1))), n)
 
 
 def _influence(ratio: Ratio, value: float) -> Column:
@@ -131,11 +138,15 @@ def _influence(ratio: Ratio, value: float) -> Column:
 
 
 def unpaired_difference(
-    a: Float64[np.ndarray, " units_a"], b: Float64[np.ndarray, " units_b"], cfg: EvalConfig
+    a: Float64[np.ndarray, " units_a"],
+    b: Float64[np.ndarray, " units_b"],
+    cfg: EvalConfig,
+    means: Callable[[int], Column] | None = None,
 ) -> Difference:
     """Return mean(a) - mean(b) of independent samples, each resampled on its own.
 
-    effect_size = (mean_a - mean_b) / sqrt((sd_a^2 + sd_b^2) / 2), Cohen's d; n = the smaller sample.
+    effect_size = (mean_a - mean_b) / sqrt((sd_a^2 + sd_b^2) / 2), Cohen's d; n = the smaller sample. `means` gives the
+    resampled means of side 0 (a) or 1 (b) where they serve several comparisons.
     """
     n = min(len(a), len(b))
     if n == 0:
@@ -143,17 +154,10 @@ def unpaired_difference(
     gap = float(a.mean() - b.mean())
     if n < 2:
         return Difference(gap, None, None, None, n)
-    means = [
-        resampled_sums(x[:, None], cfg.draws, cfg.seed + side)[:, 0] / len(x)
-        for side, x in enumerate((a, b))
-    ]
-    low, high = _quantiles(means[0] - means[1], cfg)
+    if means is None:
+        drawn = [resampled_means(x, cfg.draws, cfg.seed + side) for side, x in enumerate((a, b))]
+    else:
+        drawn = [means(0), means(1)]
     spread = float(np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
-    return Difference(gap, low, high, _standardised(gap, spread), n)
-
-
-def _standardised(gap: float, spread: float) -> float | None:
-    """Divide; no spread means no effect when there is no gap, and no finite effect otherwise."""
-    if spread > abs(gap) * 1e-12:
-        return gap / spread
-    return 0.0 if gap == 0 else None
+    edges = percentiles(drawn[0] - drawn[1], cfg.confidence)
+    return Difference(gap, *edges, effect_size(gap, spread), n)

@@ -1,12 +1,18 @@
 """The two passes over held-out data that measure every member of every hook at once.
 
-Pass 1 (survey): moments of the data, activity of every latent. Between: matching with the twin, choice of latents to
-show. Pass 2 (errors): squared errors about the exact mean, top contexts, the random control.
+Pass 1 (`Survey`): the exact moments of the data, activity of every latent. Between: matching with the twin, choice of
+latents to show. Pass 2 (`Errors`): squared errors about that mean, top contexts, the random control. Members share each
+chunk, and memory depends on the number of sequences and dimensions, never on the number of tokens.
+
+    fvu = sum_t |x_t - x_hat_t|^2 / sum_t |x_t - mean|^2        mean: over the held-out rows
+
+Not about zero: where the mean is large against the spread (residual streams), sum |x|^2 counts a constant that any bias
+explains, and a poor SAE would look near perfect.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -26,18 +32,6 @@ from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
 from wsae.stats.moments import Moments
-
-# How well reconstructions match held-out activations: streaming sums from which every fidelity
-# metric follows.
-#
-# Two passes over the data, members sharing each chunk. The first (`Survey`) gives the exact mean
-# and variance and what the latents do; the second (`Errors`) sums squared errors against that mean.
-# So memory depends on the number of sequences and dimensions, never on the number of tokens.
-#
-# fvu = sum_t |x_t - x_hat_t|^2 / sum_t |x_t - mean|^2 mean: over the held-out rows
-#
-# Not about zero: where the mean is large against the spread (residual streams), sum |x|^2 counts a
-# constant that any bias explains, and a poor SAE would look near perfect.
 
 
 class SequenceSums:
@@ -103,36 +97,33 @@ def check_width(name: str, sae_width: int, data_width: int) -> None:
         )
 
 
-@dataclass
-class MemberErrors:
-    """Sums of one member: squared error per dimension, and per sequence under each weighting."""
-
-    sse_dim: Float64[Tensor, " d_in"]
-    sse: SequenceSums
-    l0: SequenceSums = field(default_factory=lambda: SequenceSums(1))
-
-
 class Errors:
-    """Second pass over one hook: squared errors about the exact mean, plain and under every member's weights."""
+    """Second pass over one hook: squared errors about the exact mean, plain and under every member's weights.
+
+    Per sequence there are columns: the plain sum, that under each of `names`, and last a count (rows, or L0).
+    """
 
     def __init__(self, mean: Float64[Tensor, " d_in"], gammas: dict[str, Weights]) -> None:
         self.mean = mean
         self.names = list(gammas)
-        """Weightings beside the plain one, in the order of the columns."""
         wide = [gamma.detach().double().cpu() for gamma in gammas.values()]
         squares = [g.square() if g.ndim == 1 else torch.zeros_like(mean) for g in wide]
         self._weights = torch.stack([torch.ones_like(mean), *squares], dim=1)
         self._matrices = {column: g for column, g in enumerate(wide, start=1) if g.ndim == 2}
         """Weightings by a whole matrix, by column; the others share one product."""
-        self.var = SequenceSums(len(gammas) + 1)
-        self.rows = SequenceSums(1)
-        self.members: dict[str, MemberErrors] = {}
+        self._data = SequenceSums(len(gammas) + 2)
+        self._members: dict[str, SequenceSums] = {}
+        self.sse_dim: dict[str, Float64[Tensor, " d_in"]] = {}
+
+    @property
+    def rows(self) -> Float64[Tensor, " n_seq"]:
+        """Held-out rows of each sequence."""
+        return self._data.sums[:, -1]
 
     def add_rows(self, x: Float64[Tensor, "rows d_in"], seq: Int64[Tensor, " rows"]) -> None:
         """Add the rows' squared distance from the mean."""
         deviation = x - self.mean
-        self.var.add(seq, self._weighted(deviation, deviation.square()))
-        self.rows.add(seq, x.new_ones(len(x), 1))
+        self._add(self._data, seq, deviation, deviation.square(), x.new_ones(len(x)))
 
     def add_member(
         self,
@@ -143,38 +134,27 @@ class Errors:
     ) -> None:
         """Add one member's errors x - x_hat; raises UserError when a reconstruction is not finite."""
         square = error.square()
-        if name not in self.members:
-            sums = SequenceSums(self._weights.shape[1])
-            self.members[name] = MemberErrors(torch.zeros_like(self.mean), sums)
-        member = self.members[name]
-        member.sse_dim += square.sum(0)
-        if not member.sse_dim.isfinite().all():
+        self.sse_dim[name] = self.sse_dim.get(name, torch.zeros_like(self.mean)) + square.sum(0)
+        if not self.sse_dim[name].isfinite().all():
             raise UserError(f"{name}: its reconstruction of the held-out data has NaN or infinity")
-        member.sse.add(seq, self._weighted(error, square))
-        member.l0.add(seq, l0[:, None])
+        sums = self._members.setdefault(name, SequenceSums(len(self.names) + 2))
+        self._add(sums, seq, error, square, l0)
 
-    def _weighted(
-        self, values: Float64[Tensor, "rows d_in"], square: Float64[Tensor, "rows d_in"]
-    ) -> Float64[Tensor, "rows columns"]:
-        """Return ||Gamma v||^2 of each row under each weighting."""
-        sums = square @ self._weights
+    def _add(
+        self, sums: SequenceSums, seq: Tensor, values: Tensor, square: Tensor, count: Tensor
+    ) -> None:
+        """Add ||Gamma v||^2 of each row under each weighting, and a count."""
+        weighted = square @ self._weights
         for column, gamma in self._matrices.items():
-            sums[:, column] = weigh(values, gamma).square().sum(1)
-        return sums
+            weighted[:, column] = weigh(values, gamma).square().sum(1)
+        sums.add(seq, torch.cat([weighted, count[:, None]], dim=1))
 
     def arrays(self, name: str) -> dict[str, Tensor]:
         """Return the member's per-sequence sums; `seq_sse@M` and `seq_var@M` are weighted by member M's Gamma."""
-        member = self.members[name]
-        sse, var = member.sse.sums, self.var.sums
-        out = {
-            "seq_rows": self.rows.sums[:, 0],
-            "seq_l0": member.l0.sums[:, 0],
-            "seq_sse": sse[:, 0],
-            "seq_var": var[:, 0],
-        }
-        for column, other in enumerate(self.names, start=1):
-            out[f"seq_sse@{other}"] = sse[:, column]
-            out[f"seq_var@{other}"] = var[:, column]
+        sse, var = self._members[name].sums, self._data.sums
+        out = {"seq_rows": var[:, -1], "seq_l0": sse[:, -1]}
+        for column, suffix in enumerate(["", *(f"@{other}" for other in self.names)]):
+            out |= {f"seq_sse{suffix}": sse[:, column], f"seq_var{suffix}": var[:, column]}
         return {key: value.clone() for key, value in out.items()}
 
 
@@ -186,16 +166,15 @@ def ev_per_dim(
     return torch.where(input_variance > 0, ev, torch.nan)
 
 
-Saes = dict[str, SparseAutoencoder]
-
-
 @dataclass(frozen=True)
-class Family:
-    """The members trained on one hook, and the plain twin of each weighted one."""
+class EvaluatedSaes:
+    """The members trained on one hook, the plain twin of each weighted one, and what results say of a member."""
 
-    saes: Saes
+    saes: dict[str, SparseAutoencoder]
     twins: dict[str, str] = field(default_factory=dict)
     """member -> name of the member it is matched and compared with."""
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """member -> fields added to its entry beside the metrics (config, gamma)."""
 
 
 @dataclass
@@ -215,10 +194,11 @@ class ReplayedChunk(NamedTuple):
     chunk: Chunk
     codes: dict[tuple[str, str], SparseCode]
 
+    @property
     def size_bytes(self) -> int:
-        """Return the memory it holds."""
+        """The memory it holds."""
         tensors = [*self.chunk.x.values(), *(part for code in self.codes.values() for part in code)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 class Replay:
@@ -237,7 +217,7 @@ class Replay:
         for chunk in first_rows(self._source.heldout(self._cfg.batch_size), self._cfg.rows):
             item = ReplayedChunk(chunk, {})
             yield item
-            room -= item.size_bytes()
+            room -= item.size_bytes
             if kept is not None and room >= 0:
                 kept.append(item)
             else:
@@ -282,7 +262,7 @@ class HeldOutPositions:
 @torch.inference_mode()
 def measure(
     source: HeldOut,
-    families: dict[str, Family],
+    families: dict[str, EvaluatedSaes],
     cfg: EvalConfig,
     kept: HeldOutPositions | None = None,
     progress: Progress = quiet,
@@ -292,7 +272,12 @@ def measure(
     Raises UserError when a hook is not in the source, a width differs, the data hold NaN, or there are no rows.
     """
     items = Replay(source, cfg)
-    surveys = {hook: Survey(hook, f.saes, _width(source, hook)) for hook, f in families.items()}
+    surveys: dict[str, Survey] = {}
+    for hook, family in families.items():
+        if hook not in source.hooks:
+            known = ", ".join(source.hooks)
+            raise UserError(f"the data have no hook {hook!r}; they have {known}")
+        surveys[hook] = Survey(hook, family.saes, source.hooks[hook])
     n_rows = 0
     with progress("survey", None, "rows") as tick:
         for chunk, codes in items:
@@ -314,16 +299,10 @@ def measure(
     return {hook: second.measured() for hook, second in passes.items()}
 
 
-def _width(source: HeldOut, hook: str) -> int:
-    if hook not in source.hooks:
-        raise UserError(f"the data have no hook {hook!r}; they have {', '.join(source.hooks)}")
-    return source.hooks[hook]
-
-
 class _MeasuringPass:
     """The second pass over one hook."""
 
-    def __init__(self, survey: Survey, family: Family, cfg: EvalConfig) -> None:
+    def __init__(self, survey: Survey, family: EvaluatedSaes, cfg: EvalConfig) -> None:
         self.survey, self.family, self.cfg = survey, family, cfg
         mean = survey.moments.mean
         self.errors = Errors(mean, {name: sae.gamma for name, sae in family.saes.items()})
@@ -333,15 +312,14 @@ class _MeasuringPass:
             l0 = survey.activity[name].l0
             self.saes[CONTROL] = random_control(self.saes[name], mean, l0, cfg.seed)
         self.encoders = {name: Encoder(sae) for name, sae in self.saes.items()}
-        self.matching = {m: self._match(m, twin) for m, twin in family.twins.items()}
+        self.matching: dict[str, Matching] = {}
+        for member, twin in family.twins.items():
+            a, b = (
+                LiveDecoder(self.saes[name].W_dec, survey.activity[name].alive)
+                for name in (member, twin)
+            )
+            self.matching[member] = match(a, b, cfg.assignment_max, cfg.seed)
         self.contexts = self._contexts() if cfg.n_latents else {}
-
-    def _match(self, member: str, twin: str) -> Matching:
-        a, b = (
-            LiveDecoder(self.saes[name].W_dec, self.survey.activity[name].alive)
-            for name in (member, twin)
-        )
-        return match(a, b, self.cfg.assignment_max, self.cfg.seed)
 
     def _contexts(self) -> dict[str, TopContexts]:
         """Choose latents of each member by density, and add to each twin those matched with them."""
@@ -378,35 +356,24 @@ class _MeasuringPass:
         """Return everything as arrays."""
         arrays = {name: self._arrays(name) for name in self.saes}
         for member, twin in self.family.twins.items():
-            arrays[member] |= _matching_arrays(self.matching[member], twin)
+            found = self.matching[member]
+            pairs = torch.full_like(found.index, -1)
+            pairs[found.pair_a] = found.pair_b
+            arrays[member] |= {"match_index": found.index, "match_cosine": found.cosine}
+            arrays[member][f"pair_index@{twin}"] = pairs
         return Measured(self.survey, self.errors, arrays, self.matching, self.contexts)
 
     def _arrays(self, name: str) -> dict[str, Tensor]:
-        moments = self.survey.moments
+        moments, sae = self.survey.moments, self.saes[name]
         out = self.errors.arrays(name)
         variance = moments.variance
-        out["ev_per_dim"] = ev_per_dim(self.errors.members[name].sse_dim, variance, moments.n)
+        out["ev_per_dim"] = ev_per_dim(self.errors.sse_dim[name], variance, moments.n)
         if name in self.survey.activity:
-            activity, sae = self.survey.activity[name], self.saes[name]
+            activity, gamma = self.survey.activity[name], sae.gamma.detach().cpu()
             out["input_variance"] = variance
-            out |= _gamma_arrays(sae)
+            out["gamma"] = dimension_weights(gamma)
+            if gamma.ndim == 2:  # two runs may agree per dimension alone
+                out["gamma_matrix"] = gamma
             out["density"], out["variance"] = activity.density, activity.variance
             out["decoder_max_cosine"] = decoder_max_cosine(sae.W_dec)
         return out
-
-
-def _gamma_arrays(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    """Return gamma per dimension, and for a matrix also the matrix: two runs may agree in the first alone."""
-    gamma = sae.gamma.detach().cpu()
-    out = {"gamma": dimension_weights(gamma)}
-    return out if gamma.ndim == 1 else {**out, "gamma_matrix": gamma}
-
-
-def _matching_arrays(matching: Matching, twin: str) -> dict[str, Tensor]:
-    pairs = torch.full_like(matching.index, -1)
-    pairs[matching.pair_a] = matching.pair_b
-    return {
-        "match_index": matching.index,
-        "match_cosine": matching.cosine,
-        f"pair_index@{twin}": pairs,
-    }

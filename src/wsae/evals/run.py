@@ -1,11 +1,9 @@
 """Evaluate a training run on held-out data into RUN/evaluation, or one SAE on an array."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,28 +14,35 @@ from wsae.acts.hookpoints import SEES_LATER, probe
 from wsae.acts.loading import PREDICTS_NOTHING, predictions
 from wsae.acts.source import as_path, is_folder_of_arrays, open_source
 from wsae.acts.tokens import TokenTable
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import (
+    ARRAYS,
+    CONTEXTS_FILE,
+    EVALUATION,
+    EVALUATION_PART,
+    GAMMA_FILE,
+    MANIFEST,
+    THUMBNAILS_FILE,
+    read_manifest,
+    write_manifest,
+)
 from wsae.core.calls import own_settings
-from wsae.core.errors import UserError, understood
-from wsae.core.files import locked, read_json, write_json
+from wsae.core.errors import UserError
+from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
+from wsae.evals.compare import ComparedMember, compare_members, member_metrics
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
 from wsae.evals.data import HeldOut, Language, MatrixRows, Pictures
 from wsae.evals.downstream import splice_arrays, splice_sequences, token_sequences
-from wsae.evals.glossary import glossary
+from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.latents import density_histogram
-from wsae.evals.measure import Family, HeldOutPositions, Measured, measure
-from wsae.evals.scores import Arrays, ComparedMember, compare_members, member_metrics
+from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
+from wsae.run import CONFIG, Json, Run
 from wsae.sae import SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.run import load_run
 
-# From the measurements of every hook to one evaluation: metrics, comparisons, contexts, arrays.
-
-Json = dict[str, Any]
 Show = Callable[[Context], Json]
 
 
@@ -52,17 +57,8 @@ class Evaluation:
     """Image number -> PNG in base64, of the images among the contexts."""
 
 
-@dataclass(frozen=True)
-class EvaluatedFamilies:
-    """What is evaluated: each hook's family, and what the results say about a member beside its metrics."""
-
-    families: dict[str, Family]
-    about: dict[str, dict[str, Json]] = field(default_factory=dict)
-    """hook -> member -> fields added to the member's entry (config, gamma)."""
-
-
 def evaluate_families(
-    subject: EvaluatedFamilies,
+    families: dict[str, EvaluatedSaes],
     source: HeldOut,
     cfg: EvalConfig,
     behind: Language | Pictures | None = None,
@@ -79,36 +75,32 @@ def evaluate_families(
     if language is not None and tokens is not None and cfg.splice_tokens > 0:
         silent = predictions(language.model) is None
         kept = None if silent else HeldOutPositions(splice_sequences(tokens, cfg))
-    measured = measure(source, subject.families, cfg, kept, progress)
+    measured = measure(source, families, cfg, kept, progress)
     sees_later = False
     if language is not None and tokens is not None and kept is not None:
         sequences = token_sequences(tokens, kept, language.tokenizer.all_special_ids)
         for hook, found in measured.items():
-            family = subject.families[hook]
             probed = probe(language.model, [hook], token_manner())
             sees_later |= probed.causal is False
-            extra = splice_arrays(
-                language, probed, family.saes, found.survey, sequences, cfg, progress
-            )
+            mean, saes = found.survey.moments.mean, families[hook].saes
+            extra = splice_arrays(language, probed, saes, mean, sequences, cfg, progress)
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
     first = next(iter(measured.values()))
-    hooks = {hook: _hook_record(hook, m, subject, cfg) for hook, m in measured.items()}
+    hooks = {hook: _hook_record(m, families[hook], cfg) for hook, m in measured.items()}
     record = {
         "heldout_tokens": first.survey.moments.n,
-        "heldout_sequences": int((first.errors.rows.sums > 0).sum()),
+        "heldout_sequences": int((first.errors.rows > 0).sum()),
         "config": cfg.to_dict(),
         "hooks": hooks,
-        "glossary": glossary(),
+        "glossary": glossary(METRICS, MATCHING),
     }
     if sees_later:
         record |= {"causal": False, "notes": [SEES_LATER]}
     if silent:
         record["notes"] = [PREDICTS_NOTHING]
-    contexts = {
-        hook: _contexts(m, subject.families[hook], _shown_by(tokens, pictures, cfg))
-        for hook, m in measured.items()
-    }
+    show = _shown_by(tokens, pictures, cfg)
+    contexts = {hook: _contexts(m, families[hook], show) for hook, m in measured.items()}
     arrays = {
         f"{hook}|{name}|{key}": value.clone()  # members share some; a file may not
         for hook, m in measured.items()
@@ -118,42 +110,32 @@ def evaluate_families(
     return Evaluation(record, contexts, arrays, _thumbnails(contexts, pictures))
 
 
-def _hook_record(hook: str, found: Measured, subject: EvaluatedFamilies, cfg: EvalConfig) -> Json:
-    arrays: dict[str, Arrays] = {
-        name: {key: value.numpy() for key, value in named.items()}
-        for name, named in found.arrays.items()
-    }
+def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Json:
+    arrays = {name: _as_numpy(named) for name, named in found.arrays.items()}
     members = {}
     for name, named in arrays.items():
-        members[name] = {"metrics": member_metrics(name, named, cfg)}
-        members[name] |= subject.about.get(hook, {}).get(name, {})
+        members[name] = {"metrics": member_metrics(name, named, cfg), **family.about.get(name, {})}
         if "density" in named:
             members[name]["density_histogram"] = density_histogram(found.arrays[name]["density"])
-    twins = subject.families[hook].twins
-    pairs = [*twins.items(), *((twin, CONTROL) for twin in dict.fromkeys(twins.values()))]
-    comparisons = [
-        line
-        for a, b in pairs
-        if b in arrays
-        for line in compare_members(
-            ComparedMember(a, a, arrays[a]), ComparedMember(b, b, arrays[b]), cfg
-        )
-    ]
-    matching = {name: {"with": twins[name], **m.summary()} for name, m in found.matching.items()}
-    record = {"data": data_digest(found), "members": members, "comparisons": comparisons}
-    return {key: _no_nan(value) for key, value in (record | {"matching": matching}).items()}
+    sides = {name: ComparedMember(name, name, named) for name, named in arrays.items()}
+    plain = dict.fromkeys(family.twins.values())
+    pairs = [*family.twins.items(), *((twin, CONTROL) for twin in plain if CONTROL in sides)]
+    lines = [line for a, b in pairs for line in compare_members(sides[a], sides[b], cfg)]
+    matching = {m: {"with": family.twins[m], **f.summary()} for m, f in found.matching.items()}
+    record = {"data": data_digest(found), "members": members, "comparisons": lines}
+    return finite(record | {"matching": matching})
 
 
 def data_digest(found: Measured) -> str:
     """Name the held-out rows by content: their exact moments and the number of rows in each sequence."""
     moments = found.survey.moments
     sha = hashlib.sha256()
-    for tensor in (moments.mean, moments.second_moment, found.errors.rows.sums[:, 0]):
+    for tensor in (moments.mean, moments.second_moment, found.errors.rows):
         sha.update(tensor.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
-def _contexts(found: Measured, family: Family, show: Show | None) -> dict[str, list[Json]]:
+def _contexts(found: Measured, family: EvaluatedSaes, show: Show | None) -> dict[str, list[Json]]:
     return {
         name: [
             _latent(latent, found, name, family.twins.get(name))
@@ -166,16 +148,18 @@ def _contexts(found: Measured, family: Family, show: Show | None) -> dict[str, l
 
 def _shown_by(tokens: TokenTable | None, pictures: Pictures | None, cfg: EvalConfig) -> Show | None:
     """Return what makes a context JSON-ready: its tokens, or the class of its image; None for arrays."""
-    if tokens is not None:
-        return lambda context: _window(context, tokens, cfg)
-    if pictures is not None:
-        return lambda context: _image(context, pictures)
-    return None
 
+    def window(context: Context) -> Json:
+        assert tokens is not None
+        ids = tokens.ids[context.seq, : int(tokens.lengths[context.seq])].long()
+        return context.window(ids, tokens.decode, cfg.window_tokens)
 
-def _image(context: Context, pictures: Pictures) -> Json:
-    act = float(f"{context.value:.4g}")
-    return {"tokens": [pictures.label(context.seq)], "acts": [act], "peak": 0, "seq": context.seq}
+    def image(context: Context) -> Json:
+        assert pictures is not None
+        label, act = pictures.label(context.seq), float(f"{context.value:.4g}")
+        return {"tokens": [label], "acts": [act], "peak": 0, "seq": context.seq}
+
+    return window if tokens is not None else image if pictures is not None else None
 
 
 def _thumbnails(
@@ -189,8 +173,7 @@ def _thumbnails(
 
 
 def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json:
-    activity = found.survey.activity[member]
-    match = None
+    activity, match = found.survey.activity[member], None
     if twin is not None and int(found.matching[member].index[latent]) >= 0:
         matching = found.matching[member]
         cosine = round(float(matching.cosine[latent]), 6)
@@ -202,24 +185,6 @@ def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json
         "max": float(activity.peak[latent]),
         "match": match,
     }
-
-
-def _window(context: Context, tokens: TokenTable, cfg: EvalConfig) -> Json:
-    ids = tokens.ids[context.seq, : int(tokens.lengths[context.seq])].long()
-    return context.window(ids, tokens.decode, cfg.window_tokens)
-
-
-def _no_nan(value: object) -> object:
-    """Replace NaN and infinities by null: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _no_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_no_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-EVALUATION, ARRAYS, CONTEXTS = "evaluation.json", "arrays.safetensors", "contexts.json"
-THUMBNAILS = "thumbnails.json"
 
 
 @own_settings()
@@ -239,13 +204,17 @@ def evaluate(
         raise UserError(
             f"evaluate: given {type(sae).__name__} in place of an SAE; SparseAutoencoder.load(path)"
         )
-    source = _data(acts)
+    path = as_path(acts)
+    if path is not None and path.is_dir() and not is_folder_of_arrays(path):
+        source: HeldOut = open_source(path)
+    else:
+        source = acts if isinstance(acts, HeldOut) else MatrixRows(acts)
     if len(source.hooks) != 1:
         raise UserError(
             f"the data have {len(source.hooks)} hooks ({', '.join(source.hooks)}); give one"
         )
     (hook,) = source.hooks
-    found = measure(source, {hook: Family({"sae": sae})}, cfg, progress=progress)[hook]
+    found = measure(source, {hook: EvaluatedSaes({"sae": sae})}, cfg, progress=progress)[hook]
     arrays = _as_numpy(found.arrays["sae"])
     out: Json = {"metrics": member_metrics("sae", arrays, cfg), "arrays": arrays}
     if CONTROL in found.arrays:
@@ -262,13 +231,6 @@ def _as_numpy(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:
     }
 
 
-def _data(acts: object) -> HeldOut:
-    path = as_path(acts)
-    if path is not None and path.is_dir() and not is_folder_of_arrays(path):
-        return open_source(path)
-    return acts if isinstance(acts, HeldOut) else MatrixRows(acts)
-
-
 @own_settings()
 def evaluate_run(
     run: Path,
@@ -283,74 +245,58 @@ def evaluate_run(
     images (without them no latent has pictures). The directory is whole or has no manifest. Raises UserError when `run`
     is not a finished run, or does not fit the source.
     """
-    subject = run_subject(run)
-    found = evaluate_families(subject, source, cfg, behind, progress)
-    notes = [*_training(run).doubts(), *doubts(found.record["hooks"])]
+    found = evaluate_families(run_subject(run), source, cfg, behind, progress)
+    notes = [*Run(run).config.doubts(), *doubts(found.record["hooks"])]
     if notes:
         found.record["notes"] = [*found.record.get("notes", []), *notes]
-    out = run / "evaluation"
+    out = run / EVALUATION_PART
     with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / EVALUATION, found.record)
-        write_json(out / CONTEXTS, found.contexts)
+        write_json(out / CONTEXTS_FILE, found.contexts)
         save_tensors(out / ARRAYS, found.arrays)
         inputs = {
             "run": read_manifest(run, "run", verify=False).digest(),
             **{f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()},
         }
-        files = [EVALUATION, CONTEXTS, ARRAYS]
+        files = [EVALUATION, CONTEXTS_FILE, ARRAYS]
         if found.thumbnails:
-            write_json(out / THUMBNAILS, found.thumbnails)
-            files.append(THUMBNAILS)
-        write_manifest(out, "evaluation", cfg.to_dict(), files, inputs=inputs)
+            write_json(out / THUMBNAILS_FILE, found.thumbnails)
+            files.append(THUMBNAILS_FILE)
+        write_manifest(out, EVALUATION_PART, cfg.to_dict(), files, inputs=inputs)
     return found.record
 
 
-def run_subject(run: Path) -> EvaluatedFamilies:
-    """Return a finished run's families, each weighted member with its plain twin."""
-    loaded, train = load_run(run), _training(run)
-    gamma = read_json(run / "gamma.json")
-    if any(set(saes) != set(train.names()) for saes in loaded.saes.values()):
-        raise UserError(f"{run / 'config.json'}: names other members than the run has (altered)")
-    twins = find_twins(train)
+def run_subject(run: Path) -> dict[str, EvaluatedSaes]:
+    """Return each hook's family of a finished run, each weighted member with its plain twin."""
+    opened = Run(run)
+    train, gamma = opened.config, opened.gamma_record
+    if any(set(saes) != set(train.names()) for saes in opened.saes.values()):
+        raise UserError(f"{run / CONFIG}: names other members than the run has (altered)")
+    if opened.saes.keys() != gamma.keys():
+        raise UserError(f"{run / GAMMA_FILE}: is of other hooks than the run has (altered)")
     members = {n: m.to_dict() for n, m in zip(train.names(), train.members, strict=True)}
-    with understood(run / "gamma.json"):
-        about = {
-            hook: {
-                name: {"config": members.get(name), "gamma": gamma[hook].get(name)} for name in saes
-            }
-            for hook, saes in loaded.saes.items()
-        }
-    return EvaluatedFamilies(
-        {hook: Family(saes, twins) for hook, saes in loaded.saes.items()}, about
-    )
-
-
-def _training(run: Path) -> TrainConfig:
-    """Return how a run's SAEs were trained."""
-    place = run / "config.json"
-    with understood(place):
-        return TrainConfig.parse(read_json(place)["train"], where=str(place))
+    out = {}
+    for hook, saes in opened.saes.items():
+        about = {n: {"config": members[n], "gamma": gamma[hook].get(n)} for n in saes}
+        out[hook] = EvaluatedSaes(saes, find_twins(train), about)
+    return out
 
 
 def doubts(hooks: Json) -> list[str]:
     """Return a note on every SAE that is worse than none, of {hook: {"members": {name: {"metrics": ...}}}}."""
-    worse = [
-        f"{hook}/{name} (FVU {value:.3g})"
-        for hook, found in hooks.items()
-        for name, entry in found["members"].items()
-        if name not in (CONTROL, "random") and (value := _fvu(entry)) is not None and value > 1
-    ]
+    worse = []
+    for hook, found in hooks.items():
+        for name, entry in found["members"].items():
+            fvu = entry["metrics"].get("fvu", {}).get("value")
+            if name not in (CONTROL, "random") and fvu is not None and fvu > 1:
+                worse.append(f"{hook}/{name} (FVU {fvu:.3g})")
     if not worse:
         return []
     return [
         f"{', '.join(worse)}: worse than the mean of the data alone; the SAE is of another model, hook or scale than "
         "these activations, or is hardly trained"
     ]
-
-
-def _fvu(entry: Json) -> float | None:
-    return entry["metrics"].get("fvu", {}).get("value")
 
 
 def find_twins(train: TrainConfig) -> dict[str, str]:

@@ -3,29 +3,13 @@
 import math
 from dataclasses import dataclass
 
+from wsae.evals.glossary import HEADINGS
+from wsae.evals.glossary import METRICS as FORMULAS
 from wsae.report.rundata import RunData, finite, is_control
 from wsae.run import Json
 
-METRICS: dict[str, tuple[str, str, str]] = {
-    "fvu": ("Plain FVU", "Reconstruction", "lower"),
-    "fvu_weighted": ("Weighted FVU", "Reconstruction", "lower"),
-    "ev_dim_mean": ("Explained variance per dimension, mean", "Reconstruction", "higher"),
-    "ev_dim_min": ("Explained variance of the worst dimension", "Reconstruction", "higher"),
-    "ce_loss_recovered_zero": ("CE loss recovered (zero)", "The model's own predictions", "higher"),
-    "ce_loss_recovered_mean": ("CE loss recovered (mean)", "The model's own predictions", "higher"),
-    "ce_delta": ("CE increase", "The model's own predictions", "lower"),
-    "ce_clean": ("Model's cross-entropy", "The model's own predictions", ""),
-    "ce_spliced": ("Cross-entropy with reconstructions", "The model's own predictions", "lower"),
-    "kl": ("KL divergence", "The model's own predictions", "lower"),
-    "l0": ("L0, active latents", "Sparsity", ""),
-    "dead_frac": ("Dead latents", "Sparsity", "lower"),
-    "dense_frac": ("Dense latents", "Sparsity", "lower"),
-    "density_mean": ("Latent density, mean", "Sparsity", ""),
-    "latent_variance_mean": ("Latent variance, mean", "Latents", ""),
-    "decoder_cosine_max_mean": ("Nearest decoder cosine, mean", "Latents", ""),
-}
-"""metric -> (name, group, better direction); the evaluation's glossary overrules the direction."""
-
+METRICS = {key: (FORMULAS[key].name, heading) for heading, keys in HEADINGS.items() for key in keys}
+"""metric -> (name, heading), in the order a reader wants them."""
 OTHER = "Other"
 NBSP = "\N{NO-BREAK SPACE}"
 _SMALL, _LARGE = 1e-3, 1e5
@@ -73,15 +57,14 @@ class Judgement:
 
 def metric_name(metric: str) -> str:
     """Return the reader's name of a metric key."""
-    return METRICS.get(metric, (metric.replace("_", " "), OTHER, ""))[0]
+    return METRICS[metric][0] if metric in METRICS else metric.replace("_", " ")
 
 
 def direction(metric: str, glossary: Json) -> str:
-    """Return 'lower', 'higher' (is better) or '' (neither)."""
+    """Return 'lower', 'higher' (is better) or '' (neither); the evaluation's glossary overrules ours."""
     entry = glossary.get(metric)
     said = str(entry.get("direction", "")).lower() if isinstance(entry, dict) else ""
-    if not said:
-        return METRICS.get(metric, ("", "", ""))[2]
+    said = said or (FORMULAS[metric].direction if metric in METRICS else "")
     return next((way for way in ("lower", "higher") if f"{way} is better" in said), "")
 
 

@@ -1,10 +1,11 @@
-"""Passes over labelled held-out rows: one for what the data are, one for each member's table by class.
+"""Passes over labelled held-out rows, and the scores of latents that follow.
 
-A member at a time: only one table is in memory, and what a pass reads again is small beside what it encodes.
+One pass for what the data are, one for each member's table by class. A member at a time: only one table is in memory,
+and what a pass reads again is small beside what it encodes.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,19 +13,36 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
 from wsae.core.errors import UserError
+from wsae.core.files import Json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.data import HeldOut
-from wsae.evals.measure import check_width
+from wsae.evals.glossary import CLASS_SCORES
+from wsae.evals.intervals import estimate, mean, resampled_means
+from wsae.evals.latents import Entries
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
-from wsae.stats.classes import ClassTable, Hits, minibatch_consistency
+from wsae.stats.classes import (
+    Chance,
+    ClassTable,
+    Hits,
+    OverImages,
+    corrected_information,
+    corrected_share,
+    jackknife,
+    largest_share,
+    minibatch_consistency,
+    ncl_summary,
+    over_images,
+    selectivity,
+)
 from wsae.stats.moments import Covariance
 
 Encode = Callable[[Float[Tensor, "rows d_in"]], Hits]
 Labels = Int[np.ndarray, " images"]
 """The class of every image by its number, from 0; a held-out chunk's `seq` holds such numbers."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
@@ -78,15 +96,14 @@ class Ground:
 
 def look(data: Labelled, cfg: ClassesConfig) -> Ground:
     """Read the held-out rows once; raises UserError for none, for NaN, and for classes that are all one."""
-    covariance, positive, images, counts = None, None, [], []
+    covariance, above, images, counts = None, [], [], []
     for x, classes, image in data.batches(cfg.batch_size):
         covariance = covariance or Covariance(x.shape[1])
         covariance.update(x)
-        above = (x > 0).any(0)
-        positive = above if positive is None else positive | above
+        above.append((x > 0).any(0))
         images.append(image.unique())
         counts.append(torch.bincount(classes))
-    if covariance is None or positive is None:
+    if covariance is None:
         raise UserError("there are no held-out images to score on; hold out more data")
     totals = torch.nn.utils.rnn.pad_sequence(counts).sum(1)
     if int((totals > 0).sum()) < 2:
@@ -99,7 +116,7 @@ def look(data: Labelled, cfg: ClassesConfig) -> Ground:
         images=torch.cat(images).unique(),
         mean=covariance.mean,
         covariance=covariance.covariance,
-        positive=positive,
+        positive=torch.stack(above).any(0),
     )
 
 
@@ -108,17 +125,10 @@ def latents_of(sae: SparseAutoencoder) -> Encode:
     encoder = Encoder(sae)
 
     def encode(x: Float[Tensor, "rows d_in"]) -> Hits:
-        code = encoder(x.to(sae.W_dec.device))
-        rows, active = code.rows(), code.values != 0
-        columns = (rows[active], code.indices[active], code.values[active].double())
-        return Hits(*(column.cpu() for column in columns))
+        active = Entries(encoder(x.to(sae.W_dec.device)))
+        return Hits(active.rows, active.indices, active.values)
 
     return encode
-
-
-def dimensions_of(ground: Ground) -> Encode:
-    """Return what gives a batch's values of the dimensions that are ever positive."""
-    return lambda x: Hits.of_dense(x, ground.positive)
 
 
 @torch.inference_mode()
@@ -159,9 +169,89 @@ def one_minibatch(
     return minibatch_consistency(hits.row, hits.unit, classes)
 
 
-def check_members(saes: dict[str, SparseAutoencoder], d_in: int) -> None:
-    """Raise UserError unless there is a member and all take rows of this width."""
-    if not saes:
-        raise UserError("there is no member to score")
-    for name, sae in saes.items():
-        check_width(name, sae.cfg.d_in, d_in)
+@dataclass
+class Scored:
+    """One member or control: its scores by latent, its means without each group of images, and its summary."""
+
+    name: str
+    arrays: dict[str, Tensor]
+    images: dict[str, OverImages]
+    summary: Json
+    sae: SparseAutoencoder | None = None
+    """None for the dimensions of the activations."""
+    _resampled: dict[str, Float64[np.ndarray, " draws"]] = field(default_factory=dict)
+
+    def values(self, score: str) -> Float64[np.ndarray, " latents"]:
+        """Return a score of every latent, NaN where it is not scored."""
+        return self.arrays[score].numpy()
+
+    def known(self, score: str) -> Float64[np.ndarray, " scored"]:
+        """Return a score of the latents that have it."""
+        values = self.values(score)
+        return values[~np.isnan(values)]
+
+    def resampled(self, score: str, cfg: ClassesConfig) -> Float64[np.ndarray, " draws"]:
+        """Return the mean score of latents drawn with replacement, for every draw; the same each time it is asked."""
+        if score not in self._resampled:
+            seed = seed_for(cfg.seed, "classes", self.name, score)
+            self._resampled[score] = resampled_means(self.known(score), cfg.draws, seed)
+        return self._resampled[score]
+
+
+def scored(name: str, table: ClassTable, chance: Chance, cfg: ClassesConfig) -> Scored:
+    """Return the scores of a table's units with their summary; NaN where a unit is not scored.
+
+    Not scored: never active, on fewer than n samples (top), under the minimum of support.
+    """
+    positive = table.sums.sum(1) > 0  # on some sample: for codes, all that are active
+    support, least = table.support, cfg.min_support
+    supported = support >= least
+    arrays = {
+        "support": support,
+        "density": support.double() / int(table.totals.sum()),
+        "label": table.counts.argmax(1),
+        "consistency_ncl": torch.where(positive, largest_share(table.counts), torch.nan),
+        "consistency_top": torch.from_numpy(table.strongest.share()),
+        "consistency_corrected": corrected_share(table.counts, chance, least),
+        "selectivity": torch.where(supported, selectivity(table.sums, table.totals), torch.nan),
+        "information": corrected_information(table.counts, table.totals, chance, least),
+    }
+    ways = {
+        "consistency_ncl": largest_share,
+        "consistency_corrected": lambda counts: corrected_share(counts, chance),
+    }
+    groups = {
+        score: over_images(table, way, ~arrays[score].isnan() & (support > 0))
+        for score, way in ways.items()
+    }
+    images = {score: found for score, found in groups.items() if found is not None}
+    alive = support > 0
+    density = arrays["density"][alive].numpy()
+    summary: Json = {
+        "scores": {score: _mean(arrays[score], cfg) for score in CLASS_SCORES},
+        "over_images": {score: _spread(found, cfg) for score, found in images.items()},
+        "ncl": ncl_summary(table.counts, positive)._asdict(),
+        "chance_top": float(chance.share[cfg.n_top]) if cfg.n_top < len(chance.share) else None,
+        "coverage": {
+            "latents": table.units,
+            "alive": float(alive.double().mean()),
+            "supported": float(supported.double().mean()),
+            "top": float(np.mean(table.strongest.full())),
+        },
+        "l0": float(support.sum()) / max(1, int(table.totals.sum())),
+        "density": {
+            f"{q:g}": float(np.quantile(density, q)) if len(density) else None for q in QUANTILES
+        },
+    }
+    return Scored(name, arrays, images, summary)
+
+
+def _mean(values: Tensor, cfg: ClassesConfig) -> Json:
+    """Return the mean over the scored latents with its bootstrap interval over latents, and their number."""
+    known = values[~values.isnan()].numpy()
+    return {**estimate(mean(known), cfg.bootstrap())._asdict(), "n": len(known)}
+
+
+def _spread(found: OverImages, cfg: ClassesConfig) -> Json:
+    low, high = jackknife(found, cfg.confidence)
+    return {"value": found.value, "low": low, "high": high, "n": len(found.without)}

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from wsae.core.config import Config
-from wsae.evals.recovery.options import RecoveryConfig
+from wsae.evals.config import RecoveryConfig
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import Kind, ReLU
 from wsae.toy.config import FAST, EqualImportance, FeatureConfig, Importance, ToyModelConfig

@@ -16,9 +16,8 @@ from wsae.core.errors import UserError, nearest
 from wsae.core.files import locked, read_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.recovery import Codes, GroundTruth, ground_truth, score_codes
-from wsae.evals.recovery.glossary import RECOVERY
-from wsae.evals.recovery.score import isolated
+from wsae.evals.glossary import RECOVERY
+from wsae.evals.recovery import GroundTruth, ground_truth, isolated, score_codes
 from wsae.experiments.results import Mean, Row, differences, select, series
 from wsae.experiments.sweep.config import Method, ToySweepConfig, TrainingConfig
 from wsae.losses.config import GammaConfig
@@ -252,8 +251,8 @@ def _scores(truth: GroundTruth, sae: SparseAutoencoder, cfg: TrainingConfig) -> 
     assert truth.acts is not None
     assert truth.W_p is not None
     latents = sae.encode(truth.acts.float())
-    codes = Codes(latents, sae.W_dec, sae.decode(latents), isolated(truth, truth.W_p, sae))
-    return score_codes(truth, codes, cfg.recovery).scores
+    x_hat, alone = sae.decode(latents), isolated(truth, truth.W_p, sae)
+    return score_codes(truth, latents, sae.W_dec, x_hat, alone, cfg.recovery).scores
 
 
 ROWS = "rows.json"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.evals.classes.score import SCORES
+from wsae.evals.glossary import CLASS_SCORES
 from wsae.experiments.drawing import panels_figure
 from wsae.experiments.results import (
     NONE,
@@ -34,7 +34,7 @@ from wsae.run import Run
 # classes. JSON-ready.
 
 WAYS = ("all", "matched", "density", "adjusted", "within", "images")
-"""Over what a member is compared with the plain one (`wsae.evals.classes.comparing`)."""
+"""Over what a member is compared with the plain one (`wsae.evals.classes.run`)."""
 
 
 def run_rows(planned: BackboneRun, path: Path) -> list[Row]:
@@ -310,7 +310,7 @@ def _gains(rows: list[Row]) -> Table:
     body = []
     for name in dict.fromkeys(row["member"] for row in rows if row.get("differences")):
         mine = select(rows, member=name)
-        for score in SCORES:
+        for score in CLASS_SCORES:
             form = (1.0, "+.4f") if score == "information" else (100.0, "+.1f")
             found = [[row["differences"][score].get(way) for row in mine] for way in WAYS]
             body.append([name, score, *(cell(pooled(parts), *form) for parts in found)])

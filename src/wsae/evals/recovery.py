@@ -1,51 +1,200 @@
-"""All recovery scores of one SAE: `recovery` for an SAE, `score_codes` for codes that are already there."""
+"""How much of a known ground truth an SAE recovers: losses, matchings, detection, activated features.
+
+`recovery` scores an SAE; `ground_truth` and `score_codes` serve many SAEs on one world. Every score of a code follows
+from sums over rows: four products, never a [rows, n, d_sae] tensor.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from wsae.core.calls import own_settings
+from wsae.acts.source import as_path, open_matrix
+from wsae.core.calls import own_settings, tensor
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.evals.recovery.glossary import RECOVERY
-from wsae.evals.recovery.options import RecoveryConfig
-from wsae.evals.recovery.truth import (
-    ROWS,
-    ColumnMoments,
-    GroundTruth,
-    Matrix,
-    Scores,
-    check_finite,
-    checked_truth,
-    matrix,
-    moments,
-    spread,
-    two_dimensional,
-)
+from wsae.evals.config import RecoveryConfig
+from wsae.evals.glossary import RECOVERY
 from wsae.sae import GroupTopK, ReLU, SparseAutoencoder, TopK
 
-# The sums over rows from which every score of a code follows: four products, never a [rows, n,
-# d_sae] tensor.
-
+Scores = dict[str, float]
+Matrix = object
+"""A matrix as users bring it (`wsae.core.calls.tensor`), or an array file; a mistake is answered in words."""
+Features = Float64[Tensor, " n"]
+"""A value of each feature."""
+Pairs = Float64[Tensor, "n d_sae"]
+"""A value of each pair of a feature and a latent."""
 Assignment = Int64[Tensor, " n"]
 """Latent of each feature; -1 where it has none (more features than latents)."""
+ROWS = 512
+"""Rows taken to fp64 at once: blocks that stay in a core's cache, and no fp64 copy of the whole."""
+
+
+class ColumnMoments(NamedTuple):
+    """Per column, over rows t."""
+
+    mean: Float64[Tensor, " columns"]
+    square: Float64[Tensor, " columns"]
+    """sum_t (z_t - mean)^2; exactly 0 for a constant column."""
+    fourth: Float64[Tensor, " columns"]
+    """sum_t (z_t - mean)^4."""
+
+
+def moments(
+    values: Float[Tensor, "rows columns"], mean: Float64[Tensor, " columns"]
+) -> ColumnMoments:
+    """Return the central moments of each column about its `mean`."""
+    square, fourth = torch.zeros_like(mean), torch.zeros_like(mean)
+    for block in values.split(ROWS):
+        part = (block.double() - mean).square_()
+        square += part.sum(0)
+        fourth += part.square_().sum(0)
+    # What rounding leaves of a constant column is some 1e-32 of its square.
+    varies = square > 1e-24 * len(values) * mean.square()
+    return ColumnMoments(mean, torch.where(varies, square, 0.0), fourth)
+
+
+def spread(name: str, found: ColumnMoments, rows: int) -> Scores:
+    """Return per-column variance (mean over all columns), dispersion and kurtosis (medians over columns that vary).
+
+        Var(z_j)        Var(z_j) / E[z_j]^2        E[(z_j - E z_j)^4] / Var(z_j)^2
+
+    Variance grows with the square of a latent's scale (paper Fig. 3d); the others have none. The median, because a
+    column that fires once in T rows has dispersion and kurtosis of about T and would decide a mean.
+    """
+    variance, live = found.square / rows, found.square > 0
+    # A mean of 0 with a spread needs values of both signs; its dispersion is then large, not undefined.
+    dispersion = variance[live] / found.mean[live].square().clamp_min(1e-300)
+    kurtosis = found.fourth[live] / rows / variance[live].square()
+    return {f"{name}_variance_mean": float(variance.mean())} | {
+        f"{name}_{key}": float(torch.quantile(values, 0.5)) if len(values) else 0.0
+        for key, values in (("dispersion", dispersion), ("kurtosis", kurtosis))
+    }
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Features x [rows, n], what each does over the rows, and, where known, the activations and W_p; all in fp64."""
+
+    features: Float64[Tensor, "rows n"]
+    active: Float64[Tensor, "rows n"]
+    """1 where x > 0, else 0."""
+    count: Features
+    """Rows in which each feature is active."""
+    moments: ColumnMoments
+    """Mean and central moments of each feature."""
+    energy: Features
+    """sum_t x_ti^2."""
+    acts: Float64[Tensor, "rows d_in"] | None
+    W_p: Float64[Tensor, "d_in n"] | None
+    reference: Scores = field(default_factory=dict)
+    """Scores that no SAE changes: the losses of trivial answers, and the features' own statistics."""
+
+    @property
+    def seen(self) -> Bool[Tensor, " n"]:
+        """Features active in at least one row; means over features are over these."""
+        return self.count > 0
+
+    @property
+    def varying(self) -> Bool[Tensor, " n"]:
+        """Features that are not constant over the rows, for which a correlation exists."""
+        return self.moments.square > 0
+
+
+def ground_truth(
+    features: Matrix, acts: Matrix | None = None, W_p: Matrix | None = None
+) -> GroundTruth:
+    """Return the ground truth of features x [rows, n], activations [rows, d_in] and W_p [d_in, n]; it serves any SAE.
+
+    Without `acts`, x_p = W_p x (paper Eq. 1) stands in for them. Raises UserError for a wrong shape, a value that is
+    not finite, a negative feature, fewer than two rows, or when no feature is ever active.
+    """
+    x = matrix("features", features, "[rows, n_features]")
+    rows = len(x)
+    if rows < 2:
+        raise UserError(f"features have {rows} rows; recovery scores need at least 2")
+    if bool((x < 0).any()):
+        row, column = (x < 0).nonzero()[0].tolist()
+        raise UserError(
+            f"features[{row}, {column}] is {float(x[row, column]):.3g}; ground-truth features are >= 0"
+        )
+    active = (x > 0).double()
+    count = active.sum(0)
+    if not bool(count.any()):
+        raise UserError(
+            f"no feature is active in any of {rows} rows (sparsity 1?), so there is no signal to recover"
+        )
+    W = None if W_p is None else matrix("W_p", W_p, "[d_in, n_features]").to(x.device)
+    x_p = None if acts is None else matrix("acts", acts, "[rows, d_in]").to(x.device)
+    _check_shapes(x, x_p, W)
+    if x_p is None and W is not None:
+        x_p = x @ W.T
+    truth = GroundTruth(x, active, count, moments(x, x.mean(0)), x.square().sum(0), x_p, W)
+    scores = {**reference_losses(truth), **spread("feature", truth.moments, rows)}
+    scores["true_l0"] = float(count.sum()) / rows
+    if x_p is not None and W is not None:
+        whole = float(x_p.square().sum())
+        outside = float((x_p - x @ W.T).square().sum())
+        scores["acts_unexplained"] = outside / whole if whole > 0 else 0.0
+    return replace(truth, reference=scores)
+
+
+def matrix(name: str, value: Matrix, shape: str) -> Float64[Tensor, "rows columns"]:
+    """Return a finite matrix in fp64; raises UserError naming it, in the words of `shape`, otherwise."""
+    x = two_dimensional(name, value, shape).double()
+    check_finite(name, x)
+    return x
+
+
+def two_dimensional(name: str, value: Matrix, shape: str) -> Shaped[Tensor, "rows columns"]:
+    """Return `value` as a detached matrix; raises UserError when it is none, or empty."""
+    path = as_path(value)
+    if path is None:
+        x = tensor(value, name).detach()
+    else:
+        file = open_matrix(path, str(path))
+        x = file.take(np.arange(file.shape[0]))
+    if x.ndim != 2 or 0 in x.shape:
+        raise UserError(f"{name} has shape {tuple(x.shape)}; give {shape}, both at least 1")
+    return x
+
+
+def check_finite(name: str, x: Shaped[Tensor, "rows columns"]) -> None:
+    """Raise UserError naming the first entry that is NaN or infinite."""
+    bad = ~torch.isfinite(x)
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        raise UserError(f"{name}[{row}, {column}] is {float(x[row, column])}; it must be finite")
+
+
+def _check_shapes(x: Tensor, acts: Tensor | None, W_p: Tensor | None) -> None:
+    if acts is not None and len(acts) != len(x):
+        raise UserError(f"features have {len(x)} rows but acts have {len(acts)}; rows must agree")
+    if W_p is None:
+        return
+    needed = (acts.shape[1] if acts is not None else W_p.shape[0], x.shape[1])
+    if tuple(W_p.shape) != needed:
+        turned = "; it looks transposed" if tuple(W_p.T.shape) == needed else ""
+        raise UserError(
+            f"W_p has shape {tuple(W_p.shape)} where [d_in, n_features] = {needed} is needed{turned}"
+        )
 
 
 @dataclass(frozen=True)
 class Sums:
     """Sums over rows t of features x, their activity a = [x > 0] and latents z, for every pair (i, j)."""
 
-    overlap: Float64[Tensor, "n d_sae"]
+    overlap: Pairs
     """sum_t x_ti z_tj."""
-    strength: Float64[Tensor, "n d_sae"]
+    strength: Pairs
     """sum_t a_ti z_tj."""
-    active_energy: Float64[Tensor, "n d_sae"]
+    active_energy: Pairs
     """sum_t a_ti z_tj^2."""
-    hits: Float64[Tensor, "n d_sae"]
+    hits: Pairs
     """sum_t a_ti [z_tj != 0]."""
     energy: Float64[Tensor, " d_sae"]
     """sum_t z_tj^2."""
@@ -76,11 +225,11 @@ def sums(truth: GroundTruth, latents: Float[Tensor, "rows d_sae"]) -> Sums:
         total += z.sum(0)
     if not bool(torch.isfinite(energy).all()):
         check_finite("latents", latents)
-    spread = moments(latents, total / len(latents))
-    return Sums(overlap, strength, active_energy, hits, energy, fired, spread)
+    found = moments(latents, total / len(latents))
+    return Sums(overlap, strength, active_energy, hits, energy, fired, found)
 
 
-def assign(gain: Float64[Tensor, "n d_sae"]) -> Assignment:
+def assign(gain: Pairs) -> Assignment:
     """Return the one-to-one assignment of min(n, d_sae) pairs with the largest total gain (Hungarian method)."""
     from scipy.optimize import linear_sum_assignment  # takes a third of a second, needed here only
 
@@ -90,13 +239,12 @@ def assign(gain: Float64[Tensor, "n d_sae"]) -> Assignment:
     return latent.to(gain.device)
 
 
-def of_pair(table: Float64[Tensor, "n d_sae"], latent: Assignment) -> Float64[Tensor, " n"]:
+def of_pair(table: Pairs, latent: Assignment) -> Features:
     """Return table[i, latent(i)] for every feature i; 0 where it has no latent."""
-    value = table.gather(1, latent.clamp_min(0)[:, None])[:, 0]
-    return torch.where(latent >= 0, value, 0.0)
+    return torch.where(latent >= 0, table.gather(1, latent.clamp_min(0)[:, None])[:, 0], 0.0)
 
 
-def of_latent(values: Float64[Tensor, " d_sae"], latent: Assignment) -> Float64[Tensor, " n"]:
+def of_latent(values: Float64[Tensor, " d_sae"], latent: Assignment) -> Features:
     """Return values[latent(i)] for every feature i; 0 where it has no latent."""
     return torch.where(latent >= 0, values[latent.clamp_min(0)], 0.0)
 
@@ -106,104 +254,69 @@ def quotient(top: Float64[Tensor, "..."], bottom: Float64[Tensor, "..."]) -> Flo
     return torch.where(bottom != 0, top / torch.where(bottom != 0, bottom, 1.0), 0.0)
 
 
-# Does a latent follow a feature: correlation, detection, shrinking and vanishing, by the values of
-# the code alone.
-
-PerFeature = dict[str, Float64[Tensor, " n"]]
-
-
-def correlations(truth: GroundTruth, found: Sums) -> Float64[Tensor, "n d_sae"]:
-    """Return Pearson's correlation of every feature with every latent; 0 where either is constant."""
-    rows = len(truth.features)
-    covariance = found.overlap - rows * torch.outer(truth.moments.mean, found.moments.mean)
-    scale = torch.outer(truth.moments.square, found.moments.square).sqrt()
-    return quotient(covariance, scale).clamp(-1.0, 1.0)
-
-
-def code_scores(
-    truth: GroundTruth, found: Sums, found_correlation: float
-) -> tuple[Scores, PerFeature, Assignment]:
-    """Return the scores under the one-to-one assignment of largest total correlation, per feature too.
-
-    Correlation, because it does not depend on the scale of a latent and is not won by latents that are always on.
-    """
-    correlation = correlations(truth, found)
-    latent = assign(correlation)
-    pair = of_pair(correlation, latent)
-    best = correlation.amax(1)
-    detection = detect(of_pair(found.hits, latent), of_latent(found.fired, latent), truth.count)
-    detection["vanished"] = 1 - detection["recall"]
-    shrinkage = conditional_ratio(truth, found, latent)
-    scores = {
-        "mcc_code": mean_over(pair, (latent >= 0) & truth.varying),
-        "best_correlation": mean_over(best, truth.varying),
-        "missing_frac": mean_over((best < found_correlation).double(), truth.varying),
-        **{key: mean_over(value, truth.seen) for key, value in detection.items()},
-        "shrinkage_code": mean_over(shrinkage, truth.seen),
-    }
-    per_feature = {
-        "count": truth.count,
-        "correlation": _known(pair, truth.varying),
-        "best_correlation": _known(best, truth.varying),
-        **{key: _known(value, truth.seen) for key, value in detection.items()},
-        "shrinkage_code": _known(shrinkage, truth.seen),
-    }
-    return scores, per_feature, latent
-
-
-def conditional_ratio(truth: GroundTruth, found: Sums, latent: Assignment) -> Float64[Tensor, " n"]:
-    """Return E[z_m(i) | x_i > 0] / E[x_i | x_i > 0] per feature; 0 for a feature that is never active."""
-    return quotient(of_pair(found.strength, latent), truth.features.sum(0))
-
-
 def mean_over(values: Float64[Tensor, " n"], chosen: Bool[Tensor, " n"]) -> float:
     """Return the mean of the chosen values; 0 when none is."""
     return float(values[chosen].mean()) if bool(chosen.any()) else 0.0
 
 
-def detect(
-    hits: Float64[Tensor, " n"], fired: Float64[Tensor, " n"], present: Float64[Tensor, " n"]
-) -> PerFeature:
+def code_scores(
+    truth: GroundTruth, found: Sums, found_correlation: float
+) -> tuple[Scores, dict[str, Features], Assignment]:
+    """Return the scores under the one-to-one assignment of largest total correlation, per feature too.
+
+    Pearson's correlation (0 where either is constant), because it does not depend on the scale of a latent and is not
+    won by latents that are always on.
+    """
+    rows = len(truth.features)
+    covariance = found.overlap - rows * torch.outer(truth.moments.mean, found.moments.mean)
+    scale = torch.outer(truth.moments.square, found.moments.square).sqrt()
+    correlation = quotient(covariance, scale).clamp(-1.0, 1.0)
+    latent = assign(correlation)
+    pair, best = of_pair(correlation, latent), correlation.amax(1)
+    used = detect(of_pair(found.hits, latent), of_latent(found.fired, latent), truth.count)
+    used["vanished"] = 1 - used["recall"]
+    used["shrinkage_code"] = conditional_ratio(truth, found, latent)
+    scores = {
+        "mcc_code": mean_over(pair, (latent >= 0) & truth.varying),
+        "best_correlation": mean_over(best, truth.varying),
+        "missing_frac": mean_over((best < found_correlation).double(), truth.varying),
+        **{key: mean_over(value, truth.seen) for key, value in used.items()},
+    }
+    per_feature = {
+        "count": truth.count,
+        "correlation": torch.where(truth.varying, pair, torch.nan),
+        "best_correlation": torch.where(truth.varying, best, torch.nan),
+        **{key: torch.where(truth.seen, value, torch.nan) for key, value in used.items()},
+    }
+    return scores, per_feature, latent
+
+
+def conditional_ratio(truth: GroundTruth, found: Sums, latent: Assignment) -> Features:
+    """Return E[z_m(i) | x_i > 0] / E[x_i | x_i > 0] per feature; 0 for a feature that is never active."""
+    return quotient(of_pair(found.strength, latent), truth.features.sum(0))
+
+
+def detect(hits: Features, fired: Features, present: Features) -> dict[str, Features]:
     """Return precision = hits / fired, recall = hits / present and F1, their harmonic mean; 0 where undefined."""
     precision, recall = quotient(hits, fired), quotient(hits, present)
     f1 = quotient(2 * precision * recall, precision + recall)
     return {"precision": precision, "recall": recall, "f1": f1}
 
 
-def _known(values: Tensor, chosen: Tensor) -> Tensor:
-    return torch.where(chosen, values, torch.nan)
-
-
-# Do decoder rows point along the true directions, the columns of W_p; in SAELens' definitions where
-# it has one.
-
-
-def cosines(
-    W_p: Float64[Tensor, "d_in n"], W_dec: Float64[Tensor, "d_sae d_in"]
-) -> Float64[Tensor, "n d_sae"]:
+def cosines(W_p: Float64[Tensor, "d_in n"], W_dec: Float64[Tensor, "d_sae d_in"]) -> Pairs:
     """Return cos(W_p[:, i], W_dec[j]) for every feature and latent; 0 for a vector of length 0."""
     columns = torch.nn.functional.normalize(W_p, dim=0, eps=1e-8)
     return columns.T @ torch.nn.functional.normalize(W_dec, dim=1, eps=1e-8).T
 
 
-def matched_mean(
-    similarity: Float64[Tensor, "n d_sae"],
-) -> tuple[float, Float64[Tensor, " n"], Assignment]:
+def matched_mean(similarity: Pairs) -> tuple[float, Features, Assignment]:
     """Return the mean over the min(n, d_sae) best one-to-one pairs, each feature's value and latent.
 
     A feature without a latent has the value NaN.
     """
     latent = assign(similarity)
-    value = similarity.gather(1, latent.clamp_min(0)[:, None])[:, 0]
-    value = torch.where(latent >= 0, value, torch.nan)
+    value = torch.where(latent >= 0, of_pair(similarity, latent), torch.nan)
     return float(value.nanmean()), value, latent
-
-
-def chance_mcc(W_p: Float64[Tensor, "d_in n"], d_sae: int, seed: int) -> float:
-    """Return the MCC that d_sae random directions reach against W_p; in few dimensions it is far above 0."""
-    generator = torch.Generator().manual_seed(seed_for(seed, "recovery", "chance"))
-    random = torch.randn(d_sae, len(W_p), dtype=torch.float64, generator=generator)
-    return matched_mean(cosines(W_p, random.to(W_p.device)).abs())[0]
 
 
 def direction_scores(
@@ -212,19 +325,28 @@ def direction_scores(
     W_dec: Float64[Tensor, "d_sae d_in"],
     W_p: Float64[Tensor, "d_in n"],
     seed: int,
-) -> tuple[Scores, PerFeature, dict[str, Assignment]]:
-    """Return the direction scores, each feature's cosines, and the assignments of |cos| and of signed cos."""
+) -> tuple[Scores, dict[str, Features], dict[str, Assignment]]:
+    """Return the direction scores, each feature's cosines, and the assignments of |cos| and of signed cos.
+
+    Definitions are SAELens' where it has one. Chance is what d_sae random directions reach: in few dimensions far above
+    0. Each latent also counts as a detector of the feature nearest in direction, dead ones included.
+    """
     cosine = cosines(W_p, W_dec)
     absolute = cosine.abs()
     mcc, value, latent = matched_mean(absolute)
     signed, signed_value, signed_latent = matched_mean(cosine)
+    generator = torch.Generator().manual_seed(seed_for(seed, "recovery", "chance"))
+    random = torch.randn(len(W_dec), len(W_p), dtype=torch.float64, generator=generator)
     nearest = absolute.argmax(0)
+    hits, present = found.hits.gather(0, nearest[None])[0], truth.count[nearest]
+    wrong = (found.fired - hits) + (present - hits)
     scores = {
         "mcc_direction": mcc,
         "mcc_direction_signed": signed,
-        "mcc_direction_chance": chance_mcc(W_p, len(W_dec), seed),
+        "mcc_direction_chance": matched_mean(cosines(W_p, random.to(W_p.device)).abs())[0],
         "uniqueness": len(nearest.unique()) / len(nearest),
-        **_latent_detection(truth, found, nearest),
+        **{f"latent_{k}": float(v.mean()) for k, v in detect(hits, found.fired, present).items()},
+        "latent_accuracy": 1 - float(wrong.mean()) / len(truth.features),
     }
     per_feature = {"cosine": value, "cosine_signed": signed_value}
     return scores, per_feature, {"direction": latent, "direction_signed": signed_latent}
@@ -236,7 +358,7 @@ def length_shrinkage(
     W_dec: Float64[Tensor, "d_sae d_in"],
     W_p: Float64[Tensor, "d_in n"],
     latent: Assignment,
-) -> tuple[float, Float64[Tensor, " n"]]:
+) -> tuple[float, Features]:
     """Return how long a latent's output is against its feature's input, over all features and for each.
 
         sum_i E[z_m(i) | x_i > 0] |W_dec[m(i)]| / sum_i E[x_i | x_i > 0] |W_p[:, i]|
@@ -245,8 +367,7 @@ def length_shrinkage(
     that the world hardly represents (short columns) do not decide it. NaN for a feature that is never active or has a
     column of length 0.
     """
-    lengths = of_latent(W_dec.norm(dim=1), latent)
-    columns = W_p.norm(dim=0)
+    lengths, columns = of_latent(W_dec.norm(dim=1), latent), W_p.norm(dim=0)
     strength = truth.features.sum(0) / truth.count.clamp_min(1)
     ratio = conditional_ratio(truth, found, latent)
     out, into = float((ratio * strength * lengths).sum()), float((strength * columns).sum())
@@ -254,43 +375,22 @@ def length_shrinkage(
     return out / into if into > 0 else 0.0, each
 
 
-def _latent_detection(truth: GroundTruth, found: Sums, nearest: Tensor) -> Scores:
-    """Each latent as a detector of the feature nearest in direction: means over all latents, dead ones included."""
-    hits = found.hits.gather(0, nearest[None])[0]
-    present = truth.count[nearest]
-    scores = {
-        f"latent_{key}": float(value.mean())
-        for key, value in detect(hits, found.fired, present).items()
-    }
-    wrong = (found.fired - hits) + (present - hits)
-    return {**scores, "latent_accuracy": 1 - float(wrong.mean()) / len(truth.features)}
-
-
-# Average activated features (paper Appendix B.3): which features, each shown alone, switch a latent
-# on.
-#
-# x^i = x_i e_i M_j^i = sum over samples of h_j(x^i), h the latents of W_p x^i
-#
-# The paper calls latent j activated by feature i when M_j^i exceeds a threshold, and states none.
-# The sum shrinks with the number of samples in which x_i > 0, so an absolute threshold on it lets
-# the score fall as S -> 1 whatever the SAE does. The other scores therefore look at the mean
-# response over the samples in which the feature is active,
-#
-# R_j^i = E[h_j(x^i) | x_i > 0],
-#
-# which in a world of independent features does not depend on S.
-
 Encode = Callable[[Float[Tensor, "batch d_in"]], Float[Tensor, "batch d_sae"]]
 _BLOCK = 1 << 22
 """Latents held at once while isolated inputs are encoded (16 MB in fp32)."""
 
 
 class Isolated(NamedTuple):
-    """What latents do when features are shown one at a time."""
+    """What latents do when features are shown one at a time (paper Appendix B.3): h_j(x^i), x^i = x_i W_p[:, i].
 
-    total: Float64[Tensor, "n d_sae"]
+    The paper calls latent j activated by feature i when M_j^i exceeds a threshold, and states none. M shrinks with the
+    number of samples in which x_i > 0, so an absolute threshold on it lets the score fall as S -> 1 whatever the SAE
+    does. R does not depend on S in a world of independent features.
+    """
+
+    total: Pairs
     """M_j^i, the sum over all samples."""
-    response: Float64[Tensor, "n d_sae"]
+    response: Pairs
     """R_j^i, the mean over the samples in which feature i is active; 0 where it never is."""
 
 
@@ -313,7 +413,7 @@ def is_homogeneous(sae: SparseAutoencoder) -> bool:
     return free and isinstance(sae.cfg.activation, ReLU | TopK | GroupTopK)
 
 
-def isolated_homogeneous(truth: GroundTruth, unit: Float64[Tensor, "n d_sae"]) -> Isolated:
+def isolated_homogeneous(truth: GroundTruth, unit: Pairs) -> Isolated:
     """Return M and R from the latents `unit` of the columns of W_p: h_j(x_i W_p[:, i]) = x_i unit[i, j].
 
     For the tied ReLU SAE, unit = relu(W_p^T W_m^T).
@@ -353,82 +453,58 @@ def activated_features(
     over those that some feature activates at all.
     """
     total, response = found
-    strongest = response.amax(0)
-    square = response.square().sum(0)
+    strongest, square = response.amax(0), response.square().sum(0)
     counts = {
         "activated_sum": (total > cfg.threshold).sum(0).double(),
         "activated_mean": (response > cfg.mean_threshold).sum(0).double(),
         "activated_relative": (response > cfg.relative_threshold * strongest).sum(0).double(),
         "activated_participation": response.sum(0).square() / torch.where(square > 0, square, 1.0),
     }
-    live = strongest > 0
-    scores: Scores = {}
-    for key, value in counts.items():
-        scores[key] = float(value.mean())
-        scores[f"{key}_live"] = mean_over(value, live)
-    return scores, counts
-
-
-# Ground-truth reconstruction (paper Eq. 10): how far latents z are from the features x themselves.
-#
-# L_GT = E_x ||x - z||^2 latent j taken as feature j; latents beyond n compared with 0 (Eq. 7)
-#
-# A trained SAE has its latents in no particular order, so the loss is also taken after the best
-# one-to-one assignment of latents to features. The squared error of a pair comes from sums over
-# rows,
-#
-# sum_t (x_ti - c z_tj)^2 = sum_t x_ti^2 - 2 c sum_t x_ti z_tj + c^2 sum_t z_tj^2,
-#
-# and on the active entries alone with sum_t [x_ti > 0] z_tj^2 in the last term; exact to 1e-15 of
-# the first term.
+    scores = {key: float(value.mean()) for key, value in counts.items()}
+    live = {f"{key}_live": mean_over(value, strongest > 0) for key, value in counts.items()}
+    return scores | live, counts
 
 
 def ground_truth_losses(truth: GroundTruth, found: Sums) -> tuple[Scores, dict[str, Assignment]]:
     """Return the losses gt_raw, gt_matched, gt_padded and gt_scaled, and the assignments behind the last three.
 
-    matched minimises E sum_i (x_i - z_m(i))^2 and ignores latents left over; padded adds their E z_j^2 and minimises
-    the sum (Eq. 7); scaled minimises E sum_i (x_i - c_i z_m(i))^2 with the best c_i >= 0 of each pair. The active
-    entries are always judged under the assignment of all entries: a feature has one latent. raw is absent when
-    d_sae < n.
+    L_GT = E ||x - z||^2 (paper Eq. 10), latent j taken as feature j, latents beyond n compared with 0 (Eq. 7): raw,
+    absent when d_sae < n. A trained SAE has its latents in no particular order: matched minimises
+    E sum_i (x_i - z_m(i))^2 and ignores latents left over; padded adds their E z_j^2 and minimises the sum; scaled
+    minimises E sum_i (x_i - c_i z_m(i))^2 with the best c_i >= 0 of each pair. The active entries are always judged
+    under the assignment of all entries: a feature has one latent.
     """
     n, d_sae = found.overlap.shape
     matched = assign(2 * found.overlap - found.energy)
     # With n >= d_sae no latent is left over, so both sums have the same minimiser.
     padded = assign(found.overlap) if d_sae > n else matched
     scaled = assign(quotient(found.overlap.clamp_min(0).square(), found.energy))
-    scores: Scores = {}
-    if d_sae >= n:
-        scores |= raw_loss(truth, found)
-    scores |= loss_parts("gt_matched", truth, *pair_errors(truth, found, matched))
-    total, active = pair_errors(truth, found, padded)
-    scores |= loss_parts("gt_padded", truth, total, active, _left_over(found, padded))
-    scale = least_squares_scale(found, scaled)
-    scores |= loss_parts("gt_scaled", truth, *pair_errors(truth, found, scaled, scale))
+    cover = of_pair(found.overlap, scaled).clamp_min(0)
+    scale = quotient(cover, of_latent(found.energy, scaled))
+    order = torch.arange(n, device=found.overlap.device)
+
+    def loss(
+        name: str, latent: Assignment, rest: bool = False, c: Features | None = None
+    ) -> Scores:
+        unused = torch.ones_like(found.energy, dtype=torch.bool)
+        unused[latent[latent >= 0]] = False
+        extra = float(found.energy[unused].sum()) if rest else 0.0
+        return loss_parts(name, truth, *pair_errors(truth, found, latent, c), extra)
+
+    scores = loss("gt_raw", order, rest=True) if d_sae >= n else {}
+    scores |= loss("gt_matched", matched) | loss("gt_padded", padded, rest=True)
+    scores |= loss("gt_scaled", scaled, c=scale)
     return scores, {"matched": matched, "padded": padded, "scaled": scaled}
 
 
-def raw_loss(truth: GroundTruth, found: Sums) -> Scores:
-    """Return the loss of Eq. 10 as written, latent i for feature i; raises UserError when d_sae < n."""
-    n, d_sae = found.overlap.shape
-    if d_sae < n:
-        raise UserError(
-            f"the raw ground-truth loss (Eq. 10) takes latent i as feature i, but d_sae = {d_sae} is below "
-            f"n_features = {n}; use the matched loss"
-        )
-    order = torch.arange(n, device=found.overlap.device)
-    total, active = pair_errors(truth, found, order)
-    return loss_parts("gt_raw", truth, total, active, _left_over(found, order))
-
-
 def pair_errors(
-    truth: GroundTruth,
-    found: Sums,
-    latent: Assignment,
-    scale: Float64[Tensor, " n"] | None = None,
-) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
-    """Return sum_t (x_ti - c_i z_tm(i))^2 per feature, over all rows and over rows with x_ti > 0.
+    truth: GroundTruth, found: Sums, latent: Assignment, scale: Features | None = None
+) -> tuple[Features, Features]:
+    """Return sum_t (x_ti - c_i z_tm(i))^2 per feature, over all rows and over rows with x_ti > 0; default: c = 1.
 
-    Without `scale`, c = 1.
+        sum_t (x_ti - c z_tj)^2 = sum_t x_ti^2 - 2 c sum_t x_ti z_tj + c^2 sum_t z_tj^2,
+
+    on the active entries alone with sum_t [x_ti > 0] z_tj^2 in the last term; exact to 1e-15 of the first term.
     """
     c = torch.ones_like(truth.energy) if scale is None else scale
     common = truth.energy - 2 * c * of_pair(found.overlap, latent)
@@ -437,17 +513,8 @@ def pair_errors(
     return total.clamp_min(0), active.clamp_min(0)  # rounding may fall below 0
 
 
-def least_squares_scale(found: Sums, latent: Assignment) -> Float64[Tensor, " n"]:
-    """Return c_i = max(0, <x_i, z_m(i)> / <z_m(i), z_m(i)>); 0 for a silent latent."""
-    return quotient(of_pair(found.overlap, latent).clamp_min(0), of_latent(found.energy, latent))
-
-
 def loss_parts(
-    name: str,
-    truth: GroundTruth,
-    total: Float64[Tensor, " n"],
-    active: Float64[Tensor, " n"],
-    rest: float = 0.0,
+    name: str, truth: GroundTruth, total: Features, active: Features, rest: float = 0.0
 ) -> Scores:
     """Return the loss of squared errors per feature (sums over rows, of all and of active entries) in five forms.
 
@@ -464,35 +531,6 @@ def loss_parts(
         f"{name}_active_rel": on_active / power,
         f"{name}_active_entry": on_active / float(truth.count.sum()),
     }
-
-
-def _left_over(found: Sums, latent: Assignment) -> float:
-    """Sum of squares of the latents that no feature has."""
-    unused = torch.ones_like(found.energy, dtype=torch.bool)
-    unused[latent[latent >= 0]] = False
-    return float(found.energy[unused].sum())
-
-
-# What to hold an SAE's scores against: answers that need no SAE, and the features' own statistics.
-
-
-def ground_truth(
-    features: Matrix, acts: Matrix | None = None, W_p: Matrix | None = None
-) -> GroundTruth:
-    """Return the ground truth of features x [rows, n], activations [rows, d_in] and W_p [d_in, n]; it serves any SAE.
-
-    Without `acts`, x_p = W_p x (paper Eq. 1) stands in for them. Raises UserError for a wrong shape, a value that is
-    not finite, a negative feature, fewer than two rows, or when no feature is ever active.
-    """
-    truth = checked_truth(features, acts, W_p)
-    rows = len(truth.features)
-    scores = {**reference_losses(truth), **spread("feature", truth.moments, rows)}
-    scores["true_l0"] = float(truth.count.sum()) / rows
-    if truth.acts is not None and truth.W_p is not None:
-        outside = (truth.acts - truth.features @ truth.W_p.T).square().sum()
-        whole = float(truth.acts.square().sum())
-        scores["acts_unexplained"] = float(outside) / whole if whole > 0 else 0.0
-    return replace(truth, reference=scores)
 
 
 def reference_losses(truth: GroundTruth) -> Scores:
@@ -517,25 +555,11 @@ def reference_losses(truth: GroundTruth) -> Scores:
 
 
 @dataclass(frozen=True)
-class Codes:
-    """What one SAE made of the rows of a ground truth."""
-
-    latents: Shaped[Tensor, "..."]
-    """z [rows, d_sae]."""
-    W_dec: Shaped[Tensor, "..."]
-    """Decoder rows [d_sae, d_in]."""
-    x_hat: Shaped[Tensor, "..."] | None = None
-    """The reconstruction [rows, d_in], for sae_loss, fvu and norm_ratio."""
-    isolated: Isolated | None = None
-    """Latents of features shown one at a time, for the activated_* scores (`wsae.evals.recovery.score`)."""
-
-
-@dataclass(frozen=True)
 class Recovery:
     """How much of the ground truth an SAE recovers."""
 
     scores: dict[str, float]
-    """Flat; `recovery_glossary()` explains every key."""
+    """Flat; `wsae.evals.glossary.RECOVERY` explains every key."""
     per_feature: dict[str, Float64[Tensor, " n"]]
     """count, correlation, best_correlation, precision, recall, f1, vanished, shrinkage_code, loss_matched and, with
     W_p, cosine, cosine_signed, shrinkage_length. NaN where a feature has no value."""
@@ -571,61 +595,59 @@ def recovery(
         raise UserError(
             "acts: given as None; give the activations [rows, d_in] behind the features"
         )
-    x = truth.acts.to(sae.W_dec.device, sae.W_dec.dtype)
-    latents = sae.encode(x)
+    latents = sae.encode(truth.acts.to(sae.W_dec.device, sae.W_dec.dtype))
     alone = None if truth.W_p is None else isolated(truth, truth.W_p, sae)
-    return score_codes(truth, Codes(latents, sae.W_dec, sae.decode(latents), alone), cfg)
+    return score_codes(truth, latents, sae.W_dec, sae.decode(latents), alone, cfg)
 
 
 @own_settings()
 @torch.no_grad()
 def score_codes(
     truth: GroundTruth,
-    codes: Codes,
+    latents: Shaped[Tensor, "..."],
+    W_dec: Shaped[Tensor, "..."],
+    x_hat: Shaped[Tensor, "..."] | None = None,
+    alone: Isolated | None = None,
     cfg: RecoveryConfig = RecoveryConfig(),  # noqa: B008  (frozen)
 ) -> Recovery:
-    """Score codes against a ground truth; scores whose ingredients are missing are absent.
+    """Score latents z [rows, d_sae] with decoder rows W_dec [d_sae, d_in] against a ground truth.
 
-    `truth` is made once per world and serves any number of SAEs. Raises UserError when shapes do not fit or a latent is
-    not finite.
+    With the reconstruction `x_hat` [rows, d_in] there are sae_loss, fvu and norm_ratio; with `alone` (`isolated`), the
+    activated_* scores. `truth` is made once per world and serves any number of SAEs. Raises UserError when shapes do
+    not fit or a latent is not finite.
     """
-    z = two_dimensional("latents", codes.latents, "[rows, d_sae]").to(truth.features.device)
+    z = two_dimensional("latents", latents, "[rows, d_sae]").to(truth.features.device)
     z = z if z.is_floating_point() else z.double()
-    W_dec = matrix("W_dec", codes.W_dec, "[d_sae, d_in]").to(z.device)
-    _check(truth, z, W_dec)
+    W = matrix("W_dec", W_dec, "[d_sae, d_in]").to(z.device)
+    _check_codes(truth, z, W)
     found = sums(truth, z)
     losses, assignment = ground_truth_losses(truth, found)
     code, per_feature, latent = code_scores(truth, found, cfg.found_correlation)
     scores: Scores = {**losses, **truth.reference, **code}
-    error = pair_errors(truth, found, assignment["matched"])[0]
-    per_feature["loss_matched"] = error / len(z)
+    per_feature["loss_matched"] = pair_errors(truth, found, assignment["matched"])[0] / len(z)
     assignment = {"code": latent, **assignment}
     if truth.W_p is not None:
-        ratio, each = length_shrinkage(truth, found, W_dec, truth.W_p, latent)
-        direction, cosine, ways = direction_scores(truth, found, W_dec, truth.W_p, cfg.seed)
+        ratio, each = length_shrinkage(truth, found, W, truth.W_p, latent)
+        direction, cosine, ways = direction_scores(truth, found, W, truth.W_p, cfg.seed)
         scores |= {"shrinkage_length": ratio, **direction}
         per_feature |= {"shrinkage_length": each, **cosine}
         assignment |= ways
     per_latent: dict[str, Tensor] = {}
-    if codes.isolated is not None:
-        activated, per_latent = activated_features(codes.isolated, cfg)
+    if alone is not None:
+        activated, per_latent = activated_features(alone, cfg)
         scores |= activated
-    scores |= {**spread("latent", found.moments, len(z)), **_context(truth, found, codes.x_hat)}
-    return Recovery(
-        {key: scores[key] for key in RECOVERY if key in scores}, per_feature, per_latent, assignment
-    )
+    scores |= spread("latent", found.moments, len(z))
+    scores["l0"] = float(found.fired.sum()) / len(z)
+    scores["dead_frac"] = float((found.fired == 0).double().mean())
+    if truth.acts is not None and x_hat is not None:
+        scores |= _reconstruction(truth.acts, x_hat)
+    ordered = {key: scores[key] for key in RECOVERY if key in scores}
+    return Recovery(ordered, per_feature, per_latent, assignment)
 
 
-def _context(truth: GroundTruth, found: Sums, x_hat: Tensor | None) -> Scores:
-    """L0, dead latents and, where there is a reconstruction, how good it is."""
-    rows = len(truth.features)
-    scores = {
-        "l0": float(found.fired.sum()) / rows,
-        "dead_frac": float((found.fired == 0).double().mean()),
-    }
-    if truth.acts is None or x_hat is None:
-        return scores
-    x_p, x_hat = truth.acts, matrix("x_hat", x_hat, "[rows, d_in]").to(truth.features.device)
+def _reconstruction(x_p: Float64[Tensor, "rows d_in"], given: Matrix) -> Scores:
+    """Return how good a reconstruction is."""
+    x_hat = matrix("x_hat", given, "[rows, d_in]").to(x_p.device)
     if x_hat.shape != x_p.shape:
         raise UserError(f"x_hat has shape {tuple(x_hat.shape)} where acts have {tuple(x_p.shape)}")
     error = float((x_p - x_hat).square().sum())
@@ -634,14 +656,13 @@ def _context(truth: GroundTruth, found: Sums, x_hat: Tensor | None) -> Scores:
     there = norm > 1e-6  # as SAELens: a ratio of lengths needs a length
     ratio = x_hat.norm(dim=1)[there] / norm[there]
     return {
-        **scores,
-        "sae_loss": error / rows,
+        "sae_loss": error / len(x_p),
         "fvu": error / spread_p if spread_p > 0 else 0.0,
         "norm_ratio": float(ratio.mean()) if len(ratio) else 0.0,
     }
 
 
-def _check(truth: GroundTruth, z: Tensor, W_dec: Tensor) -> None:
+def _check_codes(truth: GroundTruth, z: Tensor, W_dec: Tensor) -> None:
     if len(z) != len(truth.features):
         raise UserError(
             f"latents have {len(z)} rows but features have {len(truth.features)}; rows must agree"
