@@ -7,6 +7,7 @@ import tyro
 
 from wsae.acts.config import HarvestConfig
 from wsae.acts.images.config import ImageHarvestConfig
+from wsae.acts.names import among
 from wsae.cli.flags import (
     Count,
     MaybeCount,
@@ -238,7 +239,31 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
     """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place."""
     opened = Run(run)
     with understood(opened.manifest and run / CONFIG):
-        return reopened(opened.source, str(run), device, elsewhere)
+        if not opened.single or (elsewhere is None and opened.source):
+            return reopened(opened.source, str(run), device, elsewhere)
+    about = opened.provenance
+    if elsewhere is None:
+        raise UserError(
+            f"{run}: a single SAE knows no data; name a store or an array with --source (a store is made by: "
+            f"wsae harvest {about.model or 'MODEL'} --hook {about.hook or 'HOOK'} --text FILE --out STORE)"
+        )
+    return at_hook(elsewhere, about.hook)
+
+
+def at_hook(source: str, hook: str | None) -> "ActivationSource":
+    """Return the source with one hook: that of an SAE where there are several."""
+    from wsae.acts.source import open_source
+
+    data = open_source(source)
+    if len(data.hooks) == 1:
+        return data
+    mine = among(hook, data.hooks) if hook else None
+    if mine is None:
+        raise UserError(
+            f"{source}: has hooks {', '.join(data.hooks)}, and the SAE is of {hook or 'a hook it does not name'}; "
+            "harvest that hook alone, or give an array"
+        )
+    return open_source(source, hooks=(mine,))
 
 
 def reopened(

@@ -425,6 +425,7 @@ def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check
     except UserError as error:
         return [*checks, Check("run", "fail", str(error))]
     checks.append(Check("run", "ok", f"whole, made by wsae {manifest.wsae_version}"))
+    assert isinstance(train, TrainConfig), "one SAE alone is not examined as a run"
     checks.append(_check_steps(train))
     data = _run_data(cfg, source, progress)
     checks += data

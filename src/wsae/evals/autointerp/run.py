@@ -53,6 +53,7 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.data import HeldOut
 from wsae.evals.intervals import Difference, estimate, mean, paired_difference, unpaired_difference
 from wsae.evals.run import run_subject
+from wsae.run import Run
 
 # From scores of latents to what is reported: means with intervals, counts that add up, comparisons
 # with the twin.
@@ -372,7 +373,7 @@ def interpret_run(
     its scores only. What was made from the same run, data, settings and judges is returned as it is unless `force`.
     Raises UserError when `run` is not a finished run, the data have no text, or a score lacks its judge.
     """
-    families = selected(run_subject(run).families, cfg)
+    families = selected(run_subject(run, source).families, cfg)
     job = InterpretJob(
         run, source, families, choose_scorers(cfg, judges, progress), data_digest(source)
     )
@@ -400,7 +401,7 @@ def data_digest(source: HeldOut) -> str:
 def _inputs(job: InterpretJob) -> dict[str, str]:
     """Return the digests of everything the result depends on beside the settings."""
     judges = {f"judge/{score}": digest(job.scorers.identity(score)) for score in job.cfg.scores}
-    run = read_manifest(job.run, "run", verify=False).digest()
+    run = Run(job.run).manifest.digest()
     return {"run": run, "data": job.data, **judges}
 
 
@@ -443,7 +444,7 @@ def plan_run(
     asked: list[Asked] = [s for s in cfg.scores if s != "embedding" and s != "surprisal"]
     known = tuple(control for control in cfg.controls if control != "random_model")
     cfg = cfg.model_copy(update={"scores": tuple(asked), "controls": known})
-    families = selected(run_subject(run).families, cfg)
+    families = selected(run_subject(run, source).families, cfg)
     job = InterpretJob(run, source, families, choose_scorers(cfg, judges, progress), "")
     sides = survey_hooks(source, families, cfg, progress)
     found = subjects(job, run / INTERPRETATION_PART, sides)

@@ -45,6 +45,7 @@ from wsae.evals.measure import Family, Survey
 from wsae.run import Run
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Covariance
+from wsae.train.config import TrainConfig
 
 # Before contexts are collected: which latents stand for a member, and which latent of its twin each
 # is compared with.
@@ -437,6 +438,10 @@ def _random_model(
     job: InterpretJob, place: Path, sides: dict[str, SurveyedHook]
 ) -> dict[str, Subject]:
     train = Run(job.run).config
+    if not isinstance(train, TrainConfig):
+        raise UserError(
+            f"{job.run}: too little is known of how this SAE was trained for the control random_model; leave it out"
+        )
     member = next(iter(sides.values())).reference
     recipe = RandomModelRecipe(
         job.source, job.scorers.language, train, member, job.cfg.seed, job.cfg.keep_store

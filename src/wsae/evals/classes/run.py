@@ -14,7 +14,6 @@ from wsae.core.artifact import (
     CLASSES,
     CLASSES_PART,
     MANIFEST,
-    read_manifest,
     write_manifest,
 )
 from wsae.core.files import digest, locked, write_json
@@ -40,6 +39,7 @@ from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.measure import Family
 from wsae.evals.run import run_subject
+from wsae.run import Run
 from wsae.sae import SparseAutoencoder
 from wsae.stats.classes import Chance, chance_levels
 
@@ -134,7 +134,7 @@ def score_run(
 
     The directory is whole or has no manifest. Raises UserError as `score_classes`, and where `run` is not finished.
     """
-    subject = run_subject(run)
+    subject = run_subject(run, source)
     record: Json = {"hooks": {}, "glossary": glossary()}
     arrays: dict[str, Tensor] = {}
     for hook, family in subject.families.items():
@@ -148,7 +148,7 @@ def score_run(
         write_json(out / CLASSES, record)
         save_tensors(out / ARRAYS, arrays)
         inputs = {
-            "run": read_manifest(run, "run", verify=False).digest(),
+            "run": Run(run).manifest.digest(),
             "labels": digest(np.asarray(labels).tolist()),
         }
         write_manifest(out, CLASSES_PART, cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)
