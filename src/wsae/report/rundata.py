@@ -5,7 +5,9 @@ altered).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,10 @@ from wsae.run import (
     CONTEXTS_FILE,
     EVALUATION_PART,
     INTERPRETATION_PART,
+    LARGEST,
     METRICS_FILE,
     Json,
     Run,
-    formed_arrays,
 )
 
 SHOWN = ("consistency_top", "consistency_corrected", "information")
@@ -117,6 +119,8 @@ def read_run(run: Run | Path) -> RunData:
         manifest = run.manifest.to_dict()
     else:
         notes.append("Training has not finished: the run has no manifest yet.")
+    if run.single:
+        run.evaluation_record  # noqa: B018  (the only thing there is to show)
     evaluation, arrays, contexts = _evaluated(run, notes)
     thumbnails = run.thumbnails
     interpretation, interpreted = {}, {}
@@ -174,6 +178,44 @@ def _arrays(run: Run, part: str) -> tuple[dict[str, np.ndarray], Path]:
     if odd is not None:
         raise UserError(f"{place}: {odd!r} holds complex numbers; make it again")
     return {name: tensor.double().numpy() for name, tensor in tensors.items()}, place
+
+
+BY_LATENT = ("density", "variance", "match_index", "match_cosine", "decoder_max_cosine")
+BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
+"""Arrays of the evaluation that are shown: those of one member, or hook, are equally long."""
+
+
+def formed_arrays(
+    arrays: Mapping[str, np.ndarray], where: PathLike[str] | str
+) -> dict[str, np.ndarray]:
+    """Return arrays by "hook|member|name"; raises UserError when one that is shown is not a row of its length.
+
+    Densities are shares, no number is beyond `LARGEST`, a match is a whole number.
+    """
+    lengths: dict[str, int] = {}
+    for key, array in arrays.items():
+        hook_member, _, name = key.rpartition("|")
+        if name not in BY_LATENT + BY_DIMENSION:
+            continue
+        unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
+        wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
+        if array.ndim != 1 or not array.size or array.size != wanted or not _plausible(name, array):
+            shape = list(array.shape)
+            raise UserError(
+                f"{where}: not of the form that this wsae writes (array {key!r}, shape {shape}, "
+                "has another length or other values); make it again"
+            )
+    return dict(arrays)
+
+
+def _plausible(name: str, array: np.ndarray) -> bool:
+    if name == "density":
+        return bool(((array >= 0) & (array <= 1)).all())
+    if name == "match_index":
+        return bool(((array >= -1) & (array < 1 << 31) & (array == np.floor(array))).all())
+    if name in ("gamma", "input_variance") and not np.isfinite(array).all():
+        return False
+    return not bool((np.abs(array[np.isfinite(array)]) > LARGEST).any())
 
 
 def read_classes(run: Run) -> tuple[Json, dict[str, np.ndarray]]:

@@ -29,7 +29,7 @@ from wsae.report import view as interpretation
 from wsae.report.charts import kind_of
 from wsae.report.rundata import RunData, is_control, read_classes, read_run
 from wsae.report.words import Judgement
-from wsae.run import Json, Run, check_no_sae
+from wsae.run import Json, Run
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
 from wsae.serve import schema
@@ -175,9 +175,10 @@ class Job:
 
     def load(self, member: Member) -> SparseAutoencoder | None:
         """Return a member's SAE, none where the run keeps no weights of it; raises UserError for a damaged one."""
-        listed = self.run.manifest.get("info", {}).get("members", {}).get(member.hook, [])
-        place = Run(self.run.path).place(member.hook, member.name)
-        return SparseAutoencoder.load(place) if member.name in listed else None
+        run = Run(self.run.path)
+        if member.name not in run.members.get(member.hook, []):
+            return None
+        return SparseAutoencoder.load(run.place(member.hook, member.name))
 
     def weights(self, member: Member) -> str:
         """Return the digest of the manifest of a member's weights."""
@@ -493,8 +494,6 @@ def identity(run: Path, cfg: IndexConfig) -> str:
 
 def run_digest(run: Path) -> str:
     """Return the digest of a run with its evaluation and scores; raises UserError as `identity`."""
-    check_no_sae(run)
-    read_manifest(run, "run", verify=False)  # an unfinished run is refused as such
     return Run(run).digest()
 
 

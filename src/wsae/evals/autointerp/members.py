@@ -30,6 +30,7 @@ from wsae.evals.measure import EvaluatedSaes, Survey
 from wsae.run import Run
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Covariance
+from wsae.train.config import TrainConfig
 
 ASSIGNMENT_MAX = 8192
 """Live latents up to which members are matched one-to-one optimally, as in `wsae evaluate`."""
@@ -272,6 +273,10 @@ def collect_members(
             )
     if "random_model" in cfg.controls:
         train = Run(job.run).config
+        if not isinstance(train, TrainConfig):
+            raise UserError(
+                f"{job.run}: too little is known of how this SAE was trained for the control random_model; leave it out"
+            )
         member = next(iter(surveyed.values())).reference
         made, live = random_model(
             job.source,

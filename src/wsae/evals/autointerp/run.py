@@ -61,6 +61,7 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.data import HeldOut
 from wsae.evals.intervals import Difference, estimate, mean, paired_difference, unpaired_difference
 from wsae.evals.run import run_subject
+from wsae.run import Run
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TYPICAL = 5
@@ -323,13 +324,13 @@ def interpret_run(
     its scores only. What was made from the same run, data, settings and judges is returned as it is unless `force`.
     Raises UserError when `run` is not a finished run, the data have no text, or a score lacks its judge.
     """
-    families = selected(run_subject(run), cfg)
+    families = selected(run_subject(run, source), cfg)
     models = needed_models(cfg, judges)
     job = InterpretJob(run, source, families, cfg, data_digest(source), progress, **models)
     place = run / INTERPRETATION_PART
     with locked(place, top=run):
         inputs = {
-            "run": read_manifest(run, "run", verify=False).digest(),
+            "run": Run(run).manifest.digest(),
             "data": job.data,
             **{f"judge/{score}": digest(scorer_identity(job, score)) for score in cfg.scores},
         }
@@ -385,7 +386,7 @@ def plan_run(
     asked: list[Asked] = [s for s in cfg.scores if s != "embedding" and s != "surprisal"]
     known = tuple(control for control in cfg.controls if control != "random_model")
     cfg = cfg.model_copy(update={"scores": tuple(asked), "controls": known})
-    families = selected(run_subject(run), cfg)
+    families = selected(run_subject(run, source), cfg)
     job = InterpretJob(run, source, families, cfg, "", progress, **needed_models(cfg, judges))
     surveyed = survey_hooks(source, families, cfg, progress)
     found = collect_members(job, run / INTERPRETATION_PART, surveyed)
