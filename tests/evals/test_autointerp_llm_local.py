@@ -17,9 +17,9 @@ from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.autointerp.llm.detect import detection_scores, explain_latents
 from wsae.evals.autointerp.llm.local import UNKNOWN, LocalModel, SlotReader, open_llm
-from wsae.evals.autointerp.llm.plan import dry_run
 from wsae.evals.autointerp.llm.simulate import simulation_scores
 from wsae.evals.autointerp.llm.texts import ChatMessage
+from wsae.evals.autointerp.run import dry_run
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant:"

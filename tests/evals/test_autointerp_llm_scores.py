@@ -26,8 +26,8 @@ from wsae.evals.autointerp.llm.detect import (
     explain_latents,
     fuzzing_scores,
 )
-from wsae.evals.autointerp.llm.plan import dry_run
 from wsae.evals.autointerp.llm.simulate import correlation, simulation_scores
+from wsae.evals.autointerp.run import dry_run
 
 
 def parts(kind, chat, tmp_path, **more):

@@ -106,11 +106,16 @@ class SurveyedHook:
     """Each member's own latents: its means are over these."""
     matching: dict[str, Matching] = field(default_factory=dict)
 
+    def pairs(self, member: str) -> dict[int, tuple[int, float]]:
+        """Return latent -> its partner in the twin and their cosine, for the member's latents that have one."""
+        found = self.matching[member]
+        columns = (found.pair_a.tolist(), found.pair_b.tolist(), found.pair_cosine.tolist())
+        return {latent: (other, cosine) for latent, other, cosine in zip(*columns, strict=True)}
+
     def partners(self, member: str) -> dict[int, int]:
-        """Return latent -> its partner in the twin, for the member's sampled latents that have one."""
-        matching = self.matching[member]
-        pairs = dict(zip(matching.pair_a.tolist(), matching.pair_b.tolist(), strict=True))
-        return {latent: pairs[latent] for latent in self.sample[member] if latent in pairs}
+        """Return latent -> its partner, for the member's sampled latents."""
+        pairs = self.pairs(member)
+        return {latent: pairs[latent][0] for latent in self.sample[member] if latent in pairs}
 
     def latents(self) -> dict[str, Int64[Tensor, " latents"]]:
         """Return what to collect of each member: its sample, then partners of other members' samples."""

@@ -3,6 +3,8 @@
 Contexts are collected anew in one pass; scores that need no endpoint are kept part by part (`scoring`), an endpoint's
 answers one by one (`llm.asking`), so a killed run scores nothing twice and ends with the same bytes.
 
+Asking can be planned: `dry_run` makes the very requests that would be sent, without those answered on disk.
+
 Reported means are over a member's own sample of latents. Its twin is compared over matched latents (the same pairs
 resampled for both), over all latents of both samples, and over latents of equal density, since denser latents score
 differently.
@@ -10,6 +12,10 @@ differently.
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -21,7 +27,14 @@ from wsae.core.files import digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.controls import ABOUT
-from wsae.evals.autointerp.llm.plan import Planned, dry_run
+from wsae.evals.autointerp.llm.asking import Llm, Request, Unparsed, requests_about
+from wsae.evals.autointerp.llm.detect import (
+    batches,
+    explanation_requests,
+    judging_request,
+    parse_explanation,
+)
+from wsae.evals.autointerp.llm.simulate import cases, simulation_request
 from wsae.evals.autointerp.members import (
     Interpreted,
     InterpretedMember,
@@ -42,16 +55,17 @@ from wsae.evals.autointerp.scoring import (
     write_ascii,
 )
 from wsae.evals.autointerp.summary import (
+    SCORES,
     LatentScore,
     Sample,
     density_adjusted,
-    glossary,
     matched_density,
     pooled_accuracy,
 )
-from wsae.evals.autointerp.windows import Collected, LatentContexts
+from wsae.evals.autointerp.windows import Collected, Fragments, LatentContexts
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import HeldOut
+from wsae.evals.glossary import glossary
 from wsae.evals.intervals import Difference, estimate, mean, paired_difference, unpaired_difference
 from wsae.evals.run import run_subject
 
@@ -62,6 +76,10 @@ TYPICAL = 5
 """Tokens that say what a latent fires on where no model explains it."""
 SHOWN = 6
 """Contexts of a latent that are written, the strongest explaining ones."""
+PLACEHOLDER = (
+    "Words of the kind that an explanation may name, in a sentence of about the usual length."
+)
+"""Stands for an explanation still to come where its cost is planned."""
 _COUNTS = ("tp", "fn", "tn", "fp", "hard_tn", "hard_fp", "failed", "n_top", "n_random")
 """Numbers of contexts, which have a sum rather than a mean."""
 
@@ -214,15 +232,13 @@ def _matched(
     draws: EvalConfig,
 ) -> tuple[Difference, Json]:
     """Return the difference over matched latents, how many of the sampled are compared, and how alike the pairs are."""
-    matching = surveyed.matching[member]
-    cosines = dict(zip(matching.pair_a.tolist(), matching.pair_cosine.tolist(), strict=True))
-    partners = surveyed.partners(member).items()
+    cosines, partners = surveyed.pairs(member), surveyed.partners(member).items()
     pairs = [(j, k) for j, k in partners if j in left and k in right]
     values = np.array([(left[j], right[k]) for j, k in pairs], dtype=np.float64).reshape(-1, 2)
     about = {
         "sampled": len(surveyed.sample[member]),
-        "cosine": float(np.mean([cosines[j] for j, _ in pairs])) if pairs else None,
-        "chance": matching.summary()["random_cosine_mean"],
+        "cosine": float(np.mean([cosines[j][1] for j, _ in pairs])) if pairs else None,
+        "chance": surveyed.matching[member].summary()["random_cosine_mean"],
     }
     return paired_difference(mean(values[:, 0]), mean(values[:, 1]), draws), about
 
@@ -257,7 +273,7 @@ def record_json(job: InterpretJob, surveyed: dict[str, SurveyedHook], found: Int
         "config": job.cfg.to_dict(),
         "judges": {score: job.judge_name(score) for score in job.cfg.scores},
         "hooks": hooks,
-        "glossary": glossary(job.cfg.scores),
+        "glossary": glossary({key: one for key, one in SCORES.items() if key in job.cfg.scores}),
     }
 
 
@@ -279,12 +295,12 @@ def _latent(
     surveyed: SurveyedHook, name: str, member: InterpretedMember, contexts: LatentContexts
 ) -> Json:
     """Return one latent, the twin's latent that it is paired with, and its strongest explaining windows."""
-    latent, matching, match = contexts.latent, surveyed.matching.get(name), None
-    place = [] if matching is None else (matching.pair_a == latent).nonzero()[:, 0].tolist()
-    if matching is not None and place:
-        cosine = round(float(matching.pair_cosine[place[0]]), 6)
-        partner = int(matching.pair_b[place[0]])
-        match = {"member": surveyed.family.twins[name], "latent": partner, "cosine": cosine}
+    latent, match = contexts.latent, None
+    pairs = surveyed.pairs(name) if name in surveyed.matching else {}
+    if latent in pairs:
+        partner, cosine = pairs[latent]
+        twin = surveyed.family.twins[name]
+        match = {"member": twin, "latent": partner, "cosine": round(cosine, 6)}
     windows, shown = member.collected.windows, []
     strongest = contexts.explain.window[:SHOWN].tolist()
     for window, acts in zip(strongest, contexts.explain.acts, strict=False):
@@ -357,6 +373,82 @@ def data_digest(source: HeldOut) -> str:
         for tensor in (*chunk.x.values(), chunk.seq, chunk.pos):
             sha.update(tensor.contiguous().cpu().numpy().tobytes())
     return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Requests of one score; token numbers are estimates, and those on disk cost none."""
+
+    requests: int = 0
+    """To be sent, if every explanation still to come can be parsed and nothing is tried twice."""
+    cached: int = 0
+    """Answered on disk already."""
+    not_asked: int = 0
+    """For want of an explanation, which failed before."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """As long as good answers are."""
+    limit_tokens: int = 0
+    """As long as answers may be: what budgets hold back."""
+
+    def __add__(self, other: "Planned") -> "Planned":
+        mine, theirs = vars(self), vars(other)
+        return Planned(**{name: mine[name] + theirs[name] for name in mine})
+
+
+def dry_run(
+    llm: Llm,
+    scores: Iterable[Asked],
+    collected: Collected | None = None,
+    found: Fragments | None = None,
+) -> dict[str, Planned]:
+    """Return what each score of one member would cost, by name; nothing is sent.
+
+    Detection and fuzzing (of `collected`) share their explanations, "explanation"; simulation (of `found`) has its own.
+    """
+    out: dict[str, Planned] = {}
+    wanted = set(scores)
+    if collected is not None and wanted & {"detection", "fuzzing"}:
+        requests = explanation_requests(collected)
+        out["explanation"], texts = _planned(llm, [*requests.values()]), _texts(llm, requests)
+        for kind in ("detection", "fuzzing"):
+            if kind in wanted:
+                build = partial(judging_request, kind, cfg=llm.cfg)
+                asked = requests_about(batches(kind, collected, llm.cfg), texts, build)
+                out[kind] = _planned(llm, asked)
+    if found is not None and "simulation" in wanted:
+        requests = explanation_requests(found)
+        texts = _texts(llm, requests)
+        out["simulation explanation"] = _planned(llm, [*requests.values()])
+        build = partial(simulation_request, cfg=llm.cfg)
+        out["simulation"] = _planned(llm, requests_about(cases(found), texts, build))
+    return out
+
+
+def _texts(llm: Llm, requests: dict[int, Request]) -> dict[int, str]:
+    """Return each latent's explanation: on disk, or a placeholder; none where it failed before."""
+    out: dict[int, str] = {}
+    for latent, request in requests.items():
+        answer = llm.peek(request)
+        if answer is None:
+            out[latent] = f"{PLACEHOLDER} {latent}"
+        elif answer.state == "answered":
+            with suppress(Unparsed):
+                out[latent] = parse_explanation(answer)
+    return out
+
+
+def _planned(llm: Llm, requests: Sequence[Request | None]) -> Planned:
+    unique = {llm.key(request): request for request in requests if request is not None}
+    new = [request for request in unique.values() if llm.peek(request) is None]
+    return Planned(
+        requests=len(new),
+        cached=len(unique) - len(new),
+        not_asked=sum(request is None for request in requests),
+        prompt_tokens=sum(request.estimated_tokens for request in new),
+        completion_tokens=sum(request.expected_tokens for request in new),
+        limit_tokens=sum(request.max_tokens + llm.cfg.thinking_tokens for request in new),
+    )
 
 
 def plan_run(

@@ -77,18 +77,13 @@ def expected_rows(answer: Answer, rows: list[WrittenActivation]) -> list[float]:
 
     Where 10 is written as the tokens `1` and `0`, a `1` counts as 1 + 9 P(0 | 1), known when it was written.
     """
-    starts, place = [], 0
-    for token in answer.tokens:
-        starts.append(place)
-        place += token.size
-    out, i = [], 0
+    ends, out = np.cumsum([token.size for token in answer.tokens]), []
     for row in rows:
-        while i < len(starts) and starts[i] + answer.tokens[i].size <= row.place:
-            i += 1
-        text = answer.tokens[i].text.strip() if i < len(starts) else ""
+        i = int(np.searchsorted(ends, row.place, side="right"))
+        text = answer.tokens[i].text.strip() if i < len(ends) else ""
         if text != str(row.value) and (text != "1" or row.value != 10):
             raise Unparsed("numbers are not tokens of their own, so they have no probabilities")
-        following = answer.tokens[i + 1] if i + 1 < len(starts) else None
+        following = answer.tokens[i + 1] if i + 1 < len(ends) else None
         out.append(_expected(answer.tokens[i], following))
     return out
 
