@@ -13,8 +13,8 @@ from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.evals.autointerp.config import InterpretConfig
-from wsae.evals.autointerp.members import selected, survey_hooks
 from wsae.evals.autointerp.run import interpret_run, plan_run
+from wsae.evals.autointerp.scoring import selected, survey_hooks
 from wsae.evals.autointerp.summary import (
     METRIC,
     SCORES,

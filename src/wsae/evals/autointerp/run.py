@@ -3,8 +3,6 @@
 Contexts are collected anew in one pass; scores that need no endpoint are kept part by part (`scoring`), an endpoint's
 answers one by one (`llm.asking`), so a killed run scores nothing twice and ends with the same bytes.
 
-Asking can be planned: `dry_run` makes the very requests that would be sent, without those answered on disk.
-
 Reported means are over a member's own sample of latents. Its twin is compared over matched latents (the same pairs
 resampled for both), over all latents of both samples, and over latents of equal density, since denser latents score
 differently.
@@ -12,10 +10,6 @@ differently.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -27,31 +21,22 @@ from wsae.core.files import digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.controls import ABOUT
-from wsae.evals.autointerp.llm.asking import Llm, Request, Unparsed, requests_about
-from wsae.evals.autointerp.llm.detect import (
-    batches,
-    explanation_requests,
-    judging_request,
-    parse_explanation,
-)
-from wsae.evals.autointerp.llm.simulate import cases, simulation_request
-from wsae.evals.autointerp.members import (
+from wsae.evals.autointerp.llm.judges import Planned, dry_run
+from wsae.evals.autointerp.scoring import (
     Interpreted,
     InterpretedMember,
     InterpretJob,
+    Parts,
     ScorerModels,
     SurveyedHook,
-    collect_members,
-    needed_models,
-    selected,
-    survey_hooks,
-)
-from wsae.evals.autointerp.scoring import (
-    Parts,
     all_fragments,
     asks_again,
+    collect_members,
+    needed_models,
     score_all,
     scorer_identity,
+    selected,
+    survey_hooks,
     write_ascii,
 )
 from wsae.evals.autointerp.summary import (
@@ -62,7 +47,7 @@ from wsae.evals.autointerp.summary import (
     matched_density,
     pooled_accuracy,
 )
-from wsae.evals.autointerp.windows import Collected, Fragments, LatentContexts
+from wsae.evals.autointerp.windows import Collected, LatentContexts
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import HeldOut
 from wsae.evals.glossary import glossary
@@ -76,10 +61,6 @@ TYPICAL = 5
 """Tokens that say what a latent fires on where no model explains it."""
 SHOWN = 6
 """Contexts of a latent that are written, the strongest explaining ones."""
-PLACEHOLDER = (
-    "Words of the kind that an explanation may name, in a sentence of about the usual length."
-)
-"""Stands for an explanation still to come where its cost is planned."""
 _COUNTS = ("tp", "fn", "tn", "fp", "hard_tn", "hard_fp", "failed", "n_top", "n_random")
 """Numbers of contexts, which have a sum rather than a mean."""
 
@@ -373,82 +354,6 @@ def data_digest(source: HeldOut) -> str:
         for tensor in (*chunk.x.values(), chunk.seq, chunk.pos):
             sha.update(tensor.contiguous().cpu().numpy().tobytes())
     return sha.hexdigest()
-
-
-@dataclass(frozen=True)
-class Planned:
-    """Requests of one score; token numbers are estimates, and those on disk cost none."""
-
-    requests: int = 0
-    """To be sent, if every explanation still to come can be parsed and nothing is tried twice."""
-    cached: int = 0
-    """Answered on disk already."""
-    not_asked: int = 0
-    """For want of an explanation, which failed before."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    """As long as good answers are."""
-    limit_tokens: int = 0
-    """As long as answers may be: what budgets hold back."""
-
-    def __add__(self, other: "Planned") -> "Planned":
-        mine, theirs = vars(self), vars(other)
-        return Planned(**{name: mine[name] + theirs[name] for name in mine})
-
-
-def dry_run(
-    llm: Llm,
-    scores: Iterable[Asked],
-    collected: Collected | None = None,
-    found: Fragments | None = None,
-) -> dict[str, Planned]:
-    """Return what each score of one member would cost, by name; nothing is sent.
-
-    Detection and fuzzing (of `collected`) share their explanations, "explanation"; simulation (of `found`) has its own.
-    """
-    out: dict[str, Planned] = {}
-    wanted = set(scores)
-    if collected is not None and wanted & {"detection", "fuzzing"}:
-        requests = explanation_requests(collected)
-        out["explanation"], texts = _planned(llm, [*requests.values()]), _texts(llm, requests)
-        for kind in ("detection", "fuzzing"):
-            if kind in wanted:
-                build = partial(judging_request, kind, cfg=llm.cfg)
-                asked = requests_about(batches(kind, collected, llm.cfg), texts, build)
-                out[kind] = _planned(llm, asked)
-    if found is not None and "simulation" in wanted:
-        requests = explanation_requests(found)
-        texts = _texts(llm, requests)
-        out["simulation explanation"] = _planned(llm, [*requests.values()])
-        build = partial(simulation_request, cfg=llm.cfg)
-        out["simulation"] = _planned(llm, requests_about(cases(found), texts, build))
-    return out
-
-
-def _texts(llm: Llm, requests: dict[int, Request]) -> dict[int, str]:
-    """Return each latent's explanation: on disk, or a placeholder; none where it failed before."""
-    out: dict[int, str] = {}
-    for latent, request in requests.items():
-        answer = llm.peek(request)
-        if answer is None:
-            out[latent] = f"{PLACEHOLDER} {latent}"
-        elif answer.state == "answered":
-            with suppress(Unparsed):
-                out[latent] = parse_explanation(answer)
-    return out
-
-
-def _planned(llm: Llm, requests: Sequence[Request | None]) -> Planned:
-    unique = {llm.key(request): request for request in requests if request is not None}
-    new = [request for request in unique.values() if llm.peek(request) is None]
-    return Planned(
-        requests=len(new),
-        cached=len(unique) - len(new),
-        not_asked=sum(request is None for request in requests),
-        prompt_tokens=sum(request.estimated_tokens for request in new),
-        completion_tokens=sum(request.expected_tokens for request in new),
-        limit_tokens=sum(request.max_tokens + llm.cfg.thinking_tokens for request in new),
-    )
 
 
 def plan_run(
