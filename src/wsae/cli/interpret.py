@@ -28,7 +28,7 @@ from wsae.evals.autointerp.config import FREE, ContextConfig, Control, Interpret
 from wsae.evals.autointerp.llm.config import LlmConfig
 
 if TYPE_CHECKING:
-    from wsae.evals.autointerp.members import ScorerModels
+    from wsae.evals.autointerp.scoring import ScorerModels
 
 # The tables of `wsae interpret`.
 
