@@ -4,7 +4,6 @@ Whoever sends a run can seal whatever JSON they like. Keys that are not named in
 them but as they are; a named one is of its form, or the file is refused in one line.
 """
 
-from collections.abc import Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -323,32 +322,12 @@ def reason(error: Exception) -> str:
     return f"{place[-100:]} {message[:120]}".strip()
 
 
-BY_LATENT = ("density", "variance", "match_index", "match_cosine", "decoder_max_cosine")
+BY_LATENT = (
+    *("density", "variance", "match_index", "match_cosine", "decoder_max_cosine"),
+    *("consistency_top", "consistency_corrected", "selectivity", "information"),
+)
 BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
-"""Arrays of the evaluation that are shown: those of one member, or hook, are equally long."""
-
-
-def formed_arrays(
-    arrays: Mapping[str, np.ndarray], where: PathLike[str] | str
-) -> dict[str, np.ndarray]:
-    """Return arrays by "hook|member|name"; raises UserError when one that is shown is not a row of its length.
-
-    Densities are shares, no number is beyond `LARGEST`, a match is a whole number.
-    """
-    lengths: dict[str, int] = {}
-    for key, array in arrays.items():
-        hook_member, _, name = key.rpartition("|")
-        if name not in BY_LATENT + BY_DIMENSION:
-            continue
-        unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
-        wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
-        if array.ndim != 1 or not array.size or array.size != wanted or not _plausible(name, array):
-            shape = list(array.shape)
-            raise UserError(
-                f"{where}: not of the form that this wsae writes (array {key!r}, shape {shape}, "
-                "has another length or other values); make it again"
-            )
-    return dict(arrays)
+"""Arrays that are shown: those of one member, or hook, are equally long."""
 
 
 def _plausible(name: str, array: np.ndarray) -> bool:
@@ -497,6 +476,32 @@ class Run:
         place = self._whole(part)
         listed = ARRAYS in read_manifest(place, part, verify=False).files
         return load_tensors(place / ARRAYS) if listed else {}
+
+    def numbers(self, part: str) -> dict[str, np.ndarray]:
+        """Return the arrays of a part by "hook|member|name" in fp64.
+
+        Raises UserError when one that is shown is not a row of its length: densities are shares, no number is beyond
+        `LARGEST`, a match is a whole number.
+        """
+        out: dict[str, np.ndarray] = {}
+        lengths: dict[str, int] = {}
+        for key, tensor in self.tensors(part).items():
+            if tensor.is_complex():
+                raise UserError(
+                    f"{self.path / part / ARRAYS}: {key!r} holds complex numbers; make it again"
+                )
+            array = out[key] = tensor.double().numpy()
+            hook_member, _, name = key.rpartition("|")
+            if name not in BY_LATENT + BY_DIMENSION:
+                continue
+            unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
+            wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
+            if array.shape != (wanted,) or not wanted or not _plausible(name, array):
+                raise UserError(
+                    f"{self.path / part / ARRAYS}: not of the form that this wsae writes (array {key!r}, "
+                    f"shape {[*array.shape]}, has another length or other values); make it again"
+                )
+        return out
 
     @cached_property
     def context_record(self) -> dict[str, dict[str, list[Json]]]:

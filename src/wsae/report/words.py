@@ -126,8 +126,13 @@ def judge(comparison: Json, glossary: Json) -> Judgement | None:
     if difference is None:
         return None
     low, high = finite(comparison.get("low")), finite(comparison.get("high"))
-    metric = str(comparison.get("metric", ""))
-    count = finite(comparison.get("n"))
+    metric, count = str(comparison.get("metric", "")), finite(comparison.get("n"))
+    way, risen = direction(metric, glossary), "higher" if difference > 0 else "lower"
+    outcome = ("better" if way == risen else "worse") if way else risen
+    if low is None or high is None:
+        outcome = "unknown"
+    elif low <= 0 <= high:
+        outcome = "none"
     return Judgement(
         metric=metric,
         member=str(comparison.get("a", "")),
@@ -135,23 +140,12 @@ def judge(comparison: Json, glossary: Json) -> Judgement | None:
         difference=difference,
         low=low,
         high=high,
-        outcome=_outcome(difference, low, high, direction(metric, glossary)),
+        outcome=outcome,
         effect_size=finite(comparison.get("effect_size")),
         unit=str(comparison.get("unit", "sample")),
         n=None if count is None else int(count),
         paired=bool(comparison.get("paired", True)),
     )
-
-
-def _outcome(difference: float, low: float | None, high: float | None, way: str) -> str:
-    if low is None or high is None:
-        return "unknown"
-    if low <= 0 <= high:
-        return "none"
-    rose = difference > 0
-    if not way:
-        return "higher" if rose else "lower"
-    return "better" if rose == (way == "higher") else "worse"
 
 
 def judgements(run: RunData, hook: str) -> dict[tuple[str, str], Judgement]:
@@ -182,7 +176,9 @@ def verdict(run: RunData, hook: str) -> str:
     mine = [judged[main, metric] for metric in HEADLINE if (main, metric) in judged]
     mine = (mine or [j for (member, _), j in judged.items() if member == main])[:3]
     subject = weighting(run.gamma_record(hook, main), main)
-    return f"On {_where(run)}, {subject} {_join([clause(run, hook, j) for j in mine])}."
+    *firsts, last = (clause(run, hook, j) for j in mine)
+    said = ", ".join(firsts) + ", and " + last if firsts else last
+    return f"On {_where(run)}, {subject} {said}."
 
 
 HEADLINE = ("fvu", "fvu_weighted", "ce_loss_recovered_zero", "ce_delta", "decoder_cosine_max_mean")
@@ -191,14 +187,9 @@ HEADLINE = ("fvu", "fvu_weighted", "ce_loss_recovered_zero", "ce_delta", "decode
 def main_member(run: RunData, hook: str) -> str | None:
     """Name the compared member whose alpha is nearest to 1; None when nothing was compared."""
     names = dict.fromkeys(member for member, _ in judgements(run, hook))
-    return min(
-        names, key=lambda name: _distance_from_one(run.gamma_record(hook, name)), default=None
-    )
-
-
-def _distance_from_one(record: Json) -> float:
-    alpha = finite(record.get("alpha"))
-    return math.inf if alpha is None else abs(alpha - 1)
+    alphas = {name: finite(run.gamma_record(hook, name).get("alpha")) for name in names}
+    away = {name: math.inf if a is None else abs(a - 1) for name, a in alphas.items()}
+    return min(away, key=away.__getitem__, default=None)
 
 
 def clause(run: RunData, hook: str, judged: Judgement) -> str:
@@ -221,17 +212,16 @@ def clause(run: RunData, hook: str, judged: Judgement) -> str:
 def _from_to(run: RunData, hook: str, judged: Judgement) -> str:
     """' from a to b', only when the two reported values are what was compared."""
     members = run.evaluated(hook).get("members", {})
-    pair = [
+    begin, end = (
         finite(members.get(name, {}).get("metrics", {}).get(judged.metric, {}).get("value"))
         for name in (judged.twin, judged.member)
-    ]
-    if pair[0] is None or pair[1] is None:
+    )
+    if begin is None or end is None or judged.low is None or judged.high is None:
         return ""
-    agrees = abs(pair[1] - pair[0] - judged.difference) <= 0.1 * abs(judged.difference)
-    if not agrees or judged.low is None or judged.high is None:
+    if abs(end - begin - judged.difference) > 0.1 * abs(judged.difference):
         return ""
     decimals = digits(judged.low, judged.high)
-    texts = [number(value) if decimals is None else f"{value:,.{decimals}f}" for value in pair]
+    texts = [number(v) if decimals is None else f"{v:,.{decimals}f}" for v in (begin, end)]
     return f" from {texts[0]} to {texts[1]}"
 
 
@@ -248,27 +238,19 @@ def _where(run: RunData) -> str:
     return f"held-out {kind} ({extent})"
 
 
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
-
-
 def method(run: RunData, hook: str) -> str:
     """Say where the intervals come from: 'paired bootstrap over 200 sequences'."""
-    found = [j for j in judgements(run, hook).values() if j.n and j.paired]
-    counts = {
-        unit: [j.n for j in found if j.unit == unit and j.n]
-        for unit in dict.fromkeys(j.unit for j in found)
-    }
-    kinds = [
-        _extent(ns, run.sequence if unit == "sequence" else unit) for unit, ns in counts.items()
-    ]
+    judged = judgements(run, hook).values()
+    if not judged:
+        return ""
+    counts: dict[str, list[int]] = {}
+    for j in judged:
+        if j.n and j.paired:
+            counts.setdefault(j.unit, []).append(j.n)
+    kinds = []
+    for unit, ns in counts.items():
+        extent = " to ".join(f"{n:,}" for n in dict.fromkeys((min(ns), max(ns))))
+        kinds.append(f"{extent} {run.sequence if unit == 'sequence' else unit}s")
     how = f", by paired bootstrap over {' or '.join(kinds)}" if kinds else ""
     scope = "They cover the choice of held-out data, not of the training seed."
-    return (
-        f"Brackets: 95 % intervals of the difference{how}. {scope}" if judgements(run, hook) else ""
-    )
-
-
-def _extent(counts: list[int], unit: str) -> str:
-    low, high = min(counts), max(counts)
-    return f"{low:,} {unit}s" if low == high else f"{low:,} to {high:,} {unit}s"
+    return f"Brackets: 95 % intervals of the difference{how}. {scope}"

@@ -37,7 +37,7 @@ def model_of(run: Path) -> ModelName:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model is a file or directory here, comes with a package, or lies in the hub's cache."""
+    """Return whether a model is a file or directory here, comes with a package, or lies in the hub's cache."""
     from wsae.acts.language import BUILTIN, locate
 
     if importlib.util.find_spec("transformers") is None:
