@@ -28,7 +28,7 @@ from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.serve import build
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
-from wsae.serve.decoder import Unembedding, promoted
+from wsae.serve.model import Unembedding, promoted
 
 HOOK, MEMBERS, STORED, VOCABULARY = "layers.9", ("plain", "variance-a1"), 2000, 49_152
 WORDS = [f" w{i}" for i in range(3000)]

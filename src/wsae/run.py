@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from wsae.core.artifact import MANIFEST, Manifest, check_file, read_manifest
+from wsae.core.artifact import MANIFEST, Manifest, check_file, contained, read_manifest
 from wsae.core.errors import UserError, understood
 from wsae.core.files import digest, parse_json, read_json, read_lines
 from wsae.train.config import TrainConfig
@@ -424,6 +424,11 @@ class Run:
         from wsae.train.run import load_run
 
         return load_run(self.path).saes
+
+    def weights(self, hook: str, member: str) -> Path | None:
+        """Return the folder of a member's weights; None where the run keeps none."""
+        listed = self.manifest.info.get("members", {}).get(hook, [])
+        return contained(self.path, f"members/{hook}/{member}") if member in listed else None
 
     @cached_property
     def _metrics(self) -> tuple[dict[str, dict[str, list[Json]]], bool]:

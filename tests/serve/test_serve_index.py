@@ -33,7 +33,8 @@ from wsae.core.files import read_sealed, seal, write_json
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.sae import SparseAutoencoder
-from wsae.serve import decoder, schema
+from wsae.serve import model as decoder
+from wsae.serve import schema
 from wsae.serve.build import alone, ensure_index, is_current
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 from markupsafe import Markup, escape
-from pydantic import Field, field_validator
 
-from wsae.report.rundata import RunData, finite, is_control
+from wsae.report.rundata import DensityForm, RunData, finite, is_control
 from wsae.report.words import number
-from wsae.run import Count, Form, Json
+from wsae.run import Json
 
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 30, 44
@@ -272,29 +270,21 @@ def gamma_figures(run: RunData, hook: str) -> list[Figure]:
     return [Figure("Which dimensions gained weight", text, chart.svg())]
 
 
-CURVES = (
-    (
-        "fvu",
-        "Plain FVU",
-        "fraction of variance unexplained",
-        "All dimensions alike. Lower is better.",
-    ),
-    (
-        "fvu_weighted",
-        "Weighted FVU",
-        "FVU with weights γ²",
-        "What the member itself is trained on.",
-    ),
-    ("l0", "L0", "active latents per {unit}", "Fixed for Top-k; free for the others."),
-    ("dead_frac", "Dead latents", "fraction of latents", "Latents that have not fired lately."),
-)
+CURVES = {
+    "fvu": "Plain FVU|fraction of variance unexplained|All dimensions alike. Lower is better.",
+    "fvu_weighted": "Weighted FVU|FVU with weights γ²|What the member itself is trained on.",
+    "l0": "L0|active latents per {unit}|Fixed for Top-k; free for the others.",
+    "dead_frac": "Dead latents|fraction of latents|Latents that have not fired lately.",
+}
+"""Metric -> title, unit, and a sentence."""
 
 
 def training_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw each metric of training against tokens, all members together, linear and log."""
     rows = run.metrics.get(hook, {})
     out = []
-    for key, title, unit, text in CURVES:
+    for key, words in CURVES.items():
+        title, unit, text = words.split("|")
         if any(finite(row.get(key)) is not None for member in rows.values() for row in member):
             series = {m: _series(rows[m], key) for m in run.members(hook) if m in rows}
             label = unit.format(unit=run.unit)
@@ -331,10 +321,21 @@ def density_figures(run: RunData, hook: str) -> list[Figure]:
         "How often each latent fires on held-out data. Left bar: never (dead). Towards 1: fires on "
         f"nearly every {run.unit} (dense). Grey: the plain twin."
     )
-    return densities_beside(run, hook, _pool(run, hook, "density"), text)
+    return _densities(run, hook, _pool(run, hook, "density"), text)
 
 
-def densities_beside(
+def scored_densities(run: RunData, hook: str) -> list[Figure]:
+    """Draw the densities of the latents that were scored, each weighted member over its twin."""
+    found = run.interpretation.get("hooks", {}).get(hook, {}).get("members", {})
+    pool = {
+        name: np.array([finite(latent.get("density")) or 0.0 for latent in entry["latents"]])
+        for name, entry in found.items()
+        if entry.get("latents")
+    }
+    return _densities(run, hook, pool)
+
+
+def _densities(
     run: RunData, hook: str, pool: Mapping[str, np.ndarray], text: str = ""
 ) -> list[Figure]:
     """Draw histograms of log10 density, each member over its twin, on common axes; the dead in a bar of their own."""
@@ -436,33 +437,6 @@ def _beside(
 
 SMALL = (440, 200)
 _BARS = 12
-
-
-DENSITY_EDGES = [-7.0 + 0.25 * i for i in range(29)]
-"""The bins in which a member's densities are counted, as powers of ten."""
-
-
-class DensityForm(Form):
-    """A member's densities, counted."""
-
-    edges: list[float]
-    counts: list[Count] = Field(min_length=28, max_length=28)
-    dead: Count
-
-    @field_validator("edges")
-    @classmethod
-    def _ours(cls, edges: list[float]) -> list[float]:
-        if edges != DENSITY_EDGES:
-            raise ValueError("should be the edges of wsae's bins")
-        return edges
-
-
-def counted(density: Float[np.ndarray, " d_sae"]) -> DensityForm:
-    """Count how many latents fire how often."""
-    edges = np.array(DENSITY_EDGES)
-    alive = np.clip(np.log10(density[density > 0]), edges[0], edges[-1] - 1e-9)
-    counts, dead = np.histogram(alive, edges)[0].tolist(), int((density <= 0).sum())
-    return DensityForm(edges=DENSITY_EDGES, counts=counts, dead=dead)
 
 
 def member_densities(

@@ -55,6 +55,7 @@ def environment(*packages: str) -> jinja2.Environment:
         lstrip_blocks=True,
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name, "assets") for name in packages]),
     )
+    made.globals["version"] = __version__
     made.filters |= {"number": number, "visible": visible, "token": shown_token}
     return made
 
@@ -76,7 +77,6 @@ def render(run: RunData) -> str:
             view=view,
             charts=charts,
             contexts=json_block(pack_contexts(run)),
-            version=__version__,
             config=json.dumps(run.config, indent=2, ensure_ascii=False),
             manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
         )

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+from pydantic import Field, field_validator
 
 from wsae.core.errors import UserError, understood
 from wsae.run import (
@@ -16,6 +18,8 @@ from wsae.run import (
     EVALUATION_PART,
     INTERPRETATION_PART,
     METRICS,
+    Count,
+    Form,
     Json,
     Run,
 )
@@ -36,6 +40,7 @@ class RunData:
 
     def __init__(self, run: Run) -> None:
         self.path, self.config, self.thumbnails = run.path, run.record, run.thumbnails
+        self.weights = run.weights
         self.manifest: Json = run.manifest.to_dict() if run.finished else {}
         self.metrics, self.gamma = run.metrics, run.gamma_record
         evaluated, interpreted, labelled = (
@@ -216,3 +221,30 @@ def finite(value: object) -> float | None:
     except OverflowError:  # a whole number of more than 308 digits
         return None
     return number if math.isfinite(number) else None
+
+
+DENSITY_EDGES = [-7.0 + 0.25 * i for i in range(29)]
+"""The bins in which a member's densities are counted, as powers of ten."""
+
+
+class DensityForm(Form):
+    """A member's densities, counted."""
+
+    edges: list[float]
+    counts: list[Count] = Field(min_length=28, max_length=28)
+    dead: Count
+
+    @field_validator("edges")
+    @classmethod
+    def _ours(cls, edges: list[float]) -> list[float]:
+        if edges != DENSITY_EDGES:
+            raise ValueError("should be the edges of wsae's bins")
+        return edges
+
+
+def counted(density: Float[np.ndarray, " d_sae"]) -> DensityForm:
+    """Count how many latents fire how often."""
+    edges = np.array(DENSITY_EDGES)
+    alive = np.clip(np.log10(density[density > 0]), edges[0], edges[-1] - 1e-9)
+    counts, dead = np.histogram(alive, edges)[0].tolist(), int((density <= 0).sum())
+    return DensityForm(edges=DENSITY_EDGES, counts=counts, dead=dead)

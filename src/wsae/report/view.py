@@ -8,10 +8,8 @@ import json
 from collections.abc import Iterable
 from typing import Annotated
 
-import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
-from wsae.report.charts import Figure, densities_beside
 from wsae.report.rundata import RunData, find, finite, is_control
 from wsae.report.words import (
     METRICS,
@@ -36,22 +34,12 @@ FROM_JSON = BeforeValidator(lambda value: tuple(value) if isinstance(value, list
 """JSON has lists where a form has a tuple."""
 
 
-class JudgedForm(Form):
-    """A comparison in words."""
-
-    outcome: Text
-    mark: Text
-    text: Text
-    how: Text
-    effect: Text = Field(default="", exclude=True)
-
-
 class CellForm(Form):
     """A value in words, its comparison with the twin, and what other comparisons say."""
 
     value: Text
     bounds: Text
-    judged: JudgedForm | None
+    judged: Judgement | None
     also: list[Text] = Field(default=[], exclude=True)
 
 
@@ -159,13 +147,10 @@ def _groups(run: RunData, hook: str) -> list[tuple[str, list[RowForm]]]:
         cells = []
         for name in run.members(hook):
             record = found.get(name, {}).get("metrics", {}).get(key, {})
-            compared = judged.get((name, key))
-            cell = _cell(record, compared)
+            cell = _cell(record, judged.get((name, key)))
             low, high = finite(record.get("low")), finite(record.get("high"))
             if low is None or high is None or digits(low, high) is None:
                 cell.bounds = ""
-            if cell.judged and compared and compared.effect_size is not None:
-                cell.judged.effect = f", effect size {compared.effect_size:.2f}"
             cells.append(cell)
         group = METRICS.get(key, ("", OTHER, ""))[1]
         row = _row(key, glossary, metric_name(key), direction(key, glossary), cells)
@@ -187,10 +172,7 @@ def meaning(entry: Json) -> str:
 def _cell(record: Json, judged: Judgement | None, also: Iterable[str] = ()) -> CellForm:
     value, low, high = (finite(record.get(part)) for part in ("value", "low", "high"))
     shown, _, bounds = interval(value, low, high).partition(" ")
-    told = judged and JudgedForm(
-        outcome=judged.outcome, mark=judged.mark, text=judged.text, how=judged.how
-    )
-    return CellForm(value=shown, bounds=bounds, judged=told, also=[*also])
+    return CellForm(value=shown, bounds=bounds, judged=judged, also=[*also])
 
 
 ROWS = {
@@ -303,17 +285,6 @@ def _pairs(names: list[str], comparisons: list[Json]) -> list[tuple[str, list[st
     ]
 
 
-def scored_densities(run: RunData, hook: str) -> list[Figure]:
-    """Draw the densities of the latents that were scored, each weighted member over its twin."""
-    found = run.interpretation.get("hooks", {}).get(hook, {}).get("members", {})
-    pool = {
-        name: np.array([finite(latent.get("density")) or 0.0 for latent in entry["latents"]])
-        for name, entry in found.items()
-        if entry.get("latents")
-    }
-    return densities_beside(run, hook, pool)
-
-
 # What the report says of a hook beside that.
 
 HEAVIEST = 8
@@ -346,7 +317,7 @@ def others(run: RunData, hook: str) -> list[str]:
     """Return one sentence on plain FVU for each weighted member that the verdict leaves out."""
     judged = [j for (_, metric), j in judgements(run, hook).items() if metric == "fvu"]
     main = main_member(run, hook)
-    return [f"{j.member} {clause(run, hook, j)}." for j in judged if j.member != main]
+    return [f"{j.line.a} {clause(run, hook, j)}." for j in judged if j.line.a != main]
 
 
 def weighs(run: RunData, hook: str) -> bool:

@@ -1,10 +1,11 @@
 """Numbers as words: formats, metric names, and verdicts that claim no more than their intervals show."""
 
 import math
-from dataclasses import dataclass
+
+from pydantic import Field
 
 from wsae.report.rundata import RunData, finite, is_control
-from wsae.run import Json
+from wsae.run import ComparisonForm, Form, Json, Text
 
 METRICS: dict[str, tuple[str, str, str]] = {
     "fvu": ("Plain FVU", "Reconstruction", "lower"),
@@ -31,44 +32,18 @@ NBSP = "\N{NO-BREAK SPACE}"
 _SMALL, _LARGE = 1e-3, 1e5
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """One paired comparison in words: `difference` = member - twin, with its interval."""
+class Judgement(Form):
+    """A paired comparison in words; `line`: its numbers, `difference` = member a - twin b."""
 
-    metric: str
-    member: str
-    twin: str
-    difference: float
-    low: float | None
-    high: float | None
-    outcome: str
+    outcome: Text
     """better | worse | higher | lower | none (the interval covers 0) | unknown (no interval)."""
-    effect_size: float | None
-    unit: str
-    n: int | None
-    paired: bool
-
-    @property
-    def how(self) -> str:
-        """Say what was resampled."""
-        kind = "paired" if self.paired else "unpaired"
-        return f"{kind} bootstrap over {self.n or '?'} {self.unit}s"
-
-    @property
-    def mark(self) -> str:
-        """Text marker, so that colour is never the only sign."""
-        if self.difference == self.low == self.high == 0:
-            return "= the same"
-        arrow = "▲" if self.difference > 0 else "▼"
-        named = {"none": "≈ no difference shown", "unknown": "no interval"}
-        return named.get(self.outcome) or f"{arrow} {self.outcome}"
-
-    @property
-    def text(self) -> str:
-        """Difference and interval, signed; nothing when both are exactly 0."""
-        if self.difference == self.low == self.high == 0:
-            return ""
-        return interval(self.difference, self.low, self.high, signed=True)
+    mark: Text
+    """Text marker, so that colour is never the only sign."""
+    text: Text
+    """Difference and interval, signed; nothing when both are exactly 0."""
+    how: Text
+    """What was resampled."""
+    line: ComparisonForm = Field(default=ComparisonForm(), exclude=True)
 
 
 def metric_name(metric: str) -> str:
@@ -122,38 +97,34 @@ def digits(low: float, high: float) -> int | None:
 
 def judge(comparison: Json, glossary: Json) -> Judgement | None:
     """Turn one entry of `comparisons` into a judgement; None when it carries no finite difference."""
-    difference = finite(comparison.get("difference"))
+    numbers = ("difference", "low", "high", "effect_size")
+    line = ComparisonForm(**{**comparison, **{key: finite(comparison.get(key)) for key in numbers}})
+    difference, low, high = line.difference, line.low, line.high
     if difference is None:
         return None
-    low, high = finite(comparison.get("low")), finite(comparison.get("high"))
-    metric, count = str(comparison.get("metric", "")), finite(comparison.get("n"))
-    way, risen = direction(metric, glossary), "higher" if difference > 0 else "lower"
+    way, risen = direction(line.metric, glossary), "higher" if difference > 0 else "lower"
     outcome = ("better" if way == risen else "worse") if way else risen
-    if low is None or high is None:
-        outcome = "unknown"
-    elif low <= 0 <= high:
-        outcome = "none"
-    return Judgement(
-        metric=metric,
-        member=str(comparison.get("a", "")),
-        twin=str(comparison.get("b", "")),
-        difference=difference,
-        low=low,
-        high=high,
-        outcome=outcome,
-        effect_size=finite(comparison.get("effect_size")),
-        unit=str(comparison.get("unit", "sample")),
-        n=None if count is None else int(count),
-        paired=bool(comparison.get("paired", True)),
+    mark, text = (
+        f"{'▲' if difference > 0 else '▼'} {outcome}",
+        interval(difference, low, high, True),
     )
+    if low is None or high is None:
+        outcome, mark = "unknown", "no interval"
+    elif difference == low == high == 0:
+        outcome, mark, text = "none", "= the same", ""
+    elif low <= 0 <= high:
+        outcome, mark = "none", "≈ no difference shown"
+    kind = "paired" if line.paired else "unpaired"
+    how = f"{kind} bootstrap over {line.n or '?'} {line.unit}s"
+    return Judgement(outcome=outcome, mark=mark, text=text, how=how, line=line)
 
 
 def judgements(run: RunData, hook: str) -> dict[tuple[str, str], Judgement]:
     """Return the comparisons with the plain twin by (member, metric)."""
     glossary = run.evaluation.get("glossary", {})
     found = (judge(entry, glossary) for entry in run.evaluated(hook).get("comparisons", []))
-    kept = [j for j in found if j is not None and not is_control(j.member)]
-    return {(j.member, j.metric): j for j in kept if j.twin == run.twin_of(hook, j.member)}
+    kept = [j for j in found if j is not None and not is_control(j.line.a)]
+    return {(j.line.a, j.line.metric): j for j in kept if j.line.b == run.twin_of(hook, j.line.a)}
 
 
 def weighting(record: Json, member: str) -> str:
@@ -194,7 +165,7 @@ def main_member(run: RunData, hook: str) -> str | None:
 
 def clause(run: RunData, hook: str, judged: Judgement) -> str:
     """Say what happened to one metric: 'raised plain FVU from a to b (worse; difference ...)'."""
-    name = metric_name(judged.metric)
+    name = metric_name(judged.line.metric)
     name = name if name[1:2].isupper() else name[0].lower() + name[1:]
     name = f"mean {name.removesuffix(', mean')}" if name.endswith(", mean") else name
     text = judged.text
@@ -204,23 +175,24 @@ def clause(run: RunData, hook: str, judged: Judgement) -> str:
         return f"showed no difference in {name} ({text} covers 0)"
     if judged.outcome == "unknown":
         return f"measured {name} {text} apart (no interval was computed, so nothing is shown)"
-    verb = "raised" if judged.difference > 0 else "lowered"
+    verb = "raised" if (judged.line.difference or 0) > 0 else "lowered"
     worth = f"{judged.outcome}: " if judged.outcome in ("better", "worse") else ""
-    return f"{verb} {name}{_from_to(run, hook, judged)} ({worth}{text})"
+    return f"{verb} {name}{_from_to(run, hook, judged.line)} ({worth}{text})"
 
 
-def _from_to(run: RunData, hook: str, judged: Judgement) -> str:
+def _from_to(run: RunData, hook: str, line: ComparisonForm) -> str:
     """' from a to b', only when the two reported values are what was compared."""
     members = run.evaluated(hook).get("members", {})
     begin, end = (
-        finite(members.get(name, {}).get("metrics", {}).get(judged.metric, {}).get("value"))
-        for name in (judged.twin, judged.member)
+        finite(members.get(name, {}).get("metrics", {}).get(line.metric, {}).get("value"))
+        for name in (line.b, line.a)
     )
-    if begin is None or end is None or judged.low is None or judged.high is None:
+    difference, low, high = line.difference, line.low, line.high
+    if begin is None or end is None or difference is None or low is None or high is None:
         return ""
-    if abs(end - begin - judged.difference) > 0.1 * abs(judged.difference):
+    if abs(end - begin - difference) > 0.1 * abs(difference):
         return ""
-    decimals = digits(judged.low, judged.high)
+    decimals = digits(low, high)
     texts = [number(v) if decimals is None else f"{v:,.{decimals}f}" for v in (begin, end)]
     return f" from {texts[0]} to {texts[1]}"
 
@@ -244,9 +216,9 @@ def method(run: RunData, hook: str) -> str:
     if not judged:
         return ""
     counts: dict[str, list[int]] = {}
-    for j in judged:
-        if j.n and j.paired:
-            counts.setdefault(j.unit, []).append(j.n)
+    for line in (j.line for j in judged):
+        if line.n and line.paired:
+            counts.setdefault(line.unit, []).append(line.n)
     kinds = []
     for unit, ns in counts.items():
         extent = " to ".join(f"{n:,}" for n in dict.fromkeys((min(ns), max(ns))))

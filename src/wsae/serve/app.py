@@ -311,17 +311,14 @@ async def _worked(work: Callable[..., T], *args: object) -> T:
 
 
 def _routes(site: Site) -> list[BaseRoute]:
-    def bound(handler: Callable[[Site, Request], Response]) -> Endpoint:
-        async def answer(request: Request) -> Response:
-            return await _worked(handler, site, request)
-
-        return answer
-
     def of_run(handler: Callable[[Served, Request], Response]) -> Endpoint:
         async def answer(request: Request) -> Response:
             return await _worked(site.on_run, request, handler)
 
         return answer
+
+    async def overview(request: Request) -> Response:
+        return await _worked(_overview, site, request)
 
     async def live(request: Request) -> Response:
         """Read the body here, the text in the thread for that."""
@@ -339,8 +336,8 @@ def _routes(site: Site) -> list[BaseRoute]:
     return [
         Route("/r/{run}/live", live, methods=["GET", "POST"]),
         Route("/api/r/{run}/live", live, methods=["POST"]),
-        Route("/", bound(_overview)),
-        Route("/api/runs", bound(_overview)),
+        Route("/", overview),
+        Route("/api/runs", overview),
         Route("/static/{name}", _static),
         *(
             Route(prefix + path, answer)

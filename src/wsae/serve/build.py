@@ -15,7 +15,6 @@ from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,29 +23,33 @@ from torch import Tensor
 
 from wsae.acts.tokens import alone as alone_text
 from wsae.acts.tokens import decode_table, owner_of
-from wsae.core.artifact import contained, record
 from wsae.core.errors import UserError
-from wsae.core.files import as_user_error, digest, locked_file, seal, write_json, writing
+from wsae.core.files import as_user_error, digest, locked_file, writing
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.evals.contexts import TopContexts, sample_latents
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries
-from wsae.report.charts import counted
 from wsae.report.contexts import shown_token
-from wsae.report.rundata import RunData, is_control, read_run
+from wsae.report.rundata import RunData, counted, is_control, read_run
 from wsae.report.view import glossary, meaning, overview, score_name
 from wsae.run import Json
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
 from wsae.serve import schema
 from wsae.serve.config import IndexConfig
-from wsae.serve.decoder import Unembedding, influence, neighbours, promoted, unembedding
 from wsae.serve.index import Index, Member, run_digest, weights_digest
-from wsae.serve.model import ModelName, fingerprint_of, load, model_of
+from wsae.serve.model import (
+    ModelName,
+    Unembedding,
+    fingerprint_of,
+    influence,
+    load,
+    model_of,
+    neighbours,
+    promoted,
+    unembedding,
+)
 from wsae.serve.schema import BASIC, BINS, Measure, bin_of, key_of
-
-if TYPE_CHECKING:
-    from wsae.acts.language import LanguageModel
 
 Reopen = Callable[[Path], HeldOut]
 """Run -> the data it was trained on."""
@@ -75,9 +78,7 @@ def ensure_index(
             if is_current(path, key):  # made by another process in the meantime
                 return path, False
             build(run, path, cfg, reopen, progress)
-            write_json(
-                schema.seal_of(path), seal({"identity": key, "file": record(path).to_dict()})
-            )
+            schema.write_seal(path, key)
     except UserError as error:
         if "cannot write here" in str(error) and place is None:
             raise UserError(
@@ -100,19 +101,15 @@ def alone(path: Path) -> Iterator[None]:
         number = _REFUSALS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
         if number is None:
             raise
-        raise as_user_error(_refusal(path) or OSError(number, str(error)), path) from error
-
-
-def _refusal(path: Path) -> OSError | None:
-    """Return what the operating system says to a small write beside a file: SQLite keeps its reasons to itself."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(b"x")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error
-    return None
+        refusal = OSError(number, str(error))
+        try:  # SQLite keeps its reasons to itself: what does the system say to a small write?
+            with tempfile.TemporaryFile(dir=path.parent) as file:
+                file.write(b"x")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as told:
+            refusal = told
+        raise as_user_error(refusal, path) from error
 
 
 _REFUSALS = {
@@ -140,8 +137,7 @@ def identity(run: Path, cfg: IndexConfig) -> str:
 
     Raises UserError when `run` is no finished run or has not been evaluated.
     """
-    found = run_digest(run)
-    model = _model(run, cfg)
+    found, model = run_digest(run), _model(run, cfg)
     told = fingerprint_of(model.name) if model.name else model.why_not
     return digest([schema.SCHEMA, cfg.to_dict(), found, told])
 
@@ -164,16 +160,14 @@ def build(
     """
     key, of_run = identity(run, cfg), run_digest(run)
     data = read_run(run)
-    source = Source(data, cfg, measures(data), members(data))
+    source = Indexing(data, cfg, _model(run, cfg), measures(data), members(data))
     if not source.members:
         raise UserError(f"{run}: its evaluation knows no latents; run: wsae evaluate {run}")
     watched = collect(source, reopen(run), progress) if cfg.contexts and reopen is not None else {}
-    model = _model(run, cfg)
-    language = load(model.name, "cpu") if model.name else None
     with writing(out) as temporary:
         connection = schema.create(temporary, len(source.measures))
         try:
-            about = _fill(connection, source, watched, language, progress)
+            about = _fill(connection, source, watched, progress)
             told = [
                 (key, name, str(entry.get("formula", ""))) for key, name, entry in glossary(data)
             ]
@@ -182,7 +176,7 @@ def build(
                 "run": of_run,
                 "measures": source.measures,
                 "overview": {**overview(data).model_dump(), "glossary": told},
-                "model": {**model._asdict(), "about": about},
+                "model": {**source.model._asdict(), "about": about},
                 "unit": data.unit,
                 "name": run.resolve().name,
                 "config": cfg.to_dict(),
@@ -200,11 +194,12 @@ def build(
 
 
 @dataclass(frozen=True)
-class Source:
+class Indexing:
     """A run as it is indexed: what was read of it, and what is asked for."""
 
     run: RunData
     cfg: IndexConfig
+    model: ModelName
     measures: list[Measure]
     members: list[Member]
 
@@ -214,13 +209,8 @@ class Source:
 
     def load(self, member: Member) -> SparseAutoencoder | None:
         """Return a member's SAE, none where the run keeps no weights of it; raises UserError for a damaged one."""
-        place = _weights(self.run, member.hook, member.name)
+        place = self.run.weights(member.hook, member.name)
         return None if place is None else SparseAutoencoder.load(place)
-
-
-def _weights(run: RunData, hook: str, name: str) -> Path | None:
-    listed = run.manifest.get("info", {}).get("members", {}).get(hook, [])
-    return contained(run.path, f"members/{hook}/{name}") if name in listed else None
 
 
 RESERVED = ("all", "live")
@@ -253,7 +243,7 @@ def members(run: RunData) -> list[Member]:
     out = []
     for number, ((hook, name), slug) in enumerate(zip(pairs, names, strict=True)):
         density, twin = run.arrays[f"{hook}|{name}|density"], (hook, run.twin_of(hook, name))
-        place = _weights(run, hook, name)
+        place = run.weights(hook, name)
         out.append(
             Member(
                 id=number,
@@ -352,7 +342,7 @@ class Seen:
         self.histogram.view(-1).scatter_add_(0, flat, ones)
 
 
-def collect(source: Source, data: HeldOut, progress: Progress) -> dict[int, Seen]:
+def collect(source: Indexing, data: HeldOut, progress: Progress) -> dict[int, Seen]:
     """Return what the latents of each member with weights do, all in one pass, by the member's number.
 
     Contexts are of `cfg.contexts` live ones each, spread over density. Raises UserError when the data have no text or
@@ -393,12 +383,12 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 def _fill(
     connection: sqlite3.Connection,
-    source: Source,
+    source: Indexing,
     watched: dict[int, Seen],
-    language: "LanguageModel | None",
     progress: Progress,
 ) -> str:
     """Write everything about latents; return what the unembedding stands for, in words."""
+    language = load(source.model.name, "cpu") if source.model.name else None
     out = None if language is None else unembedding(language.model)
     used: set[int] = set()
     with progress("index", sum(member.size for member in source.members), "latents") as tick:
@@ -427,7 +417,7 @@ def _fill(
 
 def write_member(
     connection: sqlite3.Connection,
-    source: Source,
+    source: Indexing,
     member: Member,
     sae: SparseAutoencoder | None,
     seen: Seen | None,
@@ -463,7 +453,7 @@ def write_member(
 
 
 def _numbers(
-    source: Source, member: Member, found: dict[str, np.ndarray], stored: dict[int, Json]
+    source: Indexing, member: Member, found: dict[str, np.ndarray], stored: dict[int, Json]
 ) -> Iterator[tuple[object, ...]]:
     """Yield the rows of the table `latent`."""
     missing = np.full(member.size, np.nan)

@@ -25,7 +25,7 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, nearest
-from wsae.report.charts import DensityForm
+from wsae.report.rundata import DensityForm
 from wsae.report.view import OverviewForm
 from wsae.run import PARTS, Count, Form, Json, Number, Run, ShownForm, Text, check_no_sae, formed
 from wsae.serve import schema
@@ -270,8 +270,7 @@ class Index:
 
 def _pairs(blob: bytes | None) -> Pairs:
     """Undo the packing: float32 values, then as many int32 numbers; raises ValueError for what is no such blob."""
-    if blob is None:
-        return []
+    blob = blob or b""
     half = len(blob) // 2
     values, numbers = np.frombuffer(blob[:half], np.float32), np.frombuffer(blob[half:], np.int32)
     if not np.isfinite(values).all():
@@ -533,7 +532,9 @@ class Shelf:
                 raise DamagedIndexError(self._problem)
             state = stamps(*(self.path / part / MANIFEST for part in ("", *PARTS)))
             if state != self._run:
-                self._run, self._notice = state, self._compared(self._index)
+                self._run, self._notice = state, CHANGED
+                with contextlib.suppress(UserError):  # trained or evaluated at this moment
+                    self._notice = "" if run_digest(self.path) == self._index.run else CHANGED
             return Served(self.slug, self.path, self._index, root, self._notice)
 
     def has(self, index: Index) -> bool:
@@ -561,12 +562,6 @@ class Shelf:
                     self._index, self._seen = index, seen
                     return
             time.sleep(PAUSE_S)
-
-    def _compared(self, index: Index) -> str:
-        try:
-            return "" if run_digest(self.path) == index.run else CHANGED
-        except UserError:  # trained or evaluated at this moment
-            return CHANGED
 
 
 def stamps(*paths: Path) -> Stamp:

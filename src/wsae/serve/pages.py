@@ -2,7 +2,6 @@
 
 from importlib.resources import files
 
-from wsae.core.version import __version__
 from wsae.report.charts import acts_chart, member_densities
 from wsae.report.contexts import Span, spans, visible
 from wsae.report.html import environment
@@ -119,7 +118,7 @@ FIRST_CONTEXTS = 6
 BESIDE_CONTEXTS = 4
 
 _PAGES = environment("wsae.serve", "wsae.report")
-_PAGES.globals |= {"version": __version__, "shown": shown_number}
+_PAGES.globals["shown"] = shown_number
 
 
 def _render(name: str, run: Served | None, root: str = "", **values: object) -> str:

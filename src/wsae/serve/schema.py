@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wsae.core.artifact import record
 from wsae.core.errors import UserError
-from wsae.core.files import read_sealed
+from wsae.core.files import read_sealed, seal, write_json
 
 # The bins in which activations are counted: eight per decade, the same for every latent.
 
@@ -183,6 +183,11 @@ def is_ours(connection: sqlite3.Connection, measures: int) -> bool:
 def seal_of(path: Path) -> Path:
     """Return where the checksum of an index is kept: beside it, written after it."""
     return path.with_name(f"{path.name}.json")
+
+
+def write_seal(path: Path, identity: str) -> None:
+    """Write the seal of an index, which tells what it was made from."""
+    write_json(seal_of(path), seal({"identity": identity, "file": record(path).to_dict()}))
 
 
 def sealed_identity(path: Path) -> str:

@@ -9,13 +9,13 @@ import contextlib
 import errno
 import hmac
 import ipaddress
+import math
 import os
 import re
 import socket
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import uvicorn
@@ -229,25 +229,17 @@ FULL = (
 class Connection(H11Protocol):
     """A connection that knows since when it has waited for its client."""
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self.since = self.loop.time()
+    since = 0.0
 
     @property
-    def waits(self) -> bool:
-        """Return whether it is the client's turn: no request, half a request, or an answer that is not taken."""
-        answered = self.cycle is None or self.cycle.response_complete
-        return answered or self.cycle.more_body or self.flow.write_paused
+    def patience(self) -> float:
+        """The seconds its client may take; without end while it is our turn.
 
-    @property
-    def peer(self) -> str:
-        """The address it comes from."""
-        return self.client[0] if self.client else ""
-
-    def overdue(self, now: float) -> bool:
-        """Return whether the client has had its time."""
-        answered = self.cycle is None or self.cycle.response_complete
-        return self.waits and now - self.since > (HEAD_S if answered else STALL_S)
+        It is the client's: no request, half a request, or an answer that is not taken.
+        """
+        if self.cycle is None or self.cycle.response_complete:
+            return HEAD_S
+        return STALL_S if self.cycle.more_body or self.flow.write_paused else math.inf
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Take a connection in, or the place of one that waits."""
@@ -256,13 +248,13 @@ class Connection(H11Protocol):
         if len(self.connections) <= MAX_CONNECTIONS:
             return
         others = [c for c in self.connections if isinstance(c, Connection) and c is not self]
-        held = Counter(other.peer for other in others)
-        waiting = [other for other in others if other.waits]
+        held = Counter(other.client and other.client[0] for other in others)
+        waiting = [other for other in others if other.patience < math.inf]
         if not waiting:
             transport.write(FULL)
             transport.close()
             return
-        last = max(waiting, key=lambda c: (held[c.peer], -c.since))
+        last = max(waiting, key=lambda c: (held[c.client and c.client[0]], -c.since))
         self.connections.discard(last)
         last.transport.abort()
 
@@ -285,7 +277,10 @@ class Sweeping(uvicorn.Server):
         if counter % 5 == 0:
             now = asyncio.get_running_loop().time()
             for connection in [*self.server_state.connections]:
-                if isinstance(connection, Connection) and connection.overdue(now):
+                if (
+                    isinstance(connection, Connection)
+                    and now - connection.since > connection.patience
+                ):
                     connection.transport.abort()
         return await super().on_tick(counter)
 
