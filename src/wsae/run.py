@@ -340,6 +340,24 @@ def reason(error: Exception) -> str:
     return f"{place[-100:]} {message[:120]}".strip()
 
 
+BY_LATENT = (
+    *("density", "variance", "match_index", "match_cosine", "decoder_max_cosine"),
+    *("consistency_top", "consistency_corrected", "selectivity", "information"),
+)
+BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
+"""Arrays that are shown: those of one member, or hook, are equally long."""
+
+
+def _plausible(name: str, array: np.ndarray) -> bool:
+    if name == "density":
+        return bool(((array >= 0) & (array <= 1)).all())
+    if name == "match_index":
+        return bool(((array >= -1) & (array < 1 << 31) & (array == np.floor(array))).all())
+    if name in ("gamma", "input_variance") and not np.isfinite(array).all():
+        return False
+    return not bool((np.abs(array[np.isfinite(array)]) > LARGEST).any())
+
+
 Trained = dict[str, dict[str, Any]]
 """hook -> member -> what is known of it."""
 SINGLE = "sae"
@@ -467,6 +485,10 @@ class Run:
         check_file(self.path, inside, self.manifest.files[inside])
         return contained(self.path, f"{MEMBERS}/{hook}/{member}")
 
+    def weights(self, hook: str, member: str) -> Path | None:
+        """Return the directory of a finished run's SAE; None where the run keeps none of that name."""
+        return self.place(hook, member) if member in self.members.get(hook, []) else None
+
     def digest(self) -> str:
         """Return what names the content of a run with the parts added to it."""
         found = {"run": self.manifest.digest()}
@@ -593,6 +615,32 @@ class Run:
         place = self._whole(part)
         listed = ARRAYS in self._part(part).files
         return load_tensors(place / ARRAYS) if listed else {}
+
+    def numbers(self, part: str) -> dict[str, np.ndarray]:
+        """Return the arrays of a part by "hook|member|name" in fp64.
+
+        Raises UserError when one that is shown is not a row of its length: densities are shares, no number is beyond
+        `LARGEST`, a match is a whole number.
+        """
+        out: dict[str, np.ndarray] = {}
+        lengths: dict[str, int] = {}
+        for key, tensor in self.tensors(part).items():
+            if tensor.is_complex():
+                raise UserError(
+                    f"{self.path / part / ARRAYS}: {key!r} holds complex numbers; make it again"
+                )
+            array = out[key] = tensor.double().numpy()
+            hook_member, _, name = key.rpartition("|")
+            if name not in BY_LATENT + BY_DIMENSION:
+                continue
+            unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
+            wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
+            if array.shape != (wanted,) or not wanted or not _plausible(name, array):
+                raise UserError(
+                    f"{self.path / part / ARRAYS}: not of the form that this wsae writes (array {key!r}, "
+                    f"shape {[*array.shape]}, has another length or other values); make it again"
+                )
+        return out
 
     @cached_property
     def context_record(self) -> dict[str, dict[str, list[Json]]]:

@@ -35,8 +35,8 @@ from wsae.core.torchfile import load_state
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.sae import TopK
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
-from wsae.serve.open import ensure_index
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.metrics import read_json_lines
 from wsae.train.run import train_run

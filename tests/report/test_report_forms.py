@@ -19,9 +19,9 @@ from wsae.report.html import write_report
 from wsae.report.rundata import finite
 from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
-from wsae.serve.open import ensure_index
 
 HOOK, D_SAE = "layers.9", 16
 SHAPE = Shape(hooks=(HOOK,), d_in=8, d_sae=D_SAE, latents=2, contexts=1, window=3, steps=2)
