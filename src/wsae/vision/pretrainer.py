@@ -14,7 +14,8 @@ from wsae.acts.images.model import Encoder, EncoderConfig
 from wsae.core.errors import UserError
 from wsae.core.progress import Tick
 from wsae.core.seeds import seed_for
-from wsae.train.parallel.world import MAX, World
+from wsae.train.loop import Team
+from wsae.train.parallel.world import MAX, Mesh
 from wsae.train.step import warmup_cosine
 from wsae.vision.config import PretrainConfig
 from wsae.vision.data import Augment, Data, crops_from
@@ -154,10 +155,10 @@ def encoder_config(cfg: PretrainConfig, data: Data) -> EncoderConfig:
 # projections.
 
 
-class Ranks:
-    """One of several processes; with no world, the only one. See `wsae.train.loop.Team`."""
+class Ranks(Team):
+    """One of several processes; with no world, the only one."""
 
-    def __init__(self, world: World | None = None) -> None:
+    def __init__(self, world: Mesh | None = None) -> None:
         self.world = world
         self.count = world.layout.ranks if world else 1
         self.rank = world.rank if world else 0

@@ -14,19 +14,12 @@ from torch import Tensor, nn
 
 from wsae.acts.images.model import Encoder, load_encoder
 from wsae.acts.images.sets import ImageSet
-from wsae.core.artifact import (
-    CHECKPOINTS,
-    CONFIG,
-    MANIFEST,
-    METRICS_FILE,
-    read_manifest,
-    write_manifest,
-)
+from wsae.core.artifact import CHECKPOINTS, CONFIG, METRICS_FILE, read_manifest, write_manifest
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
-from wsae.train.loop import enter, held, same_run, train_job
+from wsae.train.loop import enter, held, train_job
 from wsae.train.metrics import read_json_lines
-from wsae.train.parallel.world import World
+from wsae.train.parallel.world import Mesh
 from wsae.vision.config import PretrainConfig
 from wsae.vision.data import Data, make_data
 from wsae.vision.pretrainer import Pretrainer, Ranks
@@ -181,7 +174,7 @@ def pretrain_parallel(
     cfg: PretrainConfig,
     images: ImageSet,
     out: Path,
-    world: World,
+    world: Mesh,
     progress: Progress = quiet,
     resume: bool = False,
 ) -> PretrainResult:
@@ -212,13 +205,7 @@ def _entered(
     wanted = cfg.to_dict()
     source = wanted.pop("images")  # images may move: they are compared by digest
     identity = {KIND: wanted, "data": images.digest(), "source": source}
-    if (out / MANIFEST).exists():
-        read_manifest(out, KIND)
-        same_run(out, identity)
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # killed before it could
-        return None
-    enter(out, identity, resume)
-    return identity
+    return identity if enter(out, KIND, identity, resume) else None
 
 
 def _buffers(cfg: PretrainConfig) -> list[Buffer]:
