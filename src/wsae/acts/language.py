@@ -473,10 +473,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         table.register_forward_pre_hook(refuse_past)
 
 
-# The same architecture with weights nobody trained: what a model's activations look like before it
-# has learned.
-
-
 def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:
     """Return a model of the same config, its weights drawn anew by the architecture's own rule; same tokenizer.
 

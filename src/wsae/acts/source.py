@@ -36,9 +36,6 @@ from wsae.core.tensors import MappedTensor
 from wsae.core.torchfile import map_tensors
 from wsae.stats.moments import check_finite
 
-# Activations from arrays: in memory, a file (.npy, .npz, .safetensors, .pt), or a folder of such
-# files, mapped.
-#
 # An array [n, seq, d_in] is read as n * seq rows. Files in a folder are one matrix, in the natural
 # order of their names.
 

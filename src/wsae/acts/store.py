@@ -422,8 +422,6 @@ def load_columns(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: MappedTensor(path, name).rows(slice(None)) for name in names}
 
 
-# A store written, half by half and shard by shard, as rows arrive: wherever they come from.
-
 _MAX_OUTLIERS, _MAX_NAMED = 16, 20
 
 

@@ -261,9 +261,6 @@ def _read(files: Files, name: str, reading: TextCounts) -> Iterator[Record]:
         raise first
 
 
-# ---- which files
-
-
 def _files(path: Path, split: str | None = None) -> Files:
     if path.is_file():
         return Files([path])
@@ -351,9 +348,6 @@ def _root(path: Path, split: str | None) -> tuple[Path, list[str]]:
         raise UserError(f"text {path}: no split {wanted!r}; give --split {' or '.join(splits)}")
     return path / wanted, [name for name in splits if name != wanted]
 
-
-# Token sequences from documents: packed end to end or one document each, with an exact position to
-# resume from.
 
 PIECE = 1 << 20
 """Characters tokenised at once: a tokenizer takes 150 bytes for each."""

@@ -32,9 +32,6 @@ from wsae.core.files import write_json
 from wsae.core.hub import quiet_hub
 from wsae.core.tensors import load_tensors, save_tensors
 
-# A ResNet with a projector: what contrastive pretraining trains and saves, and what harvesting
-# reads.
-
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
