@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wsae.acts.images.model import Encoder, EncoderConfig
+from wsae.acts.images.model import EncoderConfig, ImageEncoder
 from wsae.core.errors import UserError
 from wsae.core.progress import Tick
 from wsae.core.seeds import seed_for
@@ -98,7 +98,7 @@ def _unit(z: Float[Tensor, "rows out"]) -> Float[Tensor, "rows out"]:
 class Model(nn.Module):
     """Encoder and online probe, which is there when the images have classes."""
 
-    def __init__(self, encoder: Encoder, classes: int) -> None:
+    def __init__(self, encoder: ImageEncoder, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Linear(encoder.cfg.widths[-1], classes) if classes else None
@@ -123,7 +123,7 @@ def make_model(cfg: PretrainConfig, data: Data, device: str) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_for(cfg.seed, "encoder"))
         model = Model(
-            Encoder(encoder_config(cfg, data)), data.classes if data.labels is not None else 0
+            ImageEncoder(encoder_config(cfg, data)), data.classes if data.labels is not None else 0
         )
     return model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

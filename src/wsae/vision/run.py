@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from wsae.acts.images.model import Encoder, load_encoder
+from wsae.acts.images.model import ImageEncoder, load_encoder
 from wsae.acts.images.sets import ImageSet
 from wsae.core.artifact import CHECKPOINTS, CONFIG, METRICS_FILE, read_manifest, write_manifest
 from wsae.core.memory import Buffer, explained
@@ -142,7 +142,7 @@ class PretrainResult:
     """A finished run: its directory, its encoder, and what its manifest says of them."""
 
     path: Path
-    encoder: Encoder
+    encoder: ImageEncoder
     info: dict[str, Any]
 
 
