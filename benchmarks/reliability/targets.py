@@ -347,8 +347,7 @@ def _answers(at: Path) -> Target:
     """Answers of a language model: a damaged one is asked again, and named."""
     from wsae.core.errors import UserError
     from wsae.core.files import digest
-    from wsae.evals.autointerp.llm.client import Cache
-    from wsae.evals.autointerp.llm.types import Answer, AnswerToken
+    from wsae.evals.autointerp.llm.asking import Answer, AnswerToken, Cache
 
     asked = {"model": "a", "messages": [["user", "Text 1: the cat"]]}
     answer = Answer(

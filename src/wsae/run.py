@@ -22,21 +22,36 @@ from pydantic import (
     model_validator,
 )
 
-from wsae.core.artifact import MANIFEST, Manifest, check_file, read_manifest
+from wsae.core.artifact import (
+    ARRAYS,
+    CLASSES,
+    CLASSES_PART,
+    CONFIG,
+    CONTEXTS_FILE,
+    EVALUATION,
+    EVALUATION_PART,
+    GAMMA_FILE,
+    INTERPRETATION,
+    INTERPRETATION_PART,
+    MANIFEST,
+    MEMBERS,
+    METRICS_FILE,
+    PARTS,
+    THUMBNAILS_FILE,
+    Manifest,
+    check_file,
+    contained,
+    kind_of,
+    read_manifest,
+)
 from wsae.core.errors import UserError, understood
-from wsae.core.files import digest, parse_json, read_json, read_lines
+from wsae.core.files import Json, digest, parse_json, read_json, read_lines
 from wsae.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from wsae.sae import SparseAutoencoder
-
-CONFIG, GAMMA_FILE, METRICS = "config.json", "gamma.json", "metrics.jsonl"
-EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
-PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
-"""What later commands add to a run: a folder of its own each, whole or without a manifest."""
-ARRAYS, CONTEXTS_FILE, THUMBNAILS_FILE = "arrays.safetensors", "contexts.json", "thumbnails.json"
 
 LARGEST = 1e100
 """No measured number comes near this; the arithmetic of axes overflows beyond."""
@@ -290,15 +305,15 @@ class MetricsRow(Form):
 
 
 Picture = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
-RUN_CONFIG = TypeAdapter(RunConfigForm)
-RUN_INFO = TypeAdapter(RunInfoForm)
-METRICS_ROW = TypeAdapter(MetricsRow)
-GAMMA = TypeAdapter(dict[Text, dict[Text, GammaForm | None]])
-EVALUATION = TypeAdapter(EvaluationForm)
-CONTEXTS = TypeAdapter(dict[Text, dict[Text, list[LatentForm]]])
-INTERPRETATION = TypeAdapter(InterpretationForm)
-CLASSES = TypeAdapter(ClassesForm)
-THUMBNAILS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Picture])
+_RUN_CONFIG = TypeAdapter(RunConfigForm)
+_RUN_INFO = TypeAdapter(RunInfoForm)
+_METRICS_ROW = TypeAdapter(MetricsRow)
+_GAMMA = TypeAdapter(dict[Text, dict[Text, GammaForm | None]])
+_EVALUATION = TypeAdapter(EvaluationForm)
+_CONTEXTS = TypeAdapter(dict[Text, dict[Text, list[LatentForm]]])
+_INTERPRETATION = TypeAdapter(InterpretationForm)
+_CLASSES = TypeAdapter(ClassesForm)
+_THUMBNAILS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Picture])
 """Image number -> PNG in base64; nothing else may reach an address on the page."""
 
 
@@ -361,8 +376,6 @@ def _plausible(name: str, array: np.ndarray) -> bool:
     return not bool((np.abs(array[np.isfinite(array)]) > LARGEST).any())
 
 
-Json = dict[str, Any]
-"""A parsed JSON object."""
 Trained = dict[str, dict[str, Any]]
 """hook -> member -> what is known of it."""
 
@@ -392,6 +405,10 @@ class Run:
         """Return whether an evaluation, interpretation or classes are there (see `PARTS`)."""
         return (self.path / part / MANIFEST).is_file()
 
+    def made_with(self, part: str, config: Json) -> bool:
+        """Return whether a part is there, whole, and was made with these settings."""
+        return self.has(part) and read_manifest(self.path / part, part).config == config
+
     @property
     def finished(self) -> bool:
         """Whether training has finished: the manifest is written last."""
@@ -401,11 +418,31 @@ class Run:
     def manifest(self) -> Manifest:
         """The manifest; the records are compared with their digests, the weights when they are loaded."""
         manifest = read_manifest(self.path, "run", verify=False)
-        for name in (CONFIG, GAMMA_FILE, METRICS):
+        for name in (CONFIG, GAMMA_FILE, METRICS_FILE):
             if name in manifest.files:
                 check_file(self.path, name, manifest.files[name])
-        formed(RUN_INFO, manifest.info, self.path / MANIFEST)
+        formed(_RUN_INFO, manifest.info, self.path / MANIFEST)
         return manifest
+
+    @property
+    def members(self) -> dict[str, list[str]]:
+        """Hook -> the names of a finished run's SAEs."""
+        found = self.manifest.info.get("members")
+        if not isinstance(found, dict):
+            raise UserError(
+                f"{self.path / MANIFEST}: does not list the run's members (altered); train it again"
+            )
+        return found
+
+    def place(self, hook: str, member: str) -> Path:
+        """Return the directory of a finished run's SAE; raises UserError where it was altered, or lies outside."""
+        inside = f"{MEMBERS}/{hook}/{member}/{MANIFEST}"
+        if inside not in self.manifest.files:
+            raise UserError(
+                f"{self.path / MANIFEST}: does not list {inside} (altered); make it again"
+            )
+        check_file(self.path, inside, self.manifest.files[inside])
+        return contained(self.path, f"{MEMBERS}/{hook}/{member}")
 
     def digest(self) -> str:
         """Return what names the content of a run with the parts added to it."""
@@ -420,7 +457,7 @@ class Run:
     @cached_property
     def record(self) -> Json:
         """config.json as it is written: `train`, `data`, `source`."""
-        return _read(self.path / CONFIG, RUN_CONFIG)
+        return _read(self.path / CONFIG, _RUN_CONFIG)
 
     @cached_property
     def config(self) -> TrainConfig:
@@ -428,16 +465,21 @@ class Run:
         with understood(self.path / CONFIG):
             return TrainConfig.parse(self.record["train"], where=str(self.path / CONFIG))
 
+    @property
+    def source(self) -> Json:
+        """Where the activations came from, as config.json says it; empty where it says nothing."""
+        return self.record.get("source") or {}
+
     @cached_property
     def gamma_record(self) -> Trained:
         """gamma.json as it is written; empty where there is none yet."""
         path = self.path / GAMMA_FILE
-        return _read(path, GAMMA) if path.is_file() else {}
+        return _read(path, _GAMMA) if path.is_file() else {}
 
     @cached_property
     def gamma(self) -> dict[str, dict[str, "GammaForm | None"]]:
         """Hook -> member -> its loss weights: the rule, alpha, and the heaviest dimensions."""
-        return GAMMA.validate_python(self.gamma_record)
+        return _GAMMA.validate_python(self.gamma_record)
 
     @cached_property
     def saes(self) -> "dict[str, dict[str, SparseAutoencoder]]":
@@ -449,7 +491,7 @@ class Run:
     @cached_property
     def _metrics(self) -> tuple[dict[str, dict[str, list[Json]]], bool]:
         """The rows, and whether the last one is cut off."""
-        path = self.path / METRICS
+        path = self.path / METRICS_FILE
         lines = list(read_lines(path)) if path.is_file() else []
         out: dict[str, dict[str, list[Json]]] = {}
         for number, line in enumerate(lines, 1):
@@ -461,7 +503,7 @@ class Run:
                         f"{path}: line {number} is not a metrics row ({error!r})"
                     ) from error
                 return out, True
-            formed(METRICS_ROW, row, f"{path}: line {number}")
+            formed(_METRICS_ROW, row, f"{path}: line {number}")
             out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
         return out, False
 
@@ -478,12 +520,12 @@ class Run:
     @cached_property
     def evaluation_record(self) -> Json:
         """evaluation.json as it is written."""
-        return _read(self._whole(EVALUATION_PART) / "evaluation.json", EVALUATION)
+        return _read(self._whole(EVALUATION_PART) / EVALUATION, _EVALUATION)
 
     @cached_property
     def evaluation(self) -> "EvaluationForm":
         """The evaluation: `evaluation.hooks[hook].members[name].metrics["fvu"].value`."""
-        return EVALUATION.validate_python(self.evaluation_record)
+        return _EVALUATION.validate_python(self.evaluation_record)
 
     @cached_property
     def arrays(self) -> "dict[str, Tensor]":
@@ -503,12 +545,12 @@ class Run:
         """contexts.json of the evaluation as it is written; empty where it has none."""
         place = self._whole(EVALUATION_PART)
         listed = CONTEXTS_FILE in read_manifest(place, EVALUATION_PART, verify=False).files
-        return _read(place / CONTEXTS_FILE, CONTEXTS) if listed else {}
+        return _read(place / CONTEXTS_FILE, _CONTEXTS) if listed else {}
 
     @cached_property
     def contexts(self) -> "dict[str, dict[str, list[LatentForm]]]":
         """Hook -> member -> the sampled latents, with the windows of the data that move each most."""
-        return CONTEXTS.validate_python(self.context_record)
+        return _CONTEXTS.validate_python(self.context_record)
 
     @cached_property
     def thumbnails(self) -> dict[str, str]:
@@ -517,28 +559,28 @@ class Run:
             return {}
         place = self.path / EVALUATION_PART
         listed = THUMBNAILS_FILE in read_manifest(place, EVALUATION_PART, verify=False).files
-        return _read(place / THUMBNAILS_FILE, THUMBNAILS) if listed else {}
+        return _read(place / THUMBNAILS_FILE, _THUMBNAILS) if listed else {}
 
     @cached_property
     def interpretation_record(self) -> Json:
         """interpretation.json as it is written."""
         place = self._whole(INTERPRETATION_PART)
-        return _read(place / "interpretation.json", INTERPRETATION)
+        return _read(place / INTERPRETATION, _INTERPRETATION)
 
     @cached_property
     def interpretation(self) -> "InterpretationForm":
         """The scores of interpretability: `interpretation.hooks[hook].members[name].summary["detection"].value`."""
-        return INTERPRETATION.validate_python(self.interpretation_record)
+        return _INTERPRETATION.validate_python(self.interpretation_record)
 
     @cached_property
     def interpreted_contexts(self) -> dict[str, dict[str, list[Json]]]:
         """contexts.json of the interpretation: the scored latents, with explanation and scores."""
-        return _read(self._whole(INTERPRETATION_PART) / CONTEXTS_FILE, CONTEXTS)
+        return _read(self._whole(INTERPRETATION_PART) / CONTEXTS_FILE, _CONTEXTS)
 
     @cached_property
     def class_record(self) -> Json:
         """classes.json as it is written: latents against class labels."""
-        return _read(self._whole(CLASSES_PART) / "classes.json", CLASSES)
+        return _read(self._whole(CLASSES_PART) / CLASSES, _CLASSES)
 
     def _whole(self, part: str) -> Path:
         """Return the folder of a part whose files are all as they were written."""
@@ -568,8 +610,7 @@ _MADE_BY = {
 
 def check_no_sae(path: Path) -> None:
     """Raise UserError for the directory of a single SAE, imported or a member of a run."""
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-    if isinstance(manifest, dict) and manifest.get("kind") == "sae":
+    if kind_of(path) == "sae":
         raise UserError(
             f"{path}: is a single SAE, and report and serve show runs (the --out of a `wsae train`); "
             f"to measure an SAE: wsae evaluate {path} --source STORE"

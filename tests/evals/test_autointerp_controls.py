@@ -13,10 +13,8 @@ from wsae.acts.language import load_language, reinitialised
 from wsae.acts.live import LiveSource
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.core.errors import UserError
-from wsae.core.progress import quiet
 from wsae.evals.autointerp import controls as module
 from wsae.evals.autointerp.controls import (
-    RandomModelRecipe,
     derangement,
     neurons,
     pca,
@@ -167,13 +165,14 @@ def world(tmp_path_factory):
     return root, cfg, load_language(str(model))
 
 
-def recipe(source, language, seed=0, keep=False) -> RandomModelRecipe:
+def control(source, language, place, seed=0):
+    """Train the plain member of a small family again, on the model with random weights."""
     members = tuple(
         MemberConfig(gamma=GammaConfig(rule=rule), d_sae=48, activation=TopK(k=4), label=rule)
         for rule in ("none", "variance")
     )
     train = TrainConfig(members=members, tokens=2000, batch_size=200)
-    return RandomModelRecipe(source, language, train, "none", seed, keep)
+    return random_model(source, language, train, "none", place, seed)
 
 
 def test_fresh_weights_are_drawn_by_the_seed_and_the_trained_ones_stay(world) -> None:
@@ -196,11 +195,11 @@ def test_the_control_is_the_plain_member_trained_on_the_random_model_s_rows(
     world, tmp_path
 ) -> None:
     root, cfg, language = world
-    made = random_model(recipe(StoreSource(root / "store"), language), tmp_path / "c", quiet)
-    sae = made.saes[HOOK]
+    saes, live = control(StoreSource(root / "store"), language, tmp_path / "c")
+    sae = saes[HOOK]
     assert (sae.cfg.d_sae, sae.cfg.activation.k) == (48, 4)
     assert not (tmp_path / "c" / "store").exists(), "activations are not kept"
-    (chunk,) = made.source.heldout(10_000)
+    (chunk,) = live.heldout(10_000)
     true = next(StoreSource(root / "store").heldout(10_000))
     assert torch.equal(chunk.seq, true.seq), "the same text"
     assert torch.equal(chunk.pos, true.pos)
@@ -216,19 +215,19 @@ def test_a_finished_control_is_opened_and_another_seed_makes_another(
 ) -> None:
     root, _, language = world
     source = StoreSource(root / "store")
-    first = random_model(recipe(source, language), tmp_path / "c", quiet)
+    first, _ = control(source, language, tmp_path / "c")
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_run", None)
-        again = random_model(recipe(source, language), tmp_path / "c", quiet)
-    assert torch.equal(first.saes[HOOK].W_dec, again.saes[HOOK].W_dec)
-    other = random_model(recipe(source, language, seed=1), tmp_path / "c", quiet)
-    assert not torch.equal(first.saes[HOOK].W_dec, other.saes[HOOK].W_dec)
+        again, _ = control(source, language, tmp_path / "c")
+    assert torch.equal(first[HOOK].W_dec, again[HOOK].W_dec)
+    other, _ = control(source, language, tmp_path / "c", seed=1)
+    assert not torch.equal(first[HOOK].W_dec, other[HOOK].W_dec)
 
 
 def test_a_killed_control_goes_on_and_ends_alike(world, tmp_path, monkeypatch) -> None:
     root, _, language = world
     source = StoreSource(root / "store")
-    whole = random_model(recipe(source, language), tmp_path / "whole", quiet)
+    whole, _ = control(source, language, tmp_path / "whole")
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -236,18 +235,18 @@ def test_a_killed_control_goes_on_and_ends_alike(world, tmp_path, monkeypatch) -
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_run", killed)
         with pytest.raises(KeyboardInterrupt):
-            random_model(recipe(source, language), tmp_path / "cut", quiet)
+            control(source, language, tmp_path / "cut")
     assert (tmp_path / "cut" / "store" / "manifest.json").exists(), "the harvest is kept"
-    cut = random_model(recipe(source, language), tmp_path / "cut", quiet)
-    assert torch.equal(cut.saes[HOOK].W_dec, whole.saes[HOOK].W_dec)
+    cut, _ = control(source, language, tmp_path / "cut")
+    assert torch.equal(cut[HOOK].W_dec, whole[HOOK].W_dec)
 
 
 def test_a_live_run_needs_no_store_and_an_array_has_no_model(world, tmp_path) -> None:
     _, cfg, language = world
     live = LiveSource(cfg, language=language)
-    made = random_model(recipe(live, language), tmp_path / "live", quiet)
-    assert set(made.saes) == {HOOK}
+    made, _ = control(live, language, tmp_path / "live")
+    assert set(made) == {HOOK}
     array = ArraySource(np.zeros((50, 16), dtype=np.float32), name=HOOK)
     for source, model in ((array, language), (live, None)):
         with pytest.raises(UserError, match="control random_model: .* leave it out"):
-            random_model(recipe(source, model), tmp_path / "none", quiet)
+            control(source, model, tmp_path / "none")

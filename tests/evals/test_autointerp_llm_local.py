@@ -12,13 +12,14 @@ from autointerp_llm_worlds import N_LATENTS, collected, word_fragments
 from autointerp_server import Reply, config, serving
 
 from wsae.core.errors import UserError
+from wsae.evals.autointerp.llm.asking import Request
 from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.detect import Explanation, detection_scores, explain_latents
+from wsae.evals.autointerp.llm.detect import detection_scores, explain_latents
 from wsae.evals.autointerp.llm.local import UNKNOWN, LocalModel, SlotReader, open_llm
 from wsae.evals.autointerp.llm.plan import dry_run
 from wsae.evals.autointerp.llm.simulate import simulation_scores
-from wsae.evals.autointerp.llm.types import ChatMessage, Request
+from wsae.evals.autointerp.llm.texts import ChatMessage
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant:"
@@ -211,7 +212,7 @@ def test_every_score_runs_on_a_local_model_and_its_babble_is_counted_as_failed(m
         == plan["explanation"].requests
         == N_LATENTS
     )
-    told = {j: Explanation(j, "the cat") for j in range(N_LATENTS)}
+    told = dict.fromkeys(range(N_LATENTS), "the cat")
     judged = detection_scores(found, told, llm)
     assert judged.tally.requested == judged.tally.failed == plan["detection"].requests
     assert all(s.balanced_accuracy is None and s.failed == 8 for s in judged.scores)
@@ -264,13 +265,15 @@ def test_end_to_end_against_a_real_model_behind_a_server(model, tmp_path, monkey
         llm = Endpoint(config(chat, tmp_path / "e", probabilities=True))
         plan = dry_run(llm, ["detection"], found)
         explained = explain_latents(found, llm)
-        told = {j: Explanation(j, "the cat") for j in range(N_LATENTS)}
+        told = dict.fromkeys(range(N_LATENTS), "the cat")
         judged = detection_scores(found, told, llm)
         assert len(chat.bodies) == sum(p.requests for p in plan.values())
         (answer,) = llm.ask([QUESTION])
-    tally = explained.tally + judged.tally
-    assert tally.requested == tally.failed == sum(p.requests for p in plan.values())
-    assert tally.tokens == llm.budget.tokens - answer.prompt_tokens - answer.completion_tokens > 0
+    tallies = (explained.tally, judged.tally)
+    asked = sum(p.requests for p in plan.values())
+    assert asked == sum(t.requested for t in tallies) == sum(t.failed for t in tallies)
+    spent = sum(one.prompt_tokens + one.completion_tokens for one in (*tallies, answer))
+    assert spent == llm.budget.tokens > 0
     text = "system: be brief\nuser: the cat sat\nassistant: "
     ids = language.tokenizer(text)["input_ids"]
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsae.evals.autointerp.llm.client import Unparsed
+from wsae.evals.autointerp.llm.asking import Answer, AnswerToken, Unparsed
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.autointerp.llm.detect import (
     Tokens,
@@ -26,9 +26,7 @@ from wsae.evals.autointerp.llm.simulate import (
     rows_of,
     simulation_request,
 )
-from wsae.evals.autointerp.llm.types import (
-    Answer,
-    AnswerToken,
+from wsae.evals.autointerp.llm.texts import (
     filled,
     harmless,
     harmless_tokens,

@@ -15,6 +15,7 @@ from autointerp_llm_worlds import (
 from autointerp_server import config, error, prompt, said, serving
 
 from wsae.core.errors import UserError
+from wsae.evals.autointerp.collect import FEW_FRAGMENTS
 from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.detect import (
     HARD,
@@ -26,7 +27,7 @@ from wsae.evals.autointerp.llm.detect import (
     fuzzing_scores,
 )
 from wsae.evals.autointerp.llm.plan import dry_run
-from wsae.evals.autointerp.llm.simulate import FEW, correlation, simulation_scores
+from wsae.evals.autointerp.llm.simulate import correlation, simulation_scores
 
 
 def parts(kind, chat, tmp_path, **more):
@@ -42,14 +43,12 @@ def test_a_judge_that_knows_scores_one_and_one_that_always_agrees_a_half(tmp_pat
     for judge, score in ((perfect, 1.0), (yes, 0.5)):
         with serving(judge) as chat:
             _, _, explained, judged = parts(kind, chat, tmp_path / judge.__name__)
-        texts = {latent: e.text for latent, e in explained.explanations.items()}
-        assert texts == {j: f"the word {WORDS[j]}" for j in range(N_LATENTS)}
+        assert explained.explanations == {j: f"the word {WORDS[j]}" for j in range(N_LATENTS)}
         assert [s.balanced_accuracy for s in judged.scores] == [score] * N_LATENTS
         assert [s.auc for s in judged.scores] == [score] * N_LATENTS
         assert all(s.tp + s.fn == s.tn + s.fp == 10 and s.failed == 0 for s in judged.scores)
         tally = judged.tally
         assert tally.requested == tally.parsed == N_LATENTS * 4
-        assert judged.model == "mock"
 
 
 def test_failures_are_neither_hits_nor_misses_and_sum_up(tmp_path):
@@ -110,9 +109,7 @@ def test_sides_of_different_size_are_cut_to_the_smaller(tmp_path):
     assert roles.count(POSITIVE) == roles.count(NEGATIVE) == 4 * N_LATENTS
 
 
-def test_fuzzed_negatives_have_as_many_marks_as_the_positives_mean_and_active_ones_wrong_marks(
-    tmp_path,
-):
+def test_fuzzed_negatives_have_as_many_marks_as_the_positives_mean(tmp_path):
     with serving(perfect) as chat:
         cfg = config(chat, tmp_path)
     found = collected()
@@ -122,15 +119,6 @@ def test_fuzzed_negatives_have_as_many_marks_as_the_positives_mean_and_active_on
     own = [n for n, i in zip(tokens, silent, strict=True) if i.role == POSITIVE]
     theirs = {n for n, i in zip(tokens, silent, strict=True) if i.role == NEGATIVE}
     assert theirs == {int(np.ceil(np.mean(own)))}
-    active = [i for b in batches("fuzzing", found, cfg, "active") if b.latent == 0 for i in b.items]
-    assert [i.role for i in active].count(POSITIVE) == [i.role for i in active].count(NEGATIVE) == 5
-    for item in active:
-        marked = {w for run in item.text.split("<<")[1:] for w in run.split(">>")[0].split()}
-        assert "apple" in item.text, "both sides are windows in which the latent is active"
-        assert ("apple" in marked) == (item.role == POSITIVE)
-        assert marked
-    plain = [i.text.replace("<<", "").replace(">>", "") for i in active]
-    assert len(set(plain)) == 10, "no window on both sides"
 
 
 def test_a_latent_without_explanation_is_not_asked_about(tmp_path):
@@ -230,7 +218,7 @@ def test_fragments_do_not_depend_on_how_rows_are_split(batch_size):
 def test_latents_that_vary_in_fewer_than_twenty_fragments_are_skipped_and_counted():
     found, _ = word_fragments(documents=20)
     assert found.latents == []
-    assert found.skipped == {FEW: N_LATENTS}
+    assert found.skipped == {FEW_FRAGMENTS: N_LATENTS}
     assert word_fragments(limit=25)[0].n_fragments <= 25
     with pytest.raises(UserError, match="no held-out document has 39 tokens"):
         word_fragments(width=39, length=6, documents=10)

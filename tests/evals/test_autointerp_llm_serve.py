@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.detect import Explanation, detection_scores, explain_latents
+from wsae.evals.autointerp.llm.detect import detection_scores, explain_latents
 from wsae.evals.autointerp.llm.plan import dry_run
 
 pytestmark = pytest.mark.skipif(
@@ -64,7 +64,7 @@ def test_explaining_and_judging_against_transformers_serve(tmp_path, monkeypatch
         llm = Endpoint(cfg)
         plan = dry_run(llm, ["detection"], found)
         explained = explain_latents(found, llm)
-        told = {j: Explanation(j, "the cat") for j in range(N_LATENTS)}
+        told = dict.fromkeys(range(N_LATENTS), "the cat")
         judged = detection_scores(found, told, llm)
     spent = llm.budget.tokens
     assert explained.tally.requested == plan["explanation"].requests == N_LATENTS

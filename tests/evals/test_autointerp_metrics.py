@@ -5,8 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsae.evals.autointerp import summary as metrics
-from wsae.evals.autointerp.summary import Verdicts, auc, balanced_accuracy, judge
+from wsae.evals.autointerp.summary import (
+    Verdicts,
+    auc,
+    balanced_accuracy,
+    judge,
+    pooled_accuracy,
+)
+from wsae.evals.config import EvalConfig
 
 NAN = float("nan")
 FEW = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, np.inf, -np.inf, NAN])
@@ -85,5 +91,6 @@ def test_pooling_adds_the_counts_before_dividing():
         judge(0, 0.1, Verdicts(np.ones(8), np.zeros(2), np.zeros(0))),
         judge(1, 0.1, Verdicts(np.zeros(2), np.ones(8), np.zeros(0))),
     ]
-    assert metrics.pooled_balanced_accuracy(scores) == pytest.approx((8 / 10 + 2 / 10) / 2)
-    assert metrics.pooled_balanced_accuracy([]) is None
+    pooled = pooled_accuracy(scores, EvalConfig(draws=10)).value
+    assert pooled == pytest.approx((8 / 10 + 2 / 10) / 2)
+    assert pooled_accuracy([], EvalConfig(draws=10)).value is None

@@ -13,9 +13,16 @@ from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.evals.autointerp.config import InterpretConfig
+from wsae.evals.autointerp.members import selected, survey_hooks
 from wsae.evals.autointerp.run import interpret_run, plan_run
-from wsae.evals.autointerp.subjects import METRIC, selected, survey_hooks
-from wsae.evals.autointerp.summary import SCORES, agreement, glossary, rank_correlation, spearman
+from wsae.evals.autointerp.summary import (
+    METRIC,
+    SCORES,
+    agreement,
+    glossary,
+    rank_correlation,
+    spearman,
+)
 from wsae.evals.data import MatrixRows
 from wsae.evals.run import run_subject
 from wsae.report.html import write_report

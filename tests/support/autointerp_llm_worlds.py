@@ -10,7 +10,8 @@ from autointerp_server import Reply, error, prompt, said
 
 from wsae.acts.source import Chunk
 from wsae.acts.tokens import TokenTable
-from wsae.evals.autointerp.llm.simulate import FragmentConfig, fragments
+from wsae.evals.autointerp.collect import fragments
+from wsae.evals.autointerp.config import FragmentConfig
 from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 

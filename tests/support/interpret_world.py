@@ -13,8 +13,8 @@ from wsae.core.artifact import write_manifest
 from wsae.core.files import digest, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import ContextConfig, InterpretConfig
+from wsae.evals.autointerp.llm.asking import Answer, Llm, Request
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.types import Answer, Request
 from wsae.losses.config import GammaConfig
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.train.config import MemberConfig, TrainConfig
@@ -120,20 +120,22 @@ class BagEncoder:
         return np.random.default_rng(int(digest(word)[:12], 16)).standard_normal(64)
 
 
-class KeywordLlm:
+class KeywordLlm(Llm):
     """Explains by the marked words, and says that a text holds the pattern when it has one of them."""
 
     def __init__(self, unparsable: int = 0, stop_after: int | None = None) -> None:
-        self.cfg = LlmConfig(simulator="json")
-        self.name = "keywords"
+        super().__init__(LlmConfig(simulator="json"), "keywords")
         self.asked = 0
         self.unparsable, self.stop_after = unparsable, stop_after
 
     def peek(self, request: Request) -> Answer | None:  # noqa: ARG002
         return None
 
-    def key(self, request: Request) -> str:
-        return digest([list(message) for message in request.messages])
+    def question(self, request: Request) -> dict:
+        return {"messages": [list(message) for message in request.messages]}
+
+    def answer_new(self, requests, done) -> None:
+        raise NotImplementedError
 
     def ask(self, requests, task: str = "ask", progress: Progress = quiet) -> list[Answer]:  # noqa: ARG002
         return [self.answer(request.messages[-1].content) for request in requests]

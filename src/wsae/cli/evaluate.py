@@ -10,14 +10,15 @@ from wsae.acts.names import among
 from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_flags, config_values
 from wsae.cli.live import behind, labelled, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import MANIFEST, read_manifest
-from wsae.core.config import Config
-from wsae.core.errors import UserError, understood
-from wsae.core.files import read_json, write_json
+from wsae.core.artifact import MANIFEST, kind_of, read_manifest
+from wsae.core.config import FLAGS, Config
+from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.core.hub import local_folder
 from wsae.core.progress import Progress
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
+from wsae.run import Run
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
@@ -27,11 +28,10 @@ if TYPE_CHECKING:
 
 
 def is_sae(path: Path) -> bool:
-    """Whether a path, or an address on the hub, is one SAE: a directory of ours, an export, or another tool's files."""
+    """Return whether a path, or a hub address, is one SAE: a directory of ours, an export, or another tool's files."""
     folder = local_folder(path)
     if (folder / MANIFEST).is_file():
-        data = read_json(folder / MANIFEST)
-        return isinstance(data, dict) and data.get("kind") in ("sae", "export")
+        return kind_of(folder) in ("sae", "export")
     from wsae.interop.convert import readable
 
     return readable(folder)
@@ -142,7 +142,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
-    cfg = EvalConfig.parse(data, where="flags")
+    cfg = EvalConfig.parse(data, where=FLAGS)
     from wsae.cli.runner import device
 
     if is_sae(flags.run):
@@ -160,10 +160,9 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     seen = behind(source, where, language=cfg.splice_tokens > 0)
     record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
     if flags.source is not None:
-        with understood(flags.run / "config.json"):
-            place = read_json(flags.run / "config.json").get("source") or {}
-            model = place.get("model") or place.get("harvest", {}).get("model")
-            foreign = strangers(model, None, source)
+        place = Run(flags.run).source
+        model = place.get("model") or place.get("harvest", {}).get("model")
+        foreign = strangers(model, None, source)
         record["notes"] = [*record.get("notes", []), *foreign]
     labels = labels_of(source)
     if labels is not None:

@@ -25,19 +25,28 @@ from wsae.core.version import __version__
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+
+# The files of a run, which its stages write and `wsae.run.Run` reads.
+
+CONFIG, GAMMA_FILE, METRICS_FILE, SPEED = (
+    "config.json",
+    "gamma.json",
+    "metrics.jsonl",
+    "speed.jsonl",
+)
+MEMBERS, CHECKPOINTS = "members", "checkpoints"
+EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
+PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
+"""What later commands add to a run: a folder of its own each, whole or without a manifest."""
+EVALUATION, INTERPRETATION, CLASSES = "evaluation.json", "interpretation.json", "classes.json"
+ARRAYS, CONTEXTS_FILE, THUMBNAILS_FILE = "arrays.safetensors", "contexts.json", "thumbnails.json"
+
 _HINT = " (an SAE of another tool is read by wsae import)"
-_FOREIGN: dict[str, str] = {"run": _HINT, "sae": _HINT}
-_INSTEAD = {
-    (
-        "sae",
-        "run",
-    ): "; one SAE alone can be measured: wsae evaluate SAE --source DATA, and given away: wsae export SAE",
-    (
-        "export",
-        "run",
-    ): "; wsae import makes it an SAE of wsae, which wsae evaluate SAE --source DATA measures",
+_NO_RUN = {
+    "sae": "; one SAE alone can be measured: wsae evaluate SAE --source DATA, and given away: wsae export SAE",
+    "export": "; wsae import makes it an SAE of wsae, which wsae evaluate SAE --source DATA measures",
 }
-"""What to do with an artifact where another kind is needed."""
+"""What to do with another artifact where a run is needed."""
 
 
 class FileRecord(Config):
@@ -75,7 +84,13 @@ def write_manifest(
 ) -> Manifest:
     """Write `manifest.json`, the last act of a stage. `files` may bring records made while writing."""
     known = files if isinstance(files, Mapping) else {}
-    records = {name: known.get(name) or _flushed(directory / name) for name in sorted(files)}
+    records = {}
+    for name in sorted(files):
+        path = directory / name
+        with refusals(path):
+            if name not in known:
+                flush(path)  # no power cut can take it back any more
+        records[name] = known.get(name) or record(path)
     manifest = Manifest(
         schema_version=SCHEMA,
         kind=kind,
@@ -89,16 +104,17 @@ def write_manifest(
     return manifest
 
 
-def _flushed(path: Path) -> FileRecord:
-    """Return the record of a file that no power cut can take back any more."""
-    with refusals(path):
-        flush(path)
-    return record(path)
-
-
 def record(path: Path) -> FileRecord:
     """Return size and checksum of a file."""
     return FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def kind_of(directory: Path) -> str | None:
+    """Return what kind of artifact a directory says it is; None where no manifest does, or none is there."""
+    path = directory / MANIFEST
+    data = read_json(path) if path.is_file() else None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Manifest:
@@ -113,7 +129,7 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
     if not path.exists():
         raise UserError(
             f"{directory}: has no {MANIFEST}, so it is not a finished wsae {kind}; make it again"
-            f"{_FOREIGN.get(kind, '')}"
+            f"{_HINT if kind in ('run', 'sae') else ''}"
         )
     data = read_json(path, CONFIG_BYTES)
     if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
@@ -125,7 +141,7 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
     if manifest.kind != kind:
         raise UserError(
             f"{directory}: this is a wsae {manifest.kind}, but a {kind} is needed here"
-            f"{_INSTEAD.get((manifest.kind, kind), '')}"
+            f"{_NO_RUN.get(manifest.kind, '') if kind == 'run' else ''}"
         )
     for name, expected in manifest.files.items():
         check_file(directory, name, expected, verify)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsae.core.artifact import MANIFEST, read_manifest
+from wsae.core.artifact import EVALUATION, MANIFEST, read_manifest
 from wsae.core.errors import UserError, understood
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
@@ -232,7 +232,7 @@ def read_evaluation(run: Path) -> Evaluated:
         read_manifest(run, "run", verify=False)
     if run.is_dir() and not path.is_dir():
         raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")
-    read_manifest(path, "evaluation", verify=False)
+    read_manifest(path, EVALUATION_PART, verify=False)
     opened = Run(run)
     record, tensors = opened.evaluation_record, opened.arrays
     if not tensors:
@@ -242,7 +242,7 @@ def read_evaluation(run: Path) -> Evaluated:
         for key, value in tensors.items():
             hook, member, name = key.split("|")
             arrays.setdefault(hook, {}).setdefault(member, {})[name] = value.numpy()
-    with understood(path / "evaluation.json"):
+    with understood(path / EVALUATION):
         hooks = record["hooks"]
         data = {hook: entry["data"] for hook, entry in hooks.items()}
         matching = {

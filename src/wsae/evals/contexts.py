@@ -4,12 +4,12 @@ Only the entries of sequences that may still be shown are kept, so memory depend
 length, not on the number of tokens. Rows arrive sequence by sequence (the order `heldout` promises).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
@@ -38,80 +38,95 @@ def one_per_stratum(n_ranked: int, n: int, seed: int) -> Int64[np.ndarray, " n"]
     return edges[:-1] + (share * np.diff(edges)).astype(np.int64)
 
 
-class LatentFirings(NamedTuple):
-    """Active entries of sampled latents: slot (place among the sampled), sequence, position, value."""
+class Firings(NamedTuple):
+    """Active entries: latent, number of the window (or sequence), place in it, activation."""
 
-    slot: Int64[np.ndarray, " hits"]
-    seq: Int64[np.ndarray, " hits"]
-    pos: Int64[np.ndarray, " hits"]
-    value: Float64[np.ndarray, " hits"]
+    latent: Int64[np.ndarray, " n"]
+    window: Int64[np.ndarray, " n"]
+    offset: Int64[np.ndarray, " n"]
+    value: Float32[np.ndarray, " n"]
 
-    def take(self, keep: np.ndarray) -> "LatentFirings":
-        """Return the entries at `keep` (mask or index)."""
-        return LatentFirings(*(column[keep] for column in self))
+    def take(self, keep: np.ndarray | slice) -> "Firings":
+        """Return the entries at `keep` (mask, index or slice)."""
+        return Firings(*(column[keep] for column in self))
 
     @staticmethod
-    def join(parts: Sequence["LatentFirings"]) -> "LatentFirings":
+    def join(*parts: "Firings") -> "Firings":
         """Concatenate."""
-        return LatentFirings(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return Firings(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-_EMPTY = np.zeros(0, dtype=np.int64)
-_NONE = LatentFirings(_EMPTY, _EMPTY, _EMPTY, np.zeros(0))
+_NONE = np.zeros(0, dtype=np.int64)
+NO_FIRINGS = Firings(_NONE, _NONE, _NONE, _NONE.astype(np.float32))
+
+
+def places(groups: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Return each entry's place in its group, from 0 on; the groups ascend."""
+    return np.arange(len(groups)) - np.searchsorted(groups, groups)
 
 
 class TopContexts:
-    """Running top contexts of some latents of one member."""
+    """Running top contexts of some latents of one member: their firings in the sequences that may still be shown.
+
+    `wsae.evals.autointerp.collect` keeps the strongest and random windows of fixed width in arrays of fixed size. Here
+    whole sequences of unknown length are kept, as sparse as their firings: as rows of such arrays they would need
+    latents x contexts x sequence length, and a row a sequence where there is no text.
+    """
 
     def __init__(self, latents: Int64[Tensor, " latents"], d_sae: int, n_contexts: int) -> None:
         self.latents = latents
         self.n_contexts = n_contexts
-        self._slot = torch.full((d_sae,), -1, dtype=torch.int64)
-        self._slot[latents] = torch.arange(len(latents))
-        self._hits = _NONE
+        self._is_shown = torch.zeros(d_sae, dtype=torch.bool)
+        self._is_shown[latents] = True
+        self._firings = NO_FIRINGS
 
     def update(
         self, entries: Entries, seq: Int64[Tensor, " batch"], pos: Int64[Tensor, " batch"]
     ) -> None:
         """Add the codes of some rows; `seq` and `pos` place each row."""
-        slot = self._slot[entries.indices]
-        rows = entries.rows[slot >= 0]
-        new = LatentFirings(
-            slot[slot >= 0].numpy(),
-            seq[rows].numpy(),
-            pos[rows].numpy(),
-            entries.values[slot >= 0].float().numpy(),
-        )
-        hits = LatentFirings.join([self._hits, new])
-        unfinished = hits.seq == int(seq[-1]) if len(seq) else np.zeros(len(hits.seq), dtype=bool)
-        self._hits = hits.take(unfinished | _among(hits, self._best(hits)))
+        if not len(seq):
+            return
+        shown = self._is_shown[entries.indices]
+        rows = entries.rows[shown]
+        columns = (entries.indices[shown], seq[rows], pos[rows], entries.values[shown].float())
+        new = Firings(*(column.numpy() for column in columns))
+        firings = Firings.join(self._firings, new)
+        best, stride = self._best(firings), int(firings.window.max(initial=0)) + 1
+        among = np.isin(_key(firings, stride), _key(best, stride))
+        self._firings = firings.take((firings.window == int(seq[-1])) | among)
 
-    def _best(self, hits: LatentFirings) -> LatentFirings:
-        """Return the strongest entry of each shown (slot, seq), strongest first within a slot.
+    def _best(self, firings: Firings) -> Firings:
+        """Return the strongest firing of each shown (latent, sequence), strongest first within a latent.
 
         Ties go to the earlier sequence and position, so the result does not depend on how rows were split.
         """
-        hits = hits.take(np.lexsort((hits.pos, -hits.value, hits.seq, hits.slot)))
-        first = np.ones(len(hits.seq), dtype=bool)
-        first[1:] = (np.diff(hits.slot) != 0) | (np.diff(hits.seq) != 0)
-        peaks = hits.take(first)
-        peaks = peaks.take(np.lexsort((peaks.seq, -peaks.value, peaks.slot)))
-        rank = np.arange(len(peaks.slot)) - np.searchsorted(peaks.slot, peaks.slot)
-        return peaks.take(rank < self.n_contexts)
+        latent, seq, pos, value = firings
+        firings = firings.take(np.lexsort((pos, -value, seq, latent)))
+        first = np.ones(len(seq), dtype=bool)
+        first[1:] = (np.diff(firings.latent) != 0) | (np.diff(firings.window) != 0)
+        peaks = firings.take(first)
+        peaks = peaks.take(np.lexsort((peaks.window, -peaks.value, peaks.latent)))
+        return peaks.take(places(peaks.latent) < self.n_contexts)
 
     def result(self) -> dict[int, list["Context"]]:
         """Return each latent's contexts, strongest first: the peak and every activation in its sequence."""
-        best = self._best(self._hits)
-        hits = self._hits.take(np.lexsort((self._hits.pos, self._hits.seq, self._hits.slot)))
-        order = _key(hits)
+        latent, seq, pos, _ = self._firings
+        firings = self._firings.take(np.lexsort((pos, seq, latent)))
+        stride = int(seq.max(initial=0)) + 1
+        order = _key(firings, stride)
         out: dict[int, list[Context]] = {int(latent): [] for latent in self.latents}
-        for slot, seq, pos, value in zip(*best, strict=True):
-            key = slot * _stride(hits) + seq
+        for peak in zip(*self._best(self._firings), strict=True):
+            latent, seq, pos, value = peak
+            key = latent * stride + seq
             span = slice(*np.searchsorted(order, [key, key + 1]))
-            acts = dict(zip(hits.pos[span].tolist(), hits.value[span].tolist(), strict=True))
-            context = Context(int(seq), int(pos), float(value), acts)
-            out[int(self.latents[slot])].append(context)
+            inside = zip(firings.offset[span].tolist(), firings.value[span].tolist(), strict=True)
+            out[int(latent)].append(Context(int(seq), int(pos), float(value), dict(inside)))
         return out
+
+
+def _key(firings: Firings, stride: int) -> Int64[np.ndarray, " n"]:
+    """Return one number per (latent, sequence), in that order."""
+    return firings.latent * stride + firings.window
 
 
 class Context(NamedTuple):
@@ -137,18 +152,3 @@ class Context(NamedTuple):
             "peak": self.pos - start,
             "seq": self.seq,
         }
-
-
-def _stride(hits: LatentFirings) -> int:
-    return int(hits.seq.max(initial=0)) + 1
-
-
-def _key(hits: LatentFirings) -> np.ndarray:
-    """One number per (slot, seq), in that order."""
-    return hits.slot * _stride(hits) + hits.seq
-
-
-def _among(hits: LatentFirings, shown: LatentFirings) -> np.ndarray:
-    """Which entries belong to a shown (slot, seq)."""
-    stride = _stride(hits)
-    return np.isin(hits.slot * stride + hits.seq, shown.slot * stride + shown.seq)

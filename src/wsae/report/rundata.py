@@ -17,7 +17,7 @@ from wsae.run import (
     CONTEXTS_FILE,
     EVALUATION_PART,
     INTERPRETATION_PART,
-    METRICS,
+    METRICS_FILE,
     Json,
     Run,
     formed_arrays,
@@ -130,11 +130,11 @@ def read_run(run: Run | Path) -> RunData:
         notes.append("No contexts: the data are arrays or no latent was sampled.")
         contexts = {}
     config = run.record
-    if not (path / METRICS).is_file():
-        notes.append(f"No training metrics: the run has no {METRICS}.")
+    if not (path / METRICS_FILE).is_file():
+        notes.append(f"No training metrics: the run has no {METRICS_FILE}.")
     elif run.metrics_cut:
         notes.append(
-            f"The last line of {METRICS} is cut off (the run was stopped while writing it)."
+            f"The last line of {METRICS_FILE} is cut off (the run was stopped while writing it)."
         )
     data = RunData(
         path=path,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import CONFIG, MANIFEST, read_manifest, write_manifest
 from wsae.core.calls import check_tensor, own_settings, tensor
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
@@ -31,7 +31,7 @@ from wsae.ops import (
 )
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, SAEConfig, TopK
 
-WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+WEIGHTS = "sae.safetensors"
 
 
 class SparseAutoencoder(nn.Module):

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from wsae.core.errors import UserError
-from wsae.run import Json
+from wsae.run import Json, Run
 from wsae.serve import pages
 from wsae.serve.build import weights_digest
 from wsae.serve.index import (
@@ -160,9 +160,7 @@ class Live:
         wanted = (path, f"{member.hook}|{member.name}|{member.weights}")
         if self._sae is None or self._sae[0] != wanted:
             self._sae = None
-            place = path / "members" / member.hook / member.name
-            if not place.resolve().is_relative_to(path.resolve()):
-                raise UserError(f"{member.name}: its weights lie outside the run")
+            place = Run(path).place(member.hook, member.name)
             if weights_digest(place) != member.weights:
                 raise UserError(f"no live reading: {CHANGED}")
             sae = SparseAutoencoder.load(place).to(self.device)

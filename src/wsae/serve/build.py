@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Int32, Int64
 from torch import Tensor, nn
 
-from wsae.core.artifact import contained, read_manifest
+from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import digest, writing
 from wsae.core.progress import Progress, Tick, quiet
@@ -176,12 +176,12 @@ class Job:
     def load(self, member: Member) -> SparseAutoencoder | None:
         """Return a member's SAE, none where the run keeps no weights of it; raises UserError for a damaged one."""
         listed = self.run.manifest.get("info", {}).get("members", {}).get(member.hook, [])
-        place = contained(self.run.path, f"members/{member.hook}/{member.name}")
+        place = Run(self.run.path).place(member.hook, member.name)
         return SparseAutoencoder.load(place) if member.name in listed else None
 
     def weights(self, member: Member) -> str:
         """Return the digest of the manifest of a member's weights."""
-        return weights_digest(self.run.path / "members" / member.hook / member.name)
+        return weights_digest(Run(self.run.path).place(member.hook, member.name))
 
 
 def weights_digest(place: Path) -> str:

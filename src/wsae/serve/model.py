@@ -2,15 +2,15 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
-from wsae.core.files import read_json
+from wsae.core.files import Json, read_json
+from wsae.run import Run
 
 if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
-
-Json = dict[str, Any]
 
 
 class ModelName(NamedTuple):
@@ -22,7 +22,7 @@ class ModelName(NamedTuple):
 
 def model_of(run: Path) -> ModelName:
     """Name the language model that the activations are of, when it can be loaded without a network."""
-    source: Json = read_json(run / "config.json").get("source") or {}
+    source: Json = Run(run).source
     harvest = source.get("harvest") or _store_config(source)
     name = harvest.get("model") or source.get("model")
     if not isinstance(name, str):
@@ -73,7 +73,7 @@ def load(name: str, device: str) -> "LanguageModel":
 
 def _store_config(source: Json) -> Json:
     path = source.get("path")
-    manifest = Path(path) / "manifest.json" if isinstance(path, str) else None
+    manifest = Path(path) / MANIFEST if isinstance(path, str) else None
     if manifest is None or source.get("kind") != "store" or not manifest.is_file():
         return {}
     found = read_json(manifest)

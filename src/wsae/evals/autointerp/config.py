@@ -38,6 +38,18 @@ class ContextConfig(Config):
     seed: int = 0
 
 
+class FragmentConfig(Config):
+    """What simulation is scored on."""
+
+    width: Count = 64
+    """Tokens of a fragment."""
+    limit: Count = 50_000
+    """Fragments looked at, one per document."""
+    batch_size: Count = 2048
+    """Rows read at once."""
+    seed: int = 0
+
+
 class InterpretConfig(Config):
     """What is scored, and how sure the numbers are."""
 

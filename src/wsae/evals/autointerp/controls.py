@@ -2,13 +2,16 @@
 
 A control is an ordinary SparseAutoencoder, or ordinary contexts, so that nothing downstream knows the difference. A
 score that a random direction, a neuron or a principal direction reaches too says nothing about training; what the
-shuffled contexts reach is chance. The model of random weights has a file of its own, `random_model`.
+shuffled contexts reach is chance. The costliest control is an SAE trained the same way on the same text, of a model
+that learned nothing: latents of a randomly initialised transformer can be explained too, since they still see words
+(Heap et al. 2025), and what they reach is the part of a score that says nothing about the trained model.
 """
 
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +21,10 @@ from torch import Tensor
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
 from wsae.core.files import digest, read_json, write_json
-from wsae.core.progress import Progress
+from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import Control
-from wsae.evals.autointerp.windows import Collected
+from wsae.evals.autointerp.windows import Collected, Fragments
 from wsae.evals.control import CONTROL
 from wsae.evals.data import HeldOut, Language
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from wsae.acts.config import HarvestConfig
     from wsae.acts.live import LiveSource
 
+Explained = TypeVar("Explained", Collected, Fragments)
 NAMES: dict[Control, str] = {
     "random_sae": CONTROL,
     "neurons": "control-neurons",
@@ -97,20 +101,23 @@ def pca(
     return direction_sae(axes, kept.sqrt(), mean, l0)
 
 
-def shuffled(collected: Collected, seed: int, *names: str) -> Collected:
-    """Return the same latents and scoring windows, each latent with another one's explaining windows.
+def subset(found: Explained, latents: Collection[int]) -> Explained:
+    """Return the part of some latents."""
+    return replace(found, latents=[one for one in found.latents if one.latent in latents])
+
+
+def shuffled(found: Explained, seed: int, *names: str) -> Explained:
+    """Return the same latents and what they are scored on, each latent with another one's explaining windows.
 
     Who gets whose is one random cycle through all of them, so nobody keeps their own. A lone latent has no other: it
     is skipped and counted.
     """
-    latents = collected.latents
+    latents = found.latents
     if len(latents) < 2:
-        return replace(collected, latents=[], skipped={"alone": len(latents)})
+        return replace(found, latents=[], skipped={"alone": len(latents)})
     giver = derangement(len(latents), seed_for(seed, "shuffled", *names))
-    swapped = [
-        replace(latent, explain=latents[int(giver[i])].explain) for i, latent in enumerate(latents)
-    ]
-    return replace(collected, latents=swapped, skipped={})
+    swapped = [replace(one, explain=latents[giver[i]].explain) for i, one in enumerate(latents)]
+    return replace(found, latents=swapped, skipped={})
 
 
 def derangement(n: int, seed: int) -> Int64[np.ndarray, " n"]:
@@ -121,67 +128,53 @@ def derangement(n: int, seed: int) -> Int64[np.ndarray, " n"]:
     return out
 
 
-# The costliest control: an SAE trained the same way on the same text, of a model that learned
-# nothing.
-#
-# Latents of a randomly initialised transformer can be explained too, since they still see words
-# (Heap et al. 2025); what they reach is the part of a score that says nothing about the trained
-# model.
-
 IDENTITY = "identity.json"
 
 
-class RandomModel(NamedTuple):
-    """The control's SAEs by hook, and the held-out rows of the model with random weights."""
+def random_model(
+    source: HeldOut,
+    language: Language | None,
+    train: TrainConfig,
+    member: str,
+    place: Path,
+    seed: int = 0,
+    keep_store: bool = False,
+    progress: Progress = quiet,
+) -> tuple[dict[str, SparseAutoencoder], "LiveSource"]:
+    """Train `member` as `train` says (or finish, or just open it) in `place`, on the model with random weights.
 
-    saes: dict[str, SparseAutoencoder]
-    source: "LiveSource"
-
-
-class RandomModelRecipe(NamedTuple):
-    """What is repeated on the model with random weights, and how."""
-
-    source: HeldOut
-    """The run's own data: a store or a live model."""
-    language: Language | None
-    train: TrainConfig
-    """The run's training."""
-    member: str
-    """The member that is trained again."""
-    seed: int
-    keep_store: bool = False
-
-
-def random_model(recipe: RandomModelRecipe, place: Path, progress: Progress) -> RandomModel:
-    """Train (or finish, or just open) the control in `place`.
-
-    A run on a store harvests the same text once; that store is removed when training is done unless it is to be kept.
-    A run on a live model trains on the live model. Raises UserError where there is no model behind the data.
+    Returns the SAEs by hook, and that model as a source. A run on a store harvests the same text once; that store is
+    removed when training is done unless it is to be kept. A run on a live model trains on the live model. Raises
+    UserError where there is no model behind the data.
     """
     from wsae.acts.harvest import harvest
     from wsae.acts.language import LanguageModel, reinitialised
     from wsae.acts.live import LiveSource
     from wsae.acts.source import StoreSource
 
-    cfg = harvest_config(recipe.source)
-    if cfg is None or not isinstance(recipe.language, LanguageModel):
+    cfg = harvest_config(source)
+    if cfg is None or not isinstance(language, LanguageModel):
         raise UserError(
             "control random_model: this run's data have no language model behind them; leave it out"
         )
-    language = reinitialised(recipe.language, seed_for(recipe.seed, "random model"))
-    training = _training(recipe)
-    _enter(place, digest([cfg.to_dict(), language.digest, training.to_dict()]))
+    language, name = reinitialised(language, seed_for(seed, "random model")), NAMES["random_model"]
+    members = dict(zip(train.names(), train.members, strict=True))
+    alone = members[member].model_copy(update={"label": name})
+    train = train.model_copy(update={"members": (alone,)})
+    known, identity = place / IDENTITY, digest([cfg.to_dict(), language.digest, train.to_dict()])
+    if place.is_dir() and (not known.is_file() or read_json(known) != identity):
+        shutil.rmtree(place)  # of another model, text or training
+    write_json(known, identity)
     live, run, store = LiveSource(cfg, language=language), place / "run", place / "store"
     if not (run / MANIFEST).exists():
         data = live
-        if not isinstance(recipe.source, LiveSource):
+        if not isinstance(source, LiveSource):
             rows = cfg.model_copy(update={"heldout_tokens": 0})
             data = StoreSource(harvest(rows, store, progress, language).path, verify=False)
-        train_run(training, data, run, progress, resume=True, device=str(language.device))
-    if not recipe.keep_store:
+        train_run(train, data, run, progress, resume=True, device=str(language.device))
+    if not keep_store:
         shutil.rmtree(store, ignore_errors=True)
-    name = NAMES["random_model"]
-    return RandomModel({hook: saes[name] for hook, saes in load_run(run).saes.items()}, live)
+    return {hook: saes[name] for hook, saes in load_run(run).saes.items()}, live
 
 
 def harvest_config(source: HeldOut) -> "HarvestConfig | None":
@@ -196,18 +189,3 @@ def harvest_config(source: HeldOut) -> "HarvestConfig | None":
         return None
     cfg = HarvestConfig.parse(source.store.manifest.config, where=f"{source.store.path}")
     return cfg.model_copy(update={"hooks": tuple(source.hooks)})
-
-
-def _training(recipe: RandomModelRecipe) -> TrainConfig:
-    """Return the run's training with the one member."""
-    members = dict(zip(recipe.train.names(), recipe.train.members, strict=True))
-    member = members[recipe.member].model_copy(update={"label": NAMES["random_model"]})
-    return recipe.train.model_copy(update={"members": (member,)})
-
-
-def _enter(place: Path, identity: str) -> None:
-    """Begin anew where `place` holds the control of another model, text or training."""
-    known = place / IDENTITY
-    if place.is_dir() and (not known.is_file() or read_json(known) != identity):
-        shutil.rmtree(place)
-    write_json(place / IDENTITY, identity)

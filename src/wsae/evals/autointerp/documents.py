@@ -4,33 +4,27 @@ Documents are numbered in the text's order. The token that ends a document belon
 several sequences keeps its number, and so its side. An end-of-text token written out in a text splits it in two.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
-from wsae.core.seeds import mix64
+from wsae.core.seeds import mix64, seed_for
+from wsae.evals.autointerp.config import FragmentConfig
+from wsae.evals.autointerp.windows import Windows, cut_windows
 from wsae.evals.data import HeldOut
 
 EXPLAIN, SCORE = 0, 1
 SIDES = ("explain", "score")
 _BLOCK = 256
 """Sequences of a table looked at together."""
-
-
-@runtime_checkable
-class Previewed(Protocol):
-    """A source that knows the held-out tokens before their activations (a live model's text)."""
-
-    def preview(self) -> Iterator[TokenTable]:
-        """Yield the held-out sequences in order, a few at a time."""
-        ...
 
 
 class Spans(NamedTuple):
@@ -46,10 +40,8 @@ class Documents:
 
     def __init__(self, tables: Iterator[TokenTable]) -> None:
         self._tables = tables
-        self._first = self._next = self._base = 0
-        self._lead = 0
-        self._numbers: deque[Int64[np.ndarray, " seq_len"]] = deque()
-        self._lengths: deque[int] = deque()
+        self._first = self._next = self._base = self._lead = 0
+        self._kept: deque[tuple[Int64[np.ndarray, " seq_len"], int]] = deque()
         self.seq_len = 0
         self._read()
 
@@ -65,39 +57,33 @@ class Documents:
         """
         if not len(seq):
             return Spans(seq, seq, seq)
-        self._forget(int(seq[0]))
-        while self._next <= seq[-1]:
-            if not self._read():
+        while self._first < seq[0] or self._next <= seq[-1]:
+            if self._kept and self._first < seq[0]:
+                self._kept.popleft()
+                self._first += 1
+            elif not self._read():
                 raise UserError(
                     f"sequence {int(seq[-1])} has no tokens in the data; harvest them again"
                 )
         row = seq - self._first
-        numbers = np.stack(list(islice(self._numbers, int(row[-1]) + 1)))
-        length = np.array(self._lengths)[row]
+        kept = list(islice(self._kept, int(row[-1]) + 1))
+        numbers, length = np.stack([one for one, _ in kept]), np.array([n for _, n in kept])[row]
         stop = np.minimum(start + width, length)
         return Spans(numbers[row, start], numbers[row, stop - 1], length)
-
-    def _forget(self, before: int) -> None:
-        while self._first < before and (self._numbers or self._read()):
-            self._numbers.popleft()
-            self._lengths.popleft()
-            self._first += 1
 
     def _read(self) -> bool:
         """Number the documents of the next sequences; False when there are none."""
         table = next(self._tables, None)
         if table is None:
             return False
-        ids = table.ids.numpy()
-        lengths = table.lengths.numpy().astype(np.int64)
+        ids, lengths = table.ids.numpy(), table.lengths.tolist()
         self.seq_len = ids.shape[1]
-        self._numbers += list(self._numbered(ids, lengths, table.ends))
-        self._lengths += lengths.tolist()
+        self._kept += zip(self._numbered(ids, lengths, table.ends), lengths, strict=True)
         self._next += len(ids)
         return True
 
     def _numbered(
-        self, ids: np.ndarray, lengths: np.ndarray, ends: tuple[int, ...] | None
+        self, ids: np.ndarray, lengths: list[int], ends: tuple[int, ...] | None
     ) -> Int64[np.ndarray, "n_seq seq_len"]:
         if ends is None:
             raise UserError(
@@ -107,12 +93,9 @@ class Documents:
         if not ends:
             number = np.arange(self._next, self._next + len(ids), dtype=np.int64)
             return np.broadcast_to(number[:, None], ids.shape)
-        position = np.arange(ids.shape[1])
-        end = np.isin(ids, ends) & (position < lengths[:, None])
-        if self._next == 0 and len(
-            ids
-        ):  # a text does not start with an end: this is the token put before sequences
-            self._lead = int(end[0, 0])
+        end = np.isin(ids, ends) & (np.arange(ids.shape[1]) < np.array(lengths)[:, None])
+        if self._next == 0 and len(ids):
+            self._lead = int(end[0, 0])  # no end starts a text: the token put before sequences
         end[:, : self._lead] = False
         total = end.sum(axis=1)
         base = self._base + np.cumsum(total) - total
@@ -122,8 +105,9 @@ class Documents:
 
 def documents_of(source: HeldOut) -> Documents:
     """Return the documents of the held-out text; raises UserError when the data have no text."""
-    if isinstance(source, Previewed):
-        return Documents(source.preview())
+    preview = getattr(source, "preview", None)  # a live model's: tokens before their activations
+    if preview is not None:
+        return Documents(preview())
     table = source.tokens()
     if table is None:
         raise UserError(
@@ -145,9 +129,6 @@ def side_of(document: Int64[np.ndarray, " n"], key: int) -> Int64[np.ndarray, " 
     pair = mix64((document >> 1).astype(np.uint64), key)
     return ((pair & np.uint64(1)).astype(np.int64) + document) & 1
 
-
-# Rows of held-out data to windows of text: which window each row is in, and which windows are
-# complete.
 
 DROPPED = -1
 """Side of a window that is not used."""
@@ -178,7 +159,7 @@ class Tiling:
 
     def __init__(self, documents: Documents, width: int, key: int) -> None:
         self.seq_len = documents.seq_len
-        if self.width_too_large(width):
+        if 0 < self.seq_len < width:
             raise UserError(
                 f"windows of {width} tokens are wider than the sequences, which have {self.seq_len}; "
                 "lower the width or harvest longer sequences"
@@ -190,10 +171,6 @@ class Tiling:
         self._open = np.zeros(0, dtype=np.int64)
         self._open_side, self._open_whole = DROPPED, False
 
-    def width_too_large(self, width: int) -> bool:
-        """Return whether no window would fit."""
-        return 0 < self.seq_len < width
-
     def slab(self, seq: Int64[np.ndarray, " rows"], pos: Int64[np.ndarray, " rows"]) -> Slab:
         """Place the next rows (at least one)."""
         per_row = np.concatenate([self._open, seq * self.per_seq + pos // self.width])
@@ -202,11 +179,14 @@ class Tiling:
             raise UserError("the held-out rows are not in the text's order; harvest the data again")
         number = per_row[np.concatenate([[True], steps > 0])]
         row_window = np.concatenate([[0], np.cumsum(steps > 0)])[len(self._open) :]
-        side, stop = self._placed(number)
+        start = number % self.per_seq * self.width
+        spans = self._documents.of(number // self.per_seq, start, self.width)
+        side = side_of(spans.first, self._key)
+        side[spans.first != spans.last] = DROPPED
         closed = len(number) - 1
         self._count(side[:closed])
         self._open, self._open_side = number[-1:], int(side[-1])
-        self._open_whole = int(pos[-1]) + 1 == stop[-1]
+        self._open_whole = int(pos[-1]) + 1 == min(start[-1] + self.width, spans.length[-1])
         return Slab(number, side, row_window, pos % self.width, closed)
 
     def last(self) -> Slab:
@@ -217,16 +197,83 @@ class Tiling:
         none = np.zeros(0, dtype=np.int64)
         return Slab(self._open, side, none, none, closed=len(side))
 
-    def _placed(
-        self, number: Int64[np.ndarray, " windows"]
-    ) -> tuple[Int64[np.ndarray, " windows"], Int64[np.ndarray, " windows"]]:
-        """Return each window's side, and the position after its last token."""
-        start = number % self.per_seq * self.width
-        spans = self._documents.of(number // self.per_seq, start, self.width)
-        side = side_of(spans.first, self._key)
-        side[spans.first != spans.last] = DROPPED
-        return side, np.minimum(start + self.width, spans.length)
+    def windows(self, number: Int64[np.ndarray, " windows"], table: TokenTable) -> Windows:
+        """Return windows by their number, with their text."""
+        seq, start = number // self.per_seq, number % self.per_seq * self.width
+        document = Documents(blocks(table)).of(seq, start, self.width).first
+        return cut_windows(table, seq, start, document, self.width)
 
     def _count(self, side: Int64[np.ndarray, " windows"]) -> None:
         for name, n in zip((STRADDLING, *SIDES), np.bincount(side + 1, minlength=3), strict=True):
             self.counts[name] += int(n)
+
+
+class FragmentTiling:
+    """One fragment of `width` tokens per document, in its first part of a sequence that is long enough.
+
+    Uniform over the starts there, by a hash of the document, so that it does not depend on how the rows are split. A
+    fragment has its document's number, and is closed when a row at or after its last token was seen.
+    """
+
+    def __init__(self, documents: Documents, cfg: FragmentConfig) -> None:
+        self.width, self._limit = cfg.width, cfg.limit
+        self._documents, self._key = documents, seed_for(cfg.seed, "fragments")
+        self._place: dict[int, tuple[int, int]] = {}
+        self._ends: list[tuple[int, int]] = []
+        self._seen = (-1, 0)
+        self._settled = -1
+        self._here = self._open = np.zeros(0, dtype=np.int64)
+
+    @property
+    def n(self) -> int:
+        """Complete fragments so far, those of whose rows none was seen too."""
+        return bisect_right(self._ends, self._seen)
+
+    def slab(
+        self, seq: Int64[np.ndarray, " rows"], pos: Int64[np.ndarray, " rows"]
+    ) -> tuple[Int64[np.ndarray, " inside"], Slab]:
+        """Return which of the next rows lie in fragments, and place these."""
+        document = np.full(len(seq), -1)
+        cuts = np.flatnonzero(np.diff(seq)) + 1
+        for rows in np.split(np.arange(len(seq)), cuts) if len(seq) else ():
+            self._enter(int(seq[rows[0]]))
+            document[rows] = self._here[pos[rows]]
+            self._seen = (int(seq[rows[-1]]), int(pos[rows[-1]]) + 1)
+        inside = np.flatnonzero(document >= 0)
+        touched = np.concatenate([self._open, document[inside]])
+        number, window = np.unique(touched, return_inverse=True)
+        window = window[len(self._open) :]
+        places = [self._place[one] for one in number.tolist()]
+        starts = np.array([start for _, start in places], dtype=np.int64)
+        closed = sum((at, start + self.width) <= self._seen for at, start in places)
+        self._open = number[closed:]
+        side = np.full(len(number), EXPLAIN)
+        return inside, Slab(number, side, window, pos[inside] - starts[window], closed)
+
+    def windows(self, number: Int64[np.ndarray, " n"], table: TokenTable) -> Windows:
+        """Return fragments as windows."""
+        places = [self._place[one] for one in number.tolist()]
+        seq, start = np.array(places, dtype=np.int64).reshape(-1, 2).T
+        return cut_windows(table, seq, start, number, self.width)
+
+    def _enter(self, seq: int) -> None:
+        """Choose the fragments of a sequence when its first row comes."""
+        if seq == self._seen[0]:
+            return
+        if seq < self._seen[0]:
+            raise UserError("the held-out rows are not in the text's order; harvest the data again")
+        length = self._documents.seq_len
+        spans = self._documents.of(np.full(length, seq), np.arange(length), 1)
+        numbers = spans.first[: int(spans.length[0])]
+        self._here = np.full(length, -1)
+        for document in np.unique(numbers[numbers > self._settled]).tolist():
+            first, last = np.flatnonzero(numbers == document)[[0, -1]].tolist()
+            room = last + 1 - first - self.width
+            if room < 0 or len(self._place) >= self._limit:
+                continue
+            hashed = mix64(np.array([document], dtype=np.uint64), self._key)
+            start = first + int(hashed[0]) % (room + 1)
+            self._here[start : start + self.width] = document
+            self._place[document] = (seq, start)
+            self._ends.append((seq, start + self.width))
+            self._settled = document

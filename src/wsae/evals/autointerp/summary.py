@@ -8,21 +8,25 @@ Bootstrap percentile intervals over latents, seeded, fp64.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
+from wsae.core.files import Json
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import FREE, InterpretConfig, Score
 from wsae.evals.config import EvalConfig
 from wsae.evals.glossary import HIGHER, Metric
-from wsae.evals.intervals import Difference, Estimate, resampled_sums
+from wsae.evals.intervals import (
+    Difference,
+    Estimate,
+    effect_size,
+    percentiles,
+    resampled_means,
+    resampled_sums,
+)
 
-# Do the scores that need no LLM rank latents as LLM detection does? Rank correlation over the same
-# latents.
-
-Json = dict[str, Any]
 Pairs = Float64[np.ndarray, "latents 2"]
 FEWEST_RANKED = 3
 """Latents below which no correlation is reported."""
@@ -57,9 +61,7 @@ def rank_correlation(values: Pairs, cfg: InterpretConfig) -> Estimate:
     rng = np.random.default_rng(cfg.seed)
     picks = rng.integers(0, len(values), size=(cfg.draws, len(values)))
     found = [rho for pick in picks if (rho := spearman(values[pick])) is not None]
-    tail = (1 - cfg.confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, *percentiles(np.array(found), cfg.confidence))
 
 
 def spearman(values: Pairs) -> float | None:
@@ -73,9 +75,6 @@ def spearman(values: Pairs) -> float | None:
     scale = float(np.sqrt((centred**2).sum(0).prod()))
     return float((centred[:, 0] * centred[:, 1]).sum()) / scale if scale > 0 else None
 
-
-# Every interpretability score's formula and direction: the table behind the results, the report and
-# the docs.
 
 SCORES: dict[Score, Metric] = {
     "embedding": Metric(
@@ -111,6 +110,14 @@ SCORES: dict[Score, Metric] = {
     ),
 }
 """Scores in the order a reader wants them."""
+METRIC: dict[Score, str] = {
+    "embedding": "auc",
+    "surprisal": "auc",
+    "detection": "balanced_accuracy",
+    "fuzzing": "balanced_accuracy",
+    "simulation": "mixed",
+}
+"""The number that stands for a score; what else is known of a latent is beside it."""
 
 
 def glossary(scores: Iterable[str] = tuple(SCORES)) -> dict[str, dict[str, str]]:
@@ -119,18 +126,15 @@ def glossary(scores: Iterable[str] = tuple(SCORES)) -> dict[str, dict[str, str]]
     return {key: metric._asdict() for key, metric in SCORES.items() if key in wanted}
 
 
-# How well positive contexts are told from negative ones: exact AUC, balanced accuracy, and the
-# score of one latent.
-#
-# Every scorer, asked or free, hands out `LatentScore`. NaN stands for a context without a usable
-# verdict (a reply that could not be parsed, a text without tokens): it is counted in `failed` and
-# enters nothing else.
-
 Values = Float64[np.ndarray, " _"]
 
 
 class LatentScore(NamedTuple):
-    """One latent's score; positives and random negatives make the counts, hard negatives have their own."""
+    """One latent's score by any scorer; positives and random negatives make the counts, hard negatives have their own.
+
+    A context without a usable verdict (a reply that could not be parsed, a text without tokens; NaN in `Verdicts`) is
+    counted in `failed` and enters nothing else.
+    """
 
     latent: int
     density: float
@@ -156,6 +160,15 @@ class Verdicts(NamedTuple):
     positive: Values
     negative: Values
     hard: Values
+
+
+def half_way(own: Values, foreign: Values) -> float:
+    """Return the middle of the mean of a latent's own scores and the median of others'; NaN where a side has none.
+
+    The threshold of what has no natural one; no scored context sets it.
+    """
+    own, foreign = own[~np.isnan(own)], foreign[~np.isnan(foreign)]
+    return float((own.mean() + np.median(foreign)) / 2) if len(own) and len(foreign) else np.nan
 
 
 def judge(latent: int, density: float, verdicts: Verdicts, threshold: float = 0.5) -> LatentScore:
@@ -200,18 +213,6 @@ def balanced_accuracy(tp: int, fn: int, tn: int, fp: int) -> float | None:
     return (tp / (tp + fn) + tn / (tn + fp)) / 2
 
 
-def pooled_counts(scores: Sequence[LatentScore]) -> Float64[np.ndarray, "latents 4"]:
-    """Return tp, fn, tn, fp of every latent as columns."""
-    counts = [(s.tp, s.fn, s.tn, s.fp) for s in scores]
-    return np.asarray(counts, dtype=np.float64).reshape(len(scores), 4)
-
-
-def pooled_balanced_accuracy(scores: Sequence[LatentScore]) -> float | None:
-    """Return the balanced accuracy of all latents' contexts taken together."""
-    tp, fn, tn, fp = pooled_counts(scores).sum(0)
-    return balanced_accuracy(int(tp), int(fn), int(tn), int(fp))
-
-
 N_STRATA = 10
 """Strata of equal count in the pooled sample: with more, few latents are left on each side."""
 FEWEST = 2
@@ -232,13 +233,15 @@ def pooled_accuracy(scores: Sequence[LatentScore], cfg: EvalConfig) -> Estimate:
 
     (sum tp / sum (tp + fn) + sum tn / sum (tn + fp)) / 2 over the latents of a draw.
     """
-    value = pooled_balanced_accuracy(scores)
+    counts = [(score.tp, score.fn, score.tn, score.fp) for score in scores]
+    columns = np.array(counts, dtype=np.float64).reshape(len(scores), 4)
+    value = balanced_accuracy(*map(int, columns.sum(0)))
     if value is None or len(scores) < FEWEST:
         return Estimate(value, None, None)
-    tp, fn, tn, fp = resampled_sums(pooled_counts(scores), cfg.draws, cfg.seed).T
+    tp, fn, tn, fp = resampled_sums(columns, cfg.draws, cfg.seed).T
     if not ((tp + fn > 0) & (tn + fp > 0)).all():
         return Estimate(value, None, None)
-    return Estimate(value, *_interval((tp / (tp + fn) + tn / (tn + fp)) / 2, cfg))
+    return Estimate(value, *percentiles((tp / (tp + fn) + tn / (tn + fp)) / 2, cfg.confidence))
 
 
 def matched_density(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
@@ -248,7 +251,15 @@ def matched_density(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     resampled within member and stratum. effect_size divides by sqrt(sum_k w_k (var_a,k + var_b,k) / 2); n is the
     number of latents compared of the member that has fewer.
     """
-    pairs = _strata(_known(a), _known(b))
+    sides = _known(a), _known(b)
+    pairs: list[list[Values]] = []
+    if all(len(side.score) for side in sides):
+        d = [np.log10(side.density) for side in sides]
+        edges = np.unique(np.quantile(np.concatenate(d), np.linspace(0, 1, N_STRATA + 1))[1:-1])
+        place = [np.searchsorted(edges, one, side="right") for one in d]
+        for k in range(len(edges) + 1):
+            pair = [side.score[at == k] for side, at in zip(sides, place, strict=True)]
+            pairs += [pair] if min(map(len, pair)) >= FEWEST else []
     if not pairs:
         return Difference(None, None, None, None, 0)
     weights = np.array([len(left) + len(right) for left, right in pairs], dtype=np.float64)
@@ -259,21 +270,15 @@ def matched_density(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     )
     draws = np.zeros(cfg.draws)
     for k, (weight, pair) in enumerate(zip(weights, pairs, strict=True)):
-        x, y = (_means(part, cfg, "stratum", k, side) for side, part in enumerate(pair))
+        x, y = (
+            resampled_means(part, cfg.draws, seed_for(cfg.seed, "density", "stratum", k, side))
+            for side, part in enumerate(pair)
+        )
         draws += weight * (x - y)
     n = min(sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-    return Difference(gap, *_interval(draws, cfg), _effect(gap, float(np.sqrt(spread))), n)
-
-
-def _strata(a: Sample, b: Sample) -> list[tuple[Values, Values]]:
-    """Return both members' scores in each stratum that both have."""
-    if not len(a.score) or not len(b.score):
-        return []
-    d = [np.log10(side.density) for side in (a, b)]
-    edges = np.unique(np.quantile(np.concatenate(d), np.linspace(0, 1, N_STRATA + 1))[1:-1])
-    place = [np.searchsorted(edges, side, side="right") for side in d]
-    pairs = [(a.score[place[0] == k], b.score[place[1] == k]) for k in range(len(edges) + 1)]
-    return [pair for pair in pairs if min(map(len, pair)) >= FEWEST]
+    return Difference(
+        gap, *percentiles(draws, cfg.confidence), effect_size(gap, float(np.sqrt(spread))), n
+    )
 
 
 def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
@@ -286,7 +291,12 @@ def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     n = min(len(side.score) for side in sides)
     if n < FEWEST:
         return Difference(None, None, None, None, n)
-    design, score = _design(*sides), np.concatenate([side.score for side in sides])
+    score = np.concatenate([side.score for side in sides])
+    d = np.log10(np.concatenate([side.density for side in sides]))
+    knots = np.unique(np.quantile(d, KNOTS))
+    is_a = np.repeat([1.0, 0.0], [len(side.score) for side in sides])
+    hinges = np.maximum(d[:, None] - knots, 0)  # d is centred, which changes the constant alone
+    design = np.column_stack([is_a, np.ones_like(d), d - d.mean(), hinges])
     columns = np.concatenate([design, score[:, None]], axis=1)
     moments = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
     fit = _solve(moments.sum(0))
@@ -298,16 +308,9 @@ def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
         for side, part in enumerate((moments[:cut], moments[cut:]))
     )
     draws = np.array([_solve(one)[0] for one in np.asarray(sums)])
-    return Difference(float(fit[0]), *_interval(draws, cfg), _effect(float(fit[0]), spread), n)
-
-
-def _design(a: Sample, b: Sample) -> Float64[np.ndarray, "latents columns"]:
-    """Return [member is a], 1, d, (d - knot)_+ ...; d is centred, which changes the constant alone."""
-    d = np.log10(np.concatenate([a.density, b.density]))
-    knots = np.unique(np.quantile(d, KNOTS))
-    member = np.repeat([1.0, 0.0], [len(a.score), len(b.score)])
-    hinges = np.maximum(d[:, None] - knots, 0)
-    return np.column_stack([member, np.ones_like(d), d - d.mean(), hinges])
+    return Difference(
+        float(fit[0]), *percentiles(draws, cfg.confidence), effect_size(float(fit[0]), spread), n
+    )
 
 
 def _solve(moments: Float64[np.ndarray, " moments"]) -> Values:
@@ -326,20 +329,3 @@ def _known(sample: Sample) -> Sample:
     keep = ~np.isnan(score)
     assert (density[keep] > 0).all(), "a latent that was scored has fired"
     return Sample(density[keep], score[keep])
-
-
-def _means(values: Values, cfg: EvalConfig, *names: str | int) -> Float64[np.ndarray, " draws"]:
-    seed = seed_for(cfg.seed, "density", *names)
-    return resampled_sums(values[:, None], cfg.draws, seed)[:, 0] / len(values)
-
-
-def _interval(draws: Float64[np.ndarray, " draws"], cfg: EvalConfig) -> tuple[float, float]:
-    tail = (1 - cfg.confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _effect(gap: float, spread: float) -> float | None:
-    if spread > abs(gap) * 1e-12:
-        return gap / spread
-    return 0.0 if gap == 0 else None

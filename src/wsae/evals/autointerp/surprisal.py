@@ -5,12 +5,15 @@ label in words, or where there is none some of its explaining windows, put into 
 said" is the same template with an empty word, or with windows of many other latents: a prompt of the same form, so that
 the difference is due to what is said. Against a bare text instead, the mean AUC on hand-made features is lower
 (docs/benchmarks.md).
+
+The model reads many texts after one prefix: the prefix goes through it once, and its keys and values are repeated for a
+batch of texts. Logits over the vocabulary exist for one batch only and are reduced to the log-probability of the token
+that follows.
 """
 
 import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -22,15 +25,9 @@ from torch import Tensor
 from wsae.acts.loading import refuse_unable_to_continue
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.autointerp.summary import LatentScore, Verdicts, judge
+from wsae.evals.autointerp.summary import LatentScore, Verdicts, half_way, judge
 from wsae.evals.autointerp.windows import Collected, LatentContexts
 from wsae.evals.data import Language
-
-# A causal language model as a reader: log P(text | prefix) of many texts after one prefix.
-#
-# The prefix goes through the model once; its keys and values are repeated for a batch of texts.
-# Logits over the vocabulary exist for one batch only and are reduced to the log-probability of the
-# token that follows.
 
 LOGITS = 1 << 25
 """Logits held at once (4 bytes each, twice: 268 MB)."""
@@ -78,18 +75,15 @@ class PrefixReader:
         first = self._model(torch.tensor([head], device=self._device), use_cache=True)
         start = 0
         while start < len(order):
-            size = self._size(len(head), len(ids[order[start]]), first.logits.shape[-1])
-            batch = order[start : start + size]
+            width = len(ids[order[start]])
+            size = min(LOGITS // (width * first.logits.shape[-1]), KEYS // (len(head) + width))
+            batch = order[start : start + max(1, size)]
             out[batch] = self._read_batch(first, [ids[i] for i in batch])
-            start += size
+            start += len(batch)
         return out
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-
-    @staticmethod
-    def _size(head: int, width: int, vocabulary: int) -> int:
-        return max(1, min(LOGITS // (width * vocabulary), KEYS // (head + width)))
 
     def _read_batch(self, first: Any, ids: list[list[int]]) -> Float64[np.ndarray, " batch"]:
         """Return the means over each row's tokens; rows are padded on the right, where causal models do not look."""
@@ -143,67 +137,48 @@ def surprisal_scores(
     `Reader` for several members reads each window after "nothing said" once.
     """
     reader = language if isinstance(language, PrefixReader) else PrefixReader(language)
-    asked = _Asked(reader, collected, seed)
     chosen = [one for one in collected.latents if latents is None or one.latent in latents]
     out = []
     with progress("surprisal", len(chosen), "latents") as tick:
         for one in chosen:
-            out.append(asked.score(one, (explanations or {}).get(one.latent)))
+            out.append(_scored(reader, collected, one, (explanations or {}).get(one.latent), seed))
             tick(1)
     return out
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What scoring a latent needs beside its contexts."""
+def _scored(
+    reader: PrefixReader, collected: Collected, one: LatentContexts, words: str | None, seed: int
+) -> LatentScore:
+    def texts(windows: Int64[np.ndarray, " n"]) -> list[str]:
+        return [collected.windows.text(window) for window in windows.tolist()]
 
-    reader: PrefixReader
-    collected: Collected
-    seed: int
+    explain = one.explain.window
+    shown, rest = (explain[:0], explain) if words is not None else split_shown(explain)
+    others = [other for other in collected.latents if other is not one]
+    reference = _drawn(others, N_REFERENCE, seed, "reference", one.latent)
+    groups = [rest, reference, *(role.window for role in one.scored())]
+    if words is not None:
+        said, nothing = words_prefix(words), [words_prefix(TEMPLATES["nothing"])]
+    else:  # windows of the half of the latents that this one is not in, so that none is its own
+        half = 1 - [other is one for other in collected.latents].index(True) % 2
+        others = collected.latents[half::2]
+        drawn = (_drawn(others, len(shown), seed, "nothing", half, k) for k in range(N_NOTHING))
+        said, nothing = windows_prefix(texts(shown)), [windows_prefix(texts(one)) for one in drawn]
+    read = texts(np.concatenate(groups))
+    before = np.mean([reader.remembered(prefix, read) for prefix in nothing], axis=0)
+    ends = np.cumsum([len(group) for group in groups])[:-1]
+    mine, foreign, *verdicts = np.split(reader.read(said, read) - before, ends)
+    return judge(one.latent, one.density, Verdicts(*verdicts), half_way(mine, foreign))
 
-    def score(self, one: LatentContexts, words: str | None) -> LatentScore:
-        """Return one latent's score."""
-        explain = one.explain.window
-        shown, rest = (explain[:0], explain) if words is not None else split_shown(explain)
-        reference = self._drawn(self._without(one), N_REFERENCE, "reference", one.latent)
-        groups = (rest, reference, one.positive.window, one.negative.window, one.hard.window)
-        texts = self._texts(np.concatenate(groups))
-        if words is not None:
-            said, nothing = words_prefix(words), [words_prefix(TEMPLATES["nothing"])]
-        else:
-            said, nothing = windows_prefix(self._texts(shown)), self._nothing(one, len(shown))
-        before = np.mean([self.reader.remembered(prefix, texts) for prefix in nothing], axis=0)
-        gains = self.reader.read(said, texts) - before
-        ends = np.cumsum([len(group) for group in groups])[:-1]
-        mine, foreign, *verdicts = np.split(gains, ends)
-        mine, foreign = mine[~np.isnan(mine)], foreign[~np.isnan(foreign)]
-        threshold = (mine.mean() + np.median(foreign)) / 2 if len(mine) and len(foreign) else np.nan
-        return judge(one.latent, one.density, Verdicts(*verdicts), float(threshold))
 
-    def _nothing(self, one: LatentContexts, n: int) -> list[str]:
-        """Return prompts of windows of the half of the latents that `one` is not in, so that none is its own."""
-        order = {other.latent: place for place, other in enumerate(self.collected.latents)}
-        half = 1 - order[one.latent] % 2
-        others = [other for other in self.collected.latents if order[other.latent] % 2 == half]
-        drawn = (self._drawn(others, n, "nothing", half, k) for k in range(N_NOTHING))
-        return [windows_prefix(self._texts(windows)) for windows in drawn]
-
-    def _without(self, one: LatentContexts) -> list[LatentContexts]:
-        return [other for other in self.collected.latents if other is not one]
-
-    def _drawn(
-        self, latents: list[LatentContexts], n: int, *names: str | int
-    ) -> Int64[np.ndarray, " n"]:
-        """Return explaining windows of n latents, one of each (more where there are fewer latents)."""
-        rng = np.random.default_rng(seed_for(self.seed, "surprisal", *names))
-        shuffled = [
-            rng.permutation(latents[i].explain.window) for i in rng.permutation(len(latents))
-        ]
-        rounds = [one[k] for k in range(n) for one in shuffled if k < len(one)]
-        return np.array(list(dict.fromkeys(rounds))[:n], dtype=np.int64)
-
-    def _texts(self, windows: Int64[np.ndarray, " n"]) -> list[str]:
-        return [self.collected.windows.text(int(window)) for window in windows]
+def _drawn(
+    latents: list[LatentContexts], n: int, seed: int, *names: str | int
+) -> Int64[np.ndarray, " n"]:
+    """Return explaining windows of n latents, one of each (more where there are fewer latents)."""
+    rng = np.random.default_rng(seed_for(seed, "surprisal", *names))
+    shuffled = [rng.permutation(latents[i].explain.window) for i in rng.permutation(len(latents))]
+    rounds = [one[k] for k in range(n) for one in shuffled if k < len(one)]
+    return np.array(list(dict.fromkeys(rounds))[:n], dtype=np.int64)
 
 
 def split_shown(

@@ -94,6 +94,10 @@ class LatentContexts:
     hard: Shown
     """Windows of scoring documents in which it is silent and a neighbour is not; may be empty."""
 
+    def scored(self) -> tuple[Shown, Shown, Shown]:
+        """Return the windows that are scored: positive, negative and hard."""
+        return self.positive, self.negative, self.hard
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -107,3 +111,26 @@ class Collected:
     """Complete windows of the pass: "explain", "score", and "straddling" two documents (dropped)."""
     left_out: dict[int, str] = field(default_factory=dict)
     """Latent -> the reason for which it was skipped."""
+
+
+@dataclass(frozen=True)
+class LatentFragments:
+    """One latent's fragments by role, all from different documents."""
+
+    latent: int
+    density: float
+    """Share of the fragments' tokens on which it fires."""
+    explain: Shown
+    top: Shown
+    random: Shown
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """One member's latents with their fragments, and those skipped."""
+
+    windows: Windows
+    latents: list[LatentFragments]
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Reason -> latents skipped for it."""
+    n_fragments: int = 0

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.acts.store import IMAGES
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import (
+    ARRAYS,
+    CLASSES,
+    CLASSES_PART,
+    MANIFEST,
+    read_manifest,
+    write_manifest,
+)
 from wsae.core.errors import UserError
 from wsae.core.files import digest, locked, write_json
 from wsae.core.progress import Progress, quiet
@@ -57,8 +64,6 @@ from wsae.evals.measure import EvaluatedSaes, check_width
 from wsae.evals.run import run_subject
 from wsae.sae import SparseAutoencoder
 from wsae.stats.classes import Chance, Hits, OverImages, chance_levels, jackknife
-
-CLASSES, ARRAYS = "classes.json", "arrays.safetensors"
 
 
 def labels_of(source: HeldOut) -> Labels | None:
@@ -178,7 +183,7 @@ def score_run(
         record["hooks"][hook] = found.record
         for name, scores in (found.members | found.controls).items():
             arrays |= {f"{hook}|{name}|{key}": value for key, value in scores.arrays.items()}
-    out = run / "classes"
+    out = run / CLASSES_PART
     with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / CLASSES, record)
@@ -187,7 +192,7 @@ def score_run(
             "run": read_manifest(run, "run", verify=False).digest(),
             "labels": digest(np.asarray(labels).tolist()),
         }
-        write_manifest(out, "classes", cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)
+        write_manifest(out, CLASSES_PART, cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)
     return record
 
 

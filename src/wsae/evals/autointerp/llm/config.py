@@ -13,18 +13,6 @@ LOCAL = "local:"
 Seconds = Annotated[float, Field(gt=0.0)]
 
 
-class FragmentConfig(Config):
-    """What simulation is scored on."""
-
-    width: Count = 64
-    """Tokens of a fragment."""
-    limit: Count = 50_000
-    """Fragments looked at, one per document."""
-    batch_size: Count = 2048
-    """Rows read at once."""
-    seed: int = 0
-
-
 class LlmConfig(Config):
     """A model that follows instructions; its key stays in the environment and is written nowhere."""
 

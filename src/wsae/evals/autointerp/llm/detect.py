@@ -1,16 +1,20 @@
 """Detection and fuzzing: which held-out windows hold the explained pattern, judged a few at a time (Paulo et al. 2024).
 
 Detection: activating windows against random ones in which the latent is silent, unmarked. Fuzzing: marked windows; in
-the positive ones the latent's own tokens are marked, in the negative ones as many as the positives' mean, at random
-(`silent`), or wrong tokens of activating windows (`active`: half of the positives, disjoint from the other half). As
+the positive ones the latent's own tokens are marked, in the negative ones as many as the positives' mean, at random. As
 many positives as negatives per latent, shuffled together. Hard negatives are judged in prompts of their own, so that
 asking for them changes no other answer.
+
+Explanations come from activating windows (Section 3.1): a token is marked when its activation exceeds 0.3 of the
+largest one in its window, so that weak windows too show where they fire; activations are shown as integers 0-10, tenths
+of the largest activation in all windows shown, ceil(10 a / max).
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,27 +22,19 @@ from jaxtyping import Float
 
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.autointerp.llm.client import Unparsed, ask_all, said
-from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.types import (
+from wsae.evals.autointerp.llm.asking import (
     Answer,
     AnswerTally,
     Llm,
     Request,
-    filled,
-    harmless,
-    harmless_tokens,
-    marked,
+    Unparsed,
+    ask_all,
+    requests_about,
 )
+from wsae.evals.autointerp.llm.config import LlmConfig
+from wsae.evals.autointerp.llm.texts import filled, harmless, harmless_tokens, marked
 from wsae.evals.autointerp.summary import LatentScore, Verdicts, judge
-from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
-
-# Explanations from activating windows: tokens marked, activations as integers 0-10 (Paulo et al.
-# 2024, Section 3.1).
-#
-# A token is marked when its activation exceeds 0.3 of the largest one in its window, so that weak
-# windows too show where they fire; the integers are in tenths of the largest activation in all
-# windows shown, ceil(10 a / max).
+from wsae.evals.autointerp.windows import Collected, Fragments, LatentContexts, Shown, Windows
 
 MARK_SHARE = 0.3
 """Share of a window's largest activation from which tokens are marked (Delphi's)."""
@@ -50,19 +46,11 @@ _LIMIT, _EXPECTED = 300, 40
 Rounding = Callable[[np.ndarray], np.ndarray]
 
 
-class Explanation(NamedTuple):
-    """What a model says makes a latent fire; untrusted text in one line."""
-
-    latent: int
-    text: str
-
-
 class Explained(NamedTuple):
-    """Explanations by latent, of those that could be had, and the outcomes of asking."""
+    """Explanations by latent (untrusted text, in one line), of those that could be had, and the outcomes of asking."""
 
-    explanations: dict[int, Explanation]
+    explanations: dict[int, str]
     tally: AnswerTally
-    model: str
 
 
 class Tokens(NamedTuple):
@@ -70,6 +58,14 @@ class Tokens(NamedTuple):
 
     texts: list[str]
     acts: Float[np.ndarray, " tokens"]
+
+    def plain(self) -> str:
+        """Return the text."""
+        return "".join(self.texts)
+
+    def own(self) -> str:
+        """Return the text with the latent's own tokens marked."""
+        return marked(self.texts, marks(self.acts))
 
 
 def window_tokens(windows: Windows, shown: Shown) -> list[Tokens]:
@@ -104,34 +100,26 @@ def levels(
 def explanation_request(examples: Sequence[Tokens], rounded: Rounding = np.ceil) -> Request:
     """Return the request to explain a latent from windows in which it fires."""
     peak = max((float(tokens.acts.max(initial=0.0)) for tokens in examples), default=0.0)
-    shown = [
-        _example(number, tokens, levels(tokens.acts, peak, rounded))
-        for number, tokens in enumerate(examples, start=1)
-    ]
-    return Request(filled("explain", examples="\n".join(shown)), _LIMIT, _EXPECTED)
+    lines = []
+    for number, tokens in enumerate(examples, start=1):
+        strengths = zip(tokens.texts, levels(tokens.acts, peak, rounded), strict=True)
+        listed = [f"({json.dumps(text, ensure_ascii=False)}, {n})" for text, n in strengths if n]
+        lines += [f"Example {number}: {tokens.own()}", f"Active: {', '.join(listed)}"]
+    return Request(filled("explain", examples="\n".join(lines)), _LIMIT, _EXPECTED)
 
 
-def _example(number: int, tokens: Tokens, strengths: list[int]) -> str:
-    listed = [
-        f"({json.dumps(text, ensure_ascii=False)}, {level})"
-        for text, level in zip(tokens.texts, strengths, strict=True)
-        if level
-    ]
-    line = marked(tokens.texts, marks(tokens.acts))
-    return f"Example {number}: {line}\nActive: {', '.join(listed)}"
-
-
-def explanation_requests(collected: Collected) -> dict[int, Request]:
-    """Return the request of every latent."""
+def explanation_requests(found: Collected | Fragments) -> dict[int, Request]:
+    """Return the request of every latent from its explaining windows, or fragments, where activations are floored."""
+    rounded = np.floor if isinstance(found, Fragments) else np.ceil
     return {
-        contexts.latent: explanation_request(window_tokens(collected.windows, contexts.explain))
-        for contexts in collected.latents
+        one.latent: explanation_request(window_tokens(found.windows, one.explain), rounded)
+        for one in found.latents
     }
 
 
 def parse_explanation(answer: Answer) -> str:
     """Return what follows the one `[EXPLANATION]:`, in one harmless line; raises Unparsed."""
-    _, marker, text = said(answer).partition(MARKER)
+    _, marker, text = answer.said.partition(MARKER)
     text = " ".join(text.split())
     if not marker:
         raise Unparsed(f"no {MARKER}")
@@ -147,29 +135,18 @@ def parse_explanation(answer: Answer) -> str:
 
 
 def explain_latents(
-    collected: Collected, llm: Llm, progress: Progress = quiet, task: str = "explain"
+    found: Collected | Fragments, llm: Llm, progress: Progress = quiet, task: str = "explain"
 ) -> Explained:
-    """Ask for an explanation of every latent from its explaining windows; those without one are counted."""
-    return ask_explanations(explanation_requests(collected), llm, progress, task)
-
-
-def ask_explanations(
-    requests: dict[int, Request], llm: Llm, progress: Progress, task: str
-) -> Explained:
-    """Ask the requests of latents and keep what could be parsed."""
+    """Ask for an explanation of every latent and keep what could be parsed; the others are counted."""
+    requests = explanation_requests(found)
     texts, tally = ask_all(
         llm, [*requests.values()], lambda _, answer: parse_explanation(answer), task, progress
     )
-    found = {
-        latent: Explanation(latent, text)
-        for latent, text in zip(requests, texts, strict=True)
-        if text is not None
-    }
-    return Explained(found, tally, llm.name)
+    pairs = zip(requests, texts, strict=True)
+    return Explained({latent: text for latent, text in pairs if text is not None}, tally)
 
 
 Kind = Literal["detection", "fuzzing"]
-Variant = Literal["silent", "active"]
 POSITIVE, NEGATIVE, HARD = 0, 1, 2
 _LIST = re.compile(r"\[[^\[\]]*\]")
 
@@ -193,78 +170,45 @@ class Judged(NamedTuple):
 
     scores: list[LatentScore]
     tally: AnswerTally
-    model: str
 
 
-def batches(
-    kind: Kind, collected: Collected, cfg: LlmConfig, variant: Variant = "silent"
-) -> list[JudgingBatch]:
+def batches(kind: Kind, collected: Collected, cfg: LlmConfig) -> list[JudgingBatch]:
     """Return the prompts' windows, latent by latent; the same seed gives the same."""
     out = []
     for contexts in collected.latents:
-        rng = np.random.default_rng(seed_for(cfg.seed, kind, variant, contexts.latent))
-        positive, negative = _sides(kind, variant, collected, contexts, rng)
-        n = min(len(positive), len(negative))
-        asked = [JudgedWindow(POSITIVE, text) for text in _some(positive, n, rng)]
-        asked += [JudgedWindow(NEGATIVE, text) for text in _some(negative, n, rng)]
-        out += _cut(
-            contexts.latent, [asked[i] for i in rng.permutation(len(asked))], cfg.per_prompt
-        )
+        rng = np.random.default_rng(seed_for(cfg.seed, kind, "silent", contexts.latent))
+        texts = _texts(kind, collected.windows, contexts, rng)
+        n = min(map(len, texts))
+        asked = []
+        for role, side in zip((POSITIVE, NEGATIVE), texts, strict=True):
+            some = range(n) if len(side) == n else rng.permutation(len(side))[:n]
+            asked += [JudgedWindow(role, side[i]) for i in some]
+        groups = [[asked[i] for i in rng.permutation(len(asked))]]
         if cfg.hard and kind == "detection":
-            hard = _plain(window_tokens(collected.windows, contexts.hard))
-            out += _cut(
-                contexts.latent, [JudgedWindow(HARD, text) for text in hard], cfg.per_prompt
-            )
+            hard = window_tokens(collected.windows, contexts.hard)
+            groups.append([JudgedWindow(HARD, tokens.plain()) for tokens in hard])
+        size = cfg.per_prompt
+        parts = (group[i : i + size] for group in groups for i in range(0, len(group), size))
+        out += [JudgingBatch(contexts.latent, tuple(part)) for part in parts]
     return out
 
 
-def _cut(latent: int, items: Sequence[JudgedWindow], size: int) -> list[JudgingBatch]:
-    return [JudgingBatch(latent, tuple(items[i : i + size])) for i in range(0, len(items), size)]
-
-
-def _some(texts: list[str], n: int, rng: np.random.Generator) -> list[str]:
-    return texts if len(texts) == n else [texts[i] for i in rng.permutation(len(texts))[:n]]
-
-
-def _sides(
-    kind: Kind,
-    variant: Variant,
-    collected: Collected,
-    contexts: LatentContexts,
-    rng: np.random.Generator,
+def _texts(
+    kind: Kind, windows: Windows, contexts: LatentContexts, rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    positive = window_tokens(collected.windows, contexts.positive)
-    negative = window_tokens(collected.windows, contexts.negative)
+    """Return the texts of the positive and of the negative windows."""
+    positive, negative = (
+        window_tokens(windows, shown) for shown in (contexts.positive, contexts.negative)
+    )
     if kind == "detection":
-        return _plain(positive), _plain(negative)
-    if variant == "active":
-        right, wrong = positive[::2], positive[1::2]
-        return [_own(tokens) for tokens in right], [
-            _wrong(tokens, rng) for tokens in wrong if not all(marks(tokens.acts))
-        ]
+        return [tokens.plain() for tokens in positive], [tokens.plain() for tokens in negative]
     counts = [sum(marks(tokens.acts)) for tokens in positive]
     n = math.ceil(float(np.mean(counts))) if counts else 0
-    silent = [_random(tokens, range(len(tokens.texts)), n, rng) for tokens in negative]
-    return [_own(tokens) for tokens in positive], silent
-
-
-def _plain(windows: list[Tokens]) -> list[str]:
-    return ["".join(tokens.texts) for tokens in windows]
-
-
-def _own(tokens: Tokens) -> str:
-    return marked(tokens.texts, marks(tokens.acts))
-
-
-def _wrong(tokens: Tokens, rng: np.random.Generator) -> str:
-    """Mark as many tokens as are the latent's own, none of them its own (fewer where fewer are left)."""
-    own = marks(tokens.acts)
-    return _random(tokens, [i for i, mark in enumerate(own) if not mark], sum(own), rng)
-
-
-def _random(tokens: Tokens, among: Sequence[int], n: int, rng: np.random.Generator) -> str:
-    chosen = {among[i] for i in rng.permutation(len(among))[:n]}
-    return marked(tokens.texts, [i in chosen for i in range(len(tokens.texts))])
+    fuzzed = []
+    for tokens in negative:
+        chosen = set(rng.permutation(len(tokens.texts))[:n].tolist())
+        fuzzed.append(marked(tokens.texts, [i in chosen for i in range(len(tokens.texts))]))
+    return [tokens.own() for tokens in positive], fuzzed
 
 
 def judging_request(kind: Kind, batch: JudgingBatch, explanation: str, cfg: LlmConfig) -> Request:
@@ -280,7 +224,7 @@ def parse_verdicts(answer: Answer, n: int, probabilities: bool = False) -> list[
 
     With probabilities: P(1) / (P(0) + P(1)) at each symbol.
     """
-    text = said(answer)
+    text = answer.said
     found = _LIST.findall(text)
     if len(found) != 1:
         raise Unparsed(f"{len(found)} lists" if found else "no list")
@@ -291,80 +235,46 @@ def parse_verdicts(answer: Answer, n: int, probabilities: bool = False) -> list[
         raise Unparsed("a list of another length")
     if not probabilities:
         return [float(symbol) for symbol in symbols]
-    return _probabilities(answer, symbols)
-
-
-def _probabilities(answer: Answer, symbols: list[str]) -> list[float]:
-    """Return P(1) / (P(0) + P(1)) at the answer's last n tokens that are 0 or 1, which must spell the list."""
-    spoken = [token for token in answer.tokens if token.text.strip() in ("0", "1")][-len(symbols) :]
-    if [token.text.strip() for token in spoken] != symbols:
+    spoken = [token for token in answer.tokens if token.text.strip() in ("0", "1")][-n:]
+    if [token.text.strip() for token in spoken] != symbols:  # they must spell the list
         raise Unparsed("0 and 1 are not tokens of their own, so they have no probabilities")
-    out = []
-    for token in spoken:
-        mass = {"0": 0.0, "1": 0.0}
-        for text, logprob in token.top.items():
-            if text.strip() in mass:
-                mass[text.strip()] += math.exp(logprob)
-        total = mass["0"] + mass["1"]
-        if total <= 0:
-            raise Unparsed("0 and 1 have no probability")
-        out.append(mass["1"] / total)
-    return out
+    masses = [token.mass(("0", "1")) for token in spoken]
+    if any(mass["0"] + mass["1"] <= 0 for mass in masses):
+        raise Unparsed("0 and 1 have no probability")
+    return [mass["1"] / (mass["0"] + mass["1"]) for mass in masses]
 
 
-def detection_scores(
-    collected: Collected,
-    explanations: dict[int, Explanation],
-    llm: Llm,
-    progress: Progress = quiet,
-    task: str = "detection",
-) -> Judged:
-    """Judge whether held-out windows hold each explained pattern; a latent without explanation is not asked about."""
-    asked = batches("detection", collected, llm.cfg)
-    return _judged("detection", collected, asked, explanations, llm, progress, task)
-
-
-def fuzzing_scores(
-    collected: Collected,
-    explanations: dict[int, Explanation],
-    llm: Llm,
-    variant: Variant = "silent",
-    progress: Progress = quiet,
-    task: str = "fuzzing",
-) -> Judged:
-    """Judge whether the marked tokens are the explained ones."""
-    asked = batches("fuzzing", collected, llm.cfg, variant)
-    return _judged("fuzzing", collected, asked, explanations, llm, progress, task)
-
-
-def _judged(
+def judged(
     kind: Kind,
     collected: Collected,
-    asked: list[JudgingBatch],
-    explanations: dict[int, Explanation],
+    explanations: dict[int, str],
     llm: Llm,
-    progress: Progress,
-    task: str,
+    progress: Progress = quiet,
+    task: str = "",
 ) -> Judged:
-    requests = [
-        judging_request(kind, batch, explanations[batch.latent].text, llm.cfg)
-        if batch.latent in explanations
-        else None
-        for batch in asked
-    ]
+    """Judge held-out windows by each latent's explanation; a latent without one is not asked about."""
+    asked = batches(kind, collected, llm.cfg)
     verdicts, tally = ask_all(
         llm,
-        requests,
+        requests_about(asked, explanations, partial(judging_request, kind, cfg=llm.cfg)),
         lambda i, answer: parse_verdicts(answer, len(asked[i].items), llm.cfg.probabilities),
-        task,
+        task or kind,
         progress,
     )
-    sides: dict[int, tuple[list[float], ...]] = {c.latent: ([], [], []) for c in collected.latents}
+    by_role: dict[int, tuple[list[float], ...]] = {
+        contexts.latent: ([], [], []) for contexts in collected.latents
+    }
     for batch, given in zip(asked, verdicts, strict=True):
         for item, verdict in zip(batch.items, given or [math.nan] * len(batch.items), strict=True):
-            sides[batch.latent][item.role].append(verdict)
+            by_role[batch.latent][item.role].append(verdict)
     scores = []
     for contexts in collected.latents:
-        columns = [np.array(side, dtype=np.float64) for side in sides[contexts.latent]]
+        columns = [np.array(role, dtype=np.float64) for role in by_role[contexts.latent]]
         scores.append(judge(contexts.latent, contexts.density, Verdicts(*columns)))
-    return Judged(scores, tally, llm.name)
+    return Judged(scores, tally)
+
+
+detection_scores = partial(judged, "detection")
+"""Judge whether held-out windows hold each explained pattern."""
+fuzzing_scores = partial(judged, "fuzzing")
+"""Judge whether the marked tokens are the explained ones."""

@@ -1,24 +1,20 @@
 """What asking would cost, before anything is sent: the very requests that would be, without those answered on disk."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from wsae.evals.autointerp.config import Asked
-from wsae.evals.autointerp.llm.client import Unparsed, estimated_tokens
+from wsae.evals.autointerp.llm.asking import Llm, Request, Unparsed, requests_about
 from wsae.evals.autointerp.llm.detect import (
     batches,
     explanation_requests,
     judging_request,
     parse_explanation,
 )
-from wsae.evals.autointerp.llm.simulate import (
-    Fragments,
-    cases,
-    simulation_explanations,
-    simulation_request,
-)
-from wsae.evals.autointerp.llm.types import Llm, Request
-from wsae.evals.autointerp.windows import Collected
+from wsae.evals.autointerp.llm.simulate import cases, simulation_request
+from wsae.evals.autointerp.windows import Collected, Fragments
 
 PLACEHOLDER = (
     "Words of the kind that an explanation may name, in a sentence of about the usual length."
@@ -59,44 +55,33 @@ def dry_run(
     out: dict[str, Planned] = {}
     wanted = set(scores)
     if collected is not None and wanted & {"detection", "fuzzing"}:
-        texts = _explanations(out, "explanation", llm, explanation_requests(collected))
+        requests = explanation_requests(collected)
+        out["explanation"], texts = _planned(llm, [*requests.values()]), _texts(llm, requests)
         for kind in ("detection", "fuzzing"):
             if kind in wanted:
-                asked = [
-                    judging_request(kind, batch, text, llm.cfg) if text is not None else None
-                    for batch in batches(kind, collected, llm.cfg)
-                    for text in [texts[batch.latent]]
-                ]
+                build = partial(judging_request, kind, cfg=llm.cfg)
+                asked = requests_about(batches(kind, collected, llm.cfg), texts, build)
                 out[kind] = _planned(llm, asked)
     if found is not None and "simulation" in wanted:
-        texts = _explanations(out, "simulation explanation", llm, simulation_explanations(found))
-        asked = [
-            simulation_request(case, text, llm.cfg) if text is not None else None
-            for case in cases(found)
-            for text in [texts[case.latent]]
-        ]
-        out["simulation"] = _planned(llm, asked)
+        requests = explanation_requests(found)
+        texts = _texts(llm, requests)
+        out["simulation explanation"] = _planned(llm, [*requests.values()])
+        build = partial(simulation_request, cfg=llm.cfg)
+        out["simulation"] = _planned(llm, requests_about(cases(found), texts, build))
     return out
 
 
-def _explanations(
-    out: dict[str, Planned], name: str, llm: Llm, requests: dict[int, Request]
-) -> dict[int, str | None]:
-    """Plan explanations; return each one's text: on disk, a placeholder, or None where it failed before."""
-    out[name] = _planned(llm, [*requests.values()])
-    return {latent: _text(llm, latent, request) for latent, request in requests.items()}
-
-
-def _text(llm: Llm, latent: int, request: Request) -> str | None:
-    answer = llm.peek(request)
-    if answer is None:
-        return f"{PLACEHOLDER} {latent}"
-    if answer.state != "answered":
-        return None
-    try:
-        return parse_explanation(answer)
-    except Unparsed:
-        return None
+def _texts(llm: Llm, requests: dict[int, Request]) -> dict[int, str]:
+    """Return each latent's explanation: on disk, or a placeholder; none where it failed before."""
+    out: dict[int, str] = {}
+    for latent, request in requests.items():
+        answer = llm.peek(request)
+        if answer is None:
+            out[latent] = f"{PLACEHOLDER} {latent}"
+        elif answer.state == "answered":
+            with suppress(Unparsed):
+                out[latent] = parse_explanation(answer)
+    return out
 
 
 def _planned(llm: Llm, requests: Sequence[Request | None]) -> Planned:
@@ -106,7 +91,7 @@ def _planned(llm: Llm, requests: Sequence[Request | None]) -> Planned:
         requests=len(new),
         cached=len(unique) - len(new),
         not_asked=sum(request is None for request in requests),
-        prompt_tokens=sum(map(estimated_tokens, new)),
+        prompt_tokens=sum(request.estimated_tokens for request in new),
         completion_tokens=sum(request.expected_tokens for request in new),
         limit_tokens=sum(request.max_tokens + llm.cfg.thinking_tokens for request in new),
     )
