@@ -80,6 +80,19 @@ def compared(
     return out
 
 
+def pooled(found: Sequence[Row | None]) -> Mean | None:
+    """Return the mean difference over seeds with Student's interval; one seed keeps its own interval.
+
+    None where some seed has no difference.
+    """
+    parts = [part for part in found if part and part["difference"] is not None]
+    if not parts or len(parts) < len(found):
+        return None
+    if len(parts) == 1:
+        return Mean(parts[0]["difference"], parts[0]["low"], parts[0]["high"], 1)
+    return mean_interval([part["difference"] for part in parts])
+
+
 def rank_correlation(levels: Sequence[float], values: Sequence[float]) -> float:
     """Return Spearman's rho between levels and values: -1 when strictly falling, 0 when constant."""
     ranks = [stats.rankdata(np.asarray(x)) for x in (levels, values)]

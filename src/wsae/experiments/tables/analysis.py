@@ -23,6 +23,7 @@ from wsae.experiments.results import (
     cell,
     compared,
     mean_interval,
+    pooled,
     rank_correlation,
     select,
 )
@@ -245,21 +246,14 @@ def over_seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row["seed"] != first or not row.get("differences"):
             continue
         same = select(rows, hook=row["hook"], member=row["member"])
-        for score, ways in row["differences"].items():
+        for score in row["differences"]:
             for way in WAYS:
-                found = [r["differences"].get(score, {}).get(way) for r in same]
-                if way in ways and all(part and part["difference"] is not None for part in found):
+                mean = pooled([r["differences"].get(score, {}).get(way) for r in same])
+                if mean is not None:
                     line = {"hook": row["hook"], "member": row["member"], "score": score}
-                    out.append(line | {"way": way, **_pooled([part for part in found if part])})
+                    line |= {"way": way, **_interval(mean), "seeds": mean.n}
+                    out.append(line | {"interval": "latents" if mean.n == 1 else "seeds"})
     return out
-
-
-def _pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
-    if len(found) == 1:
-        kept = {key: found[0][key] for key in ("difference", "low", "high")}
-        return {**kept, "seeds": 1, "interval": "latents"}
-    mean = mean_interval([part["difference"] for part in found])
-    return {**_interval(mean), "seeds": len(found), "interval": "seeds"}
 
 
 def over_hooks(lines: Sequence[dict[str, Any]], hooks: int) -> list[dict[str, Any]]:

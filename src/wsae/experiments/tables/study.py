@@ -41,8 +41,6 @@ from wsae.experiments.tables.config import (
 )
 from wsae.train.config import TrainConfig
 
-# Before hours are spent: is the model there, and what will it take of memory, disk and time?
-
 SHOWN = ("memory", "disk", "time")
 """What `wsae doctor` finds that is told before a long study."""
 
@@ -59,23 +57,19 @@ def refuse_or_estimate(
     if any((out / "runs").glob("*/*/config.json")):
         return  # under way: it was estimated before
     _reachable(cfg)
-    found = examine(doctor_config(cfg, out), progress)
+    wanted = DoctorConfig(
+        train=cfg.training(0, None),
+        harvest=cfg.harvest,
+        out=str(out),
+        device=cfg.harvest.device,
+    )
+    found = examine(wanted, progress)
     for check in found["checks"]:
         if check["name"] in SHOWN or check["status"] == "fail":
             say(f"{check['name']}: {check['value']}")
         if check["status"] == "fail" and check["name"] != "disk":  # nothing is stored
             fix = check["advice"] or "see `wsae doctor`"
             raise UserError(f"{cfg.plan.name}: {check['name']}: {check['value']}; {fix}")
-
-
-def doctor_config(cfg: StudyConfig, out: Path) -> DoctorConfig:
-    """Return what the doctor examines: the model and one family at every hook."""
-    return DoctorConfig(
-        train=cfg.training(0, None),
-        harvest=cfg.harvest,
-        out=str(out),
-        device=cfg.harvest.device,
-    )
 
 
 def _reachable(cfg: StudyConfig) -> None:

@@ -23,6 +23,7 @@ from wsae.experiments.results import (
     compared,
     judged,
     mean_interval,
+    pooled,
     select,
     span,
 )
@@ -311,16 +312,6 @@ def _gains(rows: list[Row]) -> Table:
         mine = select(rows, member=name)
         for score in CLASS_SCORES:
             form = (1.0, "+.4f") if score == "information" else (100.0, "+.1f")
-            found = ([row["differences"][score].get(way) for row in mine] for way in WAYS)
-            body.append([name, score, *(cell(_pooled(list(parts)), *form) for parts in found)])
+            found = [[row["differences"][score].get(way) for row in mine] for way in WAYS]
+            body.append([name, score, *(cell(pooled(parts), *form) for parts in found)])
     return {"header": ["", "score", *WAYS], "rows": body}
-
-
-def _pooled(found: list[Row | None]) -> Mean | None:
-    """Return the mean difference over seeds with Student's interval; one seed keeps its own interval."""
-    values = [part["difference"] for part in found if part and part["difference"] is not None]
-    if not found or len(values) < len(found):
-        return None
-    if len(values) == 1 and found[0]:
-        return Mean(values[0], found[0]["low"], found[0]["high"], 1)
-    return mean_interval(values)
