@@ -23,9 +23,8 @@ import torch
 
 from wsae.acts.source import Chunk, StoreSource
 from wsae.acts.tokens import TokenTable
-from wsae.evals.autointerp.collect import Members, collect
+from wsae.evals.autointerp.collect import Members, collect, member_bytes
 from wsae.evals.autointerp.config import ContextConfig
-from wsae.evals.autointerp.reservoirs import member_bytes
 from wsae.evals.data import HeldOut
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.sae.encoding import Encoder

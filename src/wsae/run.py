@@ -4,13 +4,11 @@ Whoever sends a run can seal whatever JSON they like. Keys that are not named in
 them but as they are; a named one is of its form, or the file is refused in one line.
 """
 
-from collections.abc import Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -37,15 +35,19 @@ from wsae.core.artifact import (
     MEMBERS,
     METRICS_FILE,
     PARTS,
+    PROVENANCE,
     THUMBNAILS_FILE,
     Manifest,
     check_file,
     contained,
-    kind_of,
+    free,
     read_manifest,
+    replacing,
 )
+from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import Json, digest, parse_json, read_json, read_lines
+from wsae.sae.config import Provenance, SAEConfig
 from wsae.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -338,32 +340,12 @@ def reason(error: Exception) -> str:
     return f"{place[-100:]} {message[:120]}".strip()
 
 
-BY_LATENT = ("density", "variance", "match_index", "match_cosine", "decoder_max_cosine")
+BY_LATENT = (
+    *("density", "variance", "match_index", "match_cosine", "decoder_max_cosine"),
+    *("consistency_top", "consistency_corrected", "selectivity", "information"),
+)
 BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
-"""Arrays of the evaluation that are shown: those of one member, or hook, are equally long."""
-
-
-def formed_arrays(
-    arrays: Mapping[str, np.ndarray], where: PathLike[str] | str
-) -> dict[str, np.ndarray]:
-    """Return arrays by "hook|member|name"; raises UserError when one that is shown is not a row of its length.
-
-    Densities are shares, no number is beyond `LARGEST`, a match is a whole number.
-    """
-    lengths: dict[str, int] = {}
-    for key, array in arrays.items():
-        hook_member, _, name = key.rpartition("|")
-        if name not in BY_LATENT + BY_DIMENSION:
-            continue
-        unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
-        wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
-        if array.ndim != 1 or not array.size or array.size != wanted or not _plausible(name, array):
-            shape = list(array.shape)
-            raise UserError(
-                f"{where}: not of the form that this wsae writes (array {key!r}, shape {shape}, "
-                "has another length or other values); make it again"
-            )
-    return dict(arrays)
+"""Arrays that are shown: those of one member, or hook, are equally long."""
 
 
 def _plausible(name: str, array: np.ndarray) -> bool:
@@ -378,13 +360,32 @@ def _plausible(name: str, array: np.ndarray) -> bool:
 
 Trained = dict[str, dict[str, Any]]
 """hook -> member -> what is known of it."""
+SINGLE = "sae"
+"""Name of the member of a run that is one SAE alone."""
+
+
+class SingleConfig(Config):
+    """What is recorded of how one SAE alone was trained, often by another tool; None is not recorded."""
+
+    sae: SAEConfig
+    tokens: int | None = None
+    """Rows it was trained on."""
+
+    def names(self) -> list[str]:
+        """Return the member's name."""
+        return [SINGLE]
+
+    def doubts(self) -> tuple[str, ...]:
+        """Return nothing: of its training too little is known."""
+        return ()
 
 
 class Run:
     """A run's directory; each part is read, and checked, when it is first asked for.
 
     A run may be unfinished, or not evaluated or interpreted: `has` tells which parts are there. A part that was cut or
-    altered, or is not of its form, is refused with a `UserError` of one line.
+    altered, or is not of its form, is refused with a `UserError` of one line. The directory of one SAE, imported or
+    saved by itself, is a run of one member, "sae" (`single`), whose `config` says only what its files say.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -394,16 +395,52 @@ class Run:
             raise UserError(
                 f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
             )
-        check_no_sae(self.path)
         if not (self.path / CONFIG).is_file():
-            raise UserError(f"{path}: has no {CONFIG}, so it is not a wsae run directory")
+            raise UserError(
+                f"{path}: has no {CONFIG}, so it is not a wsae run directory "
+                "(an SAE of another tool is read by wsae import)"
+            )
+
+    @classmethod
+    def of_sae(
+        cls,
+        sae: "SparseAutoencoder",
+        path: Path | str,
+        about: Provenance = Provenance(),  # noqa: B008  (frozen)
+        force: bool = False,
+    ) -> "Run":
+        """Write an SAE to a directory as a run of one member; `wsae.interop.load` gives other tools' sae and about.
+
+        Raises UserError where the directory holds something else (with `force` another SAE gives way).
+        """
+        path = Path(path)
+        free(path, "sae", force)
+        with replacing(path, "sae"):
+            sae.save(path, about)
+        return cls(path)
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether this is the directory of one SAE alone."""
+        manifest = read_json(self.path / MANIFEST) if self.finished else None
+        return isinstance(manifest, dict) and manifest.get("kind") == "sae"
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
     def has(self, part: str) -> bool:
-        """Return whether an evaluation, interpretation or classes are there (see `PARTS`)."""
-        return (self.path / part / MANIFEST).is_file()
+        """Return whether an evaluation, interpretation or classes are there (see `PARTS`).
+
+        What was measured of another SAE that lay here before is not.
+        """
+        there = (self.path / part / MANIFEST).is_file()
+        return there and (
+            not self.single or self._part(part).inputs.get("run") == self.manifest.digest()
+        )
+
+    def _part(self, part: str) -> Manifest:
+        """Return the manifest of a part, names and sizes compared."""
+        return read_manifest(self.path / part, part, verify=False)
 
     def made_with(self, part: str, config: Json) -> bool:
         """Return whether a part is there, whole, and was made with these settings."""
@@ -417,8 +454,8 @@ class Run:
     @cached_property
     def manifest(self) -> Manifest:
         """The manifest; the records are compared with their digests, the weights when they are loaded."""
-        manifest = read_manifest(self.path, "run", verify=False)
-        for name in (CONFIG, GAMMA_FILE, METRICS_FILE):
+        manifest = read_manifest(self.path, "sae" if self.single else "run", verify=False)
+        for name in (CONFIG, GAMMA_FILE, METRICS_FILE, PROVENANCE):
             if name in manifest.files:
                 check_file(self.path, name, manifest.files[name])
         formed(_RUN_INFO, manifest.info, self.path / MANIFEST)
@@ -427,6 +464,8 @@ class Run:
     @property
     def members(self) -> dict[str, list[str]]:
         """Hook -> the names of a finished run's SAEs."""
+        if self.single:
+            return {self._hook: [SINGLE]}
         found = self.manifest.info.get("members")
         if not isinstance(found, dict):
             raise UserError(
@@ -436,6 +475,8 @@ class Run:
 
     def place(self, hook: str, member: str) -> Path:
         """Return the directory of a finished run's SAE; raises UserError where it was altered, or lies outside."""
+        if self.single:
+            return self.path
         inside = f"{MEMBERS}/{hook}/{member}/{MANIFEST}"
         if inside not in self.manifest.files:
             raise UserError(
@@ -444,35 +485,66 @@ class Run:
         check_file(self.path, inside, self.manifest.files[inside])
         return contained(self.path, f"{MEMBERS}/{hook}/{member}")
 
+    def weights(self, hook: str, member: str) -> Path | None:
+        """Return the directory of a finished run's SAE; None where the run keeps none of that name."""
+        return self.place(hook, member) if member in self.members.get(hook, []) else None
+
     def digest(self) -> str:
         """Return what names the content of a run with the parts added to it."""
-        found = {"run": read_manifest(self.path, "run", verify=False).digest()}
+        found = {"run": self.manifest.digest()}
         if not self.has(EVALUATION_PART):
             raise self._not_yet(EVALUATION_PART)
         for part in PARTS:
             if self.has(part):
-                found[part] = read_manifest(self.path / part, part, verify=False).digest()
+                found[part] = self._part(part).digest()
         return digest(found)
 
     @cached_property
     def record(self) -> Json:
-        """config.json as it is written: `train`, `data`, `source`."""
+        """config.json as it is written: `train`, `data`, `source`; of one SAE alone, what its files say."""
+        if self.single:
+            about = {"sae": self.config.to_dict()["sae"], "provenance": self.provenance.to_dict()}
+            return {**about, "source": self._measured.get("source")}
         return _read(self.path / CONFIG, _RUN_CONFIG)
 
     @cached_property
-    def config(self) -> TrainConfig:
+    def config(self) -> TrainConfig | SingleConfig:
         """How the members were trained."""
+        if self.single:
+            shape = SAEConfig.load(self.path / CONFIG)
+            return SingleConfig(sae=shape, tokens=self.provenance.tokens)
         with understood(self.path / CONFIG):
             return TrainConfig.parse(self.record["train"], where=str(self.path / CONFIG))
 
     @property
     def source(self) -> Json:
-        """Where the activations came from, as config.json says it; empty where it says nothing."""
+        """Where the activations came from, as config.json says it; empty where it says nothing.
+
+        Of one SAE alone, where those came from on which it was evaluated.
+        """
         return self.record.get("source") or {}
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What one SAE alone says of itself; empty for the members of a training run."""
+        return Provenance.of(self.path)
+
+    @property
+    def _measured(self) -> Json:
+        """On what one SAE alone was evaluated: hook and source."""
+        return self._part(EVALUATION_PART).info if self.has(EVALUATION_PART) else {}
+
+    @property
+    def _hook(self) -> str:
+        """The hook of one SAE alone: where it was evaluated, else where it says it was trained."""
+        return str(self._measured.get("hook") or self.provenance.hook or "activations")
 
     @cached_property
     def gamma_record(self) -> Trained:
         """gamma.json as it is written; empty where there is none yet."""
+        if self.single:
+            other_tool = {"rule": "none"} if self.provenance.origin else {}
+            return {self._hook: {SINGLE: self.provenance.gamma or other_tool}}
         path = self.path / GAMMA_FILE
         return _read(path, _GAMMA) if path.is_file() else {}
 
@@ -484,6 +556,10 @@ class Run:
     @cached_property
     def saes(self) -> "dict[str, dict[str, SparseAutoencoder]]":
         """Hook -> member -> its SAE, every file compared with the manifest."""
+        if self.single:
+            from wsae.sae import SparseAutoencoder
+
+            return {self._hook: {SINGLE: SparseAutoencoder.load(self.path)}}
         from wsae.train.run import load_run
 
         return load_run(self.path).saes
@@ -537,14 +613,40 @@ class Run:
         from wsae.core.tensors import load_tensors
 
         place = self._whole(part)
-        listed = ARRAYS in read_manifest(place, part, verify=False).files
+        listed = ARRAYS in self._part(part).files
         return load_tensors(place / ARRAYS) if listed else {}
+
+    def numbers(self, part: str) -> dict[str, np.ndarray]:
+        """Return the arrays of a part by "hook|member|name" in fp64.
+
+        Raises UserError when one that is shown is not a row of its length: densities are shares, no number is beyond
+        `LARGEST`, a match is a whole number.
+        """
+        out: dict[str, np.ndarray] = {}
+        lengths: dict[str, int] = {}
+        for key, tensor in self.tensors(part).items():
+            if tensor.is_complex():
+                raise UserError(
+                    f"{self.path / part / ARRAYS}: {key!r} holds complex numbers; make it again"
+                )
+            array = out[key] = tensor.double().numpy()
+            hook_member, _, name = key.rpartition("|")
+            if name not in BY_LATENT + BY_DIMENSION:
+                continue
+            unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
+            wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
+            if array.shape != (wanted,) or not wanted or not _plausible(name, array):
+                raise UserError(
+                    f"{self.path / part / ARRAYS}: not of the form that this wsae writes (array {key!r}, "
+                    f"shape {[*array.shape]}, has another length or other values); make it again"
+                )
+        return out
 
     @cached_property
     def context_record(self) -> dict[str, dict[str, list[Json]]]:
         """contexts.json of the evaluation as it is written; empty where it has none."""
         place = self._whole(EVALUATION_PART)
-        listed = CONTEXTS_FILE in read_manifest(place, EVALUATION_PART, verify=False).files
+        listed = CONTEXTS_FILE in self._part(EVALUATION_PART).files
         return _read(place / CONTEXTS_FILE, _CONTEXTS) if listed else {}
 
     @cached_property
@@ -558,7 +660,7 @@ class Run:
         if not self.has(EVALUATION_PART):
             return {}
         place = self.path / EVALUATION_PART
-        listed = THUMBNAILS_FILE in read_manifest(place, EVALUATION_PART, verify=False).files
+        listed = THUMBNAILS_FILE in self._part(EVALUATION_PART).files
         return _read(place / THUMBNAILS_FILE, _THUMBNAILS) if listed else {}
 
     @cached_property
@@ -585,7 +687,7 @@ class Run:
     def _whole(self, part: str) -> Path:
         """Return the folder of a part whose files are all as they were written."""
         if part not in self._checked:
-            if not (self.path / part).is_dir():
+            if not (self.has(part) if self.single else (self.path / part).is_dir()):
                 raise self._not_yet(part)
             read_manifest(self.path / part, part)
             self._checked.add(part)
@@ -597,7 +699,8 @@ class Run:
 
     def _not_yet(self, part: str) -> UserError:
         command, done = _MADE_BY[part]
-        return UserError(f"{self.path}: has not been {done}; run: wsae {command} {self.path}")
+        data = " --source DATA" if self.single else ""
+        return UserError(f"{self.path}: has not been {done}; run: wsae {command} {self.path}{data}")
 
 
 _MADE_BY = {
@@ -606,15 +709,6 @@ _MADE_BY = {
     CLASSES_PART: ("evaluate --labels FILE", "scored against classes"),
 }
 """Part -> the command that makes it, and the word for what it does."""
-
-
-def check_no_sae(path: Path) -> None:
-    """Raise UserError for the directory of a single SAE, imported or a member of a run."""
-    if kind_of(path) == "sae":
-        raise UserError(
-            f"{path}: is a single SAE, and report and serve show runs (the --out of a `wsae train`); "
-            f"to measure an SAE: wsae evaluate {path} --source STORE"
-        )
 
 
 def _read(path: Path, form: TypeAdapter) -> Any:

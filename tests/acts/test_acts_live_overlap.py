@@ -126,11 +126,10 @@ def work():
         time.sleep(0.01)
 
 ahead(work)
+print(time.monotonic())
 """
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
-    assert done.returncode == 0
-    assert time.monotonic() - start < 30
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert time.monotonic() - float(done.stdout) < 30
 
 
 @pytest.mark.parametrize("hooks", [("layers.0",), ("layers.0", "layers.0.mlp", "layers.1")])

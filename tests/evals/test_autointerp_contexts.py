@@ -16,11 +16,9 @@ from wsae.acts.source import Chunk, StoreSource
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.evals.autointerp.collect import collect
+from wsae.evals.autointerp.collect import NEIGHBOURS, Pool, Tracked, collect, member_bytes, priority
 from wsae.evals.autointerp.config import ContextConfig
-from wsae.evals.autointerp.documents import EXPLAIN, SCORE, Documents, blocks, side_of
-from wsae.evals.autointerp.reservoirs import NEIGHBOURS, Pool, Tracked, member_bytes, priority
-from wsae.evals.autointerp.windows import cut_windows
+from wsae.evals.autointerp.windows import EXPLAIN, SCORE, Documents, blocks, cut_windows, side_of
 from wsae.evals.contexts import Context
 from wsae.evals.data import MatrixRows
 from wsae.sae import ReLU, SAEConfig, SparseAutoencoder, TopK

@@ -157,13 +157,6 @@ def test_words_can_stand_for_the_explaining_windows():
     assert wrong.auc == 0.0
 
 
-def test_scores_do_not_depend_on_how_latents_are_cut_into_blocks(monkeypatch):
-    collected, _ = features()
-    whole = embedding_scores(collected, Bag())
-    monkeypatch.setattr("wsae.evals.autointerp.embedding._BLOCK", 3)
-    assert embedding_scores(collected, Bag()) == whole
-
-
 def test_the_space_is_about_the_mean_of_explaining_windows():
     collected, _ = features()
     space = Space(collected, Bag())

@@ -16,11 +16,10 @@ import pytest
 from autointerp_server import KEY, Reply, config, error, said, serving
 
 from wsae.core.errors import UserError
-from wsae.evals.autointerp.llm.asking import Request, Unparsed, ask_all
+from wsae.evals.autointerp.llm.asking import ChatMessage, Request, Unparsed, ask_all
 from wsae.evals.autointerp.llm.client import Endpoint, retry_after
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.autointerp.llm.local import open_llm
-from wsae.evals.autointerp.llm.texts import ChatMessage
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,16 @@ from autointerp_llm_worlds import N_LATENTS, collected, word_fragments
 from autointerp_server import Reply, config, serving
 
 from wsae.core.errors import UserError
-from wsae.evals.autointerp.llm.asking import Request
+from wsae.evals.autointerp.llm.asking import ChatMessage, Request
 from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.detect import detection_scores, explain_latents
+from wsae.evals.autointerp.llm.judges import (
+    detection_scores,
+    dry_run,
+    explain_latents,
+    simulation_scores,
+)
 from wsae.evals.autointerp.llm.local import UNKNOWN, LocalModel, SlotReader, open_llm
-from wsae.evals.autointerp.llm.plan import dry_run
-from wsae.evals.autointerp.llm.simulate import simulation_scores
-from wsae.evals.autointerp.llm.texts import ChatMessage
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant:"

@@ -9,30 +9,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsae.evals.autointerp.llm.asking import Answer, AnswerToken, Unparsed
-from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.detect import (
-    Tokens,
-    explanation_request,
-    levels,
-    marks,
-    parse_explanation,
-    parse_verdicts,
-)
-from wsae.evals.autointerp.llm.simulate import (
-    Case,
-    expected_rows,
-    parse_simulation,
-    rows_of,
-    simulation_request,
-)
-from wsae.evals.autointerp.llm.texts import (
+from wsae.evals.autointerp.llm.asking import (
+    Answer,
+    AnswerToken,
+    Unparsed,
     filled,
     harmless,
     harmless_tokens,
     marked,
     one_line,
     turns,
+)
+from wsae.evals.autointerp.llm.config import LlmConfig
+from wsae.evals.autointerp.llm.judges import (
+    Case,
+    Tokens,
+    expected_rows,
+    explanation_request,
+    levels,
+    marks,
+    parse_explanation,
+    parse_simulation,
+    parse_verdicts,
+    rows_of,
+    simulation_request,
 )
 
 JSON = LlmConfig(simulator="json")

@@ -17,17 +17,18 @@ from autointerp_server import config, error, prompt, said, serving
 from wsae.core.errors import UserError
 from wsae.evals.autointerp.collect import FEW_FRAGMENTS
 from wsae.evals.autointerp.llm.client import Endpoint
-from wsae.evals.autointerp.llm.detect import (
+from wsae.evals.autointerp.llm.judges import (
     HARD,
     NEGATIVE,
     POSITIVE,
     batches,
+    correlation,
     detection_scores,
+    dry_run,
     explain_latents,
     fuzzing_scores,
+    simulation_scores,
 )
-from wsae.evals.autointerp.llm.plan import dry_run
-from wsae.evals.autointerp.llm.simulate import correlation, simulation_scores
 
 
 def parts(kind, chat, tmp_path, **more):

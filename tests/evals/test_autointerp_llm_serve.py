@@ -17,8 +17,7 @@ from transformers import AutoTokenizer
 
 from wsae.evals.autointerp.llm.client import Endpoint
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.detect import detection_scores, explain_latents
-from wsae.evals.autointerp.llm.plan import dry_run
+from wsae.evals.autointerp.llm.judges import detection_scores, dry_run, explain_latents
 
 pytestmark = pytest.mark.skipif(
     not all(find_spec(name) for name in ("fastapi", "uvicorn", "openai")),

@@ -13,17 +13,17 @@ from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.evals.autointerp.config import InterpretConfig
-from wsae.evals.autointerp.members import selected, survey_hooks
 from wsae.evals.autointerp.run import interpret_run, plan_run
+from wsae.evals.autointerp.scoring import selected, survey_hooks
 from wsae.evals.autointerp.summary import (
     METRIC,
     SCORES,
     agreement,
-    glossary,
     rank_correlation,
     spearman,
 )
 from wsae.evals.data import MatrixRows
+from wsae.evals.glossary import glossary
 from wsae.evals.run import run_subject
 from wsae.report.html import write_report
 
@@ -318,7 +318,7 @@ def test_an_array_has_no_text_and_nothing_is_left_behind(run) -> None:
 def test_every_score_has_its_metric_and_the_docs_its_formula() -> None:
     assert set(METRIC) == set(SCORES)
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().replace("\\|", "|")
-    for key, entry in glossary().items():
+    for key, entry in glossary(SCORES).items():
         row = (entry["name"], f"`{key}`", entry["formula"], entry["direction"])
         assert f"| {' | '.join(row)} |" in text, key
 

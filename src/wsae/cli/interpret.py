@@ -20,7 +20,7 @@ from wsae.cli.flags import (
 )
 from wsae.cli.live import language_of, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART, read_manifest
+from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import write_json
@@ -28,7 +28,7 @@ from wsae.evals.autointerp.config import FREE, ContextConfig, Control, Interpret
 from wsae.evals.autointerp.llm.config import LlmConfig
 
 if TYPE_CHECKING:
-    from wsae.evals.autointerp.members import ScorerModels
+    from wsae.evals.autointerp.scoring import ScorerModels
 
 # The tables of `wsae interpret`.
 
@@ -201,7 +201,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
     where = device(flags.common.device)
     llm_cfg = flags.llm.config(where, flags.common.seed)
-    read_manifest(flags.run, "run", verify=False)
     source = reopen(flags.run, where, flags.source)
     judges = _judges(flags, cfg, llm_cfg, where)
     if flags.dry_run:

@@ -8,6 +8,7 @@ import tyro
 
 from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
+from wsae.acts.names import among
 from wsae.cli.flags import (
     MaybeCount,
     MaybeNumber,
@@ -250,6 +251,14 @@ def _opened(source: str, hooks: tuple[str, ...]) -> "ActivationSource":
 def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationSource":
     """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place."""
     opened = Run(run)
+    if opened.single and (elsewhere is not None or not opened.source):
+        about = opened.provenance
+        if elsewhere is not None:
+            return at_hook(elsewhere, about.hook)
+        raise UserError(
+            f"{run}: a single SAE knows no data; name a store or an array with --source (a store is made by: "
+            f"wsae harvest {about.model or 'MODEL'} --hook {about.hook or 'HOOK'} --text FILE --out STORE)"
+        )
     with understood(opened.manifest and run / CONFIG):
         record = opened.source
         hooks = tuple(record.get("hooks", ()))
@@ -270,6 +279,22 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
         if not Path(path).exists():
             raise UserError(f"{path}: the run's data are no longer there; name them with --source")
         return _opened(path, hooks)
+
+
+def at_hook(source: str, hook: str | None) -> "ActivationSource":
+    """Return the source with one hook: that of an SAE where there are several."""
+    from wsae.acts.source import open_source
+
+    data = open_source(source)
+    if len(data.hooks) == 1:
+        return data
+    mine = among(hook, data.hooks) if hook else None
+    if mine is None:
+        raise UserError(
+            f"{source}: has hooks {', '.join(data.hooks)}, and the SAE is of {hook or 'a hook it does not name'}; "
+            "harvest that hook alone, or give an array"
+        )
+    return open_source(source, hooks=(mine,))
 
 
 def language_of(source: "ActivationSource", device: str) -> "LanguageModel | None":

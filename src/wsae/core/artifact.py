@@ -4,7 +4,8 @@ A stage writes its files (`wsae.core.files`) and `manifest.json` last. A reader 
 of another kind or schema, or whose files differ from the recorded size and SHA-256.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from wsae.core.files import (
     CONFIG_BYTES,
     digest,
     flush,
+    growing,
+    locked,
     read_json,
     refusals,
     seal,
@@ -34,6 +37,7 @@ CONFIG, GAMMA_FILE, METRICS_FILE, SPEED = (
     "metrics.jsonl",
     "speed.jsonl",
 )
+PROVENANCE = "provenance.json"
 MEMBERS, CHECKPOINTS = "members", "checkpoints"
 EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
 PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
@@ -146,6 +150,68 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
     for name, expected in manifest.files.items():
         check_file(directory, name, expected, verify)
     return manifest
+
+
+# Folders that are given away (exports, SAEs, hub folders): what may lie there already, and how one is written.
+#
+# While a folder is written it holds an empty file that says so, so that the same command goes on
+# after a kill or a full disk, and a folder of somebody else is never taken for one.
+
+_UNFINISHED = ".unfinished-"
+
+
+def free(out: Path, kind: str, force: bool) -> None:
+    """Raise UserError unless an artifact may be written to `out`.
+
+    It may where nothing is, where the same kind was begun and not finished, and over one of the same kind with `force`.
+    """
+    others = out.iterdir() if out.is_dir() else [out] if out.exists() else []
+    ours = (p.name == ".lock" or p.name.startswith(_UNFINISHED) for p in others)
+    if begun(out, kind) or all(ours):
+        return
+    data = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        raise UserError(f"{out}: is not empty and holds no wsae {kind}; use another --out")
+    if not force:
+        raise UserError(
+            f"{out}: holds another {kind}; add --force to write over it, or use another --out"
+        )
+
+
+@contextlib.contextmanager
+def replacing(out: Path, kind: str) -> Iterator[None]:
+    """Hold a folder that is `free` while an artifact is written to it; what a former one's manifest lists goes first.
+
+    Raises UserError when another process writes there, or nothing can be written.
+    """
+    with locked(out), unfinished(out, kind):
+        former = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+        for name in former.get("files", {}) if isinstance(former, dict) else ():
+            inside = out / str(name)
+            if inside.resolve().is_relative_to(out.resolve()) and inside.is_file():
+                inside.unlink()
+        (out / MANIFEST).unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, kind: str) -> Iterator[None]:
+    """Mark a folder as being written; the mark stays where the work inside fails."""
+    mark = _mark(out, kind)
+    with refusals(out):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        growing(mark).close()
+        yield
+        mark.unlink()
+
+
+def begun(out: Path, kind: str) -> bool:
+    """Return whether an artifact of this kind was begun in a folder and not finished."""
+    return _mark(out, kind).exists()
+
+
+def _mark(out: Path, kind: str) -> Path:
+    return out / f"{_UNFINISHED}{kind.replace(' ', '-')}"
 
 
 def check_file(directory: Path, name: str, expected: FileRecord, verify: bool = True) -> None:

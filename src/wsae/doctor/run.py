@@ -376,6 +376,7 @@ def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check
     except UserError as error:
         return [*checks, Check("run", "fail", str(error))]
     checks.append(Check("run", "ok", f"whole, made by wsae {manifest.wsae_version}"))
+    assert isinstance(train, TrainConfig), "one SAE alone is not examined as a run"
     value = f"{train.steps:,} of {train.batch_size:,} rows"
     fix = "hardly trained: give more --tokens, or a smaller --batch-size"
     checks.append(warned("steps", value, fix if train.steps < FEW_STEPS else ""))

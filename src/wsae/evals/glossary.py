@@ -17,7 +17,7 @@ class Metric(NamedTuple):
 LOWER, HIGHER = "lower is better", "higher is better"
 
 
-def _read(text: str) -> dict[str, Metric]:
+def read_metrics(text: str) -> dict[str, Metric]:
     """Return the metrics of lines "key: name; direction; unit", each followed by its formula, indented."""
     out = {}
     for entry in re.split(r"\n(?=\S)", text.strip()):
@@ -28,7 +28,7 @@ def _read(text: str) -> dict[str, Metric]:
     return out
 
 
-METRICS = _read("""
+METRICS = read_metrics("""
 fvu: Plain FVU; lower is better
     sum_t |x_t - x_hat_t|^2 / sum_t |x_t - mean|^2 over held-out rows; mean over the same rows, not zero
 fvu_weighted: Weighted FVU; lower is better
@@ -82,7 +82,7 @@ COMPARED = tuple(
 )
 """Metrics for which members are compared."""
 
-MATCHING = _read("""
+MATCHING = read_metrics("""
 n_pairs: Matched latents; neither direction is better; pairs
     one-to-one pairs of latents of the member and of its plain twin, both active on held-out data
 decoder_cosine_mean: Matched decoder cosine, mean
@@ -97,7 +97,7 @@ random_cosine_mean: Chance level of the cosine
 """)
 """Statistics of the pairing with the plain twin."""
 
-CLASS_SCORES = _read("""
+CLASS_SCORES = read_metrics("""
 consistency_top: Consistency, strongest; higher is better
     mean over latents of the share of the most frequent class among the n held-out images on which a latent is
     most active (the paper's words); latents active on fewer are counted, not scored
@@ -115,7 +115,7 @@ information: Class information; higher is better
 """)
 """Scores of latents against class labels."""
 
-LOSSES = _read("""
+LOSSES = read_metrics("""
 raw: Ground-truth loss, raw
     z_i = latent i as it is; latents beyond n compared with 0
 matched: Ground-truth loss, matched
@@ -133,7 +133,7 @@ linear: Ground-truth loss of the best linear readout
 """)
 """gt_<key>: name, and what z is."""
 
-ACTIVATED = _read("""
+ACTIVATED = read_metrics("""
 sum: summed response above a threshold
     #{i : M_j^i > threshold}; M_j^i = sum over rows of h_j(x^i)
 mean: mean response above a threshold
@@ -170,7 +170,7 @@ RECOVERY: dict[str, Metric] = {
         for which, loss in LOSSES.items()
         for part, (words, formula, unit) in LOSS_PARTS.items()
     },
-    **_read("""
+    **read_metrics("""
 mcc_code: Code MCC; higher is better
     mean over one-to-one pairs of Pearson's corr(x_i, z_m(i)), m of largest total correlation; features that
     vary
@@ -217,7 +217,7 @@ latent_accuracy: Accuracy per latent; higher is better
         for key, count in ACTIVATED.items()
         for suffix, over in (("", "all latents"), ("_live", "latents with any response"))
     },
-    **_read("""
+    **read_metrics("""
 latent_variance_mean: Latent variance, mean; neither direction is better; squared activation
     mean over latents of Var(z_j) over all rows, zeros included (Fig. 3d)
 latent_dispersion: Latent dispersion

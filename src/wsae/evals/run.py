@@ -16,13 +16,13 @@ from wsae.acts.source import as_path, is_folder_of_arrays, open_source
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import (
     ARRAYS,
+    CONFIG,
     CONTEXTS_FILE,
     EVALUATION,
     EVALUATION_PART,
     GAMMA_FILE,
     MANIFEST,
     THUMBNAILS_FILE,
-    read_manifest,
     write_manifest,
 )
 from wsae.core.calls import own_settings
@@ -39,7 +39,7 @@ from wsae.evals.downstream import splice_arrays, splice_sequences, token_sequenc
 from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
-from wsae.run import CONFIG, Json, Run
+from wsae.run import SINGLE, Run
 from wsae.sae import SparseAutoencoder
 from wsae.train.config import TrainConfig
 
@@ -238,6 +238,7 @@ def evaluate_run(
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  (frozen)
     behind: Language | Pictures | None = None,
     progress: Progress = quiet,
+    device: str = "cpu",
 ) -> Json:
     """Measure every member of a finished run and write RUN/evaluation; return the content of evaluation.json.
 
@@ -245,8 +246,12 @@ def evaluate_run(
     images (without them no latent has pictures). The directory is whole or has no manifest. Raises UserError when `run`
     is not a finished run, or does not fit the source.
     """
-    found = evaluate_families(run_subject(run), source, cfg, behind, progress)
-    notes = [*Run(run).config.doubts(), *doubts(found.record["hooks"])]
+    opened, subject = Run(run), run_subject(run, source)
+    for family in subject.values():
+        for sae in family.saes.values():
+            sae.to(device)
+    found = evaluate_families(subject, source, cfg, behind, progress)
+    notes = [*opened.config.doubts(), *doubts(found.record["hooks"])]
     if notes:
         found.record["notes"] = [*found.record.get("notes", []), *notes]
     out = run / EVALUATION_PART
@@ -256,21 +261,34 @@ def evaluate_run(
         write_json(out / CONTEXTS_FILE, found.contexts)
         save_tensors(out / ARRAYS, found.arrays)
         inputs = {
-            "run": read_manifest(run, "run", verify=False).digest(),
+            "run": opened.manifest.digest(),
             **{f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()},
         }
         files = [EVALUATION, CONTEXTS_FILE, ARRAYS]
         if found.thumbnails:
             write_json(out / THUMBNAILS_FILE, found.thumbnails)
             files.append(THUMBNAILS_FILE)
-        write_manifest(out, EVALUATION_PART, cfg.to_dict(), files, inputs=inputs)
+        info = {}
+        if opened.single:  # which knows no data of its own
+            described = getattr(source, "describe", dict)()
+            info = {"hook": next(iter(source.hooks)), "source": described}
+        write_manifest(out, EVALUATION_PART, cfg.to_dict(), files, inputs=inputs, info=info)
     return found.record
 
 
-def run_subject(run: Path) -> dict[str, EvaluatedSaes]:
-    """Return each hook's family of a finished run, each weighted member with its plain twin."""
+def run_subject(run: Path, source: HeldOut | None = None) -> dict[str, EvaluatedSaes]:
+    """Return each hook's family of a finished run, each weighted member with its plain twin.
+
+    One SAE alone is put at the source's hook.
+    """
     opened = Run(run)
     train, gamma = opened.config, opened.gamma_record
+    if not isinstance(train, TrainConfig):
+        ((own, saes),) = opened.saes.items()
+        hook = own if source is None else next(iter(source.hooks))
+        plain = {"rule": "none"} if bool((saes[SINGLE].gamma == 1).all()) else {}
+        about = {"config": train.to_dict(), "gamma": gamma[own][SINGLE] or plain}
+        return {hook: EvaluatedSaes(saes, {}, {SINGLE: about})}
     if any(set(saes) != set(train.names()) for saes in opened.saes.values()):
         raise UserError(f"{run / CONFIG}: names other members than the run has (altered)")
     if opened.saes.keys() != gamma.keys():

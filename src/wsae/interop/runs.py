@@ -10,9 +10,9 @@ from wsae.core.artifact import CONFIG, EVALUATION_PART, MANIFEST, MEMBERS
 from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import read_json
 from wsae.core.hub import local_folder
-from wsae.interop.config import INDEX, Provenance
-from wsae.interop.convert import native_about
+from wsae.interop.config import INDEX
 from wsae.run import Run
+from wsae.sae.config import Provenance
 
 SCORES = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
 """The scores of an evaluation that travel with an SAE."""
@@ -92,14 +92,16 @@ def _members(folder: Path) -> str:
 
 def about_sae(folder: Path) -> Provenance:
     """Return what is known about one SAE: its own words, else those of the run it lies in."""
-    own = native_about(folder)
-    if own != Provenance():
-        return own
+    alone = Run(folder)
+    if alone.provenance != Provenance():
+        measured = _scores(alone, *next((h, n) for h, (n,) in alone.members.items()))
+        known = {"metrics": measured} if measured else {}
+        return alone.provenance.model_copy(update=known)
     members = folder.resolve().parents[1] if len(folder.resolve().parents) > 2 else folder
     run = members.parent
     if members.name == MEMBERS and (run / MANIFEST).is_file():
         return about_member(run, folder.resolve().parent.name, folder.resolve().name)
-    return own
+    return alone.provenance
 
 
 def about_member(run: Run | Path, hook: str, name: str) -> Provenance:

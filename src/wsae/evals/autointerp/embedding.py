@@ -26,7 +26,7 @@ from wsae.acts.loading import refuse_unloaded
 from wsae.core.errors import UserError, reason
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.summary import LatentScore, Verdicts, half_way, judge
-from wsae.evals.autointerp.windows import Collected, LatentContexts
+from wsae.evals.autointerp.windows import Collected
 from wsae.evals.data import Tokenizer
 
 BUILTIN = ("builtin", "minilm")
@@ -198,8 +198,8 @@ def builtin_folder() -> Path | None:
     return next((folder for folder in found if (folder / "model.safetensors").is_file()), None)
 
 
-_BLOCK = 64
-"""Latents scored at once: bounds memory at about 64 x contexts x dim x 8 bytes (15 MB)."""
+_TINY = 1e-12
+"""Squared length below which a sum of unit vectors has no direction."""
 
 
 def embedding_scores(
@@ -218,13 +218,22 @@ def embedding_scores(
     if not latents:
         return []
     space = Space(collected, encoder, progress)
+    reference = space.units(space.reference)
     texts = [] if words is None else [words[one.latent] for one in latents]
     named = encoder.encode(texts, progress).astype(np.float64) if texts else None
-    out: list[LatentScore] = []
-    for start in range(0, len(latents), _BLOCK):
-        part = latents[start : start + _BLOCK]
-        given = None if named is None else named[start : start + _BLOCK]
-        out += _scored(space, part, given)
+    out = []
+    for i, one in enumerate(latents):
+        explain = space.units(one.explain.window)
+        if named is None:
+            centroid, own = _centroid(explain)
+        else:
+            centroid = _unit(named[i])
+            own = np.einsum("nd,d->n", explain, centroid)
+        foreign = reference[~np.isin(space.reference, one.explain.window)] @ centroid
+        scores = (
+            np.einsum("nd,d->n", space.units(shown.window), centroid) for shown in one.scored()
+        )
+        out.append(judge(one.latent, one.density, Verdicts(*scores), half_way(own, foreign)))
     return out
 
 
@@ -236,9 +245,7 @@ class Space:
     ) -> None:
         roles = (r for one in collected.latents for r in (one.explain, *one.scored()))
         used = np.unique(np.concatenate([role.window for role in roles]))
-        self._row = np.full(
-            len(collected.windows) + 1, -1, dtype=np.int64
-        )  # the last one is padding
+        self._row = np.zeros(len(collected.windows), dtype=np.int64)
         self._row[used] = np.arange(len(used))
         texts = [collected.windows.text(window) for window in used.tolist()]
         vectors = encoder.encode(texts, progress)
@@ -251,64 +258,25 @@ class Space:
             vectors = vectors - known.mean(0).astype(np.float32)
         else:
             self.reference = self.reference[:0]
-        padding = np.full((1, vectors.shape[1]), np.nan, dtype=np.float32)
-        self._units = np.concatenate([_unit(vectors), padding])
+        self._units = _unit(vectors)
 
-    def units(self, windows: Int64[np.ndarray, "..."]) -> Float64[np.ndarray, "... dim"]:
-        """Return unit vectors; NaN for padding (-1) and for windows without tokens."""
+    def units(self, windows: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, "n dim"]:
+        """Return unit vectors; NaN for windows without tokens."""
         return self._units[self._row[windows]].astype(np.float64)
 
 
-def _scored(
-    space: Space, latents: list[LatentContexts], named: np.ndarray | None
-) -> list[LatentScore]:
-    explain = space.units(_padded([one.explain.window for one in latents]))
-    if named is None:
-        centroid, own = _centroids(explain)
-    else:
-        centroid = _unit(named)
-        own = np.einsum("lnd,ld->ln", explain, centroid)
-    others = space.units(space.reference) @ centroid.T
-    roles = zip(*(one.scored() for one in latents), strict=True)
-    scores = [
-        np.einsum("lnd,ld->ln", space.units(_padded([shown.window for shown in role])), centroid)
-        for role in roles
-    ]
-    out = []
-    for i, one in enumerate(latents):
-        verdicts = (rows[i, : len(r)] for rows, r in zip(scores, one.scored(), strict=True))
-        foreign = others[~np.isin(space.reference, one.explain.window), i]
-        threshold = half_way(own[i], foreign)
-        out.append(judge(one.latent, one.density, Verdicts(*verdicts), threshold))
-    return out
-
-
-def _centroids(
-    explain: Float64[np.ndarray, "latents n dim"],
-) -> tuple[Float64[np.ndarray, "latents dim"], Float64[np.ndarray, "latents n"]]:
-    """Return unit centroids g, and each explaining window's cosine with the centroid of the others.
+def _centroid(
+    explain: Float64[np.ndarray, "n dim"],
+) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " n"]]:
+    """Return the unit centroid g, and each explaining window's cosine with the centroid of the others.
 
     With S the sum of unit vectors u_i: cos_i = u_i . (S - u_i) / |S - u_i|, |S - u_i|^2 = |S|^2 - 2 u_i . S + 1.
     """
-    total = np.where(np.isnan(explain), 0, explain).sum(1)  # a row is NaN as a whole
-    along = np.einsum("lnd,ld->ln", explain, total)
-    rest = np.maximum((total**2).sum(1)[:, None] - 2 * along + 1, 0)
-    cosine = np.divide(
-        along - 1, np.sqrt(rest), out=np.full_like(along, np.nan), where=rest > _TINY
-    )
-    return _unit(total), cosine
-
-
-_TINY = 1e-12
-"""Squared length below which a sum of unit vectors has no direction."""
-
-
-def _padded(windows: Sequence[np.ndarray]) -> Int64[np.ndarray, "latents n"]:
-    """Return rows of equal length, filled with -1."""
-    out = np.full((len(windows), max(map(len, windows))), -1, dtype=np.int64)
-    for row, one in zip(out, windows, strict=True):
-        row[: len(one)] = one
-    return out
+    total = np.where(np.isnan(explain), 0, explain).sum(0)  # a row is NaN as a whole
+    along = np.einsum("nd,d->n", explain, total)
+    rest = np.maximum((total**2).sum() - 2 * along + 1, 0)
+    nothing = np.full_like(along, np.nan)
+    return _unit(total), np.divide(along - 1, np.sqrt(rest), out=nothing, where=rest > _TINY)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -28,39 +28,39 @@ from wsae.core.files import Json, digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.controls import ABOUT
-from wsae.evals.autointerp.llm.plan import Planned, dry_run
-from wsae.evals.autointerp.members import (
+from wsae.evals.autointerp.llm.judges import Planned, dry_run
+from wsae.evals.autointerp.scoring import (
     Interpreted,
     InterpretedMember,
     InterpretJob,
+    Parts,
     ScorerModels,
     SurveyedHook,
-    collect_members,
-    needed_models,
-    selected,
-    survey_hooks,
-)
-from wsae.evals.autointerp.scoring import (
-    Parts,
     all_fragments,
     asks_again,
+    collect_members,
+    needed_models,
     score_all,
     scorer_identity,
+    selected,
+    survey_hooks,
     write_ascii,
 )
 from wsae.evals.autointerp.summary import (
+    SCORES,
     LatentScore,
     Sample,
     density_adjusted,
-    glossary,
     matched_density,
     pooled_accuracy,
 )
 from wsae.evals.autointerp.windows import Collected, LatentContexts
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import HeldOut
+from wsae.evals.glossary import glossary
 from wsae.evals.intervals import Difference, estimate, mean, paired_difference, unpaired_difference
 from wsae.evals.run import run_subject
+from wsae.run import Run
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TYPICAL = 5
@@ -219,15 +219,13 @@ def _matched(
     draws: EvalConfig,
 ) -> tuple[Difference, Json]:
     """Return the difference over matched latents, how many of the sampled are compared, and how alike the pairs are."""
-    matching = surveyed.matching[member]
-    cosines = dict(zip(matching.pair_a.tolist(), matching.pair_cosine.tolist(), strict=True))
-    partners = surveyed.partners(member).items()
+    cosines, partners = surveyed.pairs(member), surveyed.partners(member).items()
     pairs = [(j, k) for j, k in partners if j in left and k in right]
     values = np.array([(left[j], right[k]) for j, k in pairs], dtype=np.float64).reshape(-1, 2)
     about = {
         "sampled": len(surveyed.sample[member]),
-        "cosine": float(np.mean([cosines[j] for j, _ in pairs])) if pairs else None,
-        "chance": matching.summary()["random_cosine_mean"],
+        "cosine": float(np.mean([cosines[j][1] for j, _ in pairs])) if pairs else None,
+        "chance": surveyed.matching[member].summary()["random_cosine_mean"],
     }
     return paired_difference(mean(values[:, 0]), mean(values[:, 1]), draws), about
 
@@ -262,7 +260,7 @@ def record_json(job: InterpretJob, surveyed: dict[str, SurveyedHook], found: Int
         "config": job.cfg.to_dict(),
         "judges": {score: job.judge_name(score) for score in job.cfg.scores},
         "hooks": hooks,
-        "glossary": glossary(job.cfg.scores),
+        "glossary": glossary({key: one for key, one in SCORES.items() if key in job.cfg.scores}),
     }
 
 
@@ -284,12 +282,12 @@ def _latent(
     surveyed: SurveyedHook, name: str, member: InterpretedMember, contexts: LatentContexts
 ) -> Json:
     """Return one latent, the twin's latent that it is paired with, and its strongest explaining windows."""
-    latent, matching, match = contexts.latent, surveyed.matching.get(name), None
-    place = [] if matching is None else (matching.pair_a == latent).nonzero()[:, 0].tolist()
-    if matching is not None and place:
-        cosine = round(float(matching.pair_cosine[place[0]]), 6)
-        partner = int(matching.pair_b[place[0]])
-        match = {"member": surveyed.family.twins[name], "latent": partner, "cosine": cosine}
+    latent, match = contexts.latent, None
+    pairs = surveyed.pairs(name) if name in surveyed.matching else {}
+    if latent in pairs:
+        partner, cosine = pairs[latent]
+        twin = surveyed.family.twins[name]
+        match = {"member": twin, "latent": partner, "cosine": round(cosine, 6)}
     windows, shown = member.collected.windows, []
     strongest = contexts.explain.window[:SHOWN].tolist()
     for window, acts in zip(strongest, contexts.explain.acts, strict=False):
@@ -323,13 +321,13 @@ def interpret_run(
     its scores only. What was made from the same run, data, settings and judges is returned as it is unless `force`.
     Raises UserError when `run` is not a finished run, the data have no text, or a score lacks its judge.
     """
-    families = selected(run_subject(run), cfg)
+    families = selected(run_subject(run, source), cfg)
     models = needed_models(cfg, judges)
     job = InterpretJob(run, source, families, cfg, data_digest(source), progress, **models)
     place = run / INTERPRETATION_PART
     with locked(place, top=run):
         inputs = {
-            "run": read_manifest(run, "run", verify=False).digest(),
+            "run": Run(run).manifest.digest(),
             "data": job.data,
             **{f"judge/{score}": digest(scorer_identity(job, score)) for score in cfg.scores},
         }
@@ -385,7 +383,7 @@ def plan_run(
     asked: list[Asked] = [s for s in cfg.scores if s != "embedding" and s != "surprisal"]
     known = tuple(control for control in cfg.controls if control != "random_model")
     cfg = cfg.model_copy(update={"scores": tuple(asked), "controls": known})
-    families = selected(run_subject(run), cfg)
+    families = selected(run_subject(run, source), cfg)
     job = InterpretJob(run, source, families, cfg, "", progress, **needed_models(cfg, judges))
     surveyed = survey_hooks(source, families, cfg, progress)
     found = collect_members(job, run / INTERPRETATION_PART, surveyed)

@@ -25,7 +25,6 @@ from wsae.core.artifact import (
     CLASSES,
     CLASSES_PART,
     MANIFEST,
-    read_manifest,
     write_manifest,
 )
 from wsae.core.errors import UserError
@@ -62,6 +61,7 @@ from wsae.evals.intervals import (
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, check_width
 from wsae.evals.run import run_subject
+from wsae.run import Run
 from wsae.sae import SparseAutoencoder
 from wsae.stats.classes import Chance, Hits, OverImages, chance_levels, jackknife
 
@@ -178,7 +178,7 @@ def score_run(
     """
     record: Json = {"hooks": {}, "glossary": glossary(CLASS_SCORES)}
     arrays: dict[str, Tensor] = {}
-    for hook, family in run_subject(run).items():
+    for hook, family in run_subject(run, source).items():
         found = score_classes(family, Labelled(source, hook, labels), cfg, progress)
         record["hooks"][hook] = found.record
         for name, scores in (found.members | found.controls).items():
@@ -189,7 +189,7 @@ def score_run(
         write_json(out / CLASSES, record)
         save_tensors(out / ARRAYS, arrays)
         inputs = {
-            "run": read_manifest(run, "run", verify=False).digest(),
+            "run": Run(run).manifest.digest(),
             "labels": digest(np.asarray(labels).tolist()),
         }
         write_manifest(out, CLASSES_PART, cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)

@@ -21,9 +21,16 @@ import httpx
 
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.evals.autointerp.llm.asking import TOP_LOGPROBS, Answer, AnswerToken, Json, Llm, Request
+from wsae.evals.autointerp.llm.asking import (
+    TOP_LOGPROBS,
+    Answer,
+    AnswerToken,
+    Json,
+    Llm,
+    Request,
+    one_line,
+)
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.texts import one_line
 
 MAX_REPLY_BYTES = 1 << 24
 """A longer reply is cut off: no answer of ours needs a thousandth of it."""

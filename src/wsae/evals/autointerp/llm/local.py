@@ -21,9 +21,16 @@ from torch import Tensor
 from wsae.acts.language import LanguageModel, load_language
 from wsae.acts.loading import refuse_unable_to_continue
 from wsae.core.errors import UserError
-from wsae.evals.autointerp.llm.asking import TOP_LOGPROBS, Answer, AnswerToken, Json, Llm, Request
+from wsae.evals.autointerp.llm.asking import (
+    TOP_LOGPROBS,
+    Answer,
+    AnswerToken,
+    ChatMessage,
+    Json,
+    Llm,
+    Request,
+)
 from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.evals.autointerp.llm.texts import ChatMessage
 
 
 def open_llm(cfg: LlmConfig) -> Llm:
