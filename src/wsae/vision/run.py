@@ -160,14 +160,7 @@ def pretrain(
     an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt) when interrupted, after writing a
     checkpoint.
     """
-    with held(out):
-        identity = _entered(cfg, images, out, resume)
-        if identity is not None:
-            job = Pretrainer(cfg, make_data(cfg, images), device)
-            with explained("pretraining", lambda: _buffers(cfg)):
-                train_job(job, out, progress)
-                _finish(out, identity, job, progress)
-    return load_pretrained(out)
+    return _pretrained(cfg, images, out, Ranks(), device, progress, resume)
 
 
 def pretrain_parallel(
@@ -184,17 +177,28 @@ def pretrain_parallel(
     continues with `resume` on any number of processes. Raises what `pretrain` raises, `Stopped` on all processes when
     one is interrupted.
     """
-    ranks = Ranks(world)
-    ranks.part(cfg.batch_size)
-    with held(out) if world.first else contextlib.nullcontext():
-        identity = world.from_first(lambda: _entered(cfg, images, out, resume))
+    return _pretrained(cfg, images, out, Ranks(world), world.device, progress, resume)
+
+
+def _pretrained(
+    cfg: PretrainConfig,
+    images: ImageSet,
+    out: Path,
+    ranks: Ranks,
+    device: str,
+    progress: Progress,
+    resume: bool,
+) -> PretrainResult:
+    ranks.part(cfg.batch_size)  # raises where there are no equal parts
+    with held(out) if ranks.first else contextlib.nullcontext():
+        identity = ranks.from_first(lambda: _entered(cfg, images, out, resume))
         if identity is not None:
-            job = Pretrainer(cfg, make_data(cfg, images), world.device, ranks)
+            job = Pretrainer(cfg, make_data(cfg, images), device, ranks)
             with explained("pretraining", lambda: _buffers(cfg)):
                 train_job(job, out, progress, ranks)
-            if world.first:
-                _finish(out, identity, job, progress)
-            world.from_first(lambda: None)  # nobody leaves before the manifest is there
+                if ranks.first:
+                    _finish(out, identity, job, progress)
+            ranks.from_first(lambda: None)  # nobody leaves before the manifest is there
     return load_pretrained(out)
 
 
