@@ -9,6 +9,7 @@ differently.
 """
 
 import hashlib
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any, Unpack
@@ -26,7 +27,6 @@ from wsae.evals.autointerp.scoring import (
     Interpreted,
     InterpretedMember,
     InterpretJob,
-    Parts,
     ScorerModels,
     SurveyedHook,
     all_fragments,
@@ -318,7 +318,7 @@ def interpret_run(
     families = selected(run_subject(run), cfg)
     models = needed_models(cfg, judges)
     job = InterpretJob(run, source, families, cfg, data_digest(source), progress, **models)
-    place = run / PLACE
+    place, parts = run / PLACE, run / PLACE / "parts"
     with locked(place, top=run):
         inputs = {
             "run": read_manifest(run, "run", verify=False).digest(),
@@ -326,7 +326,7 @@ def interpret_run(
             **{f"judge/{score}": digest(scorer_identity(job, score)) for score in cfg.scores},
         }
         if force:
-            Parts(place / "parts").clear()
+            shutil.rmtree(parts, ignore_errors=True)
         elif (place / MANIFEST).exists():
             there = read_manifest(place, PLACE)
             same = there.config == cfg.to_dict() and there.inputs == inputs
@@ -334,12 +334,12 @@ def interpret_run(
                 return read_json(place / RECORD)
         surveyed = survey_hooks(source, families, cfg, progress)
         found = collect_members(job, place, surveyed)
-        score_all(job, Parts(place / "parts"), surveyed, found)
+        score_all(job, parts, surveyed, found)
         (place / MANIFEST).unlink(missing_ok=True)
         write_ascii(place / RECORD, record_json(job, surveyed, found))
         write_ascii(place / CONTEXTS, contexts_json(surveyed, found))
-        parts = (member.parts for named in found.values() for member in named.values())
-        info = {"unfinished": any(map(asks_again, parts))}
+        scored = (member.parts for named in found.values() for member in named.values())
+        info = {"unfinished": any(map(asks_again, scored))}
         write_manifest(place, PLACE, cfg.to_dict(), [RECORD, CONTEXTS], inputs=inputs, info=info)
         return read_json(place / RECORD)
 
