@@ -218,7 +218,7 @@ def test_every_score_runs_on_a_local_model_and_its_babble_is_counted_as_failed(m
     judged = detection_scores(found, told, llm)
     assert judged.tally.requested == judged.tally.failed == plan["detection"].requests
     assert all(s.balanced_accuracy is None and s.failed == 8 for s in judged.scores)
-    done = simulation_scores(frags, llm, told)
+    done = simulation_scores(frags, told, llm)
     assert done.tally.requested == done.tally.parsed == plan["simulation"].requests
     assert all(s.mixed is not None and -1 <= s.mixed <= 1 for s in done.scores)
 

@@ -39,6 +39,11 @@ def parts(kind, chat, tmp_path, **more):
     return llm, found, explained, scorer(found, explained.explanations, llm)
 
 
+def simulate(found, llm):
+    explained = explain_latents(found, llm)
+    return explained, simulation_scores(found, explained.explanations, llm)
+
+
 @pytest.mark.parametrize("kind", ["detection", "fuzzing"])
 def test_a_judge_that_knows_scores_one_and_one_that_always_agrees_a_half(tmp_path, kind):
     for judge, score in ((perfect, 1.0), (yes, 0.5)):
@@ -229,10 +234,10 @@ def test_latents_that_vary_in_fewer_than_twenty_fragments_are_skipped_and_counte
 def test_a_perfect_simulator_predicts_where_the_latent_fires(tmp_path, simulator):
     found, _ = word_fragments()
     with serving(perfect) as chat:
-        done = simulation_scores(found, Endpoint(config(chat, tmp_path, simulator=simulator)))
+        explained, done = simulate(found, Endpoint(config(chat, tmp_path, simulator=simulator)))
         assert len(chat.bodies) == N_LATENTS * 11
     assert (done.tally.requested, done.tally.parsed) == (N_LATENTS * 10, N_LATENTS * 10)
-    assert done.explained.tally.parsed == N_LATENTS
+    assert explained.tally.parsed == N_LATENTS
     for latent, score in zip(found.latents, done.scores, strict=True):
         assert (score.n_top, score.n_random, score.failed) == (5, 5, 0)
         real = np.concatenate([latent.top.acts, latent.random.acts]).astype(np.float64)
@@ -254,7 +259,7 @@ def test_failed_simulations_enter_no_score(tmp_path):
         return error(400, "no")
 
     with serving(sometimes) as chat:
-        done = simulation_scores(found, Endpoint(config(chat, tmp_path, simulator="json")))
+        _, done = simulate(found, Endpoint(config(chat, tmp_path, simulator="json")))
     tally = done.tally
     assert 0 < tally.failed < tally.requested
     assert tally.requested == tally.parsed + tally.failed
@@ -287,7 +292,7 @@ def test_the_dry_run_sends_nothing_and_knows_what_will_be_sent(tmp_path, simulat
         for name, run in (
             ("detection", lambda: detection_scores(found, explained.explanations, llm)),
             ("fuzzing", lambda: fuzzing_scores(found, explained.explanations, llm)),
-            ("simulation", lambda: simulation_scores(frags, llm)),
+            ("simulation", lambda: simulate(frags, llm)),
         ):
             before = len(chat.bodies)
             run()

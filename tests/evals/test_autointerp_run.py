@@ -166,6 +166,10 @@ def test_a_killed_run_scores_nothing_twice_and_ends_with_the_same_bytes(at, run,
 
 def test_another_score_keeps_the_parts_that_are_there(run) -> None:
     interpret_run(run, Text(), CFG, encoder=BagEncoder())
+    names = sorted(path.stem[:16] for path in (run / "interpretation" / "parts").glob("*.json"))
+    assert names == ["47c0f62472ed8eb1", "edeb28a109045d79"], (
+        "other names would score old runs anew"
+    )
     encoder = BagEncoder()
     both = CFG.model_copy(update={"scores": ("embedding", "detection")})
     record = interpret_run(run, Text(), both, encoder=encoder, llm=KeywordLlm())

@@ -38,7 +38,7 @@ from wsae.evals.autointerp.windows import (
 )
 from wsae.evals.contexts import NO_FIRINGS, Firings, one_per_stratum, places, sample_latents
 from wsae.evals.data import HeldOut
-from wsae.evals.latents import Entries, unit_rows
+from wsae.evals.latents import unit_rows
 from wsae.ops import SparseCode
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
@@ -288,9 +288,11 @@ class Tracked:
 
     def update(self, code: SparseCode, slab: Slab, slots: Int64[np.ndarray, " windows"]) -> None:
         """Add the codes of a slab's rows; `slots` are the places of its windows in the pool, -1 for none."""
-        entries = Entries(code)
-        columns = (entries.indices, entries.rows, entries.values.float())
-        latent, row, value = (column.numpy() for column in columns)
+        columns = (code.indices, code.rows(), code.values.float())
+        active = code.values != 0
+        if not bool(active.all()):  # only padding of the Top-k kinds is 0
+            columns = tuple(column[active] for column in columns)
+        latent, row, value = (column.cpu().numpy() for column in columns)
         self.n += code.batch
         self.count += np.bincount(latent, minlength=self._d_sae)
         self.peak.scatter_reduce_(0, torch.from_numpy(latent), torch.from_numpy(value), "amax")
@@ -317,9 +319,9 @@ class Tracked:
         if not slab.closed:
             return
         self._note_pool(firings, slab, slots)
-        firings = firings.take(self.tracked[firings.latent] & (slab.side[firings.window] >= 0))
-        order = np.argsort(firings.window * self._d_sae + firings.latent, kind="stable")
-        firings = firings.take(order)
+        kept = (self.tracked[firings.latent] & (slab.side[firings.window] >= 0)).nonzero()[0]
+        key = firings.window[kept] * self._d_sae + firings.latent[kept]
+        firings = firings.take(kept[np.argsort(key, kind="stable")])
         side, number = slab.side[firings.window], slab.number[firings.window]
         self.reservoirs.add(
             firings._replace(window=number), side, self.tracked, varying=self._varying

@@ -9,6 +9,7 @@ differently.
 """
 
 import hashlib
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Unpack
@@ -33,7 +34,6 @@ from wsae.evals.autointerp.scoring import (
     Interpreted,
     InterpretedMember,
     InterpretJob,
-    Parts,
     ScorerModels,
     SurveyedHook,
     all_fragments,
@@ -324,7 +324,7 @@ def interpret_run(
     families = selected(run_subject(run, source), cfg)
     models = needed_models(cfg, judges)
     job = InterpretJob(run, source, families, cfg, data_digest(source), progress, **models)
-    place = run / INTERPRETATION_PART
+    place, parts = run / INTERPRETATION_PART, run / INTERPRETATION_PART / "parts"
     with locked(place, top=run):
         inputs = {
             "run": Run(run).manifest.digest(),
@@ -332,7 +332,7 @@ def interpret_run(
             **{f"judge/{score}": digest(scorer_identity(job, score)) for score in cfg.scores},
         }
         if force:
-            Parts(place / "parts").clear()
+            shutil.rmtree(parts, ignore_errors=True)
         elif (place / MANIFEST).exists():
             there = read_manifest(place, INTERPRETATION_PART)
             same = there.config == cfg.to_dict() and there.inputs == inputs
@@ -340,20 +340,14 @@ def interpret_run(
                 return read_json(place / INTERPRETATION)
         surveyed = survey_hooks(source, families, cfg, progress)
         found = collect_members(job, place, surveyed)
-        score_all(job, Parts(place / "parts"), surveyed, found)
+        score_all(job, parts, surveyed, found)
         (place / MANIFEST).unlink(missing_ok=True)
         write_ascii(place / INTERPRETATION, record_json(job, surveyed, found))
         write_ascii(place / CONTEXTS_FILE, contexts_json(surveyed, found))
-        parts = (member.parts for named in found.values() for member in named.values())
-        info = {"unfinished": any(map(asks_again, parts))}
-        write_manifest(
-            place,
-            INTERPRETATION_PART,
-            cfg.to_dict(),
-            [INTERPRETATION, CONTEXTS_FILE],
-            inputs=inputs,
-            info=info,
-        )
+        scored = (member.parts for named in found.values() for member in named.values())
+        info = {"unfinished": any(map(asks_again, scored))}
+        files = [INTERPRETATION, CONTEXTS_FILE]
+        write_manifest(place, INTERPRETATION_PART, cfg.to_dict(), files, inputs=inputs, info=info)
         return read_json(place / INTERPRETATION)
 
 

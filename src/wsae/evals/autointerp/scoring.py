@@ -10,8 +10,7 @@ the hash of what they were made from: a killed run finds its parts again; anothe
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -30,7 +29,7 @@ from wsae.evals.autointerp.config import FREE, Control, FragmentConfig, Interpre
 from wsae.evals.autointerp.controls import NAMES, neurons, pca, random_model, shuffled, subset
 from wsae.evals.autointerp.embedding import Memo, TextEncoder, embedding_scores, load_encoder
 from wsae.evals.autointerp.llm.asking import NO_EXPLANATION, AnswerTally, Llm
-from wsae.evals.autointerp.llm.judges import Kind, explain_latents, judged, simulation_scores
+from wsae.evals.autointerp.llm.judges import explain_latents, judged, simulation_scores
 from wsae.evals.autointerp.summary import METRIC
 from wsae.evals.autointerp.surprisal import TEMPLATES, PrefixReader, surprisal_scores
 from wsae.evals.autointerp.windows import Collected, Fragments
@@ -317,25 +316,15 @@ _FINAL = (NO_EXPLANATION, "unparsed")
 """Beginnings of the reasons that asking again would not fix: the answer on disk is what it is."""
 
 
-class Parts:
-    """A directory of parts."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def get(self, key: Json, make: Callable[[], Json]) -> Json:
-        """Return the part made from `key`, from disk or made now; what was made now is read back the same way."""
-        path = self.place / f"{digest(key)}.json"
-        if not path.is_file():
-            write_ascii(path, seal(finite({"key": key, "part": make()})))
-        found = read_sealed(path)
-        if found.keys() != {"key", "part"} or digest(found["key"]) != path.stem:
-            raise UserError(f"{path}: altered, not the part it is named after; remove it")
-        return found["part"]
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        shutil.rmtree(self.place, ignore_errors=True)
+def kept_part(place: Path, key: Json, make: Callable[[], Json]) -> Json:
+    """Return the part made from `key`, from disk or made now; what was made now is read back the same way."""
+    path = place / f"{digest(key)}.json"
+    if not path.is_file():
+        write_ascii(path, seal(finite({"key": key, "part": make()})))
+    found = read_sealed(path)
+    if found.keys() != {"key", "part"} or digest(found["key"]) != path.stem:
+        raise UserError(f"{path}: altered, not the part it is named after; remove it")
+    return found["part"]
 
 
 def write_ascii(path: Path, value: object) -> None:
@@ -344,7 +333,7 @@ def write_ascii(path: Path, value: object) -> None:
 
 
 def part_of(
-    job: InterpretJob, score: Score, scores: list[Any], tally: AnswerTally | None = None
+    job: InterpretJob, score: Score, scores: Sequence[Any], tally: AnswerTally | None = None
 ) -> Json:
     """Return the answer of a scorer for one member."""
     details = {str(row.latent): row._asdict() for row in scores}
@@ -374,7 +363,7 @@ def scorer_identity(job: InterpretJob, score: Score) -> Json:
 
 
 def score_all(
-    job: InterpretJob, parts: Parts, surveyed: dict[str, SurveyedHook], found: Interpreted
+    job: InterpretJob, parts: Path, surveyed: dict[str, SurveyedHook], found: Interpreted
 ) -> None:
     """Fill in every member's parts and explanations."""
     for hook, named in found.items():
@@ -387,34 +376,37 @@ def score_all(
                     chosen = sorted({*sample[name], *partners[name]})
                     part = _free(job, parts, hook, name, member, chosen)
                     member.parts[score] = part | {"sample": sample[name]}
-            _ask(job, member, f"{hook}/{name}")
-    if "simulation" not in job.cfg.scores:
-        return
-    for (hook, name), shown in all_fragments(job, surveyed, found).items():
-        member = found[hook][name]
-        assert job.llm is not None
-        result = simulation_scores(shown, job.llm, None, job.progress, f"{hook}/{name}")
-        part = part_of(job, "simulation", result.scores, result.tally)
-        part |= {"explaining": asdict(result.explained.tally), "skipped": dict(shown.skipped)}
-        member.parts["simulation"] = part
-        told = {str(j): text for j, text in result.explained.explanations.items()}
-        member.explanations = told | member.explanations
+            asked: list[Score] = [s for s in job.cfg.scores if s == "detection" or s == "fuzzing"]
+            _ask(job, asked, member, member.collected, f"{hook}/{name}")
+    if "simulation" in job.cfg.scores:
+        for (hook, name), shown in all_fragments(job, surveyed, found).items():
+            member = found[hook][name]
+            _ask(job, ["simulation"], member, shown, f"{hook}/{name}")
+            member.parts["simulation"]["skipped"] = dict(shown.skipped)
 
 
-def _ask(job: InterpretJob, member: InterpretedMember, task: str) -> None:
-    """Explain a member's latents once and judge them by detection and fuzzing."""
-    wanted: list[Kind] = [s for s in job.cfg.scores if s == "detection" or s == "fuzzing"]
-    if not wanted:
+def _ask(
+    job: InterpretJob,
+    scores: list[Score],
+    member: InterpretedMember,
+    found: Collected | Fragments,
+    task: str,
+) -> None:
+    """Explain a member's latents once and judge the explanations in several ways."""
+    if not scores:
         return
     assert job.llm is not None
-    collected = member.collected
-    explained = explain_latents(collected, job.llm, job.progress, f"{task}: explain")
-    for score in wanted:
-        names = (job.progress, f"{task}: {score}")
-        result = judged(score, collected, explained.explanations, job.llm, *names)
+    explained = explain_latents(found, job.llm, job.progress, f"{task}: explain")
+    for score in scores:
+        given = (explained.explanations, job.llm, job.progress, f"{task}: {score}")
+        if isinstance(found, Fragments):
+            result = simulation_scores(found, *given)
+        else:
+            result = judged("detection" if score == "detection" else "fuzzing", found, *given)
         part = part_of(job, score, result.scores, result.tally)
         member.parts[score] = part | {"explaining": asdict(explained.tally)}
-    member.explanations |= {str(j): text for j, text in explained.explanations.items()}
+    told = {str(latent): text for latent, text in explained.explanations.items()}
+    member.explanations = told | member.explanations
 
 
 def costly_latents(
@@ -441,7 +433,7 @@ def costly_latents(
 
 def _free(
     job: InterpretJob,
-    parts: Parts,
+    parts: Path,
     hook: str,
     name: str,
     member: InterpretedMember,
@@ -462,7 +454,8 @@ def _free(
             )
         return part_of(job, score, found)
 
-    return parts.get(
+    return kept_part(
+        parts,
         {
             "schema": SCHEMA,
             "scorer": scorer_identity(job, score),

@@ -197,7 +197,7 @@ class JudgingBatch(NamedTuple):
 class Judged(NamedTuple):
     """A score per latent and the outcomes of asking."""
 
-    scores: list[LatentScore]
+    scores: Sequence["LatentScore | SimulationScore"]
     tally: AnswerTally
 
 
@@ -382,14 +382,6 @@ class SimulationScore(NamedTuple):
     """Fragments without a simulation."""
 
 
-class Simulated(NamedTuple):
-    """Scores, the explanations behind them, and the outcomes of asking (explanations have their own tally)."""
-
-    scores: list[SimulationScore]
-    explained: Explained
-    tally: AnswerTally
-
-
 class Case(NamedTuple):
     """A fragment to simulate."""
 
@@ -469,29 +461,23 @@ def correlation(
 
 def simulation_scores(
     found: Fragments,
+    explanations: dict[int, str],
     llm: Llm,
-    explanations: dict[int, str] | None = None,
     progress: Progress = quiet,
     task: str = "simulation",
-) -> Simulated:
-    """Explain each latent from its explaining fragments (unless explanations are given) and simulate the others."""
-    explained = (
-        explain_latents(found, llm, progress, f"{task}: explain")
-        if explanations is None
-        else Explained(explanations, AnswerTally())
-    )
+) -> Judged:
+    """Simulate each explained latent on its top and random fragments."""
     asked = cases(found)
-    build = partial(simulation_request, cfg=llm.cfg)
     results, tally = ask_all(
         llm,
-        requests_about(asked, explained.explanations, build),
+        requests_about(asked, explanations, partial(simulation_request, cfg=llm.cfg)),
         lambda i, answer: parse_simulation(answer, len(asked[i].tokens.texts), llm.cfg),
         task,
         progress,
     )
     pairs = list(zip(asked, results, strict=True))
     scores = [_score(one, [p for p in pairs if p[0].latent == one.latent]) for one in found.latents]
-    return Simulated(scores, explained, tally)
+    return Judged(scores, tally)
 
 
 def _score(
