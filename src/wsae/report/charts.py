@@ -387,9 +387,8 @@ def density_chart(
     run: RunData, hook: str, pair: tuple[str | None, str], pool: dict[str, np.ndarray]
 ) -> Markup:
     """Draw the histograms of log10 density of a member and its twin, on the axes of the whole pool."""
-    floor = np.floor(
-        min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
-    )
+    lowest = min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
+    floor = min(np.floor(lowest), -1.0)  # also where every latent fires on every row
     edges = np.arange(floor, _BIN / 2, _BIN)
     bars = {name: _binned(density, edges) for name, density in pool.items()}
     top = max(max(dead, counts.max()) for dead, counts in bars.values())
