@@ -26,6 +26,7 @@ from wsae.acts.stream import (
 )
 from wsae.acts.tally import MOST_CLASSES, SourceStats, Tally
 from wsae.acts.tokens import TokenTable
+from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.calls import numbers
 from wsae.core.errors import UserError
 from wsae.core.files import digest, sha256_file
@@ -256,7 +257,7 @@ def _tell_axes(where: str, seq: int, d_in: int) -> None:
 
 def is_folder_of_arrays(folder: Path) -> bool:
     """Return whether a folder holds array files and nothing of ours: no store, finished or not, run or model."""
-    own = ("manifest.json", "progress.json", "config.json", "train")
+    own = (MANIFEST, "progress.json", CONFIG, "train")
     return not any((folder / name).exists() for name in own) and bool(_files(folder))
 
 

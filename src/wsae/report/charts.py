@@ -341,11 +341,8 @@ def _densities(
     """Draw histograms of log10 density, each member over its twin, on common axes; the dead in a bar of their own."""
     if not pool:
         return []
-    floor = float(
-        np.floor(
-            min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
-        )
-    )
+    lowest = min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
+    floor = min(float(np.floor(lowest)), -1.0)  # also where every latent fires on every row
     edges, bars = np.arange(floor, _BIN / 2, _BIN), {}
     for name, density in pool.items():
         inside = np.clip(np.log10(density[density > 0]), edges[0], edges[-1] - 1e-9)
