@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.compare import show_differences
-from wsae.cli.evaluate import show_classes, show_scores
+from wsae.cli.evaluate import show_classes, show_differences, show_scores
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, Name, Number, Place
 from wsae.cli.live import Precision
 from wsae.cli.ui import UI
