@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.compare import show_differences
 from wsae.cli.evaluate import show_classes, show_differences, show_scores
 from wsae.cli.flags import (
     Common,
