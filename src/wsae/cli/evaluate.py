@@ -11,7 +11,6 @@ from wsae.acts.names import among
 from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_flags, config_values
 from wsae.cli.live import at_hook, behind, labelled, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import EVALUATION_PART, MANIFEST
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
@@ -19,7 +18,7 @@ from wsae.core.hub import local_folder
 from wsae.core.progress import Progress
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
-from wsae.run import SINGLE, Run
+from wsae.run import EVALUATION_PART, MANIFEST, SINGLE, Run
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource

@@ -18,11 +18,10 @@ from wsae.cli.flags import (
     config_flags,
     config_values,
 )
-from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
 from wsae.losses.config import GammaConfig, Rule
-from wsae.run import Run
+from wsae.run import CONFIG, MANIFEST, Run
 from wsae.sae.config import JumpReLU, Kind
 from wsae.train.config import MemberConfig, TrainConfig, family
 

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from wsae.core.artifact import EVALUATION
 from wsae.core.errors import UserError, understood
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.glossary import glossary
 from wsae.evals.run import Json
 from wsae.evals.scores import Arrays, ComparedMember, Comparison, across_runs, compare_members
-from wsae.run import ARRAYS, EVALUATION_PART, Run
+from wsae.run import ARRAYS, EVALUATION, EVALUATION_PART, Run
 
 
 class Evaluated(NamedTuple):

@@ -4,10 +4,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
-from wsae.run import Run
+from wsae.run import MANIFEST, Run
 
 if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
