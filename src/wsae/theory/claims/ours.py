@@ -15,6 +15,7 @@ from wsae.core.seeds import seed_for
 from wsae.losses.gamma import gamma_from_covariance, gamma_from_proxy
 from wsae.losses.reconstruction import weigh
 from wsae.theory.claims.record import Claim
+from wsae.theory.claims.weights import RULES, scaled_gap_norm, weights_of
 from wsae.theory.geometry import (
     digons,
     direct_sum,
@@ -26,7 +27,6 @@ from wsae.theory.geometry import (
 )
 from wsae.theory.losses import closed_form, grid, sae_loss, sampled, superpose
 from wsae.theory.optimise import minimise
-from wsae.theory.weighting import RULES, scaled_gap_norm, weights_of
 
 ACTIVE = (1, 2, 3, 4, 5, 6, 7, 8, 10, 14)
 """Numbers of active features that the linear program is tried on; with 14 it finds none."""
@@ -61,7 +61,6 @@ def every_minimiser(seed: int) -> Claim:
         "and sum_u a_u^2 u u^T = I. So the minimisers do not depend on W_p, and n_m >= 2 n_p is necessary.",
         source="Ours 1",
         verdict="holds",
-        condition="",
         evidence=f"{len(built)} random balanced W_m in 2 to 4 dimensions: loss at most {max(losses):.0e} of "
         "E|x_p|^2, and "
         f"{min(broken):.0e} or more when one row is 1 % longer. Searches with n_m = 2 n_p reach {max(found):.0e}, "
@@ -90,7 +89,6 @@ def zero_loss_of_W_p(seed: int) -> Claim:
         "opposite (alone, or in a digon).",
         source="Ours 2",
         verdict="holds",
-        condition="",
         evidence=f"Loss at most {max(zero):.0e} of E|x_p|^2 for {len(yes)} such W_p; {min(positive):.1e} or more for "
         f"{len(no)} others. So Theorem 1, read as 'W_p^T reconstructs without loss', is an 'if and only if'.",
         instances=len(yes) + len(no),
@@ -129,7 +127,6 @@ def noise_decides_the_weights(seed: int) -> Claim:
         "Gamma = c Sigma^-1 (Gauss-Markov), and only there if n > n_p columns are in general position.",
         source="Ours 3",
         verdict="holds",
-        condition="",
         evidence="Mean squared error of the code, 2 of 10 features in 6 dimensions, uneven noise: "
         + ", ".join(f"{name} {mean[name]:.3f}" for name in RULES)
         + f", the noise's inverse {mean['noise']:.3f}. It is the best in each of {len(errors['noise'])} worlds (the "
@@ -173,7 +170,6 @@ def matched_filter(seed: int) -> Claim:
         "readout w_i, p < 0 what weights that grow with variance favour.",
         source="Ours 4",
         verdict="holds",
-        condition="",
         evidence=f"{len(gains)} uneven worlds: a search over all readouts ends within {max(apart):.0e} of C^-1 w; no "
         "step of "
         f"{len(powers)} powers goes the wrong way (worst {worst_step:.0e}). C^-1 raises the correlation "
@@ -198,7 +194,6 @@ def extremely_sparse(seed: int) -> Claim:
         "means S above about 0.97.",
         source="Ours 5",
         verdict="holds",
-        condition="",
         evidence="Found of 60 x with "
         + ", ".join(f"{k} active {rate:.0%}" for k, rate in success.items())
         + f"; half of all x at S* = {threshold:.3f}; "
@@ -240,7 +235,6 @@ def top_1_identifies(seed: int) -> Claim:
         "only w = 0 does if and only if the columns positively span.",
         source="Ours 6",
         verdict="holds",
-        condition="",
         evidence=f"{len(worlds)} random W_p, 6 in 3 and 40 in 5 dimensions: loss {own:.0e} at W_p^T, at least "
         f"{other:.0e} of "
         f"E|x_p|^2 beside it; the triangle's other ReLU solution has {mirrored:.2f}. A linear program finds no "
@@ -277,7 +271,6 @@ def variance_is_anti_optimal(seed: int) -> Claim:
         "alpha is from it, unless all variances are equal.",
         source="Ours 7",
         verdict="holds",
-        condition="",
         evidence=f"20 W_p, {len(alphas)} values of alpha: no step goes the wrong way (worst {wrong:.0e}). Against "
         "plain, "
         f"alpha = -1/2 has {_span(at_zero)} times the norm, the paper's alpha = 1 {_span(at_one)} times.",
@@ -305,7 +298,6 @@ def tight_frames(seed: int) -> Claim:
         "loss.",
         source="Ours 8",
         verdict="holds",
-        condition="",
         evidence=f"{len(frames)} tight frames, turned at random, {len(RULES)} rules: Gamma^T Gamma is a multiple of "
         f"I to {worst:.0e}.",
         instances=len(frames) * len(RULES),
@@ -327,7 +319,6 @@ def sample_size(seed: int) -> Claim:
         "W_p^T.",
         source="Ours 9",
         verdict="holds",
-        condition="",
         evidence=f"n = {n}, delta = {delta:g}: "
         + ", ".join(
             f"S = {S:g}: {rows[S]:,} rows miss a feature in {missed[S]:.1%} of draws, half as many in "
