@@ -26,9 +26,9 @@ from wsae.core.files import write_json, write_text
 from wsae.core.tensors import save_tensors
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.serve import build
-from wsae.serve.build import Unembedding, promoted
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
-from wsae.serve.open import ensure_index
+from wsae.serve.model import Unembedding, promoted
 
 HOOK, MEMBERS, STORED, VOCABULARY = "layers.9", ("plain", "variance-a1"), 2000, 49_152
 WORDS = [f" w{i}" for i in range(3000)]

@@ -16,9 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from wsae.acts.images.arrays import ArrayImages
 from wsae.acts.images.config import ImagesConfig
-from wsae.acts.images.sets import ImageSet, open_images
+from wsae.acts.images.sets import ArrayImages, ImageSet, open_images
 from wsae.vision.config import PRESETS, preset
 from wsae.vision.data import make_data
 from wsae.vision.pretrainer import Pretrainer

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "src" / "wsae"
+SOURCES = (ROOT / "src" / "wsae", ROOT / "benchmarks" / "wsae_bench")
 LEFT_OUT = ("all", "dev", "bench", "serving", "interop", "docs", "notebooks")
 """Extras that are sums of others, or pin the libraries of others."""
 
@@ -46,6 +46,9 @@ CASES = (
     Case("import {out}/shared --out {out}/back"),
     Case("doctor {acts} --d-sae 16 --k 2"),
     Case("completion bash"),
+    Case(
+        "bench --size B --only wsae-eager --d-in 16 --d-sae 64 --k 4 --batch 64 --rounds 1 --lr 0"
+    ),
     Case("report {out}/run --out {out}/r.html"),
     Case("theory --only Theorem --out {out}/theory", ("report",)),
     Case(
@@ -82,25 +85,29 @@ def build(place: Path) -> Path:
     return wheel
 
 
-def sources() -> set[str]:
-    """Return the files of the package in the tree, as the wheel names them."""
-    found = (p for p in SOURCES.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    return {f"wsae/{p.relative_to(SOURCES).as_posix()}" for p in found if p.suffix != ".pyc"}
+def sources() -> dict[str, Path]:
+    """Return the files of both packages in the tree, by the wheel's names for them."""
+    found = ((top, p) for top in SOURCES for p in top.rglob("*") if p.is_file())
+    return {
+        p.relative_to(top.parent).as_posix(): p
+        for top, p in found
+        if "__pycache__" not in p.parts and p.suffix != ".pyc"
+    }
 
 
 def contents(wheel: Path) -> list[str]:
     """Return what is wrong with a wheel's files and metadata."""
-    wrong = []
+    wrong, there = [], sources()
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.endswith("/")}
         info = next(name.split("/")[0] for name in names if name.endswith(".dist-info/METADATA"))
         meta = archive.read(f"{info}/METADATA").decode()
         points = archive.read(f"{info}/entry_points.txt").decode()
-        wrong += [f"{n}: differs" for n in sources() & names
-                  if archive.read(n) != (SOURCES.parent / n).read_bytes()]  # fmt: skip
+        wrong += [f"{name}: differs" for name, path in there.items()
+                  if name in names and archive.read(name) != path.read_bytes()]  # fmt: skip
     inside = {name for name in names if not name.startswith(f"{info}/")}
-    wrong += [f"{name}: missing" for name in sorted(sources() - inside)]
-    wrong += [f"{name}: not of the package" for name in sorted(inside - sources())]
+    wrong += [f"{name}: missing" for name in sorted(there.keys() - inside)]
+    wrong += [f"{name}: not of the package" for name in sorted(inside - there.keys())]
     wrong += [] if "wsae/py.typed" in inside else ["no py.typed"]
     wrong += [] if f"{info}/licenses/LICENSE" in names else ["no licence"]
     wrong += [] if "wsae = wsae.cli.main:main" in points else ["no command wsae"]

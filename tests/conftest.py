@@ -12,6 +12,7 @@ from hypothesis import settings
 HERE = Path(__file__).resolve().parent
 FOLDERS = sorted(str(path) for path in HERE.iterdir() if path.is_dir())
 """One per package, and `support`: names are unique, so that any test, in a process of its own too, finds any other."""
+FOLDERS.append(str(HERE.parent / "benchmarks"))  # `wsae_bench`
 sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -75,7 +76,11 @@ def distance(test: Path, files: list[str]) -> int:
     """Return how far tests are from a change: 0 changed themselves, 1 name its module, 2 of its package, 3 others."""
     if str(test.relative_to(HERE.parent)) in files:
         return 0
-    sources = [name.removesuffix("/__init__.py") for name in files if "src/wsae/" in name]
+    sources = [
+        name.removesuffix("/__init__.py")
+        for name in files
+        if name.startswith(("src/wsae/", "benchmarks/wsae_bench/"))
+    ]
     modules = [Path(name).with_suffix("").parts[1:] for name in sources]
     if any(".".join(parts) in test.read_text() for parts in modules):
         return 1

@@ -193,9 +193,9 @@ def _shared(at: Path) -> list[Target]:
     """What of a run goes elsewhere: other tools' folders, a folder for the hub, the browser's index."""
     from wsae.interop import load
     from wsae.interop.config import FORMATS
+    from wsae.serve.build import ensure_index
     from wsae.serve.config import IndexConfig
     from wsae.serve.index import Index
-    from wsae.serve.open import ensure_index
 
     run, member = str(at / "run"), ("--member", "variance-a1")
     for name in FORMATS:

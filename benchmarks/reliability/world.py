@@ -43,7 +43,7 @@ def prepare() -> None:
     import wsae.evals.run
     import wsae.interop.card
     import wsae.report.html
-    import wsae.serve.open
+    import wsae.serve.build
     import wsae.train.run  # noqa: F401
 
 

@@ -4,13 +4,11 @@ Whoever sends a run can seal whatever JSON they like. Keys that are not named in
 them but as they are; a named one is of its form, or the file is refused in one line.
 """
 
-from collections.abc import Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,21 +20,40 @@ from pydantic import (
     model_validator,
 )
 
-from wsae.core.artifact import MANIFEST, Manifest, check_file, read_manifest
+from wsae.core.artifact import (
+    ARRAYS,
+    CLASSES,
+    CLASSES_PART,
+    CONFIG,
+    CONTEXTS_FILE,
+    EVALUATION,
+    EVALUATION_PART,
+    GAMMA_FILE,
+    INTERPRETATION,
+    INTERPRETATION_PART,
+    MANIFEST,
+    MEMBERS,
+    METRICS_FILE,
+    PARTS,
+    PROVENANCE,
+    THUMBNAILS_FILE,
+    Manifest,
+    check_file,
+    contained,
+    free,
+    read_manifest,
+    replacing,
+)
+from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
-from wsae.core.files import digest, parse_json, read_json, read_lines
+from wsae.core.files import Json, digest, parse_json, read_json, read_lines
+from wsae.sae.config import Provenance, SAEConfig
 from wsae.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from wsae.sae import SparseAutoencoder
-
-CONFIG, GAMMA_FILE, METRICS = "config.json", "gamma.json", "metrics.jsonl"
-EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
-PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
-"""What later commands add to a run: a folder of its own each, whole or without a manifest."""
-ARRAYS, CONTEXTS_FILE, THUMBNAILS_FILE = "arrays.safetensors", "contexts.json", "thumbnails.json"
 
 LARGEST = 1e100
 """No measured number comes near this; the arithmetic of axes overflows beyond."""
@@ -290,15 +307,15 @@ class MetricsRow(Form):
 
 
 Picture = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
-RUN_CONFIG = TypeAdapter(RunConfigForm)
-RUN_INFO = TypeAdapter(RunInfoForm)
-METRICS_ROW = TypeAdapter(MetricsRow)
-GAMMA = TypeAdapter(dict[Text, dict[Text, GammaForm | None]])
-EVALUATION = TypeAdapter(EvaluationForm)
-CONTEXTS = TypeAdapter(dict[Text, dict[Text, list[LatentForm]]])
-INTERPRETATION = TypeAdapter(InterpretationForm)
-CLASSES = TypeAdapter(ClassesForm)
-THUMBNAILS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Picture])
+_RUN_CONFIG = TypeAdapter(RunConfigForm)
+_RUN_INFO = TypeAdapter(RunInfoForm)
+_METRICS_ROW = TypeAdapter(MetricsRow)
+_GAMMA = TypeAdapter(dict[Text, dict[Text, GammaForm | None]])
+_EVALUATION = TypeAdapter(EvaluationForm)
+_CONTEXTS = TypeAdapter(dict[Text, dict[Text, list[LatentForm]]])
+_INTERPRETATION = TypeAdapter(InterpretationForm)
+_CLASSES = TypeAdapter(ClassesForm)
+_THUMBNAILS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Picture])
 """Image number -> PNG in base64; nothing else may reach an address on the page."""
 
 
@@ -323,32 +340,12 @@ def reason(error: Exception) -> str:
     return f"{place[-100:]} {message[:120]}".strip()
 
 
-BY_LATENT = ("density", "variance", "match_index", "match_cosine", "decoder_max_cosine")
+BY_LATENT = (
+    *("density", "variance", "match_index", "match_cosine", "decoder_max_cosine"),
+    *("consistency_top", "consistency_corrected", "selectivity", "information"),
+)
 BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
-"""Arrays of the evaluation that are shown: those of one member, or hook, are equally long."""
-
-
-def formed_arrays(
-    arrays: Mapping[str, np.ndarray], where: PathLike[str] | str
-) -> dict[str, np.ndarray]:
-    """Return arrays by "hook|member|name"; raises UserError when one that is shown is not a row of its length.
-
-    Densities are shares, no number is beyond `LARGEST`, a match is a whole number.
-    """
-    lengths: dict[str, int] = {}
-    for key, array in arrays.items():
-        hook_member, _, name = key.rpartition("|")
-        if name not in BY_LATENT + BY_DIMENSION:
-            continue
-        unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
-        wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
-        if array.ndim != 1 or not array.size or array.size != wanted or not _plausible(name, array):
-            shape = list(array.shape)
-            raise UserError(
-                f"{where}: not of the form that this wsae writes (array {key!r}, shape {shape}, "
-                "has another length or other values); make it again"
-            )
-    return dict(arrays)
+"""Arrays that are shown: those of one member, or hook, are equally long."""
 
 
 def _plausible(name: str, array: np.ndarray) -> bool:
@@ -361,17 +358,34 @@ def _plausible(name: str, array: np.ndarray) -> bool:
     return not bool((np.abs(array[np.isfinite(array)]) > LARGEST).any())
 
 
-Json = dict[str, Any]
-"""A parsed JSON object."""
 Trained = dict[str, dict[str, Any]]
 """hook -> member -> what is known of it."""
+SINGLE = "sae"
+"""Name of the member of a run that is one SAE alone."""
+
+
+class SingleConfig(Config):
+    """What is recorded of how one SAE alone was trained, often by another tool; None is not recorded."""
+
+    sae: SAEConfig
+    tokens: int | None = None
+    """Rows it was trained on."""
+
+    def names(self) -> list[str]:
+        """Return the member's name."""
+        return [SINGLE]
+
+    def doubts(self) -> tuple[str, ...]:
+        """Return nothing: of its training too little is known."""
+        return ()
 
 
 class Run:
     """A run's directory; each part is read, and checked, when it is first asked for.
 
     A run may be unfinished, or not evaluated or interpreted: `has` tells which parts are there. A part that was cut or
-    altered, or is not of its form, is refused with a `UserError` of one line.
+    altered, or is not of its form, is refused with a `UserError` of one line. The directory of one SAE, imported or
+    saved by itself, is a run of one member, "sae" (`single`), whose `config` says only what its files say.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -381,16 +395,56 @@ class Run:
             raise UserError(
                 f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
             )
-        check_no_sae(self.path)
         if not (self.path / CONFIG).is_file():
-            raise UserError(f"{path}: has no {CONFIG}, so it is not a wsae run directory")
+            raise UserError(
+                f"{path}: has no {CONFIG}, so it is not a wsae run directory "
+                "(an SAE of another tool is read by wsae import)"
+            )
+
+    @classmethod
+    def of_sae(
+        cls,
+        sae: "SparseAutoencoder",
+        path: Path | str,
+        about: Provenance = Provenance(),  # noqa: B008  (frozen)
+        force: bool = False,
+    ) -> "Run":
+        """Write an SAE to a directory as a run of one member; `wsae.interop.load` gives other tools' sae and about.
+
+        Raises UserError where the directory holds something else (with `force` another SAE gives way).
+        """
+        path = Path(path)
+        free(path, "sae", force)
+        with replacing(path, "sae"):
+            sae.save(path, about)
+        return cls(path)
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether this is the directory of one SAE alone."""
+        manifest = read_json(self.path / MANIFEST) if self.finished else None
+        return isinstance(manifest, dict) and manifest.get("kind") == "sae"
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
     def has(self, part: str) -> bool:
-        """Return whether an evaluation, interpretation or classes are there (see `PARTS`)."""
-        return (self.path / part / MANIFEST).is_file()
+        """Return whether an evaluation, interpretation or classes are there (see `PARTS`).
+
+        What was measured of another SAE that lay here before is not.
+        """
+        there = (self.path / part / MANIFEST).is_file()
+        return there and (
+            not self.single or self._part(part).inputs.get("run") == self.manifest.digest()
+        )
+
+    def _part(self, part: str) -> Manifest:
+        """Return the manifest of a part, names and sizes compared."""
+        return read_manifest(self.path / part, part, verify=False)
+
+    def made_with(self, part: str, config: Json) -> bool:
+        """Return whether a part is there, whole, and was made with these settings."""
+        return self.has(part) and read_manifest(self.path / part, part).config == config
 
     @property
     def finished(self) -> bool:
@@ -400,48 +454,112 @@ class Run:
     @cached_property
     def manifest(self) -> Manifest:
         """The manifest; the records are compared with their digests, the weights when they are loaded."""
-        manifest = read_manifest(self.path, "run", verify=False)
-        for name in (CONFIG, GAMMA_FILE, METRICS):
+        manifest = read_manifest(self.path, "sae" if self.single else "run", verify=False)
+        for name in (CONFIG, GAMMA_FILE, METRICS_FILE, PROVENANCE):
             if name in manifest.files:
                 check_file(self.path, name, manifest.files[name])
-        formed(RUN_INFO, manifest.info, self.path / MANIFEST)
+        formed(_RUN_INFO, manifest.info, self.path / MANIFEST)
         return manifest
+
+    @property
+    def members(self) -> dict[str, list[str]]:
+        """Hook -> the names of a finished run's SAEs."""
+        if self.single:
+            return {self._hook: [SINGLE]}
+        found = self.manifest.info.get("members")
+        if not isinstance(found, dict):
+            raise UserError(
+                f"{self.path / MANIFEST}: does not list the run's members (altered); train it again"
+            )
+        return found
+
+    def place(self, hook: str, member: str) -> Path:
+        """Return the directory of a finished run's SAE; raises UserError where it was altered, or lies outside."""
+        if self.single:
+            return self.path
+        inside = f"{MEMBERS}/{hook}/{member}/{MANIFEST}"
+        if inside not in self.manifest.files:
+            raise UserError(
+                f"{self.path / MANIFEST}: does not list {inside} (altered); make it again"
+            )
+        check_file(self.path, inside, self.manifest.files[inside])
+        return contained(self.path, f"{MEMBERS}/{hook}/{member}")
+
+    def weights(self, hook: str, member: str) -> Path | None:
+        """Return the directory of a finished run's SAE; None where the run keeps none of that name."""
+        return self.place(hook, member) if member in self.members.get(hook, []) else None
 
     def digest(self) -> str:
         """Return what names the content of a run with the parts added to it."""
-        found = {"run": read_manifest(self.path, "run", verify=False).digest()}
+        found = {"run": self.manifest.digest()}
         if not self.has(EVALUATION_PART):
             raise self._not_yet(EVALUATION_PART)
         for part in PARTS:
             if self.has(part):
-                found[part] = read_manifest(self.path / part, part, verify=False).digest()
+                found[part] = self._part(part).digest()
         return digest(found)
 
     @cached_property
     def record(self) -> Json:
-        """config.json as it is written: `train`, `data`, `source`."""
-        return _read(self.path / CONFIG, RUN_CONFIG)
+        """config.json as it is written: `train`, `data`, `source`; of one SAE alone, what its files say."""
+        if self.single:
+            about = {"sae": self.config.to_dict()["sae"], "provenance": self.provenance.to_dict()}
+            return {**about, "source": self._measured.get("source")}
+        return _read(self.path / CONFIG, _RUN_CONFIG)
 
     @cached_property
-    def config(self) -> TrainConfig:
+    def config(self) -> TrainConfig | SingleConfig:
         """How the members were trained."""
+        if self.single:
+            shape = SAEConfig.load(self.path / CONFIG)
+            return SingleConfig(sae=shape, tokens=self.provenance.tokens)
         with understood(self.path / CONFIG):
             return TrainConfig.parse(self.record["train"], where=str(self.path / CONFIG))
+
+    @property
+    def source(self) -> Json:
+        """Where the activations came from, as config.json says it; empty where it says nothing.
+
+        Of one SAE alone, where those came from on which it was evaluated.
+        """
+        return self.record.get("source") or {}
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What one SAE alone says of itself; empty for the members of a training run."""
+        return Provenance.of(self.path)
+
+    @property
+    def _measured(self) -> Json:
+        """On what one SAE alone was evaluated: hook and source."""
+        return self._part(EVALUATION_PART).info if self.has(EVALUATION_PART) else {}
+
+    @property
+    def _hook(self) -> str:
+        """The hook of one SAE alone: where it was evaluated, else where it says it was trained."""
+        return str(self._measured.get("hook") or self.provenance.hook or "activations")
 
     @cached_property
     def gamma_record(self) -> Trained:
         """gamma.json as it is written; empty where there is none yet."""
+        if self.single:
+            other_tool = {"rule": "none"} if self.provenance.origin else {}
+            return {self._hook: {SINGLE: self.provenance.gamma or other_tool}}
         path = self.path / GAMMA_FILE
-        return _read(path, GAMMA) if path.is_file() else {}
+        return _read(path, _GAMMA) if path.is_file() else {}
 
     @cached_property
     def gamma(self) -> dict[str, dict[str, "GammaForm | None"]]:
         """Hook -> member -> its loss weights: the rule, alpha, and the heaviest dimensions."""
-        return GAMMA.validate_python(self.gamma_record)
+        return _GAMMA.validate_python(self.gamma_record)
 
     @cached_property
     def saes(self) -> "dict[str, dict[str, SparseAutoencoder]]":
         """Hook -> member -> its SAE, every file compared with the manifest."""
+        if self.single:
+            from wsae.sae import SparseAutoencoder
+
+            return {self._hook: {SINGLE: SparseAutoencoder.load(self.path)}}
         from wsae.train.run import load_run
 
         return load_run(self.path).saes
@@ -449,7 +567,7 @@ class Run:
     @cached_property
     def _metrics(self) -> tuple[dict[str, dict[str, list[Json]]], bool]:
         """The rows, and whether the last one is cut off."""
-        path = self.path / METRICS
+        path = self.path / METRICS_FILE
         lines = list(read_lines(path)) if path.is_file() else []
         out: dict[str, dict[str, list[Json]]] = {}
         for number, line in enumerate(lines, 1):
@@ -461,7 +579,7 @@ class Run:
                         f"{path}: line {number} is not a metrics row ({error!r})"
                     ) from error
                 return out, True
-            formed(METRICS_ROW, row, f"{path}: line {number}")
+            formed(_METRICS_ROW, row, f"{path}: line {number}")
             out.setdefault(row["hook"], {}).setdefault(row["member"], []).append(row)
         return out, False
 
@@ -478,12 +596,12 @@ class Run:
     @cached_property
     def evaluation_record(self) -> Json:
         """evaluation.json as it is written."""
-        return _read(self._whole(EVALUATION_PART) / "evaluation.json", EVALUATION)
+        return _read(self._whole(EVALUATION_PART) / EVALUATION, _EVALUATION)
 
     @cached_property
     def evaluation(self) -> "EvaluationForm":
         """The evaluation: `evaluation.hooks[hook].members[name].metrics["fvu"].value`."""
-        return EVALUATION.validate_python(self.evaluation_record)
+        return _EVALUATION.validate_python(self.evaluation_record)
 
     @cached_property
     def arrays(self) -> "dict[str, Tensor]":
@@ -495,20 +613,46 @@ class Run:
         from wsae.core.tensors import load_tensors
 
         place = self._whole(part)
-        listed = ARRAYS in read_manifest(place, part, verify=False).files
+        listed = ARRAYS in self._part(part).files
         return load_tensors(place / ARRAYS) if listed else {}
+
+    def numbers(self, part: str) -> dict[str, np.ndarray]:
+        """Return the arrays of a part by "hook|member|name" in fp64.
+
+        Raises UserError when one that is shown is not a row of its length: densities are shares, no number is beyond
+        `LARGEST`, a match is a whole number.
+        """
+        out: dict[str, np.ndarray] = {}
+        lengths: dict[str, int] = {}
+        for key, tensor in self.tensors(part).items():
+            if tensor.is_complex():
+                raise UserError(
+                    f"{self.path / part / ARRAYS}: {key!r} holds complex numbers; make it again"
+                )
+            array = out[key] = tensor.double().numpy()
+            hook_member, _, name = key.rpartition("|")
+            if name not in BY_LATENT + BY_DIMENSION:
+                continue
+            unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]
+            wanted = lengths.setdefault(f"{unit}|{name in BY_LATENT}", array.size)
+            if array.shape != (wanted,) or not wanted or not _plausible(name, array):
+                raise UserError(
+                    f"{self.path / part / ARRAYS}: not of the form that this wsae writes (array {key!r}, "
+                    f"shape {[*array.shape]}, has another length or other values); make it again"
+                )
+        return out
 
     @cached_property
     def context_record(self) -> dict[str, dict[str, list[Json]]]:
         """contexts.json of the evaluation as it is written; empty where it has none."""
         place = self._whole(EVALUATION_PART)
-        listed = CONTEXTS_FILE in read_manifest(place, EVALUATION_PART, verify=False).files
-        return _read(place / CONTEXTS_FILE, CONTEXTS) if listed else {}
+        listed = CONTEXTS_FILE in self._part(EVALUATION_PART).files
+        return _read(place / CONTEXTS_FILE, _CONTEXTS) if listed else {}
 
     @cached_property
     def contexts(self) -> "dict[str, dict[str, list[LatentForm]]]":
         """Hook -> member -> the sampled latents, with the windows of the data that move each most."""
-        return CONTEXTS.validate_python(self.context_record)
+        return _CONTEXTS.validate_python(self.context_record)
 
     @cached_property
     def thumbnails(self) -> dict[str, str]:
@@ -516,34 +660,34 @@ class Run:
         if not self.has(EVALUATION_PART):
             return {}
         place = self.path / EVALUATION_PART
-        listed = THUMBNAILS_FILE in read_manifest(place, EVALUATION_PART, verify=False).files
-        return _read(place / THUMBNAILS_FILE, THUMBNAILS) if listed else {}
+        listed = THUMBNAILS_FILE in self._part(EVALUATION_PART).files
+        return _read(place / THUMBNAILS_FILE, _THUMBNAILS) if listed else {}
 
     @cached_property
     def interpretation_record(self) -> Json:
         """interpretation.json as it is written."""
         place = self._whole(INTERPRETATION_PART)
-        return _read(place / "interpretation.json", INTERPRETATION)
+        return _read(place / INTERPRETATION, _INTERPRETATION)
 
     @cached_property
     def interpretation(self) -> "InterpretationForm":
         """The scores of interpretability: `interpretation.hooks[hook].members[name].summary["detection"].value`."""
-        return INTERPRETATION.validate_python(self.interpretation_record)
+        return _INTERPRETATION.validate_python(self.interpretation_record)
 
     @cached_property
     def interpreted_contexts(self) -> dict[str, dict[str, list[Json]]]:
         """contexts.json of the interpretation: the scored latents, with explanation and scores."""
-        return _read(self._whole(INTERPRETATION_PART) / CONTEXTS_FILE, CONTEXTS)
+        return _read(self._whole(INTERPRETATION_PART) / CONTEXTS_FILE, _CONTEXTS)
 
     @cached_property
     def class_record(self) -> Json:
         """classes.json as it is written: latents against class labels."""
-        return _read(self._whole(CLASSES_PART) / "classes.json", CLASSES)
+        return _read(self._whole(CLASSES_PART) / CLASSES, _CLASSES)
 
     def _whole(self, part: str) -> Path:
         """Return the folder of a part whose files are all as they were written."""
         if part not in self._checked:
-            if not (self.path / part).is_dir():
+            if not (self.has(part) if self.single else (self.path / part).is_dir()):
                 raise self._not_yet(part)
             read_manifest(self.path / part, part)
             self._checked.add(part)
@@ -555,7 +699,8 @@ class Run:
 
     def _not_yet(self, part: str) -> UserError:
         command, done = _MADE_BY[part]
-        return UserError(f"{self.path}: has not been {done}; run: wsae {command} {self.path}")
+        data = " --source DATA" if self.single else ""
+        return UserError(f"{self.path}: has not been {done}; run: wsae {command} {self.path}{data}")
 
 
 _MADE_BY = {
@@ -564,16 +709,6 @@ _MADE_BY = {
     CLASSES_PART: ("evaluate --labels FILE", "scored against classes"),
 }
 """Part -> the command that makes it, and the word for what it does."""
-
-
-def check_no_sae(path: Path) -> None:
-    """Raise UserError for the directory of a single SAE, imported or a member of a run."""
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
-    if isinstance(manifest, dict) and manifest.get("kind") == "sae":
-        raise UserError(
-            f"{path}: is a single SAE, and report and serve show runs (the --out of a `wsae train`); "
-            f"to measure an SAE: wsae evaluate {path} --source STORE"
-        )
 
 
 def _read(path: Path, form: TypeAdapter) -> Any:

@@ -113,7 +113,7 @@ def test_damaged_idx_files_are_named(tmp_path, write, message):
 
 
 def test_no_network_and_no_such_dataset_are_told_apart_from_a_file(monkeypatch):
-    monkeypatch.setattr("wsae.acts.images.tables.hub_reachable", lambda: False)
+    monkeypatch.setattr("wsae.core.hub.hub_reachable", lambda: False)
     with pytest.raises(UserError, match="no such file here, and as a hub dataset .* no network"):
         open_images(ImagesConfig(path="someone/pictures"))
 

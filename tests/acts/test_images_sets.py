@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from wsae.acts.images import tables as rowgroups
+from wsae.acts.images import sets
 from wsae.acts.images.config import ImagesConfig
-from wsae.acts.images.sets import Failures, ImageError, batches, open_images
+from wsae.acts.images.pixels import Failures, ImageError, batches
+from wsae.acts.images.sets import open_images
 from wsae.core.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -139,8 +140,8 @@ def test_the_built_in_digits():
     "limit", [1 << 40, 1600, 0]
 )  # bytes: one group of three fits 1600, one of five does not
 def test_parquet_in_any_order_whatever_fits_in_memory(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(rowgroups, "CACHE_BYTES", limit)
-    monkeypatch.setattr(rowgroups, "_ROWS", 2)
+    monkeypatch.setattr(sets, "CACHE_BYTES", limit)
+    monkeypatch.setattr(sets, "_ROWS", 2)
     cells = [{"bytes": png(pixels), "path": f"{i}.png"} for i, pixels in enumerate(PIXELS)]
     (tmp_path / "t").mkdir()
     for number, part in enumerate((slice(0, 7), slice(7, 12))):
@@ -162,7 +163,7 @@ def hub_table(monkeypatch, labels, names):
     rows = [Image.fromarray(pixels) for pixels in PIXELS]
     table = datasets.Dataset.from_dict({"img": rows, "fine": labels}, features=features)
     asked = []
-    monkeypatch.setattr("wsae.acts.images.tables.hub_reachable", lambda: True)
+    monkeypatch.setattr("wsae.core.hub.hub_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (asked.append((a, k)), table)[1])
     return asked
 

@@ -13,9 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
+from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.cli import flags, main, runner, table, train
 from wsae.cli import flags as flagfile
-from wsae.core.config import Config
+from wsae.core.config import FLAG_OF, Config
 from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
@@ -61,7 +63,7 @@ def flags_of(kind: type[Config]) -> st.SearchStrategy[Config]:
     """Return flags of a command with every value drawn, nested ones included."""
     fields = {
         name: flags_of(field.annotation) if isinstance(field.annotation, type) and issubclass(field.annotation, Config)
-        else st.just(field.default) if name in flagfile.NOT_IN_A_FILE else values_of(field.annotation)
+        else st.just(field.default) if name in (*flagfile.NOT_IN_A_FILE, "members") else values_of(field.annotation)
         for name, field in kind.model_fields.items()
     }  # fmt: skip
     return st.fixed_dictionaries(fields).map(kind.model_validate)
@@ -180,7 +182,9 @@ def word_for(kind: Any, default: Any) -> str | None:
 @pytest.mark.parametrize(
     ("command", "configs"),
     [
-        ("train", (TrainConfig, MemberConfig, GammaConfig, JumpReLU)),
+        ("train", (TrainConfig, MemberConfig, GammaConfig, JumpReLU, LiveConfig)),
+        ("doctor", (TrainConfig, MemberConfig, GammaConfig, JumpReLU, LiveConfig)),
+        ("harvest", (HarvestConfig, TextConfig, ImageHarvestConfig, ImagesConfig)),
         ("evaluate", (EvalConfig,)),
         ("interpret", (InterpretConfig, ContextConfig, LlmConfig)),
     ],
@@ -196,12 +200,13 @@ def test_every_field_of_a_config_has_a_flag(
         "kind": "activation",
         "members": "alpha",
         "label": "alpha",
+        "path": "text",
     }
     keys = [path[-1] for path, _ in flagfile.leaves(COMMANDS[command])]
     assert len(keys) == len(set(keys))
     for config in configs:
         for name in config.model_fields:
-            flag = flagfile.FLAG_OF.get(name, name)
+            flag = FLAG_OF.get(name, name)
             assert flag in keys or elsewhere[name] in keys, (config, name)
 
 
@@ -220,8 +225,8 @@ def test_fields_that_had_no_flag_reach_the_config() -> None:
             "--threshold 0.2",
             "--threshold 0.2: topk has no threshold; leave it out, or use --activation jumprelu",
         ),
-        ("--warmup 2", "flags: warmup: Input should be less than or equal to 1 (got 2.0)"),
-        ("--log-every 0", "flags: log_every: Input should be greater than 0 (got 0)"),
+        ("--warmup 2", "--warmup: Input should be less than or equal to 1 (got 2.0)"),
+        ("--log-every 0", "--log-every: Input should be greater than 0 (got 0)"),
     ):
         with pytest.raises(UserError) as caught:
             train.config(
@@ -409,8 +414,8 @@ def test_a_runs_own_config_makes_the_same_weights_again(run: Path, tmp_path: Pat
     assert read_json_lines(tmp_path / "c" / "metrics.jsonl")[-1]["tokens"] == 640
     capsys.readouterr()
     for more, says in (
-        (["--k", "3"], "--k: "), (["--text", "x"], "leave the flags of a model's text out"),
-        (["--print-config"], "is a run's config, whose SAEs are not flags"),
+        (["--k", "3"], "--k: the SAEs of --config are taken as they are"),
+        (["--text", "x"], "holds activations already; leave the flag out"),
     ):  # fmt: skip
         assert main.main([*words, str(tmp_path / "d"), *more]) == 2
         assert says in capsys.readouterr().err
@@ -452,7 +457,7 @@ def test_a_runs_config_whose_data_are_gone_names_the_mend(
 ) -> None:
     record = read_json(run / "config.json")
     for path, says in (
-        (str(tmp_path / "gone.npy"), "no longer there; name them with SOURCE"),
+        (str(tmp_path / "gone.npy"), "gone.npy: no such store or array"),
         (None, "missing: SOURCE"),
     ):
         (tmp_path / "r.json").write_text(

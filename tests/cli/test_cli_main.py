@@ -21,6 +21,7 @@ from wsae.cli import flags, main, runner, table, train
 from wsae.cli import flags as flagfile
 from wsae.cli import live as plan
 from wsae.core.errors import UserError
+from wsae.core.files import finite
 
 SAYS_ONE_LINE = re.compile(r"wsae: error: [^\n]+\n\Z")
 
@@ -225,7 +226,7 @@ def test_a_gamma_vector_is_read_from_a_file(tmp_path):
 
 
 def test_json_has_no_words_for_nan():
-    assert runner.finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {
+    assert finite({"a": [float("nan"), 1.5], "b": (float("inf"), "x")}) == {
         "a": [None, 1.5],
         "b": [None, "x"],
     }

@@ -111,7 +111,7 @@ def test_a_store_takes_no_text(place, tmp_path, capsys):
         *SMALL,
     ]
     assert main(words) == 2
-    assert "leave --text out" in capsys.readouterr().err
+    assert "holds activations already; leave the flag out" in capsys.readouterr().err
 
 
 def test_evaluation_finds_data_and_model_of_the_run_by_itself(run, capsys):

@@ -15,7 +15,7 @@ from wsae.acts.harvest import harvest as harvest_store
 from wsae.cli.main import main
 from wsae.core.artifact import read_manifest, record, write_manifest
 from wsae.core.errors import UserError
-from wsae.core.files import read_json, write_json
+from wsae.core.files import read_json, seal, write_json
 from wsae.doctor import cost
 from wsae.doctor import cost as machine
 from wsae.doctor import probe as activations
@@ -335,8 +335,16 @@ def test_a_run_is_examined_with_its_steps_its_data_and_its_evaluation(bidirectio
     older = json.loads(text)  # as older versions wrote it
     older["hooks"]["layer.1"]["members"]["plain"]["metrics"]["ce_clean"] = {"value": 1.0}
     place.write_text(json.dumps(older))
-    assert check_up(bidirectional / "run")["evaluation"]["status"] == "fail"
+    altered = check_up(bidirectional / "run")["evaluation"]
+    assert (altered["status"], "evaluation.json" in altered["value"]) == ("fail", True)
+    manifest = place.with_name("manifest.json")
+    whole = manifest.read_text()
+    told = {key: value for key, value in json.loads(whole).items() if key != "checksum"}
+    told["files"][place.name] = record(place).to_dict()
+    manifest.write_text(json.dumps(seal(told)))
+    assert "cross-entropy" in check_up(bidirectional / "run")["evaluation"]["value"]
     place.write_text(text)
+    manifest.write_text(whole)
 
 
 def test_a_models_probe_is_told(bidirectional, llama):

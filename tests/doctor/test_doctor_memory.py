@@ -34,7 +34,7 @@ cfg = TrainConfig.parse(job["train"], where="test")
 doctor = DoctorConfig(train=cfg, data=str(place / "x.npy"), probe_seconds=1e-9)
 value = next(c["value"] for c in examine(doctor)["checks"] if c["name"] == "memory")
 train_run(cfg, ArraySource(place / "x.npy"), place / "run")
-print(json.dumps([value, cost.peak_memory()]))
+print(json.dumps([value, cost.held_memory('cpu', 'VmHWM')]))
 """
 UNITS = {"MB": 1e6, "GB": 1e9}
 

@@ -9,8 +9,17 @@ from scipy import stats
 
 from wsae.core.errors import UserError
 from wsae.experiments.benchmark import made_worlds, mixed, trials
-from wsae.experiments.figures import figure2, figure3, judged, relative
-from wsae.experiments.presets import toy_sweep
+from wsae.experiments.figures import figure2, figure3, relative
+from wsae.experiments.results import (
+    Mean,
+    differences,
+    judged,
+    mean_interval,
+    rank_correlation,
+    select,
+    series,
+    steps_down,
+)
 from wsae.experiments.sweep.config import (
     PLAIN,
     RAW,
@@ -21,6 +30,7 @@ from wsae.experiments.sweep.config import (
     TrainingConfig,
     methods,
     paper_method,
+    toy_sweep,
 )
 from wsae.experiments.sweep.run import (
     CLOSED_FORM,
@@ -32,15 +42,6 @@ from wsae.experiments.sweep.run import (
     train_trials,
     trial_statistics,
     world_gamma,
-)
-from wsae.experiments.sweep.table import (
-    Mean,
-    differences,
-    mean_interval,
-    rank_correlation,
-    select,
-    series,
-    steps_down,
 )
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import make_activation

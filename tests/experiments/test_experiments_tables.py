@@ -12,7 +12,6 @@ from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.experiments.tables import analysis
-from wsae.experiments.tables import analysis as text
 from wsae.experiments.tables.analysis import Point, at_fvu, bracket
 from wsae.experiments.tables.config import (
     HALF,
@@ -56,7 +55,7 @@ def test_the_papers_gains_are_those_it_prints() -> None:
     assert np.mean(printed[HALF]) == pytest.approx(1.4417, abs=1e-4)
     assert PAPER["table2"].gains(ONE) == [2.5, 1.9, 2.7]
     assert PAPER["table3"].gains(ONE) == [22.0]
-    shown = text.paper_table("table1")
+    shown = analysis.paper_table("table1")
     assert shown["rows"][-1][-1].startswith("+3.8 [")
     assert len(shown["header"]) == 14
     assert {len(row) for row in shown["rows"]} == {14}
@@ -137,15 +136,10 @@ def test_the_small_harvest_is_the_documented_command() -> None:
     flags = HarvestFlags(
         model="builtin",
         out=Path("STORE"),
-        tokens=1_048_576,
-        dtype="bfloat16",
-        store_dtype="float16",
+        store={"tokens": 1_048_576, "dtype": "bfloat16", "store_dtype": "float16"},
         live={"text": "some.jsonl", "hook": hooks, "heldout_tokens": 262_144},
     )
-    own = {
-        name: getattr(flags, name) for name in ("tokens", "dtype", "store_dtype", "shard_tokens")
-    }
-    made = flags.live.config(flags.model, seed=0, device="cpu", **own)
+    made = flags.live.config(flags.model, seed=0, device="cpu", **dict(flags.store))
     assert small(text="some.jsonl").harvest == made
     assert small().harvest.text.path == "builtin"
 
@@ -233,9 +227,9 @@ def test_seeds_are_pooled_by_students_t_and_hooks_are_the_units_of_the_mean() ->
     assert mean["difference"] == pytest.approx(0.04)
     assert mean["positive"] == 2
     assert mean["hooks"] == 2
-    shown = text.gain_table(lines, [mean], ("a", "b", "c"), "embedding")["rows"]
+    shown = analysis.gain_table(lines, [mean], ("a", "b", "c"), "embedding")["rows"]
     assert shown[0][-1].endswith("(2 of 3 hooks)")  # a hook left out is said
-    assert shown[0][-2] == text.NONE
+    assert shown[0][-2] == analysis.NONE
     assert analysis.over_hooks(lines[:1], 3) == []  # one hook is no mean over hooks
 
 

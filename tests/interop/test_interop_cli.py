@@ -26,10 +26,10 @@ from wsae.core.hub import HubPlace, hub_errors, hub_place
 from wsae.evals.compare import read_evaluation
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run, run_subject
-from wsae.interop import load, save
-from wsae.interop.convert import native_about, save_native
+from wsae.interop import Provenance, load, save
 from wsae.interop.runs import choose
 from wsae.losses.config import GammaConfig
+from wsae.run import Run
 from wsae.sae import GroupTopK, TopK
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import load_run, train_run
@@ -294,7 +294,7 @@ def sealed(top: Path, name: str, content: object) -> None:
 def test_sealed_files_of_another_form_are_bad_input_and_no_accident(run, tmp_path, name, readers):
     """Every place of every file once, with values of wrong types in turn."""
     about = load(member(run, "weighted"))
-    save_native(about.sae, tmp_path / "sae", native_about(member(run, "weighted")))
+    Run.of_sae(about.sae, tmp_path / "sae", Provenance.of(member(run, "weighted")))
     save(about.sae, tmp_path / "export", "saelens")
     alone = name.split("/")[0] in ("sae", "export")
     top = tmp_path / name.split("/")[0] if alone else Path(shutil.copytree(run, tmp_path / "run"))
@@ -354,11 +354,9 @@ def test_a_folder_for_the_hub_without_network(run, tmp_path, capsys):
 
 
 def test_a_hostile_name_cannot_leave_its_place_in_the_card(tmp_path):
-    from wsae.interop import Provenance
     from wsae.interop.card import card
-    from wsae.interop.convert import save_native
 
-    save_native(make("topk"), tmp_path, Provenance())
+    Run.of_sae(make("topk"), tmp_path)
     from wsae.core.artifact import read_manifest
 
     about = Provenance(model='a/b"\n- evil: true', hook="<script>|x\n# title")

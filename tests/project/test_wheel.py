@@ -33,6 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert WHEELS.contents(wheel) == []
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert "wsae_bench/worker.py" in names
     kinds = {Path(name).suffix for name in names if name.startswith("wsae/")}
     assert kinds >= {".py", ".typed", ".cpp", ".css", ".js", ".j2", ".gz"}
     assert not [name for name in names if "test" in name.split("/")[0]]

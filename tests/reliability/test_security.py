@@ -26,7 +26,7 @@ from wsae.acts import store as writing
 from wsae.acts.source import ArraySource, open_source
 from wsae.acts.store import PROGRESS, Ledger
 from wsae.cli import main
-from wsae.core.artifact import read_manifest
+from wsae.core.artifact import read_manifest, replacing
 from wsae.core.configfile import read_config
 from wsae.core.errors import UserError
 from wsae.core.files import locked, read_json, read_sealed, seal, sha256_file, write_json
@@ -34,10 +34,9 @@ from wsae.core.tensors import load_tensors
 from wsae.core.torchfile import load_state
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
-from wsae.interop.convert import replacing
 from wsae.sae import TopK
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
-from wsae.serve.open import ensure_index
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.metrics import read_json_lines
 from wsae.train.run import train_run

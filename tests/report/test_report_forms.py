@@ -19,9 +19,9 @@ from wsae.report.html import write_report
 from wsae.report.rundata import finite
 from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
-from wsae.serve.open import ensure_index
 
 HOOK, D_SAE = "layers.9", 16
 SHAPE = Shape(hooks=(HOOK,), d_in=8, d_sae=D_SAE, latents=2, contexts=1, window=3, steps=2)
@@ -172,11 +172,13 @@ def test_the_place_and_the_value_are_named(run: Path, change, told: str):
         write_report(run)
 
 
-def test_a_single_sae_is_told_what_can_be_done_with_it(tmp_path: Path):
+def test_a_single_sae_that_was_not_measured_is_told_what_to_do(tmp_path: Path):
     shape = {"d_in": 4, "d_sae": 8, "activation": {"kind": "topk", "k": 2}}
     SparseAutoencoder(SAEConfig.parse(shape)).save(tmp_path / "sae")
     for make in (write_report, lambda path: ensure_index(path, None, CFG)):
-        with pytest.raises(UserError, match=r"is a single SAE, .*: wsae evaluate \S+/sae --source"):
+        with pytest.raises(
+            UserError, match=r"not been evaluated; run: wsae evaluate \S+/sae --source"
+        ):
             make(tmp_path / "sae")
 
 

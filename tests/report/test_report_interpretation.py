@@ -17,9 +17,10 @@ from report_fixture import (
 from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
-from wsae.report.html import pack_contexts, write_report
+from wsae.report.contexts import pack_contexts
+from wsae.report.html import write_report
 from wsae.report.rundata import read_run
-from wsae.report.view import interpretation_view
+from wsae.report.view import ScoresForm, scores_form
 
 HOOK = "layers.9"
 
@@ -29,9 +30,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_interpretation(write_run(tmp_path_factory.mktemp("seen") / "run"))
 
 
-def test_every_score_stands_beside_its_controls_with_an_interval(run: Path) -> None:
-    view = interpretation_view(read_run(run), HOOK)
+def seen(run: Path) -> ScoresForm:
+    data = read_run(run)
+    view = scores_form(data, HOOK, data.interpretation)
     assert view is not None
+    return view
+
+
+def test_every_score_stands_beside_its_controls_with_an_interval(run: Path) -> None:
+    view = seen(run)
     names = [column.name for column in view.columns]
     assert names == ["plain", "variance-a1", "variance-a0.5", *INTERPRET_CONTROLS]
     assert [row.key for row in view.rows] == list(SCORES)
@@ -45,13 +52,12 @@ def test_every_score_stands_beside_its_controls_with_an_interval(run: Path) -> N
 def test_a_weighted_member_is_compared_over_matched_latents_and_the_other_ways_are_told(
     run: Path,
 ) -> None:
-    view = interpretation_view(read_run(run), HOOK)
-    assert view is not None
+    view = seen(run)
     plain, weighted, *_ = view.rows[0].cells
     assert plain.judged is None
     assert plain.also == []
     assert weighted.judged is not None
-    assert weighted.judged.difference == 0.05
+    assert weighted.judged.text.startswith("+0.05")
     assert weighted.judged.outcome == "better"
     assert [line.split(":")[0] for line in weighted.also] == [
         "all latents",
@@ -60,9 +66,8 @@ def test_a_weighted_member_is_compared_over_matched_latents_and_the_other_ways_a
 
 
 def test_what_was_skipped_failed_or_not_asked_is_counted_on_the_page(run: Path) -> None:
-    view = interpretation_view(read_run(run), HOOK)
-    assert view is not None
-    facts = {fact.name: fact.cells[0] for fact in view.facts}
+    view = seen(run)
+    facts = {name: cells[0] for name, cells in view.facts}
     assert facts["latents scored"] == "40 of 50 (10 skipped: few windows)"
     assert facts["Detection: answers"] == "400 requested = 390 parsed + 7 failed + 3 not asked"
     assert "Embedding detection: answers" not in facts, "nobody was asked"

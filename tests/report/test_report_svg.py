@@ -18,13 +18,13 @@ from wsae.report.charts import (
     MAX_POINTS,
     RIGHT,
     TOP,
-    Axis,
     Chart,
-    axis,
+    Scale,
     density_figures,
     explained_figures,
     linear_ticks,
     log_ticks,
+    scale,
     thinned,
     tick_text,
 )
@@ -53,7 +53,7 @@ def test_log_ticks_are_few_and_inside(low: float, factor: float) -> None:
 
 @given(st.lists(st.floats(-1e9, 1e9), max_size=5), st.booleans())
 def test_axis_covers_its_finite_values(values: list[float], log: bool) -> None:
-    built = axis("x", [*values, float("nan"), float("inf")], log=log)
+    built = scale("x", [*values, float("nan"), float("inf")], log=log)
     assert built.low < built.high
     for value in (v for v in values if v > 1e-100 or not log):
         assert 0 <= built.unit(value) <= 1
@@ -61,7 +61,7 @@ def test_axis_covers_its_finite_values(values: list[float], log: bool) -> None:
 
 
 def test_points_stand_where_the_data_are() -> None:
-    chart = Chart("t", Axis("x", 0, 10), Axis("y", 1, 100, log=True), 440, 280)
+    chart = Chart("t", Scale("x", 0, 10), Scale("y", 1, 100, log=True), 440, 280)
     chart.line([0, 10], [1, 100], "s1")
     chart.line([0, 5, 10], [1, float("nan"), 10], "s2")
     root = ET.fromstring(chart.svg())
@@ -75,7 +75,7 @@ def test_points_stand_where_the_data_are() -> None:
 
 @given(st.text())
 def test_text_in_charts_is_never_markup(text: str) -> None:
-    chart = Chart(text, Axis(text, 0, 1), Axis(text, 0, 1))
+    chart = Chart(text, Scale(text, 0, 1), Scale(text, 0, 1))
     chart.spot(0.5, 0.5, "s1", text, text)
     chart.points([0.1], [0.2], "s2", text)
     svg = str(chart.svg())
@@ -85,7 +85,7 @@ def test_text_in_charts_is_never_markup(text: str) -> None:
 
 
 def test_notes_never_cover_each_other() -> None:
-    chart = Chart("t", Axis("x", 0, 1), Axis("y", 0, 1))
+    chart = Chart("t", Scale("x", 0, 1), Scale("y", 0, 1))
     for i in range(20):
         chart.spot(0.5 + i / 1000, 0.5, "s1", f"tip {i}", f"note {i}")
     svg = str(chart.svg())

@@ -147,7 +147,7 @@ def test_several_plain_twins_each_judge_their_own_member(editable: Path) -> None
     data = read_run(editable)
     assert data.members("layers.9")[:2] == ["plain", "none-k64"]
     assert data.members("layers.9")[-1] == CONTROL
-    twins = {member: judged.twin for (member, _), judged in judgements(data, "layers.9").items()}
+    twins = {member: judged.line.b for (member, _), judged in judgements(data, "layers.9").items()}
     assert twins == {"variance-a1": "plain", "variance-a0.5": "none-k64"}
 
 

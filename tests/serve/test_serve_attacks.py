@@ -27,9 +27,9 @@ from wsae.serve import app as posted
 from wsae.serve import index as served
 from wsae.serve import server
 from wsae.serve.app import PLACES, Live
+from wsae.serve.build import ensure_index, is_current
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import DamagedIndexError, Index
-from wsae.serve.open import ensure_index, is_current
 from wsae.serve.schema import seal_of
 
 CFG = IndexConfig(neighbours=3, logits=2)

@@ -10,8 +10,8 @@ from report_browser import CHROMIUM, CONTRAST, DRIVER, MISSING, Browser, browser
 from report_text import HOSTILE
 from serve_world import Client, latents_of, serving, tiny_model, write_world
 
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
-from wsae.serve.open import ensure_index
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 

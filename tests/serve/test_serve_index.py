@@ -33,12 +33,11 @@ from wsae.core.files import read_sealed, seal, write_json
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.sae import SparseAutoencoder
-from wsae.serve import build as unembed
+from wsae.serve import model as decoder
 from wsae.serve import schema
-from wsae.serve import schema as geometry
+from wsae.serve.build import alone, ensure_index, is_current
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
-from wsae.serve.open import alone, ensure_index, is_current
 from wsae.serve.schema import bin_of, seal_of
 
 CFG = IndexConfig(neighbours=5, logits=4)
@@ -128,13 +127,13 @@ def test_a_plain_latent_knows_who_chose_it_most_alike_first(index: Index, run: P
 
 @pytest.mark.parametrize("block", [1 << 24, 7 * D_SAE])
 def test_nearest_latents_against_all_cosines_in_fp64(monkeypatch: pytest.MonkeyPatch, block: int):
-    monkeypatch.setattr(geometry, "BLOCK", block)
+    monkeypatch.setattr(decoder, "BLOCK", block)
     W = torch.randn(D_SAE, 24, generator=torch.Generator().manual_seed(3))
     W[5] = W[9] * 3 + 1e-3 * W[10]  # nearly the same direction
     unit = W.double() / W.double().norm(dim=1, keepdim=True)
     cosine = (unit @ unit.T).numpy()
     np.fill_diagonal(cosine, -np.inf)
-    parts = list(geometry.neighbours(W, 6))
+    parts = list(decoder.neighbours(W, 6))
     values, where = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
     order = np.argsort(-cosine, axis=1)[:, :6]
     assert where.tolist() == order.tolist()
@@ -178,7 +177,7 @@ def test_promoted_tokens_are_in_the_order_of_the_models_own_logits():
     with torch.no_grad():
         model.gpt_neox.final_layer_norm.weight.uniform_(0.2, 2.0)
         model.gpt_neox.final_layer_norm.bias.normal_()
-    out = unembed.unembedding(model)
+    out = decoder.unembedding(model)
     assert out is not None
     assert out.about == "gain and centring of the final LayerNorm folded in"
     rows = torch.randn(20, 16)
@@ -188,12 +187,12 @@ def test_promoted_tokens_are_in_the_order_of_the_models_own_logits():
             for x in (rows, rows[:1] * 0)
         ]
     own = through[0] - through[1]
-    (block,) = unembed.promoted(rows, out, 90)
+    (block,) = decoder.promoted(rows, out, 90)
     assert block.up[1].tolist() == own.argsort(dim=1, descending=True).tolist()
     ratio = block.up[0] / own.gather(1, block.up[1])
     assert torch.allclose(ratio, ratio.median(1, keepdim=True).values.expand_as(ratio), rtol=1e-2)
     model.gpt_neox.final_layer_norm.weight.data.fill_(torch.nan)  # as when its files lack it
-    assert unembed.unembedding(model) is None
+    assert decoder.unembedding(model) is None
 
 
 def test_it_is_made_once_and_again_when_the_scores_change(tmp_path: Path):
@@ -259,7 +258,7 @@ def test_a_damaged_or_foreign_file_is_made_again(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from wsae.serve import build, open as opening
+from wsae.serve import build
 from wsae.serve.config import IndexConfig
 inner, calls = build.write_packed, []
 def dying(*args):
@@ -268,7 +267,7 @@ def dying(*args):
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 build.write_packed = dying
-opening.ensure_index(Path(sys.argv[1]), None, IndexConfig(neighbours=5, logits=4))
+build.ensure_index(Path(sys.argv[1]), None, IndexConfig(neighbours=5, logits=4))
 """
 
 
@@ -312,13 +311,13 @@ def test_an_altered_evaluation_or_a_match_out_of_range_is_refused(tmp_path: Path
 START = """
 import sys
 from pathlib import Path
-from wsae.serve import open as opening
+from wsae.serve import build
 from wsae.serve.config import IndexConfig
 if len(sys.argv) > 2:
     import resource, signal
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-print(opening.ensure_index(Path(sys.argv[1]), None, IndexConfig(neighbours=5, logits=4))[1])
+print(build.ensure_index(Path(sys.argv[1]), None, IndexConfig(neighbours=5, logits=4))[1])
 """
 
 

@@ -10,13 +10,13 @@ from report_fixture import EXPLANATION
 from serve_world import D_SAE, latents_of, write_world
 
 from wsae.core.errors import UserError
+from wsae.report.contexts import matched, spans, visible
+from wsae.serve import build as stored
 from wsae.serve import index as listing
 from wsae.serve import schema
-from wsae.serve import schema as stored
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Asked, Index, asked, beside, find, match_of
-from wsae.serve.open import ensure_index
-from wsae.serve.schema import matched, pieces, visible
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_a_parameter_that_is_not_valid_is_named(index: Index, params: dict, told
 def test_pieces_carry_the_whole_text_and_shade_by_activation(run: Path):
     for entry in latents_of(run, "evaluation", "plain").values():
         for context in entry["contexts"]:
-            found = pieces(context, entry["max"], ["whale"])
+            found = spans(context, entry["max"], ["whale"])
             whole = visible("".join(context["tokens"]))
             assert "".join(p.text for p in found).lstrip(" ") == whole.lstrip(" ")
             shaded = [p for p in found if p.level]
@@ -249,7 +249,7 @@ def test_pieces_carry_the_whole_text_and_shade_by_activation(run: Path):
 
 def test_a_token_that_continues_a_character_is_marked_where_it_fires():
     context = {"tokens": ["日", "", "", " sea"], "acts": [0.0, 0.0, 2.0, 1.0], "peak": 2}
-    shown = pieces(context, 2.0, [])
+    shown = spans(context, 2.0, [])
     assert [(p.text, p.level, p.peak) for p in shown[:2]] == [("日", 0, False), ("⋯", 6, True)]
     assert stored.label({"contexts": [context]}) == "fires on “日”"
 

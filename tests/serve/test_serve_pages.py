@@ -28,9 +28,9 @@ from wsae.sae import SparseAutoencoder
 from wsae.sae.config import SAEConfig
 from wsae.serve import server
 from wsae.serve.app import MAX_CHARS, MAX_TOKENS, Live
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index, Served
-from wsae.serve.open import ensure_index
 from wsae.serve.server import POLICY
 
 PAGES = (

@@ -12,8 +12,8 @@ from serve_world import Client, serving, tiny_model, write_world
 from wsae.core.errors import UserError
 from wsae.serve import server
 from wsae.serve.app import Live, application
+from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
-from wsae.serve.open import ensure_index
 from wsae.serve.server import Gate, host_name, path_prefix
 
 PREFIX = "/user/me%40x/proxy/8137"

@@ -22,7 +22,6 @@ from wsae.theory.limits import (
     gauss_newton,
     jacobian,
     jumprelu_window,
-    loss_at,
     nullity,
     one_sparse_residuals,
     second_moment,
@@ -35,6 +34,12 @@ from wsae.theory.losses import closed_form, code, grid, sae_loss, superpose
 from wsae.theory.shrinkage import measure, shrinkage, simplex_shrinkage
 
 SEEDS = st.integers(0, 2**31)
+
+
+def loss_at(terms, S):
+    """Return L(S) = sum_m S^(n-m) (1-S)^m T_m."""
+    m = torch.arange(len(terms), dtype=torch.float64)
+    return float((S ** (len(terms) - 1 - m) * (1 - S) ** m * terms).sum())
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

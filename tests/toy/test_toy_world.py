@@ -16,9 +16,10 @@ from wsae.acts.source import ActivationSource
 from wsae.core.errors import UserError
 from wsae.ops import SparseCode
 from wsae.theory.geometry import digons, direct_sum, orthogonal, polygon, random_unit, simplex
-from wsae.toy.config import Correlated, FeatureConfig, ToyModelConfig, ZipfRates
+from wsae.toy.config import FeatureConfig, ToyModelConfig, ZipfRates
+from wsae.toy.features import feature_moments
 from wsae.toy.model import train_toy_models
-from wsae.toy.world import SyntheticSource, World, acts_variance, superposition
+from wsae.toy.world import SyntheticSource, World, superposition
 
 N, D = 30, 4
 TRAIN, HELDOUT = 2_500, 90
@@ -265,10 +266,6 @@ def test_the_summary_is_that_of_its_formulas_written_as_loops():
 def test_the_variance_of_activations_is_that_of_many_rows(magnitudes):
     cfg = features(magnitudes=magnitudes, rates=ZipfRates(exponent=0.5))
     source = SyntheticSource(World(random_unit(D, N, 2), cfg), rows=40_000, stats_rows=40_000)
-    expected = acts_variance(source.world.W_p, cfg)
+    mean, second = feature_moments(cfg)
+    expected = source.world.W_p.double().square() @ (second - mean.square())
     torch.testing.assert_close(source.stats()["acts"].kept.variance, expected, rtol=0.05, atol=0)
-
-
-def test_variances_of_dependent_features_are_not_made_up():
-    with pytest.raises(UserError, match="structure 'correlated'"):
-        acts_variance(random_unit(D, N, 2), features(structure=Correlated()))

@@ -10,11 +10,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from wsae.acts.images.arrays import ArrayImages
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.harvest import heldout_images
 from wsae.acts.images.model import Encoder, EncoderConfig, Projector, load_encoder
-from wsae.acts.images.sets import open_images
+from wsae.acts.images.sets import ArrayImages, open_images
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for

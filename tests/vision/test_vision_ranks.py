@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from wsae.acts.images.arrays import ArrayImages
+from wsae.acts.images.sets import ArrayImages
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.train.loop import Stopped

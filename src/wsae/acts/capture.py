@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +115,8 @@ def _token_inputs(model: nn.Module, seq_len: int | None) -> Probing:
     other = torch.cat([first[:2], ids[3 * seq + 1 :].view(2, 2)], dim=1)
     mask = (torch.arange(longer) < seq).long().expand(2, longer)
     long = None if seq_len is None else _some_ids(model, seq_len)[None]
-    device = _input_device(model)
+    table = _embedding(model)
+    device = next(model.parameters()).device if table is None else table.device
 
     def call(x: Tensor, attention: Tensor | None = None) -> Inputs:
         attention = None if attention is None else attention.to(device)
@@ -150,11 +152,6 @@ def _embedding(model: nn.Module) -> Tensor | None:
     """Return the table of the tokens' vectors."""
     get = getattr(model, "get_input_embeddings", None)
     return next(get().parameters(), None) if callable(get) else None  # pyright: ignore
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    table = _embedding(model)
-    return next(model.parameters()).device if table is None else table.device
 
 
 def _config_limit(model: nn.Module) -> tuple[str, int] | None:
@@ -230,7 +227,9 @@ class Capture:
             if hook.name == self._deepest:
                 raise _DeepestReached
 
-        with _watched(self._model, self._points, keep), contextlib.suppress(_DeepestReached):
+        with contextlib.ExitStack() as watched, contextlib.suppress(_DeepestReached):
+            for hook in self._points:
+                watched.enter_context(replaced(self._model, hook, partial(keep, hook)))
             self._model(**inputs)
         for name in self.hooks:
             if name not in seen:
@@ -304,28 +303,9 @@ def with_rows(hook: HookPoint, value: Any, rows: Float[Tensor, "batch seq _"]) -
 
 @contextlib.contextmanager
 def replaced(model: nn.Module, hook: HookPoint, swap: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the context, `swap(value)` takes the place of what the module gives, or takes."""
+    """Within the context, `swap(value)` takes the place of what the module gives, or takes, unless it is none."""
     handle = watch(model, HookPlace(hook.path, hook.side), lambda _place, value: swap(value))
     try:
         yield
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _watched(
-    model: nn.Module, hooks: list[HookPoint], keep: Callable[[HookPoint, Any], None]
-) -> Iterator[None]:
-    handles = [
-        watch(
-            model,
-            HookPlace(hook.path, hook.side),
-            lambda _place, value, hook=hook: keep(hook, value),
-        )
-        for hook in hooks
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

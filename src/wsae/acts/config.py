@@ -17,8 +17,8 @@ class TextConfig(Config):
     """The key (JSON) or column (tables) that holds the text, a conversation (messages) or token ids; "data.text" is the
     key text within data."""
     split: str | None = None
-    """Split of a hub dataset, of a folder of `save_to_disk`, or of a directory whose files are named by split; none
-    means "train", and every file of a directory."""
+    """Split of a hub dataset, of a folder of `save_to_disk`, or of a directory whose files are named by split; default:
+    "train", and every file of a directory."""
     subset: str | None = None
     """Configuration of a hub dataset that has several."""
 
@@ -55,7 +55,8 @@ class HarvestConfig(Config):
     skip_special: bool = True
     """Drop begin-, end-of-text and other special tokens."""
     sink_norm_ratio: float | None = Field(default=10.0, gt=1)
-    """Drop a token whose norm exceeds this multiple of the median at any hook (attention sinks); none: keep."""
+    """Drop a token whose norm exceeds this multiple of the median at any hook (attention sinks); none, or as
+    a flag 0: keep."""
     shard_tokens: int = Field(default=65_536, ge=1)
     """Rows after which a store's shard is closed; a killed harvest loses at most this much work."""
     seed: int = 0

@@ -1,8 +1,8 @@
 """Text through a model to kept rows, one forward pass at a time: shared by the store's writer and the live source."""
 
+import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from wsae.core.memory import Buffer, explained
 REASONS = ("kept", "padding", "special", "first", "norm")
 """Codes of `reasons`; a token is counted under the first that applies, in this order."""
 KEPT, PADDING, SPECIAL, FIRST, NORM = range(5)
+_LOWER = "--batch-seqs or --seq-len"
 
 
 class SkipRule:
@@ -79,12 +80,16 @@ def count_reasons(reasons: Int8[Tensor, " tokens"]) -> dict[str, int]:
     return dict(zip(REASONS, counts, strict=True))
 
 
-_ONE_PASS = threading.Lock()
+ONE_PASS = threading.Lock()
+"""What a thread holds while it runs a model: the hooks of two passes would mix their outputs."""
 
 
-def one_pass() -> AbstractContextManager[object]:
-    """Return what a thread holds while it runs a model: the hooks of two passes would mix their outputs."""
-    return _ONE_PASS
+@contextlib.contextmanager
+def running(hooks: Mapping[str, int], rows: int, lower: str) -> Iterator[None]:
+    """Hold the model for one pass that gives so many rows; running out of memory names what did not fit."""
+    buffers = [Buffer("activations of one pass", (rows, d), 4, lower) for d in {*hooks.values()}]
+    with explained("running the model", lambda: buffers, lower), ONE_PASS:
+        yield
 
 
 class Step(NamedTuple):
@@ -147,8 +152,8 @@ class Flow:
     ) -> None:
         self.cfg, self.language, self.keep_on = cfg, language, torch.device(keep_on)
         self._first: _Captured | None = None
-        lower = "--batch-seqs or --seq-len"
-        with explained("running the model", self._probe_buffers, lower), one_pass():
+        probing = [Buffer("activations of a probe", (cfg.seq_len, len(cfg.hooks)), 4, "--seq-len")]
+        with explained("running the model", lambda: probing, _LOWER), ONE_PASS:
             self.probed = probe(language.model, cfg.hooks, tokens(cfg.seq_len))
         self.capture = Capture(language.model, self.probed.hooks)
         self.hooks = self.capture.hooks
@@ -185,26 +190,17 @@ class Flow:
     def _run(self, batch: tuple[TokenSequence, ...]) -> _Captured:
         ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
         lengths = torch.tensor([s.length for s in batch])
-        if (first := self._first) and _same((first.ids, first.lengths), (ids, lengths)):
+        first = self._first
+        if first and torch.equal(first.ids, ids) and torch.equal(first.lengths, lengths):
             self._first = None
             return first
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         device = self.language.device
         full = bool(mask.all())
-        with explained("running the model", self._buffers, "--batch-seqs or --seq-len"):
-            with one_pass():
-                acts = self.capture(ids.to(device), None if full else mask.to(device))
+        with running(self.hooks, self.cfg.batch_seqs * self.cfg.seq_len, _LOWER):
+            acts = self.capture(ids.to(device), None if full else mask.to(device))
             flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
         return _Captured(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
-
-    def _probe_buffers(self) -> list[Buffer]:
-        rows = self.cfg.seq_len
-        return [Buffer("activations of a probe", (rows, len(self.cfg.hooks)), 4, "--seq-len")]
-
-    def _buffers(self) -> list[Buffer]:
-        rows, lower = self.cfg.batch_seqs * self.cfg.seq_len, "--batch-seqs or --seq-len"
-        widths = set(self.hooks.values())
-        return [Buffer("activations of one pass", (rows, d_in), 4, lower) for d_in in widths]
 
     def _step(self, batch: tuple[TokenSequence, ...], first_sequence: int) -> Step:
         acts, reasons, ids, lengths = self._run(batch)
@@ -240,10 +236,6 @@ class Flow:
                     row = int((reasons[:token] == KEPT).sum())
                     place = f"sequence {first + seq}, position {pos}, dimension {int(bad[0])}"
                     raise NonFiniteError(hook, place, row)
-
-
-def _same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
 
 
 def _norms(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, " tokens"]:

@@ -4,11 +4,11 @@ A block of rows is filled, handed out in random order and replaced. The position
 block starts and how much of it is used, so restoring computes one block again.
 """
 
-import queue
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from concurrent.futures import Future
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,59 +28,7 @@ from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 
-# Work in another thread: items behind a short queue, or one value computed ahead of its use.
-
 T = TypeVar("T")
-
-
-class Background(Generic[T]):
-    """`with Background(work) as worker: worker.put(item)`: calls `work(item)` in order in another thread.
-
-    An exception in `work` is raised by the next `put`, or at the end of the block; nothing after it is worked on.
-    With `threaded=False` work is done at once, by the caller: on a CPU the model has every core in use already.
-    """
-
-    def __init__(self, work: Callable[[T], None], threaded: bool = True, depth: int = 1) -> None:
-        self._work, self._threaded = work, threaded
-        self._queue: queue.Queue[T | None] = queue.Queue(depth)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="wsae-writer", daemon=True)
-
-    def put(self, item: T) -> None:
-        """Hand over one item; waits while the queue is full."""
-        self._raise()
-        if self._threaded:
-            self._queue.put(item)
-        else:
-            self._work(item)
-
-    def __enter__(self) -> "Background[T]":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        if error is None:
-            self._raise()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # drain, so that `put` never blocks for ever
-            try:
-                self._work(item)
-            except BaseException as error:  # handed to the caller's thread
-                self._error = error
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 def leaving() -> bool:
@@ -88,37 +36,26 @@ def leaving() -> bool:
     return not threading.main_thread().is_alive()
 
 
-class Prefetch(Generic[T]):
-    """A value that another thread computes meanwhile; `result` waits for it and raises what `work` raised.
+def ahead(work: Callable[[], T], stream: torch.cuda.Stream | None = None) -> Future[T]:
+    """Return a value that another thread computes meanwhile.
 
-    On a GPU it is computed on `stream`, and there when `result` returns. The interpreter waits for it at its end:
-    long work should give up when `leaving()`.
+    On a GPU it is computed on `stream`, and there when the result is. The interpreter waits for it at its end: long
+    work should give up when `leaving()`.
     """
+    value: Future[T] = Future()
 
-    def __init__(self, work: Callable[[], T], stream: torch.cuda.Stream | None = None) -> None:
-        self._work, self._stream = work, stream
-        self._value: T | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="wsae-ahead")
-        self._thread.start()
-
-    def result(self) -> T:
-        """Return the value."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return cast(T, self._value)
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            if self._stream is None:
-                self._value = self._work()
-            else:
-                with torch.cuda.stream(self._stream):
-                    self._value = self._work()
-                self._stream.synchronize()
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                found = work()
+            if stream is not None:
+                stream.synchronize()
+            value.set_result(found)
         except BaseException as error:  # handed to the caller's thread
-            self._error = error
+            value.set_exception(error)
+
+    threading.Thread(target=run, name="wsae-ahead").start()
+    return value
 
 
 class LiveSource:
@@ -157,9 +94,16 @@ class LiveSource:
         tally, wanted = Tally(self.hooks), min(self.live.stats_tokens, self.cfg.tokens)
         self._head = []
         with progress("statistics", wanted, "tokens") as tick:
-            for step in _limited(self._noted(self.flow.steps(heldout=False)), wanted):
-                tally.update(_on_cpu(step.x), _on_cpu(step.skipped), step.counts)
-                tick(len(step.seq))
+            have = 0
+            for step in self.flow.steps(heldout=False):
+                if have < self.live.shuffle_tokens:  # it belongs to a first block
+                    self._head.append(step._replace(skipped={}))
+                part = step.head(wanted - have)
+                have += len(step.seq)
+                tally.update(_on_cpu(part.x), _on_cpu(part.skipped), part.counts)
+                tick(len(part.seq))
+                if have >= wanted:
+                    break
         return tally.result()
 
     def steps(self, start: Position) -> Iterator[Step]:
@@ -172,18 +116,10 @@ class LiveSource:
         """Let go of the rows behind the statistics."""
         self._head = []
 
-    def _noted(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """Yield steps and keep those of a first block."""
-        have = 0
-        for step in steps:
-            if have < self.live.shuffle_tokens:
-                self._head.append(step._replace(skipped={}))
-            have += len(step.seq)
-            yield step
-
     def describe(self) -> dict[str, Any]:
-        """Return the harvest this stands for."""
-        return {"kind": "live", "harvest": self.cfg.to_dict(), "hooks": list(self.hooks)}
+        """Return the harvest this stands for, and how rows are mixed where that is not as always."""
+        mixing = {} if self.live == LiveConfig() else {"mixing": self.live.to_dict()}
+        return {"kind": "live", "harvest": self.cfg.to_dict(), "hooks": list(self.hooks), **mixing}
 
     def stream(self, batch_size: int, seed: int, state: State | None = None) -> "LiveStream":
         """Return training batches from the start or from a state."""
@@ -191,21 +127,23 @@ class LiveSource:
 
     def heldout(self, batch_size: int) -> Iterator[Chunk]:
         """Compute the held-out rows and yield them in the text's order."""
-        ids, lengths = [], []
-        pending: list[Step] = []
+        empty = torch.empty(0, dtype=torch.int32)
+        ids, lengths = [torch.empty(0, self.cfg.seq_len, dtype=torch.int32)], [empty]
+        parts: list[Chunk] = []
         for step in _limited(self.flow.steps(heldout=True), self.cfg.heldout_tokens):
             ids.append(step.ids)
             lengths.append(step.lengths)
-            pending.append(step._replace(x=_on_cpu(step.x)))
-            if sum(len(s.seq) for s in pending) >= batch_size:
-                *full, rest = _chunks(pending, batch_size)
-                yield from (Chunk(*chunk) for chunk in full)
-                pending = [step._replace(x=rest[0], seq=rest[1], pos=rest[2])]
-        yield from (
-            Chunk(*c) for c in (_chunks(pending, batch_size) if pending else []) if len(c[1])
-        )
+            parts.append(Chunk(_on_cpu(step.x), step.seq, step.pos))
+            if sum(len(part.seq) for part in parts) >= batch_size:
+                *full, rest = _recut(parts, batch_size)
+                yield from full
+                parts = [rest]
+        if sum(len(part.seq) for part in parts):
+            yield _recut(parts, batch_size)[0]
         if self._tokens is None:
-            self._tokens = self._table(ids, lengths)
+            table, tokenizer = torch.cat(ids), self.language.tokenizer
+            strings = decode_table(tokenizer, np.unique(table.numpy()).tolist())
+            self._tokens = TokenTable(table, torch.cat(lengths), strings, self._packer().ends)
 
     def tokens(self) -> TokenTable:
         """Return the held-out sequences' tokens (computed by the first pass over the held-out rows)."""
@@ -225,12 +163,6 @@ class LiveSource:
     def digest(self) -> str:
         """Return a hash of config, model files and text files."""
         return digest([self.cfg.to_dict(), self.language.digest, fingerprint(self.cfg.text)])
-
-    def _table(self, ids: list[Tensor], lengths: list[Tensor]) -> TokenTable:
-        joined = torch.cat([torch.empty(0, self.cfg.seq_len, dtype=torch.int32), *ids])
-        strings = decode_table(self.language.tokenizer, np.unique(joined.numpy()).tolist())
-        empty = torch.empty(0, dtype=torch.int32)
-        return TokenTable(joined, torch.cat([empty, *lengths]), strings, self._packer().ends)
 
 
 class _Place(NamedTuple):
@@ -261,19 +193,15 @@ class LiveStream:
     def __init__(self, source: LiveSource, batch_size: int, seed: int, state: State | None) -> None:
         rows = max(1, source.live.shuffle_tokens // batch_size) * batch_size
         check_batch_size(batch_size, source.cfg.tokens)
-        self._source, self._batch_size, self._seed, self._block_rows = (
-            source,
-            batch_size,
-            seed,
-            rows,
-        )
+        self._source, self._batch_size = source, batch_size
+        self._seed, self._block_rows = seed, rows
         epoch, self._batch = (0, 0) if state is None else restored(state, batch_size, seed)
         self._place = _Place(epoch)
         if state is not None:
             number, skip, given, *start = _block_state(state)
             self._place = _Place(epoch, number, skip, given, Position(*start))
         self._block: _Block | None = None
-        self._ahead: Prefetch[_Block] | None = None
+        self._ahead: Future[_Block] | None = None
         device = source.flow.keep_on
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._place.start != START:
@@ -301,16 +229,14 @@ class LiveStream:
 
     def _take(self, place: _Place) -> _Block:
         """Return the block at `place`, computed now or meanwhile, and start on the one after it."""
-        ahead, self._ahead = self._ahead, None
-        block = self._fill(place) if ahead is None else ahead.result()
+        begun, self._ahead = self._ahead, None
+        block = self._fill(place) if begun is None else begun.result()
         if self._source.overlap:
-            if (
-                self._side is not None
-            ):  # memory of the side stream must not be reused under our reads
+            if self._side is not None:  # its memory must not be reused under our reads
                 for tensor in (*block.x.values(), block.order):
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
             after = self._after(block)
-            self._ahead = Prefetch(lambda: self._fill(after), self._side)
+            self._ahead = ahead(lambda: self._fill(after), self._side)
         return block
 
     def _after(self, block: _Block) -> _Place:
@@ -330,8 +256,9 @@ class LiveStream:
         """Compute the rows that start `skip` rows after `start`; they are handed out in whole batches."""
         wanted = min(self._block_rows, self._source.cfg.tokens - place.given)
         where = self._source.flow.keep_on
-        hooks = self._source.hooks
-        with explained("holding rows to shuffle", lambda: _rows(wanted, hooks)):
+        hooks, lower = self._source.hooks, "the number of hooks (--hook)"
+        rows_of = [Buffer(f"rows of {hook}", (wanted, d), 4, lower) for hook, d in hooks.items()]
+        with explained("holding rows to shuffle", lambda: rows_of):
             x = {
                 hook: torch.empty(wanted, d_in, device=where, dtype=torch.float32)
                 for hook, d_in in hooks.items()
@@ -346,12 +273,9 @@ class LiveStream:
             have, skip = have + rows, 0
             if have == wanted or leaving():
                 break
-        return _Block(place, x, self._order(place, have).to(where), end)
-
-    def _order(self, place: _Place, have: int) -> Int[Tensor, " rows"]:
         seed = seed_for(self._seed, "block", place.epoch, place.number)
         order = torch.randperm(have, generator=torch.Generator().manual_seed(seed))
-        return order[: have - have % self._batch_size]
+        return _Block(place, x, order[: have - have % self._batch_size].to(where), end)
 
 
 def _limited(steps: Iterator[Step], rows: int) -> Iterator[Step]:
@@ -362,24 +286,16 @@ def _limited(steps: Iterator[Step], rows: int) -> Iterator[Step]:
         yield part
 
 
-def _rows(rows: int, hooks: dict[str, int]) -> list[Buffer]:
-    lower = "the number of hooks (--hook)"
-    return [Buffer(f"rows of {hook}", (rows, d_in), 4, lower) for hook, d_in in hooks.items()]
-
-
 def _on_cpu(x: Batch) -> Batch:
     return {hook: rows.cpu() for hook, rows in x.items()}
 
 
-def _chunks(steps: list[Step], size: int) -> list[tuple[Batch, Tensor, Tensor]]:
-    """Join steps and cut them every `size` rows; the last piece may be short or empty."""
-    x = {hook: torch.cat([s.x[hook] for s in steps]) for hook in steps[0].x}
-    seq, pos = torch.cat([s.seq for s in steps]), torch.cat([s.pos for s in steps])
-    starts = range(0, len(seq) + 1, size)
-    return [
-        ({hook: v[a : a + size] for hook, v in x.items()}, seq[a : a + size], pos[a : a + size])
-        for a in starts
-    ]
+def _recut(parts: list[Chunk], size: int) -> list[Chunk]:
+    """Join chunks and cut them every `size` rows; the last piece may be short or empty."""
+    x = {hook: torch.cat([part.x[hook] for part in parts]) for hook in parts[0].x}
+    seq, pos = torch.cat([part.seq for part in parts]), torch.cat([part.pos for part in parts])
+    cuts = [slice(first, first + size) for first in range(0, len(seq) + 1, size)]
+    return [Chunk({hook: v[cut] for hook, v in x.items()}, seq[cut], pos[cut]) for cut in cuts]
 
 
 def _block_state(state: State) -> list[int]:

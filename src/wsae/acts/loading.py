@@ -6,7 +6,7 @@ through every operation: whatever depends on it is found, and refused, by its Na
 
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +90,24 @@ def load_weights(kind: Any, source: Path | str, model: str, **options: Any) -> A
     unexpected = _trained(set(info["unexpected_keys"]))
     _refuse_renamed(missing, unexpected, model)
     if missing and {name for name, _ in loaded.named_parameters()} <= set(missing):
+        is_training = {"state_dict", "model_state_dict", "model"} & set(unexpected)
+        other = "config.json is of another model"
+        if is_training:
+            other = "it is the checkpoint of a training, save the model alone"
         raise UserError(
             f"model {model}: none of its weights is in its files ({named(missing)}), which hold "
-            f"{named(unexpected) if unexpected else 'other shapes'}: {_other(unexpected)}"
+            f"{named(unexpected) if unexpected else 'other shapes'}: {other}"
         )
     _poison(loaded, missing, model)
-    _tell(type(loaded).__name__, shapes, unexpected, model)
+    if shapes:
+        wrong = [f"{key} {there}, not {here}" for key, (there, here) in sorted(shapes.items())]
+        _log.warning("note: model %s: of another shape in its files: %s", model, named(wrong))
+    if unexpected:
+        _log.warning(
+            "note: model %s: in its files but not used, as its class %s has no place for them: %s",
+            *(model, type(loaded).__name__, named(unexpected)),
+        )
     return loaded
-
-
-def _other(unexpected: Sequence[str]) -> str:
-    if {"state_dict", "model_state_dict", "model"} & set(unexpected):
-        return "it is the checkpoint of a training, save the model alone"
-    return "config.json is of another model"
 
 
 def tell_unloaded(loaded: nn.Module, model: str) -> tuple[str, ...]:
@@ -173,22 +178,6 @@ def refuse_unable_to_continue(model: nn.Module) -> None:
 
 def _trained(names: set[str]) -> list[str]:
     return sorted(name for name in names if not name.endswith(_COMPUTED))
-
-
-def _tell(
-    kind: str,
-    shapes: Mapping[str, tuple[list[int], list[int]]],
-    unexpected: Sequence[str],
-    model: str,
-) -> None:
-    if shapes:
-        wrong = [f"{key} {there}, not {here}" for key, (there, here) in sorted(shapes.items())]
-        _log.warning("note: model %s: of another shape in its files: %s", model, named(wrong))
-    if unexpected:
-        _log.warning(
-            "note: model %s: in its files but not used, as its class %s has no place for them: %s",
-            *(model, kind, named(unexpected)),
-        )
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def match(pattern: str, paths: Iterable[str], model_type: str = "") -> list[Hook
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts "layers.9" before "layers.10"."""
     parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
 def _ending(pattern: str, paths: list[str]) -> list[str]:
@@ -95,14 +95,16 @@ def _ending(pattern: str, paths: list[str]) -> list[str]:
 # ---- TransformerLens' names
 
 
+def _projections(attention: str) -> dict[str, str]:
+    return {f"attn.hook_{x}": f"{attention}.{x}_proj" for x in "qkv"}
+
+
 _GATED = {
     "hook_resid_mid": "post_attention_layernorm.input",
     "hook_attn_out": "self_attn",
     "hook_mlp_out": "mlp",
     "attn.hook_z": "self_attn.o_proj.input",
-    "attn.hook_q": "self_attn.q_proj",
-    "attn.hook_k": "self_attn.k_proj",
-    "attn.hook_v": "self_attn.v_proj",
+    **_projections("self_attn"),
     "mlp.hook_pre": "mlp.gate_proj",
     "mlp.hook_pre_linear": "mlp.up_proj",
     "mlp.hook_post": "mlp.down_proj.input",
@@ -152,19 +154,13 @@ _FAMILIES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("gemma3", "gemma3_text"), _NORMED_HEADS | _POST_NORMS),
     "gpt2": _GPT2,
     "gpt_neo": _GPT2
-    | {
-        "attn.hook_z": "attn.attention.out_proj.input",
-        "attn.hook_q": "attn.attention.q_proj",
-        "attn.hook_k": "attn.attention.k_proj",
-        "attn.hook_v": "attn.attention.v_proj",
-    },
+    | {"attn.hook_z": "attn.attention.out_proj.input"}
+    | _projections("attn.attention"),
     "gptj": {
         "hook_attn_out": "attn",
         "hook_mlp_out": "mlp",
         "attn.hook_z": "attn.out_proj.input",
-        "attn.hook_q": "attn.q_proj",
-        "attn.hook_k": "attn.k_proj",
-        "attn.hook_v": "attn.v_proj",
+        **_projections("attn"),
         "mlp.hook_pre": "mlp.fc_in",
         "mlp.hook_post": "mlp.fc_out.input",
     },
@@ -190,9 +186,7 @@ _FAMILIES: dict[str, dict[str, str]] = {
         "hook_attn_out": "self_attn",
         "hook_mlp_out": "mlp",
         "attn.hook_z": "self_attn.dense.input",
-        "attn.hook_q": "self_attn.q_proj",
-        "attn.hook_k": "self_attn.k_proj",
-        "attn.hook_v": "self_attn.v_proj",
+        **_projections("self_attn"),
         "mlp.hook_pre": "mlp.fc1",
         "mlp.hook_post": "mlp.fc2.input",
     },
@@ -204,9 +198,10 @@ _NEARBY = {
     "ln1.hook_normalized": ("input_layernorm", "ln_1", "self_attn_layer_norm"),
     "ln2.hook_normalized": ("post_attention_layernorm", "ln_2", "final_layer_norm"),
     "hook_resid_mid": ("post_attention_layernorm.input", "mlp.input"),
-    "attn.hook_q": ("self_attn.q_proj", "attn.c_attn", "attention.query_key_value"),
-    "attn.hook_k": ("self_attn.k_proj", "attn.c_attn", "attention.query_key_value"),
-    "attn.hook_v": ("self_attn.v_proj", "attn.c_attn", "attention.query_key_value"),
+    **{
+        name: (place, "attn.c_attn", "attention.query_key_value")
+        for name, place in _projections("self_attn").items()
+    },
     "attn.hook_z": ("self_attn.o_proj.input", "self_attn.out_proj.input"),
     "hook_attn_out": ("self_attn", "attn", "attention", "self_attention"),
     "hook_mlp_out": ("mlp", "ffn", "feed_forward"),
@@ -214,8 +209,9 @@ _NEARBY = {
 }
 """Places like one of TransformerLens without being it."""
 _TOP: dict[str, tuple[str, ...]] = {
-    "hook_embed": ("embed_tokens", "wte", "embed_in", "word_embeddings_layernorm"),
-    "embed": ("embed_tokens", "wte", "embed_in", "word_embeddings_layernorm"),
+    **dict.fromkeys(
+        ("hook_embed", "embed"), ("embed_tokens", "wte", "embed_in", "word_embeddings_layernorm")
+    ),
     "hook_pos_embed": ("wpe", "embed_positions", "position_embeddings"),
     "unembed": ("lm_head", "embed_out"),
     "ln_final": ("norm", "ln_f", "final_layer_norm"),
@@ -244,18 +240,15 @@ def _translated(name: str, paths: list[str], model_type: str) -> list[HookPlace]
     family = _FAMILIES.get(model_type, {})
     tail = family.get(rest, _EVERYWHERE.get(rest))
     known = set(paths)
-    places = [_below(block, tail) for block in blocks] if tail is not None else []
-    places = [place for place in places if place.path in known]
+    places = []
+    if tail is not None:  # "" is a block's output, ".input" its input
+        side: Side = "input" if tail.endswith(".input") else "output"
+        inner = tail.removesuffix("input").strip(".") if side == "input" else tail
+        paths = [f"{block}.{inner}" if inner else block for block in blocks]
+        places = [HookPlace(path, side) for path in paths if path in known]
     if not places:
         raise UserError(_no_equal(name, rest, blocks[0], known))
     return places
-
-
-def _below(block: str, tail: str) -> HookPlace:
-    """Return the place that a table's entry means in a block: "" its output, ".input" its input."""
-    side: Side = "input" if tail.endswith(".input") else "output"
-    inner = tail.removesuffix("input").strip(".") if side == "input" else tail
-    return HookPlace(f"{block}.{inner}" if inner else block, side)
 
 
 def _blocks(layer: str, paths: list[str]) -> list[str]:
@@ -299,25 +292,16 @@ def _no_equal(name: str, rest: str, block: str, known: set[str]) -> str:
 
 
 _BACK: dict[str, str] = {
+    f".{tail}": name
+    for places in _FAMILIES.values()
+    for name, tail in places.items()
+    if name in ("attn.hook_z", "mlp.hook_post")
+} | {
     "": "hook_resid_post",
     ".input": "hook_resid_pre",
     ".post_feedforward_layernorm": "hook_mlp_out",
     ".pre_feedforward_layernorm.input": "hook_resid_mid",
     ".ln_2.input": "hook_resid_mid",
-    ".self_attn.o_proj.input": "attn.hook_z",
-    ".self_attn.out_proj.input": "attn.hook_z",
-    ".self_attn.dense.input": "attn.hook_z",
-    ".self_attention.dense.input": "attn.hook_z",
-    ".attention.dense.input": "attn.hook_z",
-    ".attn.c_proj.input": "attn.hook_z",
-    ".attn.out_proj.input": "attn.hook_z",
-    ".attn.attention.out_proj.input": "attn.hook_z",
-    ".mlp.down_proj.input": "mlp.hook_post",
-    ".mlp.c_proj.input": "mlp.hook_post",
-    ".mlp.fc_out.input": "mlp.hook_post",
-    ".mlp.dense_4h_to_h.input": "mlp.hook_post",
-    ".mlp.fc2.input": "mlp.hook_post",
-    ".fc2.input": "mlp.hook_post",
 }
 """What is below a block, where the name alone says which place of TransformerLens it is."""
 

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 from wsae.acts.tables import (
     Content,
@@ -70,11 +70,11 @@ _NO_TEXT = {
 }
 _HEAD = 1 << 16
 LONGEST = 1 << 26
-"""Bytes of a record at most: a small .gz may hold one that fills the memory."""
-_LARGE, _MOST_MARKS, _SIGNS = 1 << 20, 1 << 21, (b",", b"[", b"{")
-"""A record of more bytes is looked at before it is parsed: as objects its values take a hundred bytes each."""
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_PARSE = json.JSONDecoder(object_pairs_hook=unique).decode
+"""Characters of a record at most: a small .gz may hold one that fills the memory."""
+_LARGE, _MOST_MARKS, _SIGNS = 1 << 20, 1 << 21, (",", "[", "{")
+"""A record of more characters is looked at before it is parsed: as objects its values take a hundred bytes each."""
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_JSON = json.JSONDecoder(object_pairs_hook=unique)
 _SPACE = re.compile(r"[ \t\r\n]*+")
 _DOCUMENT_CHARS, _LONGEST_CHARS = 2_000, 8_000
 _XZ_MEMORY = 256 << 20
@@ -102,7 +102,31 @@ def named(path: Path) -> FileKind:
 def records(path: Path, field: str) -> Iterator[Record]:
     """Yield the records of a file; raises UserError naming file, place and the way out for what cannot be read."""
     try:
-        yield from _records(path, field)
+        packing = _packing(path)
+        with _opened(path, packing) as file:
+            head = file.read(_HEAD)
+        kind = _kind(path, packing, head)
+        if kind in (PARQUET, ARROW):
+            if packing:
+                raise UserError(f"text {path}: a {kind} file packed as a whole; unpack it first")
+            yield from (parquet_records if kind == PARQUET else arrow_records)(path, field)
+            return
+        encoding, (read, newline, errors) = _encoding(head, path), _TEXTS[kind]
+        errors = errors if encoding == "utf-8-sig" else "strict"
+        with (
+            _opened(path, packing) as packed,
+            io.TextIOWrapper(packed, encoding, errors, newline) as file,
+        ):
+            try:
+                yield from read(file, path, field)
+            except UnicodeDecodeError as error:
+                if encoding == "utf-8-sig":
+                    raise UserError(
+                        f"text {path}: not UTF-8 text ({error.reason}); {ICONV}"
+                    ) from error
+                raise UserError(
+                    f"text {path}: begins as {encoding.upper()} and is damaged ({first_line(error)})"
+                ) from error
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             reason = "permission denied" if isinstance(error, PermissionError) else error.strerror
@@ -111,20 +135,6 @@ def records(path: Path, field: str) -> Iterator[Record]:
         raise UserError(
             f"text {path}: damaged {packing} file ({first_line(error)}); fetch it again"
         ) from error
-
-
-def _records(path: Path, field: str) -> Iterator[Record]:
-    packing = _packing(path)
-    with _opened(path, packing) as file:
-        head = file.read(_HEAD)
-    kind = _kind(path, packing, head)
-    if kind in (PARQUET, ARROW):
-        if packing:
-            raise UserError(f"text {path}: a {kind} file packed as a whole; unpack it first")
-        yield from (parquet_records if kind == PARQUET else arrow_records)(path, field)
-        return
-    with _opened(path, packing) as file:
-        yield from _TEXTS[kind](_in_utf8(file, head, path), path, field)
 
 
 def _packing(path: Path) -> str:
@@ -179,131 +189,80 @@ def _json_kind(said: str, head: bytes) -> str:
         return VALUES
 
 
-def _opened(path: Path, packing: str) -> io.BufferedIOBase:
-    """Open a file for reading what is packed in it."""
+def _opened(path: Path, packing: str) -> Any:
+    """Open a file for reading what is packed in it; raises UserError for an .xz that claims much memory."""
     if packing == "gzip":
         return gzip.open(path, "rb")
     if packing == "bz2":
         return bz2.open(path, "rb")
     if packing == "xz":
-        return io.BufferedReader(_Unpacked(path), _HEAD)
-    if packing:
-        return _by_arrow(path, packing)
-    return path.open("rb")
-
-
-def _by_arrow(path: Path, packing: str) -> io.BufferedIOBase:
-    try:
-        import pyarrow as pa
-    except ImportError as error:
-        raise UserError(f"text {path}: {packing} needs pyarrow; pip install 'wsae[lm]'") from error
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path), "rb"), packing), _HEAD)
-
-
-class _Unpacked(io.RawIOBase):
-    """An .xz file, with a bound on the memory that its header may claim."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._unpack = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
-        self._rest = b""
-
-    def readable(self) -> bool:
-        """Return that it can be read."""
-        return True
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer) -> int:
-        """Fill a buffer as far as one step of unpacking does; 0 at the end."""
-        while True:
-            if self._unpack.eof:  # a file may hold several streams
-                self._rest = (self._unpack.unused_data or self._file.read(_HEAD)).lstrip(b"\0")
-                if not self._rest:
-                    return 0
-                self._unpack = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
-            elif self._unpack.needs_input:
-                self._rest = self._file.read(_HEAD)
-                if not self._rest:
-                    raise EOFError("it ends too early")
+        with path.open("rb") as file:
             try:
-                data = self._unpack.decompress(self._rest, len(buffer))
+                lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(file.read(_HEAD), 1)
             except lzma.LZMAError as error:
                 if "limit" not in str(error):
                     raise
                 raise UserError(
-                    f"text {self._file.name}: takes over {_XZ_MEMORY >> 20} MB to unpack; pack it again (xz -9)"
+                    f"text {path}: takes over {_XZ_MEMORY >> 20} MB to unpack; pack it again (xz -9)"
                 ) from error
-            self._rest = b""
-            if data:
-                buffer[: len(data)] = data
-                return len(data)
+        return lzma.open(path, "rb")
+    if not packing:
+        return path.open("rb")
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise UserError(f"text {path}: {packing} needs pyarrow; pip install 'wsae[lm]'") from error
+    packed = pa.CompressedInputStream(pa.OSFile(str(path), "rb"), packing)
+    return io.BufferedReader(packed, _HEAD)
 
 
-def _in_utf8(file: io.BufferedIOBase, head: bytes, path: Path) -> io.BufferedIOBase:
-    """Return the stream after its byte-order mark, recoded from UTF-16 or UTF-32 where the mark says so."""
-    if head.startswith(codecs.BOM_UTF8):
-        file.read(len(codecs.BOM_UTF8))
-        return file
-    for mark, name in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")):
-        if head.startswith(mark):
-            return io.BufferedReader(_Recoded(file, name, path), _HEAD)
+def _encoding(head: bytes, path: Path) -> str:
+    """Return what a text is written in, by its byte-order mark; raises UserError where it is full of zeros."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return io.BufferedReader(_Recoded(file, "utf-16", path), _HEAD)
+        return "utf-16"
     if head.count(0) * 10 > len(head):
         raise UserError(
             f"text {path}: is full of zero bytes, so it is no text, or UTF-16 without a byte-order mark; turn it into "
             "UTF-8: iconv -f UTF-16LE -t UTF-8 OLD > NEW"
         )
-    return file
+    return "utf-8-sig"
 
 
-class _Recoded(io.RawIOBase):
-    """A stream in UTF-16 or UTF-32 as UTF-8."""
-
-    def __init__(self, file: io.BufferedIOBase, encoding: str, path: Path) -> None:
-        self._file, self._path, self._encoding = file, path, encoding
-        self._decode = codecs.getincrementaldecoder(encoding)()
-        self._rest = b""
-
-    def readable(self) -> bool:
-        """Return that it can be read."""
-        return True
-
-    def readinto(self, buffer) -> int:
-        """Fill a buffer; 0 at the end."""
-        while not self._rest:
-            raw = self._file.read(_HEAD)
+def _in_utf8(text: str, where: str, what: str) -> str:
+    """Return a text; raises UserError where bytes were not UTF-8: they were read as halves of characters."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
             try:
-                self._rest = self._decode.decode(raw, final=not raw).encode()
-            except UnicodeError as error:
-                raise UserError(
-                    f"text {self._path}: begins as {self._encoding.upper()} and is damaged ({first_line(error)})"
-                ) from error
-            if not raw:
-                break
-        size = min(len(buffer), len(self._rest))
-        buffer[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
+                text.encode("utf-8", "surrogateescape").decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not {what} ({error.reason}); {ICONV}") from error
+    return text
 
 
-# ---- JSON
-
-
-def _json_lines(file: io.BufferedIOBase, path: Path, field: str) -> Iterator[Record]:
+def _json_lines(file: io.TextIOWrapper, path: Path, field: str) -> Iterator[Record]:
     def rows() -> Iterator[tuple[str, object]]:
         number, prefix = 0, f"text {path}, line "
         while line := file.readline(LONGEST + 1):
             number += 1
             where = prefix + str(number)
             if len(line) > LONGEST:
-                raise UserError(f"{where}: over {LONGEST:,} bytes; cut it into several")
-            if line.strip():
-                yield where, _parsed(line, where)
+                raise UserError(f"{where}: over {LONGEST:,} characters; cut it into several")
+            if line.isspace():
+                continue
+            if len(line) > _LARGE:
+                _refuse_many_values(line, where)
+            try:
+                yield where, _JSON.decode(_in_utf8(line, where, "JSON in UTF-8"))
+            except UserError:
+                raise
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{where}: not JSON ({first_line(error)}); fix or remove the line"
+                ) from error
 
     return _rows(rows(), field)
 
@@ -330,20 +289,7 @@ def _rows(rows: Iterator[tuple[str, object]], field: str) -> Iterator[Record]:
     return with_field(read(), missing)
 
 
-def _parsed(raw: bytes, where: str) -> object:
-    if len(raw) > _LARGE:
-        _refuse_many_values(raw, where)
-    try:
-        return _PARSE(raw.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not JSON in UTF-8 ({error.reason}); {ICONV}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: not JSON ({first_line(error)}); fix or remove the line"
-        ) from error
-
-
-def _refuse_many_values(raw: bytes, where: str) -> None:
+def _refuse_many_values(raw: str, where: str) -> None:
     """Raise UserError when a record, once parsed, would take far more memory than it has bytes."""
     marks, at = 0, 0
     for found in _STRING.finditer(raw):
@@ -355,31 +301,29 @@ def _refuse_many_values(raw: bytes, where: str) -> None:
         raise UserError(f"{where}: over {_MOST_MARKS:,} values in one record; cut it into several")
 
 
-def _json_values(file: io.BufferedIOBase, path: Path, field: str) -> Iterator[Record]:
-    return _rows(_values(file, path), field)
+def _json_values(file: io.TextIOWrapper, path: Path, field: str) -> Iterator[Record]:
+    """Read the values of a file one after another, or the items of the list that it is."""
+    source = _JsonText(file, path)
+
+    def values() -> Iterator[tuple[str, object]]:
+        listed = source.take("[")
+        more = not (listed and source.take("]"))
+        while more and not source.done():
+            yield source.where, source.value()
+            more = not listed or source.take(",")
+            if listed and not more and not source.take("]"):
+                raise UserError(f"{source.where}: not JSON (no comma or closing bracket before it)")
+        if not source.done():
+            raise UserError(f"{source.where}: more after the list's end; one list a file is read")
+
+    return _rows(values(), field)
 
 
-def _values(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, object]]:
-    """Yield the values of a file one after another, or the items of the list that it is."""
-    source = _Source(file, path)
-    listed = source.take("[")
-    more = not (listed and source.take("]"))
-    while more and not source.done():
-        yield source.where, source.value()
-        more = not listed or source.take(",")
-        if listed and not more and not source.take("]"):
-            raise UserError(f"{source.where}: not JSON (no comma or closing bracket before it)")
-    if not source.done():
-        raise UserError(f"{source.where}: more after the list's end; one list a file is read")
-
-
-class _Source:
+class _JsonText:
     """JSON text that is read on as it is parsed."""
 
-    def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
+    def __init__(self, file: io.TextIOWrapper, path: Path) -> None:
         self._file, self._path = file, path
-        self._decode = codecs.getincrementaldecoder("utf-8")()
-        self._parse = json.JSONDecoder(object_pairs_hook=unique).raw_decode
         self._text, self._at, self._ended, self._number = "", 0, False, 0
 
     @property
@@ -409,7 +353,7 @@ class _Source:
         """Return the next value; raises UserError when there is none, or it is larger than a record may be."""
         while True:
             try:
-                value, self._at = self._parse(self._text, self._at)
+                value, self._at = _JSON.raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 if self._ended or isinstance(error, RecursionError | GivenTwice):
                     raise UserError(f"{self.where}: not JSON ({first_line(error)})") from error
@@ -425,54 +369,40 @@ class _Source:
             raise UserError(
                 f"{self.where}: over {LONGEST:,} characters, or not JSON; write one object a line (.jsonl)"
             )
-        raw = self._file.read(max(_LARGE, len(self._text)))
-        self._ended = not raw
-        try:
-            self._text += self._decode.decode(raw, final=not raw)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.where}: not JSON in UTF-8 ({error.reason}); {ICONV}") from error
+        more = self._file.read(max(_LARGE, len(self._text)))
+        self._ended = not more
+        self._text += _in_utf8(more, self.where, "JSON in UTF-8")
         if len(self._text) > 2 * _LARGE:
-            _refuse_many_values(self._text.encode("utf-8", "surrogatepass"), self.where)
+            _refuse_many_values(self._text, self.where)
 
 
-# ---- plain text and tables
-
-
-def _plain_texts(file: io.BufferedIOBase, path: Path, _: str) -> Iterator[Record]:
+def _plain_texts(file: io.TextIOWrapper, path: Path, _: str) -> Iterator[Record]:
     """Cut plain text at blank lines into documents of about 2,000 characters (8,000 where there is no blank line)."""
     parts, size, number = [], 0, 0
-    try:
-        with io.TextIOWrapper(cast(io.BufferedReader, file), encoding="utf-8") as lines:
-            while line := lines.readline(_LONGEST_CHARS):
-                number += 1
-                blank = not line.strip()
-                if size >= (_DOCUMENT_CHARS if blank else _LONGEST_CHARS):
-                    yield Content("".join(parts).strip())
-                    parts, size = [], 0
-                if not blank or parts:
-                    parts.append(line)
-                    size += len(line)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"text {path}, after line {number}: not UTF-8 text ({error.reason}); {ICONV}"
-        ) from error
+    while line := file.readline(_LONGEST_CHARS):
+        line = _in_utf8(line, f"text {path}, after line {number}", "UTF-8 text")
+        number += 1
+        blank = not line.strip()
+        if size >= (_DOCUMENT_CHARS if blank else _LONGEST_CHARS):
+            yield Content("".join(parts).strip())
+            parts, size = [], 0
+        if not blank or parts:
+            parts.append(line)
+            size += len(line)
     if parts:
         yield Content("".join(parts).strip())
 
 
-def _csv(file: io.BufferedIOBase, path: Path, field: str) -> Iterator[Record]:
-    tabs = ".tsv" in path.name.lower()
-    try:
-        buffered = cast(io.BufferedReader, file)
-        with io.TextIOWrapper(buffered, encoding="utf-8", newline="") as lines:
-            yield from csv_records(lines, f"text {path}", field, tabs)
-    except UnicodeDecodeError as error:
-        raise UserError(f"text {path}: not UTF-8 text ({error.reason}); {ICONV}") from error
+def _csv(file: io.TextIOWrapper, path: Path, field: str) -> Iterator[Record]:
+    return csv_records(file.readline, f"text {path}", field, ".tsv" in path.name.lower())
 
 
-_TEXTS: dict[str, Callable[[io.BufferedIOBase, Path, str], Iterator[Record]]] = {
-    LINES: _json_lines,
-    VALUES: _json_values,
-    PLAIN: _plain_texts,
-    CSV: _csv,
+_TEXTS: dict[
+    str, tuple[Callable[[io.TextIOWrapper, Path, str], Iterator[Record]], str | None, str]
+] = {
+    LINES: (_json_lines, "\n", "surrogateescape"),
+    VALUES: (_json_values, "\n", "surrogateescape"),
+    PLAIN: (_plain_texts, None, "surrogateescape"),
+    CSV: (_csv, "", "strict"),
 }
+"""Kind -> what reads it, which line ends are kept as they are, and whether it tells of bytes that are not UTF-8."""

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wsae.acts.names import natural_key
 from wsae.acts.store import Store
 from wsae.acts.stream import ActivationSource, Batch, BatchStream, Chunk, ShuffledStream, State
 from wsae.acts.tally import MOST_CLASSES, SourceStats, Tally
@@ -27,7 +27,6 @@ from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor
 from wsae.core.torchfile import map_tensors
-from wsae.stats.classes import ConsistencyCounts
 from wsae.stats.moments import check_finite
 
 # Activations from arrays: in memory, a file (.npy, .npz, .safetensors, .pt), or a folder of such
@@ -101,7 +100,15 @@ class ArraySource:
 
     def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
         """Return the training rows' statistics; raises UserError at the first NaN or infinity of any row."""
-        tally, counts = Tally(self.hooks), self._label_counts()
+        n_classes, labels = 0, None
+        if self.labels is not None:
+            labels = torch.from_numpy(self.labels.astype(np.int64))
+            n_classes = int(labels.max()) + 1
+            if int(labels.min()) < 0:
+                raise UserError(
+                    f"{self._where}: label {int(labels.min())}; number the classes from 0"
+                )
+        tally = Tally(self.hooks, n_classes)
         train = np.ones(self._total, dtype=bool)
         train[self.heldout_rows] = False
         step = max(1, _CHUNK_VALUES // self.hooks[self._name])
@@ -110,22 +117,10 @@ class ArraySource:
                 x = self._take(np.arange(first, min(first + step, self._total)))
                 check_finite(x, first, self._where)
                 keep = torch.from_numpy(train[first : first + step])
-                tally.update({self._name: x[keep]}, {}, {"kept": int(keep.sum())})
-                if counts is not None and self.labels is not None:
-                    labels = torch.from_numpy(self.labels[first : first + step].astype(np.int64))
-                    counts.update(x[keep], labels[keep])
+                kept = None if labels is None else labels[first : first + step][keep]
+                tally.update({self._name: x[keep]}, {}, {"kept": int(keep.sum())}, kept)
                 tick(len(x))
-        (stats,) = tally.result().values()
-        beta = None if counts is None else counts.consistency()
-        return {self._name: stats._replace(consistency=beta)}
-
-    def _label_counts(self) -> ConsistencyCounts | None:
-        if self.labels is None:
-            return None
-        low, high = int(self.labels.min()), int(self.labels.max())
-        if low < 0:
-            raise UserError(f"{self._where}: label {low}; number the classes from 0")
-        return ConsistencyCounts(self.hooks[self._name], high + 1)
+        return tally.result()
 
     def stream(self, batch_size: int, seed: int, state: State | None = None) -> ShuffledStream:
         """Return training batches from the start or from a state."""
@@ -264,12 +259,7 @@ def is_folder_of_arrays(folder: Path) -> bool:
 def _files(folder: Path) -> list[Path]:
     """Return the array files in a folder, those with numbers in their names by number."""
     found = [p for p in folder.iterdir() if p.suffix.lower() in READERS and p.name[0] != "."]
-    return sorted(found, key=lambda path: _natural(path.name))
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    parts = re.split(r"([0-9]+)", name)
-    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]
+    return sorted(found, key=lambda path: natural_key(path.name))
 
 
 def _folder(folder: Path) -> RowMatrix:
@@ -304,10 +294,6 @@ def _file(path: Path) -> list[Part]:
         _flat(part if isinstance(part, MappedTensor) else numbers(part, str(path)), str(path))
         for part in reader(path)
     ]
-
-
-def _npy(path: Path) -> list[Part]:
-    return [mapped_npy(path, str(path))]
 
 
 def _npz(path: Path) -> list[Part]:
@@ -353,7 +339,7 @@ def _chosen(shapes: Mapping[str, Sequence[int] | None], path: Path) -> str:
 
 
 READERS: dict[str, Callable[[Path], list[Part]]] = {
-    ".npy": _npy,
+    ".npy": lambda path: [mapped_npy(path, str(path))],
     ".npz": _npz,
     ".safetensors": _safetensors,
     ".pt": _torch,

@@ -3,6 +3,8 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -12,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wsae.acts.flow import NonFiniteError, Step
-from wsae.acts.live import Background
 from wsae.acts.names import among
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import Position
@@ -233,49 +234,35 @@ class ShardWriter:
     ) -> None:
         self._out, self._dtype = out, DTYPES[form.dtype]
         self._names: list[str] = []
-        self._stack = contextlib.ExitStack()
         self._seq, self._pos, self._lengths = [], [], []
-        self.rows = self.sequences = 0
-        try:
-            self._tokens = (
-                self._open(shard_name(split, None, number), "ids", form.seq_len, torch.int32)
-                if form.seq_len
-                else None
-            )
+        self._tokens, self.rows = None, 0
+        with contextlib.ExitStack() as self._stack:
+            if form.seq_len:
+                name = shard_name(split, None, number)
+                self._tokens = self._open(name, "ids", form.seq_len, torch.int32)
             self._acts = {
                 hook: self._open(shard_name(split, hook, number), "acts", d_in, self._dtype)
                 for hook, d_in in hooks.items()
             }
-        except BaseException as error:
-            self.abort(error)
-            raise
+            self._stack = self._stack.pop_all()
 
     def append(self, step: Step) -> None:
         """Add a step's kept rows and its sequences."""
-        try:
-            if self._tokens is not None:
-                self._tokens.append(step.ids)
-            for hook, file in self._acts.items():
-                file.append(step.x[hook].to(self._dtype))
-        except BaseException as error:
-            self.abort(error)
-            raise
+        if self._tokens is not None:
+            self._tokens.append(step.ids)
+        for hook, file in self._acts.items():
+            file.append(step.x[hook].to(self._dtype))
         self._seq.append(step.seq.int())
         self._pos.append(step.pos.int())
         self._lengths.append(step.lengths)
         self.rows += len(step.seq)
-        self.sequences += len(step.ids)
 
     def finish(self) -> dict[str, FileRecord]:
         """Complete and rename every file; return their records by name."""
-        try:
-            if self._tokens is not None:
-                self._tokens.finish({"lengths": torch.cat(self._lengths)})
-            for file in self._acts.values():
-                file.finish({"seq": torch.cat(self._seq), "pos": torch.cat(self._pos)})
-        except BaseException as error:
-            self.abort(error)
-            raise
+        if self._tokens is not None:
+            self._tokens.finish({"lengths": torch.cat(self._lengths)})
+        for file in self._acts.values():
+            file.finish({"seq": torch.cat(self._seq), "pos": torch.cat(self._pos)})
         self._stack.close()
         return {name: record(self._out / name) for name in self._names}
 
@@ -378,10 +365,8 @@ class Store:
     def places(self, split: str) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """Return sequence number and position of every row of a split (int64)."""
         hook = next(iter(self.hooks))
-        shards = [
-            load_columns(self._shard(split, hook, k), ("seq", "pos"))
-            for k in range(len(self._shards[split]))
-        ]
+        paths = (self._shard(split, hook, k) for k in range(len(self._shards[split])))
+        shards = [load_columns(path, ("seq", "pos")) for path in paths]
         empty = torch.empty(0, dtype=torch.long)
         return (
             torch.cat([empty, *(s["seq"].long() for s in shards)]),
@@ -405,10 +390,7 @@ class Store:
         """Return the token ids of a split's sequences and their strings; none for images."""
         if self.of_images:
             return None
-        paths = [
-            self.path / f"{split}/tokens-{k:05d}.safetensors"
-            for k in range(len(self._shards[split]))
-        ]
+        paths = (self._shard(split, None, k) for k in range(len(self._shards[split])))
         parts, read = [load_tensors(path) for path in paths], read_json(self.path / TOKENS)
         with understood(self.path / MANIFEST):
             first = torch.empty(0, int(self.info["seq_len"]), dtype=torch.int32)
@@ -431,8 +413,8 @@ class Store:
             counts = {**self.info["skipped"]["train"], "kept": self.n_rows["train"]}
             return Tally.restore(self.hooks, tensors, counts).result()
 
-    def _shard(self, split: str, hook: str, number: int) -> Path:
-        return self.path / f"{split}/{hook}/acts-{number:05d}.safetensors"
+    def _shard(self, split: str, hook: str | None, number: int) -> Path:
+        return self.path / shard_name(split, hook, number)
 
     def _open(self, split: str, hook: str) -> list[MappedTensor]:
         maps = []
@@ -464,22 +446,73 @@ def _chosen(available: dict[str, int], names: tuple[str, ...] | None, path: Path
     return {hook: int(available[hook]) for hook in chosen}
 
 
-# One half of a store, written shard by shard as rows arrive: wherever they come from.
+# A store written, half by half and shard by shard, as rows arrive: wherever they come from.
 
 _MAX_OUTLIERS, _MAX_NAMED = 16, 20
 
 
-class Feed(NamedTuple):
-    """Rows for a store: their widths, the steps of one half from any position on, and the form of the shards."""
+@dataclass(frozen=True)
+class Feed:
+    """Rows for a store: where they come from, how many are wanted, and what is written after them."""
 
     hooks: dict[str, int]
     steps: Callable[[bool, Position], Iterator[Step]]
     """(held out?, where to begin) -> steps until the data end."""
     form: ShardForm
+    wanted: dict[str, int]
+    """Rows of each half, in the order they are written: a text too short for its held-out half fails early."""
+    unit: str
+    """What a row is, as progress tells it."""
     nothing: str
     """What to say when a half has no row at all; "{split}" stands for its name."""
     threaded: bool
-    """Whether rows are written by another thread while the model runs."""
+    """Whether rows are written by another thread while the model runs; on a CPU it has every core in use already."""
+    rest: Callable[[Ledger, Tally], tuple[list[str], dict[str, object]]]
+    """Writes the files beside the shards; returns their names, and what the manifest says."""
+    n_classes: int = 0
+    medians: dict[str, float] | None = None
+
+
+def write_store(
+    out: Path,
+    config: dict[str, Any],
+    inputs: dict[str, str],
+    feed_of: Callable[[Ledger], Feed],
+    progress: Progress,
+) -> "Store":
+    """Write (or finish, or just open) the store of a config: both halves, then statistics, and last the manifest.
+
+    A killed harvest continues after its last whole shard and ends with the same bytes; what fails before a shard is
+    removed. Raises UserError when the directory holds something else, or another process is writing there.
+    """
+    if (out / MANIFEST).exists():
+        manifest = read_manifest(out, "store", verify=False)
+        refuse_other(out, manifest.config, config, manifest.inputs, inputs)
+        drop_ledger(out)
+        return Store(out, verify=False)
+    refuse_foreign(out)
+    created = not out.exists()
+    with locked(out):
+        ledger = open_ledger(out, config, inputs)
+        try:
+            feed = feed_of(ledger)
+            tally = ledger.tally(out, feed.hooks, feed.n_classes)
+            if feed.medians is not None:
+                ledger = ledger.model_copy(update={"medians": feed.medians}).save(out, tally)
+            done = sum(state.rows for state in ledger.splits.values())
+            with progress("harvest", sum(feed.wanted.values()), feed.unit, done) as tick:
+                for split in feed.wanted:
+                    ledger = SplitWriter(feed, out, ledger, split, tally).run(tick)
+            files, info = feed.rest(ledger, tally)
+            save_tensors(out / STATS, tally.tensors())
+            known = {n: r for state in ledger.splits.values() for n, r in state.files.items()}
+            known |= {name: record(out / name) for name in [STATS, *files]}
+            write_manifest(out, "store", ledger.config, known, inputs=ledger.inputs, info=info)
+            drop_ledger(out)
+        except BaseException:
+            clean_up_if_nothing_done(out, created)
+            raise
+    return Store(out, verify=False)
 
 
 class SplitWriter:
@@ -491,35 +524,49 @@ class SplitWriter:
         self._state = ledger.splits[split]
         self._shard: ShardWriter | None = None
 
-    def run(self, wanted: int, tick: Tick) -> Ledger:
-        """Write rows until there are `wanted` or the data end; return the ledger."""
+    def run(self, tick: Tick) -> Ledger:
+        """Write rows until there are as many as wanted or the data end; return the ledger."""
         if self._state.done:
             return self._ledger
         try:
-            with Background(self._add, threaded=self._feed.threaded) as worker:
-                exhausted = self._drive(worker, wanted, tick)
+            with ThreadPoolExecutor(1, "wsae-writer") as thread:
+                exhausted = self._drive(thread, tick)
             self._commit(done=True, exhausted=exhausted)
-        except NonFiniteError as error:
-            raise self._located(error) from error
-        finally:
+        except BaseException as error:
             if self._shard is not None:
-                self._shard.abort(RuntimeError("harvest interrupted"))
+                self._shard.abort(error)
+            if isinstance(error, NonFiniteError):
+                row = (self._shard.rows if self._shard else 0) + error.row
+                shard = len(self._state.shard_rows)
+                place = f"{self._name} shard {shard}, row {row} ({error.place})"
+                raise UserError(
+                    f"{error.hook}: NaN or infinite activation in {place}{error.FIX}"
+                ) from error
+            raise
         return self._ledger
 
-    def _drive(self, worker: Background[Step], wanted: int, tick: Tick) -> bool:
-        rows = self._state.rows
+    def _drive(self, thread: ThreadPoolExecutor, tick: Tick) -> bool:
+        """Run the model until there are rows enough; return whether the data ended before."""
+        rows, wanted, added = self._state.rows, self._feed.wanted[self._name], None
         if rows >= wanted:
             return False
         for step in self._feed.steps(self._name == "heldout", self._state.start):
             part = step.head(wanted - rows)
             rows += len(part.seq)
-            worker.put(part)
+            if added is not None:
+                added.result()
+            if self._feed.threaded:
+                added = thread.submit(self._add, part)
+            else:
+                self._add(part)
             tick(len(part.seq))
             if rows >= wanted:
-                return False
+                break
+        if added is not None:
+            added.result()
         if rows == 0:
             raise UserError(self._feed.nothing.replace("{split}", self._name))
-        return True
+        return rows < wanted
 
     def _add(self, step: Step) -> None:
         form = self._feed.form
@@ -542,8 +589,8 @@ class SplitWriter:
     def _commit(self, done: bool = False, exhausted: bool = False) -> None:
         state, shard = self._state, self._shard
         if shard is not None:
-            self._shard = None  # whatever happens in `finish`, it removes its own files
             files = {**state.files, **shard.finish()}
+            self._shard = None
             shards = (*state.shard_rows, shard.rows)
             state = state.model_copy(
                 update={"files": files, "shard_rows": shards, "rows": sum(shards)}
@@ -551,62 +598,15 @@ class SplitWriter:
         self._state = state.model_copy(update={"done": done, "exhausted": exhausted})
         self._ledger = self._ledger.with_split(self._name, self._state).save(self._out, self._tally)
 
-    def _located(self, error: NonFiniteError) -> UserError:
-        row = (self._shard.rows if self._shard else 0) + error.row
-        place = f"{self._name} shard {len(self._state.shard_rows)}, row {row} ({error.place})"
-        return UserError(f"{error.hook}: NaN or infinite activation in {place}{error.FIX}")
 
-
-def write_halves(
-    feed: Feed,
-    out: Path,
-    ledger: Ledger,
-    tally: Tally,
-    wanted: dict[str, int],
-    unit: str,
-    progress: Progress,
-) -> Ledger:
-    """Write the rows of every half in `wanted` that are not there yet; return the ledger of all."""
-    done = sum(state.rows for state in ledger.splits.values())
-    with progress("harvest", sum(wanted.values()), unit, done) as tick:
-        for split, rows in wanted.items():
-            ledger = SplitWriter(feed, out, ledger, split, tally).run(rows, tick)
-    return ledger
-
-
-@contextlib.contextmanager
-def unfinished(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> Iterator[Ledger]:
-    """Yield the ledger of a new or begun harvest and hold its directory; what fails before a shard is removed.
-
-    Raises UserError when the directory holds something else, or another process is writing there.
-    """
-    refuse_foreign(out)
-    created = not out.exists()
-    with locked(out):
-        ledger = open_ledger(out, config, inputs)
-        try:
-            yield ledger
-        except BaseException:
-            clean_up_if_nothing_done(out, created)
-            raise
-
-
-def finish(
-    out: Path, ledger: Ledger, tally: Tally, files: list[str], info: dict[str, object]
-) -> None:
-    """Write the statistics and the manifest, with `files` beside the shards, and remove the ledger."""
-    save_tensors(out / STATS, tally.tensors())
-    known: dict[str, FileRecord] = {
-        name: kept for state in ledger.splits.values() for name, kept in state.files.items()
+def written(ledger: Ledger, dtype: str) -> dict[str, object]:
+    """Return what every store's manifest says of its rows."""
+    halves = {split: ledger.splits[split] for split in SPLITS}
+    return {
+        "store_dtype": dtype,
+        "rows": {split: state.rows for split, state in halves.items()},
+        "shard_rows": {split: list(state.shard_rows) for split, state in halves.items()},
     }
-    known |= {name: record(out / name) for name in [STATS, *files]}
-    write_manifest(out, "store", ledger.config, known, inputs=ledger.inputs, info=info)
-    drop_ledger(out)
-
-
-def skipped(state: SplitState) -> dict[str, int]:
-    """Return how many rows one half left out, by reason."""
-    return {reason: n for reason, n in state.counts.items() if reason != "kept"}
 
 
 def lacking(not_loaded: Sequence[str]) -> dict[str, list[str]]:
@@ -614,13 +614,17 @@ def lacking(not_loaded: Sequence[str]) -> dict[str, list[str]]:
     return {"not_loaded": [*not_loaded[:_MAX_NAMED]]} if not_loaded else {}
 
 
-def outlier_dims(tally: Tally, hook: str) -> list[dict[str, int | float]]:
-    """Return the dimensions whose variance exceeds 50 times the median one, largest first (16 at most)."""
-    variance = tally.kept[hook].variance
-    median = float(variance.median())
-    order = torch.argsort(variance, descending=True)[:_MAX_OUTLIERS].tolist()
-    return [
-        {"dim": dim, "variance": float(variance[dim]), "over_median": float(variance[dim]) / median}
-        for dim in order
-        if median > 0 and float(variance[dim]) > OUTLIER_RATIO * median
-    ]
+def outlier_dims(tally: Tally) -> dict[str, list[dict[str, int | float]]]:
+    """Return each hook's dimensions of over 50 times the median variance, largest first (16 at most)."""
+    found = {}
+    for hook, moments in tally.kept.items():
+        variance = moments.variance
+        median = float(variance.median())
+        order = torch.argsort(variance, descending=True)[:_MAX_OUTLIERS].tolist()
+        values = [(dim, float(variance[dim])) for dim in order]
+        found[hook] = [
+            {"dim": dim, "variance": value, "over_median": value / median}
+            for dim, value in values
+            if median > 0 and value > OUTLIER_RATIO * median
+        ]
+    return found

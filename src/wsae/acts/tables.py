@@ -1,17 +1,18 @@
 """Records from columns: parquet and Arrow files (a few rows at a time), CSV, and hub datasets (streamed)."""
 
+import contextlib
 import csv
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping
-from itertools import repeat
+from importlib.util import find_spec
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from wsae.core.errors import UserError, first_line, nearest
-from wsae.core.hub import hub_reachable, quiet_hub
+from wsae.core.hub import hub_dataset
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -141,23 +142,14 @@ def _listed(value: list, row: Mapping[str, object], field: str, where: str) -> C
     if kinds <= {str}:
         return Content(whole_text("\n".join(value), where))
     if kinds <= {int}:
-        return Content("", ids=_ids(value, _value(row, _beside(field)), where))
+        beside = ".".join([*field.split(".")[:-1], _MASK])  # the mask that goes with the ids
+        return Content("", ids=_ids(value, _value(row, beside), where))
     if kinds <= {dict}:
         return _conversation(value, field, where)
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     raise UserError(
         f"{where}: field {field!r} is a list of {names}; a list is read of text, of messages or of token ids"
     )
-
-
-def _beside(field: str) -> str:
-    """Return the field with the mask that goes with a field of token ids."""
-    return ".".join([*field.split(".")[:-1], _MASK])
-
-
-def mask_beside(field: str, names: list[str]) -> list[str]:
-    """Return the columns to read for a field, besides its own."""
-    return [_MASK] if field in names and _MASK in names and "." not in field else []
 
 
 def _ids(value: list[int], mask: object, where: str) -> np.ndarray:
@@ -215,16 +207,28 @@ _LONGEST = 1 << 24
 _MOST_FIELDS = 1 << 20
 
 
+@contextlib.contextmanager
+def arrow_errors(where: str, kind: str, extra: str = "lm") -> Iterator[None]:
+    """Turn what Arrow raises in the block, for a damaged file or where it is not installed, into a UserError."""
+    if find_spec("pyarrow") is None:
+        raise UserError(f"{where}: {kind} needs pyarrow; pip install 'wsae[{extra}]'")
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Arrow's own, OSError, UnicodeDecodeError, ...
+        raise UserError(f"{where}: not a readable {kind} file ({first_line(error)})") from error
+
+
 def parquet_records(path: Path, field: str) -> Iterator[Record]:
     """Yield the column `field` of a parquet file, a few rows in memory at a time."""
-    try:
+    where = f"text {path}"
+    with arrow_errors(where, "parquet"):
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UserError(f"text {path}: parquet needs pyarrow; pip install 'wsae[lm]'") from error
-    try:
+
         # pages are read as they are needed, not the whole column of a row group
         with pq.ParquetFile(path, buffer_size=1 << 20) as file:
-            columns = _columns(file.schema_arrow, f"text {path}", field)
+            columns = _columns(file.schema_arrow, where, field)
             row = 0
             for group in range(file.metadata.num_row_groups):
                 # of all columns: asked for one column's, Arrow ends the process where its statistics are damaged
@@ -232,46 +236,30 @@ def parquet_records(path: Path, field: str) -> Iterator[Record]:
                 # a value that stands once in the file may be said in every row
                 size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // held))
                 for batch in file.iter_batches(size, row_groups=[group], columns=columns):
-                    yield from _batch_records(batch, field, f"text {path}", row)
+                    yield from _batch_records(batch, field, where, row)
                     row += batch.num_rows
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # Arrow's own, OSError, UnicodeDecodeError, ...
-        raise UserError(
-            f"text {path}: not a readable parquet file ({first_line(error)})"
-        ) from error
 
 
 def arrow_records(path: Path, field: str) -> Iterator[Record]:
     """Yield the column `field` of an Arrow file or stream (`save_to_disk`, the hub's cache), a few rows at a time."""
-    try:
+    where = f"text {path}"
+    with arrow_errors(where, "Arrow"):
         import pyarrow as pa
-    except ImportError as error:
-        raise UserError(f"text {path}: Arrow needs pyarrow; pip install 'wsae[lm]'") from error
-    try:
+
         with pa.memory_map(str(path)) as source:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
-            reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
-            columns = _columns(reader.schema, f"text {path}", field)
-            names = [name.split(".")[0] for name in columns]
-            batches = (
-                (reader.get_batch(i) for i in range(reader.num_record_batches))
-                if is_file
-                else iter(reader)
-            )
+            reader: Any = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
+            names = {name.split(".")[0]: None for name in _columns(reader.schema, where, field)}
+            numbers = range(reader.num_record_batches) if is_file else ()
             row = 0
-            for batch in batches:
-                chosen = batch.select([*dict.fromkeys(names)])
+            for batch in map(reader.get_batch, numbers) if is_file else reader:
+                chosen = batch.select([*names])
                 chosen.validate(full=True)  # a damaged one would end the process
                 for start in range(0, chosen.num_rows, _BATCH_ROWS):
                     part = chosen.slice(start, _BATCH_ROWS)
-                    yield from _batch_records(part, field, f"text {path}", row)
+                    yield from _batch_records(part, field, where, row)
                     row += part.num_rows
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # Arrow's own, OSError, ...
-        raise UserError(f"text {path}: not a readable Arrow file ({first_line(error)})") from error
 
 
 def _columns(schema: "pa.Schema", where: str, field: str) -> list[str]:
@@ -280,7 +268,7 @@ def _columns(schema: "pa.Schema", where: str, field: str) -> list[str]:
 
     names = [str(name) for name in schema.names]
     if field in names:
-        return [field, *mask_beside(field, names)]
+        return [field, _MASK] if _MASK in names and "." not in field else [field]
     at, *deeper = field.split(".")
     if at not in names or not deeper:
         texts = {
@@ -304,27 +292,43 @@ def _batch_records(batch: Any, field: str, where: str, first: int) -> Iterator[R
         yield read_row(row, field, f"{where}, row {first + i}")
 
 
-def csv_records(lines: io.TextIOBase, where: str, field: str, tabs: bool) -> Iterator[Record]:
-    """Yield the column `field` of a table with a header; cells may go on over lines within quotes."""
+def csv_records(read: Callable[[int], str], where: str, field: str, tabs: bool) -> Iterator[Record]:
+    """Yield the column `field` of a table with a header; cells may go on over lines within quotes.
+
+    `read` returns the next line, or so many characters of it.
+    """
     csv.field_size_limit(_LONGEST)
-    source = _CsvLines(lines, where)
-    header = next(iter(source), "")
-    names, delimiter = _header(header, field, tabs)
+    held, number = 0, 0
+    """Characters of the row so far, and lines of the file."""
+
+    def lines() -> Iterator[str]:
+        nonlocal held, number
+        while line := read(_LONGEST + 1):
+            number += 1
+            held += len(line)
+            marks = max(line.count(sign) for sign in ",;\t|") if len(line) > _MOST_FIELDS else 0
+            if held > _LONGEST or marks > _MOST_FIELDS:
+                raise UserError(
+                    f"{where}, line {number}: a row of over {_LONGEST:,} characters, or {_MOST_FIELDS:,} "
+                    "cells; is a quote left open?"
+                )
+            yield line
+
+    source = lines()
+    names, delimiter = _header(next(source, ""), field, tabs)
     if field not in names:
         raise no_field(where, field, dict.fromkeys(names, len(names) == 1), "column")
     place = names.index(field)
-    rows = csv.reader(source, delimiter=delimiter, strict=True)
     try:
-        for row in rows:
-            at = f"{where}, line {rows.line_num + 1}"
-            source.held = 0
+        for row in csv.reader(source, delimiter=delimiter, strict=True):
+            held = 0
             if len(row) > place:
-                yield read_row({field: row[place]}, field, at)
+                yield read_row({field: row[place]}, field, f"{where}, line {number}")
             elif row:
                 yield LeftOut(NULL)
     except csv.Error as error:
         raise UserError(
-            f"{where}, line {rows.line_num + 1}: not CSV ({first_line(error)}); fix or remove the row"
+            f"{where}, line {number}: not CSV ({first_line(error)}); fix or remove the row"
         ) from error
 
 
@@ -340,57 +344,19 @@ def _header(line: str, field: str, tabs: bool) -> tuple[list[str], str]:
     return found[usual], usual
 
 
-class _CsvLines:
-    """Lines of a table, none of them longer than a row may be, nor all that make a row."""
-
-    def __init__(self, lines: io.TextIOBase, where: str) -> None:
-        self._lines, self._where = lines, where
-        self.held, self._number = 0, 0
-
-    def __iter__(self) -> Iterator[str]:
-        while line := self._lines.readline(_LONGEST + 1):
-            self._number += 1
-            self.held += len(line)
-            marks = max(line.count(sign) for sign in ",;\t|") if len(line) > _MOST_FIELDS else 0
-            if self.held > _LONGEST or marks > _MOST_FIELDS:
-                raise UserError(
-                    f"{self._where}, line {self._number}: a row of over {_LONGEST:,} characters, or {_MOST_FIELDS:,} "
-                    "cells; is a quote left open?"
-                )
-            yield line
-
-
 def hub_records(name: str, subset: str | None, split: str, field: str) -> Iterator[Record]:
     """Yield the column `field` of a hub dataset, streamed; no code from the hub is run."""
-    try:
+    with hub_dataset("text", name, split) as where:
         from datasets import load_dataset
-    except ImportError as error:
-        raise UserError(
-            f"text {name}: a hub dataset needs datasets; pip install 'wsae[hub]'"
-        ) from error
-    where = f"text {name}: no such file here, and as a hub dataset (split {split!r})"
-    if not hub_reachable():
-        raise UserError(f"{where} it cannot be read: there is no network")
-    try:
-        with quiet_hub():
-            rows = iter(load_dataset(name, subset, split=split, streaming=True))
-            first = next(rows, None)
-    except (
-        Exception
-    ) as error:  # the library raises its own, requests', httpx's, OSError and ValueError
-        raise UserError(
-            f"{where} it cannot be read ({type(error).__name__}: {first_line(error)})"
-        ) from error
 
-    def read() -> Iterator[Record]:
-        row, number = first, 0
-        while row is not None:
-            yield read_row(row, field, f"text {name}, row {number}")
-            row = next(rows, None)
-            number += 1
+        rows = iter(load_dataset(name, subset, split=split, streaming=True))
+        first = next(rows, None)
 
-    def missing():
+    def missing() -> NoField:
         names = {str(key): isinstance(value, str) for key, value in (first or {}).items()}
         return no_field(f"{where} it can be read, but", field, names, "column")
 
-    return with_field(read(), missing)
+    found = enumerate(chain([] if first is None else [first], rows))
+    return with_field(
+        (read_row(row, field, f"text {name}, row {number}") for number, row in found), missing
+    )

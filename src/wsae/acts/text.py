@@ -25,6 +25,7 @@ from wsae.acts.tables import LeftOut, NoField, Record, Turn, hub_records
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.files import digest, parse_json
+from wsae.core.hub import is_hub_name
 from wsae.core.seeds import seed_for
 
 _SAMPLE_BYTES = 1 << 20
@@ -237,7 +238,7 @@ def _records(cfg: TextConfig, reading: TextCounts) -> Iterator[Record]:
     path = Path(cfg.path)
     if cfg.path.strip() and path.exists():
         yield from _read(_files(path, cfg.split), cfg.field, reading)
-    elif _is_hub_name(cfg.path):
+    elif is_hub_name(cfg.path, (*DATA, *PROSE, *PACKED, ".zip", ".tar")):
         yield from hub_records(cfg.path, cfg.subset, cfg.split or "train", cfg.field)
     else:
         raise UserError(f"text {cfg.path}: no such file or directory")
@@ -259,12 +260,6 @@ def _read(files: Files, name: str, reading: TextCounts) -> Iterator[Record]:
             reading.files_left_out.setdefault(WITHOUT, []).append(file.name)
     if first is not None and not found:
         raise first
-
-
-def _is_hub_name(name: str) -> bool:
-    known = (*DATA, *PROSE, *PACKED, ".zip", ".tar")
-    looks_local = name.startswith(("/", ".", "~")) or name.lower().endswith(known)
-    return not looks_local and name.count("/") <= 1 and bool(name.strip())
 
 
 # ---- which files

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The text of each token id, in the middle of a sentence, and the bytes of those that hold part of a
 # character.
@@ -16,14 +17,8 @@ _BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How tokenizers that fall back on bytes name one (Llama 2, Mistral, Gemma)."""
 
 
-def _alphabet() -> dict[str, int]:
-    """Return the characters that byte-level tokenizers write for bytes: printable ones stand for themselves."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = (byte for byte in range(256) if byte not in plain)
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(moved)}
-
-
-_ALPHABET = _alphabet()
+_ALPHABET = {char: byte for byte, char in bytes_to_unicode().items()}
+"""The characters that byte-level tokenizers write for bytes."""
 
 
 def decode_table(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict[int, str | bytes]:

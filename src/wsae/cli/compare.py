@@ -8,7 +8,7 @@ import tyro
 from wsae.cli.evaluate import show_matching
 from wsae.cli.flags import Common, CommonFlags, Count, MaybePlace, Number
 from wsae.cli.ui import UI
-from wsae.core.config import Config
+from wsae.core.config import FLAGS, Config
 from wsae.core.files import write_json
 from wsae.evals.config import EvalConfig
 
@@ -38,7 +38,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
     from wsae.evals.compare import compare
 
     data = {"draws": flags.draws, "confidence": flags.confidence, "seed": flags.common.seed}
-    result = compare(list(flags.runs), EvalConfig.parse(data, where="flags"))
+    result = compare(list(flags.runs), EvalConfig.parse(data, where=FLAGS))
     if flags.out is not None:
         write_json(flags.out, result)
     return dict(result)

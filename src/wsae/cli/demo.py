@@ -7,10 +7,8 @@ import tyro
 
 from wsae.cli.compare import show_differences
 from wsae.cli.evaluate import show_classes, show_scores
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, Name, Number, Place
-from wsae.cli.live import Precision
+from wsae.cli.flags import Common, CommonFlags, MaybeName, Name, Place, config_flags, config_values
 from wsae.cli.ui import UI
-from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.experiments.config import DemoConfig
 
@@ -19,56 +17,31 @@ Read a text with a language model, train WSAEs and their plain twin on one layer
 measure all of them on held-out text and write a report. Without flags: SmolLM2-135M and the
 public-domain text of this package, no network; it says first what it will do and how long it takes.
 With --vision: handwritten digits and a small ResNet-18, pretrained first; two minutes."""
-DEFAULTS = DemoConfig()
+TEXT = DemoConfig().text
 
 
-class Flags(Config):
+class Flags(config_flags(DemoConfig, omit=("text",))):
     """Flags of `wsae demo`."""
 
     out: Place = Path("demo-out")
     """Directory of everything the demo makes."""
     vision: bool = False
     """Images in place of text: scikit-learn's digits; of the other flags only --out, --seed, --device and --json."""
-    model: Name = DEFAULTS.model
-    """Hub id, local directory, .gguf file, or "builtin" (SmolLM2-135M)."""
-    text: Annotated[str, tyro.conf.arg(metavar="FILE")] = DEFAULTS.text.path
+    text: Annotated[str, tyro.conf.arg(metavar="FILE")] = TEXT.path
     """A .txt, .jsonl, .jsonl.gz or .parquet file, a directory of these, a hub dataset's name, or "builtin"."""
-    field: Name = DEFAULTS.text.field
+    field: Name = TEXT.field
     """Key or column that holds the text."""
     split: MaybeName = None
     """Split of a hub dataset; none means train."""
     subset: MaybeName = None
     """Configuration of a hub dataset that has several."""
-    hook: Annotated[str, tyro.conf.arg(metavar="NAME")] = DEFAULTS.hook
-    """The module to read."""
-    tokens: Count = DEFAULTS.tokens
-    """Training rows to harvest."""
-    heldout_tokens: Count = DEFAULTS.heldout_tokens
-    """Rows to measure on, from other documents."""
-    passes: Count = DEFAULTS.passes
-    """Passes over the training rows."""
-    expansion: Count = DEFAULTS.expansion
-    """Latents per input dimension."""
-    k: Count = DEFAULTS.k
-    """Active latents per token."""
-    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...")] = DEFAULTS.alpha
-    """One WSAE for each exponent of the variance."""
-    lr: Number = DEFAULTS.lr
-    """Peak learning rate."""
-    splice_tokens: Count = DEFAULTS.splice_tokens
-    """Held-out tokens run through the model with reconstructions in place; 0 skips it."""
-    n_latents: Count = DEFAULTS.n_latents
-    """Latents per SAE shown in the report."""
-    dtype: Precision = DEFAULTS.dtype
-    """Precision of the model and of the dense encoder product."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
 
 def config(flags: Flags, device: str) -> DemoConfig:
     """Return the demo these flags describe; raises UserError in one line."""
-    not_ours = {"out", "common", "text", "field", "split", "subset", "vision"}
-    data = flags.model_dump(exclude=not_ours) | {
+    data = config_values(flags, DemoConfig) | {
         "text": {"path": flags.text, **flags.model_dump(include={"field", "split", "subset"})},
         "seed": flags.common.seed,
         "device": device,

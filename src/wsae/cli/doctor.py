@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount
-from wsae.cli.live import TOKENS, LiveFlags, PlanFlags, is_data
+from wsae.acts.config import LiveConfig
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, config_values
+from wsae.cli.live import TOKENS, LiveFlags, MixingFlags, PlanFlags, is_data
 from wsae.cli.ui import UI
-from wsae.core.config import Config
+from wsae.core.config import FLAGS, Config
 
 ABOUT = """\
 Check a model, its text and the planned SAEs before spending hours: hooks and widths, order of
@@ -34,6 +35,8 @@ class Flags(Config):
     """The SAEs and their training."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
     """For a model: its text and the rows to keep."""
+    mixing: tyro.conf.OmitArgPrefixes[MixingFlags] = MixingFlags()
+    """How a live model's rows are mixed."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
@@ -56,13 +59,14 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     data = {
         "train": flags.plan.config(None, seed),
         "harvest": harvest,
+        "mixing": config_values(flags.mixing, LiveConfig),
         "data": flags.model if on_disk else None,
         "d_in": flags.d_in,
         "out": str(flags.out),
         "device": where,
         "probe_seqs": flags.probe_seqs,
     }
-    return examine(DoctorConfig.parse(data, where="flags"), ui.progress)
+    return examine(DoctorConfig.parse(data, where=FLAGS), ui.progress)
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

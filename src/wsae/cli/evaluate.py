@@ -1,5 +1,6 @@
 """`wsae evaluate`: what a run's SAEs are worth on held-out tokens."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,16 +9,17 @@ import tyro
 
 from wsae.acts.names import among
 from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_flags, config_values
-from wsae.cli.live import behind, labelled, reopen
+from wsae.cli.live import at_hook, behind, labelled, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import MANIFEST, read_manifest
-from wsae.core.config import Config
-from wsae.core.errors import UserError, understood
-from wsae.core.files import read_json, write_json
+from wsae.core.artifact import EVALUATION_PART, MANIFEST, kind_of
+from wsae.core.config import FLAGS, Config
+from wsae.core.errors import UserError
+from wsae.core.files import write_json
 from wsae.core.hub import local_folder
 from wsae.core.progress import Progress
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
+from wsae.run import SINGLE, Run
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
@@ -27,11 +29,10 @@ if TYPE_CHECKING:
 
 
 def is_sae(path: Path) -> bool:
-    """Whether a path, or an address on the hub, is one SAE: a directory of ours, an export, or another tool's files."""
+    """Return whether a path, or a hub address, is one SAE: a directory of ours, an export, or another tool's files."""
     folder = local_folder(path)
     if (folder / MANIFEST).is_file():
-        data = read_json(folder / MANIFEST)
-        return isinstance(data, dict) and data.get("kind") in ("sae", "export")
+        return kind_of(folder) in ("sae", "export")
     from wsae.interop.convert import readable
 
     return readable(folder)
@@ -43,17 +44,24 @@ def evaluate_sae(
     """Measure one SAE on a store's or an array's held-out rows, beside random directions.
 
     Returns {"sae": path, "hooks": {hook: {"members": {name: {"metrics": ...}}}}, "notes": [...]}; notes say what speaks
-    against the scores. Raises UserError without a source, or for one that does not fit.
+    against the scores. A directory of ours is a run of one member and keeps the evaluation, as `evaluate_run` writes
+    it; another tool's folder, or one that cannot be written to, is left alone. Raises UserError without a source, or
+    for one that does not fit.
     """
-    from wsae.evals.run import doubts, evaluate
+    from wsae.evals.control import CONTROL
+    from wsae.evals.run import doubts, evaluate, evaluate_run
     from wsae.interop.convert import load
 
-    if source is None:
+    loaded = load(path)
+    ours = loaded.format == "wsae" and path.is_dir() and os.access(path, os.W_OK)
+    if ours:
+        data = reopen(path, device, source)
+    elif source is not None:
+        data = at_hook(source, loaded.about.hook)
+    else:
         raise UserError(
             f"{path}: a single SAE knows no data; name a store or an array with --source"
         )
-    loaded = load(path)
-    data = _of_hook(source, loaded.about.hook)
     ((hook, width),) = data.hooks.items()
     if width != loaded.sae.cfg.d_in:
         trained = f" (trained at {loaded.about.hook})" if loaded.about.hook else ""
@@ -61,28 +69,23 @@ def evaluate_sae(
             f"{path}: takes activations of width {loaded.sae.cfg.d_in}{trained}, and {source} has {width} at {hook}; "
             "give activations of the SAE's model and hook"
         )
-    found = evaluate(loaded.sae.to(device), data, cfg, progress)
-    names = {"metrics": "sae", "control": "random"}
-    members = {name: {"metrics": found[key]} for key, name in names.items() if key in found}
-    record = {hook: {"members": members}}
     notes = [*loaded.about.notes, *strangers(loaded.about.model, loaded.about.hook, data)]
-    return {"sae": str(path), "hooks": record, "notes": [*notes, *doubts(record)]}
-
-
-def _of_hook(source: str, hook: str | None) -> "ActivationSource":
-    """Return the source with one hook: the SAE's own where there are several."""
-    from wsae.acts.source import open_source
-
-    data = open_source(source)
-    if len(data.hooks) == 1:
-        return data
-    mine = among(hook, data.hooks) if hook else None
-    if mine is None:
-        raise UserError(
-            f"{source}: has hooks {', '.join(data.hooks)}, and the SAE is of {hook or 'a hook it does not name'}; "
-            "harvest that hook alone, or give an array"
-        )
-    return open_source(source, hooks=(mine,))
+    if ours:
+        seen = None
+        try:
+            seen = behind(data, device, language=cfg.splice_tokens > 0)
+        except UserError as error:
+            notes.append(f"not spliced into the model: {error}")
+        written = evaluate_run(path, data, cfg, seen, progress, device)
+        found = written["hooks"][hook]["members"]
+        members = {"random" if name == CONTROL else name: found[name] for name in found}
+        notes += written.get("notes", [])
+    else:
+        scored = evaluate(loaded.sae.to(device), data, cfg, progress)
+        names = {"metrics": SINGLE, "control": "random"}
+        members = {name: {"metrics": scored[key]} for key, name in names.items() if key in scored}
+        notes += doubts({hook: {"members": members}})
+    return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
 
 
 def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> list[str]:
@@ -142,7 +145,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
-    cfg = EvalConfig.parse(data, where="flags")
+    cfg = EvalConfig.parse(data, where=FLAGS)
     from wsae.cli.runner import device
 
     if is_sae(flags.run):
@@ -151,7 +154,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         if flags.out is not None:
             write_json(flags.out, alone)
         return alone
-    read_manifest(flags.run, "run", verify=False)
     from wsae.evals.classes.run import labels_of, score_run
     from wsae.evals.run import evaluate_run
 
@@ -160,10 +162,9 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     seen = behind(source, where, language=cfg.splice_tokens > 0)
     record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
     if flags.source is not None:
-        with understood(flags.run / "config.json"):
-            place = read_json(flags.run / "config.json").get("source") or {}
-            model = place.get("model") or place.get("harvest", {}).get("model")
-            foreign = strangers(model, None, source)
+        place = Run(flags.run).source
+        model = place.get("model") or place.get("harvest", {}).get("model")
+        foreign = strangers(model, None, source)
         record["notes"] = [*record.get("notes", []), *foreign]
     labels = labels_of(source)
     if labels is not None:
@@ -178,6 +179,9 @@ def show(result: dict[str, Any], ui: UI) -> None:
     """Print the scores and what to do next."""
     show_scores(result, ui)
     if "sae" in result:
+        place = shlex.quote(result["sae"])
+        if Path(result["sae"], EVALUATION_PART).is_dir():
+            ui.say(f"next: wsae report {place}; wsae serve {place}")
         return
     for hook, found in result.get("classes", {}).get("hooks", {}).items():
         show_classes(hook, found, ui)

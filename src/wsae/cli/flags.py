@@ -19,12 +19,10 @@ from typing import (
     Annotated,
     Any,
     Literal,
-    Protocol,
     TypeVar,
     Union,
     get_args,
     get_origin,
-    runtime_checkable,
 )
 
 import tyro
@@ -32,10 +30,10 @@ from pydantic import Field, TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from wsae.cli.ui import UI
-from wsae.core.config import Config
+from wsae.core.config import FLAG_OF, FLAGS, Config
 from wsae.core.configfile import Read, read_config, yaml_value
 from wsae.core.errors import UserError, nearest
-from wsae.train.loggers.config import LoggerName, WandbConfig, WandbMode
+from wsae.train.loggers.config import LoggerName, WandbConfig
 
 if TYPE_CHECKING:
     from wsae.train.loggers.mirror import Logger, Mirror
@@ -80,9 +78,8 @@ def read_flags(kind: type[Config], path: Path | str) -> dict[tuple[str, ...], An
     A command whose Flags have `from_record` also takes the `config.json` of its runs.
     """
     read = read_config(path, "flags")
-    from_record = getattr(kind, "from_record", None)
-    if from_record is not None:
-        read = read._replace(data=from_record(read.data, read.path) or read.data)
+    from_record = getattr(kind, "from_record", lambda data, _: data)
+    read = read._replace(data=from_record(read.data, read.path))
     known = {key_of(p): (p, f) for p, f in leaves(kind) if p[-1] not in NOT_IN_A_FILE}
     found: dict[tuple[str, ...], Any] = {}
     for key, value in read.data.items():
@@ -168,21 +165,15 @@ Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavi
 
 # Configs as flags: a config's fields are its flags, with the same names, defaults and help.
 
-FLAG_OF = {
-    "hooks": "hook",
-    "members": "member",
-    "scores": "score",
-    "key_env": "key_variable",
-    "max_requests": "budget_requests",
-    "max_tokens": "budget_tokens",
-    "cache": "answers",
-}
-"""Field of a config -> its flag, where another word reads better on a command line."""
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
 
-def config_flags(*kinds: type[Config], omit: Collection[str] = ()) -> Any:
-    """Return the base of a class of flags: one flag for every field of these configs but `omit` and nested configs.
+def config_flags(
+    *kinds: type[Config], omit: Collection[str] = (), only: Collection[str] = (), prefix: str = ""
+) -> Any:
+    """Return the base of a class of flags: one for every field of these configs (or `only` some), but not `omit`.
+
+    Nested configs have flags of their own.
 
     Limits are left to the config, which `config_values` fills, so that a bad value has one message everywhere. Every
     config's `seed` is --seed and its `device` --device. (Any: a type checker sees no class made at run time.)
@@ -191,7 +182,8 @@ def config_flags(*kinds: type[Config], omit: Collection[str] = ()) -> Any:
     for kind in kinds:
         for name, field in kind.model_fields.items():
             bare = _without_limits(field.annotation)
-            if name in ("seed", "device", *omit) or not _is_plain(bare):
+            left_out = name in ("seed", "device", *omit) or (only and name not in only)
+            if left_out or not _is_plain(bare):
                 continue
             optional = type(None) in get_args(bare)
             several = " ..." if get_origin(bare) is tuple else ""
@@ -201,13 +193,14 @@ def config_flags(*kinds: type[Config], omit: Collection[str] = ()) -> Any:
             if optional or default in ("", ()):
                 shown["help_behavior_hint"] = ""
             mark = Annotated[bare, tyro.conf.arg(**shown)]
-            fields[FLAG_OF.get(name, name)] = (mark, Field(default, description=field.description))
+            flag = FLAG_OF.get(name, prefix + name)
+            fields[flag] = (mark, Field(default, description=field.description))
     return create_model("ConfigFlags", __base__=Config, __module__=__name__, **fields)
 
 
-def config_values(flags: Config, kind: type[Config]) -> dict[str, Any]:
+def config_values(flags: Config, kind: type[Config], prefix: str = "") -> dict[str, Any]:
     """Return what the flags say of the fields of `kind`."""
-    names = {name: FLAG_OF.get(name, name) for name in kind.model_fields}
+    names = {name: FLAG_OF.get(name, prefix + name) for name in kind.model_fields}
     own = type(flags).model_fields
     return {name: getattr(flags, flag) for name, flag in names.items() if flag in own}
 
@@ -271,16 +264,7 @@ class Common(Config):
 
 
 CommonFlags = tyro.conf.OmitArgPrefixes[Common]
-
-
-@runtime_checkable
-class HasCommon(Protocol):
-    """A command's flags end with `common: CommonFlags = Common()`."""
-
-    @property
-    def common(self) -> Common:
-        """Flags of every command."""
-        ...
+"""The last flags of every command: `common: CommonFlags = Common()`."""
 
 
 def parse(kind: type[F], prog: str, words: list[str], about: str) -> F:
@@ -338,7 +322,7 @@ def flag_names(kind: type[Config]) -> dict[str, tuple[str, ...]]:
     """Return flag -> path of the field it fills, the negative forms of switches included."""
     flags: dict[str, tuple[str, ...]] = {}
     for path, field in leaves(kind):
-        if is_positional(field):
+        if is_positional(field) or tyro.conf.Fixed in field.metadata:
             continue
         name = flag_name(path[-1])
         flags[f"--{name}"] = path
@@ -348,12 +332,12 @@ def flag_names(kind: type[Config]) -> dict[str, tuple[str, ...]]:
 
 
 def is_switch(field: FieldInfo) -> bool:
-    """Whether the flag has no --no- form."""
+    """Return whether the flag has no --no- form."""
     return tyro.conf.FlagCreatePairsOff in field.metadata
 
 
 def is_positional(field: FieldInfo) -> bool:
-    """Whether the field is given by place, not by flag."""
+    """Return whether the field is given by place, not by flag."""
     return tyro.conf.Positional in field.metadata
 
 
@@ -420,10 +404,8 @@ def _wrong_value(kind: type[Config], words: list[str], flag: str) -> str:
 
 # Flags that name loggers, and the context in which they copy a run's metrics.
 
-_WANDB = WandbConfig()
 
-
-class LoggerFlags(Config):
+class LoggerFlags(config_flags(WandbConfig, prefix="wandb_")):
     """Copies of the metrics for other tools."""
 
     logger: Annotated[
@@ -432,12 +414,6 @@ class LoggerFlags(Config):
     ] = ()
     """Copy metrics.jsonl for these as it is written: tensorboard to the run's tensorboard/, wandb (Weights & Biases) to
     its wandb/ and, with your key, to the server. A resumed run has each step once."""
-    wandb_project: Name = _WANDB.project
-    """Project of the W&B run."""
-    wandb_name: MaybeName = _WANDB.name
-    """Name of the W&B run; none means that of the run's directory."""
-    wandb_mode: Annotated[WandbMode | None, tyro.conf.arg(help_behavior_hint="")] = _WANDB.mode
-    """offline uploads nothing; none means what WANDB_MODE says, else online."""
 
     def made(self) -> "list[Logger]":
         """Return the loggers; raises UserError for one that cannot work here."""
@@ -445,8 +421,7 @@ class LoggerFlags(Config):
             return []
         from wsae.train.loggers.mirror import tensorboard, wandb
 
-        data = {"project": self.wandb_project, "name": self.wandb_name, "mode": self.wandb_mode}
-        cfg = WandbConfig.parse(data, where="flags")
+        cfg = WandbConfig.parse(config_values(self, WandbConfig, "wandb_"), where=FLAGS)
         known = {"tensorboard": tensorboard, "wandb": lambda: wandb(cfg)}
         twice = [name for name in known if self.logger.count(name) > 1]
         if twice:

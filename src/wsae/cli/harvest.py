@@ -1,17 +1,24 @@
 """`wsae harvest`: activations to a store."""
 
 import shlex
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, Place
-from wsae.cli.live import TEXT_DEFAULTS, ImageFlags, LiveFlags, Precision
+from wsae.acts.config import HarvestConfig
+from wsae.acts.images.config import ImageHarvestConfig
+from wsae.cli.flags import Common, CommonFlags, Place, config_flags, config_values
+from wsae.cli.live import ImageFlags, LiveFlags, refuse
 from wsae.cli.ui import UI
 from wsae.core.config import Config
-from wsae.core.errors import UserError
 
 ABOUT = "Run a text or images through a model once and keep the activations of the named modules on disk."
+
+
+class StoreFlags(
+    config_flags(HarvestConfig, only=("tokens", "dtype", "store_dtype", "shard_tokens"))
+):
+    """How many rows, and how they are stored."""
 
 
 class Flags(Config):
@@ -22,14 +29,8 @@ class Flags(Config):
     `wsae pretrain`."""
     out: Place
     """Directory of the store."""
-    tokens: Count = TEXT_DEFAULTS.tokens
-    """Training rows wanted (of a text; see --limit for images)."""
-    dtype: Precision = TEXT_DEFAULTS.dtype
-    """Precision the model runs in."""
-    store_dtype: Literal["float32", "bfloat16", "float16"] = TEXT_DEFAULTS.store_dtype
-    """Precision on disk; float32 loses nothing."""
-    shard_tokens: Count = TEXT_DEFAULTS.shard_tokens
-    """Rows per shard; a killed harvest loses at most one shard."""
+    store: tyro.conf.OmitArgPrefixes[StoreFlags] = StoreFlags()
+    """How many rows, and how they are stored."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
     """The text and the rows to keep."""
     vision: tyro.conf.OmitArgPrefixes[ImageFlags] = ImageFlags()
@@ -42,20 +43,18 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Harvest and return the store's path, rows and widths."""
     from wsae.cli.runner import device
 
-    rest = {"seed": flags.common.seed, "dtype": flags.dtype, "store_dtype": flags.store_dtype}
-    where = device(flags.common.device)
+    rest = {"seed": flags.common.seed, "device": device(flags.common.device)}
     if flags.vision.images is not None:
-        if flags.tokens != TEXT_DEFAULTS.tokens:
-            raise UserError("--tokens: is for --text, not for --images; see --limit")
-        rest |= {"shard_rows": flags.shard_tokens, "device": where}
+        others = set(StoreFlags.model_fields) - {"tokens"}
+        refuse(flags.store, "is for --text, not for --images; see --limit", others)
+        rest |= config_values(flags.store, ImageHarvestConfig)
         images = flags.vision.config(flags.model, flags.live, **rest)
         from wsae.acts.images.harvest import harvest_images
 
         harvest_images(images, flags.out, ui.progress)
     else:
-        flags.vision.refuse()
-        rest |= {"shard_tokens": flags.shard_tokens, "tokens": flags.tokens, "device": where}
-        text = flags.live.config(flags.model, **rest)
+        refuse(flags.vision, "is for --images, which is not given")
+        text = flags.live.config(flags.model, **config_values(flags.store, HarvestConfig), **rest)
         from wsae.acts.harvest import harvest
 
         harvest(text, flags.out, ui.progress)

@@ -34,9 +34,10 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
     """Convert and return where the SAE lies and what it is."""
-    from wsae.core.artifact import MANIFEST
+    from wsae.core.artifact import MANIFEST, begun
     from wsae.core.errors import UserError
-    from wsae.interop.convert import begun, load, save_native
+    from wsae.interop.convert import load
+    from wsae.run import Run
 
     loaded = load(flags.path, flags.format)
     if loaded.format == "wsae":
@@ -52,7 +53,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
         there = load(flags.out)
         if there.format == "wsae" and _equal(there, loaded):
             return {**result, "new": False}
-    save_native(loaded.sae, flags.out, loaded.about, flags.force)
+    Run.of_sae(loaded.sae, flags.out, loaded.about, flags.force)
     return result
 
 

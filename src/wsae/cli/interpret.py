@@ -20,8 +20,8 @@ from wsae.cli.flags import (
 )
 from wsae.cli.live import language_of, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import read_manifest
-from wsae.core.config import Config
+from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
+from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import write_json
 from wsae.evals.autointerp.config import FREE, ContextConfig, Control, InterpretConfig, Score
@@ -120,7 +120,7 @@ class LlmFlags(config_flags(LlmConfig)):
     def config(self, device: str, seed: int) -> LlmConfig:
         """Return the settings these flags describe; raises UserError in one line."""
         own = {"cache": str(self.answers), "device": device, "seed": seed}
-        return LlmConfig.parse(config_values(self, LlmConfig) | own, where="flags")
+        return LlmConfig.parse(config_values(self, LlmConfig) | own, where=FLAGS)
 
 
 class ScoringFlags(config_flags(InterpretConfig)):
@@ -186,7 +186,7 @@ def config(flags: Flags) -> InterpretConfig:
         "controls": tuple(dict.fromkeys(named)),
         "seed": seed,
     }
-    return InterpretConfig.parse(data, where="flags")
+    return InterpretConfig.parse(data, where=FLAGS)
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -201,7 +201,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
     where = device(flags.common.device)
     llm_cfg = flags.llm.config(where, flags.common.seed)
-    read_manifest(flags.run, "run", verify=False)
     source = reopen(flags.run, where, flags.source)
     judges = _judges(flags, cfg, llm_cfg, where)
     if flags.dry_run:
@@ -246,7 +245,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
     if "plan" in result:
         show_plan(result["plan"], ui)
         return
-    with understood(Path(result["run"]) / "interpretation" / "interpretation.json"):
+    with understood(Path(result["run"]) / INTERPRETATION_PART / INTERPRETATION):
         show_scores(result, ui)  # what is finished is shown as it was written
     show_agreement(result.get("agreement", []), ui)
     ui.say(f"next: wsae report {shlex.quote(result['run'])}")

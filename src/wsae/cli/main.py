@@ -55,13 +55,13 @@ def _dispatch(words: list[str]) -> int:
         known = table.names()
         what = "put the command first" if name.startswith("-") else "wsae --help lists them"
         return _error(f"no command '{name}'{nearest(name, known)}; {what}")
-    return _guarded(lambda: _run(command, rest), "--debug" in rest)
 
+    def run() -> int:
+        from wsae.cli.runner import run_command
 
-def _run(command: table.Command, rest: list[str]) -> int:
-    from wsae.cli.runner import run_command
+        return run_command(command, rest)
 
-    return run_command(command, rest)
+    return _guarded(run, "--debug" in rest)
 
 
 def _guarded(call: Callable[[], int], debug: bool) -> int:

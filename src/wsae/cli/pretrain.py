@@ -18,6 +18,7 @@ from wsae.cli.flags import (
     mirrored,
 )
 from wsae.cli.ui import UI
+from wsae.core.artifact import CHECKPOINTS
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
@@ -111,7 +112,7 @@ def _together(
             with mirrored(loggers, ui, world.first):
                 result = pretrain_parallel(cfg, images, flags.out, world, progress, flags.resume)
     except RankLost as error:
-        kept = (flags.out / "checkpoints").is_dir()
+        kept = (flags.out / CHECKPOINTS).is_dir()
         how = "go on with the same command and --resume" if kept else "start the same command again"
         ui.note(f"wsae: error: {error}; the job has ended; {how}")
         raise SystemExit(1) from error
@@ -172,6 +173,6 @@ def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str
     done = f"{error}; " if str(error) else ""
     if launched():
         again = "the same torchrun command and --resume"
-    if not (flags.out / "checkpoints").is_dir():
+    if not (flags.out / CHECKPOINTS).is_dir():
         return f"{done}no checkpoint yet; the same command starts again"
     return f"{done}{flags.out} keeps the work so far; go on with: {again}"

@@ -24,15 +24,15 @@ class Flags(Config):
     repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
     """The repository; it is made if need be."""
     member: MaybeName = None
-    """One member of the run; none means all."""
+    """One member of the run; default: all."""
     hook: MaybeName = None
-    """One hook of the run; none means all."""
+    """One hook of the run; default: all."""
     dry_run: Switch = False
     """Write the folder and send nothing; needs no network and no token."""
     private: Switch = False
     """A repository that is made is private."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Keep the folder here; for a dry run none means one called NAME, here."""
+    """Keep the folder here; default: not kept, for a dry run one called NAME here."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
@@ -52,22 +52,15 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
 
 
 def _push(flags: Flags, out: Path) -> dict[str, Any]:
+    from wsae.core.artifact import kind_of
     from wsae.interop.card import upload, write_folder
     from wsae.interop.runs import choose
 
-    single = _is_single(flags.sae)
-    chosen = choose(flags.sae, flags.member, flags.hook, every=not single)
+    every = kind_of(flags.sae) != "sae"
+    chosen = choose(flags.sae, flags.member, flags.hook, every=every)
     files = write_folder(chosen, out, flags.repo)
     url = None if flags.dry_run else upload(out, files, flags.repo, flags.private)
     return {"repo": flags.repo, "folder": str(out), "files": files, "url": url}
-
-
-def _is_single(path: Path) -> bool:
-    from wsae.core.artifact import MANIFEST
-    from wsae.core.files import read_json
-
-    data = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
-    return isinstance(data, dict) and data.get("kind") == "sae"
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

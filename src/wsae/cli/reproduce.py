@@ -141,7 +141,8 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Run the reproduction and return its panels or rows."""
     from wsae.cli.runner import device
-    from wsae.experiments.reproduce import Setting, reproduce
+    from wsae.experiments.engine import Reproduction
+    from wsae.experiments.reproduce import reproduce
 
     choices = flags.study.choices(flags.name)
     vision = flags.vision.choices(flags.name)
@@ -149,9 +150,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     on_cpu = flags.common.device == "auto" and toy  # toy models are too small
     where = "cpu" if on_cpu else device(flags.common.device)
     place = flags.out / flags.preset
-    tell = (ui.progress, ui.note)
-    setting = Setting(flags.preset, place, flags.common.seed, where, *tell, choices, vision)
-    return reproduce(flags.name, setting)
+    at = Reproduction(flags.preset, place, flags.common.seed, where, ui.progress, ui.note)
+    return reproduce(flags.name, at, choices, vision)
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

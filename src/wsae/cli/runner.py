@@ -3,18 +3,17 @@
 import contextlib
 import importlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
-from typing import IO, Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
-from wsae.cli import flags as flag_tools
-from wsae.cli.flags import as_json, as_yaml
+from wsae.cli.flags import Common, as_json, as_yaml, parse
 from wsae.cli.table import Command
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
+from wsae.core.files import finite
 
 
 @runtime_checkable
@@ -36,27 +35,33 @@ def run_command(command: Command, words: list[str]) -> int:
     """Parse `words`, run the command and print its result; returns the exit code (1: a check failed)."""
     module = load(command)
     prog = f"wsae {command.name}"
+    examples = "\n".join(f"  {example}" for example in command.examples)
     try:
-        parsed = flag_tools.parse(module.Flags, prog, words, about(command, module))
+        parsed = parse(module.Flags, prog, words, f"{module.ABOUT}\n\nExamples:\n{examples}")
     except SystemExit:
         return 0
-    flags = cast(flag_tools.HasCommon, parsed)
-    if flags.common.print_config:
-        printable = getattr(module, "printable", None)  # a command may read more than flags say
-        if printable:
-            printable(flags)
-        in_json = flags.common.as_json
-        sys.stdout.write(as_json(parsed) if in_json else as_yaml(parsed, prog))
+    common: Common = cast(Any, parsed).common
+    if common.print_config:
+        sys.stdout.write(as_json(parsed) if common.as_json else as_yaml(parsed, prog))
         return 0
-    _calm_libraries(flags.common.debug)
-    _check_folder()
+    _calm_libraries(common.debug)
+    try:
+        os.getcwd()  # PyTorch's libraries end the process where there is none
+    except OSError as error:
+        raise UserError(
+            f"the current folder is gone ({error.strerror}); change to another"
+        ) from error
     _bound_memory()
     ui = UI(sys.stdout, sys.stderr)
+    stdout = sys.stderr if common.as_json else sys.stdout  # for whatever a library writes
     try:
-        result = _quietly(lambda: module.run(flags, ui), ui, flags.common.as_json)
+        with contextlib.redirect_stdout(stdout), ui:
+            result = module.run(parsed, ui)
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(_kept(module, flags, words, interrupt)) from None
-    if flags.common.as_json:
+        describe = getattr(module, "interrupted", None)
+        kept = describe(parsed, words, interrupt) if describe else "nothing was written"
+        raise KeyboardInterrupt(kept) from None
+    if common.as_json:
         shape = getattr(module, "as_json", None)  # a command's JSON may be more than a dict
         value = shape(result) if shape else result
         sys.stdout.write(json_text(finite(value)) + "\n")
@@ -72,55 +77,6 @@ def json_text(value: Any) -> str:
     return "".join(
         char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text
     )
-
-
-def about(command: Command, module: CommandModule) -> str:
-    """Return the description above a command's flags: what it does, then its examples."""
-    lines = "\n".join(f"  {example}" for example in command.examples)
-    return f"{module.ABOUT}\n\nExamples:\n{lines}"
-
-
-def finite(value: Any) -> Any:
-    """Return `value` with NaN and infinities as null, which JSON has no words for."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _quietly(call: Callable[[], dict[str, Any]], ui: UI, to_stderr: bool) -> dict[str, Any]:
-    """Run `call`; with `to_stderr` whatever a library writes to stdout goes to stderr."""
-    with (
-        contextlib.redirect_stdout(cast(IO[str], ui.stderr))
-        if to_stderr
-        else contextlib.nullcontext(),
-        ui,
-    ):
-        return call()
-
-
-def _kept(
-    module: CommandModule,
-    flags: flag_tools.HasCommon,
-    words: list[str],
-    interrupt: KeyboardInterrupt,
-) -> str:
-    """Return what an interrupted command keeps and how to go on, in its own words if it has some."""
-    describe = getattr(module, "interrupted", None)
-    return describe(flags, words, interrupt) if describe else "nothing was written"
-
-
-def _check_folder() -> None:
-    """Raise UserError where the current folder was removed: PyTorch's libraries end the process there."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise UserError(
-            f"the current folder is gone ({error.strerror}); change to another"
-        ) from error
 
 
 def _calm_libraries(debug: bool) -> None:

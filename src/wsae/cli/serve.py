@@ -1,10 +1,10 @@
 """`wsae serve`: browse the latents of runs in a browser."""
 
-import contextlib
 import importlib.util
 import socket
 import time
 import webbrowser
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,74 +59,54 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Index the runs and serve them until interrupted; return what was served."""
-    _check_installed()
-    from wsae.serve.build import slugs
+    for package in ("jinja2", "starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed; pip install 'wsae[serve]'")
+    from wsae.serve import server
+    from wsae.serve.build import ensure_index, slugs
 
     if not flags.run:
         raise UserError("missing: RUN; name at least one evaluated run")
     sizes = {name: getattr(flags, name) for name in ("contexts", "neighbours", "logits")}
     cfg = IndexConfig.parse({**sizes, "seed": flags.common.seed}, where="flags")
-    names = slugs([path.resolve().name for path in flags.run])
-    gate = _gate(flags)
-    with _listening(flags) as listening:
-        told = [
-            _index(flags, path, (name, cfg), ui)
-            for path, name in zip(flags.run, names, strict=True)
-        ]
-        url = {} if listening is None else {"url": _serve(flags, (listening, gate), told, ui)}
-    return {"runs": told, **url}
-
-
-def _gate(flags: Flags) -> "Gate":
-    """Return under which names and path it is reached: those given, and the one it listens on."""
-    from wsae.serve.server import Gate, host_name, path_prefix
-
-    hosts = (*map(host_name, flags.allow_host), flags.host.lower())
-    return Gate(hosts=hosts, root_path=path_prefix(flags.root_path))
-
-
-def _listening(flags: Flags) -> contextlib.AbstractContextManager[socket.socket | None]:
-    """Listen before any work: the port may be taken."""
-    if flags.index_only:
-        return contextlib.nullcontext()
-    from wsae.serve import server
-
-    return server.listen(flags.host, flags.port)
-
-
-def _check_installed() -> None:
-    """Raise UserError when the extra of this command is not installed."""
-    for package in ("jinja2", "starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed; pip install 'wsae[serve]'")
-
-
-def _index(flags: Flags, path: Path, how: tuple[str, IndexConfig], ui: UI) -> dict[str, Any]:
-    from wsae.serve.open import ensure_index
-
-    slug, cfg = how
-    begin = time.monotonic()
-    place = None if flags.out is None else flags.out / f"{slug}.sqlite"
-    index, made = ensure_index(path, place, cfg, lambda run: reopen(run, "cpu"), ui.progress)
-    return {
-        "run": str(path),
-        "slug": slug,
-        "index": str(index),
-        "bytes": index.stat().st_size,
-        "made": made,
-        "seconds": round(time.monotonic() - begin, 3),
-    }
+    gate = server.Gate(
+        hosts=(*map(server.host_name, flags.allow_host), flags.host.lower()),
+        root_path=server.path_prefix(flags.root_path),
+    )
+    # it listens before any work: the port may be taken
+    place = nullcontext() if flags.index_only else server.listen(flags.host, flags.port)
+    told = []
+    with place as listening:
+        names = slugs([path.resolve().name for path in flags.run])
+        for path, slug in zip(flags.run, names, strict=True):
+            begin = time.monotonic()
+            where = None if flags.out is None else flags.out / f"{slug}.sqlite"
+            index, made = ensure_index(
+                path, where, cfg, lambda run: reopen(run, "cpu"), ui.progress
+            )
+            told.append(
+                {
+                    "run": str(path),
+                    "slug": slug,
+                    "index": str(index),
+                    "bytes": index.stat().st_size,
+                    "made": made,
+                    "seconds": round(time.monotonic() - begin, 3),
+                }
+            )
+        if listening is None:
+            return {"runs": told}
+        return {"runs": told, "url": _serve(flags, listening, gate, told, ui)}
 
 
 def _serve(
-    flags: Flags, where: tuple[socket.socket, "Gate"], told: list[dict[str, Any]], ui: UI
+    flags: Flags, listening: socket.socket, gate: "Gate", told: list[dict[str, Any]], ui: UI
 ) -> str:
     from wsae.cli.runner import device
     from wsae.serve import server
     from wsae.serve.app import Live, application
     from wsae.serve.index import Shelf
 
-    listening, gate = where
     runs = [Shelf(t["slug"], Path(t["run"]), Path(t["index"])) for t in told]
     for run in runs:
         run.now()  # what cannot be read is said before anybody asks

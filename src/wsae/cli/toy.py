@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -11,11 +11,9 @@ from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.glossary import RECOVERY
+from wsae.experiments.sweep.config import TOP_K, ToySweepConfig, toy_methods
 from wsae.losses.config import GammaConfig, Normalise
 from wsae.sae.config import Kind
-
-if TYPE_CHECKING:
-    from wsae.experiments.sweep.config import ToySweepConfig
 
 ABOUT = """\
 Train toy models of superposition over sparsity levels S, and on each a family of SAEs: every kind with every
@@ -100,7 +98,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Run the sweep and return its rows, summaries and differences."""
     from wsae.cli.runner import device
-    from wsae.experiments.toy import run_toy
+    from wsae.experiments.sweep.run import run_toy
 
     cfg = config(flags)
     where = "cpu" if flags.common.device == "auto" else device(flags.common.device)
@@ -108,12 +106,9 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     return run_toy(cfg, scores, flags.out, where, ui.progress, ui.note)
 
 
-def config(flags: Flags) -> "ToySweepConfig":
+def config(flags: Flags) -> ToySweepConfig:
     """Return the sweep these flags describe; raises UserError in one line."""
-    from wsae.experiments.sweep.config import ToySweepConfig
-    from wsae.experiments.toy import TOP_K, toy_methods
-
-    _check(flags, TOP_K)
+    _check(flags)
     saes = flags.saes
     names = ("tied", "l1", "l0", "lr")
     fields = {name: getattr(saes, name) for name in names}
@@ -175,13 +170,13 @@ def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str
     return "no toy model is finished yet; the same command starts again"
 
 
-def _check(flags: Flags, with_k: tuple[str, ...]) -> None:
+def _check(flags: Flags) -> None:
     saes = flags.saes
     if not saes.activation:
         raise UserError("--activation: give at least one kind")
     if not flags.sparsity:
         raise UserError("--sparsity: give at least one level")
-    if saes.k is not None and not set(saes.activation) & set(with_k):
+    if saes.k is not None and not set(saes.activation) & set(TOP_K):
         raise UserError(
             f"--k {saes.k}: {saes.activation[0]} has no k; leave it out, or use --activation topk"
         )

@@ -3,7 +3,7 @@
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,14 +15,13 @@ from wsae.cli.flags import (
     MaybePlace,
     Place,
     Switch,
-    flag_name,
     mirrored,
 )
-from wsae.cli.live import LiveFlags, PlanFlags, open_data, open_labelled, reopened
+from wsae.cli.live import LiveFlags, MixingFlags, PlanFlags, labelled, open_data
 from wsae.cli.ui import UI
-from wsae.core.config import Config
-from wsae.core.configfile import read_config
-from wsae.core.errors import UserError
+from wsae.core.artifact import CHECKPOINTS, CONFIG, METRICS_FILE
+from wsae.core.config import FLAG_OF, Config
+from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.progress import quiet
 from wsae.sae.config import JumpReLU, ReLU
@@ -33,68 +32,6 @@ from wsae.train.parallel.config import launched
 if TYPE_CHECKING:
     from wsae.acts.source import ActivationSource
     from wsae.train.loggers.mirror import Logger
-
-# A run's `config.json` as what `wsae train --config` reads: the same SAEs on the same data.
-
-_OWN = tuple(name for name in TrainConfig.model_fields if name in PlanFlags.model_fields)
-"""Flags of the plan that a run has once, not per SAE: they win over the record."""
-
-
-def is_record(data: dict[str, Any]) -> bool:
-    """Return whether `data` is a run's config.json rather than a flags file."""
-    return isinstance(data.get("train"), dict) and "source" in data and "data" in data
-
-
-def as_flags(data: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """Return the flags that a run's record speaks of, those that have one value for all SAEs; None for other data."""
-    if not is_record(data):
-        return None
-    cfg = TrainConfig.parse(data["train"], where=f"{path}: train")
-    place = _place(data["source"])
-    return {name: getattr(cfg, name) for name in _OWN} | {
-        "seed": cfg.seed,
-        **({} if place is None else {"source": place}),
-    }
-
-
-def record_of(path: Path | None) -> dict[str, Any] | None:
-    """Return the record at `path`, None for a flags file or no path."""
-    data = {} if path is None else read_config(path, "flags").data
-    return data if is_record(data) else None
-
-
-def config_of(record: dict[str, Any], path: Path, plan: PlanFlags, seed: int) -> TrainConfig:
-    """Return the record's run with the plan's tokens, batch size and dtype; raises UserError for other flags."""
-    for name in PlanFlags.model_fields:
-        if name not in _OWN and getattr(plan, name) != getattr(PlanFlags(), name):
-            raise UserError(
-                f"--{flag_name(name)}: {path} is a run's config, whose SAEs are taken as they are; leave the flag out, "
-                "or give all by flags"
-            )
-    changes = {name: getattr(plan, name) for name in _OWN} | {"seed": seed}
-    return TrainConfig.parse({**record["train"], **changes}, where=str(path))
-
-
-def source_of(
-    record: dict[str, Any], path: Path, flags_source: str, live: LiveFlags, device: str
-) -> "ActivationSource":
-    """Return the record's data, or those at `flags_source` where it names others."""
-    if live != LiveFlags():
-        raise UserError(
-            f"{path}: is a run's config, whose data are taken as they are; leave the flags of a model's text out"
-        )
-    other = None if flags_source == _place(record["source"]) else flags_source
-    return reopened(record["source"], str(path), device, other, "SOURCE")
-
-
-def _place(source: Any) -> str | None:
-    """Return the path or model that a record's source names."""
-    if not isinstance(source, dict):
-        return None
-    harvest = source.get("harvest")
-    place = harvest.get("model") if isinstance(harvest, dict) else source.get("path")
-    return place if isinstance(place, str) else None
-
 
 ABOUT = "Train SAEs on activations: one per --alpha and their plain twin, all on the same batches."
 
@@ -114,20 +51,44 @@ class Flags(Config):
     """A .npy array of one class per row of an array, for --gamma consistency."""
     mesh: MaybeName = None
     """How the processes that torchrun started share the work: "data=2,latents=4"; axes are layers (hooks and SAEs),
-    data (rows of a batch) and latents (of each SAE). None means that they all share the rows."""
+    data (rows of a batch) and latents (of each SAE). Default: they all share the rows."""
     plan: tyro.conf.OmitArgPrefixes[PlanFlags] = PlanFlags()
     """The SAEs and their training."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
     """For a model: its text and the rows to keep."""
+    mixing: tyro.conf.OmitArgPrefixes[MixingFlags] = MixingFlags()
+    """How a live model's rows are mixed."""
     loggers: tyro.conf.OmitArgPrefixes[LoggerFlags] = LoggerFlags()
     """Copies of the metrics for other tools."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
     @classmethod
-    def from_record(cls, data: dict[str, Any], path: Path) -> dict[str, Any] | None:
-        """Return the flags in a run's config.json, for --config; None for another file."""
-        return as_flags(data, path)
+    def from_record(cls, data: dict[str, Any], path: Path) -> dict[str, Any]:
+        """Return the flags that a run's config.json stands for, its SAEs as `members`; other data as they are."""
+        if not (isinstance(data.get("train"), dict) and "source" in data and "data" in data):
+            return data
+        cfg = TrainConfig.parse(data["train"], where=f"{path}: train")
+        with understood(path):
+            source = dict(data["source"] or {})
+            harvest = dict(source.get("harvest") or {})
+            place = harvest.pop("model", source.get("path"))
+            text = harvest.pop("text", {})
+            said: dict[str, Any] = {
+                "hooks": source.get("hooks", ()),
+                **text,
+                **harvest,
+                **source.get("mixing", {}),
+            }
+            said["text"] = said.pop("path", None)
+        flags = {FLAG_OF.get(name, name): value for name, value in said.items()}
+        known = {**LiveFlags.model_fields, **MixingFlags.model_fields}
+        return (
+            {name: value for name, value in flags.items() if name in known}
+            | {name: value for name, value in cfg if name in PlanFlags.model_fields}
+            | {"members": cfg.to_dict()["members"], "seed": cfg.seed}
+            | ({} if place is None else {"source": place})
+        )
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -164,13 +125,14 @@ def _together(flags: Flags, ui: UI, loggers: "list[Logger]") -> dict[str, Any]:
     try:
         with joined(flags.mesh, device(flags.common.device)) as world:
             if not world.first:
-                _close_stdout()
+                with open(os.devnull, "w") as nothing:  # whatever writes there
+                    os.dup2(nothing.fileno(), 1)
             cfg, source = _opened(flags, world.device)
             progress = ui.progress if world.first else quiet
             with mirrored(loggers, ui, world.first):
                 train_parallel(cfg, source, flags.out, world, progress, flags.resume)
     except RankLost as error:
-        kept = (flags.out / "checkpoints").is_dir()
+        kept = (flags.out / CHECKPOINTS).is_dir()
         how = "go on with the same command and --resume" if kept else "start the same command again"
         ui.note(f"wsae: error: {error}; the job has ended; {how}")
         raise SystemExit(1) from error
@@ -179,16 +141,10 @@ def _together(flags: Flags, ui: UI, loggers: "list[Logger]") -> dict[str, Any]:
 
 def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
     """Return the run's config and its data."""
-    wanted = flags.plan.tokens
-    rest = {"dtype": flags.plan.dtype, **({} if wanted is None else {"tokens": wanted})}
-    record = record_of(flags.common.config)
-    if record is not None and flags.labels is None:
-        path = cast(Path, flags.common.config)
-        source = source_of(record, path, flags.source, flags.live, where)
-    elif flags.labels is not None:
-        source = open_labelled(flags.source, flags.labels)
-    else:
-        source = open_data(flags.source, flags.live, flags.common.seed, where, rest)
+    plan, seed = flags.plan, flags.common.seed
+    rest = {"dtype": plan.dtype, **({} if plan.tokens is None else {"tokens": plan.tokens})}
+    source = open_data(flags.source, flags.live, flags.mixing, seed, where, **rest)
+    source = labelled(source, flags.labels)
     cfg = config(flags, source.n_rows)
     for member in cfg.members:  # shapes that cannot be are refused before anything is written
         for d_in in source.hooks.values():
@@ -213,19 +169,9 @@ def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:
     return notes
 
 
-def _close_stdout() -> None:
-    """Point stdout at nothing, whatever writes there."""
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-
-
 def config(flags: Flags, rows: int | None) -> TrainConfig:
-    """Return the run's config: that in --config or of the run to resume where no flag speaks of it, else the flags'."""
-    record = record_of(flags.common.config)
-    if record is not None:
-        path = cast(Path, flags.common.config)
-        return config_of(record, path, flags.plan, flags.common.seed)
-    stored = flags.out / "config.json"
+    """Return the config that the flags describe, or that of the run to resume where no flag speaks of it."""
+    stored = flags.out / CONFIG
     if flags.resume and flags.plan == PlanFlags() and stored.exists():
         data = read_json(stored)
         if isinstance(data, dict) and isinstance(data.get("train"), dict):
@@ -233,18 +179,10 @@ def config(flags: Flags, rows: int | None) -> TrainConfig:
     return flags.plan.config(rows, flags.common.seed)
 
 
-def printable(flags: Flags) -> None:
-    """Raise UserError where the flags are not all: with a run's config in --config."""
-    if record_of(flags.common.config) is not None:
-        raise UserError(
-            f"{flags.common.config}: is a run's config, whose SAEs are not flags; give it to --config as it is"
-        )
-
-
 def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float | int]]]:
     """Return hook -> member -> the last row of its metrics."""
     found: dict[str, dict[str, dict[str, float | int]]] = {}
-    for row in read_json_lines(run / "metrics.jsonl"):
+    for row in read_json_lines(run / METRICS_FILE):
         kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
         found.setdefault(row["hook"], {})[row["member"]] = kept
     return found
@@ -272,6 +210,6 @@ def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str
     done = f"{error}; " if str(error) else ""
     if launched():
         again = "the same torchrun command and --resume"
-    if not (flags.out / "checkpoints").is_dir():
+    if not (flags.out / CHECKPOINTS).is_dir():
         return f"{done}no checkpoint yet; the same command starts again"
     return f"{done}{flags.out} keeps the work so far; go on with: {again}"

@@ -4,10 +4,11 @@ Everything here goes to stderr; a command's result goes to stdout through `UI.sa
 """
 
 import io
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from wsae.core.errors import printable
 from wsae.core.memory import duration
@@ -21,21 +22,8 @@ WIDE = 10_000
 """Columns where no terminal sets a limit."""
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """What is needed of stdout and stderr."""
-
-    def write(self, text: str, /) -> int:
-        """Write text."""
-        ...
-
-    def flush(self) -> None:
-        """Hand it on."""
-        ...
-
-    def isatty(self) -> bool:
-        """Whether a person watches."""
-        ...
+Stream = TextIO | io.TextIOBase
+"""What stdout and stderr may be."""
 
 
 class UI:
@@ -98,19 +86,13 @@ class UI:
     @contextmanager
     def progress(self, task: str, total: int | None, unit: str, done: int = 0) -> Iterator[Tick]:
         """Show the progress of `task`; see wsae.core.progress.Progress."""
-        draw = _bar(self, task, total, unit, done) if self._live() else None
-        if draw is None:
+        if self.stderr.isatty() and os.environ.get("TERM", "") != "dumb":
+            with _bar(self, task, total, unit, done) as tick:
+                yield tick
+        else:
             lines = Lines(self, task, total, unit, done)
             yield lines.tick
             lines.close()
-        else:
-            with draw as tick:
-                yield tick
-
-    def _live(self) -> bool:
-        import os
-
-        return self.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
 
 
 def _lines(text: str) -> str:
@@ -171,10 +153,8 @@ def _bar(ui: UI, task: str, total: int | None, unit: str, done: int) -> Iterator
         count += n
         rate = (count - done) / max(time.monotonic() - start, 1e-9)
         text = f"{rate_text(rate)} {unit}/s"
-        if fields:
-            bars.update(key, advance=n, rate=text, note=" ".join(fields_text(fields)))
-        else:
-            bars.update(key, advance=n, rate=text)
+        note: dict[str, Any] = {"note": " ".join(fields_text(fields))} if fields else {}
+        bars.update(key, advance=n, rate=text, **note)
 
     try:
         yield tick
@@ -204,7 +184,7 @@ def _bars(ui: UI) -> "Bars":
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
-            console=Console(file=cast(IO[str], ui.stderr), highlight=False),
+            console=Console(file=cast(TextIO, ui.stderr), highlight=False),
             refresh_per_second=4,
         )
         ui.bars.start()

@@ -4,7 +4,8 @@ A stage writes its files (`wsae.core.files`) and `manifest.json` last. A reader 
 of another kind or schema, or whose files differ from the recorded size and SHA-256.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from wsae.core.files import (
     CONFIG_BYTES,
     digest,
     flush,
+    growing,
+    locked,
     read_json,
     refusals,
     seal,
@@ -25,19 +28,29 @@ from wsae.core.version import __version__
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+
+# The files of a run, which its stages write and `wsae.run.Run` reads.
+
+CONFIG, GAMMA_FILE, METRICS_FILE, SPEED = (
+    "config.json",
+    "gamma.json",
+    "metrics.jsonl",
+    "speed.jsonl",
+)
+PROVENANCE = "provenance.json"
+MEMBERS, CHECKPOINTS = "members", "checkpoints"
+EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
+PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
+"""What later commands add to a run: a folder of its own each, whole or without a manifest."""
+EVALUATION, INTERPRETATION, CLASSES = "evaluation.json", "interpretation.json", "classes.json"
+ARRAYS, CONTEXTS_FILE, THUMBNAILS_FILE = "arrays.safetensors", "contexts.json", "thumbnails.json"
+
 _HINT = " (an SAE of another tool is read by wsae import)"
-_FOREIGN: dict[str, str] = {"run": _HINT, "sae": _HINT}
-_INSTEAD = {
-    (
-        "sae",
-        "run",
-    ): "; one SAE alone can be measured: wsae evaluate SAE --source DATA, and given away: wsae export SAE",
-    (
-        "export",
-        "run",
-    ): "; wsae import makes it an SAE of wsae, which wsae evaluate SAE --source DATA measures",
+_NO_RUN = {
+    "sae": "; one SAE alone can be measured: wsae evaluate SAE --source DATA, and given away: wsae export SAE",
+    "export": "; wsae import makes it an SAE of wsae, which wsae evaluate SAE --source DATA measures",
 }
-"""What to do with an artifact where another kind is needed."""
+"""What to do with another artifact where a run is needed."""
 
 
 class FileRecord(Config):
@@ -75,7 +88,13 @@ def write_manifest(
 ) -> Manifest:
     """Write `manifest.json`, the last act of a stage. `files` may bring records made while writing."""
     known = files if isinstance(files, Mapping) else {}
-    records = {name: known.get(name) or _flushed(directory / name) for name in sorted(files)}
+    records = {}
+    for name in sorted(files):
+        path = directory / name
+        with refusals(path):
+            if name not in known:
+                flush(path)  # no power cut can take it back any more
+        records[name] = known.get(name) or record(path)
     manifest = Manifest(
         schema_version=SCHEMA,
         kind=kind,
@@ -89,16 +108,17 @@ def write_manifest(
     return manifest
 
 
-def _flushed(path: Path) -> FileRecord:
-    """Return the record of a file that no power cut can take back any more."""
-    with refusals(path):
-        flush(path)
-    return record(path)
-
-
 def record(path: Path) -> FileRecord:
     """Return size and checksum of a file."""
     return FileRecord(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def kind_of(directory: Path) -> str | None:
+    """Return what kind of artifact a directory says it is; None where no manifest does, or none is there."""
+    path = directory / MANIFEST
+    data = read_json(path) if path.is_file() else None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Manifest:
@@ -113,7 +133,7 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
     if not path.exists():
         raise UserError(
             f"{directory}: has no {MANIFEST}, so it is not a finished wsae {kind}; make it again"
-            f"{_FOREIGN.get(kind, '')}"
+            f"{_HINT if kind in ('run', 'sae') else ''}"
         )
     data = read_json(path, CONFIG_BYTES)
     if not isinstance(data, dict) or data.get("schema_version") != SCHEMA:
@@ -125,11 +145,73 @@ def read_manifest(directory: Path | str, kind: str, verify: bool = True) -> Mani
     if manifest.kind != kind:
         raise UserError(
             f"{directory}: this is a wsae {manifest.kind}, but a {kind} is needed here"
-            f"{_INSTEAD.get((manifest.kind, kind), '')}"
+            f"{_NO_RUN.get(manifest.kind, '') if kind == 'run' else ''}"
         )
     for name, expected in manifest.files.items():
         check_file(directory, name, expected, verify)
     return manifest
+
+
+# Folders that are given away (exports, SAEs, hub folders): what may lie there already, and how one is written.
+#
+# While a folder is written it holds an empty file that says so, so that the same command goes on
+# after a kill or a full disk, and a folder of somebody else is never taken for one.
+
+_UNFINISHED = ".unfinished-"
+
+
+def free(out: Path, kind: str, force: bool) -> None:
+    """Raise UserError unless an artifact may be written to `out`.
+
+    It may where nothing is, where the same kind was begun and not finished, and over one of the same kind with `force`.
+    """
+    others = out.iterdir() if out.is_dir() else [out] if out.exists() else []
+    ours = (p.name == ".lock" or p.name.startswith(_UNFINISHED) for p in others)
+    if begun(out, kind) or all(ours):
+        return
+    data = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        raise UserError(f"{out}: is not empty and holds no wsae {kind}; use another --out")
+    if not force:
+        raise UserError(
+            f"{out}: holds another {kind}; add --force to write over it, or use another --out"
+        )
+
+
+@contextlib.contextmanager
+def replacing(out: Path, kind: str) -> Iterator[None]:
+    """Hold a folder that is `free` while an artifact is written to it; what a former one's manifest lists goes first.
+
+    Raises UserError when another process writes there, or nothing can be written.
+    """
+    with locked(out), unfinished(out, kind):
+        former = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+        for name in former.get("files", {}) if isinstance(former, dict) else ():
+            inside = out / str(name)
+            if inside.resolve().is_relative_to(out.resolve()) and inside.is_file():
+                inside.unlink()
+        (out / MANIFEST).unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def unfinished(out: Path, kind: str) -> Iterator[None]:
+    """Mark a folder as being written; the mark stays where the work inside fails."""
+    mark = _mark(out, kind)
+    with refusals(out):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        growing(mark).close()
+        yield
+        mark.unlink()
+
+
+def begun(out: Path, kind: str) -> bool:
+    """Return whether an artifact of this kind was begun in a folder and not finished."""
+    return _mark(out, kind).exists()
+
+
+def _mark(out: Path, kind: str) -> Path:
+    return out / f"{_UNFINISHED}{kind.replace(' ', '-')}"
 
 
 def check_file(directory: Path, name: str, expected: FileRecord, verify: bool = True) -> None:

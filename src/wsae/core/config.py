@@ -16,6 +16,21 @@ C = TypeVar(
 )  # not typing.Self: the runtime type checker of the tests rejects it
 
 
+FLAGS = "flags"
+"""Where values come from that flags say: their mistakes name the flag."""
+FLAG_OF = {
+    "hooks": "hook",
+    "members": "member",
+    "scores": "score",
+    "key_env": "key_variable",
+    "max_requests": "budget_requests",
+    "max_tokens": "budget_tokens",
+    "cache": "answers",
+    "shard_rows": "shard_tokens",
+}
+"""Field of a config -> its flag, where another word reads better on a command line."""
+
+
 class Config(BaseModel):
     """Base of every configuration: frozen, no extra keys, field docstrings are the help text."""
 
@@ -33,7 +48,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise UserError(f"{where}: {_one_line(cls, error)}") from error
+            raise UserError(_one_line(cls, error, where)) from error
 
     @classmethod
     def load(cls: type[C], path: Path | str) -> C:
@@ -45,17 +60,20 @@ class Config(BaseModel):
         return self.model_dump(mode="json")
 
 
-def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
+def _one_line(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    parts = [str(part) for part in first["loc"]]
+    place = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        return f"unknown key '{place}'{nearest(key, _known_keys(cls))}"
+        return f"{where}: unknown key '{place}'{nearest(parts[-1], _known_keys(cls))}"
     message = first["msg"].removeprefix("Value error, ")
     value = first.get("input")
     shown = "" if isinstance(value, dict) else f" (got {value!r})"
     more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return f"{place}: {message}{shown}{more}" if place else f"{message}{more}"
+    keys = [part for part in parts if part.isidentifier()]  # not a place in a list, or a type
+    if where == FLAGS and keys:
+        return f"--{FLAG_OF.get(keys[-1], keys[-1]).replace('_', '-')}: {message}{shown}{more}"
+    return f"{where}: {place}: {message}{shown}{more}" if place else f"{where}: {message}{more}"
 
 
 def _known_keys(cls: type[BaseModel]) -> set[str]:

@@ -12,21 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wsae.core.errors import UserError
-from wsae.core.files import CONFIG_BYTES, GivenTwice, opened, parse_json
+from wsae.core.files import CONFIG_BYTES, GivenTwice, parse_json, read_bytes
 
 MOST_BYTES, MOST_DEPTH = 1 << 18, 50
 _PREFIX = "tag:yaml.org,2002:"
-_PLAIN = (
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-)
-"""What a plain word may be but text: kind, pattern, first characters."""
+_PLAIN = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+"""What a plain word may be but text: kind -> pattern."""
 _SPECIAL = r"~|null|true|false|yes|no|on|off|y|n|[.]?(?:inf|nan)|[.][0-9].*|[.]+"
 """Words that some YAML takes for something else than text."""
 
@@ -69,15 +65,7 @@ def is_json(path: Path, text: str) -> bool:
 
 
 def _text(path: Path, what: str) -> str:
-    try:
-        with opened(path) as file:
-            data = file.read(CONFIG_BYTES + 1)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read as a {what} file ({error.strerror or error})"
-        ) from error
+    data = read_bytes(path, CONFIG_BYTES, f" as a {what} file")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -150,59 +138,44 @@ def _loader() -> Any:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if key.tag != f"{_PREFIX}str":
-                    raise ConstructorError(None, None, f"a key is text, not {key.value!r}", key.start_mark)  # fmt: skip
-                if key.value in seen:
-                    raise ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)  # fmt: skip
-                seen.add(key.value)
-            return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+            found: dict[str, Any] = {}
+            for key, value in node.value:
+                text = key.tag == f"{_PREFIX}str"
+                if not text or key.value in found:
+                    twice = f"key '{key.value}' is given twice"
+                    wrong = twice if text else f"a key is text, not {key.value!r}"
+                    raise ConstructorError(None, None, wrong, key.start_mark)
+                found[key.value] = self.construct_object(value, deep=deep)
+            return found
 
-    for kind, pattern, first in _PLAIN:
-        firsts = [char if char != "\0" else "" for char in first]
-        Loader.add_implicit_resolver(f"{_PREFIX}{kind}", re.compile(f"(?:{pattern})$"), firsts)
-    Loader.add_constructor(f"{_PREFIX}int", lambda _, node: _whole(node.value))
-    Loader.add_constructor(f"{_PREFIX}float", lambda _, node: _number(node.value))
+    for kind, pattern in _PLAIN.items():
+        Loader.add_implicit_resolver(f"{_PREFIX}{kind}", re.compile(f"(?:{pattern})$"), None)
+    base = {"0o": 8, "0x": 16}
+    Loader.add_constructor(
+        f"{_PREFIX}int", lambda _, node: int(node.value, base.get(node.value[:2], 10))
+    )
+    Loader.add_constructor(
+        f"{_PREFIX}float", lambda _, node: float(re.sub(r"\.(?=[in])", "", node.value.lower()))
+    )
     return Loader
 
 
-def _whole(text: str) -> int:
-    return int(text[2:], {"0o": 8, "0x": 16}[text[:2]]) if text[:2] in ("0o", "0x") else int(text)
-
-
-def _number(text: str) -> float:
-    bare = text.lower().replace(".inf", "inf").replace(".nan", "nan")
-    return float(bare)
-
-
 def yaml_value(value: Any) -> str:
-    """Return a scalar, or a list of them, as YAML of one line that reads back as the same value."""
+    """Return a scalar, a list or an object of plain keys as YAML of one line that reads back as the same value."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(yaml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {yaml_value(item)}' for key, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     if isinstance(value, int | float):
         return repr(value)
-    return str(value) if _is_plain(str(value)) else _quoted(str(value))
+    text = str(value)
+    plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text)
+    if plain and not re.fullmatch(_SPECIAL, text, re.IGNORECASE):
+        return text  # nothing in it means anything to YAML, of any version
+    import yaml
 
-
-def _is_plain(text: str) -> bool:
-    """Return whether text needs no quotes: nothing in it means anything to YAML, of any version."""
-    words = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text)
-    return bool(words) and not re.fullmatch(_SPECIAL, text, re.IGNORECASE)
-
-
-def _quoted(text: str) -> str:
-    parts = []
-    for char in text:
-        code = ord(char)
-        if char in '"\\':
-            parts.append("\\" + char)
-        elif char.isprintable() and code < 0xE000:
-            parts.append(char)
-        else:
-            parts.append(f"\\x{code:02x}" if code < 256 else f"\\U{code:08x}")
-    return f'"{"".join(parts)}"'
+    return yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True).rstrip("\n")

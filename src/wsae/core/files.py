@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -24,6 +25,8 @@ from typing import IO, Any
 
 from wsae.core.errors import UserError
 
+Json = dict[str, Any]
+"""A parsed JSON object."""
 SEAL = "checksum"
 CONFIG_BYTES = 64 << 20
 """The largest manifest or config that is read."""
@@ -130,27 +133,32 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+_FULL = "the disk is full; free some space and run the same command again"
+_DENIED = "cannot write here ({}); choose another --out"
+_BLOCKED = "a file is in the way of this directory; choose another --out"
+_REFUSED = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "larger than this system lets a file be; raise the limit (ulimit -f)",
+    errno.EACCES: _DENIED,
+    errno.EROFS: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.ENOTDIR: _BLOCKED,
+    errno.EEXIST: _BLOCKED,
+    errno.EISDIR: "a directory is in the way of this file; choose another --out",
+    errno.ELOOP: "a link that leads to itself; remove it, or choose another --out",
+}
+"""What the operating system refuses and a user can fix."""
+
+
 def as_user_error(error: OSError, path: Path) -> Exception:
     """Translate the operating system's refusals a user can fix; anything else stays what it is."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"{path}: the disk is full; free some space and run the same command again"
-        )
-    if error.errno == errno.EFBIG:
-        return UserError(
-            f"{path}: larger than this system lets a file be; raise the limit (ulimit -f)"
-        )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return UserError(
-            f"{path}: cannot write here ({os.strerror(error.errno)}); choose another --out"
-        )
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"{path}: a file is in the way of this directory; choose another --out")
-    if error.errno == errno.EISDIR:
-        return UserError(f"{path}: a directory is in the way of this file; choose another --out")
-    if error.errno == errno.ELOOP:
-        return UserError(f"{path}: a link that leads to itself; remove it, or choose another --out")
-    return error
+    said = _REFUSED.get(error.errno or 0)
+    return (
+        error
+        if said is None
+        else UserError(f"{path}: {said.format(os.strerror(error.errno or 0))}")
+    )
 
 
 @contextlib.contextmanager
@@ -215,6 +223,15 @@ def _not_ours(path: Path) -> str:
     )
 
 
+def finite(value: Any) -> Any:
+    """Return a JSON-ready value with NaN and infinities as null, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; what UTF-8 cannot carry (part of a file's name) is written as JSON would."""
     with writing(path) as temporary:
@@ -232,20 +249,24 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, text)
 
 
-def read_json(path: Path, most: int = RECORD_BYTES) -> Any:
-    """Read a JSON file; raises UserError when it is missing, damaged, no regular file, or larger than `most` bytes."""
+def read_bytes(path: Path, most: int, as_what: str = "") -> bytes:
+    """Return a regular file's content, or `most` bytes and one where it is larger; raises UserError else."""
     try:
         with opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > most:
-                raise UserError(
-                    f"{path}: {size:,} bytes, and no such file of wsae has more than {most:,}"
-                )
-            data = file.read(most + 1)
+            return file.read(most + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        why = error.strerror or error
+        raise UserError(f"{path}: cannot be read{as_what} ({why})") from error
+
+
+def read_json(path: Path, most: int = RECORD_BYTES) -> Any:
+    """Read a JSON file; raises UserError when it is missing, damaged, no regular file, or larger than `most` bytes."""
+    data = read_bytes(path, most)
+    if len(data) > most:
+        size = path.stat().st_size
+        raise UserError(f"{path}: {size:,} bytes, and no such file of wsae has more than {most:,}")
     try:
         return parse_json(data)
     except (ValueError, RecursionError) as error:

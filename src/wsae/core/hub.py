@@ -8,11 +8,12 @@ import socket
 import sys
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, first_line
 
 _NOISY = ("huggingface_hub", "datasets", "transformers", "httpx")
 
@@ -67,6 +68,28 @@ def _no_bars() -> Iterator[None]:
             switch.enable_progress_bar()
         if hub_had_bars:
             enable_progress_bars()
+
+
+@contextlib.contextmanager
+def hub_dataset(what: str, name: str, split: str) -> Iterator[str]:
+    """Yield how a data set of the hub is named, while the block opens it; a UserError says why it cannot be read."""
+    if find_spec("datasets") is None:
+        raise UserError(f"{what} {name}: a hub dataset needs datasets; pip install 'wsae[hub]'")
+    where = f"{what} {name}: no such file here, and as a hub dataset (split {split!r})"
+    if not hub_reachable():
+        raise UserError(f"{where} it cannot be read: there is no network")
+    try:
+        with quiet_hub():
+            yield where
+    except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{where} it cannot be read ({why})") from error
+
+
+def is_hub_name(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether a name that is none of a file here may be one on the hub: files have one of the suffixes."""
+    looks_local = name.startswith(("/", ".", "~")) or name.lower().endswith(suffixes)
+    return not looks_local and name.count("/") <= 1 and bool(name.strip())
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

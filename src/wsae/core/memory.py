@@ -72,13 +72,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _SAYS)
 
 
+def proc(name: str) -> dict[str, int]:
+    """Return the sizes in a file of Linux's /proc ("meminfo", "self/status") in bytes; raises OSError elsewhere."""
+    lines = Path("/proc", name).read_text(encoding="utf-8").splitlines()
+    return {
+        line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith(" kB")
+    }
+
+
 def most_memory() -> int:
     """Return the bytes that all processes of this Linux machine (or container) can hold together, swap included.
 
     Raises OSError where the system does not tell.
     """
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+    found = proc("meminfo")
     total = found["MemTotal"] + found.get("SwapTotal", 0)
     with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))

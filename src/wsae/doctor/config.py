@@ -2,7 +2,7 @@
 
 from pydantic import Field, PositiveInt
 
-from wsae.acts.config import HarvestConfig
+from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.core.config import Config
 from wsae.train.config import TrainConfig
 
@@ -14,6 +14,8 @@ class DoctorConfig(Config):
     """The SAEs and the training that are planned."""
     harvest: HarvestConfig | None = None
     """The model, text and hook points; none when the subject is a store or an array."""
+    mixing: LiveConfig = LiveConfig()
+    """How its rows are mixed when they go straight to training."""
     data: str | None = None
     """A store's directory or an array file."""
     d_in: PositiveInt | None = None

@@ -1,5 +1,6 @@
 """What a run will take of disk and time: disk by formula, time by measuring a few steps here."""
 
+import contextlib
 import os
 import platform
 import shutil
@@ -16,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.config import HarvestConfig
-from wsae.core.memory import duration, size
-from wsae.doctor.probe import Check, room
+from wsae.core.memory import duration, proc, size
+from wsae.doctor.probe import Check, room, warned
 from wsae.losses.config import GammaConfig
 from wsae.ops.native import why_not
 from wsae.sae.config import SAEConfig
@@ -44,49 +45,41 @@ def check_versions() -> Check:
 def check_device(device: str) -> Check:
     """Name the device, and say when a faster one stands idle or threads are held back."""
     if device.startswith("cuda"):
-        return Check(
-            "device", "ok", f"{device}: {torch.cuda.get_device_name(torch.device(device))}"
-        )
+        shown = f"{device}: {torch.cuda.get_device_name(torch.device(device))}"
+        return Check("device", "ok", shown)
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     shown = f"{device}, {threads} of {cores} threads, {size(free_memory(device))} memory free"
+    fix = "OMP_NUM_THREADS holds torch back; unset it" if threads * 2 < cores else ""
     if torch.cuda.is_available():
-        return Check(
-            "device", "warn", shown, "a GPU is here: leave out --device, or use --device cuda"
-        )
-    if threads * 2 < cores:
-        return Check("device", "warn", shown, "OMP_NUM_THREADS holds torch back; unset it")
-    return Check("device", "ok", shown)
+        fix = "a GPU is here: leave out --device, or use --device cuda"
+    return warned("device", shown, fix)
 
 
 def free_memory(device: str) -> float:
     """Return the bytes a process can still take on `device`."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(torch.device(device))[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return min(float(line.split()[1]) * 1024, _cgroup_free())
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        free = float(proc("meminfo")["MemAvailable"])
+    except (OSError, KeyError):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (float((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
-def held_memory(device: str) -> float:
-    """Return the bytes this process holds on `device` now: on a CPU what is resident, libraries included."""
+def held_memory(device: str, field: str = "VmRSS") -> float:
+    """Return the bytes this process holds on `device` now: on a CPU what is resident, libraries included.
+
+    The field VmHWM is the most main memory it has held at once. 0 where the system does not tell (only Linux does).
+    """
     if device.startswith("cuda"):
         return float(torch.cuda.memory_reserved(torch.device(device)))
-    return _status("VmRSS:")
-
-
-def peak_memory() -> float:
-    """Return the most bytes of main memory this process has held at once."""
-    return _status("VmHWM:")
-
-
-def _status(field: str) -> float:
-    """Return a line of /proc/self/status in bytes (0 where there is none: only Linux has it)."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(field)), 0.0)
+    with contextlib.suppress(OSError):
+        return float(proc("self/status").get(field, 0))
+    return 0.0
 
 
 def free_disk(out: str) -> float:
@@ -95,17 +88,6 @@ def free_disk(out: str) -> float:
     while not place.exists():
         place = place.parent
     return float(shutil.disk_usage(place).free)
-
-
-def _cgroup_free() -> float:
-    """Return what a container's limit leaves, or infinity without one."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = (root / "memory.current").read_text().strip()
-        return float("inf") if limit == "max" else float(limit) - float(used)
-    except (OSError, ValueError):
-        return float("inf")
 
 
 # What a run will hold in memory at most: what the process has already, and what training adds, by
@@ -169,9 +151,8 @@ def parameters(cfg: SAEConfig) -> int:
 def kernels_of(wanted: str, device: str, cfg: SAEConfig) -> str:
     """Return what computes a member's steps at their neediest: "native" or "eager" (ReLU kinds start eager)."""
     sparse = hasattr(cfg.activation, "k")
-    return (
-        "native" if wanted != "eager" and device == "cpu" and sparse and not why_not() else "eager"
-    )
+    native = wanted != "eager" and device == "cpu" and sparse and not why_not()
+    return "native" if native else "eager"
 
 
 def memory(
@@ -187,25 +168,21 @@ def memory(
     side. Finished SAEs are kept until the last is written. What is held and waits (`held`, `rows`) is the caller's.
     """
     counts = [parameters(cfg) for cfg in saes]
-    weights = [
-        8 * n if kind == "eager" else 4 * n + cfg.d_in * cfg.d_sae
-        for n, kind, cfg in zip(counts, kernels, saes, strict=True)
-    ]
-    steps = [_step(cfg, kind, batch_size, bf16) for cfg, kind in zip(saes, kernels, strict=True)]
     if "eager" in kernels:
         together = 1
-    taking = [_ENTERING * n for n, kind in zip(counts, kernels, strict=True) if kind == "native"]
+    weights, steps, taking, pooled = 0, [], [], 0
+    for n, kind, cfg in zip(counts, kernels, saes, strict=True):
+        weights += 8 * n if kind == "eager" else 4 * n + cfg.d_in * cfg.d_sae
+        steps.append(_step(cfg, kind, batch_size, bf16))
+        taking.append(_ENTERING * n if kind == "native" else 0)
+        pooled += n if 4 * cfg.d_in * cfg.d_sae < _RETURNED and together > 1 else 0
     largest = (sum(sorted(part)[-together:]) for part in (steps, taking))
-    pooled = [
-        n for n, cfg in zip(counts, saes, strict=True) if 4 * cfg.d_in * cfg.d_sae < _RETURNED
-    ]
-    left = _LEFT * sum(pooled) if together > 1 else 0
-    ending = left + _COPY * sum(counts) + _MAKING * max(counts, default=0)
+    ending = _LEFT * pooled + _COPY * sum(counts) + _MAKING * max(counts, default=0)
     fixed = max((_FIXED[kind] for kind in kernels), default=0)
     return Memory(
         held=0,
         libraries=0 if LIBRARY in sys.modules else LIBRARY_BYTES,
-        weights=sum(weights),
+        weights=weights,
         optimiser=8 * sum(counts),
         rows=0,
         step=fixed + int(max(*largest, ending)),
@@ -224,17 +201,10 @@ def _step(cfg: SAEConfig, kernels: str, batch_size: int, bf16: bool) -> float:
 
 def check_memory(need: Memory, free: float) -> Check:
     """Compare the need with what is free (what the process holds already counts as free)."""
-    parts = {
-        "held now": need.held,
-        "libraries": need.libraries,
-        "SAE weights": need.weights,
-        "Adam": need.optimiser,
-        "rows to mix": need.rows,
-        "a step": need.step,
-    }
-    shown = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
-    status, fix = room(need.total, free, FIX)
-    return Check("memory", status, f"{size(need.total)} of {size(free)} free: {shown}", fix)
+    names = ("held now", "libraries", "SAE weights", "Adam", "rows to mix", "a step")
+    parts = (f"{name} {size(n)}" for name, n in zip(names, need, strict=True) if n)
+    shown = f"{size(need.total)} of {size(free)} free: {', '.join(parts)}"
+    return room("memory", need.total, free, shown, FIX)
 
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -254,8 +224,7 @@ def store_bytes(cfg: HarvestConfig, widths: list[int]) -> int:
 def check_disk(need: int, free: float) -> Check:
     """Compare a store's size with the free disk."""
     fix = "train from the live model (no store), lower --tokens, or use --store-dtype bfloat16"
-    status, fix = room(need, free, fix)
-    return Check("disk", status, f"a store takes {size(need)} of {size(free)} free", fix)
+    return room("disk", need, free, f"a store takes {size(need)} of {size(free)} free", fix)
 
 
 def check_covariance(
@@ -276,9 +245,8 @@ def check_covariance(
     covariance.update(sample)
     seconds = (time.perf_counter() - start) * rows / len(sample)
     shown = f"{need}, {size(8 * d_in * d_in)}, about {duration(seconds)}"
-    if rows < 10 * d_in:
-        return [Check(name, "warn", shown, f"noisy under {10 * d_in:,} rows; more are better")]
-    return [Check(name, "ok", shown)]
+    noisy = f"noisy under {10 * d_in:,} rows; more are better" if rows < 10 * d_in else ""
+    return [warned(name, shown, noisy)]
 
 
 def seconds_per_step(
@@ -286,59 +254,43 @@ def seconds_per_step(
 ) -> float:
     """Return the time of one training step of every member on batches of cfg.batch_size rows.
 
-    Where the budget does not reach to a whole batch, a smaller one is timed and scaled by its rows.
+    Where the budget does not reach to a whole batch, smaller ones are timed, and the time is drawn on along the line
+    through the last two: the update of the weights takes as long for any batch.
     """
     moments = Moments(x.shape[1])
     moments.update(x[:1024].cpu())
+    scale = power_of_two_scale(moments)
     forms: dict[str, list[MemberConfig]] = {}
     for member in cfg.members:  # members of one shape take the same time
         forms.setdefault(member.sae_config(x.shape[1]).model_dump_json(), []).append(member)
-    budget_s, total = budget_s / len(forms), 0.0
+    total = 0.0
     for alike in forms.values():
         some = alike[: torch.get_num_threads()]  # as many as may train side by side
-        seconds = Bench(cfg, some, moments, device).full_step(x, budget_s)
-        total += seconds * len(alike) / len(some)
+        states = [make_member("probe", m, cfg, moments.mean, scale) for m in some]
+        family = Family({"probe": [to_device(m, device) for m in states]}, {})
+        left, rows = budget_s / len(forms), min(cfg.batch_size, 256)
+        before, best = (0, 0.0), _seconds(family, cfg, device, x, rows)
+        while rows < cfg.batch_size and best * 2 * STEPS < left:
+            left -= best * 2 * STEPS
+            before, rows = (rows, best), min(2 * rows, cfg.batch_size)
+            best = _seconds(family, cfg, device, x, rows)
+        slope = max(0.0, best - before[1]) / (rows - before[0])
+        total += (best + slope * (cfg.batch_size - rows)) * len(alike) / len(some)
     return total
 
 
-class Bench:
-    """Times training steps of members of one shape."""
-
-    def __init__(
-        self, cfg: TrainConfig, members: list[MemberConfig], moments: Moments, device: str
-    ) -> None:
-        self.cfg, self.device = cfg, device
-        scale = power_of_two_scale(moments)
-        states = [make_member("probe", m, cfg, moments.mean, scale) for m in members]
-        self.family = Family({"probe": [to_device(m, device) for m in states]}, {})
-
-    def full_step(self, x: Float[Tensor, "rows d_in"], budget_s: float) -> float:
-        """Return the seconds of a step of cfg.batch_size rows, growing the batch while the budget lasts.
-
-        What a smaller batch leaves open is drawn on along the line through the last two: the update of the weights
-        takes as long for any batch.
-        """
-        rows = min(self.cfg.batch_size, 256)
-        before, best = (0, 0.0), self._seconds(x, rows)
-        while rows < self.cfg.batch_size and best * 2 * STEPS < budget_s:
-            budget_s -= best * 2 * STEPS
-            before = (rows, best)
-            rows = min(2 * rows, self.cfg.batch_size)
-            best = self._seconds(x, rows)
-        slope = max(0.0, best - before[1]) / (rows - before[0])
-        return best + slope * (self.cfg.batch_size - rows)
-
-    def _seconds(self, x: Tensor, rows: int) -> float:
-        data = x.repeat(-(-rows // len(x)), 1)[:rows].to(self.device)
-        (members,), times = self.family.members.values(), []
-        with side_by_side(self.cfg, self.family) as step_all:
-            for step in range(STEPS + 1):
-                start = time.perf_counter()
-                step_all(members, make_batch(data, members[0]), step)
-                if self.device.startswith("cuda"):
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])  # the first step makes the optimiser's state
+def _seconds(family: Family, cfg: TrainConfig, device: str, x: Tensor, rows: int) -> float:
+    """Return the seconds of a step of `rows` rows."""
+    (members,), times = family.members.values(), []
+    data = x.repeat(-(-rows // len(x)), 1)[:rows].to(device)
+    with side_by_side(cfg, family) as step_all:
+        for step in range(STEPS + 1):
+            start = time.perf_counter()
+            step_all(members, make_batch(data, members[0]), step)
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first step makes the optimiser's state
 
 
 def check_time(cfg: TrainConfig, per_step: float, forward_tokens_per_s: float | None) -> Check:

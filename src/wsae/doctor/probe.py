@@ -38,21 +38,26 @@ TIGHT = 0.8
 """Share of what is free above which memory or disk is called tight."""
 
 
-def room(need: int | float, free: float, fix: str) -> tuple[Status, str]:
-    """Return how a need stands to what is free, and `fix` where it is tight or too much."""
+def warned(name: str, value: str, advice: str) -> Check:
+    """Return a warning with its advice, or that all is well where there is none."""
+    return Check(name, "warn" if advice else "ok", value, advice)
+
+
+def room(name: str, need: int | float, free: float, value: str, fix: str) -> Check:
+    """Return how a need stands to what is free, with `fix` where it is tight or too much."""
     if need <= TIGHT * free:
-        return "ok", ""
-    return ("fail" if need > free else "warn"), fix
+        return Check(name, "ok", value)
+    return Check(name, "fail" if need > free else "warn", value, fix)
 
 
 def report(subject: str, checks: list[Check]) -> dict[str, object]:
     """Return the JSON-ready report of all findings."""
-    count = {s: sum(c.status == s for c in checks) for s in ("ok", "warn", "fail")}
+    statuses = [check.status for check in checks]
     return {
         "subject": subject,
         "checks": [check._asdict() for check in checks],
-        "warnings": count["warn"],
-        "failed": count["fail"],
+        "warnings": statuses.count("warn"),
+        "failed": statuses.count("fail"),
     }
 
 
@@ -82,6 +87,13 @@ class Spread(NamedTuple):
     effective: float
     """1 / sum of squared shares: the number of dimensions that matter."""
 
+    def __str__(self) -> str:
+        """Return it in words."""
+        return (
+            f"dimension {self.top_dim} holds {100 * self.top_share:.3g} %, {self.largest_over_median:,.0f} x the "
+            f"median; {self.effective:.0f} dimensions matter"
+        )
+
 
 def spread(weight: Float64[Tensor, " d_in"]) -> Spread:
     """Return how a non-negative quantity per dimension is spread."""
@@ -105,11 +117,11 @@ def check_finite(hook: str, x: Float[Tensor, "rows d_in"]) -> Check:
 def check_constant(hook: str, variance: Float64[Tensor, " d_in"]) -> Check:
     """Count dimensions without variance."""
     dead = (variance <= 0).nonzero()[:, 0].tolist()
-    if dead:
-        value = f"{len(dead)} of {len(variance)} never change, the first is {dead[0]}"
-        fix = "an SAE cannot learn them; look whether the hook is the one you mean"
-        return Check(f"constant dimensions at {hook}", "warn", value, fix)
-    return Check(f"constant dimensions at {hook}", "ok", "none")
+    value = (
+        f"{len(dead)} of {len(variance)} never change, the first is {dead[0]}" if dead else "none"
+    )
+    fix = "an SAE cannot learn them; look whether the hook is the one you mean" if dead else ""
+    return warned(f"constant dimensions at {hook}", value, fix)
 
 
 def check_sinks(
@@ -121,29 +133,27 @@ def check_sinks(
     first = float(norm[:, 0].median()) / median
     largest = float(norm[kept].max()) / median if bool(kept.any()) else 0.0
     value = f"norm at position 0 is {first:.3g} x the median; largest kept {largest:.3g} x"
-    if largest > SINK_RATIO:
-        fix = "keep the mask: --skip-first 1 --sink-norm-ratio 10"
-        return Check(f"attention sinks at {hook}", "warn", value, fix)
-    dropped = "; the mask drops it" if first > SINK_RATIO else ""
-    return Check(f"attention sinks at {hook}", "ok", value + dropped)
+    fix = "keep the mask: --skip-first 1 --sink-norm-ratio 10" if largest > SINK_RATIO else ""
+    if not fix and first > SINK_RATIO:
+        value += "; the mask drops it"
+    return warned(f"attention sinks at {hook}", value, fix)
 
 
 def check_outliers(
     hook: str, variance: Float64[Tensor, " d_in"], gammas: list[GammaConfig]
 ) -> list[Check]:
-    """Say which dimensions carry the variance, and which would carry the weighted loss."""
+    """Return which dimensions carry the variance, and which would carry the weighted loss."""
     plain = spread(variance)
-    status: Status = "warn" if plain.top_share > HEAVY_SHARE else "ok"
-    fix = "the plain loss looks mostly at it; read fvu per dimension" if status == "warn" else ""
-    checks = [Check(f"variance at {hook}", status, _spread_text(plain), fix)]
+    heavy = plain.top_share > HEAVY_SHARE
+    fix = "the plain loss looks mostly at it; read fvu per dimension" if heavy else ""
+    checks = [warned(f"variance at {hook}", str(plain), fix)]
     for cfg in gammas:
         if cfg.rule == "variance":
             gamma = gamma_from_proxy(cfg, variance).double()
             weighted = spread(variance * gamma**2)
             heavy = weighted.top_share > 0.5
             fix = "use --robust winsor, rank or drop, or a smaller --alpha" if heavy else ""
-            name = f"loss under {cfg.label} at {hook}"
-            checks.append(Check(name, "warn" if heavy else "ok", _spread_text(weighted), fix))
+            checks.append(warned(f"loss under {cfg.label} at {hook}", str(weighted), fix))
     return checks
 
 
@@ -151,32 +161,22 @@ def check_rounding(hook: str, x: Float[Tensor, "rows d_in"], storage: Storage) -
     """Measure what rounding to 16 bits does to the variance: FVU of the rounding alone, and the worst dimension."""
     wide = x.double()
     variance = wide.var(0, correction=0).clamp_min(torch.finfo(torch.float64).tiny)
+    largest = float(x.abs().max())
     checks = []
-    for dtype in ("bfloat16", "float16"):
-        largest = float(x.abs().max())
+    for dtype, fix in _ADVICE.items():
         if dtype == "float16" and largest > FP16_MAX:
-            status: Status = "fail" if storage == dtype else "ok"
+            bad: Status = "fail"
             value = f"impossible: values up to {largest:.3g}, float16 ends at {FP16_MAX:.0f}"
-            checks.append(_storage(hook, dtype, status, value))
-            continue
-        error = (x.to(getattr(torch, dtype)).double() - wide).square().mean(0)
-        fvu, worst = float(error.sum() / variance.sum()), error / variance
-        dim = int(worst.argmax())
-        value = f"costs fvu {fvu:.2g}; worst dimension {dim}: {float(worst[dim]):.2g}"
-        status = "warn" if storage == dtype and fvu > ROUNDING_FVU else "ok"
-        checks.append(_storage(hook, dtype, status, value))
+        else:
+            error = (x.to(getattr(torch, dtype)).double() - wide).square().mean(0)
+            fvu, worst = float(error.sum() / variance.sum()), error / variance
+            dim = int(worst.argmax())
+            value = f"costs fvu {fvu:.2g}; worst dimension {dim}: {float(worst[dim]):.2g}"
+            bad = "warn" if fvu > ROUNDING_FVU else "ok"
+        wanted = storage == dtype and bad != "ok"
+        name = f"{dtype} at {hook}"
+        checks.append(Check(name, bad, value, fix) if wanted else Check(name, "ok", value))
     return checks
-
-
-def _storage(hook: str, dtype: str, status: Status, value: str) -> Check:
-    return Check(f"{dtype} at {hook}", status, value, _ADVICE[dtype] if status != "ok" else "")
-
-
-def _spread_text(s: Spread) -> str:
-    return (
-        f"dimension {s.top_dim} holds {100 * s.top_share:.3g} %, {s.largest_over_median:,.0f} x the "
-        f"median; {s.effective:.0f} dimensions matter"
-    )
 
 
 # Do the numbers fit together: widths, k, groups, the text's length?
@@ -199,12 +199,10 @@ def check_member(hook: str, d_in: int, member: MemberConfig) -> Check:
         return Check(name, "fail", str(error).removeprefix("SAE: "), "change --k or --d-sae")
     k = getattr(cfg.activation, "k", None)
     shown = f"{d_in} -> {cfg.d_sae} latents, {cfg.activation.kind}" + (f", k {k}" if k else "")
+    fix = f"fewer latents than dimensions; {8 * d_in} is common" if cfg.d_sae < d_in else ""
     if k is not None and k >= d_in:
         fix = f"choose k well below {d_in}; {k} latents can carry any vector of that width"
-        return Check(name, "warn", shown, fix)
-    if cfg.d_sae < d_in:
-        return Check(name, "warn", shown, f"fewer latents than dimensions; {8 * d_in} is common")
-    return Check(name, "ok", shown)
+    return warned(name, shown, fix)
 
 
 def check_text(have: int, wanted: int, whole: bool) -> Check:
@@ -214,7 +212,7 @@ def check_text(have: int, wanted: int, whole: bool) -> Check:
         return Check("text", "fail", "no text in it", "give a file with text")
     if whole and have < wanted:
         fix = f"{wanted:,} are wanted: give more text or lower --tokens (training repeats rows)"
-        return Check("text", "warn", about, fix)
+        return warned("text", about, fix)
     return Check("text", "ok", f"{about} for the {wanted:,} wanted")
 
 
@@ -264,17 +262,11 @@ def probe_model(
         hook: value.float().cpu() for hook, value in capture(ids.to(where), mask.to(where)).items()
     }
     speed = ids.numel() / (time.perf_counter() - start)
-    return Probe(x, _kept(cfg, language, ids, mask, x), speed)
-
-
-def _kept(
-    cfg: HarvestConfig, language: LanguageModel, ids: Tensor, mask: Tensor, x: dict[str, Tensor]
-) -> Bool[Tensor, "batch seq"]:
     rule = SkipRule(cfg, language.tokenizer.all_special_ids)
     reasons = rule.by_token(ids, mask).flatten()
     norms = {hook: value.flatten(0, 1).norm(dim=1).nan_to_num(0.0) for hook, value in x.items()}
     rule.calibrate(norms, reasons)
-    return (rule.by_norm(norms, reasons) == KEPT).view(ids.shape)
+    return Probe(x, (rule.by_norm(norms, reasons) == KEPT).view(ids.shape), speed)
 
 
 def text_size(
@@ -299,11 +291,3 @@ def text_size(
         tokens = sum(len(ids) for ids in language.tokenizer(sample, verbose=False)["input_ids"])
         given += int(chars * tokens / taken)
     return TextSize(int(given * (1 - cfg.heldout_fraction)), whole, lines)
-
-
-def adds_bos(language: LanguageModel) -> str | None:
-    """Return the begin-of-text token that the tokenizer puts before any text, or None."""
-    tokenizer = language.tokenizer
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return str(tokenizer.bos_token) if bos is not None and ids and ids[0] == bos else None

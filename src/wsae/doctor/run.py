@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.capture import Capture, tokens
-from wsae.acts.config import HarvestConfig, LiveConfig
+from wsae.acts.config import HarvestConfig
 from wsae.acts.hookpoints import SEES_LATER, HookPoint, Probed
 from wsae.acts.hookpoints import probe as probe_hooks
 from wsae.acts.language import LanguageModel, load_language, locate
@@ -18,14 +18,14 @@ from wsae.acts.source import StoreSource, open_source
 from wsae.acts.store import Store
 from wsae.acts.text import told
 from wsae.acts.tokens import TokenTable
-from wsae.core.artifact import MANIFEST, read_manifest
+from wsae.core.artifact import MANIFEST, kind_of, read_manifest
 from wsae.core.errors import UserError, named, understood
-from wsae.core.files import read_json
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.doctor import cost, probe
 from wsae.doctor.config import DoctorConfig
-from wsae.doctor.probe import Check, report
-from wsae.train.config import FEW_STEPS, MemberConfig, TrainConfig
+from wsae.doctor.probe import Check, report, warned
+from wsae.run import EVALUATION_PART, Run
+from wsae.train.config import FEW_STEPS
 
 # The planned SAEs: do their shapes fit, and what will they take of memory and time?
 
@@ -42,20 +42,9 @@ def check_shapes(cfg: DoctorConfig, widths: dict[str, int]) -> list[Check]:
     checks: list[Check] = []
     for hook, d_in in widths.items():
         checks.append(probe.check_width(hook, d_in, cfg.d_in))
-        forms = {
-            m.sae_config(d_in).model_dump_json() if _fits(m, d_in) else str(m.activation): m
-            for m in cfg.train.members
-        }
-        checks += [probe.check_member(hook, d_in, member) for member in forms.values()]
+        found = (probe.check_member(hook, d_in, member) for member in cfg.train.members)
+        checks += dict.fromkeys(found)  # members of one form say the same
     return checks
-
-
-def _fits(member: MemberConfig, d_in: int) -> bool:
-    try:
-        member.sae_config(d_in)
-    except UserError:
-        return False
-    return True
 
 
 def check_costs(
@@ -69,9 +58,24 @@ def check_costs(
     `rows` is how many rows the statistics will see.
     """
     widths = [x.shape[1] for x in sample.values()]
-    if not widths or not all(_fits(m, d) for m in cfg.train.members for d in widths):
+    try:
+        saes = [m.sae_config(d) for d in widths for m in cfg.train.members]
+    except UserError:
         return []
-    checks = [_check_memory(cfg, widths, live)]
+    if not saes:
+        return []
+    held = cost.held_memory(cfg.device)
+    # a live model's first block exists twice: as the rows behind the statistics, and in the block
+    mixing = 2 * 4 * live.mixed_rows * sum(widths) if live else 0
+    need = cost.memory(
+        saes,
+        [cost.kernels_of(cfg.train.kernels, cfg.device, sae) for sae in saes],
+        cfg.train.batch_size,
+        bf16=cfg.train.dtype == "bfloat16",
+        together=min(torch.get_num_threads(), len(cfg.train.members)),
+    )
+    need = need._replace(held=int(held), rows=mixing)
+    checks = [cost.check_memory(need, cost.free_memory(cfg.device) + held)]
     finite = all(bool(torch.isfinite(x).all()) for x in sample.values())
     if checks[0].status == "fail" or not finite:
         return checks
@@ -85,22 +89,6 @@ def check_costs(
     return [*checks, cost.check_time(cfg.train, per_step, live and live.tokens_per_s)]
 
 
-def _check_memory(cfg: DoctorConfig, widths: list[int], live: LiveCost | None) -> Check:
-    saes = [m.sae_config(d) for d in widths for m in cfg.train.members]
-    held = cost.held_memory(cfg.device)
-    # a live model's first block exists twice: as the rows behind the statistics, and in the block
-    mixing = 2 * 4 * live.mixed_rows * sum(widths) if live else 0
-    need = cost.memory(
-        saes,
-        [cost.kernels_of(cfg.train.kernels, cfg.device, sae) for sae in saes],
-        cfg.train.batch_size,
-        bf16=cfg.train.dtype == "bfloat16",
-        together=min(torch.get_num_threads(), len(cfg.train.members)),
-    )
-    need = need._replace(held=int(held), rows=mixing)
-    return cost.check_memory(need, cost.free_memory(cfg.device) + held)
-
-
 # The pre-flight of a language model, its text and its hook points; a store's rows against its
 # model's.
 
@@ -110,7 +98,16 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     checks = [cost.check_versions(), cost.check_device(cfg.device)]
     language = load_language(harvest.model, harvest.dtype, cfg.device)
     tick(1)
-    checks += [_check_weights(language), _check_bos(language), *_check_text(harvest, language)]
+    lacking = named(language.not_loaded)
+    checks += [_check_weights(lacking, "a hook or a prediction that depends on them is refused")]
+    tokenizer = language.tokenizer
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id is not None and ids and ids[0] == tokenizer.bos_token_id
+    said = f"adds {tokenizer.bos_token}; the mask drops it" if bos else "adds none"
+    checks.append(Check("begin-of-text token", "ok", f"the tokenizer {said}"))
+    have = probe.text_size(harvest, language)
+    checks.append(probe.check_text(have.tokens, harvest.tokens, have.whole))
+    checks += [Check("text", "warn", line) for line in have.told]
     try:
         probed = probe_hooks(language.model, harvest.hooks, tokens(harvest.seq_len))
     except UserError as error:
@@ -124,8 +121,8 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     for hook in hooks:
         checks += _check_hook(cfg, harvest, look, hook)
     rows = {hook.name: look.rows(hook.name) for hook in hooks}
-    mixed = min(LiveConfig().shuffle_tokens, harvest.tokens)
-    behind_stats = min(LiveConfig().stats_tokens, harvest.tokens)
+    mixed = min(cfg.mixing.shuffle_tokens, harvest.tokens)
+    behind_stats = min(cfg.mixing.stats_tokens, harvest.tokens)
     checks += check_costs(cfg, rows, behind_stats, LiveCost(look.tokens_per_s, mixed))
     need = cost.store_bytes(harvest, [hook.d_in for hook in hooks])
     tick(1)
@@ -146,11 +143,8 @@ def check_probed(probed: Probed, seq_len: int) -> list[Check]:
         checks.append(Check("later tokens", "ok", "no row depends on them (the model is causal)"))
     beyond = [note for note in probed.notes if note != SEES_LATER]
     shown = "no table of positions" if probed.limit is None else f"{probed.limit} in its table"
-    if beyond:
-        checks.append(Check("positions", "warn", beyond[0], "lower --seq-len"))
-    else:
-        checks.append(Check("positions", "ok", f"{shown}, sequences of {seq_len}"))
-    return checks
+    shown = beyond[0] if beyond else f"{shown}, sequences of {seq_len}"
+    return [*checks, warned("positions", shown, "lower --seq-len" if beyond else "")]
 
 
 AGREES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -225,25 +219,10 @@ def _differences(
     return checks
 
 
-def _check_weights(language: LanguageModel) -> Check:
-    lacking = language.not_loaded
+def _check_weights(lacking: str, fix: str) -> Check:
     if not lacking:
         return Check("weights", "ok", "all are in the model's files")
-    fix = "a hook or a prediction that depends on them is refused"
-    return Check("weights", "warn", f"not in the model's files: {named(lacking)}", fix)
-
-
-def _check_bos(language: LanguageModel) -> Check:
-    bos = probe.adds_bos(language)
-    if bos is None:
-        return Check("begin-of-text token", "ok", "the tokenizer adds none")
-    return Check("begin-of-text token", "ok", f"the tokenizer adds {bos}; the mask drops it")
-
-
-def _check_text(harvest: HarvestConfig, language: LanguageModel) -> list[Check]:
-    have = probe.text_size(harvest, language)
-    enough = probe.check_text(have.tokens, harvest.tokens, have.whole)
-    return [enough, *(Check("text", "warn", line) for line in have.told)]
+    return Check("weights", "warn", f"not in the model's files: {lacking}", fix)
 
 
 def _check_hook(
@@ -280,7 +259,7 @@ def examine(cfg: DoctorConfig, progress: Progress = quiet) -> dict[str, Any]:
         with progress("doctor", 4, "stages") as tick:
             return report(cfg.harvest.model, examine_model(cfg, cfg.harvest, tick))
     assert cfg.data is not None, "a subject: harvest or data"
-    look = _examine_run if _is_run(cfg.data) else examine_data
+    look = _examine_run if kind_of(Path(cfg.data)) == "run" else examine_data
     return report(cfg.data, look(cfg, cfg.data, progress)) | {"on_disk": True}
 
 
@@ -295,14 +274,9 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
         stats = source.stats(progress)
     except UserError as error:
         return [*checks, Check("data", "fail", str(error))]
-    rows = source.n_rows or 0
-    status = "warn" if rows < cfg.train.batch_size else "ok"
-    fix = (
-        f"fewer than one batch of {cfg.train.batch_size}: lower --batch-size"
-        if status == "warn"
-        else ""
-    )
-    checks.append(Check("data", status, f"{rows:,} training rows, all values finite", fix))
+    rows, batch_size = source.n_rows or 0, cfg.train.batch_size
+    few = f"fewer than one batch of {batch_size}: lower --batch-size" if rows < batch_size else ""
+    checks.append(warned("data", f"{rows:,} training rows, all values finite", few))
     if isinstance(source, StoreSource):
         checks += check_store(source.store, cfg.device)
     checks += check_shapes(cfg, source.hooks)
@@ -311,7 +285,12 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
     for hook, x in batch.items():
         gammas = [member.gamma for member in cfg.train.members]
         variance = stats[hook].kept.variance
-        checks += [probe.check_constant(hook, variance), _check_norms(hook, x)]
+        norm = x.double().norm(dim=1)
+        ratio = float(norm.max()) / max(float(norm.median()), 1e-300)
+        sinks = ratio > probe.SINK_RATIO
+        fix = "attention sinks are among them: harvest with --sink-norm-ratio 10" if sinks else ""
+        norms = warned(f"norms at {hook}", f"the largest is {ratio:.3g} x the median", fix)
+        checks += [probe.check_constant(hook, variance), norms]
         checks += probe.check_outliers(hook, variance, gammas)
         checks += probe.check_rounding(hook, x, "float32")
     return checks + check_costs(cfg, batch, rows, None)
@@ -319,51 +298,32 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
 
 def check_store(store: Store, device: str) -> list[Check]:
     """Return what can be wrong in a store: how it was made, its rows, its tokens, its halves."""
-    checks = [_check_made(store)]
+    made, probed = f"wsae {store.manifest.wsae_version}", "probe" in store.info or store.of_images
+    if not probed:
+        made += ", which did not probe its hooks: order and repeatability were taken on trust"
+    trust = "" if probed else "trust it where its rows agree with the model's"
+    checks = [warned("made by", made, trust)]
     if lacking := store.info.get("not_loaded"):
-        named = ", ".join(map(str, lacking)) if isinstance(lacking, list) else str(lacking)
-        fix = "get the whole checkpoint and harvest again"
-        checks.append(Check("weights", "warn", f"not in the model's files: {named}", fix))
+        names = ", ".join(map(str, lacking)) if isinstance(lacking, list) else str(lacking)
+        checks.append(_check_weights(names, "get the whole checkpoint and harvest again"))
     if store.of_images:
         return checks
 
     checks += compare_rows(store, device)
     table = store.tokens("heldout") if store.n_rows["heldout"] else store.tokens("train")
     assert table is not None, "a store of text"
-    checks.append(_check_texts(table))
+    ids, counts = np.unique(_flat(table), return_counts=True)
+    broken = [n for i, n in zip(ids, counts, strict=True) if "\ufffd" in table.decode([int(i)])[0]]
+    share = 100 * sum(broken) / max(1, int(counts.sum()))
+    fix = "an older wsae wrote characters split over tokens so; harvest again to read them"
+    shown = f"{share:.2g} % read as U+FFFD" if share else "no U+FFFD in them"
+    checks.append(warned("token texts", shown, fix if share else ""))
     if "text" not in store.info:
         value = "made by an older wsae, which did not count what it left out of the text"
         older = Check("text", "warn", value, "harvest again to know")
         return [*checks, older, *_check_documents(store)]
     with understood(store.path / MANIFEST):
         return [*checks, *(Check("text", "warn", line) for line in told(store.info["text"]))]
-
-
-def _check_made(store: Store) -> Check:
-    version = store.manifest.wsae_version
-    if "probe" in store.info or store.of_images:
-        return Check("made by", "ok", f"wsae {version}")
-    value = f"wsae {version}, which did not probe its hooks: order and repeatability were taken on trust"
-    return Check("made by", "warn", value, "trust it where its rows agree with the model's")
-
-
-def _check_norms(hook: str, x: Float[Tensor, "rows d_in"]) -> Check:
-    norm = x.double().norm(dim=1)
-    ratio = float(norm.max()) / max(float(norm.median()), 1e-300)
-    if ratio > probe.SINK_RATIO:
-        fix = "attention sinks are among them: harvest with --sink-norm-ratio 10"
-        return Check(f"norms at {hook}", "warn", f"the largest is {ratio:.3g} x the median", fix)
-    return Check(f"norms at {hook}", "ok", f"the largest is {ratio:.3g} x the median")
-
-
-def _check_texts(table: TokenTable) -> Check:
-    ids, counts = np.unique(_flat(table), return_counts=True)
-    broken = [n for i, n in zip(ids, counts, strict=True) if "\ufffd" in table.decode([int(i)])[0]]
-    share = sum(broken) / max(1, int(counts.sum()))
-    if share:
-        fix = "an older wsae wrote characters split over tokens so; harvest again to read them"
-        return Check("token texts", "warn", f"{100 * share:.2g} % read as U+FFFD", fix)
-    return Check("token texts", "ok", "no U+FFFD in them")
 
 
 def _check_documents(store: Store) -> list[Check]:
@@ -379,10 +339,8 @@ def _check_documents(store: Store) -> list[Check]:
     seen = set(halves[0])
     both = sum(start in seen for start in halves[1])
     value = f"{both} of {len(halves[1])} held-out ones begin like one that is trained on"
-    if both > 0.01 * len(halves[1]):
-        fix = "scores on them are of seen text: remove duplicates from the text and harvest again"
-        return [Check(name, "warn", value, fix)]
-    return [Check(name, "ok", value)]
+    fix = "scores on them are of seen text: remove duplicates from the text and harvest again"
+    return [warned(name, value, fix if both > 0.01 * len(halves[1]) else "")]
 
 
 def _flat(table: TokenTable) -> np.ndarray:
@@ -408,38 +366,24 @@ def _beginnings(table: TokenTable | None) -> list[bytes]:
     return [flat[start : start + _BEGINNING].tobytes() for start in starts[long]]
 
 
-def _is_run(path: str) -> bool:
-    place = Path(path) / MANIFEST
-    data = read_json(place) if place.is_file() else None
-    return isinstance(data, dict) and data.get("kind") == "run"
-
-
 def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check]:
     """Check a run: its files, how long it was trained, the data it is of, and what its evaluation says."""
     checks = [cost.check_versions(), cost.check_device(cfg.device)]
     try:
         manifest = read_manifest(path, "run")
-        config = read_json(Path(path) / "config.json")
-        with understood(Path(path) / "config.json"):
-            train = TrainConfig.parse(config["train"], where=str(Path(path) / "config.json"))
-            source = dict(config.get("source") or {})
+        run = Run(path)
+        train, source = run.config, run.source
     except UserError as error:
         return [*checks, Check("run", "fail", str(error))]
     checks.append(Check("run", "ok", f"whole, made by wsae {manifest.wsae_version}"))
-    checks.append(_check_steps(train))
+    assert isinstance(train, TrainConfig), "one SAE alone is not examined as a run"
+    value = f"{train.steps:,} of {train.batch_size:,} rows"
+    fix = "hardly trained: give more --tokens, or a smaller --batch-size"
+    checks.append(warned("steps", value, fix if train.steps < FEW_STEPS else ""))
     data = _run_data(cfg, source, progress)
     checks += data
     sees_later = any(check.name == "later tokens" and check.status == "warn" for check in data)
-    return checks + _check_evaluation(Path(path), sees_later)
-
-
-def _check_steps(train: TrainConfig) -> Check:
-    value = f"{train.steps:,} of {train.batch_size:,} rows"
-    if train.steps < FEW_STEPS:
-        return Check(
-            "steps", "warn", value, "hardly trained: give more --tokens, or a smaller --batch-size"
-        )
-    return Check("steps", "ok", value)
+    return checks + _check_evaluation(run, sees_later)
 
 
 def _run_data(cfg: DoctorConfig, source: dict[str, Any], progress: Progress) -> list[Check]:
@@ -459,16 +403,16 @@ def _run_data(cfg: DoctorConfig, source: dict[str, Any], progress: Progress) -> 
     return checks + (check_store(data.store, cfg.device) if isinstance(data, StoreSource) else [])
 
 
-def _check_evaluation(run: Path, sees_later: bool) -> list[Check]:
+def _check_evaluation(run: Run, sees_later: bool) -> list[Check]:
     """Find cross-entropies of a model that reads the token it is asked for."""
-    place = run / "evaluation" / "evaluation.json"
-    if not sees_later or not place.is_file():
+    if not sees_later or not run.has(EVALUATION_PART):
         return []
-    record = read_json(place)
-    with understood(place):
-        members = [m for hook in record["hooks"].values() for m in hook["members"].values()]
-        wrong = any("ce_clean" in member["metrics"] for member in members)
-    if not wrong:
+    try:
+        hooks = run.evaluation.hooks.values()
+    except UserError as error:
+        return [Check("evaluation", "fail", str(error))]
+    members = (member for hook in hooks for member in hook.members.values())
+    if not any("ce_clean" in member.metrics for member in members):
         return [Check("evaluation", "ok", "no next-token cross-entropy in it")]
     value = "has a next-token cross-entropy, of a model that reads that token"
-    return [Check("evaluation", "fail", value, f"evaluate again: wsae evaluate {run}")]
+    return [Check("evaluation", "fail", value, f"evaluate again: wsae evaluate {run.path}")]

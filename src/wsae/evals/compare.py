@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsae.core.artifact import MANIFEST, read_manifest
+from wsae.core.artifact import EVALUATION
 from wsae.core.errors import UserError, understood
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
@@ -228,12 +228,9 @@ def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comp
 def read_evaluation(run: Path) -> Evaluated:
     """Read RUN/evaluation; raises UserError when it is missing, cut or altered."""
     path = run / EVALUATION_PART
-    if (run / MANIFEST).is_file():
-        read_manifest(run, "run", verify=False)
-    if run.is_dir() and not path.is_dir():
-        raise UserError(f"{run}: has not been evaluated; run: wsae evaluate {run}")
-    read_manifest(path, "evaluation", verify=False)
     opened = Run(run)
+    if opened.finished:
+        opened.manifest  # noqa: B018  (an altered one is refused)
     record, tensors = opened.evaluation_record, opened.arrays
     if not tensors:
         raise UserError(f"{path}: has no {ARRAYS}; run: wsae evaluate {run}")
@@ -242,7 +239,7 @@ def read_evaluation(run: Path) -> Evaluated:
         for key, value in tensors.items():
             hook, member, name = key.split("|")
             arrays.setdefault(hook, {}).setdefault(member, {})[name] = value.numpy()
-    with understood(path / "evaluation.json"):
+    with understood(path / EVALUATION):
         hooks = record["hooks"]
         data = {hook: entry["data"] for hook, entry in hooks.items()}
         matching = {

@@ -85,11 +85,15 @@ def spliced_losses(
     with progress("splice", sum(len(s.ids) for s in sequences), "tokens") as tick:
         for sequence in sequences:
             at_once = max_logits // (vocabulary * len(sequence.ids)) if vocabulary else 1
-            splice = _Splice(model, hook, sequence, max(1, at_once))
-            rows.append(splice.losses([None, *variants.values()]))
+            rows.append(_losses(model, hook, sequence, [*variants.values()], max(1, at_once)))
             tick(len(sequence.ids))
     sums = torch.stack(rows) if rows else torch.zeros(0, 2, 1 + len(variants), dtype=torch.float64)
-    _check_finite(sums, ["clean", *variants])
+    bad = (~sums.isfinite()).any(1).any(0).nonzero()[:, 0].tolist()
+    if bad:
+        raise UserError(
+            f"the model's loss is NaN or infinite with {['clean', *variants][bad[0]]} in place; "
+            "run the model in float32 or bfloat16"
+        )
     names = list(enumerate(variants, start=1))
     return SplicedLosses(
         torch.tensor([s.seq for s in sequences], dtype=torch.int64),
@@ -101,51 +105,42 @@ def spliced_losses(
     )
 
 
-def _check_finite(sums: Float64[Tensor, "n_seq 2 variants"], names: list[str]) -> None:
-    bad = (~sums.isfinite()).any(1).any(0).nonzero()[:, 0].tolist()
-    if bad:
-        raise UserError(
-            f"the model's loss is NaN or infinite with {names[bad[0]]} in place; "
-            "run the model in float32 or bfloat16"
-        )
+def _losses(
+    model: nn.Module,
+    hook: HookPoint,
+    sequence: SplicedSequence,
+    variants: list[Replace],
+    at_once: int,
+) -> Float64[Tensor, "2 variants_and_clean"]:
+    """Return [cross-entropy; KL from the clean pass] of one sequence, untouched and under each variant."""
+    device = next(model.parameters()).device
+    ids, kept = sequence.ids.to(device), sequence.kept.to(device)
+    scored = sequence.target[1:].nonzero()[:, 0].to(device)
+    targets = ids[scored + 1]
+    columns: list[Tensor] = []
+    clean: Tensor | None = None
+    for start in range(0, 1 + len(variants), at_once):
+        group = [None, *variants][start : start + at_once]
+        logits = run_variants(model, hook, ids, kept, group)
+        clean = logits[0, scored] if clean is None else clean
+        columns += [_compare(clean, row[scored], targets) for row in logits]
+    return torch.stack(columns, dim=1)
 
 
-class _Splice:
-    """The variants of one sequence."""
-
-    def __init__(
-        self, model: nn.Module, hook: HookPoint, sequence: SplicedSequence, at_once: int
-    ) -> None:
-        self.model, self.hook, self.sequence = model, hook, sequence
-        self.device = next(model.parameters()).device
-        self.at_once = at_once
-        self.scored = sequence.target[1:].nonzero()[:, 0].to(self.device)
-        self.targets = sequence.ids.to(self.device)[self.scored + 1]
-
-    def losses(self, variants: list[Replace | None]) -> Float64[Tensor, "2 variants"]:
-        """Return [cross-entropy; KL from the first variant] of each variant."""
-        ids, kept = self.sequence.ids.to(self.device), self.sequence.kept.to(self.device)
-        columns: list[Tensor] = []
-        clean: Tensor | None = None
-        for start in range(0, len(variants), self.at_once):
-            group = variants[start : start + self.at_once]
-            logits = run_variants(self.model, self.hook, ids, kept, group)
-            clean = logits[0, self.scored] if clean is None else clean
-            columns += [self._compare(clean, row[self.scored]) for row in logits]
-        return torch.stack(columns, dim=1)
-
-    def _compare(
-        self, clean: Float[Tensor, "scored vocabulary"], other: Float[Tensor, "scored vocabulary"]
-    ) -> Float64[Tensor, " 2"]:
-        total = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(self.targets), _ROWS):
-            span = slice(start, start + _ROWS)
-            log_q = other[span].float().log_softmax(-1)
-            log_p = clean[span].float().log_softmax(-1)
-            ce = -log_q.gather(1, self.targets[span, None])
-            kl = (log_p.exp() * (log_p - log_q)).sum(1)
-            total += torch.stack([ce.double().sum(), kl.double().sum()]).cpu()
-        return total
+def _compare(
+    clean: Float[Tensor, "scored vocabulary"],
+    other: Float[Tensor, "scored vocabulary"],
+    targets: Int64[Tensor, " scored"],
+) -> Float64[Tensor, " 2"]:
+    """Return the sums over the scored tokens of cross-entropy and KL(p_clean || p_other)."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for span in (slice(at, at + _ROWS) for at in range(0, len(targets), _ROWS)):
+        log_q = other[span].float().log_softmax(-1)
+        log_p = clean[span].float().log_softmax(-1)
+        ce = -log_q.gather(1, targets[span, None])
+        kl = (log_p.exp() * (log_p - log_q)).sum(1)
+        total += torch.stack([ce.double().sum(), kl.double().sum()]).cpu()
+    return total
 
 
 def run_variants(
@@ -191,10 +186,6 @@ def _shared_vocabulary(model: nn.Module, hook: HookPoint, ids: Int64[Tensor, " l
     return plain.shape[-1] if float((wide - plain).abs().max()) <= tolerance else 0
 
 
-# Cross-entropy and KL of every member of a hook, as per-sequence arrays (the measuring is in
-# `downstream`).
-
-
 def splice_sequences(tokens: TokenTable, cfg: EvalConfig) -> list[int]:
     """Return the sequences to splice: about splice_tokens tokens, evenly spread over the held-out data."""
     n_seq, seq_len = tokens.ids.shape
@@ -216,9 +207,16 @@ def splice_arrays(
     Beside the members, kept positions are set to zero and to the held-out mean: the two ablations. Of a model that sees
     later tokens there is no cross-entropy of the next token, which it reads; only KL.
     """
+
+    def reconstruction(sae: SparseAutoencoder) -> Replace:
+        return lambda x: sae(x.to(sae.W_dec.device)).to(x.device)
+
     constant = mean.float()
-    variants: dict[str, Replace] = {"zero": torch.zeros_like, "mean": _constant(constant)}
-    variants |= {f"sae {name}": _reconstruction(sae) for name, sae in saes.items()}
+    variants: dict[str, Replace] = {
+        "zero": torch.zeros_like,
+        "mean": lambda x: constant.to(x.device).expand_as(x),
+    }
+    variants |= {f"sae {name}": reconstruction(sae) for name, sae in saes.items()}
     losses = spliced_losses(
         language.model, probed.hooks[0], sequences, variants, cfg.splice_logits, progress
     )
@@ -244,11 +242,3 @@ def token_sequences(
         target = ~torch.isin(ids, torch.tensor(special, dtype=torch.int64))
         out.append(SplicedSequence(seq, ids, kept.mask(seq, len(ids)), target))
     return out
-
-
-def _constant(mean: Float[Tensor, " d_in"]) -> Replace:
-    return lambda x: mean.to(x.device).expand_as(x)
-
-
-def _reconstruction(sae: SparseAutoencoder) -> Replace:
-    return lambda x: sae(x.to(sae.W_dec.device)).to(x.device)

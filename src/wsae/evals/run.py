@@ -1,11 +1,9 @@
 """Evaluate a training run on held-out data into RUN/evaluation, or one SAE on an array."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +14,20 @@ from wsae.acts.hookpoints import SEES_LATER, probe
 from wsae.acts.loading import PREDICTS_NOTHING, predictions
 from wsae.acts.source import as_path, is_folder_of_arrays, open_source
 from wsae.acts.tokens import TokenTable
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import (
+    ARRAYS,
+    CONFIG,
+    CONTEXTS_FILE,
+    EVALUATION,
+    EVALUATION_PART,
+    GAMMA_FILE,
+    MANIFEST,
+    THUMBNAILS_FILE,
+    write_manifest,
+)
 from wsae.core.calls import own_settings
-from wsae.core.errors import UserError, understood
-from wsae.core.files import locked, write_json
+from wsae.core.errors import UserError
+from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.compare import ComparedMember, compare_members, member_metrics
@@ -31,21 +39,10 @@ from wsae.evals.downstream import splice_arrays, splice_sequences, token_sequenc
 from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
-from wsae.run import (
-    ARRAYS,
-    CONFIG,
-    CONTEXTS_FILE,
-    EVALUATION_PART,
-    GAMMA_FILE,
-    THUMBNAILS_FILE,
-    Json,
-    Run,
-)
+from wsae.run import SINGLE, Run
 from wsae.sae import SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.run import load_run
 
-EVALUATION = "evaluation.json"
 Show = Callable[[Context], Json]
 
 
@@ -126,7 +123,7 @@ def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Jso
     lines = [line for a, b in pairs for line in compare_members(sides[a], sides[b], cfg)]
     matching = {m: {"with": family.twins[m], **f.summary()} for m, f in found.matching.items()}
     record = {"data": data_digest(found), "members": members, "comparisons": lines}
-    return _no_nan(record | {"matching": matching})
+    return finite(record | {"matching": matching})
 
 
 def data_digest(found: Measured) -> str:
@@ -190,15 +187,6 @@ def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json
     }
 
 
-def _no_nan(value: Any) -> Any:
-    """Replace NaN and infinities by null: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _no_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_no_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @own_settings()
 def evaluate(
     sae: SparseAutoencoder,
@@ -250,6 +238,7 @@ def evaluate_run(
     cfg: EvalConfig = EvalConfig(),  # noqa: B008  (frozen)
     behind: Language | Pictures | None = None,
     progress: Progress = quiet,
+    device: str = "cpu",
 ) -> Json:
     """Measure every member of a finished run and write RUN/evaluation; return the content of evaluation.json.
 
@@ -257,8 +246,12 @@ def evaluate_run(
     images (without them no latent has pictures). The directory is whole or has no manifest. Raises UserError when `run`
     is not a finished run, or does not fit the source.
     """
-    found = evaluate_families(run_subject(run), source, cfg, behind, progress)
-    notes = [*Run(run).config.doubts(), *doubts(found.record["hooks"])]
+    opened, subject = Run(run), run_subject(run, source)
+    for family in subject.values():
+        for sae in family.saes.values():
+            sae.to(device)
+    found = evaluate_families(subject, source, cfg, behind, progress)
+    notes = [*opened.config.doubts(), *doubts(found.record["hooks"])]
     if notes:
         found.record["notes"] = [*found.record.get("notes", []), *notes]
     out = run / EVALUATION_PART
@@ -268,30 +261,43 @@ def evaluate_run(
         write_json(out / CONTEXTS_FILE, found.contexts)
         save_tensors(out / ARRAYS, found.arrays)
         inputs = {
-            "run": read_manifest(run, "run", verify=False).digest(),
+            "run": opened.manifest.digest(),
             **{f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()},
         }
         files = [EVALUATION, CONTEXTS_FILE, ARRAYS]
         if found.thumbnails:
             write_json(out / THUMBNAILS_FILE, found.thumbnails)
             files.append(THUMBNAILS_FILE)
-        write_manifest(out, "evaluation", cfg.to_dict(), files, inputs=inputs)
+        info = {}
+        if opened.single:  # which knows no data of its own
+            described = getattr(source, "describe", dict)()
+            info = {"hook": next(iter(source.hooks)), "source": described}
+        write_manifest(out, EVALUATION_PART, cfg.to_dict(), files, inputs=inputs, info=info)
     return found.record
 
 
-def run_subject(run: Path) -> dict[str, EvaluatedSaes]:
-    """Return each hook's family of a finished run, each weighted member with its plain twin."""
-    loaded = load_run(run).saes  # the first to say what is wrong with a run
+def run_subject(run: Path, source: HeldOut | None = None) -> dict[str, EvaluatedSaes]:
+    """Return each hook's family of a finished run, each weighted member with its plain twin.
+
+    One SAE alone is put at the source's hook.
+    """
     opened = Run(run)
     train, gamma = opened.config, opened.gamma_record
-    if any(set(saes) != set(train.names()) for saes in loaded.values()):
+    if not isinstance(train, TrainConfig):
+        ((own, saes),) = opened.saes.items()
+        hook = own if source is None else next(iter(source.hooks))
+        plain = {"rule": "none"} if bool((saes[SINGLE].gamma == 1).all()) else {}
+        about = {"config": train.to_dict(), "gamma": gamma[own][SINGLE] or plain}
+        return {hook: EvaluatedSaes(saes, {}, {SINGLE: about})}
+    if any(set(saes) != set(train.names()) for saes in opened.saes.values()):
         raise UserError(f"{run / CONFIG}: names other members than the run has (altered)")
+    if opened.saes.keys() != gamma.keys():
+        raise UserError(f"{run / GAMMA_FILE}: is of other hooks than the run has (altered)")
     members = {n: m.to_dict() for n, m in zip(train.names(), train.members, strict=True)}
     out = {}
-    with understood(run / GAMMA_FILE):
-        for hook, saes in loaded.items():
-            about = {n: {"config": members[n], "gamma": gamma[hook].get(n)} for n in saes}
-            out[hook] = EvaluatedSaes(saes, find_twins(train), about)
+    for hook, saes in opened.saes.items():
+        about = {n: {"config": members[n], "gamma": gamma[hook].get(n)} for n in saes}
+        out[hook] = EvaluatedSaes(saes, find_twins(train), about)
     return out
 
 

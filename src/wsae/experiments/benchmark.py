@@ -9,14 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.experiments.presets import Preset, training
-from wsae.experiments.sweep.config import Method, TrainingConfig
+from wsae.experiments.engine import Reproduction
+from wsae.experiments.results import Row, Table, differences, mean_interval, select, series
+from wsae.experiments.sweep.config import Method, preset_training
 from wsae.experiments.sweep.run import (
     RANDOM,
     ROWS,
-    Row,
     Trial,
     read_rows,
     score_trials,
@@ -24,7 +23,6 @@ from wsae.experiments.sweep.run import (
     train_trials,
     write_rows,
 )
-from wsae.experiments.sweep.table import differences, mean_interval, select, series
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import make_activation
 from wsae.theory import geometry
@@ -36,7 +34,7 @@ from wsae.train.config import MemberConfig
 # paper's assumptions.
 
 
-class World(NamedTuple):
+class WorldKind(NamedTuple):
     """One kind of world: a recipe for W_p by seed, and how its features fire."""
 
     name: str
@@ -51,7 +49,7 @@ def mixed() -> Float[Tensor, "d_in n_features"]:
     return geometry.direct_sum(*blocks)
 
 
-def made_worlds(d_in: int, n: int) -> list[World]:
+def made_worlds(d_in: int, n: int) -> list[WorldKind]:
     """Return the worlds that need no toy model; all but `mixed` have n features of random unit directions."""
 
     def random(seed: int) -> Tensor:
@@ -68,21 +66,25 @@ def made_worlds(d_in: int, n: int) -> list[World]:
     family = {"structure": Hierarchical(children=4, given_parent=0.5)}
     blocks = FeatureConfig(n_features=29, sparsity=0.8)
     return [
-        World(
+        WorldKind(
             "mixed", "29 features in digons, triangles and single axes", lambda _: mixed(), blocks
         ),
-        World("random", "3 of n features active", random, base),
-        World("random, dense", "a fifth active", random, base.model_copy(update={"sparsity": 0.8})),
-        World(
+        WorldKind("random", "3 of n features active", random, base),
+        WorldKind(
+            "random, dense", "a fifth active", random, base.model_copy(update={"sparsity": 0.8})
+        ),
+        WorldKind(
             "zipf", "frequencies 1 / rank", random, base.model_copy(update={"rates": ZipfRates()})
         ),
-        World("correlated", "groups of 5 fire together", random, base.model_copy(update=crowd)),
-        World("hierarchical", "children need their parent", random, base.model_copy(update=family)),
-        World("uneven", "dimensions' scales span a decade", uneven, base),
+        WorldKind("correlated", "groups of 5 fire together", random, base.model_copy(update=crowd)),
+        WorldKind(
+            "hierarchical", "children need their parent", random, base.model_copy(update=family)
+        ),
+        WorldKind("uneven", "dimensions' scales span a decade", uneven, base),
     ]
 
 
-def trials(world: World, seeds: int, seed: int) -> list[Trial]:
+def trials(world: WorldKind, seeds: int, seed: int) -> list[Trial]:
     """Return one trial per seed: another W_p, other data, other initial weights."""
     return [
         Trial(
@@ -132,33 +134,40 @@ def benchmark_methods(d_sae: int, lr: float = 3e-3) -> list[Method]:
     return methods
 
 
-def run_benchmark(
-    preset: Preset,
-    out: Path,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: Progress = quiet,
-    say: Callable[[str], None] = lambda _: None,
-) -> tuple[dict[str, Any], list[Path]]:
+def run_benchmark(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
     """Train and score every method on every world; return the tables and the file with every SAE's scores."""
-    n, seeds, cfg = _size(preset)
-    toys = _toy_configs(n, seeds, seed, 60 if preset == "tiny" else 3000)
+    sizes = {"tiny": (30, 2, 20, 60), "small": (60, 3, 1000, 3000), "paper": (100, 3, 2000, 3000)}
+    n, seeds, steps, toy_steps = sizes[at.preset]
+    scored = {"unit_scale": True, "rows": 512 if at.preset == "tiny" else 2048}
+    cfg = preset_training(at.preset, steps=steps).model_copy(update=scored)
+    toys = [
+        ToyModelConfig(
+            features=FeatureConfig(n_features=n, sparsity=level),
+            d_in=20,
+            steps=toy_steps,
+            lr=2e-3,
+            decay=0.5,
+            seed=at.seed + s,
+        )
+        for level in _TOY
+        for s in range(seeds)
+    ]
     settings = {
         "training": cfg.to_dict(),
         "methods": [method.to_dict() for method in benchmark_methods(n)],
         "toys": [toy.to_dict() for toy in toys],
     }
-    place = out / "recovery"
+    place = at.out / "recovery"
     rows = read_rows(settings, place)
     if rows is None:
-        models = toy_models(toys, out / "toy-recovery", device, progress)
+        models = toy_models(toys, at.out / "toy-recovery", at.device, at.progress)
         rows = []
-        for group in _groups(models, n, seeds, seed):
+        for group in _groups(models, n, seeds, at.seed):
             width = group[0].features.n_features
             methods = benchmark_methods(width)
-            say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
-            trained = train_trials(group, methods, cfg, device, progress)
-            rows += score_trials(group, trained, cfg, progress)
+            at.say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
+            trained = train_trials(group, methods, cfg, at.device, at.progress)
+            rows += score_trials(group, trained, cfg, at.progress)
         write_rows(rows, settings, place)
     worlds = list(dict.fromkeys(row["world"] for row in rows))
     chosen = best_of_grid(rows)
@@ -167,45 +176,18 @@ def run_benchmark(
     return {"tables": tables, "saes": len(rows)}, [place / ROWS]
 
 
-def _size(preset: Preset) -> tuple[int, int, TrainingConfig]:
-    n, seeds, steps = {"tiny": (30, 2, 20), "small": (60, 3, 1000), "paper": (100, 3, 2000)}[preset]
-    base = training(preset, steps=steps)
-    rows = 512 if preset == "tiny" else 2048
-    return n, seeds, base.model_copy(update={"unit_scale": True, "rows": rows})
-
-
-def _toy_configs(n: int, seeds: int, seed: int, steps: int) -> list[ToyModelConfig]:
-    """Return one toy model per level and seed."""
-    return [
-        ToyModelConfig(
-            features=FeatureConfig(n_features=n, sparsity=level),
-            d_in=20,
-            steps=steps,
-            lr=2e-3,
-            decay=0.5,
-            seed=seed + s,
-        )
-        for level in _TOY
-        for s in range(seeds)
-    ]
-
-
 def _groups(models: ToyModels, n: int, seeds: int, seed: int) -> list[list[Trial]]:
     """Return the trials, those of one width together."""
-    wide = [
-        Trial(W_p, cfg.features, cfg.seed, _toy_labels(cfg, seed))
-        for W_p, cfg in zip(models.W_p, models.configs, strict=True)
-    ]
+    wide = []
+    for W_p, cfg in zip(models.W_p, models.configs, strict=True):
+        level = cfg.features.sparsity
+        labels = {"world": f"toy, S = {level:g}", "sparsity": level, "seed": cfg.seed - seed}
+        wide.append(Trial(W_p, cfg.features, cfg.seed, labels))
     narrow: list[Trial] = []
     for world in made_worlds(20, n):
         group = wide if world.features.n_features == n else narrow
         group += trials(world, seeds, seed)
     return [narrow, wide]
-
-
-def _toy_labels(cfg: ToyModelConfig, seed: int) -> dict[str, Any]:
-    level = cfg.features.sparsity
-    return {"world": f"toy, S = {level:g}", "sparsity": level, "seed": cfg.seed - seed}
 
 
 def best_of_grid(rows: Sequence[Row]) -> list[Row]:
@@ -223,7 +205,7 @@ def best_of_grid(rows: Sequence[Row]) -> list[Row]:
     return out
 
 
-def plain_table(rows: Sequence[Row], worlds: list[str], score: str) -> dict[str, Any]:
+def plain_table(rows: Sequence[Row], worlds: list[str], score: str) -> Table:
     """Return world x kind -> mean of a score without weights, with the untrained SAE and chance beside it."""
     header = ["world", *KINDS, RANDOM]
     table = []
@@ -237,7 +219,7 @@ def plain_table(rows: Sequence[Row], worlds: list[str], score: str) -> dict[str,
     return {"header": header, "rows": table}
 
 
-def rule_table(rows: Sequence[Row], worlds: list[str], score: str) -> dict[str, Any]:
+def rule_table(rows: Sequence[Row], worlds: list[str], score: str) -> Table:
     """Return world x (kind, rule) -> mean paired difference from the plain twin; * where its interval excludes 0."""
     rules = [rule for rule in RULES if rule != "plain"]
     header = ["world", "kind", *rules]
@@ -245,12 +227,10 @@ def rule_table(rows: Sequence[Row], worlds: list[str], score: str) -> dict[str, 
     for world in worlds:
         here = select(rows, world=world)
         for kind in KINDS:
-            cells = [_difference(here, world, kind, rule, score) for rule in rules]
+            cells = []
+            for rule in rules:
+                pair = (f"{kind} | {rule}", f"{kind} | plain")
+                found = differences(here, *pair, score, "world")[world]
+                cells.append(f"{found.value:+.3f}{'*' if found.sure else ''}")
             table.append([world, kind, *cells])
     return {"header": header, "rows": table}
-
-
-def _difference(rows: Sequence[Row], world: str, kind: str, rule: str, score: str) -> str:
-    found = differences(rows, f"{kind} | {rule}", f"{kind} | plain", score, "world")[world]
-    sure = found.low is not None and found.high is not None and found.low * found.high > 0
-    return f"{found.value:+.3f}{'*' if sure else ''}"

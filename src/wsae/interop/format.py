@@ -14,8 +14,8 @@ from torch import Tensor
 
 from wsae.core.errors import UserError, nearest
 from wsae.core.files import read_json
-from wsae.interop.config import FormatName, Provenance, SourceName
-from wsae.sae.config import SAEConfig
+from wsae.interop.config import FormatName, SourceName
+from wsae.sae.config import Provenance, SAEConfig
 from wsae.sae.model import SparseAutoencoder
 
 # Other tools' weights as an SAE of ours: every shape and value checked before anything is

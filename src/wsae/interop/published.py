@@ -25,7 +25,6 @@ from wsae.core.errors import UserError
 from wsae.core.npy import npz_arrays
 from wsae.core.tensors import load_tensors
 from wsae.core.torchfile import load_state
-from wsae.interop.config import Provenance
 from wsae.interop.format import (
     THROUGH_SAELENS,
     Foreign,
@@ -45,7 +44,7 @@ from wsae.interop.format import (
     take,
     whole,
 )
-from wsae.sae.config import SAEConfig
+from wsae.sae.config import Provenance, SAEConfig
 from wsae.sae.model import SparseAutoencoder
 
 NPZ, SAFE, CONFIG = "params.npz", "params.safetensors", "config.json"

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 from wsae.acts.names import among
 from wsae.acts.store import Store
-from wsae.core.artifact import MANIFEST, Manifest, check_file, read_manifest
+from wsae.core.artifact import CONFIG, EVALUATION_PART, MANIFEST, MEMBERS
 from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import read_json
 from wsae.core.hub import local_folder
-from wsae.interop.config import INDEX, Provenance
-from wsae.interop.convert import native_about
+from wsae.interop.config import INDEX
+from wsae.run import Run
+from wsae.sae.config import Provenance
 
 SCORES = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
 """The scores of an evaluation that travel with an SAE."""
@@ -43,8 +44,8 @@ def choose(
         if member or hook or every:
             raise UserError(f"{path}: is a single SAE; --member, --hook and --all belong to runs")
         return [Chosen(folder, "", about_sae(folder))]
-    manifest = read_manifest(folder, "run", verify=False)
-    members = _members_of(manifest, folder)
+    run = Run(folder)
+    members = run.members
     hook = among(hook, members) or hook if hook else None
     found = [
         (h, name)
@@ -63,29 +64,7 @@ def choose(
         raise UserError(
             f"{path}: {len(found)} SAEs fit ({shown}); choose with --member NAME and --hook HOOK, or take --all"
         )
-    for h, n in found:
-        _check(folder, manifest, f"members/{h}/{n}/{MANIFEST}")
-    return [
-        Chosen(folder / "members" / h / n, f"{h}/{n}", about_member(folder, h, n)) for h, n in found
-    ]
-
-
-def _members_of(manifest: Manifest, run: Path) -> dict[str, list[str]]:
-    """Return {hook: names} of a finished run; raises UserError where its manifest does not say."""
-    found = manifest.info.get("members")
-    if not isinstance(found, dict) or not all(isinstance(names, list) for names in found.values()):
-        raise UserError(
-            f"{run / MANIFEST}: does not list the run's members (altered); train it again"
-        )
-    return found
-
-
-def _check(folder: Path, manifest: Manifest, name: str) -> Path:
-    """Return a file of an artifact after comparing it with its record; raises UserError when it was altered."""
-    if name not in manifest.files:
-        raise UserError(f"{folder / MANIFEST}: does not list {name} (altered); make it again")
-    check_file(folder, name, manifest.files[name])
-    return folder / name
+    return [Chosen(run.place(h, n), f"{h}/{n}", about_member(run, h, n)) for h, n in found]
 
 
 def _kind(folder: Path, path: Path | str) -> str:
@@ -113,35 +92,33 @@ def _members(folder: Path) -> str:
 
 def about_sae(folder: Path) -> Provenance:
     """Return what is known about one SAE: its own words, else those of the run it lies in."""
-    own = native_about(folder)
-    if own != Provenance():
-        return own
+    alone = Run(folder)
+    if alone.provenance != Provenance():
+        measured = _scores(alone, *next((h, n) for h, (n,) in alone.members.items()))
+        known = {"metrics": measured} if measured else {}
+        return alone.provenance.model_copy(update=known)
     members = folder.resolve().parents[1] if len(folder.resolve().parents) > 2 else folder
     run = members.parent
-    if members.name == "members" and (run / MANIFEST).is_file():
+    if members.name == MEMBERS and (run / MANIFEST).is_file():
         return about_member(run, folder.resolve().parent.name, folder.resolve().name)
-    return own
+    return alone.provenance
 
 
-def about_member(run: Path, hook: str, name: str) -> Provenance:
+def about_member(run: Run | Path, hook: str, name: str) -> Provenance:
     """Return what a finished run records about one member: model, text, tokens, gamma, scores, digests."""
-    manifest = read_manifest(run, "run", verify=False)
-    config = read_json(_check(run, manifest, "config.json"))
-    with understood(run / "gamma.json"):
-        gamma = read_json(_check(run, manifest, "gamma.json")).get(hook, {}).get(name, {})
-        gamma = {key: gamma[key] for key in _GAMMA if gamma.get(key) is not None}
-    with understood(run / "evaluation" / "evaluation.json"):
-        metrics = _metrics(run, hook, name)
-    with understood(run / "config.json"):
+    opened = run if isinstance(run, Run) else Run(run)
+    manifest = opened.manifest
+    gamma = opened.gamma_record.get(hook, {}).get(name) or {}
+    with understood(opened.path / CONFIG):
         return Provenance(
             hook=hook,
             member=name,
-            tokens=config["train"]["tokens"],
-            gamma=gamma,
-            metrics=metrics,
+            tokens=opened.config.tokens,
+            gamma={key: gamma[key] for key in _GAMMA if gamma.get(key) is not None},
+            metrics=_scores(opened, hook, name),
             inputs={**manifest.inputs, "run": manifest.digest()},
             wsae_version=manifest.wsae_version,
-            **_source(config["source"]),
+            **_source(opened.source),
         )
 
 
@@ -185,11 +162,8 @@ def dataset_name(path: str) -> str:
     return Path(path).name if local else path
 
 
-def _metrics(run: Path, hook: str, name: str) -> dict[str, Any]:
-    folder = run / "evaluation"
-    if not (folder / MANIFEST).is_file():
-        return {}
-    manifest = read_manifest(folder, "evaluation", verify=False)
-    record = read_json(_check(folder, manifest, "evaluation.json"))
-    metrics = record["hooks"].get(hook, {}).get("members", {}).get(name, {}).get("metrics", {})
+def _scores(run: Run, hook: str, name: str) -> dict[str, Any]:
+    """Return a member's scores, where the run was evaluated."""
+    found = run.evaluation_record.get("hooks", {}) if run.has(EVALUATION_PART) else {}
+    metrics = found.get(hook, {}).get("members", {}).get(name, {}).get("metrics", {})
     return {key: metrics[key] for key in SCORES if key in metrics}

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from wsae.acts.names import hook_name
-from wsae.interop.config import Provenance
 from wsae.interop.format import named
+from wsae.sae.config import Provenance
 from wsae.sae.model import SparseAutoencoder
 
 

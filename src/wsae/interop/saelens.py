@@ -19,7 +19,6 @@ from wsae.acts.names import hook_name
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.interop.config import Provenance
 from wsae.interop.format import (
     Foreign,
     Format,
@@ -41,7 +40,7 @@ from wsae.interop.format import (
     unit_rows,
     whole,
 )
-from wsae.sae.config import ReLU, SAEConfig, TopK
+from wsae.sae.config import Provenance, ReLU, SAEConfig, TopK
 from wsae.sae.model import SparseAutoencoder
 
 VERSION = "6.54.12"

@@ -15,7 +15,6 @@ import torch
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.interop.config import Provenance
 from wsae.interop.format import (
     Foreign,
     Format,
@@ -31,7 +30,7 @@ from wsae.interop.format import (
     take,
     whole,
 )
-from wsae.sae.config import GroupTopK, SAEConfig, TopK
+from wsae.sae.config import GroupTopK, Provenance, SAEConfig, TopK
 from wsae.sae.model import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"

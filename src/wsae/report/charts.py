@@ -1,21 +1,20 @@
-"""The report's charts: what is drawn for one hook of a run. No figure is returned where data are missing."""
+"""The charts of a report and of the browser: what is drawn of one hook of a run, of one member, of one latent.
+
+Small inline SVG: axes, lines, steps, points. Colours are CSS classes (`s0`, ...) that follow the theme. All text is
+escaped; no scripts, no styles, no ids, so any number of charts fit on a page with a strict policy. No figure is
+returned where data are missing.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup, escape
 
-from wsae.report.rundata import RunData, finite, is_control
+from wsae.report.rundata import DensityForm, RunData, finite, is_control
 from wsae.report.words import number
 from wsae.run import Json
-
-# Small inline SVG charts: axes, lines, steps, points. Colours are CSS classes (`s0`, ...) that
-# follow the theme.
-#
-# All text is escaped; no scripts, no styles, no ids, so any number of charts fit on a page with a
-# strict policy.
 
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 30, 44
@@ -29,8 +28,8 @@ Real = int | float
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One axis: `low` and `high` in data units; values outside are drawn at the edge."""
+class Scale:
+    """One axis of a chart: `low` and `high` in data units; values outside are drawn at the edge."""
 
     label: str
     low: Real
@@ -40,11 +39,10 @@ class Axis:
 
     def unit(self, value: Real) -> float:
         """Map a value to [0, 1] along the axis."""
-        low, high, value = (self._scaled(v) for v in (self.low, self.high, value))
+        low, high, value = (
+            math.log10(max(v, 1e-300)) if self.log else v for v in (self.low, self.high, value)
+        )
         return float(min(1.0, max(0.0, (value - low) / (high - low))))
-
-    def _scaled(self, value: Real) -> Real:
-        return math.log10(max(value, 1e-300)) if self.log else value
 
     def marks(self) -> Sequence[tuple[Real, str]]:
         """Return (value, text) of the ticks."""
@@ -54,16 +52,16 @@ class Axis:
         return [(value, tick_text(value)) for value in values]
 
 
-def axis(label: str, values: Iterable[Real], log: bool = False, pad: float = 0.04) -> Axis:
-    """Build an axis that covers the finite values (positive ones when `log`), with a margin."""
+def scale(label: str, values: Iterable[Real], log: bool = False, pad: float = 0.04) -> Scale:
+    """Return an axis that covers the finite values (positive ones when `log`), with a margin."""
     kept = [v for v in values if math.isfinite(v) and (v > _TINY or not log)]
     low, high = (min(kept), max(kept)) if kept else (0.0, 1.0)
     if log:
         low, high = (low or 0.1), (high or 1.0)
         span = max(high / low, 1.5) ** pad
-        return Axis(label, low / span, high * span, log=True)
+        return Scale(label, low / span, high * span, log=True)
     span = (high - low) or abs(high) or 1.0
-    return Axis(label, low - pad * span if low else 0.0, high + pad * span)
+    return Scale(label, low - pad * span if low else 0.0, high + pad * span)
 
 
 def linear_ticks(low: Real, high: Real, count: int = 5) -> list[float]:
@@ -104,7 +102,7 @@ class Chart:
     """One chart: add marks, then `svg()`."""
 
     def __init__(
-        self, title: str, x: Axis, y: Axis, width: int = WIDTH, height: int = HEIGHT
+        self, title: str, x: Scale, y: Scale, width: int = WIDTH, height: int = HEIGHT
     ) -> None:
         self.title, self.x, self.y, self.width, self.height = title, x, y, width, height
         self._marks: list[str] = []
@@ -150,29 +148,26 @@ class Chart:
         self._path([f"M{x:.1f} {y:.1f}h0" for x, y in pairs], f"points {kind}", tip)
 
     def spot(self, x: Real, y: Real, kind: str, tip: str, text: str = "") -> None:
-        """Draw one larger point with a tooltip and, if given, a text beside it."""
+        """Draw one larger point with a tooltip and, if given, a text beside it where no other stands."""
         px, py = self.place(x, y)
         self._marks.append(
             f'<circle class="spot {escape(kind)}" cx="{px:.1f}" cy="{py:.1f}" r="4">'
             f"<title>{escape(tip)}</title></circle>"
         )
-        if text:
-            right = px > self.width * 0.7
-            anchor, shift = ("end", -5) if right else ("start", 5)
-            begin = px + shift - (len(text) * _GLYPH if right else 0)
-            if self._free(begin, py, len(text) * _GLYPH):
-                self._over.append(_text(px + shift, py - 6, text, f"note {anchor}"))
+        if not text:
+            return
+        right, width = px > self.width * 0.7, len(text) * _GLYPH
+        anchor, shift = ("end", -5) if right else ("start", 5)
+        begin = px + shift - (width if right else 0)
+        notes = self._notes
+        if any(abs(py - y) < 13 and begin < x + w and x < begin + width for x, y, w in notes):
+            return
+        notes.append((begin, py, width))
+        self._over.append(_text(px + shift, py - 6, text, f"note {anchor}"))
 
-    def _free(self, x: Real, y: Real, width: Real) -> bool:
-        """Claim the place of a note; False when another note is there already."""
-        taken = any(abs(y - b) < 13 and x < a + w and a < x + width for a, b, w in self._notes)
-        if not taken:
-            self._notes.append((x, y, width))
-        return not taken
-
-    def rule(self, start: tuple[Real, Real], end: tuple[Real, Real], text: str = "") -> None:
+    def rule(self, x1: Real, y1: Real, x2: Real, y2: Real, text: str = "") -> None:
         """Draw a thin reference line between two points of the data, named at its end."""
-        (x1, y1), (x2, y2) = self.place(*start), self.place(*end)
+        (x1, y1), (x2, y2) = self.place(x1, y1), self.place(x2, y2)
         self._marks.append(
             f'<line class="rule" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
         )
@@ -181,8 +176,23 @@ class Chart:
 
     def svg(self) -> Markup:
         """Return the finished chart."""
-        frame = [*self._x_axis(), *self._y_axis()]
-        body = "".join([*frame, *self._marks, *self._over, *self._labels()])
+        base, end = self.height - BOTTOM, self.width - RIGHT
+        frame = [f'<line class="axis" x1="{LEFT}" y1="{base}" x2="{end}" y2="{base}"/>']
+        for value, text in self.x.marks():
+            x = self.place(value, self.y.low)[0]
+            frame.append(
+                f'<line class="axis" x1="{x:.1f}" y1="{base}" x2="{x:.1f}" y2="{base + 4}"/>'
+            )
+            frame.append(_text(x, base + 18, text, "tick middle"))
+        for value, text in self.y.marks():
+            y = self.place(self.x.low, value)[1]
+            frame.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{end}" y2="{y:.1f}"/>')
+            frame.append(_text(LEFT - 7, y + 4, text, "tick end"))
+        labels = [
+            _text((LEFT + end) / 2, self.height - 6, self.x.label, "label middle"),
+            _text(4, 14, self.y.label, "label start"),
+        ]
+        body = "".join([*frame, *self._marks, *self._over, *labels])
         return Markup(
             f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img" '
             f'aria-label="{escape(self.title)}">{body}</svg>'
@@ -193,35 +203,6 @@ class Chart:
             title = f"<title>{escape(tip)}</title>" if tip else ""
             self._marks.append(f'<path class="{escape(kind)}" d="{"".join(parts)}">{title}</path>')
 
-    def _x_axis(self) -> list[str]:
-        base = self.height - BOTTOM
-        out = [
-            f'<line class="axis" x1="{LEFT}" y1="{base}" x2="{self.width - RIGHT}" y2="{base}"/>'
-        ]
-        for value, text in self.x.marks():
-            x = self.place(value, self.y.low)[0]
-            out.append(
-                f'<line class="axis" x1="{x:.1f}" y1="{base}" x2="{x:.1f}" y2="{base + 4}"/>'
-            )
-            out.append(_text(x, base + 18, text, "tick middle"))
-        return out
-
-    def _y_axis(self) -> list[str]:
-        out = []
-        for value, text in self.y.marks():
-            y = self.place(self.x.low, value)[1]
-            end = self.width - RIGHT
-            out.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{end}" y2="{y:.1f}"/>')
-            out.append(_text(LEFT - 7, y + 4, text, "tick end"))
-        return out
-
-    def _labels(self) -> list[str]:
-        middle = (LEFT + self.width - RIGHT) / 2
-        return [
-            _text(middle, self.height - 6, self.x.label, "label middle"),
-            _text(4, 14, self.y.label, "label start"),
-        ]
-
 
 def _text(x: Real, y: Real, text: str, kind: str) -> str:
     return f'<text class="{escape(kind)}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
@@ -229,7 +210,6 @@ def _text(x: Real, y: Real, text: str, kind: str) -> str:
 
 MAX_POINTS = 1200
 """Points per curve or scatter; longer data are thinned evenly."""
-SERIES = 7
 _BIN = 0.2
 _DEAD_GAP = 0.5
 _NAMED = 5
@@ -245,44 +225,44 @@ class Figure:
     log: Markup | None = None
 
 
-def kind_of(run: RunData, hook: str, member: str) -> str:
-    """Return the colour class of a member: `s0` for the plain twin, then in order."""
-    return f"s{run.members(hook).index(member) % SERIES}"
-
-
 def thinned(count: int, limit: int = MAX_POINTS) -> np.ndarray:
     """Return at most `limit` evenly spaced positions of range(count), first and last included."""
     return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))
 
 
-# --- gamma -----------------------------------------------------------------------------------------------
-
-
 def gamma_figures(run: RunData, hook: str) -> list[Figure]:
-    """Draw gamma against the rank of input variance, one curve per weighted member."""
-    curves = {
-        member: pair
+    """Draw gamma against the rank of input variance, one curve per weighted member; a dimension is named once."""
+    gammas = {
+        member: gamma
         for member in run.members(hook)
-        if (pair := _gamma_pair(run, hook, member)) is not None
+        if (gamma := run.array(hook, member, "gamma")) is not None
+        and not run.is_plain(hook, member)
+        and not is_control(member)
     }
-    if not curves:
+    if not gammas:
         return []
-    values = [v for gamma, _ in curves.values() for v in gamma]
-    width = max(len(gamma) for gamma, _ in curves.values())
-    y = axis("loss weight γ (log)", [*values, 1.0], log=True)
+    width = float(max(map(len, gammas.values())))
+    label = "rank of the input dimension, largest variance first (log)"
     chart = Chart(
         "Loss weight by dimension",
-        Axis(
-            "rank of the input dimension, largest variance first (log)", 0.9, float(width), log=True
-        ),
-        y,
+        Scale(label, 0.9, width, log=True),
+        scale("loss weight γ (log)", [*np.concatenate([*gammas.values()]), 1.0], log=True),
         560,
         300,
     )
-    chart.rule((0.9, 1.0), (float(width), 1.0), "γ = 1: plain")
+    chart.rule(0.9, 1.0, width, 1.0, "γ = 1: plain")
     named: set[int] = set()
-    for member, (gamma, order) in curves.items():
-        _gamma_curve(chart, (gamma, order), (kind_of(run, hook, member), member), named)
+    for member, gamma in gammas.items():
+        kind, variance = run.kind(hook, member), run.array(hook, member, "input_variance")
+        order = np.argsort(-(gamma if variance is None else variance), kind="stable")
+        rank = np.argsort(order) + 1.0
+        kept = np.unique(np.geomspace(1, len(order), MAX_POINTS).round().astype(int)) - 1
+        chart.points(kept + 1.0, gamma[order][kept], kind, member)
+        for place, dim in enumerate(np.argsort(-gamma, kind="stable")[:_NAMED]):
+            tip = f"{member}: dimension {dim}, γ = {number(float(gamma[dim]))}"
+            text = f"dim {dim}" if place < 3 and int(dim) not in named else ""
+            named.add(int(dim))
+            chart.spot(float(rank[dim]), float(gamma[dim]), kind, tip, text)
     text = (
         "Errors in a dimension count γ² times in the training loss. Dimensions above the line gained "
         "weight, those below lost it; the heaviest are numbered."
@@ -290,172 +270,144 @@ def gamma_figures(run: RunData, hook: str) -> list[Figure]:
     return [Figure("Which dimensions gained weight", text, chart.svg())]
 
 
-def _gamma_pair(run: RunData, hook: str, member: str) -> tuple[np.ndarray, np.ndarray] | None:
-    gamma, variance = run.array(hook, member, "gamma"), run.array(hook, member, "input_variance")
-    if gamma is None or run.is_plain(hook, member) or is_control(member):
-        return None
-    return gamma, np.argsort(-(gamma if variance is None else variance), kind="stable")
-
-
-def _gamma_curve(
-    chart: Chart, pair: tuple[np.ndarray, np.ndarray], who: tuple[str, str], named: set[int]
-) -> None:
-    """Draw one member's gamma; a dimension's number is written once for all members."""
-    (gamma, order), (kind, member) = pair, who
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    kept = np.unique(np.geomspace(1, len(order), MAX_POINTS).round().astype(int)) - 1
-    chart.points(kept + 1.0, gamma[order][kept], kind, member)
-    for place, dim in enumerate(np.argsort(-gamma, kind="stable")[:_NAMED]):
-        tip = f"{member}: dimension {dim}, γ = {number(float(gamma[dim]))}"
-        text = f"dim {dim}" if place < 3 and int(dim) not in named else ""
-        named.add(int(dim))
-        chart.spot(float(rank[dim]) + 1.0, float(gamma[dim]), kind, tip, text)
-
-
-# --- training --------------------------------------------------------------------------------------------
-
-CURVES = (
-    (
-        "fvu",
-        "Plain FVU",
-        "fraction of variance unexplained",
-        "All dimensions alike. Lower is better.",
-    ),
-    (
-        "fvu_weighted",
-        "Weighted FVU",
-        "FVU with weights γ²",
-        "What the member itself is trained on.",
-    ),
-    ("l0", "L0", "active latents per {unit}", "Fixed for Top-k; free for the others."),
-    ("dead_frac", "Dead latents", "fraction of latents", "Latents that have not fired lately."),
-)
+CURVES = {
+    "fvu": "Plain FVU|fraction of variance unexplained|All dimensions alike. Lower is better.",
+    "fvu_weighted": "Weighted FVU|FVU with weights γ²|What the member itself is trained on.",
+    "l0": "L0|active latents per {unit}|Fixed for Top-k; free for the others.",
+    "dead_frac": "Dead latents|fraction of latents|Latents that have not fired lately.",
+}
+"""Metric -> title, unit, and a sentence."""
 
 
 def training_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw each metric of training against tokens, all members together, linear and log."""
     rows = run.metrics.get(hook, {})
-    return [
-        Figure(
-            title,
-            text,
-            _curves(run, hook, rows, (key, unit.format(unit=run.unit), False)),
-            _curves(run, hook, rows, (key, unit.format(unit=run.unit), True)),
-        )
-        for key, title, unit, text in CURVES
-        if any(finite(row.get(key)) is not None for member in rows.values() for row in member)
-    ]
+    out = []
+    for key, words in CURVES.items():
+        title, unit, text = words.split("|")
+        if any(finite(row.get(key)) is not None for member in rows.values() for row in member):
+            series = {m: _series(rows[m], key) for m in run.members(hook) if m in rows}
+            label = unit.format(unit=run.unit)
+            charts = (_curves(run, hook, label, series, log) for log in (False, True))
+            out.append(Figure(title, text, *charts))
+    return out
 
 
-def _curves(
-    run: RunData, hook: str, rows: dict[str, list[Json]], what: tuple[str, str, bool]
-) -> Markup:
-    key, unit, log = what
-    series = {member: _series(rows[member], key) for member in run.members(hook) if member in rows}
+Points = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Member -> (x, y)."""
+
+
+def _curves(run: RunData, hook: str, unit: str, series: Points, log: bool) -> Markup:
     values = [v for _, ys in series.values() for v in ys]
-    y = axis(unit + (" (log)" if log else ""), values if log else [0.0, *values], log=log)
-    x = axis(f"training {run.unit}s", [0.0, *(v for xs, _ in series.values() for v in xs)], pad=0.0)
-    chart = Chart(unit, x, y)
+    y = scale(unit + (" (log)" if log else ""), values if log else [0.0, *values], log=log)
+    xs = (v for xs, _ in series.values() for v in xs)
+    chart = Chart(unit, scale(f"training {run.unit}s", [0.0, *xs], pad=0.0), y)
     for member, (xs, ys) in series.items():
         drawn = np.where(ys > 0, ys, np.nan) if log else ys
-        chart.line(xs, drawn, kind_of(run, hook, member), member)
+        chart.line(xs, drawn, run.kind(hook, member), member)
     return chart.svg()
 
 
 def _series(rows: list[Json], key: str) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(finite(row.get("tokens", row.get("step"))), finite(row.get(key))) for row in rows]
-    kept = [(x, y) for x, y in pairs if x is not None and y is not None]
-    xs, ys = (np.array([pair[i] for pair in kept], dtype=float) for i in (0, 1))
-    index = thinned(len(kept), 400) if kept else slice(0)
-    return xs[index], ys[index]
-
-
-# --- latents ---------------------------------------------------------------------------------------------
+    kept = np.array([(x, y) for x, y in pairs if x is not None and y is not None], dtype=float)
+    kept = kept.reshape(-1, 2)[thinned(len(kept), 400) if len(kept) else slice(0)]
+    return kept[:, 0], kept[:, 1]
 
 
 def density_figures(run: RunData, hook: str) -> list[Figure]:
-    """Draw log10 density histograms, each member over the plain twin; dead latents in a bar of their own."""
-    help_text = (
+    """Draw how often the latents of each member fire, over its plain twin."""
+    text = (
         "How often each latent fires on held-out data. Left bar: never (dead). Towards 1: fires on "
         f"nearly every {run.unit} (dense). Grey: the plain twin."
     )
-    return _beside(run, hook, ("density", help_text), density_chart)
+    return _densities(run, hook, _pool(run, hook, "density"), text)
 
 
-def density_chart(
-    run: RunData, hook: str, pair: tuple[str | None, str], pool: dict[str, np.ndarray]
-) -> Markup:
-    """Draw the histograms of log10 density of a member and its twin, on the axes of the whole pool."""
-    floor = np.floor(
-        min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
-    )
-    edges = np.arange(floor, _BIN / 2, _BIN)
-    bars = {name: _binned(density, edges) for name, density in pool.items()}
-    top = max(max(dead, counts.max()) for dead, counts in bars.values())
-    stride = 1 if floor > -7 else 2
-    powers = tuple((float(p), _power(p)) for p in range(int(floor), 1, stride))
-    dead_at = floor - _DEAD_GAP
-    x = Axis(
-        f"density: share of {run.unit}s on which a latent fires",
-        dead_at - _BIN,
-        0.05,
-        ticks=((dead_at, "0"), *powers),
-    )
-    chart = Chart(
-        f"Density of {pair[1]}", x, Axis("latents per bin", 0.0, max(1.0, 1.06 * float(top)))
-    )
-    for name in filter(None, dict.fromkeys(pair)):
-        dead, counts = bars[name]
-        kind = kind_of(run, hook, name)
-        chart.steps(
-            [dead_at - _BIN, dead_at + _BIN], [float(dead)], kind, f"{name}: {dead} dead latents"
+def scored_densities(run: RunData, hook: str) -> list[Figure]:
+    """Draw the densities of the latents that were scored, each weighted member over its twin."""
+    found = run.interpretation.get("hooks", {}).get(hook, {}).get("members", {})
+    pool = {
+        name: np.array([finite(latent.get("density")) or 0.0 for latent in entry["latents"]])
+        for name, entry in found.items()
+        if entry.get("latents")
+    }
+    return _densities(run, hook, pool)
+
+
+def _densities(
+    run: RunData, hook: str, pool: Mapping[str, np.ndarray], text: str = ""
+) -> list[Figure]:
+    """Draw histograms of log10 density, each member over its twin, on common axes; the dead in a bar of their own."""
+    if not pool:
+        return []
+    floor = float(
+        np.floor(
+            min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
         )
-        chart.steps(edges.tolist(), counts.astype(float).tolist(), kind, name)
-    return chart.svg()
-
-
-def _binned(density: np.ndarray, edges: np.ndarray) -> tuple[int, np.ndarray]:
-    alive = density[density > 0]
-    inside = np.clip(np.log10(alive), edges[0], edges[-1] - 1e-9)
-    return int((density <= 0).sum()), np.histogram(inside, edges)[0]
-
-
-def _power(exponent: int) -> str:
-    return (
-        "1"
-        if exponent == 0
-        else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     )
+    edges, bars = np.arange(floor, _BIN / 2, _BIN), {}
+    for name, density in pool.items():
+        inside = np.clip(np.log10(density[density > 0]), edges[0], edges[-1] - 1e-9)
+        bars[name] = int((density <= 0).sum()), np.histogram(inside, edges)[0]
+    top = max(1.0, 1.06 * float(max(max(dead, counts.max()) for dead, counts in bars.values())))
+    label = f"density: share of {run.unit}s on which a latent fires"
+    out = []
+    for title, twin, member in _beside(run, hook, pool):
+        x = _density_scale(label, floor, 1 if floor > -7 else 2)
+        chart = Chart(f"Density of {member}", x, Scale("latents per bin", 0.0, top))
+        for name in filter(None, dict.fromkeys((twin, member))):
+            dead, counts = bars[name]
+            kind, tip = run.kind(hook, name), f"{name}: {dead} dead latents"
+            _density_bars(chart, floor, dead, kind, tip)
+            chart.steps(edges.tolist(), counts.astype(float).tolist(), kind, name)
+        out.append(Figure(title, text, chart.svg()))
+    return out
+
+
+def _density_scale(label: str, low: float, stride: int = 1) -> Scale:
+    """Return an axis of log10 densities from `low`, with a place for the dead latents left of it."""
+    small = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    powers = range(math.ceil(low), 1, stride)
+    ticks = ((float(p), "10" + str(p).translate(small) if p else "1") for p in powers)
+    dead_at = low - _DEAD_GAP
+    return Scale(label, dead_at - _BIN, 0.05, ticks=((dead_at, "0"), *ticks))
+
+
+def _density_bars(chart: Chart, low: float, dead: int, kind: str, tip: str) -> None:
+    dead_at = low - _DEAD_GAP
+    chart.steps([dead_at - _BIN, dead_at + _BIN], [float(dead)], kind, tip)
 
 
 def explained_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw explained variance per input dimension, each weighted member against the plain twin."""
-    help_text = (
+    text = (
         "One point per input dimension. Above the diagonal the weighted SAE explains more of it, below "
         "less. Larger points: its heaviest dimensions. "
         "Points on the lower edge lie below it."
     )
-    return [f for f in _beside(run, hook, ("ev_per_dim", help_text), _explained_chart) if f.svg]
+    pool = _pool(run, hook, "ev_per_dim")
+    return [
+        Figure(title, text, _explained(run, hook, twin, member, pool))
+        for title, twin, member in _beside(run, hook, pool)
+        if twin is not None and twin != member
+    ]
 
 
-def _explained_chart(
-    run: RunData, hook: str, pair: tuple[str | None, str], pool: dict[str, np.ndarray]
+def _explained(
+    run: RunData, hook: str, twin: str, member: str, pool: Mapping[str, np.ndarray]
 ) -> Markup:
-    twin, member = pair
-    if twin is None or twin == member:
-        return Markup("")
-    kind, gamma = kind_of(run, hook, member), run.array(hook, member, "gamma")
+    kind, gamma = run.kind(hook, member), run.array(hook, member, "gamma")
     x, y = pool[twin], pool[member]
     values = np.concatenate([v[np.isfinite(v)] for v in (x, y)])
     low = max(-1.0, float(np.quantile(values, 0.002)) - 0.05) if len(values) else 0.0
     chart = Chart(
         f"Explained variance per dimension: {member}",
-        Axis(f"explained variance, {twin}", low, 1.0),
-        Axis(f"explained variance, {member}", low, 1.0),
+        Scale(f"explained variance, {twin}", low, 1.0),
+        Scale(f"explained variance, {member}", low, 1.0),
         height=340,
     )
-    chart.rule((low, low), (1.0, 1.0))
+    chart.rule(low, low, 1.0, 1.0)
     kept = thinned(len(x))
     chart.points(x[kept], y[kept], kind, member)
     heaviest = [] if gamma is None else np.argsort(-gamma, kind="stable")[:_NAMED]
@@ -465,25 +417,64 @@ def _explained_chart(
     return chart.svg()
 
 
-Draw = Callable[[RunData, str, tuple[str | None, str], dict[str, np.ndarray]], Markup]
+def _pool(run: RunData, hook: str, name: str) -> dict[str, np.ndarray]:
+    """Return an array of each trained member that has it."""
+    arrays = {m: run.array(hook, m, name) for m in run.members(hook) if not is_control(m)}
+    return {member: array for member, array in arrays.items() if array is not None}
 
 
-def _beside(run: RunData, hook: str, what: tuple[str, str], draw: Draw) -> list[Figure]:
-    """One figure per weighted member beside the twin (or per member when there is no twin)."""
-    name, text = what
-    arrays = {
-        member: run.array(hook, member, name)
-        for member in run.members(hook)
-        if not is_control(member)
-    }
-    pool = {member: array for member, array in arrays.items() if array is not None}
-    shown: Sequence[str] = [member for member in pool if not run.is_plain(hook, member)] or list(
-        pool
-    )
-    out = []
-    for member in shown:
+def _beside(
+    run: RunData, hook: str, pool: Mapping[str, object]
+) -> Iterator[tuple[str, str | None, str]]:
+    """Yield (title, twin, member) of each weighted member of a pool, or of each member where none is weighted."""
+    for member in [name for name in pool if not run.is_plain(hook, name)] or pool:
         twin = run.twin_of(hook, member)
         twin = twin if twin in pool else None
-        title = f"{member} beside {twin}" if twin else member
-        out.append(Figure(title, text, draw(run, hook, (twin, member), pool)))
-    return out
+        yield f"{member} beside {twin}" if twin else member, twin, member
+
+
+# One member and one latent, for the browser.
+
+SMALL = (440, 200)
+_BARS = 12
+
+
+def member_densities(
+    name: str, kind: str, density: DensityForm, unit: str = "token", own: float | None = None
+) -> Markup:
+    """Draw a member's densities, with one latent's own among them; the left bar counts the dead."""
+    edges, counts, dead = density.edges, density.counts, density.dead
+    first = next((i for i, count in enumerate(counts) if count), len(counts) - 4)
+    low = min(edges[first], -3.0)
+    first = next(i for i, edge in enumerate(edges) if edge >= low - 1e-9)
+    top = max([dead, *counts[first:], 1])
+    x = _density_scale(f"share of {unit}s on which a latent fires", low)
+    chart = Chart(f"Density of {name}", x, Scale("latents", 0.0, 1.08 * top), *SMALL)
+    _density_bars(chart, low, dead, kind, f"{dead} dead latents")
+    chart.steps(edges[first:], [float(count) for count in counts[first:]], kind, name)
+    if own is not None:
+        place = math.log10(own) if own > 0 else low - _DEAD_GAP
+        chart.rule(place, 0.0, place, float(top))
+        chart.spot(place, 0.0, kind, f"this latent: {number(own)}")
+    return chart.svg()
+
+
+def acts_chart(
+    edges: Sequence[float], counts: Sequence[int], acts: Sequence[float], kind: str
+) -> Markup | None:
+    """Draw how strongly a latent fires: counts between powers of ten, else the activations in its contexts."""
+    found = [act for act in acts if act > 0]
+    if counts:
+        ticks = tuple((edge, number(10**edge)) for edge in edges[::4])
+        x, what = Scale("activation", edges[0], edges[-1], ticks=ticks), "rows"
+    elif len(found) < 2:
+        return None
+    else:
+        width = max(found) / _BARS
+        edges = [width * i for i in range(_BARS + 1)]
+        places = [min(_BARS - 1, int(act / width)) for act in found]
+        counts = [places.count(i) for i in range(_BARS)]
+        x, what = scale("activation", edges, pad=0.0), "tokens of the contexts shown"
+    chart = Chart("Activations", x, Scale(what, 0.0, 1.08 * max(counts)), *SMALL)
+    chart.steps(edges, [float(count) for count in counts], kind)
+    return chart.svg()

@@ -5,54 +5,83 @@ altered).
 """
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
+from pydantic import Field, field_validator
 
 from wsae.core.errors import UserError, understood
 from wsae.run import (
-    ARRAYS,
     CLASSES_PART,
     CONTEXTS_FILE,
     EVALUATION_PART,
     INTERPRETATION_PART,
-    METRICS,
+    METRICS_FILE,
+    Count,
+    Form,
     Json,
     Run,
-    formed_arrays,
 )
 
 SHOWN = ("consistency_top", "consistency_corrected", "information")
 """Class scores beside each latent in the browser."""
 TWIN_NAME = "plain"
-BY_CLASS = ("|consistency_top", "|consistency_corrected", "|selectivity", "|information")
-"""How the names of the class scores end that are shown."""
+COLOURS = 7
 CONTROL_PREFIX = "control"
 """Members whose names start like this were not trained: a floor, no competitors."""
 
 
-@dataclass(frozen=True)
 class RunData:
-    """Everything the report shows, by hook and member; empty containers stand for missing parts."""
+    """Everything that is shown of a run, by hook and member; empty containers stand for missing parts.
 
-    path: Path
-    config: Json
-    manifest: Json
-    metrics: dict[str, dict[str, list[Json]]]
-    """hook -> member -> rows of `metrics.jsonl` in order of step."""
-    gamma: dict[str, dict[str, Json]]
-    evaluation: Json
-    arrays: dict[str, np.ndarray]
-    contexts: dict[str, dict[str, list[Json]]]
-    """hook -> member -> latents; those that were interpreted have `explanation` and `scores` too."""
-    interpretation: Json = field(default_factory=dict)
-    classes: Json = field(default_factory=dict)
-    """Latents against class labels, in the form of `interpretation`."""
-    thumbnails: dict[str, str] = field(default_factory=dict)
-    """Image number -> PNG in base64, of the images among the contexts."""
-    notes: list[str] = field(default_factory=list)
-    """What is missing and what that means, one sentence each, shown on the page."""
+    Raises UserError when a part is damaged, or there is nothing to show yet.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.path, self.config, self.thumbnails = run.path, run.record, run.thumbnails
+        self.weights = run.weights
+        self.manifest: Json = run.manifest.to_dict() if run.finished else {}
+        if run.single:
+            run.evaluation_record  # noqa: B018  (the only thing there is to show)
+        self.metrics, self.gamma = run.metrics, run.gamma_record
+        evaluated, interpreted, labelled = (
+            run.has(part) for part in (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
+        )
+        self.evaluation: Json = run.evaluation_record if evaluated else {}
+        self.arrays = run.numbers(EVALUATION_PART) if evaluated else {}
+        self.interpretation: Json = run.interpretation_record if interpreted else {}
+        self.classes: Json = _as_interpretation(run.class_record) if labelled else {}
+        """Latents against class labels, in the form of `interpretation`."""
+        self.by_class = run.numbers(CLASSES_PART) if labelled else {}
+        """Their scores by "hook|member|name"."""
+        with understood(run.path / EVALUATION_PART / CONTEXTS_FILE):
+            self.contexts = _merged(
+                run.context_record if evaluated else {},
+                run.interpreted_contexts if interpreted else {},
+                self.by_class,
+            )
+            """hook -> member -> latents; those that were interpreted have `explanation` and `scores` too."""
+        has_contexts = any(
+            latents for named in self.contexts.values() for latents in named.values()
+        )
+        self.contexts = self.contexts if has_contexts or not evaluated else {}
+        lacks_metrics = not (run.path / METRICS_FILE).is_file()
+        notes = {
+            "Training has not finished: the run has no manifest yet.": not run.finished,
+            "No evaluation on held-out data yet: this page shows training only. "
+            "Run wsae evaluate, then wsae report again.": not evaluated,
+            "No contexts: the data are arrays or no latent was sampled.": self.evaluation
+            and not has_contexts,
+            f"No training metrics: the run has no {METRICS_FILE}.": lacks_metrics,
+            f"The last line of {METRICS_FILE} is cut off (the run was stopped while writing it).": run.metrics_cut,
+        }
+        self.notes = [note for note, applies in notes.items() if applies]
+        """What is missing and what that means, one sentence each, shown on the page."""
+        if not self.hooks:
+            raise UserError(
+                f"{run.path}: has no metrics, gamma or evaluation yet; train it before reporting"
+            )
 
     @property
     def unit(self) -> str:
@@ -84,6 +113,10 @@ class RunData:
         names = list(dict.fromkeys(name for source in sources for name in source))
         return sorted(names, key=lambda name: (is_control(name), not self.is_plain(hook, name)))
 
+    def kind(self, hook: str, member: str) -> str:
+        """Return the colour class of a member: `s0` for the plain twin, then in order."""
+        return f"s{self.members(hook).index(member) % COLOURS}"
+
     def is_plain(self, hook: str, member: str) -> bool:
         """Return whether a trained member has no weighting: by its gamma rule, by its name where none is recorded."""
         rule = self.gamma_record(hook, member).get("rule")
@@ -110,121 +143,41 @@ class RunData:
 
 def read_run(run: Run | Path) -> RunData:
     """Read a run; raises UserError when it is missing, no run, or a part of it is damaged."""
-    run = run if isinstance(run, Run) else Run(run)
-    path, notes = run.path, []
-    manifest: Json = {}
-    if run.finished:
-        manifest = run.manifest.to_dict()
-    else:
-        notes.append("Training has not finished: the run has no manifest yet.")
-    evaluation, arrays, contexts = _evaluated(run, notes)
-    thumbnails = run.thumbnails
-    interpretation, interpreted = {}, {}
-    if run.has(INTERPRETATION_PART):
-        interpretation, interpreted = run.interpretation_record, run.interpreted_contexts
-    classes, by_class = read_classes(run)
-    with understood(path / EVALUATION_PART / CONTEXTS_FILE):
-        contexts = _merged(contexts, interpreted)
-        _add_scores(contexts, by_class)
-    if evaluation and not any(latents for named in contexts.values() for latents in named.values()):
-        notes.append("No contexts: the data are arrays or no latent was sampled.")
-        contexts = {}
-    config = run.record
-    if not (path / METRICS).is_file():
-        notes.append(f"No training metrics: the run has no {METRICS}.")
-    elif run.metrics_cut:
-        notes.append(
-            f"The last line of {METRICS} is cut off (the run was stopped while writing it)."
-        )
-    data = RunData(
-        path=path,
-        config=config,
-        manifest=manifest,
-        metrics=run.metrics,
-        gamma=run.gamma_record,
-        evaluation=evaluation,
-        arrays=arrays,
-        contexts=contexts,
-        interpretation=interpretation,
-        classes=classes,
-        thumbnails=thumbnails,
-        notes=notes,
-    )
-    if not data.hooks:
-        raise UserError(
-            f"{path}: has no metrics, gamma or evaluation yet; train it before reporting"
-        )
-    return data
+    return RunData(run if isinstance(run, Run) else Run(run))
 
 
-def _evaluated(run: Run, notes: list[str]) -> tuple[Json, dict[str, np.ndarray], Json]:
-    if not run.has(EVALUATION_PART):
-        notes.append(
-            "No evaluation on held-out data yet: this page shows training only. "
-            "Run wsae evaluate, then wsae report again."
-        )
-        return {}, {}, {}
-    arrays = formed_arrays(*_arrays(run, EVALUATION_PART))
-    return run.evaluation_record, arrays, run.context_record
+def _as_interpretation(record: Json) -> Json:
+    """Return what classes.json says in the form of an interpretation."""
 
+    def entry(member: Json, least: int) -> Json:
+        coverage = member["coverage"]
+        total = int(coverage["latents"])
+        alive, supported = (round(total * coverage[key]) for key in ("alive", "supported"))
+        skipped = {
+            "never active": total - alive,
+            f"active on under {least} images": alive - supported,
+        }
+        counts = {"sampled": total, "scored": supported, "skipped": skipped}
+        return {"summary": member["scores"], "density": member["density"], "counts": counts}
 
-def _arrays(run: Run, part: str) -> tuple[dict[str, np.ndarray], Path]:
-    tensors, place = run.tensors(part), run.path / part / ARRAYS
-    odd = next((name for name, tensor in tensors.items() if tensor.is_complex()), None)
-    if odd is not None:
-        raise UserError(f"{place}: {odd!r} holds complex numbers; make it again")
-    return {name: tensor.double().numpy() for name, tensor in tensors.items()}, place
-
-
-def read_classes(run: Run) -> tuple[Json, dict[str, np.ndarray]]:
-    """Return RUN/classes as an interpretation and its arrays by "hook|member|name"; nothing where it is not there.
-
-    Raises UserError when a part of it is cut or altered.
-    """
-    if not run.has(CLASSES_PART):
-        return {}, {}
-    record = run.class_record
-    arrays, place = _arrays(run, CLASSES_PART)
-    if any(array.ndim != 1 for name, array in arrays.items() if name.endswith(BY_CLASS)):
-        raise UserError(f"{place}: holds a score that is no row of numbers; make it again")
-    hooks = {hook: _class_hook(found) for hook, found in record["hooks"].items()}
-    return {"hooks": hooks, "glossary": record.get("glossary", {})}, arrays
-
-
-def _class_hook(found: Json) -> Json:
-    least = found["config"]["min_support"]
-    return {
-        "members": {name: _class_entry(entry, least) for name, entry in found["members"].items()},
-        "controls": {name: _class_entry(entry, least) for name, entry in found["controls"].items()},
-        "comparisons": found["comparisons"],
+    hooks = {
+        hook: {
+            **{
+                kind: {n: entry(m, found["config"]["min_support"]) for n, m in found[kind].items()}
+                for kind in ("members", "controls")
+            },
+            "comparisons": found["comparisons"],
+        }
+        for hook, found in record["hooks"].items()
     }
+    return {"hooks": hooks, "glossary": record.get("glossary", {})}
 
 
-def _class_entry(entry: Json, least: int) -> Json:
-    coverage = entry["coverage"]
-    total = int(coverage["latents"])
-    alive, supported = (round(total * coverage[key]) for key in ("alive", "supported"))
-    skipped = {"never active": total - alive, f"active on under {least} images": alive - supported}
-    counts = {"sampled": total, "scored": supported, "skipped": skipped}
-    return {"summary": entry["scores"], "density": entry["density"], "counts": counts}
+def _merged(evaluated: Json, interpreted: Json, by_class: dict[str, np.ndarray]) -> Json:
+    """Return the latents of both, once each, with their class scores among their other scores.
 
-
-def _add_scores(contexts: Json, arrays: dict[str, np.ndarray]) -> None:
-    """Add the class scores of every latent among the contexts to its other scores."""
-    for hook, members in contexts.items():
-        for member, latents in members.items():
-            for name in SHOWN:
-                values = arrays.get(f"{hook}|{member}|{name}")
-                if values is None:
-                    continue
-                for entry in latents:
-                    value = float(values[entry["latent"]])
-                    known = None if np.isnan(value) else value
-                    entry["scores"] = {**entry.get("scores", {}), name: known}
-
-
-def _merged(evaluated: Json, interpreted: Json) -> Json:
-    """Return the latents of both, once each: what both say comes from the evaluation, the scores from the other."""
+    What both say comes from the evaluation, the scores from the other.
+    """
     out: Json = {hook: dict(members) for hook, members in evaluated.items()}
     for hook, members in interpreted.items():
         named = out.setdefault(hook, {})
@@ -232,6 +185,13 @@ def _merged(evaluated: Json, interpreted: Json) -> Json:
             known = {entry["latent"]: entry for entry in named.get(member, [])}
             known |= {e["latent"]: {**e, **known.get(e["latent"], {})} for e in latents}
             named[member] = list(known.values())
+    for hook, members in out.items():
+        for member, latents in members.items():
+            scores = {name: by_class.get(f"{hook}|{member}|{name}") for name in SHOWN}
+            known = {name: values for name, values in scores.items() if values is not None}
+            for entry in latents if known else []:
+                found = {n: finite(float(values[entry["latent"]])) for n, values in known.items()}
+                entry["scores"] = {**entry.get("scores", {}), **found}
     return out
 
 
@@ -263,3 +223,30 @@ def finite(value: object) -> float | None:
     except OverflowError:  # a whole number of more than 308 digits
         return None
     return number if math.isfinite(number) else None
+
+
+DENSITY_EDGES = [-7.0 + 0.25 * i for i in range(29)]
+"""The bins in which a member's densities are counted, as powers of ten."""
+
+
+class DensityForm(Form):
+    """A member's densities, counted."""
+
+    edges: list[float]
+    counts: list[Count] = Field(min_length=28, max_length=28)
+    dead: Count
+
+    @field_validator("edges")
+    @classmethod
+    def _ours(cls, edges: list[float]) -> list[float]:
+        if edges != DENSITY_EDGES:
+            raise ValueError("should be the edges of wsae's bins")
+        return edges
+
+
+def counted(density: Float[np.ndarray, " d_sae"]) -> DensityForm:
+    """Count how many latents fire how often."""
+    edges = np.array(DENSITY_EDGES)
+    alive = np.clip(np.log10(density[density > 0]), edges[0], edges[-1] - 1e-9)
+    counts, dead = np.histogram(alive, edges)[0].tolist(), int((density <= 0).sum())
+    return DensityForm(edges=DENSITY_EDGES, counts=counts, dead=dead)

@@ -1,12 +1,15 @@
-"""What the page's template shows: plain values built from a run, no markup."""
+"""What a run says as a whole: verdicts, tables of scores beside their controls, the setup. Plain values, no markup.
+
+The report's page draws it; an index of the browser keeps it as JSON of these forms and draws it again. The formulas of
+the scores are in `wsae.evals.autointerp.summary` and `wsae.evals.classes.score`; here is only what a run says.
+"""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import Annotated
 
-import numpy as np
+from pydantic import BeforeValidator, Field, model_validator
 
-from wsae.report import charts
-from wsae.report.charts import Figure
 from wsae.report.rundata import RunData, find, finite, is_control
 from wsae.report.words import (
     METRICS,
@@ -25,13 +28,152 @@ from wsae.report.words import (
     verdict,
     weighting,
 )
-from wsae.run import Json
+from wsae.run import Form, Json, Text
 
-# The parts of the page that score latents: interpretability and classes, beside their controls, and
-# who was scored.
-#
-# The formulas are in `wsae.evals.autointerp.summary` and `wsae.evals.classes.score`; here is
-# only what a run says.
+FROM_JSON = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""JSON has lists where a form has a tuple."""
+
+
+class CellForm(Form):
+    """A value in words, its comparison with the twin, and what other comparisons say."""
+
+    value: Text
+    bounds: Text
+    judged: Judgement | None
+    also: list[Text] = Field(default=[], exclude=True)
+
+
+class RowForm(Form):
+    """A line of a table: a cell for each column."""
+
+    key: Text = Field(default="", exclude=True)
+    name: Text
+    tip: Text
+    way: Text
+    cells: list[CellForm]
+
+
+class HeadForm(Form):
+    """The head of a column: a member, its colour class and weighting, or a control."""
+
+    name: Text
+    kind: Text
+    text: Text
+
+
+class MemberHead(HeadForm):
+    """The head of a member's column."""
+
+    control: bool = False
+
+
+class ScoresForm(Form):
+    """Scores of members and controls, who judged them, and the counts behind the means."""
+
+    columns: list[HeadForm]
+    rows: list[RowForm]
+    judges: list[Annotated[tuple[Text, Text], FROM_JSON]] = []
+    facts: list[tuple[Text, list[Text]]] = Field(default=[], exclude=True)
+
+    @model_validator(mode="after")
+    def _square(self) -> "ScoresForm":
+        if any(len(row.cells) != len(self.columns) for row in self.rows):
+            raise ValueError("should have a cell for each column")
+        return self
+
+
+class OverviewHook(Form):
+    """What is said of a hook."""
+
+    name: Text
+    verdict: Text
+    method: Text
+    members: list[MemberHead]
+    groups: list[Annotated[tuple[Text, list[RowForm]], FROM_JSON]]
+    scores: ScoresForm | None
+    classes: ScoresForm | None
+
+    @model_validator(mode="after")
+    def _square(self) -> "OverviewHook":
+        if any(len(row.cells) != len(self.members) for _, rows in self.groups for row in rows):
+            raise ValueError("should have a cell for each member")
+        return self
+
+
+class OverviewForm(Form):
+    """The run as a whole."""
+
+    hooks: list[OverviewHook]
+    cards: list[Annotated[tuple[Text, Text], FROM_JSON]]
+    notes: list[Text]
+
+
+def overview(run: RunData) -> OverviewForm:
+    """Return verdicts, the members' metrics side by side, the scores and the setup."""
+    hooks = [hook_form(run, hook) for hook in run.hooks]
+    return OverviewForm(hooks=hooks, cards=cards(run), notes=run.notes)
+
+
+def hook_form(run: RunData, hook: str) -> OverviewHook:
+    """Return what is said of one hook."""
+    return OverviewHook(
+        name=hook,
+        verdict=verdict(run, hook),
+        method=method(run, hook),
+        members=[_member(run, hook, name) for name in run.members(hook)],
+        groups=_groups(run, hook),
+        scores=scores_form(run, hook, run.interpretation),
+        classes=scores_form(run, hook, run.classes),
+    )
+
+
+def _member(run: RunData, hook: str, name: str) -> MemberHead:
+    control, record = is_control(name), run.gamma_record(hook, name)
+    text = weighting(record, name) if record else ""
+    text = "no weighting (γ = 1)" if run.is_plain(hook, name) else text
+    text = "untrained: the floor" if control else text
+    return MemberHead(name=name, kind=run.kind(hook, name), text=text, control=control)
+
+
+def _groups(run: RunData, hook: str) -> list[tuple[str, list[RowForm]]]:
+    """Return the rows of the evaluation's metrics by the part of the table they belong to."""
+    glossary, judged = run.evaluation.get("glossary", {}), judgements(run, hook)
+    found = run.evaluated(hook).get("members", {})
+    keys = dict.fromkeys(key for member in found.values() for key in member.get("metrics", {}))
+    out: dict[str, list[RowForm]] = {}
+    for key in [key for key in METRICS if key in keys] + [
+        key for key in keys if key not in METRICS
+    ]:
+        cells = []
+        for name in run.members(hook):
+            record = found.get(name, {}).get("metrics", {}).get(key, {})
+            cell = _cell(record, judged.get((name, key)))
+            low, high = finite(record.get("low")), finite(record.get("high"))
+            if low is None or high is None or digits(low, high) is None:
+                cell.bounds = ""
+            cells.append(cell)
+        group = METRICS.get(key, ("", OTHER, ""))[1]
+        row = _row(key, glossary, metric_name(key), direction(key, glossary), cells)
+        out.setdefault(group, []).append(row)
+    return list(out.items())
+
+
+def _row(key: str, glossary: Json, name: str, way: str, cells: list[CellForm]) -> RowForm:
+    entry = glossary.get(key, {})
+    tip, name = meaning(entry), str(entry.get("name") or name)
+    return RowForm(key=key, name=name, tip=tip, way=way, cells=cells)
+
+
+def meaning(entry: Json) -> str:
+    """Return what an entry of a glossary says of formula and direction."""
+    return "; ".join(str(entry[part]) for part in ("formula", "direction") if entry.get(part))
+
+
+def _cell(record: Json, judged: Judgement | None, also: Iterable[str] = ()) -> CellForm:
+    value, low, high = (finite(record.get(part)) for part in ("value", "low", "high"))
+    shown, _, bounds = interval(value, low, high).partition(" ")
+    return CellForm(value=shown, bounds=bounds, judged=judged, also=[*also])
+
 
 ROWS = {
     "embedding": "Embedding detection",
@@ -57,193 +199,93 @@ OTHER_WAYS = {
 }
 
 
-@dataclass(frozen=True)
-class Column:
-    """A member or a control."""
-
-    name: str
-    kind: str
-    """Colour class; empty for controls."""
-    text: str
-    entry: Json
-
-
-@dataclass(frozen=True)
-class ScoreCell:
-    """A mean score with its interval, its comparison with the twin, and what the other comparisons say."""
-
-    value: str
-    bounds: str
-    judged: Judgement | None
-    also: list[str]
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """One score over all columns."""
-
-    key: str
-    name: str
-    tip: str
-    way: str
-    cells: list[ScoreCell]
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One line of counts over all columns."""
-
-    name: str
-    cells: list[str]
-
-
-@dataclass(frozen=True)
-class ScoresView:
-    """What the page shows of one hook."""
-
-    columns: list[Column]
-    rows: list[ScoreRow]
-    facts: list[Fact]
-    judges: list[tuple[str, str]]
-    density: list[Figure]
-
-
 def score_name(score: str) -> str:
     """Return the reader's name of a score."""
     return ROWS.get(score, score.replace("_", " "))
 
 
-def interpretation_view(run: RunData, hook: str) -> ScoresView | None:
-    """Collect everything shown for one hook; None when it was not interpreted."""
-    return _view(run, hook, run.interpretation)
-
-
-def classes_view(run: RunData, hook: str) -> ScoresView | None:
-    """Collect what is shown of one hook's latents against class labels; None when they were not scored."""
-    return _view(run, hook, run.classes)
-
-
-def _view(run: RunData, hook: str, scored: Json) -> ScoresView | None:
+def scores_form(run: RunData, hook: str, scored: Json) -> ScoresForm | None:
+    """Return everything shown of a hook's scores, of interpretability or classes; None when it has none."""
     found = scored.get("hooks", {}).get(hook)
     if not found:
         return None
-    glossary: Json = scored.get("glossary", {})
-    columns = _columns(run, hook, found)
-    scores = dict.fromkeys(key for column in columns for key in column.entry.get("summary", {}))
-    return ScoresView(
+    glossary, members = scored.get("glossary", {}), found.get("members", {})
+    trained = {name: members[name] for name in run.members(hook) if name in members}
+    entries = trained | found.get("controls", {})
+    columns = [HeadForm(name=name, kind=run.kind(hook, name), text="") for name in trained] + [
+        HeadForm(name=name, kind="", text=str(entry.get("about", "")))
+        for name, entry in found.get("controls", {}).items()
+    ]
+    scores = dict.fromkeys(key for entry in entries.values() for key in entry.get("summary", {}))
+    rows = []
+    for score in scores:
+        lines = [line for line in found.get("comparisons", []) if line.get("metric") == score]
+        pairs = [(line, judge(line, glossary)) for line in lines]
+        judged = {(line.get("a"), line.get("over")): j for line, j in pairs if j is not None}
+        cells = []
+        for name, entry in entries.items():
+            also = [
+                f"{words}: {judged[name, way].text or 'the same'}"
+                for way, words in OTHER_WAYS.items()
+                if (name, way) in judged
+            ]
+            record = entry.get("summary", {}).get(score, {})
+            cells.append(_cell(record, judged.get((name, COMPARED)), also))
+        rows.append(_row(score, glossary, score_name(score), "higher", cells))
+    return ScoresForm(
         columns=columns,
-        rows=[_score_row(glossary, found, columns, score) for score in scores],
-        facts=_facts(columns, list(scores)) + _pairs(columns, found),
+        rows=rows,
         judges=[(score_name(score), str(name)) for score, name in scored.get("judges", {}).items()],
-        density=_density_figures(run, hook, found),
+        facts=_counts(entries, [*scores]) + _pairs([*entries], found.get("comparisons", [])),
     )
 
 
-def _columns(run: RunData, hook: str, found: Json) -> list[Column]:
-    members, controls = found.get("members", {}), found.get("controls", {})
-    ordered = [name for name in run.members(hook) if name in members]
-    out = [Column(name, charts.kind_of(run, hook, name), "", members[name]) for name in ordered]
-    return out + [
-        Column(name, "", str(entry.get("about", "")), entry) for name, entry in controls.items()
-    ]
+def _counts(entries: dict[str, Json], scores: list[str]) -> list[tuple[str, list[str]]]:
+    """Return the counts behind the means, a line a fact; nothing that was left out goes unsaid."""
 
+    def scored(entry: Json) -> str:
+        counts = entry.get("counts", {})
+        skipped = {k: n for k, n in counts.get("skipped", {}).items() if n}
+        left = "; ".join(f"{n:,} skipped: {reason}" for reason, n in skipped.items())
+        text = f"{counts.get('scored', 0):,} of {counts.get('sampled', 0):,}"
+        return f"{text} ({left})" if left else text
 
-def _score_row(glossary: Json, found: Json, columns: list[Column], score: str) -> ScoreRow:
-    entry = glossary.get(score, {})
-    tip = "; ".join(str(entry[part]) for part in ("formula", "direction") if entry.get(part))
-    judged = _judgements(glossary, found, score)
-    cells = [_score_cell(column, score, judged) for column in columns]
-    return ScoreRow(score, str(entry.get("name") or score_name(score)), tip, "higher", cells)
+    def answers(record: Json) -> str:
+        """'requested = parsed + failed + not asked' in words; nothing where nothing was asked."""
+        if record.get("requested") is None:
+            return ""
+        requested, *rest = (f"{record.get(key, 0):,} {key.replace('_', ' ')}" for key in COUNTED)
+        return f"{requested} = {' + '.join(rest)}"
 
-
-def _judgements(glossary: Json, found: Json, score: str) -> dict[tuple[str, str], Judgement]:
-    """Return the comparisons of one score by (member, way)."""
-    lines = [line for line in found.get("comparisons", []) if line.get("metric") == score]
-    pairs = [(line, judge(line, glossary)) for line in lines]
-    return {(str(line.get("a")), str(line.get("over"))): j for line, j in pairs if j is not None}
-
-
-def _score_cell(column: Column, score: str, judged: dict[tuple[str, str], Judgement]) -> ScoreCell:
-    record = column.entry.get("summary", {}).get(score, {})
-    value, low, high = (finite(record.get(part)) for part in ("value", "low", "high"))
-    shown, _, bounds = interval(value, low, high).partition(" ")
-    also = [
-        f"{words}: {judged[column.name, way].text or 'the same'}"
-        for way, words in OTHER_WAYS.items()
-        if (column.name, way) in judged
-    ]
-    return ScoreCell(shown, bounds, judged.get((column.name, COMPARED)), also)
-
-
-def _facts(columns: list[Column], scores: list[str]) -> list[Fact]:
-    """Return the counts behind the means; nothing that was left out goes unsaid."""
+    found = entries.values()
+    medians = [number(finite(entry.get("density", {}).get("0.5"))) for entry in found]
     out = [
-        Fact("latents scored", [_scored(column.entry) for column in columns]),
-        Fact("their density, median", [_median(column.entry) for column in columns]),
+        ("latents scored", [scored(entry) for entry in found]),
+        ("their density, median", medians),
     ]
     for score in scores:
-        cells = [_answers(column.entry.get("summary", {}).get(score, {})) for column in columns]
+        cells = [answers(entry.get("summary", {}).get(score, {})) for entry in found]
         if any(cells):
-            out.append(Fact(f"{score_name(score)}: answers", cells))
+            out.append((f"{score_name(score)}: answers", cells))
     return out
 
 
-def _pairs(columns: list[Column], found: Json) -> list[Fact]:
+def _pairs(names: list[str], comparisons: list[Json]) -> list[tuple[str, list[str]]]:
     """Return how many matched latents each comparison with the twin is over, and how alike they are."""
-    lines = [
-        line for line in found.get("comparisons", []) if finite(line.get("cosine")) is not None
+    said: dict[str, dict[str, str]] = {}
+    for line in comparisons:
+        cosine, chance = finite(line.get("cosine")), number(finite(line.get("chance")))
+        if cosine is not None:
+            of = f"{line.get('n')} of {line.get('sampled')}"
+            text = f"{of}, mean cosine {number(cosine)} (chance {chance})"
+            said.setdefault(str(line.get("metric")), {})[str(line.get("a"))] = text
+    return [
+        (f"{score_name(score)}: matched latents compared", [told.get(name, "") for name in names])
+        for score, told in said.items()
     ]
-    out = []
-    for score in dict.fromkeys(str(line.get("metric")) for line in lines):
-        said = {line.get("a"): _likeness(line) for line in lines if line.get("metric") == score}
-        cells = [said.get(column.name, "") for column in columns]
-        out.append(Fact(f"{score_name(score)}: matched latents compared", cells))
-    return out
 
 
-def _likeness(line: Json) -> str:
-    cosine, chance = number(finite(line.get("cosine"))), number(finite(line.get("chance")))
-    return f"{line.get('n')} of {line.get('sampled')}, mean cosine {cosine} (chance {chance})"
-
-
-def _scored(entry: Json) -> str:
-    counts: Json = entry.get("counts", {})
-    skipped = {k: n for k, n in counts.get("skipped", {}).items() if n}
-    left = "; ".join(f"{n:,} skipped: {reason}" for reason, n in skipped.items())
-    text = f"{counts.get('scored', 0):,} of {counts.get('sampled', 0):,}"
-    return f"{text} ({left})" if left else text
-
-
-def _median(entry: Json) -> str:
-    quantiles: Json = entry.get("density", {})
-    return number(finite(quantiles.get("0.5")))
-
-
-def _answers(record: Json) -> str:
-    """'requested = parsed + failed + not asked' in words; nothing where nothing was asked."""
-    if record.get("requested") is None:
-        return ""
-    requested, *rest = (f"{record.get(key, 0):,} {key.replace('_', ' ')}" for key in COUNTED)
-    return f"{requested} = {' + '.join(rest)}"
-
-
-def _density_figures(run: RunData, hook: str, found: Json) -> list[Figure]:
-    """Draw the densities of the scored latents, each weighted member over its twin."""
-    pool = {
-        name: np.array([finite(latent.get("density")) or 0.0 for latent in entry["latents"]])
-        for name, entry in found.get("members", {}).items()
-        if entry.get("latents")
-    }
-    shown = [name for name in pool if not run.is_plain(hook, name)] or list(pool)
-    out = []
-    for member in shown:
-        twin = run.twin_of(hook, member)
-        twin = twin if twin in pool else None
-        title = f"{member} beside {twin}" if twin else member
-        svg = charts.density_chart(run, hook, (twin, member), pool)
-        out.append(Figure(title, "", svg))
-    return out
-
+# What the report says of a hook beside that.
 
 HEAVIEST = 8
 MATCHING = {
@@ -271,170 +313,53 @@ FACTS = {
 """Words for the keys of a gamma record and of the matching; others show as they are."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A metric of one member: value, interval, and its comparison with the plain twin."""
-
-    value: str
-    bounds: str
-    judged: Judgement | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric of the summary table."""
-
-    metric: str
-    name: str
-    tip: str
-    way: str
-    cells: list[Cell]
-
-
-@dataclass(frozen=True)
-class MemberView:
-    """A column head: name, colour class, weighting in words."""
-
-    name: str
-    kind: str
-    text: str
-    is_plain: bool
-    is_control: bool
-
-
-@dataclass(frozen=True)
-class GammaView:
-    """A weighted member's gamma: settings, its heaviest dimensions, and its movement without the mask."""
-
-    member: MemberView
-    facts: list[tuple[str, str]]
-    heaviest: list[tuple[str, str, str]]
-    without_mask: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class HookView:
-    """One hook's part of the page."""
-
-    name: str
-    index: int
-    verdict: str
-    method: str
-    others: list[str]
-    members: list[MemberView]
-    groups: list[tuple[str, list[Row]]]
-    weighs: bool
-    """Whether weighted FVU was compared, which needs a word of explanation."""
-    matching: list[tuple[MemberView, list[tuple[str, str]]]]
-    gamma: list[GammaView]
-    gamma_figures: list[Figure]
-    training: list[Figure]
-    density: list[Figure]
-    explained: list[Figure]
-    interpretation: ScoresView | None
-    classes: ScoresView | None
-
-
-def hook_view(run: RunData, hook: str, index: int) -> HookView:
-    """Collect everything shown for one hook."""
-    members = [_member(run, hook, name) for name in run.members(hook)]
-    by_name = {member.name: member for member in members}
-    matching = run.evaluated(hook).get("matching", {})
-    return HookView(
-        name=hook,
-        index=index,
-        verdict=verdict(run, hook),
-        method=method(run, hook),
-        others=_others(run, hook),
-        members=members,
-        groups=_groups(run, hook),
-        weighs=any(metric == "fvu_weighted" for _, metric in judgements(run, hook)),
-        matching=[
-            (by_name[name], _matching(found)) for name, found in matching.items() if name in by_name
-        ],
-        gamma=[
-            _gamma(member, record)
-            for member in members
-            if not member.is_plain and (record := run.gamma_record(hook, member.name))
-        ],
-        gamma_figures=charts.gamma_figures(run, hook),
-        training=charts.training_figures(run, hook),
-        density=charts.density_figures(run, hook),
-        explained=charts.explained_figures(run, hook),
-        interpretation=interpretation_view(run, hook),
-        classes=classes_view(run, hook),
-    )
-
-
-def _member(run: RunData, hook: str, name: str) -> MemberView:
-    plain, control = run.is_plain(hook, name), is_control(name)
-    record = run.gamma_record(hook, name)
-    text = "untrained: the floor" if control else "no weighting (γ = 1)" if plain else ""
-    text = text or (weighting(record, name) if record else "")
-    return MemberView(name, charts.kind_of(run, hook, name), text, plain, control)
-
-
-def _others(run: RunData, hook: str) -> list[str]:
-    """One sentence on plain FVU for each weighted member that the verdict leaves out."""
+def others(run: RunData, hook: str) -> list[str]:
+    """Return one sentence on plain FVU for each weighted member that the verdict leaves out."""
     judged = [j for (_, metric), j in judgements(run, hook).items() if metric == "fvu"]
     main = main_member(run, hook)
-    return [f"{j.member} {clause(run, hook, j)}." for j in judged if j.member != main]
+    return [f"{j.line.a} {clause(run, hook, j)}." for j in judged if j.line.a != main]
 
 
-def _groups(run: RunData, hook: str) -> list[tuple[str, list[Row]]]:
-    found = run.evaluated(hook).get("members", {})
-    keys = dict.fromkeys(key for member in found.values() for key in member.get("metrics", {}))
-    ordered = [key for key in METRICS if key in keys] + [key for key in keys if key not in METRICS]
-    out: dict[str, list[Row]] = {}
-    for key in ordered:
-        group = METRICS.get(key, ("", OTHER, ""))[1]
-        out.setdefault(group, []).append(_row(run, hook, key))
-    return list(out.items())
+def weighs(run: RunData, hook: str) -> bool:
+    """Return whether weighted FVU was compared, which needs a word of explanation."""
+    return any(metric == "fvu_weighted" for _, metric in judgements(run, hook))
 
 
-def _row(run: RunData, hook: str, key: str) -> Row:
-    glossary, judged = run.evaluation.get("glossary", {}), judgements(run, hook)
-    found = run.evaluated(hook).get("members", {})
-    entry = glossary.get(key) if isinstance(glossary.get(key), dict) else {}
-    tip = "; ".join(str(entry[part]) for part in ("formula", "direction") if entry.get(part))
-    cells = [
-        _cell(found.get(name, {}).get("metrics", {}).get(key, {}), judged.get((name, key)))
-        for name in run.members(hook)
-    ]
-    return Row(
-        key, str(entry.get("name") or metric_name(key)), tip, direction(key, glossary), cells
-    )
+def matching(run: RunData, hook: OverviewHook) -> list[tuple[MemberHead, list[tuple[str, str]]]]:
+    """Return how the latents of each member pair with its twin's, as (name, value)."""
+    heads, out = {member.name: member for member in hook.members}, []
+    for name, found in run.evaluated(hook.name).get("matching", {}).items():
+        values = {key: finite(value) for key, value in found.items()}
+        told = [
+            (MATCHING.get(key, key.replace("_", " ")), number(value))
+            for key, value in values.items()
+            if value is not None
+        ]
+        out += [(heads[name], told)] if name in heads else []
+    return out
 
 
-def _cell(record: Json, judged: Judgement | None) -> Cell:
-    value, low, high = (finite(record.get(part)) for part in ("value", "low", "high"))
-    if value is None or low is None or high is None or digits(low, high) is None:
-        return Cell(number(value), "", judged)
-    shown, bounds = interval(value, low, high).split(" ", 1)
-    return Cell(shown, bounds, judged)
-
-
-def _matching(found: Json) -> list[tuple[str, str]]:
-    pairs = [
-        (MATCHING.get(key, key.replace("_", " ")), finite(value)) for key, value in found.items()
-    ]
-    return [(name, number(value)) for name, value in pairs if value is not None]
-
-
-def _gamma(member: MemberView, record: Json) -> GammaView:
-    facts = [
-        (words, _plain(record[key])) for key, words in FACTS.items() if record.get(key) is not None
-    ]
-    heaviest = [
-        (str(row[0]), number(finite(row[1])), _percent(row[2]) if len(row) > 2 else "–")
-        for row in record.get("heaviest", [])[:HEAVIEST]
-    ]
-    moved: Json = record.get("without_mask") or {}
-    without = [
-        (WITHOUT_MASK.get(key, key.replace("_", " ")), _plain(value))
-        for key, value in moved.items()
-    ]
-    return GammaView(member, facts, heaviest, without)
+def gamma_cards(run: RunData, hook: OverviewHook) -> list[Json]:
+    """Return each weighted member's gamma: settings, its heaviest dimensions, and its movement without the mask."""
+    out = []
+    for member in hook.members:
+        record = run.gamma_record(hook.name, member.name)
+        if not record or run.is_plain(hook.name, member.name):
+            continue
+        heaviest = []
+        for row in record.get("heaviest", [])[:HEAVIEST]:
+            share = finite(row[2]) if len(row) > 2 else None
+            percent = "–" if share is None else f"{100 * share:.3g} %"
+            heaviest.append((str(row[0]), number(finite(row[1])), percent))
+        moved: Json = record.get("without_mask") or {}
+        without = [
+            (WITHOUT_MASK.get(k, k.replace("_", " ")), _plain(value)) for k, value in moved.items()
+        ]
+        facts = [(w, _plain(record[k])) for k, w in FACTS.items() if record.get(k) is not None]
+        out.append(
+            {"member": member, "facts": facts, "heaviest": heaviest, "without_mask": without}
+        )
+    return out
 
 
 def _plain(value: object) -> str:
@@ -447,67 +372,51 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _percent(value: object) -> str:
-    share = finite(value)
-    return "–" if share is None else f"{100 * share:.3g} %"
-
-
-CARDS = (
-    ("Model", ("model",)),
-    ("Training {unit}s", ("tokens", "train_tokens")),
-    ("Learning rate", ("lr",)),
-    ("Seed", ("seed",)),
-)
+CARDS = {
+    "Model": ("model",),
+    "Training {unit}s": ("tokens", "train_tokens"),
+    "Learning rate": ("lr",),
+    "Seed": ("seed",),
+}
 
 
 def cards(run: RunData) -> list[tuple[str, str]]:
     """Return the setup as (name, value) pairs; what the run does not say is left out."""
-    hooks = run.hooks
-    out: list[tuple[str, object]] = [
-        ("Hook point" if len(hooks) == 1 else "Hook points", ", ".join(hooks))
-    ]
-    for name, keys in CARDS:
-        found = [find(run.config, key) for key in keys]
-        out.append(
-            (
-                name.format(unit=run.unit),
-                next((v for v in found if isinstance(v, str | int | float)), None),
-            )
-        )
-    out[2:2] = [
-        ("Latents (d_sae)", _widths(run)),
-        (f"Active per {run.unit} (k)", _distinct(run, "k")),
-    ]
-    for key, name in (
-        ("heldout_tokens", f"Held-out {run.unit}s"),
-        ("heldout_sequences", f"Held-out {run.sequence}s"),
-    ):
-        out.append((name, run.evaluation.get(key)))
-    out.append(("wsae version", run.manifest.get("wsae_version")))
-    return [(name, _plain(value)) for name, value in out if value is not None]
-
-
-def _distinct(run: RunData, key: str) -> str | None:
-    """Join the values a setting takes over the members."""
     members = find(run.config, "members")
-    found = [
-        find(member, key) for member in (members if isinstance(members, list) else [run.config])
-    ]
-    values = dict.fromkeys(_plain(value) for value in found if isinstance(value, int | float))
-    return ", ".join(values) or None
+    configs = members if isinstance(members, list) else [run.config]
 
+    def distinct(key: str) -> str | None:
+        """Join the values a setting takes over the members."""
+        found = [find(member, key) for member in configs]
+        values = dict.fromkeys(_plain(value) for value in found if isinstance(value, int | float))
+        return ", ".join(values) or None
 
-def _widths(run: RunData) -> str | None:
-    """Join the dictionary sizes: measured ones where there are any, else the configured ones."""
+    settings: dict[str, object] = {}
+    for name, keys in CARDS.items():
+        found = [find(run.config, key) for key in keys]
+        value = next((v for v in found if isinstance(v, str | int | float)), None)
+        settings[name.format(unit=run.unit)] = value
     sizes = [len(array) for name, array in run.arrays.items() if name.endswith("|density")]
-    return ", ".join(f"{size:,}" for size in dict.fromkeys(sizes)) or _distinct(run, "d_sae")
+    measured = ", ".join(f"{size:,}" for size in dict.fromkeys(sizes))
+    out: dict[str, object] = {
+        "Hook point" if len(run.hooks) == 1 else "Hook points": ", ".join(run.hooks),
+        "Model": settings.pop("Model"),
+        "Latents (d_sae)": measured or distinct("d_sae"),
+        f"Active per {run.unit} (k)": distinct("k"),
+        **settings,
+        f"Held-out {run.unit}s": run.evaluation.get("heldout_tokens"),
+        f"Held-out {run.sequence}s": run.evaluation.get("heldout_sequences"),
+        "wsae version": run.manifest.get("wsae_version"),
+    }
+    return [(name, _plain(value)) for name, value in out.items() if value is not None]
 
 
 def glossary(run: RunData) -> list[tuple[str, str, Json]]:
-    """Return (key, name, entry) of every metric the evaluation explains."""
+    """Return (key, name, entry) of every metric the run explains."""
     parts = (run.evaluation, run.interpretation, run.classes)
     entries: Json = {
         key: entry for part in parts for key, entry in part.get("glossary", {}).items()
     }
-    explained = [(key, entry) for key, entry in entries.items() if isinstance(entry, dict)]
-    return [(key, str(entry.get("name") or metric_name(key)), entry) for key, entry in explained]
+    return [
+        (key, str(entry.get("name") or metric_name(key)), entry) for key, entry in entries.items()
+    ]

@@ -1,12 +1,13 @@
 """Numbers as words: formats, metric names, and verdicts that claim no more than their intervals show."""
 
 import math
-from dataclasses import dataclass
+
+from pydantic import Field
 
 from wsae.evals.glossary import HEADINGS
 from wsae.evals.glossary import METRICS as FORMULAS
 from wsae.report.rundata import RunData, finite, is_control
-from wsae.run import Json
+from wsae.run import ComparisonForm, Form, Json, Text
 
 METRICS = {key: (FORMULAS[key].name, heading) for heading, keys in HEADINGS.items() for key in keys}
 """metric -> (name, heading), in the order a reader wants them."""
@@ -15,44 +16,18 @@ NBSP = "\N{NO-BREAK SPACE}"
 _SMALL, _LARGE = 1e-3, 1e5
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """One paired comparison in words: `difference` = member - twin, with its interval."""
+class Judgement(Form):
+    """A paired comparison in words; `line`: its numbers, `difference` = member a - twin b."""
 
-    metric: str
-    member: str
-    twin: str
-    difference: float
-    low: float | None
-    high: float | None
-    outcome: str
+    outcome: Text
     """better | worse | higher | lower | none (the interval covers 0) | unknown (no interval)."""
-    effect_size: float | None
-    unit: str
-    n: int | None
-    paired: bool
-
-    @property
-    def how(self) -> str:
-        """Say what was resampled."""
-        kind = "paired" if self.paired else "unpaired"
-        return f"{kind} bootstrap over {self.n or '?'} {self.unit}s"
-
-    @property
-    def mark(self) -> str:
-        """Text marker, so that colour is never the only sign."""
-        if self.difference == self.low == self.high == 0:
-            return "= the same"
-        arrow = "▲" if self.difference > 0 else "▼"
-        named = {"none": "≈ no difference shown", "unknown": "no interval"}
-        return named.get(self.outcome) or f"{arrow} {self.outcome}"
-
-    @property
-    def text(self) -> str:
-        """Difference and interval, signed; nothing when both are exactly 0."""
-        if self.difference == self.low == self.high == 0:
-            return ""
-        return interval(self.difference, self.low, self.high, signed=True)
+    mark: Text
+    """Text marker, so that colour is never the only sign."""
+    text: Text
+    """Difference and interval, signed; nothing when both are exactly 0."""
+    how: Text
+    """What was resampled."""
+    line: ComparisonForm = Field(default=ComparisonForm(), exclude=True)
 
 
 def metric_name(metric: str) -> str:
@@ -105,44 +80,34 @@ def digits(low: float, high: float) -> int | None:
 
 def judge(comparison: Json, glossary: Json) -> Judgement | None:
     """Turn one entry of `comparisons` into a judgement; None when it carries no finite difference."""
-    difference = finite(comparison.get("difference"))
+    numbers = ("difference", "low", "high", "effect_size")
+    line = ComparisonForm(**{**comparison, **{key: finite(comparison.get(key)) for key in numbers}})
+    difference, low, high = line.difference, line.low, line.high
     if difference is None:
         return None
-    low, high = finite(comparison.get("low")), finite(comparison.get("high"))
-    metric = str(comparison.get("metric", ""))
-    count = finite(comparison.get("n"))
-    return Judgement(
-        metric=metric,
-        member=str(comparison.get("a", "")),
-        twin=str(comparison.get("b", "")),
-        difference=difference,
-        low=low,
-        high=high,
-        outcome=_outcome(difference, low, high, direction(metric, glossary)),
-        effect_size=finite(comparison.get("effect_size")),
-        unit=str(comparison.get("unit", "sample")),
-        n=None if count is None else int(count),
-        paired=bool(comparison.get("paired", True)),
+    way, risen = direction(line.metric, glossary), "higher" if difference > 0 else "lower"
+    outcome = ("better" if way == risen else "worse") if way else risen
+    mark, text = (
+        f"{'▲' if difference > 0 else '▼'} {outcome}",
+        interval(difference, low, high, True),
     )
-
-
-def _outcome(difference: float, low: float | None, high: float | None, way: str) -> str:
     if low is None or high is None:
-        return "unknown"
-    if low <= 0 <= high:
-        return "none"
-    rose = difference > 0
-    if not way:
-        return "higher" if rose else "lower"
-    return "better" if rose == (way == "higher") else "worse"
+        outcome, mark = "unknown", "no interval"
+    elif difference == low == high == 0:
+        outcome, mark, text = "none", "= the same", ""
+    elif low <= 0 <= high:
+        outcome, mark = "none", "≈ no difference shown"
+    kind = "paired" if line.paired else "unpaired"
+    how = f"{kind} bootstrap over {line.n or '?'} {line.unit}s"
+    return Judgement(outcome=outcome, mark=mark, text=text, how=how, line=line)
 
 
 def judgements(run: RunData, hook: str) -> dict[tuple[str, str], Judgement]:
     """Return the comparisons with the plain twin by (member, metric)."""
     glossary = run.evaluation.get("glossary", {})
     found = (judge(entry, glossary) for entry in run.evaluated(hook).get("comparisons", []))
-    kept = [j for j in found if j is not None and not is_control(j.member)]
-    return {(j.member, j.metric): j for j in kept if j.twin == run.twin_of(hook, j.member)}
+    kept = [j for j in found if j is not None and not is_control(j.line.a)]
+    return {(j.line.a, j.line.metric): j for j in kept if j.line.b == run.twin_of(hook, j.line.a)}
 
 
 def weighting(record: Json, member: str) -> str:
@@ -165,7 +130,9 @@ def verdict(run: RunData, hook: str) -> str:
     mine = [judged[main, metric] for metric in HEADLINE if (main, metric) in judged]
     mine = (mine or [j for (member, _), j in judged.items() if member == main])[:3]
     subject = weighting(run.gamma_record(hook, main), main)
-    return f"On {_where(run)}, {subject} {_join([clause(run, hook, j) for j in mine])}."
+    *firsts, last = (clause(run, hook, j) for j in mine)
+    said = ", ".join(firsts) + ", and " + last if firsts else last
+    return f"On {_where(run)}, {subject} {said}."
 
 
 HEADLINE = ("fvu", "fvu_weighted", "ce_loss_recovered_zero", "ce_delta", "decoder_cosine_max_mean")
@@ -174,19 +141,14 @@ HEADLINE = ("fvu", "fvu_weighted", "ce_loss_recovered_zero", "ce_delta", "decode
 def main_member(run: RunData, hook: str) -> str | None:
     """Name the compared member whose alpha is nearest to 1; None when nothing was compared."""
     names = dict.fromkeys(member for member, _ in judgements(run, hook))
-    return min(
-        names, key=lambda name: _distance_from_one(run.gamma_record(hook, name)), default=None
-    )
-
-
-def _distance_from_one(record: Json) -> float:
-    alpha = finite(record.get("alpha"))
-    return math.inf if alpha is None else abs(alpha - 1)
+    alphas = {name: finite(run.gamma_record(hook, name).get("alpha")) for name in names}
+    away = {name: math.inf if a is None else abs(a - 1) for name, a in alphas.items()}
+    return min(away, key=away.__getitem__, default=None)
 
 
 def clause(run: RunData, hook: str, judged: Judgement) -> str:
     """Say what happened to one metric: 'raised plain FVU from a to b (worse; difference ...)'."""
-    name = metric_name(judged.metric)
+    name = metric_name(judged.line.metric)
     name = name if name[1:2].isupper() else name[0].lower() + name[1:]
     name = f"mean {name.removesuffix(', mean')}" if name.endswith(", mean") else name
     text = judged.text
@@ -196,25 +158,25 @@ def clause(run: RunData, hook: str, judged: Judgement) -> str:
         return f"showed no difference in {name} ({text} covers 0)"
     if judged.outcome == "unknown":
         return f"measured {name} {text} apart (no interval was computed, so nothing is shown)"
-    verb = "raised" if judged.difference > 0 else "lowered"
+    verb = "raised" if (judged.line.difference or 0) > 0 else "lowered"
     worth = f"{judged.outcome}: " if judged.outcome in ("better", "worse") else ""
-    return f"{verb} {name}{_from_to(run, hook, judged)} ({worth}{text})"
+    return f"{verb} {name}{_from_to(run, hook, judged.line)} ({worth}{text})"
 
 
-def _from_to(run: RunData, hook: str, judged: Judgement) -> str:
+def _from_to(run: RunData, hook: str, line: ComparisonForm) -> str:
     """' from a to b', only when the two reported values are what was compared."""
     members = run.evaluated(hook).get("members", {})
-    pair = [
-        finite(members.get(name, {}).get("metrics", {}).get(judged.metric, {}).get("value"))
-        for name in (judged.twin, judged.member)
-    ]
-    if pair[0] is None or pair[1] is None:
+    begin, end = (
+        finite(members.get(name, {}).get("metrics", {}).get(line.metric, {}).get("value"))
+        for name in (line.b, line.a)
+    )
+    difference, low, high = line.difference, line.low, line.high
+    if begin is None or end is None or difference is None or low is None or high is None:
         return ""
-    agrees = abs(pair[1] - pair[0] - judged.difference) <= 0.1 * abs(judged.difference)
-    if not agrees or judged.low is None or judged.high is None:
+    if abs(end - begin - difference) > 0.1 * abs(difference):
         return ""
-    decimals = digits(judged.low, judged.high)
-    texts = [number(value) if decimals is None else f"{value:,.{decimals}f}" for value in pair]
+    decimals = digits(low, high)
+    texts = [number(v) if decimals is None else f"{v:,.{decimals}f}" for v in (begin, end)]
     return f" from {texts[0]} to {texts[1]}"
 
 
@@ -231,27 +193,19 @@ def _where(run: RunData) -> str:
     return f"held-out {kind} ({extent})"
 
 
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
-
-
 def method(run: RunData, hook: str) -> str:
     """Say where the intervals come from: 'paired bootstrap over 200 sequences'."""
-    found = [j for j in judgements(run, hook).values() if j.n and j.paired]
-    counts = {
-        unit: [j.n for j in found if j.unit == unit and j.n]
-        for unit in dict.fromkeys(j.unit for j in found)
-    }
-    kinds = [
-        _extent(ns, run.sequence if unit == "sequence" else unit) for unit, ns in counts.items()
-    ]
+    judged = judgements(run, hook).values()
+    if not judged:
+        return ""
+    counts: dict[str, list[int]] = {}
+    for line in (j.line for j in judged):
+        if line.n and line.paired:
+            counts.setdefault(line.unit, []).append(line.n)
+    kinds = []
+    for unit, ns in counts.items():
+        extent = " to ".join(f"{n:,}" for n in dict.fromkeys((min(ns), max(ns))))
+        kinds.append(f"{extent} {run.sequence if unit == 'sequence' else unit}s")
     how = f", by paired bootstrap over {' or '.join(kinds)}" if kinds else ""
     scope = "They cover the choice of held-out data, not of the training seed."
-    return (
-        f"Brackets: 95 % intervals of the difference{how}. {scope}" if judgements(run, hook) else ""
-    )
-
-
-def _extent(counts: list[int], unit: str) -> str:
-    low, high = min(counts), max(counts)
-    return f"{low:,} {unit}s" if low == high else f"{low:,} to {high:,} {unit}s"
+    return f"Brackets: 95 % intervals of the difference{how}. {scope}"

@@ -1,9 +1,11 @@
 """What an SAE is, as values: widths, tied or not, and the activation function. No torch here."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from wsae.core.artifact import PROVENANCE
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 
@@ -117,3 +119,39 @@ def check_groups(d_sae: int, k: int) -> None:
             f"group_topk needs d_sae divisible by k, but {d_sae} % {k} = {d_sae % k}; "
             f"use d_sae {f'{down} or ' if down else ''}{up}, or another k"
         )
+
+
+class Provenance(Config):
+    """Where an SAE comes from, as far as its run, or the tool that wrote it, says; everything may be missing."""
+
+    model: str | None = None
+    """The model whose activations it was trained on."""
+    hook: str | None = None
+    """The hook point, in the words of whoever trained it."""
+    context: int | None = None
+    """Tokens per sequence."""
+    prepend_bos: bool | None = None
+    """Whether sequences began with a begin-of-text token."""
+    dataset: str | None = None
+    """The text or images behind the activations; of a local path only the last name."""
+    tokens: int | None = None
+    """Rows it was trained on."""
+    member: str | None = None
+    """Its name in its run."""
+    gamma: dict[str, Any] = {}
+    """The rule of its loss weights: rule, alpha, normalise, ..."""
+    metrics: dict[str, Any] = {}
+    """Scores on held-out data: {name: {value, low, high}}."""
+    inputs: dict[str, str] = {}
+    """Digests of what it was made from, by name."""
+    origin: dict[str, Any] = {}
+    """For an SAE of another tool: `format` and what else its files say."""
+    notes: tuple[str, ...] = ()
+    """What its files leave open, or what to know before its scores are believed."""
+    wsae_version: str | None = None
+    """The version that trained it, where that was wsae."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "Provenance":
+        """Return what an SAE's directory says of itself; nothing where it says nothing."""
+        return cls.load(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else cls()

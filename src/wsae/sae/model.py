@@ -7,7 +7,6 @@ Tied: W_dec = W_enc^T and no biases. The training pass lives in `wsae.sae.forwar
 
 import contextlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import CONFIG, MANIFEST, PROVENANCE, read_manifest, write_manifest
 from wsae.core.calls import check_tensor, own_settings, tensor
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
@@ -29,9 +28,9 @@ from wsae.ops import (
     select_group_topk,
     select_topk,
 )
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, SAEConfig, TopK
+from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, Provenance, ReLU, SAEConfig, TopK
 
-WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+WEIGHTS = "sae.safetensors"
 
 
 class SparseAutoencoder(nn.Module):
@@ -185,12 +184,12 @@ class SparseAutoencoder(nn.Module):
         d_in = self.cfg.d_in
         return name == "gamma" and tuple(tensor.shape) in ((d_in,), (d_in, d_in))
 
-    def save(self, path: Path | str, beside: Sequence[str] = ()) -> None:
-        """Write the SAE to a directory: sae.safetensors, config.json, manifest.json last.
-
-        `beside`: files that lie there already and belong to it.
-        """
-        path = Path(path)
+    def save(self, path: Path | str, about: Provenance | None = None) -> None:
+        """Write the SAE to a directory: what is known `about` it, sae.safetensors, config.json, manifest.json last."""
+        path, beside = Path(path), []
+        if about is not None:
+            write_json(path / PROVENANCE, about.to_dict())
+            beside.append(PROVENANCE)
         save_tensors(path / WEIGHTS, self.tensors())
         write_json(path / CONFIG, self.cfg.to_dict())
         write_manifest(path, "sae", self.cfg.to_dict(), [WEIGHTS, CONFIG, *beside])

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
 import anyio
@@ -24,24 +24,22 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from wsae.core.errors import UserError
-from wsae.run import Json
+from wsae.run import Json, Run
 from wsae.serve import pages
-from wsae.serve.build import weights_digest
 from wsae.serve.index import (
     CHANGED,
     ECHO,
     REMAKE,
     DamagedIndexError,
-    Index,
     Member,
     Served,
     Shelf,
     asked,
+    weights_digest,
     whole,
 )
 from wsae.serve.model import load
-from wsae.serve.pages import latent_link, latent_view, list_view
-from wsae.serve.schema import key_of
+from wsae.serve.pages import latent_view, list_view
 from wsae.serve.server import Gate, Guard
 
 if TYPE_CHECKING:
@@ -61,13 +59,6 @@ PLACES = 3
 """Texts that are read or wait at once."""
 
 
-class Token(NamedTuple):
-    """One token of the text and the latents that fire on it, strongest first: (latent, activation)."""
-
-    text: str
-    latents: list[tuple[int, float]]
-
-
 class BusyError(UserError):
     """Too many others are being served."""
 
@@ -81,44 +72,55 @@ class Live:
         self._places = threading.BoundedSemaphore(PLACES)
         self._model: tuple[str, LanguageModel] | None = None
         self._probed: tuple[LanguageModel, str, Capture] | None = None
-        self._sae: tuple[tuple[Path, str], SparseAutoencoder] | None = None
+        self._sae: tuple[Path, str, SparseAutoencoder] | None = None
 
     def submit(self, run: Served, member: Member, text: str) -> Future[Json]:
-        """Have a text read: its tokens with their latents, and the latents of the whole text.
+        """Have a text read: its tokens with the latents that fire on each, and the latents of the whole text.
 
         Raises UserError when the text is empty or too long, or the model is not at hand, BusyError when others wait.
         """
-        index = run.index
-        check(text)
-        if index.model["why_not"]:
-            raise UserError(f"no live reading: {index.model['why_not']}")
+        if not text.strip():
+            raise UserError("text: is empty; type some words")
+        if len(text) > MAX_CHARS:
+            raise UserError(f"text: {len(text):,} characters, at most {MAX_CHARS:,} are read")
+        if run.index.model["why_not"]:
+            raise UserError(f"no live reading: {run.index.model['why_not']}")
         if not member.weights:
             raise UserError(f"no live reading: the run keeps no weights of {member.name}")
         if not self._places.acquire(blocking=False):
             raise BusyError("others are having texts read; try again in a moment")
-        try:
-            reading = self._thread.submit(self._read, run, member, text)
-        except BaseException:
-            self._places.release()
-            raise
+        reading = self._thread.submit(self._read, run, member, text)
         reading.add_done_callback(lambda _: self._places.release())
         return reading
 
     def _read(self, run: Served, member: Member, text: str) -> Json:
-        tokens = self._tokens(run.path, run.index.model["name"], member, text)
-        return {
-            "member": member.slug,
-            "tokens": [{"text": t.text, "latents": t.latents} for t in tokens],
-            "latents": _overall((run.base, run.index, member), tokens),
-        }
+        """Return the latents by token, and of the whole text; the first token is an attention sink, no part of that."""
+        tokens = self._tokens(run, member, text)
+        peak: dict[int, float] = {}
+        for token in tokens[1:] or tokens:
+            for latent, value in token["latents"]:
+                peak[latent] = max(peak.get(latent, 0.0), value)
+        best = sorted(peak, key=lambda latent: (-peak[latent], latent))[:OVERALL]
+        lines = run.index.lines([member.key(latent) for latent in best])
+        overall = [
+            {
+                "latent": latent,
+                "activation": peak[latent],
+                "label": lines[member.key(latent)][1] or "",
+                "link": run.latent_link(member, latent),
+            }
+            for latent in best
+        ]
+        return {"member": member.slug, "tokens": tokens, "latents": overall}
 
-    def _tokens(self, path: Path, name: str, member: Member, text: str) -> list[Token]:
+    def _tokens(self, run: Served, member: Member, text: str) -> list[Json]:
+        """Return the tokens of a text and the latents that fire on each, strongest first: (latent, activation)."""
         import torch
 
         from wsae.acts.text import automatic_bos
         from wsae.acts.tokens import decode_table, joined
 
-        language, sae = self._language(name), self._member(path, member)
+        language, sae = self._language(run.index.model["name"]), self._member(run.path, member)
         body = language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not body:
             raise UserError("text: holds no tokens")
@@ -134,7 +136,7 @@ class Live:
         shown = joined([texts[i] for i in ids])
         found = zip(shown, strongest.indices.tolist(), strongest.values.tolist(), strict=True)
         return [
-            Token(text, [(j, v) for j, v in zip(js, vs, strict=True) if v > 0])
+            {"text": text, "latents": [(j, v) for j, v in zip(js, vs, strict=True) if v > 0]}
             for text, js, vs in found
         ]
 
@@ -155,21 +157,20 @@ class Live:
         return self._model[1]
 
     def _member(self, path: Path, member: Member) -> "SparseAutoencoder":
+        """Return a member's SAE, if its weights are still those of the index."""
         from wsae.sae import SparseAutoencoder
 
-        wanted = (path, f"{member.hook}|{member.name}|{member.weights}")
-        if self._sae is None or self._sae[0] != wanted:
+        place = Run(path).place(member.hook, member.name)
+        if self._sae is None or self._sae[:2] != (place, member.weights):
             self._sae = None
-            place = path / "members" / member.hook / member.name
-            if not place.resolve().is_relative_to(path.resolve()):
-                raise UserError(f"{member.name}: its weights lie outside the run")
-            if weights_digest(place) != member.weights:
+            before = weights_digest(place)
+            sae = (
+                SparseAutoencoder.load(place).to(self.device) if before == member.weights else None
+            )
+            if sae is None or weights_digest(place) != before:  # trained again while they were read
                 raise UserError(f"no live reading: {CHANGED}")
-            sae = SparseAutoencoder.load(place).to(self.device)
-            if weights_digest(place) != member.weights:  # trained again while they were read
-                raise UserError(f"no live reading: {CHANGED}")
-            self._sae = (wanted, sae)
-        return self._sae[1]
+            self._sae = (place, member.weights, sae)
+        return self._sae[2]
 
 
 def _give_way() -> None:
@@ -182,35 +183,6 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def check(text: str) -> None:
-    """Raise UserError for a text that is not read."""
-    if not text.strip():
-        raise UserError("text: is empty; type some words")
-    if len(text) > MAX_CHARS:
-        raise UserError(f"text: {len(text):,} characters, at most {MAX_CHARS:,} are read")
-
-
-def _overall(place: tuple[str, Index, Member], tokens: list[Token]) -> list[Json]:
-    """Return the latents of the whole text, strongest first; the first token is an attention sink and left out."""
-    base, index, member = place
-    peak: dict[int, float] = {}
-    for token in tokens[1:] or tokens:
-        for latent, value in token.latents:
-            peak[latent] = max(peak.get(latent, 0.0), value)
-    best = sorted(peak, key=lambda latent: (-peak[latent], latent))[:OVERALL]
-    keys = [key_of(member.id, latent) for latent in best]
-    labels = index.labels(keys)
-    return [
-        {
-            "latent": latent,
-            "activation": peak[latent],
-            "label": labels.get(key, ""),
-            "link": latent_link(base, member, latent),
-        }
-        for latent, key in zip(best, keys, strict=True)
-    ]
-
-
 # The body of a POST: a form or JSON, small, text fields only.
 
 MAX_BODY = 64 * 1024
@@ -220,7 +192,7 @@ FIELDS = ("text", "member", "latent")
 
 
 async def read_text(request: Request) -> dict[str, str]:
-    """Return the known fields of a form or a JSON object.
+    """Return the known fields of a form or a JSON object, without halves of surrogate pairs, which tokenizers refuse.
 
     Raises UserError when the body is too long or neither, TimeoutError when it does not come.
     """
@@ -234,31 +206,25 @@ async def read_text(request: Request) -> dict[str, str]:
     if kind not in ("application/json", "application/x-www-form-urlencoded"):
         raise UserError("send a form or JSON (content-type)")
     try:
-        found = _parsed(kind, body.decode("utf-8"))
+        text = body.decode("utf-8")
+        found = (
+            json.loads(text)
+            if kind == "application/json"
+            else dict(parse_qsl(text, keep_blank_values=True, max_num_fields=10))
+        )
     except (ValueError, RecursionError) as error:
         raise UserError("the request's body cannot be read") from error
     if not isinstance(found, dict):
         raise UserError("a JSON object is needed")
-    return {name: _field(name, found[name]) for name in FIELDS if found.get(name) is not None}
-
-
-def _parsed(kind: str, text: str) -> object:
-    if kind == "application/json":
-        return json.loads(text)
-    return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=10))
-
-
-def _field(name: str, value: object) -> str:
-    if name == "latent" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{name}: is not text")
-    return clean_text(value)
-
-
-def clean_text(text: str) -> str:
-    """Return text without halves of surrogate pairs, which JSON can carry and tokenizers cannot."""
-    return text.encode("utf-8", "replace").decode()
+    out = {name: found[name] for name in FIELDS if found.get(name) is not None}
+    for name, value in out.items():
+        if name == "latent" and type(value) is int:
+            out[name] = str(value)
+        elif not isinstance(value, str):
+            raise UserError(f"{name}: is not text")
+        else:
+            out[name] = value.encode("utf-8", "replace").decode()
+    return out
 
 
 T = TypeVar("T")
@@ -307,24 +273,11 @@ class Site:
         return found
 
 
-class Place(NamedTuple):
-    """A member (None: all of them) of a served run."""
-
-    run: Served
-    member: Member | None
-
-
 def application(runs: list[Shelf], live: Live, gate: Gate = Gate()) -> Guard:  # noqa: B008  (frozen)
     """Return the application for some runs, reached as `gate` says."""
     site = Site({run.slug: run for run in runs}, live)
-    handlers = {
-        Exception: _broken,
-        HTTPException: _failed,
-        UserError: _bad_input,
-        BusyError: _busy,
-        DamagedIndexError: _damaged,
-        TimeoutError: _late,
-    }
+    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, UserError, TimeoutError), _failed)
+    handlers[Exception] = _broken
     app = Starlette(routes=_routes(site), exception_handlers=handlers, lifespan=_bounded)
     app.router.redirect_slashes = False  # a redirect would name a host and a path of its own
     return Guard(app, gate, site.key)
@@ -356,17 +309,14 @@ async def _worked(work: Callable[..., T], *args: object) -> T:
 
 
 def _routes(site: Site) -> list[BaseRoute]:
-    def bound(handler: Callable[[Site, Request], Response]) -> Endpoint:
-        async def answer(request: Request) -> Response:
-            return await _worked(handler, site, request)
-
-        return answer
-
     def of_run(handler: Callable[[Served, Request], Response]) -> Endpoint:
         async def answer(request: Request) -> Response:
             return await _worked(site.on_run, request, handler)
 
         return answer
+
+    async def overview(request: Request) -> Response:
+        return await _worked(_overview, site, request)
 
     async def live(request: Request) -> Response:
         """Read the body here, the text in the thread for that."""
@@ -376,122 +326,101 @@ def _routes(site: Site) -> list[BaseRoute]:
             return Response(status_code=400)  # for nobody
         return await _live(site, request, posted)
 
-    first = [
-        Route("/r/{run}/live", live, methods=["GET", "POST"]),
-        Route("/api/r/{run}/live", live, methods=["POST"]),
-    ]
-    of_all = {
-        "/": _overview,
-        "/static/{name}": _static,
-        "/api/runs": _api_runs,
-    }
     of_one = {
-        "/r/{run}": _run,
-        "/r/{run}/{member}": _list,
-        "/r/{run}/{member}/{latent:int}": _latent,
-        "/api/r/{run}": _api_run,
-        "/api/r/{run}/{member}": _api_list,
-        "/api/r/{run}/{member}/{latent:int}": _api_latent,
+        "/r/{run}": of_run(_run),
+        "/r/{run}/{member}": of_run(_list),
+        "/r/{run}/{member}/{latent:int}": of_run(_latent),
     }
     return [
-        *first,
-        *(Route(path, bound(handler)) for path, handler in of_all.items()),
-        *(Route(path, of_run(handler)) for path, handler in of_one.items()),
+        Route("/r/{run}/live", live, methods=["GET", "POST"]),
+        Route("/api/r/{run}/live", live, methods=["POST"]),
+        Route("/", overview),
+        Route("/api/runs", overview),
+        Route("/static/{name}", _static),
+        *(
+            Route(prefix + path, answer)
+            for prefix in ("", "/api")
+            for path, answer in of_one.items()
+        ),
     ]
 
 
-def _place(run: Served, request: Request) -> Place:
+def _member_of(run: Served, request: Request) -> Member | None:
+    """Return the member that an address names, None for all of them; 404 where there is none."""
     slug = request.path_params["member"]
-    if slug == ALL:
-        return Place(run, None)
-    member = run.index.by_slug.get(slug)
-    if member is None:
+    if slug != ALL and slug not in run.index.by_slug:
         raise HTTPException(404, "no such member in this run")
-    return Place(run, member)
-
-
-def _one(run: Served, request: Request) -> tuple[Member, int]:
-    member, latent = _place(run, request).member, request.path_params["latent"]
-    if member is None or not 0 <= latent < member.size:
-        raise HTTPException(404, "no such latent")
-    return member, latent
-
-
-def _page(html: str, status: int = 200) -> Response:
-    return HTMLResponse(html, status)
+    return run.index.by_slug.get(slug)
 
 
 def _overview(site: Site, request: Request) -> Response:
     root = root_of(request)
-    return _page(pages.overview([shelf.now(root) for shelf in site.runs.values()], root))
+    found = [shelf.now(root) for shelf in site.runs.values()]
+    if _is_api(request):
+        return _json([{"run": run.slug, "name": run.index.name} for run in found])
+    return HTMLResponse(pages.overview(found, root))
 
 
 def _run(run: Served, request: Request) -> Response:
-    del request
-    return _page(pages.run(run))
+    if not _is_api(request):
+        return HTMLResponse(pages.run(run))
+    index = run.index
+    members = [
+        {"member": m.slug, "hook": m.hook, "name": m.name, "latents": m.size, "alive": m.alive, "plain": m.plain}
+        for m in index.members
+    ]  # fmt: skip
+    told = [measure._asdict() for measure in index.measures]
+    return _told(run, {"members": members, "measures": told, "overview": index.overview})
 
 
 def _list(run: Served, request: Request) -> Response:
-    member = _place(run, request).member
+    member = _member_of(run, request)
     ask = asked(request.query_params, run.index)
-    return _page(pages.latents(run, member, ask, list_view(run.base, run.index, member, ask)))
+    view = list_view(run, member, ask)
+    if _is_api(request):
+        return _told(run, view)
+    return HTMLResponse(pages.latents(run, member, ask, view))
 
 
 def _latent(run: Served, request: Request) -> Response:
-    member, latent = _one(run, request)
+    member, latent = _member_of(run, request), request.path_params["latent"]
+    if member is None or not 0 <= latent < member.size:
+        raise HTTPException(404, "no such latent")
+    if _is_api(request):
+        return _told(run, {"run": run.slug, **latent_view(run, member, latent)})
     ask = asked(request.query_params, run.index)
-    everywhere = request.query_params.get("in") == ALL
-    view = latent_view(run.base, run.index, member, latent)
-    return _page(pages.latent(run, (None if everywhere else member, member), ask, view))
+    scope = None if request.query_params.get("in") == ALL else member
+    return HTMLResponse(pages.latent(run, scope, member, ask, latent_view(run, member, latent)))
 
 
-def _static(site: Site, request: Request) -> Response:
-    del site
-    found = pages.ASSETS.get(request.path_params["name"])
-    if found is None:
+async def _static(request: Request) -> Response:
+    kind, text = pages.ASSETS.get(request.path_params["name"], ("", ""))
+    if not kind:
         raise HTTPException(404, "no such file")
-    kind, text = found
     return Response(text, media_type=kind)
 
 
-class Wish(NamedTuple):
-    """What is asked of a live page: a member of one state of a run, its text, the latent to follow."""
-
-    run: Served
-    member: Member
-    text: str
-    latent: int | None
-
-
-def _wish(site: Site, request: Request, posted: dict[str, str] | None) -> Wish:
-    run = site.shelf(request).now(root_of(request))
+async def _live(site: Site, request: Request, posted: dict[str, str] | None) -> Response:
+    run: Served = await _worked(site.shelf(request).now, root_of(request))
     given = {**request.query_params, **(posted or {})}
-    name = given.get("member") or run.index.members[-1].slug
+    name, text = given.get("member") or run.index.members[-1].slug, given.get("text", "")
     member = run.index.by_slug.get(name)
     if member is None:
         raise UserError(f"member: no {name[:ECHO]!r} in this run")
-    chosen = whole(given["latent"], "latent", 0, member.size - 1) if given.get("latent") else None
-    return Wish(run, member, given.get("text", ""), chosen)
-
-
-async def _live(site: Site, request: Request, posted: dict[str, str] | None) -> Response:
-    wish = await _worked(_wish, site, request, posted)
-    run, api = wish.run, _is_api(request)
+    latent = whole(given["latent"], "latent", 0, member.size - 1) if given.get("latent") else None
     found: Json | None = None
     problem, status = str(run.index.model["why_not"]), 200
-    if api or (posted is not None and not problem):
-        try:
-            found = await asyncio.wrap_future(site.live.submit(run, wish.member, wish.text))
-        except UserError as error:
-            if api:
-                raise
-            problem, status = str(error), 503 if isinstance(error, BusyError) else 400
-    elif posted is not None:
+    if _is_api(request):
+        return _told(run, await asyncio.wrap_future(site.live.submit(run, member, text)))
+    if posted is not None and problem:
         status = 400
-    if api:
-        return _told(run, found or {})
-    form = pages.Form(wish.text, wish.latent, f"?key={site.key}")
-    html = await _worked(pages.live, run, wish.member, form, (found, problem))
+    elif posted is not None:
+        try:
+            found = await asyncio.wrap_future(site.live.submit(run, member, text))
+        except UserError as error:
+            problem, status = str(error), 503 if isinstance(error, BusyError) else 400
+    key = f"?key={site.key}"
+    html = await _worked(pages.live, run, member, text, latent, key, found, problem)
     return HTMLResponse(html, status, RETRY if status == 503 else None)
 
 
@@ -507,62 +436,24 @@ def _told(run: Served, view: Json) -> Response:
     return _json({**view, "notice": run.notice} if run.notice else view)
 
 
-def _api_runs(site: Site, request: Request) -> Response:
-    found = [shelf.now(root_of(request)) for shelf in site.runs.values()]
-    return _json([{"run": run.slug, "name": run.index.name} for run in found])
-
-
-def _api_run(run: Served, request: Request) -> Response:
-    del request
-    index = run.index
-    members = [
-        {"member": m.slug, "hook": m.hook, "name": m.name, "latents": m.size, "alive": m.alive, "plain": m.plain}
-        for m in index.members
-    ]  # fmt: skip
-    told = [measure._asdict() for measure in index.measures]
-    return _told(run, {"members": members, "measures": told, "overview": index.overview})
-
-
-def _api_list(run: Served, request: Request) -> Response:
-    member = _place(run, request).member
-    ask = asked(request.query_params, run.index)
-    return _told(run, list_view(run.base, run.index, member, ask))
-
-
-def _api_latent(run: Served, request: Request) -> Response:
-    member, latent = _one(run, request)
-    return _told(run, {"run": run.slug, **latent_view(run.base, run.index, member, latent)})
-
-
-def _answer(request: Request, status: int, line: str) -> Response:
+def _failed(request: Request, error: Exception) -> Response:
+    """Answer in one line; where an index lies that is damaged the terminal is told, a visitor need not know."""
+    status, line = 400, str(error)
+    match error:
+        case HTTPException():
+            status, line = error.status_code, str(error.detail)
+        case BusyError():
+            status = 503
+        case TimeoutError():
+            status, line = 408, "the request did not come to its end in time"
+        case DamagedIndexError():
+            _LOG.error("%s", error)
+            status, line = 500, f"the index of this run is gone or damaged; {REMAKE}"
     line = line if len(line) <= LINE else f"{line[: LINE - 1]}…"
     headers = RETRY if status == 503 else None
     if _is_api(request):
         return _json({"error": line}, status, headers)
     return HTMLResponse(pages.problem(status, line, root_of(request)), status, headers)
-
-
-def _failed(request: Request, error: Any) -> Response:
-    return _answer(request, error.status_code, str(error.detail))
-
-
-def _bad_input(request: Request, error: Exception) -> Response:
-    return _answer(request, 400, str(error))
-
-
-def _busy(request: Request, error: Exception) -> Response:
-    return _answer(request, 503, str(error))
-
-
-def _late(request: Request, error: Exception) -> Response:
-    del error
-    return _answer(request, 408, "the request did not come to its end in time")
-
-
-def _damaged(request: Request, error: Exception) -> Response:
-    """Tell the terminal where it lies; a visitor need not know."""
-    _LOG.error("%s", error)
-    return _answer(request, 500, f"the index of this run is gone or damaged; {REMAKE}")
 
 
 def _broken(request: Request, error: Exception) -> Response:

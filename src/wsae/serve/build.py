@@ -1,242 +1,220 @@
 """Make a run's index: every latent of every member, from what evaluation, scores and decoders say.
 
-One member's weights are in memory at a time. The file appears under its name when it is whole.
+It is made once, under a lock, and again when the run or its scores have changed. One member's weights are in memory at
+a time. The file appears under its name when it is whole.
 """
 
+import contextlib
+import errno
 import json
+import os
 import re
 import sqlite3
+import tempfile
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int32, Int64
-from torch import Tensor, nn
+from jaxtyping import Float, Int64
+from torch import Tensor
 
-from wsae.core.artifact import contained, read_manifest
+from wsae.acts.tokens import alone as alone_text
+from wsae.acts.tokens import decode_table, owner_of
 from wsae.core.errors import UserError
-from wsae.core.files import digest, writing
+from wsae.core.files import as_user_error, digest, locked_file, writing
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.evals.contexts import TopContexts, sample_latents
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries
-from wsae.report import view
-from wsae.report import view as interpretation
-from wsae.report.charts import kind_of
-from wsae.report.rundata import RunData, is_control, read_classes, read_run
-from wsae.report.words import Judgement
-from wsae.run import Json, Run, check_no_sae
+from wsae.report.contexts import shown_token
+from wsae.report.rundata import RunData, counted, is_control, read_run
+from wsae.report.view import glossary, meaning, overview, score_name
+from wsae.run import Json
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
 from wsae.serve import schema
 from wsae.serve.config import IndexConfig
-from wsae.serve.model import ModelName, fingerprint_of, load, model_of
-from wsae.serve.schema import (
-    BINS,
-    BLOCK,
-    DENSITY_EDGES,
-    Classes,
-    Measure,
-    bin_of,
-    columns,
-    measures,
+from wsae.serve.index import Index, Member, run_digest, weights_digest
+from wsae.serve.model import (
+    ModelName,
+    Unembedding,
+    fingerprint_of,
+    influence,
+    load,
+    model_of,
     neighbours,
-    stored_rows,
+    promoted,
+    unembedding,
 )
+from wsae.serve.schema import BASIC, BINS, Measure, bin_of, key_of
 
-if TYPE_CHECKING:
-    from wsae.acts.language import LanguageModel
-
-# One pass over a run's held-out data: how strongly every latent fires, and where some of them fire
-# most.
+Reopen = Callable[[Path], HeldOut]
+"""Run -> the data it was trained on."""
 
 
-@runtime_checkable
-class Watched(Protocol):
-    """A member to be watched."""
+def ensure_index(
+    run: Path,
+    place: Path | None,
+    cfg: IndexConfig,
+    reopen: Reopen | None = None,
+    progress: Progress = quiet,
+) -> tuple[Path, bool]:
+    """Return the path of a run's current index, and whether it was made just now.
 
-    @property
-    def hook(self) -> str:
-        """Where its activations come from."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        ...
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one member's latents did on the held-out rows."""
-
-    peak: Float64[Tensor, " d_sae"]
-    histogram: Int32[Tensor, "d_sae bins"]
-    contexts: dict[int, list[Json]]
-    """Contexts of the chosen latents, strongest first."""
-
-
-class _Watch:
-    """One member while the rows go by."""
-
-    def __init__(self, sae: SparseAutoencoder, chosen: Int64[Tensor, " latents"], n: int) -> None:
-        d_sae = sae.cfg.d_sae
-        self.encode = Encoder(sae)
-        self.top = TopContexts(chosen, d_sae, n)
-        self.peak = torch.zeros(d_sae, dtype=torch.float64)
-        self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int32)
-
-    def update(self, x: Tensor, seq: Tensor, pos: Tensor) -> None:
-        """Add some rows."""
-        entries = Entries(self.encode(x))
-        self.top.update(entries, seq.long(), pos.long())
-        self.peak.scatter_reduce_(0, entries.indices, entries.values, "amax")
-        flat = entries.indices * BINS + bin_of(entries.values)
-        ones = torch.ones_like(flat, dtype=torch.int32)
-        self.histogram.view(-1).scatter_add_(0, flat, ones)
-
-
-Wanted = dict[Watched, tuple[SparseAutoencoder, Float64[Tensor, " d_sae"]]]
-"""Member -> (its SAE, the densities of its latents)."""
-
-
-def collect(
-    source: HeldOut, members: Wanted, cfg: IndexConfig, progress: Progress
-) -> dict[Watched, Seen]:
-    """Return what every member's latents do, with contexts of `cfg.contexts` live ones each, spread over density.
-
-    Raises UserError when the data have no text or lack a hook of the run.
+    `place`: the file, instead of RUN/browser.sqlite; `reopen`: see `build`. Raises UserError when the run is not
+    whole or evaluated, or nothing can be written there. A second process waits for the first one's index.
     """
-    if source.tokens() is None:
-        raise UserError("--contexts: the run's data have no text to collect contexts from")
-    missing = next((m.hook for m in members if m.hook not in source.hooks), None)
-    if missing is not None:
-        raise UserError(f"--contexts: the data have no hook {missing!r}")
-    watched = {
-        m: _Watch(
-            sae, sample_latents(density, cfg.contexts, cfg.seed, m.hook, m.name), cfg.per_latent
-        )
-        for m, (sae, density) in members.items()
-    }
-    with torch.inference_mode(), progress("contexts", None, "rows") as tick:
-        for chunk in source.heldout(cfg.batch_size):
-            for member, watch in watched.items():
-                watch.update(chunk.x[member.hook], chunk.seq, chunk.pos)
-            tick(len(chunk.seq))
-    return {member: _seen(source, watch, cfg) for member, watch in watched.items()}
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run directory; give the --out of a `wsae train`")
+    path = place or run / schema.NAME
+    key = identity(run, cfg)
+    if is_current(path, key):
+        return path, False
+    try:
+        with alone(path):
+            if is_current(path, key):  # made by another process in the meantime
+                return path, False
+            build(run, path, cfg, reopen, progress)
+            schema.write_seal(path, key)
+    except UserError as error:
+        if "cannot write here" in str(error) and place is None:
+            raise UserError(
+                f"{run}: cannot write its index here; give a directory with --out"
+            ) from error
+        raise
+    return path, True
 
 
-def _seen(source: HeldOut, watch: _Watch, cfg: IndexConfig) -> Seen:
-    table = source.tokens()
-    assert table is not None
-    contexts = {
-        latent: [
-            c.window(table.ids[c.seq, : int(table.lengths[c.seq])].long(), table.decode, cfg.window)
-            for c in found
-        ]
-        for latent, found in watch.top.result().items()
-    }
-    return Seen(watch.peak, watch.histogram, contexts)
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process makes this index; raises UserError where its place cannot be written or is full."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        with locked_file(lock, wait=True):
+            yield
+    except OSError as error:
+        raise as_user_error(error, path) from error
+    except sqlite3.OperationalError as error:
+        number = _REFUSALS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        if number is None:
+            raise
+        refusal = OSError(number, str(error))
+        try:  # SQLite keeps its reasons to itself: what does the system say to a small write?
+            with tempfile.TemporaryFile(dir=path.parent) as file:
+                file.write(b"x")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as told:
+            refusal = told
+        raise as_user_error(refusal, path) from error
 
 
-# A run that is being indexed.
+_REFUSALS = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.ENOSPC,  # what a write past the disk's or the user's limit becomes
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+}
+"""SQLite's result code without the details -> errno, for where a second, small write is not refused."""
+
+
+def is_current(path: Path, key: str) -> bool:
+    """Return whether a file is a whole index of this identity, unaltered since it was made."""
+    try:
+        return schema.sealed_identity(path) == key == Index(path).identity
+    except UserError:  # damaged: made again
+        return False
+
+
+NO_LOGITS = ModelName("", "left out with --logits 0")
+
+
+def identity(run: Path, cfg: IndexConfig) -> str:
+    """Return the digest of everything an index is made from: another digest means another index.
+
+    Raises UserError when `run` is no finished run or has not been evaluated.
+    """
+    found, model = run_digest(run), _model(run, cfg)
+    told = fingerprint_of(model.name) if model.name else model.why_not
+    return digest([schema.SCHEMA, cfg.to_dict(), found, told])
+
+
+def _model(run: Path, cfg: IndexConfig) -> ModelName:
+    return NO_LOGITS if cfg.logits == 0 else model_of(run)
+
+
+def build(
+    run: Path,
+    out: Path,
+    cfg: IndexConfig,
+    reopen: Reopen | None = None,
+    progress: Progress = quiet,
+) -> None:
+    """Write the index of a run to `out`, atomically.
+
+    `reopen` gives the data, needed for `cfg.contexts` alone. Raises UserError when the run is not whole or not
+    evaluated, changes meanwhile, or what was asked for cannot be had.
+    """
+    key, of_run = identity(run, cfg), run_digest(run)
+    data = read_run(run)
+    source = Indexing(data, cfg, _model(run, cfg), measures(data), members(data))
+    if not source.members:
+        raise UserError(f"{run}: its evaluation knows no latents; run: wsae evaluate {run}")
+    watched = collect(source, reopen(run), progress) if cfg.contexts and reopen is not None else {}
+    with writing(out) as temporary:
+        connection = schema.create(temporary, len(source.measures))
+        try:
+            about = _fill(connection, source, watched, progress)
+            told = [
+                (key, name, str(entry.get("formula", ""))) for key, name, entry in glossary(data)
+            ]
+            meta = {
+                "identity": key,
+                "run": of_run,
+                "measures": source.measures,
+                "overview": {**overview(data).model_dump(), "glossary": told},
+                "model": {**source.model._asdict(), "about": about},
+                "unit": data.unit,
+                "name": run.resolve().name,
+                "config": cfg.to_dict(),
+            }
+            rows = [(name, json.dumps(value)) for name, value in meta.items()]
+            connection.executemany("INSERT INTO meta VALUES(?, ?)", rows)
+            schema.finish(connection)
+        finally:
+            connection.close()
+        if identity(run, cfg) != key:
+            raise UserError(f"{run}: changed while its index was made; run the same command again")
+
+
+# What an index is made from: the members and the measures of their latents.
 
 
 @dataclass(frozen=True)
-class Member:
-    """A member to be indexed."""
-
-    id: int
-    hook: str
-    name: str
-    slug: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run being indexed: what was read of it, and what is asked for."""
+class Indexing:
+    """A run as it is indexed: what was read of it, and what is asked for."""
 
     run: RunData
-    classes: Classes
-    measures: list[Measure]
-    members: list[Member]
     cfg: IndexConfig
     model: ModelName
+    measures: list[Measure]
+    members: list[Member]
 
     def density(self, member: Member) -> Float[np.ndarray, " d_sae"]:
         """Return how often each latent of a member fires."""
-        found = self.run.array(member.hook, member.name, "density")
-        assert found is not None, "only members with densities are indexed"
-        return found
+        return self.run.arrays[f"{member.hook}|{member.name}|density"]
 
     def load(self, member: Member) -> SparseAutoencoder | None:
         """Return a member's SAE, none where the run keeps no weights of it; raises UserError for a damaged one."""
-        listed = self.run.manifest.get("info", {}).get("members", {}).get(member.hook, [])
-        place = contained(self.run.path, f"members/{member.hook}/{member.name}")
-        return SparseAutoencoder.load(place) if member.name in listed else None
+        place = self.run.weights(member.hook, member.name)
+        return None if place is None else SparseAutoencoder.load(place)
 
-    def weights(self, member: Member) -> str:
-        """Return the digest of the manifest of a member's weights."""
-        return weights_digest(self.run.path / "members" / member.hook / member.name)
-
-
-def weights_digest(place: Path) -> str:
-    """Return the digest of the manifest of an SAE, which names its content; raises UserError when it has none."""
-    return read_manifest(place, "sae", verify=False).digest()
-
-
-# The run as a whole, as the report words it, in JSON: the overview page is drawn from this without
-# the run.
-
-
-def overview(run: RunData) -> Json:
-    """Return verdicts, the members' metrics side by side, the scores, the setup and the glossary."""
-    views = [view.hook_view(run, hook, index) for index, hook in enumerate(run.hooks)]
-    hooks = [
-        {
-            "name": found.name,
-            "verdict": found.verdict,
-            "method": found.method,
-            "members": [
-                {"name": m.name, "kind": m.kind, "text": m.text, "control": m.is_control}
-                for m in found.members
-            ],
-            "groups": [[name, [_row(row) for row in rows]] for name, rows in found.groups],
-            "scores": _scores(found.interpretation),
-            "classes": _scores(found.classes),
-        }
-        for found in views
-    ]
-    told = [[key, name, str(entry.get("formula", ""))] for key, name, entry in view.glossary(run)]
-    return {"hooks": hooks, "cards": view.cards(run), "notes": run.notes, "glossary": told}
-
-
-def _row(row: view.Row | interpretation.ScoreRow) -> Json:
-    cells = [{"value": c.value, "bounds": c.bounds, "judged": _judged(c.judged)} for c in row.cells]
-    return {"name": row.name, "tip": row.tip, "way": row.way, "cells": cells}
-
-
-def _judged(judged: Judgement | None) -> Json | None:
-    if judged is None:
-        return None
-    return {"outcome": judged.outcome, "mark": judged.mark, "text": judged.text, "how": judged.how}
-
-
-def _scores(found: interpretation.ScoresView | None) -> Json | None:
-    if found is None:
-        return None
-    columns = [{"name": c.name, "kind": c.kind, "text": c.text} for c in found.columns]
-    return {"columns": columns, "rows": [_row(row) for row in found.rows], "judges": found.judges}
-
-
-# Short names that stand in addresses.
 
 RESERVED = ("all", "live")
-"""Words that mean something else where a member's name stands."""
+"""Words that mean something else where a member's name stands in an address."""
 
 
 def slugs(names: Iterable[str]) -> list[str]:
@@ -252,201 +230,265 @@ def slugs(names: Iterable[str]) -> list[str]:
     return out
 
 
-# The tokens a latent promotes: its decoder row through the model's final norm and unembedding.
-#
-# The norm's gain is folded in (and, for LayerNorm, its centring); its division by the length of the
-# residual stream is left out, which is the same for all tokens: the order of tokens is exact for a
-# residual that lies along the row, the scale is not in nats.
-
-
-class Unembedding(NamedTuple):
-    """Rows of the unembedding with the final norm's gain folded in, and what was folded, in words."""
-
-    rows: Float[Tensor, "vocabulary d_model"]
-    about: str
-
-
-class Promoted(NamedTuple):
-    """The most promoted and the most demoted tokens of some latents, strongest first."""
-
-    up: tuple[Float[Tensor, "block n"], Int64[Tensor, "block n"]]
-    down: tuple[Float[Tensor, "block n"], Int64[Tensor, "block n"]]
-
-
-def unembedding(model: nn.Module) -> Unembedding | None:
-    """Return a causal language model's unembedding; None when it has none that is a plain matrix.
-
-    None too where the model's files lack its weights or the final norm's: they are NaN.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        return None
-    rows = weight.detach().float()
-    norm = final_norm(model, rows.shape[1])
-    if any(bool(x.isnan().any()) for x in (rows, *(norm.parameters() if norm else ()))):
-        return None
-    if norm is None:
-        return Unembedding(rows, "without a final norm, none was found")
-    gain, centred = _gain(norm, rows.shape[1])
-    rows = rows * gain.to(rows.device)
-    kind = type(norm).__name__
-    if not centred:
-        return Unembedding(rows, f"gain of the final {kind} folded in")
-    return Unembedding(
-        rows - rows.mean(1, keepdim=True), f"gain and centring of the final {kind} folded in"
-    )
-
-
-def final_norm(model: nn.Module, d_model: int) -> nn.Module | None:
-    """Return the norm before the unembedding: the last one of this width outside the blocks."""
-    found = [
-        module
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        and not any(part.isdigit() for part in name.split("."))
-        and getattr(getattr(module, "weight", None), "shape", None) == (d_model,)
+def members(run: RunData) -> list[Member]:
+    """Return the trained members whose densities were measured."""
+    pairs = [
+        (hook, name)
+        for hook in run.hooks
+        for name in run.members(hook)
+        if not is_control(name) and run.array(hook, name, "density") is not None
     ]
-    return found[-1] if found else None
+    several = len({hook for hook, _ in pairs}) > 1
+    names = slugs([f"{hook}~{name}" if several else name for hook, name in pairs])
+    out = []
+    for number, ((hook, name), slug) in enumerate(zip(pairs, names, strict=True)):
+        density, twin = run.arrays[f"{hook}|{name}|density"], (hook, run.twin_of(hook, name))
+        place = run.weights(hook, name)
+        out.append(
+            Member(
+                id=number,
+                slug=slug,
+                hook=hook,
+                name=name,
+                kind=run.kind(hook, name),
+                plain=run.is_plain(hook, name),
+                twin=next((i for i, pair in enumerate(pairs) if pair == twin), None),
+                size=len(density),
+                alive=int((density > 0).sum()),
+                density=counted(density),
+                shown=0,
+                weights="" if place is None else weights_digest(place),
+            )
+        )
+    return out
 
 
-@torch.no_grad()
-def _gain(norm: nn.Module, d_model: int) -> tuple[Float[Tensor, " d_model"], bool]:
-    """Read a norm's gain off two probes, whatever its kind, and whether it takes the mean away.
+CLASSES = ("consistency_top", "consistency_corrected", "selectivity", "information")
+_ARRAYS = {
+    "density": "density",
+    "variance": "variance",
+    "match": "match_cosine",
+    "nearest": "decoder_max_cosine",
+}
+"""Measure -> array of the evaluation."""
 
-    The odd part of norm(x) at x = +-1 in turn is gain * x: both have mean 0 (even widths) and mean square 1.
+
+def measures(run: RunData) -> list[Measure]:
+    """Return the measures this run has, basic ones first."""
+    told = {
+        key: entry
+        for part in (run.interpretation, run.classes)
+        for key, entry in part.get("glossary", {}).items()
+    }
+    stored = (e for named in run.contexts.values() for latents in named.values() for e in latents)
+    scores = dict.fromkeys(score for entry in stored for score in entry.get("scores", {}))
+    by_class = (key for key in CLASSES if any(n.endswith(f"|{key}") for n in run.by_class))
+    basic = {measure.key for measure in BASIC}
+    names = [key for key in dict.fromkeys([*scores, *by_class]) if key not in basic]
+    return [*BASIC, *(Measure(key, score_name(key), meaning(told.get(key, {}))) for key in names)]
+
+
+def entries(run: RunData, member: Member) -> dict[int, Json]:
+    """Return latent -> what evaluation and interpretation say of it; raises UserError for one that is not there."""
+    out: dict[int, Json] = {}
+    for entry in run.contexts.get(member.hook, {}).get(member.name, []):
+        latent = entry["latent"]
+        if latent >= member.size:
+            raise UserError(
+                f"{run.path}: its contexts name latent {latent!r} of {member.name}, which has "
+                f"{member.size}; evaluate and interpret it again"
+            )
+        out[latent] = entry
+    return out
+
+
+def columns(
+    run: RunData, member: Member, sae: SparseAutoencoder | None, stored: dict[int, Json]
+) -> dict[str, np.ndarray]:
+    """Return measure -> values [d_sae] of a member; NaN where a latent was not measured."""
+    found = {key: run.array(member.hook, member.name, name) for key, name in _ARRAYS.items()}
+    found["gamma"] = None if sae is None else influence(sae.W_dec, sae.gamma).numpy()
+    place = f"{member.hook}|{member.name}|"
+    found |= {key: run.by_class.get(place + key) for key in CLASSES}
+    out = {key: values for key, values in found.items() if values is not None}
+    for latent, entry in stored.items():
+        values = {"max": entry.get("max"), **entry.get("scores", {})}
+        for key, value in values.items():
+            if value is not None and key not in CLASSES and key not in _ARRAYS:
+                out.setdefault(key, np.full(member.size, np.nan))[latent] = value
+    return {key: values for key, values in out.items() if len(values) == member.size}
+
+
+# One pass over a run's held-out data: how strongly every latent fires, and where some of them fire
+# most.
+
+
+class Seen:
+    """What one member's latents do while the rows go by: strongest activations, counts, contexts of the chosen ones."""
+
+    def __init__(self, d_sae: int, chosen: Int64[Tensor, " latents"], n: int) -> None:
+        self.top = TopContexts(chosen, d_sae, n)
+        self.peak = torch.zeros(d_sae, dtype=torch.float64)
+        self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int32)
+        self.contexts: dict[int, list[Json]] = {}
+        """Latent -> its contexts, strongest first; known when all rows have gone by."""
+
+    def update(self, entries: Entries, seq: Tensor, pos: Tensor) -> None:
+        """Add some rows."""
+        self.top.update(entries, seq.long(), pos.long())
+        self.peak.scatter_reduce_(0, entries.indices, entries.values, "amax")
+        flat = entries.indices * BINS + bin_of(entries.values)
+        ones = torch.ones_like(flat, dtype=torch.int32)
+        self.histogram.view(-1).scatter_add_(0, flat, ones)
+
+
+def collect(source: Indexing, data: HeldOut, progress: Progress) -> dict[int, Seen]:
+    """Return what the latents of each member with weights do, all in one pass, by the member's number.
+
+    Contexts are of `cfg.contexts` live ones each, spread over density. Raises UserError when the data have no text or
+    lack a hook of the run.
     """
-    parameter = next(norm.parameters())
-    signs = torch.ones(d_model, device=parameter.device, dtype=parameter.dtype)
-    flat = signs.clone()
-    signs[1::2] = -1
-
-    def odd(x: Tensor) -> Tensor:
-        return ((norm(x[None]) - norm(-x[None])) / 2)[0].float()
-
-    gain = odd(signs) * signs.float()
-    centred = float(odd(flat).abs().max()) < 1e-3 * float(gain.abs().max())
-    return gain, centred
-
-
-def promoted(W_dec: Float[Tensor, "d_sae d_model"], out: Unembedding, n: int) -> Iterator[Promoted]:
-    """Yield, block by block, the n tokens each decoder row raises most and lowers most."""
-    rows = out.rows
-    n = min(n, len(rows))
-    size = max(1, BLOCK // len(rows))
-    W_dec = W_dec.detach().float().to(rows.device)
-    for start in range(0, len(W_dec), size):
-        logits = W_dec[start : start + size] @ rows.T
-        up, down = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
-        yield Promoted((up.values.cpu(), up.indices.cpu()), (down.values.cpu(), down.indices.cpu()))
+    cfg, table = source.cfg, data.tokens()
+    saes = [(m, sae) for m in source.members if (sae := source.load(m)) is not None]
+    if table is None:
+        raise UserError("--contexts: the run's data have no text to collect contexts from")
+    missing = next((m.hook for m, _ in saes if m.hook not in data.hooks), None)
+    if missing is not None:
+        raise UserError(f"--contexts: the data have no hook {missing!r}")
+    watched = []
+    for m, sae in saes:
+        density = torch.from_numpy(source.density(m))
+        chosen = sample_latents(density, cfg.contexts, cfg.seed, m.hook, m.name)
+        watched.append((m, Encoder(sae), Seen(m.size, chosen, cfg.per_latent)))
+    with torch.inference_mode(), progress("contexts", None, "rows") as tick:
+        for chunk in data.heldout(cfg.batch_size):
+            for member, encode, seen in watched:
+                seen.update(Entries(encode(chunk.x[member.hook])), chunk.seq, chunk.pos)
+            tick(len(chunk.seq))
+    for _, _, seen in watched:
+        for latent, found in seen.top.result().items():
+            seen.contexts[latent] = [
+                c.window(
+                    table.ids[c.seq, : int(table.lengths[c.seq])].long(), table.decode, cfg.window
+                )
+                for c in found
+            ]
+    return {member.id: seen for member, _, seen in watched}
 
 
 # The rows of an index, a member at a time.
 
-EDGES = np.array(DENSITY_EDGES)
-WatchedMember = tuple[Member, Seen | None]
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _fill(
+    connection: sqlite3.Connection,
+    source: Indexing,
+    watched: dict[int, Seen],
+    progress: Progress,
+) -> str:
+    """Write everything about latents; return what the unembedding stands for, in words."""
+    language = load(source.model.name, "cpu") if source.model.name else None
+    out = None if language is None else unembedding(language.model)
+    used: set[int] = set()
+    with progress("index", sum(member.size for member in source.members), "latents") as tick:
+        for member in source.members:
+            sae, seen = source.load(member), watched.get(member.id)
+            write_member(connection, source, member, sae, seen)
+            if sae is None:
+                tick(member.size)
+                continue
+            fits = out is not None and sae.cfg.d_in == out.rows.shape[1]
+            tokens = _logit_blobs(sae, out if fits else None, source.cfg.logits, used)
+            write_packed(connection, source.cfg.neighbours, member, sae, tokens, seen, tick)
+    if language is not None:
+        texts = decode_table(language.tokenizer, sorted(used))
+        rows = ((t, clean(alone_text(text))) for t, text in texts.items())
+        connection.executemany("INSERT INTO token VALUES(?, ?)", rows)
+    for number, data in source.run.thumbnails.items():
+        png = b64decode(data)
+        if not png.startswith(_PNG):
+            raise UserError(
+                f"{source.run.path}: image {number} is not a PNG; evaluate the run again"
+            )
+        connection.execute("INSERT INTO image VALUES(?, ?)", (int(number), png))
+    return "" if out is None else out.about
 
 
 def write_member(
-    connection: sqlite3.Connection, job: Job, what: WatchedMember, sae: SparseAutoencoder | None
+    connection: sqlite3.Connection,
+    source: Indexing,
+    member: Member,
+    sae: SparseAutoencoder | None,
+    seen: Seen | None,
 ) -> None:
     """Write a member, the numbers of all its latents, and what is known of some: contexts, explanations, scores."""
-    member, seen = what
-    found = columns(job.run, job.classes, (member.hook, member.name), sae)
+    run, stored = source.run, entries(source.run, member)
+    found = columns(run, member, sae, stored)
     if seen is not None:
         found["max"] = np.where(seen.peak.numpy() > 0, seen.peak.numpy(), np.nan)
-    shown: set[int] = set()
-    fresh = None if seen is None else seen.contexts
-    size = len(job.density(member))
-    who = (member.hook, member.name)
-    for latent, label, texts, kept in stored_rows(job.run, who, size, fresh):
-        shown.add(latent)
-        at = schema.key_of(member.id, latent)
-        row = (at, label, json.dumps(kept))
-        connection.execute("INSERT INTO shown VALUES(?, ?, ?)", row)
+        for latent, contexts in seen.contexts.items():
+            entry = stored.get(latent, {})
+            stored[latent] = entry if entry.get("contexts") else {**entry, "contexts": contexts}
+    scored = run.interpretation.get("hooks", {}).get(member.hook, {}).get("members", {})
+    rows = scored.get(member.name, {}).get("latents", [])
+    details = {int(row["latent"]): row["details"] for row in rows if row.get("details")}
+    for latent, entry in sorted(stored.items()):
+        kept = {name: entry[name] for name in KEPT if entry.get(name)}
+        if latent in details:
+            kept["details"] = details[latent]
+        at = key_of(member.id, latent)
+        shown = (at, label(entry), json.dumps(kept))
+        connection.execute("INSERT INTO shown VALUES(?, ?, ?)", shown)
         connection.execute(
             "INSERT INTO words(rowid, explanation, contexts, tokens) VALUES(?, ?, ?, ?)",
-            (at, *texts),
+            (at, *texts(entry)),
         )
-    partner = _twin(job, member)
-    record = _record(
-        job, (member, partner), (len(shown), "" if sae is None else job.weights(member))
-    )
-    values = (member.id, member.slug, json.dumps(record))
-    connection.execute("INSERT INTO member VALUES(?, ?, ?)", values)
-    marks = ",".join("?" * (4 + len(job.measures)))
-    rows = _latent_rows(job, (member, partner), found, shown)
+    member.shown = len(stored)
+    told = json.dumps(member.model_dump(exclude={"id", "slug"}))
+    connection.execute("INSERT INTO member VALUES(?, ?, ?)", (member.id, member.slug, told))
+    marks = ",".join("?" * (4 + len(source.measures)))
+    rows = _numbers(source, member, found, stored)
     connection.executemany(f"INSERT INTO latent VALUES({marks})", rows)
 
 
-def _twin(job: Job, member: Member) -> Member | None:
-    twin = job.run.twin_of(member.hook, member.name)
-    return next((m for m in job.members if (m.hook, m.name) == (member.hook, twin)), None)
-
-
-def _record(job: Job, pair: tuple[Member, Member | None], known: tuple[int, str]) -> Json:
-    member, partner = pair
-    density = job.density(member)
-    return {
-        "hook": member.hook,
-        "name": member.name,
-        "kind": kind_of(job.run, member.hook, member.name),
-        "plain": job.run.is_plain(member.hook, member.name),
-        "twin": None if partner is None else partner.id,
-        "size": len(density),
-        "alive": int((density > 0).sum()),
-        "density": _histogram(density),
-        "shown": known[0],
-        "weights": known[1],
-    }
-
-
-def _latent_rows(
-    job: Job,
-    pair: tuple[Member, Member | None],
-    found: dict[str, np.ndarray],
-    shown: set[int],
+def _numbers(
+    source: Indexing, member: Member, found: dict[str, np.ndarray], stored: dict[int, Json]
 ) -> Iterator[tuple[object, ...]]:
-    member, partner = pair
-    density = job.density(member)
-    missing = np.full(len(density), np.nan)
-    table = np.stack([found.get(m.key, missing) for m in job.measures], axis=1).astype(float)
-    known = np.isfinite(table)
-    match = job.run.array(member.hook, member.name, "match_index")
-    if match is not None and partner is not None and match.max() >= len(job.density(partner)):
+    """Yield the rows of the table `latent`."""
+    missing = np.full(member.size, np.nan)
+    table = np.stack([found.get(m.key, missing) for m in source.measures], axis=1).astype(float)
+    partner = None if member.twin is None else source.members[member.twin]
+    match = source.run.array(member.hook, member.name, "match_index")
+    if match is None or partner is None:
+        match, partner = np.full(member.size, -1.0), member
+    elif match.max() >= partner.size:
         raise UserError(
-            f"{job.run.path}: {member.name} is matched beyond {partner.name}; evaluate it again"
+            f"{source.run.path}: {member.name} is matched beyond {partner.name}; evaluate it again"
         )
-    for latent, (values, has) in enumerate(zip(table.tolist(), known.tolist(), strict=True)):
-        twin = None
-        if match is not None and partner is not None and match[latent] >= 0:
-            twin = schema.key_of(partner.id, int(match[latent]))
-        at = schema.key_of(member.id, latent)
-        kept = (value if there else None for value, there in zip(values, has, strict=True))
-        yield (at, int(density[latent] > 0), int(latent in shown), twin, *kept)
-
-
-def _histogram(density: np.ndarray) -> Json:
-    alive = np.clip(np.log10(density[density > 0]), EDGES[0], EDGES[-1] - 1e-9)
-    counts = np.histogram(alive, EDGES)[0]
-    return {"edges": DENSITY_EDGES, "counts": counts.tolist(), "dead": int((density <= 0).sum())}
+    density = source.density(member)
+    rows = zip(table.tolist(), np.isfinite(table).tolist(), match.tolist(), strict=True)
+    for latent, (values, known, other) in enumerate(rows):
+        twin = key_of(partner.id, int(other)) if other >= 0 else None
+        kept = (value if there else None for value, there in zip(values, known, strict=True))
+        alive, shown = int(density[latent] > 0), int(latent in stored)
+        yield key_of(member.id, latent), alive, shown, twin, *kept
 
 
 def write_packed(
     connection: sqlite3.Connection,
-    cfg: IndexConfig,
-    what: WatchedMember,
-    found: tuple[SparseAutoencoder, Unembedding | None, set[int]],
+    n: int,
+    member: Member,
+    sae: SparseAutoencoder,
+    tokens: Iterator[bytes | None],
+    seen: Seen | None,
     tick: Tick,
 ) -> None:
-    """Write nearest latents, promoted tokens and counts of activations of every latent; note the tokens used."""
-    (member, seen), (sae, out, used) = what, found
-    near = _near_blobs(sae, cfg.neighbours)
-    logits = _logit_blobs(sae, out, cfg.logits, used)
-    for latent, (a, b) in enumerate(zip(near, logits, strict=True)):
+    """Write the n nearest latents, the promoted tokens and the counts of activations of every latent."""
+    for latent, (near, logits) in enumerate(zip(_near_blobs(sae, n), tokens, strict=True)):
         counts = None if seen is None else seen.histogram[latent].numpy().tobytes()
-        at = schema.key_of(member.id, latent)
-        connection.execute("INSERT INTO packed VALUES(?, ?, ?, ?)", (at, a, b, counts))
+        row = (key_of(member.id, latent), near, logits, counts)
+        connection.execute("INSERT INTO packed VALUES(?, ?, ?, ?)", row)
         tick(1)
 
 
@@ -474,139 +516,29 @@ def _logit_blobs(
         yield from (v.tobytes() + t.tobytes() for v, t in zip(values, tokens, strict=True))
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-NO_LOGITS = ModelName("", "left out with --logits 0")
-Reopen = Callable[[Path], HeldOut]
-"""Run -> the data it was trained on."""
+KEPT = ("explanation", "tokens", "contexts", "scores", "match")
+_LABEL = 160
 
 
-def identity(run: Path, cfg: IndexConfig) -> str:
-    """Return the digest of everything an index is made from: another digest means another index.
-
-    Raises UserError when `run` is no finished run or has not been evaluated.
-    """
-    found = run_digest(run)
-    model = _model(run, cfg)
-    told = fingerprint_of(model.name) if model.name else model.why_not
-    return digest([schema.SCHEMA, cfg.to_dict(), found, told])
-
-
-def run_digest(run: Path) -> str:
-    """Return the digest of a run with its evaluation and scores; raises UserError as `identity`."""
-    check_no_sae(run)
-    read_manifest(run, "run", verify=False)  # an unfinished run is refused as such
-    return Run(run).digest()
+def label(entry: Json) -> str:
+    """Return one line that stands for a latent in lists: its explanation, else what it fires on."""
+    said = entry.get("explanation")
+    if said:
+        return clean(said)[:_LABEL]
+    contexts = [c for c in entry.get("contexts", []) if c.get("peak") is not None]
+    tokens = entry.get("tokens") or [owner_of(c["tokens"], c["peak"]) for c in contexts]
+    shown = dict.fromkeys(shown_token(clean(token)) for token in tokens)
+    return "fires on " + ", ".join(f"“{token}”" for token in [*shown][:5]) if shown else ""
 
 
-def build(
-    run: Path,
-    out: Path,
-    cfg: IndexConfig,
-    reopen: Reopen | None = None,
-    progress: Progress = quiet,
-) -> None:
-    """Write the index of a run to `out`, atomically.
-
-    `reopen` gives the data, needed for `cfg.contexts` alone. Raises UserError when the run is not whole or not
-    evaluated, changes meanwhile, or what was asked for cannot be had.
-    """
-    key, of_run = identity(run, cfg), run_digest(run)
-    opened = Run(run)
-    data = read_run(opened)
-    classes = Classes(read_classes(opened)[1], data.classes.get("glossary", {}))
-    job = Job(data, classes, measures(data, classes), _members(data), cfg, _model(run, cfg))
-    if not job.members:
-        raise UserError(f"{run}: its evaluation knows no latents; run: wsae evaluate {run}")
-    seen = _collected(job, reopen, progress) if cfg.contexts and reopen is not None else {}
-    language = load(job.model.name, "cpu") if job.model.name else None
-    with writing(out) as temporary:
-        connection = schema.create(temporary, len(job.measures))
-        try:
-            about = _fill(connection, (job, seen), language, progress)
-            _meta(connection, job, {"identity": key, "run": of_run, "about": about})
-            schema.finish(connection)
-        finally:
-            connection.close()
-        if identity(run, cfg) != key:
-            raise UserError(f"{run}: changed while its index was made; run the same command again")
+def texts(entry: Json) -> tuple[str, str, str]:
+    """Return explanation, contexts and typical tokens as they are searched."""
+    contexts = "\n".join("".join(c["tokens"]) for c in entry.get("contexts", []))
+    found = (entry.get("explanation") or "", contexts, " ".join(entry.get("tokens", [])))
+    said, contexts, typical = (schema.spaced(clean(text)) for text in found)
+    return said, contexts, typical
 
 
-def _model(run: Path, cfg: IndexConfig) -> ModelName:
-    return NO_LOGITS if cfg.logits == 0 else model_of(run)
-
-
-def _members(run: RunData) -> list[Member]:
-    pairs = [
-        (hook, name)
-        for hook in run.hooks
-        for name in run.members(hook)
-        if not is_control(name) and run.array(hook, name, "density") is not None
-    ]
-    several = len({hook for hook, _ in pairs}) > 1
-    names = slugs([f"{hook}~{name}" if several else name for hook, name in pairs])
-    return [Member(i, *pair, slug) for i, (pair, slug) in enumerate(zip(pairs, names, strict=True))]
-
-
-def _collected(job: Job, reopen: Reopen, progress: Progress) -> dict[Member, Seen]:
-    """Watch every member whose weights the run keeps, all in one pass."""
-    wanted = {
-        member: (sae, torch.from_numpy(job.density(member)))
-        for member in job.members
-        if (sae := job.load(member)) is not None
-    }
-    found = collect(reopen(job.run.path), {m: v for m, v in wanted.items()}, job.cfg, progress)
-    return {member: found[member] for member in wanted}
-
-
-def _fill(
-    connection: sqlite3.Connection,
-    what: tuple[Job, dict[Member, Seen]],
-    language: "LanguageModel | None",
-    progress: Progress,
-) -> str:
-    """Write everything about latents; return what the unembedding stands for, in words."""
-    job, seen = what
-    out = None if language is None else unembedding(language.model)
-    used: set[int] = set()
-    with progress("index", sum(len(job.density(m)) for m in job.members), "latents") as tick:
-        for member in job.members:
-            sae = job.load(member)
-            write_member(connection, job, (member, seen.get(member)), sae)
-            if sae is None:
-                tick(len(job.density(member)))
-                continue
-            fits = out is not None and sae.cfg.d_in == out.rows.shape[1]
-            packed = (sae, out if fits else None, used)
-            write_packed(connection, job.cfg, (member, seen.get(member)), packed, tick)
-    if language is not None:
-        from wsae.acts.tokens import alone, decode_table
-
-        texts = decode_table(language.tokenizer, sorted(used))
-        rows = ((t, alone(text).encode("utf-8", "replace").decode()) for t, text in texts.items())
-        connection.executemany("INSERT INTO token VALUES(?, ?)", rows)
-    _images(connection, job.run)
-    return "" if out is None else out.about
-
-
-def _images(connection: sqlite3.Connection, run: RunData) -> None:
-    for number, data in run.thumbnails.items():
-        png = b64decode(data)
-        if not png.startswith(_PNG):
-            raise UserError(f"{run.path}: image {number} is not a PNG; evaluate the run again")
-        connection.execute("INSERT INTO image VALUES(?, ?)", (int(number), png))
-
-
-def _meta(connection: sqlite3.Connection, job: Job, told: dict[str, str]) -> None:
-    """Write what holds for the whole index; `identity` and `run` are digests of what it was made from."""
-    values = {
-        "identity": told["identity"],
-        "run": told["run"],
-        "measures": [tuple(measure) for measure in job.measures],
-        "overview": overview(job.run),
-        "model": {**job.model._asdict(), "about": told["about"]},
-        "unit": job.run.unit,
-        "name": job.run.path.resolve().name,
-        "config": job.cfg.to_dict(),
-    }
-    rows = [(name, json.dumps(value)) for name, value in values.items()]
-    connection.executemany("INSERT INTO meta VALUES(?, ?)", rows)
+def clean(text: str) -> str:
+    """Return text that UTF-8 can carry (half a surrogate pair becomes a question mark)."""
+    return text.encode("utf-8", "replace").decode()

@@ -17,22 +17,23 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-from urllib.parse import quote
+from typing import Annotated, NamedTuple
+from urllib.parse import quote, urlencode
 
 import numpy as np
-from pydantic import Field, TypeAdapter, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator
 
-from wsae.core.artifact import MANIFEST
+from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, nearest
-from wsae.run import PARTS, Count, Form, Json, Number, ShownForm, Text, formed
+from wsae.report.rundata import DensityForm
+from wsae.report.view import OverviewForm
+from wsae.run import PARTS, Count, Form, Json, Number, Run, ShownForm, Text, check_no_sae, formed
 from wsae.serve import schema
-from wsae.serve.build import run_digest
 from wsae.serve.schema import (
     BASIC,
     BINS,
-    DENSITY_EDGES,
     Measure,
+    key_of,
     place_of,
     seal_of,
     sealed_identity,
@@ -49,26 +50,11 @@ class DamagedIndexError(UserError):
     """An index that is gone, or not of the form that this wsae writes."""
 
 
-class DensityForm(Form):
-    """A member's densities, counted."""
+class Member(Form):
+    """A member of the run as the index knows it."""
 
-    edges: list[float]
-    counts: list[Count] = Field(
-        min_length=len(DENSITY_EDGES) - 1, max_length=len(DENSITY_EDGES) - 1
-    )
-    dead: Count
-
-    @field_validator("edges")
-    @classmethod
-    def _ours(cls, edges: list[float]) -> list[float]:
-        if edges != DENSITY_EDGES:
-            raise ValueError("should be the edges of wsae's bins")
-        return edges
-
-
-class MemberForm(Form):
-    """A member's record."""
-
+    id: Count
+    slug: Text
     hook: Text
     name: Text
     kind: Text
@@ -76,88 +62,19 @@ class MemberForm(Form):
     twin: Count | None
     size: Count = Field(ge=1, lt=1 << 31)
     alive: Count
+    density: DensityForm
     shown: Count
     weights: str
-    density: DensityForm
+    """The digest of its weights' manifest; empty where the run keeps none."""
 
+    @property
+    def keys(self) -> tuple[int, int]:
+        """First and last key of its latents."""
+        return self.key(0), self.key(self.size - 1)
 
-class JudgedForm(Form):
-    """A comparison in words."""
-
-    outcome: Text
-    mark: Text
-    text: Text
-    how: Text
-
-
-class CellForm(Form):
-    """A value in words."""
-
-    value: Text
-    bounds: Text
-    judged: JudgedForm | None
-
-
-class RowForm(Form):
-    """A line of a table."""
-
-    name: Text
-    tip: Text
-    way: Text
-    cells: list[CellForm]
-
-
-class HeadForm(Form):
-    """The head of a column."""
-
-    name: Text
-    kind: Text
-    text: Text
-
-
-GroupForm = Annotated[list[Any], Field(min_length=2, max_length=2)]
-"""The name and the lines of a part of a table."""
-_GROUP_ROWS = TypeAdapter(list[RowForm])
-
-
-class ScoresForm(Form):
-    """A table of scores."""
-
-    columns: list[HeadForm]
-    rows: list[RowForm]
-
-    @model_validator(mode="after")
-    def _square(self) -> "ScoresForm":
-        if any(len(row.cells) != len(self.columns) for row in self.rows):
-            raise ValueError("should have a cell for each column")
-        return self
-
-
-class OverviewHook(Form):
-    """What is said of a hook."""
-
-    name: Text
-    verdict: Text
-    method: Text
-    members: list[HeadForm]
-    groups: list[GroupForm]
-    scores: ScoresForm | None
-    classes: ScoresForm | None
-
-    @model_validator(mode="after")
-    def _square(self) -> "OverviewHook":
-        rows = [row for _, rows in self.groups for row in _GROUP_ROWS.validate_python(rows)]
-        if any(len(row.cells) != len(self.members) for row in rows):
-            raise ValueError("should have a cell for each member")
-        return self
-
-
-class OverviewForm(Form):
-    """The run as a whole."""
-
-    hooks: list[OverviewHook]
-    cards: list[Annotated[list[Text], Field(min_length=2, max_length=2)]]
-    notes: list[Text]
+    def key(self, latent: int) -> int:
+        """Return the key of a latent."""
+        return key_of(self.id, latent)
 
 
 class ModelForm(Form):
@@ -187,33 +104,20 @@ class MetaForm(Form):
         return measures
 
 
-_META, _MEMBER, _SHOWN = TypeAdapter(MetaForm), TypeAdapter(MemberForm), TypeAdapter(ShownForm)
+_META, _SHOWN = TypeAdapter(MetaForm), TypeAdapter(ShownForm)
 _NUMBERS = TypeAdapter(list[Number])
 _LABELS = TypeAdapter(dict[int, str])
 
 
-@dataclass(frozen=True)
-class Member:
-    """A member of the run as the index knows it."""
+def run_digest(run: Path) -> str:
+    """Return the digest of a run with its evaluation and scores; raises UserError for an unfinished one."""
+    check_no_sae(run)
+    return Run(run).digest()
 
-    id: int
-    slug: str
-    hook: str
-    name: str
-    kind: str
-    plain: bool
-    twin: int | None
-    size: int
-    alive: int
-    shown: int
-    weights: str
-    """The digest of its weights' manifest; empty where the run keeps none."""
-    density: Json
 
-    @property
-    def keys(self) -> tuple[int, int]:
-        """First and last key of its latents."""
-        return schema.key_of(self.id, 0), schema.key_of(self.id, self.size - 1)
+def weights_digest(place: Path) -> str:
+    """Return the digest of the manifest of an SAE, which names its content; raises UserError when it has none."""
+    return read_manifest(place, "sae", verify=False).digest()
 
 
 class Index:
@@ -223,10 +127,16 @@ class Index:
         self.path = path
         self._free: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         kept: list[sqlite3.Connection] = []
-        weakref.finalize(self, _close, kept)
+        weakref.finalize(self, lambda: [connection.close() for connection in kept])
         with self._readable():
-            self._open(kept)
-            meta: Json = formed(_META, self._meta(), path)
+            for _ in range(CONNECTIONS):
+                kept.append(schema.connect(path))
+                self._free.put(kept[-1])
+            sql = "SELECT value FROM meta WHERE key = 'identity'"
+            if len({connection.execute(sql).fetchone() for connection in kept}) != 1:
+                raise ValueError("replaced while it was opened")
+            found = self.rows("SELECT key, value FROM meta")
+            meta: Json = formed(_META, {key: json.loads(value) for key, value in found}, path)
             if not schema.is_ours(kept[0], len(meta["measures"])):
                 raise UserError(f"{path}: holds other tables than wsae makes")
             self.identity: str = meta["identity"]
@@ -237,7 +147,12 @@ class Index:
             self.model: Json = meta["model"]
             self.measures = [Measure(*entry) for entry in meta["measures"]]
             self.column = {measure.key: f"m{i}" for i, measure in enumerate(self.measures)}
-            self.members = self._members()
+            found = self.rows("SELECT id, slug, record FROM member ORDER BY id")
+            self.members = [Member(id=i, slug=slug, **json.loads(told)) for i, slug, told in found]
+            numbers = [*range(len(self.members))]
+            twins = {member.twin for member in self.members} - {None}
+            if not numbers or [m.id for m in self.members] != numbers or not twins <= {*numbers}:
+                raise ValueError("its members are not numbered as wsae does")
             self.by_slug = {member.slug: member for member in self.members}
 
     @contextlib.contextmanager
@@ -251,35 +166,6 @@ class Index:
         except (sqlite3.DatabaseError, ValueError, TypeError, KeyError) as error:
             why = " ".join(str(error).split())[:200]
             raise DamagedIndexError(f"{self.path}: damaged ({why})") from error
-
-    def _open(self, kept: list[sqlite3.Connection]) -> None:
-        """Open all connections; each must find the same identity, or the file was replaced in between."""
-        found = set()
-        for _ in range(CONNECTIONS):
-            connection = schema.connect(self.path)
-            kept.append(connection)
-            self._free.put(connection)
-            sql = "SELECT value FROM meta WHERE key = 'identity'"
-            found.add(connection.execute(sql).fetchone())
-        if len(found) != 1:
-            raise ValueError("replaced while it was opened")
-
-    def _meta(self) -> Json:
-        return {key: json.loads(value) for key, value in self.rows("SELECT key, value FROM meta")}
-
-    def _members(self) -> list[Member]:
-        """Return the members, numbered from 0."""
-        out: list[Member] = []
-        for number, slug, record in self.rows("SELECT id, slug, record FROM member ORDER BY id"):
-            found = formed(_MEMBER, json.loads(record), self.path)
-            known = {name: found[name] for name in MemberForm.model_fields}
-            out.append(Member(id=number, slug=slug, **known))
-        twins = {member.twin for member in out} - {None}
-        if [member.id for member in out] != [*range(len(out))] or not twins <= {*range(len(out))}:
-            raise ValueError("its members are not numbered as wsae does")
-        if not out or not all(isinstance(member.slug, str) for member in out):
-            raise ValueError("it has no members")
-        return out
 
     def rows(self, sql: str, values: Sequence[object] = ()) -> list[tuple]:
         """Run one query with its values and return all its rows."""
@@ -315,10 +201,15 @@ class Index:
         """Return a latent's key; raises ValueError when there is no such latent."""
         if not isinstance(key, int) or key < 0:
             raise ValueError("names no latent")
-        member, latent = schema.place_of(key)
+        member, latent = place_of(key)
         if member >= len(self.members) or latent >= self.members[member].size:
             raise ValueError("names a latent that its member does not have")
         return key
+
+    def owner(self, key: int) -> tuple[Member, int]:
+        """Return the member and number of a latent."""
+        member, latent = place_of(key)
+        return self.members[member], latent
 
     def record(self, key: int) -> Json:
         """Return explanation, contexts, scores and typical tokens; empty where nothing is stored."""
@@ -326,21 +217,16 @@ class Index:
             found = self.rows("SELECT record FROM shown WHERE key = ?", (key,))
             return formed(_SHOWN, json.loads(found[0][0]), self.path) if found else {}
 
-    def labels(self, keys: Sequence[int]) -> dict[int, str]:
-        """Return the one-line labels of some latents that have one."""
+    def lines(self, keys: Sequence[int]) -> dict[int, tuple[bool, str | None]]:
+        """Return whether some latents fired on held-out data, and the lines that stand for those that have one."""
         marks = ",".join("?" * len(keys))
-        found = self.rows(f"SELECT key, label FROM shown WHERE key IN ({marks})", keys)
+        sql = f"SELECT key, alive, label FROM latent LEFT JOIN shown USING(key) WHERE key IN ({marks})"
+        found = self.rows(sql, keys)
         with self._readable():
-            return formed(_LABELS, dict(found), self.path)
-
-    def alive(self, keys: Sequence[int]) -> dict[int, bool]:
-        """Return which of some latents fired on held-out data."""
-        marks = ",".join("?" * len(keys))
-        found = self.rows(f"SELECT key, alive FROM latent WHERE key IN ({marks})", keys)
-        with self._readable():
-            if {key for key, _ in found} != {*keys}:
+            if {key for key, *_ in found} != {*keys}:
                 raise ValueError("lacks a latent")
-            return {key: bool(fired) for key, fired in found}
+            formed(_LABELS, {key: label or "" for key, _, label in found}, self.path)
+            return {key: (bool(alive), label) for key, alive, label in found}
 
     def packed(self, key: int) -> tuple[Pairs, Pairs, list[int]]:
         """Return nearest latents, promoted then demoted tokens, and the counts of the histogram; empty if unknown."""
@@ -353,7 +239,7 @@ class Index:
                 raise ValueError("has a histogram of another size")
             latents = _pairs(near)
             for latent, _ in latents:
-                self._key(schema.key_of(schema.place_of(key)[0], latent))
+                self._key(self.owner(key)[0].key(latent))
             return latents, _pairs(logits), counts
 
     def tokens(self, ids: Sequence[int]) -> dict[int, str]:
@@ -381,15 +267,9 @@ class Index:
             )
 
 
-def _close(connections: list[sqlite3.Connection]) -> None:
-    for connection in connections:
-        connection.close()
-
-
 def _pairs(blob: bytes | None) -> Pairs:
     """Undo the packing: float32 values, then as many int32 numbers; raises ValueError for what is no such blob."""
-    if blob is None:
-        return []
+    blob = blob or b""
     half = len(blob) // 2
     values, numbers = np.frombuffer(blob[:half], np.float32), np.frombuffer(blob[half:], np.int32)
     if not np.isfinite(values).all():
@@ -584,12 +464,6 @@ def beside(
     return out[0], out[1]
 
 
-def member_of(index: Index, key: int) -> tuple[Member, int]:
-    """Return the member and number of a latent."""
-    member, latent = place_of(key)
-    return index.members[member], latent
-
-
 # A run that is served: each request sees one index of it, whatever becomes of the files meanwhile.
 
 PATIENCE_S, PAUSE_S = 2.0, 0.02
@@ -614,6 +488,22 @@ class Served:
     def base(self) -> str:
         """The address of the run."""
         return f"{self.root}r/{quote(self.slug)}"
+
+    def list_link(self, slug: str, ask: Asked, **changes: str | int) -> str:
+        """Return the address of a list."""
+        return _address(f"{self.base}/{quote(slug)}", ask.address(**changes))
+
+    def latent_link(
+        self, member: Member, latent: int, ask: Asked | None = None, everywhere: bool = False
+    ) -> str:
+        """Return the address of a latent's page, with the list it was found in."""
+        params = {} if ask is None else ask.address(page=1)
+        params |= {"in": "all"} if everywhere else {}
+        return _address(f"{self.base}/{quote(member.slug)}/{latent}", params)
+
+
+def _address(path: str, params: dict[str, str]) -> str:
+    return f"{path}?{urlencode(params)}" if params else path
 
 
 class Shelf:
@@ -641,11 +531,13 @@ class Shelf:
                 raise DamagedIndexError(self._problem)
             state = stamps(*(self.path / part / MANIFEST for part in ("", *PARTS)))
             if state != self._run:
-                self._run, self._notice = state, self._compared(self._index)
+                self._run, self._notice = state, CHANGED
+                with contextlib.suppress(UserError):  # trained or evaluated at this moment
+                    self._notice = "" if run_digest(self.path) == self._index.run else CHANGED
             return Served(self.slug, self.path, self._index, root, self._notice)
 
     def has(self, index: Index) -> bool:
-        """Whether an index is still the one in its place."""
+        """Return whether an index is still the one in its place."""
         return index is self._index and self._seen == self._stamp()
 
     def _stamp(self) -> Stamp:
@@ -669,12 +561,6 @@ class Shelf:
                     self._index, self._seen = index, seen
                     return
             time.sleep(PAUSE_S)
-
-    def _compared(self, index: Index) -> str:
-        try:
-            return "" if run_digest(self.path) == index.run else CHANGED
-        except UserError:  # trained or evaluated at this moment
-            return CHANGED
 
 
 def stamps(*paths: Path) -> Stamp:

@@ -9,16 +9,19 @@ import contextlib
 import errno
 import hmac
 import ipaddress
+import math
 import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import uvicorn
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from wsae.core.errors import UserError
@@ -34,11 +37,6 @@ from wsae.core.errors import UserError
 # X-Forwarded-Prefix of a proxy on this machine; links then begin with it. Where it is not known
 # links are relative, so that they lead right behind a proxy that takes its path away and says
 # nothing.
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -64,21 +62,21 @@ class Gate:
     """Under which names and which path the server is reached."""
 
     loopback: bool = True
-    """Whether it listens there alone."""
+    """Return whether it listens there alone."""
     hosts: tuple[str, ...] = ()
     """Names that are answered beside the loopback's own, as `host_name` gives them."""
     root_path: str = ""
     """The path it lies under, as `path_prefix` gives it."""
 
     def answers(self, name: str) -> bool:
-        """Whether requests for a host, without its port, are for this server."""
+        """Return whether requests for a host, without its port, are for this server."""
         return not self.loopback or _is_loopback(name) or name in map(_name_of, self.hosts)
 
 
 class Guard:
     """Refuses foreign hosts, foreign origins and other methods; adds the headers to every answer."""
 
-    def __init__(self, app: App, gate: Gate, key: str) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, key: str) -> None:
         self.app, self.gate, self.key = app, gate, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,25 +85,18 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
-        async def guarded(message: MutableMapping[str, Any]) -> None:
+        async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                given = [(k, v) for k, v in message.get("headers", []) if k.decode() not in HEADERS]
-                own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
-                message = {**message, "headers": [*given, *own]}
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        headers = Headers(scope=scope)
         scope = self.placed(scope, headers)
         refused = self.refusal(scope, headers)
-        if refused is None:
-            await self.app(scope, receive, guarded)
-            return
-        status, line = refused
-        kind = [(b"content-type", b"text/plain; charset=utf-8")]
-        await guarded({"type": "http.response.start", "status": status, "headers": kind})
-        await guarded({"type": "http.response.body", "body": (line + "\n").encode()})
+        answer = self.app if refused is None else PlainTextResponse(refused[1] + "\n", refused[0])
+        await answer(scope, receive, guarded)
 
-    def placed(self, scope: Scope, headers: dict[str, str]) -> Scope:
+    def placed(self, scope: Scope, headers: Mapping[str, str]) -> Scope:
         """Return a request with the path it has here, and what leads from it to the start: `links` and `api_links`."""
         path, prefix = scope["path"], self.gate.root_path
         if not prefix and _from_here(scope):
@@ -123,7 +114,7 @@ class Guard:
             "api_links": f"{prefix}/",
         }
 
-    def refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
+    def refusal(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str] | None:
         """Return (status, one line) where a request is not answered."""
         host = headers.get("host", "")
         name = _name_of(host)
@@ -147,8 +138,8 @@ class Guard:
                 return 403, "the request comes from another site"
         return None
 
-    def same_origin(self, headers: dict[str, str], from_here: bool) -> bool:
-        """Whether a POST comes from a page of this server, or from no browser at all.
+    def same_origin(self, headers: Mapping[str, str], from_here: bool) -> bool:
+        """Return whether a POST comes from a page of this server, or from no browser at all.
 
         A browser's Sec-Fetch-Site tells whose page asks, whatever host a proxy puts into the request. Where it is not
         sent (plain HTTP beyond the loopback) the origin does: it is the request's host, the one that a proxy on this
@@ -167,7 +158,7 @@ class Guard:
 
 
 def _from_here(scope: Scope) -> bool:
-    """Whether who is connected is on this machine: what a proxy says of a request is believed of no other."""
+    """Return whether who is connected is on this machine: what a proxy says of a request is believed of no other."""
     return _is_loopback((scope.get("client") or ("", 0))[0])
 
 
@@ -178,7 +169,7 @@ def _name_of(host: str) -> str:
 
 
 def _is_loopback(name: str) -> bool:
-    """Whether a host means the loopback, whoever is asked for the name: an address, or below `localhost`."""
+    """Return whether a host means the loopback, whoever is asked for the name: an address, or below `localhost`."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
@@ -238,25 +229,17 @@ FULL = (
 class Connection(H11Protocol):
     """A connection that knows since when it has waited for its client."""
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self.since = self.loop.time()
+    since = 0.0
 
     @property
-    def waits(self) -> bool:
-        """Whether it is the client's turn: no request, half a request, or an answer that is not taken."""
-        answered = self.cycle is None or self.cycle.response_complete
-        return answered or self.cycle.more_body or self.flow.write_paused
+    def patience(self) -> float:
+        """The seconds its client may take; without end while it is our turn.
 
-    @property
-    def peer(self) -> str:
-        """The address it comes from."""
-        return self.client[0] if self.client else ""
-
-    def overdue(self, now: float) -> bool:
-        """Whether the client has had its time."""
-        answered = self.cycle is None or self.cycle.response_complete
-        return self.waits and now - self.since > (HEAD_S if answered else STALL_S)
+        It is the client's: no request, half a request, or an answer that is not taken.
+        """
+        if self.cycle is None or self.cycle.response_complete:
+            return HEAD_S
+        return STALL_S if self.cycle.more_body or self.flow.write_paused else math.inf
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Take a connection in, or the place of one that waits."""
@@ -265,13 +248,13 @@ class Connection(H11Protocol):
         if len(self.connections) <= MAX_CONNECTIONS:
             return
         others = [c for c in self.connections if isinstance(c, Connection) and c is not self]
-        held = Counter(other.peer for other in others)
-        waiting = [other for other in others if other.waits]
+        held = Counter(other.client and other.client[0] for other in others)
+        waiting = [other for other in others if other.patience < math.inf]
         if not waiting:
             transport.write(FULL)
             transport.close()
             return
-        last = max(waiting, key=lambda c: (held[c.peer], -c.since))
+        last = max(waiting, key=lambda c: (held[c.client and c.client[0]], -c.since))
         self.connections.discard(last)
         last.transport.abort()
 
@@ -294,7 +277,10 @@ class Sweeping(uvicorn.Server):
         if counter % 5 == 0:
             now = asyncio.get_running_loop().time()
             for connection in [*self.server_state.connections]:
-                if isinstance(connection, Connection) and connection.overdue(now):
+                if (
+                    isinstance(connection, Connection)
+                    and now - connection.since > connection.patience
+                ):
                     connection.transport.abort()
         return await super().on_tick(counter)
 
@@ -331,7 +317,7 @@ def _why(error: OSError | UnicodeError, host: str, port: int) -> str:
 
 
 def is_loopback(listening: socket.socket) -> bool:
-    """Whether only this machine can reach a socket."""
+    """Return whether only this machine can reach a socket."""
     return ipaddress.ip_address(listening.getsockname()[0].split("%")[0]).is_loopback
 
 
@@ -343,7 +329,7 @@ def address_of(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def configured(app: App) -> uvicorn.Server:
+def configured(app: ASGIApp) -> uvicorn.Server:
     """Return the server of an application: no log of visits or of what was no request, no word of what it is."""
     config = uvicorn.Config(
         app,
@@ -360,7 +346,7 @@ def configured(app: App) -> uvicorn.Server:
     return Sweeping(config)
 
 
-def serve(app: App, listening: socket.socket) -> None:
+def serve(app: ASGIApp, listening: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM; requests under way are finished."""
     with contextlib.suppress(KeyboardInterrupt):  # the server has ended: that is how it is meant
         configured(app).run(sockets=[listening])

@@ -15,24 +15,17 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.core.seeds import mix64, seed_for
 
-# What the scores of a latent that knows nothing of the classes would be: expectations under
-# permuted labels.
-#
-# A latent active on s of N samples, s fixed, under a random permutation of the labels has class
-# counts that are one draw from the multivariate hypergeometric distribution of the class totals.
-# The expectation of any score of these counts is a function of s alone, tabulated here by seeded
-# draws. The first s labels of a random permutation are such a draw for every s at once, and so is
-# every disjoint stretch of it, which makes the table precise where it matters, at small s.
-#
-# Samples are taken as exchangeable: right for one row an image, too low a chance level for several
-# rows of each image.
-
 STRETCH = 256
 """Supports up to this use every disjoint stretch of a permutation, larger ones its beginning alone."""
 
 
 class Chance(NamedTuple):
-    """Expectations by support: entry s is for a latent active on s samples; entry 0 is NaN."""
+    """Expected scores of a latent that knows nothing of the classes, by the number s of samples it is active on.
+
+    Under a random permutation of the labels its class counts are one draw from the multivariate hypergeometric
+    distribution of the class totals. Samples are taken as exchangeable: right for one row an image, too low a chance
+    level for several rows of each image. Entry 0 is NaN.
+    """
 
     share: Float64[np.ndarray, " supports"]
     """E[max_c counts_c / s]."""
@@ -45,8 +38,9 @@ def chance_levels(
 ) -> Chance:
     """Return the expectations for supports 0 .. largest, given how many samples each class has.
 
-    `draws` permutations of all labels; the error at support s is about the spread of one score divided by
-    sqrt(draws N / 256) for s <= 256 and by sqrt(draws) above.
+    `draws` permutations of all labels: the first s labels of one are a draw for every s at once, and so is every
+    disjoint stretch of it, which makes the table precise where it matters, at small s. The error at support s is about
+    the spread of one score divided by sqrt(draws N / 256) for s <= 256 and by sqrt(draws) above.
     """
     totals = np.asarray(totals, dtype=np.int64)
     labels = np.repeat(np.arange(len(totals)), totals)
@@ -108,20 +102,16 @@ def _earlier(
     return out.reshape(drawn.shape)
 
 
-# Semantic consistency per dimension from labels (Wang et al. 2024b; the paper's beta, Section
-# 5.2.2).
-#
-# The code of Wang et al. counts, for every dimension, the samples on which it is active (|f| > 1e-5
-# after scaling rows to length 1) and takes the share of their most frequent class. A dimension
-# active on one sample scores 1 whatever it means, and one active on all of them scores the share of
-# the largest class: `wsae.stats.classes` corrects for both.
-
 ACTIVE = 1e-5
 """A dimension is active on a sample when its value, after L2 normalisation of the row, exceeds this."""
 
 
 class ConsistencyCounts:
-    """Streaming counts [d_in, n_classes] of the samples each dimension is active on; exact and mergeable."""
+    """Streaming counts [d_in, n_classes] of the samples each dimension is active on; exact and mergeable.
+
+    As the code of Wang et al. 2024b counts (the paper's beta, Section 5.2.2): a dimension active on one sample scores 1
+    whatever it means, and one active on all of them the share of the largest class. `corrected_share` takes that out.
+    """
 
     def __init__(self, d_in: int, n_classes: int) -> None:
         self.counts: Int64[Tensor, "d_in n_classes"] = torch.zeros(
@@ -207,9 +197,6 @@ def minibatch_consistency(
     return float(largest_share(counts).mean())
 
 
-# The n samples on which each unit is strongest, with their classes, in one pass and bounded memory.
-
-
 class Strongest:
     """Running top n of every unit: memory is units x n x 24 bytes, whatever the number of samples.
 
@@ -270,12 +257,6 @@ class Hits(NamedTuple):
     row: Int64[Tensor, " hits"]
     unit: Int64[Tensor, " hits"]
     value: Float64[Tensor, " hits"]
-
-    @staticmethod
-    def of_codes(values: Float[Tensor, "rows k"], indices: Int[Tensor, "rows k"]) -> "Hits":
-        """Return the entries of codes with k values a row; exact zeros (padding) are left out."""
-        row, place = values.nonzero(as_tuple=True)
-        return Hits(row, indices[row, place].long(), values[row, place].double())
 
     @staticmethod
     def of_dense(
@@ -381,22 +362,16 @@ def information(
     return torch.from_numpy(np.maximum(bits, 0.0))
 
 
-# Class scores with chance taken out, and their intervals over images.
-#
-# corrected_i = (beta_i - E[beta | s_i]) / (1 - E[beta | s_i])
-#
-# beta_i is the share of the most frequent class among the s_i samples unit i is active on, E its
-# expectation for a unit that is active on as many samples whatever their class
-# (`wsae.stats.classes`). 1 means one class only, 0 chance; units with little support stay out, since
-# their share says little either way.
-
 Values = Float64[Tensor, " units"]
 
 
 def corrected_share(
     counts: Int64[Tensor, "units n_classes"], chance: Chance, min_support: int = 1
 ) -> Values:
-    """Return (beta - E) / (1 - E) of each unit; NaN under `min_support`, or where E is 1."""
+    """Return (beta - E) / (1 - E) of each unit, E = E[beta | s]: 1 is one class only, 0 chance.
+
+    NaN under `min_support`, since the share of few samples says little either way, and where E is 1.
+    """
     support = counts.sum(1)
     expected = torch.from_numpy(chance.share)[support]
     value = (largest_share(counts) - expected) / (1 - expected)
@@ -449,8 +424,3 @@ def jackknife(found: OverImages, confidence: float = 0.95) -> tuple[float, float
     error = float(np.sqrt((groups - 1) / groups * spread))
     half = float(stats.t.ppf((1 + confidence) / 2, groups - 1)) * error
     return found.value - half, found.value + half
-
-
-def gap(a: OverImages, b: OverImages) -> OverImages:
-    """Return a - b, paired: both leave out the same images."""
-    return OverImages(a.value - b.value, a.without - b.without)

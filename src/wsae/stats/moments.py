@@ -8,12 +8,6 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 
-# Exact sums of floating-point columns: the same bits for every split, order and number of workers.
-#
-# A value is cut into 32-bit digits of a fixed-point number (Demmel & Nguyen 2015, "Parallel
-# reproducible summation"); each digit is summed without rounding and kept as an integer, so
-# addition is associative and merging is exact.
-
 DIGIT_BITS = 32
 LOWEST, HIGHEST = -10, 7
 """Digits from 2^-320 to 2^256: holds every float32 and every square of one."""
@@ -22,7 +16,11 @@ MAX_ROWS = 1 << 14
 
 
 class ExactSum:
-    """Column sums of float64 values whose lowest bit is at least 2^-320, exact in any order."""
+    """Column sums of float64 values whose lowest bit is at least 2^-320: the same bits for any split, order or workers.
+
+    A value is cut into 32-bit digits of a fixed-point number (Demmel & Nguyen 2015, "Parallel reproducible summation");
+    each digit is summed without rounding and kept as an integer, so addition is associative and merging is exact.
+    """
 
     def __init__(self, width: int) -> None:
         self.digits: Int64[Tensor, "digits width"] = torch.zeros(
@@ -100,10 +98,9 @@ class Moments:
 
     def update(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Add rows; raises UserError naming row and dimension of the first NaN or infinity."""
-        if x.ndim != 2 or x.shape[1] != self.d_in:
-            raise UserError(f"rows of shape {tuple(x.shape)} where [rows, {self.d_in}] is needed")
-        for start in range(0, len(x), _BLOCK):
-            block = x[start : start + _BLOCK].float()
+        _check_width(x, self.d_in)
+        for part in x.split(_BLOCK):
+            block = part.float()
             check_finite(block, self.n)
             wide = block.double()
             self._square.add(wide.square())
@@ -164,6 +161,11 @@ class Moments:
         return torch.tensor([float(v * UNIT) for v in values], dtype=torch.float64)
 
 
+def _check_width(x: Tensor, d_in: int) -> None:
+    if x.ndim != 2 or x.shape[1] != d_in:
+        raise UserError(f"rows of shape {tuple(x.shape)} where [rows, {d_in}] is needed")
+
+
 def check_finite(x: Float[Tensor, "rows d_in"], first_row: int = 0, where: str = "") -> None:
     """Raise UserError naming the row and dimension of the first NaN or infinity in `x`."""
     if bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all()):
@@ -176,9 +178,6 @@ def check_finite(x: Float[Tensor, "rows d_in"], first_row: int = 0, where: str =
         "remove or fix that row (a float16 model overflows: try --dtype bfloat16)"
     )
 
-
-# Streaming covariance of activations in float64, mergeable (the statistics behind the rules gap and
-# whiten).
 
 _ROWS_AT_ONCE = 4096
 """Rows widened to float64 at once: bounds the scratch memory at 4096 x d_in x 8 bytes."""
@@ -199,12 +198,16 @@ class Covariance:
 
     def update(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Add rows; raises UserError naming row and dimension of the first NaN or infinity."""
-        if x.ndim != 2 or x.shape[1] != self.d_in:
-            raise UserError(f"rows of shape {tuple(x.shape)} where [rows, {self.d_in}] is needed")
-        for block in x.split(_ROWS_AT_ONCE):
-            if len(block):
-                check_finite(block, self.n)
-                self._add(block.double().cpu())
+        _check_width(x, self.d_in)
+        for part in x.split(_ROWS_AT_ONCE):
+            if not len(part):
+                continue
+            check_finite(part, self.n)
+            block = part.double().cpu()
+            shifted = block - block[0]  # so a constant dimension is 0, not a rounding error
+            offset = shifted.mean(0)
+            deviation = shifted - offset
+            self._join(len(block), block[0] + offset, deviation.T @ deviation)
 
     def merge(self, other: "Covariance") -> None:
         """Add another stream's rows; equals one pass over both up to rounding."""
@@ -220,12 +223,6 @@ class Covariance:
         if self.n == 0:
             raise UserError("no rows were seen, so there is no covariance; is the data empty?")
         return self._scatter / self.n
-
-    def _add(self, block: Float64[Tensor, "rows d_in"]) -> None:
-        shifted = block - block[0]  # so a constant dimension is 0, not a rounding error
-        offset = shifted.mean(0)
-        deviation = shifted - offset
-        self._join(len(block), block[0] + offset, deviation.T @ deviation)
 
     def _join(self, n: int, mean: Tensor, scatter: Tensor) -> None:
         if n == 0:

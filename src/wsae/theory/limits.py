@@ -1,4 +1,7 @@
-"""Extreme sparsity (Theorem 2, Eq. 26): the loss as a polynomial in S, its first-order term, Top-k and JumpReLU."""
+"""Extreme sparsity: the loss as a polynomial in S (Eq. 26), Top-k and JumpReLU, and the solutions of Eq. 33.
+
+Those are the W_m with W_p = W_m^T ReLU(W_m W_p), whose 1-sparse loss is exactly 0 (Theorem 3).
+"""
 
 from dataclasses import dataclass
 
@@ -13,6 +16,7 @@ from wsae.theory.losses import (
     check_sparsity,
     closed_form,
     grid,
+    keep_largest,
     magnitudes,
     sae_residual,
     superpose,
@@ -33,13 +37,6 @@ def support_terms(
     size = (features > 0).sum(1)
     # at S = 1/2 every support has probability 2^-n, which the factor takes out
     return torch.zeros(n + 1, dtype=torch.float64).index_add(0, size, lost * probability * 2.0**n)
-
-
-def loss_at(terms: Float64[Tensor, " terms"], sparsity: float) -> float:
-    """Return L(S) = sum_m S^(n-m) (1-S)^m T_m for the terms of `support_terms`."""
-    S = check_sparsity(sparsity)
-    m = torch.arange(len(terms), dtype=torch.float64)
-    return float((S ** (len(terms) - 1 - m) * (1 - S) ** m * terms).sum())
 
 
 def one_sparse_residuals(
@@ -86,8 +83,7 @@ def topk_code(W_p: Float[Tensor, "d_in n"], k: int) -> Float64[Tensor, "n n"]:
     gram = matrix.T @ matrix
     if not 1 <= k <= len(gram):
         raise UserError(f"k = {k}; it must be between 1 and n = {len(gram)}")
-    values, places = gram.topk(k, dim=1)
-    return torch.zeros_like(gram).scatter(1, places, values)
+    return keep_largest(gram, k)
 
 
 def jumprelu_window(W_p: Float[Tensor, "d_in n"], low: float, high: float) -> tuple[float, float]:
@@ -100,9 +96,6 @@ def jumprelu_window(W_p: Float[Tensor, "d_in n"], low: float, high: float) -> tu
         raise UserError(f"magnitudes from {low:g} to {high:g}: they must satisfy 0 < low <= high")
     return high * max(0.0, float(interference(W_p).max())), low
 
-
-# The solutions of Eq. 33, W_p = W_m^T ReLU(W_m W_p): the W_m whose 1-sparse loss is exactly 0
-# (Theorem 3).
 
 SAME = 1e-5
 """Largest distance between rows of two W_m that count as one solution."""

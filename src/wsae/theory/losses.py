@@ -97,10 +97,15 @@ def code(
         case "topk":
             if not 1 <= k <= pre.shape[-1]:
                 raise UserError(f"k = {k}; it must be between 1 and d_sae = {pre.shape[-1]}")
-            values, places = pre.topk(k, dim=-1)
-            return torch.zeros_like(pre).scatter(-1, places, values.relu())
+            return keep_largest(pre, k).relu()
         case "jumprelu":
             return pre * (pre > threshold)
+
+
+def keep_largest(x: Float64[Tensor, "*rows n"], k: int) -> Float64[Tensor, "*rows n"]:
+    """Return the k largest entries of each row, whatever their sign; the rest are 0."""
+    values, places = x.topk(k, dim=-1)
+    return torch.zeros_like(x).scatter(-1, places, values)
 
 
 def sae_residual(
@@ -174,6 +179,16 @@ def closed_form(
     if sorted(order) != list(range(width)):
         raise UserError(f"permutation {order}: it must hold each of 0 ... {width - 1} once")
     return padded[torch.tensor(order, dtype=torch.int64)]
+
+
+def signed(
+    Q: Float64[Tensor, "rows d_in"], d_sae: int | None = None
+) -> Float64[Tensor, "d_sae d_in"]:
+    """Return W_m = [Q; -Q; 0]: for an orthonormal Q its loss is 0 for every x, because relu(y) - relu(-y) = y."""
+    rows = torch.cat([Q, -Q])
+    return (
+        rows if d_sae is None else torch.cat([rows, rows.new_zeros(d_sae - len(rows), Q.shape[1])])
+    )
 
 
 def recovers(

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,23 +14,6 @@ from wsae.core.seeds import seed_for
 from wsae.losses.reconstruction import Weights, weigh
 from wsae.theory.geometry import check_W_p
 from wsae.theory.losses import superpose
-
-
-@dataclass(frozen=True)
-class Search:
-    """How to look for the minimum."""
-
-    starts: int = 16
-    """Random starts, besides those in `init`."""
-    seed: int = 0
-    init: Float[Tensor, "*given d_sae d_in"] | None = None
-    """Starts of your own, for example the closed form."""
-    steps: int = 400
-    """Batched Adam steps over all starts."""
-    lr: float = 0.05
-    """Their first learning rate; it falls to 0 along a cosine."""
-    polished: int = 4
-    """The best starts that L-BFGS finishes."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +34,20 @@ def minimise(
     features: Float64[Tensor, "_ _"],
     probability: Float64[Tensor, " _"],
     gamma: Weights | None = None,
-    **search: Any,
+    init: Float[Tensor, "*given d_sae d_in"] | None = None,
+    starts: int = 16,
+    seed: int = 0,
+    steps: int = 400,
+    lr: float = 0.05,
+    polished: int = 4,
 ) -> Optimum:
     """Return the best of many minimisations of L_SAE (Eq. 4; Eq. 12 with gamma) over W_m [d_sae, d_in].
 
-    `search` takes the fields of Search (starts, seed, init ...). The result is an upper bound on the minimum: a
-    loss below the closed form's refutes its optimality, the reverse proves nothing. Raises UserError when no start
-    is left, shapes disagree, or there is no signal (all x_p = 0).
+    `starts` random starts beside those in `init` (for example the closed form) take `steps` batched Adam steps whose
+    learning rate falls from `lr` to 0 along a cosine; L-BFGS finishes the best `polished`. The result is an upper bound
+    on the minimum: a loss below the closed form's refutes its optimality, the reverse proves nothing. Raises UserError
+    when no start is left, shapes disagree, or there is no signal (all x_p = 0).
     """
-    cfg = Search(**search)
     matrix = check_W_p(W_p)
     if features.shape[1] != matrix.shape[1] or len(features) != len(probability):
         raise UserError(
@@ -72,22 +59,21 @@ def minimise(
         raise UserError("every x_p is 0, so there is no signal to reconstruct; use S < 1")
 
     problem = Problem.build(matrix, features, probability / acts_scale, gamma)
-    found, reached = _descend(_starts(cfg, d_sae, matrix), problem, cfg)
-    for i in reached.argsort()[: cfg.polished].tolist():
-        polished, loss = _polish(found[i], problem)
+    found, reached = _descend(_starts(init, starts, seed, d_sae, len(matrix)), problem, steps, lr)
+    for i in reached.argsort()[:polished].tolist():
+        better, loss = _polish(found[i], problem)
         if loss < float(reached[i]):
-            found[i], reached[i] = polished, loss
+            found[i], reached[i] = better, loss
     reached = reached * acts_scale
     best = int(reached.argmin())
     return Optimum(float(reached[best]), found[best].clone(), reached, found)
 
 
-def _starts(cfg: Search, d_sae: int, W_p: Tensor) -> Tensor:
-    d_in = len(W_p)
-    made = torch.Generator().manual_seed(seed_for(cfg.seed, "minimise"))
-    rows = torch.randn(cfg.starts, d_sae, d_in, generator=made, dtype=torch.float64)
+def _starts(init: Tensor | None, starts: int, seed: int, d_sae: int, d_in: int) -> Tensor:
+    made = torch.Generator().manual_seed(seed_for(seed, "minimise"))
+    rows = torch.randn(starts, d_sae, d_in, generator=made, dtype=torch.float64)
     rows = rows / rows.norm(dim=-1, keepdim=True)
-    given = rows[:0] if cfg.init is None else cfg.init.double().reshape(-1, *cfg.init.shape[-2:])
+    given = rows[:0] if init is None else init.double().reshape(-1, *init.shape[-2:])
     if given.shape[1:] != rows.shape[1:]:
         raise UserError(
             f"init has shape {list(given.shape[1:])}; it must be [d_sae, d_in] = [{d_sae}, {d_in}]"
@@ -140,17 +126,17 @@ class Problem:
         return loss, -2 * (z.mT @ E + back.mT @ self.acts)
 
 
-def _descend(begun: Tensor, problem: Problem, cfg: Search) -> tuple[Tensor, Tensor]:
+def _descend(begun: Tensor, problem: Problem, steps: int, lr: float) -> tuple[Tensor, Tensor]:
     """Run Adam on every start at once and return the better of start and end, and its loss."""
     W_m, first, second = begun.clone(), torch.zeros_like(begun), torch.zeros_like(begun)
     fast, slow = 0.9, 0.99
-    for step in range(1, cfg.steps + 1):
+    for step in range(1, steps + 1):
         slope = problem.value_and_gradient(W_m)[1]
         first.lerp_(slope, 1 - fast)
         second.mul_(slow).addcmul_(slope, slope, value=1 - slow)
-        lr = cfg.lr * (1 + math.cos(math.pi * (step - 1) / cfg.steps)) / 2
+        rate = lr * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         scale = (second / (1 - slow**step)).sqrt_().add_(1e-8)
-        W_m.addcdiv_(first, scale, value=-lr / (1 - fast**step))
+        W_m.addcdiv_(first, scale, value=-rate / (1 - fast**step))
     reached, last = problem.value_and_gradient(begun)[0], problem.value_and_gradient(W_m)[0]
     better = last < reached
     return torch.where(better[:, None, None], W_m, begun), torch.where(better, last, reached)

@@ -86,7 +86,11 @@ def measure(
         silent = int((mass == 0).nonzero()[0, 0])
         raise UserError(f"feature {silent} is never active here; use more rows or a lower S")
     idle = probability @ (~active).double()
-    lost = probability[:, None] * _top(features) * _top_changed(features, latents)[:, None]
+    first = _largest(features)
+    share = first.double() / first.sum(1, keepdim=True).clamp_min(1)  # where several tie
+    changed = 1 - (first & _largest(latents)).any(1).double()
+    lost = probability[:, None] * share * changed[:, None]
+    dimensions = (acts.abs() > tiny).sum(1)
     return Shrinkage(
         ratio=(probability @ (latents * active)) / (probability @ features),
         vanished=(probability @ (active & ~speaks).double()) / mass,
@@ -94,10 +98,8 @@ def measure(
         top_lost=lost.sum(0),
         latents=float(probability @ speaks.sum(1).double()),
         features=float(probability @ active.sum(1).double()),
-        dimensions=float(probability @ (acts.abs() > tiny).sum(1).double()),
-        fewer_than_dimensions=float(
-            probability @ (speaks.sum(1) < (acts.abs() > tiny).sum(1)).double()
-        ),
+        dimensions=float(probability @ dimensions.double()),
+        fewer_than_dimensions=float(probability @ (speaks.sum(1) < dimensions).double()),
     )
 
 
@@ -105,16 +107,6 @@ def _largest(values: Tensor) -> Bool[Tensor, "points n"]:
     """Mark the largest positive entries of each row, all of them where they tie up to rounding."""
     top = values.amax(1, keepdim=True)
     return (values >= top * (1 - 1e-9)) & (values > 0)
-
-
-def _top(features: Tensor) -> Tensor:
-    """Return each row's top feature with weight 1, shared equally where several tie."""
-    top = _largest(features).double()
-    return top / top.sum(1, keepdim=True).clamp_min(1)
-
-
-def _top_changed(features: Tensor, latents: Tensor) -> Tensor:
-    return 1 - (_largest(features) & _largest(latents)).any(1).double()
 
 
 def simplex_shrinkage(p: int, sparsity: float, levels: int = 64) -> tuple[float, float]:
@@ -127,9 +119,8 @@ def simplex_shrinkage(p: int, sparsity: float, levels: int = 64) -> tuple[float,
     S = check_sparsity(sparsity)
     if p < 1:
         raise UserError(f"p = {p}; it must be at least 1")
-    steps = torch.zeros(
-        2 * levels, dtype=torch.float64
-    )  # magnitudes are odd multiples of 1 / (2 levels)
+    # magnitudes are odd multiples of 1 / (2 levels)
+    steps = torch.zeros(2 * levels, dtype=torch.float64)
     steps[0], steps[1::2] = S, (1 - S) / levels
     total = torch.ones(1, dtype=torch.float64)
     for _ in range(p - 1):

@@ -25,8 +25,6 @@ from wsae.toy.config import (
     ZipfRates,
 )
 
-# How uniform and normal draws become features: activity, thresholds and magnitudes of one world.
-
 Draw = Literal["uniform", "normal"]
 _SMALLEST = np.float32(2.0**-25)
 """Magnitude of an active feature whose draw rounds to none: activity always shows as x > 0."""
@@ -102,7 +100,8 @@ class Recipe:
         self.needs: tuple[Draw, ...] = ("uniform",)
         if isinstance(cfg.structure, Correlated):
             self.needs = ("uniform", "normal")
-        self.rate = _per_draw(self._chance())
+        rate = torch.from_numpy(-1.0 / np.maximum(self._chance(), 1e-30)).float()
+        self.rate = rate[:1] if bool((rate == rate[0]).all()) else rate
         """-1 / q: one number where all features share it, else [n_features]."""
         silent, own = cfg.sparsity == 1, not isinstance(cfg.structure, Independent)
         self.finished = not (silent or own or cfg.magnitudes != "uniform")
@@ -122,7 +121,8 @@ class Recipe:
                     child *= out[:, :: children + 1][:, : child.shape[1]] > 0
             case Correlated() as structure:
                 z = _copula(draws["normal"].numpy(), structure)
-                np.multiply(out.numpy(), z > self._threshold(), out=out.numpy())
+                quantile = ndtri(1.0 - self._p).astype(np.float32)
+                np.multiply(out.numpy(), z > quantile, out=out.numpy())
         apply_magnitudes(out.numpy(), self._cfg.magnitudes)
 
     def _chance(self) -> Float64[np.ndarray, " n_features"]:
@@ -137,15 +137,6 @@ class Recipe:
                 return np.ones_like(self._p)
             case _:
                 return self._p
-
-    def _threshold(self) -> Float32[np.ndarray, " n_features"]:
-        return ndtri(1.0 - self._p).astype(np.float32)
-
-
-def _per_draw(q: Float64[np.ndarray, " n_features"]) -> Float32[Tensor, "_"]:
-    """Return -1 / q, as one number where all are equal."""
-    rate = torch.from_numpy(-1.0 / np.maximum(q, 1e-30)).float()
-    return rate[:1] if bool((rate == rate[0]).all()) else rate
 
 
 def _weights(cfg: FeatureConfig) -> Float64[np.ndarray, " n_features"]:
@@ -179,9 +170,6 @@ def _common(rho: float, size: int) -> float:
         return (1 - rho) ** -0.5 - 1  # a lone feature: variance 1
     return float((max(0.0, 1 + size * rho / (1 - rho)) ** 0.5 - 1) / size)
 
-
-# Features of very large and very sparse worlds: only the active entries, at a cost that follows
-# their number.
 
 _CERTAIN = 40.0
 """Hazard of a feature that is always active: exp(-40) is below float64's resolution of 1."""
@@ -290,7 +278,9 @@ class FeatureStream:
         places = {seed: i for i, seed in enumerate(dict.fromkeys(seeds))}
         self._place = torch.tensor([places[seed] for seed in seeds])
         self._uniform = torch.empty(len(places), rows, self.n_features, dtype=torch.float32)
-        self._rate = _stacked([recipe.rate for recipe in self._recipes], self.n_features)
+        rates = [recipe.rate for recipe in self._recipes]
+        size = max(map(len, rates))  # one number each where no world needs more
+        self._rate = torch.stack([rate.expand(size) for rate in rates])[:, None]
         self._draws: dict[_Key, Tensor] = {
             ("uniform", seed): self._uniform[i] for seed, i in places.items()
         }
@@ -344,9 +334,3 @@ class FeatureStream:
             stream.random(dtype=np.float32, out=out)
         else:
             stream.standard_normal(dtype=np.float32, out=out)
-
-
-def _stacked(rates: list[Tensor], n: int) -> Float32[Tensor, "worlds 1 _"]:
-    """Return the worlds' rates side by side, one number each where no world needs more."""
-    wide = any(len(rate) > 1 for rate in rates)
-    return torch.stack([rate.expand(n) if wide else rate for rate in rates])[:, None]

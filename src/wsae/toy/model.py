@@ -1,13 +1,15 @@
 """The trained toy model of superposition: where superposition matrices W_p come from (paper Section 5.1).
 
+Many at once, a share of them per processor core: nothing is summed across members.
+
 x_p = W_p x,  x_hat = ReLU(W_p^T x_p + b),  loss = mean_i importance_i (x_i - x_hat_i)^2  (Elhage et al. 2022).
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +25,6 @@ from wsae.core.tensors import load_tensors, save_tensors
 from wsae.toy.config import DecayingImportance, ToyModelConfig
 from wsae.toy.features import FeatureStream
 
-# Gradient descent of many toy models at once: hand-written gradients, AdamW, buffers made once.
-#
-# Each member's computation is its own batch of the batched products; nothing is summed across
-# members.
-
 BETAS, EPS = (0.9, 0.999), 1e-8
 _CACHE_BYTES = 4 << 20
 """Size of a chunk's intermediates: they stay in the processor's second and third level cache."""
@@ -39,9 +36,9 @@ class Parameters(NamedTuple):
     W_p: Float[Tensor, "models d_in n_features"]
     b: Float[Tensor, "models n_features"]
 
-    def part(self, first: int, last: int) -> "Parameters":
-        """Return members first .. last - 1 (views)."""
-        return Parameters(self.W_p[first:last], self.b[first:last])
+    def part(self, members: slice) -> "Parameters":
+        """Return some of the members (views)."""
+        return Parameters(self.W_p[members], self.b[members])
 
     def zeros(self) -> "Parameters":
         """Return zeros of the same shapes."""
@@ -114,21 +111,13 @@ class AdamW:
             p.mul_(1 - lr * self._weight_decay).addcdiv_(mean, root, value=-lr / first)
 
 
-def chunk_size(rows: int, n_features: int, item_bytes: int) -> int:
-    """Return how many members to take at once: three [rows, n_features] intermediates each."""
-    return max(1, _CACHE_BYTES // (3 * rows * n_features * item_bytes))
-
-
-# Trains toy models side by side: a share of them per processor core, each share in chunks that fit
-# the cache.
-
 _EVAL_BATCHES = 20
 _TICK = 100
 """Steps between two reports of progress."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ToyJob:
     """Models of one shape and schedule, where and in what precision to train them, and a way to call it off."""
 
     cfgs: tuple[ToyModelConfig, ...]
@@ -136,89 +125,80 @@ class Job:
     dtype: torch.dtype
     called_off: threading.Event = field(default_factory=threading.Event)
 
-    @property
-    def schedule(self) -> ToyModelConfig:
-        """Any of the models: they agree in shape and schedule."""
-        return self.cfgs[0]
+    def batches(self, use: str) -> Callable[[int], Iterator[tuple[slice, Tensor]]]:
+        """Return what yields each chunk of members with its rows of a step.
 
-    def share(self, first: int, last: int) -> "Job":
-        """Return the job of members first .. last - 1."""
-        return replace(self, cfgs=self.cfgs[first:last])
-
-    def stream(self, use: str) -> FeatureStream:
-        """Return the members' rows: "train" by step, or "eval", which training never sees."""
+        Rows are for "train", or for "eval", which training never sees. A chunk's three [rows, n_features]
+        intermediates fit the cache.
+        """
+        batch, n = self.cfgs[0].batch, self.cfgs[0].features.n_features
         seeds = [seed_for(cfg.seed, "toy", use) for cfg in self.cfgs]
-        features = [cfg.features for cfg in self.cfgs]
-        return FeatureStream(features, seeds, self.schedule.batch, self.device)
+        stream = FeatureStream([cfg.features for cfg in self.cfgs], seeds, batch, self.device)
+        size = max(1, _CACHE_BYTES // (3 * batch * n * self.dtype.itemsize))
 
-    def chunks(self) -> list[tuple[int, int]]:
-        """Return the ranges of members computed at once."""
-        n, rows, members = self.schedule.features.n_features, self.schedule.batch, len(self.cfgs)
-        bits = torch.finfo(self.dtype).bits
-        size = min(members, chunk_size(rows, n, bits // 8))
-        return [(first, min(first + size, members)) for first in range(0, members, size)]
+        def step(number: int) -> Iterator[tuple[slice, Tensor]]:
+            for first in range(0, len(self.cfgs), size):
+                last = min(first + size, len(self.cfgs))
+                yield slice(first, last), stream.batch(number, first, last).to(self.dtype)
+
+        return step
 
 
-def side_by_side(job: Job, tick: Tick) -> tuple[Parameters, Float64[Tensor, " models"]]:
+def side_by_side(job: ToyJob, tick: Tick) -> tuple[Parameters, Float64[Tensor, " models"]]:
     """Train every member; return parameters and losses on the CPU, in order.
 
-    Members do not depend on each other, so each core takes some of them from start to end.
+    Members do not depend on each other, so each core takes some of them from start to end. An interrupt, or a share
+    that fails, stops all of them.
     """
     workers = 1 if job.device != "cpu" else min(torch.get_num_threads(), len(job.cfgs))
     edges = [len(job.cfgs) * i // workers for i in range(workers + 1)]
-    jobs = [job.share(*pair) for pair in zip(edges, edges[1:], strict=False)]
+    shares = [replace(job, cfgs=job.cfgs[first:last]) for first, last in pairwise(edges)]
+
+    def trained(share: ToyJob) -> tuple[Parameters, Tensor]:
+        try:
+            return _train(share, tick)
+        except BaseException:
+            job.called_off.set()
+            raise
+
     if workers == 1:
         parts = [_train(job, tick)]
     else:
-        with _pool(workers, job.called_off) as pool:
-            parts = list(pool.map(lambda share: _stopping_all(share, tick), jobs))
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(workers, "wsae-toy", torch.set_num_threads, (1,))
+        try:
+            parts = list(pool.map(trained, shares))
+        finally:
+            job.called_off.set()
+            pool.shutdown()
+            torch.set_num_threads(before)
     weights, losses = zip(*parts, strict=True)
-    both = (torch.cat(tensors) for tensors in zip(*weights, strict=True))
-    return Parameters(*both), torch.cat(losses)
+    return Parameters(*(torch.cat(both) for both in zip(*weights, strict=True))), torch.cat(losses)
 
 
-@contextmanager
-def _pool(workers: int, called_off: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """Threads of which each computes on one core; an interrupt stops all of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(workers, "wsae-toy", torch.set_num_threads, (1,))
-    try:
-        yield pool
-    finally:
-        called_off.set()
-        pool.shutdown()
-        torch.set_num_threads(before)
-
-
-def _stopping_all(job: Job, tick: Tick) -> tuple[Parameters, Float64[Tensor, " models"]]:
-    """Train a share; where it fails, the others need not run to their end first."""
-    try:
-        return _train(job, tick)
-    except BaseException:
-        job.called_off.set()
-        raise
-
-
-def _train(job: Job, tick: Tick) -> tuple[Parameters, Float64[Tensor, " models"]]:
-    shared, chunks, members = job.schedule, job.chunks(), len(job.cfgs)
+def _train(job: ToyJob, tick: Tick) -> tuple[Parameters, Float64[Tensor, " models"]]:
+    """Return a share's parameters and each member's loss on fresh rows, the same draws for the members of a seed."""
+    shared, members = job.cfgs[0], len(job.cfgs)
     parameters = initial(job.cfgs, job.device, job.dtype)
     importance = torch.stack([importances(cfg) for cfg in job.cfgs]).to(job.device, job.dtype)
     gradients, optimiser = parameters.zeros(), AdamW(parameters, shared.weight_decay)
-    compute = Gradients(chunks[0][1], shared.batch, parameters)
-    stream = job.stream("train")
+    compute: Gradients | None = None
+    batches = job.batches("train")
     for step in range(shared.steps):
         if job.called_off.is_set():
             break
-        for first, last in chunks:
-            x = stream.batch(step, first, last).to(job.dtype)
-            compute(
-                parameters.part(first, last), importance[first:last], x, gradients.part(first, last)
-            )
+        for part, x in batches(step):
+            compute = compute or Gradients(len(x), shared.batch, parameters)
+            compute(parameters.part(part), importance[part], x, gradients.part(part))
         optimiser.step(gradients, shared.lr * lr_factor(step, shared.steps, shared.decay))
         if (step + 1) % _TICK == 0 or step + 1 == shared.steps:
             tick((step % _TICK + 1) * members)
-    loss = _fresh_loss(job, parameters, importance)
+    loss, fresh = torch.zeros(members, dtype=torch.float64), job.batches("eval")
+    for step in range(_EVAL_BATCHES):
+        for part, x in fresh(step):
+            value = toy_loss(parameters.part(part), importance[part], x)
+            loss[part] += value.cpu().double() / _EVAL_BATCHES
     return Parameters(*(t.cpu() for t in parameters)), loss
 
 
@@ -251,17 +231,6 @@ def importances(cfg: ToyModelConfig) -> Float64[Tensor, " n_features"]:
 def lr_factor(step: int, steps: int, decay: float) -> float:
     """Return the share of the learning rate: 1, then linear to 0 over the last `decay` share of the steps."""
     return min(1.0, (steps - step) / max(1.0, decay * steps))
-
-
-def _fresh_loss(job: Job, parameters: Parameters, importance: Tensor) -> Tensor:
-    """Return each member's loss on rows it was not trained on, the same draws for the members of a seed."""
-    stream, loss = job.stream("eval"), torch.zeros(len(job.cfgs), dtype=torch.float64)
-    for step in range(_EVAL_BATCHES):
-        for first, last in job.chunks():
-            x = stream.batch(step, first, last).to(job.dtype)
-            part = toy_loss(parameters.part(first, last), importance[first:last], x)
-            loss[first:last] += part.cpu().double() / _EVAL_BATCHES
-    return loss
 
 
 WEIGHTS = "toy.safetensors"
@@ -299,7 +268,9 @@ class ToyModels:
             data = manifest.config.get("models", [])
             configs = tuple(ToyModelConfig.parse(cfg, where=str(path / MANIFEST)) for cfg in data)
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        if not configs or shapes != _shapes(configs):
+        m = len(configs)
+        n, d_in = (configs[0].features.n_features, configs[0].d_in) if m else (0, 0)
+        if not m or shapes != {"W_p": (m, d_in, n), "b": (m, n), "loss": (m,)}:
             raise UserError(
                 f"{path / WEIGHTS}: does not hold the manifest's models; train them again"
             )
@@ -318,7 +289,7 @@ def train_toy_models(
     Raises UserError for models that do not go together, and for one whose loss is not finite.
     """
     _check_alike(cfgs)
-    job = Job(tuple(cfgs), device, dtype)
+    job = ToyJob(tuple(cfgs), device, dtype)
     with progress("toy models", len(cfgs) * cfgs[0].steps, "model steps") as tick:
         parameters, loss = side_by_side(job, tick)
     for cfg, value in zip(cfgs, loss.tolist(), strict=True):
@@ -328,11 +299,6 @@ def train_toy_models(
                 f"lower lr (now {cfg.lr:g})"
             )
     return ToyModels(parameters.W_p, parameters.b, loss, tuple(cfgs))
-
-
-def _shapes(configs: tuple[ToyModelConfig, ...]) -> dict[str, tuple[int, ...]]:
-    m, n, d_in = len(configs), configs[0].features.n_features, configs[0].d_in
-    return {"W_p": (m, d_in, n), "b": (m, n), "loss": (m,)}
 
 
 def _check_alike(cfgs: Sequence[ToyModelConfig]) -> None:

@@ -19,12 +19,9 @@ from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.ops import SparseCode
 from wsae.theory.geometry import check_W_p
-from wsae.toy.config import FeatureConfig, Independent
-from wsae.toy.features import FeatureStream, embed_sparse, feature_moments, sample_sparse
+from wsae.toy.config import FeatureConfig
+from wsae.toy.features import FeatureStream, embed_sparse, sample_sparse
 from wsae.toy.model import ToyModels
-
-# What superposition looks like in a trained W_p: norms, dimensionality, signs of interference,
-# variances.
 
 
 @dataclass(frozen=True)
@@ -63,22 +60,6 @@ def superposition(
     return Superposition(
         norms, dimensionality, int(positive) / count, int(negative) / count, int(kept.sum())
     )
-
-
-def acts_variance(
-    W_p: Float[Tensor, "d_in n_features"], features: FeatureConfig
-) -> Float64[Tensor, " d_in"]:
-    """Return Var(x_p,i) = sum_j W_p[i, j]^2 Var(x_j), exact for independent features.
-
-    Raises UserError for other structures, whose covariances it does not know.
-    """
-    if not isinstance(features.structure, Independent):
-        raise UserError(
-            f"structure '{features.structure.kind}': variances are known in closed form for independent features "
-            "only; take SyntheticSource(world).stats()"
-        )
-    mean, second = feature_moments(features)
-    return W_p.double().cpu().square() @ (second - mean.square())
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +151,6 @@ class World:
         return self.W_p.T.contiguous()
 
 
-# A world as a source of activations, as in `wsae.fit(SyntheticSource(world))`: rows are drawn when
-# asked for.
-
 Split = Literal["train", "heldout"]
 _BLOCK_CELLS = 1 << 18
 """Features drawn at once, at most: a buffer of 1 MB."""
@@ -196,11 +174,8 @@ class SyntheticSource:
         name: str = "acts",
     ) -> None:
         stats_rows = min(rows, 1 << 16) if stats_rows is None else stats_rows
-        for what, count in (
-            ("rows", rows),
-            ("heldout_rows", heldout_rows),
-            ("stats_rows", stats_rows),
-        ):
+        counts = {"rows": rows, "heldout_rows": heldout_rows, "stats_rows": stats_rows}
+        for what, count in counts.items():
             if count < 1:
                 raise UserError(f"{what} = {count}: a source needs at least one")
         if stats_rows > rows:
@@ -223,7 +198,11 @@ class SyntheticSource:
         self, index: Int[np.ndarray, " rows"] | Int[Tensor, " rows"], split: Split = "heldout"
     ) -> Float32[Tensor, "rows n_features"]:
         """Return the true features of rows by number: a held-out chunk's `seq` holds its row numbers."""
-        return self._gather(index, split, self._block_features, self.world.n_features)
+
+        def draw(split: Split, number: int) -> Tensor:
+            return self.world.sample(self.block, self._seeds[split], number)[0]
+
+        return self._gather(index, split, draw, self.world.n_features)
 
     def acts(
         self, index: Int[np.ndarray, " rows"] | Int[Tensor, " rows"], split: Split = "heldout"
@@ -270,9 +249,6 @@ class SyntheticSource:
             code = self.world.sample_sparse(self.block, self._seeds[split], number)
             return self.world.embed(code)
         return self.world.sample(self.block, self._seeds[split], number)[1]
-
-    def _block_features(self, split: Split, number: int) -> Float32[Tensor, "block n_features"]:
-        return self.world.sample(self.block, self._seeds[split], number)[0]
 
     @cached_property
     def _seeds(self) -> dict[Split, int]:

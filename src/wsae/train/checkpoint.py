@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import CHECKPOINTS, MANIFEST, read_manifest, write_manifest
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json, write_json
 from wsae.core.tensors import load_tensors, save_tensors
@@ -27,7 +27,7 @@ def save_checkpoint(
 
     `place` is JSON-ready: the position in the data and the length of metrics.jsonl.
     """
-    path = run / "checkpoints" / f"step-{step:09d}"
+    path = run / CHECKPOINTS / f"step-{step:09d}"
     save_tensors(path / _STATE, tensors)
     write_json(path / _PLACE, {"step": step, **place})
     write_manifest(path, "checkpoint", {"step": step}, [_STATE, _PLACE])
@@ -38,7 +38,7 @@ def save_checkpoint(
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the finished checkpoints, oldest first; unfinished ones (no manifest) are not counted."""
-    found = (run / "checkpoints").glob("step-*")
+    found = (run / CHECKPOINTS).glob("step-*")
     return sorted(p for p in found if (p / MANIFEST).exists())
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from wsae.acts.stream import ActivationSource, BatchStream
+from wsae.core.artifact import CONFIG, METRICS_FILE, SPEED
 from wsae.core.errors import UserError, understood
 from wsae.core.files import is_temporary, locked, read_json, write_json
 from wsae.core.progress import Progress, Tick
@@ -138,8 +139,8 @@ class Recorder:
 
     def __init__(self, run: Path, job: Job, team: Team = ALONE) -> None:
         self.run, self.job, self.team = run, job, team
-        self.metrics = JsonLines(run / "metrics.jsonl")
-        self.speed = JsonLines(run / "speed.jsonl")
+        self.metrics = JsonLines(run / METRICS_FILE)
+        self.speed = JsonLines(run / SPEED)
         self.mirror = current()
         self.stop = False
         self._saved_at = self._logged_at = time.monotonic()
@@ -247,17 +248,17 @@ def held(out: Path) -> Iterator[None]:
 
 def enter(out: Path, identity: dict[str, Any], resume: bool) -> None:
     """Begin or go on with a run of this identity; raises UserError when `out` holds anything else."""
-    if (out / "config.json").exists():
+    if (out / CONFIG).exists():
         same_run(out, identity)
         if checkpoints(out) and not resume:
             raise UserError(
                 f"{out}: holds an unfinished run of this config; add --resume to continue it, or use another --out"
             )
-        write_json(out / "config.json", identity)  # the data may lie elsewhere now
+        write_json(out / CONFIG, identity)  # the data may lie elsewhere now
     elif any(p.name != ".lock" and not is_temporary(p) for p in out.iterdir()):
         raise UserError(f"{out}: is not empty and not a wsae run; use another --out")
     else:
-        write_json(out / "config.json", identity)
+        write_json(out / CONFIG, identity)
 
 
 def same_run(out: Path, identity: dict[str, Any]) -> None:
@@ -265,7 +266,7 @@ def same_run(out: Path, identity: dict[str, Any]) -> None:
 
     Data may move: they are compared by digest, not by path.
     """
-    path, here = out / "config.json", json.loads(json.dumps(identity))
+    path, here = out / CONFIG, json.loads(json.dumps(identity))
     with understood(path):
         there = {**read_json(path), "source": None}
     for key, a, b in _differences(there, here | {"source": None}):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wsae.core.artifact import METRICS_FILE
 from wsae.core.errors import UserError
 from wsae.core.files import flush, growing, parse_json, read_lines, refusals, sha256_file
 
@@ -79,7 +80,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 # Rows of `metrics.jsonl` as the scalars of one step, named as loggers show them.
 
-METRICS = "metrics.jsonl"
 _KEYS = ("step", "hook", "member")
 
 
@@ -99,7 +99,7 @@ def scalars(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 def steps_of(run: Path) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield step and scalars of all rows that the run has so far; raises UserError for a damaged line."""
-    path = run / METRICS
+    path = run / METRICS_FILE
     rows = read_json_lines(path) if path.exists() else []
     for step, of_step in itertools.groupby(rows, key=lambda row: int(row["step"])):
         yield step, scalars(of_step)

@@ -8,14 +8,24 @@ from typing import Any
 
 from wsae.acts.stream import ActivationSource
 from wsae.acts.tally import SourceStats
-from wsae.core.artifact import MANIFEST, contained, read_manifest, write_manifest
+from wsae.core.artifact import (
+    CHECKPOINTS,
+    CONFIG,
+    GAMMA_FILE,
+    MANIFEST,
+    MEMBERS,
+    METRICS_FILE,
+    contained,
+    read_manifest,
+    write_manifest,
+)
 from wsae.core.calls import own_settings
 from wsae.core.errors import understood
 from wsae.core.files import write_json
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.losses.gamma import describe_gamma
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import WEIGHTS, SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.family import Family, covariances, finished, make_family
 from wsae.train.loop import FamilyJob, enter, held, same_run, train_job
@@ -71,13 +81,13 @@ def train_run(
         if (out / MANIFEST).exists():
             read_manifest(out, "run")
             same_run(out, identity)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed before it could
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # killed before it could
             return load_run(out)
         enter(out, identity, resume)
         with explained("training", lambda: training_buffers(cfg, source.hooks)):
             stats = source.stats(progress)
             family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
-            write_json(out / "gamma.json", family.gamma_record)
+            write_json(out / GAMMA_FILE, family.gamma_record)
             train_job(FamilyJob(cfg, family, source), out, progress)
             return _finish(out, identity, family, stats)
 
@@ -87,7 +97,7 @@ def load_run(path: Path) -> RunResult:
     manifest = read_manifest(path, "run")
     with understood(path / MANIFEST):
         places = {
-            hook: {name: contained(path, f"members/{hook}/{name}") for name in names}
+            hook: {name: contained(path, f"{MEMBERS}/{hook}/{name}") for name in names}
             for hook, names in manifest.info["members"].items()
         }
     saes = {
@@ -101,18 +111,18 @@ def _finish(
     out: Path, identity: dict[str, Any], family: Family, stats: dict[str, SourceStats]
 ) -> RunResult:
     """Write the members (scale folded in) and the manifest, then drop the checkpoints."""
-    files = ["config.json", "gamma.json", "metrics.jsonl"]
+    files = [CONFIG, GAMMA_FILE, METRICS_FILE]
     saes: dict[str, dict[str, SparseAutoencoder]] = {}
     for hook, member in family.all():
         sae = finished(member)
         saes.setdefault(hook, {})[member.name] = sae
-        place = Path("members") / hook / member.name
+        place = Path(MEMBERS) / hook / member.name
         sae.save(out / place)
-        files += [str(place / name) for name in ("config.json", "sae.safetensors", MANIFEST)]
+        files += [str(place / name) for name in (CONFIG, WEIGHTS, MANIFEST)]
         if member.cfg.gamma.rule == "latent_variance":
             final = describe_gamma(member.cfg.gamma, sae.gamma)
             family.gamma_record[hook][member.name] |= final
-    write_json(out / "gamma.json", family.gamma_record)
+    write_json(out / GAMMA_FILE, family.gamma_record)
     info = {
         "members": {hook: list(named) for hook, named in saes.items()},
         "d_in": {hook: stats[hook].kept.d_in for hook in saes},
@@ -120,5 +130,5 @@ def _finish(
         "rows": {hook: stats[hook].kept.n for hook in saes},
     }
     write_manifest(out, "run", identity, files, inputs={"data": identity["data"]}, info=info)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return RunResult(out, saes)

@@ -12,9 +12,9 @@ from kornia.augmentation.random_generator import ResizedCropGenerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from wsae.acts.images.harvest import heldout_images
-from wsae.acts.images.pixels import ImageError
-from wsae.acts.images.sets import ArrayImages, Failures, ImageSet, batches
+from wsae.acts.images.harvest import heldout_images, used_images
+from wsae.acts.images.pixels import Failures, ImageError, ImageSet, batches
+from wsae.acts.images.sets import ArrayImages
 from wsae.core.errors import UserError
 from wsae.core.seeds import Permutation, seed_for
 from wsae.vision.config import AugmentConfig, PretrainConfig
@@ -120,7 +120,7 @@ class Data:
 
 def make_data(cfg: PretrainConfig, images: ImageSet) -> Data:
     """Divide the images and measure their pixels; raises UserError when there are fewer than a batch."""
-    used = _used(len(images), cfg)
+    used = used_images(len(images), cfg.limit, cfg.seed)
     held = heldout_images(len(images), cfg.heldout_fraction, cfg.seed)[used]
     train, heldout = used[~held], used[held]
     if len(train) < cfg.batch_size:
@@ -147,13 +147,6 @@ def make_data(cfg: PretrainConfig, images: ImageSet) -> Data:
         workers=cfg.images.workers,
         failures=failures,
     )
-
-
-def _used(n: int, cfg: PretrainConfig) -> Int64[np.ndarray, " used"]:
-    """Return the numbers of the images used: all, or a random choice under a limit."""
-    if cfg.limit is None or cfg.limit >= n:
-        return np.arange(n)
-    return np.sort(Permutation(n, seed_for(cfg.seed, "limit"))(np.arange(cfg.limit)))
 
 
 def _is_grey(images: ArrayImages, used: Int64[np.ndarray, " used"]) -> bool:

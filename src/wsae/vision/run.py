@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from wsae.acts.images.model import Encoder, load_encoder
 from wsae.acts.images.sets import ImageSet
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    METRICS_FILE,
+    read_manifest,
+    write_manifest,
+)
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.train.loop import enter, held, same_run, train_job
@@ -208,7 +215,7 @@ def _entered(
     if (out / MANIFEST).exists():
         read_manifest(out, KIND)
         same_run(out, identity)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed before it could
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # killed before it could
         return None
     enter(out, identity, resume)
     return identity
@@ -234,12 +241,12 @@ def load_pretrained(path: Path) -> PretrainResult:
 def _finish(out: Path, identity: dict[str, Any], job: Pretrainer, progress: Progress) -> None:
     """Write the encoder, what its embeddings know, and the manifest; then drop the checkpoints."""
     encoder = job.encoder.eval()
-    files = ["config.json", "metrics.jsonl"]
+    files = [CONFIG, METRICS_FILE]
     files += [f"encoder/{name}" for name in encoder.save(out / "encoder")]
     if job.cfg.stem == "imagenet":
         encoder.backbone.save_pretrained(out / "backbone")
         files += [f"backbone/{p.name}" for p in sorted((out / "backbone").iterdir())]
-    rows = read_json_lines(out / "metrics.jsonl")
+    rows = read_json_lines(out / METRICS_FILE)
     info = {
         "steps": job.steps,
         "images": {"train": len(job.data.train), "heldout": len(job.data.heldout)},
@@ -250,4 +257,4 @@ def _finish(out: Path, identity: dict[str, Any], job: Pretrainer, progress: Prog
         "probes": probes(job, progress),
     }
     write_manifest(out, KIND, identity, files, inputs={"data": identity["data"]}, info=info)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

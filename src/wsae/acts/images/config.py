@@ -19,7 +19,7 @@ class ImagesConfig(Config):
     """A folder of class folders, an .npz file (images, labels, names), a folder of IDX files (MNIST's layout, gzipped
     or not), a .parquet file or folder of them, a hub dataset's name, or "digits" (scikit-learn's 1,797 digits)."""
     split: str | None = None
-    """Split of a hub dataset, an IDX folder, or a folder with train/ and val/ in it; none means "train"."""
+    """Split of a hub dataset, an IDX folder, or a folder with train/ and val/ in it; default: "train"."""
     subset: str | None = None
     """Configuration of a hub dataset that has several."""
     image_field: str = "image"
@@ -27,10 +27,10 @@ class ImagesConfig(Config):
     label_field: str = "label"
     """Column of a table that holds their classes."""
     size: PositiveInt | None = None
-    """Side in pixels: images are resized (shorter side) and cut to the middle square; none keeps an array's own size
-    and means 224 for files."""
+    """Side in pixels: images are resized (shorter side) and cut to the middle square; default: the model's own,
+    without a model an array's own, or 224."""
     resize: PositiveInt | None = None
-    """Side that the shorter side is resized to before the middle square of `size` is cut; none means `size`."""
+    """Side that the shorter side is resized to before the middle square of `size` is cut; default: `size`."""
     resample: Resample = "bicubic"
     """Filter of the resizing (Pillow's, which smooths when it shrinks)."""
     on_error: Literal["skip", "raise"] = "skip"
@@ -54,7 +54,7 @@ class ImageHarvestConfig(Config):
     """Module-name patterns; [batch, width] gives one row an image, [batch, tokens, width] and [batch, width, h, w] one
     for each position."""
     limit: PositiveInt | None = None
-    """Images read at most, a random choice; none means all."""
+    """Images read at most, a random choice; default: all."""
     heldout_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of the images kept for evaluation, chosen by a hash of seed and image number."""
     batch_size: PositiveInt = 64

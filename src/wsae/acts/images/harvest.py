@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from wsae.acts.capture import Capture
-from wsae.acts.flow import NonFiniteError, Step, one_pass
-from wsae.acts.hookpoints import HookPoint, probe
+from wsae.acts.flow import ONE_PASS, NonFiniteError, Step, running
+from wsae.acts.hookpoints import probe
 from wsae.acts.images.config import ImageHarvestConfig
 from wsae.acts.images.model import VisionModel, load_vision, model_fingerprint
-from wsae.acts.images.sets import NAMED, Failures, ImageError, ImageSet, batches, open_images
+from wsae.acts.images.pixels import NAMED, Failures, ImageError, ImageSet, batches
+from wsae.acts.images.sets import open_images
 from wsae.acts.store import (
     IMAGES,
     SPLITS,
@@ -24,21 +25,17 @@ from wsae.acts.store import (
     Ledger,
     ShardForm,
     Store,
-    drop_ledger,
-    finish,
     lacking,
     load_columns,
     outlier_dims,
-    refuse_other,
     shard_name,
-    unfinished,
-    write_halves,
+    write_store,
+    written,
 )
 from wsae.acts.tally import Tally
 from wsae.acts.text import Position
-from wsae.core.artifact import MANIFEST, read_manifest
+from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError
-from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import save_tensors
@@ -84,6 +81,13 @@ def heldout_images(n: int, fraction: float, seed: int) -> Bool[np.ndarray, " ima
     return np.array([seed_for(seed, "heldout image", i) < limit for i in range(n)], dtype=bool)
 
 
+def used_images(n: int, limit: int | None, seed: int) -> Int[np.ndarray, " used"]:
+    """Return the numbers of the images used, ascending: all, or a random choice under a limit."""
+    if limit is None or limit >= n:
+        return np.arange(n)
+    return np.sort(Permutation(n, seed_for(seed, "limit"))(np.arange(limit)))
+
+
 # Images through a vision model to rows, one forward pass at a time.
 
 
@@ -98,12 +102,20 @@ class ImageFlow:
         self.side = cfg.images.size or vision.size
         self.labels = None if images.labels is None else torch.from_numpy(images.labels)
         self.n_classes = len(images.names) if images.labels is not None else 0
-        self.order = _order(len(images), cfg)
+        used = used_images(len(images), cfg.limit, cfg.seed)
+        held = heldout_images(len(images), cfg.heldout_fraction, cfg.seed)[used]
+        self.order = {"train": used[~held], "heldout": used[held]}
         modality = vision.modality(self.side, self.side)
-        with one_pass():
+        with ONE_PASS:
             hooks = probe(vision.model, cfg.hooks, modality).hooks
         self._capture = Capture(vision.model, hooks)
-        self.hooks, self.positions = self._capture.hooks, _same_positions(hooks)
+        self.hooks, self.positions = self._capture.hooks, hooks[0].positions
+        for hook in hooks:
+            if hook.positions != self.positions:
+                raise UserError(
+                    f"hooks {hooks[0].name!r} and {hook.name!r} have {self.positions} and {hook.positions} rows an "
+                    "image; harvest them to two stores"
+                )
 
     def steps(self, heldout: bool, start: Position) -> Iterator[Step]:
         """Yield steps from the `start.document`-th image of a half on; raises NonFiniteError at a NaN or infinity.
@@ -124,7 +136,8 @@ class ImageFlow:
         squares: UInt8[Tensor, "batch 3 height width"],
         after: Position,
     ) -> Step:
-        with explained("running the model", self._buffers, "--batch-size"), one_pass():
+        rows = self.cfg.batch_size * self.positions
+        with running(self.hooks, rows, "--batch-size"):
             acts = self._capture.read({"pixel_values": self.vision.prepare(squares)})
             flat = {hook: x.flatten(0, 1).float().cpu() for hook, x in acts.items()}
         image = torch.from_numpy(index.astype(np.int64))
@@ -154,32 +167,6 @@ class ImageFlow:
                 place = f"image {int(image[number])}, position {pos}, dimension {dim}"
                 raise NonFiniteError(hook, place, row)
 
-    def _buffers(self) -> list[Buffer]:
-        rows = self.cfg.batch_size * self.positions
-        return [
-            Buffer("activations of one pass", (rows, d_in), 4, "--batch-size")
-            for d_in in set(self.hooks.values())
-        ]
-
-
-def _order(n: int, cfg: ImageHarvestConfig) -> dict[str, np.ndarray]:
-    """Return each half's image numbers, ascending; under a limit a random choice of all images."""
-    used = np.arange(n)
-    if cfg.limit is not None and cfg.limit < n:
-        used = np.sort(Permutation(n, seed_for(cfg.seed, "limit"))(np.arange(cfg.limit)))
-    held = heldout_images(n, cfg.heldout_fraction, cfg.seed)[used]
-    return {"train": used[~held], "heldout": used[held]}
-
-
-def _same_positions(hooks: list[HookPoint]) -> int:
-    rows = {hook.positions: hook.name for hook in hooks}
-    if len(rows) > 1:
-        (a, first), (b, second) = list(rows.items())[:2]
-        raise UserError(
-            f"hooks {first!r} and {second!r} have {a} and {b} rows an image; harvest them to two stores"
-        )
-    return hooks[0].positions
-
 
 def harvest_images(
     cfg: ImageHarvestConfig,
@@ -194,90 +181,64 @@ def harvest_images(
     a hook the model lacks, hooks with different numbers of rows an image, images none of which can be read (or any,
     with on_error "raise"), NaN or infinite activations, a full disk, or a directory that belongs to another config.
     """
-    out, config = Path(out), _recorded(cfg)
-    if (out / MANIFEST).exists():
-        manifest = read_manifest(out, "store", verify=False)
-        inputs = _inputs(cfg, open_images(cfg.images))
-        refuse_other(out, manifest.config, config, manifest.inputs, inputs)
-        drop_ledger(out)
-        return Store(out, verify=False)
-    vision = vision or load_vision(cfg.model, cfg.dtype, cfg.device)
-    images = open_images(vision.images(cfg.images))
-    flow = ImageFlow(cfg, vision, images)
-    with unfinished(out, config, _inputs(cfg, images)) as ledger:
-        _run(flow, out, ledger, progress)
-    return Store(out, verify=False)
-
-
-def _recorded(cfg: ImageHarvestConfig) -> dict[str, object]:
-    """Return what decides the rows: neither the number of workers nor how the place of a file is written."""
-    place = Path(cfg.images.path)
+    out, place = Path(out), Path(cfg.images.path)
+    # what decides the rows: neither the number of workers nor how the place of a file is written
     path = str(place.resolve()) if place.exists() else cfg.images.path
     plain = cfg.images.model_copy(update={"workers": 0, "path": path})
-    return cfg.model_copy(update={"images": plain}).to_dict()
+    config = cfg.model_copy(update={"images": plain}).to_dict()
+    found = None
+    if not (out / MANIFEST).exists():
+        found = vision or load_vision(cfg.model, cfg.dtype, cfg.device)
+    images = open_images(cfg.images if found is None else found.images(cfg.images))
+    inputs = {"model": model_fingerprint(cfg.model), "images": images.digest()}
 
-
-def _inputs(cfg: ImageHarvestConfig, images: ImageSet) -> dict[str, str]:
-    return {"model": model_fingerprint(cfg.model), "images": images.digest()}
-
-
-def _run(flow: ImageFlow, out: Path, ledger: Ledger, progress: Progress) -> None:
-    cfg = flow.cfg
-    tally = ledger.tally(out, flow.hooks, flow.n_classes)
-    form = ShardForm(cfg.store_dtype, cfg.shard_rows, seq_len=None)
-    nothing = f"images {cfg.images.path}: none of the {{split}} images can be read"
-    feed = Feed(flow.hooks, flow.steps, form, nothing, threaded=cfg.device != "cpu")
-    wanted = {split: len(flow.order[split]) * flow.positions for split in ("heldout", "train")}
-    if not wanted["train"]:
-        raise UserError(
-            f"images {cfg.images.path}: {len(flow.order['heldout'])} images, all held out, leave none to train on; "
-            "give more images or lower heldout_fraction"
+    def feed(_: Ledger) -> Feed:
+        assert found is not None
+        flow = ImageFlow(cfg, found, images)
+        wanted = {split: len(flow.order[split]) * flow.positions for split in ("heldout", "train")}
+        if not wanted["train"]:
+            raise UserError(
+                f"images {cfg.images.path}: {len(flow.order['heldout'])} images, all held out, leave none to train on; "
+                "give more images or lower heldout_fraction"
+            )
+        return Feed(
+            flow.hooks,
+            flow.steps,
+            ShardForm(cfg.store_dtype, cfg.shard_rows, seq_len=None),
+            wanted,
+            "rows",
+            f"images {cfg.images.path}: none of the {{split}} images can be read",
+            threaded=cfg.device != "cpu",
+            rest=lambda ledger, tally: _rest(flow, out, ledger, tally),
+            n_classes=flow.n_classes,
         )
-    ledger = write_halves(feed, out, ledger, tally, wanted, "rows", progress)
-    _finish(flow, out, ledger, tally)
+
+    return write_store(out, config, inputs, feed, progress)
 
 
-def _finish(flow: ImageFlow, out: Path, ledger: Ledger, tally: Tally) -> None:
+def _rest(
+    flow: ImageFlow, out: Path, ledger: Ledger, tally: Tally
+) -> tuple[list[str], dict[str, object]]:
+    """Write which images have rows and which could not be read, and return what the manifest says."""
     files, read, unread = [f"{split}/{IMAGES}" for split in SPLITS], {}, {}
     for split, name in zip(SPLITS, files, strict=True):
-        found = _seen(out, split, len(ledger.splits[split].shard_rows), next(iter(flow.hooks)))
-        missing = np.setdiff1d(flow.order[split], found)
-        tensors = {"images": torch.from_numpy(found), "skipped": torch.from_numpy(missing)}
+        shards = range(len(ledger.splits[split].shard_rows))
+        paths = (out / shard_name(split, next(iter(flow.hooks)), number) for number in shards)
+        seen = [load_columns(path, ("seq",))["seq"].unique().long() for path in paths]
+        found = torch.cat([torch.empty(0, dtype=torch.long), *seen]).unique()
+        missing = torch.from_numpy(np.setdiff1d(flow.order[split], found.numpy()))
+        tensors = {"images": found, "skipped": missing}
         if flow.labels is not None:
-            tensors["labels"] = flow.labels[tensors["images"]]
+            tensors["labels"] = flow.labels[found]
         save_tensors(out / name, tensors)
         read[split], unread[split] = len(found), missing
-    save = _info(flow, ledger, tally) | {
-        "images": read,
-        "skipped": {split: {"unreadable": len(missing)} for split, missing in unread.items()},
-        "unreadable": list(_reasons(flow.images, np.concatenate(list(unread.values())))),
-    }
-    finish(out, ledger, tally, files, save)
-
-
-def _seen(out: Path, split: str, shards: int, hook: str) -> np.ndarray:
-    """Return the numbers of the images that have rows, ascending."""
-    parts = [
-        load_columns(out / shard_name(split, hook, number), ("seq",))["seq"].unique()
-        for number in range(shards)
-    ]
-    return (
-        torch.cat([torch.empty(0, dtype=torch.long), *(p.long() for p in parts)]).unique().numpy()
-    )
-
-
-def _reasons(images: ImageSet, skipped: np.ndarray) -> Iterator[str]:
-    """Yield why the first few images cannot be read."""
-    for index in skipped[:NAMED]:
+    reasons = []
+    for index in torch.cat(list(unread.values()))[:NAMED].tolist():
         try:
-            images.square(int(index))
+            flow.images.square(index)
         except ImageError as error:
-            yield str(error)
-
-
-def _info(flow: ImageFlow, ledger: Ledger, tally: Tally) -> dict[str, object]:
-    train, heldout = ledger.splits["train"], ledger.splits["heldout"]
-    return {
+            reasons.append(str(error))
+    return files, {
         "kind": "images",
         "hooks": flow.hooks,
         "model": flow.vision.name,
@@ -285,11 +246,12 @@ def _info(flow: ImageFlow, ledger: Ledger, tally: Tally) -> dict[str, object]:
         "positions": flow.positions,
         "labelled": flow.labels is not None,
         "classes": list(flow.images.names),
-        "store_dtype": flow.cfg.store_dtype,
-        "rows": {"train": train.rows, "heldout": heldout.rows},
-        "shard_rows": {"train": list(train.shard_rows), "heldout": list(heldout.shard_rows)},
-        "outlier_dims": {hook: outlier_dims(tally, hook) for hook in flow.hooks},
+        **written(ledger, flow.cfg.store_dtype),
+        "outlier_dims": outlier_dims(tally),
         **lacking(flow.vision.not_loaded),
+        "images": read,
+        "skipped": {split: {"unreadable": len(missing)} for split, missing in unread.items()},
+        "unreadable": reasons,
     }
 
 

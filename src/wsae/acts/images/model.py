@@ -3,10 +3,10 @@
 No code that comes with a model is run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -100,15 +100,12 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return bytes, or floats in [0, 1], of one or three channels as the model takes them."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images
+        uneven = len(set(self.cfg.mean)) > 1 or len(set(self.cfg.std)) > 1
         mean, std = (
-            torch.tensor(v, device=x.device).view(3, 1, 1)[: 3 if self._uneven else x.shape[1]]
+            torch.tensor(v, device=x.device).view(3, 1, 1)[: 3 if uneven else x.shape[1]]
             for v in (self.cfg.mean, self.cfg.std)
         )
         return ((x - mean) / std).expand(-1, 3, -1, -1)
-
-    @property
-    def _uneven(self) -> bool:
-        return len(set(self.cfg.mean)) > 1 or len(set(self.cfg.std)) > 1
 
     def save(self, path: Path) -> list[str]:
         """Write config and weights into a directory; returns the files' names."""
@@ -156,6 +153,7 @@ def resnet18(stem: Stem, widths: Sequence[int] = (64, 128, 256, 512)) -> ResNetM
 RUN_FOLDER = "encoder"
 _PREPARATION = ("preprocessor_config.json", "processor_config.json")
 _WORKING = "what works: ResNet, ViT, DINOv2 and their like, and the vision tower of CLIP and SigLIP"
+_SIZES = ("height", "shortest_edge")
 _WARPED = 384
 """ConvNeXt's preparation (ResNet's too) cuts nothing off images of this side or more."""
 
@@ -275,6 +273,9 @@ def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> Visio
             raise UserError(f"model {name}: not a vision model (its input is {taken}); {_WORKING}")
         processor: Any = from_pretrained(AutoImageProcessor, path, name)
     side, resize = _sizes(processor, name)
+    filters: dict[Any, Resample] = {
+        Image.Resampling[name.upper()]: name for name in get_args(Resample)
+    }
     return VisionModel(
         loaded.to(where).eval().requires_grad_(False),
         path if isinstance(path, str) else path.resolve().name,
@@ -283,7 +284,7 @@ def load_vision(name: str, dtype: str = "float32", device: str = "cpu") -> Visio
         _channels(processor, "image_mean", 0.0),
         _channels(processor, "image_std", 1.0),
         resize,
-        _filter(getattr(processor, "resample", None)),
+        filters.get(getattr(processor, "resample", None), "bicubic"),
         kind,
         tell_unloaded(loaded, name),
     )
@@ -326,7 +327,13 @@ def _located(name: str) -> Path | str:
 
 def _sizes(processor: Any, name: str) -> tuple[int, int]:
     """Return the sides of the square that a processor cuts and of what it cuts it from."""
-    size, crop = (_plain(getattr(processor, key, None)) for key in ("size", "crop_size"))
+    size, crop = (getattr(processor, key, None) or {} for key in ("size", "crop_size"))
+    size, crop = (
+        dict.fromkeys(_SIZES, found)
+        if isinstance(found, int)
+        else {key: found[key] for key in _SIZES if key in found}
+        for found in (size, crop)
+    )
     whole = size.get("shortest_edge") or size.get("height")
     if getattr(processor, "do_center_crop", False) and crop.get("height"):
         side = int(crop["height"])
@@ -335,16 +342,6 @@ def _sizes(processor: Any, name: str) -> tuple[int, int]:
         raise UserError(f"model {name}: its preprocessor_config.json names no size of images")
     side, share = int(whole), getattr(processor, "crop_pct", None)
     return side, int(side / share) if share and side < _WARPED else side
-
-
-def _plain(size: Any) -> Mapping[str, Any]:
-    if isinstance(size, int):
-        return {"height": size, "shortest_edge": size}
-    return (
-        {}
-        if size is None
-        else {key: size[key] for key in ("height", "shortest_edge") if key in size}
-    )
 
 
 def _channels(processor: Any, key: str, otherwise: float) -> tuple[float, ...]:
@@ -357,14 +354,3 @@ def _channels(processor: Any, key: str, otherwise: float) -> tuple[float, ...]:
     values = (otherwise,) * 3 if values is None else values
     values = (values,) * 3 if isinstance(values, int | float) else tuple(values)
     return tuple(float(value) / scale for value in values)
-
-
-def _filter(value: Any) -> Resample:
-    names: dict[int, Resample] = {
-        Image.Resampling.NEAREST: "nearest",
-        Image.Resampling.LANCZOS: "lanczos",
-        Image.Resampling.BILINEAR: "bilinear",
-        Image.Resampling.BOX: "box",
-        Image.Resampling.HAMMING: "hamming",
-    }
-    return "bicubic" if value is None else names.get(int(value), "bicubic")

@@ -1,16 +1,19 @@
-"""One image: decoded by Pillow to RGB bytes, whatever its file holds, and cut to a square."""
+"""Images as RGB bytes: one decoded by Pillow, whatever its file holds; a set of them, read singly or in batches."""
 
 import functools
 import io
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from wsae.acts.images.config import ImagesConfig
 from wsae.core.errors import UserError, first_line
@@ -22,6 +25,8 @@ _PLAIN_PIXELS, _MOST_PER_BYTE = 1 << 24, 1000
 """More pixels than the first are refused where there are more than the second for each byte of the file."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is read, by content whatever a file is called: Pillow knows more, and runs a program for some (PostScript)."""
+NAMED = 5
+"""Unreadable images that are named, not only counted."""
 
 
 class ImageError(UserError):
@@ -32,48 +37,49 @@ class ImageError(UserError):
         super().__init__(message)
 
 
-@runtime_checkable
-class ImageSet(Protocol):
-    """Images by number, with their classes where these are known."""
+class ImageSet:
+    """Images by number, in a fixed order, with their classes where these are known; a subclass finds and decodes one.
 
-    labels: Int[np.ndarray, " images"] | None
-    """Class of every image, int64 from 0; none where the images are not labelled."""
-    names: tuple[str, ...]
-    """The classes' names; empty without labels."""
+    `labels` are the class of every image, int64 from 0, none where the images are not labelled; `names` those of the
+    classes, empty without labels.
+    """
+
+    as_they_are = False
+    """Whether `square` gives the images unchanged, so that reading them costs next to nothing."""
+
+    def __init__(
+        self,
+        cfg: ImagesConfig,
+        n: int,
+        labels: Int[np.ndarray, " images"] | None,
+        names: tuple[str, ...],
+        digest: str = "",
+    ) -> None:
+        self.cfg, self._n, self.labels, self.names, self._digest = cfg, n, labels, names, digest
 
     def __len__(self) -> int:
         """Return how many images there are."""
-        ...
-
-    def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """Return an image as RGB, in its own size; raises ImageError (a UserError) where it cannot be read."""
-        ...
-
-    def square(self, index: int) -> UInt8[Tensor, "3 size size"]:
-        """Return an image resized (shorter side) and cut to the config's square; raises ImageError like `image`."""
-        ...
-
-    def digest(self) -> str:
-        """Return a hash of what the images are."""
-        ...
-
-
-class DecodedImages:
-    """Images that are decoded when asked for: a subclass says how one is found."""
-
-    cfg: ImagesConfig
+        return self._n
 
     def decoded(self, index: int) -> Image.Image:
-        """Return an image as RGB, in its own size; raises ImageError naming it."""
+        """Return an image as RGB, in its own size; raises ImageError naming it where it cannot be read."""
         raise NotImplementedError
 
     def image(self, index: int) -> UInt8[Tensor, "3 height width"]:
-        """Return an image as RGB, in its own size; raises ImageError naming it."""
+        """Return an image's RGB bytes, in its own size; raises ImageError (a UserError) where it cannot be read."""
         return to_tensor(self.decoded(index))
 
     def square(self, index: int) -> UInt8[Tensor, "3 size size"]:
-        """Return an image resized and cut; raises ImageError naming it."""
+        """Return an image resized (shorter side) and cut to the config's square; raises ImageError like `image`."""
         return to_tensor(middle_square(self.decoded(index), self.cfg, self.cfg.side))
+
+    def images(self, index: Int[np.ndarray, " rows"]) -> UInt8[Tensor, "rows 3 height width"]:
+        """Return some images of one size."""
+        return torch.stack([self.image(int(i)) for i in index])
+
+    def digest(self) -> str:
+        """Return a hash of what the images are."""
+        return self._digest
 
 
 def decoded(source: bytes | Path, where: str, index: int) -> Image.Image:
@@ -100,14 +106,18 @@ def decoded(source: bytes | Path, where: str, index: int) -> Image.Image:
         raise
     except (
         Exception
-    ) as error:  # OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, bombs, ...
-        raise ImageError(f"{where}: {_reason(error)}", index) from error
+    ) as error:  # OSError, SyntaxError, ValueError, struct.error, zlib.error, bombs, ...
+        why = f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
+        if isinstance(error, Image.UnidentifiedImageError):
+            why = "not an image that Pillow can read"
+        raise ImageError(f"{where}: {why}", index) from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Return a Pillow image of any mode as RGB; raises ValueError for floating-point pixels."""
     if image.mode in _WIDE:
-        return Image.fromarray((_wide(image) >> 8).astype(np.uint8)).convert("RGB")
+        wide = np.asarray(image).astype(np.int64).clip(0, _TOP)
+        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels; store them as 8 or 16 bits")
     if image.has_transparency_data:
@@ -138,11 +148,6 @@ def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def to_pillow(image: UInt8[Tensor, "3 height width"]) -> Image.Image:
-    """Return RGB bytes as an image."""
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
-
-
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Return those of `FORMATS` that this Pillow was built with."""
@@ -150,13 +155,89 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _wide(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(np.int64).clip(0, _TOP)
+class Failures:
+    """Images that could not be read: how many, and the first five by name; `on_error` "raise" stops at the first."""
+
+    def __init__(self, on_error: Literal["skip", "raise"] = "raise") -> None:
+        self.on_error = on_error
+        self.count = 0
+        self.messages: list[str] = []
+
+    def add(self, index: int, message: str) -> None:
+        """Note one; raises ImageError where none may be skipped."""
+        if self.on_error == "raise":
+            raise ImageError(message, index)
+        self.count += 1
+        if len(self.messages) < NAMED:
+            self.messages.append(message)
+
+    def summary(self) -> str:
+        """Return a line that counts and names them; empty where there are none."""
+        more = f" and {self.count - NAMED} more" if self.count > NAMED else ""
+        return f"{self.count} unreadable: {'; '.join(self.messages)}{more}" if self.count else ""
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read ({error.strerror})"
-    return f"cannot be read ({first_line(error)})"
+@dataclass(frozen=True)
+class _Part:
+    """One batch: what could be read, and the number and message of what could not."""
+
+    index: np.ndarray
+    squares: Tensor
+    failed: list[tuple[int, str]]
+
+
+class _Parts(Dataset[_Part]):
+    """Whole batches by number: what a worker process reads at a time."""
+
+    def __init__(self, images: ImageSet, order: np.ndarray, size: int) -> None:
+        self._images = images
+        self._chunks = [order[first : first + size] for first in range(0, len(order), size)]
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, number: int) -> _Part:
+        index = self._chunks[number]
+        if self._images.as_they_are:
+            return _Part(index, self._images.images(index), [])
+        squares, kept, failed = [torch.empty(0, 3, 1, 1, dtype=torch.uint8)], [], []
+        for image in index:
+            try:
+                squares.append(self._images.square(int(image))[None])
+                kept.append(image)
+            except ImageError as error:
+                failed.append((error.index, str(error)))
+        return _Part(np.array(kept, index.dtype), torch.cat(squares[1:] or squares), failed)
+
+
+def batches(
+    images: ImageSet,
+    order: Int[np.ndarray, " images"],
+    batch_size: int,
+    workers: int = 0,
+    failures: Failures | None = None,
+) -> Iterator[tuple[Int[np.ndarray, " batch"], UInt8[Tensor, "batch 3 height width"]]]:
+    """Yield the numbers and squares of every `batch_size` images of `order`, in that order.
+
+    Images that cannot be read are missing from their batch (which may become empty) and noted in `failures`; without it
+    the first one raises ImageError. The result does not depend on `workers`.
+    """
+    failures, parts = failures or Failures("raise"), _Parts(images, order, batch_size)
+    # handing images that are as they are over would cost more than reading them
+    in_others = workers and len(parts) > 1 and not images.as_they_are
+    with warnings.catch_warnings():
+        # a worker decodes and does nothing that another thread could hold a lock for
+        warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+        read = iter(
+            DataLoader(
+                parts,
+                batch_size=None,
+                num_workers=min(workers, len(parts)) if in_others else 0,
+                prefetch_factor=2 if in_others else None,
+                generator=torch.Generator().manual_seed(0),  # the loader draws a seed nobody uses
+            )
+        )
+    for part in read:
+        for index, message in part.failed:
+            failures.add(index, message)
+        yield part.index, part.squares

@@ -12,13 +12,20 @@ import hashlib
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
 from wsae.acts.tokens import owner_of
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
-from wsae.core.files import digest, locked, read_json
+from wsae.core.artifact import (
+    CONTEXTS_FILE,
+    INTERPRETATION,
+    INTERPRETATION_PART,
+    MANIFEST,
+    read_manifest,
+    write_manifest,
+)
+from wsae.core.files import Json, digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.config import Asked, InterpretConfig
 from wsae.evals.autointerp.controls import ABOUT
@@ -53,9 +60,8 @@ from wsae.evals.data import HeldOut
 from wsae.evals.glossary import glossary
 from wsae.evals.intervals import Difference, estimate, mean, paired_difference, unpaired_difference
 from wsae.evals.run import run_subject
+from wsae.run import Run
 
-Json = dict[str, Any]
-PLACE, RECORD, CONTEXTS = "interpretation", "interpretation.json", "contexts.json"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TYPICAL = 5
 """Tokens that say what a latent fires on where no model explains it."""
@@ -315,33 +321,35 @@ def interpret_run(
     its scores only. What was made from the same run, data, settings and judges is returned as it is unless `force`.
     Raises UserError when `run` is not a finished run, the data have no text, or a score lacks its judge.
     """
-    families = selected(run_subject(run), cfg)
+    families = selected(run_subject(run, source), cfg)
     models = needed_models(cfg, judges)
     job = InterpretJob(run, source, families, cfg, data_digest(source), progress, **models)
-    place, parts = run / PLACE, run / PLACE / "parts"
+    place = run / INTERPRETATION_PART
+    parts = place / "parts"
     with locked(place, top=run):
         inputs = {
-            "run": read_manifest(run, "run", verify=False).digest(),
+            "run": Run(run).manifest.digest(),
             "data": job.data,
             **{f"judge/{score}": digest(scorer_identity(job, score)) for score in cfg.scores},
         }
         if force:
             shutil.rmtree(parts, ignore_errors=True)
         elif (place / MANIFEST).exists():
-            there = read_manifest(place, PLACE)
+            there = read_manifest(place, INTERPRETATION_PART)
             same = there.config == cfg.to_dict() and there.inputs == inputs
             if same and not there.info.get("unfinished"):
-                return read_json(place / RECORD)
+                return read_json(place / INTERPRETATION)
         surveyed = survey_hooks(source, families, cfg, progress)
         found = collect_members(job, place, surveyed)
         score_all(job, parts, surveyed, found)
         (place / MANIFEST).unlink(missing_ok=True)
-        write_ascii(place / RECORD, record_json(job, surveyed, found))
-        write_ascii(place / CONTEXTS, contexts_json(surveyed, found))
+        write_ascii(place / INTERPRETATION, record_json(job, surveyed, found))
+        write_ascii(place / CONTEXTS_FILE, contexts_json(surveyed, found))
         scored = (member.parts for named in found.values() for member in named.values())
         info = {"unfinished": any(map(asks_again, scored))}
-        write_manifest(place, PLACE, cfg.to_dict(), [RECORD, CONTEXTS], inputs=inputs, info=info)
-        return read_json(place / RECORD)
+        files = [INTERPRETATION, CONTEXTS_FILE]
+        write_manifest(place, INTERPRETATION_PART, cfg.to_dict(), files, inputs=inputs, info=info)
+        return read_json(place / INTERPRETATION)
 
 
 def data_digest(source: HeldOut) -> str:
@@ -370,10 +378,10 @@ def plan_run(
     asked: list[Asked] = [s for s in cfg.scores if s != "embedding" and s != "surprisal"]
     known = tuple(control for control in cfg.controls if control != "random_model")
     cfg = cfg.model_copy(update={"scores": tuple(asked), "controls": known})
-    families = selected(run_subject(run), cfg)
+    families = selected(run_subject(run, source), cfg)
     job = InterpretJob(run, source, families, cfg, "", progress, **needed_models(cfg, judges))
     surveyed = survey_hooks(source, families, cfg, progress)
-    found = collect_members(job, run / PLACE, surveyed)
+    found = collect_members(job, run / INTERPRETATION_PART, surveyed)
     simulated = all_fragments(job, surveyed, found) if "simulation" in asked else {}
     total: dict[str, Planned] = {}
     for hook, named in found.items():

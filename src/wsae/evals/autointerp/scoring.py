@@ -10,7 +10,6 @@ the hash of what they were made from: a killed run finds its parts again; anothe
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.core.files import digest, read_json, read_sealed, seal, write_text
+from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.collect import Latents, Members, collect, fragments
@@ -39,11 +38,11 @@ from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut, Language
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, Survey
+from wsae.run import Run
 from wsae.sae import SparseAutoencoder
 from wsae.stats.moments import Covariance
 from wsae.train.config import TrainConfig
 
-Json = dict[str, Any]
 ASSIGNMENT_MAX = 8192
 """Live latents up to which members are matched one-to-one optimally, as in `wsae evaluate`."""
 
@@ -289,7 +288,11 @@ def collect_members(
                 "shuffled",
             )
     if "random_model" in cfg.controls:
-        train = TrainConfig.parse(read_json(job.run / "config.json")["train"], where=str(job.run))
+        train = Run(job.run).config
+        if not isinstance(train, TrainConfig):
+            raise UserError(
+                f"{job.run}: too little is known of how this SAE was trained for the control random_model; leave it out"
+            )
         member = next(iter(surveyed.values())).reference
         made, live = random_model(
             job.source,
@@ -327,15 +330,6 @@ def kept_part(place: Path, key: Json, make: Callable[[], Json]) -> Json:
 def write_ascii(path: Path, value: object) -> None:
     """Write a JSON file atomically: NaN as null, and every text in ASCII, since a model's may not be valid UTF-8."""
     write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """Replace NaN and infinities by null: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def part_of(

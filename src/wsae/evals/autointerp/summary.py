@@ -8,11 +8,12 @@ Bootstrap percentile intervals over latents, seeded, fp64.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
+from wsae.core.files import Json
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import FREE, InterpretConfig, Score
 from wsae.evals.config import EvalConfig
@@ -26,7 +27,6 @@ from wsae.evals.intervals import (
     resampled_sums,
 )
 
-Json = dict[str, Any]
 Pairs = Float64[np.ndarray, "latents 2"]
 FEWEST_RANKED = 3
 """Latents below which no correlation is reported."""

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.acts.store import IMAGES
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import (
+    ARRAYS,
+    CLASSES,
+    CLASSES_PART,
+    MANIFEST,
+    write_manifest,
+)
 from wsae.core.errors import UserError
 from wsae.core.files import digest, locked, write_json
 from wsae.core.progress import Progress, quiet
@@ -55,10 +61,9 @@ from wsae.evals.intervals import (
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, check_width
 from wsae.evals.run import run_subject
+from wsae.run import Run
 from wsae.sae import SparseAutoencoder
 from wsae.stats.classes import Chance, Hits, OverImages, chance_levels, jackknife
-
-CLASSES, ARRAYS = "classes.json", "arrays.safetensors"
 
 
 def labels_of(source: HeldOut) -> Labels | None:
@@ -173,21 +178,21 @@ def score_run(
     """
     record: Json = {"hooks": {}, "glossary": glossary(CLASS_SCORES)}
     arrays: dict[str, Tensor] = {}
-    for hook, family in run_subject(run).items():
+    for hook, family in run_subject(run, source).items():
         found = score_classes(family, Labelled(source, hook, labels), cfg, progress)
         record["hooks"][hook] = found.record
         for name, scores in (found.members | found.controls).items():
             arrays |= {f"{hook}|{name}|{key}": value for key, value in scores.arrays.items()}
-    out = run / "classes"
+    out = run / CLASSES_PART
     with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
         write_json(out / CLASSES, record)
         save_tensors(out / ARRAYS, arrays)
         inputs = {
-            "run": read_manifest(run, "run", verify=False).digest(),
+            "run": Run(run).manifest.digest(),
             "labels": digest(np.asarray(labels).tolist()),
         }
-        write_manifest(out, "classes", cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)
+        write_manifest(out, CLASSES_PART, cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)
     return record
 
 

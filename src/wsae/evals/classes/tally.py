@@ -6,7 +6,6 @@ and what a pass reads again is small beside what it encodes.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
 from wsae.core.errors import UserError
+from wsae.core.files import Json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.classes.config import ClassesConfig
@@ -39,7 +39,6 @@ from wsae.stats.classes import (
 )
 from wsae.stats.moments import Covariance
 
-Json = dict[str, Any]
 Encode = Callable[[Float[Tensor, "rows d_in"]], Hits]
 Labels = Int[np.ndarray, " images"]
 """The class of every image by its number, from 0; a held-out chunk's `seq` holds such numbers."""

@@ -1,5 +1,6 @@
 """What a sweep over synthetic worlds is, as values. No torch here."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -7,8 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from wsae.core.config import Config
 from wsae.evals.config import RecoveryConfig
 from wsae.losses.config import GammaConfig
-from wsae.sae.config import ReLU
-from wsae.toy.config import EqualImportance, FeatureConfig, Importance, ToyModelConfig
+from wsae.sae.config import Kind, ReLU
+from wsae.toy.config import FAST, EqualImportance, FeatureConfig, Importance, ToyModelConfig
 from wsae.train.bank.config import BankConfig
 from wsae.train.config import MemberConfig
 
@@ -130,3 +131,88 @@ def methods(d_sae: int, **fields: Any) -> tuple[Method, ...]:
         paper_method(UNIT, d_sae, unit, **fields),
         paper_method(SCALED, d_sae, scale_as=RAW, **fields),
     )
+
+
+TOP_K = ("topk", "group_topk", "batch_topk")
+ONLY = {"tied": "relu", "l1": "relu", "l0": "jumprelu"}
+"""Fields of a member that one kind alone takes from the sweep."""
+
+
+def toy_methods(
+    kinds: Iterable[Kind], gammas: Iterable[GammaConfig], k: int | None = None, **fields: Any
+) -> tuple[Method, ...]:
+    """Return one method per kind and rule, each kind's plain twin first, called "kind rule".
+
+    `k` serves the Top-k kinds; None takes the world's mean number of active features. Of `fields` (those of
+    MemberConfig) tied and l1 serve the kind relu alone, l0 the kind jumprelu. Raises UserError for bad values.
+    """
+    rules = list(dict.fromkeys([GammaConfig(), *gammas]))
+    methods = []
+    for kind in dict.fromkeys(kinds):
+        own = {name: value for name, value in fields.items() if kind == ONLY.get(name, kind)}
+        own |= {"activation": {"kind": kind}, "auxk": 0.0, "encoder_scale": 1.0}
+        if kind in TOP_K:
+            own["activation"] = {"kind": kind, "k": 1 if k is None else k}
+            own["auxk"] = MemberConfig().auxk
+        guess = kind in TOP_K and k is None
+        for gamma in rules:
+            member = MemberConfig.parse({"gamma": gamma, **own}, where="flags")
+            methods.append(Method(name=f"{kind} {gamma.label}", member=member, k_from_truth=guess))
+    return tuple(methods)
+
+
+# How large a reproduction is: the paper's own setting, or smaller ones to try it.
+
+Preset = Literal["tiny", "small", "paper"]
+LR = 0.01
+"""Learning rate of the paper's SAEs here: the reconstruction loss reaches about 0 at every S (the paper gives none)."""
+
+_SIZES: dict[Preset, dict[str, Any]] = {
+    "paper": {
+        "n_features": 200,
+        "d_in": 20,
+        "seeds": 5,
+        "toy_steps": FAST["steps"],
+        "toy_lr": FAST["lr"],
+        "toy_decay": FAST["decay"],
+    },
+    "small": {
+        "n_features": 100,
+        "d_in": 10,
+        "seeds": 3,
+        "sparsities": (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.99),
+        "toy_steps": 3000,
+        "toy_decay": 0.3,
+    },
+    "tiny": {
+        "n_features": 12,
+        "d_in": 3,
+        "seeds": 2,
+        "sparsities": (0.0, 0.5, 0.9),
+        "toy_steps": 300,
+        "toy_batch": 256,
+        "toy_lr": 0.01,
+    },
+}
+_TRAINING: dict[Preset, TrainingConfig] = {
+    "paper": TrainingConfig(bank=BankConfig(steps=10_000, decay=0.5), batch_size=32),
+    "small": TrainingConfig(bank=BankConfig(steps=4000, decay=0.5), batch_size=32),
+    "tiny": TrainingConfig(
+        bank=BankConfig(steps=200), batch_size=64, statistics_rows=4096, rows=512
+    ),
+}
+
+
+def toy_sweep(preset: Preset, seed: int = 0, **changes: Any) -> ToySweepConfig:
+    """Return the sweep behind Figures 2 and 3 at a preset's size; `changes` are ToySweepConfig's fields."""
+    size = _SIZES[preset]
+    found = methods(size["n_features"], lr=LR)
+    data = {**size, "training": _TRAINING[preset], "methods": found, "seed": seed, **changes}
+    return ToySweepConfig.parse(data, where=f"preset {preset}")
+
+
+def preset_training(preset: Preset, **bank: Any) -> TrainingConfig:
+    """Return a preset's training, in batches of 256 where it is not tiny, with some of the bank's settings changed."""
+    base = _TRAINING[preset]
+    batch = base.batch_size if preset == "tiny" else 256
+    return base.model_copy(update={"batch_size": batch, "bank": base.bank.model_copy(update=bank)})

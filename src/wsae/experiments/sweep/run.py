@@ -1,6 +1,6 @@
 """One sweep over toy models from end to end, kept in a directory and made once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,13 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
-from wsae.core.errors import UserError
-from wsae.core.files import read_json, write_json
+from wsae.core.errors import UserError, nearest
+from wsae.core.files import locked, read_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
+from wsae.evals.glossary import RECOVERY
 from wsae.evals.recovery import GroundTruth, ground_truth, isolated, score_codes
+from wsae.experiments.results import Mean, Row, differences, select, series
 from wsae.experiments.sweep.config import Method, ToySweepConfig, TrainingConfig
 from wsae.losses.config import GammaConfig
 from wsae.losses.gamma import gamma_from_covariance, gamma_from_proxy
@@ -89,7 +91,7 @@ class Trained:
     losses: Float[np.ndarray, "records saes"]
     """Mean weighted reconstruction loss over each stretch of steps, in the units trained in."""
     settled: list[float]
-    """Fall of the loss over the last tenth of the records, as a share of the first record."""
+    """Fall of the loss over the last tenth of the records, as a share of the first: near 0 when it has converged."""
 
 
 def train_trials(
@@ -120,7 +122,12 @@ def train_trials(
     losses = train_bank(entries, data, cfg.bank, device, progress=progress)
     owners = [entry.world for entry in entries]
     saes = [_finished(entry.sae, scales[entry.world]) for entry in entries]
-    return Trained(saes, labels, owners, losses, _settled(losses))
+    settled = [0.0] * len(saes)
+    if len(losses) >= 2:
+        tail = max(1, len(losses) // 10)
+        fall = losses[-2 * tail : -tail].mean(0) - losses[-tail:].mean(0)
+        settled = [float(x) for x in fall / np.where(losses[0] > 0, losses[0], 1.0)]
+    return Trained(saes, labels, owners, losses, settled)
 
 
 def trial_statistics(trials: Sequence[Trial], rows: int) -> list[Covariance]:
@@ -185,19 +192,8 @@ def _finished(sae: SparseAutoencoder, scale: float) -> SparseAutoencoder:
     return sae.requires_grad_(False)
 
 
-def _settled(losses: np.ndarray) -> list[float]:
-    """Fall of the loss over the last tenth of the records, as a share of the first: near 0 when it has converged."""
-    if len(losses) < 2:
-        return [0.0] * losses.shape[1]
-    tail = max(1, len(losses) // 10)
-    fall = losses[-2 * tail : -tail].mean(0) - losses[-tail:].mean(0)
-    return [float(x) for x in fall / np.where(losses[0] > 0, losses[0], 1.0)]
-
-
 # Scores every SAE of a sweep against the truth, with two answers that need no training beside them.
 
-Row = dict[str, Any]
-"""One SAE's labels and scores, flat."""
 RANDOM, CLOSED_FORM = "random", "closed form"
 """The controls: an untrained tied ReLU SAE, and the paper's W_p^T (Theorem 1)."""
 
@@ -213,10 +209,13 @@ def score_trials(
     for i, owner in enumerate(trained.trial):
         groups[owner].append(i)
     rows: list[Row] = []
-    with progress("score", len(trials), "worlds") as tick, _pool() as pool:
+    threads = ThreadPoolExecutor(torch.get_num_threads(), "wsae-score", torch.set_num_threads, (1,))
+    with progress("score", len(trials), "worlds") as tick, threads as pool:  # each on one core
 
         def score(w: int) -> list[Row]:
-            truth = _truth(trials[w], cfg.rows)
+            stream = Rows([trials[w]], "score", cfg.rows)
+            features = stream.features(0)[0].clone()
+            truth = ground_truth(features, stream.acts(0)[0], trials[w].W_p)
             width = trained.saes[groups[w][0]].cfg.d_sae if groups[w] else len(trials[w].W_p[0])
             named = [(trained.labels[i]["method"], trained.saes[i]) for i in groups[w]]
             settled = [trained.settled[i] for i in groups[w]]
@@ -248,23 +247,12 @@ def controls(trial: Trial, d_sae: int) -> list[tuple[str, SparseAutoencoder]]:
     return [(name, sae.requires_grad_(False)) for name, sae in out]
 
 
-def _truth(trial: Trial, count: int) -> GroundTruth:
-    stream = Rows([trial], "score", count)
-    return ground_truth(stream.features(0)[0].clone(), stream.acts(0)[0], trial.W_p)
-
-
 def _scores(truth: GroundTruth, sae: SparseAutoencoder, cfg: TrainingConfig) -> dict[str, float]:
     assert truth.acts is not None
     assert truth.W_p is not None
     latents = sae.encode(truth.acts.float())
     x_hat, alone = sae.decode(latents), isolated(truth, truth.W_p, sae)
     return score_codes(truth, latents, sae.W_dec, x_hat, alone, cfg.recovery).scores
-
-
-def _pool() -> ThreadPoolExecutor:
-    """Threads for whole worlds; each computes on one core."""
-    count = torch.get_num_threads()
-    return ThreadPoolExecutor(count, "wsae-score", torch.set_num_threads, (1,))
 
 
 ROWS = "rows.json"
@@ -305,10 +293,7 @@ def read_rows(settings: dict[str, Any], out: Path) -> list[Row] | None:
     if not (out / MANIFEST).exists():
         return None
     manifest = read_manifest(out, "sweep")
-    if manifest.config != as_stored(settings):
-        return None
-    rows: list[Row] = read_json(out / ROWS)
-    return rows
+    return read_json(out / ROWS) if manifest.config == settings else None
 
 
 def toy_models(
@@ -324,8 +309,110 @@ def toy_models(
     return models
 
 
-def as_stored(value: Any) -> Any:
-    """Return a config as JSON gives it back: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: as_stored(item) for key, item in value.items()}
-    return [as_stored(item) for item in value] if isinstance(value, list | tuple) else value
+# `wsae toy`: SAEs of several kinds beside their plain twins, on toy models over levels of S.
+
+CHANCE = "chance"
+"""Beside mcc_direction: what random directions reach on the same W_p."""
+RESULT, TOYS = "toy.json", "toy"
+LEAST_ACTIVE = 30
+"""A level whose scored rows hold fewer active features than this on average is refused."""
+
+
+def check_toy(cfg: ToySweepConfig, scores: Sequence[str]) -> list[str]:
+    """Return what a reader should know of a sweep before it runs; raises UserError for one that cannot run."""
+    for level in cfg.sparsities:
+        active = cfg.training.rows * cfg.n_features * (1 - level)
+        if active < LEAST_ACTIVE:
+            raise UserError(
+                f"sparsity {level:g}: only about {active:.2g} active features in the {cfg.training.rows:,} rows "
+                "scored; use a lower one, or more features"
+            )
+        features = FeatureConfig(n_features=cfg.n_features, sparsity=level)
+        for method in cfg.methods:
+            member = with_true_k(method.member, features) if method.k_from_truth else method.member
+            member.sae_config(cfg.d_in)
+    d_sae = cfg.methods[0].member.width(cfg.d_in)
+    narrow = d_sae < cfg.n_features
+    for score in scores:
+        if score not in RECOVERY:
+            raise UserError(f"score '{score}' is unknown{nearest(score, RECOVERY)}")
+        if narrow and score.startswith("gt_raw"):
+            raise UserError(
+                f"score {score}: takes latent i as feature i, but d_sae = {d_sae} is below "
+                f"n_features = {cfg.n_features}; use gt_matched, or a larger --d-sae"
+            )
+    notes = []
+    if cfg.d_in >= cfg.n_features:
+        notes.append(
+            f"n_features = {cfg.n_features} fit into d_in = {cfg.d_in} dimensions, so there is no need of superposition"
+        )
+    if narrow:
+        notes.append(
+            f"d_sae = {d_sae} is below n_features = {cfg.n_features}: some features have no latent, and there is "
+            f"no '{CLOSED_FORM}' to compare with"
+        )
+    if cfg.seeds == 1:
+        notes.append("one seed gives no intervals")
+    return notes
+
+
+def run_toy(
+    cfg: ToySweepConfig,
+    scores: Sequence[str],
+    out: Path,
+    device: str = "cpu",
+    progress: Progress = quiet,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run the sweep into `out` (toy models, rows.json, toy.json) and return its rows with `summary`.
+
+    A finished sweep of the same settings is read, not run again; its toy models serve other settings that need the
+    same ones. Raises UserError, before anything is written, for a sweep that cannot run.
+    """
+    for note in check_toy(cfg, scores):
+        say(f"note: {note}")
+    with locked(out):
+        if read_rows(cfg.to_dict(), out) is not None:
+            say(f"{out} holds this sweep already; it is read")
+        elif (out / MANIFEST).exists():
+            say(f"{out} holds a sweep of other settings; its rows are replaced")
+        rows = run_sweep(cfg, out, device, progress, out / TOYS)
+        found = {"config": cfg.to_dict(), **summary(rows, cfg, scores)}
+        write_json(out / RESULT, found)
+    return {**found, "rows": rows, "files": [str(out / name) for name in (RESULT, ROWS, TOYS)]}
+
+
+def summary(rows: Sequence[Row], cfg: ToySweepConfig, scores: Sequence[str]) -> dict[str, Any]:
+    """Return means over seeds and paired differences from the plain twins, as flat records with intervals.
+
+    `summaries`: one per score, method and level. `differences`: a - b for every method a with weights, b its twin.
+    """
+    names = [method.name for method in cfg.methods]
+    controls = [name for name in (RANDOM, CLOSED_FORM) if select(rows, method=name)]
+    summaries, paired = [], []
+    for score in scores:
+        for name in [*names, *controls]:
+            means = series(rows, name, score)
+            summaries += [_record(score, level, m, method=name) for level, m in means.items()]
+        if score == "mcc_direction":
+            chance = series(rows, names[0], "mcc_direction_chance")
+            summaries += [_record(score, level, m, method=CHANCE) for level, m in chance.items()]
+        for method in cfg.methods:
+            twin = twin_of(method, cfg.methods)
+            if method.name != twin:
+                means = differences(rows, method.name, twin, score)
+                paired += [
+                    _record(score, level, m, a=method.name, b=twin) for level, m in means.items()
+                ]
+    falling = max(row.get("loss_still_falling", 0.0) for row in rows)
+    return {"summaries": summaries, "differences": paired, "loss_still_falling": falling}
+
+
+def twin_of(method: Method, methods: Sequence[Method]) -> str:
+    """Return the name of the method that is this one without weights."""
+    plain = method.member.model_copy(update={"gamma": GammaConfig()})
+    return next(other.name for other in methods if other.member == plain)
+
+
+def _record(score: str, level: float, mean: Mean, **names: str) -> dict[str, Any]:
+    return {"score": score, **names, "sparsity": level, **mean._asdict()}

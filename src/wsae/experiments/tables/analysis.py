@@ -4,32 +4,39 @@ Four differences from the plain twin stand side by side: over all latents, over 
 density (all three from the interpretation), and from plain SAEs of equal FVU (`wsae.experiments.tables.analysis`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
-from scipy import stats
 
-from wsae.core.artifact import MANIFEST
-from wsae.core.files import read_json
 from wsae.core.seeds import seed_for
 from wsae.evals.autointerp.config import InterpretConfig
-from wsae.experiments.engine import Row, Table
-from wsae.experiments.sweep.table import Mean, mean_interval, select
+from wsae.experiments.drawing import panels_figure, scatter_figure
+from wsae.experiments.results import (
+    NONE,
+    PART,
+    Mean,
+    Row,
+    Table,
+    cell,
+    compared,
+    mean_interval,
+    pooled,
+    rank_correlation,
+    select,
+)
 from wsae.experiments.tables.config import (
     HALF,
     ONE,
     PAPER,
     PLAIN,
-    PaperTable,
     StudyConfig,
     TableName,
     TableSAEs,
 )
-from wsae.report.panel_figures import panels_figure, scatter_figure
-from wsae.train.config import MemberConfig
+from wsae.run import EVALUATION_PART, INTERPRETATION_PART, Run
 
 # A weighted SAE beside a plain one of the same FVU.
 #
@@ -95,17 +102,14 @@ def at_fvu(
     if not all(len(scores) > 1 for scores, _ in parts):
         return AtFVU(value, None, None, len(member.scores), names, t)
     rng = np.random.default_rng(seed)
-    spread = sum(weight * _resampled(scores, draws, rng) for scores, weight in parts)
+    picks = [rng.integers(0, len(scores), size=(draws, len(scores))) for scores, _ in parts]
+    spread = sum(
+        weight * scores[pick].mean(axis=1)
+        for pick, (scores, weight) in zip(picks, parts, strict=True)
+    )
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.asarray(spread), [tail, 1 - tail])
     return AtFVU(value, float(low), float(high), len(member.scores), names, t)
-
-
-def _resampled(
-    scores: Scores, draws: int, rng: np.random.Generator
-) -> Float64[np.ndarray, " draws"]:
-    picks = rng.integers(0, len(scores), size=(draws, len(scores)))
-    return scores[picks].mean(axis=1)
 
 
 # One row per SAE: what it is, how well it reconstructs, how interpretable its latents are. JSON-
@@ -118,33 +122,45 @@ ROW_WAYS = ("all", "matched", "density")
 
 def run_rows(cfg: StudyConfig, hooks: Iterable[str], number: int, path: Path) -> list[Row]:
     """Return the rows of one run: what its evaluation and interpretation say, as far as they are there."""
-    plan = cfg.plan.runs[number]
-    evaluated = _record(path / "evaluation", "evaluation.json")
-    interpreted = _record(path / "interpretation", "interpretation.json")
+    plan, run = cfg.plan.runs[number], Run(path)
+    evaluated = run.evaluation_record["hooks"] if run.has(EVALUATION_PART) else {}
+    interpreted = run.interpretation_record["hooks"] if run.has(INTERPRETATION_PART) else {}
     rows = []
     for hook in hooks:
-        found, read = (part.get("hooks", {}).get(hook, {}) for part in (evaluated, interpreted))
+        found, read = evaluated.get(hook, {}), interpreted.get(hook, {})
         for member in plan.members:
-            name = str(member.label)
-            row = {"hook": hook, "seed": plan.seed, "member": name, **describe(member)}
+            name, gamma = str(member.label), member.gamma
+            row: Row = {
+                "hook": hook,
+                "seed": plan.seed,
+                "member": name,
+                "activation": member.activation.kind,
+                "k": getattr(member.activation, "k", None),
+                "rule": gamma.rule,
+                "alpha": None if gamma.rule == "none" else gamma.alpha,
+                "robust": gamma.robust,
+                "lr": member.lr,
+            }
             row["twin"] = twin_of(row)
             metrics = found.get("members", {}).get(name, {}).get("metrics", {})
             row["metrics"] = {key: metrics[key] for key in METRICS if key in metrics}
-            rows.append(row | _scores(read, name))
-        rows += _controls(read, hook, plan.seed)
+            row |= _interpreted(read.get("members", {}).get(name, {}))
+            lines = read.get("comparisons", [])
+            rows.append(row | {"differences": compared(lines, name, ROW_WAYS, (*PART, "b"))})
+        for name, entry in read.get("controls", {}).items():
+            row = {"hook": hook, "seed": plan.seed, "member": name, "rule": "control", "twin": None}
+            rows.append(row | {"metrics": {}, "differences": {}} | _interpreted(entry))
     return rows
 
 
-def describe(member: MemberConfig) -> Row:
-    """Return what a member is, as labels."""
-    gamma = member.gamma
+def _interpreted(entry: dict[str, Any]) -> Row:
+    """Return what an interpretation says of a member or control; empty records where it does not."""
+    kept = ("latent", "density", "scores")
     return {
-        "activation": member.activation.kind,
-        "k": getattr(member.activation, "k", None),
-        "rule": gamma.rule,
-        "alpha": None if gamma.rule == "none" else gamma.alpha,
-        "robust": gamma.robust,
-        "lr": member.lr,
+        "scores": entry.get("summary", {}),
+        "counts": entry.get("counts", {}),
+        "density": entry.get("density", {}),
+        "latents": [{key: latent[key] for key in kept} for latent in entry.get("latents", [])],
     }
 
 
@@ -171,42 +187,6 @@ def scores_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(score for row in rows for score in row.get("scores", {})))
 
 
-def _record(place: Path, name: str) -> dict[str, Any]:
-    return read_json(place / name) if (place / MANIFEST).exists() else {}
-
-
-def _scores(read: dict[str, Any], name: str) -> Row:
-    entry = read.get("members", {}).get(name, {})
-    differences: dict[str, dict[str, Any]] = {}
-    for line in read.get("comparisons", []):
-        if line["a"] == name and line.get("over") in ROW_WAYS:
-            part = {key: line[key] for key in ("difference", "low", "high", "n")}
-            differences.setdefault(line["metric"], {})[line["over"]] = part | {"b": line["b"]}
-    return _entry(entry) | {"differences": differences}
-
-
-def _entry(entry: dict[str, Any]) -> Row:
-    return {
-        "scores": entry.get("summary", {}),
-        "counts": entry.get("counts", {}),
-        "density": entry.get("density", {}),
-        "latents": list(_latents(entry)),
-    }
-
-
-def _latents(entry: dict[str, Any]) -> Iterator[Row]:
-    for latent in entry.get("latents", []):
-        yield {key: latent[key] for key in ("latent", "density", "scores")}
-
-
-def _controls(read: dict[str, Any], hook: str, seed: int) -> list[Row]:
-    rows = []
-    for name, entry in read.get("controls", {}).items():
-        row = {"hook": hook, "seed": seed, "member": name, "rule": "control", "twin": None}
-        rows.append(row | {"metrics": {}, "differences": {}} | _entry(entry))
-    return rows
-
-
 FEWER, SLOWER = "fvu, fewer active", "fvu, slower training"
 """The two ways to a plain SAE of higher FVU."""
 WAYS = {
@@ -226,35 +206,28 @@ def add_matched_fvu(rows: list[Row], sae: TableSAEs, cfg: InterpretConfig) -> No
     for row in rows:
         if row["rule"] in ("none", "control"):
             continue
-        plain = _plain(rows, row)
-        curves = {
-            FEWER: [p for p in plain if p["lr"] == sae.lr],
-            SLOWER: [p for p in plain if p["k"] == sae.k],
-        }
+        found = select(rows, hook=row["hook"], activation=row["activation"], rule="none")
+        first = min((other["seed"] for other in found), default=row["seed"])
+        named = {r["member"]: r for seed in (first, row["seed"]) for r in select(found, seed=seed)}
+        ways = curves(named.values(), sae)
         for score in row["scores"]:
-            for way, curve in curves.items():
-                found = _at_fvu(row, curve, score, cfg)
-                if found is not None:
-                    row["differences"].setdefault(score, {})[way] = found
+            for way, curve in ways.items():
+                points = [point for r in curve if (point := _point(r, score)) is not None]
+                member = _point(row, score)
+                if member is not None and len(points) >= 2:
+                    what = (row["hook"], row["seed"], row["member"], score)
+                    seed = seed_for(cfg.seed, "matched fvu", *what)
+                    at = at_fvu(member, points, cfg.draws, cfg.confidence, seed)
+                    row["differences"].setdefault(score, {})[way] = at._asdict()
 
 
-def _plain(rows: Sequence[Row], row: Row) -> list[Row]:
-    """Return the plain rows of a row's hook and kind, each of its own seed or else of the first."""
-    found = select(rows, hook=row["hook"], activation=row["activation"], rule="none")
-    first = min((other["seed"] for other in found), default=row["seed"])
-    named = {r["member"]: r for seed in (first, row["seed"]) for r in select(found, seed=seed)}
-    return list(named.values())
-
-
-def _at_fvu(
-    row: Row, curve: Sequence[Row], score: str, cfg: InterpretConfig
-) -> dict[str, Any] | None:
-    points = [point for r in curve if (point := _point(r, score)) is not None]
-    member = _point(row, score)
-    if member is None or len(points) < 2:
-        return None
-    seed = seed_for(cfg.seed, "matched fvu", row["hook"], row["seed"], row["member"], score)
-    return at_fvu(member, points, cfg.draws, cfg.confidence, seed)._asdict()
+def curves(plain: Iterable[Row], sae: TableSAEs) -> dict[str, list[Row]]:
+    """Return, for each way to a higher FVU, the plain SAEs along it."""
+    plain = list(plain)
+    return {
+        FEWER: [row for row in plain if row["lr"] == sae.lr],
+        SLOWER: [row for row in plain if row["k"] == sae.k],
+    }
 
 
 def _point(row: Row, score: str) -> Point | None:
@@ -273,22 +246,14 @@ def over_seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row["seed"] != first or not row.get("differences"):
             continue
         same = select(rows, hook=row["hook"], member=row["member"])
-        for score, ways in row["differences"].items():
+        for score in row["differences"]:
             for way in WAYS:
-                found = [r["differences"].get(score, {}).get(way) for r in same]
-                if way in ways and all(part and part["difference"] is not None for part in found):
+                mean = pooled([r["differences"].get(score, {}).get(way) for r in same])
+                if mean is not None:
                     line = {"hook": row["hook"], "member": row["member"], "score": score}
-                    out.append(line | {"way": way, **_pooled([part for part in found if part])})
+                    line |= {"way": way, **_interval(mean), "seeds": mean.n}
+                    out.append(line | {"interval": "latents" if mean.n == 1 else "seeds"})
     return out
-
-
-def _pooled(found: list[dict[str, Any]]) -> dict[str, Any]:
-    if len(found) == 1:
-        kept = {key: found[0][key] for key in ("difference", "low", "high")}
-        return {**kept, "seeds": 1, "interval": "latents"}
-    mean = mean_interval([part["difference"] for part in found])
-    kept = {"difference": mean.value, "low": mean.low, "high": mean.high}
-    return {**kept, "seeds": len(found), "interval": "seeds"}
 
 
 def over_hooks(lines: Sequence[dict[str, Any]], hooks: int) -> list[dict[str, Any]]:
@@ -320,8 +285,7 @@ def by_baseline(plain: Sequence[float], gains: Sequence[float]) -> float | None:
     """
     if len(plain) < 3 or len(set(plain)) == 1 or len(set(gains)) == 1:
         return None
-    correlation, _ = stats.spearmanr(np.asarray(plain), np.asarray(gains))
-    return float(np.asarray(correlation))
+    return rank_correlation(plain, gains)
 
 
 def density_and_fvu(rows: Iterable[Row], sae: TableSAEs) -> list[dict[str, Any]]:
@@ -350,7 +314,7 @@ def _mean(found: Sequence[float | None]) -> float | None:
 
 SHOWN = (PLAIN, HALF, ONE, "variance-a0-drop", "variance-a1-drop")
 GROUPS = {
-    "none": "plain",
+    "none": "variance, raw",
     "drop": "outlier dimensions left out",
     "winsor": "variance, winsorised",
     "rank": "variance, ranks",
@@ -404,16 +368,11 @@ def _line(
 
 
 def _against_fvu(rows: Sequence[Row], hook: str, score: str, sae: TableSAEs) -> dict[str, Any]:
-    here = [row for row in select(rows, hook=hook) if _placed(row, score)]
-    seed = min((row["seed"] for row in here), default=0)
-    here = select(here, seed=seed)
+    here = [row for row in select(rows, hook=hook) if None not in _xy(row, score)]
+    here = select(here, seed=min((row["seed"] for row in here), default=0))
     plain = [r for r in here if r["rule"] == "none" and r["activation"] == "topk"]
-    curves = {
-        FEWER: [r for r in plain if r["lr"] == sae.lr],
-        SLOWER: [r for r in plain if r["k"] == sae.k],
-    }
     lines = []
-    for label, curve in curves.items():
+    for label, curve in curves(plain, sae).items():
         ordered = sorted((_xy(row, score) for row in curve), key=lambda xy: xy[0])
         if len(ordered) > 1:
             x, y = (list(column) for column in zip(*ordered, strict=True))
@@ -422,26 +381,20 @@ def _against_fvu(rows: Sequence[Row], hook: str, score: str, sae: TableSAEs) -> 
     return {"title": hook, "xlabel": "plain FVU", "ylabel": score, "lines": lines, "points": points}
 
 
-def _placed(row: Row, score: str) -> bool:
+def _xy(row: Row, score: str) -> tuple[Any, Any]:
+    """Return the FVU and the score, None where it was not measured."""
     fvu, found = row["metrics"].get("fvu", {}), row["scores"].get(score, {})
-    return fvu.get("value") is not None and found.get("value") is not None
-
-
-def _xy(row: Row, score: str) -> tuple[float, float]:
-    return row["metrics"]["fvu"]["value"], row["scores"][score]["value"]
+    return fvu.get("value"), found.get("value")
 
 
 def _named(row: Row, score: str) -> dict[str, Any]:
     x, y = _xy(row, score)
     record = row["scores"][score]
-    group = GROUPS.get(row["robust"] if row["rule"] != "none" else "none", "")
-    if row["rule"] not in ("none", "variance"):
-        group = row["rule"].replace("_", " ")
-    elif row["rule"] == "variance" and row["robust"] == "none":
-        group = "variance, raw"
-    label = row["member"].removeprefix("variance-")
+    group = GROUPS.get(row["robust"], "")
+    if row["rule"] != "variance":
+        group = "plain" if row["rule"] == "none" else row["rule"].replace("_", " ")
     return {
-        "label": label,
+        "label": row["member"].removeprefix("variance-"),
         "group": group,
         "x": x,
         "y": y,
@@ -450,14 +403,9 @@ def _named(row: Row, score: str) -> dict[str, Any]:
     }
 
 
-# Tables of a study as header and rows of text, and as Markdown ready to paste. Scores are in
-# percent.
-
-"""header and rows, all text."""
+# Tables of a study as header and rows of text. Scores are in percent.
 
 NAMES = {PLAIN: "original SAE", HALF: "weighted SAE, alpha 0.5", ONE: "weighted SAE, alpha 1"}
-NONE = "-"
-"""Stands for what was not measured."""
 
 
 def paper_table(name: TableName) -> Table:
@@ -468,15 +416,11 @@ def paper_table(name: TableName) -> Table:
         mean = sum(scores) / len(scores)
         rows.append([NAMES[method], *(f"{s:.1f}" for s in scores), f"{mean:.1f}"])
         if method != PLAIN:
-            rows.append(
-                ["gain", *(f"{g:+.1f}" for g in table.gains(method)), _paper_mean(table, method)]
-            )
+            gains = table.gains(method)
+            mean = mean_interval(gains)
+            mean = mean._replace(value=round(mean.value, 6))  # 3.75 is shown as 3.8
+            rows.append(["gain", *(f"{g:+.1f}" for g in gains), cell(mean, form="+.1f")])
     return {"header": [f"{table.model}, layer", *map(str, table.layers), "mean"], "rows": rows}
-
-
-def _paper_mean(table: PaperTable, method: str) -> str:
-    mean = mean_interval(table.gains(method))
-    return _cell(round(mean.value, 6), mean.low, mean.high, sign=True)  # 3.75 is shown as 3.8
 
 
 def score_table(rows: Sequence[Row], hooks: Sequence[str], score: str) -> Table:
@@ -486,7 +430,10 @@ def score_table(rows: Sequence[Row], hooks: Sequence[str], score: str) -> Table:
         found = [_first(rows, name, hook) for hook in hooks]
         cells = [_of(row["scores"].get(score, {}) if row else {}) for row in found]
         if any(cell != NONE for cell in cells):
-            out.append([name, *cells, _mean_cell([_value(row, score) for row in found])])
+            mean = _mean(
+                [row["scores"].get(score, {}).get("value") if row else None for row in found]
+            )
+            out.append([name, *cells, NONE if mean is None else f"{100 * mean:.1f}"])
     return {"header": ["", *hooks, "mean"], "rows": out}
 
 
@@ -515,15 +462,13 @@ def gain_table(
             by_hook = {line["hook"]: line for line in mine}
             if mine:
                 cells = [_of(by_hook.get(hook, {}), sign=True) for hook in hooks]
-                whole = select(means, member=name, score=score, way=way)
-                last = _over_hooks(whole[0], len(hooks)) if whole else NONE
+                last = NONE
+                for line in select(means, member=name, score=score, way=way):
+                    n = line["hooks"]
+                    some = f" ({n} of {len(hooks)} hooks)" if n < len(hooks) else ""
+                    last = _of(line, sign=True) + some
                 out.append([name, words, *cells, last])
     return {"header": ["", "compared over", *hooks, "mean over hooks"], "rows": out}
-
-
-def _over_hooks(line: dict[str, Any], hooks: int) -> str:
-    some = f" ({line['hooks']} of {hooks} hooks)" if line["hooks"] < hooks else ""
-    return _of(line, sign=True) + some
 
 
 def tables(
@@ -546,28 +491,7 @@ def _first(rows: Sequence[Row], name: str, hook: str) -> Row | None:
     return min(found, key=lambda row: row["seed"]) if found else None
 
 
-def _value(row: Row | None, score: str) -> float | None:
-    return None if row is None else row["scores"].get(score, {}).get("value")
-
-
 def _of(record: dict[str, Any], sign: bool = False) -> str:
     value = record.get("difference" if sign else "value")
-    return (
-        NONE if value is None else _cell(value, record.get("low"), record.get("high"), sign, 100.0)
-    )
-
-
-def _cell(
-    value: float, low: float | None, high: float | None, sign: bool = False, scale: float = 1.0
-) -> str:
-    shown = f"{scale * value:{'+' if sign else ''}.1f}"
-    if low is None or high is None:
-        return shown
-    return (
-        f"{shown} [{scale * low:{'+' if sign else ''}.1f}, {scale * high:{'+' if sign else ''}.1f}]"
-    )
-
-
-def _mean_cell(found: Sequence[float | None]) -> str:
-    kept = [value for value in found if value is not None]
-    return f"{100 * sum(kept) / len(kept):.1f}" if len(kept) == len(found) else NONE
+    mean = None if value is None else Mean(value, record.get("low"), record.get("high"), 0)
+    return cell(mean, 100.0, "+.1f" if sign else ".1f")

@@ -13,7 +13,7 @@ from wsae.core.errors import UserError
 from wsae.evals.autointerp.config import ContextConfig, Control, InterpretConfig, Score
 from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.config import EvalConfig
-from wsae.experiments.presets import Preset
+from wsae.experiments.sweep.config import Preset
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import Activation, GroupTopK, TopK
 from wsae.train.config import MemberConfig, TrainConfig
@@ -118,7 +118,8 @@ class TableSAEs(Config):
 
     def curve(self, kind: Kind = "topk") -> list[MemberConfig]:
         """Return the plain members along which the score is read as a function of FVU."""
-        fewer = [self.member(kind=kind, k=k) for k in self.curve_k if _divides(kind, self, k)]
+        whole = [k for k in self.curve_k if kind == "topk" or self.k % k == 0]  # equal groups
+        fewer = [self.member(kind=kind, k=k) for k in whole]
         return fewer + [self.member(kind=kind, lr=lr) for lr in self.curve_lr]
 
 
@@ -163,37 +164,28 @@ def table_plan(name: TableName, sae: TableSAEs, hooks: Sequence[str], seed: int 
     return TablePlan(name=name, runs=tuple(_run(hook, seed, members) for hook in hooks))
 
 
-class StudyScope(Config):
-    """Where the wider study looks: every hook, more seeds at some, all gamma rules at one."""
-
-    hooks: tuple[str, ...]
-    seeds: PositiveInt = 3
-    seeded: tuple[str, ...] = ()
-    """Hooks with `seeds` seeds; the others have one."""
-    rules_at: str
-    curve_at: tuple[str, ...]
-    """Hooks at which plain SAEs of other FVU are trained too."""
-
-
-def study_plan(sae: TableSAEs, place: StudyScope, seed: int = 0) -> TablePlan:
+def study_plan(sae: TableSAEs, hooks: tuple[str, ...], tiny: bool, seed: int = 0) -> TablePlan:
     """Return the wider study's runs.
 
     Everywhere: both Top-k variants, plain and alpha 0.5, 1; alpha 1 with the proxy winsorised, by rank and without
     outlier dimensions (Top-k). At some hooks the curve; at one all alphas and rules; at some plain and alpha 0.5, 1
-    again with other seeds.
+    again with other seeds, fewer of both where it is tiny.
     """
+    rules_at = "layers.9" if "layers.9" in hooks else hooks[len(hooks) // 2]
+    last = "layers.19" if "layers.19" in hooks else hooks[-1]
+    seeded = list(dict.fromkeys((rules_at, last)))[: 1 if tiny else 2]
     core = [PLAIN_GAMMA, *(_variance(alpha) for alpha in ALPHAS)]
     tamed = [_variance(1.0, robust) for robust in PROXIES[1:]]
     every = [sae.member(g) for g in (*core, *tamed, *_dropped((0.0, 1.0)))]
     every += [sae.member(gamma, "group_topk") for gamma in core]
     runs = []
-    for hook in place.hooks:
-        curve = sae.curve() if hook in place.curve_at else []
-        rules = [sae.member(gamma) for gamma in all_rules()] if hook == place.rules_at else []
+    for hook in hooks:
+        curve = sae.curve() if hook in (hooks[0], rules_at, last) else []
+        rules = [sae.member(gamma) for gamma in all_rules()] if hook == rules_at else []
         runs.append(_run(hook, seed, [*every, *curve, *rules]))
-    for hook in place.seeded:
+    for hook in seeded:
         again = [sae.member(gamma) for gamma in core]
-        runs += [_run(hook, seed + s, again) for s in range(1, place.seeds)]
+        runs += [_run(hook, seed + s, again) for s in range(1, 2 if tiny else 3)]
     return TablePlan(name="language", runs=tuple(runs))
 
 
@@ -218,11 +210,6 @@ def _dropped(alphas: Iterable[float]) -> list[GammaConfig]:
 
 def _run(hook: str, seed: int, members: Sequence[MemberConfig]) -> HookRun:
     return HookRun(hook=hook, seed=seed, members=tuple(dict.fromkeys(members)))
-
-
-def _divides(kind: Kind, sae: TableSAEs, k: int) -> bool:
-    """Return whether a width that the base k divides can be cut into k equal groups."""
-    return kind == "topk" or sae.k % k == 0
 
 
 # A study as settings.
@@ -367,15 +354,28 @@ def study_config(
         raise UserError("language: has the presets tiny and small; the paper has no such study")
     data = _harvest(name, preset, out, choices) | {"seed": seed, "device": device}
     harvest = HarvestConfig.parse(data, where=f"preset {preset}")
-    live = preset == "paper" and choices.store is None
+    live, hooks = preset == "paper" and choices.store is None, harvest.hooks
+    if name == "language":
+        plan = study_plan(SAES[preset], hooks, preset == "tiny", seed)
+    else:
+        last = LAST.get(name, len(hooks)) if preset != "paper" else len(hooks)
+        plan = table_plan(name, SAES[preset], hooks[-last:], seed)
+    usual = ("embedding",) if choices.judge is None else ("embedding", "detection")
+    interpret = {
+        "contexts": CONTEXTS[preset],
+        "scores": choices.scores or usual,
+        "controls": CONTROLS if choices.controls is None else choices.controls,
+        "surprisal_latents": SURPRISAL[preset],
+        "seed": seed,
+    }
     settings = {
-        "plan": _plan(name, preset, harvest.hooks, seed),
+        "plan": plan,
         "harvest": harvest,
         "live": LiveConfig(shuffle_tokens=131_072, stats_tokens=1_000_000) if live else None,
         "tokens": harvest.tokens if live else None,
         "batch_size": {"tiny": 256, "small": 2048, "paper": 4096}[preset],
         "evaluation": EvalConfig(splice_tokens=0, n_latents=0, rows=EVALUATED, seed=seed),
-        "interpret": _interpret(preset, choices, seed),
+        "interpret": InterpretConfig.parse(interpret, where=f"preset {preset}"),
         "judge": choices.judge,
         "made_here": preset == "tiny" and choices.model is None and choices.store is None,
     }
@@ -388,58 +388,20 @@ def _harvest(name: StudyName, preset: Preset, out: Path, choices: TableChoices) 
             raise UserError(
                 f"--hook {hook}: a table has a column for each hook; name them one by one"
             )
-    if choices.store is not None:
-        return _of_store(choices)
+    if choices.store is not None:  # the harvest that it came from
+        for flag, value in (("--model", choices.model), ("--text", choices.text)):
+            if value is not None:
+                raise UserError(
+                    f"{flag} {value}: {choices.store} holds activations already; leave one"
+                )
+        manifest = read_manifest(choices.store, "store", verify=False)
+        return {**manifest.config, "hooks": choices.hooks or tuple(manifest.info["hooks"])}
     data = dict(HARVESTS[preset])
     if preset == "tiny":
         data["model"] = str(out / TINY_MODEL)
     if preset == "paper":
         data["hooks"] = PAPER_HOOKS[name]
         data["model"] = LLAMA if name == "table3" else data["model"]
-    if choices.model is not None:
-        data["model"] = choices.model
-    if choices.text is not None:
-        data["text"] = TextConfig(path=choices.text)
-    if choices.hooks:
-        data["hooks"] = choices.hooks
-    return data
-
-
-def _of_store(choices: TableChoices) -> dict[str, Any]:
-    """Return the harvest that a finished store came from, with its hooks by name."""
-    for flag, value in (("--model", choices.model), ("--text", choices.text)):
-        if value is not None:
-            raise UserError(f"{flag} {value}: {choices.store} holds activations already; leave one")
-    manifest = read_manifest(Path(str(choices.store)), "store", verify=False)
-    hooks = choices.hooks or tuple(manifest.info["hooks"])
-    return {**manifest.config, "hooks": hooks}
-
-
-def _plan(name: StudyName, preset: Preset, hooks: tuple[str, ...], seed: int) -> TablePlan:
-    sae = SAES[preset]
-    if name != "language":
-        last = LAST.get(name, len(hooks)) if preset != "paper" else len(hooks)
-        return table_plan(name, sae, hooks[-last:], seed)
-    rules = "layers.9" if "layers.9" in hooks else hooks[len(hooks) // 2]
-    again = "layers.19" if "layers.19" in hooks else hooks[-1]
-    place = StudyScope(
-        hooks=hooks,
-        seeds=2 if preset == "tiny" else 3,
-        seeded=tuple(dict.fromkeys((rules, again)))[: 1 if preset == "tiny" else 2],
-        rules_at=rules,
-        curve_at=tuple(dict.fromkeys((hooks[0], rules, again))),
-    )
-    return study_plan(sae, place, seed)
-
-
-def _interpret(preset: Preset, choices: TableChoices, seed: int) -> InterpretConfig:
-    usual = ("embedding",) if choices.judge is None else ("embedding", "detection")
-    controls = CONTROLS if choices.controls is None else choices.controls
-    data = {
-        "contexts": CONTEXTS[preset],
-        "scores": choices.scores or usual,
-        "controls": controls,
-        "surprisal_latents": SURPRISAL[preset],
-        "seed": seed,
-    }
-    return InterpretConfig.parse(data, where=f"preset {preset}")
+    text = None if choices.text is None else TextConfig(path=choices.text)
+    given = {"model": choices.model, "text": text, "hooks": choices.hooks or None}
+    return data | {key: value for key, value in given.items() if value is not None}

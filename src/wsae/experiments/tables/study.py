@@ -24,10 +24,10 @@ from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
 from wsae.doctor.config import DoctorConfig
 from wsae.doctor.run import examine
-from wsae.evals.run import evaluate_run
-from wsae.experiments.engine import Row, Stage, Study, StudyRun, markdown
-from wsae.experiments.presets import Preset
-from wsae.experiments.sweep.table import select
+from wsae.evals.autointerp.config import InterpretConfig
+from wsae.experiments.engine import PaperStudy, Stage, StudyRun, markdown
+from wsae.experiments.results import Row, select
+from wsae.experiments.sweep.config import Preset
 from wsae.experiments.tables import analysis
 from wsae.experiments.tables.analysis import draw, run_rows, scores_of
 from wsae.experiments.tables.config import (
@@ -40,9 +40,6 @@ from wsae.experiments.tables.config import (
     TableChoices,
 )
 from wsae.train.config import TrainConfig
-from wsae.train.run import train_run
-
-# Before hours are spent: is the model there, and what will it take of memory, disk and time?
 
 SHOWN = ("memory", "disk", "time")
 """What `wsae doctor` finds that is told before a long study."""
@@ -60,23 +57,19 @@ def refuse_or_estimate(
     if any((out / "runs").glob("*/*/config.json")):
         return  # under way: it was estimated before
     _reachable(cfg)
-    found = examine(doctor_config(cfg, out), progress)
+    wanted = DoctorConfig(
+        train=cfg.training(0, None),
+        harvest=cfg.harvest,
+        out=str(out),
+        device=cfg.harvest.device,
+    )
+    found = examine(wanted, progress)
     for check in found["checks"]:
         if check["name"] in SHOWN or check["status"] == "fail":
             say(f"{check['name']}: {check['value']}")
         if check["status"] == "fail" and check["name"] != "disk":  # nothing is stored
             fix = check["advice"] or "see `wsae doctor`"
             raise UserError(f"{cfg.plan.name}: {check['name']}: {check['value']}; {fix}")
-
-
-def doctor_config(cfg: StudyConfig, out: Path) -> DoctorConfig:
-    """Return what the doctor examines: the model and one family at every hook."""
-    return DoctorConfig(
-        train=cfg.training(0, None),
-        harvest=cfg.harvest,
-        out=str(out),
-        device=cfg.harvest.device,
-    )
 
 
 def _reachable(cfg: StudyConfig) -> None:
@@ -184,7 +177,7 @@ class BagEncoder:
 
 
 @dataclass
-class TableStudy(Study[StudyConfig]):
+class TableStudy(PaperStudy[StudyConfig]):
     """The recipe of the tables and of the wider study."""
 
     choices: TableChoices = TableChoices()
@@ -232,31 +225,22 @@ class TableStudy(Study[StudyConfig]):
         wanted = self.cfg.harvest.model_copy(update={"hooks": run.hooks})
         return LiveSource(wanted, self.cfg.live, self.language)
 
-    def stages(self) -> list[Stage]:
-        """Return the stages up to the last one asked for."""
-        cfg = self.cfg
-        stages = [
-            Stage("train", self._train, self._training, "run"),
-            Stage("evaluate", self._evaluate, lambda _: cfg.evaluation, "evaluation"),
-            Stage(
-                "interpret",
-                self._interpret,
-                lambda run: cfg.interpretation(run.number),
-                "interpretation",
-            ),
-        ]
-        return stages[: STAGES.index(self.choices.until)]
-
-    def _training(self, run: StudyRun) -> TrainConfig:
+    def training(self, run: StudyRun) -> TrainConfig:
+        """Return a run's training."""
         return self.cfg.training(run.number, self.source(run).n_rows)
 
-    def _train(self, run: StudyRun) -> None:
-        source, device = self.source(run), self.cfg.harvest.device
-        cfg = self.cfg.training(run.number, source.n_rows)
-        train_run(cfg, source, run.path, self.progress, resume=True, device=device)
+    def stages(self) -> list[Stage]:
+        """Return the stages up to the last one asked for."""
 
-    def _evaluate(self, run: StudyRun) -> None:
-        evaluate_run(run.path, self.source(run), self.cfg.evaluation, None, self.progress)
+        def settings(run: StudyRun) -> InterpretConfig:
+            return self.cfg.interpretation(run.number)
+
+        stages = [
+            self.trained(),
+            self.evaluated(self.cfg.evaluation, lambda: None),
+            Stage("interpret", self._interpret, settings, "interpretation"),
+        ]
+        return stages[: STAGES.index(self.choices.until)]
 
     def _interpret(self, run: StudyRun) -> None:
         from wsae.evals.autointerp.llm.local import open_llm

@@ -11,7 +11,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
-from wsae.experiments.presets import Preset
+from wsae.experiments.sweep.config import Preset
 from wsae.losses.config import GammaConfig
 from wsae.sae.config import TopK
 from wsae.train.config import MemberConfig, TrainConfig
@@ -95,45 +95,33 @@ class FigurePlan(Config):
         return sum(len(run.weightings) for run in self.runs)
 
 
-class FigureMembers(Config):
-    """Which weightings are tried, and how often."""
-
-    alphas: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Exponents of the consistency, for Figure 5 (a) and (c)."""
-    seeds: PositiveInt = 3
-    hooks: tuple[str, ...] = HOOKS
-
-    def weightings(self, method: Method) -> tuple[Weighting, ...]:
-        """Return the members on a backbone: all on NCL's, what Figure 4 needs on others'."""
-        one = [Weighting(proxy="consistency"), Weighting(proxy="top"), Weighting(proxy="variance")]
-        if method != "ncl":
-            return (Weighting(), *one)
-        others = [Weighting(proxy="consistency", alpha=alpha) for alpha in self.alphas]
-        return tuple(dict.fromkeys([Weighting(), *others, *one]))
-
-
 def figure_plan(
     name: FigureName,
     sae: FigureSAEs,
-    members: FigureMembers,
     backbones: dict[str, Method],
+    alphas: tuple[float, ...] = (0.5, 1.0, 2.0),
+    seeds: int = 3,
     seed: int = 0,
 ) -> FigurePlan:
     """Return a figure's runs: both figures share those on NCL's backbones, Figure 4 has the others' embeddings too.
 
-    Others' projections are left out: no dimension of theirs is asked to mean anything.
+    On NCL's every weighting is tried, with all `alphas` of the consistency for Figure 5 (a) and (c); on others' what
+    Figure 4 needs. Others' projections are left out: no dimension of theirs is asked to mean anything.
     """
+    one = [Weighting(proxy="consistency"), Weighting(proxy="top"), Weighting(proxy="variance")]
+    powers = [Weighting(proxy="consistency", alpha=alpha) for alpha in alphas]
+    tried = tuple(dict.fromkeys([Weighting(), *powers, *one]))
     runs = [
         BackboneRun(
             backbone=backbone,
             hook=hook,
             seed=seed + s,
-            weightings=members.weightings(method),
+            weightings=tried if method == "ncl" else (Weighting(), *one),
         )
         for backbone, method in backbones.items()
         if name == "figure4" or method == "ncl"
-        for hook in (members.hooks if method == "ncl" else members.hooks[:1])
-        for s in range(members.seeds)
+        for hook in (HOOKS if method == "ncl" else HOOKS[:1])
+        for s in range(seeds)
     ]
     return FigurePlan(name=name, sae=sae, runs=tuple(runs))
 
@@ -221,11 +209,12 @@ SAES: dict[Preset, FigureSAEs] = {
     "small": FigureSAEs(lr=2e-3, passes=6, batch_size=1024),
     "paper": FigureSAEs(lr=5e-4, passes=50, batch_size=4096),
 }
-MEMBERS: dict[Preset, FigureMembers] = {
-    "tiny": FigureMembers(alphas=(0.5, 1.0), seeds=2),
-    "small": FigureMembers(),
-    "paper": FigureMembers(),
+MEMBERS: dict[Preset, dict[str, Any]] = {
+    "tiny": {"alphas": (0.5, 1.0), "seeds": 2},
+    "small": {},
+    "paper": {},
 }
+"""What of `figure_plan` is another than its default."""
 METHODS: dict[Preset, tuple[Method, ...]] = {
     "tiny": ("ncl",),
     "small": ("ncl", "simclr"),
@@ -253,9 +242,16 @@ def vision_config(
     device: str = "cpu",
 ) -> VisionConfig:
     """Return a figure at a preset's size with the user's choices; raises UserError for ones that do not go together."""
-    given = [_given(path) for path in choices.pretrained]
+    given = _given(choices.pretrained)
     images = _images(name, size, choices, given)
-    backbones = _named(given) if given else _wanted(size, images, seed)
+    base, changes = PRETRAINING[size]
+    backbones = given or [
+        Backbone(
+            name=method,
+            pretrain=preset(base, **changes, method=method, images=images, seed=seed),
+        )
+        for method in METHODS[size]
+    ]
     methods: dict[str, Method] = {backbone.name: backbone.pretrain.method for backbone in backbones}
     if name == "figure5" and "ncl" not in methods.values():
         raise UserError(
@@ -264,7 +260,7 @@ def vision_config(
     settings = {
         "images": images,
         "backbones": tuple(backbones),
-        "plan": figure_plan(name, SAES[size], MEMBERS[size], methods, seed),
+        "plan": figure_plan(name, SAES[size], methods, **MEMBERS[size], seed=seed),
         "classes": CLASSES[size].model_copy(update={"seed": seed}),
         "evaluation": EvalConfig(
             splice_tokens=0, n_latents=SHOWN[size], assignment_max=2048, seed=seed
@@ -294,35 +290,23 @@ def _images(
     return ImagesConfig(path=str(found))
 
 
-def _wanted(size: Preset, images: ImagesConfig, seed: int) -> list[Backbone]:
-    base, changes = PRETRAINING[size]
-    return [
-        Backbone(
-            name=method,
-            pretrain=preset(base, **changes, method=method, images=images, seed=seed),
-        )
-        for method in METHODS[size]
+def _given(paths: tuple[Path, ...]) -> list[Backbone]:
+    """Return finished pretraining runs as backbones, called by their methods.
+
+    A method that comes twice takes its directory's name along.
+    """
+    found = []
+    for path in paths:
+        manifest = read_manifest(path, "pretrain", verify=False)
+        data = {**manifest.config["pretrain"], "images": manifest.config["source"]}
+        cfg = PretrainConfig.parse(data, where=str(path))
+        found.append(Backbone(name=cfg.method, pretrain=cfg, run=path.resolve()))
+    methods = [backbone.name for backbone in found]
+    names = [
+        name if methods.count(name) == 1 else f"{name}-{Path(str(backbone.run)).name}"
+        for name, backbone in zip(methods, found, strict=True)
     ]
-
-
-def _given(path: Path) -> Backbone:
-    """Return a finished pretraining run as a backbone called by its method."""
-    manifest = read_manifest(path, "pretrain", verify=False)
-    data = {**manifest.config["pretrain"], "images": manifest.config["source"]}
-    cfg = PretrainConfig.parse(data, where=str(path))
-    return Backbone(name=cfg.method, pretrain=cfg, run=path.resolve())
-
-
-def _named(given: list[Backbone]) -> list[Backbone]:
-    """Return the backbones with names that differ: a method that comes twice takes its directory's name along."""
-    names = [backbone.name for backbone in given]
-    out = [
-        backbone
-        if names.count(backbone.name) == 1
-        else backbone.model_copy(update={"name": f"{backbone.name}-{Path(str(backbone.run)).name}"})
-        for backbone in given
-    ]
-    twice = [b.name for b in out if [other.name for other in out].count(b.name) > 1]
+    twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"--pretrained: two runs are called {twice[0]}; rename one's directory")
-    return out
+    return [b.model_copy(update={"name": name}) for b, name in zip(found, names, strict=True)]

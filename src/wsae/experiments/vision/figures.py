@@ -8,13 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wsae.core.files import read_json
 from wsae.evals.glossary import CLASS_SCORES
-from wsae.experiments.engine import Row, Table
-from wsae.experiments.figures import Panel, Series, Verdict, judged
-from wsae.experiments.sweep.table import Mean, mean_interval, select
-from wsae.experiments.vision.config import PLAIN, BackboneRun, Weighting
-from wsae.report.panel_figures import panels_figure
+from wsae.experiments.drawing import panels_figure
+from wsae.experiments.results import (
+    NONE,
+    Mean,
+    Panel,
+    Row,
+    Table,
+    Verdict,
+    as_series,
+    cell,
+    comparable,
+    compared,
+    judged,
+    mean_interval,
+    pooled,
+    select,
+    span,
+)
+from wsae.experiments.vision.config import PLAIN, BackboneRun
+from wsae.run import Run
 
 # One row per SAE or control: what it is, how well it reconstructs, how its latents go with the
 # classes. JSON-ready.
@@ -25,27 +39,23 @@ WAYS = ("all", "matched", "density", "adjusted", "within", "images")
 
 def run_rows(planned: BackboneRun, path: Path) -> list[Row]:
     """Return the rows of one finished run: its members, then its controls."""
-    hook = planned.hook
-    gamma = read_json(path / "gamma.json")[hook]
-    metrics = read_json(path / "evaluation" / "evaluation.json")["hooks"][hook]["members"]
-    scores = read_json(path / "classes" / "classes.json")["hooks"][hook]
+    hook, run = planned.hook, Run(path)
+    metrics = run.evaluation_record["hooks"][hook]["members"]
+    scores = run.class_record["hooks"][hook]
     base = {"backbone": planned.backbone, "hook": hook, "seed": planned.seed}
     rows = []
     for weighting in planned.weightings:
-        name = weighting.label
-        found = metrics[name]["metrics"]
-        row = base | _about(weighting) | _flat(scores["members"][name])
-        row |= {"fvu": found["fvu"]["value"], "fvu_weighted": found["fvu_weighted"]["value"]}
-        row["effective_dimensions"] = gamma[name]["effective_dimensions"]
-        rows.append(row | {"differences": _differences(scores["comparisons"], name)})
+        name, found = weighting.label, metrics[weighting.label]["metrics"]
+        alpha = 0.0 if weighting.proxy == "none" else weighting.alpha
+        row = base | {"member": name, "proxy": weighting.proxy, "alpha": alpha}
+        row |= _flat(scores["members"][name])
+        row |= {key: found[key]["value"] for key in ("fvu", "fvu_weighted")}
+        row["effective_dimensions"] = run.gamma_record[hook][name]["effective_dimensions"]
+        lines = [line for line in scores["comparisons"] if line["b"] == PLAIN]
+        rows.append(row | {"differences": compared(lines, name, WAYS)})
     for name, entry in scores["controls"].items():
         rows.append(base | {"member": name, "proxy": "control"} | _flat(entry))
     return rows
-
-
-def _about(weighting: Weighting) -> Row:
-    alpha = 0.0 if weighting.proxy == "none" else weighting.alpha
-    return {"member": weighting.label, "proxy": weighting.proxy, "alpha": alpha}
 
 
 def _flat(entry: Row) -> Row:
@@ -53,16 +63,6 @@ def _flat(entry: Row) -> Row:
     means = {name: score["value"] for name, score in entry["scores"].items()}
     coverage = {f"share_{key}": value for key, value in entry["coverage"].items()}
     return means | coverage | {"ncl_minibatch": entry["ncl"]["minibatch"], "classes": entry}
-
-
-def _differences(lines: list[Row], member: str) -> dict[str, dict[str, Row]]:
-    """Return score -> way -> the member minus the plain one."""
-    out: dict[str, dict[str, Row]] = {}
-    for line in lines:
-        if line["a"] == member and line["b"] == PLAIN and line["over"] in WAYS:
-            part = {key: line[key] for key in ("difference", "low", "high", "n")}
-            out.setdefault(line["metric"], {})[line["over"]] = part
-    return out
 
 
 WSAE = "consistency-a1"
@@ -81,8 +81,6 @@ PROXIES = {
     "top": "consistency of the strongest images",
     "variance": "variance",
 }
-COMPARABLE, FAR = 0.1, 0.5
-"""Relative differences in reconstruction error called comparable, and no longer comparable (as for Figure 3c)."""
 
 
 def figure4(rows: Sequence[Row]) -> list[Panel]:
@@ -96,19 +94,20 @@ def figure4(rows: Sequence[Row]) -> list[Panel]:
 
 def _sae_against_wsae(rows: list[Row], where: str, score: str) -> Panel:
     found = paired(rows, WSAE, score)
-    pair = [over_seeds(rows, name, score) for name in (PLAIN, WSAE)]
     controls = dict.fromkeys(row["member"] for row in select(rows, proxy="control"))
     names = {PLAIN: "SAE", WSAE: "WSAE", TOP: "WSAE, weights from the strongest images"}
     names |= {name: name for name in controls}
     means = {shown: over_seeds(rows, name, score) for name, shown in names.items()}
-    ours = f"{_pair(pair)}{points(found)}{_chance(rows, score)}"
+    pair = [f"{name} {100 * m.value:.1f} %" for name in ("SAE", "WSAE") if (m := means[name])]
+    shuffled = over_seeds(rows, "control-shuffled", score)
+    chance = "" if shuffled is None else f"; shuffled classes {100 * shuffled.value:.1f} %"
     return Panel(
         panel=f"4: {where}",
         score=score,
         paper="WSAE notably above SAE",
-        ours=ours,
+        ours=f"{', '.join(pair)}{points(found)}{chance}",
         verdict=_verdict([found]),
-        series=tuple(_series(shown, [(0.0, mean)]) for shown, mean in means.items() if mean),
+        series=tuple(as_series(shown, {0.0: mean}) for shown, mean in means.items() if mean),
     )
 
 
@@ -117,68 +116,65 @@ def figure5(rows: Sequence[Row]) -> list[Panel]:
     panels = []
     for backbone, hook in places(rows):
         here = select(rows, backbone=backbone, hook=hook)
-        if len(_alphas(here)) > 2:
+        powers = {r["alpha"]: r["member"] for r in here if r["proxy"] in ("none", "consistency")}
+        powers = dict(sorted(powers.items()))
+        if len(powers) > 2:
             where = f"{backbone}, {hook}"
-            panels += [_against_alpha(here, where, score) for score in READINGS]
+            panels += [_against_alpha(here, where, score, powers) for score in READINGS]
             panels += [_by_proxy(here, where, score) for score in READINGS]
-            panels.append(_error(here, where))
+            panels.append(_error(here, where, powers))
     order = ("5a", "5b", "5c")
     return sorted(panels, key=lambda panel: order.index(panel.panel[:2]))
 
 
-def _against_alpha(rows: list[Row], where: str, score: str) -> Panel:
-    names = _alphas(rows)
-    found = {a: paired(rows, name, score) for a, name in names.items() if a > 0}
-    shown = "; ".join(f"alpha {a:g}: {points(d).strip(' :')}" for a, d in found.items())
-    line = [(a, mean) for a, name in names.items() if (mean := over_seeds(rows, name, score))]
+def _against_alpha(rows: list[Row], where: str, score: str, powers: dict[float, str]) -> Panel:
+    found = {a: paired(rows, name, score) for a, name in powers.items() if a > 0}
     return Panel(
         panel=f"5a: {where}",
         score=score,
         paper="(caption only) consistency under different alpha; above alpha 0 by Figure 4",
-        ours=shown,
+        ours="; ".join(f"alpha {a:g}: {points(d).strip(' :')}" for a, d in found.items()),
         verdict=_verdict(list(found.values())),
-        series=(_series("WSAE (alpha 0: SAE)", line),),
+        series=(as_series("WSAE (alpha 0: SAE)", _line(rows, powers, score)),),
     )
 
 
 def _by_proxy(rows: list[Row], where: str, score: str) -> Panel:
     names = [PLAIN, *(f"{proxy}-a1" for proxy in PROXIES)]
     found = {name: paired(rows, name, score) for name in names[1:]}
-    shown = "; ".join(f"{name}: {points(d).strip(' :')}" for name, d in found.items())
-    places = enumerate(names)
-    line = [(float(i), mean) for i, name in places if (mean := over_seeds(rows, name, score))]
+    line = _line(rows, dict(enumerate(names)), score)
     return Panel(
         panel=f"5b: {where}",
         score=score,
         paper="(caption only) SAE beside WSAEs by semantic consistency and by variance; both above it by Figure 4",
-        ours=shown,
+        ours="; ".join(f"{name}: {points(d).strip(' :')}" for name, d in found.items()),
         verdict=_verdict([found["consistency-a1"], found["variance-a1"]]),
-        series=(_series("SAE and WSAEs, alpha 1", line),),
+        series=(as_series("SAE and WSAEs, alpha 1", line),),
     )
 
 
-def _error(rows: list[Row], where: str) -> Panel:
-    names = _alphas(rows)
-    lines = {
-        key: [(a, mean) for a, name in names.items() if (mean := over_seeds(rows, name, key))]
-        for key in ("fvu", "fvu_weighted")
-    }
-    base = lines["fvu"][0][1].value
-    ratios = {a: mean.value / base - 1 for a, mean in lines["fvu"] if a > 0}
-    worst = max(abs(ratio) for ratio in ratios.values())
-    verdict = "reproduced" if worst < COMPARABLE else "partly" if worst < FAR else "not reproduced"
+def _error(rows: list[Row], where: str, powers: dict[float, str]) -> Panel:
+    plain, weighted = (_line(rows, powers, score) for score in ("fvu", "fvu_weighted"))
+    base = next(iter(plain.values())).value
+    ratios = {a: mean.value / base - 1 for a, mean in plain.items() if a > 0}
     shown = ", ".join(f"alpha {a:g}: {ratio:+.1%}" for a, ratio in ratios.items())
     return Panel(
         panel=f"5c: {where}",
         score="fvu",
         paper="(caption only) SAE reconstruction error under different alpha; taken as comparable, as in Figure 3(c)",
         ours=f"plain FVU {base:.3f} at alpha 0; {shown}",
-        verdict=verdict,
+        verdict=comparable(max(abs(ratio) for ratio in ratios.values())),
         series=(
-            _series("plain FVU", lines["fvu"]),
-            _series("FVU under the member's own weights", lines["fvu_weighted"]),
+            as_series("plain FVU", plain),
+            as_series("FVU under the member's own weights", weighted),
         ),
     )
+
+
+def _line(rows: Sequence[Row], names: dict[Any, str], score: str) -> dict[Any, Mean]:
+    """Return place -> the mean of the member named there, where it was scored."""
+    means = {place: over_seeds(rows, name, score) for place, name in names.items()}
+    return {place: mean for place, mean in means.items() if mean}
 
 
 def places(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -205,10 +201,7 @@ def points(found: Mean | None) -> str:
     """Return ": +1.2 points [0.3, 2.1] over 3 seeds"."""
     if found is None:
         return ": not scored"
-    span = ""
-    if found.low is not None and found.high is not None:
-        span = f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f": {100 * found.value:+.1f} points{span} over {found.n} seeds"
+    return f": {100 * found.value:+.1f} points{span(found, 100.0, '+.1f')} over {found.n} seeds"
 
 
 def _verdict(differences: Sequence[Mean | None]) -> Verdict:
@@ -218,45 +211,7 @@ def _verdict(differences: Sequence[Mean | None]) -> Verdict:
     )
 
 
-def _pair(pair: list[Mean | None]) -> str:
-    shown = [
-        f"{name} {100 * mean.value:.1f} %"
-        for name, mean in zip(("SAE", "WSAE"), pair, strict=True)
-        if mean
-    ]
-    return ", ".join(shown)
-
-
-def _chance(rows: list[Row], score: str) -> str:
-    """Return what the shuffled classes give for the same score, where that control was scored."""
-    mean = over_seeds(rows, "control-shuffled", score)
-    return "" if mean is None else f"; shuffled classes {100 * mean.value:.1f} %"
-
-
-def _alphas(rows: Sequence[Row]) -> dict[float, str]:
-    """Return alpha -> member, the plain SAE at 0."""
-    found = {row["alpha"]: row["member"] for row in rows if row["proxy"] in ("none", "consistency")}
-    return dict(sorted(found.items()))
-
-
-def _series(method: str, line: list[tuple[float, Mean]]) -> Series:
-    return Series(
-        method=method,
-        levels=tuple(level for level, _ in line),
-        mean=tuple(mean.value for _, mean in line),
-        low=tuple(mean.low for _, mean in line),
-        high=tuple(mean.high for _, mean in line),
-        n=max((mean.n for _, mean in line), default=0),
-    )
-
-
 # Pictures of Figures 4 and 5.
-
-_AXES = {
-    "5a": "alpha",
-    "5b": "weights by",
-    "5c": "alpha",
-}
 
 
 def draw(name: str, panels: Sequence[Panel], out: Path) -> list[Path]:
@@ -264,7 +219,7 @@ def draw(name: str, panels: Sequence[Panel], out: Path) -> list[Path]:
     if name == "figure4":
         return panels_figure(_figure4(panels), out / name, "embeddings", 3)
     paths = []
-    for part, xlabel in _AXES.items():
+    for part, xlabel in {"5a": "alpha", "5b": "weights by", "5c": "alpha"}.items():
         shown = [_drawn(panel) for panel in panels if panel.panel.startswith(part)]
         if shown:
             paths += panels_figure(shown, out / f"{name}{part[1:]}", xlabel, 3)
@@ -312,7 +267,6 @@ def _drawn(panel: Panel) -> dict[str, Any]:
 
 # Tables of Figures 4 and 5 as header and rows of text; scores in percent, intervals over seeds.
 
-NONE = "-"
 COLUMNS = {
     "NCL": "consistency_ncl",
     "one mini-batch": "ncl_minibatch",
@@ -337,47 +291,27 @@ def tables(rows: Sequence[Row]) -> dict[str, Table]:
 
 
 def _scores(rows: list[Row]) -> Table:
+    forms = {name: (key, 100.0, ".1f") for name, key in COLUMNS.items()}
+    forms |= {"information, bits": ("information", 1.0, ".4f"), "FVU": ("fvu", 1.0, ".4g")}
+    forms |= {"weighted FVU": ("fvu_weighted", 1.0, ".4g")}
+    forms |= {"effective dimensions": ("effective_dimensions", 1.0, ".4g")}
     body = []
     for name in dict.fromkeys(row["member"] for row in rows):
-        cells = [_cell(over_seeds(rows, name, key), 100.0) for key in COLUMNS.values()]
-        bits = _cell(over_seeds(rows, name, "information"), 1.0, ".4f")
-        trained = "fvu" in select(rows, member=name)[0]
-        others = ("fvu", "fvu_weighted", "effective_dimensions")
-        shown = [
-            _cell(over_seeds(rows, name, key), 1.0, ".4g") if trained else NONE for key in others
+        has = select(rows, member=name)[0]  # controls were not trained
+        cells = [
+            cell(over_seeds(rows, name, key), scale, form) if key in has else NONE
+            for key, scale, form in forms.values()
         ]
-        body.append([name, *cells, bits, *shown])
-    header = ["", *COLUMNS, "information, bits", "FVU", "weighted FVU", "effective dimensions"]
-    return {"header": header, "rows": body}
+        body.append([name, *cells])
+    return {"header": ["", *forms], "rows": body}
 
 
 def _gains(rows: list[Row]) -> Table:
     body = []
-    members = dict.fromkeys(row["member"] for row in rows if row.get("differences"))
-    for name in members:
+    for name in dict.fromkeys(row["member"] for row in rows if row.get("differences")):
         mine = select(rows, member=name)
         for score in CLASS_SCORES:
             form = (1.0, "+.4f") if score == "information" else (100.0, "+.1f")
-            found = ([row["differences"][score].get(way) for row in mine] for way in WAYS)
-            cells = [_over_seeds(list(parts), *form) for parts in found]
-            body.append([name, score, *cells])
+            found = [[row["differences"][score].get(way) for row in mine] for way in WAYS]
+            body.append([name, score, *(cell(pooled(parts), *form) for parts in found)])
     return {"header": ["", "score", *WAYS], "rows": body}
-
-
-def _over_seeds(found: list[Row | None], scale: float, form: str) -> str:
-    """Return the mean difference over seeds with Student's interval; one seed keeps its own interval."""
-    values = [part["difference"] for part in found if part and part["difference"] is not None]
-    if not found or len(values) < len(found):
-        return NONE
-    if len(values) == 1 and found[0]:
-        return _cell(Mean(values[0], found[0]["low"], found[0]["high"], 1), scale, form)
-    return _cell(mean_interval(values), scale, form)
-
-
-def _cell(mean: Mean | None, scale: float, form: str = ".1f") -> str:
-    if mean is None:
-        return NONE
-    shown = f"{scale * mean.value:{form}}"
-    if mean.low is None or mean.high is None:
-        return shown
-    return f"{shown} [{scale * mean.low:{form}}, {scale * mean.high:{form}}]"

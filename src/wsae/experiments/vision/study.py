@@ -17,14 +17,12 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
 from wsae.core.memory import duration, size
 from wsae.evals.classes.run import score_run
-from wsae.evals.run import evaluate_run
-from wsae.experiments.engine import Row, Stage, Study, StudyRun
-from wsae.experiments.figures import Panel
+from wsae.experiments.engine import PaperStudy, Stage, StudyRun
+from wsae.experiments.results import Panel, Row
 from wsae.experiments.vision.config import Backbone, VisionConfig
 from wsae.experiments.vision.figures import draw, figure4, figure5, run_rows, tables
 from wsae.stats.classes import Hits, Strongest
 from wsae.train.config import TrainConfig
-from wsae.train.run import train_run
 from wsae.vision.run import pretrain
 
 # The proxy "top": consistency of each input dimension among its strongest training images, as the
@@ -118,7 +116,7 @@ def pretraining_operations(backbone: Backbone, images: int) -> float:
 
 
 @dataclass
-class FigureStudy(Study[VisionConfig]):
+class FigureStudy(PaperStudy[VisionConfig]):
     """The recipe of Figures 4 and 5, which share `out`."""
 
     torchrun_hint: bool = False
@@ -154,12 +152,16 @@ class FigureStudy(Study[VisionConfig]):
                 self.say(f"pretrain: {backbone.name}, {len(images)} images")
                 settings = backbone.pretrain
                 pretrain(settings, images, place, self.progress, resume=True, device=cfg.device)
-            store = self.out / "store" / backbone.name
-            harvest_images(cfg.harvest(backbone.name, place), store, self.progress)
+            wanted = cfg.harvest(backbone.name, place)
+            harvest_images(wanted, self.store(backbone.name), self.progress)
 
     def model(self, backbone: str) -> Path:
         """Return the directory of a backbone's pretraining run."""
         return self.cfg.backbone(backbone).run or self.out / "pretrain" / backbone
+
+    def store(self, backbone: str) -> Path:
+        """Return the directory of a backbone's embeddings."""
+        return self.out / "store" / backbone
 
     def runs(self) -> list[StudyRun]:
         """Return the runs in the plan's order."""
@@ -176,7 +178,7 @@ class FigureStudy(Study[VisionConfig]):
     def source(self, run: StudyRun) -> StoreSource:
         """Return the activations of a run."""
         backbone = self.cfg.plan.runs[run.number].backbone
-        return StoreSource(self.out / "store" / backbone, run.hooks, verify=False)
+        return StoreSource(self.store(backbone), run.hooks, verify=False)
 
     def training(self, run: StudyRun) -> TrainConfig:
         """Return a run's training; the proxy `top` is computed once for each backbone and hook, from training rows."""
@@ -189,23 +191,15 @@ class FigureStudy(Study[VisionConfig]):
 
     def stages(self) -> list[Stage]:
         """Return training, evaluation and the scores by class."""
-        cfg = self.cfg
+
+        def score(run: StudyRun) -> None:
+            score_run(run.path, self.source(run), self.labels, self.cfg.classes, self.progress)
+
         return [
-            Stage("train", self._train, self.training, "run"),
-            Stage("evaluate", self._evaluate, lambda _: cfg.evaluation, "evaluation"),
-            Stage("score", self._score, lambda _: cfg.classes, "classes"),
+            self.trained(),
+            self.evaluated(self.cfg.evaluation, lambda: Gallery(self.images)),
+            Stage("score", score, lambda _: self.cfg.classes, "classes"),
         ]
-
-    def _train(self, run: StudyRun) -> None:
-        cfg, source = self.training(run), self.source(run)
-        train_run(cfg, source, run.path, self.progress, resume=True, device=self.cfg.device)
-
-    def _evaluate(self, run: StudyRun) -> None:
-        gallery = Gallery(self.images)
-        evaluate_run(run.path, self.source(run), self.cfg.evaluation, gallery, self.progress)
-
-    def _score(self, run: StudyRun) -> None:
-        score_run(run.path, self.source(run), self.labels, self.cfg.classes, self.progress)
 
     def rows(self, run: StudyRun) -> list[Row]:
         """Return the rows of one run."""

@@ -6,7 +6,15 @@ from torch import Tensor
 from wsae.core.seeds import seed_for
 from wsae.theory.claims.record import Claim
 from wsae.theory.geometry import digons, interference, nonpositive, random_unit
-from wsae.theory.losses import closed_form, code, ground_truth_loss, sae_loss, sampled, superpose
+from wsae.theory.losses import (
+    closed_form,
+    code,
+    ground_truth_loss,
+    sae_loss,
+    sampled,
+    signed,
+    superpose,
+)
 
 
 def negative_interference(seed: int) -> Claim:
@@ -68,12 +76,24 @@ def reconstruction_identifies(seed: int) -> Claim:
     given = float(superpose(W_p, features).square().sum(1) @ probability)
     signal = float(features.square().sum(1) @ probability)
     copies = (1, 1, 2, 3, 5, 5)
-    members = torch.stack([_signed_bases(n, d, c, seed_for(seed, i)) for i, c in enumerate(copies)])
+    bases = []
+    for i, count in enumerate(copies):
+        made = torch.Generator().manual_seed(seed_for(seed, i))
+        drawn = torch.randn(count, d, d, generator=made, dtype=torch.float64)
+        bases.append(signed(torch.linalg.qr(drawn).Q.flatten(0, 1) / count**0.5, n))
+    members = torch.stack(bases)
     losses = sae_loss(members, W_p, features, probability) / given
     truth = ground_truth_loss(members, W_p, features, probability) / signal
-    own = _best_multiple(W_p, features, probability) / given
-    axes, turned = _l1_of_turned_digons()
-    top1 = _top1_loss_of_turned_digons()
+    acts = superpose(
+        W_p, features
+    )  # the best multiple of W_p^T: x_p projected on W_p ReLU(W_p^T x_p)
+    x_hat = superpose(W_p, code(closed_form(W_p), acts))
+    agree, power = (float((x_hat * other).sum(1) @ probability) for other in (acts, x_hat))
+    own = (given - agree**2 / power) / given
+    alone, quarter = digons(2).T.contiguous(), turned_digons(torch.pi / 4)
+    axes, turned = (float(code(W, alone).sum(1).mean()) for W in (turned_digons(0.0), quarter))
+    left = alone - code(quarter, alone, "topk", k=1) @ quarter
+    top1 = float(left.square().sum(1).mean())
     return Claim(
         claim="W_m* = argmin L_SAE defines the learned features, and recovery means that this W_m* gives x.",
         source="Eq. 5",
@@ -98,45 +118,10 @@ def reconstruction_identifies(seed: int) -> Claim:
     )
 
 
-def _best_multiple(W_p: Tensor, features: Tensor, probability: Tensor) -> float:
-    """Return the least loss of c W_p^T over c: the projection of x_p on W_p ReLU(W_p^T x_p)."""
-    acts = superpose(W_p, features)
-    x_hat = superpose(W_p, code(closed_form(W_p), acts))
-    agree, power = (float((x_hat * other).sum(1) @ probability) for other in (acts, x_hat))
-    return float(acts.square().sum(1) @ probability) - agree**2 / power
-
-
-def _signed_bases(d_sae: int, d_in: int, copies: int, seed: int) -> Tensor:
-    """Return [Q; -Q; 0] / sqrt(copies) for `copies` random orthonormal Q: zero loss for every x_p."""
-    made = torch.Generator().manual_seed(seed)
-    bases = torch.linalg.qr(
-        torch.randn(copies, d_in, d_in, generator=made, dtype=torch.float64)
-    ).Q.flatten(0, 1)
-    rows = torch.cat([bases, -bases]) / copies**0.5
-    return torch.cat([rows, rows.new_zeros(d_sae - len(rows), d_in)])
-
-
 def turned_digons(angle: float) -> Tensor:
     """Return [R; -R], R the rotation of the plane by `angle`: rows for digons(2), zero loss for every x."""
     c, s = torch.tensor(angle).double().cos(), torch.tensor(angle).double().sin()
-    R = torch.stack([torch.stack([c, s]), torch.stack([-s, c])])
-    return torch.cat([R, -R])
-
-
-def _l1_of_turned_digons() -> tuple[float, float]:
-    """Return the l1 norm of a 1-sparse feature's code on the axes and at 45 degrees."""
-    acts = digons(2).T.contiguous()
-    quarter = torch.pi / 4
-    axes, turned = (code(turned_digons(a), acts).sum(1).mean() for a in (0.0, quarter))
-    return float(axes), float(turned)
-
-
-def _top1_loss_of_turned_digons() -> float:
-    """Return the mean squared error of Top-1 codes of 1-sparse features at 45 degrees (on the axes it is 0)."""
-    acts = digons(2).T.contiguous()
-    W_m = turned_digons(torch.pi / 4)
-    x_hat = code(W_m, acts, "topk", k=1) @ W_m
-    return float((acts - x_hat).square().sum(1).mean())
+    return signed(torch.stack([torch.stack([c, s]), torch.stack([-s, c])]))
 
 
 CHECKS = (negative_interference, reconstruction_identifies)

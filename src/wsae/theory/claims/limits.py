@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
-from wsae.theory.claims.minima import polysemantic_identity
+from wsae.theory.claims.minima import POLYSEMANTIC_IDENTITY, away_from_identity
 from wsae.theory.claims.record import Claim
 from wsae.theory.geometry import (
     interference,
@@ -25,9 +25,15 @@ from wsae.theory.limits import (
     topk_code,
     zero_solutions,
 )
-from wsae.theory.losses import closed_form, code, grid, sae_loss, sae_residual, superpose
-
-# Appendix A's formulas for JumpReLU and Top-k.
+from wsae.theory.losses import (
+    closed_form,
+    code,
+    grid,
+    keep_largest,
+    sae_loss,
+    sae_residual,
+    superpose,
+)
 
 THRESHOLD = 0.25
 
@@ -60,9 +66,9 @@ def top_k(seed: int) -> Claim:
     example = torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
     x = _rows(seed, "topk")
     sizes = range(1, x.shape[1])
-    wrong = [int((_paper(x, k) != _top_k(x, k)).any(1).sum()) for k in sizes]
+    wrong = [int((_paper(x, k) != keep_largest(x, k)).any(1).sum()) for k in sizes]
     extra = [int((_paper(x, k) != 0).sum(1).max()) - k for k in sizes]
-    strict = max(float((_paper(x, k, strict=True) - _top_k(x, k)).abs().max()) for k in sizes)
+    strict = max(float((_paper(x, k, strict=True) - keep_largest(x, k)).abs().max()) for k in sizes)
     tied = _paper(torch.tensor([[2.0, 2.0, 1.0]], dtype=torch.float64), 1, strict=True)
     shown = _paper(example, 1)[0].tolist()
     return Claim(
@@ -85,22 +91,11 @@ def _rows(seed: int, name: str) -> Float64[Tensor, "rows 6"]:
     return torch.randn(500, 6, generator=made, dtype=torch.float64)
 
 
-def _top_k(x: Tensor, k: int) -> Tensor:
-    """Keep the k largest entries of each row, whatever their sign; the rest are 0."""
-    values, places = x.topk(k, dim=1)
-    return torch.zeros_like(x).scatter(1, places, values)
-
-
 def _paper(x: Tensor, k: int, strict: bool = False) -> Tensor:
     """Return Appendix A's formula; `strict` takes H(0) = 0."""
     next_one = x.sort(dim=1, descending=True).values[:, k : k + 1]
     step = x > next_one if strict else x >= next_one
     return (x - next_one).relu() + next_one * step
-
-
-ACTIVATIONS_CHECKS = (jumprelu, top_k)
-
-# Appendix A.1: the steps behind Theorem 1 (Eq. 15, 18, 19).
 
 
 def reordering(seed: int) -> Claim:
@@ -120,7 +115,6 @@ def reordering(seed: int) -> Claim:
         claim="If W_m minimises L_SAE, so does W_m with its rows reordered and zero rows added.",
         source="Eq. 15",
         verdict="holds",
-        condition="",
         evidence=f"Relative change of the loss at most {worst:.0e} over 24 random W_p, W_m, orders and paddings.",
         instances=24,
         numbers={"worst_relative_change": worst},
@@ -129,9 +123,9 @@ def reordering(seed: int) -> Claim:
 
 def zero_mean_residual(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     """Eq. 18: the gradient of L_SAE is zero if and only if the mean residual E[x_p - W_m^T sigma(W_m x_p)] is zero."""
-    means, slopes = {}, {}
-    for name, W_p in (("triangle", polygon(3)), ("tetrahedron", simplex(4))):
-        means[name], slopes[name] = _mean_and_gradient(closed_form(W_p), W_p)
+    triangle, tetrahedron = (
+        _mean_and_gradient(closed_form(W), W) for W in (polygon(3), simplex(4))
+    )
     eye = orthogonal(2)
     flat_mean, flat_slope = _mean_and_gradient(torch.zeros_like(eye), eye)
     return Claim(
@@ -140,15 +134,15 @@ def zero_mean_residual(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
         verdict="counterexample",
         condition="The residual is 0 for every x (digons, monosemantic dimensions); a zero mean is not enough, because "
         "the gradient is a correlation of the residual with the code and with x_p.",
-        evidence=f"Triangle at W_p^T, S = 0.5: mean residual {means['triangle']:.0e}, gradient norm "
-        f"{slopes['triangle']:.3f} (tetrahedron {slopes['tetrahedron']:.3f}). Conversely W_m = 0 for W_p = I_2 has "
+        evidence=f"Triangle at W_p^T, S = 0.5: mean residual {triangle[0]:.0e}, gradient norm "
+        f"{triangle[1]:.3f} (tetrahedron {tetrahedron[1]:.3f}). Conversely W_m = 0 for W_p = I_2 has "
         f"gradient {flat_slope:.0f} and mean residual {flat_mean:.2f}.",
         instances=3,
         numbers={
-            "triangle_mean_residual": means["triangle"],
-            "triangle_gradient": slopes["triangle"],
-            "tetrahedron_mean_residual": means["tetrahedron"],
-            "tetrahedron_gradient": slopes["tetrahedron"],
+            "triangle_mean_residual": triangle[0],
+            "triangle_gradient": triangle[1],
+            "tetrahedron_mean_residual": tetrahedron[0],
+            "tetrahedron_gradient": tetrahedron[1],
             "zero_W_m_gradient": flat_slope,
             "zero_W_m_mean_residual": flat_mean,
         },
@@ -191,9 +185,6 @@ def _away_from_eq_19(W_p: Tensor) -> float:
     return float((W_p.T @ W_p - gram).abs().max())
 
 
-PROOFS_CHECKS = (reordering, zero_mean_residual, polygon_gram)
-
-
 def coefficient(seed: int) -> Claim:
     """Eq. 26: the 1-sparse part of the loss is n S^(n-1) (1-S) sum_u E L(x_u e_u)."""
     ours, papers = [], {}
@@ -202,7 +193,10 @@ def coefficient(seed: int) -> Claim:
         n, S = 2 + i % 4, (0.5, 0.9, 0.99)[i % 3]
         W_p = random_unit(2, n, seed_for(seed, "eq26", "W_p", i))
         W_m = torch.randn(n, 2, generator=made, dtype=torch.float64)
-        exact = _one_sparse_part(W_m, W_p, S)
+        features, probability = grid(n, S, 2)
+        lost = sae_residual(W_m, superpose(W_p, features)).square().sum(1)
+        alone = (features > 0).sum(1) == 1
+        exact = float(lost[alone] @ probability[alone])
         mine = first_order(W_m, W_p, S, second_moment(2))
         ours.append(mine / exact)
         papers[f"paper_over_exact_n{n}"] = n * mine / exact
@@ -220,28 +214,20 @@ def coefficient(seed: int) -> Claim:
     )
 
 
-def _one_sparse_part(W_m: Tensor, W_p: Tensor, S: float) -> float:
-    """Return E[loss; exactly one feature is active] by enumeration."""
-    features, probability = grid(W_p.shape[1], S, 2)
-    alone = (features > 0).sum(1) == 1
-    lost = sae_residual(W_m, superpose(W_p, features)).square().sum(1)
-    return float(lost[alone] @ probability[alone])
-
-
 def topk_recovery(seed: int) -> Claim:
     """Appendix A.2: under positive interference Top-k(W_p^T W_p,u) = e_u for 1 < k <= n_m - p."""
     pentagon = polygon(5)
     bound = topk_bound(pentagon)
     kept = sorted(topk_code(pentagon, 2)[0].tolist(), reverse=True)[:2]
     wide = [random_unit(4, 9, seed_for(seed, "topk", i)) for i in range(12)]
-    first = max(_away_from_identity(topk_code(W_p, 1)) for W_p in [pentagon, *wide])
-    fails = sum(_away_from_identity(topk_code(W_p, 2)) > 1e-6 for W_p in [pentagon, *wide])
+    first = max(away_from_identity(topk_code(W_p, 1)) for W_p in [pentagon, *wide])
+    fails = sum(away_from_identity(topk_code(W_p, 2)) > 1e-6 for W_p in [pentagon, *wide])
     allowed = sum(topk_bound(W_p) >= 2 for W_p in [pentagon, *wide])
     clean = 0.0
     for i in range(8):
         W_p = nonpositive(3, 5, seed_for(seed, "topk", "clean", i))
         for k in range(1, topk_bound(W_p) + 1):
-            clean = max(clean, _away_from_identity(topk_code(W_p, k)))
+            clean = max(clean, away_from_identity(topk_code(W_p, k)))
     return Claim(
         claim="Under positive interference Top-k with 1 < k <= n_m - p recovers 1-sparse features.",
         source="Appendix A.2",
@@ -306,7 +292,7 @@ def identity_step(seed: int) -> Claim:
     solves = float((swap.T @ swap.relu() - eye).abs().max())
     product = float((D.T @ E_1).abs().max())
     two = zero_solutions(eye, 256, seed)
-    three = polysemantic_identity()
+    three = POLYSEMANTIC_IDENTITY
     third = float((three.T @ three.relu() - orthogonal(3)).abs().max())
     return Claim(
         claim="In W_m = I + E_1 - E_2 + D (E_1, E_2 off-diagonal, D diagonal) E_2^T E_1 = D^T E_1 = E_2^T D = 0, "
@@ -324,13 +310,12 @@ def identity_step(seed: int) -> Claim:
     )
 
 
-def _away_from_identity(latents: Tensor) -> float:
-    return float((latents - torch.eye(len(latents), dtype=latents.dtype)).abs().max())
-
-
 CHECKS = (
-    *ACTIVATIONS_CHECKS,
-    *PROOFS_CHECKS,
+    jumprelu,
+    top_k,
+    reordering,
+    zero_mean_residual,
+    polygon_gram,
     coefficient,
     topk_recovery,
     jumprelu_recovery,

@@ -1,13 +1,13 @@
 """One checked claim of the paper: what it says, whether it holds, and the numbers found."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["holds", "holds if", "counterexample"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """One line of the ledger.
 
@@ -20,7 +20,7 @@ class Claim:
     source: str
     """Where: "Theorem 1", "Eq. 14", "Section 4.3.2", "Appendix A" ..."""
     verdict: Verdict
-    condition: str
+    condition: str = ""
     """The extra condition, or what saves the claim; "" when it holds as stated."""
     evidence: str
     """One or two sentences with the numbers found."""
@@ -31,15 +31,7 @@ class Claim:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the claim as JSON-ready values."""
-        return {
-            "claim": self.claim,
-            "source": self.source,
-            "verdict": self.verdict,
-            "condition": self.condition,
-            "evidence": self.evidence,
-            "instances": self.instances,
-            "numbers": dict(self.numbers),
-        }
+        return asdict(self)
 
 
 Check = Callable[[int], Claim]

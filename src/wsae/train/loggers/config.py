@@ -14,6 +14,6 @@ class WandbConfig(Config):
     project: str = "wsae"
     """Project of the W&B run."""
     name: str | None = None
-    """Name shown for it; by default the run directory's."""
+    """Name of the W&B run; default: that of the run's directory."""
     mode: WandbMode | None = None
-    """online uploads with the user's own key, offline writes files; by default what WANDB_MODE says, else online."""
+    """online uploads with the user's own key, offline writes files; default: what WANDB_MODE says, else online."""

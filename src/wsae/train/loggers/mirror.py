@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from wsae.core.artifact import CONFIG
 from wsae.core.errors import UserError
 from wsae.core.files import opened, read_json, write_json
 from wsae.train.loggers.config import WandbConfig
@@ -329,7 +330,7 @@ class WandbRun:
             resume="allow",
             dir=str(run),
             mode=cfg.mode,
-            config=read_json(run / "config.json"),
+            config=read_json(run / CONFIG),
             settings=module.Settings(
                 console="off", silent=True, disable_git=True, disable_code=True, save_code=False
             ),

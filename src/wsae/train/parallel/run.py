@@ -21,7 +21,13 @@ from torch.distributed.tensor import Shard as Cut
 from wsae.acts.source import StoreSource
 from wsae.acts.stream import ActivationSource, Batch, BatchStream, ShuffledStream, State
 from wsae.core.artifact import (
+    CHECKPOINTS,
+    CONFIG,
+    GAMMA_FILE,
     MANIFEST,
+    MEMBERS,
+    METRICS_FILE,
+    SPEED,
     FileRecord,
     check_file,
     read_manifest,
@@ -32,7 +38,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import as_user_error, read_json, refusals, write_json
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.losses.gamma import describe_gamma
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import WEIGHTS, SparseAutoencoder
 from wsae.train.checkpoint import KEEP, checkpoints, member_tensors
 from wsae.train.config import TrainConfig
 from wsae.train.family import covariances, gamma_record, initial_gamma, power_of_two_scale
@@ -79,7 +85,7 @@ def save(run: Path, step: int, shards: list[Shard], place: dict[str, Any], world
 
 def place_of(run: Path, step: int) -> Path:
     """Return the directory of the checkpoint after `step` steps."""
-    return run / "checkpoints" / f"step-{step:09d}"
+    return run / CHECKPOINTS / f"step-{step:09d}"
 
 
 def _empty(path: Path) -> None:
@@ -253,7 +259,7 @@ class Recorder:
         self.run, self.cfg, self.shards, self.world = run, cfg, shards, world
         self.rates = rates
         """Peak learning rate of every member of the run, by its name in checkpoints, in the order of one process."""
-        self.metrics, self.speed = JsonLines(run / "metrics.jsonl"), JsonLines(run / "speed.jsonl")
+        self.metrics, self.speed = JsonLines(run / METRICS_FILE), JsonLines(run / SPEED)
         self.mirror = current()
         self.stream: BatchStream | None = None
         self.stop = False
@@ -400,7 +406,7 @@ def train_parallel(
         shards, about = _shards(cfg, part, own, world, progress)
         told = _merged(world.to_first(about if world.place.leads else {}))
         if world.first:
-            write_json(out / "gamma.json", told["gamma"])
+            write_json(out / GAMMA_FILE, told["gamma"])
         rates = {
             f"{hook}|{cfg.names()[i]}": cfg.members[i].learning_rate(source.hooks[hook])
             for hook, i in pairs
@@ -437,7 +443,7 @@ def _entered(
     if (out / MANIFEST).exists():
         read_manifest(out, "run")
         same_run(out, identity)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)  # killed before it could
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # killed before it could
         return None
     enter(out, identity, resume)
     return identity
@@ -520,7 +526,7 @@ def _write_members(out: Path, last: Path, shards: list[Shard]) -> dict[str, Any]
         sae = SparseAutoencoder(member.cfg.sae_config(len(member.mean)))
         sae.set_tensors(read_whole(last, f"{shard.key}|sae."), str(last))
         sae = sae.scaled(member.scale).requires_grad_(False)
-        sae.save(out / "members" / shard.hook / member.name)
+        sae.save(out / MEMBERS / shard.hook / member.name)
         if member.cfg.gamma.rule == "latent_variance":
             final = describe_gamma(member.cfg.gamma, sae.gamma)
             told["gamma"].setdefault(shard.hook, {})[member.name] = final
@@ -532,12 +538,12 @@ def _finish(
 ) -> None:
     """Write the records and the manifest, then drop the checkpoints."""
     names = {hook: cfg.names() for hook in hooks}
-    files = ["config.json", "gamma.json", "metrics.jsonl"]
+    files = [CONFIG, GAMMA_FILE, METRICS_FILE]
     for hook in hooks:
         for name in names[hook]:
-            place = Path("members") / hook / name
-            files += [str(place / file) for file in ("config.json", "sae.safetensors", MANIFEST)]
-    write_json(out / "gamma.json", told["gamma"])
+            place = Path(MEMBERS) / hook / name
+            files += [str(place / file) for file in (CONFIG, WEIGHTS, MANIFEST)]
+    write_json(out / GAMMA_FILE, told["gamma"])
     info = {"members": names, **{key: told[key] for key in ("d_in", "scale", "rows")}}
     write_manifest(out, "run", identity, files, inputs={"data": identity["data"]}, info=info)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

@@ -12,11 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from wsae.core.files import LINE_BYTES, as_user_error, digest, opened, parse_json, write_json
+from wsae.core.files import LINE_BYTES, Json, as_user_error, digest, opened, parse_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.autointerp.llm.config import LlmConfig
 
-Json = dict[str, Any]
 NO_EXPLANATION = "no explanation"
 TOKENS_PER_BYTE = 1 / 3
 """Prompt tokens per byte of UTF-8 where nobody counted: English has 1/4, Chinese 1/3, so this errs to the safe side."""

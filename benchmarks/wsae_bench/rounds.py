@@ -16,7 +16,7 @@ from typing import Any
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.doctor.cost import free_memory
-from wsae.experiments.bench.config import HELDOUT, LIMITS, Block, Job
+from wsae_bench.config import HELDOUT, LIMITS, Block, Job
 
 # The parent's side of a worker: requests with a time limit, and every ending of the process as one
 # line.
@@ -113,10 +113,10 @@ class WorkerProcess:
         return f"the worker died ({ending}){': ' + lines[-1][:300] if lines else ''}"
 
 
-def installed(python: str | None, names: list[str]) -> dict[str, str]:
+def installed(python: Path | None, names: list[str]) -> dict[str, str]:
     """Return the versions of those packages in an interpreter's environment; raises UserError if it cannot run."""
     try:
-        worker = WorkerProcess(python or sys.executable)
+        worker = WorkerProcess(str(python or sys.executable))
     except OSError as error:
         raise UserError(
             f"--peers-python {python}: cannot be run ({error.strerror}); name a Python interpreter"

@@ -1,6 +1,6 @@
 """From steps to the rows of a table: medians, ratios, shares of the floor, memory and fit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,8 +10,8 @@ from scipy import stats
 
 from wsae.core.errors import UserError
 from wsae.core.files import writing
-from wsae.experiments.bench.config import LIMITS, BenchConfig, Block, Job, Size, Variant
-from wsae.experiments.bench.rounds import Samples
+from wsae_bench.config import LIMITS, BenchConfig, Block, Job, Size, Variant
+from wsae_bench.rounds import Samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -287,3 +287,79 @@ def exponent(points: Sequence[tuple[float, float]]) -> tuple[float, float, float
     error = float(np.sqrt(rest @ rest / free / (dx @ dx)))
     half = float(stats.t.ppf(0.975, free)) * error
     return slope, slope - half, slope + half
+
+
+# What the command prints.
+
+
+def shown(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """Yield title, header and rows of every table of a run, and the lines below it."""
+    measured: dict[str, dict[str, Any]] = {}
+    for block in result["blocks"]:
+        yield block["title"], *speeds(block), [*(f"failed: {line}" for line in block["failed"]), ""]
+        if block["primitives"] and block["rows"]:
+            row = block["rows"][0]
+            measured.setdefault(f"primitives, size {row['size']}, threads {row['threads']}", block)
+    for title, block in measured.items():
+        found = block["primitives"]
+        rows = [
+            [
+                words,
+                *(_cell(found[name].get(key), form) for key, form in PRIMITIVE_COLUMNS.values()),
+            ]
+            for name, words in PRIMITIVES.items()
+            if name in found
+        ]
+        floor = ["floor: faster encoder product + fused Adam", f"{block['floor_ms']:,.1f}", "", ""]
+        yield title, ["primitive", *PRIMITIVE_COLUMNS], [*rows, floor], [""]
+    if result["scaling"]:
+        rows = [
+            [
+                fit["quantity"],
+                fit["axis"],
+                f"{fit['exponent']:.2f}",
+                f"{fit['low']:.2f} to {fit['high']:.2f}",
+                ", ".join(f"{x:g}: {y:,.0f}" for x, y in fit["points"]),
+            ]
+            for fit in result["scaling"]
+        ]
+        yield "how cost grows", ["cost", "against", "exponent", "95 % interval", "points"], rows, []
+
+
+PRIMITIVE_COLUMNS = {
+    "ms (median)": ("ms", ",.1f"),
+    "min": ("min_ms", ",.1f"),
+    "GFLOP/s": ("gflops", ",.0f"),
+}
+
+
+def speeds(block: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return a block's variants: time, speed and its ratios, memory, fit and what else the machine did."""
+    ours = block["kind"] in ("families", "kinds", "scaling")
+    ratio, words = ("cost_of_first", "x first") if ours else ("of_fastest_peer", "x fastest peer")
+    tokens = [row["fvu_tokens"] for row in block["rows"] if "ms" in row]
+    columns = {
+        "ms/step": ("ms", ",.1f"),
+        "min-max": ("ms_min", ",.1f"),
+        "tokens/s": ("tokens_per_s", ",.0f"),
+        words: (ratio, ".2f"),
+        "share of floor": ("floor_share", ".0%"),
+        "extra MiB": ("extra_mib", ",.0f"),
+        "peak MiB": ("peak_mib", ",.0f"),
+        "lr": ("lr", ".2e"),
+        f"FVU at {max(tokens):,} tokens" if tokens else "FVU": ("fvu", ".4f"),
+        "L0": ("l0", ".1f"),
+        "other load": ("other_load", ".2f"),
+    }
+    rows = []
+    for row in block["rows"]:
+        cells = ["failed", *[""] * (len(columns) - 1)]
+        if "ms" in row:
+            cells = [_cell(row[key], form) for key, form in columns.values()]
+            cells[1] += f"-{row['ms_max']:,.1f}"
+        rows.append([row["variant"], *cells])
+    return ["variant", *columns], rows
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,6 +1,5 @@
 """The pictures of docs/theory.md, drawn from the theory library. Needs matplotlib."""
 
-import importlib.util
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wsae.core.errors import UserError
-from wsae.core.files import writing
 from wsae.core.progress import Progress, quiet
+from wsae.experiments.drawing import need_matplotlib, new_figure, save_figure
 from wsae.report.panel_figures import COLOURS
 from wsae.theory.claims.assumptions import turned_digons
 from wsae.theory.geometry import digons, polygon, simplex
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 _SIZE = (4.6, 3.4)
 _STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "wsae",  # the same file for the same numbers
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,29 +37,18 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def need_matplotlib() -> None:
-    """Raise UserError when matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("matplotlib is not installed; pip install 'wsae[report]'")
-
-
 def theory_figures(place: Path, seed: int = 0, progress: Progress = quiet) -> list[Path]:
     """Write theory-NAME.png and .svg for every picture into `place` and return their paths."""
     need_matplotlib()
     import matplotlib
-    from matplotlib.figure import Figure
 
     written = []
     with progress("pictures", len(PICTURES), "pictures") as tick:
         for name, draw in PICTURES.items():
             with matplotlib.rc_context(_STYLE):
-                figure = Figure(figsize=_SIZE, layout="constrained")
+                figure = new_figure(*_SIZE)
                 draw(figure.subplots(), seed)
-                for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-                    path = place / f"theory-{name}.{kind}"
-                    with writing(path) as temporary:
-                        figure.savefig(temporary, format=kind, dpi=160, metadata=metadata)
-                    written.append(path)
+                written += save_figure(figure, place / f"theory-{name}", 160)
             tick(1)
     return written
 

@@ -7,7 +7,6 @@ stderr. It ends with its stdin or with its parent.
 
 import ctypes
 import gc
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -23,8 +22,8 @@ from typing import Any
 
 MIB = 1024.0
 PR_SET_PDEATHSIG = 1
-FILES = {"limits": "limits", "eai-sparsify": "peers", "dictionary-learning": "peers",
-         "sae-lens": "peers", "overcomplete": "peers"}  # fmt: skip
+DRIVERS = {"limits": "limits.py", "wsae": "ours.py"}
+"""Library -> its driver, a file beside this one; those of all others are in peers.py."""
 
 
 def main() -> None:
@@ -134,10 +133,8 @@ class Worker:
 
 
 def driver(library: str) -> ModuleType:
-    """Return the module that makes this library's subject; peers' is loaded by path, without wsae."""
-    if library == "wsae":
-        return importlib.import_module("wsae.experiments.bench.ours")
-    path = Path(__file__).with_name(f"{FILES[library]}.py")
+    """Return the module that makes this library's subject, loaded by path: a peer's environment has no wsae."""
+    path = Path(__file__).with_name(DRIVERS.get(library, "peers.py"))
     spec = importlib.util.spec_from_file_location(f"wsae_bench_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

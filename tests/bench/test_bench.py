@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsae.core.errors import UserError
-from wsae.experiments.bench import ours, rounds, run, table
-from wsae.experiments.bench import run as data
-from wsae.experiments.bench import run as machine
-from wsae.experiments.bench import table as scaling
-from wsae.experiments.bench.config import (
+from wsae_bench import ours, rounds, run, table
+from wsae_bench import run as data
+from wsae_bench import run as machine
+from wsae_bench import table as scaling
+from wsae_bench.config import (
     FLOOR,
     HELDOUT,
     OURS,
@@ -34,8 +34,8 @@ from wsae.experiments.bench.config import (
     Variant,
     blocks,
 )
-from wsae.experiments.bench.rounds import WORKER, WorkerFailed, WorkerProcess, installed
-from wsae.experiments.bench.run import run_bench
+from wsae_bench.rounds import WORKER, WorkerFailed, WorkerProcess, installed
+from wsae_bench.run import run_bench
 
 TINY = Size(name="tiny", d_in=16, d_sae=64, k=4, batch=64, warmup=2, rounds=2, turn=2)
 EAGER = OURS[1]
@@ -344,7 +344,7 @@ def test_a_worker_ends_with_its_parents_pipe_and_on_close():
 
 LONELY = """
 import sys, time
-from wsae.experiments.bench.rounds import WorkerProcess
+from wsae_bench.rounds import WorkerProcess
 worker = WorkerProcess(sys.executable)
 worker.ask({"do": "versions", "names": []}, 30.0)
 print(worker._process.pid, flush=True)
@@ -369,9 +369,9 @@ def test_a_busy_worker_ends_when_its_parent_is_killed():
 
 def test_an_interpreter_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be run"):
-        installed(str(tmp_path / "no-python"), ["torch"])
+        installed(tmp_path / "no-python", ["torch"])
     with pytest.raises(UserError, match="no Python interpreter"):
-        installed("/bin/true", ["torch"])
+        installed(Path("/bin/true"), ["torch"])
 
 
 class Puppet:
@@ -437,20 +437,18 @@ def test_a_deadline_ends_the_rounds_after_one(monkeypatch):
 # the machine
 
 
-def test_the_commit_is_read_without_git(tmp_path):
-    inner = tmp_path / "repo" / "src" / "wsae"
+def test_the_commit_is_that_of_our_own_repository(tmp_path):
+    inner, words = tmp_path / "src" / "wsae", ["git", "-C", str(tmp_path)]
     inner.mkdir(parents=True)
-    assert machine.commit(inner) == "unknown" or (tmp_path / ".git").exists()
-    git = tmp_path / "repo" / ".git"
-    (git / "refs" / "heads").mkdir(parents=True)
-    (git / "HEAD").write_text("ref: refs/heads/main\n")
     assert machine.commit(inner) == "unknown"
-    (git / "packed-refs").write_text("# pack-refs\n" + "a" * 40 + " refs/heads/main\n")
-    assert machine.commit(inner) == "a" * 40
-    (git / "refs" / "heads" / "main").write_text("b" * 40 + "\n")
-    assert machine.commit(inner) == "b" * 40
-    (git / "HEAD").write_text("c" * 40 + "\n")
-    assert machine.commit(inner) == "c" * 40
+    subprocess.run([*words, "init", "-q"], check=True)
+    assert machine.commit(inner) == "unknown"
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run([*words, *who, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    head = subprocess.run([*words, "rev-parse", "HEAD"], capture_output=True, text=True)  # noqa: PLW1510
+    assert machine.commit(inner) == head.stdout.strip() != ""
+    (inner.parent / "wsae").rename(inner.parent / "other")  # a repository around an environment
+    assert machine.commit(tmp_path) == "unknown"
 
 
 def test_the_processor_is_described_from_what_the_kernel_tells(tmp_path):

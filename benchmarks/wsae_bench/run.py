@@ -1,9 +1,11 @@
 """`wsae bench`: every block of a run, one after another, on rows made once."""
 
+import contextlib
 import csv
 import io
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,9 +24,10 @@ from wsae.core.files import locked, write_json, write_text, writing
 from wsae.core.npy import mapped_npy
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
-from wsae.experiments.bench.config import HELDOUT, PEERS, PINS, BenchConfig, Block, blocks
-from wsae.experiments.bench.rounds import Samples, Setting, installed, run_block
-from wsae.experiments.bench.table import (
+from wsae.ops.native import why_not
+from wsae_bench.config import HELDOUT, PEERS, PINS, BenchConfig, Block, blocks
+from wsae_bench.rounds import Samples, Setting, installed, run_block
+from wsae_bench.table import (
     exponents,
     need_matplotlib,
     scaling_blocks,
@@ -32,7 +35,6 @@ from wsae.experiments.bench.table import (
     speed_figure,
     summarise,
 )
-from wsae.ops.native import why_not
 
 # The rows that every variant trains on: a file of float32, the held-out rows first, mean |x|^2 =
 # d_in.
@@ -129,8 +131,6 @@ def opened(source: Path) -> np.ndarray:
 
 # What a run leaves: results.csv, steps.csv, bench.json and the pictures.
 
-HARDWARE = ("cpu", "flags", "cores", "memory_gib", "python", "commit")
-
 
 def write_files(
     out: Path,
@@ -153,14 +153,12 @@ def write_files(
 
 
 def results(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row for each variant and setting, with the hardware beside it; the floor is a row of its own."""
-    machine = {key: result["machine"][key] for key in HARDWARE}
-    rows = []
-    for block in result["blocks"]:
-        for row in block["rows"]:
-            floor = {"floor_ms": block["floor_ms"], "block": block["kind"]}
-            rows.append({**machine, **row, **floor})
-    return rows
+    """Return one row for each variant and setting, with the hardware beside it."""
+    return [
+        {**result["machine"], **row, "floor_ms": block["floor_ms"], "block": block["kind"]}
+        for block in result["blocks"]
+        for row in block["rows"]
+    ]
 
 
 def step_rows(steps: Sequence[tuple[str, Samples]]) -> list[dict[str, Any]]:
@@ -211,45 +209,31 @@ def describe(root: Path | None = None) -> dict[str, str]:
     }
 
 
+def native_dtypes() -> tuple[str, ...]:
+    """Return the number formats this processor multiplies without emulation."""
+    return ("float32", "bfloat16") if processor()[1] & BF16 else ("float32",)
+
+
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
     """Return the processor's name and its feature flags, as the kernel tells them."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine(), frozenset()
-    fields = dict(reversed([_pair(line) for line in lines if ":" in line]))
+    pairs = (line.partition(":") for line in reversed(lines))
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
     return fields.get("model name", platform.machine()), frozenset(fields.get("flags", "").split())
 
 
 def commit(start: Path) -> str:
-    """Return the commit checked out around `start`, read from .git, or "unknown"; changes beside it are not seen."""
+    """Return the commit checked out around `start`, or "unknown"; changes beside it are not seen."""
     for place in (start, *start.parents):
-        git = place / ".git"
-        if (
-            git.is_dir() and (place / "src" / "wsae").is_dir()
-        ):  # ours, not one around an environment
-            return _head(git) or "unknown"
+        if (place / ".git").exists() and (place / "src" / "wsae").is_dir():
+            words = ["git", "-C", str(place), "rev-parse", "--verify", "--quiet", "HEAD"]
+            with contextlib.suppress(OSError):  # git may not be there
+                done = subprocess.run(words, capture_output=True, text=True, check=False)
+                return done.stdout.strip() or "unknown"
     return "unknown"
-
-
-def _head(git: Path) -> str:
-    """Return what HEAD points to, through a loose or a packed reference; "" where that cannot be read."""
-    try:
-        head = (git / "HEAD").read_text(encoding="utf-8").strip()
-        name = head.removeprefix("ref: ")
-        if name == head:
-            return head
-        if (git / name).is_file():
-            return (git / name).read_text(encoding="utf-8").strip()
-        lines = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.split()[0] for line in lines if line.endswith(f" {name}")), "")
-
-
-def _pair(line: str) -> tuple[str, str]:
-    name, _, value = line.partition(":")
-    return name.strip(), value.strip()
 
 
 ADVICE = "pip install 'wsae[bench]', or name another interpreter with --peers-python"
@@ -287,7 +271,7 @@ def _run(
     with tempfile.TemporaryDirectory(prefix="wsae-bench-") as place:
         at = Setting(
             data=make_rows(cfg, todo, Path(place), progress),
-            peers_python=cfg.peers_python or sys.executable,
+            peers_python=str(cfg.peers_python or sys.executable),
             timeout_s=cfg.timeout_s,
             deadline=None if cfg.seconds is None else begun + cfg.seconds,
             seed=cfg.seed,
@@ -374,7 +358,7 @@ def make_rows(
 def _real(cfg: BenchConfig, path: Path, d_in: int, rows: int, todo: Sequence[Block]) -> int:
     """Write the rows of a file of activations, as many as it has; returns their number."""
     assert cfg.acts is not None
-    source = Path(cfg.acts)
+    source = cfg.acts
     x = opened(source)
     if x.shape[1] != d_in:
         raise UserError(

@@ -1,5 +1,6 @@
 """What `wsae bench` measures, as values: sizes, variants, and the blocks of jobs that alternate. No torch here."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -151,18 +152,23 @@ class BenchConfig(Config):
     sizes: tuple[Size, ...] = (SIZES["A"], SIZES["B"])
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     threads: tuple[PositiveInt, ...] = (1,)
+    """Threads of every worker; each number is measured in turn."""
     only: tuple[str, ...] = ()
-    """Names of the variants to measure; none means all."""
+    """Measure these variants only (wsae, wsae-eager, sparsify-signum, dl-topk, saelens ...)."""
     lr: PositiveFloat | None = 2e-3
     """Learning rate of every Adam in the blocks that compare fits; None leaves these out."""
     fit_steps: PositiveInt = 60
+    """Steps after which fits are compared."""
     families: bool = True
+    """Measure what 2 and 4 members cost beside one."""
     kinds: bool = False
+    """Measure every activation function too."""
     scaling: bool = False
-    acts: str | None = None
-    """A .npy file of real activations, rows x d_in; None means synthetic mixtures."""
-    peers_python: str | None = None
-    """Interpreter of the peers; None means this one."""
+    """Instead measure how our time and memory grow with d_sae, k, batch and members."""
+    acts: Path | None = None
+    """Train on these activations, a .npy matrix rows x d_in; none means synthetic mixtures."""
+    peers_python: Path | None = None
+    """Interpreter of the environment that holds the peers; none means this one."""
     timeout_s: PositiveFloat = 600.0
     """A worker that is silent for longer is ended."""
     seconds: PositiveFloat | None = None

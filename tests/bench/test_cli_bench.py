@@ -87,7 +87,7 @@ def test_quick_is_small(capsys):
 )
 def test_bf16_is_measured_where_the_processor_has_it(monkeypatch, flags, dtypes):
     from wsae.cli.bench import Flags, config
-    from wsae.experiments.bench import run as machine
+    from wsae_bench import run as machine
 
     monkeypatch.setattr(machine, "processor", lambda: ("Chip 9", frozenset(flags.split())))
     assert config(Flags()).dtypes == dtypes

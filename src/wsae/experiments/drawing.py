@@ -1,0 +1,192 @@
+"""Figures of the paper as PNG and SVG: panels of lines, and scatters with named points. Needs matplotlib."""
+
+import functools
+import importlib.util
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsae.core.errors import UserError
+from wsae.core.files import writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TITLE = 46
+"""Characters a line of a panel's title holds."""
+SPREAD = 0.6
+"""Share of the room between two named places over which methods are spread."""
+STYLES = (
+    ("#3b4252", "-", "o"),
+    ("#d55e00", "-", "s"),
+    ("#009e73", "--", "^"),
+    ("#0072b2", ":", "D"),
+    ("#cc79a7", "-.", "v"),
+    ("#e69f00", "-", "P"),
+    ("#56b4e9", "--", "X"),
+    ("#7f7f7f", ":", "*"),
+    ("#8c564b", "-.", "<"),
+    ("#000000", "--", ">"),
+    ("#17becf", "-", "h"),
+    ("#b5bd00", "--", "d"),
+)
+
+
+def panels_figure(
+    panels: Sequence[dict[str, Any]], path: Path, xlabel: str = "sparsity S", columns: int = 4
+) -> list[Path]:
+    """Draw panels (title, ylabel, series) side by side, one line a method with its 95 % band; returns both paths.
+
+    A panel may have `log`, the `bottom` its axis reaches down to (0), and `ticks`, names of the places 0, 1, ...
+
+    `path` is without suffix; PNG and SVG are written. Raises UserError when matplotlib is not installed.
+    """
+    names = list(dict.fromkeys(line["method"] for panel in panels for line in panel["series"]))
+    columns = min(columns, len(panels))
+    figure = _grid(
+        [functools.partial(_draw, panel=panel, names=names, xlabel=xlabel) for panel in panels],
+        columns,
+        new_figure(3.6 * columns, 3.3 * -(-len(panels) // columns) + 0.5),
+    )
+    return save_figure(figure, path)
+
+
+def _grid(draws: Sequence[Callable[["Axes"], None]], columns: int, figure: "Figure") -> "Figure":
+    """Draw panels side by side, each line and marker named once, below all panels."""
+    axes = list(figure.subplots(-(-len(draws) // columns), columns, squeeze=False).flat)
+    for ax, draw in zip(axes, draws, strict=False):
+        draw(ax)
+    for ax in axes[len(draws) :]:
+        ax.set_visible(False)
+    seen: dict[str, Any] = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        seen |= dict(zip(labels, handles, strict=True))
+    columns = min(4, 2 * columns)
+    figure.legend(
+        seen.values(), seen.keys(), loc="outside lower center", ncols=columns, frameon=False
+    )
+    return figure
+
+
+def need_matplotlib() -> None:
+    """Raise UserError when matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("matplotlib is not installed; pip install 'wsae[report]'")
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of this size in inches; raises UserError when matplotlib is not installed."""
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw(ax: "Axes", panel: dict[str, Any], names: list[str], xlabel: str) -> None:
+    for line in panel["series"]:
+        colour, dash, marker = STYLES[names.index(line["method"]) % len(STYLES)]
+        x, y = line["levels"], line["mean"]
+        known = all(edge is not None for edge in (*line["low"], *line["high"]))
+        if panel.get("ticks"):
+            # points with their intervals: between named places there is nothing, so no line
+            methods = [other["method"] for other in panel["series"]]
+            place = SPREAD * ((methods.index(line["method"]) + 0.5) / len(methods) - 0.5)
+            beside = [level + place for level in x]
+            spans = None
+            if known:
+                below = [mean - low for mean, low in zip(y, line["low"], strict=True)]
+                spans = [below, [high - mean for mean, high in zip(y, line["high"], strict=True)]]
+            look = {"color": colour, "fmt": marker, "ms": 4.5, "lw": 1.2, "label": line["method"]}
+            ax.errorbar(beside, y, yerr=spans, **look)
+            continue
+        ax.plot(x, y, color=colour, ls=dash, marker=marker, ms=3.5, lw=1.5, label=line["method"])
+        if known:
+            floor = [mean / 10 for mean in y] if panel.get("log") else line["low"]
+            low = [max(pair) for pair in zip(line["low"], floor, strict=True)]
+            ax.fill_between(x, low, line["high"], color=colour, alpha=0.18, lw=0)
+    title = "\n".join(textwrap.fill(part, TITLE) for part in panel["title"].split("\n"))
+    ax.set_title(title, loc="left", fontsize=9.5)
+    ax.set_xlabel(xlabel)
+    if panel.get("ticks"):
+        ax.set_xticks(range(len(panel["ticks"])), panel["ticks"], fontsize=8)
+    ax.set_ylabel(panel["ylabel"], fontsize=9)
+    if panel.get("log"):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=min(panel.get("bottom", 0.0), ax.get_ylim()[0]))
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int = 150) -> list[Path]:
+    """Write a figure as PNG and SVG, the same bytes each time; returns both paths."""
+    import matplotlib
+
+    written = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        written.append(path.with_suffix(f".{kind}"))
+        salt = matplotlib.rc_context({"svg.hashsalt": "wsae"})  # names of parts would be random
+        with writing(written[-1]) as temporary, salt:
+            figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata)
+    return written
+
+
+_GLYPH, _LINE = 0.0135, 0.034
+"""Width of a letter and height of a line of a point's name, in shares of a panel."""
+_SHIFTS = (0.0, -1.1, 1.1, -2.2, 2.2, -3.3, 3.3, -4.4, 4.4)
+"""Where a name may stand beside its point, in lines above it."""
+
+
+def scatter_figure(panels: Sequence[dict[str, Any]], path: Path, columns: int = 3) -> list[Path]:
+    """Draw panels side by side: lines first, then a named point with its interval for each member; returns both paths.
+
+    A panel has title, xlabel and ylabel; lines: [{label, x, y}]; points: [{label, group, x, y, low, high}]. Points of
+    one group share colour and marker. `path` is without suffix. Raises UserError without matplotlib.
+    """
+    groups = list(dict.fromkeys(p["group"] for panel in panels for p in panel["points"]))
+    columns = min(columns, len(panels))
+    figure = _grid(
+        [functools.partial(_draw_scatter, panel=panel, groups=groups) for panel in panels],
+        columns,
+        new_figure(4.6 * columns, 3.9 * -(-len(panels) // columns) + 0.4),
+    )
+    return save_figure(figure, path)
+
+
+def _draw_scatter(ax: "Axes", panel: dict[str, Any], groups: list[str]) -> None:
+    for line, (dash, grey) in zip(panel["lines"], (("-", "0.35"), ("--", "0.6")), strict=False):
+        ax.plot(line["x"], line["y"], dash, color=grey, lw=1.3, label=line["label"], zorder=1)
+    for point in panel["points"]:
+        colour, _, marker = STYLES[groups.index(point["group"]) % len(STYLES)]
+        x, y = point["x"], point["y"]
+        if point["low"] is not None:
+            ax.plot([x, x], [point["low"], point["high"]], color=colour, lw=1, alpha=0.6, zorder=2)
+        ax.plot([x], [y], marker, color=colour, ms=4.5, ls="none", label=point["group"], zorder=3)
+    _name(ax, panel["points"])
+    ax.set_title(panel["title"], loc="left", fontsize=9.5)
+    ax.set_xlabel(panel["xlabel"])
+    ax.set_ylabel(panel["ylabel"], fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _name(ax: "Axes", points: Sequence[dict[str, Any]]) -> None:
+    """Write every point's name to its right, on the nearest line that is free; where none is, on its own."""
+    x0, x1, bottom, top = (float(edge) for edge in (*ax.get_xlim(), *ax.get_ylim()))
+    taken: list[tuple[float, float, float]] = []  # left, right, middle
+
+    def is_free(line: float) -> bool:
+        return all(
+            x > right or left > x + width or abs(line - middle) >= _LINE
+            for left, right, middle in taken
+        )
+
+    for point in sorted(points, key=lambda point: (point["x"], point["y"])):
+        x = (float(point["x"]) - x0) / (x1 - x0) + 0.015
+        y = (float(point["y"]) - bottom) / (top - bottom)
+        width = _GLYPH * len(point["label"])
+        lines = [y + shift * _LINE for shift in _SHIFTS]
+        line = next(filter(is_free, lines), lines[0])
+        taken.append((x, x + width, line))
+        ax.text(x, line, point["label"], transform=ax.transAxes, fontsize=6.5, va="center")

@@ -1,0 +1,153 @@
+"""One SAE alone, of ours or imported, is a run of one member: every command takes it, or says what is missing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_interop_roundtrip import make, same_bits
+
+import wsae
+from wsae.cli.main import main
+from wsae.interop import Provenance, load
+from wsae.interop.runs import choose
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+STORE = FIXTURES / "before-fold" / "store"
+HOOK = "layers.1"
+QUICK = ["--draws", "20", "--n-latents", "0"]
+
+
+def failed(capsys, words: list[str]) -> str:
+    assert main(words) == 2, words
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def told(capsys, words: list[str]) -> dict:
+    assert main([*words, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def acts(tmp_path) -> Path:
+    np.save(tmp_path / "acts.npy", np.random.default_rng(0).normal(size=(300, 6)).astype("float32"))
+    return tmp_path / "acts.npy"
+
+
+@pytest.fixture
+def theirs(tmp_path, capsys) -> Path:
+    """SAELens' own folder, imported."""
+    place = tmp_path / "theirs"
+    told(capsys, ["import", str(FIXTURES / "interop/saelens-topk"), "--out", str(place)])
+    return place
+
+
+def test_an_sae_in_memory_becomes_a_run_that_says_only_what_is_known(tmp_path):
+    sae = make("relu", d_in=6)
+    run = wsae.Run.of_sae(sae, tmp_path / "mine", Provenance(hook=HOOK, model="m"))
+    assert run.single
+    assert run.finished
+    assert run.members == {HOOK: ["sae"]}
+    assert same_bits(run.saes[HOOK]["sae"], sae)
+    assert run.config.tokens is None
+    assert run.config.names() == ["sae"]
+    assert (run.config.sae, run.provenance.model) == (sae.cfg, "m")
+    assert run.gamma[HOOK]["sae"].rule is None  # not recorded
+    assert not run.has("evaluation")
+    assert run.metrics == {}
+    assert run.source == {}
+    with pytest.raises(wsae.UserError, match="run: wsae evaluate .*mine --source DATA"):
+        _ = run.evaluation
+    with pytest.raises(wsae.UserError, match="--force"):
+        wsae.Run.of_sae(sae, tmp_path / "mine")
+    with pytest.raises(wsae.UserError, match="read by wsae import"):
+        wsae.Run(FIXTURES / "interop/saelens-topk")
+
+
+def test_an_imported_folder_opens_as_a_run(theirs):
+    run = wsae.Run(theirs)
+    assert run.members == {"blocks.3.hook_resid_post": ["sae"]}
+    assert (
+        run.gamma["blocks.3.hook_resid_post"]["sae"].rule == "none"
+    )  # another tool weighs nothing
+    assert (run.provenance.model, run.provenance.context) == ("tiny", 64)
+    assert run.config.tokens == run.provenance.tokens
+
+
+def test_every_command_says_in_one_line_what_an_sae_alone_lacks(theirs, capsys):
+    place = str(theirs)
+    for words in (["report", place], ["compare", place], ["serve", place, "--index-only"]):
+        assert f"has not been evaluated; run: wsae evaluate {place} --source DATA" in failed(
+            capsys, words
+        )
+    for words in (["evaluate", place], ["interpret", place]):
+        said = failed(capsys, [*words, "--device", "cpu"])
+        assert "--source" in said
+        assert "wsae harvest tiny --hook blocks.3.hook_resid_post --text FILE" in said
+
+
+def test_an_imported_sae_is_measured_shown_compared_and_given_away(theirs, acts, tmp_path, capsys):
+    other = tmp_path / "other"
+    told(capsys, ["import", str(FIXTURES / "interop/dl-topk"), "--out", str(other)])
+    for place in (theirs, other):
+        found = told(capsys, ["evaluate", str(place), "--source", str(acts), *QUICK])
+        assert found["sae"] == str(place)
+        assert set(found["hooks"]["acts"]["members"]) == {"sae", "random"}
+    value = found["hooks"]["acts"]["members"]["sae"]["metrics"]["fvu"]["value"]
+    run = wsae.Run(other)
+    assert run.evaluation.hooks["acts"].members["sae"].metrics["fvu"].value == value
+    assert run.members == {"acts": ["sae"]}
+    assert run.source["path"] == str(acts)
+    again = told(capsys, ["evaluate", str(other), *QUICK])  # on the same data
+    assert again["hooks"]["acts"]["members"]["sae"]["metrics"]["fvu"]["value"] == value
+    page = Path(told(capsys, ["report", str(other)])["report"]).read_text()
+    assert "not a finished" not in page
+    told(capsys, ["serve", str(theirs), "--index-only", "--contexts", "0"])
+    lines = told(capsys, ["compare", str(theirs), str(other), "--draws", "20"])["hooks"]["acts"]
+    assert {(line["a"], line["b"]) for line in lines} == {("other:sae", "theirs:sae")}
+    assert choose(other)[0].about.metrics["fvu"]["value"] == value
+    told(capsys, ["export", str(other), "--out", str(tmp_path / "out")])
+    assert same_bits(load(tmp_path / "out").sae, load(other).sae)
+
+
+def test_what_was_measured_of_another_sae_in_the_same_place_is_not_shown(theirs, acts, capsys):
+    told(capsys, ["evaluate", str(theirs), "--source", str(acts), *QUICK])
+    standard = str(FIXTURES / "interop/saelens-standard")
+    told(capsys, ["import", standard, "--out", str(theirs), "--force"])
+    assert not wsae.Run(theirs).has("evaluation")
+    assert "has not been evaluated" in failed(capsys, ["report", str(theirs)])
+
+
+def test_an_sae_alone_is_measured_and_interpreted_on_text(tmp_path, capsys):
+    """Also where the model behind the text is not here: nothing is spliced then, and that is said."""
+    place = tmp_path / "mine"
+    wsae.Run.of_sae(make("topk", d_in=16, groups=8), place, Provenance(hook=HOOK))
+    words = ["--source", str(STORE), "--device", "cpu", "--draws", "20"]
+    found = told(capsys, ["evaluate", str(place), *words, "--n-latents", "4"])
+    assert any("not spliced into the model" in note for note in found["notes"])
+    assert wsae.Run(place).contexts[HOOK]["sae"]
+    least = ["--n-latents", "2", "--score", "embedding"]
+    interpreted = told(capsys, ["interpret", str(place), *words, *least])
+    assert set(interpreted["hooks"][HOOK]["members"]) == {"sae"}
+    assert told(capsys, ["interpret", str(place), "--device", "cpu", "--draws", "20", *least])
+    assert Path(told(capsys, ["report", str(place)])["report"]).is_file()
+
+
+def test_another_tools_folder_is_measured_as_it_is_and_left_alone(tmp_path, acts, capsys):
+    folder = Path(shutil.copytree(FIXTURES / "interop/saelens-topk", tmp_path / "folder"))
+    before = sorted(p.name for p in folder.iterdir())
+    found = told(capsys, ["evaluate", str(folder), "--source", str(acts), *QUICK])
+    assert set(found["hooks"]["acts"]["members"]) == {"sae", "random"}
+    assert sorted(p.name for p in folder.iterdir()) == before
+    assert "wsae import" in failed(capsys, ["report", str(folder)])
+
+
+def test_a_member_of_a_run_is_a_run_of_its_own(tmp_path):
+    run = Path(shutil.copytree(FIXTURES / "before-fold/run", tmp_path / "run"))
+    alone = wsae.Run(run / "members" / HOOK / "plain")
+    (sae,) = alone.saes["activations"].values()
+    assert torch.equal(sae.W_dec, wsae.Run(run).saes[HOOK]["plain"].W_dec)
