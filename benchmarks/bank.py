@@ -27,9 +27,8 @@ from wsae.experiments.sweep.run import Rows, Trial
 from wsae.sae.config import ReLU
 from wsae.theory.geometry import random_unit
 from wsae.toy.config import FeatureConfig
-from wsae.train.bank.chunk import make_entry
 from wsae.train.bank.config import BankConfig
-from wsae.train.bank.run import train_bank
+from wsae.train.bank.run import make_entry, train_bank
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.state import make_batch, make_member
 from wsae.train.step import train_step

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from wsae.acts.source import Chunk, StoreSource
+from wsae.acts.source import HeldoutRows, StoreSource
 from wsae.acts.tokens import TokenTable
 from wsae.evals.autointerp.collect import Members, collect, member_bytes
 from wsae.evals.autointerp.config import ContextConfig
@@ -37,12 +37,14 @@ class First:
     def __init__(self, source: HeldOut, rows: int) -> None:
         self._source, self._rows, self.hooks = source, rows, source.hooks
 
-    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         left = self._rows
         for x, seq, pos in self._source.heldout(batch_size):
             if left <= 0:
                 return
-            yield Chunk({hook: rows[:left] for hook, rows in x.items()}, seq[:left], pos[:left])
+            yield HeldoutRows(
+                {hook: rows[:left] for hook, rows in x.items()}, seq[:left], pos[:left]
+            )
             left -= len(seq)
 
     def tokens(self) -> TokenTable | None:

@@ -109,7 +109,7 @@ def kernels() -> SimpleNamespace:
     from wsae.ops.triton import encode, sums, update
     from wsae.ops.triton import encode as above
     from wsae.ops.triton import encode as group
-    from wsae.train.gpu.step import triton_step
+    from wsae.train.gpu import triton_step
 
     return SimpleNamespace(
         topk_encode=encode.topk_encode,

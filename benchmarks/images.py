@@ -25,7 +25,7 @@ from PIL import Image
 from wsae.acts.hookpoints import probe
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.acts.images.harvest import harvest_images
-from wsae.acts.images.model import Encoder, EncoderConfig, VisionModel, load_vision
+from wsae.acts.images.model import EncoderConfig, ImageEncoder, VisionModel, load_vision
 
 
 class Stop(Exception):  # noqa: N818
@@ -65,7 +65,7 @@ def make_encoder(folder: Path, args: argparse.Namespace) -> Path:
     """Save an untrained ResNet-18 as `wsae pretrain` would."""
     torch.manual_seed(0)
     (folder / "encoder").mkdir()
-    Encoder(EncoderConfig(stem=args.stem, size=args.size)).save(folder / "encoder")
+    ImageEncoder(EncoderConfig(stem=args.stem, size=args.size)).save(folder / "encoder")
     return folder
 
 

@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 from wsae.ops.native import select as selection
+from wsae.ops.native import weights
 from wsae.sae import TopK
+from wsae.train import native
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.native import step
-from wsae.train.native import step as codes
 from wsae.train.state import Batch, MemberState, make_batch, make_member
 from wsae.train.step import train_step
 
 SIZES = {"A": (768, 24_576, 4096), "B": (576, 4608, 2048)}
 PARTS = {
-    "select": (codes, "select_topk"),
-    "sort": (step, "sort_pairs"),
-    "to slices": (step, "to_slices"),
-    "decode": (step, "decode"),
-    "residual": (step, "residual"),
-    "products": (step, "dots"),
-    "update": (step, "_update"),
+    "select": (native, "select_topk"),
+    "sort": (native, "sort_pairs"),
+    "to slices": (native, "to_slices"),
+    "decode": (weights, "decode"),
+    "residual": (native, "residual"),
+    "products": (weights, "dots"),
+    "update": (native, "_update"),
 }
 
 SPENT: dict[str, float] = defaultdict(float)
@@ -99,7 +99,7 @@ def same_sets(member: MemberState, x: Tensor) -> dict[str, float]:
     weights, k = member.weights, 32
     assert weights is not None
     rows = x - member.sae.b_dec.detach()
-    both = Centred((rows, to_slices(rows)))
+    both = Centred(rows, to_slices(rows))
     found = selection.select_topk(weights.rounded, weights.encoder_rows, member.sae.b_enc, both, k)
     pre = rows @ from_slices(weights.encoder_rows, weights.d_in).T + member.sae.b_enc.detach()
     wanted = pre.topk(k, 1)

@@ -9,8 +9,7 @@ every rule's loss and compares L_GT, latents matched to features, with the plain
 import argparse
 import statistics
 
-from wsae.theory.claims.weights import unfinished
-from wsae.theory.weighting import RULES, reweighted
+from wsae.theory.claims.weights import RULES, reweighted, unfinished
 
 FAR = 0.01
 

@@ -8,6 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from wsae.core.config import Config
 
 Dtype = Literal["float32", "bfloat16"]
+Kind = Literal["speed", "fit", "families", "kinds", "scaling"]
+Axis = Literal["d_sae", "k", "batch", "members"]
 PINS = {
     "eai-sparsify": "1.3.3",
     "dictionary-learning": "0.1.0",
@@ -68,19 +70,21 @@ class Job(Config):
 
 
 class Block(Config):
-    """Jobs that alternate; ratios are taken within it."""
+    """Jobs that alternate, all as often as their sizes say; ratios are taken within it."""
 
-    kind: Literal["speed", "fit", "families", "kinds", "scaling"]
+    kind: Kind
     title: str
-    jobs: tuple[Job, ...]
-    rounds: PositiveInt
-    turn: PositiveInt
-    warmup: PositiveInt
+    jobs: tuple[Job, ...] = Field(min_length=1)
+
+    @property
+    def size(self) -> Size:
+        """The first job's size: how often all of them step."""
+        return self.jobs[0].size
 
     @property
     def steps(self) -> int:
         """Steps of every job."""
-        return self.warmup + self.rounds * self.turn
+        return self.size.warmup + self.size.rounds * self.size.turn
 
 
 PEERS = (
@@ -123,6 +127,13 @@ _KINDS: dict[str, dict[str, Any]] = {
     "jumprelu": {"l0": 0.01},
 }
 FAMILIES = (1, 2, 4)
+FACTORS: dict[Axis, tuple[float, ...]] = {
+    "d_sae": (0.5, 1, 2, 4),
+    "k": (0.25, 0.5, 1, 2, 4),
+    "batch": (0.25, 0.5, 1, 2, 4),
+    "members": (1, 2, 4, 8),
+}
+"""One of these is varied at a time, to see how the trainer's time and memory grow."""
 
 
 def kinds() -> list[Variant]:
@@ -138,12 +149,9 @@ def kinds() -> list[Variant]:
     ]
 
 
-def families() -> list[Variant]:
-    """Return families of 1, 2 and 4 members over the same batches."""
-    return [
-        Variant(name=f"members-{n}", library="wsae", settings={"kernels": "auto", "members": n})
-        for n in FAMILIES
-    ]
+def family(n: int, name: str) -> Variant:
+    """Return the training of n members over the same batches."""
+    return Variant(name=name, library="wsae", settings={"kernels": "auto", "members": n})
 
 
 class BenchConfig(Config):
@@ -187,9 +195,8 @@ def blocks(cfg: BenchConfig, installed: set[str], native: bool = True) -> list[B
             for dtype in cfg.dtypes:
                 found.append(_block("speed", size, [FLOOR, *main], dtype, threads))
         if cfg.families:
-            found.append(
-                _block("families", size, [FLOOR, *families()], cfg.dtypes[0], cfg.threads[0])
-            )
+            every = [family(n, f"members-{n}") for n in FAMILIES]
+            found.append(_block("families", size, [FLOOR, *every], cfg.dtypes[0], cfg.threads[0]))
         if cfg.kinds:
             possible = [v for v in kinds() if native or v.settings["kernels"] != "native"]
             everything = [FLOOR, *possible]
@@ -202,7 +209,7 @@ def blocks(cfg: BenchConfig, installed: set[str], native: bool = True) -> list[B
 
 
 def _block(
-    kind: Literal["speed", "families", "kinds", "fit"],
+    kind: Kind,
     size: Size,
     variants: list[Variant],
     dtype: Dtype,
@@ -219,9 +226,7 @@ def _block(
         f"{kind}, size {size.name}: d_in {size.d_in}, d_sae {size.d_sae:,}, k {size.k}, batch {size.batch:,}; "
         f"{dtype}, {threads} thread{'s' if threads > 1 else ''}{words}"
     )
-    return Block(
-        kind=kind, title=title, jobs=jobs, rounds=size.rounds, turn=size.turn, warmup=size.warmup
-    )
+    return Block(kind=kind, title=title, jobs=jobs)
 
 
 def _fit(cfg: BenchConfig, variants: list[Variant]) -> Block:
@@ -231,3 +236,20 @@ def _fit(cfg: BenchConfig, variants: list[Variant]) -> Block:
     longer = size.model_copy(update={"rounds": rounds})
     adams = [v for v in variants if v.adam]
     return _block("fit", longer, [FLOOR, *adams], cfg.dtypes[0], cfg.threads[0], cfg.lr)
+
+
+def scaling_blocks(cfg: BenchConfig) -> list[Block]:
+    """Return one block for each axis, around the last size."""
+    size, rest = cfg.sizes[-1], {"dtype": cfg.dtypes[0], "threads": cfg.threads[0]}
+    found = []
+    for axis, factors in FACTORS.items():
+        jobs = []
+        for factor in factors:
+            members = int(factor) if axis == "members" else 1
+            changed = {} if axis == "members" else {axis: max(1, int(getattr(size, axis) * factor))}
+            variant = family(members, f"{axis}={changed.get(axis, members)}")
+            at = size.model_copy(update=changed)
+            jobs.append(Job(name=variant.name, variant=variant, size=at, **rest))
+        title = f"scaling with {axis}, around size {size.name}; {cfg.dtypes[0]}"
+        found.append(Block(kind="scaling", title=title, jobs=tuple(jobs)))
+    return found

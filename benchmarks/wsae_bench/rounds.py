@@ -179,7 +179,7 @@ def run_block(block: Block, at: Setting, progress: Progress = quiet) -> list[Sam
     """
     samples = {job.name: Samples(job) for job in block.jobs}
     groups = waves(list(block.jobs), free_memory("cpu"))
-    turns = (block.rounds + 1) * sum(map(len, groups))
+    turns = (block.size.rounds + 1) * sum(map(len, groups))
     with progress(block.title.partition(":")[0], turns, "turns") as tick:
         for wave in groups:
             Wave(block, at, samples, tick).run(wave)
@@ -240,17 +240,17 @@ class Wave:
 
     def _rounds(self) -> None:
         """Let every worker warm up, then step in rounds that each begin with another worker."""
-        block, deadline = self.block, self.at.deadline
+        size, deadline = self.block.size, self.at.deadline
         for name in list(self.workers):
-            self._step(name, 0, block.warmup)
-        for r in range(block.rounds):
+            self._step(name, 0, size.warmup)
+        for r in range(size.rounds):
             if r and deadline is not None and time.monotonic() > deadline:
-                self.at.say(f"out of time after {r} of {block.rounds} rounds")
+                self.at.say(f"out of time after {r} of {size.rounds} rounds")
                 break
             names = list(self.workers)
             shift = r % max(1, len(names))
             for name in names[shift:] + names[:shift]:
-                steps = self._step(name, block.warmup + r * block.turn, block.turn)
+                steps = self._step(name, size.warmup + r * size.turn, size.turn)
                 self.samples[name].steps += steps
 
     def _step(self, name: str, first: int, count: int) -> list[Step]:

@@ -25,12 +25,11 @@ from wsae.core.npy import mapped_npy
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.ops.native import why_not
-from wsae_bench.config import HELDOUT, PEERS, PINS, BenchConfig, Block, blocks
+from wsae_bench.config import HELDOUT, PEERS, PINS, BenchConfig, Block, blocks, scaling_blocks
 from wsae_bench.rounds import Samples, Setting, installed, run_block
 from wsae_bench.table import (
     exponents,
     need_matplotlib,
-    scaling_blocks,
     scaling_figure,
     speed_figure,
     summarise,

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
 from wsae.core.errors import UserError
 from wsae.core.files import writing
-from wsae_bench.config import LIMITS, BenchConfig, Block, Job, Size, Variant
+from wsae_bench.config import FACTORS, LIMITS, Block, Job
 from wsae_bench.rounds import Samples
 
 if TYPE_CHECKING:
@@ -211,52 +211,11 @@ def add_ratios(rows: Sequence[Row]) -> None:
         r["cost_of_first"] = r["ms"] / measured[0]["ms"]
 
 
-# How the trainer's time and memory grow: one of d_sae, k, batch and members is varied at a time.
+# How the trainer's time and memory grow.
 
-Axis = Literal["d_sae", "k", "batch", "members"]
-FACTORS: dict[Axis, tuple[float, ...]] = {
-    "d_sae": (0.5, 1, 2, 4),
-    "k": (0.25, 0.5, 1, 2, 4),
-    "batch": (0.25, 0.5, 1, 2, 4),
-    "members": (1, 2, 4, 8),
-}
 STEEP = 1.1
 """An exponent above this is worth a warning: the cost grows faster than the work."""
 QUANTITIES = {"ms": "time of a step", "extra_mib": "peak memory"}
-
-
-def scaling_blocks(cfg: BenchConfig) -> list[Block]:
-    """Return one block for each axis, around the last size."""
-    return [_block(axis, cfg.sizes[-1], cfg) for axis in FACTORS]
-
-
-def _block(axis: Axis, size: Size, cfg: BenchConfig) -> Block:
-    jobs = []
-    for factor in FACTORS[axis]:
-        members = int(factor) if axis == "members" else 1
-        changed = {} if axis == "members" else {axis: max(1, int(getattr(size, axis) * factor))}
-        variant = Variant(
-            name=f"{axis}={changed.get(axis, members)}",
-            library="wsae",
-            settings={"kernels": "auto", "members": members},
-        )
-        jobs.append(
-            Job(
-                name=variant.name,
-                variant=variant,
-                size=size.model_copy(update=changed),
-                dtype=cfg.dtypes[0],
-                threads=cfg.threads[0],
-            )
-        )
-    return Block(
-        kind="scaling",
-        title=f"scaling with {axis}, around size {size.name}; {cfg.dtypes[0]}",
-        jobs=tuple(jobs),
-        rounds=size.rounds,
-        turn=size.turn,
-        warmup=size.warmup,
-    )
 
 
 def exponents(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ def _train_in_turn(
         def on_step(done: int) -> None:
             if done % cfg.log_every == 0 and done < cfg.steps:
                 for _, member in family.all():
-                    member.reset_sums()
+                    member.window.zero_()
 
         run_steps(cfg, family, stream, 0, tick, on_step)
 

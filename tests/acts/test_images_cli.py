@@ -8,7 +8,7 @@ import torch
 from images_models import SIZE, make_vision
 from sklearn.datasets import load_digits
 
-from wsae.acts.images.model import Encoder, EncoderConfig
+from wsae.acts.images.model import EncoderConfig, ImageEncoder
 from wsae.acts.store import Store
 from wsae.cli.main import main
 
@@ -98,7 +98,9 @@ def test_a_pretrained_run_gives_embeddings_and_projections(capsys, tmp_path):
     shape = {"widths": (4, 4, 8, 8), "projector_hidden": 12, "projector_out": 6}
     normal = {"mean": (0.3, 0.3, 0.3), "std": (0.2, 0.2, 0.2)}
     torch.manual_seed(0)
-    encoder = Encoder(EncoderConfig(stem="smallest", size=8, positive="relu", **shape, **normal))
+    encoder = ImageEncoder(
+        EncoderConfig(stem="smallest", size=8, positive="relu", **shape, **normal)
+    )
     (tmp_path / "run" / "encoder").mkdir(parents=True)
     encoder.save(tmp_path / "run" / "encoder")
     words = ["--images", "digits", "--limit", 40, "--hook", "pooler", "projector"]

@@ -43,8 +43,7 @@ EAGER = OURS[1]
 
 def block(variants, size: Size = TINY) -> Block:
     jobs = tuple(Job(name=v.name, variant=v, size=size) for v in variants)
-    shape = {"rounds": size.rounds, "turn": size.turn, "warmup": size.warmup}
-    return Block(kind="speed", title="speed, size tiny: x", jobs=jobs, **shape)
+    return Block(kind="speed", title="speed, size tiny: x", jobs=jobs)
 
 
 def setting(tmp_path: Path, **fields) -> rounds.Setting:

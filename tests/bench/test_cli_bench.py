@@ -101,7 +101,7 @@ def test_bf16_is_measured_where_the_processor_has_it(monkeypatch, flags, dtypes)
         (("--only", "openai"), "--only openai"),
         (("--device", "cuda"), "--device cuda"),
         (("--acts", "nowhere.npy"), "nowhere.npy"),
-        (("--d-sae", "0"), "d_sae"),
+        (("--d-sae", "0"), "--d-sae"),
         (("--threads", "0"), "threads"),
         (("--peers-python", "nowhere/python", "--quick"), "nowhere/python"),
     ],

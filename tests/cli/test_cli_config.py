@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
-from wsae.cli import flags, main, runner, table, train
+from wsae.cli import flags, harvest, main, runner, table, train
 from wsae.cli import flags as flagfile
 from wsae.core.config import FLAG_OF, Config
 from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
@@ -489,3 +489,48 @@ def test_configs_of_any_kind_are_read_from_yaml(tmp_path: Path) -> None:
     )
     cfg = TrainConfig.load(tmp_path / "t.yaml")
     assert (cfg.tokens, cfg.members[0].gamma.alpha, cfg.members[0].k_aux) == (100, 0.5, 3)
+
+
+def test_a_live_runs_record_stands_for_the_flags_that_made_it(tmp_path: Path) -> None:
+    """Text, hooks, the rows that are kept and how they are mixed; what is said beside it wins."""
+    words = "gpt2 --out y --text t.txt --hook layers.* --seq-len 32 --sink-norm-ratio 0 --heldout-fraction 0.3"
+    more = "--shuffle-tokens 99 --stats-tokens 77 --k 3 --tokens 5000 --alpha 1 2 --seed 4"
+    made = flags.parse(train.Flags, "wsae", [*words.split(), *more.split()], "")
+    cfg = train.config(made, None)
+    text = made.live.config("gpt2", seed=4, tokens=5000)
+    assert (text.heldout_fraction, text.sink_norm_ratio) == (0.3, None)
+    source = {"kind": "live", "harvest": text.to_dict(), "hooks": ["layers.0", "layers.1"]}
+    source["mixing"] = {"shuffle_tokens": 99, "stats_tokens": 77}
+    record = {"train": cfg.to_dict(), "data": "digest", "source": source}
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    again = ["--config", str(tmp_path / "r.json"), "--out", "y"]
+    read = flags.parse(train.Flags, "wsae", again, "")
+    assert (read.source, read.live, read.mixing, read.common.seed) == (
+        "gpt2",
+        made.live.model_copy(update={"sink_norm_ratio": None}),
+        made.mixing,
+        4,
+    )
+    assert train.config(read, None) == cfg
+    (tmp_path / "f.yaml").write_text(flagfile.as_yaml(read, "wsae train"))
+    printed = flags.parse(train.Flags, "wsae", ["--config", str(tmp_path / "f.yaml")], "")
+    assert train.config(printed, None) == cfg
+    other = flags.parse(train.Flags, "wsae", ["gpt2-medium", *again, "--seq-len", "64"], "")
+    assert (other.source, other.live.seq_len) == ("gpt2-medium", 64)
+
+
+def test_flags_of_images_that_would_do_nothing_are_refused() -> None:
+    def config(*words: str) -> Any:
+        made = flags.parse(harvest.Flags, "wsae", ["m", "--out", "y", "--images", "p", *words], "")
+        return made.vision.config(made.model, made.live)
+
+    assert config("--size", "8", "--resize", "9").images.resize == 9
+    assert config().heldout_fraction == 0.2
+    assert config("--heldout-fraction", "0").heldout_fraction == 0
+    for words, says in (
+        (("--resize", "9"), "--resize: goes with --size"),
+        (("--seq-len", "9"), "--seq-len: is for --text, not for --images"),
+        (("--batch-size", "0"), "--batch-size: Input should be greater than 0 (got 0)"),
+    ):
+        with pytest.raises(UserError, match=says.replace("(", r"\(").replace(")", r"\)")):
+            config(*words)

@@ -125,7 +125,7 @@ def test_a_local_model_that_follows_no_instruction_gives_failures_and_no_scores(
         (("--controls", "placebo"), "--controls: 'placebo' is not one of"),
         (("--hook", "layers.7"), "hook 'layers.7': the run has layers.1"),
         (("--member", "heavy"), "member 'heavy': the run has plain, variance-a1"),
-        (("--n-latents", "0"), "n_latents"),
+        (("--n-latents", "0"), "--n-latents"),
         (("--score", "detection", "--endpoint", "ftp://x", "--model", "m"), "endpoint: not a URL"),
         (("--score", "detection", "--endpoint", "http://x/v1"), "model: empty"),
     ],

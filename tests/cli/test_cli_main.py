@@ -172,39 +172,6 @@ def test_a_missing_file_that_only_the_system_noticed_is_bad_input(tmp_path, caps
     assert "no such file" in capsys.readouterr().err
 
 
-def test_flags_file_fills_in_and_the_command_line_wins(tmp_path, capsys):
-    file = tmp_path / "flags.json"
-    words = ["train", "acts.npy", "--out", "run", "--k", "7", "--alpha", "1", "0.5", "--no-twin"]
-    assert main.main([*words, "--json", "--print-config"]) == 0
-    file.write_text(capsys.readouterr().out)
-    assert main.main(["train", "--config", str(file), "--k=9", "--print-config"]) == 0
-    read = json.loads(capsys.readouterr().out)
-    assert read == json.loads(file.read_text()) | {"k": 9}
-    assert (read["source"], read["alpha"], read["twin"], read["json"]) == (
-        "acts.npy",
-        [1, 0.5],
-        False,
-        True,
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ('{"d_saee": 4}', "unknown key 'd_saee' (nearest: d_sae"),
-        ("[1]", "a flags file is a JSON object"),
-        ("{", "not JSON"),
-    ],
-)
-def test_a_bad_flags_file_is_named_with_its_mistake(content, says, tmp_path, capsys):
-    file = tmp_path / "flags.json"
-    file.write_text(content)
-    assert main.main(["train", "x", "--out", "y", "--config", str(file)]) == 2
-    err = capsys.readouterr().err
-    assert str(file) in err
-    assert says in err
-
-
 def test_several_alphas_make_one_member_each_beside_one_plain_twin():
     made = plan.PlanFlags(alpha=(1.0, 0.5), k=4, d_sae=16).config(rows=1000, seed=3)
     assert made.names() == ["plain", "variance-a1", "variance-a0.5"]

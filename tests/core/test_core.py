@@ -23,7 +23,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import locked, read_sealed, seal, write_json, writing
 from wsae.core.seeds import Permutation, seed_for
-from wsae.core.tensors import _NAMES, MappedTensor, load_tensors, save_tensors
+from wsae.core.tensors import DTYPE_NAMES, MappedTensor, load_tensors, save_tensors
 
 
 class Inner(Config):
@@ -242,7 +242,7 @@ DTYPES = st.sampled_from(
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
     ]
 )
-BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
+BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
 
 

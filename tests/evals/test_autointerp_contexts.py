@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
 from wsae.acts.live import LiveSource
-from wsae.acts.source import Chunk, StoreSource
+from wsae.acts.source import HeldoutRows, StoreSource
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
@@ -52,7 +52,7 @@ class Text:
         self.passes += 1
         for first in range(0, len(self.x), batch_size):
             part = slice(first, first + batch_size)
-            yield Chunk({HOOK: self.x[part]}, self.seq[part], self.pos[part])
+            yield HeldoutRows({HOOK: self.x[part]}, self.seq[part], self.pos[part])
 
     def tokens(self):
         return self.table

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsae.acts.source import Chunk
+from wsae.acts.source import HeldoutRows
 from wsae.core.errors import UserError
 from wsae.evals.compare import member_metrics
 from wsae.evals.config import EvalConfig
@@ -43,7 +43,7 @@ class Sequences:
         size = self.size or batch_size
         for start in range(0, len(self.x), size):
             part = slice(start, start + size)
-            yield Chunk({"layers.1": self.x[part]}, self.seq[part], self.pos[part])
+            yield HeldoutRows({"layers.1": self.x[part]}, self.seq[part], self.pos[part])
 
     def tokens(self):
         return None
@@ -260,7 +260,7 @@ def test_a_limit_measures_the_first_rows_as_if_there_were_no_others(limit):
 def test_kept_positions_are_those_of_the_rows():
     kept = HeldOutPositions([4, 6])
     for seq, pos in (([3, 4, 4], [0, 1, 3]), ([4, 6], [5, 2])):
-        kept.update(Chunk({}, torch.tensor(seq), torch.tensor(pos)))
+        kept.update(HeldoutRows({}, torch.tensor(seq), torch.tensor(pos)))
     assert kept.mask(4, 7).tolist() == [False, True, False, True, False, True, False]
     assert kept.mask(6, 3).tolist() == [False, False, True]
 

@@ -132,8 +132,9 @@ def test_thresholds_of_zero_and_below_act_as_zero_exactly():
     assert levels[:2].tolist() == [0.0, 0.0]
     torch.testing.assert_close(levels[2:], torch.tensor([0.5, 1e-30]), rtol=1e-5, atol=0)
     cfg = SAEConfig(d_in=1, d_sae=2, activation=make_activation("jumprelu"))
-    weights = NamedTensors(torch.ones(1, 2), torch.ones(2, 1), torch.zeros(2), torch.zeros(1))
-    sae = assemble(cfg, weights, {"log_threshold": log_threshold(torch.tensor([0.0, 1e-3]))})
+    ones, zeros = torch.ones(1, 2), torch.zeros(2)
+    weights = NamedTensors(ones, ones.T, zeros, zeros[:1], torch.tensor([0.0, 1e-3]))
+    sae = assemble(cfg, weights)
     assert sae.encode(torch.tensor([[1e-20]])).tolist() == [[pytest.approx(1e-20), 0.0]]
 
 

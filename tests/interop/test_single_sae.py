@@ -134,6 +134,7 @@ def test_an_sae_alone_is_measured_and_interpreted_on_text(tmp_path, capsys):
     interpreted = told(capsys, ["interpret", str(place), *words, *least])
     assert set(interpreted["hooks"][HOOK]["members"]) == {"sae"}
     assert told(capsys, ["interpret", str(place), "--device", "cpu", "--draws", "20", *least])
+    told(capsys, ["serve", str(place), "--index-only", "--contexts", "4"])
     assert Path(told(capsys, ["report", str(place)])["report"]).is_file()
 
 

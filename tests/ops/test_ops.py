@@ -47,7 +47,7 @@ def test_encode_and_decode_gradients_equal_dense_autograd(seed: int, low_precisi
     pre = (x - b_dec) @ W_enc_t.T + b_enc
     plan = ragged_plan(pre, 3)
     shown = pre.float() if low_precision else pre
-    values = encode_at(x - b_dec, leaves[0], (leaves[1], leaves[2]), plan, shown).relu()
+    values = encode_at(x - b_dec, leaves[0], plan, leaves[1], leaves[2], shown).relu()
     x_hat = decode(values, leaves[3], plan) + leaves[2]
     z = (((x - twins[2]) @ twins[0].T + twins[1]) * mask_of(plan, pre.shape)).relu()
     dense = z @ twins[3] + twins[2]
@@ -65,14 +65,14 @@ def test_gradcheck_of_both_functions() -> None:
     inputs = [t.clone().requires_grad_() for t in (W_enc_t, b_enc, b_dec)]
     # the product is linear in b_dec only through `centred`, which is passed as a constant: recompute it inside
     assert torch.autograd.gradcheck(
-        lambda W, b, c: encode_at((x - c).detach(), W, (b, c), plan), inputs, eps=1e-6, atol=1e-7
+        lambda W, b, c: encode_at((x - c).detach(), W, plan, b, c), inputs, eps=1e-6, atol=1e-7
     )
     values = torch.randn(len(plan.indices), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda v, W: decode(v, W, plan), (values, W_dec.clone().requires_grad_())
     )
     tied = W_enc_t.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda W: encode_at(x, W, None, plan), (tied,))
+    assert torch.autograd.gradcheck(lambda W: encode_at(x, W, plan), (tied,))
 
 
 def test_duplicate_pairs_and_empty_rows_are_summed_and_zero() -> None:

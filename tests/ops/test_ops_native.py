@@ -16,7 +16,7 @@ from wsae.ops.native import build, why_not
 from wsae.ops.native import select as native
 from wsae.ops.native.select import Centred, RoundedEncoder, dimension_scales
 from wsae.ops.native.slices import decode, dots, from_slices, residual, sort_pairs, to_slices
-from wsae.ops.native.weights import Matrix, Terms, make_weights
+from wsae.ops.native.weights import Bias, Matrix, Terms, make_weights
 from wsae.ops.sparse import Plan
 from wsae.ops.update import AdamStep, adam_rows_
 
@@ -35,7 +35,7 @@ def rounded(W: Tensor, x: Tensor, group: int | None = None) -> RoundedEncoder:
 
 def topk(W: Tensor, x: Tensor, bias: Tensor | None, k: int, groups: bool = False) -> SparseCode:
     encoder = rounded(W, x, len(W) // k if groups else None)
-    return native.select_topk(encoder, to_slices(W), bias, Centred((x, to_slices(x))), k)
+    return native.select_topk(encoder, to_slices(W), bias, Centred(x, to_slices(x)), k)
 
 
 def data(b: int, d: int, f: int, seed: int, outlier: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +106,7 @@ def test_everything_above_a_threshold_is_found(above: float) -> None:
     x, W, bias = data(33, 40, 500, seed=7)
     floor = torch.rand(500)
     encoder = rounded(W, x)
-    both = Centred((x, to_slices(x)))
+    both = Centred(x, to_slices(x))
     code = native.select_above(encoder, to_slices(W), bias, both, above, floor)
     pre = x @ W.T + bias
     margin = (pre - floor - above).abs()
@@ -123,7 +123,7 @@ def test_a_guess_from_other_data_changes_the_effort_only() -> None:
     codes = []
     for scale in (1.0, 1.0, 100.0, 0.01, 1.0):
         rows = x * scale
-        both = Centred((rows, to_slices(rows)))
+        both = Centred(rows, to_slices(rows))
         codes.append((scale, native.select_topk(encoder, slices, None, both, 8)))
     assert encoder.effort.repeated > 0 or encoder.effort.examined > 0
     for scale, code in codes:
@@ -159,7 +159,7 @@ def test_sparse_products_equal_dense_ones(b: int, d: int, f: int, seed: int) -> 
     code = SparseCode(z[rows, latents], latents, offsets)
     pairs, scale = sort_pairs(code, f), torch.rand(f, generator=g)
     values, slices = code.values[pairs.order], to_slices(W)
-    x_hat = from_slices(decode(pairs, values, slices, scale, (b, d), x[0].contiguous()), d)
+    x_hat = from_slices(decode(pairs, values, slices, scale, b, d, x[0].contiguous()), d)
     torch.testing.assert_close(x_hat, z @ (W * scale[:, None]) + x[0], rtol=1e-4, atol=1e-4)
     products = dots(pairs, to_slices(x), slices, scale, d)
     dense = (x @ (W * scale[:, None]).T)[rows, latents][pairs.order]
@@ -193,13 +193,15 @@ def one_update(threads: int) -> list[Tensor]:
     pairs = sort_pairs(code, f)
     G, z = torch.randn(b, d, generator=torch.Generator().manual_seed(1)), code.values[pairs.order]
     W_dec = torch.nn.functional.normalize(W, dim=1)
-    weights = make_weights(Matrix.of(W_dec, None), Matrix.of(W, None), d, f, torch.ones(96))
+    weights = make_weights(
+        *(Matrix.of(rows, 0 * rows, 0 * rows) for rows in (W_dec, W)), d, f, torch.ones(96)
+    )
     v = dots(pairs, to_slices(G), weights.decoder.W, weights.row_scale, d) * (z > 0)
     moments = torch.zeros(2, f)
     for step in (1, 2):
         along = dots(pairs, to_slices(G), weights.decoder.W, weights.row_scale, d)
         terms = [Terms(pairs, z, v, along, to_slices(G))]
-        packed = (bias, moments[0], moments[1])
+        packed = Bias(bias, moments[0], moments[1])
         through = weights.update(terms, to_slices(x), AdamStep(1e-2, step), packed)
     return [*weights.dense()[0], *weights.dense()[1], bias, through, weights.rounded.packed.float()]
 
@@ -338,15 +340,15 @@ ENTRIES = {
     "from_slices": (lambda s, c: from_slices(s, D, c), Ws, torch.ones(F)),
     "sort_pairs": (lambda i, o: sort_pairs(SparseCode(z, i, o), F), code.indices, code.offsets),
     "decode": (
-        lambda z, W, c, s, o, t: decode(pairs._replace(offsets=o, tokens=t), z, W, c, (B, D), s),
+        lambda z, W, c, s, o, t: decode(pairs._replace(offsets=o, tokens=t), z, W, c, B, D, s),
         z, Ws, torch.ones(F), torch.zeros(D), pairs.offsets, pairs.tokens,
     ),
     "dots": (lambda l, W, c: dots(pairs, l, W, c, D), xs, Ws, torch.ones(F)),
     "residual": (lambda s, x, c: residual(s.clone(), x, c), xs, x, torch.ones(D)),
     "encoder": (encoder, Ws, dim),
-    "topk": (lambda W, b, r, s: select_topk(fine, W, b, Centred((r, s)), K), Ws, bias, x, xs),
+    "topk": (lambda W, b, r, s: select_topk(fine, W, b, Centred(r, s), K), Ws, bias, x, xs),
     "above": (
-        lambda W, b, r, s, f: select_above(fine, W, b, Centred((r, s)), 0.0, f),
+        lambda W, b, r, s, f: select_above(fine, W, b, Centred(r, s), 0.0, f),
         Ws, bias, x, xs, torch.zeros(F),
     ),
     "update": (
@@ -406,7 +408,7 @@ for offsets in ([0, 3, 2], [1, 2, 2], [0, 1, 5], [0, -1, 2]):
     raise AssertionError(offsets)
 for k, group in ((0, F), (F + 1, F), (3, F // 2), (-1, F)):
     try:
-        select_topk(RoundedEncoder(F, D, group, dim), Ws, None, Centred((x, xs)), k)
+        select_topk(RoundedEncoder(F, D, group, dim), Ws, None, Centred(x, xs), k)
     except ValueError:
         continue
     raise AssertionError((k, group))
@@ -425,7 +427,7 @@ def test_kernels_read_no_memory_as_what_it_is_not(before: str) -> None:
         tail = (
             tail.split("ENTRIES = {")[0]
             + f"{before}\n"
-            + "assert select_topk(fine, Ws, bias, Centred((x, xs)), K).values.dtype == torch.float32\n"
+            + "assert select_topk(fine, Ws, bias, Centred(x, xs), K).values.dtype == torch.float32\n"
             + "assert torch.equal(from_slices(to_slices(W), D), W)\nencoder(Ws, dim)\n"
             + "update(Ws, Ws * 0, Ws * 0, z, z, xs, xs, bias, bias * 0, bias * 0)\nprint(500)"
         ).replace("pull = torch.zeros(F)", "pull = bias")
@@ -449,13 +451,13 @@ encoder = select.RoundedEncoder(64, 32, 64, torch.ones(32))
 rows = to_slices(W)
 encoder.measure(rows)
 encoder.pack(rows)
-centred = select.Centred((x, to_slices(x)))
+centred = select.Centred(x, to_slices(x))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
 asked = select.CSelection(k=2**33, keep=1)  # working memory for so many candidates is not to be had
 try:
     with explained("selecting", lambda: []):
-        select._run(encoder, (rows, None, None), centred, asked, None)
+        select._run(encoder, rows, None, None, centred, asked, None)
 except UserError as error:
     print(error, "|", error.__cause__)
 print(select.select_topk(encoder, rows, None, centred, 3).batch)

@@ -228,7 +228,7 @@ def test_gradcheck_with_the_kernels_plugged_in(monkeypatch) -> None:
     x = torch.randn(3, 2, dtype=FP64)
     leaves = [torch.randn(*s, dtype=FP64, requires_grad=True) for s in ((5, 2), (5,), (2,))]
     assert torch.autograd.gradcheck(
-        lambda W, b, c: sparse.encode_at((x - c).detach(), W, (b, c), plan), leaves
+        lambda W, b, c: sparse.encode_at((x - c).detach(), W, plan, b, c), leaves
     )
     W = torch.randn(5, 2, dtype=FP64, requires_grad=True)
     assert torch.autograd.gradcheck(

@@ -59,7 +59,9 @@ def test_the_page_names_nothing_that_the_paper_does_not_have():
 
 
 def test_every_source_of_the_ledger_has_an_entry():
-    sources = {title(check).split(":")[0] for check in checks()}
+    sources = {
+        title(check).split(":")[0] for check in checks() if not title(check).startswith("Ours")
+    }
     assert len(sources) >= 20
     assert sources <= covered(PAGE)
 

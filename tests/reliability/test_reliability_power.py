@@ -116,9 +116,9 @@ def test_a_manifest_lists_what_is_on_the_disk(
 def test_a_run_killed_while_it_writes_its_first_file_begins_again(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.json.4194305.tmp").write_text('{"half')  # no process has this number
-    enter(tmp_path, {"a": 1}, resume=True)
+    enter(tmp_path, "run", {"a": 1}, resume=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.json"]
     (tmp_path / ".config.json.notes").touch()
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="is not empty and not a wsae run"):
-        enter(tmp_path, {"a": 1}, resume=True)
+        enter(tmp_path, "run", {"a": 1}, resume=True)

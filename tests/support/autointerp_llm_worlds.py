@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from autointerp_server import Reply, error, prompt, said
 
-from wsae.acts.source import Chunk
+from wsae.acts.source import HeldoutRows
 from wsae.acts.tokens import TokenTable
 from wsae.evals.autointerp.collect import fragments
 from wsae.evals.autointerp.config import FragmentConfig
@@ -161,7 +161,7 @@ class WordSource:
         x, seq, pos = map(torch.from_numpy, self.rows())
         for i in range(0, len(x), batch_size):
             part = slice(i, i + batch_size)
-            yield Chunk({"h": x[part]}, seq[part], pos[part])
+            yield HeldoutRows({"h": x[part]}, seq[part], pos[part])
 
     def tokens(self) -> TokenTable:
         strings = dict(enumerate(decode(range(END + 1))))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wsae.acts.source import Chunk
+from wsae.acts.source import HeldoutRows
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import write_manifest
 from wsae.core.files import digest, write_json
@@ -63,7 +63,7 @@ class Text:
         self.passes += 1
         for first in range(0, len(self.x), batch_size):
             part = slice(first, first + batch_size)
-            yield Chunk({HOOK: self.x[part]}, self.seq[part], self.pos[part])
+            yield HeldoutRows({HOOK: self.x[part]}, self.seq[part], self.pos[part])
 
     def tokens(self) -> TokenTable:
         return self.table

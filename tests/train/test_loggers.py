@@ -23,7 +23,6 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.train.loggers import Logger, mirror, mirrored, tensorboard, wandb
 from wsae.train.loggers.config import WandbConfig
-from wsae.train.loggers.mirror import records
 from wsae.train.loop import Stopped
 from wsae.train.metrics import JsonLines, read_json_lines, scalars
 from wsae.train.parallel.run import train_parallel
@@ -99,10 +98,10 @@ def test_a_resumed_run_has_each_step_once(whole: Path, tmp_path: Path, first: li
 
 
 def steps_and_times(run: Path) -> list[tuple[int, float]]:
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     files = (run / "tensorboard").glob("*")
-    events = [Event.FromString(data) for file in files for data in records(file)]
+    events = [event for file in files for event in LegacyEventFileLoader(str(file)).Load()]
     return [(event.step, event.wall_time) for event in events if event.summary.value]
 
 

@@ -9,9 +9,8 @@ from wsae.sae.config import make_activation
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import stack_forward, stack_saes
 from wsae.train.bank import run as bank_run
-from wsae.train.bank.chunk import Entry, Scratch, make_entry, relu_gradients
 from wsae.train.bank.config import BankConfig
-from wsae.train.bank.run import train_bank
+from wsae.train.bank.run import Entry, Scratch, make_entry, relu_gradients, train_bank
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.state import make_batch, make_member
 from wsae.train.step import train_step

@@ -13,7 +13,6 @@ import torch
 from wsae.core.errors import UserError
 from wsae.train import step as dispatch
 from wsae.train.config import TrainConfig
-from wsae.train.gpu import fit
 from wsae.train.state import MemberState, make_member
 
 CASES = Path(__file__).with_name("train_gpu_cases.py")
@@ -61,7 +60,7 @@ def test_auto_takes_triton_on_other_devices_or_says_once_why_not(
         assert dispatch.chosen(member, run, elsewhere) == "eager"
     (record,) = caplog.records
     assert record.message.startswith("training plain with PyTorch's own kernels: the kernels run")
-    monkeypatch.setattr(dispatch, "unfit", lambda *_: None)
+    monkeypatch.setattr(dispatch, "unfit_triton", lambda *_: None)
     assert dispatch.chosen(member, run, elsewhere) == "triton"
     assert dispatch.chosen(member, run, torch.zeros(2, 3)) != "triton"
     member, run = member_of("eager")
@@ -81,12 +80,12 @@ def test_a_member_is_asked_for_with_what_its_kernels_depend_on(
     activation: dict[str, object], asked: tuple[object, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions = []
-    monkeypatch.setattr(fit, "unsupported", lambda *a: questions.append(a) or "no")
+    monkeypatch.setattr(dispatch, "unsupported", lambda *a: questions.append(a) or "no")
     run = TrainConfig.parse(
         {"members": ({"d_sae": 8, "activation": activation},), "tokens": 1, "dtype": "bfloat16"}
     )
     member = make_member("plain", run.members[0], run, torch.zeros(3), 1.0)
-    assert fit.unfit(member, run) == "no"
+    assert dispatch.unfit_triton(member, run) == "no"
     assert questions[0][1:] == (torch.bfloat16, *asked)
 
 
@@ -94,6 +93,6 @@ def test_triton_that_does_not_start_is_a_reason() -> None:
     """Without a CUDA device no kernel launches, which the trial reports instead of raising."""
     if torch.cuda.is_available():
         return
-    reason = fit._fails(torch.device("cpu"))
+    reason = dispatch._fails(torch.device("cpu"))
     assert reason is not None
     assert reason.startswith("triton does not work here (")

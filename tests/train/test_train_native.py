@@ -13,11 +13,11 @@ from wsae.losses.reconstruction import weigh
 from wsae.ops.native import why_not
 from wsae.ops.native.slices import to_slices
 from wsae.sae import SparseAutoencoder
+from wsae.train import native
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import covariances, finished, make_family
 from wsae.train.loop import run_steps
-from wsae.train.native import step as native
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
 

@@ -31,7 +31,7 @@ from wsae.train.parallel import step as choose
 from wsae.train.parallel.config import Layout, chunk_part, even_part, parse_layout
 from wsae.train.parallel.run import train_parallel
 from wsae.train.parallel.step import among_largest, choose_groups, choose_topk, initial_rows
-from wsae.train.parallel.world import World, joined, lay_out
+from wsae.train.parallel.world import Mesh, joined, lay_out
 from wsae.train.run import load_run, train_run
 
 STEPS, HALF, ROWS = 12, 10, 62
@@ -114,27 +114,27 @@ def run_ranks(work: Callable[..., None], ranks: int, *arguments: object) -> None
     mp.start_processes(work, arguments, ranks, start_method="forkserver")
 
 
-def again(world: World, name: str, layout: Layout) -> World:
+def again(world: Mesh, name: str, layout: Layout) -> Mesh:
     """The same ranks in another layout, with a corner of the store of its own."""
     return lay_out(layout, world.rank, "cpu", dist.PrefixStore(name, world.store))
 
 
-class Halting(loop.Recorder):
+class Halting(loop.MeshTeam):
     """One rank is asked to stop, as by a signal, after step HALF."""
 
-    def on_step(self, done: int) -> None:
-        self.stop = done >= HALF and self.world.rank == self.world.layout.ranks - 1
-        super().on_step(done)
+    def agree(self, stop: bool, due: bool) -> tuple[bool, bool]:
+        last = self.world.rank == self.world.layout.ranks - 1
+        return super().agree(stop or (last and self.done + 1 >= HALF), due)
 
 
 @contextmanager
 def halting() -> Iterator[None]:
-    plain = loop.Recorder
-    loop.Recorder, loop.AGREE_S = Halting, 0.0  # type: ignore[misc]
+    plain = loop.MeshTeam
+    loop.MeshTeam, loop.AGREE_S = Halting, 0.0  # type: ignore[misc]
     try:
         yield
     finally:
-        loop.Recorder, loop.AGREE_S = plain, 1.0
+        loop.MeshTeam, loop.AGREE_S = plain, 1.0
 
 
 def work(rank: int, port: int, out: Path) -> None:
@@ -159,7 +159,7 @@ def work(rank: int, port: int, out: Path) -> None:
         check_reads(world, out)
 
 
-def check_reads(world: World, out: Path) -> None:
+def check_reads(world: Mesh, out: Path) -> None:
     """Train two hooks on layers=2,data=2: a rank reads its own hook and its own rows of each batch."""
     source, read = StoreSource(out / "store"), []
     take = MappedTensor.take
@@ -177,7 +177,7 @@ def check_reads(world: World, out: Path) -> None:
     assert sum(rows for _, rows in read) == STEPS * ROWS // 2
 
 
-def check_choices(world: World) -> None:
+def check_choices(world: Mesh) -> None:
     """Random matrices full of ties, cut over four ranks: what they choose together is what one would."""
     latents = again(world, "choose", Layout(latents=4)).place
     both = again(world, "choose both", Layout(data=2, latents=2)).place
@@ -219,7 +219,7 @@ def together(pairs: tuple[Tensor, Tensor], first: int, shape: tuple[int, int]) -
 
 
 @contextmanager
-def a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mesh]:
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in {**env, "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -14,6 +14,7 @@ from test_train_parallel import features, free_port, run_ranks
 
 from wsae.acts.source import open_source
 from wsae.core.files import read_json
+from wsae.train import loop as recording
 from wsae.train.checkpoint import checkpoints
 from wsae.train.config import TrainConfig
 from wsae.train.parallel import run as loop
@@ -49,8 +50,8 @@ sys.exit(main(sys.argv[2:]))
 
 def save_always() -> None:
     """Write a checkpoint after every step, so that the kill may land anywhere in one."""
-    loop.CHECKPOINT_SECONDS = loop.AGREE_S = 0.0
-    loop.Recorder._cost = property(lambda _: 0.0, lambda _, __: None)  # type: ignore[assignment]
+    recording.CHECKPOINT_SECONDS = loop.AGREE_S = 0.0
+    recording.Recorder._cost = property(lambda _: 0.0, lambda _, __: None)  # type: ignore[assignment]
 
 
 def start(place: Path, *words: str) -> subprocess.Popen[str]:

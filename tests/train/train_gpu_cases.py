@@ -18,15 +18,15 @@ from wsae.ops import select_batch_topk, select_group_topk, select_topk, sparse
 from wsae.ops import update as twin
 from wsae.ops.sparse import Plan
 from wsae.ops.triton.support import BUCKETS_PER_CHOICE
+from wsae.train import gpu
+from wsae.train import gpu as codes
+from wsae.train import gpu as host
+from wsae.train import gpu as pairs
+from wsae.train import gpu as update
 from wsae.train import step as dispatch
 from wsae.train.checkpoint import member_tensors, set_member_tensors
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import make_family
-from wsae.train.gpu import step as codes
-from wsae.train.gpu import step as gpu
-from wsae.train.gpu import step as host
-from wsae.train.gpu import step as pairs
-from wsae.train.gpu import step as update
 from wsae.train.loop import run_steps
 from wsae.train.state import MemberState, make_batch, make_member
 from wsae.train.step import eager_step
@@ -220,7 +220,7 @@ def test_either_step_continues_the_other() -> None:
 
 @pytest.mark.usefixtures("twins")
 def test_a_run_goes_through_the_kernels_and_resumes_bit_for_bit(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "unfit", lambda *_: None)
+    monkeypatch.setattr(dispatch, "unfit_triton", lambda *_: None)
     taken = []
     monkeypatch.setattr(
         gpu, "triton_step", lambda *a, old=gpu.triton_step: taken.append(a[-1]) or old(*a)
@@ -284,10 +284,9 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", ["topk", "tied"])
-def test_steps_do_not_wait_for_the_device(kind: str, monkeypatch) -> None:
+def test_steps_do_not_wait_for_the_device(kind: str) -> None:
     run = config(**KINDS[kind], k_aux=2)
     member = member_of(run, dead=True)
-    monkeypatch.setattr(gpu, "count", lambda *_: None)
     with Waits() as waits:
         train(member, run, gpu.triton_step, 0, 1)
         assert waits.found.count("nonzero") == 1  # the dead latents, once

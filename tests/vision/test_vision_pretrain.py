@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.harvest import heldout_images
-from wsae.acts.images.model import Encoder, EncoderConfig, Projector, load_encoder
+from wsae.acts.images.model import EncoderConfig, ImageEncoder, Projector, load_encoder
 from wsae.acts.images.sets import ArrayImages, open_images
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
@@ -211,7 +211,7 @@ def test_an_imagenet_stem_is_saved_for_transformers_too(tmp_path: Path) -> None:
 
 
 def test_a_damaged_encoder_is_named(tmp_path: Path) -> None:
-    encoder = Encoder(EncoderConfig(widths=(8, 8, 8, 8), projector_hidden=8, projector_out=8))
+    encoder = ImageEncoder(EncoderConfig(widths=(8, 8, 8, 8), projector_hidden=8, projector_out=8))
     encoder.save(tmp_path)
     config_file = tmp_path / "config.json"
     other = {**json.loads(config_file.read_text()), "projector_out": 9}

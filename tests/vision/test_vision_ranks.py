@@ -15,7 +15,7 @@ from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.train.loop import Stopped
 from wsae.train.metrics import read_json_lines
-from wsae.train.parallel.world import World, joined
+from wsae.train.parallel.world import Mesh, joined
 from wsae.vision.config import PretrainConfig, preset
 from wsae.vision.data import make_data
 from wsae.vision.pretrainer import Pretrainer, Ranks
@@ -36,7 +36,7 @@ def config(**changes: object) -> PretrainConfig:
     return preset("tiny", **{**small, **changes})
 
 
-def check_one_batch(world: World) -> None:
+def check_one_batch(world: Mesh) -> None:
     """With batch statistics left out of it, two halves give the loss and the gradients of the whole."""
     cfg = config()
     data = make_data(cfg, images())
@@ -61,7 +61,7 @@ def check_one_batch(world: World) -> None:
         assert largest > 0, name
 
 
-def check_resuming(world: World, out: Path) -> None:
+def check_resuming(world: Mesh, out: Path) -> None:
     """The last rank is asked to stop: all stop after that step, and go on as if nothing had been."""
     whole = pretrain_parallel(config(), images(), out / "whole", world)
     assert whole.info["images"]["train"] > 40

@@ -25,9 +25,6 @@ from wsae.acts.hookpoints import (
 from wsae.acts.names import HookPlace
 from wsae.core.errors import UserError, first_line
 
-# How language models are probed: sequences of tokens, and where batch and positions lie in a
-# tensor.
-
 
 class TokenLayout(NamedTuple):
     """The axes of batch and positions; where they are one axis, whether the sequences lie one after another."""

@@ -19,9 +19,6 @@ from wsae.acts.text import START, Packer, Position, TokenSequence
 from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained
 
-# Which tokens are kept: not padding, not special, not at the start, not an attention sink; counted
-# by reason.
-
 REASONS = ("kept", "padding", "special", "first", "norm")
 """Codes of `reasons`; a token is counted under the first that applies, in this order."""
 KEPT, PADDING, SPECIAL, FIRST, NORM = range(5)

@@ -111,7 +111,10 @@ def probe(model: nn.Module, patterns: Iterable[str], modality: Modality) -> Prob
     does not give the rows that its inputs want.
     """
     names = canonical_names(path for path, _ in model.named_modules())
-    kind = _model_type(model)
+    config = text_config(model)
+    kind = str(getattr(config, "model_type", ""))
+    if getattr(config, "do_layer_norm_before", True) is False:  # some OPT models: not as usual
+        kind = ""
     groups = [match(pattern, names, kind) for pattern in patterns]
     given = modality.inputs(model)
     wanted = {place for group in groups for place in group}
@@ -152,7 +155,10 @@ def tensor_in(value: object) -> Item:
     if chosen is None and len(found) == 1:
         chosen = found[0]
     if chosen is None:
-        what = ", ".join(f"{key}: {_shown(part)}" for key, part in parts.items())
+        shown = (
+            tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in parts.values()
+        )
+        what = ", ".join(f"{key}: {part}" for key, part in zip(parts, shown, strict=True))
         raise ValueError(f"{type(value).__name__} of ({what})" if parts else type(value).__name__)
     return chosen
 
@@ -192,18 +198,6 @@ def _has_fields(value: object) -> bool:
 
 def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _shown(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _model_type(model: nn.Module) -> str:
-    """Return the kind of architecture, "" where nothing says it or it is not built as usual."""
-    config = text_config(model)
-    if getattr(config, "do_layer_norm_before", True) is False:  # some OPT models
-        return ""
-    return str(getattr(config, "model_type", ""))
 
 
 def text_config(model: nn.Module) -> Any:
@@ -368,9 +362,14 @@ class _Keywords(dict[str, Any]):
 
 def _firing(order: int, value: object, thin: bool) -> _Firing:
     try:
-        item = _argument(value) if isinstance(value, _Keywords) else tensor_in(value)
+        item = None if isinstance(value, _Keywords) else tensor_in(value)
     except ValueError as error:
         return _Firing(order, value, None, None, str(error))
+    if isinstance(value, _Keywords):
+        item = next((key for key, part in value.items() if _is_float(part)), None)
+        if item is None:
+            trouble = f"keyword arguments {', '.join(value) or 'none'}"
+            return _Firing(order, value, None, None, trouble)
     x = taken(value, item)
     if not _is_float(x):
         return _Firing(order, value, item, None, f"of {x.dtype} {tuple(x.shape)}")
@@ -378,14 +377,6 @@ def _firing(order: int, value: object, thin: bool) -> _Firing:
     if thin and x.numel() > _THIN:
         seen = seen.flatten()[:: x.numel() // _THIN][:_THIN].view(-1, 16)
     return _Firing(order, value, item, seen.clone(), "")
-
-
-def _argument(keywords: _Keywords) -> Item:
-    """Return the first keyword argument that is a tensor of floating point."""
-    found = next((key for key, part in keywords.items() if _is_float(part)), None)
-    if found is None:
-        raise ValueError(f"keyword arguments {', '.join(keywords) or 'none'}")
-    return found
 
 
 def _check_firings(name: str, firings: list[_Firing]) -> None:
@@ -448,7 +439,12 @@ class _Found:
         self, name: str, side: Side, first: Tensor, changed: Tensor, other: Tensor
     ) -> tuple[RowLayout, Tensor]:
         """Return the layout that stands the trial, and the first pass's rows."""
-        trouble = self._no_rows(first)
+        size = self.runs.first.size
+        trouble = f", not {self.modality.wanted}"
+        if len(size) == 2:
+            trouble = f" for {size[0]} sequences of {size[1]} tokens{trouble}"
+            if first.ndim == 2 and len(first) < size[0] * size[1]:
+                trouble += " (an expert gets only the tokens that are sent to it)"
         for layout in self.modality.layouts(first, other, self.given):
             a = layout.rows(first, self.runs.first.size)
             b = layout.rows(changed, self.runs.changed.size)
@@ -462,15 +458,6 @@ class _Found:
             f"hook {name!r}: its {side} is {tuple(first.shape)}{trouble}; name another module, for example the "
             "block it is in"
         )
-
-    def _no_rows(self, first: Tensor) -> str:
-        size = self.runs.first.size
-        if len(size) != 2:
-            return f", not {self.modality.wanted}"
-        batch, seq = size
-        kind = f" for {batch} sequences of {seq} tokens, not {self.modality.wanted}"
-        few = first.ndim == 2 and len(first) < batch * seq
-        return kind + (" (an expert gets only the tokens that are sent to it)" if few else "")
 
     def _trouble(self, a: Tensor, b: Tensor, c: Tensor) -> str:
         """Return what is wrong with rows [batch, positions, width], or nothing."""
@@ -496,8 +483,11 @@ class _Found:
         if self.given.at[1] is None:
             return None
         for key in _MAIN_KEYS:
-            a, b = (_field(run.output, key) for run in (self.runs.first, self.runs.changed))
-            if a is not None and a.shape[:2] == self.runs.first.size:
+            a, b = (
+                run.output.get(key) if isinstance(run.output, Mapping) else None
+                for run in (self.runs.first, self.runs.changed)
+            )
+            if isinstance(a, Tensor) and _is_float(a) and a.shape[:2] == self.runs.first.size:
                 self._look_back(a, b)
         return not self._sees_later
 
@@ -536,11 +526,6 @@ def positions_in(tables: list[tuple[Tensor, int]], seq: int) -> int | None:
             if bool((each == torch.arange(start, start + seq, device=each.device)).all()):
                 found.append(rows - start)
     return min(found, default=None)
-
-
-def _field(output: object, key: str) -> Tensor | None:
-    value = output.get(key) if isinstance(output, Mapping) else None
-    return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
 def _check_long(hooks: list[HookPoint], first: _ProbePass, again: _ProbePass) -> None:

@@ -62,7 +62,13 @@ def dequantised(path: Path) -> Path:
     """
     refuse_parts([path])
     key = f"{sha256_file(path)[:16]}-{path.stat().st_size}-{transformers.__version__}-{_CHECKED}"
-    target = _copy(path, key)
+    try:
+        target = cached("gguf", key, functools.partial(_convert, path))
+    except OSError as error:
+        place = error.filename or "a temporary folder"
+        raise UserError(
+            f"{place}: cannot write the dequantised model ({error.strerror}); set WSAE_CACHE"
+        ) from error
     if unused := read_json(target / _UNUSED):
         _log.warning("note: model %s: in this file but not used: %s", path, named(unused))
     return target
@@ -84,17 +90,6 @@ def refuse_parts(files: Sequence[Path]) -> None:
     )
 
 
-def _refuse_part(path: Path, reader: Any) -> None:
-    """Raise UserError when a file says that it is a part of a split one, whatever its name."""
-    field = reader.fields.get("split.count")
-    parts = int(field.contents()) if field else 1
-    if parts > 1:
-        raise UserError(
-            f"model {path}: one of {parts} parts of a model; give all their names back "
-            f"(NAME-00001-of-{parts:05d}.gguf) and merge them with llama-gguf-split --merge"
-        )
-
-
 def _unused(reader: Any, model: PreTrainedModel) -> list[str]:
     """Return the file's tensors that the model has no place for; experts, which are renamed, are not looked at."""
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
@@ -102,16 +97,6 @@ def _unused(reader: Any, model: PreTrainedModel) -> list[str]:
     known = get_gguf_hf_weights_map(model, TensorProcessor())
     names = (tensor.name for tensor in reader.tensors)
     return [n for n in names if n not in known and "_exps" not in n and not n.startswith("rope_")]
-
-
-def _copy(path: Path, key: str) -> Path:
-    try:
-        return cached("gguf", key, functools.partial(_convert, path))
-    except OSError as error:
-        place = error.filename or "a temporary folder"
-        raise UserError(
-            f"{place}: cannot write the dequantised model ({error.strerror}); set WSAE_CACHE"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -136,7 +121,12 @@ def _convert(path: Path, scratch: Path) -> None:
         from gguf import GGUFReader
 
         reader = GGUFReader(path)
-        _refuse_part(path, reader)
+        field = reader.fields.get("split.count")
+        if field and (parts := int(field.contents())) > 1:  # whatever its name
+            raise UserError(
+                f"model {path}: one of {parts} parts of a model; give all their names back "
+                f"(NAME-00001-of-{parts:05d}.gguf) and merge them with llama-gguf-split --merge"
+            )
         with quiet_hub(), _no_conversion_bar():
             options = {"gguf_file": name, "local_files_only": True, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -217,7 +207,10 @@ def load_language(model: str, dtype: str = "float32", device: str = "cpu") -> La
     loaded = loaded.to(where).eval().requires_grad_(False)
     missing = tell_unloaded(loaded, model)
     made_ready(loaded, tokenizer, model)
-    return LanguageModel(loaded, tokenizer, _short_name(path), fingerprint(path), missing)
+    name = path if isinstance(path, str) else path.resolve().name
+    if isinstance(path, Path) and path.suffix == ".gguf":
+        name = path.stem
+    return LanguageModel(loaded, tokenizer, name, fingerprint(path), missing)
 
 
 def made_ready(
@@ -314,13 +307,12 @@ def fingerprint(path: Path | str) -> str:
         return digest(path)
     if path.is_file():
         return sha256_file(path)
-    return digest(
-        [
-            _stamp(p)
-            for p in sorted(path.iterdir())
-            if p.suffix in (".json", ".safetensors", ".bin", ".model")
-        ]
-    )
+    stamps = []
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".model"):
+            size = file.stat().st_size
+            stamps.append([file.name, size, sha256_file(file) if size <= _SMALL_BYTES else ""])
+    return digest(stamps)
 
 
 def _directory(path: Path | str) -> Path | str:
@@ -328,17 +320,6 @@ def _directory(path: Path | str) -> Path | str:
     if isinstance(path, Path) and path.suffix == ".gguf":
         return dequantised(path)
     return path
-
-
-def _short_name(path: Path | str) -> str:
-    if isinstance(path, str):
-        return path
-    return path.stem if path.suffix == ".gguf" else path.resolve().name
-
-
-def _stamp(path: Path) -> list[str | int]:
-    size = path.stat().st_size
-    return [path.name, size, sha256_file(path) if size <= _SMALL_BYTES else ""]
 
 
 def _packaged() -> Path:
@@ -490,10 +471,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                 )
 
         table.register_forward_pre_hook(refuse_past)
-
-
-# The same architecture with weights nobody trained: what a model's activations look like before it
-# has learned.
 
 
 def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:

@@ -18,7 +18,7 @@ from torch import Tensor
 from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.acts.flow import Flow, Step
 from wsae.acts.language import LanguageModel, load_language
-from wsae.acts.stream import Batch, Chunk, State, check_batch_size, position, restored
+from wsae.acts.stream import Batch, HeldoutRows, State, check_batch_size, position, restored
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import START, Packer, Position, fingerprint
 from wsae.acts.tokens import TokenTable, decode_table
@@ -125,15 +125,15 @@ class LiveSource:
         """Return training batches from the start or from a state."""
         return LiveStream(self, batch_size, seed, state)
 
-    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         """Compute the held-out rows and yield them in the text's order."""
         empty = torch.empty(0, dtype=torch.int32)
         ids, lengths = [torch.empty(0, self.cfg.seq_len, dtype=torch.int32)], [empty]
-        parts: list[Chunk] = []
+        parts: list[HeldoutRows] = []
         for step in _limited(self.flow.steps(heldout=True), self.cfg.heldout_tokens):
             ids.append(step.ids)
             lengths.append(step.lengths)
-            parts.append(Chunk(_on_cpu(step.x), step.seq, step.pos))
+            parts.append(HeldoutRows(_on_cpu(step.x), step.seq, step.pos))
             if sum(len(part.seq) for part in parts) >= batch_size:
                 *full, rest = _recut(parts, batch_size)
                 yield from full
@@ -290,12 +290,14 @@ def _on_cpu(x: Batch) -> Batch:
     return {hook: rows.cpu() for hook, rows in x.items()}
 
 
-def _recut(parts: list[Chunk], size: int) -> list[Chunk]:
+def _recut(parts: list[HeldoutRows], size: int) -> list[HeldoutRows]:
     """Join chunks and cut them every `size` rows; the last piece may be short or empty."""
     x = {hook: torch.cat([part.x[hook] for part in parts]) for hook in parts[0].x}
     seq, pos = torch.cat([part.seq for part in parts]), torch.cat([part.pos for part in parts])
     cuts = [slice(first, first + size) for first in range(0, len(seq) + 1, size)]
-    return [Chunk({hook: v[cut] for hook, v in x.items()}, seq[cut], pos[cut]) for cut in cuts]
+    return [
+        HeldoutRows({hook: v[cut] for hook, v in x.items()}, seq[cut], pos[cut]) for cut in cuts
+    ]
 
 
 def _block_state(state: State) -> list[int]:

@@ -92,9 +92,6 @@ def _ending(pattern: str, paths: list[str]) -> list[str]:
     return sorted((p for p in paths if regex.fullmatch(p)), key=natural_key) if body else []
 
 
-# ---- TransformerLens' names
-
-
 def _projections(attention: str) -> dict[str, str]:
     return {f"attn.hook_{x}": f"{attention}.{x}_proj" for x in "qkv"}
 

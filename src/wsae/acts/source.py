@@ -16,9 +16,17 @@ from torch import Tensor
 
 from wsae.acts.names import natural_key
 from wsae.acts.store import Store
-from wsae.acts.stream import ActivationSource, Batch, BatchStream, Chunk, ShuffledStream, State
+from wsae.acts.stream import (
+    ActivationSource,
+    Batch,
+    BatchStream,
+    HeldoutRows,
+    ShuffledStream,
+    State,
+)
 from wsae.acts.tally import MOST_CLASSES, SourceStats, Tally
 from wsae.acts.tokens import TokenTable
+from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.calls import numbers
 from wsae.core.errors import UserError
 from wsae.core.files import digest, sha256_file
@@ -29,9 +37,6 @@ from wsae.core.tensors import MappedTensor
 from wsae.core.torchfile import map_tensors
 from wsae.stats.moments import check_finite
 
-# Activations from arrays: in memory, a file (.npy, .npz, .safetensors, .pt), or a folder of such
-# files, mapped.
-#
 # An array [n, seq, d_in] is read as n * seq rows. Files in a folder are one matrix, in the natural
 # order of their names.
 
@@ -126,12 +131,12 @@ class ArraySource:
         """Return training batches from the start or from a state."""
         return ShuffledStream(self.n_rows, self._train, batch_size, seed, state)
 
-    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         """Yield the held-out rows by ascending row number."""
         for first in range(0, self._n_heldout, batch_size):
             index = self.heldout_rows[first : first + batch_size]
             seq = torch.from_numpy(index.copy())
-            yield Chunk({self._name: self._take(index)}, seq, torch.zeros_like(seq))
+            yield HeldoutRows({self._name: self._take(index)}, seq, torch.zeros_like(seq))
 
     def tokens(self) -> None:
         """Return none: an array has no text."""
@@ -252,7 +257,7 @@ def _tell_axes(where: str, seq: int, d_in: int) -> None:
 
 def is_folder_of_arrays(folder: Path) -> bool:
     """Return whether a folder holds array files and nothing of ours: no store, finished or not, run or model."""
-    own = ("manifest.json", "progress.json", "config.json", "train")
+    own = (MANIFEST, "progress.json", CONFIG, "train")
     return not any((folder / name).exists() for name in own) and bool(_files(folder))
 
 
@@ -362,7 +367,7 @@ __all__ = [
     "ArraySource",
     "Batch",
     "BatchStream",
-    "Chunk",
+    "HeldoutRows",
     "ShuffledStream",
     "SourceStats",
     "State",
@@ -394,13 +399,13 @@ class StoreSource:
         """Return training batches from the start or from a state."""
         return ShuffledStream(self.n_rows, self._train, batch_size, seed, state)
 
-    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         """Yield the held-out rows in the order of the text or the images."""
         n_rows = self.store.n_rows["heldout"]
         seq, pos = self.store.places("heldout")
         for first in range(0, n_rows, batch_size):
             index = np.arange(first, min(first + batch_size, n_rows))
-            yield Chunk(self.store.rows("heldout", index), seq[index], pos[index])
+            yield HeldoutRows(self.store.rows("heldout", index), seq[index], pos[index])
 
     def labels(self) -> Int[Tensor, " rows"] | None:
         """Return the class of every held-out row (int64), or none where rows have none."""

@@ -21,6 +21,7 @@ from wsae.acts.tokens import Texts, TokenTable, likely_ends, texts_of
 from wsae.core.artifact import (
     MANIFEST,
     FileRecord,
+    Manifest,
     check_file,
     read_manifest,
     record,
@@ -30,7 +31,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import drop, locked, read_json, read_sealed, seal, write_json, writing
 from wsae.core.progress import Progress, Tick
-from wsae.core.tensors import MappedTensor, load_tensors, save_tensors
+from wsae.core.tensors import DTYPE_NAMES, MappedTensor, load_tensors, save_tensors
 from wsae.losses.config import OUTLIER_RATIO
 
 # How far a harvest has come, on disk: written after each shard, so a killed harvest continues where
@@ -71,10 +72,6 @@ class Ledger(Config):
     """The file with the exact moments that belong to this state."""
     stats_record: FileRecord | None = None
 
-    def with_split(self, split: str, state: SplitState) -> "Ledger":
-        """Return the ledger with one half replaced."""
-        return self.model_copy(update={"splits": {**self.splits, split: state}})
-
     def save(self, out: Path, tally: Tally) -> "Ledger":
         """Write moments, then the ledger that names them, then remove the moments before; return what was written."""
         name = f"progress-{sum(len(s.shard_rows) for s in self.splits.values()):05d}.safetensors"
@@ -104,7 +101,7 @@ def open_ledger(out: Path, config: dict[str, Any], inputs: dict[str, str]) -> Le
     if not path.exists():
         return Ledger(config=config, inputs=inputs)
     ledger = Ledger.parse(read_sealed(path), where=str(path))
-    refuse_other(out, ledger.config, config, ledger.inputs, inputs)
+    refuse_other(out, ledger, config, inputs)
     for temporary in out.rglob(".*.tmp"):
         drop(temporary)
     for state in ledger.splits.values():
@@ -132,20 +129,16 @@ def refuse_foreign(out: Path) -> None:
 
 
 def refuse_other(
-    out: Path,
-    old: dict[str, Any],
-    new: dict[str, Any],
-    old_inputs: dict[str, str],
-    new_inputs: dict[str, str],
+    out: Path, made: Ledger | Manifest, config: dict[str, Any], inputs: dict[str, str]
 ) -> None:
     """Raise UserError when a directory was made with another config or from other data."""
-    for key in new:
-        if old.get(key) != new[key]:
+    for key, value in config.items():
+        if (old := made.config.get(key)) != value:
             raise UserError(
-                f"{out}: was made with {key}={old.get(key)!r}, not {new[key]!r}; choose another --out or remove it"
+                f"{out}: was made with {key}={old!r}, not {value!r}; choose another --out or remove it"
             )
-    for name, value in new_inputs.items():
-        if old_inputs.get(name) != value:
+    for name, value in inputs.items():
+        if made.inputs.get(name) != value:
             raise UserError(
                 f"{out}: was made from another {name} (its files differ); choose another --out or remove it"
             )
@@ -176,7 +169,6 @@ def clean_up_if_nothing_done(out: Path, created: bool) -> None:
 # end.
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32"}
 _HEADER_BYTES = 512
 
 
@@ -281,23 +273,15 @@ def as_stored(step: Step, dtype: str) -> Step:
     kind = DTYPES[dtype]
     if kind == torch.float32:
         return step
-    return step._replace(x={hook: _rounded(x, kind, hook) for hook, x in step.x.items()})
-
-
-def _rounded(
-    x: Float[Tensor, "rows d_in"], dtype: torch.dtype, hook: str
-) -> Float[Tensor, "rows d_in"]:
-    y = x.to(dtype).float()
-    if (
-        dtype == torch.float16
-        and not bool(torch.isfinite(y.sum()))
-        and not bool(torch.isfinite(y).all())
-    ):
-        worst = float(x.abs().max())
-        raise UserError(
-            f"{hook}: activation of size {worst:.0f} does not fit float16; use --store-dtype bfloat16"
-        )
-    return y
+    rounded = {hook: x.to(kind).float() for hook, x in step.x.items()}
+    if kind == torch.float16:
+        for hook, y in rounded.items():
+            if not bool(torch.isfinite(y.sum())) and not bool(torch.isfinite(y).all()):
+                worst = float(step.x[hook].abs().max())
+                raise UserError(
+                    f"{hook}: activation of size {worst:.0f} does not fit float16; use --store-dtype bfloat16"
+                )
+    return step._replace(x=rounded)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -306,7 +290,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:
-    return {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
 
 
 IMAGES = "images.safetensors"
@@ -329,23 +313,25 @@ class Store:
         self.manifest = read_manifest(self.path, "store", verify)
         self.info = self.manifest.info
         with understood(self.path / MANIFEST):
-            self.hooks: dict[str, int] = _chosen(self.info["hooks"], hooks, self.path)
+            known = self.info["hooks"]
+            chosen = {name: among(name, known) for name in hooks or known}
+            for name, hook in chosen.items():
+                if hook is None:
+                    near = nearest(name, known)
+                    raise UserError(f"{self.path}: no hook {name!r} in this store{near}")
+            self.hooks = {hook: int(known[hook]) for hook in chosen.values() if hook is not None}
             self.n_rows: dict[str, int] = {split: int(self.info["rows"][split]) for split in SPLITS}
             self._shards: dict[str, list[int]] = {
                 split: [int(n) for n in self.info["shard_rows"][split]] for split in SPLITS
             }
-            self._check_sums()
+            if not self.hooks:
+                raise ValueError("no hooks")
+            for split, sizes in self._shards.items():
+                if sum(sizes) != self.n_rows[split] or min(sizes, default=0) < 0:
+                    raise ValueError(f"shards of {sizes} rows for {self.n_rows[split]}")
         self._maps = {
             (split, hook): self._open(split, hook) for split in SPLITS for hook in self.hooks
         }
-
-    def _check_sums(self) -> None:
-        """Raise ValueError unless there are hooks, and shards that add up to the rows."""
-        if not self.hooks:
-            raise ValueError("no hooks")
-        for split, sizes in self._shards.items():
-            if sum(sizes) != self.n_rows[split] or min(sizes, default=0) < 0:
-                raise ValueError(f"shards of {sizes} rows for {self.n_rows[split]}")
 
     def rows(
         self, split: str, index: Int[np.ndarray, " rows"]
@@ -436,18 +422,6 @@ def load_columns(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: MappedTensor(path, name).rows(slice(None)) for name in names}
 
 
-def _chosen(available: dict[str, int], names: tuple[str, ...] | None, path: Path) -> dict[str, int]:
-    chosen = []
-    for name in names or tuple(available):
-        hook = among(name, available)
-        if hook is None:
-            raise UserError(f"{path}: no hook {name!r} in this store{nearest(name, available)}")
-        chosen.append(hook)
-    return {hook: int(available[hook]) for hook in chosen}
-
-
-# A store written, half by half and shard by shard, as rows arrive: wherever they come from.
-
 _MAX_OUTLIERS, _MAX_NAMED = 16, 20
 
 
@@ -487,7 +461,7 @@ def write_store(
     """
     if (out / MANIFEST).exists():
         manifest = read_manifest(out, "store", verify=False)
-        refuse_other(out, manifest.config, config, manifest.inputs, inputs)
+        refuse_other(out, manifest, config, inputs)
         drop_ledger(out)
         return Store(out, verify=False)
     refuse_foreign(out)
@@ -596,7 +570,9 @@ class SplitWriter:
                 update={"files": files, "shard_rows": shards, "rows": sum(shards)}
             )
         self._state = state.model_copy(update={"done": done, "exhausted": exhausted})
-        self._ledger = self._ledger.with_split(self._name, self._state).save(self._out, self._tally)
+        splits = {**self._ledger.splits, self._name: self._state}
+        changed = self._ledger.model_copy(update={"splits": splits})
+        self._ledger = changed.save(self._out, self._tally)
 
 
 def written(ledger: Ledger, dtype: str) -> dict[str, object]:

@@ -18,7 +18,7 @@ Batch = dict[str, Float[Tensor, "_ _"]]
 State = dict[str, int | list[int]]
 
 
-class Chunk(NamedTuple):
+class HeldoutRows(NamedTuple):
     """Held-out rows by hook in float32, and where they came from: sequence (row number for arrays) and position."""
 
     x: dict[str, Float[Tensor, "rows _"]]
@@ -59,7 +59,7 @@ class ActivationSource(Protocol):
         """Return training batches from the start or from a state."""
         ...
 
-    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         """Yield every held-out row once, always in the same order."""
         ...
 

@@ -17,9 +17,6 @@ from wsae.core.hub import hub_dataset
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# What a record of a data set says: plain text, a conversation, or token ids; and records that say
-# nothing.
-#
 # A field is a key, or keys joined by dots for what lies deeper ("data.text", "choices.0.text").
 
 NULL, NO_FIELD = "null", "without the field"

@@ -213,17 +213,16 @@ def fingerprint(cfg: TextConfig) -> str:
         path = builtin if cfg.path == "builtin" else Path(cfg.path)
         if not path.exists():
             return digest(cfg.to_dict())
-        return digest([cfg.field, [_sample(p) for p in _files(path, cfg.split).read]])
-
-
-def _sample(path: Path) -> list[str | int]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        sha = hashlib.sha256(file.read(_SAMPLE_BYTES))
-        if size > _SAMPLE_BYTES:
-            file.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
-            sha.update(file.read())
-    return [path.name, size, sha.hexdigest()]
+        samples = []
+        for place in _files(path, cfg.split).read:
+            size = place.stat().st_size
+            with place.open("rb") as file:
+                sha = hashlib.sha256(file.read(_SAMPLE_BYTES))
+                if size > _SAMPLE_BYTES:
+                    file.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
+                    sha.update(file.read())
+            samples.append([place.name, size, sha.hexdigest()])
+        return digest([cfg.field, samples])
 
 
 def _builtin():
@@ -262,9 +261,6 @@ def _read(files: Files, name: str, reading: TextCounts) -> Iterator[Record]:
         raise first
 
 
-# ---- which files
-
-
 def _files(path: Path, split: str | None = None) -> Files:
     if path.is_file():
         return Files([path])
@@ -272,32 +268,23 @@ def _files(path: Path, split: str | None = None) -> Files:
         raise UserError(f"text {path}: neither a file nor a directory (a pipe?); save it to a file")
     root, others = _root(path, split)
     left_out = {OTHER_SPLIT: others} if others else {}
-    sorted_out: dict[str, list[Path]] = {"": []}
+    sorted_out: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
-        if file.is_dir() and not file.is_symlink():
-            continue
-        reason = _why_not(file, root, split if root == path else None)
-        sorted_out.setdefault(reason, []).append(file)
-    read, prose = sorted_out.pop(""), sorted_out.get(BESIDE, [])
-    if not read and prose:
-        read = sorted_out.pop(BESIDE)
+        if not file.is_dir() or file.is_symlink():
+            reason = _why_not(file, root, split if root == path else None)
+            sorted_out.setdefault(reason, []).append(file)
+    read = sorted_out.pop("", []) or sorted_out.pop(BESIDE, [])
     left_out |= {
         reason: [str(p.relative_to(root)) for p in ps] for reason, ps in sorted_out.items()
     }
     if not read:
-        raise UserError(_nothing(root, split, left_out))
+        has = "; ".join(f"{len(ps)} {reason} ({ps[0]})" for reason, ps in left_out.items())
+        what = f"no {', '.join(DATA)} file"
+        if split is not None and OTHER_SPLIT in left_out:
+            what = f"no file of the split {split!r}"
+        instead = f", only {has}; to read one of these, name it" if has else ""
+        raise UserError(f"text {root}: {what} in this directory{instead}")
     return Files(read, left_out)
-
-
-def _nothing(root: Path, split: str | None, left_out: dict[str, list[str]]) -> str:
-    """Return the error for a directory without text: what it holds instead."""
-    has = "; ".join(f"{len(ps)} {reason} ({ps[0]})" for reason, ps in left_out.items())
-    what = f"no {', '.join(DATA)} file"
-    if split is not None and OTHER_SPLIT in left_out:
-        what = f"no file of the split {split!r}"
-    return f"text {root}: {what} in this directory" + (
-        f", only {has}; to read one of these, name it" if has else ""
-    )
 
 
 def _why_not(file: Path, root: Path, split: str | None) -> str:
@@ -316,20 +303,15 @@ def _why_not(file: Path, root: Path, split: str | None) -> str:
         return ABOUT
     if kind.kind is None or not file.is_file():
         return UNKNOWN
-    if suffix == ".arrow" and not _listed(file):
-        return UNLISTED
+    state = file.parent / "state.json"
+    if suffix == ".arrow" and state.is_file():  # of a data set saved in this folder
+        listed = {entry.get("filename") for entry in _json_list(state, "_data_files")}
+        if file.name not in listed:
+            return UNLISTED
     words = re.split(r"[-_./\\]", str(inside).lower())
     if split is not None and split.lower() not in words:
         return OTHER_SPLIT
     return BESIDE if suffix in PROSE else ""
-
-
-def _listed(file: Path) -> bool:
-    """Return whether an Arrow file belongs to the data set saved in its folder; a folder may say nothing."""
-    state = file.parent / "state.json"
-    if not state.is_file():
-        return True
-    return file.name in {entry.get("filename") for entry in _json_list(state, "_data_files")}
 
 
 def _json_list(path: Path, key: str) -> list[Any]:
@@ -366,9 +348,6 @@ def _root(path: Path, split: str | None) -> tuple[Path, list[str]]:
         raise UserError(f"text {path}: no split {wanted!r}; give --split {' or '.join(splits)}")
     return path / wanted, [name for name in splits if name != wanted]
 
-
-# Token sequences from documents: packed end to end or one document each, with an exact position to
-# resume from.
 
 PIECE = 1 << 20
 """Characters tokenised at once: a tokenizer takes 150 bytes for each."""
@@ -497,18 +476,15 @@ class Packer:
             ids = self._checked(document)
         else:
             text = self._rendered(document) if document.messages else document.text
-            ids = self._tokenised(text or "")
+            parts = [
+                self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+                for part in pieces(text or "")
+            ]
+            ids = np.concatenate([np.array(part, dtype=np.int32) for part in [*parts, []]])
         if document.messages or document.ids is not None:  # these may bring their own
             ids = ids[1:] if self._start and ids[:1].tolist() == self._start else ids
             end = [] if ids[-1:].tolist() == end else end
         return np.concatenate([ids, np.array(end, dtype=np.int32)]) if len(ids) else ids
-
-    def _tokenised(self, text: str) -> np.ndarray:
-        parts = [
-            self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-            for part in pieces(text)
-        ]
-        return np.concatenate([np.array(part, dtype=np.int32) for part in [*parts, []]])
 
     def _checked(self, document: Document) -> np.ndarray:
         """Return the ids that a document brings; raises UserError when the tokenizer has not as many."""

@@ -10,9 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# The text of each token id, in the middle of a sentence, and the bytes of those that hold part of a
-# character.
-
 _BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How tokenizers that fall back on bytes name one (Llama 2, Mistral, Gemma)."""
 

@@ -23,12 +23,12 @@ class Word(NamedTuple):
 
     name: str
     about: str
-    takes: bool
+    takes: bool = False
     """Whether a value follows."""
-    choices: tuple[str, ...]
-    files: bool
+    choices: tuple[str, ...] = ()
+    files: bool = False
     """Whether files complete it."""
-    several: bool
+    several: bool = False
     """Whether several values may follow."""
 
 
@@ -37,11 +37,8 @@ class Words(NamedTuple):
 
     name: str
     about: str
-    placed: tuple[Word, ...]
-    flags: tuple[Word, ...]
-
-
-HELP = Word("--help", "Show the flags, with defaults and examples", False, (), False, False)
+    placed: list[Word]
+    flags: list[Word]
 
 
 def script_for(shell: str) -> str:
@@ -57,7 +54,8 @@ def commands() -> list[Words]:
         fields = dict(flagfile.leaves(kind))
         placed = [_word("", f) for f in fields.values() if is_positional(f)]
         flags = [_word(flag, fields[path]) for flag, path in flag_names(kind).items()]
-        found.append(Words(command.name, command.summary, tuple(placed), (*flags, HELP)))
+        flags.append(Word("--help", "Show the flags, with defaults and examples"))
+        found.append(Words(command.name, command.summary, placed, flags))
     return found
 
 
@@ -66,10 +64,9 @@ def _word(flag: str, field: Any) -> Word:
     kinds = _kinds(field.annotation)
     choices = tuple(str(c) for kind in kinds if get_origin(kind) is Literal for c in get_args(kind))
     metavar = next((m.metavar for m in field.metadata if getattr(m, "metavar", None)), "")
-    named = metavar.replace("|", " ").split(" ")[0] in FILES
+    files = Path in kinds or metavar.replace("|", " ").split(" ")[0] in FILES
     several = get_origin(field.annotation) is tuple
-    takes = field.annotation is not bool
-    return Word(flag, about.rstrip("."), takes, choices, Path in kinds or named, several)
+    return Word(flag, about.rstrip("."), field.annotation is not bool, choices, files, several)
 
 
 def _kinds(kind: Any) -> list[Any]:
@@ -77,6 +74,10 @@ def _kinds(kind: Any) -> list[Any]:
     if get_origin(kind) is Literal or not get_args(kind):
         return [kind]
     return [inner for part in get_args(kind) for inner in _kinds(part)]
+
+
+def _choices(*words: Word) -> str:
+    return " ".join(choice for word in words for choice in word.choices)
 
 
 def _quoted(text: str) -> str:
@@ -122,25 +123,23 @@ complete -F _wsae wsae
 
 
 def _bash(found: list[Words]) -> str:
+    def offered(*words: Word) -> str:
+        files = "yes" if any(word.files for word in words) else ""
+        return f"values={_quoted(_choices(*words))} files={files}"
+
     flags, values, placed = [], [], []
     for one in found:
         names = " ".join(word.name for word in one.flags)
         flags.append(f"        {one.name}) values={_quoted(names)} ;;")
         for word in one.flags:
+            more = f' | "{one.name} {word.name} ..."' if word.several else ""
             if word.takes:
-                more = f' | "{one.name} {word.name} ..."' if word.several else ""
-                values.append(f'    "{one.name} {word.name}"{more}) {_bash_set([word])} ;;')
+                values.append(f'    "{one.name} {word.name}"{more}) {offered(word)} ;;')
         if one.placed:
-            placed.append(f"        {one.name}) {_bash_set(one.placed)} ;;")
+            placed.append(f"        {one.name}) {offered(*one.placed)} ;;")
     names = _quoted(" ".join(one.name for one in found))
     text = _BASH.replace("@COMMANDS@", names).replace("@FLAGS@", "\n".join(flags))
     return text.replace("@VALUES@", "\n".join(values)).replace("@PLACED@", "\n".join(placed))
-
-
-def _bash_set(words: Any) -> str:
-    choices = " ".join(choice for word in words for choice in word.choices)
-    files = "yes" if any(word.files for word in words) else ""
-    return f"values={_quoted(choices)} files={files}"
 
 
 _ZSH = """\
@@ -167,55 +166,45 @@ if [[ $funcstack[1] == _wsae ]]; then _wsae "$@"; else compdef _wsae wsae; fi
 
 
 def _zsh(found: list[Words]) -> str:
+    def action(*words: Word) -> str:
+        files = "_files" if any(word.files for word in words) else " "
+        return f"({_choices(*words)})" if _choices(*words) else files
+
     names = [f"            {_quoted(one.name + ':' + one.about)}" for one in found]
     words = []
     for one in found:
-        specs = [_zsh_flag(word) for word in one.flags] + [_zsh_placed(one.placed)]
+        specs = []
+        for word in one.flags:
+            about = word.about.translate({92: "", 91: "(", 93: ")", 58: " -"})  # not \\ [ ] :
+            many = "*-*:" if word.several else ""
+            value = f":{many}{word.name.lstrip('-')}:{action(word)}" if word.takes else ""
+            specs.append(f"{word.name}[{about}]{value}")
+        specs.append(f"*:word:{action(*one.placed)}" if one.placed else "*: :")
         lines = " \\\n".join(f"                {_quoted(spec)}" for spec in specs)
         words.append(f"        {one.name})\n            _arguments \\\n{lines} ;;")
     text = _ZSH.replace("@COMMANDS@", "\n".join(names))
     return text.replace("@WORDS@", "\n".join(words))
 
 
-def _zsh_flag(word: Word) -> str:
-    about = word.about.replace("\\", "").replace("[", "(").replace("]", ")").replace(":", " -")
-    if not word.takes:
-        return f"{word.name}[{about}]"
-    many = "*-*:" if word.several else ""
-    return f"{word.name}[{about}]:{many}{word.name.lstrip('-')}:{_zsh_action([word])}"
-
-
-def _zsh_placed(placed: tuple[Word, ...]) -> str:
-    return f"*:word:{_zsh_action(placed)}" if placed else "*: :"
-
-
-def _zsh_action(words: Any) -> str:
-    choices = " ".join(choice for word in words for choice in word.choices)
-    if choices:
-        return f"({choices})"
-    return "_files" if any(word.files for word in words) else " "
-
-
 def _fish(found: list[Words]) -> str:
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
     lines = ["# fish completion of wsae; made by `wsae completion fish`", "complete -c wsae -f"]
     for one in found:
-        about = f"-a {one.name} -d {_fish_quoted(one.about)}"
+        about = f"-a {one.name} -d {quoted(one.about)}"
         lines.append(f"complete -c wsae -n __fish_use_subcommand {about}")
     for one in found:
         start = f"complete -c wsae -n '__fish_seen_subcommand_from {one.name}'"
-        for word in one.placed:
-            given = f" -a {_fish_quoted(' '.join(word.choices))}" if word.choices else ""
-            if given or word.files:
+        for word in [*one.placed, *one.flags]:
+            given = f" -a {quoted(_choices(word))}" if word.choices else ""
+            if not word.name and (given or word.files):
                 lines.append(f"{start}{' -F' if word.files else ''}{given}")
-        for word in one.flags:
-            name = f"{start} -l {word.name.removeprefix('--')} -d {_fish_quoted(word.about)}"
-            given = f" -x -a {_fish_quoted(' '.join(word.choices))}" if word.choices else " -x"
-            lines.append(name + ((" -r -F" if word.files else given) if word.takes else ""))
+            elif word.name:
+                value = " -r -F" if word.files else f" -x{given}"
+                name = f"{start} -l {word.name.removeprefix('--')} -d {quoted(word.about)}"
+                lines.append(name + (value if word.takes else ""))
     return "\n".join(lines) + "\n"
-
-
-def _fish_quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 ABOUT = """\
@@ -237,7 +226,7 @@ class Flags(Config):
     ]
     """bash, zsh or fish."""
     out: MaybePlace = None
-    """Write the script there; none means to stdout."""
+    """Write the script there; default: to stdout."""
     common: CommonFlags = Common()
     """Flags of every command."""
 

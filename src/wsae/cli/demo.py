@@ -5,9 +5,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.compare import show_differences
-from wsae.cli.evaluate import show_classes, show_scores
-from wsae.cli.flags import Common, CommonFlags, MaybeName, Name, Place, config_flags, config_values
+from wsae.cli.evaluate import show_classes, show_differences, show_scores
+from wsae.cli.flags import (
+    Common,
+    CommonFlags,
+    MaybeName,
+    Name,
+    Place,
+    config_flags,
+    config_values,
+)
 from wsae.cli.ui import UI
 from wsae.core.errors import UserError
 from wsae.experiments.config import DemoConfig

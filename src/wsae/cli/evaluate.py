@@ -91,7 +91,7 @@ def evaluate_sae(
 def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> list[str]:
     """Return what speaks against an SAE of this model and hook on these activations; nothing for arrays."""
     place = data.describe()
-    theirs = place.get("model") or place.get("harvest", {}).get("model")
+    theirs = _model_of(place)
     if theirs is None:
         return []
     notes = []
@@ -107,6 +107,11 @@ def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> 
             "scores say nothing of the SAE"
         )
     return notes
+
+
+def _model_of(source: dict[str, Any]) -> str | None:
+    """Return the model that a run's source is of, None for arrays."""
+    return source.get("model") or source.get("harvest", {}).get("model")
 
 
 def _model(name: str) -> str:
@@ -133,7 +138,7 @@ class Flags(Config):
     out: MaybePlace = None
     """Write the result as JSON here too."""
     source: MaybeName = None
-    """Store or array to measure on; none means the run's own data."""
+    """Store or array to measure on; default: the run's own data."""
     labels: MaybePlace = None
     """For arrays: a .npy file with the class of every row, numbered from 0; stores of images have their own."""
     measured: tyro.conf.OmitArgPrefixes[EvalFlags] = EvalFlags()
@@ -162,9 +167,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     seen = behind(source, where, language=cfg.splice_tokens > 0)
     record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
     if flags.source is not None:
-        place = Run(flags.run).source
-        model = place.get("model") or place.get("harvest", {}).get("model")
-        foreign = strangers(model, None, source)
+        foreign = strangers(_model_of(Run(flags.run).source), None, source)
         record["notes"] = [*record.get("notes", []), *foreign]
     labels = labels_of(source)
     if labels is not None:
@@ -215,6 +218,32 @@ def show_matching(matching: dict[str, Any], ui: UI) -> None:
 def likeness(cosine: float, chance: float | None) -> str:
     """Return the mean cosine of matched pairs beside that of random directions."""
     return f"mean cosine {cosine:.2f}" + ("" if chance is None else f" (chance {chance:.2f})")
+
+
+def show_differences(hook: str, lines: list[dict[str, Any]], ui: UI) -> None:
+    """Print differences with their intervals; where an interval leaves out 0 there is a star."""
+    columns = ("a", "b", "metric", "a - b", "interval", "effect", "paired by")
+    ui.table(
+        f"{hook}: paired differences (*: the interval leaves out 0)", columns, map(_row, lines)
+    )
+
+
+def _row(line: dict[str, Any]) -> list[str]:
+    low, high = line["low"], line["high"]
+    sure = low is not None and (low > 0 or high < 0)
+    return [
+        line["a"],
+        line["b"],
+        line["metric"],
+        _signed(line["difference"], ".3g") + (" *" if sure else ""),
+        "-" if low is None else f"[{low:+.3g}, {high:+.3g}]",
+        _signed(line.get("effect_size"), ".2f"),
+        f"{line['n']:,} {line['unit']}s",
+    ]
+
+
+def _signed(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:+{form}}"
 
 
 def show_classes(hook: str, found: dict[str, Any], ui: UI) -> None:

@@ -30,8 +30,6 @@ from wsae.evals.autointerp.llm.config import LlmConfig
 if TYPE_CHECKING:
     from wsae.evals.autointerp.scoring import ScorerModels
 
-# The tables of `wsae interpret`.
-
 
 def show_plan(plan: dict[str, dict[str, int]], ui: UI) -> None:
     """Print the requests and tokens of each score."""
@@ -52,7 +50,14 @@ def show_scores(result: dict[str, Any], ui: UI) -> None:
         ]
         ui.table(f"{hook}: interpretability", ("", *scores, "latents"), rows)
         lines = [
-            [line["a"], line["b"], line["metric"], line["over"], difference(line), str(line["n"])]
+            [
+                line["a"],
+                line["b"],
+                line["metric"],
+                line["over"],
+                interval(line | {"value": line["difference"]}),
+                str(line["n"]),
+            ]
             for line in found["comparisons"]
             if line["over"] != "control"
         ]
@@ -71,11 +76,6 @@ def compared(lines: list[dict[str, Any]]) -> list[str]:
         for line in lines
         if line.get("cosine") is not None
     ]
-
-
-def difference(line: dict[str, Any]) -> str:
-    """Return a difference with its interval."""
-    return interval({"value": line["difference"], "low": line["low"], "high": line["high"]})
 
 
 def unanswered(found: dict[str, Any]) -> list[str]:
@@ -208,7 +208,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
         planned = plan_run(flags.run, source, cfg, ui.progress, llm=judges.get("llm"))
         return {"run": str(flags.run), "plan": {name: vars(part) for name, part in planned.items()}}
-    if _needs_model(cfg):
+    if "surprisal" in cfg.scores or "random_model" in cfg.controls:
         judges["language"] = language_of(source, where)
     from wsae.evals.autointerp.run import interpret_run
     from wsae.evals.autointerp.summary import agreement
@@ -219,11 +219,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     if flags.out is not None:
         write_json(flags.out, record)
     return {"run": str(flags.run), **record}
-
-
-def _needs_model(cfg: InterpretConfig) -> bool:
-    """Whether the model behind the activations is needed."""
-    return "surprisal" in cfg.scores or "random_model" in cfg.controls
 
 
 def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "ScorerModels":

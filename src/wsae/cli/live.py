@@ -17,7 +17,7 @@ from wsae.cli.flags import (
     config_values,
     flag_name,
 )
-from wsae.core.artifact import CONFIG
+from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.losses.config import GammaConfig, Rule
@@ -215,7 +215,7 @@ def is_data(source: str) -> bool:
     if path.is_dir():
         of_model = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
         known = any((path / name).exists() for name in of_model) or any(path.glob("*.gguf"))
-        return (path / "manifest.json").exists() or not known
+        return (path / MANIFEST).exists() or not known
     return path.exists() and path.suffix != ".gguf"
 
 

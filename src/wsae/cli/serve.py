@@ -104,8 +104,7 @@ def _serve(
 ) -> str:
     from wsae.cli.runner import device
     from wsae.serve import server
-    from wsae.serve.app import Live, application
-    from wsae.serve.index import Shelf
+    from wsae.serve.app import Live, Shelf, application
 
     runs = [Shelf(t["slug"], Path(t["run"]), Path(t["index"])) for t in told]
     for run in runs:

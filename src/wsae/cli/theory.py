@@ -1,4 +1,4 @@
-"""`wsae theory`: the ledger of the paper's claims, each checked numerically."""
+"""`wsae theory`: the ledger of the paper's claims and of our theorems, each checked numerically."""
 
 import shlex
 from typing import Any
@@ -8,7 +8,7 @@ from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.files import write_json
 
-ABOUT = "Check every theorem, example and claim of the paper's theory; takes under half a minute."
+ABOUT = "Check every claim of the paper's theory, and our own theorems; takes about half a minute."
 SAVES = {"holds": "", "holds if": "Holds if: ", "counterexample": "What saves it: "}
 
 
@@ -51,17 +51,27 @@ def as_json(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print the ledger as a table, then how many claims hold."""
-    claims = result["claims"]
+    ours = [claim for claim in result["claims"] if claim["source"].startswith("Ours")]
+    papers = [claim for claim in result["claims"] if claim not in ours]
     between = [["", "", "", ""]] if ui.stdout.isatty() else []
-    rows = [line for claim in claims for line in (_row(claim), *between)]
-    ui.table("The paper's claims", ("source", "verdict", "claim", "evidence"), rows)
+    for heading, claims in (
+        ("The paper's claims", papers),
+        ("Our theorems (docs/theory.md)", ours),
+    ):
+        if claims:
+            rows = [line for claim in claims for line in (_row(claim), *between)]
+            ui.table(heading, ("source", "verdict", "claim", "evidence"), rows)
+            ui.say(_counted(claims))
+    if result["files"]:
+        ui.say(f"wrote {', '.join(shlex.quote(path) for path in result['files'])}")
+
+
+def _counted(claims: list[dict[str, Any]]) -> str:
     count = {verdict: sum(c["verdict"] == verdict for c in claims) for verdict in SAVES}
-    ui.say(
+    return (
         f"{len(claims)} claims: {count['holds']} hold, {count['holds if']} hold under a condition, "
         f"{count['counterexample']} have a counterexample"
     )
-    if result["files"]:
-        ui.say(f"wrote {', '.join(shlex.quote(path) for path in result['files'])}")
 
 
 def _row(claim: dict[str, Any]) -> list[str]:

@@ -172,7 +172,8 @@ def is_whole(folder: Path) -> bool:
     """Return whether an entry is there, ours alone, and every file in it is the one that was listed."""
     try:
         _check_ours(folder, stat.S_ISDIR)
-        listed = json.loads(_read(folder / LIST))
+        _check_ours(folder / LIST, stat.S_ISREG)
+        listed = json.loads((folder / LIST).read_bytes())
         there = {path for path in folder.rglob("*") if path != folder / LIST}
         for path in there:
             kind = stat.S_ISDIR if stat.S_ISDIR(path.lstat().st_mode) else stat.S_ISREG
@@ -188,8 +189,3 @@ def _check_ours(path: Path, kind: Callable[[int], bool]) -> None:
     loose = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
     if not kind(found.st_mode) or found.st_uid != os.geteuid() or loose:
         raise PermissionError(errno.EACCES, "not a file of this user alone", str(path))
-
-
-def _read(path: Path) -> bytes:
-    _check_ours(path, stat.S_ISREG)
-    return path.read_bytes()

@@ -35,6 +35,7 @@ RECORD_BYTES = 256 << 20
 LINE_BYTES = 1 << 20
 """The longest line of a file of JSON lines that wsae wrote."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+_TEMPORARY = re.compile(r"\.(.+?)\.(\d+)(?:\.[0-9a-f]{8})?\.tmp")
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _KINDS = {
     stat.S_IFIFO: "a pipe; write what comes out of it to a file first, and give that",
@@ -104,10 +105,10 @@ def flush(path: Path) -> None:
 
 def _drop_leftovers(path: Path) -> None:
     """Remove the temporary files of this name whose writers were killed."""
-    own = re.compile(rf"\.{re.escape(path.name)}\.(\d+)(?:\.[0-9a-f]{{8}})?\.tmp")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        found = own.fullmatch(leftover.name)
-        if found and int(found[1]) != os.getpid() and not _is_alive(int(found[1])):
+        found = _TEMPORARY.fullmatch(leftover.name)
+        process = int(found[2]) if found and found[1] == path.name else os.getpid()
+        if process != os.getpid() and not _is_alive(process):
             drop(leftover)
 
 
@@ -172,7 +173,7 @@ def refusals(path: Path) -> Iterator[None]:
 
 def is_temporary(path: Path) -> bool:
     """Return whether a name is one of those that `writing` gives to files that are not finished."""
-    return re.fullmatch(r"\..+\.\d+(\.[0-9a-f]{8})?\.tmp", path.name) is not None
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def opened(path: Path) -> BufferedReader:
@@ -250,9 +251,14 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_bytes(path: Path, most: int, as_what: str = "") -> bytes:
-    """Return a regular file's content, or `most` bytes and one where it is larger; raises UserError else."""
+    """Return a regular file's content; raises UserError when it is missing or larger than `most` bytes."""
     try:
         with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise UserError(
+                    f"{path}: {size:,} bytes, and no such file of wsae has more than {most:,}"
+                )
             return file.read(most + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -264,9 +270,6 @@ def read_bytes(path: Path, most: int, as_what: str = "") -> bytes:
 def read_json(path: Path, most: int = RECORD_BYTES) -> Any:
     """Read a JSON file; raises UserError when it is missing, damaged, no regular file, or larger than `most` bytes."""
     data = read_bytes(path, most)
-    if len(data) > most:
-        size = path.stat().st_size
-        raise UserError(f"{path}: {size:,} bytes, and no such file of wsae has more than {most:,}")
     try:
         return parse_json(data)
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,17 +27,13 @@ _READERS: dict[tuple[int, int], Callable] = {
 
 
 class Header(NamedTuple):
-    """What an array is, and where in its file the values begin."""
+    """What an array is, where in its file the values begin, and their size."""
 
     shape: tuple[int, ...]
-    fortran: bool
+    order: Literal["C", "F"]
     dtype: np.dtype
     start: int
-
-    @property
-    def bytes(self) -> int:
-        """The size of the values."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    bytes: int
 
 
 def mapped_npy(path: Path, where: str) -> np.ndarray:
@@ -82,9 +78,7 @@ def npz_arrays(
         raise
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file") from error
-    except (
-        Exception
-    ) as error:  # BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, RuntimeError, ...
+    except Exception as error:  # BadZipFile, OSError, EOFError, zlib.error, RuntimeError, ...
         raise UserError(f"{where}: not a readable .npz file ({first_line(error)[:200]})") from error
 
 
@@ -110,7 +104,7 @@ def _entry(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: 
             packed = min(entry.compress_size, path.stat().st_size)
             check_unpacked(entry.file_size, packed, what, fix)
             flat = np.frombuffer(file.read(header.bytes), dtype=header.dtype)
-            return flat.reshape(header.shape, order="F" if header.fortran else "C")
+            return flat.reshape(header.shape, order=header.order)
     with path.open("rb") as file:
         file.seek(entry.header_offset + 26)  # the local header says how long its two texts are
         lengths = np.frombuffer(file.read(4), dtype="<u2")
@@ -132,23 +126,23 @@ def _header(file: IO[bytes] | zipfile.ZipExtFile, where: str) -> Header:
             raise ValueError(f"values of no size ({dtype})")
         if dtype.hasobject:
             raise ValueError("Python objects, which only a pickle can hold; save numbers")
-        header = Header(shape, bool(fortran), dtype, file.tell())
         # as numpy counts: a shape of (0, 2^62) is too large as well
         largest = math.prod(n for n in shape if n) * dtype.itemsize
         if largest >= 1 << 63:
             raise ValueError(f"shape {shape}")
+        n_bytes = math.prod(shape) * dtype.itemsize
+        return Header(shape, "F" if fortran else "C", dtype, file.tell(), n_bytes)
     except OSError:
         raise
     except Exception as error:  # numpy evaluates a literal: SyntaxError, TokenError, TypeError, RecursionError, ...
         raise UserError(
             f"{where}: not a readable .npy array ({first_line(error)[:200]})"
         ) from error
-    return header
 
 
 def _map(path: Path, header: Header, start: int) -> np.ndarray:
-    order = "F" if header.fortran else "C"
+    shape, order, dtype = header.shape, header.order, header.dtype
     if not header.bytes:
-        return np.empty(header.shape, header.dtype, order)
-    mapped = np.memmap(path, header.dtype, mode="r", offset=start, shape=header.shape, order=order)
+        return np.empty(shape, dtype, order)
+    mapped = np.memmap(path, dtype, mode="r", offset=start, shape=shape, order=order)
     return np.asarray(mapped)  # a plain view: the subclass is slow to index

@@ -27,7 +27,7 @@ _NUMPY = {
     "U8": "u1",
     "BOOL": "?",
 }
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -54,7 +54,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     end = 0
     for name, tensor in ordered.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
+        shape, dtype = list(tensor.shape), DTYPE_NAMES[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     told = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     told += b" " * (-len(told) % 8)

@@ -5,7 +5,6 @@ unpickler builds tensors and plain numbers and calls nothing a file names; and t
 tensor no larger than the file, or a number. Writing makes such a file from a plain dict of tensors.
 """
 
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -28,11 +27,15 @@ def load_state(path: Path, words: dict[str, str] | None = None) -> dict[str, Ten
     found = _loaded(path, "not a state dict of tensors and numbers", mapped=False)
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, not a state dict")
+    for key in found:
+        if not isinstance(key, str):
+            kind = type(key).__name__
+            raise UserError(f"{path}: a key of its state dict is a {kind}, not a name")
     room = path.stat().st_size
     if words is not None:
-        words.update({str(key): value for key, value in found.items() if isinstance(value, str)})
+        words.update({key: value for key, value in found.items() if isinstance(value, str)})
         found = {key: value for key, value in found.items() if not isinstance(value, str | dict)}
-    return {_name(key, path): _tensor(key, value, room, path) for key, value in found.items()}
+    return {key: _tensor(key, value, room, path) for key, value in found.items()}
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
@@ -57,18 +60,9 @@ def _loaded(path: Path, otherwise: str, mapped: bool) -> object:
     _check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        IndexError,
-        OSError,
-    ) as error:  # fmt: skip  (what a damaged or hostile file makes the reader say)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the reader say
         reason = str(error).split("\n", 1)[0][:200]
         raise UserError(f"{path}: {otherwise}, so it is not opened ({reason})") from error
 
@@ -104,12 +98,6 @@ def _check_zip(path: Path) -> None:
             raise UserError(
                 f"{path}: a pickle of {entry.file_size:,} bytes; a state dict needs a few thousand"
             )
-
-
-def _name(key: object, path: Path) -> str:
-    if not isinstance(key, str):
-        raise UserError(f"{path}: a key of its state dict is a {type(key).__name__}, not a name")
-    return key
 
 
 def _tensor(name: str, value: object, room: int, path: Path) -> Tensor:

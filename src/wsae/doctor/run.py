@@ -25,7 +25,7 @@ from wsae.doctor import cost, probe
 from wsae.doctor.config import DoctorConfig
 from wsae.doctor.probe import Check, report, warned
 from wsae.run import EVALUATION_PART, Run
-from wsae.train.config import FEW_STEPS
+from wsae.train.config import FEW_STEPS, TrainConfig
 
 # The planned SAEs: do their shapes fit, and what will they take of memory and time?
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from wsae.acts.source import Chunk, as_path, open_matrix
+from wsae.acts.source import HeldoutRows, as_path, open_matrix
 from wsae.acts.tokens import TokenTable
 
 
@@ -17,7 +17,7 @@ class HeldOut(Protocol):
 
     hooks: dict[str, int]
 
-    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         """Yield every held-out row once, sequence by sequence."""
         ...
 
@@ -72,12 +72,12 @@ class MatrixRows:
         self._name = name
         self.hooks = {name: self._x.shape[1]}
 
-    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         """Yield the rows in order, as fp32."""
         for start in range(0, self._x.shape[0], batch_size):
             index = np.arange(start, min(start + batch_size, self._x.shape[0]))
             seq = torch.from_numpy(index)
-            yield Chunk({self._name: self._x.take(index)}, seq, torch.zeros_like(seq))
+            yield HeldoutRows({self._name: self._x.take(index)}, seq, torch.zeros_like(seq))
 
     def tokens(self) -> TokenTable | None:
         """Arrays have no tokens."""

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from wsae.acts.source import Chunk
+from wsae.acts.source import HeldoutRows
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
@@ -191,7 +191,7 @@ class Measured:
 class ReplayedChunk(NamedTuple):
     """A chunk, and the codes that the first pass found for it, by (hook, member)."""
 
-    chunk: Chunk
+    chunk: HeldoutRows
     codes: dict[tuple[str, str], SparseCode]
 
     @property
@@ -225,12 +225,12 @@ class Replay:
         self._kept = kept
 
 
-def first_rows(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
+def first_rows(chunks: Iterator[HeldoutRows], rows: int | None) -> Iterator[HeldoutRows]:
     """Yield chunks until there are `rows` rows, the last one cut; all of them without a limit."""
     for chunk in chunks:
         if rows is not None and len(chunk.seq) >= rows:
             x = {hook: values[:rows] for hook, values in chunk.x.items()}
-            yield Chunk(x, chunk.seq[:rows], chunk.pos[:rows])
+            yield HeldoutRows(x, chunk.seq[:rows], chunk.pos[:rows])
             return
         rows = None if rows is None else rows - len(chunk.seq)
         yield chunk
@@ -244,7 +244,7 @@ class HeldOutPositions:
         self._wanted = torch.tensor(sequences, dtype=torch.int64)
         self._found: dict[int, list[Tensor]] = {seq: [] for seq in sequences}
 
-    def update(self, chunk: Chunk) -> None:
+    def update(self, chunk: HeldoutRows) -> None:
         """Note the wanted rows of a chunk."""
         wanted = torch.isin(chunk.seq, self._wanted)
         seq, pos = chunk.seq[wanted], chunk.pos[wanted]

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from wsae.core.progress import Progress, quiet
+from wsae.core.seeds import seed_for
 from wsae.experiments.drawing import need_matplotlib, new_figure, save_figure
 from wsae.report.panel_figures import COLOURS
 from wsae.theory.claims.assumptions import turned_digons
+from wsae.theory.claims.ours import (
+    ACTIVE,
+    alpha_norm,
+    linear_program_success,
+    orthogonal_rows,
+    readout,
+    recovered_share,
+    uneven_world,
+)
 from wsae.theory.geometry import digons, polygon, simplex
 from wsae.theory.losses import (
     closed_form,
@@ -167,6 +177,48 @@ def _mirror(axes: "Axes", seed: int) -> None:  # noqa: ARG001  (nothing random)
     axes.legend(loc="lower right", title="rows of $W_m$")
 
 
+def _power(axes: "Axes", seed: int) -> None:
+    """How well C^-p w reads its feature: best at p = 1, in every world."""
+    powers = torch.linspace(-1, 2, 61, dtype=torch.float64)
+    for i, colour in zip(range(4), COLOURS[1:], strict=False):
+        W_p, C = uneven_world(seed_for(seed, "filter", i))
+        curve = torch.stack([readout(C, W_p[:, 0], float(p)) for p in powers])
+        axes.plot(powers, curve / readout(C, W_p[:, 0], 0.0), color=colour, lw=1.8)
+    for power, name in ((0.0, "plain"), (0.5, "half-whitened"), (1.0, "whitened")):
+        axes.axvline(power, color=COLOURS[0], lw=0.8, ls=":")
+        axes.text(power + 0.02, 0.02, name, rotation=90, fontsize=7.5, va="bottom")
+    axes.set_ylim(0, None)
+    _finish(axes, "Whitening is the matched filter", "power p of the readout $C^{-p}w$")
+    axes.set_ylabel("correlation with the feature / plain")
+
+
+def _threshold(axes: "Axes", seed: int) -> None:
+    """How often a linear program that knows W_p finds x, by S."""
+    success = linear_program_success(200, 20, ACTIVE, 60, seed)
+    sparsity = torch.linspace(0.88, 0.999, 80, dtype=torch.float64)
+    found = [recovered_share(success, 200, float(S)) for S in sparsity]
+    axes.plot(sparsity, found, color=COLOURS[2], lw=1.8)
+    for S in (0.9, 0.99):
+        axes.axvline(S, color=COLOURS[0], lw=0.8, ls=":")
+        axes.text(S - 0.002, 0.5, f"S = {S:g}", rotation=90, fontsize=7.5, ha="right", va="center")
+    _finish(axes, "200 features in 20 dimensions: how sparse?", "sparsity S")
+    axes.set_ylabel("x found by a program that knows $W_p$")
+
+
+def _alpha(axes: "Axes", seed: int) -> None:
+    """The gap's size under gamma = s^alpha for W_p with orthogonal rows: least at -1/2."""
+    alphas = torch.linspace(-2, 2, 81, dtype=torch.float64)
+    for i, colour in zip(range(4), COLOURS[1:], strict=False):
+        W_p = orthogonal_rows(4, 9, seed_for(seed, "rows", i))
+        norms = torch.tensor([alpha_norm(W_p, float(a)) for a in alphas]) / alpha_norm(W_p, 0.0)
+        axes.plot(alphas, norms, color=colour, lw=1.8)
+    for alpha, name in ((-0.5, "least"), (0.0, "plain"), (1.0, "the paper's")):
+        axes.axvline(alpha, color=COLOURS[0], lw=0.8, ls=":")
+        axes.text(alpha + 0.03, axes.get_ylim()[1], name, rotation=90, fontsize=7.5, va="top")
+    _finish(axes, "The gap by the exponent of the variance", "alpha in $\\gamma_i = s_i^\\alpha$")
+    axes.set_ylabel("least $\\|c W_p^T \\Gamma^2 W_p - I\\|$ / plain")
+
+
 def _finish(axes: "Axes", title: str, x: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel(x)
@@ -178,5 +230,8 @@ PICTURES: dict[str, Callable[["Axes", int], None]] = {
     "limit": _limit,
     "rotation": _rotation,
     "mirror": _mirror,
+    "power": _power,
+    "threshold": _threshold,
+    "alpha": _alpha,
 }
 """Each picture's name and how it is drawn."""

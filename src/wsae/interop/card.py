@@ -17,8 +17,6 @@ from wsae.interop.runs import Chosen
 from wsae.sae.config import Provenance
 from wsae.sae.model import SparseAutoencoder
 
-# Sending a folder to the model hub. The token comes from HF_TOKEN and is written nowhere.
-
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", flags=re.ASCII)
 
 
@@ -32,7 +30,8 @@ def check_repo(repo: str) -> str:
 def upload(folder: Path, files: list[str], repo: str, private: bool) -> str:
     """Send those files of a folder to a repository, made if need be, and return its address.
 
-    Raises UserError without a token, without the extra, or with the hub's own reason.
+    The token comes from HF_TOKEN and is written nowhere. Raises UserError without a token, without the extra, or with
+    the hub's own reason.
     """
     token = os.environ.get("HF_TOKEN")
     if not token:
@@ -66,11 +65,50 @@ _TITLES = {
     "dead_frac": "dead latents",
     "ce_loss_recovered_zero": "CE loss recovered",
 }
-
-
 _SHAPE = ("SAE", "d_in", "d_sae", "activation", "k", "tied")
 _GAMMA = ("SAE", "rule", "alpha", "normalisation", "outliers", "effective dimensions")
-_FOLDING = "gamma acted on the loss of training only; nothing is to be folded in. It is stored with the weights."
+_PAGE = """\
+---
+library_name: wsae
+tags:
+- sparse-autoencoder
+- interpretability
+- wsae
+{front}---
+
+# {title}
+
+{what} on activations of {model}{at}.
+
+```python
+import wsae
+sae = wsae.SparseAutoencoder.load("{place}")
+z = sae.encode(x)        # [batch, d_sae]
+x_hat = sae.decode(z)    # [batch, d_in]
+```
+
+For other tools: `wsae export {place} --format saelens --out DIR` (or sparsify, dictionary_learning).
+
+## Configuration
+
+{shapes}
+
+## Scores on held-out data
+
+{scores}
+
+## Loss weights (gamma)
+
+gamma acted on the loss of training only; nothing is to be folded in. It is stored with the weights.
+
+{gammas}
+
+## Provenance
+
+{provenance}
+
+{digests}
+"""
 
 
 def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
@@ -82,125 +120,74 @@ def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
         free(out, "hub folder", force=False)
     elif (out / MANIFEST).is_file():
         free(out, "sae", force=True)  # a lone SAE of a former push; nothing else is written over
+    manifests: dict[str, Manifest] = {}
+    abouts = {"" if len(chosen) == 1 else place: about for _, place, about in chosen}
     with replacing(out, "hub folder"):
-        manifests, abouts = _saes(chosen, out)
+        for (path, _, about), name in zip(chosen, abouts, strict=True):
+            sae = SparseAutoencoder.load(path)
+            if name:
+                free(out / name, "sae", force=True)
+            with unfinished(out / name, "sae"):
+                sae.save(out / name, about)
+            manifests[name] = read_manifest(out / name, "sae")
         write_text(out / CARD, card(repo, manifests, abouts))
-        write_json(out / INDEX, _index(manifests))
+        digests = {name or ".": manifest.digest() for name, manifest in manifests.items()}
+        named = [name for name in manifests if name]
+        index = {"saes": named, "digests": digests, "wsae_version": __version__}
+        write_json(out / INDEX, index)
     files = [INDEX, CARD]
     for name, manifest in manifests.items():
         files += [str(Path(name) / file) for file in (*manifest.files, MANIFEST)]
     return files
 
 
-def _saes(chosen: list[Chosen], out: Path) -> tuple[dict[str, Manifest], dict[str, Provenance]]:
-    """Write the SAEs; return the manifest and the provenance of each by its place in the folder."""
-    manifests: dict[str, Manifest] = {}
-    abouts: dict[str, Provenance] = {}
-    for path, place, about in chosen:
-        sae, name = SparseAutoencoder.load(path), "" if len(chosen) == 1 else place
-        if name:
-            free(out / name, "sae", force=True)
-        with unfinished(out / name, "sae"):
-            sae.save(out / name, about)
-        manifests[name] = read_manifest(out / name, "sae")
-        abouts[name] = about
-    return manifests, abouts
-
-
-def _index(manifests: dict[str, Manifest]) -> dict[str, Any]:
-    digests = {name or ".": manifest.digest() for name, manifest in manifests.items()}
-    named = [name for name in manifests if name]
-    return {"saes": named, "digests": digests, "wsae_version": __version__}
-
-
 def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance]) -> str:
     """Return the model card: front matter, how to load, config, scores, loss weights and provenance of every SAE."""
-    first = next(iter(abouts.values()))
+    first, names = next(iter(abouts.values())), list(manifests)
+    front = ""  # JSON strings are YAML strings
+    if first.model and first.model.count("/") == 1:
+        front += f"base_model: {json.dumps(first.model)}\n"
+    if first.dataset and first.dataset.count("/") == 1:
+        front += f"datasets:\n- {json.dumps(first.dataset)}\n"
+    what = "A sparse autoencoder" if len(names) == 1 else f"{len(names)} sparse autoencoders"
+    other = first.origin.get("format")
+    if first.wsae_version:
+        what += f" trained with wsae {first.wsae_version}"
+    else:
+        what += f", converted from {other} by wsae {__version__}," if other else " trained"
     digests = [(name or ".", manifest.digest()) for name, manifest in manifests.items()]
-    sections = (
-        [_front_matter(first), *_opening(repo, list(manifests), first)],
-        ["## Configuration", "", *_table(_SHAPE, [_shape(n, m) for n, m in manifests.items()])],
-        ["## Scores on held-out data", "", *_scores(abouts)],
-        [
-            "## Loss weights (gamma)",
-            "",
-            _FOLDING,
-            "",
-            *_table(_GAMMA, [_gamma(n, a) for n, a in abouts.items()]),
-        ],
-        ["## Provenance", "", *_table(("", ""), _provenance(first))],
-        [*_table(("SAE", "SHA-256 of its manifest"), digests)],
-    )
-    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
-
-
-def _opening(repo: str, names: list[str], about: Provenance) -> list[str]:
-    """Return title, what the SAEs are of, and how to load the first."""
-    place = f"hub:{repo}/{names[0]}" if names[0] else f"hub:{repo}"
-    at = f" at {_text(about.hook)}" if about.hook and len(names) == 1 else ""
-    return [
-        f"# {_text(repo.split('/')[-1])}",
-        "",
-        f"{_count(len(names))}{_maker(about)} on activations of {_text(about.model or 'a model not recorded')}{at}.",
-        "",
-        "```python",
-        "import wsae",
-        f'sae = wsae.SparseAutoencoder.load("{place}")',
-        "z = sae.encode(x)        # [batch, d_sae]",
-        "x_hat = sae.decode(z)    # [batch, d_in]",
-        "```",
-        "",
-        f"For other tools: `wsae export {place} --format saelens --out DIR` (or sparsify, dictionary_learning).",
-    ]
-
-
-def _front_matter(about: Provenance) -> str:
-    """Return the YAML block (JSON strings are YAML strings)."""
-    lines = ["---", "library_name: wsae", "tags:"]
-    lines += [f"- {tag}" for tag in ("sparse-autoencoder", "interpretability", "wsae")]
-    if about.model and about.model.count("/") == 1:
-        lines.append(f"base_model: {json.dumps(about.model)}")
-    if about.dataset and about.dataset.count("/") == 1:
-        lines += ["datasets:", f"- {json.dumps(about.dataset)}"]
-    return "\n".join([*lines, "---", ""])
-
-
-def _count(n: int) -> str:
-    return "A sparse autoencoder" if n == 1 else f"{n} sparse autoencoders"
-
-
-def _maker(about: Provenance) -> str:
-    if about.wsae_version:
-        return f" trained with wsae {about.wsae_version}"
-    other = about.origin.get("format")
-    return f", converted from {other} by wsae {__version__}," if other else " trained"
-
-
-def _shape(name: str, manifest: Manifest) -> tuple[object, ...]:
-    cfg = manifest.config
-    activation = cfg["activation"]
-    return (
-        name or ".",
-        cfg["d_in"],
-        cfg["d_sae"],
-        activation["kind"],
-        activation.get("k", "-"),
-        cfg["tied"],
+    return _PAGE.format(
+        front=front,
+        title=_text(repo.split("/")[-1]),
+        what=what,
+        model=_text(first.model or "a model not recorded"),
+        at=f" at {_text(first.hook)}" if first.hook and len(names) == 1 else "",
+        place=f"hub:{repo}/{names[0]}" if names[0] else f"hub:{repo}",
+        shapes=_table(_SHAPE, [_shape(name, m.config) for name, m in manifests.items()]),
+        scores=_scores(abouts),
+        gammas=_table(_GAMMA, [_gamma(name, about) for name, about in abouts.items()]),
+        provenance=_table(("", ""), _provenance(first)),
+        digests=_table(("SAE", "SHA-256 of its manifest"), digests),
     )
 
 
-def _scores(abouts: dict[str, Provenance]) -> list[str]:
+def _shape(name: str, cfg: dict[str, Any]) -> tuple[object, ...]:
+    kind = cfg["activation"]
+    return (name or ".", cfg["d_in"], cfg["d_sae"], kind["kind"], kind.get("k", "-"), cfg["tied"])
+
+
+def _scores(abouts: dict[str, Provenance]) -> str:
     keys = [key for key in _TITLES if any(key in about.metrics for about in abouts.values())]
     if not keys:
-        return ["Not measured (`wsae evaluate` before `wsae push` puts them here)."]
+        return "Not measured (`wsae evaluate` before `wsae push` puts them here)."
     rows = [
         (name or ".", *(_interval(about.metrics.get(key)) for key in keys))
         for name, about in abouts.items()
     ]
-    note = (
+    return (
+        f"{_table(('SAE', *(_TITLES[key] for key in keys)), rows)}\n\n"
         "FVU: fraction of variance unexplained. Brackets: 95 % bootstrap intervals over sequences."
     )
-    return [*_table(("SAE", *(_TITLES[key] for key in keys)), rows), "", note]
 
 
 def _interval(score: Any) -> str:
@@ -213,17 +200,11 @@ def _interval(score: Any) -> str:
 
 def _gamma(name: str, about: Provenance) -> tuple[object, ...]:
     gamma = about.gamma
-    if not gamma:
-        return (name or ".", "not recorded", "-", "-", "-", "-")
-    weighted = gamma.get("rule") != "none"
+    weighted = gamma and gamma.get("rule") != "none"
     shown = (gamma.get(key, "-") if weighted else "-" for key in ("alpha", "normalise", "robust"))
     dimensions = gamma.get("effective_dimensions")
-    return (
-        name or ".",
-        gamma.get("rule"),
-        *shown,
-        "-" if dimensions is None else f"{dimensions:.4g}",
-    )
+    rule = gamma.get("rule") if gamma else "not recorded"
+    return (name or ".", rule, *shown, "-" if dimensions is None else f"{dimensions:.4g}")
 
 
 def _provenance(about: Provenance) -> list[tuple[object, ...]]:
@@ -241,9 +222,10 @@ def _provenance(about: Provenance) -> list[tuple[object, ...]]:
     return [row for row in rows if row[1] is not None]
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return [*lines, *(f"| {' | '.join(_text(str(cell)) for cell in row)} |" for row in rows)]
+    lines += [f"| {' | '.join(_text(str(cell)) for cell in row)} |" for row in rows]
+    return "\n".join(lines)
 
 
 def _text(value: str) -> str:

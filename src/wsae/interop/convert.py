@@ -6,14 +6,15 @@ With them the way back is exact to the bit; without them gamma is 1 and the file
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from wsae.core.artifact import (
     MANIFEST,
+    MEMBERS,
     Manifest,
     begun,
     free,
@@ -25,7 +26,7 @@ from wsae.core.errors import UserError, nearest
 from wsae.core.files import read_json
 from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.interop.config import FORMATS, FormatName, SourceName
+from wsae.interop.config import FormatName, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
 from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
@@ -41,6 +42,12 @@ KINDS: dict[FormatName, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIO
 READERS: dict[SourceName, Reader] = {
     reader.name: reader for reader in (*KINDS.values(), GEMMA_SCOPE, LLAMA_SCOPE, TORCH)
 }
+
+
+_SHARED = ("W_enc", "W_dec", "b_enc", "b_dec")
+"""Tensors that other tools' files may hold to the bit."""
+_MODULE = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.\d+(?:\.\w+)*", flags=re.ASCII)
+R = TypeVar("R", bound=Reader)
 
 
 def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
@@ -62,14 +69,13 @@ class Loaded(NamedTuple):
     format: str
 
 
-def find(name: str) -> Format:
+def find(name: str, kinds: Mapping[Any, R]) -> R:
     """Return the format called `name`; raises UserError for another name."""
-    found = next((kind for key, kind in KINDS.items() if key == name), None)
-    if found is None:
+    if name not in kinds:
         raise UserError(
-            f"format '{name}' is unknown{nearest(name, FORMATS)}; choose {', '.join(FORMATS)}"
+            f"format '{name}' is unknown{nearest(name, kinds)}; choose {', '.join(kinds)}"
         )
-    return found
+    return kinds[name]
 
 
 def save(
@@ -85,11 +91,14 @@ def save(
     Raises UserError, before anything is written, when the format has no equal for this SAE, or the folder holds
     something else (with `force` another export gives way).
     """
-    kind, path = find(format), Path(path)
+    kind, path = find(format, KINDS), Path(path)
     packed = kind.pack(sae, about)
     named = kind.rename(packed, format)
+    held = {name: getattr(named, name) for name in _SHARED}
     side = {
-        name: tensor for name, tensor in sae.tensors().items() if not _held(name, tensor, named)
+        name: tensor
+        for name, tensor in sae.tensors().items()
+        if name not in held or not torch.equal(held[name], tensor.cpu())
     }
     config = {"format": kind.name, "sae": sae.cfg.to_dict(), "provenance": about.to_dict()}
     free(path, "export", force)
@@ -109,16 +118,22 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     manifest = None if place.is_file() else _manifest(place)
     if manifest is not None and manifest.kind == "sae":
         return Loaded(SparseAutoencoder.load(place), Provenance.of(place), "wsae")
-    kind = detect(place) if format == "auto" else reader(format)
+    kind = detect(place) if format == "auto" else find(format, READERS)
     foreign = kind.read(place)
     where = str(place)
     if manifest is None or not isinstance(kind, Format):
-        sae = kind.understand(foreign, where)
-        return Loaded(sae, _placed(kind.about(foreign), place), kind.name)
+        sae, about = kind.sae(foreign, where), kind.about(foreign)
+        name = place.absolute().name
+        if about.hook is None and _MODULE.fullmatch(name):  # only the folder says it, as sparsify's
+            about = about.model_copy(update={"hook": name})
+        return Loaded(sae, about, kind.name)
     if manifest.config.get("format") != kind.name:
         raise UserError(f"{place}: its manifest says format {manifest.config.get('format')!r}")
     sae = _restored(manifest, kind.rename(foreign, where), place)
-    return Loaded(sae, _said(manifest, place), kind.name)
+    told = manifest.config.get("provenance")
+    if not isinstance(told, dict):
+        raise UserError(f"{place / MANIFEST}: lacks the provenance (altered); export it again")
+    return Loaded(sae, Provenance.parse(told, where=str(place / MANIFEST)), kind.name)
 
 
 def readable(place: Path) -> bool:
@@ -127,16 +142,6 @@ def readable(place: Path) -> bool:
     if folder.is_file():
         return folder.suffix in (".pt", ".pth")
     return any(kind.detect(folder) for kind in READERS.values())
-
-
-def reader(name: str) -> Reader:
-    """Return the reader called `name`; raises UserError for another name."""
-    found = next((kind for key, kind in READERS.items() if key == name), None)
-    if found is None:
-        raise UserError(
-            f"format '{name}' is unknown{nearest(name, READERS)}; choose {', '.join(READERS)}"
-        )
-    return found
 
 
 def _folder(place: Path) -> Path:
@@ -151,16 +156,6 @@ def _folder(place: Path) -> Path:
         if place.parts[-len(parts) :] == parts:
             return Path(*place.parts[: -len(parts)])
     return place
-
-
-_MODULE = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.\d+(?:\.\w+)*", flags=re.ASCII)
-
-
-def _placed(about: Provenance, folder: Path) -> Provenance:
-    """Return what is known, the hook read from the folder's name where only that says it, as sparsify's does."""
-    if about.hook is not None or not _MODULE.fullmatch(folder.absolute().name):
-        return about
-    return about.model_copy(update={"hook": folder.absolute().name})
 
 
 def detect(place: Path) -> Reader:
@@ -183,13 +178,6 @@ def detect(place: Path) -> Reader:
     )
 
 
-def _said(manifest: Manifest, folder: Path) -> Provenance:
-    data = manifest.config.get("provenance")
-    if not isinstance(data, dict):
-        raise UserError(f"{folder / MANIFEST}: lacks the provenance (altered); export it again")
-    return Provenance.parse(data, where=str(folder / MANIFEST))
-
-
 def _manifest(folder: Path) -> Manifest | None:
     """Return the verified manifest of an export or an SAE of ours, or None."""
     if not (folder / MANIFEST).is_file():
@@ -197,16 +185,10 @@ def _manifest(folder: Path) -> Manifest | None:
     data = read_json(folder / MANIFEST)
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "run":
-        members = sorted(folder.glob(f"members/*/*/{MANIFEST}"))
+        members = sorted(folder.glob(f"{MEMBERS}/*/*/{MANIFEST}"))
         hint = f", for example {members[0].parent}" if members else ""
         raise UserError(f"{folder}: is a wsae run; give one of its SAEs{hint}")
     return read_manifest(folder, "sae" if kind == "sae" else "export")
-
-
-def _held(name: str, tensor: Tensor, named: NamedTensors) -> bool:
-    """Return whether the other tool's file gives this tensor back to the bit."""
-    found = getattr(named, name, None) if name != "threshold" else None
-    return found is not None and torch.equal(found, tensor.cpu())
 
 
 def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAutoencoder:
@@ -221,7 +203,6 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAu
         )
     sae = SparseAutoencoder(cfg)
     side = load_tensors(folder / SIDE)
-    same = {name: getattr(named, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    wanted = {name: same[name] for name in sae.tensors() if name in same}
+    wanted = {name: getattr(named, name) for name in sae.tensors() if name in _SHARED}
     sae.set_tensors({**wanted, **side}, str(folder / SIDE))
     return sae

@@ -11,7 +11,6 @@
 AutoEncoderTopK's `threshold` is off there unless asked for (`use_threshold=True`), so it is kept as provenance only.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +19,26 @@ from torch import Tensor
 
 from wsae.acts.names import hook_name
 from wsae.core.errors import UserError
-from wsae.core.files import write_json
-from wsae.core.torchfile import load_state, save_state
+from wsae.core.torchfile import load_state
 from wsae.interop.format import (
     Foreign,
     Format,
     Keys,
+    Meaning,
     NamedTensors,
-    assemble,
     centred,
     check_keys,
     check_shapes,
-    log_threshold,
     maybe,
     named,
-    plain,
+    provenance,
     read_config,
     take,
     uncentred,
     unit_rows,
     whole,
 )
-from wsae.sae.config import Provenance, SAEConfig
+from wsae.sae.config import Provenance
 from wsae.sae.model import SparseAutoencoder
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -85,22 +82,20 @@ def _read(path: Path) -> Foreign:
 
 
 def _trainer(foreign: Foreign, where: str) -> dict[str, Any]:
+    """Return the `trainer` of a config, of a known class and with known keys."""
     found = foreign.config.get("trainer")
     if not isinstance(found, dict) or not isinstance(found.get("dict_class"), str):
         raise UserError(f"{where}: config.json lacks trainer.dict_class, which says what ae.pt is")
+    if found["dict_class"] not in _TENSORS:
+        known = ", ".join(_TENSORS)
+        raise UserError(f"{where}: {found['dict_class']} has no equal here; {known} have")
+    check_keys(found, _KEYS, where)
     return found
 
 
-def _class(foreign: Foreign, where: str) -> str:
-    kind = _trainer(foreign, where)["dict_class"]
-    if kind not in _TENSORS:
-        raise UserError(f"{where}: {kind} has no equal here; {', '.join(_TENSORS)} have")
-    check_keys(_trainer(foreign, where), _KEYS, where)
-    return kind
-
-
 def _rename(foreign: Foreign, where: str) -> NamedTensors:
-    trainer, kind = _trainer(foreign, where), _class(foreign, where)
+    trainer = _trainer(foreign, where)
+    kind = trainer["dict_class"]
     tensors = dict(foreign.tensors)
     threshold = None
     if _TENSORS[kind] is _TOPK:
@@ -117,63 +112,20 @@ def _rename(foreign: Foreign, where: str) -> NamedTensors:
     return check_shapes(weights, where, trainer.get("activation_dim"), trainer.get("dict_size"))
 
 
-def _topk(weights: NamedTensors, k: int) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:
-    return weights, {"kind": "topk", "k": k}, {}
-
-
-def _batch_topk(
-    weights: NamedTensors, k: int
-) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:
-    assert weights.threshold is not None
-    level = weights.threshold.double().clamp(
-        min=0
-    )  # -1 means "never set": every positive latent speaks
-    return weights, {"kind": "batch_topk", "k": k}, {"threshold": level}
-
-
-def _relu(weights: NamedTensors, k: int) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:  # noqa: ARG001
-    norms = weights.W_dec.norm(dim=1)
-    unit = torch.allclose(norms, torch.ones_like(norms))  # as AutoEncoder.from_pretrained decides
-    return weights if unit else unit_rows(weights), {"kind": "relu"}, {}
-
-
-def _relu_new(
-    weights: NamedTensors,
-    k: int,  # noqa: ARG001
-) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:
-    return centred(weights), {"kind": "relu"}, {}
-
-
-def _jumprelu(
-    weights: NamedTensors,
-    k: int,  # noqa: ARG001
-) -> tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]:
-    assert weights.threshold is not None
-    return (
-        centred(weights),
-        {"kind": "jumprelu"},
-        {"log_threshold": log_threshold(weights.threshold)},
-    )
-
-
-_MEANINGS: dict[
-    str, Callable[[NamedTensors, int], tuple[NamedTensors, dict[str, Any], dict[str, Tensor]]]
-] = {
-    "AutoEncoderTopK": _topk,
-    "BatchTopKSAE": _batch_topk,
-    "AutoEncoder": _relu,
-    "AutoEncoderNew": _relu_new,
-    "JumpReluAutoEncoder": _jumprelu,
-}
-
-
-def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
-    weights = _rename(foreign, where)
-    kind = _class(foreign, where)
-    k = _k(foreign, where) if _TENSORS[kind] is _TOPK else 1
-    weights, activation, extra = _MEANINGS[kind](weights, k)
-    cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
-    return assemble(cfg, weights, extra)
+def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
+    match _trainer(foreign, where)["dict_class"]:
+        case "AutoEncoderTopK":
+            return Meaning(weights, {"kind": "topk", "k": _k(foreign, where)})
+        case "BatchTopKSAE":  # its threshold -1 means "never set": every positive latent speaks
+            return Meaning(weights, {"kind": "batch_topk", "k": _k(foreign, where)})
+        case "AutoEncoder":
+            norms = weights.W_dec.norm(dim=1)
+            unit = torch.allclose(norms, torch.ones_like(norms))  # as its from_pretrained decides
+            return Meaning(weights if unit else unit_rows(weights), {"kind": "relu"})
+        case "AutoEncoderNew":
+            return Meaning(centred(weights), {"kind": "relu"})
+        case _:
+            return Meaning(centred(weights), {"kind": "jumprelu"})
 
 
 def _k(foreign: Foreign, where: str) -> int:
@@ -196,13 +148,10 @@ def _about(foreign: Foreign) -> Provenance:
     buffer = rest if isinstance(rest, dict) else {}
     level = foreign.tensors.get("threshold")
     scalar = {"threshold": float(level)} if level is not None and level.numel() == 1 else {}
-    return Provenance(
-        model=maybe(trainer, "lm_name", str),
-        hook=maybe(trainer, "submodule_name", str),
-        context=maybe(buffer, "ctx_len", int),
-        notes=check_keys(trainer, _KEYS, CONFIG),
-        origin={"format": "dictionary_learning", **plain(trainer), **scalar},
-    )
+    keys = {"model": "lm_name", "hook": "submodule_name"}
+    notes = check_keys(trainer, _KEYS, CONFIG)
+    about = provenance("dictionary_learning", trainer | scalar, keys, notes)
+    return about.model_copy(update={"context": maybe(buffer, "ctx_len", int)})
 
 
 def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
@@ -244,11 +193,6 @@ def _state(kind: str, weights: NamedTensors, k: int | None) -> dict[str, Tensor]
     return state
 
 
-def _write(foreign: Foreign, path: Path) -> None:
-    save_state(path / WEIGHTS, foreign.tensors)
-    write_json(path / CONFIG, foreign.config)
-
-
 DICTIONARY_LEARNING = Format(
-    "dictionary_learning", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack, _write
+    "dictionary_learning", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack
 )

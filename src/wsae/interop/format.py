@@ -13,13 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.core.errors import UserError, nearest
-from wsae.core.files import read_json
+from wsae.core.files import read_json, write_json
+from wsae.core.tensors import save_tensors
+from wsae.core.torchfile import save_state
 from wsae.interop.config import FormatName, SourceName
 from wsae.sae.config import Provenance, SAEConfig
 from wsae.sae.model import SparseAutoencoder
-
-# Other tools' weights as an SAE of ours: every shape and value checked before anything is
-# allocated.
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What weights may be stored as; integers and 8-bit floats are quantised, with scales that lie elsewhere."""
@@ -49,6 +48,13 @@ class NamedTensors(NamedTuple):
     def widths(self) -> dict[str, int]:
         """d_in and d_sae as the decoder has them."""
         return {"d_in": int(self.W_dec.shape[1]), "d_sae": int(self.W_dec.shape[0])}
+
+
+class Meaning(NamedTuple):
+    """Weights as our forward pass takes them, and the activation's config."""
+
+    weights: NamedTensors
+    activation: dict[str, Any]
 
 
 def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> list[Tensor]:
@@ -148,25 +154,27 @@ def unit_rows(weights: NamedTensors) -> NamedTensors:
     )
 
 
-def assemble(
-    cfg: SAEConfig, weights: NamedTensors, extra: Mapping[str, Tensor] | None = None
-) -> SparseAutoencoder:
-    """Return an SAE of ours with these weights, gamma 1 and threshold 0 unless `extra` says otherwise."""
+def assemble(cfg: SAEConfig, weights: NamedTensors) -> SparseAutoencoder:
+    """Return an SAE of ours with these weights, its thresholds where its kind has any, and gamma 1."""
     sae = SparseAutoencoder(cfg)
     tensors = {name: getattr(weights, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    start = {name: tensor for name, tensor in sae.tensors().items() if name not in tensors}
-    sae.set_tensors({**start, **tensors, **(extra or {})})
+    if weights.threshold is not None and cfg.activation.kind == "jumprelu":
+        tensors["log_threshold"] = log_threshold(weights.threshold)
+    if weights.threshold is not None and cfg.activation.kind == "batch_topk":
+        tensors["threshold"] = weights.threshold.double().clamp(min=0)
+    sae.set_tensors({**sae.tensors(), **tensors})
     return sae
 
 
 def named(sae: SparseAutoencoder) -> NamedTensors:
     """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T."""
     W_dec, W_enc = sae.W_dec.detach().float().cpu(), sae.W_enc.detach().float().cpu()
+    m, d = W_dec.shape
     return NamedTensors(
         W_enc=W_enc.clone() if sae.cfg.tied else W_enc,  # two tensors of a file share no memory
         W_dec=W_dec,
-        b_enc=_or_zeros(sae.b_enc, sae.cfg.d_sae),
-        b_dec=_or_zeros(sae.b_dec, sae.cfg.d_in),
+        b_enc=torch.zeros(m) if sae.b_enc is None else sae.b_enc.detach().float().cpu(),
+        b_dec=torch.zeros(d) if sae.b_dec is None else sae.b_dec.detach().float().cpu(),
         threshold=thresholds(sae),
     )
 
@@ -186,10 +194,6 @@ def log_threshold(threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]
     return torch.where(positive, logs, torch.full_like(logs, NEVER))
 
 
-def _or_zeros(bias: Tensor | None, width: int) -> Tensor:
-    return torch.zeros(width, dtype=torch.float32) if bias is None else bias.detach().float().cpu()
-
-
 def _list(names: Iterable[str]) -> str:
     found = sorted(names)
     return ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
@@ -207,8 +211,8 @@ MAX_JSON = 16 * 2**20
 class Reader:
     """One kind of folder (or file) that holds one SAE.
 
-    `rename` changes names and orientation only; `understand` also folds what our forward pass has no switch for. Every
-    function raises UserError in one line for what has no equal here.
+    `rename` changes names and orientation only; `understand` gives the activation and folds what our forward pass has
+    no switch for. Every function raises UserError in one line for what has no equal here.
     """
 
     name: SourceName
@@ -216,12 +220,18 @@ class Reader:
     """The config's name first, then those of the weights, of which one is enough."""
     read: Callable[[Path], Foreign]
     rename: Callable[[Foreign, str], NamedTensors]
-    understand: Callable[[Foreign, str], SparseAutoencoder]
+    understand: Callable[[Foreign, NamedTensors, str], Meaning]
     about: Callable[[Foreign], Provenance]
 
     def detect(self, path: Path) -> bool:
         """Return whether a folder holds this format's weights."""
         return any((path / name).is_file() for name in self.files[1:])
+
+    def sae(self, foreign: Foreign, where: str) -> SparseAutoencoder:
+        """Return the SAE that files are of."""
+        found = self.understand(foreign, self.rename(foreign, where), where)
+        data = {**found.weights.widths, "activation": found.activation}
+        return assemble(SAEConfig.parse(data, where=where), found.weights)
 
 
 @dataclass(frozen=True)
@@ -230,7 +240,12 @@ class Format(Reader):
 
     name: FormatName
     pack: Callable[[SparseAutoencoder, Provenance], Foreign]
-    write: Callable[[Foreign, Path], None]
+
+    def write(self, foreign: Foreign, path: Path) -> None:
+        """Write the library's files."""
+        config, weights = self.files
+        (save_state if weights.endswith(".pt") else save_tensors)(path / weights, foreign.tensors)
+        write_json(path / config, foreign.config)
 
 
 class Switch(NamedTuple):
@@ -298,6 +313,13 @@ def whole(config: dict[str, Any], key: str, where: str) -> int:
     return value
 
 
+def positive(value: object, name: str, where: object) -> float:
+    """Return a finite number above 0; raises UserError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise UserError(f"{where}: {name} = {value!r} is not a positive number")
+    return float(value)
+
+
 def truth(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
     """Return a truth value of a config, `default` where it is not there; raises UserError for anything else."""
     value = config.get(key, default)
@@ -309,6 +331,24 @@ def truth(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
 def plain(data: dict[str, Any]) -> dict[str, Any]:
     """Return the entries that are None, words, numbers or truth values (what may be kept of a stranger's config)."""
     return {k: v for k, v in data.items() if v is None or isinstance(v, str | int | float)}
+
+
+_TYPES = {
+    "model": str,
+    "hook": str,
+    "context": int,
+    "prepend_bos": bool,
+    "dataset": str,
+    "tokens": int,
+}
+
+
+def provenance(
+    format: SourceName, data: dict[str, Any], keys: Mapping[str, str], notes: Iterable[str] = ()
+) -> Provenance:
+    """Return what a config says under another tool's names: `keys` are ours -> theirs."""
+    known = {name: maybe(data, key, _TYPES[name]) for name, key in keys.items()}
+    return Provenance(**known, notes=tuple(notes), origin={"format": format, **plain(data)})
 
 
 def maybe(data: dict[str, Any], key: str, kind: type[Any]) -> Any:

@@ -29,23 +29,21 @@ from wsae.interop.format import (
     THROUGH_SAELENS,
     Foreign,
     Keys,
+    Meaning,
     NamedTensors,
     Reader,
     Switch,
-    assemble,
     centred,
     check_keys,
     check_shapes,
-    log_threshold,
-    maybe,
-    plain,
+    positive,
+    provenance,
     read_config,
     rescaled,
     take,
     whole,
 )
-from wsae.sae.config import Provenance, SAEConfig
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.config import Provenance
 
 NPZ, SAFE, CONFIG = "params.npz", "params.safetensors", "config.json"
 HYPER, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
@@ -144,14 +142,8 @@ def _rename_gemma(foreign: Foreign, where: str) -> NamedTensors:
     return check_shapes(NamedTensors(*take(tensors, _NAMES, where)), where)
 
 
-def _jumprelu(weights: NamedTensors, where: str) -> SparseAutoencoder:
-    assert weights.threshold is not None
-    cfg = SAEConfig.parse({**weights.widths, "activation": {"kind": "jumprelu"}}, where=where)
-    return assemble(cfg, weights, {"log_threshold": log_threshold(weights.threshold)})
-
-
-def _understand_gemma(foreign: Foreign, where: str) -> SparseAutoencoder:
-    return _jumprelu(centred(_rename_gemma(foreign, where)), where)
+def _understand_gemma(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:  # noqa: ARG001
+    return Meaning(centred(weights), {"kind": "jumprelu"})
 
 
 def _about_gemma(foreign: Foreign) -> Provenance:
@@ -159,23 +151,13 @@ def _about_gemma(foreign: Foreign) -> Provenance:
     notes = check_keys(config, _GEMMA_KEYS, CONFIG)
     if config.get("hf_hook_point_in") is None:
         notes = (*notes, "neither files nor folder name the hook; the page of the release does")
-    return Provenance(
-        model=maybe(config, "model_name", str),
-        hook=maybe(config, "hf_hook_point_in", str),
-        notes=notes,
-        origin={"format": "gemma_scope", **plain(config)},
-    )
+    keys = {"model": "model_name", "hook": "hf_hook_point_in"}
+    return provenance("gemma_scope", config, keys, notes)
 
 
 GEMMA_SCOPE = Reader(
     "gemma_scope", (CONFIG, NPZ, SAFE), _read_gemma, _rename_gemma, _understand_gemma, _about_gemma
 )
-
-
-def _number(value: object, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise UserError(f"{where}: {name} = {value!r} is not a positive number")
-    return float(value)
 
 
 def _read_llama(path: Path) -> Foreign:
@@ -185,7 +167,7 @@ def _read_llama(path: Path) -> Foreign:
             raise UserError(f"{path}: {key} = {config[key]!r}: {switch.otherwise}")
     norms = config.get("dataset_average_activation_norm")
     norm = norms.get("in") if isinstance(norms, dict) else None
-    mean = _number(norm, "dataset_average_activation_norm.in", str(path / HYPER))
+    mean = positive(norm, "dataset_average_activation_norm.in", str(path / HYPER))
     if isinstance(norms, dict) and norms.get("out", norm) != norm:
         raise UserError(f"{path}: input and output have different norms: {_TRANSCODER}")
     scale = whole(config, "d_model", str(path / HYPER)) ** 0.5 / mean
@@ -198,7 +180,7 @@ def _rename_llama(foreign: Foreign, where: str) -> NamedTensors:
         raise UserError(f"{where}: hook_point_in is not hook_point_out: {_TRANSCODER}")
     names = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
     rows, columns, b_enc, b_dec = take(foreign.tensors, names, where)
-    level = _number(config.get("jump_relu_threshold"), "jump_relu_threshold", where)
+    level = positive(config.get("jump_relu_threshold"), "jump_relu_threshold", where)
     threshold = torch.full_like(b_enc, level * (foreign.scale or 1.0))
     weights = NamedTensors(
         _matrix(rows, names[0], where), _matrix(columns, names[1], where), b_enc, b_dec, threshold
@@ -206,8 +188,7 @@ def _rename_llama(foreign: Foreign, where: str) -> NamedTensors:
     return check_shapes(weights, where, config.get("d_model"), config.get("d_sae"))
 
 
-def _understand_llama(foreign: Foreign, where: str) -> SparseAutoencoder:
-    weights = _rename_llama(foreign, where)
+def _understand_llama(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
     norms = weights.W_dec.norm(dim=1)
     if foreign.config.get("sparsity_include_decoder_norm") and bool(
         ((norms - 1).abs() > 0.02).any()
@@ -216,16 +197,13 @@ def _understand_llama(foreign: Foreign, where: str) -> SparseAutoencoder:
             f"{where}: sparsity_include_decoder_norm = True with decoder rows whose norms are not 1 is not read; "
             f"{THROUGH_SAELENS}"
         )
-    return _jumprelu(rescaled(centred(weights), foreign.scale or 1.0), where)
+    return Meaning(rescaled(centred(weights), foreign.scale or 1.0), {"kind": "jumprelu"})
 
 
 def _about_llama(foreign: Foreign) -> Provenance:
-    config = foreign.config
-    return Provenance(
-        model=maybe(config, "model_name", str) or "meta-llama/Llama-3.1-8B",
-        hook=maybe(config, "hook_point_in", str),
-        origin={"format": "llama_scope", **plain(config)},
-    )
+    keys = {"model": "model_name", "hook": "hook_point_in"}
+    about = provenance("llama_scope", foreign.config, keys)
+    return about.model_copy(update={"model": about.model or "meta-llama/Llama-3.1-8B"})
 
 
 LLAMA_SCOPE = Reader(
@@ -286,8 +264,7 @@ def _matrix(tensor: Tensor, name: str, where: str) -> Tensor:
     return tensor.T
 
 
-def _understand_torch(foreign: Foreign, where: str) -> SparseAutoencoder:
-    weights = _rename_torch(foreign, where)
+def _understand_torch(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
     activation: dict[str, Any] = {"kind": "relu"}
     how = foreign.config["activation"]
     if how == "TopK":
@@ -306,19 +283,12 @@ def _understand_torch(foreign: Foreign, where: str) -> SparseAutoencoder:
             )
     if "pre_bias" not in foreign.tensors:
         weights = centred(weights)
-    cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
-    return assemble(cfg, weights)
+    return Meaning(weights, activation)
 
 
 def _about_torch(foreign: Foreign) -> Provenance:
-    config = foreign.config
-    notes = () if config["hook"] else ("the file names neither model nor hook",)
-    return Provenance(
-        model=config["model"],
-        hook=config["hook"],
-        notes=notes,
-        origin={"format": "torch", **plain(config)},
-    )
+    notes = () if foreign.config["hook"] else ("the file names neither model nor hook",)
+    return provenance("torch", foreign.config, {"model": "model", "hook": "hook"}, notes)
 
 
 TORCH = Reader("torch", ("", ""), _read_torch, _rename_torch, _understand_torch, _about_torch)

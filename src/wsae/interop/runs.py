@@ -46,6 +46,10 @@ def choose(
         return [Chosen(folder, "", about_sae(folder))]
     run = Run(folder)
     members = run.members
+    if not members:
+        raise UserError(
+            f"{folder / MANIFEST}: does not list the run's members (altered); train it again"
+        )
     hook = among(hook, members) or hook if hook else None
     found = [
         (h, name)

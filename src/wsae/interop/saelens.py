@@ -17,22 +17,22 @@ from torch import Tensor
 
 from wsae.acts.names import hook_name
 from wsae.core.errors import UserError
-from wsae.core.files import write_json
-from wsae.core.tensors import load_tensors, save_tensors
+from wsae.core.tensors import load_tensors
 from wsae.interop.format import (
     Foreign,
     Format,
     Keys,
+    Meaning,
     NamedTensors,
     Switch,
-    assemble,
     centred,
     check_keys,
     check_shapes,
-    log_threshold,
     maybe,
     named,
     plain,
+    positive,
+    provenance,
     read_config,
     rescaled,
     take,
@@ -40,7 +40,7 @@ from wsae.interop.format import (
     unit_rows,
     whole,
 )
-from wsae.sae.config import Provenance, ReLU, SAEConfig, TopK
+from wsae.sae.config import Provenance, ReLU, TopK
 from wsae.sae.model import SparseAutoencoder
 
 VERSION = "6.54.12"
@@ -63,11 +63,17 @@ _RENAMED = {
     "activation_fn_str": "activation_fn",
 }
 """Keys of before version 6, and their later names."""
+_KNOWN = {
+    **{"model": "model_name", "hook": "hook_name", "context": "context_size"},
+    **{"prepend_bos": "prepend_bos", "dataset": "dataset_path", "tokens": "training_tokens"},
+}
+"""What both sides know of an SAE: our name -> theirs."""
 _META = (
     *("model_name", "hook_name", "hook_layer", "hook_head_index", "context_size", "prepend_bos"),
     *("dataset_path", "training_tokens", "model_from_pretrained_kwargs"),
 )
-"""What version 6 keeps in `metadata`."""
+"""What version 6 keeps in `metadata`, in this order."""
+_OURS = ("wsae_hook", "wsae_version")
 _TRAINING = """
     decoder_init_norm l1_coefficient l1_warm_up_steps lp_norm aux_loss_coefficient use_sparse_activations
     topk_threshold_lr jumprelu_init_threshold jumprelu_bandwidth jumprelu_sparsity_loss_mode jumprelu_tanh_scale
@@ -136,12 +142,9 @@ def _read(path: Path) -> Foreign:
     config = read_config(path / CONFIG)
     scale = None
     if _normalised(config) == "expected_average_only_in" and (path / _SCALER).is_file():
-        scale = read_config(path / _SCALER).get("scaling_factor")
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e30:
-            raise UserError(
-                f"{path / _SCALER}: scaling_factor = {scale!r} is not a positive number"
-            )
-    return Foreign(config, load_tensors(path / WEIGHTS), scale and float(scale))
+        found = read_config(path / _SCALER).get("scaling_factor")
+        scale = positive(found, "scaling_factor", path / _SCALER)
+    return Foreign(config, load_tensors(path / WEIGHTS), scale)
 
 
 def _normalised(config: dict[str, Any]) -> object:
@@ -236,21 +239,17 @@ def _factor(foreign: Foreign, weights: NamedTensors, where: str) -> Tensor | Non
     return factor
 
 
-def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
+def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
     config = _settings(foreign.config, where)
-    weights = _rename(foreign, where)
     factor = _factor(foreign, weights, where)
     if not truth(config, "apply_b_dec_to_input", True, where):
         weights = centred(weights)
-    extra: dict[str, Tensor] = {}
     match _architecture(config, where):
         case "topk":
             if truth(config, "rescale_acts_by_decoder_norm", False, where):
                 weights = unit_rows(weights)
             activation: dict[str, Any] = {"kind": "topk", "k": whole(config, "k", where)}
         case "jumprelu":
-            assert weights.threshold is not None
-            extra["log_threshold"] = log_threshold(weights.threshold)
             activation = {"kind": "jumprelu"}
         case _:
             activation = {"kind": "relu"}
@@ -258,8 +257,7 @@ def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
         weights = weights._replace(W_dec=weights.W_dec * factor[:, None])
     if foreign.scale is not None:
         weights = rescaled(weights, foreign.scale)
-    cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
-    return assemble(cfg, weights, extra)
+    return Meaning(weights, activation)
 
 
 def _about(foreign: Foreign) -> Provenance:
@@ -268,19 +266,6 @@ def _about(foreign: Foreign) -> Provenance:
     meta = {key: config[key] for key in _META if key in config} | (
         found if isinstance(found, dict) else {}
     )
-    return Provenance(
-        model=maybe(meta, "model_name", str),
-        hook=maybe(meta, "hook_name", str),
-        context=maybe(meta, "context_size", int),
-        prepend_bos=maybe(meta, "prepend_bos", bool),
-        dataset=maybe(meta, "dataset_path", str),
-        tokens=maybe(meta, "training_tokens", int),
-        notes=_notes(foreign, meta),
-        origin={"format": "saelens", **plain(foreign.config), **plain(meta)},
-    )
-
-
-def _notes(foreign: Foreign, meta: dict[str, Any]) -> tuple[str, ...]:
     notes = [*check_keys(_renamed(foreign.config), _KEYS, CONFIG)]
     if foreign.scale is not None:
         notes.append(f"scaling_factor {foreign.scale:g} of {_SCALER} is folded into the weights")
@@ -291,7 +276,8 @@ def _notes(foreign: Foreign, meta: dict[str, Any]) -> tuple[str, ...]:
         )
     if maybe(meta, "hook_head_index", int) is not None:
         notes.append(f"trained on head {meta['hook_head_index']} of its hook alone")
-    return tuple(notes)
+    origin = {"format": "saelens", **plain(foreign.config), **plain(meta)}
+    return provenance("saelens", meta, _KNOWN, notes).model_copy(update={"origin": origin})
 
 
 def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
@@ -317,28 +303,15 @@ def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
 
 def _metadata(kind: str, about: Provenance) -> dict[str, Any]:
     hook = hook_name(about.hook) if about.hook else None
-    known = {
-        "model_name": about.model,
-        "hook_name": hook and hook.name,
-        "hook_layer": hook and hook.layer,
-        "context_size": about.context,
-        "prepend_bos": about.prepend_bos,
-        "dataset_path": about.dataset,
-        "training_tokens": about.tokens,
-        "wsae_hook": about.hook,
-        "wsae_version": about.wsae_version,
-    }
+    known = {theirs: getattr(about, ours) for ours, theirs in _KNOWN.items()}
+    known |= {"hook_name": hook and hook.name, "hook_layer": hook and hook.layer}
+    known |= dict(zip(_OURS, (about.hook, about.wsae_version), strict=True))
     return {
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
         "training_architecture": kind,
-        **{key: value for key, value in known.items() if value is not None},
+        **{key: known[key] for key in (*_META, *_OURS) if known.get(key) is not None},
     }
 
 
-def _write(foreign: Foreign, path: Path) -> None:
-    save_tensors(path / WEIGHTS, foreign.tensors)
-    write_json(path / CONFIG, foreign.config)
-
-
-SAELENS = Format("saelens", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack, _write)
+SAELENS = Format("saelens", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack)

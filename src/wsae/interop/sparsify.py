@@ -13,24 +13,23 @@ from typing import Any
 import torch
 
 from wsae.core.errors import UserError
-from wsae.core.files import write_json
-from wsae.core.tensors import load_tensors, save_tensors
+from wsae.core.tensors import load_tensors
 from wsae.interop.format import (
     Foreign,
     Format,
     Keys,
+    Meaning,
     NamedTensors,
     Switch,
-    assemble,
     check_keys,
     check_shapes,
     named,
-    plain,
+    provenance,
     read_config,
     take,
     whole,
 )
-from wsae.sae.config import GroupTopK, Provenance, SAEConfig, TopK
+from wsae.sae.config import GroupTopK, Provenance, TopK
 from wsae.sae.model import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -72,19 +71,16 @@ def _rename(foreign: Foreign, where: str) -> NamedTensors:
     return check_shapes(NamedTensors(rows.T, W_dec, b_enc, b_dec), where, d_in, d_sae)
 
 
-def _understand(foreign: Foreign, where: str) -> SparseAutoencoder:
-    weights = _rename(foreign, where)
+def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
     kind = foreign.config.get("activation", "topk")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise UserError(f"{where}: activation {kind!r} has no equal here; topk and groupmax have")
-    activation = {"kind": _KINDS[kind], "k": whole({"k": 32} | foreign.config, "k", where)}
-    cfg = SAEConfig.parse({**weights.widths, "activation": activation}, where=where)
-    return assemble(cfg, weights)
+    k = whole({"k": 32} | foreign.config, "k", where)
+    return Meaning(weights, {"kind": _KINDS[kind], "k": k})
 
 
 def _about(foreign: Foreign) -> Provenance:
-    notes = check_keys(foreign.config, _KEYS, CONFIG)
-    return Provenance(notes=notes, origin={"format": "sparsify", **plain(foreign.config)})
+    return provenance("sparsify", foreign.config, {}, check_keys(foreign.config, _KEYS, CONFIG))
 
 
 def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:  # noqa: ARG001  (the config has no room for it)
@@ -111,9 +107,4 @@ def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:  # noqa: ARG001
     return Foreign(config, dict(zip(_TENSORS, map(torch.clone, parts), strict=True)))
 
 
-def _write(foreign: Foreign, path: Path) -> None:
-    save_tensors(path / WEIGHTS, foreign.tensors)
-    write_json(path / CONFIG, foreign.config)
-
-
-SPARSIFY = Format("sparsify", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack, _write)
+SPARSIFY = Format("sparsify", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack)

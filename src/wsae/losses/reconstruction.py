@@ -4,9 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from wsae.ops import code_from_topk, decode, encode_at
-from wsae.ops.sparse import Plan
-from wsae.sae.forward import Forward
+from wsae.sae.forward import WHOLE, Forward, Whole, sparse_pass
 from wsae.sae.model import SparseAutoencoder
 
 # Where gamma meets a residual: one weight per dimension, or a matrix.
@@ -45,9 +43,13 @@ def weighted_reconstruction_loss(
     x: Float[Tensor, "batch d_in"],
     x_hat: Float[Tensor, "batch d_in"],
     gamma: Weights,
+    batch: int = 0,
 ) -> Float[Tensor, ""]:
-    """Mean over the batch of ||Gamma (x - x_hat)||^2 (Eq. 12; Eq. 4 when gamma is 1)."""
-    return weigh(x - x_hat, gamma).square().sum() / len(x)
+    """Mean over the batch of ||Gamma (x - x_hat)||^2 (Eq. 12; Eq. 4 when gamma is 1).
+
+    `batch` counts its rows where they are not all here.
+    """
+    return weigh(x - x_hat, gamma).square().sum() / (batch or len(x))
 
 
 def auxk_loss(
@@ -56,6 +58,7 @@ def auxk_loss(
     forward: Forward,
     dead: Bool[Tensor, " d_sae"],
     k_aux: int,
+    part: Whole = WHOLE,
 ) -> Float[Tensor, ""]:
     """Mean over the batch of ||Gamma (e - e_hat)||^2, e the residual x - x_hat as a constant, e_hat = z_dead W_dec.
 
@@ -63,13 +66,10 @@ def auxk_loss(
     since e has none. The gradient reaches encoder and decoder of those latents. 0 when none is dead.
     """
     candidates = dead.nonzero()[:, 0]
-    if len(candidates) == 0:
-        return residual.new_zeros(())
     with torch.no_grad():
-        pre = forward.pre.index_select(1, candidates)
-        picked = pre.topk(min(k_aux, len(candidates)), dim=1, sorted=False).indices
-        shape = code_from_topk(picked.to(residual.dtype), candidates[picked])
-        plan = Plan.build(shape.indices, shape.offsets, sae.cfg.d_sae)
-    values = encode_at(forward.centred, sae.encoder_rows, sae.biases, plan, forward.pre).relu()
-    e_hat = decode(values, sae.W_dec, plan)
-    return weighted_reconstruction_loss(residual.detach(), e_hat, sae.gamma)
+        chosen = part.choose_dead(forward.pre.index_select(1, candidates), k_aux)
+    if chosen is None:
+        return residual.new_zeros(())
+    chosen = chosen._replace(indices=candidates[chosen.indices])
+    _, e_hat = sparse_pass(sae, forward.centred, forward.pre, chosen, part)
+    return weighted_reconstruction_loss(residual.detach(), e_hat, sae.gamma, part.batch)

@@ -1,15 +1,17 @@
 """Sparse encode and decode. The eager code here is the specification of any faster path."""
 
-from wsae.ops.codes import SparseCode, code_from_dense, code_from_topk
+from wsae.ops.codes import SparseCode, code_from_dense, code_from_topk, offsets_of
 from wsae.ops.select import select_batch_topk, select_group_topk, select_topk
-from wsae.ops.sparse import decode, encode_at
+from wsae.ops.sparse import Plan, decode, encode_at
 
 __all__ = [
+    "Plan",
     "SparseCode",
     "code_from_dense",
     "code_from_topk",
     "decode",
     "encode_at",
+    "offsets_of",
     "select_batch_topk",
     "select_group_topk",
     "select_topk",

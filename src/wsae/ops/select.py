@@ -8,18 +8,17 @@ _SAMPLE = 1 << 16
 """Entries looked at to guess the batch Top-k threshold."""
 
 
-def select_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Int64[Tensor, "batch k"]:
+def select_topk(pre: Float[Tensor, "*rows d_sae"], k: int) -> Int64[Tensor, "*rows k"]:
     """Return the k largest pre-activations of each row (Gao et al. 2025), unordered."""
-    return pre.topk(k, dim=1, sorted=False).indices
+    return pre.topk(k, dim=-1, sorted=False).indices
 
 
-def select_group_topk(pre: Float[Tensor, "batch d_sae"], k: int) -> Int64[Tensor, "batch k"]:
-    """Return the largest pre-activation in each of k contiguous groups (paper Appendix B.1).; k divides d_sae."""
-    batch, d_sae = pre.shape
+def select_group_topk(pre: Float[Tensor, "*rows d_sae"], k: int) -> Int64[Tensor, "*rows k"]:
+    """Return the largest pre-activation in each of k contiguous groups (paper Appendix B.1); k divides d_sae."""
+    d_sae = pre.shape[-1]
     assert d_sae % k == 0, (d_sae, k)  # SAEConfig refuses it with a message
-    size = d_sae // k
-    winners = pre.view(batch, k, size).argmax(2)
-    return winners + torch.arange(0, d_sae, size, device=pre.device)
+    winners = pre.unflatten(-1, (k, -1)).argmax(-1)
+    return winners + torch.arange(0, d_sae, d_sae // k, device=pre.device)
 
 
 def select_batch_topk(

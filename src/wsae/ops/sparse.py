@@ -15,9 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd import Function
 
-with (
-    warnings.catch_warnings()
-):  # PyTorch warns once per process that sparse CSR is in beta; take it here
+with warnings.catch_warnings():  # PyTorch warns once per process that sparse CSR is in beta
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32)
 
@@ -63,17 +61,17 @@ class Plan(NamedTuple):
 def encode_at(
     centred: Float[Tensor, "batch d_in"],
     W_enc_t: Float[Tensor, "d_sae d_in"],
-    biases: tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_in"]] | None,
     plan: Plan,
+    b_enc: Float[Tensor, " d_sae"] | None = None,
+    b_dec: Float[Tensor, " d_in"] | None = None,
     pre: Float[Tensor, "batch d_sae"] | None = None,
 ) -> Float[Tensor, " nnz"]:
     """Return the pre-activations at the plan's pairs, centred . W_enc[:, j] + b_enc[j], differentiably.
 
-    `centred` is x - b_dec as a constant: the gradient to b_dec is added here as a vector product. `biases` is
-    (b_enc, b_dec), or None for a tied SAE without. `pre` is used when it holds the values in full precision;
-    otherwise (a lower-precision product was good enough to choose the latents) they are computed afresh.
+    `centred` is x - b_dec as a constant: the gradient to b_dec is added here as a vector product. A tied SAE has no
+    biases. `pre` is used when it holds the values in full precision; otherwise (a lower-precision product was good
+    enough to choose the latents) they are computed afresh.
     """
-    b_enc, b_dec = biases if biases is not None else (None, None)
     if pre is not None and pre.dtype == W_enc_t.dtype:
         values = pre.detach()[plan.rows, plan.indices]
     else:

@@ -271,10 +271,18 @@ def gamma_figures(run: RunData, hook: str) -> list[Figure]:
 
 
 CURVES = {
-    "fvu": "Plain FVU|fraction of variance unexplained|All dimensions alike. Lower is better.",
-    "fvu_weighted": "Weighted FVU|FVU with weights γ²|What the member itself is trained on.",
-    "l0": "L0|active latents per {unit}|Fixed for Top-k; free for the others.",
-    "dead_frac": "Dead latents|fraction of latents|Latents that have not fired lately.",
+    "fvu": (
+        "Plain FVU",
+        "fraction of variance unexplained",
+        "All dimensions alike. Lower is better.",
+    ),
+    "fvu_weighted": (
+        "Weighted FVU",
+        "FVU with weights γ²",
+        "What the member itself is trained on.",
+    ),
+    "l0": ("L0", "active latents per {unit}", "Fixed for Top-k; free for the others."),
+    "dead_frac": ("Dead latents", "fraction of latents", "Latents that have not fired lately."),
 }
 """Metric -> title, unit, and a sentence."""
 
@@ -283,8 +291,7 @@ def training_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw each metric of training against tokens, all members together, linear and log."""
     rows = run.metrics.get(hook, {})
     out = []
-    for key, words in CURVES.items():
-        title, unit, text = words.split("|")
+    for key, (title, unit, text) in CURVES.items():
         if any(finite(row.get(key)) is not None for member in rows.values() for row in member):
             series = {m: _series(rows[m], key) for m in run.members(hook) if m in rows}
             label = unit.format(unit=run.unit)
@@ -341,11 +348,8 @@ def _densities(
     """Draw histograms of log10 density, each member over its twin, on common axes; the dead in a bar of their own."""
     if not pool:
         return []
-    floor = float(
-        np.floor(
-            min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
-        )
-    )
+    lowest = min((np.log10(d[d > 0]).min() for d in pool.values() if (d > 0).any()), default=-4.0)
+    floor = min(float(np.floor(lowest)), -1.0)  # also where every latent fires on every row
     edges, bars = np.arange(floor, _BIN / 2, _BIN), {}
     for name, density in pool.items():
         inside = np.clip(np.log10(density[density > 0]), edges[0], edges[-1] - 1e-9)

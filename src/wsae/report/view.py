@@ -25,6 +25,7 @@ from wsae.report.words import (
     method,
     metric_name,
     number,
+    score_name,
     verdict,
     weighting,
 )
@@ -175,19 +176,6 @@ def _cell(record: Json, judged: Judgement | None, also: Iterable[str] = ()) -> C
     return CellForm(value=shown, bounds=bounds, judged=judged, also=[*also])
 
 
-ROWS = {
-    "embedding": "Embedding detection",
-    "surprisal": "Surprisal detection",
-    "detection": "Detection",
-    "fuzzing": "Fuzzing",
-    "simulation": "Simulation",
-    "consistency_top": "Consistency, strongest",
-    "consistency_corrected": "Consistency above chance",
-    "consistency_ncl": "Consistency, NCL",
-    "selectivity": "Class selectivity",
-    "information": "Class information",
-}
-"""Score -> its name for readers."""
 COUNTED = ("requested", "parsed", "failed", "not_asked")
 COMPARED = "matched"
 """The comparison shown under a weighted member: over latents matched with the twin's."""
@@ -197,11 +185,6 @@ OTHER_WAYS = {
     "adjusted": "density regressed out",
     "within": "within classes",
 }
-
-
-def score_name(score: str) -> str:
-    """Return the reader's name of a score."""
-    return ROWS.get(score, score.replace("_", " "))
 
 
 def scores_form(run: RunData, hook: str, scored: Json) -> ScoresForm | None:

@@ -16,6 +16,21 @@ NBSP = "\N{NO-BREAK SPACE}"
 _SMALL, _LARGE = 1e-3, 1e5
 
 
+SCORES = {
+    "embedding": "Embedding detection",
+    "surprisal": "Surprisal detection",
+    "detection": "Detection",
+    "fuzzing": "Fuzzing",
+    "simulation": "Simulation",
+    "consistency_top": "Consistency, strongest",
+    "consistency_corrected": "Consistency above chance",
+    "consistency_ncl": "Consistency, NCL",
+    "selectivity": "Class selectivity",
+    "information": "Class information",
+}
+"""Score -> its name for readers."""
+
+
 class Judgement(Form):
     """A paired comparison in words; `line`: its numbers, `difference` = member a - twin b."""
 
@@ -28,6 +43,11 @@ class Judgement(Form):
     how: Text
     """What was resampled."""
     line: ComparisonForm = Field(default=ComparisonForm(), exclude=True)
+
+
+def score_name(score: str) -> str:
+    """Return the reader's name of a score."""
+    return SCORES.get(score, score.replace("_", " "))
 
 
 def metric_name(metric: str) -> str:

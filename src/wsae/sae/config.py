@@ -1,7 +1,7 @@
 """What an SAE is, as values: widths, tied or not, and the activation function. No torch here."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -63,25 +63,19 @@ class JumpReLU(Config):
 Activation = Annotated[TopK | GroupTopK | BatchTopK | ReLU | JumpReLU, Field(discriminator="kind")]
 
 
+KINDS = {made.model_fields["kind"].default: made for made in get_args(get_args(Activation)[0])}
+
+
 def make_activation(kind: str, k: int = 32) -> TopK | GroupTopK | BatchTopK | ReLU | JumpReLU:
     """Return the activation called `kind`; k is used by the Top-k family only.
 
     Raises UserError for another name, or a k that is no whole number of at least 1.
     """
-    match kind:
-        case "topk":
-            return TopK.parse({"k": k}, where="activation")
-        case "group_topk":
-            return GroupTopK.parse({"k": k}, where="activation")
-        case "batch_topk":
-            return BatchTopK.parse({"k": k}, where="activation")
-        case "relu":
-            return ReLU()
-        case "jumprelu":
-            return JumpReLU()
-    raise UserError(
-        f"activation '{kind}' is unknown; choose topk, group_topk, batch_topk, relu or jumprelu"
-    )
+    if kind not in KINDS:
+        *names, last = KINDS
+        raise UserError(f"activation '{kind}' is unknown; choose {', '.join(names)} or {last}")
+    made = KINDS[kind]
+    return made.parse({"k": k} if "k" in made.model_fields else {}, where="activation")
 
 
 class SAEConfig(Config):

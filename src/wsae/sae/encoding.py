@@ -49,7 +49,7 @@ class Encoder:
         sae, activation = self._sae, self._sae.cfg.activation
         rounded = self._prepared(x)
         rows = sae.centre(x).contiguous()
-        centred = Centred((rows, to_slices(rows)))
+        centred = Centred(rows, to_slices(rows))
         bias = None if sae.b_enc is None else sae.b_enc.detach()
         if isinstance(activation, TopK | GroupTopK):
             pre = select_topk(rounded, self._rows, bias, centred, activation.k)

@@ -3,24 +3,22 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64, Num
 from torch import Tensor
 from torch.autograd import Function
 
 from wsae.ops import (
+    Plan,
     SparseCode,
     code_from_dense,
     code_from_topk,
     decode,
     encode_at,
+    offsets_of,
     select_batch_topk,
-    select_group_topk,
-    select_topk,
 )
-from wsae.ops.codes import offsets_of
-from wsae.ops.sparse import Plan
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.config import Activation, BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
+from wsae.sae.model import FIXED, SparseAutoencoder
 
 # JumpReLU and its penalty's step function, with the threshold gradients of Rajamanoharan et al.
 # 2024b.
@@ -98,67 +96,138 @@ class Forward(NamedTuple):
     """x - b_dec, detached."""
 
 
+def dense_codes(
+    activation: Activation,
+    pre: Float[Tensor, "*members batch d_sae"],
+    threshold: Float[Tensor, "*per d_sae"] | None,
+) -> tuple[Float[Tensor, "*members batch d_sae"], Float[Tensor, "*members batch"]]:
+    """Return z of a batch in training, and the active latents of each row (differentiable for JumpReLU only).
+
+    The threshold is JumpReLU's; batch Top-k chooses from the batch at hand, as it does in training.
+    """
+    match activation:
+        case JumpReLU(bandwidth=width):
+            assert threshold is not None
+            return jumprelu(pre, threshold, width), step(pre, threshold, width).sum(-1)
+        case ReLU():
+            z = pre.relu()
+        case BatchTopK(k=k):
+            flat = pre.flatten(-2)
+            wanted = min(k * pre.shape[-2], flat.shape[-1])
+            z = _kept(flat, flat.detach().topk(wanted, dim=-1, sorted=False).indices).view_as(pre)
+        case TopK() | GroupTopK():
+            z = _kept(pre, FIXED[type(activation)](pre.detach(), activation.k))
+    return z, z.detach().count_nonzero(-1).to(pre.dtype)
+
+
+def _kept(pre: Tensor, index: Tensor) -> Tensor:
+    """Return ReLU(pre) at the last axis' positions `index`, 0 elsewhere."""
+    return torch.zeros_like(pre).scatter(-1, index, pre.gather(-1, index).relu())
+
+
+class Whole:
+    """An SAE whose rows and latents are all here. `wsae.train.parallel.step.Shard` has them on several ranks."""
+
+    batch: int = 0
+    """Rows of the whole batch, where they are not all here."""
+
+    def choose(self, sae: SparseAutoencoder, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
+        """Return the pairs that a Top-k kind makes active, in order of row (their values are not read)."""
+        activation = sae.cfg.activation
+        assert isinstance(activation, TopK | GroupTopK | BatchTopK)
+        if isinstance(activation, BatchTopK):
+            rows, latents = select_batch_topk(pre, activation.k)
+            return SparseCode(pre[rows, latents], latents, offsets_of(rows, len(pre)))
+        indices = FIXED[type(activation)](pre, activation.k)
+        return code_from_topk(pre.gather(1, indices), indices)
+
+    def choose_dead(self, pre: Float[Tensor, "rows dead"], k: int) -> SparseCode | None:
+        """Return the k largest of each row among the dead latents' pre-activations; None where none is dead."""
+        if not pre.shape[1]:
+            return None
+        return code_from_topk(*pre.topk(min(k, pre.shape[1]), dim=1, sorted=False))
+
+    def summed(self, part: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the sum of what each part of the latents gives, differentiable in each."""
+        return part
+
+    def shared(self, whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return what every part of the latents reads; gradients that reach it are summed."""
+        return whole
+
+    def settle(self) -> None:
+        """Wait until every gradient is that of the whole batch."""
+
+    def over_rows(self, tensor: Num[Tensor, "..."]) -> Num[Tensor, "..."]:
+        """Replace a sum over the rows here by that over the whole batch."""
+        return tensor
+
+    def over_latents(self, tensor: Num[Tensor, "..."]) -> Num[Tensor, "..."]:
+        """Replace a sum over the latents here by that over all of them."""
+        return tensor
+
+    def least(self, value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Replace the least value of the rows and latents here by the least of all."""
+        return value
+
+    def once(self, tensor: Num[Tensor, "..."]) -> Num[Tensor, "..."]:
+        """Return the tensor, or zeros where another part of the latents has the same and counts it."""
+        return tensor
+
+    def window(self, sums: Float64[Tensor, " sums"]) -> Float64[Tensor, " sums"]:
+        """Return a step's sums for the metrics (`wsae.train.state.SUMS`) over the whole batch and all latents."""
+        return sums
+
+    def note_dead(self, dead: Bool[Tensor, " d_sae"]) -> None:
+        """Take note of which latents here are dead."""
+
+    def dead_share(self, dead: Bool[Tensor, " d_sae"]) -> float:
+        """Return the share of all latents that is dead."""
+        return float(dead.double().mean())
+
+
+WHOLE = Whole()
+
+
 def training_forward(
-    sae: SparseAutoencoder, x: Float[Tensor, "batch d_in"], bf16: bool = False
+    sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"], bf16: bool = False, part: Whole = WHOLE
 ) -> Forward:
     """Run the SAE on a batch for training. `bf16` computes the dense encoder product in bf16.
 
     Top-k kinds compute the dense product without gradient, choose, and differentiate at the chosen pairs only
     (their values always in full precision). ReLU and JumpReLU codes are not sparse at the start of training, so
-    they take the dense route.
+    they take the dense route. Of a `part`, x_hat is whole; code, pre, l1 and l0 are those of the latents and rows here.
     """
-    match sae.cfg.activation:
-        case ReLU() | JumpReLU():
-            return _dense_forward(sae, x, bf16)
-        case _:
-            return _sparse_forward(sae, x, bf16)
-
-
-def _sparse_forward(sae: SparseAutoencoder, x: Tensor, bf16: bool) -> Forward:
-    with torch.no_grad():
-        centred = sae.centre(x)
-        pre = _product(sae, centred, bf16)
-        picked = _pick(sae, pre)
-        plan = Plan.build(picked.indices, picked.offsets, sae.cfg.d_sae)
-    values = encode_at(centred, sae.encoder_rows, sae.biases, plan, pre).relu()
-    x_hat = decode(values, sae.W_dec, plan)
-    x_hat = x_hat if sae.b_dec is None else x_hat + sae.b_dec
-    detached = values.detach()
-    code = SparseCode(detached, picked.indices, picked.offsets)
-    norms = sae.W_dec.norm(dim=1)[picked.indices] if sae.cfg.tied else 1.0
-    active = torch.count_nonzero(detached) / len(x)
-    return Forward(x_hat, (values * norms).sum() / len(x), active, code, pre, centred)
-
-
-def _pick(sae: SparseAutoencoder, pre: Tensor) -> SparseCode:
-    """Return the chosen pairs (values are not read)."""
-    match sae.cfg.activation:
-        case TopK(k=k):
-            indices = select_topk(pre, k)
-        case GroupTopK(k=k):
-            indices = select_group_topk(pre, k)
-        case BatchTopK(k=k):
-            rows, flat = select_batch_topk(pre, k)
-            return SparseCode(pre[rows, flat], flat, offsets_of(rows, len(pre)))
-        case _:
-            raise AssertionError(sae.cfg.activation)
-    return code_from_topk(pre.gather(1, indices), indices)
-
-
-def _dense_forward(sae: SparseAutoencoder, x: Tensor, bf16: bool) -> Forward:
-    centred = sae.centre(x)
-    pre = _product(sae, centred, bf16).to(x.dtype)
-    if isinstance(sae.cfg.activation, JumpReLU):
-        assert sae.log_threshold is not None
-        threshold, width = sae.log_threshold.exp(), sae.cfg.activation.bandwidth
-        z = jumprelu(pre, threshold, width)
-        l0 = step(pre, threshold, width).sum(1).mean()
+    kind, batch = sae.cfg.activation, part.batch or len(x)
+    if isinstance(kind, ReLU | JumpReLU):
+        centred = x if sae.b_dec is None else x - part.shared(sae.b_dec)
+        pre = _product(sae, centred, bf16).to(x.dtype)
+        threshold = None if sae.log_threshold is None else sae.log_threshold.exp()
+        z, active = dense_codes(kind, pre, threshold)
+        norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else z.new_ones(len(sae.W_dec))
+        l1, l0 = (z @ norms).sum() / batch, active.sum() / batch
+        x_hat, code = part.summed(z @ sae.W_dec), code_from_dense(z.detach())
     else:
-        z = pre.relu()
-        l0 = (z.detach() > 0).sum(1).to(x.dtype).mean()
-    norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else z.new_ones(sae.cfg.d_sae)
-    code = code_from_dense(z.detach())
-    return Forward(sae.decode(z), (z @ norms).mean(), l0, code, pre.detach(), centred.detach())
+        with torch.no_grad():
+            centred = sae.centre(x)
+            pre = _product(sae, centred, bf16)
+            chosen = part.choose(sae, pre)
+        values, x_hat = sparse_pass(sae, centred, pre, chosen, part)
+        norms = sae.W_dec.norm(dim=1)[chosen.indices] if sae.cfg.tied else 1.0
+        code = SparseCode(values.detach(), chosen.indices, chosen.offsets)
+        l1, l0 = (values * norms).sum() / batch, torch.count_nonzero(code.values) / batch
+    x_hat = x_hat if sae.b_dec is None else x_hat + sae.b_dec
+    return Forward(x_hat, l1, l0, code, pre.detach(), centred.detach())
+
+
+def sparse_pass(
+    sae: SparseAutoencoder, centred: Tensor, pre: Tensor, chosen: SparseCode, part: Whole
+) -> tuple[Float[Tensor, " nnz"], Float[Tensor, "rows d_in"]]:
+    """Return ReLU at chosen pairs and what the decoder makes of it, without b_dec; differentiable at these pairs."""
+    plan = Plan.build(chosen.indices, chosen.offsets, len(sae.W_dec))
+    b_dec = None if sae.b_dec is None else part.shared(sae.b_dec)
+    values = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_dec, pre).relu()
+    return values, part.summed(decode(values, sae.W_dec, plan))
 
 
 def _product(sae: SparseAutoencoder, centred: Tensor, bf16: bool) -> Tensor:

@@ -21,16 +21,12 @@ from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.ops import (
-    SparseCode,
-    code_from_dense,
-    code_from_topk,
-    select_group_topk,
-    select_topk,
-)
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, Provenance, ReLU, SAEConfig, TopK
+from wsae.ops import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
+from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, Provenance, SAEConfig, TopK
 
 WEIGHTS = "sae.safetensors"
+FIXED = {TopK: select_topk, GroupTopK: select_group_topk}
+"""Activations with k latents in every row, and which these are."""
 
 
 class SparseAutoencoder(nn.Module):
@@ -76,9 +72,7 @@ class SparseAutoencoder(nn.Module):
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:
         """(b_enc, b_dec), or None when tied."""
-        if self.b_enc is None or self.b_dec is None:
-            return None
-        return self.b_enc, self.b_dec
+        return None if self.b_enc is None or self.b_dec is None else (self.b_enc, self.b_dec)
 
     def centre(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """Return x - b_dec."""
@@ -99,10 +93,8 @@ class SparseAutoencoder(nn.Module):
         rows, lead = self._rows(x, self.cfg.d_in)
         with self._own_type():
             pre = self.pre(self.centre(rows))
-            if isinstance(self.cfg.activation, TopK | GroupTopK):
-                z = self._code(pre).dense(self.cfg.d_sae)
-            else:
-                z = self._dense(pre)
+            fixed = type(self.cfg.activation) in FIXED
+            z = self._code(pre).dense(self.cfg.d_sae) if fixed else self._dense(pre)
         return z.reshape(*lead, self.cfg.d_sae)
 
     def encode_sparse(
@@ -235,22 +227,16 @@ class SparseAutoencoder(nn.Module):
     def _code(self, pre: Tensor) -> SparseCode:
         activation = self.cfg.activation
         if isinstance(activation, TopK | GroupTopK):
-            choose = select_topk if isinstance(activation, TopK) else select_group_topk
-            indices = choose(pre.detach(), activation.k)
+            indices = FIXED[type(activation)](pre.detach(), activation.k)
             return code_from_topk(pre.gather(1, indices).relu(), indices)
         return code_from_dense(self._dense(pre))
 
     def _dense(self, pre: Tensor) -> Tensor:
-        match self.cfg.activation:
-            case ReLU():
-                return pre.relu()
-            case JumpReLU():
-                assert self.log_threshold is not None
-                return pre * (pre > self.log_threshold.exp())
-            case BatchTopK():
-                return pre * (pre > self.threshold)  # the threshold is never negative
-            case _:
-                raise AssertionError(self.cfg.activation)
+        if self.log_threshold is not None:
+            return pre * (pre > self.log_threshold.exp())
+        if isinstance(self.cfg.activation, BatchTopK):
+            return pre * (pre > self.threshold)  # the threshold is never negative
+        return pre.relu()
 
     def _rows(self, x: object, width: int) -> tuple[Float[Tensor, "rows width"], torch.Size]:
         """Return x [..., width] as rows in the SAE's type, and its leading axes."""

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, SAEConfig, TopK
-from wsae.sae.forward import jumprelu, step
+from wsae.sae.config import SAEConfig
+from wsae.sae.forward import dense_codes
 from wsae.sae.model import SparseAutoencoder
 
 
@@ -41,9 +41,8 @@ class Stack:
     def write_back(self, saes: list[SparseAutoencoder]) -> None:
         """Copy every member's tensors into its SAE."""
         for i, sae in enumerate(saes):
-            for name, tensor in _named(self).items():
-                target = sae.get_parameter(name)
-                target.data.copy_(tensor[i].reshape(target.shape))
+            for name, target in sae.named_parameters():
+                target.data.copy_(getattr(self, name)[i].reshape(target.shape))
             sae.threshold.copy_(self.threshold[i])
 
 
@@ -91,44 +90,9 @@ def stack_forward(stack: Stack, x: Float[Tensor, "members batch d_in"]) -> Stack
     centred = x if stack.b_dec is None else x - stack.b_dec
     pre = torch.bmm(centred, stack.encoder_rows.mT)
     pre = pre if stack.b_enc is None else pre + stack.b_enc
-    z, l0 = _activate(stack, pre)
+    threshold = None if stack.log_threshold is None else stack.log_threshold.exp()
+    z, active = dense_codes(stack.cfg.activation, pre, threshold)
     x_hat = torch.bmm(z, stack.W_dec)
     x_hat = x_hat if stack.b_dec is None else x_hat + stack.b_dec
-    return StackForward(x_hat, z, _l1(stack, z), l0, pre)
-
-
-def _l1(stack: Stack, z: Tensor) -> Tensor:
     weighted = z if not stack.cfg.tied else z * stack.W_dec.norm(dim=2)[:, None]
-    return weighted.sum((1, 2)) / z.shape[1]
-
-
-def _activate(stack: Stack, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes and each member's L0 (differentiable for JumpReLU only)."""
-    match stack.cfg.activation:
-        case ReLU():
-            z = pre.relu()
-        case TopK(k=k):
-            z = _kept(pre, pre.detach().topk(k, dim=2, sorted=False).indices)
-        case GroupTopK(k=k):
-            groups = pre.detach().unflatten(2, (k, -1))
-            first = torch.arange(0, pre.shape[2], groups.shape[3], device=pre.device)
-            z = _kept(pre, groups.argmax(3) + first)
-        case BatchTopK(k=k):
-            flat = pre.flatten(1)
-            wanted = min(k * pre.shape[1], flat.shape[1])
-            z = _kept(flat, flat.detach().topk(wanted, dim=1, sorted=False).indices).view_as(pre)
-        case JumpReLU(bandwidth=width):
-            assert stack.log_threshold is not None
-            threshold = stack.log_threshold.exp()
-            return jumprelu(pre, threshold, width), step(pre, threshold, width).sum(2).mean(1)
-    return z, z.detach().count_nonzero((1, 2)) / pre.shape[1]
-
-
-def _kept(pre: Tensor, index: Tensor) -> Tensor:
-    """Return ReLU(pre) at the last axis' positions `index`, 0 elsewhere."""
-    return torch.zeros_like(pre).scatter(-1, index, pre.gather(-1, index).relu())
-
-
-def _named(stack: Stack) -> dict[str, Tensor]:
-    names = ("W_dec", "W_enc_t", "b_enc", "b_dec", "log_threshold")
-    return {name: t for name in names if (t := getattr(stack, name)) is not None}
+    return StackForward(x_hat, z, weighted.sum((1, 2)) / z.shape[1], active.mean(1), pre)

@@ -27,7 +27,7 @@ from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, nearest
 from wsae.report.rundata import DensityForm
 from wsae.report.view import OverviewForm
-from wsae.run import PARTS, Count, Form, Json, Number, Run, ShownForm, Text, check_no_sae, formed
+from wsae.run import PARTS, Count, Form, Json, Number, Run, ShownForm, Text, formed
 from wsae.serve import schema
 from wsae.serve.schema import (
     BASIC,
@@ -111,7 +111,6 @@ _LABELS = TypeAdapter(dict[int, str])
 
 def run_digest(run: Path) -> str:
     """Return the digest of a run with its evaluation and scores; raises UserError for an unfinished one."""
-    check_no_sae(run)
     return Run(run).digest()
 
 

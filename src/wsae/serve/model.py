@@ -83,7 +83,7 @@ def load(name: str, device: str) -> "LanguageModel":
     return load_language(name, device=device)
 
 
-def _store_config(source: dict[str, Any]) -> dict[str, Any]:
+def _store_config(source: Json) -> Json:
     path = source.get("path")
     manifest = Path(path) / MANIFEST if isinstance(path, str) else None
     if manifest is None or source.get("kind") != "store" or not manifest.is_file():

@@ -232,7 +232,7 @@ class Connection(H11Protocol):
     since = 0.0
 
     @property
-    def patience(self) -> float:
+    def patience(self) -> int | float:
         """The seconds its client may take; without end while it is our turn.
 
         It is the client's: no request, half a request, or an answer that is not taken.

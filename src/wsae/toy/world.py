@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, Shaped
 from torch import Tensor
 
-from wsae.acts.stream import Batch, Chunk, State, check_batch_size, position, restored
+from wsae.acts.stream import Batch, HeldoutRows, State, check_batch_size, position, restored
 from wsae.acts.tally import SourceStats, Tally
 from wsae.core.errors import UserError
 from wsae.core.files import digest
@@ -225,12 +225,12 @@ class SyntheticSource:
         """Return training batches from the start or from a state."""
         return BlockStream(self, batch_size, seed, state)
 
-    def heldout(self, batch_size: int) -> Iterator[Chunk]:
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         """Yield the held-out rows by number."""
         total = self._rows["heldout"]
         for first in range(0, total, batch_size):
             seq = torch.arange(first, min(first + batch_size, total))
-            yield Chunk({self._name: self.acts(seq)}, seq, torch.zeros_like(seq))
+            yield HeldoutRows({self._name: self.acts(seq)}, seq, torch.zeros_like(seq))
 
     def tokens(self) -> None:
         """Return none: there is no text."""

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsae.core.artifact import CHECKPOINTS, MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import CHECKPOINTS, MANIFEST, FileRecord, read_manifest, write_manifest
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json, write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.train.family import Family
-from wsae.train.native.state import as_usual, leave
-from wsae.train.state import MemberState
+from wsae.train.native import as_usual, leave
+from wsae.train.state import SUMS, MemberState
 
 KEEP = 2
-_PLACE, _STATE = "position.json", "state.safetensors"
+PLACE, _STATE = "position.json", "state.safetensors"
 
 
 def save_checkpoint(
@@ -27,10 +27,20 @@ def save_checkpoint(
 
     `place` is JSON-ready: the position in the data and the length of metrics.jsonl.
     """
-    path = run / CHECKPOINTS / f"step-{step:09d}"
+    path = place_of(run, step)
     save_tensors(path / _STATE, tensors)
-    write_json(path / _PLACE, {"step": step, **place})
-    write_manifest(path, "checkpoint", {"step": step}, [_STATE, _PLACE])
+    write_json(path / PLACE, {"step": step, **place})
+    finish_checkpoint(run, step, [_STATE, PLACE])
+
+
+def place_of(run: Path, step: int) -> Path:
+    """Return the directory of the checkpoint after `step` steps."""
+    return run / CHECKPOINTS / f"step-{step:09d}"
+
+
+def finish_checkpoint(run: Path, step: int, files: list[str] | dict[str, FileRecord]) -> None:
+    """Write a checkpoint's manifest, then drop all but the newest two."""
+    write_manifest(place_of(run, step), "checkpoint", {"step": step}, files)
     for old in checkpoints(run)[:-KEEP]:
         (old / MANIFEST).unlink()  # first: half a removal must not look whole
         shutil.rmtree(old)
@@ -56,7 +66,7 @@ def load_checkpoint(
     try:
         read_manifest(path, "checkpoint")
         tensors = load_tensors(path / _STATE)
-        place = read_json(path / _PLACE)
+        place = read_json(path / PLACE)
     except UserError as error:
         raise UserError(f"{error}; remove {path} to resume from the checkpoint before") from error
     with understood(path / _STATE):
@@ -117,7 +127,7 @@ def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: s
                 k: v if k == "step" else v.to(parameter.device) for k, v in state.items()
             }
     device = member.since_fired.device
-    member.sums = {k: v.to(device) for k, v in parts["sum"].items()}
+    member.window = torch.stack([parts["sum"][name] for name in SUMS]).to(device)
     for name in ("since_fired", "dead", "latent_moments", "sparse"):
         value = tensors[name]
         assert isinstance(value, torch.Tensor)

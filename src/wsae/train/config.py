@@ -126,19 +126,8 @@ class TrainConfig(Config):
 
     def names(self) -> list[str]:
         """Return the members' names: the gamma rule, then whatever else sets them apart."""
-        fields = (
-            "activation",
-            "tied",
-            "lr",
-            "seed",
-            "l1",
-            "l0",
-            "d_sae",
-            "expansion",
-            "auxk",
-            "k_aux",
-            "encoder_scale",
-        )
+        fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
+        fields += ("auxk", "k_aux", "encoder_scale")
         varying = [f for f in fields if len({str(getattr(m, f)) for m in self.members}) > 1]
         return [m.label or "-".join([m.gamma.label, *_parts(m, varying)]) for m in self.members]
 

@@ -1,6 +1,7 @@
 """A family: every hook's members, made from the run's config and the data's statistics."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from wsae.losses.gamma import describe_gamma, gamma_from_covariance, gamma_from_
 from wsae.losses.reconstruction import Weights
 from wsae.sae.model import SparseAutoencoder
 from wsae.stats import Covariance, Moments
-from wsae.train.config import TrainConfig
-from wsae.train.native.state import leave
+from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.native import leave
 from wsae.train.state import MemberState, make_member
 
 # The covariance of each hook's activations, taken only when a member's gamma rule needs it.
@@ -74,23 +75,31 @@ def make_family(
     stats: dict[str, SourceStats],
     device: str = "cpu",
     covariances: dict[str, Covariance] | None = None,
+    make: Callable[[str, str, MemberConfig], MemberState | None] | None = None,
 ) -> Family:
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
 
-    `covariances` (of `wsae.train.family`) serve the rules gap and whiten.
+    `covariances` (of `wsae.train.family`) serve the rules gap and whiten. `make` makes a hook's member called so in
+    place of `make_member`, or none.
     """
+
+    def whole(hook: str, name: str, member: MemberConfig) -> MemberState:
+        s = stats[hook].kept
+        scale = power_of_two_scale(s)
+        made = make_member(name, member, cfg, s.mean, scale, s.variance.sqrt())
+        return to_device(made, device)
+
     members, record = {}, {}
     for hook, s in stats.items():
-        scale = power_of_two_scale(s.kept)
         covariance = (covariances or {}).get(hook)
         members[hook], record[hook] = [], {}
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
-            spread = s.kept.variance.sqrt()
-            member = make_member(name, member_cfg, cfg, s.kept.mean, scale, spread)
-            gamma = initial_gamma(member_cfg.gamma, s, covariance)
-            member.sae.set_gamma(gamma)
-            members[hook].append(to_device(member, device))
-            record[hook][name] = gamma_record(member_cfg.gamma, gamma, s, covariance)
+            member = (make or whole)(hook, name, member_cfg)
+            if member is not None:
+                gamma = initial_gamma(member_cfg.gamma, s, covariance)
+                member.sae.set_gamma(gamma)
+                members[hook].append(member)
+                record[hook][name] = gamma_record(member_cfg.gamma, gamma, s, covariance)
     return Family(members, record)
 
 
@@ -125,18 +134,14 @@ def initial_gamma(
                 )
             return gamma_from_proxy(cfg, stats.consistency)
         case "vector":
-            return gamma_from_proxy(cfg, _given(cfg, kept.d_in))
+            assert cfg.vector is not None
+            if len(cfg.vector) != kept.d_in:
+                raise UserError(
+                    f"the gamma vector has {len(cfg.vector)} entries, the activations {kept.d_in} dimensions"
+                )
+            return gamma_from_proxy(cfg, torch.tensor(cfg.vector, dtype=torch.float64))
         case "gap" | "whiten":
             return _from_covariance(cfg, kept.d_in, covariance)
-
-
-def _given(cfg: GammaConfig, d_in: int) -> Float64[Tensor, " d_in"]:
-    assert cfg.vector is not None
-    if len(cfg.vector) != d_in:
-        raise UserError(
-            f"the gamma vector has {len(cfg.vector)} entries, the activations {d_in} dimensions"
-        )
-    return torch.tensor(cfg.vector, dtype=torch.float64)
 
 
 def _from_covariance(
@@ -175,9 +180,9 @@ def to_device(member: MemberState, device: str) -> MemberState:
     """Move a member that has not trained yet."""
     if device != "cpu":
         member.sae.to(device)
-        for name in ("mean", "since_fired", "dead", "latent_moments", "spread", "sparse"):
+        names = ("mean", "since_fired", "dead", "latent_moments", "spread", "sparse", "window")
+        for name in names:
             setattr(member, name, getattr(member, name).to(device))
-        member.sums = {name: value.to(device) for name, value in member.sums.items()}
     return member
 
 

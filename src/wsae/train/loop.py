@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from wsae.acts.stream import ActivationSource, BatchStream
-from wsae.core.artifact import CONFIG, METRICS_FILE, SPEED
+from wsae.core.artifact import CHECKPOINTS, CONFIG, MANIFEST, METRICS_FILE, SPEED, read_manifest
 from wsae.core.errors import UserError, understood
 from wsae.core.files import is_temporary, locked, read_json, write_json
 from wsae.core.progress import Progress, Tick
@@ -44,7 +44,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @runtime_checkable
-class Job(Protocol):
+class TrainJob(Protocol):
     """What a run trains: its steps, everything that changes in them, and what is said of them."""
 
     task: str
@@ -86,31 +86,32 @@ class Job(Protocol):
         ...
 
 
-@runtime_checkable
-class Team(Protocol):
-    """The processes that train a job together; one of them writes."""
+class Team:
+    """The processes that train a job together; one of them writes. This is one process, the whole team."""
+
+    ends_saved = False
+    """Whether a checkpoint is written after the last step."""
 
     @property
     def first(self) -> bool:
-        """Whether this one writes."""
-        ...
+        """Whether this process writes."""
+        return True
 
     def agree(self, stop: bool, due: bool) -> tuple[bool, bool]:
         """Return whether all stop after this step, and whether a checkpoint is due; called by all after every step."""
-        ...
-
-
-class Alone:
-    """One process."""
-
-    first = True
-
-    def agree(self, stop: bool, due: bool) -> tuple[bool, bool]:
-        """Return what this process wants."""
         return stop, due
 
+    def load(self, run: Path, job: TrainJob) -> dict[str, Any] | None:
+        """Restore the newest checkpoint and return its place, or None when there is none."""
+        return load_checkpoint(run, job.restore)
 
-ALONE = Alone()
+    def save(self, run: Path, done: int, job: TrainJob, place: dict[str, Any]) -> None:
+        """Write the checkpoint after `done` steps."""
+        if self.first:
+            save_checkpoint(run, done, job.tensors(), place)
+
+
+ALONE = Team()
 
 
 def run_steps(
@@ -125,19 +126,17 @@ def run_steps(
     with side_by_side(cfg, family) as step_all:
         for step in range(first, cfg.steps):
             batch = stream.next()
-            rows = 0
             for hook, members in family.members.items():
                 x = batch[hook].to(members[0].mean.device)
-                rows, shared = len(x), make_batch(x, members[0])
-                step_all(members, shared, step)
+                step_all(members, make_batch(x, members[0]), step)
             on_step(step + 1)
-            tick(rows)
+            tick(cfg.batch_size)
 
 
 class Recorder:
     """Writes a run's metrics and checkpoints between steps, and stops it between steps when asked."""
 
-    def __init__(self, run: Path, job: Job, team: Team = ALONE) -> None:
+    def __init__(self, run: Path, job: TrainJob, team: Team = ALONE) -> None:
         self.run, self.job, self.team = run, job, team
         self.metrics = JsonLines(run / METRICS_FILE)
         self.speed = JsonLines(run / SPEED)
@@ -154,7 +153,7 @@ class Recorder:
             self._log(done)
         due = time.monotonic() - self._saved_at > max(CHECKPOINT_SECONDS, 20 * self._cost)
         stop, due = self.team.agree(self.stop, due and not last)
-        if stop or due:
+        if stop or due or (last and self.team.ends_saved):
             self.save(done)
         if stop and not last:
             raise Stopped(done, self.job.steps)
@@ -162,9 +161,8 @@ class Recorder:
     def save(self, done: int) -> None:
         """Write a checkpoint of the state after `done` steps."""
         begin = time.monotonic()
-        if self.team.first:
-            place = {**self.job.position(), **self.metrics.mark()}
-            save_checkpoint(self.run, done, self.job.tensors(), place)
+        place = {**self.job.position(), **self.metrics.mark()} if self.team.first else {}
+        self.team.save(self.run, done, self.job, place)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - begin
 
@@ -182,16 +180,13 @@ class Recorder:
         self._logged_at, self._logged_step = now, done
 
 
-# A run's directory: which run it holds, and what happens in it from the first step to the last.
-
-
-def train_job(job: Job, out: Path, progress: Progress, team: Team = ALONE) -> None:
+def train_job(job: TrainJob, out: Path, progress: Progress, team: Team = ALONE) -> None:
     """Train from the newest checkpoint in `out`, or from the start, to the end, with metrics and checkpoints in `out`.
 
     Every process of a team calls this; only its first writes. Raises `Stopped` (a KeyboardInterrupt) when interrupted,
     after writing a checkpoint.
     """
-    place = load_checkpoint(out, job.restore)
+    place = team.load(out, job)
     first = int(place["step"]) if place else 0
     recorder = Recorder(out, job, team)
     if team.first:
@@ -246,19 +241,26 @@ def held(out: Path) -> Iterator[None]:
             raise
 
 
-def enter(out: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Begin or go on with a run of this identity; raises UserError when `out` holds anything else."""
+def enter(out: Path, kind: str, identity: dict[str, Any], resume: bool) -> bool:
+    """Begin or go on with a run of this identity; return False where it is finished already.
+
+    Raises UserError when `out` holds anything else.
+    """
+    if (out / MANIFEST).exists():
+        read_manifest(out, kind)
+        same_run(out, identity)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # killed before it could
+        return False
     if (out / CONFIG).exists():
         same_run(out, identity)
         if checkpoints(out) and not resume:
             raise UserError(
                 f"{out}: holds an unfinished run of this config; add --resume to continue it, or use another --out"
             )
-        write_json(out / CONFIG, identity)  # the data may lie elsewhere now
     elif any(p.name != ".lock" and not is_temporary(p) for p in out.iterdir()):
         raise UserError(f"{out}: is not empty and not a wsae run; use another --out")
-    else:
-        write_json(out / CONFIG, identity)
+    write_json(out / CONFIG, identity)  # also anew: the data may lie elsewhere now
+    return True
 
 
 def same_run(out: Path, identity: dict[str, Any]) -> None:
@@ -289,11 +291,8 @@ def _differences(a: object, b: object, place: str = "") -> Iterator[tuple[str, o
         yield place, a, b
 
 
-# A family of SAEs as what a run trains.
-
-
 class FamilyJob:
-    """Trains a family on a source's batches; see `wsae.train.loop.Job`."""
+    """Trains a family on a source's batches; see `TrainJob`."""
 
     task, unit = "train", "tokens"
 
@@ -319,8 +318,12 @@ class FamilyJob:
     ) -> None:
         """Train from a checkpoint's position, or from the start."""
         place, first = (position["stream"], int(position["step"])) if position else (None, 0)
-        self.stream = self.source.stream(self.cfg.batch_size, self.cfg.seed, place)
+        self.stream = self.open(place)
         run_steps(self.cfg, self.family, self.stream, first, tick, on_step)
+
+    def open(self, place: dict[str, Any] | None) -> BatchStream:
+        """Return the batches from a stream's place on, or from the start."""
+        return self.source.stream(self.cfg.batch_size, self.cfg.seed, place)
 
     def due(self, done: int) -> bool:
         """Return whether a row of metrics is due: every `log_every` steps and at the end."""
@@ -334,5 +337,5 @@ class FamilyJob:
             head = {"step": done, "tokens": done * self.cfg.batch_size, "hook": hook}
             row = metrics_row(member)
             yield {**head, "member": member.name, **row, "lr": rate}
-            member.reset_sums()
+            member.window.zero_()
             self.fields = {"fvu": row["fvu"], "l0": row["l0"]}

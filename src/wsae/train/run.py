@@ -27,16 +27,15 @@ from wsae.core.progress import Progress, quiet
 from wsae.losses.gamma import describe_gamma
 from wsae.sae.model import WEIGHTS, SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.family import Family, covariances, finished, make_family
-from wsae.train.loop import FamilyJob, enter, held, same_run, train_job
-
-# What training allocates, by name: for the message when it does not fit.
+from wsae.train.family import covariances, finished, make_family, power_of_two_scale
+from wsae.train.loop import FamilyJob, enter, held, train_job
+from wsae.train.state import MemberState
 
 _SHAPE = "--d-sae, --expansion or the number of members"
 
 
 def training_buffers(cfg: TrainConfig, widths: Mapping[str, int]) -> list[Buffer]:
-    """Return the buffers of every member's weights and step on hooks of these widths."""
+    """Return the buffers of every member's weights and step on hooks of these widths, for when they do not fit."""
     batch, found = cfg.batch_size, []
     for d_in in set(widths.values()):
         found.append(Buffer("activations of a batch", (batch, d_in), 4, "--batch-size"))
@@ -76,20 +75,26 @@ def train_run(
     or an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt) when interrupted, after
     writing a checkpoint.
     """
-    identity = {"train": cfg.to_dict(), "data": source.digest(), "source": source.describe()}
+    identity = identity_of(cfg, source)
     with held(out):
-        if (out / MANIFEST).exists():
-            read_manifest(out, "run")
-            same_run(out, identity)
-            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # killed before it could
+        if not enter(out, "run", identity, resume):
             return load_run(out)
-        enter(out, identity, resume)
         with explained("training", lambda: training_buffers(cfg, source.hooks)):
             stats = source.stats(progress)
             family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
             write_json(out / GAMMA_FILE, family.gamma_record)
             train_job(FamilyJob(cfg, family, source), out, progress)
-            return _finish(out, identity, family, stats)
+            saes: dict[str, dict[str, SparseAutoencoder]] = {}
+            for hook, member in family.all():
+                sae = saes.setdefault(hook, {})[member.name] = finished(member)
+                family.gamma_record[hook][member.name] |= write_member(out, hook, member, sae)
+            finish_run(out, identity, cfg, family.gamma_record, about(stats))
+            return RunResult(out, saes)
+
+
+def identity_of(cfg: TrainConfig, source: ActivationSource) -> dict[str, Any]:
+    """Return what a run is, as its config.json keeps it."""
+    return {"train": cfg.to_dict(), "data": source.digest(), "source": source.describe()}
 
 
 def load_run(path: Path) -> RunResult:
@@ -97,8 +102,8 @@ def load_run(path: Path) -> RunResult:
     manifest = read_manifest(path, "run")
     with understood(path / MANIFEST):
         places = {
-            hook: {name: contained(path, f"{MEMBERS}/{hook}/{name}") for name in names}
-            for hook, names in manifest.info["members"].items()
+            hook: {name: contained(path, f"members/{hook}/{name}") for name in names}
+            for hook, names in manifest.info[MEMBERS].items()
         }
     saes = {
         hook: {name: SparseAutoencoder.load(place) for name, place in named.items()}
@@ -107,28 +112,39 @@ def load_run(path: Path) -> RunResult:
     return RunResult(path, saes)
 
 
-def _finish(
-    out: Path, identity: dict[str, Any], family: Family, stats: dict[str, SourceStats]
-) -> RunResult:
-    """Write the members (scale folded in) and the manifest, then drop the checkpoints."""
-    files = [CONFIG, GAMMA_FILE, METRICS_FILE]
-    saes: dict[str, dict[str, SparseAutoencoder]] = {}
-    for hook, member in family.all():
-        sae = finished(member)
-        saes.setdefault(hook, {})[member.name] = sae
-        place = Path(MEMBERS) / hook / member.name
-        sae.save(out / place)
-        files += [str(place / name) for name in (CONFIG, WEIGHTS, MANIFEST)]
-        if member.cfg.gamma.rule == "latent_variance":
-            final = describe_gamma(member.cfg.gamma, sae.gamma)
-            family.gamma_record[hook][member.name] |= final
-    write_json(out / GAMMA_FILE, family.gamma_record)
-    info = {
-        "members": {hook: list(named) for hook, named in saes.items()},
-        "d_in": {hook: stats[hook].kept.d_in for hook in saes},
-        "scale": {hook: members[0].scale for hook, members in family.members.items()},
-        "rows": {hook: stats[hook].kept.n for hook in saes},
+def about(stats: dict[str, SourceStats]) -> dict[str, dict[str, int | float]]:
+    """Return what a run's manifest says of each hook's activations."""
+    return {
+        "d_in": {hook: s.kept.d_in for hook, s in stats.items()},
+        "scale": {hook: power_of_two_scale(s.kept) for hook, s in stats.items()},
+        "rows": {hook: s.kept.n for hook, s in stats.items()},
     }
+
+
+def write_member(
+    out: Path, hook: str, member: MemberState, sae: SparseAutoencoder
+) -> dict[str, Any]:
+    """Write a trained SAE (scale folded in); return what is new in the record of its gamma."""
+    sae.save(out / MEMBERS / hook / member.name)
+    moved = member.cfg.gamma.rule == "latent_variance"
+    return describe_gamma(member.cfg.gamma, sae.gamma) if moved else {}
+
+
+def finish_run(
+    out: Path,
+    identity: dict[str, Any],
+    cfg: TrainConfig,
+    gamma: dict[str, dict[str, Any]],
+    told: dict[str, dict[str, int | float]],
+) -> None:
+    """Write the record of the loss weights and the manifest, then drop the checkpoints."""
+    write_json(out / GAMMA_FILE, gamma)
+    members = {hook: cfg.names() for hook in gamma}
+    files = [CONFIG, GAMMA_FILE, METRICS_FILE]
+    for hook, names in members.items():
+        for name in names:
+            place = Path(MEMBERS) / hook / name
+            files += [str(place / file) for file in (CONFIG, WEIGHTS, MANIFEST)]
+    info = {"members": members, **told}
     write_manifest(out, "run", identity, files, inputs={"data": identity["data"]}, info=info)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    return RunResult(out, saes)

@@ -1,6 +1,7 @@
 """One member of a family in training: its SAE, optimiser and counters, and the batches it is given."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from wsae.losses.reconstruction import weigh
 from wsae.ops import SparseCode
 from wsae.ops.native.weights import Weights
 from wsae.sae.config import BatchTopK
+from wsae.sae.forward import WHOLE, Whole
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import MemberConfig, TrainConfig
 
@@ -45,21 +47,21 @@ class MemberState:
     dead: Bool[Tensor, " d_sae"]
     latent_moments: Float64[Tensor, "2 d_sae"]
     """Running mean of z and z^2, for the rule latent_variance."""
+    window: Float64[Tensor, " sums"]
+    """Sums since the last row of metrics, in the order of SUMS."""
     spread: Float[Tensor, " d_in"]
     """Standard deviation per dimension, in scaled units: the compiled kernels round by it."""
     sparse: Bool[Tensor, ""]
     """Whether few enough latents are active for the compiled kernels (ReLU and JumpReLU; Top-k always)."""
     weights: Weights | None = None
     """The large tensors while the compiled kernels train them; the SAE's own are empty then."""
-    sums: dict[str, Float64[Tensor, ""]] = field(default_factory=dict)
-    """Sums since the last row of metrics."""
+    part: Whole = WHOLE
+    """Which of its rows and latents are here."""
 
-    def __post_init__(self) -> None:
-        self.reset_sums()
-
-    def reset_sums(self) -> None:
-        """Start a new window of metrics."""
-        self.sums = {name: torch.zeros((), dtype=torch.float64) for name in SUMS}
+    @property
+    def sums(self) -> dict[str, Float64[Tensor, ""]]:
+        """The sums since the last row of metrics by name (views of `window`)."""
+        return dict(zip(SUMS, self.window.unbind(), strict=True))
 
 
 def make_member(
@@ -69,14 +71,16 @@ def make_member(
     mean: Float[Tensor, " d_in"],
     scale: float,
     spread: Float[Tensor, " d_in"] | None = None,
+    sae: SparseAutoencoder | None = None,
 ) -> MemberState:
     """Return a member at its start: b_dec at the data's mean, encoder along the decoder, gamma all 1.
 
-    `mean` and `spread` (standard deviations; by default equal ones) are in the activations' own units.
+    `mean` and `spread` (standard deviations; by default equal ones) are in the activations' own units. An `sae` is
+    taken in place of a new one.
     """
     d_in = len(mean)
     seed = run.seed if cfg.seed is None else cfg.seed
-    sae = SparseAutoencoder(cfg.sae_config(d_in), seed, cfg.start_scale())
+    sae = sae or SparseAutoencoder(cfg.sae_config(d_in), seed, cfg.start_scale())
     centre = (mean / scale).float()
     if sae.b_dec is not None:
         sae.b_dec.data.copy_(centre)
@@ -92,9 +96,8 @@ def make_member(
         since_fired=torch.zeros(d_sae, dtype=torch.int64),
         dead=torch.zeros(d_sae, dtype=torch.bool),
         latent_moments=torch.zeros(2, d_sae, dtype=torch.float64),
-        spread=torch.ones(d_in, dtype=torch.float32)
-        if spread is None
-        else (spread / scale).float(),
+        window=torch.zeros(len(SUMS), dtype=torch.float64),
+        spread=(spread / scale if spread is not None else torch.ones_like(mean)).float(),
         sparse=torch.tensor(hasattr(cfg.activation, "k")),
     )
 
@@ -113,9 +116,6 @@ def make_batch(x: Float[Tensor, "batch d_in"], member: MemberState) -> Batch:
     return Batch(scaled, (scaled - member.mean).square_().sum(0))
 
 
-# What a step counts: firing latents, the batch Top-k threshold, sums for the metrics, running
-# latent variances.
-
 GAMMA_EVERY = 10
 """Steps between refreshes of a latent_variance gamma and of the set of dead latents."""
 THRESHOLD_DECAY = 0.95
@@ -133,19 +133,38 @@ class StepResult(NamedTuple):
     """Sum over the batch of |x_hat - x|^2, in scaled units."""
 
 
-def count(member: MemberState, code: SparseCode, rows: int) -> None:
-    """Note which latents fired and, for batch Top-k, move the threshold of inference."""
-    fired = torch.zeros_like(member.dead)
-    fired[code.indices[code.values > 0]] = True
-    member.since_fired.add_(rows).masked_fill_(fired, 0)
-    if isinstance(member.sae.cfg.activation, BatchTopK):
-        follow_threshold(member.sae.threshold, smallest_active(code))
+def record(
+    member: MemberState,
+    batch: Batch,
+    result: StepResult,
+    step: int,
+    run: TrainConfig,
+    W_dec: Callable[[], Float[Tensor, "d_sae d_in"]] | None = None,
+) -> None:
+    """Note what a step found: which latents fired, thresholds, sums for the metrics, a latent_variance gamma.
 
-
-def smallest_active(code: SparseCode) -> Float[Tensor, ""]:
-    """Return the smallest positive value of a batch's code, infinity where no latent is active."""
-    positive = torch.where(code.values > 0, code.values, torch.inf)
-    return positive.min() if len(positive) else positive.new_tensor(torch.inf)
+    `W_dec` gives the decoder after the step; by default the SAE's.
+    """
+    sae, code, part = member.sae, result.code, member.part
+    rows = part.batch or len(batch.x)
+    fired = torch.zeros_like(member.dead, dtype=torch.int32)
+    fired.index_add_(0, code.indices, (code.values > 0).int())
+    member.since_fired.add_(rows).masked_fill_(part.over_rows(fired) > 0, 0)
+    if isinstance(sae.cfg.activation, BatchTopK):
+        positive = torch.where(code.values > 0, code.values, torch.inf)
+        least = positive.min() if len(positive) else positive.new_tensor(torch.inf)
+        follow_threshold(sae.threshold, part.least(least))
+    add_sums(member, batch, result)
+    if member.cfg.gamma.rule != "latent_variance":
+        return
+    z, decay = code.values.double(), run.latent_variance_decay
+    sums = [torch.bincount(code.indices, w, minlength=len(member.dead)) for w in (z, z * z)]
+    member.latent_moments.lerp_(part.over_rows(torch.stack(sums)) / rows, 1 - decay)
+    if (step + 1) % GAMMA_EVERY == 0:
+        variance = latent_variance(member.latent_moments, step, decay) * member.scale**2
+        decoder = sae.W_dec.detach() if W_dec is None else W_dec()
+        proxy = part.over_latents(latent_variance_proxy(variance, decoder.double()))
+        sae.gamma.copy_(gamma_from_proxy(member.cfg.gamma, proxy))
 
 
 def follow_threshold(
@@ -160,39 +179,16 @@ def follow_threshold(
 
 def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
     """Add a step to the window of metrics, in the activations' own units."""
-    sums, unit, deviation = member.sums, member.scale**2, batch.deviation
-    sums["loss"] += result.loss.double() * unit
-    sums["reconstruction"] += result.reconstruction.double() * unit
-    sums["auxk"] += result.revival.double() * unit
-    sums["sse"] += result.sse.double() * unit
-    sums["variance"] += deviation.sum().double() * unit
-    sums["weighted_variance"] += _weighted_variance(member, batch).double() * unit
-    sums["l0"] += torch.count_nonzero(result.code.values).double()
-    sums["rows"] += len(batch.x)
-    sums["steps"] += 1
-
-
-def _weighted_variance(member: MemberState, batch: Batch) -> Tensor:
-    """Return the sum over rows of ||Gamma (x - mean)||^2; a vector needs only the sums per dimension."""
-    gamma = member.sae.gamma
-    if gamma.ndim == 1:
-        return (batch.deviation * gamma.square()).sum()
-    return weigh(batch.x - member.mean, gamma).square().sum()
-
-
-def follow_latents(member: MemberState, code: SparseCode, step: int, decay: float) -> bool:
-    """Keep the running variances of the latents for the rule latent_variance; return whether gamma is due."""
-    if member.cfg.gamma.rule != "latent_variance":
-        return False
-    sums = moment_sums(code, member.sae.cfg.d_sae)
-    member.latent_moments.lerp_(sums / code.batch, 1 - decay)
-    return (step + 1) % GAMMA_EVERY == 0
-
-
-def moment_sums(code: SparseCode, d_sae: int) -> Float64[Tensor, "2 d_sae"]:
-    """Return the sums over a batch of z and z^2 of every latent."""
-    z = code.values.double()
-    return torch.stack([torch.bincount(code.indices, w, minlength=d_sae) for w in (z, z * z)])
+    gamma, deviation, zero = member.sae.gamma, batch.deviation, result.loss.new_zeros(())
+    # the sum over rows of ||Gamma (x - mean)||^2: a vector needs only the sums per dimension
+    weighted = (deviation * gamma.square()).sum() if gamma.ndim == 1 else None
+    if weighted is None:
+        weighted = weigh(batch.x - member.mean, gamma).square().sum()
+    losses = (result.loss, result.reconstruction, result.revival, result.sse)
+    scaled = torch.stack([value.double() for value in (*losses, deviation.sum(), weighted)])
+    counts = [torch.count_nonzero(result.code.values), zero + len(batch.x), zero + 1]
+    sums = torch.cat([scaled * member.scale**2, torch.stack([n.double() for n in counts])])
+    member.window += member.part.window(sums)
 
 
 def latent_variance(
@@ -203,18 +199,9 @@ def latent_variance(
     return (square - mean * mean).clamp_min(0)
 
 
-def refresh_gamma(
-    member: MemberState, W_dec: Float[Tensor, "d_sae d_in"], step: int, decay: float
-) -> None:
-    """Set a latent_variance gamma from the running variances of the latents."""
-    variance = latent_variance(member.latent_moments, step, decay) * member.scale**2
-    proxy = latent_variance_proxy(variance, W_dec.double())
-    member.sae.gamma.copy_(gamma_from_proxy(member.cfg.gamma, proxy))
-
-
 def metrics_row(member: MemberState) -> dict[str, float]:
     """Return the means of the window of metrics, in the activations' own units."""
-    s = {name: float(value) for name, value in member.sums.items()}
+    s = dict(zip(SUMS, member.window.tolist(), strict=True))
     steps, rows = max(s["steps"], 1.0), max(s["rows"], 1.0)
     weighted = s["reconstruction"] * rows / steps  # reconstruction is a mean per row
     return {
@@ -224,5 +211,5 @@ def metrics_row(member: MemberState) -> dict[str, float]:
         "fvu": s["sse"] / s["variance"] if s["variance"] else 0.0,
         "fvu_weighted": weighted / s["weighted_variance"] if s["weighted_variance"] else 0.0,
         "l0": s["l0"] / rows,
-        "dead_frac": float(member.dead.double().mean()),
+        "dead_frac": member.part.dead_share(member.dead),
     }

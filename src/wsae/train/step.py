@@ -1,5 +1,6 @@
 """One training step of a member, by whatever computes it fastest here."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -16,52 +17,43 @@ from wsae.losses.reconstruction import auxk_loss, weighted_reconstruction_loss
 from wsae.ops import SparseCode
 from wsae.ops.native import why_not
 from wsae.ops.native.select import LARGEST_SHARE
-from wsae.sae.config import JumpReLU, ReLU
-from wsae.sae.forward import Forward, training_forward
+from wsae.ops.triton import unsupported
+from wsae.sae.config import GroupTopK, JumpReLU, ReLU, TopK
+from wsae.sae.forward import WHOLE, Forward, training_forward
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import Stack
 from wsae.train.config import TrainConfig
 from wsae.train.family import Family
-from wsae.train.gpu.fit import unfit
-from wsae.train.native.state import leave
-from wsae.train.native.step import native_step
-from wsae.train.state import (
-    GAMMA_EVERY,
-    Batch,
-    MemberState,
-    StepResult,
-    add_sums,
-    count,
-    follow_latents,
-    refresh_gamma,
-)
-
-# One step by autograd: the specification of every faster one.
+from wsae.train.native import leave, native_step
+from wsae.train.state import GAMMA_EVERY, Batch, MemberState, StepResult, record
 
 
 def eager_step(
     member: MemberState, batch: Batch, rate: float, run: TrainConfig, step: int
 ) -> SparseCode:
-    """One optimiser step at learning rate `rate`; returns the code. Nothing is read back from a GPU."""
-    sae, cfg, x = member.sae, member.cfg, batch.x
-    forward = training_forward(sae, x, bf16=run.dtype == "bfloat16")
-    reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma)
+    """One optimiser step by autograd, the specification of the faster ones, at learning rate `rate`; returns the code.
+
+    Nothing is read back from a GPU.
+    """
+    sae, cfg, x, part = member.sae, member.cfg, batch.x, member.part
+    forward = training_forward(sae, x, run.dtype == "bfloat16", part)
+    reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma, part.batch)
     revival = revival_loss(member, x, forward)
-    loss = reconstruction + cfg.auxk * revival + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
+    fit = reconstruction + cfg.auxk * revival
+    loss = fit + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
     member.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    part.settle()
     for group in member.optimizer.param_groups:
         group["lr"] = rate
     with torch.no_grad():
         remove_radial_gradient(sae)
         member.optimizer.step()
         unit_rows_(sae)
-        count(member, forward.code, len(x))
         sse = F.mse_loss(forward.x_hat.detach(), x, reduction="sum")
-        losses = (loss.detach(), reconstruction.detach(), revival.detach())
-        add_sums(member, batch, StepResult(forward.code, *losses, sse))
-        if follow_latents(member, forward.code, step, run.latent_variance_decay):
-            refresh_gamma(member, sae.W_dec, step, run.latent_variance_decay)
+        whole = part.once(fit.detach()) + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
+        losses = (whole, reconstruction.detach(), revival.detach())
+        record(member, batch, StepResult(forward.code, *losses, sse), step, run)
     return forward.code
 
 
@@ -71,8 +63,8 @@ def revival_loss(
     """Return the loss by which dead latents model the residual; 0 where the member has no revival."""
     if member.cfg.auxk == 0:
         return x.new_zeros(())
-    residual = x - forward.x_hat.detach()
-    return auxk_loss(member.sae, residual, forward, member.dead, member.cfg.revived(x.shape[1]))
+    residual, k_aux = x - forward.x_hat.detach(), member.cfg.revived(x.shape[1])
+    return auxk_loss(member.sae, residual, forward, member.dead, k_aux, member.part)
 
 
 def remove_radial_gradient(sae: SparseAutoencoder | Stack) -> None:
@@ -89,9 +81,6 @@ def unit_rows_(sae: SparseAutoencoder | Stack) -> None:
     if not sae.cfg.tied:
         norms = torch.linalg.vector_norm(sae.W_dec, dim=-1, keepdim=True)
         sae.W_dec.div_(norms.clamp_min_(1e-12))
-
-
-# The learning rate as a function of the step: nothing to save, nothing to get out of step.
 
 
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -126,22 +115,24 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     rate = member.cfg.learning_rate(member.sae.cfg.d_in)
     rate *= lr_factor(step, run.steps, run.warmup, run.decay)
     varies = isinstance(member.sae.cfg.activation, ReLU | JumpReLU)
-    kernels = chosen(member, run, batch.x)
+    kernels = chosen(member, run, batch.x) if member.part is WHOLE else "eager"
     if kernels == "eager" or (varies and not bool(member.sparse)):
         leave(member)
         code = eager_step(member, batch, rate, run, step)
     elif kernels == "native":
         code = native_step(member, batch, rate, run, step)
     else:
-        from wsae.train.gpu.step import triton_step  # there may be no Triton
+        from wsae.train.gpu import triton_step  # there may be no Triton
 
         # Triton launches on the current device, whichever the tensors are on
         with torch.cuda.device_of(batch.x):
             code = triton_step(member, batch, rate, run, step)
     if (step + 1) % GAMMA_EVERY == 0:
         member.dead = member.since_fired > run.dead_tokens
+        member.part.note_dead(member.dead)
     if (step + 1) % LOOK_EVERY == 0 and varies:
-        member.sparse = torch.tensor(_share(code, member.sae.cfg.d_sae) < FEW)
+        share = float(torch.count_nonzero(code.values)) / max(1, code.batch * len(member.dead))
+        member.sparse = torch.tensor(share < FEW)
 
 
 def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
@@ -151,7 +142,7 @@ def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
         wanted = "native" if x.device.type == "cpu" else "triton"
     if wanted == "eager":
         return wanted
-    reason = _unfit_native(member, x) if wanted == "native" else unfit(member, run)
+    reason = unfit_native(member, x) if wanted == "native" else unfit_triton(member, run)
     if reason is None:
         return wanted
     if run.kernels != "auto":
@@ -164,7 +155,8 @@ def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
     return "eager"
 
 
-def _unfit_native(member: MemberState, x: Tensor) -> str | None:
+def unfit_native(member: MemberState, x: Tensor) -> str | None:
+    """Return why the compiled kernels cannot train this member here, or None if they can."""
     cfg = member.sae.cfg
     k = getattr(cfg.activation, "k", 1)
     if x.device.type != "cpu":
@@ -176,28 +168,56 @@ def _unfit_native(member: MemberState, x: Tensor) -> str | None:
     return why_not()
 
 
-def _share(code: SparseCode, d_sae: int) -> float:
-    """Return the share of all latents that are active."""
-    return float(torch.count_nonzero(code.values)) / max(1, code.batch * d_sae)
+def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
+    """Return why the Triton kernels cannot train this member here, or None if they can. Imports no Triton."""
+    activation, W = member.sae.cfg.activation, member.sae.W_dec.detach()
+    # batch Top-k compares with a threshold: its k bounds nothing
+    k = activation.k if isinstance(activation, TopK | GroupTopK) else None
+    dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+    return unsupported(W, dtype, k, isinstance(activation, GroupTopK)) or _fails(W.device)
 
 
-# Members of a family on a CPU's cores: compiled members train side by side, a thread each, others
-# in turn.
-#
-# Two members on two threads finish sooner side by side, on one thread each, than in turn on both:
-# no core waits for another inside a step. Results do not change: the compiled kernels give the same
-# bits for any number of threads.
+@functools.cache
+def _fails(device: torch.device) -> str | None:
+    """Try one small kernel: Triton needs a C compiler and a driver that fits, and finds out when it launches."""
+    try:
+        from wsae.ops.triton.update import adam_rows_
+        from wsae.ops.update import AdamStep
+
+        W, grad, m, v = torch.zeros(4, 1, 1, dtype=torch.float32, device=device)
+        with torch.cuda.device(device):
+            adam_rows_(W, grad, m, v, AdamStep(0.0, 1), unit=False)
+            torch.cuda.synchronize()
+    except Exception as error:  # whatever stops it, the caller says why
+        first = str(error).strip().partition("\n")[0]
+        return f"triton does not work here ({type(error).__name__}: {first})"
+    return None
+
 
 Steps = Callable[[list[MemberState], Batch, int], None]
 
 
 @contextmanager
 def side_by_side(cfg: TrainConfig, family: Family) -> Iterator[Steps]:
-    """Yield what takes one step of every member of a hook."""
+    """Yield what takes one step of every member of a hook: compiled ones a thread each, others in turn.
+
+    Two members on two threads finish sooner side by side, on one thread each, than in turn on both: no core waits for
+    another inside a step. The compiled kernels give the same bits for any number of threads.
+    """
     threads = torch.get_num_threads()
-    together = min(threads, max(len(members) for members in family.members.values()))
-    if together < 2 or not all(_compiled(member, cfg) for _, member in family.all()):
-        yield lambda members, batch, step: _in_turn(members, batch, step, cfg)
+    together = min(threads, max((len(members) for members in family.members.values()), default=0))
+
+    def in_turn(members: list[MemberState], batch: Batch, step: int) -> None:
+        for member in members:
+            train_step(member, batch, step, cfg)
+
+    # ReLU kinds change over to the compiled step on the way
+    if together < 2 or not all(
+        hasattr(member.cfg.activation, "k") and chosen(member, cfg, member.mean) == "native"
+        for _, member in family.all()
+        if member.part is WHOLE
+    ):
+        yield in_turn
         return
     pool = ThreadPoolExecutor(
         together, "wsae-member", initializer=torch.set_num_threads, initargs=(threads // together,)
@@ -210,13 +230,3 @@ def side_by_side(cfg: TrainConfig, family: Family) -> Iterator[Steps]:
         yield together_now
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _compiled(member: MemberState, cfg: TrainConfig) -> bool:
-    """Return whether every step of this member will be the compiled one (ReLU kinds change over on the way)."""
-    return hasattr(member.cfg.activation, "k") and chosen(member, cfg, member.mean) == "native"
-
-
-def _in_turn(members: list[MemberState], batch: Batch, step: int, cfg: TrainConfig) -> None:
-    for member in members:
-        train_step(member, batch, step, cfg)

@@ -10,11 +10,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wsae.acts.images.model import Encoder, EncoderConfig
+from wsae.acts.images.model import EncoderConfig, ImageEncoder
 from wsae.core.errors import UserError
 from wsae.core.progress import Tick
 from wsae.core.seeds import seed_for
-from wsae.train.parallel.world import MAX, World
+from wsae.train.loop import Team
+from wsae.train.parallel.world import MAX, Mesh
 from wsae.train.step import warmup_cosine
 from wsae.vision.config import PretrainConfig
 from wsae.vision.data import Augment, Data, crops_from
@@ -97,7 +98,7 @@ def _unit(z: Float[Tensor, "rows out"]) -> Float[Tensor, "rows out"]:
 class Model(nn.Module):
     """Encoder and online probe, which is there when the images have classes."""
 
-    def __init__(self, encoder: Encoder, classes: int) -> None:
+    def __init__(self, encoder: ImageEncoder, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.classifier = nn.Linear(encoder.cfg.widths[-1], classes) if classes else None
@@ -121,43 +122,29 @@ def make_model(cfg: PretrainConfig, data: Data, device: str) -> Model:
     """Return an untrained model; the run's seed decides its weights."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_for(cfg.seed, "encoder"))
-        model = Model(
-            Encoder(encoder_config(cfg, data)), data.classes if data.labels is not None else 0
+        encoder = EncoderConfig(
+            stem=cfg.stem,
+            widths=cfg.widths,
+            projector_hidden=cfg.projector_hidden,
+            projector_out=cfg.projector_out,
+            positive=cfg.positivity,
+            size=cfg.size,
+            grey=data.grey,
+            mean=data.mean,
+            std=data.std,
         )
+        model = Model(ImageEncoder(encoder), data.classes if data.labels is not None else 0)
     return model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def make_optimizer(cfg: PretrainConfig, model: Model) -> LARS:
-    """Return LARS over the encoder, and over the probe without weight decay."""
-    groups: list[dict[str, Any]] = [{"params": list(model.encoder.parameters())}]
-    if model.classifier is not None:
-        groups.append({"params": list(model.classifier.parameters()), "decay": 0.0})
-    return LARS(groups, cfg.lars.eta, cfg.lars.momentum, cfg.lars.weight_decay)
-
-
-def encoder_config(cfg: PretrainConfig, data: Data) -> EncoderConfig:
-    """Return the encoder that a run trains."""
-    return EncoderConfig(
-        stem=cfg.stem,
-        widths=cfg.widths,
-        projector_hidden=cfg.projector_hidden,
-        projector_out=cfg.projector_out,
-        positive=cfg.positivity,
-        size=cfg.size,
-        grey=data.grey,
-        mean=data.mean,
-        std=data.std,
-    )
 
 
 # The processes that torchrun started: each takes a part of every batch and sees everyone's
 # projections.
 
 
-class Ranks:
-    """One of several processes; with no world, the only one. See `wsae.train.loop.Team`."""
+class Ranks(Team):
+    """One of several processes; with no world, the only one."""
 
-    def __init__(self, world: World | None = None) -> None:
+    def __init__(self, world: Mesh | None = None) -> None:
         self.world = world
         self.count = world.layout.ranks if world else 1
         self.rank = world.rank if world else 0
@@ -183,6 +170,10 @@ class Ranks:
         ask = torch.tensor([int(stop), int(due and self.first)], device=self.world.device)
         all_stop, all_due = self.world.reduce_(ask, MAX).tolist()
         return bool(all_stop), bool(all_due)
+
+    def from_first(self, call: Callable[[], Any]) -> Any:
+        """Let the first process call and give its JSON-ready result to all."""
+        return call() if self.world is None else self.world.from_first(call)
 
     def mean_(self, values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Replace values by their mean over the processes."""
@@ -242,7 +233,10 @@ class Pretrainer:
                 self.model = cast(Model, synced)
             self._forward = DistributedDataParallel(self.model)
         self.encoder = self.model.encoder
-        self.optimizer = make_optimizer(cfg, self.model)
+        groups: list[dict[str, Any]] = [{"params": list(self.encoder.parameters())}]
+        if self.model.classifier is not None:  # the probe, without weight decay
+            groups.append({"params": list(self.model.classifier.parameters()), "decay": 0.0})
+        self.optimizer = LARS(groups, cfg.lars.eta, cfg.lars.momentum, cfg.lars.weight_decay)
         self.augment = Augment(cfg.augment, cfg.size, data.grey, cropped=not data.in_memory)
         self.sums = torch.zeros(
             3, device=device, dtype=torch.float32
@@ -292,7 +286,8 @@ class Pretrainer:
         """Take one optimiser step; `views` and `labels` are this process's part of the batch."""
         self.model.train()
         loss, right = self.gradients(views, labels)
-        for group, peak in zip(self.optimizer.param_groups, self._peaks(), strict=False):
+        peaks = (self.cfg.lr, self.cfg.classifier_lr)
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=False):
             group["lr"] = self._rate(step, peak)
         self.optimizer.step()
         seen = torch.stack([loss, right, torch.ones_like(loss)])
@@ -318,9 +313,6 @@ class Pretrainer:
     def _precision(self) -> torch.autocast:
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16")
-
-    def _peaks(self) -> tuple[float, float]:
-        return self.cfg.lr, self.cfg.classifier_lr
 
     def _rate(self, step: int, peak: float) -> float:
         warmup = self.cfg.warmup_epochs * self.per_epoch

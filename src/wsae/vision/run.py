@@ -12,21 +12,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from wsae.acts.images.model import Encoder, load_encoder
+from wsae.acts.images.model import ImageEncoder, load_encoder
 from wsae.acts.images.sets import ImageSet
-from wsae.core.artifact import (
-    CHECKPOINTS,
-    CONFIG,
-    MANIFEST,
-    METRICS_FILE,
-    read_manifest,
-    write_manifest,
-)
+from wsae.core.artifact import CHECKPOINTS, CONFIG, METRICS_FILE, read_manifest, write_manifest
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
-from wsae.train.loop import enter, held, same_run, train_job
+from wsae.train.loop import enter, held, train_job
 from wsae.train.metrics import read_json_lines
-from wsae.train.parallel.world import World
+from wsae.train.parallel.world import Mesh
 from wsae.vision.config import PretrainConfig
 from wsae.vision.data import Data, make_data
 from wsae.vision.pretrainer import Pretrainer, Ranks
@@ -149,7 +142,7 @@ class PretrainResult:
     """A finished run: its directory, its encoder, and what its manifest says of them."""
 
     path: Path
-    encoder: Encoder
+    encoder: ImageEncoder
     info: dict[str, Any]
 
 
@@ -167,21 +160,14 @@ def pretrain(
     an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt) when interrupted, after writing a
     checkpoint.
     """
-    with held(out):
-        identity = _entered(cfg, images, out, resume)
-        if identity is not None:
-            job = Pretrainer(cfg, make_data(cfg, images), device)
-            with explained("pretraining", lambda: _buffers(cfg)):
-                train_job(job, out, progress)
-                _finish(out, identity, job, progress)
-    return load_pretrained(out)
+    return _pretrained(cfg, images, out, Ranks(), device, progress, resume)
 
 
 def pretrain_parallel(
     cfg: PretrainConfig,
     images: ImageSet,
     out: Path,
-    world: World,
+    world: Mesh,
     progress: Progress = quiet,
     resume: bool = False,
 ) -> PretrainResult:
@@ -191,17 +177,28 @@ def pretrain_parallel(
     continues with `resume` on any number of processes. Raises what `pretrain` raises, `Stopped` on all processes when
     one is interrupted.
     """
-    ranks = Ranks(world)
-    ranks.part(cfg.batch_size)
-    with held(out) if world.first else contextlib.nullcontext():
-        identity = world.from_first(lambda: _entered(cfg, images, out, resume))
+    return _pretrained(cfg, images, out, Ranks(world), world.device, progress, resume)
+
+
+def _pretrained(
+    cfg: PretrainConfig,
+    images: ImageSet,
+    out: Path,
+    ranks: Ranks,
+    device: str,
+    progress: Progress,
+    resume: bool,
+) -> PretrainResult:
+    ranks.part(cfg.batch_size)  # raises where there are no equal parts
+    with held(out) if ranks.first else contextlib.nullcontext():
+        identity = ranks.from_first(lambda: _entered(cfg, images, out, resume))
         if identity is not None:
-            job = Pretrainer(cfg, make_data(cfg, images), world.device, ranks)
+            job = Pretrainer(cfg, make_data(cfg, images), device, ranks)
             with explained("pretraining", lambda: _buffers(cfg)):
                 train_job(job, out, progress, ranks)
-            if world.first:
-                _finish(out, identity, job, progress)
-            world.from_first(lambda: None)  # nobody leaves before the manifest is there
+                if ranks.first:
+                    _finish(out, identity, job, progress)
+            ranks.from_first(lambda: None)  # nobody leaves before the manifest is there
     return load_pretrained(out)
 
 
@@ -212,13 +209,7 @@ def _entered(
     wanted = cfg.to_dict()
     source = wanted.pop("images")  # images may move: they are compared by digest
     identity = {KIND: wanted, "data": images.digest(), "source": source}
-    if (out / MANIFEST).exists():
-        read_manifest(out, KIND)
-        same_run(out, identity)
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # killed before it could
-        return None
-    enter(out, identity, resume)
-    return identity
+    return identity if enter(out, KIND, identity, resume) else None
 
 
 def _buffers(cfg: PretrainConfig) -> list[Buffer]:

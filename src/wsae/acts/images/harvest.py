@@ -40,8 +40,6 @@ from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import save_tensors
 
-# What a page shows of an image: its class and a thumbnail.
-
 SIDE = 56
 """Longest side of a thumbnail in pixels; smaller images stay as they are."""
 
@@ -72,9 +70,6 @@ class Gallery:
         return base64.b64encode(out.getvalue()).decode("ascii")
 
 
-# Which images are kept for evaluation: one rule for pretraining, harvesting and every probe.
-
-
 def heldout_images(n: int, fraction: float, seed: int) -> Bool[np.ndarray, " images"]:
     """Return for each image whether it is held out: a hash of seed and image number, whatever else there is."""
     limit = fraction * 2.0**63
@@ -86,9 +81,6 @@ def used_images(n: int, limit: int | None, seed: int) -> Int[np.ndarray, " used"
     if limit is None or limit >= n:
         return np.arange(n)
     return np.sort(Permutation(n, seed_for(seed, "limit"))(np.arange(limit)))
-
-
-# Images through a vision model to rows, one forward pass at a time.
 
 
 class ImageFlow:

@@ -32,9 +32,6 @@ from wsae.core.files import write_json
 from wsae.core.hub import quiet_hub
 from wsae.core.tensors import load_tensors, save_tensors
 
-# A ResNet with a projector: what contrastive pretraining trains and saves, and what harvesting
-# reads.
-
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -76,7 +73,7 @@ class Projector(nn.Module):
         return smooth - smooth.detach() + torch.relu(z).detach()
 
 
-class Encoder(nn.Module):
+class ImageEncoder(nn.Module):
     """Images to embeddings [batch, width] (hook "pooler") and their projections (hook "projector")."""
 
     def __init__(self, cfg: EncoderConfig) -> None:
@@ -114,13 +111,13 @@ class Encoder(nn.Module):
         return [CONFIG, WEIGHTS]
 
 
-def load_encoder(path: Path) -> Encoder:
+def load_encoder(path: Path) -> ImageEncoder:
     """Read a saved encoder (a run of `wsae pretrain` or its `encoder` folder), in evaluation mode.
 
     No code is executed from the files. Raises UserError naming the file when one is missing, damaged or does not fit.
     """
     path = path / "encoder" if (path / "encoder" / CONFIG).is_file() else path
-    encoder = Encoder(EncoderConfig.load(path / CONFIG))
+    encoder = ImageEncoder(EncoderConfig.load(path / CONFIG))
     tensors = load_tensors(path / WEIGHTS)
     expected = encoder.state_dict()
     wrong = [k for k in expected if k not in tensors or tensors[k].shape != expected[k].shape]

@@ -195,9 +195,6 @@ def _image_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iter
             yield from _image_files(Path(entry.path), seen)
 
 
-# Images of one size as arrays.
-
-
 class ArrayImages(ImageSet):
     """Images of one size, grey [n, h, w] or with 1, 3 (RGB) or 4 (RGBA, laid over white) channels; memory may be a map.
 

@@ -324,8 +324,7 @@ def interpret_run(
     families = selected(run_subject(run, source), cfg)
     models = needed_models(cfg, judges)
     job = InterpretJob(run, source, families, cfg, data_digest(source), progress, **models)
-    place = run / INTERPRETATION_PART
-    parts = place / "parts"
+    place, parts = run / INTERPRETATION_PART, run / INTERPRETATION_PART / "parts"
     with locked(place, top=run):
         inputs = {
             "run": Run(run).manifest.digest(),

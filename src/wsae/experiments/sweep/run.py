@@ -29,8 +29,7 @@ from wsae.stats.moments import Covariance
 from wsae.toy.config import FeatureConfig, ToyModelConfig
 from wsae.toy.features import FeatureStream
 from wsae.toy.model import ToyModels, train_toy_models
-from wsae.train.bank.chunk import Batches, Entry, make_entry
-from wsae.train.bank.run import train_bank
+from wsae.train.bank.run import Batches, Entry, make_entry, train_bank
 from wsae.train.config import MemberConfig
 
 # Trials: worlds to train on, each with its seed and the labels its scores are kept under.
@@ -121,7 +120,13 @@ def train_trials(
 
     losses = train_bank(entries, data, cfg.bank, device, progress=progress)
     owners = [entry.world for entry in entries]
-    saes = [_finished(entry.sae, scales[entry.world]) for entry in entries]
+    saes = []
+    for entry in entries:
+        sae, scale = entry.sae, scales[entry.world]
+        if scale != 1.0:
+            gamma, sae = sae.gamma, sae.scaled(scale)
+            sae.set_gamma(gamma)
+        saes.append(sae.requires_grad_(False))
     settled = [0.0] * len(saes)
     if len(losses) >= 2:
         tail = max(1, len(losses) // 10)
@@ -183,13 +188,6 @@ def _scale(covariance: Tensor) -> float:
             "a world's activations never vary (S too near 1?); there is nothing to learn"
         )
     return 2.0 ** round(0.5 * float(covariance.diagonal().mean().log2()))
-
-
-def _finished(sae: SparseAutoencoder, scale: float) -> SparseAutoencoder:
-    if scale != 1.0:
-        gamma, sae = sae.gamma, sae.scaled(scale)
-        sae.set_gamma(gamma)
-    return sae.requires_grad_(False)
 
 
 # Scores every SAE of a sweep against the truth, with two answers that need no training beside them.

@@ -26,6 +26,25 @@ FLAGS = (
     "-fPIC",
     "-w",
 )
+KERNELS = {
+    "has_int8": "",
+    "to_slices": "PPNNP",
+    "from_slices": "PPNNP",
+    "sort_pairs": "PPNNNPPP",
+    "decode": "PPPPPNNNP",
+    "dots": "PPPPNNNP",
+    "residual": "PPPNNPP",
+    "measure_rows": "PPNNPP",
+    "pack": "PPPPNNNPPP",
+    "padded_latents": "NN",
+    "packed_bytes": "NNN",
+    "select_int8": "PPPNNPP",
+    "new_lists": "",
+    "free_lists": "P",
+    "collect": "PPP",
+    "update_latents": "P",
+}
+"""What each kernel takes: pointers (P) and 64-bit numbers (N)."""
 ALLOCATING = ("select_int8", "sort_pairs", "dots", "update_latents")
 """Kernels with working memory of their own: they return 1 when there is none left, 2 for a code that does not fit."""
 TIMEOUT = 300
@@ -65,23 +84,27 @@ def _load() -> ctypes.CDLL | str:
     """Load once per process; a failure is remembered too, so that it is tried and told once."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 turns them off"
-    try:
-        return _opened(_built())
-    except (Unavailable, OSError, AttributeError) as error:
-        reason = str(error)
-        if isinstance(error, Unavailable):
-            return reason
-    try:  # a cache on a file system that forbids running what lies there
-        return _opened(_built(reason))
-    except (Unavailable, OSError, AttributeError) as error:
-        return str(error)
+    reason = None
+    for _ in range(
+        2
+    ):  # then in a folder of our own: a cache's file system may forbid running what lies there
+        try:
+            return _opened(_built(reason))
+        except Unavailable as error:
+            return str(error)
+        except (OSError, AttributeError) as error:
+            reason = str(error)
+    return str(reason)
 
 
 def _opened(path: Path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
-    for name in ALLOCATING:
+    for name, takes in KERNELS.items():
         function = getattr(lib, name)
-        function.restype, function.errcheck = ctypes.c_int64, _succeeded
+        function.argtypes = [ctypes.c_void_p if kind == "P" else ctypes.c_int64 for kind in takes]
+        function.restype = ctypes.c_void_p if name == "new_lists" else ctypes.c_int64
+        if name in ALLOCATING:
+            function.errcheck = _succeeded
     return lib
 
 

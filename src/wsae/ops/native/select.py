@@ -6,21 +6,25 @@ The specification is `wsae.ops.select` on (x - b_dec) @ W_enc + b_enc in float32
 
 import ctypes
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from wsae.ops.codes import SparseCode, code_from_topk
-from wsae.ops.native import plain
+from wsae.ops.codes import SparseCode, code_from_topk, offsets_of
 from wsae.ops.native.build import has_int8, library
-from wsae.ops.native.slices import SLICE, Slices, address, empty, pointer, slice_count
+from wsae.ops.native.slices import SLICE, Slices, address, empty, from_slices, slice_count
+from wsae.ops.select import select_group_topk
 
 CHUNK = 252
 """Tokens scanned together: 18 tiles of 14, whose 8-bit rows and candidates stay in the second-level cache."""
 LARGEST_SHARE = 8
 """A Top-k with k above d_sae / 8 is not sparse enough to gain."""
+ROWS = 256
+"""Rows whose pre-activations exist at a time on a CPU without 8-bit dot products."""
 
 
 class CEncoder(ctypes.Structure):
@@ -83,42 +87,30 @@ class RoundedEncoder:
         if min(d_sae, d_in, group) < 1 or d_sae % group:
             raise ValueError(f"groups of {group} of {d_sae} latents, {d_in} dimensions")
         self.int8 = has_int8()
-        lib = library()
-        lib.padded_latents.restype = lib.packed_bytes.restype = ctypes.c_int64
-        shape = [ctypes.c_int64(n) for n in (d_sae, d_in, group)]
-        padded = int(lib.padded_latents(shape[0], shape[2]))
-        size = int(lib.packed_bytes(*shape)) if self.int8 else 0
+        padded = library().padded_latents(d_sae, group)
+        size = library().packed_bytes(d_sae, d_in, group) if self.int8 else 0
         self.packed = empty(size, dtype=torch.uint8).fill_(128)
         self.scale, self.norm = empty(padded).fill_(1), empty(padded).zero_()
         self.largest, self.square = empty(d_sae).zero_(), empty(d_sae).zero_()
 
     def measure(self, W: Slices) -> None:
         """Find each row's largest entry and square norm, times the dimensions' scales."""
-        library().measure_rows(*self._rows(W), *self._sizes(), *self._measured())
+        library().measure_rows(*self._rows(W), self.d_sae, self.d_in, *self._measured())
 
     def pack(self, W: Slices) -> None:
         """Round the rows of W; `largest` and `square` must be theirs."""
-        if not self.int8:
-            return
-        library().pack(
-            *self._rows(W),
-            *self._measured(),
-            *self._sizes(),
-            ctypes.c_int64(self.group),
-            pointer(self.packed, len(self.packed), dtype=torch.uint8),
-            pointer(self.scale, len(self.scale)),
-            pointer(self.norm, len(self.scale)),
-        )
+        if self.int8:
+            packed = address(self.packed, len(self.packed), dtype=torch.uint8)
+            padded = [address(t, len(self.scale)) for t in (self.scale, self.norm)]
+            sizes = (self.d_sae, self.d_in, self.group)
+            library().pack(*self._rows(W), *self._measured(), *sizes, packed, *padded)
 
-    def _rows(self, W: Slices) -> list[ctypes.c_void_p | None]:
+    def _rows(self, W: Slices) -> list[int | None]:
         slices = slice_count(self.d_in)
-        return [pointer(W, slices, self.d_sae, SLICE), pointer(self.dim, slices * SLICE)]
+        return [address(W, slices, self.d_sae, SLICE), address(self.dim, slices * SLICE)]
 
-    def _measured(self) -> list[ctypes.c_void_p | None]:
-        return [pointer(t, self.d_sae) for t in (self.largest, self.square)]
-
-    def _sizes(self) -> list[ctypes.c_int64]:
-        return [ctypes.c_int64(self.d_sae), ctypes.c_int64(self.d_in)]
+    def _measured(self) -> list[int | None]:
+        return [address(t, self.d_sae) for t in (self.largest, self.square)]
 
 
 def dimension_scales(spread: Float[Tensor, " d_in"]) -> Float[Tensor, " padded_d_in"]:
@@ -130,10 +122,11 @@ def dimension_scales(spread: Float[Tensor, " d_in"]) -> Float[Tensor, " padded_d
     return scales
 
 
-class Centred(tuple[Tensor, Tensor]):
-    """Centred activations x - b_dec twice: as rows [batch, d_in] and in slices."""
+class Centred(NamedTuple):
+    """Centred activations x - b_dec twice: as rows and in slices."""
 
-    __slots__ = ()
+    rows: Float[Tensor, "batch d_in"]
+    slices: Slices
 
 
 def select_topk(
@@ -142,14 +135,19 @@ def select_topk(
     """Return the k largest pre-activations of each row, or the largest of each of k groups, in order of latent."""
     groups = encoder.group < encoder.d_sae
     if not encoder.int8:
-        return plain.select_topk(W, bias, centred[0], k, groups)
+        values, indices = [], []
+        for pre in _products(W, bias, centred.rows):
+            picked = select_group_topk(pre, k) if groups else pre.topk(k, sorted=False).indices
+            indices.append(picked.sort(1).values)
+            values.append(pre.gather(1, indices[-1]))
+        return code_from_topk(torch.cat(values), torch.cat(indices))
     if not 1 <= k <= encoder.d_sae or (groups and k * encoder.group != encoder.d_sae):
         raise ValueError(f"{k} of {encoder.d_sae} latents in groups of {encoder.group}")
-    batch = len(centred[0])
+    batch = len(centred.rows)
     values, indices = empty(batch, k), empty(batch, k, dtype=torch.int64)
     asked = CSelection(k=1 if groups else k, keep=k)
     asked.values, asked.indices = values.data_ptr(), indices.data_ptr()
-    _run(encoder, (W, bias, None), centred, asked, None)
+    _run(encoder, W, bias, None, centred, asked, None)
     return code_from_topk(values, indices)
 
 
@@ -163,35 +161,48 @@ def select_above(
 ) -> SparseCode:
     """Return every pre-activation with pre - floor > above, in order of row and latent."""
     if not encoder.int8:
-        return plain.select_above(W, bias, centred[0], above, floor)
+        values, indices, where = [], [], []
+        for i, pre in enumerate(_products(W, bias, centred.rows)):
+            row, latent = ((pre if floor is None else pre - floor) > above).nonzero(as_tuple=True)
+            values.append(pre[row, latent])
+            indices.append(latent)
+            where.append(row + i * ROWS)
+        offsets = offsets_of(torch.cat(where), len(centred.rows))
+        return SparseCode(torch.cat(values), torch.cat(indices), offsets)
     lib = library()
-    lib.new_lists.restype = ctypes.c_void_p
-    lists = ctypes.c_void_p(lib.new_lists())
+    lists = lib.new_lists()
     try:
         asked = CSelection(k=0, above=above)
-        counts = _run(encoder, (W, bias, floor), centred, asked, lists)
+        counts = _run(encoder, W, bias, floor, centred, asked, lists)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         n = int(offsets[-1])
         values, indices = empty(n), empty(n, dtype=torch.int64)
-        lib.collect(lists, pointer(values, n), pointer(indices, n, dtype=torch.int64))
+        lib.collect(lists, address(values, n), address(indices, n, dtype=torch.int64))
     finally:
         lib.free_lists(lists)
     return SparseCode(values, indices, offsets)
 
 
+def _products(W: Slices, bias: Tensor | None, rows: Tensor) -> Iterator[Tensor]:
+    transposed = from_slices(W, rows.shape[1]).T
+    for part in rows.split(ROWS):
+        yield part @ transposed if bias is None else torch.addmm(bias, part, transposed)
+
+
 def _run(
     encoder: RoundedEncoder,
-    weights: tuple[Slices, Tensor | None, Tensor | None],
+    W: Slices,
+    bias: Tensor | None,
+    floor: Tensor | None,
     centred: Centred,
     asked: CSelection,
-    lists: ctypes.c_void_p | None,
+    lists: int | None,
 ) -> Int64[Tensor, " batch"]:
-    W, bias, floor = weights
     rows, slices = centred
     batch, d_sae, padded = len(rows), encoder.d_sae, len(encoder.scale)
     shape = (slice_count(encoder.d_in), d_sae, SLICE)
     counts = empty(batch, dtype=torch.int64)
-    vectors = [None if t is None else address(t, d_sae) for t in (bias, floor)]
+    vectors = [address(t, d_sae) for t in (bias, floor)]
     copies = [
         address(encoder.packed, len(encoder.packed), dtype=torch.uint8),
         *(address(t, padded) for t in (encoder.scale, encoder.norm)),
@@ -201,15 +212,12 @@ def _run(
     asked.counts, asked.guess, asked.trend = counts.data_ptr(), encoder.guess, encoder.trend
     threads = torch.get_num_threads()
     chunk = max(14, min(CHUNK, -(-batch // threads) // 14 * 14))
-    library().select_int8(
+    given = (
         ctypes.byref(c_encoder),
-        pointer(rows, batch, encoder.d_in),
-        pointer(slices, shape[0], batch, SLICE),
-        ctypes.c_int64(batch),
-        ctypes.c_int64(chunk),
-        ctypes.byref(asked),
-        lists,
+        address(rows, batch, encoder.d_in),
+        address(slices, shape[0], batch, SLICE),
     )
+    library().select_int8(*given, batch, chunk, ctypes.byref(asked), lists)
     if asked.k:
         encoder.guess, encoder.trend = asked.guess, asked.trend
     effort = encoder.effort

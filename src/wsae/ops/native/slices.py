@@ -17,11 +17,13 @@ SLICE = 32
 Slices = Float[Tensor, "slices rows 32"]
 
 
-def address(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+def address(tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int | None:
     """Return where a tensor's data lie; the kernels read what is there as numbers of this type and shape.
 
-    Raises TypeError for another type, ValueError for another shape, device or order in memory.
+    None is a null pointer. Raises TypeError for another type, ValueError for another shape, device or order in memory.
     """
+    if tensor is None:
+        return None
     if tensor.dtype != dtype:
         raise TypeError(f"a tensor of {tensor.dtype} where the kernels read {dtype}")
     if tensor.shape != shape or tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -30,13 +32,6 @@ def address(tensor: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> 
             f"where the kernels read {shape}, contiguous, on cpu"
         )
     return tensor.data_ptr()
-
-
-def pointer(
-    tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32
-) -> ctypes.c_void_p | None:
-    """Return `address` for ctypes, and None (a null pointer) for None."""
-    return None if tensor is None else ctypes.c_void_p(address(tensor, *shape, dtype=dtype))
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,11 +51,7 @@ def to_slices(
     n, d_in = rows.shape
     rows, out = rows.contiguous(), empty(slice_count(d_in), n, SLICE)
     library().to_slices(
-        pointer(rows, n, d_in),
-        pointer(centre, d_in),
-        _i(n),
-        _i(d_in),
-        pointer(out, *out.shape),
+        address(rows, n, d_in), address(centre, d_in), n, d_in, address(out, *out.shape)
     )
     return out
 
@@ -72,11 +63,11 @@ def from_slices(
     n = slices.shape[1]
     out = empty(n, d_in)
     library().from_slices(
-        pointer(slices, slice_count(d_in), n, SLICE),
-        pointer(scale, n),
-        _i(n),
-        _i(d_in),
-        pointer(out, n, d_in),
+        address(slices, slice_count(d_in), n, SLICE),
+        address(scale, n),
+        n,
+        d_in,
+        address(out, n, d_in),
     )
     return out
 
@@ -112,14 +103,14 @@ def sort_pairs(code: SparseCode, d_sae: int) -> SortedPairs:
     )
     indices, starts = code.indices.contiguous(), code.offsets.contiguous()
     library().sort_pairs(
-        pointer(indices, n, dtype=long),
-        pointer(starts, code.batch + 1, dtype=long),
-        _i(code.batch),
-        _i(n),
-        _i(d_sae),
-        pointer(offsets, d_sae + 1, dtype=long),
-        pointer(order, n, dtype=short),
-        pointer(tokens, n, dtype=short),
+        address(indices, n, dtype=long),
+        address(starts, code.batch + 1, dtype=long),
+        code.batch,
+        n,
+        d_sae,
+        address(offsets, d_sae + 1, dtype=long),
+        address(order, n, dtype=short),
+        address(tokens, n, dtype=short),
     )
     return SortedPairs(offsets, tokens, order.long())
 
@@ -129,22 +120,23 @@ def decode(
     values: Float[Tensor, " pairs"],
     W: Float[Tensor, "slices d_sae 32"],
     scale: Float[Tensor, " d_sae"] | None,
-    shape: tuple[int, int],
+    batch: int,
+    d_in: int,
     start: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, "slices batch 32"]:
-    """Return start + sum over a token's pairs of value * scale * W[latent], in slices; `shape` is (batch, d_in)."""
-    (batch, d_in), d_sae, slices = shape, W.shape[1], slice_count(shape[1])
+    """Return start + sum over a token's pairs of value * scale * W[latent], in slices."""
+    d_sae, slices = W.shape[1], slice_count(d_in)
     out = empty(slices, batch, SLICE)
     library().decode(
         ctypes.byref(pairs.c(d_sae)),
-        pointer(values, len(pairs.tokens)),
-        pointer(W, slices, d_sae, SLICE),
-        pointer(scale, d_sae),
-        pointer(start, d_in),
-        _i(d_sae),
-        _i(batch),
-        _i(d_in),
-        pointer(out, *out.shape),
+        address(values, len(pairs.tokens)),
+        address(W, slices, d_sae, SLICE),
+        address(scale, d_sae),
+        address(start, d_in),
+        d_sae,
+        batch,
+        d_in,
+        address(out, *out.shape),
     )
     return out
 
@@ -161,13 +153,13 @@ def dots(
     out = empty(len(pairs.tokens)).zero_()
     library().dots(
         ctypes.byref(pairs.c(d_sae)),
-        pointer(left, slices, batch, SLICE),
-        pointer(W, slices, d_sae, SLICE),
-        pointer(scale, d_sae),
-        _i(d_sae),
-        _i(batch),
-        _i(d_in),
-        pointer(out, len(out)),
+        address(left, slices, batch, SLICE),
+        address(W, slices, d_sae, SLICE),
+        address(scale, d_sae),
+        d_sae,
+        batch,
+        d_in,
+        address(out, len(out)),
     )
     return out
 
@@ -196,16 +188,12 @@ def residual(
     x, gamma = x.contiguous(), gamma.contiguous()
     partial = empty(-(-batch // 64), d_in)
     library().residual(
-        pointer(x_hat, slice_count(d_in), batch, SLICE),
-        pointer(x, batch, d_in),
-        pointer(gamma, d_in),
-        _i(batch),
-        _i(d_in),
-        pointer(errors, batch, 2, dtype=torch.float64),
-        pointer(partial, *partial.shape),
+        address(x_hat, slice_count(d_in), batch, SLICE),
+        address(x, batch, d_in),
+        address(gamma, d_in),
+        batch,
+        d_in,
+        address(errors, batch, 2, dtype=torch.float64),
+        address(partial, *partial.shape),
     )
     return Residual(x_hat, errors, partial.sum(0))
-
-
-def _i(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)

@@ -20,6 +20,8 @@ from wsae.ops.native.slices import (
     Slices,
     SortedPairs,
     address,
+    decode,
+    dots,
     empty,
     from_slices,
     slice_count,
@@ -71,6 +73,14 @@ class DenseMatrix(NamedTuple):
     v: Float[Tensor, "rows d_in"]
 
 
+class Bias(NamedTuple):
+    """b_enc and its Adam moments."""
+
+    b: Float[Tensor, " d_sae"]
+    m: Float[Tensor, " d_sae"]
+    v: Float[Tensor, " d_sae"]
+
+
 @dataclass
 class Matrix:
     """A weight matrix [rows, d_in] and its Adam moments, in slices."""
@@ -80,12 +90,13 @@ class Matrix:
     v: Float[Tensor, "slices rows 32"]
 
     @staticmethod
-    def of(rows: Float[Tensor, "rows d_in"], moments: tuple[Tensor, Tensor] | None) -> "Matrix":
-        """Take rows and moments in the usual layout; no moments: zeros."""
-        W = to_slices(rows)
-        if moments is None:
-            return Matrix(W, torch.zeros_like(W), torch.zeros_like(W))
-        return Matrix(W, to_slices(moments[0]), to_slices(moments[1]))
+    def of(
+        rows: Float[Tensor, "rows d_in"],
+        m: Float[Tensor, "rows d_in"],
+        v: Float[Tensor, "rows d_in"],
+    ) -> "Matrix":
+        """Take rows and moments in the usual layout."""
+        return Matrix(to_slices(rows), to_slices(m), to_slices(v))
 
     def dense(self, d_in: int, scale: Float[Tensor, " rows"] | None = None) -> "DenseMatrix":
         """Return rows (each times its scale) and moments in the usual layout."""
@@ -139,10 +150,37 @@ class Weights:
         """The encoder's rows in slices."""
         return self.decoder.W if self.encoder is None else self.encoder.W
 
+    @property
+    def scale(self) -> Float[Tensor, " d_sae"] | None:
+        """What makes the decoder's rows unit ones (untied)."""
+        return None if self.encoder is None else self.row_scale
+
+    @property
+    def norms(self) -> Float[Tensor, " d_sae"] | None:
+        """The norms of a tied SAE's rows; None stands for unit rows."""
+        return self.norm if self.encoder is None else None
+
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        """Return the decoder's rows in the usual layout."""
+        return from_slices(self.decoder.W, self.d_in, self.scale)
+
+    def decode(
+        self,
+        pairs: SortedPairs,
+        z: Float[Tensor, " pairs"],
+        batch: int,
+        start: Float[Tensor, " d_in"] | None = None,
+    ) -> Slices:
+        """Return start + sum over a token's pairs of z * W_dec[latent]."""
+        return decode(pairs, z, self.decoder.W, self.scale, batch, self.d_in, start)
+
+    def dots(self, pairs: SortedPairs, left: Slices) -> Float[Tensor, " pairs"]:
+        """Return W_dec[latent] . left[token] for every pair."""
+        return dots(pairs, left, self.decoder.W, self.scale, self.d_in)
+
     def dense(self) -> "tuple[DenseMatrix, ...]":
         """Return decoder and (untied) encoder in the usual layout, decoder rows normalised."""
-        scale = None if self.encoder is None else self.row_scale
-        decoder = self.decoder.dense(self.d_in, scale)
+        decoder = self.decoder.dense(self.d_in, self.scale)
         return (decoder,) if self.encoder is None else (decoder, self.encoder.dense(self.d_in))
 
     def update(
@@ -150,12 +188,12 @@ class Weights:
         terms: list[Terms],
         centred: Slices,
         rates: AdamStep,
-        bias: tuple[Tensor, Tensor, Tensor] | None = None,
+        bias: Bias | None = None,
         pull: Float[Tensor, " d_sae"] | None = None,
     ) -> Float[Tensor, " d_in"]:
         """Take one Adam step on both matrices and b_enc; returns sum_j db_enc[j] W_enc[j] (before the step).
 
-        `bias` is (b_enc, m, v); `pull` is added to the decoder's gradient times the row (tied L1).
+        `pull` is added to the decoder's gradient times the row (tied L1).
         """
         d_sae, slices, batch = self.d_sae, slice_count(self.d_in), centred.shape[1]
         u = CUpdate()
@@ -169,7 +207,7 @@ class Weights:
         u.correction2 = 1 - rates.beta2**rates.step
         u.unit = int(self.encoder is not None)
         u.row_scale, u.norm = (address(t, d_sae) for t in (self.row_scale, self.norm))
-        u.pull = None if pull is None else address(pull, d_sae)
+        u.pull = address(pull, d_sae)
         partial = None
         if bias is not None:
             u.b_enc, u.b_enc_m, u.b_enc_v = (address(t, d_sae) for t in bias)

@@ -5,6 +5,7 @@
    (at least as large), so the few buckets with two chosen are computed again and all their latents compared: the
    choice is exact, whatever the sizes. The chosen values are then computed from the fp32 weights.
 """
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import Any, no_type_check
 
@@ -17,12 +18,6 @@ from triton import knobs
 
 from wsae.ops.triton.sums import products
 from wsae.ops.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES, check
-
-# What the encoder kernels share: a tile of the product, products of one row, and keys that sort by
-# value.
-
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 
 LOWEST = tl.constexpr(-(2**63))
 """Below the key of every latent."""
@@ -127,15 +122,6 @@ def latent_of(key):
     return 0x7FFFFFFF - (key & 0x7FFFFFFF)
 
 
-# Encoder and threshold in one kernel that writes one bit per pre-activation, and batch Top-k made
-# of it.
-#
-# Bits cannot overflow as a list of fixed room would, are 1/16 of the product in bf16, and their
-# order is the pairs' own.
-
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
-
 SAMPLE = 64
 """Rows whose product is computed in full to guess the threshold of batch Top-k."""
 WORD = 32
@@ -150,8 +136,10 @@ def above(
 ) -> tuple[Int64[Tensor, " nnz"], Int64[Tensor, " nnz"]]:
     """Return rows and latents of the pre-activations above a threshold, sorted by row; waits for the device.
 
-    The threshold is one number or one per latent [d_sae]; the pre-activations are centred @ W_enc_t.T + b_enc with
-    `dtype` inputs summed in fp32. Values at the pairs come from `sums.products`.
+    One kernel writes one bit per pre-activation: bits cannot overflow as a list of fixed room would, are 1/16 of the
+    product in bf16, and their order is the pairs' own. The threshold is one number or one per latent [d_sae]; the
+    pre-activations are centred @ W_enc_t.T + b_enc with `dtype` inputs summed in fp32. Values at the pairs come from
+    `sums.products`.
     """
     (batch, d_in), d_sae = centred.shape, len(W_enc_t)
     columns = max(WORD, columns_per_tile(d_sae))
@@ -234,11 +222,6 @@ def _compare(
     tl.store(words + at + tl.arange(0, WORDS)[None, :], packed, mask=(rows < B)[:, None])
 
 
-# Encoder and group Top-k in one kernel that never writes the [batch, d_sae] product.
-
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
-
 def group_topk_encode(
     centred: Float[Tensor, "batch d_in"],
     W_enc_t: Float[Tensor, "d_sae d_in"],
@@ -282,9 +265,6 @@ def _winners(
         best_at = tl.where(largest > best, at, best_at)
         best = tl.maximum(largest, best)
     tl.store(indices + rows.to(tl.int64) * K + group, best_at.to(tl.int64), mask=rows < B)
-
-
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 
 MAX_BUCKET = 64

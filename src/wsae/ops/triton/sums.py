@@ -24,6 +24,14 @@ _PAIRS = 8
 """Pairs read at once, so that their rows are on the way together."""
 
 
+class PairWeights(NamedTuple):
+    """Which row of a matrix each pair adds, and with what weight: weights[p], or with an order weights[order[p]]."""
+
+    columns: Tensor
+    weights: Float[Tensor, " nnz"]
+    order: Int64[Tensor, " nnz"] | None = None
+
+
 class Chunks(NamedTuple):
     """Sums of the full chunks of pairs of each latent; the pairs from `rest` on are not in them."""
 
@@ -38,8 +46,7 @@ def decode(
 ) -> Float[Tensor, "batch d_in"]:
     """Return x_hat [batch, d_in] = sum over the row's pairs of value * W_dec[j], without b_dec, in values' dtype."""
     out = values.new_empty(len(plan.offsets) - 1, W_dec.shape[1])
-    starts, ends = plan.offsets[:-1], plan.offsets[1:]
-    _launch_sums(out, W_dec, (plan.indices, values, None), (starts, ends), None)
+    _launch_sums(out, W_dec, PairWeights(plan.indices, values), plan.offsets[:-1], plan.offsets[1:])
     return out
 
 
@@ -50,8 +57,8 @@ def scatter(
     rows = rows.contiguous()
     out = weights.new_empty(len(plan.latent_offsets) - 1, rows.shape[1])
     chunks = sum_chunks(plan, weights, rows)
-    terms = (plan.latent_rows, weights, plan.order)
-    _launch_sums(out, rows, terms, (chunks.rest, plan.latent_offsets[1:]), chunks)
+    terms = PairWeights(plan.latent_rows, weights, plan.order)
+    _launch_sums(out, rows, terms, chunks.rest, plan.latent_offsets[1:], chunks)
     return out
 
 
@@ -66,9 +73,10 @@ def sum_chunks(
     latent = (torch.searchsorted(offsets, chunk, right=True) - 1).clamp_max(len(starts) - 1)
     first = starts[latent] + (chunk - offsets[latent]) * CHUNK
     used = chunk < offsets[-1]
-    spans = torch.where(used, first, 0), torch.where(used, first + CHUNK, 0)
+    starts_of, ends_of = torch.where(used, first, 0), torch.where(used, first + CHUNK, 0)
     sums = weights.new_empty(len(chunk), rows.shape[1])
-    _launch_sums(sums, rows, (plan.latent_rows, weights, plan.order), spans, None)
+    terms = PairWeights(plan.latent_rows, weights, plan.order)
+    _launch_sums(sums, rows, terms, starts_of, ends_of)
     return Chunks(sums, offsets, starts + full * CHUNK)
 
 
@@ -102,21 +110,22 @@ def products(
 def _launch_sums(
     out: Tensor,
     matrix: Tensor,
-    terms: tuple[Tensor, Tensor, Tensor | None],
-    spans: tuple[Tensor, Tensor],
-    chunks: Chunks | None,
+    terms: PairWeights,
+    starts: Tensor,
+    ends: Tensor,
+    chunks: Chunks | None = None,
 ) -> None:
-    """Write out[i] = sum over p in spans[i] of weight[p] * matrix[column[p]], plus the chunks of i."""
+    """Write out[i] = sum over p from starts[i] to ends[i] of weight[p] * matrix[column[p]], plus the chunks of i."""
     d_in = out.shape[1]
     if out.numel() == 0:
         return
     check(out.device, matrix, len(matrix), d_in)
     for tensor in terms:
-        check(out.device, tensor, len(terms[0]))
+        check(out.device, tensor, len(terms.columns))
     block = min(256, triton.next_power_of_2(d_in))
     done = (None, None) if chunks is None else (chunks.sums, chunks.offsets)
     _sums[(len(out), triton.cdiv(d_in, block))](
-        *(out, matrix, *terms, *spans, *done, d_in), PAIRS=_PAIRS, BD=block
+        *(out, matrix, *terms, starts, ends, *done, d_in), PAIRS=_PAIRS, BD=block
     )
 
 

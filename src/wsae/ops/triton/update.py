@@ -27,7 +27,7 @@ def adam_rows_(
     unit: bool,
 ) -> None:
     """Take the step of `wsae.ops.update.adam_rows_` on contiguous W, m, v [n, d] in place; `grad` is left as it is."""
-    _launch((W, m, v), (grad.contiguous(), *[None] * 7), adam, unit)
+    _launch(W, m, v, (grad.contiguous(), *[None] * 7), adam, unit)
 
 
 def update_rows_(
@@ -42,26 +42,23 @@ def update_rows_(
     plan, rows = grad.plan, grad.rows.contiguous()
     chunks = sum_chunks(plan, grad.weights, rows)
     pairs = (plan.latent_rows, grad.weights, plan.order, chunks.rest, plan.latent_offsets[1:])
-    _launch((W, m, v), (rows, *pairs, chunks.sums, chunks.offsets), adam, unit)
+    _launch(W, m, v, (rows, *pairs, chunks.sums, chunks.offsets), adam, unit)
 
 
 def _launch(
-    state: tuple[Tensor, Tensor, Tensor],
-    terms: tuple[Tensor | None, ...],
-    adam: AdamStep,
-    unit: bool,
+    W: Tensor, m: Tensor, v: Tensor, terms: tuple[Tensor | None, ...], adam: AdamStep, unit: bool
 ) -> None:
-    n, d = state[0].shape
-    for tensor in state:  # rows are addressed by their number
-        check(state[0].device, tensor, n, d)
+    n, d = W.shape
+    for tensor in (W, m, v):  # rows are addressed by their number
+        check(W.device, tensor, n, d)
         if tensor.dtype != torch.float32:
             raise TypeError(f"a tensor of {tensor.dtype} where the kernels keep float32")
     rows, columns, weights = terms[:3]
     if columns is None:
-        check(state[0].device, rows, n, d)
+        check(W.device, rows, n, d)
     elif rows is not None:
-        check(state[0].device, rows, len(rows), d)
-        check(state[0].device, weights, len(columns))
+        check(W.device, rows, len(rows), d)
+        check(W.device, weights, len(columns))
     if n == 0 or d == 0:
         return
     block = triton.next_power_of_2(d)
@@ -69,7 +66,7 @@ def _launch(
     correction1, correction2 = 1 - adam.beta1**adam.step, 1 - adam.beta2**adam.step
     numbers = (adam.lr / correction1, correction2**-0.5, adam.eps, 1 - adam.beta1)
     _step[(n,)](
-        *(*state, *terms, *numbers, adam.beta2, 1 - adam.beta2, d),
+        *(W, m, v, *terms, *numbers, adam.beta2, 1 - adam.beta2, d),
         UNIT=unit, PAIRS=4 if block <= 1024 else 2, BD=block, num_warps=warps,
     )  # fmt: skip
 

@@ -1,12 +1,12 @@
-"""The ledger: every theorem, example and claim of the paper's theory, checked numerically in the paper's order."""
+"""The ledger: every theorem, example and claim of the paper's theory, checked numerically; then our own."""
 
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.theory.claims import assumptions, limits, minima, weights
+from wsae.theory.claims import assumptions, limits, minima, ours, weights
 from wsae.theory.claims.record import Check, Claim
 
-MODULES = (assumptions, minima, weights, limits)
-"""The modules of checks, in the order of the paper (Appendix A last)."""
+MODULES = (assumptions, minima, weights, limits, ours)
+"""The modules of checks, in the order of the paper (Appendix A last), and our own theorems after them."""
 
 
 def checks(only: str | None = None) -> list[Check]:

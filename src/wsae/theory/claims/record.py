@@ -1,4 +1,4 @@
-"""One checked claim of the paper: what it says, whether it holds, and the numbers found."""
+"""One checked claim: what it says, whether it holds, and the numbers found."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,9 +16,9 @@ class Claim:
     """
 
     claim: str
-    """What the paper says, in one sentence."""
+    """What the paper says, or we, in one sentence."""
     source: str
-    """Where: "Theorem 1", "Eq. 14", "Section 4.3.2", "Appendix A" ..."""
+    """Where the paper says it: "Theorem 1", "Eq. 14", "Section 4.3.2" ...; "Ours 3" for a theorem of docs/theory.md."""
     verdict: Verdict
     condition: str = ""
     """The extra condition, or what saves the claim; "" when it holds as stated."""

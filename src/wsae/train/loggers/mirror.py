@@ -11,8 +11,6 @@ import logging
 import os
 import secrets
 import shutil
-import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from wsae.core.artifact import CONFIG
 from wsae.core.errors import UserError
-from wsae.core.files import opened, read_json, write_json
+from wsae.core.files import read_json, write_json
 from wsae.train.loggers.config import WandbConfig
 from wsae.train.metrics import scalars, steps_of
 
@@ -64,24 +62,19 @@ class Copy:
         self.last = ""
         self._retry_at, self._wait = 0.0, RETRY_S
 
-    @property
-    def complete(self) -> bool:
-        """Whether the copy has every row."""
-        return self.sink is not None
-
-    def begin(self) -> None:
-        """Take every row there is."""
-        self._attempt(self._catch_up)
-
     def write(self, step: int, values: dict[str, float]) -> None:
         """Hand on one step; where the copy is behind, all steps, if it is time to try again."""
         sink = self.sink
         if sink is not None:
             self._attempt(lambda: sink.log(step, values))
         elif time.monotonic() >= self._retry_at:
-            self._attempt(self._catch_up)
+            self.catch_up()
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
+        """Begin anew and take every row there is."""
+        self._attempt(self._begin)
+
+    def _begin(self) -> None:
         sink = self.logger.open(self.run)
         try:
             for step, values in steps_of(self.run):
@@ -95,7 +88,7 @@ class Copy:
     def close(self, finished: bool) -> None:
         """Close the copy; one that is behind is tried a last time."""
         if self.sink is None:
-            self.begin()
+            self.catch_up()
         sink = self.sink
         if sink is not None:
             self._attempt(lambda: sink.close(finished))
@@ -103,10 +96,9 @@ class Copy:
     def _attempt(self, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # counted and told; training goes on
-            self._failed(error)
-
-    def _failed(self, error: Exception) -> None:
+            return
+        except Exception as caught:  # counted and told; training goes on
+            error = caught
         self.failures += 1
         self.last = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         sink, self.sink = self.sink, None
@@ -137,7 +129,7 @@ class Mirror:
         finished = False
         try:
             for copy in self.copies:
-                copy.begin()
+                copy.catch_up()
             yield
             finished = True
         finally:
@@ -158,7 +150,7 @@ class Mirror:
             copy.logger.name: {
                 "failures": copy.failures,
                 "last": copy.last or None,
-                "complete": copy.complete,
+                "complete": copy.sink is not None,
             }
             for copy in self.copies
         }
@@ -209,21 +201,14 @@ def needed(module: str, extra: str) -> ModuleType:
 
 # TensorBoard: one event file in `tensorboard/` of the run directory.
 
-_WRITER = "tensorboard.summary.writer.record_writer"
-_EVENT = "tensorboard.compat.proto.event_pb2"
-_SUMMARY = "tensorboard.compat.proto.summary_pb2"
-_HEAD = struct.Struct("<QI")
-_FOOT = 4
-
 
 def tensorboard() -> Logger:
     """Return the logger that writes TensorBoard's event files."""
-    return Logger("tensorboard", _check_tensorboard, EventFile)
 
+    def check() -> None:
+        needed("tensorboard", "tensorboard")
 
-def _check_tensorboard() -> None:
-    for module in (_WRITER, _EVENT, _SUMMARY):
-        needed(module, "tensorboard")
+    return Logger("tensorboard", check, EventFile)
 
 
 class EventFile:
@@ -233,66 +218,36 @@ class EventFile:
     """
 
     def __init__(self, run: Path) -> None:
-        self._event: Any = needed(_EVENT, "tensorboard")
-        self._summary: Any = needed(_SUMMARY, "tensorboard")
+        reading: Any = needed(
+            "tensorboard.backend.event_processing.event_file_loader", "tensorboard"
+        )
+        writing: Any = needed("torch.utils.tensorboard", "tensorboard")
         place = run / "tensorboard"
         place.mkdir(exist_ok=True)
         former = sorted(place.glob("events.out.tfevents.*"))
         self._times: dict[int, float] = {}
-        for path in former:
-            self._times |= self._times_in(path)
-        now = time.time_ns()
-        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now}"
-        file = (place / name).open("xb")
-        self._records = needed(_WRITER, "tensorboard").RecordWriter(file)
-        self._add(file_version="brain.Event:2")
-        session = self._event.SessionLog(status=self._event.SessionLog.START)
-        self._add(session_log=session, step=0)  # a TensorBoard that looks on forgets former files
-        self._records.flush()
+        for path in former:  # a damaged one is read up to the damage; its later steps get new times
+            for event in reading.LegacyEventFileLoader(str(path)).Load():
+                if event.summary.value:
+                    self._times[event.step] = event.wall_time
+        # a TensorBoard that looks on forgets the steps of former files from this one on
+        self._writer = writing.SummaryWriter(str(place), purge_step=0)
         for path in former:
             path.unlink()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one step's scalars."""
-        pairs = [self._summary.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         when = self._times.get(step, time.time())
-        self._add(summary=self._summary.Summary(value=pairs), step=step, wall_time=when)
-        self._records.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step, walltime=when)
+        self._writer.flush()
 
     def close(self, finished: bool) -> None:  # noqa: ARG002
         """Close the file."""
-        self._records.close()
-
-    def _times_in(self, path: Path) -> dict[int, float]:
-        events = map(self._event.Event.FromString, records(path))
-        times: dict[int, float] = {}
-        try:
-            for event in events:
-                if event.summary.value:
-                    times[event.step] = event.wall_time
-        except needed("google.protobuf.message", "tensorboard").DecodeError as error:
-            _log.warning("%s: damaged (%s); its later steps get new times", path, error)
-        return times
-
-    def _add(self, **fields: Any) -> None:
-        event = self._event.Event(**{"wall_time": time.time(), **fields})
-        self._records.write(event.SerializeToString())
+        self._writer.close()
 
 
-def records(path: Path) -> Iterator[bytes]:
-    """Yield the records of an event file up to the first that was cut (checksums are not compared)."""
-    with opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        while len(head := file.read(_HEAD.size)) == _HEAD.size:
-            length = _HEAD.unpack(head)[0]
-            if file.tell() + length + _FOOT > size:
-                return
-            yield file.read(length)
-            file.seek(_FOOT, os.SEEK_CUR)
-
-
-# Weights & Biases: a run under `wandb/` of the run directory, uploaded only where the user is
-# logged in.
+# Weights & Biases: a run under `wandb/` of the run directory, uploaded only where the user is logged in.
 
 _ID = "wandb.json"
 
@@ -300,16 +255,16 @@ _ID = "wandb.json"
 def wandb(cfg: WandbConfig | None = None) -> Logger:
     """Return the logger that writes or uploads a W&B run."""
     chosen = cfg or WandbConfig()
-    return Logger("wandb", lambda: _check_wandb(chosen), lambda run: WandbRun(run, chosen))
 
+    def check() -> None:
+        module: Any = needed("wandb", "wandb")
+        mode = chosen.mode or os.environ.get("WANDB_MODE") or "online"
+        if mode == "online" and not module.login(prompt=False, verify=False):
+            raise UserError(
+                "--logger wandb: no W&B key here; run `wandb login`, set WANDB_API_KEY, or add --wandb-mode offline"
+            )
 
-def _check_wandb(cfg: WandbConfig) -> None:
-    module: Any = needed("wandb", "wandb")
-    mode = cfg.mode or os.environ.get("WANDB_MODE") or "online"
-    if mode == "online" and not module.login(prompt=False, verify=False):
-        raise UserError(
-            "--logger wandb: no W&B key here; run `wandb login`, set WANDB_API_KEY, or add --wandb-mode offline"
-        )
+    return Logger("wandb", check, lambda run: WandbRun(run, chosen))
 
 
 class WandbRun:

@@ -1,50 +1,31 @@
-"""One training step of a member whose rows or latents are shared out over ranks: `eager_step`, with its sums global."""
+"""What one rank has of a member whose rows or latents are shared out: `eager_step` with every sum over all ranks."""
 
 import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 from torch.autograd import Function
 
+from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.losses.gamma import gamma_from_proxy, latent_variance_proxy
-from wsae.losses.reconstruction import weighted_reconstruction_loss
-from wsae.ops import SparseCode, code_from_dense, decode, encode_at, select_batch_topk
-from wsae.ops.codes import offsets_of
-from wsae.ops.sparse import Plan
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
-from wsae.sae.forward import Forward, jumprelu, step
+from wsae.ops import SparseCode, code_from_topk, offsets_of, select_batch_topk
+from wsae.sae.config import BatchTopK, GroupTopK, TopK
+from wsae.sae.forward import Whole
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import to_device
+from wsae.train.family import power_of_two_scale, to_device
 from wsae.train.parallel.config import chunk_part
-from wsae.train.parallel.world import MAX, MIN, Axis, Place, World
-from wsae.train.state import (
-    GAMMA_EVERY,
-    SUMS,
-    Batch,
-    MemberState,
-    StepResult,
-    add_sums,
-    follow_threshold,
-    latent_variance,
-    moment_sums,
-    smallest_active,
-)
-from wsae.train.step import lr_factor, remove_radial_gradient, unit_rows_
+from wsae.train.parallel.world import MIN, Mesh, MeshAxis, MeshPlace
+from wsae.train.state import SUMS, MemberState, make_member
 
-# Which latents are active when they lie on several ranks: exactly those that one process could
-# choose.
-#
-# Each rank sees the pre-activations of its own latents and returns the pairs (row, column) that are
-# active among these. Ties at the last place go to the lower rank, then to the earlier entry. No
-# gradient passes here.
+# Which latents are active when they lie on several ranks: exactly those that one process could choose. Each rank sees
+# the pre-activations of its own latents and returns the pairs (row, column) that are active among these. Ties at the
+# last place go to the lower rank, then to the earlier entry. No gradient passes here.
 
 Pairs = tuple[Int64[Tensor, " nnz"], Int64[Tensor, " nnz"]]
 """Rows and this rank's columns, sorted by row."""
@@ -55,7 +36,7 @@ _SHIFTS = (24, 16, 8, 0)
 """The digits of 8 bits that make up a float's pattern, the highest first."""
 
 
-def choose_topk(pre: Float[Tensor, "batch own"], k: int, latents: Axis) -> Pairs:
+def choose_topk(pre: Float[Tensor, "batch own"], k: int, latents: MeshAxis) -> Pairs:
     """Return the pairs among the k largest of each row over all ranks.
 
     Each rank's k best per row are enough. Their values are gathered (batch * k numbers from each rank), or where that
@@ -66,12 +47,12 @@ def choose_topk(pre: Float[Tensor, "batch own"], k: int, latents: Axis) -> Pairs
     if (latents.size - 1) * k <= _FEW:
         kept = _by_gathering(values, k, latents)
     else:
-        kept = _by_counting(values, k, Place(latents=latents))
+        kept = _by_counting(values, k, MeshPlace(latents=latents))
     rows, place = kept.nonzero(as_tuple=True)
     return rows, columns[rows, place]
 
 
-def _by_gathering(values: Float[Tensor, "batch own"], k: int, latents: Axis) -> Mask:
+def _by_gathering(values: Float[Tensor, "batch own"], k: int, latents: MeshAxis) -> Mask:
     """Say which values are among the k largest of their row over all ranks, from all of them."""
     short = k - values.shape[1]
     everyone = latents.gather(F.pad(values, (0, short), value=-math.inf))  # [ranks, batch, k]
@@ -84,7 +65,7 @@ def _by_gathering(values: Float[Tensor, "batch own"], k: int, latents: Axis) -> 
     return kept[:, first : first + values.shape[1]]
 
 
-def _by_counting(values: Float[Tensor, "batch own"], k: int, place: Place) -> Mask:
+def _by_counting(values: Float[Tensor, "batch own"], k: int, place: MeshPlace) -> Mask:
     """Say the same of rows with k values or more in all, from counts alone: a radix selection.
 
     Floats are ordered as their bit patterns are (negative ones turned round), so counting the values with each next
@@ -109,7 +90,7 @@ def _by_counting(values: Float[Tensor, "batch own"], k: int, place: Place) -> Ma
 
 
 def choose_groups(
-    pre: Float[Tensor, "batch own"], first: int, size: int, k: int, latents: Axis
+    pre: Float[Tensor, "batch own"], first: int, size: int, k: int, latents: MeshAxis
 ) -> Pairs:
     """Return the pairs that are the largest of their group; group g holds latents g * size to (g + 1) * size - 1.
 
@@ -128,7 +109,7 @@ def choose_groups(
     return rows, place[rows, groups] + (groups + low) * size - first
 
 
-def choose_batch_topk(pre: Float[Tensor, "batch own"], wanted: int, place: Place) -> Pairs:
+def choose_batch_topk(pre: Float[Tensor, "batch own"], wanted: int, place: MeshPlace) -> Pairs:
     """Return the pairs among the `wanted` largest positive entries of the whole batch over all ranks."""
     share = min(pre.shape[1], math.ceil(wanted / len(pre)))
     rows, columns = select_batch_topk(pre, share)
@@ -136,21 +117,12 @@ def choose_batch_topk(pre: Float[Tensor, "batch own"], wanted: int, place: Place
     return rows[kept], columns[kept]
 
 
-def among_largest(values: Float[Tensor, " n"], wanted: int, place: Place) -> Bool[Tensor, " n"]:
+def among_largest(values: Float[Tensor, " n"], wanted: int, place: MeshPlace) -> Bool[Tensor, " n"]:
     """Say which of this rank's values are among the `wanted` largest of all ranks together."""
     total = place.reduce_(torch.tensor(len(values), device=values.device))
     if int(total) <= wanted:
         return torch.ones_like(values, dtype=torch.bool)
     return _by_counting(values[None], wanted, place)[0]
-
-
-# The training forward pass of an SAE whose rows or latents are shared out over ranks.
-#
-# x_hat = sum over ranks of z_r @ W_dec_r + b_dec z_r: this rank's latents, chosen among those of
-# all ranks Every rank then holds the whole x_hat of its rows, so the loss and its gradient need
-# nothing more. Only b_dec, which all ranks read in the encoder, has a gradient made of parts. The
-# layers of DTensor do not cover sparse selection, so local tensors are computed with here, and the
-# collectives stand where the equations have sums.
 
 
 class _Sum(Function):
@@ -178,224 +150,148 @@ class _Shared(Function):
         return ctx.axis.reduce_(grads[0].clone()), None
 
 
-def sum_over(part: Float[Tensor, "..."], axis: Axis) -> Float[Tensor, "..."]:
-    """Return the sum of the ranks' parts, differentiable in each."""
-    return part if axis.size == 1 else _Sum.apply(part, axis)
-
-
-def shared_over(whole: Float[Tensor, "..."], axis: Axis) -> Float[Tensor, "..."]:
-    """Return the same tensor; gradients that reach it on the ranks are summed."""
-    return whole if axis.size == 1 else _Shared.apply(whole, axis)
-
-
-class Piece(NamedTuple):
-    """The latents of an SAE that lie on this rank, as an SAE of their own, and where they belong."""
-
-    sae: SparseAutoencoder
-    """Its k and groups are those of the whole SAE."""
-    first: int
-    """Number of its first latent in the whole SAE."""
-    d_sae: int
-    """Latents of the whole SAE."""
-    place: Place
-
-
-def shared_forward(
-    piece: Piece, x: Float[Tensor, "rows d_in"], batch: int, bf16: bool = False
-) -> Forward:
-    """Run this rank's latents on this rank's rows of a batch of `batch` rows; see `wsae.sae.forward`.
-
-    `x_hat` is whole; `code`, `pre`, `l1` and `l0` are this rank's part, l1 and l0 divided by the rows of the batch.
-    """
-    sae, place = piece.sae, piece.place
-    if isinstance(sae.cfg.activation, ReLU | JumpReLU):
-        return _dense_forward(sae, x, batch, place, bf16)
-    with torch.no_grad():
-        centred = sae.centre(x)
-        pre = _product(sae, centred, bf16)
-        rows, columns = _choose(piece, pre, batch)
-        offsets = offsets_of(rows, len(x))
-        plan = Plan.build(columns, offsets, len(sae.W_dec))
-    values = encode_at(centred, sae.encoder_rows, _biases(sae, place.latents), plan, pre).relu()
-    x_hat = _with_bias(sae, sum_over(decode(values, sae.W_dec, plan), place.latents))
-    norms = sae.W_dec.norm(dim=1)[columns] if sae.cfg.tied else 1.0
-    code = SparseCode(values.detach(), columns, offsets)
-    active = torch.count_nonzero(code.values) / batch
-    return Forward(x_hat, (values * norms).sum() / batch, active, code, pre, centred)
-
-
-def _choose(piece: Piece, pre: Tensor, batch: int) -> Pairs:
-    latents = piece.place.latents
-    match piece.sae.cfg.activation:
-        case TopK(k=k):
-            return choose_topk(pre, k, latents)
-        case GroupTopK(k=k):
-            return choose_groups(pre, piece.first, piece.d_sae // k, k, latents)
-        case BatchTopK(k=k):
-            return choose_batch_topk(pre, batch * k, piece.place)
-        case _:
-            raise AssertionError(piece.sae.cfg.activation)
-
-
-def _dense_forward(
-    sae: SparseAutoencoder, x: Tensor, batch: int, place: Place, bf16: bool
-) -> Forward:
-    centred = x if sae.b_dec is None else x - shared_over(sae.b_dec, place.latents)
-    pre = _product(sae, centred, bf16).to(x.dtype)
-    if isinstance(sae.cfg.activation, JumpReLU):
-        assert sae.log_threshold is not None
-        threshold, width = sae.log_threshold.exp(), sae.cfg.activation.bandwidth
-        z = jumprelu(pre, threshold, width)
-        l0 = step(pre, threshold, width).sum() / batch
-    else:
-        z = pre.relu()
-        l0 = torch.count_nonzero(z.detach()) / batch
-    norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else z.new_ones(len(sae.W_dec))
-    x_hat = _with_bias(sae, sum_over(z @ sae.W_dec, place.latents))
-    code = code_from_dense(z.detach())
-    return Forward(x_hat, (z @ norms).sum() / batch, l0, code, pre.detach(), centred.detach())
-
-
-def shared_revival(
-    piece: Piece,
-    residual: Float[Tensor, "rows d_in"],
-    forward: Forward,
-    dead: Bool[Tensor, " own"],
-    wanted: tuple[int, int],
-) -> Float[Tensor, ""]:
-    """Return `wsae.losses.reconstruction.auxk_loss` over this rank's rows, the dead latents lying on several ranks.
-
-    `wanted` is (k_aux, number of dead latents on all ranks). Where every dead latent is wanted nothing is gathered.
-    """
-    sae, latents, (k_aux, total) = piece.sae, piece.place.latents, wanted
-    if total == 0:
-        return residual.new_zeros(())
-    with torch.no_grad():
-        own = dead.nonzero()[:, 0]
-        if total <= k_aux:
-            rows = torch.arange(len(residual), device=own.device).repeat_interleave(len(own))
-            columns = own.repeat(len(residual))
-        else:
-            rows, columns = choose_topk(forward.pre.index_select(1, own), k_aux, latents)
-            columns = own[columns]
-        plan = Plan.build(columns, offsets_of(rows, len(residual)), len(sae.W_dec))
-    biases = _biases(sae, latents)
-    values = encode_at(forward.centred, sae.encoder_rows, biases, plan, forward.pre).relu()
-    e_hat = sum_over(decode(values, sae.W_dec, plan), latents)
-    return weighted_reconstruction_loss(residual.detach(), e_hat, sae.gamma)
-
-
-def _biases(sae: SparseAutoencoder, latents: Axis) -> tuple[Tensor, Tensor] | None:
-    if sae.biases is None:
-        return None
-    b_enc, b_dec = sae.biases
-    return b_enc, shared_over(b_dec, latents)
-
-
-def _with_bias(sae: SparseAutoencoder, x_hat: Tensor) -> Tensor:
-    return x_hat if sae.b_dec is None else x_hat + sae.b_dec
-
-
-def _product(sae: SparseAutoencoder, centred: Tensor, bf16: bool) -> Tensor:
-    if not bf16:
-        return sae.pre(centred)
-    low = centred.bfloat16() @ sae.W_enc.bfloat16()
-    return low if sae.b_enc is None else low + sae.b_enc.bfloat16()
-
-
-# What one rank keeps of a member: its latents, its part of the counters, and how its gradients meet
-# the others'.
-
 BLOCK = 1 << 14
 """Latents drawn at a time at the start: nobody holds all the random numbers."""
 
 
-@dataclass
-class Shard:
-    """One member on one rank."""
+class Shard(Whole):
+    """What one rank has of a member: some of its latents, and of every batch some rows.
 
-    hook: str
-    member: MemberState
-    """Its tensors hold this rank's latents; b_dec, gamma and the threshold are the same on all ranks."""
-    piece: Piece
-    window: Float64[Tensor, " sums"]
-    """The sums of `member.sums` over all ranks, the same on each."""
-    dead: int = 0
-    """Dead latents on all ranks."""
-    pending: list[dist.Work] = field(default_factory=list)
-    """Sums of gradients under way."""
+    x_hat = sum over ranks of z_r @ W_dec_r + b_dec, z_r this rank's latents, chosen among those of all ranks. Every
+    rank then holds the whole x_hat of its rows, so the loss and its gradient need nothing more; b_dec, which all ranks
+    read in the encoder, has a gradient made of parts. The layers of DTensor do not cover sparse selection, so local
+    tensors are computed with, and the collectives stand where the equations have sums.
+    """
 
-    @property
-    def key(self) -> str:
-        """The member's name in checkpoints."""
-        return f"{self.hook}|{self.member.name}"
+    def __init__(self, first: int, d_sae: int, place: MeshPlace, batch: int) -> None:
+        self.first, self.d_sae, self.place, self.batch = first, d_sae, place, batch
+        self.dead = 0
+        """Dead latents on all ranks."""
+        self.pending: list[dist.Work] = []
+        """Sums of gradients under way."""
 
-    def count_dead(self) -> None:
+    def choose(self, sae: SparseAutoencoder, pre: Float[Tensor, "rows own"]) -> SparseCode:
+        """Return this rank's pairs among those that a Top-k kind makes active over all ranks."""
+        latents = self.place.latents
+        match sae.cfg.activation:
+            case TopK(k=k):
+                rows, columns = choose_topk(pre, k, latents)
+            case GroupTopK(k=k):
+                rows, columns = choose_groups(pre, self.first, self.d_sae // k, k, latents)
+            case BatchTopK(k=k):
+                rows, columns = choose_batch_topk(pre, self.batch * k, self.place)
+            case _:
+                raise AssertionError(sae.cfg.activation)
+        return SparseCode(pre[rows, columns], columns, offsets_of(rows, len(pre)))
+
+    def choose_dead(self, pre: Float[Tensor, "rows dead"], k: int) -> SparseCode | None:
+        """Return this rank's share of the k largest; where every dead latent is wanted nothing is gathered."""
+        if not self.dead:
+            return None
+        if self.dead > k:
+            rows, columns = choose_topk(pre, k, self.place.latents)
+            return SparseCode(pre[rows, columns], columns, offsets_of(rows, len(pre)))
+        every = torch.arange(pre.shape[1], device=pre.device)
+        return code_from_topk(pre, every.expand(pre.shape))
+
+    def summed(self, part: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the sum of the ranks' parts, differentiable in each."""
+        latents = self.place.latents
+        return part if latents.size == 1 else _Sum.apply(part, latents)
+
+    def shared(self, whole: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the same tensor; gradients that reach it on the ranks are summed."""
+        latents = self.place.latents
+        return whole if latents.size == 1 else _Shared.apply(whole, latents)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum each gradient over the ranks that share the batch once it is there, while others are computed.
+
+        One sum a parameter, always in the same order: DistributedDataParallel regroups its buckets after the first
+        step, so a resumed run would add in another order than an undisturbed one.
+        """
+        data = self.place.data
+
+        def send(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            work = dist.all_reduce(parameter.grad, group=data.group, async_op=True)
+            assert work is not None
+            self.pending.append(work)
+
+        for parameter in parameters if data.size > 1 else ():
+            parameter.register_post_accumulate_grad_hook(send)
+
+    def settle(self) -> None:
+        """Wait until every gradient is that of the whole batch."""
+        for work in self.pending:
+            work.wait()
+        self.pending.clear()
+
+    def over_rows(self, tensor: Num[Tensor, "..."]) -> Num[Tensor, "..."]:
+        """Replace a sum over this rank's rows by that over the whole batch."""
+        return self.place.data.reduce_(tensor)
+
+    def over_latents(self, tensor: Num[Tensor, "..."]) -> Num[Tensor, "..."]:
+        """Replace a sum over this rank's latents by that over all of them."""
+        return self.place.latents.reduce_(tensor)
+
+    def least(self, value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Replace this rank's least value by the least of all ranks."""
+        return self.place.reduce_(value, MIN)
+
+    def once(self, tensor: Num[Tensor, "..."]) -> Num[Tensor, "..."]:
+        """Return the tensor, or zeros where another rank has the same and counts it."""
+        return tensor if self.place.latents.index == 0 else torch.zeros_like(tensor)
+
+    def window(self, sums: Float64[Tensor, " sums"]) -> Float64[Tensor, " sums"]:
+        """Return the sums of all ranks; each is counted where it is a part, or once."""
+        for i, name in enumerate(SUMS):
+            here = self.place.leads if name == "steps" else self.place.latents.index == 0
+            if not here and name not in ("loss", "l0"):
+                sums[i] = 0
+        return self.place.reduce_(sums)
+
+    def note_dead(self, dead: Bool[Tensor, " own"]) -> None:
         """Count the dead latents of all ranks."""
-        total = self.member.dead.sum()
-        self.dead = int(self.piece.place.latents.reduce_(total))
+        self.dead = int(self.place.latents.reduce_(dead.sum()))
 
-    def show_sums(self) -> None:
-        """Put the window where metrics and checkpoints look for it."""
-        self.member.sums = dict(zip(SUMS, self.window.cpu().clone(), strict=True))
-
-    def take_sums(self) -> None:
-        """Take the window from where a checkpoint put it."""
-        sums = torch.stack([self.member.sums[name] for name in SUMS])
-        self.window = sums.to(self.window.device)
-
-
-class Start(NamedTuple):
-    """What a hook's members have in common at the start, in the activations' own units."""
-
-    mean: Float[Tensor, " d_in"]
-    spread: Float[Tensor, " d_in"]
-    scale: float
+    def dead_share(self, dead: Bool[Tensor, " own"]) -> float:  # noqa: ARG002
+        """Return the share of all latents that is dead."""
+        return self.dead / self.d_sae
 
 
 def make_shard(
-    hook: str, name: str, cfg: MemberConfig, run: TrainConfig, start: Start, world: World
-) -> Shard:
-    """Return this rank's part of the member that `make_member` would make; gamma is left at 1.
+    name: str, cfg: MemberConfig, run: TrainConfig, stats: SourceStats, world: Mesh
+) -> MemberState:
+    """Return this rank's part of the member that `make_member` would make.
 
-    Raises UserError when there are more ranks than latents, or more than rows in a batch.
+    Raises UserError when there are more ranks than latents.
     """
-    d_in, place = len(start.mean), world.place
+    scale, d_in, latents = power_of_two_scale(stats.kept), stats.kept.d_in, world.place.latents
     whole = cfg.sae_config(d_in)
-    part = chunk_part(whole.d_sae, place.latents.size, place.latents.index)
-    if chunk_part(whole.d_sae, place.latents.size, place.latents.size - 1).start >= whole.d_sae:
+    if chunk_part(whole.d_sae, latents.size, latents.size - 1).start >= whole.d_sae:
         raise UserError(
-            f"--mesh latents={place.latents.size}: {whole.d_sae} latents of {name} leave a rank without; use fewer"
+            f"--mesh latents={latents.size}: {whole.d_sae} latents of {name} leave a rank without; use fewer"
         )
-    own = part.stop - part.start
+    part = chunk_part(whole.d_sae, latents.size, latents.index)
     # a copy of a valid config: k counts over all ranks, so it may exceed the latents here
-    sae = SparseAutoencoder(whole.model_copy(update={"d_sae": own}))
+    sae = SparseAutoencoder(whole.model_copy(update={"d_sae": part.stop - part.start}))
     rows = initial_rows(whole.d_sae, d_in, run.seed if cfg.seed is None else cfg.seed, part)
     sae.W_dec.data.copy_(rows)
     if sae.W_enc_t is not None:
         sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
-    centre = (start.mean / start.scale).float()
-    if sae.b_dec is not None:
-        sae.b_dec.data.copy_(centre)
-    member = MemberState(
-        name=name,
-        cfg=cfg,
-        sae=sae,
-        optimizer=torch.optim.Adam(sae.parameters(), lr=cfg.learning_rate(d_in), fused=True),
-        mean=centre,
-        scale=start.scale,
-        since_fired=torch.zeros(own, dtype=torch.int64),
-        dead=torch.zeros(own, dtype=torch.bool),
-        latent_moments=torch.zeros(2, own, dtype=torch.float64),
-        spread=(start.spread / start.scale).float(),
-        sparse=torch.tensor(hasattr(cfg.activation, "k")),
-    )
-    to_device(member, world.device)
-    _start_adam(member.optimizer)
-    window = torch.zeros(len(SUMS), dtype=torch.float64, device=world.device)
-    shard = Shard(hook, member, Piece(sae, part.start, whole.d_sae, place), window)
-    _sum_gradients(shard)
-    return shard
+    mean, spread = stats.kept.mean, stats.kept.variance.sqrt()
+    member = to_device(make_member(name, cfg, run, mean, scale, spread, sae), world.device)
+    for (
+        parameter
+    ) in member.sae.parameters():  # Adam's state now: a checkpoint finds tensors to fill
+        zero = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        moments = (torch.zeros_like(parameter.detach()) for _ in range(2))
+        state = dict(zip(("step", "exp_avg", "exp_avg_sq"), (zero, *moments), strict=True))
+        member.optimizer.state[parameter] = state
+    member.part = shard = Shard(part.start, whole.d_sae, world.place, run.batch_size)
+    shard.sum_gradients(member.sae.parameters())
+    return member
 
 
 def initial_rows(
@@ -419,123 +315,3 @@ def initial_rows(
         if high > low:
             found[low - part.start : high - part.start] = rows[low - first : high - first]
     return F.normalize(found, dim=1)
-
-
-def _start_adam(optimizer: torch.optim.Adam) -> None:
-    """Make Adam's state now rather than at the first step, so that a checkpoint finds tensors to fill."""
-    for parameter in optimizer.param_groups[0]["params"]:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-
-
-def _sum_gradients(shard: Shard) -> None:
-    """Sum each gradient over the ranks that share the batch as soon as it is there, while others are computed.
-
-    One sum a parameter, always in the same order: DistributedDataParallel regroups its buckets after the first step,
-    so a resumed run would add in another order than an undisturbed one.
-    """
-    data = shard.piece.place.data
-    if data.size == 1:
-        return
-
-    def send(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        work = dist.all_reduce(parameter.grad, group=data.group, async_op=True)
-        assert work is not None
-        shard.pending.append(work)
-
-    for parameter in shard.member.sae.parameters():
-        parameter.register_post_accumulate_grad_hook(send)
-
-
-def shared_step(shard: Shard, batch: Batch, step: int, run: TrainConfig) -> None:
-    """One optimiser step on this rank's rows and latents; every sum over rows or latents is over all ranks.
-
-    loss = (1 / batch) sum over all rows of (||Gamma e||^2 + auxk ||Gamma (e - e_hat)||^2) + l1 L1 + l0 L0.
-    """
-    member, x = shard.member, batch.x
-    sae, cfg, share = member.sae, member.cfg, len(x) / run.batch_size
-    forward = shared_forward(shard.piece, x, run.batch_size, run.dtype == "bfloat16")
-    reconstruction = share * weighted_reconstruction_loss(x, forward.x_hat, sae.gamma)
-    revival = share * _revival(shard, x, forward)
-    penalty = cfg.l1 * forward.l1 + cfg.l0 * forward.l0
-    loss = reconstruction + cfg.auxk * revival + penalty
-    member.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    for work in shard.pending:
-        work.wait()
-    shard.pending.clear()
-    rate = cfg.learning_rate(sae.cfg.d_in) * lr_factor(step, run.steps, run.warmup, run.decay)
-    for group in member.optimizer.param_groups:
-        group["lr"] = rate
-    with torch.no_grad():
-        remove_radial_gradient(sae)
-        member.optimizer.step()
-        unit_rows_(sae)
-        _count(shard, forward.code, run.batch_size)
-        sse = F.mse_loss(forward.x_hat.detach(), x, reduction="sum")
-        # the loss's penalty is a part, all else of it is whole on every rank that shares the latents
-        own = loss if shard.piece.place.latents.index == 0 else penalty + torch.zeros_like(loss)
-        losses = (own.detach(), reconstruction.detach(), revival.detach())
-        _add_sums(shard, batch, StepResult(forward.code, *losses, sse))
-        _follow_latents(shard, forward.code, step, run)
-        if (step + 1) % GAMMA_EVERY == 0:
-            member.dead = member.since_fired > run.dead_tokens
-            shard.count_dead()
-
-
-def _revival(shard: Shard, x: Tensor, forward: Forward) -> Tensor:
-    cfg = shard.member.cfg
-    if cfg.auxk == 0:
-        return x.new_zeros(())
-    wanted = (cfg.revived(x.shape[1]), shard.dead)
-    residual = x - forward.x_hat.detach()
-    return shared_revival(shard.piece, residual, forward, shard.member.dead, wanted)
-
-
-def _count(shard: Shard, code: SparseCode, batch: int) -> None:
-    """Note which latents fired in any row and, for batch Top-k, move the threshold of inference."""
-    member, place = shard.member, shard.piece.place
-    fired = torch.zeros_like(member.dead, dtype=torch.uint8)
-    fired[code.indices[code.values > 0]] = 1
-    place.data.reduce_(fired, MAX)
-    member.since_fired.add_(batch).masked_fill_(fired.bool(), 0)
-    if isinstance(member.sae.cfg.activation, BatchTopK):
-        follow_threshold(member.sae.threshold, place.reduce_(smallest_active(code), MIN))
-
-
-def _add_sums(shard: Shard, batch: Batch, result: StepResult) -> None:
-    """Add this step's sums over all ranks to the window; each is counted where it is a part, or once."""
-    member, place = shard.member, shard.piece.place
-    device = shard.window.device
-    member.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
-    add_sums(member, batch, result)
-    if place.latents.index > 0:
-        for name in SUMS:
-            if name not in ("loss", "l0"):
-                member.sums[name].zero_()
-    if not place.leads:
-        member.sums["steps"].zero_()
-    shard.window += place.reduce_(torch.stack([member.sums[name] for name in SUMS]))
-
-
-def _follow_latents(shard: Shard, code: SparseCode, step: int, run: TrainConfig) -> None:
-    """Keep the running variances of the latents for the rule latent_variance, and refresh gamma when due."""
-    member, place, decay = shard.member, shard.piece.place, run.latent_variance_decay
-    if member.cfg.gamma.rule != "latent_variance":
-        return
-    sums = place.data.reduce_(moment_sums(code, len(member.dead)))
-    member.latent_moments.lerp_(sums / run.batch_size, 1 - decay)
-    if (step + 1) % GAMMA_EVERY == 0:
-        member.sae.gamma.copy_(gamma_from_proxy(member.cfg.gamma, _proxy(shard, step, decay)))
-
-
-def _proxy(shard: Shard, step: int, decay: float) -> Float[Tensor, " d_in"]:
-    """Return sum_j Var(z_j) W_dec[j]^2 over the latents of all ranks."""
-    member = shard.member
-    variance = latent_variance(member.latent_moments, step, decay) * member.scale**2
-    part = latent_variance_proxy(variance, member.sae.W_dec.double())
-    return shard.piece.place.latents.reduce_(part)

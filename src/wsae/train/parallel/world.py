@@ -22,10 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from wsae.core.errors import UserError
 from wsae.train.parallel.config import AXES, Layout, parse_layout
 
-# One clear line when a job of many ranks ends early, whichever of them notices first.
-
 PATIENCE_S = 3.0
-"""How long the rank that speaks looks for the one that is gone."""
+"""How long the rank that reports a failure looks for the one that is gone."""
 SPEAKER = "speaker"
 """Key of the store that is there once a rank has failed."""
 _SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
@@ -37,13 +35,24 @@ class RankLost(RuntimeError):
 
 @contextlib.contextmanager
 def one_voice(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
-    """Let the first rank that fails inside the block report it, and close the stderr of every later one.
+    """Let the first rank that fails inside the block report it in one line, and close the stderr of every later one.
 
     A collective that broke because another rank is gone becomes a `RankLost` naming that rank where it ran on the same
     machine. SIGTERM, which torchrun sends to the ranks that are left, interrupts the block; it cannot cut the report.
     """
+
+    def interrupt(number: int, frame: object) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    def leave() -> bool:  # in order; whether this rank is the first to fail
+        try:
+            store.set(f"leaves/{rank}", "1")
+            return store.add(SPEAKER, 1) == 1
+        except RuntimeError:  # the store went with the rank or the torchrun that kept it
+            return True
+
     main = threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGTERM, _interrupt) if main else None
+    old = signal.signal(signal.SIGTERM, interrupt) if main else None
     store.set(f"who/{rank}", f"{_machine()} {os.getpid()}")
     try:
         yield
@@ -51,66 +60,34 @@ def one_voice(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
     except BaseException as error:
         if main:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not _speaks(store, rank):
-            _mute()
-        elif _is_loss(error):
+        text = str(error).lower()
+        broken = isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+        if not leave():
+            sys.stderr.flush()
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), 2)
+        elif broken or isinstance(error, dist.DistError):
             raise RankLost(_report(store, rank, ranks)) from error
         raise
     finally:
-        if main and signal.getsignal(signal.SIGTERM) is _interrupt:
+        if main and signal.getsignal(signal.SIGTERM) is interrupt:
             signal.signal(signal.SIGTERM, old)
-
-
-def _interrupt(number: int, frame: object) -> None:  # noqa: ARG001
-    raise KeyboardInterrupt
-
-
-def _speaks(store: dist.Store, rank: int) -> bool:
-    """Say that this rank leaves in order, and whether it is the first to."""
-    try:
-        store.set(f"leaves/{rank}", "1")
-        return store.add(SPEAKER, 1) == 1
-    except RuntimeError:  # the store went with the rank or the torchrun that kept it
-        return True
-
-
-def _is_loss(error: BaseException) -> bool:
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
-
-
-def check_alive(store: dist.Store, rank: int, ranks: int) -> None:
-    """Raise RankLost when another rank has failed, or ended without a word on this machine."""
-    gone = _gone(store, rank, ranks)
-    if gone:
-        raise RankLost(_named(gone, ranks))
-    if store.check([SPEAKER]):
-        raise RankLost("another rank has ended the job")
 
 
 def _report(store: dist.Store, rank: int, ranks: int) -> str:
     until = time.monotonic() + PATIENCE_S
     try:
         while time.monotonic() < until:
-            gone = _gone(store, rank, ranks)
-            if gone:
-                return _named(gone, ranks)
+            if gone := gone_ranks(store, rank, ranks):
+                return gone
             time.sleep(0.05)
-    except RuntimeError:  # as above
+    except RuntimeError:  # the store is gone too
         return "the rank that keeps the job's addresses is gone"
     return "a rank on another machine is gone, or did not answer in time"
 
 
-def _named(gone: list[int], ranks: int) -> str:
-    if len(gone) == 1:
-        return f"rank {gone[0]} of {ranks} is gone (killed, or out of memory)"
-    return f"ranks {', '.join(map(str, gone))} of {ranks} are gone (killed, or out of memory)"
-
-
-def _gone(store: dist.Store, rank: int, ranks: int) -> list[int]:
-    """Return the ranks of this machine whose process ended without leaving in order."""
+def gone_ranks(store: dist.Store, rank: int, ranks: int) -> str:
+    """Name the ranks of this machine whose process ended without leaving in order; empty where none did."""
     here, found = _machine(), []
     for other in range(ranks):
         known = store.check([f"who/{other}"]) and not store.check([f"leaves/{other}"])
@@ -118,8 +95,15 @@ def _gone(store: dist.Store, rank: int, ranks: int) -> list[int]:
             continue
         place, _, pid = store.get(f"who/{other}").decode().partition(" ")
         if place == here and _ended(int(pid)):
-            found.append(other)
-    return found
+            found.append(str(other))
+    if not found:
+        return ""
+    who = (
+        f"rank {found[0]} of {ranks} is"
+        if len(found) == 1
+        else f"ranks {', '.join(found)} of {ranks} are"
+    )
+    return f"{who} gone (killed, or out of memory)"
 
 
 def _machine() -> str:
@@ -135,14 +119,8 @@ def _ended(pid: int) -> bool:
         return True
     status = Path(
         f"/proc/{pid}/stat"
-    )  # a zombie still has a pid; elsewhere than on Linux it is reaped soon
+    )  # a zombie has a pid; where there is no /proc it is reaped soon
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def _mute() -> None:
-    sys.stderr.flush()
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
 
 
 TIMEOUT_S = 300
@@ -154,7 +132,7 @@ SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
 
 
 @dataclass(frozen=True)
-class Axis:
+class MeshAxis:
     """One axis of the mesh: how many ranks share its work, which of them this is, and their process group."""
 
     size: int = 1
@@ -177,11 +155,11 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Place:
+class MeshPlace:
     """Where a rank stands among those that train the same members."""
 
-    data: Axis = Axis()
-    latents: Axis = Axis()
+    data: MeshAxis = MeshAxis()
+    latents: MeshAxis = MeshAxis()
 
     @property
     def leads(self) -> bool:
@@ -200,14 +178,14 @@ class Place:
 
 
 @dataclass
-class World:
+class Mesh:
     """All ranks of a job; `sub` is the mesh [data, latents] of those that train the same members."""
 
     rank: int
     layout: Layout
     device: str
     store: dist.Store
-    place: Place = field(default_factory=Place)
+    place: MeshPlace = field(default_factory=MeshPlace)
     layer: int = 0
     sub: DeviceMesh | None = None
     _told: int = 0
@@ -219,7 +197,8 @@ class World:
 
     def from_first(self, call: Callable[[], Any]) -> Any:
         """Let rank 0 call and give its JSON-ready result to all; the others wait without limit."""
-        key = self._key()
+        self._told += 1
+        key = f"wsae/{self._told}"
         if self.first:
             value = call()
             self.store.set(key, json.dumps(value))
@@ -228,7 +207,8 @@ class World:
 
     def to_first(self, value: Any) -> list[Any]:
         """Return every rank's JSON-ready value in order on rank 0, which waits without limit; [] elsewhere."""
-        key = self._key()
+        self._told += 1
+        key = f"wsae/{self._told}"
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         if not self.first:
             return []
@@ -249,18 +229,17 @@ class World:
         pause = 0.01
         while not self.store.check([key]):
             if pause >= ALIVE_S:
-                check_alive(self.store, self.rank, self.layout.ranks)
+                if gone := gone_ranks(self.store, self.rank, self.layout.ranks):
+                    raise RankLost(gone)
+                if self.store.check([SPEAKER]):
+                    raise RankLost("another rank has ended the job")
             time.sleep(pause)
             pause = min(ALIVE_S, 1.5 * pause)
         return self.store.get(key)
 
-    def _key(self) -> str:
-        self._told += 1
-        return f"wsae/{self._told}"
-
 
 @contextlib.contextmanager
-def joined(mesh: str | None, device: str = "cpu") -> Iterator[World]:
+def joined(mesh: str | None, device: str = "cpu") -> Iterator[Mesh]:
     """Join the job that torchrun's environment describes, in the layout of `parse_layout`, until the block ends.
 
     gloo carries CPU tensors, NCCL those on a GPU. When the block fails on several ranks, one of them keeps its voice
@@ -296,14 +275,13 @@ def _own_device(device: str) -> str:
     return f"cuda:{local}"
 
 
-def lay_out(layout: Layout, rank: int, device: str, store: dist.Store) -> World:
+def lay_out(layout: Layout, rank: int, device: str, store: dist.Store) -> Mesh:
     """Return the world of a process group that is there already, in this layout."""
     sizes = tuple(getattr(layout, name) for name in AXES)
     mesh = init_device_mesh(torch.device(device).type, sizes, mesh_dim_names=AXES)
-    axes = [
-        Axis(size, mesh.get_local_rank(name), mesh.get_group(name))
+    layers, data, latents = (
+        MeshAxis(size, mesh.get_local_rank(name), mesh.get_group(name))
         for name, size in zip(AXES, sizes, strict=True)
-    ]
-    layers, data, latents = axes
+    )
     sub = mesh["data", "latents"]
-    return World(rank, layout, device, store, Place(data, latents), layers.index, sub)
+    return Mesh(rank, layout, device, store, MeshPlace(data, latents), layers.index, sub)

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wsae.losses.reconstruction import weigh
-from wsae.ops import SparseCode, code_from_topk
-from wsae.ops.codes import offsets_of
-from wsae.ops.sparse import Plan
+from wsae.ops import Plan, SparseCode, code_from_topk, offsets_of
 from wsae.ops.triton.encode import above, group_topk_encode, select_batch_topk, topk_encode
 from wsae.ops.triton.sums import decode, pair_products, products, scatter
 from wsae.ops.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
@@ -32,16 +30,16 @@ from wsae.ops.update import AdamStep, SparseGrad
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.native.state import moments
-from wsae.train.state import (
-    Batch,
-    MemberState,
-    StepResult,
-    add_sums,
-    count,
-    follow_latents,
-    refresh_gamma,
+from wsae.train.handwritten import (
+    ActivePairs,
+    Losses,
+    activate,
+    relu_pairs,
+    step_result,
+    threshold_slopes,
 )
+from wsae.train.native import moments
+from wsae.train.state import Batch, MemberState, record
 
 # What the host remembers of tensors on the device, so that a step need not wait for them.
 
@@ -60,7 +58,16 @@ class Dead(NamedTuple):
 
 def dead_latents(mask: Bool[Tensor, " d_sae"]) -> Dead:
     """Return the dead latents; waits for the device only when the mask has changed since it was last asked."""
-    return _remembered(mask, _find)
+
+    def find(mask: Tensor) -> Dead:
+        latents = mask.nonzero()[:, 0]
+        number = len(latents)
+        filling = (1 << max(4, (number - 1).bit_length())) - number
+        floor = torch.zeros(number + filling, device=mask.device, dtype=torch.float32)
+        floor[number:] = -torch.inf
+        return Dead(number, torch.cat([latents, latents.new_zeros(filling)]), floor)
+
+    return _remembered(mask, find)
 
 
 def next_step(member: MemberState) -> int:
@@ -79,20 +86,10 @@ def next_step(member: MemberState) -> int:
     return number
 
 
-def _find(mask: Tensor) -> Dead:
-    latents = mask.nonzero()[:, 0]
-    number = len(latents)
-    filling = (1 << max(4, (number - 1).bit_length())) - number
-    floor = torch.zeros(number + filling, device=mask.device, dtype=torch.float32)
-    floor[number:] = -torch.inf
-    return Dead(number, torch.cat([latents, latents.new_zeros(filling)]), floor)
-
-
 def _remembered(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
-    if tensor in _seen:
-        written, value = _seen[tensor]
-        if written == tensor._version:
-            return value
+    known = _seen.get(tensor)
+    if known is not None and known[0] == tensor._version:
+        return known[1]
     return _remember(tensor, read(tensor))
 
 
@@ -157,14 +154,11 @@ def per_latent(plan: Plan, weights: Float[Tensor, " nnz"]) -> Float[Tensor, " d_
     return torch.segment_reduce(ordered, "sum", offsets=offsets, unsafe=True, initial=0)
 
 
-# The optimiser's step from the pairs of a batch: no gradient matrix, both matrices in one pass
-# each.
-
 WIDTH = 1024
 """A vector is stepped as rows of at most this many entries, each by a program of its own."""
 
 
-class Terms(NamedTuple):
+class GradientTerms(NamedTuple):
     """The gradients of a step: dW_dec[j] = sum z G[b], dW_enc[j] = sum dpre centred[b mod batch] over j's pairs."""
 
     plan: Plan
@@ -179,16 +173,17 @@ class Terms(NamedTuple):
 
 
 def update(
-    member: MemberState, terms: Terms, slopes: Float[Tensor, " first"] | None, rate: float
+    member: MemberState, terms: GradientTerms, slopes: Float[Tensor, " first"] | None, rate: float
 ) -> None:
     """Step every parameter at learning rate `rate`, decoder rows kept at unit norm where untied.
 
-    `slopes` are the parts of the gradient in log theta, one per pair of the first reconstruction (None without).
+    No gradient is a matrix. `slopes` are the parts of that in theta, one per pair of the first reconstruction.
     """
     sae = member.sae
     adam = AdamStep(rate, next_step(member))
     if sae.log_threshold is not None and slopes is not None:
-        _step_vector(member, sae.log_threshold, _of_first(terms, slopes), adam)
+        theta = sae.log_threshold.detach().exp()
+        _step_vector(member, sae.log_threshold, _of_first(terms, slopes) * theta, adam)
     if sae.W_enc_t is None or sae.b_enc is None or sae.b_dec is None:
         _update_tied(member, terms, adam)
         return
@@ -205,7 +200,7 @@ def update(
     _step_vector(member, sae.b_dec, db_dec, adam)
 
 
-def _update_tied(member: MemberState, terms: Terms, adam: AdamStep) -> None:
+def _update_tied(member: MemberState, terms: GradientTerms, adam: AdamStep) -> None:
     """Step the one matrix: both gradients are terms of one sum, and L1 pulls at the norms of the rows.
 
     The pull, l1 / batch * sum_b z W_j / |W_j|, is no such term: with it the gradient is made a matrix.
@@ -223,7 +218,7 @@ def _update_tied(member: MemberState, terms: Terms, adam: AdamStep) -> None:
     adam_rows_(W, gradient, m, v, adam, unit=False)
 
 
-def _of_first(terms: Terms, weights: Tensor) -> Tensor:
+def _of_first(terms: GradientTerms, weights: Tensor) -> Tensor:
     """Sum weights of the first reconstruction's pairs per latent."""
     return per_latent(terms.plan, F.pad(weights, (0, len(terms.z) - len(weights))))
 
@@ -239,68 +234,6 @@ def _moments(member: MemberState, parameter: nn.Parameter) -> tuple[Tensor, Tens
     return state["exp_avg"], state["exp_avg_sq"]
 
 
-# What the steps by hand-written gradients share, whatever sums over their pairs (row, active
-# latent).
-
-
-class Codes(NamedTuple):
-    """The pairs of a batch that carry values or gradients, in order of row."""
-
-    pre: SparseCode
-    """Pre-activations of the pairs."""
-    z: Float[Tensor, " pairs"]
-    passes: Float[Tensor, " pairs"]
-    """dz / dpre: 1 where the latent is active, else 0."""
-
-
-class Losses(NamedTuple):
-    """What a step's reconstruction came to."""
-
-    reconstruction: Float[Tensor, ""]
-    """Mean over the batch of ||Gamma e||^2."""
-    sse: Float[Tensor, ""]
-    """Sum over the batch of ||e||^2."""
-    penalty: float | Float[Tensor, ""]
-    """l1 * mean over the batch of sum_j z_j |W_dec[j]|, before the step."""
-
-
-def activate(sae: SparseAutoencoder, pre: SparseCode) -> Codes:
-    """Apply the activation function to the pre-activations of chosen pairs."""
-    if isinstance(sae.cfg.activation, JumpReLU):
-        assert sae.log_threshold is not None
-        on = (pre.values > sae.log_threshold.detach().exp()[pre.indices]).float()
-        return Codes(pre, pre.values * on, on)
-    return Codes(pre, pre.values.relu(), (pre.values > 0).float())
-
-
-def threshold_slopes(
-    member: MemberState, codes: Codes, dz: Float[Tensor, " pairs"]
-) -> Float[Tensor, " pairs"] | None:
-    """Return each pair's part of the loss's gradient in log theta (`wsae.sae.forward`); None without thresholds.
-
-    -(dz theta + l0 / batch) rect((pre - theta) / width) / width * theta, theta the latent's threshold.
-    """
-    sae, activation = member.sae, member.sae.cfg.activation
-    if sae.log_threshold is None or not isinstance(activation, JumpReLU):
-        return None
-    pre = codes.pre
-    here = sae.log_threshold.detach().exp()[pre.indices]
-    near = ((pre.values - here).abs() < activation.bandwidth / 2) / activation.bandwidth
-    return -(dz * here + member.cfg.l0 / pre.batch) * near * here
-
-
-def step_result(
-    member: MemberState, code: SparseCode, losses: Losses, revival: Float[Tensor, ""] | None
-) -> StepResult:
-    """Return the step's loss and its parts; `revival` is the mean of ||Gamma (e - e_hat)||^2, None without."""
-    cfg, reconstruction = member.cfg, losses.reconstruction
-    aux = reconstruction.new_zeros(()) if revival is None else revival
-    loss = reconstruction + cfg.auxk * aux + losses.penalty
-    if cfg.l0:
-        loss = loss + cfg.l0 * torch.count_nonzero(code.values) / code.batch
-    return StepResult(code, loss, reconstruction, aux, losses.sse)
-
-
 # Which latents of a batch are active, by the Triton kernels.
 
 ROWS = 256
@@ -309,7 +242,7 @@ ROWS = 256
 
 def find_codes(
     sae: SparseAutoencoder, centred: Float[Tensor, "batch d_in"], dtype: torch.dtype
-) -> Codes:
+) -> ActivePairs:
     """Choose the active latents as `wsae.sae.forward` does; the values are those of float32, whatever the dtype.
 
     Top-k and group Top-k do not wait for the device; the kinds without a fixed number of pairs do, to learn it.
@@ -341,23 +274,18 @@ def revive(
     dead: Dead,
     k: int,
     dtype: torch.dtype,
-) -> Codes:
+) -> ActivePairs:
     """Choose the k largest of each row among dead latents; fused as Top-k is, unless k is too large for that kernel."""
     W = sae.encoder_rows.detach().index_select(0, dead.latents)
     bias = dead.floor if sae.b_enc is None else dead.floor + sae.b_enc.detach()[dead.latents]
     if min(2 * BUCKETS_PER_CHOICE * k, len(W)) <= MAX_CANDIDATES:
         values, picked = topk_encode(centred, W, bias, k, dtype)
-        return _relu(values, dead.latents[picked])
+        return relu_pairs(code_from_topk(values, dead.latents[picked]))
     low = W.to(dtype).T
     parts = [(rows.to(dtype) @ low + bias).topk(k, sorted=False)[1] for rows in centred.split(ROWS)]
     picked = torch.cat(parts)
     code = _valued(centred, W, bias, code_from_topk(picked.float(), picked))
-    return _relu(code.values.view(-1, k), dead.latents[picked])
-
-
-def _relu(values: Tensor, latents: Tensor) -> Codes:
-    pre = code_from_topk(values, latents)
-    return Codes(pre, pre.values.relu(), (pre.values > 0).float())
+    return relu_pairs(code_from_topk(code.values.view(-1, k), dead.latents[picked]))
 
 
 def _valued(centred: Tensor, W: Tensor, bias: Tensor | None, chosen: SparseCode) -> SparseCode:
@@ -366,7 +294,7 @@ def _valued(centred: Tensor, W: Tensor, bias: Tensor | None, chosen: SparseCode)
     return chosen._replace(values=values if bias is None else values + bias[chosen.indices])
 
 
-class Part(NamedTuple):
+class Reconstruction(NamedTuple):
     """One reconstruction (of x, or of the residual by dead latents): its gradients and its losses."""
 
     plan: Plan
@@ -390,26 +318,34 @@ def triton_step(
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
     codes = find_codes(sae, centred, dtype)
     main = _reconstruct(member, codes, x, sae.b_dec)
-    if cfg.l1:
-        main = _priced(member, main, codes)
+    if cfg.l1:  # the rows of an untied decoder have norm 1
+        price = cfg.l1 / len(x)
+        if sae.cfg.tied:
+            price = price * torch.linalg.vector_norm(sae.W_dec, dim=1)[main.plan.indices]
+        dz, losses = main.dz + price, main.losses._replace(penalty=(main.z * price).sum())
+        main = main._replace(dz=dz, dpre=dz * codes.passes, losses=losses)
     parts = [main]
     dead = dead_latents(member.dead)
     if cfg.auxk and dead.number:
         k = min(cfg.revived(x.shape[1]), dead.number)
         revival = _reconstruct(member, revive(sae, centred, dead, k, dtype), -main.error, None)
         parts.append(revival._replace(dpre=cfg.auxk * revival.dpre, G=cfg.auxk * revival.G))
-    slopes = threshold_slopes(member, codes, main.dz)
-    update(member, _terms(member, parts, centred), slopes, rate)
+    plan = sort_by_latent(joined([part.plan for part in parts]), sae.cfg.d_sae)
+    z, dpre, G = (
+        torch.cat(each) for each in zip(*((p.z, p.dpre, p.G) for p in parts), strict=True)
+    )
+    terms = GradientTerms(plan, z, dpre, G, centred, len(main.z))
+    slopes = None if sae.log_threshold is None else threshold_slopes(member, codes, main.dz)
+    update(member, terms, slopes, rate)
     code = SparseCode(main.z, main.plan.indices, main.plan.offsets)
     aux = parts[1].losses.reconstruction if len(parts) > 1 else None
-    count(member, code, len(x))
-    add_sums(member, batch, step_result(member, code, main.losses, aux))
-    if follow_latents(member, code, step, run.latent_variance_decay):
-        refresh_gamma(member, sae.W_dec.detach(), step, run.latent_variance_decay)
+    record(member, batch, step_result(member, code, main.losses, aux), step, run)
     return code
 
 
-def _reconstruct(member: MemberState, codes: Codes, target: Tensor, start: Tensor | None) -> Part:
+def _reconstruct(
+    member: MemberState, codes: ActivePairs, target: Tensor, start: Tensor | None
+) -> Reconstruction:
     """Decode, starting from a vector if one is given, and take the loss ||Gamma (x_hat - target)||^2 back to z."""
     sae, plan, batch = member.sae, in_row_order(codes.pre), len(target)
     W = sae.W_dec.detach()
@@ -421,24 +357,4 @@ def _reconstruct(member: MemberState, codes: Codes, target: Tensor, start: Tenso
     G = weigh(weighted, sae.gamma if sae.gamma.ndim == 1 else sae.gamma.T).mul_(2 / batch)
     dz = pair_products(G, W, plan)
     losses = Losses(weighted.square().sum() / batch, error.square().sum(), 0.0)
-    return Part(plan, codes.z, dz, dz * codes.passes, G, error, losses)
-
-
-def _priced(member: MemberState, main: Part, codes: Codes) -> Part:
-    """Add the L1 penalty: the rows of an untied decoder have norm 1."""
-    price, sae = member.cfg.l1 / codes.pre.batch, member.sae
-    if sae.cfg.tied:
-        price = price * torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)[main.plan.indices]
-    dz = main.dz + price
-    losses = main.losses._replace(penalty=(main.z * price).sum())
-    return main._replace(dz=dz, dpre=dz * codes.passes, losses=losses)
-
-
-def _terms(member: MemberState, parts: list[Part], centred: Tensor) -> Terms:
-    main, *others = parts
-    plan = sort_by_latent(joined([part.plan for part in parts]), member.sae.cfg.d_sae)
-    z, dpre, G = main.z, main.dpre, main.G
-    for part in others:
-        z, dpre = torch.cat([z, part.z]), torch.cat([dpre, part.dpre])
-        G = torch.cat([G, part.G])
-    return Terms(plan, z, dpre, G, centred, len(main.z))
+    return Reconstruction(plan, codes.z, dz, dz * codes.passes, G, error, losses)

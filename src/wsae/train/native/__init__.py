@@ -1,1 +1,0 @@
-"""Training with the compiled CPU kernels: hand-written gradients, no gradient matrices."""
