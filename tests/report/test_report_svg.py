@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from report_fixture import write_run
 from report_text import Shape
 
-from wsae.core.errors import UserError
 from wsae.report.charts import (
     BOTTOM,
     LEFT,
@@ -28,7 +27,6 @@ from wsae.report.charts import (
     thinned,
     tick_text,
 )
-from wsae.report.panel_figures import summary_figure
 from wsae.report.rundata import read_run
 
 LOW = st.floats(-1e6, 1e6)
@@ -130,19 +128,3 @@ def test_thinning_keeps_the_ends(count: int) -> None:
 def test_tick_text() -> None:
     cases = {0.25: "0.25", 40_000.0: "40k", 2e6: "2M", 1e-5: "1e−5", -0.5: "−0.5", 0.0: "0"}
     assert {value: tick_text(value) for value in cases} == cases
-
-
-@pytest.mark.parametrize("evaluation", [True, False])
-def test_summary_figure_is_a_png_and_deterministic(tmp_path: Path, evaluation: bool) -> None:
-    run = write_run(tmp_path / "run", evaluation=evaluation)
-    first = summary_figure(run, tmp_path / "a.png").read_bytes()
-    assert first.startswith(b"\x89PNG")
-    assert 10_000 < len(first) < 300_000
-    assert summary_figure(run, tmp_path / "b.png").read_bytes() == first
-
-
-def test_summary_figure_refuses_an_unknown_hook(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", evaluation=False)
-    with pytest.raises(UserError, match="no hook 'layers.8'"):
-        summary_figure(run, tmp_path / "a.png", hook="layers.8")
-    assert not (tmp_path / "a.png").exists()

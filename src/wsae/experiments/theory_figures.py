@@ -11,7 +11,6 @@ from torch import Tensor
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.experiments.drawing import need_matplotlib, new_figure, save_figure
-from wsae.report.panel_figures import COLOURS
 from wsae.theory.claims.assumptions import turned_digons
 from wsae.theory.claims.ours import (
     ACTIVE,
@@ -37,6 +36,8 @@ from wsae.theory.shrinkage import measure, simplex_shrinkage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+COLOURS = ("#7d828c", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#b58900", "#56b4e9")
 
 _SIZE = (4.6, 3.4)
 _STYLE: dict[Any, Any] = {
