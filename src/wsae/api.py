@@ -24,13 +24,13 @@ from wsae.sae.config import make_activation
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.bank.run import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import Family as TrainedFamily
+from wsae.train.family import FamilyState as TrainedFamily
 from wsae.train.family import covariances, finished, make_family
 from wsae.train.loop import run_steps
 from wsae.train.state import metrics_row
 
 __all__ = [
-    "Family",
+    "FamilyState",
     "Member",
     "Recovery",
     "evaluate",
@@ -75,7 +75,7 @@ def Member(  # noqa: N802  (reads as the value it makes)
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyState:
     """A trained family: one SAE per member, in order, its last training metrics, and the record of its gamma."""
 
     saes: list[SparseAutoencoder]
@@ -109,7 +109,7 @@ def fit_family(
     labels: object = None,
     progress: Progress = quiet,
     **options: Any,
-) -> Family:
+) -> FamilyState:
     """Train members on the same batches from the same start; all rows of an array or a file of one are trained on.
 
     `tokens`: rows per member (default: four passes over the data). `options` are TrainConfig's: batch_size, warmup,
@@ -132,7 +132,7 @@ def fit_family(
         _train_in_turn(cfg, family, source, progress)
     trained = [member for _, member in family.all()]
     (record,) = family.gamma_record.values()
-    return Family(
+    return FamilyState(
         [finished(m) for m in trained],
         [m.name for m in trained],
         [metrics_row(m) for m in trained],

@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -52,6 +51,7 @@ from wsae.sae.config import Provenance, SAEConfig
 from wsae.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from wsae.sae import SparseAutoencoder
@@ -349,7 +349,9 @@ BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
 """Arrays that are shown: those of one member, or hook, are equally long."""
 
 
-def _plausible(name: str, array: np.ndarray) -> bool:
+def _plausible(name: str, array: "np.ndarray") -> bool:
+    import numpy as np
+
     if name == "density":
         return bool(((array >= 0) & (array <= 1)).all())
     if name == "match_index":
@@ -610,7 +612,7 @@ class Run:
         listed = ARRAYS in self._part(part).files
         return load_tensors(place / ARRAYS) if listed else {}
 
-    def numbers(self, part: str) -> dict[str, np.ndarray]:
+    def numbers(self, part: str) -> "dict[str, np.ndarray]":
         """Return the arrays of a part by "hook|member|name" in fp64.
 
         Raises UserError when one that is shown is not a row of its length: densities are shares, no number is beyond

@@ -18,7 +18,7 @@ from wsae.losses import GammaConfig
 from wsae.sae import SparseAutoencoder, make_activation
 from wsae.sae.config import JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig, family
-from wsae.train.family import Family, finished, make_family
+from wsae.train.family import FamilyState, finished, make_family
 from wsae.train.loop import Stopped, run_steps
 from wsae.train.metrics import read_json_lines
 from wsae.train.run import load_run, train_run
@@ -46,7 +46,7 @@ def config(*members: MemberConfig, **fields: object) -> TrainConfig:
     return TrainConfig.parse(data)
 
 
-def run_all(cfg: TrainConfig, members: Family, source: ArraySource) -> None:
+def run_all(cfg: TrainConfig, members: FamilyState, source: ArraySource) -> None:
     with quiet("train", None, "tokens") as tick:
         run_steps(cfg, members, source.stream(cfg.batch_size, 0), 0, tick, lambda _: None)
 

@@ -24,7 +24,7 @@ from wsae.ops.native import why_not
 from wsae.sae.config import SAEConfig
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import MAX_ROWS, Family, power_of_two_scale, to_device
+from wsae.train.family import MAX_ROWS, FamilyState, power_of_two_scale, to_device
 from wsae.train.state import make_batch, make_member
 from wsae.train.step import side_by_side
 
@@ -267,7 +267,7 @@ def seconds_per_step(
     for alike in forms.values():
         some = alike[: torch.get_num_threads()]  # as many as may train side by side
         states = [make_member("probe", m, cfg, moments.mean, scale) for m in some]
-        family = Family({"probe": [to_device(m, device) for m in states]}, {})
+        family = FamilyState({"probe": [to_device(m, device) for m in states]}, {})
         left, rows = budget_s / len(forms), min(cfg.batch_size, 256)
         before, best = (0, 0.0), _seconds(family, cfg, device, x, rows)
         while rows < cfg.batch_size and best * 2 * STEPS < left:
@@ -279,7 +279,7 @@ def seconds_per_step(
     return total
 
 
-def _seconds(family: Family, cfg: TrainConfig, device: str, x: Tensor, rows: int) -> float:
+def _seconds(family: FamilyState, cfg: TrainConfig, device: str, x: Tensor, rows: int) -> float:
     """Return the seconds of a step of `rows` rows."""
     (members,), times = family.members.values(), []
     data = x.repeat(-(-rows // len(x)), 1)[:rows].to(device)

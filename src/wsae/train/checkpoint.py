@@ -12,7 +12,7 @@ from wsae.core.artifact import CHECKPOINTS, MANIFEST, FileRecord, read_manifest,
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json, write_json
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.train.family import Family
+from wsae.train.family import FamilyState
 from wsae.train.native import as_usual, leave
 from wsae.train.state import SUMS, MemberState
 
@@ -74,7 +74,7 @@ def load_checkpoint(
     return place
 
 
-def family_tensors(family: Family) -> dict[str, Tensor]:
+def family_tensors(family: FamilyState) -> dict[str, Tensor]:
     """Return everything of a family that changes during training."""
     return {
         f"{hook}|{m.name}|{key}": value
@@ -83,7 +83,7 @@ def family_tensors(family: Family) -> dict[str, Tensor]:
     }
 
 
-def set_family_tensors(family: Family, tensors: dict[str, Tensor], where: str) -> None:
+def set_family_tensors(family: FamilyState, tensors: dict[str, Tensor], where: str) -> None:
     """Restore what `family_tensors` returned; raises UserError when the members are others."""
     expected = {f"{hook}|{m.name}" for hook, m in family.all()}
     if {key.rsplit("|", 1)[0] for key in tensors} != expected:

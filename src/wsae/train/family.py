@@ -59,7 +59,7 @@ def covariances(
 
 
 @dataclass
-class Family:
+class FamilyState:
     """The members of each hook, in config order, and the record of their loss weights."""
 
     members: dict[str, list[MemberState]]
@@ -76,7 +76,7 @@ def make_family(
     device: str = "cpu",
     covariances: dict[str, Covariance] | None = None,
     make: Callable[[str, str, MemberConfig], MemberState | None] | None = None,
-) -> Family:
+) -> FamilyState:
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
 
     `covariances` (of `wsae.train.family`) serve the rules gap and whiten. `make` makes a hook's member called so in
@@ -100,7 +100,7 @@ def make_family(
                 member.sae.set_gamma(gamma)
                 members[hook].append(member)
                 record[hook][name] = gamma_record(member_cfg.gamma, gamma, s, covariance)
-    return Family(members, record)
+    return FamilyState(members, record)
 
 
 def power_of_two_scale(moments: Moments) -> float:

@@ -25,7 +25,7 @@ from wsae.train.checkpoint import (
     set_family_tensors,
 )
 from wsae.train.config import TrainConfig
-from wsae.train.family import Family
+from wsae.train.family import FamilyState
 from wsae.train.loggers.mirror import current
 from wsae.train.metrics import JsonLines
 from wsae.train.state import make_batch, metrics_row
@@ -116,7 +116,7 @@ ALONE = Team()
 
 def run_steps(
     cfg: TrainConfig,
-    family: Family,
+    family: FamilyState,
     stream: BatchStream,
     first: int,
     tick: Tick,
@@ -296,7 +296,7 @@ class FamilyJob:
 
     task, unit = "train", "tokens"
 
-    def __init__(self, cfg: TrainConfig, family: Family, source: ActivationSource) -> None:
+    def __init__(self, cfg: TrainConfig, family: FamilyState, source: ActivationSource) -> None:
         self.cfg, self.family, self.source = cfg, family, source
         self.per_step, self.steps = cfg.batch_size, cfg.steps
         self.fields: dict[str, float] = {}

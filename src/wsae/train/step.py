@@ -23,7 +23,7 @@ from wsae.sae.forward import WHOLE, Forward, training_forward
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import Stack
 from wsae.train.config import TrainConfig
-from wsae.train.family import Family
+from wsae.train.family import FamilyState
 from wsae.train.native import leave, native_step
 from wsae.train.state import GAMMA_EVERY, Batch, MemberState, StepResult, record
 
@@ -198,7 +198,7 @@ Steps = Callable[[list[MemberState], Batch, int], None]
 
 
 @contextmanager
-def side_by_side(cfg: TrainConfig, family: Family) -> Iterator[Steps]:
+def side_by_side(cfg: TrainConfig, family: FamilyState) -> Iterator[Steps]:
     """Yield what takes one step of every member of a hook: compiled ones a thread each, others in turn.
 
     Two members on two threads finish sooner side by side, on one thread each, than in turn on both: no core waits for

@@ -26,7 +26,7 @@ from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
 from wsae.train.bank.config import BankConfig
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import Family
+from wsae.train.family import FamilyState
 from wsae.train.state import (
     GAMMA_EVERY,
     MemberState,
@@ -397,7 +397,7 @@ ROOM = 4
 """And where so many share a core's cache."""
 
 
-def fits_a_bank(cfg: TrainConfig, family: Family, source: ActivationSource) -> bool:
+def fits_a_bank(cfg: TrainConfig, family: FamilyState, source: ActivationSource) -> bool:
     """Return whether the members are many and small enough to train in one batched computation on a CPU.
 
     Most must be alike but for their weights, gamma and seed, each must leave room in the cache for others, and none
@@ -421,7 +421,7 @@ def fits_a_bank(cfg: TrainConfig, family: Family, source: ActivationSource) -> b
 
 
 def train_batched(
-    cfg: TrainConfig, family: Family, source: ActivationSource, progress: Progress
+    cfg: TrainConfig, family: FamilyState, source: ActivationSource, progress: Progress
 ) -> None:
     """Train every member in place on the batches that the loop would give; their sums are those of the last batch."""
     ((hook, members),) = family.members.items()

@@ -31,7 +31,7 @@ from wsae.train.checkpoint import (
     place_of,
 )
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import Family, covariances, make_family
+from wsae.train.family import FamilyState, covariances, make_family
 from wsae.train.loop import FamilyJob, Team, TrainJob, enter, held, train_job
 from wsae.train.parallel.config import even_part
 from wsae.train.parallel.step import Shard, make_shard
@@ -56,7 +56,7 @@ class ShardsJob(FamilyJob):
     def __init__(
         self,
         cfg: TrainConfig,
-        family: Family,
+        family: FamilyState,
         source: ActivationSource,
         world: Mesh,
         keys: list[str],
