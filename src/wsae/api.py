@@ -24,13 +24,13 @@ from wsae.sae.config import make_activation
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.bank.run import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState as TrainedFamily
+from wsae.train.family import FamilyState
 from wsae.train.family import covariances, finished, make_family
 from wsae.train.loop import run_steps
 from wsae.train.state import metrics_row
 
 __all__ = [
-    "FamilyState",
+    "Family",
     "Member",
     "Recovery",
     "evaluate",
@@ -75,7 +75,7 @@ def Member(  # noqa: N802  (reads as the value it makes)
 
 
 @dataclass(frozen=True)
-class FamilyState:
+class Family:
     """A trained family: one SAE per member, in order, its last training metrics, and the record of its gamma."""
 
     saes: list[SparseAutoencoder]
@@ -109,7 +109,7 @@ def fit_family(
     labels: object = None,
     progress: Progress = quiet,
     **options: Any,
-) -> FamilyState:
+) -> Family:
     """Train members on the same batches from the same start; all rows of an array or a file of one are trained on.
 
     `tokens`: rows per member (default: four passes over the data). `options` are TrainConfig's: batch_size, warmup,
@@ -132,7 +132,7 @@ def fit_family(
         _train_in_turn(cfg, family, source, progress)
     trained = [member for _, member in family.all()]
     (record,) = family.gamma_record.values()
-    return FamilyState(
+    return Family(
         [finished(m) for m in trained],
         [m.name for m in trained],
         [metrics_row(m) for m in trained],
@@ -141,7 +141,7 @@ def fit_family(
 
 
 def _train_in_turn(
-    cfg: TrainConfig, family: TrainedFamily, source: ActivationSource, progress: Progress
+    cfg: TrainConfig, family: FamilyState, source: ActivationSource, progress: Progress
 ) -> None:
     stream = source.stream(cfg.batch_size, cfg.seed)
     with progress("train", cfg.steps * cfg.batch_size, "tokens") as tick:
