@@ -24,8 +24,7 @@ from wsae.sae.config import make_activation
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.bank.run import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState
-from wsae.train.family import covariances, finished, make_family
+from wsae.train.family import FamilyState, covariances, finished, make_family
 from wsae.train.loop import run_steps
 from wsae.train.state import metrics_row
 
