@@ -83,7 +83,7 @@ def test_harvest_says_what_was_read(base, capsys):
         (["--images", "x.npz", "--tokens", "8"], "--tokens: is for --text"),
         (["--text", "x.txt", "--limit", "8"], "--limit: is for --images"),
         (["--images", "/nowhere.npz"], "no such file or directory"),
-        (["--images", "x.npz", "--heldout-fraction", "1"], "heldout_fraction"),
+        (["--images", "x.npz", "--heldout-fraction", "1"], "--heldout-fraction: "),
     ],
 )
 def test_flags_that_do_not_go_together_are_one_line(base, capsys, tmp_path, words, message):

@@ -119,7 +119,7 @@ def test_the_flags_of_every_example_in_the_help_are_real(example, capsys):
         (["train", "gpt2", "--out", "y", "--text", "builtin"], "no --hook"),
         (["harvest", "gpt2", "--hook", "h.1", "--out", "y"], "no --text"),
         (["report", "nowhere"], "nowhere"),
-        (["evaluate", "nowhere"], "nowhere: no such directory"),
+        (["evaluate", "nowhere"], "nowhere: no such run directory"),
         (["compare", "nowhere"], "nowhere"),
         (["train", "--config", "nowhere.json"], "nowhere.json: no such file"),
     ],

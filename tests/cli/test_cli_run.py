@@ -221,7 +221,7 @@ def test_an_sae_alone_where_a_run_is_needed_is_told_what_works_today(run, tmp_pa
         name, *rest = command
         assert main([name, str(tmp_path / "ours"), *rest]) == 2
         error = capsys.readouterr().err
-        assert re.search(r"wsae evaluate \S+ --source ", error)
+        assert re.search(r"(wsae evaluate \S+|name a store or an array with) --source", error)
         assert "make it again" not in error
         assert error.count("\n") == 1
 

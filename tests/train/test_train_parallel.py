@@ -243,8 +243,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_same(run: Path, other: Path) -> None:
-    """The two runs have the same files, and the same numbers to RELATIVE."""
-    assert sorted(names(run)) == sorted(names(other))
+    """The two runs have the same files, and the same numbers to RELATIVE.
+
+    A run cut in halves has no window of steps long enough for `speed.jsonl`.
+    """
+    timing = {"speed.jsonl"}
+    assert {*names(run)} - timing == {*names(other)} - timing
     here, there = load_run(run).saes, load_run(other).saes
     for hook, members in here.items():
         for name, sae in members.items():
