@@ -44,10 +44,9 @@ from wsae.core.artifact import (
     read_manifest,
     replacing,
 )
-from wsae.core.config import Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import Json, digest, parse_json, read_json, read_lines
-from wsae.sae.config import Provenance, SAEConfig
+from wsae.sae.config import SINGLE, Provenance, SAEConfig, SingleConfig
 from wsae.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -363,24 +362,6 @@ def _plausible(name: str, array: "np.ndarray") -> bool:
 
 Trained = dict[str, dict[str, Any]]
 """hook -> member -> what is known of it."""
-SINGLE = "sae"
-"""Name of the member of a run that is one SAE alone."""
-
-
-class SingleConfig(Config):
-    """What is recorded of how one SAE alone was trained, often by another tool; None is not recorded."""
-
-    sae: SAEConfig
-    tokens: int | None = None
-    """Rows it was trained on."""
-
-    def names(self) -> list[str]:
-        """Return the member's name."""
-        return [SINGLE]
-
-    def doubts(self) -> tuple[str, ...]:
-        """Return nothing: of its training too little is known."""
-        return ()
 
 
 class Run:
@@ -482,8 +463,11 @@ class Run:
         return contained(self.path, f"{MEMBERS}/{hook}/{member}")
 
     def weights(self, hook: str, member: str) -> Path | None:
-        """Return the directory of a finished run's SAE; None where the run keeps none of that name."""
-        return self.place(hook, member) if member in self.members.get(hook, []) else None
+        """Return the folder of a member's weights; None where the run keeps none."""
+        if self.single:
+            return self.path
+        listed = self.manifest.info.get("members", {}).get(hook, [])
+        return contained(self.path, f"{MEMBERS}/{hook}/{member}") if member in listed else None
 
     def digest(self) -> str:
         """Return what names the content of a run with the parts added to it."""

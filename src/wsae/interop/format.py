@@ -173,8 +173,12 @@ def named(sae: SparseAutoencoder) -> NamedTensors:
     return NamedTensors(
         W_enc=W_enc.clone() if sae.cfg.tied else W_enc,  # two tensors of a file share no memory
         W_dec=W_dec,
-        b_enc=torch.zeros(m) if sae.b_enc is None else sae.b_enc.detach().float().cpu(),
-        b_dec=torch.zeros(d) if sae.b_dec is None else sae.b_dec.detach().float().cpu(),
+        b_enc=torch.zeros(m, dtype=torch.float32)
+        if sae.b_enc is None
+        else sae.b_enc.detach().float().cpu(),
+        b_dec=torch.zeros(d, dtype=torch.float32)
+        if sae.b_dec is None
+        else sae.b_dec.detach().float().cpu(),
         threshold=thresholds(sae),
     )
 

@@ -149,3 +149,23 @@ class Provenance(Config):
     def of(cls, folder: Path) -> "Provenance":
         """Return what an SAE's directory says of itself; nothing where it says nothing."""
         return cls.load(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else cls()
+
+
+SINGLE = "sae"
+"""Name of the member of a run that is one SAE alone."""
+
+
+class SingleConfig(Config):
+    """What is recorded of how one SAE alone was trained, often by another tool; None is not recorded."""
+
+    sae: SAEConfig
+    tokens: int | None = None
+    """Rows it was trained on."""
+
+    def names(self) -> list[str]:
+        """Return the member's name."""
+        return [SINGLE]
+
+    def doubts(self) -> tuple[str, ...]:
+        """Return nothing: of its training too little is known."""
+        return ()

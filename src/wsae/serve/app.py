@@ -160,7 +160,9 @@ class Live:
         """Return a member's SAE, if its weights are still those of the index."""
         from wsae.sae import SparseAutoencoder
 
-        place = Run(path).place(member.hook, member.name)
+        place = Run(path).weights(member.hook, member.name)
+        if place is None:
+            raise UserError(f"no live reading: {CHANGED}")
         if self._sae is None or self._sae[:2] != (place, member.weights):
             self._sae = None
             before = weights_digest(place)

@@ -102,7 +102,7 @@ def load_run(path: Path) -> RunResult:
     manifest = read_manifest(path, "run")
     with understood(path / MANIFEST):
         places = {
-            hook: {name: contained(path, f"members/{hook}/{name}") for name in names}
+            hook: {name: contained(path, f"{MEMBERS}/{hook}/{name}") for name in names}
             for hook, names in manifest.info[MEMBERS].items()
         }
     saes = {

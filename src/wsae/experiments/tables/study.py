@@ -18,7 +18,7 @@ from wsae.acts.language import LanguageModel, load_language, load_tokenizer, loc
 from wsae.acts.live import LiveSource
 from wsae.acts.source import StoreSource
 from wsae.acts.text import documents
-from wsae.core.artifact import read_manifest, write_manifest
+from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
@@ -105,7 +105,7 @@ READY = "tiny-model"
 
 def tiny_model(place: Path, seed: int = 0) -> Path:
     """Write a GPT-NeoX model (as Pythia) of random weights with a tokenizer to `place`, unless it is there."""
-    if place.exists() and (place / "manifest.json").exists():
+    if place.exists() and (place / MANIFEST).exists():
         read_manifest(place, READY)
         return place
     shutil.rmtree(place, ignore_errors=True)  # what a killed command left

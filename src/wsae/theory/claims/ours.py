@@ -115,7 +115,7 @@ def noise_decides_the_weights(seed: int) -> Claim:
         for j in range(5):
             tilt = 0.3 * _normal(seed_for(drawn, "tilt", j), d_in, d_in)
             root = torch.linalg.cholesky(torch.linalg.inv(Sigma)) @ (
-                torch.eye(d_in).double() + tilt
+                torch.eye(d_in, dtype=torch.float64) + tilt
             )
             margins.append(code_error(W_p, Sigma, root @ root.T, drawn) / best)
     mean = {name: float(np.mean(values)) for name, values in errors.items()}
@@ -290,7 +290,12 @@ def tight_frames(seed: int) -> Claim:
             M = weigh(torch.eye(len(W_p), dtype=torch.float64), weights_of(turned, rule))
             gram = M @ M.T
             worst = max(
-                worst, float((gram - gram.trace() / len(W_p) * torch.eye(len(W_p))).abs().max())
+                worst,
+                float(
+                    (gram - gram.trace() / len(W_p) * torch.eye(len(W_p), dtype=torch.float64))
+                    .abs()
+                    .max()
+                ),
             )
     return Claim(
         claim="If W_p W_p^T = c I (polygons, simplices, any tight frame), the covariance of iid features' x_p is a "
@@ -353,7 +358,7 @@ def imbalance(W_m: Tensor, tolerance: float = 1e-6) -> float:
     rows = W_m[W_m.square().sum(1) > tolerance]
     worst, total, left = (
         0.0,
-        torch.zeros(W_m.shape[1], W_m.shape[1]).double(),
+        torch.zeros(W_m.shape[1], W_m.shape[1], dtype=torch.float64),
         list(range(len(rows))),
     )
     while left:
@@ -365,7 +370,7 @@ def imbalance(W_m: Tensor, tolerance: float = 1e-6) -> float:
         worst = max(worst, abs(plus - minus))
         total += (plus + minus) / 2 * torch.outer(u, u)
         left = [j for j in left if j not in ahead and j not in behind]
-    return max(worst, float((total - torch.eye(len(total)).double()).abs().max()))
+    return max(worst, float((total - torch.eye(len(total), dtype=torch.float64)).abs().max()))
 
 
 def code_error(
@@ -497,13 +502,13 @@ def _loss_of(W_m: Tensor, W_p: Tensor) -> float:
 
 def _alone_or_in_digons(W_p: Tensor) -> bool:
     gram = W_p.T @ W_p
-    off = gram - torch.eye(len(gram)).double()
+    off = gram - torch.eye(len(gram), dtype=torch.float64)
     return bool(((off.abs() < 1e-9) | ((off + 1).abs() < 1e-9)).all())
 
 
 def _noise_covariance(d_in: int, seed: int) -> Tensor:
     """Return a covariance with standard deviations from 0.03 to 0.6 along axes that are turned a little, at random."""
-    turn = torch.linalg.qr(torch.eye(d_in).double() + 0.3 * _normal(seed, d_in, d_in)).Q
+    turn = torch.linalg.qr(torch.eye(d_in, dtype=torch.float64) + 0.3 * _normal(seed, d_in, d_in)).Q
     return turn @ torch.diag(torch.logspace(-1.5, -0.2, d_in, dtype=torch.float64) ** 2) @ turn.T
 
 
@@ -570,7 +575,11 @@ def _silent_direction(W_p: Tensor) -> np.ndarray | None:
 def orthogonal_rows(d_in: int, n: int, seed: int, equal: bool = False) -> Tensor:
     """Return a W_p with orthogonal rows of random lengths, or of equal ones (a tight frame)."""
     rows = torch.linalg.qr(_normal(seed, n, d_in)).Q.T
-    scale = torch.ones(d_in).double() if equal else _normal(seed_for(seed, "scale"), d_in).exp()
+    scale = (
+        torch.ones(d_in, dtype=torch.float64)
+        if equal
+        else _normal(seed_for(seed, "scale"), d_in).exp()
+    )
     return scale[:, None] * rows
 
 
