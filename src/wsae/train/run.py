@@ -103,7 +103,7 @@ def load_run(path: Path) -> RunResult:
     with understood(path / MANIFEST):
         places = {
             hook: {name: contained(path, f"{MEMBERS}/{hook}/{name}") for name in names}
-            for hook, names in manifest.info[MEMBERS].items()
+            for hook, names in manifest.info["members"].items()
         }
     saes = {
         hook: {name: SparseAutoencoder.load(place) for name, place in named.items()}
