@@ -30,6 +30,7 @@ from wsae.core.artifact import read_manifest, replacing
 from wsae.core.configfile import read_config
 from wsae.core.errors import UserError
 from wsae.core.files import locked, read_json, read_sealed, seal, sha256_file, write_json
+from wsae.core.progress import quiet
 from wsae.core.tensors import load_tensors
 from wsae.core.torchfile import load_state
 from wsae.evals.config import EvalConfig
@@ -317,12 +318,12 @@ def test_a_harvest_that_fails_removes_nothing_through_a_link(victim: Path, tmp_p
     out.mkdir()
     (out / "train").symlink_to(victim)
     write_json(out / PROGRESS, seal(Ledger(config={"a": 1}, inputs={}).to_dict()))
-    with pytest.raises(UserError, match="train: is a link to a folder"), begun({"a": 1}, out):
+
+    def gone(_: Ledger) -> writing.Feed:
         raise RuntimeError("the model is gone")
 
-
-def begun(config: dict, out: Path):
-    return writing.unfinished(out, config, {})
+    with pytest.raises(UserError, match="train: is a link to a folder"):
+        writing.write_store(out, {"a": 1}, {}, gone, quiet)
 
 
 def test_what_lies_under_a_temporary_name_and_is_no_file_of_ours_is_left_alone(

@@ -291,7 +291,7 @@ def test_killed_while_indexing_it_leaves_no_index_and_the_next_start_makes_it(tm
 def test_what_is_no_run_or_not_evaluated_is_said_in_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="no such run directory"):
         ensure_index(tmp_path / "nowhere", None, CFG)
-    with pytest.raises(UserError, match="not a finished wsae run"):
+    with pytest.raises(UserError, match="not a wsae run directory"):
         ensure_index(tmp_path, None, CFG)
     bare = write_run(tmp_path / "bare", SHAPE, evaluation=False)
     with pytest.raises(UserError, match="has not been evaluated; run: wsae evaluate"):

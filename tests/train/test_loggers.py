@@ -258,8 +258,9 @@ def test_a_real_logger_that_cannot_write_does_not_stop_the_run(tmp_path: Path, c
 import sys, wsae.train.loop as directory
 enter = directory.enter
 def blocked(out, *rest):
-    enter(out, *rest)
+    begun = enter(out, *rest)
     (out / "tensorboard").write_text("in the way")
+    return begun
 import wsae.train.run
 wsae.train.run.enter = blocked
 from wsae.cli.main import main
