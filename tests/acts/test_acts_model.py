@@ -27,9 +27,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from wsae.acts.capture import Capture, splice, tokens
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import REASONS, SkipRule, count_reasons
+from wsae.acts.hooknames import HookPlace, among, canonical_names, hook_name, match
 from wsae.acts.hookpoints import HookPoint, probe, taken
 from wsae.acts.language import load_language
-from wsae.acts.names import HookPlace, among, canonical_names, hook_name, match
 from wsae.acts.text import REFUSED, Packer, Position, documents
 from wsae.acts.tokens import decode_table
 from wsae.core.errors import UserError

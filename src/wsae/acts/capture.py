@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from wsae.acts.hooknames import HookPlace
 from wsae.acts.hookpoints import (
     BeyondTableError,
     HookPoint,
@@ -22,7 +23,6 @@ from wsae.acts.hookpoints import (
     text_config,
     watch,
 )
-from wsae.acts.names import HookPlace
 from wsae.core.errors import UserError, first_line
 
 

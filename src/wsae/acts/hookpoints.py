@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from wsae.acts.hooknames import HookPlace, Side, canonical_names, match, natural_key, short_name
 from wsae.acts.loading import refuse_unloaded
-from wsae.acts.names import HookPlace, Side, canonical_names, match, natural_key, short_name
 from wsae.core.errors import UserError
 from wsae.core.memory import is_out_of_memory
 

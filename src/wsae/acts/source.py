@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wsae.acts.names import natural_key
+from wsae.acts.hooknames import natural_key
 from wsae.acts.store import Store
 from wsae.acts.stream import (
     ActivationSource,

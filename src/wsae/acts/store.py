@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wsae.acts.flow import NonFiniteError, Step
-from wsae.acts.names import among
+from wsae.acts.hooknames import among
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import Position
 from wsae.acts.tokens import Texts, TokenTable, likely_ends, texts_of

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from wsae.acts.names import among
+from wsae.acts.hooknames import among
 from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_flags, config_values
 from wsae.cli.live import at_hook, behind, labelled, reopen
 from wsae.cli.ui import UI

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
+from wsae.acts.hooknames import among
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
-from wsae.acts.names import among
 from wsae.cli.flags import (
     MaybeCount,
     MaybeNumber,

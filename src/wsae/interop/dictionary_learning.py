@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsae.acts.names import hook_name
+from wsae.acts.hooknames import hook_name
 from wsae.core.errors import UserError
 from wsae.core.torchfile import load_state
 from wsae.interop.format import (

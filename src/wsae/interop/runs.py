@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wsae.acts.names import among
+from wsae.acts.hooknames import among
 from wsae.acts.store import Store
 from wsae.core.artifact import CONFIG, EVALUATION_PART, MANIFEST, MEMBERS
 from wsae.core.errors import UserError, nearest, understood

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wsae.acts.names import hook_name
+from wsae.acts.hooknames import hook_name
 from wsae.interop.format import named
 from wsae.sae.config import Provenance
 from wsae.sae.model import SparseAutoencoder

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wsae.acts.names import hook_name
+from wsae.acts.hooknames import hook_name
 from wsae.core.errors import UserError
 from wsae.core.tensors import load_tensors
 from wsae.interop.format import (
