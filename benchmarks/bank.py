@@ -22,9 +22,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from wsae.experiments.sweep.config import LEVELS
-from wsae.experiments.sweep.run import Rows, Trial
 from wsae.sae.config import ReLU
+from wsae.studies.sweep.config import LEVELS
+from wsae.studies.sweep.run import Rows, Trial
 from wsae.theory.geometry import random_unit
 from wsae.toy.config import FeatureConfig
 from wsae.train.bank.config import BankConfig

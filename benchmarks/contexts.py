@@ -23,9 +23,9 @@ import torch
 
 from wsae.acts.source import HeldoutRows, StoreSource
 from wsae.acts.tokens import TokenTable
-from wsae.evals.autointerp.collect import Members, collect, member_bytes
-from wsae.evals.autointerp.config import ContextConfig
 from wsae.evals.data import HeldOut
+from wsae.evals.interpret.collect import Members, collect, member_bytes
+from wsae.evals.interpret.config import ContextConfig
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.sae.encoding import Encoder
 from wsae.train.run import load_run

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsae.ops import code_from_topk, select_batch_topk, select_group_topk, select_topk, sparse
-from wsae.ops import update as eager_update
-from wsae.ops.sparse import Plan
-from wsae.ops.update import AdamStep, SparseGrad
+from wsae.kernels import code_from_topk, select_batch_topk, select_group_topk, select_topk, sparse
+from wsae.kernels import update as eager_update
+from wsae.kernels.sparse import Plan
+from wsae.kernels.update import AdamStep, SparseGrad
 from wsae.train.config import TrainConfig
 from wsae.train.family import to_device
 from wsae.train.state import Batch, MemberState, make_batch, make_member
@@ -106,9 +106,9 @@ def eager() -> SimpleNamespace:
 
 
 def kernels() -> SimpleNamespace:
-    from wsae.ops.triton import encode, sums, update
-    from wsae.ops.triton import encode as above
-    from wsae.ops.triton import encode as group
+    from wsae.kernels.triton import encode, sums, update
+    from wsae.kernels.triton import encode as above
+    from wsae.kernels.triton import encode as group
     from wsae.train.gpu import triton_step
 
     return SimpleNamespace(
@@ -246,7 +246,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: no CUDA device here, so there is nothing to measure")
-    from wsae.ops.triton import unsupported
+    from wsae.kernels.triton import unsupported
 
     results = []
     for d_in, d_sae, batch in args.size or [(768, 24_576, 4_096), (4_096, 131_072, 4_096)]:

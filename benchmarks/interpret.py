@@ -19,13 +19,13 @@ from wsae.acts.config import TextConfig
 from wsae.acts.language import LanguageModel, load_language, load_tokenizer
 from wsae.acts.text import documents
 from wsae.acts.tokens import decode_table, joined
-from wsae.evals.autointerp.embedding import Memo, embedding_scores, load_encoder
-from wsae.evals.autointerp.summary import LatentScore
-from wsae.evals.autointerp.surprisal import PrefixReader, surprisal_scores
-from wsae.evals.autointerp.windows import Collected, LatentContexts, Shown, Windows
+from wsae.evals.interpret.embedding import Memo, embedding_scores, load_encoder
+from wsae.evals.interpret.summary import LatentScore
+from wsae.evals.interpret.surprisal import PrefixReader, surprisal_scores
+from wsae.evals.interpret.windows import Collected, LatentContexts, Shown, Windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-from autointerp_worlds import features  # noqa: E402  (the hand-made features live with the tests)
+from interpret_worlds import features  # noqa: E402  (the hand-made features live with the tests)
 
 WIDTH, POOL, ROLES = 32, 2048, (15, 20, 20, 20)
 

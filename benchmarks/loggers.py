@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from wsae.acts.source import ArraySource
-from wsae.losses.config import GammaConfig
 from wsae.sae import TopK
+from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.loggers import Logger, mirror, mirrored, tensorboard, wandb
 from wsae.train.loggers.config import WandbConfig

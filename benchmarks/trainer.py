@@ -15,9 +15,9 @@ import torch
 
 from wsae.acts.source import ArraySource
 from wsae.core.progress import quiet
-from wsae.losses.reconstruction import weighted_reconstruction_loss
 from wsae.sae import make_activation
 from wsae.sae.forward import training_forward
+from wsae.sae.loss import weighted_reconstruction_loss
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import make_family
 from wsae.train.loop import run_steps

@@ -17,8 +17,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from wsae.ops.native import select as selection
-from wsae.ops.native import weights
+from wsae.kernels.native import select as selection
+from wsae.kernels.native import weights
 from wsae.sae import TopK
 from wsae.train import native
 from wsae.train.config import MemberConfig, TrainConfig
@@ -93,8 +93,8 @@ def timed_parts() -> None:
 
 def same_sets(member: MemberState, x: Tensor) -> dict[str, float]:
     """Compare the latents that training would select with those of a float32 product."""
-    from wsae.ops.native.select import Centred
-    from wsae.ops.native.slices import from_slices, to_slices
+    from wsae.kernels.native.select import Centred
+    from wsae.kernels.native.slices import from_slices, to_slices
 
     weights, k = member.weights, 32
     assert weights is not None

@@ -38,8 +38,8 @@ def prepare() -> None:
     import wsae.cli.runner
     import wsae.cli.serve
     import wsae.cli.train
-    import wsae.evals.autointerp.embedding
-    import wsae.evals.autointerp.run
+    import wsae.evals.interpret.embedding
+    import wsae.evals.interpret.run
     import wsae.evals.run
     import wsae.interop.card
     import wsae.report.html

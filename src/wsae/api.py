@@ -19,8 +19,8 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
-from wsae.losses.gamma import gamma_from_proxy
 from wsae.sae.config import make_activation
+from wsae.sae.gamma import gamma_from_proxy
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.bank.run import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig

@@ -21,11 +21,10 @@ from wsae.core.config import FLAG_OF, Config
 from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
-from wsae.evals.autointerp.config import ContextConfig, InterpretConfig
-from wsae.evals.autointerp.llm.config import LlmConfig
 from wsae.evals.config import EvalConfig
-from wsae.losses.config import GammaConfig
-from wsae.sae.config import JumpReLU
+from wsae.evals.interpret.config import ContextConfig, InterpretConfig
+from wsae.evals.interpret.llm.config import LlmConfig
+from wsae.sae.config import GammaConfig, JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.metrics import read_json_lines
 

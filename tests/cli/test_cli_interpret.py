@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 from wsae.cli import interpret
 from wsae.cli.main import main
 from wsae.core.files import read_json
-from wsae.evals.autointerp.config import InterpretConfig
+from wsae.evals.interpret.config import InterpretConfig
 
 HOOK = "layers.1"
 SMALL = (
@@ -172,7 +172,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(place, monkeypatch, capsys) -
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("wsae.evals.autointerp.run.score_all", stopped)
+    monkeypatch.setattr("wsae.evals.interpret.run.score_all", stopped)
     command = words(place, "--score", "embedding", "--force")
     assert main(command) == 130
     err = capsys.readouterr().err.splitlines()[-1]

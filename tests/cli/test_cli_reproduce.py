@@ -5,7 +5,7 @@ import json
 import pytest
 
 from wsae.cli.main import main
-from wsae.experiments.figures import all_readings
+from wsae.studies.figures import all_readings
 
 
 def run(capsys, *words: str) -> tuple[int, str, str]:

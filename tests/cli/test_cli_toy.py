@@ -17,8 +17,8 @@ from wsae.cli import toy
 from wsae.cli.flags import parse
 from wsae.cli.main import main
 from wsae.evals.glossary import RECOVERY
-from wsae.experiments.sweep import run as sweep_run
-from wsae.experiments.sweep.run import twin_of
+from wsae.studies.sweep import run as sweep_run
+from wsae.studies.sweep.run import twin_of
 from wsae.toy.model import ToyModels
 
 SMALL = ["--n-features", "12", "--d-in", "4", "--toy-steps", "40", "--steps", "40"]

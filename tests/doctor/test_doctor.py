@@ -24,9 +24,8 @@ from wsae.doctor.config import DoctorConfig
 from wsae.doctor.cost import Memory, check_memory
 from wsae.doctor.probe import Check, report
 from wsae.doctor.run import examine
-from wsae.losses.config import GammaConfig
 from wsae.sae import TopK
-from wsae.sae.config import GroupTopK
+from wsae.sae.config import GammaConfig, GroupTopK
 from wsae.train.config import MemberConfig, TrainConfig
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from wsae.doctor.cost import check_covariance, kernels_of, memory, parameters
-from wsae.losses.config import GammaConfig
-from wsae.ops.native import why_not
+from wsae.kernels.native import why_not
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
-from wsae.sae.config import JumpReLU
+from wsae.sae.config import GammaConfig, JumpReLU
 
 SCRIPT = """
 import json, sys, tempfile

@@ -16,8 +16,8 @@ from wsae.evals.classes.run import CLASSES, _within, score_classes, score_run
 from wsae.evals.classes.tally import Labelled, Scored, look
 from wsae.evals.glossary import CLASS_SCORES
 from wsae.evals.measure import EvaluatedSaes
-from wsae.losses.config import GammaConfig
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import train_run
 

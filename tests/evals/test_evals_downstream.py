@@ -95,7 +95,7 @@ def direct(model, hook, sequence, replace):
 @pytest.mark.parametrize("make", [llama, neox])
 @pytest.mark.parametrize("hook", ["layers.1", "layers.1.mlp", "layers.2.mlp"])
 @pytest.mark.parametrize("max_logits", [BIG, 2 * VOCABULARY * LENGTH, 1])
-def test_losses_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max_logits):
+def test_sae_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max_logits):
     model, data = make(), sequences()
     found = losses_at(model, hook, data, VARIANTS, max_logits)
     assert found.shared, "both families of models can share the layers before the hook"

@@ -17,7 +17,7 @@ from wsae.evals.latents import (
     unit_rows,
 )
 from wsae.evals.matching import LiveDecoder, match
-from wsae.ops import SparseCode, code_from_topk
+from wsae.kernels import SparseCode, code_from_topk
 
 
 def padded_code(rows: int, d_sae: int, k: int, seed: int) -> SparseCode:

@@ -22,8 +22,8 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS
 from wsae.evals.run import evaluate_families, evaluate_run, find_twins, run_subject
-from wsae.losses.config import GammaConfig
 from wsae.sae import TopK
+from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import train_run
 

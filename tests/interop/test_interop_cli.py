@@ -28,9 +28,9 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run, run_subject
 from wsae.interop import Provenance, load, save
 from wsae.interop.runs import choose
-from wsae.losses.config import GammaConfig
 from wsae.run import Run
 from wsae.sae import GroupTopK, TopK
+from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import load_run, train_run
 

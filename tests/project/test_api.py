@@ -16,8 +16,8 @@ from test_train import files_of, world
 import wsae
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
-from wsae.losses.gamma import gamma_from_proxy
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae.gamma import gamma_from_proxy
 from wsae.train.bank.run import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import covariances, make_family

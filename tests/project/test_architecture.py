@@ -14,7 +14,7 @@ import pytest
 import wsae
 from wsae.cli import table
 from wsae.core.config import Config
-from wsae.experiments.figures import Panel
+from wsae.studies.figures import Panel
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "wsae"

@@ -75,7 +75,7 @@ def test_the_names_of_a_runs_files_are_spelled_once():
     ("name", "writers"),
     [
         ("EVALUATION", {"evals/run.py"}),
-        ("INTERPRETATION", {"evals/autointerp/run.py"}),
+        ("INTERPRETATION", {"evals/interpret/run.py"}),
         ("CLASSES", {"evals/classes/run.py"}),
         ("GAMMA_FILE", {"train/run.py", "train/parallel/run.py"}),
     ],

@@ -11,7 +11,7 @@ from wsae.acts import language as gguf
 from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
-from wsae.ops.native import build
+from wsae.kernels.native import build
 from wsae.train.loop import enter
 
 

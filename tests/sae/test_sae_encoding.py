@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wsae.ops.native import why_not
+from wsae.kernels.native import why_not
 from wsae.sae import BatchTopK, GroupTopK, ReLU, SAEConfig, SparseAutoencoder, TopK
 from wsae.sae.encoding import Encoder
 

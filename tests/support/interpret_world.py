@@ -12,11 +12,11 @@ from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import write_manifest
 from wsae.core.files import digest, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.evals.autointerp.config import ContextConfig, InterpretConfig
-from wsae.evals.autointerp.llm.asking import Answer, Llm, Request
-from wsae.evals.autointerp.llm.config import LlmConfig
-from wsae.losses.config import GammaConfig
+from wsae.evals.interpret.config import ContextConfig, InterpretConfig
+from wsae.evals.interpret.llm.asking import Answer, Llm, Request
+from wsae.evals.interpret.llm.config import LlmConfig
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig
 
 TOPICS, PER_TOPIC, FILLERS, NOISE = 8, 6, 20, 8

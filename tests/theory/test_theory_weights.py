@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wsae.losses.gamma import gap_norm
+from wsae.sae.gamma import gap_norm
 from wsae.theory.claims import limits, weights
 from wsae.theory.claims.record import Claim
 from wsae.theory.claims.weights import (

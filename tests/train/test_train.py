@@ -14,9 +14,8 @@ from wsae.acts.source import ArraySource
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.losses import GammaConfig
 from wsae.sae import SparseAutoencoder, make_activation
-from wsae.sae.config import JumpReLU
+from wsae.sae.config import GammaConfig, JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig, family
 from wsae.train.family import FamilyState, finished, make_family
 from wsae.train.loop import Stopped, run_steps

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from wsae.core.errors import UserError
-from wsae.losses.config import GammaConfig
-from wsae.sae.config import make_activation
+from wsae.sae.config import GammaConfig, make_activation
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import stack_forward, stack_saes
 from wsae.train.bank import run as bank_run

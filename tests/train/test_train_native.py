@@ -9,10 +9,10 @@ from torch import Tensor
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.losses.reconstruction import weigh
-from wsae.ops.native import why_not
-from wsae.ops.native.slices import to_slices
+from wsae.kernels.native import why_not
+from wsae.kernels.native.slices import to_slices
 from wsae.sae import SparseAutoencoder
+from wsae.sae.loss import weigh
 from wsae.train import native
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig

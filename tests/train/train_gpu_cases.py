@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wsae.acts.source import ArraySource
 from wsae.core.progress import quiet
-from wsae.ops import select_batch_topk, select_group_topk, select_topk, sparse
-from wsae.ops import update as twin
-from wsae.ops.sparse import Plan
-from wsae.ops.triton.support import BUCKETS_PER_CHOICE
+from wsae.kernels import select_batch_topk, select_group_topk, select_topk, sparse
+from wsae.kernels import update as twin
+from wsae.kernels.sparse import Plan
+from wsae.kernels.triton.support import BUCKETS_PER_CHOICE
 from wsae.train import gpu
 from wsae.train import gpu as codes
 from wsae.train import gpu as host

@@ -15,8 +15,8 @@ from wsae.cli.main import main
 from wsae.core.artifact import read_manifest, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
-from wsae.experiments.vision import demo
 from wsae.report.rundata import read_run
+from wsae.studies.vision import demo
 from wsae.vision.config import preset
 
 

@@ -32,7 +32,7 @@ from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import drop, locked, read_json, read_sealed, seal, write_json, writing
 from wsae.core.progress import Progress, Tick
 from wsae.core.tensors import DTYPE_NAMES, MappedTensor, load_tensors, save_tensors
-from wsae.losses.config import OUTLIER_RATIO
+from wsae.sae.config import OUTLIER_RATIO
 
 # How far a harvest has come, on disk: written after each shard, so a killed harvest continues where
 # it stood.

@@ -17,7 +17,7 @@ from wsae.cli.flags import (
 )
 from wsae.cli.ui import UI
 from wsae.core.errors import UserError
-from wsae.experiments.config import DemoConfig
+from wsae.studies.config import DemoConfig
 
 ABOUT = """\
 Read a text with a language model, train WSAEs and their plain twin on one layer's activations,
@@ -62,7 +62,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         return run_vision(flags, ui)
     config(flags, "cpu")  # bad flags are refused before anything is loaded
     from wsae.cli.runner import device
-    from wsae.experiments.demo import run_demo
+    from wsae.studies.demo import run_demo
 
     return run_demo(config(flags, device(flags.common.device)), flags.out, ui.progress, ui.note)
 
@@ -75,7 +75,7 @@ def run_vision(flags: Flags, ui: UI) -> dict[str, Any]:
                 f"--{name.replace('_', '-')}: is for the demo on text, not for --vision"
             )
     from wsae.cli.runner import device
-    from wsae.experiments.vision.demo import run_vision_demo
+    from wsae.studies.vision.demo import run_vision_demo
 
     where, seed = device(flags.common.device), flags.common.seed
     return run_vision_demo(flags.out, seed, where, ui.progress, ui.note)

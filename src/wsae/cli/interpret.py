@@ -24,11 +24,11 @@ from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import write_json
-from wsae.evals.autointerp.config import FREE, ContextConfig, Control, InterpretConfig, Score
-from wsae.evals.autointerp.llm.config import LlmConfig
+from wsae.evals.interpret.config import FREE, ContextConfig, Control, InterpretConfig, Score
+from wsae.evals.interpret.llm.config import LlmConfig
 
 if TYPE_CHECKING:
-    from wsae.evals.autointerp.scoring import ScorerModels
+    from wsae.evals.interpret.scoring import ScorerModels
 
 
 def show_plan(plan: dict[str, dict[str, int]], ui: UI) -> None:
@@ -204,14 +204,14 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     source = reopen(flags.run, where, flags.source)
     judges = _judges(flags, cfg, llm_cfg, where)
     if flags.dry_run:
-        from wsae.evals.autointerp.run import plan_run
+        from wsae.evals.interpret.run import plan_run
 
         planned = plan_run(flags.run, source, cfg, ui.progress, llm=judges.get("llm"))
         return {"run": str(flags.run), "plan": {name: vars(part) for name, part in planned.items()}}
     if "surprisal" in cfg.scores or "random_model" in cfg.controls:
         judges["language"] = language_of(source, where)
-    from wsae.evals.autointerp.run import interpret_run
-    from wsae.evals.autointerp.summary import agreement
+    from wsae.evals.interpret.run import interpret_run
+    from wsae.evals.interpret.summary import agreement
 
     record = interpret_run(flags.run, source, cfg, ui.progress, flags.force, **judges)
     if flags.agreement:
@@ -225,11 +225,11 @@ def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "
     """Open what the scores ask, except the model behind the activations."""
     judges: ScorerModels = {}
     if "embedding" in cfg.scores and not flags.dry_run:
-        from wsae.evals.autointerp.embedding import load_encoder
+        from wsae.evals.interpret.embedding import load_encoder
 
         judges["encoder"] = load_encoder(flags.encoder, device=where)
     if any(score not in FREE for score in cfg.scores):
-        from wsae.evals.autointerp.llm.local import open_llm
+        from wsae.evals.interpret.llm.local import open_llm
 
         judges["llm"] = open_llm(llm)
     return judges

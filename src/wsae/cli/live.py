@@ -20,9 +20,8 @@ from wsae.cli.flags import (
 from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
-from wsae.losses.config import GammaConfig, Rule
 from wsae.run import Run
-from wsae.sae.config import JumpReLU, Kind
+from wsae.sae.config import GammaConfig, JumpReLU, Kind, Rule
 from wsae.train.config import MemberConfig, TrainConfig, family
 
 Precision = Literal["float32", "bfloat16"]

@@ -9,10 +9,10 @@ from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.evals.autointerp.config import Control, Score
-from wsae.evals.autointerp.llm.config import LOCAL, LlmConfig
-from wsae.experiments.tables.config import StageName, TableChoices
-from wsae.experiments.vision.config import VisionChoices
+from wsae.evals.interpret.config import Control, Score
+from wsae.evals.interpret.llm.config import LOCAL, LlmConfig
+from wsae.studies.tables.config import StageName, TableChoices
+from wsae.studies.vision.config import VisionChoices
 
 ABOUT = """\
 Measure a figure or table of the paper again and print its statement beside what was found.
@@ -141,8 +141,8 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Run the reproduction and return its panels or rows."""
     from wsae.cli.runner import device
-    from wsae.experiments.engine import Reproduction
-    from wsae.experiments.reproduce import reproduce
+    from wsae.studies.engine import Reproduction
+    from wsae.studies.reproduce import reproduce
 
     choices = flags.study.choices(flags.name)
     vision = flags.vision.choices(flags.name)

@@ -29,13 +29,13 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
     checks(flags.only)
     if flags.out is not None:
-        from wsae.experiments.drawing import need_matplotlib
+        from wsae.studies.drawing import need_matplotlib
 
         need_matplotlib()
     claims = [claim.as_dict() for claim in ledger(flags.common.seed, flags.only, ui.progress)]
     result: dict[str, Any] = {"claims": claims, "files": []}
     if flags.out is not None:
-        from wsae.experiments.theory_figures import theory_figures
+        from wsae.studies.theory_figures import theory_figures
 
         flags.out.mkdir(parents=True, exist_ok=True)
         write_json(flags.out / "ledger.json", {"seed": flags.common.seed, "claims": claims})

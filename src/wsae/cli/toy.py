@@ -11,9 +11,8 @@ from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.glossary import RECOVERY
-from wsae.experiments.sweep.config import TOP_K, ToySweepConfig, toy_methods
-from wsae.losses.config import GammaConfig, Normalise
-from wsae.sae.config import Kind
+from wsae.sae.config import GammaConfig, Kind, Normalise
+from wsae.studies.sweep.config import TOP_K, ToySweepConfig, toy_methods
 
 ABOUT = """\
 Train toy models of superposition over sparsity levels S, and on each a family of SAEs: every kind with every
@@ -98,7 +97,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Run the sweep and return its rows, summaries and differences."""
     from wsae.cli.runner import device
-    from wsae.experiments.sweep.run import run_toy
+    from wsae.studies.sweep.run import run_toy
 
     cfg = config(flags)
     where = "cpu" if flags.common.device == "auto" else device(flags.common.device)

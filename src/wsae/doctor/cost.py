@@ -19,9 +19,8 @@ from torch import Tensor
 from wsae.acts.config import HarvestConfig
 from wsae.core.memory import duration, proc, size
 from wsae.doctor.probe import Check, room, warned
-from wsae.losses.config import GammaConfig
-from wsae.ops.native import why_not
-from wsae.sae.config import SAEConfig
+from wsae.kernels.native import why_not
+from wsae.sae.config import GammaConfig, SAEConfig
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import MAX_ROWS, FamilyState, power_of_two_scale, to_device

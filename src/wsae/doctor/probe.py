@@ -16,8 +16,8 @@ from wsae.acts.hookpoints import HookPoint
 from wsae.acts.language import LanguageModel
 from wsae.acts.text import Packer, Repeats, TextCounts, documents, is_heldout, told
 from wsae.core.errors import UserError
-from wsae.losses.config import GammaConfig
-from wsae.losses.gamma import gamma_from_proxy
+from wsae.sae.config import GammaConfig
+from wsae.sae.gamma import gamma_from_proxy
 from wsae.train.config import MemberConfig
 
 # One finding of the pre-flight: what was looked at, how it stands, and what to do about it.

@@ -68,7 +68,7 @@ def places(groups: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
 class TopContexts:
     """Running top contexts of some latents of one member: their firings in the sequences that may still be shown.
 
-    `wsae.evals.autointerp.collect` keeps the strongest and random windows of fixed width in arrays of fixed size. Here
+    `wsae.evals.interpret.collect` keeps the strongest and random windows of fixed width in arrays of fixed size. Here
     whole sequences of unknown length are kept, as sparse as their firings: as rows of such arrays they would need
     latents x contexts x sequence length, and a row a sequence where there is no text.
     """

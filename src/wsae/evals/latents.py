@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from wsae.ops import SparseCode
+from wsae.kernels import SparseCode
 
 HISTOGRAM_EDGES = [-7.0 + 0.25 * i for i in range(29)]
 """Edges of the log10-density histogram: 1e-7 to 1, four bins per decade."""

@@ -27,10 +27,10 @@ from wsae.evals.control import CONTROL, random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries, LatentActivity, decoder_max_cosine
 from wsae.evals.matching import LiveDecoder, Matching, match
-from wsae.losses.reconstruction import Weights, dimension_weights, weigh
-from wsae.ops import SparseCode
+from wsae.kernels import SparseCode
 from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
+from wsae.sae.loss import Weights, dimension_weights, weigh
 from wsae.stats.moments import Moments
 
 

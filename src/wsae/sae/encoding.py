@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wsae.ops import SparseCode
-from wsae.ops.native import why_not
-from wsae.ops.native.build import has_int8
-from wsae.ops.native.select import (
+from wsae.kernels import SparseCode
+from wsae.kernels.native import why_not
+from wsae.kernels.native.build import has_int8
+from wsae.kernels.native.select import (
     LARGEST_SHARE,
     Centred,
     RoundedEncoder,
@@ -15,7 +15,7 @@ from wsae.ops.native.select import (
     select_above,
     select_topk,
 )
-from wsae.ops.native.slices import to_slices
+from wsae.kernels.native.slices import to_slices
 from wsae.sae.config import BatchTopK, GroupTopK, TopK
 from wsae.sae.model import SparseAutoencoder
 

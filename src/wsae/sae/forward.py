@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Float64, Num
 from torch import Tensor
 from torch.autograd import Function
 
-from wsae.ops import (
+from wsae.kernels import (
     Plan,
     SparseCode,
     code_from_dense,

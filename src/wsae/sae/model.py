@@ -21,7 +21,7 @@ from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.ops import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
+from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, Provenance, SAEConfig, TopK
 
 WEIGHTS = "sae.safetensors"

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.losses.reconstruction import Weights, weigh
+from wsae.sae.loss import Weights, weigh
 from wsae.theory.geometry import check_W_p
 
 Activation = Literal["relu", "topk", "jumprelu"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.losses.reconstruction import Weights, weigh
+from wsae.sae.loss import Weights, weigh
 from wsae.theory.geometry import check_W_p
 from wsae.theory.losses import superpose
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.ops import SparseCode
-from wsae.ops.codes import offsets_of
+from wsae.kernels import SparseCode
+from wsae.kernels.codes import offsets_of
 from wsae.toy.config import (
     Correlated,
     EqualRates,

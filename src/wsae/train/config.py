@@ -5,8 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from wsae.core.config import Config
-from wsae.losses.config import GammaConfig
-from wsae.sae.config import Activation, SAEConfig, TopK
+from wsae.sae.config import Activation, GammaConfig, SAEConfig, TopK
 
 FEW_STEPS = 100
 """Steps below which a run is called too short."""

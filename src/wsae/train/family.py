@@ -13,9 +13,9 @@ from wsae.acts.stream import ActivationSource
 from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.losses.config import GammaConfig
-from wsae.losses.gamma import describe_gamma, gamma_from_covariance, gamma_from_proxy
-from wsae.losses.reconstruction import Weights
+from wsae.sae.config import GammaConfig
+from wsae.sae.gamma import describe_gamma, gamma_from_covariance, gamma_from_proxy
+from wsae.sae.loss import Weights
 from wsae.sae.model import SparseAutoencoder
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig

@@ -20,14 +20,14 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from wsae.losses.reconstruction import weigh
-from wsae.ops import Plan, SparseCode, code_from_topk, offsets_of
-from wsae.ops.triton.encode import above, group_topk_encode, select_batch_topk, topk_encode
-from wsae.ops.triton.sums import decode, pair_products, products, scatter
-from wsae.ops.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
-from wsae.ops.triton.update import adam_rows_, update_rows_
-from wsae.ops.update import AdamStep, SparseGrad
+from wsae.kernels import Plan, SparseCode, code_from_topk, offsets_of
+from wsae.kernels.triton.encode import above, group_topk_encode, select_batch_topk, topk_encode
+from wsae.kernels.triton.sums import decode, pair_products, products, scatter
+from wsae.kernels.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
+from wsae.kernels.triton.update import adam_rows_, update_rows_
+from wsae.kernels.update import AdamStep, SparseGrad
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
+from wsae.sae.loss import weigh
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.handwritten import (

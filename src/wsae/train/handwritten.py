@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wsae.ops import SparseCode
+from wsae.kernels import SparseCode
 from wsae.sae.config import JumpReLU
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.state import MemberState, StepResult

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from wsae.losses.reconstruction import weigh
-from wsae.ops import SparseCode, offsets_of
-from wsae.ops.native.select import Centred, dimension_scales, select_above, select_topk
-from wsae.ops.native.slices import (
+from wsae.kernels import SparseCode, offsets_of
+from wsae.kernels.native.select import Centred, dimension_scales, select_above, select_topk
+from wsae.kernels.native.slices import (
     Residual,
     Slices,
     dots,
@@ -26,9 +25,10 @@ from wsae.ops.native.slices import (
     sort_pairs,
     to_slices,
 )
-from wsae.ops.native.weights import Bias, Matrix, Terms, Weights, make_weights
-from wsae.ops.update import AdamStep, adam_rows_
+from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weights
+from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
+from wsae.sae.loss import weigh
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.handwritten import (

@@ -24,7 +24,7 @@ from wsae.core.errors import understood
 from wsae.core.files import write_json
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
-from wsae.losses.gamma import describe_gamma
+from wsae.sae.gamma import describe_gamma
 from wsae.sae.model import WEIGHTS, SparseAutoencoder
 from wsae.train.config import TrainConfig
 from wsae.train.family import covariances, finished, make_family, power_of_two_scale

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from wsae.losses.gamma import gamma_from_proxy, latent_variance_proxy
-from wsae.losses.reconstruction import weigh
-from wsae.ops import SparseCode
-from wsae.ops.native.weights import Weights
+from wsae.kernels import SparseCode
+from wsae.kernels.native.weights import Weights
 from wsae.sae.config import BatchTopK
 from wsae.sae.forward import WHOLE, Whole
+from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
+from wsae.sae.loss import weigh
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import MemberConfig, TrainConfig
 

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.losses.reconstruction import auxk_loss, weighted_reconstruction_loss
-from wsae.ops import SparseCode
-from wsae.ops.native import why_not
-from wsae.ops.native.select import LARGEST_SHARE
-from wsae.ops.triton import unsupported
+from wsae.kernels import SparseCode
+from wsae.kernels.native import why_not
+from wsae.kernels.native.select import LARGEST_SHARE
+from wsae.kernels.triton import unsupported
 from wsae.sae.config import GroupTopK, JumpReLU, ReLU, TopK
 from wsae.sae.forward import WHOLE, Forward, training_forward
+from wsae.sae.loss import auxk_loss, weighted_reconstruction_loss
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import Stack
 from wsae.train.config import TrainConfig
@@ -181,8 +181,8 @@ def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
 def _fails(device: torch.device) -> str | None:
     """Try one small kernel: Triton needs a C compiler and a driver that fits, and finds out when it launches."""
     try:
-        from wsae.ops.triton.update import adam_rows_
-        from wsae.ops.update import AdamStep
+        from wsae.kernels.triton.update import adam_rows_
+        from wsae.kernels.update import AdamStep
 
         W, grad, m, v = torch.zeros(4, 1, 1, dtype=torch.float32, device=device)
         with torch.cuda.device(device):

@@ -32,8 +32,6 @@ from wsae.core.files import digest, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.evals.autointerp.controls import pca
-from wsae.evals.autointerp.summary import Sample, density_adjusted, matched_density
 from wsae.evals.classes.config import ClassControl, ClassesConfig
 from wsae.evals.classes.tally import (
     Encode,
@@ -51,6 +49,8 @@ from wsae.evals.classes.tally import (
 from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.glossary import CLASS_SCORES, glossary
+from wsae.evals.interpret.controls import pca
+from wsae.evals.interpret.summary import Sample, density_adjusted, matched_density
 from wsae.evals.intervals import (
     Difference,
     mean,

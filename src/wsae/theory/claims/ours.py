@@ -12,8 +12,8 @@ from scipy.optimize import minimize as scipy_minimize
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
-from wsae.losses.gamma import gamma_from_covariance, gamma_from_proxy
-from wsae.losses.reconstruction import weigh
+from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy
+from wsae.sae.loss import weigh
 from wsae.theory.claims.record import Claim
 from wsae.theory.claims.weights import RULES, scaled_gap_norm, weights_of
 from wsae.theory.geometry import (

@@ -9,9 +9,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
-from wsae.losses.config import GammaConfig
-from wsae.losses.gamma import gamma_from_covariance, gamma_from_proxy, gap_weights
-from wsae.losses.reconstruction import Weights, weigh
+from wsae.sae.config import GammaConfig
+from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy, gap_weights
+from wsae.sae.loss import Weights, weigh
 from wsae.theory.claims.minima import TOWARDS_ONE
 from wsae.theory.claims.record import Claim
 from wsae.theory.geometry import (

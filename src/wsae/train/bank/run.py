@@ -18,10 +18,10 @@ from torch import Tensor
 from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.losses.gamma import gamma_from_proxy, latent_variance_proxy
-from wsae.losses.reconstruction import weighted_reconstruction_loss
 from wsae.sae.config import BatchTopK, ReLU
 from wsae.sae.forward import training_forward
+from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
+from wsae.sae.loss import weighted_reconstruction_loss
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
 from wsae.train.bank.config import BankConfig

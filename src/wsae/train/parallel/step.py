@@ -13,7 +13,7 @@ from torch.autograd import Function
 from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.ops import SparseCode, code_from_topk, offsets_of, select_batch_topk
+from wsae.kernels import SparseCode, code_from_topk, offsets_of, select_batch_topk
 from wsae.sae.config import BatchTopK, GroupTopK, TopK
 from wsae.sae.forward import Whole
 from wsae.sae.model import SparseAutoencoder

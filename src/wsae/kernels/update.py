@@ -1,0 +1,89 @@
+"""The optimiser's step on one matrix of rows: Adam, with rows kept at unit norm on request.
+
+This is the CPU path and the specification of the kernels in `wsae.kernels.triton.update`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wsae.kernels.sparse import Plan
+
+
+class AdamStep(NamedTuple):
+    """What Adam needs to know of a step (Kingma and Ba 2015); `step` counts from 1."""
+
+    lr: float
+    step: int
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+class SparseGrad(NamedTuple):
+    """A gradient as its terms: row j is the sum over pairs (b, j) of the plan of weight * rows[b].
+
+    Terms of several losses are one plan over more rows: concatenate the row offsets and the matrices of rows.
+    """
+
+    plan: Plan
+    weights: Float[Tensor, " nnz"]
+    rows: Float[Tensor, "batch d_in"]
+
+    def dense(self) -> Float[Tensor, "d_sae d_in"]:
+        """Return the gradient as a matrix."""
+        return self.plan.scatter(self.weights, self.rows)
+
+
+def adam_rows_(
+    W: Float[Tensor, "n d"],
+    grad: Float[Tensor, "n d"],
+    m: Float[Tensor, "n d"],
+    v: Float[Tensor, "n d"],
+    adam: AdamStep,
+    unit: bool,
+) -> None:
+    """Take one step of Adam on W [n, d] in place, exactly as torch.optim.Adam does; `grad` may be overwritten.
+
+    m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  bias corrections c_i = 1 - beta_i^step,
+    W -= lr (m / c_1) / (sqrt(v / c_2) + eps). With `unit` the part of g along each (unit) row is dropped before,
+    g -= (g . W_j) W_j, and each row is divided by max(|W_j|, 1e-12) after.
+    """
+    if unit:
+        grad.addcmul_(W, torch.linalg.vecdot(grad, W, dim=1)[:, None], value=-1)
+    torch._fused_adam_(
+        [W],
+        [grad],
+        [m],
+        [v],
+        [],  # no running maximum of v: amsgrad is off
+        [torch.tensor(float(adam.step), dtype=torch.float32, device=W.device)],
+        lr=adam.lr,
+        beta1=adam.beta1,
+        beta2=adam.beta2,
+        weight_decay=0.0,
+        eps=adam.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if unit:
+        unit_rows_(W)
+
+
+def update_rows_(
+    W: Float[Tensor, "n d"],
+    grad: SparseGrad,
+    m: Float[Tensor, "n d"],
+    v: Float[Tensor, "n d"],
+    adam: AdamStep,
+    unit: bool,
+) -> None:
+    """Take the step of `adam_rows_` on W [n, d] with the gradient given by its terms."""
+    adam_rows_(W, grad.dense(), m, v, adam, unit)
+
+
+def unit_rows_(W: Float[Tensor, "n d"]) -> None:
+    """Divide each row of W [n, d] by max(|W_j|, 1e-12) in place."""
+    W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min_(1e-12))

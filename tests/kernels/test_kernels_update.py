@@ -1,0 +1,73 @@
+"""Adam on rows is torch.optim.Adam with the two lines that keep rows at unit norm."""
+
+import pytest
+import torch
+
+from wsae.kernels import code_from_topk
+from wsae.kernels.sparse import Plan
+from wsae.kernels.update import AdamStep, SparseGrad, adam_rows_, update_rows_
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (64, 33)])
+def test_a_run_equals_torch_adam_with_unit_rows(unit, dtype, shape) -> None:
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(*shape, generator=g, dtype=dtype)
+    W = W / W.norm(dim=1, keepdim=True) if unit else W
+    ours, m, v = W.clone(), torch.zeros_like(W), torch.zeros_like(W)
+    theirs = torch.nn.Parameter(W.clone())
+    optimizer = torch.optim.Adam([theirs], lr=0.1, fused=True)
+    for step in range(1, 8):
+        grad = torch.randn(*shape, generator=g, dtype=dtype)
+        lr = 0.1 / step
+        adam_rows_(ours, grad.clone(), m, v, AdamStep(lr, step), unit)
+        optimizer.param_groups[0]["lr"] = lr
+        theirs.grad = grad
+        with torch.no_grad():
+            if unit:
+                along = torch.linalg.vecdot(theirs.grad, theirs, dim=1)
+                theirs.grad.addcmul_(theirs, along[:, None], value=-1)
+            optimizer.step()
+            if unit:
+                norms = torch.linalg.vector_norm(theirs, dim=1, keepdim=True)
+                theirs.div_(norms.clamp_min_(1e-12))
+        assert torch.equal(ours, theirs.detach())
+    state = optimizer.state[theirs]
+    assert torch.equal(m, state["exp_avg"])
+    assert torch.equal(v, state["exp_avg_sq"])
+
+
+def test_betas_and_eps_are_torchs() -> None:
+    W, grad = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 1e-9]])
+    theirs = torch.nn.Parameter(W.clone())
+    theirs.grad = grad.clone()
+    torch.optim.Adam([theirs], lr=0.3, betas=(0.5, 0.75), eps=1e-4).step()
+    adam_rows_(
+        W, grad, torch.zeros(1, 2), torch.zeros(1, 2), AdamStep(0.3, 1, 0.5, 0.75, 1e-4), False
+    )
+    torch.testing.assert_close(W, theirs.detach())
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_a_gradient_given_by_its_terms_is_their_sum(unit) -> None:
+    """Latents without a pair take Adam's step with gradient zero: their momentum moves them on."""
+    g = torch.Generator().manual_seed(1)
+    d_sae, d_in, batch, k = 9, 4, 6, 2
+    indices = torch.randint(0, d_sae - 2, (batch, k), generator=g)
+    weights, rows = torch.randn(batch, k, generator=g), torch.randn(batch, d_in, generator=g)
+    code = code_from_topk(weights, indices)
+    W, m = torch.randn(2, d_sae, d_in, generator=g)
+    v = torch.rand(d_sae, d_in, generator=g)
+    dense = torch.zeros(d_sae, d_in)
+    for b in range(batch):
+        for i in range(k):
+            dense[indices[b, i]] += weights[b, i] * rows[b]
+    twin = [W.clone(), m.clone(), v.clone()]
+    adam_rows_(twin[0], dense, twin[1], twin[2], AdamStep(0.1, 3), unit)
+    terms = SparseGrad(Plan.build(code.indices, code.offsets, d_sae), code.values, rows)
+    before = W.clone()
+    update_rows_(W, terms, m, v, AdamStep(0.1, 3), unit)
+    for ours, theirs in zip((W, m, v), twin, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(before[-1], W[-1])
