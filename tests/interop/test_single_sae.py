@@ -105,6 +105,10 @@ def test_an_imported_sae_is_measured_shown_compared_and_given_away(theirs, acts,
     again = told(capsys, ["evaluate", str(other), *QUICK])  # on the same data
     assert again["hooks"]["acts"]["members"]["sae"]["metrics"]["fvu"]["value"] == value
     page = Path(told(capsys, ["report", str(other)])["report"]).read_text()
+    head = page.split("<main>")[0]
+    assert "One sparse autoencoder" in head
+    assert "plain twin" not in head
+    assert "No training metrics" not in head
     assert "not a finished" not in page
     told(capsys, ["serve", str(theirs), "--index-only", "--contexts", "0"])
     lines = told(capsys, ["compare", str(theirs), str(other), "--draws", "20"])["hooks"]["acts"]

@@ -63,6 +63,8 @@ def environment(*packages: str) -> jinja2.Environment:
 def render(run: RunData) -> str:
     """Return the page of a run as text (always encodable as UTF-8)."""
     style, script = ((_ASSETS / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    weighted = "Weighted sparse autoencoders beside their plain twin"
+    what = "One sparse autoencoder" if run.single else weighted
     manifest = {key: value for key, value in run.manifest.items() if key != "config"}
     page = (
         environment("wsae.report")
@@ -71,7 +73,8 @@ def render(run: RunData) -> str:
             policy=policy(script, style),
             style=Markup(style),
             script=Markup(script),
-            title=f"{run.path.resolve().name}: weighted sparse autoencoders beside their plain twin",
+            title=f"{run.path.resolve().name}: {what[0].lower()}{what[1:]}",
+            what=what,
             run=run,
             about=view.overview(run),
             view=view,

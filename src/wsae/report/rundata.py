@@ -42,6 +42,7 @@ class RunData:
         self.path, self.config, self.thumbnails = run.path, run.record, run.thumbnails
         self.weights = run.weights
         self.manifest: Json = run.manifest.to_dict() if run.finished else {}
+        self.single = run.single
         if run.single:
             run.evaluation_record  # noqa: B018  (the only thing there is to show)
         self.metrics, self.gamma = run.metrics, run.gamma_record
@@ -73,7 +74,8 @@ class RunData:
             "Run wsae evaluate, then wsae report again.": not evaluated,
             "No contexts: the data are arrays or no latent was sampled.": self.evaluation
             and not has_contexts,
-            f"No training metrics: the run has no {METRICS_FILE}.": lacks_metrics,
+            f"No training metrics: the run has no {METRICS_FILE}.": lacks_metrics
+            and not run.single,
             f"The last line of {METRICS_FILE} is cut off (the run was stopped while writing it).": run.metrics_cut,
         }
         self.notes = [note for note, applies in notes.items() if applies]
