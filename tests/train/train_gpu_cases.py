@@ -32,7 +32,7 @@ from wsae.train.state import MemberState, make_batch, make_member
 from wsae.train.step import eager_step
 
 D_IN, D_SAE, BATCH = 20, 96, 17
-STEPS = 3
+STEPS = 2
 
 
 def product(x: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
