@@ -426,10 +426,6 @@ class Run:
         """Return the manifest of a part, names and sizes compared."""
         return read_manifest(self.path / part, part, verify=False)
 
-    def made_with(self, part: str, config: Json) -> bool:
-        """Return whether a part is there, whole, and was made with these settings."""
-        return self.has(part) and read_manifest(self.path / part, part).config == config
-
     @property
     def finished(self) -> bool:
         """Whether training has finished: the manifest is written last."""

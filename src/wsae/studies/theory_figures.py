@@ -215,7 +215,10 @@ def _alpha(axes: "Axes", seed: int) -> None:
         axes.plot(alphas, norms, color=colour, lw=1.8)
     for alpha, name in ((-0.5, "least"), (0.0, "plain"), (1.0, "the paper's")):
         axes.axvline(alpha, color=COLOURS[0], lw=0.8, ls=":")
-        axes.text(alpha + 0.03, axes.get_ylim()[1], name, rotation=90, fontsize=7.5, va="top")
+        edge = ("top", 1) if alpha < 0 else ("bottom", 0)  # where no curve runs
+        axes.text(
+            alpha + 0.03, axes.get_ylim()[edge[1]], name, rotation=90, fontsize=7.5, va=edge[0]
+        )
     _finish(axes, "The gap by the exponent of the variance", "alpha in $\\gamma_i = s_i^\\alpha$")
     axes.set_ylabel("least $\\|c W_p^T \\Gamma^2 W_p - I\\|$ / plain")
 
