@@ -45,19 +45,31 @@ path of an array file, of a folder of them or of a store (`str` or `os.PathLike`
 EPOCHS = 4
 """Passes over the data where no number of tokens is given."""
 _GAMMA = ("alpha", "normalise", "robust", "quantile", "ridge")
+_MAP = ("power", "shrinkage")
 
 
 def Member(  # noqa: N802  (reads as the value it makes)
     gamma: object = "none",
     k: int = 32,
     activation: str = "topk",
+    precondition: str = "none",
     **fields: Any,
 ) -> MemberConfig:
     """Return one member of a family: a gamma rule's name (or the proxy itself, one value per dimension) and the rest.
 
-    `fields` are those of MemberConfig (d_sae, expansion, tied, lr, seed, l1, l0, auxk, k_aux, label) and of GammaConfig
-    (alpha, normalise, robust, quantile, ridge). Raises UserError naming an unknown one, or a value that does not fit.
+    `precondition` is standardise or whiten, to train on mapped activations. `fields` are those of MemberConfig (d_sae,
+    expansion, tied, lr, seed, l1, l0, auxk, k_aux, label), of GammaConfig (alpha, normalise, robust, quantile, ridge)
+    and of PreconditionConfig (power, shrinkage). Raises UserError naming an unknown one, or a value that does not fit.
     """
+    mapped: dict[str, Any] | None = {key: fields.pop(key) for key in _MAP if key in fields}
+    if precondition != "none":
+        mapped = {"kind": precondition, **mapped}
+    elif mapped:
+        raise UserError(
+            f"member: {next(iter(mapped))} is of a preconditioner; give precondition 'whiten' or 'standardise' too"
+        )
+    else:
+        mapped = None
     weights: dict[str, Any] = {key: fields.pop(key) for key in _GAMMA if key in fields}
     if isinstance(gamma, str):
         weights["rule"] = gamma
@@ -69,7 +81,7 @@ def Member(  # noqa: N802  (reads as the value it makes)
             )
         weights |= {"rule": "vector", "vector": tuple(proxy.double().tolist())}
     kind = make_activation(activation, k)
-    data = {"gamma": weights, "activation": kind, **fields}
+    data = {"gamma": weights, "activation": kind, "precondition": mapped, **fields}
     return MemberConfig.parse(data, where="member")
 
 

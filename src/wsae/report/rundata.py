@@ -120,9 +120,10 @@ class RunData:
         return f"s{self.members(hook).index(member) % COLOURS}"
 
     def is_plain(self, hook: str, member: str) -> bool:
-        """Return whether a trained member has no weighting: by its gamma rule, by its name where none is recorded."""
-        rule = self.gamma_record(hook, member).get("rule")
-        return not is_control(member) and (member == TWIN_NAME if rule is None else rule == "none")
+        """Return whether a trained member is neither weighted nor preconditioned: by its record, else by its name."""
+        record = self.gamma_record(hook, member)
+        rule = member == TWIN_NAME if record.get("rule") is None else record["rule"] == "none"
+        return rule and record.get("precondition") is None and not is_control(member)
 
     def twin_of(self, hook: str, member: str) -> str | None:
         """Name the plain twin of a member: the one it was compared with, else the first plain one of the hook."""

@@ -88,6 +88,29 @@ class GammaConfig(Config):
         return "-".join(parts)
 
 
+class PreconditionConfig(Config):
+    """The linear map P in which an SAE is trained: it sees P x, and is folded so that saved it takes x and gives x_hat.
+
+    P = (C + shrinkage m I) ^ (-power / 2) with C the covariance and m its mean eigenvalue (whiten), or with C's
+    diagonal alone in its place (standardise). gamma weights the errors of P x.
+    """
+
+    kind: Literal["standardise", "whiten"]
+    """standardise: each dimension by its own variance; whiten: by the covariance."""
+    power: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
+    """How far: 1 makes all variances 1, 0.5 takes the square root of that way (C^-1/4), 0 leaves x as it is."""
+    shrinkage: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["ledoit-wolf"] = RIDGE
+    """What is added to every eigenvalue of C before, as a share of their mean (a ridge); ledoit-wolf: C moves towards
+    m I by the share of least expected error (Ledoit & Wolf 2004)."""
+
+    @property
+    def label(self) -> str:
+        """A short name: whiten-input-p0.5 ..."""
+        parts = [f"{self.kind}-input-p{self.power:g}"]
+        parts += [] if self.shrinkage == RIDGE else [f"shrink{self.shrinkage}"]
+        return "-".join(parts)
+
+
 Kind = Literal["topk", "group_topk", "batch_topk", "relu", "jumprelu"]
 
 

@@ -47,7 +47,7 @@ def training_buffers(cfg: TrainConfig, widths: Mapping[str, int]) -> list[Buffer
                 Buffer("mask of active latents", (batch, d_sae), 1, "--batch-size or --d-sae"),
                 Buffer("weights, their gradient or Adam's moments", (d_sae, d_in), 4, _SHAPE),
             ]
-            if member.gamma.needs_covariance:
+            if member.needs_covariance:
                 found.append(Buffer("covariance", (d_in, d_in), 8, "the width: name another hook"))
     return list(dict.fromkeys(found))
 
@@ -116,7 +116,7 @@ def about(stats: dict[str, SourceStats]) -> dict[str, dict[str, int | float]]:
     """Return what a run's manifest says of each hook's activations."""
     return {
         "d_in": {hook: s.kept.d_in for hook, s in stats.items()},
-        "scale": {hook: power_of_two_scale(s.kept) for hook, s in stats.items()},
+        "scale": {hook: power_of_two_scale(s.kept.variance) for hook, s in stats.items()},
         "rows": {hook: s.kept.n for hook, s in stats.items()},
     }
 
