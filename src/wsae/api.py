@@ -24,8 +24,9 @@ from wsae.sae.gamma import gamma_from_proxy
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.bank.run import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, covariances, finished, make_family
+from wsae.train.family import FamilyState, finished
 from wsae.train.loop import run_steps
+from wsae.train.start import start_family
 from wsae.train.state import metrics_row
 
 __all__ = [
@@ -44,7 +45,7 @@ Acts = object
 path of an array file, of a folder of them or of a store (`str` or `os.PathLike`); or a source with one hook."""
 EPOCHS = 4
 """Passes over the data where no number of tokens is given."""
-_GAMMA = ("alpha", "normalise", "robust", "quantile", "ridge")
+_GAMMA = ("alpha", "normalise", "robust", "quantile", "ridge", "rounds")
 _MAP = ("power", "shrinkage")
 
 
@@ -58,8 +59,9 @@ def Member(  # noqa: N802  (reads as the value it makes)
     """Return one member of a family: a gamma rule's name (or the proxy itself, one value per dimension) and the rest.
 
     `precondition` is standardise or whiten, to train on mapped activations. `fields` are those of MemberConfig (d_sae,
-    expansion, tied, lr, seed, l1, l0, auxk, k_aux, label), of GammaConfig (alpha, normalise, robust, quantile, ridge)
-    and of PreconditionConfig (power, shrinkage). Raises UserError naming an unknown one, or a value that does not fit.
+    expansion, tied, lr, seed, l1, l0, auxk, k_aux, label), of GammaConfig (alpha, normalise, robust, quantile, ridge,
+    rounds) and of PreconditionConfig (power, shrinkage). Raises UserError naming an unknown one, or a value that does
+    not fit.
     """
     mapped: dict[str, Any] | None = {key: fields.pop(key) for key in _MAP if key in fields}
     if precondition != "none":
@@ -136,7 +138,7 @@ def fit_family(
     data = {"members": tuple(given), "tokens": rows, **options}
     cfg = TrainConfig.parse(data, where="fit")
     stats = source.stats(progress)
-    family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
+    family = start_family(cfg, source, stats, device, progress)
     if fits_a_bank(cfg, family, source):
         train_batched(cfg, family, source, progress)
     else:

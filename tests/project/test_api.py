@@ -20,8 +20,8 @@ from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.train.bank.run import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import covariances, make_family
 from wsae.train.run import train_run
+from wsae.train.start import start_family
 
 QUICK = {"tokens": 8_000, "batch_size": 200, "seed": 3}
 
@@ -308,7 +308,7 @@ def batched(members: list[MemberConfig], **data: object) -> bool:
     cfg = TrainConfig(members=tuple(members), **data)
     source = ArraySource(world(), heldout_fraction=0.0)
     stats = source.stats()
-    family = make_family(cfg, stats, "cpu", covariances(cfg, source, stats))
+    family = start_family(cfg, source, stats)
     return fits_a_bank(cfg, family, source)
 
 

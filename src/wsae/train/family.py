@@ -9,12 +9,15 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from wsae.acts.stream import ActivationSource
 from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
-from wsae.core.progress import Progress, quiet
 from wsae.sae.config import GammaConfig, PreconditionConfig
-from wsae.sae.gamma import describe_gamma, gamma_from_covariance, gamma_from_proxy
+from wsae.sae.gamma import (
+    describe_gamma,
+    gamma_from_covariance,
+    gamma_from_proxy,
+    gamma_from_residual,
+)
 from wsae.sae.loss import Weights, weigh
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.precondition import Preconditioner
@@ -22,41 +25,6 @@ from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.native import leave
 from wsae.train.state import MemberState, make_member
-
-# The covariance of each hook's activations, taken only when a member's gamma rule needs it.
-
-MAX_ROWS = 131_072
-"""Rows behind a covariance at most: 32 for each of 4096 dimensions."""
-_BATCH = 4096
-
-
-def covariances(
-    cfg: TrainConfig,
-    source: ActivationSource,
-    stats: dict[str, SourceStats],
-    progress: Progress = quiet,
-) -> dict[str, Covariance]:
-    """Return each hook's covariance over shuffled training rows of one epoch, 131,072 at most; {} if no rule needs it.
-
-    Rows are counted as the statistics are: a live model's first `stats_tokens`. Memory is d_in^2 x 8 bytes per hook and
-    one batch. The sample is that of the run's seed, so a resumed run sees the same one.
-    """
-    if not any(member.needs_covariance for member in cfg.members):
-        return {}
-    wanted = min(MAX_ROWS, *(s.kept.n for s in stats.values()))
-    even = wanted // math.ceil(wanted / _BATCH)  # whole batches that leave almost no row out
-    batch = even if source.n_rows is not None else min(cfg.batch_size, wanted)
-    stream = source.stream(batch, cfg.seed)
-    found = {hook: Covariance(d_in) for hook, d_in in source.hooks.items()}
-    with progress("covariance", wanted // batch * batch, "rows") as tick:
-        for _ in range(wanted // batch):
-            rows = stream.next()
-            if stream.state().get("epoch", 0) != 0:
-                break  # a short text has begun again
-            for hook, covariance in found.items():
-                covariance.update(rows[hook])
-            tick(batch)
-    return found
 
 
 @dataclass
@@ -104,12 +72,14 @@ def make_family(
     stats: dict[str, SourceStats],
     device: str = "cpu",
     covariances: dict[str, Covariance] | None = None,
+    residuals: dict[str, dict[str, Covariance]] | None = None,
     make: Callable[[str, str, MemberConfig, Inputs], MemberState | None] | None = None,
 ) -> FamilyState:
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
 
-    `covariances` (of `wsae.train.family`) serve preconditioners and the rules gap and whiten. `make` makes a hook's
-    member called so in place of `make_member`, or none.
+    `covariances` of each hook serve preconditioners and the rules gap and whiten, `residuals` of each hook and member
+    the residual rules (`wsae.train.start` takes both). `make` makes a hook's member called so in place of
+    `make_member`, or none.
     """
 
     def whole(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState:  # noqa: ARG001
@@ -128,7 +98,8 @@ def make_family(
             member = (make or whole)(hook, name, member_cfg, inputs)
             if member is None:
                 continue
-            gamma = initial_gamma(member_cfg.gamma, s, inputs, covariance)
+            left = (residuals or {}).get(hook, {}).get(name)
+            gamma = initial_gamma(member_cfg.gamma, s, inputs, left or covariance)
             member.sae.set_gamma(gamma)
             if inputs.inside is not None:
                 member.inside = inputs.inside.to(member.mean)
@@ -172,7 +143,9 @@ def initial_gamma(
                     f"the gamma vector has {len(cfg.vector)} entries, the activations {kept.d_in} dimensions"
                 )
             return gamma_from_proxy(cfg, torch.tensor(cfg.vector, dtype=torch.float64))
-        case "gap" | "whiten":
+        case "residual" | "residual_covariance" if covariance is not None:
+            return gamma_from_residual(cfg, covariance.covariance)
+        case "gap" | "whiten" | "residual" | "residual_covariance":
             return _from_covariance(cfg, inputs, covariance)
 
 

@@ -27,8 +27,9 @@ from wsae.core.progress import Progress, quiet
 from wsae.sae.gamma import describe_gamma
 from wsae.sae.model import WEIGHTS, SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.family import covariances, finished, make_family, power_of_two_scale
+from wsae.train.family import finished, power_of_two_scale
 from wsae.train.loop import FamilyJob, enter, held, train_job
+from wsae.train.start import start_family
 from wsae.train.state import MemberState
 
 _SHAPE = "--d-sae, --expansion or the number of members"
@@ -81,7 +82,7 @@ def train_run(
             return load_run(out)
         with explained("training", lambda: training_buffers(cfg, source.hooks)):
             stats = source.stats(progress)
-            family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
+            family = start_family(cfg, source, stats, device, progress)
             write_json(out / GAMMA_FILE, family.gamma_record)
             train_job(FamilyJob(cfg, family, source), out, progress)
             saes: dict[str, dict[str, SparseAutoencoder]] = {}

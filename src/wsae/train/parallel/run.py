@@ -31,12 +31,13 @@ from wsae.train.checkpoint import (
     place_of,
 )
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, Inputs, covariances, folded, make_family
+from wsae.train.family import FamilyState, Inputs, folded
 from wsae.train.loop import FamilyJob, Team, TrainJob, enter, held, train_job
 from wsae.train.parallel.config import even_part
 from wsae.train.parallel.step import Shard, make_shard
 from wsae.train.parallel.world import MAX, Mesh
 from wsae.train.run import about, finish_run, identity_of, write_member
+from wsae.train.start import start_family
 from wsae.train.state import MemberState
 
 _ROWS = ("sae.W_dec", "sae.b_enc", "sae.log_threshold", "since_fired", "dead")
@@ -291,8 +292,7 @@ def train_parallel(
             mine = (hook, name) in own
             return make_shard(name, member, cfg, inputs, world) if mine else None
 
-        found = covariances(cfg, part, every, progress)
-        family = make_family(cfg, stats, world.device, found, make)
+        family = start_family(cfg, part, stats, world.device, progress, make)
         own_told = {"gamma": family.gamma_record, **about(stats)} if world.place.leads else {}
         told = _merged(world.to_first(own_told))
         if world.first:
