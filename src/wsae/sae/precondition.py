@@ -24,9 +24,9 @@ from wsae.stats import Covariance
 class Preconditioner:
     """The map P, symmetric and positive definite, its inverse, and the moments of P x; trace(P P) = d_in."""
 
-    map: Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]
+    map: Weights
     """P, or its diagonal where it has no more."""
-    inverse: Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]
+    inverse: Weights
     record: dict[str, Any]
     """What a run keeps of it: how it was made, from how many rows, and its condition number."""
 

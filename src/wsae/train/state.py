@@ -130,8 +130,8 @@ def make_batches(x: Float[Tensor, "batch d_in"], members: list[MemberState]) -> 
 
 
 LOOKED_AT = 16
-"""With a preconditioner one row in so many of a batch tells the fraction of variance unexplained of x itself: to take
-every row's error back costs as much as the map."""
+"""With a preconditioner the fast kernels take the error of one row in so many back to x, for the fraction of variance
+unexplained: to take every row's back costs as much as the map."""
 
 
 GAMMA_EVERY = 10
@@ -150,7 +150,7 @@ class StepResult(NamedTuple):
     sse: Float[Tensor, ""]
     """Sum over the batch of |x_hat - x|^2, in scaled units."""
     error: Float[Tensor, "rows d_in"] | None = None
-    """x_hat - x of the first rows, where the member has a preconditioner: they are `looked_at`."""
+    """x_hat - x of all or the first rows (`looked_at`), where the member has a preconditioner."""
 
 
 def record(
@@ -218,7 +218,7 @@ def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
 
 
 def looked_at(member: MemberState, batch: Batch) -> int:
-    """Return how many of a batch's first rows tell the error in x itself; 0 without a preconditioner."""
+    """Return how many of a batch's first rows tell the fast kernels the error in x; 0 without a preconditioner."""
     return 0 if member.inside is None else -(-len(batch.x) // LOOKED_AT)
 
 

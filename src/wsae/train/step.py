@@ -25,7 +25,7 @@ from wsae.sae.stack import Stack
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.native import leave, native_step
-from wsae.train.state import GAMMA_EVERY, Batch, MemberState, StepResult, looked_at, record
+from wsae.train.state import GAMMA_EVERY, Batch, MemberState, StepResult, record
 
 
 def eager_step(
@@ -50,9 +50,9 @@ def eager_step(
         remove_radial_gradient(sae)
         member.optimizer.step()
         unit_rows_(sae)
-        x_hat, shown = forward.x_hat.detach(), looked_at(member, batch)
+        x_hat = forward.x_hat.detach()
         sse = F.mse_loss(x_hat, x, reduction="sum")
-        error = x_hat[:shown] - x[:shown] if shown else None
+        error = None if member.inside is None else x_hat - x
         whole = part.once(fit.detach()) + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
         losses = (whole, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
