@@ -308,7 +308,7 @@ def test_misfits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with a_world_of_one(monkeypatch) as world:
         for layout, says in (
             (Layout(data=64), "data=64: a batch of 62 rows leaves a rank without"),
-            (Layout(layers=7), "layers=7: there are 1 hooks of 5 members to divide; use at most 5"),
+            (Layout(layers=7), "layers=7: there are 1 hooks of 6 members to divide; use at most 6"),
         ):
             world.layout = layout
             with pytest.raises(UserError, match=says):
