@@ -12,8 +12,15 @@ from wsae.core.errors import UserError
 # How the loss weights gamma come about, as values. No torch here.
 
 Rule = Literal[
-    *("none", "variance", "latent_variance", "consistency", "vector", "gap", "whiten"),
-    *("residual", "residual_covariance"),
+    "none",
+    "variance",
+    "latent_variance",
+    "consistency",
+    "vector",
+    "gap",
+    "whiten",
+    "residual",
+    "residual_covariance",
 ]
 Normalise = Literal["rms", "max", "none"]
 Robust = Literal["none", "winsor", "rank", "drop"]

@@ -99,7 +99,7 @@ def make_family(
             if member is None:
                 continue
             left = (residuals or {}).get(hook, {}).get(name)
-            gamma = initial_gamma(member_cfg.gamma, s, inputs, left or covariance)
+            gamma = initial_gamma(member_cfg.gamma, s, inputs, covariance, left)
             member.sae.set_gamma(gamma)
             if inputs.inside is not None:
                 member.inside = inputs.inside.to(member.mean)
@@ -120,7 +120,11 @@ def power_of_two_scale(variance: Float64[Tensor, " d_in"]) -> float:
 
 
 def initial_gamma(
-    cfg: GammaConfig, stats: SourceStats, inputs: Inputs, covariance: Covariance | None = None
+    cfg: GammaConfig,
+    stats: SourceStats,
+    inputs: Inputs,
+    covariance: Covariance | None = None,
+    residual: Covariance | None = None,
 ) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
     """Return gamma at the start of training, of P x; latent_variance starts at 1 and moves with the latents."""
     kept = stats.kept
@@ -143,9 +147,11 @@ def initial_gamma(
                     f"the gamma vector has {len(cfg.vector)} entries, the activations {kept.d_in} dimensions"
                 )
             return gamma_from_proxy(cfg, torch.tensor(cfg.vector, dtype=torch.float64))
-        case "residual" | "residual_covariance" if covariance is not None:
-            return gamma_from_residual(cfg, covariance.covariance)
-        case "gap" | "whiten" | "residual" | "residual_covariance":
+        case "residual" | "residual_covariance":
+            if residual is None:
+                raise UserError(f"gamma rule {cfg.rule} needs what a pilot SAE leaves; give it")
+            return gamma_from_residual(cfg, residual.covariance)
+        case "gap" | "whiten":
             return _from_covariance(cfg, inputs, covariance)
 
 
