@@ -34,7 +34,7 @@ def reproduce(
 
     Figures 2 and 3 share one sweep, Figures 4 and 5 backbones and SAEs; `vision` is what these two take beside a
     preset, `tables` what the tables take. `readings` tries every reading of what the paper leaves open; `recovery` is
-    the wider benchmark of methods, gamma rules and worlds. Raises UserError as training does.
+    the wider benchmark of methods, gamma rules and worlds; `remedy` asks what helps (docs/remedy.md). Raises UserError as training does.
     """
     out, files = at.out, []
     with locked(out):
@@ -53,13 +53,13 @@ def reproduce(
                 study.torchrun_hint = at.preset == "paper"
                 result, files = reproduce_study(study, out / name)
             case _:  # brings transformers, which the toy models do not need
+                from wsae.studies.remedy import RemedyStudy
                 from wsae.studies.tables.study import TableStudy
 
                 cfg = study_config(name, at.preset, out, tables, at.seed, at.device)
                 where = (out / name, at.progress, at.say, at.device)
-                result, files = reproduce_study(
-                    TableStudy(cfg, *where, tables, at.preset), out / name
-                )
+                recipe = RemedyStudy if name == "remedy" else TableStudy
+                result, files = reproduce_study(recipe(cfg, *where, tables, at.preset), out / name)
         result = {"name": name, "preset": at.preset, "seed": at.seed, **result}
         write_json(out / f"{name}.json", result)
     return {**result, "files": [str(out / f"{name}.json"), *map(str, files)]}

@@ -403,7 +403,12 @@ def study_config(
         "live": LiveConfig(shuffle_tokens=131_072, stats_tokens=1_000_000) if live else None,
         "tokens": harvest.tokens if live else None,
         "batch_size": {"tiny": 256, "small": 2048, "paper": 4096}[preset],
-        "evaluation": EvalConfig(splice_tokens=0, n_latents=0, rows=EVALUATED, seed=seed),
+        "evaluation": EvalConfig(
+            splice_tokens=0,
+            n_latents=0,
+            rows=EVALUATED // 4 if name == "remedy" else EVALUATED,
+            seed=seed,
+        ),
         "interpret": InterpretConfig.parse(interpret, where=f"preset {preset}"),
         "judge": choices.judge,
         "made_here": preset == "tiny" and choices.model is None and choices.store is None,
