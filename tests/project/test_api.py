@@ -374,4 +374,4 @@ def test_a_bank_reads_the_data_once_and_none_of_a_live_source() -> None:
     assert source.reads == 60 + 1  # one group of members; its first batch is looked at before
     assert batched(members, **run)
     live, cfg = Endless(world(), heldout_fraction=0.0), TrainConfig(members=tuple(members), **run)
-    assert not fits_a_bank(cfg, make_family(cfg, live.stats()), live)
+    assert not fits_a_bank(cfg, start_family(cfg, live, live.stats()), live)
