@@ -3,7 +3,7 @@
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
@@ -23,6 +23,7 @@ from wsae.run import SINGLE, Run
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
+    from wsae.sae import SparseAutoencoder
 
 # `wsae evaluate` of one SAE's directory (imported, exported and back, or from the hub) instead of a
 # run's.
@@ -50,6 +51,39 @@ def evaluate_sae(
     """
     from wsae.evals.control import CONTROL
     from wsae.evals.run import doubts, evaluate, evaluate_run
+
+    sae, data, hook, ours, notes = open_sae(path, source, device)
+    if ours:
+        seen = None
+        try:
+            seen = behind(data, device, language=cfg.splice_tokens > 0)
+        except UserError as error:
+            notes.append(f"not spliced into the model: {error}")
+        written = evaluate_run(path, data, cfg, seen, progress, device)
+        found = written["hooks"][hook]["members"]
+        members = {"random" if name == CONTROL else name: found[name] for name in found}
+        notes += written.get("notes", [])
+    else:
+        scored = evaluate(sae.to(device), data, cfg, progress)
+        names = {"metrics": SINGLE, "control": "random"}
+        members = {name: {"metrics": scored[key]} for key, name in names.items() if key in scored}
+        notes += doubts({hook: {"members": members}})
+    return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
+
+
+class OpenedSae(NamedTuple):
+    """One SAE and the data to measure it on."""
+
+    sae: "SparseAutoencoder"
+    data: "ActivationSource"
+    hook: str
+    ours: bool
+    """Whether its folder is one of ours that results can be written to."""
+    notes: list[str]
+
+
+def open_sae(path: Path, source: str | None, device: str) -> OpenedSae:
+    """Open one SAE of ours or another tool's with its data; raises UserError without data, or where they do not fit."""
     from wsae.interop.convert import load
 
     loaded = load(path)
@@ -70,22 +104,7 @@ def evaluate_sae(
             "give activations of the SAE's model and hook"
         )
     notes = [*loaded.about.notes, *strangers(loaded.about.model, loaded.about.hook, data)]
-    if ours:
-        seen = None
-        try:
-            seen = behind(data, device, language=cfg.splice_tokens > 0)
-        except UserError as error:
-            notes.append(f"not spliced into the model: {error}")
-        written = evaluate_run(path, data, cfg, seen, progress, device)
-        found = written["hooks"][hook]["members"]
-        members = {"random" if name == CONTROL else name: found[name] for name in found}
-        notes += written.get("notes", [])
-    else:
-        scored = evaluate(loaded.sae.to(device), data, cfg, progress)
-        names = {"metrics": SINGLE, "control": "random"}
-        members = {name: {"metrics": scored[key]} for key, name in names.items() if key in scored}
-        notes += doubts({hook: {"members": members}})
-    return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
+    return OpenedSae(loaded.sae, data, hook, ours, notes)
 
 
 def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> list[str]:
