@@ -34,7 +34,8 @@ def reproduce(
 
     Figures 2 and 3 share one sweep, Figures 4 and 5 backbones and SAEs; `vision` is what these two take beside a
     preset, `tables` what the tables take. `readings` tries every reading of what the paper leaves open; `recovery` is
-    the wider benchmark of methods, gamma rules and worlds; `remedy` asks what helps (docs/remedy.md). Raises UserError as training does.
+    the wider benchmark of methods, gamma rules and worlds; `remedy` asks what helps (docs/remedy.md). Raises UserError
+    as training does.
     """
     out, files = at.out, []
     with locked(out):
