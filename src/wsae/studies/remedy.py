@@ -159,7 +159,7 @@ def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
             key: [float(np.mean(d)) for hook in hooks if (d := by_hook(rows, hook, name, key))]
             for key in ALL
         }
-    p = [float(stats.ttest_1samp(found[name][PRIMARY], 0.0).pvalue) for name in names]
+    p = [float(stats.ttest_1samp(found[name][PRIMARY], 0.0)[1]) for name in names]
     arms = []
     for name, own, corrected in zip(names, p, holm(p), strict=True):
         means = {key: mean_interval(values) for key, values in found[name].items()}
