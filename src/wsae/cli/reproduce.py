@@ -20,6 +20,7 @@ figure2, figure3: SAEs and WSAEs on toy models of superposition, many seeds (Sec
 readings: Figure 3 under every reading of what the paper leaves open.
 figure4, figure5: semantic consistency of SAEs and WSAEs on a pretrained ResNet-18 (Section 5.2.2).
 recovery: which methods and loss weights recover the truth, over several kinds of worlds.
+noise: which loss weights recover the truth where the activations are noisy, beside those that know the noise.
 table1, table2, table3: auto-interpretability of SAEs and WSAEs on a language model (Section 5.2.1, Appendix B.1).
 language: the same with every gamma rule, both Top-k variants, several seeds, and the score at equal FVU and density.
 What is finished in OUT is not run again."""
@@ -31,6 +32,7 @@ Name = Literal[
     "figure5",
     "readings",
     "recovery",
+    "noise",
     "table1",
     "table2",
     "table3",
@@ -124,7 +126,7 @@ class Flags(Config):
     """Flags of `wsae reproduce`."""
 
     name: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """figure2, figure3, figure4, figure5, readings, recovery, table1, table2, table3 or language."""
+    """figure2, figure3, figure4, figure5, readings, recovery, noise, table1, table2, table3 or language."""
     preset: Literal["tiny", "small", "paper"] = "small"
     """Size: tiny (seconds), small (a minute; tables, figure4 and figure5: hours), paper (the paper's setting)."""
     out: Place = Path("reproduce-out")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wsae.core.files import locked, write_json
-from wsae.studies.benchmark import run_benchmark
+from wsae.studies.benchmark import run_benchmark, run_noise
 from wsae.studies.drawing import panels_figure
 from wsae.studies.engine import Reproduction, reproduce_study
 from wsae.studies.figures import figure2, figure3, run_readings
@@ -14,7 +14,7 @@ from wsae.studies.sweep.run import run_sweep
 from wsae.studies.tables.config import StudyName, TableChoices, study_config
 from wsae.studies.vision.config import FigureName, VisionChoices, vision_config
 
-Name = Literal["figure2", "figure3", "readings", "recovery"] | StudyName | FigureName
+Name = Literal["figure2", "figure3", "readings", "recovery", "noise"] | StudyName | FigureName
 
 TITLES = {
     "gt_raw": "ground-truth loss (Eq. 10)",
@@ -34,7 +34,8 @@ def reproduce(
 
     Figures 2 and 3 share one sweep, Figures 4 and 5 backbones and SAEs; `vision` is what these two take beside a
     preset, `tables` what the tables take. `readings` tries every reading of what the paper leaves open; `recovery` is
-    the wider benchmark of methods, gamma rules and worlds. Raises UserError as training does.
+    the wider benchmark of methods, gamma rules and worlds, `noise` the one with noisy worlds. Raises UserError as
+    training does.
     """
     out, files = at.out, []
     with locked(out):
@@ -45,6 +46,8 @@ def reproduce(
                 result = {"readings": run_readings(at)}
             case "recovery":
                 result, files = run_benchmark(at)
+            case "noise":
+                result, files = run_noise(at)
             case "figure4" | "figure5":  # as the tables: brings transformers
                 from wsae.studies.vision.study import FigureStudy
 
