@@ -47,6 +47,7 @@ from wsae.studies.sweep.run import (
 from wsae.theory import geometry
 from wsae.theory.losses import grid, ground_truth_loss
 from wsae.toy.config import FeatureConfig
+from wsae.toy.world import World
 from wsae.train.bank.config import BankConfig
 
 QUICK = TrainingConfig(bank=BankConfig(steps=80), batch_size=32, statistics_rows=4096, rows=256)
@@ -55,7 +56,7 @@ QUICK = TrainingConfig(bank=BankConfig(steps=80), batch_size=32, statistics_rows
 def trial(sparsity: float = 0.5, seed: int = 0, n: int = 8, d_in: int = 3) -> Trial:
     W_p = geometry.random_unit(d_in, n, seed).float()
     labels = {"world": "random", "sparsity": sparsity, "seed": seed}
-    return Trial(W_p, FeatureConfig(n_features=n, sparsity=sparsity), seed, labels)
+    return Trial(World(W_p, FeatureConfig(n_features=n, sparsity=sparsity)), seed, labels)
 
 
 # --- statistics over seeds ---
@@ -165,7 +166,7 @@ def test_the_loss_scale_control_has_the_scale_and_not_the_shape():
 def test_statistics_are_those_of_the_model():
     one = trial(0.4)
     found = trial_statistics([one], 1 << 17)[0]
-    active, W_p = 0.6, one.W_p.double()
+    active, W_p = 0.6, one.world.W_p.double()
     variance = active / 3 - (active / 2) ** 2
     torch.testing.assert_close(found.covariance, variance * W_p @ W_p.T, rtol=0, atol=0.01)
     torch.testing.assert_close(found.mean, W_p.sum(1) * active / 2, rtol=0, atol=0.02)
@@ -180,7 +181,7 @@ def test_rows_of_different_uses_never_meet():
 @pytest.mark.parametrize("kind", ["relu", "topk", "batch_topk", "jumprelu"])
 def test_unit_scale_is_folded_back(kind):
     big = trial(0.3)
-    large = Trial(big.W_p * 64, big.features, big.seed, big.labels)
+    large = Trial(World(big.world.W_p * 64, big.world.features), big.seed, big.labels)
     method = paper_method("m", 8, activation=make_activation(kind, 2), tied=False, lr=0.01)
     cfg = QUICK.model_copy(update={"unit_scale": True})
     pair = [train_trials([t], [method], cfg).saes[0] for t in (big, large)]
@@ -192,8 +193,7 @@ def test_unit_scale_is_folded_back(kind):
 def test_the_closed_form_control_has_the_theorys_loss():
     n = 4
     one = Trial(
-        geometry.digons(2).float(),
-        FeatureConfig(n_features=n, sparsity=0.5),
+        World(geometry.digons(2), FeatureConfig(n_features=n, sparsity=0.5)),
         0,
         {"world": "digons", "sparsity": 0.5, "seed": 0},
     )
@@ -238,9 +238,9 @@ def test_impossible_levels_are_refused(levels, message):
 def test_worlds_are_what_they_say(seed):
     worlds = {world.name: world for world in made_worlds(20, 60)}
     found = {name: trials(world, 1, seed)[0] for name, world in worlds.items()}
-    assert all(t.W_p.shape == (20, t.features.n_features) for t in found.values())
-    torch.testing.assert_close(found["random"].W_p.norm(dim=0), torch.ones(60))
-    scales = found["uneven"].W_p.norm(dim=1)
+    assert all(t.world.W_p.shape == (20, t.world.n_features) for t in found.values())
+    torch.testing.assert_close(found["random"].world.W_p.norm(dim=0), torch.ones(60))
+    scales = found["uneven"].world.W_p.norm(dim=1)
     assert float(scales.max() / scales.min()) > 2
     gram = mixed().T @ mixed()
     off = gram - torch.eye(29, dtype=gram.dtype)
