@@ -211,6 +211,8 @@ def remedy_plan(sae: TableSAEs, hooks: tuple[str, ...], tiny: bool, seed: int = 
         *(sae.member(gamma) for gamma in (_variance(0.25), _variance(1.0, "rank"))),
         *(sae.member(GammaConfig(rule=rule)) for rule in ("gap", "residual_covariance")),
     ]
+    if tiny:
+        main, every = [main[0], main[5], main[8]], [main[0], main[5], main[8], every[-2]]
     runs = [_run(hook, seed, every) for hook in hooks]
     for s in range(1, 2 if tiny else 4):
         runs += [_run(hook, seed + s, main) for hook in hooks[1::2]]
