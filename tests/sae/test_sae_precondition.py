@@ -1,5 +1,6 @@
 """Preconditioners and residual rules: the map, its folding, its metrics, and what a pilot leaves."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import wsae
 from wsae.acts.source import ArraySource
+from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.evals.run import find_twins
 from wsae.interop import load as load_export
@@ -316,3 +318,26 @@ def test_bad_data_are_named_in_one_line() -> None:
     made_for = {"shrinkage": "ledoit-wolf", "tokens": 120, "batch_size": 12}
     few = wsae.fit(world(12), precondition="whiten", k=4, d_sae=32, **made_for)
     assert bool(torch.isfinite(few.W_dec).all())
+
+
+def test_the_command_line_trains_each_power_beside_the_twin(tmp_path: Path, capsys) -> None:
+    np.save(tmp_path / "x.npy", world(600).numpy())
+    words = ["train", str(tmp_path / "x.npy"), "--d-sae", "32", "--k", "4", "--batch-size", "100"]
+    mapped = ["--gamma", "none", "--precondition", "whiten", "--power", "0.5", "1"]
+    assert main([*words, "--out", str(tmp_path / "run"), *mapped]) == 0
+    names = ["plain", "whiten-input-p0.5", "whiten-input-p1"]
+    assert list(wsae.Run(tmp_path / "run").saes["x"]) == names
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["hooks"]["x"]
+    assert {line["b"] for line in found["comparisons"]} == {"plain"}
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "r.html")]) == 0
+    assert "whitened input (power " in (tmp_path / "r.html").read_text()
+    for flags, says in (
+        (["--power", "0.3"], "--power 0.3: is of a preconditioner"),
+        (["--shrinkage", "0.3"], "--shrinkage 0.3: is of a preconditioner"),
+        (["--precondition", "whiten", "--power", "2"], "--power: Input should be less"),
+    ):
+        assert main([*words, "--out", str(tmp_path / "no"), *flags]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

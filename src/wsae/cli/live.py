@@ -64,7 +64,7 @@ class PlanFlags(
     precondition: Literal["none", "standardise", "whiten"] = "none"
     """The map of the activations in which the SAEs are trained, folded into them when they are saved: standardise
     divides each dimension by its standard deviation, whiten uses the whole covariance."""
-    power: Annotated[tuple[float, ...], tyro.conf.arg(metavar="P ...")] = (0.5,)
+    power: Annotated[tuple[float, ...], tyro.conf.arg(metavar="P ...")] = (1.0,)
     """How far --precondition goes, from 0 (not at all) to 1 (variances all 1); each gives one SAE per alpha."""
     twin: bool = True
     """Train the plain SAE beside them, for comparison."""
@@ -104,10 +104,13 @@ class PlanFlags(
     def _preconditioners(self) -> list[dict[str, object] | None]:
         base = config_values(self, PreconditionConfig)
         if self.precondition == "none":
-            if base["shrinkage"] != PreconditionConfig.model_fields["shrinkage"].default:
-                raise UserError(
-                    f"--shrinkage {base['shrinkage']}: is of a preconditioner; add --precondition whiten or standardise"
-                )
+            for name in ("power", "shrinkage"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise UserError(
+                        f"--{name} {shown}: is of a preconditioner; add --precondition whiten or standardise"
+                    )
             return [None]
         if not self.power:
             raise UserError("--power: give at least one number")
