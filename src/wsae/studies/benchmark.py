@@ -390,17 +390,18 @@ def _noise_rules(rows: Sequence[Row], score: str) -> Table:
     noises = list(series(rows, RANDOM, score, "noise"))
     strict = 1 - 0.05 / (len(rules) * len(noises) * len(NOISE_KINDS))
 
-    def shown(kind: str, rule: str, noise: str) -> str:
+    def shown(kind: str, rule: str) -> dict[str, str]:
         pair = (f"{kind} | {rule}", f"{kind} | plain", score, "noise")
-        found = differences(rows, *pair)[noise]
-        sure = found.sure + differences(rows, *pair, confidence=strict)[noise].sure
-        return cell(found, form="+.3f") + "*" * sure
+        wide, narrow = differences(rows, *pair), differences(rows, *pair, confidence=strict)
+        return {
+            noise: cell(mean, form="+.3f") + "*" * (mean.sure + narrow[noise].sure)
+            for noise, mean in wide.items()
+        }
 
-    lines = [
-        [noise, kind, *(shown(kind, rule, noise) for rule in rules)]
-        for kind in NOISE_KINDS
-        for noise in noises
-    ]
+    lines = []
+    for kind in NOISE_KINDS:
+        columns = [shown(kind, rule) for rule in rules]
+        lines += [[noise, kind, *(column[noise] for column in columns)] for noise in noises]
     return {"header": ["noise", "kind", *rules], "rows": lines}
 
 

@@ -331,7 +331,7 @@ def worlds_table(found: dict[str, list[Row]]) -> Table:
     def shown(rows: list[Row], alpha: float, score: str) -> str:
         each = low_differences(rows, f"{WSAE}, alpha {alpha:g}", score)
         wide = mean_interval(each)
-        return cell(wide, 100, "+.2f") + "*" * (wide.sure + mean_interval(each, strict).sure)
+        return cell(wide, 100.0, "+.2f") + "*" * (wide.sure + mean_interval(each, strict).sure)
 
     lines = [
         [label, f"{alpha:g}", *(shown(rows, alpha, score) for _, score in panels)]
