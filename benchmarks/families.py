@@ -4,8 +4,8 @@
 
 From the store (Top-k 32, 8 x d_in latents, batch 2,048, one thread): the median milliseconds of a step with one and two
 members, reading included, alternating; `ratio` is two over one. `preconditioned`: a plain member's step over that of
-one on whitened activations, at 8 and 32 x d_in latents, alternating. Small members (20 -> 128, batch 128, 300 steps, two
-threads): seconds of `wsae.fit_family` as it is and with the compiled kernels in turn, alternating.
+one on whitened activations, at 8 and 32 x d_in latents, alternating. Small members (20 -> 128, batch 128, 300 steps,
+two threads): seconds of `wsae.fit_family` as it is and with the compiled kernels in turn, alternating.
 """
 
 import argparse
