@@ -55,10 +55,11 @@ class PlanFlags(
     """Active latents per sample of the Top-k kinds; default: 32."""
     activation: Kind = "topk"
     """Which latents may be active."""
-    gamma: Rule = "variance"
-    """What the loss weights follow; "vector" reads --gamma-file."""
-    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...")] = (1.0,)
-    """Exponents of the weights; each gives one SAE on the same batches."""
+    gamma: Annotated[Rule | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """What the loss weights follow; "vector" reads --gamma-file. Default: none, the plain SAE, or with --alpha or
+    --robust variance, the paper's."""
+    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...", help_behavior_hint="")] = ()
+    """Exponents of the weights; each gives one SAE on the same batches. Default: 1."""
     gamma_file: MaybePlace = None
     """A .npy vector of width d_in for --gamma vector."""
     precondition: Literal["none", "standardise", "whiten"] = "none"
@@ -85,21 +86,21 @@ class PlanFlags(
         return TrainConfig.parse(config_values(self, TrainConfig) | own, where=FLAGS)
 
     def _gammas(self) -> list[dict[str, object]]:
-        if self.gamma == "none":
+        weighted = self.alpha or self.robust != "none" or self.gamma_file is not None
+        rule = self.gamma or ("variance" if weighted else "none")
+        if rule == "none":
             if self.robust != "none":
                 raise UserError(
                     f"--robust {self.robust}: the plain loss has no proxy to tame; for the plain loss without outlier "
                     "dimensions use --gamma variance --alpha 0 --robust drop"
                 )
             return [{}]
-        if not self.alpha:
-            raise UserError("--alpha: give at least one number")
         vector = None
         if self.gamma_file is not None:
             needed = "one number per input dimension"
             vector = read_vector("--gamma-file", self.gamma_file, "fiu", needed).tolist()
-        base = config_values(self, GammaConfig) | {"rule": self.gamma, "vector": vector}
-        return [{**base, "alpha": alpha} for alpha in self.alpha]
+        base = config_values(self, GammaConfig) | {"rule": rule, "vector": vector}
+        return [{**base, "alpha": alpha} for alpha in self.alpha or (1.0,)]
 
     def _preconditioners(self) -> list[dict[str, object] | None]:
         base = config_values(self, PreconditionConfig)
