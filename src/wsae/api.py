@@ -1,4 +1,4 @@
-"""What a notebook user types: fit, fit_family, evaluate, recovery. Nothing is written to disk."""
+"""What a notebook user types: fit, fit_family, evaluate, probe, recovery. Nothing is written to disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from wsae.acts.source import (
 from wsae.core.calls import own_settings, tensor, usable_device
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
+from wsae.evals.probing.run import probe
 from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
 from wsae.sae.config import make_activation
@@ -37,6 +38,7 @@ __all__ = [
     "fit",
     "fit_family",
     "gamma_from_proxy",
+    "probe",
     "recovery",
 ]
 

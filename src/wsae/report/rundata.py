@@ -18,6 +18,7 @@ from wsae.run import (
     EVALUATION_PART,
     INTERPRETATION_PART,
     METRICS_FILE,
+    PROBING_PART,
     Count,
     Form,
     Json,
@@ -54,6 +55,7 @@ class RunData:
         self.interpretation: Json = run.interpretation_record if interpreted else {}
         self.classes: Json = _as_interpretation(run.class_record) if labelled else {}
         """Latents against class labels, in the form of `interpretation`."""
+        self.probing: Json = run.probing_record if run.has(PROBING_PART) else {}
         self.by_class = run.numbers(CLASSES_PART) if labelled else {}
         """Their scores by "hook|member|name"."""
         with understood(run.path / EVALUATION_PART / CONTEXTS_FILE):

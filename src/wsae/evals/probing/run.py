@@ -12,13 +12,15 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse
 from jaxtyping import Int64
 
 from wsae.acts.config import HarvestConfig
 from wsae.acts.language import LanguageModel
 from wsae.acts.live import LiveSource
-from wsae.acts.source import StoreSource
+from wsae.acts.source import StoreSource, open_matrix, open_source
 from wsae.core.artifact import MANIFEST, PROBING, PROBING_PART, write_manifest
+from wsae.core.calls import own_settings
 from wsae.core.errors import UserError
 from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
@@ -26,11 +28,13 @@ from wsae.core.seeds import seed_for
 from wsae.evals.control import CONTROL
 from wsae.evals.data import HeldOut
 from wsae.evals.glossary import glossary, numbered
+from wsae.evals.measure import EvaluatedSaes
 from wsae.evals.probing.config import ProbeConfig
 from wsae.evals.probing.fit import ProbeTask, Table, balanced, fit_all, one_against_others
 from wsae.evals.probing.reading import (
     FAMILIES,
     RAW,
+    Coder,
     Corpus,
     DocumentReader,
     LabelledTokens,
@@ -53,8 +57,8 @@ from wsae.evals.probing.scores import (
 )
 from wsae.evals.run import run_subject
 from wsae.run import Run
+from wsae.sae import SparseAutoencoder
 
-Rows = Int64[np.ndarray, " rows"]
 TOKENS, DOCUMENTS = "tokens", "documents"
 """The two kinds of labelled evaluation."""
 
@@ -113,21 +117,33 @@ def probe_documents(
     """
     chosen, skipped = choose_documents(corpus, cfg)
     read = reader.read(corpus.texts, chosen, families, cfg.seed, progress)
-    tasks = document_tasks(read.number, corpus, cfg)
-    pairs = spurious_tasks(read.number, corpus, cfg)
+    found = _tell_documents(read.coder, read.number, corpus, cfg, progress)
+    counts = {"documents": len(read.number), **corpus.counts, **read.counts}
+    return _probes(found, families, "documents", counts, skipped, cfg)
+
+
+def _tell_documents(
+    coder: Coder,
+    number: Int64[np.ndarray, " documents"],
+    corpus: Corpus,
+    cfg: ProbeConfig,
+    progress: Progress,
+) -> dict[str, ProbeFindings]:
+    """Tell the classes of documents apart at every hook, and remove them by setting latents to 0."""
+    tasks, pairs = document_tasks(number, corpus, cfg), spurious_tasks(number, corpus, cfg)
     if corpus.beside is not None and not pairs:
         raise UserError(
             f"the second label: no two of its values have {3 * cfg.least} documents each with two classes of the "
             "first; give more text, or lower --least"
         )
-    by_hook, found = read.coder.tables(), {}
+    by_hook, found = coder.tables(), {}
     total = sum(len(named) for named in by_hook.values()) * len(tasks.tasks)
     with progress("probes", total, "probes") as tick:
         for hook, tables in by_hook.items():
             findings, probes = score_probes(tables, tasks, cfg, tick)
             along = [fit_all(tables[RAW][task.train], task.train_y) for task in pairs]
             findings.pairs.extend(task.name for task in pairs[::3])
-            for name, sae in read.coder.saes[hook].items():
+            for name, sae in coder.saes[hook].items():
                 decoder = sae.W_dec.detach().double().cpu().numpy()
                 removal = Removal(tables[RAW], tables[name], decoder, tasks.tasks, probes[RAW])
                 findings.scores[name] |= targeted(removal, tasks, cfg.ablated)
@@ -135,8 +151,45 @@ def probe_documents(
                     removal = removal._replace(tasks=pairs, probes=along)
                     findings.scores[name] |= removed(removal, cfg.ablated)
             found[hook] = findings
-    counts = {"documents": len(read.number), **corpus.counts, **read.counts}
-    return _probes(found, families, "documents", counts, skipped, cfg)
+    return found
+
+
+@own_settings()
+def probe(
+    sae: SparseAutoencoder | Mapping[str, SparseAutoencoder],
+    acts: object,
+    labels: Sequence[object] | np.ndarray | None = None,
+    cfg: ProbeConfig = ProbeConfig(),  # noqa: B008  (frozen)
+    progress: Progress = quiet,
+) -> Probes:
+    """Tell classes apart by a few latents of one SAE, or of several by name, beside a random SAE and the activations.
+
+    `acts` are numbers [n, d_in], or [n, seq, d_in] whose mean over seq counts, in memory or in a file, and `labels` the
+    n classes. Without labels `acts` is a store of text (or its path), or another source with one hook, and the classes
+    are token tasks by rule. `.hooks[hook].accuracy("sae", k)` is by task; `.record` has intervals and comparisons.
+    Raises UserError for another width, labels of one class or of another number, or too little data.
+    """
+    family = EvaluatedSaes({"sae": sae} if isinstance(sae, SparseAutoencoder) else dict(sae))
+    if labels is None:
+        source = acts if isinstance(acts, HeldOut) else open_source(acts)
+        if len(source.hooks) != 1:
+            raise UserError(
+                f"the data have {len(source.hooks)} hooks ({', '.join(source.hooks)}); give one"
+            )
+        return probe_tokens(dict.fromkeys(source.hooks, family), source, cfg, progress)
+    rows, names = open_matrix(acts, "acts"), [str(one) for one in np.asarray(labels).tolist()]
+    if not names or rows.shape[0] % len(names):
+        raise UserError(f"labels: {len(names):,} for {rows.shape[0]:,} rows; give one for each")
+    each, corpus = rows.shape[0] // len(names), Corpus(names, names)
+    chosen, skipped = choose_documents(corpus, cfg)
+    coder, families = Coder({"acts": family}, cfg.seed), {"acts": family}
+    for start in range(0, len(chosen), max(1, cfg.batch_size // each)):
+        number = chosen[start : start + max(1, cfg.batch_size // each)]
+        index = (number[:, None] * each + np.arange(each)).ravel()
+        pool = scipy.sparse.kron(scipy.sparse.eye_array(len(number)), np.full((1, each), 1 / each))
+        coder.add({"acts": rows.take(index)}, pool.tocsr().astype(np.float32))
+    found = _tell_documents(coder, chosen, corpus, cfg, progress)
+    return _probes(found, families, "rows", {"rows": len(chosen)}, skipped, cfg)
 
 
 def rule_tasks(read: LabelledTokens, cfg: ProbeConfig) -> tuple[TaskSet, dict[str, str]]:
