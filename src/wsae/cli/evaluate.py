@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from wsae.acts.config import BUILTIN
 from wsae.acts.hooknames import among
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_flags, config_values
-from wsae.cli.live import at_hook, behind, labelled, reopen
+from wsae.cli.flags import (
+    Common,
+    CommonFlags,
+    MaybeCount,
+    MaybeName,
+    MaybePlace,
+    config_flags,
+    config_values,
+)
+from wsae.cli.live import behind, labelled, of_single, on_text, refuse, reopen
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
-from wsae.core.artifact import EVALUATION_PART, MANIFEST, kind_of
+from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST, kind_of
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
@@ -20,6 +30,7 @@ from wsae.core.progress import Progress
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
 from wsae.run import SINGLE, Run
+from wsae.sae.config import Provenance
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
@@ -39,53 +50,80 @@ def is_sae(path: Path) -> bool:
 
 
 def evaluate_sae(
-    path: Path, source: str | None, cfg: EvalConfig, device: str, progress: Progress
+    flags: "Flags", cfg: EvalConfig, device: str, progress: Progress
 ) -> dict[str, Any]:
-    """Measure one SAE on a store's or an array's held-out rows, beside random directions.
+    """Measure one SAE on held-out rows of a store, an array or a model on --text, beside random directions.
 
-    Returns {"sae": path, "hooks": {hook: {"members": {name: {"metrics": ...}}}}, "notes": [...]}; notes say what speaks
-    against the scores. A directory of ours is a run of one member and keeps the evaluation, as `evaluate_run` writes
-    it; another tool's folder, or one that cannot be written to, is left alone. Raises UserError without a source, or
-    for one that does not fit.
+    Returns {"sae": path, "hooks": {hook: {"members": {name: {"metrics": ...}}}}, "notes": [...]}, and `classes` where
+    the data have them; notes say what speaks against the scores. A directory of ours is a run of one member and keeps
+    the evaluation, as `evaluate_run` writes it; another tool's folder, or one that cannot be written to, is left alone.
+    Raises UserError without data, or for data that do not fit.
     """
     from wsae.evals.control import CONTROL
     from wsae.evals.run import doubts, evaluate, evaluate_run
     from wsae.interop.convert import load
 
+    path = flags.run
     loaded = load(path)
     ours = loaded.format == "wsae" and path.is_dir() and os.access(path, os.W_OK)
-    if ours:
-        data = reopen(path, device, source)
-    elif source is not None:
-        data = at_hook(source, loaded.about.hook)
-    else:
-        raise UserError(
-            f"{path}: a single SAE knows no data; name a store or an array with --source"
-        )
+    data = _data(flags, loaded.about, ours, device)
     ((hook, width),) = data.hooks.items()
     if width != loaded.sae.cfg.d_in:
         trained = f" (trained at {loaded.about.hook})" if loaded.about.hook else ""
+        place = flags.source or flags.text or "the data it was measured on before"
         raise UserError(
-            f"{path}: takes activations of width {loaded.sae.cfg.d_in}{trained}, and {source} has {width} at {hook}; "
+            f"{path}: takes activations of width {loaded.sae.cfg.d_in}{trained}, and {place} has {width} at {hook}; "
             "give activations of the SAE's model and hook"
         )
     notes = [*loaded.about.notes, *strangers(loaded.about.model, loaded.about.hook, data)]
-    if ours:
-        seen = None
-        try:
-            seen = behind(data, device, language=cfg.splice_tokens > 0)
-        except UserError as error:
-            notes.append(f"not spliced into the model: {error}")
-        written = evaluate_run(path, data, cfg, seen, progress, device)
-        found = written["hooks"][hook]["members"]
-        members = {"random" if name == CONTROL else name: found[name] for name in found}
-        notes += written.get("notes", [])
-    else:
+    if not ours:
         scored = evaluate(loaded.sae.to(device), data, cfg, progress)
         names = {"metrics": SINGLE, "control": "random"}
         members = {name: {"metrics": scored[key]} for key, name in names.items() if key in scored}
         notes += doubts({hook: {"members": members}})
-    return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
+        return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
+    seen = None
+    try:
+        seen = behind(data, device, language=cfg.splice_tokens > 0)
+    except UserError as error:
+        notes.append(f"not spliced into the model: {error}")
+    written = evaluate_run(path, data, cfg, seen, progress, device)
+    found = written["hooks"][hook]["members"]
+    members = {"random" if name == CONTROL else name: found[name] for name in found}
+    notes += written.get("notes", [])
+    classes = class_scores(path, data, cfg, progress)
+    return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes, **classes}
+
+
+def _data(flags: "Flags", about: Provenance, ours: bool, device: str) -> "ActivationSource":
+    """Return what one SAE is measured on."""
+    if flags.labels is not None and not ours:
+        raise UserError(
+            f"--labels: the scores by class are kept beside the SAE, and {flags.run} is another tool's or read-only; "
+            "make a directory of it with wsae import"
+        )
+    if flags.text is None:
+        if not ours:
+            return of_single(flags.run, about, flags.source)
+        return labelled(reopen(flags.run, device, flags.source), flags.labels)
+    given = {name: value for name in READING if (value := getattr(flags, name)) is not None}
+    length = {"seq_len": given.pop("seq_len")} if "seq_len" in given else {}
+    about = about.model_copy(update=given)
+    data = on_text(flags.text, about, seed=flags.common.seed, device=device, **length)
+    return labelled(data, flags.labels)
+
+
+def class_scores(
+    run: Path, source: "ActivationSource", cfg: EvalConfig, progress: Progress
+) -> dict[str, Any]:
+    """Score latents against the data's classes, into RUN/classes; nothing where the data have none."""
+    from wsae.evals.classes.run import labels_of, score_run
+
+    labels = labels_of(source)
+    if labels is None:
+        return {}
+    found = ClassesConfig(draws=cfg.draws, confidence=cfg.confidence, seed=cfg.seed)
+    return {"classes": score_run(run, source, labels, found, progress)}
 
 
 def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> list[str]:
@@ -117,12 +155,16 @@ def _model_of(source: dict[str, Any]) -> str | None:
 def _model(name: str) -> str:
     """Return a model's name without owner and place, in the words of the hub where TransformerLens has others."""
     last = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    if name in BUILTIN:
+        return BUILTIN[0]
     return "gpt2" if last == "gpt2-small" else last
 
 
 ABOUT = """\
 Measure every SAE of a run on held-out data, with intervals, into RUN/evaluation. Where the data have classes, its
 latents are scored against them too, into RUN/classes."""
+READING = ("model", "hook", "seq_len")
+"""Flags of how --text is read."""
 SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
 
 
@@ -134,11 +176,19 @@ class Flags(Config):
     """Flags of `wsae evaluate`."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A finished run's directory, or one SAE's (with --source), or hub:owner/name."""
+    """A finished run's directory, or one SAE's (with --source or --text), or hub:owner/name."""
     out: MaybePlace = None
     """Write the result as JSON here too."""
     source: MaybeName = None
     """Store or array to measure on; default: the run's own data."""
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
+    model: MaybeName = None
+    """The model that reads --text; default: the one that the SAE's files name."""
+    hook: MaybeName = None
+    """The module whose activations the SAE takes; default: the one that its files name."""
+    seq_len: MaybeCount = None
+    """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
     labels: MaybePlace = None
     """For arrays: a .npy file with the class of every row, numbered from 0; stores of images have their own."""
     measured: tyro.conf.OmitArgPrefixes[EvalFlags] = EvalFlags()
@@ -151,28 +201,29 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where=FLAGS)
-    from wsae.cli.runner import device
-
+    if flags.text is None:
+        refuse(flags, "goes with --text", set(Flags.model_fields) - set(READING))
+    elif flags.source is not None:
+        raise UserError(f"--source {flags.source} and --text {flags.text}: give one of them")
+    where = device(flags.common.device)
     if is_sae(flags.run):
-        where = device(flags.common.device)
-        alone = evaluate_sae(flags.run, flags.source, cfg, where, ui.progress)
+        alone = evaluate_sae(flags, cfg, where, ui.progress)
         if flags.out is not None:
             write_json(flags.out, alone)
         return alone
-    from wsae.evals.classes.run import labels_of, score_run
+    if flags.text is not None:
+        raise UserError(
+            f"--text {flags.text}: is for one SAE alone; a run is measured on its own data, or on --source"
+        )
     from wsae.evals.run import evaluate_run
 
-    where = device(flags.common.device)
     source = labelled(reopen(flags.run, where, flags.source), flags.labels)
     seen = behind(source, where, language=cfg.splice_tokens > 0)
     record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
     if flags.source is not None:
         foreign = strangers(_model_of(Run(flags.run).source), None, source)
         record["notes"] = [*record.get("notes", []), *foreign]
-    labels = labels_of(source)
-    if labels is not None:
-        found = ClassesConfig(draws=cfg.draws, confidence=cfg.confidence, seed=cfg.seed)
-        record["classes"] = score_run(flags.run, source, labels, found, ui.progress)
+    record |= class_scores(flags.run, source, cfg, ui.progress)
     if flags.out is not None:
         write_json(flags.out, record)
     return {"run": str(flags.run), **record}
@@ -181,15 +232,24 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print the scores and what to do next."""
     show_scores(result, ui)
+    for hook, found in result.get("classes", {}).get("hooks", {}).items():
+        show_classes(hook, found, ui)
     if "sae" in result:
         place = shlex.quote(result["sae"])
         if Path(result["sae"], EVALUATION_PART).is_dir():
             ui.say(f"next: wsae report {place}; wsae serve {place}")
         return
-    for hook, found in result.get("classes", {}).get("hooks", {}).items():
-        show_classes(hook, found, ui)
     place = shlex.quote(result["run"])
     ui.say(f"next: wsae compare {place}; wsae report {place}")
+
+
+def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
+    """Say what is kept and how to go on."""
+    kept = [
+        part for part in (EVALUATION_PART, CLASSES_PART) if (flags.run / part / MANIFEST).is_file()
+    ]
+    whole = f"{flags.run} keeps its {' and '.join(kept)}; " if kept else "nothing was written; "
+    return f"{whole}the same command measures again"
 
 
 def show_scores(result: dict[str, Any], ui: UI) -> None:
