@@ -12,7 +12,7 @@ from wsae.kernels.native import why_not
 from wsae.sae.config import make_activation
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family
-from wsae.train.state import make_batch
+from wsae.train.state import make_batches
 from wsae.train.step import side_by_side
 
 DEAD_AFTER = 10_000_000
@@ -42,7 +42,7 @@ class Ours:
 
     def step(self, i: int, x: Float[Tensor, "batch d_in"]) -> None:
         """Train every member on one batch."""
-        self.step_all(self.members, make_batch(x, self.members[0]), i)
+        self.step_all(self.members, make_batches(x, self.members), i)
 
     def reconstruct(self, x: Float[Tensor, "rows d_in"]) -> tuple[Float[Tensor, "rows d_in"], int]:
         """Return the first member's reconstruction and the number of latents that fired."""

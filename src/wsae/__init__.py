@@ -10,7 +10,7 @@ from wsae.core.errors import UserError
 from wsae.core.version import __version__
 
 if TYPE_CHECKING:
-    from wsae.api import Family, Member, evaluate, fit, fit_family, recovery
+    from wsae.api import Family, Member, evaluate, fit, fit_family, probe, recovery
     from wsae.run import Run
     from wsae.sae import SparseAutoencoder
 
@@ -22,6 +22,7 @@ _WHERE = {
     "Family": "wsae.api",
     "Member": "wsae.api",
     "evaluate": "wsae.api",
+    "probe": "wsae.api",
     "recovery": "wsae.api",
 }
 
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_family",
+    "probe",
     "recovery",
 ]
 

@@ -1,4 +1,4 @@
-"""What a notebook user types: fit, fit_family, evaluate, recovery. Nothing is written to disk."""
+"""What a notebook user types: fit, fit_family, evaluate, probe, recovery. Nothing is written to disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from wsae.acts.source import (
 from wsae.core.calls import own_settings, tensor, usable_device
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
+from wsae.evals.probing.run import probe
 from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
 from wsae.sae.config import make_activation
@@ -24,8 +25,9 @@ from wsae.sae.gamma import gamma_from_proxy
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.bank.run import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, covariances, finished, make_family
+from wsae.train.family import FamilyState, finished
 from wsae.train.loop import run_steps
+from wsae.train.start import start_family
 from wsae.train.state import metrics_row
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "fit",
     "fit_family",
     "gamma_from_proxy",
+    "probe",
     "recovery",
 ]
 
@@ -44,20 +47,33 @@ Acts = object
 path of an array file, of a folder of them or of a store (`str` or `os.PathLike`); or a source with one hook."""
 EPOCHS = 4
 """Passes over the data where no number of tokens is given."""
-_GAMMA = ("alpha", "normalise", "robust", "quantile", "ridge")
+_GAMMA = ("alpha", "normalise", "robust", "quantile", "ridge", "rounds")
+_MAP = ("power", "shrinkage")
 
 
 def Member(  # noqa: N802  (reads as the value it makes)
     gamma: object = "none",
     k: int = 32,
     activation: str = "topk",
+    precondition: str = "none",
     **fields: Any,
 ) -> MemberConfig:
     """Return one member of a family: a gamma rule's name (or the proxy itself, one value per dimension) and the rest.
 
-    `fields` are those of MemberConfig (d_sae, expansion, tied, lr, seed, l1, l0, auxk, k_aux, label) and of GammaConfig
-    (alpha, normalise, robust, quantile, ridge). Raises UserError naming an unknown one, or a value that does not fit.
+    `precondition` is standardise or whiten, to train on mapped activations. `fields` are those of MemberConfig (d_sae,
+    expansion, tied, lr, seed, l1, l0, auxk, k_aux, label), of GammaConfig (alpha, normalise, robust, quantile, ridge,
+    rounds) and of PreconditionConfig (power, shrinkage). Raises UserError naming an unknown one, or a value that does
+    not fit.
     """
+    mapped: dict[str, Any] | None = {key: fields.pop(key) for key in _MAP if key in fields}
+    if precondition != "none":
+        mapped = {"kind": precondition, **mapped}
+    elif mapped:
+        raise UserError(
+            f"member: {next(iter(mapped))} is of a preconditioner; give precondition 'whiten' or 'standardise' too"
+        )
+    else:
+        mapped = None
     weights: dict[str, Any] = {key: fields.pop(key) for key in _GAMMA if key in fields}
     if isinstance(gamma, str):
         weights["rule"] = gamma
@@ -69,7 +85,7 @@ def Member(  # noqa: N802  (reads as the value it makes)
             )
         weights |= {"rule": "vector", "vector": tuple(proxy.double().tolist())}
     kind = make_activation(activation, k)
-    data = {"gamma": weights, "activation": kind, **fields}
+    data = {"gamma": weights, "activation": kind, "precondition": mapped, **fields}
     return MemberConfig.parse(data, where="member")
 
 
@@ -124,7 +140,7 @@ def fit_family(
     data = {"members": tuple(given), "tokens": rows, **options}
     cfg = TrainConfig.parse(data, where="fit")
     stats = source.stats(progress)
-    family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
+    family = start_family(cfg, source, stats, device, progress)
     if fits_a_bank(cfg, family, source):
         train_batched(cfg, family, source, progress)
     else:

@@ -35,6 +35,8 @@ from wsae.core.artifact import (
     MEMBERS,
     METRICS_FILE,
     PARTS,
+    PROBING,
+    PROBING_PART,
     PROVENANCE,
     THUMBNAILS_FILE,
     Manifest,
@@ -275,6 +277,39 @@ class ClassesForm(Form):
     glossary: Glossary = {}
 
 
+class ProbedMember(Form):
+    """A member's or a control's scores on labelled tokens or documents."""
+
+    summary: dict[Text, MetricForm]
+    latents: list[list[Count]] = []
+
+
+class ProbedHook(Form):
+    """What was probed at a hook."""
+
+    tasks: list[Text]
+    members: dict[Text, ProbedMember]
+    controls: dict[Text, ProbedMember]
+    comparisons: list[ComparisonForm]
+
+
+class ProbedKind(Form):
+    """Probes of one kind of labels."""
+
+    hooks: dict[Text, ProbedHook]
+    unit: Text
+    counts: dict[Text, Count]
+    skipped: dict[Text, Text]
+
+
+class ProbingForm(Form):
+    """probing.json."""
+
+    tokens: ProbedKind | None = None
+    documents: ProbedKind | None = None
+    glossary: Glossary = {}
+
+
 class SourceForm(Form):
     """Where a run's activations came from."""
 
@@ -315,6 +350,7 @@ _EVALUATION = TypeAdapter(EvaluationForm)
 _CONTEXTS = TypeAdapter(dict[Text, dict[Text, list[LatentForm]]])
 _INTERPRETATION = TypeAdapter(InterpretationForm)
 _CLASSES = TypeAdapter(ClassesForm)
+_PROBING = TypeAdapter(ProbingForm)
 _THUMBNAILS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Picture])
 """Image number -> PNG in base64; nothing else may reach an address on the page."""
 
@@ -418,9 +454,11 @@ class Run:
         What was measured of another SAE that lay here before is not.
         """
         there = (self.path / part / MANIFEST).is_file()
-        return there and (
-            not self.single or self._part(part).inputs.get("run") == self.manifest.digest()
-        )
+        return there and (not self.single or self.measures(part))
+
+    def measures(self, part: str) -> bool:
+        """Return whether a part that is there was measured of what is here now."""
+        return self._part(part).inputs.get("run") == self.manifest.digest()
 
     def _part(self, part: str) -> Manifest:
         """Return the manifest of a part, names and sizes compared."""
@@ -660,6 +698,16 @@ class Run:
         """classes.json as it is written: latents against class labels."""
         return _read(self._whole(CLASSES_PART) / CLASSES, _CLASSES)
 
+    @cached_property
+    def probing_record(self) -> Json:
+        """probing.json as it is written: labelled tokens ("tokens") and documents ("documents") told apart."""
+        return _read(self._whole(PROBING_PART) / PROBING, _PROBING)
+
+    @cached_property
+    def probing(self) -> "ProbingForm":
+        """The labelled evaluations: `probing.tokens.hooks[hook].members[name].summary["probe_5"].value`."""
+        return _PROBING.validate_python(self.probing_record)
+
     def _whole(self, part: str) -> Path:
         """Return the folder of a part whose files are all as they were written."""
         if part not in self._checked:
@@ -683,6 +731,7 @@ _MADE_BY = {
     EVALUATION_PART: ("evaluate", "evaluated"),
     INTERPRETATION_PART: ("interpret", "interpreted"),
     CLASSES_PART: ("evaluate --labels FILE", "scored against classes"),
+    PROBING_PART: ("probe", "probed"),
 }
 """Part -> the command that makes it, and the word for what it does."""
 

@@ -488,3 +488,22 @@ def test_sigterm_ends_training_without_a_traceback(array) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({}, ["plain"]),
+        ({"alpha": (0.5, 1.0)}, ["plain", "variance-a0.5", "variance-a1"]),
+        ({"robust": "rank"}, ["plain", "variance-a1-rank"]),
+        ({"gamma": "gap"}, ["plain", "gap-a1"]),
+        ({"gamma": "none", "alpha": (1.0,)}, ["plain"]),
+        ({"precondition": "whiten", "power": (0.5, 1.0)}, ["plain", "whiten-input-p0.5", "whiten-input-p1"]),
+        (
+            {"precondition": "standardise", "alpha": (0.5,)},
+            ["plain", "variance-a0.5-standardise-input-p1"],
+        ),
+    ],
+)  # fmt: skip
+def test_train_makes_the_plain_sae_and_what_is_asked_for(flags: dict, names: list[str]) -> None:
+    assert plan.PlanFlags(**flags).config(1000, 0).names() == names

@@ -19,7 +19,8 @@ from wsae.cli.main import main
 from wsae.evals.glossary import RECOVERY
 from wsae.studies.sweep import run as sweep_run
 from wsae.studies.sweep.run import twin_of
-from wsae.toy.model import ToyModels
+from wsae.toy.config import Anisotropic, Isotropic, LowRank
+from wsae.toy.model import ToyModels, importances
 
 SMALL = ["--n-features", "12", "--d-in", "4", "--toy-steps", "40", "--steps", "40"]
 SMALL += ["--batch-size", "32", "--sparsity", "0.5", "0.8", "--seeds", "2", "--device", "cpu"]
@@ -191,6 +192,23 @@ def test_importance_and_normalise_reach_the_sweep():
     assert cfg.toy_models()[0].importance.kind == "decay"
     assert cfg.methods[1].member.gamma.normalise == "none"
     assert config(*SMALL, "--sparsity", "0.5", "0.5").sparsities == (0.5,)
+    power = config(*SMALL, "--importance", "power").toy_models()[0]
+    assert importances(power).tolist() == pytest.approx([0.9**i for i in range(12)])
+    fixed = config(*SMALL, "--toy-sparsity", "0.7", "--toy-seeds", "one")
+    assert [cfg.features.sparsity for cfg in fixed.toy_models()] == [0.7]
+
+
+@pytest.mark.parametrize(
+    ("words", "noise"),
+    [
+        ((), Isotropic()),
+        (("isotropic",), Isotropic(level=0.1)),
+        (("anisotropic", "--noise-spread", "3"), Anisotropic(level=0.1, spread=3)),
+        (("low_rank", "--noise-level", "2", "--noise-rank", "4"), LowRank(level=2, rank=4)),
+    ],
+)
+def test_noise_reaches_the_sweep(words, noise):
+    assert config(*SMALL, *(["--noise", *words] if words else [])).noise == noise
 
 
 @pytest.mark.parametrize(
@@ -214,6 +232,11 @@ def test_what_is_allowed_but_worth_a_word_is_said(words, says, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["--noise-level", "1"], "--noise-level 1: needs --noise isotropic or anisotropic or low_rank"),
+        (["--noise", "isotropic", "--noise-rank", "2"], "--noise-rank 2: needs --noise low_rank"),
+        (["--noise", "low_rank", "--noise-rank", "5"], "noise of rank 5 in 4 dimensions; at most 4"),
+        (["--noise", "isotropic", "--noise-level", "-1"], "--noise-level: Input should"),
+        (["--toy-sparsity", "1"], "toy sparsity 1: a toy model has nothing to train on"),
         (["--sparsity", "1.5"], "sparsity 1.5: a probability, so from 0 to 1"),
         (["--sparsity", "0.5", "-0.1"], "sparsity -0.1: a probability"),
         (["--sparsity", "nan"], "--sparsity: nan is not a number to work with"),

@@ -203,11 +203,11 @@ def test_what_one_sae_cannot_be_measured_on_is_one_line(words, says, model, tmp_
     assert not (tmp_path / "mine" / "evaluation").exists()
 
 
-def test_flags_of_one_sae_alone_are_refused_for_a_run_and_labels_for_anothers_folder(capsys):
+def test_flags_of_one_sae_alone_are_refused_for_a_run_and_labels_for_anothers_folder(acts, capsys):
     run = ["evaluate", str(FIXTURES / "before-fold/run"), "--text", "builtin"]
     assert "is for one SAE alone" in failed(capsys, run)
-    folder = ["evaluate", str(FIXTURES / "interop/saelens-topk"), "--labels", "y.npy"]
-    assert "wsae import" in failed(capsys, folder)
+    folder = ["evaluate", str(FIXTURES / "interop/saelens-topk"), "--source", str(acts)]
+    assert "wsae import" in failed(capsys, [*folder, "--labels", "y.npy"])
 
 
 def test_classes_are_scored_for_one_sae_too(tmp_path, acts, capsys):

@@ -20,8 +20,8 @@ from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.train.bank.run import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import covariances, make_family
 from wsae.train.run import train_run
+from wsae.train.start import start_family
 
 QUICK = {"tokens": 8_000, "batch_size": 200, "seed": 3}
 
@@ -308,7 +308,7 @@ def batched(members: list[MemberConfig], **data: object) -> bool:
     cfg = TrainConfig(members=tuple(members), **data)
     source = ArraySource(world(), heldout_fraction=0.0)
     stats = source.stats()
-    family = make_family(cfg, stats, "cpu", covariances(cfg, source, stats))
+    family = start_family(cfg, source, stats)
     return fits_a_bank(cfg, family, source)
 
 
@@ -374,4 +374,4 @@ def test_a_bank_reads_the_data_once_and_none_of_a_live_source() -> None:
     assert source.reads == 60 + 1  # one group of members; its first batch is looked at before
     assert batched(members, **run)
     live, cfg = Endless(world(), heldout_fraction=0.0), TrainConfig(members=tuple(members), **run)
-    assert not fits_a_bank(cfg, make_family(cfg, live.stats()), live)
+    assert not fits_a_bank(cfg, start_family(cfg, live, live.stats()), live)

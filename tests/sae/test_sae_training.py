@@ -19,11 +19,12 @@ from wsae.evals.data import MatrixRows
 from wsae.evals.measure import EvaluatedSaes, measure
 from wsae.sae.config import GammaConfig
 from wsae.sae.gamma import gamma_from_covariance
-from wsae.train import family as rows_behind
+from wsae.train import start as rows_behind
 from wsae.train.config import TrainConfig
-from wsae.train.family import covariances, make_family
+from wsae.train.family import make_family
 from wsae.train.loop import Recorder, Stopped
 from wsae.train.run import load_run, train_run
+from wsae.train.start import covariances
 from wsae.train.state import make_batch, metrics_row
 from wsae.train.step import train_step
 

@@ -18,7 +18,7 @@ from wsae.toy.config import (
     Independent,
     ZipfRates,
 )
-from wsae.toy.features import FeatureStream, activity, feature_moments
+from wsae.toy.features import FeatureStream, activity, feature_covariance, feature_moments
 
 ROWS = 40_000
 STRUCTURES = (
@@ -229,3 +229,37 @@ def test_streams_that_cannot_be_are_refused():
         FeatureStream([config(), config(n=5)], [0, 0], 10)
     with pytest.raises(UserError, match="rows = 0"):
         FeatureStream([config()], [0], 0)
+
+
+def dense_covariance(cfg: FeatureConfig) -> np.ndarray:
+    found = feature_covariance(cfg)
+    out = np.diag(found.variance.numpy())
+    out[found.first, found.second] = out[found.second, found.first] = found.value
+    return out
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: f"{s.kind}")
+@pytest.mark.parametrize("rates", [EqualRates(), ZipfRates(exponent=0.7)], ids=lambda r: r.kind)
+def test_the_covariance_of_features_is_that_of_many_rows(structure, rates):
+    cfg = config(structure=structure, rates=rates, magnitudes="exponential")
+    x = draw(cfg)
+    centred = x - feature_moments(cfg)[0].numpy()
+    for i, j in itertools.combinations_with_replacement(range(10), 2):
+        product = centred[:, i] * centred[:, j]
+        assert abs(product.mean() - dense_covariance(cfg)[i, j]) < 5 * product.std() / ROWS**0.5
+
+
+@given(st.floats(-0.49, 0.99), st.floats(0.001, 0.999), st.floats(0, 1.5), st.sampled_from([2, 3]))
+def test_pairs_of_a_group_are_the_bivariate_normals(rho, sparsity, exponent, group):
+    cfg = config(
+        n=4,
+        sparsity=sparsity,
+        magnitudes="constant",
+        rates=ZipfRates(exponent=exponent),
+        structure=Correlated(group=group, rho=rho),
+    )
+    p, found = activity(cfg), feature_covariance(cfg)
+    normal = stats.multivariate_normal(cov=[[1, rho], [rho, 1]])
+    for i, j, value in zip(*(t.tolist() for t in found[1:]), strict=True):
+        z = np.clip(stats.norm.ppf(p[[i, j]]), -38, 38)
+        assert value == pytest.approx(normal.cdf(z) - p[i] * p[j], abs=2e-8)

@@ -16,10 +16,19 @@ from wsae.acts.source import ActivationSource
 from wsae.core.errors import UserError
 from wsae.kernels import SparseCode
 from wsae.theory.geometry import digons, direct_sum, orthogonal, polygon, random_unit, simplex
-from wsae.toy.config import FeatureConfig, ToyModelConfig, ZipfRates
+from wsae.toy.config import (
+    Anisotropic,
+    Correlated,
+    FeatureConfig,
+    Hierarchical,
+    Isotropic,
+    LowRank,
+    ToyModelConfig,
+    ZipfRates,
+)
 from wsae.toy.features import feature_moments
 from wsae.toy.model import train_toy_models
-from wsae.toy.world import SyntheticSource, World, superposition
+from wsae.toy.world import NoiseStream, SyntheticSource, World, superposition
 
 N, D = 30, 4
 TRAIN, HELDOUT = 2_500, 90
@@ -37,6 +46,10 @@ def world(**fields) -> World:
 @pytest.fixture(params=["dense", "sparse"])
 def source(request) -> SyntheticSource:
     return SyntheticSource(world(sparse=request.param == "sparse"), TRAIN, HELDOUT, TRAIN, name="x")
+
+
+NOISES = (Isotropic(level=0.5), Anisotropic(level=0.3, spread=20), LowRank(level=2, rank=2))
+noises = pytest.mark.parametrize("noise", NOISES, ids=lambda noise: noise.kind)
 
 
 def key(row: torch.Tensor) -> bytes:
@@ -269,3 +282,94 @@ def test_the_variance_of_activations_is_that_of_many_rows(magnitudes):
     mean, second = feature_moments(cfg)
     expected = source.world.W_p.double().square() @ (second - mean.square())
     torch.testing.assert_close(source.stats()["acts"].kept.variance, expected, rtol=0.05, atol=0)
+
+
+@noises
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_noise_has_the_covariance_that_the_world_states(noise, sparse):
+    """Entry ij of N normal rows' second moment has variance (S_ij^2 + S_ii S_jj) / N."""
+    made, rows = world(noise=noise, sparse=sparse), 20_000
+    x, acts = made.sample(rows, seed=4)
+    e = acts.double() - x.double() @ made.W_p.double().T
+    Sigma = made.noise_covariance
+    deviation = ((Sigma.square() + Sigma.diagonal().outer(Sigma.diagonal())) / rows).sqrt()
+    assert float(((e.T @ e / rows - Sigma) / deviation).abs().max()) < 5
+    assert float((e.mean(0) / (Sigma.diagonal() / rows).sqrt()).abs().max()) < 5
+    signal = made.W_p.double() @ torch.diag(made_variance(made)) @ made.W_p.double().T
+    assert float(Sigma.trace() / signal.trace()) == pytest.approx(noise.level)
+
+
+def made_variance(made: World) -> torch.Tensor:
+    mean, second = feature_moments(made.features)
+    return second - mean.square()
+
+
+def test_noise_has_the_shape_its_kind_says():
+    even, uneven, low = (world(noise=noise).noise_covariance for noise in NOISES)
+    assert torch.equal(even, even[0, 0] * torch.eye(D, dtype=torch.float64))
+    deviations = uneven.diagonal().sqrt()
+    assert torch.equal(uneven, torch.diag(uneven.diagonal()))
+    torch.testing.assert_close(
+        deviations[1:] / deviations[:-1], torch.full((D - 1,), 20 ** (1 / 3)).double()
+    )
+    values = torch.linalg.eigvalsh(low) / low.trace()
+    expected = torch.tensor([0.1 / D] * 2 + [0.45 + 0.1 / D] * 2, dtype=torch.float64)
+    torch.testing.assert_close(values, expected)
+    with pytest.raises(UserError, match="noise of rank 5 in 4 dimensions"):
+        world(noise=LowRank(rank=5))
+    never = FeatureConfig(n_features=N, sparsity=0.0, magnitudes="constant")
+    with pytest.raises(UserError, match="level 0.1 over a signal that never varies"):
+        World(random_unit(D, N, 0), never, noise=Isotropic(level=0.1))
+
+
+@noises
+def test_noise_of_level_zero_is_no_noise_to_the_bit(noise):
+    silent = world(noise=noise.model_copy(update={"level": 0.0}))
+    one, other = (SyntheticSource(made, TRAIN, HELDOUT) for made in (world(), silent))
+    assert one.digest() == other.digest()
+    x, acts = silent.sample(300, seed=2)
+    assert torch.equal(acts, x @ silent.W_p.T)
+    index = np.arange(HELDOUT)
+    assert torch.equal(one.acts(index), other.acts(index))
+    assert SyntheticSource(world(noise=noise), TRAIN, HELDOUT).digest() != one.digest()
+
+
+def test_worlds_of_one_seed_share_their_draws_and_noise_alone_tells_them_apart():
+    quiet, loud = (world(noise=Isotropic(level=level)) for level in (0.1, 0.4))
+    (x, a), (same, b) = (made.sample(100, seed=1, step=3) for made in (quiet, loud))
+    assert torch.equal(x, same)
+    signal = quiet.embed(x)
+    torch.testing.assert_close(2 * (a - signal), b - signal, rtol=1e-4, atol=1e-5)
+    other = quiet.sample(100, seed=1, step=4)
+    assert not torch.isclose(other[1] - quiet.embed(other[0]), a - signal).any()
+    together = torch.zeros(3, 100, D)
+    NoiseStream([quiet, world(), loud], [1, 1, 9]).add_to(together, 3)
+    torch.testing.assert_close(together[0], a - signal, rtol=1e-4, atol=1e-5)
+    assert not together[1].any()
+    assert not torch.isclose(2 * together[0], together[2]).any()
+
+
+@noises
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_noisy_source_gives_the_same_row_under_its_number_and_keeps_the_truth(noise, sparse):
+    source = SyntheticSource(world(noise=noise, sparse=sparse), TRAIN, HELDOUT, TRAIN, name="x")
+    every = Counter(key(row) for row in source.acts(np.arange(TRAIN), "train"))
+    assert rows_of(source.stream(20, seed=1), TRAIN // 20) == every
+    whole = next(source.heldout(10_000))
+    error = whole.x["x"] - source.world.embed(source.features(whole.seq))
+    power = error.double().square().sum(1).mean() / source.world.signal_covariance.trace()
+    assert float(power) == pytest.approx(noise.level, rel=0.6)
+
+
+@pytest.mark.parametrize(
+    "structure", [Correlated(group=4, rho=0.6), Hierarchical(children=3)], ids=lambda s: s.kind
+)
+@noises
+def test_the_exact_moments_of_activations_are_those_of_many_rows(structure, noise):
+    cfg = features(structure=structure, rates=ZipfRates(exponent=0.5))
+    made, rows = World(random_unit(D, N, 2), cfg, noise=noise), 20_000
+    acts = made.sample(rows, seed=7)[1].double() - made.mean
+    assert float((acts.mean(0) / (made.covariance.diagonal() / rows).sqrt()).abs().max()) < 5
+    products = acts[:, :, None] * acts[:, None]
+    deviation = products.std(0) / rows**0.5
+    assert float(((products.mean(0) - made.covariance) / deviation).abs().max()) < 5

@@ -16,8 +16,9 @@ from wsae.sae.loss import weigh
 from wsae.train import native
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import covariances, finished, make_family
+from wsae.train.family import finished
 from wsae.train.loop import run_steps
+from wsae.train.start import start_family
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
 
@@ -46,8 +47,7 @@ def trained(kernels: str, **fields: object) -> tuple[SparseAutoencoder, dict[str
             "dead_after": 800,
         }
     )
-    stats = X.stats()
-    family = make_family(cfg, stats, covariances=covariances(cfg, X, stats, quiet))
+    family = start_family(cfg, X, X.stats())
     (member,) = family.members["acts"]
     member.sparse.fill_(True)  # ReLU kinds take the compiled step from the start
     with quiet("train", None, "tokens") as tick:

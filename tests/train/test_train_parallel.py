@@ -71,6 +71,7 @@ def config(**fields: object) -> TrainConfig:
         member("jumprelu", "jump", l0=0.05),
         member("group_topk", "group", k=5, gamma={"rule": "variance"}),
         member("relu", "tied", tied=True, l1=0.01),
+        member("topk", "white", gamma={"rule": "whiten"}, precondition={"kind": "whiten"}),
     ]
     data = {"members": members, "tokens": STEPS * ROWS, "batch_size": ROWS, "log_every": 6}
     return TrainConfig.parse({**data, "dead_after": 100, "kernels": "eager", **fields})
@@ -307,7 +308,7 @@ def test_misfits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with a_world_of_one(monkeypatch) as world:
         for layout, says in (
             (Layout(data=64), "data=64: a batch of 62 rows leaves a rank without"),
-            (Layout(layers=6), "layers=6: there are 1 hooks of 5 members to divide; use at most 5"),
+            (Layout(layers=7), "layers=7: there are 1 hooks of 6 members to divide; use at most 6"),
         ):
             world.layout = layout
             with pytest.raises(UserError, match=says):

@@ -174,10 +174,15 @@ class Flow:
 
     def steps(self, heldout: bool, start: Position = START) -> Iterator[Step]:
         """Yield steps from a position on until the text ends; raises NonFiniteError at a NaN or infinity."""
-        number = start.sequence
-        for batch in self._batches(heldout, start):
+        yield from self.through(self._batches(heldout, start), start.sequence)
+
+    def through(
+        self, batches: Iterable[tuple[TokenSequence, ...]], number: int = 0
+    ) -> Iterator[Step]:
+        """Yield a step for each batch of sequences of one length; they are numbered from `number` on."""
+        for batch in batches:
             yield self._step(batch, number)
-            number = batch[-1].after.sequence
+            number += len(batch)
 
     def _batches(self, heldout: bool, start: Position) -> Iterator[tuple[TokenSequence, ...]]:
         sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
@@ -202,15 +207,15 @@ class Flow:
     def _step(self, batch: tuple[TokenSequence, ...], first_sequence: int) -> Step:
         acts, reasons, ids, lengths = self._run(batch)
         norms = {hook: _norms(x) for hook, x in acts.items()}
-        self._check_finite(acts, norms, reasons, first_sequence)
+        self._check_finite(acts, norms, reasons.view(ids.shape), first_sequence)
         reasons = self.rule.by_norm(norms, reasons)
         kept = (reasons == KEPT).nonzero().squeeze(1)
         skipped = (reasons > PADDING).nonzero().squeeze(1)
         return Step(
             x={hook: x[kept.to(x.device)] for hook, x in acts.items()},
             skipped={hook: x[skipped.to(x.device)] for hook, x in acts.items()},
-            seq=kept // self.cfg.seq_len + first_sequence,
-            pos=kept % self.cfg.seq_len,
+            seq=kept // ids.shape[1] + first_sequence,
+            pos=kept % ids.shape[1],
             ids=ids.int(),
             lengths=lengths.int(),
             counts=count_reasons(reasons),
@@ -221,15 +226,16 @@ class Flow:
         self,
         acts: dict[str, Tensor],
         norms: dict[str, Tensor],
-        reasons: Int8[Tensor, " tokens"],
+        reasons: Int8[Tensor, "batch seq"],
         first: int,
     ) -> None:
+        length, reasons = reasons.shape[1], reasons.flatten()
         for hook, norm in norms.items():
             suspects = (~torch.isfinite(norm) & (reasons != PADDING)).nonzero().squeeze(1)
             for token in suspects.tolist():  # a norm may overflow where no value does
                 bad = (~torch.isfinite(acts[hook][token])).nonzero()
                 if len(bad):
-                    seq, pos = divmod(token, self.cfg.seq_len)
+                    seq, pos = divmod(token, length)
                     row = int((reasons[:token] == KEPT).sum())
                     place = f"sequence {first + seq}, position {pos}, dimension {int(bad[0])}"
                     raise NonFiniteError(hook, place, row)

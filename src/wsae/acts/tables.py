@@ -30,6 +30,12 @@ _MASK = "attention_mask"
 _MISSING = object()
 
 
+class LabelColumn(str):
+    """A field that holds a label: numbers and truth values are read as they are written."""
+
+    __slots__ = ()
+
+
 class Turn(NamedTuple):
     """One turn of a conversation."""
 
@@ -67,6 +73,8 @@ def read_row(row: Mapping[str, object], field: str, where: str) -> Record:
         return LeftOut(NO_FIELD)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return LeftOut(NULL)
+    if isinstance(field, LabelColumn) and isinstance(value, bool | int | float):
+        value = str(value)
     if isinstance(value, str):
         return Content(whole_text(value, where))
     if isinstance(value, list):
@@ -111,6 +119,7 @@ def no_field(where: str, field: str, names: Mapping[str, bool], kind: str = "fie
     has = f" (it has: {', '.join(names) or 'none'})"
     near = nearest(field, names)
     advice = f"give --field {could[0]}" if len(could) == 1 else "see --field"
+    advice = "see --label" if isinstance(field, LabelColumn) else advice
     return NoField(f"{where}: no {kind} {field!r}{near or has}; {advice}")
 
 

@@ -8,10 +8,10 @@ import hashlib
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.reading import DATA, PACKED, PROSE, named, records
-from wsae.acts.tables import LeftOut, NoField, Record, Turn, hub_records
+from wsae.acts.tables import LabelColumn, LeftOut, NoField, Record, Turn, hub_records
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.files import digest, parse_json
@@ -111,7 +111,7 @@ def documents(
     `reading` counts what is met on the way, from the beginning.
     """
     reading = TextCounts() if reading is None else reading
-    for index, record in enumerate(_records(cfg, reading)):
+    for index, record in enumerate(_records(cfg, cfg.field, reading)):
         if isinstance(record, LeftOut):
             reading.records[record.reason] += 1
             continue
@@ -123,6 +123,41 @@ def documents(
             reading.records[record.note] += 1
         if index >= start:
             yield document
+
+
+class LabelledText(NamedTuple):
+    """A text and what its record says in the columns of labels."""
+
+    text: str
+    labels: tuple[str, ...]
+
+
+def labelled(
+    cfg: TextConfig, columns: Sequence[str], reading: TextCounts
+) -> Iterator[LabelledText]:
+    """Yield the texts that have a label in every column; `reading` counts those left out.
+
+    Raises UserError as `documents`, and where text and labels are of different files.
+    """
+    counts = [reading, *(TextCounts() for _ in columns)]
+    fields = (cfg.field, *map(LabelColumn, columns))
+    read = [_records(cfg, field, count) for field, count in zip(fields, counts, strict=True)]
+    for text, *labels in zip_longest(*read):
+        if len({count.files for count in counts}) > 1 or text is None or None in labels:
+            raise UserError(
+                f"text {cfg.path}: {' and '.join(fields)} are not in the same files; give one that has them all"
+            )
+        if isinstance(text, LeftOut):
+            reading.records[text.reason] += 1
+            continue
+        reading.documents += 1
+        known = [label.text for label in labels if not isinstance(label, LeftOut)]
+        if len(known) < len(columns):
+            reading.records["without a label"] += 1
+        elif not text.text:
+            reading.empty += 1
+        else:
+            yield LabelledText(text.text, tuple(known))
 
 
 def is_heldout(index: int, seed: int, fraction: float) -> bool:
@@ -229,16 +264,16 @@ def _builtin():
     return resources.files("wsae") / "assets" / "text.jsonl.gz"
 
 
-def _records(cfg: TextConfig, reading: TextCounts) -> Iterator[Record]:
+def _records(cfg: TextConfig, field: str, reading: TextCounts) -> Iterator[Record]:
     if cfg.path == "builtin":
         with resources.as_file(_builtin()) as path:
-            yield from records(path, "text")
+            yield from records(path, field if isinstance(field, LabelColumn) else "text")
         return
     path = Path(cfg.path)
     if cfg.path.strip() and path.exists():
-        yield from _read(_files(path, cfg.split), cfg.field, reading)
+        yield from _read(_files(path, cfg.split), field, reading)
     elif is_hub_name(cfg.path, (*DATA, *PROSE, *PACKED, ".zip", ".tar")):
-        yield from hub_records(cfg.path, cfg.subset, cfg.split or "train", cfg.field)
+        yield from hub_records(cfg.path, cfg.subset, cfg.split or "train", field)
     else:
         raise UserError(f"text {cfg.path}: no such file or directory")
 
@@ -383,6 +418,8 @@ class TokenSequence(NamedTuple):
     ids: np.ndarray
     length: int
     after: Position
+    cut: bool = False
+    """Whether it is a document that was longer."""
 
 
 class Packer:
@@ -460,12 +497,20 @@ class Packer:
             yield self._sequence(np.concatenate(parts), Position(after, 0, number + 1))
 
     def _single(self, start: Position) -> Iterator[TokenSequence]:
-        room, number = self.cfg.seq_len - len(self._start), start.sequence
+        number = start.sequence
         for document in self._documents(start.document):
-            ids = self._ids(document, [])[:room]
-            if len(ids):
+            sequence = self.whole(document, number)
+            if sequence is not None:
                 number += 1
-                yield self._sequence(ids, Position(document.index + 1, 0, number))
+                yield sequence
+
+    def whole(self, document: Document, number: int) -> TokenSequence | None:
+        """Return a document as the sequence of this number, truncated; none when it has no tokens."""
+        room, ids = self.cfg.seq_len - len(self._start), self._ids(document, [])
+        if not len(ids):
+            return None
+        after = Position(document.index + 1, 0, number + 1)
+        return self._sequence(ids[:room], after)._replace(cut=len(ids) > room)
 
     def refuses(self, document: Document) -> str:
         """Return why a document has no tokens although it is not empty: what its chat template says; else ""."""

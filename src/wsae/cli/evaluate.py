@@ -3,7 +3,7 @@
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
@@ -19,7 +19,6 @@ from wsae.cli.flags import (
     config_values,
 )
 from wsae.cli.live import behind, labelled, of_single, on_text, refuse, reopen
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST, kind_of
 from wsae.core.config import FLAGS, Config
@@ -34,6 +33,7 @@ from wsae.sae.config import Provenance
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
+    from wsae.sae import SparseAutoencoder
 
 # `wsae evaluate` of one SAE's directory (imported, exported and back, or from the hub) instead of a
 # run's.
@@ -49,6 +49,27 @@ def is_sae(path: Path) -> bool:
     return readable(folder)
 
 
+class ReadingFlags(Config):
+    """A text for the model of one SAE alone."""
+
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
+    model: MaybeName = None
+    """The model that reads --text; default: the one that the SAE's files name."""
+    hook: MaybeName = None
+    """The module whose activations the SAE takes; default: the one that its files name."""
+    seq_len: MaybeCount = None
+    """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
+
+    def opened(self, about: Provenance, seed: int, device: str) -> "ActivationSource":
+        """Return what the model gives on the text at the SAE's hook."""
+        assert self.text is not None
+        said = {name: value for name in ("model", "hook") if (value := getattr(self, name))}
+        length = {} if self.seq_len is None else {"seq_len": self.seq_len}
+        about = about.model_copy(update=said)
+        return on_text(self.text, about, seed=seed, device=device, **length)
+
+
 def evaluate_sae(
     flags: "Flags", cfg: EvalConfig, device: str, progress: Progress
 ) -> dict[str, Any]:
@@ -61,28 +82,23 @@ def evaluate_sae(
     """
     from wsae.evals.control import CONTROL
     from wsae.evals.run import doubts, evaluate, evaluate_run
-    from wsae.interop.convert import load
 
     path = flags.run
-    loaded = load(path)
-    ours = loaded.format == "wsae" and path.is_dir() and os.access(path, os.W_OK)
-    data = _data(flags, loaded.about, ours, device)
-    ((hook, width),) = data.hooks.items()
-    if width != loaded.sae.cfg.d_in:
-        trained = f" (trained at {loaded.about.hook})" if loaded.about.hook else ""
-        place = flags.source or flags.text or "the data it was measured on before"
-        raise UserError(
-            f"{path}: takes activations of width {loaded.sae.cfg.d_in}{trained}, and {place} has {width} at {hook}; "
-            "give activations of the SAE's model and hook"
-        )
-    notes = [*loaded.about.notes, *strangers(loaded.about.model, loaded.about.hook, data)]
+    sae, data, hook, ours, notes = open_sae(
+        path, flags.source, device, flags.reading, flags.common.seed
+    )
     if not ours:
-        scored = evaluate(loaded.sae.to(device), data, cfg, progress)
+        if flags.labels is not None:
+            raise UserError(
+                f"--labels: the scores by class are kept beside the SAE, and {path} is another tool's or read-only; "
+                "make a directory of it with wsae import"
+            )
+        scored = evaluate(sae.to(device), data, cfg, progress)
         names = {"metrics": SINGLE, "control": "random"}
         members = {name: {"metrics": scored[key]} for key, name in names.items() if key in scored}
         notes += doubts({hook: {"members": members}})
         return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
-    seen = None
+    data, seen = labelled(data, flags.labels), None
     try:
         seen = behind(data, device, language=cfg.splice_tokens > 0)
     except UserError as error:
@@ -95,22 +111,45 @@ def evaluate_sae(
     return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes, **classes}
 
 
-def _data(flags: "Flags", about: Provenance, ours: bool, device: str) -> "ActivationSource":
-    """Return what one SAE is measured on."""
-    if flags.labels is not None and not ours:
+class OpenedSae(NamedTuple):
+    """One SAE and the data to measure it on."""
+
+    sae: "SparseAutoencoder"
+    data: "ActivationSource"
+    hook: str
+    ours: bool
+    """Whether its folder is one of ours that results can be written to."""
+    notes: list[str]
+
+
+def open_sae(
+    path: Path,
+    source: str | None,
+    device: str,
+    reading: ReadingFlags = ReadingFlags(),  # noqa: B008  (frozen)
+    seed: int = 0,
+) -> OpenedSae:
+    """Open one SAE of ours or another tool's with its data; raises UserError without data, or where they do not fit."""
+    from wsae.interop.convert import load
+
+    loaded = load(path)
+    ours = loaded.format == "wsae" and path.is_dir() and os.access(path, os.W_OK)
+    if reading.text is not None:
+        data = reading.opened(loaded.about, seed, device)
+    elif ours:
+        data = reopen(path, device, source)
+    else:
+        data = of_single(path, loaded.about, source)
+    ((hook, width),) = data.hooks.items()
+    if width != loaded.sae.cfg.d_in:
+        trained = f" (trained at {loaded.about.hook})" if loaded.about.hook else ""
+        place = source or reading.text or "the data it was measured on before"
         raise UserError(
-            f"--labels: the scores by class are kept beside the SAE, and {flags.run} is another tool's or read-only; "
-            "make a directory of it with wsae import"
+            f"{path}: takes activations of width {loaded.sae.cfg.d_in}{trained}, and {place} has {width} at {hook}; "
+            "give activations of the SAE's model and hook"
         )
-    if flags.text is None:
-        if not ours:
-            return of_single(flags.run, about, flags.source)
-        return labelled(reopen(flags.run, device, flags.source), flags.labels)
-    given = {name: value for name in READING if (value := getattr(flags, name)) is not None}
-    length = {"seq_len": given.pop("seq_len")} if "seq_len" in given else {}
-    about = about.model_copy(update=given)
-    data = on_text(flags.text, about, seed=flags.common.seed, device=device, **length)
-    return labelled(data, flags.labels)
+    notes = [*loaded.about.notes, *strangers(loaded.about.model, loaded.about.hook, data)]
+    return OpenedSae(loaded.sae, data, hook, ours, notes)
 
 
 def class_scores(
@@ -163,8 +202,6 @@ def _model(name: str) -> str:
 ABOUT = """\
 Measure every SAE of a run on held-out data, with intervals, into RUN/evaluation. Where the data have classes, its
 latents are scored against them too, into RUN/classes."""
-READING = ("model", "hook", "seq_len")
-"""Flags of how --text is read."""
 SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
 
 
@@ -181,14 +218,8 @@ class Flags(Config):
     """Write the result as JSON here too."""
     source: MaybeName = None
     """Store or array to measure on; default: the run's own data."""
-    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
-    model: MaybeName = None
-    """The model that reads --text; default: the one that the SAE's files name."""
-    hook: MaybeName = None
-    """The module whose activations the SAE takes; default: the one that its files name."""
-    seq_len: MaybeCount = None
-    """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
+    reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
+    """A text for the model of one SAE alone."""
     labels: MaybePlace = None
     """For arrays: a .npy file with the class of every row, numbered from 0; stores of images have their own."""
     measured: tyro.conf.OmitArgPrefixes[EvalFlags] = EvalFlags()
@@ -201,19 +232,21 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where=FLAGS)
-    if flags.text is None:
-        refuse(flags, "goes with --text", set(Flags.model_fields) - set(READING))
+    from wsae.cli.runner import device
+
+    where, text = device(flags.common.device), flags.reading.text
+    if text is None:
+        refuse(flags.reading, "goes with --text")
     elif flags.source is not None:
-        raise UserError(f"--source {flags.source} and --text {flags.text}: give one of them")
-    where = device(flags.common.device)
+        raise UserError(f"--source {flags.source} and --text {text}: give one of them")
     if is_sae(flags.run):
         alone = evaluate_sae(flags, cfg, where, ui.progress)
         if flags.out is not None:
             write_json(flags.out, alone)
         return alone
-    if flags.text is not None:
+    if text is not None:
         raise UserError(
-            f"--text {flags.text}: is for one SAE alone; a run is measured on its own data, or on --source"
+            f"--text {text}: is for one SAE alone; a run is measured on its own data, or on --source"
         )
     from wsae.evals.run import evaluate_run
 
@@ -245,9 +278,8 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
     """Say what is kept and how to go on."""
-    kept = [
-        part for part in (EVALUATION_PART, CLASSES_PART) if (flags.run / part / MANIFEST).is_file()
-    ]
+    parts = (EVALUATION_PART, CLASSES_PART)
+    kept = [part for part in parts if (flags.run / part / MANIFEST).is_file()]
     whole = f"{flags.run} keeps its {' and '.join(kept)}; " if kept else "nothing was written; "
     return f"{whole}the same command measures again"
 

@@ -21,7 +21,14 @@ from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.run import Run
-from wsae.sae.config import GammaConfig, JumpReLU, Kind, Provenance, Rule
+from wsae.sae.config import (
+    GammaConfig,
+    JumpReLU,
+    Kind,
+    PreconditionConfig,
+    Provenance,
+    Rule,
+)
 from wsae.train.config import MemberConfig, TrainConfig, family
 
 Precision = Literal["float32", "bfloat16"]
@@ -44,8 +51,9 @@ class PlanFlags(
         MemberConfig,
         GammaConfig,
         JumpReLU,
+        PreconditionConfig,
         TrainConfig,
-        omit=("label", "rule", "kind", "vector", "tokens", "alpha", "members"),
+        omit=("label", "rule", "kind", "vector", "tokens", "alpha", "power", "members"),
     )
 ):
     """The SAEs: their shape, their loss weights and their training."""
@@ -54,12 +62,18 @@ class PlanFlags(
     """Active latents per sample of the Top-k kinds; default: 32."""
     activation: Kind = "topk"
     """Which latents may be active."""
-    gamma: Rule = "variance"
-    """What the loss weights follow; "vector" reads --gamma-file."""
-    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...")] = (1.0,)
-    """Exponents of the weights; each gives one SAE on the same batches."""
+    gamma: Annotated[Rule | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """What the loss weights follow; "vector" reads --gamma-file. Default: none, the plain SAE, or with --alpha or
+    --robust variance, the paper's."""
+    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...", help_behavior_hint="")] = ()
+    """Exponents of the weights; each gives one SAE on the same batches. Default: 1."""
     gamma_file: MaybePlace = None
     """A .npy vector of width d_in for --gamma vector."""
+    precondition: Literal["none", "standardise", "whiten"] = "none"
+    """The map of the activations in which the SAEs are trained, folded into them when they are saved: standardise
+    divides each dimension by its standard deviation, whiten uses the whole covariance."""
+    power: Annotated[tuple[float, ...], tyro.conf.arg(metavar="P ...")] = (1.0,)
+    """How far --precondition goes, from 0 (not at all) to 1 (variances all 1); each gives one SAE per alpha."""
     twin: bool = True
     """Train the plain SAE beside them, for comparison."""
     tokens: MaybeCount = None
@@ -72,30 +86,52 @@ class PlanFlags(
         if self.members:
             ours = "the SAEs of --config are taken as they are; leave the flag out, or give all by flags"
             refuse(self, ours, TrainConfig.model_fields)
-        members = self.members or family([self._member(g) for g in self._gammas()], self.twin)
+        made = [self._member(g, p) for g in self._gammas() for p in self._preconditioners()]
+        members = self.members or family(made, self.twin)
         tokens = self.tokens if self.tokens is not None else (rows or TOKENS)
         own = {"members": members, "tokens": tokens, "seed": seed}
         return TrainConfig.parse(config_values(self, TrainConfig) | own, where=FLAGS)
 
     def _gammas(self) -> list[dict[str, object]]:
-        if self.gamma == "none":
+        weighted = self.alpha or self.robust != "none" or self.gamma_file is not None
+        rule = self.gamma or ("variance" if weighted else "none")
+        if rule == "none":
             if self.robust != "none":
                 raise UserError(
                     f"--robust {self.robust}: the plain loss has no proxy to tame; for the plain loss without outlier "
                     "dimensions use --gamma variance --alpha 0 --robust drop"
                 )
             return [{}]
-        if not self.alpha:
-            raise UserError("--alpha: give at least one number")
         vector = None
         if self.gamma_file is not None:
             needed = "one number per input dimension"
             vector = read_vector("--gamma-file", self.gamma_file, "fiu", needed).tolist()
-        base = config_values(self, GammaConfig) | {"rule": self.gamma, "vector": vector}
-        return [{**base, "alpha": alpha} for alpha in self.alpha]
+        base = config_values(self, GammaConfig) | {"rule": rule, "vector": vector}
+        return [{**base, "alpha": alpha} for alpha in self.alpha or (1.0,)]
 
-    def _member(self, gamma: dict[str, object]) -> MemberConfig:
-        own = {"gamma": gamma, "activation": self._activation()}
+    def _preconditioners(self) -> list[dict[str, object] | None]:
+        base = config_values(self, PreconditionConfig)
+        if self.precondition == "none":
+            for name in ("power", "shrinkage"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise UserError(
+                        f"--{name} {shown}: is of a preconditioner; add --precondition whiten or standardise"
+                    )
+            return [None]
+        if not self.power:
+            raise UserError("--power: give at least one number")
+        return [{**base, "kind": self.precondition, "power": power} for power in self.power]
+
+    def _member(
+        self, gamma: dict[str, object], precondition: dict[str, object] | None
+    ) -> MemberConfig:
+        own = {
+            "gamma": gamma,
+            "precondition": precondition,
+            "activation": self._activation(),
+        }
         return MemberConfig.parse(config_values(self, MemberConfig) | own, where=FLAGS)
 
     def _activation(self) -> dict[str, object]:

@@ -17,11 +17,14 @@ from wsae.studies.vision.config import VisionChoices
 ABOUT = """\
 Measure a figure or table of the paper again and print its statement beside what was found.
 figure2, figure3: SAEs and WSAEs on toy models of superposition, many seeds (Section 5.1).
-readings: Figure 3 under every reading of what the paper leaves open.
+readings: Figure 3 under every reading of what the paper leaves open in training.
+worlds: Figure 3 under other readings of the toy world: sizes and importances, one W_p for all S, noise.
 figure4, figure5: semantic consistency of SAEs and WSAEs on a pretrained ResNet-18 (Section 5.2.2).
 recovery: which methods and loss weights recover the truth, over several kinds of worlds.
+noise: which loss weights recover the truth where the activations are noisy, beside those that know the noise.
 table1, table2, table3: auto-interpretability of SAEs and WSAEs on a language model (Section 5.2.1, Appendix B.1).
 language: the same with every gamma rule, both Top-k variants, several seeds, and the score at equal FVU and density.
+remedy: does any loss weight or preconditioner make latents better? Judged by a plan written before (docs/remedy.md).
 What is finished in OUT is not run again."""
 
 Name = Literal[
@@ -30,19 +33,22 @@ Name = Literal[
     "figure4",
     "figure5",
     "readings",
+    "worlds",
     "recovery",
+    "noise",
     "table1",
     "table2",
     "table3",
     "language",
+    "remedy",
 ]
 LLM = LlmConfig()
-STUDIES = ("table1", "table2", "table3", "language")
+STUDIES = ("table1", "table2", "table3", "language", "remedy")
 VISION = ("figure4", "figure5")
 
 
 class StudyFlags(Config):
-    """For the tables and language: what to use in place of the preset's."""
+    """For the tables, language and remedy: what to use in place of the preset's."""
 
     model: MaybeName = None
     """Hub id, local directory, .gguf file or "builtin"; none means the preset's: a tiny one made here, builtin, or the
@@ -124,14 +130,15 @@ class Flags(Config):
     """Flags of `wsae reproduce`."""
 
     name: Annotated[Name, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """figure2, figure3, figure4, figure5, readings, recovery, table1, table2, table3 or language."""
+    """figure2, figure3, figure4, figure5, readings, worlds, recovery, noise, table1, table2, table3, language or
+    remedy."""
     preset: Literal["tiny", "small", "paper"] = "small"
     """Size: tiny (seconds), small (a minute; tables, figure4 and figure5: hours), paper (the paper's setting)."""
     out: Place = Path("reproduce-out")
     """Directory of the results; figure2 and figure3 share their training there, figure4 and figure5 theirs, the tables
     their store."""
     study: tyro.conf.OmitArgPrefixes[StudyFlags] = StudyFlags()
-    """For the tables and language: what to use in place of the preset's."""
+    """For the tables, language and remedy: what to use in place of the preset's."""
     vision: tyro.conf.OmitArgPrefixes[VisionFlags] = VisionFlags()
     """For figure4 and figure5: what to use in place of the preset's."""
     common: CommonFlags = Common()

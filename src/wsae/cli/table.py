@@ -95,6 +95,15 @@ COMMANDS = (
         ),
     ),
     Command(
+        "probe",
+        "do a few latents tell classes apart? token tasks by rule, or text with labels of yours",
+        (
+            "wsae probe runs/first",
+            "wsae probe runs/first --text topics.jsonl --label topic",
+            "wsae probe runs/first --text bios.parquet --label profession --spurious gender",
+        ),
+    ),
+    Command(
         "compare",
         "paired comparison of a run's members, or of several runs, with intervals",
         ("wsae compare runs/first", "wsae compare runs/first runs/second --json"),

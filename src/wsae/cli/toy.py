@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, Number, Place
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybeNumber, Number, Place
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -22,6 +22,19 @@ The defaults take about half a minute on two cores."""
 
 WorldRule = Literal["none", "variance", "latent_variance", "gap", "whiten"]
 TOY_LR, TOY_DECAY = 2e-3, 0.5
+NOISE_LEVEL = 0.1
+NOISE_OF = {
+    "noise_level": ("isotropic", "anisotropic", "low_rank"),
+    "noise_spread": ("anisotropic",),
+    "noise_rank": ("low_rank",),
+    "noise_floor": ("low_rank",),
+}
+"""Which kinds of noise take a flag."""
+IMPORTANCES = {
+    "equal": {"kind": "equal"},
+    "decay": {"kind": "decay", "last": 0.01},
+    "power": {"kind": "decay", "base": 0.9},
+}
 RECORDS = 20
 """Stretches of training whose mean loss is kept, at least."""
 
@@ -61,6 +74,37 @@ class SAEFlags(Config):
     """Peak learning rate."""
 
 
+class NoiseFlags(Config):
+    """Noise on the activations."""
+
+    noise: Literal["none", "isotropic", "anisotropic", "low_rank"] = "none"
+    """Gaussian noise on x_p: alike in all directions, growing along the dimensions, or in few directions."""
+    noise_level: MaybeNumber = None
+    """Power of the noise over that of the signal; none means 0.1."""
+    noise_spread: MaybeNumber = None
+    """anisotropic: standard deviation in the last dimension over that in the first; none means 10."""
+    noise_rank: MaybeCount = None
+    """low_rank: number of loud directions; none means 2."""
+    noise_floor: MaybeNumber = None
+    """low_rank: share of the power that is spread over all directions; none means 0.1."""
+
+    def chosen(self) -> dict[str, Any]:
+        """Return the noise as values; raises UserError for a flag that this kind does not take."""
+        given = self.to_dict()
+        kind = given.pop("noise")
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            if kind not in NOISE_OF[name]:
+                takers = " or ".join(NOISE_OF[name])
+                raise UserError(
+                    f"--{name.replace('_', '-')} {given[name]:g}: needs --noise {takers}"
+                )
+        if kind == "none":
+            return {"kind": "isotropic"}
+        values = {name.removeprefix("noise_"): value for name, value in given.items()}
+        return {"kind": kind, "level": NOISE_LEVEL, **values}
+
+
 class Flags(Config):
     """Flags of `wsae toy`."""
 
@@ -70,14 +114,18 @@ class Flags(Config):
     """Width of the toy models' hidden layer, so of the SAEs' input."""
     sparsity: Annotated[tuple[float, ...], tyro.conf.arg(metavar="S ...")] = (0.0, 0.9, 0.97)
     """Levels of S: each feature is 0 with probability S, else uniform on (0, 1]."""
-    importance: Literal["equal", "decay"] = "equal"
-    """Weights of the features in the toy models' loss: all 1, or from 1 down to 0.01."""
+    importance: Literal["equal", "decay", "power"] = "equal"
+    """Weights of the features in the toy models' loss: all 1, from 1 down to 0.01, or 0.9^i."""
+    toy_sparsity: MaybeNumber = None
+    """S that the toy models are trained at, whose W_p serves all levels; none: each level has its own."""
     toy_steps: Count = 3000
     """Training steps of a toy model."""
     seeds: Count = 3
     """SAEs per method and level; intervals are over seeds."""
     toy_seeds: Literal["one", "each"] = "each"
     """one: a level's toy model serves all its seeds, as in the paper; each: every seed has a world of its own."""
+    noise: tyro.conf.OmitArgPrefixes[NoiseFlags] = NoiseFlags()
+    """Noise on the activations."""
     saes: tyro.conf.OmitArgPrefixes[SAEFlags] = SAEFlags()
     """The SAEs and their training."""
     score: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (
@@ -112,14 +160,15 @@ def config(flags: Flags) -> ToySweepConfig:
     names = ("tied", "l1", "l0", "lr")
     fields = {name: getattr(saes, name) for name in names}
     fields["d_sae"] = flags.n_features if saes.d_sae is None else saes.d_sae
-    decay = {"kind": "decay", "last": 0.01}
     data = {
         "n_features": flags.n_features,
         "d_in": flags.d_in,
         "sparsities": tuple(dict.fromkeys(flags.sparsity)),
         "seeds": flags.seeds,
         "toy_seeds": flags.toy_seeds,
-        "importance": decay if flags.importance == "decay" else {"kind": "equal"},
+        "toy_sparsity": flags.toy_sparsity,
+        "importance": IMPORTANCES[flags.importance],
+        "noise": flags.noise.chosen(),
         "methods": toy_methods(saes.activation, _rules(saes), saes.k, **fields),
         "training": {
             "bank": {"steps": saes.steps, "log_every": max(1, min(50, saes.steps // RECORDS))},

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from wsae.acts.source import ActivationSource
     from wsae.train.loggers.mirror import Logger
 
-ABOUT = "Train SAEs on activations: one per --alpha and their plain twin, all on the same batches."
+ABOUT = """\
+Train SAEs on activations: the plain one, and with --alpha, --gamma or --precondition others beside it as its twins, all
+on the same batches."""
 
 SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac")
 

@@ -40,9 +40,11 @@ CONFIG, GAMMA_FILE, METRICS_FILE, SPEED = (
 PROVENANCE = "provenance.json"
 MEMBERS, CHECKPOINTS = "members", "checkpoints"
 EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
-PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
+PROBING_PART = "probing"
+PARTS = (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART, PROBING_PART)
 """What later commands add to a run: a folder of its own each, whole or without a manifest."""
 EVALUATION, INTERPRETATION, CLASSES = "evaluation.json", "interpretation.json", "classes.json"
+PROBING = "probing.json"
 ARRAYS, CONTEXTS_FILE, THUMBNAILS_FILE = "arrays.safetensors", "contexts.json", "thumbnails.json"
 
 _HINT = " (an SAE of another tool is read by wsae import)"

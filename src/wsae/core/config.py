@@ -27,6 +27,10 @@ FLAG_OF = {
     "max_tokens": "budget_tokens",
     "cache": "answers",
     "shard_rows": "shard_tokens",
+    "level": "noise_level",
+    "spread": "noise_spread",
+    "rank": "noise_rank",
+    "floor": "noise_floor",
 }
 """Field of a config -> its flag, where another word reads better on a command line."""
 

@@ -20,11 +20,12 @@ from wsae.acts.config import HarvestConfig
 from wsae.core.memory import duration, proc, size
 from wsae.doctor.probe import Check, room, warned
 from wsae.kernels.native import why_not
-from wsae.sae.config import GammaConfig, SAEConfig
+from wsae.sae.config import SAEConfig
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import MAX_ROWS, FamilyState, power_of_two_scale, to_device
-from wsae.train.state import make_batch, make_member
+from wsae.train.family import FamilyState, power_of_two_scale, to_device
+from wsae.train.start import MAX_ROWS
+from wsae.train.state import make_batches, make_member
 from wsae.train.step import side_by_side
 
 # What this machine has: versions, threads, free memory, free disk.
@@ -227,10 +228,12 @@ def check_disk(need: int, free: float) -> Check:
 
 
 def check_covariance(
-    hook: str, x: Float[Tensor, "rows d_in"], gammas: list[GammaConfig], rows: int
+    hook: str, x: Float[Tensor, "rows d_in"], members: Sequence[MemberConfig], rows: int
 ) -> list[Check]:
-    """Return whether `rows` training rows give the covariance that a gamma rule needs, and what taking it costs."""
-    rules = sorted({cfg.rule for cfg in gammas if cfg.needs_covariance})
+    """Return whether `rows` training rows give the covariance that a member needs, and what taking it costs."""
+    rules = {m.gamma.rule for m in members if m.gamma.needs_covariance}
+    rules |= {f"precondition {m.precondition.kind}" for m in members if m.precondition}
+    rules = sorted(rules)
     if not rules:
         return []
     d_in, name = x.shape[1], f"covariance for {' and '.join(rules)} at {hook}"
@@ -258,7 +261,7 @@ def seconds_per_step(
     """
     moments = Moments(x.shape[1])
     moments.update(x[:1024].cpu())
-    scale = power_of_two_scale(moments)
+    scale = power_of_two_scale(moments.variance)
     forms: dict[str, list[MemberConfig]] = {}
     for member in cfg.members:  # members of one shape take the same time
         forms.setdefault(member.sae_config(x.shape[1]).model_dump_json(), []).append(member)
@@ -285,7 +288,7 @@ def _seconds(family: FamilyState, cfg: TrainConfig, device: str, x: Tensor, rows
     with side_by_side(cfg, family) as step_all:
         for step in range(STEPS + 1):
             start = time.perf_counter()
-            step_all(members, make_batch(data, members[0]), step)
+            step_all(members, make_batches(data, members), step)
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)

@@ -79,9 +79,8 @@ def check_costs(
     finite = all(bool(torch.isfinite(x).all()) for x in sample.values())
     if checks[0].status == "fail" or not finite:
         return checks
-    gammas = [member.gamma for member in cfg.train.members]
     for hook, x in sample.items():
-        checks += cost.check_covariance(hook, x, gammas, rows)
+        checks += cost.check_covariance(hook, x, cfg.train.members, rows)
     per_step = sum(
         cost.seconds_per_step(x, cfg.train, cfg.device, cfg.probe_seconds / len(sample))
         for x in sample.values()

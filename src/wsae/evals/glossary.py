@@ -1,7 +1,7 @@
 """Every metric's name, formula, direction and unit: the one table behind results, the report and the docs. No torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -114,6 +114,27 @@ information: Class information; higher is better
     classes permuted
 """)
 """Scores of latents against class labels."""
+
+PROBES = read_metrics("""
+probe: Sparse probe, latents; higher is better; share of rows
+    mean over tasks of the accuracy on test rows, half of which are of the class, of a logistic regression (L2, C = 1)
+    on the k latents of largest class mean difference over the training rows; a document is the mean of its tokens
+probe_all: Probe on all latents; higher is better; share of rows
+    the same on all latents (or dimensions), rows scaled by one number to a total variance of 1
+tpp: Targeted probe perturbation, latents; higher is better; share of rows
+    mean over classes c of a_c - mean over other classes e of a_e; a_e: accuracy that the probe of e on activations
+    loses when the n latents that speak most for c are set to 0
+scr: Spurious correlation removal, latents; higher is better
+    mean over pairs of classes of (acc - acc_0) / (acc_clean - acc_0), acc: of a probe trained where two classes go
+    together, on the one it tells worse, with the n latents of the other set to 0 (acc_0: none); acc_clean: of its own
+    probe
+absorption_full: Absorption, full; lower is better; share of words
+    mean over first letters of the share of test words, found by the letter's probe on the activations, on which the
+    letter's latents are silent and the latent of largest projection on the probe's direction carries 0.4 of it
+absorption_share: Absorption, share; lower is better; share of the projection
+    mean over first letters and such words of the part of the projection that other latents than the letter's carry
+""")
+"""Scores against labels of tokens or documents; a number at the end of a score's name is k or n."""
 
 LOSSES = read_metrics("""
 raw: Ground-truth loss, raw
@@ -252,3 +273,13 @@ acts_unexplained: Activations outside the world; lower is better
 def glossary(*tables: Mapping[str, Metric]) -> dict[str, dict[str, str]]:
     """Return tables as JSON-ready objects {metric: {name, formula, direction, unit}}."""
     return {key: metric._asdict() for table in tables for key, metric in table.items()}
+
+
+def numbered(keys: Iterable[str], table: Mapping[str, Metric] = PROBES) -> dict[str, Metric]:
+    """Return the metric of each key; one that ends in a number is the metric of its stem with that number."""
+    out = {}
+    for key in keys:
+        stem, _, number = key.rpartition("_")
+        metric = table[stem if number.isdigit() else key]
+        out[key] = metric._replace(name=f"{metric.name}: {number}") if number.isdigit() else metric
+    return out

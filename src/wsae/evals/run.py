@@ -41,7 +41,7 @@ from wsae.evals.latents import density_histogram
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
 from wsae.run import SINGLE, Run
 from wsae.sae import SparseAutoencoder
-from wsae.train.config import TrainConfig
+from wsae.train.config import MemberConfig, TrainConfig
 
 Show = Callable[[Context], Json]
 
@@ -318,18 +318,18 @@ def doubts(hooks: Json) -> list[str]:
 
 
 def find_twins(train: TrainConfig) -> dict[str, str]:
-    """Return, for each weighted member, the member that differs from it in gamma alone.
+    """Return, for each weighted or preconditioned member, the plain one that differs from it in nothing else.
 
-    Where there is none, the first unweighted member; a family without one has no twins.
+    Where there is none, the first plain member; a family without one has no twins.
     """
+
+    def rest(member: MemberConfig) -> MemberConfig:
+        return member.model_copy(update={"gamma": None, "precondition": None, "label": None})
+
     named = list(zip(train.names(), train.members, strict=True))
-    plain = [(name, member) for name, member in named if member.gamma.rule == "none"]
-    out = {}
-    for name, member in named:
-        if member.gamma.rule != "none" and plain:
-            wanted = member.model_copy(update={"gamma": None, "label": None})
-            same = (
-                p for p, m in plain if m.model_copy(update={"gamma": None, "label": None}) == wanted
-            )
-            out[name] = next(same, plain[0][0])
-    return out
+    plain = [(name, member) for name, member in named if member.plain]
+    return {
+        name: next((p for p, m in plain if rest(m) == rest(member)), plain[0][0])
+        for name, member in named
+        if plain and not member.plain
+    }

@@ -18,7 +18,7 @@ SCORES = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
 """The scores of an evaluation that travel with an SAE."""
 _GAMMA = (
     *("rule", "alpha", "normalise", "robust", "quantile", "ridge"),
-    *("effective_dimensions", "max_over_median", "tokens"),
+    *("effective_dimensions", "max_over_median", "tokens", "precondition"),
 )
 _FILES = re.compile(r"\.(jsonl|txt|parquet|npz|npy|gz|safetensors)$")
 

@@ -18,6 +18,7 @@ from wsae.run import (
     EVALUATION_PART,
     INTERPRETATION_PART,
     METRICS_FILE,
+    PROBING_PART,
     Count,
     Form,
     Json,
@@ -54,6 +55,7 @@ class RunData:
         self.interpretation: Json = run.interpretation_record if interpreted else {}
         self.classes: Json = _as_interpretation(run.class_record) if labelled else {}
         """Latents against class labels, in the form of `interpretation`."""
+        self.probing: Json = run.probing_record if run.has(PROBING_PART) else {}
         self.by_class = run.numbers(CLASSES_PART) if labelled else {}
         """Their scores by "hook|member|name"."""
         with understood(run.path / EVALUATION_PART / CONTEXTS_FILE):
@@ -120,9 +122,10 @@ class RunData:
         return f"s{self.members(hook).index(member) % COLOURS}"
 
     def is_plain(self, hook: str, member: str) -> bool:
-        """Return whether a trained member has no weighting: by its gamma rule, by its name where none is recorded."""
-        rule = self.gamma_record(hook, member).get("rule")
-        return not is_control(member) and (member == TWIN_NAME if rule is None else rule == "none")
+        """Return whether a trained member is neither weighted nor preconditioned: by its record, else by its name."""
+        record = self.gamma_record(hook, member)
+        rule = member == TWIN_NAME if record.get("rule") is None else record["rule"] == "none"
+        return rule and record.get("precondition") is None and not is_control(member)
 
     def twin_of(self, hook: str, member: str) -> str | None:
         """Name the plain twin of a member: the one it was compared with, else the first plain one of the hook."""

@@ -5,7 +5,7 @@ the scores are in `wsae.evals.interpret.summary` and `wsae.evals.classes.score`;
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -93,6 +93,8 @@ class OverviewHook(Form):
     groups: list[Annotated[tuple[Text, list[RowForm]], FROM_JSON]]
     scores: ScoresForm | None
     classes: ScoresForm | None
+    probed: list[tuple[Text, ScoresForm]] = Field(default=[], exclude=True)
+    """What is told apart by a few latents: a heading and its scores."""
 
     @model_validator(mode="after")
     def _square(self) -> "OverviewHook":
@@ -125,7 +127,23 @@ def hook_form(run: RunData, hook: str) -> OverviewHook:
         groups=_groups(run, hook),
         scores=scores_form(run, hook, run.interpretation),
         classes=scores_form(run, hook, run.classes),
+        probed=[*_probed(run, hook)],
     )
+
+
+def _probed(run: RunData, hook: str) -> Iterator[tuple[str, ScoresForm]]:
+    """Yield what was probed at a hook: token tasks by rule, documents with labels."""
+    for kind in ("tokens", "documents"):
+        found = run.probing.get(kind, {})
+        scored = {"hooks": found.get("hooks", {}), "glossary": run.probing.get("glossary", {})}
+        form = scores_form(run, hook, scored, "tasks")
+        if form is not None:
+            told = found["hooks"][hook]
+            parts = [f"{len(told['tasks'])} classes of {kind}"]
+            parts += [f"{n:,} {what}" for what, n in found["counts"].items()]
+            if found["skipped"]:
+                parts.append(f"{len(found['skipped'])} classes left out, with too few")
+            yield ", ".join(parts), form
 
 
 def _member(run: RunData, hook: str, name: str) -> MemberHead:
@@ -184,11 +202,18 @@ OTHER_WAYS = {
     "density": "latents of the same density",
     "adjusted": "density regressed out",
     "within": "within classes",
+    "sequences": "sequences resampled",
+    "documents": "documents resampled",
 }
 
 
-def scores_form(run: RunData, hook: str, scored: Json) -> ScoresForm | None:
-    """Return everything shown of a hook's scores, of interpretability or classes; None when it has none."""
+def scores_form(
+    run: RunData, hook: str, scored: Json, compared: str = COMPARED
+) -> ScoresForm | None:
+    """Return everything shown of a hook's scores, of interpretability or labels; None when it has none.
+
+    `compared` is what the difference shown below a member is over.
+    """
     found = scored.get("hooks", {}).get(hook)
     if not found:
         return None
@@ -213,13 +238,17 @@ def scores_form(run: RunData, hook: str, scored: Json) -> ScoresForm | None:
                 if (name, way) in judged
             ]
             record = entry.get("summary", {}).get(score, {})
-            cells.append(_cell(record, judged.get((name, COMPARED)), also))
-        rows.append(_row(score, glossary, score_name(score), "higher", cells))
+            if record.get("told_from_random") is False:
+                also.append("not told from the random SAE")
+            cells.append(_cell(record, judged.get((name, compared)), also))
+        way = direction(score, glossary) or "higher"
+        rows.append(_row(score, glossary, score_name(score), way, cells))
     return ScoresForm(
         columns=columns,
         rows=rows,
         judges=[(score_name(score), str(name)) for score, name in scored.get("judges", {}).items()],
-        facts=_counts(entries, [*scores]) + _pairs([*entries], found.get("comparisons", [])),
+        facts=(_counts(entries, [*scores]) if compared == COMPARED else [])
+        + _pairs([*entries], found.get("comparisons", [])),
     )
 
 
@@ -396,7 +425,7 @@ def cards(run: RunData) -> list[tuple[str, str]]:
 
 def glossary(run: RunData) -> list[tuple[str, str, Json]]:
     """Return (key, name, entry) of every metric the run explains."""
-    parts = (run.evaluation, run.interpretation, run.classes)
+    parts = (run.evaluation, run.interpretation, run.classes, run.probing)
     entries: Json = {
         key: entry for part in parts for key, entry in part.get("glossary", {}).items()
     }

@@ -131,12 +131,21 @@ def judgements(run: RunData, hook: str) -> dict[tuple[str, str], Judgement]:
 
 
 def weighting(record: Json, member: str) -> str:
-    """Name a member's weighting in words: 'variance weighting (α = 1)'."""
-    rule, alpha = record.get("rule"), finite(record.get("alpha"))
+    """Name a member's weighting in words: 'variance weighting (α = 1)', 'whitened input (power 0.5)'."""
+    rule, alpha, inside = (
+        record.get("rule"),
+        finite(record.get("alpha")),
+        record.get("precondition"),
+    )
     if not rule:
         return f"member {member}"
-    name = str(rule).replace("_", " ")
-    return f"{name} weighting" + (f" (α = {alpha:g})" if alpha is not None else "")
+    found = []
+    if inside:
+        found.append(f"{str(inside['kind']).rstrip('e')}ed input (power {inside['power']:g})")
+    if rule != "none" or not found:
+        of = f" (α = {alpha:g})" if alpha is not None else ""
+        found.append(f"{str(rule).replace('_', ' ')} weighting{of}")
+    return " with ".join(found)
 
 
 def verdict(run: RunData, hook: str) -> str:

@@ -11,7 +11,17 @@ from wsae.core.errors import UserError
 
 # How the loss weights gamma come about, as values. No torch here.
 
-Rule = Literal["none", "variance", "latent_variance", "consistency", "vector", "gap", "whiten"]
+Rule = Literal[
+    "none",
+    "variance",
+    "latent_variance",
+    "consistency",
+    "vector",
+    "gap",
+    "whiten",
+    "residual",
+    "residual_covariance",
+]
 Normalise = Literal["rms", "max", "none"]
 Robust = Literal["none", "winsor", "rank", "drop"]
 OUTLIER_RATIO = 50.0
@@ -29,7 +39,9 @@ class GammaConfig(Config):
     rule: Rule = "none"
     """The proxy s: none (all weights 1), variance of the input dimension, latent_variance (the latents' variances
     carried to input dimensions through the squared decoder weights), consistency (from labels), or a given vector.
-    gap: the diagonal, whiten: the matrix that makes the gap of Theorem 5 smallest, from the covariance."""
+    gap: the diagonal, whiten: the matrix that makes the gap of Theorem 5 smallest, from the covariance. residual: one
+    over the standard deviation of what a plain SAE leaves in each dimension, residual_covariance: that of its
+    covariance; the plain SAE is trained first, on a quarter of the rows."""
     alpha: float = Field(default=1.0, allow_inf_nan=False)
     """Exponent; negative values favour low-variance dimensions. For gap and whiten 1 is the rule as derived."""
     normalise: Normalise = "rms"
@@ -44,7 +56,10 @@ class GammaConfig(Config):
     vector: tuple[float, ...] | None = None
     """The proxy itself, for the rule `vector`."""
     ridge: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """For the rule whiten: added to every eigenvalue, as a share of their mean; default: 0.01."""
+    """For the rules whiten, residual and residual_covariance: added to every eigenvalue (residual: to every variance),
+    as a share of their mean; default: 0.01."""
+    rounds: int = Field(default=1, ge=1, le=2)
+    """For the residual rules, 2: what an SAE with the weights of round 1 leaves gives the weights."""
 
     @model_validator(mode="after")
     def _vector_goes_with_rule(self) -> "GammaConfig":
@@ -56,8 +71,14 @@ class GammaConfig(Config):
 
     @model_validator(mode="after")
     def _whiten_has_a_ridge_and_no_robust(self) -> "GammaConfig":
-        if self.rule != "whiten" and self.ridge is not None:
+        if self.rule != "whiten" and not self.needs_pilot and self.ridge is not None:
             raise ValueError(f"a ridge belongs to the rule 'whiten', not to '{self.rule}'")
+        if self.rounds > 1 and not self.needs_pilot:
+            raise ValueError(f"rounds belong to the residual rules, not to '{self.rule}'")
+        if self.rule == "residual_covariance" and self.robust != "none":
+            raise ValueError(
+                "the rule 'residual_covariance' has no proxy to make robust; use a larger ridge"
+            )
         if self.rule == "whiten" and self.robust != "none":
             raise ValueError("the rule 'whiten' has no proxy to make robust; use a larger ridge")
         return self
@@ -77,6 +98,11 @@ class GammaConfig(Config):
         return self.rule in ("gap", "whiten") and self.alpha != 0
 
     @property
+    def needs_pilot(self) -> bool:
+        """Return whether gamma comes from what another SAE, trained before, leaves."""
+        return self.rule in ("residual", "residual_covariance")
+
+    @property
     def label(self) -> str:
         """A short name: plain, variance-a1, variance-a0.5-winsor ..."""
         if self.rule == "none":
@@ -84,7 +110,31 @@ class GammaConfig(Config):
         parts = [self.rule.replace("_", "-"), f"a{self.alpha:g}"]
         parts += [self.robust] if self.robust != "none" else []
         parts += [f"ridge{self.ridge:g}"] if self.ridge is not None else []
+        parts += [f"rounds{self.rounds}"] if self.rounds > 1 else []
         parts += [f"norm-{self.normalise}"] if self.normalise != "rms" else []
+        return "-".join(parts)
+
+
+class PreconditionConfig(Config):
+    """The linear map P in which an SAE is trained: it sees P x, and is folded so that saved it takes x and gives x_hat.
+
+    P = (C + shrinkage m I) ^ (-power / 2) with C the covariance and m its mean eigenvalue (whiten), or with C's
+    diagonal alone in its place (standardise). gamma weights the errors of P x.
+    """
+
+    kind: Literal["standardise", "whiten"]
+    """standardise: each dimension by its own variance; whiten: by the covariance."""
+    power: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
+    """How far: 1 makes all variances 1, 0.5 takes the square root of that way (C^-1/4), 0 leaves x as it is."""
+    shrinkage: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["ledoit-wolf"] = RIDGE
+    """What is added to every eigenvalue of C before, as a share of their mean (a ridge); ledoit-wolf: C moves towards
+    m I by the share of least expected error (Ledoit & Wolf 2004)."""
+
+    @property
+    def label(self) -> str:
+        """A short name: whiten-input-p0.5 ..."""
+        parts = [f"{self.kind}-input-p{self.power:g}"]
+        parts += [] if self.shrinkage == RIDGE else [f"shrink{self.shrinkage}"]
         return "-".join(parts)
 
 

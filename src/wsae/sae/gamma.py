@@ -147,6 +147,22 @@ def gamma_from_covariance(
         raise UserError(f"gamma rule {cfg.rule}: {error}") from error
 
 
+def gamma_from_residual(
+    cfg: GammaConfig, covariance: Float[Tensor, "_ _"]
+) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
+    """Return gamma of the residual rules, in fp64, from the covariance [d_in, d_in] of e = x - x_hat of an SAE.
+
+    residual: s_i = (Var(e_i) + ridge m)^(-1/2), m the mean variance; residual_covariance: Gamma = (Cov(e) + ridge m I)
+    ^(-alpha/2). With e the noise on the activations, alpha 1 is the Gamma^T Gamma = Sigma^-1 of Gauss and Markov.
+    Raises UserError where `gamma_from_proxy` and `whitening` do.
+    """
+    C = covariance.double().cpu()
+    ridge = RIDGE if cfg.ridge is None else cfg.ridge
+    if cfg.rule == "residual_covariance":
+        return normalise_matrix(whitening(C, ridge, cfg.alpha), cfg.normalise)
+    return gamma_from_proxy(cfg, (C.diagonal() + ridge * C.diagonal().mean()).rsqrt())
+
+
 def robust_proxy(
     s: Float64[Tensor, " d_in"], robust: Robust, quantile: float
 ) -> Float64[Tensor, " d_in"]:
@@ -226,9 +242,9 @@ def describe_gamma(
         "effective_dimensions": effective_dimensions(gamma),
         "max_over_median": float(weight.max() / weight.median()) if weight.median() > 0 else None,
     }
-    for key in ("vector", "ridge"):
+    for key in ("vector", "ridge", *(() if cfg.needs_pilot else ("rounds",))):
         record.pop(key)
-    if cfg.rule == "whiten":
+    if cfg.rule == "whiten" or cfg.needs_pilot:
         record["ridge"] = RIDGE if cfg.ridge is None else cfg.ridge
     if cfg.rule == "gap" or cfg.robust == "drop":
         record["zero_weights"] = int((weight == 0).sum())

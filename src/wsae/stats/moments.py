@@ -195,6 +195,10 @@ class Covariance:
         self.n = 0
         self.mean: Float64[Tensor, " d_in"] = torch.zeros(d_in, dtype=torch.float64)
         self._scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
+        self._cubes: Float64[Tensor, " d_in"] = torch.zeros(d_in, dtype=torch.float64)
+        """Sum of |e|^2 e over the rows, e = x - mean."""
+        self._fourths = 0.0
+        """Sum of |e|^4."""
 
     def update(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Add rows; raises UserError naming row and dimension of the first NaN or infinity."""
@@ -207,7 +211,12 @@ class Covariance:
             shifted = block - block[0]  # so a constant dimension is 0, not a rounding error
             offset = shifted.mean(0)
             deviation = shifted - offset
-            self._join(len(block), block[0] + offset, deviation.T @ deviation)
+            other = Covariance(self.d_in)
+            other.n, other.mean = len(block), block[0] + offset
+            other._scatter = deviation.T @ deviation
+            square = deviation.square().sum(1)
+            other._cubes, other._fourths = square @ deviation, float(square @ square)
+            self._join(other)
 
     def merge(self, other: "Covariance") -> None:
         """Add another stream's rows; equals one pass over both up to rounding."""
@@ -215,7 +224,7 @@ class Covariance:
             raise UserError(
                 f"a covariance of width {other.d_in} cannot join one of width {self.d_in}"
             )
-        self._join(other.n, other.mean, other._scatter)
+        self._join(other)
 
     @property
     def covariance(self) -> Float64[Tensor, "d_in d_in"]:
@@ -224,11 +233,35 @@ class Covariance:
             raise UserError("no rows were seen, so there is no covariance; is the data empty?")
         return self._scatter / self.n
 
-    def _join(self, n: int, mean: Tensor, scatter: Tensor) -> None:
-        if n == 0:
+    def ledoit_wolf(self) -> float:
+        """Return the share s for which (1 - s) C + s m I has the least expected squared error, m C's mean eigenvalue.
+
+        s = min(b, d) / d with b = (E|e|^4 - |C|_F^2) / n and d = |C - m I|_F^2, e = x - mean (Ledoit & Wolf 2004).
+        """
+        C = self.covariance
+        size, mean = float(C.square().sum()), float(C.trace()) / self.d_in
+        away = size - self.d_in * mean**2
+        return (
+            min(max(0.0, self._fourths / self.n - size) / self.n, away) / away if away > 0 else 1.0
+        )
+
+    def _join(self, other: "Covariance") -> None:
+        """Add another's sums, each taken about its own mean: both move to the mean of all."""
+        if other.n == 0:
             return
-        total = self.n + n
-        step = mean - self.mean if self.n else torch.zeros_like(mean)
-        self._scatter += scatter + torch.outer(step, step) * (self.n * n / total)
-        self.mean = self.mean + step * (n / total) if self.n else mean.clone()
+        total = self.n + other.n
+        apart = other.mean - self.mean if self.n else torch.zeros_like(other.mean)
+        cubes, fourths = self._about(apart * (other.n / total))
+        more, still_more = other._about(apart * (-self.n / total))
+        self._cubes, self._fourths = cubes + more, fourths + still_more
+        self._scatter += other._scatter + torch.outer(apart, apart) * (self.n * other.n / total)
+        self.mean = self.mean + apart * (other.n / total) if self.n else other.mean.clone()
         self.n = total
+
+    def _about(self, step: Float64[Tensor, " d_in"]) -> tuple[Float64[Tensor, " d_in"], float]:
+        """Return the sums of |e - step|^2 (e - step) and of |e - step|^4."""
+        trace, length = float(self._scatter.trace()), float(step @ step)
+        pulled = self._scatter @ step
+        cubes = self._cubes - trace * step - 2 * pulled - self.n * length * step
+        fourths = self._fourths + 4 * float(step @ pulled) - 4 * float(step @ self._cubes)
+        return cubes, fourths + 2 * length * trace + self.n * length**2

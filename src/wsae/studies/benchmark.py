@@ -1,4 +1,7 @@
-"""The recovery benchmark: methods x loss weights x worlds. What recovers features, and where does weighting help?"""
+"""The recovery benchmarks: methods x loss weights x worlds. What recovers features, and where does weighting help?
+
+`run_benchmark` has many kinds of world without noise, `run_noise` few with noise of several shapes and strengths.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +12,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wsae.core.files import write_text
 from wsae.core.seeds import seed_for
 from wsae.sae.config import GammaConfig, make_activation
-from wsae.studies.engine import Reproduction
-from wsae.studies.results import Row, Table, differences, mean_interval, select, series
+from wsae.studies.drawing import panels_figure
+from wsae.studies.engine import TABLES, Reproduction, markdown
+from wsae.studies.results import (
+    Mean,
+    Row,
+    Table,
+    as_series,
+    cell,
+    differences,
+    mean_interval,
+    select,
+    series,
+)
 from wsae.studies.sweep.config import Method, preset_training
 from wsae.studies.sweep.run import (
     RANDOM,
@@ -25,8 +40,19 @@ from wsae.studies.sweep.run import (
     write_rows,
 )
 from wsae.theory import geometry
-from wsae.toy.config import Correlated, FeatureConfig, Hierarchical, ToyModelConfig, ZipfRates
+from wsae.toy.config import (
+    Anisotropic,
+    Correlated,
+    FeatureConfig,
+    Hierarchical,
+    Isotropic,
+    LowRank,
+    Noise,
+    ToyModelConfig,
+    ZipfRates,
+)
 from wsae.toy.model import ToyModels
+from wsae.toy.world import World
 from wsae.train.config import MemberConfig
 
 # The worlds of the recovery benchmark: geometries, and feature models that keep or break the
@@ -87,8 +113,7 @@ def trials(world: WorldKind, seeds: int, seed: int) -> list[Trial]:
     """Return one trial per seed: another W_p, other data, other initial weights."""
     return [
         Trial(
-            world.W_p(seed + s).float(),
-            world.features,
+            World(world.W_p(seed + s), world.features),
             seed + s,
             {"world": world.name, "sparsity": world.features.sparsity, "seed": s},
         )
@@ -100,14 +125,18 @@ SCORES = ("mcc_direction", "mcc_code", "gt_scaled_rel")
 CHOSEN_BY = "gt_scaled_rel"
 """A penalty's coefficient is the best of its grid by this score against the truth, for every rule alike. The same rows
 then make the tables, so kinds with a grid (L1, JumpReLU) look a little better beside kinds without one."""
-RULES = {
-    "plain": GammaConfig(),
-    "variance 1": GammaConfig(rule="variance", alpha=1.0),
-    "variance -0.5": GammaConfig(rule="variance", alpha=-0.5),
-    "gap": GammaConfig(rule="gap"),
-    "whiten": GammaConfig(rule="whiten"),
+Rules = dict[str, dict[str, Any]]
+"""What sets an SAE apart from its plain twin, by name: fields of `Method`, or of its `MemberConfig`."""
+RULES: Rules = {
+    "plain": {},
+    "variance 1": {"gamma": GammaConfig(rule="variance", alpha=1.0)},
+    "variance -0.5": {"gamma": GammaConfig(rule="variance", alpha=-0.5)},
+    "gap": {"gamma": GammaConfig(rule="gap")},
+    "whiten": {"gamma": GammaConfig(rule="whiten")},
 }
-KINDS: dict[str, list[dict[str, Any]]] = {
+Kinds = dict[str, list[dict[str, Any]]]
+"""Fields of `MemberConfig` at each place of a kind's grid, by name."""
+KINDS: Kinds = {
     "tied ReLU": [{"activation": "relu", "tied": True}],
     "ReLU + L1": [{"activation": "relu", "l1": c} for c in (0.1, 0.3, 1.0, 3.0)],
     "Top-k": [{"activation": "topk", "auxk": 1 / 32}],
@@ -117,19 +146,22 @@ KINDS: dict[str, list[dict[str, Any]]] = {
 _TOY = (0.5, 0.9, 0.99)
 
 
-def benchmark_methods(d_sae: int, lr: float = 3e-3) -> list[Method]:
+def benchmark_methods(
+    d_sae: int, kinds: Kinds = KINDS, rules: Rules = RULES, lr: float = 3e-3
+) -> list[Method]:
     """Return every kind, penalty and rule as a method called "kind | rule | place in the grid"."""
     methods = []
-    for kind, grid in KINDS.items():
+    for kind, grid in kinds.items():
         for place, settings in enumerate(grid):
-            for rule, gamma in RULES.items():
-                fields = {"auxk": 0.0, "lr": lr, "d_sae": d_sae, "gamma": gamma, **settings}
+            for rule, own in rules.items():
+                fields = {"auxk": 0.0, "lr": lr, "d_sae": d_sae, **settings, **own}
+                outer = {key: fields.pop(key) for key in own if key in Method.model_fields}
                 fields["encoder_scale"] = 1.0
                 fields["activation"] = make_activation(settings["activation"], 1)
                 member = MemberConfig.parse(fields, where=kind)
                 k = settings["activation"] in ("topk", "batch_topk")
                 name = f"{kind} | {rule} | {place}"
-                methods.append(Method(name=name, member=member, k_from_truth=k))
+                methods.append(Method(name=name, member=member, k_from_truth=k, **outer))
     return methods
 
 
@@ -162,7 +194,7 @@ def run_benchmark(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
         models = toy_models(toys, at.out / "toy-recovery", at.device, at.progress)
         rows = []
         for group in _groups(models, n, seeds, at.seed):
-            width = group[0].features.n_features
+            width = group[0].world.n_features
             methods = benchmark_methods(width)
             at.say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
             trained = train_trials(group, methods, cfg, at.device, at.progress)
@@ -181,7 +213,7 @@ def _groups(models: ToyModels, n: int, seeds: int, seed: int) -> list[list[Trial
     for W_p, cfg in zip(models.W_p, models.configs, strict=True):
         level = cfg.features.sparsity
         labels = {"world": f"toy, S = {level:g}", "sparsity": level, "seed": cfg.seed - seed}
-        wide.append(Trial(W_p, cfg.features, cfg.seed, labels))
+        wide.append(Trial(World(W_p, cfg.features), cfg.seed, labels))
     narrow: list[Trial] = []
     for world in made_worlds(20, n):
         group = wide if world.features.n_features == n else narrow
@@ -189,13 +221,13 @@ def _groups(models: ToyModels, n: int, seeds: int, seed: int) -> list[list[Trial
     return [narrow, wide]
 
 
-def best_of_grid(rows: Sequence[Row]) -> list[Row]:
+def best_of_grid(rows: Sequence[Row], kinds: Kinds = KINDS, rules: Rules = RULES) -> list[Row]:
     """Return, per world, kind and rule, the rows of the grid's best place (mean over seeds), named "kind | rule"."""
     out = [row for row in rows if row["method"] == RANDOM]
     for world in dict.fromkeys(row["world"] for row in rows):
         here = select(rows, world=world)
-        for kind, grid in KINDS.items():
-            for rule in RULES:
+        for kind, grid in kinds.items():
+            for rule in rules:
                 places = [
                     select(here, method=f"{kind} | {rule} | {place}") for place in range(len(grid))
                 ]
@@ -233,3 +265,164 @@ def rule_table(rows: Sequence[Row], worlds: list[str], score: str) -> Table:
                 cells.append(f"{found.value:+.3f}{'*' if found.sure else ''}")
             table.append([world, kind, *cells])
     return {"header": header, "rows": table}
+
+
+# The benchmark with noise: does a loss that knows the noise, or guesses it, recover more?
+
+NOISE_RULES: Rules = {
+    **RULES,
+    "variance 0.5": {"gamma": GammaConfig(rule="variance", alpha=0.5)},
+    "oracle": {"gamma_from_truth": True},
+}
+NOISE_KINDS: Kinds = {
+    "Top-k": KINDS["Top-k"],
+    "ReLU + L1": [{"activation": "relu", "l1": c} for c in (3.0, 10.0)],
+}
+NOISES: dict[str, type[Isotropic | Anisotropic | LowRank]] = {
+    "isotropic": Isotropic,
+    "anisotropic": Anisotropic,
+    "low rank": LowRank,
+}
+LEVELS = (0.1, 0.3, 1.0)
+"""Power of the noise over that of the signal, beside none."""
+NOISE_WORLDS = ("random", "uneven")
+PRIMARY = "mcc_direction"
+"""Stated before anything was run; the other scores of `SCORES` are told beside it."""
+NO_NOISE = "none"
+
+
+def noise_settings() -> dict[str, Noise]:
+    """Return every noise of the benchmark by name, none first."""
+    found: dict[str, Noise] = {NO_NOISE: Isotropic()}
+    for name, kind in NOISES.items():
+        found |= {f"{name} {level:g}": kind(level=level) for level in LEVELS}
+    return found
+
+
+def noisy_trials(d_in: int, n: int, seeds: int, seed: int) -> list[Trial]:
+    """Return a trial per world, noise and seed; a seed's W_p, features and normals are the same under every noise."""
+    return [
+        Trial(
+            World(trial.world.W_p, trial.world.features, noise=noise),
+            trial.seed,
+            {**trial.labels, "world": f"{world.name} | {name}"},
+        )
+        for world in made_worlds(d_in, n)
+        if world.name in NOISE_WORLDS
+        for name, noise in noise_settings().items()
+        for trial in trials(world, seeds, seed)
+    ]
+
+
+def run_noise(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
+    """Train and score every rule on every noisy world; return the tables and the files written."""
+    sizes = {"tiny": (6, 12, 2, 20), "small": (10, 30, 8, 800), "paper": (20, 100, 8, 2000)}
+    d_in, n, seeds, steps = sizes[at.preset]
+    scored = {"unit_scale": True, "rows": 512 if at.preset == "tiny" else 1024, "batch_size": 128}
+    cfg = preset_training(at.preset, steps=steps).model_copy(update=scored)
+    methods = benchmark_methods(n, NOISE_KINDS, NOISE_RULES)
+    group, place = noisy_trials(d_in, n, seeds, at.seed), at.out / "noise"
+    settings = {
+        "training": cfg.to_dict(),
+        "methods": [method.to_dict() for method in methods],
+        "worlds": [{**trial.labels, **trial.world.describe()} for trial in group],
+    }
+    rows = read_rows(settings, place)
+    if rows is None:
+        at.say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {n} features")
+        trained = train_trials(group, methods, cfg, at.device, at.progress)
+        rows = score_trials(group, trained, cfg, at.progress)
+        write_rows(rows, settings, place)
+    tables = noise_tables(rows)
+    write_text(place / TABLES, markdown(tables))
+    pictures = panels_figure(
+        noise_panels(rows), at.out / "noise", "noise over signal, standard deviations", columns=3
+    )
+    return {"tables": tables, "saes": len(rows)}, [place / ROWS, place / TABLES, *pictures]
+
+
+def over_worlds(rows: Sequence[Row]) -> list[Row]:
+    """Return each method's mean over the worlds, one row per noise, seed and method, grids at their best place."""
+    grouped: dict[tuple[str, int, str], list[Row]] = {}
+    for row in best_of_grid(rows, NOISE_KINDS, NOISE_RULES):
+        noise = row["world"].split(" | ")[1]
+        grouped.setdefault((noise, row["seed"], row["method"]), []).append(row)
+    keys = (*SCORES, "mcc_direction_chance")
+    return [
+        {"world": "all", "noise": noise, "seed": seed, "method": method}
+        | {key: float(np.mean([row[key] for row in part])) for key in keys}
+        for (noise, seed, method), part in grouped.items()
+    ]
+
+
+def noise_tables(rows: Sequence[Row]) -> dict[str, Table]:
+    """Return, for each score, its mean without weights, and each rule's paired difference, over worlds and in each.
+
+    *: the 95 % interval leaves out 0. **: so does the interval at 1 - 0.05 / m, m all differences of a score over the
+    worlds (Bonferroni).
+    """
+    pooled = over_worlds(rows)
+    tables = {}
+    for score in SCORES:
+        tables[f"{score}, plain and floors"] = _noise_plain(pooled, score)
+        tables[f"{score}, rule minus plain"] = _noise_rules(pooled, score)
+    chosen = [
+        {**row, "noise": row["world"], "world": "one"}
+        for row in best_of_grid(rows, NOISE_KINDS, NOISE_RULES)
+    ]
+    tables[f"{PRIMARY}, rule minus plain, each world"] = _noise_rules(chosen, PRIMARY)
+    return tables
+
+
+def _noise_plain(rows: Sequence[Row], score: str) -> Table:
+    methods = [*(f"{kind} | plain" for kind in NOISE_KINDS), RANDOM]
+    found = {method: series(rows, method, score, "noise") for method in methods}
+    if score == PRIMARY:
+        found["random directions"] = series(rows, RANDOM, "mcc_direction_chance", "noise")
+    header = ["noise", *found]
+    lines = [[noise, *(cell(line[noise], form=".3f") for line in found.values())]
+             for noise in found[RANDOM]]  # fmt: skip
+    return {"header": header, "rows": lines}
+
+
+def _noise_rules(rows: Sequence[Row], score: str) -> Table:
+    rules = [rule for rule in NOISE_RULES if rule != "plain"]
+    noises = list(series(rows, RANDOM, score, "noise"))
+    strict = 1 - 0.05 / (len(rules) * len(noises) * len(NOISE_KINDS))
+
+    def shown(kind: str, rule: str) -> dict[str, str]:
+        pair = (f"{kind} | {rule}", f"{kind} | plain", score, "noise")
+        wide, narrow = differences(rows, *pair), differences(rows, *pair, confidence=strict)
+        return {
+            noise: cell(mean, form="+.3f") + "*" * (mean.sure + narrow[noise].sure)
+            for noise, mean in wide.items()
+        }
+
+    lines = []
+    for kind in NOISE_KINDS:
+        columns = [shown(kind, rule) for rule in rules]
+        lines += [[noise, kind, *(column[noise] for column in columns)] for noise in noises]
+    return {"header": ["noise", "kind", *rules], "rows": lines}
+
+
+def noise_panels(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return a panel per kind and shape of noise: direction MCC against the noise's strength, a line per rule."""
+    pooled, panels = over_worlds(rows), []
+    for kind in NOISE_KINDS:
+        for shape in NOISES:
+            places = {NO_NOISE: 0.0} | {f"{shape} {level:g}": level**0.5 for level in LEVELS}
+
+            def line(name: str, method: str, places: dict[str, float] = places) -> dict[str, Any]:
+                found: dict[str, Mean] = series(pooled, method, PRIMARY, "noise")
+                return as_series(name, {x: found[key] for key, x in places.items()}).to_dict()
+
+            lines = [line(rule, f"{kind} | {rule}") for rule in NOISE_RULES]
+            panels.append(
+                {
+                    "title": f"{kind}, {shape} noise",
+                    "ylabel": "direction MCC",
+                    "series": [*lines, line("untrained", RANDOM)],
+                    "bottom": 0.3,
+                }
+            )
+    return panels

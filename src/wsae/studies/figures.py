@@ -12,13 +12,16 @@ from itertools import product
 from typing import Any, Literal
 
 from wsae.core.config import Config
+from wsae.sae.config import GammaConfig
 from wsae.studies.engine import Reproduction
 from wsae.studies.results import (
     Mean,
     Panel,
     Row,
     Series,
+    Table,
     as_series,
+    cell,
     comparable,
     differences,
     judged,
@@ -38,11 +41,18 @@ from wsae.studies.sweep.config import (
     Preset,
     ToySweepConfig,
     methods,
+    paper_method,
     preset_training,
     toy_sweep,
 )
 from wsae.studies.sweep.run import CLOSED_FORM, RANDOM, run_sweep
-from wsae.toy.config import DecayingImportance, EqualImportance
+from wsae.toy.config import (
+    Anisotropic,
+    DecayingImportance,
+    EqualImportance,
+    Isotropic,
+    Noise,
+)
 
 LOW = 0.5
 """Sparsity levels up to this are the paper's "relatively low"."""
@@ -232,3 +242,114 @@ def _summary(rows: list[Row]) -> dict[str, Any]:
             if lower is not None:
                 out[f"{name} verdict"] = judged(low(WSAE, score), lower, NEGLIGIBLE)
     return out
+
+
+# Figure 3 under readings of the world: its size and importances, one W_p for all S, noise.
+
+ONE_S = 0.9
+"""S that the one W_p is trained at."""
+NOISE_LEVEL = 0.1
+ALPHAS = (0.5, 1.0, 2.0)
+
+
+class WorldReading(Config):
+    """One reading of the world behind Figure 3, for an SAE trained with Adam as there."""
+
+    size: Literal["200 in 20", "20 in 5"]
+    """200 in 20: the paper's sizes, equal importance. 20 in 5: with importance 0.9^i, as Elhage et al. (2022)."""
+    matrix: Literal["each S", "all S"]
+    """each S: every level has its own W_p. all S: the W_p trained at S = 0.9 serves all levels."""
+    noise: Noise
+    form: Literal["tied", "untied"]
+
+    @property
+    def label(self) -> str:
+        """A short name."""
+        noise = f"{self.noise.kind} noise" if self.noise.level else "no noise"
+        return f"{self.size}, W_p for {self.matrix}, {noise}, {self.form}"
+
+    @property
+    def toys(self) -> str:
+        """The directory of its toy models, which other readings share."""
+        return f"toy-{self.size}-{self.matrix}".replace(" ", "-")
+
+
+def world_readings() -> Iterator[WorldReading]:
+    """Yield every combination; untied SAEs at the smaller size alone."""
+    noises = (Isotropic(), Isotropic(level=NOISE_LEVEL), Anisotropic(level=NOISE_LEVEL))
+    for size, forms in (("20 in 5", ("tied", "untied")), ("200 in 20", ("tied",))):
+        for matrix, noise, form in product(("each S", "all S"), noises, forms):
+            yield WorldReading(size=size, matrix=matrix, noise=noise, form=form)
+
+
+def world_sweep(reading: WorldReading, preset: Preset, seed: int) -> ToySweepConfig:
+    """Return the sweep of one reading of the world; preset tiny shrinks the larger world, and training."""
+    tiny, small = preset == "tiny", reading.size == "20 in 5"
+    n, d_in = (20, 5) if small else (30, 6) if tiny else (200, 20)
+    importance = DecayingImportance(base=0.9) if small else EqualImportance()
+    own = {"lr": LR, "tied": reading.form == "tied"}
+    rules = {f"{WSAE}, alpha {a:g}": GammaConfig(rule="variance", alpha=a) for a in ALPHAS}
+    changes: dict[str, Any] = {
+        "n_features": n,
+        "d_in": d_in,
+        "sparsities": (0.0, 0.3, 0.5, 0.9),
+        "seeds": 2 if tiny else 8,
+        "toy_seeds": "each" if small else "one",
+        "toy_sparsity": ONE_S if reading.matrix == "all S" else None,
+        "importance": importance,
+        "noise": reading.noise,
+        "methods": [
+            paper_method(PLAIN, n, **own),
+            *(paper_method(name, n, gamma, **own) for name, gamma in rules.items()),
+        ],
+    }
+    base = toy_sweep(preset, seed, **changes)
+    steps = base.training.bank.steps if tiny else 3000
+    training = preset_training(preset, steps=steps).model_copy(update={"batch_size": 32})
+    return base.model_copy(update={"training": training})
+
+
+def run_worlds(at: Reproduction) -> dict[str, Any]:
+    """Run every reading of the world and return a table of WSAE minus SAE at low S, with intervals."""
+    found = {}
+    for i, reading in enumerate(world_readings()):
+        at.say(f"reading {i + 1}: {reading.label}")
+        cfg = world_sweep(reading, at.preset, at.seed)
+        place = at.out / f"world-{i:02d}"
+        found[reading.label] = run_sweep(cfg, place, at.device, at.progress, at.out / reading.toys)
+    return {"tables": {"WSAE minus SAE in per cent, S <= 0.5": worlds_table(found)}}
+
+
+def worlds_table(found: dict[str, list[Row]]) -> Table:
+    """Return (reading, alpha) x panel -> the relative difference at low S in per cent, latents matched to features.
+
+    *: the 95 % interval over seeds leaves out 0. **: so does the one at 1 - 0.05 / m, m all cells (Bonferroni).
+    """
+    panels = [(name, score.format("matched")) for name, score, _, _ in _PANELS]
+    strict = 1 - 0.05 / (len(found) * len(panels) * len(ALPHAS))
+
+    def shown(rows: list[Row], alpha: float, score: str) -> str:
+        each = low_differences(rows, f"{WSAE}, alpha {alpha:g}", score)
+        wide = mean_interval(each)
+        return cell(wide, 100.0, "+.2f") + "*" * (wide.sure + mean_interval(each, strict).sure)
+
+    lines = [
+        [label, f"{alpha:g}", *(shown(rows, alpha, score) for _, score in panels)]
+        for label, rows in found.items()
+        for alpha in ALPHAS
+    ]
+    return {"header": ["reading", "alpha", *(name for name, _ in panels)], "rows": lines}
+
+
+def low_differences(rows: Sequence[Row], method: str, score: str) -> list[float]:
+    """Return, per seed, the mean over S <= 0.5 of (method - SAE) / mean of SAE at that S."""
+    base = {S: mean.value for S, mean in series(rows, PLAIN, score).items() if S <= LOW}
+    plain, other = (
+        {(row["sparsity"], row["seed"]): row[score] for row in select(rows, method=name)}
+        for name in (PLAIN, method)
+    )
+    seeds = sorted({row["seed"] for row in rows})
+    return [
+        sum((other[S, seed] - plain[S, seed]) / value for S, value in base.items()) / len(base)
+        for seed in seeds
+    ]

@@ -4,17 +4,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wsae.core.files import locked, write_json
-from wsae.studies.benchmark import run_benchmark
+from wsae.studies.benchmark import run_benchmark, run_noise
 from wsae.studies.drawing import panels_figure
 from wsae.studies.engine import Reproduction, reproduce_study
-from wsae.studies.figures import figure2, figure3, run_readings
+from wsae.studies.figures import figure2, figure3, run_readings, run_worlds
 from wsae.studies.results import Panel
 from wsae.studies.sweep.config import toy_sweep
 from wsae.studies.sweep.run import run_sweep
 from wsae.studies.tables.config import StudyName, TableChoices, study_config
 from wsae.studies.vision.config import FigureName, VisionChoices, vision_config
 
-Name = Literal["figure2", "figure3", "readings", "recovery"] | StudyName | FigureName
+Name = (
+    Literal["figure2", "figure3", "readings", "worlds", "recovery", "noise"]
+    | StudyName
+    | FigureName
+)
 
 TITLES = {
     "gt_raw": "ground-truth loss (Eq. 10)",
@@ -33,8 +37,9 @@ def reproduce(
     """Run what is missing in `at.out`, write NAME.json there and its pictures, and return the result.
 
     Figures 2 and 3 share one sweep, Figures 4 and 5 backbones and SAEs; `vision` is what these two take beside a
-    preset, `tables` what the tables take. `readings` tries every reading of what the paper leaves open; `recovery` is
-    the wider benchmark of methods, gamma rules and worlds. Raises UserError as training does.
+    preset, `tables` what the tables take. `readings` tries every reading of what the paper leaves open in training,
+    `worlds` every reading of its toy world; `recovery` is the wider benchmark of methods, gamma rules and worlds,
+    `noise` the one with noisy worlds; `remedy` asks what helps (docs/remedy.md). Raises UserError as training does.
     """
     out, files = at.out, []
     with locked(out):
@@ -43,8 +48,12 @@ def reproduce(
                 result, files = _toy_figure(name, at)
             case "readings":
                 result = {"readings": run_readings(at)}
+            case "worlds":
+                result = run_worlds(at)
             case "recovery":
                 result, files = run_benchmark(at)
+            case "noise":
+                result, files = run_noise(at)
             case "figure4" | "figure5":  # as the tables: brings transformers
                 from wsae.studies.vision.study import FigureStudy
 
@@ -53,13 +62,13 @@ def reproduce(
                 study.torchrun_hint = at.preset == "paper"
                 result, files = reproduce_study(study, out / name)
             case _:  # brings transformers, which the toy models do not need
+                from wsae.studies.remedy import RemedyStudy
                 from wsae.studies.tables.study import TableStudy
 
                 cfg = study_config(name, at.preset, out, tables, at.seed, at.device)
                 where = (out / name, at.progress, at.say, at.device)
-                result, files = reproduce_study(
-                    TableStudy(cfg, *where, tables, at.preset), out / name
-                )
+                recipe = RemedyStudy if name == "remedy" else TableStudy
+                result, files = reproduce_study(recipe(cfg, *where, tables, at.preset), out / name)
         result = {"name": name, "preset": at.preset, "seed": at.seed, **result}
         write_json(out / f"{name}.json", result)
     return {**result, "files": [str(out / f"{name}.json"), *map(str, files)]}

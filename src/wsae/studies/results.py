@@ -54,7 +54,12 @@ def series(rows: Sequence[Row], method: str, score: str, over: str = "sparsity")
 
 
 def differences(
-    rows: Sequence[Row], method: str, against: str, score: str, over: str = "sparsity"
+    rows: Sequence[Row],
+    method: str,
+    against: str,
+    score: str,
+    over: str = "sparsity",
+    confidence: float = 0.95,
 ) -> dict[Any, Mean]:
     """Return level -> mean over seeds of (method - against), paired by world and seed."""
     keys = ("world", over, "seed")
@@ -63,7 +68,7 @@ def differences(
     for row in select(rows, method=method):
         pair = base[tuple(row.get(k) for k in keys)]
         grouped.setdefault(row[over], []).append(row[score] - pair)
-    return {level: mean_interval(values) for level, values in grouped.items()}
+    return {level: mean_interval(values, confidence) for level, values in grouped.items()}
 
 
 PART = ("difference", "low", "high", "n")

@@ -1,4 +1,4 @@
-"""What a toy world is, as values: how features fire and how large they are, and the toy model. No torch here."""
+"""What a toy world is, as values: how features fire, what noise there is, and the toy model. No torch here."""
 
 from typing import Annotated, Any, Literal
 
@@ -89,6 +89,42 @@ class FeatureConfig(Config):
     """How often each feature is active."""
     structure: Structure = Independent()
     """Which features are active together."""
+
+
+class NoiseLevel(Config):
+    """Gaussian noise e on the activations, x_p = W_p x + e, of mean 0 and covariance Sigma, independent of x."""
+
+    level: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Power of the noise over that of the signal, tr(Sigma) / tr(Cov(W_p x)); 0 is no noise."""
+
+
+class Isotropic(NoiseLevel):
+    """Noise alike in all directions: Sigma = c I."""
+
+    kind: Literal["isotropic"] = "isotropic"
+
+
+class Anisotropic(NoiseLevel):
+    """Noise that grows along the dimensions: Sigma_ii = c spread^(2 i / (d_in - 1)), i = 0 ... d_in - 1, else 0."""
+
+    kind: Literal["anisotropic"] = "anisotropic"
+    spread: float = Field(default=10.0, ge=1, le=1e6)
+    """Standard deviation in the last dimension over that in the first."""
+
+
+class LowRank(NoiseLevel):
+    """Noise in few directions: Sigma = c ((1 - floor) U U^T / rank + floor I / d_in), U^T U = I."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    rank: PositiveInt = 2
+    """Number of loud directions, at most d_in."""
+    floor: float = Field(default=0.1, ge=1e-6, le=1)
+    """Share of the power that is spread over all directions."""
+    seed: NonNegativeInt = 0
+    """Draws the directions U."""
+
+
+Noise = Annotated[Isotropic | Anisotropic | LowRank, Field(discriminator="kind")]
 
 
 class EqualImportance(Config):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,17 +54,75 @@ def feature_moments(
     cfg: FeatureConfig,
 ) -> tuple[Float64[Tensor, " n_features"], Float64[Tensor, " n_features"]]:
     """Return E[x_i] = p_i E[m] and E[x_i^2] = p_i E[m^2], each [n_features]; m is the magnitude."""
-    p = torch.from_numpy(activity(cfg))
-    match cfg.magnitudes:
-        case "uniform":
-            first, second = 1 / 2, 1 / 3
-        case "constant":
-            first, second = 1.0, 1.0
-        case "exponential":
-            first, second = 1.0, 2.0
-        case "half_normal":
-            first, second = (2 / np.pi) ** 0.5, 1.0
+    p, (first, second) = torch.from_numpy(activity(cfg)), _magnitude_moments(cfg.magnitudes)
     return p * first, p * second
+
+
+def _magnitude_moments(magnitudes: Magnitudes) -> tuple[float, float]:
+    """Return E[m] and E[m^2] of an active feature."""
+    match magnitudes:
+        case "uniform":
+            return 1 / 2, 1 / 3
+        case "constant":
+            return 1.0, 1.0
+        case "exponential":
+            return 1.0, 2.0
+        case "half_normal":
+            return (2 / np.pi) ** 0.5, 1.0
+
+
+class FeatureCovariance(NamedTuple):
+    """Cov(x), exact: the diagonal, and the pairs of features that do not fire independently."""
+
+    variance: Float64[Tensor, " n_features"]
+    first: Int64[Tensor, " pairs"]
+    second: Int64[Tensor, " pairs"]
+    """Each pair once, first < second."""
+    value: Float64[Tensor, " pairs"]
+    """Cov(x_first, x_second) = (P(both active) - p_first p_second) E[m]^2."""
+
+
+def feature_covariance(cfg: FeatureConfig) -> FeatureCovariance:
+    """Return Cov(x); P(both active) is p_i p_j / p_parent in a family, the normals' upper quadrant in a group."""
+    mean, second = feature_moments(cfg)
+    variance, p = second - mean.square(), activity(cfg)
+    match cfg.structure:
+        case Independent():
+            size = 1
+        case Correlated(group=size):
+            pass
+        case Hierarchical(children=children):
+            size = children + 1
+    start = np.arange(len(p))[:, None]
+    other = start + np.arange(1, size)
+    inside = (other < len(p)) & (other // size == start // size)
+    i, j = (np.broadcast_to(x, inside.shape)[inside] for x in (start, other))
+    if isinstance(cfg.structure, Correlated):
+        apart = _quadrant_excess(p[i], p[j], cfg.structure.rho)
+    else:
+        parent = p[i - i % size]
+        apart = (
+            p[i] * p[j] * np.divide(1 - parent, parent, out=np.zeros_like(parent), where=parent > 0)
+        )
+    value = apart * _magnitude_moments(cfg.magnitudes)[0] ** 2
+    return FeatureCovariance(variance, *(torch.from_numpy(x) for x in (i, j, value)))
+
+
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+def _quadrant_excess(
+    p: Float64[np.ndarray, " pairs"], q: Float64[np.ndarray, " pairs"], rho: float
+) -> Float64[np.ndarray, " pairs"]:
+    """Return P(Z > a, Z' > b) - p q for normals of correlation rho with P(Z > a) = p, P(Z' > b) = q.
+
+    By Plackett's identity the integral of exp(-(a^2 - 2 a b sin t + b^2) / (2 cos^2 t)) / (2 pi) from 0 to asin(rho).
+    """
+    a, b = (np.clip(ndtri(1 - x), -38.0, 38.0)[:, None] for x in (p, q))
+    half = np.arcsin(rho) / 2
+    t = half * (_NODES + 1)
+    exponent = (a * a - 2 * a * b * np.sin(t) + b * b) / (2 * np.cos(t) ** 2)
+    return half / (2 * np.pi) * (np.exp(-exponent) @ _NODE_WEIGHTS)
 
 
 def apply_magnitudes(x: Float32[np.ndarray, "..."], magnitudes: Magnitudes) -> None:

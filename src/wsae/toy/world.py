@@ -1,8 +1,8 @@
-"""A world with known truth: features x by a law, and activations x_p = W_p x (paper Eq. 1)."""
+"""A world with known truth: features x by a law, and activations x_p = W_p x (paper Eq. 1), with noise or without."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,8 +19,15 @@ from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.kernels import SparseCode
 from wsae.theory.geometry import check_W_p
-from wsae.toy.config import FeatureConfig
-from wsae.toy.features import FeatureStream, embed_sparse, sample_sparse
+from wsae.toy.config import Anisotropic, FeatureConfig, Isotropic, LowRank, Noise
+from wsae.toy.features import (
+    FeatureStream,
+    embed_sparse,
+    feature_covariance,
+    feature_moments,
+    generator,
+    sample_sparse,
+)
 from wsae.toy.model import ToyModels
 
 
@@ -62,9 +69,28 @@ def superposition(
     )
 
 
+def noise_shape(cfg: Noise, d_in: int) -> Float64[Tensor, "d_in d_in"]:
+    """Return Sigma / tr(Sigma), positive definite; raises UserError for more loud directions than dimensions."""
+    eye = torch.eye(d_in, dtype=torch.float64)
+    match cfg:
+        case Isotropic():
+            shape = eye
+        case Anisotropic(spread=spread):
+            place = torch.arange(d_in, dtype=torch.float64) / max(1, d_in - 1)
+            shape = torch.diag(spread ** (2 * place))
+        case LowRank(rank=rank, floor=floor, seed=seed):
+            if rank > d_in:
+                raise UserError(f"noise of rank {rank} in {d_in} dimensions; at most {d_in}")
+            drawn = torch.Generator().manual_seed(seed_for(seed, "noise", d_in))
+            normal = torch.randn(d_in, rank, generator=drawn, dtype=torch.float64)
+            U = torch.linalg.qr(normal).Q
+            shape = (1 - floor) / rank * U @ U.T + floor / d_in * eye
+    return shape / shape.trace()
+
+
 @dataclass(frozen=True, eq=False)
 class World:
-    """A superposition matrix W_p [d_in, n_features] and the law of its features.
+    """A superposition matrix W_p [d_in, n_features], the law of its features, and the noise: x_p = W_p x + e.
 
     Rows depend on (seed, step) alone. With `sparse` they come from the sparse sampler, whose cost follows the number
     of active entries: the same law, other draws. Raises UserError for a W_p that is not a finite matrix of as many
@@ -75,6 +101,7 @@ class World:
     """[d_in, n_features], kept in float32; column i is the direction of feature i."""
     features: FeatureConfig
     sparse: bool = False
+    noise: Noise = field(default_factory=Isotropic)
 
     def __post_init__(self) -> None:
         """Check the matrix, and keep it in float32."""
@@ -89,6 +116,12 @@ class World:
                 "sparsity 1: no feature is ever active, so x_p is always 0; use less than 1"
             )
         object.__setattr__(self, "W_p", matrix.float())
+        noise_shape(self.noise, self.d_in)
+        if self.noise.level and not bool(self.signal_covariance.trace() > 0):
+            raise UserError(
+                f"noise of level {self.noise.level:g} over a signal that never varies; use a lower level of activity, "
+                "or other magnitudes"
+            )
 
     @classmethod
     def of_toy_model(cls, models: ToyModels, index: int) -> "World":
@@ -110,12 +143,20 @@ class World:
     def sample(
         self, rows: int, seed: int, step: int = 0
     ) -> tuple[Float32[Tensor, "rows n_features"], Float32[Tensor, "rows d_in"]]:
-        """Return features x [rows, n_features] and activations x_p [rows, d_in]."""
+        """Return features x [rows, n_features] and activations x_p = W_p x + e [rows, d_in]."""
         if self.sparse:
             code = self.sample_sparse(rows, seed, step)
-            return code.dense(self.n_features), self.embed(code)
+            return code.dense(self.n_features), self.acts(code, seed, step)
         x = FeatureStream([self.features], [seed], rows).batch(step)[0]
-        return x, self.embed(x)
+        return x, self.acts(x, seed, step)
+
+    def acts(
+        self, features: Float[Tensor, "rows n_features"] | SparseCode, seed: int, step: int = 0
+    ) -> Float32[Tensor, "rows d_in"]:
+        """Return the activations of features: W_p x and the noise of (seed, step)."""
+        x_p = self.embed(features)
+        NoiseStream([self], [seed]).add_to(x_p[None], step)
+        return x_p
 
     def sample_sparse(self, rows: int, seed: int, step: int = 0) -> SparseCode:
         """Return the active entries of x, by the sparse sampler (the features of `sample` where `sparse` is set)."""
@@ -124,19 +165,49 @@ class World:
     def embed(
         self, features: Float[Tensor, "rows n_features"] | SparseCode
     ) -> Float32[Tensor, "rows d_in"]:
-        """Return x_p = W_p x (Eq. 1), of dense features or of active entries."""
+        """Return W_p x (Eq. 1), without noise, of dense features or of active entries."""
         if isinstance(features, SparseCode):
             return embed_sparse(self._by_feature.T, features)
         return features @ self.W_p.T
 
     def describe(self) -> dict[str, Any]:
-        """Return the world as JSON: sizes, the law of the features, and a digest of W_p."""
+        """Return the world as JSON: sizes, the law of the features, a digest of W_p, and the noise if there is any."""
+        noise = {"noise": self.noise.to_dict()} if self.noise.level else {}
         return {
             "d_in": self.d_in,
             "features": self.features.to_dict(),
             "sparse": self.sparse,
             "W_p": self.digest,
+            **noise,
         }
+
+    @cached_property
+    def mean(self) -> Float64[Tensor, " d_in"]:
+        """E[x_p] = W_p E[x], exact."""
+        return self.W_p.double() @ feature_moments(self.features)[0]
+
+    @cached_property
+    def signal_covariance(self) -> Float64[Tensor, "d_in d_in"]:
+        """Cov(W_p x) = W_p Cov(x) W_p^T, exact."""
+        W_p, found = self.W_p.double(), feature_covariance(self.features)
+        pairs = (W_p[:, found.first] * found.value) @ W_p[:, found.second].T
+        return (W_p * found.variance) @ W_p.T + pairs + pairs.T
+
+    @cached_property
+    def noise_covariance(self) -> Float64[Tensor, "d_in d_in"]:
+        """Sigma, exact: `level` times the signal's power, in the shape of the noise."""
+        power = self.noise.level * self.signal_covariance.trace()
+        return power * noise_shape(self.noise, self.d_in)
+
+    @cached_property
+    def noise_root(self) -> Float32[Tensor, "d_in d_in"]:
+        """L, lower triangular with L L^T = Sigma; there must be noise."""
+        return torch.linalg.cholesky(self.noise_covariance).float()
+
+    @property
+    def covariance(self) -> Float64[Tensor, "d_in d_in"]:
+        """Cov(x_p) = W_p Cov(x) W_p^T + Sigma, exact."""
+        return self.signal_covariance + self.noise_covariance
 
     @cached_property
     def digest(self) -> str:
@@ -149,6 +220,32 @@ class World:
     def _by_feature(self) -> Float32[Tensor, "n_features d_in"]:
         """W_p with one row per feature: what the sparse product reads."""
         return self.W_p.T.contiguous()
+
+
+class NoiseStream:
+    """Noise e = L z of many worlds at any step, L L^T = Sigma and z normal; worlds of one seed share z.
+
+    Worlds without noise draw none.
+    """
+
+    def __init__(self, worlds: Sequence[World], seeds: Sequence[int]) -> None:
+        noisy = [i for i, world in enumerate(worlds) if world.noise.level]
+        self._seeds = list(dict.fromkeys(seeds[i] for i in noisy))
+        self._noisy = torch.tensor(noisy, dtype=torch.int64)
+        self._place = torch.tensor([self._seeds.index(seeds[i]) for i in noisy], dtype=torch.int64)
+        self._roots = torch.stack([worlds[i].noise_root for i in noisy]) if noisy else None
+
+    def add_to(self, acts: Float32[Tensor, "worlds rows d_in"], step: int) -> None:
+        """Add a step's noise to the activations, in place."""
+        if self._roots is None:
+            return
+        shape = acts.shape[1:]
+        drawn = [
+            generator(seed, "noise", shape[1], step).standard_normal(shape, dtype=np.float32)
+            for seed in self._seeds
+        ]
+        z = torch.from_numpy(np.stack(drawn))[self._place]
+        acts.index_add_(0, self._noisy, torch.bmm(z, self._roots.mT))
 
 
 Split = Literal["train", "heldout"]
@@ -247,7 +344,7 @@ class SyntheticSource:
         """Return the activations of rows number * block ... of a split (past its end they are not part of it)."""
         if self.world.sparse:
             code = self.world.sample_sparse(self.block, self._seeds[split], number)
-            return self.world.embed(code)
+            return self.world.acts(code, self._seeds[split], number)
         return self.world.sample(self.block, self._seeds[split], number)[1]
 
     @cached_property

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from wsae.core.config import Config
-from wsae.sae.config import Activation, GammaConfig, SAEConfig, TopK
+from wsae.sae.config import Activation, GammaConfig, PreconditionConfig, SAEConfig, TopK
 
 FEW_STEPS = 100
 """Steps below which a run is called too short."""
@@ -16,6 +16,8 @@ class MemberConfig(Config):
 
     gamma: GammaConfig = GammaConfig()
     """Loss weights."""
+    precondition: PreconditionConfig | None = None
+    """A linear map of the activations in which the SAE is trained; it is folded into the weights when saved."""
     d_sae: PositiveInt | None = None
     """Number of latents; default: expansion * d_in."""
     expansion: PositiveInt = 8
@@ -40,6 +42,30 @@ class MemberConfig(Config):
     kinds, near the scale of least squared error (rows of norm 1 start with too long reconstructions), 1 for others."""
     label: str | None = None
     """Name of the member; by default made from what it is."""
+
+    @model_validator(mode="after")
+    def _a_map_unties(self) -> "MemberConfig":
+        if self.precondition is None:
+            return self
+        if self.tied:
+            raise ValueError(
+                "a preconditioner does not go with tied weights: folded, the decoder is not the encoder transposed"
+            )
+        if self.gamma.rule == "consistency":
+            raise ValueError(
+                "gamma rule consistency is one of the activations' own dimensions; leave the preconditioner out"
+            )
+        return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is weighted or mapped: the twin that others are compared with."""
+        return self.gamma.rule == "none" and self.precondition is None
+
+    @property
+    def needs_covariance(self) -> bool:
+        """Whether its loss weights or its preconditioner come from the covariance of the activations."""
+        return self.gamma.needs_covariance or self.precondition is not None
 
     def width(self, d_in: int) -> int:
         """Return d_sae for activations of width d_in."""
@@ -124,11 +150,19 @@ class TrainConfig(Config):
         return self.dead_after or max(self.batch_size, min(10_000_000, self.tokens // 5))
 
     def names(self) -> list[str]:
-        """Return the members' names: the gamma rule, then whatever else sets them apart."""
+        """Return the members' names: the gamma rule and the preconditioner, then whatever else sets them apart."""
         fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
         fields += ("auxk", "k_aux", "encoder_scale")
         varying = [f for f in fields if len({str(getattr(m, f)) for m in self.members}) > 1]
-        return [m.label or "-".join([m.gamma.label, *_parts(m, varying)]) for m in self.members]
+        return [m.label or "-".join([*_rules(m), *_parts(m, varying)]) for m in self.members]
+
+
+def _rules(member: MemberConfig) -> list[str]:
+    """Return the names of what makes it another SAE than the plain one."""
+    if member.precondition is None:
+        return [member.gamma.label]
+    weights = [] if member.gamma.rule == "none" else [member.gamma.label]
+    return [*weights, member.precondition.label]
 
 
 def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
@@ -149,7 +183,8 @@ def family(members: list[MemberConfig], twin: bool = True) -> tuple[MemberConfig
     """Return the members with a plain twin first for each distinct setting that has none (unless twin is False)."""
     out: list[MemberConfig] = []
     for member in members:
-        plain = member.model_copy(update={"gamma": GammaConfig(), "label": None})
+        own = {"gamma": GammaConfig(), "precondition": None, "label": None}
+        plain = member.model_copy(update=own)
         if twin and plain not in out and plain not in members:
             out.append(plain)
         if member not in out:

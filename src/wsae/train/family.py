@@ -9,53 +9,22 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from wsae.acts.stream import ActivationSource
 from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
-from wsae.core.progress import Progress, quiet
-from wsae.sae.config import GammaConfig
-from wsae.sae.gamma import describe_gamma, gamma_from_covariance, gamma_from_proxy
-from wsae.sae.loss import Weights
+from wsae.sae.config import GammaConfig, PreconditionConfig
+from wsae.sae.gamma import (
+    describe_gamma,
+    gamma_from_covariance,
+    gamma_from_proxy,
+    gamma_from_residual,
+)
+from wsae.sae.loss import Weights, weigh
 from wsae.sae.model import SparseAutoencoder
+from wsae.sae.precondition import Preconditioner
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.native import leave
 from wsae.train.state import MemberState, make_member
-
-# The covariance of each hook's activations, taken only when a member's gamma rule needs it.
-
-MAX_ROWS = 131_072
-"""Rows behind a covariance at most: 32 for each of 4096 dimensions."""
-_BATCH = 4096
-
-
-def covariances(
-    cfg: TrainConfig,
-    source: ActivationSource,
-    stats: dict[str, SourceStats],
-    progress: Progress = quiet,
-) -> dict[str, Covariance]:
-    """Return each hook's covariance over shuffled training rows of one epoch, 131,072 at most; {} if no rule needs it.
-
-    Rows are counted as the statistics are: a live model's first `stats_tokens`. Memory is d_in^2 x 8 bytes per hook and
-    one batch. The sample is that of the run's seed, so a resumed run sees the same one.
-    """
-    if not any(member.gamma.needs_covariance for member in cfg.members):
-        return {}
-    wanted = min(MAX_ROWS, *(s.kept.n for s in stats.values()))
-    even = wanted // math.ceil(wanted / _BATCH)  # whole batches that leave almost no row out
-    batch = even if source.n_rows is not None else min(cfg.batch_size, wanted)
-    stream = source.stream(batch, cfg.seed)
-    found = {hook: Covariance(d_in) for hook, d_in in source.hooks.items()}
-    with progress("covariance", wanted // batch * batch, "rows") as tick:
-        for _ in range(wanted // batch):
-            rows = stream.next()
-            if stream.state().get("epoch", 0) != 0:
-                break  # a short text has begun again
-            for hook, covariance in found.items():
-                covariance.update(rows[hook])
-            tick(batch)
-    return found
 
 
 @dataclass
@@ -70,62 +39,100 @@ class FamilyState:
         return [(hook, m) for hook, members in self.members.items() for m in members]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What members of one preconditioner know of the activations they are trained on."""
+
+    mean: Float64[Tensor, " d_in"]
+    variance: Float64[Tensor, " d_in"]
+    scale: float
+    """Activations are divided by this power of two for training."""
+    inside: Preconditioner | None = None
+
+
+def inputs_of(
+    cfg: PreconditionConfig | None, stats: Moments, covariance: Covariance | None
+) -> Inputs:
+    """Return the moments of P x. Raises UserError where there is no such P, or no covariance to make it of."""
+    if cfg is None:
+        return Inputs(stats.mean, stats.variance, power_of_two_scale(stats.variance))
+    if covariance is None or covariance.d_in != stats.d_in:
+        given = "none" if covariance is None else f"one of width {covariance.d_in}"
+        raise UserError(
+            f"precondition {cfg.kind} needs the covariance of {stats.d_in} dimensions; given: {given}"
+        )
+    inside = Preconditioner.of(cfg, covariance)
+    variance = inside.covariance(covariance.covariance).diagonal().clone()
+    scale = power_of_two_scale(variance)
+    return Inputs(weigh(stats.mean, inside.map), variance, scale, inside)
+
+
 def make_family(
     cfg: TrainConfig,
     stats: dict[str, SourceStats],
     device: str = "cpu",
     covariances: dict[str, Covariance] | None = None,
-    make: Callable[[str, str, MemberConfig], MemberState | None] | None = None,
+    residuals: dict[str, dict[str, Covariance]] | None = None,
+    make: Callable[[str, str, MemberConfig, Inputs], MemberState | None] | None = None,
 ) -> FamilyState:
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
 
-    `covariances` (of `wsae.train.family`) serve the rules gap and whiten. `make` makes a hook's member called so in
-    place of `make_member`, or none.
+    `covariances` of each hook serve preconditioners and the rules gap and whiten, `residuals` of each hook and member
+    the residual rules (`wsae.train.start` takes both). `make` makes a hook's member called so in place of
+    `make_member`, or none.
     """
 
-    def whole(hook: str, name: str, member: MemberConfig) -> MemberState:
-        s = stats[hook].kept
-        scale = power_of_two_scale(s)
-        made = make_member(name, member, cfg, s.mean, scale, s.variance.sqrt())
+    def whole(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState:  # noqa: ARG001
+        made = make_member(name, member, cfg, inputs.mean, inputs.scale, inputs.variance.sqrt())
         return to_device(made, device)
 
     members, record = {}, {}
     for hook, s in stats.items():
         covariance = (covariances or {}).get(hook)
-        members[hook], record[hook] = [], {}
+        members[hook], record[hook], known = [], {}, {}
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
-            member = (make or whole)(hook, name, member_cfg)
-            if member is not None:
-                gamma = initial_gamma(member_cfg.gamma, s, covariance)
-                member.sae.set_gamma(gamma)
-                members[hook].append(member)
-                record[hook][name] = gamma_record(member_cfg.gamma, gamma, s, covariance)
+            chosen = member_cfg.precondition
+            if chosen not in known:
+                known[chosen] = inputs_of(chosen, s.kept, covariance)
+            inputs = known[chosen]
+            member = (make or whole)(hook, name, member_cfg, inputs)
+            if member is None:
+                continue
+            left = (residuals or {}).get(hook, {}).get(name)
+            gamma = initial_gamma(member_cfg.gamma, s, inputs, covariance, left)
+            member.sae.set_gamma(gamma)
+            if inputs.inside is not None:
+                member.inside = inputs.inside.to(member.mean)
+            members[hook].append(member)
+            record[hook][name] = gamma_record(member_cfg.gamma, gamma, s, inputs, covariance)
     return FamilyState(members, record)
 
 
-def power_of_two_scale(moments: Moments) -> float:
+def power_of_two_scale(variance: Float64[Tensor, " d_in"]) -> float:
     """Return the power of two nearest the root mean variance; dividing by it makes one learning rate fit all models.
 
     A power of two, so that folding it back into the trained SAE is exact. Raises UserError on constant data.
     """
-    variance = float(moments.variance.mean())
-    if variance == 0:
-        raise UserError(
-            f"all {moments.n} activations are the same vector; there is nothing to learn"
-        )
-    return 2.0 ** round(math.log2(variance) / 2)
+    mean = float(variance.mean())
+    if mean == 0:
+        raise UserError("all activations are the same vector; there is nothing to learn")
+    return 2.0 ** round(math.log2(mean) / 2)
 
 
 def initial_gamma(
-    cfg: GammaConfig, stats: SourceStats, covariance: Covariance | None = None
+    cfg: GammaConfig,
+    stats: SourceStats,
+    inputs: Inputs,
+    covariance: Covariance | None = None,
+    residual: Covariance | None = None,
 ) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
-    """Return gamma at the start of training; latent_variance starts at 1 and moves with the latents."""
+    """Return gamma at the start of training, of P x; latent_variance starts at 1 and moves with the latents."""
     kept = stats.kept
     match cfg.rule:
         case "none" | "latent_variance":
             return torch.ones(kept.d_in, dtype=torch.float64)
         case "variance":
-            return gamma_from_proxy(cfg, kept.variance)
+            return gamma_from_proxy(cfg, inputs.variance)
         case "consistency":
             if stats.consistency is None:
                 raise UserError(
@@ -140,13 +147,18 @@ def initial_gamma(
                     f"the gamma vector has {len(cfg.vector)} entries, the activations {kept.d_in} dimensions"
                 )
             return gamma_from_proxy(cfg, torch.tensor(cfg.vector, dtype=torch.float64))
+        case "residual" | "residual_covariance":
+            if residual is None:
+                raise UserError(f"gamma rule {cfg.rule} needs what a pilot SAE leaves; give it")
+            return gamma_from_residual(cfg, residual.covariance)
         case "gap" | "whiten":
-            return _from_covariance(cfg, kept.d_in, covariance)
+            return _from_covariance(cfg, inputs, covariance)
 
 
 def _from_covariance(
-    cfg: GammaConfig, d_in: int, covariance: Covariance | None
+    cfg: GammaConfig, inputs: Inputs, covariance: Covariance | None
 ) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
+    d_in = len(inputs.mean)
     if not cfg.needs_covariance:
         return torch.ones(d_in, dtype=torch.float64)
     if covariance is None:
@@ -160,19 +172,26 @@ def _from_covariance(
             f"gamma rule {cfg.rule}: {covariance.n} rows cannot give the covariance of {d_in} dimensions; "
             f"give at least {d_in + 1}, better {10 * d_in}"
         )
-    return gamma_from_covariance(cfg, covariance.covariance)
+    C = covariance.covariance
+    return gamma_from_covariance(cfg, C if inputs.inside is None else inputs.inside.covariance(C))
 
 
 def gamma_record(
-    cfg: GammaConfig, gamma: Weights, stats: SourceStats, covariance: Covariance | None = None
+    cfg: GammaConfig,
+    gamma: Weights,
+    stats: SourceStats,
+    inputs: Inputs,
+    covariance: Covariance | None = None,
 ) -> dict[str, Any]:
     """Return what gamma.json keeps of one member, with the movement the mask prevented."""
     unmasked = None
-    if cfg.rule == "variance" and stats.all.n > stats.kept.n:
+    if cfg.rule == "variance" and inputs.inside is None and stats.all.n > stats.kept.n:
         unmasked = gamma_from_proxy(cfg, stats.all.variance)
     record = describe_gamma(cfg, gamma, unmasked)
     if cfg.needs_covariance and covariance is not None:
         record["covariance_rows"] = covariance.n
+    if inputs.inside is not None:
+        record["precondition"] = inputs.inside.record
     return {**record, "tokens": stats.kept.n, "skipped": stats.skipped}
 
 
@@ -187,8 +206,14 @@ def to_device(member: MemberState, device: str) -> MemberState:
 
 
 def finished(member: MemberState) -> SparseAutoencoder:
-    """Return the trained SAE in the activations' own units, on the CPU."""
+    """Return the trained SAE of the activations as they are, on the CPU."""
     leave(member)
-    sae = member.sae.scaled(member.scale).cpu()
-    sae.gamma.copy_(member.sae.gamma)
+    return folded(member, member.sae)
+
+
+def folded(member: MemberState, sae: SparseAutoencoder) -> SparseAutoencoder:
+    """Return a member's SAE with its scale and its preconditioner folded into the weights, on the CPU."""
+    sae = sae.scaled(member.scale).cpu()
+    if member.inside is not None:
+        sae = member.inside.fold(sae)
     return sae.requires_grad_(False)

@@ -39,7 +39,7 @@ from wsae.train.handwritten import (
     threshold_slopes,
 )
 from wsae.train.native import moments
-from wsae.train.state import Batch, MemberState, record
+from wsae.train.state import Batch, MemberState, looked_at, record
 
 # What the host remembers of tensors on the device, so that a step need not wait for them.
 
@@ -339,7 +339,9 @@ def triton_step(
     update(member, terms, slopes, rate)
     code = SparseCode(main.z, main.plan.indices, main.plan.offsets)
     aux = parts[1].losses.reconstruction if len(parts) > 1 else None
-    record(member, batch, step_result(member, code, main.losses, aux), step, run)
+    shown = looked_at(member, batch)
+    losses = main.losses._replace(error=main.error[:shown] if shown else None)
+    record(member, batch, step_result(member, code, losses, aux), step, run)
     return code
 
 

@@ -36,6 +36,8 @@ class Losses(NamedTuple):
     """Sum over the batch of ||e||^2."""
     penalty: float | Float[Tensor, ""]
     """l1 * mean over the batch of sum_j z_j |W_dec[j]|, before the step."""
+    error: Float[Tensor, "rows d_in"] | None = None
+    """x_hat - x of the rows `looked_at`."""
 
 
 def relu_pairs(pre: SparseCode) -> ActivePairs:
@@ -77,4 +79,4 @@ def step_result(
     loss = reconstruction + cfg.auxk * aux + losses.penalty
     if cfg.l0:
         loss = loss + cfg.l0 * torch.count_nonzero(code.values) / code.batch
-    return StepResult(code, loss, reconstruction, aux, losses.sse)
+    return StepResult(code, loss, reconstruction, aux, losses.sse, losses.error)

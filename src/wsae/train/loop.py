@@ -28,7 +28,7 @@ from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.loggers.mirror import current
 from wsae.train.metrics import JsonLines
-from wsae.train.state import make_batch, metrics_row
+from wsae.train.state import make_batches, metrics_row
 from wsae.train.step import lr_factor, side_by_side
 
 CHECKPOINT_SECONDS = 60.0
@@ -128,7 +128,7 @@ def run_steps(
             batch = stream.next()
             for hook, members in family.members.items():
                 x = batch[hook].to(members[0].mean.device)
-                step_all(members, make_batch(x, members[0]), step)
+                step_all(members, make_batches(x, members), step)
             on_step(step + 1)
             tick(cfg.batch_size)
 

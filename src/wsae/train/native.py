@@ -39,7 +39,7 @@ from wsae.train.handwritten import (
     step_result,
     threshold_slopes,
 )
-from wsae.train.state import Batch, MemberState, record
+from wsae.train.state import Batch, MemberState, looked_at, record
 
 # Where a member's large tensors are: in the SAE and its optimiser, or, while compiled kernels train it, in slices.
 
@@ -172,6 +172,8 @@ class PairGradients(NamedTuple):
     left: Residual
     penalty: float | Float[Tensor, ""] = 0.0
     """l1 * mean over the batch of sum_j z_j |W_dec[j]|, before the step."""
+    shown: Float[Tensor, "rows d_in"] | None = None
+    """x_hat - target of the first rows, where asked for."""
 
     @property
     def reconstruction(self) -> Float[Tensor, ""]:
@@ -188,13 +190,13 @@ def native_step(
     b_dec = None if sae.b_dec is None else sae.b_dec.detach()
     centred = Centred(x if b_dec is None else x - b_dec, to_slices(x, b_dec))
     codes = find_codes(sae, weights, centred)
-    main = _reconstruct(weights, codes, x, sae.gamma, b_dec)
+    main = _reconstruct(weights, codes, x, sae.gamma, b_dec, shown=looked_at(member, batch))
     if cfg.l1:
         order, z, norms = main.terms.pairs.order, main.terms.z, weights.norms
         price = cfg.l1 / len(x) * (1.0 if norms is None else norms[codes.pre.indices[order]])
         dz = main.dz + price
         terms = main.terms._replace(v=dz * codes.passes[order])
-        main = PairGradients(terms, dz, main.left, (z * price).sum())
+        main = main._replace(terms=terms, dz=dz, penalty=(z * price).sum())
     parts, aux = [main], None
     dead = member.dead.nonzero()[:, 0]
     if cfg.auxk and len(dead):
@@ -208,7 +210,8 @@ def native_step(
         slopes, theta = threshold_slopes(member, codes, dz), sae.log_threshold.detach().exp()
         total = torch.bincount(codes.pre.indices, slopes, minlength=len(theta))
         _adam(member, sae.log_threshold, total.float() * theta, rate)
-    losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), main.penalty)
+    sse = main.left.errors[:, 0].sum()
+    losses = Losses(main.reconstruction, sse, main.penalty, main.shown)
     record(member, batch, step_result(member, codes.code, losses, aux), step, run, weights.W_dec)
     return codes.code
 
@@ -220,15 +223,20 @@ def _reconstruct(
     gamma: Tensor,
     start: Tensor | None,
     share: float = 1.0,
+    shown: int = 0,
 ) -> PairGradients:
     """Decode, starting from a vector if one is given, and take share * ||Gamma (x_hat - target)||^2 back to z."""
     pairs = sort_pairs(codes.pre, weights.d_sae)
     z, passes = codes.z[pairs.order], codes.passes[pairs.order]
-    left = _weighted_residual(weights.decode(pairs, z, len(target), start), target, gamma)
+    x_hat = weights.decode(pairs, z, len(target), start)
+    first = x_hat[:, :shown].contiguous()  # before the residual takes its place
+    error = from_slices(first, target.shape[1]).sub_(target[:shown]) if shown else None
+    left = _weighted_residual(x_hat, target, gamma)
     if share != 1:
         left.gradient.mul_(share)
     along = weights.dots(pairs, left.gradient)
-    return PairGradients(Terms(pairs, z, along * passes, along, left.gradient), along, left)
+    terms = Terms(pairs, z, along * passes, along, left.gradient)
+    return PairGradients(terms, along, left, shown=error)
 
 
 def _weighted_residual(x_hat: Slices, x: Tensor, gamma: Tensor) -> Residual:

@@ -27,8 +27,9 @@ from wsae.core.progress import Progress, quiet
 from wsae.sae.gamma import describe_gamma
 from wsae.sae.model import WEIGHTS, SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.family import covariances, finished, make_family, power_of_two_scale
+from wsae.train.family import finished, power_of_two_scale
 from wsae.train.loop import FamilyJob, enter, held, train_job
+from wsae.train.start import start_family
 from wsae.train.state import MemberState
 
 _SHAPE = "--d-sae, --expansion or the number of members"
@@ -47,7 +48,7 @@ def training_buffers(cfg: TrainConfig, widths: Mapping[str, int]) -> list[Buffer
                 Buffer("mask of active latents", (batch, d_sae), 1, "--batch-size or --d-sae"),
                 Buffer("weights, their gradient or Adam's moments", (d_sae, d_in), 4, _SHAPE),
             ]
-            if member.gamma.needs_covariance:
+            if member.needs_covariance:
                 found.append(Buffer("covariance", (d_in, d_in), 8, "the width: name another hook"))
     return list(dict.fromkeys(found))
 
@@ -81,7 +82,7 @@ def train_run(
             return load_run(out)
         with explained("training", lambda: training_buffers(cfg, source.hooks)):
             stats = source.stats(progress)
-            family = make_family(cfg, stats, device, covariances(cfg, source, stats, progress))
+            family = start_family(cfg, source, stats, device, progress)
             write_json(out / GAMMA_FILE, family.gamma_record)
             train_job(FamilyJob(cfg, family, source), out, progress)
             saes: dict[str, dict[str, SparseAutoencoder]] = {}
@@ -116,7 +117,7 @@ def about(stats: dict[str, SourceStats]) -> dict[str, dict[str, int | float]]:
     """Return what a run's manifest says of each hook's activations."""
     return {
         "d_in": {hook: s.kept.d_in for hook, s in stats.items()},
-        "scale": {hook: power_of_two_scale(s.kept) for hook, s in stats.items()},
+        "scale": {hook: power_of_two_scale(s.kept.variance) for hook, s in stats.items()},
         "rows": {hook: s.kept.n for hook, s in stats.items()},
     }
 

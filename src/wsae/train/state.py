@@ -15,6 +15,7 @@ from wsae.sae.forward import WHOLE, Whole
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.sae.loss import weigh
 from wsae.sae.model import SparseAutoencoder
+from wsae.sae.precondition import Preconditioner
 from wsae.train.config import MemberConfig, TrainConfig
 
 SUMS = (
@@ -53,6 +54,8 @@ class MemberState:
     """Standard deviation per dimension, in scaled units: the compiled kernels round by it."""
     sparse: Bool[Tensor, ""]
     """Whether few enough latents are active for the compiled kernels (ReLU and JumpReLU; Top-k always)."""
+    inside: Preconditioner | None = None
+    """The map P where the SAE is trained on P x; all other vectors here are then of P x too."""
     weights: Weights | None = None
     """The large tensors while the compiled kernels train them; the SAE's own are empty then."""
     part: Whole = WHOLE
@@ -103,7 +106,7 @@ def make_member(
 
 
 class Batch(NamedTuple):
-    """One step's activations, scaled, and what all members need of them."""
+    """One step's activations as a member sees them: mapped by its preconditioner, scaled."""
 
     x: Float[Tensor, "batch d_in"]
     deviation: Float[Tensor, " d_in"]
@@ -111,9 +114,24 @@ class Batch(NamedTuple):
 
 
 def make_batch(x: Float[Tensor, "batch d_in"], member: MemberState) -> Batch:
-    """Scale activations for training; members of one hook share scale and mean."""
-    scaled = x / member.scale
-    return Batch(scaled, (scaled - member.mean).square_().sum(0))
+    """Map and scale activations as a member is trained on them."""
+    inside = member.inside
+    mapped = (x if inside is None else weigh(x, inside.map)) / member.scale
+    return Batch(mapped, (mapped - member.mean).square_().sum(0))
+
+
+def make_batches(x: Float[Tensor, "batch d_in"], members: list[MemberState]) -> list[Batch]:
+    """Return each member's batch; those of one hook with the same preconditioner share it."""
+    made: dict[int, Batch] = {}
+    for member in members:
+        if id(member.inside) not in made:
+            made[id(member.inside)] = make_batch(x, member)
+    return [made[id(member.inside)] for member in members]
+
+
+LOOKED_AT = 16
+"""With a preconditioner the fast kernels take the error of one row in so many back to x, for the fraction of variance
+unexplained: to take every row's back costs as much as the map."""
 
 
 GAMMA_EVERY = 10
@@ -131,6 +149,8 @@ class StepResult(NamedTuple):
     revival: Float[Tensor, ""]
     sse: Float[Tensor, ""]
     """Sum over the batch of |x_hat - x|^2, in scaled units."""
+    error: Float[Tensor, "rows d_in"] | None = None
+    """x_hat - x of all or the first rows (`looked_at`), where the member has a preconditioner."""
 
 
 def record(
@@ -184,11 +204,22 @@ def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
     weighted = (deviation * gamma.square()).sum() if gamma.ndim == 1 else None
     if weighted is None:
         weighted = weigh(batch.x - member.mean, gamma).square().sum()
-    losses = (result.loss, result.reconstruction, result.revival, result.sse)
-    scaled = torch.stack([value.double() for value in (*losses, deviation.sum(), weighted)])
+    sse, variance = result.sse, deviation.sum()
+    if member.inside is not None and result.error is not None:
+        here = batch.x[: len(result.error)] - member.mean
+        sse, variance = (
+            weigh(e, member.inside.inverse).square().sum() for e in (result.error, here)
+        )
+    losses = (result.loss, result.reconstruction, result.revival, sse)
+    scaled = torch.stack([value.double() for value in (*losses, variance, weighted)])
     counts = [torch.count_nonzero(result.code.values), zero + len(batch.x), zero + 1]
     sums = torch.cat([scaled * member.scale**2, torch.stack([n.double() for n in counts])])
     member.window += member.part.window(sums)
+
+
+def looked_at(member: MemberState, batch: Batch) -> int:
+    """Return how many of a batch's first rows tell the fast kernels the error in x; 0 without a preconditioner."""
+    return 0 if member.inside is None else -(-len(batch.x) // LOOKED_AT)
 
 
 def latent_variance(

@@ -50,10 +50,12 @@ def eager_step(
         remove_radial_gradient(sae)
         member.optimizer.step()
         unit_rows_(sae)
-        sse = F.mse_loss(forward.x_hat.detach(), x, reduction="sum")
+        x_hat = forward.x_hat.detach()
+        sse = F.mse_loss(x_hat, x, reduction="sum")
+        error = None if member.inside is None else x_hat - x
         whole = part.once(fit.detach()) + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
         losses = (whole, reconstruction.detach(), revival.detach())
-        record(member, batch, StepResult(forward.code, *losses, sse), step, run)
+        record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
     return forward.code
 
 
@@ -194,12 +196,12 @@ def _fails(device: torch.device) -> str | None:
     return None
 
 
-Steps = Callable[[list[MemberState], Batch, int], None]
+Steps = Callable[[list[MemberState], list[Batch], int], None]
 
 
 @contextmanager
 def side_by_side(cfg: TrainConfig, family: FamilyState) -> Iterator[Steps]:
-    """Yield what takes one step of every member of a hook: compiled ones a thread each, others in turn.
+    """Yield what takes one step of every member of a hook on its batch: compiled ones a thread each, others in turn.
 
     Two members on two threads finish sooner side by side, on one thread each, than in turn on both: no core waits for
     another inside a step. The compiled kernels give the same bits for any number of threads.
@@ -207,8 +209,8 @@ def side_by_side(cfg: TrainConfig, family: FamilyState) -> Iterator[Steps]:
     threads = torch.get_num_threads()
     together = min(threads, max((len(members) for members in family.members.values()), default=0))
 
-    def in_turn(members: list[MemberState], batch: Batch, step: int) -> None:
-        for member in members:
+    def in_turn(members: list[MemberState], batches: list[Batch], step: int) -> None:
+        for member, batch in zip(members, batches, strict=True):
             train_step(member, batch, step, cfg)
 
     # ReLU kinds change over to the compiled step on the way
@@ -224,8 +226,8 @@ def side_by_side(cfg: TrainConfig, family: FamilyState) -> Iterator[Steps]:
     )
     try:
 
-        def together_now(members: list[MemberState], batch: Batch, step: int) -> None:
-            list(pool.map(lambda member: train_step(member, batch, step, cfg), members))
+        def together_now(members: list[MemberState], batches: list[Batch], step: int) -> None:
+            list(pool.map(lambda m, batch: train_step(m, batch, step, cfg), members, batches))
 
         yield together_now
     finally:

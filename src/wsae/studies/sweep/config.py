@@ -8,7 +8,16 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from wsae.core.config import Config
 from wsae.evals.config import RecoveryConfig
 from wsae.sae.config import GammaConfig, Kind, ReLU
-from wsae.toy.config import FAST, EqualImportance, FeatureConfig, Importance, ToyModelConfig
+from wsae.toy.config import (
+    FAST,
+    EqualImportance,
+    FeatureConfig,
+    Importance,
+    Isotropic,
+    Noise,
+    ToyModelConfig,
+    Unit,
+)
 from wsae.train.bank.config import BankConfig
 from wsae.train.config import MemberConfig
 
@@ -27,6 +36,8 @@ class Method(Config):
     """Multiply gamma by the root mean square of this rule's weights: another rule's loss scale, without its shape."""
     init_scale: float = Field(default=1.0, gt=0)
     """Length of a tied SAE's rows at the start of training (untied rows always have length 1)."""
+    gamma_from_truth: bool = False
+    """Gamma = Sigma^(-1/2), Sigma the noise's covariance, in place of the member's rule (normalised as it says)."""
     k_from_truth: bool = False
     """A Top-k kind takes the world's mean number of active features as its k (at most half its latents)."""
 
@@ -57,7 +68,11 @@ class ToySweepConfig(Config):
     """SAEs per method and level: other initial weights, other data."""
     toy_seeds: Literal["one", "each"] = "one"
     """one: a level's toy model serves all its seeds, as in the paper; each: every seed has its own."""
+    toy_sparsity: Unit | None = None
+    """S that the toy models are trained at, whose W_p then serves all levels; None: each level has its own W_p."""
     importance: Importance = EqualImportance()
+    noise: Noise = Isotropic()
+    """Noise on the activations that the SAEs see; toy models never see any."""
     methods: tuple[Method, ...] = Field(min_length=1)
     training: TrainingConfig = TrainingConfig()
     toy_steps: PositiveInt = 10_000
@@ -74,6 +89,8 @@ class ToySweepConfig(Config):
                 raise ValueError(f"sparsity {level:g}: a probability, so from 0 to 1")
             if level == 1:
                 raise ValueError("sparsity 1: no feature is ever active, so there is no signal")
+        if self.toy_sparsity == 1:
+            raise ValueError("toy sparsity 1: a toy model has nothing to train on; use less than 1")
         if len(set(self.sparsities)) < len(self.sparsities):
             raise ValueError("a sparsity level is given twice; its SAEs would count as other seeds")
         names = [method.name for method in self.methods]
@@ -84,6 +101,7 @@ class ToySweepConfig(Config):
     def toy_models(self) -> list[ToyModelConfig]:
         """Return the toy models: one per level, or one per level and seed, levels outermost."""
         seeds = range(self.seeds) if self.toy_seeds == "each" else (0,)
+        levels = self.sparsities if self.toy_sparsity is None else (self.toy_sparsity,)
         return [
             ToyModelConfig(
                 features=FeatureConfig(n_features=self.n_features, sparsity=level),
@@ -95,7 +113,7 @@ class ToySweepConfig(Config):
                 decay=self.toy_decay,
                 seed=self.seed + seed,
             )
-            for level in self.sparsities
+            for level in levels
             for seed in seeds
         ]
 

@@ -18,8 +18,8 @@ from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.glossary import RECOVERY
 from wsae.evals.recovery import GroundTruth, ground_truth, isolated, score_codes
-from wsae.sae.config import GammaConfig, ReLU, SAEConfig
-from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy
+from wsae.sae.config import GammaConfig, Normalise, ReLU, SAEConfig
+from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy, normalise_matrix, whitening
 from wsae.sae.loss import Weights
 from wsae.sae.model import SparseAutoencoder
 from wsae.stats.moments import Covariance
@@ -28,6 +28,7 @@ from wsae.studies.sweep.config import Method, ToySweepConfig, TrainingConfig
 from wsae.toy.config import FeatureConfig, ToyModelConfig
 from wsae.toy.features import FeatureStream
 from wsae.toy.model import ToyModels, train_toy_models
+from wsae.toy.world import NoiseStream, World, noise_shape
 from wsae.train.bank.run import Batches, Entry, make_entry, train_bank
 from wsae.train.config import MemberConfig
 
@@ -36,24 +37,24 @@ from wsae.train.config import MemberConfig
 
 @dataclass(frozen=True)
 class Trial:
-    """One world under one seed: x_p = W_p x with x drawn by `features`."""
+    """One world under one seed."""
 
-    W_p: Float[Tensor, "d_in n_features"]
-    features: FeatureConfig
+    world: World
     seed: int
     labels: dict[str, Any]
 
 
 def toy_trials(cfg: ToySweepConfig, models: ToyModels) -> list[Trial]:
-    """Return one trial per sparsity level and seed, on that level's toy model."""
+    """Return one trial per sparsity level and seed, on that level's toy model, or on the one for all levels."""
     per_level = cfg.seeds if cfg.toy_seeds == "each" else 1
     trials = []
     for i, level in enumerate(cfg.sparsities):
         for seed in range(cfg.seeds):
-            model = i * per_level + seed % per_level
+            model = (i if cfg.toy_sparsity is None else 0) * per_level + seed % per_level
             labels = {"world": "toy", "sparsity": level, "seed": seed}
-            features = models.configs[model].features
-            trials.append(Trial(models.W_p[model], features, cfg.seed + seed, labels))
+            features = FeatureConfig(n_features=cfg.n_features, sparsity=level)
+            world = World(models.W_p[model], features, noise=cfg.noise)
+            trials.append(Trial(world, cfg.seed + seed, labels))
     return trials
 
 
@@ -62,16 +63,20 @@ class Rows:
 
     def __init__(self, trials: Sequence[Trial], use: str, rows: int) -> None:
         seeds = [seed_for(trial.seed, "sweep", use) for trial in trials]
-        self._features = FeatureStream([trial.features for trial in trials], seeds, rows)
-        self._W_p = torch.stack([trial.W_p for trial in trials]).float()
+        worlds = [trial.world for trial in trials]
+        self._features = FeatureStream([world.features for world in worlds], seeds, rows)
+        self._W_p = torch.stack([world.W_p for world in worlds])
+        self._noise = NoiseStream(worlds, seeds)
 
     def features(self, step: int) -> Float[Tensor, "worlds rows n_features"]:
         """Return a step's features, valid until the next call."""
         return self._features.batch(step)
 
     def acts(self, step: int) -> Float[Tensor, "worlds rows d_in"]:
-        """Return a step's activations, x_p = W_p x (Eq. 1)."""
-        return torch.bmm(self.features(step), self._W_p.mT)
+        """Return a step's activations, x_p = W_p x (Eq. 1) with the worlds' noise."""
+        x_p = torch.bmm(self.features(step), self._W_p.mT)
+        self._noise.add_to(x_p, step)
+        return x_p
 
 
 # Trains every method on every trial, all in one bank.
@@ -138,7 +143,7 @@ def trial_statistics(trials: Sequence[Trial], rows: int) -> list[Covariance]:
     """Return the mean and covariance of every trial's activations over `rows` fresh rows (at least 4096)."""
     block = min(rows, _BLOCK)
     stream = Rows(trials, "statistics", block)
-    found = [Covariance(len(trial.W_p)) for trial in trials]
+    found = [Covariance(trial.world.d_in) for trial in trials]
     for step in range(-(-rows // block)):
         for covariance, acts in zip(found, stream.acts(step), strict=True):
             covariance.update(acts)
@@ -160,6 +165,15 @@ def world_gamma(
             return torch.ones(len(covariance), dtype=torch.float64)
 
 
+def oracle_gamma(
+    world: World, normalise: Normalise = "rms"
+) -> Float64[Tensor, " d_in"] | Float64[Tensor, "d_in d_in"]:
+    """Return Gamma = Sigma^(-1/2), normalised: the best weights for any known support; ones without noise."""
+    if not world.noise.level:
+        return torch.ones(world.d_in, dtype=torch.float64)
+    return normalise_matrix(whitening(world.noise_covariance, ridge=0.0), normalise)
+
+
 def with_true_k(member: MemberConfig, features: FeatureConfig) -> MemberConfig:
     """Return the member with k at the mean number of active features, at least 1 and at most half its latents."""
     active = round(features.n_features * (1 - features.sparsity))
@@ -170,10 +184,14 @@ def with_true_k(member: MemberConfig, features: FeatureConfig) -> MemberConfig:
 
 def _entry(method: Method, trial: Trial, statistics: Covariance, scale: float, world: int) -> Entry:
     gamma: Weights = world_gamma(method.member.gamma, statistics.covariance)
+    if method.gamma_from_truth:
+        gamma = oracle_gamma(trial.world, method.member.gamma.normalise)
     if method.scale_as is not None:
         gamma = gamma * world_gamma(method.scale_as, statistics.covariance).square().mean().sqrt()
     mean = (statistics.mean / scale).float()
-    member = with_true_k(method.member, trial.features) if method.k_from_truth else method.member
+    member = method.member
+    if method.k_from_truth:
+        member = with_true_k(member, trial.world.features)
     seed = seed_for(trial.seed, "sweep", "sae")
     entry = make_entry(member, gamma, mean, world, seed)
     if entry.sae.cfg.tied:
@@ -212,8 +230,9 @@ def score_trials(
         def score(w: int) -> list[Row]:
             stream = Rows([trials[w]], "score", cfg.rows)
             features = stream.features(0)[0].clone()
-            truth = ground_truth(features, stream.acts(0)[0], trials[w].W_p)
-            width = trained.saes[groups[w][0]].cfg.d_sae if groups[w] else len(trials[w].W_p[0])
+            world = trials[w].world
+            truth = ground_truth(features, stream.acts(0)[0], world.W_p)
+            width = trained.saes[groups[w][0]].cfg.d_sae if groups[w] else world.n_features
             named = [(trained.labels[i]["method"], trained.saes[i]) for i in groups[w]]
             settled = [trained.settled[i] for i in groups[w]]
             named += controls(trials[w], width)
@@ -233,13 +252,13 @@ def score_trials(
 
 def controls(trial: Trial, d_sae: int) -> list[tuple[str, SparseAutoencoder]]:
     """Return a random tied ReLU SAE and, where d_sae >= n_features, the closed form W_m = (W_p, 0)^T."""
-    d_in, n = trial.W_p.shape
+    d_in, n = trial.world.W_p.shape
     cfg = SAEConfig(d_in=d_in, d_sae=d_sae, activation=ReLU(), tied=True)
     out = [(RANDOM, SparseAutoencoder(cfg, seed=seed_for(trial.seed, "sweep", "random")))]
     if d_sae >= n:
         closed = SparseAutoencoder(cfg)
         closed.W_dec.data.zero_()
-        closed.W_dec.data[:n] = trial.W_p.T
+        closed.W_dec.data[:n] = trial.world.W_p.T
         out.append((CLOSED_FORM, closed))
     return [(name, sae.requires_grad_(False)) for name, sae in out]
 
@@ -317,6 +336,7 @@ LEAST_ACTIVE = 30
 
 def check_toy(cfg: ToySweepConfig, scores: Sequence[str]) -> list[str]:
     """Return what a reader should know of a sweep before it runs; raises UserError for one that cannot run."""
+    noise_shape(cfg.noise, cfg.d_in)
     for level in cfg.sparsities:
         active = cfg.training.rows * cfg.n_features * (1 - level)
         if active < LEAST_ACTIVE:

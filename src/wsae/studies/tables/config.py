@@ -13,7 +13,7 @@ from wsae.core.errors import UserError
 from wsae.evals.config import EvalConfig
 from wsae.evals.interpret.config import ContextConfig, Control, InterpretConfig, Score
 from wsae.evals.interpret.llm.config import LlmConfig
-from wsae.sae.config import Activation, GammaConfig, GroupTopK, TopK
+from wsae.sae.config import Activation, GammaConfig, GroupTopK, PreconditionConfig, TopK
 from wsae.studies.sweep.config import Preset
 from wsae.train.config import MemberConfig, TrainConfig
 
@@ -66,7 +66,7 @@ PAPER: dict[TableName, PaperTable] = {
     ),
 }
 
-StudyName = TableName | Literal["language"]
+StudyName = TableName | Literal["language", "remedy"]
 Kind = Literal["topk", "group_topk"]
 
 PLAIN_GAMMA = GammaConfig()
@@ -97,18 +97,22 @@ class TableSAEs(Config):
         kind: Kind = "topk",
         k: int | None = None,
         lr: float | None = None,
+        precondition: PreconditionConfig | None = None,
     ) -> MemberConfig:
         """Return a member labelled by what sets it apart from the plain Top-k SAE."""
         k, slow = k or self.k, lr is not None
         activation: Activation = TopK(k=k) if kind == "topk" else GroupTopK(k=k)
+        rule = "" if precondition and gamma.rule == "none" else gamma.label
         parts = [
-            gamma.label,
+            rule,
+            precondition.label if precondition else "",
             "group" if kind == "group_topk" else "",
             f"k{k}" if k != self.k else "",
             f"lr{lr:g}" if slow else "",
         ]
         return MemberConfig(
             gamma=gamma,
+            precondition=precondition,
             expansion=self.expansion,
             activation=activation,
             lr=lr if slow else self.lr,
@@ -186,6 +190,33 @@ def study_plan(sae: TableSAEs, hooks: tuple[str, ...], tiny: bool, seed: int = 0
         again = [sae.member(gamma) for gamma in core]
         runs += [_run(hook, seed + s, again) for s in range(1, 2 if tiny else 3)]
     return TablePlan(name="language", runs=tuple(runs))
+
+
+def remedy_plan(sae: TableSAEs, hooks: tuple[str, ...], tiny: bool, seed: int = 0) -> TablePlan:
+    """Return the runs of the study of remedies: every arm once at each hook, the main ones with more seeds at half."""
+
+    def whiten(power: float) -> PreconditionConfig:
+        return PreconditionConfig(kind="whiten", power=power)
+
+    residual = GammaConfig(rule="residual")
+    main = [
+        *(sae.member(gamma) for gamma in (PLAIN_GAMMA, *map(_variance, (0.5, 1.0, -0.5)))),
+        *(sae.member(GammaConfig(rule=rule)) for rule in ("whiten", "residual")),
+        sae.member(precondition=PreconditionConfig(kind="standardise")),
+        *(sae.member(precondition=whiten(power)) for power in (0.25, 0.5, 1.0)),
+        sae.member(residual, precondition=whiten(0.5)),
+    ]
+    every = [
+        *main,
+        *(sae.member(gamma) for gamma in (_variance(0.25), _variance(1.0, "rank"))),
+        *(sae.member(GammaConfig(rule=rule)) for rule in ("gap", "residual_covariance")),
+    ]
+    if tiny:
+        main, every = [main[0], main[5], main[8]], [main[0], main[5], main[8], every[-2]]
+    runs = [_run(hook, seed, every) for hook in hooks]
+    for s in range(1, 2 if tiny else 4):
+        runs += [_run(hook, seed + s, main) for hook in hooks[1::2]]
+    return TablePlan(name="remedy", runs=tuple(runs))
 
 
 def all_rules() -> list[GammaConfig]:
@@ -349,13 +380,14 @@ def study_config(
 
     `out` is where the preset tiny makes its model, and where the store goes.
     """
-    if name == "language" and preset == "paper":
-        raise UserError("language: has the presets tiny and small; the paper has no such study")
+    if name in ("language", "remedy") and preset == "paper":
+        raise UserError(f"{name}: has the presets tiny and small; the paper has no such study")
     data = _harvest(name, preset, out, choices) | {"seed": seed, "device": device}
     harvest = HarvestConfig.parse(data, where=f"preset {preset}")
     live, hooks = preset == "paper" and choices.store is None, harvest.hooks
-    if name == "language":
-        plan = study_plan(SAES[preset], hooks, preset == "tiny", seed)
+    if name in ("language", "remedy"):
+        made = study_plan if name == "language" else remedy_plan
+        plan = made(SAES[preset], hooks, preset == "tiny", seed)
     else:
         last = LAST.get(name, len(hooks)) if preset != "paper" else len(hooks)
         plan = table_plan(name, SAES[preset], hooks[-last:], seed)
@@ -373,7 +405,12 @@ def study_config(
         "live": LiveConfig(shuffle_tokens=131_072, stats_tokens=1_000_000) if live else None,
         "tokens": harvest.tokens if live else None,
         "batch_size": {"tiny": 256, "small": 2048, "paper": 4096}[preset],
-        "evaluation": EvalConfig(splice_tokens=0, n_latents=0, rows=EVALUATED, seed=seed),
+        "evaluation": EvalConfig(
+            splice_tokens=0,
+            n_latents=0,
+            rows=EVALUATED // 4 if name == "remedy" else EVALUATED,
+            seed=seed,
+        ),
         "interpret": InterpretConfig.parse(interpret, where=f"preset {preset}"),
         "judge": choices.judge,
         "made_here": preset == "tiny" and choices.model is None and choices.store is None,

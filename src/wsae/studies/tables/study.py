@@ -269,8 +269,8 @@ class TableStudy(PaperStudy[StudyConfig]):
         lines = analysis.over_seeds(rows)
         means = analysis.over_hooks(lines, len(hooks))
         paper = {}
-        if self.cfg.plan.name != "language":
-            name = self.cfg.plan.name
+        name = self.cfg.plan.name
+        if name in PAPER:
             paper = {f"the paper's {PAPER[name].title}, score in %": analysis.paper_table(name)}
         ours = analysis.tables(rows, lines, means, hooks)
         return {

@@ -413,6 +413,7 @@ def fits_a_bank(cfg: TrainConfig, family: FamilyState, source: ActivationSource)
         and max(codes) * ROOM <= CHUNK_BYTES
         and (cfg.dtype, cfg.kernels) == ("float32", "auto")
         and all(member.mean.device.type == "cpu" for member in members)
+        and all(member.inside is None for member in members)
         and all(
             m.cfg.gamma.rule != "latent_variance" or m.cfg.gamma.normalise != "none"
             for m in members

@@ -31,12 +31,13 @@ from wsae.train.checkpoint import (
     place_of,
 )
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, covariances, make_family
+from wsae.train.family import FamilyState, Inputs, folded
 from wsae.train.loop import FamilyJob, Team, TrainJob, enter, held, train_job
 from wsae.train.parallel.config import even_part
 from wsae.train.parallel.step import Shard, make_shard
 from wsae.train.parallel.world import MAX, Mesh
 from wsae.train.run import about, finish_run, identity_of, write_member
+from wsae.train.start import start_family
 from wsae.train.state import MemberState
 
 _ROWS = ("sae.W_dec", "sae.b_enc", "sae.log_threshold", "since_fired", "dead")
@@ -287,12 +288,11 @@ def train_parallel(
         every = part.stats(progress)
         stats = {hook: every[hook] for hook in hooks}
 
-        def make(hook: str, name: str, member: MemberConfig) -> MemberState | None:
+        def make(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState | None:
             mine = (hook, name) in own
-            return make_shard(name, member, cfg, stats[hook], world) if mine else None
+            return make_shard(name, member, cfg, inputs, world) if mine else None
 
-        found = covariances(cfg, part, every, progress)
-        family = make_family(cfg, stats, world.device, found, make)
+        family = start_family(cfg, part, stats, world.device, progress, make)
         own_told = {"gamma": family.gamma_record, **about(stats)} if world.place.leads else {}
         told = _merged(world.to_first(own_told))
         if world.first:
@@ -304,7 +304,7 @@ def train_parallel(
         for hook, member in family.all() if world.place.leads else ():
             sae = SparseAutoencoder(member.cfg.sae_config(len(member.mean)))
             sae.set_tensors(read_whole(last, f"{hook}|{member.name}|sae."), str(last))
-            sae = sae.scaled(member.scale).requires_grad_(False)
+            sae = folded(member, sae)
             gamma[hook][member.name] = write_member(out, hook, member, sae)
         finals = world.to_first({"gamma": gamma})
         if world.first:

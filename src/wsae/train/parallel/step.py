@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 from torch.autograd import Function
 
-from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.kernels import SparseCode, code_from_topk, offsets_of, select_batch_topk
@@ -18,7 +17,7 @@ from wsae.sae.config import BatchTopK, GroupTopK, TopK
 from wsae.sae.forward import Whole
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import power_of_two_scale, to_device
+from wsae.train.family import Inputs, to_device
 from wsae.train.parallel.config import chunk_part
 from wsae.train.parallel.world import MIN, Mesh, MeshAxis, MeshPlace
 from wsae.train.state import SUMS, MemberState, make_member
@@ -261,13 +260,13 @@ class Shard(Whole):
 
 
 def make_shard(
-    name: str, cfg: MemberConfig, run: TrainConfig, stats: SourceStats, world: Mesh
+    name: str, cfg: MemberConfig, run: TrainConfig, inputs: Inputs, world: Mesh
 ) -> MemberState:
     """Return this rank's part of the member that `make_member` would make.
 
     Raises UserError when there are more ranks than latents.
     """
-    scale, d_in, latents = power_of_two_scale(stats.kept), stats.kept.d_in, world.place.latents
+    d_in, latents = len(inputs.mean), world.place.latents
     whole = cfg.sae_config(d_in)
     if chunk_part(whole.d_sae, latents.size, latents.size - 1).start >= whole.d_sae:
         raise UserError(
@@ -280,8 +279,9 @@ def make_shard(
     sae.W_dec.data.copy_(rows)
     if sae.W_enc_t is not None:
         sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
-    mean, spread = stats.kept.mean, stats.kept.variance.sqrt()
-    member = to_device(make_member(name, cfg, run, mean, scale, spread, sae), world.device)
+    spread = inputs.variance.sqrt()
+    member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae)
+    member = to_device(member, world.device)
     for (
         parameter
     ) in member.sae.parameters():  # Adam's state now: a checkpoint finds tensors to fill

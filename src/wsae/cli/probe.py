@@ -1,0 +1,139 @@
+"""`wsae probe`: do a few latents tell classes of tokens or documents apart?"""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from wsae.acts.config import TextConfig
+from wsae.cli.evaluate import interval, is_sae, open_sae, show_differences
+from wsae.cli.flags import (
+    Common,
+    CommonFlags,
+    MaybeName,
+    MaybePlace,
+    config_flags,
+    config_values,
+)
+from wsae.cli.live import language_of, reopen
+from wsae.cli.ui import UI
+from wsae.core.config import FLAGS, Config
+from wsae.core.errors import UserError
+from wsae.core.files import write_json
+from wsae.evals.probing.config import ProbeConfig
+
+ABOUT = """\
+Tell classes apart by a few latents, as SAEBench's sparse probing does, into RUN/probing. Without --text the classes are
+of tokens and made by rule, from the run's own held-out text. With --text and --label they are of documents, and it is
+also measured how well a class is removed by setting latents to 0. Beside every SAE stand the activations themselves and
+a random SAE."""
+COLUMNS = Annotated[str | None, tyro.conf.arg(metavar="COLUMN", help_behavior_hint="")]
+
+
+class ProbeFlags(config_flags(ProbeConfig)):
+    """What is probed, and how sure the numbers are."""
+
+
+class LabelFlags(config_flags(TextConfig, omit=("path",))):
+    """Text with labels."""
+
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Text of which each record has a label, in any form that `wsae harvest --text` takes."""
+    label: COLUMNS = None
+    """Key (JSON) or column (tables) with the class of each record: a text, a number or a truth value."""
+    spurious: COLUMNS = None
+    """Another such column, of what may go with the class by accident: how well is it removed?"""
+
+    def config(self) -> TextConfig | None:
+        """Return where the text is, if any is given; raises UserError in one line."""
+        if self.text is None:
+            for name in ("label", "spurious"):
+                value = getattr(self, name)
+                if value is not None:
+                    raise UserError(
+                        f"--{name} {value}: goes with --text FILE, which has the column"
+                    )
+            return None
+        if self.label is None:
+            raise UserError(f"--text {self.text}: needs --label COLUMN, the class of each record")
+        return TextConfig.parse(config_values(self, TextConfig) | {"path": self.text}, where=FLAGS)
+
+
+class Flags(Config):
+    """Flags of `wsae probe`."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A finished run's directory, or one SAE's (with --source), or hub:owner/name."""
+    labels: tyro.conf.OmitArgPrefixes[LabelFlags] = LabelFlags()
+    """Text with labels."""
+    source: MaybeName = None
+    """Store whose held-out text, and whose model, is taken; default: the run's own data."""
+    probing: tyro.conf.OmitArgPrefixes[ProbeFlags] = ProbeFlags()
+    """What is probed, and how sure the numbers are."""
+    out: MaybePlace = None
+    """Write the result as JSON here too."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Probe and return the content of probing.json, with the run's path and the kind of labels."""
+    data = config_values(flags.probing, ProbeConfig) | {"seed": flags.common.seed}
+    cfg, text = ProbeConfig.parse(data, where=FLAGS), flags.labels.config()
+    from wsae.cli.runner import device
+    from wsae.evals.measure import EvaluatedSaes
+    from wsae.evals.probing.reading import read_corpus
+    from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_families, probe_run
+
+    where, corpus, notes = device(flags.common.device), None, []
+    if text is not None:
+        label = flags.labels.label or ""
+        corpus = read_corpus(text, label, flags.labels.spurious, cfg, ui.progress)
+    alone = open_sae(flags.run, flags.source, where) if is_sae(flags.run) else None
+    source = reopen(flags.run, where, flags.source) if alone is None else alone.data
+    language = None if corpus is None else language_of(source, where)
+    if alone is None or alone.ours:
+        record = probe_run(flags.run, source, cfg, corpus, language, ui.progress, where)
+    else:
+        families = {alone.hook: EvaluatedSaes({"sae": alone.sae.to(where)})}
+        record = probe_families(families, source, cfg, corpus, language, ui.progress)
+    if alone is not None:
+        notes = alone.notes
+    result = {"run": str(flags.run), "kind": TOKENS if text is None else DOCUMENTS, **record}
+    result |= {"notes": notes} if notes else {}
+    if flags.out is not None:
+        write_json(flags.out, result)
+    return result
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print the scores of what was probed, what was left out, and what to do next."""
+    for note in result.get("notes", ()):
+        ui.say(f"note: {note}")
+    found, names = result[result["kind"]], result["glossary"]
+    for hook, entry in found["hooks"].items():
+        entries = {**entry["members"], **entry["controls"]}
+        rows = [
+            [names[key]["name"], *(_shown(e["summary"].get(key)) for e in entries.values())]
+            for key in names
+            if any(key in e["summary"] for e in entry["members"].values())
+        ]
+        title = f"{hook}: {len(entry['tasks'])} classes of {result['kind']} (~: not told from the random SAE)"
+        ui.table(title, ("mean over classes", *entries), rows)
+        lines = [
+            {**line, "unit": line["over"].removesuffix("s")}
+            for line in entry["comparisons"]
+            if line["b"] in entry["members"]
+        ]
+        if lines:
+            show_differences(hook, lines, ui)
+    ui.say(", ".join(f"{n:,} {what}" for what, n in found["counts"].items()))
+    for name, why in found["skipped"].items():
+        ui.say(f"left out: {name} ({why})")
+    ui.say(f"next: wsae report {shlex.quote(result['run'])}")
+
+
+def _shown(score: dict[str, Any] | None) -> str:
+    """Return a value with its interval over classes, marked where it is not told from the random SAE's."""
+    return interval(score) + ("" if (score or {}).get("told_from_random", True) else " ~")

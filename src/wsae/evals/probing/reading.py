@@ -1,0 +1,283 @@
+"""What members make of labelled tokens and documents: one pass over the rows for every hook and member.
+
+Beside the members stand a random SAE as sparse as the plain one, and the activations themselves.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from wsae.acts.config import HarvestConfig, TextConfig
+from wsae.acts.flow import Flow
+from wsae.acts.language import LanguageModel
+from wsae.acts.text import Document, Packer, TextCounts, TokenSequence, labelled
+from wsae.acts.tokens import TokenTable
+from wsae.core.errors import UserError
+from wsae.core.progress import Progress, quiet
+from wsae.core.seeds import seed_for
+from wsae.evals.control import CONTROL, random_control
+from wsae.evals.data import HeldOut
+from wsae.evals.measure import EvaluatedSaes, check_width, first_rows
+from wsae.evals.probing.config import ProbeConfig
+from wsae.evals.probing.fit import Table
+from wsae.evals.probing.rules import RULES, label
+from wsae.sae import SparseAutoencoder
+from wsae.sae.encoding import Encoder
+
+RAW = "activations"
+"""Name of the model's own dimensions in results."""
+FAMILIES = dict[str, EvaluatedSaes]
+SORTED = 64
+"""Batches of documents within which they are sorted by length, so that little padding is run."""
+
+
+class Coder:
+    """Codes of rows, chunk by chunk, by every member of every hook, by a random SAE, and the rows themselves."""
+
+    def __init__(self, families: FAMILIES, seed: int) -> None:
+        self._families, self._seed = families, seed
+        self.saes: dict[str, dict[str, SparseAutoencoder]] = {}
+        """hook -> members and the random SAE, once rows were added."""
+        self._encoders: dict[str, dict[str, Encoder]] = {}
+        self._parts: dict[str, dict[str, list[Table]]] = {}
+
+    @torch.inference_mode()
+    def add(
+        self, x: Mapping[str, Float[Tensor, "rows _"]], pool: scipy.sparse.csr_array | None = None
+    ) -> None:
+        """Add rows by hook; `pool` [units, rows] makes units of them, whose numbers are sums over rows."""
+        for hook, family in self._families.items():
+            rows = x[hook]
+            if hook not in self.saes:
+                self._begin(hook, family, rows)
+            parts = self._parts[hook]
+            raw = rows.cpu().numpy()
+            parts.setdefault(RAW, []).append(raw if pool is None else np.asarray(pool @ raw))
+            for name, encode in self._encoders[hook].items():
+                sae = self.saes[hook][name]
+                code = encode(rows.to(sae.W_dec.device, torch.float32))
+                values, indices, offsets = (part.cpu().numpy() for part in code)
+                shape = (len(rows), sae.cfg.d_sae)
+                table = scipy.sparse.csr_array((values, indices, offsets), shape=shape)
+                parts.setdefault(name, []).append(table if pool is None else pool @ table)
+
+    def _begin(self, hook: str, family: EvaluatedSaes, rows: Tensor) -> None:
+        for name, sae in family.saes.items():
+            check_width(f"{hook}/{name}", sae.cfg.d_in, rows.shape[1])
+        plain = next(iter(family.twins.values()), next(iter(family.saes)))
+        like = family.saes[plain]
+        l0 = len(Encoder(like)(rows.to(like.W_dec.device)).values) / len(rows)
+        control = random_control(like, rows.double().mean(0), l0, self._seed)
+        self.saes[hook] = {**family.saes, CONTROL: control}
+        self._encoders[hook] = {name: Encoder(sae) for name, sae in self.saes[hook].items()}
+        self._parts[hook] = {}
+
+    def tables(self) -> dict[str, dict[str, Table]]:
+        """Return hook -> member (the activations and the random SAE too) -> what it makes of all rows or units."""
+        return {
+            hook: {
+                name: np.concatenate(parts)
+                if isinstance(parts[0], np.ndarray)
+                else scipy.sparse.csr_array(scipy.sparse.vstack(parts))
+                for name, parts in named.items()
+            }
+            for hook, named in self._parts.items()
+        }
+
+
+class LabelledTokens(NamedTuple):
+    """Held-out tokens: their sequence, their text, which are of which rule's class, and what members make of them."""
+
+    seq: Int64[np.ndarray, " tokens"]
+    texts: list[str]
+    whole: Bool[np.ndarray, " tokens"]
+    """Whether the token is a whole word of letters."""
+    labels: Bool[np.ndarray, "rules tokens"]
+    coder: Coder
+
+
+def read_tokens(
+    source: HeldOut, families: FAMILIES, cfg: ProbeConfig, progress: Progress = quiet
+) -> LabelledTokens:
+    """Return the first held-out tokens and what every member makes of them; UserError where the data have no text."""
+    table = source.tokens()
+    if table is None:
+        raise UserError(
+            "the data have no tokens, which tasks by rule need; probe a store harvested from text, or give labelled "
+            "text: --text FILE --label COLUMN"
+        )
+    for hook in families:
+        if hook not in source.hooks:
+            raise UserError(f"the data have no hook {hook!r}; they have {', '.join(source.hooks)}")
+    coder, by_seq = Coder(families, cfg.seed), _Ruled(table)
+    seqs, texts, labels, whole = [], [], [], []
+    with progress("tokens", cfg.tokens, "tokens") as tick:
+        for chunk in first_rows(source.heldout(cfg.batch_size), cfg.tokens):
+            coder.add(chunk.x)
+            seqs.append(chunk.seq.numpy().astype(np.int64))
+            for seq, pos in zip(chunk.seq.tolist(), chunk.pos.tolist(), strict=True):
+                found = by_seq[seq]
+                texts.append(found.texts[pos])
+                labels.append(found.labels[:, pos])
+                whole.append(found.whole[pos])
+            tick(len(chunk.seq))
+    if not seqs:
+        raise UserError("there are no held-out rows to probe; hold out more data")
+    return LabelledTokens(
+        np.concatenate(seqs), texts, np.array(whole), np.stack(labels, axis=1), coder
+    )
+
+
+class _RuledSequence(NamedTuple):
+    texts: list[str]
+    labels: Bool[np.ndarray, "rules tokens"]
+    whole: list[bool]
+
+
+class _Ruled:
+    """The tokens of one sequence after another, with their labels."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table, self._seq = table, -1
+        self._found = _RuledSequence([], np.zeros((len(RULES), 0), dtype=bool), [])
+
+    def __getitem__(self, seq: int) -> _RuledSequence:
+        if seq != self._seq:
+            texts = self._table.decode(self._table.ids[seq, : int(self._table.lengths[seq])])
+            ends = [*(not t[:1].isalnum() for t in texts[1:]), False]
+            whole = [
+                t[:1] == " " and t[1:].isalpha() and t.isascii() and end
+                for t, end in zip(texts, ends, strict=True)
+            ]
+            self._seq, self._found = seq, _RuledSequence(texts, label(texts), whole)
+        return self._found
+
+
+class Corpus(NamedTuple):
+    """Texts with the class of each, by name, and what may go with it by accident (none: not asked)."""
+
+    texts: Sequence[str]
+    labels: Sequence[str]
+    beside: Sequence[str] | None = None
+    """A second label of each text, for spurious correlation removal."""
+    counts: Mapping[str, int] = {}
+    """What was read, and what was left out, by reason."""
+
+
+MOST_CLASSES = 1000
+
+
+def read_corpus(
+    text: TextConfig, label: str, beside: str | None, cfg: ProbeConfig, progress: Progress = quiet
+) -> Corpus:
+    """Read the texts with a label in a column; of each class (with its second label) at most `documents`, at random.
+
+    Raises UserError as `labelled` does, and for a column with more than `MOST_CLASSES` values.
+    """
+    columns = [label] if beside is None else [label, beside]
+    reading, rng = TextCounts(), np.random.default_rng(seed_for(cfg.seed, "corpus"))
+    kept: dict[tuple[str, ...], list[str]] = {}
+    seen = Counter[tuple[str, ...]]()
+    with progress("read", None, "documents") as tick:
+        for document in labelled(text, columns, reading):
+            seen[document.labels] += 1
+            texts, n = kept.setdefault(document.labels, []), seen[document.labels]
+            if len(kept) > MOST_CLASSES:
+                raise UserError(
+                    f"text {text.path}: over {MOST_CLASSES:,} different values in {' and '.join(columns)}; name a "
+                    "column that tells classes apart"
+                )
+            place = len(texts) if n <= cfg.documents else int(rng.integers(n))
+            if place < cfg.documents:
+                texts[place : place + 1] = [document.text]
+            tick(1)
+    rows = [(t, labels) for labels, texts in sorted(kept.items()) for t in texts]
+    counts = {"read": reading.documents, "empty": reading.empty, **reading.records}
+    return Corpus(
+        [t for t, _ in rows],
+        [labels[0] for _, labels in rows],
+        None if beside is None else [labels[1] for _, labels in rows],
+        {reason: n for reason, n in counts.items() if n},
+    )
+
+
+class LabelledDocuments(NamedTuple):
+    """Documents: which of the texts given they are, what members make of their mean, and what was left out."""
+
+    number: Int64[np.ndarray, " documents"]
+    coder: Coder
+    counts: Counter[str]
+
+
+class DocumentReader:
+    """A model that reads documents one by one, as a run's activations were made; `medians`: norms that mark sinks."""
+
+    def __init__(
+        self, cfg: HarvestConfig, language: LanguageModel, medians: dict[str, float] | None
+    ) -> None:
+        self._flow, self._packer = Flow(cfg, language), Packer(cfg, language.tokenizer, False)
+        self._flow.rule.medians = medians or dict.fromkeys(self._flow.hooks, float("inf"))
+        self._size = cfg.batch_seqs
+        self.hooks = self._flow.hooks
+
+    def read(
+        self,
+        texts: Sequence[str],
+        chosen: Int64[np.ndarray, " documents"],
+        families: FAMILIES,
+        seed: int,
+        progress: Progress = quiet,
+    ) -> LabelledDocuments:
+        """Return what every member makes of the mean row of each chosen text; one without a row is counted."""
+        coder, counts = Coder(families, seed), Counter[str]()
+        order: list[int] = []
+        sequences = self._sequences(texts, chosen, seed, order, counts)
+        first, kept = 0, []
+        with progress("documents", len(chosen), "documents") as tick:
+            for step in self._flow.through(sequences):
+                batch = len(step.lengths)
+                rows = np.bincount(step.seq.numpy() - first, minlength=batch)
+                there = np.flatnonzero(rows)
+                where = np.searchsorted(there, step.seq.numpy() - first)
+                shape = (len(there), len(where))
+                mean = scipy.sparse.csr_array(
+                    (1 / rows[there][where], (where, np.arange(len(where)))), shape=shape
+                )
+                if len(where):
+                    coder.add(step.x, mean.astype(np.float32))
+                kept += [order[first + i] for i in there.tolist()]
+                counts["without a token that is kept"] += batch - len(there)
+                first += batch
+                tick(batch)
+        return LabelledDocuments(np.array(kept, dtype=np.int64), coder, +counts)
+
+    def _sequences(
+        self,
+        texts: Sequence[str],
+        chosen: Int64[np.ndarray, " documents"],
+        seed: int,
+        order: list[int],
+        counts: Counter[str],
+    ) -> Iterator[tuple[TokenSequence, ...]]:
+        """Yield batches of documents of about the same length in random order; `order` tells which they are."""
+        rng = np.random.default_rng(seed_for(seed, "documents"))
+        shuffled = iter(rng.permutation(chosen).tolist())
+        while window := list(islice(shuffled, SORTED * self._size)):
+            made = [(i, self._packer.whole(Document(i, str(texts[i])), 0)) for i in window]
+            there = [(i, s) for i, s in made if s is not None]
+            counts["empty"] += len(made) - len(there)
+            counts["cut to the context"] += sum(s.cut for _, s in there)
+            there.sort(key=lambda pair: pair[1].length)
+            batches = [there[a : a + self._size] for a in range(0, len(there), self._size)]
+            for number in rng.permutation(len(batches)).tolist():
+                batch = batches[number]
+                width = batch[-1][1].length
+                order += [i for i, _ in batch]
+                yield tuple(s._replace(ids=s.ids[:width]) for _, s in batch)

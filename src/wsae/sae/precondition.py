@@ -1,0 +1,102 @@
+"""Preconditioners: an SAE trained on P x, and folded so that it takes x and gives x_hat.
+
+With y = P x the SAE computes pre = (y - b) W_enc + b_enc and y_hat = z W_dec + b. As P is symmetric, the same latents
+come from x by W_enc' = P W_enc and b' = P^-1 b, and x_hat = P^-1 y_hat by W_dec' = W_dec P^-1. Folding is exact, so
+the folded decoder's rows are not of norm 1: to make them so would scale the latents, and other ones would be largest.
+The loss ||Gamma (y - y_hat)||^2 is ||Gamma P (x - x_hat)||^2: Gamma P is the folded SAE's gamma.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from wsae.core.errors import UserError
+from wsae.sae.config import PreconditionConfig
+from wsae.sae.loss import Weights, weigh
+from wsae.sae.model import SparseAutoencoder
+from wsae.stats import Covariance
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """The map P, symmetric and positive definite, its inverse, and the moments of P x; trace(P P) = d_in."""
+
+    map: Weights
+    """P, or its diagonal where it has no more."""
+    inverse: Weights
+    record: dict[str, Any]
+    """What a run keeps of it: how it was made, from how many rows, and its condition number."""
+
+    @classmethod
+    def of(cls, cfg: PreconditionConfig, covariance: Covariance) -> "Preconditioner":
+        """Return P = (shrunk C)^(-power / 2), scaled to trace(P P) = d_in, from the covariance of activations.
+
+        Raises UserError for too few rows (unless Ledoit and Wolf's estimate is used, which is made for them), and where
+        C is singular and nothing is added to it.
+        """
+        d_in, n = covariance.d_in, covariance.n
+        what = f"precondition {cfg.kind}"
+        if n <= d_in and cfg.shrinkage != "ledoit-wolf":
+            raise UserError(
+                f"{what}: {n} rows cannot give the covariance of {d_in} dimensions; give at least {d_in + 1}, better "
+                f"{10 * d_in}, or use shrinkage ledoit-wolf"
+            )
+        C = covariance.covariance
+        mean = C.trace() / d_in
+        if cfg.shrinkage == "ledoit-wolf":
+            share = covariance.ledoit_wolf()
+            C = (1 - share) * C + share * mean * torch.eye(d_in, dtype=C.dtype)
+        else:
+            share = cfg.shrinkage
+            C = C + share * mean * torch.eye(d_in, dtype=C.dtype)
+        whole = cfg.kind == "whiten"
+        values, vectors = torch.linalg.eigh(C) if whole else (C.diagonal(), None)
+        flat = int((values <= values.max() * d_in * torch.finfo(values.dtype).eps).sum())
+        if flat:
+            raise UserError(
+                f"{what}: {flat} of {d_in} {'directions' if whole else 'dimensions'} have no variance, so there is no "
+                "way back from the map; give a shrinkage above 0"
+            )
+        power = values.pow(-cfg.power / 2)
+        power = power / power.square().mean().sqrt()
+        record = {
+            **cfg.to_dict(),
+            "shrunk": float(share),
+            "rows": n,
+            "condition": float(power.max() / power.min()),
+        }
+        if vectors is None:
+            return cls(power, 1 / power, record)
+        return cls((vectors * power) @ vectors.T, (vectors / power) @ vectors.T, record)
+
+    def to(self, like: Tensor) -> "Preconditioner":
+        """Return it in the type and on the device of `like`, to map activations with."""
+        return Preconditioner(self.map.to(like), self.inverse.to(like), self.record)
+
+    def covariance(self, C: Float64[Tensor, "d_in d_in"]) -> Float64[Tensor, "d_in d_in"]:
+        """Return the covariance of P x from that of x."""
+        mapped = weigh(weigh(C, self.map).T, self.map)
+        return (mapped + mapped.T) / 2
+
+    def fold(self, sae: SparseAutoencoder) -> SparseAutoencoder:
+        """Return the SAE of x with the latents of `sae`, which is one of P x; its gamma is Gamma P."""
+        P = self.map.double().cpu()
+        inverse = 1 / P if P.ndim == 1 else torch.linalg.inv(P)  # of P as it was rounded to train
+        tensors = {name: tensor.double().cpu() for name, tensor in sae.tensors().items()}
+        tensors["W_enc"] = weigh(tensors["W_enc"].T, P).T
+        for name in ("W_dec", "b_dec"):
+            tensors[name] = weigh(tensors[name], inverse)
+        tensors["gamma"] = combined(tensors["gamma"], P)
+        folded = SparseAutoencoder(sae.cfg)
+        folded.set_tensors(tensors)
+        return folded
+
+
+def combined(gamma: Weights, P: Weights) -> Weights:
+    """Return Gamma P: a vector where both are."""
+    if gamma.ndim == 1:
+        return gamma * P if P.ndim == 1 else gamma[:, None] * P
+    return weigh(gamma, P)
