@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from acts_models import make_model, make_text
 from test_interop_roundtrip import make, same_bits
 
 import wsae
 from wsae.cli.main import main
+from wsae.evals.measure import Survey
 from wsae.interop import Provenance, load
 from wsae.interop.runs import choose
 
@@ -87,7 +90,7 @@ def test_every_command_says_in_one_line_what_an_sae_alone_lacks(theirs, capsys):
     for words in (["evaluate", place], ["interpret", place]):
         said = failed(capsys, [*words, "--device", "cpu"])
         assert "--source" in said
-        assert "wsae harvest tiny --hook blocks.3.hook_resid_post --text FILE" in said
+        assert said.endswith(f"wsae evaluate {place} --text FILE\n")  # its files say model and hook
 
 
 def test_an_imported_sae_is_measured_shown_compared_and_given_away(theirs, acts, tmp_path, capsys):
@@ -140,6 +143,106 @@ def test_an_sae_alone_is_measured_and_interpreted_on_text(tmp_path, capsys):
     assert told(capsys, ["interpret", str(place), "--device", "cpu", "--draws", "20", *least])
     told(capsys, ["serve", str(place), "--index-only", "--contexts", "4"])
     assert Path(told(capsys, ["report", str(place)])["report"]).is_file()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model, and a text beside it."""
+    place = tmp_path_factory.mktemp("model")
+    make_text(place / "text.jsonl", documents=120)
+    return make_model(place / "model")
+
+
+def test_a_text_is_read_by_the_model_that_the_files_or_the_flags_name(model, tmp_path, capsys):
+    """The files know TransformerLens' name of the place; what is measured is what a store of it gives."""
+    known, open_ends = tmp_path / "known", tmp_path / "open"
+    sae = make("topk", d_in=16, groups=8)
+    about = Provenance(model=str(model), hook="blocks.1.hook_resid_post", context=32)
+    wsae.Run.of_sae(sae, known, about)
+    wsae.Run.of_sae(sae, open_ends)
+    text = ["--text", str(model.parent / "text.jsonl")]
+    words = ["evaluate", "--device", "cpu", "--draws", "20", "--n-latents", "4"]
+    found = told(capsys, [*words, str(known), *text])
+    reading = ["--seq-len", "32", "--hook", "layers.1"]
+    again = told(capsys, [*words, str(open_ends), *text, "--model", str(model), *reading])
+    assert found["hooks"] == again["hooks"]
+    assert found["notes"] == again["notes"]
+    store = ["--out", str(tmp_path / "store"), "--tokens", "200", *reading, *text]
+    assert main(["harvest", str(model), "--device", "cpu", *store]) == 0
+    capsys.readouterr()
+    stored = told(capsys, [*words, str(known), "--source", str(tmp_path / "store")])
+    assert stored["hooks"] == found["hooks"]
+    assert wsae.Run(known).contexts["layers.1"]["sae"]
+    told(capsys, [*words, str(open_ends)])  # the text is remembered
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--text", "TEXT"], "do not say its model; add --model MODEL"),
+        (["--text", "TEXT", "--model", "MODEL"], "do not say its hook; add --hook HOOK"),
+        (
+            ["--text", "TEXT", "--model", "MODEL", "--hook", "layers.*"],
+            "means 3 modules; name one",
+        ),
+        (["--text", "TEXT", "--model", "MODEL", "--hook", "layers.9"], "no such module"),
+        (["--text", "gone.txt", "--model", "MODEL", "--hook", "layers.1"], "gone.txt"),
+        (["--text", "TEXT", "--source", "x.npy"], "give one of them"),
+        (["--model", "MODEL"], "--model: goes with --text"),
+        (["--seq-len", "9"], "--seq-len: goes with --text"),
+        (["--source", "gone.npy"], "gone.npy: no such"),
+        ([], "--text FILE --model MODEL --hook HOOK"),
+    ],
+)
+def test_what_one_sae_cannot_be_measured_on_is_one_line(words, says, model, tmp_path, capsys):
+    wsae.Run.of_sae(make("topk", d_in=16, groups=8), tmp_path / "mine")
+    real = {"TEXT": str(model.parent / "text.jsonl"), "MODEL": str(model)}
+    given = [real.get(word, word) for word in words]
+    said = failed(capsys, ["evaluate", str(tmp_path / "mine"), "--device", "cpu", *given])
+    assert says in said
+    assert not (tmp_path / "mine" / "evaluation").exists()
+
+
+def test_flags_of_one_sae_alone_are_refused_for_a_run_and_labels_for_anothers_folder(acts, capsys):
+    run = ["evaluate", str(FIXTURES / "before-fold/run"), "--text", "builtin"]
+    assert "is for one SAE alone" in failed(capsys, run)
+    folder = ["evaluate", str(FIXTURES / "interop/saelens-topk"), "--source", str(acts)]
+    assert "wsae import" in failed(capsys, [*folder, "--labels", "y.npy"])
+
+
+def test_classes_are_scored_for_one_sae_too(tmp_path, acts, capsys):
+    np.save(tmp_path / "y.npy", np.arange(300) % 3)
+    wsae.Run.of_sae(make("relu", d_in=6), tmp_path / "mine")
+    data = ["--source", str(acts), "--labels", str(tmp_path / "y.npy"), *QUICK]
+    found = told(capsys, ["evaluate", str(tmp_path / "mine"), *data])
+    assert set(found["classes"]["hooks"]["acts"]["members"]) == {"sae"}
+    assert set(wsae.Run(tmp_path / "mine").class_record["hooks"]["acts"]["members"]) == {"sae"}
+    assert Path(told(capsys, ["report", str(tmp_path / "mine")])["report"]).is_file()
+
+
+def test_ctrl_c_leaves_what_was_measured_before(tmp_path, acts, capsys, monkeypatch):
+    place = tmp_path / "mine"
+    wsae.Run.of_sae(make("relu", d_in=6), place)
+    words = ["evaluate", str(place), "--source", str(acts), *QUICK]
+
+    def stopped() -> str:
+        assert main(words) == 130
+        return capsys.readouterr().err.splitlines()[-1]
+
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Survey, "update", interrupt)
+        assert (
+            stopped() == "wsae: interrupted; nothing was written; the same command measures again"
+        )
+    told(capsys, words)
+    before = wsae.Run(place).evaluation_record
+    monkeypatch.setattr(Survey, "update", interrupt)
+    kept = f"{place} keeps its evaluation"
+    assert stopped() == f"wsae: interrupted; {kept}; the same command measures again"
+    assert wsae.Run(place).evaluation_record == before
 
 
 def test_another_tools_folder_is_measured_as_it_is_and_left_alone(tmp_path, acts, capsys):

@@ -15,8 +15,6 @@ from wsae.kernels import update as twin
 from wsae.kernels.codes import offsets_of
 from wsae.kernels.sparse import Plan
 from wsae.kernels.triton import encode, sums, update
-from wsae.kernels.triton import encode as above
-from wsae.kernels.triton import encode as group
 from wsae.kernels.triton.support import MAX_CANDIDATES
 from wsae.kernels.update import AdamStep, SparseGrad
 
@@ -118,9 +116,9 @@ def test_candidates_stay_few() -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_group_topk_is_the_first_largest_of_each_group(batch, d_in, d_sae, k, dtype) -> None:
     x, W, b, pre = problem(1, batch, d_in, d_sae)
-    indices = group.group_topk_encode(x, W, b, k, dtype)
+    indices = encode.group_topk_encode(x, W, b, k, dtype)
     assert torch.equal(indices, select_group_topk(pre, k))
-    without = group.group_topk_encode(x, W, None, k, dtype)
+    without = encode.group_topk_encode(x, W, None, k, dtype)
     assert torch.equal(without, select_group_topk(pre - b, k))
 
 
@@ -131,7 +129,7 @@ def test_group_topk_is_the_first_largest_of_each_group(batch, d_in, d_sae, k, dt
 def test_pairs_above_a_threshold(batch, d_in, d_sae, dtype) -> None:
     x, W, b, pre = problem(2, batch, d_in, d_sae)
     for limit in (torch.tensor(1.0), integers(4, d_sae), torch.tensor(-1e9), torch.tensor(1e9)):
-        found = torch.stack(above.above(x, W, b, limit, dtype), 1)
+        found = torch.stack(encode.above(x, W, b, limit, dtype), 1)
         assert torch.equal(found, (pre > limit).nonzero())
 
 
@@ -140,14 +138,14 @@ def test_batch_topk_is_that_of_the_product(k) -> None:
     """With k = 200 of 300 there are fewer positive entries than wanted; then all of them are chosen."""
     x, W, b, pre = problem(6, 9, 7, 300)
     for dtype in (FP32, BF16):
-        rows, indices = above.select_batch_topk(x, W, b, k, dtype)
+        rows, indices = encode.select_batch_topk(x, W, b, k, dtype)
         ours, theirs = (
             pre[pair].sort().values for pair in ((rows, indices), select_batch_topk(pre, k))
         )
         assert torch.equal(ours, theirs)
         place = rows * 300 + indices
         assert torch.equal(place, place.unique())
-    none = above.select_batch_topk(x[:0], W, b, k, BF16)
+    none = encode.select_batch_topk(x[:0], W, b, k, BF16)
     assert [len(part) for part in none] == [0, 0]
 
 

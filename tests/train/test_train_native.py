@@ -16,7 +16,7 @@ from wsae.sae.loss import weigh
 from wsae.train import native
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import finished
+from wsae.train.family import finished, make_family
 from wsae.train.loop import run_steps
 from wsae.train.start import start_family
 

@@ -19,10 +19,6 @@ from wsae.kernels import update as twin
 from wsae.kernels.sparse import Plan
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE
 from wsae.train import gpu
-from wsae.train import gpu as codes
-from wsae.train import gpu as host
-from wsae.train import gpu as pairs
-from wsae.train import gpu as update
 from wsae.train import step as dispatch
 from wsae.train.checkpoint import member_tensors, set_member_tensors
 from wsae.train.config import MemberConfig, TrainConfig
@@ -46,33 +42,23 @@ def topk_encode(x: Tensor, W: Tensor, b: Tensor | None, k: int, dtype: torch.dty
 
 
 TWINS = {
-    codes: {
-        "topk_encode": topk_encode,
-        "group_topk_encode": lambda x, W, b, k, dtype: select_group_topk(
-            product(x, W, b, dtype), k
-        ),
-        "select_batch_topk": lambda x, W, b, k, dtype: select_batch_topk(
-            product(x, W, b, dtype), k
-        ),
-        "above": lambda x, W, b, limit, dtype: (
-            (product(x, W, b, dtype) > limit).nonzero().unbind(1)
-        ),
-        "products": lambda x, W, rows, indices: (x[rows] * W[indices]).sum(1),
-    },
-    gpu: {"decode": sparse.decode, "pair_products": sparse._pair_products},
-    update: {
-        "scatter": Plan.scatter,
-        "adam_rows_": twin.adam_rows_,
-        "update_rows_": twin.update_rows_,
-    },
+    "topk_encode": topk_encode,
+    "group_topk_encode": lambda x, W, b, k, dtype: select_group_topk(product(x, W, b, dtype), k),
+    "select_batch_topk": lambda x, W, b, k, dtype: select_batch_topk(product(x, W, b, dtype), k),
+    "above": lambda x, W, b, limit, dtype: (product(x, W, b, dtype) > limit).nonzero().unbind(1),
+    "products": lambda x, W, rows, indices: (x[rows] * W[indices]).sum(1),
+    "decode": sparse.decode,
+    "pair_products": sparse._pair_products,
+    "scatter": Plan.scatter,
+    "adam_rows_": twin.adam_rows_,
+    "update_rows_": twin.update_rows_,
 }
 
 
 @pytest.fixture
 def twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, names in TWINS.items():
-        for name, function in names.items():
-            monkeypatch.setattr(module, name, function)
+    for name, function in TWINS.items():
+        monkeypatch.setattr(gpu, name, function)
 
 
 @pytest.fixture
@@ -177,8 +163,8 @@ def both(kind: str, dead: bool, steps: int) -> None:
 def test_many_dead_latents_are_chosen_by_parts(gamma: str, monkeypatch) -> None:
     """With too many candidates for the fused kernel; and every dead latent wanted, as k_aux exceeds them."""
     run = config(gamma={"rule": gamma}, auxk=0.3, k_aux=50)
-    monkeypatch.setattr(codes, "MAX_CANDIDATES", 2 * BUCKETS_PER_CHOICE)
-    monkeypatch.setattr(codes, "ROWS", 7)
+    monkeypatch.setattr(gpu, "MAX_CANDIDATES", 2 * BUCKETS_PER_CHOICE)
+    monkeypatch.setattr(gpu, "ROWS", 7)
     one, two = (member_of(run, dead=True) for _ in range(2))
     train(one, run, gpu.triton_step)
     train(two, run, eager_step)
@@ -297,10 +283,10 @@ def test_steps_do_not_wait_for_the_device(kind: str) -> None:
 
 def test_what_is_remembered_follows_its_tensor() -> None:
     mask = torch.tensor([True, False, True])
-    assert host.dead_latents(mask).latents[:2].tolist() == [0, 2]
-    assert host.dead_latents(mask) is host.dead_latents(mask)
+    assert gpu.dead_latents(mask).latents[:2].tolist() == [0, 2]
+    assert gpu.dead_latents(mask) is gpu.dead_latents(mask)
     mask[0] = False
-    dead = host.dead_latents(mask)
+    dead = gpu.dead_latents(mask)
     assert (dead.number, dead.latents[0], len(dead.latents)) == (1, 2, 16)
     assert torch.equal(dead.floor.isinf(), torch.arange(16) > 0)
 
@@ -312,17 +298,17 @@ def test_pairs_are_sorted_as_a_plan_is() -> None:
         counts = torch.randint(0, 4, (9,), generator=g)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         indices = torch.randint(0, 6, (int(counts.sum()),), generator=g)
-        code = codes.SparseCode(torch.randn(len(indices), generator=g), indices, offsets)
-        parts.append((code, pairs.in_row_order(code)))
-    plan = pairs.sort_by_latent(pairs.joined([plan for _, plan in parts]), 7)
+        code = gpu.SparseCode(torch.randn(len(indices), generator=g), indices, offsets)
+        parts.append((code, gpu.in_row_order(code)))
+    plan = gpu.sort_by_latent(gpu.joined([plan for _, plan in parts]), 7)
     offsets = torch.cat([parts[0][0].offsets, parts[0][0].offsets[-1] + parts[1][0].offsets[1:]])
     indices = torch.cat([code.indices for code, _ in parts])
-    for ours, theirs in zip(plan, pairs.Plan.build(indices, offsets, 7), strict=True):
+    for ours, theirs in zip(plan, gpu.Plan.build(indices, offsets, 7), strict=True):
         assert torch.equal(ours, theirs)
     weights = torch.cat([code.values for code, _ in parts])
-    torch.testing.assert_close(pairs.per_latent(plan, weights), plan.per_latent(weights))
+    torch.testing.assert_close(gpu.per_latent(plan, weights), plan.per_latent(weights))
     x = torch.randn(18, 3, generator=g)
-    both = pairs.twice(plan, plan.latent_rows.flip(0))
+    both = gpu.twice(plan, plan.latent_rows.flip(0))
     extra = torch.zeros(7, 3).index_add(
         0, indices[plan.order], weights[plan.order, None] * x[plan.latent_rows.flip(0)]
     )

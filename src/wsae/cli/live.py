@@ -21,7 +21,14 @@ from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.run import Run
-from wsae.sae.config import GammaConfig, JumpReLU, Kind, PreconditionConfig, Rule
+from wsae.sae.config import (
+    GammaConfig,
+    JumpReLU,
+    Kind,
+    PreconditionConfig,
+    Provenance,
+    Rule,
+)
 from wsae.train.config import MemberConfig, TrainConfig, family
 
 Precision = Literal["float32", "bfloat16"]
@@ -280,13 +287,7 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
     """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place."""
     opened = Run(run)
     if opened.single and (elsewhere is not None or not opened.source):
-        about = opened.provenance
-        if elsewhere is not None:
-            return at_hook(elsewhere, about.hook)
-        raise UserError(
-            f"{run}: a single SAE knows no data; name a store or an array with --source (a store is made by: "
-            f"wsae harvest {about.model or 'MODEL'} --hook {about.hook or 'HOOK'} --text FILE --out STORE)"
-        )
+        return of_single(run, opened.provenance, elsewhere)
     with understood(opened.manifest and run / CONFIG):
         record = opened.source
         hooks = tuple(record.get("hooks", ()))
@@ -309,11 +310,19 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
         return _opened(path, hooks)
 
 
-def at_hook(source: str, hook: str | None) -> "ActivationSource":
-    """Return the source with one hook: that of an SAE where there are several."""
+def of_single(path: Path, about: Provenance, source: str | None) -> "ActivationSource":
+    """Return a store or an array at one SAE's hook; raises UserError without one, or where it has other hooks alone."""
     from wsae.acts.source import open_source
 
-    data = open_source(source)
+    if source is None:
+        open_ends = [
+            f" --{name} {name.upper()}" for name in ("model", "hook") if not getattr(about, name)
+        ]
+        raise UserError(
+            f"{path}: a single SAE knows no data; name a store or an array with --source, or a text for its model: "
+            f"wsae evaluate {path} --text FILE{''.join(open_ends)}"
+        )
+    data, hook = open_source(source), about.hook
     if len(data.hooks) == 1:
         return data
     mine = among(hook, data.hooks) if hook else None
@@ -323,6 +332,28 @@ def at_hook(source: str, hook: str | None) -> "ActivationSource":
             "harvest that hook alone, or give an array"
         )
     return open_source(source, hooks=(mine,))
+
+
+def on_text(text: str, about: Provenance, **rest: object) -> "ActivationSource":
+    """Return what an SAE's model gives at its hook on a text; raises UserError where model or hook is not known."""
+    for name in ("model", "hook"):
+        if not getattr(about, name):
+            raise UserError(
+                f"--text {text}: the SAE's files do not say its {name}; add --{name} {name.upper()}"
+            )
+    data = {"model": about.model, "text": {"path": text}, "hooks": (about.hook,)}
+    most = HarvestConfig.model_fields["seq_len"].default
+    seq_len = {"seq_len": min(about.context or most, most)}
+    cfg = HarvestConfig.parse(data | seq_len | rest, where=FLAGS)
+    from wsae.acts.live import LiveSource
+
+    source = LiveSource(cfg)
+    if len(source.hooks) > 1:
+        first = next(iter(source.hooks))
+        raise UserError(
+            f"--hook {about.hook}: means {len(source.hooks)} modules; name one, for example {first}"
+        )
+    return source
 
 
 def language_of(source: "ActivationSource", device: str) -> "LanguageModel | None":

@@ -50,7 +50,7 @@ def model_of(run: Path) -> ModelName:
 
 def is_local(name: str) -> bool:
     """Return whether a model is a file or directory here, comes with a package, or lies in the hub's cache."""
-    from wsae.acts.language import BUILTIN, locate
+    from wsae.acts.language import locate
 
     if importlib.util.find_spec("transformers") is None:
         return False
@@ -58,7 +58,7 @@ def is_local(name: str) -> bool:
         place = locate(name)
     except UserError:
         return False
-    if name in BUILTIN or isinstance(place, Path):
+    if isinstance(place, Path):
         return True
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
