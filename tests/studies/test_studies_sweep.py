@@ -357,7 +357,7 @@ def test_a_new_rule_is_a_line_of_the_table():
 
 
 def test_noisy_worlds_differ_by_their_noise_alone():
-    found = noisy_trials(6, 12, 2, seed=3)
+    found = noisy_trials(6, 12, 2, 2, seed=3)
     assert len(found) == len(NOISE_WORLDS) * len(noise_settings()) * 2
     one = [t for t in found if t.labels["seed"] == 1 and t.labels["world"].startswith("uneven")]
     assert all(torch.equal(t.world.W_p, one[0].world.W_p) and t.seed == 4 for t in one)

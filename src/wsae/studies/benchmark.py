@@ -74,8 +74,11 @@ def mixed() -> Float[Tensor, "d_in n_features"]:
     return geometry.direct_sum(*blocks)
 
 
-def made_worlds(d_in: int, n: int) -> list[WorldKind]:
-    """Return the worlds that need no toy model; all but `mixed` have n features of random unit directions."""
+def made_worlds(d_in: int, n: int, active: int = 3) -> list[WorldKind]:
+    """Return the worlds that need no toy model; all but `mixed` have n features of random unit directions.
+
+    `active` of them are so on average, where the world's words do not say otherwise.
+    """
 
     def random(seed: int) -> Tensor:
         return geometry.random_unit(d_in, n, seed_for(seed, "world"))
@@ -85,7 +88,7 @@ def made_worlds(d_in: int, n: int) -> list[WorldKind]:
         scale = 10 ** (torch.rand(d_in, 1, generator=generator, dtype=torch.float64) - 0.5)
         return random(seed) * scale
 
-    sparse = 1 - 3 / n
+    sparse = 1 - active / n
     base = FeatureConfig(n_features=n, sparsity=sparse)
     crowd = {"structure": Correlated(group=5, rho=0.7)}
     family = {"structure": Hierarchical(children=4, given_parent=0.5)}
@@ -94,7 +97,7 @@ def made_worlds(d_in: int, n: int) -> list[WorldKind]:
         WorldKind(
             "mixed", "29 features in digons, triangles and single axes", lambda _: mixed(), blocks
         ),
-        WorldKind("random", "3 of n features active", random, base),
+        WorldKind("random", "few of n features active", random, base),
         WorldKind(
             "random, dense", "a fifth active", random, base.model_copy(update={"sparsity": 0.8})
         ),
@@ -299,7 +302,7 @@ def noise_settings() -> dict[str, Noise]:
     return found
 
 
-def noisy_trials(d_in: int, n: int, seeds: int, seed: int) -> list[Trial]:
+def noisy_trials(d_in: int, n: int, active: int, seeds: int, seed: int) -> list[Trial]:
     """Return a trial per world, noise and seed; a seed's W_p, features and normals are the same under every noise."""
     return [
         Trial(
@@ -307,7 +310,7 @@ def noisy_trials(d_in: int, n: int, seeds: int, seed: int) -> list[Trial]:
             trial.seed,
             {**trial.labels, "world": f"{world.name} | {name}"},
         )
-        for world in made_worlds(d_in, n)
+        for world in made_worlds(d_in, n, active)
         if world.name in NOISE_WORLDS
         for name, noise in noise_settings().items()
         for trial in trials(world, seeds, seed)
@@ -316,12 +319,16 @@ def noisy_trials(d_in: int, n: int, seeds: int, seed: int) -> list[Trial]:
 
 def run_noise(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
     """Train and score every rule on every noisy world; return the tables and the files written."""
-    sizes = {"tiny": (6, 12, 2, 20), "small": (10, 30, 8, 800), "paper": (20, 100, 8, 2000)}
-    d_in, n, seeds, steps = sizes[at.preset]
+    sizes = {
+        "tiny": (6, 12, 1, 2, 20),
+        "small": (12, 36, 2, 8, 800),
+        "paper": (20, 100, 3, 8, 2000),
+    }
+    d_in, n, active, seeds, steps = sizes[at.preset]
     scored = {"unit_scale": True, "rows": 512 if at.preset == "tiny" else 1024, "batch_size": 128}
     cfg = preset_training(at.preset, steps=steps).model_copy(update=scored)
     methods = benchmark_methods(n, NOISE_KINDS, NOISE_RULES)
-    group, place = noisy_trials(d_in, n, seeds, at.seed), at.out / "noise"
+    group, place = noisy_trials(d_in, n, active, seeds, at.seed), at.out / "noise"
     settings = {
         "training": cfg.to_dict(),
         "methods": [method.to_dict() for method in methods],

@@ -250,17 +250,19 @@ ONE_S = 0.9
 """S that the one W_p is trained at."""
 NOISE_LEVEL = 0.1
 ALPHAS = (0.5, 1.0, 2.0)
+Size = Literal["20 in 5", "200 in 20"]
+Form = Literal["tied", "untied"]
 
 
 class WorldReading(Config):
     """One reading of the world behind Figure 3, for an SAE trained with Adam as there."""
 
-    size: Literal["200 in 20", "20 in 5"]
+    size: Size
     """200 in 20: the paper's sizes, equal importance. 20 in 5: with importance 0.9^i, as Elhage et al. (2022)."""
     matrix: Literal["each S", "all S"]
     """each S: every level has its own W_p. all S: the W_p trained at S = 0.9 serves all levels."""
     noise: Noise
-    form: Literal["tied", "untied"]
+    form: Form
 
     @property
     def label(self) -> str:
@@ -277,7 +279,8 @@ class WorldReading(Config):
 def world_readings() -> Iterator[WorldReading]:
     """Yield every combination; untied SAEs at the smaller size alone."""
     noises = (Isotropic(), Isotropic(level=NOISE_LEVEL), Anisotropic(level=NOISE_LEVEL))
-    for size, forms in (("20 in 5", ("tied", "untied")), ("200 in 20", ("tied",))):
+    sizes: dict[Size, tuple[Form, ...]] = {"20 in 5": ("tied", "untied"), "200 in 20": ("tied",)}
+    for size, forms in sizes.items():
         for matrix, noise, form in product(("each S", "all S"), noises, forms):
             yield WorldReading(size=size, matrix=matrix, noise=noise, form=form)
 
