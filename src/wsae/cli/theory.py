@@ -74,13 +74,12 @@ def show(result: dict[str, Any], ui: UI) -> None:
 def _counted(claims: list[dict[str, Any]]) -> str:
     count = {verdict: sum(c["verdict"] == verdict for c in claims) for verdict in SAVES}
     slips = sum(claim["slip"] for claim in claims)
-    says = (
-        f"{len(claims)} claims: {count['holds']} hold, {count['holds if']} hold under a condition"
+    return (
+        f"{len(claims)} claims: {count['holds']} hold, {count['holds if']} hold under a condition, "
+        f"{count['counterexample']} have a counterexample"
+        + (f" ({slips} of them slips that change no conclusion)" if slips else "")
+        + (f", {count['ill-posed']} is ill-posed" if count["ill-posed"] else "")
     )
-    if count["counterexample"]:
-        says += f", {count['counterexample']} have a counterexample"
-        says += f" ({slips} of them slips that change no conclusion)" if slips else ""
-    return says + (f", {count['ill-posed']} is ill-posed" if count["ill-posed"] else "")
 
 
 def _row(claim: dict[str, Any]) -> list[str]:
