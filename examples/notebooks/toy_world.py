@@ -223,7 +223,7 @@ for scale in (1.0, 1.2**0.5):
 print(f"(by hand: 3/32 = {3 / 32:.6f}, 3/40 = {3 / 40:.6f})")
 
 # %% [markdown]
-# A larger scale undoes part of the *shrinking* that interference causes, so it reconstructs better. `wsae theory` checks all 33 claims of the paper this way and says which hold, which hold under a further
+# A larger scale undoes part of the *shrinking* that interference causes, so it reconstructs better. `wsae theory` checks all 40 claims of the paper this way and says which hold, which hold under a further
 # condition, and which have a counterexample ([theory](../../docs/theory.md)).
 #
 # ## To take away

@@ -12,7 +12,7 @@ from wsae.acts.source import HeldoutRows
 from wsae.core.errors import UserError
 from wsae.evals.compare import member_metrics
 from wsae.evals.config import EvalConfig
-from wsae.evals.control import CONTROL
+from wsae.evals.control import CONTROL, fit_scale, random_control
 from wsae.evals.data import MatrixRows
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS, glossary
 from wsae.evals.measure import (
@@ -226,6 +226,29 @@ def test_the_random_control_is_worse_than_an_sae_of_the_true_directions():
     assert found["metrics"]["fvu"]["value"] < 0.5 * control < control < 1.5
     assert abs(found["control"]["l0"]["value"] - found["metrics"]["l0"]["value"]) < 1
     assert set(found["control"]) <= {"fvu", "l0", "ev_dim_mean", "ev_dim_min"}
+
+
+def test_the_random_control_is_at_the_scale_where_it_errs_least():
+    """On every row; with codes z the factor is sum z^2 / sum |z W_dec|^2, since (x - mean) . d_j is z_j."""
+    x = rows(500)
+    mean = x.double().mean(0)
+    measured = evaluate(make_sae(), x)
+    found, l0 = measured["control"]["fvu"]["value"], measured["metrics"]["l0"]["value"]
+    errors = {}
+    for scale in (1.0, 0.95, 1.05):
+        control = random_control(make_sae(), mean, l0, EvalConfig().seed)
+        codes = control.encode(x)
+        by_hand = float(
+            codes.double().square().sum() / (codes @ control.W_dec).double().square().sum()
+        )
+        assert fit_scale(control, x) == pytest.approx(by_hand, rel=1e-4)
+        with torch.no_grad():
+            control.W_enc_t.mul_(scale)
+        error = (x - control.decode(control.encode(x))).double().square().sum()
+        errors[scale] = float(error / (x.double() - mean).square().sum())
+    assert by_hand < 0.95  # its directions are not orthogonal: at norm 1 they say things twice
+    assert errors[1.0] < min(errors[0.95], errors[1.05])
+    assert found == pytest.approx(errors[1.0], rel=1e-4)
 
 
 def test_the_second_pass_is_replayed_from_memory_only_within_the_limit():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
+from wsae.sae import SAEConfig, SparseAutoencoder, TopK, make_activation
 from wsae.sae.config import GammaConfig
 from wsae.sae.forward import training_forward
 from wsae.sae.gamma import (
@@ -253,3 +253,27 @@ def test_weighting_equals_the_plain_loss_in_rescaled_coordinates(seed: int, alph
     ours = weighted_reconstruction_loss(x, sae(x), gamma)
     plain = weighted_reconstruction_loss(x * gamma, u_hat, torch.ones(6, dtype=torch.float64))
     torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "signum"])
+def test_gamma_scales_the_decoders_step_under_sgd_alone(rule):
+    """The decoder's gradient in dimension i carries gamma_i^2, a learning rate that a step by coordinate drops."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    gamma = torch.logspace(-1, 1, 8)
+    steps = {}
+    for name, weights in (("plain", torch.ones(8)), ("weighted", gamma)):
+        sae = SparseAutoencoder(SAEConfig(d_in=8, d_sae=16, activation=TopK(k=4)), seed=0)
+        sae.requires_grad_(True)
+        before = {key: value.detach().clone() for key, value in sae.named_parameters()}
+        weighted_reconstruction_loss(x, training_forward(sae, x).x_hat, weights).backward()
+        if rule == "signum":
+            for value in sae.parameters():
+                value.data -= 1e-3 * value.grad.sign()
+        else:
+            optimiser = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[rule]
+            optimiser(sae.parameters(), lr=1e-3).step()
+        steps[name] = {key: value.detach() - before[key] for key, value in sae.named_parameters()}
+    plain, weighted = steps["plain"], steps["weighted"]
+    expected = plain["W_dec"] * (gamma**2 if rule == "sgd" else 1)
+    torch.testing.assert_close(weighted["W_dec"], expected, rtol=2e-3, atol=1e-6)
+    assert not torch.allclose(weighted["W_enc_t"], plain["W_enc_t"], rtol=0.1, atol=1e-5)

@@ -15,11 +15,7 @@ from wsae.core.progress import quiet
 from wsae.studies.tables import analysis
 from wsae.studies.tables.analysis import Point, at_fvu, bracket
 from wsae.studies.tables.config import (
-    HALF,
     HARVESTS,
-    ONE,
-    PAPER,
-    PLAIN,
     SAES,
     StudyConfig,
     TableChoices,
@@ -35,6 +31,7 @@ from wsae.studies.tables.study import (
     refuse_or_estimate,
     tiny_model,
 )
+from wsae.theory.record import HALF, ONE, PAPER, PLAIN
 
 HERE = Path("somewhere")
 
@@ -355,6 +352,13 @@ def test_the_tiny_table_goes_from_a_model_to_figures(capsys, tmp_path) -> None:
         *("variance-a0.5", "variance-a1", "variance-a0-drop", "variance-a1-drop"),
     }
     assert found["tables"]["embedding: score in % [95 % interval over latents]"]["rows"]
+    latents = found["tables"]["latents scored, of those sampled; pairs with the plain twin"]
+    told = {line[0]: line[1] for line in latents["rows"]}  # the first hook
+    counts, pairs = weighted["counts"], weighted["matching"]
+    assert told["variance-a1"].startswith(f"{counts['scored']} of {counts['sampled']}")
+    assert sum(counts["skipped"].values()) == counts["sampled"] - counts["scored"]
+    assert f"cosine {pairs['decoder_cosine_mean']:.2f} (chance " in told["variance-a1"]
+    assert "cosine" not in told["plain"]
     markdown = (tmp_path / "tiny/table1/tables.md").read_text()
     assert markdown == found["markdown"]
     assert "| weighted SAE, alpha 1 | 77.2 |" in markdown

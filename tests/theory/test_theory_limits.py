@@ -1,5 +1,9 @@
 """Extreme sparsity, the zeros of the 1-sparse loss, and shrinkage, each against another way of computing it."""
 
+import itertools
+import math
+import operator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -183,16 +187,56 @@ def test_example_2_leaves_fewer_latents_than_dimensions():
     assert (found.latents, found.dimensions, found.fewer_than_dimensions) == (1, 2, 1)
 
 
-@pytest.mark.parametrize(("p", "S"), [(1, 0.3), (2, 0.0), (3, 0.5), (4, 0.9)])
-def test_a_simplex_shrinks_by_convolution_as_by_enumeration(p, S):
-    ratio, vanished = simplex_shrinkage(p, S, levels=4)
-    found = shrinkage(simplex(p), S, levels=4)
-    assert ratio == pytest.approx(float(found.ratio[0]), abs=1e-9)
-    assert vanished == pytest.approx(float(found.vanished[0]), abs=1e-9)
+def of_uniforms(weights: list[float], power: int) -> float:
+    """Return E[(c . u)_+^power], power 0 or 1, u uniform on (0, 1]^k: differences of a (k + power)-fold integral."""
+    c = [w for w in weights if abs(w) > 1e-12]
+    corners = itertools.product((0, 1), repeat=len(c))
+    total = sum(
+        (-1) ** (len(c) - sum(v)) * max(0.0, sum(map(operator.mul, c, v))) ** (len(c) + power)
+        for v in corners
+    )
+    return total / math.factorial(len(c) + power) / math.prod(c)
+
+
+def exactly(W_p: torch.Tensor, S: float) -> tuple[float, float]:
+    """Return E[x_m,0 | x_0 > 0] / E[x_0 | x_0 > 0] and P(x_m,0 = 0 | x_0 > 0) as a sum over supports."""
+    own, *others = (W_p.T @ W_p)[0].tolist()
+    ratio = vanished = 0.0
+    for active in itertools.product((0, 1), repeat=len(others)):
+        chance = math.prod(1 - S if on else S for on in active)
+        weights = [own, *itertools.compress(others, active)]
+        ratio += chance * 2 * of_uniforms(weights, 1)
+        vanished += chance * (1 - of_uniforms(weights, 0))
+    return ratio, vanished
+
+
+@pytest.mark.parametrize("S", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 7])
+def test_a_simplex_shrinks_by_its_rational_formula_as_by_a_sum_over_supports(p, S):
+    assert simplex_shrinkage(p, S) == pytest.approx(exactly(simplex(p), S), abs=1e-9)
+
+
+@pytest.mark.parametrize("W_p", [polygon(3), polygon(5), polygon(7), nonpositive(3, 5, 1)])
+def test_shrinkage_is_that_of_uniform_magnitudes_not_of_a_grid(W_p):
+    for S in (0.0, 0.5):
+        found = shrinkage(W_p, S)
+        exact = exactly(W_p, S)
+        assert (float(found.ratio[0]), float(found.vanished[0])) == pytest.approx(exact, abs=1e-3)
+
+
+def test_the_numbers_of_uniform_magnitudes():
+    """By hand: 59/96 in a triangle; of dense x a digon loses the top place in 1/3, a triangle a dimension in 1/2."""
+    assert simplex_shrinkage(3, 0.5)[0] == pytest.approx(59 / 96)
+    for S in (0.0, 0.5, 0.9):
+        found = shrinkage(direct_sum(orthogonal(2), digons(1)), S)
+        by_hand = (1 - S) ** 2 * (2 * S * (1 - S) + (1 - S) ** 2) / 3
+        assert float(found.top_lost[2:].sum()) == pytest.approx(by_hand, rel=0.005)
+        assert float(found.top_lost[:2].sum()) == 0
+    assert shrinkage(polygon(3), 0.0).fewer_than_dimensions == pytest.approx(0.5, abs=1e-3)
 
 
 def test_positive_interference_speaks_for_silent_features():
-    found = shrinkage(polygon(5), 0.9, levels=1)
+    found = shrinkage(polygon(5), 0.9)
     assert float(interference(polygon(5)).max()) > 0
     assert float(found.spurious.min()) > 0
 
@@ -201,3 +245,20 @@ def test_a_feature_that_is_never_active_is_named():
     x = torch.tensor([[1.0, 0.0, 0.5]]).double()
     with pytest.raises(UserError, match="feature 1 is never active"):
         measure(polygon(3), x, torch.ones(1).double())
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS)
+def test_a_penalty_of_any_size_moves_W_p_T_and_a_vanishing_one_singles_it_out(seed):
+    """On 1-sparse x rows c W_p^T have (1 - c^2)^2 + penalty c, least below c = 1; the other solution has more l1."""
+    W_p = simplex(3 + seed % 4)
+    alone = W_p.T.contiguous()
+    scales = torch.linspace(0.8, 1, 2001, dtype=torch.float64)
+    members = scales[:, None, None] * closed_form(W_p)
+    loss = one_sparse_residuals(members, W_p)[:, 0]
+    l1 = code(members, alone)[:, 0].sum(-1)
+    best = [float(scales[(loss + penalty * l1).argmin()]) for penalty in (0.1, 0.01, 0.001)]
+    assert best[0] < best[1] < best[2] < 1
+    assert best == pytest.approx([1 - p / 8 for p in (0.1, 0.01, 0.001)], abs=2e-3)
+    mirrored = -((W_p.shape[1] - 1) ** 0.5) * closed_form(W_p)
+    assert float(code(mirrored, alone).sum(1).min()) > 1.2

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsae.core.errors import UserError
+from wsae.theory.claims.weights import unfinished
 from wsae.theory.geometry import nonpositive, orthogonal, polygon, random_unit
 from wsae.theory.losses import (
     closed_form,
@@ -19,8 +20,9 @@ from wsae.theory.losses import (
     sae_loss,
     sampled,
     superpose,
+    uniform,
 )
-from wsae.theory.optimise import Problem, minimise
+from wsae.theory.optimise import Problem, agree, minimise
 
 SEEDS = st.integers(0, 2**31)
 
@@ -50,6 +52,21 @@ def test_samples_are_zero_with_probability_S_and_uniform_otherwise():
     assert float(active.square().mean()) == pytest.approx(1 / 3, abs=0.01)
     assert 0 < float(active.min()) < 1e-3 < 0.999 < float(active.max()) <= 1
     assert float(probability.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("S", [0.0, 0.3])
+def test_every_support_has_its_probability_and_uniform_magnitudes(S):
+    features, probability = uniform(3, S, 2**14)
+    assert abs(float(probability.sum()) - 1) < 1e-12
+    silent = probability @ (features == 0).double()
+    assert torch.allclose(silent, torch.full((3,), S, dtype=torch.float64), atol=1e-12, rtol=0)
+    mean, square = probability @ features, probability @ features.square()
+    assert torch.allclose(mean, torch.full((3,), (1 - S) / 2).double(), atol=1e-3)
+    assert torch.allclose(square, torch.full((3,), (1 - S) / 3).double(), atol=1e-3)
+    both = float(probability @ (features[:, 0] * features[:, 1]))
+    assert both == pytest.approx(((1 - S) / 2) ** 2, abs=1e-3)
+    with pytest.raises(UserError, match=r"2\^3 supports in 4 rows"):
+        uniform(3, 0.5, 4)
 
 
 @pytest.mark.parametrize("S", [-0.1, 1.1, 1.0, float("nan")])
@@ -197,6 +214,37 @@ def test_the_optimiser_repeats_itself_and_minds_gamma():
         moved = one.W_m.clone()
         moved[0, step[1]] += step[0]
         assert float(sae_loss(moved, W_p, features, probability, gamma)) >= one.loss * (1 - 1e-6)
+
+
+def test_two_searches_find_the_minimum_that_few_starts_miss():
+    """A random non-positive W_p of three dimensions, S = 0.2: twelve starts end 8 % above the minimum."""
+    (W_p,) = unfinished(0, 1, 3, 4)
+    features, probability = grid(4, 0.2, 1)
+    few = minimise(W_p, 4, features, probability, starts=12, steps=250, polished=2)
+    assert few.loss == pytest.approx(0.0051591, rel=1e-4)
+    for seed in (0, 1):
+        pair = agree(W_p, 4, features, probability, seed=seed)
+        assert pair.agreed
+        assert pair.best.loss == pytest.approx(0.00476759, rel=1e-5)
+        assert pair.best.loss <= pair.other.loss <= pair.best.loss * (1 + 1e-6)
+
+
+def test_searches_that_disagree_say_so_after_the_longest():
+    W_p = nonpositive(4, 5, 43)
+    features, probability = grid(5, 0.2, 1)
+    pair = agree(W_p, 5, features, probability, starts=1, most=1, seed=3)
+    assert pair.starts == 1
+    assert not pair.agreed
+    assert pair.apart == pytest.approx(1 - pair.best.loss / pair.other.loss)
+    longer = agree(W_p, 5, features, probability, starts=1, most=64, seed=3)
+    assert longer.starts > 1
+    assert longer.agreed
+    assert longer.best.loss <= pair.best.loss * (1 + 1e-9)
+
+
+def test_zeros_that_searches_reach_slowly_agree():
+    W_p = random_unit(2, 5, 7)
+    assert agree(W_p, 5, *grid(5, 0.3, 1), starts=16, most=16).agreed
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsae.theory.claims import ours
-from wsae.theory.claims.record import Claim
 from wsae.theory.geometry import digons, direct_sum, orthogonal, polygon, random_unit
 from wsae.theory.losses import code, sampled, superpose
+from wsae.theory.record import Claim
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "theory.md"
 

@@ -9,7 +9,12 @@ from wsae.core.config import Config
 from wsae.core.files import write_json
 
 ABOUT = "Check every claim of the paper's theory, and our own theorems; takes about half a minute."
-SAVES = {"holds": "", "holds if": "Holds if: ", "counterexample": "What saves it: "}
+SAVES = {
+    "holds": "",
+    "holds if": "Holds if: ",
+    "counterexample": "What saves it: ",
+    "ill-posed": "What saves it: ",
+}
 
 
 class Flags(Config):
@@ -68,13 +73,18 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 def _counted(claims: list[dict[str, Any]]) -> str:
     count = {verdict: sum(c["verdict"] == verdict for c in claims) for verdict in SAVES}
-    return (
-        f"{len(claims)} claims: {count['holds']} hold, {count['holds if']} hold under a condition, "
-        f"{count['counterexample']} have a counterexample"
+    slips = sum(claim["slip"] for claim in claims)
+    says = (
+        f"{len(claims)} claims: {count['holds']} hold, {count['holds if']} hold under a condition"
     )
+    if count["counterexample"]:
+        says += f", {count['counterexample']} have a counterexample"
+        says += f" ({slips} of them slips that change no conclusion)" if slips else ""
+    return says + (f", {count['ill-posed']} is ill-posed" if count["ill-posed"] else "")
 
 
 def _row(claim: dict[str, Any]) -> list[str]:
     saves = SAVES[claim["verdict"]] + claim["condition"] if claim["condition"] else ""
     evidence = " ".join(part for part in (claim["evidence"], saves) if part)
-    return [claim["source"], claim["verdict"], claim["claim"], evidence]
+    verdict = f"{claim['verdict']} (slip)" if claim["slip"] else claim["verdict"]
+    return [claim["source"], verdict, claim["claim"], evidence]

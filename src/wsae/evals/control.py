@@ -1,7 +1,7 @@
 """The floor: an SAE that learned nothing, of the same shape and sparsity, measured on the same rows."""
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
@@ -16,7 +16,8 @@ def random_control(
 ) -> SparseAutoencoder:
     """Return an untied Top-k SAE: random unit decoder rows, encoder = transpose, b_dec = held-out mean, k = L0.
 
-    Its seed is another than any member's start, so it shares no direction with them.
+    Its seed is another than any member's start, so it shares no direction with them. No order of activations depends on
+    the scale of its encoder, but its errors do: see `fit_scale`.
     """
     k = min(max(1, round(l0)), like.cfg.d_sae)
     cfg = SAEConfig(d_in=like.cfg.d_in, d_sae=like.cfg.d_sae, activation=TopK(k=k))
@@ -25,3 +26,24 @@ def random_control(
     with torch.no_grad():
         control.b_dec.copy_(mean)
     return control.to(like.W_dec.device).requires_grad_(False)
+
+
+FITTED_ROWS = 4096
+"""Rows that set the control's scale: one number, which they give to a part in a thousand."""
+
+
+def fit_scale(control: SparseAutoencoder, rows: Float[Tensor, "rows d_in"]) -> float:
+    """Scale the encoder so that the squared error on the rows is least, and return the factor s.
+
+    With codes z and y = x_hat - b_dec at the old scale, s = sum (x - b_dec) . y / sum |y|^2 >= 0, because the code of
+    s W_enc is s z. Where every code is 0 nothing changes (s = 1).
+    """
+    assert control.b_dec is not None
+    assert control.W_enc_t is not None
+    with torch.no_grad():
+        x = rows.to(control.W_dec.device)
+        y = (control.decode(control.encode(x)) - control.b_dec).double()
+        power = float(y.square().sum())
+        scale = float(((x - control.b_dec).double() * y).sum()) / power if power else 1.0
+        control.W_enc_t.mul_(scale)
+    return scale

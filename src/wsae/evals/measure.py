@@ -23,7 +23,7 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import TopContexts, sample_latents
-from wsae.evals.control import CONTROL, random_control
+from wsae.evals.control import CONTROL, FITTED_ROWS, fit_scale, random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries, LatentActivity, decoder_max_cosine
 from wsae.evals.matching import LiveDecoder, Matching, match
@@ -278,19 +278,24 @@ def measure(
             known = ", ".join(source.hooks)
             raise UserError(f"the data have no hook {hook!r}; they have {known}")
         surveys[hook] = Survey(hook, family.saes, source.hooks[hook])
+    first: dict[str, list[Tensor]] = {hook: [] for hook in families}
     n_rows = 0
     with progress("survey", None, "rows") as tick:
         for chunk, codes in items:
             for hook, survey in surveys.items():
                 found = survey.update(chunk.x[hook])
                 codes |= {(hook, name): code for name, code in found.items()}
+                first[hook].append(chunk.x[hook][: max(0, FITTED_ROWS - n_rows)])
             if kept is not None:
                 kept.update(chunk)
             n_rows += len(chunk.seq)
             tick(len(chunk.seq))
     if not n_rows:
         raise UserError("there are no held-out rows to evaluate on; hold out more data")
-    passes = {h: _MeasuringPass(surveys[h], family, cfg) for h, family in families.items()}
+    passes = {
+        hook: _MeasuringPass(surveys[hook], family, torch.cat(first.pop(hook)), cfg)
+        for hook, family in families.items()
+    }
     with progress("evaluate", n_rows, "rows") as tick:
         for item in items:
             for second in passes.values():
@@ -302,7 +307,9 @@ def measure(
 class _MeasuringPass:
     """The second pass over one hook."""
 
-    def __init__(self, survey: Survey, family: EvaluatedSaes, cfg: EvalConfig) -> None:
+    def __init__(
+        self, survey: Survey, family: EvaluatedSaes, first: Tensor, cfg: EvalConfig
+    ) -> None:
         self.survey, self.family, self.cfg = survey, family, cfg
         mean = survey.moments.mean
         self.errors = Errors(mean, {name: sae.gamma for name, sae in family.saes.items()})
@@ -311,6 +318,7 @@ class _MeasuringPass:
             name = next(iter(family.twins.values()), next(iter(self.saes)))
             l0 = survey.activity[name].l0
             self.saes[CONTROL] = random_control(self.saes[name], mean, l0, cfg.seed)
+            fit_scale(self.saes[CONTROL], first)
         self.encoders = {name: Encoder(sae) for name, sae in self.saes.items()}
         self.matching: dict[str, Matching] = {}
         for member, twin in family.twins.items():

@@ -25,8 +25,9 @@ from wsae.run import Run
 from wsae.studies.drawing import panels_figure
 from wsae.studies.engine import Stage, StudyRun, markdown
 from wsae.studies.results import Mean, Row, Table, cell, mean_interval, select, span
-from wsae.studies.tables.config import PLAIN, STAGES
+from wsae.studies.tables.config import STAGES
 from wsae.studies.tables.study import TableStudy
+from wsae.theory.record import PLAIN
 
 PRIMARY = "probe_1"
 ALL = ("probe_1", "probe_16", "fvu", "dead_frac")

@@ -28,11 +28,10 @@ from wsae.theory.losses import (
     grid,
     ground_truth_loss,
     sae_loss,
-    sampled,
     superpose,
 )
 from wsae.theory.optimise import minimise
-from wsae.theory.shrinkage import measure, simplex_shrinkage
+from wsae.theory.shrinkage import shrinkage, simplex_shrinkage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,16 +113,14 @@ def _rotation(axes: "Axes", seed: int) -> None:  # noqa: ARG001  (nothing random
     axes.legend()
 
 
-def _shrinkage(axes: "Axes", seed: int) -> None:
+def _shrinkage(axes: "Axes", seed: int) -> None:  # noqa: ARG001  (nothing random)
     """Shrinkage against the number of entangled features."""
     sizes = list(range(1, 9))
     for S, colour in zip((0.0, 0.5, 0.9, 0.99), COLOURS[1:], strict=False):
         ratios = [simplex_shrinkage(p, S)[0] for p in sizes]
         axes.plot(sizes, ratios, "o-", color=colour, lw=1.8, ms=4, label=f"simplex, S = {S:g}")
     planar = [3, 5, 7]
-    ratios = [
-        float(measure(polygon(p), *sampled(p, 0.5, 100_000, seed)).ratio.mean()) for p in planar
-    ]
+    ratios = [float(shrinkage(polygon(p), 0.5).ratio.mean()) for p in planar]
     axes.plot(planar, ratios, "s--", color=COLOURS[2], lw=1.2, ms=4, label="polygon, S = 0.5")
     axes.set_ylim(0, 1.05)
     _finish(axes, "More entangled, more shrunk: simplices only", "features in the block, p")

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 from wsae.core.errors import UserError
+from wsae.core.seeds import seed_for
 
 TOLERANCE = 1e-9
 """Cosines and entries this small count as zero."""
@@ -86,6 +87,41 @@ def nonpositive(d_in: int, n: int, seed: int) -> Float64[Tensor, "d_in n"]:
     padded = torch.cat([inner, inner.new_zeros(d_in - len(inner), n)])
     rotation = torch.linalg.qr(torch.randn(d_in, d_in, generator=made, dtype=torch.float64)).Q
     return rotation @ padded
+
+
+def gram(W_p: Tensor) -> Tensor:
+    """Return W_p W_p^T: the covariance of x_p for iid features of variance 1."""
+    return W_p @ W_p.T
+
+
+def rotation(seed: int, number: int, d: int) -> Tensor:
+    """Return a random orthogonal matrix [d, d]."""
+    made = torch.Generator().manual_seed(seed_for(seed, "rotation", number, d))
+    return torch.linalg.qr(torch.randn(d, d, generator=made, dtype=torch.float64)).Q
+
+
+def blocks(seed: int, count: int) -> list[Tensor]:
+    """Return direct sums of one monosemantic dimension and two to four random blocks."""
+    made = torch.Generator().manual_seed(seed_for(seed, "blocks"))
+    kinds = (orthogonal(1), digons(1), polygon(3), polygon(5), simplex(4))
+    worlds = []
+    for _ in range(count):
+        size = int(torch.randint(2, 5, (1,), generator=made))
+        picks = torch.randint(1, len(kinds), (size,), generator=made).tolist()
+        worlds.append(direct_sum(orthogonal(1), *(kinds[i] for i in picks)))
+    return worlds
+
+
+def uneven(seed: int, count: int) -> list[Tensor]:
+    """Return random directions in dimensions of unequal loudness."""
+    loud = torch.logspace(-0.5, 0.5, 5, dtype=torch.float64)[:, None]
+    return [loud * random_unit(5, 9, seed_for(seed, "uneven", i)) for i in range(count)]
+
+
+def shared_blocks() -> list[Tensor]:
+    """Return a monosemantic dimension beside one or two simplices, axis by axis: interference is non-positive."""
+    simplices = [(3,), (4,), (5,), (2, 3), (3, 3), (3, 4)]
+    return [direct_sum(orthogonal(1), *(simplex(p) for p in sizes)) for sizes in simplices]
 
 
 def interference(W_p: Float[Tensor, "d_in n"]) -> Float64[Tensor, "n n"]:

@@ -72,6 +72,26 @@ def sampled(
     return features, torch.full((rows,), 1 / rows, dtype=torch.float64)
 
 
+def uniform(
+    n: int, sparsity: float, rows: int = 2**18
+) -> tuple[Float64[Tensor, "rows n"], Float64[Tensor, " rows"]]:
+    """Return iid features uniform on (0, 1] where active: each of the 2^n supports with its exact probability.
+
+    The rows are shared evenly; a support's magnitudes are a Sobol sequence, so that expectations err by some 1e-4 and
+    magnitudes never tie. Supports of probability 0 are dropped. Raises UserError for fewer rows than supports.
+    """
+    S = check_sparsity(sparsity)
+    if n < 1 or 2**n > rows:
+        raise UserError(f"2^{n} supports in {rows:,} rows; use more rows, or sampled()")
+    active = torch.cartesian_prod(*[torch.arange(2)] * n).reshape(-1, 1, n).double()
+    mass = (active * (1 - S) + (1 - active) * S).prod(-1)[:, 0]
+    there = mass > 0
+    points = rows // int(there.sum())
+    engine = torch.quasirandom.SobolEngine(n, scramble=True, seed=0)
+    features = active[there] * (1 - engine.draw(points, dtype=torch.float64))  # (0, 1]
+    return features.flatten(0, 1), (mass[there] / points).repeat_interleave(points)
+
+
 def superpose(
     W_p: Float64[Tensor, "d_in n"], features: Float64[Tensor, "*points n"]
 ) -> Float64[Tensor, "*points d_in"]:
@@ -145,6 +165,22 @@ def ground_truth_loss(
     return (target - latents).square().sum(-1) @ probability
 
 
+def matched_loss(
+    W_m: Float64[Tensor, "d_sae d_in"],
+    W_p: Float64[Tensor, "d_in n"],
+    features: Float64[Tensor, "points n"],
+    probability: Float64[Tensor, " points"],
+) -> float:
+    """Return L_GT (Eq. 10) under the best pairing of latents with features; spare latents are compared with 0."""
+    latents = code(W_m, superpose(W_p, features))
+    weighted = latents * probability[:, None]
+    spare = (latents * weighted).sum(0)
+    own = features.square().T @ probability
+    cost = own[:, None] + spare - 2 * features.T @ weighted
+    rows, columns = linear_sum_assignment((cost - spare).numpy())
+    return float((cost - spare)[rows, columns].sum() + spare.sum())
+
+
 def gap(
     W_p: Float64[Tensor, "d_in n"],
     features: Float64[Tensor, "points n"],
@@ -156,6 +192,14 @@ def gap(
     """
     r = features - code(W_p.T, superpose(W_p, features))
     return _weighed(r @ W_p.T, gamma).square().sum(-1) - r.square().sum(-1)
+
+
+def scaled_gap_norm(W_p: Float64[Tensor, "d_in n"], gamma: Weights | None = None) -> float:
+    """Return min_c ||c W_p^T Gamma^T Gamma W_p - I||_F = sqrt(n - tr(A)^2 / ||A||_F^2): the gap's size, scale aside."""
+    weighted = W_p if gamma is None else gamma[:, None] * W_p if gamma.ndim == 1 else gamma @ W_p
+    gram = weighted @ weighted.T  # the same trace and norm as W_p^T Gamma^T Gamma W_p
+    left = W_p.shape[1] - float(gram.trace().square() / gram.square().sum())
+    return max(left, 0.0) ** 0.5
 
 
 def closed_form(

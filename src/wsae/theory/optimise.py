@@ -69,6 +69,60 @@ def minimise(
     return Optimum(float(reached[best]), found[best].clone(), reached, found)
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Two searches of one problem from independent random starts: do they find the same minimum?"""
+
+    best: Optimum
+    """The better of the two: an upper bound on the minimum, whether or not they agree."""
+    other: Optimum
+    starts: int
+    """Random starts of each."""
+    apart: float
+    """The difference of their least losses over the larger one, or over ZERO_LOSS E ||x_p||^2 where that is more."""
+
+    @property
+    def agreed(self) -> bool:
+        """Return whether both found the same least loss. Where they did not, a longer search may find less."""
+        return self.apart <= SAME_LOSS
+
+
+SAME_LOSS = 1e-6
+"""Relative difference of two least losses that counts as none."""
+ZERO_LOSS = 1e-6
+"""Share of E ||x_p||^2 below which a least loss counts as 0, which searches reach slowly."""
+
+
+def agree(
+    W_p: Float[Tensor, "d_in n"],
+    d_sae: int,
+    features: Float64[Tensor, "_ _"],
+    probability: Float64[Tensor, " _"],
+    gamma: Weights | None = None,
+    init: Float[Tensor, "*given d_sae d_in"] | None = None,
+    seed: int = 0,
+    starts: int = 256,
+    most: int = 1024,
+) -> Agreement:
+    """Return two minimisations of L_SAE from independent random starts, doubled up to `most` until they agree.
+
+    The starts of `init` belong to the first search alone, so that the second has to find what they lead to. Raises
+    UserError like `minimise`.
+    """
+    while True:
+        found = [
+            minimise(W_p, d_sae, features, probability, gamma, given, starts, drawn, polished=6)
+            for drawn, given in ((seed, init), (seed_for(seed, "again"), None))
+        ]
+        best, other = sorted(found, key=lambda one: one.loss)
+        floor = ZERO_LOSS * float(superpose(check_W_p(W_p), features).square().sum(1) @ probability)
+        apart = (other.loss - best.loss) / max(other.loss, floor)
+        pair = Agreement(best, other, starts, apart)
+        if pair.agreed or starts >= most:
+            return pair
+        starts *= 2
+
+
 def _starts(init: Tensor | None, starts: int, seed: int, d_sae: int, d_in: int) -> Tensor:
     made = torch.Generator().manual_seed(seed_for(seed, "minimise"))
     rows = torch.randn(starts, d_sae, d_in, generator=made, dtype=torch.float64)

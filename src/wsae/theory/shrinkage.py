@@ -1,9 +1,9 @@
 """Feature shrinking and vanishing (Section 4.1) of x_m = ReLU(W_p^T W_p x), per feature, for any W_p and S."""
 
 from dataclasses import dataclass
+from fractions import Fraction
+from math import comb, factorial
 
-import numpy as np
-import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
@@ -13,14 +13,13 @@ from wsae.theory.losses import (
     check_sparsity,
     closed_form,
     code,
-    grid,
-    magnitudes,
     sampled,
     superpose,
+    uniform,
 )
 
-EXACT_POINTS = 100_000
-"""Grids up to this size are enumerated; beyond it rows are sampled."""
+SUPPORTS = 10
+"""Features up to which every support is enumerated; beyond it rows are sampled."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,17 @@ class Shrinkage:
 
 
 def shrinkage(
-    W_p: Float[Tensor, "d_in n"],
-    sparsity: float,
-    levels: int = 4,
-    rows: int = 20_000,
-    seed: int = 0,
+    W_p: Float[Tensor, "d_in n"], sparsity: float, rows: int = 20_000, seed: int = 0
 ) -> Shrinkage:
-    """Return the Shrinkage at W_m = W_p^T and sparsity S: exact on the grid for small n, sampled for large n.
+    """Return the Shrinkage at W_m = W_p^T and sparsity S, magnitudes uniform on (0, 1] (Section 5.1).
 
-    Raises UserError for a bad W_p, S outside [0, 1), or a sample in which some feature is never active.
+    Supports are enumerated for small n; for large n `rows` are sampled. Raises UserError for a bad W_p, S outside
+    [0, 1), or a sample in which some feature is never active.
     """
     matrix = check_W_p(W_p)
     n = matrix.shape[1]
-    if (levels + 1) ** n <= EXACT_POINTS:
-        features, probability = grid(n, sparsity, levels)
-    else:
-        features, probability = sampled(n, sparsity, rows, seed)
-    return measure(matrix, features, probability)
+    drawn = uniform(n, sparsity) if n <= SUPPORTS else sampled(n, sparsity, rows, seed)
+    return measure(matrix, *drawn)
 
 
 def measure(
@@ -109,25 +102,32 @@ def _largest(values: Tensor) -> Bool[Tensor, "points n"]:
     return (values >= top * (1 - 1e-9)) & (values > 0)
 
 
-def simplex_shrinkage(p: int, sparsity: float, levels: int = 64) -> tuple[float, float]:
-    """Return (ratio, vanished) of any feature of a simplex of p, exactly, on a fine grid of magnitudes.
+def simplex_shrinkage(p: int, sparsity: float | Fraction) -> tuple[float, float]:
+    """Return (ratio, vanished) of any feature of a simplex of p, magnitudes uniform on (0, 1], in rational arithmetic.
 
-    There x_m,i = ReLU(x_i - mean of the p - 1 others), so the law of a sum of iid variables is enough: p - 2
-    convolutions instead of (levels + 1)^p points. The mean of more iid variables is smaller in convex order and
-    ReLU is convex, so the ratio falls with p.
+    There x_m,i = ReLU(x_i - mean of the m = p - 1 others). With k of them active their sum V is a sum of k uniforms,
+    whose law is piecewise polynomial, and integrating over x_i gives, sums over j = 0 ... k,
+
+        E[x_m,i | x_i > 0, k] = sum (-1)^j C(k, j) (m - j)^(k+2) / (m^2 (k+2)!)
+        P(x_m,i > 0 | x_i > 0, k) = sum (-1)^j C(k, j) (m - j)^(k+1) / (m (k+1)!)
+
+    The mean of more iid variables is smaller in convex order and ReLU is convex, so the ratio falls with p.
     """
-    S = check_sparsity(sparsity)
+    S = Fraction(check_sparsity(float(sparsity))).limit_denominator(10**9)
     if p < 1:
         raise UserError(f"p = {p}; it must be at least 1")
-    # magnitudes are odd multiples of 1 / (2 levels)
-    steps = torch.zeros(2 * levels, dtype=torch.float64)
-    steps[0], steps[1::2] = S, (1 - S) / levels
-    total = torch.ones(1, dtype=torch.float64)
-    for _ in range(p - 1):
-        total = torch.from_numpy(np.convolve(total.numpy(), steps.numpy()))
-    mean = torch.arange(len(total), dtype=torch.float64) / (2 * levels * max(1, p - 1))
-    x = magnitudes(levels)
-    left = (x[:, None] - mean) * (x[:, None] > mean + 1e-12)
-    kept = float((left @ total).mean() / x.mean())
-    vanished = float(((left == 0).double() @ total).mean())
-    return kept, vanished
+    m = p - 1
+    if m == 0:
+        return 1.0, 0.0
+    mean = speaks = Fraction(0)
+    for k in range(p):
+        chance = comb(m, k) * (1 - S) ** k * S ** (m - k)
+        mean += chance * _alternating(m, k, k + 2) / m**2
+        speaks += chance * _alternating(m, k, k + 1) / m
+    return float(2 * mean), float(1 - speaks)
+
+
+def _alternating(m: int, k: int, power: int) -> Fraction:
+    """Return sum_j (-1)^j C(k, j) (m - j)^power / power!."""
+    total = sum((-1) ** j * comb(k, j) * (m - j) ** power for j in range(k + 1))
+    return Fraction(total, factorial(power))

@@ -28,15 +28,8 @@ from wsae.studies.results import (
     rank_correlation,
     select,
 )
-from wsae.studies.tables.config import (
-    HALF,
-    ONE,
-    PAPER,
-    PLAIN,
-    StudyConfig,
-    TableName,
-    TableSAEs,
-)
+from wsae.studies.tables.config import StudyConfig, TableSAEs
+from wsae.theory.record import HALF, ONE, PAPER, PLAIN, TableName
 
 # A weighted SAE beside a plain one of the same FVU.
 #
@@ -145,6 +138,7 @@ def run_rows(cfg: StudyConfig, hooks: Iterable[str], number: int, path: Path) ->
             metrics = found.get("members", {}).get(name, {}).get("metrics", {})
             row["metrics"] = {key: metrics[key] for key in METRICS if key in metrics}
             row |= _interpreted(read.get("members", {}).get(name, {}))
+            row["matching"] = read.get("matching", {}).get(name, {})
             lines = read.get("comparisons", [])
             rows.append(row | {"differences": compared(lines, name, ROW_WAYS, (*PART, "b"))})
         for name, entry in read.get("controls", {}).items():
@@ -448,6 +442,32 @@ def fvu_table(rows: Sequence[Row], hooks: Sequence[str]) -> Table:
     return {"header": ["", *hooks], "rows": out}
 
 
+def latents_table(rows: Sequence[Row], hooks: Sequence[str]) -> Table:
+    """Return member x hook -> latents scored of those sampled, those left out by reason, and how alike pairs are.
+
+    Of the first seed. The cosine is the mean over the one-to-one pairs with the plain twin.
+    """
+    out = []
+    for name in dict.fromkeys(row["member"] for row in rows):
+        cells = [_sampled(_first(rows, name, hook)) for hook in hooks]
+        if any(cell != NONE for cell in cells):
+            out.append([name, *cells])
+    return {"header": ["", *hooks], "rows": out}
+
+
+def _sampled(row: Row | None) -> str:
+    counts = row["counts"] if row else {}
+    if not row or not counts:
+        return NONE
+    said = [f"{counts['scored']} of {counts['sampled']}"]
+    said += [f"{n} {reason}" for reason, n in counts["skipped"].items() if n]
+    pairs = row.get("matching", {})
+    if pairs.get("decoder_cosine_mean") is not None:
+        chance = pairs["random_cosine_mean"]
+        said.append(f"cosine {pairs['decoder_cosine_mean']:.2f} (chance {chance:.2f})")
+    return "; ".join(said)
+
+
 def gain_table(
     lines: Sequence[dict[str, Any]],
     means: Sequence[dict[str, Any]],
@@ -482,6 +502,7 @@ def tables(
     for score in scores_of(rows):
         out[f"{score}: score in % [95 % interval over latents]"] = score_table(rows, hooks, score)
         out[f"{score}: weighted minus plain, points"] = gain_table(lines, means, hooks, score)
+    out["latents scored, of those sampled; pairs with the plain twin"] = latents_table(rows, hooks)
     out["plain FVU"] = fvu_table(rows, hooks)
     return {title: table for title, table in out.items() if table["rows"]}
 

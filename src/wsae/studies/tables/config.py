@@ -15,56 +15,8 @@ from wsae.evals.interpret.config import ContextConfig, Control, InterpretConfig,
 from wsae.evals.interpret.llm.config import LlmConfig
 from wsae.sae.config import Activation, GammaConfig, GroupTopK, PreconditionConfig, TopK
 from wsae.studies.sweep.config import Preset
+from wsae.theory.record import TableName
 from wsae.train.config import MemberConfig, TrainConfig
-
-# What Tables 1 to 3 say: auto-interpretability scores in percent, by layer and method.
-
-TableName = Literal["table1", "table2", "table3"]
-
-PLAIN, HALF, ONE = "plain", "variance-a0.5", "variance-a1"
-"""The paper's three methods, by the labels of their members."""
-
-
-class PaperTable(Config):
-    """One table: `scores` of each method, in the order of `layers`."""
-
-    title: str
-    model: str
-    layers: tuple[int, ...]
-    """Counted from 0; for Llama-3-8B the last of 32."""
-    scores: dict[str, tuple[float, ...]]
-
-    def gains(self, method: str) -> list[float]:
-        """Return a method's score minus the plain SAE's, by layer, in points (rounded as the table's are)."""
-        return [
-            round(a - b, 1) for a, b in zip(self.scores[method], self.scores[PLAIN], strict=True)
-        ]
-
-
-PAPER: dict[TableName, PaperTable] = {
-    "table1": PaperTable(
-        title="Table 1: Top-k 32, 32x",
-        model="Pythia-160M",
-        layers=tuple(range(12)),
-        scores={
-            PLAIN: (74.7, 74.1, 76.7, 77.8, 78.5, 79.5, 79.3, 77.8, 74.6, 75.6, 71.6, 72.5),
-            HALF: (75.4, 77.6, 76.4, 77.9, 79.3, 79.6, 79.8, 77.4, 78.6, 79.3, 76.1, 72.6),
-            ONE: (77.2, 78.9, 81.3, 84.6, 83.9, 83.3, 83.9, 79.6, 81.5, 77.6, 72.4, 73.5),
-        },
-    ),
-    "table2": PaperTable(
-        title="Table 2: group Top-k 32, 32x",
-        model="Pythia-160M",
-        layers=(9, 10, 11),
-        scores={PLAIN: (69.0, 61.8, 56.3), ONE: (71.5, 63.7, 59.0)},
-    ),
-    "table3": PaperTable(
-        title="Table 3: the last layer",
-        model="Llama-3-8B",
-        layers=(31,),
-        scores={PLAIN: (41.6,), ONE: (63.6,)},
-    ),
-}
 
 StudyName = TableName | Literal["language", "remedy"]
 Kind = Literal["topk", "group_topk"]

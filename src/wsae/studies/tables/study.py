@@ -30,15 +30,8 @@ from wsae.studies.results import Row, select
 from wsae.studies.sweep.config import Preset
 from wsae.studies.tables import analysis
 from wsae.studies.tables.analysis import draw, run_rows, scores_of
-from wsae.studies.tables.config import (
-    ONE,
-    PAPER,
-    PLAIN,
-    SAES,
-    STAGES,
-    StudyConfig,
-    TableChoices,
-)
+from wsae.studies.tables.config import SAES, STAGES, StudyConfig, TableChoices
+from wsae.theory.record import ONE, PAPER, PLAIN
 from wsae.train.config import TrainConfig
 
 SHOWN = ("memory", "disk", "time")

@@ -3,7 +3,7 @@
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.theory.claims import assumptions, limits, minima, ours, weights
-from wsae.theory.claims.record import Check, Claim
+from wsae.theory.record import Check, Claim
 
 MODULES = (assumptions, minima, weights, limits, ours)
 """The modules of checks, in the order of the paper (Appendix A last), and our own theorems after them."""

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
-from wsae.theory.claims.record import Claim
 from wsae.theory.geometry import digons, interference, nonpositive, random_unit
 from wsae.theory.losses import (
     closed_form,
@@ -15,6 +14,7 @@ from wsae.theory.losses import (
     signed,
     superpose,
 )
+from wsae.theory.record import Claim
 
 
 def negative_interference(seed: int) -> Claim:
@@ -95,9 +95,9 @@ def reconstruction_identifies(seed: int) -> Claim:
     left = alone - code(quarter, alone, "topk", k=1) @ quarter
     top1 = float(left.square().sum(1).mean())
     return Claim(
-        claim="W_m* = argmin L_SAE defines the learned features, and recovery means that this W_m* gives x.",
+        claim="W_m* = argmin L_SAE defines the learned features (a definition), and recovery means that it gives x.",
         source="Eq. 5",
-        verdict="counterexample",
+        verdict="ill-posed",
         condition="With n_m >= 2 n_p the argmin is a continuum that ignores x. It goes with n_m < 2 n_p, with a "
         "sparsity penalty, or with Top-k and k < n_p.",
         evidence=f"n_m = n = 200, n_p = 20 (the paper's experiment), S = 0.9: stacked [Q; -Q] of random orthonormal "

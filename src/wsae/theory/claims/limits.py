@@ -1,5 +1,6 @@
 """Appendix A.2: the steps behind Theorems 2 and 3 (Eq. 26, Top-k and JumpReLU, Eq. 35)."""
 
+import itertools
 import math
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from wsae.core.seeds import seed_for
 from wsae.theory.claims.minima import POLYSEMANTIC_IDENTITY, away_from_identity
-from wsae.theory.claims.record import Claim
 from wsae.theory.geometry import (
     interference,
     nonpositive,
@@ -20,6 +20,7 @@ from wsae.theory.geometry import (
 from wsae.theory.limits import (
     first_order,
     jumprelu_window,
+    one_sparse_residuals,
     second_moment,
     topk_bound,
     topk_code,
@@ -34,6 +35,8 @@ from wsae.theory.losses import (
     sae_residual,
     superpose,
 )
+from wsae.theory.optimise import minimise
+from wsae.theory.record import Claim
 
 THRESHOLD = 0.25
 
@@ -51,6 +54,7 @@ def jumprelu(seed: int) -> Claim:
         claim="JumpReLU(x, c) = ReLU(x - c), so results for ReLU carry over.",
         source="Appendix A",
         verdict="counterexample",
+        slip=True,
         condition="c = 0; or ReLU(x - c) + c H(x - c) with H(0) = 0, which is JumpReLU.",
         evidence=f"A shifted ReLU: at c = {THRESHOLD} it is {shift:.2f} below JumpReLU(x) = x H(x - c) wherever it "
         f"is active, over {x.numel():,} values (same active set: {same_support}). JumpReLU exists to avoid that "
@@ -75,6 +79,7 @@ def top_k(seed: int) -> Claim:
         claim="Top-k(x) = ReLU(x - x_(k+1) 1) + x_(k+1) H(x - x_(k+1) 1) with H(x) = 1[x >= 0].",
         source="Appendix A",
         verdict="counterexample",
+        slip=True,
         condition="H(0) = 0 (a strict step) and the k-th and (k+1)-th entries differ.",
         evidence=f"It keeps the (k+1)-th entry too: x = (3, 2, 1), k = 1 gives ({', '.join(f'{v:g}' for v in shown)}). "
         f"Wrong on {sum(wrong) / (len(x) * len(wrong)):.0%} of {len(x) * len(wrong):,} random cases, by {max(extra)} "
@@ -205,6 +210,7 @@ def coefficient(seed: int) -> Claim:
         claim="The 1-sparse part of L_SAE is n S^(n-1) (1-S) sum_u E[L(x_u e_u)].",
         source="Eq. 26",
         verdict="counterexample",
+        slip=True,
         condition="Without the factor n: C(n, 1) and the sum over u both count the choice of u. A positive "
         "constant, so the argmin is the same.",
         evidence="Against exact enumeration for 12 random W_p and W_m (n = 2..5) the paper's expression is n "
@@ -212,6 +218,92 @@ def coefficient(seed: int) -> Claim:
         instances=12,
         numbers={"worst_relative_error_without_n": worst, **papers},
     )
+
+
+def transposed(seed: int) -> Claim:
+    """Eq. 25: at W_m = (W_p, 0)^T the loss is E ||W_p x - W_p^T sigma(W_p^T W_p x)||^2."""
+    W_p = random_unit(3, 3, seed_for(seed, "eq25"))
+    features, probability = grid(3, 0.5, 2)
+    true = float(sae_loss(closed_form(W_p), W_p, features, probability))
+    latents = code(closed_form(W_p), superpose(W_p, features))
+    right, written = (
+        float((superpose(W_p, features) - superpose(W, latents)).square().sum(1) @ probability)
+        for W in (W_p, W_p.T)
+    )
+    return Claim(
+        claim="At W_m = (W_p, 0)^T, L_SAE = E||W_p x - W_p^T sigma(W_p^T W_p x)||^2 (also the last line of Eq. 26).",
+        source="Eq. 25",
+        verdict="counterexample",
+        slip=True,
+        condition="W_p sigma(W_p^T W_p x), without the second transposition: (W_p, 0) times the code.",
+        evidence="W_p^T sigma(...) multiplies n x n_p by n: it has a shape only for n = n_p, which Section 3 excludes. "
+        f"There, for a random W_p of three features, it gives {written:.3f} where L_SAE is {true:.3f}; W_p sigma(...) "
+        f"gives {right:.3f}.",
+        instances=1,
+        numbers={"true": true, "as_written": written, "without_it": right},
+    )
+
+
+def orders(seed: int) -> Claim:
+    """Theorem 1: I* is formed by swapping row i with row j != i of the identity (also Theorems 2, 3, Eq. 6)."""
+    W_p = nonpositive(3, 4, seed_for(seed, "orders"))
+    given = (W_p, *grid(4, 0.5, 2))
+    own = float(sae_loss(closed_form(W_p), *given))
+    every = list(itertools.permutations(range(4)))
+    worst = max(abs(float(sae_loss(closed_form(W_p, 4, order), *given)) - own) for order in every)
+    swaps = sum(sum(i != at for i, at in enumerate(order)) == 2 for order in every)
+    return Claim(
+        claim="The minimisers are I*(W_p, 0)^T with I* formed by swapping row i with row j != i of the identity.",
+        source="Theorem 1",
+        verdict="counterexample",
+        slip=True,
+        condition="I* is any permutation matrix, a product of swaps; Eq. 15 uses only that (I*)^T I* = I.",
+        evidence=f"Of the {len(every)} orders of four rows {swaps} are one swap; W_p^T itself (no swap) and the others "
+        f"have the same loss (to {worst:.0e}).",
+        instances=len(every),
+        numbers={"orders": float(len(every)), "swaps": float(swaps), "worst_difference": worst},
+    )
+
+
+def zero_gradient(seed: int) -> Claim:
+    """Eq. 31: the gradient of the loss of a 1-sparse feature is 0 if and only if its residual is 0."""
+    W_p = nonpositive(3, 5, seed_for(seed, "eq31"))
+    none = torch.zeros(5, 3, dtype=torch.float64)
+    still = _slope_of_alone(none, W_p[:, :1])
+    least = math.inf
+    for i in range(200):
+        made = torch.Generator().manual_seed(seed_for(seed, "eq31", i))
+        W_m, u = (
+            torch.randn(*size, generator=made, dtype=torch.float64) for size in ((4, 3), (3, 1))
+        )
+        if bool((W_m @ u > 0).any()):
+            residual = float(one_sparse_residuals(W_m, u).sum()) ** 0.5
+            active = float((W_m @ u).relu().norm())
+            least = min(least, _slope_of_alone(W_m, u) / (residual * active))
+    alone = torch.eye(4, dtype=torch.float64)
+    even = torch.full((4,), 0.25, dtype=torch.float64)
+    found = minimise(simplex(4), 4, alone, even, starts=64, seed=seed, polished=64)
+    stuck = [W for W, loss in zip(found.all_W_m, found.losses, strict=True) if loss > 1e-3]
+    flat = [W for W in stuck if _slope_of_alone(W, simplex(4)) < 1e-6]
+    return Claim(
+        claim="dL_u / dW_m = 0 if and only if W_p,u = W_m^T sigma(W_m W_p,u) (from Eq. 30 to Eq. 31).",
+        source="Eq. 31",
+        verdict="counterexample",
+        condition="Some row is active on W_p,u: with r the residual and a_k = relu(w_k . u), (w_k . r) u + a_k r = 0 "
+        "makes r a multiple of u, and then r = 0. For the sum over u (Eq. 28) 'if' alone is right.",
+        evidence=f"W_m = 0, like any rows with w . W_p,u <= 0, has gradient {still:.0f} and residual 1. Over 200 "
+        f"random W_m with an active row the gradient is at least {least:.2f} times residual times code. Summed over "
+        f"a tetrahedron's features the gradient is 0 without residual 0 at the end of {len(flat)} of 64 searches.",
+        instances=1 + 200 + 64,
+        numbers={"gradient_at_0": still, "least_ratio": least, "stuck": float(len(flat))},
+    )
+
+
+def _slope_of_alone(W_m: Tensor, W_p: Tensor) -> float:
+    """Return the norm of the gradient of the loss summed over features alone."""
+    at = W_m.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(one_sparse_residuals(at, W_p).sum(), at)
+    return float(slope.norm())
 
 
 def topk_recovery(seed: int) -> Claim:
@@ -314,9 +406,12 @@ CHECKS = (
     jumprelu,
     top_k,
     reordering,
+    orders,
     zero_mean_residual,
     polygon_gram,
+    transposed,
     coefficient,
+    zero_gradient,
     topk_recovery,
     jumprelu_recovery,
     identity_step,

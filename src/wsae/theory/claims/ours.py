@@ -14,8 +14,7 @@ from torch import Tensor
 from wsae.core.seeds import seed_for
 from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy
 from wsae.sae.loss import weigh
-from wsae.theory.claims.record import Claim
-from wsae.theory.claims.weights import RULES, scaled_gap_norm, weights_of
+from wsae.theory.claims.weights import RULES, weights_of
 from wsae.theory.geometry import (
     digons,
     direct_sum,
@@ -25,8 +24,9 @@ from wsae.theory.geometry import (
     random_unit,
     simplex,
 )
-from wsae.theory.losses import closed_form, grid, sae_loss, sampled, superpose
+from wsae.theory.losses import closed_form, grid, sae_loss, sampled, scaled_gap_norm, superpose
 from wsae.theory.optimise import minimise
+from wsae.theory.record import Claim
 
 ACTIVE = (1, 2, 3, 4, 5, 6, 7, 8, 10, 14)
 """Numbers of active features that the linear program is tried on; with 14 it finds none."""
