@@ -27,9 +27,8 @@ from wsae.studies.sweep.config import LEVELS
 from wsae.studies.sweep.run import Rows, Trial
 from wsae.theory.geometry import random_unit
 from wsae.toy.config import FeatureConfig
-from wsae.train.bank.config import BankConfig
-from wsae.train.bank.run import make_entry, train_bank
-from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.bank import make_entry, train_bank
+from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.state import make_batch, make_member
 from wsae.train.step import train_step
 

@@ -23,9 +23,9 @@ import torch
 from wsae.acts.source import ArraySource
 from wsae.sae import TopK
 from wsae.sae.config import GammaConfig
+from wsae.train import loggers
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.loggers import Logger, mirror, mirrored, tensorboard, wandb
-from wsae.train.loggers.config import WandbConfig
+from wsae.train.loggers import Logger, WandbConfig, mirrored, tensorboard, wandb
 from wsae.train.run import train_run
 
 D_IN, D_SAE, BATCH, EVERY = 64, 1024, 512, 20
@@ -43,18 +43,18 @@ def config(steps: int) -> TrainConfig:
 def watched() -> Iterator[list[tuple[float, float, float]]]:
     """Yield a list that gets (clock, processor seconds, seconds) of every row handed on."""
     rows: list[tuple[float, float, float]] = []
-    write = mirror.Mirror.write
+    write = loggers.Mirror.write
 
-    def timed(self: mirror.Mirror, values: Any) -> None:
+    def timed(self: loggers.Mirror, values: Any) -> None:
         clock, spent = time.perf_counter(), time.thread_time()
         write(self, values)
         rows.append((clock, time.thread_time() - spent, time.perf_counter() - clock))
 
-    mirror.Mirror.write = timed
+    loggers.Mirror.write = timed
     try:
         yield rows
     finally:
-        mirror.Mirror.write = write
+        loggers.Mirror.write = write
 
 
 def once(cfg: TrainConfig, source: ArraySource, loggers: list[Logger]) -> dict[str, float]:
@@ -85,8 +85,8 @@ def main() -> int:
     once(cfg.model_copy(update={"tokens": 100 * BATCH}), source, [])
     found: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for _ in range(args.rounds):
-        for name, loggers in kinds.items():
-            found[name].append(once(cfg, source, loggers()))
+        for name, make in kinds.items():
+            found[name].append(once(cfg, source, make()))
     for name, runs in found.items():
         rates = [run["steps_per_s"] for run in runs]
         row = [statistics.median(run[key] for run in runs) for key in ("row_cpu_ms", "row_ms")]

@@ -174,9 +174,9 @@ class BenchConfig(Config):
     scaling: bool = False
     """Instead measure how our time and memory grow with d_sae, k, batch and members."""
     acts: Path | None = None
-    """Train on these activations, a .npy matrix rows x d_in; none means synthetic mixtures."""
+    """Train on these activations, a .npy matrix rows x d_in; default: synthetic mixtures."""
     peers_python: Path | None = None
-    """Interpreter of the environment that holds the peers; none means this one."""
+    """Interpreter of the environment that holds the peers; default: this one."""
     timeout_s: PositiveFloat = 600.0
     """A worker that is silent for longer is ended."""
     seconds: PositiveFloat | None = None

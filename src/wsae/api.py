@@ -23,7 +23,7 @@ from wsae.evals.run import evaluate
 from wsae.sae.config import make_activation
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.sae.model import SparseAutoencoder
-from wsae.train.bank.run import fits_a_bank, train_batched
+from wsae.train.bank import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, finished
 from wsae.train.loop import run_steps

@@ -18,7 +18,7 @@ from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
 from wsae.sae.gamma import gamma_from_proxy
-from wsae.train.bank.run import fits_a_bank
+from wsae.train.bank import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import train_run
 from wsae.train.start import start_family

@@ -73,7 +73,7 @@ from wsae.theory.losses import grid, ground_truth_loss
 from wsae.toy.config import Anisotropic, FeatureConfig, Isotropic, LowRank, Noise
 from wsae.toy.model import train_toy_models
 from wsae.toy.world import World
-from wsae.train.bank.config import BankConfig
+from wsae.train.config import BankConfig
 
 QUICK = TrainingConfig(bank=BankConfig(steps=80), batch_size=32, statistics_rows=4096, rows=256)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from halting import HaltingProgress
 from scipy import stats
 
 from wsae.cli.harvest import Flags as HarvestFlags
@@ -277,44 +278,15 @@ def run(capsys, *words: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-class Killed:
-    """Progress that is interrupted in the middle of the second run's training."""
-
-    def __init__(self) -> None:
-        self.trainings = 0
-
-    def __call__(self, task: str, total: int | None, unit: str, done: int = 0):
-        inner = quiet(task, total, unit, done)
-        self.trainings += task == "train"
-        if task != "train" or self.trainings < 2:
-            return inner
-        return _Interrupting(inner)
-
-
-class _Interrupting:
-    def __init__(self, inner) -> None:
-        self.inner, self.ticks = inner, 0
-
-    def __enter__(self):
-        self.inner.__enter__()
-        return self.tick
-
-    def __exit__(self, *args: object) -> None:
-        self.inner.__exit__(*args)
-
-    def tick(self, *_: object, **__: object) -> None:
-        self.ticks += 1
-        if self.ticks == 5:
-            raise KeyboardInterrupt
-
-
 def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     choices = TableChoices(until="evaluate")
     configs = {p: study_config("table2", "tiny", p, choices) for p in (whole, broken)}
     TableStudy(configs[whole], whole / "table2", choices=choices).run()
     with pytest.raises(KeyboardInterrupt):
-        TableStudy(configs[broken], broken / "table2", choices=choices, progress=Killed()).run()
+        TableStudy(
+            configs[broken], broken / "table2", choices=choices, progress=HaltingProgress()
+        ).run()
     kept = broken / "table2/runs/layers.0/seed-0/manifest.json"
     stamp = kept.stat().st_mtime_ns
     said: list[str] = []

@@ -6,17 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from halting import HaltingProgress
 from safetensors.torch import load_file
 
 from wsae.acts.images.config import ImagesConfig
 from wsae.acts.source import StoreSource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
-from wsae.core.progress import quiet
 from wsae.studies.vision import config as presets
 from wsae.studies.vision.config import VisionChoices, vision_config
-from wsae.studies.vision.figures import figure4, figure5
-from wsae.studies.vision.study import FigureStudy, announce, top_consistency
+from wsae.studies.vision.study import FigureStudy, announce, figure4, figure5, top_consistency
 
 NONE = VisionChoices()
 
@@ -125,35 +124,6 @@ def test_a_score_that_some_seed_lacks_is_not_judged() -> None:
 # --- end to end ------------------------------------------------------------------------------------------
 
 
-class Killed:
-    """Progress that is interrupted in the middle of the second run's training."""
-
-    def __init__(self) -> None:
-        self.trainings = 0
-
-    def __call__(self, task: str, total: int | None, unit: str, done: int = 0):
-        inner = quiet(task, total, unit, done)
-        self.trainings += task == "train"
-        return _Interrupting(inner) if task == "train" and self.trainings == 2 else inner
-
-
-class _Interrupting:
-    def __init__(self, inner) -> None:
-        self.inner, self.ticks = inner, 0
-
-    def __enter__(self):
-        self.inner.__enter__()
-        return self.tick
-
-    def __exit__(self, *args: object) -> None:
-        self.inner.__exit__(*args)
-
-    def tick(self, *_: object, **__: object) -> None:
-        self.ticks += 1
-        if self.ticks == 5:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """Figure 5 at its tiny size, in one go."""
@@ -232,7 +202,7 @@ def test_a_killed_figure_goes_on_and_ends_as_an_unbroken_one(whole, tmp_path) ->
     given = VisionChoices(pretrained=(whole / "vision/pretrain/ncl",))
     cfg = vision_config("figure5", "tiny", given)
     with pytest.raises(KeyboardInterrupt):
-        FigureStudy(cfg, tmp_path / "vision", Killed()).run()
+        FigureStudy(cfg, tmp_path / "vision", HaltingProgress()).run()
     said: list[str] = []
     FigureStudy(cfg, tmp_path / "vision", say=said.append).run()
     assert said[0].startswith("train 2 of 4")

@@ -1,12 +1,15 @@
-"""A source that asks its run to stop, as Ctrl-C does, while a given step is being made."""
+"""What stops a run in the middle, as Ctrl-C does: a source at a given step, and a progress in the second training."""
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.source import ArraySource
+from wsae.core.progress import Tick, quiet
 
 
 class Halting(ArraySource):
@@ -29,3 +32,28 @@ class Halting(ArraySource):
 
         inner.next = counting  # type: ignore[method-assign]
         return inner
+
+
+class HaltingProgress:
+    """Progress that raises KeyboardInterrupt at the fifth report of the second run's training."""
+
+    def __init__(self) -> None:
+        self.trainings = 0
+
+    @contextmanager
+    def __call__(self, task: str, total: int | None, unit: str, done: int = 0) -> Iterator[Tick]:
+        self.trainings += task == "train"
+        with quiet(task, total, unit, done) as tick:
+            yield self.stopping() if task == "train" and self.trainings == 2 else tick
+
+    @staticmethod
+    def stopping() -> Tick:
+        ticks = 0
+
+        def tick(*_: object, **__: object) -> None:
+            nonlocal ticks
+            ticks += 1
+            if ticks == 5:
+                raise KeyboardInterrupt
+
+        return tick

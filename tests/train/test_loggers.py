@@ -21,8 +21,8 @@ from test_vision_pretrain import stripes
 from wsae.cli import main
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
-from wsae.train.loggers import Logger, mirror, mirrored, tensorboard, wandb
-from wsae.train.loggers.config import WandbConfig
+from wsae.train import loggers
+from wsae.train.loggers import Logger, WandbConfig, mirrored, tensorboard, wandb
 from wsae.train.loop import Stopped
 from wsae.train.metrics import JsonLines, read_json_lines, scalars
 from wsae.train.parallel.run import train_parallel
@@ -223,7 +223,7 @@ def test_a_logger_is_tried_again_ever_more_seldom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(mirror, "RETRY_S", 0.0)
+    monkeypatch.setattr(loggers, "RETRY_S", 0.0)
     with mirrored([flaky(lambda opened, _: opened <= 3)], told.append):
         train_run(CFG, ArraySource(world()), tmp_path / "run")
     assert [len(sink.rows) for sink in Flaky.opened] == [0, 0, 0, 12]
@@ -233,9 +233,9 @@ def test_a_logger_is_tried_again_ever_more_seldom(
     assert told[-1].endswith("its copy lacks rows that metrics.jsonl has")
     assert copying.summary()["flaky"]["complete"] is False
     clock = [0.0]
-    monkeypatch.setattr(mirror, "RETRY_S", 30.0)
-    monkeypatch.setattr(mirror.time, "monotonic", lambda: clock[0])
-    copy = mirror.Copy(flaky(lambda *_: True), tmp_path / "other", told.append)
+    monkeypatch.setattr(loggers, "RETRY_S", 30.0)
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: clock[0])
+    copy = loggers.Copy(flaky(lambda *_: True), tmp_path / "other", told.append)
     attempts = []
     for second in range(4000):
         clock[0] = float(second)
@@ -380,7 +380,7 @@ def test_wandb_online_without_a_key_is_one_line(
 
 
 def test_a_damaged_wandb_id_is_refused(tmp_path: Path) -> None:
-    from wsae.train.loggers.mirror import run_id
+    from wsae.train.loggers import run_id
 
     first = run_id(tmp_path)
     assert run_id(tmp_path) == first

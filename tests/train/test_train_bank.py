@@ -7,10 +7,9 @@ from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, make_activation
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import stack_forward, stack_saes
-from wsae.train.bank import run as bank_run
-from wsae.train.bank.config import BankConfig
-from wsae.train.bank.run import Entry, Scratch, make_entry, relu_gradients, train_bank
-from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train import bank
+from wsae.train.bank import Entry, Scratch, make_entry, relu_gradients, train_bank
+from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.state import make_batch, make_member
 from wsae.train.step import train_step
 
@@ -124,9 +123,9 @@ def test_a_member_equals_its_lone_run(optimizer, monkeypatch):
         assert lone[:, 0] == pytest.approx(record[:, i], rel=1e-8)
     assert record.shape == (9, len(together))
     assert (record[-1] < record[0]).all()
-    monkeypatch.setattr(bank_run, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(bank, "CHUNK_BYTES", 1)
     split = mixed()
-    assert len(bank_run.make_chunks(split, data, cfg)) == len(split)
+    assert len(bank.make_chunks(split, data, cfg)) == len(split)
     assert train_bank(split, data, cfg, threads=2) == pytest.approx(record, rel=1e-8)
 
 

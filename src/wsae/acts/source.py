@@ -19,7 +19,6 @@ from wsae.acts.store import Store
 from wsae.acts.stream import (
     ActivationSource,
     Batch,
-    BatchStream,
     HeldoutRows,
     ShuffledStream,
     State,
@@ -361,20 +360,6 @@ REFUSED = {
     **dict.fromkeys((".pkl", ".pickle"), "a pickle can run code and is not opened"),
 }
 """The end of a name that is not read -> how to come to one that is."""
-
-__all__ = [
-    "ActivationSource",
-    "ArraySource",
-    "Batch",
-    "BatchStream",
-    "HeldoutRows",
-    "ShuffledStream",
-    "SourceStats",
-    "State",
-    "StoreSource",
-    "TokenTable",
-    "open_source",
-]
 
 
 class StoreSource:

@@ -56,9 +56,9 @@ class Flags(config_flags(BenchConfig, omit=("dtypes", "lr", "timeout_s", "second
     shape: tyro.conf.OmitArgPrefixes[ShapeFlags] = ShapeFlags()
     """A size of its own."""
     dtype: tuple[Dtype, ...] = ()
-    """Precision of the dense products; none means float32, and bfloat16 where the processor has instructions for it."""
+    """Precision of the dense products; default: float32, and bfloat16 where the processor has instructions for it."""
     rounds: MaybeCount = None
-    """Rounds of measured steps; none means 3 at A, 6 of 3 steps at B."""
+    """Rounds of measured steps; default: 3 at A, 6 of 3 steps at B."""
     lr: Number = 2e-3
     """Learning rate of every Adam where fits are compared; 0 leaves that out. Elsewhere each has its own default."""
     quick: Switch = False
@@ -66,7 +66,7 @@ class Flags(config_flags(BenchConfig, omit=("dtypes", "lr", "timeout_s", "second
     timeout: Number = 600.0
     """Seconds after which a silent worker is ended."""
     out: MaybePlace = None
-    """Directory for results.csv, steps.csv, bench.json and pictures; none means only to print."""
+    """Directory for results.csv, steps.csv, bench.json and pictures; default: they are only printed."""
     common: CommonFlags = Common()
     """Flags of every command."""
 

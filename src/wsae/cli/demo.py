@@ -15,6 +15,7 @@ from wsae.cli.flags import (
     config_flags,
     config_values,
 )
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.errors import UserError
 from wsae.studies.config import DemoConfig
@@ -39,7 +40,7 @@ class Flags(config_flags(DemoConfig, omit=("text",))):
     field: Name = TEXT.field
     """Key or column that holds the text."""
     split: MaybeName = None
-    """Split of a hub dataset; none means train."""
+    """Split of a hub dataset; default: train."""
     subset: MaybeName = None
     """Configuration of a hub dataset that has several."""
     common: CommonFlags = Common()
@@ -61,7 +62,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     if flags.vision:
         return run_vision(flags, ui)
     config(flags, "cpu")  # bad flags are refused before anything is loaded
-    from wsae.cli.runner import device
     from wsae.studies.demo import run_demo
 
     return run_demo(config(flags, device(flags.common.device)), flags.out, ui.progress, ui.note)
@@ -74,7 +74,6 @@ def run_vision(flags: Flags, ui: UI) -> dict[str, Any]:
             raise UserError(
                 f"--{name.replace('_', '-')}: is for the demo on text, not for --vision"
             )
-    from wsae.cli.runner import device
     from wsae.studies.vision.demo import run_vision_demo
 
     where, seed = device(flags.common.device), flags.common.seed

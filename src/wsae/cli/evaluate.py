@@ -19,6 +19,7 @@ from wsae.cli.flags import (
     config_values,
 )
 from wsae.cli.live import behind, labelled, of_single, on_text, refuse, reopen
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST, kind_of
 from wsae.core.config import FLAGS, Config
@@ -232,8 +233,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where=FLAGS)
-    from wsae.cli.runner import device
-
     where, text = device(flags.common.device), flags.reading.text
     if text is None:
         refuse(flags.reading, "goes with --text")

@@ -15,7 +15,6 @@ from collections.abc import Collection, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
@@ -33,10 +32,8 @@ from wsae.cli.ui import UI
 from wsae.core.config import FLAG_OF, FLAGS, Config
 from wsae.core.configfile import Read, read_config, yaml_value
 from wsae.core.errors import UserError, nearest
-from wsae.train.loggers.config import LoggerName, WandbConfig
-
-if TYPE_CHECKING:
-    from wsae.train.loggers.mirror import Logger, Mirror
+from wsae.train import loggers as copies
+from wsae.train.loggers import Logger, LoggerName, Mirror, WandbConfig
 
 # Flags files: what `--config` reads, in JSON or YAML, and what `--print-config` writes.
 #
@@ -415,14 +412,10 @@ class LoggerFlags(config_flags(WandbConfig, prefix="wandb_")):
     """Copy metrics.jsonl for these as it is written: tensorboard to the run's tensorboard/, wandb (Weights & Biases) to
     its wandb/ and, with your key, to the server. A resumed run has each step once."""
 
-    def made(self) -> "list[Logger]":
+    def made(self) -> list[Logger]:
         """Return the loggers; raises UserError for one that cannot work here."""
-        if not self.logger:
-            return []
-        from wsae.train.loggers.mirror import tensorboard, wandb
-
         cfg = WandbConfig.parse(config_values(self, WandbConfig, "wandb_"), where=FLAGS)
-        known = {"tensorboard": tensorboard, "wandb": lambda: wandb(cfg)}
+        known = {"tensorboard": copies.tensorboard, "wandb": lambda: copies.wandb(cfg)}
         twice = [name for name in known if self.logger.count(name) > 1]
         if twice:
             raise UserError(f"--logger {twice[0]} {twice[0]}: name each logger once")
@@ -432,10 +425,6 @@ class LoggerFlags(config_flags(WandbConfig, prefix="wandb_")):
         return loggers
 
 
-def mirrored(
-    loggers: "list[Logger]", ui: UI, first: bool = True
-) -> "AbstractContextManager[Mirror]":
+def mirrored(loggers: list[Logger], ui: UI, first: bool = True) -> AbstractContextManager[Mirror]:
     """Copy the metrics of the run trained inside, where this process is the one that writes (`first`)."""
-    from wsae.train.loggers.mirror import mirrored as copying
-
-    return copying(loggers if first else [], lambda text: ui.note(f"wsae: {text}"))
+    return copies.mirrored(loggers if first else [], lambda text: ui.note(f"wsae: {text}"))

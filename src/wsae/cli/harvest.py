@@ -9,6 +9,7 @@ from wsae.acts.config import HarvestConfig
 from wsae.acts.images.config import ImageHarvestConfig
 from wsae.cli.flags import Common, CommonFlags, Place, config_flags, config_values
 from wsae.cli.live import ImageFlags, LiveFlags, refuse
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 
@@ -41,8 +42,6 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Harvest and return the store's path, rows and widths."""
-    from wsae.cli.runner import device
-
     rest = {"seed": flags.common.seed, "device": device(flags.common.device)}
     if flags.vision.images is not None:
         others = set(StoreFlags.model_fields) - {"tokens"}

@@ -19,6 +19,7 @@ from wsae.cli.flags import (
     config_values,
 )
 from wsae.cli.live import language_of, reopen
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
 from wsae.core.config import FLAGS, Config
@@ -197,8 +198,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         raise UserError(
             "--dry-run: no score asks a language model; name one, for example --score detection"
         )
-    from wsae.cli.runner import device
-
     where = device(flags.common.device)
     llm_cfg = flags.llm.config(where, flags.common.seed)
     source = reopen(flags.run, where, flags.source)

@@ -1,7 +1,6 @@
 """`wsae pretrain`: an image encoder by contrastive learning, NCL or SimCLR."""
 
 import os
-import shlex
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,15 +16,14 @@ from wsae.cli.flags import (
     Switch,
     mirrored,
 )
+from wsae.cli.runner import device, how_to_go_on, together
 from wsae.cli.ui import UI
-from wsae.core.artifact import CHECKPOINTS
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.train.parallel.config import launched
 
 if TYPE_CHECKING:
-    from wsae.train.loggers.mirror import Logger
     from wsae.vision.config import PretrainConfig
 
 ABOUT = """\
@@ -47,19 +45,19 @@ class Flags(Config):
     method: Literal["ncl", "simclr"] = "ncl"
     """ncl: projections made non-negative; simclr: left as they are."""
     epochs: MaybeCount = None
-    """Passes over the images; none means the preset's."""
+    """Passes over the images; default: the preset's."""
     batch_size: MaybeCount = None
-    """Images per step; none means the preset's."""
+    """Images per step; default: the preset's."""
     limit: MaybeCount = None
-    """Images used at most; none means all."""
+    """Images used at most; default: all."""
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, tyro.conf.arg(help_behavior_hint="")
     ] = None
-    """Precision of convolutions and products; none means the preset's."""
+    """Precision of convolutions and products; default: the preset's."""
     split: MaybeName = None
-    """Split of a hub dataset or IDX folder; none means "train"."""
+    """Split of a hub dataset or IDX folder; default: "train"."""
     workers: MaybeCount = None
-    """Processes that decode and crop image files; none means one per core. Images in memory need none."""
+    """Processes that decode and crop image files; default: one per core. Images in memory need none."""
     resume: Switch = False
     """Continue an interrupted run in --out."""
     loggers: tyro.conf.OmitArgPrefixes[LoggerFlags] = LoggerFlags()
@@ -73,16 +71,20 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     _check_installed()
     cfg = config(flags)
     loggers = flags.loggers.made()
-    if launched():
-        return _together(cfg, flags, ui, loggers)
     from wsae.acts.images.sets import open_images
-    from wsae.cli.runner import device
-    from wsae.vision.run import pretrain
+    from wsae.vision.run import pretrain, pretrain_parallel
 
-    where = device(flags.common.device)
-    images = open_images(cfg.images)
-    with mirrored(loggers, ui):
-        result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
+    if launched():
+        with together(flags.common, flags.out, ui) as world:
+            progress = ui.progress if world.first else quiet
+            images = open_images(cfg.images)
+            with mirrored(loggers, ui, world.first):
+                result = pretrain_parallel(cfg, images, flags.out, world, progress, flags.resume)
+    else:
+        where = device(flags.common.device)
+        images = open_images(cfg.images)
+        with mirrored(loggers, ui):
+            result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
     return {"run": str(result.path), **result.info}
 
 
@@ -91,32 +93,6 @@ def _check_installed() -> None:
     for module in ("transformers", "kornia", "PIL"):
         if find_spec(module) is None:
             raise UserError(f"{module} is not installed; pip install 'wsae[vision]'")
-
-
-def _together(
-    cfg: "PretrainConfig", flags: Flags, ui: UI, loggers: "list[Logger]"
-) -> dict[str, Any]:
-    """Pretrain as one of the processes that torchrun started; rank 0 alone prints."""
-    from wsae.acts.images.sets import open_images
-    from wsae.cli.runner import device
-    from wsae.train.parallel.world import RankLost, joined
-    from wsae.vision.run import pretrain_parallel
-
-    try:
-        with joined(None, device(flags.common.device)) as world:
-            if not world.first:
-                with open(os.devnull, "w") as nothing:  # whatever writes there
-                    os.dup2(nothing.fileno(), 1)
-            progress = ui.progress if world.first else quiet
-            images = open_images(cfg.images)
-            with mirrored(loggers, ui, world.first):
-                result = pretrain_parallel(cfg, images, flags.out, world, progress, flags.resume)
-    except RankLost as error:
-        kept = (flags.out / CHECKPOINTS).is_dir()
-        how = "go on with the same command and --resume" if kept else "start the same command again"
-        ui.note(f"wsae: error: {error}; the job has ended; {how}")
-        raise SystemExit(1) from error
-    return {"run": str(result.path), **result.info}
 
 
 def config(flags: Flags) -> "PretrainConfig":
@@ -169,10 +145,4 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
     """Return what is kept and how to go on."""
-    again = shlex.join(["wsae", "pretrain", *(w for w in words if w != "--resume"), "--resume"])
-    done = f"{error}; " if str(error) else ""
-    if launched():
-        again = "the same torchrun command and --resume"
-    if not (flags.out / CHECKPOINTS).is_dir():
-        return f"{done}no checkpoint yet; the same command starts again"
-    return f"{done}{flags.out} keeps the work so far; go on with: {again}"
+    return how_to_go_on("pretrain", flags.out, words, error)

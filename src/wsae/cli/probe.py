@@ -17,6 +17,7 @@ from wsae.cli.flags import (
     config_values,
 )
 from wsae.cli.live import language_of, reopen
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
@@ -81,7 +82,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Probe and return the content of probing.json, with the run's path and the kind of labels."""
     data = config_values(flags.probing, ProbeConfig) | {"seed": flags.common.seed}
     cfg, text = ProbeConfig.parse(data, where=FLAGS), flags.labels.config()
-    from wsae.cli.runner import device
     from wsae.evals.measure import EvaluatedSaes
     from wsae.evals.probing.reading import read_corpus
     from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_families, probe_run

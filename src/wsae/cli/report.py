@@ -20,7 +20,7 @@ class Flags(Config):
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run's directory, best after `wsae evaluate`."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """The file; none means RUN/report.html."""
+    """The file; default: RUN/report.html."""
     common: CommonFlags = Common()
     """Flags of every command."""
 

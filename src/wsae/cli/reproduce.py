@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -51,24 +52,24 @@ class StudyFlags(Config):
     """For the tables, language and remedy: what to use in place of the preset's."""
 
     model: MaybeName = None
-    """Hub id, local directory, .gguf file or "builtin"; none means the preset's: a tiny one made here, builtin, or the
+    """Hub id, local directory, .gguf file or "builtin"; default: the preset's: a tiny one made here, builtin, or the
     paper's."""
     text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """Text for the model, as in `wsae harvest`; none means the shipped one (paper: OpenWebText from the hub)."""
+    """Text for the model, as in `wsae harvest`; default: the shipped one (paper: OpenWebText from the hub)."""
     hook: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
     ] = ()
-    """Modules to read, in the table's order; none means the preset's."""
+    """Modules to read, in the table's order; default: the preset's."""
     store: MaybePlace = None
     """A finished store to use in place of a harvest."""
     score: Annotated[
         tuple[Score, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")
     ] = ()
-    """Scores, as in `wsae interpret`; none means embedding, and with --endpoint detection too."""
+    """Scores, as in `wsae interpret`; default: embedding, and with --endpoint detection too."""
     controls: Annotated[
         tuple[Control, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")
     ] = None
-    """Controls beside the first seed, as in `wsae interpret`; none means random_sae, neurons, pca and shuffled."""
+    """Controls beside the first seed, as in `wsae interpret`; default: random_sae, neurons, pca and shuffled."""
     endpoint: Annotated[str, tyro.conf.arg(metavar="URL", help_behavior_hint="")] = LLM.endpoint
     """OpenAI-compatible service that explains and judges latents, or "local:MODEL"; needs --judge."""
     judge: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = LLM.model
@@ -110,12 +111,12 @@ class VisionFlags(Config):
     """For figure4 and figure5: what to use in place of the preset's."""
 
     images: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """Labelled images, as in `wsae pretrain`; none means digits (tiny), Debian's Fashion-MNIST (small), ImageNet-100
+    """Labelled images, as in `wsae pretrain`; default: digits (tiny), Debian's Fashion-MNIST (small), ImageNet-100
     from the hub (paper)."""
     pretrained: Annotated[
         tuple[Path, ...], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")
     ] = ()
-    """Finished runs of `wsae pretrain` to use as backbones; none means that they are pretrained here."""
+    """Finished runs of `wsae pretrain` to use as backbones; default: pretrained here."""
 
     def choices(self, name: str) -> VisionChoices:
         """Return these flags' choices; raises UserError where NAME takes none."""
@@ -147,7 +148,6 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Run the reproduction and return its panels or rows."""
-    from wsae.cli.runner import device
     from wsae.studies.engine import Reproduction
     from wsae.studies.reproduce import reproduce
 

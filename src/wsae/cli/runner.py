@@ -4,16 +4,23 @@ import contextlib
 import importlib
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable
-from typing import Any, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from wsae.cli.flags import Common, as_json, as_yaml, parse
 from wsae.cli.table import Command
 from wsae.cli.ui import UI
+from wsae.core.artifact import CHECKPOINTS
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import finite
+from wsae.train.parallel.config import launched
+
+if TYPE_CHECKING:
+    from wsae.train.parallel.world import Mesh
 
 
 @runtime_checkable
@@ -119,3 +126,35 @@ def device(name: str) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     return usable_device(name, "--device")
+
+
+# Runs that torchrun may have started, and that a checkpoint lets go on.
+
+
+@contextlib.contextmanager
+def together(common: Common, out: Path, ui: UI, mesh: str | None = None) -> "Iterator[Mesh]":
+    """Be one of the processes that torchrun started; rank 0 alone prints, and a lost rank is one line."""
+    from wsae.train.parallel.world import RankLost, joined
+
+    try:
+        with joined(mesh, device(common.device)) as world:
+            if not world.first:
+                with open(os.devnull, "w") as nothing:  # whatever writes there
+                    os.dup2(nothing.fileno(), 1)
+            yield world
+    except RankLost as error:
+        kept = (out / CHECKPOINTS).is_dir()
+        how = "go on with the same command and --resume" if kept else "start the same command again"
+        ui.note(f"wsae: error: {error}; the job has ended; {how}")
+        raise SystemExit(1) from error
+
+
+def how_to_go_on(command: str, out: Path, words: list[str], error: KeyboardInterrupt) -> str:
+    """Return what an interrupted run keeps and how to go on."""
+    again = shlex.join(["wsae", command, *(w for w in words if w != "--resume"), "--resume"])
+    done = f"{error}; " if str(error) else ""
+    if launched():
+        again = "the same torchrun command and --resume"
+    if not (out / CHECKPOINTS).is_dir():
+        return f"{done}no checkpoint yet; the same command starts again"
+    return f"{done}{out} keeps the work so far; go on with: {again}"

@@ -13,6 +13,7 @@ import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybePlace, Name, Switch
 from wsae.cli.live import reopen
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -102,7 +103,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 def _serve(
     flags: Flags, listening: socket.socket, gate: "Gate", told: list[dict[str, Any]], ui: UI
 ) -> str:
-    from wsae.cli.runner import device
     from wsae.serve import server
     from wsae.serve.app import Live, Shelf, application
 

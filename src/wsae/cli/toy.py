@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybeNumber, Number, Place
+from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -43,14 +44,14 @@ class SAEFlags(Config):
     """The SAEs and their training."""
 
     d_sae: MaybeCount = None
-    """Latents; none means n-features."""
+    """Latents; default: n-features."""
     activation: Annotated[tuple[Kind, ...], tyro.conf.arg(metavar="KIND ...")] = (
         "relu",
         "topk",
     )
     """Kinds of SAE: relu, topk, group_topk, batch_topk, jumprelu."""
     k: MaybeCount = None
-    """Active latents per sample of the Top-k kinds; none means the truth's mean number of active features."""
+    """Active latents per sample of the Top-k kinds; default: the truth's mean number of active features."""
     tied: bool = True
     """Kind relu in the theory's form: decoder = encoder transposed, no biases. Other kinds are never tied."""
     l1: Number = 0.0
@@ -63,7 +64,7 @@ class SAEFlags(Config):
     )
     """What the loss weights follow: none, variance, latent_variance, gap, whiten. The plain twin is always there."""
     alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...")] = ()
-    """Exponents of the weights, each with every rule; none means 1."""
+    """Exponents of the weights, each with every rule; default: 1."""
     normalise: Normalise = "rms"
     """Scale of the weights: rms makes their mean square 1; none is the paper's raw s^alpha."""
     steps: Count = 1500
@@ -144,7 +145,6 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Run the sweep and return its rows, summaries and differences."""
-    from wsae.cli.runner import device
     from wsae.studies.sweep.run import run_toy
 
     cfg = config(flags)

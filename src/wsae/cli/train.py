@@ -1,6 +1,5 @@
 """`wsae train`: a family of SAEs over the same batches."""
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +17,9 @@ from wsae.cli.flags import (
     mirrored,
 )
 from wsae.cli.live import LiveFlags, MixingFlags, PlanFlags, labelled, open_data
+from wsae.cli.runner import device, how_to_go_on, together
 from wsae.cli.ui import UI
-from wsae.core.artifact import CHECKPOINTS, CONFIG, METRICS_FILE
+from wsae.core.artifact import CONFIG, METRICS_FILE
 from wsae.core.config import FLAG_OF, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
@@ -31,7 +31,6 @@ from wsae.train.parallel.config import launched
 
 if TYPE_CHECKING:
     from wsae.acts.source import ActivationSource
-    from wsae.train.loggers.mirror import Logger
 
 ABOUT = """\
 Train SAEs on activations: the plain one, and with --alpha, --gamma or --precondition others beside it as its twins, all
@@ -98,46 +97,25 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     config(flags, None)  # bad flags are refused before anything is loaded
     loggers = flags.loggers.made()
     if launched():
-        return _together(flags, ui, loggers)
-    if flags.mesh is not None:
-        raise UserError(
-            f"--mesh {flags.mesh}: is for several processes; start them with "
-            "torchrun --nproc-per-node N -m wsae.cli train ..."
-        )
-    from wsae.cli.runner import device
-    from wsae.train.run import train_run
+        from wsae.train.parallel.run import train_parallel
 
-    where = device(flags.common.device)
-    cfg, source = _opened(flags, where)
-    with mirrored(loggers, ui):
-        result = train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
-    return {
-        "run": str(result.path),
-        "members": last_metrics(result.path),
-        "notes": _notes(cfg, source),
-    }
-
-
-def _together(flags: Flags, ui: UI, loggers: "list[Logger]") -> dict[str, Any]:
-    """Train as one of the processes that torchrun started; rank 0 alone prints."""
-    from wsae.cli.runner import device
-    from wsae.train.parallel.run import train_parallel
-    from wsae.train.parallel.world import RankLost, joined
-
-    try:
-        with joined(flags.mesh, device(flags.common.device)) as world:
-            if not world.first:
-                with open(os.devnull, "w") as nothing:  # whatever writes there
-                    os.dup2(nothing.fileno(), 1)
+        with together(flags.common, flags.out, ui, flags.mesh) as world:
             cfg, source = _opened(flags, world.device)
             progress = ui.progress if world.first else quiet
             with mirrored(loggers, ui, world.first):
                 train_parallel(cfg, source, flags.out, world, progress, flags.resume)
-    except RankLost as error:
-        kept = (flags.out / CHECKPOINTS).is_dir()
-        how = "go on with the same command and --resume" if kept else "start the same command again"
-        ui.note(f"wsae: error: {error}; the job has ended; {how}")
-        raise SystemExit(1) from error
+    elif flags.mesh is not None:
+        raise UserError(
+            f"--mesh {flags.mesh}: is for several processes; start them with "
+            "torchrun --nproc-per-node N -m wsae.cli train ..."
+        )
+    else:
+        from wsae.train.run import train_run
+
+        where = device(flags.common.device)
+        cfg, source = _opened(flags, where)
+        with mirrored(loggers, ui):
+            train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
     return {"run": str(flags.out), "members": last_metrics(flags.out), "notes": _notes(cfg, source)}
 
 
@@ -207,11 +185,5 @@ def show(result: dict[str, Any], ui: UI) -> None:
 
 
 def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
-    """Say what is kept and how to go on."""
-    again = shlex.join(["wsae", "train", *(w for w in words if w != "--resume"), "--resume"])
-    done = f"{error}; " if str(error) else ""
-    if launched():
-        again = "the same torchrun command and --resume"
-    if not (flags.out / CHECKPOINTS).is_dir():
-        return f"{done}no checkpoint yet; the same command starts again"
-    return f"{done}{flags.out} keeps the work so far; go on with: {again}"
+    """Return what is kept and how to go on."""
+    return how_to_go_on("train", flags.out, words, error)

@@ -97,6 +97,25 @@ random_cosine_mean: Chance level of the cosine
 """)
 """Statistics of the pairing with the plain twin."""
 
+SCORES = read_metrics("""
+embedding: Embedding detection; higher is better
+    mean over latents of the AUC of cos(u(c), g), u(c) = v(c) - m, for held-out windows c in which the latent fires
+    against random ones in which it is silent; v: sentence encoder, m: mean v of all latents' explaining windows,
+    g: mean of u / |u| over the latent's own
+surprisal: Surprisal detection; higher is better
+    mean over latents of the AUC of (log P(c | explaining windows) - log P(c | windows of other latents)) / tokens of c
+    under a language model; windows c as for embedding
+detection: Detection; higher is better
+    mean over latents of (TPR + TNR) / 2 of a language model's yes or no on each scoring window, given an explanation
+    written from the explaining windows; pooled: of all latents' windows together
+fuzzing: Fuzzing; higher is better
+    as detection, with tokens marked: the latent's own in windows in which it fires, as many random ones in the others
+simulation: Simulation; higher is better
+    mean over latents of Pearson's r between the activations (0-10) that a language model predicts from an explanation
+    and the real ones, over 5 top and 5 random fragments of 64 tokens (Appendix B.4)
+""")
+"""Scores of interpretability, in the order a reader wants them."""
+
 CLASS_SCORES = read_metrics("""
 consistency_top: Consistency, strongest; higher is better
     mean over latents of the share of the most frequent class among the n held-out images on which a latent is

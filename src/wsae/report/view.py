@@ -1,7 +1,7 @@
 """What a run says as a whole: verdicts, tables of scores beside their controls, the setup. Plain values, no markup.
 
 The report's page draws it; an index of the browser keeps it as JSON of these forms and draws it again. The formulas of
-the scores are in `wsae.evals.interpret.summary` and `wsae.evals.classes.score`; here is only what a run says.
+the scores are in `wsae.evals.glossary`; here is only what a run says.
 """
 
 import json

@@ -4,7 +4,7 @@ import math
 
 from pydantic import Field
 
-from wsae.evals.glossary import HEADINGS
+from wsae.evals.glossary import CLASS_SCORES, HEADINGS, SCORES
 from wsae.evals.glossary import METRICS as FORMULAS
 from wsae.report.rundata import RunData, finite, is_control
 from wsae.run import ComparisonForm, Form, Json, Text
@@ -14,21 +14,6 @@ METRICS = {key: (FORMULAS[key].name, heading) for heading, keys in HEADINGS.item
 OTHER = "Other"
 NBSP = "\N{NO-BREAK SPACE}"
 _SMALL, _LARGE = 1e-3, 1e5
-
-
-SCORES = {
-    "embedding": "Embedding detection",
-    "surprisal": "Surprisal detection",
-    "detection": "Detection",
-    "fuzzing": "Fuzzing",
-    "simulation": "Simulation",
-    "consistency_top": "Consistency, strongest",
-    "consistency_corrected": "Consistency above chance",
-    "consistency_ncl": "Consistency, NCL",
-    "selectivity": "Class selectivity",
-    "information": "Class information",
-}
-"""Score -> its name for readers."""
 
 
 class Judgement(Form):
@@ -47,7 +32,8 @@ class Judgement(Form):
 
 def score_name(score: str) -> str:
     """Return the reader's name of a score."""
-    return SCORES.get(score, score.replace("_", " "))
+    known = SCORES | CLASS_SCORES
+    return known[score].name if score in known else score.replace("_", " ")
 
 
 def metric_name(metric: str) -> str:

@@ -30,15 +30,15 @@ from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
 from wsae.sae.loss import weigh
 from wsae.sae.model import SparseAutoencoder
 from wsae.train.config import TrainConfig
-from wsae.train.handwritten import (
+from wsae.train.native import (
     ActivePairs,
     Losses,
     activate,
+    moments,
     relu_pairs,
     step_result,
     threshold_slopes,
 )
-from wsae.train.native import moments
 from wsae.train.state import Batch, MemberState, looked_at, record
 
 # What the host remembers of tensors on the device, so that a step need not wait for them.

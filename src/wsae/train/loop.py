@@ -26,7 +26,7 @@ from wsae.train.checkpoint import (
 )
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
-from wsae.train.loggers.mirror import current
+from wsae.train.loggers import current
 from wsae.train.metrics import JsonLines
 from wsae.train.state import make_batches, metrics_row
 from wsae.train.step import lr_factor, side_by_side

@@ -74,7 +74,7 @@ class PretrainConfig(Config):
     heldout_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Share of the images kept for evaluation, chosen by a hash of seed and image number."""
     limit: PositiveInt | None = None
-    """Images used at most; none means all."""
+    """Images used at most; default: all."""
     log_every: PositiveInt = 20
     """Steps per row of metrics.jsonl (means over those steps)."""
     seed: int = 0

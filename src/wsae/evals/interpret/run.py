@@ -29,7 +29,7 @@ from wsae.core.files import Json, digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import HeldOut
-from wsae.evals.glossary import glossary
+from wsae.evals.glossary import SCORES, glossary
 from wsae.evals.interpret.config import Asked, InterpretConfig
 from wsae.evals.interpret.controls import ABOUT
 from wsae.evals.interpret.llm.judges import Planned, dry_run
@@ -50,7 +50,6 @@ from wsae.evals.interpret.scoring import (
     write_ascii,
 )
 from wsae.evals.interpret.summary import (
-    SCORES,
     LatentScore,
     Sample,
     density_adjusted,

@@ -16,7 +16,6 @@ from jaxtyping import Float64
 from wsae.core.files import Json
 from wsae.core.seeds import seed_for
 from wsae.evals.config import EvalConfig
-from wsae.evals.glossary import read_metrics
 from wsae.evals.interpret.config import FREE, InterpretConfig, Score
 from wsae.evals.intervals import (
     Difference,
@@ -76,24 +75,6 @@ def spearman(values: Pairs) -> float | None:
     return float((centred[:, 0] * centred[:, 1]).sum()) / scale if scale > 0 else None
 
 
-SCORES = read_metrics("""
-embedding: Embedding detection; higher is better
-    mean over latents of the AUC of cos(u(c), g), u(c) = v(c) - m, for held-out windows c in which the latent fires
-    against random ones in which it is silent; v: sentence encoder, m: mean v of all latents' explaining windows,
-    g: mean of u / |u| over the latent's own
-surprisal: Surprisal detection; higher is better
-    mean over latents of the AUC of (log P(c | explaining windows) - log P(c | windows of other latents)) / tokens of c
-    under a language model; windows c as for embedding
-detection: Detection; higher is better
-    mean over latents of (TPR + TNR) / 2 of a language model's yes or no on each scoring window, given an explanation
-    written from the explaining windows; pooled: of all latents' windows together
-fuzzing: Fuzzing; higher is better
-    as detection, with tokens marked: the latent's own in windows in which it fires, as many random ones in the others
-simulation: Simulation; higher is better
-    mean over latents of Pearson's r between the activations (0-10) that a language model predicts from an explanation
-    and the real ones, over 5 top and 5 random fragments of 64 tokens (Appendix B.4)
-""")
-"""Scores in the order a reader wants them."""
 METRIC: dict[Score, str] = {
     "embedding": "auc",
     "surprisal": "auc",

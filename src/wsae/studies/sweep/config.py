@@ -18,8 +18,7 @@ from wsae.toy.config import (
     ToyModelConfig,
     Unit,
 )
-from wsae.train.bank.config import BankConfig
-from wsae.train.config import MemberConfig
+from wsae.train.config import BankConfig, MemberConfig
 
 RAW = GammaConfig(rule="variance", alpha=1.0, normalise="none")
 """The paper's weights, gamma_i = s_i (Section 5.1)."""

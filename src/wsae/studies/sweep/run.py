@@ -29,7 +29,7 @@ from wsae.toy.config import FeatureConfig, ToyModelConfig
 from wsae.toy.features import FeatureStream
 from wsae.toy.model import ToyModels, train_toy_models
 from wsae.toy.world import NoiseStream, World, noise_shape
-from wsae.train.bank.run import Batches, Entry, make_entry, train_bank
+from wsae.train.bank import Batches, Entry, make_entry, train_bank
 from wsae.train.config import MemberConfig
 
 # Trials: worlds to train on, each with its seed and the labels its scores are kept under.

@@ -37,7 +37,7 @@ class TableSAEs(Config):
     expansion: PositiveInt = 32
     k: PositiveInt = 32
     lr: PositiveFloat | None = None
-    """Peak learning rate; none means 2e-4 / sqrt(d_sae / 2^14)."""
+    """Peak learning rate; default: 2e-4 / sqrt(d_sae / 2^14)."""
     curve_k: tuple[PositiveInt, ...] = ()
     """Plain members with fewer active latents, whose FVU is higher: they say what a plain SAE of some FVU scores."""
     curve_lr: tuple[PositiveFloat, ...] = ()
@@ -226,7 +226,7 @@ class StudyConfig(Config):
     live: LiveConfig | None = None
     """Train straight from the model, all hooks in one run; none: by way of a store, a run for each hook."""
     tokens: PositiveInt | None = None
-    """Training rows per SAE; none means once through the store."""
+    """Training rows per SAE; default: once through the store."""
     batch_size: PositiveInt = 2048
     evaluation: EvalConfig = EvalConfig()
     interpret: InterpretConfig = InterpretConfig()

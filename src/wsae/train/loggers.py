@@ -1,4 +1,7 @@
-"""Hands each step's scalars to loggers as they are written to `metrics.jsonl`, and outlives their failures.
+"""Copies of a run's metrics for TensorBoard and Weights & Biases; `metrics.jsonl` stays the truth. No torch here.
+
+with mirrored([tensorboard()], warn=print):
+    train_run(cfg, source, out)
 
 A logger begins by taking all rows that the file holds (cut back to the checkpoint when a run is resumed), so that its
 copy has each step once, whatever came before: a killed run, another logger, none. One that fails is left alone for a
@@ -16,13 +19,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from wsae.core.artifact import CONFIG
+from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
-from wsae.train.loggers.config import WandbConfig
 from wsae.train.metrics import scalars, steps_of
+
+LoggerName = Literal["tensorboard", "wandb"]
+WandbMode = Literal["online", "offline"]
+
+
+class WandbConfig(Config):
+    """Where a Weights & Biases run goes."""
+
+    project: str = "wsae"
+    """Project of the W&B run."""
+    name: str | None = None
+    """Name of the W&B run; default: that of the run's directory."""
+    mode: WandbMode | None = None
+    """online uploads with the user's own key, offline writes files; default: what WANDB_MODE says, else online."""
+
 
 RETRY_S, MOST_S = 30.0, 600.0
 """A logger that failed is tried again after so long, twice as long after every further failure, at most so long."""

@@ -24,8 +24,7 @@ from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.sae.loss import weighted_reconstruction_loss
 from wsae.sae.model import SparseAutoencoder
 from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
-from wsae.train.bank.config import BankConfig
-from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.state import (
     GAMMA_EVERY,
