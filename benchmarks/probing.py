@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import scipy.sparse
 import torch
@@ -28,12 +29,22 @@ from wsae import SparseAutoencoder
 from wsae.acts.source import open_source
 from wsae.evals.measure import EvaluatedSaes, first_rows
 from wsae.evals.probing.config import ProbeConfig
-from wsae.evals.probing.fit import fit_all, one_against_others, sparse_right
 from wsae.evals.probing.reading import RAW, Coder
-from wsae.evals.probing.scores import LinearProbe, Removal, TaskSet, targeted
+from wsae.evals.probing.scores import (
+    LinearProbe,
+    Removal,
+    TaskSet,
+    fit_all,
+    one_against_others,
+    sparse_right,
+    targeted,
+)
 from wsae.interop import SAEBenchSAE
 
-NAMED_ONLY = ("sae_lens", "sae_lens.saes", "sae_lens.saes.sae", "transformer_lens")
+NAMED_ONLY = (
+    *("sae_lens", "sae_lens.sae", "sae_lens.saes", "sae_lens.saes.sae", "sae_lens.loading"),
+    *("sae_lens.loading.pretrained_saes_directory", "transformer_lens"),
+)
 CLASSES = ("a", "b", "c", "d")
 
 
@@ -50,6 +61,7 @@ def saebench(folder: Path | None) -> tuple[Any, Any, Any]:
     """Return sae-bench's modules of probes, of perturbation and of means."""
     if folder is not None:
         sys.path.insert(0, str(folder))
+    jaxtyping.config.update("jaxtyping_disable", True)  # its checks want older libraries
     if find_spec("sae_lens") is None:
         for name in (*NAMED_ONLY, "sae_bench.sae_bench_utils.sae_selection_utils"):
             sys.modules[name] = StandIn(name)

@@ -19,14 +19,6 @@ from wsae.core.errors import UserError
 from wsae.evals.control import CONTROL, random_control
 from wsae.evals.measure import EvaluatedSaes
 from wsae.evals.probing.config import ProbeConfig
-from wsae.evals.probing.fit import (
-    LinearProbe,
-    ProbeTask,
-    fit_all,
-    fit_few,
-    one_against_others,
-    sparse_right,
-)
 from wsae.evals.probing.reading import RAW, Corpus, DocumentReader, read_corpus
 from wsae.evals.probing.rules import RULES, label
 from wsae.evals.probing.run import (
@@ -36,7 +28,19 @@ from wsae.evals.probing.run import (
     probe_tokens,
     spurious_tasks,
 )
-from wsae.evals.probing.scores import Removal, TaskSet, absorbed, removed, targeted
+from wsae.evals.probing.scores import (
+    LinearProbe,
+    ProbeTask,
+    Removal,
+    TaskSet,
+    absorbed,
+    fit_all,
+    fit_few,
+    one_against_others,
+    removed,
+    sparse_right,
+    targeted,
+)
 from wsae.sae import ReLU, SAEConfig, SparseAutoencoder
 
 UPSTREAM = {
@@ -376,7 +380,7 @@ def test_a_score_like_the_random_saes_is_marked():
 
 def test_no_sequence_trains_and_tests():
     found, record = planted(tokens=1200)
-    assert record["counts"] == {"tokens": 1200, "sequences": 30}
+    assert record["counts"] == {"classes": len(found.tasks), "tokens": 1200, "sequences": 30}
     units = found.scores["planted"]["probe_1"].by_unit
     assert units is not None
     assert len(units.num) == 15  # the half that tests
