@@ -1,6 +1,7 @@
 """Sparse probing and targeted perturbation of one SAE by sae-bench's own code and by ours, on the same documents.
 
     python benchmarks/probing.py RUN --source STORE [--member plain] [--saebench FOLDER]
+    python benchmarks/probing.py RUN --source STORE --rules 100000      (our tasks by rule, alone)
 
 Documents are windows of the store's held-out rows, four classes by their place in the text: what is compared is the
 work, and that both give the same numbers. Times are of the processor, one thread, so that other programs do not count.
@@ -30,6 +31,7 @@ from wsae.acts.source import open_source
 from wsae.evals.measure import EvaluatedSaes, first_rows
 from wsae.evals.probing.config import ProbeConfig
 from wsae.evals.probing.reading import RAW, Coder
+from wsae.evals.probing.run import probe_tokens
 from wsae.evals.probing.scores import (
     LinearProbe,
     Removal,
@@ -178,12 +180,18 @@ def main() -> int:
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 5])
     parser.add_argument("--ablated", type=int, nargs="+", default=[2, 10, 50])
     parser.add_argument("--seed", type=int, default=ProbeConfig().seed)
+    parser.add_argument("--rules", type=int)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    modules = saebench(args.saebench)
     (hook,) = [p.name for p in (args.run / "members").iterdir() if args.hook in (None, p.name)]
     sae = SparseAutoencoder.load(args.run / "members" / hook / args.member)
+    if args.rules is not None:
+        family, source = {hook: EvaluatedSaes({"sae": sae})}, open_source(args.source)
+        found, s = timed(lambda: probe_tokens(family, source, ProbeConfig(tokens=args.rules)))
+        print(json.dumps({"counts": found.record["counts"], "seconds": s}))
+        return 0
+    modules = saebench(args.saebench)
     cut = 2 * args.documents // 3
     whole = documents(args)
     halves = [

@@ -241,12 +241,12 @@ def _class_by_class(sides: list[tuple[str, Json]], cfg: EvalConfig) -> list[Comp
     (a, left), (b, right) = sides
     out: list[Comparison] = []
     for member in [name for name in left["members"] if name in right["members"]]:
-        x, y = (side["members"][member]["summary"] for side in (left, right))
-        for metric in [key for key in x if key in y]:
-            values = [np.array(side[metric]["by_task"], dtype=np.float64) for side in (x, y)]
-            if len(values[0]) == len(values[1]):
-                known = ~np.isnan(values[0]) & ~np.isnan(values[1])
-                gap = paired_difference(*(mean(v[known]) for v in values), cfg)
+        of_a, of_b = (side["members"][member]["summary"] for side in (left, right))
+        for metric in [key for key in of_a if key in of_b]:
+            x, y = (np.array(of[metric]["by_task"], dtype=np.float64) for of in (of_a, of_b))
+            if len(x) == len(y):
+                known = ~np.isnan(x) & ~np.isnan(y)
+                gap = paired_difference(mean(x[known]), mean(y[known]), cfg)
                 names = {"a": f"{a}:{member}", "b": f"{b}:{member}", "metric": metric}
                 out.append({**names, **gap._asdict(), "unit": "task", "paired": True})
     return out

@@ -47,9 +47,7 @@ class Coder:
         self._parts: dict[str, dict[str, list[Any]]] = {}
 
     @torch.inference_mode()
-    def add(
-        self, x: Mapping[str, Float[Tensor, "rows _"]], pool: scipy.sparse.csr_array | None = None
-    ) -> None:
+    def add(self, x: Mapping[str, Float[Tensor, "rows _"]], pool: Any = None) -> None:
         """Add rows by hook; `pool` [units, rows] makes units of them, whose numbers are sums over rows."""
         for hook, family in self._families.items():
             rows = x[hook]

@@ -282,8 +282,8 @@ def choose_documents(
     rng = np.random.default_rng(seed_for(cfg.seed, "choose documents"))
     cells: dict[tuple[str, str], list[int]] = {}
     second = corpus.beside or [""] * len(corpus.labels)
-    for i, cell in enumerate(zip(corpus.labels, second, strict=True)):
-        cells.setdefault(cell, []).append(i)
+    for i, (name, other) in enumerate(zip(corpus.labels, second, strict=True)):
+        cells.setdefault((str(name), str(other)), []).append(i)
     chosen = [
         rng.permutation(rows)[: cfg.documents]
         for (name, _), rows in sorted(cells.items())
@@ -317,7 +317,7 @@ def spurious_tasks(
     """
     if corpus.beside is None:
         return []
-    pairs = [(corpus.labels[i], corpus.beside[i]) for i in number.tolist()]
+    pairs = [(str(corpus.labels[i]), str(corpus.beside[i])) for i in number.tolist()]
     rng = np.random.default_rng(seed_for(cfg.seed, "spurious"))
     cells: dict[tuple[str, str], np.ndarray] = {}
     for cell in sorted(set(pairs)):
