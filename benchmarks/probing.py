@@ -1,6 +1,7 @@
 """Sparse probing and targeted perturbation of one SAE by sae-bench's own code and by ours, on the same documents.
 
     python benchmarks/probing.py RUN --source STORE [--member plain] [--saebench FOLDER]
+    python benchmarks/probing.py RUN --source STORE --rules 100000      (our tasks by rule, alone)
 
 Documents are windows of the store's held-out rows, four classes by their place in the text: what is compared is the
 work, and that both give the same numbers. Times are of the processor, one thread, so that other programs do not count.
@@ -20,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import scipy.sparse
 import torch
@@ -28,12 +30,23 @@ from wsae import SparseAutoencoder
 from wsae.acts.source import open_source
 from wsae.evals.measure import EvaluatedSaes, first_rows
 from wsae.evals.probing.config import ProbeConfig
-from wsae.evals.probing.fit import fit_all, one_against_others, sparse_right
 from wsae.evals.probing.reading import RAW, Coder
-from wsae.evals.probing.scores import LinearProbe, Removal, TaskSet, targeted
+from wsae.evals.probing.run import probe_tokens
+from wsae.evals.probing.scores import (
+    LinearProbe,
+    Removal,
+    TaskSet,
+    fit_all,
+    one_against_others,
+    sparse_right,
+    targeted,
+)
 from wsae.interop import SAEBenchSAE
 
-NAMED_ONLY = ("sae_lens", "sae_lens.saes", "sae_lens.saes.sae", "transformer_lens")
+NAMED_ONLY = (
+    *("sae_lens", "sae_lens.sae", "sae_lens.saes", "sae_lens.saes.sae", "sae_lens.loading"),
+    *("sae_lens.loading.pretrained_saes_directory", "transformer_lens"),
+)
 CLASSES = ("a", "b", "c", "d")
 
 
@@ -50,6 +63,7 @@ def saebench(folder: Path | None) -> tuple[Any, Any, Any]:
     """Return sae-bench's modules of probes, of perturbation and of means."""
     if folder is not None:
         sys.path.insert(0, str(folder))
+    jaxtyping.config.update("jaxtyping_disable", True)  # its checks want older libraries
     if find_spec("sae_lens") is None:
         for name in (*NAMED_ONLY, "sae_bench.sae_bench_utils.sae_selection_utils"):
             sys.modules[name] = StandIn(name)
@@ -166,12 +180,18 @@ def main() -> int:
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 5])
     parser.add_argument("--ablated", type=int, nargs="+", default=[2, 10, 50])
     parser.add_argument("--seed", type=int, default=ProbeConfig().seed)
+    parser.add_argument("--rules", type=int)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    modules = saebench(args.saebench)
     (hook,) = [p.name for p in (args.run / "members").iterdir() if args.hook in (None, p.name)]
     sae = SparseAutoencoder.load(args.run / "members" / hook / args.member)
+    if args.rules is not None:
+        family, source = {hook: EvaluatedSaes({"sae": sae})}, open_source(args.source)
+        found, s = timed(lambda: probe_tokens(family, source, ProbeConfig(tokens=args.rules)))
+        print(json.dumps({"counts": found.record["counts"], "seconds": s}))
+        return 0
+    modules = saebench(args.saebench)
     cut = 2 * args.documents // 3
     whole = documents(args)
     halves = [

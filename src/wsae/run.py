@@ -232,11 +232,13 @@ class ScoredHook(Form):
 
 
 class InterpretationForm(Form):
-    """interpretation.json."""
+    """interpretation.json, and each kind of labels in probing.json."""
 
     hooks: dict[Text, ScoredHook] = {}
     glossary: Glossary = {}
     judges: dict[Text, Any] = {}
+    counts: dict[Text, Count] = {}
+    skipped: dict[Text, Text] = {}
 
 
 class CoverageForm(Form):
@@ -274,39 +276,6 @@ class ClassesForm(Form):
     """classes.json."""
 
     hooks: dict[Text, ClassHook]
-    glossary: Glossary = {}
-
-
-class ProbedMember(Form):
-    """A member's or a control's scores on labelled tokens or documents."""
-
-    summary: dict[Text, MetricForm]
-    latents: list[list[Count]] = []
-
-
-class ProbedHook(Form):
-    """What was probed at a hook."""
-
-    tasks: list[Text]
-    members: dict[Text, ProbedMember]
-    controls: dict[Text, ProbedMember]
-    comparisons: list[ComparisonForm]
-
-
-class ProbedKind(Form):
-    """Probes of one kind of labels."""
-
-    hooks: dict[Text, ProbedHook]
-    unit: Text
-    counts: dict[Text, Count]
-    skipped: dict[Text, Text]
-
-
-class ProbingForm(Form):
-    """probing.json."""
-
-    tokens: ProbedKind | None = None
-    documents: ProbedKind | None = None
     glossary: Glossary = {}
 
 
@@ -350,7 +319,7 @@ _EVALUATION = TypeAdapter(EvaluationForm)
 _CONTEXTS = TypeAdapter(dict[Text, dict[Text, list[LatentForm]]])
 _INTERPRETATION = TypeAdapter(InterpretationForm)
 _CLASSES = TypeAdapter(ClassesForm)
-_PROBING = TypeAdapter(ProbingForm)
+_PROBING = TypeAdapter(dict[Text, InterpretationForm])
 _THUMBNAILS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Picture])
 """Image number -> PNG in base64; nothing else may reach an address on the page."""
 
@@ -454,11 +423,9 @@ class Run:
         What was measured of another SAE that lay here before is not.
         """
         there = (self.path / part / MANIFEST).is_file()
-        return there and (not self.single or self.measures(part))
-
-    def measures(self, part: str) -> bool:
-        """Return whether a part that is there was measured of what is here now."""
-        return self._part(part).inputs.get("run") == self.manifest.digest()
+        return there and (
+            not self.single or self._part(part).inputs.get("run") == self.manifest.digest()
+        )
 
     def _part(self, part: str) -> Manifest:
         """Return the manifest of a part, names and sizes compared."""
@@ -505,13 +472,10 @@ class Run:
 
     def digest(self) -> str:
         """Return what names the content of a run with the parts added to it."""
-        found = {"run": self.manifest.digest()}
         if not self.has(EVALUATION_PART):
             raise self._not_yet(EVALUATION_PART)
-        for part in PARTS:
-            if self.has(part):
-                found[part] = self._part(part).digest()
-        return digest(found)
+        parts = {part: self._part(part).digest() for part in PARTS if self.has(part)}
+        return digest({"run": self.manifest.digest(), **parts})
 
     @cached_property
     def record(self) -> Json:
@@ -673,15 +637,14 @@ class Run:
         """Image number -> PNG in base64, of the images among the contexts."""
         if not self.has(EVALUATION_PART):
             return {}
-        place = self.path / EVALUATION_PART
         listed = THUMBNAILS_FILE in self._part(EVALUATION_PART).files
-        return _read(place / THUMBNAILS_FILE, _THUMBNAILS) if listed else {}
+        place = self.path / EVALUATION_PART / THUMBNAILS_FILE
+        return _read(place, _THUMBNAILS) if listed else {}
 
     @cached_property
     def interpretation_record(self) -> Json:
         """interpretation.json as it is written."""
-        place = self._whole(INTERPRETATION_PART)
-        return _read(place / INTERPRETATION, _INTERPRETATION)
+        return _read(self._whole(INTERPRETATION_PART) / INTERPRETATION, _INTERPRETATION)
 
     @cached_property
     def interpretation(self) -> "InterpretationForm":
@@ -700,13 +663,8 @@ class Run:
 
     @cached_property
     def probing_record(self) -> Json:
-        """probing.json as it is written: labelled tokens ("tokens") and documents ("documents") told apart."""
+        """probing.json: what a few latents tell apart, labelled "tokens" by rule and labelled "documents"."""
         return _read(self._whole(PROBING_PART) / PROBING, _PROBING)
-
-    @cached_property
-    def probing(self) -> "ProbingForm":
-        """The labelled evaluations: `probing.tokens.hooks[hook].members[name].summary["probe_5"].value`."""
-        return _PROBING.validate_python(self.probing_record)
 
     def _whole(self, part: str) -> Path:
         """Return the folder of a part whose files are all as they were written."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from acts_models import make_model
@@ -48,14 +49,23 @@ def test_a_run_is_probed_with_rules_and_with_labels_and_reported(place, capsys):
     assert hook["tasks"] == ["0", "1"]
     assert hook["members"]["plain"]["summary"]["probe_all"]["value"] > 0.9
     assert found["documents"]["counts"]["documents"] == 120
-    kept = Run(run).probing
-    assert kept.tokens is not None  # the rules of before
-    assert kept.documents is not None
-    assert kept.documents.hooks["layers.1"].members["plain"].summary["tpp_2"].value is not None
+    kept = Run(run).probing_record
+    assert list(kept) == ["tokens", "documents"]  # the rules of before are still there
+    plain = kept["documents"]["hooks"]["layers.1"]["members"]["plain"]
+    assert plain["summary"]["tpp_2"]["value"] is not None
+    assert main(["evaluate", run, "--draws", "50", "--n-latents", "0", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    shutil.copytree(run, place / "again")
+    assert main(["compare", run, str(place / "again"), "--json"]) == 0
+    itself = json.loads(capsys.readouterr().out)["probing"]["documents"]["layers.1"]
+    assert {line["metric"] for line in itself} >= {"probe_1", "tpp_2"}
+    assert all(line["difference"] == 0 for line in itself)
+    assert main(["compare", run]) == 0
+    assert "layers.1, probes of tokens: paired differences" in capsys.readouterr().out
     assert main(["report", run, "--out", str(place / "run.html")]) == 0
     page = (place / "run.html").read_text()
     assert "Do a few latents tell classes apart?" in page
-    assert "2 classes of documents" in page
+    assert "Labelled documents: 2 classes, 120 documents" in page
     assert re.search(r"Sparse probe, latents: 4", page)
 
 

@@ -11,6 +11,7 @@ from acts_models import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import wsae
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.language import load_language
 from wsae.acts.source import HeldoutRows
@@ -19,14 +20,6 @@ from wsae.core.errors import UserError
 from wsae.evals.control import CONTROL, random_control
 from wsae.evals.measure import EvaluatedSaes
 from wsae.evals.probing.config import ProbeConfig
-from wsae.evals.probing.fit import (
-    LinearProbe,
-    ProbeTask,
-    fit_all,
-    fit_few,
-    one_against_others,
-    sparse_right,
-)
 from wsae.evals.probing.reading import RAW, Corpus, DocumentReader, read_corpus
 from wsae.evals.probing.rules import RULES, label
 from wsae.evals.probing.run import (
@@ -36,7 +29,19 @@ from wsae.evals.probing.run import (
     probe_tokens,
     spurious_tasks,
 )
-from wsae.evals.probing.scores import Removal, TaskSet, absorbed, removed, targeted
+from wsae.evals.probing.scores import (
+    LinearProbe,
+    ProbeTask,
+    Removal,
+    TaskSet,
+    absorbed,
+    fit_all,
+    fit_few,
+    one_against_others,
+    removed,
+    sparse_right,
+    targeted,
+)
 from wsae.sae import ReLU, SAEConfig, SparseAutoencoder
 
 UPSTREAM = {
@@ -376,7 +381,7 @@ def test_a_score_like_the_random_saes_is_marked():
 
 def test_no_sequence_trains_and_tests():
     found, record = planted(tokens=1200)
-    assert record["counts"] == {"tokens": 1200, "sequences": 30}
+    assert record["counts"] == {"classes": len(found.tasks), "tokens": 1200, "sequences": 30}
     units = found.scores["planted"]["probe_1"].by_unit
     assert units is not None
     assert len(units.num) == 15  # the half that tests
@@ -486,6 +491,32 @@ def test_pairs_of_classes_share_documents_evenly():
         assert not set(task.train) & set(task.test)
     split = document_tasks(chosen, given_, cfg)
     assert all(not set(task.train) & set(task.test) for task in split.tasks)
+
+
+def test_activations_with_labels_are_told_apart_by_row_or_by_document():
+    made = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    tokens = made.random((300, 4, 16)).astype(np.float32)
+    tokens[..., :3] += 2 * np.eye(3, dtype=np.float32)[labels][:, None]
+    cfg = ProbeConfig(least=30, k=(1,), draws=50, ablated=(1,))
+    by_document = wsae.probe({"a": identity(), "b": identity()}, tokens, labels, cfg)
+    by_row = wsae.probe(identity(), tokens.mean(1), labels, cfg)
+    assert by_row.hooks["acts"].tasks == ["0", "1", "2"]
+    assert by_row.hooks["acts"].accuracy("sae", 1).min() > 0.95
+    assert by_row.hooks["acts"].latents["sae"][:, 0].tolist() == [0, 1, 2]
+    for member in (
+        "a",
+        "b",
+    ):  # ReLU of these is linear, so that the mean's latents are the latents' mean
+        np.testing.assert_array_equal(
+            by_document.hooks["acts"].accuracy(member, 1), by_row.hooks["acts"].accuracy("sae", 1)
+        )
+    assert by_row.record["hooks"]["acts"]["members"]["sae"]["summary"]["tpp_1"]["value"] > 0.2
+    with pytest.raises(UserError, match="labels: 7 for 300 rows; give one for each"):
+        wsae.probe(identity(), tokens.mean(1), labels[:7], cfg)
+    with pytest.raises(UserError, match="width 16, .*width 15"):
+        wsae.probe(identity(), tokens.mean(1)[:, :15], labels, cfg)
+    assert wsae.probe(identity(), Planted(), cfg=cfg).hooks["h"].tasks
 
 
 BAD = {

@@ -11,7 +11,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "wsae"
 OWNER = "core/artifact.py"
 FILES = {
     *(names.MANIFEST, names.GAMMA_FILE, names.METRICS_FILE, names.SPEED, names.PROVENANCE),
-    *(names.EVALUATION, names.INTERPRETATION, names.CLASSES),
+    *(names.EVALUATION, names.INTERPRETATION, names.CLASSES, names.PROBING),
     *(names.ARRAYS, names.CONTEXTS_FILE, names.THUMBNAILS_FILE),
 }
 FOLDERS = {names.MEMBERS, names.CHECKPOINTS, *names.PARTS}

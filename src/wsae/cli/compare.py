@@ -50,3 +50,6 @@ def show(result: dict[str, Any], ui: UI) -> None:
     for hook, lines in result["hooks"].items():
         show_differences(hook, lines, ui)
         show_matching(result["matching"].get(hook, {}), ui)
+    for kind, hooks in result["probing"].items():
+        for hook, lines in hooks.items():
+            show_differences(f"{hook}, probes of {kind}", lines, ui)

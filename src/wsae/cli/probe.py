@@ -82,9 +82,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Probe and return the content of probing.json, with the run's path and the kind of labels."""
     data = config_values(flags.probing, ProbeConfig) | {"seed": flags.common.seed}
     cfg, text = ProbeConfig.parse(data, where=FLAGS), flags.labels.config()
-    from wsae.evals.measure import EvaluatedSaes
     from wsae.evals.probing.reading import read_corpus
-    from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_families, probe_run
+    from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_alone, probe_run
 
     where, corpus, notes = device(flags.common.device), None, []
     if text is not None:
@@ -96,8 +95,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     if alone is None or alone.ours:
         record = probe_run(flags.run, source, cfg, corpus, language, ui.progress, where)
     else:
-        families = {alone.hook: EvaluatedSaes({"sae": alone.sae.to(where)})}
-        record = probe_families(families, source, cfg, corpus, language, ui.progress)
+        record = probe_alone(alone.sae.to(where), source, cfg, corpus, language, ui.progress)
     if alone is not None:
         notes = alone.notes
     result = {"run": str(flags.run), "kind": TOKENS if text is None else DOCUMENTS, **record}
@@ -111,7 +109,8 @@ def show(result: dict[str, Any], ui: UI) -> None:
     """Print the scores of what was probed, what was left out, and what to do next."""
     for note in result.get("notes", ()):
         ui.say(f"note: {note}")
-    found, names = result[result["kind"]], result["glossary"]
+    found = result[result["kind"]]
+    names = found["glossary"]
     for hook, entry in found["hooks"].items():
         entries = {**entry["members"], **entry["controls"]}
         rows = [

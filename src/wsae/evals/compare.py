@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsae.core.artifact import EVALUATION
+from wsae.core.artifact import EVALUATION, PROBING_PART
 from wsae.core.errors import UserError, understood
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
@@ -170,7 +170,7 @@ class Evaluated(NamedTuple):
 
 
 def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: B008  (frozen)
-    """Return {"runs", "hooks": {hook: [comparison, ...]}, "matching", "glossary"} with intervals from `cfg`.
+    """Return {"runs", "hooks": {hook: [comparison, ...]}, "matching", "probing", "glossary"}, intervals from `cfg`.
 
     One run: each weighted member against its plain twin. Several: also each run's members against those of the
     same name in the first run. Raises UserError when a run has no evaluation, two runs share no hook and member,
@@ -199,8 +199,57 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
         "runs": [str(path) for path in runs],
         "hooks": hooks,
         "matching": matching,
+        "probing": probed({one.label: path for one, path in zip(read, runs, strict=True)}, cfg),
         "glossary": glossary(METRICS, MATCHING),
     }
+
+
+def probed(runs: dict[str, Path], cfg: EvalConfig) -> dict[str, dict[str, list[Comparison]]]:
+    """Return kind of labels -> hook -> differences of probes, class by class, of the runs that were probed.
+
+    One run: each weighted member against its twin. Several: members against those of the same name in the first run
+    that was probed, where both have the same classes and rows.
+    """
+    read = {
+        label: run.probing_record
+        for label, run in ((label, Run(path)) for label, path in runs.items())
+        if run.has(PROBING_PART)
+    }
+    out: dict[str, dict[str, list[Comparison]]] = {}
+    if len(runs) == 1:
+        for kind, found in (entry for record in read.values() for entry in record.items()):
+            for hook, entry in found["hooks"].items():
+                lines = [line for line in entry["comparisons"] if line["b"] in entry["members"]]
+                named = [{**line, "unit": str(line["over"]).removesuffix("s")} for line in lines]
+                out.setdefault(kind, {})[hook] = named
+        return out
+    first, *others = read or [""]
+    for label in others:
+        for kind, found in read[label].items():
+            against = read[first].get(kind, {})
+            same = all(found.get(key) == against.get(key) for key in ("counts", "skipped"))
+            for hook in found["hooks"].keys() & against.get("hooks", {}).keys() if same else ():
+                sides = [
+                    (name, side["hooks"][hook]) for name, side in ((label, found), (first, against))
+                ]
+                out.setdefault(kind, {}).setdefault(hook, []).extend(_class_by_class(sides, cfg))
+    return out
+
+
+def _class_by_class(sides: list[tuple[str, Json]], cfg: EvalConfig) -> list[Comparison]:
+    """Return the differences of each member that two probed runs share, paired over classes."""
+    (a, left), (b, right) = sides
+    out: list[Comparison] = []
+    for member in [name for name in left["members"] if name in right["members"]]:
+        of_a, of_b = (side["members"][member]["summary"] for side in (left, right))
+        for metric in [key for key in of_a if key in of_b]:
+            x, y = (np.array(of[metric]["by_task"], dtype=np.float64) for of in (of_a, of_b))
+            if len(x) == len(y):
+                known = ~np.isnan(x) & ~np.isnan(y)
+                gap = paired_difference(mean(x[known]), mean(y[known]), cfg)
+                names = {"a": f"{a}:{member}", "b": f"{b}:{member}", "metric": metric}
+                out.append({**names, **gap._asdict(), "unit": "task", "paired": True})
+    return out
 
 
 def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comparison]]:

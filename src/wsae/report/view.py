@@ -135,15 +135,12 @@ def _probed(run: RunData, hook: str) -> Iterator[tuple[str, ScoresForm]]:
     """Yield what was probed at a hook: token tasks by rule, documents with labels."""
     for kind in ("tokens", "documents"):
         found = run.probing.get(kind, {})
-        scored = {"hooks": found.get("hooks", {}), "glossary": run.probing.get("glossary", {})}
-        form = scores_form(run, hook, scored, "tasks")
+        form = scores_form(run, hook, found, "tasks")
         if form is not None:
-            told = found["hooks"][hook]
-            parts = [f"{len(told['tasks'])} classes of {kind}"]
-            parts += [f"{n:,} {what}" for what, n in found["counts"].items()]
-            if found["skipped"]:
+            parts = [f"{n:,} {what}" for what, n in found.get("counts", {}).items()]
+            if found.get("skipped"):
                 parts.append(f"{len(found['skipped'])} classes left out, with too few")
-            yield ", ".join(parts), form
+            yield f"Labelled {kind}: {', '.join(parts)}", form
 
 
 def _member(run: RunData, hook: str, name: str) -> MemberHead:
@@ -425,7 +422,7 @@ def cards(run: RunData) -> list[tuple[str, str]]:
 
 def glossary(run: RunData) -> list[tuple[str, str, Json]]:
     """Return (key, name, entry) of every metric the run explains."""
-    parts = (run.evaluation, run.interpretation, run.classes, run.probing)
+    parts = (run.evaluation, run.interpretation, run.classes, *run.probing.values())
     entries: Json = {
         key: entry for part in parts for key, entry in part.get("glossary", {}).items()
     }

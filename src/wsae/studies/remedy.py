@@ -160,7 +160,7 @@ def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
             key: [float(np.mean(d)) for hook in hooks if (d := by_hook(rows, hook, name, key))]
             for key in ALL
         }
-    p = [float(stats.ttest_1samp(found[name][PRIMARY], 0.0)[1]) for name in names]
+    p = [_p_value(mean_interval(found[name][PRIMARY]), found[name][PRIMARY]) for name in names]
     arms = []
     for name, own, corrected in zip(names, p, holm(p), strict=True):
         means = {key: mean_interval(values) for key, values in found[name].items()}
@@ -185,6 +185,14 @@ def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
             )
         )
     return arms
+
+
+def _p_value(mean: Mean, values: Sequence[float]) -> float:
+    """Return the two-sided p-value of Student's test that values have mean 0."""
+    error = float(np.std(values, ddof=1)) / mean.n**0.5
+    if error == 0:
+        return float(mean.value == 0)
+    return 2 * float(stats.t.sf(abs(mean.value) / error, mean.n - 1))
 
 
 def _ratios(rows: Sequence[Row], hooks: Sequence[str], name: str) -> Iterator[float]:

@@ -6,19 +6,18 @@ Beside the members stand a random SAE as sparse as the plain one, and the activa
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import Flow
 from wsae.acts.language import LanguageModel
 from wsae.acts.text import Document, Packer, TextCounts, TokenSequence, labelled
-from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
@@ -26,13 +25,13 @@ from wsae.evals.control import CONTROL, random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.measure import EvaluatedSaes, check_width, first_rows
 from wsae.evals.probing.config import ProbeConfig
-from wsae.evals.probing.fit import Table
 from wsae.evals.probing.rules import RULES, label
-from wsae.sae import SparseAutoencoder
 from wsae.sae.encoding import Encoder
 
 RAW = "activations"
 """Name of the model's own dimensions in results."""
+FLOOR = CONTROL
+"""Name of the random SAE."""
 FAMILIES = dict[str, EvaluatedSaes]
 SORTED = 64
 """Batches of documents within which they are sorted by length, so that little padding is run."""
@@ -43,25 +42,22 @@ class Coder:
 
     def __init__(self, families: FAMILIES, seed: int) -> None:
         self._families, self._seed = families, seed
-        self.saes: dict[str, dict[str, SparseAutoencoder]] = {}
-        """hook -> members and the random SAE, once rows were added."""
+        self._saes = {hook: dict(family.saes) for hook, family in families.items()}
         self._encoders: dict[str, dict[str, Encoder]] = {}
-        self._parts: dict[str, dict[str, list[Table]]] = {}
+        self._parts: dict[str, dict[str, list[Any]]] = {}
 
     @torch.inference_mode()
-    def add(
-        self, x: Mapping[str, Float[Tensor, "rows _"]], pool: scipy.sparse.csr_array | None = None
-    ) -> None:
+    def add(self, x: Mapping[str, Float[Tensor, "rows _"]], pool: Any = None) -> None:
         """Add rows by hook; `pool` [units, rows] makes units of them, whose numbers are sums over rows."""
         for hook, family in self._families.items():
             rows = x[hook]
-            if hook not in self.saes:
+            if hook not in self._parts:
                 self._begin(hook, family, rows)
             parts = self._parts[hook]
             raw = rows.cpu().numpy()
             parts.setdefault(RAW, []).append(raw if pool is None else np.asarray(pool @ raw))
             for name, encode in self._encoders[hook].items():
-                sae = self.saes[hook][name]
+                sae = self._saes[hook][name]
                 code = encode(rows.to(sae.W_dec.device, torch.float32))
                 values, indices, offsets = (part.cpu().numpy() for part in code)
                 shape = (len(rows), sae.cfg.d_sae)
@@ -75,11 +71,16 @@ class Coder:
         like = family.saes[plain]
         l0 = len(Encoder(like)(rows.to(like.W_dec.device)).values) / len(rows)
         control = random_control(like, rows.double().mean(0), l0, self._seed)
-        self.saes[hook] = {**family.saes, CONTROL: control}
-        self._encoders[hook] = {name: Encoder(sae) for name, sae in self.saes[hook].items()}
+        self._saes[hook][CONTROL] = control
+        self._encoders[hook] = {name: Encoder(sae) for name, sae in self._saes[hook].items()}
         self._parts[hook] = {}
 
-    def tables(self) -> dict[str, dict[str, Table]]:
+    def decoders(self, hook: str) -> Iterator[tuple[str, Float64[np.ndarray, "d_sae d_in"]]]:
+        """Yield the members and the random SAE of a hook that rows were added to, with their decoders."""
+        for name, sae in self._saes[hook].items():
+            yield name, sae.W_dec.detach().double().cpu().numpy()
+
+    def tables(self) -> dict[str, dict[str, Any]]:
         """Return hook -> member (the activations and the random SAE too) -> what it makes of all rows or units."""
         return {
             hook: {
@@ -99,7 +100,8 @@ class LabelledTokens(NamedTuple):
     texts: list[str]
     whole: Bool[np.ndarray, " tokens"]
     """Whether the token is a whole word of letters."""
-    labels: Bool[np.ndarray, "rules tokens"]
+    labels: dict[str, Bool[np.ndarray, " tokens"]]
+    """Which are of the class, by rule."""
     coder: Coder
 
 
@@ -107,16 +109,10 @@ def read_tokens(
     source: HeldOut, families: FAMILIES, cfg: ProbeConfig, progress: Progress = quiet
 ) -> LabelledTokens:
     """Return the first held-out tokens and what every member makes of them; UserError where the data have no text."""
-    table = source.tokens()
-    if table is None:
-        raise UserError(
-            "the data have no tokens, which tasks by rule need; probe a store harvested from text, or give labelled "
-            "text: --text FILE --label COLUMN"
-        )
     for hook in families:
         if hook not in source.hooks:
             raise UserError(f"the data have no hook {hook!r}; they have {', '.join(source.hooks)}")
-    coder, by_seq = Coder(families, cfg.seed), _Ruled(table)
+    coder, by_seq = Coder(families, cfg.seed), _Ruled(source)
     seqs, texts, labels, whole = [], [], [], []
     with progress("tokens", cfg.tokens, "tokens") as tick:
         for chunk in first_rows(source.heldout(cfg.batch_size), cfg.tokens):
@@ -130,9 +126,8 @@ def read_tokens(
             tick(len(chunk.seq))
     if not seqs:
         raise UserError("there are no held-out rows to probe; hold out more data")
-    return LabelledTokens(
-        np.concatenate(seqs), texts, np.array(whole), np.stack(labels, axis=1), coder
-    )
+    by_rule = dict(zip(RULES, np.stack(labels, axis=1), strict=True))
+    return LabelledTokens(np.concatenate(seqs), texts, np.array(whole), by_rule, coder)
 
 
 class _RuledSequence(NamedTuple):
@@ -144,7 +139,13 @@ class _RuledSequence(NamedTuple):
 class _Ruled:
     """The tokens of one sequence after another, with their labels."""
 
-    def __init__(self, table: TokenTable) -> None:
+    def __init__(self, source: HeldOut) -> None:
+        table = source.tokens()
+        if table is None:
+            raise UserError(
+                "the data have no tokens, which tasks by rule need; probe a store harvested from text, or give "
+                "labelled text: --text FILE --label COLUMN"
+            )
         self._table, self._seq = table, -1
         self._found = _RuledSequence([], np.zeros((len(RULES), 0), dtype=bool), [])
 

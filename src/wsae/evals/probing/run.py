@@ -25,14 +25,13 @@ from wsae.core.errors import UserError
 from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.control import CONTROL
 from wsae.evals.data import HeldOut
 from wsae.evals.glossary import glossary, numbered
 from wsae.evals.measure import EvaluatedSaes
 from wsae.evals.probing.config import ProbeConfig
-from wsae.evals.probing.fit import ProbeTask, Table, balanced, fit_all, one_against_others
 from wsae.evals.probing.reading import (
     FAMILIES,
+    FLOOR,
     RAW,
     Coder,
     Corpus,
@@ -40,15 +39,19 @@ from wsae.evals.probing.reading import (
     LabelledTokens,
     read_tokens,
 )
-from wsae.evals.probing.rules import RULES
 from wsae.evals.probing.scores import (
     LEAST_F1,
     LetterWords,
     ProbeFindings,
+    ProbeTask,
     Removal,
+    Table,
     TaskSet,
+    balanced,
     differences,
     f1,
+    fit_all,
+    one_against_others,
     removed,
     score_absorption,
     score_probes,
@@ -56,7 +59,7 @@ from wsae.evals.probing.scores import (
     targeted,
 )
 from wsae.evals.run import run_subject
-from wsae.run import Run
+from wsae.run import SINGLE, Run
 from wsae.sae import SparseAutoencoder
 
 TOKENS, DOCUMENTS = "tokens", "documents"
@@ -96,11 +99,10 @@ def probe_tokens(
             findings, _ = score_probes(tables, tasks, cfg, tick)
             known = known_letters(letters, tables[RAW])
             findings.letters.extend(word.task.name for word in known)
-            for name, sae in read.coder.saes[hook].items() if known else ():
-                decoder = sae.W_dec.detach().double().cpu().numpy()
+            for name, decoder in read.coder.decoders(hook) if known else ():
                 findings.scores[name] |= score_absorption(tables[RAW], tables[name], decoder, known)
             found[hook] = findings
-    counts = {"tokens": len(read.seq), "sequences": tasks.units}
+    counts = {"classes": len(tasks.tasks), "tokens": len(read.seq), "sequences": tasks.units}
     return _probes(found, families, "sequences", counts, skipped, cfg)
 
 
@@ -118,7 +120,8 @@ def probe_documents(
     chosen, skipped = choose_documents(corpus, cfg)
     read = reader.read(corpus.texts, chosen, families, cfg.seed, progress)
     found = _tell_documents(read.coder, read.number, corpus, cfg, progress)
-    counts = {"documents": len(read.number), **corpus.counts, **read.counts}
+    counts = {"classes": _classes(found), "documents": len(read.number)}
+    counts |= {**corpus.counts, **read.counts}
     return _probes(found, families, "documents", counts, skipped, cfg)
 
 
@@ -143,8 +146,7 @@ def _tell_documents(
             findings, probes = score_probes(tables, tasks, cfg, tick)
             along = [fit_all(tables[RAW][task.train], task.train_y) for task in pairs]
             findings.pairs.extend(task.name for task in pairs[::3])
-            for name, sae in coder.saes[hook].items():
-                decoder = sae.W_dec.detach().double().cpu().numpy()
+            for name, decoder in coder.decoders(hook):
                 removal = Removal(tables[RAW], tables[name], decoder, tasks.tasks, probes[RAW])
                 findings.scores[name] |= targeted(removal, tasks, cfg.ablated)
                 if pairs:
@@ -169,7 +171,7 @@ def probe(
     are token tasks by rule. `.hooks[hook].accuracy("sae", k)` is by task; `.record` has intervals and comparisons.
     Raises UserError for another width, labels of one class or of another number, or too little data.
     """
-    family = EvaluatedSaes({"sae": sae} if isinstance(sae, SparseAutoencoder) else dict(sae))
+    family = EvaluatedSaes({SINGLE: sae} if isinstance(sae, SparseAutoencoder) else dict(sae))
     if labels is None:
         source = acts if isinstance(acts, HeldOut) else open_source(acts)
         if len(source.hooks) != 1:
@@ -189,7 +191,12 @@ def probe(
         pool = scipy.sparse.kron(scipy.sparse.eye_array(len(number)), np.full((1, each), 1 / each))
         coder.add({"acts": rows.take(index)}, pool.tocsr().astype(np.float32))
     found = _tell_documents(coder, chosen, corpus, cfg, progress)
-    return _probes(found, families, "rows", {"rows": len(chosen)}, skipped, cfg)
+    counts = {"classes": _classes(found), "rows": len(chosen)}
+    return _probes(found, families, "rows", counts, skipped, cfg)
+
+
+def _classes(found: dict[str, ProbeFindings]) -> int:
+    return len(next(iter(found.values())).tasks)
 
 
 def rule_tasks(read: LabelledTokens, cfg: ProbeConfig) -> tuple[TaskSet, dict[str, str]]:
@@ -197,7 +204,7 @@ def rule_tasks(read: LabelledTokens, cfg: ProbeConfig) -> tuple[TaskSet, dict[st
     sequences, unit = np.unique(read.seq, return_inverse=True)
     test_side = unit >= len(sequences) // 2
     tasks, skipped = [], {}
-    for name, own in zip(RULES, read.labels, strict=True):
+    for name, own in read.labels.items():
         rng = np.random.default_rng(seed_for(cfg.seed, "probe", name))
         sides = []
         for side in (~test_side, test_side):
@@ -275,8 +282,8 @@ def choose_documents(
     rng = np.random.default_rng(seed_for(cfg.seed, "choose documents"))
     cells: dict[tuple[str, str], list[int]] = {}
     second = corpus.beside or [""] * len(corpus.labels)
-    for i, cell in enumerate(zip(corpus.labels, second, strict=True)):
-        cells.setdefault(cell, []).append(i)
+    for i, (name, other) in enumerate(zip(corpus.labels, second, strict=True)):
+        cells.setdefault((str(name), str(other)), []).append(i)
     chosen = [
         rng.permutation(rows)[: cfg.documents]
         for (name, _), rows in sorted(cells.items())
@@ -310,7 +317,7 @@ def spurious_tasks(
     """
     if corpus.beside is None:
         return []
-    pairs = [(corpus.labels[i], corpus.beside[i]) for i in number.tolist()]
+    pairs = [(str(corpus.labels[i]), str(corpus.beside[i])) for i in number.tolist()]
     rng = np.random.default_rng(seed_for(cfg.seed, "spurious"))
     cells: dict[tuple[str, str], np.ndarray] = {}
     for cell in sorted(set(pairs)):
@@ -361,30 +368,36 @@ def _probes(
 ) -> Probes:
     hooks = {}
     for hook, findings in found.items():
-        entries = {name: _entry(findings, name, unit, cfg) for name in findings.scores}
-        members = families[hook].saes
+        members = list(families[hook].saes)
+        lines = _compared(findings, families[hook].twins, members, unit, cfg)
+        entries = {name: _entry(findings, name, cfg) for name in findings.scores}
+        for name in members:
+            for key, score in entries[name]["summary"].items():
+                score["told_from_random"] = all(
+                    line["low"] is not None and (line["low"] > 0 or line["high"] < 0)
+                    for line in lines
+                    if (line["a"], line["b"], line["metric"]) == (name, FLOOR, key)
+                )
         hooks[hook] = {
             "tasks": findings.tasks,
             "letters": findings.letters,
             "pairs": findings.pairs,
             "members": {name: entries[name] for name in members},
-            "controls": {name: entries[name] for name in (CONTROL, RAW)},
-            "comparisons": _compared(findings, families[hook].twins, list(members), unit, cfg),
+            "controls": {name: entries[name] for name in (FLOOR, RAW)},
+            "comparisons": lines,
         }
-    record = {"hooks": hooks, "unit": unit, "counts": counts, "skipped": skipped}
+    keys = {key: None for findings in found.values() for key in findings.scores[FLOOR]}
+    names = glossary(numbered(keys))
+    record = {"hooks": hooks, "counts": counts, "skipped": skipped, "glossary": names}
     return Probes(found, finite(record | {"config": cfg.to_dict()}))
 
 
-def _entry(findings: ProbeFindings, name: str, unit: str, cfg: ProbeConfig) -> Json:
-    scores, floor = findings.scores[name], findings.scores[CONTROL]
-    out = {}
-    for key, score in scores.items():
-        out[key] = summary(score, cfg) | {"by_task": score.by_task.tolist()}
-        if name not in (CONTROL, RAW):
-            gaps = differences(score, floor[key], unit, cfg).values()
-            sure = [gap.low is not None and (gap.low > 0 or (gap.high or 0) < 0) for gap in gaps]
-            out[key]["told_from_random"] = all(sure)
-    return {"summary": out, "latents": findings.latents[name].tolist()}
+def _entry(findings: ProbeFindings, name: str, cfg: ProbeConfig) -> Json:
+    scores = {
+        key: summary(score, cfg) | {"by_task": score.by_task.tolist()}
+        for key, score in findings.scores[name].items()
+    }
+    return {"summary": scores, "chosen": findings.latents[name].tolist()}
 
 
 def _compared(
@@ -396,7 +409,7 @@ def _compared(
 ) -> list[Json]:
     """Return the lines: a, b, metric (the score), over (tasks, or units), difference, low, high, effect_size, n."""
     out = []
-    for a, b in [*twins.items(), *((name, CONTROL) for name in members)]:
+    for a, b in [*twins.items(), *((name, FLOOR) for name in members)]:
         for key, score in findings.scores[a].items():
             found = differences(score, findings.scores[b][key], unit, cfg)
             for over, gap in found.items():
@@ -440,9 +453,9 @@ def probe_run(
     for family in families.values():
         for sae in family.saes.values():
             sae.to(device)
-    found = probe_families(families, source, cfg, corpus, language, progress)
-    kept = opened.has(PROBING_PART) and opened.measures(PROBING_PART)
-    record = _merged(opened.probing_record if kept else {}, found)
+    found = _probed(families, source, cfg, corpus, language, progress)
+    former = opened.probing_record if opened.has(PROBING_PART) else {}
+    record = {**former, **found}
     out = run / PROBING_PART
     with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
@@ -452,27 +465,29 @@ def probe_run(
     return record
 
 
-def probe_families(
-    families: FAMILIES,
+def probe_alone(
+    sae: SparseAutoencoder,
     source: HeldOut,
-    cfg: ProbeConfig,
+    cfg: ProbeConfig = ProbeConfig(),  # noqa: B008  (frozen)
     corpus: Corpus | None = None,
     language: LanguageModel | None = None,
     progress: Progress = quiet,
 ) -> Json:
-    """Return what `probe_run` writes, of any SAEs: {"tokens" or "documents": ..., "glossary": ...}."""
+    """Return what `probe_run` writes, of one SAE, "sae", at the one hook of its source."""
+    families = {hook: EvaluatedSaes({SINGLE: sae}) for hook in source.hooks}
+    return _probed(families, source, cfg, corpus, language, progress)
+
+
+def _probed(
+    families: FAMILIES,
+    source: HeldOut,
+    cfg: ProbeConfig,
+    corpus: Corpus | None,
+    language: LanguageModel | None,
+    progress: Progress,
+) -> Json:
+    """Return {"tokens" or "documents": the record of these members}."""
     if corpus is None:
-        return _merged({}, {TOKENS: probe_tokens(families, source, cfg, progress).record})
+        return {TOKENS: probe_tokens(families, source, cfg, progress).record}
     reader = document_reader(source, list(families), language, cfg)
-    found = probe_documents(families, reader, corpus, cfg, progress)
-    return _merged({}, {DOCUMENTS: found.record})
-
-
-def _merged(former: Json, found: Json) -> Json:
-    """Return a record of both, with the glossary of their scores."""
-    kinds = {k: v for k, v in (former | found).items() if k in (TOKENS, DOCUMENTS)}
-    entries = [
-        e for k in kinds.values() for h in k["hooks"].values() for e in h["members"].values()
-    ]
-    keys = dict.fromkeys(key for entry in entries for key in entry["summary"])
-    return {**kinds, "glossary": glossary(numbered(keys))}
+    return {DOCUMENTS: probe_documents(families, reader, corpus, cfg, progress).record}
