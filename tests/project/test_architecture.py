@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "wsae"
 SOURCES = sorted(SRC.rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 700, 60
-FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 230, 27.4, 0, 0, 0
-"""Ratchets: they only go down."""
+FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 234, 27.0, 0, 0, 0
+"""Ratchets: they only go down, but for the files of a new subject."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
 IGNORES, SKIPS = 1, 14
 """Ratchets: how many `type: ignore` (src) and unconditional or conditional skips (tests) there may be."""

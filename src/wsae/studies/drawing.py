@@ -139,6 +139,28 @@ _SHIFTS = (0.0, -1.1, 1.1, -2.2, 2.2, -3.3, 3.3, -4.4, 4.4)
 """Where a name may stand beside its point, in lines above it."""
 
 
+def forest_figure(panels: Sequence[dict[str, Any]], path: Path) -> list[Path]:
+    """Draw panels (title, lines) side by side, a row for each line's name: its points, its mean and interval.
+
+    A line has `name`, `points`, `mean` (value, low, high) and `sure`, which gives it the stronger colour. `path` is
+    without suffix; PNG and SVG are written. Raises UserError when matplotlib is not installed.
+    """
+    names = [line["name"] for line in panels[0]["lines"]]
+    figure = new_figure(4.6 * len(panels), 0.3 * len(names) + 1.1)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        ax.axvline(0, color="0.6", linewidth=0.8)
+        for place, line in enumerate(panel["lines"]):
+            mean, colour = line["mean"], "#b3261e" if line["sure"] else "#1f4e79"
+            ax.scatter(line["points"], [place] * len(line["points"]), s=9, color="0.7", zorder=2)
+            if mean.low is not None:
+                ax.plot([mean.low, mean.high], [place, place], color=colour, linewidth=2, zorder=3)
+            ax.scatter([mean.value], [place], s=26, color=colour, zorder=4)
+        ax.set_title(panel["title"], loc="left", fontsize=10)
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+    return save_figure(figure, path)
+
+
 def scatter_figure(panels: Sequence[dict[str, Any]], path: Path, columns: int = 3) -> list[Path]:
     """Draw panels side by side: lines first, then a named point with its interval for each member; returns both paths.
 

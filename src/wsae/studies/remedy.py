@@ -22,7 +22,7 @@ from wsae.evals.probing.config import ProbeConfig
 from wsae.evals.probing.reading import RAW
 from wsae.evals.probing.run import TOKENS, probe_run
 from wsae.run import Run
-from wsae.studies.drawing import panels_figure
+from wsae.studies.drawing import forest_figure
 from wsae.studies.engine import Stage, StudyRun, markdown
 from wsae.studies.results import Mean, Row, Table, cell, mean_interval, select, span
 from wsae.studies.tables.config import STAGES
@@ -34,6 +34,7 @@ ALL = ("probe_1", "probe_16", "fvu", "dead_frac")
 """What is compared: probes in points (accuracy in %), FVU, and the dead share in points."""
 LEVEL = 0.05
 """Of all arms together."""
+UNSURE = "no difference shown"
 WORSE_FVU, MORE_DEAD = 1.1, 1.0
 """The largest ratio of plain FVU, and the largest gain in dead latents (points), of an arm that helps."""
 
@@ -103,21 +104,20 @@ class RemedyStudy(TableStudy):
         }
 
     def draw(self, rows: list[Row], out: Path) -> list[Path]:
-        """Draw each arm's difference of the primary measure, and of FVU, at every block."""
-        hooks, names = self.cfg.plan.hooks, arm_names(rows)
-        panels = []
-        for key, label in ((PRIMARY, "points above plain, 1 latent"), ("fvu", "FVU above plain")):
-            series = []
-            for name in names:
-                found = [(i, by_hook(rows, hook, name, key)) for i, hook in enumerate(hooks)]
-                kept = [(i, mean_interval(values)) for i, values in found if values]
-                line = {"method": name, "levels": [i for i, _ in kept]}
-                line |= {part: [getattr(m, part) for _, m in kept] for part in ("low", "high")}
-                series.append(line | {"mean": [m.value for _, m in kept]})
-            ticks = [hook.removeprefix("layers.") for hook in hooks]
-            about = {"title": label, "ylabel": label, "ticks": ticks}
-            panels.append(about | {"series": series})
-        return panels_figure(panels, out / "remedies", "block", 2)
+        """Draw each arm's difference from plain: its mean over the blocks with its interval, and every block."""
+        hooks, panels = self.cfg.plan.hooks, []
+        arms = sorted(judged_arms(rows, hooks), key=lambda arm: arm.differences[PRIMARY].value)
+        for key, label in ((PRIMARY, "1 latent, points"), ("probe_16", "16 latents, points")):
+            lines = []
+            for arm in arms:
+                mean, blocks = arm.differences[key], []
+                for hook in hooks:
+                    if values := by_hook(rows, hook, arm.name, key):
+                        blocks.append(float(np.mean(values)))
+                sure = arm.verdict != UNSURE
+                lines.append({"name": arm.name, "points": blocks, "mean": mean, "sure": sure})
+            panels.append({"title": f"{label} above plain", "lines": lines})
+        return forest_figure(panels, out / "remedies")
 
 
 class Arm(Config):
@@ -167,7 +167,7 @@ def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
         n, spread = len(found[name][PRIMARY]), float(np.std(found[name][PRIMARY], ddof=1))
         seen = float(stats.t.ppf(1 - LEVEL / 2, n - 1) + stats.t.ppf(0.8, n - 1)) * spread / n**0.5
         ratio = float(np.mean([*_ratios(rows, hooks, name)]))
-        verdict = "no difference shown"
+        verdict = UNSURE
         if corrected < LEVEL and means[PRIMARY].value < 0:
             verdict = "hurts"
         elif corrected < LEVEL:
