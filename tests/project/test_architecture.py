@@ -13,6 +13,7 @@ import pytest
 
 import wsae
 from wsae.cli import table
+from wsae.cli.toy import NoiseFlags
 from wsae.core.config import Config
 from wsae.studies.figures import Panel
 
@@ -210,8 +211,8 @@ def configs() -> list[type[Config]]:
     return sorted(set(found), key=lambda kind: (kind.__module__, kind.__name__))
 
 
-WRITTEN_WHOLE = {Panel}
-"""Results in the form of a Config: people and files get them, field by field or not."""
+WRITTEN_WHOLE = {Panel, NoiseFlags}
+"""Results in the form of a Config, which people and files get field by field or not, and flags handed on whole."""
 
 
 def test_every_config_field_is_read_somewhere():

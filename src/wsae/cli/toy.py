@@ -81,13 +81,13 @@ class NoiseFlags(Config):
     noise: Literal["none", "isotropic", "anisotropic", "low_rank"] = "none"
     """Gaussian noise on x_p: alike in all directions, growing along the dimensions, or in few directions."""
     noise_level: MaybeNumber = None
-    """Power of the noise over that of the signal; none means 0.1."""
+    """Power of the noise over that of the signal; default: 0.1."""
     noise_spread: MaybeNumber = None
-    """anisotropic: standard deviation in the last dimension over that in the first; none means 10."""
+    """anisotropic: standard deviation in the last dimension over that in the first; default: 10."""
     noise_rank: MaybeCount = None
-    """low_rank: number of loud directions; none means 2."""
+    """low_rank: number of loud directions; default: 2."""
     noise_floor: MaybeNumber = None
-    """low_rank: share of the power that is spread over all directions; none means 0.1."""
+    """low_rank: share of the power that is spread over all directions; default: 0.1."""
 
     def chosen(self) -> dict[str, Any]:
         """Return the noise as values; raises UserError for a flag that this kind does not take."""

@@ -57,10 +57,7 @@ RULES: dict[str, GammaConfig] = {
 
 
 def weights_of(W_p: Float[Tensor, "d_in n"], rule: str | GammaConfig) -> Weights:
-    """Return gamma of a rule for iid features: Cov(x_p) = W_p W_p^T up to a factor that normalisation removes.
-
-    A string names one of RULES.
-    """
+    """Return gamma of a rule, or a name in RULES, for iid features: Cov(x_p) = W_p W_p^T up to a normalised factor."""
     cfg, matrix = RULES[rule] if isinstance(rule, str) else rule, check_W_p(W_p)
     G = matrix @ matrix.T
     if cfg.rule in ("gap", "whiten"):
