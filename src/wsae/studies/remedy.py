@@ -258,7 +258,14 @@ def _like(rows: torch.Tensor, *what: object) -> torch.Tensor:
 
 def arm_table(arms: Sequence[Arm]) -> Table:
     """Return the arms with their differences, p-values and verdicts, best first."""
-    header = ["arm", "1 latent, points", "corrected p", "seen at 80 %", "16 latents", "FVU, ratio"]
+    header = [
+        "arm",
+        "1 latent, points",
+        "corrected p (alone)",
+        "seen at 80 %",
+        "16 latents",
+        "FVU, ratio",
+    ]
     rows = []
     for arm in sorted(arms, key=lambda arm: -arm.differences[PRIMARY].value):
         d = arm.differences
@@ -266,7 +273,7 @@ def arm_table(arms: Sequence[Arm]) -> Table:
             [
                 arm.name,
                 f"{d[PRIMARY].value:+.1f}{span(d[PRIMARY], 1.0, '+.1f')}",
-                f"{arm.corrected:.3g}",
+                f"{arm.corrected:.2g} ({arm.p:.2g})",
                 f"{arm.detectable:.1f}",
                 f"{d['probe_16'].value:+.1f}{span(d['probe_16'], 1.0, '+.1f')}",
                 f"{arm.fvu_ratio:.2f}",
