@@ -18,7 +18,9 @@ from wsae.kernels import select_batch_topk, select_group_topk, select_topk, spar
 from wsae.kernels import update as twin
 from wsae.kernels.sparse import Plan
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE
-from wsae.train import gpu
+from wsae.sae.precondition import Preconditioner
+from wsae.stats import Covariance
+from wsae.train import gpu, state
 from wsae.train import step as dispatch
 from wsae.train.checkpoint import member_tensors, set_member_tensors
 from wsae.train.config import MemberConfig, TrainConfig
@@ -59,6 +61,7 @@ TWINS = {
 def twins(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, function in TWINS.items():
         monkeypatch.setattr(gpu, name, function)
+    monkeypatch.setattr(state, "LOOKED_AT", 1)  # every row, as autograd's step does
 
 
 @pytest.fixture
@@ -94,6 +97,10 @@ def member_of(run: TrainConfig, dead: bool = False) -> MemberState:
     for parameter in sae.parameters():
         noise = 0.1 * torch.randn(parameter.shape, generator=g)
         parameter.data += noise if parameter is not sae.W_dec or sae.cfg.tied else 0.0
+    if cfg := run.members[0].precondition:
+        seen = Covariance(D_IN)
+        seen.update(rows(0, 500))
+        member.inside = Preconditioner.of(cfg, seen).to(member.mean)
     if dead:
         member.dead = torch.rand(D_SAE, generator=g) < 0.3
     return member
@@ -118,6 +125,7 @@ KINDS = {
     "l0": {"l0": 0.01},
     "variance": {"gamma": {"rule": "variance"}},
     "whiten": {"gamma": {"rule": "whiten"}},
+    "whitened input": {"precondition": {"kind": "whiten", "power": 0.5}},
     "latent variance": {"gamma": {"rule": "latent_variance"}},
     "l1": {"l1": 0.05},
     "group": {"activation": {"kind": "group_topk", "k": 4}},
