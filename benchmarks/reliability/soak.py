@@ -43,7 +43,8 @@ def data(path: Path) -> Path:
 
 def train(array: Path, out: Path, steps: int) -> list[str]:
     """Return the command that makes a number of steps."""
-    words = {"--d-sae": D_SAE, "--k": K, "--batch-size": BATCH, "--tokens": steps * BATCH}
+    words = {"--d-sae": D_SAE, "--k": K, "--batch-size": BATCH, "--alpha": 1}
+    words["--tokens"] = steps * BATCH
     flags = [str(word) for pair in words.items() for word in pair]
     return [*WSAE, "train", str(array), "--out", str(out), "--device", "cpu", *flags]
 

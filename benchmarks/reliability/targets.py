@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks.reliability.common import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ("--d-sae", "24", "--k", "4", "--batch-size", "64", "--tokens", "1280")
+TRAIN = ("--d-sae", "24", "--k", "4", "--batch-size", "64", "--tokens", "1280", "--alpha", "1")
 HARVEST = (
     *("--hook", "layers.1", "--tokens", "600", "--heldout-tokens", "600", "--seq-len", "32"),
     *("--shard-tokens", "300", "--batch-seqs", "4"),

@@ -74,7 +74,20 @@ def commands(at: Path) -> dict[str, list[str]]:
             *("--shard-tokens", str(SHARDS), "--batch-seqs", "4"),
         ],
         "train": [
-            *("train", store, "--out", run, "--d-sae", "48", "--k", "4", "--batch-size", "64"),
+            *(
+                "train",
+                store,
+                "--out",
+                run,
+                "--d-sae",
+                "48",
+                "--k",
+                "4",
+                "--batch-size",
+                "64",
+                "--alpha",
+                "1",
+            ),
             *("--tokens", str(64 * STEPS), "--resume"),
         ],
         "evaluate": [

@@ -37,7 +37,7 @@ def place(tmp_path_factory) -> Path:
     words += ["--seq-len", "32", "--tokens", "1500", "--heldout-tokens", "700", "--device", "cpu"]
     assert main([*words, "--out", str(place / "acts")]) == 0
     words = ["train", str(place / "acts"), "--k", "3", "--expansion", "2", "--batch-size", "64"]
-    words += ["--tokens", "3200", "--device", "cpu", "--out", str(place / "run")]
+    words += ["--tokens", "3200", "--device", "cpu", "--out", str(place / "run"), "--alpha", "1"]
     assert main(words) == 0
     return place
 

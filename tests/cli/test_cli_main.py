@@ -50,6 +50,7 @@ def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run made by the command in a process of its own, and what it said."""
     array = write_array(tmp_path_factory.mktemp("trained"))
     words = ["--k", "2", "--expansion", "2", "--batch-size", "128", "--tokens", "640", "--json"]
+    words += ["--alpha", "1"]
     return array, wsae("train", str(array), "--out", str(array.parent / "run"), *words)
 
 

@@ -11,7 +11,8 @@ import torch
 from wsae.doctor.cost import check_covariance, kernels_of, memory, parameters
 from wsae.kernels.native import why_not
 from wsae.sae import SAEConfig, SparseAutoencoder, TopK
-from wsae.sae.config import GammaConfig, JumpReLU
+from wsae.sae.config import GammaConfig, JumpReLU, PreconditionConfig
+from wsae.train.config import MemberConfig
 
 SCRIPT = """
 import json, sys, tempfile
@@ -102,10 +103,15 @@ def test_compiled_members_step_side_by_side_and_eager_ones_in_turn():
 
 def test_a_covariance_needs_more_rows_than_dimensions():
     x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
-    whiten = [GammaConfig(rule="whiten"), GammaConfig(rule="variance")]
-    assert check_covariance("h", x, [GammaConfig(rule="variance")], 10) == []
+    variance, whiten = (
+        MemberConfig(gamma=GammaConfig(rule=rule)) for rule in ("variance", "whiten")
+    )
+    mapped = MemberConfig(precondition=PreconditionConfig(kind="whiten"))
+    assert check_covariance("h", x, [variance], 10) == []
+    (found,) = check_covariance("h", x, [variance, mapped], 1000)
+    assert found.name == "covariance for precondition whiten at h"
     for rows, status in ((40, "fail"), (41, "warn"), (399, "warn"), (400, "ok"), (10**9, "ok")):
-        (found,) = check_covariance("h", x, whiten, rows)
+        (found,) = check_covariance("h", x, [whiten, variance], rows)
         assert found.status == status
         assert "whiten at h" in found.name
     assert "131,072 rows" in found.value  # no more are used, however many there are

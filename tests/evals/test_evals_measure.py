@@ -14,7 +14,7 @@ from wsae.evals.compare import member_metrics
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL, fit_scale, random_control
 from wsae.evals.data import MatrixRows
-from wsae.evals.glossary import COMPARED, MATCHING, METRICS, glossary
+from wsae.evals.glossary import COMPARED, MATCHING, METRICS, PROBES, glossary
 from wsae.evals.measure import (
     EvaluatedSaes,
     HeldOutPositions,
@@ -333,11 +333,11 @@ def test_the_glossary_names_what_is_emitted():
 
 def test_the_docs_list_every_metric_with_its_formula():
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().replace("\\|", "|")
-    for key, entry in glossary(METRICS, MATCHING).items():
+    for key, entry in glossary(METRICS, MATCHING, PROBES).items():
         row = [
             key.join("``"),
             *(entry[field] for field in ("name", "formula", "direction", "unit")),
         ]
         assert f"| {' | '.join(row)} |" in text, key
     listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
-    assert listed == [*METRICS, *MATCHING], "nothing else is listed, in the same order"
+    assert listed == [*METRICS, *MATCHING, *PROBES], "nothing else is listed, in the same order"

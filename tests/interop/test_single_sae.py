@@ -220,6 +220,15 @@ def test_classes_are_scored_for_one_sae_too(tmp_path, acts, capsys):
     assert Path(told(capsys, ["report", str(tmp_path / "mine")])["report"]).is_file()
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C is heard, though a shell's background job, as the suite may be, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_leaves_what_was_measured_before(tmp_path, acts, capsys, monkeypatch):
     place = tmp_path / "mine"
     wsae.Run.of_sae(make("relu", d_in=6), place)

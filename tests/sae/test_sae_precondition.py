@@ -277,7 +277,7 @@ def test_a_pilot_finds_the_noisy_dimensions_and_round_two_looks_again() -> None:
     z = (torch.rand(6000, 12, generator=g) < 0.1) * torch.rand(6000, 12, generator=g) * 5
     noise = torch.tensor([0.05] * 6 + [1.0] * 6) * torch.randn(6000, 12, generator=g)
     x = z @ torch.nn.functional.normalize(torch.randn(12, 12, generator=g)) + noise
-    members = [wsae.Member(gamma="residual", rounds=r, k=2, d_sae=24, lr=1e-2) for r in (1, 2)]
+    members = [wsae.Member(gamma="residual", rounds=r, k=2, d_sae=24, lr=1e-2) for r in (None, 2)]
     found = wsae.fit_family(x, members, tokens=40_000, batch_size=200)
     for sae in found.saes:
         assert float(sae.gamma[:6].min()) > 1.2 * float(sae.gamma[6:].max())

@@ -58,8 +58,8 @@ class GammaConfig(Config):
     ridge: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """For the rules whiten, residual and residual_covariance: added to every eigenvalue (residual: to every variance),
     as a share of their mean; default: 0.01."""
-    rounds: int = Field(default=1, ge=1, le=2)
-    """For the residual rules, 2: what an SAE with the weights of round 1 leaves gives the weights."""
+    rounds: int | None = Field(default=None, ge=1, le=2)
+    """For the residual rules: 2 lets what an SAE with the weights of round 1 leaves give the weights; default: 1."""
 
     @model_validator(mode="after")
     def _vector_goes_with_rule(self) -> "GammaConfig":
@@ -73,7 +73,7 @@ class GammaConfig(Config):
     def _whiten_has_a_ridge_and_no_robust(self) -> "GammaConfig":
         if self.rule != "whiten" and not self.needs_pilot and self.ridge is not None:
             raise ValueError(f"a ridge belongs to the rule 'whiten', not to '{self.rule}'")
-        if self.rounds > 1 and not self.needs_pilot:
+        if self.rounds == 2 and not self.needs_pilot:
             raise ValueError(f"rounds belong to the residual rules, not to '{self.rule}'")
         if self.rule == "residual_covariance" and self.robust != "none":
             raise ValueError(
@@ -110,7 +110,7 @@ class GammaConfig(Config):
         parts = [self.rule.replace("_", "-"), f"a{self.alpha:g}"]
         parts += [self.robust] if self.robust != "none" else []
         parts += [f"ridge{self.ridge:g}"] if self.ridge is not None else []
-        parts += [f"rounds{self.rounds}"] if self.rounds > 1 else []
+        parts += ["rounds2"] if self.rounds == 2 else []
         parts += [f"norm-{self.normalise}"] if self.normalise != "rms" else []
         return "-".join(parts)
 

@@ -242,10 +242,12 @@ def describe_gamma(
         "effective_dimensions": effective_dimensions(gamma),
         "max_over_median": float(weight.max() / weight.median()) if weight.median() > 0 else None,
     }
-    for key in ("vector", "ridge", *(() if cfg.needs_pilot else ("rounds",))):
+    for key in ("vector", "ridge", "rounds"):
         record.pop(key)
     if cfg.rule == "whiten" or cfg.needs_pilot:
         record["ridge"] = RIDGE if cfg.ridge is None else cfg.ridge
+    if cfg.needs_pilot:
+        record["rounds"] = cfg.rounds or 1
     if cfg.rule == "gap" or cfg.robust == "drop":
         record["zero_weights"] = int((weight == 0).sum())
     if unmasked is not None:

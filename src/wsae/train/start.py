@@ -89,10 +89,10 @@ def residuals(
     asked = dict(zip(cfg.names(), cfg.members, strict=True))
     asked = {name: member for name, member in asked.items() if member.gamma.needs_pilot}
     left: dict[str, dict[str, Covariance]] = {}
-    for number in range(1, 1 + max((m.gamma.rounds for m in asked.values()), default=0)):
+    for number in range(1, 1 + max((m.gamma.rounds or 1 for m in asked.values()), default=0)):
         pilots = {}
         for name, member in asked.items():
-            if member.gamma.rounds >= number:
+            if (member.gamma.rounds or 1) >= number:
                 plain = GammaConfig() if number == 1 else member.gamma
                 pilots[name] = member.model_copy(update={"gamma": plain, "label": name})
         tokens = max(cfg.batch_size, cfg.tokens // PILOT)
