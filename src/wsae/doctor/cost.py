@@ -261,7 +261,7 @@ def seconds_per_step(
     """
     moments = Moments(x.shape[1])
     moments.update(x[:1024].cpu())
-    scale = power_of_two_scale(moments.variance)
+    scale = power_of_two_scale(moments.variance, moments.n)
     forms: dict[str, list[MemberConfig]] = {}
     for member in cfg.members:  # members of one shape take the same time
         forms.setdefault(member.sae_config(x.shape[1]).model_dump_json(), []).append(member)

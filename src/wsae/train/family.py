@@ -55,7 +55,7 @@ def inputs_of(
 ) -> Inputs:
     """Return the moments of P x. Raises UserError where there is no such P, or no covariance to make it of."""
     if cfg is None:
-        return Inputs(stats.mean, stats.variance, power_of_two_scale(stats.variance))
+        return Inputs(stats.mean, stats.variance, power_of_two_scale(stats.variance, stats.n))
     if covariance is None or covariance.d_in != stats.d_in:
         given = "none" if covariance is None else f"one of width {covariance.d_in}"
         raise UserError(
@@ -63,7 +63,7 @@ def inputs_of(
         )
     inside = Preconditioner.of(cfg, covariance)
     variance = inside.covariance(covariance.covariance).diagonal().clone()
-    scale = power_of_two_scale(variance)
+    scale = power_of_two_scale(variance, covariance.n)
     return Inputs(weigh(stats.mean, inside.map), variance, scale, inside)
 
 
@@ -108,14 +108,14 @@ def make_family(
     return FamilyState(members, record)
 
 
-def power_of_two_scale(variance: Float64[Tensor, " d_in"]) -> float:
+def power_of_two_scale(variance: Float64[Tensor, " d_in"], rows: int) -> float:
     """Return the power of two nearest the root mean variance; dividing by it makes one learning rate fit all models.
 
     A power of two, so that folding it back into the trained SAE is exact. Raises UserError on constant data.
     """
     mean = float(variance.mean())
     if mean == 0:
-        raise UserError("all activations are the same vector; there is nothing to learn")
+        raise UserError(f"all {rows} activations are the same vector; there is nothing to learn")
     return 2.0 ** round(math.log2(mean) / 2)
 
 

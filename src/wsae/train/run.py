@@ -117,7 +117,7 @@ def about(stats: dict[str, SourceStats]) -> dict[str, dict[str, int | float]]:
     """Return what a run's manifest says of each hook's activations."""
     return {
         "d_in": {hook: s.kept.d_in for hook, s in stats.items()},
-        "scale": {hook: power_of_two_scale(s.kept.variance) for hook, s in stats.items()},
+        "scale": {hook: power_of_two_scale(s.kept.variance, s.kept.n) for hook, s in stats.items()},
         "rows": {hook: s.kept.n for hook, s in stats.items()},
     }
 
