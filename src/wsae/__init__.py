@@ -12,10 +12,11 @@ from wsae.core.version import __version__
 if TYPE_CHECKING:
     from wsae.api import Family, Member, evaluate, fit, fit_family, probe, recovery
     from wsae.run import Run
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE, SparseAutoencoder
 
 _WHERE = {
     "Run": "wsae.run",
+    "SAE": "wsae.sae",
     "SparseAutoencoder": "wsae.sae",
     "fit": "wsae.api",
     "fit_family": "wsae.api",
@@ -30,6 +31,7 @@ __all__ = [
     "Family",
     "Member",
     "Run",
+    "SAE",
     "SparseAutoencoder",
     "UserError",
     "__version__",

@@ -25,7 +25,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import Language
 from wsae.evals.measure import HeldOutPositions
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 
 Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_in"]]
 """What to put in place of the kept activations (fp32 in, fp32 out)."""
@@ -196,7 +196,7 @@ def splice_sequences(tokens: TokenTable, cfg: EvalConfig) -> list[int]:
 def splice_arrays(
     language: Language,
     probed: Probed,
-    saes: dict[str, SparseAutoencoder],
+    saes: dict[str, SAE],
     mean: Float64[Tensor, " d_in"],
     sequences: list[SplicedSequence],
     cfg: EvalConfig,
@@ -208,7 +208,7 @@ def splice_arrays(
     later tokens there is no cross-entropy of the next token, which it reads; only KL.
     """
 
-    def reconstruction(sae: SparseAutoencoder) -> Replace:
+    def reconstruction(sae: SAE) -> Replace:
         return lambda x: sae(x.to(sae.W_dec.device)).to(x.device)
 
     constant = mean.float()
