@@ -10,13 +10,13 @@ forward pass first; a model that does not take it runs once per variant.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.acts.capture import replaced, rows_of, with_rows
+from wsae.acts.capture import Call, splice
 from wsae.acts.hookpoints import HookPoint, Probed
 from wsae.acts.loading import refuse_without_logits
 from wsae.acts.tokens import TokenTable
@@ -152,16 +152,15 @@ def run_variants(
 ) -> Float[Tensor, "variants length vocabulary"]:
     """Return the logits with each variant in place at `kept` of the hook's rows; None leaves them untouched."""
 
-    def swap(value: Any) -> Any:
-        hidden = rows_of(hook, value, (1, len(ids)))
+    def widened(hidden: Float[Tensor, "1 length d_in"], _call: Call) -> Tensor:
         wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
         x = hidden[0, kept].float()
         for row, replace in zip(wide, variants, strict=True):
             if replace is not None:
                 row[kept] = replace(x).to(row)
-        return with_rows(hook, value, wide)
+        return wide
 
-    with replaced(model, hook, swap):
+    with splice(model, hook, widened):
         logits = model(input_ids=ids[None], use_cache=False).logits
     if len(logits) != len(variants):
         raise RuntimeError("the hooked module's output does not reach the logits by batch row")
