@@ -131,10 +131,19 @@ COMMANDS = (
         ),
     ),
     Command(
+        "releases",
+        "published SAEs by name, as SAELens names them",
+        (
+            "wsae releases --model gemma-2-2b",
+            "wsae releases gemma-scope-2b-pt-res-canonical",
+        ),
+    ),
+    Command(
         "import",
-        "an SAE that another tool wrote, as a directory of ours",
+        "an SAE that another tool wrote or that is published, as a directory of ours",
         (
             "wsae import shared --out runs/theirs",
+            "wsae import gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical --out runs/gemma",
             "wsae import downloads/sae --format sparsify --out runs/theirs",
         ),
     ),
