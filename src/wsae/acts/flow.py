@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8, Int64
 from torch import Tensor
 
-from wsae.acts.capture import Capture, tokens
+from wsae.acts.capture import Capture, token_positions, tokens
 from wsae.acts.config import HarvestConfig
 from wsae.acts.hookpoints import probe
 from wsae.acts.language import LanguageModel
@@ -37,17 +37,17 @@ class SkipRule:
     def by_token(
         self,
         ids: Int[Tensor, "batch seq"],
-        mask: Bool[Tensor, "batch seq"],
+        positions: Int64[Tensor, "batch seq"],
         said: Bool[Tensor, "batch seq"] | None = None,
     ) -> Int8[Tensor, "batch seq"]:
-        """Return the reasons that ids, padding, position and who speaks (`said` of the roles asked for) give."""
-        reasons = torch.full(ids.shape, KEPT, dtype=torch.int8)
+        """Return the reasons that ids, positions (-1 at padding) and who speaks give: `said` of the roles asked for."""
+        reasons = torch.full(ids.shape, KEPT, dtype=torch.int8, device=ids.device)
         if said is not None:
             reasons[~said] = ROLE
-        reasons[:, : self._cfg.skip_first] = FIRST
+        reasons[positions < self._cfg.skip_first] = FIRST
         if len(self._special):
-            reasons[torch.isin(ids, self._special)] = SPECIAL
-        reasons[~mask] = PADDING
+            reasons[torch.isin(ids, self._special.to(ids.device))] = SPECIAL
+        reasons[positions < 0] = PADDING
         return reasons
 
     def calibrate(
@@ -60,7 +60,8 @@ class SkipRule:
                 "the first batch has no token to calibrate on: all are padding, special or first; "
                 "raise seq_len or lower skip_first"
             )
-        self.medians = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
+        found = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
+        self.medians = {**(self.medians or {}), **found}
 
     def by_norm(
         self, norms: Mapping[str, Float[Tensor, " tokens"]], reasons: Int8[Tensor, " tokens"]
@@ -209,7 +210,8 @@ class Flow:
         return _batched(sequences, self.cfg.batch_seqs)
 
     def _run(self, batch: tuple[TokenSequence, ...]) -> _Captured:
-        ids, mask, said = stacked(batch)
+        ids, positions, said = stacked(batch)
+        mask = positions >= 0
         lengths = mask.sum(1)
         first = self._first
         if first and torch.equal(first.ids, ids) and torch.equal(first.lengths, lengths):
@@ -220,7 +222,8 @@ class Flow:
         with running(self.hooks, self.cfg.batch_seqs * self.cfg.seq_len, _LOWER):
             acts = self.capture(ids.to(device), None if full else mask.to(device))
             flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
-        return _Captured(flat, self.rule.by_token(ids, mask, said).flatten(), ids, lengths)
+        reasons = self.rule.by_token(ids, positions, said).flatten()
+        return _Captured(flat, reasons, ids, lengths)
 
     def _step(self, batch: tuple[TokenSequence, ...], first_sequence: int) -> Step:
         acts, reasons, ids, lengths = self._run(batch)
@@ -260,10 +263,10 @@ class Flow:
 
 
 class TokenBatch(NamedTuple):
-    """Sequences of one length as tensors: ids, which are not padding, and which are of the roles asked for."""
+    """Sequences of one length as tensors: ids, positions (-1 at padding), and which are of the roles asked for."""
 
     ids: Int64[Tensor, "batch seq"]
-    mask: Bool[Tensor, "batch seq"]
+    positions: Int64[Tensor, "batch seq"]
     said: Bool[Tensor, "batch seq"] | None
 
 
@@ -272,7 +275,9 @@ def stacked(batch: Sequence[TokenSequence]) -> TokenBatch:
     ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
     mask = torch.arange(ids.shape[1]) < torch.tensor([s.length for s in batch])[:, None]
     said = [s.said for s in batch if s.said is not None]
-    return TokenBatch(ids, mask, torch.from_numpy(np.stack(said)) if said else None)
+    return TokenBatch(
+        ids, token_positions(mask), torch.from_numpy(np.stack(said)) if said else None
+    )
 
 
 def _batched(sequences: Iterator[TokenSequence], size: int) -> Iterator[tuple[TokenSequence, ...]]:

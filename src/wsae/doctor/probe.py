@@ -251,7 +251,8 @@ def probe_model(
     batch = list(itertools.islice(packer.sequences(), n_seqs))
     if not batch:
         raise UserError(f"text {cfg.text.path}: no text for training in it; give more documents")
-    ids, mask, said = stacked(batch)
+    ids, positions, said = stacked(batch)
+    mask = positions >= 0
     capture = Capture(language.model, hooks)
     where = language.device
     capture(ids[:1].to(where), mask[:1].to(where))  # the first pass pays for set-up
@@ -261,7 +262,7 @@ def probe_model(
     }
     speed = ids.numel() / (time.perf_counter() - start)
     rule = SkipRule(cfg, language.tokenizer.all_special_ids)
-    reasons = rule.by_token(ids, mask, said).flatten()
+    reasons = rule.by_token(ids, positions, said).flatten()
     norms = {hook: value.flatten(0, 1).norm(dim=1).nan_to_num(0.0) for hook, value in x.items()}
     rule.calibrate(norms, reasons)
     return Probe(x, (rule.by_norm(norms, reasons) == KEPT).view(ids.shape), speed)
