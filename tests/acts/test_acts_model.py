@@ -787,7 +787,10 @@ CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}</s>\n{% endfor %}"
 )
-TRIMMED = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{% if not loop.last %} ;; {% endif %}{% endfor %}"
+TRIMMED = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}"
+    "{% if not loop.last %} ;; {% endif %}{% endfor %}"
+)
 MERGED = (  # the system's words stand before the last user's, and old thoughts are not written
     "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] {% if messages[0].role == 'system' "
     "and loop.index >= loop.length - 1 %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
