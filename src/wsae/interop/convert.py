@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from wsae.core.artifact import (
+    CONFIG,
     MANIFEST,
     MEMBERS,
+    PROVENANCE,
     Manifest,
     begun,
     free,
@@ -23,14 +25,14 @@ from wsae.core.artifact import (
     write_manifest,
 )
 from wsae.core.errors import UserError, nearest
-from wsae.core.files import read_json
+from wsae.core.files import read_json, sha256_file
 from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import FormatName, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
 from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
-from wsae.interop.saelens import SAELENS
+from wsae.interop.saelens import SAELENS, SCALER
 from wsae.interop.sparsify import SPARSIFY
 from wsae.sae.config import Provenance, SAEConfig
 from wsae.sae.model import SAE, WEIGHTS
@@ -134,6 +136,17 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     if not isinstance(told, dict):
         raise UserError(f"{place / MANIFEST}: lacks the provenance (altered); export it again")
     return Loaded(sae, Provenance.parse(told, where=str(place / MANIFEST)), kind.name)
+
+
+def contents(place: Path) -> dict[str, str]:
+    """Return the digest of each file that decides what `load` makes of a folder or a file, by its name."""
+    folder = _folder(place)
+    if folder.is_file():
+        return {folder.name: sha256_file(folder)}
+    names = {MANIFEST, SIDE, WEIGHTS, PROVENANCE, CONFIG, SCALER}
+    names |= {name for kind in READERS.values() for name in kind.files if name}
+    there = [name for name in sorted(names) if (folder / name).is_file()]
+    return {name: sha256_file(folder / name) for name in there}
 
 
 def readable(place: Path) -> bool:
