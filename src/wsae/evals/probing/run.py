@@ -431,7 +431,7 @@ def document_reader(
             "labelled text is read by the model behind the data, and these are arrays or of images; give a store "
             "harvested from text with --source"
         )
-    own = {"hooks": tuple(hooks), "seq_len": cfg.context, "pack": False}
+    own = {"hooks": tuple(hooks), "seq_len": cfg.context, "pack": False, "roles": None}
     return DocumentReader(made.model_copy(update=own), language, medians)
 
 
