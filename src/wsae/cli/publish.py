@@ -1,5 +1,6 @@
 """`wsae publish`: an SAE's latents to Neuronpedia, or the files that it and SAEDashboard read."""
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,12 +53,15 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Write or send one SAE's latents, and return what was done and how many were left out."""
     from wsae.interop.runs import choose
     from wsae.serve.neuronpedia import source_of
-    from wsae.serve.upload import opened
 
     (chosen,) = choose(flags.run, flags.member, flags.hook)
     source = source_of(chosen.about, flags.model_id, flags.set)
     if flags.dry_run:
         return _publish(flags, ui, chosen, source, None)
+    if importlib.util.find_spec("httpx") is None:
+        raise UserError("httpx is not installed; pip install 'wsae[interp]'")
+    from wsae.serve.upload import opened
+
     with opened(flags.url, note=ui.note) as site:  # no key: said before any work
         return _publish(flags, ui, chosen, source, site)
 
