@@ -26,7 +26,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from wsae import SparseAutoencoder
+from wsae import SAE
 from wsae.acts.source import open_source
 from wsae.evals.measure import EvaluatedSaes, first_rows
 from wsae.evals.probing.config import ProbeConfig
@@ -126,9 +126,7 @@ def theirs(sae: SAEBenchSAE, halves: list[dict], args: argparse.Namespace, modul
     return out
 
 
-def ours(
-    sae: SparseAutoencoder, halves: list[dict], args: argparse.Namespace, probes: dict
-) -> dict:
+def ours(sae: SAE, halves: list[dict], args: argparse.Namespace, probes: dict) -> dict:
     """Return the same by us; `probes` are those on the activations."""
     out: dict[str, Any] = {"s": {}}
     coder = Coder({"hook": EvaluatedSaes({"sae": sae})}, 0)
@@ -185,7 +183,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     (hook,) = [p.name for p in (args.run / "members").iterdir() if args.hook in (None, p.name)]
-    sae = SparseAutoencoder.load(args.run / "members" / hook / args.member)
+    sae = SAE.load(args.run / "members" / hook / args.member)
     if args.rules is not None:
         family, source = {hook: EvaluatedSaes({"sae": sae})}, open_source(args.source)
         found, s = timed(lambda: probe_tokens(family, source, ProbeConfig(tokens=args.rules)))

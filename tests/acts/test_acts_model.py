@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from wsae.acts.capture import Capture, splice, tokens
+from wsae.acts.capture import Capture, splice, token_positions, tokens
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import REASONS, SkipRule, count_reasons
 from wsae.acts.hooknames import HookPlace, among, canonical_names, hook_name, match
@@ -166,9 +166,9 @@ def test_splicing_the_same_values_changes_nothing_and_zeros_do(language):
     ids = some_ids()
     with torch.no_grad():
         before = language.model(input_ids=ids).logits
-        with splice(language.model, "layers.1", lambda x: x):
+        with splice(language.model, "layers.1", lambda x, _: x):
             same = language.model(input_ids=ids).logits
-        with splice(language.model, "layers.1", torch.zeros_like):
+        with splice(language.model, "layers.1", lambda x, _: torch.zeros_like(x)):
             zeroed = language.model(input_ids=ids).logits
         after = language.model(input_ids=ids).logits
     assert torch.equal(same, before)
@@ -181,7 +181,7 @@ def test_splicing_a_last_layer_gives_the_head_of_the_new_values(language):
     new = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1))
     norm = getattr(model.base_model, "norm", None) or model.base_model.final_layer_norm
     with torch.no_grad():
-        with splice(model, f"layers.{LAYERS - 1}", lambda _: new):
+        with splice(model, f"layers.{LAYERS - 1}", lambda _x, _c: new):
             got = model(input_ids=some_ids()).logits
         torch.testing.assert_close(got, model.get_output_embeddings()(norm(new)))
 
@@ -189,7 +189,7 @@ def test_splicing_a_last_layer_gives_the_head_of_the_new_values(language):
 def test_splice_refuses_an_ambiguous_name(language):
     with (
         pytest.raises(UserError, match="names 3 modules"),
-        splice(language.model, "layers.*", lambda x: x),
+        splice(language.model, "layers.*", lambda x, _: x),
     ):
         pass
 
@@ -447,7 +447,7 @@ def test_the_activation_is_found_in_what_a_module_gives_and_put_back_there(wrap)
     (hook,) = probe(model, ["odd"], tokens()).hooks
     ids = few_ids()
     torch.testing.assert_close(Capture(model, [hook])(ids)["odd"], model.table(ids))
-    with torch.no_grad(), splice(model, hook, lambda x: x + 1):
+    with torch.no_grad(), splice(model, hook, lambda x, _: x + 1):
         out = model(input_ids=ids)
     plain = model(input_ids=ids)
     assert type(out) is type(plain)
@@ -540,18 +540,18 @@ def test_inputs_are_read_and_replaced_by_position_or_by_keyword(name):
     assert hook_of("llama", f"{name}.output").name == name
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with splice(model, f"{name}.input", lambda x: x):
+        with splice(model, f"{name}.input", lambda x, _: x):
             assert torch.equal(model(input_ids=ids).logits, plain)
-        with splice(model, f"{name}.input", lambda x: 0.5 * x + 1):
+        with splice(model, f"{name}.input", lambda x, _: 0.5 * x + 1):
             assert not torch.allclose(model(input_ids=ids).logits, plain)
 
 
 def test_replacing_a_blocks_input_is_replacing_the_output_before_it():
     model, ids = tiny("llama"), few_ids()
     with torch.no_grad():
-        with splice(model, "layers.1.input", torch.zeros_like):
+        with splice(model, "layers.1.input", lambda x, _: torch.zeros_like(x)):
             one = model(input_ids=ids).logits
-        with splice(model, "layers.0", torch.zeros_like):
+        with splice(model, "layers.0", lambda x, _: torch.zeros_like(x)):
             other = model(input_ids=ids).logits
     torch.testing.assert_close(one, other)
 
@@ -562,9 +562,9 @@ def test_splicing_the_same_rows_changes_nothing_in_any_order(kind):
     model, ids = tiny(kind), few_ids()
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with splice(model, name, lambda x: x):
+        with splice(model, name, lambda x, _: x):
             torch.testing.assert_close(model(input_ids=ids).logits, plain)
-        with splice(model, name, lambda x: torch.cat([x[:1], x[1:] + 1])):
+        with splice(model, name, lambda x, _: torch.cat([x[:1], x[1:] + 1])):
             other = model(input_ids=ids).logits
     torch.testing.assert_close(other[0], plain[0])
     assert not torch.allclose(other[1:], plain[1:])
@@ -829,7 +829,7 @@ def test_every_token_has_one_reason_by_definition(data):
     lengths = torch.tensor([data.draw(st.integers(1, seq)) for _ in range(batch)])
     ids = ids.view(batch, seq)
     rule = SkipRule(HarvestConfig(seq_len=seq, skip_first=first), special)
-    reasons = rule.by_token(ids, torch.arange(seq) < lengths[:, None])
+    reasons = rule.by_token(ids, token_positions(torch.arange(seq) < lengths[:, None]))
     for b in range(batch):
         for p in range(seq):
             expected = (

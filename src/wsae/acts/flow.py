@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int8, Int64
+from jaxtyping import Float, Int, Int8, Int64
 from torch import Tensor
 
-from wsae.acts.capture import Capture, tokens
+from wsae.acts.capture import Capture, token_positions, tokens
 from wsae.acts.config import HarvestConfig
 from wsae.acts.hookpoints import probe
 from wsae.acts.language import LanguageModel
@@ -35,14 +35,14 @@ class SkipRule:
         self.medians: dict[str, float] | None = None
 
     def by_token(
-        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+        self, ids: Int[Tensor, "batch seq"], positions: Int64[Tensor, "batch seq"]
     ) -> Int8[Tensor, "batch seq"]:
-        """Return the reasons that ids, padding and position give."""
-        reasons = torch.full(ids.shape, KEPT, dtype=torch.int8)
-        reasons[:, : self._cfg.skip_first] = FIRST
+        """Return the reasons that ids and their positions give: from the start of a sequence, -1 at padding."""
+        reasons = torch.full(ids.shape, KEPT, dtype=torch.int8, device=ids.device)
+        reasons[positions < self._cfg.skip_first] = FIRST
         if len(self._special):
-            reasons[torch.isin(ids, self._special)] = SPECIAL
-        reasons[~mask] = PADDING
+            reasons[torch.isin(ids, self._special.to(ids.device))] = SPECIAL
+        reasons[positions < 0] = PADDING
         return reasons
 
     def calibrate(
@@ -55,7 +55,8 @@ class SkipRule:
                 "the first batch has no token to calibrate on: all are padding, special or first; "
                 "raise seq_len or lower skip_first"
             )
-        self.medians = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
+        found = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
+        self.medians = {**(self.medians or {}), **found}
 
     def by_norm(
         self, norms: Mapping[str, Float[Tensor, " tokens"]], reasons: Int8[Tensor, " tokens"]
@@ -202,7 +203,9 @@ class Flow:
         with running(self.hooks, self.cfg.batch_seqs * self.cfg.seq_len, _LOWER):
             acts = self.capture(ids.to(device), None if full else mask.to(device))
             flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
-        return _Captured(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
+        return _Captured(
+            flat, self.rule.by_token(ids, token_positions(mask)).flatten(), ids, lengths
+        )
 
     def _step(self, batch: tuple[TokenSequence, ...], first_sequence: int) -> Step:
         acts, reasons, ids, lengths = self._run(batch)

@@ -111,24 +111,20 @@ def probe(model: nn.Module, patterns: Iterable[str], modality: Modality) -> Prob
     does not give the rows that its inputs want.
     """
     names = canonical_names(path for path, _ in model.named_modules())
-    config = text_config(model)
-    kind = str(getattr(config, "model_type", ""))
-    if getattr(config, "do_layer_norm_before", True) is False:  # some OPT models: not as usual
-        kind = ""
-    groups = [match(pattern, names, kind) for pattern in patterns]
+    groups = [places(model, pattern) for pattern in patterns]
     given = modality.inputs(model)
     wanted = {place for group in groups for place in group}
     passes = _Passes(model, wanted, modality)
     # full length comes first: a short input may change the model's ways for good
     long = None if given.long is None else _run_long(passes, given)
     first = passes.run(given.first)
-    places = {place for group in groups for place in _running(group, first.fired)}
-    ordered = sorted(places, key=lambda place: (natural_key(place.path), place.side))
+    running = {place for group in groups for place in _running(group, first.fired)}
+    ordered = sorted(running, key=lambda place: (natural_key(place.path), place.side))
     for place in ordered:
         _check_firings(_named(names, place), first.fired[place])
     for place in ordered:
         refuse_unloaded(model, first.fired[place][0].seen, f"hook {_named(names, place)!r}")
-    passes.places = places
+    passes.places = running
     runs = _Runs(first, passes.run(given.first), passes.run(given.changed), passes.run(given.other))
     found = _Found(given, modality, runs)
     hooks = [found.hook(_named(names, place), place) for place in ordered]
@@ -138,6 +134,15 @@ def probe(model: nn.Module, patterns: Iterable[str], modality: Modality) -> Prob
         notes += modality.length_notes(model, long.size, limit)
         _check_long(hooks, long, passes.run(long.inputs, thin=True, whole=False))
     return Probed(hooks, causal, limit, tuple(notes))
+
+
+def places(model: nn.Module, pattern: str) -> list[HookPlace]:
+    """Return the places of a model that a pattern names, whether they run or not; raises UserError as `match` does."""
+    config = text_config(model)
+    kind = str(getattr(config, "model_type", ""))
+    if getattr(config, "do_layer_norm_before", True) is False:  # some OPT models: not as usual
+        kind = ""
+    return match(pattern, [path for path, _ in model.named_modules()], kind)
 
 
 def tensor_in(value: object) -> Item:

@@ -34,7 +34,7 @@ from wsae.sae.config import Provenance
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE
 
 # `wsae evaluate` of one SAE's directory (imported, exported and back, or from the hub) instead of a
 # run's.
@@ -115,7 +115,7 @@ def evaluate_sae(
 class OpenedSae(NamedTuple):
     """One SAE and the data to measure it on."""
 
-    sae: "SparseAutoencoder"
+    sae: "SAE"
     data: "ActivationSource"
     hook: str
     ours: bool

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from wsae.acts.capture import Capture
+from wsae.acts.capture import Capture, token_positions
 from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import KEPT, SkipRule
 from wsae.acts.hookpoints import HookPoint
@@ -263,7 +263,7 @@ def probe_model(
     }
     speed = ids.numel() / (time.perf_counter() - start)
     rule = SkipRule(cfg, language.tokenizer.all_special_ids)
-    reasons = rule.by_token(ids, mask).flatten()
+    reasons = rule.by_token(ids, token_positions(mask)).flatten()
     norms = {hook: value.flatten(0, 1).norm(dim=1).nan_to_num(0.0) for hook, value in x.items()}
     rule.calibrate(norms, reasons)
     return Probe(x, (rule.by_norm(norms, reasons) == KEPT).view(ids.shape), speed)

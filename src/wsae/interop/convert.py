@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from wsae.core.artifact import (
+    CONFIG,
     MANIFEST,
     MEMBERS,
+    PROVENANCE,
     Manifest,
     begun,
     free,
@@ -23,17 +25,17 @@ from wsae.core.artifact import (
     write_manifest,
 )
 from wsae.core.errors import UserError, nearest
-from wsae.core.files import read_json
+from wsae.core.files import read_json, sha256_file
 from wsae.core.hub import local_folder
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import FormatName, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
 from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
-from wsae.interop.saelens import SAELENS
+from wsae.interop.saelens import SAELENS, SCALER
 from wsae.interop.sparsify import SPARSIFY
 from wsae.sae.config import Provenance, SAEConfig
-from wsae.sae.model import WEIGHTS, SparseAutoencoder
+from wsae.sae.model import SAE, WEIGHTS
 
 SIDE = "wsae.safetensors"
 """What an export holds that the other tool's files cannot, to the bit."""
@@ -64,7 +66,7 @@ def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
 class Loaded(NamedTuple):
     """An SAE, what is known about it, and the format it was read from ("wsae" for our own)."""
 
-    sae: SparseAutoencoder
+    sae: SAE
     about: Provenance
     format: str
 
@@ -79,7 +81,7 @@ def find(name: str, kinds: Mapping[Any, R]) -> R:
 
 
 def save(
-    sae: SparseAutoencoder,
+    sae: SAE,
     path: Path | str,
     format: str = "saelens",
     about: Provenance = Provenance(),  # noqa: B008  (frozen)
@@ -117,7 +119,7 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     place = _folder(local_folder(path))
     manifest = None if place.is_file() else _manifest(place)
     if manifest is not None and manifest.kind == "sae":
-        return Loaded(SparseAutoencoder.load(place), Provenance.of(place), "wsae")
+        return Loaded(SAE.load(place), Provenance.of(place), "wsae")
     kind = detect(place) if format == "auto" else find(format, READERS)
     foreign = kind.read(place)
     where = str(place)
@@ -134,6 +136,17 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     if not isinstance(told, dict):
         raise UserError(f"{place / MANIFEST}: lacks the provenance (altered); export it again")
     return Loaded(sae, Provenance.parse(told, where=str(place / MANIFEST)), kind.name)
+
+
+def contents(place: Path) -> dict[str, str]:
+    """Return the digest of each file that decides what `load` makes of a folder or a file, by its name."""
+    folder = _folder(place)
+    if folder.is_file():
+        return {folder.name: sha256_file(folder)}
+    names = {MANIFEST, SIDE, WEIGHTS, PROVENANCE, CONFIG, SCALER}
+    names |= {name for kind in READERS.values() for name in kind.files if name}
+    there = [name for name in sorted(names) if (folder / name).is_file()]
+    return {name: sha256_file(folder / name) for name in there}
 
 
 def readable(place: Path) -> bool:
@@ -191,7 +204,7 @@ def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder, "sae" if kind == "sae" else "export")
 
 
-def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAutoencoder:
+def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SAE:
     """Return the SAE an export was made from, bit for bit."""
     config: Any = manifest.config.get("sae")
     if not isinstance(config, dict) or SIDE not in manifest.files:
@@ -201,7 +214,7 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAu
         raise UserError(
             f"{folder / MANIFEST}: its widths are not those of the weights; export it again"
         )
-    sae = SparseAutoencoder(cfg)
+    sae = SAE(cfg)
     side = load_tensors(folder / SIDE)
     wanted = {name: getattr(named, name) for name in sae.tensors() if name in _SHARED}
     sae.set_tensors({**wanted, **side}, str(folder / SIDE))

@@ -1,16 +1,20 @@
 """Which SAEs a path names (a directory of one, a run's members, the hub), and what the run knows about them."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wsae.acts.hooknames import among
 from wsae.acts.store import Store
-from wsae.core.artifact import CONFIG, EVALUATION_PART, MANIFEST, MEMBERS
+from wsae.core.artifact import CONFIG, EVALUATION_PART, MANIFEST, MEMBERS, begun, kind_of
+from wsae.core.cache import kept
 from wsae.core.errors import UserError, nearest, understood
-from wsae.core.files import read_json
-from wsae.core.hub import local_folder
+from wsae.core.files import digest, locked_file, read_json
+from wsae.core.hub import hub_place, local_folder
+from wsae.core.version import __version__
 from wsae.interop.config import INDEX
+from wsae.interop.convert import contents, detect, load, readable
 from wsae.run import Run
 from wsae.sae.config import Provenance
 
@@ -21,6 +25,38 @@ _GAMMA = (
     *("effective_dimensions", "max_over_median", "tokens", "precondition"),
 )
 _FILES = re.compile(r"\.(jsonl|txt|parquet|npz|npy|gz|safetensors)$")
+
+
+def open_run(target: Path | str) -> Run:
+    """Return the run that a path or an address names: everything that a command takes is opened here.
+
+    A run's directory and one of ours that holds one SAE are themselves. Anything else that `wsae.interop.load` reads
+    (another tool's folder, an export, `hub:owner/name`), and an SAE that lies where nothing can be written, becomes a
+    run of one member in the cache: what is measured of it is found there again as long as its files are the same.
+    Raises UserError in one line for a path that is neither.
+    """
+    place = local_folder(target)
+    kind = kind_of(place) if place.is_dir() else None
+    here = hub_place(target) is None and os.access(place, os.W_OK)
+    if kind == "run" or (kind == "sae" and here):
+        return Run(place)
+    if kind == "sae" or readable(place):
+        return _converted(target, place)
+    if place.is_dir() and not (place / CONFIG).is_file():
+        detect(place)  # says what would be read
+    return Run(place)
+
+
+def _converted(target: Path | str, place: Path) -> Run:
+    """Return the run in the cache that an SAE of this content is, made where there is none yet."""
+    identity = {"wsae": __version__, "path": str(place.absolute()), "files": contents(place)}
+    name = re.sub(r"[^\w.-]+", "-", str(target), flags=re.ASCII).strip("-.")[-60:].lstrip("-.")
+    folder = kept("saes", f"{name}-{digest(identity)[:12]}")
+    with locked_file(folder.with_name(f".{folder.name}.lock"), wait=True):
+        if kind_of(folder) != "sae" or begun(folder, "sae"):
+            loaded = load(target)
+            return Run.of_sae(loaded.sae, folder, loaded.about)
+    return Run(folder)
 
 
 class Chosen(NamedTuple):

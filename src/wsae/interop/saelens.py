@@ -41,7 +41,7 @@ from wsae.interop.format import (
     whole,
 )
 from wsae.sae.config import Provenance, ReLU, TopK
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 VERSION = "6.54.12"
 """The SAELens whose files these are."""
@@ -53,7 +53,7 @@ _ARCHITECTURES = {
     "relu": "standard",
 }
 _TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
-_SCALER = "activation_scaler.json"
+SCALER = "activation_scaler.json"
 """Where SAELens 6 keeps the number that training multiplied activations by, beside a checkpoint."""
 _FACTORS = ("finetuning_scaling_factor", "scaling_factor")
 _RENAMED = {
@@ -131,7 +131,7 @@ _NORMALISED = {
     "layer_norm": _PER_TOKEN,
     "constant_norm_rescale": _PER_TOKEN,
     "expected_average_only_in": "activations are multiplied by one number, sqrt(d_in) / their mean norm, which is not "
-    f'in this folder; write it beside the weights into {_SCALER} as {{"scaling_factor": NUMBER}}, as SAELens 6 '
+    f'in this folder; write it beside the weights into {SCALER} as {{"scaling_factor": NUMBER}}, as SAELens 6 '
     "does, and it is folded; or give the folder of the finished SAE, into which SAELens has folded it",
     "covariance_whitening": "activations are whitened by a matrix that is not among the weights; give the folder of "
     "the finished SAE, into which SAELens has folded it",
@@ -141,9 +141,9 @@ _NORMALISED = {
 def _read(path: Path) -> Foreign:
     config = read_config(path / CONFIG)
     scale = None
-    if _normalised(config) == "expected_average_only_in" and (path / _SCALER).is_file():
-        found = read_config(path / _SCALER).get("scaling_factor")
-        scale = positive(found, "scaling_factor", path / _SCALER)
+    if _normalised(config) == "expected_average_only_in" and (path / SCALER).is_file():
+        found = read_config(path / SCALER).get("scaling_factor")
+        scale = positive(found, "scaling_factor", path / SCALER)
     return Foreign(config, load_tensors(path / WEIGHTS), scale)
 
 
@@ -268,7 +268,7 @@ def _about(foreign: Foreign) -> Provenance:
     )
     notes = [*check_keys(_renamed(foreign.config), _KEYS, CONFIG)]
     if foreign.scale is not None:
-        notes.append(f"scaling_factor {foreign.scale:g} of {_SCALER} is folded into the weights")
+        notes.append(f"scaling_factor {foreign.scale:g} of {SCALER} is folded into the weights")
     if maybe(meta, "model_from_pretrained_kwargs", dict):
         notes.append(
             f"trained on a model loaded with {meta['model_from_pretrained_kwargs']}, whose activations may differ from "
@@ -280,7 +280,7 @@ def _about(foreign: Foreign) -> Provenance:
     return provenance("saelens", meta, _KNOWN, notes).model_copy(update={"origin": origin})
 
 
-def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
+def _pack(sae: SAE, about: Provenance) -> Foreign:
     activation = sae.cfg.activation
     kind = _ARCHITECTURES.get(activation.kind)
     if kind is None:

@@ -29,7 +29,7 @@ FIXED = {TopK: select_topk, GroupTopK: select_group_topk}
 """Activations with k latents in every row, and which these are."""
 
 
-class SparseAutoencoder(nn.Module):
+class SAE(nn.Module):
     """One SAE: `encode` gives latents [..., d_sae] of [..., d_in], `decode` gives x_hat [..., d_in].
 
     Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_in],
@@ -188,7 +188,7 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     @own_settings()
-    def load(cls, path: Path | str) -> "SparseAutoencoder":
+    def load(cls, path: Path | str) -> "SAE":
         """Read an SAE from a directory or `hub:owner/name`; raises UserError when it is missing, cut or altered."""
         path = _native(local_folder(path))
         manifest = read_manifest(path, "sae")
@@ -208,13 +208,13 @@ class SparseAutoencoder(nn.Module):
         sae.set_tensors(tensors, str(path / WEIGHTS))
         return sae
 
-    def scaled(self, scale: float) -> "SparseAutoencoder":
+    def scaled(self, scale: float) -> "SAE":
         """Return the SAE of scale * x that gives scale * z and scale * x_hat.
 
         Every activation function here is homogeneous, so only biases and thresholds change; with a power of two
         the two SAEs agree to the bit.
         """
-        other = SparseAutoencoder(self.cfg)
+        other = SAE(self.cfg)
         tensors = {name: t.clone() for name, t in self.tensors().items()}
         for name in ("b_enc", "b_dec", "threshold"):
             if name in tensors:
@@ -259,6 +259,10 @@ class SparseAutoencoder(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.autocast(kind, enabled=False)
         return contextlib.nullcontext()
+
+
+SparseAutoencoder = SAE
+"""The name of earlier releases."""
 
 
 def _native(path: Path) -> Path:
