@@ -16,6 +16,7 @@ from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.interop.runs import about_member
 from wsae.run import Run
+from wsae.sae.config import Provenance
 from wsae.serve import neuronpedia, upload
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
@@ -24,8 +25,9 @@ from wsae.serve.neuronpedia import PER_BATCH, Source, bars, batches, latents, so
 from wsae.serve.upload import Patience, Sent
 
 QUICK = Patience(timeout_s=0.4, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
-SOURCE = Source("tiny", "wsae-test", 1, "blocks.1.hook_resid_post")
 MEMBER = "plain"
+ABOUT = Provenance(hook=HOOK, member=MEMBER, wsae_version="1")
+SOURCE = Source("tiny", "wsae-test", 1, "blocks.1.hook_resid_post", ABOUT)
 
 
 def make_run(at: Path) -> Path:
@@ -143,9 +145,8 @@ def send(index: Index, site: Site, size: int = 5, patience: Patience = QUICK) ->
     """Send in batches of a few latents."""
     found = [x for batch in batches(latents(index, index.by_slug[MEMBER])) for x in batch]
     few = [found[i : i + size] for i in range(0, len(found), size)]
-    about = about_member(Run(index.path.parent), HOOK, MEMBER)
-    with upload.opened(site.url, patience) as at:
-        return at.send(SOURCE, about, few, len(found))
+    with upload.site_at(site.url, patience) as at:
+        return at.send(SOURCE, few, len(found))
 
 
 def assert_once(site: Site, run: Path) -> None:
@@ -254,7 +255,7 @@ def test_a_site_that_stays_away_or_asks_for_hours_ends_it(index: Index, site: Si
 
 def test_names_are_those_that_the_site_takes(run: Path):
     about = about_member(Run(run), HOOK, MEMBER)
-    assert source_of(about, None, None) == ("tiny", "wsae-plain", 1, "blocks.1.hook_resid_post")
+    assert source_of(about, None, None)[:4] == ("tiny", "wsae-plain", 1, "blocks.1.hook_resid_post")
     named = about.model_copy(update={"member": "Var_a1.5"})
     assert source_of(named, "gemma-2-2b", None).id == "1-wsae-var-a1-5"
     for bad in ("a--b", "neurons", "-a", "a-", "9a", "é"):

@@ -15,6 +15,7 @@ from wsae.serve.config import IndexConfig
 
 if TYPE_CHECKING:
     from wsae.interop.runs import Chosen
+    from wsae.run import Run
     from wsae.serve.neuronpedia import Source
     from wsae.serve.upload import Site
 
@@ -27,8 +28,8 @@ The key is read from NEURONPEDIA_API_KEY; what was stopped goes on with the same
 class Flags(Config):
     """Flags of `wsae publish`."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """An evaluated run's directory."""
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|SAE")]
+    """An evaluated run, or one SAE that was evaluated."""
     to: Literal["neuronpedia"] = "neuronpedia"
     """Where to."""
     member: MaybeName = None
@@ -51,31 +52,31 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Write or send one SAE's latents, and return what was done and how many were left out."""
-    from wsae.interop.runs import choose
+    from wsae.interop.runs import choose, open_run
     from wsae.serve.neuronpedia import source_of
 
-    (chosen,) = choose(flags.run, flags.member, flags.hook)
+    opened = open_run(flags.run)
+    (chosen,) = choose(opened.path, flags.member, flags.hook)
     source = source_of(chosen.about, flags.model_id, flags.set)
     if flags.dry_run:
-        return _publish(flags, ui, chosen, source, None)
+        return _publish(flags, ui, opened, chosen, source, None)
     if importlib.util.find_spec("httpx") is None:
         raise UserError("httpx is not installed; pip install 'wsae[interp]'")
-    from wsae.serve.upload import opened
+    from wsae.serve.upload import site_at
 
-    with opened(flags.url, note=ui.note) as site:  # no key: said before any work
-        return _publish(flags, ui, chosen, source, site)
+    with site_at(flags.url, note=ui.note) as site:  # no key: said before any work
+        return _publish(flags, ui, opened, chosen, source, site)
 
 
 def _publish(
-    flags: Flags, ui: UI, chosen: "Chosen", source: "Source", site: "Site | None"
+    flags: Flags, ui: UI, opened: "Run", chosen: "Chosen", source: "Source", site: "Site | None"
 ) -> dict[str, Any]:
-    from wsae.run import Run
     from wsae.serve.build import ensure_index
     from wsae.serve.index import Index
     from wsae.serve.neuronpedia import batches, latents, write
 
     cfg = IndexConfig(seed=flags.common.seed)
-    path, _ = ensure_index(flags.run, None, cfg, lambda run: reopen(run, "cpu"), ui.progress)
+    path, _ = ensure_index(opened.path, None, cfg, lambda run: reopen(run, "cpu"), ui.progress)
     index = Index(path)
     hook, _, name = chosen.place.rpartition("/")
     of_place = (m for m in index.members if not chosen.place or (m.hook, m.name) == (hook, name))
@@ -85,12 +86,12 @@ def _publish(
     about = {"model": source.model, "source": source.id, "latents": member.size}
     out = flags.out or (Path(source.id) if site is None else None)
     if out is not None:
-        sequences = int(Run(flags.run).evaluation.heldout_sequences or 0)
-        written = write(out, index, member, source, chosen.about, sequences)
+        sequences = int(opened.evaluation.heldout_sequences or 0)
+        written = write(out, index, member, source, sequences)
         about |= {"folder": str(out), "published": written.latents, "files": written.files}
     if site is not None:
         found = batches(latents(index, member))
-        sent = site.send(source, chosen.about, found, member.shown, ui.progress)
+        sent = site.send(source, found, member.shown, ui.progress)
         url = f"{site.url}/{source.model}/{source.id}"
         about |= {"url": url, "published": sent.new + sent.there, "sent": sent.new}
     return about

@@ -46,11 +46,19 @@ class Source(NamedTuple):
     layer: int
     hook: str
     """The hook point's name in TransformerLens."""
+    about: Provenance
 
     @property
     def id(self) -> str:
         """The source's name, LAYER-SET."""
         return f"{self.layer}-{self.set}"
+
+    @property
+    def words(self) -> str:
+        """The SAE in a few words."""
+        about = self.about
+        made = "trained with wsae" if about.wsae_version else f"by {about.origin.get('format')}"
+        return plain(f"{about.member or 'SAE'} at {about.hook}, {made}")
 
 
 def source_of(about: Provenance, model: str | None, named: str | None) -> Source:
@@ -72,13 +80,7 @@ def source_of(about: Provenance, model: str | None, named: str | None) -> Source
         raise UserError(
             f"hook {about.hook!r} lies in no block, and Neuronpedia names sources LAYER-SET"
         )
-    return Source(model, named, hook.layer, hook.name)
-
-
-def described(about: Provenance) -> str:
-    """Return an SAE in a few words."""
-    made = "trained with wsae" if about.wsae_version else f"by {about.origin.get('format')}"
-    return f"{about.member or 'SAE'} at {about.hook}, {made}"
+    return Source(model, named, hook.layer, hook.name, about)
 
 
 class Window(NamedTuple):
@@ -187,15 +189,15 @@ def bars(counts: list[int], peak: float) -> Bars:
 # One latent in the words of each.
 
 
-def dashboard(latent: Latent, about: Provenance, sequences: int) -> Json:
+def dashboard(latent: Latent, source: Source, sequences: int) -> Json:
     """Return a feature of SAEDashboard's batches; what the index does not know is empty, as SAEDashboard leaves it."""
     return {
         "feature_index": latent.number,
         **_UNKNOWN,
         **_measured(latent),
         "n_prompts_total": sequences,
-        "n_tokens_in_prompt": about.context or 0,
-        "dataset": about.dataset or "",
+        "n_tokens_in_prompt": source.about.context or 0,
+        "dataset": source.about.dataset or "",
         "activations": [
             {
                 **dict(zip(("bin_min", "bin_max", "bin_contains"), _interval(latent), strict=True)),
@@ -344,9 +346,7 @@ def batches(found: Iterable[Latent]) -> Iterator[list[Latent]]:
         yield batch
 
 
-def write(
-    out: Path, index: Index, member: Member, source: Source, about: Provenance, sequences: int
-) -> Written:
+def write(out: Path, index: Index, member: Member, source: Source, sequences: int) -> Written:
     """Write SAEDashboard's batches and Neuronpedia's rows to a folder.
 
     Raises UserError where the folder holds something else, or no latent has contexts.
@@ -358,7 +358,7 @@ def write(
         for number, batch in enumerate(batches(latents(index, member))):
             missing -= {latent.number for latent in batch}
             told: Json = {"model_id": source.model, "layer": source.layer, "sae_set": source.set}
-            features = [dashboard(latent, about, sequences) for latent in batch]
+            features = [dashboard(latent, source, sequences) for latent in batch]
             name = f"dashboard/batch-{number}.json"
             write_json(out / name, {**told, "sae_id_suffix": None, "features": features})
             written.append(name)
@@ -377,7 +377,7 @@ def write(
             {**skipped, "skipped_indexes": sorted(missing)},
         )
         written.append("dashboard/skipped_indexes.json")
-        for name, row in _above(source, about, sequences).items():
+        for name, row in _above(source, sequences).items():
             written.append(f"{export}/{name}.jsonl")
             with writing(out / written[-1]) as temporary:
                 temporary.write_bytes(_lines([row]))
@@ -394,13 +394,18 @@ def _tables(batch: list[Latent], source: Source) -> dict[str, list[Json]]:
     }
 
 
-def _above(source: Source, about: Provenance, sequences: int) -> dict[str, Json]:
+def _above(source: Source, sequences: int) -> dict[str, Json]:
     """Return the rows that latents hang on: release, model, set and source."""
     release, public = f"{source.model}-{source.set}", {"visibility": "PUBLIC"}
     by = {"creatorId": CREATOR}
-    said = plain(described(about))
     return {
-        "release": {"name": release, "description": said, "creatorName": "wsae", **by, **public},
+        "release": {
+            "name": release,
+            "description": source.words,
+            "creatorName": "wsae",
+            **by,
+            **public,
+        },
         "model": {
             "id": source.model,
             "instruct": False,
@@ -415,7 +420,7 @@ def _above(source: Source, about: Provenance, sequences: int) -> dict[str, Json]
         "sourceset": {
             "modelId": source.model,
             "name": source.set,
-            "description": said,
+            "description": source.words,
             "creatorName": "wsae",
             "releaseName": release,
             **by,
@@ -425,9 +430,9 @@ def _above(source: Source, about: Provenance, sequences: int) -> dict[str, Json]
             "id": source.id,
             "modelId": source.model,
             "setName": source.set,
-            "dataset": about.dataset or "",
+            "dataset": source.about.dataset or "",
             "num_prompts": sequences,
-            "num_tokens_in_prompt": about.context,
+            "num_tokens_in_prompt": source.about.context,
             **by,
             **public,
         },

@@ -27,8 +27,7 @@ from wsae.evals.interpret.llm.client import (
     key_from,
     retry_after,
 )
-from wsae.sae.config import Provenance
-from wsae.serve.neuronpedia import Latent, Source, described, upload_body
+from wsae.serve.neuronpedia import Latent, Source, upload_body
 
 KEY = "NEURONPEDIA_API_KEY"
 SITE = "https://www.neuronpedia.org"
@@ -56,7 +55,7 @@ class Sent:
 
 
 @contextlib.contextmanager
-def opened(
+def site_at(
     url: str, patience: Patience = Patience(), note: Callable[[str], None] = lambda _: None
 ) -> Iterator["Site"]:
     """Yield a site, with the key from the environment; `note` is told of waits.
@@ -95,7 +94,6 @@ class Site:
     def send(
         self,
         source: Source,
-        about: Provenance,
         batches: Iterable[list[Latent]],
         total: int,
         progress: Progress = quiet,
@@ -104,7 +102,7 @@ class Site:
 
         Raises UserError when the site refuses, holds other latents in that place, or cannot be reached for long.
         """
-        self._once(lambda: self._has_source(source), lambda: self._make_set(source, about))
+        self._once(lambda: self._has_source(source), lambda: self._make_set(source))
         sent = Sent()
         with progress("upload", total, "latents") as tick:
             for batch in batches:
@@ -141,8 +139,8 @@ class Site:
             )
         return True
 
-    def _make_set(self, source: Source, about: Provenance) -> None:
-        said = one_line(described(about), MOST_DESCRIPTION)
+    def _make_set(self, source: Source) -> None:
+        said = one_line(source.words, MOST_DESCRIPTION)
         body = {"name": source.set, "modelId": source.model, "description": said, "url": None}
         made = self._ask("POST", "source-set/new", body)
         self._lists(made if isinstance(made, dict) else {}, source)
