@@ -165,6 +165,14 @@ COMMANDS = (
         ),
     ),
     Command(
+        "publish",
+        "an SAE's latents to Neuronpedia, or as SAEDashboard writes them",
+        (
+            "wsae publish runs/first --member plain --dry-run --out dashboards",
+            "wsae publish runs/first --member plain --model-id gpt2-small --set res-mine",
+        ),
+    ),
+    Command(
         "bench",
         "speed against the installed peers and against the machine's measured limit",
         ("wsae bench --quick", "wsae bench --size B --threads 1 2 --out bench"),
