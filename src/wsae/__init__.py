@@ -12,10 +12,12 @@ from wsae.core.version import __version__
 if TYPE_CHECKING:
     from wsae.api import Family, Member, evaluate, fit, fit_family, probe, recovery
     from wsae.run import Run
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE, SparseAutoencoder
+    from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
 
 _WHERE = {
     "Run": "wsae.run",
+    "SAE": "wsae.sae",
     "SparseAutoencoder": "wsae.sae",
     "fit": "wsae.api",
     "fit_family": "wsae.api",
@@ -24,15 +26,23 @@ _WHERE = {
     "evaluate": "wsae.api",
     "probe": "wsae.api",
     "recovery": "wsae.api",
+    **dict.fromkeys(("attach", "Set", "Add", "Scale", "Zero", "Clamp"), "wsae.use.attach"),
 }
 
 __all__ = [
+    "Add",
+    "Clamp",
     "Family",
     "Member",
     "Run",
+    "SAE",
+    "Scale",
+    "Set",
     "SparseAutoencoder",
     "UserError",
+    "Zero",
     "__version__",
+    "attach",
     "evaluate",
     "fit",
     "fit_family",

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE
 
 LARGEST = 1e100
 """No measured number comes near this; the arithmetic of axes overflows beyond."""
@@ -393,7 +393,7 @@ class Run:
     @classmethod
     def of_sae(
         cls,
-        sae: "SparseAutoencoder",
+        sae: "SAE",
         path: Path | str,
         about: Provenance = Provenance(),  # noqa: B008  (frozen)
         force: bool = False,
@@ -532,12 +532,12 @@ class Run:
         return _GAMMA.validate_python(self.gamma_record)
 
     @cached_property
-    def saes(self) -> "dict[str, dict[str, SparseAutoencoder]]":
+    def saes(self) -> "dict[str, dict[str, SAE]]":
         """Hook -> member -> its SAE, every file compared with the manifest."""
         if self.single:
-            from wsae.sae import SparseAutoencoder
+            from wsae.sae import SAE
 
-            return {self._hook: {SINGLE: SparseAutoencoder.load(self.path)}}
+            return {self._hook: {SINGLE: SAE.load(self.path)}}
         from wsae.train.run import load_run
 
         return load_run(self.path).saes

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsae import SparseAutoencoder, UserError
+from wsae import SAE, UserError
 from wsae.interop import load
 from wsae.interop.published import origin
 
@@ -29,7 +29,7 @@ def refuse(place: Path, match: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def agrees(sae: SparseAutoencoder, z: torch.Tensor, x_hat: torch.Tensor) -> None:
+def agrees(sae: SAE, z: torch.Tensor, x_hat: torch.Tensor) -> None:
     assert (z != 0).any()
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(X), z, atol=1e-4, rtol=1e-5)

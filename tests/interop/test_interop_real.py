@@ -104,7 +104,7 @@ def test_a_release_is_what_saelens_makes_of_it(target, cache, monkeypatch):
 
     theirs = SAE.from_pretrained(release, sae_id, converter=converter)
     theirs.turn_off_forward_pass_hook_z_reshaping()
-    ours = wsae.SparseAutoencoder.from_pretrained(release, sae_id)
+    ours = wsae.SAE.from_pretrained(release, sae_id)
     with torch.no_grad():
         z = theirs.encode(rows())
         assert (z != 0).sum() > len(z)

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from wsae import SparseAutoencoder
+from wsae import SAE
 from wsae.cli.main import main
 from wsae.interop.releases import Registry, _split, along, expanded, registry
 from wsae.interop.runs import open_run
@@ -298,7 +298,7 @@ def test_a_release_is_what_its_formula_says(target, cache):
     elif isinstance(kind, int):
         values, index = pre.topk(kind)
         z = torch.zeros_like(pre).scatter(1, index, values.relu())
-    sae = SparseAutoencoder.from_pretrained(*target.split(":"))
+    sae = SAE.from_pretrained(*target.split(":"))
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(rows()), z, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(

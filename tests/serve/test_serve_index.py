@@ -32,7 +32,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.serve import model as decoder
 from wsae.serve import schema
 from wsae.serve.build import alone, ensure_index, is_current
@@ -365,7 +365,7 @@ def test_collected_contexts_and_histograms_against_a_dense_pass(tmp_path: Path):
     index = Index(ensure_index(run, None, cfg, lambda _: source)[0])
     table = source.tokens()
     for member in index.members:
-        sae = SparseAutoencoder.load(run / "members" / member.hook / member.name)
+        sae = SAE.load(run / "members" / member.hook / member.name)
         found: list[tuple[int, int, int, float]] = []
         for chunk in source.heldout(64):
             z = sae.encode(chunk.x[member.hook].float()).detach()

@@ -65,12 +65,12 @@ def _export(one: Any, out: Path, flags: Flags) -> bool:
     """Write one SAE unless the same export lies there already; returns whether it was written."""
     from wsae.core.artifact import read_manifest
     from wsae.interop.convert import same, save
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE
 
     inputs = {"sae": read_manifest(one.path, "sae").digest()}
     if same(out, "export", flags.format, inputs) and not flags.force:
         return False
-    save(SparseAutoencoder.load(one.path), out, flags.format, one.about, inputs, flags.force)
+    save(SAE.load(one.path), out, flags.format, one.about, inputs, flags.force)
     return True
 
 

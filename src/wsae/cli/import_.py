@@ -79,4 +79,4 @@ def show(result: dict[str, Any], ui: UI) -> None:
     for text in result["provenance"]["notes"]:
         ui.note(text)
     ui.say(f"{result['format']}: {cfg['d_in']} -> {cfg['d_sae']} latents, {kind}")
-    ui.say(f"{result['sae']}{note}: wsae.SparseAutoencoder.load({result['sae']!r})")
+    ui.say(f"{result['sae']}{note}: wsae.SAE.load({result['sae']!r})")

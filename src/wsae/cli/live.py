@@ -169,7 +169,7 @@ class LiveFlags(
     config_flags(
         HarvestConfig,
         TextConfig,
-        omit=("path", "model", "tokens", "dtype", "store_dtype", "shard_tokens"),
+        omit=("path", "model", "tokens", "dtype", "store_dtype", "shard_tokens", "roles"),
     )
 ):
     """A model's text, and the rows to keep."""
@@ -181,6 +181,8 @@ class LiveFlags(
         tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
     ] = ()
     """Modules to read: "layers.9", "layers.*", "layers.9.mlp"; several are read in one pass. It names an array's."""
+    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE ...", help_behavior_hint="")] = ()
+    """Keep what these say in conversations alone (assistant); the model reads all of it. Default: everybody's words."""
     heldout_fraction: MaybeNumber = None
     """Share of the documents or images kept for evaluation; default: 0.1 of documents, 0.2 of images."""
 
@@ -194,6 +196,7 @@ class LiveFlags(
             "model": model,
             "text": config_values(self, TextConfig) | {"path": self.text},
             "sink_norm_ratio": self.sink_norm_ratio or None,
+            "roles": self.roles or None,
         }
         return HarvestConfig.parse(_given(data, "heldout_fraction") | rest, where=FLAGS)
 
@@ -446,10 +449,10 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
     store = getattr(source, "store", None)
     if live is not None or store is None or store.of_images:
         return live
-    from wsae.acts.language import load_language
+    from wsae.acts.language import language_for
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
-    return load_language(cfg.model, cfg.dtype, device)
+    return language_for(cfg, device)
 
 
 def labelled(source: "ActivationSource", labels: Path | None) -> "ActivationSource":

@@ -67,4 +67,4 @@ def show(result: dict[str, Any], ui: UI) -> None:
     if result["url"] is None:
         ui.say(f"{result['folder']}: {len(result['files'])} files, nothing sent")
         return
-    ui.say(f"{result['url']}: load with wsae.SparseAutoencoder.load('hub:{result['repo']}')")
+    ui.say(f"{result['url']}: load with wsae.SAE.load('hub:{result['repo']}')")

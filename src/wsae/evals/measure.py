@@ -28,7 +28,7 @@ from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries, LatentActivity, decoder_max_cosine
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.kernels import SparseCode
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.encoding import Encoder
 from wsae.sae.loss import Weights, dimension_weights, weigh
 from wsae.stats.moments import Moments
@@ -61,7 +61,7 @@ class SequenceSums:
 class Survey:
     """First pass over one hook: held-out moments, and each member's latent activity."""
 
-    def __init__(self, hook: str, saes: dict[str, SparseAutoencoder], d_in: int) -> None:
+    def __init__(self, hook: str, saes: dict[str, SAE], d_in: int) -> None:
         for name, sae in saes.items():
             check_width(f"{hook}/{name}", sae.cfg.d_in, d_in)
         self.hook = hook
@@ -170,7 +170,7 @@ def ev_per_dim(
 class EvaluatedSaes:
     """The members trained on one hook, the plain twin of each weighted one, and what results say of a member."""
 
-    saes: dict[str, SparseAutoencoder]
+    saes: dict[str, SAE]
     twins: dict[str, str] = field(default_factory=dict)
     """member -> name of the member it is matched and compared with."""
     about: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -36,7 +36,7 @@ from wsae.interop.releases import LOADERS, Published, hub_model, named, publishe
 from wsae.interop.saelens import SAELENS, SCALER, as_registered
 from wsae.interop.sparsify import SPARSIFY
 from wsae.sae.config import Provenance, SAEConfig
-from wsae.sae.model import WEIGHTS, SparseAutoencoder
+from wsae.sae.model import SAE, WEIGHTS
 
 SIDE = "wsae.safetensors"
 """What an export holds that the other tool's files cannot, to the bit."""
@@ -68,7 +68,7 @@ def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
 class Loaded(NamedTuple):
     """An SAE, what is known about it, and the format it was read from ("wsae" for our own)."""
 
-    sae: SparseAutoencoder
+    sae: SAE
     about: Provenance
     format: str
 
@@ -83,7 +83,7 @@ def find(name: str, kinds: Mapping[Any, R]) -> R:
 
 
 def save(
-    sae: SparseAutoencoder,
+    sae: SAE,
     path: Path | str,
     format: str = "saelens",
     about: Provenance = Provenance(),  # noqa: B008  (frozen)
@@ -123,7 +123,7 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     place = _folder(local_folder(path))
     manifest = None if place.is_file() else _manifest(place)
     if manifest is not None and manifest.kind == "sae":
-        return Loaded(SparseAutoencoder.load(place), Provenance.of(place), "wsae")
+        return Loaded(SAE.load(place), Provenance.of(place), "wsae")
     kind = detect(place) if format == "auto" else find(format, READERS)
     foreign = kind.read(place)
     where = str(place)
@@ -256,7 +256,7 @@ def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder, "sae" if kind == "sae" else "export")
 
 
-def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAutoencoder:
+def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SAE:
     """Return the SAE an export was made from, bit for bit."""
     config: Any = manifest.config.get("sae")
     if not isinstance(config, dict) or SIDE not in manifest.files:
@@ -266,7 +266,7 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAu
         raise UserError(
             f"{folder / MANIFEST}: its widths are not those of the weights; export it again"
         )
-    sae = SparseAutoencoder(cfg)
+    sae = SAE(cfg)
     side = load_tensors(folder / SIDE)
     wanted = {name: getattr(named, name) for name in sae.tensors() if name in _SHARED}
     sae.set_tensors({**wanted, **side}, str(folder / SIDE))

@@ -43,7 +43,7 @@ from wsae.interop.format import (
     whole,
 )
 from wsae.sae.config import Provenance
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _TOPK = ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec")
@@ -184,7 +184,7 @@ def _about(foreign: Foreign) -> Provenance:
     return about.model_copy(update=known)
 
 
-def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
+def _pack(sae: SAE, about: Provenance) -> Foreign:
     activation = sae.cfg.activation
     if activation.kind not in _CLASSES:
         raise UserError(

@@ -19,7 +19,7 @@ from wsae.core.torchfile import save_state
 from wsae.interop.config import FormatName, SourceName
 from wsae.interop.releases import hub_model
 from wsae.sae.config import Provenance, SAEConfig
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What weights may be stored as; integers and 8-bit floats are quantised, with scales that lie elsewhere."""
@@ -169,9 +169,9 @@ def unit_rows(weights: NamedTensors) -> NamedTensors:
     )
 
 
-def assemble(cfg: SAEConfig, weights: NamedTensors) -> SparseAutoencoder:
+def assemble(cfg: SAEConfig, weights: NamedTensors) -> SAE:
     """Return an SAE of ours with these weights, its thresholds where its kind has any, and gamma 1."""
-    sae = SparseAutoencoder(cfg)
+    sae = SAE(cfg)
     tensors = {name: getattr(weights, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     if weights.threshold is not None and cfg.activation.kind == "jumprelu":
         tensors["log_threshold"] = log_threshold(weights.threshold)
@@ -181,7 +181,7 @@ def assemble(cfg: SAEConfig, weights: NamedTensors) -> SparseAutoencoder:
     return sae
 
 
-def named(sae: SparseAutoencoder) -> NamedTensors:
+def named(sae: SAE) -> NamedTensors:
     """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T."""
     W_dec, W_enc = sae.W_dec.detach().float().cpu(), sae.W_enc.detach().float().cpu()
     m, d = W_dec.shape
@@ -198,7 +198,7 @@ def named(sae: SparseAutoencoder) -> NamedTensors:
     )
 
 
-def thresholds(sae: SparseAutoencoder) -> Tensor | None:
+def thresholds(sae: SAE) -> Tensor | None:
     """Return the threshold [d_sae] (JumpReLU) or [] (batch Top-k) that encoding compares with, in float32."""
     if sae.log_threshold is not None:
         return sae.log_threshold.detach().exp().float().cpu()
@@ -246,7 +246,7 @@ class Reader:
         """Return whether a folder holds this format's weights."""
         return any((path / name).is_file() for name in self.files[1:])
 
-    def sae(self, foreign: Foreign, where: str) -> SparseAutoencoder:
+    def sae(self, foreign: Foreign, where: str) -> SAE:
         """Return the SAE that files are of."""
         found = self.understand(foreign, self.rename(foreign, where), where)
         data = {**found.weights.widths, "activation": found.activation}
@@ -258,7 +258,7 @@ class Format(Reader):
     """One library's folder of one SAE, which can be written too: `pack` refuses what has no equal there."""
 
     name: FormatName
-    pack: Callable[[SparseAutoencoder, Provenance], Foreign]
+    pack: Callable[[SAE, Provenance], Foreign]
 
     def write(self, foreign: Foreign, path: Path) -> None:
         """Write the library's files."""

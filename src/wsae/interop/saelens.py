@@ -42,7 +42,7 @@ from wsae.interop.format import (
     whole,
 )
 from wsae.sae.config import Provenance, ReLU, TopK
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 VERSION = "6.54.12"
 """The SAELens whose files these are."""
@@ -296,7 +296,7 @@ def _about(foreign: Foreign) -> Provenance:
     return provenance("saelens", meta, _KNOWN, notes).model_copy(update={"origin": origin})
 
 
-def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
+def _pack(sae: SAE, about: Provenance) -> Foreign:
     activation = sae.cfg.activation
     kind = _ARCHITECTURES.get(activation.kind)
     if kind is None:

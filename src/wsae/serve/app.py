@@ -45,7 +45,7 @@ from wsae.serve.server import Gate, Guard
 if TYPE_CHECKING:
     from wsae.acts.capture import Capture
     from wsae.acts.language import LanguageModel
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE
 
 # A text typed by a visitor: which latents fire on which token. One model and one SAE at a time,
 # loaded when asked.
@@ -72,7 +72,7 @@ class Live:
         self._places = threading.BoundedSemaphore(PLACES)
         self._model: tuple[str, LanguageModel] | None = None
         self._probed: tuple[LanguageModel, str, Capture] | None = None
-        self._sae: tuple[Path, str, SparseAutoencoder] | None = None
+        self._sae: tuple[Path, str, SAE] | None = None
 
     def submit(self, run: Served, member: Member, text: str) -> Future[Json]:
         """Have a text read: its tokens with the latents that fire on each, and the latents of the whole text.
@@ -156,9 +156,9 @@ class Live:
             self._model = (name, load(name, self.device))
         return self._model[1]
 
-    def _member(self, path: Path, member: Member) -> "SparseAutoencoder":
+    def _member(self, path: Path, member: Member) -> "SAE":
         """Return a member's SAE, if its weights are still those of the index."""
-        from wsae.sae import SparseAutoencoder
+        from wsae.sae import SAE
 
         place = Run(path).weights(member.hook, member.name)
         if place is None:
@@ -166,9 +166,7 @@ class Live:
         if self._sae is None or self._sae[:2] != (place, member.weights):
             self._sae = None
             before = weights_digest(place)
-            sae = (
-                SparseAutoencoder.load(place).to(self.device) if before == member.weights else None
-            )
+            sae = SAE.load(place).to(self.device) if before == member.weights else None
             if sae is None or weights_digest(place) != before:  # trained again while they were read
                 raise UserError(f"no live reading: {CHANGED}")
             self._sae = (place, member.weights, sae)

@@ -33,7 +33,7 @@ from wsae.report.contexts import shown_token
 from wsae.report.rundata import RunData, counted, is_control, read_run
 from wsae.report.view import glossary, meaning, overview, score_name
 from wsae.run import Json
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.encoding import Encoder
 from wsae.serve import schema
 from wsae.serve.config import IndexConfig
@@ -207,10 +207,10 @@ class Indexing:
         """Return how often each latent of a member fires."""
         return self.run.arrays[f"{member.hook}|{member.name}|density"]
 
-    def load(self, member: Member) -> SparseAutoencoder | None:
+    def load(self, member: Member) -> SAE | None:
         """Return a member's SAE, none where the run keeps no weights of it; raises UserError for a damaged one."""
         place = self.run.weights(member.hook, member.name)
-        return None if place is None else SparseAutoencoder.load(place)
+        return None if place is None else SAE.load(place)
 
 
 RESERVED = ("all", "live")
@@ -303,7 +303,7 @@ def entries(run: RunData, member: Member) -> dict[int, Json]:
 
 
 def columns(
-    run: RunData, member: Member, sae: SparseAutoencoder | None, stored: dict[int, Json]
+    run: RunData, member: Member, sae: SAE | None, stored: dict[int, Json]
 ) -> dict[str, np.ndarray]:
     """Return measure -> values [d_sae] of a member; NaN where a latent was not measured."""
     found = {key: run.array(member.hook, member.name, name) for key, name in _ARRAYS.items()}
@@ -419,7 +419,7 @@ def write_member(
     connection: sqlite3.Connection,
     source: Indexing,
     member: Member,
-    sae: SparseAutoencoder | None,
+    sae: SAE | None,
     seen: Seen | None,
 ) -> None:
     """Write a member, the numbers of all its latents, and what is known of some: contexts, explanations, scores."""
@@ -479,7 +479,7 @@ def write_packed(
     connection: sqlite3.Connection,
     n: int,
     member: Member,
-    sae: SparseAutoencoder,
+    sae: SAE,
     tokens: Iterator[bytes | None],
     seen: Seen | None,
     tick: Tick,
@@ -492,7 +492,7 @@ def write_packed(
         tick(1)
 
 
-def _near_blobs(sae: SparseAutoencoder, n: int) -> Iterator[bytes | None]:
+def _near_blobs(sae: SAE, n: int) -> Iterator[bytes | None]:
     """Yield cosines (float32), then latents (int32)."""
     if n == 0 or sae.cfg.d_sae < 2:
         yield from [None] * sae.cfg.d_sae
@@ -503,7 +503,7 @@ def _near_blobs(sae: SparseAutoencoder, n: int) -> Iterator[bytes | None]:
 
 
 def _logit_blobs(
-    sae: SparseAutoencoder, out: Unembedding | None, n: int, used: set[int]
+    sae: SAE, out: Unembedding | None, n: int, used: set[int]
 ) -> Iterator[bytes | None]:
     """Yield logits (float32), then tokens (int32): the promoted ones first."""
     if out is None:

@@ -40,7 +40,7 @@ from wsae.evals.interpret.windows import Collected, Fragments
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, Survey
 from wsae.run import Run
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.stats.moments import Covariance
 from wsae.train.config import TrainConfig
 
@@ -139,11 +139,11 @@ class SurveyedHook:
             for name, latents in wanted.items()
         }
 
-    def controls(self, cfg: InterpretConfig) -> dict[str, SparseAutoencoder]:
+    def controls(self, cfg: InterpretConfig) -> dict[str, SAE]:
         """Return the controls that are SAEs of the same rows, by name."""
         mean, l0 = self.survey.moments.mean, self.survey.activity[self.reference].l0
         like = self.family.saes[self.reference]
-        made: dict[Control, SparseAutoencoder] = {}
+        made: dict[Control, SAE] = {}
         if "random_sae" in cfg.controls:
             made["random_sae"] = random_control(like, mean, l0, cfg.seed)
         if "neurons" in cfg.controls:
@@ -222,7 +222,7 @@ def selected(families: dict[str, EvaluatedSaes], cfg: InterpretConfig) -> dict[s
 class InterpretedMember:
     """One member or control, its contexts, and what the scorers make of them."""
 
-    sae: SparseAutoencoder
+    sae: SAE
     source: HeldOut
     collected: Collected
     sample: list[int]
@@ -480,7 +480,7 @@ def asks_again(parts: Mapping[str, Json]) -> bool:
     return any(not reason.startswith(_FINAL) for reason in reasons)
 
 
-def sae_digest(sae: SparseAutoencoder) -> str:
+def sae_digest(sae: SAE) -> str:
     """Return a hash of an SAE's settings and tensors."""
     sha = hashlib.sha256(repr(sae.cfg.to_dict()).encode())
     for name, tensor in sorted(sae.tensors().items()):
