@@ -273,6 +273,9 @@ def test_another_tools_folder_serves_every_command_and_is_left_alone(tmp_path, a
     assert Path(told(capsys, ["report", str(folder)])["report"]).parent == kept
     told(capsys, ["serve", str(folder), "--index-only", "--contexts", "0"])
     told(capsys, ["compare", str(folder)])
+    assert choose(folder, hook="layers.3")[0].about.hook == "blocks.3.hook_resid_post"
+    with pytest.raises(wsae.UserError, match=r"single SAE of blocks\.3"):
+        choose(folder, hook="layers.4")
     told(capsys, ["export", str(folder), "--format", "sparsify", "--out", str(tmp_path / "out")])
     assert same_bits(load(tmp_path / "out").sae, load(folder).sae)
     assert sorted(p.name for p in folder.iterdir()) == before
