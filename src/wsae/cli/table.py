@@ -104,6 +104,15 @@ COMMANDS = (
         ),
     ),
     Command(
+        "attribute",
+        "which latents, at which tokens of a prompt, move a logit or the loss, checked by ablation",
+        (
+            'wsae attribute --sae runs/first --member plain --prompt "The capital of France is"',
+            'wsae attribute gpt2 --sae shared --prompt "When Mary and John went to the store, John gave milk to" '
+            '--metric difference --answer " Mary" --against " John"',
+        ),
+    ),
+    Command(
         "compare",
         "paired comparison of a run's members, or of several runs, with intervals",
         ("wsae compare runs/first", "wsae compare runs/first runs/second --json"),
