@@ -148,10 +148,19 @@ COMMANDS = (
         ),
     ),
     Command(
+        "releases",
+        "published SAEs by name, as SAELens names them",
+        (
+            "wsae releases --model gemma-2-2b",
+            "wsae releases gemma-scope-2b-pt-res-canonical",
+        ),
+    ),
+    Command(
         "import",
-        "an SAE that another tool wrote, as a directory of ours",
+        "an SAE that another tool wrote or that is published, as a directory of ours",
         (
             "wsae import shared --out runs/theirs",
+            "wsae import gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical --out runs/gemma",
             "wsae import downloads/sae --format sparsify --out runs/theirs",
         ),
     ),
@@ -161,6 +170,14 @@ COMMANDS = (
         (
             "wsae push runs/first somebody/saes --dry-run --out folder",
             "wsae push runs/first somebody/saes --member variance-a1 --private",
+        ),
+    ),
+    Command(
+        "publish",
+        "an SAE's latents to Neuronpedia, or as SAEDashboard writes them",
+        (
+            "wsae publish runs/first --member plain --dry-run --out dashboards",
+            "wsae publish runs/first --member plain --model-id gpt2-small --set res-mine",
         ),
     ),
     Command(

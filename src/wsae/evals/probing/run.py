@@ -465,19 +465,6 @@ def probe_run(
     return record
 
 
-def probe_alone(
-    sae: SAE,
-    source: HeldOut,
-    cfg: ProbeConfig = ProbeConfig(),  # noqa: B008  (frozen)
-    corpus: Corpus | None = None,
-    language: LanguageModel | None = None,
-    progress: Progress = quiet,
-) -> Json:
-    """Return what `probe_run` writes, of one SAE, "sae", at the one hook of its source."""
-    families = {hook: EvaluatedSaes({SINGLE: sae}) for hook in source.hooks}
-    return _probed(families, source, cfg, corpus, language, progress)
-
-
 def _probed(
     families: FAMILIES,
     source: HeldOut,
