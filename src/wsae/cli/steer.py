@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from wsae.acts.config import HarvestConfig, TextConfig
+from wsae.cli.attribute import SaeFlags
 from wsae.cli.flags import (
     Common,
     CommonFlags,
     Count,
-    MaybeName,
     MaybePlace,
     Name,
     Switch,
@@ -24,13 +24,10 @@ from wsae.core.artifact import EVALUATION_PART
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
-from wsae.sae.config import Provenance
 from wsae.use.config import SteerConfig
 
 if TYPE_CHECKING:
-    from wsae.acts.language import LanguageModel
-    from wsae.run import Run
-    from wsae.sae.model import SAE
+    from wsae.cli.attribute import Opened
     from wsae.use.steer import Steered, Wanted
 
 ABOUT = """\
@@ -45,21 +42,6 @@ Edits = Annotated[
 ]
 
 
-class SaeFlags(Config):
-    """Which SAE, and the model it is put into."""
-
-    model: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")
-    ] = None
-    """Hub id, local directory, .gguf file, or "builtin"; default: the model that the SAE's files name."""
-    sae: Annotated[str, tyro.conf.arg(metavar="SAE")]
-    """A run, the folder of one SAE, or whatever `wsae import` reads."""
-    member: MaybeName = None
-    """Which member of a run."""
-    hook: MaybeName = None
-    """Where the SAE goes, in Hugging Face's or TransformerLens' words; default: where its files say."""
-
-
 class SteerFlags(config_flags(SteerConfig)):
     """How it continues."""
 
@@ -67,8 +49,8 @@ class SteerFlags(config_flags(SteerConfig)):
 class Flags(Config):
     """Flags of `wsae steer`."""
 
-    which: tyro.conf.OmitArgPrefixes[SaeFlags]
-    """Which SAE, and the model it is put into."""
+    at: tyro.conf.OmitArgPrefixes[SaeFlags] = SaeFlags()
+    """The model and the SAE."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
     """What the model is to continue; give it once for each prompt."""
     set: Edits = ()
@@ -95,42 +77,8 @@ class Flags(Config):
     """Flags of every command."""
 
 
-class Opened(NamedTuple):
-    """An SAE, the name of the model it is put into, and where."""
-
-    model: str
-    sae: "SAE"
-    hook: str
-    run: "Run"
-    member: str
-    about: Provenance
-
-
-def open_sae(flags: SaeFlags, where: str) -> Opened:
-    """Return the SAE that is chosen and what is known of it; raises UserError for what the SAE's files do not say."""
-    from wsae.interop.runs import choose, open_run
-
-    run = open_run(flags.sae)
-    single = run.single
-    (chosen,) = choose(run.path, flags.member, None if single else flags.hook)
-    about = chosen.about
-    model, hook = flags.model or about.model, flags.hook or about.hook
-    if not model:
-        raise UserError(
-            f"{flags.sae}: does not say which model it is of; name it: wsae steer MODEL --sae {flags.sae} ..."
-        )
-    if not hook:
-        raise UserError(f"{flags.sae}: does not say where it goes in the model; add --hook HOOK")
-    from wsae.sae.model import SAE
-
-    sae = SAE.load(chosen.path).to(where)
-    member = chosen.place.rpartition("/")[2]
-    return Opened(model, sae, hook, run, member, about)
-
-
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Steer and return the continuations."""
-    from wsae.acts.language import load_language
     from wsae.core.torchfile import save_plain
     from wsae.use.attach import hooks_named
     from wsae.use.steer import Prompt, check_latents, lm_eval_file, steer
@@ -141,22 +89,23 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg = SteerConfig.parse(
         config_values(flags.how, SteerConfig) | {"seed": flags.common.seed}, where=FLAGS
     )
-    where = device(flags.common.device)
-    opened = open_sae(flags.which, where)
-    check_latents(wanted, opened.sae)
-    language = load_language(opened.model, device=where)
+    opened = flags.at.opened(device(flags.common.device))
+    if len(opened.saes) > 1:
+        raise UserError(f"--sae: {len(opened.saes)} SAEs are named; steer with one")
+    language, ((hook, sae),) = opened.language, opened.saes.items()
+    check_latents(wanted, sae)
     prompts = [Prompt.of(language, text, flags.chat) for text in flags.prompt]
-    peaks = largest_of(opened, language, wanted, flags, ui)
+    peaks = largest_of(opened, wanted, flags, ui)
     file = None
     if flags.lm_eval is not None:
-        (point,) = hooks_named(language.model, [opened.hook]).values()
-        file = lm_eval_file(language, point, opened.sae, [one.edit(peaks) for one in wanted])
+        (point,) = hooks_named(language.model, [hook]).values()
+        file = lm_eval_file(language, point, sae, [one.edit(peaks) for one in wanted])
     strengths = flags.sweep or (1.0,)
     found = [
-        steer(language, opened.sae, opened.hook, one, wanted, strengths, peaks, cfg, ui.progress)
+        steer(language, sae, hook, one, wanted, strengths, peaks, cfg, ui.progress)
         for one in prompts
     ]
-    result = {"model": language.name, "sae": flags.which.sae, **together(found)}
+    result = {"model": language.name, "sae": str(flags.at.sae[0]), **together(found)}
     if file is not None and flags.lm_eval is not None:
         save_plain(flags.lm_eval, file)
         result["lm_eval"] = str(flags.lm_eval)
@@ -181,56 +130,51 @@ def asked(flags: Flags) -> "list[Wanted]":
 
 
 def largest_of(
-    opened: Opened,
-    language: "LanguageModel",
-    wanted: "Sequence[Wanted]",
-    flags: Flags,
-    ui: UI,
+    opened: "Opened", wanted: "Sequence[Wanted]", flags: Flags, ui: UI
 ) -> dict[int, float]:
     """Return the largest activations that edits count in: as the run's evaluation says, else measured on a text."""
     needed = {one.latent for one in wanted if one.of_peak}
-    known = {
-        latent: peak for latent, peak in _recorded(opened).items() if latent in needed and peak
-    }
+    known = {latent: peak for latent, peak in _recorded(flags.at).items() if latent in needed}
     unknown = sorted(needed - known.keys())
     if not unknown:
         return known
     from wsae.acts.flow import Flow
     from wsae.use.steer import largest
 
-    most = HarvestConfig.model_fields["seq_len"].default
+    ((hook, sae),) = opened.saes.items()
     cfg = HarvestConfig.parse(
         {
-            "model": "as loaded",
             "text": TextConfig(path=flags.text),
-            "hooks": (opened.hook,),
-            "seq_len": min(opened.about.context or most, most),
+            "hooks": (hook,),
             "heldout_fraction": 0,
             "heldout_tokens": 0,
         },
         where=FLAGS,
     )
-    flow = Flow(cfg, language)
+    flow = Flow(cfg, opened.language)
     flow.calibrate()
     steps, (name,) = flow.steps(heldout=False), flow.hooks
-    found = largest(opened.sae, name, unknown, steps, flags.text_tokens, ui.progress)
+    found = largest(sae, name, unknown, steps, flags.text_tokens, ui.progress)
     for latent, peak in found.items():
         ui.note(
-            f"latent {latent}: largest activation {peak:.4g} on {flags.text_tokens:,} tokens of {flags.text}"
+            f"latent {latent}: largest activation {peak:.4g} in {flags.text_tokens:,} tokens of {flags.text}"
         )
     return known | found
 
 
-def _recorded(opened: Opened) -> dict[int, float]:
+def _recorded(at: SaeFlags) -> dict[int, float]:
     """Return the largest activations that a run's evaluation recorded."""
-    if not opened.run.has(EVALUATION_PART):
+    from wsae.interop.runs import choose, open_run
+
+    run = open_run(at.sae[0])
+    if not run.has(EVALUATION_PART):
         return {}
-    record = opened.run.context_record
-    hooks = [
-        named for hook, named in record.items() if hook == opened.about.hook or len(record) == 1
-    ]
-    latents = hooks[0].get(opened.member or next(iter(hooks[0]), ""), []) if hooks else []
-    return {found["latent"]: found["max"] for found in latents if found.get("max")}
+    place = choose(run.path, at.member, None if run.single else at.hook)[0].place
+    for hook, members in run.context_record.items():
+        for member, latents in members.items():
+            if run.single or place == f"{hook}/{member}":
+                return {found["latent"]: found["max"] for found in latents if found.get("max")}
+    return {}
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import GenerationConfig
 
-from wsae.acts.flow import Step
+from wsae.acts.config import HarvestConfig
+from wsae.acts.flow import SkipRule, Step
 from wsae.acts.hookpoints import HookPoint, text_config
 from wsae.acts.language import LanguageModel
 from wsae.acts.loading import refuse_unable_to_continue
@@ -201,8 +202,9 @@ def steer(
     known = dict(peaks or {})
     written: list[tuple[float | None, Int64[Tensor, " new"]]] = []
     steps = [None, *strengths]
+    rule = SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
     with (
-        attach(language.model, {hook: sae}) as attached,
+        attach(language.model, {hook: sae}, exclude=rule) as attached,
         progress("steer", len(steps), "texts") as tick,
     ):
         for strength in steps:
