@@ -211,11 +211,9 @@ def test_what_one_sae_cannot_be_measured_on_is_one_line(words, says, model, tmp_
     assert not (tmp_path / "mine" / "evaluation").exists()
 
 
-def test_flags_of_one_sae_alone_are_refused_for_a_run_and_labels_for_anothers_folder(acts, capsys):
+def test_a_text_is_refused_for_a_run(capsys):
     run = ["evaluate", str(FIXTURES / "before-fold/run"), "--text", "builtin"]
     assert "is for one SAE alone" in failed(capsys, run)
-    folder = ["evaluate", str(FIXTURES / "interop/saelens-topk"), "--source", str(acts)]
-    assert "wsae import" in failed(capsys, [*folder, "--labels", "y.npy"])
 
 
 def test_classes_are_scored_for_one_sae_too(tmp_path, acts, capsys):
@@ -262,13 +260,22 @@ def test_ctrl_c_leaves_what_was_measured_before(tmp_path, acts, capsys, monkeypa
     assert wsae.Run(place).evaluation_record == before
 
 
-def test_another_tools_folder_is_measured_as_it_is_and_left_alone(tmp_path, acts, capsys):
+def test_another_tools_folder_serves_every_command_and_is_left_alone(tmp_path, acts, capsys):
     folder = Path(shutil.copytree(FIXTURES / "interop/saelens-topk", tmp_path / "folder"))
     before = sorted(p.name for p in folder.iterdir())
-    found = told(capsys, ["evaluate", str(folder), "--source", str(acts), *QUICK])
+    np.save(tmp_path / "y.npy", np.arange(300) % 3)
+    data = ["--source", str(acts), "--labels", str(tmp_path / "y.npy"), *QUICK]
+    found = told(capsys, ["evaluate", str(folder), *data])
     assert set(found["hooks"]["acts"]["members"]) == {"sae", "random"}
+    assert "classes" in found
+    kept = Path(found["kept"])
+    assert wsae.Run(kept).has("evaluation")
+    assert Path(told(capsys, ["report", str(folder)])["report"]).parent == kept
+    told(capsys, ["serve", str(folder), "--index-only", "--contexts", "0"])
+    told(capsys, ["compare", str(folder)])
+    told(capsys, ["export", str(folder), "--format", "sparsify", "--out", str(tmp_path / "out")])
+    assert same_bits(load(tmp_path / "out").sae, load(folder).sae)
     assert sorted(p.name for p in folder.iterdir()) == before
-    assert "wsae import" in failed(capsys, ["report", str(folder)])
 
 
 def test_a_member_of_a_run_is_a_run_of_its_own(tmp_path):

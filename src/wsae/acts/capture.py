@@ -25,6 +25,7 @@ from wsae.acts.hookpoints import (
     text_config,
     watch,
 )
+from wsae.acts.loading import input_device
 from wsae.core.errors import UserError, first_line
 
 
@@ -114,8 +115,7 @@ def _token_inputs(model: nn.Module, seq_len: int | None) -> Probing:
     other = torch.cat([first[:2], ids[3 * seq + 1 :].view(2, 2)], dim=1)
     mask = (torch.arange(longer) < seq).long().expand(2, longer)
     long = None if seq_len is None else _some_ids(model, seq_len)[None]
-    table = _embedding(model)
-    device = next(model.parameters()).device if table is None else table.device
+    device = input_device(model)
 
     def call(x: Tensor, attention: Tensor | None = None) -> Inputs:
         attention = None if attention is None else attention.to(device)

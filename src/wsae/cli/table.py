@@ -104,6 +104,15 @@ COMMANDS = (
         ),
     ),
     Command(
+        "attribute",
+        "which latents, at which tokens of a prompt, move a logit or the loss, checked by ablation",
+        (
+            'wsae attribute --sae runs/first --member plain --prompt "The capital of France is"',
+            'wsae attribute gpt2 --sae shared --prompt "When Mary and John went to the store, John gave milk to" '
+            '--metric difference --answer " Mary" --against " John"',
+        ),
+    ),
+    Command(
         "compare",
         "paired comparison of a run's members, or of several runs, with intervals",
         ("wsae compare runs/first", "wsae compare runs/first runs/second --json"),
@@ -131,10 +140,19 @@ COMMANDS = (
         ),
     ),
     Command(
+        "releases",
+        "published SAEs by name, as SAELens names them",
+        (
+            "wsae releases --model gemma-2-2b",
+            "wsae releases gemma-scope-2b-pt-res-canonical",
+        ),
+    ),
+    Command(
         "import",
-        "an SAE that another tool wrote, as a directory of ours",
+        "an SAE that another tool wrote or that is published, as a directory of ours",
         (
             "wsae import shared --out runs/theirs",
+            "wsae import gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical --out runs/gemma",
             "wsae import downloads/sae --format sparsify --out runs/theirs",
         ),
     ),

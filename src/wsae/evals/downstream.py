@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wsae.acts.capture import Call, splice
 from wsae.acts.hookpoints import HookPoint, Probed
-from wsae.acts.loading import refuse_without_logits
+from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
@@ -113,7 +113,7 @@ def _losses(
     at_once: int,
 ) -> Float64[Tensor, "2 variants_and_clean"]:
     """Return [cross-entropy; KL from the clean pass] of one sequence, untouched and under each variant."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids, kept = sequence.ids.to(device), sequence.kept.to(device)
     scored = sequence.target[1:].nonzero()[:, 0].to(device)
     targets = ids[scored + 1]
@@ -154,10 +154,11 @@ def run_variants(
 
     def widened(hidden: Float[Tensor, "1 length d_in"], _call: Call) -> Tensor:
         wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
-        x = hidden[0, kept].float()
+        at = kept.to(hidden.device)
+        x = hidden[0, at].float()
         for row, replace in zip(wide, variants, strict=True):
             if replace is not None:
-                row[kept] = replace(x).to(row)
+                row[at] = replace(x).to(row)
         return wide
 
     with splice(model, hook, widened):
@@ -169,7 +170,7 @@ def run_variants(
 
 def _shared_vocabulary(model: nn.Module, hook: HookPoint, ids: Int64[Tensor, " length"]) -> int:
     """Return the number of logits per token, or 0 when rows made at the hook do not give a plain pass's logits."""
-    ids = ids[:_PROBE_TOKENS].to(next(model.parameters()).device)
+    ids = ids[:_PROBE_TOKENS].to(input_device(model))
     plain = model(input_ids=ids[None], use_cache=False).logits
     kept = torch.zeros_like(ids, dtype=torch.bool)
     try:

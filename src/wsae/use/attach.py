@@ -279,6 +279,8 @@ class Attached:
         return next(iter(self._sites))
 
 
+Exclude = SkipRule | None | Literal["as in training"]
+"""Which tokens are left alone: by a rule (as `wsae harvest` leaves them out, by default), or padding alone (none)."""
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that have SAEs attached."""
 
@@ -289,7 +291,7 @@ def attach(
     saes: Mapping[str, SAE],
     *,
     error: bool = True,
-    exclude: SkipRule | None | Literal["as in training"] = "as in training",
+    exclude: Exclude = "as in training",
 ) -> Iterator[Attached]:
     """Within the context, every pass of the model has its latents read, and edited as said: {hook: SAE}.
 
