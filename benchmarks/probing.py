@@ -164,9 +164,7 @@ def ours(
         out[k], out["s"][f"probes of {k}"] = timed(
             lambda k=k: [float(sparse_right(codes, t, (k,))[0][k].mean()) for t in tasks]
         )
-    _, out["s"]["probe of all"] = timed(
-        lambda: [fit_all(codes[t.train], t.train_y) for t in tasks]
-    )
+    _, out["s"]["probe of all"] = timed(lambda: [fit_all(codes[t.train], t.train_y) for t in tasks])
     linear = [
         LinearProbe(p.net.weight[0].double().numpy(), float(p.net.bias)) for p in probes.values()
     ]
