@@ -1,6 +1,9 @@
-"""Where a compiled training step goes, and what each of its ideas is worth, on synthetic activations.
+"""Where a compiled training step goes, and what each of its ideas is worth.
 
     python benchmarks/training_step.py [--size A B] [--threads 1] [--steps 30]
+    python benchmarks/training_step.py --store STORE --hook layers.9 [--steps 30]
+
+On synthetic activations of these sizes, or on those of a store (Top-k 32, 8 x d_in latents, batch 2,048).
 
 Variants step alternately on the same batches: as shipped; without the guess learned from the batch before; with a
 float32 product in place of 8 bits; PyTorch's own kernels. Prints the median time of each part of a shipped step, the
@@ -13,10 +16,12 @@ import math
 import statistics
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from wsae.acts.source import StoreSource
 from wsae.kernels.native import select as selection
 from wsae.kernels.native import weights
 from wsae.sae import TopK
@@ -112,10 +117,16 @@ def same_sets(member: MemberState, x: Tensor) -> dict[str, float]:
     }
 
 
-def measure(size: str, threads: int, steps: int) -> dict[str, object]:
-    d_in, d_sae, batch = SIZES[size]
+def stored(store: str, hook: str) -> Tensor:
+    """Return 4 batches of a store; E|x|^2 = d_in about their mean."""
+    stream = StoreSource(Path(store), (hook,)).stream(2048, 0)
+    x = torch.cat([stream.next()[hook].float() for _ in range(4)])
+    return x / x.var(0).mean().sqrt()
+
+
+def measure(size: str, x: Tensor, threads: int, steps: int) -> dict[str, object]:
+    d_in, (d_sae, batch) = x.shape[1], SIZES[size][1:] if size in SIZES else (8 * x.shape[1], 2048)
     torch.set_num_threads(threads)
-    x = mixture(4 * batch, d_in)
     names = ("shipped", "no guess", "float32 selection", "eager")
     variants = [Variant(name, x, d_sae, batch) for name in names]
     batches = [make_batch(part, variants[0].member) for part in x.split(batch)]
@@ -141,6 +152,7 @@ def measure(size: str, threads: int, steps: int) -> dict[str, object]:
         "parts of a shipped step, ms": each | {"rest": middle["shipped"] - sum(each.values())},
         "exact values per row": effort.examined / effort.tokens,
         "rows scanned twice": effort.repeated / effort.tokens,
+        "rows computed in full": effort.exhaustive / effort.tokens,
         "latents that did not fire": float((shipped.since_fired > 0).double().mean()),
         "sets": same_sets(shipped, x[:batch]),
     }
@@ -151,9 +163,15 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--store")
+    parser.add_argument("--hook", default="layers.9")
     args = parser.parse_args()
     timed_parts()
-    rows = [measure(size, n, args.steps) for size in args.size for n in args.threads]
+    if args.store:
+        data = {args.hook: stored(args.store, args.hook)}
+    else:
+        data = {size: mixture(4 * SIZES[size][2], SIZES[size][0]) for size in args.size}
+    rows = [measure(name, x, n, args.steps) for name, x in data.items() for n in args.threads]
     print(json.dumps(rows, indent=1))
 
 

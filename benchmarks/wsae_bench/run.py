@@ -43,8 +43,10 @@ ACTIVE = 24.0
 OVERCOMPLETE = 4
 MOST = 0.5
 """No direction is active more often than this."""
-OFFSET, NOISE = 0.5, 0.15
-"""Norms of the offset and of the noise, as shares of the mixture's root mean square norm."""
+OFFSET, NOISE, LOUD = 0.5, 0.15, 2.5
+"""Norms of the offset, of the noise and of a loud dimension, as shares of the mixture's root mean square norm."""
+RARE = 64
+"""One row in so many has the loud dimension, as in language models (Sun et al. 2024, "Massive activations")."""
 CHUNK = 2048
 LIMIT = 1 << 30
 """Bytes a file of rows may take; a longer run sees its rows again."""
@@ -59,7 +61,8 @@ def rows_for(d_in: int, batch: int, steps: int, heldout: int) -> int:
 def write_mixtures(path: Path, rows: int, d_in: int, seed: int) -> None:
     """Write x = s (sum_j a_j D_j + o + e): 4 d_in unit directions D_j, about 24 of them active, a_j ~ U(0.5, 1.5).
 
-    Frequencies are Zipf's, o is one fixed offset, e Gaussian noise; s makes the first chunk's mean |x|^2 d_in.
+    Frequencies are Zipf's, o is one fixed offset, e Gaussian noise, one dimension loud now and then; s makes the first
+    chunk's mean |x|^2 d_in.
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "bench", d_in))
     n = OVERCOMPLETE * d_in
@@ -82,6 +85,7 @@ def write_mixtures(path: Path, rows: int, d_in: int, seed: int) -> None:
                 NOISE * norm / d_in**0.5
             )
             x = codes @ directions + offset + noise
+            x[::RARE, 0] += LOUD * norm
             scale = scale or unit_scale(x)
             file.write((x * scale).numpy().tobytes())
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from wsae.api import Family, Member, evaluate, fit, fit_family, probe, recovery
     from wsae.run import Run
     from wsae.sae import SAE, SparseAutoencoder
+    from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
 
 _WHERE = {
     "Run": "wsae.run",
@@ -25,16 +26,23 @@ _WHERE = {
     "evaluate": "wsae.api",
     "probe": "wsae.api",
     "recovery": "wsae.api",
+    **dict.fromkeys(("attach", "Set", "Add", "Scale", "Zero", "Clamp"), "wsae.use.attach"),
 }
 
 __all__ = [
+    "Add",
+    "Clamp",
     "Family",
     "Member",
     "Run",
     "SAE",
+    "Scale",
+    "Set",
     "SparseAutoencoder",
     "UserError",
+    "Zero",
     "__version__",
+    "attach",
     "evaluate",
     "fit",
     "fit_family",

@@ -417,7 +417,7 @@ class Run:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(
-                f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
+                f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`, or an SAE"
             )
         if not (self.path / CONFIG).is_file():
             raise UserError(

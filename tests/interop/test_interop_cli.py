@@ -322,7 +322,7 @@ def test_bad_requests_end_in_one_line(run, tmp_path, capsys):
     assert "nearest: weighted" in failed(capsys, ["export", str(run), "--member", "weigted", *out])
     assert "single SAE" in failed(capsys, ["export", str(member(run, "plain")), "--all", *out])
     assert "no equal" in failed(capsys, ["export", str(run), "--member", "grouped", *out])
-    assert "no such directory" in failed(capsys, ["export", str(tmp_path / "no"), *out])
+    assert "no such run" in failed(capsys, ["export", str(tmp_path / "no"), *out])
     assert "this is a wsae evaluation" in failed(capsys, ["export", str(run / "evaluation"), *out])
     assert "already" in failed(capsys, ["import", str(member(run, "plain")), *out])
     assert "owner/name" in failed(capsys, ["push", str(run), "name", "--dry-run", *out])

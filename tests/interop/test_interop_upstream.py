@@ -16,13 +16,10 @@ from wsae.interop import load
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
 REFUSED = {
-    "saelens-gated": "architecture 'gated'",
     "saelens-matching-pursuit": "architecture 'matching_pursuit'",
     "saelens-layer-norm": "normalize_activations = 'layer_norm'",
     "sparsify-transcoder": "transcode",
     "sparsify-skip": "skip",
-    "dl-gated": "GatedAutoEncoder",
-    "dl-matryoshka": "MatryoshkaBatchTopKSAE",
 }
 ALL = sorted(p.name for p in FIXTURES.iterdir())
 READ = [name for name in ALL if name not in REFUSED]
@@ -34,6 +31,9 @@ KINDS = {
     "dl-batchtopk": "batch_topk",
     "dl-topk-threshold": "topk",
     "dl-jumprelu": "jumprelu",
+    "dl-gated": "jumprelu",
+    "saelens-gated": "jumprelu",
+    "dl-matryoshka": "batch_topk",
 }
 
 

@@ -131,6 +131,23 @@ def test_a_guess_from_other_data_changes_the_effort_only() -> None:
         assert torch.equal(code.indices.view(200, 8), select_topk(pre, 8).sort(1).values)
 
 
+def test_tokens_with_one_loud_dimension_need_no_exhaustive_search() -> None:
+    """Their 8 bits say too little of the other dimensions; 16 do, without which all 3,000 latents were computed."""
+    x, W, bias = data(300, 64, 3000, seed=11)
+    W = torch.nn.functional.normalize(W)
+    W[:, 3] *= 0.05
+    x[::50, 3] = 400.0
+    encoder = rounded(W, torch.randn(300, 64))
+    both, slices = Centred(x, to_slices(x)), to_slices(W)
+    for _ in range(2):  # without a guess, and with one
+        found = native.select_topk(encoder, slices, bias, both, 8).indices.view(300, 8)
+        assert torch.equal(found, select_topk(x @ W.T + bias, 8).sort(1).values)
+    if encoder.int8:
+        assert encoder.effort.exhaustive == 0
+        assert 6 <= encoder.effort.repeated < 40
+        assert encoder.effort.examined < 40 * encoder.effort.tokens
+
+
 @pytest.mark.usefixtures("int8")
 def test_values_that_are_not_finite_stay_visible() -> None:
     x, W, _ = data(20, 16, 64, seed=1)

@@ -1,6 +1,8 @@
 """The SAE by its equations: every activation's definition, tied and untied, files, scaling."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,50 @@ def test_scaling_by_a_power_of_two_is_exact(kind: str, tied: bool) -> None:
         return
     assert torch.equal(scaled.encode(8 * x), 8 * sae.encode(x))
     assert torch.equal(scaled(8 * x), 8 * sae(x))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_folding_the_decoders_norms_keeps_latents_up_to_them_and_reconstructions(
+    kind: str, tied: bool
+) -> None:
+    sae, x = make(kind, tied), batch()
+    if kind in ("topk", "group_topk"):
+        with pytest.raises(UserError, match=f"{kind} would choose other latents"):
+            sae.fold_decoder_norm()
+        with torch.no_grad():
+            sae.W_dec *= 3 / sae.W_dec.norm(dim=1, keepdim=True)
+    norm = sae.W_dec.norm(dim=1)
+    folded = sae.fold_decoder_norm()
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones_like(norm))
+    torch.testing.assert_close(folded.encode(x), sae.encode(x) * norm)
+    torch.testing.assert_close(folded(x), sae(x))
+    assert (folded.dtype, folded.device) == (torch.float64, sae.device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_x_through_the_active_latents(kind: str) -> None:
+    sae, x = make(kind), batch().requires_grad_()
+    (grad,) = torch.autograd.grad((sae(x) * torch.arange(1.0, 7.0)).sum(), x)
+    on = (sae.encode(x) != 0).double()
+    back = (torch.arange(1.0, 7.0).double() @ sae.W_dec.T) * on
+    torch.testing.assert_close(grad, back @ sae.W_enc.T)
+
+
+COMPILE = """
+import torch
+from wsae.sae import SAE, SAEConfig, make_activation
+x = torch.randn(9, 6)
+for kind in ("topk", "batch_topk"):
+    sae = SAE(SAEConfig(d_in=6, d_sae=16, activation=make_activation(kind, 4)))
+    compiled = torch.compile(sae, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), sae(x))
+"""
+
+
+def test_it_compiles_as_one_graph() -> None:
+    # in a process of its own: the checks of shapes that run in the tests do not compile
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=250)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -38,10 +38,12 @@ def write_world(path: Path, model: Path | None = None) -> Path:
     renumber(path, spare)
     plant(path)
     config = read_json(path / "config.json")
+    members = [{"label": name} for name in MEMBERS]
+    config["train"] = {"members": members, "tokens": 262144}
     if model is not None:
         harvest = {"model": str(model), "text": {"path": "builtin"}}
         config["source"] = {"kind": "live", "harvest": harvest, "hooks": [HOOK]}
-        write_json(path / "config.json", config)
+    write_json(path / "config.json", config)
     arrays = load_tensors(path / "evaluation" / "arrays.safetensors")
     for seed, name in enumerate(MEMBERS):
         sae = SAE(
@@ -51,6 +53,7 @@ def write_world(path: Path, model: Path | None = None) -> Path:
         sae.gamma.copy_(arrays[f"{HOOK}|{name}|gamma"])
         sae.save(path / "members" / HOOK / name)
     files = ["config.json", "gamma.json", "metrics.jsonl"]
+    files += [f"members/{HOOK}/{name}/manifest.json" for name in MEMBERS]
     write_manifest(path, "run", config, files, info={"members": {HOOK: list(MEMBERS)}})
     return path
 

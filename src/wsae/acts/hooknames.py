@@ -325,14 +325,19 @@ def hook_name(hook: str) -> HookName:
 def among(name: str, hooks: Iterable[str]) -> str | None:
     """Return the recorded hook that a name means: itself, another spelling of its path, or TransformerLens' name."""
     hooks, wanted = list(hooks), name.strip()
-    bare = _SIDE.sub(lambda side: ".input" if side["side"] == "input" else "", wanted)
+    bare = _bare(wanted)
     if wanted in hooks:
         return wanted
     for same in (
         lambda hook: hook == bare,
         lambda hook: bare.endswith(f".{hook}") or hook.endswith(f".{bare}"),
-        lambda hook: hook_name(hook).name == hook_name(bare).name,
+        lambda hook: hook_name(_bare(hook)).name == hook_name(bare).name,
     ):
         if len(found := [hook for hook in hooks if same(hook)]) == 1:
             return found[0]
     return None
+
+
+def _bare(name: str) -> str:
+    """Return a name without nnsight's `.output` and `[0]`; of an input, `.input` stays."""
+    return _SIDE.sub(lambda side: ".input" if side["side"] == "input" else "", name)

@@ -19,7 +19,7 @@ class Flags(Config):
     """Flags of `wsae export`."""
 
     sae: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
-    """An SAE's directory, a finished run, or hub:owner/name."""
+    """A finished run's directory; or one SAE: its folder, whatever wsae import reads, RELEASE:ID included."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder; with --all one below it for each SAE, HOOK/NAME."""
     format: Annotated[FormatName, tyro.conf.arg(metavar="NAME")] = "saelens"

@@ -52,11 +52,10 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
 
 
 def _push(flags: Flags, out: Path) -> dict[str, Any]:
-    from wsae.core.artifact import kind_of
     from wsae.interop.card import upload, write_folder
-    from wsae.interop.runs import choose
+    from wsae.interop.runs import choose, open_run
 
-    every = kind_of(flags.sae) != "sae"
+    every = not open_run(flags.sae).single
     chosen = choose(flags.sae, flags.member, flags.hook, every=every)
     files = write_folder(chosen, out, flags.repo)
     url = None if flags.dry_run else upload(out, files, flags.repo, flags.private)

@@ -17,6 +17,7 @@ from wsae.core.files import read_json, write_json
 from wsae.core.tensors import save_tensors
 from wsae.core.torchfile import save_state
 from wsae.interop.config import FormatName, SourceName
+from wsae.interop.releases import hub_model
 from wsae.sae.config import Provenance, SAEConfig
 from wsae.sae.model import SAE
 
@@ -75,6 +76,20 @@ def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> lis
                 f"{where}: tensor {name} is {kind} (quantised?); float16, bfloat16, float32 and float64 are read"
             )
     return [tensors[name].detach().float() for name in names]
+
+
+def gated(
+    weights: NamedTensors, gate: Float[Tensor, " d_sae"], stretch: Float[Tensor, " d_sae"]
+) -> NamedTensors:
+    """Return the JumpReLU that a gated SAE is: weights with b_enc as its magnitude bias, its gate bias and r_mag.
+
+    z = [a + gate > 0] relu(e a + b_enc) with a = x @ W_enc and e = exp(r_mag); with u = e a + b_enc the gate is open
+    where u > b_enc - e gate, so z = u [u > max(b_enc - e gate, 0)] (Rajamanoharan et al. 2024a, Section 3.3).
+    """
+    e, b = stretch.double().exp(), weights.b_enc.double()
+    return weights._replace(
+        W_enc=(weights.W_enc.double() * e).float(), threshold=(b - e * gate.double()).float()
+    )
 
 
 def check_shapes(
@@ -352,6 +367,8 @@ def provenance(
 ) -> Provenance:
     """Return what a config says under another tool's names: `keys` are ours -> theirs."""
     known = {name: maybe(data, key, _TYPES[name]) for name, key in keys.items()}
+    if known.get("model"):
+        known["model"] = hub_model(known["model"])
     return Provenance(**known, notes=tuple(notes), origin={"format": format, **plain(data)})
 
 

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from wsae.acts.hooknames import among
 from wsae.core.errors import UserError
 from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.progress import Progress, quiet
@@ -197,12 +198,13 @@ def survey_hooks(
 
 def selected(families: dict[str, EvaluatedSaes], cfg: InterpretConfig) -> dict[str, EvaluatedSaes]:
     """Return the hooks and members asked for, each weighted member with its twin; raises UserError for others."""
-    for hook in cfg.hooks:
-        if hook not in families:
-            raise UserError(f"hook {hook!r}: the run has {', '.join(families)}")
+    hooks = [among(hook, families) for hook in cfg.hooks]
+    if None in hooks:
+        wrong = cfg.hooks[hooks.index(None)]
+        raise UserError(f"hook {wrong!r}: the run has {', '.join(families)}")
     out = {}
     for hook, family in families.items():
-        if cfg.hooks and hook not in cfg.hooks:
+        if hooks and hook not in hooks:
             continue
         for name in cfg.members:
             if name not in family.saes:

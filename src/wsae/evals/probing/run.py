@@ -431,7 +431,7 @@ def document_reader(
             "labelled text is read by the model behind the data, and these are arrays or of images; give a store "
             "harvested from text with --source"
         )
-    own = {"hooks": tuple(hooks), "seq_len": cfg.context, "pack": False}
+    own = {"hooks": tuple(hooks), "seq_len": cfg.context, "pack": False, "roles": None}
     return DocumentReader(made.model_copy(update=own), language, medians)
 
 
@@ -463,19 +463,6 @@ def probe_run(
         inputs = {"run": opened.manifest.digest()}
         write_manifest(out, PROBING_PART, cfg.to_dict(), [PROBING], inputs=inputs)
     return record
-
-
-def probe_alone(
-    sae: SAE,
-    source: HeldOut,
-    cfg: ProbeConfig = ProbeConfig(),  # noqa: B008  (frozen)
-    corpus: Corpus | None = None,
-    language: LanguageModel | None = None,
-    progress: Progress = quiet,
-) -> Json:
-    """Return what `probe_run` writes, of one SAE, "sae", at the one hook of its source."""
-    families = {hook: EvaluatedSaes({SINGLE: sae}) for hook in source.hooks}
-    return _probed(families, source, cfg, corpus, language, progress)
 
 
 def _probed(

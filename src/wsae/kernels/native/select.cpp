@@ -8,7 +8,8 @@
 // 3. The survivors (a little more than k) are computed again in float32, and the k largest of those are returned.
 //
 // A batch starts from a guess of each token's k-th pre-activation, learned from the batch before. Where the exact k-th
-// value turns out below the guess, the token is done again without one: guesses change the time, never the result.
+// value turns out below the guess, or rounding leaves too many candidates (one loud dimension makes a token's step wide),
+// the token is done again without a guess and with 16 bits, as two rows of 8. Guesses change the time, never the result.
 #include "common.h"
 #if defined(__AVX512VNNI__) && defined(__AVX512F__)
 #include <immintrin.h>
@@ -25,8 +26,10 @@ extern "C" void to_slices(const float* rows, const float* centre, int64_t n, int
 namespace {
 
 constexpr int TOKENS = 14, PANEL = 32;  // a tile: 14 tokens by 32 latents fill 28 of the 32 vector registers
+constexpr float FINE = 254;           // steps of a 16-bit token's second row in one of its first
 constexpr float MARGIN = 4;             // standard deviations of the rounding error allowed for, each side
 constexpr float LOWEST = -3.0e38f;
+constexpr int HALVINGS = 20;
 constexpr float GUESS_QUANTILE = 0.01f, CAUTION = 0.9f;  // a guess too high costs more than one too low
 
 struct Pair {
@@ -60,7 +63,7 @@ struct Selection {
   int64_t* counts;     // [batch]
   int64_t examined;    // out: candidates computed exactly
   int64_t exhaustive;  // out: tokens for which every latent was computed exactly
-  int64_t repeated;    // out: tokens whose guess was too high
+  int64_t repeated;    // out: tokens scanned again with 16 bits
 };
 
 struct Lists {  // the entries, token by token, when k is 0
@@ -166,6 +169,8 @@ struct Candidates {
 struct Token {
   float step = 1, norm = 0, guess = LOWEST;
   bool broken = false;  // holds NaN or infinity
+
+  float kappa(int64_t d_in) const { return norm / step * (norm / step) + d_in / 12.0f; }
 };
 
 // All that a call shares: the encoder, what is asked, and how far rounding may move each latent.
@@ -173,10 +178,11 @@ struct Job {
   const Encoder& e;
   const Selection& s;
   std::vector<float> inverse_dim;  // [d_in]
-  std::vector<float> spread;       // [padded]: sqrt(norm^2 + kappa step^2)
+  std::vector<float> spread;       // [padded]: what bounds a latent's rounding error, see make_job
   int64_t steps, panels, groups, capacity;
+  int lanes;  // rows of 8 bits a token takes: 1, or 2 for 16 bits
 
-  int64_t place(int64_t j) const { return j / e.group * panels * PANEL + j % e.group; }
+  int held() const { return TOKENS / lanes; }  // tokens of a tile
 };
 
 // Working memory of one thread.
@@ -205,33 +211,58 @@ Token measure(const Encoder& e, const float* inverse_dim, const float* x) {
   return token;
 }
 
+// Round a token into its lanes: whole steps, then what they leave in steps FINE times as narrow.
 void round_token(const Job& job, const float* x, const Token& token, int8_t* q, int32_t* start) {
   const float up = 1 / token.step;
-  int32_t total = 0;
+  int32_t total = 0, rest = 0;
   for (int64_t first = 0; first < job.e.d_in; first += SLICE) {
     const int64_t n = std::min<int64_t>(SLICE, job.e.d_in - first);
-    alignas(64) int8_t part[SLICE] = {};
-#pragma omp simd reduction(+ : total)
+    alignas(64) int8_t part[2][SLICE] = {};
+#pragma omp simd reduction(+ : total, rest)
     for (int64_t i = 0; i < n; i++) {
       const float v = x[first + i] * job.inverse_dim[first + i] * up;
       const int rounded = (int)(v + 128.5f) - 128;  // v is in -127 .. 127
-      part[i] = (int8_t)rounded;
-      total += rounded;
+      const int finer = (int)((v - rounded) * FINE + 128.5f) - 128;
+      part[0][i] = (int8_t)rounded, part[1][i] = (int8_t)finer;
+      total += rounded, rest += finer;
     }
-    for (int64_t k = 0; k < (n + 3) / 4; k++) std::memcpy(q + (first / 4 + k) * TOKENS * 4, part + 4 * k, 4);
+    for (int lane = 0; lane < job.lanes; lane++)
+      for (int64_t k = 0; k < (n + 3) / 4; k++)
+        std::memcpy(q + ((first / 4 + k) * TOKENS + lane) * 4, part[lane] + 4 * k, 4);
   }
-  *start = -128 * total;
+  start[0] = -128 * total;
+  if (job.lanes > 1) start[1] = -128 * rest;
 }
 
-// Raise the threshold to the wanted-th best lower bound, and drop what cannot reach it.
-void prune(const Job& job, Candidates& c, std::vector<float>& scratch) {
+// The largest number found by halving that at least `wanted` of n values reach; `values` has room for a whole vector more.
+float reached_by(float* values, int n, int wanted) {
+  std::fill(values + n, values + n + 16, LOWEST);
+  __m512 low = _mm512_set1_ps(-LOWEST), high = _mm512_set1_ps(LOWEST);
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 real = n - i < 16 ? (1 << (n - i)) - 1 : 0xffff;
+    low = _mm512_mask_min_ps(low, real, low, _mm512_loadu_ps(values + i));
+    high = _mm512_max_ps(high, _mm512_loadu_ps(values + i));
+  }
+  float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
+  for (int step = 0; step < HALVINGS; step++) {
+    const float middle = least + (most - least) / 2;
+    int count = 0;
+    for (int i = 0; i < n; i += 16)
+      count += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(values + i), _mm512_set1_ps(middle), _CMP_GE_OQ));
+    (count >= wanted ? least : most) = middle;
+  }
+  return least;
+}
+
+// Raise the threshold to the wanted-th best lower bound, and drop what cannot reach it. `shift`: from a latent of the
+// group at hand to its place.
+void prune(const Job& job, Candidates& c, int64_t shift, std::vector<float>& scratch) {
   const int n = c.count - c.fixed;
   if (c.wanted == 0 || n < c.wanted) return;
-  scratch.resize(n);
-  for (int i = 0; i < n; i++)
-    scratch[i] = c.upper[c.fixed + i] - 2 * c.reach * job.spread[job.place(c.index[c.fixed + i])];
-  std::nth_element(scratch.begin(), scratch.begin() + (c.wanted - 1), scratch.end(), std::greater<float>());
-  c.threshold = std::max(c.threshold, scratch[c.wanted - 1]);
+  scratch.resize(n + 16);
+  const float* spread = job.spread.data() + shift;
+  for (int i = 0; i < n; i++) scratch[i] = c.upper[c.fixed + i] - 2 * c.reach * spread[c.index[c.fixed + i]];
+  c.threshold = std::max(c.threshold, reached_by(scratch.data(), n, c.wanted));
   int kept = c.fixed;
   for (int i = c.fixed; i < c.count; i++)
     if (c.upper[i] >= c.threshold) {
@@ -241,16 +272,17 @@ void prune(const Job& job, Candidates& c, std::vector<float>& scratch) {
   c.count = kept;
 }
 
-void close_group(const Job& job, Candidates& c, std::vector<float>& scratch, bool last) {
-  prune(job, c, scratch);
+void close_group(const Job& job, Candidates& c, int64_t shift, std::vector<float>& scratch, bool last) {
+  prune(job, c, shift, scratch);
   c.fixed = c.count;
   if (!last && c.wanted > 0 && !c.overflow) c.threshold = LOWEST;
 }
 
 // Append the lanes of `mask`.
-inline void push(const Job& job, Candidates& c, __m512 upper, __mmask16 mask, int32_t first, std::vector<float>& scratch) {
+inline void push(const Job& job, Candidates& c, __m512 upper, __mmask16 mask, int32_t first, int64_t shift,
+                 std::vector<float>& scratch) {
   if (c.count + 16 > c.capacity) {
-    prune(job, c, scratch);
+    prune(job, c, shift, scratch);
     if (c.count + 16 > c.capacity) {  // too many within reach of rounding: this token is computed in full
       c.overflow = true;
       c.threshold = -LOWEST;
@@ -267,40 +299,47 @@ inline void push(const Job& job, Candidates& c, __m512 upper, __mmask16 mask, in
 
 // Round a chunk's tokens and set up their candidates.
 void prepare(const Job& job, const float* x, int64_t count, bool guess, Chunk& w) {
-  const int64_t blocks = (count + TOKENS - 1) / TOKENS, room = job.capacity + 16;
+  const int64_t held = job.held(), blocks = (count + held - 1) / held, room = job.capacity + 16;
   w.q.assign(blocks * job.steps * TOKENS * 4, 0);
   w.start.assign(blocks * TOKENS, 0);
-  w.tokens.assign(blocks * TOKENS, {});
-  w.candidates.resize(blocks * TOKENS);
-  w.upper.resize(blocks * TOKENS * room);
-  w.index.resize(blocks * TOKENS * room);
-  for (int64_t t = 0; t < blocks * TOKENS; t++) {
+  w.tokens.assign(blocks * held, {});
+  w.candidates.resize(blocks * held);
+  w.upper.resize(blocks * held * room);
+  w.index.resize(blocks * held * room);
+  for (int64_t t = 0; t < blocks * held; t++) {
     Token& token = w.tokens[t];
     if (t < count) token = measure(job.e, job.inverse_dim.data(), x + t * job.e.d_in);
     const bool idle = t >= count || token.broken;
     if (!idle) {
-      int8_t* q = w.q.data() + (t / TOKENS * job.steps * TOKENS + t % TOKENS) * 4;
-      round_token(job, x + t * job.e.d_in, token, q, &w.start[t]);
+      const int64_t block = t / held, lane = t % held * job.lanes;
+      int8_t* q = w.q.data() + (block * job.steps * TOKENS + lane) * 4;
+      round_token(job, x + t * job.e.d_in, token, q, &w.start[block * TOKENS + lane]);
       if (guess) token.guess = job.s.guess * token.norm;
     }
     const float start = job.s.k == 0 ? job.s.above / token.step : guess ? token.guess / token.step : LOWEST;
+    const float own = job.lanes > 1 ? std::sqrt(token.kappa(job.e.d_in)) : 1;
     w.candidates[t] = {w.upper.data() + t * room, w.index.data() + t * room, 0, 0, (int32_t)job.capacity,
-                       (int32_t)job.s.k, idle ? -LOWEST : start, MARGIN / std::sqrt(12.0f), false};
+                       (int32_t)job.s.k, idle ? -LOWEST : start, MARGIN / std::sqrt(12.0f) * own, false};
   }
 }
 
 // Compare one tile with the tokens' thresholds.
 inline void sift(const Job& job, const int32_t* acc, const float* scale, const float* offset, const float* spread,
-                 int32_t first, const Token* tokens, Candidates* candidates, std::vector<float>& scratch) {
+                 int32_t first, int64_t shift, const Token* tokens, Candidates* candidates, std::vector<float>& scratch) {
   const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
   const __m512 o0 = _mm512_load_ps(offset), o1 = _mm512_load_ps(offset + 16);
   const __m512 r0 = _mm512_load_ps(spread), r1 = _mm512_load_ps(spread + 16);
-  for (int m = 0; m < TOKENS; m++) {
+  for (int m = 0; m < job.held(); m++) {
     Candidates& c = candidates[m];
     const __m512 inverse = _mm512_set1_ps(1 / tokens[m].step), reach = _mm512_set1_ps(c.reach);
     __m512 limit = _mm512_set1_ps(c.threshold);
-    const __m512 a0 = _mm512_cvtepi32_ps(_mm512_load_si512(acc + m * PANEL));
-    const __m512 a1 = _mm512_cvtepi32_ps(_mm512_load_si512(acc + m * PANEL + 16));
+    const int32_t* row = acc + m * job.lanes * PANEL;
+    __m512 a0 = _mm512_cvtepi32_ps(_mm512_load_si512(row)), a1 = _mm512_cvtepi32_ps(_mm512_load_si512(row + 16));
+    if (job.lanes > 1) {
+      const __m512 narrow = _mm512_set1_ps(1 / FINE);
+      a0 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(row + PANEL)), narrow, a0);
+      a1 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(row + PANEL + 16)), narrow, a1);
+    }
     const __m512 u0 = _mm512_fmadd_ps(r0, reach, _mm512_fmadd_ps(a0, s0, _mm512_mul_ps(o0, inverse)));
     const __m512 u1 = _mm512_fmadd_ps(r1, reach, _mm512_fmadd_ps(a1, s1, _mm512_mul_ps(o1, inverse)));
     __mmask16 m0 = _mm512_cmp_ps_mask(u0, limit, _CMP_GE_OQ), m1 = _mm512_cmp_ps_mask(u1, limit, _CMP_GE_OQ);
@@ -312,18 +351,19 @@ inline void sift(const Job& job, const int32_t* acc, const float* scale, const f
       limit = _mm512_set1_ps(c.threshold);
       m0 = _mm512_cmp_ps_mask(u0, limit, _CMP_GE_OQ), m1 = _mm512_cmp_ps_mask(u1, limit, _CMP_GE_OQ);
     }
-    if (m0) push(job, c, u0, m0, first, scratch);
-    if (m1) push(job, c, u1, m1, first + 16, scratch);
+    if (m0) push(job, c, u0, m0, first, shift, scratch);
+    if (m1) push(job, c, u1, m1, first + 16, shift, scratch);
   }
 }
 
 // Approximate pre-activations of a chunk against all panels; leaves the candidates.
 void scan(const Job& job, Chunk& w) {
   const Encoder& e = job.e;
-  const int64_t blocks = w.tokens.size() / TOKENS;
+  const int64_t held = job.held(), blocks = w.tokens.size() / held;
   alignas(64) int32_t acc[TOKENS * PANEL];
   alignas(64) float scale[PANEL], offset[PANEL], spread[PANEL];
   for (int64_t g = 0; g < job.groups; g++) {
+    const int64_t shift = g * (job.panels * PANEL - e.group);
     for (int64_t p = 0; p < job.panels; p++) {
       const int64_t place = (g * job.panels + p) * PANEL, first = g * e.group + p * PANEL;
       const int64_t real = std::min<int64_t>(PANEL, e.group - p * PANEL);
@@ -335,10 +375,10 @@ void scan(const Job& job, Chunk& w) {
       }
       for (int64_t b = 0; b < blocks; b++) {
         tile(w.q.data() + b * job.steps * TOKENS * 4, e.packed + place * job.steps * 4, job.steps, &w.start[b * TOKENS], acc);
-        sift(job, acc, scale, offset, spread, (int32_t)first, &w.tokens[b * TOKENS], &w.candidates[b * TOKENS], w.scratch);
+        sift(job, acc, scale, offset, spread, (int32_t)first, shift, &w.tokens[b * held], &w.candidates[b * held], w.scratch);
       }
     }
-    for (Candidates& c : w.candidates) close_group(job, c, w.scratch, g + 1 == job.groups);
+    for (Candidates& c : w.candidates) close_group(job, c, shift, w.scratch, g + 1 == job.groups);
   }
 }
 
@@ -373,7 +413,7 @@ struct Round {
   std::vector<int32_t> latents;
   std::vector<float> values;     // exact pre-activations of the candidates
   std::vector<std::vector<Pair>> chosen;
-  std::vector<uint8_t> failed;   // the guess was too high
+  std::vector<uint8_t> failed;   // 8 bits or the guess did not settle it
   int64_t exhaustive = 0;
 };
 
@@ -381,6 +421,7 @@ struct Round {
 void find_candidates(const Job& job, const float* x, int64_t count, int64_t chunk, bool guess, Round& r) {
   const int64_t chunks = (count + chunk - 1) / chunk;
   r.tokens.resize(count);
+  r.failed.assign(count, 0);
   r.offsets.assign(count + 1, 0);
   r.chunk_latents.assign(chunks, {});
   int64_t exhaustive = 0;
@@ -397,10 +438,11 @@ void find_candidates(const Job& job, const float* x, int64_t count, int64_t chun
         const Candidates& found = w.candidates[t];
         std::vector<int32_t>& out = r.chunk_latents[c];
         const size_t before = out.size();
-        if (found.overflow || w.tokens[t].broken) {
+        r.failed[first + t] = found.overflow && job.lanes == 1 && job.s.k > 0;
+        if (w.tokens[t].broken || (found.overflow && !r.failed[first + t])) {
           for (int64_t j = 0; j < job.e.d_sae; j++) out.push_back((int32_t)j);
           exhaustive++;
-        } else {
+        } else if (!r.failed[first + t]) {
           out.insert(out.end(), found.index, found.index + found.count);
         }
         r.tokens[first + t] = w.tokens[t];
@@ -465,31 +507,33 @@ Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_
   find_candidates(job, x, count, chunk, guess, r);
   compute_exactly(job, slices_of_x, count, r);
   r.chosen.resize(count);
-  r.failed.assign(count, 0);
   Memory memory;
 #pragma omp parallel for schedule(dynamic, 64)
-  for (int64_t t = 0; t < count; t++) memory.inside([&] { r.failed[t] = !choose(job, r, t); });
+  for (int64_t t = 0; t < count; t++) memory.inside([&] { r.failed[t] = r.failed[t] || !choose(job, r, t); });
   memory.check();
   return r;
 }
 
-Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch) {
-  Job job{e, s, {}, {}, (e.d_in + 3) / 4, (e.group + PANEL - 1) / PANEL, e.d_sae / e.group, 0};
+Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch, int lanes) {
+  Job job{e, s, {}, {}, (e.d_in + 3) / 4, (e.group + PANEL - 1) / PANEL, e.d_sae / e.group, 0, lanes};
   job.capacity = s.k > 0 ? 2 * job.groups * s.k + s.k / 2 + 128 : std::max<int64_t>(1024, e.d_sae / 16);
   job.inverse_dim.resize(e.d_in);
   for (int64_t i = 0; i < e.d_in; i++) job.inverse_dim[i] = 1 / e.dim[i];
-  // Rounding errors are uniform in one step, so of variance step^2 / 12 per entry. In units of the token's step s_x:
-  // variance of a latent's error = (norm^2 + step^2 (|x|^2 / s_x^2 + d_in / 12)) / 12; kappa bounds the bracket.
-  float flattest = 0;
-#pragma omp parallel for reduction(max : flattest)
+  // Rounding errors are uniform in one step, so of variance step^2 / 12 per entry. In units of the token's step the
+  // variance of a latent's error is (own^2 + kappa step^2) / 12: own = norm, or norm / FINE with 16 bits. For all tokens
+  // spread^2 = own^2 + most kappa step^2 bounds the bracket. With 16 bits own hardly counts and kappa differs, so there
+  // spread^2 = own^2 / least kappa + step^2, times each token's kappa.
+  float least = INFINITY, most = 0;
+#pragma omp parallel for reduction(min : least) reduction(max : most)
   for (int64_t t = 0; t < batch; t++) {
-    const Token token = measure(e, job.inverse_dim.data(), x + t * e.d_in);
-    flattest = std::max(flattest, token.norm / token.step);
+    const float kappa = measure(e, job.inverse_dim.data(), x + t * e.d_in).kappa(e.d_in);
+    least = std::min(least, kappa), most = std::max(most, kappa);
   }
-  const float kappa = flattest * flattest + e.d_in / 12.0f;
+  const float narrow = lanes > 1 ? 1 / (FINE * FINE * least) : 1, wide = lanes > 1 ? 1 : most;
   const int64_t padded = padded_latents(e.d_sae, e.group);
   job.spread.resize(padded);
-  for (int64_t j = 0; j < padded; j++) job.spread[j] = std::sqrt(e.norm[j] * e.norm[j] + kappa * e.scale[j] * e.scale[j]);
+  for (int64_t j = 0; j < padded; j++)
+    job.spread[j] = std::sqrt(narrow * e.norm[j] * e.norm[j] + wide * e.scale[j] * e.scale[j]);
   return job;
 }
 
@@ -514,7 +558,7 @@ extern "C" {
 // are returned through `lists` (see `collect`).
 static void select_all(const Encoder* encoder, const float* x, const float* slices_of_x, int64_t batch, int64_t chunk,
                        Selection* s, Lists* lists) {
-  const Job job = make_job(*encoder, *s, x, batch);
+  const Job job = make_job(*encoder, *s, x, batch, 1);
   const int64_t d = encoder->d_in;
   const bool guess = s->k > 0 && job.groups == 1 && std::isfinite(s->guess);
   Round r = run_round(job, x, slices_of_x, batch, chunk, guess);
@@ -527,7 +571,8 @@ static void select_all(const Encoder* encoder, const float* x, const float* slic
     std::vector<float> rows(left * d), again(left * slices * SLICE);
     for (int64_t i = 0; i < left; i++) std::copy_n(x + rest[i] * d, d, rows.begin() + i * d);
     to_slices(rows.data(), nullptr, left, d, again.data());
-    Round second = run_round(job, rows.data(), again.data(), left, std::min<int64_t>(chunk, 4 * TOKENS), false);
+    const Job finer = make_job(*encoder, *s, rows.data(), left, 2);
+    Round second = run_round(finer, rows.data(), again.data(), left, std::min<int64_t>(chunk, 2 * TOKENS), false);
     s->examined += second.latents.size(), s->exhaustive += second.exhaustive;
     for (int64_t i = 0; i < left; i++) {
       r.chosen[rest[i]] = std::move(second.chosen[i]);
