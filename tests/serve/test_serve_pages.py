@@ -18,10 +18,12 @@ from serve_world import (
     Client,
     latents_of,
     sae_of,
+    seal_run,
     serving,
     tiny_model,
     write_world,
 )
+from starlette.responses import PlainTextResponse
 
 from wsae.core.errors import UserError
 from wsae.sae import SAE
@@ -40,6 +42,9 @@ PAGES = (
     "/r/first/plain",
     "/r/first/variance-a1?sort=-density&alive=yes&q=whale",
     "/r/first/plain?q=%3C%2Fscript%3E%3Cimg+src%3Dx+onerror%3Dalert%281%29%3E",
+    "/r/first/compare",
+    "/r/first/compare?a=variance-a1&b=variance-a0.5",
+    "/r/first/compare?a=%3Cscript%3E",
     "/r/first/live",
     "/r/first/live?latent=3&member=plain",
     "/r/nowhere",
@@ -297,6 +302,66 @@ def test_the_forms_own_key_stands_for_its_origin(client: Client):
     assert client.ask(f"/r/first/live?key={key}", "POST", body, headers).status == 403
 
 
+def named(client: Client, member: str, latent: int, status: int = 200, **sent: object) -> dict:
+    """Name a latent by the interface; return what it says of it, or its error."""
+    kind = {"Content-Type": "application/json"}
+    path = f"/api/r/first/{member}/{latent}"
+    answer = client.ask(path, "POST", json.dumps(sent), kind)
+    assert answer.status == status
+    return json.loads(answer.text)
+
+
+def test_a_name_is_kept_beside_the_run_shown_as_text_found_and_listed_by_star(
+    client: Client, run: Path
+):
+    hostile = " <b>Schiff</b>\n ☃ \u202eback "
+    kept = "<b>Schiff</b> ☃ \u202eback"
+    assert named(client, "plain", 5, name=hostile, star=True)["name"] == kept
+    told = json.loads((run / "names.json").read_text())
+    assert told == {HOOK: {"plain": {"5": {"name": kept, "star": True}}}}
+    page = client.ask("/r/first/plain/5")
+    assert "<b>Schiff" not in page.text
+    assert "<b>Schiff</b> ☃ ⟨202E⟩back" in "".join(Strict(page.text).words)
+    for query in ("star=yes", "q=schiff", "q=SCHIFF+back", "q=schiff&sort=-density&star=yes"):
+        found = client.json(f"/api/r/first/all?{query}")
+        assert isinstance(found, dict)
+        assert [(row["member"], row["latent"]) for row in found["latents"]] == [("plain", 5)]
+        assert found["latents"][0]["label"] == kept
+    found = client.json("/api/r/first/plain?q=schiff+nowhere")
+    assert isinstance(found, dict)
+    assert found["total"] == 0
+    body = urlencode({"name": "", "star": "on"})  # as the form sends it
+    assert client.ask("/r/first/plain/5", "POST", body, FORM).status == 200
+    assert json.loads((run / "names.json").read_text())[HOOK]["plain"]["5"]["star"]
+    assert named(client, "plain", 5)["star"] is False
+    assert json.loads((run / "names.json").read_text()) == {HOOK: {"plain": {}}}
+
+
+def test_a_name_that_is_not_kept_is_said_in_one_line(client: Client, run: Path):
+    (run / "names.json").unlink(missing_ok=True)
+    told = named(client, "plain", 5, 400, name="x" * 201)
+    assert told["error"] == "name: 201 characters, at most 200 are kept"
+    assert named(client, "plain", D_SAE, 404, name="x")["error"] == "no such latent"
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert client.ask("/r/first/plain/5", "POST", "name=x", {**FORM, **headers}).status == 403
+    assert not (run / "names.json").exists()
+    (run / "names.json").write_text('{"layers.1": {"plain": {"5": {"name": 3}}}}')
+    assert "names.json: not of the form" in named(client, "plain", 5, 400, name="x")["error"]
+    assert "names.json: not of the form" in client.ask("/r/first/plain/5").text
+    (run / "names.json").unlink()
+    assert "names.json" not in client.ask("/r/first/plain/5").text
+
+
+def test_names_are_not_taken_from_other_machines():
+    guard = server.Guard(PlainTextResponse("answered"), server.Gate(loopback=False), "key")
+    scope = {"method": "POST", "path": "/r/first/plain/5", "client": ("10.0.0.9", 1)}
+    assert guard.refusal(scope, {"host": "x"}) == (
+        403,
+        "latents are named where the server listens on its own machine alone",
+    )
+    assert guard.refusal({**scope, "path": "/r/first/live"}, {"host": "x"}) is None
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
 def test_other_methods_are_refused(client: Client, method: str):
     assert client.ask("/r/first/plain", method).status == 405
@@ -367,6 +432,7 @@ def test_a_tied_sae_reads_a_text_too(tmp_path: Path, model: Path):
     run = write_world(tmp_path / "tied", model)
     shape = {"d_in": D_IN, "d_sae": D_SAE, "tied": True, "activation": {"kind": "topk", "k": 4}}
     SAE(SAEConfig.parse(shape)).save(run / "members" / HOOK / "plain")
+    seal_run(run)
     index = Index(ensure_index(run, None, IndexConfig(neighbours=2, logits=2))[0])
     reading = Live().submit(Served("tied", run, index), index.by_slug["plain"], "two dogs run")
     found = reading.result(60)

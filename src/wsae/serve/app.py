@@ -218,7 +218,7 @@ async def read_text(request: Request) -> dict[str, str]:
         raise UserError("a JSON object is needed")
     out = {name: found[name] for name in FIELDS if found.get(name) is not None}
     for name, value in out.items():
-        if type(value) is int or type(value) is bool:
+        if type(value) is {"latent": int, "star": bool}.get(name):
             out[name] = str(int(value))
         elif not isinstance(value, str):
             raise UserError(f"{name}: is not text")

@@ -219,6 +219,7 @@ def latent(
     if match is not None:
         owner = index.by_slug[match["member"]]
         theirs = latent_view(served, owner, match["latent"])
+        theirs |= {"contexts": theirs.get("contexts", [])[: 2 * BESIDE_CONTEXTS], "samples": []}
         twin = _side(served, theirs, words, BESIDE_CONTEXTS)
     acts = [act for context in view.get("contexts", []) for act in context["acts"]]
     numbers = view["measures"]
