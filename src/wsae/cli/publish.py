@@ -76,7 +76,9 @@ def _publish(
     from wsae.serve.neuronpedia import batches, latents, write
 
     cfg = IndexConfig(seed=flags.common.seed)
-    path, _ = ensure_index(opened.path, None, cfg, lambda run: reopen(run, "cpu"), ui.progress)
+    path, _ = ensure_index(
+        opened.path, None, cfg, lambda run: reopen(run, "cpu"), ui.progress, ui.note
+    )
     index = Index(path)
     hook, _, name = chosen.place.rpartition("/")
     of_place = (m for m in index.members if not chosen.place or (m.hook, m.name) == (hook, name))

@@ -22,7 +22,7 @@ KINDS: tuple[Kind, ...] = ("set", "add", "scale")
 USUAL = "2x"
 """Value that the form proposes: twice the latent's largest activation."""
 NEW_TOKENS = 40
-COLUMNS, CHECKED = 12, 8
+COLUMNS, CHECKED = 9, 8
 """Latents in the table of effects, and effects that are checked by ablation."""
 Work = Callable[["LanguageModel", "SAE", "Prompt"], Json]
 """What is made of a prompt that was read."""
@@ -139,7 +139,7 @@ class _Attributing(NamedTuple):
             total[one.latent] = total.get(one.latent, 0.0) + one.effect
             cell[one.position, one.latent] = one.effect
         columns = sorted(size, key=lambda latent: (-size[latent], latent))[:COLUMNS]
-        lines = self.run.index.lines([self.ask.member.key(latent) for latent in columns])
+        lines = self.run.said([self.ask.member.key(latent) for latent in columns])
         return {
             "value": found.value,
             "method": found.method,
@@ -150,7 +150,7 @@ class _Attributing(NamedTuple):
                 {
                     "latent": latent,
                     "effect": total[latent],
-                    "label": lines[self.ask.member.key(latent)][1] or "",
+                    "label": lines[self.ask.member.key(latent)].label,
                     "link": self.run.latent_link(self.ask.member, latent),
                 }
                 for latent in columns
