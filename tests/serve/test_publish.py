@@ -21,7 +21,7 @@ from wsae.serve import neuronpedia, upload
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
-from wsae.serve.neuronpedia import PER_BATCH, Source, bars, batches, latents, source_of
+from wsae.serve.neuronpedia import PER_BATCH, Firings, Source, batches, latents, source_of
 from wsae.serve.upload import Patience, Sent
 
 QUICK = Patience(timeout_s=0.4, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
@@ -125,12 +125,9 @@ def test_the_files_say_what_the_run_says(run: Path, tmp_path: Path, capsys):
 
 def test_bars_keep_the_count_and_end_at_the_strongest():
     counts = [0] * 72
-    counts[36], counts[37], counts[39] = (
-        10,
-        20,
-        3,
-    )  # 10^0.5 .. 10^0.625 .. 10^0.75, and 10^0.875 .. 10^1
-    middles, heights = bars(counts, peak=9.0)
+    counts[36], counts[37], counts[39] = 10, 20, 3  # 10^0.5, 10^0.625, 10^0.75, gap, 10^0.875, 10^1
+    fired = Firings(counts, peak=9.0)
+    middles, heights = fired.bars()
     assert sum(heights) == pytest.approx(33, abs=0.05)
     width = middles[1] - middles[0]
     assert middles[0] - width / 2 == pytest.approx(10**0.5, rel=1e-3)
@@ -138,7 +135,15 @@ def test_bars_keep_the_count_and_end_at_the_strongest():
     in_gap = [h for m, h in zip(middles, heights, strict=True) if 5.8 < m < 7.3]
     assert in_gap
     assert not any(in_gap)
-    assert bars([0] * 72, 1.0) == ([], [])
+    found = [fired.interval(act, density=0.033) for act in (0.1, 2.0, 4.0, 6.0, 8.5, 9.0)]
+    assert [(round(i.low, 6), round(i.high, 6)) for i in found] == [
+        *((0.0, 1.8), (1.8, 3.6), (3.6, 5.4), (5.4, 7.2), (7.2, 9.0), (7.2, 9.0)),
+    ]
+    assert found[0].share == pytest.approx(1 - 0.033)  # silent there, as SAEDashboard counts
+    assert sum(i.share for i in found[:5]) == pytest.approx(1)
+    assert found[4].share == pytest.approx(0.003)
+    assert Firings([0] * 72, 1.0).bars() == ([], [])
+    assert Firings([0] * 72, 1.0).interval(0.5, 0.1) is None
 
 
 def send(index: Index, site: Site, size: int = 5, patience: Patience = QUICK) -> Sent:

@@ -27,8 +27,8 @@ from wsae.serve.schema import occupied
 
 PER_BATCH = 128
 """Latents of a batch: the most that the site takes in one call."""
-BARS = 40
-"""Bars of a histogram of activations, as SAEDashboard draws them."""
+BARS, INTERVALS = 40, 5
+"""Bars of a histogram of activations and intervals that samples stand for, as SAEDashboard has them."""
 KIND = "neuronpedia folder"
 CREATOR = "clkht01d40000jv08hvalcvly"
 """The user whom every new Neuronpedia has and its own exports name; an upload has the key's owner."""
@@ -83,12 +83,22 @@ def source_of(about: Provenance, model: str | None, named: str | None) -> Source
     return Source(model, named, hook.layer, hook.name, about)
 
 
+class Interval(NamedTuple):
+    """An interval of activations, and the share of all tokens whose activation lies in it."""
+
+    low: float
+    high: float
+    share: float
+
+
 class Window(NamedTuple):
-    """Some tokens with a latent's activations, and where its peak is."""
+    """Some tokens with a latent's activations around a firing: one of its strongest, or one drawn at random."""
 
     tokens: list[str]
     acts: list[float]
     peak: int
+    of: Interval | None = None
+    """The interval that a random firing stands for; none: it is among the strongest."""
 
 
 class Logit(NamedTuple):
@@ -112,6 +122,44 @@ class Bars(NamedTuple):
     heights: list[float]
 
 
+class Firings:
+    """How many of a latent's activations lie where, up to the strongest.
+
+    The index counts in bins of an eighth of a decade; each one's count is spread evenly over its width.
+    """
+
+    def __init__(self, counts: list[int], peak: float) -> None:
+        powers, found = occupied(counts)
+        self.edges = 10.0 ** np.array(powers)
+        self.peak, self.sums = peak, np.concatenate([[0], np.cumsum(found)])
+        if found:
+            self.edges[-1] = max(self.edges[-2], min(self.edges[-1], peak))
+
+    def bars(self) -> Bars:
+        """Return them in equal bars; empty where nothing was counted."""
+        if not len(self.edges):
+            return Bars([], [])
+        low, high = self.edges[0], max(self.edges[-1], self.edges[0] * (1 + 1e-9))
+        new = np.linspace(low, high, BARS + 1)
+        heights = np.diff(np.interp(new, self.edges, self.sums))
+        middles = (new[1:] + new[:-1]) / 2
+        return Bars([float(f"{x:.5g}") for x in middles], [round(float(h), 3) for h in heights])
+
+    def interval(self, act: float, density: float) -> Interval | None:
+        """Return the interval that an activation is in, of equal ones from 0 on; none where nothing was counted.
+
+        SAEDashboard's: the first one holds the tokens on which the latent is silent.
+        """
+        if not len(self.edges):
+            return None
+        step = self.peak / INTERVALS
+        place = min(int(act / step), INTERVALS - 1)
+        low, high = place * step, (place + 1) * step
+        below = np.interp([low, high], self.edges, self.sums) / self.sums[-1] * density
+        silent = 0.0 if place else 1.0 - density
+        return Interval(low, high, min(1.0, float(below[1] - below[0]) + silent))
+
+
 class Latent(NamedTuple):
     """What is published of a latent."""
 
@@ -132,31 +180,39 @@ def latents(index: Index, member: Member) -> Iterator[Latent]:
     for number in range(member.size):
         key = member.key(number)
         told = index.record(key)
-        windows = [_window(c) for c in told.get("contexts", []) if c.get("peak") is not None]
-        windows = [window for window in windows if len(window.tokens) <= MOST_TOKENS]
-        if not windows:
+        strongest, samples = (_windows(told.get(n, [])) for n in ("contexts", "samples"))
+        if not strongest:
             continue
         numbers = index.numbers([key])[key]
         near, logits, counts = index.packed(key)
-        half = len(logits) // 2
-        peak = max(max(window.acts) for window in windows)
-        peak = max(peak, numbers["max"] or 0.0)
+        half, density = len(logits) // 2, numbers["density"] or 0.0
+        peak = max(numbers["max"] or 0.0, *(max(window.acts) for window in strongest))
+        fired = Firings(counts, peak)
+        samples = [w._replace(of=fired.interval(w.acts[w.peak], density)) for w in samples]
         yield Latent(
             number=number,
-            density=numbers["density"] or 0.0,
+            density=density,
             peak=peak,
             up=_logits(index, logits[:half]),
             down=_logits(index, logits[half:]),
             near=near,
-            bars=bars(counts, peak),
-            windows=windows,
+            bars=fired.bars(),
+            windows=strongest + samples,
             explanation=plain(told.get("explanation") or ""),
         )
 
 
-def _window(context: Json) -> Window:
-    tokens = [plain(token) or CONTINUED for token in context["tokens"]]
-    return Window(tokens, [float(act) for act in context["acts"]], context["peak"])
+def _windows(contexts: list[Json]) -> list[Window]:
+    """Return contexts of text as they are published, those that the site takes."""
+    return [
+        Window(
+            [plain(token) or CONTINUED for token in context["tokens"]],
+            [float(act) for act in context["acts"]],
+            context["peak"],
+        )
+        for context in contexts
+        if context.get("peak") is not None and len(context["tokens"]) <= MOST_TOKENS
+    ]
 
 
 def _logits(index: Index, pairs: Pairs) -> list[Logit]:
@@ -167,23 +223,6 @@ def _logits(index: Index, pairs: Pairs) -> list[Logit]:
 def plain(text: str) -> str:
     """Return a text that a database takes."""
     return clean(text).replace("\0", " ")
-
-
-def bars(counts: list[int], peak: float) -> Bars:
-    """Return the index's counts in equal bars up to the strongest activation; empty where nothing was counted.
-
-    The index counts in bins of an eighth of a decade; each one's count is spread evenly over its width.
-    """
-    powers, found = occupied(counts)
-    if not found:
-        return Bars([], [])
-    edges = 10.0 ** np.array(powers)
-    edges[-1] = max(edges[-2], min(edges[-1], peak))
-    sums = np.concatenate([[0], np.cumsum(found)])
-    new = np.linspace(edges[0], max(edges[-1], edges[0] * (1 + 1e-9)), BARS + 1)
-    heights = np.diff(np.interp(new, edges, sums))
-    middles = (new[1:] + new[:-1]) / 2
-    return Bars([float(f"{x:.5g}") for x in middles], [round(float(h), 3) for h in heights])
 
 
 # One latent in the words of each.
@@ -200,7 +239,7 @@ def dashboard(latent: Latent, source: Source, sequences: int) -> Json:
         "dataset": source.about.dataset or "",
         "activations": [
             {
-                **dict(zip(("bin_min", "bin_max", "bin_contains"), _interval(latent), strict=True)),
+                **_interval(latent, window, "bin_min", "bin_max", "bin_contains"),
                 "tokens": window.tokens,
                 "values": window.acts,
                 "qualifying_token_index": window.peak,
@@ -234,9 +273,10 @@ def _measured(latent: Latent) -> Json:
     }
 
 
-def _interval(latent: Latent) -> tuple[float, float, float]:
-    """Return the interval of peaks that a context stands for, and its share: SAEDashboard's mark of the strongest."""
-    return -1.0, latent.peak, -1.0
+def _interval(latent: Latent, window: Window, *names: str) -> Json:
+    """Return the interval that a window stands for; SAEDashboard's mark where it is of the strongest."""
+    of = window.of or Interval(-1.0, latent.peak, -1.0)
+    return dict(zip(names, of, strict=True))
 
 
 def feature_row(latent: Latent, source: Source) -> Json:
@@ -260,7 +300,6 @@ def feature_row(latent: Latent, source: Source) -> Json:
 
 def activation_rows(latent: Latent, source: Source) -> Iterator[Json]:
     """Yield a row for each context."""
-    low, high, share = _interval(latent)
     for rank, window in enumerate(latent.windows):
         yield {
             "id": _id(source, latent, "activation", rank),
@@ -278,9 +317,7 @@ def activation_rows(latent: Latent, source: Source) -> Iterator[Json]:
             "dfaMaxValue": None,
             "lossValues": [],
             "logitContributions": None,
-            "binMin": low,
-            "binMax": high,
-            "binContains": share,
+            **_interval(latent, window, "binMin", "binMax", "binContains"),
             "qualifyingTokenIndex": window.peak,
         }
 
@@ -320,15 +357,22 @@ def upload_body(batch: list[Latent], source: Source) -> Json:
 def _uploaded(latent: Latent) -> Json:
     text = latent.explanation.encode("utf-16-le")[: 2 * MOST_TEXT].decode("utf-16-le", "ignore")
     said = {"text": text, "methodName": None, "modelName": None}
-    free = {"quantileMax": None, "quantileMin": None, "quantileFraction": None}
     return {
         "index": latent.number,
         "density": latent.density,
-        "activations": [{"tokens": w.tokens, "values": w.acts, **free} for w in latent.windows],
+        "activations": [
+            {"tokens": window.tokens, "values": window.acts, **_quantile(window)}
+            for window in latent.windows
+        ],
         "explanations": [said] if text else [],
         "topLogits": [logit._asdict() for logit in latent.up[:MOST_LOGITS]],
         "bottomLogits": [logit._asdict() for logit in latent.down[:MOST_LOGITS]],
     }
+
+
+def _quantile(window: Window) -> Json:
+    low, high, share = window.of or (None, None, None)
+    return {"quantileMin": low, "quantileMax": high, "quantileFraction": share}
 
 
 # The folder.
