@@ -4,7 +4,8 @@
 
 From the store (Top-k 32, 8 x d_in latents, batch 2,048, one thread): the median milliseconds of a step with one and two
 members, reading included, alternating; `ratio` is two over one. `preconditioned`: a plain member's step over that of
-one on whitened activations, at 8 and 32 x d_in latents, alternating. Small members (20 -> 128, batch 128, 300 steps,
+one on whitened activations, the map in either precision, at 8 and 32 x d_in latents, step by step in turn, times of the
+thread. Small members (20 -> 128, batch 128, 300 steps,
 two threads): seconds of `wsae.fit_family` as it is and with the compiled kernels in turn, alternating.
 """
 
@@ -21,6 +22,8 @@ from wsae.acts.source import StoreSource
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.loop import run_steps
 from wsae.train.start import start_family
+from wsae.train.state import make_batches
+from wsae.train.step import train_step
 
 STEPS, FIRST = 25, 4
 MEMBERS = 32
@@ -56,18 +59,24 @@ def preconditioned(store: str, hook: str, expansion: int, rounds: int) -> dict[s
     torch.set_num_threads(1)
     source = StoreSource(Path(store), (hook,))
     stats = source.stats()
-    plain, mapped = (
-        wsae.Member(k=32, lr=1e-3, expansion=expansion, precondition=kind)
-        for kind in ("none", "whiten")
-    )
-    pairs = [(step_ms(source, stats, plain), step_ms(source, stats, mapped)) for _ in range(rounds)]
-    one, other = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return {
-        "expansion": expansion,
-        "plain_ms": one,
-        "preconditioned_ms": other,
-        "ratio": one / other,
-    }
+    sides = {}
+    for kind, dtype in (("none", "float32"), ("whiten", "float32"), ("whiten", "bfloat16")):
+        member = wsae.Member(k=32, lr=1e-3, expansion=expansion, precondition=kind)
+        cfg = TrainConfig(members=(member,), tokens=10**7, batch_size=2048, dtype=dtype)
+        sides[f"{kind} {dtype}"] = cfg, start_family(cfg, source, stats).members[hook]
+    stream, times = source.stream(2048, 0), {name: [] for name in sides}
+    for step in range(FIRST + 10 * rounds):
+        x = stream.next()[hook]
+        for name, (cfg, members) in sides.items():
+            begin = time.thread_time()
+            train_step(members[0], make_batches(x, members)[0], step, cfg)
+            times[name].append(1e3 * (time.thread_time() - begin))
+    plain = times["none float32"][FIRST:]
+    out: dict[str, float] = {"expansion": expansion, "plain_ms": statistics.median(plain)}
+    for name in ("whiten float32", "whiten bfloat16"):
+        pairs = zip(plain, times[name][FIRST:], strict=True)
+        out[name] = statistics.median(one / other for one, other in pairs)
+    return out
 
 
 def small_seconds(x: torch.Tensor, kind: str, rates: int, **options: str) -> float:

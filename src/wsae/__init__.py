@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wsae.run import Run
     from wsae.sae import SAE, SparseAutoencoder
     from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
+    from wsae.use.attribute import Difference, Logit, Loss, attribute
 
 _WHERE = {
     "Run": "wsae.run",
@@ -26,13 +27,17 @@ _WHERE = {
     "evaluate": "wsae.api",
     "probe": "wsae.api",
     "recovery": "wsae.api",
+    **dict.fromkeys(("attribute", "Logit", "Difference", "Loss"), "wsae.use.attribute"),
     **dict.fromkeys(("attach", "Set", "Add", "Scale", "Zero", "Clamp"), "wsae.use.attach"),
 }
 
 __all__ = [
     "Add",
     "Clamp",
+    "Difference",
     "Family",
+    "Logit",
+    "Loss",
     "Member",
     "Run",
     "SAE",
@@ -43,6 +48,7 @@ __all__ = [
     "Zero",
     "__version__",
     "attach",
+    "attribute",
     "evaluate",
     "fit",
     "fit_family",

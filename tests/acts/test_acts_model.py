@@ -683,6 +683,14 @@ def test_a_recorded_hook_is_found_by_any_of_its_names():
         ("mlp", None),
     ]:
         assert among(name, hooks) == meant
+    assert among("blocks.9.hook_resid_post", ["model.layers.9.output"]) is not None
+    for name, hook in (
+        ("blocks.9.hook_mlp_out", "layers.9.mlp"),
+        ("model.layers.9.self_attn.output", "blocks.9.hook_attn_out"),
+    ):
+        assert among(name, [hook]) == hook  # in most kinds of models, but not in all
+        assert among(name, [hook], sure=True) is None
+    assert among("blocks.9.hook_attn_out", ["layers.9.mlp"]) is None
 
 
 def test_the_layers_that_run_on_text_are_meant_in_a_model_of_images_and_text():

@@ -317,3 +317,19 @@ def test_what_is_neither_a_run_nor_an_sae_is_one_line(tmp_path):
         with pytest.raises(wsae.UserError, match=match) as caught:
             open_run(tmp_path / place)
         assert "\n" not in str(caught.value)
+
+
+def test_one_sae_is_compared_with_every_member_of_a_run(tmp_path, capsys):
+    """Also where the run knows its hook by another name."""
+    run = Path(shutil.copytree(FIXTURES / "before-fold/run", tmp_path / "run"))
+    place, data = tmp_path / "mine", ["--source", str(STORE), "--device", "cpu", *QUICK]
+    (plain, *_) = wsae.Run(run).saes[HOOK].values()
+    wsae.Run.of_sae(plain, place, Provenance(hook="blocks.1.hook_resid_post"))
+    for target in (place, run):
+        told(capsys, ["evaluate", str(target), *data, "--splice-tokens", "0"])
+    lines = told(capsys, ["compare", str(run), str(place), "--draws", "20"])["hooks"][HOOK]
+    mine = [line for line in lines if line["a"] == "mine:sae"]
+    assert {line["b"] for line in mine} == {"run:plain", "run:variance-a1"}
+    fvu = {line["b"]: line["difference"] for line in mine if line["metric"] == "fvu"}
+    assert fvu["run:plain"] == 0
+    assert fvu["run:variance-a1"] != 0

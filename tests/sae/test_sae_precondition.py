@@ -25,6 +25,7 @@ from wsae.sae.gamma import gamma_from_residual
 from wsae.sae.precondition import Preconditioner
 from wsae.stats import Covariance
 from wsae.train.config import MemberConfig, TrainConfig, family
+from wsae.train.family import finished
 from wsae.train.loop import Recorder, Stopped
 from wsae.train.run import train_run
 from wsae.train.start import start_family
@@ -190,6 +191,25 @@ def test_training_tells_the_error_in_x_itself(kernels: str) -> None:
     weighed, spread = error @ dense(sae.gamma).double().T, spread @ dense(sae.gamma).double().T
     expected = weighed.square().sum() / spread.square().sum()
     assert row["fvu_weighted"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_in_bfloat16_the_map_is_the_rounded_one_and_folding_takes_it_back() -> None:
+    source = ArraySource(world(1600), heldout_fraction=0.0)
+    cfg = config(member(power=1.0), member(power=1.0, seed=1), dtype="bfloat16")
+    state, second = start_family(cfg, source, source.stats()).members["acts"]
+    exact = start_family(config(member(power=1.0)), source, source.stats()).members["acts"][0]
+    P, x = state.inside.map.double(), world(1600).bfloat16()
+    assert second.inside is state.inside, "one batch serves both"
+    assert float(((P - exact.inside.map.double()).abs() / P.abs()).max()) <= 2**-8
+    y = state.inside.rows(x.float())
+    torch.testing.assert_close(y.double(), x.double() @ P, rtol=2**-8, atol=2**-8 * float(y.std()))
+    for step in range(20):
+        train_step(state, make_batch(x.float(), state), step, cfg)
+    folded = finished(state)
+    inner = state.sae.scaled(state.scale)
+    with torch.no_grad():
+        z, there = folded.encode(x.float()), inner.encode((x.double() @ P).float())
+    torch.testing.assert_close(z, there, rtol=1e-3, atol=1e-4 * float(there.max()))
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch) -> None:

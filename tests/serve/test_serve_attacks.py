@@ -369,7 +369,10 @@ SINGLE = [
     "UPDATE shown SET label = x'00ff'", "UPDATE latent SET m0 = 'abc'", "UPDATE latent SET twin = 99 << 40",
     "UPDATE latent SET twin = 'x'", "UPDATE packed SET neighbours = x'0011'", "UPDATE packed SET logits = 3",
     "UPDATE packed SET neighbours = x'0000803f00ffff7f'", "UPDATE packed SET histogram = x'00000000'",
-    "DELETE FROM latent", "UPDATE token SET text = x'00'", "UPDATE packed SET neighbours = x'0000c07f00000000'",
+    "DELETE FROM latent", "UPDATE token SET text = 3", "UPDATE packed SET contexts = x'0011'",
+    "UPDATE packed SET contexts = 3", "UPDATE packed SET fires = x'0011'",
+    f"UPDATE packed SET contexts = x'0100000000000000{'00' * 12}'",  # of a sequence that is not there
+    "UPDATE packed SET neighbours = x'0000c07f00000000'",
 ]  # fmt: skip
 
 

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from wsae.use.attribute import Metric
 
 ABOUT = """\
-Ask which latents, at which tokens of a prompt, move a logit, the difference of two or the loss. Effects are gradients
-times activations, averaged on the way from the SAE's bias to the activations as they are (or taken where they are:
---method gradient); what the SAE does not explain has an effect too. It is said how far all effects add up to what the
-metric loses without these rows, and the largest are checked: the latent alone is set to 0 at that token."""
+Ask which latents, at which tokens of a prompt, move a logit, the difference of two or the loss. An effect is gradient
+times activation; what the SAE does not explain has one, too. It is said how far all effects add up to what the metric
+loses without these rows, and the largest are checked: the latent alone is set to 0 at that token."""
 SHOWN = 10
 """Effects in the table where none is checked."""
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
@@ -103,8 +102,9 @@ class Flags(Config):
     """A token (for the loss any text), with the space before it; default: the token that the model finds likeliest."""
     against: Text = None
     """The token that --answer is compared with; default: the likeliest other one."""
-    method: Literal["integrated", "gradient"] = "integrated"
-    """How effects are found."""
+    method: Literal["gradient", "integrated"] = "gradient"
+    """gradient: at the activations as they are, which is what ablation of one latent is near to; integrated: the mean
+    on the way to them from the SAE's bias at all tokens, whose effects add up to the whole change."""
     verify: Annotated[int, tyro.conf.arg(metavar="N")] = 10
     """How many of the largest effects are checked by ablation."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None

@@ -76,10 +76,11 @@ def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> 
         return []
     notes = []
     (here, *_) = data.hooks
-    if hook is not None and among(hook, [here]) is None:
+    if hook is not None and among(hook, [here], sure=True) is None:
+        most = ", as in most kinds of models," if among(hook, [here]) else ""
         notes.append(
-            f"the SAE was trained at {hook}, these activations are of {here}: unless that is the same place in the "
-            "model, the scores say nothing of the SAE"
+            f"the SAE was trained at {hook}, these activations are of {here}: unless that{most} is the same place in "
+            "the model, the scores say nothing of the SAE"
         )
     if model is not None and _model(model) != _model(str(theirs)):
         notes.append(

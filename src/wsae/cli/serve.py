@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from wsae.cli.evaluate import measured
-from wsae.cli.flags import Common, CommonFlags, Count, MaybePlace, Name, Switch
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybePlace, Name, Switch
 from wsae.cli.live import ReadingFlags, reopen
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
@@ -47,8 +47,9 @@ class Flags(Config):
     """Path under which a proxy shows it (/user/me/proxy/8137), where the proxy does not tell it."""
     open: Switch = False
     """Open a browser window."""
-    contexts: Count = DEFAULTS.contexts
-    """Latents of each member to collect contexts for, from the run's held-out data; 0: only the stored ones."""
+    contexts: MaybeCount = DEFAULTS.contexts
+    """Latents of each member to collect contexts for, from the run's held-out data; 0: only the stored ones; default:
+    all."""
     neighbours: Count = DEFAULTS.neighbours
     """Nearest latents kept for each latent."""
     logits: Count = DEFAULTS.logits
@@ -87,7 +88,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
             begin = time.monotonic()
             where = None if flags.out is None else flags.out / f"{slug}.sqlite"
             index, made = ensure_index(
-                path, where, cfg, lambda run: reopen(run, "cpu"), ui.progress
+                path, where, cfg, lambda run: reopen(run, "cpu"), ui.progress, ui.note
             )
             told.append(
                 {

@@ -132,6 +132,14 @@ COMMANDS = (
         ),
     ),
     Command(
+        "steer",
+        "what a model writes while latents of an SAE are set, beside what it writes by itself",
+        (
+            'wsae steer --sae runs/first --member plain --set 1234=2x --prompt "The weather today"',
+            "wsae steer gpt2 --sae downloads/sae --hook h.6 --add 77=5 --sweep 0 0.5 1 2 --prompt Once",
+        ),
+    ),
+    Command(
         "export",
         "SAEs as SAELens, sparsify or dictionary_learning read them",
         (

@@ -22,7 +22,7 @@ from wsae.acts.source import HeldoutRows
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
-from wsae.evals.contexts import TopContexts, sample_latents
+from wsae.evals.contexts import TopContexts, Wanted, sample_latents
 from wsae.evals.control import CONTROL, FITTED_ROWS, fit_scale, random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries, LatentActivity, decoder_max_cosine
@@ -332,6 +332,7 @@ class _MeasuringPass:
     def _contexts(self) -> dict[str, TopContexts]:
         """Choose latents of each member by density, and add to each twin those matched with them."""
         hook, cfg = self.survey.hook, self.cfg
+        sizes = Wanted(cfg.n_contexts, cfg.window_tokens)
         chosen = {
             name: sample_latents(activity.density, cfg.n_latents, cfg.seed, hook, name)
             for name, activity in self.survey.activity.items()
@@ -341,7 +342,7 @@ class _MeasuringPass:
             partners = self.matching[member].index[chosen[member]]
             wanted[twin].append(partners[partners >= 0])
         return {
-            name: TopContexts(torch.cat(parts).unique(), self.saes[name].cfg.d_sae, cfg.n_contexts)
+            name: TopContexts(torch.cat(parts).unique(), self.saes[name].cfg.d_sae, sizes)
             for name, parts in wanted.items()
         }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.core.errors import UserError
@@ -29,6 +29,8 @@ class Preconditioner:
     inverse: Weights
     record: dict[str, Any]
     """What a run keeps of it: how it was made, from how many rows, and its condition number."""
+    half: bool = False
+    """Whether activations and what becomes of them are rounded to bfloat16 on the way: by 2^-9 at most."""
 
     @classmethod
     def of(cls, cfg: PreconditionConfig, covariance: Covariance) -> "Preconditioner":
@@ -72,9 +74,24 @@ class Preconditioner:
             return cls(power, 1 / power, record)
         return cls((vectors * power) @ vectors.T, (vectors / power) @ vectors.T, record)
 
+    def rounded(self) -> "Preconditioner":
+        """Return it with a P that bfloat16 holds, each entry moved by 2^-9 of it at most, to map in bfloat16 with.
+
+        A diagonal stays as it is: nothing is gained there.
+        """
+        if self.map.ndim == 1:
+            return self
+        P = self.map.bfloat16().to(self.map)
+        return Preconditioner(P, torch.linalg.inv(P), self.record, half=True)
+
     def to(self, like: Tensor) -> "Preconditioner":
         """Return it in the type and on the device of `like`, to map activations with."""
-        return Preconditioner(self.map.to(like), self.inverse.to(like), self.record)
+        P = self.map.to(like.device, torch.bfloat16 if self.half else like.dtype)
+        return Preconditioner(P, self.inverse.to(like), self.record, self.half)
+
+    def rows(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+        """Return P x of rows."""
+        return weigh(x.to(self.map.dtype), self.map).to(x.dtype)
 
     def covariance(self, C: Float64[Tensor, "d_in d_in"]) -> Float64[Tensor, "d_in d_in"]:
         """Return the covariance of P x from that of x."""

@@ -109,7 +109,7 @@ class TrainConfig(Config):
     decay: float = Field(default=0.2, ge=0, le=1)
     """Share of the steps, at the end, over which it falls to 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the encoder product of eager and triton; all else, and all of the compiled path, is float32."""
+    """Precision of a preconditioner's map, and of the encoder product of eager and triton; all else is float32."""
     kernels: Literal["auto", "eager", "native", "triton"] = "auto"
     """What computes a step: compiled CPU kernels (native), Triton's on a CUDA device (triton), PyTorch (eager), or the
     fast ones of the device where they work, else PyTorch (auto)."""

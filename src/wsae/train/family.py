@@ -51,9 +51,15 @@ class Inputs:
 
 
 def inputs_of(
-    cfg: PreconditionConfig | None, stats: Moments, covariance: Covariance | None
+    cfg: PreconditionConfig | None,
+    stats: Moments,
+    covariance: Covariance | None,
+    half: bool = False,
 ) -> Inputs:
-    """Return the moments of P x. Raises UserError where there is no such P, or no covariance to make it of."""
+    """Return the moments of P x, `half`: of a P in bfloat16.
+
+    Raises UserError where there is no such P, or no covariance to make it of.
+    """
     if cfg is None:
         return Inputs(stats.mean, stats.variance, power_of_two_scale(stats.variance, stats.n))
     if covariance is None or covariance.d_in != stats.d_in:
@@ -62,6 +68,7 @@ def inputs_of(
             f"precondition {cfg.kind} needs the covariance of {stats.d_in} dimensions; given: {given}"
         )
     inside = Preconditioner.of(cfg, covariance)
+    inside = inside.rounded() if half else inside
     variance = inside.covariance(covariance.covariance).diagonal().clone()
     scale = power_of_two_scale(variance, covariance.n)
     return Inputs(weigh(stats.mean, inside.map), variance, scale, inside)
@@ -90,10 +97,11 @@ def make_family(
     for hook, s in stats.items():
         covariance = (covariances or {}).get(hook)
         members[hook], record[hook], known = [], {}, {}
+        mapping: dict[PreconditionConfig | None, Preconditioner] = {}  # members map a batch once
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
             chosen = member_cfg.precondition
             if chosen not in known:
-                known[chosen] = inputs_of(chosen, s.kept, covariance)
+                known[chosen] = inputs_of(chosen, s.kept, covariance, cfg.dtype == "bfloat16")
             inputs = known[chosen]
             member = (make or whole)(hook, name, member_cfg, inputs)
             if member is None:
@@ -102,7 +110,7 @@ def make_family(
             gamma = initial_gamma(member_cfg.gamma, s, inputs, covariance, left)
             member.sae.set_gamma(gamma)
             if inputs.inside is not None:
-                member.inside = inputs.inside.to(member.mean)
+                member.inside = mapping.setdefault(chosen, inputs.inside.to(member.mean))
             members[hook].append(member)
             record[hook][name] = gamma_record(member_cfg.gamma, gamma, s, inputs, covariance)
     return FamilyState(members, record)

@@ -111,13 +111,15 @@ class Batch(NamedTuple):
     x: Float[Tensor, "batch d_in"]
     deviation: Float[Tensor, " d_in"]
     """Sum over the rows of the squared deviation from the data's mean, per dimension."""
+    given: Float[Tensor, "batch d_in"]
+    """The activations as they were."""
 
 
 def make_batch(x: Float[Tensor, "batch d_in"], member: MemberState) -> Batch:
     """Map and scale activations as a member is trained on them."""
     inside = member.inside
-    mapped = (x if inside is None else weigh(x, inside.map)) / member.scale
-    return Batch(mapped, (mapped - member.mean).square_().sum(0))
+    mapped = (x if inside is None else inside.rows(x)) / member.scale
+    return Batch(mapped, (mapped - member.mean).square_().sum(0), x)
 
 
 def make_batches(x: Float[Tensor, "batch d_in"], members: list[MemberState]) -> list[Batch]:
@@ -206,10 +208,9 @@ def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
         weighted = weigh(batch.x - member.mean, gamma).square().sum()
     sse, variance = result.sse, deviation.sum()
     if member.inside is not None and result.error is not None:
-        here = batch.x[: len(result.error)] - member.mean
-        sse, variance = (
-            weigh(e, member.inside.inverse).square().sum() for e in (result.error, here)
-        )
+        inverse = member.inside.inverse
+        here = batch.given[: len(result.error)] / member.scale - weigh(member.mean, inverse)
+        sse, variance = weigh(result.error, inverse).square().sum(), here.square().sum()
     losses = (result.loss, result.reconstruction, result.revival, sse)
     scaled = torch.stack([value.double() for value in (*losses, variance, weighted)])
     counts = [torch.count_nonzero(result.code.values), zero + len(batch.x), zero + 1]
