@@ -78,7 +78,9 @@ print({key: cfg[key] for key in ("architecture", "d_in", "d_sae")}, cfg["metadat
 # %%
 found = load(downloaded)
 run = wsae.Run.of_sae(found.sae, "theirs", found.about)
-print(f"{found.format}: {found.sae.cfg.d_sae:,} latents on {found.about.hook} of {found.about.model}")
+print(
+    f"{found.format}: {found.sae.cfg.d_sae:,} latents on {found.about.hook} of {found.about.model}"
+)
 main(["evaluate", "theirs", "--source", "store"])
 
 # %% [markdown]
@@ -210,7 +212,9 @@ for one in result.verified:
     shown = repr(decode([result.ids[effect.position]]))
     print(f"{shown:<14}{effect.latent:>7}{effect.effect:>+11.3f}{one.true:>+8.3f}")
 own = [one.effect for one in at.effects if one.latent == latent]
-print(f"\ncorrelation of predicted and true: {result.correlation or 0.0:.2f}; latent {latent} in all: {sum(own):+.3f}")
+print(
+    f"\ncorrelation of predicted and true: {result.correlation or 0.0:.2f}; latent {latent} in all: {sum(own):+.3f}"
+)
 
 fig, ax = plt.subplots(figsize=(4, 4), layout="constrained")
 ax.scatter([o.predicted.effect for o in result.verified], [o.true for o in result.verified])

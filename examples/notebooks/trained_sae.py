@@ -92,7 +92,9 @@ def show(key, n=3):
     """Print a latent's numbers and contexts."""
     member, number = index.owner(key)
     numbers = index.numbers([key])[key]
-    print(f"{member.name}, latent {number}: on {numbers['density']:.2%} of tokens, match {numbers['match'] or 0:.2f}")
+    print(
+        f"{member.name}, latent {number}: on {numbers['density']:.2%} of tokens, match {numbers['match'] or 0:.2f}"
+    )
     for context in index.record(key).get("contexts", [])[:n]:
         print("   ", passage(context))
 
@@ -155,7 +157,11 @@ decode = language.tokenizer.decode
 print(f"{text!r} goes on with {decode([first])!r}, not {decode([second])!r}")
 for member in (plain, weighted):
     found = attribute(
-        language.model, {HOOK: saes[member.name]}, prompt.ids[0], Difference(first, second), verify=5
+        language.model,
+        {HOOK: saes[member.name]},
+        prompt.ids[0],
+        Difference(first, second),
+        verify=5,
     )
     at = found.hooks[HOOK]
     print(f"\n{member.name}: difference {found.value:.2f}; latents {at.total - sum(at.errors):+.2f}, errors "
@@ -164,7 +170,9 @@ for member in (plain, weighted):
         effect = one.predicted
         label = index.lines([member.key(effect.latent)])[member.key(effect.latent)][1] or "-"
         token = repr(decode([found.ids[effect.position]]))
-        print(f"  {token:<12} latent {effect.latent:>5} {effect.effect:+.3f}, true {one.true:+.3f}: {label[:60]}")
+        print(
+            f"  {token:<12} latent {effect.latent:>5} {effect.effect:+.3f}, true {one.true:+.3f}: {label[:60]}"
+        )
 
 # %% [markdown]
 # ## What to take from this
