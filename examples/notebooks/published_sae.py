@@ -51,8 +51,8 @@ os.chdir(tempfile.mkdtemp(prefix="wsae-notebook-"))
 harvested = HarvestConfig(
     model=MODEL,
     hooks=(HOOK,),
-    tokens=2_000 if SMALL else 40_000,
-    heldout_tokens=500 if SMALL else 16_000,
+    tokens=2_000 if SMALL else 24_000,
+    heldout_tokens=500 if SMALL else 12_000,
     seq_len=64 if SMALL else 128,
 )
 source = StoreSource(harvest(harvested, Path("store")).path)
@@ -81,7 +81,7 @@ run = wsae.Run.of_sae(found.sae, "theirs", found.about)
 print(
     f"{found.format}: {found.sae.cfg.d_sae:,} latents on {found.about.hook} of {found.about.model}"
 )
-main(["evaluate", "theirs", "--source", "store"])
+main(["evaluate", "theirs", "--source", "store", "--splice-tokens", "512"])
 
 # %% [markdown]
 # ## 2. Browse it

@@ -35,20 +35,20 @@ os.chdir(tempfile.mkdtemp(prefix="wsae-notebook-"))
 # %% [markdown]
 # ## 1. The demo, made small
 #
-# In a shell: `wsae demo --tokens 40000 --heldout-tokens 16000 --alpha 0.5 --expansion 4 --out demo`. With its defaults it
+# In a shell: `wsae demo --tokens 24000 --heldout-tokens 12000 --alpha 0.5 --expansion 4 --out demo`. With its defaults it
 # takes ten minutes and 300,000 tokens; a run this short shows how the parts work, not how good SAEs are.
 
 # %%
 demo = DemoConfig(
     model=MODEL,
     hook=HOOK,
-    tokens=2_000 if SMALL else 40_000,
-    heldout_tokens=500 if SMALL else 16_000,
+    tokens=2_000 if SMALL else 24_000,
+    heldout_tokens=500 if SMALL else 12_000,
     passes=4,
     expansion=4,
     k=8 if SMALL else 32,
     alpha=(0.5,),
-    splice_tokens=0 if SMALL else 2_048,
+    splice_tokens=0,
     n_latents=20,
 )
 result = run_demo(demo, Path("demo"))
