@@ -28,6 +28,7 @@ FLAGS = (
 )
 KERNELS = {
     "has_int8": "",
+    "limit_threads": "N",
     "to_slices": "PPNNP",
     "from_slices": "PPNNP",
     "sort_pairs": "PPNNNPPP",
