@@ -24,7 +24,7 @@ import torch
 from wsae.core.artifact import write_manifest
 from wsae.core.files import write_json, write_text
 from wsae.core.tensors import save_tensors
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.serve import build
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
@@ -42,7 +42,7 @@ def write_run(path: Path, latents: int, width: int) -> Path:
     path.mkdir(parents=True)
     for seed, name in enumerate(MEMBERS):
         cfg = SAEConfig(d_in=width, d_sae=latents, activation=TopK(k=32))
-        SparseAutoencoder(cfg, seed).save(path / "members" / HOOK / name)
+        SAE(cfg, seed).save(path / "members" / HOOK / name)
         density = 10 ** rng.normal(-3, 0.8, latents).clip(-6, -0.1) * (rng.random(latents) > 0.02)
         found = {
             "density": density,
@@ -148,7 +148,7 @@ def measure(root: str, latents: int) -> list[dict]:
 
 def logits_seconds(run: Path, width: int, latents: int) -> float:
     """Return what the promoted tokens of one member take, measured on 4,096 of its latents."""
-    W = SparseAutoencoder.load(run / "members" / HOOK / "plain").W_dec[:4096]
+    W = SAE.load(run / "members" / HOOK / "plain").W_dec[:4096]
     out = Unembedding(torch.randn(VOCABULARY, width), "random")
     begin = time.perf_counter()
     for _ in promoted(W, out, 10):

@@ -26,7 +26,7 @@ from wsae.acts.tokens import TokenTable
 from wsae.evals.data import HeldOut
 from wsae.evals.interpret.collect import Members, collect, member_bytes
 from wsae.evals.interpret.config import ContextConfig
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.encoding import Encoder
 from wsae.train.run import load_run
 
@@ -56,11 +56,7 @@ def members_of(args: argparse.Namespace, source: StoreSource) -> Members:
     if args.run is not None:
         return load_run(args.run).saes
     return {
-        hook: {
-            "untrained": SparseAutoencoder(
-                SAEConfig(d_in=d_in, d_sae=args.d_sae, activation=TopK(k=args.k))
-            )
-        }
+        hook: {"untrained": SAE(SAEConfig(d_in=d_in, d_sae=args.d_sae, activation=TopK(k=args.k)))}
         for hook, d_in in source.hooks.items()
     }
 

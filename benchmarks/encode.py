@@ -13,7 +13,7 @@ import time
 import torch
 
 from training_step import SIZES, mixture
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.encoding import Encoder
 
 
@@ -21,7 +21,7 @@ def measure(size: str, threads: int, rounds: int) -> dict[str, object]:
     d_in, d_sae, batch = SIZES[size]
     torch.set_num_threads(threads)
     x = mixture(batch, d_in)
-    sae = SparseAutoencoder(SAEConfig(d_in=d_in, d_sae=d_sae, activation=TopK(k=32)))
+    sae = SAE(SAEConfig(d_in=d_in, d_sae=d_sae, activation=TopK(k=32)))
     sae.b_dec.data.copy_(x.mean(0))
     sides = {"compiled": Encoder(sae), "dense": sae.encode_code}
     times: dict[str, list[float]] = {name: [] for name in sides}

@@ -20,7 +20,7 @@ from wsae.acts.source import StoreSource
 SCALES = {"1": 1.0, "1/sqrt(3)": 3**-0.5, "0.3": 0.3}
 
 
-def fvu(sae: wsae.SparseAutoencoder, x: Tensor) -> float:
+def fvu(sae: wsae.SAE, x: Tensor) -> float:
     with torch.no_grad():
         error = (x - sae(x)).double().square().sum()
     return float(error / (x - x.mean(0)).double().square().sum())

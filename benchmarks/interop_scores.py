@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsae import SparseAutoencoder, UserError
+from wsae import SAE, UserError
 from wsae.acts.store import Store
 from wsae.interop import load, save
 from wsae.interop.runs import about_member
@@ -72,7 +72,7 @@ def upstream(name: str, folder: Path) -> Pair:
     return loaded.encode, loaded.decode
 
 
-def line(what: str, x: Tensor, theirs: Pair, ours: SparseAutoencoder) -> bool:
+def line(what: str, x: Tensor, theirs: Pair, ours: SAE) -> bool:
     """Print both scores; returns whether they agree."""
     there, here = scores(x, *theirs), scores(x, ours.encode, ours.decode)
     gap = largest(x[:8192], theirs[0], ours.encode)
@@ -132,7 +132,7 @@ def main() -> int:
     print(f"{len(x):,} held-out rows\n{'':44} FVU there, here       L0 there, here     latents")
     agree = []
     for member in args.members:
-        sae = SparseAutoencoder.load(args.run / "members" / args.hook / member)
+        sae = SAE.load(args.run / "members" / args.hook / member)
         for name in ("saelens", "sparsify", "dictionary_learning"):
             folder = args.out / name / member
             shutil.rmtree(folder, ignore_errors=True)

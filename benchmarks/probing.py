@@ -29,7 +29,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from wsae import SparseAutoencoder
+from wsae import SAE
 from wsae.acts.source import open_source
 from wsae.evals.measure import EvaluatedSaes, first_rows
 from wsae.evals.probing.config import ProbeConfig
@@ -135,9 +135,7 @@ def theirs(sae: SAEBenchSAE, halves: list[dict], args: argparse.Namespace, modul
     return out
 
 
-def ours(
-    saes: dict[str, SparseAutoencoder], halves: list[dict], args: argparse.Namespace, probes: dict
-) -> dict:
+def ours(saes: dict[str, SAE], halves: list[dict], args: argparse.Namespace, probes: dict) -> dict:
     """Return the same of the first SAE by us; `probes` are those on the activations."""
     out: dict[str, Any] = {"s": {}}
     name, sae = next(iter(saes.items()))
@@ -205,7 +203,7 @@ def main() -> int:
     folder = args.run / "members" / hook
     others = sorted(p.name for p in folder.iterdir() if p.name != args.member)
     names = [args.member, *others][: args.saes]
-    saes = {name: SparseAutoencoder.load(folder / name) for name in names}
+    saes = {name: SAE.load(folder / name) for name in names}
     sae = saes[args.member]
     if args.rules is not None:
         family, source = {hook: EvaluatedSaes({"sae": sae})}, open_source(args.source)

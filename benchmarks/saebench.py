@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wsae import SparseAutoencoder
+from wsae import SAE
 from wsae.interop import SAEBenchSAE
 from wsae.interop.runs import about_member
 
@@ -166,7 +166,7 @@ def main() -> int:
         (
             member,
             SAEBenchSAE(
-                SparseAutoencoder.load(args.run / "members" / args.hook / member),
+                SAE.load(args.run / "members" / args.hook / member),
                 about_member(args.run, args.hook, member),
             ),
         )

@@ -62,7 +62,7 @@ def world(args: argparse.Namespace, rows: int, seed: int) -> tuple[torch.Tensor,
     return x, torch.nn.functional.normalize(directions, dim=0)
 
 
-def exported(sae: wsae.SparseAutoencoder) -> Any:
+def exported(sae: wsae.SAE) -> Any:
     """The same SAE as SAELens' class."""
     from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
@@ -102,7 +102,7 @@ def same_scale(key: str, value: float, d_sae: int) -> float:
     return {"dead_latents": value * d_sae, "explained_variance": 1 - value}.get(key, value)
 
 
-def compare(name: str, sae: wsae.SparseAutoencoder, x: torch.Tensor, W_p: torch.Tensor) -> float:
+def compare(name: str, sae: wsae.SAE, x: torch.Tensor, W_p: torch.Tensor) -> float:
     """Print both evaluations of one SAE; return the largest difference in scores of the same definition."""
     acts = x @ W_p.T
     other = exported(sae)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 D_IN, D_SAE, K, ROWS = 6, 16, 4, 16
 REFUSED = {
-    *("saelens-gated", "saelens-matching-pursuit", "saelens-layer-norm"),
-    *("sparsify-transcoder", "sparsify-skip", "dl-gated", "dl-matryoshka"),
+    *("saelens-matching-pursuit", "saelens-layer-norm"),
+    *("sparsify-transcoder", "sparsify-skip"),
 }
 OUT = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "interop"
 

@@ -105,7 +105,7 @@ def _manifest(path: Path) -> Any:
     from wsae.acts.store import Store
     from wsae.core.artifact import read_manifest
     from wsae.evals.compare import read_evaluation
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE
     from wsae.toy.model import ToyModels
     from wsae.train.run import load_run
     from wsae.vision.run import load_pretrained
@@ -115,7 +115,7 @@ def _manifest(path: Path) -> Any:
     readers: dict[str, Callable[[Path], Any]] = {
         "store": Store,
         "run": load_run,
-        "sae": SparseAutoencoder.load,
+        "sae": SAE.load,
         "toy": ToyModels.load,
         "pretrain": load_pretrained,
         "evaluation": lambda place: read_evaluation(place.parent),
@@ -148,14 +148,14 @@ def _foreign(name: str, format: str) -> Reader:
 @functools.cache
 def _shared(format: str) -> dict[str, bytes]:
     """Return the files of an SAE as another tool has them: without ours beside, which hold checksums."""
-    from wsae import SparseAutoencoder
+    from wsae import SAE
     from wsae.interop import save
     from wsae.interop.convert import KINDS
     from wsae.sae.config import SAEConfig
 
     cfg = SAEConfig.parse({"d_in": 4, "d_sae": 6, "activation": {"kind": "topk", "k": 2}})
     with tempfile.TemporaryDirectory() as folder:
-        save(SparseAutoencoder(cfg, seed=0), folder, format)
+        save(SAE(cfg, seed=0), folder, format)
         names = next(kind.files for kind in KINDS.values() if kind.name == format)
         return {name: (Path(folder) / name).read_bytes() for name in names}
 

@@ -259,9 +259,9 @@ def _evaluated(place: Path) -> Any:
 
 
 def _sae(place: Path) -> Any:
-    from wsae import SparseAutoencoder
+    from wsae import SAE
 
-    sae = SparseAutoencoder.load(place)
+    sae = SAE.load(place)
     return sae.cfg, {name: tensor.tolist() for name, tensor in sae.tensors().items()}
 
 

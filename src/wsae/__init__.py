@@ -12,10 +12,13 @@ from wsae.core.version import __version__
 if TYPE_CHECKING:
     from wsae.api import Family, Member, evaluate, fit, fit_family, probe, recovery
     from wsae.run import Run
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE, SparseAutoencoder
+    from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
+    from wsae.use.attribute import Difference, Logit, Loss, attribute
 
 _WHERE = {
     "Run": "wsae.run",
+    "SAE": "wsae.sae",
     "SparseAutoencoder": "wsae.sae",
     "fit": "wsae.api",
     "fit_family": "wsae.api",
@@ -24,15 +27,28 @@ _WHERE = {
     "evaluate": "wsae.api",
     "probe": "wsae.api",
     "recovery": "wsae.api",
+    **dict.fromkeys(("attribute", "Logit", "Difference", "Loss"), "wsae.use.attribute"),
+    **dict.fromkeys(("attach", "Set", "Add", "Scale", "Zero", "Clamp"), "wsae.use.attach"),
 }
 
 __all__ = [
+    "Add",
+    "Clamp",
+    "Difference",
     "Family",
+    "Logit",
+    "Loss",
     "Member",
     "Run",
+    "SAE",
+    "Scale",
+    "Set",
     "SparseAutoencoder",
     "UserError",
+    "Zero",
     "__version__",
+    "attach",
+    "attribute",
     "evaluate",
     "fit",
     "fit_family",

@@ -22,7 +22,7 @@ from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
 from wsae.sae.config import make_activation
 from wsae.sae.gamma import gamma_from_proxy
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.train.bank import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, finished
@@ -93,7 +93,7 @@ def Member(  # noqa: N802  (reads as the value it makes)
 class Family:
     """A trained family: one SAE per member, in order, its last training metrics, and the record of its gamma."""
 
-    saes: list[SparseAutoencoder]
+    saes: list[SAE]
     names: list[str]
     metrics: list[dict[str, float]]
     gamma: dict[str, Any]
@@ -105,7 +105,7 @@ def fit(
     d_sae: int | None = None,
     gamma: object = "none",
     **options: Any,
-) -> SparseAutoencoder:
+) -> SAE:
     """Train one SAE on activations (see `Acts`); all rows are trained on, those of a store but for its held-out ones.
 
     `options` are those of `Member` and of `fit_family`; `labels` [rows] serve the rule consistency. Raises UserError

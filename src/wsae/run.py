@@ -34,6 +34,7 @@ from wsae.core.artifact import (
     MANIFEST,
     MEMBERS,
     METRICS_FILE,
+    NAMES_FILE,
     PARTS,
     PROBING,
     PROBING_PART,
@@ -47,7 +48,15 @@ from wsae.core.artifact import (
     replacing,
 )
 from wsae.core.errors import UserError, understood
-from wsae.core.files import Json, digest, parse_json, read_json, read_lines
+from wsae.core.files import (
+    Json,
+    digest,
+    locked_file,
+    parse_json,
+    read_json,
+    read_lines,
+    write_json,
+)
 from wsae.sae.config import SINGLE, Provenance, SAEConfig, SingleConfig
 from wsae.train.config import TrainConfig
 
@@ -55,7 +64,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE
 
 LARGEST = 1e100
 """No measured number comes near this; the arithmetic of axes overflows beyond."""
@@ -183,10 +192,19 @@ class SaidForm(Form):
     tokens: list[Text] = []
 
 
+class LabelForm(Form):
+    """A class that probes tell by a latent: the kind of labels, the class, the latent's place among those chosen."""
+
+    kind: Text
+    task: Text
+    rank: Count
+
+
 class ShownForm(SaidForm):
     """What an index keeps of a latent beside its numbers."""
 
     contexts: list[ContextForm] = []
+    labels: list[LabelForm] = []
 
 
 class LatentForm(SaidForm):
@@ -221,6 +239,8 @@ class ScoredMember(Form):
     density: dict[Text, Number] = {}
     counts: CountsForm = CountsForm()
     latents: list[ScoredLatent] = []
+    chosen: list[list[Count]] = []
+    """Of probes: each task's latents."""
 
 
 class ScoredHook(Form):
@@ -229,6 +249,7 @@ class ScoredHook(Form):
     members: dict[Text, ScoredMember] = {}
     controls: dict[Text, ScoredMember] = {}
     comparisons: list[ComparisonForm] = []
+    tasks: list[Text] = []
 
 
 class InterpretationForm(Form):
@@ -310,6 +331,17 @@ class MetricsRow(Form):
     dead_frac: Number = None
 
 
+NAME_CHARS = 200
+"""Characters of a latent's name."""
+
+
+class NamedLatent(Form):
+    """What a user calls a latent, and whether it is starred."""
+
+    name: Annotated[str, Field(max_length=NAME_CHARS)] = ""
+    star: bool = False
+
+
 Picture = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")]
 _RUN_CONFIG = TypeAdapter(RunConfigForm)
 _RUN_INFO = TypeAdapter(RunInfoForm)
@@ -320,6 +352,9 @@ _CONTEXTS = TypeAdapter(dict[Text, dict[Text, list[LatentForm]]])
 _INTERPRETATION = TypeAdapter(InterpretationForm)
 _CLASSES = TypeAdapter(ClassesForm)
 _PROBING = TypeAdapter(dict[Text, InterpretationForm])
+_NAMES = TypeAdapter(
+    dict[Text, dict[Text, dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], NamedLatent]]]
+)
 _THUMBNAILS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Picture])
 """Image number -> PNG in base64; nothing else may reach an address on the page."""
 
@@ -382,7 +417,7 @@ class Run:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(
-                f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`"
+                f"{path}: no such run directory; give the --out of a `wsae train` or `wsae demo`, or an SAE"
             )
         if not (self.path / CONFIG).is_file():
             raise UserError(
@@ -393,7 +428,7 @@ class Run:
     @classmethod
     def of_sae(
         cls,
-        sae: "SparseAutoencoder",
+        sae: "SAE",
         path: Path | str,
         about: Provenance = Provenance(),  # noqa: B008  (frozen)
         force: bool = False,
@@ -532,12 +567,12 @@ class Run:
         return _GAMMA.validate_python(self.gamma_record)
 
     @cached_property
-    def saes(self) -> "dict[str, dict[str, SparseAutoencoder]]":
+    def saes(self) -> "dict[str, dict[str, SAE]]":
         """Hook -> member -> its SAE, every file compared with the manifest."""
         if self.single:
-            from wsae.sae import SparseAutoencoder
+            from wsae.sae import SAE
 
-            return {self._hook: {SINGLE: SparseAutoencoder.load(self.path)}}
+            return {self._hook: {SINGLE: SAE.load(self.path)}}
         from wsae.train.run import load_run
 
         return load_run(self.path).saes
@@ -665,6 +700,26 @@ class Run:
     def probing_record(self) -> Json:
         """probing.json: what a few latents tell apart, labelled "tokens" by rule and labelled "documents"."""
         return _read(self._whole(PROBING_PART) / PROBING, _PROBING)
+
+    @property
+    def names(self) -> dict[str, dict[str, dict[str, Json]]]:
+        """names.json as it is now: hook -> member -> latent -> {"name": ..., "star": ...}, as users typed them."""
+        path = self.path / NAMES_FILE
+        return _read(path, _NAMES) if path.is_file() else {}
+
+    def name_latent(self, hook: str, member: str, latent: int, named: NamedLatent) -> None:
+        """Keep a latent's name and star; neither: forget it. Another process waits for its turn.
+
+        Raises UserError where names.json is not of its form or cannot be written.
+        """
+        path = self.path / NAMES_FILE
+        with locked_file(path.with_name(f".{NAMES_FILE}.lock"), wait=True):
+            names = self.names
+            latents = names.setdefault(hook, {}).setdefault(member, {})
+            latents.pop(str(latent), None)
+            if named.name or named.star:
+                latents[str(latent)] = {"name": named.name, "star": named.star}
+            write_json(path, names)
 
     def _whole(self, part: str) -> Path:
         """Return the folder of a part whose files are all as they were written."""

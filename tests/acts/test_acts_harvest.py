@@ -228,6 +228,40 @@ def test_any_order_of_rows_is_gathered(store):
         assert torch.equal(rows, everything[hook][torch.from_numpy(index)])
 
 
+def test_only_what_the_roles_say_is_kept_and_the_rest_is_counted(base, tmp_path):
+    shutil.copytree(base / "model", tmp_path / "model")
+    template = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    rows = [
+        [{"role": "user", "content": f"the cat {i} sat"}, {"role": "assistant", "content": "two dogs ran"}]
+        for i in range(40)
+    ]  # fmt: skip
+    path = tmp_path / "talk.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    text = TextConfig(path=str(path), field="messages")
+    given = {"model": str(tmp_path / "model"), "text": text, "roles": ("assistant", "tool")}
+    found = harvest(config(base, **given), tmp_path / "s")
+    table, (seqs, places) = found.tokens("train"), found.places("train")
+    rows, info = found.n_rows["train"], found.manifest.info
+    skipped = info["skipped"]["train"]
+    assert 0 < rows < skipped["other roles"]  # "user", "assistant" and the user's words
+    assert rows + sum(skipped.values()) == table.ids.numel()
+    before = len(found.tokens("heldout").ids)  # sequences are numbered in each half
+    read = "".join("".join(table.decode(table.ids[seqs, places])).split())
+    assert before
+    assert set(read) <= set("twodogsran")
+    assert read.count("dogs") > 20
+    assert "no turn is of the role 'tool' (there are 40 of assistant, 40 of user)" in told(
+        info["text"]
+    )
+    assert found.manifest.config["roles"] == ["assistant", "tool"]
+    with pytest.raises(UserError, match="made with roles="):
+        harvest(config(base, **given | {"roles": None}), tmp_path / "s")
+    with pytest.raises(UserError, match="no token to keep is of the role tool .there are"):
+        harvest(config(base, **given | {"roles": ("tool",)}), tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
 def test_text_that_runs_out_is_said(base, tmp_path):
     made = harvest(config(base, tokens=10**6), tmp_path / "s")
     assert made.info["exhausted"] is True

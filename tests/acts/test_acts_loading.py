@@ -1,10 +1,12 @@
 """Loading models: what is there, what is not, weights that the files do not hold, kinds of models."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from acts_models import (
     LAYERS,
     WIDTH,
@@ -23,7 +25,7 @@ from acts_models import (
 from wsae.acts.capture import Capture
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
-from wsae.acts.language import load_language, load_tokenizer, locate, reinitialised
+from wsae.acts.language import Placing, load_language, load_tokenizer, locate, reinitialised
 from wsae.acts.loading import (
     refuse_unable_to_continue,
     refuse_without_logits,
@@ -343,3 +345,42 @@ def test_special_tokens_without_an_embedding_are_refused_where_a_text_holds_them
         else:
             with pytest.raises(UserError, match=r"'<image>' \(id 311\).*below 311 only; remove it"):
                 harvest(cfg, tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("placed"))
+
+
+def test_weights_kept_elsewhere_give_the_same_rows_and_are_asked_at_the_device_they_come_to(base):
+    """What accelerate's device_map does with a model that no device has room for."""
+    plain, moved = load_language(str(base)), load_language(str(base), placing=Placing("auto"))
+    cpu_offload(moved.model, execution_device=torch.device("cpu"))
+    assert next(moved.model.parameters()).is_meta
+    assert moved.device == torch.device("cpu")
+    ids, rows = some_ids(), []
+    for language in (plain, moved):
+        refuse_without_logits(language.model)
+        hooks = hooks_of(language.model, ["layers.1", "layers.2.self_attn.o_proj.input"])
+        rows.append(Capture(language.model, hooks)(ids))
+    assert all(torch.equal(x, rows[1][hook]) for hook, x in rows[0].items())
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_fewer_bits_need_their_package(base):
+    with pytest.raises(UserError, match="a package that is not installed .*bitsandbytes"):
+        load_language(str(base), placing=Placing(bits=8))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_eight_bits_give_nearly_the_same_rows_and_a_saved_model_the_very_same(base, tmp_path):
+    made = load_language(str(base), placing=Placing(bits=8))
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    plain, saved = load_language(str(base)), load_language(str(tmp_path))
+    x, y, z = (
+        Capture(one.model, hooks_of(one.model, ["layers.2"]))(some_ids())["layers.2"]
+        for one in (plain, made, saved)
+    )
+    assert 0 < float((y - x).norm() / x.norm()) < 0.05
+    assert torch.equal(y, z)

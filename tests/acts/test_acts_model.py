@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from wsae.acts.capture import Capture, splice, tokens
+from wsae.acts.capture import Capture, splice, token_positions, tokens
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import REASONS, SkipRule, count_reasons
 from wsae.acts.hooknames import HookPlace, among, canonical_names, hook_name, match
@@ -166,9 +166,9 @@ def test_splicing_the_same_values_changes_nothing_and_zeros_do(language):
     ids = some_ids()
     with torch.no_grad():
         before = language.model(input_ids=ids).logits
-        with splice(language.model, "layers.1", lambda x: x):
+        with splice(language.model, "layers.1", lambda x, _: x):
             same = language.model(input_ids=ids).logits
-        with splice(language.model, "layers.1", torch.zeros_like):
+        with splice(language.model, "layers.1", lambda x, _: torch.zeros_like(x)):
             zeroed = language.model(input_ids=ids).logits
         after = language.model(input_ids=ids).logits
     assert torch.equal(same, before)
@@ -181,7 +181,7 @@ def test_splicing_a_last_layer_gives_the_head_of_the_new_values(language):
     new = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1))
     norm = getattr(model.base_model, "norm", None) or model.base_model.final_layer_norm
     with torch.no_grad():
-        with splice(model, f"layers.{LAYERS - 1}", lambda _: new):
+        with splice(model, f"layers.{LAYERS - 1}", lambda _x, _c: new):
             got = model(input_ids=some_ids()).logits
         torch.testing.assert_close(got, model.get_output_embeddings()(norm(new)))
 
@@ -189,7 +189,7 @@ def test_splicing_a_last_layer_gives_the_head_of_the_new_values(language):
 def test_splice_refuses_an_ambiguous_name(language):
     with (
         pytest.raises(UserError, match="names 3 modules"),
-        splice(language.model, "layers.*", lambda x: x),
+        splice(language.model, "layers.*", lambda x, _: x),
     ):
         pass
 
@@ -447,7 +447,7 @@ def test_the_activation_is_found_in_what_a_module_gives_and_put_back_there(wrap)
     (hook,) = probe(model, ["odd"], tokens()).hooks
     ids = few_ids()
     torch.testing.assert_close(Capture(model, [hook])(ids)["odd"], model.table(ids))
-    with torch.no_grad(), splice(model, hook, lambda x: x + 1):
+    with torch.no_grad(), splice(model, hook, lambda x, _: x + 1):
         out = model(input_ids=ids)
     plain = model(input_ids=ids)
     assert type(out) is type(plain)
@@ -540,18 +540,18 @@ def test_inputs_are_read_and_replaced_by_position_or_by_keyword(name):
     assert hook_of("llama", f"{name}.output").name == name
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with splice(model, f"{name}.input", lambda x: x):
+        with splice(model, f"{name}.input", lambda x, _: x):
             assert torch.equal(model(input_ids=ids).logits, plain)
-        with splice(model, f"{name}.input", lambda x: 0.5 * x + 1):
+        with splice(model, f"{name}.input", lambda x, _: 0.5 * x + 1):
             assert not torch.allclose(model(input_ids=ids).logits, plain)
 
 
 def test_replacing_a_blocks_input_is_replacing_the_output_before_it():
     model, ids = tiny("llama"), few_ids()
     with torch.no_grad():
-        with splice(model, "layers.1.input", torch.zeros_like):
+        with splice(model, "layers.1.input", lambda x, _: torch.zeros_like(x)):
             one = model(input_ids=ids).logits
-        with splice(model, "layers.0", torch.zeros_like):
+        with splice(model, "layers.0", lambda x, _: torch.zeros_like(x)):
             other = model(input_ids=ids).logits
     torch.testing.assert_close(one, other)
 
@@ -562,9 +562,9 @@ def test_splicing_the_same_rows_changes_nothing_in_any_order(kind):
     model, ids = tiny(kind), few_ids()
     with torch.no_grad():
         plain = model(input_ids=ids).logits
-        with splice(model, name, lambda x: x):
+        with splice(model, name, lambda x, _: x):
             torch.testing.assert_close(model(input_ids=ids).logits, plain)
-        with splice(model, name, lambda x: torch.cat([x[:1], x[1:] + 1])):
+        with splice(model, name, lambda x, _: torch.cat([x[:1], x[1:] + 1])):
             other = model(input_ids=ids).logits
     torch.testing.assert_close(other[0], plain[0])
     assert not torch.allclose(other[1:], plain[1:])
@@ -683,6 +683,14 @@ def test_a_recorded_hook_is_found_by_any_of_its_names():
         ("mlp", None),
     ]:
         assert among(name, hooks) == meant
+    assert among("blocks.9.hook_resid_post", ["model.layers.9.output"]) is not None
+    for name, hook in (
+        ("blocks.9.hook_mlp_out", "layers.9.mlp"),
+        ("model.layers.9.self_attn.output", "blocks.9.hook_attn_out"),
+    ):
+        assert among(name, [hook]) == hook  # in most kinds of models, but not in all
+        assert among(name, [hook], sure=True) is None
+    assert among("blocks.9.hook_attn_out", ["layers.9.mlp"]) is None
 
 
 def test_the_layers_that_run_on_text_are_meant_in_a_model_of_images_and_text():
@@ -783,6 +791,95 @@ def test_conversations_are_read_as_the_models_chat_template_writes_them(tmp_path
     assert refused == ([""] * 3 if template is None else ["", REFUSED, ""])
 
 
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}</s>\n{% endfor %}"
+)
+TRIMMED = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}"
+    "{% if not loop.last %} ;; {% endif %}{% endfor %}"
+)
+MERGED = (  # the system's words stand before the last user's, and old thoughts are not written
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] {% if messages[0].role == 'system' "
+    "and loop.index >= loop.length - 1 %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content.split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
+)
+SPOKEN = st.lists(
+    st.sampled_from([*"ab\n |<>", "</s>", "<|user|>\n", "</s>\n<|assistant|>\n"]), max_size=6
+).map("".join)
+
+
+def masked(turns, template, roles, tmp_path) -> tuple[str, list[str], Packer]:
+    """Return the text of one conversation and the runs of tokens that are kept in it."""
+    path, tokenizer = tmp_path / "talk.jsonl", make_tokenizer()
+    rows = [{"role": role, "content": text} for role, text in turns]
+    path.write_text(json.dumps({"messages": rows}) + "\n")
+    tokenizer.chat_template = template
+    packer = Packer(
+        HarvestConfig(text=TextConfig(path=str(path), field="messages"), seq_len=999, roles=roles,
+                      pack=False, heldout_tokens=0, heldout_fraction=0), tokenizer, heldout=False
+    )  # fmt: skip
+    (sequence,) = packer.sequences()
+    ids, said = sequence.ids[: sequence.length], sequence.said[: sequence.length]
+    assert not sequence.said[sequence.length :].any()
+    parts = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(said)) + 1)
+    kept = [tokenizer.decode(ids[part]) for part in parts if len(part) and said[part[0]]]
+    return tokenizer.decode(ids), kept, packer
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMED, MERGED])
+def test_the_words_of_a_role_are_marked_where_the_template_writes_them(tmp_path, template):
+    turns = [("system", "be kind"), ("user", "the [INST] cat?"), ("assistant", "<think>hm</think>it sat"),
+             ("user", "sat user"), ("assistant", "ran on a mat")]  # fmt: skip
+    kept = masked(turns, template, ("assistant",), tmp_path)[1]
+    first = "it sat" if template == MERGED else "<think>hm</think>it sat"
+    assert [k.strip() for k in kept] == [first, "ran on a mat"]
+    kept = masked(turns, template, ("system",), tmp_path)[1]
+    assert [k.strip() for k in kept] == ["be kind"]
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), SPOKEN), min_size=1, max_size=4))
+def test_marked_tokens_are_those_that_the_library_calls_the_assistants(tmp_path_factory, turns):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    rows = [{"role": role, "content": text} for role, text in turns]
+    theirs = tokenizer.apply_chat_template(
+        rows, return_dict=True, return_assistant_tokens_mask=True, add_special_tokens=False
+    )
+    packed = tmp_path_factory.mktemp("talk", numbered=True)
+    path = packed / "talk.jsonl"
+    path.write_text(json.dumps({"messages": rows}) + "\n")
+    cfg = HarvestConfig(
+        text=TextConfig(path=str(path), field="messages"), seq_len=999, pack=False, roles=("assistant",)
+    )  # fmt: skip
+    (found,) = (Packer(cfg, tokenizer, heldout=False).whole(d, 0) for d in documents(cfg.text))
+    assert found.ids[: found.length].tolist() == theirs["input_ids"]
+    assert found.said[: found.length].astype(int).tolist() == theirs["assistant_masks"]
+
+
+def test_roles_need_conversations_a_template_and_turns_that_can_be_told_apart(tmp_path):
+    turns = [("user", "the cat"), ("assistant", "sat")]
+    for template, message in (
+        (None, "has no chat template"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+            "cannot be told apart",
+        ),
+        ("{{ raise_exception('no') }}", "refuses all 1 conversations"),
+    ):
+        with pytest.raises(UserError, match=message):
+            masked(turns, template, ("assistant",), tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    for row in ({"messages": "plain"}, {"messages": [4, 5]}):
+        (tmp_path / "b.jsonl").write_text(json.dumps(row) + "\n")
+        text = TextConfig(path=str(tmp_path / "b.jsonl"), field="messages")
+        cfg = HarvestConfig(text=text, roles=("user",), heldout_fraction=0, heldout_tokens=0)
+        with pytest.raises(UserError, match="document 0: field 'messages' holds no conversation"):
+            list(Packer(cfg, tokenizer, heldout=False).sequences())
+
+
 def test_token_ids_are_taken_as_they_are_and_must_be_the_tokenizers(tmp_path):
     path, tokenizer = tmp_path / "a.jsonl", make_tokenizer(bos=True)
     path.write_text('{"input_ids": [0, 40, 41]}\n{"input_ids": []}\n{"input_ids": [42, 1]}\n')
@@ -829,7 +926,8 @@ def test_every_token_has_one_reason_by_definition(data):
     lengths = torch.tensor([data.draw(st.integers(1, seq)) for _ in range(batch)])
     ids = ids.view(batch, seq)
     rule = SkipRule(HarvestConfig(seq_len=seq, skip_first=first), special)
-    reasons = rule.by_token(ids, torch.arange(seq) < lengths[:, None])
+    positions = token_positions(torch.arange(seq) < lengths[:, None])
+    reasons = rule.by_token(ids, positions)
     for b in range(batch):
         for p in range(seq):
             expected = (
@@ -842,6 +940,9 @@ def test_every_token_has_one_reason_by_definition(data):
                 else "kept"
             )
             assert REASONS[int(reasons[b, p])] == expected
+            heard = REASONS[int(rule.by_token(ids, positions, ids > 6)[b, p])]
+            unkept = expected == "kept" and int(ids[b, p]) <= 6
+            assert heard == ("other roles" if unkept else expected)
     assert sum(count_reasons(reasons.flatten()).values()) == batch * seq
 
 

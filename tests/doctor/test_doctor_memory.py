@@ -10,7 +10,7 @@ import torch
 
 from wsae.doctor.cost import check_covariance, kernels_of, memory, parameters
 from wsae.kernels.native import why_not
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.config import GammaConfig, JumpReLU, PreconditionConfig
 from wsae.train.config import MemberConfig
 
@@ -63,7 +63,7 @@ def test_the_peak_of_a_run_is_foreseen_within_15_percent(d_in, d_sae, batch, ker
 def test_parameters_are_those_of_the_sae(tied):
     for activation in (TopK(k=2), JumpReLU()):
         cfg = SAEConfig(d_in=6, d_sae=20, activation=activation, tied=tied)
-        trained = sum(p.numel() for p in SparseAutoencoder(cfg).parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in SAE(cfg).parameters() if p.requires_grad)
         assert parameters(cfg) == trained
 
 

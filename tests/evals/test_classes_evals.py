@@ -16,7 +16,7 @@ from wsae.evals.classes.run import CLASSES, _within, score_classes, score_run
 from wsae.evals.classes.tally import Labelled, Scored, look
 from wsae.evals.glossary import CLASS_SCORES
 from wsae.evals.measure import EvaluatedSaes
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import train_run
@@ -35,10 +35,10 @@ def world(n: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x, labels
 
 
-def reader(k: int = 2, order: list[int] | None = None) -> SparseAutoencoder:
+def reader(k: int = 2, order: list[int] | None = None) -> SAE:
     """An SAE whose latents are the dimensions, in some order."""
     d = 2 * N_CLASSES
-    sae = SparseAutoencoder(SAEConfig(d_in=d, d_sae=d, activation=TopK(k=k)))
+    sae = SAE(SAEConfig(d_in=d, d_sae=d, activation=TopK(k=k)))
     rows = torch.eye(d)[order or list(range(d))]
     with torch.no_grad():
         assert sae.W_enc_t is not None

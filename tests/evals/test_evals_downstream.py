@@ -78,7 +78,7 @@ def direct(model, hook, sequence, replace):
     """[CE, KL] of one sequence from whole forward passes with the plain splice."""
     ids, kept = sequence.ids, sequence.kept
 
-    def put(x):
+    def put(x, _call):
         new = x.clone()
         new[0, kept] = replace(x[0, kept])
         return new

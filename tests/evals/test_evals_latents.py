@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsae.evals import latents, matching
-from wsae.evals.contexts import TopContexts, one_per_stratum, sample_latents
+from wsae.evals.contexts import TopContexts, Wanted, one_per_stratum, sample_latents
 from wsae.evals.latents import (
     HISTOGRAM_EDGES,
     Entries,
@@ -177,7 +177,7 @@ def test_top_contexts_equal_a_full_sort_for_any_split(seed, cuts, n_contexts):
     seq = torch.arange(rows) // length
     pos = torch.arange(rows) % length
     shown = torch.tensor([1, 4, 7])
-    top = TopContexts(shown, d_sae, n_contexts)
+    top = TopContexts(shown, d_sae, Wanted(n_contexts, length))
     start = 0
     for size in [*cuts, rows]:
         stop = min(rows, start + size)
@@ -201,7 +201,7 @@ def test_top_contexts_equal_a_full_sort_for_any_split(seed, cuts, n_contexts):
 
 def test_a_window_shows_the_peak_with_more_before_than_after_and_stays_inside():
     code = code_from_topk(torch.tensor([[2.0], [5.0]]), torch.tensor([[0], [0]]))
-    top = TopContexts(torch.tensor([0]), 1, 3)
+    top = TopContexts(torch.tensor([0]), 1, Wanted(3, 9))
     top.update(Entries(code), torch.tensor([3, 3]), torch.tensor([18, 20]))
     (context,) = top.result()[0]
     ids = torch.arange(100, 140)

@@ -24,7 +24,7 @@ from wsae.evals.measure import (
     measure,
 )
 from wsae.evals.run import evaluate
-from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
+from wsae.sae import SAE, SAEConfig, make_activation
 
 D_IN, D_SAE = 6, 20
 KINDS = ["topk", "group_topk", "batch_topk", "relu", "jumprelu"]
@@ -61,9 +61,7 @@ def places(n, length=15):
 
 def make_sae(kind="topk", seed=0, tied=False, gamma=None):
     activation = make_activation(kind, k=4)
-    sae = SparseAutoencoder(
-        SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, tied=tied), seed=seed
-    )
+    sae = SAE(SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, tied=tied), seed=seed)
     with torch.no_grad():
         if sae.b_dec is not None:
             sae.b_dec.fill_(30.0)
@@ -164,9 +162,7 @@ def test_a_constant_reconstruction_at_the_mean_explains_nothing_and_a_perfect_on
         sae.b_dec.copy_(x.mean(0))
     nothing = evaluate(sae, x)["metrics"]["fvu"]["value"]
     assert nothing == pytest.approx(1.0, abs=1e-6), "about zero, this SAE would look near perfect"
-    identity = SparseAutoencoder(
-        SAEConfig(d_in=D_IN, d_sae=2 * D_IN, activation=make_activation("relu"))
-    )
+    identity = SAE(SAEConfig(d_in=D_IN, d_sae=2 * D_IN, activation=make_activation("relu")))
     with torch.no_grad():
         rows_ = torch.cat([torch.eye(D_IN), -torch.eye(D_IN)])
         identity.W_dec.copy_(rows_)
@@ -217,7 +213,7 @@ def test_the_random_control_is_worse_than_an_sae_of_the_true_directions():
     directions = torch.nn.functional.normalize(torch.randn(24, 32, generator=g), dim=1)
     z = torch.rand(400, 24, generator=g) * (torch.rand(400, 24, generator=g) < 0.08)
     x = z @ directions
-    sae = SparseAutoencoder(SAEConfig(d_in=32, d_sae=24, activation=make_activation("topk", 3)))
+    sae = SAE(SAEConfig(d_in=32, d_sae=24, activation=make_activation("topk", 3)))
     with torch.no_grad():
         sae.W_dec.copy_(directions)
         sae.W_enc_t.copy_(directions)

@@ -42,7 +42,7 @@ from wsae.evals.probing.scores import (
     sparse_right,
     targeted,
 )
-from wsae.sae import ReLU, SAEConfig, SparseAutoencoder
+from wsae.sae import SAE, ReLU, SAEConfig
 
 UPSTREAM = {
     1: [0.725, 0.6083333333333333, 0.6, 0.775],
@@ -328,9 +328,9 @@ class Planted:
         return TokenTable(self.ids, lengths, dict(enumerate(WORDS)))
 
 
-def identity(d: int = 16) -> SparseAutoencoder:
+def identity(d: int = 16) -> SAE:
     """An SAE whose latent j is dimension j."""
-    sae = SparseAutoencoder(SAEConfig(d_in=d, d_sae=d, activation=ReLU()))
+    sae = SAE(SAEConfig(d_in=d, d_sae=d, activation=ReLU()))
     with torch.no_grad():
         sae.W_dec.copy_(torch.eye(d))
         sae.W_enc.copy_(torch.eye(d))

@@ -22,12 +22,12 @@ from wsae.evals.recovery import (
     score_codes,
 )
 from wsae.sae import (
+    SAE,
     BatchTopK,
     GroupTopK,
     JumpReLU,
     ReLU,
     SAEConfig,
-    SparseAutoencoder,
     TopK,
 )
 
@@ -44,10 +44,8 @@ def world(
     return x, x @ W_p.T, W_p
 
 
-def make(activation, tied: bool = True, biased: bool = False) -> SparseAutoencoder:
-    sae = SparseAutoencoder(
-        SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, tied=tied), seed=5
-    )
+def make(activation, tied: bool = True, biased: bool = False) -> SAE:
+    sae = SAE(SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, tied=tied), seed=5)
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         if biased:
@@ -144,7 +142,7 @@ def test_an_orthogonal_world_is_recovered_by_the_transpose_of_w_p():
     g = torch.Generator().manual_seed(3)
     W_p = torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
     x = torch.rand(300, 6, generator=g) * (torch.rand(300, 6, generator=g) >= 0.5)
-    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=6, activation=ReLU(), tied=True))
+    sae = SAE(SAEConfig(d_in=6, d_sae=6, activation=ReLU(), tied=True))
     with torch.no_grad():
         sae.W_dec.copy_(W_p.T)
     found = wsae.recovery(sae, x.numpy(), (x @ W_p.T).numpy(), W_p.numpy())

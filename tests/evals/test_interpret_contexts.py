@@ -21,7 +21,7 @@ from wsae.evals.data import MatrixRows
 from wsae.evals.interpret.collect import NEIGHBOURS, Pool, Tracked, collect, member_bytes, priority
 from wsae.evals.interpret.config import ContextConfig
 from wsae.evals.interpret.windows import EXPLAIN, SCORE, Documents, blocks, cut_windows, side_of
-from wsae.sae import ReLU, SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, ReLU, SAEConfig, TopK
 
 HOOK, D_IN, D_SAE, END = "layers.1", 4, 14, 0
 
@@ -58,9 +58,9 @@ class Text:
         return self.table
 
 
-def whole_sae(seed=0, d_sae=D_SAE, bias=-2.0) -> SparseAutoencoder:
+def whole_sae(seed=0, d_sae=D_SAE, bias=-2.0) -> SAE:
     """A ReLU SAE that computes whole numbers, so that nothing depends on the order of sums."""
-    sae = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=d_sae, activation=ReLU()), seed=seed)
+    sae = SAE(SAEConfig(d_in=D_IN, d_sae=d_sae, activation=ReLU()), seed=seed)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         sae.W_enc_t.copy_(torch.randint(-1, 2, (d_sae, D_IN), generator=g).float())
@@ -92,7 +92,7 @@ class Window(NamedTuple):
     acts: dict[int, list[float]]
 
 
-def reference_windows(text: Text, sae: SparseAutoencoder, cfg: ContextConfig):
+def reference_windows(text: Text, sae: SAE, cfg: ContextConfig):
     """Return the windows of each side and how many straddle, from the dense codes of all rows."""
     ids, lengths = text.table.ids.tolist(), text.table.lengths.tolist()
     z = sae.encode(text.x)
@@ -324,7 +324,7 @@ def test_both_sides_get_half_of_the_documents_and_the_key_decides(key):
 def test_latents_that_fire_late_are_as_likely_to_be_shown():
     text = Text(1, n_seq=60)
     text.x[:, 0] = (text.seq >= 30).float() * 3
-    sae = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=60, activation=ReLU()))
+    sae = SAE(SAEConfig(d_in=D_IN, d_sae=60, activation=ReLU()))
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         sae.W_enc_t.copy_(torch.randint(-1, 2, (60, D_IN), generator=g).float())
@@ -431,12 +431,9 @@ class OnePass(LiveSource):
         return super().heldout(batch_size)
 
 
-def topk_members(hooks) -> dict[str, dict[str, SparseAutoencoder]]:
+def topk_members(hooks) -> dict[str, dict[str, SAE]]:
     cfg = SAEConfig(d_in=16, d_sae=32, activation=TopK(k=3))
-    return {
-        hook: {name: SparseAutoencoder(cfg, seed=i) for i, name in enumerate("ab")}
-        for hook in hooks
-    }
+    return {hook: {name: SAE(cfg, seed=i) for i, name in enumerate("ab")} for hook in hooks}
 
 
 def test_store_and_live_model_give_the_same_contexts_in_one_pass_each(harvested):

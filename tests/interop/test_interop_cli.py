@@ -16,7 +16,7 @@ import torch
 from interop_hub import serving
 from test_interop_roundtrip import make, same_bits
 
-from wsae import SparseAutoencoder, UserError
+from wsae import SAE, UserError
 from wsae.acts.source import open_source
 from wsae.cli.live import reopen
 from wsae.cli.main import main
@@ -88,8 +88,8 @@ def test_export_and_import_give_the_member_back(run, tmp_path, capsys, name):
     assert found["provenance"]["gamma"]["rule"] == "variance"
     assert found["provenance"]["metrics"]["fvu"]["value"] > 0
     assert found["provenance"]["inputs"].keys() == {"data", "run"}
-    trained = SparseAutoencoder.load(member(run, "weighted"))
-    assert same_bits(SparseAutoencoder.load(back), trained)
+    trained = SAE.load(member(run, "weighted"))
+    assert same_bits(SAE.load(back), trained)
     again = tmp_path / "again"
     told(capsys, ["export", str(back), "--format", name, "--out", str(again)])
     assert load(again).about == load(out).about  # what is known survives the way through
@@ -201,14 +201,14 @@ def test_all_members_and_the_ones_left_out(run, tmp_path, capsys):
 
 def refused(place: Path) -> str:
     with pytest.raises(UserError) as caught:
-        SparseAutoencoder.load(place)
+        SAE.load(place)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_load_says_how_whatever_else_becomes_an_sae(run, tmp_path):
     layouts = [*FIXTURES.glob("*-topk"), tmp_path]
-    save(SparseAutoencoder.load(member(run, "plain")), tmp_path / "export", "saelens")
+    save(SAE.load(member(run, "plain")), tmp_path / "export", "saelens")
     np.savez(tmp_path / "params.npz", W_enc=np.zeros((4, 8)))
     for place in (*layouts, tmp_path / "export", tmp_path / "params.npz"):
         said = refused(place)
@@ -218,7 +218,7 @@ def test_load_says_how_whatever_else_becomes_an_sae(run, tmp_path):
     assert "members/HOOK/NAME" in refused(run)
     assert "no such directory" in refused(tmp_path / "nowhere")
     weights = member(run, "plain") / "sae.safetensors"
-    assert same_bits(SparseAutoencoder.load(weights), SparseAutoencoder.load(weights.parent))
+    assert same_bits(SAE.load(weights), SAE.load(weights.parent))
     with pytest.raises(
         UserError, match="is a wsae run; give one of its SAEs, for example .*members"
     ):
@@ -322,7 +322,7 @@ def test_bad_requests_end_in_one_line(run, tmp_path, capsys):
     assert "nearest: weighted" in failed(capsys, ["export", str(run), "--member", "weigted", *out])
     assert "single SAE" in failed(capsys, ["export", str(member(run, "plain")), "--all", *out])
     assert "no equal" in failed(capsys, ["export", str(run), "--member", "grouped", *out])
-    assert "no such directory" in failed(capsys, ["export", str(tmp_path / "no"), *out])
+    assert "no such run" in failed(capsys, ["export", str(tmp_path / "no"), *out])
     assert "this is a wsae evaluation" in failed(capsys, ["export", str(run / "evaluation"), *out])
     assert "already" in failed(capsys, ["import", str(member(run, "plain")), *out])
     assert "owner/name" in failed(capsys, ["push", str(run), "name", "--dry-run", *out])
@@ -343,8 +343,8 @@ def test_a_folder_for_the_hub_without_network(run, tmp_path, capsys):
         assert words in card
     assert str(run.parent) not in "".join(p.read_text() for p in out.rglob("*.json")) + card
     for name in ("plain", "weighted", "grouped"):
-        there = SparseAutoencoder.load(out / "acts" / name)
-        assert same_bits(there, SparseAutoencoder.load(member(run, name)))
+        there = SAE.load(out / "acts" / name)
+        assert same_bits(there, SAE.load(member(run, name)))
     again = told(capsys, ["push", str(run), "somebody/saes", "--dry-run", "--out", str(out)])
     assert again["files"] == found["files"]
     (tmp_path / "mine").mkdir()
@@ -422,7 +422,7 @@ def test_pushed_and_loaded_through_the_hubs_protocol(run, tmp_path):
     assert fetched[0] == 0, fetched
     names = ("config.json", "manifest.json", "provenance.json", "sae.safetensors")
     assert {p for p in hub.fetched if "plain" in p} == {f"acts/plain/{name}" for name in names}
-    assert same_bits(load(out).sae, SparseAutoencoder.load(member(run, "plain")))
+    assert same_bits(load(out).sae, SAE.load(member(run, "plain")))
     assert load(out).about.member == "plain"
     reasons = ("acts/plain, acts/weighted", "not to be had from the hub", "checksum differs")
     for (code, _, error), reason in zip((several, nothing, altered), reasons, strict=True):
@@ -478,7 +478,7 @@ def test_an_altered_run_is_not_exported(run, tmp_path, capsys):
 def test_an_imported_sae_is_evaluated_like_any_other(run, tmp_path, capsys):
     import wsae
 
-    trained = SparseAutoencoder.load(member(run, "weighted"))
+    trained = SAE.load(member(run, "weighted"))
     folder = save(trained, tmp_path / "a", "saelens")
     for ours in ("manifest.json", "wsae.safetensors"):
         (folder / ours).unlink()
@@ -497,8 +497,7 @@ def test_an_imported_sae_is_evaluated_like_any_other(run, tmp_path, capsys):
     x = torch.from_numpy(np.load(run.parent / "acts.npy"))
     cfg = EvalConfig(draws=20, n_latents=0)
     ours, theirs = (
-        wsae.evaluate(s, x, cfg)["metrics"]
-        for s in (trained, SparseAutoencoder.load(tmp_path / "b"))
+        wsae.evaluate(s, x, cfg)["metrics"] for s in (trained, SAE.load(tmp_path / "b"))
     )
     for key in ("fvu", "l0", "dead_frac"):
         assert ours[key]["value"] == pytest.approx(theirs[key]["value"], rel=1e-6)

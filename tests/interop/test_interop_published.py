@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsae import SparseAutoencoder, UserError
+from wsae import SAE, UserError
 from wsae.interop import load
 from wsae.interop.published import origin
 
@@ -29,7 +29,7 @@ def refuse(place: Path, match: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def agrees(sae: SparseAutoencoder, z: torch.Tensor, x_hat: torch.Tensor) -> None:
+def agrees(sae: SAE, z: torch.Tensor, x_hat: torch.Tensor) -> None:
     assert (z != 0).any()
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(X), z, atol=1e-4, rtol=1e-5)
@@ -81,7 +81,7 @@ def test_gemma_scope_without_its_folder_says_that_the_hook_is_not_known(gemma, t
         ),
         ("gemma-scope-2b-pt-att/layer_3/w", "google/gemma-2-2b", "blocks.3.attn.hook_z"),
         ("gemma-scope-27b-pt-mlp/layer_3/w", "google/gemma-2-27b", "blocks.3.hook_mlp_out"),
-        ("gemma-scope-2b-pt-res/embedding/width_4k", "google/gemma-2-2b", None),
+        ("gemma-scope-2b-pt-res/embedding/width_4k", "google/gemma-2-2b", "hook_embed"),
         (
             "gemma-scope-2-270m-it/resid_post/layer_5_width_16k_l0_small",
             "google/gemma-3-270m-it",
@@ -103,7 +103,8 @@ def test_gemma_scope_2(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = load(tmp_path)
     agrees(found.sae, *jumprelu(arrays()))
-    assert (found.about.model, found.about.hook) == ("gemma-3-4b-pt", "model.layers.9.output")
+    assert found.about.model == "google/gemma-3-4b-pt"
+    assert found.about.hook == "model.layers.9.output"
     for key, value, match in (
         ("hf_hook_point_out", "model.layers.9.mlp.output", "transcoder"),
         ("affine_connection", True, "affine_connection = True"),
@@ -115,6 +116,17 @@ def test_gemma_scope_2(tmp_path):
     (tmp_path / "config.json").unlink()
     save_file({**small, "affine_skip_connection": torch.eye(D)}, tmp_path / "params.safetensors")
     refuse(tmp_path, "affine_skip_connection")
+
+
+def test_gemma_scopes_embedding_is_read_where_it_is_scaled(gemma, tmp_path):
+    """The SAE is of e; the first block takes x = sqrt(d) e, and the reconstruction is of that."""
+    folder = tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
+    folder.mkdir(parents=True)
+    (gemma / "params.npz").rename(folder / "params.npz")
+    w, root = arrays(), D**0.5
+    pre = X / root @ w["W_enc"] + w["b_enc"]
+    z = torch.relu(pre) * (pre > w["threshold"])
+    agrees(load(folder).sae, z, root * (z @ w["W_dec"] + w["b_dec"]))
 
 
 def test_a_transcoder_of_gemma_scope_is_not_an_sae(gemma, tmp_path):
@@ -198,10 +210,16 @@ def test_llama_scope(tmp_path):
         ({"jump_relu_threshold": None}, "jump_relu_threshold = None"),
         ({"d_model": "6"}, "d_model = '6'"),
         ({"hook_point_out": "blocks.16.hook_mlp_out"}, "transcoder"),
-        ({"sparsity_include_decoder_norm": True}, "sparsity_include_decoder_norm"),
+        ({"sparsity_include_decoder_norm": 1}, "sparsity_include_decoder_norm"),
     ):
         (tmp_path / "hyperparams.json").write_text(json.dumps(config | changes))
         refuse(tmp_path, match)
+    normed = config | {"sparsity_include_decoder_norm": True}
+    (tmp_path / "hyperparams.json").write_text(json.dumps(normed))
+    z = pre * (pre * w["W_dec"].norm(dim=1) > level * scale)
+    found = load(tmp_path)
+    agrees(found.sae, z, (z @ w["W_dec"] + w["b_dec"]) / scale)
+    assert "decoder norms" in found.about.notes[0]
 
 
 def turned(w: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""SAEs of ours opened by the libraries themselves. Needs the extra `interop`; skipped where it is not installed.
+"""SAEs of ours opened by the libraries themselves, and published ones as SAELens opens them (extra `interop`).
 
 pip install 'wsae[interop]'   (in an environment of its own: they pin older libraries), then pytest this file
 """
@@ -8,8 +8,12 @@ import importlib.util
 import pytest
 import torch
 from test_interop_roundtrip import EQUALS, make
+from test_releases import RELEASES, D, M, empty_cache, publish, rows, weights
 
-from wsae.interop import save
+import wsae
+from wsae.acts.hooknames import among
+from wsae.interop import load, save
+from wsae.interop.releases import registry
 
 PACKAGES = {
     "saelens": "sae_lens",
@@ -75,3 +79,37 @@ def test_upstreams_own_loader_gives_our_latents_and_reconstructions(tmp_path, na
         torch.testing.assert_close(z, ours, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(decode(z), sae(x), atol=1e-4, rtol=1e-5)
     assert (z != 0).sum() > len(x)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    return empty_cache(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("target", RELEASES)
+def test_a_release_is_what_saelens_makes_of_it(target, cache, monkeypatch):
+    from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    publish(cache, target)
+    release, _, sae_id = target.partition(":")
+    found = registry().release(release)[sae_id]
+    shapes = {name.replace("W_", "w_"): list(t.shape) for name, t in weights().items()}
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_: shapes)
+    opens = loaders.NAMED_PRETRAINED_SAE_LOADERS[found.loader]
+    small = {"d_in": D, "d_sae": M} if found.loader != "llama_scope_r1_distill" else {}
+
+    def converter(**given):
+        return opens(**{**given, "cfg_overrides": {**given["cfg_overrides"], **small}})
+
+    theirs = SAE.from_pretrained(release, sae_id, converter=converter)
+    theirs.turn_off_forward_pass_hook_z_reshaping()
+    ours = wsae.SAE.from_pretrained(release, sae_id)
+    with torch.no_grad():
+        z = theirs.encode(rows())
+        assert (z != 0).sum() > len(z)
+        torch.testing.assert_close(ours.encode(rows()), z, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(rows()), theirs.decode(z), atol=1e-5, rtol=1e-5)
+    about = load(target).about
+    assert about.hook is not None
+    assert among(theirs.cfg.metadata.hook_name, [about.hook]), about.hook

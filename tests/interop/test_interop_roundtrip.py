@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from wsae import SparseAutoencoder, UserError
+from wsae import SAE, UserError
 from wsae.core.torchfile import load_state, save_state
 from wsae.interop import Provenance, load, save
 from wsae.interop.format import NamedTensors, assemble, centred, log_threshold, uncentred, unit_rows
@@ -31,9 +31,7 @@ KINDS = ("topk", "group_topk", "batch_topk", "relu", "jumprelu")
 def make(kind: str, d_in: int = 5, groups: int = 3, k: int = 2, tied: bool = False, seed: int = 0):
     """An SAE with every number set at random: norms, biases, thresholds, gamma."""
     activation = make_activation(kind, k)
-    sae = SparseAutoencoder(
-        SAEConfig(d_in=d_in, d_sae=k * groups, activation=activation, tied=tied)
-    )
+    sae = SAE(SAEConfig(d_in=d_in, d_sae=k * groups, activation=activation, tied=tied))
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.randn(t.shape, generator=generator).to(t.dtype)
@@ -49,7 +47,7 @@ def make(kind: str, d_in: int = 5, groups: int = 3, k: int = 2, tied: bool = Fal
     return sae
 
 
-def same_bits(a: SparseAutoencoder, b: SparseAutoencoder) -> bool:
+def same_bits(a: SAE, b: SAE) -> bool:
     one, other = a.tensors(), b.tensors()
     return (
         a.cfg == b.cfg

@@ -13,9 +13,12 @@ from test_interop_roundtrip import make, same_bits
 
 import wsae
 from wsae.cli.main import main
+from wsae.evals.config import EvalConfig
+from wsae.evals.data import MatrixRows
 from wsae.evals.measure import Survey
+from wsae.evals.run import evaluate_run
 from wsae.interop import Provenance, load
-from wsae.interop.runs import choose
+from wsae.interop.runs import choose, open_run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 STORE = FIXTURES / "before-fold" / "store"
@@ -33,6 +36,11 @@ def failed(capsys, words: list[str]) -> str:
 def told(capsys, words: list[str]) -> dict:
     assert main([*words, "--json"]) == 0, capsys.readouterr().err
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -203,11 +211,9 @@ def test_what_one_sae_cannot_be_measured_on_is_one_line(words, says, model, tmp_
     assert not (tmp_path / "mine" / "evaluation").exists()
 
 
-def test_flags_of_one_sae_alone_are_refused_for_a_run_and_labels_for_anothers_folder(acts, capsys):
+def test_a_text_is_refused_for_a_run(capsys):
     run = ["evaluate", str(FIXTURES / "before-fold/run"), "--text", "builtin"]
     assert "is for one SAE alone" in failed(capsys, run)
-    folder = ["evaluate", str(FIXTURES / "interop/saelens-topk"), "--source", str(acts)]
-    assert "wsae import" in failed(capsys, [*folder, "--labels", "y.npy"])
 
 
 def test_classes_are_scored_for_one_sae_too(tmp_path, acts, capsys):
@@ -254,13 +260,22 @@ def test_ctrl_c_leaves_what_was_measured_before(tmp_path, acts, capsys, monkeypa
     assert wsae.Run(place).evaluation_record == before
 
 
-def test_another_tools_folder_is_measured_as_it_is_and_left_alone(tmp_path, acts, capsys):
+def test_another_tools_folder_serves_every_command_and_is_left_alone(tmp_path, acts, capsys):
     folder = Path(shutil.copytree(FIXTURES / "interop/saelens-topk", tmp_path / "folder"))
     before = sorted(p.name for p in folder.iterdir())
-    found = told(capsys, ["evaluate", str(folder), "--source", str(acts), *QUICK])
+    np.save(tmp_path / "y.npy", np.arange(300) % 3)
+    data = ["--source", str(acts), "--labels", str(tmp_path / "y.npy"), *QUICK]
+    found = told(capsys, ["evaluate", str(folder), *data])
     assert set(found["hooks"]["acts"]["members"]) == {"sae", "random"}
+    assert "classes" in found
+    kept = Path(found["kept"])
+    assert wsae.Run(kept).has("evaluation")
+    assert Path(told(capsys, ["report", str(folder)])["report"]).parent == kept
+    told(capsys, ["serve", str(folder), "--index-only", "--contexts", "0"])
+    told(capsys, ["compare", str(folder)])
+    told(capsys, ["export", str(folder), "--format", "sparsify", "--out", str(tmp_path / "out")])
+    assert same_bits(load(tmp_path / "out").sae, load(folder).sae)
     assert sorted(p.name for p in folder.iterdir()) == before
-    assert "wsae import" in failed(capsys, ["report", str(folder)])
 
 
 def test_a_member_of_a_run_is_a_run_of_its_own(tmp_path):
@@ -268,3 +283,53 @@ def test_a_member_of_a_run_is_a_run_of_its_own(tmp_path):
     alone = wsae.Run(run / "members" / HOOK / "plain")
     (sae,) = alone.saes["activations"].values()
     assert torch.equal(sae.W_dec, wsae.Run(run).saes[HOOK]["plain"].W_dec)
+
+
+def test_whatever_import_reads_opens_as_a_run_that_is_found_again(tmp_path, acts):
+    folder = Path(shutil.copytree(FIXTURES / "interop/saelens-topk", tmp_path / "theirs"))
+    run = open_run(folder)
+    assert same_bits(run.saes["blocks.3.hook_resid_post"]["sae"], load(folder).sae)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "cfg.json",
+        "expected.safetensors",
+        "sae_weights.safetensors",
+    ]
+    assert open_run(folder / "cfg.json").saes.keys() == run.saes.keys()
+    evaluate_run(run.path, MatrixRows(acts), EvalConfig(draws=20, n_latents=0))
+    assert open_run(folder).has("evaluation")
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(config | {"k": config["k"] + 1}))
+    assert not open_run(folder).has("evaluation")  # another SAE
+    assert open_run(run.path).path == run.path
+    assert open_run(FIXTURES / "before-fold/run").members.keys() == {HOOK}
+
+
+def test_what_is_neither_a_run_nor_an_sae_is_one_line(tmp_path):
+    cut = Path(shutil.copytree(FIXTURES / "interop/saelens-topk", tmp_path / "cut"))
+    weights = cut / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    (tmp_path / "empty").mkdir()
+    for place, match in (
+        (cut, "sae_weights"),
+        ("empty", "holds no SAE"),
+        ("gone", "no such run directory"),
+    ):
+        with pytest.raises(wsae.UserError, match=match) as caught:
+            open_run(tmp_path / place)
+        assert "\n" not in str(caught.value)
+
+
+def test_one_sae_is_compared_with_every_member_of_a_run(tmp_path, capsys):
+    """Also where the run knows its hook by another name."""
+    run = Path(shutil.copytree(FIXTURES / "before-fold/run", tmp_path / "run"))
+    place, data = tmp_path / "mine", ["--source", str(STORE), "--device", "cpu", *QUICK]
+    (plain, *_) = wsae.Run(run).saes[HOOK].values()
+    wsae.Run.of_sae(plain, place, Provenance(hook="blocks.1.hook_resid_post"))
+    for target in (place, run):
+        told(capsys, ["evaluate", str(target), *data, "--splice-tokens", "0"])
+    lines = told(capsys, ["compare", str(run), str(place), "--draws", "20"])["hooks"][HOOK]
+    mine = [line for line in lines if line["a"] == "mine:sae"]
+    assert {line["b"] for line in mine} == {"run:plain", "run:variance-a1"}
+    fvu = {line["b"]: line["difference"] for line in mine if line["metric"] == "fvu"}
+    assert fvu["run:plain"] == 0
+    assert fvu["run:variance-a1"] != 0

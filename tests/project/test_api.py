@@ -16,7 +16,7 @@ from test_train import files_of, world
 import wsae
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.train.bank import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
@@ -131,7 +131,7 @@ NOT_NUMBERS = {
 @pytest.mark.parametrize("kind", NOT_NUMBERS)
 def test_what_is_no_array_is_refused_by_its_type(kind: str) -> None:
     value, says = NOT_NUMBERS[kind]
-    sae, x = SparseAutoencoder(SAEConfig(d_in=16, d_sae=32, activation=TopK(k=2))), world(50)
+    sae, x = SAE(SAEConfig(d_in=16, d_sae=32, activation=TopK(k=2))), world(50)
     calls = [
         lambda: wsae.fit(value, k=2, d_sae=32, **QUICK),
         lambda: wsae.evaluate(sae, value),
@@ -184,7 +184,7 @@ SMALL = {"k": 4, "d_sae": 48, "tokens": 300, "batch_size": 100}
 
 
 @functools.cache
-def as_usual(number: int) -> tuple[SparseAutoencoder, dict[str, float], dict[str, float]]:
+def as_usual(number: int) -> tuple[SAE, dict[str, float], dict[str, float]]:
     x = world(300)
     sae = wsae.fit(x, **SMALL, **KINDS[number])
     found = wsae.evaluate(sae, x)["metrics"]["fvu"]
@@ -202,7 +202,7 @@ def test_what_is_set_for_the_process_changes_no_number(setting: str, tmp_path: P
             found = wsae.evaluate(sae, x)["metrics"]["fvu"]
             scores = wsae.recovery(sae, x.abs(), x).scores
             sae.save(tmp_path / str(number))
-            loaded = SparseAutoencoder.load(tmp_path / str(number))
+            loaded = SAE.load(tmp_path / str(number))
         for name, tensor in usual.tensors().items():
             assert torch.equal(sae.tensors()[name], tensor), name
             assert torch.equal(loaded.tensors()[name], tensor), name

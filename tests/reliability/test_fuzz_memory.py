@@ -34,7 +34,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.core.npy import MOST_TIMES, PLAIN_UNPACKED, check_unpacked
 from wsae.core.tensors import load_tensors
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.train.run import load_run
 
 HUGE = 1 << 40
@@ -386,7 +386,7 @@ def test_a_table_names_no_image_outside_its_folder(tmp_path) -> None:
 
 
 def test_no_record_leads_outside_its_directory(tmp_path) -> None:
-    sae = SparseAutoencoder(SAEConfig(d_in=2, d_sae=4, activation=TopK(k=1)))
+    sae = SAE(SAEConfig(d_in=2, d_sae=4, activation=TopK(k=1)))
     sae.save(tmp_path / "outside" / "plain")
     run = tmp_path / "run"
     run.mkdir()

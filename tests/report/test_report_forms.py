@@ -17,7 +17,7 @@ from wsae.core.files import write_json
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.report.html import write_report
 from wsae.report.rundata import finite
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
@@ -174,7 +174,7 @@ def test_the_place_and_the_value_are_named(run: Path, change, told: str):
 
 def test_a_single_sae_that_was_not_measured_is_told_what_to_do(tmp_path: Path):
     shape = {"d_in": 4, "d_sae": 8, "activation": {"kind": "topk", "k": 2}}
-    SparseAutoencoder(SAEConfig.parse(shape)).save(tmp_path / "sae")
+    SAE(SAEConfig.parse(shape)).save(tmp_path / "sae")
     for make in (write_report, lambda path: ensure_index(path, None, CFG)):
         with pytest.raises(
             UserError, match=r"not been evaluated; run: wsae evaluate \S+/sae --source"

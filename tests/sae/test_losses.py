@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK, make_activation
+from wsae.sae import SAE, SAEConfig, TopK, make_activation
 from wsae.sae.config import GammaConfig
 from wsae.sae.forward import training_forward
 from wsae.sae.gamma import (
@@ -136,9 +136,9 @@ def test_the_record_says_who_weighs_most_and_what_the_mask_did() -> None:
     assert record["effective_dimensions"] == pytest.approx(121 / 83)
 
 
-def sae_and_batch(kind: str = "topk", tied: bool = False) -> tuple[SparseAutoencoder, Tensor]:
+def sae_and_batch(kind: str = "topk", tied: bool = False) -> tuple[SAE, Tensor]:
     cfg = SAEConfig(d_in=6, d_sae=20, activation=make_activation(kind, 3), tied=tied)
-    sae = SparseAutoencoder(cfg, seed=1).double()
+    sae = SAE(cfg, seed=1).double()
     g = torch.Generator().manual_seed(5)
     sae.gamma.copy_(torch.rand(6, generator=g) + 0.5)
     return sae, torch.randn(16, 6, generator=g, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_weighted_loss_is_equation_12_and_equation_4_for_unit_weights() -> None:
 @pytest.mark.parametrize("kind", ["topk", "group_topk", "batch_topk", "relu"])
 def test_gradients_of_the_whole_loss_equal_a_dense_reference(kind: str, tied: bool) -> None:
     if kind == "group_topk":
-        sae = SparseAutoencoder(
+        sae = SAE(
             SAEConfig(d_in=6, d_sae=21, activation=make_activation("group_topk", 3), tied=tied),
             seed=1,
         ).double()
@@ -262,7 +262,7 @@ def test_gamma_scales_the_decoders_step_under_sgd_alone(rule):
     gamma = torch.logspace(-1, 1, 8)
     steps = {}
     for name, weights in (("plain", torch.ones(8)), ("weighted", gamma)):
-        sae = SparseAutoencoder(SAEConfig(d_in=8, d_sae=16, activation=TopK(k=4)), seed=0)
+        sae = SAE(SAEConfig(d_in=8, d_sae=16, activation=TopK(k=4)), seed=0)
         sae.requires_grad_(True)
         before = {key: value.detach().clone() for key, value in sae.named_parameters()}
         weighted_reconstruction_loss(x, training_forward(sae, x).x_hat, weights).backward()

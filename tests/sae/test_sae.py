@@ -1,6 +1,8 @@
 """The SAE by its equations: every activation's definition, tied and untied, files, scaling."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,18 +13,16 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.evals.run import evaluate
-from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
+from wsae.sae import SAE, SAEConfig, make_activation
 from wsae.sae.config import JumpReLU
 from wsae.sae.forward import jumprelu, step, training_forward
 
 KINDS = ("topk", "group_topk", "batch_topk", "relu", "jumprelu")
 
 
-def make(
-    kind: str, tied: bool = False, d_in: int = 6, d_sae: int = 16, k: int = 4
-) -> SparseAutoencoder:
+def make(kind: str, tied: bool = False, d_in: int = 6, d_sae: int = 16, k: int = 4) -> SAE:
     cfg = SAEConfig(d_in=d_in, d_sae=d_sae, activation=make_activation(kind, k), tied=tied)
-    sae = SparseAutoencoder(cfg, seed=3).double()
+    sae = SAE(cfg, seed=3).double()
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in sae.parameters():
@@ -36,7 +36,7 @@ def batch(n: int = 9, d_in: int = 6, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def by_the_book(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+def by_the_book(sae: SAE, x: Tensor) -> Tensor:
     """z, one number at a time."""
     b_enc = sae.b_enc if sae.b_enc is not None else torch.zeros(sae.cfg.d_sae)
     b_dec = sae.b_dec if sae.b_dec is not None else torch.zeros(sae.cfg.d_in)
@@ -136,11 +136,55 @@ def test_scaling_by_a_power_of_two_is_exact(kind: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
+def test_folding_the_decoders_norms_keeps_latents_up_to_them_and_reconstructions(
+    kind: str, tied: bool
+) -> None:
+    sae, x = make(kind, tied), batch()
+    if kind in ("topk", "group_topk"):
+        with pytest.raises(UserError, match=f"{kind} would choose other latents"):
+            sae.fold_decoder_norm()
+        with torch.no_grad():
+            sae.W_dec *= 3 / sae.W_dec.norm(dim=1, keepdim=True)
+    norm = sae.W_dec.norm(dim=1)
+    folded = sae.fold_decoder_norm()
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones_like(norm))
+    torch.testing.assert_close(folded.encode(x), sae.encode(x) * norm)
+    torch.testing.assert_close(folded(x), sae(x))
+    assert (folded.dtype, folded.device) == (torch.float64, sae.device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_x_through_the_active_latents(kind: str) -> None:
+    sae, x = make(kind), batch().requires_grad_()
+    (grad,) = torch.autograd.grad((sae(x) * torch.arange(1.0, 7.0)).sum(), x)
+    on = (sae.encode(x) != 0).double()
+    back = (torch.arange(1.0, 7.0).double() @ sae.W_dec.T) * on
+    torch.testing.assert_close(grad, back @ sae.W_enc.T)
+
+
+COMPILE = """
+import torch
+from wsae.sae import SAE, SAEConfig, make_activation
+x = torch.randn(9, 6)
+for kind in ("topk", "batch_topk"):
+    sae = SAE(SAEConfig(d_in=6, d_sae=16, activation=make_activation(kind, 4)))
+    compiled = torch.compile(sae, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), sae(x))
+"""
+
+
+def test_it_compiles_as_one_graph() -> None:
+    # in a process of its own: the checks of shapes that run in the tests do not compile
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=250)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 def test_files_bring_back_the_same_sae(tmp_path: Path, kind: str, tied: bool) -> None:
     sae, x = make(kind, tied).float(), batch().float()
     sae.gamma.copy_(torch.rand(6))
     sae.save(tmp_path / "sae")
-    back = SparseAutoencoder.load(tmp_path / "sae")
+    back = SAE.load(tmp_path / "sae")
     assert back.cfg == sae.cfg
     for name, tensor in sae.tensors().items():
         assert torch.equal(tensor, back.tensors()[name]), name
@@ -154,9 +198,9 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     content[-3] ^= 4
     weights.write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"sae\.safetensors: checksum"):
-        SparseAutoencoder.load(tmp_path / "sae")
+        SAE.load(tmp_path / "sae")
     with pytest.raises(UserError, match="no such directory"):
-        SparseAutoencoder.load(tmp_path / "nowhere")
+        SAE.load(tmp_path / "nowhere")
     other = make("topk", d_sae=20)
     with pytest.raises(UserError, match=r"W_dec is \(16, 6\), config.json says \(20, 6\)"):
         other.set_tensors(
@@ -185,7 +229,7 @@ def test_width_mismatch_names_both_widths() -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "jumprelu"])
 def test_any_leading_axes_are_encoded_row_by_row(kind: str) -> None:
-    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=24, activation=make_activation(kind, 3)))
+    sae = SAE(SAEConfig(d_in=6, d_sae=24, activation=make_activation(kind, 3)))
     x = torch.randn(2, 5, 6)
     z, values, indices = sae.encode(x), *sae.encode_sparse(x)
     flat = x.view(10, 6)
@@ -202,7 +246,7 @@ def test_any_leading_axes_are_encoded_row_by_row(kind: str) -> None:
 def test_an_sae_of_another_type_computes_in_it_and_is_saved(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=24, activation=make_activation(kind, 3)))
+    sae = SAE(SAEConfig(d_in=6, d_sae=24, activation=make_activation(kind, 3)))
     sae.threshold.fill_(0.25)
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     other = copy.deepcopy(sae).to(dtype)
@@ -212,24 +256,24 @@ def test_an_sae_of_another_type_computes_in_it_and_is_saved(
         near = (x_hat.float() - sae(x)).abs().amax(1) < 0.05
         assert near.float().mean() > 0.9  # at a tie another latent is chosen
     other.save(tmp_path / "sae")
-    loaded = SparseAutoencoder.load(tmp_path / "sae")
+    loaded = SAE.load(tmp_path / "sae")
     assert {t.dtype for t in loaded.parameters()} == {torch.float32}
     torch.testing.assert_close(loaded.W_dec, sae.W_dec, rtol=0.01, atol=0.01)
     assert set(evaluate(other, x)["metrics"]) == set(evaluate(sae, x)["metrics"])
 
 
 def test_inputs_elsewhere_are_refused() -> None:
-    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=24, activation=make_activation("topk", 3)))
+    sae = SAE(SAEConfig(d_in=6, d_sae=24, activation=make_activation("topk", 3)))
     with pytest.raises(UserError, match=r"input on meta, this SAE is on cpu; move one with .to"):
         sae.encode(torch.randn(2, 6, device="meta"))
     assert sae.to("meta").encode(torch.randn(2, 6, device="meta")).shape == (2, 24)
 
 
 def test_untied_start_is_unit_decoder_and_its_transpose() -> None:
-    sae = SparseAutoencoder(SAEConfig(d_in=5, d_sae=40), seed=4)
+    sae = SAE(SAEConfig(d_in=5, d_sae=40), seed=4)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
     assert torch.equal(sae.W_enc, sae.W_dec.T)
-    again = SparseAutoencoder(SAEConfig(d_in=5, d_sae=40), seed=4)
+    again = SAE(SAEConfig(d_in=5, d_sae=40), seed=4)
     assert torch.equal(sae.W_dec, again.W_dec)
 
 

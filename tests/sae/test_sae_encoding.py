@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wsae.kernels.native import why_not
-from wsae.sae import BatchTopK, GroupTopK, ReLU, SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, BatchTopK, GroupTopK, ReLU, SAEConfig, TopK
 from wsae.sae.encoding import Encoder
 
 KINDS = [TopK(k=5), GroupTopK(k=8), BatchTopK(k=5), ReLU()]
@@ -21,7 +21,7 @@ def rows(n: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=[k.kind for k in KINDS])
 def test_codes_are_those_of_encode_code(kind, tied):
-    sae = SparseAutoencoder(SAEConfig(d_in=24, d_sae=160, activation=kind, tied=tied), seed=1)
+    sae = SAE(SAEConfig(d_in=24, d_sae=160, activation=kind, tied=tied), seed=1)
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         sae.W_dec.add_(0.3 * torch.randn(160, 24, generator=g))
@@ -40,11 +40,11 @@ def test_codes_are_those_of_encode_code(kind, tied):
 
 def test_the_compiled_way_is_taken_where_it_serves():
     cfg = SAEConfig(d_in=24, d_sae=160, activation=TopK(k=5))
-    encode = Encoder(SparseAutoencoder(cfg))
+    encode = Encoder(SAE(cfg))
     encode(rows(8))
     assert encode._rounded is None
     encode(rows(80))
     assert (encode._rounded is None) == (why_not() is not None)
-    wide = Encoder(SparseAutoencoder(cfg.model_copy(update={"activation": TopK(k=80)})))
+    wide = Encoder(SAE(cfg.model_copy(update={"activation": TopK(k=80)})))
     wide(rows(80))
     assert wide._rounded is None

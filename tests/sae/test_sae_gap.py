@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.sae import SAEConfig, SparseAutoencoder, make_activation
+from wsae.sae import SAE, SAEConfig, make_activation
 from wsae.sae.config import GammaConfig
 from wsae.sae.forward import training_forward
 from wsae.sae.gamma import (
@@ -278,9 +278,9 @@ def test_the_record_of_a_matrix_counts_directions_not_dimensions() -> None:
     assert record["effective_dimensions"] == pytest.approx(2)
 
 
-def sae_and_batch(gamma: Tensor) -> tuple[SparseAutoencoder, Tensor]:
+def sae_and_batch(gamma: Tensor) -> tuple[SAE, Tensor]:
     cfg = SAEConfig(d_in=6, d_sae=20, activation=make_activation("topk", 3))
-    sae = SparseAutoencoder(cfg, seed=1).double()
+    sae = SAE(cfg, seed=1).double()
     sae.set_gamma(gamma)
     g = torch.Generator().manual_seed(5)
     return sae, torch.randn(16, 6, generator=g, dtype=torch.float64)
@@ -314,10 +314,10 @@ def test_revival_is_weighted_by_the_matrix_too() -> None:
 
 def test_an_sae_keeps_its_matrix_through_saving_scaling_and_loading(tmp_path) -> None:
     gamma = random_W_p(4, 6, 6)
-    sae = SparseAutoencoder(SAEConfig(d_in=6, d_sae=20, activation=make_activation("topk", 3)))
+    sae = SAE(SAEConfig(d_in=6, d_sae=20, activation=make_activation("topk", 3)))
     sae.set_gamma(gamma)
     sae.scaled(4.0).save(tmp_path / "sae")
-    assert torch.equal(SparseAutoencoder.load(tmp_path / "sae").gamma, gamma.float())
+    assert torch.equal(SAE.load(tmp_path / "sae").gamma, gamma.float())
     with pytest.raises(
         UserError, match=r"gamma of shape \(6, 5\): this SAE takes \[6\] or \[6, 6\]"
     ):

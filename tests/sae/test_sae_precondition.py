@@ -19,7 +19,7 @@ from wsae.evals.run import find_twins
 from wsae.interop import load as load_export
 from wsae.interop import save as save_export
 from wsae.kernels.native import why_not
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig, make_activation
 from wsae.sae.gamma import gamma_from_residual
 from wsae.sae.precondition import Preconditioner
@@ -92,7 +92,7 @@ def test_a_folded_sae_has_the_same_latents_and_gives_x_hat(kind, power, activati
     inside = preconditioner(kind, power)
     g = torch.Generator().manual_seed(seed)
     cfg = SAEConfig(d_in=D_IN, d_sae=24, activation=make_activation(activation, 4))
-    sae = SparseAutoencoder(cfg, seed)
+    sae = SAE(cfg, seed)
     sae.threshold.fill_(0.05)
     sae.b_enc.data.normal_(0, 0.1, generator=g)
     sae.b_dec.data.normal_(generator=g)

@@ -21,7 +21,7 @@ from serve_world import HOOK, Client, reseal, serving, tiny_model, write_world
 from wsae.core.artifact import record
 from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
 from wsae.serve import app as posted
 from wsae.serve import index as served
@@ -291,7 +291,7 @@ def test_a_run_that_has_changed_since_says_so_and_reads_no_text_with_other_weigh
         assert client.ask("/api/r/first/live", "POST", body, JSON).status == 200
         shape = {"d_in": 16, "d_sae": 64, "activation": {"kind": "topk", "k": 4}}
         for name in MEMBERS:
-            SparseAutoencoder(SAEConfig.parse(shape), seed=99).save(run / "members" / HOOK / name)
+            SAE(SAEConfig.parse(shape), seed=99).save(run / "members" / HOOK / name)
         other_member = json.dumps({"text": "the cat", "member": "variance-a1"})
         answer = client.ask("/api/r/first/live", "POST", other_member, JSON)
         assert answer.status == 400
@@ -369,7 +369,10 @@ SINGLE = [
     "UPDATE shown SET label = x'00ff'", "UPDATE latent SET m0 = 'abc'", "UPDATE latent SET twin = 99 << 40",
     "UPDATE latent SET twin = 'x'", "UPDATE packed SET neighbours = x'0011'", "UPDATE packed SET logits = 3",
     "UPDATE packed SET neighbours = x'0000803f00ffff7f'", "UPDATE packed SET histogram = x'00000000'",
-    "DELETE FROM latent", "UPDATE token SET text = x'00'", "UPDATE packed SET neighbours = x'0000c07f00000000'",
+    "DELETE FROM latent", "UPDATE token SET text = 3", "UPDATE packed SET contexts = x'0011'",
+    "UPDATE packed SET contexts = 3", "UPDATE packed SET fires = x'0011'",
+    f"UPDATE packed SET contexts = x'0100000000000000{'00' * 12}'",  # of a sequence that is not there
+    "UPDATE packed SET neighbours = x'0000c07f00000000'",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -32,10 +33,11 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.serve import model as decoder
 from wsae.serve import schema
 from wsae.serve.build import alone, ensure_index, is_current
+from wsae.serve.collect import DRAWN
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
 from wsae.serve.schema import bin_of, seal_of
@@ -159,7 +161,7 @@ def test_packed_neighbours_and_tokens_come_back(index: Index, run: Path, model: 
             values = torch.cat([up.values, -down.values]).tolist()
             assert [v for _, v in tokens] == pytest.approx(values, abs=1e-5)
             assert set(index.tokens([t for t, _ in tokens])) == {t for t, _ in tokens}
-            assert counts == []
+            assert counts == index.fires(key(index, member, latent)) == []
     assert index.model["about"] == "gain of the final LlamaRMSNorm folded in"
 
 
@@ -264,7 +266,7 @@ inner, calls = build.write_packed, []
 def dying(*args):
     inner(*args)
     calls.append(1)
-    if len(calls) == 2:
+    if len(calls) == 99:
         os.kill(os.getpid(), signal.SIGKILL)
 build.write_packed = dying
 build.ensure_index(Path(sys.argv[1]), None, IndexConfig(neighbours=5, logits=4))
@@ -361,11 +363,13 @@ def test_collected_contexts_and_histograms_against_a_dense_pass(tmp_path: Path):
     """Every activation of every held-out row, encoded densely."""
     run, source = write_planted_run(tmp_path / "run"), Text()
     evaluate_run(run, source, EvalConfig(n_latents=0, random_control=False, draws=20))
-    cfg = IndexConfig(contexts=1000, per_latent=3, neighbours=2, window=6)
-    index = Index(ensure_index(run, None, cfg, lambda _: source)[0])
+    cfg, told = IndexConfig(per_latent=3, samples=4, neighbours=2, window=6), []
+    index = Index(ensure_index(run, None, cfg, lambda _: source, say=told.append)[0])
+    (line,) = told
+    assert re.search(r"contexts of [\d,]+ latents from [\d,]+ tokens: about \d+ s", line)
     table = source.tokens()
     for member in index.members:
-        sae = SparseAutoencoder.load(run / "members" / member.hook / member.name)
+        sae = SAE.load(run / "members" / member.hook / member.name)
         found: list[tuple[int, int, int, float]] = []
         for chunk in source.heldout(64):
             z = sae.encode(chunk.x[member.hook].float()).detach()
@@ -390,7 +394,35 @@ def test_collected_contexts_and_histograms_against_a_dense_pass(tmp_path: Path):
                 ::-1
             ]
             assert [max(c["acts"]) for c in contexts] == pytest.approx(best[:3], rel=1e-3)
-            for context in contexts:
-                assert "".join(context["tokens"]) in "".join(
-                    table.decode(table.ids[context["seq"]].tolist())
-                )
+            samples = index.record(at).get("samples", [])
+            assert len(samples) <= cfg.samples
+            if len(best) > cfg.per_latent and len(mine) > 40:
+                assert len(samples) >= 1, "of many firings some are not among the strongest"
+            z = {(seq, pos): value for seq, pos, value in mine}
+            for context in (*contexts, *samples):
+                text = table.decode(table.ids[context["seq"]].tolist())
+                assert "".join(context["tokens"]) in "".join(text)
+                peak = context["acts"][context["peak"]]
+                there = [
+                    pos
+                    for (s, pos), v in z.items()
+                    if s == context["seq"] and v == pytest.approx(peak, rel=1e-3)
+                ]
+                starts = [pos - context["peak"] for pos in there]
+                assert any(
+                    context["acts"]
+                    == pytest.approx(
+                        [z.get((context["seq"], start + i), 0.0) for i in range(6)], rel=1e-3
+                    )
+                    for start in starts
+                ), "every activation in the window, beside the peak too"
+            on = Counter(table.decode([int(table.ids[seq, pos])])[0] for seq, pos, _ in mine)
+            fires = index.fires(at)
+            if 0 < len(mine) <= DRAWN:  # all firings are drawn
+                texts = index.tokens([token for token, _ in fires])
+                assert {
+                    texts[t]: round(share * len(mine)) for t, share in fires
+                }.items() <= on.items()
+                assert [round(s * len(mine)) for _, s in fires] == sorted(on.values())[::-1][
+                    : len(fires)
+                ]

@@ -24,7 +24,7 @@ from serve_world import (
 )
 
 from wsae.core.errors import UserError
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
 from wsae.serve import server
 from wsae.serve.app import MAX_CHARS, MAX_TOKENS, Live
@@ -366,7 +366,7 @@ def test_a_live_text_fires_what_the_model_and_the_sae_say(client: Client, run: P
 def test_a_tied_sae_reads_a_text_too(tmp_path: Path, model: Path):
     run = write_world(tmp_path / "tied", model)
     shape = {"d_in": D_IN, "d_sae": D_SAE, "tied": True, "activation": {"kind": "topk", "k": 4}}
-    SparseAutoencoder(SAEConfig.parse(shape)).save(run / "members" / HOOK / "plain")
+    SAE(SAEConfig.parse(shape)).save(run / "members" / HOOK / "plain")
     index = Index(ensure_index(run, None, IndexConfig(neighbours=2, logits=2))[0])
     reading = Live().submit(Served("tied", run, index), index.by_slug["plain"], "two dogs run")
     found = reading.result(60)

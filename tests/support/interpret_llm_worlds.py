@@ -13,7 +13,7 @@ from wsae.acts.tokens import TokenTable
 from wsae.evals.interpret.collect import fragments
 from wsae.evals.interpret.config import FragmentConfig
 from wsae.evals.interpret.windows import Collected, LatentContexts, Shown, Windows
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 
 WORDS = ["apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "inlet", "joker"]
 """The first N_LATENTS are what latents fire on; the others fill up."""
@@ -169,10 +169,10 @@ class WordSource:
         return TokenTable(ids, lengths, strings, ends=(END,))
 
 
-def word_sae() -> SparseAutoencoder:
+def word_sae() -> SAE:
     """Return the SAE whose latents are the dimensions."""
     size = END + 1
-    sae = SparseAutoencoder(SAEConfig(d_in=size, d_sae=size, activation=TopK(k=1)))
+    sae = SAE(SAEConfig(d_in=size, d_sae=size, activation=TopK(k=1)))
     eye = torch.eye(size)
     tensors = {"W_enc_t": eye, "W_dec": eye}
     with torch.no_grad():

@@ -15,7 +15,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.evals.interpret.config import ContextConfig, InterpretConfig
 from wsae.evals.interpret.llm.asking import Answer, Llm, Request
 from wsae.evals.interpret.llm.config import LlmConfig
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig
 
@@ -69,9 +69,9 @@ class Text:
         return self.table
 
 
-def planted_sae(k: int = 3, shift: int = 0, dead: int = 2) -> SparseAutoencoder:
+def planted_sae(k: int = 3, shift: int = 0, dead: int = 2) -> SAE:
     """Latent i reads dimension i + shift: the topics' are planted, the others read noise, the last ones never fire."""
-    sae = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=D_IN + dead, activation=TopK(k=k)))
+    sae = SAE(SAEConfig(d_in=D_IN, d_sae=D_IN + dead, activation=TopK(k=k)))
     rows = torch.zeros(D_IN + dead, D_IN)
     rows[:D_IN] = torch.eye(D_IN).roll(shift, 1)
     rows[D_IN:, 0] = -1.0

@@ -18,7 +18,7 @@ from report_text import Shape
 from wsae.core.artifact import read_manifest, write_manifest
 from wsae.core.files import read_json, write_json, write_text
 from wsae.core.tensors import load_tensors
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
 from wsae.serve import server
 from wsae.serve.app import Live, application
@@ -38,19 +38,22 @@ def write_world(path: Path, model: Path | None = None) -> Path:
     renumber(path, spare)
     plant(path)
     config = read_json(path / "config.json")
+    members = [{"label": name} for name in MEMBERS]
+    config["train"] = {"members": members, "tokens": 262144}
     if model is not None:
         harvest = {"model": str(model), "text": {"path": "builtin"}}
         config["source"] = {"kind": "live", "harvest": harvest, "hooks": [HOOK]}
-        write_json(path / "config.json", config)
+    write_json(path / "config.json", config)
     arrays = load_tensors(path / "evaluation" / "arrays.safetensors")
     for seed, name in enumerate(MEMBERS):
-        sae = SparseAutoencoder(
+        sae = SAE(
             SAEConfig.parse({"d_in": D_IN, "d_sae": D_SAE, "activation": {"kind": "topk", "k": 4}}),
             seed=seed,
         )
         sae.gamma.copy_(arrays[f"{HOOK}|{name}|gamma"])
         sae.save(path / "members" / HOOK / name)
     files = ["config.json", "gamma.json", "metrics.jsonl"]
+    files += [f"members/{HOOK}/{name}/manifest.json" for name in MEMBERS]
     write_manifest(path, "run", config, files, info={"members": {HOOK: list(MEMBERS)}})
     return path
 
@@ -103,10 +106,10 @@ def arrays_of(run: Path, member: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(start): v.numpy() for k, v in found.items() if k.startswith(start)}
 
 
-def sae_of(run: Path, member: str) -> SparseAutoencoder:
+def sae_of(run: Path, member: str) -> SAE:
     """Return a member's SAE."""
     assert read_manifest(run, "run", verify=False)
-    return SparseAutoencoder.load(run / "members" / HOOK / member)
+    return SAE.load(run / "members" / HOOK / member)
 
 
 def tiny_model(path: Path) -> Path:

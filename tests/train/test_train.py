@@ -14,7 +14,7 @@ from wsae.acts.source import ArraySource
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.sae import SparseAutoencoder, make_activation
+from wsae.sae import SAE, make_activation
 from wsae.sae.config import GammaConfig, JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig, family
 from wsae.train.family import FamilyState, finished, make_family
@@ -329,6 +329,6 @@ def test_gamma_json_and_manifest_record_what_was_done(tmp_path: Path) -> None:
     assert record["plain"]["max_over_median"] == 1
     manifest = read_manifest(tmp_path / "run", "run")
     assert manifest.info["members"] == {"acts": ["plain", "variance-a1"]}
-    sae = SparseAutoencoder.load(tmp_path / "run" / "members" / "acts" / "variance-a1")
+    sae = SAE.load(tmp_path / "run" / "members" / "acts" / "variance-a1")
     assert float(sae.gamma.square().mean()) == pytest.approx(1, rel=1e-5)
     assert make_activation("topk", 4) == sae.cfg.activation

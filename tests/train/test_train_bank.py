@@ -5,7 +5,7 @@ import torch
 
 from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, make_activation
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.sae.stack import stack_forward, stack_saes
 from wsae.train import bank
 from wsae.train.bank import Entry, Scratch, make_entry, relu_gradients, train_bank
@@ -99,7 +99,7 @@ def test_a_member_is_what_the_main_trainer_makes_of_it(kind, fields, weights):
         torch.testing.assert_close(
             entry.sae.state_dict()[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: n + m
         )
-    assert not torch.equal(entry.sae.W_dec, SparseAutoencoder(entry.sae.cfg).W_dec)
+    assert not torch.equal(entry.sae.W_dec, SAE(entry.sae.cfg).W_dec)
 
 
 def mixed() -> list[Entry]:

@@ -11,7 +11,7 @@ from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.kernels.native import why_not
 from wsae.kernels.native.slices import to_slices
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.loss import weigh
 from wsae.train import native
 from wsae.train import step as dispatch
@@ -35,7 +35,7 @@ def world() -> Tensor:
 X = ArraySource(world())
 
 
-def trained(kernels: str, **fields: object) -> tuple[SparseAutoencoder, dict[str, float]]:
+def trained(kernels: str, **fields: object) -> tuple[SAE, dict[str, float]]:
     steps = 40
     setting = {"d_sae": 192, "activation": {"kind": "topk", "k": 6}, "lr": 1e-3, **fields}
     cfg = TrainConfig.parse(

@@ -20,7 +20,7 @@ from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import MappedTensor, save_tensors
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
 from wsae.train.checkpoint import checkpoints
 from wsae.train.config import MemberConfig, TrainConfig
@@ -362,7 +362,7 @@ def test_parts_cover_everything_once() -> None:
 @pytest.mark.parametrize(("d_sae", "d_in"), [(70, 7), (64, 16), (33, 3), (3, 2)])
 def test_a_rank_starts_from_the_same_rows_without_drawing_all(d_sae: int, d_in: int) -> None:
     cfg = SAEConfig.parse({"d_in": d_in, "d_sae": d_sae, "activation": {"kind": "relu"}})
-    whole = SparseAutoencoder(cfg, seed=3).W_dec.detach()
+    whole = SAE(cfg, seed=3).W_dec.detach()
     for parts in (1, 3):
         for index in range(parts):
             part = chunk_part(d_sae, parts, index)

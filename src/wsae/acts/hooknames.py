@@ -322,17 +322,43 @@ def hook_name(hook: str) -> HookName:
     return HookName(f"blocks.{layer}.{back}" if back else hook, layer)
 
 
-def among(name: str, hooks: Iterable[str]) -> str | None:
-    """Return the recorded hook that a name means: itself, another spelling of its path, or TransformerLens' name."""
+_MAY_BE: dict[str, set[str]] = {}
+"""What is below a block -> what TransformerLens calls it in some kinds of models."""
+for _places in _FAMILIES.values():
+    for _name, _tail in _places.items():
+        _MAY_BE.setdefault(f".{_tail}", set()).add(_name)
+
+
+def among(name: str, hooks: Iterable[str], sure: bool = False) -> str | None:
+    """Return the recorded hook that a name means: itself, another spelling of its path, or TransformerLens' name.
+
+    A module that has TransformerLens' name in some kinds of models alone (`hook_mlp_out` is "mlp" unless a norm follows
+    it) is taken for it where no other hook is, unless `sure`.
+    """
     hooks, wanted = list(hooks), name.strip()
-    bare = _SIDE.sub(lambda side: ".input" if side["side"] == "input" else "", wanted)
+    bare = _bare(wanted)
     if wanted in hooks:
         return wanted
     for same in (
         lambda hook: hook == bare,
         lambda hook: bare.endswith(f".{hook}") or hook.endswith(f".{bare}"),
-        lambda hook: hook_name(hook).name == hook_name(bare).name,
+        lambda hook: hook_name(_bare(hook)).name == hook_name(bare).name,
+        lambda hook: not sure and not _lens_names(_bare(hook)).isdisjoint(_lens_names(bare)),
     ):
         if len(found := [hook for hook in hooks if same(hook)]) == 1:
             return found[0]
     return None
+
+
+def _lens_names(hook: str) -> set[str]:
+    """Return what TransformerLens may call a place, by the kind of model; its own name of one is itself."""
+    known = hook_name(hook).name
+    found = _BLOCK.search(hook)
+    if found is None or "hook_" in known:
+        return {known}
+    return {f"blocks.{found['layer']}.{name}" for name in _MAY_BE.get(found["rest"] or "", ())}
+
+
+def _bare(name: str) -> str:
+    """Return a name without nnsight's `.output` and `[0]`; of an input, `.input` stays."""
+    return _SIDE.sub(lambda side: ".input" if side["side"] == "input" else "", name)

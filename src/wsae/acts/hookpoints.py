@@ -25,9 +25,14 @@ Item = int | str | None
 """Where in an output or input the tensor lies: an index, a key or field; none: it is the tensor."""
 
 SEES_LATER = "this model sees later tokens; next-token cross-entropy is not measured"
+ROUNDED = (
+    "this model's weights are quantised; its rows vary a little with the batch they are computed in"
+)
 _MAIN_KEYS = ("last_hidden_state", "logits")
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Difference of a row, relative to its norm, that another batch's shape may make."""
+_QUANTISED = 1e-1
+"""The same where weights are quantised: in 8 bits the batch decides which columns stay in 16."""
 _THIN = 4096
 """Values kept of each tensor of a long input."""
 
@@ -111,33 +116,40 @@ def probe(model: nn.Module, patterns: Iterable[str], modality: Modality) -> Prob
     does not give the rows that its inputs want.
     """
     names = canonical_names(path for path, _ in model.named_modules())
-    config = text_config(model)
-    kind = str(getattr(config, "model_type", ""))
-    if getattr(config, "do_layer_norm_before", True) is False:  # some OPT models: not as usual
-        kind = ""
-    groups = [match(pattern, names, kind) for pattern in patterns]
+    groups = [places(model, pattern) for pattern in patterns]
     given = modality.inputs(model)
     wanted = {place for group in groups for place in group}
     passes = _Passes(model, wanted, modality)
     # full length comes first: a short input may change the model's ways for good
     long = None if given.long is None else _run_long(passes, given)
     first = passes.run(given.first)
-    places = {place for group in groups for place in _running(group, first.fired)}
-    ordered = sorted(places, key=lambda place: (natural_key(place.path), place.side))
+    running = {place for group in groups for place in _running(group, first.fired)}
+    ordered = sorted(running, key=lambda place: (natural_key(place.path), place.side))
     for place in ordered:
         _check_firings(_named(names, place), first.fired[place])
     for place in ordered:
         refuse_unloaded(model, first.fired[place][0].seen, f"hook {_named(names, place)!r}")
-    passes.places = places
+    passes.places = running
     runs = _Runs(first, passes.run(given.first), passes.run(given.changed), passes.run(given.other))
-    found = _Found(given, modality, runs)
+    rounded = bool(getattr(model, "is_quantized", False))
+    found = _Found(given, modality, runs, _QUANTISED if rounded else None)
     hooks = [found.hook(_named(names, place), place) for place in ordered]
     causal, limit = found.causal(), found.limit()
     notes = [SEES_LATER] if causal is False else []
+    notes += [ROUNDED] if rounded else []
     if long is not None:
         notes += modality.length_notes(model, long.size, limit)
         _check_long(hooks, long, passes.run(long.inputs, thin=True, whole=False))
     return Probed(hooks, causal, limit, tuple(notes))
+
+
+def places(model: nn.Module, pattern: str) -> list[HookPlace]:
+    """Return the places of a model that a pattern names, whether they run or not; raises UserError as `match` does."""
+    config = text_config(model)
+    kind = str(getattr(config, "model_type", ""))
+    if getattr(config, "do_layer_norm_before", True) is False:  # some OPT models: not as usual
+        kind = ""
+    return match(pattern, [path for path, _ in model.named_modules()], kind)
 
 
 def tensor_in(value: object) -> Item:
@@ -407,8 +419,10 @@ def _run_long(passes: _Passes, given: Probing) -> _ProbePass:
 class _Found:
     """Judges the passes of a probe, one place after another."""
 
-    def __init__(self, given: Probing, modality: Modality, runs: _Runs) -> None:
-        self.given, self.modality, self.runs = given, modality, runs
+    def __init__(
+        self, given: Probing, modality: Modality, runs: _Runs, tolerance: float | None
+    ) -> None:
+        self.given, self.modality, self.runs, self.tolerance = given, modality, runs, tolerance
         self._sees_later = False
 
     def hook(self, name: str, place: HookPlace) -> HookPoint:
@@ -467,14 +481,14 @@ class _Found:
         change = (a - b).nan_to_num().abs().amax(-1)
         others = torch.arange(len(a), device=a.device) != row
         noise, floor = float(change[others].max()), _floor(a)
-        moved = _differ(a[others], b[others])
+        moved = _differ(a[others], b[others], self.tolerance)
         if _share(moved) > 0.5 or (pos is not None and bool(moved[:, pos].all())):
             return ", and its rows change with another sequence of the batch: they are not of one token each"
         own = change[row] if pos is None else change[row, pos]
         if float(own.max()) <= max(8 * noise, floor):
             return ", and its rows do not depend on their own token"
         both = c.shape[0], min(a.shape[1], c.shape[1])
-        if _share(_differ(a[: both[0], : both[1]], c[: both[0], : both[1]])) > 0.5:
+        if _share(_differ(a[: both[0], : both[1]], c[: both[0], : both[1]], self.tolerance)) > 0.5:
             return ", and its rows change with the batch or the padding beside them"
         return ""
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -32,13 +32,14 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from wsae.acts.config import BUILTIN
-from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
+from wsae.acts.config import BUILTIN, HarvestConfig
+from wsae.acts.loading import from_pretrained, input_device, load_weights, tell_unloaded
 from wsae.core.cache import cached
 from wsae.core.errors import UserError, named, reason
 from wsae.core.files import digest, read_json, sha256_file, write_json
@@ -192,19 +193,54 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the input ids must be."""
-        return next(self.model.get_input_embeddings().parameters()).device
+        return input_device(self.model)
 
 
-def load_language(model: str, dtype: str = "float32", device: str = "cpu") -> LanguageModel:
+class Placing(NamedTuple):
+    """How a model is spread over devices (accelerate's `device_map`), and the bits of its weights (bitsandbytes)."""
+
+    device_map: str | None = None
+    bits: int | None = None
+
+    def options(self, dtype: torch.dtype, where: torch.device, quantised: bool) -> dict[str, Any]:
+        """Return what loading is told: nothing for a model that is moved to `where` afterwards."""
+        told: dict[str, Any] = {}
+        if self.bits is not None:
+            told["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=self.bits == 8,
+                load_in_4bit=self.bits == 4,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+            )
+        if self.device_map is not None or self.bits is not None or quantised:
+            told["device_map"] = self.device_map or {"": where}
+        return told
+
+
+ON_ONE = Placing()
+
+
+def language_for(cfg: HarvestConfig, device: str | None = None) -> LanguageModel:
+    """Load the model that a harvest names, as it says, or on another device; raises UserError as `load_language`."""
+    placing = Placing(cfg.device_map, cfg.bits)
+    return load_language(cfg.model, cfg.dtype, device or cfg.device, placing)
+
+
+def load_language(
+    model: str, dtype: str = "float32", device: str = "cpu", placing: Placing = ON_ONE
+) -> LanguageModel:
     """Load model and tokenizer; raises UserError in one line when they are missing, damaged or do not match."""
     path = locate(model)
     source = _directory(path)
     with quiet_hub():
-        _kind(read_config(source, model), model)  # what it is comes before what it lacks
+        config = read_config(source, model)
+        _kind(config, model)  # what it is comes before what it lacks
     tokenizer = _tokenizer(source, model)
     where = resolve_device(device)
-    loaded: Any = load_text_model(source, model, getattr(torch, dtype))
-    loaded = loaded.to(where).eval().requires_grad_(False)
+    precision, quantised = getattr(torch, dtype), hasattr(config, "quantization_config")
+    told = placing.options(precision, where, quantised)
+    loaded: Any = load_text_model(source, model, precision, **told)
+    loaded = (loaded if told else loaded.to(where)).eval().requires_grad_(False)
     missing = tell_unloaded(loaded, model)
     made_ready(loaded, tokenizer, model)
     name = path if isinstance(path, str) else path.resolve().name
@@ -231,13 +267,15 @@ def made_ready(
     return model
 
 
-def load_text_model(source: Path | str, model: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_text_model(
+    source: Path | str, model: str, dtype: torch.dtype, **placing: Any
+) -> PreTrainedModel:
     """Return a model that reads text by the class that its config names; raises UserError where there is none."""
     with quiet_hub():
         config = read_config(source, model)
         kind = _kind(config, model)
         try:
-            return _text_part(load_weights(kind, source, model, dtype=dtype), model)
+            return _text_part(load_weights(kind, source, model, dtype=dtype, **placing), model)
         except UserError as error:
             how = getattr(config, "quantization_config", None)
             method = how.get("quant_method") if isinstance(how, dict) else None

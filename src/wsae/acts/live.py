@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.acts.flow import Flow, Step
-from wsae.acts.language import LanguageModel, load_language
+from wsae.acts.language import LanguageModel, language_for
 from wsae.acts.stream import Batch, HeldoutRows, State, check_batch_size, position, restored
 from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import START, Packer, Position, fingerprint
@@ -75,7 +75,7 @@ class LiveSource:
         overlap: bool | None = None,
     ) -> None:
         self.cfg, self.live = cfg, live or LiveConfig()
-        self.language = language or load_language(cfg.model, cfg.dtype, cfg.device)
+        self.language = language or language_for(cfg)
         device = self.language.device
         self.overlap = device.type == "cuda" if overlap is None else overlap
         self.flow = Flow(cfg, self.language, device)

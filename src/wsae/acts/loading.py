@@ -122,12 +122,18 @@ def tell_unloaded(loaded: nn.Module, model: str) -> tuple[str, ...]:
 
 
 def unloaded(model: nn.Module) -> list[str]:
-    """Return the names of the weights that are NaN throughout, as loading leaves those that the files do not hold."""
+    """Return the names of the weights that are NaN throughout, as loading leaves those that the files do not hold.
+
+    Weights that accelerate keeps elsewhere until they are needed are not looked at.
+    """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return [
         name
         for name, x in tensors
-        if x.is_floating_point() and x.numel() and bool(x.flatten()[0].isnan() and x.isnan().all())
+        if x.is_floating_point()
+        and not x.is_meta
+        and x.numel()
+        and bool(x.flatten()[0].isnan() and x.isnan().all())
     ]
 
 
@@ -144,13 +150,22 @@ def refuse_unloaded(model: nn.Module, output: object, what: str) -> None:
         )
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Return where a model's token ids must be: where its first weights are, or are brought when they are needed."""
+    get = getattr(model, "get_input_embeddings", None)
+    table: Any = get() if callable(get) else model
+    device = next(table.parameters()).device
+    moved = getattr(table, "_hf_hook", None) if device.type == "meta" else None
+    return device if moved is None else torch.device(moved.execution_device)
+
+
 PREDICTS_NOTHING = "this model predicts no tokens; cross-entropy and KL are not measured"
 
 
 @torch.inference_mode()
 def predictions(model: nn.Module) -> Tensor | None:
     """Return a model's logits [1, 2, vocabulary] for two tokens, none where it gives none at each of them."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
     good = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[1] == 2
     return logits if good else None

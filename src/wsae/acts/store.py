@@ -132,8 +132,8 @@ def refuse_other(
     out: Path, made: Ledger | Manifest, config: dict[str, Any], inputs: dict[str, str]
 ) -> None:
     """Raise UserError when a directory was made with another config or from other data."""
-    for key, value in config.items():
-        if (old := made.config.get(key)) != value:
+    for key in {**made.config, **config}:
+        if (old := made.config.get(key)) != (value := config.get(key)):
             raise UserError(
                 f"{out}: was made with {key}={old!r}, not {value!r}; choose another --out or remove it"
             )

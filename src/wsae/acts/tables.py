@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import chain, repeat
 from pathlib import Path
@@ -41,6 +41,11 @@ class Turn(NamedTuple):
 
     role: str
     content: str
+
+
+def as_lines(messages: Sequence[Turn]) -> str:
+    """Return a conversation as a line "role: content" a turn."""
+    return "\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
 class Content(NamedTuple):
@@ -196,8 +201,9 @@ def _conversation(value: list[dict[str, object]], field: str, where: str) -> Con
         texts = [t for part in parts if (t := _part(part)) is not None]
         whole &= len(texts) == len(parts) and not turn.get("tool_calls")
         messages.append(Turn(role, whole_text("\n".join(texts), where)))
-    text = "\n".join(f"{message.role}: {message.content}" for message in messages)
-    return Content(text, messages=tuple(messages), note="" if whole else NO_TEXT_PARTS)
+    return Content(
+        as_lines(messages), messages=tuple(messages), note="" if whole else NO_TEXT_PARTS
+    )
 
 
 def _part(part: object) -> str | None:

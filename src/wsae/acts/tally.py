@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from wsae.acts.flow import REASONS
+from wsae.acts.flow import REASONS, ROLE
 from wsae.stats.classes import ConsistencyCounts
 from wsae.stats.moments import Moments
 
@@ -36,7 +36,7 @@ class Tally:
         }
         self.kept = {hook: Moments(d_in) for hook, d_in in hooks.items()}
         self.skipped = {hook: Moments(d_in) for hook, d_in in hooks.items()}
-        self.counts: dict[str, int] = dict.fromkeys(REASONS, 0)
+        self.counts: dict[str, int] = dict.fromkeys(REASONS[:ROLE], 0)
 
     def update(
         self,

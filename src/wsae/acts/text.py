@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.reading import DATA, PACKED, PROSE, named, records
-from wsae.acts.tables import LabelColumn, LeftOut, NoField, Record, Turn, hub_records
+from wsae.acts.tables import LabelColumn, LeftOut, NoField, Record, Turn, as_lines, hub_records
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.files import digest, parse_json
@@ -199,7 +200,7 @@ def survey(
     `stop` says for "train" and "heldout" before which document its half ended (None: with the text). `refuses` returns
     why a document gave no tokens, or "". The answer does not depend on whether the harvest was killed on its way.
     """
-    reading, repeats, refused = TextCounts(), Repeats(), Counter[str]()
+    reading, repeats, refused, roles = TextCounts(), Repeats(), Counter[str](), Counter[str]()
     last = None if None in stop.values() else max((n for n in stop.values() if n), default=0)
     for document in documents(cfg.text, reading=reading):
         if last is not None and document.index >= last:
@@ -214,8 +215,10 @@ def survey(
             refused[reason] += 1
         else:
             repeats.add(document, heldout)
+            roles.update(turn.role for turn in document.messages)
     reading.records += refused
-    return {**reading.info(), "repeated": repeats.info()}
+    unheard = {} if cfg.roles is None else {"turns": {**dict.fromkeys(cfg.roles, 0), **roles}}
+    return {**reading.info(), "repeated": repeats.info(), **unheard}
 
 
 def told(info: Mapping[str, Any]) -> list[str]:
@@ -232,6 +235,10 @@ def told(info: Mapping[str, Any]) -> list[str]:
         kept.append(f"{info['empty']:,} empty")
     if kept:
         lines.append(f"records left out: {', '.join(kept)}")
+    turns = info.get("turns", {})
+    lines += [
+        f"no turn is of the role {role!r}{heard(turns)}" for role, n in turns.items() if not n
+    ]
     repeated = info.get("repeated", {})
     if repeated.get("in_training"):
         least = "at least " if repeated["at_least"] else ""
@@ -240,6 +247,12 @@ def told(info: Mapping[str, Any]) -> list[str]:
             "too, word for word, so held-out scores are partly of known text; remove the repetitions"
         )
     return lines
+
+
+def heard(turns: Mapping[str, int]) -> str:
+    """Return in brackets how many turns of each role there are."""
+    said = ", ".join(f"{n:,} of {role}" for role, n in sorted(turns.items()) if n)
+    return f" (there are {said})" if said else ""
 
 
 def fingerprint(cfg: TextConfig) -> str:
@@ -387,6 +400,7 @@ def _root(path: Path, split: str | None) -> tuple[Path, list[str]]:
 PIECE = 1 << 20
 """Characters tokenised at once: a tokenizer takes 150 bytes for each."""
 REFUSED = "conversations that the model's chat template refuses"
+MIXED = "conversations whose turns cannot be told apart in the chat template's text"
 _TODAY = "26 Jul 2024"
 _DAY = (
     '{%- macro strftime_now(form) -%}{{ {"%d %b %Y": "26 Jul 2024", "%d %B %Y": "26 July 2024"}'
@@ -420,6 +434,8 @@ class TokenSequence(NamedTuple):
     after: Position
     cut: bool = False
     """Whether it is a document that was longer."""
+    said: np.ndarray | None = None
+    """Which tokens are words of the roles asked for, bool [seq_len]; none where all roles are."""
 
 
 class Packer:
@@ -440,6 +456,10 @@ class Packer:
         self._end = _one_id(tokenizer.eos_token_id) or _one_id(tokenizer.bos_token_id)
         self._pad = (_one_id(tokenizer.pad_token_id) or self._end or [0])[0]
         self._refused, self._reason = 0, ""
+        self.roles: Counter[str] = Counter()
+        """Turns of each role so far."""
+        if cfg.roles is not None:
+            refuse_unable_to_mask(tokenizer)
         self._highest = max(tokenizer.get_vocab().values(), default=-1)
 
     @property
@@ -481,20 +501,21 @@ class Packer:
         have, number = 0, start.sequence
         after = start.document
         for document in self._documents(start.document):
-            ids = self._ids(document, self._end)
-            used = start.token if document.index == start.document else 0
-            while len(ids) - used >= room - have:
-                parts.append(ids[used : used + room - have])
+            tokens = self._tokens(document, self._end)
+            used, n = start.token if document.index == start.document else 0, tokens.shape[1]
+            while n - used >= room - have:
+                parts.append(tokens[:, used : used + room - have])
                 used += room - have
                 number += 1
-                yield self._sequence(np.concatenate(parts), Position(document.index, used, number))
+                after_it = Position(document.index, used, number)
+                yield self._sequence(np.concatenate(parts, axis=1), after_it)
                 parts, have = [], 0
-            if used < len(ids):  # nothing is kept of empty documents, however many there are
-                parts.append(ids[used:])
-                have += len(ids) - used
+            if used < n:  # nothing is kept of empty documents, however many there are
+                parts.append(tokens[:, used:])
+                have += n - used
             after = document.index + 1
         if have:
-            yield self._sequence(np.concatenate(parts), Position(after, 0, number + 1))
+            yield self._sequence(np.concatenate(parts, axis=1), Position(after, 0, number + 1))
 
     def _single(self, start: Position) -> Iterator[TokenSequence]:
         number = start.sequence
@@ -506,30 +527,90 @@ class Packer:
 
     def whole(self, document: Document, number: int) -> TokenSequence | None:
         """Return a document as the sequence of this number, truncated; none when it has no tokens."""
-        room, ids = self.cfg.seq_len - len(self._start), self._ids(document, [])
-        if not len(ids):
+        room, tokens = self.cfg.seq_len - len(self._start), self._tokens(document, [])
+        n = tokens.shape[1]
+        if not n:
             return None
         after = Position(document.index + 1, 0, number + 1)
-        return self._sequence(ids[:room], after)._replace(cut=len(ids) > room)
+        return self._sequence(tokens[:, :room], after)._replace(cut=n > room)
 
     def refuses(self, document: Document) -> str:
         """Return why a document has no tokens although it is not empty: what its chat template says; else ""."""
-        return REFUSED if document.messages and self._rendered(document) is None else ""
+        if not document.messages:
+            return ""
+        text = self._rendered(document.messages)
+        if text is None:
+            return REFUSED
+        return MIXED if self.cfg.roles and self._turns(document, text) is None else ""
 
-    def _ids(self, document: Document, end: list[int]) -> np.ndarray:
+    def _tokens(self, document: Document, end: list[int]) -> Int[np.ndarray, "2 tokens"]:
+        """Return a document's ids and, below each, 1 where the token is part of what the roles asked for say, else 0.
+
+        Raises UserError for a document that is no conversation where roles are asked for.
+        """
+        if self.cfg.roles and not document.messages:
+            raise UserError(
+                f"text {self.cfg.text.path}, document {document.index}: field {self.cfg.text.field!r} holds no "
+                "conversation, so nobody's words can be chosen; name the field with the messages (--field), or leave "
+                "out --roles"
+            )
         if document.ids is not None:
             ids = self._checked(document)
+            tokens = np.stack([ids, np.ones_like(ids)])
+        elif document.messages:
+            tokens = self._talk(document)
         else:
-            text = self._rendered(document) if document.messages else document.text
-            parts = [
-                self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-                for part in pieces(text or "")
-            ]
-            ids = np.concatenate([np.array(part, dtype=np.int32) for part in [*parts, []]])
+            tokens = self._read(document.text, None)
         if document.messages or document.ids is not None:  # these may bring their own
-            ids = ids[1:] if self._start and ids[:1].tolist() == self._start else ids
-            end = [] if ids[-1:].tolist() == end else end
-        return np.concatenate([ids, np.array(end, dtype=np.int32)]) if len(ids) else ids
+            begins = bool(self._start) and tokens[0, :1].tolist() == self._start
+            tokens = tokens[:, 1:] if begins else tokens
+            end = [] if tokens[0, -1:].tolist() == end else end
+        if not tokens.shape[1] or not end:
+            return tokens
+        return np.concatenate([tokens, np.array([end, [0]], dtype=np.int32)], axis=1)
+
+    def _talk(self, document: Document) -> Int[np.ndarray, "2 tokens"]:
+        """Return the tokens of a conversation, none where it is refused; counts the roles."""
+        text = self._rendered(document.messages)
+        if self.cfg.roles is None or text is None:
+            return self._read(text or "", None)
+        self.roles.update(turn.role for turn in document.messages)
+        turns = self._turns(document, text)
+        if turns is None:
+            self._refused, self._reason = self._refused + 1, "turns cannot be told apart in it"
+            return self._read("", None)
+        return self._read(text, turns)
+
+    def _turns(self, document: Document, text: str) -> list[slice] | None:
+        """Return where in a conversation's text the roles asked for speak; none where that cannot be told."""
+        found = turns_in(text, document.messages, self._rendered)
+        roles = self.cfg.roles or ()
+        if found is None:
+            return None
+        return [
+            part for part, turn in zip(found, document.messages, strict=True) if turn.role in roles
+        ]
+
+    def _read(self, text: str, turns: list[slice] | None) -> Int[np.ndarray, "2 tokens"]:
+        """Return the ids of a text, and which overlap some parts of it (none: all do)."""
+        parts, start = [np.zeros((2, 0), dtype=np.int32)], 0
+        for piece in pieces(text):
+            found = self._tokenizer(
+                piece,
+                add_special_tokens=False,
+                verbose=False,
+                return_offsets_mapping=turns is not None,
+            )
+            ids = np.array(found["input_ids"], dtype=np.int32)
+            said = np.ones_like(ids)
+            if turns is not None:
+                places = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2) + start
+                said[:] = 0
+                for turn in turns:
+                    said |= (places[:, 0] < turn.stop) & (places[:, 1] > turn.start)
+            parts.append(np.stack([ids, said]))
+            start += len(piece)
+        return np.concatenate(parts, axis=1)
 
     def _checked(self, document: Document) -> np.ndarray:
         """Return the ids that a document brings; raises UserError when the tokenizer has not as many."""
@@ -542,13 +623,13 @@ class Packer:
             )
         return document.ids
 
-    def _rendered(self, document: Document) -> str | None:
+    def _rendered(self, messages: Sequence[Turn]) -> str | None:
         """Return a conversation as the model reads it: by its chat template, else one line a turn; None if refused."""
         if not self._tokenizer.chat_template:
-            return document.text
+            return as_lines(messages)
         from jinja2.exceptions import TemplateError
 
-        turns = [message._asdict() for message in document.messages]
+        turns = [message._asdict() for message in messages]
         try:
             template = str(self._tokenizer.get_chat_template())
             dated = _DAY + template if "strftime_now" in template else template
@@ -562,11 +643,64 @@ class Packer:
             self._reason = " ".join(str(error).split())[:80]
             return None
 
-    def _sequence(self, ids: np.ndarray, after: Position) -> TokenSequence:
+    def _sequence(self, tokens: Int[np.ndarray, "2 tokens"], after: Position) -> TokenSequence:
         out = np.full(self.cfg.seq_len, self._pad, dtype=np.int32)
-        length = len(self._start) + len(ids)
-        out[:length] = [*self._start, *ids]
-        return TokenSequence(out, length, after)
+        first, length = len(self._start), len(self._start) + tokens.shape[1]
+        out[:length] = [*self._start, *tokens[0]]
+        said = None
+        if self.cfg.roles is not None:
+            said = np.zeros(self.cfg.seq_len, dtype=bool)
+            said[first:length] = tokens[1] == 1
+        return TokenSequence(out, length, after, said=said)
+
+
+def refuse_unable_to_mask(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a tokenizer with which nobody's words in a conversation can be told from another's."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "--roles: the model's tokenizer has no chat template, so it does not say how turns are written; leave the "
+            "flag out, or save the tokenizer with a template"
+        )
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"--roles: a {type(tokenizer).__name__} does not say where in a text its tokens lie; save it as "
+            "tokenizer.json"
+        )
+
+
+def turns_in(
+    text: str, messages: Sequence[Turn], render: Callable[[Sequence[Turn]], str | None]
+) -> list[slice] | None:
+    """Return where the words of each turn stand in the text that `render` makes of a conversation.
+
+    The same conversation with a mark for every turn's words shows what stands between them. Empty where a turn is left
+    out; none where turns stand twice, or the template writes something else for other words.
+    """
+    marks = [f"wsae{number}turn{number}" for number in range(len(messages))]
+    marked = render(
+        [turn._replace(content=mark) for turn, mark in zip(messages, marks, strict=True)]
+    )
+    if marked is None or any(marked.count(mark) > 1 for mark in marks):
+        return None
+    order = sorted((marked.index(mark), i) for i, mark in enumerate(marks) if mark in marked)
+    ends = [at + len(marks[i]) for at, i in order]
+    between = [
+        marked[a:b] for a, b in zip([0, *ends], [*(at for at, _ in order), None], strict=True)
+    ]
+    found = [slice(0, 0)] * len(messages)
+    if not text.startswith(between[0]):
+        return None
+    at = len(between[0])
+    for (_, i), after in zip(order, between[1:], strict=True):
+        last = i == order[-1][1]
+        words = messages[i].content
+        exact = (at + len(w) for w in (words, words.strip()) if text.startswith(w + after, at))
+        stop = len(text) - len(after) if last else next(exact, text.find(after, at))
+        if stop < at or not text.startswith(after, stop):
+            return None
+        found[i] = slice(at, stop)
+        at = stop + len(after)
+    return found
 
 
 def pieces(text: str) -> Iterator[str]:

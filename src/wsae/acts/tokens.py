@@ -100,6 +100,10 @@ class TokenTable:
         self.ids, self.lengths, self.ends = ids, lengths, ends
         self._strings = strings
 
+    def texts(self, ids: Sequence[int]) -> dict[int, str | bytes]:
+        """Return the text of some ids by themselves, or their bytes."""
+        return {i: self._strings.get(i, f"<{i}>") for i in ids}
+
     def decode(
         self, ids: Sequence[int] | np.ndarray | Tensor, part: slice = slice(None)
     ) -> list[str]:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.evaluate import show_differences, show_matching
+from wsae.cli.evaluate import measured, show_differences, show_matching
 from wsae.cli.flags import Common, CommonFlags, MaybePlace, config_flags, config_values
+from wsae.cli.live import ReadingFlags
 from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 from wsae.core.files import write_json
@@ -25,7 +26,10 @@ class Flags(Config):
     """Flags of `wsae compare`."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Runs that `wsae evaluate` has measured."""
+    """Runs that `wsae evaluate` has measured; or SAEs alone: their folders, hub:owner/name, RELEASE:ID or
+    whatever wsae import reads."""
+    reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
+    """A text on which SAEs alone are evaluated first."""
     out: MaybePlace = None
     """Write the result as JSON here too."""
     sure: tyro.conf.OmitArgPrefixes[SureFlags] = SureFlags()
@@ -34,12 +38,14 @@ class Flags(Config):
     """Flags of every command."""
 
 
-def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Compare and return the comparisons of each hook."""
     from wsae.evals.compare import compare
 
     data = config_values(flags.sure, EvalConfig) | {"seed": flags.common.seed}
-    result = compare(list(flags.runs), EvalConfig.parse(data, where=FLAGS))
+    asked = flags.reading.asked()
+    runs = [measured(path, asked, flags.common, ui).path for path in flags.runs]
+    result = compare(runs, EvalConfig.parse(data, where=FLAGS))
     if flags.out is not None:
         write_json(flags.out, result)
     return dict(result)

@@ -1,9 +1,8 @@
 """`wsae evaluate`: what a run's SAEs are worth on held-out tokens."""
 
-import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -12,145 +11,48 @@ from wsae.acts.hooknames import among
 from wsae.cli.flags import (
     Common,
     CommonFlags,
-    MaybeCount,
     MaybeName,
     MaybePlace,
     config_flags,
     config_values,
 )
-from wsae.cli.live import behind, labelled, of_single, on_text, refuse, reopen
+from wsae.cli.live import GivenText, ReadingFlags, behind, data_of, labelled
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
-from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST, kind_of
+from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
-from wsae.core.hub import local_folder
 from wsae.core.progress import Progress
 from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.config import EvalConfig
-from wsae.run import SINGLE, Run
-from wsae.sae.config import Provenance
+from wsae.run import Run
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource
-    from wsae.sae import SparseAutoencoder
 
 # `wsae evaluate` of one SAE's directory (imported, exported and back, or from the hub) instead of a
 # run's.
 
 
-def is_sae(path: Path) -> bool:
-    """Return whether a path, or a hub address, is one SAE: a directory of ours, an export, or another tool's files."""
-    folder = local_folder(path)
-    if (folder / MANIFEST).is_file():
-        return kind_of(folder) in ("sae", "export")
-    from wsae.interop.convert import readable
+def measured(target: Path, asked: GivenText, common: Common, ui: UI) -> Run:
+    """Return the run that a target names; one SAE alone is measured on the text that is given, unless it was already.
 
-    return readable(folder)
-
-
-class ReadingFlags(Config):
-    """A text for the model of one SAE alone."""
-
-    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
-    model: MaybeName = None
-    """The model that reads --text; default: the one that the SAE's files name."""
-    hook: MaybeName = None
-    """The module whose activations the SAE takes; default: the one that its files name."""
-    seq_len: MaybeCount = None
-    """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
-
-    def opened(self, about: Provenance, seed: int, device: str) -> "ActivationSource":
-        """Return what the model gives on the text at the SAE's hook."""
-        assert self.text is not None
-        said = {name: value for name in ("model", "hook") if (value := getattr(self, name))}
-        length = {} if self.seq_len is None else {"seq_len": self.seq_len}
-        about = about.model_copy(update=said)
-        return on_text(self.text, about, seed=seed, device=device, **length)
-
-
-def evaluate_sae(
-    flags: "Flags", cfg: EvalConfig, device: str, progress: Progress
-) -> dict[str, Any]:
-    """Measure one SAE on held-out rows of a store, an array or a model on --text, beside random directions.
-
-    Returns {"sae": path, "hooks": {hook: {"members": {name: {"metrics": ...}}}}, "notes": [...]}, and `classes` where
-    the data have them; notes say what speaks against the scores. A directory of ours is a run of one member and keeps
-    the evaluation, as `evaluate_run` writes it; another tool's folder, or one that cannot be written to, is left alone.
-    Raises UserError without data, or for data that do not fit.
+    Raises UserError as `data_of` does.
     """
-    from wsae.evals.control import CONTROL
-    from wsae.evals.run import doubts, evaluate, evaluate_run
+    from wsae.evals.run import evaluate_run
+    from wsae.interop.runs import open_run
 
-    path = flags.run
-    sae, data, hook, ours, notes = open_sae(
-        path, flags.source, device, flags.reading, flags.common.seed
-    )
-    if not ours:
-        if flags.labels is not None:
-            raise UserError(
-                f"--labels: the scores by class are kept beside the SAE, and {path} is another tool's or read-only; "
-                "make a directory of it with wsae import"
-            )
-        scored = evaluate(sae.to(device), data, cfg, progress)
-        names = {"metrics": SINGLE, "control": "random"}
-        members = {name: {"metrics": scored[key]} for key, name in names.items() if key in scored}
-        notes += doubts({hook: {"members": members}})
-        return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes}
-    data, seen = labelled(data, flags.labels), None
-    try:
-        seen = behind(data, device, language=cfg.splice_tokens > 0)
-    except UserError as error:
-        notes.append(f"not spliced into the model: {error}")
-    written = evaluate_run(path, data, cfg, seen, progress, device)
-    found = written["hooks"][hook]["members"]
-    members = {"random" if name == CONTROL else name: found[name] for name in found}
-    notes += written.get("notes", [])
-    classes = class_scores(path, data, cfg, progress)
-    return {"sae": str(path), "hooks": {hook: {"members": members}}, "notes": notes, **classes}
-
-
-class OpenedSae(NamedTuple):
-    """One SAE and the data to measure it on."""
-
-    sae: "SparseAutoencoder"
-    data: "ActivationSource"
-    hook: str
-    ours: bool
-    """Whether its folder is one of ours that results can be written to."""
-    notes: list[str]
-
-
-def open_sae(
-    path: Path,
-    source: str | None,
-    device: str,
-    reading: ReadingFlags = ReadingFlags(),  # noqa: B008  (frozen)
-    seed: int = 0,
-) -> OpenedSae:
-    """Open one SAE of ours or another tool's with its data; raises UserError without data, or where they do not fit."""
-    from wsae.interop.convert import load
-
-    loaded = load(path)
-    ours = loaded.format == "wsae" and path.is_dir() and os.access(path, os.W_OK)
-    if reading.text is not None:
-        data = reading.opened(loaded.about, seed, device)
-    elif ours:
-        data = reopen(path, device, source)
-    else:
-        data = of_single(path, loaded.about, source)
-    ((hook, width),) = data.hooks.items()
-    if width != loaded.sae.cfg.d_in:
-        trained = f" (trained at {loaded.about.hook})" if loaded.about.hook else ""
-        place = source or reading.text or "the data it was measured on before"
-        raise UserError(
-            f"{path}: takes activations of width {loaded.sae.cfg.d_in}{trained}, and {place} has {width} at {hook}; "
-            "give activations of the SAE's model and hook"
-        )
-    notes = [*loaded.about.notes, *strangers(loaded.about.model, loaded.about.hook, data)]
-    return OpenedSae(loaded.sae, data, hook, ours, notes)
+    opened = open_run(target)
+    if asked.text is None:
+        return opened
+    where = device(common.device)
+    data = data_of(opened, where, None, asked, common.seed)
+    if opened.has(EVALUATION_PART) and opened.source == data.describe():
+        return opened
+    cfg = EvalConfig(seed=common.seed)
+    evaluate_run(opened.path, data, cfg, behind(data, where), ui.progress, where)
+    return Run(opened.path)
 
 
 def class_scores(
@@ -174,10 +76,11 @@ def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> 
         return []
     notes = []
     (here, *_) = data.hooks
-    if hook is not None and among(hook, [here]) is None:
+    if hook is not None and among(hook, [here], sure=True) is None:
+        most = ", as in most kinds of models," if among(hook, [here]) else ""
         notes.append(
-            f"the SAE was trained at {hook}, these activations are of {here}: unless that is the same place in the "
-            "model, the scores say nothing of the SAE"
+            f"the SAE was trained at {hook}, these activations are of {here}: unless that{most} is the same place in "
+            "the model, the scores say nothing of the SAE"
         )
     if model is not None and _model(model) != _model(str(theirs)):
         notes.append(
@@ -214,7 +117,8 @@ class Flags(Config):
     """Flags of `wsae evaluate`."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A finished run's directory, or one SAE's (with --source or --text), or hub:owner/name."""
+    """A finished run's directory; or one SAE (with --source or --text): its folder, hub:owner/name, RELEASE:ID or
+    whatever wsae import reads."""
     out: MaybePlace = None
     """Write the result as JSON here too."""
     source: MaybeName = None
@@ -233,32 +137,49 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where=FLAGS)
-    where, text = device(flags.common.device), flags.reading.text
-    if text is None:
-        refuse(flags.reading, "goes with --text")
-    elif flags.source is not None:
-        raise UserError(f"--source {flags.source} and --text {text}: give one of them")
-    if is_sae(flags.run):
-        alone = evaluate_sae(flags, cfg, where, ui.progress)
-        if flags.out is not None:
-            write_json(flags.out, alone)
-        return alone
-    if text is not None:
-        raise UserError(
-            f"--text {text}: is for one SAE alone; a run is measured on its own data, or on --source"
-        )
+    from wsae.evals.control import CONTROL
     from wsae.evals.run import evaluate_run
+    from wsae.interop.runs import open_run
 
-    source = labelled(reopen(flags.run, where, flags.source), flags.labels)
-    seen = behind(source, where, language=cfg.splice_tokens > 0)
-    record = evaluate_run(flags.run, source, cfg, seen, ui.progress)
-    if flags.source is not None:
-        foreign = strangers(_model_of(Run(flags.run).source), None, source)
-        record["notes"] = [*record.get("notes", []), *foreign]
-    record |= class_scores(flags.run, source, cfg, ui.progress)
+    where, opened = device(flags.common.device), open_run(flags.run)
+    asked = flags.reading.asked()
+    source = labelled(data_of(opened, where, flags.source, asked, cfg.seed), flags.labels)
+    seen, notes = None, []
+    try:
+        seen = behind(source, where, language=cfg.splice_tokens > 0)
+    except UserError as error:
+        if not opened.single:
+            raise
+        notes.append(f"not spliced into the model: {error}")
+    record = evaluate_run(opened.path, source, cfg, seen, ui.progress, where)
+    notes += [*_foreign(opened, flags.source, source), *record.get("notes", [])]
+    record |= {"notes": notes} if notes else {}
+    record |= class_scores(opened.path, source, cfg, ui.progress)
+    if not opened.single:
+        result = {"run": str(flags.run), **record}
+    else:
+        result = {"sae": str(flags.run), **kept(opened, flags.run), **record, "hooks": {}}
+        for hook, found in record["hooks"].items():
+            members = {"random" if n == CONTROL else n: one for n, one in found["members"].items()}
+            result["hooks"][hook] = {"members": members}
     if flags.out is not None:
-        write_json(flags.out, record)
-    return {"run": str(flags.run), **record}
+        write_json(flags.out, result if opened.single else record)
+    return result
+
+
+def kept(opened: Run, target: Path) -> dict[str, Any]:
+    """Return where results lie, if not in the target itself."""
+    return {} if opened.path == target else {"kept": str(opened.path)}
+
+
+def _foreign(opened: Run, elsewhere: str | None, source: "ActivationSource") -> list[str]:
+    """Return what speaks against the SAEs on these activations."""
+    if opened.single:
+        from wsae.interop.runs import about_sae
+
+        about = about_sae(opened.path)
+        return [*about.notes, *strangers(about.model, about.hook, source)]
+    return strangers(_model_of(opened.source), None, source) if elsewhere is not None else []
 
 
 def show(result: dict[str, Any], ui: UI) -> None:
@@ -266,10 +187,11 @@ def show(result: dict[str, Any], ui: UI) -> None:
     show_scores(result, ui)
     for hook, found in result.get("classes", {}).get("hooks", {}).items():
         show_classes(hook, found, ui)
+    if "kept" in result:
+        ui.say(f"kept in {result['kept']}")
     if "sae" in result:
         place = shlex.quote(result["sae"])
-        if Path(result["sae"], EVALUATION_PART).is_dir():
-            ui.say(f"next: wsae report {place}; wsae serve {place}")
+        ui.say(f"next: wsae report {place}; wsae serve {place}")
         return
     place = shlex.quote(result["run"])
     ui.say(f"next: wsae compare {place}; wsae report {place}")

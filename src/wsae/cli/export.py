@@ -19,7 +19,7 @@ class Flags(Config):
     """Flags of `wsae export`."""
 
     sae: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SAE")]
-    """An SAE's directory, a finished run, or hub:owner/name."""
+    """A finished run's directory; or one SAE: its folder, whatever wsae import reads, RELEASE:ID included."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder; with --all one below it for each SAE, HOOK/NAME."""
     format: Annotated[FormatName, tyro.conf.arg(metavar="NAME")] = "saelens"
@@ -65,12 +65,12 @@ def _export(one: Any, out: Path, flags: Flags) -> bool:
     """Write one SAE unless the same export lies there already; returns whether it was written."""
     from wsae.core.artifact import read_manifest
     from wsae.interop.convert import same, save
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE
 
     inputs = {"sae": read_manifest(one.path, "sae").digest()}
     if same(out, "export", flags.format, inputs) and not flags.force:
         return False
-    save(SparseAutoencoder.load(one.path), out, flags.format, one.about, inputs, flags.force)
+    save(SAE.load(one.path), out, flags.format, one.about, inputs, flags.force)
     return True
 
 

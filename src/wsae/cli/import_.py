@@ -11,8 +11,8 @@ from wsae.core.config import Config
 from wsae.interop.config import SourceName
 
 ABOUT = """\
-Read an SAE of SAELens, sparsify, dictionary_learning or a published release (Gemma Scope, Llama Scope, Qwen Scope) and
-write it as an SAE directory of wsae, with the same latents and reconstructions. What has no equal here is refused,
+Read an SAE of SAELens, sparsify, dictionary_learning or a published release (Gemma Scope, Llama Scope, Qwen Scope ...)
+and write it as an SAE directory of wsae, with the same latents and reconstructions. What has no equal here is refused,
 naming what."""
 
 
@@ -20,8 +20,8 @@ class Flags(Config):
     """Flags of `wsae import`."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """The folder another tool wrote (cfg.json and weights, ae.pt and config.json, params.npz), a .pt file, or
-    hub:owner/name/folder."""
+    """The folder another tool wrote (cfg.json and weights, ae.pt and config.json, params.npz), a .pt file,
+    hub:owner/name/folder, or RELEASE:ID as wsae releases lists them."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The SAE directory to write."""
     format: Annotated[Literal["auto"] | SourceName, tyro.conf.arg(metavar="NAME")] = "auto"
@@ -79,4 +79,4 @@ def show(result: dict[str, Any], ui: UI) -> None:
     for text in result["provenance"]["notes"]:
         ui.note(text)
     ui.say(f"{result['format']}: {cfg['d_in']} -> {cfg['d_sae']} latents, {kind}")
-    ui.say(f"{result['sae']}{note}: wsae.SparseAutoencoder.load({result['sae']!r})")
+    ui.say(f"{result['sae']}{note}: wsae.SAE.load({result['sae']!r})")

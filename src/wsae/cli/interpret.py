@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.evaluate import counted, interval, likeness, scored
+from wsae.cli.evaluate import counted, interval, kept, likeness, scored
 from wsae.cli.flags import (
     Common,
     CommonFlags,
+    MaybeCount,
     MaybeName,
     MaybePlace,
     Name,
@@ -18,7 +19,7 @@ from wsae.cli.flags import (
     config_flags,
     config_values,
 )
-from wsae.cli.live import language_of, reopen
+from wsae.cli.live import NO_TEXT, GivenText, data_of, language_of, refuse
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
@@ -141,11 +142,35 @@ class ContextFlags(config_flags(ContextConfig)):
     """Which contexts stand for a latent."""
 
 
+class TextFlags(Config):
+    """A text for the model of one SAE alone; at which hook, --hook says."""
+
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
+    text_model: MaybeName = None
+    """The model that reads --text; default: the one that the SAE's files name."""
+    seq_len: MaybeCount = None
+    """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
+
+    def asked(self, hooks: tuple[str, ...]) -> GivenText:
+        """Return the text and how it is read; raises UserError for flags that do not go together."""
+        if self.text is None:
+            refuse(self, "goes with --text")
+            return NO_TEXT
+        if len(hooks) > 1:
+            raise UserError(f"--hook {hooks[1]}: one SAE alone has one hook")
+        return GivenText(
+            self.text, self.text_model, next(iter(hooks), None), self.seq_len, "text-model"
+        )
+
+
 class Flags(Config):
     """Flags of `wsae interpret`."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A finished run's directory."""
+    """A finished run's directory; or one SAE: its folder, whatever wsae import reads, RELEASE:ID included."""
+    reading: tyro.conf.OmitArgPrefixes[TextFlags] = TextFlags()
+    """A text for the model of one SAE alone."""
     scoring: tyro.conf.OmitArgPrefixes[ScoringFlags] = ScoringFlags()
     """What is scored, and how sure the numbers are."""
     contexts: tyro.conf.OmitArgPrefixes[ContextFlags] = ContextFlags()
@@ -200,24 +225,27 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         )
     where = device(flags.common.device)
     llm_cfg = flags.llm.config(where, flags.common.seed)
-    source = reopen(flags.run, where, flags.source)
+    from wsae.interop.runs import open_run
+
+    opened, asked = open_run(flags.run), flags.reading.asked(cfg.hooks)
+    source = data_of(opened, where, flags.source, asked, flags.common.seed)
     judges = _judges(flags, cfg, llm_cfg, where)
     if flags.dry_run:
         from wsae.evals.interpret.run import plan_run
 
-        planned = plan_run(flags.run, source, cfg, ui.progress, llm=judges.get("llm"))
+        planned = plan_run(opened.path, source, cfg, ui.progress, llm=judges.get("llm"))
         return {"run": str(flags.run), "plan": {name: vars(part) for name, part in planned.items()}}
     if "surprisal" in cfg.scores or "random_model" in cfg.controls:
         judges["language"] = language_of(source, where)
     from wsae.evals.interpret.run import interpret_run
     from wsae.evals.interpret.summary import agreement
 
-    record = interpret_run(flags.run, source, cfg, ui.progress, flags.force, **judges)
+    record = interpret_run(opened.path, source, cfg, ui.progress, flags.force, **judges)
     if flags.agreement:
         record = {**record, "agreement": agreement(record, cfg)}
     if flags.out is not None:
         write_json(flags.out, record)
-    return {"run": str(flags.run), **record}
+    return {"run": str(flags.run), **kept(opened, flags.run), **record}
 
 
 def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "ScorerModels":
@@ -239,7 +267,9 @@ def show(result: dict[str, Any], ui: UI) -> None:
     if "plan" in result:
         show_plan(result["plan"], ui)
         return
-    with understood(Path(result["run"]) / INTERPRETATION_PART / INTERPRETATION):
+    if "kept" in result:
+        ui.say(f"kept in {result['kept']}")
+    with understood(Path(result.get("kept", result["run"])) / INTERPRETATION_PART / INTERPRETATION):
         show_scores(result, ui)  # what is finished is shown as it was written
     show_agreement(result.get("agreement", []), ui)
     ui.say(f"next: wsae report {shlex.quote(result['run'])}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -11,6 +11,7 @@ from wsae.acts.hooknames import among
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.cli.flags import (
     MaybeCount,
+    MaybeName,
     MaybeNumber,
     MaybePlace,
     config_flags,
@@ -28,6 +29,7 @@ from wsae.sae.config import (
     PreconditionConfig,
     Provenance,
     Rule,
+    SingleConfig,
 )
 from wsae.train.config import MemberConfig, TrainConfig, family
 
@@ -167,7 +169,7 @@ class LiveFlags(
     config_flags(
         HarvestConfig,
         TextConfig,
-        omit=("path", "model", "tokens", "dtype", "store_dtype", "shard_tokens"),
+        omit=("path", "model", "tokens", "dtype", "store_dtype", "shard_tokens", "roles"),
     )
 ):
     """A model's text, and the rows to keep."""
@@ -179,6 +181,8 @@ class LiveFlags(
         tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
     ] = ()
     """Modules to read: "layers.9", "layers.*", "layers.9.mlp"; several are read in one pass. It names an array's."""
+    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE ...", help_behavior_hint="")] = ()
+    """Keep what these say in conversations alone (assistant); the model reads all of it. Default: everybody's words."""
     heldout_fraction: MaybeNumber = None
     """Share of the documents or images kept for evaluation; default: 0.1 of documents, 0.2 of images."""
 
@@ -192,6 +196,7 @@ class LiveFlags(
             "model": model,
             "text": config_values(self, TextConfig) | {"path": self.text},
             "sink_norm_ratio": self.sink_norm_ratio or None,
+            "roles": self.roles or None,
         }
         return HarvestConfig.parse(_given(data, "heldout_fraction") | rest, where=FLAGS)
 
@@ -283,11 +288,91 @@ def _opened(source: str, hooks: tuple[str, ...]) -> "ActivationSource":
     return open_source(path, hooks=hooks or None)
 
 
+class HookFlags(Config):
+    """Where one SAE's activations are read."""
+
+    hook: MaybeName = None
+    """The module whose activations the SAE takes, in Hugging Face's or TransformerLens' words; default: the one that
+    its files name."""
+    seq_len: MaybeCount = None
+    """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
+
+
+class ReadingFlags(HookFlags):
+    """A text for the model of one SAE alone."""
+
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
+    model: MaybeName = None
+    """The model that reads --text; default: the one that the SAE's files name."""
+
+    def asked(self) -> "GivenText":
+        """Return the text and how it is read; raises UserError for flags that go with a text where there is none."""
+        if self.text is None:
+            refuse(self, "goes with --text")
+        return GivenText(self.text, self.model, self.hook, self.seq_len)
+
+
+class GivenText(NamedTuple):
+    """A text, or none, for the model of one SAE alone, and what is said in place of the SAE's files."""
+
+    text: str | TextConfig | None = None
+    model: str | None = None
+    hook: str | None = None
+    seq_len: int | None = None
+    model_flag: str = "model"
+
+
+NO_TEXT = GivenText()
+
+
+def data_of(
+    opened: Run, device: str, source: str | None = None, asked: GivenText = NO_TEXT, seed: int = 0
+) -> "ActivationSource":
+    """Return a run's data: those it was trained or measured on, `source`, or for one SAE alone a text for its model.
+
+    Raises UserError where they are not known, or are of another width than the SAE.
+    """
+    if asked.text is None:
+        data = reopen(opened.path, device, source)
+    else:
+        name = asked.text if isinstance(asked.text, str) else asked.text.path
+        if source is not None:
+            raise UserError(f"--source {source} and --text {name}: give one of them")
+        if not opened.single:
+            raise UserError(
+                f"--text {name}: is for one SAE alone; a run is measured on its own data, or on --source"
+            )
+        data = on_text(asked, _about(opened), seed=seed, device=device)
+    return _fitting(opened, data, source) if opened.single else data
+
+
+def _fitting(opened: Run, data: "ActivationSource", source: str | None) -> "ActivationSource":
+    """Return the data of one SAE alone; raises UserError where their width is not the SAE's."""
+    assert isinstance(opened.config, SingleConfig)
+    ((hook, width),) = data.hooks.items()
+    if width != opened.config.sae.d_in:
+        about = _about(opened)
+        trained = f" (trained at {about.hook})" if about.hook else ""
+        raise UserError(
+            f"{opened.path}: takes activations of width {opened.config.sae.d_in}{trained}, and "
+            f"{source or 'the data'} has {width} at {hook}; give activations of the SAE's model and hook "
+            "(--model, --hook)"
+        )
+    return data
+
+
+def _about(opened: Run) -> Provenance:
+    from wsae.interop.runs import about_sae
+
+    return about_sae(opened.path)
+
+
 def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationSource":
     """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place."""
     opened = Run(run)
     if opened.single and (elsewhere is not None or not opened.source):
-        return of_single(run, opened.provenance, elsewhere)
+        return of_single(run, _about(opened), elsewhere)
     with understood(opened.manifest and run / CONFIG):
         record = opened.source
         hooks = tuple(record.get("hooks", ()))
@@ -334,24 +419,26 @@ def of_single(path: Path, about: Provenance, source: str | None) -> "ActivationS
     return open_source(source, hooks=(mine,))
 
 
-def on_text(text: str, about: Provenance, **rest: object) -> "ActivationSource":
+def on_text(asked: GivenText, about: Provenance, **rest: object) -> "ActivationSource":
     """Return what an SAE's model gives at its hook on a text; raises UserError where model or hook is not known."""
-    for name in ("model", "hook"):
-        if not getattr(about, name):
+    text = asked.text if isinstance(asked.text, TextConfig) else TextConfig(path=str(asked.text))
+    model, hook = asked.model or about.model, asked.hook or about.hook
+    for name, flag, value in (("model", asked.model_flag, model), ("hook", "hook", hook)):
+        if not value:
             raise UserError(
-                f"--text {text}: the SAE's files do not say its {name}; add --{name} {name.upper()}"
+                f"--text {text.path}: the SAE's files do not say its {name}; add --{flag} {name.upper()}"
             )
-    data = {"model": about.model, "text": {"path": text}, "hooks": (about.hook,)}
     most = HarvestConfig.model_fields["seq_len"].default
-    seq_len = {"seq_len": min(about.context or most, most)}
-    cfg = HarvestConfig.parse(data | seq_len | rest, where=FLAGS)
+    seq_len = asked.seq_len or min(about.context or most, most)
+    data = {"model": model, "text": text.to_dict(), "hooks": (hook,), "seq_len": seq_len}
+    cfg = HarvestConfig.parse(data | rest, where=FLAGS)
     from wsae.acts.live import LiveSource
 
     source = LiveSource(cfg)
     if len(source.hooks) > 1:
         first = next(iter(source.hooks))
         raise UserError(
-            f"--hook {about.hook}: means {len(source.hooks)} modules; name one, for example {first}"
+            f"--hook {hook}: means {len(source.hooks)} modules; name one, for example {first}"
         )
     return source
 
@@ -362,10 +449,10 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
     store = getattr(source, "store", None)
     if live is not None or store is None or store.of_images:
         return live
-    from wsae.acts.language import load_language
+    from wsae.acts.language import language_for
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
-    return load_language(cfg.model, cfg.dtype, device)
+    return language_for(cfg, device)
 
 
 def labelled(source: "ActivationSource", labels: Path | None) -> "ActivationSource":

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from wsae.acts.config import TextConfig
-from wsae.cli.evaluate import interval, is_sae, open_sae, show_differences
+from wsae.cli.evaluate import interval, kept, show_differences, strangers
 from wsae.cli.flags import (
     Common,
     CommonFlags,
@@ -16,13 +16,14 @@ from wsae.cli.flags import (
     config_flags,
     config_values,
 )
-from wsae.cli.live import language_of, reopen
+from wsae.cli.live import NO_TEXT, GivenText, HookFlags, data_of, language_of, refuse
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.evals.probing.config import ProbeConfig
+from wsae.run import Run
 
 ABOUT = """\
 Tell classes apart by a few latents, as SAEBench's sparse probing does, into RUN/probing. Without --text the classes are
@@ -56,16 +57,24 @@ class LabelFlags(config_flags(TextConfig, omit=("path",))):
                         f"--{name} {value}: goes with --text FILE, which has the column"
                     )
             return None
-        if self.label is None:
-            raise UserError(f"--text {self.text}: needs --label COLUMN, the class of each record")
         return TextConfig.parse(config_values(self, TextConfig) | {"path": self.text}, where=FLAGS)
+
+
+class ModelFlags(HookFlags):
+    """What reads --text where the data of one SAE alone are not known."""
+
+    model: MaybeName = None
+    """The model that reads --text; default: the one that the SAE's files name."""
 
 
 class Flags(Config):
     """Flags of `wsae probe`."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A finished run's directory, or one SAE's (with --source), or hub:owner/name."""
+    """A finished run's directory; or one SAE (with --source or --text): its folder, hub:owner/name, RELEASE:ID or
+    whatever wsae import reads."""
+    reading: tyro.conf.OmitArgPrefixes[ModelFlags] = ModelFlags()
+    """What reads --text where the data of one SAE alone are not known."""
     labels: tyro.conf.OmitArgPrefixes[LabelFlags] = LabelFlags()
     """Text with labels."""
     source: MaybeName = None
@@ -83,32 +92,44 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     data = config_values(flags.probing, ProbeConfig) | {"seed": flags.common.seed}
     cfg, text = ProbeConfig.parse(data, where=FLAGS), flags.labels.config()
     from wsae.evals.probing.reading import read_corpus
-    from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_alone, probe_run
+    from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_run
+    from wsae.interop.runs import about_sae, open_run
 
-    where, corpus, notes = device(flags.common.device), None, []
-    if text is not None:
-        label = flags.labels.label or ""
+    where, label, corpus, notes = device(flags.common.device), flags.labels.label, None, []
+    opened = open_run(flags.run)
+    if text is not None and label is None and not opened.single:
+        raise UserError(f"--text {text.path}: needs --label COLUMN, the class of each record")
+    source = data_of(opened, where, flags.source, _asked(flags, text, opened), flags.common.seed)
+    if text is not None and label is not None:
         corpus = read_corpus(text, label, flags.labels.spurious, cfg, ui.progress)
-    alone = open_sae(flags.run, flags.source, where) if is_sae(flags.run) else None
-    source = reopen(flags.run, where, flags.source) if alone is None else alone.data
     language = None if corpus is None else language_of(source, where)
-    if alone is None or alone.ours:
-        record = probe_run(flags.run, source, cfg, corpus, language, ui.progress, where)
-    else:
-        record = probe_alone(alone.sae.to(where), source, cfg, corpus, language, ui.progress)
-    if alone is not None:
-        notes = alone.notes
-    result = {"run": str(flags.run), "kind": TOKENS if text is None else DOCUMENTS, **record}
+    record = probe_run(opened.path, source, cfg, corpus, language, ui.progress, where)
+    if opened.single:
+        about = about_sae(opened.path)
+        notes = [*about.notes, *strangers(about.model, about.hook, source)]
+    kind = TOKENS if corpus is None else DOCUMENTS
+    result = {"run": str(flags.run), **kept(opened, flags.run), "kind": kind, **record}
     result |= {"notes": notes} if notes else {}
     if flags.out is not None:
         write_json(flags.out, result)
     return result
 
 
+def _asked(flags: Flags, text: TextConfig | None, opened: Run) -> GivenText:
+    """Return the text that gives one SAE alone its activations, where --text is that and not labelled alone."""
+    reading, known = flags.reading, flags.source is not None or opened.source
+    if text is None or not opened.single or (flags.labels.label is not None and known):
+        refuse(reading, "goes with --text, for one SAE whose data are not known")
+        return NO_TEXT
+    return GivenText(text, reading.model, reading.hook, reading.seq_len)
+
+
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print the scores of what was probed, what was left out, and what to do next."""
     for note in result.get("notes", ()):
         ui.say(f"note: {note}")
+    if "kept" in result:
+        ui.say(f"kept in {result['kept']}")
     found = result[result["kind"]]
     names = found["glossary"]
     for hook, entry in found["hooks"].items():

@@ -52,11 +52,10 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
 
 
 def _push(flags: Flags, out: Path) -> dict[str, Any]:
-    from wsae.core.artifact import kind_of
     from wsae.interop.card import upload, write_folder
-    from wsae.interop.runs import choose
+    from wsae.interop.runs import choose, open_run
 
-    every = kind_of(flags.sae) != "sae"
+    every = not open_run(flags.sae).single
     chosen = choose(flags.sae, flags.member, flags.hook, every=every)
     files = write_folder(chosen, out, flags.repo)
     url = None if flags.dry_run else upload(out, files, flags.repo, flags.private)
@@ -68,4 +67,4 @@ def show(result: dict[str, Any], ui: UI) -> None:
     if result["url"] is None:
         ui.say(f"{result['folder']}: {len(result['files'])} files, nothing sent")
         return
-    ui.say(f"{result['url']}: load with wsae.SparseAutoencoder.load('hub:{result['repo']}')")
+    ui.say(f"{result['url']}: load with wsae.SAE.load('hub:{result['repo']}')")

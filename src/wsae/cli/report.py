@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from wsae.cli.evaluate import measured
 from wsae.cli.flags import Common, CommonFlags
+from wsae.cli.live import ReadingFlags
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 
@@ -18,18 +20,22 @@ class Flags(Config):
     """Flags of `wsae report`."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run's directory, best after `wsae evaluate`."""
+    """A run's directory, best after `wsae evaluate`; or one SAE: its folder, hub:owner/name, RELEASE:ID or
+    whatever wsae import reads."""
+    reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
+    """A text on which one SAE alone is evaluated first."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """The file; default: RUN/report.html."""
     common: CommonFlags = Common()
     """Flags of every command."""
 
 
-def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Write the report and return its path and size."""
     from wsae.report.html import write_report
 
-    path = write_report(flags.run, flags.out)
+    opened = measured(flags.run, flags.reading.asked(), flags.common, ui)
+    path = write_report(opened.path, flags.out)
     return {"report": str(path), "bytes": path.stat().st_size}
 
 

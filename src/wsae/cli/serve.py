@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, MaybePlace, Name, Switch
-from wsae.cli.live import reopen
+from wsae.cli.evaluate import measured
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybePlace, Name, Switch
+from wsae.cli.live import ReadingFlags, reopen
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
@@ -33,7 +34,9 @@ class Flags(Config):
     """Flags of `wsae serve`."""
 
     run: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
-    """Evaluated runs' directories."""
+    """Evaluated runs' directories; or SAEs alone: their folders, whatever wsae import reads, RELEASE:ID included."""
+    reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
+    """A text on which SAEs alone are evaluated first."""
     port: Count = 8137
     """Port to listen on; 0: any free one."""
     host: Name = "127.0.0.1"
@@ -44,8 +47,9 @@ class Flags(Config):
     """Path under which a proxy shows it (/user/me/proxy/8137), where the proxy does not tell it."""
     open: Switch = False
     """Open a browser window."""
-    contexts: Count = DEFAULTS.contexts
-    """Latents of each member to collect contexts for, from the run's held-out data; 0: only the stored ones."""
+    contexts: MaybeCount = DEFAULTS.contexts
+    """Latents of each member to collect contexts for, from the run's held-out data; 0: only the stored ones; default:
+    all."""
     neighbours: Count = DEFAULTS.neighbours
     """Nearest latents kept for each latent."""
     logits: Count = DEFAULTS.logits
@@ -78,12 +82,13 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     place = nullcontext() if flags.index_only else server.listen(flags.host, flags.port)
     told = []
     with place as listening:
-        names = slugs([path.resolve().name for path in flags.run])
-        for path, slug in zip(flags.run, names, strict=True):
+        asked = flags.reading.asked()
+        paths = [measured(path, asked, flags.common, ui).path for path in flags.run]
+        for path, slug in zip(paths, slugs([p.resolve().name for p in paths]), strict=True):
             begin = time.monotonic()
             where = None if flags.out is None else flags.out / f"{slug}.sqlite"
             index, made = ensure_index(
-                path, where, cfg, lambda run: reopen(run, "cpu"), ui.progress
+                path, where, cfg, lambda run: reopen(run, "cpu"), ui.progress, ui.note
             )
             told.append(
                 {

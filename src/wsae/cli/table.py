@@ -104,6 +104,15 @@ COMMANDS = (
         ),
     ),
     Command(
+        "attribute",
+        "which latents, at which tokens of a prompt, move a logit or the loss, checked by ablation",
+        (
+            'wsae attribute --sae runs/first --member plain --prompt "The capital of France is"',
+            'wsae attribute gpt2 --sae shared --prompt "When Mary and John went to the store, John gave milk to" '
+            '--metric difference --answer " Mary" --against " John"',
+        ),
+    ),
+    Command(
         "compare",
         "paired comparison of a run's members, or of several runs, with intervals",
         ("wsae compare runs/first", "wsae compare runs/first runs/second --json"),
@@ -123,6 +132,14 @@ COMMANDS = (
         ),
     ),
     Command(
+        "steer",
+        "what a model writes while latents of an SAE are set, beside what it writes by itself",
+        (
+            'wsae steer --sae runs/first --member plain --set 1234=2x --prompt "The weather today"',
+            "wsae steer gpt2 --sae downloads/sae --hook h.6 --add 77=5 --sweep 0 0.5 1 2 --prompt Once",
+        ),
+    ),
+    Command(
         "export",
         "SAEs as SAELens, sparsify or dictionary_learning read them",
         (
@@ -131,10 +148,19 @@ COMMANDS = (
         ),
     ),
     Command(
+        "releases",
+        "published SAEs by name, as SAELens names them",
+        (
+            "wsae releases --model gemma-2-2b",
+            "wsae releases gemma-scope-2b-pt-res-canonical",
+        ),
+    ),
+    Command(
         "import",
-        "an SAE that another tool wrote, as a directory of ours",
+        "an SAE that another tool wrote or that is published, as a directory of ours",
         (
             "wsae import shared --out runs/theirs",
+            "wsae import gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical --out runs/gemma",
             "wsae import downloads/sae --format sparsify --out runs/theirs",
         ),
     ),
@@ -144,6 +170,14 @@ COMMANDS = (
         (
             "wsae push runs/first somebody/saes --dry-run --out folder",
             "wsae push runs/first somebody/saes --member variance-a1 --private",
+        ),
+    ),
+    Command(
+        "publish",
+        "an SAE's latents to Neuronpedia, or as SAEDashboard writes them",
+        (
+            "wsae publish runs/first --member plain --dry-run --out dashboards",
+            "wsae publish runs/first --member plain --model-id gpt2-small --set res-mine",
         ),
     ),
     Command(

@@ -38,6 +38,8 @@ CONFIG, GAMMA_FILE, METRICS_FILE, SPEED = (
     "speed.jsonl",
 )
 PROVENANCE = "provenance.json"
+NAMES_FILE = "names.json"
+"""What users call latents, and which they starred: no part of what the run's digest names."""
 MEMBERS, CHECKPOINTS = "members", "checkpoints"
 EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART = "evaluation", "interpretation", "classes"
 PROBING_PART = "probing"

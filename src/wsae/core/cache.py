@@ -57,9 +57,24 @@ def cached(part: str, key: str, make: Callable[[Path], None]) -> Path:
     try:
         return _entry(_own_folder(part), key, make)
     except OSError as error:
-        what = error.strerror or str(error)
-        reason = f"{error.filename}: {what}" if error.filename else what
+        reason = _told(error)
     return cached_privately(part, key, make, reason)
+
+
+def kept(part: str, key: str) -> Path:
+    """Return the path of what its user goes on writing to, in the cache's folder `part`; made and checked by others.
+
+    Raises OSError where not even a temporary folder can be written.
+    """
+    try:
+        return _own_folder(part) / key
+    except OSError as error:
+        return _private_folder(_told(error)) / f"{part}-{key}"
+
+
+def _told(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 def cached_privately(part: str, key: str, make: Callable[[Path], None], reason: str) -> Path:

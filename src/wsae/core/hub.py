@@ -140,27 +140,39 @@ def local_folder(place: Path | str) -> Path:
     there = hub_place(place)
     if there is None:
         return Path(place)
+    wanted, unwanted = there.patterns
+    root = snapshot(there.repo, wanted, unwanted, there.revision, str(place))
+    folder = root / there.subfolder
+    if not folder.is_dir():
+        raise UserError(f"{place}: no folder {there.subfolder!r} with an SAE in {there.repo}")
+    return folder
+
+
+def snapshot(
+    repo: str, wanted: list[str], unwanted: list[str], revision: str | None, place: str
+) -> Path:
+    """Return the folder of a repository in the hub library's cache, files of these names fetched into it.
+
+    Raises UserError naming `place` when the repository is not there, or cannot be reached and is not in the cache.
+    """
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise UserError(f"{place}: needs the extra hub (pip install 'wsae[hub]')") from error
-    wanted, unwanted = there.patterns
     try:
         with quiet_hub():
-            root = snapshot_download(
-                there.repo,
-                revision=there.revision,
-                allow_patterns=wanted,
-                ignore_patterns=unwanted,
-                token=os.environ.get("HF_TOKEN") or False,
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=wanted,
+                    ignore_patterns=unwanted,
+                    token=os.environ.get("HF_TOKEN") or False,
+                )
             )
     except LocalEntryNotFoundError as error:
         raise UserError(f"{place}: the hub cannot be reached and it is not in the cache") from error
     except hub_errors() as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{place}: not to be had from the hub ({reason})") from error
-    folder = Path(root, there.subfolder)
-    if not folder.is_dir():
-        raise UserError(f"{place}: no folder {there.subfolder!r} with an SAE in {there.repo}")
-    return folder

@@ -69,9 +69,15 @@ def _loaded(path: Path, otherwise: str, mapped: bool) -> object:
 
 def save_state(path: Path, state: dict[str, Tensor]) -> None:
     """Write a plain dict of tensors as `torch.save` does, atomically."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_plain(
+        path, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    )
+
+
+def save_plain(path: Path, value: object) -> None:
+    """Write tensors on the CPU, numbers, text, and dicts and lists of these as `torch.save` does, atomically."""
     with writing(path) as temporary, temporary.open("wb") as file:
-        torch.save(plain, file)  # by a name, the archive would hold it: other bytes every time
+        torch.save(value, file)  # by a name, the archive would hold it: other bytes every time
 
 
 def _check_zip(path: Path) -> None:

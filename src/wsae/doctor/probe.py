@@ -4,14 +4,13 @@ import itertools
 import time
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from wsae.acts.capture import Capture
 from wsae.acts.config import HarvestConfig
-from wsae.acts.flow import KEPT, SkipRule
+from wsae.acts.flow import KEPT, SkipRule, stacked
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.language import LanguageModel
 from wsae.acts.text import Packer, Repeats, TextCounts, documents, is_heldout, told
@@ -252,8 +251,8 @@ def probe_model(
     batch = list(itertools.islice(packer.sequences(), n_seqs))
     if not batch:
         raise UserError(f"text {cfg.text.path}: no text for training in it; give more documents")
-    ids = torch.from_numpy(np.stack([s.ids for s in batch])).long()
-    mask = torch.arange(ids.shape[1]) < torch.tensor([s.length for s in batch])[:, None]
+    ids, positions, said = stacked(batch)
+    mask = positions >= 0
     capture = Capture(language.model, hooks)
     where = language.device
     capture(ids[:1].to(where), mask[:1].to(where))  # the first pass pays for set-up
@@ -263,7 +262,7 @@ def probe_model(
     }
     speed = ids.numel() / (time.perf_counter() - start)
     rule = SkipRule(cfg, language.tokenizer.all_special_ids)
-    reasons = rule.by_token(ids, mask).flatten()
+    reasons = rule.by_token(ids, positions, said).flatten()
     norms = {hook: value.flatten(0, 1).norm(dim=1).nan_to_num(0.0) for hook, value in x.items()}
     rule.calibrate(norms, reasons)
     return Probe(x, (rule.by_norm(norms, reasons) == KEPT).view(ids.shape), speed)

@@ -13,7 +13,7 @@ from wsae.acts.capture import Capture, tokens
 from wsae.acts.config import HarvestConfig
 from wsae.acts.hookpoints import SEES_LATER, HookPoint, Probed
 from wsae.acts.hookpoints import probe as probe_hooks
-from wsae.acts.language import LanguageModel, load_language, locate
+from wsae.acts.language import LanguageModel, language_for, locate
 from wsae.acts.source import StoreSource, open_source
 from wsae.acts.store import Store
 from wsae.acts.text import told
@@ -95,7 +95,7 @@ def check_costs(
 def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list[Check]:
     """Load the model, run a few sequences and a few training steps."""
     checks = [cost.check_versions(), cost.check_device(cfg.device)]
-    language = load_language(harvest.model, harvest.dtype, cfg.device)
+    language = language_for(harvest, cfg.device)
     tick(1)
     lacking = named(language.not_loaded)
     checks += [_check_weights(lacking, "a hook or a prediction that depends on them is refused")]
@@ -162,7 +162,7 @@ def compare_rows(store: Store, device: str) -> list[Check]:
     except UserError as error:
         return [Check(ROWS_AGAINST, "warn", f"not compared: {error}", advice)]
     try:
-        language = load_language(cfg.model, cfg.dtype, device)
+        language = language_for(cfg, device)
         probed = probe_hooks(language.model, list(store.hooks), tokens(cfg.seq_len))
     except UserError as error:
         if isinstance(place, Path):
@@ -178,7 +178,7 @@ def examine_live(harvest: object, device: str) -> list[Check]:
     """Probe the hooks of a run that was trained straight from a model."""
     try:
         cfg = HarvestConfig.parse({**dict(harvest or {}), "device": device}, where="run")  # pyright: ignore
-        language = load_language(cfg.model, cfg.dtype, device)
+        language = language_for(cfg, device)
         return check_probed(
             probe_hooks(language.model, cfg.hooks, tokens(cfg.seq_len)), cfg.seq_len
         )

@@ -3,11 +3,13 @@
 Arrays in, numbers out: nothing here reads a model. Differences are a - b on the same held-out data.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from wsae.acts.hooknames import among
 from wsae.core.artifact import EVALUATION, PROBING_PART
 from wsae.core.errors import UserError, understood
 from wsae.evals.config import EvalConfig
@@ -23,7 +25,7 @@ from wsae.evals.intervals import (
     paired_difference,
     unpaired_difference,
 )
-from wsae.run import ARRAYS, EVALUATION_PART, Json, Run
+from wsae.run import ARRAYS, EVALUATION_PART, SINGLE, Json, Run
 
 Arrays = dict[str, np.ndarray]
 """One member's arrays by name (`arrays.safetensors` without the hook and member prefix)."""
@@ -172,9 +174,9 @@ class Evaluated(NamedTuple):
 def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: B008  (frozen)
     """Return {"runs", "hooks": {hook: [comparison, ...]}, "matching", "probing", "glossary"}, intervals from `cfg`.
 
-    One run: each weighted member against its plain twin. Several: also each run's members against those of the
-    same name in the first run. Raises UserError when a run has no evaluation, two runs share no hook and member,
-    or they were evaluated on different held-out data.
+    One run: each weighted member against its plain twin. Several: also each run's members against those of the same
+    name in the first run, and one SAE alone against all of a run's. Raises UserError when a run has no evaluation, two
+    runs share no hook and member, or they were evaluated on different held-out data.
     """
     if not runs:
         raise UserError("name at least one run directory to compare")
@@ -253,25 +255,33 @@ def _class_by_class(sides: list[tuple[str, Json]], cfg: EvalConfig) -> list[Comp
 
 
 def _between(a: Evaluated, b: Evaluated, cfg: EvalConfig) -> dict[str, list[Comparison]]:
+    """Return the differences of a's members from those of the same name in b; one SAE alone is compared with all."""
     shared = {
-        hook: [m for m in a.arrays[hook] if m in b.arrays[hook] and m != CONTROL]
+        hook: there
         for hook in a.arrays
-        if hook in b.arrays
+        if (there := among(hook, b.arrays)) and _pairs(a.arrays[hook], b.arrays[there])
     }
-    if not any(shared.values()):
+    if not shared:
         raise UserError(f"{a.label} and {b.label} share no hook with a member of the same name")
     out: dict[str, list[Comparison]] = {}
-    for hook, members in shared.items():
-        if a.data[hook] != b.data[hook]:
+    for hook, there in shared.items():
+        if a.data[hook] != b.data[there]:
             raise UserError(
                 f"{a.label} and {b.label} were evaluated on different held-out data at {hook} "
-                f"(digests {a.data[hook][:12]} and {b.data[hook][:12]}); evaluate both on the same data"
+                f"(digests {a.data[hook][:12]} and {b.data[there][:12]}); evaluate both on the same data"
             )
         out[hook] = []
-        for member in members:
-            left, right = a.side(hook, member), b.side(hook, member)
+        for mine, other in _pairs(a.arrays[hook], b.arrays[there]):
+            left, right = a.side(hook, mine), b.side(there, other)
             out[hook] += compare_members(left, across_runs(right, left), cfg)
     return out
+
+
+def _pairs(a: Iterable[str], b: Iterable[str]) -> list[list[str]]:
+    """Return which members of two runs at one hook are compared."""
+    mine, others = ([name for name in names if name != CONTROL] for names in (a, b))
+    alone = SINGLE in (*mine, *others)
+    return [[m, o] for m in mine for o in others if m == o or alone]
 
 
 def read_evaluation(run: Path) -> Evaluated:

@@ -1,7 +1,7 @@
-"""Where sampled latents fire most: streaming top contexts per latent, each from another sequence.
+"""Where latents fire: streaming contexts of every latent, the strongest of each sequence and random firings.
 
-Only the entries of sequences that may still be shown are kept, so memory depends on latents x contexts x sequence
-length, not on the number of tokens. Rows arrive sequence by sequence (the order `heldout` promises).
+Of a context only the firings in reach of its window are kept, so memory depends on latents x contexts, not on the
+number of tokens. Rows arrive sequence by sequence (the order `heldout` promises).
 """
 
 from collections.abc import Callable
@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int16, Int64
 from torch import Tensor
 
-from wsae.core.seeds import seed_for
+from wsae.acts.tokens import REACH
+from wsae.core.seeds import mix64, seed_for
 from wsae.evals.latents import Entries
 
 BEFORE = 2 / 3
@@ -65,20 +66,97 @@ def places(groups: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     return np.arange(len(groups)) - np.searchsorted(groups, groups)
 
 
-class TopContexts:
-    """Running top contexts of some latents of one member: their firings in the sequences that may still be shown.
+class Wanted(NamedTuple):
+    """What is kept of each latent: its strongest firings, each from another sequence, and firings drawn at random."""
 
-    `wsae.evals.interpret.collect` keeps the strongest and random windows of fixed width in arrays of fixed size. Here
-    whole sequences of unknown length are kept, as sparse as their firings: as rows of such arrays they would need
-    latents x contexts x sequence length, and a row a sequence where there is no text.
+    strongest: int
+    width: int
+    """Tokens of a window: what fires in its reach is kept."""
+    random: int = 0
+    seed: int = 0
+
+
+class Kept(NamedTuple):
+    """Contexts of many latents, by latent and in the text's order: where each peaks, and what fires around it.
+
+    Context i owns `size[i]` entries of `offset` (from the peak) and `act`, in the order of the contexts.
     """
 
-    def __init__(self, latents: Int64[Tensor, " latents"], d_sae: int, n_contexts: int) -> None:
-        self.latents = latents
-        self.n_contexts = n_contexts
+    latent: Int64[np.ndarray, " n"]
+    seq: Int64[np.ndarray, " n"]
+    pos: Int64[np.ndarray, " n"]
+    value: Float32[np.ndarray, " n"]
+    draw: Int64[np.ndarray, " n"]
+    """A hash of seed and place: the smallest of a latent are its random firings."""
+    best: Bool[np.ndarray, " n"]
+    """Whether it is the strongest firing of its sequence."""
+    top: Bool[np.ndarray, " n"]
+    random: Bool[np.ndarray, " n"]
+    size: Int64[np.ndarray, " n"]
+    offset: Int16[np.ndarray, " entries"]
+    act: Float32[np.ndarray, " entries"]
+
+    def take(self, rows: Int64[np.ndarray, " m"]) -> "Kept":
+        """Return the contexts at `rows`."""
+        inside = spans_of((np.cumsum(self.size) - self.size)[rows], self.size[rows])
+        columns = (column[rows] for column in self[:-2])
+        return Kept._make((*columns, self.offset[inside], self.act[inside]))
+
+    def contexts(self) -> list["Context"]:
+        """Return each as an object."""
+        ends = np.cumsum(self.size)
+        out = []
+        columns = (self.seq.tolist(), self.pos.tolist(), self.value.tolist(), self.size.tolist())
+        for seq, pos, value, count, end in zip(*columns, ends.tolist(), strict=True):
+            part = slice(end - count, end)
+            places = (self.offset[part].astype(np.int64) + pos).tolist()
+            acts = dict(zip(places, self.act[part].tolist(), strict=True))
+            out.append(Context(seq, pos, value, acts))
+        return out
+
+
+_FLAGS = np.zeros(0, dtype=bool)
+_KEPT = Kept(
+    *(_NONE, _NONE, _NONE, _NONE.astype(np.float32), _NONE, _FLAGS, _FLAGS, _FLAGS, _NONE),
+    *(_NONE.astype(np.int16), _NONE.astype(np.float32)),
+)
+CHUNK = 1 << 19
+"""Firings gathered before they are looked at."""
+
+
+def spans_of(
+    starts: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]
+) -> Int64[np.ndarray, " total"]:
+    """Return start, start + 1, ... for each of some spans, one after the other."""
+    return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+
+
+def kept_bytes(wanted: Wanted, latents: int) -> int:
+    """Return about what the contexts of so many latents hold in memory, whatever the number of tokens."""
+    return int(latents * (wanted.strongest + wanted.random) * (1 + SLACK) * (52 + 6 * 4))
+
+
+SLACK = 0.5
+"""Room for new contexts beside the kept ones: more needs more memory and less time."""
+
+
+class TopContexts:
+    """Running contexts of some latents of one member; the result does not depend on how the rows were split.
+
+    A firing is looked at twice: is it above the weakest of its latent's strongest, is its draw below the largest of its
+    latent's random ones? Few are, and only these are ranked.
+    """
+
+    def __init__(self, latents: Int64[Tensor, " latents"], d_sae: int, wanted: Wanted) -> None:
+        self.latents, self.wanted = latents, wanted
+        self.sequences: Int64[np.ndarray, " d_sae"] = np.zeros(d_sae, dtype=np.int64)
+        """In how many sequences each of them fires."""
         self._is_shown = torch.zeros(d_sae, dtype=torch.bool)
         self._is_shown[latents] = True
-        self._firings = NO_FIRINGS
+        self._open: list[Firings] = []
+        self._kept, self._sorted = _KEPT, 0
+        self._floor = np.zeros(d_sae, dtype=np.float32)
+        self._ceiling = np.full(d_sae, 1 << 32 if wanted.random else 0)
 
     def update(
         self, entries: Entries, seq: Int64[Tensor, " batch"], pos: Int64[Tensor, " batch"]
@@ -89,48 +167,110 @@ class TopContexts:
         shown = self._is_shown[entries.indices]
         rows = entries.rows[shown]
         columns = (entries.indices[shown], seq[rows], pos[rows], entries.values[shown].float())
-        new = Firings(*(column.numpy() for column in columns))
-        firings = Firings.join(self._firings, new)
-        best, stride = self._best(firings), int(firings.window.max(initial=0)) + 1
-        among = np.isin(_key(firings, stride), _key(best, stride))
-        self._firings = firings.take((firings.window == int(seq[-1])) | among)
+        self._open.append(Firings(*(column.numpy() for column in columns)))
+        if sum(len(part.latent) for part in self._open) >= CHUNK:
+            firings = Firings.join(*self._open)
+            rest = firings.window == int(seq[-1])
+            self._open = [firings.take(rest)]
+            self._add(firings.take(~rest))
 
-    def _best(self, firings: Firings) -> Firings:
-        """Return the strongest firing of each shown (latent, sequence), strongest first within a latent.
+    def _add(self, firings: Firings) -> None:
+        """Look at the firings of some whole sequences."""
+        if not len(firings.latent):
+            return
+        number = np.cumsum(np.diff(firings.window, prepend=firings.window[0]) != 0)
+        order = torch.from_numpy(firings.latent).argsort(stable=True).numpy()
+        latent, seq, pos, value = firings = firings.take(order)
+        reach = self.wanted.width - 1
+        span = int(pos.max()) + reach + 2
+        group = latent * (int(number[-1]) + 1) + number[order]
+        where = group * span + pos  # ascends; more than `reach` lies between two sequences
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        self.sequences += np.bincount(latent[starts], minlength=len(self.sequences))
+        peak = np.repeat(np.maximum.reduceat(value, starts), np.diff(starts, append=len(group)))
+        high = np.flatnonzero(value == peak)
+        best = np.zeros(len(group), dtype=bool)
+        best[high[np.diff(group[high], prepend=-1) != 0]] = True
+        place = (seq.astype(np.uint64) << np.uint64(32)) | pos.astype(np.uint64)
+        draw = (mix64(place, self.wanted.seed) >> np.uint64(32)).astype(np.int64)
+        enters = (best & (value > self._floor[latent])) | (draw < self._ceiling[latent])
+        at = np.flatnonzero(enters)
+        first = np.searchsorted(where, where[at] - reach)
+        count = np.searchsorted(where, where[at] + reach, side="right") - first
+        inside = spans_of(first, count)
+        offset = (pos[inside] - np.repeat(pos[at], count)).astype(np.int16)
+        no = np.zeros(len(at), dtype=bool)
+        columns = (*firings.take(at), draw[at], best[at], no, no, count, offset, value[inside])
+        pairs = zip(self._kept, columns, strict=True)
+        self._kept = Kept(*(np.concatenate(pair) for pair in pairs))
+        if len(self._kept.latent) > (1 + SLACK) * self._sorted:
+            self._prune()
 
-        Ties go to the earlier sequence and position, so the result does not depend on how rows were split.
+    def _prune(self) -> None:
+        """Drop what is among neither the strongest nor the random of its latent, and renew what is asked of others."""
+        kept = self._kept
+        bits = kept.value.view(np.int32).astype(np.int64)
+        best = np.flatnonzero(kept.best)
+        top, last = self._first(best, (1 << 31) - bits[best], self.wanted.strongest)
+        self._floor[kept.latent[last]] = kept.value[last]
+        rows = np.arange(len(kept.latent))
+        random, last = self._first(rows, kept.draw, self.wanted.random)
+        self._ceiling[kept.latent[last]] = kept.draw[last]
+        stays = np.flatnonzero(top | random)
+        stays = stays[torch.from_numpy(kept.latent[stays]).argsort(stable=True).numpy()]
+        self._kept = kept._replace(top=top, random=random).take(stays)
+        self._sorted = len(stays)
+
+    def _first(
+        self, rows: Int64[np.ndarray, " n"], key: Int64[np.ndarray, " n"], n: int
+    ) -> "Ranked":
+        """Return which contexts are among the n of smallest key of their latent, and each full latent's n-th.
+
+        Ties go to the earlier place in the text: contexts lie in its order within a latent.
         """
-        latent, seq, pos, value = firings
-        firings = firings.take(np.lexsort((pos, -value, seq, latent)))
-        first = np.ones(len(seq), dtype=bool)
-        first[1:] = (np.diff(firings.latent) != 0) | (np.diff(firings.window) != 0)
-        peaks = firings.take(first)
-        peaks = peaks.take(np.lexsort((peaks.window, -peaks.value, peaks.latent)))
-        return peaks.take(places(peaks.latent) < self.n_contexts)
+        chosen = np.zeros(len(self._kept.latent), dtype=bool)
+        latent = self._kept.latent[rows]
+        order = torch.from_numpy(latent << 32 | key).argsort(stable=True).numpy()
+        rank = places(latent[order])
+        chosen[rows[order[rank < n]]] = True
+        return Ranked(chosen, rows[order[rank == n - 1]])
+
+    def kept(self) -> Kept:
+        """Return the contexts of all latents, when all rows have gone by."""
+        if self._open:
+            self._add(Firings.join(*self._open))
+            self._open = []
+        self._prune()
+        return self._kept
 
     def result(self) -> dict[int, list["Context"]]:
-        """Return each latent's contexts, strongest first: the peak and every activation in its sequence."""
-        latent, seq, pos, _ = self._firings
-        firings = self._firings.take(np.lexsort((pos, seq, latent)))
-        stride = int(seq.max(initial=0)) + 1
-        order = _key(firings, stride)
+        """Return each latent's strongest contexts, strongest first: the peak and every activation in its reach."""
+        kept = self.kept()
+        rows = np.flatnonzero(kept.top)
+        rows = rows[np.lexsort((-kept.value[rows], kept.latent[rows]))]
         out: dict[int, list[Context]] = {int(latent): [] for latent in self.latents}
-        for peak in zip(*self._best(self._firings), strict=True):
-            latent, seq, pos, value = peak
-            key = latent * stride + seq
-            span = slice(*np.searchsorted(order, [key, key + 1]))
-            inside = zip(firings.offset[span].tolist(), firings.value[span].tolist(), strict=True)
-            out[int(latent)].append(Context(int(seq), int(pos), float(value), dict(inside)))
+        for latent, found in zip(
+            kept.latent[rows].tolist(), kept.take(rows).contexts(), strict=True
+        ):
+            out[latent].append(found)
         return out
 
 
-def _key(firings: Firings, stride: int) -> Int64[np.ndarray, " n"]:
-    """Return one number per (latent, sequence), in that order."""
-    return firings.latent * stride + firings.window
+class Ranked(NamedTuple):
+    """Which contexts are among the first of their latent, and each full latent's last of these."""
+
+    chosen: Bool[np.ndarray, " contexts"]
+    last: Int64[np.ndarray, " latents"]
+
+
+def span_of(pos: int, length: int, width: int) -> slice:
+    """Return the window around a place in a sequence: more of it lies before the place, none outside."""
+    start = max(0, min(pos - int(width * BEFORE), length - width))
+    return slice(start, min(length, start + width))
 
 
 class Context(NamedTuple):
-    """One sequence in which a latent fires: where it peaks, and its activation by position."""
+    """One place where a latent fires: its activation there, and by position in reach."""
 
     seq: int
     pos: int
@@ -144,10 +284,12 @@ class Context(NamedTuple):
 
         `decode` (ids, part) -> texts of the part (`TokenTable.decode`).
         """
-        start = max(0, min(self.pos - int(width * BEFORE), len(ids) - width))
-        stop = min(len(ids), start + width)
+        part = span_of(self.pos, len(ids), width)
+        start, stop = part.start, part.stop
+        first = max(0, start - REACH)
+        shown = ids[first : stop + REACH].tolist()
         return {
-            "tokens": decode(ids.tolist(), slice(start, stop)),
+            "tokens": decode(shown, slice(start - first, stop - first)),
             "acts": [float(f"{self.acts.get(p, 0.0):.4g}") for p in range(start, stop)],
             "peak": self.pos - start,
             "seq": self.seq,

@@ -5,15 +5,13 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 
 CONTROL = "control-random"
 """Name of the untrained member in results."""
 
 
-def random_control(
-    like: SparseAutoencoder, mean: Float64[Tensor, " d_in"], l0: float, seed: int
-) -> SparseAutoencoder:
+def random_control(like: SAE, mean: Float64[Tensor, " d_in"], l0: float, seed: int) -> SAE:
     """Return an untied Top-k SAE: random unit decoder rows, encoder = transpose, b_dec = held-out mean, k = L0.
 
     Its seed is another than any member's start, so it shares no direction with them. No order of activations depends on
@@ -21,7 +19,7 @@ def random_control(
     """
     k = min(max(1, round(l0)), like.cfg.d_sae)
     cfg = SAEConfig(d_in=like.cfg.d_in, d_sae=like.cfg.d_sae, activation=TopK(k=k))
-    control = SparseAutoencoder(cfg, seed=seed_for(seed, "evals", CONTROL))
+    control = SAE(cfg, seed=seed_for(seed, "evals", CONTROL))
     assert control.b_dec is not None
     with torch.no_grad():
         control.b_dec.copy_(mean)
@@ -32,7 +30,7 @@ FITTED_ROWS = 4096
 """Rows that set the control's scale: one number, which they give to a part in a thousand."""
 
 
-def fit_scale(control: SparseAutoencoder, rows: Float[Tensor, "rows d_in"]) -> float:
+def fit_scale(control: SAE, rows: Float[Tensor, "rows d_in"]) -> float:
     """Scale the encoder so that the squared error on the rows is least, and return the factor s.
 
     With codes z and y = x_hat - b_dec at the old scale, s = sum (x - b_dec) . y / sum |y|^2 >= 0, because the code of

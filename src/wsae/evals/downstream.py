@@ -10,22 +10,22 @@ forward pass first; a model that does not take it runs once per variant.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.acts.capture import replaced, rows_of, with_rows
+from wsae.acts.capture import Call, splice
 from wsae.acts.hookpoints import HookPoint, Probed
-from wsae.acts.loading import refuse_without_logits
+from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.data import Language
 from wsae.evals.measure import HeldOutPositions
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 
 Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_in"]]
 """What to put in place of the kept activations (fp32 in, fp32 out)."""
@@ -113,7 +113,7 @@ def _losses(
     at_once: int,
 ) -> Float64[Tensor, "2 variants_and_clean"]:
     """Return [cross-entropy; KL from the clean pass] of one sequence, untouched and under each variant."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids, kept = sequence.ids.to(device), sequence.kept.to(device)
     scored = sequence.target[1:].nonzero()[:, 0].to(device)
     targets = ids[scored + 1]
@@ -152,16 +152,16 @@ def run_variants(
 ) -> Float[Tensor, "variants length vocabulary"]:
     """Return the logits with each variant in place at `kept` of the hook's rows; None leaves them untouched."""
 
-    def swap(value: Any) -> Any:
-        hidden = rows_of(hook, value, (1, len(ids)))
+    def widened(hidden: Float[Tensor, "1 length d_in"], _call: Call) -> Tensor:
         wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
-        x = hidden[0, kept].float()
+        at = kept.to(hidden.device)
+        x = hidden[0, at].float()
         for row, replace in zip(wide, variants, strict=True):
             if replace is not None:
-                row[kept] = replace(x).to(row)
-        return with_rows(hook, value, wide)
+                row[at] = replace(x).to(row)
+        return wide
 
-    with replaced(model, hook, swap):
+    with splice(model, hook, widened):
         logits = model(input_ids=ids[None], use_cache=False).logits
     if len(logits) != len(variants):
         raise RuntimeError("the hooked module's output does not reach the logits by batch row")
@@ -170,7 +170,7 @@ def run_variants(
 
 def _shared_vocabulary(model: nn.Module, hook: HookPoint, ids: Int64[Tensor, " length"]) -> int:
     """Return the number of logits per token, or 0 when rows made at the hook do not give a plain pass's logits."""
-    ids = ids[:_PROBE_TOKENS].to(next(model.parameters()).device)
+    ids = ids[:_PROBE_TOKENS].to(input_device(model))
     plain = model(input_ids=ids[None], use_cache=False).logits
     kept = torch.zeros_like(ids, dtype=torch.bool)
     try:
@@ -196,7 +196,7 @@ def splice_sequences(tokens: TokenTable, cfg: EvalConfig) -> list[int]:
 def splice_arrays(
     language: Language,
     probed: Probed,
-    saes: dict[str, SparseAutoencoder],
+    saes: dict[str, SAE],
     mean: Float64[Tensor, " d_in"],
     sequences: list[SplicedSequence],
     cfg: EvalConfig,
@@ -208,7 +208,7 @@ def splice_arrays(
     later tokens there is no cross-entropy of the next token, which it reads; only KL.
     """
 
-    def reconstruction(sae: SparseAutoencoder) -> Replace:
+    def reconstruction(sae: SAE) -> Replace:
         return lambda x: sae(x.to(sae.W_dec.device)).to(x.device)
 
     constant = mean.float()

@@ -22,13 +22,13 @@ from wsae.acts.source import HeldoutRows
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
-from wsae.evals.contexts import TopContexts, sample_latents
+from wsae.evals.contexts import TopContexts, Wanted, sample_latents
 from wsae.evals.control import CONTROL, FITTED_ROWS, fit_scale, random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries, LatentActivity, decoder_max_cosine
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.kernels import SparseCode
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.encoding import Encoder
 from wsae.sae.loss import Weights, dimension_weights, weigh
 from wsae.stats.moments import Moments
@@ -61,7 +61,7 @@ class SequenceSums:
 class Survey:
     """First pass over one hook: held-out moments, and each member's latent activity."""
 
-    def __init__(self, hook: str, saes: dict[str, SparseAutoencoder], d_in: int) -> None:
+    def __init__(self, hook: str, saes: dict[str, SAE], d_in: int) -> None:
         for name, sae in saes.items():
             check_width(f"{hook}/{name}", sae.cfg.d_in, d_in)
         self.hook = hook
@@ -170,7 +170,7 @@ def ev_per_dim(
 class EvaluatedSaes:
     """The members trained on one hook, the plain twin of each weighted one, and what results say of a member."""
 
-    saes: dict[str, SparseAutoencoder]
+    saes: dict[str, SAE]
     twins: dict[str, str] = field(default_factory=dict)
     """member -> name of the member it is matched and compared with."""
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -332,6 +332,7 @@ class _MeasuringPass:
     def _contexts(self) -> dict[str, TopContexts]:
         """Choose latents of each member by density, and add to each twin those matched with them."""
         hook, cfg = self.survey.hook, self.cfg
+        sizes = Wanted(cfg.n_contexts, cfg.window_tokens)
         chosen = {
             name: sample_latents(activity.density, cfg.n_latents, cfg.seed, hook, name)
             for name, activity in self.survey.activity.items()
@@ -341,7 +342,7 @@ class _MeasuringPass:
             partners = self.matching[member].index[chosen[member]]
             wanted[twin].append(partners[partners >= 0])
         return {
-            name: TopContexts(torch.cat(parts).unique(), self.saes[name].cfg.d_sae, cfg.n_contexts)
+            name: TopContexts(torch.cat(parts).unique(), self.saes[name].cfg.d_sae, sizes)
             for name, parts in wanted.items()
         }
 

@@ -19,7 +19,7 @@ from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.evals.config import RecoveryConfig
 from wsae.evals.glossary import RECOVERY
-from wsae.sae import GroupTopK, ReLU, SparseAutoencoder, TopK
+from wsae.sae import SAE, GroupTopK, ReLU, TopK
 
 Scores = dict[str, float]
 Matrix = object
@@ -395,9 +395,7 @@ class Isolated(NamedTuple):
 
 
 @torch.no_grad()
-def isolated(
-    truth: GroundTruth, W_p: Float64[Tensor, "d_in n"], sae: SparseAutoencoder
-) -> Isolated:
+def isolated(truth: GroundTruth, W_p: Float64[Tensor, "d_in n"], sae: SAE) -> Isolated:
     """Return M and R of an SAE: in closed form where its encoder is homogeneous, else by encoding."""
     dtype, device = sae.W_dec.dtype, sae.W_dec.device
     if is_homogeneous(sae):
@@ -406,7 +404,7 @@ def isolated(
     return isolated_encoded(truth, W_p, lambda x: sae.encode(x.to(device, dtype)))
 
 
-def is_homogeneous(sae: SparseAutoencoder) -> bool:
+def is_homogeneous(sae: SAE) -> bool:
     """Return whether h(c v) = c h(v) for every c > 0: no bias, no threshold."""
     biases = sae.biases
     free = biases is None or not any(bool(bias.any()) for bias in biases)
@@ -573,7 +571,7 @@ class Recovery:
 @own_settings()
 @torch.no_grad()
 def recovery(
-    sae: SparseAutoencoder,
+    sae: SAE,
     features: Matrix,
     acts: Matrix,
     W_p: Matrix | None = None,
@@ -586,10 +584,8 @@ def recovery(
     UserError for shapes that do not fit, values that are not finite, negative features, or features without signal.
     """
     cfg = RecoveryConfig.parse(dict(options), where="recovery")
-    if not isinstance(sae, SparseAutoencoder):
-        raise UserError(
-            f"recovery: given {type(sae).__name__} in place of an SAE; SparseAutoencoder.load(path)"
-        )
+    if not isinstance(sae, SAE):
+        raise UserError(f"recovery: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
     truth = ground_truth(features, acts, W_p)
     if truth.acts is None:
         raise UserError(

@@ -40,7 +40,7 @@ from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
 from wsae.run import SINGLE, Run
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.train.config import MemberConfig, TrainConfig
 
 Show = Callable[[Context], Json]
@@ -189,7 +189,7 @@ def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json
 
 @own_settings()
 def evaluate(
-    sae: SparseAutoencoder,
+    sae: SAE,
     acts: object,
     cfg: EvalConfig = EvalConfig(n_latents=0),  # noqa: B008  (frozen)
     progress: Progress = quiet,
@@ -200,10 +200,8 @@ def evaluate(
     used; or a store (or its path) or another source with one hook, of which the held-out rows are. Formulas:
     `wsae.evals.glossary`. Raises UserError for another width, NaN, infinity, or no rows.
     """
-    if not isinstance(sae, SparseAutoencoder):
-        raise UserError(
-            f"evaluate: given {type(sae).__name__} in place of an SAE; SparseAutoencoder.load(path)"
-        )
+    if not isinstance(sae, SAE):
+        raise UserError(f"evaluate: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
     path = as_path(acts)
     if path is not None and path.is_dir() and not is_folder_of_arrays(path):
         source: HeldOut = open_source(path)

@@ -15,7 +15,7 @@ from wsae.core.version import __version__
 from wsae.interop.config import INDEX
 from wsae.interop.runs import Chosen
 from wsae.sae.config import Provenance
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", flags=re.ASCII)
 
@@ -82,7 +82,7 @@ tags:
 
 ```python
 import wsae
-sae = wsae.SparseAutoencoder.load("{place}")
+sae = wsae.SAE.load("{place}")
 z = sae.encode(x)        # [batch, d_sae]
 x_hat = sae.decode(z)    # [batch, d_in]
 ```
@@ -124,7 +124,7 @@ def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
     abouts = {"" if len(chosen) == 1 else place: about for _, place, about in chosen}
     with replacing(out, "hub folder"):
         for (path, _, about), name in zip(chosen, abouts, strict=True):
-            sae = SparseAutoencoder.load(path)
+            sae = SAE.load(path)
             if name:
                 free(out / name, "sae", force=True)
             with unfinished(out / name, "sae"):

@@ -7,5 +7,5 @@ INDEX = "wsae.json"
 """The list of SAEs at the top of a shared folder."""
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 """What SAEs are written as, and read from."""
-SourceName = Literal[FormatName, "gemma_scope", "llama_scope", "torch"]
+SourceName = Literal[FormatName, "gemma_scope", "llama_scope", "llama_scope_r1", "torch"]
 """What SAEs are read from."""

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from wsae.core.artifact import (
+    CONFIG,
     MANIFEST,
     MEMBERS,
+    PROVENANCE,
     Manifest,
     begun,
     free,
@@ -23,24 +25,26 @@ from wsae.core.artifact import (
     write_manifest,
 )
 from wsae.core.errors import UserError, nearest
-from wsae.core.files import read_json
-from wsae.core.hub import local_folder
+from wsae.core.files import read_json, sha256_file
+from wsae.core.hub import local_folder, snapshot
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.config import FormatName, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
 from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
-from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, TORCH
-from wsae.interop.saelens import SAELENS
+from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, LLAMA_SCOPE_R1, TORCH, beside
+from wsae.interop.releases import LOADERS, Published, hub_model, named, published
+from wsae.interop.saelens import SAELENS, SCALER, as_registered
 from wsae.interop.sparsify import SPARSIFY
 from wsae.sae.config import Provenance, SAEConfig
-from wsae.sae.model import WEIGHTS, SparseAutoencoder
+from wsae.sae.model import SAE, WEIGHTS
 
 SIDE = "wsae.safetensors"
 """What an export holds that the other tool's files cannot, to the bit."""
 KINDS: dict[FormatName, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
 """What can be written, too."""
 READERS: dict[SourceName, Reader] = {
-    reader.name: reader for reader in (*KINDS.values(), GEMMA_SCOPE, LLAMA_SCOPE, TORCH)
+    reader.name: reader
+    for reader in (*KINDS.values(), GEMMA_SCOPE, LLAMA_SCOPE, LLAMA_SCOPE_R1, TORCH)
 }
 
 
@@ -64,7 +68,7 @@ def same(out: Path, kind: str, format: str, inputs: dict[str, str]) -> bool:
 class Loaded(NamedTuple):
     """An SAE, what is known about it, and the format it was read from ("wsae" for our own)."""
 
-    sae: SparseAutoencoder
+    sae: SAE
     about: Provenance
     format: str
 
@@ -79,7 +83,7 @@ def find(name: str, kinds: Mapping[Any, R]) -> R:
 
 
 def save(
-    sae: SparseAutoencoder,
+    sae: SAE,
     path: Path | str,
     format: str = "saelens",
     about: Provenance = Provenance(),  # noqa: B008  (frozen)
@@ -110,14 +114,16 @@ def save(
 
 
 def load(path: Path | str, format: str = "auto") -> Loaded:
-    """Read an SAE of any format here, or our own, from a folder, a file in one, or `hub:owner/name`.
+    """Read an SAE of any format here, or our own, from a folder, a file in one, `hub:owner/name` or `RELEASE:ID`.
 
     Raises UserError naming what is missing, damaged or without an equal here.
     """
+    if (found := named(path)) is not None:
+        return _released(found, fetched(found))
     place = _folder(local_folder(path))
     manifest = None if place.is_file() else _manifest(place)
     if manifest is not None and manifest.kind == "sae":
-        return Loaded(SparseAutoencoder.load(place), Provenance.of(place), "wsae")
+        return Loaded(SAE.load(place), Provenance.of(place), "wsae")
     kind = detect(place) if format == "auto" else find(format, READERS)
     foreign = kind.read(place)
     where = str(place)
@@ -134,6 +140,65 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     if not isinstance(told, dict):
         raise UserError(f"{place / MANIFEST}: lacks the provenance (altered); export it again")
     return Loaded(sae, Provenance.parse(told, where=str(place / MANIFEST)), kind.name)
+
+
+def from_pretrained(release: str, sae_id: str) -> Loaded:
+    """Read the SAE of a release (`wsae releases`); `release` may be a repository of the hub, `sae_id` a folder in it.
+
+    Raises UserError for unknown names, and as `load` does.
+    """
+    if "/" in release:
+        return load(f"hub:{release}/{sae_id}")
+    found = published(release, sae_id)
+    return _released(found, fetched(found))
+
+
+def fetched(found: Published) -> Path:
+    """Return the folder, or the file, of a published SAE, fetched from the hub; UserError where it cannot be had."""
+    kind, where = READERS[LOADERS[found.loader]], f"{found.release}:{found.sae_id}"
+    if kind is TORCH:
+        wanted = [found.path, str(beside(Path(found.path)))]
+    else:
+        wanted = [f"{found.path}/{name}" for name in (*kind.files, SCALER)]
+    root = snapshot(found.repo, wanted, [], None, where)
+    place = root / found.path
+    if not (place.is_file() if kind is TORCH else kind.detect(place)):
+        raise UserError(
+            f"{where}: {found.repo} has no such files, or the hub cannot be reached and they are not in the cache "
+            f"({', '.join(wanted[:3])})"
+        )
+    return place
+
+
+def _released(found: Published, place: Path) -> Loaded:
+    """Return a published SAE with what the registry says beside its files."""
+    kind, where = READERS[LOADERS[found.loader]], f"{found.release}:{found.sae_id}"
+    foreign = kind.read(place)
+    if kind is SAELENS:
+        foreign = as_registered(foreign, found.overrides, found.scale)
+    elif kind is TORCH:
+        foreign = foreign._replace(config={**foreign.config, "loader": found.loader})
+    elif foreign.scale is None:
+        foreign = foreign._replace(scale=found.scale)
+    sae, about = kind.sae(foreign, where), kind.about(foreign)
+    known = {
+        "model": about.model or hub_model(found.model),
+        "origin": {**about.origin, "release": found.release, "sae_id": found.sae_id},
+    }
+    return Loaded(sae, about.model_copy(update=known), kind.name)
+
+
+def identity(place: Path) -> dict[str, Any]:
+    """Return what decides what `load` makes of a folder or a file: where it lies, and the digest of each file."""
+    folder = _folder(place)
+    if folder.is_file():
+        files = [file for file in (folder, beside(folder)) if file.is_file()]
+    else:
+        names = {MANIFEST, SIDE, WEIGHTS, PROVENANCE, CONFIG, SCALER}
+        names |= {name for kind in READERS.values() for name in kind.files if name}
+        files = [folder / name for name in sorted(names) if (folder / name).is_file()]
+    digests = {str(file.relative_to(folder.parent)): sha256_file(file) for file in files}
+    return {"path": str(folder.absolute()), "files": digests}
 
 
 def readable(place: Path) -> bool:
@@ -191,7 +256,7 @@ def _manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder, "sae" if kind == "sae" else "export")
 
 
-def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAutoencoder:
+def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SAE:
     """Return the SAE an export was made from, bit for bit."""
     config: Any = manifest.config.get("sae")
     if not isinstance(config, dict) or SIDE not in manifest.files:
@@ -201,7 +266,7 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SparseAu
         raise UserError(
             f"{folder / MANIFEST}: its widths are not those of the weights; export it again"
         )
-    sae = SparseAutoencoder(cfg)
+    sae = SAE(cfg)
     side = load_tensors(folder / SIDE)
     wanted = {name: getattr(named, name) for name in sae.tensors() if name in _SHARED}
     sae.set_tensors({**wanted, **side}, str(folder / SIDE))

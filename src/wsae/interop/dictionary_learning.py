@@ -7,10 +7,13 @@
 | AutoEncoder         | ReLU(enc(x - bias)), norms folded when it is read | relu       |
 | AutoEncoderNew      | ReLU(enc(x)), decoder with a bias                 | relu       |
 | JumpReluAutoEncoder | x @ W_enc + b_enc above a threshold per latent    | jumprelu   |
+| GatedAutoEncoder    | magnitudes where a second path is above 0         | jumprelu   |
+| MatryoshkaBatchTopKSAE | as BatchTopKSAE; its groups act on training     | batch_topk |
 
 AutoEncoderTopK's `threshold` is off there unless asked for (`use_threshold=True`), so it is kept as provenance only.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from wsae.interop.format import (
     centred,
     check_keys,
     check_shapes,
+    gated,
     maybe,
     named,
     provenance,
@@ -39,19 +43,23 @@ from wsae.interop.format import (
     whole,
 )
 from wsae.sae.config import Provenance
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _TOPK = ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec")
 _PLAIN = ("encoder.weight", "decoder.weight", "encoder.bias", "bias")
 _NEW = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
 _JUMP = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_GATED = ("encoder.weight", "decoder.weight", "mag_bias", "decoder_bias", "gate_bias", "r_mag")
+_MATRYOSHKA = ("W_enc", "W_dec", "b_enc", "b_dec")
 _TENSORS = {
     "AutoEncoderTopK": _TOPK,
     "BatchTopKSAE": _TOPK,
     "AutoEncoder": _PLAIN,
     "AutoEncoderNew": _NEW,
     "JumpReluAutoEncoder": _JUMP,
+    "GatedAutoEncoder": _GATED,
+    "MatryoshkaBatchTopKSAE": _MATRYOSHKA,
 }
 _CLASSES = {
     "topk": ("AutoEncoderTopK", "TopKTrainer"),
@@ -61,6 +69,13 @@ _CLASSES = {
 }
 
 
+_SUBMODULE = re.compile(r"(?P<what>resid_post|mlp_out|attention_out)_layer_(?P<layer>\d+)")
+_PLACES = {
+    "resid_post": "hook_resid_post",
+    "mlp_out": "hook_mlp_out",
+    "attention_out": "hook_attn_out",
+}
+"""How its own script names the places of a model -> TransformerLens' words."""
 _TRAINING = """
     trainer_class wandb_name layer device seed lr steps warmup_steps decay_start resample_steps l1_penalty l0_penalty
     auxk_alpha top_k_aux threshold_beta threshold_start_step sparsity_warmup_steps lambda_warm_steps sparsity_penalty
@@ -98,8 +113,9 @@ def _rename(foreign: Foreign, where: str) -> NamedTensors:
     kind = trainer["dict_class"]
     tensors = dict(foreign.tensors)
     threshold = None
-    if _TENSORS[kind] is _TOPK:
+    if _TENSORS[kind] in (_TOPK, _MATRYOSHKA):
         tensors.pop("k", None)
+        tensors.pop("group_sizes", None)
         threshold = tensors.pop("threshold", torch.tensor(-1.0)).detach().float()
         threshold = threshold.reshape(()) if threshold.numel() == 1 else threshold
     parts = take(tensors, _TENSORS[kind], where)
@@ -107,6 +123,13 @@ def _rename(foreign: Foreign, where: str) -> NamedTensors:
         raise UserError(f"{where}: encoder or decoder of {kind} is not a matrix")
     if kind == "JumpReluAutoEncoder":
         weights = NamedTensors(*parts)
+    elif kind == "MatryoshkaBatchTopKSAE":
+        weights = NamedTensors(parts[0], parts[1], parts[2], parts[3], threshold)
+    elif kind == "GatedAutoEncoder":
+        rows, columns, bias, b_dec, gate, stretch = parts
+        if not gate.shape == stretch.shape == bias.shape:
+            raise UserError(f"{where}: gate_bias, mag_bias and r_mag are not one number per latent")
+        weights = gated(NamedTensors(rows.T, columns.T, bias, b_dec), gate, stretch)
     else:
         weights = NamedTensors(parts[0].T, parts[1].T, parts[2], parts[3], threshold)
     return check_shapes(weights, where, trainer.get("activation_dim"), trainer.get("dict_size"))
@@ -116,7 +139,11 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
     match _trainer(foreign, where)["dict_class"]:
         case "AutoEncoderTopK":
             return Meaning(weights, {"kind": "topk", "k": _k(foreign, where)})
-        case "BatchTopKSAE":  # its threshold -1 means "never set": every positive latent speaks
+        case "GatedAutoEncoder":
+            return Meaning(weights, {"kind": "jumprelu"})
+        case (
+            "BatchTopKSAE" | "MatryoshkaBatchTopKSAE"
+        ):  # its threshold -1 means "never set": every positive latent speaks
             return Meaning(weights, {"kind": "batch_topk", "k": _k(foreign, where)})
         case "AutoEncoder":
             norms = weights.W_dec.norm(dim=1)
@@ -151,10 +178,13 @@ def _about(foreign: Foreign) -> Provenance:
     keys = {"model": "lm_name", "hook": "submodule_name"}
     notes = check_keys(trainer, _KEYS, CONFIG)
     about = provenance("dictionary_learning", trainer | scalar, keys, notes)
-    return about.model_copy(update={"context": maybe(buffer, "ctx_len", int)})
+    known = {"context": maybe(buffer, "ctx_len", int)}
+    if place := _SUBMODULE.fullmatch(about.hook or ""):
+        known["hook"] = f"blocks.{place['layer']}.{_PLACES[place['what']]}"
+    return about.model_copy(update=known)
 
 
-def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
+def _pack(sae: SAE, about: Provenance) -> Foreign:
     activation = sae.cfg.activation
     if activation.kind not in _CLASSES:
         raise UserError(

@@ -17,8 +17,9 @@ from wsae.core.files import read_json, write_json
 from wsae.core.tensors import save_tensors
 from wsae.core.torchfile import save_state
 from wsae.interop.config import FormatName, SourceName
+from wsae.interop.releases import hub_model
 from wsae.sae.config import Provenance, SAEConfig
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What weights may be stored as; integers and 8-bit floats are quantised, with scales that lie elsewhere."""
@@ -75,6 +76,20 @@ def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> lis
                 f"{where}: tensor {name} is {kind} (quantised?); float16, bfloat16, float32 and float64 are read"
             )
     return [tensors[name].detach().float() for name in names]
+
+
+def gated(
+    weights: NamedTensors, gate: Float[Tensor, " d_sae"], stretch: Float[Tensor, " d_sae"]
+) -> NamedTensors:
+    """Return the JumpReLU that a gated SAE is: weights with b_enc as its magnitude bias, its gate bias and r_mag.
+
+    z = [a + gate > 0] relu(e a + b_enc) with a = x @ W_enc and e = exp(r_mag); with u = e a + b_enc the gate is open
+    where u > b_enc - e gate, so z = u [u > max(b_enc - e gate, 0)] (Rajamanoharan et al. 2024a, Section 3.3).
+    """
+    e, b = stretch.double().exp(), weights.b_enc.double()
+    return weights._replace(
+        W_enc=(weights.W_enc.double() * e).float(), threshold=(b - e * gate.double()).float()
+    )
 
 
 def check_shapes(
@@ -154,9 +169,9 @@ def unit_rows(weights: NamedTensors) -> NamedTensors:
     )
 
 
-def assemble(cfg: SAEConfig, weights: NamedTensors) -> SparseAutoencoder:
+def assemble(cfg: SAEConfig, weights: NamedTensors) -> SAE:
     """Return an SAE of ours with these weights, its thresholds where its kind has any, and gamma 1."""
-    sae = SparseAutoencoder(cfg)
+    sae = SAE(cfg)
     tensors = {name: getattr(weights, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     if weights.threshold is not None and cfg.activation.kind == "jumprelu":
         tensors["log_threshold"] = log_threshold(weights.threshold)
@@ -166,7 +181,7 @@ def assemble(cfg: SAEConfig, weights: NamedTensors) -> SparseAutoencoder:
     return sae
 
 
-def named(sae: SparseAutoencoder) -> NamedTensors:
+def named(sae: SAE) -> NamedTensors:
     """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T."""
     W_dec, W_enc = sae.W_dec.detach().float().cpu(), sae.W_enc.detach().float().cpu()
     m, d = W_dec.shape
@@ -183,7 +198,7 @@ def named(sae: SparseAutoencoder) -> NamedTensors:
     )
 
 
-def thresholds(sae: SparseAutoencoder) -> Tensor | None:
+def thresholds(sae: SAE) -> Tensor | None:
     """Return the threshold [d_sae] (JumpReLU) or [] (batch Top-k) that encoding compares with, in float32."""
     if sae.log_threshold is not None:
         return sae.log_threshold.detach().exp().float().cpu()
@@ -231,7 +246,7 @@ class Reader:
         """Return whether a folder holds this format's weights."""
         return any((path / name).is_file() for name in self.files[1:])
 
-    def sae(self, foreign: Foreign, where: str) -> SparseAutoencoder:
+    def sae(self, foreign: Foreign, where: str) -> SAE:
         """Return the SAE that files are of."""
         found = self.understand(foreign, self.rename(foreign, where), where)
         data = {**found.weights.widths, "activation": found.activation}
@@ -243,7 +258,7 @@ class Format(Reader):
     """One library's folder of one SAE, which can be written too: `pack` refuses what has no equal there."""
 
     name: FormatName
-    pack: Callable[[SparseAutoencoder, Provenance], Foreign]
+    pack: Callable[[SAE, Provenance], Foreign]
 
     def write(self, foreign: Foreign, path: Path) -> None:
         """Write the library's files."""
@@ -352,6 +367,8 @@ def provenance(
 ) -> Provenance:
     """Return what a config says under another tool's names: `keys` are ours -> theirs."""
     known = {name: maybe(data, key, _TYPES[name]) for name, key in keys.items()}
+    if known.get("model"):
+        known["model"] = hub_model(known["model"])
     return Provenance(**known, notes=tuple(notes), origin={"format": format, **plain(data)})
 
 

@@ -5,12 +5,17 @@
 | Gemma Scope     | params.npz                                         | JumpReLU(x @ W_enc + b_enc)              |
 | Gemma Scope 2   | params.safetensors, perhaps config.json            | the same                                 |
 | Llama Scope     | hyperparams.json, checkpoints/final.safetensors    | JumpReLU(s x @ W_enc + b_enc)            |
+| Llama Scope R1  | config.json, sae_weights.safetensors               | the same, thresholds per latent          |
 | Qwen Scope      | layerN.sae.pt in a folder named ...-L0_K           | Top-k(x @ W_enc + b_enc)                 |
 | OpenAI's, ReLU  | a .pt file with pre_bias and latent_bias           | ReLU((x - pre_bias) @ W + latent_bias)   |
 | Goodfire        | a .pt or .pth file with encoder_linear.weight ...  | ReLU(x @ W + b_enc)                      |
+| qresearch       | a .pt file with encoder.weight ..., by its release | ReLU(x @ W + b_enc)                      |
+| Kissane et al.  | a .pt file, NAME_cfg.json beside it                | ReLU((x - b_dec) @ W_enc + b_enc)        |
 
-None but OpenAI's subtracts b_dec from its input. Llama Scope's s is sqrt(d) / the mean norm of its activations: weights
-are for s x, its threshold for x.
+None but OpenAI's and Kissane's subtracts b_dec from its input. Llama Scope's s is sqrt(d) / the mean norm of its
+activations: weights are for s x, its threshold for x. With `sparsity_include_decoder_norm` it compares pre-activations
+times the norms of their decoder rows. Gemma Scope's SAEs of the embedding are for it before Gemma multiplies it by
+sqrt(d), and become ones for what the first block takes.
 """
 
 import re
@@ -41,6 +46,7 @@ from wsae.interop.format import (
     read_config,
     rescaled,
     take,
+    truth,
     whole,
 )
 from wsae.sae.config import Provenance
@@ -104,8 +110,9 @@ def origin(folder: Path) -> Origin:
         name = found[3]
     elif (found := _GEMMA_3.search(path)) is not None:
         model = f"google/gemma-3-{found[1]}-{found[2]}"
-    known = layer and name and "embedding" not in path
-    return Origin(model, f"blocks.{layer[1]}.{_SITES[name]}" if known and layer and name else None)
+    if name == "res" and "embedding/" in path:
+        return Origin(model, "hook_embed")
+    return Origin(model, f"blocks.{layer[1]}.{_SITES[name]}" if layer and name else None)
 
 
 def _read_gemma(path: Path) -> Foreign:
@@ -116,7 +123,13 @@ def _read_gemma(path: Path) -> Foreign:
     config = {"model_name": found.model, "hf_hook_point_in": found.hook} | config
     npz = (path / NPZ).is_file()
     raw = _load_npz(path / NPZ) if npz else load_tensors(path / SAFE)
-    return Foreign(config, {re.sub(r"^w_", "W_", name): tensor for name, tensor in raw.items()})
+    tensors = {re.sub(r"^w_", "W_", name): tensor for name, tensor in raw.items()}
+    scale = (
+        tensors["W_dec"].shape[-1] ** -0.5
+        if found.hook == "hook_embed" and "W_dec" in tensors
+        else None
+    )
+    return Foreign(config, tensors, scale)
 
 
 def _load_npz(path: Path) -> dict[str, Tensor]:
@@ -143,7 +156,7 @@ def _rename_gemma(foreign: Foreign, where: str) -> NamedTensors:
 
 
 def _understand_gemma(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:  # noqa: ARG001
-    return Meaning(centred(weights), {"kind": "jumprelu"})
+    return Meaning(rescaled(centred(weights), foreign.scale or 1.0), {"kind": "jumprelu"})
 
 
 def _about_gemma(foreign: Foreign) -> Provenance:
@@ -152,7 +165,13 @@ def _about_gemma(foreign: Foreign) -> Provenance:
     if config.get("hf_hook_point_in") is None:
         notes = (*notes, "neither files nor folder name the hook; the page of the release does")
     keys = {"model": "model_name", "hook": "hf_hook_point_in"}
-    return provenance("gemma_scope", config, keys, notes)
+    about = provenance("gemma_scope", config, keys, notes)
+    model = (
+        (about.model or "")
+        .replace("gemma-v3-", "gemma-3-")
+        .replace("gemma-3-270m-pt", "gemma-3-270m")
+    )
+    return about.model_copy(update={"model": model or None})
 
 
 GEMMA_SCOPE = Reader(
@@ -189,26 +208,65 @@ def _rename_llama(foreign: Foreign, where: str) -> NamedTensors:
 
 
 def _understand_llama(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
-    norms = weights.W_dec.norm(dim=1)
-    if foreign.config.get("sparsity_include_decoder_norm") and bool(
-        ((norms - 1).abs() > 0.02).any()
-    ):
-        raise UserError(
-            f"{where}: sparsity_include_decoder_norm = True with decoder rows whose norms are not 1 is not read; "
-            f"{THROUGH_SAELENS}"
-        )
+    if truth(foreign.config, "sparsity_include_decoder_norm", False, where):
+        assert weights.threshold is not None
+        norms = weights.W_dec.double().norm(dim=1).clamp(min=1e-30)
+        weights = weights._replace(threshold=(weights.threshold.double() / norms).float())
     return Meaning(rescaled(centred(weights), foreign.scale or 1.0), {"kind": "jumprelu"})
 
 
 def _about_llama(foreign: Foreign) -> Provenance:
     keys = {"model": "model_name", "hook": "hook_point_in"}
-    about = provenance("llama_scope", foreign.config, keys)
+    columns, notes = foreign.tensors.get("decoder.weight"), []
+    if foreign.config.get("sparsity_include_decoder_norm") is True and columns is not None:
+        norms = columns.float().norm(dim=0)
+        if bool(((norms - 1).abs() > 0.02).any()):
+            notes.append(
+                f"sparsity_include_decoder_norm with decoder norms of {norms.min():.3g} to {norms.max():.3g}: they "
+                "enter the comparison with the threshold, as in the library that trained it (SAELens leaves them out)"
+            )
+    about = provenance("llama_scope", foreign.config, keys, notes)
     return about.model_copy(update={"model": about.model or "meta-llama/Llama-3.1-8B"})
 
 
 LLAMA_SCOPE = Reader(
     "llama_scope", (HYPER, FINAL), _read_llama, _rename_llama, _understand_llama, _about_llama
 )
+
+R1_CONFIG, R1_WEIGHTS = "config.json", "sae_weights.safetensors"
+
+
+def _read_r1(path: Path) -> Foreign:
+    return Foreign(read_config(path / R1_CONFIG), load_tensors(path / R1_WEIGHTS))
+
+
+def _rename_r1(foreign: Foreign, where: str) -> NamedTensors:
+    config = foreign.config
+    if foreign.scale is None:
+        raise UserError(
+            f"{where}: what its inputs are multiplied by is not in its files; the registry of releases has it: "
+            "wsae import llama_scope_r1_distill:ID"
+        )
+    for key, off in (("use_glu_encoder", (False, None)), ("act_fn", ("jumprelu", None))):
+        if config.get(key) not in off:
+            raise UserError(f"{where}: {key} = {config[key]!r} has no equal here")
+    names = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
+    *parts, logs = take(foreign.tensors, (*names, "log_jumprelu_threshold"), where)
+    rows, columns = (
+        _matrix(part, name, where) for part, name in zip(parts, names[:2], strict=False)
+    )
+    weights = NamedTensors(rows, columns, parts[2], parts[3], logs.exp())
+    return check_shapes(weights, where, config.get("d_model"))
+
+
+def _about_r1(foreign: Foreign) -> Provenance:
+    return provenance("llama_scope_r1", foreign.config, {"hook": "hook_point_in"})
+
+
+LLAMA_SCOPE_R1 = Reader(
+    "llama_scope_r1", (R1_CONFIG, R1_WEIGHTS), _read_r1, _rename_r1, _understand_llama, _about_r1
+)
+"""Opened by its release alone: its weights have the name of SAELens', its scale is nowhere in the files."""
 
 _QWEN = frozenset({"W_enc", "W_dec", "b_enc", "b_dec"})
 _OPENAI = frozenset({"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"})
@@ -219,20 +277,34 @@ _GOODFIRE = (
     *("encoder_linear.weight", "decoder_linear.weight"),
     *("encoder_linear.bias", "decoder_linear.bias"),
 )
+_LINEAR = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
+"""What many SAEs of linear layers have: which one it is, only a release says."""
+
+
+def beside(path: Path) -> Path:
+    """Return where the config of a file by Kissane et al. lies."""
+    return path.with_name(f"{path.stem}_cfg.json")
 
 
 def _read_torch(path: Path) -> Foreign:
     words: dict[str, str] = {}
     tensors = load_state(path, words)
     found = re.search(r"-W\d+K-L0_(\d+)", path.absolute().as_posix())
-    layer = re.search(r"layer(\d+)\.sae\.pt$", path.name)
+    layer = re.search(r"layer(\d+)\.sae\.pt$|-SAE-l(\d+)\.pth?$", path.name)
     model = re.search(r"SAE-Res-(.+?)-W\d+K-L0_", path.absolute().as_posix())
     config = {
         "k": int(found[1]) if found else None,
-        "hook": f"blocks.{layer[1]}.hook_resid_post" if layer else None,
+        "hook": f"blocks.{layer[1] or layer[2]}.hook_resid_post" if layer else None,
         "model": f"Qwen/{model[1]}" if model else None,
         "activation": words.get("activation"),
     }
+    if beside(path).is_file():
+        said = read_config(beside(path))
+        config |= {
+            "hook": said.get("act_name"),
+            "d_in": said.get("act_size"),
+            "d_sae": said.get("dict_size"),
+        }
     return Foreign(config, tensors)
 
 
@@ -245,6 +317,8 @@ def _rename_torch(foreign: Foreign, where: str) -> NamedTensors:
         order = ("W_enc", "W_dec", "b_enc", "b_dec")
     elif names == set(_GOODFIRE):
         order = _GOODFIRE
+    elif names == set(_LINEAR) and foreign.config.get("loader") == "deepseek_r1":
+        order = _LINEAR
     else:
         raise UserError(
             f"{where}: its tensors ({', '.join(sorted(names)[:8])}) are of no SAE this knows (Qwen Scope's, OpenAI's "
@@ -252,10 +326,18 @@ def _rename_torch(foreign: Foreign, where: str) -> NamedTensors:
             f"{THROUGH_SAELENS}"
         )
     rows, columns, b_enc, b_dec = take(tensors, order, where)
+    if _kissane(foreign):
+        weights = NamedTensors(rows, columns, b_enc, b_dec)
+        return check_shapes(weights, where, foreign.config["d_in"], foreign.config["d_sae"])
     weights = NamedTensors(
         _matrix(rows, order[0], where), _matrix(columns, order[1], where), b_enc, b_dec
     )
     return check_shapes(weights, where)
+
+
+def _kissane(foreign: Foreign) -> bool:
+    """Return whether a config lies beside the file, as beside the SAEs of Kissane et al."""
+    return "d_sae" in foreign.config
 
 
 def _matrix(tensor: Tensor, name: str, where: str) -> Tensor:
@@ -274,14 +356,14 @@ def _understand_torch(foreign: Foreign, weights: NamedTensors, where: str) -> Me
         )
     if how not in (None, "ReLU"):
         raise UserError(f"{where}: activation {how!r} has no equal here; ReLU has")
-    if foreign.tensors.keys() >= _QWEN:
+    if foreign.tensors.keys() >= _QWEN and not _kissane(foreign):
         activation = {"kind": "topk", "k": foreign.config["k"]}
         if foreign.config["k"] is None:
             raise UserError(
                 f"{where}: Qwen Scope's files do not say how many latents are active; put the file into a folder named "
                 "as its repository, for example SAE-Res-Qwen3-1.7B-Base-W32K-L0_50 for 50"
             )
-    if "pre_bias" not in foreign.tensors:
+    if "pre_bias" not in foreign.tensors and not _kissane(foreign):
         weights = centred(weights)
     return Meaning(weights, activation)
 

@@ -1,16 +1,21 @@
 """Which SAEs a path names (a directory of one, a run's members, the hub), and what the run knows about them."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wsae.acts.hooknames import among
 from wsae.acts.store import Store
-from wsae.core.artifact import CONFIG, EVALUATION_PART, MANIFEST, MEMBERS
+from wsae.core.artifact import CONFIG, EVALUATION_PART, MANIFEST, MEMBERS, begun, kind_of
+from wsae.core.cache import kept
 from wsae.core.errors import UserError, nearest, understood
-from wsae.core.files import read_json
-from wsae.core.hub import local_folder
+from wsae.core.files import digest, locked_file, read_json
+from wsae.core.hub import hub_place, local_folder
+from wsae.core.version import __version__
 from wsae.interop.config import INDEX
+from wsae.interop.convert import detect, fetched, identity, load, readable
+from wsae.interop.releases import named
 from wsae.run import Run
 from wsae.sae.config import Provenance
 
@@ -21,6 +26,44 @@ _GAMMA = (
     *("effective_dimensions", "max_over_median", "tokens", "precondition"),
 )
 _FILES = re.compile(r"\.(jsonl|txt|parquet|npz|npy|gz|safetensors)$")
+
+
+def open_run(target: Path | str) -> Run:
+    """Return the run that a path or an address names: everything that a command takes is opened here.
+
+    A run's directory and one of ours that holds one SAE are themselves. Anything else that `wsae.interop.load` reads
+    (another tool's folder, an export, `hub:owner/name`, `RELEASE:ID`), and an SAE that lies where nothing can be
+    written, becomes a run of one member in the cache: what is measured of it is found there again as long as its files
+    are the same. Raises UserError in one line for what is neither.
+    """
+    if (found := named(target)) is not None:
+        return _converted(target, fetched(found))
+    place = local_folder(target)
+    kind = kind_of(place) if place.is_dir() else None
+    here = hub_place(target) is None and os.access(place, os.W_OK)
+    if kind == "run" or (kind == "sae" and here):
+        return Run(place)
+    if kind in ("sae", "export") or (kind is None and readable(place)):
+        return _converted(target, place)
+    if kind is not None:
+        raise UserError(f"{target}: this is a wsae {kind}; an SAE or a finished run is needed here")
+    if place.is_dir() and not (place / CONFIG).is_file():
+        if hint := _members(place):
+            raise UserError(f"{target}: an SAE or a finished run is needed here{hint}")
+        detect(place)  # says what would be read
+    return Run(place)
+
+
+def _converted(target: Path | str, place: Path) -> Run:
+    """Return the run in the cache that an SAE of this content is, made where there is none yet."""
+    found = {"wsae": __version__, "release": str(named(target) or ""), **identity(place)}
+    name = re.sub(r"[^\w.-]+", "-", str(target), flags=re.ASCII).strip("-.")[-60:].lstrip("-.")
+    folder = kept("saes", f"{name}-{digest(found)[:12]}")
+    with locked_file(folder.with_name(f".{folder.name}.lock"), wait=True):
+        if kind_of(folder) != "sae" or begun(folder, "sae"):
+            loaded = load(target)
+            return Run.of_sae(loaded.sae, folder, loaded.about)
+    return Run(folder)
 
 
 class Chosen(NamedTuple):
@@ -38,17 +81,15 @@ def choose(
 
     Raises UserError when that is none, or several without `every`.
     """
-    folder = local_folder(path)
-    kind = _kind(folder, path)
-    if kind == "sae":
+    run = open_run(path)
+    if run.single:
         if member or hook or every:
             raise UserError(f"{path}: is a single SAE; --member, --hook and --all belong to runs")
-        return [Chosen(folder, "", about_sae(folder))]
-    run = Run(folder)
+        return [Chosen(run.path, "", about_sae(run.path))]
     members = run.members
     if not members:
         raise UserError(
-            f"{folder / MANIFEST}: does not list the run's members (altered); train it again"
+            f"{run.path / MANIFEST}: does not list the run's members (altered); train it again"
         )
     hook = among(hook, members) or hook if hook else None
     found = [
@@ -69,22 +110,6 @@ def choose(
             f"{path}: {len(found)} SAEs fit ({shown}); choose with --member NAME and --hook HOOK, or take --all"
         )
     return [Chosen(run.place(h, n), f"{h}/{n}", about_member(run, h, n)) for h, n in found]
-
-
-def _kind(folder: Path, path: Path | str) -> str:
-    """Return "sae" or "run"; raises UserError for anything else."""
-    if not (folder / MANIFEST).is_file():
-        what = "no such directory" if not folder.is_dir() else f"has no {MANIFEST}"
-        raise UserError(
-            f"{path}: {what}; an SAE directory or a finished run is needed here{_members(folder)}"
-        )
-    data = read_json(folder / MANIFEST)
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in ("sae", "run"):
-        raise UserError(
-            f"{path}: this is a wsae {kind}; an SAE directory or a finished run is needed here"
-        )
-    return kind
 
 
 def _members(folder: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wsae.acts.hooknames import hook_name
 from wsae.interop.format import named
 from wsae.sae.config import Provenance
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 
 @dataclass
@@ -61,7 +61,7 @@ class SAEBenchSAE(nn.Module):
 
     def __init__(
         self,
-        sae: SparseAutoencoder,
+        sae: SAE,
         about: Provenance = Provenance(),  # noqa: B008  (frozen)
         **fields: Any,
     ) -> None:
@@ -102,7 +102,7 @@ class SAEBenchSAE(nn.Module):
         return self
 
 
-def _config(sae: SparseAutoencoder, about: Provenance, fields: dict[str, Any]) -> SAEBenchConfig:
+def _config(sae: SAE, about: Provenance, fields: dict[str, Any]) -> SAEBenchConfig:
     hook = hook_name(about.hook or "")
     known: dict[str, Any] = {
         "model_name": about.model or "",

@@ -28,6 +28,7 @@ from wsae.interop.format import (
     centred,
     check_keys,
     check_shapes,
+    gated,
     maybe,
     named,
     plain,
@@ -41,7 +42,7 @@ from wsae.interop.format import (
     whole,
 )
 from wsae.sae.config import Provenance, ReLU, TopK
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 VERSION = "6.54.12"
 """The SAELens whose files these are."""
@@ -53,7 +54,8 @@ _ARCHITECTURES = {
     "relu": "standard",
 }
 _TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
-_SCALER = "activation_scaler.json"
+_GATED = ("W_enc", "W_dec", "b_mag", "b_dec", "b_gate", "r_mag")
+SCALER = "activation_scaler.json"
 """Where SAELens 6 keeps the number that training multiplied activations by, beside a checkpoint."""
 _FACTORS = ("finetuning_scaling_factor", "scaling_factor")
 _RENAMED = {
@@ -131,7 +133,7 @@ _NORMALISED = {
     "layer_norm": _PER_TOKEN,
     "constant_norm_rescale": _PER_TOKEN,
     "expected_average_only_in": "activations are multiplied by one number, sqrt(d_in) / their mean norm, which is not "
-    f'in this folder; write it beside the weights into {_SCALER} as {{"scaling_factor": NUMBER}}, as SAELens 6 '
+    f'in this folder; write it beside the weights into {SCALER} as {{"scaling_factor": NUMBER}}, as SAELens 6 '
     "does, and it is folded; or give the folder of the finished SAE, into which SAELens has folded it",
     "covariance_whitening": "activations are whitened by a matrix that is not among the weights; give the folder of "
     "the finished SAE, into which SAELens has folded it",
@@ -141,10 +143,18 @@ _NORMALISED = {
 def _read(path: Path) -> Foreign:
     config = read_config(path / CONFIG)
     scale = None
-    if _normalised(config) == "expected_average_only_in" and (path / _SCALER).is_file():
-        found = read_config(path / _SCALER).get("scaling_factor")
-        scale = positive(found, "scaling_factor", path / _SCALER)
+    if _normalised(config) == "expected_average_only_in" and (path / SCALER).is_file():
+        found = read_config(path / SCALER).get("scaling_factor")
+        scale = positive(found, "scaling_factor", path / SCALER)
     return Foreign(config, load_tensors(path / WEIGHTS), scale)
+
+
+def as_registered(foreign: Foreign, overrides: dict[str, Any], scale: float | None) -> Foreign:
+    """Return the content with what a registry of releases says in its place: keys of the config, and the scale."""
+    config = foreign.config | overrides
+    if foreign.scale is None and _normalised(config) == "expected_average_only_in":
+        return foreign._replace(config=config, scale=scale)
+    return foreign._replace(config=config)
 
 
 def _normalised(config: dict[str, Any]) -> object:
@@ -185,16 +195,16 @@ def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _architecture(config: dict[str, Any], where: str) -> str:
-    """Return topk, jumprelu or standard; raises UserError for what our forward pass cannot be."""
+    """Return topk, jumprelu, gated or standard; raises UserError for what our forward pass cannot be."""
     kind = config.get("architecture")
     if kind == "batchtopk":
         raise UserError(
             f"{where}: a training checkpoint of a batch Top-k SAE; give the folder of its inference SAE "
             "(save_inference_model)"
         )
-    if kind not in ("topk", "jumprelu", "standard"):
+    if kind not in ("topk", "jumprelu", "gated", "standard"):
         raise UserError(
-            f"{where}: architecture {kind!r} has no equal here; topk, jumprelu and standard have"
+            f"{where}: architecture {kind!r} has no equal here; topk, jumprelu, gated and standard have"
         )
     return kind
 
@@ -210,12 +220,18 @@ def _check_normalised(foreign: Foreign, where: str) -> None:
 
 def _rename(foreign: Foreign, where: str) -> NamedTensors:
     config = _settings(foreign.config, where)
-    names = _TENSORS
-    if _architecture(config, where) == "jumprelu":
-        names = (*_TENSORS, "threshold")
+    kind = _architecture(config, where)
     _check_normalised(foreign, where)
     tensors = {key: value for key, value in foreign.tensors.items() if key not in _FACTORS}
-    weights = NamedTensors(*take(tensors, names, where))
+    if kind == "gated":
+        *parts, gate, stretch = take(tensors, _GATED, where)
+        shape = parts[2].shape
+        if gate.shape != shape or stretch.shape != shape:
+            raise UserError(f"{where}: b_gate, b_mag and r_mag are not one number per latent")
+        weights = gated(NamedTensors(*parts), gate, stretch)
+    else:
+        names = (*_TENSORS, "threshold") if kind == "jumprelu" else _TENSORS
+        weights = NamedTensors(*take(tensors, names, where))
     return check_shapes(weights, where, config.get("d_in"), config.get("d_sae"))
 
 
@@ -249,7 +265,7 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
             if truth(config, "rescale_acts_by_decoder_norm", False, where):
                 weights = unit_rows(weights)
             activation: dict[str, Any] = {"kind": "topk", "k": whole(config, "k", where)}
-        case "jumprelu":
+        case "jumprelu" | "gated":
             activation = {"kind": "jumprelu"}
         case _:
             activation = {"kind": "relu"}
@@ -268,7 +284,7 @@ def _about(foreign: Foreign) -> Provenance:
     )
     notes = [*check_keys(_renamed(foreign.config), _KEYS, CONFIG)]
     if foreign.scale is not None:
-        notes.append(f"scaling_factor {foreign.scale:g} of {_SCALER} is folded into the weights")
+        notes.append(f"scaling_factor {foreign.scale:g} is folded into the weights")
     if maybe(meta, "model_from_pretrained_kwargs", dict):
         notes.append(
             f"trained on a model loaded with {meta['model_from_pretrained_kwargs']}, whose activations may differ from "
@@ -280,7 +296,7 @@ def _about(foreign: Foreign) -> Provenance:
     return provenance("saelens", meta, _KNOWN, notes).model_copy(update={"origin": origin})
 
 
-def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:
+def _pack(sae: SAE, about: Provenance) -> Foreign:
     activation = sae.cfg.activation
     kind = _ARCHITECTURES.get(activation.kind)
     if kind is None:

@@ -30,7 +30,7 @@ from wsae.interop.format import (
     whole,
 )
 from wsae.sae.config import GroupTopK, Provenance, TopK
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
@@ -83,7 +83,7 @@ def _about(foreign: Foreign) -> Provenance:
     return provenance("sparsify", foreign.config, {}, check_keys(foreign.config, _KEYS, CONFIG))
 
 
-def _pack(sae: SparseAutoencoder, about: Provenance) -> Foreign:  # noqa: ARG001  (the config has no room for it)
+def _pack(sae: SAE, about: Provenance) -> Foreign:  # noqa: ARG001  (the config has no room for it)
     activation = sae.cfg.activation
     if not isinstance(activation, TopK | GroupTopK):
         raise UserError(

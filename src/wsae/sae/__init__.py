@@ -1,5 +1,6 @@
 """One sparse autoencoder; its activation function is a value. The class is imported on first use (torch)."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 from wsae.sae.config import (
@@ -14,7 +15,7 @@ from wsae.sae.config import (
 )
 
 if TYPE_CHECKING:
-    from wsae.sae.model import SparseAutoencoder
+    from wsae.sae.model import SAE, SparseAutoencoder
 
 __all__ = [
     "Activation",
@@ -22,6 +23,7 @@ __all__ = [
     "GroupTopK",
     "JumpReLU",
     "ReLU",
+    "SAE",
     "SAEConfig",
     "SparseAutoencoder",
     "TopK",
@@ -30,8 +32,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "SparseAutoencoder":
-        from wsae.sae.model import SparseAutoencoder
-
-        return SparseAutoencoder
+    if name in ("SAE", "SparseAutoencoder"):
+        return importlib.import_module("wsae.sae.model").SAE
     raise AttributeError(f"module 'wsae.sae' has no attribute {name!r}")

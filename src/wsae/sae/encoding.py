@@ -17,7 +17,7 @@ from wsae.kernels.native.select import (
 )
 from wsae.kernels.native.slices import to_slices
 from wsae.sae.config import BatchTopK, GroupTopK, TopK
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 FEW = 64
 """Batches of fewer rows are not worth the compiled way."""
@@ -26,12 +26,12 @@ FEW = 64
 class Encoder:
     """Encodes for evaluation: call it with rows [batch, d_in] in float32; the SAE must not change meanwhile.
 
-    Latents and values are those of `SparseAutoencoder.encode_code` but for the order of float32 sums (near-ties at the
+    Latents and values are those of `SAE.encode_code` but for the order of float32 sums (near-ties at the
     k-th place may fall otherwise), and entries come in order of latent. ReLU kinds, other devices and machines without
     the compiled kernels take `encode_code` itself.
     """
 
-    def __init__(self, sae: SparseAutoencoder) -> None:
+    def __init__(self, sae: SAE) -> None:
         self._sae = sae
         self._rounded: RoundedEncoder | None = None
         self._rows = sae.W_dec.new_empty(0)
@@ -69,7 +69,7 @@ class Encoder:
         return self._rounded
 
 
-def _compiled(sae: SparseAutoencoder) -> bool:
+def _compiled(sae: SAE) -> bool:
     activation, weights = sae.cfg.activation, sae.W_dec
     if weights.device.type != "cpu" or weights.dtype != torch.float32 or why_not() is not None:
         return False

@@ -18,7 +18,7 @@ from wsae.kernels import (
     select_batch_topk,
 )
 from wsae.sae.config import Activation, BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
-from wsae.sae.model import FIXED, SparseAutoencoder
+from wsae.sae.model import FIXED, SAE
 
 # JumpReLU and its penalty's step function, with the threshold gradients of Rajamanoharan et al.
 # 2024b.
@@ -131,7 +131,7 @@ class Whole:
     batch: int = 0
     """Rows of the whole batch, where they are not all here."""
 
-    def choose(self, sae: SparseAutoencoder, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
+    def choose(self, sae: SAE, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
         """Return the pairs that a Top-k kind makes active, in order of row (their values are not read)."""
         activation = sae.cfg.activation
         assert isinstance(activation, TopK | GroupTopK | BatchTopK)
@@ -190,7 +190,7 @@ WHOLE = Whole()
 
 
 def training_forward(
-    sae: SparseAutoencoder, x: Float[Tensor, "rows d_in"], bf16: bool = False, part: Whole = WHOLE
+    sae: SAE, x: Float[Tensor, "rows d_in"], bf16: bool = False, part: Whole = WHOLE
 ) -> Forward:
     """Run the SAE on a batch for training. `bf16` computes the dense encoder product in bf16.
 
@@ -221,7 +221,7 @@ def training_forward(
 
 
 def sparse_pass(
-    sae: SparseAutoencoder, centred: Tensor, pre: Tensor, chosen: SparseCode, part: Whole
+    sae: SAE, centred: Tensor, pre: Tensor, chosen: SparseCode, part: Whole
 ) -> tuple[Float[Tensor, " nnz"], Float[Tensor, "rows d_in"]]:
     """Return ReLU at chosen pairs and what the decoder makes of it, without b_dec; differentiable at these pairs."""
     plan = Plan.build(chosen.indices, chosen.offsets, len(sae.W_dec))
@@ -230,7 +230,7 @@ def sparse_pass(
     return values, part.summed(decode(values, sae.W_dec, plan))
 
 
-def _product(sae: SparseAutoencoder, centred: Tensor, bf16: bool) -> Tensor:
+def _product(sae: SAE, centred: Tensor, bf16: bool) -> Tensor:
     if not bf16:
         return sae.pre(centred)
     low = centred.bfloat16() @ sae.W_enc.bfloat16()

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from wsae.sae.forward import WHOLE, Forward, Whole, sparse_pass
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 # Where gamma meets a residual: one weight per dimension, or a matrix.
 
@@ -53,7 +53,7 @@ def weighted_reconstruction_loss(
 
 
 def auxk_loss(
-    sae: SparseAutoencoder,
+    sae: SAE,
     residual: Float[Tensor, "batch d_in"],
     forward: Forward,
     dead: Bool[Tensor, " d_sae"],

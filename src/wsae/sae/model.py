@@ -6,6 +6,7 @@ Tied: W_dec = W_enc^T and no biases. The training pass lives in `wsae.sae.forwar
 """
 
 import contextlib
+import importlib
 import math
 from pathlib import Path
 
@@ -22,14 +23,14 @@ from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, Provenance, SAEConfig, TopK
+from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, Provenance, ReLU, SAEConfig, TopK
 
 WEIGHTS = "sae.safetensors"
 FIXED = {TopK: select_topk, GroupTopK: select_group_topk}
 """Activations with k latents in every row, and which these are."""
 
 
-class SparseAutoencoder(nn.Module):
+class SAE(nn.Module):
     """One SAE: `encode` gives latents [..., d_sae] of [..., d_in], `decode` gives x_hat [..., d_in].
 
     Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_in],
@@ -58,6 +59,16 @@ class SparseAutoencoder(nn.Module):
             self.log_threshold = nn.Parameter(start)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
         self.register_buffer("gamma", torch.ones(cfg.d_in, dtype=torch.float32))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights: inputs of any other are computed in this one."""
+        return self.W_dec.dtype
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
@@ -188,7 +199,7 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     @own_settings()
-    def load(cls, path: Path | str) -> "SparseAutoencoder":
+    def load(cls, path: Path | str) -> "SAE":
         """Read an SAE from a directory or `hub:owner/name`; raises UserError when it is missing, cut or altered."""
         path = _native(local_folder(path))
         manifest = read_manifest(path, "sae")
@@ -208,21 +219,70 @@ class SparseAutoencoder(nn.Module):
         sae.set_tensors(tensors, str(path / WEIGHTS))
         return sae
 
-    def scaled(self, scale: float) -> "SparseAutoencoder":
+    @classmethod
+    def from_pretrained(
+        cls, release: str, sae_id: str, device: str | torch.device = "cpu"
+    ) -> "SAE":
+        """Return a published SAE by the names of SAELens' registry (`wsae releases`), fetched from the hub if need be.
+
+        `release` may also be a repository of the hub, and `sae_id` a folder in it. Raises UserError naming the nearest
+        names, or what has no equal here.
+        """
+        # the readers of other tools' files lie layers above the SAE, and no layer imports upwards
+        convert = importlib.import_module("wsae.interop.convert")
+        return convert.from_pretrained(release, sae_id).sae.to(device)
+
+    def scaled(self, scale: float) -> "SAE":
         """Return the SAE of scale * x that gives scale * z and scale * x_hat.
 
         Every activation function here is homogeneous, so only biases and thresholds change; with a power of two
         the two SAEs agree to the bit.
         """
-        other = SparseAutoencoder(self.cfg)
         tensors = {name: t.clone() for name, t in self.tensors().items()}
         for name in ("b_enc", "b_dec", "threshold"):
             if name in tensors:
                 tensors[name] *= scale
         if "log_threshold" in tensors:
             tensors["log_threshold"] += math.log(scale)
+        return self._like(self.cfg, tensors)
+
+    def fold_decoder_norm(self) -> "SAE":
+        """Return the SAE with decoder rows of length 1 that gives |W_dec[j]| z_j and the same x_hat.
+
+        A tied one becomes untied; batch Top-k, whose one threshold would be many, JumpReLU. A row of zeros stays.
+        Raises UserError for Top-k kinds with rows of unequal length, as the choice of the k largest would change.
+        """
+        tensors = {name: t.double() for name, t in self.tensors().items()}
+        norm = tensors["W_dec"].norm(dim=1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        activation = self.cfg.activation
+        if type(activation) in FIXED and float(norm.max() / norm.min()) > 1 + 1e-4:
+            raise UserError(
+                f"fold_decoder_norm: rows of lengths {norm.min():.3g} to {norm.max():.3g}, and {activation.kind} "
+                "would choose other latents; keep it as it is"
+            )
+        tensors |= {
+            "W_enc": tensors.get("W_enc", tensors["W_dec"].T) * norm,
+            "b_enc": tensors.get("b_enc", torch.zeros_like(norm)) * norm,
+            "W_dec": tensors["W_dec"] / norm[:, None],
+            "b_dec": tensors.get("b_dec", torch.zeros_like(tensors["W_dec"][0])),
+        }
+        threshold = tensors["threshold"]
+        if "log_threshold" in tensors:
+            tensors["log_threshold"] = tensors["log_threshold"] + norm.log()
+        elif isinstance(activation, BatchTopK):
+            activation = JumpReLU() if threshold > 0 else ReLU()
+            tensors["threshold"] = torch.zeros_like(threshold)
+            if threshold > 0:
+                tensors["log_threshold"] = (threshold * norm).log()
+        cfg = self.cfg.model_copy(update={"tied": False, "activation": activation})
+        return self._like(cfg, tensors)
+
+    def _like(self, cfg: SAEConfig, tensors: dict[str, Tensor]) -> "SAE":
+        """Return another SAE of these tensors, of this one's type and where it is."""
+        other = SAE(cfg).to(self.dtype)
         other.set_tensors(tensors)
-        return other.to(self.W_dec.device)
+        return other.to(self.device)
 
     def _code(self, pre: Tensor) -> SparseCode:
         activation = self.cfg.activation
@@ -259,6 +319,10 @@ class SparseAutoencoder(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.autocast(kind, enabled=False)
         return contextlib.nullcontext()
+
+
+SparseAutoencoder = SAE
+"""The name of earlier releases."""
 
 
 def _native(path: Path) -> Path:

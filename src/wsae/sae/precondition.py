@@ -16,7 +16,7 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.sae.config import PreconditionConfig
 from wsae.sae.loss import Weights, weigh
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.stats import Covariance
 
 
@@ -98,7 +98,7 @@ class Preconditioner:
         mapped = weigh(weigh(C, self.map).T, self.map)
         return (mapped + mapped.T) / 2
 
-    def fold(self, sae: SparseAutoencoder) -> SparseAutoencoder:
+    def fold(self, sae: SAE) -> SAE:
         """Return the SAE of x with the latents of `sae`, which is one of P x; its gamma is Gamma P."""
         P = self.map.double().cpu()
         inverse = 1 / P if P.ndim == 1 else torch.linalg.inv(P)  # of P as it was rounded to train
@@ -107,7 +107,7 @@ class Preconditioner:
         for name in ("W_dec", "b_dec"):
             tensors[name] = weigh(tensors[name], inverse)
         tensors["gamma"] = combined(tensors["gamma"], P)
-        folded = SparseAutoencoder(sae.cfg)
+        folded = SAE(sae.cfg)
         folded.set_tensors(tensors)
         return folded
 

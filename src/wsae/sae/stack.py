@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wsae.sae.config import SAEConfig
 from wsae.sae.forward import dense_codes
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Stack:
         named = (self.W_dec, self.W_enc_t, self.b_enc, self.b_dec, self.log_threshold)
         return [p for p in named if p is not None]
 
-    def write_back(self, saes: list[SparseAutoencoder]) -> None:
+    def write_back(self, saes: list[SAE]) -> None:
         """Copy every member's tensors into its SAE."""
         for i, sae in enumerate(saes):
             for name, target in sae.named_parameters():
@@ -57,7 +57,7 @@ class StackForward(NamedTuple):
 
 
 def stack_saes(
-    saes: list[SparseAutoencoder],
+    saes: list[SAE],
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Stack:

@@ -24,7 +24,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from wsae.core.errors import UserError
-from wsae.run import Json, Run
+from wsae.run import NAME_CHARS, Json, NamedLatent, Run
 from wsae.serve import pages
 from wsae.serve.index import (
     CHANGED,
@@ -34,18 +34,18 @@ from wsae.serve.index import (
     Member,
     Served,
     Shelf,
-    asked,
     weights_digest,
     whole,
 )
 from wsae.serve.model import load
 from wsae.serve.pages import latent_view, list_view
 from wsae.serve.server import Gate, Guard
+from wsae.serve.worth import compared
 
 if TYPE_CHECKING:
     from wsae.acts.capture import Capture
     from wsae.acts.language import LanguageModel
-    from wsae.sae import SparseAutoencoder
+    from wsae.sae import SAE
 
 # A text typed by a visitor: which latents fire on which token. One model and one SAE at a time,
 # loaded when asked.
@@ -72,7 +72,7 @@ class Live:
         self._places = threading.BoundedSemaphore(PLACES)
         self._model: tuple[str, LanguageModel] | None = None
         self._probed: tuple[LanguageModel, str, Capture] | None = None
-        self._sae: tuple[Path, str, SparseAutoencoder] | None = None
+        self._sae: tuple[Path, str, SAE] | None = None
 
     def submit(self, run: Served, member: Member, text: str) -> Future[Json]:
         """Have a text read: its tokens with the latents that fire on each, and the latents of the whole text.
@@ -101,12 +101,12 @@ class Live:
             for latent, value in token["latents"]:
                 peak[latent] = max(peak.get(latent, 0.0), value)
         best = sorted(peak, key=lambda latent: (-peak[latent], latent))[:OVERALL]
-        lines = run.index.lines([member.key(latent) for latent in best])
+        lines = run.said([member.key(latent) for latent in best])
         overall = [
             {
                 "latent": latent,
                 "activation": peak[latent],
-                "label": lines[member.key(latent)][1] or "",
+                "label": lines[member.key(latent)].label,
                 "link": run.latent_link(member, latent),
             }
             for latent in best
@@ -156,9 +156,9 @@ class Live:
             self._model = (name, load(name, self.device))
         return self._model[1]
 
-    def _member(self, path: Path, member: Member) -> "SparseAutoencoder":
+    def _member(self, path: Path, member: Member) -> "SAE":
         """Return a member's SAE, if its weights are still those of the index."""
-        from wsae.sae import SparseAutoencoder
+        from wsae.sae import SAE
 
         place = Run(path).weights(member.hook, member.name)
         if place is None:
@@ -166,9 +166,7 @@ class Live:
         if self._sae is None or self._sae[:2] != (place, member.weights):
             self._sae = None
             before = weights_digest(place)
-            sae = (
-                SparseAutoencoder.load(place).to(self.device) if before == member.weights else None
-            )
+            sae = SAE.load(place).to(self.device) if before == member.weights else None
             if sae is None or weights_digest(place) != before:  # trained again while they were read
                 raise UserError(f"no live reading: {CHANGED}")
             self._sae = (place, member.weights, sae)
@@ -190,7 +188,7 @@ def _give_way() -> None:
 MAX_BODY = 64 * 1024
 BODY_S = 20
 """Seconds in which the whole body must be there."""
-FIELDS = ("text", "member", "latent")
+FIELDS = ("text", "member", "latent", "name", "star")
 
 
 async def read_text(request: Request) -> dict[str, str]:
@@ -220,8 +218,8 @@ async def read_text(request: Request) -> dict[str, str]:
         raise UserError("a JSON object is needed")
     out = {name: found[name] for name in FIELDS if found.get(name) is not None}
     for name, value in out.items():
-        if name == "latent" and type(value) is int:
-            out[name] = str(value)
+        if type(value) is int or type(value) is bool:
+            out[name] = str(int(value))
         elif not isinstance(value, str):
             raise UserError(f"{name}: is not text")
         else:
@@ -320,22 +318,33 @@ def _routes(site: Site) -> list[BaseRoute]:
     async def overview(request: Request) -> Response:
         return await _worked(_overview, site, request)
 
-    async def live(request: Request) -> Response:
-        """Read the body here, the text in the thread for that."""
-        try:
-            posted = await read_text(request) if request.method == "POST" else None
-        except ClientDisconnect:
-            return Response(status_code=400)  # for nobody
-        return await _live(site, request, posted)
+    def of_form(
+        handler: Callable[[Site, Request, dict[str, str] | None], Awaitable[Response]],
+    ) -> Endpoint:
+        async def answer(request: Request) -> Response:
+            """Read the body here; what it asks is done elsewhere."""
+            try:
+                posted = await read_text(request) if request.method == "POST" else None
+            except ClientDisconnect:
+                return Response(status_code=400)  # for nobody
+            return await handler(site, request, posted)
+
+        return answer
+
+    live, latent = of_form(_live), of_form(_latent)
 
     of_one = {
         "/r/{run}": of_run(_run),
+        "/r/{run}/compare": of_run(_compare),
         "/r/{run}/{member}": of_run(_list),
-        "/r/{run}/{member}/{latent:int}": of_run(_latent),
     }
     return [
         Route("/r/{run}/live", live, methods=["GET", "POST"]),
         Route("/api/r/{run}/live", live, methods=["POST"]),
+        *(
+            Route(prefix + "/r/{run}/{member}/{latent:int}", latent, methods=["GET", "POST"])
+            for prefix in ("", "/api")
+        ),
         Route("/", overview),
         Route("/api/runs", overview),
         Route("/static/{name}", _static),
@@ -377,22 +386,67 @@ def _run(run: Served, request: Request) -> Response:
 
 def _list(run: Served, request: Request) -> Response:
     member = _member_of(run, request)
-    ask = asked(request.query_params, run.index)
+    ask = run.asked(request.query_params)
     view = list_view(run, member, ask)
     if _is_api(request):
         return _told(run, view)
     return HTMLResponse(pages.latents(run, member, ask, view))
 
 
-def _latent(run: Served, request: Request) -> Response:
+async def _latent(site: Site, request: Request, posted: dict[str, str] | None) -> Response:
+    """Answer with a latent's page, its name and star changed before where that is asked."""
+    if posted is not None:
+        await _worked(_rename, site, request, posted)
+    key = f"?key={site.key}"
+
+    def handler(run: Served, request: Request) -> Response:
+        return _latent_page(run, request, key)
+
+    return await _worked(site.on_run, request, handler)
+
+
+def _rename(site: Site, request: Request, posted: dict[str, str]) -> None:
+    """Keep a latent's name and star; raises UserError for a name that is too long, or cannot be kept."""
+    run = site.shelf(request).now()
+    member, latent = _latent_of(run, request)
+    name = " ".join(posted.get("name", "").split())
+    if len(name) > NAME_CHARS:
+        raise UserError(f"name: {len(name):,} characters, at most {NAME_CHARS} are kept")
+    named = NamedLatent(name=name, star=posted.get("star", "") in ("1", "on"))
+    Run(run.path).name_latent(member.hook, member.name, latent, named)
+
+
+def _latent_of(run: Served, request: Request) -> tuple[Member, int]:
+    """Return the latent that an address names; 404 where there is none."""
     member, latent = _member_of(run, request), request.path_params["latent"]
     if member is None or not 0 <= latent < member.size:
         raise HTTPException(404, "no such latent")
+    return member, latent
+
+
+def _latent_page(run: Served, request: Request, key: str) -> Response:
+    member, latent = _latent_of(run, request)
     if _is_api(request):
         return _told(run, {"run": run.slug, **latent_view(run, member, latent)})
-    ask = asked(request.query_params, run.index)
+    ask = run.asked(request.query_params)
     scope = None if request.query_params.get("in") == ALL else member
-    return HTMLResponse(pages.latent(run, scope, member, ask, latent_view(run, member, latent)))
+    view = latent_view(run, member, latent)
+    return HTMLResponse(pages.latent(run, scope, member, ask, view, key))
+
+
+def _compare(run: Served, request: Request) -> Response:
+    """Answer with two members side by side: those asked for, else the last one and its twin."""
+    members = run.index.members
+    last = members[-1]
+    twin = members[0] if last.twin is None else members[last.twin]
+    chosen = []
+    for name, other in (("a", twin), ("b", last)):
+        slug = request.query_params.get(name) or other.slug
+        if slug not in run.index.by_slug:
+            raise UserError(f"{name}: no member {slug[:ECHO]!r} in this run")
+        chosen.append(run.index.by_slug[slug])
+    view = compared(run, *chosen)
+    return _told(run, view) if _is_api(request) else HTMLResponse(pages.compare(run, view))
 
 
 async def _static(request: Request) -> Response:

@@ -13,29 +13,27 @@ import sqlite3
 import tempfile
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
+from jaxtyping import Float
 
-from wsae.acts.tokens import alone as alone_text
-from wsae.acts.tokens import decode_table, owner_of
+from wsae.acts.tokens import TokenTable, decode_table, owner_of
 from wsae.core.errors import UserError
 from wsae.core.files import as_user_error, digest, locked_file, writing
-from wsae.core.progress import Progress, Tick, quiet
-from wsae.evals.contexts import TopContexts, sample_latents
+from wsae.core.progress import Progress, quiet
+from wsae.evals.contexts import sample_latents
 from wsae.evals.data import HeldOut
-from wsae.evals.latents import Entries
 from wsae.report.contexts import shown_token
 from wsae.report.rundata import RunData, counted, is_control, read_run
 from wsae.report.view import glossary, meaning, overview, score_name
-from wsae.run import Json
-from wsae.sae import SparseAutoencoder
-from wsae.sae.encoding import Encoder
+from wsae.run import Json, Run
+from wsae.sae import SAE
 from wsae.serve import schema
+from wsae.serve.collect import Gathered, MemberContexts, Say, Seen, Watched, collect
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index, Member, run_digest, weights_digest
 from wsae.serve.model import (
@@ -49,7 +47,7 @@ from wsae.serve.model import (
     promoted,
     unembedding,
 )
-from wsae.serve.schema import BASIC, BINS, Measure, bin_of, key_of
+from wsae.serve.schema import BASIC, Measure, key_of
 
 Reopen = Callable[[Path], HeldOut]
 """Run -> the data it was trained on."""
@@ -61,6 +59,7 @@ def ensure_index(
     cfg: IndexConfig,
     reopen: Reopen | None = None,
     progress: Progress = quiet,
+    say: Say = str,
 ) -> tuple[Path, bool]:
     """Return the path of a run's current index, and whether it was made just now.
 
@@ -77,7 +76,7 @@ def ensure_index(
         with alone(path):
             if is_current(path, key):  # made by another process in the meantime
                 return path, False
-            build(run, path, cfg, reopen, progress)
+            build(run, path, cfg, reopen, progress, say)
             schema.write_seal(path, key)
     except UserError as error:
         if "cannot write here" in str(error) and place is None:
@@ -139,7 +138,8 @@ def identity(run: Path, cfg: IndexConfig) -> str:
     """
     found, model = run_digest(run), _model(run, cfg)
     told = fingerprint_of(model.name) if model.name else model.why_not
-    return digest([schema.SCHEMA, cfg.to_dict(), found, told])
+    there = Path(str(Run(run).source.get("path"))).exists()  # the data that contexts are of
+    return digest([schema.SCHEMA, cfg.to_dict(), found, told, there])
 
 
 def _model(run: Path, cfg: IndexConfig) -> ModelName:
@@ -152,22 +152,24 @@ def build(
     cfg: IndexConfig,
     reopen: Reopen | None = None,
     progress: Progress = quiet,
+    say: Say = str,
 ) -> None:
     """Write the index of a run to `out`, atomically.
 
-    `reopen` gives the data, needed for `cfg.contexts` alone. Raises UserError when the run is not whole or not
-    evaluated, changes meanwhile, or what was asked for cannot be had.
+    `reopen` gives the data that contexts are collected from; `say` is told beforehand what it takes. Raises UserError
+    when the run is not whole or not evaluated, changes meanwhile, or what was asked for cannot be had.
     """
     key, of_run = identity(run, cfg), run_digest(run)
     data = read_run(run)
     source = Indexing(data, cfg, _model(run, cfg), measures(data), members(data))
     if not source.members:
         raise UserError(f"{run}: its evaluation knows no latents; run: wsae evaluate {run}")
-    watched = collect(source, reopen(run), progress) if cfg.contexts and reopen is not None else {}
+    gathered, why_not = gather(source, reopen, progress, say)
+    source = replace(source, gathered=gathered)
     with writing(out) as temporary:
         connection = schema.create(temporary, len(source.measures))
         try:
-            about = _fill(connection, source, watched, progress)
+            about = _fill(connection, source, progress)
             told = [
                 (key, name, str(entry.get("formula", ""))) for key, name, entry in glossary(data)
             ]
@@ -180,6 +182,8 @@ def build(
                 "unit": data.unit,
                 "name": run.resolve().name,
                 "config": cfg.to_dict(),
+                "window": cfg.window,
+                "no_contexts": why_not,
             }
             rows = [(name, json.dumps(value)) for name, value in meta.items()]
             connection.executemany("INSERT INTO meta VALUES(?, ?)", rows)
@@ -202,18 +206,33 @@ class Indexing:
     model: ModelName
     measures: list[Measure]
     members: list[Member]
+    gathered: Gathered | None = None
+
+    def seen(self, member: Member) -> Seen | None:
+        """Return what a member's latents do on all held-out rows, where that was looked at."""
+        return None if self.gathered is None else self.gathered.seen.get(member.id)
 
     def density(self, member: Member) -> Float[np.ndarray, " d_sae"]:
         """Return how often each latent of a member fires."""
-        return self.run.arrays[f"{member.hook}|{member.name}|density"]
+        seen = self.seen(member)
+        return (
+            seen.density
+            if seen is not None
+            else self.run.arrays[f"{member.hook}|{member.name}|density"]
+        )
 
-    def load(self, member: Member) -> SparseAutoencoder | None:
+    def contexts(self, member: Member) -> MemberContexts | None:
+        """Return a member's contexts, where they were collected."""
+        gathered = self.gathered
+        return None if self.seen(member) is None or not gathered else gathered.contexts(member.id)
+
+    def load(self, member: Member) -> SAE | None:
         """Return a member's SAE, none where the run keeps no weights of it; raises UserError for a damaged one."""
         place = self.run.weights(member.hook, member.name)
-        return None if place is None else SparseAutoencoder.load(place)
+        return None if place is None else SAE.load(place)
 
 
-RESERVED = ("all", "live")
+RESERVED = ("all", "live", "compare")
 """Words that mean something else where a member's name stands in an address."""
 
 
@@ -303,7 +322,7 @@ def entries(run: RunData, member: Member) -> dict[int, Json]:
 
 
 def columns(
-    run: RunData, member: Member, sae: SparseAutoencoder | None, stored: dict[int, Json]
+    run: RunData, member: Member, sae: SAE | None, stored: dict[int, Json]
 ) -> dict[str, np.ndarray]:
     """Return measure -> values [d_sae] of a member; NaN where a latent was not measured."""
     found = {key: run.array(member.hook, member.name, name) for key, name in _ARRAYS.items()}
@@ -319,61 +338,82 @@ def columns(
     return {key: values for key, values in out.items() if len(values) == member.size}
 
 
-# One pass over a run's held-out data: how strongly every latent fires, and where some of them fire
-# most.
+def kept_by_others(source: Indexing, member: Member) -> Float[np.ndarray, " d_sae"] | None:
+    """Return for each latent of a twin the largest match cosine of those that it is the match of, 0 for none's."""
+    out = np.zeros(member.size)
+    others = [other for other in source.members if other.twin == member.id]
+    for other in others:
+        names = (
+            source.run.array(other.hook, other.name, f"match_{k}") for k in ("index", "cosine")
+        )
+        match, cosine = names
+        if match is None or cosine is None:
+            continue
+        matched = (match >= 0) & (match < member.size)
+        np.maximum.at(out, match[matched].astype(int), cosine[matched])
+    return out if others else None
 
 
-class Seen:
-    """What one member's latents do while the rows go by: strongest activations, counts, contexts of the chosen ones."""
-
-    def __init__(self, d_sae: int, chosen: Int64[Tensor, " latents"], n: int) -> None:
-        self.top = TopContexts(chosen, d_sae, n)
-        self.peak = torch.zeros(d_sae, dtype=torch.float64)
-        self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int32)
-        self.contexts: dict[int, list[Json]] = {}
-        """Latent -> its contexts, strongest first; known when all rows have gone by."""
-
-    def update(self, entries: Entries, seq: Tensor, pos: Tensor) -> None:
-        """Add some rows."""
-        self.top.update(entries, seq.long(), pos.long())
-        self.peak.scatter_reduce_(0, entries.indices, entries.values, "amax")
-        flat = entries.indices * BINS + bin_of(entries.values)
-        ones = torch.ones_like(flat, dtype=torch.int32)
-        self.histogram.view(-1).scatter_add_(0, flat, ones)
+def labels(run: RunData, member: Member) -> dict[int, list[Json]]:
+    """Return latent -> the classes that probes tell by it, where it is among a class's few chosen latents."""
+    out: dict[int, list[Json]] = {}
+    for kind, record in run.probing.items():
+        found = record.get("hooks", {}).get(member.hook, {})
+        chosen = found.get("members", {}).get(member.name, {}).get("chosen", [])
+        for task, latents in zip(found.get("tasks", []), chosen, strict=False):
+            for rank, latent in enumerate(latents):
+                out.setdefault(latent, []).append({"kind": kind, "task": task, "rank": rank})
+    return {k: sorted(v, key=lambda one: one["rank"]) for k, v in out.items() if k < member.size}
 
 
-def collect(source: Indexing, data: HeldOut, progress: Progress) -> dict[int, Seen]:
-    """Return what the latents of each member with weights do, all in one pass, by the member's number.
+# What the latents do on the run's held-out data.
 
-    Contexts are of `cfg.contexts` live ones each, spread over density. Raises UserError when the data have no text or
-    lack a hook of the run.
+
+def gather(
+    source: Indexing, reopen: Reopen | None, progress: Progress, say: Say
+) -> tuple[Gathered | None, str]:
+    """Return what the latents do on the run's held-out data, or why that is not known.
+
+    Raises UserError for data that cannot be had where contexts were asked for by number.
     """
-    cfg, table = source.cfg, data.tokens()
-    saes = [(m, sae) for m in source.members if (sae := source.load(m)) is not None]
-    if table is None:
-        raise UserError("--contexts: the run's data have no text to collect contexts from")
-    missing = next((m.hook for m, _ in saes if m.hook not in data.hooks), None)
-    if missing is not None:
-        raise UserError(f"--contexts: the data have no hook {missing!r}")
+    cfg = source.cfg
+    if cfg.contexts == 0:
+        return None, "left out with --contexts 0"
+    try:
+        data, table = _reopened(source, reopen)
+    except UserError as error:
+        if cfg.contexts is not None:
+            raise UserError(f"--contexts: {error}") from error
+        say(f"contexts of the evaluated sample only: {error}")
+        return None, str(error)
     watched = []
-    for m, sae in saes:
-        density = torch.from_numpy(source.density(m))
-        chosen = sample_latents(density, cfg.contexts, cfg.seed, m.hook, m.name)
-        watched.append((m, Encoder(sae), Seen(m.size, chosen, cfg.per_latent)))
-    with torch.inference_mode(), progress("contexts", None, "rows") as tick:
-        for chunk in data.heldout(cfg.batch_size):
-            for member, encode, seen in watched:
-                seen.update(Entries(encode(chunk.x[member.hook])), chunk.seq, chunk.pos)
-            tick(len(chunk.seq))
-    for _, _, seen in watched:
-        for latent, found in seen.top.result().items():
-            seen.contexts[latent] = [
-                c.window(
-                    table.ids[c.seq, : int(table.lengths[c.seq])].long(), table.decode, cfg.window
-                )
-                for c in found
-            ]
-    return {member.id: seen for member, _, seen in watched}
+    for member in source.members:
+        sae = source.load(member)
+        if sae is None:
+            continue
+        chosen = torch.arange(member.size)
+        if cfg.contexts is not None:
+            density = torch.from_numpy(source.density(member))
+            chosen = sample_latents(density, cfg.contexts, cfg.seed, member.hook, member.name)
+        watched.append(Watched(member.id, member.hook, sae, chosen))
+    return collect(watched, data, table, cfg, progress, say), ""
+
+
+def _reopened(source: Indexing, reopen: Reopen | None) -> tuple[HeldOut, TokenTable]:
+    """Return the run's data and their text; raises UserError where they cannot be had."""
+    if reopen is None:
+        raise UserError("the run's data were not given")
+    run, behind = source.run.path, model_of(source.run.path)
+    if Run(run).source.get("kind") == "live" and behind.why_not:
+        raise UserError(behind.why_not)
+    data = reopen(run)
+    table = data.tokens()
+    if table is None:
+        raise UserError("the run's data have no text to collect contexts from")
+    missing = next((m.hook for m in source.members if m.hook not in data.hooks), None)
+    if missing is not None:
+        raise UserError(f"the data have no hook {missing!r}")
+    return data, table
 
 
 # The rows of an index, a member at a time.
@@ -384,27 +424,33 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 def _fill(
     connection: sqlite3.Connection,
     source: Indexing,
-    watched: dict[int, Seen],
     progress: Progress,
 ) -> str:
     """Write everything about latents; return what the unembedding stands for, in words."""
     language = load(source.model.name, "cpu") if source.model.name else None
     out = None if language is None else unembedding(language.model)
     used: set[int] = set()
+    shown: set[int] = set()
     with progress("index", sum(member.size for member in source.members), "latents") as tick:
         for member in source.members:
-            sae, seen = source.load(member), watched.get(member.id)
-            write_member(connection, source, member, sae, seen)
+            sae, contexts = source.load(member), source.contexts(member)
+            write_member(connection, source, member, sae, contexts)
             if sae is None:
                 tick(member.size)
                 continue
+            shown |= set() if contexts is None else contexts.sequences
             fits = out is not None and sae.cfg.d_in == out.rows.shape[1]
             tokens = _logit_blobs(sae, out if fits else None, source.cfg.logits, used)
-            write_packed(connection, source.cfg.neighbours, member, sae, tokens, seen, tick)
-    if language is not None:
-        texts = decode_table(language.tokenizer, sorted(used))
-        rows = ((t, clean(alone_text(text))) for t, text in texts.items())
-        connection.executemany("INSERT INTO token VALUES(?, ?)", rows)
+            near = _near_blobs(sae, source.cfg.neighbours)
+            seen = _seen_blobs(member.size, source.seen(member), contexts)
+            for latent, row in enumerate(zip(near, tokens, seen, strict=True)):
+                write_packed(connection, key_of(member.id, latent), *row)
+                tick(1)
+    texts = {} if language is None else decode_table(language.tokenizer, sorted(used))
+    if source.gathered is not None:
+        texts |= _write_text(connection, source.gathered, sorted(shown))
+    rows = ((t, clean(text) if isinstance(text, str) else text) for t, text in texts.items())
+    connection.executemany("INSERT INTO token VALUES(?, ?)", rows)
     for number, data in source.run.thumbnails.items():
         png = b64decode(data)
         if not png.startswith(_PNG):
@@ -419,22 +465,35 @@ def write_member(
     connection: sqlite3.Connection,
     source: Indexing,
     member: Member,
-    sae: SparseAutoencoder | None,
-    seen: Seen | None,
+    sae: SAE | None,
+    contexts: MemberContexts | None,
 ) -> None:
     """Write a member, the numbers of all its latents, and what is known of some: contexts, explanations, scores."""
-    run, stored = source.run, entries(source.run, member)
+    run, stored, seen = source.run, entries(source.run, member), source.seen(member)
     found = columns(run, member, sae, stored)
+    if (kept := kept_by_others(source, member)) is not None:
+        found["kept"] = kept
     if seen is not None:
         found["max"] = np.where(seen.peak.numpy() > 0, seen.peak.numpy(), np.nan)
-        for latent, contexts in seen.contexts.items():
-            entry = stored.get(latent, {})
-            stored[latent] = entry if entry.get("contexts") else {**entry, "contexts": contexts}
+        found["density"] = seen.density
+        found["sequences"] = np.where(seen.chosen, seen.top.sequences, np.nan)
+        member.density, member.alive = counted(seen.density), int((seen.density > 0).sum())
     scored = run.interpretation.get("hooks", {}).get(member.hook, {}).get("members", {})
     rows = scored.get(member.name, {}).get("latents", [])
     details = {int(row["latent"]): row["details"] for row in rows if row.get("details")}
-    for latent, entry in sorted(stored.items()):
+    told_by = labels(run, member)
+    known = set(stored) | set(told_by) | set(() if contexts is None else contexts.latents)
+    for latent in sorted(known):
+        entry = stored.get(latent, {})
         kept = {name: entry[name] for name in KEPT if entry.get(name)}
+        found_texts = [] if contexts is None else contexts.texts(latent)
+        if contexts is not None and found_texts:
+            entry = {"tokens": [text for text, _ in contexts.fires(latent)]} | entry
+            kept.pop("contexts", None)
+        else:
+            found_texts = ["".join(c["tokens"]) for c in entry.get("contexts", [])]
+        if latent in told_by:
+            kept["labels"] = told_by[latent]
         if latent in details:
             kept["details"] = details[latent]
         at = key_of(member.id, latent)
@@ -442,18 +501,19 @@ def write_member(
         connection.execute("INSERT INTO shown VALUES(?, ?, ?)", shown)
         connection.execute(
             "INSERT INTO words(rowid, explanation, contexts, tokens) VALUES(?, ?, ?, ?)",
-            (at, *texts(entry)),
+            (at, *texts(entry, found_texts)),
         )
-    member.shown = len(stored)
+    member.shown = len(known)
     told = json.dumps(member.model_dump(exclude={"id", "slug"}))
     connection.execute("INSERT INTO member VALUES(?, ?, ?)", (member.id, member.slug, told))
     marks = ",".join("?" * (4 + len(source.measures)))
-    rows = _numbers(source, member, found, stored)
-    connection.executemany(f"INSERT INTO latent VALUES({marks})", rows)
+    connection.executemany(
+        f"INSERT INTO latent VALUES({marks})", _numbers(source, member, found, known)
+    )
 
 
 def _numbers(
-    source: Indexing, member: Member, found: dict[str, np.ndarray], stored: dict[int, Json]
+    source: Indexing, member: Member, found: dict[str, np.ndarray], known: set[int]
 ) -> Iterator[tuple[object, ...]]:
     """Yield the rows of the table `latent`."""
     missing = np.full(member.size, np.nan)
@@ -468,31 +528,59 @@ def _numbers(
         )
     density = source.density(member)
     rows = zip(table.tolist(), np.isfinite(table).tolist(), match.tolist(), strict=True)
-    for latent, (values, known, other) in enumerate(rows):
+    for latent, (values, measured, other) in enumerate(rows):
         twin = key_of(partner.id, int(other)) if other >= 0 else None
-        kept = (value if there else None for value, there in zip(values, known, strict=True))
-        alive, shown = int(density[latent] > 0), int(latent in stored)
+        kept = (value if there else None for value, there in zip(values, measured, strict=True))
+        alive, shown = int(density[latent] > 0), int(latent in known)
         yield key_of(member.id, latent), alive, shown, twin, *kept
+
+
+class SeenBlobs(NamedTuple):
+    """What a latent does, packed: counts (int32); shares (float32), then tokens (int32); contexts (`unpacked`)."""
+
+    counts: bytes | None = None
+    fires: bytes | None = None
+    contexts: bytes | None = None
 
 
 def write_packed(
     connection: sqlite3.Connection,
-    n: int,
-    member: Member,
-    sae: SparseAutoencoder,
-    tokens: Iterator[bytes | None],
-    seen: Seen | None,
-    tick: Tick,
+    key: int,
+    near: bytes | None,
+    tokens: bytes | None,
+    seen: SeenBlobs,
 ) -> None:
-    """Write the n nearest latents, the promoted tokens and the counts of activations of every latent."""
-    for latent, (near, logits) in enumerate(zip(_near_blobs(sae, n), tokens, strict=True)):
-        counts = None if seen is None else seen.histogram[latent].numpy().tobytes()
-        row = (key_of(member.id, latent), near, logits, counts)
-        connection.execute("INSERT INTO packed VALUES(?, ?, ?, ?)", row)
-        tick(1)
+    """Write a latent's nearest latents, promoted tokens, counts of activations, typical tokens and contexts."""
+    row = (key, near, tokens, *seen)
+    connection.execute("INSERT INTO packed VALUES(?, ?, ?, ?, ?, ?)", row)
 
 
-def _near_blobs(sae: SparseAutoencoder, n: int) -> Iterator[bytes | None]:
+def _seen_blobs(
+    size: int, seen: Seen | None, contexts: MemberContexts | None
+) -> Iterator[SeenBlobs]:
+    """Yield what each latent does; nothing of any where that was not looked at."""
+    if seen is None or contexts is None:
+        yield from [SeenBlobs()] * size
+        return
+    counts = seen.histogram.numpy()
+    for latent in range(size):
+        blobs = contexts.shares(latent), contexts.packed(latent)
+        yield SeenBlobs(counts[latent].tobytes(), *blobs)
+
+
+def _write_text(
+    connection: sqlite3.Connection, gathered: Gathered, sequences: list[int]
+) -> dict[int, str | bytes]:
+    """Write the token ids of some sequences; return what these read."""
+    used: set[int] = set()
+    for seq in sequences:
+        ids = gathered.ids(seq).numpy().astype(np.int32)
+        used.update(np.unique(ids).tolist())
+        connection.execute("INSERT INTO text VALUES(?, ?)", (seq, ids.tobytes()))
+    return gathered.table.texts(sorted(used))
+
+
+def _near_blobs(sae: SAE, n: int) -> Iterator[bytes | None]:
     """Yield cosines (float32), then latents (int32)."""
     if n == 0 or sae.cfg.d_sae < 2:
         yield from [None] * sae.cfg.d_sae
@@ -503,7 +591,7 @@ def _near_blobs(sae: SparseAutoencoder, n: int) -> Iterator[bytes | None]:
 
 
 def _logit_blobs(
-    sae: SparseAutoencoder, out: Unembedding | None, n: int, used: set[int]
+    sae: SAE, out: Unembedding | None, n: int, used: set[int]
 ) -> Iterator[bytes | None]:
     """Yield logits (float32), then tokens (int32): the promoted ones first."""
     if out is None:
@@ -531,12 +619,12 @@ def label(entry: Json) -> str:
     return "fires on " + ", ".join(f"“{token}”" for token in [*shown][:5]) if shown else ""
 
 
-def texts(entry: Json) -> tuple[str, str, str]:
+def texts(entry: Json, contexts: list[str]) -> tuple[str, str, str]:
     """Return explanation, contexts and typical tokens as they are searched."""
-    contexts = "\n".join("".join(c["tokens"]) for c in entry.get("contexts", []))
-    found = (entry.get("explanation") or "", contexts, " ".join(entry.get("tokens", [])))
-    said, contexts, typical = (schema.spaced(clean(text)) for text in found)
-    return said, contexts, typical
+    said, typical = entry.get("explanation") or "", " ".join(entry.get("tokens", []))
+    found = (said, "\n".join(contexts), typical)
+    said, shown, typical = (schema.spaced(clean(text)) for text in found)
+    return said, shown, typical
 
 
 def clean(text: str) -> str:

@@ -15,20 +15,38 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 from urllib.parse import quote, urlencode
 
 import numpy as np
+import torch
+from jaxtyping import Int64
 from pydantic import Field, TypeAdapter, field_validator
+from torch import Tensor
 
+from wsae.acts.tokens import alone, joined
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, nearest
+from wsae.evals.contexts import Context
 from wsae.report.rundata import DensityForm
 from wsae.report.view import OverviewForm
-from wsae.run import PARTS, Count, Form, Json, Number, Run, ShownForm, Text, formed
+from wsae.run import (
+    NAMES_FILE,
+    PARTS,
+    Count,
+    Form,
+    Json,
+    NamedLatent,
+    Number,
+    Run,
+    ShownForm,
+    Text,
+    formed,
+)
 from wsae.serve import schema
+from wsae.serve.collect import unpacked
 from wsae.serve.schema import (
     BASIC,
     BINS,
@@ -94,6 +112,9 @@ class MetaForm(Form):
     unit: Text
     overview: OverviewForm
     model: ModelForm
+    window: int = Field(ge=4, le=256)
+    no_contexts: Text
+    """Why contexts were not collected for all; empty where they were."""
     measures: list[Annotated[list[Text], Field(min_length=3, max_length=3)]]
 
     @field_validator("measures")
@@ -107,6 +128,7 @@ class MetaForm(Form):
 _META, _SHOWN = TypeAdapter(MetaForm), TypeAdapter(ShownForm)
 _NUMBERS = TypeAdapter(list[Number])
 _LABELS = TypeAdapter(dict[int, str])
+_TOKENS = TypeAdapter(dict[int, str | bytes])
 
 
 def run_digest(run: Path) -> str:
@@ -144,6 +166,8 @@ class Index:
             self.unit: str = meta["unit"]
             self.overview: Json = meta["overview"]
             self.model: Json = meta["model"]
+            self.window: int = meta["window"]
+            self.no_contexts: str = meta["no_contexts"]
             self.measures = [Measure(*entry) for entry in meta["measures"]]
             self.column = {measure.key: f"m{i}" for i, measure in enumerate(self.measures)}
             found = self.rows("SELECT id, slug, record FROM member ORDER BY id")
@@ -153,6 +177,8 @@ class Index:
             if not numbers or [m.id for m in self.members] != numbers or not twins <= {*numbers}:
                 raise ValueError("its members are not numbered as wsae does")
             self.by_slug = {member.slug: member for member in self.members}
+            self._means: dict[int, dict[str, float | None]] = {}
+            self._firsts: dict[tuple[int, int], Found] = {}
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
@@ -196,6 +222,41 @@ class Index:
             ((alive, twin),) = self.rows("SELECT alive, twin FROM latent WHERE key = ?", (key,))
             return bool(alive), None if twin is None else self._key(twin)
 
+    def checked(self, key: object) -> int:
+        """Return a latent's key; raises DamagedIndexError when there is no such latent."""
+        with self._readable():
+            return self._key(key)
+
+    def means(self, member: Member) -> dict[str, float | None]:
+        """Return the mean of each measure over the live latents of a member that have it."""
+        if member.id not in self._means:
+            columns = ", ".join(f"avg({column})" for column in self.column.values())
+            sql = f"SELECT {columns} FROM latent WHERE alive = 1 AND key BETWEEN ? AND ?"
+            ((*values,),) = self.rows(sql, member.keys)
+            with self._readable():
+                self._means[member.id] = dict(
+                    zip(self.column, formed(_NUMBERS, values, self.path), strict=True)
+                )
+        return self._means[member.id]
+
+    def measured(self, member: Member) -> set[str]:
+        """Return the measures that some live latent of a member has."""
+        return {key for key, mean in self.means(member).items() if mean is not None}
+
+    def resolution(self, member: Member) -> float:
+        """Return the smallest density of a live latent: one firing, where one of them fires once."""
+        column = self.column["density"]
+        sql = f"SELECT min({column}) FROM latent WHERE alive = 1 AND key BETWEEN ? AND ?"
+        ((least,),) = self.rows(sql, member.keys)
+        return float(least or 1.0)
+
+    def first(self, member: Member, name: int, ask: "Asked", n: int) -> "Found":
+        """Return the first n latents of a list that the first page names, remembered under `name`."""
+        if (member.id, name) not in self._firsts:
+            found = find(self, member, ask)
+            self._firsts[member.id, name] = Found(found.keys[:n], found.total)
+        return self._firsts[member.id, name]
+
     def _key(self, key: object) -> int:
         """Return a latent's key; raises ValueError when there is no such latent."""
         if not isinstance(key, int) or key < 0:
@@ -214,7 +275,9 @@ class Index:
         """Return explanation, contexts, scores and typical tokens; empty where nothing is stored."""
         with self._readable():
             found = self.rows("SELECT record FROM shown WHERE key = ?", (key,))
-            return formed(_SHOWN, json.loads(found[0][0]), self.path) if found else {}
+            record = formed(_SHOWN, json.loads(found[0][0]), self.path) if found else {}
+            collected = self.contexts(key)
+            return record | {name: some for name, some in collected.items() if some}
 
     def lines(self, keys: Sequence[int]) -> dict[int, tuple[bool, str | None]]:
         """Return whether some latents fired on held-out data, and the lines that stand for those that have one."""
@@ -241,12 +304,53 @@ class Index:
                 self._key(self.owner(key)[0].key(latent))
             return latents, _pairs(logits), counts
 
-    def tokens(self, ids: Sequence[int]) -> dict[int, str]:
-        """Return the text of some tokens."""
-        marks = ",".join("?" * len(ids))
-        found = self.rows(f"SELECT id, text FROM token WHERE id IN ({marks})", ids)
+    def fires(self, key: int) -> Pairs:
+        """Return the tokens on which a latent fires most, with their shares of its random firings; empty if unknown."""
         with self._readable():
-            return formed(_LABELS, dict(found), self.path)
+            found = self.rows("SELECT fires FROM packed WHERE key = ?", (key,))
+            return _pairs(found[0][0] if found else None)
+
+    def contexts(self, key: int) -> dict[str, list[Json]]:
+        """Return the collected contexts of a latent: the strongest, and samples over the quantiles."""
+        with self._readable():
+            found = self.rows("SELECT contexts FROM packed WHERE key = ?", (key,))
+            strongest, samples = unpacked(found[0][0] if found else None)
+            ids = self._sequences({context.seq for context in (*strongest, *samples)})
+            if any(context.pos >= len(ids[context.seq]) for context in (*strongest, *samples)):
+                raise ValueError("has a context beyond its sequence")
+            near = [
+                ids[c.seq][max(0, c.pos - 2 * self.window) : c.pos + 2 * self.window]
+                for c in (*strongest, *samples)
+            ]
+            raw = self._raw({token for part in near for token in part.tolist()})
+
+            def decode(tokens: list[int], part: slice) -> list[str]:
+                return joined([raw[token] for token in tokens], part)
+
+            def windows(contexts: list[Context]) -> list[Json]:
+                return [c.window(ids[c.seq], decode, self.window) for c in contexts]
+
+            return {"contexts": windows(strongest), "samples": windows(samples)}
+
+    def _sequences(self, numbers: set[int]) -> dict[int, Int64[Tensor, " length"]]:
+        """Return the token ids of some sequences; raises KeyError for one that is not there."""
+        wanted = json.dumps(sorted(numbers))
+        sql = "SELECT seq, ids FROM text WHERE seq IN (SELECT value FROM json_each(?))"
+        found = dict(self.rows(sql, (wanted,)))
+        arrays = {number: np.frombuffer(found[number], np.int32) for number in numbers}
+        return {number: torch.from_numpy(ids.astype(np.int64)) for number, ids in arrays.items()}
+
+    def _raw(self, ids: set[int]) -> dict[int, str | bytes]:
+        """Return the texts of some tokens, or their bytes; raises KeyError for one that is not there."""
+        wanted = json.dumps(sorted(ids))
+        sql = "SELECT id, text FROM token WHERE id IN (SELECT value FROM json_each(?))"
+        found = formed(_TOKENS, dict(self.rows(sql, (wanted,))), self.path)
+        return {token: found[token] for token in ids}
+
+    def tokens(self, ids: Sequence[int]) -> dict[int, str]:
+        """Return the text of some tokens, as they read by themselves."""
+        with self._readable():
+            return {token: alone(text) for token, text in self._raw({*ids}).items()}
 
     def suitors(self, key: int, n: int) -> Pairs:
         """Return the latents of other members whose match is this one, most alike first: (key, cosine)."""
@@ -288,6 +392,7 @@ MAX_QUERY = 200
 MAX_PAGE = 1_000_000
 ALIVE = ("any", "yes", "no")
 SHOWN = ("any", "contexts")
+STAR = ("any", "yes")
 LATENT = "latent"
 """The sort by number."""
 _FAR = 1e308
@@ -305,6 +410,11 @@ class Asked:
     low: dict[str, float] = field(default_factory=dict)
     high: dict[str, float] = field(default_factory=dict)
     page: int = 1
+    star: str = "any"
+    starred: tuple[int, ...] = ()
+    """Keys of the latents that are starred, for a list of these."""
+    called: tuple[int, ...] = ()
+    """Keys of the latents whose name the text is found in."""
 
     def address(self, **changes: str | int) -> dict[str, str]:
         """Return the parameters of an address that asks this, those at their defaults left out."""
@@ -313,11 +423,19 @@ class Asked:
             "sort": ("-" if self.down else "") + self.sort,
             "alive": self.alive,
             "shown": self.shown,
+            "star": self.star,
             **{f"min.{key}": f"{value:g}" for key, value in self.low.items()},
             **{f"max.{key}": f"{value:g}" for key, value in self.high.items()},
             "page": str(self.page),
         } | {key: str(value) for key, value in changes.items()}
-        plain = {"q": "", "sort": LATENT, "alive": "any", "shown": "any", "page": "1"}
+        plain = {
+            "q": "",
+            "sort": LATENT,
+            "alive": "any",
+            "shown": "any",
+            "star": "any",
+            "page": "1",
+        }
         return {key: value for key, value in values.items() if plain.get(key) != value}
 
 
@@ -344,6 +462,7 @@ def asked(params: Mapping[str, str], index: Index) -> Asked:
         down=down,
         alive=_one_of(params, "alive", ALIVE),
         shown=_one_of(params, "shown", SHOWN),
+        star=_one_of(params, "star", STAR),
         low=_bounds(params, "min.", index),
         high=_bounds(params, "max.", index),
         page=whole(params.get("page", "1"), "page", 1, MAX_PAGE),
@@ -406,11 +525,20 @@ def match_of(query: str) -> str | None:
 def _where(index: Index, member: Member | None, ask: Asked) -> tuple[str, str, list[object]]:
     """Return the FROM and WHERE of a list, and the values bound in them."""
     source, tests, values = "latent", [], []
-    if ask.query:
+    if ask.query and ask.called:
+        tests.append(
+            "latent.key IN (SELECT rowid FROM words WHERE words MATCH ? "
+            "UNION SELECT value FROM json_each(?))"
+        )
+        values += [match_of(ask.query) or '""', json.dumps(ask.called)]
+    elif ask.query:
         match = match_of(ask.query)
         source = "words CROSS JOIN latent ON latent.key = words.rowid"
         tests.append("words MATCH ?" if match else "0 = ?")
         values.append(match or 1)
+    if ask.star == "yes":
+        tests.append("latent.key IN (SELECT value FROM json_each(?))")
+        values.append(json.dumps(ask.starred))
     if member is not None:
         tests.append("latent.key BETWEEN ? AND ?")
         values += member.keys
@@ -471,6 +599,14 @@ CHANGED = "the run has changed since its index was made; restart wsae serve to s
 Stamp = tuple[tuple[int, int, int, int] | None, ...]
 
 
+class Said(NamedTuple):
+    """A line that stands for a latent in lists."""
+
+    alive: bool
+    label: str
+    star: bool
+
+
 @dataclass(frozen=True)
 class Served:
     """One run as one request sees it: its name in addresses, its directory, its index."""
@@ -482,6 +618,28 @@ class Served:
     """What leads to the start from where the visitor is."""
     notice: str = ""
     """What the visitor should know of the numbers."""
+    names: Mapping[int, NamedLatent] = field(default_factory=dict)
+    """Key -> what users call a latent, and whether it is starred."""
+
+    def said(self, keys: Sequence[int]) -> dict[int, "Said"]:
+        """Return the lines that stand for some latents: the user's name, else what is known of it."""
+        lines, none = self.index.lines(keys), NamedLatent()
+        return {
+            key: Said(alive, (named := self.names.get(key, none)).name or label or "", named.star)
+            for key, (alive, label) in lines.items()
+        }
+
+    def asked(self, params: Mapping[str, str]) -> Asked:
+        """Return what an address asks, with the users' names and stars; raises UserError as `asked` does."""
+        ask = asked(params, self.index)
+        words = [word.casefold() for word in words_of(ask.query)]
+        called = [
+            key
+            for key, named in self.names.items()
+            if words and all(word in named.name.casefold() for word in words)
+        ]
+        starred = [key for key, named in self.names.items() if named.star]
+        return replace(ask, starred=tuple(sorted(starred)), called=tuple(sorted(called)))
 
     @property
     def base(self) -> str:
@@ -520,6 +678,9 @@ class Shelf:
         self._problem = ""
         self._run: Stamp = ()
         self._notice = ""
+        self._named: Stamp = ()
+        self._names: dict[int, NamedLatent] = {}
+        self._unnamed = ""
 
     def now(self, root: str = "/") -> Served:
         """Return the run as it is now; raises DamagedIndexError when its index is gone or damaged."""
@@ -533,7 +694,25 @@ class Shelf:
                 self._run, self._notice = state, CHANGED
                 with contextlib.suppress(UserError):  # trained or evaluated at this moment
                     self._notice = "" if run_digest(self.path) == self._index.run else CHANGED
-            return Served(self.slug, self.path, self._index, root, self._notice)
+            self._read_names(self._index)
+            notice = " ".join(filter(None, (self._notice, self._unnamed)))
+            return Served(self.slug, self.path, self._index, root, notice, self._names)
+
+    def _read_names(self, index: Index) -> None:
+        """Read the users' names anew when their file has changed; the notice says where that is not possible."""
+        seen = (*stamps(self.path / NAMES_FILE), *self._seen)
+        if seen == self._named:
+            return
+        self._named, self._names, self._unnamed = seen, {}, ""
+        try:
+            found = Run(self.path).names
+        except UserError as error:
+            self._unnamed = str(error)
+            return
+        for member in index.members:
+            for latent, named in found.get(member.hook, {}).get(member.name, {}).items():
+                if int(latent) < member.size:
+                    self._names[member.key(int(latent))] = NamedLatent.model_validate(named)
 
     def has(self, index: Index) -> bool:
         """Return whether an index is still the one in its place."""

@@ -6,9 +6,10 @@ from wsae.report.charts import acts_chart, member_densities
 from wsae.report.contexts import Span, spans, visible
 from wsae.report.html import environment
 from wsae.report.words import number
-from wsae.run import Json
+from wsae.run import NAME_CHARS, Json, NamedLatent
 from wsae.serve.index import LATENT, PER_PAGE, Asked, Member, Served, beside, find, words_of
 from wsae.serve.schema import BASIC, occupied
+from wsae.serve.worth import ALIKE, worth
 
 # What pages and the JSON interface show of a latent and of a list: plain values, no markup.
 
@@ -25,21 +26,21 @@ def list_view(run: Served, member: Member | None, ask: Asked) -> Json:
     """Return one page of a list, with the measures worth a column: common ones, some scores, what is asked for."""
     index = run.index
     found = find(index, member, ask)
-    numbers, lines = index.numbers(found.keys), index.lines(found.keys)
+    numbers, lines = index.numbers(found.keys), run.said(found.keys)
     known = {k for values in numbers.values() for k, v in values.items() if v is not None}
     scores = [m.key for m in index.measures[len(BASIC) :] if m.key in known][:LIST_SCORES]
     common = [key for key in ("density", "variance", "gamma", "match") if key in known]
     asked_for = [*([ask.sort] if ask.sort in index.column else []), *ask.low, *ask.high]
     rows = []
     for key in found.keys:
-        (owner, latent), (alive, label) = index.owner(key), lines[key]
+        (owner, latent), said = index.owner(key), lines[key]
         rows.append(
             {
                 "member": owner.slug,
                 "latent": latent,
-                "alive": alive,
-                "label": label or "",
-                "stored": label is not None,
+                "alive": said.alive,
+                "label": said.label,
+                "star": said.star,
                 "measures": numbers[key],
                 "link": run.latent_link(owner, latent, ask, member is None),
             }
@@ -61,12 +62,14 @@ def latent_view(run: Served, member: Member, latent: int) -> Json:
     index, key = run.index, member.key(latent)
     alive, twin = index.state(key)
     near, logits, counts = index.packed(key)
-    texts = index.tokens([token for token, _ in logits])
-    tokens = [[texts.get(token, "?"), value] for token, value in logits]
+    fires = index.fires(key)
+    texts = index.tokens([token for token, _ in (*logits, *fires)])
+    tokens = [[texts[token], value] for token, value in logits]
+    named = run.names.get(key, NamedLatent())
     measures = index.numbers([key])[key]
     pairs = index.suitors(key, SUITORS) if twin is None else [(twin, measures["match"])]
     neighbours = [(member.key(other), cosine) for other, cosine in near]
-    lines = index.lines([other for other, _ in (*neighbours, *pairs)])
+    lines = run.said([other for other, _ in (*neighbours, *pairs)])
     matches = []
     for other, cosine in pairs:
         owner, number_there = index.owner(other)
@@ -77,7 +80,7 @@ def latent_view(run: Served, member: Member, latent: int) -> Json:
                 "kind": owner.kind,
                 "latent": number_there,
                 "cosine": cosine,
-                "label": lines[other][1] or "",
+                "label": lines[other].label,
                 "link": run.latent_link(owner, number_there),
             }
         )
@@ -85,20 +88,23 @@ def latent_view(run: Served, member: Member, latent: int) -> Json:
         "member": member.slug,
         "latent": latent,
         "alive": alive,
+        "name": named.name,
+        "star": named.star,
         "measures": measures,
         **index.record(key),
         "neighbours": [
             {
                 "latent": index.owner(other)[1],
                 "cosine": cosine,
-                "label": lines[other][1] or "",
-                "alive": lines[other][0],
+                "label": lines[other].label,
+                "alive": lines[other].alive,
                 "link": run.latent_link(member, index.owner(other)[1]),
             }
             for other, cosine in neighbours
         ],
         "promotes": tokens[: len(tokens) // 2],
         "demotes": tokens[len(tokens) // 2 :],
+        "fires": [[texts[token], share] for token, share in fires],
         "histogram": counts,
         "matches": matches,
         "link": run.latent_link(member, latent),
@@ -152,6 +158,19 @@ def run(served: Served) -> str:
             m.slug: member_densities(m.name, m.kind, m.density, index.unit) for m in index.members
         },
         about=index.overview,
+        worth=worth(served),
+        stars=sum(named.star for named in served.names.values()),
+    )
+
+
+def compare(served: Served, view: Json) -> str:
+    """Return the page of two members side by side."""
+    index = served.index
+    members = [index.by_slug[view[side]] for side in ("a", "b")]
+    charts = [member_densities(m.name, m.kind, m.density, index.unit) for m in members]
+    title = f"{members[0].name} and {members[1].name} · {index.name}"
+    return _render(
+        "compare", served, title=title, view=view, members=members, charts=charts, alike=ALIKE
     )
 
 
@@ -176,19 +195,26 @@ def latents(served: Served, member: Member | None, ask: Asked, view: Json) -> st
             name: served.list_link(slug, ask, page=ask.page + step)
             for name, step in (("before", -1), ("after", 1))
         },
-        filtered=bool(ask.low or ask.high or ask.alive != "any" or ask.shown != "any"),
+        filtered=bool(
+            ask.low or ask.high or ask.alive != "any" or ask.shown != "any" or ask.star != "any"
+        ),
         by_slug=index.by_slug,
         latent_sort=LATENT,
     )
 
 
-def latent(served: Served, scope: Member | None, member: Member, ask: Asked, view: Json) -> str:
-    """Return the page of one latent, its match in the twin beside it; `scope`: whose list it was found in."""
+def latent(
+    served: Served, scope: Member | None, member: Member, ask: Asked, view: Json, key: str
+) -> str:
+    """Return the page of one latent, its match in the twin beside it; `scope`: whose list it was found in.
+
+    `key` stands in the address of the form for its name.
+    """
     index, words = served.index, words_of(ask.query)
     turn = ["", ""]
-    for place, key in enumerate(beside(index, scope, ask, member.key(view["latent"]))):
-        if key is not None:
-            turn[place] = served.latent_link(*index.owner(key), ask, scope is None)
+    for place, other in enumerate(beside(index, scope, ask, member.key(view["latent"]))):
+        if other is not None:
+            turn[place] = served.latent_link(*index.owner(other), ask, scope is None)
     match, twin = next(iter(view["matches"]), None), None
     if match is not None:
         owner = index.by_slug[match["member"]]
@@ -202,6 +228,8 @@ def latent(served: Served, scope: Member | None, member: Member, ask: Asked, vie
         title=f"Latent {view['latent']} · {member.name} · {index.name}",
         member=member,
         view=view,
+        key=key,
+        name_chars=NAME_CHARS,
         own=_side(served, view, words, FIRST_CONTEXTS),
         twin=twin,
         match=match,
@@ -225,6 +253,7 @@ def latent(served: Served, scope: Member | None, member: Member, ask: Asked, vie
 def _side(served: Served, view: Json, words: list[str], first: int) -> Json:
     """Return one latent's explanation, scores and contexts as they are drawn: images all, texts some first."""
     drawn, pictured = [], False
+    samples = [spans(c, view["measures"]["max"], words) for c in view.get("samples", [])]
     for context in view.get("contexts", []):
         image = served.index.image(context["seq"]) if len(context["tokens"]) == 1 else ""
         if image:
@@ -244,6 +273,9 @@ def _side(served: Served, view: Json, words: list[str], first: int) -> Json:
         "scores": [(name, number(value)) for name, value in scores.items() if value is not None],
         "first": drawn[:first],
         "rest": drawn[first:],
+        "samples": [{"spans": text} for text in samples],
+        "fires": view["fires"],
+        "labels": view.get("labels", []),
     }
 
 

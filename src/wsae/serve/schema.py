@@ -70,7 +70,7 @@ class Measure(NamedTuple):
 BASIC = (
     Measure("density", "density", "share of held-out rows on which the latent fires"),
     Measure("variance", "variance", "variance of the activation over all held-out rows"),
-    Measure("max", "strongest", "strongest activation among the held-out rows that were kept"),
+    Measure("max", "strongest", "strongest activation on held-out rows"),
     Measure(
         "gamma",
         "γ influence",
@@ -78,11 +78,17 @@ BASIC = (
     ),
     Measure("match", "match", "decoder cosine with the most similar live latent of the plain twin"),
     Measure(
+        "kept",
+        "kept",
+        "for a latent of the plain twin: the largest match of another member's latent that it is the match of; 0: none",
+    ),
+    Measure(
         "nearest", "nearest cosine", "largest |cosine| with another decoder row of the same SAE"
     ),
+    Measure("sequences", "sequences", "held-out sequences in which it fires"),
 )
 
-SCHEMA = 5
+SCHEMA = 6
 """Raise it whenever a table, or the meaning of a value in one, changes."""
 NAME = "browser.sqlite"
 _SHIFT = 32
@@ -92,8 +98,10 @@ _TABLES = {
     "meta": "CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "member": "CREATE TABLE member(id INTEGER PRIMARY KEY, slug TEXT UNIQUE NOT NULL, record TEXT NOT NULL)",
     "shown": "CREATE TABLE shown(key INTEGER PRIMARY KEY, label TEXT NOT NULL, record TEXT NOT NULL)",
-    "packed": "CREATE TABLE packed(key INTEGER PRIMARY KEY, neighbours BLOB, logits BLOB, histogram BLOB)",
-    "token": "CREATE TABLE token(id INTEGER PRIMARY KEY, text TEXT NOT NULL)",
+    "packed": "CREATE TABLE packed(key INTEGER PRIMARY KEY, neighbours BLOB, logits BLOB, histogram BLOB, "
+    "fires BLOB, contexts BLOB)",
+    "text": "CREATE TABLE text(seq INTEGER PRIMARY KEY, ids BLOB NOT NULL)",
+    "token": "CREATE TABLE token(id INTEGER PRIMARY KEY, text NOT NULL)",
     "image": "CREATE TABLE image(number INTEGER PRIMARY KEY, png BLOB NOT NULL)",
     "words": "CREATE VIRTUAL TABLE words USING fts5(explanation, contexts, tokens, content='', "
     'tokenize="unicode61 remove_diacritics 2")',

@@ -73,6 +73,10 @@ class Gate:
         return not self.loopback or _is_loopback(name) or name in map(_name_of, self.hosts)
 
 
+_FORMS = re.compile(r"/(?:live|([0-9]+))$")
+"""What may be sent: a text, and a latent's name."""
+
+
 class Guard:
     """Refuses foreign hosts, foreign origins and other methods; adds the headers to every answer."""
 
@@ -128,9 +132,11 @@ class Guard:
             )
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string", b"")) > MAX_TARGET:
             return 414, f"the address is longer than {MAX_TARGET} characters"
-        method, live = scope["method"], scope["path"].endswith("/live")
-        if method not in ("GET", "HEAD") and not (method == "POST" and live):
+        method, form = scope["method"], _FORMS.search(scope["path"])
+        if method not in ("GET", "HEAD") and not (method == "POST" and form):
             return 405, f"{method[:20]}: only GET is answered here"
+        if method == "POST" and form and form[1] is not None and not self.gate.loopback:
+            return 403, "latents are named where the server listens on its own machine alone"
         if method == "POST" and not self.same_origin(headers, _from_here(scope)):
             given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
             nameless = headers.get("origin", "null") == "null"

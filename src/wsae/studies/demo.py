@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wsae.acts.harvest import harvest
-from wsae.acts.language import load_language
+from wsae.acts.language import language_for
 from wsae.acts.source import StoreSource
 from wsae.core.progress import Progress, quiet
 from wsae.report.html import write_report
@@ -62,7 +62,7 @@ class TextDemo(Study[DemoConfig]):
         cfg = self.cfg
 
         def language():
-            return load_language(cfg.model, cfg.dtype, cfg.device) if cfg.splice_tokens else None
+            return language_for(cfg.harvest()) if cfg.splice_tokens else None
 
         return [self.trained(), self.evaluated(cfg.evaluation(), language)]
 

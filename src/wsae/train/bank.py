@@ -22,7 +22,7 @@ from wsae.sae.config import BatchTopK, ReLU
 from wsae.sae.forward import training_forward
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.sae.loss import weighted_reconstruction_loss
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.family import FamilyState
@@ -42,7 +42,7 @@ from wsae.train.step import lr_factor, remove_radial_gradient, revival_loss, uni
 class Entry:
     """One SAE to train: it is changed in place. Its gamma is set, its b_dec at the data's mean (untied)."""
 
-    sae: SparseAutoencoder
+    sae: SAE
     cfg: MemberConfig
     world: int = 0
     """Which of the batches' worlds it sees."""
@@ -60,7 +60,7 @@ def make_entry(
     """Return a member at its start, as a lone run would have it; `seed` serves where the member names none."""
     d_in = gamma.shape[-1]
     seed = seed if cfg.seed is None else cfg.seed
-    sae = SparseAutoencoder(cfg.sae_config(d_in), seed, cfg.start_scale())
+    sae = SAE(cfg.sae_config(d_in), seed, cfg.start_scale())
     sae.set_gamma(gamma.detach().float())
     if sae.b_dec is not None and mean is not None:
         sae.b_dec.data.copy_(mean)
@@ -191,7 +191,7 @@ class Chunk:
         by_hand = isinstance(self.stack.cfg.activation, ReLU) and not first.auxk and not first.l0
         self.scratch = Scratch.like(self.stack, batch) if by_hand else None
 
-    def write_back(self, saes: list[SparseAutoencoder]) -> None:
+    def write_back(self, saes: list[SAE]) -> None:
         """Copy the trained tensors, and gamma where training moved it, into the members' SAEs."""
         self.stack.write_back(saes)
         if self.rule is not None:
@@ -350,7 +350,7 @@ def make_chunks(
     return chunks
 
 
-def shared(sae: SparseAutoencoder, cfg: MemberConfig) -> tuple:
+def shared(sae: SAE, cfg: MemberConfig) -> tuple:
     """Return what members of one batched computation must have in common."""
     kinds = (cfg.l1 > 0, cfg.l0 > 0, cfg.auxk > 0, cfg.k_aux, sae.gamma.ndim)
     tracked = cfg.gamma if cfg.gamma.rule == "latent_variance" else None

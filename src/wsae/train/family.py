@@ -19,7 +19,7 @@ from wsae.sae.gamma import (
     gamma_from_residual,
 )
 from wsae.sae.loss import Weights, weigh
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.sae.precondition import Preconditioner
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
@@ -213,13 +213,13 @@ def to_device(member: MemberState, device: str) -> MemberState:
     return member
 
 
-def finished(member: MemberState) -> SparseAutoencoder:
+def finished(member: MemberState) -> SAE:
     """Return the trained SAE of the activations as they are, on the CPU."""
     leave(member)
     return folded(member, member.sae)
 
 
-def folded(member: MemberState, sae: SparseAutoencoder) -> SparseAutoencoder:
+def folded(member: MemberState, sae: SAE) -> SAE:
     """Return a member's SAE with its scale and its preconditioner folded into the weights, on the CPU."""
     sae = sae.scaled(member.scale).cpu()
     if member.inside is not None:

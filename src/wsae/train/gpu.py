@@ -28,7 +28,7 @@ from wsae.kernels.triton.update import adam_rows_, update_rows_
 from wsae.kernels.update import AdamStep, SparseGrad
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
 from wsae.sae.loss import weigh
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.train.config import TrainConfig
 from wsae.train.native import (
     ActivePairs,
@@ -240,9 +240,7 @@ ROWS = 256
 """Rows at once where the choice needs a whole product of the dead latents."""
 
 
-def find_codes(
-    sae: SparseAutoencoder, centred: Float[Tensor, "batch d_in"], dtype: torch.dtype
-) -> ActivePairs:
+def find_codes(sae: SAE, centred: Float[Tensor, "batch d_in"], dtype: torch.dtype) -> ActivePairs:
     """Choose the active latents as `wsae.sae.forward` does; the values are those of float32, whatever the dtype.
 
     Top-k and group Top-k do not wait for the device; the kinds without a fixed number of pairs do, to learn it.
@@ -269,7 +267,7 @@ def find_codes(
 
 
 def revive(
-    sae: SparseAutoencoder,
+    sae: SAE,
     centred: Float[Tensor, "batch d_in"],
     dead: Dead,
     k: int,

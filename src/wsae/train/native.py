@@ -29,7 +29,7 @@ from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weigh
 from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
 from wsae.sae.loss import weigh
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.train.config import TrainConfig
 from wsae.train.state import Batch, MemberState, StepResult, looked_at, record
 
@@ -69,7 +69,7 @@ def relu_pairs(pre: SparseCode) -> ActivePairs:
     return ActivePairs(pre, pre.values.relu(), (pre.values > 0).float())
 
 
-def activate(sae: SparseAutoencoder, pre: SparseCode) -> ActivePairs:
+def activate(sae: SAE, pre: SparseCode) -> ActivePairs:
     """Apply the SAE's activation function to the pre-activations of chosen pairs."""
     if sae.log_threshold is not None:
         on = (pre.values > sae.log_threshold.detach().exp()[pre.indices]).float()
@@ -184,7 +184,7 @@ ROUNDING = 2.0**-23
 """A float32 product of two vectors errs by at most this share of their lengths per dimension."""
 
 
-def find_codes(sae: SparseAutoencoder, weights: Weights, centred: Centred) -> ActivePairs:
+def find_codes(sae: SAE, weights: Weights, centred: Centred) -> ActivePairs:
     """Choose the active latents as `wsae.sae.forward` does and compute their values in float32."""
     rounded, W = weights.rounded, weights.encoder_rows
     bias = None if sae.b_enc is None else sae.b_enc.detach()

@@ -25,7 +25,7 @@ from wsae.core.files import write_json
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.sae.gamma import describe_gamma
-from wsae.sae.model import WEIGHTS, SparseAutoencoder
+from wsae.sae.model import SAE, WEIGHTS
 from wsae.train.config import TrainConfig
 from wsae.train.family import finished, power_of_two_scale
 from wsae.train.loop import FamilyJob, enter, held, train_job
@@ -58,7 +58,7 @@ class RunResult:
     """A finished run: its directory and every member's SAE, by hook and name."""
 
     path: Path
-    saes: dict[str, dict[str, SparseAutoencoder]]
+    saes: dict[str, dict[str, SAE]]
 
 
 @own_settings()
@@ -85,7 +85,7 @@ def train_run(
             family = start_family(cfg, source, stats, device, progress)
             write_json(out / GAMMA_FILE, family.gamma_record)
             train_job(FamilyJob(cfg, family, source), out, progress)
-            saes: dict[str, dict[str, SparseAutoencoder]] = {}
+            saes: dict[str, dict[str, SAE]] = {}
             for hook, member in family.all():
                 sae = saes.setdefault(hook, {})[member.name] = finished(member)
                 family.gamma_record[hook][member.name] |= write_member(out, hook, member, sae)
@@ -107,7 +107,7 @@ def load_run(path: Path) -> RunResult:
             for hook, names in manifest.info["members"].items()
         }
     saes = {
-        hook: {name: SparseAutoencoder.load(place) for name, place in named.items()}
+        hook: {name: SAE.load(place) for name, place in named.items()}
         for hook, named in places.items()
     }
     return RunResult(path, saes)
@@ -122,9 +122,7 @@ def about(stats: dict[str, SourceStats]) -> dict[str, dict[str, int | float]]:
     }
 
 
-def write_member(
-    out: Path, hook: str, member: MemberState, sae: SparseAutoencoder
-) -> dict[str, Any]:
+def write_member(out: Path, hook: str, member: MemberState, sae: SAE) -> dict[str, Any]:
     """Write a trained SAE (scale folded in); return what is new in the record of its gamma."""
     sae.save(out / MEMBERS / hook / member.name)
     moved = member.cfg.gamma.rule == "latent_variance"

@@ -14,7 +14,7 @@ from wsae.sae.config import BatchTopK
 from wsae.sae.forward import WHOLE, Whole
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.sae.loss import weigh
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.sae.precondition import Preconditioner
 from wsae.train.config import MemberConfig, TrainConfig
 
@@ -37,7 +37,7 @@ class MemberState:
 
     name: str
     cfg: MemberConfig
-    sae: SparseAutoencoder
+    sae: SAE
     optimizer: torch.optim.Adam
     mean: Float[Tensor, " d_in"]
     """Mean activation, in scaled units: FVU is taken about it."""
@@ -74,7 +74,7 @@ def make_member(
     mean: Float[Tensor, " d_in"],
     scale: float,
     spread: Float[Tensor, " d_in"] | None = None,
-    sae: SparseAutoencoder | None = None,
+    sae: SAE | None = None,
 ) -> MemberState:
     """Return a member at its start: b_dec at the data's mean, encoder along the decoder, gamma all 1.
 
@@ -83,7 +83,7 @@ def make_member(
     """
     d_in = len(mean)
     seed = run.seed if cfg.seed is None else cfg.seed
-    sae = sae or SparseAutoencoder(cfg.sae_config(d_in), seed, cfg.start_scale())
+    sae = sae or SAE(cfg.sae_config(d_in), seed, cfg.start_scale())
     centre = (mean / scale).float()
     if sae.b_dec is not None:
         sae.b_dec.data.copy_(centre)

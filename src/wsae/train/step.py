@@ -20,7 +20,7 @@ from wsae.kernels.triton import unsupported
 from wsae.sae.config import GroupTopK, JumpReLU, ReLU, TopK
 from wsae.sae.forward import WHOLE, Forward, training_forward
 from wsae.sae.loss import auxk_loss, weighted_reconstruction_loss
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.sae.stack import Stack
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
@@ -69,7 +69,7 @@ def revival_loss(
     return auxk_loss(member.sae, residual, forward, member.dead, k_aux, member.part)
 
 
-def remove_radial_gradient(sae: SparseAutoencoder | Stack) -> None:
+def remove_radial_gradient(sae: SAE | Stack) -> None:
     """Drop the part of the decoder's gradient along each row: the rows are kept at unit norm."""
     grad = sae.W_dec.grad
     if sae.cfg.tied or grad is None:
@@ -78,7 +78,7 @@ def remove_radial_gradient(sae: SparseAutoencoder | Stack) -> None:
     grad.addcmul_(sae.W_dec, along[..., None], value=-1)
 
 
-def unit_rows_(sae: SparseAutoencoder | Stack) -> None:
+def unit_rows_(sae: SAE | Stack) -> None:
     """Bring the decoder's rows back to unit norm (untied)."""
     if not sae.cfg.tied:
         norms = torch.linalg.vector_norm(sae.W_dec, dim=-1, keepdim=True)

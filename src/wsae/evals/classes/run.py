@@ -62,7 +62,7 @@ from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, check_width
 from wsae.evals.run import run_subject
 from wsae.run import Run
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.stats.classes import Chance, Hits, OverImages, chance_levels, jackknife
 
 
@@ -105,7 +105,7 @@ class _Bench:
         found.summary["ncl"]["minibatch"] = one_minibatch(data, encode, self.ground, self.cfg)
         return found
 
-    def score_sae(self, name: str, sae: SparseAutoencoder, data: Labelled | None = None) -> Scored:
+    def score_sae(self, name: str, sae: SAE, data: Labelled | None = None) -> Scored:
         found = self.score(name, latents_of(sae), sae.cfg.d_sae, data)
         found.sae = sae
         return found

@@ -21,7 +21,7 @@ from wsae.evals.data import HeldOut
 from wsae.evals.glossary import CLASS_SCORES
 from wsae.evals.intervals import estimate, mean, resampled_means
 from wsae.evals.latents import Entries
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.encoding import Encoder
 from wsae.stats.classes import (
     Chance,
@@ -120,7 +120,7 @@ def look(data: Labelled, cfg: ClassesConfig) -> Ground:
     )
 
 
-def latents_of(sae: SparseAutoencoder) -> Encode:
+def latents_of(sae: SAE) -> Encode:
     """Return what gives a batch's active latents."""
     encoder = Encoder(sae)
 
@@ -177,7 +177,7 @@ class Scored:
     arrays: dict[str, Tensor]
     images: dict[str, OverImages]
     summary: Json
-    sae: SparseAutoencoder | None = None
+    sae: SAE | None = None
     """None for the dimensions of the activations."""
     _resampled: dict[str, Float64[np.ndarray, " draws"]] = field(default_factory=dict)
 

@@ -40,10 +40,10 @@ from wsae.evals.interpret.windows import (
 )
 from wsae.evals.latents import unit_rows
 from wsae.kernels import SparseCode
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.sae.encoding import Encoder
 
-Members = dict[str, dict[str, SparseAutoencoder]]
+Members = dict[str, dict[str, SAE]]
 """Hook -> member name -> SAE."""
 Latents = dict[str, dict[str, Int64[Tensor, " latents"]]]
 """Hook -> member name -> latents."""

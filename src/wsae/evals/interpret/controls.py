@@ -1,6 +1,6 @@
 """What a score is compared with: latents nobody trained, and explanations that belong to other latents.
 
-A control is an ordinary SparseAutoencoder, or ordinary contexts, so that nothing downstream knows the difference. A
+A control is an ordinary SAE, or ordinary contexts, so that nothing downstream knows the difference. A
 score that a random direction, a neuron or a principal direction reaches too says nothing about training; what the
 shuffled contexts reach is chance. The costliest control is an SAE trained the same way on the same text, of a model
 that learned nothing: latents of a randomly initialised transformer can be explained too, since they still see words
@@ -27,7 +27,7 @@ from wsae.evals.control import CONTROL
 from wsae.evals.data import HeldOut, Language
 from wsae.evals.interpret.config import Control
 from wsae.evals.interpret.windows import Collected, Fragments
-from wsae.sae import SAEConfig, SparseAutoencoder, TopK
+from wsae.sae import SAE, SAEConfig, TopK
 from wsae.train.config import TrainConfig
 from wsae.train.run import load_run, train_run
 
@@ -60,7 +60,7 @@ def direction_sae(
     spread: Float[Tensor, " n"],
     mean: Float[Tensor, " d_in"],
     l0: float,
-) -> SparseAutoencoder:
+) -> SAE:
     """Return the Top-k SAE whose latents are the standardised coordinates along orthonormal axes, both signs.
 
     z_i = relu((x - mean) . a_i / s_i),  z_(n+i) = relu(-(x - mean) . a_i / s_i),  the k = L0 largest kept;
@@ -69,7 +69,7 @@ def direction_sae(
     """
     n, d_in = axes.shape
     k = min(max(1, round(l0)), 2 * n)
-    sae = SparseAutoencoder(SAEConfig(d_in=d_in, d_sae=2 * n, activation=TopK(k=k)))
+    sae = SAE(SAEConfig(d_in=d_in, d_sae=2 * n, activation=TopK(k=k)))
     wide, spread = axes.double(), spread.double()
     inverse = torch.where(spread > 0, 1 / spread, torch.zeros_like(spread))
     encoder, decoder = wide * inverse[:, None], wide * spread[:, None]
@@ -82,18 +82,14 @@ def direction_sae(
     return sae.requires_grad_(False)
 
 
-def neurons(
-    mean: Float64[Tensor, " d_in"], variance: Float64[Tensor, " d_in"], l0: float
-) -> SparseAutoencoder:
+def neurons(mean: Float64[Tensor, " d_in"], variance: Float64[Tensor, " d_in"], l0: float) -> SAE:
     """Return the neurons control: latent i is dimension i above its mean, latent d_in + i below, in deviations."""
     return direction_sae(
         torch.eye(len(mean), dtype=torch.float32), variance.clamp_min(0).sqrt(), mean, l0
     )
 
 
-def pca(
-    mean: Float64[Tensor, " d_in"], covariance: Float64[Tensor, "d_in d_in"], l0: float
-) -> SparseAutoencoder:
+def pca(mean: Float64[Tensor, " d_in"], covariance: Float64[Tensor, "d_in d_in"], l0: float) -> SAE:
     """Return the PCA control: principal directions, largest variance first, scaled to unit variance."""
     values, vectors = torch.linalg.eigh(covariance)
     values, axes = values.flip(0), vectors.T.flip(0)
@@ -140,7 +136,7 @@ def random_model(
     seed: int = 0,
     keep_store: bool = False,
     progress: Progress = quiet,
-) -> tuple[dict[str, SparseAutoencoder], "LiveSource"]:
+) -> tuple[dict[str, SAE], "LiveSource"]:
     """Train `member` as `train` says (or finish, or just open it) in `place`, on the model with random weights.
 
     Returns the SAEs by hook, and that model as a source. A run on a store harvests the same text once; that store is

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from wsae.acts.hooknames import among
 from wsae.core.errors import UserError
 from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.progress import Progress, quiet
@@ -39,7 +40,7 @@ from wsae.evals.interpret.windows import Collected, Fragments
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, Survey
 from wsae.run import Run
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 from wsae.stats.moments import Covariance
 from wsae.train.config import TrainConfig
 
@@ -138,11 +139,11 @@ class SurveyedHook:
             for name, latents in wanted.items()
         }
 
-    def controls(self, cfg: InterpretConfig) -> dict[str, SparseAutoencoder]:
+    def controls(self, cfg: InterpretConfig) -> dict[str, SAE]:
         """Return the controls that are SAEs of the same rows, by name."""
         mean, l0 = self.survey.moments.mean, self.survey.activity[self.reference].l0
         like = self.family.saes[self.reference]
-        made: dict[Control, SparseAutoencoder] = {}
+        made: dict[Control, SAE] = {}
         if "random_sae" in cfg.controls:
             made["random_sae"] = random_control(like, mean, l0, cfg.seed)
         if "neurons" in cfg.controls:
@@ -197,12 +198,13 @@ def survey_hooks(
 
 def selected(families: dict[str, EvaluatedSaes], cfg: InterpretConfig) -> dict[str, EvaluatedSaes]:
     """Return the hooks and members asked for, each weighted member with its twin; raises UserError for others."""
-    for hook in cfg.hooks:
-        if hook not in families:
-            raise UserError(f"hook {hook!r}: the run has {', '.join(families)}")
+    hooks = [among(hook, families) for hook in cfg.hooks]
+    if None in hooks:
+        wrong = cfg.hooks[hooks.index(None)]
+        raise UserError(f"hook {wrong!r}: the run has {', '.join(families)}")
     out = {}
     for hook, family in families.items():
-        if cfg.hooks and hook not in cfg.hooks:
+        if hooks and hook not in hooks:
             continue
         for name in cfg.members:
             if name not in family.saes:
@@ -220,7 +222,7 @@ def selected(families: dict[str, EvaluatedSaes], cfg: InterpretConfig) -> dict[s
 class InterpretedMember:
     """One member or control, its contexts, and what the scorers make of them."""
 
-    sae: SparseAutoencoder
+    sae: SAE
     source: HeldOut
     collected: Collected
     sample: list[int]
@@ -478,7 +480,7 @@ def asks_again(parts: Mapping[str, Json]) -> bool:
     return any(not reason.startswith(_FINAL) for reason in reasons)
 
 
-def sae_digest(sae: SparseAutoencoder) -> str:
+def sae_digest(sae: SAE) -> str:
     """Return a hash of an SAE's settings and tensors."""
     sha = hashlib.sha256(repr(sae.cfg.to_dict()).encode())
     for name, tensor in sorted(sae.tensors().items()):

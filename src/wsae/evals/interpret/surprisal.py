@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from wsae.acts.loading import refuse_unable_to_continue
+from wsae.acts.loading import input_device, refuse_unable_to_continue
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.data import Language
@@ -41,7 +41,7 @@ class PrefixReader:
     def __init__(self, language: Language) -> None:
         self._model: Any = language.model
         self._tokenizer: Any = language.tokenizer
-        self._device = next(self._model.parameters()).device
+        self._device = input_device(self._model)
         refuse_unable_to_continue(self._model)
         self._remembered: dict[tuple[str, str], float] = {}
         limit = getattr(self._model.config, "max_position_embeddings", None)

@@ -60,7 +60,7 @@ from wsae.evals.probing.scores import (
 )
 from wsae.evals.run import run_subject
 from wsae.run import SINGLE, Run
-from wsae.sae import SparseAutoencoder
+from wsae.sae import SAE
 
 TOKENS, DOCUMENTS = "tokens", "documents"
 """The two kinds of labelled evaluation."""
@@ -158,7 +158,7 @@ def _tell_documents(
 
 @own_settings()
 def probe(
-    sae: SparseAutoencoder | Mapping[str, SparseAutoencoder],
+    sae: SAE | Mapping[str, SAE],
     acts: object,
     labels: Sequence[object] | np.ndarray | None = None,
     cfg: ProbeConfig = ProbeConfig(),  # noqa: B008  (frozen)
@@ -171,7 +171,7 @@ def probe(
     are token tasks by rule. `.hooks[hook].accuracy("sae", k)` is by task; `.record` has intervals and comparisons.
     Raises UserError for another width, labels of one class or of another number, or too little data.
     """
-    family = EvaluatedSaes({SINGLE: sae} if isinstance(sae, SparseAutoencoder) else dict(sae))
+    family = EvaluatedSaes({SINGLE: sae} if isinstance(sae, SAE) else dict(sae))
     if labels is None:
         source = acts if isinstance(acts, HeldOut) else open_source(acts)
         if len(source.hooks) != 1:
@@ -431,7 +431,7 @@ def document_reader(
             "labelled text is read by the model behind the data, and these are arrays or of images; give a store "
             "harvested from text with --source"
         )
-    own = {"hooks": tuple(hooks), "seq_len": cfg.context, "pack": False}
+    own = {"hooks": tuple(hooks), "seq_len": cfg.context, "pack": False, "roles": None}
     return DocumentReader(made.model_copy(update=own), language, medians)
 
 
@@ -463,19 +463,6 @@ def probe_run(
         inputs = {"run": opened.manifest.digest()}
         write_manifest(out, PROBING_PART, cfg.to_dict(), [PROBING], inputs=inputs)
     return record
-
-
-def probe_alone(
-    sae: SparseAutoencoder,
-    source: HeldOut,
-    cfg: ProbeConfig = ProbeConfig(),  # noqa: B008  (frozen)
-    corpus: Corpus | None = None,
-    language: LanguageModel | None = None,
-    progress: Progress = quiet,
-) -> Json:
-    """Return what `probe_run` writes, of one SAE, "sae", at the one hook of its source."""
-    families = {hook: EvaluatedSaes({SINGLE: sae}) for hook in source.hooks}
-    return _probed(families, source, cfg, corpus, language, progress)
 
 
 def _probed(

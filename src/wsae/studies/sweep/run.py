@@ -21,7 +21,7 @@ from wsae.evals.recovery import GroundTruth, ground_truth, isolated, score_codes
 from wsae.sae.config import GammaConfig, Normalise, ReLU, SAEConfig
 from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy, normalise_matrix, whitening
 from wsae.sae.loss import Weights
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.stats.moments import Covariance
 from wsae.studies.results import Mean, Row, differences, select, series
 from wsae.studies.sweep.config import Method, ToySweepConfig, TrainingConfig
@@ -88,7 +88,7 @@ _BLOCK = 4096
 class Trained:
     """The SAEs of a sweep: trial by trial, within a trial method by method."""
 
-    saes: list[SparseAutoencoder]
+    saes: list[SAE]
     labels: list[dict[str, Any]]
     trial: list[int]
     losses: Float[np.ndarray, "records saes"]
@@ -250,20 +250,20 @@ def score_trials(
     return rows
 
 
-def controls(trial: Trial, d_sae: int) -> list[tuple[str, SparseAutoencoder]]:
+def controls(trial: Trial, d_sae: int) -> list[tuple[str, SAE]]:
     """Return a random tied ReLU SAE and, where d_sae >= n_features, the closed form W_m = (W_p, 0)^T."""
     d_in, n = trial.world.W_p.shape
     cfg = SAEConfig(d_in=d_in, d_sae=d_sae, activation=ReLU(), tied=True)
-    out = [(RANDOM, SparseAutoencoder(cfg, seed=seed_for(trial.seed, "sweep", "random")))]
+    out = [(RANDOM, SAE(cfg, seed=seed_for(trial.seed, "sweep", "random")))]
     if d_sae >= n:
-        closed = SparseAutoencoder(cfg)
+        closed = SAE(cfg)
         closed.W_dec.data.zero_()
         closed.W_dec.data[:n] = trial.world.W_p.T
         out.append((CLOSED_FORM, closed))
     return [(name, sae.requires_grad_(False)) for name, sae in out]
 
 
-def _scores(truth: GroundTruth, sae: SparseAutoencoder, cfg: TrainingConfig) -> dict[str, float]:
+def _scores(truth: GroundTruth, sae: SAE, cfg: TrainingConfig) -> dict[str, float]:
     assert truth.acts is not None
     assert truth.W_p is not None
     latents = sae.encode(truth.acts.float())

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 
 from wsae.acts.config import TextConfig
 from wsae.acts.harvest import harvest
-from wsae.acts.language import LanguageModel, load_language, load_tokenizer, locate
+from wsae.acts.language import LanguageModel, language_for, load_tokenizer, locate
 from wsae.acts.live import LiveSource
 from wsae.acts.source import StoreSource
 from wsae.acts.text import documents
@@ -185,7 +185,7 @@ class TableStudy(PaperStudy[StudyConfig]):
     def language(self) -> LanguageModel:
         """The model under study, loaded once, when first needed."""
         wanted = self.cfg.harvest
-        return load_language(wanted.model, wanted.dtype, wanted.device)
+        return language_for(wanted)
 
     def introduce(self) -> None:
         """Tell what will be done; on a live model its memory, disk and time too."""

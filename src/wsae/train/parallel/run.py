@@ -22,7 +22,7 @@ from wsae.core.artifact import GAMMA_FILE, FileRecord, check_file, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import as_user_error, read_json, refusals, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.train.checkpoint import (
     PLACE,
     checkpoints,
@@ -302,7 +302,7 @@ def train_parallel(
         train_job(job, out, progress, MeshTeam(world, cfg.steps))
         last, gamma = place_of(out, cfg.steps), {hook: {} for hook in hooks}
         for hook, member in family.all() if world.place.leads else ():
-            sae = SparseAutoencoder(member.cfg.sae_config(len(member.mean)))
+            sae = SAE(member.cfg.sae_config(len(member.mean)))
             sae.set_tensors(read_whole(last, f"{hook}|{member.name}|sae."), str(last))
             sae = folded(member, sae)
             gamma[hook][member.name] = write_member(out, hook, member, sae)

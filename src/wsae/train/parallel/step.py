@@ -15,7 +15,7 @@ from wsae.core.seeds import seed_for
 from wsae.kernels import SparseCode, code_from_topk, offsets_of, select_batch_topk
 from wsae.sae.config import BatchTopK, GroupTopK, TopK
 from wsae.sae.forward import Whole
-from wsae.sae.model import SparseAutoencoder
+from wsae.sae.model import SAE
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import Inputs, to_device
 from wsae.train.parallel.config import chunk_part
@@ -169,7 +169,7 @@ class Shard(Whole):
         self.pending: list[dist.Work] = []
         """Sums of gradients under way."""
 
-    def choose(self, sae: SparseAutoencoder, pre: Float[Tensor, "rows own"]) -> SparseCode:
+    def choose(self, sae: SAE, pre: Float[Tensor, "rows own"]) -> SparseCode:
         """Return this rank's pairs among those that a Top-k kind makes active over all ranks."""
         latents = self.place.latents
         match sae.cfg.activation:
@@ -274,7 +274,7 @@ def make_shard(
         )
     part = chunk_part(whole.d_sae, latents.size, latents.index)
     # a copy of a valid config: k counts over all ranks, so it may exceed the latents here
-    sae = SparseAutoencoder(whole.model_copy(update={"d_sae": part.stop - part.start}))
+    sae = SAE(whole.model_copy(update={"d_sae": part.stop - part.start}))
     rows = initial_rows(whole.d_sae, d_in, run.seed if cfg.seed is None else cfg.seed, part)
     sae.W_dec.data.copy_(rows)
     if sae.W_enc_t is not None:
@@ -297,7 +297,7 @@ def make_shard(
 def initial_rows(
     d_sae: int, d_in: int, seed: int, part: slice, block: int = BLOCK
 ) -> Float[Tensor, "own d_in"]:
-    """Return rows `part` of the decoder with which `SparseAutoencoder(cfg, seed)` starts, drawn block by block.
+    """Return rows `part` of the decoder with which `SAE(cfg, seed)` starts, drawn block by block.
 
     Blocks are whole multiples of the 16 numbers that PyTorch draws at a time, the last one takes the rest, so the
     stream of random numbers is that of one draw.

@@ -53,9 +53,7 @@ class Endpoint(Llm):
 
     def __init__(self, cfg: LlmConfig) -> None:
         super().__init__(cfg, cfg.model)
-        self._key = os.environ.get(cfg.key_env, "").strip()
-        if not self._key.isascii() or not self._key.isprintable():
-            raise UserError(f"{cfg.key_env}: holds characters that no key has; set it again")
+        self._key = key_from(cfg.key_env)
         self._resume_at = 0.0
         self._reached = False
         self._settled = asyncio.Event()
@@ -200,7 +198,7 @@ class Endpoint(Llm):
                 raise TryAgain("not JSON", may_cost=True) from None
             body = None
         if not done:
-            return self._refused(response, text, _error_text(body))
+            return self._refused(response, text, error_text(body))
         return self._read(body, logprobs)
 
     def _refused(self, response: httpx.Response, text: str, message: str) -> Answer:
@@ -232,7 +230,7 @@ class Endpoint(Llm):
         choice = _at(body, "choices", 0)
         content, tokens = _at(choice, "message", "content"), _tokens(choice)
         if not isinstance(choice, dict):
-            said = _error_text(body)
+            said = error_text(body)
             answer = Answer("failed", reason=f"no choices: {said}" if said else "no choices")
         elif not isinstance(content, str) or not content.strip():
             answer = Answer("failed", reason="empty content")
@@ -262,6 +260,14 @@ class Endpoint(Llm):
         if request.logprobs:
             out |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         return out
+
+
+def key_from(variable: str) -> str:
+    """Return the key in a variable of the environment, "" without one; raises UserError for what no header carries."""
+    key = os.environ.get(variable, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"{variable}: holds characters that no key has; set it again")
+    return key
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -306,7 +312,7 @@ def _tokens(choice: object) -> tuple[AnswerToken, ...]:
     return tuple(out)
 
 
-def _error_text(body: object) -> str:
+def error_text(body: object) -> str:
     """Return what a JSON error says, in one short line; "" for anything else (a page, say)."""
     found = body if isinstance(body, dict) else {}
     error = found.get("error", found.get("detail", found.get("message")))

@@ -1,0 +1,227 @@
+"""`wsae attribute`: which latents, at which tokens, move what the model says."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from wsae.acts.config import HarvestConfig
+from wsae.cli.flags import Common, CommonFlags, MaybeName
+from wsae.cli.runner import device
+from wsae.cli.ui import UI
+from wsae.core.config import Config
+from wsae.core.errors import UserError
+from wsae.core.files import finite, write_json
+
+if TYPE_CHECKING:
+    from wsae.acts.flow import SkipRule
+    from wsae.acts.language import LanguageModel
+    from wsae.sae import SAE
+    from wsae.use.attribute import Metric
+
+ABOUT = """\
+Ask which latents, at which tokens of a prompt, move a logit, the difference of two or the loss. An effect is gradient
+times activation; what the SAE does not explain has one, too. It is said how far all effects add up to what the metric
+loses without these rows, and the largest are checked: the latent alone is set to 0 at that token."""
+SHOWN = 10
+"""Effects in the table where none is checked."""
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+
+
+class SaeFlags(Config):
+    """SAEs and the model that they are attached to."""
+
+    model: Annotated[
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="MODEL", help_behavior_hint=""),
+    ] = None
+    """A hub id, a directory, a .gguf file or "builtin"; default: the model that the SAE's files name."""
+    sae: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="SAE ...", help_behavior_hint="")] = ()
+    """One SAE, or several at other hooks: a folder, a run (with --member and --hook), or whatever `wsae import`
+    reads."""
+    member: MaybeName = None
+    """Which SAE of a run."""
+    hook: MaybeName = None
+    """Which hook of a run; of an SAE whose files do not name it, where it is attached."""
+
+    def opened(self, device: str) -> "Opened":
+        """Return model and SAEs; raises UserError where none is given, or model or hook are not known."""
+        from wsae.acts.flow import SkipRule
+        from wsae.acts.language import load_language
+        from wsae.interop.runs import choose
+        from wsae.sae.model import SAE
+
+        if not self.sae:
+            raise UserError("--sae: name at least one, for example --sae runs/first")
+        chosen = [choose(path, self.member, self.hook)[0] for path in self.sae]
+        names = {one.about.model for one in chosen if one.about.model}
+        model = self.model or (names.pop() if len(names) == 1 else None)
+        if model is None:
+            raise UserError(f"{self.sae[0]}: does not say of which model it is; give MODEL first")
+        saes = {}
+        for path, one in zip(self.sae, chosen, strict=True):
+            hook = one.about.hook or self.hook
+            if hook is None:
+                raise UserError(f"{path}: does not say at which hook it belongs; give --hook")
+            if hook in saes:
+                raise UserError(f"--sae {path}: a second one at {hook}; attach one SAE there")
+            saes[hook] = SAE.load(one.path).to(device)
+        language = load_language(model, device=device)
+        rule = SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
+        return Opened(language, saes, rule)
+
+
+class Opened(NamedTuple):
+    """A model, the SAEs at its hooks, and which tokens are left alone."""
+
+    language: "LanguageModel"
+    saes: dict[str, "SAE"]
+    rule: "SkipRule"
+
+    def one_token(self, text: str) -> int:
+        """Return the token that a text is; raises UserError where it is several, or none."""
+        ids = self.language.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            parts = self.language.tokenizer.convert_ids_to_tokens(ids)
+            raise UserError(f"{text!r} is {len(ids)} tokens ({' '.join(parts)}); give one")
+        return int(ids[0])
+
+
+class Flags(Config):
+    """Flags of `wsae attribute`."""
+
+    at: tyro.conf.OmitArgPrefixes[SaeFlags] = SaeFlags()
+    """Model and SAEs."""
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
+    """The text."""
+    metric: Literal["logit", "difference", "loss"] = "logit"
+    """logit: of --answer, behind the prompt; difference: of the logits of --answer and --against; loss: the mean
+    cross-entropy of --answer behind the prompt, or of the prompt's own tokens."""
+    answer: Text = None
+    """A token (for the loss any text), with the space before it; default: the token that the model finds likeliest."""
+    against: Text = None
+    """The token that --answer is compared with; default: the likeliest other one."""
+    method: Literal["gradient", "integrated"] = "gradient"
+    """gradient: at the activations as they are, which is what ablation of one latent is near to; integrated: the mean
+    on the way to them from the SAE's bias at all tokens, whose effects add up to the whole change."""
+    verify: Annotated[int, tyro.conf.arg(metavar="N")] = 10
+    """How many of the largest effects are checked by ablation."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Write the result as JSON here too."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Attribute and return the effects, with the tokens' texts."""
+    import torch
+
+    from wsae.acts.tokens import decode_table, joined
+    from wsae.use.attribute import attribute
+
+    if flags.verify < 0:
+        raise UserError(f"--verify {flags.verify}: give 0 or more")
+    opened = flags.at.opened(device(flags.common.device))
+    tokenizer = opened.language.tokenizer
+    ids = [int(i) for i in tokenizer(flags.prompt)["input_ids"]]
+    if not ids:
+        raise UserError("--prompt: has no tokens")
+    if flags.metric == "loss" and flags.answer is not None:
+        ids += tokenizer(flags.answer, add_special_tokens=False)["input_ids"]
+    metric = _metric(flags, opened, ids)
+    found = attribute(
+        opened.language.model,
+        opened.saes,
+        torch.tensor(ids),
+        metric,
+        method=flags.method,
+        verify=flags.verify,
+        exclude=opened.rule,
+        progress=ui.progress,
+    )
+    table = decode_table(tokenizer, ids)
+    result = {
+        "model": opened.language.name,
+        "saes": [str(path) for path in flags.at.sae],
+        "prompt": flags.prompt,
+        "metric": _words(metric, tokenizer),
+        "tokens": joined([table[i] for i in ids]),
+        **found.to_dict(),
+    }
+    if flags.out is not None:
+        write_json(flags.out, finite(result))
+    return result
+
+
+def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
+    """Return what is measured; raises UserError for flags that do not go together."""
+    import torch
+
+    from wsae.use.attribute import Difference, Logit, Loss
+
+    if flags.against is not None and flags.metric != "difference":
+        raise UserError(f"--against {flags.against!r}: goes with --metric difference")
+    if flags.metric == "loss":
+        prompt = len(opened.language.tokenizer(flags.prompt)["input_ids"])
+        return Loss(prompt if flags.answer is not None else 1)
+    wanted = None if flags.answer is None else opened.one_token(flags.answer)
+    other = None if flags.against is None else opened.one_token(flags.against)
+    with torch.inference_mode():
+        given = torch.tensor([ids], device=opened.language.device)
+        order = opened.language.model(input_ids=given).logits[0, -1].argsort(descending=True)
+    first = [i for i in order[:3].tolist() if i not in (wanted, other)]
+    token = first.pop(0) if wanted is None else wanted
+    if flags.metric == "logit":
+        return Logit(token)
+    return Difference(token, first[0] if other is None else other)
+
+
+def _words(metric: "Metric", tokenizer: Any) -> dict[str, Any]:
+    """Return a metric as JSON: its kind and its tokens, with their text."""
+    data: dict[str, Any] = {"kind": type(metric).__name__.lower(), **vars(metric)}
+    for name in ("token", "other"):
+        if name in data:
+            data[f"{name}_text"] = tokenizer.decode([data[name]])
+    return data
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print the largest effects beside what ablation found, how complete they are, and the latents' totals."""
+    metric, tokens = result["metric"], result["tokens"]
+    what = metric["kind"]
+    if "token" in metric:
+        texts = [repr(metric[f"{n}_text"]) for n in ("token", "other") if n in metric]
+        what += f" of {' - '.join(texts)}"
+    hooks, several = result["hooks"], len(result["hooks"]) > 1
+    checked = result["verified"]
+    every = [one for at in hooks.values() for one in at["effects"]]
+    every.sort(key=lambda one: -abs(one["effect"]))
+    pairs = [(v["predicted"], v["true"]) for v in checked] or [(one, None) for one in every[:SHOWN]]
+    rows = []
+    for one, found in pairs:
+        rows.append(
+            [
+                *([one["hook"]] if several else []),
+                f"{one['position']} {tokens[one['position']]!r}",
+                str(one["latent"]),
+                f"{one['activation']:.2f}",
+                f"{one['effect']:+.4f}",
+                "" if found is None else f"{found:+.4f}",
+            ]
+        )
+    columns = ("token", "latent", "activation", "predicted", "by ablation")
+    title = f"{what}: {result['value']:.4f}; the largest effects ({result['method']} gradients)"
+    ui.table(title, ("hook", *columns) if several else columns, rows)
+    if result["correlation"] is not None:
+        ui.say(f"predicted and true effects: correlation {result['correlation']:.2f}")
+    for hook, at in hooks.items():
+        latents = at["total"] - sum(at["errors"])
+        off = at["incompleteness"]
+        ui.say(
+            f"{hook}: {at['active']:,} active latents {latents:+.3f}, error {sum(at['errors']):+.3f}; together "
+            f"{at['total']:+.3f} of {at['change']:+.3f}"
+            + ("" if off is None else f" ({off:.1%} off)")
+        )
+        if at["left_out"]:
+            ui.say(f"{hook}: {len(at['left_out'])} of {len(tokens)} tokens left out as in training")

@@ -1,0 +1,197 @@
+"""`wsae steer`: what a model writes while latents of an SAE are set, beside what it writes by itself."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from wsae.acts.config import HarvestConfig, TextConfig
+from wsae.cli.attribute import SaeFlags
+from wsae.cli.flags import (
+    Common,
+    CommonFlags,
+    Count,
+    MaybePlace,
+    Name,
+    Switch,
+    config_flags,
+    config_values,
+)
+from wsae.cli.runner import device
+from wsae.cli.ui import UI
+from wsae.core.artifact import EVALUATION_PART
+from wsae.core.config import FLAGS, Config
+from wsae.core.errors import UserError
+from wsae.core.files import write_json
+from wsae.use.config import SteerConfig
+
+if TYPE_CHECKING:
+    from wsae.cli.attribute import Opened
+    from wsae.use.steer import Steered, Wanted
+
+ABOUT = """\
+Let a model continue a prompt while latents of an SAE are set, raised or scaled, and once without. The rest of the
+activation stays as it is; special tokens and attention sinks are left alone. A value with an x counts in largest
+activations of the latent: --set 1234=2x."""
+
+Edits = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="LATENT=VALUE", help_behavior_hint=""),
+]
+
+
+class SteerFlags(config_flags(SteerConfig)):
+    """How it continues."""
+
+
+class Flags(Config):
+    """Flags of `wsae steer`."""
+
+    at: tyro.conf.OmitArgPrefixes[SaeFlags] = SaeFlags()
+    """The model and the SAE."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
+    """What the model is to continue; give it once for each prompt."""
+    set: Edits = ()
+    """Set a latent's activation at every token; give it once for each latent."""
+    add: Edits = ()
+    """Add to a latent's activation."""
+    scale: Edits = ()
+    """Multiply a latent's activation."""
+    sweep: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X ...", help_behavior_hint="")] = ()
+    """Strengths: each continues the prompt with the values of all edits times it. Default: 1."""
+    chat: Switch = False
+    """Give the prompt as what a user says, by the model's chat template."""
+    text: Name = "builtin"
+    """Where largest activations are measured if the run does not know them: as --text of `wsae harvest`."""
+    text_tokens: Count = 8192
+    """Tokens of --text that are read for them."""
+    how: tyro.conf.OmitArgPrefixes[SteerFlags] = SteerFlags()
+    """How it continues."""
+    lm_eval: MaybePlace = None
+    """Write the edits here as the steering file (.pt) of lm-eval's "steered" model."""
+    out: MaybePlace = None
+    """Write the result as JSON here too."""
+    common: CommonFlags = Common()
+    """Flags of every command."""
+
+
+def run(flags: Flags, ui: UI) -> dict[str, Any]:
+    """Steer and return the continuations."""
+    from wsae.core.torchfile import save_plain
+    from wsae.use.attach import hooks_named
+    from wsae.use.steer import Prompt, check_latents, lm_eval_file, steer
+
+    if not flags.prompt:
+        raise UserError("no --prompt: say what the model is to continue")
+    wanted = asked(flags)
+    cfg = SteerConfig.parse(
+        config_values(flags.how, SteerConfig) | {"seed": flags.common.seed}, where=FLAGS
+    )
+    opened = flags.at.opened(device(flags.common.device))
+    if len(opened.saes) > 1:
+        raise UserError(f"--sae: {len(opened.saes)} SAEs are named; steer with one")
+    language, ((hook, sae),) = opened.language, opened.saes.items()
+    check_latents(wanted, sae)
+    prompts = [Prompt.of(language, text, flags.chat) for text in flags.prompt]
+    peaks = largest_of(opened, wanted, flags, ui)
+    file = None
+    if flags.lm_eval is not None:
+        (point,) = hooks_named(language.model, [hook]).values()
+        file = lm_eval_file(language, point, sae, [one.edit(peaks) for one in wanted])
+    strengths = flags.sweep or (1.0,)
+    found = [
+        steer(language, sae, hook, one, wanted, strengths, peaks, cfg, ui.progress)
+        for one in prompts
+    ]
+    result = {"model": language.name, "sae": str(flags.at.sae[0]), **together(found)}
+    if file is not None and flags.lm_eval is not None:
+        save_plain(flags.lm_eval, file)
+        result["lm_eval"] = str(flags.lm_eval)
+    if flags.out is not None:
+        write_json(flags.out, result)
+    return result
+
+
+def together(found: "Sequence[Steered]") -> dict[str, Any]:
+    """Return what one set of edits did to several prompts, as JSON."""
+    records = [one.record() for one in found]
+    shared = {key: records[0][key] for key in ("hook", "edits", "peaks")}
+    own = ("prompt", "continuations")
+    return {**shared, "prompts": [{key: record[key] for key in own} for record in records]}
+
+
+def asked(flags: Flags) -> "list[Wanted]":
+    """Return the edits that the flags ask for; raises UserError for one that cannot be read."""
+    from wsae.use.steer import KINDS, Wanted
+
+    return [Wanted.parse(kind, said) for kind in KINDS for said in getattr(flags, kind)]
+
+
+def largest_of(
+    opened: "Opened", wanted: "Sequence[Wanted]", flags: Flags, ui: UI
+) -> dict[int, float]:
+    """Return the largest activations that edits count in: as the run's evaluation says, else measured on a text."""
+    needed = {one.latent for one in wanted if one.of_peak}
+    known = {latent: peak for latent, peak in _recorded(flags.at).items() if latent in needed}
+    unknown = sorted(needed - known.keys())
+    if not unknown:
+        return known
+    from wsae.acts.flow import Flow
+    from wsae.use.steer import largest
+
+    ((hook, sae),) = opened.saes.items()
+    cfg = HarvestConfig.parse(
+        {
+            "text": TextConfig(path=flags.text),
+            "hooks": (hook,),
+            "heldout_fraction": 0,
+            "heldout_tokens": 0,
+        },
+        where=FLAGS,
+    )
+    flow = Flow(cfg, opened.language)
+    flow.calibrate()
+    steps, (name,) = flow.steps(heldout=False), flow.hooks
+    found = largest(sae, name, unknown, steps, flags.text_tokens, ui.progress)
+    for latent, peak in found.items():
+        ui.note(
+            f"latent {latent}: largest activation {peak:.4g} in {flags.text_tokens:,} tokens of {flags.text}"
+        )
+    return known | found
+
+
+def _recorded(at: SaeFlags) -> dict[int, float]:
+    """Return the largest activations that a run's evaluation recorded."""
+    from wsae.interop.runs import choose, open_run
+
+    run = open_run(at.sae[0])
+    if not run.has(EVALUATION_PART):
+        return {}
+    place = choose(run.path, at.member, None if run.single else at.hook)[0].place
+    for hook, members in run.context_record.items():
+        for member, latents in members.items():
+            if run.single or place == f"{hook}/{member}":
+                return {found["latent"]: found["max"] for found in latents if found.get("max")}
+    return {}
+
+
+def show(result: dict[str, Any], ui: UI) -> None:
+    """Print each prompt's continuations."""
+    edits = ", ".join(result["edits"])
+    for found in result["prompts"]:
+        rows = [
+            [
+                "without" if one["strength"] is None else f"{one['strength']:g}",
+                "-" if one["cross_entropy"] is None else f"{one['cross_entropy']:.3f}",
+                " ".join("-" if x is None else f"{x:.2f}" for x in one["distinct"].values()),
+                one["text"],
+            ]
+            for one in found["continuations"]
+        ]
+        columns = ("strength", "cross-entropy", "distinct 1-, 2-, 3-grams", "continuation")
+        ui.table(f"{found['prompt']!r}, {edits} at {result['hook']}", columns, rows)
+    if "lm_eval" in result:
+        path = Path(result["lm_eval"])
+        ui.say(f"lm-eval: --model steered --model_args pretrained=MODEL,steer_path={path}")

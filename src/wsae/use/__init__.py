@@ -1,0 +1,1 @@
+"""An SAE in a running model: read, edited, and asked what it does."""

@@ -1,0 +1,333 @@
+"""SAEs in a running model: their latents of every pass, and edits of these that act on the rest of the pass.
+
+    h' = h + sum_j (z'_j - z_j) W_dec[j]        with the error term: what the SAE does not explain stays as it is
+    h' = z' @ W_dec + b_dec                     without
+
+The sum is over the edited latents, so that without edits a pass is the model's own to the bit. Tokens that training
+left out (first, special, padding, attention sinks; `wsae.acts.flow.SkipRule`) are left alone.
+"""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor, nn
+
+from wsae.acts.capture import Call, hooks_named, special_ids, splice
+from wsae.acts.config import HarvestConfig
+from wsae.acts.flow import KEPT, PADDING, REASONS, SkipRule
+from wsae.acts.hooknames import among
+from wsae.acts.hookpoints import HookPoint
+from wsae.core.errors import UserError, nearest
+from wsae.kernels import SparseCode
+from wsae.sae.encoding import Encoder
+from wsae.sae.model import SAE
+
+
+class Codes(NamedTuple):
+    """What an SAE found in one pass, a row for every token, in order: [batch, seq]."""
+
+    code: SparseCode
+    """The latents of all tokens, sequence after sequence; none where the SAE was left out."""
+    d_sae: int
+    call: Call
+    """The tokens and their positions."""
+    reasons: Int[Tensor, "batch seq"]
+    """Why a token was left out (`wsae.acts.flow.REASONS`); 0 where it was kept."""
+
+    @property
+    def kept(self) -> Bool[Tensor, "batch seq"]:
+        """Return where the SAE was applied."""
+        return self.reasons == KEPT
+
+    def latent(self, latent: int) -> Float[Tensor, "batch seq"]:
+        """Return one latent's activations."""
+        here = self.code.indices == latent
+        z = self.code.values.new_zeros(self.reasons.numel())
+        z = z.index_put((self.code.rows()[here],), self.code.values[here])
+        return z.view(self.reasons.shape)
+
+    def dense(self) -> Float[Tensor, "batch seq d_sae"]:
+        """Return all activations: much memory."""
+        return self.code.dense(self.d_sae).view(*self.reasons.shape, self.d_sae)
+
+
+Condition = Callable[[Codes], Bool[Tensor, "batch seq"]]
+"""Says of each token whether an edit applies, as `lambda acts: acts.latent(77) > 1`."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one latent's activation z; z' is what the kind makes of it and of `value`."""
+
+    latent: int
+    value: float
+    _: KW_ONLY
+    hook: str | None = None
+    """The hook whose SAE is meant; none: the only one."""
+    positions: int | Sequence[int] | None = None
+    """Where, from the start of each sequence, padding not counted; none: everywhere."""
+    condition: Condition | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that is not finite, or a position before the start."""
+        if not math.isfinite(self.value):
+            raise UserError(f"{self}: {self.value} is no finite number")
+        if any(place < 0 for place in self.places or ()):
+            raise UserError(f"{self}: positions count from 0, the start of the sequence")
+
+    def __str__(self) -> str:
+        """Name it in a message."""
+        return f"edit {type(self).__name__} of latent {self.latent}"
+
+    @property
+    def places(self) -> tuple[int, ...] | None:
+        """Return the positions as numbers."""
+        if self.positions is None:
+            return None
+        return (self.positions,) if isinstance(self.positions, int) else tuple(self.positions)
+
+    def new(self, z: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """Return z'."""
+        raise NotImplementedError
+
+
+class Set(Edit):
+    """z' = value."""
+
+    def new(self, z: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """Return value everywhere."""
+        return torch.full_like(z, self.value)
+
+
+class Add(Edit):
+    """z' = z + value."""
+
+    def new(self, z: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """Return z + value."""
+        return z + self.value
+
+
+class Scale(Edit):
+    """z' = value z."""
+
+    def new(self, z: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """Return value z."""
+        return z * self.value
+
+
+class Clamp(Edit):
+    """z' = min(z, value)."""
+
+    def new(self, z: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """Return z, or value where that is less."""
+        return z.clamp(max=self.value)
+
+
+@dataclass(frozen=True)
+class Zero(Edit):
+    """z' = 0: the latent is ablated."""
+
+    value: float = field(default=0.0, init=False)
+
+    def new(self, z: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+        """Return 0 everywhere."""
+        return torch.zeros_like(z)
+
+
+class _Site:
+    """One SAE at its hook: what it finds in a pass, and what the edits make of the hook's rows."""
+
+    def __init__(self, point: HookPoint, sae: SAE, rule: SkipRule | None, error: bool) -> None:
+        self.point, self.sae, self._rule, self._error = point, sae, rule, error
+        self._encoder = Encoder(sae)
+        self.codes: Codes | None = None
+        self.edits: list[Edit] = []
+        self._idle: list[tuple[Edit, dict[int, str]]] = []
+        """Positions of edits at which they had no effect yet, and why."""
+
+    def edit(self, edits: list[Edit]) -> None:
+        """Put these edits in place of the earlier ones."""
+        self.edits = edits
+        self._idle = [(e, dict.fromkeys(e.places, "is not there")) for e in edits if e.places]
+
+    def check(self) -> None:
+        """Raise UserError for a position at which an edit had no effect in any pass."""
+        if self.codes is None:
+            return
+        for edit, places in self._idle:
+            for place, why in places.items():
+                last = int(self.codes.call.positions.max())
+                raise UserError(f"{edit}: position {place} {why}; the last of the pass was {last}")
+
+    def __call__(self, x: Float[Tensor, "batch seq d_in"], call: Call) -> Tensor | None:
+        """Return the rows with the edits, none where nothing changes."""
+        device = self.sae.W_dec.device
+        rows = x.to(device).flatten(0, 1)
+        call = Call(None if call.ids is None else call.ids.to(device), call.positions.to(device))
+        reasons = self._reasons(rows, call)
+        kept = (reasons == KEPT).nonzero()[:, 0]
+        code = self._encode(rows if len(kept) == len(rows) else rows[kept])
+        shape = call.positions.shape
+        codes = Codes(_spread(code, kept, len(rows)), self.sae.cfg.d_sae, call, reasons.view(shape))
+        self.codes = codes
+        self._note_places(codes)
+        new = rows.to(torch.promote_types(rows.dtype, self.sae.W_dec.dtype))
+        if not self._error:
+            new = new.index_copy(0, kept, self.sae.decode_code(code).to(new.dtype))
+        if self.edits:
+            new = new + self._moved(codes).to(new.dtype)
+        elif self._error:
+            return None
+        return new.view(x.shape).to(x.device)
+
+    def _reasons(self, rows: Float[Tensor, "tokens d_in"], call: Call) -> Int[Tensor, " tokens"]:
+        ids = torch.full_like(call.positions, -1) if call.ids is None else call.ids
+        rule = self._rule
+        if rule is None:
+            return torch.where(call.positions < 0, PADDING, KEPT).flatten()
+        reasons = rule.by_token(ids, call.positions).flatten()
+        norms = {self.point.name: torch.linalg.vector_norm(rows.detach().float(), dim=1)}
+        known = rule.medians is not None and self.point.name in rule.medians
+        if not known and bool((reasons == KEPT).any()):
+            rule.calibrate(norms, reasons)
+            known = True
+        return rule.by_norm(norms, reasons) if known else reasons
+
+    def _encode(self, rows: Float[Tensor, "kept d_in"]) -> SparseCode:
+        if torch.is_grad_enabled():
+            return self.sae.encode_code(rows)
+        return self._encoder(rows.to(self.sae.W_dec.dtype))
+
+    def _moved(self, codes: Codes) -> Float[Tensor, "tokens d_in"]:
+        """Return sum_j (z'_j - z_j) W_dec[j] over the edited latents j."""
+        old: dict[int, Tensor] = {}
+        new: dict[int, Tensor] = {}
+        for edit in self.edits:
+            if edit.latent not in old:
+                old[edit.latent] = new[edit.latent] = codes.latent(edit.latent)
+            z, where = new[edit.latent], codes.kept
+            if edit.places is not None:
+                places = torch.tensor(edit.places, device=where.device)
+                where = where & torch.isin(codes.call.positions, places)
+            if edit.condition is not None:
+                where = where & edit.condition(codes)
+            new[edit.latent] = torch.where(where, edit.new(z), z)
+        change = torch.stack([(new[j] - old[j]).flatten() for j in old], dim=1)
+        return change @ self.sae.W_dec[list(old)]
+
+    def _note_places(self, codes: Codes) -> None:
+        for _, places in self._idle:
+            for place in list(places):
+                found = codes.reasons[codes.call.positions == place].tolist()
+                if KEPT in found:
+                    del places[place]
+                elif found:
+                    places[place] = f"is left alone ({REASONS[found[0]]})"
+
+
+class Attached:
+    """What `attach` gives: `acts[hook]` are the latents of the last pass, `edit` says what the next ones change."""
+
+    def __init__(self, sites: dict[str, _Site]) -> None:
+        self._sites = sites
+
+    @property
+    def acts(self) -> dict[str, Codes]:
+        """The latents of the last pass at each hook that ran."""
+        return {name: s.codes for name, s in self._sites.items() if s.codes is not None}
+
+    def edit(self, *edits: Edit) -> None:
+        """Put these edits, made in this order, in place of the earlier ones; none: the model is as it was.
+
+        Raises UserError for a hook without SAE, a latent that the SAE does not have, and a position of an earlier edit
+        at which it had no effect.
+        """
+        self.check()
+        chosen: dict[str, list[Edit]] = {name: [] for name in self._sites}
+        for edit in edits:
+            name = self._name(edit)
+            d_sae = self._sites[name].sae.cfg.d_sae
+            if not 0 <= edit.latent < d_sae:
+                raise UserError(
+                    f"{edit}: the SAE at {name} has {d_sae:,} latents, 0 to {d_sae - 1}"
+                )
+            chosen[name].append(edit)
+        for name, site in self._sites.items():
+            site.edit(chosen[name])
+
+    def check(self) -> None:
+        """Raise UserError for a position at which an edit had no effect, though a pass was made."""
+        for site in self._sites.values():
+            site.check()
+
+    def _name(self, edit: Edit) -> str:
+        if edit.hook is not None:
+            name = among(edit.hook, self._sites)
+            if name is None:
+                raise UserError(
+                    f"{edit}: no SAE is attached at {edit.hook!r}{nearest(edit.hook, self._sites)}"
+                )
+            return name
+        if len(self._sites) > 1:
+            raise UserError(f"{edit}: say which hook: {', '.join(self._sites)}")
+        return next(iter(self._sites))
+
+
+Exclude = SkipRule | None | Literal["as in training"]
+"""Which tokens are left alone: by a rule (as `wsae harvest` leaves them out, by default), or padding alone (none)."""
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that have SAEs attached."""
+
+
+@contextlib.contextmanager
+def attach(
+    model: nn.Module,
+    saes: Mapping[str, SAE],
+    *,
+    error: bool = True,
+    exclude: Exclude = "as in training",
+) -> Iterator[Attached]:
+    """Within the context, every pass of the model has its latents read, and edited as said: {hook: SAE}.
+
+    `error`: add what the SAE does not explain, so that without edits nothing changes; else reconstructions take the
+    rows' place. `exclude`: the rule of tokens to leave alone (default: as `wsae harvest`, special tokens by the model's
+    config); none: padding alone. The hooks are gone when the context ends. Raises UserError for a hook that the
+    model lacks, another width, a model that has SAEs attached already, and, at the end, for a position at which an edit
+    had no effect.
+    """
+    if model in _ATTACHED:
+        raise UserError("this model has SAEs attached; give them all to one attach")
+    rule = SkipRule(HarvestConfig(), special_ids(model)) if isinstance(exclude, str) else exclude
+    points = hooks_named(model, saes)
+    names: dict[tuple[str, str], str] = {}
+    for name, point in points.items():
+        if saes[name].cfg.d_in != point.d_in:
+            raise UserError(
+                f"hook {name!r}: {point.d_in} wide, and its SAE takes rows {saes[name].cfg.d_in} wide"
+            )
+        other = names.setdefault((point.path, point.side), name)
+        if other != name:
+            raise UserError(f"hook {name!r}: the same place as {other!r}; attach one SAE there")
+    attached = Attached({n: _Site(p, saes[n], rule, error) for n, p in points.items()})
+    with contextlib.ExitStack() as stack:
+        _ATTACHED.add(model)
+        stack.callback(_ATTACHED.discard, model)
+        for site in attached._sites.values():
+            stack.enter_context(splice(model, site.point, site))
+        yield attached
+    attached.check()
+
+
+def _spread(code: SparseCode, kept: Int64[Tensor, " kept"], tokens: int) -> SparseCode:
+    """Return the code of the kept tokens as one of all tokens, the others without entries."""
+    if len(kept) == tokens:
+        return code
+    counts = kept.new_zeros(tokens)
+    counts[kept] = code.offsets.diff()
+    return SparseCode(code.values, code.indices, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))

@@ -1,0 +1,99 @@
+"""Attribution against its formulas computed another way, and against ablation by `attach`."""
+
+import pytest
+import torch
+from test_attach import HOOK, VOCABULARY, llama, make, some_ids
+
+from wsae.acts.capture import splice
+from wsae.core.errors import UserError
+from wsae.sae import JumpReLU, TopK
+from wsae.use.attach import Zero, attach
+from wsae.use.attribute import Difference, Logit, Loss, attribute
+
+METRICS = {"logit": Logit(7), "difference": Difference(7, 11), "loss": Loss(3)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return make(TopK(k=4))
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return some_ids(1, 9)[0]
+
+
+def by_hand(model, ids, kind):
+    logits = model(input_ids=ids[None]).logits[0]
+    if kind == "loss":
+        return torch.nn.functional.cross_entropy(logits[2:-1], ids[3:])
+    return logits[-1, 7] - (logits[-1, 11] if kind == "difference" else 0.0)
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_gradient_times_activation_is_the_derivative_in_the_latents_scale(model, sae, ids, kind):
+    found = attribute(model, {HOOK: sae}, ids, METRICS[kind], method="gradient", verify=0)
+    at = found.hooks[HOOK]
+    scales = torch.ones(9, 40, requires_grad=True)
+    errors = torch.ones(9, 1, requires_grad=True)
+
+    def scaled(x, _call):
+        z, rest = sae.encode(x[0]).detach(), x[0] - sae(x[0]).detach()
+        new = sae.decode(scales * z) + errors * rest
+        return torch.cat([x[0, :1], new[1:]])[None]
+
+    with splice(model, HOOK, scaled):
+        value = by_hand(model, ids, kind)
+    wanted, wanted_errors = torch.autograd.grad(value, [scales, errors])
+    mine = torch.zeros(9, 40)
+    for one in at.effects:
+        mine[one.position, one.latent] = one.effect
+    torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(at.errors), wanted_errors[:, 0], rtol=1e-3, atol=1e-4)
+    assert found.value == pytest.approx(float(value.detach()), rel=1e-5)
+    assert at.left_out == {0: "first"}
+    assert len(at.effects) == at.active == 8 * 4
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_integrated_gradients_add_up_to_what_the_rows_change(model, sae, ids, kind):
+    found = attribute(model, {HOOK: sae}, ids, METRICS[kind], method="integrated", verify=0)
+    at = found.hooks[HOOK]
+    gone = sae.b_dec.detach().expand(1, 8, -1)
+    with splice(model, HOOK, lambda x, _call: torch.cat([x[:, :1], gone], dim=1)):
+        left = float(by_hand(model, ids, kind))
+    assert at.change == pytest.approx(found.value - left, rel=1e-4)
+    assert at.total == pytest.approx(at.change, rel=0.05)
+    assert at.total == pytest.approx(sum(e.effect for e in at.effects) + sum(at.errors))
+
+
+def test_the_largest_effects_of_all_hooks_are_verified_by_ablation(model, sae, ids):
+    saes = {HOOK: sae, "layers.1": make(JumpReLU(threshold=0.3), seed=1)}
+    found = attribute(model, saes, ids, Logit(7), method="gradient", verify=6)
+    effects = [e.effect for at in found.hooks.values() for e in at.effects]
+    checked = [v.predicted.effect for v in found.verified]
+    assert checked == sorted(effects, key=abs, reverse=True)[:6]
+    assert {v.predicted.hook for v in found.verified} == set(saes)
+    with attach(model, saes) as a, torch.no_grad():
+        for v in found.verified:
+            one = v.predicted
+            a.edit(Zero(one.latent, hook=one.hook, positions=one.position))
+            without = float(model(input_ids=ids[None]).logits[0, -1, 7])
+            assert v.true == pytest.approx(found.value - without, abs=1e-4)
+    pairs = torch.tensor([[v.predicted.effect, v.true] for v in found.verified]).T
+    assert found.correlation == pytest.approx(float(pairs.corrcoef()[0, 1]), rel=1e-4)
+
+
+def test_what_cannot_be_attributed_is_refused(model, sae, ids):
+    for metric, says in (
+        (Logit(VOCABULARY), "token 50: the model has 0 to 49"),
+        (Loss(9), "loss from token 9 on: the text has 1 to 8"),
+    ):
+        with pytest.raises(UserError, match=says):
+            attribute(model, {HOOK: sae}, ids, metric)
+    assert attribute(model, {HOOK: sae}, ids[:1], Logit(3)).hooks[HOOK].effects == []
