@@ -74,6 +74,11 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def limit_threads(most: int) -> None:
+    """Let the kernels use so many of PyTorch's threads at most; 0 takes the limit away. No bit of a result changes."""
+    library().limit_threads(most)
+
+
 @functools.cache
 def has_int8() -> bool:
     """Return whether this CPU multiplies 8-bit integers fast (AVX-512 VNNI)."""
