@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from wsae.acts.capture import Call, Swap, hooks_named, splice
 from wsae.acts.flow import REASONS
-from wsae.acts.loading import refuse_without_logits
+from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.sae.model import SAE
@@ -226,7 +226,7 @@ class _Passes:
     ) -> None:
         self.model, self.saes, self.metric = model, saes, metric
         self.points = hooks_named(model, saes)
-        self.ids = ids.to(next(model.parameters()).device)
+        self.ids = ids.to(input_device(model))
         can_cut = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": metric.reach(len(ids))} if can_cut else {}
         """What spares the model the logits that the metric does not read."""
