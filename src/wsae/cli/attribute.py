@@ -176,7 +176,7 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     """Return what is measured behind a prompt; raises UserError for flags that do not go together."""
     import torch
 
-    from wsae.use.attribute import Difference, Logit, Loss
+    from wsae.use.attribute import Logit, LogitDifference, Loss
 
     if flags.against is not None and flags.metric != "difference":
         raise UserError(f"--against {flags.against!r}: goes with --metric difference")
@@ -191,7 +191,7 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     token = first.pop(0) if wanted is None else wanted
     if flags.metric == "logit":
         return Logit(token)
-    return Difference(token, first[0] if other is None else other)
+    return LogitDifference(token, first[0] if other is None else other)
 
 
 def _words(metric: "Metric", tokenizer: Any) -> dict[str, Any]:

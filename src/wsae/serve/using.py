@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
     from wsae.sae import SAE
     from wsae.use.attribute import Attribution, Metric
-    from wsae.use.steer import Prompt, Wanted
+    from wsae.use.steer import AskedEdit, Prompt
 
 Kind = Literal["set", "add", "scale"]
 KINDS: tuple[Kind, ...] = ("set", "add", "scale")
@@ -46,7 +46,7 @@ def ask_of(member: Member, given: dict[str, str]) -> Ask:
 
 def steering(run: Served, ask: Ask) -> Work:
     """Return the work of the steer form; raises UserError where its fields make no edit."""
-    from wsae.use.steer import Wanted
+    from wsae.use.steer import AskedEdit
 
     if ask.latent is None:
         raise UserError("latent: is empty; name the one to change")
@@ -54,7 +54,7 @@ def steering(run: Served, ask: Ask) -> Work:
     if kind not in KINDS:
         raise UserError(f"kind: {kind[:20]!r} is none of {', '.join(KINDS)}")
     value = ask.given.get("value", "").strip() or USUAL
-    wanted = Wanted.parse(cast(Kind, kind), f"{ask.latent}={value[:40]}")
+    wanted = AskedEdit.parse(cast(Kind, kind), f"{ask.latent}={value[:40]}")
     peak = run.index.numbers([ask.member.key(ask.latent)])[ask.member.key(ask.latent)].get("max")
     if wanted.of_peak and not peak:
         raise UserError(
@@ -65,7 +65,7 @@ def steering(run: Served, ask: Ask) -> Work:
 
 class _Steering(NamedTuple):
     member: Member
-    wanted: "Wanted"
+    wanted: "AskedEdit"
     peak: float
 
     def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
@@ -118,7 +118,7 @@ class _Attributing(NamedTuple):
     def _metric(
         self, language: "LanguageModel", prompt: "Prompt"
     ) -> "tuple[Metric, dict[str, str]]":
-        from wsae.use.attribute import Difference, Logit
+        from wsae.use.attribute import Logit, LogitDifference
 
         answer, against = (self.ask.given.get(name, "") for name in ("answer", "against"))
         token = one_token(language, answer, "answer") if answer else likeliest(language, prompt)
@@ -126,7 +126,7 @@ class _Attributing(NamedTuple):
         if not against:
             return Logit(token), said
         other = one_token(language, against, "against")
-        return Difference(token, other), {**said, "against": against}
+        return LogitDifference(token, other), {**said, "against": against}
 
     def _shown(self, found: "Attribution", hook: str) -> Json:
         """Return the table of tokens and latents, largest latents first, and what ablation found."""

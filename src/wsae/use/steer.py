@@ -37,7 +37,7 @@ _ASKED = re.compile(
 )
 
 
-class Wanted(NamedTuple):
+class AskedEdit(NamedTuple):
     """An edit as it is asked for; with `of_peak` the value counts in largest activations of the latent."""
 
     kind: Kind
@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
     of_peak: bool = False
 
     @classmethod
-    def parse(cls, kind: Kind, said: str) -> "Wanted":
+    def parse(cls, kind: Kind, said: str) -> "AskedEdit":
         """Read "1234=8" or "1234=2x"; raises UserError for anything else."""
         found = _ASKED.fullmatch(said.strip())
         try:
@@ -104,7 +104,7 @@ class Steered(NamedTuple):
         return {**self._asdict(), "peaks": peaks, "continuations": lines}
 
 
-def check_latents(wanted: Iterable[Wanted], sae: SAE) -> None:
+def check_latents(wanted: Iterable[AskedEdit], sae: SAE) -> None:
     """Raise UserError for a latent that an SAE does not have, or where nothing is asked for."""
     wanted = list(wanted)
     if not wanted:
@@ -184,7 +184,7 @@ def steer(
     sae: SAE,
     hook: str,
     prompt: str | Prompt,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[AskedEdit],
     strengths: Sequence[float] = (1.0,),
     peaks: Mapping[int, float] | None = None,
     cfg: SteerConfig = SteerConfig(),  # noqa: B008  (frozen)
@@ -322,7 +322,7 @@ def lm_eval_entry(sae: SAE, edits: Sequence[Edit]) -> dict[str, Any]:
     """Return the entry of one hook."""
     rows = sae.W_dec.detach().float().cpu()
     if edits and all(isinstance(edit, Add) for edit in edits):
-        vector = sum((edit.value * rows[edit.latent] for edit in edits), torch.zeros(rows.shape[1]))
+        vector = sum((edit.value * rows[edit.latent] for edit in edits), torch.zeros_like(rows[0]))
         return {
             "action": "add",
             "steering_coefficient": 1.0,
