@@ -4,10 +4,15 @@ Names are loaded when first used, so `import wsae` is quick and `wsae --help` ne
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 from wsae.core.errors import UserError
 from wsae.core.version import __version__
+
+# A thread that waits for others sleeps after about 0.4 ms: OpenMP's 6 ms would take the core from the one waited for
+# when other programs run. OpenMP reads this when PyTorch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
     from wsae.api import Family, Member, evaluate, fit, fit_family, probe, recovery

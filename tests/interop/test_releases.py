@@ -316,6 +316,10 @@ def test_a_release_is_imported_and_opened_by_its_name(cache, tmp_path, capsys):
     run = open_run(target)
     assert run.members == {"blocks.12.hook_resid_post": ["sae"]}
     assert open_run(target).path == run.path
+    of_repository = SAE.from_pretrained(
+        "google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82"
+    )
+    assert torch.equal(of_repository.W_dec, run.saes["blocks.12.hook_resid_post"]["sae"].W_dec)
     assert main(["export", target, "--out", str(tmp_path / "out"), "--json"]) == 0
     capsys.readouterr()
 
