@@ -86,8 +86,9 @@ def as_trained(run: Run, language: "LanguageModel") -> "SkipRule":
     if run.source.get("kind") == "store" and place and (Path(place) / MANIFEST).is_file():
         store = Store(Path(place), verify=False)
         data, medians = store.manifest.config, store.info.get("median_norm")
-    known = isinstance(data, dict) and "text" in data
-    cfg = HarvestConfig.parse(data, where=str(run.path)) if known else HarvestConfig()
+    cfg = HarvestConfig()
+    if isinstance(data, dict) and "text" in data:
+        cfg = HarvestConfig.parse(data, where=str(run.path))
     rule = SkipRule(cfg, language.tokenizer.all_special_ids)
     rule.medians = medians
     return rule
