@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import wsae
 from wsae.acts.capture import one_hook
 from wsae.acts.config import HarvestConfig, TextConfig
-from wsae.acts.flow import Flow, SkipRule
+from wsae.acts.flow import Flow
 from wsae.acts.language import load_language
 from wsae.cli.main import main
 from wsae.core.errors import UserError
@@ -77,8 +77,8 @@ def test_what_is_no_edit_is_refused(said):
 
 def by_hand(language, sae, prompt, edits, n):
     """Decode greedily without a cache, the whole text anew for every token."""
-    ids, rule = prompt, SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
-    with torch.inference_mode(), attach(language.model, {HOOK: sae}, exclude=rule) as attached:
+    ids = prompt
+    with torch.inference_mode(), attach(language.model, {HOOK: sae}) as attached:
         language.model(input_ids=ids)  # the rule's medians are of the prompt without edits
         attached.edit(*edits)
         for _ in range(n):

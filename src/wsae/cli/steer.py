@@ -92,7 +92,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     opened = flags.at.opened(device(flags.common.device))
     if len(opened.saes) > 1:
         raise UserError(f"--sae: {len(opened.saes)} SAEs are named; steer with one")
-    language, ((hook, sae),) = opened.language, opened.saes.items()
+    language, rule, ((hook, sae),) = opened.language, opened.rule, opened.saes.items()
     check_latents(wanted, sae)
     prompts = [Prompt.of(language, text, flags.chat) for text in flags.prompt]
     peaks = largest_of(opened, wanted, flags, ui)
@@ -102,7 +102,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         file = lm_eval_file(language, point, sae, [one.edit(peaks) for one in wanted])
     strengths = flags.sweep or (1.0,)
     found = [
-        steer(language, sae, hook, one, wanted, strengths, peaks, cfg, ui.progress)
+        steer(language, sae, hook, one, wanted, strengths, peaks, cfg, rule, ui.progress)
         for one in prompts
     ]
     result = {"model": language.name, "sae": str(flags.at.sae[0]), **together(found)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from wsae.core.errors import UserError
 from wsae.report.contexts import level_of
-from wsae.run import Json
+from wsae.run import Json, Run
 from wsae.serve.index import Member, Served, whole
 
 if TYPE_CHECKING:
@@ -60,16 +60,18 @@ def steering(run: Served, ask: Ask) -> Work:
         raise UserError(
             f"value: the largest activation of latent {ask.latent} is not known; give a plain number"
         )
-    return _Steering(ask.member, wanted, float(peak or 0.0))
+    return _Steering(run, ask.member, wanted, float(peak or 0.0))
 
 
 class _Steering(NamedTuple):
+    run: Served
     member: Member
     wanted: "AskedEdit"
     peak: float
 
     def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
         """Return the continuations."""
+        from wsae.use.attach import as_trained
         from wsae.use.config import SteerConfig
         from wsae.use.steer import steer
 
@@ -81,6 +83,7 @@ class _Steering(NamedTuple):
             [self.wanted],
             peaks={self.wanted.latent: self.peak},
             cfg=SteerConfig(new_tokens=NEW_TOKENS),
+            exclude=as_trained(Run(self.run.path), language),
         )
         return {"member": self.member.slug, "latent": self.wanted.latent, **found.record()}
 
@@ -96,14 +99,13 @@ class _Attributing(NamedTuple):
 
     def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
         """Return the effects on the answer's logit, or on how far it is above another's."""
-        from wsae.acts.config import HarvestConfig
-        from wsae.acts.flow import SkipRule
         from wsae.acts.tokens import decode_table, joined
+        from wsae.use.attach import as_trained
         from wsae.use.attribute import attribute
 
         metric, said = self._metric(language, prompt)
         ids = prompt.ids[0]
-        rule = SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
+        rule = as_trained(Run(self.run.path), language)
         hook = self.ask.member.hook
         found = attribute(language.model, {hook: sae}, ids, metric, verify=CHECKED, exclude=rule)
         table = decode_table(language.tokenizer, ids.unique().tolist())
