@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from wsae.core.errors import UserError
 from wsae.core.version import __version__
 
-# A thread that waits for others sleeps after about 0.4 ms: OpenMP's 6 ms would take the core from the one waited for
-# when other programs run. OpenMP reads this when PyTorch is first imported.
+# A thread that waits for others spins for 2 ms and then sleeps: OpenMP's usual fifteenfold would take the core from the
+# one waited for when other programs run. OpenMP reads this when PyTorch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
