@@ -118,15 +118,15 @@ class _Attributing(NamedTuple):
     def _metric(
         self, language: "LanguageModel", prompt: "Prompt"
     ) -> "tuple[Metric, dict[str, str]]":
-        from wsae.use.attribute import Difference, Logit
+        from wsae.use.attribute import LogitDifference, TokenLogit
 
         answer, against = (self.ask.given.get(name, "") for name in ("answer", "against"))
         token = one_token(language, answer, "answer") if answer else likeliest(language, prompt)
         said = {"answer": str(language.tokenizer.decode([token])), "against": ""}
         if not against:
-            return Logit(token), said
+            return TokenLogit(token), said
         other = one_token(language, against, "against")
-        return Difference(token, other), {**said, "against": against}
+        return LogitDifference(token, other), {**said, "against": against}
 
     def _shown(self, found: "Attribution", hook: str) -> Json:
         """Return the table of tokens and latents, largest latents first, and what ablation found."""

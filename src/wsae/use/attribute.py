@@ -40,7 +40,7 @@ MOST = 1000
 
 
 @dataclass(frozen=True)
-class Logit:
+class TokenLogit:
     """The logit of a token behind the text."""
 
     token: int
@@ -59,7 +59,7 @@ class Logit:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """By how much the logit of a token exceeds another's, behind the text."""
 
     token: int
@@ -72,12 +72,12 @@ class Difference:
     def __call__(
         self, logits: Float[Tensor, "batch last vocabulary"], ids: Int64[Tensor, " seq"]
     ) -> Float[Tensor, " batch"]:
-        """Return it for each sequence; raises UserError as `Logit` does."""
-        return Logit(self.token)(logits, ids) - Logit(self.other)(logits, ids)
+        """Return it for each sequence; raises UserError as `TokenLogit` does."""
+        return TokenLogit(self.token)(logits, ids) - TokenLogit(self.other)(logits, ids)
 
 
 @dataclass(frozen=True)
-class Loss:
+class TextLoss:
     """The mean cross-entropy of the text's tokens from place `start` on, in nats."""
 
     start: int = 1
@@ -97,7 +97,7 @@ class Loss:
         return -log_p[:, places, ids[self.start :]].mean(1)
 
 
-Metric = Logit | Difference | Loss
+Metric = TokenLogit | LogitDifference | TextLoss
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def attribute(
     Raises UserError as `attach` and the metrics do, and for a model without logits.
     """
     refuse_without_logits(model)
-    passes = _Passes(model, saes, ids, metric)
+    passes = _OneText(model, saes, ids, metric)
     found: dict[str, AtHook] = {}
     with progress("attribute", 1 + len(saes) + verify, "passes") as tick:
         base = passes.base(exclude)
@@ -218,7 +218,7 @@ class _Base(NamedTuple):
     gradients: dict[str, Float[Tensor, "seq d_in"]]
 
 
-class _Passes:
+class _OneText:
     """Passes of a model over one text, with other rows at a hook."""
 
     def __init__(
@@ -279,7 +279,7 @@ class _Passes:
 
 
 @torch.no_grad()
-def _at_hook(passes: _Passes, base: _Base, hook: str, method: Method) -> AtHook:
+def _at_hook(passes: _OneText, base: _Base, hook: str, method: Method) -> AtHook:
     """Return the effects at one hook."""
     sae, codes, x = passes.saes[hook], base.codes[hook], base.rows[hook]
     code, kept = codes.code, codes.kept[0].to(x.device)
