@@ -82,7 +82,7 @@ def test_integrated_gradients_add_up_to_what_the_rows_change(model, sae, ids, ki
 
 def test_the_largest_effects_of_all_hooks_are_verified_by_ablation(model, sae, ids):
     saes = {HOOK: sae, "layers.1": make(JumpReLU(threshold=0.3), seed=1)}
-    found = attribute(model, saes, ids, TokenLogit(7), method="gradient", verify=6)
+    found = attribute(model, saes, ids, Logit(7), method="gradient", verify=6)
     effects = [e.effect for at in found.hooks.values() for e in at.effects]
     checked = [v.predicted.effect for v in found.verified]
     assert checked == sorted(effects, key=abs, reverse=True)[:6]
@@ -99,12 +99,12 @@ def test_the_largest_effects_of_all_hooks_are_verified_by_ablation(model, sae, i
 
 def test_what_cannot_be_attributed_is_refused(model, sae, ids):
     for metric, says in (
-        (TokenLogit(VOCABULARY), "token 50: the model has 0 to 49"),
-        (TextLoss(9), "loss from token 9 on: the text has 1 to 8"),
+        (Logit(VOCABULARY), "token 50: the model has 0 to 49"),
+        (Loss(9), "loss from token 9 on: the text has 1 to 8"),
     ):
         with pytest.raises(UserError, match=says):
             attribute(model, {HOOK: sae}, ids, metric)
-    assert attribute(model, {HOOK: sae}, ids[:1], TokenLogit(3)).hooks[HOOK].effects == []
+    assert attribute(model, {HOOK: sae}, ids[:1], Logit(3)).hooks[HOOK].effects == []
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,7 @@ def test_the_command_prints_effects_beside_ablation_and_json(place, capsys):
     assert "".join(result["tokens"]).strip() == "the cat sat on the mat"
     rule = SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
     sae = SAE.load(place / "sae")
-    found = attribute(
-        language.model, {"layers.1": sae}, ids, TokenLogit(top), verify=4, exclude=rule
-    )
+    found = attribute(language.model, {"layers.1": sae}, ids, Logit(top), verify=4, exclude=rule)
     assert result["hooks"]["layers.1"]["effects"] == found.to_dict()["hooks"]["layers.1"]["effects"]
     bare = ["attribute", str(place / "model"), "--sae", str(place / "nameless"), "--hook", "h"]
     assert main([*bare[:-1], "layers.1", *words, "--metric", "loss"]) == 0

@@ -145,7 +145,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         "model": opened.language.name,
         "saes": [str(path) for path in flags.at.sae],
         "prompt": flags.prompt,
-        "metric": _words(flags.metric, metric, tokenizer),
+        "metric": _words(metric, tokenizer),
         "tokens": joined([table[i] for i in ids]),
         **found.to_dict(),
     }
@@ -163,7 +163,7 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     if flags.against is not None and flags.metric != "difference":
         raise UserError(f"--against {flags.against!r}: goes with --metric difference")
     if flags.metric == "loss":
-        return TextLoss(len(ids) if flags.answer is not None else 1)
+        return Loss(len(ids) if flags.answer is not None else 1)
     wanted = None if flags.answer is None else opened.one_token(flags.answer)
     other = None if flags.against is None else opened.one_token(flags.against)
     with torch.inference_mode():
@@ -176,9 +176,9 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     return LogitDifference(token, first[0] if other is None else other)
 
 
-def _words(kind: str, metric: "Metric", tokenizer: Any) -> dict[str, Any]:
+def _words(metric: "Metric", tokenizer: Any) -> dict[str, Any]:
     """Return a metric as JSON: its kind and its tokens, with their text."""
-    data: dict[str, Any] = {"kind": kind, **vars(metric)}
+    data: dict[str, Any] = {"kind": type(metric).__name__.lower(), **vars(metric)}
     for name in ("token", "other"):
         if name in data:
             data[f"{name}_text"] = tokenizer.decode([data[name]])

@@ -126,7 +126,7 @@ class _Attributing(NamedTuple):
         token = one_token(language, answer, "answer") if answer else likeliest(language, prompt)
         said = {"answer": str(language.tokenizer.decode([token])), "against": ""}
         if not against:
-            return TokenLogit(token), said
+            return Logit(token), said
         other = one_token(language, against, "against")
         return LogitDifference(token, other), {**said, "against": against}
 

@@ -40,7 +40,7 @@ MOST = 1000
 
 
 @dataclass(frozen=True)
-class TokenLogit:
+class Logit:
     """The logit of a token behind the text."""
 
     token: int
@@ -72,12 +72,12 @@ class LogitDifference:
     def __call__(
         self, logits: Float[Tensor, "batch last vocabulary"], ids: Int64[Tensor, " seq"]
     ) -> Float[Tensor, " batch"]:
-        """Return it for each sequence; raises UserError as `TokenLogit` does."""
-        return TokenLogit(self.token)(logits, ids) - TokenLogit(self.other)(logits, ids)
+        """Return it for each sequence; raises UserError as `Logit` does."""
+        return Logit(self.token)(logits, ids) - Logit(self.other)(logits, ids)
 
 
 @dataclass(frozen=True)
-class TextLoss:
+class Loss:
     """The mean cross-entropy of the text's tokens from place `start` on, in nats."""
 
     start: int = 1
