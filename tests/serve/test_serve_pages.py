@@ -34,6 +34,7 @@ from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index, Served
 from wsae.serve.server import POLICY
+from wsae.serve.using import NEW_TOKENS
 
 PAGES = (
     "/",
@@ -47,6 +48,8 @@ PAGES = (
     "/r/first/compare?a=%3Cscript%3E",
     "/r/first/live",
     "/r/first/live?latent=3&member=plain",
+    "/r/first/steer?latent=3&value=%3Cb%3E",
+    "/r/first/attribute?answer=%22%3E%3Cscript%3E",
     "/r/nowhere",
     "/r/first/nowhere",
     "/r/first/plain/64",
@@ -271,6 +274,7 @@ def test_the_loopbacks_own_names_are_answered(client: Client, host: str):
 
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -469,6 +473,100 @@ def test_a_hostile_text_stays_text(client: Client):
     answer = client.ask("/r/first/live", "POST", urlencode({"text": text}), FORM)
     assert answer.status == 200
     assert HOSTILE[0] in "".join(Strict(answer.text).words)
+
+
+@pytest.mark.parametrize("page", ["steer", "attribute"])
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"text": " "}, "text: is empty"),
+        ({"text": "x" * (MAX_CHARS + 1)}, f"at most {MAX_CHARS:,} are read"),
+        ({"text": "☃" * (MAX_TOKENS + 1)}, f"tokens, at most {MAX_TOKENS} are read"),
+    ],
+)
+def test_what_is_done_with_a_text_has_the_limits_of_reading_it(client: Client, page, fields, told):
+    given = {"latent": "3", "value": "1", **fields}
+    answer = client.ask(f"/r/first/{page}", "POST", urlencode(given), FORM)
+    assert answer.status == 400
+    assert told in "".join(Strict(answer.text).words)
+
+
+@pytest.mark.parametrize(
+    ("page", "fields", "told"),
+    [
+        ("steer", {"latent": "64"}, "latent"),
+        ("steer", {}, "latent: is empty"),
+        ("steer", {"latent": "3", "value": "<b>"}, "3=<b>: not LATENT=VALUE"),
+        ("steer", {"latent": "3", "kind": "<i>"}, "kind: '<i>' is none of set, add, scale"),
+        ("attribute", {"answer": "the cat sat"}, "answer: is"),
+        ("attribute", {"answer": "a", "against": "the cat <"}, "against: is"),
+    ],
+)
+def test_a_form_that_says_nothing_to_do_is_refused(client: Client, page, fields, told):
+    given = {"text": "the cat", **fields}
+    answer = client.ask(f"/r/first/{page}", "POST", urlencode(given), FORM)
+    assert answer.status == 400
+    assert told in "".join(Strict(answer.text).words)
+    answer = client.ask(f"/api/r/first/{page}", "POST", json.dumps(given), JSON)
+    assert answer.status == 400
+    assert told in json.loads(answer.text)["error"]
+
+
+def test_hostile_prompts_stay_text_on_every_form(client: Client):
+    for page in ("steer", "attribute"):
+        given = {"text": HOSTILE[0], "latent": "3", "value": "5"}
+        answer = client.ask(f"/r/first/{page}", "POST", urlencode(given), FORM)
+        assert answer.status == 200, answer.text
+        assert HOSTILE[0] in "".join(Strict(answer.text).words)
+
+
+def test_a_steered_text_is_what_the_library_writes(client: Client, run: Path, model: Path):
+    from wsae.acts.language import load_language
+    from wsae.use.config import SteerConfig
+    from wsae.use.steer import AskedEdit, steer
+
+    page = client.ask("/r/first/plain/3").text
+    assert 'action="../../../r/first/steer?key=' in page
+    given = {"text": "the cat sat", "latent": 3, "value": "7", "kind": "add", "member": "plain"}
+    found = client.json("/api/r/first/steer", method="POST", body=json.dumps(given), headers=JSON)
+    language, sae = load_language(str(model)), sae_of(run, "plain")
+    wanted = [AskedEdit("add", 3, 7.0)]
+    expected = steer(
+        language, sae, HOOK, "the cat sat", wanted, cfg=SteerConfig(new_tokens=NEW_TOKENS)
+    )
+    assert isinstance(found, dict)
+    for one, other in zip(found["continuations"], expected.continuations, strict=True):
+        assert one["ids"] == other.ids
+        assert one["cross_entropy"] == pytest.approx(other.cross_entropy, rel=1e-5)
+    assert found["continuations"][0]["ids"] != found["continuations"][1]["ids"]
+
+
+def test_the_table_of_effects_is_the_librarys_and_links_its_latents(client: Client, run, model):
+    from wsae.acts.language import load_language
+    from wsae.use.attribute import LogitDifference, attribute
+    from wsae.use.steer import Prompt
+
+    language, text = load_language(str(model)), "the cat sat on a mat and saw"
+    given = {"text": text, "answer": " dogs", "against": " cat", "member": "plain"}
+    found = client.json(
+        "/api/r/first/attribute", method="POST", body=json.dumps(given), headers=JSON
+    )
+    assert isinstance(found, dict)
+    tokens = [
+        language.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" dogs", " cat")
+    ]
+    ids = Prompt.of(language, text).ids[0]
+    metric = LogitDifference(*(int(t[0]) for t in tokens))
+    expected = attribute(language.model, {HOOK: sae_of(run, "plain")}, ids, metric)
+    assert found["value"] == pytest.approx(expected.value, rel=1e-4)
+    places = [one["latent"] for one in found["latents"]]
+    known = {(one.position, one.latent): one.effect for one in expected.hooks[HOOK].effects}
+    for place, row in enumerate(found["effects"]):
+        for latent, effect in zip(places, row, strict=True):
+            assert effect == pytest.approx(known.get((place, latent), 0.0), rel=1e-3, abs=1e-6)
+    assert found["latents"][0]["link"] == f"/r/first/plain/{places[0]}"
+    html = client.ask("/r/first/attribute", "POST", urlencode(given), FORM)
+    assert 'class="num n6"' in html.text or 'class="num a6"' in html.text
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family
 from wsae.train.loop import run_steps
 from wsae.train.start import start_family
+from wsae.train.step import Crew
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
 
@@ -152,3 +153,27 @@ def test_relu_moves_to_the_compiled_step_once_few_latents_are_active() -> None:
         )
     assert not any(where[: dispatch.LOOK_EVERY])
     assert where[-1]
+
+
+def took(threads: int, busy: int, cores: int) -> float:
+    """What a step of work 1 takes where threads wait for the slowest, beside busy programs."""
+    held_up = 2.0 if threads + busy > cores else 1.0
+    return (0.1 + 0.9 / threads) * (1.0 if threads == 1 and busy < cores else held_up)
+
+
+@pytest.mark.parametrize(("cores", "alone", "beside"), [(2, 2, 1), (8, 8, 4)])
+def test_the_kernels_use_fewer_threads_while_those_are_faster(
+    cores: int, alone: int, beside: int
+) -> None:
+    used: list[int] = []
+    crew = Crew(cores, used.append)
+    history = []
+    for busy in (0, 1, 0):
+        for _ in range(4 * Crew.LATE):
+            history.append(crew.threads)
+            crew.note(took(crew.threads, busy, cores))
+    parts = [history[i : i + Crew.LATE] for i in range(0, len(history), Crew.LATE)]
+    mostly = [max(set(part), key=part.count) for part in parts]
+    assert [mostly[i] for i in (3, 7, 11)] == [alone, beside, alone]
+    assert parts[3].count(alone) > 0.97 * Crew.LATE, "trials are rare where nothing changes"
+    assert set(used) <= {2**i for i in range(4)}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wsae.interop.runs import Chosen
     from wsae.run import Run
     from wsae.serve.neuronpedia import Source
-    from wsae.serve.upload import Site
+    from wsae.serve.upload import Neuronpedia
 
 ABOUT = """\
 Put every latent of an SAE that has contexts on Neuronpedia: contexts, tokens it promotes, density, explanation, as
@@ -69,7 +69,12 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
 
 def _publish(
-    flags: Flags, ui: UI, opened: "Run", chosen: "Chosen", source: "Source", site: "Site | None"
+    flags: Flags,
+    ui: UI,
+    opened: "Run",
+    chosen: "Chosen",
+    source: "Source",
+    site: "Neuronpedia | None",
 ) -> dict[str, Any]:
     from wsae.serve.build import ensure_index
     from wsae.serve.index import Index
@@ -85,14 +90,15 @@ def _publish(
     member = next(of_place, None)
     if member is None:
         raise UserError(f"{flags.run}: its evaluation knows no latents of {chosen.place}")
+    named = opened.names.get(member.hook, {}).get(member.name, {})
     about = {"model": source.model, "source": source.id, "latents": member.size}
     out = flags.out or (Path(source.id) if site is None else None)
     if out is not None:
         sequences = int(opened.evaluation.heldout_sequences or 0)
-        written = write(out, index, member, source, sequences)
+        written = write(out, latents(index, member, named), member, source, sequences)
         about |= {"folder": str(out), "published": written.latents, "files": written.files}
     if site is not None:
-        found = batches(latents(index, member))
+        found = batches(latents(index, member, named))
         sent = site.send(source, found, member.shown, ui.progress)
         url = f"{site.url}/{source.model}/{source.id}"
         about |= {"url": url, "published": sent.new + sent.there, "sent": sent.new}

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.kernels import SparseCode
-from wsae.kernels.native import why_not
+from wsae.kernels.native import limit_threads, why_not
 from wsae.kernels.native.select import LARGEST_SHARE
 from wsae.kernels.triton import unsupported
 from wsae.sae.config import GroupTopK, JumpReLU, ReLU, TopK
@@ -199,6 +200,44 @@ def _fails(device: torch.device) -> str | None:
 Steps = Callable[[list[MemberState], list[Batch], int], None]
 
 
+class Crew:
+    """How many threads the compiled kernels use: fewer where they are faster, as beside other programs.
+
+    Threads wait for one another several times a step, so one that another program holds up holds up all. Now and then
+    the double or half of the number at hand is tried for a few steps, and the faster one kept; the longer nothing
+    changes, the rarer. The kernels give the same bits for any number.
+    """
+
+    TRIAL, SOON, LATE = 4, 16, 512
+    """Steps of a trial, the first of which does not count; steps between trials at first, and at most."""
+
+    def __init__(self, most: int, use: Callable[[int], object]) -> None:
+        self.threads, self._most, self._use = most, most, use
+        self._wait, self._up = self.SOON, False
+        self._times: list[float] = []
+        self._former, self._before = most, 0.0
+        """The number before the trial that is under way, and what a step took with it; 0 without a trial."""
+
+    def note(self, seconds: float) -> None:
+        """Take notice of a step's time, and change the number for the next one where it is due."""
+        self._times.append(seconds)
+        if len(self._times) < (self.TRIAL if self._before else self._wait):
+            return
+        mean = sum(self._times[1 - self.TRIAL :]) / (self.TRIAL - 1)
+        self._times.clear()
+        if not self._before:
+            tried = min(2 * self.threads, self._most) if self._up else max(1, self.threads // 2)
+            self._up = not self._up
+            if tried != self.threads:
+                self._former, self._before, self.threads = self.threads, mean, tried
+        else:
+            better = mean < self._before
+            self._wait = self.SOON if better else min(2 * self._wait, self.LATE)
+            self.threads = self.threads if better else self._former
+            self._before = 0.0
+        self._use(self.threads)
+
+
 @contextmanager
 def side_by_side(cfg: TrainConfig, family: FamilyState) -> Iterator[Steps]:
     """Yield what takes one step of every member of a hook on its batch: compiled ones a thread each, others in turn.
@@ -208,18 +247,31 @@ def side_by_side(cfg: TrainConfig, family: FamilyState) -> Iterator[Steps]:
     """
     threads = torch.get_num_threads()
     together = min(threads, max((len(members) for members in family.members.values()), default=0))
-
-    def in_turn(members: list[MemberState], batches: list[Batch], step: int) -> None:
-        for member, batch in zip(members, batches, strict=True):
-            train_step(member, batch, step, cfg)
-
-    # ReLU kinds change over to the compiled step on the way
-    if together < 2 or not all(
+    native = threads > 1 and [
         hasattr(member.cfg.activation, "k") and chosen(member, cfg, member.mean) == "native"
         for _, member in family.all()
         if member.part is WHOLE
-    ):
-        yield in_turn
+    ]
+    crew = Crew(threads, limit_threads) if native and any(native) else None
+    spent: list[float] = []
+
+    def in_turn(members: list[MemberState], batches: list[Batch], step: int) -> None:
+        begin = time.perf_counter()
+        for member, batch in zip(members, batches, strict=True):
+            train_step(member, batch, step, cfg)
+        spent.append(time.perf_counter() - begin)
+        if len(spent) == len(family.members):  # every hook's
+            if crew is not None:
+                crew.note(sum(spent))
+            spent.clear()
+
+    # ReLU kinds change over to the compiled step on the way
+    if together < 2 or not native or not all(native):
+        try:
+            yield in_turn
+        finally:
+            if crew is not None:
+                limit_threads(0)
         return
     pool = ThreadPoolExecutor(
         together, "wsae-member", initializer=torch.set_num_threads, initargs=(threads // together,)

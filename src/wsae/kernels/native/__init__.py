@@ -3,6 +3,6 @@
 The eager code in `wsae.kernels.select`, `wsae.kernels.sparse` and `wsae.kernels.update` is the specification.
 """
 
-from wsae.kernels.native.build import Unavailable, library, why_not
+from wsae.kernels.native.build import Unavailable, library, limit_threads, why_not
 
-__all__ = ["Unavailable", "library", "why_not"]
+__all__ = ["Unavailable", "library", "limit_threads", "why_not"]

@@ -28,6 +28,7 @@ FLAGS = (
 )
 KERNELS = {
     "has_int8": "",
+    "limit_threads": "N",
     "to_slices": "PPNNP",
     "from_slices": "PPNNP",
     "sort_pairs": "PPNNNPPP",
@@ -71,6 +72,11 @@ def library() -> ctypes.CDLL:
     if isinstance(found, str):
         raise Unavailable(found)
     return found
+
+
+def limit_threads(most: int) -> None:
+    """Let the kernels use so many of PyTorch's threads at most; 0 takes the limit away. No bit of a result changes."""
+    library().limit_threads(most)
 
 
 @functools.cache

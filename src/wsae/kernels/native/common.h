@@ -7,6 +7,17 @@
 #include <cstring>
 #include <new>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+#endif
+
+extern std::atomic<int> most_threads;  // 0: as many as OpenMP has
+static inline int team() {
+  const int all = std::max(1, omp_get_max_threads()), most = most_threads;
+  return most > 0 ? std::min(most, all) : all;
+}
 
 typedef float vf __attribute__((vector_size(64)));  // 16 floats
 constexpr int64_t SLICE = 32;                        // dimensions of a slice: two vectors
@@ -74,6 +85,9 @@ static inline void sort_by_latent(const Index* latents, const int64_t* token_off
       sorted_tokens[place] = (int32_t)t;
     }
 }
+
+// Tasks that so many threads take one by one: a thread that another program holds up keeps the others for one task only.
+static inline int64_t parts_for(int64_t threads) { return threads > 1 ? 8 * threads : 1; }
 
 // Split the latents into `parts` runs of about the same work; borders are multiples of `block`.
 static inline std::vector<int64_t> split(const int64_t* offsets, int64_t d_sae, int64_t parts, int64_t block, int64_t per_latent) {

@@ -15,11 +15,6 @@
 #include <immintrin.h>
 #define HAVE_INT8 1
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads() { return 1; }
-#endif
 
 extern "C" void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out);
 
@@ -92,7 +87,7 @@ void pack(const float* W, const float* dim, const float* largest, const float* s
           int64_t group, uint8_t* packed, float* scale, float* norm) {
   const int64_t per_group = (group + PANEL - 1) / PANEL * PANEL, panels = padded_latents(d_sae, group) / PANEL;
   const int64_t steps = (d_in + 3) / 4, slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for num_threads(team()) schedule(dynamic, 4)
   for (int64_t panel = 0; panel < panels; panel++) {
     const int64_t within = panel * PANEL % per_group, first = panel * PANEL / per_group * group + within;
     const int64_t real = std::min<int64_t>(PANEL, group - within);
@@ -426,7 +421,7 @@ void find_candidates(const Job& job, const float* x, int64_t count, int64_t chun
   r.chunk_latents.assign(chunks, {});
   int64_t exhaustive = 0;
   Memory memory;
-#pragma omp parallel reduction(+ : exhaustive)
+#pragma omp parallel num_threads(team()) reduction(+ : exhaustive)
   {
     Chunk w;
 #pragma omp for schedule(dynamic)
@@ -463,14 +458,14 @@ void find_candidates(const Job& job, const float* x, int64_t count, int64_t chun
 // Exact values of all candidates, latent by latent.
 void compute_exactly(const Job& job, const float* slices_of_x, int64_t count, Round& r) {
   const Encoder& e = job.e;
-  const int64_t n = r.latents.size(), slices = (e.d_in + SLICE - 1) / SLICE, parts = std::max(1, omp_get_max_threads());
+  const int64_t n = r.latents.size(), slices = (e.d_in + SLICE - 1) / SLICE, parts = parts_for(team());
   std::vector<int64_t> offsets(e.d_sae + 1);
   std::vector<int32_t> order(n), tokens(n);
   std::vector<float> sorted(n);
   sort_by_latent(r.latents.data(), r.offsets.data(), count, e.d_sae, offsets.data(), order.data(), tokens.data());
   const Pairs pairs{offsets.data(), tokens.data()};
   const std::vector<int64_t> borders = split(offsets.data(), e.d_sae, parts, PANEL, 1);
-#pragma omp parallel for schedule(static, 1)
+#pragma omp parallel for num_threads(team()) schedule(dynamic, 1)
   for (int64_t part = 0; part < parts; part++)
     dot_range(pairs, slices_of_x, e.W, nullptr, borders[part], borders[part + 1], e.d_sae, count, slices, sorted.data());
   r.values.resize(n);
@@ -508,7 +503,7 @@ Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_
   compute_exactly(job, slices_of_x, count, r);
   r.chosen.resize(count);
   Memory memory;
-#pragma omp parallel for schedule(dynamic, 64)
+#pragma omp parallel for num_threads(team()) schedule(dynamic, 64)
   for (int64_t t = 0; t < count; t++) memory.inside([&] { r.failed[t] = r.failed[t] || !choose(job, r, t); });
   memory.check();
   return r;
@@ -524,7 +519,7 @@ Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch
   // spread^2 = own^2 + most kappa step^2 bounds the bracket. With 16 bits own hardly counts and kappa differs, so there
   // spread^2 = own^2 / least kappa + step^2, times each token's kappa.
   float least = INFINITY, most = 0;
-#pragma omp parallel for reduction(min : least) reduction(max : most)
+#pragma omp parallel for num_threads(team()) schedule(dynamic, 64) reduction(min : least) reduction(max : most)
   for (int64_t t = 0; t < batch; t++) {
     const float kappa = measure(e, job.inverse_dim.data(), x + t * e.d_in).kappa(e.d_in);
     least = std::min(least, kappa), most = std::max(most, kappa);

@@ -19,8 +19,8 @@ from wsae.kernels.native.build import has_int8, library
 from wsae.kernels.native.slices import SLICE, Slices, address, empty, from_slices, slice_count
 from wsae.kernels.select import select_group_topk
 
-CHUNK = 252
-"""Tokens scanned together: 18 tiles of 14, whose 8-bit rows and candidates stay in the second-level cache."""
+CHUNK = 84
+"""Tokens scanned together: 6 tiles of 14, whose 8-bit rows and candidates stay in the second-level cache."""
 LARGEST_SHARE = 8
 """A Top-k with k above d_sae / 8 is not sparse enough to gain."""
 ROWS = 256

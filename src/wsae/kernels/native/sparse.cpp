@@ -2,11 +2,6 @@
 // [slices][rows][32], and pairs (token, latent) are sorted by latent; a pass streams one slice of the weights while the
 // tokens' slice (batch * 128 bytes) stays in the second-level cache. Sums have a fixed order whatever the number of threads.
 #include "common.h"
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads() { return 1; }
-#endif
 
 namespace {
 constexpr int64_t BLOCK = 64;         // latents or tokens whose sums form one partial sum
@@ -14,21 +9,25 @@ constexpr int64_t WORK_PER_LATENT = 4;  // what updating a latent costs beside i
 
 template <class F>
 void over_latents(const Pairs& pairs, int64_t d_sae, F work) {
-  const int64_t parts = std::max(1, omp_get_max_threads());
+  const int64_t parts = parts_for(team());
   const std::vector<int64_t> borders = split(pairs.offsets, d_sae, parts, BLOCK, WORK_PER_LATENT);
   Memory memory;
-#pragma omp parallel for schedule(static, 1)
+#pragma omp parallel for num_threads(team()) schedule(dynamic, 1)
   for (int64_t part = 0; part < parts; part++) memory.inside([&] { work(borders[part], borders[part + 1]); });
   memory.check();
 }
 }  // namespace
 
+std::atomic<int> most_threads{0};
+
 extern "C" {
+
+void limit_threads(int64_t most) { most_threads = (int)most; }
 
 // [rows][d_in] less `centre` to [slices][rows][32], padded with zeros.
 void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for num_threads(team()) schedule(dynamic, BLOCK)
   for (int64_t r = 0; r < n; r++)
     for (int64_t s = 0; s < slices; s++) {
       float* to = out + (s * n + r) * SLICE;
@@ -41,7 +40,7 @@ void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, 
 // Back to [rows][d_in], each row times its scale.
 void from_slices(const float* in, const float* scale, int64_t n, int64_t d_in, float* rows) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for num_threads(team()) schedule(dynamic, BLOCK)
   for (int64_t r = 0; r < n; r++)
     for (int64_t s = 0; s < slices; s++)
       for (int64_t i = 0; i < std::min(SLICE, d_in - s * SLICE); i++)
@@ -62,7 +61,7 @@ int64_t sort_pairs(const int64_t* latents, const int64_t* token_offsets, int64_t
 void decode(const Pairs* pairs, const float* values, const float* W, const float* row_scale, const float* start,
             int64_t d_sae, int64_t tokens, int64_t d_in, float* out) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for num_threads(team()) schedule(dynamic)
   for (int64_t s = 0; s < slices; s++) {
     float first[SLICE] = {};
     if (start) std::copy_n(start + s * SLICE, std::min(SLICE, d_in - s * SLICE), first);
@@ -98,7 +97,7 @@ int64_t dots(const Pairs* pairs, const float* left, const float* W, const float*
 void residual(float* slab, const float* target, const float* gamma, int64_t batch, int64_t d_in, double* errors, float* partial) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
   const float two = 2.0f / batch;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for num_threads(team()) schedule(dynamic)
   for (int64_t block = 0; block < (batch + BLOCK - 1) / BLOCK; block++) {
     std::memset(partial + block * d_in, 0, d_in * sizeof(float));
     for (int64_t t = block * BLOCK; t < std::min(batch, (block + 1) * BLOCK); t++) {
@@ -298,7 +297,7 @@ int64_t update_latents(const Update* update) {
 // largest[j], square[j] of the rows of W times dim.
 void measure_rows(const float* W, const float* dim, int64_t d_sae, int64_t d_in, float* largest, float* square) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for num_threads(team()) schedule(dynamic, BLOCK)
   for (int64_t j = 0; j < d_sae; j++) {
     float most = 0, total = 0;
     for (int64_t s = 0; s < slices; s++)
