@@ -232,7 +232,7 @@ class Indexing:
         return None if place is None else SAE.load(place)
 
 
-RESERVED = ("all", "live", "compare")
+RESERVED = ("all", "live", "compare", "steer", "attribute")
 """Words that mean something else where a member's name stands in an address."""
 
 
