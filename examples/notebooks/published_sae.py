@@ -81,7 +81,7 @@ run = wsae.Run.of_sae(found.sae, "theirs", found.about)
 print(
     f"{found.format}: {found.sae.cfg.d_sae:,} latents on {found.about.hook} of {found.about.model}"
 )
-main(["evaluate", "theirs", "--source", "store", "--splice-tokens", "512"])
+assert main(["evaluate", "theirs", "--source", "store", "--splice-tokens", "512"]) == 0
 
 # %% [markdown]
 # ## 2. Browse it
@@ -114,22 +114,22 @@ for key in matching.keys[:5]:
 # %% [markdown]
 # ## 3. Find a latent worth a second look
 #
-# By a rule, not by eye: of the latents with ten contexts and more on at most 2 % of the tokens, the one whose strongest
-# contexts peak most often on the same word, among equals the one that promotes tokens most.
+# By a rule, not by eye: of the latents that fire on at most 1 % of the tokens, the one whose ten strongest contexts peak
+# most often on the same word of six letters and more; among equals the one that promotes tokens most.
 
 
 # %%
 def peaks(record):
     """Return the words at the peaks of a latent's strongest contexts, counted."""
     words = (c["tokens"][c["peak"]].strip().lower() for c in record["contexts"][:10])
-    return Counter(word for word in words if len(word) > 2)
+    return Counter(word for word in words if len(word) >= (1 if SMALL else 6))
 
 
 candidates = []
 for number in range(theirs.size):
     key = theirs.key(number)
     record = index.record(key)
-    rare = 0 < index.numbers([key])[key]["density"] <= (1.0 if SMALL else 0.02)
+    rare = 0 < index.numbers([key])[key]["density"] <= (1.0 if SMALL else 0.01)
     if rare and len(record.get("contexts", ())) >= (1 if SMALL else 10) and peaks(record):
         (word, count), *_ = peaks(record).most_common(1)
         logits = index.packed(key)[1]
@@ -191,8 +191,9 @@ plt.show()
 # ## 5. Ask it why
 #
 # The model reads the latent's strongest context up to the token it peaks on. Which latents, at which tokens, brought about
-# what it says next? Integrated gradients give every latent an effect on the logit, which add up to what the logit loses
-# when the SAE's bias takes the place of all rows; the largest are checked by setting the latent to 0 there.
+# what it says next? Integrated gradients give every latent, and what the SAE does not explain, an effect on the logit. Two
+# checks stand beside them: how far all effects add up to what the logit loses when the SAE's bias takes the place of
+# all rows, and, for the largest, what the logit does lose when that latent alone is set to 0 at that token.
 
 # %%
 context = index.record(key)["contexts"][0]

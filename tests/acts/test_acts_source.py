@@ -1,6 +1,8 @@
 """Every source keeps the same contract with the trainer: epochs, restore, held-out rows, statistics."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -449,3 +451,9 @@ def test_integers_and_half_precision_are_read_as_float32():
         assert got.dtype == torch.float32
         assert sorted(got[:, 0].tolist()) == [float(v) for v in x[:, 0]]
     assert source.digest() != ArraySource(x.numpy() + 1, 0.0).digest()
+
+
+def test_a_process_that_trains_and_measures_loads_no_transformers() -> None:
+    """It takes as long to load as all else together, and a run on arrays needs none of it."""
+    code = "import sys, wsae.train.run, wsae.evals.run, wsae.serve.build; assert 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
