@@ -22,6 +22,7 @@ ABOUT = """\
 Ask which latents, at which tokens of a prompt, move a logit, the difference of two or the loss. An effect is gradient
 times activation; what the SAE does not explain has one, too. It is said how far all effects add up to what the metric
 loses without these rows, and the largest are checked: the latent alone is set to 0 at that token."""
+METHODS = {"gradient": "gradient x activation", "integrated": "integrated gradients"}
 SHOWN = 10
 """Effects in the table where none is checked."""
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
@@ -209,7 +210,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
             ]
         )
     columns = ("token", "latent", "activation", "predicted", "by ablation")
-    title = f"{what}: {result['value']:.4f}; the largest effects ({result['method']} gradients)"
+    title = f"{what}: {result['value']:.4f}; the largest effects ({METHODS[result['method']]})"
     ui.table(title, ("hook", *columns) if several else columns, rows)
     if result["correlation"] is not None:
         ui.say(f"predicted and true effects: correlation {result['correlation']:.2f}")
