@@ -165,8 +165,7 @@ def took(threads: int, busy: int, cores: int) -> float:
 def test_the_kernels_use_fewer_threads_while_those_are_faster(
     cores: int, alone: int, beside: int
 ) -> None:
-    used: list[int] = []
-    crew = Crew(cores, used.append)
+    crew = Crew(cores)
     history = []
     for busy in (0, 1, 0):
         for _ in range(4 * Crew.LATE):
@@ -176,4 +175,4 @@ def test_the_kernels_use_fewer_threads_while_those_are_faster(
     mostly = [max(set(part), key=part.count) for part in parts]
     assert [mostly[i] for i in (3, 7, 11)] == [alone, beside, alone]
     assert parts[3].count(alone) > 0.97 * Crew.LATE, "trials are rare where nothing changes"
-    assert set(used) <= {2**i for i in range(4)}
+    assert set(history) <= {2**i for i in range(4)}
