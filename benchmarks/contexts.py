@@ -3,6 +3,7 @@
     wsae harvest builtin --text builtin --hook layers.9 --tokens 50000 --heldout-tokens 60000 --out STORE
     wsae train STORE --out RUN --d-sae 4608 --k 32
     python benchmarks/contexts.py STORE --run RUN
+    python benchmarks/contexts.py STORE --run RUN --index     # of every latent, as wsae serve does; and the whole index
 
 "Encode" reads the held-out rows and encodes them with every member; "collect" does that and keeps the contexts. Both
 sides alternate in one process. `ratio` is the median over rounds of encode seconds over collect seconds. Peak memory is
@@ -15,10 +16,12 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from wsae.acts.source import HeldoutRows, StoreSource
@@ -26,8 +29,13 @@ from wsae.acts.tokens import TokenTable
 from wsae.evals.data import HeldOut
 from wsae.evals.interpret.collect import Members, collect, member_bytes
 from wsae.evals.interpret.config import ContextConfig
+from wsae.run import Run
 from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.encoding import Encoder
+from wsae.serve.build import ensure_index
+from wsae.serve.collect import Watched
+from wsae.serve.collect import collect as collect_every
+from wsae.serve.config import IndexConfig
 from wsae.train.run import load_run
 
 
@@ -49,6 +57,19 @@ class First:
 
     def tokens(self) -> TokenTable | None:
         return self._source.tokens()
+
+
+class Training(StoreSource):
+    """A store whose training rows stand for held-out ones, in the order of the text: there are more of them."""
+
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
+        seq, pos = self.store.places("train")
+        for first in range(0, len(seq), batch_size):
+            index = np.arange(first, min(first + batch_size, len(seq)))
+            yield HeldoutRows(self.store.rows("train", index), seq[index], pos[index])
+
+    def tokens(self) -> TokenTable | None:
+        return self.store.tokens("train")
 
 
 def members_of(args: argparse.Namespace, source: StoreSource) -> Members:
@@ -76,8 +97,33 @@ def encode(source: HeldOut, members: Members, batch_size: int) -> float:
 def collected(source: HeldOut, members: Members, args: argparse.Namespace) -> float:
     """Return the seconds of a whole collection."""
     start = time.perf_counter()
-    collect(source, members, config(args), args.batch_size)
+    if args.index:
+        every = [
+            Watched(number, hook, sae, torch.arange(sae.cfg.d_sae))
+            for number, (hook, sae) in enumerate(
+                (hook, sae) for hook, saes in members.items() for sae in saes.values()
+            )
+        ]
+        table = source.tokens()
+        assert table is not None
+        found = collect_every(every, source, table, IndexConfig(batch_size=args.batch_size))
+        for member in every:
+            found.contexts(member.id)
+    else:
+        collect(source, members, config(args), args.batch_size)
     return time.perf_counter() - start
+
+
+def indexed(run: Path, source: HeldOut) -> dict[str, float]:
+    """Return what the whole index of a run takes: seconds, seconds of all cores together, megabytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        start, cpu = time.perf_counter(), time.process_time()
+        index, _ = ensure_index(run, Path(folder) / "x.sqlite", IndexConfig(), lambda _: source)
+        return {
+            "index_s": round(time.perf_counter() - start, 1),
+            "index_cpu_s": round(time.process_time() - cpu, 1),
+            "index_mb": round(index.stat().st_size / 1e6, 1),
+        }
 
 
 def config(args: argparse.Namespace) -> ContextConfig:
@@ -104,10 +150,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1 << 60)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--index", action="store_true")
+    parser.add_argument("--training", action="store_true", help="read the store's training rows")
     parser.add_argument("--peak", choices=["encode", "collect"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    store = StoreSource(args.store)
+    hooks = None if args.run is None else tuple(Run(args.run).members)
+    store = (Training if args.training else StoreSource)(args.store, hooks)
     source, members = First(store, args.rows), members_of(args, store)
     if args.peak:
         if args.peak == "encode":
@@ -123,7 +172,7 @@ def main() -> None:
         (encode(source, members, args.batch_size), collected(source, members, args))
         for _ in range(args.rounds)
     ]
-    rows = min(args.rows, store.store.n_rows["heldout"])
+    rows = min(args.rows, store.store.n_rows["train" if args.training else "heldout"])
     sizes = {sae.cfg.d_sae for saes in members.values() for sae in saes.values()}
     print(
         json.dumps(
@@ -136,8 +185,11 @@ def main() -> None:
                 "encode_s": round(statistics.median(e for e, _ in rounds), 3),
                 "collect_s": round(statistics.median(c for _, c in rounds), 3),
                 "ratio": round(statistics.median(e / c for e, c in rounds), 3),
+                **(indexed(args.run, source) if args.index else {}),
                 "rounds": [[round(e, 3), round(c, 3)] for e, c in rounds],
-                "member_bytes": {d: member_bytes(config(args), d) for d in sorted(sizes)},
+                "member_bytes": {}
+                if args.index
+                else {d: member_bytes(config(args), d) for d in sorted(sizes)},
                 "peak_mib": {
                     what: {n: round(peak_mebibytes(what, n), 1) for n in (rows // 3, rows)}
                     for what in ("encode", "collect")

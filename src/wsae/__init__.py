@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wsae.run import Run
     from wsae.sae import SAE, SparseAutoencoder
     from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
-    from wsae.use.attribute import Difference, Logit, Loss, attribute
+    from wsae.use.attribute import Logit, LogitDifference, Loss, attribute
 
 _WHERE = {
     "Run": "wsae.run",
@@ -32,14 +32,14 @@ _WHERE = {
     "evaluate": "wsae.api",
     "probe": "wsae.api",
     "recovery": "wsae.api",
-    **dict.fromkeys(("attribute", "Logit", "Difference", "Loss"), "wsae.use.attribute"),
+    **dict.fromkeys(("attribute", "Logit", "LogitDifference", "Loss"), "wsae.use.attribute"),
     **dict.fromkeys(("attach", "Set", "Add", "Scale", "Zero", "Clamp"), "wsae.use.attach"),
 }
 
 __all__ = [
     "Add",
     "Clamp",
-    "Difference",
+    "LogitDifference",
     "Family",
     "Logit",
     "Loss",

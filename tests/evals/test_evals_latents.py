@@ -1,5 +1,7 @@
 """Latent statistics, decoder cosines, matching and top contexts, each recomputed directly."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -197,6 +199,38 @@ def test_top_contexts_equal_a_full_sort_for_any_split(seed, cuts, n_contexts):
             acts = grid[context.seq, :, latent]
             assert context.pos == int(acts.argmax())
             assert context.acts == {p: float(a) for p, a in enumerate(acts) if a != 0}
+
+
+def test_random_firings_are_the_same_for_any_split_and_uniform_over_all_of_them():
+    """A latent's sample is fixed by the seed and the places; over seeds every firing is drawn equally often."""
+    rows, length, n = 60, 12, 5
+    code = padded_code(rows, 4, 2, 3)
+    z = code.dense(4)
+    seq, pos = torch.arange(rows) // length, torch.arange(rows) % length
+
+    def drawn(seed: int, cuts: list[int]) -> set[tuple[int, int, int]]:
+        top = TopContexts(torch.arange(4), 4, Wanted(2, 3, n, seed))
+        for start, stop in zip([0, *cuts], [*cuts, rows], strict=True):
+            values, indices = z[start:stop].topk(2, dim=1)
+            entries = Entries(code_from_topk(values, indices))
+            top.update(entries, seq[start:stop], pos[start:stop])
+        kept = top.kept()
+        assert (
+            top.sequences
+            == [(z.reshape(-1, length, 4)[..., j].amax(1) > 0).sum() for j in range(4)]
+        ).all()
+        columns = (kept.latent, kept.seq, kept.pos)
+        return set(zip(*(column[kept.random].tolist() for column in columns), strict=True))
+
+    assert drawn(1, []) == drawn(1, [7, 12, 40])
+    counts = Counter(place for seed in range(300) for place in drawn(seed, []))
+    for latent in range(4):
+        firings = int((z[:, latent] > 0).sum())
+        share = [
+            counts[latent, i // length, i % length] / 300 for i in range(rows) if z[i, latent] > 0
+        ]
+        assert sum(share) == pytest.approx(min(n, firings))
+        assert max(abs(s - min(1, n / firings)) for s in share) < 5 * (0.25 / 300) ** 0.5
 
 
 def test_a_window_shows_the_peak_with_more_before_than_after_and_stays_inside():

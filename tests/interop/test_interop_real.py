@@ -7,13 +7,16 @@ import importlib.util
 
 import pytest
 import torch
+from acts_models import WIDTH, make_model, some_ids
 from test_interop_roundtrip import EQUALS, make
 from test_releases import RELEASES, D, M, empty_cache, publish, rows, weights
 
 import wsae
 from wsae.acts.hooknames import among
-from wsae.interop import load, save
+from wsae.interop import Provenance, load, save
 from wsae.interop.releases import registry
+from wsae.sae import SAE, JumpReLU, SAEConfig, TopK
+from wsae.use.attach import Scale, Set, attach
 
 PACKAGES = {
     "saelens": "sae_lens",
@@ -113,3 +116,39 @@ def test_a_release_is_what_saelens_makes_of_it(target, cache, monkeypatch):
     about = load(target).about
     assert about.hook is not None
     assert among(theirs.cfg.metadata.hook_name, [about.hook]), about.hook
+
+
+@pytest.mark.parametrize("activation", [TopK(k=4), JumpReLU(threshold=0.3)], ids=lambda a: a.kind)
+def test_attached_and_edited_a_model_answers_as_in_saelens_with_its_error_term(
+    tmp_path, activation
+):
+    from sae_lens import SAE as TheirSAE
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    folder, ids = make_model(tmp_path / "model"), some_ids()
+    mine, inner = (
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        for _ in range(2)
+    )
+    theirs = SAETransformerBridge.boot_transformers(str(folder), hf_model=inner, device="cpu")
+    sae = SAE(SAEConfig(d_in=WIDTH, d_sae=48, activation=activation), seed=1)
+    exported = save(sae, tmp_path / "sae", "saelens", Provenance(hook="layers.1"))
+    their_sae = TheirSAE.load_from_disk(exported)
+    their_sae.use_error_term = True
+
+    def edited(acts, hook):  # noqa: ARG001
+        acts = acts.clone()
+        acts[:, 2, 5] = 8.0
+        acts[:, :, 7] *= 3
+        return acts
+
+    with torch.no_grad(), attach(mine, {"blocks.1.hook_resid_post": sae}, exclude=None) as a:
+        plain = theirs.run_with_saes(ids, saes=[their_sae])
+        torch.testing.assert_close(mine(input_ids=ids).logits, plain, atol=1e-6, rtol=1e-5)
+        a.edit(Set(5, 8.0, positions=2), Scale(7, 3.0))
+        moved = theirs.run_with_hooks_with_saes(
+            ids, saes=[their_sae], fwd_hooks=[(theirs.get_sae_hook_name(their_sae), edited)]
+        )
+        torch.testing.assert_close(mine(input_ids=ids).logits, moved, atol=1e-6, rtol=1e-5)
+    assert (moved - plain).abs().max() > 0.1

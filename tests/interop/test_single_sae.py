@@ -182,6 +182,25 @@ def test_a_text_is_read_by_the_model_that_the_files_or_the_flags_name(model, tmp
     assert stored["hooks"] == found["hooks"]
     assert wsae.Run(known).contexts["layers.1"]["sae"]
     told(capsys, [*words, str(open_ends)])  # the text is remembered
+    fresh = tmp_path / "fresh"
+    wsae.Run.of_sae(sae, fresh, about)
+    there = [str(fresh), *text, "--device", "cpu"]
+    told(capsys, ["report", *there])  # evaluates it first
+    assert wsae.Run(fresh).evaluation_record["hooks"].keys() == {"layers.1"}
+    probed = told(capsys, ["probe", *there, "--draws", "20"])
+    assert set(probed["tokens"]["hooks"]["layers.1"]["members"]) == {"sae"}
+
+
+def test_interpreting_on_a_text_says_which_flag_is_missing(model, tmp_path, capsys):
+    """`--model` is the judge there."""
+    wsae.Run.of_sae(make("topk", d_in=16, groups=8), tmp_path / "mine")
+    words = ["interpret", str(tmp_path / "mine"), "--device", "cpu"]
+    text = ["--text", str(model.parent / "text.jsonl")]
+    assert "add --text-model MODEL" in failed(capsys, [*words, *text])
+    assert "add --hook HOOK" in failed(capsys, [*words, *text, "--text-model", str(model)])
+    assert "--seq-len: goes with --text" in failed(capsys, [*words, "--seq-len", "9"])
+    two = ["--text-model", str(model), "--hook", "layers.1", "layers.0"]
+    assert "has one hook" in failed(capsys, [*words, *text, *two])
 
 
 @pytest.mark.parametrize(
@@ -273,6 +292,9 @@ def test_another_tools_folder_serves_every_command_and_is_left_alone(tmp_path, a
     assert Path(told(capsys, ["report", str(folder)])["report"]).parent == kept
     told(capsys, ["serve", str(folder), "--index-only", "--contexts", "0"])
     told(capsys, ["compare", str(folder)])
+    assert choose(folder, hook="layers.3")[0].about.hook == "blocks.3.hook_resid_post"
+    with pytest.raises(wsae.UserError, match=r"single SAE of blocks\.3"):
+        choose(folder, hook="layers.4")
     told(capsys, ["export", str(folder), "--format", "sparsify", "--out", str(tmp_path / "out")])
     assert same_bits(load(tmp_path / "out").sae, load(folder).sae)
     assert sorted(p.name for p in folder.iterdir()) == before

@@ -9,7 +9,7 @@ from acts_models import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "notebooks"
-NAMES = ("language_model", "toy_world", "vision")
+NAMES = ("language_model", "published_sae", "toy_world", "trained_sae", "vision")
 
 
 def builder():
@@ -73,6 +73,7 @@ def test_the_cells_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WSAE_NOTEBOOK_SMALL", "1")
     monkeypatch.setenv("WSAE_NOTEBOOK_MODEL", str(make_model(tmp_path / "model")))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # a notebook may go elsewhere
     names: dict[str, object] = {"__name__": "notebook"}
     figures = 0
     try:

@@ -15,13 +15,21 @@ from serve_world import D_SAE, HOOK, arrays_of, edit_contexts, latents_of, tiny_
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.interop.runs import about_member
-from wsae.run import Run
+from wsae.run import NamedLatent, Run
 from wsae.sae.config import Provenance
 from wsae.serve import neuronpedia, upload
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
-from wsae.serve.neuronpedia import PER_BATCH, Firings, Source, batches, latents, source_of
+from wsae.serve.neuronpedia import (
+    PER_BATCH,
+    FiringCounts,
+    Interval,
+    Source,
+    batches,
+    latents,
+    source_of,
+)
 from wsae.serve.upload import Patience, Sent
 
 QUICK = Patience(timeout_s=0.4, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
@@ -39,6 +47,8 @@ def make_run(at: Path) -> Path:
         tokens[0], tokens[1], tokens[2] = "", "a\0b", "\ud83d"
 
     edit_contexts(run, "evaluation", change)
+    first = min(expected(run))
+    Run(run).name_latent(HOOK, MEMBER, first, NamedLatent(name="<b>my\x85own</b>"))
     return run
 
 
@@ -126,7 +136,7 @@ def test_the_files_say_what_the_run_says(run: Path, tmp_path: Path, capsys):
 def test_bars_keep_the_count_and_end_at_the_strongest():
     counts = [0] * 72
     counts[36], counts[37], counts[39] = 10, 20, 3  # 10^0.5, 10^0.625, 10^0.75, gap, 10^0.875, 10^1
-    fired = Firings(counts, peak=9.0)
+    fired = FiringCounts(counts, peak=9.0)
     middles, heights = fired.bars()
     assert sum(heights) == pytest.approx(33, abs=0.05)
     width = middles[1] - middles[0]
@@ -142,13 +152,13 @@ def test_bars_keep_the_count_and_end_at_the_strongest():
     assert found[0].share == pytest.approx(1 - 0.033)  # silent there, as SAEDashboard counts
     assert sum(i.share for i in found[:5]) == pytest.approx(1)
     assert found[4].share == pytest.approx(0.003)
-    assert Firings([0] * 72, 1.0).bars() == ([], [])
-    assert Firings([0] * 72, 1.0).interval(0.5, 0.1) is None
+    assert FiringCounts([0] * 72, 1.0).bars() == ([], [])
+    assert FiringCounts([0] * 72, 1.0).interval(0.5, 0.1) is None
 
 
 def send(index: Index, site: Site, size: int = 5, patience: Patience = QUICK) -> Sent:
     """Send in batches of a few latents."""
-    found = [x for batch in batches(latents(index, index.by_slug[MEMBER])) for x in batch]
+    found = [x for batch in batches(latents(index, index.by_slug[MEMBER], {})) for x in batch]
     few = [found[i : i + size] for i in range(0, len(found), size)]
     with upload.site_at(site.url, patience) as at:
         return at.send(SOURCE, few, len(found))
@@ -272,9 +282,20 @@ def test_names_are_those_that_the_site_takes(run: Path):
         source_of(about.model_copy(update={"hook": "norm"}), None, None)
 
 
-def test_long_explanations_fit_the_site(index: Index):
-    latent = next(latents(index, index.by_slug[MEMBER]))
-    long = latent._replace(explanation="é" * 511 + "😀" * 9)
+def test_long_explanations_fit_the_site_and_samples_say_what_they_stand_for(index: Index):
+    latent = next(latents(index, index.by_slug[MEMBER], {}))
+    sample = latent.windows[0]._replace(of=Interval(0.5, 1.0, 0.25))
+    long = latent._replace(said=["é" * 511 + "😀" * 9], windows=[latent.windows[0], sample])
     (feature,) = neuronpedia.upload_body([long], SOURCE)["features"]
-    assert feature["explanations"][0]["text"] == "é" * 511
+    assert [said["text"] for said in feature["explanations"]] == ["é" * 511]
+    quantile = ("quantileMin", "quantileMax", "quantileFraction")
+    assert [[a[n] for n in quantile] for a in feature["activations"]] == [
+        *([None] * 3, [0.5, 1.0, 0.25]),
+    ]
+    strongest = [-1.0, latent.peak, -1.0]
+    made = neuronpedia.dashboard(long, SOURCE, 9)["activations"]
+    found = [[a[n] for n in ("bin_min", "bin_max", "bin_contains")] for a in made]
+    assert found == [strongest, [0.5, 1.0, 0.25]]
+    rows = neuronpedia.activation_rows(long, SOURCE)
+    assert [[row[n] for n in ("binMin", "binMax", "binContains")] for row in rows] == found
     assert [len(batch) for batch in batches([latent] * (2 * PER_BATCH + 1))] == [128, 128, 1]

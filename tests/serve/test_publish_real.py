@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from neuronpedia_site import KEY, Site
+from serve_world import HOOK
 from test_publish import MEMBER, SOURCE, make_run
 
+from wsae.run import Run
 from wsae.serve import upload
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
@@ -40,7 +42,8 @@ def test_their_classes_read_our_files_and_send_what_we_send(
     run = make_run(tmp_path)
     index = Index(ensure_index(run, None, IndexConfig())[0])
     member = index.by_slug[MEMBER]
-    write(tmp_path / "out", index, member, SOURCE, 40)
+    found = [*latents(index, member, Run(run).names[HOOK][MEMBER])]
+    write(tmp_path / "out", found, member, SOURCE, 40)
     told = json.loads((tmp_path / "out/dashboard/batch-0.json").read_text())
     read = NeuronpediaDashboardBatch(**told)
     assert read.to_dict() == told
@@ -87,4 +90,4 @@ def test_their_classes_read_our_files_and_send_what_we_send(
         Source(SOURCE.id, SOURCE.model, SOURCE.set).upload_batch([*features.values()])
     finally:
         site.close()
-    assert site.bodies == [upload_body(batch, SOURCE) for batch in batches(latents(index, member))]
+    assert site.bodies == [upload_body(batch, SOURCE) for batch in batches(found)]

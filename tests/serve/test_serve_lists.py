@@ -3,11 +3,12 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_fixture import EXPLANATION
-from serve_world import D_SAE, latents_of, write_world
+from serve_world import D_SAE, arrays_of, latents_of, write_world
 
 from wsae.core.errors import UserError
 from wsae.report.contexts import matched, spans, visible
@@ -16,7 +17,8 @@ from wsae.serve import index as listing
 from wsae.serve import schema
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
-from wsae.serve.index import Asked, Index, asked, beside, find, match_of
+from wsae.serve.index import Asked, Index, Served, asked, beside, find, match_of
+from wsae.serve.worth import ALIKE, compared, worth
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,58 @@ def test_search_finds_the_planted_word_and_nothing_else(index: Index, run: Path)
         assert set(found.keys) == wanted
         assert found.total == len(index.members)
     assert find(index, None, Asked(query='"zyzz"')).total == 0, "a closed phrase is no beginning"
+
+
+def test_what_is_worth_looking_at_and_two_members_agree_with_the_evaluation(
+    index: Index, run: Path
+):
+    served = Served("first", run, index)
+    arrays = {member.name: arrays_of(run, member.name) for member in index.members}
+    alive = {name: found["density"] > 0 for name, found in arrays.items()}
+    kept = np.zeros(D_SAE)
+    for name, found in arrays.items():
+        if name != "plain":
+            np.maximum.at(kept, found["match_index"].astype(int), found["match_cosine"])
+    lists = worth(served)
+    for slug, found in arrays.items():
+        told = {entry["name"]: entry for entry in lists[slug]}
+        alike = kept if slug == "plain" else found["match_cosine"]
+        wanted = {
+            "Lost" if slug == "plain" else "Gained": alive[slug] & (alike <= ALIKE),
+            "Dense": found["density"] >= 0.1,
+            "Copies": alive[slug] & (found["decoder_max_cosine"] >= 0.9),
+            "Dead": ~alive[slug],
+        }
+        for name, mask in wanted.items():
+            assert told.get(name, {"total": 0})["total"] == mask.sum(), (slug, name)
+        entry = told.get("Gained") or told["Lost"]
+        latents = [one["latent"] for one in entry["latents"]]
+        best = sorted(np.flatnonzero(wanted[entry["name"]]), key=lambda j: -found["variance"][j])
+        assert latents == best[: len(latents)]
+    one, other = (arrays[name] for name in ("variance-a1", "variance-a0.5"))
+    pairs = {
+        (i, j)
+        for i in range(D_SAE)
+        for j in range(D_SAE)
+        if one["match_index"][i] == other["match_index"][j]
+        and min(one["match_cosine"][i], other["match_cosine"][j]) >= ALIKE
+    }
+    view = compared(served, *(index.by_slug[name] for name in ("variance-a1", "variance-a0.5")))
+    assert view["counts"] == {
+        "both": len(pairs),
+        "only_a": int(
+            alive["variance-a1"].sum() - sum(alive["variance-a1"][i] for i in {i for i, _ in pairs})
+        ),
+        "only_b": int(
+            alive["variance-a0.5"].sum()
+            - sum(alive["variance-a0.5"][j] for j in {j for _, j in pairs})
+        ),
+    }
+    twin = compared(served, index.by_slug["plain"], index.by_slug["variance-a1"])
+    assert twin["counts"]["both"] == (one["match_cosine"] >= ALIKE).sum()
+    assert {(p["b"]["latent"], p["a"]["latent"]) for p in twin["both"]} <= {
+        (i, int(one["match_index"][i])) for i in range(D_SAE)
+    }
 
 
 def test_search_finds_words_of_scripts_without_spaces_in_the_midst_of_a_sentence(tmp_path: Path):

@@ -18,10 +18,12 @@ from serve_world import (
     Client,
     latents_of,
     sae_of,
+    seal_run,
     serving,
     tiny_model,
     write_world,
 )
+from starlette.responses import PlainTextResponse
 
 from wsae.core.errors import UserError
 from wsae.sae import SAE
@@ -32,6 +34,7 @@ from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index, Served
 from wsae.serve.server import POLICY
+from wsae.serve.using import NEW_TOKENS
 
 PAGES = (
     "/",
@@ -40,8 +43,13 @@ PAGES = (
     "/r/first/plain",
     "/r/first/variance-a1?sort=-density&alive=yes&q=whale",
     "/r/first/plain?q=%3C%2Fscript%3E%3Cimg+src%3Dx+onerror%3Dalert%281%29%3E",
+    "/r/first/compare",
+    "/r/first/compare?a=variance-a1&b=variance-a0.5",
+    "/r/first/compare?a=%3Cscript%3E",
     "/r/first/live",
     "/r/first/live?latent=3&member=plain",
+    "/r/first/steer?latent=3&value=%3Cb%3E",
+    "/r/first/attribute?answer=%22%3E%3Cscript%3E",
     "/r/nowhere",
     "/r/first/nowhere",
     "/r/first/plain/64",
@@ -266,6 +274,7 @@ def test_the_loopbacks_own_names_are_answered(client: Client, host: str):
 
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -295,6 +304,66 @@ def test_the_forms_own_key_stands_for_its_origin(client: Client):
         assert client.ask(f"/r/first/live?key={given}", "POST", body, headers).status == status
     headers = {**FORM, "Origin": "http://evil.example"}
     assert client.ask(f"/r/first/live?key={key}", "POST", body, headers).status == 403
+
+
+def named(client: Client, member: str, latent: int, status: int = 200, **sent: object) -> dict:
+    """Name a latent by the interface; return what it says of it, or its error."""
+    kind = {"Content-Type": "application/json"}
+    path = f"/api/r/first/{member}/{latent}"
+    answer = client.ask(path, "POST", json.dumps(sent), kind)
+    assert answer.status == status
+    return json.loads(answer.text)
+
+
+def test_a_name_is_kept_beside_the_run_shown_as_text_found_and_listed_by_star(
+    client: Client, run: Path
+):
+    hostile = " <b>Schiff</b>\n ☃ \u202eback "
+    kept = "<b>Schiff</b> ☃ \u202eback"
+    assert named(client, "plain", 5, name=hostile, star=True)["name"] == kept
+    told = json.loads((run / "names.json").read_text())
+    assert told == {HOOK: {"plain": {"5": {"name": kept, "star": True}}}}
+    page = client.ask("/r/first/plain/5")
+    assert "<b>Schiff" not in page.text
+    assert "<b>Schiff</b> ☃ ⟨202E⟩back" in "".join(Strict(page.text).words)
+    for query in ("star=yes", "q=schiff", "q=SCHIFF+back", "q=schiff&sort=-density&star=yes"):
+        found = client.json(f"/api/r/first/all?{query}")
+        assert isinstance(found, dict)
+        assert [(row["member"], row["latent"]) for row in found["latents"]] == [("plain", 5)]
+        assert found["latents"][0]["label"] == kept
+    found = client.json("/api/r/first/plain?q=schiff+nowhere")
+    assert isinstance(found, dict)
+    assert found["total"] == 0
+    body = urlencode({"name": "", "star": "on"})  # as the form sends it
+    assert client.ask("/r/first/plain/5", "POST", body, FORM).status == 200
+    assert json.loads((run / "names.json").read_text())[HOOK]["plain"]["5"]["star"]
+    assert named(client, "plain", 5)["star"] is False
+    assert json.loads((run / "names.json").read_text()) == {HOOK: {"plain": {}}}
+
+
+def test_a_name_that_is_not_kept_is_said_in_one_line(client: Client, run: Path):
+    (run / "names.json").unlink(missing_ok=True)
+    told = named(client, "plain", 5, 400, name="x" * 201)
+    assert told["error"] == "name: 201 characters, at most 200 are kept"
+    assert named(client, "plain", D_SAE, 404, name="x")["error"] == "no such latent"
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert client.ask("/r/first/plain/5", "POST", "name=x", {**FORM, **headers}).status == 403
+    assert not (run / "names.json").exists()
+    (run / "names.json").write_text('{"layers.1": {"plain": {"5": {"name": 3}}}}')
+    assert "names.json: not of the form" in named(client, "plain", 5, 400, name="x")["error"]
+    assert "names.json: not of the form" in client.ask("/r/first/plain/5").text
+    (run / "names.json").unlink()
+    assert "names.json" not in client.ask("/r/first/plain/5").text
+
+
+def test_names_are_not_taken_from_other_machines():
+    guard = server.Guard(PlainTextResponse("answered"), server.Gate(loopback=False), "key")
+    scope = {"method": "POST", "path": "/r/first/plain/5", "client": ("10.0.0.9", 1)}
+    assert guard.refusal(scope, {"host": "x"}) == (
+        403,
+        "latents are named where the server listens on its own machine alone",
+    )
+    assert guard.refusal({**scope, "path": "/r/first/live"}, {"host": "x"}) is None
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
@@ -367,6 +436,7 @@ def test_a_tied_sae_reads_a_text_too(tmp_path: Path, model: Path):
     run = write_world(tmp_path / "tied", model)
     shape = {"d_in": D_IN, "d_sae": D_SAE, "tied": True, "activation": {"kind": "topk", "k": 4}}
     SAE(SAEConfig.parse(shape)).save(run / "members" / HOOK / "plain")
+    seal_run(run)
     index = Index(ensure_index(run, None, IndexConfig(neighbours=2, logits=2))[0])
     reading = Live().submit(Served("tied", run, index), index.by_slug["plain"], "two dogs run")
     found = reading.result(60)
@@ -403,6 +473,100 @@ def test_a_hostile_text_stays_text(client: Client):
     answer = client.ask("/r/first/live", "POST", urlencode({"text": text}), FORM)
     assert answer.status == 200
     assert HOSTILE[0] in "".join(Strict(answer.text).words)
+
+
+@pytest.mark.parametrize("page", ["steer", "attribute"])
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"text": " "}, "text: is empty"),
+        ({"text": "x" * (MAX_CHARS + 1)}, f"at most {MAX_CHARS:,} are read"),
+        ({"text": "☃" * (MAX_TOKENS + 1)}, f"tokens, at most {MAX_TOKENS} are read"),
+    ],
+)
+def test_what_is_done_with_a_text_has_the_limits_of_reading_it(client: Client, page, fields, told):
+    given = {"latent": "3", "value": "1", **fields}
+    answer = client.ask(f"/r/first/{page}", "POST", urlencode(given), FORM)
+    assert answer.status == 400
+    assert told in "".join(Strict(answer.text).words)
+
+
+@pytest.mark.parametrize(
+    ("page", "fields", "told"),
+    [
+        ("steer", {"latent": "64"}, "latent"),
+        ("steer", {}, "latent: is empty"),
+        ("steer", {"latent": "3", "value": "<b>"}, "3=<b>: not LATENT=VALUE"),
+        ("steer", {"latent": "3", "kind": "<i>"}, "kind: '<i>' is none of set, add, scale"),
+        ("attribute", {"answer": "the cat sat"}, "answer: is"),
+        ("attribute", {"answer": "a", "against": "the cat <"}, "against: is"),
+    ],
+)
+def test_a_form_that_says_nothing_to_do_is_refused(client: Client, page, fields, told):
+    given = {"text": "the cat", **fields}
+    answer = client.ask(f"/r/first/{page}", "POST", urlencode(given), FORM)
+    assert answer.status == 400
+    assert told in "".join(Strict(answer.text).words)
+    answer = client.ask(f"/api/r/first/{page}", "POST", json.dumps(given), JSON)
+    assert answer.status == 400
+    assert told in json.loads(answer.text)["error"]
+
+
+def test_hostile_prompts_stay_text_on_every_form(client: Client):
+    for page in ("steer", "attribute"):
+        given = {"text": HOSTILE[0], "latent": "3", "value": "5"}
+        answer = client.ask(f"/r/first/{page}", "POST", urlencode(given), FORM)
+        assert answer.status == 200, answer.text
+        assert HOSTILE[0] in "".join(Strict(answer.text).words)
+
+
+def test_a_steered_text_is_what_the_library_writes(client: Client, run: Path, model: Path):
+    from wsae.acts.language import load_language
+    from wsae.use.config import SteerConfig
+    from wsae.use.steer import AskedEdit, steer
+
+    page = client.ask("/r/first/plain/3").text
+    assert 'action="../../../r/first/steer?key=' in page
+    given = {"text": "the cat sat", "latent": 3, "value": "7", "kind": "add", "member": "plain"}
+    found = client.json("/api/r/first/steer", method="POST", body=json.dumps(given), headers=JSON)
+    language, sae = load_language(str(model)), sae_of(run, "plain")
+    wanted = [AskedEdit("add", 3, 7.0)]
+    expected = steer(
+        language, sae, HOOK, "the cat sat", wanted, cfg=SteerConfig(new_tokens=NEW_TOKENS)
+    )
+    assert isinstance(found, dict)
+    for one, other in zip(found["continuations"], expected.continuations, strict=True):
+        assert one["ids"] == other.ids
+        assert one["cross_entropy"] == pytest.approx(other.cross_entropy, rel=1e-5)
+    assert found["continuations"][0]["ids"] != found["continuations"][1]["ids"]
+
+
+def test_the_table_of_effects_is_the_librarys_and_links_its_latents(client: Client, run, model):
+    from wsae.acts.language import load_language
+    from wsae.use.attribute import LogitDifference, attribute
+    from wsae.use.steer import Prompt
+
+    language, text = load_language(str(model)), "the cat sat on a mat and saw"
+    given = {"text": text, "answer": " dogs", "against": " cat", "member": "plain"}
+    found = client.json(
+        "/api/r/first/attribute", method="POST", body=json.dumps(given), headers=JSON
+    )
+    assert isinstance(found, dict)
+    tokens = [
+        language.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" dogs", " cat")
+    ]
+    ids = Prompt.of(language, text).ids[0]
+    metric = LogitDifference(*(int(t[0]) for t in tokens))
+    expected = attribute(language.model, {HOOK: sae_of(run, "plain")}, ids, metric)
+    assert found["value"] == pytest.approx(expected.value, rel=1e-4)
+    places = [one["latent"] for one in found["latents"]]
+    known = {(one.position, one.latent): one.effect for one in expected.hooks[HOOK].effects}
+    for place, row in enumerate(found["effects"]):
+        for latent, effect in zip(places, row, strict=True):
+            assert effect == pytest.approx(known.get((place, latent), 0.0), rel=1e-3, abs=1e-6)
+    assert found["latents"][0]["link"] == f"/r/first/plain/{places[0]}"
+    html = client.ask("/r/first/attribute", "POST", urlencode(given), FORM)
+    assert 'class="num n6"' in html.text or 'class="num a6"' in html.text
 
 
 @pytest.mark.parametrize(

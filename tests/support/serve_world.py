@@ -52,10 +52,16 @@ def write_world(path: Path, model: Path | None = None) -> Path:
         )
         sae.gamma.copy_(arrays[f"{HOOK}|{name}|gamma"])
         sae.save(path / "members" / HOOK / name)
+    seal_run(path)
+    return path
+
+
+def seal_run(path: Path) -> None:
+    """Write the run's manifest, again after an edit."""
     files = ["config.json", "gamma.json", "metrics.jsonl"]
     files += [f"members/{HOOK}/{name}/manifest.json" for name in MEMBERS]
+    config = read_json(path / "config.json")
     write_manifest(path, "run", config, files, info={"members": {HOOK: list(MEMBERS)}})
-    return path
 
 
 def latents_of(run: Path, part: str, member: str) -> dict[int, dict]:

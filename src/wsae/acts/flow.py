@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor
 from wsae.acts.capture import Capture, token_positions, tokens
 from wsae.acts.config import HarvestConfig
 from wsae.acts.hookpoints import probe
-from wsae.acts.language import LanguageModel
 from wsae.acts.text import START, Packer, Position, TokenSequence, heard
 from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained
+
+if TYPE_CHECKING:
+    from wsae.acts.language import LanguageModel
 
 REASONS = ("kept", "padding", "special", "first", "norm", "other roles")
 """Codes of `reasons`; a token is counted under the first that applies: padding, special, first, other roles, norm."""
@@ -151,7 +153,7 @@ class Flow:
     """
 
     def __init__(
-        self, cfg: HarvestConfig, language: LanguageModel, keep_on: torch.device | str = "cpu"
+        self, cfg: HarvestConfig, language: "LanguageModel", keep_on: torch.device | str = "cpu"
     ) -> None:
         self.cfg, self.language, self.keep_on = cfg, language, torch.device(keep_on)
         self._first: _Captured | None = None

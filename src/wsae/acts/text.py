@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from importlib import resources
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from transformers import PreTrainedTokenizerBase
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.reading import DATA, PACKED, PROSE, named, records
@@ -28,6 +27,9 @@ from wsae.core.errors import UserError
 from wsae.core.files import digest, parse_json
 from wsae.core.hub import is_hub_name
 from wsae.core.seeds import seed_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SAMPLE_BYTES = 1 << 20
 _NAMES = 3
@@ -448,7 +450,7 @@ class Packer:
     """
 
     def __init__(
-        self, cfg: HarvestConfig, tokenizer: PreTrainedTokenizerBase, heldout: bool
+        self, cfg: HarvestConfig, tokenizer: "PreTrainedTokenizerBase", heldout: bool
     ) -> None:
         self.cfg, self.heldout = cfg, heldout
         self._tokenizer = tokenizer
@@ -654,7 +656,7 @@ class Packer:
         return TokenSequence(out, length, after, said=said)
 
 
-def refuse_unable_to_mask(tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_unable_to_mask(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise UserError for a tokenizer with which nobody's words in a conversation can be told from another's."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -715,7 +717,7 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def automatic_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def automatic_bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return [begin-of-text id] when the tokenizer puts it before any text, else []."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     bos = _one_id(tokenizer.bos_token_id)

@@ -2,23 +2,31 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How tokenizers that fall back on bytes name one (Llama 2, Mistral, Gemma)."""
 
 
-_ALPHABET = {char: byte for byte, char in bytes_to_unicode().items()}
-"""The characters that byte-level tokenizers write for bytes."""
+@cache
+def _alphabet() -> dict[str, int]:
+    """Return the characters that byte-level tokenizers write for bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {char: byte for byte, char in bytes_to_unicode().items()}
 
 
-def decode_table(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict[int, str | bytes]:
+def decode_table(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]
+) -> dict[int, str | bytes]:
     """Return {id: text} as in the middle of a sentence: some tokenizers drop a token's space when it comes first.
 
     A token that holds part of a character has no text of its own; its bytes are returned.
@@ -35,7 +43,7 @@ def decode_table(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict
     return table
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
@@ -45,8 +53,8 @@ def _bytes_of(token: object) -> bytes | None:
         return None
     if named := _BYTE_NAME.fullmatch(token):
         raw = bytes.fromhex(named[1])
-    elif all(char in _ALPHABET for char in token):
-        raw = bytes(_ALPHABET[char] for char in token)
+    elif all(char in _alphabet() for char in token):
+        raw = bytes(_alphabet()[char] for char in token)
     elif len(token) == 1 and ord(token) < 256:  # a byte as the character of its number (ByT5)
         raw = bytes([ord(token)])
     else:

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.acts.config import HarvestConfig
-from wsae.cli.flags import Common, CommonFlags, MaybeName
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
@@ -47,29 +46,32 @@ class SaeFlags(Config):
 
     def opened(self, device: str) -> "Opened":
         """Return model and SAEs; raises UserError where none is given, or model or hook are not known."""
-        from wsae.acts.flow import SkipRule
         from wsae.acts.language import load_language
-        from wsae.interop.runs import choose
+        from wsae.interop.runs import choose, open_run
         from wsae.sae.model import SAE
+        from wsae.use.attach import as_trained
 
         if not self.sae:
             raise UserError("--sae: name at least one, for example --sae runs/first")
-        chosen = [choose(path, self.member, self.hook)[0] for path in self.sae]
+        runs = [open_run(path) for path in self.sae]
+        chosen = [
+            choose(run.path, *((None, None) if run.single else (self.member, self.hook)))[0]
+            for run in runs
+        ]
         names = {one.about.model for one in chosen if one.about.model}
         model = self.model or (names.pop() if len(names) == 1 else None)
         if model is None:
             raise UserError(f"{self.sae[0]}: does not say of which model it is; give MODEL first")
         saes = {}
-        for path, one in zip(self.sae, chosen, strict=True):
-            hook = one.about.hook or self.hook
+        for path, run, one in zip(self.sae, runs, chosen, strict=True):
+            hook = (self.hook if run.single else None) or one.about.hook
             if hook is None:
                 raise UserError(f"{path}: does not say at which hook it belongs; give --hook")
             if hook in saes:
                 raise UserError(f"--sae {path}: a second one at {hook}; attach one SAE there")
             saes[hook] = SAE.load(one.path).to(device)
         language = load_language(model, device=device)
-        rule = SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
-        return Opened(language, saes, rule)
+        return Opened(language, saes, as_trained(runs[0], language))
 
 
 class Opened(NamedTuple):
@@ -105,9 +107,9 @@ class Flags(Config):
     method: Literal["gradient", "integrated"] = "gradient"
     """gradient: at the activations as they are, which is what ablation of one latent is near to; integrated: the mean
     on the way to them from the SAE's bias at all tokens, whose effects add up to the whole change."""
-    verify: Annotated[int, tyro.conf.arg(metavar="N")] = 10
+    verify: Count = 10
     """How many of the largest effects are checked by ablation."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    out: MaybePlace = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
     """Flags of every command."""
@@ -119,17 +121,14 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
     from wsae.acts.tokens import decode_table, joined
     from wsae.use.attribute import attribute
+    from wsae.use.steer import Prompt
 
-    if flags.verify < 0:
-        raise UserError(f"--verify {flags.verify}: give 0 or more")
     opened = flags.at.opened(device(flags.common.device))
     tokenizer = opened.language.tokenizer
-    ids = [int(i) for i in tokenizer(flags.prompt)["input_ids"]]
-    if not ids:
-        raise UserError("--prompt: has no tokens")
+    ids = Prompt.of(opened.language, flags.prompt).ids[0].tolist()
+    metric = _metric(flags, opened, ids)
     if flags.metric == "loss" and flags.answer is not None:
         ids += tokenizer(flags.answer, add_special_tokens=False)["input_ids"]
-    metric = _metric(flags, opened, ids)
     found = attribute(
         opened.language.model,
         opened.saes,
@@ -155,16 +154,15 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
 
 def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
-    """Return what is measured; raises UserError for flags that do not go together."""
+    """Return what is measured behind a prompt; raises UserError for flags that do not go together."""
     import torch
 
-    from wsae.use.attribute import Difference, Logit, Loss
+    from wsae.use.attribute import Logit, LogitDifference, Loss
 
     if flags.against is not None and flags.metric != "difference":
         raise UserError(f"--against {flags.against!r}: goes with --metric difference")
     if flags.metric == "loss":
-        prompt = len(opened.language.tokenizer(flags.prompt)["input_ids"])
-        return Loss(prompt if flags.answer is not None else 1)
+        return Loss(len(ids) if flags.answer is not None else 1)
     wanted = None if flags.answer is None else opened.one_token(flags.answer)
     other = None if flags.against is None else opened.one_token(flags.against)
     with torch.inference_mode():
@@ -174,7 +172,7 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     token = first.pop(0) if wanted is None else wanted
     if flags.metric == "logit":
         return Logit(token)
-    return Difference(token, first[0] if other is None else other)
+    return LogitDifference(token, first[0] if other is None else other)
 
 
 def _words(metric: "Metric", tokenizer: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wsae.interop.runs import Chosen
     from wsae.run import Run
     from wsae.serve.neuronpedia import Source
-    from wsae.serve.upload import Site
+    from wsae.serve.upload import Neuronpedia
 
 ABOUT = """\
 Put every latent of an SAE that has contexts on Neuronpedia: contexts, tokens it promotes, density, explanation, as
@@ -69,28 +69,36 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
 
 def _publish(
-    flags: Flags, ui: UI, opened: "Run", chosen: "Chosen", source: "Source", site: "Site | None"
+    flags: Flags,
+    ui: UI,
+    opened: "Run",
+    chosen: "Chosen",
+    source: "Source",
+    site: "Neuronpedia | None",
 ) -> dict[str, Any]:
     from wsae.serve.build import ensure_index
     from wsae.serve.index import Index
     from wsae.serve.neuronpedia import batches, latents, write
 
     cfg = IndexConfig(seed=flags.common.seed)
-    path, _ = ensure_index(opened.path, None, cfg, lambda run: reopen(run, "cpu"), ui.progress)
+    path, _ = ensure_index(
+        opened.path, None, cfg, lambda run: reopen(run, "cpu"), ui.progress, ui.note
+    )
     index = Index(path)
     hook, _, name = chosen.place.rpartition("/")
     of_place = (m for m in index.members if not chosen.place or (m.hook, m.name) == (hook, name))
     member = next(of_place, None)
     if member is None:
         raise UserError(f"{flags.run}: its evaluation knows no latents of {chosen.place}")
+    named = opened.names.get(member.hook, {}).get(member.name, {})
     about = {"model": source.model, "source": source.id, "latents": member.size}
     out = flags.out or (Path(source.id) if site is None else None)
     if out is not None:
         sequences = int(opened.evaluation.heldout_sequences or 0)
-        written = write(out, index, member, source, sequences)
+        written = write(out, latents(index, member, named), member, source, sequences)
         about |= {"folder": str(out), "published": written.latents, "files": written.files}
     if site is not None:
-        found = batches(latents(index, member))
+        found = batches(latents(index, member, named))
         sent = site.send(source, found, member.shown, ui.progress)
         url = f"{site.url}/{source.model}/{source.id}"
         about |= {"url": url, "published": sent.new + sent.there, "sent": sent.new}

@@ -33,14 +33,14 @@ def hub_reachable() -> bool:
 
 
 @contextlib.contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Silence advisory messages and progress bars of the hub's libraries while loading, errors excepted."""
+def quiet_hub(bars: bool = False) -> Iterator[None]:
+    """Silence advisory messages and, without `bars`, progress of the hub's libraries while loading, errors excepted."""
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with _no_bars():
+        with contextlib.nullcontext() if bars else _no_bars():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -161,7 +161,7 @@ def snapshot(
     except ImportError as error:
         raise UserError(f"{place}: needs the extra hub (pip install 'wsae[hub]')") from error
     try:
-        with quiet_hub():
+        with quiet_hub(bars=sys.stderr.isatty()):
             return Path(
                 snapshot_download(
                     repo,

@@ -32,7 +32,7 @@ from wsae.interop.config import FormatName, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
 from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, LLAMA_SCOPE_R1, TORCH, beside
-from wsae.interop.releases import LOADERS, Published, hub_model, named, published
+from wsae.interop.releases import LOADERS, Published, hub_model, named, of_repository, published
 from wsae.interop.saelens import SAELENS, SCALER, as_registered
 from wsae.interop.sparsify import SPARSIFY
 from wsae.sae.config import Provenance, SAEConfig
@@ -147,7 +147,7 @@ def from_pretrained(release: str, sae_id: str) -> Loaded:
 
     Raises UserError for unknown names, and as `load` does.
     """
-    if "/" in release:
+    if "/" in release and of_repository(release, sae_id) is None:
         return load(f"hub:{release}/{sae_id}")
     found = published(release, sae_id)
     return _released(found, fetched(found))
@@ -233,7 +233,8 @@ def detect(place: Path) -> Reader:
     for kind in READERS.values():
         if kind.detect(place):
             return kind
-    names = [name for kind in READERS.values() for name in kind.files[1:] if name]
+    listed = (name for kind in READERS.values() for name in kind.files[1:] if name)
+    names = list(dict.fromkeys(listed))
     inside = [place / p for p in sorted({p for n in names for p in place.glob(f"*/{n}")})]
     inside += sorted([*place.glob("*.pt"), *place.glob("*.pth")])
     hint = f"; there is one in {_folder(inside[0])}" if inside else ""

@@ -79,7 +79,14 @@ class Registry(NamedTuple):
                 f"{name}: no release of {self.whose}'s registry has this name{nearest(name, self.texts)}; "
                 "wsae releases lists them"
             )
-        return {one.sae_id: one for one in _published(name, _parsed(self.texts[name])[name])}
+        try:
+            found = list(_published(name, _parsed(self.texts[name])[name]))
+        except (KeyError, TypeError, AttributeError) as error:  # of a later version
+            raise UserError(
+                f"{name}: {self.whose}'s registry is of a form that this wsae does not know ({error!r}); use another "
+                "version of sae-lens, or none"
+            ) from error
+        return {one.sae_id: one for one in found}
 
 
 @functools.cache
@@ -166,7 +173,12 @@ def along(pattern: str, ids: str) -> list[str]:
 
 
 def published(release: str, sae_id: str) -> Published:
-    """Return an SAE of a release; raises UserError naming the nearest names, or what has no equal here."""
+    """Return an SAE of a release, or of a repository that releases are of.
+
+    Raises UserError naming the nearest names, or what has no equal here.
+    """
+    if "/" in release and (there := of_repository(release, sae_id)) is not None:
+        release, sae_id = there.release, there.sae_id
     saes = registry().release(release)
     if sae_id not in saes:
         raise UserError(
@@ -177,6 +189,15 @@ def published(release: str, sae_id: str) -> Published:
     if found.refusal is not None:
         raise UserError(f"{release}:{sae_id}: {found.refusal}")
     return found
+
+
+def of_repository(repo: str, path: str) -> Published | None:
+    """Return the first published SAE that lies, by its path or its id, in a repository of the hub."""
+    known = registry()
+    line = re.compile(rf"^  repo_id: {re.escape(repo)}[ \t]*$", flags=re.MULTILINE)
+    names = [name for name, text in known.texts.items() if line.search(text)]
+    there = (one for name in names for one in known.release(name).values())
+    return next((one for one in there if path in (one.path, one.sae_id)), None)
 
 
 def named(target: Path | str) -> Published | None:

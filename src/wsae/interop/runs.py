@@ -83,9 +83,14 @@ def choose(
     """
     run = open_run(path)
     if run.single:
-        if member or hook or every:
-            raise UserError(f"{path}: is a single SAE; --member, --hook and --all belong to runs")
-        return [Chosen(run.path, "", about_sae(run.path))]
+        about = about_sae(run.path)
+        if member or every or (hook and about.hook and not among(hook, [about.hook])):
+            raise UserError(
+                f"{path}: is a single SAE{f' of {about.hook}' if about.hook else ''}; --member, --all and another "
+                "--hook belong to runs"
+            )
+        known = {} if about.hook or not hook else {"hook": hook}
+        return [Chosen(run.path, "", about.model_copy(update=known))]
     members = run.members
     if not members:
         raise UserError(

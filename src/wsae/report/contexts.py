@@ -83,6 +83,8 @@ def spans(context: Json, most: float | None, words: list[str]) -> list[Span]:
 def matched(tokens: list[str], words: list[str]) -> set[int]:
     """Return the positions of tokens that some word of the search covers, in any case."""
     hits: set[int] = set()
+    if not words:
+        return hits
     starts, text = [], ""
     for token in tokens:
         starts.append(len(text))

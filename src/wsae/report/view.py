@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from wsae.acts.config import model_title
 from wsae.report.rundata import RunData, find, finite, is_control
 from wsae.report.words import (
     METRICS,
@@ -404,7 +405,9 @@ def cards(run: RunData) -> list[tuple[str, str]]:
     for name, keys in CARDS.items():
         found = [find(run.config, key) for key in keys]
         value = next((v for v in found if isinstance(v, str | int | float)), None)
-        settings[name.format(unit=run.unit)] = value
+        settings[name.format(unit=run.unit)] = (
+            model_title(value) if isinstance(value, str) else value
+        )
     sizes = [len(array) for name, array in run.arrays.items() if name.endswith("|density")]
     measured = ", ".join(f"{size:,}" for size in dict.fromkeys(sizes))
     out: dict[str, object] = {

@@ -280,7 +280,9 @@ class SAE(nn.Module):
 
     def _like(self, cfg: SAEConfig, tensors: dict[str, Tensor]) -> "SAE":
         """Return another SAE of these tensors, of this one's type and where it is."""
-        other = SAE(cfg).to(self.dtype)
+        other = SAE(cfg)
+        if self.dtype != other.dtype:
+            other = other.to(self.dtype)
         other.set_tensors(tensors)
         return other.to(self.device)
 

@@ -11,8 +11,9 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl
 
 import anyio
@@ -35,11 +36,11 @@ from wsae.serve.index import (
     Served,
     Shelf,
     weights_digest,
-    whole,
 )
 from wsae.serve.model import load
 from wsae.serve.pages import latent_view, list_view
 from wsae.serve.server import Gate, Guard
+from wsae.serve.using import Ask, Work, ask_of, attributing, steering
 from wsae.serve.worth import compared
 
 if TYPE_CHECKING:
@@ -74,10 +75,13 @@ class Live:
         self._probed: tuple[LanguageModel, str, Capture] | None = None
         self._sae: tuple[Path, str, SAE] | None = None
 
-    def submit(self, run: Served, member: Member, text: str) -> Future[Json]:
+    def submit(
+        self, run: Served, member: Member, text: str, work: Work | None = None
+    ) -> Future[Json]:
         """Have a text read: its tokens with the latents that fire on each, and the latents of the whole text.
 
-        Raises UserError when the text is empty or too long, or the model is not at hand, BusyError when others wait.
+        Or have some work done with it. Raises UserError when the text is empty or too long, or the model is not at
+        hand, BusyError when others wait.
         """
         if not text.strip():
             raise UserError("text: is empty; type some words")
@@ -89,7 +93,10 @@ class Live:
             raise UserError(f"no live reading: the run keeps no weights of {member.name}")
         if not self._places.acquire(blocking=False):
             raise BusyError("others are having texts read; try again in a moment")
-        reading = self._thread.submit(self._read, run, member, text)
+        if work is None:
+            reading = self._thread.submit(self._read, run, member, text)
+        else:
+            reading = self._thread.submit(self._used, run, member, text, work)
         reading.add_done_callback(lambda _: self._places.release())
         return reading
 
@@ -112,6 +119,16 @@ class Live:
             for latent in best
         ]
         return {"member": member.slug, "tokens": tokens, "latents": overall}
+
+    def _used(self, run: Served, member: Member, text: str, work: Work) -> Json:
+        """Return what some work makes of a prompt."""
+        from wsae.use.steer import Prompt
+
+        language, sae = self._language(run.index.model["name"]), self._member(run.path, member)
+        prompt = Prompt.of(language, text)
+        if prompt.ids.shape[1] > MAX_TOKENS:
+            raise UserError(f"text: {prompt.ids.shape[1]} tokens, at most {MAX_TOKENS} are read")
+        return work(language, sae, prompt)
 
     def _tokens(self, run: Served, member: Member, text: str) -> list[Json]:
         """Return the tokens of a text and the latents that fire on each, strongest first: (latent, activation)."""
@@ -188,7 +205,7 @@ def _give_way() -> None:
 MAX_BODY = 64 * 1024
 BODY_S = 20
 """Seconds in which the whole body must be there."""
-FIELDS = ("text", "member", "latent", "name", "star")
+FIELDS = ("text", "member", "latent", "name", "star", "kind", "value", "answer", "against")
 
 
 async def read_text(request: Request) -> dict[str, str]:
@@ -218,7 +235,7 @@ async def read_text(request: Request) -> dict[str, str]:
         raise UserError("a JSON object is needed")
     out = {name: found[name] for name in FIELDS if found.get(name) is not None}
     for name, value in out.items():
-        if type(value) is int or type(value) is bool:
+        if type(value) is {"latent": int, "star": bool}.get(name):
             out[name] = str(int(value))
         elif not isinstance(value, str):
             raise UserError(f"{name}: is not text")
@@ -331,16 +348,16 @@ def _routes(site: Site) -> list[BaseRoute]:
 
         return answer
 
-    live, latent = of_form(_live), of_form(_latent)
-
+    texts = {name: of_form(partial(_with_text, form)) for name, form in FORMS.items()}
+    latent = of_form(_latent)
     of_one = {
         "/r/{run}": of_run(_run),
         "/r/{run}/compare": of_run(_compare),
         "/r/{run}/{member}": of_run(_list),
     }
     return [
-        Route("/r/{run}/live", live, methods=["GET", "POST"]),
-        Route("/api/r/{run}/live", live, methods=["POST"]),
+        *(Route(f"/r/{{run}}/{n}", form, methods=["GET", "POST"]) for n, form in texts.items()),
+        *(Route(f"/api/r/{{run}}/{n}", form, methods=["POST"]) for n, form in texts.items()),
         *(
             Route(prefix + "/r/{run}/{member}/{latent:int}", latent, methods=["GET", "POST"])
             for prefix in ("", "/api")
@@ -456,27 +473,48 @@ async def _static(request: Request) -> Response:
     return Response(text, media_type=kind)
 
 
-async def _live(site: Site, request: Request, posted: dict[str, str] | None) -> Response:
+class TextForm(NamedTuple):
+    """A page on which a text is typed: what is done with it (none: read it), and how the page is made."""
+
+    work: Callable[[Served, Ask], Work] | None
+    page: Callable[[Served, Ask, str, Json | None, str], str]
+
+
+FORMS = {
+    "live": TextForm(None, pages.live),
+    "steer": TextForm(steering, pages.steered),
+    "attribute": TextForm(attributing, pages.attributed),
+}
+"""End of the address -> form."""
+
+
+async def _with_text(
+    form: TextForm, site: Site, request: Request, posted: dict[str, str] | None
+) -> Response:
     run: Served = await _worked(site.shelf(request).now, root_of(request))
     given = {**request.query_params, **(posted or {})}
-    name, text = given.get("member") or run.index.members[-1].slug, given.get("text", "")
+    name = given.get("member") or run.index.members[-1].slug
     member = run.index.by_slug.get(name)
     if member is None:
         raise UserError(f"member: no {name[:ECHO]!r} in this run")
-    latent = whole(given["latent"], "latent", 0, member.size - 1) if given.get("latent") else None
+    ask = ask_of(member, given)
+
+    async def answered() -> Json:
+        work = None if form.work is None else await _worked(form.work, run, ask)
+        return await asyncio.wrap_future(site.live.submit(run, member, ask.text, work))
+
+    if _is_api(request):
+        return _told(run, await answered())
     found: Json | None = None
     problem, status = str(run.index.model["why_not"]), 200
-    if _is_api(request):
-        return _told(run, await asyncio.wrap_future(site.live.submit(run, member, text)))
     if posted is not None and problem:
         status = 400
     elif posted is not None:
         try:
-            found = await asyncio.wrap_future(site.live.submit(run, member, text))
+            found = await answered()
         except UserError as error:
             problem, status = str(error), 503 if isinstance(error, BusyError) else 400
-    key = f"?key={site.key}"
-    html = await _worked(pages.live, run, member, text, latent, key, found, problem)
+    html = await _worked(form.page, run, ask, f"?key={site.key}", found, problem)
     return HTMLResponse(html, status, RETRY if status == 503 else None)
 
 

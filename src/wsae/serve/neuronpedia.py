@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +101,7 @@ class Window(NamedTuple):
     """The interval that a random firing stands for; none: it is among the strongest."""
 
 
-class Logit(NamedTuple):
+class PromotedToken(NamedTuple):
     """A token that a latent promotes, and by how much."""
 
     token: str
@@ -122,7 +122,7 @@ class Bars(NamedTuple):
     heights: list[float]
 
 
-class Firings:
+class FiringCounts:
     """How many of a latent's activations lie where, up to the strongest.
 
     The index counts in bins of an eighth of a decade; each one's count is spread evenly over its width.
@@ -167,15 +167,20 @@ class Latent(NamedTuple):
     density: float
     peak: float
     """The strongest activation."""
-    up: list[Logit]
-    down: list[Logit]
+    up: list[PromotedToken]
+    down: list[PromotedToken]
     near: Pairs
     bars: Bars
     windows: list[Window]
-    explanation: str
+    said: list[str]
+    """What a user called it, and its explanation."""
 
 
-def latents(index: Index, member: Member) -> Iterator[Latent]:
+Names = Mapping[str, Json]
+"""Number of a latent, in words -> {"name": ...}, as users typed it (`Run.names`)."""
+
+
+def latents(index: Index, member: Member, names: Names) -> Iterator[Latent]:
     """Yield every latent of a member that has contexts of text, in order: the site takes no others."""
     for number in range(member.size):
         key = member.key(number)
@@ -186,8 +191,9 @@ def latents(index: Index, member: Member) -> Iterator[Latent]:
         numbers = index.numbers([key])[key]
         near, logits, counts = index.packed(key)
         half, density = len(logits) // 2, numbers["density"] or 0.0
+        named = names.get(str(number), {}).get("name")
         peak = max(numbers["max"] or 0.0, *(max(window.acts) for window in strongest))
-        fired = Firings(counts, peak)
+        fired = FiringCounts(counts, peak)
         samples = [w._replace(of=fired.interval(w.acts[w.peak], density)) for w in samples]
         yield Latent(
             number=number,
@@ -198,7 +204,7 @@ def latents(index: Index, member: Member) -> Iterator[Latent]:
             near=near,
             bars=fired.bars(),
             windows=strongest + samples,
-            explanation=plain(told.get("explanation") or ""),
+            said=[plain(text) for text in (named, told.get("explanation")) if text],
         )
 
 
@@ -215,9 +221,9 @@ def _windows(contexts: list[Json]) -> list[Window]:
     ]
 
 
-def _logits(index: Index, pairs: Pairs) -> list[Logit]:
+def _logits(index: Index, pairs: Pairs) -> list[PromotedToken]:
     texts = index.tokens([token for token, _ in pairs])
-    return [Logit(plain(texts[t]) or CONTINUED, float(f"{v:.4g}")) for t, v in pairs]
+    return [PromotedToken(plain(texts[t]) or CONTINUED, float(f"{v:.4g}")) for t, v in pairs]
 
 
 def plain(text: str) -> str:
@@ -323,12 +329,12 @@ def activation_rows(latent: Latent, source: Source) -> Iterator[Json]:
 
 
 def explanation_rows(latent: Latent, source: Source) -> Iterator[Json]:
-    """Yield the row of its explanation, if it has one; the site has no name for how it was made."""
-    if latent.explanation:
+    """Yield a row for each thing that is said of it; the site has no name for how that was made."""
+    for rank, text in enumerate(latent.said):
         yield {
-            "id": _id(source, latent, "explanation", 0),
+            "id": _id(source, latent, "explanation", rank),
             **_place(latent, source),
-            "description": latent.explanation,
+            "description": text,
             "authorId": CREATOR,
             "typeName": None,
             "explanationModelName": None,
@@ -355,8 +361,8 @@ def upload_body(batch: list[Latent], source: Source) -> Json:
 
 
 def _uploaded(latent: Latent) -> Json:
-    text = latent.explanation.encode("utf-16-le")[: 2 * MOST_TEXT].decode("utf-16-le", "ignore")
-    said = {"text": text, "methodName": None, "modelName": None}
+    said = (text.encode("utf-16-le")[: 2 * MOST_TEXT] for text in latent.said)
+    texts = [units.decode("utf-16-le", "ignore") for units in said]
     return {
         "index": latent.number,
         "density": latent.density,
@@ -364,7 +370,7 @@ def _uploaded(latent: Latent) -> Json:
             {"tokens": window.tokens, "values": window.acts, **_quantile(window)}
             for window in latent.windows
         ],
-        "explanations": [said] if text else [],
+        "explanations": [{"text": text, "methodName": None, "modelName": None} for text in texts],
         "topLogits": [logit._asdict() for logit in latent.up[:MOST_LOGITS]],
         "bottomLogits": [logit._asdict() for logit in latent.down[:MOST_LOGITS]],
     }
@@ -390,8 +396,10 @@ def batches(found: Iterable[Latent]) -> Iterator[list[Latent]]:
         yield batch
 
 
-def write(out: Path, index: Index, member: Member, source: Source, sequences: int) -> Written:
-    """Write SAEDashboard's batches and Neuronpedia's rows to a folder.
+def write(
+    out: Path, found: Iterable[Latent], member: Member, source: Source, sequences: int
+) -> Written:
+    """Write latents of a member as SAEDashboard's batches and Neuronpedia's rows to a folder.
 
     Raises UserError where the folder holds something else, or no latent has contexts.
     """
@@ -399,7 +407,7 @@ def write(out: Path, index: Index, member: Member, source: Source, sequences: in
     export = f"export/{source.model}/{source.id}"
     written, missing = [], set(range(member.size))
     with replacing(out, KIND):
-        for number, batch in enumerate(batches(latents(index, member))):
+        for number, batch in enumerate(batches(found)):
             missing -= {latent.number for latent in batch}
             told: Json = {"model_id": source.model, "layer": source.layer, "sae_set": source.set}
             features = [dashboard(latent, source, sequences) for latent in batch]
@@ -412,9 +420,7 @@ def write(out: Path, index: Index, member: Member, source: Source, sequences: in
                     with writing(out / written[-1]) as temporary:
                         temporary.write_bytes(gzip.compress(_lines(rows), mtime=0))
         if not written:
-            raise UserError(
-                f"{index.path}: no latent of {member.name} has contexts of text to publish"
-            )
+            raise UserError(f"{out}: no latent of {member.name} has contexts of text to publish")
         skipped = {"model_id": source.model, "layer": str(source.layer), "sae_set": source.set}
         write_json(
             out / "dashboard/skipped_indexes.json",
@@ -426,7 +432,7 @@ def write(out: Path, index: Index, member: Member, source: Source, sequences: in
             with writing(out / written[-1]) as temporary:
                 temporary.write_bytes(_lines([row]))
         config = {"model": source.model, "source": source.id}
-        write_manifest(out, KIND, config, written, inputs={"index": index.identity})
+        write_manifest(out, KIND, config, written)
     return Written(written, member.size - len(missing))
 
 

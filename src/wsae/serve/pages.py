@@ -1,6 +1,7 @@
 """Pages as HTML. Every text goes through the template's escaping; only charts, which escape their own, are markup."""
 
 from importlib.resources import files
+from typing import Any
 
 from wsae.report.charts import acts_chart, member_densities
 from wsae.report.contexts import Span, spans, visible
@@ -9,6 +10,7 @@ from wsae.report.words import number
 from wsae.run import NAME_CHARS, Json, NamedLatent
 from wsae.serve.index import LATENT, PER_PAGE, Asked, Member, Served, beside, find, words_of
 from wsae.serve.schema import BASIC, occupied
+from wsae.serve.using import NEW_TOKENS, USUAL, Ask, heat
 from wsae.serve.worth import ALIKE, worth
 
 # What pages and the JSON interface show of a latent and of a list: plain values, no markup.
@@ -219,6 +221,7 @@ def latent(
     if match is not None:
         owner = index.by_slug[match["member"]]
         theirs = latent_view(served, owner, match["latent"])
+        theirs |= {"contexts": theirs.get("contexts", [])[: 2 * BESIDE_CONTEXTS], "samples": []}
         twin = _side(served, theirs, words, BESIDE_CONTEXTS)
     acts = [act for context in view.get("contexts", []) for act in context["acts"]]
     numbers = view["measures"]
@@ -247,6 +250,7 @@ def latent(
         acts=acts_chart(*occupied(view["histogram"]), acts, member.kind),
         collected=bool(view["histogram"]),
         model=index.model,
+        usual=USUAL,
     )
 
 
@@ -279,35 +283,45 @@ def _side(served: Served, view: Json, words: list[str], first: int) -> Json:
     }
 
 
-def live(
-    served: Served,
-    member: Member,
-    text: str,
-    latent: int | None,
-    key: str,
-    found: Json | None,
-    problem: str,
-) -> str:
-    """Return the page on which a text is typed, with what fires on it; `latent`: the one to follow, the strongest else.
+def live(served: Served, ask: Ask, key: str, found: Json | None, problem: str) -> str:
+    """Return the page on which a text is typed, with what fires on it; without a latent the strongest is followed.
 
     `key` stands in the address of the form.
     """
     reading: list[Span] = []
+    latent = ask.latent
     if found is not None:
         if latent is None and found["latents"]:
             latent = found["latents"][0]["latent"]
         acts = [dict(token["latents"]).get(latent, 0.0) for token in found["tokens"]]
         read = {"tokens": [token["text"] for token in found["tokens"]], "acts": acts}
         reading = spans(read, max(acts[1:], default=0.0), [])
-    return _render(
-        "live",
-        served,
-        title=f"Try a text · {served.index.name}",
-        member=member,
-        text=text,
-        latent=latent,
-        key=key,
-        found=found,
-        problem=problem,
-        reading=reading,
+    title, own = f"Try a text · {served.index.name}", {"latent": latent, "reading": reading}
+    return _form("live", served, ask, key, found, problem, title=title, **own)
+
+
+def steered(served: Served, ask: Ask, key: str, found: Json | None, problem: str) -> str:
+    """Return the page of the steer form, with what the model wrote."""
+    own = {
+        "kind": ask.given.get("kind", "set"),
+        "value": ask.given.get("value") or USUAL,
+        "latent": ask.latent,
+        "new_tokens": NEW_TOKENS,
+    }
+    return _form(
+        "steer", served, ask, key, found, problem, title=f"Steer · {served.index.name}", **own
     )
+
+
+def attributed(served: Served, ask: Ask, key: str, found: Json | None, problem: str) -> str:
+    """Return the page of the attribution form, with the table of tokens and latents."""
+    own = {name: ask.given.get(name, "") for name in ("answer", "against")}
+    title, cells = f"Attribute · {served.index.name}", heat(found) if found else []
+    return _form("attribute", served, ask, key, found, problem, title=title, cells=cells, **own)
+
+
+def _form(
+    name: str, served: Served, ask: Ask, key: str, found: Json | None, problem: str, **own: Any
+) -> str:
+    shared = {"member": ask.member, "text": ask.text, "key": key}
+    return _render(name, served, found=found, problem=problem, **shared, **own)

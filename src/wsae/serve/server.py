@@ -73,7 +73,7 @@ class Gate:
         return not self.loopback or _is_loopback(name) or name in map(_name_of, self.hosts)
 
 
-_FORMS = re.compile(r"/(?:live|([0-9]+))$")
+_FORMS = re.compile(r"/(?:live|steer|attribute|([0-9]+))$")
 """What may be sent: a text, and a latent's name."""
 
 

@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 def kinds(index: Index, member: Member) -> list[Kind]:
     """Return the lists that a member can have; a run without scores, twin or counts has fewer."""
-    has = index.measured(member)
+    has = index.measured(member) - ({"match"} if member.twin is None else set())
     scores = [m for m in index.measures[len(BASIC) :] if m.key in has][:1]
     rows = max(1, round(1 / max(index.resolution(member), 1e-12)))
     out = [

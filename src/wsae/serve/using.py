@@ -1,0 +1,214 @@
+"""Two forms that put an SAE into the model: what it writes with a latent changed, and which latents made it say so.
+
+The work is done in the thread that reads texts, under the same limits; pages hold no markup that is not ours.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+from wsae.core.errors import UserError
+from wsae.report.contexts import level_of
+from wsae.run import Json, Run
+from wsae.serve.index import Member, Served, whole
+
+if TYPE_CHECKING:
+    from wsae.acts.language import LanguageModel
+    from wsae.sae import SAE
+    from wsae.use.attribute import Attribution, Metric
+    from wsae.use.steer import AskedEdit, Prompt
+
+Kind = Literal["set", "add", "scale"]
+KINDS: tuple[Kind, ...] = ("set", "add", "scale")
+USUAL = "2x"
+"""Value that the form proposes: twice the latent's largest activation."""
+NEW_TOKENS = 40
+COLUMNS, CHECKED = 9, 8
+"""Latents in the table of effects, and effects that are checked by ablation."""
+Work = Callable[["LanguageModel", "SAE", "Prompt"], Json]
+"""What is made of a prompt that was read."""
+
+
+class Ask(NamedTuple):
+    """What a form says: a member, a latent of it, a text, and the rest."""
+
+    member: Member
+    latent: int | None
+    text: str
+    given: dict[str, str]
+
+
+def ask_of(member: Member, given: dict[str, str]) -> Ask:
+    """Read the fields that the forms share; raises UserError for a latent that the member does not have."""
+    latent = given.get("latent")
+    number = whole(latent, "latent", 0, member.size - 1) if latent else None
+    return Ask(member, number, given.get("text", ""), given)
+
+
+def steering(run: Served, ask: Ask) -> Work:
+    """Return the work of the steer form; raises UserError where its fields make no edit."""
+    from wsae.use.steer import AskedEdit
+
+    if ask.latent is None:
+        raise UserError("latent: is empty; name the one to change")
+    kind = ask.given.get("kind", "set")
+    if kind not in KINDS:
+        raise UserError(f"kind: {kind[:20]!r} is none of {', '.join(KINDS)}")
+    value = ask.given.get("value", "").strip() or USUAL
+    wanted = AskedEdit.parse(cast(Kind, kind), f"{ask.latent}={value[:40]}")
+    peak = run.index.numbers([ask.member.key(ask.latent)])[ask.member.key(ask.latent)].get("max")
+    if wanted.of_peak and not peak:
+        raise UserError(
+            f"value: the largest activation of latent {ask.latent} is not known; give a plain number"
+        )
+    return _Steering(run, ask.member, wanted, float(peak or 0.0))
+
+
+class _Steering(NamedTuple):
+    run: Served
+    member: Member
+    wanted: "AskedEdit"
+    peak: float
+
+    def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
+        """Return the continuations."""
+        from wsae.use.attach import as_trained
+        from wsae.use.config import SteerConfig
+        from wsae.use.steer import steer
+
+        found = steer(
+            language,
+            sae,
+            self.member.hook,
+            prompt,
+            [self.wanted],
+            peaks={self.wanted.latent: self.peak},
+            cfg=SteerConfig(new_tokens=NEW_TOKENS),
+            exclude=as_trained(Run(self.run.path), language),
+        )
+        return {"member": self.member.slug, "latent": self.wanted.latent, **found.record()}
+
+
+def attributing(run: Served, ask: Ask) -> Work:
+    """Return the work of the attribution form."""
+    return _Attributing(run, ask)
+
+
+class _Attributing(NamedTuple):
+    run: Served
+    ask: Ask
+
+    def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
+        """Return the effects on the answer's logit, or on how far it is above another's."""
+        from wsae.acts.tokens import decode_table, joined
+        from wsae.use.attach import as_trained
+        from wsae.use.attribute import attribute
+
+        metric, said = self._metric(language, prompt)
+        ids = prompt.ids[0]
+        rule = as_trained(Run(self.run.path), language)
+        hook = self.ask.member.hook
+        found = attribute(language.model, {hook: sae}, ids, metric, verify=CHECKED, exclude=rule)
+        table = decode_table(language.tokenizer, ids.unique().tolist())
+        tokens = joined([table[i] for i in found.ids])
+        return {
+            "member": self.ask.member.slug,
+            **said,
+            "tokens": tokens,
+            **self._shown(found, hook),
+        }
+
+    def _metric(
+        self, language: "LanguageModel", prompt: "Prompt"
+    ) -> "tuple[Metric, dict[str, str]]":
+        from wsae.use.attribute import Logit, LogitDifference
+
+        answer, against = (self.ask.given.get(name, "") for name in ("answer", "against"))
+        token = one_token(language, answer, "answer") if answer else likeliest(language, prompt)
+        said = {"answer": str(language.tokenizer.decode([token])), "against": ""}
+        if not against:
+            return Logit(token), said
+        other = one_token(language, against, "against")
+        return LogitDifference(token, other), {**said, "against": against}
+
+    def _shown(self, found: "Attribution", hook: str) -> Json:
+        """Return the table of tokens and latents, largest latents first, and what ablation found."""
+        at = found.hooks[hook]
+        size: dict[int, float] = {}
+        total: dict[int, float] = {}
+        cell: dict[tuple[int, int], float] = {}
+        for one in at.effects:
+            size[one.latent] = size.get(one.latent, 0.0) + abs(one.effect)
+            total[one.latent] = total.get(one.latent, 0.0) + one.effect
+            cell[one.position, one.latent] = one.effect
+        columns = sorted(size, key=lambda latent: (-size[latent], latent))[:COLUMNS]
+        lines = self.run.said([self.ask.member.key(latent) for latent in columns])
+        return {
+            "value": found.value,
+            "method": found.method,
+            "change": at.change,
+            "total": at.total,
+            "left_out": {str(place): why for place, why in at.left_out.items()},
+            "latents": [
+                {
+                    "latent": latent,
+                    "effect": total[latent],
+                    "label": lines[self.ask.member.key(latent)].label,
+                    "link": self.run.latent_link(self.ask.member, latent),
+                }
+                for latent in columns
+            ],
+            "effects": [
+                [cell.get((place, latent), 0.0) for latent in columns]
+                for place in range(len(found.ids))
+            ],
+            "errors": at.errors,
+            "verified": [
+                {
+                    "position": one.predicted.position,
+                    "latent": one.predicted.latent,
+                    "link": self.run.latent_link(self.ask.member, one.predicted.latent),
+                    "predicted": one.predicted.effect,
+                    "true": one.true,
+                }
+                for one in found.verified
+            ],
+            "correlation": found.correlation,
+        }
+
+
+def one_token(language: "LanguageModel", text: str, field: str) -> int:
+    """Return the token that a text is; raises UserError where it is several, or none."""
+    ids = list(language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) != 1:
+        raise UserError(f"{field}: is {len(ids)} tokens; give one, with the space before it")
+    return int(ids[0])
+
+
+def likeliest(language: "LanguageModel", prompt: "Prompt") -> int:
+    """Return the token that a model finds likeliest after a prompt."""
+    import torch
+
+    from wsae.acts.loading import refuse_without_logits
+
+    refuse_without_logits(language.model)
+    with torch.inference_mode():
+        model: Any = language.model
+        return int(model(input_ids=prompt.ids, use_cache=False).logits[0, -1].argmax())
+
+
+class Cell(NamedTuple):
+    """One effect as it is drawn: its shade, and its number where it is not too small to be told."""
+
+    shade: str
+    value: float
+
+
+def heat(found: Json) -> list[list[Cell]]:
+    """Return the table's cells: shades a1 to a6 of effects for the metric, n1 to n6 of those against it."""
+    most = max((abs(x) for row in found["effects"] for x in row), default=0.0)
+
+    def cell(effect: float) -> Cell:
+        level = level_of(abs(effect), most)
+        return Cell(f"{'a' if effect > 0 else 'n'}{level}" if level else "", effect)
+
+    return [[cell(effect) for effect in row] for row in found["effects"]]
