@@ -39,9 +39,9 @@ _WHERE = {
 __all__ = [
     "Add",
     "Clamp",
-    "LogitDifference",
     "Family",
     "Logit",
+    "LogitDifference",
     "Loss",
     "Member",
     "Run",

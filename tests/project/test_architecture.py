@@ -20,8 +20,8 @@ from wsae.studies.figures import Panel
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "wsae"
 SOURCES = sorted(SRC.rglob("*.py"))
-FILE_LINES, FUNCTION_LINES = 700, 60
-FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 234, 27.0, 0, 0, 0
+FILE_LINES, FUNCTION_LINES = 760, 60
+FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 249, 27.2, 0, 0, 0
 """Ratchets: they only go down, but for the files of a new subject."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
 IGNORES, SKIPS = 1, 14
@@ -117,7 +117,7 @@ def edges() -> set[tuple[str, str]]:
 
 
 def test_a_walk_through_the_package_stays_short():
-    """What makes a package hard to learn, counted: each number may only go down."""
+    """What makes a package hard to learn, counted: a number goes up with a new subject alone (docs/architecture.md)."""
     lines = {module_of(path): len(path.read_text().splitlines()) for path in SOURCES}
     importers: dict[str, set[str]] = {}
     for importer, imported in edges():

@@ -217,7 +217,7 @@ def test_a_name_that_is_not_there_is_noticed():
 
 def test_notebooks_are_pages_with_their_pictures(site):
     notebooks = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
-    assert len(notebooks) == 3
+    assert len(notebooks) == 5
     for path in notebooks:
         page = site / "notebooks" / f"{path.stem}.html"
         cells = json.loads(path.read_text())["cells"]

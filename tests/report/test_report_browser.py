@@ -6,13 +6,13 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
-from report_browser import CHROMIUM, CONTRAST, DRIVER, MISSING, Browser, browser
+from report_browser import CONTRAST, Browser, browser, needs_browser
 from report_fixture import EXPLANATION, NEW_LATENT, SCORES, write_interpretation, write_run
 from report_text import HOSTILE, Shape
 
 from wsae.report.html import write_report
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
+pytestmark = needs_browser
 
 HOOKS = ("layers.9", "blocks/4.<i>mlp")
 FIRST_PAGE = 15

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_browser import CHROMIUM, CONTRAST, DRIVER, MISSING, Browser, browser
+from report_browser import CONTRAST, Browser, browser, needs_browser
 from report_text import HOSTILE
 from serve_world import Client, latents_of, serving, tiny_model, write_world
 
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
+pytestmark = needs_browser
 
 PRESS = "document.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))"
 READY = (

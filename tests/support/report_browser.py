@@ -13,8 +13,11 @@ from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = "chromium and chromedriver are needed to open the report in a browser"
+needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING)
 _FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-component-update",
     "--disable-background-networking", "--disable-sync", "--disable-dev-shm-usage", "--disable-extensions",

@@ -149,7 +149,7 @@ def test_the_command_prints_effects_beside_ablation_and_json(place, capsys):
 BAD = [
     (["--sae", "SAE", "--verify", "-1"], "--verify: -1 is not between 0 and"),
     (["--sae", "SAE", "--against", "x"], "--against 'x': goes with --metric difference"),
-    (["--sae", "SAE", "--answer", "the cat"], "'the cat' is "),
+    (["--sae", "SAE", "--answer", "the cat"], "'the cat': is 2 tokens"),
     (["--sae", "NAMELESS"], "does not say of which model it is; give MODEL first"),
     (["MODEL", "--sae", "NAMELESS"], "does not say at which hook it belongs; give --hook"),
     (["MODEL", "--sae", "NAMELESS", "--hook", "layer.9"], "hook 'layer.9': "),

@@ -49,7 +49,7 @@ class SaeFlags(Config):
         """Return model and SAEs; raises UserError where none is given, or model or hook are not known."""
         from wsae.acts.language import load_language
         from wsae.interop.runs import choose, open_run
-        from wsae.sae.model import SAE
+        from wsae.sae import SAE
         from wsae.use.attach import as_trained
 
         if not self.sae:
@@ -81,14 +81,6 @@ class Opened(NamedTuple):
     language: "LanguageModel"
     saes: dict[str, "SAE"]
     rule: "SkipRule"
-
-    def one_token(self, text: str) -> int:
-        """Return the token that a text is; raises UserError where it is several, or none."""
-        ids = self.language.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            parts = self.language.tokenizer.convert_ids_to_tokens(ids)
-            raise UserError(f"{text!r} is {len(ids)} tokens ({' '.join(parts)}); give one")
-        return int(ids[0])
 
 
 class Flags(Config):
@@ -145,7 +137,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         "model": opened.language.name,
         "saes": [str(path) for path in flags.at.sae],
         "prompt": flags.prompt,
-        "metric": _words(metric, tokenizer),
+        "metric": {"kind": flags.metric, **_words(metric, tokenizer)},
         "tokens": joined([table[i] for i in ids]),
         **found.to_dict(),
     }
@@ -158,18 +150,19 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     """Return what is measured behind a prompt; raises UserError for flags that do not go together."""
     import torch
 
-    from wsae.use.attribute import Logit, LogitDifference, Loss
+    from wsae.use.attribute import Logit, LogitDifference, Loss, likeliest, one_token
 
     if flags.against is not None and flags.metric != "difference":
         raise UserError(f"--against {flags.against!r}: goes with --metric difference")
     if flags.metric == "loss":
         return Loss(len(ids) if flags.answer is not None else 1)
-    wanted = None if flags.answer is None else opened.one_token(flags.answer)
-    other = None if flags.against is None else opened.one_token(flags.against)
-    with torch.inference_mode():
-        given = torch.tensor([ids], device=opened.language.device)
-        order = opened.language.model(input_ids=given).logits[0, -1].argsort(descending=True)
-    first = [i for i in order[:3].tolist() if i not in (wanted, other)]
+    said = {"--answer": flags.answer, "--against": flags.against}
+    wanted, other = (
+        None if text is None else one_token(opened.language.tokenizer, text, name)
+        for name, text in said.items()
+    )
+    order = likeliest(opened.language.model, torch.tensor(ids), 3)
+    first = [i for i in order if i not in (wanted, other)]
     token = first.pop(0) if wanted is None else wanted
     if flags.metric == "logit":
         return Logit(token)
@@ -177,8 +170,8 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
 
 
 def _words(metric: "Metric", tokenizer: Any) -> dict[str, Any]:
-    """Return a metric as JSON: its kind and its tokens, with their text."""
-    data: dict[str, Any] = {"kind": type(metric).__name__.lower(), **vars(metric)}
+    """Return a metric's numbers, its tokens with their text."""
+    data: dict[str, Any] = dict(vars(metric))
     for name in ("token", "other"):
         if name in data:
             data[f"{name}_text"] = tokenizer.decode([data[name]])

@@ -120,14 +120,19 @@ class _Attributing(NamedTuple):
     def _metric(
         self, language: "LanguageModel", prompt: "Prompt"
     ) -> "tuple[Metric, dict[str, str]]":
-        from wsae.use.attribute import Logit, LogitDifference
+        from wsae.use.attribute import Logit, LogitDifference, likeliest, one_token
 
+        tokenizer: Any = language.tokenizer
         answer, against = (self.ask.given.get(name, "") for name in ("answer", "against"))
-        token = one_token(language, answer, "answer") if answer else likeliest(language, prompt)
-        said = {"answer": str(language.tokenizer.decode([token])), "against": ""}
+        (token,) = (
+            [one_token(tokenizer, answer, "answer")]
+            if answer
+            else likeliest(language.model, prompt.ids[0])
+        )
+        said = {"answer": str(tokenizer.decode([token])), "against": ""}
         if not against:
             return Logit(token), said
-        other = one_token(language, against, "against")
+        other = one_token(tokenizer, against, "against")
         return LogitDifference(token, other), {**said, "against": against}
 
     def _shown(self, found: "Attribution", hook: str) -> Json:
@@ -174,26 +179,6 @@ class _Attributing(NamedTuple):
             ],
             "correlation": found.correlation,
         }
-
-
-def one_token(language: "LanguageModel", text: str, field: str) -> int:
-    """Return the token that a text is; raises UserError where it is several, or none."""
-    ids = list(language.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if len(ids) != 1:
-        raise UserError(f"{field}: is {len(ids)} tokens; give one, with the space before it")
-    return int(ids[0])
-
-
-def likeliest(language: "LanguageModel", prompt: "Prompt") -> int:
-    """Return the token that a model finds likeliest after a prompt."""
-    import torch
-
-    from wsae.acts.loading import refuse_without_logits
-
-    refuse_without_logits(language.model)
-    with torch.inference_mode():
-        model: Any = language.model
-        return int(model(input_ids=prompt.ids, use_cache=False).logits[0, -1].argmax())
 
 
 class Cell(NamedTuple):

@@ -209,6 +209,24 @@ def attribute(
     return Attribution(method, base.value, ids.tolist(), found, verified)
 
 
+def one_token(tokenizer: Any, text: str, name: str) -> int:
+    """Return the token that a text is; raises UserError, naming the flag or field, where it is several, or none."""
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) != 1:
+        parts = " ".join(tokenizer.convert_ids_to_tokens(ids))
+        what = f"{len(ids)} tokens ({parts})" if ids else "no token"
+        raise UserError(f"{name} {text!r}: is {what}; give one, with the space before it")
+    return int(ids[0])
+
+
+@torch.inference_mode()
+def likeliest(model: nn.Module, ids: Int64[Tensor, " seq"], count: int = 1) -> list[int]:
+    """Return the tokens that a model finds likeliest behind a text; raises UserError for one that predicts none."""
+    refuse_without_logits(model)
+    logits = model(input_ids=ids[None].to(input_device(model)), use_cache=False).logits[0, -1]
+    return logits.topk(count).indices.tolist()
+
+
 class _Base(NamedTuple):
     """The model's own pass: the metric, and at each hook latents, rows and the metric's gradient."""
 
