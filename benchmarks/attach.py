@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from wsae import SAE, Difference, Set, attach, attribute
+from wsae import SAE, LogitDifference, Set, attach, attribute
 from wsae.acts.capture import Capture, hooks_named
 from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import SkipRule
@@ -102,7 +102,7 @@ def attribution(language: LanguageModel, sae: SAE, hook: str) -> dict[str, Any]:
             language.model,
             {hook: sae},
             ids,
-            Difference(*names),
+            LogitDifference(*names),
             method=method,
             exclude=as_trained(language),
         )

@@ -23,7 +23,7 @@ from wsae.serve.config import IndexConfig
 from wsae.serve.index import Asked, Index, find
 from wsae.studies.config import DemoConfig
 from wsae.studies.demo import run_demo
-from wsae.use.attribute import Difference, attribute
+from wsae.use.attribute import LogitDifference, attribute
 from wsae.use.config import SteerConfig
 from wsae.use.steer import Prompt, Wanted, steer
 
@@ -160,7 +160,7 @@ for member in (plain, weighted):
         language.model,
         {HOOK: saes[member.name]},
         prompt.ids[0],
-        Difference(first, second),
+        LogitDifference(first, second),
         verify=5,
     )
     at = found.hooks[HOOK]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from wsae.core.errors import UserError
 from wsae.core.version import __version__
 
-# A thread that waits for others sleeps after about 0.4 ms: OpenMP's 6 ms would take the core from the one waited for
-# when other programs run. OpenMP reads this when PyTorch is first imported.
+# A thread that waits for others spins for 2 ms and then sleeps: OpenMP's usual fifteenfold would take the core from the
+# one waited for when other programs run. OpenMP reads this when PyTorch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wsae.run import Run
     from wsae.sae import SAE, SparseAutoencoder
     from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
-    from wsae.use.attribute import Difference, Logit, Loss, attribute
+    from wsae.use.attribute import Logit, LogitDifference, Loss, attribute
 
 _WHERE = {
     "Run": "wsae.run",
@@ -32,14 +32,14 @@ _WHERE = {
     "evaluate": "wsae.api",
     "probe": "wsae.api",
     "recovery": "wsae.api",
-    **dict.fromkeys(("attribute", "Logit", "Difference", "Loss"), "wsae.use.attribute"),
+    **dict.fromkeys(("attribute", "Logit", "LogitDifference", "Loss"), "wsae.use.attribute"),
     **dict.fromkeys(("attach", "Set", "Add", "Scale", "Zero", "Clamp"), "wsae.use.attach"),
 }
 
 __all__ = [
     "Add",
     "Clamp",
-    "Difference",
+    "LogitDifference",
     "Family",
     "Logit",
     "Loss",

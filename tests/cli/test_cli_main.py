@@ -98,7 +98,7 @@ def test_the_flags_of_every_example_in_the_help_are_real(example, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["traim"], "no command 'traim' (nearest: train, pretrain)"),
+        (["traim"], "no command 'traim' (nearest: train, pretrain"),
         (["--json", "train"], "put the command first"),
         (["train", "x", "--out", "y", "--kk", "3"], "unknown flag --kk (nearest: --k"),
         (["train", "x", "--out", "y", "--d_saee", "3"], "nearest: --d-sae"),

@@ -215,6 +215,7 @@ def test_random_firings_are_the_same_for_any_split_and_uniform_over_all_of_them(
             entries = Entries(code_from_topk(values, indices))
             top.update(entries, seq[start:stop], pos[start:stop])
         kept = top.kept()
+        assert len(kept.latent) <= 4 * (2 + n), "whatever the number of rows"
         assert (
             top.sequences
             == [(z.reshape(-1, length, 4)[..., j].amax(1) > 0).sum() for j in range(4)]

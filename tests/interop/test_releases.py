@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from wsae import SAE
+from wsae import SAE, UserError
 from wsae.cli.main import main
 from wsae.interop.releases import Registry, _split, along, expanded, registry
 from wsae.interop.runs import open_run
@@ -347,6 +347,13 @@ def test_what_cannot_be_opened_is_one_line(target, says, cache, tmp_path, capsys
         assert error.count("\n") == 1, error
         assert says in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_registry_of_another_form_is_one_line():
+    other = Registry("sae-lens 99", _split("first:\n  saes:\n  - id: a\nsecond:\n  models: []\n"))
+    assert list(other.texts) == ["first", "second"]
+    with pytest.raises(UserError, match="sae-lens 99's registry is of a form"):
+        other.release("first")
 
 
 def test_releases_are_listed_by_model(capsys):

@@ -21,7 +21,15 @@ from wsae.serve import neuronpedia, upload
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
-from wsae.serve.neuronpedia import PER_BATCH, Firings, Interval, Source, batches, latents, source_of
+from wsae.serve.neuronpedia import (
+    PER_BATCH,
+    FiringCounts,
+    Interval,
+    Source,
+    batches,
+    latents,
+    source_of,
+)
 from wsae.serve.upload import Patience, Sent
 
 QUICK = Patience(timeout_s=0.4, attempts=4, first_wait_s=0.01, longest_wait_s=0.05)
@@ -128,7 +136,7 @@ def test_the_files_say_what_the_run_says(run: Path, tmp_path: Path, capsys):
 def test_bars_keep_the_count_and_end_at_the_strongest():
     counts = [0] * 72
     counts[36], counts[37], counts[39] = 10, 20, 3  # 10^0.5, 10^0.625, 10^0.75, gap, 10^0.875, 10^1
-    fired = Firings(counts, peak=9.0)
+    fired = FiringCounts(counts, peak=9.0)
     middles, heights = fired.bars()
     assert sum(heights) == pytest.approx(33, abs=0.05)
     width = middles[1] - middles[0]
@@ -144,8 +152,8 @@ def test_bars_keep_the_count_and_end_at_the_strongest():
     assert found[0].share == pytest.approx(1 - 0.033)  # silent there, as SAEDashboard counts
     assert sum(i.share for i in found[:5]) == pytest.approx(1)
     assert found[4].share == pytest.approx(0.003)
-    assert Firings([0] * 72, 1.0).bars() == ([], [])
-    assert Firings([0] * 72, 1.0).interval(0.5, 0.1) is None
+    assert FiringCounts([0] * 72, 1.0).bars() == ([], [])
+    assert FiringCounts([0] * 72, 1.0).interval(0.5, 0.1) is None
 
 
 def send(index: Index, site: Site, size: int = 5, patience: Patience = QUICK) -> Sent:

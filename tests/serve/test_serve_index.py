@@ -18,6 +18,7 @@ from interpret_world import Text, write_planted_run
 from report_fixture import MEMBERS, write_interpretation, write_run
 from serve_world import (
     D_SAE,
+    HOOK,
     SHAPE,
     arrays_of,
     latents_of,
@@ -28,15 +29,16 @@ from serve_world import (
 )
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
-from wsae.core.artifact import record
+from wsae.core.artifact import record, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
+from wsae.report.rundata import read_run
 from wsae.sae import SAE
 from wsae.serve import model as decoder
 from wsae.serve import schema
-from wsae.serve.build import alone, ensure_index, is_current
+from wsae.serve.build import alone, ensure_index, is_current, labels, members
 from wsae.serve.collect import DRAWN
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Index
@@ -195,6 +197,23 @@ def test_promoted_tokens_are_in_the_order_of_the_models_own_logits():
     assert torch.allclose(ratio, ratio.median(1, keepdim=True).values.expand_as(ratio), rtol=1e-2)
     model.gpt_neox.final_layer_norm.weight.data.fill_(torch.nan)  # as when its files lack it
     assert decoder.unembedding(model) is None
+
+
+def test_labels_are_the_classes_whose_probes_chose_a_latent_nearest_to_the_top_first(
+    tmp_path: Path,
+):
+    run = write_world(tmp_path / "run")
+    chosen = [[7, 3], [3, 9]]
+    hooks = {HOOK: {"tasks": ["digits", "names"], "members": {"plain": {"chosen": chosen}}}}
+    write_json(run / "probing" / "probing.json", {"tokens": {"hooks": hooks}})
+    write_manifest(run / "probing", "probing", {}, ["probing.json"])
+    data = read_run(run)
+    plain, *others = members(data)
+    told = {j: [(one["task"], one["rank"]) for one in v] for j, v in labels(data, plain).items()}
+    assert told == {7: [("digits", 0)], 3: [("names", 0), ("digits", 1)], 9: [("names", 1)]}
+    assert [labels(data, other) for other in others] == [{}] * len(others)
+    index = Index(ensure_index(run, None, IndexConfig(neighbours=0, logits=0))[0])
+    assert index.record(key(index, "plain", 3))["labels"] == labels(data, plain)[3]
 
 
 def test_it_is_made_once_and_again_when_the_scores_change(tmp_path: Path):

@@ -523,14 +523,14 @@ def test_hostile_prompts_stay_text_on_every_form(client: Client):
 def test_a_steered_text_is_what_the_library_writes(client: Client, run: Path, model: Path):
     from wsae.acts.language import load_language
     from wsae.use.config import SteerConfig
-    from wsae.use.steer import Wanted, steer
+    from wsae.use.steer import AskedEdit, steer
 
     page = client.ask("/r/first/plain/3").text
     assert 'action="../../../r/first/steer?key=' in page
     given = {"text": "the cat sat", "latent": 3, "value": "7", "kind": "add", "member": "plain"}
     found = client.json("/api/r/first/steer", method="POST", body=json.dumps(given), headers=JSON)
     language, sae = load_language(str(model)), sae_of(run, "plain")
-    wanted = [Wanted("add", 3, 7.0)]
+    wanted = [AskedEdit("add", 3, 7.0)]
     expected = steer(
         language, sae, HOOK, "the cat sat", wanted, cfg=SteerConfig(new_tokens=NEW_TOKENS)
     )
@@ -543,7 +543,7 @@ def test_a_steered_text_is_what_the_library_writes(client: Client, run: Path, mo
 
 def test_the_table_of_effects_is_the_librarys_and_links_its_latents(client: Client, run, model):
     from wsae.acts.language import load_language
-    from wsae.use.attribute import Difference, attribute
+    from wsae.use.attribute import LogitDifference, attribute
     from wsae.use.steer import Prompt
 
     language, text = load_language(str(model)), "the cat sat on a mat and saw"
@@ -556,7 +556,7 @@ def test_the_table_of_effects_is_the_librarys_and_links_its_latents(client: Clie
         language.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (" dogs", " cat")
     ]
     ids = Prompt.of(language, text).ids[0]
-    metric = Difference(*(int(t[0]) for t in tokens))
+    metric = LogitDifference(*(int(t[0]) for t in tokens))
     expected = attribute(language.model, {HOOK: sae_of(run, "plain")}, ids, metric)
     assert found["value"] == pytest.approx(expected.value, rel=1e-4)
     places = [one["latent"] for one in found["latents"]]

@@ -16,9 +16,9 @@ from wsae.core.errors import UserError
 from wsae.sae import SAE, JumpReLU, SAEConfig, TopK
 from wsae.sae.config import Provenance
 from wsae.use.attach import Zero, attach
-from wsae.use.attribute import Difference, Logit, Loss, attribute
+from wsae.use.attribute import Logit, LogitDifference, Loss, attribute
 
-METRICS = {"logit": Logit(7), "difference": Difference(7, 11), "loss": Loss(3)}
+METRICS = {"logit": Logit(7), "difference": LogitDifference(7, 11), "loss": Loss(3)}
 
 
 @pytest.fixture(scope="module")

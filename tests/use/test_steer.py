@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import wsae
 from wsae.acts.capture import one_hook
 from wsae.acts.config import HarvestConfig, TextConfig
-from wsae.acts.flow import Flow, SkipRule
+from wsae.acts.flow import Flow
 from wsae.acts.language import load_language
 from wsae.cli.main import main
 from wsae.core.errors import UserError
@@ -21,7 +21,7 @@ from wsae.sae import SAEConfig, TopK
 from wsae.sae.config import Provenance
 from wsae.use.attach import Add, Set, Zero, attach
 from wsae.use.config import SteerConfig
-from wsae.use.steer import Prompt, Wanted, distinct, largest, lm_eval_entry, lm_eval_file, steer
+from wsae.use.steer import AskedEdit, Prompt, distinct, largest, lm_eval_entry, lm_eval_file, steer
 
 HOOK, LATENTS = "layers.1", 24
 SHORT = SteerConfig(new_tokens=6)
@@ -58,7 +58,7 @@ def place(base, sae, tmp_path_factory):
 @given(st.integers(0, 10**6), st.floats(-1e4, 1e4).map(lambda x: round(x, 3)), st.booleans())
 def test_an_edit_is_read_as_it_is_written(latent, value, of_peak):
     said = f"{latent}={value}{'x' if of_peak else ''}"
-    wanted = Wanted.parse("set", said)
+    wanted = AskedEdit.parse("set", said)
     assert wanted == ("set", latent, value, of_peak)
     edit = wanted.edit({latent: 3.0}, strength=0.5)
     assert isinstance(edit, Set)
@@ -70,15 +70,15 @@ def test_an_edit_is_read_as_it_is_written(latent, value, of_peak):
 )
 def test_what_is_no_edit_is_refused(said):
     with pytest.raises(UserError, match="not LATENT=VALUE"):
-        Wanted.parse("add", said)
+        AskedEdit.parse("add", said)
     with pytest.raises(UserError, match="leave out the x"):
-        Wanted.parse("scale", "5=2x")
+        AskedEdit.parse("scale", "5=2x")
 
 
 def by_hand(language, sae, prompt, edits, n):
     """Decode greedily without a cache, the whole text anew for every token."""
-    ids, rule = prompt, SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
-    with torch.inference_mode(), attach(language.model, {HOOK: sae}, exclude=rule) as attached:
+    ids = prompt
+    with torch.inference_mode(), attach(language.model, {HOOK: sae}) as attached:
         language.model(input_ids=ids)  # the rule's medians are of the prompt without edits
         attached.edit(*edits)
         for _ in range(n):
@@ -90,7 +90,11 @@ def by_hand(language, sae, prompt, edits, n):
 
 
 def test_continuations_are_those_decoded_by_hand_at_each_strength(language, sae):
-    wanted = [Wanted("set", 3, 20.0, True), Wanted("add", 7, 15.0), Wanted("scale", 5, 0.0)]
+    wanted = [
+        AskedEdit("set", 3, 20.0, True),
+        AskedEdit("add", 7, 15.0),
+        AskedEdit("scale", 5, 0.0),
+    ]
     strengths, peaks = (0.0, 0.5, 2.0), {3: 2.5}
     found = steer(language, sae, HOOK, "the cat sat on", wanted, strengths, peaks, SHORT)
     prompt = Prompt.of(language, "the cat sat on").ids
@@ -114,7 +118,7 @@ def test_continuations_are_those_decoded_by_hand_at_each_strength(language, sae)
 def test_a_random_choice_is_the_same_at_the_same_seed_and_leaves_the_state_alone(language, sae):
     state = torch.random.get_rng_state()
     texts = [
-        steer(language, sae, HOOK, "the", [Wanted("add", 1, 0.0)], (1.0,), {},
+        steer(language, sae, HOOK, "the", [AskedEdit("add", 1, 0.0)], (1.0,), {},
               SteerConfig(new_tokens=12, temperature=1.5, seed=seed)).continuations
         for seed in (0, 0, 1)
     ]  # fmt: skip

@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.acts.config import HarvestConfig
 from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
-from wsae.core.artifact import MANIFEST
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import finite, write_json
-from wsae.run import Run
 
 if TYPE_CHECKING:
     from wsae.acts.flow import SkipRule
@@ -25,6 +22,7 @@ ABOUT = """\
 Ask which latents, at which tokens of a prompt, move a logit, the difference of two or the loss. An effect is gradient
 times activation; what the SAE does not explain has one, too. It is said how far all effects add up to what the metric
 loses without these rows, and the largest are checked: the latent alone is set to 0 at that token."""
+METHODS = {"gradient": "gradient x activation", "integrated": "integrated gradients"}
 SHOWN = 10
 """Effects in the table where none is checked."""
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
@@ -52,6 +50,7 @@ class SaeFlags(Config):
         from wsae.acts.language import load_language
         from wsae.interop.runs import choose, open_run
         from wsae.sae.model import SAE
+        from wsae.use.attach import as_trained
 
         if not self.sae:
             raise UserError("--sae: name at least one, for example --sae runs/first")
@@ -74,23 +73,6 @@ class SaeFlags(Config):
             saes[hook] = SAE.load(one.path).to(device)
         language = load_language(model, device=device)
         return Opened(language, saes, as_trained(runs[0], language))
-
-
-def as_trained(run: Run, language: "LanguageModel") -> "SkipRule":
-    """Return the rule by which a run's tokens were left out, the norms of its sinks included where they are known."""
-    from wsae.acts.flow import SkipRule
-    from wsae.acts.store import Store
-
-    data, medians = run.source.get("harvest"), None
-    place = run.source.get("path")
-    if run.source.get("kind") == "store" and place and (Path(place) / MANIFEST).is_file():
-        store = Store(Path(place), verify=False)
-        data, medians = store.manifest.config, store.info.get("median_norm")
-    known = isinstance(data, dict) and "text" in data
-    cfg = HarvestConfig.parse(data, where=str(run.path)) if known else HarvestConfig()
-    rule = SkipRule(cfg, language.tokenizer.all_special_ids)
-    rule.medians = medians
-    return rule
 
 
 class Opened(NamedTuple):
@@ -176,7 +158,7 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     """Return what is measured behind a prompt; raises UserError for flags that do not go together."""
     import torch
 
-    from wsae.use.attribute import Difference, Logit, Loss
+    from wsae.use.attribute import Logit, LogitDifference, Loss
 
     if flags.against is not None and flags.metric != "difference":
         raise UserError(f"--against {flags.against!r}: goes with --metric difference")
@@ -191,7 +173,7 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     token = first.pop(0) if wanted is None else wanted
     if flags.metric == "logit":
         return Logit(token)
-    return Difference(token, first[0] if other is None else other)
+    return LogitDifference(token, first[0] if other is None else other)
 
 
 def _words(metric: "Metric", tokenizer: Any) -> dict[str, Any]:
@@ -228,7 +210,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
             ]
         )
     columns = ("token", "latent", "activation", "predicted", "by ablation")
-    title = f"{what}: {result['value']:.4f}; the largest effects ({result['method']} gradients)"
+    title = f"{what}: {result['value']:.4f}; the largest effects ({METHODS[result['method']]})"
     ui.table(title, ("hook", *columns) if several else columns, rows)
     if result["correlation"] is not None:
         ui.say(f"predicted and true effects: correlation {result['correlation']:.2f}")

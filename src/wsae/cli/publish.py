@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wsae.interop.runs import Chosen
     from wsae.run import Run
     from wsae.serve.neuronpedia import Source
-    from wsae.serve.upload import Site
+    from wsae.serve.upload import Neuronpedia
 
 ABOUT = """\
 Put every latent of an SAE that has contexts on Neuronpedia: contexts, tokens it promotes, density, explanation, as
@@ -69,7 +69,12 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
 
 def _publish(
-    flags: Flags, ui: UI, opened: "Run", chosen: "Chosen", source: "Source", site: "Site | None"
+    flags: Flags,
+    ui: UI,
+    opened: "Run",
+    chosen: "Chosen",
+    source: "Source",
+    site: "Neuronpedia | None",
 ) -> dict[str, Any]:
     from wsae.serve.build import ensure_index
     from wsae.serve.index import Index

@@ -28,7 +28,7 @@ from wsae.use.config import SteerConfig
 
 if TYPE_CHECKING:
     from wsae.cli.attribute import Opened
-    from wsae.use.steer import Steered, Wanted
+    from wsae.use.steer import AskedEdit, Steered
 
 ABOUT = """\
 Let a model continue a prompt while latents of an SAE are set, raised or scaled, and once without. The rest of the
@@ -92,7 +92,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     opened = flags.at.opened(device(flags.common.device))
     if len(opened.saes) > 1:
         raise UserError(f"--sae: {len(opened.saes)} SAEs are named; steer with one")
-    language, ((hook, sae),) = opened.language, opened.saes.items()
+    language, rule, ((hook, sae),) = opened.language, opened.rule, opened.saes.items()
     check_latents(wanted, sae)
     prompts = [Prompt.of(language, text, flags.chat) for text in flags.prompt]
     peaks = largest_of(opened, wanted, flags, ui)
@@ -102,7 +102,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         file = lm_eval_file(language, point, sae, [one.edit(peaks) for one in wanted])
     strengths = flags.sweep or (1.0,)
     found = [
-        steer(language, sae, hook, one, wanted, strengths, peaks, cfg, ui.progress)
+        steer(language, sae, hook, one, wanted, strengths, peaks, cfg, rule, ui.progress)
         for one in prompts
     ]
     result = {"model": language.name, "sae": str(flags.at.sae[0]), **together(found)}
@@ -122,15 +122,15 @@ def together(found: "Sequence[Steered]") -> dict[str, Any]:
     return {**shared, "prompts": [{key: record[key] for key in own} for record in records]}
 
 
-def asked(flags: Flags) -> "list[Wanted]":
+def asked(flags: Flags) -> "list[AskedEdit]":
     """Return the edits that the flags ask for; raises UserError for one that cannot be read."""
-    from wsae.use.steer import KINDS, Wanted
+    from wsae.use.steer import KINDS, AskedEdit
 
-    return [Wanted.parse(kind, said) for kind in KINDS for said in getattr(flags, kind)]
+    return [AskedEdit.parse(kind, said) for kind in KINDS for said in getattr(flags, kind)]
 
 
 def largest_of(
-    opened: "Opened", wanted: "Sequence[Wanted]", flags: Flags, ui: UI
+    opened: "Opened", wanted: "Sequence[AskedEdit]", flags: Flags, ui: UI
 ) -> dict[int, float]:
     """Return the largest activations that edits count in: as the run's evaluation says, else measured on a text."""
     needed = {one.latent for one in wanted if one.of_peak}

@@ -105,7 +105,7 @@ COMMANDS = (
     ),
     Command(
         "attribute",
-        "which latents, at which tokens of a prompt, move a logit or the loss, checked by ablation",
+        "which latents at which tokens of a prompt move a logit or the loss, with a check",
         (
             'wsae attribute --sae runs/first --member plain --prompt "The capital of France is"',
             'wsae attribute gpt2 --sae shared --prompt "When Mary and John went to the store, John gave milk to" '

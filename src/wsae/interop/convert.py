@@ -233,7 +233,8 @@ def detect(place: Path) -> Reader:
     for kind in READERS.values():
         if kind.detect(place):
             return kind
-    names = [name for kind in READERS.values() for name in kind.files[1:] if name]
+    listed = (name for kind in READERS.values() for name in kind.files[1:] if name)
+    names = list(dict.fromkeys(listed))
     inside = [place / p for p in sorted({p for n in names for p in place.glob(f"*/{n}")})]
     inside += sorted([*place.glob("*.pt"), *place.glob("*.pth")])
     hint = f"; there is one in {_folder(inside[0])}" if inside else ""

@@ -79,7 +79,14 @@ class Registry(NamedTuple):
                 f"{name}: no release of {self.whose}'s registry has this name{nearest(name, self.texts)}; "
                 "wsae releases lists them"
             )
-        return {one.sae_id: one for one in _published(name, _parsed(self.texts[name])[name])}
+        try:
+            found = list(_published(name, _parsed(self.texts[name])[name]))
+        except (KeyError, TypeError, AttributeError) as error:  # of a later version
+            raise UserError(
+                f"{name}: {self.whose}'s registry is of a form that this wsae does not know ({error!r}); use another "
+                "version of sae-lens, or none"
+            ) from error
+        return {one.sae_id: one for one in found}
 
 
 @functools.cache

@@ -28,7 +28,7 @@ Real = int | float
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """One axis of a chart: `low` and `high` in data units; values outside are drawn at the edge."""
 
     label: str
@@ -52,16 +52,16 @@ class Scale:
         return [(value, tick_text(value)) for value in values]
 
 
-def scale(label: str, values: Iterable[Real], log: bool = False, pad: float = 0.04) -> Scale:
+def scale(label: str, values: Iterable[Real], log: bool = False, pad: float = 0.04) -> AxisScale:
     """Return an axis that covers the finite values (positive ones when `log`), with a margin."""
     kept = [v for v in values if math.isfinite(v) and (v > _TINY or not log)]
     low, high = (min(kept), max(kept)) if kept else (0.0, 1.0)
     if log:
         low, high = (low or 0.1), (high or 1.0)
         span = max(high / low, 1.5) ** pad
-        return Scale(label, low / span, high * span, log=True)
+        return AxisScale(label, low / span, high * span, log=True)
     span = (high - low) or abs(high) or 1.0
-    return Scale(label, low - pad * span if low else 0.0, high + pad * span)
+    return AxisScale(label, low - pad * span if low else 0.0, high + pad * span)
 
 
 def linear_ticks(low: Real, high: Real, count: int = 5) -> list[float]:
@@ -102,7 +102,7 @@ class Chart:
     """One chart: add marks, then `svg()`."""
 
     def __init__(
-        self, title: str, x: Scale, y: Scale, width: int = WIDTH, height: int = HEIGHT
+        self, title: str, x: AxisScale, y: AxisScale, width: int = WIDTH, height: int = HEIGHT
     ) -> None:
         self.title, self.x, self.y, self.width, self.height = title, x, y, width, height
         self._marks: list[str] = []
@@ -245,7 +245,7 @@ def gamma_figures(run: RunData, hook: str) -> list[Figure]:
     label = "rank of the input dimension, largest variance first (log)"
     chart = Chart(
         "Loss weight by dimension",
-        Scale(label, 0.9, width, log=True),
+        AxisScale(label, 0.9, width, log=True),
         scale("loss weight γ (log)", [*np.concatenate([*gammas.values()]), 1.0], log=True),
         560,
         300,
@@ -359,7 +359,7 @@ def _densities(
     out = []
     for title, twin, member in _beside(run, hook, pool):
         x = _density_scale(label, floor, 1 if floor > -7 else 2)
-        chart = Chart(f"Density of {member}", x, Scale("latents per bin", 0.0, top))
+        chart = Chart(f"Density of {member}", x, AxisScale("latents per bin", 0.0, top))
         for name in filter(None, dict.fromkeys((twin, member))):
             dead, counts = bars[name]
             kind, tip = run.kind(hook, name), f"{name}: {dead} dead latents"
@@ -369,13 +369,13 @@ def _densities(
     return out
 
 
-def _density_scale(label: str, low: float, stride: int = 1) -> Scale:
+def _density_scale(label: str, low: float, stride: int = 1) -> AxisScale:
     """Return an axis of log10 densities from `low`, with a place for the dead latents left of it."""
     small = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
     powers = range(math.ceil(low), 1, stride)
     ticks = ((float(p), "10" + str(p).translate(small) if p else "1") for p in powers)
     dead_at = low - _DEAD_GAP
-    return Scale(label, dead_at - _BIN, 0.05, ticks=((dead_at, "0"), *ticks))
+    return AxisScale(label, dead_at - _BIN, 0.05, ticks=((dead_at, "0"), *ticks))
 
 
 def _density_bars(chart: Chart, low: float, dead: int, kind: str, tip: str) -> None:
@@ -407,8 +407,8 @@ def _explained(
     low = max(-1.0, float(np.quantile(values, 0.002)) - 0.05) if len(values) else 0.0
     chart = Chart(
         f"Explained variance per dimension: {member}",
-        Scale(f"explained variance, {twin}", low, 1.0),
-        Scale(f"explained variance, {member}", low, 1.0),
+        AxisScale(f"explained variance, {twin}", low, 1.0),
+        AxisScale(f"explained variance, {member}", low, 1.0),
         height=340,
     )
     chart.rule(low, low, 1.0, 1.0)
@@ -453,7 +453,7 @@ def member_densities(
     first = next(i for i, edge in enumerate(edges) if edge >= low - 1e-9)
     top = max([dead, *counts[first:], 1])
     x = _density_scale(f"share of {unit}s on which a latent fires", low)
-    chart = Chart(f"Density of {name}", x, Scale("latents", 0.0, 1.08 * top), *SMALL)
+    chart = Chart(f"Density of {name}", x, AxisScale("latents", 0.0, 1.08 * top), *SMALL)
     _density_bars(chart, low, dead, kind, f"{dead} dead latents")
     chart.steps(edges[first:], [float(count) for count in counts[first:]], kind, name)
     if own is not None:
@@ -470,7 +470,7 @@ def acts_chart(
     found = [act for act in acts if act > 0]
     if counts:
         ticks = tuple((edge, number(10**edge)) for edge in edges[::4])
-        x, what = Scale("activation", edges[0], edges[-1], ticks=ticks), "rows"
+        x, what = AxisScale("activation", edges[0], edges[-1], ticks=ticks), "rows"
     elif len(found) < 2:
         return None
     else:
@@ -479,6 +479,6 @@ def acts_chart(
         places = [min(_BARS - 1, int(act / width)) for act in found]
         counts = [places.count(i) for i in range(_BARS)]
         x, what = scale("activation", edges, pad=0.0), "tokens of the contexts shown"
-    chart = Chart("Activations", x, Scale(what, 0.0, 1.08 * max(counts)), *SMALL)
+    chart = Chart("Activations", x, AxisScale(what, 0.0, 1.08 * max(counts)), *SMALL)
     chart.steps(edges, [float(count) for count in counts], kind)
     return chart.svg()

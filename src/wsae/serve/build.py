@@ -232,7 +232,7 @@ class Indexing:
         return None if place is None else SAE.load(place)
 
 
-RESERVED = ("all", "live", "compare")
+RESERVED = ("all", "live", "compare", "steer", "attribute")
 """Words that mean something else where a member's name stands in an address."""
 
 
@@ -488,7 +488,8 @@ def write_member(
         kept = {name: entry[name] for name in KEPT if entry.get(name)}
         found_texts = [] if contexts is None else contexts.texts(latent)
         if contexts is not None and found_texts:
-            entry = {"tokens": [text for text, _ in contexts.fires(latent)]} | entry
+            typical = [*contexts.peaks(latent), *contexts.fires(latent)]
+            entry = {"tokens": [*dict.fromkeys(typical)]} | entry
             kept.pop("contexts", None)
         else:
             found_texts = ["".join(c["tokens"]) for c in entry.get("contexts", [])]

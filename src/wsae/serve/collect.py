@@ -165,6 +165,7 @@ class MemberContexts:
         self._gathered = gathered
         token = gathered.table.ids.numpy()[kept.seq, kept.pos].astype(np.int64)
         self._fires = _most(kept.latent[kept.random], token[kept.random])
+        self._peaks = _most(kept.latent[kept.top], token[kept.top])
         drawn = np.unique(kept.latent[kept.random], return_counts=True)
         self._drawn = dict(zip(*(column.tolist() for column in drawn), strict=True))
         spread = quantiles(kept, gathered.cfg.samples)
@@ -184,11 +185,17 @@ class MemberContexts:
         """The latents that have contexts."""
         return np.unique(self._kept.latent).tolist()
 
-    def fires(self, latent: int) -> list[tuple[str, int]]:
-        """Return the tokens it fires on most as they read by themselves, and how often among the random firings."""
-        found = self._fires.get(latent, [])
+    def peaks(self, latent: int) -> list[str]:
+        """Return the tokens of its strongest firings as they read by themselves, the most frequent first."""
+        return self._read(self._peaks.get(latent, []))
+
+    def fires(self, latent: int) -> list[str]:
+        """Return the tokens of its random firings as they read by themselves, the most frequent first."""
+        return self._read(self._fires.get(latent, []))
+
+    def _read(self, found: list[tuple[int, int]]) -> list[str]:
         texts = self._gathered.table.texts([token for token, _ in found])
-        return [(alone(texts[token]), times) for token, times in found]
+        return [alone(texts[token]) for token, _ in found]
 
     def shares(self, latent: int) -> bytes:
         """Return shares of the random firings (float32), then the tokens they are on (int32)."""

@@ -101,7 +101,7 @@ class Window(NamedTuple):
     """The interval that a random firing stands for; none: it is among the strongest."""
 
 
-class Logit(NamedTuple):
+class PromotedToken(NamedTuple):
     """A token that a latent promotes, and by how much."""
 
     token: str
@@ -122,7 +122,7 @@ class Bars(NamedTuple):
     heights: list[float]
 
 
-class Firings:
+class FiringCounts:
     """How many of a latent's activations lie where, up to the strongest.
 
     The index counts in bins of an eighth of a decade; each one's count is spread evenly over its width.
@@ -167,8 +167,8 @@ class Latent(NamedTuple):
     density: float
     peak: float
     """The strongest activation."""
-    up: list[Logit]
-    down: list[Logit]
+    up: list[PromotedToken]
+    down: list[PromotedToken]
     near: Pairs
     bars: Bars
     windows: list[Window]
@@ -193,7 +193,7 @@ def latents(index: Index, member: Member, names: Names) -> Iterator[Latent]:
         half, density = len(logits) // 2, numbers["density"] or 0.0
         named = names.get(str(number), {}).get("name")
         peak = max(numbers["max"] or 0.0, *(max(window.acts) for window in strongest))
-        fired = Firings(counts, peak)
+        fired = FiringCounts(counts, peak)
         samples = [w._replace(of=fired.interval(w.acts[w.peak], density)) for w in samples]
         yield Latent(
             number=number,
@@ -221,9 +221,9 @@ def _windows(contexts: list[Json]) -> list[Window]:
     ]
 
 
-def _logits(index: Index, pairs: Pairs) -> list[Logit]:
+def _logits(index: Index, pairs: Pairs) -> list[PromotedToken]:
     texts = index.tokens([token for token, _ in pairs])
-    return [Logit(plain(texts[t]) or CONTINUED, float(f"{v:.4g}")) for t, v in pairs]
+    return [PromotedToken(plain(texts[t]) or CONTINUED, float(f"{v:.4g}")) for t, v in pairs]
 
 
 def plain(text: str) -> str:

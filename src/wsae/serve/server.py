@@ -74,7 +74,7 @@ class Gate:
 
 
 _FORMS = re.compile(r"/(?:live|steer|attribute|([0-9]+))$")
-"""What may be sent: a text, and a latent's name."""
+"""What may be sent: a text, what to steer or attribute, and a latent's name."""
 
 
 class Guard:

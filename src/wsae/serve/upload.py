@@ -57,7 +57,7 @@ class Sent:
 @contextlib.contextmanager
 def site_at(
     url: str, patience: Patience = Patience(), note: Callable[[str], None] = lambda _: None
-) -> Iterator["Site"]:
+) -> Iterator["Neuronpedia"]:
     """Yield a site, with the key from the environment; `note` is told of waits.
 
     Raises UserError without a key, or where it would be sent in the clear to another machine.
@@ -74,10 +74,10 @@ def site_at(
         )
     secure = parts.scheme == "https"  # certificates take time to load
     with httpx.Client(timeout=patience.timeout_s, verify=secure) as http:
-        yield Site(http, url.rstrip("/"), key, patience, note)
+        yield Neuronpedia(http, url.rstrip("/"), key, patience, note)
 
 
-class Site:
+class Neuronpedia:
     """A Neuronpedia that is asked with a key."""
 
     def __init__(

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from wsae.core.errors import UserError
 from wsae.report.contexts import level_of
-from wsae.run import Json
+from wsae.run import Json, Run
 from wsae.serve.index import Member, Served, whole
 
 if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
     from wsae.sae import SAE
     from wsae.use.attribute import Attribution, Metric
-    from wsae.use.steer import Prompt, Wanted
+    from wsae.use.steer import AskedEdit, Prompt
 
 Kind = Literal["set", "add", "scale"]
 KINDS: tuple[Kind, ...] = ("set", "add", "scale")
@@ -46,7 +46,7 @@ def ask_of(member: Member, given: dict[str, str]) -> Ask:
 
 def steering(run: Served, ask: Ask) -> Work:
     """Return the work of the steer form; raises UserError where its fields make no edit."""
-    from wsae.use.steer import Wanted
+    from wsae.use.steer import AskedEdit
 
     if ask.latent is None:
         raise UserError("latent: is empty; name the one to change")
@@ -54,22 +54,24 @@ def steering(run: Served, ask: Ask) -> Work:
     if kind not in KINDS:
         raise UserError(f"kind: {kind[:20]!r} is none of {', '.join(KINDS)}")
     value = ask.given.get("value", "").strip() or USUAL
-    wanted = Wanted.parse(cast(Kind, kind), f"{ask.latent}={value[:40]}")
+    wanted = AskedEdit.parse(cast(Kind, kind), f"{ask.latent}={value[:40]}")
     peak = run.index.numbers([ask.member.key(ask.latent)])[ask.member.key(ask.latent)].get("max")
     if wanted.of_peak and not peak:
         raise UserError(
             f"value: the largest activation of latent {ask.latent} is not known; give a plain number"
         )
-    return _Steering(ask.member, wanted, float(peak or 0.0))
+    return _Steering(run, ask.member, wanted, float(peak or 0.0))
 
 
 class _Steering(NamedTuple):
+    run: Served
     member: Member
-    wanted: "Wanted"
+    wanted: "AskedEdit"
     peak: float
 
     def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
         """Return the continuations."""
+        from wsae.use.attach import as_trained
         from wsae.use.config import SteerConfig
         from wsae.use.steer import steer
 
@@ -81,6 +83,7 @@ class _Steering(NamedTuple):
             [self.wanted],
             peaks={self.wanted.latent: self.peak},
             cfg=SteerConfig(new_tokens=NEW_TOKENS),
+            exclude=as_trained(Run(self.run.path), language),
         )
         return {"member": self.member.slug, "latent": self.wanted.latent, **found.record()}
 
@@ -96,14 +99,13 @@ class _Attributing(NamedTuple):
 
     def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
         """Return the effects on the answer's logit, or on how far it is above another's."""
-        from wsae.acts.config import HarvestConfig
-        from wsae.acts.flow import SkipRule
         from wsae.acts.tokens import decode_table, joined
+        from wsae.use.attach import as_trained
         from wsae.use.attribute import attribute
 
         metric, said = self._metric(language, prompt)
         ids = prompt.ids[0]
-        rule = SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
+        rule = as_trained(Run(self.run.path), language)
         hook = self.ask.member.hook
         found = attribute(language.model, {hook: sae}, ids, metric, verify=CHECKED, exclude=rule)
         table = decode_table(language.tokenizer, ids.unique().tolist())
@@ -118,7 +120,7 @@ class _Attributing(NamedTuple):
     def _metric(
         self, language: "LanguageModel", prompt: "Prompt"
     ) -> "tuple[Metric, dict[str, str]]":
-        from wsae.use.attribute import Difference, Logit
+        from wsae.use.attribute import Logit, LogitDifference
 
         answer, against = (self.ask.given.get(name, "") for name in ("answer", "against"))
         token = one_token(language, answer, "answer") if answer else likeliest(language, prompt)
@@ -126,7 +128,7 @@ class _Attributing(NamedTuple):
         if not against:
             return Logit(token), said
         other = one_token(language, against, "against")
-        return Difference(token, other), {**said, "against": against}
+        return LogitDifference(token, other), {**said, "against": against}
 
     def _shown(self, found: "Attribution", hook: str) -> Json:
         """Return the table of tokens and latents, largest latents first, and what ablation found."""

@@ -12,6 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,8 +24,12 @@ from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import KEPT, PADDING, REASONS, SkipRule
 from wsae.acts.hooknames import among
 from wsae.acts.hookpoints import HookPoint
+from wsae.acts.language import LanguageModel
+from wsae.acts.store import Store
+from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
 from wsae.kernels import SparseCode
+from wsae.run import Run
 from wsae.sae.encoding import Encoder
 from wsae.sae.model import SAE
 
@@ -322,6 +327,21 @@ def attach(
             stack.enter_context(splice(model, site.point, site))
         yield attached
     attached.check()
+
+
+def as_trained(run: Run, language: LanguageModel) -> SkipRule:
+    """Return the rule by which a run's tokens were left out, the norms of its sinks included where they are known."""
+    data, medians = run.source.get("harvest"), None
+    place = run.source.get("path")
+    if run.source.get("kind") == "store" and place and (Path(place) / MANIFEST).is_file():
+        store = Store(Path(place), verify=False)
+        data, medians = store.manifest.config, store.info.get("median_norm")
+    cfg = HarvestConfig()
+    if isinstance(data, dict) and "text" in data:
+        cfg = HarvestConfig.parse(data, where=str(run.path))
+    rule = SkipRule(cfg, language.tokenizer.all_special_ids)
+    rule.medians = medians
+    return rule
 
 
 def _spread(code: SparseCode, kept: Int64[Tensor, " kept"], tokens: int) -> SparseCode:

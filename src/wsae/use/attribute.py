@@ -59,7 +59,7 @@ class Logit:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """By how much the logit of a token exceeds another's, behind the text."""
 
     token: int
@@ -97,7 +97,7 @@ class Loss:
         return -log_p[:, places, ids[self.start :]].mean(1)
 
 
-Metric = Logit | Difference | Loss
+Metric = Logit | LogitDifference | Loss
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def attribute(
     Raises UserError as `attach` and the metrics do, and for a model without logits.
     """
     refuse_without_logits(model)
-    passes = _Passes(model, saes, ids, metric)
+    passes = _GradientPasses(model, saes, ids, metric)
     found: dict[str, AtHook] = {}
     with progress("attribute", 1 + len(saes) + verify, "passes") as tick:
         base = passes.base(exclude)
@@ -218,7 +218,7 @@ class _Base(NamedTuple):
     gradients: dict[str, Float[Tensor, "seq d_in"]]
 
 
-class _Passes:
+class _GradientPasses:
     """Passes of a model over one text, with other rows at a hook."""
 
     def __init__(
@@ -279,7 +279,7 @@ class _Passes:
 
 
 @torch.no_grad()
-def _at_hook(passes: _Passes, base: _Base, hook: str, method: Method) -> AtHook:
+def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) -> AtHook:
     """Return the effects at one hook."""
     sae, codes, x = passes.saes[hook], base.codes[hook], base.rows[hook]
     code, kept = codes.code, codes.kept[0].to(x.device)

@@ -16,8 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import GenerationConfig
 
-from wsae.acts.config import HarvestConfig
-from wsae.acts.flow import SkipRule, Step
+from wsae.acts.flow import Step
 from wsae.acts.hookpoints import HookPoint, text_config
 from wsae.acts.language import LanguageModel
 from wsae.acts.loading import refuse_unable_to_continue
@@ -26,7 +25,7 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.sae.encoding import Encoder
 from wsae.sae.model import SAE
-from wsae.use.attach import Add, Edit, Scale, Set, attach
+from wsae.use.attach import Add, Edit, Exclude, Scale, Set, attach
 from wsae.use.config import SteerConfig
 
 Kind = Literal["set", "add", "scale"]
@@ -37,7 +36,7 @@ _ASKED = re.compile(
 )
 
 
-class Wanted(NamedTuple):
+class AskedEdit(NamedTuple):
     """An edit as it is asked for; with `of_peak` the value counts in largest activations of the latent."""
 
     kind: Kind
@@ -46,7 +45,7 @@ class Wanted(NamedTuple):
     of_peak: bool = False
 
     @classmethod
-    def parse(cls, kind: Kind, said: str) -> "Wanted":
+    def parse(cls, kind: Kind, said: str) -> "AskedEdit":
         """Read "1234=8" or "1234=2x"; raises UserError for anything else."""
         found = _ASKED.fullmatch(said.strip())
         try:
@@ -104,7 +103,7 @@ class Steered(NamedTuple):
         return {**self._asdict(), "peaks": peaks, "continuations": lines}
 
 
-def check_latents(wanted: Iterable[Wanted], sae: SAE) -> None:
+def check_latents(wanted: Iterable[AskedEdit], sae: SAE) -> None:
     """Raise UserError for a latent that an SAE does not have, or where nothing is asked for."""
     wanted = list(wanted)
     if not wanted:
@@ -184,16 +183,17 @@ def steer(
     sae: SAE,
     hook: str,
     prompt: str | Prompt,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[AskedEdit],
     strengths: Sequence[float] = (1.0,),
     peaks: Mapping[int, float] | None = None,
     cfg: SteerConfig = SteerConfig(),  # noqa: B008  (frozen)
+    exclude: Exclude = "as in training",
     progress: Progress = quiet,
 ) -> Steered:
     """Return what a model writes after a prompt, without edits and with them at each strength.
 
-    `peaks` are the largest activations of the latents whose edits count in them. Raises UserError for a model that
-    continues no text, a latent that the SAE does not have, and a prompt that leaves no room.
+    `exclude` as in `attach`; `peaks` are the largest activations of the latents whose edits count in them. Raises
+    UserError for a model that continues no text, a latent that the SAE does not have, and a prompt that leaves no room.
     """
     refuse_unable_to_continue(language.model)
     check_latents(wanted, sae)
@@ -202,9 +202,8 @@ def steer(
     known = dict(peaks or {})
     written: list[tuple[float | None, Int64[Tensor, " new"]]] = []
     steps = [None, *strengths]
-    rule = SkipRule(HarvestConfig(), language.tokenizer.all_special_ids)
     with (
-        attach(language.model, {hook: sae}, exclude=rule) as attached,
+        attach(language.model, {hook: sae}, exclude=exclude) as attached,
         progress("steer", len(steps), "texts") as tick,
     ):
         for strength in steps:
@@ -322,7 +321,7 @@ def lm_eval_entry(sae: SAE, edits: Sequence[Edit]) -> dict[str, Any]:
     """Return the entry of one hook."""
     rows = sae.W_dec.detach().float().cpu()
     if edits and all(isinstance(edit, Add) for edit in edits):
-        vector = sum((edit.value * rows[edit.latent] for edit in edits), torch.zeros(rows.shape[1]))
+        vector = sum((edit.value * rows[edit.latent] for edit in edits), torch.zeros_like(rows[0]))
         return {
             "action": "add",
             "steering_coefficient": 1.0,
