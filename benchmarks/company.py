@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 
 from training_step import SIZES, Variant, mixture
-from wsae.kernels.native import limit_threads
+from wsae.kernels.native import kernel_threads
 from wsae.train.state import make_batch
 from wsae.train.step import Crew
 
@@ -56,23 +56,23 @@ def main() -> None:
     for _ in range(args.rounds):
         for (threads, n), rates in found.items():
             torch.set_num_threads(threads or cores)
-            crew = Crew(cores, limit_threads) if threads == 0 else None
+            crew = Crew(threads or cores)
 
-            def step(number: int, crew: Crew | None = crew) -> None:
+            def step(number: int, crew: Crew = crew, found_out: bool = threads == 0) -> None:
                 begin = time.perf_counter()
-                shipped.step(batches[number % len(batches)], number)
-                if crew is not None:
+                with kernel_threads(crew.threads):
+                    shipped.step(batches[number % len(batches)], number)
+                if found_out:
                     crew.note(time.perf_counter() - begin)
 
             with neighbours(n):
-                for number in range(1 if crew is None else 32):
+                for number in range(32 if threads == 0 else 1):
                     step(number)
                 steps, begin = 0, time.perf_counter()
                 while time.perf_counter() < begin + args.seconds:
                     step(steps)
                     steps += 1
                 rates.append(steps * batch / (time.perf_counter() - begin))
-            limit_threads(0)
     rows = [
         {"threads": threads, "neighbours": n, "rows/s": [round(rate) for rate in sorted(rates)]}
         for (threads, n), rates in found.items()

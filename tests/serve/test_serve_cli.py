@@ -39,7 +39,7 @@ def test_index_only_says_what_it_made_and_finds_it_again(run: Path, tmp_path: Pa
     ("words", "told"),
     [
         (["{tmp}/none"], "no such run directory"),
-        (["{tmp}"], "not a wsae run directory"),
+        (["{tmp}"], "holds no SAE that this reads"),
         (["{bare}"], "has not been evaluated; run: wsae evaluate"),
         (["{run}", "--port", "70000"], "--port 70000: not a port"),
         (["{run}", "--neighbours", "1000"], "neighbours"),

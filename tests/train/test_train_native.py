@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import wsae
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
@@ -165,8 +166,7 @@ def took(threads: int, busy: int, cores: int) -> float:
 def test_the_kernels_use_fewer_threads_while_those_are_faster(
     cores: int, alone: int, beside: int
 ) -> None:
-    used: list[int] = []
-    crew = Crew(cores, used.append)
+    crew = Crew(cores)
     history = []
     for busy in (0, 1, 0):
         for _ in range(4 * Crew.LATE):
@@ -176,4 +176,20 @@ def test_the_kernels_use_fewer_threads_while_those_are_faster(
     mostly = [max(set(part), key=part.count) for part in parts]
     assert [mostly[i] for i in (3, 7, 11)] == [alone, beside, alone]
     assert parts[3].count(alone) > 0.97 * Crew.LATE, "trials are rare where nothing changes"
-    assert set(used) <= {2**i for i in range(4)}
+    assert set(history) <= {2**i for i in range(4)}
+
+
+def test_training_with_trials_of_threads_has_the_bits_of_one_and_gives_them_back() -> None:
+    x = torch.randn(2000, 24, generator=torch.Generator().manual_seed(0))
+    before, rows = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            member = wsae.Member(k=4, d_sae=128, lr=1e-2)
+            run = {"tokens": 60 * 128, "batch_size": 128, "kernels": "native"}
+            family = wsae.fit_family(x, member, dead_after=128, **run)
+            assert torch.get_num_threads() == threads
+            rows.append(family.saes[0].W_dec.detach())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*rows)

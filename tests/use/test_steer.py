@@ -1,7 +1,6 @@
 """Steering: continuations beside ones decoded by hand, their numbers, lm-eval's file, and the command."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -166,19 +165,17 @@ def test_lm_eval_files_hold_sums_of_adds_or_one_set(sae):
             lm_eval_entry(sae, edits)
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_lm_eval_steers_by_our_file_as_we_do(base, language, sae, tmp_path):
-    from lm_eval.models.hf_steered import SteeredModel
-
+    theirs = pytest.importorskip("lm_eval.models.hf_steered").SteeredModel
     edits, path = [Add(3, 4.0), Add(9, -2.0)], tmp_path / "steer.pt"
     file = lm_eval_file(language, one_hook(language.model, HOOK), sae, edits)
     save_plain(path, file)
-    theirs = SteeredModel(str(base), steer_path=str(path), device="cpu", dtype="float32")
+    made = theirs(str(base), steer_path=str(path), device="cpu", dtype="float32")
     ids = Prompt.of(language, "two dogs run over green hills").ids
     with torch.inference_mode(), attach(language.model, {HOOK: sae}, exclude=None) as attached:
         attached.edit(*edits)
         ours = language.model(input_ids=ids).logits
-    torch.testing.assert_close(theirs._model_call(ids), ours)
+    torch.testing.assert_close(made._model_call(ids), ours)
     assert not torch.allclose(ours, language.model(input_ids=ids).logits)
 
 

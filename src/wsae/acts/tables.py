@@ -48,6 +48,41 @@ def as_lines(messages: Sequence[Turn]) -> str:
     return "\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
+def turns_in(
+    text: str, messages: Sequence[Turn], render: Callable[[Sequence[Turn]], str | None]
+) -> list[slice] | None:
+    """Return where the words of each turn stand in the text that `render` makes of a conversation.
+
+    The same conversation with a mark for every turn's words shows what stands between them. Empty where a turn is left
+    out; none where turns stand twice, or the template writes something else for other words.
+    """
+    marks = [f"wsae{number}turn{number}" for number in range(len(messages))]
+    marked = render(
+        [turn._replace(content=mark) for turn, mark in zip(messages, marks, strict=True)]
+    )
+    if marked is None or any(marked.count(mark) > 1 for mark in marks):
+        return None
+    order = sorted((marked.index(mark), i) for i, mark in enumerate(marks) if mark in marked)
+    ends = [at + len(marks[i]) for at, i in order]
+    between = [
+        marked[a:b] for a, b in zip([0, *ends], [*(at for at, _ in order), None], strict=True)
+    ]
+    found = [slice(0, 0)] * len(messages)
+    if not text.startswith(between[0]):
+        return None
+    at = len(between[0])
+    for (_, i), after in zip(order, between[1:], strict=True):
+        last = i == order[-1][1]
+        words = messages[i].content
+        exact = (at + len(w) for w in (words, words.strip()) if text.startswith(w + after, at))
+        stop = len(text) - len(after) if last else next(exact, text.find(after, at))
+        if stop < at or not text.startswith(after, stop):
+            return None
+        found[i] = slice(at, stop)
+        at = stop + len(after)
+    return found
+
+
 class Content(NamedTuple):
     """What a record says. With `ids` the text is empty; a conversation's `text` has a line "role: content" a turn."""
 

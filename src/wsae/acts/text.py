@@ -21,7 +21,16 @@ from jaxtyping import Int
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.reading import DATA, PACKED, PROSE, named, records
-from wsae.acts.tables import LabelColumn, LeftOut, NoField, Record, Turn, as_lines, hub_records
+from wsae.acts.tables import (
+    LabelColumn,
+    LeftOut,
+    NoField,
+    Record,
+    Turn,
+    as_lines,
+    hub_records,
+    turns_in,
+)
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.files import digest, parse_json
@@ -458,8 +467,7 @@ class Packer:
         self._end = _one_id(tokenizer.eos_token_id) or _one_id(tokenizer.bos_token_id)
         self._pad = (_one_id(tokenizer.pad_token_id) or self._end or [0])[0]
         self._refused, self._reason = 0, ""
-        self.roles: Counter[str] = Counter()
-        """Turns of each role so far."""
+        self.roles = Counter[str]()  # turns of each so far
         if cfg.roles is not None:
             refuse_unable_to_mask(tokenizer)
         self._highest = max(tokenizer.get_vocab().values(), default=-1)
@@ -564,8 +572,8 @@ class Packer:
         else:
             tokens = self._read(document.text, None)
         if document.messages or document.ids is not None:  # these may bring their own
-            begins = bool(self._start) and tokens[0, :1].tolist() == self._start
-            tokens = tokens[:, 1:] if begins else tokens
+            if self._start and tokens[0, :1].tolist() == self._start:
+                tokens = tokens[:, 1:]
             end = [] if tokens[0, -1:].tolist() == end else end
         if not tokens.shape[1] or not end:
             return tokens
@@ -580,13 +588,11 @@ class Packer:
         turns = self._turns(document, text)
         if turns is None:
             self._refused, self._reason = self._refused + 1, "turns cannot be told apart in it"
-            return self._read("", None)
-        return self._read(text, turns)
+        return self._read(text if turns is not None else "", turns)
 
     def _turns(self, document: Document, text: str) -> list[slice] | None:
         """Return where in a conversation's text the roles asked for speak; none where that cannot be told."""
-        found = turns_in(text, document.messages, self._rendered)
-        roles = self.cfg.roles or ()
+        found, roles = turns_in(text, document.messages, self._rendered), self.cfg.roles or ()
         if found is None:
             return None
         return [
@@ -668,41 +674,6 @@ def refuse_unable_to_mask(tokenizer: "PreTrainedTokenizerBase") -> None:
             f"--roles: a {type(tokenizer).__name__} does not say where in a text its tokens lie; save it as "
             "tokenizer.json"
         )
-
-
-def turns_in(
-    text: str, messages: Sequence[Turn], render: Callable[[Sequence[Turn]], str | None]
-) -> list[slice] | None:
-    """Return where the words of each turn stand in the text that `render` makes of a conversation.
-
-    The same conversation with a mark for every turn's words shows what stands between them. Empty where a turn is left
-    out; none where turns stand twice, or the template writes something else for other words.
-    """
-    marks = [f"wsae{number}turn{number}" for number in range(len(messages))]
-    marked = render(
-        [turn._replace(content=mark) for turn, mark in zip(messages, marks, strict=True)]
-    )
-    if marked is None or any(marked.count(mark) > 1 for mark in marks):
-        return None
-    order = sorted((marked.index(mark), i) for i, mark in enumerate(marks) if mark in marked)
-    ends = [at + len(marks[i]) for at, i in order]
-    between = [
-        marked[a:b] for a, b in zip([0, *ends], [*(at for at, _ in order), None], strict=True)
-    ]
-    found = [slice(0, 0)] * len(messages)
-    if not text.startswith(between[0]):
-        return None
-    at = len(between[0])
-    for (_, i), after in zip(order, between[1:], strict=True):
-        last = i == order[-1][1]
-        words = messages[i].content
-        exact = (at + len(w) for w in (words, words.strip()) if text.startswith(w + after, at))
-        stop = len(text) - len(after) if last else next(exact, text.find(after, at))
-        if stop < at or not text.startswith(after, stop):
-            return None
-        found[i] = slice(at, stop)
-        at = stop + len(after)
-    return found
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -120,7 +120,7 @@ _KEPT = Kept(
     *(_NONE, _NONE, _NONE, _NONE.astype(np.float32), _NONE, _FLAGS, _FLAGS, _FLAGS, _NONE),
     *(_NONE.astype(np.int16), _NONE.astype(np.float32)),
 )
-CHUNK = 1 << 19
+CHUNK = 1 << 18
 """Firings gathered before they are looked at."""
 
 
@@ -129,6 +129,11 @@ def spans_of(
 ) -> Int64[np.ndarray, " total"]:
     """Return start, start + 1, ... for each of some spans, one after the other."""
     return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+
+
+def by_latent(latent: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Return the order by latent that keeps the order within one; narrow numbers sort faster."""
+    return torch.from_numpy(latent.astype(np.int32)).argsort(stable=True).numpy()
 
 
 def kept_bytes(wanted: Wanted, latents: int) -> int:
@@ -179,7 +184,7 @@ class TopContexts:
         if not len(firings.latent):
             return
         number = np.cumsum(np.diff(firings.window, prepend=firings.window[0]) != 0)
-        order = torch.from_numpy(firings.latent).argsort(stable=True).numpy()
+        order = by_latent(firings.latent)
         latent, seq, pos, value = firings = firings.take(order)
         reach = self.wanted.width - 1
         span = int(pos.max()) + reach + 2
@@ -217,7 +222,7 @@ class TopContexts:
         random, last = self._first(rows, kept.draw, self.wanted.random)
         self._ceiling[kept.latent[last]] = kept.draw[last]
         stays = np.flatnonzero(top | random)
-        stays = stays[torch.from_numpy(kept.latent[stays]).argsort(stable=True).numpy()]
+        stays = stays[by_latent(kept.latent[stays])]
         self._kept = kept._replace(top=top, random=random).take(stays)
         self._sorted = len(stays)
 

@@ -164,8 +164,8 @@ class MemberContexts:
     def __init__(self, kept: Kept, gathered: Gathered) -> None:
         self._gathered = gathered
         token = gathered.table.ids.numpy()[kept.seq, kept.pos].astype(np.int64)
-        self._fires = _most(kept.latent[kept.random], token[kept.random])
-        self._peaks = _most(kept.latent[kept.top], token[kept.top])
+        self._fires = most_frequent(kept.latent[kept.random], token[kept.random])
+        self._peaks = most_frequent(kept.latent[kept.top], token[kept.top])
         drawn = np.unique(kept.latent[kept.random], return_counts=True)
         self._drawn = dict(zip(*(column.tolist() for column in drawn), strict=True))
         spread = quantiles(kept, gathered.cfg.samples)
@@ -187,11 +187,11 @@ class MemberContexts:
 
     def peaks(self, latent: int) -> list[str]:
         """Return the tokens of its strongest firings as they read by themselves, the most frequent first."""
-        return self._read(self._peaks.get(latent, []))
+        return self._read(self._peaks.of(latent))
 
     def fires(self, latent: int) -> list[str]:
         """Return the tokens of its random firings as they read by themselves, the most frequent first."""
-        return self._read(self._fires.get(latent, []))
+        return self._read(self._fires.of(latent))
 
     def _read(self, found: list[tuple[int, int]]) -> list[str]:
         texts = self._gathered.table.texts([token for token, _ in found])
@@ -199,7 +199,7 @@ class MemberContexts:
 
     def shares(self, latent: int) -> bytes:
         """Return shares of the random firings (float32), then the tokens they are on (int32)."""
-        found, n = self._fires.get(latent, []), self._drawn.get(latent, 0)
+        found, n = self._fires.of(latent), self._drawn.get(latent, 0)
         shares = np.array([times / n for _, times in found], dtype=np.float32)
         return shares.tobytes() + np.array([t for t, _ in found], dtype=np.int32).tobytes()
 
@@ -245,17 +245,25 @@ def quantiles(kept: Kept, n: int) -> Int64[np.ndarray, " rows"]:
     return rows[~kept.top[rows]]
 
 
-def _most(
-    latent: Int64[np.ndarray, " n"], token: Int64[np.ndarray, " n"]
-) -> dict[int, list[tuple[int, int]]]:
-    """Return for each latent its TYPICAL most frequent tokens with their counts, ties by token."""
+class Frequent(NamedTuple):
+    """The TYPICAL most frequent tokens of some latents, by latent, the most frequent first and ties by token."""
+
+    latent: Int64[np.ndarray, " n"]
+    token: Int64[np.ndarray, " n"]
+    times: Int64[np.ndarray, " n"]
+
+    def of(self, latent: int) -> list[tuple[int, int]]:
+        """Return (token, times) of one latent."""
+        part = slice(*np.searchsorted(self.latent, [latent, latent + 1]))
+        return list(zip(self.token[part].tolist(), self.times[part].tolist(), strict=True))
+
+
+def most_frequent(latent: Int64[np.ndarray, " n"], token: Int64[np.ndarray, " n"]) -> Frequent:
+    """Count the tokens of each latent."""
     pair, times = np.unique(latent << 32 | token, return_counts=True)
-    order = np.lexsort((pair, -times, pair >> 32))
+    order = np.lexsort((-times, pair >> 32))
     order = order[places(pair[order] >> 32) < TYPICAL]
-    out: dict[int, list[tuple[int, int]]] = {}
-    for key, n in zip(pair[order].tolist(), times[order].tolist(), strict=True):
-        out.setdefault(key >> 32, []).append((key & 0xFFFFFFFF, n))
-    return out
+    return Frequent(pair[order] >> 32, pair[order] & 0xFFFFFFFF, times[order])
 
 
 class Unpacked(NamedTuple):

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from wsae.kernels import SparseCode, offsets_of
+from wsae.kernels.native import dense_threads
 from wsae.kernels.native.select import Centred, dimension_scales, select_above, select_topk
 from wsae.kernels.native.slices import (
     Residual,
@@ -324,7 +325,8 @@ def _revived(
     """
     rows = from_slices(weights.encoder_rows.index_select(1, dead), weights.d_in)
     bias = None if member.sae.b_enc is None else member.sae.b_enc.detach()
-    pre = centred.rows @ rows.T
+    with dense_threads():
+        pre = centred.rows @ rows.T
     pre = pre if bias is None else pre.add_(bias[dead])
     k = min(member.cfg.revived(weights.d_in), len(dead))
     values, picked = pre.topk(k, dim=1, sorted=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.kernels import SparseCode
-from wsae.kernels.native import limit_threads, why_not
+from wsae.kernels.native import kernel_threads, why_not
 from wsae.kernels.native.select import LARGEST_SHARE
 from wsae.kernels.triton import unsupported
 from wsae.sae.config import GroupTopK, JumpReLU, ReLU, TopK
@@ -211,8 +211,8 @@ class Crew:
     TRIAL, SOON, LATE = 4, 16, 512
     """Steps of a trial, the first of which does not count; steps between trials at first, and at most."""
 
-    def __init__(self, most: int, use: Callable[[int], object]) -> None:
-        self.threads, self._most, self._use = most, most, use
+    def __init__(self, most: int) -> None:
+        self.threads, self._most = most, most
         self._wait, self._up = self.SOON, False
         self._times: list[float] = []
         self._former, self._before = most, 0.0
@@ -235,7 +235,6 @@ class Crew:
             self._wait = self.SOON if better else min(2 * self._wait, self.LATE)
             self.threads = self.threads if better else self._former
             self._before = 0.0
-        self._use(self.threads)
 
 
 @contextmanager
@@ -252,26 +251,26 @@ def side_by_side(cfg: TrainConfig, family: FamilyState) -> Iterator[Steps]:
         for _, member in family.all()
         if member.part is WHOLE
     ]
-    crew = Crew(threads, limit_threads) if native and any(native) else None
-    spent: list[float] = []
+    crew, spent = Crew(threads), list[float]()
 
     def in_turn(members: list[MemberState], batches: list[Batch], step: int) -> None:
-        begin = time.perf_counter()
         for member, batch in zip(members, batches, strict=True):
             train_step(member, batch, step, cfg)
+
+    def by_crew(members: list[MemberState], batches: list[Batch], step: int) -> None:
+        begin = time.perf_counter()
+        with kernel_threads(crew.threads):
+            in_turn(members, batches, step)
         spent.append(time.perf_counter() - begin)
         if len(spent) == len(family.members):  # every hook's
-            if crew is not None:
-                crew.note(sum(spent))
+            crew.note(sum(spent))
             spent.clear()
 
-    # ReLU kinds change over to the compiled step on the way
-    if together < 2 or not native or not all(native):
-        try:
-            yield in_turn
-        finally:
-            if crew is not None:
-                limit_threads(0)
+    if not native or not all(native):  # ReLU kinds change over to the compiled step on the way
+        yield in_turn
+        return
+    if together < 2:
+        yield by_crew
         return
     pool = ThreadPoolExecutor(
         together, "wsae-member", initializer=torch.set_num_threads, initargs=(threads // together,)

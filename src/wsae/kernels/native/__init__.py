@@ -3,6 +3,12 @@
 The eager code in `wsae.kernels.select`, `wsae.kernels.sparse` and `wsae.kernels.update` is the specification.
 """
 
-from wsae.kernels.native.build import Unavailable, library, limit_threads, why_not
+from wsae.kernels.native.build import (
+    Unavailable,
+    dense_threads,
+    kernel_threads,
+    library,
+    why_not,
+)
 
-__all__ = ["Unavailable", "library", "limit_threads", "why_not"]
+__all__ = ["Unavailable", "dense_threads", "kernel_threads", "library", "why_not"]

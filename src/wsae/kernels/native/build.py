@@ -1,5 +1,6 @@
 """Compile and load the kernels: once per machine and version, kept in the user's cache folder."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -7,7 +8,10 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from wsae.core.cache import cached, cached_privately
 
@@ -28,7 +32,8 @@ FLAGS = (
 )
 KERNELS = {
     "has_int8": "",
-    "limit_threads": "N",
+    "set_threads": "N",
+    "get_threads": "",
     "to_slices": "PPNNP",
     "from_slices": "PPNNP",
     "sort_pairs": "PPNNNPPP",
@@ -74,9 +79,31 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def limit_threads(most: int) -> None:
-    """Let the kernels use so many of PyTorch's threads at most; 0 takes the limit away. No bit of a result changes."""
-    library().limit_threads(most)
+@contextlib.contextmanager
+def kernel_threads(n: int) -> Iterator[None]:
+    """Let the kernels called here use n threads and PyTorch one, whose small tasks are not worth waiting for others.
+
+    No bit of a kernel's result depends on n.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    library().set_threads(n)
+    try:
+        yield
+    finally:
+        library().set_threads(0)
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def dense_threads() -> Iterator[None]:
+    """Let PyTorch use the kernels' threads, for a large product among them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(library().get_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache

@@ -13,11 +13,8 @@
 static int omp_get_max_threads() { return 1; }
 #endif
 
-extern std::atomic<int> most_threads;  // 0: as many as OpenMP has
-static inline int team() {
-  const int all = std::max(1, omp_get_max_threads()), most = most_threads;
-  return most > 0 ? std::min(most, all) : all;
-}
+extern thread_local int own_threads;  // those of the calling thread's kernels; 0: as many as OpenMP would take
+static inline int team() { return own_threads > 0 ? own_threads : std::max(1, omp_get_max_threads()); }
 
 typedef float vf __attribute__((vector_size(64)));  // 16 floats
 constexpr int64_t SLICE = 32;                        // dimensions of a slice: two vectors
