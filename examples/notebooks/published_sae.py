@@ -34,7 +34,7 @@ from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
 from wsae.use.attribute import Logit, attribute
 from wsae.use.config import SteerConfig
-from wsae.use.steer import Prompt, Wanted, steer
+from wsae.use.steer import AskedEdit, Prompt, steer
 
 SMALL = bool(os.environ.get("WSAE_NOTEBOOK_SMALL"))  # the test suite runs it small, on a tiny model
 MODEL = os.environ.get("WSAE_NOTEBOOK_MODEL", "builtin")
@@ -169,7 +169,7 @@ steered = steer(
     sae,
     HOOK,
     "the cat sat" if SMALL else "I went to the market and",
-    [Wanted("set", latent, 1.0, of_peak=True)],
+    [AskedEdit("set", latent, 1.0, of_peak=True)],
     strengths,
     {latent: largest},
     SteerConfig(new_tokens=5 if SMALL else 24),

@@ -25,7 +25,7 @@ from wsae.studies.config import DemoConfig
 from wsae.studies.demo import run_demo
 from wsae.use.attribute import LogitDifference, attribute
 from wsae.use.config import SteerConfig
-from wsae.use.steer import Prompt, Wanted, steer
+from wsae.use.steer import AskedEdit, Prompt, steer
 
 SMALL = bool(os.environ.get("WSAE_NOTEBOOK_SMALL"))  # the test suite runs it small, on a tiny model
 MODEL = os.environ.get("WSAE_NOTEBOOK_MODEL", "builtin")
@@ -134,7 +134,7 @@ steered = steer(
     saes[weighted.name],
     HOOK,
     "the cat sat" if SMALL else "The first thing to know is",
-    [Wanted("set", latent, 1.0, of_peak=True)],
+    [AskedEdit("set", latent, 1.0, of_peak=True)],
     (1.0, 2.0, 4.0),
     {latent: largest},
     SteerConfig(new_tokens=5 if SMALL else 24),
