@@ -17,8 +17,8 @@ from wsae.report.charts import (
     MAX_POINTS,
     RIGHT,
     TOP,
+    AxisScale,
     Chart,
-    Scale,
     density_figures,
     explained_figures,
     linear_ticks,
@@ -59,7 +59,7 @@ def test_axis_covers_its_finite_values(values: list[float], log: bool) -> None:
 
 
 def test_points_stand_where_the_data_are() -> None:
-    chart = Chart("t", Scale("x", 0, 10), Scale("y", 1, 100, log=True), 440, 280)
+    chart = Chart("t", AxisScale("x", 0, 10), AxisScale("y", 1, 100, log=True), 440, 280)
     chart.line([0, 10], [1, 100], "s1")
     chart.line([0, 5, 10], [1, float("nan"), 10], "s2")
     root = ET.fromstring(chart.svg())
@@ -73,7 +73,7 @@ def test_points_stand_where_the_data_are() -> None:
 
 @given(st.text())
 def test_text_in_charts_is_never_markup(text: str) -> None:
-    chart = Chart(text, Scale(text, 0, 1), Scale(text, 0, 1))
+    chart = Chart(text, AxisScale(text, 0, 1), AxisScale(text, 0, 1))
     chart.spot(0.5, 0.5, "s1", text, text)
     chart.points([0.1], [0.2], "s2", text)
     svg = str(chart.svg())
@@ -83,7 +83,7 @@ def test_text_in_charts_is_never_markup(text: str) -> None:
 
 
 def test_notes_never_cover_each_other() -> None:
-    chart = Chart("t", Scale("x", 0, 1), Scale("y", 0, 1))
+    chart = Chart("t", AxisScale("x", 0, 1), AxisScale("y", 0, 1))
     for i in range(20):
         chart.spot(0.5 + i / 1000, 0.5, "s1", f"tip {i}", f"note {i}")
     svg = str(chart.svg())

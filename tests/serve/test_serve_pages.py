@@ -498,8 +498,8 @@ def test_what_is_done_with_a_text_has_the_limits_of_reading_it(client: Client, p
         ("steer", {}, "latent: is empty"),
         ("steer", {"latent": "3", "value": "<b>"}, "3=<b>: not LATENT=VALUE"),
         ("steer", {"latent": "3", "kind": "<i>"}, "kind: '<i>' is none of set, add, scale"),
-        ("attribute", {"answer": "the cat sat"}, "answer: is"),
-        ("attribute", {"answer": "a", "against": "the cat <"}, "against: is"),
+        ("attribute", {"answer": "the cat sat"}, "'the cat sat': is"),
+        ("attribute", {"answer": "a", "against": "the cat <"}, "'the cat <': is"),
     ],
 )
 def test_a_form_that_says_nothing_to_do_is_refused(client: Client, page, fields, told):

@@ -117,7 +117,8 @@ def _split(text: str) -> dict[str, str]:
 def _parsed(text: str) -> dict[str, Any]:
     import yaml
 
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506  (both are safe)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is written in C
+    return loader(text).get_single_data()
 
 
 def _published(name: str, data: dict[str, Any]) -> Iterator[Published]:

@@ -349,7 +349,7 @@ def kept_by_others(source: Indexing, member: Member) -> Float[np.ndarray, " d_sa
         match, cosine = names
         if match is None or cosine is None:
             continue
-        matched = (match >= 0) & (match < member.size)
+        matched = (match >= 0) & (match < member.size) & np.isfinite(cosine)
         np.maximum.at(out, match[matched].astype(int), cosine[matched])
     return out if others else None
 
