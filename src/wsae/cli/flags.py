@@ -370,7 +370,8 @@ def explain(
         return _wrong_value(kind, words, flag[1])
     choice = _CHOICE.match(message)
     if choice:
-        return f"{choice['flag']}: '{choice['value']}' is not one of {choice['choices'].replace(chr(39), '')}"
+        known = choice["choices"].replace("'", "").rstrip(",")
+        return f"{choice['flag']}: '{choice['value']}' is not one of {known}"
     if message.startswith("Missing from"):
         return f"missing: {', '.join(_missing(kind, words, file))}"
     for old, new in _PLAINER:

@@ -75,9 +75,9 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    path: Path | str, member: str | None = None, hook: str | None = None, every: bool = False
+    path: Path | str, member: str | None = None, hook: str | None = None, every: bool | None = None
 ) -> list[Chosen]:
-    """Return the SAEs that a path, a member's name and a hook's name; `every` takes all a run has.
+    """Return the SAEs that a path, a member's name and a hook's name; `every` takes all a run has, where it may be asked.
 
     Raises UserError when that is none, or several without `every`.
     """
@@ -112,7 +112,8 @@ def choose(
     if len(found) > 1 and not every:
         shown = ", ".join(f"{h}/{n}" for h, n in found[:6]) + (", ..." if len(found) > 6 else "")
         raise UserError(
-            f"{path}: {len(found)} SAEs fit ({shown}); choose with --member NAME and --hook HOOK, or take --all"
+            f"{path}: {len(found)} SAEs fit ({shown}); choose with --member NAME and --hook HOOK"
+            f"{'' if every is None else ', or take --all'}"
         )
     return [Chosen(run.place(h, n), f"{h}/{n}", about_member(run, h, n)) for h, n in found]
 
