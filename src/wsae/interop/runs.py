@@ -77,7 +77,7 @@ class Chosen(NamedTuple):
 def choose(
     path: Path | str, member: str | None = None, hook: str | None = None, every: bool | None = None
 ) -> list[Chosen]:
-    """Return the SAEs that a path, a member's name and a hook's name; `every` takes all a run has, where it may be asked.
+    """Return the SAEs that a path, a member's name and a hook's name; `every` takes all a run has, where asked for.
 
     Raises UserError when that is none, or several without `every`.
     """
