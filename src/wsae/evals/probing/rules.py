@@ -28,12 +28,14 @@ def _word(words: str) -> Rule:
     )
 
 
-def _suffix(ending: str) -> Rule:
-    """Return the rule of tokens that end a word of more letters than `ending`, and end with it."""
+def _suffix(ending: str, but: str | None = None) -> Rule:
+    """Return the rule of tokens that end a word of more letters than `ending`, and end with it and not with `but`."""
 
     def rule(texts: Sequence[str], i: int) -> bool:
         text = texts[i].strip().lower()
-        if not text.endswith(ending) or not text.isalpha() or not _ends(texts, i):
+        if not text.endswith(ending) or (but and text.endswith(but)):
+            return False
+        if not text.isalpha() or not _ends(texts, i):
             return False
         return len(text) > len(ending) + 1 or not _begins(texts, i)
 
@@ -51,9 +53,8 @@ def _ends(texts: Sequence[str], i: int) -> bool:
     return i + 1 == len(texts) or not texts[i + 1][:1].isalnum()
 
 
-def _after(pattern: str) -> Rule:
-    """Return the rule of tokens that follow one which matches."""
-    before = _matches(pattern)
+def _after(before: Rule) -> Rule:
+    """Return the rule of tokens that follow one of another rule."""
     return lambda texts, i: i > 0 and before(texts, i - 1)
 
 
@@ -114,9 +115,7 @@ RULES: dict[str, Rule] = {
     "ends in -ly": _suffix("ly"),
     "ends in -tion": _suffix("tion"),
     "ends in -er": _suffix("er"),
-    "ends in -s": lambda texts, i: (
-        _suffix("s")(texts, i) and not texts[i].strip().lower().endswith("ss")
-    ),
+    "ends in -s": _suffix("s", but="ss"),
     "month": _matches(
         "January|February|March|April|May|June|July|August|September|October|November|December"
     ),
@@ -136,9 +135,9 @@ RULES: dict[str, Rule] = {
     "negation": _word("not no never none nothing neither nor cannot"),
     "question word": _word("who whom whose which what when where why how"),
     "demonstrative": _word("this that these those"),
-    "after a comma": _after(r","),
-    "after a full stop": _after(r"\."),
-    "after an article": lambda texts, i: i > 0 and _word("a an the")(texts, i - 1),
+    "after a comma": _after(_matches(r",")),
+    "after a full stop": _after(_matches(r"\.")),
+    "after an article": _after(_word("a an the")),
     "in quotation marks": _quoted,
     "in brackets": _in_brackets,
     "said before": _repeated,
