@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from wsae.acts.source import HeldoutRows
@@ -19,7 +19,7 @@ from wsae.acts.tokens import TokenTable, alone
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.contexts import Context, Kept, TopContexts, Wanted, kept_bytes, places, span_of
+from wsae.evals.contexts import Kept, TopContexts, Wanted, kept_bytes, places, span_of
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries
 from wsae.sae import SAE
@@ -264,37 +264,3 @@ def most_frequent(latent: Int64[np.ndarray, " n"], token: Int64[np.ndarray, " n"
     order = np.lexsort((-times, pair >> 32))
     order = order[places(pair[order] >> 32) < TYPICAL]
     return Frequent(pair[order] >> 32, pair[order] & 0xFFFFFFFF, times[order])
-
-
-class Unpacked(NamedTuple):
-    """A latent's contexts: the strongest, and samples over the quantiles, strongest first."""
-
-    strongest: list[Context]
-    samples: list[Context]
-
-
-def unpacked(blob: bytes | None) -> Unpacked:
-    """Return the contexts that an index keeps of a latent; raises ValueError for what is no such blob."""
-    if not blob:
-        return Unpacked([], [])
-    top, samples = np.frombuffer(blob[:8], np.int32).tolist()
-    n = top + samples
-    if min(top, samples) < 0 or len(blob) < 8 + 12 * n:
-        raise ValueError("has contexts of another form")
-    seq, pos, count = np.frombuffer(blob[8 : 8 + 12 * n], np.int32).reshape(3, n).astype(np.int64)
-    rest = blob[8 + 12 * n :]
-    entries = len(rest) // 6
-    if min(seq.min(), pos.min(), count.min()) < 0 or len(rest) != 6 * count.sum():
-        raise ValueError("has contexts of another form")
-    act: Float32[np.ndarray, " entries"] = np.frombuffer(rest[: 4 * entries], np.float32)
-    if not np.isfinite(act).all():
-        raise ValueError("holds what is no number")
-    offset = np.frombuffer(rest[4 * entries :], np.int16)
-    unused = np.zeros(n, dtype=np.int64)
-    flags = unused.astype(bool)
-    value = unused.astype(np.float32)
-    kept = Kept(unused, seq, pos, value, unused, flags, flags, flags, count, offset, act)
-    found = [
-        context._replace(value=context.acts.get(context.pos, 0.0)) for context in kept.contexts()
-    ]
-    return Unpacked(found[:top], found[top:])

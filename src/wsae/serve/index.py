@@ -46,7 +46,6 @@ from wsae.run import (
     formed,
 )
 from wsae.serve import schema
-from wsae.serve.collect import unpacked
 from wsae.serve.schema import (
     BASIC,
     BINS,
@@ -56,6 +55,7 @@ from wsae.serve.schema import (
     seal_of,
     sealed_identity,
     spaced,
+    unpacked,
 )
 
 CONNECTIONS = 4

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from jaxtyping import Float64, Int64
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from wsae.core.artifact import record
 from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
+from wsae.evals.contexts import Context, Kept
 
 # The bins in which activations are counted: eight per decade, the same for every latent.
 
@@ -206,3 +208,37 @@ def sealed_identity(path: Path) -> str:
     if told.get("file") != record(path).to_dict() or not isinstance(told.get("identity"), str):
         raise UserError(f"{path}: altered, its checksum differs")
     return told["identity"]
+
+
+class Unpacked(NamedTuple):
+    """A latent's contexts: the strongest, and samples over the quantiles, strongest first."""
+
+    strongest: list[Context]
+    samples: list[Context]
+
+
+def unpacked(blob: bytes | None) -> Unpacked:
+    """Return the contexts that an index keeps of a latent; raises ValueError for what is no such blob."""
+    if not blob:
+        return Unpacked([], [])
+    top, samples = np.frombuffer(blob[:8], np.int32).tolist()
+    n = top + samples
+    if min(top, samples) < 0 or len(blob) < 8 + 12 * n:
+        raise ValueError("has contexts of another form")
+    seq, pos, count = np.frombuffer(blob[8 : 8 + 12 * n], np.int32).reshape(3, n).astype(np.int64)
+    rest = blob[8 + 12 * n :]
+    entries = len(rest) // 6
+    if min(seq.min(), pos.min(), count.min()) < 0 or len(rest) != 6 * count.sum():
+        raise ValueError("has contexts of another form")
+    act: Float32[np.ndarray, " entries"] = np.frombuffer(rest[: 4 * entries], np.float32)
+    if not np.isfinite(act).all():
+        raise ValueError("holds what is no number")
+    offset = np.frombuffer(rest[4 * entries :], np.int16)
+    unused = np.zeros(n, dtype=np.int64)
+    flags = unused.astype(bool)
+    value = unused.astype(np.float32)
+    kept = Kept(unused, seq, pos, value, unused, flags, flags, flags, count, offset, act)
+    found = [
+        context._replace(value=context.acts.get(context.pos, 0.0)) for context in kept.contexts()
+    ]
+    return Unpacked(found[:top], found[top:])
