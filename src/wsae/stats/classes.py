@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
-from scipy import stats
 from torch import Tensor
 
 from wsae.core.errors import UserError
@@ -422,5 +421,7 @@ def jackknife(found: OverImages, confidence: float = 0.95) -> tuple[float, float
     groups = len(found.without)
     spread = ((found.without - found.without.mean()) ** 2).sum()
     error = float(np.sqrt((groups - 1) / groups * spread))
+    from scipy import stats  # takes a second and 60 MB, and few processes come here
+
     half = float(stats.t.ppf((1 + confidence) / 2, groups - 1)) * error
     return found.value - half, found.value + half
