@@ -69,7 +69,7 @@ lock: $(STAMP)  ## write requirements.lock anew from pyproject.toml and constrai
 docs: $(STAMP)  ## the docs site in build/site; any warning is an error
 	$(MKDOCS)
 
-notebooks: $(STAMP)  ## run examples/notebooks again and keep their outputs (two minutes)
+notebooks: $(STAMP)  ## run examples/notebooks again and keep their outputs (some ten minutes)
 	$(PIP) -c constraints.txt nbclient ipykernel matplotlib
 	$(BIN)/python examples/build_notebooks.py
 
