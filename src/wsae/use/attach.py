@@ -243,6 +243,11 @@ class Attached:
         self._sites = sites
 
     @property
+    def points(self) -> dict[str, HookPoint]:
+        """Where the SAEs are."""
+        return {name: site.point for name, site in self._sites.items()}
+
+    @property
     def acts(self) -> dict[str, Codes]:
         """The latents of the last pass at each hook that ran."""
         return {name: s.codes for name, s in self._sites.items() if s.codes is not None}
