@@ -96,7 +96,7 @@ def save(
     something else (with `force` another export gives way).
     """
     kind, path = find(format, KINDS), Path(path)
-    packed = kind.pack(sae, about)
+    packed = kind.pack(sae.plain(), about)
     named = kind.rename(packed, format)
     held = {name: getattr(named, name) for name in _SHARED}
     side = {
