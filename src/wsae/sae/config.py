@@ -155,7 +155,7 @@ MOST_VALUES = 1 << 44
 class ActivationConfig(Config):
     """What one kind of SAE has to say of its latents; `wsae.sae.architectures` says what each kind computes."""
 
-    kind: str
+    kind: Any  # each kind's own Literal
 
 
 class TopK(ActivationConfig):

@@ -60,7 +60,7 @@ class Entries(NamedTuple):
         penalised = self.z if self.arch.gate is None else self.arch.gate(self.pre)
         return penalised if self.norms is None else penalised * self.norms
 
-    def count(self) -> Float[Tensor, "*entries"] | None:
+    def active(self) -> Float[Tensor, "*entries"] | None:
         """Return what the L0 penalty sums, differentiable; None for kinds where nothing moves it."""
         if self.arch.count is None:
             return None
@@ -125,8 +125,8 @@ class Whole:
     def level(
         self,
         nested: Nested,
-        pre: Float[Tensor, "rows d_sae"],
-        code: SparseCode,  # noqa: ARG002
+        pre: Float[Tensor, "rows d_sae"],  # noqa: ARG002
+        code: SparseCode,
     ) -> Int64[Tensor, " nnz"]:
         """Return the level of each chosen pair; another part's also depends on `pre`, all pre-activations."""
         if nested.widths is None:

@@ -68,7 +68,7 @@ def penalty(entries: Entries, l1: float, l0: float, batch: int) -> Float[Tensor,
     total = entries.z.new_zeros(())
     if l1:
         total = total + l1 * (entries.l1().sum() / batch)
-    count = entries.count() if l0 else None
+    count = entries.active() if l0 else None
     return total if count is None else total + l0 * (count.sum() / batch)
 
 

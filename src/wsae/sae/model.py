@@ -294,7 +294,9 @@ class SAE(nn.Module):
         if isinstance(choice, Above) and not self.arch.parameters:
             floor = float(choice.floor)
             activation = JumpReLU() if floor > 0 else ReLU()
-            tensors["threshold"] = floor * norm if floor > 0 else torch.zeros((), device=norm.device)
+            tensors["threshold"] = (
+                floor * norm if floor > 0 else torch.zeros((), device=norm.device)
+            )
         cfg = self.cfg.model_copy(update={"tied": False, "activation": activation})
         return self._like(cfg, tensors)
 
@@ -331,8 +333,9 @@ class SAE(nn.Module):
 
     def _dense(self, pre: Tensor, choice: Choice) -> Tensor:
         z = self.arch.values(pre, self.own, self.cfg.activation)
-        apart = self.arch.encode is not None and isinstance(choice, Above)
-        return z * (pre > choice.floor) if apart else z
+        if self.arch.encode is not None and isinstance(choice, Above):
+            return z * (pre > choice.floor)
+        return z
 
     def _rows(self, x: object, width: int) -> tuple[Float[Tensor, "rows width"], torch.Size]:
         """Return x [..., width] as rows in the SAE's type, and its leading axes."""

@@ -117,7 +117,7 @@ def stack_forward(stack: Stack, x: Float[Tensor, "members batch d_in"]) -> Stack
     entries = dense_entries(arch, activation, pre, own, norms)
     x_hat = torch.bmm(entries.z, stack.W_dec)
     x_hat = x_hat if stack.b_dec is None else x_hat + stack.b_dec
-    batch, count = pre.shape[1], entries.count()
+    batch, count = pre.shape[1], entries.active()
     count = entries.z.detach().ne(0).to(pre.dtype) if count is None else count
     l1, l0 = entries.l1().sum((1, 2)) / batch, count.sum((1, 2)) / batch
     return StackForward(x_hat, entries, l1, l0)

@@ -476,9 +476,9 @@ def _update(
     if slopes.norms is not None and weights.norms is not None:  # tied: it pulls at row j's length
         found = torch.bincount(pre.indices, slopes.norms, minlength=weights.d_sae)
         pull = (found / weights.norms.clamp_min(1e-12)).float()
-    of_bias = None
-    if sae.b_enc is not None and "b_enc" in slopes.own:
-        of_bias = sum(_per_latent(t.v, t.pairs) for t in parts)
+    of_bias, through = None, None
+    if sae.b_enc is not None and "b_enc" in slopes.own:  # its gradient is not that of pre alone
+        of_bias = torch.stack([_per_latent(t.v, t.pairs) for t in parts]).sum(0)
         through = of_bias @ from_slices(weights.encoder_rows, weights.d_in)
     elif sae.b_enc is not None:
         own = moments(member, sae.b_enc)
@@ -492,7 +492,7 @@ def _update(
         _adam(member, sae.get_parameter(name), grad, rate)
     keep_positive_(sae)
     if sae.b_dec is not None:
-        _adam(member, sae.b_dec, total - (by_bias if of_bias is None else through), rate)
+        _adam(member, sae.b_dec, total - (by_bias if through is None else through), rate)
 
 
 def _per_latent(weights: Float[Tensor, " pairs"], pairs: SortedPairs) -> Float[Tensor, " d_sae"]:
