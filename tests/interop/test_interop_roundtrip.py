@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from wsae import SAE, UserError
 from wsae.core.torchfile import load_state, save_state
 from wsae.interop import Provenance, load, save
-from wsae.interop.format import NamedTensors, assemble, centred, log_threshold, uncentred, unit_rows
+from wsae.interop.format import NamedTensors, assemble, centred, uncentred, unit_rows
 from wsae.interop.saebench import SAEBenchSAE
 from wsae.sae import SAEConfig, make_activation
 
@@ -126,14 +126,13 @@ def test_folding_is_algebra():
 
 
 def test_thresholds_of_zero_and_below_act_as_zero_exactly():
-    levels = log_threshold(torch.tensor([0.0, -1.0, 0.5, 1e-30])).exp()
-    assert levels[:2].tolist() == [0.0, 0.0]
-    torch.testing.assert_close(levels[2:], torch.tensor([0.5, 1e-30]), rtol=1e-5, atol=0)
     cfg = SAEConfig(d_in=1, d_sae=2, activation=make_activation("jumprelu"))
     ones, zeros = torch.ones(1, 2), torch.zeros(2)
-    weights = NamedTensors(ones, ones.T, zeros, zeros[:1], torch.tensor([0.0, 1e-3]))
-    sae = assemble(cfg, weights)
-    assert sae.encode(torch.tensor([[1e-20]])).tolist() == [[pytest.approx(1e-20), 0.0]]
+    for low in (0.0, -1.0):
+        weights = NamedTensors(ones, ones.T, zeros, zeros[:1], torch.tensor([low, 1e-3]))
+        sae = assemble(cfg, weights)
+        assert sae.encode(torch.tensor([[1e-20]])).tolist() == [[pytest.approx(1e-20), 0.0]]
+        assert sae.encode(torch.tensor([[-0.5]])).tolist() == [[0.0, 0.0]]
 
 
 def test_a_changed_export_is_found_out(tmp_path):

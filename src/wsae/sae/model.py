@@ -365,13 +365,6 @@ def at_latents(own: Mapping[str, Tensor], indices: Int64[Tensor, "*pairs"]) -> d
     return {name: t[indices] if t.ndim else t for name, t in own.items()}
 
 
-def keep_positive_(sae: SAE) -> None:
-    """Bring back the parameters of the SAE's kind that may not be negative."""
-    for name, parameter in sae.arch.parameters.items():
-        if parameter.positive:
-            sae.own[name].clamp_min_(0)
-
-
 SparseAutoencoder = SAE
 """The name of earlier releases."""
 

@@ -121,3 +121,10 @@ def stack_forward(stack: Stack, x: Float[Tensor, "members batch d_in"]) -> Stack
     count = entries.z.detach().ne(0).to(pre.dtype) if count is None else count
     l1, l0 = entries.l1().sum((1, 2)) / batch, count.sum((1, 2)) / batch
     return StackForward(x_hat, entries, l1, l0)
+
+
+def keep_positive_(trained: SAE | Stack) -> None:
+    """Bring back the parameters of a kind that may not be negative."""
+    for name, parameter in architecture_of(trained.cfg.activation).parameters.items():
+        if parameter.positive:
+            trained.own[name].detach().clamp_min_(0)

@@ -24,7 +24,14 @@ from wsae.sae.forward import training_forward
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.sae.loss import penalty, weighted_reconstruction_loss
 from wsae.sae.model import SAE
-from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes, stackable
+from wsae.sae.stack import (
+    Stack,
+    StackForward,
+    keep_positive_,
+    stack_forward,
+    stack_saes,
+    stackable,
+)
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.state import (
@@ -232,6 +239,7 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
         remove_radial_gradient(stack)
         chunk.optimizer.step()
         unit_rows_(stack)
+        keep_positive_(stack)
         chunk.loss_sum += reconstruction
         if chunk.follows_dead:
             chunk.since_fired.add_(z.shape[1]).masked_fill_((z != 0).any(1), 0)

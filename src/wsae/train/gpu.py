@@ -30,7 +30,8 @@ from wsae.kernels.update import AdamStep, SparseGrad
 from wsae.sae.architectures import Above, Groups, Rows
 from wsae.sae.architectures import Batch as BatchChoice
 from wsae.sae.loss import weigh
-from wsae.sae.model import SAE, keep_positive_
+from wsae.sae.model import SAE
+from wsae.sae.stack import keep_positive_
 from wsae.train.config import TrainConfig
 from wsae.train.native import Losses, PairSlopes, PairValues, moments, step_result
 from wsae.train.state import Batch, MemberState, looked_at, record

@@ -34,7 +34,8 @@ from wsae.sae.architectures import Above, Groups, Nested, Rows, relu
 from wsae.sae.architectures import Batch as BatchChoice
 from wsae.sae.forward import Entries, level_by_latent, level_by_rank, up_to
 from wsae.sae.loss import penalty, weigh
-from wsae.sae.model import SAE, at_latents, keep_positive_
+from wsae.sae.model import SAE, at_latents
+from wsae.sae.stack import keep_positive_
 from wsae.train.config import TrainConfig
 from wsae.train.state import Batch, MemberState, StepResult, looked_at, record
 

@@ -21,8 +21,8 @@ from wsae.kernels.triton import unsupported
 from wsae.sae.architectures import Above, Every, Groups, Rows
 from wsae.sae.forward import WHOLE, Forward, training_forward
 from wsae.sae.loss import also_loss, auxk_loss, penalty, weighted_reconstruction_loss
-from wsae.sae.model import SAE, keep_positive_
-from wsae.sae.stack import Stack
+from wsae.sae.model import SAE
+from wsae.sae.stack import Stack, keep_positive_
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.native import leave, native_step
