@@ -38,8 +38,8 @@ def make(kind: str, d_in: int = 5, groups: int = 3, k: int = 2, tied: bool = Fal
         for name, t in sae.tensors().items()
     }
     tensors["gamma"] = tensors["gamma"].abs()
-    tensors["threshold"] = torch.rand((), generator=generator, dtype=torch.float64)
-    if kind != "batch_topk":
+    tensors["threshold"] = torch.rand(sae.threshold.shape, generator=generator, dtype=torch.float64)
+    if kind not in ("batch_topk", "jumprelu"):
         tensors["threshold"] *= 0
     if seed % 3 == 0:
         tensors["gamma"] = torch.rand(d_in, d_in, generator=generator)
@@ -280,3 +280,12 @@ def test_files_of_an_export_are_those_upstream_reads(tmp_path):
         weights = next(p for p in folder.glob("sae*.safetensors"))
         assert set(load_file(weights)) == wanted
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", ["multi_topk", "matryoshka", "gated"])
+def test_kinds_that_other_tools_do_not_know_are_written_in_their_plain_form(tmp_path, kind):
+    sae, x = make(kind), torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
+    back = load(save(sae, tmp_path / "sae", "saelens")).sae
+    assert back.cfg.activation.kind == sae.plain().cfg.activation.kind
+    torch.testing.assert_close(back.encode(x), sae.encode(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(back(x), sae(x), rtol=1e-5, atol=1e-5)

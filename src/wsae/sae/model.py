@@ -25,7 +25,7 @@ from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
-from wsae.sae.architectures import Above, Choice, Groups, Rows, architecture_of
+from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
@@ -99,6 +99,12 @@ class SAE(nn.Module):
     def choice(self) -> Choice:
         """Which latents of a batch may be active in training."""
         return self.arch.choose(self.cfg.activation, self.own)
+
+    @property
+    def nested(self) -> Nested | None:
+        """The levels of its code, where its kind has any."""
+        make = self.arch.nested
+        return None if make is None else make(self.cfg.activation, self.cfg.d_sae)
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:
