@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 D_IN, D_SAE, K, ROWS = 6, 16, 4, 16
 REFUSED = {
-    *("saelens-matching-pursuit", "saelens-layer-norm"),
+    "saelens-matching-pursuit",
     *("sparsify-transcoder", "sparsify-skip"),
 }
 OUT = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "interop"

@@ -66,6 +66,8 @@ def main() -> None:
     inference("saelens-gated", "gated", 9)
     inference("saelens-matching-pursuit", "matching_pursuit", 10)
     inference("saelens-layer-norm", "topk", 11, k=K, normalize_activations="layer_norm")
+    rescale = {"normalize_activations": "constant_norm_rescale", "apply_b_dec_to_input": False}
+    inference("saelens-norm-rescale", "jumprelu", 14, **rescale)
     trained("saelens-batchtopk", "batchtopk", 12, k=float(K))
     trained("saelens-topk-trained", "topk", 13, k=K)
     halve("saelens-topk-bf16")

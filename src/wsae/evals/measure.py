@@ -197,7 +197,8 @@ class ReplayedChunk(NamedTuple):
     @property
     def size_bytes(self) -> int:
         """The memory it holds."""
-        tensors = [*self.chunk.x.values(), *(part for code in self.codes.values() for part in code)]
+        codes = [part for code in self.codes.values() for part in (*code[:3], *(code.norms or ()))]
+        tensors = [*self.chunk.x.values(), *codes]
         return sum(tensor.nbytes for tensor in tensors)
 
 

@@ -124,14 +124,8 @@ _KEYS = Keys(
         "d_out": Switch((None,), "a transcoder has no equal here"),
     },
 )
-_PER_TOKEN = (
-    "every token is scaled by a number of its own, which no fixed weights can do. Use the SAE in SAELens; or, for "
-    'activations that you have normalised in this way yourself, set the key to "none" in a copy of cfg.json and import '
-    "that"
-)
+_BY_ROW = ("layer_norm", "constant_norm_rescale")
 _NORMALISED = {
-    "layer_norm": _PER_TOKEN,
-    "constant_norm_rescale": _PER_TOKEN,
     "expected_average_only_in": "activations are multiplied by one number, sqrt(d_in) / their mean norm, which is not "
     f'in this folder; write it beside the weights into {SCALER} as {{"scaling_factor": NUMBER}}, as SAELens 6 '
     "does, and it is folded; or give the folder of the finished SAE, into which SAELens has folded it",
@@ -210,9 +204,9 @@ def _architecture(config: dict[str, Any], where: str) -> str:
 
 
 def _check_normalised(foreign: Foreign, where: str) -> None:
-    """Raise UserError for a normalisation that is not "none" and whose scale is not known."""
+    """Raise UserError for a normalisation of which too little is known."""
     how = _normalised(foreign.config)
-    if how == "none" or foreign.scale is not None:
+    if how in ("none", *_BY_ROW) or foreign.scale is not None:
         return
     why = _NORMALISED.get(how, "is unknown here") if isinstance(how, str) else "is unknown here"
     raise UserError(f"{where}: normalize_activations = {how!r}: {why}")
@@ -273,7 +267,8 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
         weights = weights._replace(W_dec=weights.W_dec * factor[:, None])
     if foreign.scale is not None:
         weights = rescaled(weights, foreign.scale)
-    return Meaning(weights, activation)
+    how = _normalised(foreign.config)
+    return Meaning(weights, activation, str(how) if how in _BY_ROW else None)
 
 
 def _about(foreign: Foreign) -> Provenance:
@@ -303,10 +298,10 @@ def _pack(sae: SAE, about: Provenance) -> Foreign:
         raise UserError(
             f"activation {activation.kind} has no equal in SAELens; sparsify has (--format sparsify)"
         )
-    weights = named(sae)
+    weights = named(sae, by_row=True)
     config: dict[str, Any] = {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
     config |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
-    config |= {"normalize_activations": "none", "reshape_activations": "none"}
+    config |= {"normalize_activations": sae.cfg.input_norm or "none", "reshape_activations": "none"}
     if isinstance(activation, TopK):
         config |= {"k": activation.k, "rescale_acts_by_decoder_norm": False}
     config |= {"metadata": _metadata(activation.kind, about), "architecture": kind}

@@ -7,12 +7,26 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 
+class RowNorms(NamedTuple):
+    """What rows were brought to one scale by, so that it can be undone: x = factor * (what was encoded) + shift."""
+
+    factor: Float[Tensor, " batch"]
+    shift: Float[Tensor, " batch"]
+
+
 class SparseCode(NamedTuple):
     """Active latents of a batch: row b holds entries offsets[b] : offsets[b + 1]. A value of exactly 0 is inactive."""
 
     values: Float[Tensor, " nnz"]
     indices: Int64[Tensor, " nnz"]
     offsets: Int64[Tensor, " batch_plus_1"]
+    norms: RowNorms | None = None
+    """Of an SAE that normalises its rows."""
+
+    @property
+    def factor(self) -> Float[Tensor, " batch"]:
+        """What decoder rows count by in each row of x."""
+        return self.values.new_ones(self.batch) if self.norms is None else self.norms.factor
 
     @property
     def batch(self) -> int:

@@ -325,6 +325,9 @@ class SAEConfig(Config):
     activation: Activation = TopK()
     tied: bool = False
     """Tied is the theory's form, W_dec = W_enc^T without biases; untied has biases and unit-norm decoder rows."""
+    input_norm: Literal["layer_norm", "constant_norm_rescale"] | None = None
+    """What is done to each row of activations before it is encoded, and undone after it is decoded, in SAELens' words;
+    such SAEs are read, used and exported, not trained."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> "SAEConfig":

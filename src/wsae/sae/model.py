@@ -2,7 +2,8 @@
 
     pre   = (x - b_dec) @ W_enc + b_enc          z = activation(pre)          x_hat = z @ W_dec + b_dec
 
-Tied: W_dec = W_enc^T and no biases. What z is the kind says (`wsae.sae.architectures`); the training pass lives in
+Tied: W_dec = W_enc^T and no biases. With `input_norm` x is normalised row by row before and x_hat brought back after.
+What z is the kind says (`wsae.sae.architectures`); the training pass lives in
 `wsae.sae.forward`.
 """
 
@@ -11,6 +12,7 @@ import importlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +26,32 @@ from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
+from wsae.kernels import (
+    RowNorms,
+    SparseCode,
+    code_from_dense,
+    code_from_topk,
+    select_group_topk,
+    select_topk,
+)
 from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
+LAYER_EPS = 1e-5
 
 
 def fixed(choice: Rows | Groups, pre: Float[Tensor, "*rows d_sae"]) -> Int64[Tensor, "*rows k"]:
     """Return the latents of each row that a choice with the same number in every row makes active."""
     chosen = select_topk if isinstance(choice, Rows) else select_group_topk
     return chosen(pre, choice.k)
+
+
+class Normalised(NamedTuple):
+    """Rows as they are encoded, and what brings them back."""
+
+    rows: Float[Tensor, "batch d_in"]
+    norms: RowNorms | None
 
 
 class SAE(nn.Module):
@@ -97,7 +114,11 @@ class SAE(nn.Module):
 
     @property
     def choice(self) -> Choice:
-        """Which latents of a batch may be active in training."""
+        """Which latents of a batch may be active in training; UserError for an SAE that cannot be trained here."""
+        if self.cfg.input_norm is not None:
+            raise UserError(
+                f"an SAE whose rows are normalised ({self.cfg.input_norm}) is not trained here"
+            )
         return self.arch.choose(self.cfg.activation, self.own)
 
     @property
@@ -121,6 +142,40 @@ class SAE(nn.Module):
             return centred @ self.W_enc
         return torch.addmm(self.b_enc, centred, self.W_enc)
 
+    def normalised(self, x: Float[Tensor, "batch d_in"]) -> "Normalised":
+        """Return rows as they are encoded, and what brings them back, by `input_norm` as SAELens has it.
+
+        layer_norm: (x - mean) / (std + 1e-5), std of d_in - 1; constant_norm_rescale: sqrt(d_in) x / |x|. A row of
+        zeros stays.
+        """
+        match self.cfg.input_norm:
+            case None:
+                return Normalised(x, None)
+            case "layer_norm":
+                mean = x.mean(1, keepdim=True)
+                std = (x - mean).std(1, keepdim=True)
+                return Normalised((x - mean) / (std + LAYER_EPS), RowNorms(std[:, 0], mean[:, 0]))
+            case "constant_norm_rescale":
+                norm = x.norm(dim=1, keepdim=True) / self.cfg.d_in**0.5
+                tiny = torch.finfo(x.dtype).tiny
+                factor = norm[:, 0]
+                return Normalised(
+                    x / norm.clamp_min(tiny), RowNorms(factor, torch.zeros_like(factor))
+                )
+
+    def _undone(
+        self, x_hat: Float[Tensor, "batch d_in"], norms: RowNorms | None
+    ) -> Float[Tensor, "batch d_in"]:
+        """Return reconstructions at the scale of the rows that they are of."""
+        if self.cfg.input_norm is None:
+            return x_hat
+        if norms is None:
+            raise UserError(
+                f"decode: this SAE normalises each row ({self.cfg.input_norm}); give decode(z, like=x), the "
+                "activations that z was made of"
+            )
+        return x_hat * norms.factor[:, None] + norms.shift[:, None]
+
     def encode(self, x: object) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents z, dense, of activations [..., d_in]: a tensor, an array or lists, of any real type.
 
@@ -129,6 +184,7 @@ class SAE(nn.Module):
         """
         rows, lead = self._rows(x, self.cfg.d_in)
         with self._own_type():
+            rows = self.normalised(rows).rows
             pre, choice = self.pre(self.centre(rows)), self._used()
             fits = isinstance(choice, Rows | Groups)
             z = self._code(pre).dense(self.cfg.d_sae) if fits else self._dense(pre, choice)
@@ -147,15 +203,21 @@ class SAE(nn.Module):
         """Return the latents in row-compressed form, leading axes as one; Top-k kinds give k entries per row."""
         rows, _ = self._rows(x, self.cfg.d_in)
         with self._own_type():
-            return self._code(self.pre(self.centre(rows)))
+            rows, norms = self.normalised(rows)
+            return self._code(self.pre(self.centre(rows)))._replace(norms=norms)
 
-    def decode(self, z: object) -> Float[Tensor, "*batch d_in"]:
-        """Return x_hat = z @ W_dec + b_dec of latents [..., d_sae], given as `encode` takes activations."""
+    def decode(self, z: object, like: object = None) -> Float[Tensor, "*batch d_in"]:
+        """Return x_hat = z @ W_dec + b_dec of latents [..., d_sae], given as `encode` takes activations.
+
+        With `input_norm`, x_hat is brought to the scale of `like`, the activations [..., d_in] that z was made of;
+        raises UserError without them.
+        """
         rows, lead = self._rows(z, self.cfg.d_sae)
+        norms = None if like is None else self.normalised(self._rows(like, self.cfg.d_in)[0]).norms
         with self._own_type():
             x_hat = rows @ self.W_dec
             x_hat = x_hat if self.b_dec is None else x_hat + self.b_dec
-        return x_hat.reshape(*lead, self.cfg.d_in)
+        return self._undone(x_hat, norms).reshape(*lead, self.cfg.d_in)
 
     def decode_code(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
         """Return x_hat of a sparse code."""
@@ -167,7 +229,7 @@ class SAE(nn.Module):
                 mode="sum",
                 per_sample_weights=code.values,
             )
-            return x_hat if self.b_dec is None else x_hat + self.b_dec
+            return self._undone(x_hat if self.b_dec is None else x_hat + self.b_dec, code.norms)
 
     def forward(self, x: object) -> Float[Tensor, "*batch d_in"]:
         """Return the reconstruction x_hat of activations [..., d_in], given as `encode` takes them."""
@@ -264,8 +326,12 @@ class SAE(nn.Module):
         """Return the SAE of scale * x that gives scale * z and scale * x_hat.
 
         Every activation function here is homogeneous, so only biases and thresholds change; with a power of two
-        the two SAEs agree to the bit.
+        the two SAEs agree to the bit. Raises UserError with `input_norm`, which takes every scale away.
         """
+        if self.cfg.input_norm is not None:
+            raise UserError(
+                f"an SAE of {self.cfg.input_norm} gives the same latents at every scale"
+            )
         tensors = {name: t.clone() for name, t in self.tensors().items()}
         for name in ("b_enc", "b_dec", "threshold"):
             if name in tensors and name not in self.arch.parameters:

@@ -3,8 +3,9 @@
     h' = h + sum_j (z'_j - z_j) W_dec[j]        with the error term: what the SAE does not explain stays as it is
     h' = z' @ W_dec + b_dec                     without
 
-The sum is over the edited latents, so that without edits a pass is the model's own to the bit. Tokens that training
-left out (first, special, padding, attention sinks; `wsae.acts.flow.SkipRule`) are left alone.
+Where an SAE normalises its rows, W_dec[j] counts by the row's own scale. The sum is over the edited latents, so that
+without edits a pass is the model's own to the bit. Tokens that training left out (first, special, padding, attention
+sinks; `wsae.acts.flow.SkipRule`) are left alone.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from wsae.acts.language import LanguageModel
 from wsae.acts.store import Store
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
-from wsae.kernels import SparseCode
+from wsae.kernels import RowNorms, SparseCode
 from wsae.run import Run
 from wsae.sae.encoding import Encoder
 from wsae.sae.model import SAE
@@ -187,7 +188,8 @@ class _Site:
             new = new.index_copy(0, kept, self.sae.decode_code(code).to(new.dtype))
         if self.edits:
             moves = self._moves(codes)
-            new = new + (moves.change @ self.sae.W_dec[moves.latents]).to(new.dtype)
+            moved = (moves.change @ self.sae.W_dec[moves.latents]) * codes.code.factor[:, None]
+            new = new + moved.to(new.dtype)
             self._refuse_overflow(new.to(x.dtype), rows, moves, call)
         elif self._error:
             return None
@@ -383,4 +385,10 @@ def _spread(code: SparseCode, kept: Int64[Tensor, " kept"], tokens: int) -> Spar
         return code
     counts = kept.new_zeros(tokens)
     counts[kept] = code.offsets.diff()
-    return SparseCode(code.values, code.indices, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    norms = code.norms
+    if norms is not None:
+        factor, shift = norms.factor.new_ones(tokens), norms.shift.new_zeros(tokens)
+        norms = RowNorms(
+            factor.index_put((kept,), norms.factor), shift.index_put((kept,), norms.shift)
+        )
+    return code._replace(offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]), norms=norms)
