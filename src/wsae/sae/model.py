@@ -153,8 +153,9 @@ class SAE(nn.Module):
                 return Normalised(x, None)
             case "layer_norm":
                 mean = x.mean(1, keepdim=True)
-                std = (x - mean).std(1, keepdim=True)
-                return Normalised((x - mean) / (std + LAYER_EPS), RowNorms(std[:, 0], mean[:, 0]))
+                x = x - mean
+                std = (x.square().sum(1, keepdim=True) / (self.cfg.d_in - 1)).sqrt()
+                return Normalised(x / (std + LAYER_EPS), RowNorms(std[:, 0], mean[:, 0]))
             case "constant_norm_rescale":
                 norm = x.norm(dim=1, keepdim=True) / self.cfg.d_in**0.5
                 tiny = torch.finfo(x.dtype).tiny
