@@ -350,6 +350,53 @@ def among(name: str, hooks: Iterable[str], sure: bool = False) -> str | None:
     return None
 
 
+class Sides(NamedTuple):
+    """The hook that a transcoder reads, and the one whose activations it is to give."""
+
+    read: str
+    given: str
+
+
+def sides(hooks: Iterable[str], read: str | None, given: str | None) -> Sides:
+    """Return both sides among recorded hooks; what is not named is the other of two. Raises UserError without one."""
+    hooks = list(hooks)
+    there = [None if name is None else among(name, hooks) for name in (read, given)]
+    if len(hooks) == 2 and (there[0] is None) != (there[1] is None):
+        rest = next(hook for hook in hooks if hook not in there)
+        there = [hook or rest for hook in there]
+    if there[0] is None or there[1] is None:
+        names = [name or side for name, side in ((read, "its input"), (given, "its output"))]
+        raise UserError(
+            f"a transcoder needs both sides of its module ({' and '.join(names)}); the data have {', '.join(hooks)}"
+        )
+    return Sides(there[0], there[1])
+
+
+def pairs(hooks: Iterable[str], read: Iterable[str], given: Iterable[str]) -> dict[str, str]:
+    """Return each hook that transcoders read with the one that they are to give, of patterns in the same order.
+
+    `*` stands for characters other than a dot. Raises UserError for a pattern without a recorded hook, and where there
+    are more of one side.
+    """
+    hooks = list(hooks)
+
+    def found(patterns: Iterable[str]) -> list[str]:
+        named: list[str] = []
+        for pattern in patterns:
+            one = among(pattern, hooks)
+            several = [one] if one is not None else [place.path for place in match(pattern, hooks)]
+            named += [hook for hook in several if hook not in named]
+        return named
+
+    ins, outs = found(read), found(given)
+    if len(ins) != len(outs):
+        raise UserError(
+            f"transcoders read {len(ins)} hooks ({', '.join(ins[:3])}) and are to give {len(outs)} "
+            f"({', '.join(outs[:3])}); name as many of each"
+        )
+    return dict(zip(ins, outs, strict=True))
+
+
 def _lens_names(hook: str) -> set[str]:
     """Return what TransformerLens may call a place, by the kind of model; its own name of one is itself."""
     known = hook_name(hook).name

@@ -83,7 +83,7 @@ class _Step(Function):
 class Forward(NamedTuple):
     """One training forward pass; everything but `code` and `pre` carries gradients."""
 
-    x_hat: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_out"]
     l1: Float[Tensor, ""]
     """Mean over the batch of sum_j z_j ||W_dec[j]||."""
     l0: Float[Tensor, ""]
@@ -93,7 +93,7 @@ class Forward(NamedTuple):
     pre: Float[Tensor, "batch d_sae"]
     """All pre-activations, detached, perhaps in bf16."""
     centred: Float[Tensor, "batch d_in"]
-    """x - b_dec, detached."""
+    """x - b_dec (of a transcoder x), detached."""
 
 
 def dense_codes(
@@ -200,7 +200,7 @@ def training_forward(
     """
     kind, batch = sae.cfg.activation, part.batch or len(x)
     if isinstance(kind, ReLU | JumpReLU):
-        centred = x if sae.b_dec is None else x - part.shared(sae.b_dec)
+        centred = x if sae.b_in is None else x - part.shared(sae.b_in)
         pre = _product(sae, centred, bf16).to(x.dtype)
         threshold = None if sae.log_threshold is None else sae.log_threshold.exp()
         z, active = dense_codes(kind, pre, threshold)
@@ -216,17 +216,16 @@ def training_forward(
         norms = sae.W_dec.norm(dim=1)[chosen.indices] if sae.cfg.tied else 1.0
         code = SparseCode(values.detach(), chosen.indices, chosen.offsets)
         l1, l0 = (values * norms).sum() / batch, torch.count_nonzero(code.values) / batch
-    x_hat = x_hat if sae.b_dec is None else x_hat + sae.b_dec
-    return Forward(x_hat, l1, l0, code, pre.detach(), centred.detach())
+    return Forward(sae.completed(x_hat, x), l1, l0, code, pre.detach(), centred.detach())
 
 
 def sparse_pass(
     sae: SAE, centred: Tensor, pre: Tensor, chosen: SparseCode, part: Whole
-) -> tuple[Float[Tensor, " nnz"], Float[Tensor, "rows d_in"]]:
+) -> tuple[Float[Tensor, " nnz"], Float[Tensor, "rows d_out"]]:
     """Return ReLU at chosen pairs and what the decoder makes of it, without b_dec; differentiable at these pairs."""
     plan = Plan.build(chosen.indices, chosen.offsets, len(sae.W_dec))
-    b_dec = None if sae.b_dec is None else part.shared(sae.b_dec)
-    values = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_dec, pre).relu()
+    b_in = None if sae.b_in is None else part.shared(sae.b_in)
+    values = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_in, pre).relu()
     return values, part.summed(decode(values, sae.W_dec, plan))
 
 

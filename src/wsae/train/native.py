@@ -4,6 +4,7 @@ With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) 
     dz = W_dec[j] . G[b] + l1 |W_dec[j]| / batch      dpre = dz where z > 0
     dW_dec[j] = sum z G[b]     dW_enc[j] = sum dpre (x - b_dec)[b]     db_enc[j] = sum dpre
     db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j]
+A transcoder's inputs are x, not x - b_dec, so the last sum is not there; dW_skip = sum_b G[b] x[b]^T.
 """
 
 import contextlib
@@ -61,7 +62,7 @@ class Losses(NamedTuple):
     """Sum over the batch of ||e||^2."""
     penalty: float | Float[Tensor, ""]
     """l1 * mean over the batch of sum_j z_j |W_dec[j]|, before the step."""
-    error: Float[Tensor, "rows d_in"] | None = None
+    error: Float[Tensor, "rows d_out"] | None = None
     """x_hat - x of the rows `looked_at`."""
 
 
@@ -124,7 +125,7 @@ def enter(member: MemberState) -> Weights:
             _clear(member, p)
         encoder = matrices[1] if len(matrices) > 1 else None
         dim = dimension_scales(member.spread)
-        member.weights = make_weights(matrices[0], encoder, cfg.d_in, group, dim)
+        member.weights = make_weights(matrices[0], encoder, cfg.d_in, group, dim, cfg.d_out)
     return member.weights
 
 
@@ -253,10 +254,13 @@ def native_step(
 ) -> SparseCode:
     """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
     weights, sae, cfg, x = enter(member), member.sae, member.cfg, batch.x.contiguous()
-    b_dec = None if sae.b_dec is None else sae.b_dec.detach()
-    centred = Centred(x if b_dec is None else x - b_dec, to_slices(x, b_dec))
-    codes = find_codes(sae, weights, centred)
-    main = _reconstruct(weights, codes, x, sae.gamma, b_dec, shown=looked_at(member, batch))
+    b_dec, b_in = (None if b is None else b.detach() for b in (sae.b_dec, sae.b_in))
+    centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
+    codes, target = find_codes(sae, weights, centred), batch.target.contiguous()
+    if sae.W_skip is not None:  # what is left for the latents
+        with dense_threads():
+            target = torch.addmm(target, x, sae.W_skip.detach().T, alpha=-1)
+    main = _reconstruct(weights, codes, target, sae.gamma, b_dec, shown=looked_at(member, batch))
     if cfg.l1:
         order, z, norms = main.terms.pairs.order, main.terms.z, weights.norms
         price = cfg.l1 / len(x) * (1.0 if norms is None else norms[codes.pre.indices[order]])
@@ -267,10 +271,14 @@ def native_step(
     dead = member.dead.nonzero()[:, 0]
     if cfg.auxk and len(dead):
         chosen = _revived(member, weights, centred, dead)
-        target = _error(member, main.left, x)
-        parts.append(_reconstruct(weights, relu_pairs(chosen), target, sae.gamma, None, cfg.auxk))
+        rest = _error(member, main.left, target)
+        parts.append(_reconstruct(weights, relu_pairs(chosen), rest, sae.gamma, None, cfg.auxk))
         aux = parts[1].reconstruction
     _update(member, weights, parts, codes.code, centred.slices, rate)
+    if sae.W_skip is not None:
+        with dense_threads():
+            skip = from_slices(main.left.gradient, weights.d_out).T @ x
+        _adam(member, sae.W_skip, skip, rate)
     if sae.log_threshold is not None:
         dz = torch.empty_like(main.dz).index_copy_(0, main.terms.pairs.order, main.dz)
         slopes, theta = threshold_slopes(member, codes, dz), sae.log_threshold.detach().exp()
@@ -328,7 +336,7 @@ def _revived(
     with dense_threads():
         pre = centred.rows @ rows.T
     pre = pre if bias is None else pre.add_(bias[dead])
-    k = min(member.cfg.revived(weights.d_in), len(dead))
+    k = min(member.cfg.revived(weights.d_out), len(dead))
     values, picked = pre.topk(k, dim=1, sorted=False)
     slack = (
         ROUNDING * weights.d_in * centred.rows.norm(dim=1, keepdim=True) * rows.norm(dim=1).max()
@@ -379,12 +387,13 @@ def _update(
     adam = AdamStep(rate, int(state[sae.W_dec]["step"]))
     through = weights.update([part.terms for part in parts], centred, adam, bias, pull)
     if sae.b_dec is not None:
-        _adam(member, sae.b_dec, parts[0].left.total - through, rate)
+        total = parts[0].left.total
+        _adam(member, sae.b_dec, total if sae.b_in is None else total - through, rate)
 
 
 def _adam(member: MemberState, parameter: nn.Parameter, grad: Tensor, rate: float) -> None:
     state = moments(member, parameter)
     state["step"] += 1
     tensors = (parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
-    W, grad, m, v = (tensor.unsqueeze(0) for tensor in tensors)
+    W, grad, m, v = (tensor.view(1, -1) for tensor in tensors)
     adam_rows_(W, grad, m, v, AdamStep(rate, int(state["step"])), unit=False)

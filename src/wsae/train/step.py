@@ -36,10 +36,10 @@ def eager_step(
 
     Nothing is read back from a GPU.
     """
-    sae, cfg, x, part = member.sae, member.cfg, batch.x, member.part
-    forward = training_forward(sae, x, run.dtype == "bfloat16", part)
-    reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma, part.batch)
-    revival = revival_loss(member, x, forward)
+    sae, cfg, part, target = member.sae, member.cfg, member.part, batch.target
+    forward = training_forward(sae, batch.x, run.dtype == "bfloat16", part)
+    reconstruction = weighted_reconstruction_loss(target, forward.x_hat, sae.gamma, part.batch)
+    revival = revival_loss(member, target, forward)
     fit = reconstruction + cfg.auxk * revival
     loss = fit + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
     member.optimizer.zero_grad(set_to_none=True)
@@ -52,8 +52,8 @@ def eager_step(
         member.optimizer.step()
         unit_rows_(sae)
         x_hat = forward.x_hat.detach()
-        sse = F.mse_loss(x_hat, x, reduction="sum")
-        error = None if member.inside is None else x_hat - x
+        sse = F.mse_loss(x_hat, target, reduction="sum")
+        error = None if member.back is None else x_hat - target
         whole = part.once(fit.detach()) + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
         losses = (whole, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
@@ -61,12 +61,12 @@ def eager_step(
 
 
 def revival_loss(
-    member: MemberState, x: Float[Tensor, "batch d_in"], forward: Forward
+    member: MemberState, target: Float[Tensor, "batch d_out"], forward: Forward
 ) -> Float[Tensor, ""]:
     """Return the loss by which dead latents model the residual; 0 where the member has no revival."""
     if member.cfg.auxk == 0:
-        return x.new_zeros(())
-    residual, k_aux = x - forward.x_hat.detach(), member.cfg.revived(x.shape[1])
+        return target.new_zeros(())
+    residual, k_aux = target - forward.x_hat.detach(), member.cfg.revived(target.shape[1])
     return auxk_loss(member.sae, residual, forward, member.dead, k_aux, member.part)
 
 
@@ -173,6 +173,8 @@ def unfit_native(member: MemberState, x: Tensor) -> str | None:
 
 def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
     """Return why the Triton kernels cannot train this member here, or None if they can. Imports no Triton."""
+    if member.sae.cfg.transcoder:
+        return "the Triton kernels have no transcoders yet"
     activation, W = member.sae.cfg.activation, member.sae.W_dec.detach()
     # batch Top-k compares with a threshold: its k bounds nothing
     k = activation.k if isinstance(activation, TopK | GroupTopK) else None
