@@ -130,7 +130,7 @@ def _published(name: str, data: dict[str, Any]) -> Iterator[Published]:
     for entry in data["saes"]:
         sae = entry if isinstance(entry, dict) else {"id": entry}
         ids = expanded(str(sae["id"]))
-        paths = along(str(sae.get("path", sae["id"])), str(sae["id"]))
+        paths = along(str(sae["path"]), str(sae["id"])) if "path" in sae else ids
         factor = sae.get("norm_scaling_factor")
         factors = [None] * len(ids) if factor is None else along(str(factor), str(sae["id"]))
         for one, path, scale in zip(ids, paths, factors, strict=True):
