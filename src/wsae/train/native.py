@@ -11,16 +11,21 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from wsae.kernels import SparseCode, offsets_of
-from wsae.kernels.native import dense_threads
-from wsae.kernels.native.select import Centred, dimension_scales, select_above, select_topk
+from wsae.kernels.native.select import (
+    Centred,
+    RoundedEncoder,
+    dimension_scales,
+    select_above,
+    select_positive,
+    select_topk,
+)
 from wsae.kernels.native.slices import (
     Residual,
     Slices,
-    dots,
     from_slices,
     residual,
     sort_pairs,
@@ -29,6 +34,7 @@ from wsae.kernels.native.slices import (
 from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weights
 from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
+from wsae.sae.forward import WHOLE
 from wsae.sae.loss import weigh
 from wsae.sae.model import SAE
 from wsae.train.config import TrainConfig
@@ -101,7 +107,7 @@ def step_result(
     """Return the step's loss and its parts; `revival` is the mean of ||Gamma (e - e_hat)||^2, None without."""
     cfg, reconstruction = member.cfg, losses.reconstruction
     aux = reconstruction.new_zeros(()) if revival is None else revival
-    loss = reconstruction + cfg.auxk * aux + losses.penalty
+    loss = member.part.once(reconstruction + cfg.auxk * aux) + losses.penalty
     if cfg.l0:
         loss = loss + cfg.l0 * torch.count_nonzero(code.values) / code.batch
     return StepResult(code, loss, reconstruction, aux, losses.sse, losses.error)
@@ -181,8 +187,6 @@ def _put(member: MemberState, weights: Weights) -> None:
 
 SAMPLE = 256
 """Rows of the batch from which a first batch Top-k threshold is guessed."""
-ROUNDING = 2.0**-23
-"""A float32 product of two vectors errs by at most this share of their lengths per dimension."""
 
 
 def find_codes(sae: SAE, weights: Weights, centred: Centred) -> ActivePairs:
@@ -255,8 +259,10 @@ def native_step(
     weights, sae, cfg, x = enter(member), member.sae, member.cfg, batch.x.contiguous()
     b_dec = None if sae.b_dec is None else sae.b_dec.detach()
     centred = Centred(x if b_dec is None else x - b_dec, to_slices(x, b_dec))
-    codes = find_codes(sae, weights, centred)
-    main = _reconstruct(weights, codes, x, sae.gamma, b_dec, shown=looked_at(member, batch))
+    codes, part = find_codes(sae, weights, centred), member.part
+    if part is not WHOLE:
+        codes = activate(sae, part.among(sae, codes.pre))
+    main = _reconstruct(member, weights, codes, x, start=b_dec, shown=looked_at(member, batch))
     if cfg.l1:
         order, z, norms = main.terms.pairs.order, main.terms.z, weights.norms
         price = cfg.l1 / len(x) * (1.0 if norms is None else norms[codes.pre.indices[order]])
@@ -264,11 +270,10 @@ def native_step(
         terms = main.terms._replace(v=dz * codes.passes[order])
         main = main._replace(terms=terms, dz=dz, penalty=(z * price).sum())
     parts, aux = [main], None
-    dead = member.dead.nonzero()[:, 0]
-    if cfg.auxk and len(dead):
-        chosen = _revived(member, weights, centred, dead)
+    if cfg.auxk and part.any_dead(member.dead):
+        chosen = relu_pairs(_revived(member, weights, centred))
         target = _error(member, main.left, x)
-        parts.append(_reconstruct(weights, relu_pairs(chosen), target, sae.gamma, None, cfg.auxk))
+        parts.append(_reconstruct(member, weights, chosen, target, share=cfg.auxk))
         aux = parts[1].reconstruction
     _update(member, weights, parts, codes.code, centred.slices, rate)
     if sae.log_threshold is not None:
@@ -283,21 +288,22 @@ def native_step(
 
 
 def _reconstruct(
+    member: MemberState,
     weights: Weights,
     codes: ActivePairs,
     target: Tensor,
-    gamma: Tensor,
-    start: Tensor | None,
+    start: Tensor | None = None,
     share: float = 1.0,
     shown: int = 0,
 ) -> PairGradients:
     """Decode, starting from a vector if one is given, and take share * ||Gamma (x_hat - target)||^2 back to z."""
     pairs = sort_pairs(codes.pre, weights.d_sae)
     z, passes = codes.z[pairs.order], codes.passes[pairs.order]
-    x_hat = weights.decode(pairs, z, len(target), start)
+    start = None if start is None else member.part.once(start)
+    x_hat = member.part.over_latents(weights.decode(pairs, z, len(target), start))
     first = x_hat[:, :shown].contiguous()  # before the residual takes its place
     error = from_slices(first, target.shape[1]).sub_(target[:shown]) if shown else None
-    left = _weighted_residual(x_hat, target, gamma)
+    left = _weighted_residual(x_hat, target, member.sae.gamma)
     if share != 1:
         left.gradient.mul_(share)
     along = weights.dots(pairs, left.gradient)
@@ -315,32 +321,20 @@ def _weighted_residual(x_hat: Slices, x: Tensor, gamma: Tensor) -> Residual:
     return Residual(to_slices(gradient), errors, gradient.sum(0), error)
 
 
-def _revived(
-    member: MemberState, weights: Weights, centred: Centred, dead: Int64[Tensor, " dead"]
-) -> SparseCode:
-    """Return the positive pre-activations among each row's largest ones of dead latents: the others change nothing.
-
-    A dense product says which may be positive. Its last bits depend on the number of threads, those of the values here
-    do not.
-    """
-    rows = from_slices(weights.encoder_rows.index_select(1, dead), weights.d_in)
-    bias = None if member.sae.b_enc is None else member.sae.b_enc.detach()
-    with dense_threads():
-        pre = centred.rows @ rows.T
-    pre = pre if bias is None else pre.add_(bias[dead])
-    k = min(member.cfg.revived(weights.d_in), len(dead))
-    values, picked = pre.topk(k, dim=1, sorted=False)
-    slack = (
-        ROUNDING * weights.d_in * centred.rows.norm(dim=1, keepdim=True) * rows.norm(dim=1).max()
-    )
-    row, place = (values > -slack).nonzero(as_tuple=True)
-    latents, offsets = dead[picked[row, place]], offsets_of(row, len(pre))
-    pairs = sort_pairs(SparseCode(values[row, place], latents, offsets), weights.d_sae)
-    exact = dots(pairs, centred.slices, weights.encoder_rows, None, weights.d_in)
-    z = torch.empty_like(exact).index_copy_(0, pairs.order, exact)
-    z = z if bias is None else z.add_(bias[latents])
-    keep = z > 0
-    return SparseCode(z[keep], latents[keep], offsets_of(row[keep], len(pre)))
+def _revived(member: MemberState, weights: Weights, centred: Centred) -> SparseCode:
+    """Return the positive pre-activations among each row's largest ones of dead latents: the others change nothing."""
+    dead, W = member.dead.nonzero()[:, 0], weights.encoder_rows
+    k = member.cfg.revived(weights.d_in)
+    if not len(dead):  # other processes have some
+        none = dead.new_zeros(len(centred.rows) + 1)
+        return member.part.among_dead(SparseCode(member.mean.new_zeros(0), dead, none), k)
+    rows = W.index_select(1, dead)
+    bias = None if member.sae.b_enc is None else member.sae.b_enc.detach()[dead]
+    rounded = RoundedEncoder(len(dead), weights.d_in, len(dead), weights.rounded.dim)
+    rounded.measure(rows)
+    rounded.pack(rows)
+    found = select_positive(rounded, rows, bias, centred, min(k, len(dead)))
+    return member.part.among_dead(found._replace(indices=dead[found.indices]), k)
 
 
 def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "batch d_in"]:
@@ -378,6 +372,7 @@ def _update(
         pull = (member.cfg.l1 / code.batch * total / weights.norms.clamp_min(1e-12)).float()
     adam = AdamStep(rate, int(state[sae.W_dec]["step"]))
     through = weights.update([part.terms for part in parts], centred, adam, bias, pull)
+    through = member.part.over_latents(through)
     if sae.b_dec is not None:
         _adam(member, sae.b_dec, parts[0].left.total - through, rate)
 

@@ -50,7 +50,7 @@ struct Encoder {
 
 struct Selection {
   int64_t k;           // wanted per group; 0: everything above `above`
-  float above;         // used when k is 0
+  float above;         // nothing else is wanted; -infinity: everything is
   float guess, trend;  // in and out: k-th pre-activation per unit norm of the token, as first guessed; its last quantile
   int64_t keep;        // entries returned per token (k > 0)
   float* values;       // [batch, keep]
@@ -311,7 +311,8 @@ void prepare(const Job& job, const float* x, int64_t count, bool guess, Chunk& w
       round_token(job, x + t * job.e.d_in, token, q, &w.start[block * TOKENS + lane]);
       if (guess) token.guess = job.s.guess * token.norm;
     }
-    const float start = job.s.k == 0 ? job.s.above / token.step : guess ? token.guess / token.step : LOWEST;
+    // above LOWEST: what fills up a panel has none
+    const float start = std::max(LOWEST, std::max(guess ? token.guess : LOWEST, job.s.above) / token.step);
     const float own = job.lanes > 1 ? std::sqrt(token.kappa(job.e.d_in)) : 1;
     w.candidates[t] = {w.upper.data() + t * room, w.index.data() + t * room, 0, 0, (int32_t)job.capacity,
                        (int32_t)job.s.k, idle ? -LOWEST : start, MARGIN / std::sqrt(12.0f) * own, false};
@@ -481,7 +482,7 @@ bool choose(const Job& job, Round& r, int64_t t) {
   std::vector<Pair>& pairs = r.chosen[t];
   for (int64_t p = r.offsets[t]; p < r.offsets[t + 1]; p++) {
     const int32_t j = r.latents[p];
-    if (job.s.k > 0 || r.values[p] - (e.floor ? e.floor[j] : 0) > job.s.above) pairs.push_back({r.values[p], j});
+    if (job.s.above == -INFINITY || r.values[p] - (e.floor ? e.floor[j] : 0) > job.s.above) pairs.push_back({r.values[p], j});
   }
   if (job.s.k == 0) return true;
   if (job.groups > 1) {

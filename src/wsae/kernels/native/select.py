@@ -145,7 +145,7 @@ def select_topk(
         raise ValueError(f"{k} of {encoder.d_sae} latents in groups of {encoder.group}")
     batch = len(centred.rows)
     values, indices = empty(batch, k), empty(batch, k, dtype=torch.int64)
-    asked = CSelection(k=1 if groups else k, keep=k)
+    asked = CSelection(k=1 if groups else k, keep=k, above=-math.inf)
     asked.values, asked.indices = values.data_ptr(), indices.data_ptr()
     _run(encoder, W, bias, None, centred, asked, None)
     return code_from_topk(values, indices)
@@ -169,10 +169,33 @@ def select_above(
             where.append(row + i * ROWS)
         offsets = offsets_of(torch.cat(where), len(centred.rows))
         return SparseCode(torch.cat(values), torch.cat(indices), offsets)
+    return _listed(encoder, W, bias, floor, centred, CSelection(k=0, above=above))
+
+
+def select_positive(
+    encoder: RoundedEncoder, W: Slices, bias: Tensor | None, centred: Centred, k: int
+) -> SparseCode:
+    """Return the positive pre-activations among the k largest of each row, in order of row and latent."""
+    if not encoder.int8:
+        found = select_topk(encoder, W, bias, centred, k)
+        return found.where(found.values > 0)
+    if not 1 <= k <= encoder.d_sae or encoder.group < encoder.d_sae:
+        raise ValueError(f"{k} of {encoder.d_sae} latents in groups of {encoder.group}")
+    return _listed(encoder, W, bias, None, centred, CSelection(k=k, keep=k, above=0.0))
+
+
+def _listed(
+    encoder: RoundedEncoder,
+    W: Slices,
+    bias: Tensor | None,
+    floor: Tensor | None,
+    centred: Centred,
+    asked: CSelection,
+) -> SparseCode:
+    """Run a selection of any number of entries a row."""
     lib = library()
     lists = lib.new_lists()
     try:
-        asked = CSelection(k=0, above=above)
         counts = _run(encoder, W, bias, floor, centred, asked, lists)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         n = int(offsets[-1])
