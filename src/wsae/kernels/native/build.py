@@ -17,7 +17,7 @@ from wsae.core.cache import cached, cached_privately
 
 FOLDER = Path(__file__).parent
 LIBRARY = "kernels.so"
-SOURCES = ("common.h", "select.cpp", "sparse.cpp")
+SOURCES = ("common.h", "tasks.h", "select.cpp", "sparse.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-O3",
