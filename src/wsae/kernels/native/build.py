@@ -44,6 +44,7 @@ KERNELS = {
     "padded_latents": "NN",
     "packed_bytes": "NNN",
     "select_int8": "PPPNNPP",
+    "product_int8": "PPNN",
     "new_lists": "",
     "free_lists": "P",
     "collect": "PPP",

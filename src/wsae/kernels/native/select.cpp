@@ -378,6 +378,20 @@ void scan(const Job& job, Chunk& w) {
   }
 }
 
+// The product of `scan` with nothing compared: what no selection from it can be faster than. Returns a sum of some entries.
+int64_t product(const Job& job, Chunk& w) {
+  const int64_t blocks = w.tokens.size() / job.held();
+  alignas(64) int32_t acc[TOKENS * PANEL];
+  int64_t total = 0;
+  for (int64_t place = 0; place < job.groups * job.panels; place++)
+    for (int64_t b = 0; b < blocks; b++) {
+      const uint8_t* panel = job.e.packed + place * PANEL * job.steps * 4;
+      tile(w.q.data() + b * job.steps * TOKENS * 4, panel, job.steps, &w.start[b * TOKENS], acc);
+      total += acc[b % TOKENS * PANEL];
+    }
+  return total;
+}
+
 // Keep the k largest, ties to the lower index, in order of index.
 void keep_largest(std::vector<Pair>& pairs, size_t k) {
   const auto better = [](const Pair& a, const Pair& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); };
@@ -589,9 +603,23 @@ int64_t select_int8(const Encoder* encoder, const float* x, const float* slices_
   return status_of([&] { select_all(encoder, x, slices_of_x, batch, chunk, s, lists); });
 }
 
+// The 8-bit product alone, of a batch with all latents; returns a sum of some entries.
+int64_t product_int8(const Encoder* encoder, const float* x, int64_t batch, int64_t chunk) {
+  const Selection nothing{1, -INFINITY};
+  const Job job = make_job(*encoder, nothing, x, batch, 1);
+  std::atomic<int64_t> total{0};
+  share_out(batch, chunk, [&](int64_t first, int64_t last) {
+    Chunk w;
+    prepare(job, x + first * encoder->d_in, last - first, false, w);
+    total += product(job, w);
+  });
+  return total;
+}
+
 }  // extern "C"
 #else
 extern "C" int64_t select_int8(const Encoder*, const float*, const float*, int64_t, int64_t, Selection*, Lists*) { return 0; }
+extern "C" int64_t product_int8(const Encoder*, const float*, int64_t, int64_t) { return 0; }
 #endif
 
 extern "C" {
