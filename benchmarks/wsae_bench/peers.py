@@ -41,10 +41,15 @@ def make(job: Any, modules: list[ModuleType], _x: Tensor) -> Any:
     return kinds[job.library](job, *modules)
 
 
+def device(job: Any) -> str:
+    """Return where a job trains: `wsae bench` measures CPUs, `benchmarks/gpu.py` says another device."""
+    return getattr(job, "device", "cpu")
+
+
 def autocast(job: Any) -> Any:
-    """Return bf16 autocast on the CPU for a bf16 job, else nothing."""
+    """Return bf16 autocast for a bf16 job, else nothing."""
     if job.dtype == "bfloat16":
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast(device(job), dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
@@ -60,7 +65,7 @@ class Sparsify:
         torch.manual_seed(job.seed)
         activation = job.settings.get("activation", "topk")
         cfg = config.SparseCoderConfig(activation=activation, num_latents=job.d_sae, k=job.k)
-        self.sae = coder.SparseCoder(job.d_in, cfg, "cpu", dtype=torch.float32)
+        self.sae = coder.SparseCoder(job.d_in, cfg, device(job), dtype=torch.float32)
         adam = job.settings["optimizer"] == "adam"
         self.lr = job.lr or (2e-4 if adam else 5e-3) / (job.d_sae / 2**14) ** 0.5
         self.optimizer: Any
@@ -70,8 +75,8 @@ class Sparsify:
             wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper
             self.optimizer = wrapper(sign.SignSGD(self.sae.parameters(), self.lr), momentum=0.95)
             self.optimizer.train()
-        self.since_fired = torch.zeros(job.d_sae, dtype=torch.long)
-        self.fired = torch.zeros(job.d_sae, dtype=torch.bool)
+        self.since_fired = torch.zeros(job.d_sae, dtype=torch.long, device=device(job))
+        self.fired = torch.zeros(job.d_sae, dtype=torch.bool, device=device(job))
 
     def step(self, i: int, x: Tensor) -> None:
         """Trainer's hook, then its optimiser step and its count of dead latents."""
