@@ -242,9 +242,8 @@ def over(one: float | None, other: float | None) -> float | None:
 
 
 def tests(at: argparse.Namespace) -> dict[str, object]:
-    """Run the Triton tests' cases on the device; a rehearsal runs a few of them."""
+    """Run the Triton tests' cases on the device."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "on_device"]
-    words += ["-k", "zeros or remembered or plan_is"] if at.rehearse else []
     folders = [str(ROOT / "tests" / name) for name in ("support", "train", "kernels")]
     path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "WSAE_TEST_DEVICE": at.device, "PYTHONPATH": path}

@@ -1,7 +1,11 @@
-"""The script for a GPU's first minutes, rehearsed on a CPU."""
+"""The script for a GPU's first minutes, rehearsed on a CPU: the Triton kernels' cases under Triton's interpreter too.
+
+Triton decides once per process whether it interprets, so the cases run in one of their own.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,17 +17,20 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton runs on Linux")
-def test_a_rehearsal_goes_through_every_stage_and_writes_the_tables(tmp_path: Path) -> None:
+def test_the_kernels_equal_their_definitions_and_a_rehearsal_writes_the_tables(
+    tmp_path: Path,
+) -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--rehearse", "--out", str(tmp_path)],
+        [sys.executable, str(SCRIPT), "--rehearse", "--minutes", "30", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    told = tmp_path / "tests.txt"
+    assert done.returncode == 0, told.read_text()[-8000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert "3 passed" in report["tests"]["summary"]
+    assert re.fullmatch(r"\d\d+ passed in .*", report["tests"]["summary"])
     (step,), (kernels,) = report["steps"], report["kernels"]
     row = step["rows"]["wsae"]
     assert row["tokens_per_s"] == pytest.approx(1e3 * step["batch"] / row["ms"])

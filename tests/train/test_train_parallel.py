@@ -41,7 +41,6 @@ LAYOUTS = {
     "latents4": Layout(latents=4),
     "data2-latents2": Layout(data=2, latents=2),
     "layers2-data2": Layout(layers=2, data=2),
-    "layers2-latents2": Layout(layers=2, latents=2),
 }
 RELATIVE = 1e-5
 """Largest difference to one process, as a share of the largest entry: fp32 sums in another order, nothing else."""
