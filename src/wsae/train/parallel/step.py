@@ -14,8 +14,9 @@ from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.kernels import SparseCode, code_from_topk, offsets_of, select_batch_topk
 from wsae.kernels.native.select import LARGEST_SHARE
-from wsae.sae.config import BatchTopK, GroupTopK, SAEConfig, TopK
-from wsae.sae.forward import Whole
+from wsae.sae.architectures import Batch, Choice, Groups, Nested, Rows, architecture_of
+from wsae.sae.config import SAEConfig
+from wsae.sae.forward import Whole, level_by_latent
 from wsae.sae.model import SAE
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import Inputs, to_device
@@ -173,19 +174,30 @@ class Shard(Whole):
         self.pending: list[dist.Work] = []
         """Sums of gradients under way."""
 
-    def choose(self, sae: SAE, pre: Float[Tensor, "rows own"]) -> SparseCode:
-        """Return this rank's pairs among those that a Top-k kind makes active over all ranks."""
+    def choose(self, choice: Choice, pre: Float[Tensor, "rows own"]) -> SparseCode:
+        """Return this rank's pairs among those that a choice of Top-k makes active over all ranks."""
         latents = self.place.latents
-        match sae.cfg.activation:
-            case TopK(k=k):
+        match choice:
+            case Rows(k=k):
                 rows, columns = choose_topk(pre, k, latents)
-            case GroupTopK(k=k):
+            case Groups(k=k):
                 rows, columns = choose_groups(pre, self.first, self.d_sae // k, k, latents)
-            case BatchTopK(k=k):
+            case Batch(k=k):
                 rows, columns = choose_batch_topk(pre, self.batch * k, self.place)
             case _:
-                raise AssertionError(sae.cfg.activation)
+                raise AssertionError(choice)
         return SparseCode(pre[rows, columns], columns, offsets_of(rows, len(pre)))
+
+    def level(
+        self, nested: Nested, pre: Float[Tensor, "rows own"], code: SparseCode
+    ) -> Int64[Tensor, " nnz"]:
+        """Return the level of each of this rank's pairs."""
+        if nested.widths is not None:
+            return level_by_latent(code.indices + self.first, nested.widths)
+        rows, columns = choose_topk(pre, nested.k, self.place.latents)
+        top = torch.zeros_like(pre, dtype=torch.bool)
+        top[rows, columns] = True
+        return (~top[code.rows(), code.indices]).long()
 
     def choose_dead(self, pre: Float[Tensor, "rows dead"], k: int) -> SparseCode | None:
         """Return this rank's share of the k largest; where every dead latent is wanted nothing is gathered."""
@@ -197,13 +209,13 @@ class Shard(Whole):
         every = torch.arange(pre.shape[1], device=pre.device)
         return code_from_topk(pre, every.expand(pre.shape))
 
-    def among(self, sae: SAE, pre: SparseCode) -> SparseCode:
+    def among(self, choice: Choice, pre: SparseCode) -> SparseCode:
         """Return this rank's pairs among those that are active over all ranks; `pre` are those active among its own."""
-        match sae.cfg.activation:
-            case TopK(k=k):
+        match choice:
+            case Rows(k=k):
                 own = pre.values.view(pre.batch, -1)
                 return pre.where(_largest(own, k, self.place.latents).flatten())
-            case BatchTopK(k=k):
+            case Batch(k=k):
                 return pre.where(among_largest(pre.values, self.batch * k, self.place))
         return pre
 
@@ -327,9 +339,11 @@ def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
     """Return why the compiled kernels cannot train an SAE cut into so many parts, or None; the same on all ranks."""
     last = chunk_part(whole.d_sae, parts, parts - 1)
     fewest, k = last.stop - last.start, getattr(whole.activation, "k", 1)
-    if isinstance(whole.activation, GroupTopK) and parts > 1:
-        return "its groups lie on several processes"
-    if k * LARGEST_SHARE > fewest and parts > 1:
+    if parts == 1:
+        return None
+    if whole.activation.kind == "group_topk" or architecture_of(whole.activation).nested:
+        return "its groups or levels lie on several processes"
+    if k * LARGEST_SHARE > fewest:
         return f"k = {k} of the {fewest} latents of a process is not sparse"
     return None
 
