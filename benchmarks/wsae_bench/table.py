@@ -282,6 +282,7 @@ def shown(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
             if block[key] is not None:
                 rows.append([words, f"{block[key]:,.1f}", "", ""])
         yield title, ["primitive", *PRIMITIVE_COLUMNS], rows, [""]
+    yield from by_kind(result["blocks"])
     if result["scaling"]:
         rows = [
             [
@@ -296,6 +297,34 @@ def shown(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
         yield "how cost grows", ["cost", "against", "exponent", "95 % interval", "points"], rows, []
 
 
+def by_kind(
+    blocks: Sequence[dict[str, Any]],
+) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """Yield a table per size: a row for each kind of SAE, a column for wsae and each library that trains it."""
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    for block in blocks:
+        if block["kind"] == "kinds":
+            kind, _, rest = block["title"].removeprefix("kinds ").partition(", ")
+            cells = tables.setdefault(rest, {}).setdefault(kind, {})
+            for row in block["rows"]:
+                column = "wsae-eager" if row["variant"] == "wsae-eager" else row["library"]
+                if "ms" in row and column not in cells:  # a library's first way is its own default
+                    cells[column] = ", ".join(
+                        f"{words}{_cell(row[key], form)}"
+                        for words, (key, form) in KIND_CELLS.items()
+                    )
+    for rest, kinds in tables.items():
+        columns = list(dict.fromkeys(column for cells in kinds.values() for column in cells))
+        rows = [[kind, *(cells.get(c, "") for c in columns)] for kind, cells in kinds.items()]
+        yield f"every kind: tokens/s, memory, FVU, L0; {rest}", ["kind", *columns], rows, [""]
+
+
+KIND_CELLS = {
+    "": ("tokens_per_s", ",.0f"),
+    "MiB ": ("extra_mib", ",.0f"),
+    "FVU ": ("fvu", ".3f"),
+    "L0 ": ("l0", ".0f"),
+}
 FLOORS = {
     "floor: faster encoder product + fused Adam": "floor_ms",
     "8-bit floor: 8-bit encoder product + fused Adam": "floor_8_ms",
@@ -309,7 +338,7 @@ PRIMITIVE_COLUMNS = {
 
 def speeds(block: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return a block's variants: time, speed and its ratios, memory, fit and what else the machine did."""
-    ours = block["kind"] in ("families", "kinds", "scaling")
+    ours = block["kind"] in ("families", "scaling")
     ratio, words = ("cost_of_first", "x first") if ours else ("of_fastest_peer", "x fastest peer")
     tokens = [row["fvu_tokens"] for row in block["rows"] if "ms" in row]
     columns = {

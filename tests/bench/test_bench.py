@@ -137,7 +137,7 @@ def test_blocks_hold_the_installed_peers_and_the_floor():
     few = blocks(cfg, {"overcomplete"})
     assert {j.variant.library for b in few for j in b.jobs} == {"wsae", "limits", "overcomplete"}
     kinds = next(b for b in found if b.kind == "kinds")
-    assert len(kinds.jobs) == 11
+    assert {j.name for j in kinds.jobs} >= {"wsae", "wsae-eager", "sparsify-signum", "dl-topk"}
     without = blocks(cfg, set(), native=False)
     assert "native" not in {j.variant.settings.get("kernels") for b in without for j in b.jobs}
     assert {j.name for j in without[0].jobs} == {"floor", "wsae-eager"}
