@@ -19,8 +19,6 @@ from wsae.sae.forward import training_forward
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
 REFUSED = {
     "saelens-matching-pursuit": "architecture 'matching_pursuit'",
-    "sparsify-transcoder": "transcode",
-    "sparsify-skip": "skip",
 }
 ALL = sorted(p.name for p in FIXTURES.iterdir())
 READ = [name for name in ALL if name not in REFUSED]
@@ -34,6 +32,9 @@ KINDS = {
     "dl-jumprelu": "jumprelu",
     "dl-gated": "jumprelu",
     "saelens-gated": "jumprelu",
+    "saelens-skip-transcoder": "relu",
+    "saelens-jumprelu-skip-transcoder": "jumprelu",
+    "sparsify-skip-transcoder": "topk",
     "dl-matryoshka": "batch_topk",
 }
 
@@ -45,7 +46,7 @@ def test_latents_and_reconstructions_are_upstreams(name):
     with torch.no_grad():
         z = sae.encode(expected["x"])
         x_hat = sae(expected["x"])
-        decoded = sae.decode(expected["z"], like=expected["x"])
+        decoded = sae.decode(expected["z"], expected["x"])
     assert (z != 0).sum() > len(z)  # something speaks
     torch.testing.assert_close(z, expected["z"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x_hat, expected["x_hat"], atol=1e-5, rtol=1e-5)
@@ -70,12 +71,12 @@ def test_rows_normalised_one_by_one_stay_so_in_files_and_codes(name, tmp_path):
         torch.testing.assert_close(
             code.dense(sae.cfg.d_sae), sae.encode(many), atol=1e-5, rtol=1e-5
         )
-        torch.testing.assert_close(sae.decode_code(code), sae(many), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sae.decode_code(code, many), sae(many), atol=1e-5, rtol=1e-5)
         assert sae(torch.zeros(1, 6)).isfinite().all()
         folded = sae.fold_decoder_norm() if name == "saelens-norm-rescale" else sae
         torch.testing.assert_close(folded(x), sae(x), atol=1e-5, rtol=1e-5)
     for refused, says in (
-        (lambda: sae.decode(sae.encode(x)), "give decode\\(z, like=x\\)"),
+        (lambda: sae.decode(sae.encode(x)), "needs its input too; decode\\(z, x\\)"),
         (lambda: training_forward(sae, x), "is not trained here"),
         (lambda: sae.scaled(2.0), "same latents at every scale"),
         (lambda: save(sae.plain(), tmp_path / "no", "dictionary_learning"), "no equal there"),

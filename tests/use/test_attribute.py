@@ -55,7 +55,7 @@ def test_gradient_times_activation_is_the_derivative_in_the_latents_scale(model,
 
     def scaled(x, _call):
         z, rest = sae.encode(x[0]).detach(), x[0] - sae(x[0]).detach()
-        new = sae.decode(scales * z, like=x[0].detach()) + errors * rest
+        new = sae.decode(scales * z, x[0].detach()) + errors * rest
         return torch.cat([x[0, :1], new[1:]])[None]
 
     with splice(model, HOOK, scaled):

@@ -594,7 +594,7 @@ def recovery(
     acts = truth.acts.to(sae.W_dec.device, sae.W_dec.dtype)
     latents = sae.encode(acts)
     alone = None if truth.W_p is None else isolated(truth, truth.W_p, sae)
-    return score_codes(truth, latents, sae.W_dec, sae.decode(latents, like=acts), alone, cfg)
+    return score_codes(truth, latents, sae.W_dec, sae.decode(latents, acts), alone, cfg)
 
 
 @own_settings()

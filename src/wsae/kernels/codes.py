@@ -3,15 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-
-
-class RowNorms(NamedTuple):
-    """What rows were brought to one scale by, so that it can be undone: x = factor * (what was encoded) + shift."""
-
-    factor: Float[Tensor, " batch"]
-    shift: Float[Tensor, " batch"]
 
 
 class SparseCode(NamedTuple):
@@ -20,13 +13,6 @@ class SparseCode(NamedTuple):
     values: Float[Tensor, " nnz"]
     indices: Int64[Tensor, " nnz"]
     offsets: Int64[Tensor, " batch_plus_1"]
-    norms: RowNorms | None = None
-    """Of an SAE that normalises its rows."""
-
-    @property
-    def factor(self) -> Float[Tensor, " batch"]:
-        """What decoder rows count by in each row of x."""
-        return self.values.new_ones(self.batch) if self.norms is None else self.norms.factor
 
     @property
     def batch(self) -> int:
@@ -37,6 +23,11 @@ class SparseCode(NamedTuple):
         """Return the row of each entry."""
         counts = self.offsets.diff()
         return torch.repeat_interleave(counts, output_size=len(self.indices))
+
+    def where(self, kept: Bool[Tensor, " nnz"]) -> "SparseCode":
+        """Return the entries for which `kept` is true."""
+        offsets = offsets_of(self.rows()[kept], self.batch)
+        return SparseCode(self.values[kept], self.indices[kept], offsets)
 
     def padded(self) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
         """Return values and indices as rectangles; shorter rows end in value 0, index 0."""

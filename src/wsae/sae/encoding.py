@@ -47,7 +47,7 @@ class Encoder:
 
     def _select(self, x: Tensor) -> SparseCode:
         sae, activation = self._sae, self._sae.cfg.activation
-        x, norms = sae.normalised(x)
+        x = sae.normalised(x).rows
         rounded = self._prepared(x)
         rows = sae.centre(x).contiguous()
         centred = Centred(rows, to_slices(rows))
@@ -59,7 +59,7 @@ class Encoder:
             assert isinstance(choice, Above)
             pre = select_above(rounded, self._rows, bias, centred, choice.floor)
         own = at_latents(sae.own, pre.indices)
-        return pre._replace(values=sae.arch.values(pre.values, own, activation), norms=norms)
+        return pre._replace(values=sae.arch.values(pre.values, own, activation))
 
     def _prepared(self, x: Tensor) -> RoundedEncoder:
         """Return the 8-bit encoder, made when first needed; the spread of the rows at hand changes its speed only."""
