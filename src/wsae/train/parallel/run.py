@@ -297,6 +297,10 @@ def train_parallel(
     Raises UserError as `train_run` does and for a mesh that does not fit, `Stopped` on all ranks when one is
     interrupted, and RuntimeError from torch.distributed when a rank is gone.
     """
+    if cfg.hook_out is not None:
+        raise UserError(
+            "transcoders (--hook-out) train in one process; start wsae train without torchrun"
+        )
     _check(cfg, source, world)
     world = suited(cfg, source, world)
     identity = identity_of(cfg, source) if world.first else {}
@@ -362,7 +366,11 @@ def suited(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> Mesh:
     if not able:
         return replace(world, unfit=why_not() or "they do not work on another process")
     parts = world.layout.data * world.layout.latents
-    wholes = [member.sae_config(d_in) for member in cfg.members for d_in in source.hooks.values()]
+    wholes = [
+        member.sae_config(source.hooks[hook], source.hooks.get(cfg.given(hook) or ""))
+        for member in cfg.members
+        for hook in cfg.read(source.hooks)
+    ]
     fits = not any(unfit_shard(whole, parts) for whole in wholes)
     return by_latents(world) if fits and world.layout.data > 1 else world
 
