@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from wsae.kernels import SparseCode, offsets_of
-from wsae.kernels.native import dense_threads
 from wsae.kernels.native.select import (
     Centred,
     RoundedEncoder,
@@ -304,11 +303,12 @@ def native_step(
     member: MemberState, batch: Batch, rate: float, run: TrainConfig, step: int
 ) -> SparseCode:
     """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
-    weights, sae, x, nested = enter(member), member.sae, batch.x.contiguous(), member.sae.nested
+    weights, sae, x = enter(member), member.sae, batch.x.contiguous()
     b_dec, b_in = (None if b is None else b.detach() for b in (sae.b_dec, sae.b_in))
     centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
-    chosen = member.part.among(sae.choice, find_pairs(sae, weights, centred))
-    values, target = PairValues(sae, chosen, weights.norms), left_by_skip(sae, batch)
+    part, nested, target = member.part, sae.nested, left_by_skip(sae, batch)
+    chosen = part.among(sae.choice, find_pairs(sae, weights, centred))
+    values = PairValues(sae, chosen, weights.norms)
     code, shown, gated = values.code, looked_at(member, batch), None
     if nested is None:
         main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
@@ -325,11 +325,10 @@ def native_step(
     parts += revived
     _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate)
     if sae.W_skip is not None:
-        with dense_threads():
-            skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
+        skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
         _adam(member, sae.W_skip, skip, rate)
     also = main.more + (0.0 if gated is None else gated.reconstruction)
-    more = slopes.penalty + (member.part.once(also) if isinstance(also, Tensor) else also)
+    more = slopes.penalty + (part.once(also) if isinstance(also, Tensor) else also)
     losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), more, main.shown)
     record(member, batch, step_result(member, code, losses, aux), step, run, weights.W_dec)
     return code
@@ -340,8 +339,7 @@ def left_by_skip(sae: SAE, batch: Batch) -> Float[Tensor, "batch d_out"]:
     target = batch.target.contiguous()
     if sae.W_skip is None:
         return target
-    with dense_threads():
-        return torch.addmm(target, batch.x, sae.W_skip.detach().T, alpha=-1)
+    return torch.addmm(target, batch.x, sae.W_skip.detach().T, alpha=-1)
 
 
 class Revival(NamedTuple):

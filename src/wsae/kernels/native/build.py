@@ -33,7 +33,6 @@ FLAGS = (
 KERNELS = {
     "has_int8": "",
     "set_threads": "N",
-    "get_threads": "",
     "to_slices": "PPNNP",
     "from_slices": "PPNNP",
     "sort_pairs": "PPNNNPPP",
@@ -93,17 +92,6 @@ def kernel_threads(n: int) -> Iterator[None]:
         yield
     finally:
         library().set_threads(0)
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def dense_threads() -> Iterator[None]:
-    """Let PyTorch use the kernels' threads, for a large product among them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(library().get_threads())
-    try:
-        yield
-    finally:
         torch.set_num_threads(before)
 
 

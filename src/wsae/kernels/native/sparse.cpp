@@ -20,7 +20,6 @@ thread_local int own_threads = 0;
 extern "C" {
 
 int64_t set_threads(int64_t n) { own_threads = (int)n; return 0; }
-int64_t get_threads(void) { return team(); }
 
 // [rows][d_in] less `centre` to [slices][rows][32], padded with zeros.
 void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out) {
