@@ -24,9 +24,11 @@ from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.run import Run
 from wsae.sae.config import (
+    KINDS,
     GammaConfig,
     JumpReLU,
     Kind,
+    Matryoshka,
     PreconditionConfig,
     Provenance,
     Rule,
@@ -54,9 +56,11 @@ class PlanFlags(
         MemberConfig,
         GammaConfig,
         JumpReLU,
+        Matryoshka,
         PreconditionConfig,
         TrainConfig,
-        omit=("label", "rule", "kind", "vector", "tokens", "alpha", "power", "members", "hook_out"),
+        omit=("label", "rule", "kind", "k", "vector", "tokens", "alpha", "power", "members")
+        + ("hook_out",),
     )
 ):
     """The SAEs: their shape, their loss weights and their training."""
@@ -141,20 +145,22 @@ class PlanFlags(
         return MemberConfig.parse(config_values(self, MemberConfig) | own, where=FLAGS)
 
     def _activation(self) -> dict[str, object]:
-        kind = self.activation
-        jump = config_values(self, JumpReLU)
-        for name, value in jump.items():
-            if kind != "jumprelu" and value != JumpReLU.model_fields[name].default:
-                raise UserError(
-                    f"--{name} {value:g}: {kind} has no {name}; leave it out, or use --activation jumprelu"
-                )
-        if kind not in ("relu", "jumprelu"):
-            return {"kind": kind, "k": 32 if self.k is None else self.k}
-        if self.k is not None:
+        """Return the kind and what its own flags say; raises UserError for a flag of another kind."""
+        made = KINDS[self.activation]
+        for kind in (JumpReLU, Matryoshka):
+            for name, value in config_values(self, kind).items():
+                if name not in made.model_fields and value != kind.model_fields[name].default:
+                    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                    raise UserError(
+                        f"--{name} {shown}: {self.activation} has no {name}; leave it out, or use "
+                        f"--activation {kind.model_fields['kind'].default}"
+                    )
+        if self.k is not None and "k" not in made.model_fields:
             raise UserError(
-                f"--k {self.k}: {kind} has no k; leave it out, or use --activation topk"
+                f"--k {self.k}: {self.activation} has no k; leave it out, or use --activation topk"
             )
-        return {"kind": kind, **(jump if kind == "jumprelu" else {})}
+        own = config_values(self, made) | {"kind": self.activation}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":

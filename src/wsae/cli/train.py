@@ -24,7 +24,6 @@ from wsae.core.config import FLAG_OF, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.progress import quiet
-from wsae.sae.config import JumpReLU, ReLU
 from wsae.train.config import TrainConfig
 from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.config import launched
@@ -152,9 +151,9 @@ def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:
     for hook in cfg.read(source.hooks):
         d_in = source.hooks[hook]
         dense = [
-            f"{name} (k = {m.activation.k})"
+            f"{name} (k = {getattr(m.activation, 'k', 0)})"
             for name, m in zip(cfg.names(), cfg.members, strict=True)
-            if not isinstance(m.activation, ReLU | JumpReLU) and m.activation.k >= d_in
+            if getattr(m.activation, "k", 0) >= d_in
         ]
         if dense:
             notes.append(

@@ -6,13 +6,15 @@ Tied: W_dec = W_enc^T and no biases. A transcoder predicts the output y of a mod
 
     pre   = x @ W_enc + b_enc          z = activation(pre)          y_hat = z @ W_dec + b_dec + x @ W_skip^T
 
-(Dunefsky et al. 2024; W_skip as in Paulo et al. 2025, absent without `skip`). The training pass lives in
+(Dunefsky et al. 2024; W_skip as in Paulo et al. 2025, absent without `skip`). What z is the kind says
+(`wsae.sae.architectures`); the training pass lives in
 `wsae.sae.forward`.
 """
 
 import contextlib
 import importlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,21 +30,27 @@ from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, Provenance, ReLU, SAEConfig, TopK
+from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
+from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
-FIXED = {TopK: select_topk, GroupTopK: select_group_topk}
-"""Activations with k latents in every row, and which these are."""
+
+
+def fixed(choice: Rows | Groups, pre: Float[Tensor, "*rows d_sae"]) -> Int64[Tensor, "*rows k"]:
+    """Return the latents of each row that a choice with the same number in every row makes active."""
+    chosen = select_topk if isinstance(choice, Rows) else select_group_topk
+    return chosen(pre, choice.k)
 
 
 class SAE(nn.Module):
     """One SAE: `encode` gives latents [..., d_sae] of [..., d_in], `decode` gives x_hat [..., d_out], d_out = d_in.
 
     Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_out],
-    `b_enc` [d_sae], `b_dec` [d_out], `log_threshold` [d_sae] (JumpReLU), `W_skip` [d_out, d_in] (skip transcoders).
-    Buffers: `threshold` (batch Top-k) and `gamma` [d_out] (a matrix [d_out, d_out] for the rule whiten), the loss
-    weights of training: they act on the loss only, nothing is folded at inference. Of a transcoder d_out is a width of
-    its own, and x_hat stands for the activations that it predicts.
+    `b_enc` [d_sae], `b_dec` [d_out], those of its kind, [d_sae] each: `threshold` (JumpReLU), `r_mag` and `b_mag`
+    (gated), and `W_skip` [d_out, d_in] (skip transcoders). Buffers: `threshold` (one number, of batch Top-k) where it
+    is no parameter, and `gamma` [d_out] (a matrix [d_out, d_out] for the rule whiten), the loss weights of training:
+    they act on the loss only, nothing is folded at inference. Of a transcoder d_out is a width of its own, and x_hat
+    stands for the activations that it predicts.
     """
 
     gamma: Tensor
@@ -52,7 +60,7 @@ class SAE(nn.Module):
     def __init__(self, cfg: SAEConfig, seed: int = 0, encoder_scale: float = 1.0) -> None:
         """Start with random unit decoder rows and (untied) the encoder `encoder_scale` times their transpose."""
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.arch = cfg, architecture_of(cfg.activation)
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
         drawn = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
         rows, width = F.normalize(drawn, dim=1), cfg.width_out
@@ -64,13 +72,14 @@ class SAE(nn.Module):
         self.W_enc_t = None if cfg.tied else nn.Parameter(rows * encoder_scale)
         self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae, dtype=torch.float32))
         self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(width, dtype=torch.float32))
-        self.log_threshold = None
-        if isinstance(cfg.activation, JumpReLU):
-            start = torch.full((cfg.d_sae,), cfg.activation.threshold, dtype=torch.float32).log()
-            self.log_threshold = nn.Parameter(start)
+        for name, parameter in self.arch.parameters.items():
+            start = parameter.start(cfg.activation)
+            own = torch.full((cfg.d_sae,), start, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(own))
         skip = torch.zeros(width, cfg.d_in, dtype=torch.float32) if cfg.skip else None
         self.W_skip = None if skip is None else nn.Parameter(skip)
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
+        if "threshold" not in self.arch.parameters:
+            self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
         self.register_buffer("gamma", torch.ones(width, dtype=torch.float32))
 
     @property
@@ -92,6 +101,23 @@ class SAE(nn.Module):
     def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
         """The encoder with one row per latent: W_dec itself when tied."""
         return self.W_dec if self.W_enc_t is None else self.W_enc_t
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The parameters that its kind's functions look at."""
+        names = [*self.arch.parameters, "threshold", *(["b_enc"] if self.arch.reads_bias else [])]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def choice(self) -> Choice:
+        """Which latents of a batch may be active in training."""
+        return self.arch.choose(self.cfg.activation, self.own)
+
+    @property
+    def nested(self) -> Nested | None:
+        """The levels of its code, where its kind has any."""
+        make = self.arch.nested
+        return None if make is None else make(self.cfg.activation, self.cfg.d_sae)
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:
@@ -121,9 +147,9 @@ class SAE(nn.Module):
         """
         rows, lead = self._rows(x, self.cfg.d_in)
         with self._own_type():
-            pre = self.pre(self.centre(rows))
-            fixed = type(self.cfg.activation) in FIXED
-            z = self._code(pre).dense(self.cfg.d_sae) if fixed else self._dense(pre)
+            pre, choice = self.pre(self.centre(rows)), self._used()
+            fits = isinstance(choice, Rows | Groups)
+            z = self._code(pre).dense(self.cfg.d_sae) if fits else self._dense(pre, choice)
         return z.reshape(*lead, self.cfg.d_sae)
 
     def encode_sparse(
@@ -149,19 +175,18 @@ class SAE(nn.Module):
         rows, lead = self._rows(z, self.cfg.d_sae)
         given = None if x is None or self.W_skip is None else self._rows(x, self.cfg.d_in)[0]
         with self._own_type():
-            x_hat = self.completed(rows @ self.W_dec, given)
+            x_hat = rows @ self.W_dec + self.base(given)
         return x_hat.reshape(*lead, self.cfg.width_out)
 
-    def completed(
-        self, x_hat: Float[Tensor, "batch d_out"], x: Float[Tensor, "batch d_in"] | None
-    ) -> Float[Tensor, "batch d_out"]:
-        """Return what the latents give, with b_dec and x @ W_skip^T; raises UserError where x is wanted and none."""
-        x_hat = x_hat if self.b_dec is None else x_hat + self.b_dec
+    def base(self, x: Float[Tensor, "batch d_in"] | None) -> Tensor | float:
+        """Return x_hat without latents: b_dec, with x @ W_skip^T of a skip transcoder; raises UserError without x."""
+        if self.b_dec is None:
+            return 0.0
         if self.W_skip is None:
-            return x_hat
+            return self.b_dec
         if x is None:
             raise UserError("decode: a skip transcoder needs its input too; decode(z, x)")
-        return torch.addmm(x_hat, x, self.W_skip.T)
+        return torch.addmm(self.b_dec, x, self.W_skip.T)
 
     def decode_code(
         self, code: SparseCode, x: Float[Tensor, "batch d_in"] | None = None
@@ -175,7 +200,7 @@ class SAE(nn.Module):
                 mode="sum",
                 per_sample_weights=code.values,
             )
-            return self.completed(x_hat, None if x is None else x.to(self.dtype))
+            return x_hat + self.base(None if x is None else x.to(self.dtype))
 
     def forward(self, x: object) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstruction x_hat of activations [..., d_in], given as `encode` takes them."""
@@ -191,6 +216,8 @@ class SAE(nn.Module):
     def set_tensors(self, tensors: dict[str, Tensor], where: str = "tensors") -> None:
         """Take tensors named as by `tensors()`; raises UserError on a wrong name, shape or value."""
         state = dict(tensors)
+        if "log_threshold" in state:  # of earlier versions
+            state["threshold"] = state.pop("log_threshold").exp()
         if "W_enc" in state:
             state["W_enc_t"] = state.pop("W_enc").T
         expected = self.state_dict()
@@ -278,43 +305,54 @@ class SAE(nn.Module):
             for name in tensors.keys() & {"W_enc", "W_skip"}:
                 tensors[name] *= scale / read
         for name in ("b_enc", "b_dec", "threshold"):
-            if name in tensors:
+            if name in tensors and name not in self.arch.parameters:
                 tensors[name] *= scale
-        if "log_threshold" in tensors:
-            tensors["log_threshold"] += math.log(scale)
+        for name, parameter in self.arch.parameters.items():
+            tensors[name] *= scale**parameter.power
         return self._like(self.cfg, tensors)
 
     def fold_decoder_norm(self) -> "SAE":
         """Return the SAE with decoder rows of length 1 that gives |W_dec[j]| z_j and the same x_hat.
 
         A tied one becomes untied; batch Top-k, whose one threshold would be many, JumpReLU. A row of zeros stays.
-        Raises UserError for Top-k kinds with rows of unequal length, as the choice of the k largest would change.
+        Raises UserError for kinds that choose the k largest where rows have unequal length: they would choose others.
         """
-        tensors = {name: t.double() for name, t in self.tensors().items()}
-        norm = tensors["W_dec"].norm(dim=1)
+        norm = self.W_dec.detach().double().norm(dim=1)
         norm = torch.where(norm > 0, norm, 1.0)
-        activation = self.cfg.activation
-        if type(activation) in FIXED and float(norm.max() / norm.min()) > 1 + 1e-4:
+        choice, activation = self._used(), self.cfg.activation
+        if not isinstance(choice, Above) and float(norm.max() / norm.min()) > 1 + 1e-4:
             raise UserError(
                 f"fold_decoder_norm: rows of lengths {norm.min():.3g} to {norm.max():.3g}, and {activation.kind} "
                 "would choose other latents; keep it as it is"
             )
+        tensors = {name: t.double() for name, t in self.tensors().items()}
         tensors |= {
             "W_enc": tensors.get("W_enc", tensors["W_dec"].T) * norm,
             "b_enc": tensors.get("b_enc", torch.zeros_like(norm)) * norm,
             "W_dec": tensors["W_dec"] / norm[:, None],
             "b_dec": tensors.get("b_dec", torch.zeros_like(tensors["W_dec"][0])),
         }
-        threshold = tensors["threshold"]
-        if "log_threshold" in tensors:
-            tensors["log_threshold"] = tensors["log_threshold"] + norm.log()
-        elif isinstance(activation, BatchTopK):
-            activation = JumpReLU() if threshold > 0 else ReLU()
-            tensors["threshold"] = torch.zeros_like(threshold)
-            if threshold > 0:
-                tensors["log_threshold"] = (threshold * norm).log()
+        for name, parameter in self.arch.parameters.items():
+            tensors[name] = tensors[name] * norm**parameter.power
+        if isinstance(choice, Above) and not self.arch.parameters:
+            floor = float(choice.floor)
+            activation = JumpReLU() if floor > 0 else ReLU()
+            tensors["threshold"] = (
+                floor * norm if floor > 0 else torch.zeros((), device=norm.device)
+            )
         cfg = self.cfg.model_copy(update={"tied": False, "activation": activation})
         return self._like(cfg, tensors)
+
+    def plain(self) -> "SAE":
+        """Return the SAE of a simpler kind that gives the same latents, as other tools know it; itself if it is one.
+
+        Matryoshka becomes batch Top-k or Top-k, multi-k Top-k Top-k, gated JumpReLU (its paper's Section 3.3).
+        """
+        if self.arch.plain is None:
+            return self
+        made = self.arch.plain(self.cfg.activation, self.tensors())
+        cfg = self.cfg.model_copy(update={"activation": made.activation})
+        return self._like(cfg, made.tensors)
 
     def _like(self, cfg: SAEConfig, tensors: dict[str, Tensor]) -> "SAE":
         """Return another SAE of these tensors, of this one's type and where it is."""
@@ -324,19 +362,23 @@ class SAE(nn.Module):
         other.set_tensors(tensors)
         return other.to(self.device)
 
-    def _code(self, pre: Tensor) -> SparseCode:
-        activation = self.cfg.activation
-        if isinstance(activation, TopK | GroupTopK):
-            indices = FIXED[type(activation)](pre.detach(), activation.k)
-            return code_from_topk(pre.gather(1, indices).relu(), indices)
-        return code_from_dense(self._dense(pre))
+    def _used(self) -> Choice:
+        return self.arch.used(self.cfg.activation, self.own)
 
-    def _dense(self, pre: Tensor) -> Tensor:
-        if self.log_threshold is not None:
-            return pre * (pre > self.log_threshold.exp())
-        if isinstance(self.cfg.activation, BatchTopK):
-            return pre * (pre > self.threshold)  # the threshold is never negative
-        return pre.relu()
+    def _code(self, pre: Tensor) -> SparseCode:
+        choice = self._used()
+        if not isinstance(choice, Rows | Groups):
+            return code_from_dense(self._dense(pre, choice))
+        indices = fixed(choice, pre.detach())
+        own = at_latents(self.own, indices)
+        z = self.arch.values(pre.gather(1, indices), own, self.cfg.activation)
+        return code_from_topk(z, indices)
+
+    def _dense(self, pre: Tensor, choice: Choice) -> Tensor:
+        z = self.arch.values(pre, self.own, self.cfg.activation)
+        if self.arch.encode is not None and isinstance(choice, Above):
+            return z * (pre > choice.floor)
+        return z
 
     def _rows(self, x: object, width: int) -> tuple[Float[Tensor, "rows width"], torch.Size]:
         """Return x [..., width] as rows in the SAE's type, and its leading axes."""
@@ -359,6 +401,11 @@ class SAE(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.autocast(kind, enabled=False)
         return contextlib.nullcontext()
+
+
+def at_latents(own: Mapping[str, Tensor], indices: Int64[Tensor, "*pairs"]) -> dict[str, Tensor]:
+    """Return a kind's parameters at these latents; what is one number for all stays."""
+    return {name: t[indices] if t.ndim else t for name, t in own.items()}
 
 
 SparseAutoencoder = SAE
