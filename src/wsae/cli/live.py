@@ -1,5 +1,6 @@
 """Flags that name a model's text and hook points, and the source of activations they lead to."""
 
+import itertools
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -14,6 +15,7 @@ from wsae.cli.flags import (
     MaybeName,
     MaybeNumber,
     MaybePlace,
+    OneOrSeveral,
     config_flags,
     config_values,
     flag_name,
@@ -23,8 +25,8 @@ from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.run import Run
 from wsae.sae.config import (
+    KINDS,
     GammaConfig,
-    JumpReLU,
     Kind,
     PreconditionConfig,
     Provenance,
@@ -48,33 +50,49 @@ TOKENS = 250_000
 """Training tokens where neither --tokens nor the data say how many."""
 
 
+MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0")
+"""Settings of a member whose flags take several values; so do those of --activation."""
+OF_KINDS: dict[str, tuple[Kind, ...]] = {"l0": ("jumprelu",)}
+"""Settings of a member that only some kinds have."""
+OF_ACTIVATION = tuple(
+    dict.fromkeys(n for made in KINDS.values() for n in made.model_fields if n != "kind")
+)
+"""Settings of the activations, of all kinds together."""
+
+
 class PlanFlags(
     config_flags(
         MemberConfig,
         GammaConfig,
-        JumpReLU,
+        *KINDS.values(),
         PreconditionConfig,
         TrainConfig,
         omit=("label", "rule", "kind", "vector", "tokens", "alpha", "power", "members"),
+        several=(*MEMBER_GRID, *OF_ACTIVATION),
     )
 ):
-    """The SAEs: their shape, their loss weights and their training."""
+    """The SAEs: their shape, their loss weights and their training. Flags with several values make a grid of SAEs."""
 
-    k: MaybeCount = None
-    """Active latents per sample of the Top-k kinds; default: 32."""
-    activation: Kind = "topk"
-    """Which latents may be active."""
-    gamma: Annotated[Rule | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """What the loss weights follow; "vector" reads --gamma-file. Default: none, the plain SAE, or with --alpha or
-    --robust variance, the paper's."""
-    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...", help_behavior_hint="")] = ()
+    k: Annotated[
+        tuple[int, ...], OneOrSeveral, tyro.conf.arg(metavar="N ...", help_behavior_hint="")
+    ] = ()
+    """Active latents per sample of the Top-k kinds. Several: an SAE for each. Default: 32."""
+    activation: Annotated[tuple[Kind, ...], OneOrSeveral, tyro.conf.arg(help_behavior_hint="")] = ()
+    """Which latents may be active. Several: SAEs of each kind, with those of the other flags that it has. Default:
+    topk."""
+    gamma: Annotated[tuple[Rule, ...], OneOrSeveral, tyro.conf.arg(help_behavior_hint="")] = ()
+    """What the loss weights follow; "vector" reads --gamma-file. Several: an SAE for each. Default: none, the plain
+    SAE, or with --alpha or --robust variance, the paper's."""
+    alpha: Annotated[
+        tuple[float, ...], OneOrSeveral, tyro.conf.arg(metavar="A ...", help_behavior_hint="")
+    ] = ()
     """Exponents of the weights; each gives one SAE on the same batches. Default: 1."""
     gamma_file: MaybePlace = None
     """A .npy vector of width d_in for --gamma vector."""
     precondition: Literal["none", "standardise", "whiten"] = "none"
     """The map of the activations in which the SAEs are trained, folded into them when they are saved: standardise
     divides each dimension by its standard deviation, whiten uses the whole covariance."""
-    power: Annotated[tuple[float, ...], tyro.conf.arg(metavar="P ...")] = (1.0,)
+    power: Annotated[tuple[float, ...], OneOrSeveral, tyro.conf.arg(metavar="P ...")] = (1.0,)
     """How far --precondition goes, from 0 (not at all) to 1 (variances all 1); each gives one SAE per alpha."""
     twin: bool = True
     """Train the plain SAE beside them, for comparison."""
@@ -88,7 +106,15 @@ class PlanFlags(
         if self.members:
             ours = "the SAEs of --config are taken as they are; leave the flag out, or give all by flags"
             refuse(self, ours, TrainConfig.model_fields)
-        made = [self._member(g, p) for g in self._gammas() for p in self._preconditioners()]
+        made = [
+            MemberConfig.parse(
+                config_values(self, MemberConfig) | shape | {"gamma": g, "precondition": p},
+                where=FLAGS,
+            )
+            for shape in self._shapes()
+            for g in self._gammas()
+            for p in self._preconditioners()
+        ]
         members = self.members or family(made, self.twin)
         tokens = self.tokens if self.tokens is not None else (rows or TOKENS)
         own = {"members": members, "tokens": tokens, "seed": seed}
@@ -96,16 +122,20 @@ class PlanFlags(
 
     def _gammas(self) -> list[dict[str, object]]:
         weighted = self.alpha or self.robust != "none" or self.gamma_file is not None
-        rule = self.gamma or ("variance" if weighted else "none")
+        rules: tuple[Rule, ...] = self.gamma or ("variance" if weighted else "none",)
+        if rules == ("none",) and self.robust != "none":
+            raise UserError(
+                f"--robust {self.robust}: the plain loss has no proxy to tame; for the plain loss without outlier "
+                "dimensions use --gamma variance --alpha 0 --robust drop"
+            )
+        return [gamma for rule in rules for gamma in self._of_rule(rule)]
+
+    def _of_rule(self, rule: Rule) -> list[dict[str, object]]:
+        """Return a rule with each exponent."""
         if rule == "none":
-            if self.robust != "none":
-                raise UserError(
-                    f"--robust {self.robust}: the plain loss has no proxy to tame; for the plain loss without outlier "
-                    "dimensions use --gamma variance --alpha 0 --robust drop"
-                )
             return [{}]
         vector = None
-        if self.gamma_file is not None:
+        if self.gamma_file is not None and (rule == "vector" or "vector" not in self.gamma):
             needed = "one number per input dimension"
             vector = read_vector("--gamma-file", self.gamma_file, "fiu", needed).tolist()
         base = config_values(self, GammaConfig) | {"rule": rule, "vector": vector}
@@ -117,40 +147,55 @@ class PlanFlags(
             for name in ("power", "shrinkage"):
                 value = getattr(self, name)
                 if value != type(self).model_fields[name].default:
-                    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                     raise UserError(
-                        f"--{name} {shown}: is of a preconditioner; add --precondition whiten or standardise"
+                        f"--{name} {_shown(value)}: is of a preconditioner; add --precondition whiten or standardise"
                     )
             return [None]
         if not self.power:
             raise UserError("--power: give at least one number")
         return [{**base, "kind": self.precondition, "power": power} for power in self.power]
 
-    def _member(
-        self, gamma: dict[str, object], precondition: dict[str, object] | None
-    ) -> MemberConfig:
-        own = {
-            "gamma": gamma,
-            "precondition": precondition,
-            "activation": self._activation(),
-        }
-        return MemberConfig.parse(config_values(self, MemberConfig) | own, where=FLAGS)
-
-    def _activation(self) -> dict[str, object]:
-        kind = self.activation
-        jump = config_values(self, JumpReLU)
-        for name, value in jump.items():
-            if kind != "jumprelu" and value != JumpReLU.model_fields[name].default:
+    def _shapes(self) -> list[dict[str, object]]:
+        """Return what each SAE without weights is: every kind, with every combination of what is asked of it."""
+        kinds: tuple[Kind, ...] = self.activation or ("topk",)
+        for name in (*OF_ACTIVATION, *OF_KINDS):
+            able = [kind for kind in KINDS if _has(kind, name)]
+            asked = getattr(self, name)
+            if asked != type(self).model_fields[name].default and not {*kinds} & {*able}:
+                none = f"{' and '.join(kinds)} {'has' if len(kinds) == 1 else 'have'} no {name}"
                 raise UserError(
-                    f"--{name} {value:g}: {kind} has no {name}; leave it out, or use --activation jumprelu"
+                    f"--{flag_name(name)} {_shown(asked)}: {none}; leave it out, or use --activation {able[0]}"
                 )
-        if kind not in ("relu", "jumprelu"):
-            return {"kind": kind, "k": 32 if self.k is None else self.k}
-        if self.k is not None:
-            raise UserError(
-                f"--k {self.k}: {kind} has no k; leave it out, or use --activation topk"
-            )
-        return {"kind": kind, **(jump if kind == "jumprelu" else {})}
+        return [shape for kind in kinds for shape in self._of_kind(kind)]
+
+    def _of_kind(self, kind: Kind) -> list[dict[str, object]]:
+        activations = self._grid([name for name in OF_ACTIVATION if _has(kind, name)])
+        settings = self._grid([name for name in MEMBER_GRID if _has(kind, name)])
+        return [
+            {name: MemberConfig.model_fields[name].default for name in MEMBER_GRID}
+            | {"activation": {"kind": kind, **activation}, **own}
+            for activation in activations
+            for own in settings
+        ]
+
+    def _grid(self, names: Collection[str]) -> list[dict[str, object]]:
+        """Return every combination of the values given for these fields; one not given is not in it."""
+        given = {n: v if isinstance(v := getattr(self, n), tuple) else (v,) for n in names}
+        asked = {name: values for name, values in given.items() if values}
+        return [
+            dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())
+        ]
+
+
+def _has(kind: Kind, name: str) -> bool:
+    """Return whether a kind of SAE has a setting."""
+    mine = name in KINDS[kind].model_fields
+    return kind in OF_KINDS[name] if name in OF_KINDS else mine or name in MEMBER_GRID
+
+
+def _shown(value: object) -> str:
+    """Return a flag's value or values as they were given."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ABOUT = """\
 Train SAEs on activations: the plain one, and with --alpha, --gamma or --precondition others beside it as its twins, all
-on the same batches."""
+on the same batches. Flags of the SAEs' shape take several values, which make a grid: --k 16 32 --lr 1e-3 3e-3."""
 
 SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac")
 
@@ -101,6 +101,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
         with together(flags.common, flags.out, ui, flags.mesh) as world:
             cfg, source = _opened(flags, world.device)
+            if world.first:
+                _tell_cost(cfg, source, world.device, ui)
             progress = ui.progress if world.first else quiet
             with mirrored(loggers, ui, world.first):
                 train_parallel(cfg, source, flags.out, world, progress, flags.resume)
@@ -114,6 +116,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 
         where = device(flags.common.device)
         cfg, source = _opened(flags, where)
+        _tell_cost(cfg, source, where, ui)
         with mirrored(loggers, ui):
             train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
     return {"run": str(flags.out), "members": last_metrics(flags.out), "notes": _notes(cfg, source)}
@@ -130,6 +133,20 @@ def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
         for d_in in source.hooks.values():
             member.sae_config(d_in)
     return cfg, source
+
+
+_MANY = 3
+"""SAEs from which on a run is told of before it begins."""
+_PROBE_S = 2.0
+"""Seconds of steps on random rows behind what is said of its time."""
+
+
+def _tell_cost(cfg: TrainConfig, source: "ActivationSource", where: str, ui: UI) -> None:
+    """Say what a grid of SAEs will need, before anything is trained."""
+    if len(cfg.members) >= _MANY:
+        from wsae.doctor.cost import told
+
+        ui.note(told(cfg, [*source.hooks.values()], where, _PROBE_S))
 
 
 def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:

@@ -189,6 +189,30 @@ def memory(
     )
 
 
+def planned(run: TrainConfig, saes: Sequence[SAEConfig], device: str) -> Memory:
+    """Return the memory of training all SAEs of a run, those of every hook."""
+    kernels = [kernels_of(run.kernels, device, sae) for sae in saes]
+    together = min(torch.get_num_threads(), len(run.members))
+    return memory(saes, kernels, run.batch_size, run.dtype == "bfloat16", together)
+
+
+def told(run: TrainConfig, widths: Sequence[int], device: str, budget_s: float) -> str:
+    """Return in a line how many SAEs a run trains at hooks of these widths, and its memory and time on this machine.
+
+    The time is that of a few steps on random rows (`seconds_per_step`), without what gives the activations.
+    """
+    saes = [member.sae_config(width) for width in widths for member in run.members]
+    held = held_memory(device)
+    need = planned(run, saes, device)._replace(held=int(held))
+    room = size(free_memory(device) + held)
+    rows = (torch.randn(1024, width, dtype=torch.float32) for width in widths)
+    step = sum(seconds_per_step(x, run, device, budget_s / len(widths)) for x in rows)
+    return (
+        f"{len(saes)} SAEs on the same batches: {size(need.total)} of {room} free memory, about "
+        f"{duration(step * run.steps)} of training"
+    )
+
+
 def _step(cfg: SAEConfig, kernels: str, batch_size: int, bf16: bool) -> float:
     kind = cfg.activation.kind
     pairs = _PAIR * batch_size * getattr(cfg.activation, "k", 0)

@@ -157,6 +157,10 @@ class TrainConfig(Config):
         return [m.label or "-".join([*_rules(m), *_parts(m, varying)]) for m in self.members]
 
 
+PENALTIES = ("l1", "l0")
+"""Coefficients that are not named where they are 0."""
+
+
 def _rules(member: MemberConfig) -> list[str]:
     """Return the names of what makes it another SAE than the plain one."""
     if member.precondition is None:
@@ -174,8 +178,9 @@ def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
             parts.append(value.kind.replace("_", "-") + (f"-k{k}" if k else ""))
         elif field == "tied":
             parts.append("tied" if value else "untied")
-        elif value is not None:
-            parts.append(f"{field.replace('_', '-')}{value:g}")
+        elif value is not None and (field not in PENALTIES or value):
+            gap = "-" if field in PENALTIES else ""
+            parts.append(f"{field.replace('_', '-')}{gap}{value:g}")
     return parts
 
 
