@@ -138,7 +138,7 @@ def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
 _MANY = 3
 """SAEs from which on a run is told of before it begins."""
 _PROBE_S = 2.0
-"""Seconds of steps on random rows behind what is said of its time."""
+"""Seconds of steps behind what is said of its time."""
 
 
 def _tell_cost(cfg: TrainConfig, source: "ActivationSource", where: str, ui: UI) -> None:
@@ -146,7 +146,7 @@ def _tell_cost(cfg: TrainConfig, source: "ActivationSource", where: str, ui: UI)
     if len(cfg.members) >= _MANY:
         from wsae.doctor.cost import told
 
-        ui.note(told(cfg, [*source.hooks.values()], where, _PROBE_S))
+        ui.note(told(cfg, source, where, _PROBE_S))
 
 
 def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:

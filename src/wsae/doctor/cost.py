@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.config import HarvestConfig
+from wsae.acts.stream import ActivationSource
 from wsae.core.memory import duration, proc, size
 from wsae.doctor.probe import Check, room, warned
 from wsae.kernels.native import why_not
@@ -196,21 +197,22 @@ def planned(run: TrainConfig, saes: Sequence[SAEConfig], device: str) -> Memory:
     return memory(saes, kernels, run.batch_size, run.dtype == "bfloat16", together)
 
 
-def told(run: TrainConfig, widths: Sequence[int], device: str, budget_s: float) -> str:
-    """Return in a line how many SAEs a run trains at hooks of these widths, and its memory and time on this machine.
+def told(run: TrainConfig, source: ActivationSource, device: str, budget_s: float) -> str:
+    """Return in a line how many SAEs a run trains, and its memory and time on this machine.
 
-    The time is that of a few steps on random rows (`seconds_per_step`), without what gives the activations.
+    The time is that of a few steps (`seconds_per_step`); of a live model, whose rows cost more, none is told.
     """
-    saes = [member.sae_config(width) for width in widths for member in run.members]
+    saes = [member.sae_config(width) for width in source.hooks.values() for member in run.members]
     held = held_memory(device)
     need = planned(run, saes, device)._replace(held=int(held))
     room = size(free_memory(device) + held)
-    rows = (torch.randn(1024, width, dtype=torch.float32) for width in widths)
-    step = sum(seconds_per_step(x, run, device, budget_s / len(widths)) for x in rows)
-    return (
-        f"{len(saes)} SAEs on the same batches: {size(need.total)} of {room} free memory, about "
-        f"{duration(step * run.steps)} of training"
-    )
+    line = f"{len(saes)} SAEs on the same batches: {size(need.total)} of {room} free memory"
+    if source.n_rows is None:
+        return line
+    rows = source.stream(min(run.batch_size, source.n_rows), run.seed).next()
+    budget = budget_s / len(rows)
+    step = sum(seconds_per_step(x, run, device, budget) for x in rows.values())
+    return f"{line}, about {duration(step * run.steps)} of training"
 
 
 def _step(cfg: SAEConfig, kernels: str, batch_size: int, bf16: bool) -> float:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from wsae.report.rundata import DensityForm, RunData, finite, is_control
-from wsae.report.words import number
+from wsae.report.rundata import COLOURS, DensityForm, RunData, finite, is_control
+from wsae.report.words import metric_name, number
 from wsae.run import Json
 
 WIDTH, HEIGHT = 440, 280
@@ -223,6 +223,8 @@ class Figure:
     help: str
     svg: Markup
     log: Markup | None = None
+    keys: Sequence[tuple[str, str]] = ()
+    """Colour class and name of each group of points."""
 
 
 def thinned(count: int, limit: int = MAX_POINTS) -> np.ndarray:
@@ -268,6 +270,29 @@ def gamma_figures(run: RunData, hook: str) -> list[Figure]:
         "weight, those below lost it; the heaviest are numbered."
     )
     return [Figure("Which dimensions gained weight", text, chart.svg())]
+
+
+def front_figures(run: RunData, hook: str) -> list[Figure]:
+    """Draw each metric of a grid's members against L0, and a line through those that no other beats."""
+    return [
+        _front(metric_name(metric), points) for metric, points in run.fronts.get(hook, {}).items()
+    ]
+
+
+def _front(name: str, points: list[Json]) -> Figure:
+    groups = list(dict.fromkeys(str(point["group"]) for point in points))
+    x = scale("L0: active latents per row (log)", [p["l0"] for p in points], log=True)
+    chart = Chart(name, x, scale(name, [p["value"] for p in points]), 560, 340)
+    best = [point for point in points if point["front"]]
+    chart.line([p["l0"] for p in best], [p["value"] for p in best], "front", "front")
+    for point in points:
+        kind = f"s{groups.index(point['group']) % COLOURS}"
+        tip = f"{point['member']}: L0 {number(point['l0'])}, {name} {number(point['value'])}"
+        chart.spot(point["l0"], point["value"], kind, tip, str(point["label"]))
+    keys = [(f"s{place % COLOURS}", group) for place, group in enumerate(groups)]
+    named = ", ".join(str(point["member"]) for point in best)
+    text = f"On the line, no other SAE is as sparse and fits better: {named}."
+    return Figure(name, text, chart.svg(), keys=keys)
 
 
 CURVES = {

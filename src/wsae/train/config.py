@@ -1,5 +1,6 @@
 """What a training run is, as values: a family of members over the same batches. No torch here."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -61,6 +62,20 @@ class MemberConfig(Config):
     def plain(self) -> bool:
         """Whether nothing is weighted or mapped: the twin that others are compared with."""
         return self.gamma.rule == "none" and self.precondition is None
+
+    @property
+    def weights(self) -> str:
+        """The names of the gamma rule and the preconditioner, which make it another SAE than the plain one."""
+        if self.precondition is None:
+            return self.gamma.label
+        label = self.precondition.label
+        return label if self.gamma.rule == "none" else f"{self.gamma.label}-{label}"
+
+    @property
+    def shape(self) -> "MemberConfig":
+        """What it is without its weights, preconditioner and name."""
+        own = {"gamma": GammaConfig(), "precondition": None, "label": None}
+        return self.model_copy(update=own)
 
     @property
     def needs_covariance(self) -> bool:
@@ -151,22 +166,20 @@ class TrainConfig(Config):
 
     def names(self) -> list[str]:
         """Return the members' names: the gamma rule and the preconditioner, then whatever else sets them apart."""
-        fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
-        fields += ("auxk", "k_aux", "encoder_scale")
-        varying = [f for f in fields if len({str(getattr(m, f)) for m in self.members}) > 1]
-        return [m.label or "-".join([*_rules(m), *_parts(m, varying)]) for m in self.members]
+        apart = zip(self.members, told_apart(self.members), strict=True)
+        return [m.label or "-".join([m.weights, *parts]) for m, parts in apart]
 
 
 PENALTIES = ("l1", "l0")
 """Coefficients that are not named where they are 0."""
 
 
-def _rules(member: MemberConfig) -> list[str]:
-    """Return the names of what makes it another SAE than the plain one."""
-    if member.precondition is None:
-        return [member.gamma.label]
-    weights = [] if member.gamma.rule == "none" else [member.gamma.label]
-    return [*weights, member.precondition.label]
+def told_apart(members: Sequence[MemberConfig]) -> list[list[str]]:
+    """Return what sets each member apart from the others beside weights and preconditioner: topk-k32, lr0.003 ..."""
+    fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
+    fields += ("auxk", "k_aux", "encoder_scale")
+    varying = [f for f in fields if len({str(getattr(m, f)) for m in members}) > 1]
+    return [_parts(member, varying) for member in members]
 
 
 def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
@@ -188,8 +201,7 @@ def family(members: list[MemberConfig], twin: bool = True) -> tuple[MemberConfig
     """Return the members with a plain twin first for each distinct setting that has none (unless twin is False)."""
     out: list[MemberConfig] = []
     for member in members:
-        own = {"gamma": GammaConfig(), "precondition": None, "label": None}
-        plain = member.model_copy(update=own)
+        plain = member.shape
         if twin and plain not in out and plain not in members:
             out.append(plain)
         if member not in out:
