@@ -34,8 +34,8 @@ class Flags(Config):
     out: MaybePlace = None
     """Write the result as JSON here too."""
     picture: MaybePlace = None
-    """Of SAEs that differ in more than their weights (a grid): draw FVU, and cross-entropy recovered where the model was
-    spliced, against L0 into PATH.png and PATH.svg."""
+    """Of SAEs that differ in more than their weights (a grid): draw FVU, and cross-entropy recovered where the model
+    was spliced, against L0 into PATH.png and PATH.svg."""
     sure: tyro.conf.OmitArgPrefixes[SureFlags] = SureFlags()
     """How sure the numbers are."""
     common: CommonFlags = Common()
@@ -66,8 +66,7 @@ def _drawn(fronts: dict[str, Any], path: Path) -> list[str]:
 
     if not fronts:
         raise UserError(
-            f"--picture {path}: the SAEs differ in their weights alone, or were not evaluated; train a grid: wsae train "
-            "... --k 16 32 64"
+            f"--picture {path}: the SAEs differ in their weights alone; train a grid, as by --k 16 32 64"
         )
     panels = []
     for hook, found in fronts.items():

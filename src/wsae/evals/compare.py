@@ -174,7 +174,7 @@ def fronts(members: Mapping[str, Json]) -> dict[str, list[Json]]:
     a family is compared by differences. Raises UserError for configurations that are none.
     """
     made = {name: _swept(entry["config"]) for name, entry in members.items() if "config" in entry}
-    if len({member.shape for member in made.values()}) < 2:
+    if len({str(member.shape) for member in made.values()}) < 2:
         return {}
     labels = dict(zip(made, told_apart([*made.values()]), strict=True))
     out: dict[str, list[Json]] = {}
@@ -207,7 +207,7 @@ def _swept(config: Json) -> MemberConfig:
 
 
 class Evaluated(NamedTuple):
-    """A run's evaluation, read back: its label and, per hook, the data's digest, members' arrays, matchings, records."""
+    """A run's evaluation, read back: its label and, per hook, data's digest, members' arrays, matchings, records."""
 
     label: str
     data: dict[str, str]

@@ -320,8 +320,8 @@ def training_figures(run: RunData, hook: str) -> list[Figure]:
         if any(finite(row.get(key)) is not None for member in rows.values() for row in member):
             series = {m: _series(rows[m], key) for m in run.members(hook) if m in rows}
             label = unit.format(unit=run.unit)
-            charts = (_curves(run, hook, label, series, log) for log in (False, True))
-            out.append(Figure(title, text, *charts))
+            linear, logged = (_curves(run, hook, label, series, log) for log in (False, True))
+            out.append(Figure(title, text, linear, logged))
     return out
 
 

@@ -165,7 +165,8 @@ def scatter_figure(panels: Sequence[dict[str, Any]], path: Path, columns: int = 
     """Draw panels side by side: lines first, then a named point with its interval for each member; returns both paths.
 
     A panel has title, xlabel and ylabel; lines: [{label, x, y}]; points: [{label, group, x, y, low, high}]. Points of
-    one group share colour and marker. With `log` the x axis is one of powers of two. `path` is without suffix. Raises UserError without matplotlib.
+    one group share colour and marker. With `log` the x axis is one of powers of two. `path`
+    is without suffix. Raises UserError without matplotlib.
     """
     groups = list(dict.fromkeys(p["group"] for panel in panels for p in panel["points"]))
     columns = min(columns, len(panels))
