@@ -31,6 +31,7 @@ from wsae.sae.config import (
     PreconditionConfig,
     Provenance,
     Rule,
+    SAEConfig,
     SingleConfig,
 )
 from wsae.train.config import MemberConfig, TrainConfig, family
@@ -67,7 +68,17 @@ class PlanFlags(
         *KINDS.values(),
         PreconditionConfig,
         TrainConfig,
-        omit=("label", "rule", "kind", "vector", "tokens", "alpha", "power", "members"),
+        omit=(
+            "label",
+            "rule",
+            "kind",
+            "vector",
+            "tokens",
+            "alpha",
+            "power",
+            "members",
+            "init_from",
+        ),
         several=(*MEMBER_GRID, *OF_ACTIVATION),
     )
 ):
@@ -101,8 +112,11 @@ class PlanFlags(
     members: Annotated[tuple[MemberConfig, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
     """In a file alone: the SAEs one by one, in place of the flags that make them; empty means that the flags do."""
 
-    def config(self, rows: int | None, seed: int) -> TrainConfig:
-        """Return the run these flags describe over `rows` rows of data; raises UserError in one line."""
+    def config(self, rows: int | None, seed: int, like: SAEConfig | None = None) -> TrainConfig:
+        """Return the run these flags describe over `rows` rows of data; raises UserError in one line.
+
+        What is not given of the SAEs' shape is that of `like`, where there is one.
+        """
         if self.members:
             ours = "the SAEs of --config are taken as they are; leave the flag out, or give all by flags"
             refuse(self, ours, TrainConfig.model_fields)
@@ -111,7 +125,7 @@ class PlanFlags(
                 config_values(self, MemberConfig) | shape | {"gamma": g, "precondition": p},
                 where=FLAGS,
             )
-            for shape in self._shapes()
+            for shape in (self if like is None else self._shaped(like))._shapes()
             for g in self._gammas()
             for p in self._preconditioners()
         ]
@@ -154,6 +168,19 @@ class PlanFlags(
         if not self.power:
             raise UserError("--power: give at least one number")
         return [{**base, "kind": self.precondition, "power": power} for power in self.power]
+
+    def _shaped(self, like: SAEConfig) -> "PlanFlags":
+        """Return the flags with the shape of an SAE where they do not say another."""
+        kind, tied = like.activation.kind, self.tied or like.tied
+        own = like.activation.to_dict() if self.activation in ((), (kind,)) else {}
+        known = {**own, "activation": (kind,)}
+        known |= {} if self.expansion else {"d_sae": like.d_sae}
+        left = {
+            name: value if isinstance(value, tuple) else (value,)
+            for name, value in known.items()
+            if name in type(self).model_fields and not getattr(self, name)
+        }
+        return self.model_copy(update={**left, "tied": tied})
 
     def _shapes(self) -> list[dict[str, object]]:
         """Return what each SAE without weights is: every kind, with every combination of what is asked of it."""

@@ -136,6 +136,8 @@ class TrainConfig(Config):
     log_every: PositiveInt = 20
     """Steps per row of metrics.jsonl (means over those steps)."""
     seed: int = 0
+    init_from: str | None = None
+    """Digest of the SAEs that training starts from (`wsae.train.family.Start`); None: from new ones."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> "TrainConfig":

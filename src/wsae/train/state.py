@@ -79,14 +79,15 @@ def make_member(
     """Return a member at its start: b_dec at the data's mean, encoder along the decoder, gamma all 1.
 
     `mean` and `spread` (standard deviations; by default equal ones) are in the activations' own units. An `sae` is
-    taken in place of a new one.
+    taken as it is, in place of a new one.
     """
     d_in = len(mean)
-    seed = run.seed if cfg.seed is None else cfg.seed
-    sae = sae or SAE(cfg.sae_config(d_in), seed, cfg.start_scale())
     centre = (mean / scale).float()
-    if sae.b_dec is not None:
-        sae.b_dec.data.copy_(centre)
+    if sae is None:
+        seed = run.seed if cfg.seed is None else cfg.seed
+        sae = SAE(cfg.sae_config(d_in), seed, cfg.start_scale())
+        if sae.b_dec is not None:
+            sae.b_dec.data.copy_(centre)
     d_sae = sae.cfg.d_sae
     parameters = [p for p in sae.parameters() if p.requires_grad]
     return MemberState(

@@ -31,12 +31,12 @@ from wsae.train.checkpoint import (
     place_of,
 )
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, Inputs, folded
+from wsae.train.family import FamilyState, Inputs, Start, folded
 from wsae.train.loop import FamilyJob, Team, TrainJob, enter, held, train_job
 from wsae.train.parallel.config import even_part
 from wsae.train.parallel.step import Shard, make_shard
 from wsae.train.parallel.world import MAX, Mesh
-from wsae.train.run import about, finish_run, identity_of, write_member
+from wsae.train.run import about, begun_from, finish_run, identity_of, write_member
 from wsae.train.start import start_family
 from wsae.train.state import MemberState
 
@@ -267,6 +267,7 @@ def train_parallel(
     world: Mesh,
     progress: Progress = quiet,
     resume: bool = False,
+    start: Start | None = None,
 ) -> Path:
     """Train a family into the directory `out` with all ranks of `world`, and return `out`; every rank calls this.
 
@@ -275,7 +276,8 @@ def train_parallel(
     interrupted, and RuntimeError from torch.distributed when a rank is gone.
     """
     _check(cfg, source, world)
-    identity = identity_of(cfg, source) if world.first else {}
+    cfg = begun_from(cfg, source, start)
+    identity = identity_of(cfg, source, start) if world.first else {}
     with held(out) if world.first else contextlib.nullcontext():
         if not world.from_first(lambda: enter(out, "run", identity, resume)):
             return out
@@ -289,10 +291,12 @@ def train_parallel(
         stats = {hook: every[hook] for hook in hooks}
 
         def make(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState | None:
-            mine = (hook, name) in own
-            return make_shard(name, member, cfg, inputs, world) if mine else None
+            if (hook, name) not in own:
+                return None
+            begun = None if start is None else start.begun(hook, member, inputs)
+            return make_shard(name, member, cfg, inputs, world, begun)
 
-        family = start_family(cfg, part, stats, world.device, progress, make)
+        family = start_family(cfg, part, stats, world.device, progress, make, start)
         own_told = {"gamma": family.gamma_record, **about(stats)} if world.place.leads else {}
         told = _merged(world.to_first(own_told))
         if world.first:
