@@ -26,7 +26,7 @@ from wsae.sae.model import SAE
 from wsae.train.bank import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, Start, finished
-from wsae.train.loop import run_steps
+from wsae.train.loop import batches, run_steps
 from wsae.train.run import begun_from
 from wsae.train.start import start_family
 from wsae.train.state import metrics_row
@@ -145,7 +145,7 @@ def fit_family(
     cfg = begun_from(TrainConfig.parse(data, where="fit"), source, start)
     stats = source.stats(progress)
     family = start_family(cfg, source, stats, device, progress, start=start)
-    if fits_a_bank(cfg, family, source):
+    if cfg.loss is None and fits_a_bank(cfg, family, source):
         train_batched(cfg, family, source, progress)
     else:
         _train_in_turn(cfg, family, source, progress)
@@ -162,7 +162,7 @@ def fit_family(
 def _train_in_turn(
     cfg: TrainConfig, family: FamilyState, source: ActivationSource, progress: Progress
 ) -> None:
-    stream = source.stream(cfg.batch_size, cfg.seed)
+    stream = batches(cfg, source)
     with progress("train", cfg.steps * cfg.batch_size, "tokens") as tick:
 
         def on_step(done: int) -> None:

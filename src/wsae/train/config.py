@@ -136,6 +136,10 @@ class TrainConfig(Config):
     log_every: PositiveInt = 20
     """Steps per row of metrics.jsonl (means over those steps)."""
     seed: int = 0
+    loss: Literal["ce", "kl"] | None = None
+    """What is minimised through the model, with reconstructions in place of its activations (a live model only): ce,
+    the cross-entropy of the next token, or kl, the divergence from the untouched model's predictions. Default: the
+    reconstruction's error."""
     init_from: str | None = None
     """Digest of the SAEs that training starts from (`wsae.train.family.Start`); None: from new ones."""
 
@@ -145,6 +149,16 @@ class TrainConfig(Config):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two members are called '{twice[0]}'; give them different labels")
+        return self
+
+    @model_validator(mode="after")
+    def _a_loss_through_the_model_weighs_no_dimensions(self) -> "TrainConfig":
+        if self.loss is not None and any(m.gamma.rule != "none" for m in self.members):
+            raise ValueError(
+                f"loss {self.loss} has no errors by dimension to weigh; leave the gamma rules out"
+            )
+        if self.loss is not None and self.kernels in ("native", "triton"):
+            raise ValueError(f"loss {self.loss} is computed by PyTorch; leave the kernels out")
         return self
 
     @property

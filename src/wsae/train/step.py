@@ -36,11 +36,27 @@ def eager_step(
 
     Nothing is read back from a GPU.
     """
+    forward = training_forward(member.sae, batch.x, run.dtype == "bfloat16", member.part)
+    return descend(member, batch, forward, None, rate, run, step)
+
+
+def descend(
+    member: MemberState,
+    batch: Batch,
+    forward: Forward,
+    aim: Float[Tensor, ""] | None,
+    rate: float,
+    run: TrainConfig,
+    step: int,
+) -> SparseCode:
+    """Take the step of a training forward pass: its loss, penalties and revival included, update and record.
+
+    `aim`, in its own unit, takes the place of the weighted reconstruction loss.
+    """
     sae, cfg, x, part = member.sae, member.cfg, batch.x, member.part
-    forward = training_forward(sae, x, run.dtype == "bfloat16", part)
     reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma, part.batch)
     revival = revival_loss(member, x, forward)
-    fit = reconstruction + cfg.auxk * revival
+    fit = (reconstruction if aim is None else aim) + cfg.auxk * revival
     loss = fit + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
     member.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -55,6 +71,7 @@ def eager_step(
         sse = F.mse_loss(x_hat, x, reduction="sum")
         error = None if member.inside is None else x_hat - x
         whole = part.once(fit.detach()) + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
+        whole = whole if aim is None else whole / member.scale**2  # the record multiplies by it
         losses = (whole, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
     return forward.code
@@ -130,12 +147,17 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         # Triton launches on the current device, whichever the tensors are on
         with torch.cuda.device_of(batch.x):
             code = triton_step(member, batch, rate, run, step)
-    if (step + 1) % GAMMA_EVERY == 0:
-        member.dead = member.since_fired > run.dead_tokens
-        member.part.note_dead(member.dead)
+    look_for_dead(member, step, run)
     if (step + 1) % LOOK_EVERY == 0 and varies:
         share = float(torch.count_nonzero(code.values)) / max(1, code.batch * len(member.dead))
         member.sparse = torch.tensor(share < FEW)
+
+
+def look_for_dead(member: MemberState, step: int, run: TrainConfig) -> None:
+    """Say now and then which latents are dead."""
+    if (step + 1) % GAMMA_EVERY == 0:
+        member.dead = member.since_fired > run.dead_tokens
+        member.part.note_dead(member.dead)
 
 
 def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:

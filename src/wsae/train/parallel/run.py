@@ -329,6 +329,8 @@ def _check(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> None:
             f"--mesh layers={layout.layers}: there are {len(source.hooks)} hooks of {len(cfg.members)} members to "
             f"divide; use at most {pairs}"
         )
+    if cfg.loss is not None:
+        raise UserError(f"loss {cfg.loss} runs through one model; train it in one process")
     if cfg.kernels == "native":
         raise UserError("kernels 'native' are for one process; use auto or eager on several")
 
