@@ -14,10 +14,25 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.evals.run import evaluate
 from wsae.sae import SAE, SAEConfig, make_activation
-from wsae.sae.config import JumpReLU
-from wsae.sae.forward import jumprelu, step, training_forward
+from wsae.sae.architectures import jumprelu, step
+from wsae.sae.config import JumpReLU, Matryoshka
+from wsae.sae.forward import training_forward
+from wsae.sae.loss import also_loss, penalty, weighted_reconstruction_loss
 
-KINDS = ("topk", "group_topk", "batch_topk", "relu", "jumprelu")
+KINDS = (
+    "topk",
+    "group_topk",
+    "multi_topk",
+    "batch_topk",
+    "matryoshka",
+    "relu",
+    "gated",
+    "jumprelu",
+)
+FORMS = [
+    (kind, tied) for kind in KINDS for tied in (False, True) if (kind, tied) != ("gated", True)
+]
+BY_K = ("topk", "group_topk", "multi_topk")
 
 
 def make(kind: str, tied: bool = False, d_in: int = 6, d_sae: int = 16, k: int = 4) -> SAE:
@@ -27,7 +42,10 @@ def make(kind: str, tied: bool = False, d_in: int = 6, d_sae: int = 16, k: int =
     with torch.no_grad():
         for p in sae.parameters():
             p += 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype)
-        sae.threshold.fill_(0.7)
+        if kind == "jumprelu":
+            sae.threshold.abs_()
+        else:
+            sae.threshold.fill_(0.7)
     return sae
 
 
@@ -44,25 +62,28 @@ def by_the_book(sae: SAE, x: Tensor) -> Tensor:
     for b in range(len(x)):
         pre = [float((x[b] - b_dec) @ sae.W_enc[:, j] + b_enc[j]) for j in range(sae.cfg.d_sae)]
         match sae.cfg.activation.kind:
-            case "topk":
+            case "topk" | "multi_topk":
                 on = sorted(range(len(pre)), key=lambda j: -pre[j])[: sae.cfg.activation.k]  # noqa: B023
             case "group_topk":
                 size = len(pre) // sae.cfg.activation.k
                 groups = [range(s, s + size) for s in range(0, len(pre), size)]
                 on = [max(g, key=lambda j: pre[j]) for g in groups]  # noqa: B023
-            case "batch_topk":
+            case "batch_topk" | "matryoshka":
                 on = [j for j, p in enumerate(pre) if p > float(sae.threshold)]
             case "relu":
                 on = list(range(len(pre)))
+            case "gated":
+                on = [j for j, p in enumerate(pre) if p > 0]
+                for j in on:
+                    pre[j] = float((pre[j] - b_enc[j]) * sae.r_mag[j].exp() + sae.b_mag[j])
             case _:
-                on = [j for j, p in enumerate(pre) if p > float(sae.log_threshold[j].exp())]
+                on = [j for j, p in enumerate(pre) if p > float(sae.threshold[j])]
         for j in on:
             z[b, j] = max(pre[j], 0.0) if sae.cfg.activation.kind != "jumprelu" else pre[j]
     return z
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tied"), FORMS)
 def test_encode_decode_and_forward_follow_the_definition(kind: str, tied: bool) -> None:
     sae, x = make(kind, tied), batch()
     z = by_the_book(sae, x)
@@ -71,7 +92,7 @@ def test_encode_decode_and_forward_follow_the_definition(kind: str, tied: bool) 
     torch.testing.assert_close(sae.encode_code(x).dense(16), z)
     values, indices = sae.encode_sparse(x)
     torch.testing.assert_close(torch.zeros_like(z).scatter_add(1, indices, values.detach()), z)
-    if kind in ("topk", "group_topk"):
+    if kind in BY_K:
         assert values.shape == (9, 4)
     torch.testing.assert_close(sae.decode(z), z @ sae.W_dec + bias)
     torch.testing.assert_close(sae(x), z @ sae.W_dec + bias)
@@ -79,18 +100,21 @@ def test_encode_decode_and_forward_follow_the_definition(kind: str, tied: bool) 
         assert torch.equal(sae.W_enc, sae.W_dec.T)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["topk", "group_topk", "relu", "jumprelu"])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [form for form in FORMS if form[0] not in ("batch_topk", "matryoshka")]
+)
 def test_training_pass_equals_inference(kind: str, tied: bool) -> None:
     sae, x = make(kind, tied), batch()
     forward = training_forward(sae, x)
     torch.testing.assert_close(forward.x_hat, sae(x))
     torch.testing.assert_close(forward.code.dense(16), sae.encode(x))
     norms = sae.W_dec.norm(dim=1) if tied else torch.ones(16, dtype=torch.float64)
-    torch.testing.assert_close(forward.l1, (sae.encode(x) * norms).sum(1).mean())
-    assert float(forward.l0.detach()) == pytest.approx(
-        float((sae.encode(x) > 0).double().sum(1).mean())
-    )
+    price = penalty(forward.entries, 1.0, 0.0, len(x))
+    if kind in ("topk", "group_topk", "relu"):
+        torch.testing.assert_close(price, (sae.encode(x) * norms).sum(1).mean())
+    if kind == "jumprelu":
+        active = (sae.encode(x) > 0).double().sum(1).mean()
+        torch.testing.assert_close(penalty(forward.entries, 0.0, 2.0, len(x)), 2 * active)
 
 
 def test_batch_topk_trains_on_the_batch_and_infers_by_threshold() -> None:
@@ -114,33 +138,28 @@ def test_permuting_latents_permutes_codes_and_changes_no_reconstruction(
     other = make(kind)
     tensors = sae.tensors()
     tensors |= {"W_enc": tensors["W_enc"][:, order], "W_dec": tensors["W_dec"][order]}
-    for name in ("b_enc", "log_threshold"):
-        if name in tensors:
-            tensors[name] = tensors[name][order]
+    for name, tensor in tensors.items():
+        if tensor.shape == (16,):
+            tensors[name] = tensor[order]
     other.set_tensors(tensors)
     torch.testing.assert_close(other.encode(x), sae.encode(x)[:, order])
     torch.testing.assert_close(other(x), sae(x))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tied"), FORMS)
 def test_scaling_by_a_power_of_two_is_exact(kind: str, tied: bool) -> None:
     sae, x = make(kind, tied).float(), batch().float()
     scaled = sae.scaled(8.0)
-    if kind == "jumprelu":
-        torch.testing.assert_close(scaled(8 * x), 8 * sae(x))
-        return
     assert torch.equal(scaled.encode(8 * x), 8 * sae.encode(x))
     assert torch.equal(scaled(8 * x), 8 * sae(x))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tied"), FORMS)
 def test_folding_the_decoders_norms_keeps_latents_up_to_them_and_reconstructions(
     kind: str, tied: bool
 ) -> None:
     sae, x = make(kind, tied), batch()
-    if kind in ("topk", "group_topk"):
+    if kind in BY_K:
         with pytest.raises(UserError, match=f"{kind} would choose other latents"):
             sae.fold_decoder_norm()
         with torch.no_grad():
@@ -159,6 +178,7 @@ def test_gradients_reach_x_through_the_active_latents(kind: str) -> None:
     (grad,) = torch.autograd.grad((sae(x) * torch.arange(1.0, 7.0)).sum(), x)
     on = (sae.encode(x) != 0).double()
     back = (torch.arange(1.0, 7.0).double() @ sae.W_dec.T) * on
+    back = back * sae.r_mag.exp() if kind == "gated" else back
     torch.testing.assert_close(grad, back @ sae.W_enc.T)
 
 
@@ -166,7 +186,7 @@ COMPILE = """
 import torch
 from wsae.sae import SAE, SAEConfig, make_activation
 x = torch.randn(9, 6)
-for kind in ("topk", "batch_topk"):
+for kind in ("topk", "batch_topk", "jumprelu"):
     sae = SAE(SAEConfig(d_in=6, d_sae=16, activation=make_activation(kind, 4)))
     compiled = torch.compile(sae, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), sae(x))
@@ -178,8 +198,7 @@ def test_it_compiles_as_one_graph() -> None:
     subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=250)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tied"), FORMS)
 def test_files_bring_back_the_same_sae(tmp_path: Path, kind: str, tied: bool) -> None:
     sae, x = make(kind, tied).float(), batch().float()
     sae.gamma.copy_(torch.rand(6))
@@ -214,6 +233,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     [
         ("topk", 8, 9, "k = 9 active latents of only d_sae = 8"),
         ("group_topk", 100, 32, "use d_sae 96 or 128"),
+        ("matryoshka", 8, 9, "k = 9 active latents of only d_sae = 8"),
     ],
 )
 def test_k_that_does_not_fit_is_refused(kind: str, d_sae: int, k: int, says: str) -> None:
@@ -242,12 +262,12 @@ def test_any_leading_axes_are_encoded_row_by_row(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kind", ["topk", "group_topk", "batch_topk", "relu", "jumprelu"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_sae_of_another_type_computes_in_it_and_is_saved(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     sae = SAE(SAEConfig(d_in=6, d_sae=24, activation=make_activation(kind, 3)))
-    sae.threshold.fill_(0.25)
+    sae.threshold.data.fill_(0.25)
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     other = copy.deepcopy(sae).to(dtype)
     for batch in (x, x.double(), x.half(), x.numpy(), x.to(dtype)):
@@ -291,3 +311,105 @@ def test_jumprelu_gradients_are_the_stated_estimators() -> None:
     # the rectangle integrates to 1: summing over a grid of spacing 1e-3 gives -1 / 1e-3
     assert float(g_step) * 1e-3 == pytest.approx(-1, rel=5e-3)
     assert JumpReLU(threshold=0.2).threshold == 0.2
+
+
+@pytest.mark.parametrize("kind", ["multi_topk", "matryoshka", "gated"])
+def test_the_plain_form_of_a_kind_has_the_same_latents(kind: str) -> None:
+    sae, x = make(kind), batch()
+    plain = sae.plain()
+    assert plain.cfg.activation.kind == {"multi_topk": "topk", "matryoshka": "batch_topk"}.get(
+        kind, "jumprelu"
+    )
+    torch.testing.assert_close(plain.encode(x), sae.encode(x))
+    torch.testing.assert_close(plain(x), sae(x))
+    assert plain.plain() is plain
+
+
+def nested_losses(sae: SAE, x: Tensor, z: Tensor, widths: list[int]) -> Tensor:
+    """The sum of the prefixes' losses, written out."""
+    parts = [z[:, :w] @ sae.W_dec[:w] + sae.b_dec for w in widths]
+    return sum((x - part).square().sum(1).mean() for part in parts)
+
+
+@pytest.mark.parametrize("over", ["topk", "batch_topk"])
+def test_matryoshka_adds_the_losses_of_every_prefix(over: str) -> None:
+    activation = Matryoshka(k=4, widths=(2, 7), over=over)
+    sae = SAE(SAEConfig(d_in=6, d_sae=16, activation=activation), seed=3).double()
+    x = batch()
+    forward = training_forward(sae, x)
+    loss = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma) + also_loss(
+        x, forward, sae.gamma
+    )
+    pre = sae.pre(sae.centre(x))
+    flat = pre if over == "topk" else pre.reshape(1, -1)
+    index = flat.topk(4 if over == "topk" else 36, dim=1).indices
+    z = (torch.zeros_like(flat).scatter(1, index, 1.0) * flat.relu()).view_as(pre)
+    wanted = nested_losses(sae, x, z, [2, 7, 16])
+    torch.testing.assert_close(loss, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, list(sae.parameters())),
+        torch.autograd.grad(wanted, list(sae.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_multi_topk_adds_an_eighth_of_the_loss_with_four_times_the_latents() -> None:
+    sae, x = make("multi_topk", k=3), batch()
+    forward = training_forward(sae, x)
+    pre = sae.pre(sae.centre(x))
+
+    def loss_of(k: int) -> Tensor:
+        index = pre.topk(k, dim=1).indices
+        z = torch.zeros_like(pre).scatter(1, index, 1.0) * pre.relu()
+        return (x - sae.decode(z)).square().sum(1).mean()
+
+    torch.testing.assert_close(
+        weighted_reconstruction_loss(x, forward.x_hat, sae.gamma), loss_of(3)
+    )
+    torch.testing.assert_close(also_loss(x, forward, sae.gamma), loss_of(12) / 8)
+    torch.testing.assert_close(forward.code.dense(16), sae.encode(x))
+
+
+def test_a_gates_own_reconstruction_leaves_the_decoder_alone() -> None:
+    sae, x = make("gated"), batch()
+    forward = training_forward(sae, x)
+    gate = sae.pre(sae.centre(x)).relu()
+    wanted = (x - (gate @ sae.W_dec.detach() + sae.b_dec.detach())).square().sum(1).mean()
+    loss = also_loss(x, forward, sae.gamma)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(penalty(forward.entries, 0.3, 0.0, len(x)), 0.3 * gate.sum(1).mean())
+    grads = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
+    by_name = dict(zip((name for name, _ in sae.named_parameters()), grads, strict=True))
+    assert by_name["W_dec"] is None
+    (b_dec,) = torch.autograd.grad(wanted, sae.b_dec)  # through the encoder alone
+    torch.testing.assert_close(by_name["b_dec"], b_dec)
+
+
+@pytest.mark.parametrize(
+    ("widths", "says"), [((4, 4), "4 4 do not increase"), ((4, 20), "4 20 exceed d_sae = 16")]
+)
+def test_widths_that_cannot_nest_are_refused(widths: tuple[int, ...], says: str) -> None:
+    data = {"d_in": 4, "d_sae": 16, "activation": {"kind": "matryoshka", "k": 2, "widths": widths}}
+    with pytest.raises(UserError, match=says):
+        SAEConfig.parse(data)
+
+
+def test_the_default_widths_are_those_of_the_paper() -> None:
+    assert Matryoshka().nested(65_536) == (2048, 6144, 14_336, 30_720, 65_536)
+
+
+def test_a_gated_sae_has_biases() -> None:
+    with pytest.raises(UserError, match="cannot be tied"):
+        SAEConfig.parse({"d_in": 4, "d_sae": 8, "activation": {"kind": "gated"}, "tied": True})
+
+
+def test_files_of_earlier_versions_hold_a_logarithm(tmp_path: Path) -> None:
+    sae = make("jumprelu").float()
+    sae.save(tmp_path / "sae")
+    old = sae.tensors()
+    old["log_threshold"] = old.pop("threshold").clamp_min(1e-9).log()
+    old["threshold"] = torch.zeros((), dtype=torch.float64)
+    other = make("jumprelu").float()
+    other.set_tensors(old)
+    torch.testing.assert_close(other.threshold, sae.threshold.clamp_min(1e-9))

@@ -93,7 +93,7 @@ def test_a_folded_sae_has_the_same_latents_and_gives_x_hat(kind, power, activati
     g = torch.Generator().manual_seed(seed)
     cfg = SAEConfig(d_in=D_IN, d_sae=24, activation=make_activation(activation, 4))
     sae = SAE(cfg, seed)
-    sae.threshold.fill_(0.05)
+    sae.threshold.data.fill_(0.05)
     sae.b_enc.data.normal_(0, 0.1, generator=g)
     sae.b_dec.data.normal_(generator=g)
     if matrix:

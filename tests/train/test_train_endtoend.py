@@ -77,11 +77,11 @@ def replacement(member: MemberState, kept: Tensor) -> Callable[[Tensor], Tensor]
     def swap(h: Tensor) -> Tensor:
         y = h @ P / member.scale
         pre = (y - sae.b_dec) @ sae.W_enc_t.T + sae.b_enc
-        if sae.log_threshold is None:
+        if "threshold" not in sae.arch.parameters:
             active = torch.zeros_like(pre).scatter(2, pre.topk(3, dim=2).indices, 1.0)
             z = pre.relu() * active
         else:  # the threshold's own gradient is of another kind
-            z = pre * (pre > sae.log_threshold.detach().exp())
+            z = pre * (pre > sae.threshold.detach())
         y_hat = z @ sae.W_dec + sae.b_dec
         x_hat = member.scale * y_hat @ torch.linalg.inv(P)
         return torch.where(kept[..., None], x_hat, h)
@@ -134,7 +134,7 @@ def test_the_loss_and_its_gradients_are_those_made_by_hand(
     torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-6)
     expected.backward()
     for name, p in sae.named_parameters():
-        if name != "log_threshold":
+        if name != "threshold":
             size = p.grad.abs().max()
             assert float((mine[name] - p.grad).abs().max() / size) < 1e-4, name
             assert float(size) > 0

@@ -77,6 +77,18 @@ CASES = {
         "activation": {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.2},
         "l0": 3e-3,
     },
+    "multi": {"activation": {"kind": "multi_topk", "k": 6}},
+    "multi, whiten": {"activation": {"kind": "multi_topk", "k": 6}, "gamma": {"rule": "whiten"}},
+    "matryoshka": {"activation": {"kind": "matryoshka", "k": 6, "widths": (20, 90)}},
+    "matryoshka over topk, dead latents": {
+        "activation": {"kind": "matryoshka", "k": 6, "over": "topk"},
+        "lr": 3e-2,
+    },
+    "matryoshka by level, dead latents": {
+        "activation": {"kind": "matryoshka", "k": 6, "widths": (40, 90), "level_auxk": True},
+        "lr": 3e-2,
+    },
+    "gated": {"activation": {"kind": "gated"}, "l1": 0.3},
     "tied": {"tied": True},
     "tied, l1": {"tied": True, "l1": 0.1},
     "tied relu": {"tied": True, "activation": {"kind": "relu"}, "l1": 0.3},

@@ -19,11 +19,13 @@ from wsae.train.run import train_run
 WHITE = {"kind": "whiten", "power": 0.7}
 STANDARD = {"kind": "standardise"}
 STILL = {"lr": 1e-12, "auxk": 0.0}
-TOPK, BATCH, GROUP, RELU, JUMP = (
+TOPK, BATCH, GROUP, RELU, GATED, NESTED, JUMP = (
     {"kind": "topk", "k": 4},
     {"kind": "batch_topk", "k": 4},
     {"kind": "group_topk", "k": 4},
     {"kind": "relu"},
+    {"kind": "gated"},
+    {"kind": "matryoshka", "k": 4, "over": "topk", "widths": (6, 24)},
     {"kind": "jumprelu", "threshold": 0.3},
 )
 
@@ -34,9 +36,9 @@ TOPK, BATCH, GROUP, RELU, JUMP = (
         ({"activation": TOPK}, {}),
         ({"activation": BATCH}, {}),
         ({"activation": GROUP, "precondition": WHITE}, {"precondition": WHITE}),
-        ({"activation": TOPK, "precondition": WHITE}, {"precondition": WHITE}),
         ({"activation": BATCH, "precondition": STANDARD}, {"precondition": STANDARD}),
-        ({"activation": JUMP, "precondition": STANDARD}, {}),
+        ({"activation": GATED, "precondition": STANDARD}, {}),
+        ({"activation": NESTED}, {}),
         ({"activation": JUMP}, {"precondition": WHITE}),
         ({"activation": RELU, "precondition": WHITE}, {}),
         ({"activation": RELU, "tied": True}, {}),

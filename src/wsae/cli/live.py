@@ -52,13 +52,21 @@ TOKENS = 250_000
 
 
 MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0")
-"""Settings of a member whose flags take several values; so do those of --activation."""
+"""Settings of a member whose flags take several values."""
 OF_KINDS: dict[str, tuple[Kind, ...]] = {"l0": ("jumprelu",)}
 """Settings of a member that only some kinds have."""
-OF_ACTIVATION = tuple(
-    dict.fromkeys(n for made in KINDS.values() for n in made.model_fields if n != "kind")
+OF_ACTIVATION = {
+    name: field.default
+    for made in KINDS.values()
+    for name, field in made.model_fields.items()
+    if name != "kind"
+}
+"""Settings of the activations, of all kinds together, with their defaults."""
+SWEPT = (
+    *MEMBER_GRID,
+    *(name for name, value in OF_ACTIVATION.items() if type(value) in (int, float)),
 )
-"""Settings of the activations, of all kinds together."""
+"""Settings whose flags take several values."""
 
 
 class PlanFlags(
@@ -79,7 +87,7 @@ class PlanFlags(
             "members",
             "init_from",
         ),
-        several=(*MEMBER_GRID, *OF_ACTIVATION),
+        several=SWEPT,
     )
 ):
     """The SAEs: their shape, their loss weights and their training. Flags with several values make a grid of SAEs."""
@@ -176,9 +184,9 @@ class PlanFlags(
         known = {**own, "activation": (kind,)}
         known |= {} if self.expansion else {"d_sae": like.d_sae}
         left = {
-            name: value if isinstance(value, tuple) else (value,)
+            name: (value,) if name in SWEPT else value
             for name, value in known.items()
-            if name in type(self).model_fields and not getattr(self, name)
+            if name != "kind" and getattr(self, name) == type(self).model_fields[name].default
         }
         return self.model_copy(update={**left, "tied": tied})
 
@@ -207,8 +215,11 @@ class PlanFlags(
 
     def _grid(self, names: Collection[str]) -> list[dict[str, object]]:
         """Return every combination of the values given for these fields; one not given is not in it."""
-        given = {n: v if isinstance(v := getattr(self, n), tuple) else (v,) for n in names}
-        asked = {name: values for name, values in given.items() if values}
+        asked: dict[str, tuple[object, ...]] = {}
+        for name in names:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                asked[name] = value if name in SWEPT else (value,)
         return [
             dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())
         ]

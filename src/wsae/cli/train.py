@@ -26,7 +26,6 @@ from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.progress import quiet
 from wsae.run import Run
-from wsae.sae.config import JumpReLU, ReLU
 from wsae.train.config import TrainConfig
 from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.config import launched
@@ -205,9 +204,9 @@ def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:
     notes = [*cfg.doubts()]
     for hook, d_in in source.hooks.items():
         dense = [
-            f"{name} (k = {m.activation.k})"
+            f"{name} (k = {getattr(m.activation, 'k', 0)})"
             for name, m in zip(cfg.names(), cfg.members, strict=True)
-            if not isinstance(m.activation, ReLU | JumpReLU) and m.activation.k >= d_in
+            if getattr(m.activation, "k", 0) >= d_in
         ]
         if dense:
             notes.append(

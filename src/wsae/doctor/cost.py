@@ -21,6 +21,7 @@ from wsae.acts.stream import ActivationSource
 from wsae.core.memory import duration, proc, size
 from wsae.doctor.probe import Check, room, warned
 from wsae.kernels.native import why_not
+from wsae.sae.architectures import architecture_of
 from wsae.sae.config import SAEConfig
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
@@ -105,10 +106,11 @@ _FIXED = {"eager": 32_000_000, "native": 22_000_000}
 _NARROW_PER_ROW = {"eager": 12.0, "native": 3.5}
 """[batch, d_in] float32 buffers alive at once, with those the allocator keeps."""
 _DENSE = {"topk": 1.05, "group_topk": 1.05, "batch_topk": 1.2, "relu": 6.4, "jumprelu": 8.5}
-"""[batch, d_sae] float32 buffers alive at once in an eager step."""
+_DENSE |= {"multi_topk": 1.05, "matryoshka": 1.2, "gated": 9.5}
+"""[batch, d_sae] float32 buffers alive at once in an eager step; a registered kind counts as gated."""
 _DENSE_BF16 = 1.5
 """The same for the Top-k kinds with a bfloat16 product: it, the sum with b_enc, and what is freed late."""
-_SPARSE = {"batch_topk": 0.7}
+_SPARSE = {"batch_topk": 0.7, "matryoshka": 0.7}
 """The same in a compiled step."""
 _PAIR = 100
 """Bytes per active latent of a row: values, indices, orders."""
@@ -143,15 +145,15 @@ class Memory(NamedTuple):
 
 
 def parameters(cfg: SAEConfig) -> int:
-    """Return the number of trained values: W_enc, W_dec, b_enc, b_dec and thresholds (tied: no W_enc, no biases)."""
+    """Return the number of trained values: W_enc, W_dec, biases and its kind's own (tied: no W_enc, no biases)."""
     matrix = cfg.d_in * cfg.d_sae
-    thresholds = cfg.d_sae if cfg.activation.kind == "jumprelu" else 0
-    return (matrix if cfg.tied else 2 * matrix + cfg.d_sae + cfg.d_in) + thresholds
+    own = cfg.d_sae * len(architecture_of(cfg.activation).parameters)
+    return (matrix if cfg.tied else 2 * matrix + cfg.d_sae + cfg.d_in) + own
 
 
 def kernels_of(wanted: str, device: str, cfg: SAEConfig) -> str:
     """Return what computes a member's steps at their neediest: "native" or "eager" (ReLU kinds start eager)."""
-    sparse = hasattr(cfg.activation, "k")
+    sparse = architecture_of(cfg.activation).sparse
     native = wanted != "eager" and device == "cpu" and sparse and not why_not()
     return "native" if native else "eager"
 
@@ -221,7 +223,8 @@ def _step(cfg: SAEConfig, kernels: str, batch_size: int, bf16: bool) -> float:
     narrow = 4 * batch_size * cfg.d_in * _NARROW_PER_ROW[kernels] + pairs
     if kernels == "native":
         return narrow + 4 * batch_size * cfg.d_sae * _SPARSE.get(kind, 0.0)
-    dense = max(_DENSE[kind], _DENSE_BF16) if bf16 else _DENSE[kind]
+    dense = _DENSE.get(kind, _DENSE["gated"])
+    dense = max(dense, _DENSE_BF16) if bf16 else dense
     return narrow + 4 * batch_size * cfg.d_sae * dense + 4 * cfg.d_in * cfg.d_sae
 
 

@@ -19,7 +19,7 @@ from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.evals.config import RecoveryConfig
 from wsae.evals.glossary import RECOVERY
-from wsae.sae import SAE, GroupTopK, ReLU, TopK
+from wsae.sae import SAE, GroupTopK, MultiTopK, ReLU, TopK
 
 Scores = dict[str, float]
 Matrix = object
@@ -408,7 +408,7 @@ def is_homogeneous(sae: SAE) -> bool:
     """Return whether h(c v) = c h(v) for every c > 0: no bias, no threshold."""
     biases = sae.biases
     free = biases is None or not any(bool(bias.any()) for bias in biases)
-    return free and isinstance(sae.cfg.activation, ReLU | TopK | GroupTopK)
+    return free and isinstance(sae.cfg.activation, ReLU | TopK | MultiTopK | GroupTopK)
 
 
 def isolated_homogeneous(truth: GroundTruth, unit: Pairs) -> Isolated:

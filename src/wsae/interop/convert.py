@@ -95,7 +95,7 @@ def save(
     Raises UserError, before anything is written, when the format has no equal for this SAE, or the folder holds
     something else (with `force` another export gives way).
     """
-    kind, path = find(format, KINDS), Path(path)
+    kind, path, sae = find(format, KINDS), Path(path), sae.plain()
     packed = kind.pack(sae, about)
     named = kind.rename(packed, format)
     held = {name: getattr(named, name) for name in _SHARED}

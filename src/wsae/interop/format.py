@@ -18,13 +18,12 @@ from wsae.core.tensors import save_tensors
 from wsae.core.torchfile import save_state
 from wsae.interop.config import FormatName, SourceName
 from wsae.interop.releases import hub_model
+from wsae.sae.architectures import gated_as_jumprelu
 from wsae.sae.config import Provenance, SAEConfig
 from wsae.sae.model import SAE
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What weights may be stored as; integers and 8-bit floats are quantised, with scales that lie elsewhere."""
-NEVER = -200.0
-"""log_threshold of a latent with threshold 0: exp(-200) is 0 in float32, to the bit."""
 
 
 class Foreign(NamedTuple):
@@ -81,15 +80,9 @@ def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> lis
 def gated(
     weights: NamedTensors, gate: Float[Tensor, " d_sae"], stretch: Float[Tensor, " d_sae"]
 ) -> NamedTensors:
-    """Return the JumpReLU that a gated SAE is: weights with b_enc as its magnitude bias, its gate bias and r_mag.
-
-    z = [a + gate > 0] relu(e a + b_enc) with a = x @ W_enc and e = exp(r_mag); with u = e a + b_enc the gate is open
-    where u > b_enc - e gate, so z = u [u > max(b_enc - e gate, 0)] (Rajamanoharan et al. 2024a, Section 3.3).
-    """
-    e, b = stretch.double().exp(), weights.b_enc.double()
-    return weights._replace(
-        W_enc=(weights.W_enc.double() * e).float(), threshold=(b - e * gate.double()).float()
-    )
+    """Return the JumpReLU that a gated SAE is: weights with b_enc as its magnitude bias, its gate bias and r_mag."""
+    named = {"W_enc": weights.W_enc, "b_enc": gate, "r_mag": stretch, "b_mag": weights.b_enc}
+    return weights._replace(**gated_as_jumprelu(named))
 
 
 def check_shapes(
@@ -173,10 +166,8 @@ def assemble(cfg: SAEConfig, weights: NamedTensors) -> SAE:
     """Return an SAE of ours with these weights, its thresholds where its kind has any, and gamma 1."""
     sae = SAE(cfg)
     tensors = {name: getattr(weights, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    if weights.threshold is not None and cfg.activation.kind == "jumprelu":
-        tensors["log_threshold"] = log_threshold(weights.threshold)
-    if weights.threshold is not None and cfg.activation.kind == "batch_topk":
-        tensors["threshold"] = weights.threshold.double().clamp(min=0)
+    if weights.threshold is not None:  # 0 and below a ReLU cannot tell
+        tensors["threshold"] = weights.threshold.clamp(min=0)
     sae.set_tensors({**sae.tensors(), **tensors})
     return sae
 
@@ -200,17 +191,8 @@ def named(sae: SAE) -> NamedTensors:
 
 def thresholds(sae: SAE) -> Tensor | None:
     """Return the threshold [d_sae] (JumpReLU) or [] (batch Top-k) that encoding compares with, in float32."""
-    if sae.log_threshold is not None:
-        return sae.log_threshold.detach().exp().float().cpu()
     kind = sae.cfg.activation.kind
-    return sae.threshold.detach().float().cpu() if kind == "batch_topk" else None
-
-
-def log_threshold(threshold: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
-    """Return the logarithm a JumpReLU of ours stores; thresholds of 0 and below, which a ReLU cannot tell, become 0."""
-    positive = threshold > 0
-    logs = threshold.double().clamp(min=1e-300).log().float()
-    return torch.where(positive, logs, torch.full_like(logs, NEVER))
+    return sae.threshold.detach().float().cpu() if kind in ("jumprelu", "batch_topk") else None
 
 
 def _list(names: Iterable[str]) -> str:

@@ -1,9 +1,19 @@
 """What an SAE is, as values: widths, tied or not, and the activation function. No torch here."""
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    Tag,
+    model_validator,
+)
 
 from wsae.core.artifact import PROVENANCE
 from wsae.core.config import Config
@@ -138,14 +148,17 @@ class PreconditionConfig(Config):
         return "-".join(parts)
 
 
-Kind = Literal["topk", "group_topk", "batch_topk", "relu", "jumprelu"]
-
-
 MOST_VALUES = 1 << 44
 """Entries of a weight matrix: 64 TiB in float32."""
 
 
-class TopK(Config):
+class ActivationConfig(Config):
+    """What one kind of SAE has to say of its latents; `wsae.sae.architectures` says what each kind computes."""
+
+    kind: Any  # each kind's own Literal
+
+
+class TopK(ActivationConfig):
     """Keep the k largest pre-activations of a sample, then ReLU (Gao et al. 2025)."""
 
     kind: Literal["topk"] = "topk"
@@ -153,7 +166,7 @@ class TopK(Config):
     """Active latents per sample."""
 
 
-class GroupTopK(Config):
+class GroupTopK(ActivationConfig):
     """Split the latents into k contiguous groups and keep the largest of each, then ReLU (paper Appendix B.1)."""
 
     kind: Literal["group_topk"] = "group_topk"
@@ -161,7 +174,15 @@ class GroupTopK(Config):
     """Number of groups, so active latents per sample; d_sae must be a multiple of it."""
 
 
-class BatchTopK(Config):
+class MultiTopK(ActivationConfig):
+    """Top-k that is trained to be a Top-4k too: an eighth of the loss with 4 k latents is added (Gao et al. 2025)."""
+
+    kind: Literal["multi_topk"] = "multi_topk"
+    k: PositiveInt = 32
+    """Active latents per sample."""
+
+
+class BatchTopK(ActivationConfig):
     """Keep the batch * k largest positive pre-activations of a batch (Bussmann et al. 2024).
 
     At inference a latent is active above a fixed threshold, learned as a running mean of the batches' smallest
@@ -173,13 +194,58 @@ class BatchTopK(Config):
     """Mean number of active latents per sample."""
 
 
-class ReLU(Config):
+class Matryoshka(ActivationConfig):
+    """Nested SAEs in one: the first latents of each width reconstruct alone, and the losses are added.
+
+    Which latents are active is chosen among all of them, as the kind named by `over` does (Bussmann et al. 2025,
+    "Learning Multi-Level Features with Matryoshka Sparse Autoencoders").
+    """
+
+    kind: Literal["matryoshka"] = "matryoshka"
+    k: PositiveInt = 32
+    """Active latents per sample (over batch_topk: their mean)."""
+    widths: tuple[PositiveInt, ...] = ()
+    """The nested widths of a Matryoshka SAE, increasing; d_sae itself may be left out. Default: 1/32, 3/32, 7/32, 15/32
+    of d_sae, and d_sae."""
+    over: Literal["batch_topk", "topk"] = "batch_topk"
+    """How a Matryoshka SAE chooses its active latents."""
+    level_auxk: bool = False
+    """Whether dead latents of a Matryoshka SAE model what the levels up to their own leave, not what all leave."""
+
+    @model_validator(mode="after")
+    def _widths_increase(self) -> "Matryoshka":
+        if any(b <= a for a, b in itertools.pairwise(self.widths)):
+            raise ValueError(f"widths {_listed(self.widths)} do not increase")
+        return self
+
+    def nested(self, d_sae: int) -> tuple[int, ...]:
+        """Return every width, that of the whole last; raises UserError for one that exceeds it."""
+        if self.widths and self.widths[-1] > d_sae:
+            raise UserError(f"widths {_listed(self.widths)} exceed d_sae = {d_sae}")
+        widths = self.widths or tuple(sorted({max(1, d_sae * n // 32) for n in (1, 3, 7, 15)}))
+        return (*(width for width in widths if width < d_sae), d_sae)
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return " ".join(map(str, values))
+
+
+class ReLU(ActivationConfig):
     """z = max(pre, 0); sparse only through a penalty or the data."""
 
     kind: Literal["relu"] = "relu"
 
 
-class JumpReLU(Config):
+class Gated(ActivationConfig):
+    """z = ReLU(e^r (pre - b_enc) + b_mag) where the gate pre > 0, else 0 (Rajamanoharan et al. 2024a).
+
+    The L1 penalty is on ReLU(pre), which the decoder, held fixed, must be able to reconstruct from as well.
+    """
+
+    kind: Literal["gated"] = "gated"
+
+
+class JumpReLU(ActivationConfig):
     """z = pre where pre > threshold, else 0, with a learned threshold per latent (Rajamanoharan et al. 2024b)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
@@ -189,21 +255,63 @@ class JumpReLU(Config):
     """Width of the rectangle that stands in for the derivative of JumpReLU's step."""
 
 
-Activation = Annotated[TopK | GroupTopK | BatchTopK | ReLU | JumpReLU, Field(discriminator="kind")]
+_BUILT_IN = TopK | GroupTopK | MultiTopK | BatchTopK | Matryoshka | ReLU | Gated | JumpReLU
+KINDS: dict[str, type[ActivationConfig]] = {
+    made.model_fields["kind"].default: made for made in get_args(_BUILT_IN)
+}
+"""Every kind by name; `wsae.sae.architectures.register` adds others."""
+Kind = Literal[
+    "topk", "group_topk", "multi_topk", "batch_topk", "matryoshka", "relu", "gated", "jumprelu"
+]
+"""The kinds that come with wsae."""
+_OWN = frozenset(KINDS)
 
 
-KINDS = {made.model_fields["kind"].default: made for made in get_args(get_args(Activation)[0])}
+def _origin(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "built_in" if isinstance(kind, str) and kind in _OWN else "registered"
 
 
-def make_activation(kind: str, k: int = 32) -> TopK | GroupTopK | BatchTopK | ReLU | JumpReLU:
+def _registered(value: Any) -> ActivationConfig:
+    if isinstance(value, ActivationConfig):
+        return value
+    kind = value.get("kind") if isinstance(value, dict) else value
+    try:
+        return kind_named(str(kind)).parse(value, where=str(kind))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+Activation = Annotated[
+    Annotated[Annotated[_BUILT_IN, Field(discriminator="kind")], Tag("built_in")]
+    | Annotated[SerializeAsAny[ActivationConfig], BeforeValidator(_registered), Tag("registered")],
+    Discriminator(_origin),
+]
+
+
+def kind_named(kind: str) -> type[ActivationConfig]:
+    """Return the config of a kind, looking among installed packages for one that is not known yet.
+
+    A package names its kinds as entry points of the group `wsae.architectures`: kind = "module:architecture".
+    Raises UserError for a name that nobody has.
+    """
+    if kind not in KINDS:
+        from importlib.metadata import entry_points  # slow to import, and seldom needed
+
+        for found in entry_points(group="wsae.architectures", name=kind):
+            found.load()
+    if kind not in KINDS:
+        *names, last = KINDS
+        raise UserError(f"activation '{kind}' is unknown; choose {', '.join(names)} or {last}")
+    return KINDS[kind]
+
+
+def make_activation(kind: str, k: int = 32) -> ActivationConfig:
     """Return the activation called `kind`; k is used by the Top-k family only.
 
     Raises UserError for another name, or a k that is no whole number of at least 1.
     """
-    if kind not in KINDS:
-        *names, last = KINDS
-        raise UserError(f"activation '{kind}' is unknown; choose {', '.join(names)} or {last}")
-    made = KINDS[kind]
+    made = kind_named(kind)
     return made.parse({"k": k} if "k" in made.model_fields else {}, where="activation")
 
 
@@ -229,8 +337,12 @@ class SAEConfig(Config):
             raise ValueError(
                 f"k = {k} active latents of only d_sae = {self.d_sae}; lower k or raise d_sae"
             )
-        if self.activation.kind == "group_topk":
+        if isinstance(self.activation, GroupTopK):
             check_groups(self.d_sae, self.activation.k)
+        if isinstance(self.activation, Matryoshka):
+            self.activation.nested(self.d_sae)
+        if isinstance(self.activation, Gated) and self.tied:
+            raise ValueError("a gated SAE has biases, so it cannot be tied")
         return self
 
 

@@ -16,8 +16,8 @@ from wsae.kernels.native.select import (
     select_topk,
 )
 from wsae.kernels.native.slices import to_slices
-from wsae.sae.config import BatchTopK, GroupTopK, TopK
-from wsae.sae.model import SAE
+from wsae.sae.architectures import Above, Every, Groups, Rows
+from wsae.sae.model import SAE, at_latents
 
 FEW = 64
 """Batches of fewer rows are not worth the compiled way."""
@@ -27,8 +27,8 @@ class Encoder:
     """Encodes for evaluation: call it with rows [batch, d_in] in float32; the SAE must not change meanwhile.
 
     Latents and values are those of `SAE.encode_code` but for the order of float32 sums (near-ties at the
-    k-th place may fall otherwise), and entries come in order of latent. ReLU kinds, other devices and machines without
-    the compiled kernels take `encode_code` itself.
+    k-th place may fall otherwise), and entries come in order of latent. Kinds without a threshold or a k, other devices
+    and machines without the compiled kernels take `encode_code` itself.
     """
 
     def __init__(self, sae: SAE) -> None:
@@ -51,16 +51,21 @@ class Encoder:
         rows = sae.centre(x).contiguous()
         centred = Centred(rows, to_slices(rows))
         bias = None if sae.b_enc is None else sae.b_enc.detach()
-        if isinstance(activation, TopK | GroupTopK):
-            pre = select_topk(rounded, self._rows, bias, centred, activation.k)
-            return SparseCode(pre.values.relu(), pre.indices, pre.offsets)
-        return select_above(rounded, self._rows, bias, centred, float(sae.threshold))
+        choice = sae.arch.used(activation, sae.own)
+        if isinstance(choice, Rows | Groups):
+            pre = select_topk(rounded, self._rows, bias, centred, choice.k)
+        else:
+            assert isinstance(choice, Above)
+            pre = select_above(rounded, self._rows, bias, centred, choice.floor)
+        own = at_latents(sae.own, pre.indices)
+        return pre._replace(values=sae.arch.values(pre.values, own, activation))
 
     def _prepared(self, x: Tensor) -> RoundedEncoder:
         """Return the 8-bit encoder, made when first needed; the spread of the rows at hand changes its speed only."""
         if self._rounded is None:
             cfg = self._sae.cfg
-            groups = cfg.activation.k if isinstance(cfg.activation, GroupTopK) else 1
+            choice = self._sae.arch.used(cfg.activation, self._sae.own)
+            groups = choice.k if isinstance(choice, Groups) else 1
             scales = dimension_scales(x.std(0).nan_to_num(1.0, 1.0))
             self._rows = to_slices(self._sae.encoder_rows.detach())
             self._rounded = RoundedEncoder(cfg.d_sae, cfg.d_in, cfg.d_sae // groups, scales)
@@ -70,9 +75,13 @@ class Encoder:
 
 
 def _compiled(sae: SAE) -> bool:
-    activation, weights = sae.cfg.activation, sae.W_dec
+    weights, choice = sae.W_dec, sae.arch.used(sae.cfg.activation, sae.own)
     if weights.device.type != "cpu" or weights.dtype != torch.float32 or why_not() is not None:
         return False
-    if isinstance(activation, TopK):
-        return has_int8() and activation.k * LARGEST_SHARE <= sae.cfg.d_sae
-    return has_int8() and isinstance(activation, GroupTopK | BatchTopK)
+    if isinstance(choice, Rows):
+        return has_int8() and choice.k * LARGEST_SHARE <= sae.cfg.d_sae
+    # above 0 a code may be dense, and then the whole product is faster
+    dense = isinstance(choice, Every) or (
+        isinstance(choice, Above) and isinstance(choice.floor, float)
+    )
+    return has_int8() and not dense

@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64, Num
+from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
-from torch.autograd import Function
 
 from wsae.kernels import (
     Plan,
@@ -17,112 +16,100 @@ from wsae.kernels import (
     offsets_of,
     select_batch_topk,
 )
-from wsae.sae.config import Activation, BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
-from wsae.sae.model import FIXED, SAE
-
-# JumpReLU and its penalty's step function, with the threshold gradients of Rajamanoharan et al.
-# 2024b.
-#
-# JumpReLU(z) = z H(z - theta) d/dtheta = -(theta / width) rect((z - theta) / width) step(z) = H(z -
-# theta) d/dtheta = -(1 / width) rect((z - theta) / width) with rect(u) = 1 for |u| < 1/2, which
-# integrates to 1, so the width scales no gradient on average.
-
-
-def jumprelu(
-    pre: Float[Tensor, "*members batch d_sae"],
-    threshold: Float[Tensor, "*per d_sae"],
-    bandwidth: float,
-) -> Float[Tensor, "*members batch d_sae"]:
-    """Return pre where it exceeds the threshold, else 0."""
-    return _JumpReLU.apply(pre, threshold, bandwidth)
+from wsae.sae.architectures import (
+    Above,
+    Architecture,
+    Batch,
+    Choice,
+    Every,
+    Groups,
+    Nested,
+    Parameters,
+    Rows,
+)
+from wsae.sae.config import ActivationConfig
+from wsae.sae.model import SAE, at_latents, fixed
 
 
-def step(
-    pre: Float[Tensor, "*members batch d_sae"],
-    threshold: Float[Tensor, "*per d_sae"],
-    bandwidth: float,
-) -> Float[Tensor, "*members batch d_sae"]:
-    """Return 1 where pre exceeds the threshold, else 0 (their sum is L0)."""
-    return _Step.apply(pre, threshold, bandwidth)
+class Entries(NamedTuple):
+    """The latents of a batch, differentiable: all of them [..., batch, d_sae], or chosen pairs alone [pairs]."""
+
+    arch: Architecture
+    cfg: ActivationConfig
+    pre: Float[Tensor, "*entries"]
+    own: Parameters
+    """The kind's own parameters at these latents."""
+    z: Float[Tensor, "*entries"]
+    norms: Float[Tensor, "*per_entry"] | None
+    """Lengths of the decoder's rows, where they are not 1."""
+
+    @classmethod
+    def of(
+        cls,
+        arch: Architecture,
+        cfg: ActivationConfig,
+        pre: Float[Tensor, "*entries"],
+        own: Parameters,
+        norms: Float[Tensor, "*per_entry"] | None = None,
+    ) -> "Entries":
+        """Compute z."""
+        return cls(arch, cfg, pre, own, arch.values(pre, own, cfg), norms)
+
+    def l1(self) -> Float[Tensor, "*entries"]:
+        """Return what the L1 penalty sums: z_j ||W_dec[j]||, with the gate's code for z where it has one."""
+        penalised = self.z if self.arch.gate is None else self.arch.gate(self.pre)
+        return penalised if self.norms is None else penalised * self.norms
+
+    def active(self) -> Float[Tensor, "*entries"] | None:
+        """Return what the L0 penalty sums, differentiable; None for kinds where nothing moves it."""
+        if self.arch.count is None:
+            return None
+        return self.arch.count(self.pre, self.own, self.cfg)
 
 
-def _rectangle(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    return ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype) / bandwidth
+class Also(NamedTuple):
+    """Another reconstruction of x, which the loss adds."""
 
-
-class _JumpReLU(Function):
-    @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return pre * (pre > threshold)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        pre, threshold = ctx.saved_tensors
-        summands = grads[0] * _rectangle(pre, threshold, ctx.bandwidth)
-        grad_threshold = -summands.sum_to_size(threshold.shape) * threshold
-        return grads[0] * (pre > threshold), grad_threshold, None
-
-
-class _Step(Function):
-    @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return (pre > threshold).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        pre, threshold = ctx.saved_tensors
-        summands = grads[0] * _rectangle(pre, threshold, ctx.bandwidth)
-        grad_threshold = -summands.sum_to_size(threshold.shape)
-        return torch.zeros_like(pre), grad_threshold, None
+    x_hat: Float[Tensor, "batch d_in"]
+    weight: float
 
 
 class Forward(NamedTuple):
-    """One training forward pass; everything but `code` and `pre` carries gradients."""
+    """One training forward pass; everything but `code`, `pre` and `centred` carries gradients."""
 
     x_hat: Float[Tensor, "batch d_in"]
-    l1: Float[Tensor, ""]
-    """Mean over the batch of sum_j z_j ||W_dec[j]||."""
-    l0: Float[Tensor, ""]
-    """Mean number of active latents; differentiable (through the thresholds) for JumpReLU only."""
+    entries: Entries
     code: SparseCode
     """The latents, detached."""
     pre: Float[Tensor, "batch d_sae"]
     """All pre-activations, detached, perhaps in bf16."""
     centred: Float[Tensor, "batch d_in"]
     """x - b_dec, detached."""
+    also: tuple[Also, ...] = ()
+    """Of nested levels, or of a gate."""
 
 
-def dense_codes(
-    activation: Activation,
+def dense_entries(
+    arch: Architecture,
+    cfg: ActivationConfig,
     pre: Float[Tensor, "*members batch d_sae"],
-    threshold: Float[Tensor, "*per d_sae"] | None,
-) -> tuple[Float[Tensor, "*members batch d_sae"], Float[Tensor, "*members batch"]]:
-    """Return z of a batch in training, and the active latents of each row (differentiable for JumpReLU only).
-
-    The threshold is JumpReLU's; batch Top-k chooses from the batch at hand, as it does in training.
-    """
-    match activation:
-        case JumpReLU(bandwidth=width):
-            assert threshold is not None
-            return jumprelu(pre, threshold, width), step(pre, threshold, width).sum(-1)
-        case ReLU():
-            z = pre.relu()
-        case BatchTopK(k=k):
-            flat = pre.flatten(-2)
-            wanted = min(k * pre.shape[-2], flat.shape[-1])
-            z = _kept(flat, flat.detach().topk(wanted, dim=-1, sorted=False).indices).view_as(pre)
-        case TopK() | GroupTopK():
-            z = _kept(pre, FIXED[type(activation)](pre.detach(), activation.k))
-    return z, z.detach().count_nonzero(-1).to(pre.dtype)
-
-
-def _kept(pre: Tensor, index: Tensor) -> Tensor:
-    """Return ReLU(pre) at the last axis' positions `index`, 0 elsewhere."""
-    return torch.zeros_like(pre).scatter(-1, index, pre.gather(-1, index).relu())
+    own: Parameters,
+    norms: Float[Tensor, "*per d_sae"] | None = None,
+) -> Entries:
+    """Return z of a batch in training, dense: 0 wherever the kind does not choose."""
+    choice, entries = arch.choose(cfg, own), Entries.of(arch, cfg, pre, own, norms)
+    match choice:
+        case Rows() | Groups():
+            index = fixed(choice, pre.detach())
+        case Batch(k=k):
+            flat = pre.detach().flatten(-2)
+            index = flat.topk(min(k * pre.shape[-2], flat.shape[-1]), dim=-1, sorted=False).indices
+            kept = torch.zeros_like(flat).scatter_(-1, index, 1.0).view_as(pre)
+            return entries._replace(z=entries.z * kept)
+        case Above() | Every():
+            return entries
+    kept = torch.zeros_like(pre.detach()).scatter_(-1, index, 1.0)
+    return entries._replace(z=entries.z * kept)
 
 
 class Whole:
@@ -130,15 +117,29 @@ class Whole:
 
     batch: int = 0
     """Rows of the whole batch, where they are not all here."""
+    d_sae: int = 0
+    """Latents of the whole SAE, where they are not all here."""
+    first: int = 0
+    """The number of the first of those here."""
 
-    def choose(self, sae: SAE, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
-        """Return the pairs that a Top-k kind makes active, in order of row (their values are not read)."""
-        activation = sae.cfg.activation
-        assert isinstance(activation, TopK | GroupTopK | BatchTopK)
-        if isinstance(activation, BatchTopK):
-            rows, latents = select_batch_topk(pre, activation.k)
+    def level(
+        self,
+        nested: Nested,
+        pre: Float[Tensor, "rows d_sae"],  # noqa: ARG002
+        code: SparseCode,
+    ) -> Int64[Tensor, " nnz"]:
+        """Return the level of each chosen pair; another part's also depends on `pre`, all pre-activations."""
+        if nested.widths is None:
+            return level_by_rank(code, nested.k)
+        return level_by_latent(code.indices + self.first, nested.widths)
+
+    def choose(self, choice: Choice, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
+        """Return the pairs that a choice of Top-k makes active, in order of row (their values are not read)."""
+        assert isinstance(choice, Rows | Groups | Batch)
+        if isinstance(choice, Batch):
+            rows, latents = select_batch_topk(pre, choice.k)
             return SparseCode(pre[rows, latents], latents, offsets_of(rows, len(pre)))
-        indices = FIXED[type(activation)](pre, activation.k)
+        indices = fixed(choice, pre)
         return code_from_topk(pre.gather(1, indices), indices)
 
     def choose_dead(self, pre: Float[Tensor, "rows dead"], k: int) -> SparseCode | None:
@@ -195,39 +196,96 @@ def training_forward(
     """Run the SAE on a batch for training. `bf16` computes the dense encoder product in bf16.
 
     Top-k kinds compute the dense product without gradient, choose, and differentiate at the chosen pairs only
-    (their values always in full precision). ReLU and JumpReLU codes are not sparse at the start of training, so
-    they take the dense route. Of a `part`, x_hat is whole; code, pre, l1 and l0 are those of the latents and rows here.
+    (their values always in full precision). Other codes are not sparse at the start of training, so they take the dense
+    route. Of a `part`, x_hat is whole; code, pre and entries are those of the latents and rows here.
     """
-    kind, batch = sae.cfg.activation, part.batch or len(x)
-    if isinstance(kind, ReLU | JumpReLU):
-        centred = x if sae.b_dec is None else x - part.shared(sae.b_dec)
-        pre = _product(sae, centred, bf16).to(x.dtype)
-        threshold = None if sae.log_threshold is None else sae.log_threshold.exp()
-        z, active = dense_codes(kind, pre, threshold)
-        norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else z.new_ones(len(sae.W_dec))
-        l1, l0 = (z @ norms).sum() / batch, active.sum() / batch
-        x_hat, code = part.summed(z @ sae.W_dec), code_from_dense(z.detach())
-    else:
-        with torch.no_grad():
-            centred = sae.centre(x)
-            pre = _product(sae, centred, bf16)
-            chosen = part.choose(sae, pre)
-        values, x_hat = sparse_pass(sae, centred, pre, chosen, part)
-        norms = sae.W_dec.norm(dim=1)[chosen.indices] if sae.cfg.tied else 1.0
-        code = SparseCode(values.detach(), chosen.indices, chosen.offsets)
-        l1, l0 = (values * norms).sum() / batch, torch.count_nonzero(code.values) / batch
-    x_hat = x_hat if sae.b_dec is None else x_hat + sae.b_dec
-    return Forward(x_hat, l1, l0, code, pre.detach(), centred.detach())
-
-
-def sparse_pass(
-    sae: SAE, centred: Tensor, pre: Tensor, chosen: SparseCode, part: Whole
-) -> tuple[Float[Tensor, " nnz"], Float[Tensor, "rows d_in"]]:
-    """Return ReLU at chosen pairs and what the decoder makes of it, without b_dec; differentiable at these pairs."""
+    choice = sae.choice
+    if isinstance(choice, Above | Every):
+        return _dense_forward(sae, x, bf16, part)
+    with torch.no_grad():
+        centred = sae.centre(x)
+        pre = _product(sae, centred, bf16)
+        chosen = part.choose(choice, pre)
     plan = Plan.build(chosen.indices, chosen.offsets, len(sae.W_dec))
     b_dec = None if sae.b_dec is None else part.shared(sae.b_dec)
-    values = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_dec, pre).relu()
-    return values, part.summed(decode(values, sae.W_dec, plan))
+    at = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_dec, pre)
+    norms = sae.W_dec.norm(dim=1)[chosen.indices] if sae.cfg.tied else None
+    own = at_latents(sae.own, chosen.indices)
+    entries = Entries.of(sae.arch, sae.cfg.activation, at, own, norms)
+    code = SparseCode(entries.z.detach(), chosen.indices, chosen.offsets)
+    bias = 0 if sae.b_dec is None else sae.b_dec
+    if sae.arch.nested is None:
+        x_hat = part.summed(decode(entries.z, sae.W_dec, plan)) + bias
+        return Forward(x_hat, entries, code, pre.detach(), centred.detach())
+    nested = sae.arch.nested(sae.cfg.activation, part.d_sae or sae.cfg.d_sae)
+    level = part.level(nested, pre, chosen)
+    x_hat, found = bias, []
+    for number, weight in enumerate(nested.weights):
+        here = level == number
+        rows, indices = plan.rows[here], chosen.indices[here]
+        own_plan = Plan.build(indices, offsets_of(rows, len(x)), len(sae.W_dec))
+        x_hat = x_hat + part.summed(decode(entries.z[here], sae.W_dec, own_plan))
+        found.append(Also(x_hat, weight))
+    main = found.pop(nested.main)
+    code = up_to(code, level, nested.main)
+    return Forward(main.x_hat, entries, code, pre.detach(), centred.detach(), tuple(found))
+
+
+def _dense_forward(sae: SAE, x: Tensor, bf16: bool, part: Whole) -> Forward:
+    """Run a kind that may have any number of active latents."""
+    centred = x if sae.b_dec is None else x - part.shared(sae.b_dec)
+    pre = _product(sae, centred, bf16).to(x.dtype)
+    norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else None
+    entries = dense_entries(sae.arch, sae.cfg.activation, pre, sae.own, norms)
+    x_hat, also = part.summed(entries.z @ sae.W_dec), ()
+    if sae.arch.gate is not None:
+        from_gate = part.summed(sae.arch.gate(pre) @ sae.W_dec.detach())
+        also = (Also(from_gate if sae.b_dec is None else from_gate + sae.b_dec.detach(), 1.0),)
+    x_hat = x_hat if sae.b_dec is None else x_hat + sae.b_dec
+    code = code_from_dense(entries.z.detach())
+    return Forward(x_hat, entries, code, pre.detach(), centred.detach(), also)
+
+
+def level_by_latent(
+    indices: Int64[Tensor, " nnz"], widths: tuple[int, ...]
+) -> Int64[Tensor, " nnz"]:
+    """Return which of the nested widths is the first that holds each latent."""
+    bounds = torch.tensor(widths, device=indices.device)
+    return torch.searchsorted(bounds, indices, right=True)
+
+
+def dead_by_level(nested: Nested, dead: Bool[Tensor, " d_sae"]) -> list[Bool[Tensor, " d_sae"]]:
+    """Return the dead latents of each nested width that no narrower one has."""
+    assert nested.widths is not None
+    every = torch.arange(len(dead), device=dead.device)
+    level = level_by_latent(every, nested.widths)
+    return [dead & (level == number) for number in range(len(nested.widths))]
+
+
+def level_by_rank(code: SparseCode, k: int) -> Int64[Tensor, " nnz"]:
+    """Return 0 for the k largest of each row and 1 for the rest; every row has the same number of pairs."""
+    values = code.values.view(code.batch, -1)
+    level = torch.ones_like(values, dtype=torch.int64)
+    return level.scatter_(1, values.topk(k, dim=1).indices, 0).view(-1)
+
+
+def up_to(code: SparseCode, level: Int64[Tensor, " nnz"], last: int) -> SparseCode:
+    """Return the pairs of a code up to a level."""
+    if bool((level <= last).all()):
+        return code
+    keep = level <= last
+    rows = code.rows()[keep]
+    return SparseCode(code.values[keep], code.indices[keep], offsets_of(rows, code.batch))
+
+
+def revived(
+    sae: SAE, forward: Forward, chosen: SparseCode, part: Whole
+) -> Float[Tensor, "rows d_in"]:
+    """Return what the decoder makes, without b_dec, of ReLU(pre) at chosen pairs; differentiable at these."""
+    plan = Plan.build(chosen.indices, chosen.offsets, len(sae.W_dec))
+    b_dec = None if sae.b_dec is None else part.shared(sae.b_dec)
+    pre = encode_at(forward.centred, sae.encoder_rows, plan, sae.b_enc, b_dec, forward.pre)
+    return part.summed(decode(pre.relu(), sae.W_dec, plan))
 
 
 def _product(sae: SAE, centred: Tensor, bf16: bool) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from wsae.sae.forward import WHOLE, Forward, Whole, sparse_pass
+from wsae.sae.forward import WHOLE, Entries, Forward, Whole, revived
 from wsae.sae.model import SAE
 
 # Where gamma meets a residual: one weight per dimension, or a matrix.
@@ -52,6 +52,26 @@ def weighted_reconstruction_loss(
     return weigh(x - x_hat, gamma).square().sum() / (batch or len(x))
 
 
+def also_loss(
+    x: Float[Tensor, "batch d_in"], forward: Forward, gamma: Weights, batch: int = 0
+) -> Float[Tensor, ""]:
+    """Return the weighted sum of the losses of what else reconstructs x: nested levels, a gate. 0 for most kinds."""
+    losses = [
+        also.weight * weighted_reconstruction_loss(x, also.x_hat, gamma, batch)
+        for also in forward.also
+    ]
+    return torch.stack(losses).sum() if losses else x.new_zeros(())
+
+
+def penalty(entries: Entries, l1: float, l0: float, batch: int) -> Float[Tensor, ""]:
+    """Return l1 * sum_j z_j ||W_dec[j]|| + l0 * L0, means over a batch of so many rows."""
+    total = entries.z.new_zeros(())
+    if l1:
+        total = total + l1 * (entries.l1().sum() / batch)
+    count = entries.active() if l0 else None
+    return total if count is None else total + l0 * (count.sum() / batch)
+
+
 def auxk_loss(
     sae: SAE,
     residual: Float[Tensor, "batch d_in"],
@@ -71,5 +91,5 @@ def auxk_loss(
     if chosen is None:
         return residual.new_zeros(())
     chosen = chosen._replace(indices=candidates[chosen.indices])
-    _, e_hat = sparse_pass(sae, forward.centred, forward.pre, chosen, part)
+    e_hat = revived(sae, forward, chosen, part)
     return weighted_reconstruction_loss(residual.detach(), e_hat, sae.gamma, part.batch)

@@ -2,12 +2,14 @@
 
     pre   = (x - b_dec) @ W_enc + b_enc          z = activation(pre)          x_hat = z @ W_dec + b_dec
 
-Tied: W_dec = W_enc^T and no biases. The training pass lives in `wsae.sae.forward`.
+Tied: W_dec = W_enc^T and no biases. What z is the kind says (`wsae.sae.architectures`); the training pass lives in
+`wsae.sae.forward`.
 """
 
 import contextlib
 import importlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,20 +25,26 @@ from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, Provenance, ReLU, SAEConfig, TopK
+from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
+from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
-FIXED = {TopK: select_topk, GroupTopK: select_group_topk}
-"""Activations with k latents in every row, and which these are."""
+
+
+def fixed(choice: Rows | Groups, pre: Float[Tensor, "*rows d_sae"]) -> Int64[Tensor, "*rows k"]:
+    """Return the latents of each row that a choice with the same number in every row makes active."""
+    chosen = select_topk if isinstance(choice, Rows) else select_group_topk
+    return chosen(pre, choice.k)
 
 
 class SAE(nn.Module):
     """One SAE: `encode` gives latents [..., d_sae] of [..., d_in], `decode` gives x_hat [..., d_in].
 
     Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_in],
-    `b_enc` [d_sae], `b_dec` [d_in], `log_threshold` [d_sae] (JumpReLU). Buffers: `threshold` (batch Top-k) and
-    `gamma` [d_in] (a matrix [d_in, d_in] for the rule whiten), the loss weights of training: they act on the loss only,
-    nothing is folded at inference.
+    `b_enc` [d_sae], `b_dec` [d_in], and those of its kind, [d_sae] each: `threshold` (JumpReLU), `r_mag` and `b_mag`
+    (gated). Buffers: `threshold` (one number, of batch Top-k) where it is no parameter, and `gamma` [d_in] (a matrix
+    [d_in, d_in] for the rule whiten), the loss weights of training: they act on the loss only, nothing is folded at
+    inference.
     """
 
     gamma: Tensor
@@ -46,18 +54,19 @@ class SAE(nn.Module):
     def __init__(self, cfg: SAEConfig, seed: int = 0, encoder_scale: float = 1.0) -> None:
         """Start with random unit decoder rows and (untied) the encoder `encoder_scale` times their transpose."""
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.arch = cfg, architecture_of(cfg.activation)
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
         rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
         self.W_dec = nn.Parameter(F.normalize(rows, dim=1))
         self.W_enc_t = None if cfg.tied else nn.Parameter(self.W_dec.detach() * encoder_scale)
         self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae, dtype=torch.float32))
         self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_in, dtype=torch.float32))
-        self.log_threshold = None
-        if isinstance(cfg.activation, JumpReLU):
-            start = torch.full((cfg.d_sae,), cfg.activation.threshold, dtype=torch.float32).log()
-            self.log_threshold = nn.Parameter(start)
-        self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
+        for name, parameter in self.arch.parameters.items():
+            start = parameter.start(cfg.activation)
+            own = torch.full((cfg.d_sae,), start, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(own))
+        if "threshold" not in self.arch.parameters:
+            self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
         self.register_buffer("gamma", torch.ones(cfg.d_in, dtype=torch.float32))
 
     @property
@@ -79,6 +88,23 @@ class SAE(nn.Module):
     def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
         """The encoder with one row per latent: W_dec itself when tied."""
         return self.W_dec if self.W_enc_t is None else self.W_enc_t
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The parameters that its kind's functions look at."""
+        names = [*self.arch.parameters, "threshold", *(["b_enc"] if self.arch.reads_bias else [])]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def choice(self) -> Choice:
+        """Which latents of a batch may be active in training."""
+        return self.arch.choose(self.cfg.activation, self.own)
+
+    @property
+    def nested(self) -> Nested | None:
+        """The levels of its code, where its kind has any."""
+        make = self.arch.nested
+        return None if make is None else make(self.cfg.activation, self.cfg.d_sae)
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:
@@ -103,9 +129,9 @@ class SAE(nn.Module):
         """
         rows, lead = self._rows(x, self.cfg.d_in)
         with self._own_type():
-            pre = self.pre(self.centre(rows))
-            fixed = type(self.cfg.activation) in FIXED
-            z = self._code(pre).dense(self.cfg.d_sae) if fixed else self._dense(pre)
+            pre, choice = self.pre(self.centre(rows)), self._used()
+            fits = isinstance(choice, Rows | Groups)
+            z = self._code(pre).dense(self.cfg.d_sae) if fits else self._dense(pre, choice)
         return z.reshape(*lead, self.cfg.d_sae)
 
     def encode_sparse(
@@ -157,6 +183,8 @@ class SAE(nn.Module):
     def set_tensors(self, tensors: dict[str, Tensor], where: str = "tensors") -> None:
         """Take tensors named as by `tensors()`; raises UserError on a wrong name, shape or value."""
         state = dict(tensors)
+        if "log_threshold" in state:  # of earlier versions
+            state["threshold"] = state.pop("log_threshold").exp()
         if "W_enc" in state:
             state["W_enc_t"] = state.pop("W_enc").T
         expected = self.state_dict()
@@ -240,43 +268,54 @@ class SAE(nn.Module):
         """
         tensors = {name: t.clone() for name, t in self.tensors().items()}
         for name in ("b_enc", "b_dec", "threshold"):
-            if name in tensors:
+            if name in tensors and name not in self.arch.parameters:
                 tensors[name] *= scale
-        if "log_threshold" in tensors:
-            tensors["log_threshold"] += math.log(scale)
+        for name, parameter in self.arch.parameters.items():
+            tensors[name] *= scale**parameter.power
         return self._like(self.cfg, tensors)
 
     def fold_decoder_norm(self) -> "SAE":
         """Return the SAE with decoder rows of length 1 that gives |W_dec[j]| z_j and the same x_hat.
 
         A tied one becomes untied; batch Top-k, whose one threshold would be many, JumpReLU. A row of zeros stays.
-        Raises UserError for Top-k kinds with rows of unequal length, as the choice of the k largest would change.
+        Raises UserError for kinds that choose the k largest where rows have unequal length: they would choose others.
         """
-        tensors = {name: t.double() for name, t in self.tensors().items()}
-        norm = tensors["W_dec"].norm(dim=1)
+        norm = self.W_dec.detach().double().norm(dim=1)
         norm = torch.where(norm > 0, norm, 1.0)
-        activation = self.cfg.activation
-        if type(activation) in FIXED and float(norm.max() / norm.min()) > 1 + 1e-4:
+        choice, activation = self._used(), self.cfg.activation
+        if not isinstance(choice, Above) and float(norm.max() / norm.min()) > 1 + 1e-4:
             raise UserError(
                 f"fold_decoder_norm: rows of lengths {norm.min():.3g} to {norm.max():.3g}, and {activation.kind} "
                 "would choose other latents; keep it as it is"
             )
+        tensors = {name: t.double() for name, t in self.tensors().items()}
         tensors |= {
             "W_enc": tensors.get("W_enc", tensors["W_dec"].T) * norm,
             "b_enc": tensors.get("b_enc", torch.zeros_like(norm)) * norm,
             "W_dec": tensors["W_dec"] / norm[:, None],
             "b_dec": tensors.get("b_dec", torch.zeros_like(tensors["W_dec"][0])),
         }
-        threshold = tensors["threshold"]
-        if "log_threshold" in tensors:
-            tensors["log_threshold"] = tensors["log_threshold"] + norm.log()
-        elif isinstance(activation, BatchTopK):
-            activation = JumpReLU() if threshold > 0 else ReLU()
-            tensors["threshold"] = torch.zeros_like(threshold)
-            if threshold > 0:
-                tensors["log_threshold"] = (threshold * norm).log()
+        for name, parameter in self.arch.parameters.items():
+            tensors[name] = tensors[name] * norm**parameter.power
+        if isinstance(choice, Above) and not self.arch.parameters:
+            floor = float(choice.floor)
+            activation = JumpReLU() if floor > 0 else ReLU()
+            tensors["threshold"] = (
+                floor * norm if floor > 0 else torch.zeros((), device=norm.device)
+            )
         cfg = self.cfg.model_copy(update={"tied": False, "activation": activation})
         return self._like(cfg, tensors)
+
+    def plain(self) -> "SAE":
+        """Return the SAE of a simpler kind that gives the same latents, as other tools know it; itself if it is one.
+
+        Matryoshka becomes batch Top-k or Top-k, multi-k Top-k Top-k, gated JumpReLU (its paper's Section 3.3).
+        """
+        if self.arch.plain is None:
+            return self
+        made = self.arch.plain(self.cfg.activation, self.tensors())
+        cfg = self.cfg.model_copy(update={"activation": made.activation})
+        return self._like(cfg, made.tensors)
 
     def _like(self, cfg: SAEConfig, tensors: dict[str, Tensor]) -> "SAE":
         """Return another SAE of these tensors, of this one's type and where it is."""
@@ -286,19 +325,23 @@ class SAE(nn.Module):
         other.set_tensors(tensors)
         return other.to(self.device)
 
-    def _code(self, pre: Tensor) -> SparseCode:
-        activation = self.cfg.activation
-        if isinstance(activation, TopK | GroupTopK):
-            indices = FIXED[type(activation)](pre.detach(), activation.k)
-            return code_from_topk(pre.gather(1, indices).relu(), indices)
-        return code_from_dense(self._dense(pre))
+    def _used(self) -> Choice:
+        return self.arch.used(self.cfg.activation, self.own)
 
-    def _dense(self, pre: Tensor) -> Tensor:
-        if self.log_threshold is not None:
-            return pre * (pre > self.log_threshold.exp())
-        if isinstance(self.cfg.activation, BatchTopK):
-            return pre * (pre > self.threshold)  # the threshold is never negative
-        return pre.relu()
+    def _code(self, pre: Tensor) -> SparseCode:
+        choice = self._used()
+        if not isinstance(choice, Rows | Groups):
+            return code_from_dense(self._dense(pre, choice))
+        indices = fixed(choice, pre.detach())
+        own = at_latents(self.own, indices)
+        z = self.arch.values(pre.gather(1, indices), own, self.cfg.activation)
+        return code_from_topk(z, indices)
+
+    def _dense(self, pre: Tensor, choice: Choice) -> Tensor:
+        z = self.arch.values(pre, self.own, self.cfg.activation)
+        if self.arch.encode is not None and isinstance(choice, Above):
+            return z * (pre > choice.floor)
+        return z
 
     def _rows(self, x: object, width: int) -> tuple[Float[Tensor, "rows width"], torch.Size]:
         """Return x [..., width] as rows in the SAE's type, and its leading axes."""
@@ -321,6 +364,11 @@ class SAE(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.autocast(kind, enabled=False)
         return contextlib.nullcontext()
+
+
+def at_latents(own: Mapping[str, Tensor], indices: Int64[Tensor, "*pairs"]) -> dict[str, Tensor]:
+    """Return a kind's parameters at these latents; what is one number for all stays."""
+    return {name: t[indices] if t.ndim else t for name, t in own.items()}
 
 
 SparseAutoencoder = SAE

@@ -18,12 +18,20 @@ from torch import Tensor
 from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.sae.config import BatchTopK, ReLU
+from wsae.sae.architectures import Batch
+from wsae.sae.config import ReLU
 from wsae.sae.forward import training_forward
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
-from wsae.sae.loss import weighted_reconstruction_loss
+from wsae.sae.loss import penalty, weighted_reconstruction_loss
 from wsae.sae.model import SAE
-from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes
+from wsae.sae.stack import (
+    Stack,
+    StackForward,
+    keep_positive_,
+    stack_forward,
+    stack_saes,
+    stackable,
+)
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.state import (
@@ -218,7 +226,7 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
         z = chunk.scratch.z.mT
     else:
         forward = stack_forward(stack, x)
-        residual, z = x - forward.x_hat, forward.z.detach()
+        residual, z = x - forward.x_hat, forward.entries.z.detach()
         weighted = _weighted(residual, chunk.gamma)
         loss, reconstruction = weighted + _penalties(chunk, residual, forward), weighted.detach()
         for parameter in stack.parameters():
@@ -231,13 +239,14 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
         remove_radial_gradient(stack)
         chunk.optimizer.step()
         unit_rows_(stack)
+        keep_positive_(stack)
         chunk.loss_sum += reconstruction
         if chunk.follows_dead:
-            chunk.since_fired.add_(z.shape[1]).masked_fill_((z > 0).any(1), 0)
+            chunk.since_fired.add_(z.shape[1]).masked_fill_((z != 0).any(1), 0)
         if chunk.follows_dead and (step + 1) % GAMMA_EVERY == 0:
             chunk.dead = chunk.since_fired > chunk.dead_rows
             chunk.any_dead = bool(chunk.dead.any())
-        if isinstance(stack.cfg.activation, BatchTopK):
+        if isinstance(stack.choice, Batch):
             follow_threshold(stack.threshold, torch.where(z > 0, z, torch.inf).amin((1, 2)))
         _track_latents(chunk, z, step, cfg.latent_variance_decay)
 
@@ -264,11 +273,12 @@ def _penalties(chunk: Chunk, residual: Tensor, forward: StackForward) -> Tensor:
 def _revival(chunk: Chunk, residual: Tensor, forward: StackForward) -> Tensor:
     """AuxK of every member (see `auxk_loss`): its dead latents model its residual."""
     count = min(chunk.k_aux, chunk.stack.cfg.d_sae)
-    dead = chunk.dead[:, None].expand_as(forward.pre)
-    candidates = forward.pre.detach().masked_fill(~dead, -torch.inf)
+    pre = forward.entries.pre
+    dead = chunk.dead[:, None].expand_as(pre)
+    candidates = pre.detach().masked_fill(~dead, -torch.inf)
     index = candidates.topk(count, dim=2, sorted=False).indices
-    values = forward.pre.gather(2, index).relu() * dead.gather(2, index)
-    z = torch.zeros_like(forward.pre).scatter(2, index, values)
+    values = pre.gather(2, index).relu() * dead.gather(2, index)
+    z = torch.zeros_like(pre).scatter(2, index, values)
     loss = _weighted(residual - torch.bmm(z, chunk.stack.W_dec), chunk.gamma)
     return loss * chunk.dead.any(1)
 
@@ -412,7 +422,7 @@ def fits_a_bank(cfg: TrainConfig, family: FamilyState, source: ActivationSource)
         and max(codes) * ROOM <= CHUNK_BYTES
         and (cfg.dtype, cfg.kernels) == ("float32", "auto")
         and all(member.mean.device.type == "cpu" for member in members)
-        and all(member.inside is None for member in members)
+        and all(member.inside is None and stackable(member.sae.arch) for member in members)
         and all(
             m.cfg.gamma.rule != "latent_variance" or m.cfg.gamma.normalise != "none"
             for m in members
@@ -469,7 +479,8 @@ def _measure(member: MemberState, x: Float[Tensor, "batch d_in"]) -> None:
     reconstruction = weighted_reconstruction_loss(batch.x, forward.x_hat, member.sae.gamma)
     revival = revival_loss(member, batch.x, forward)
     cfg = member.cfg
-    loss = reconstruction + cfg.auxk * revival + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
+    price = penalty(forward.entries, cfg.l1, cfg.l0, len(x))
+    loss = reconstruction + cfg.auxk * revival + price
     sse = F.mse_loss(forward.x_hat, batch.x, reduction="sum")
     member.window.zero_()
     add_sums(member, batch, StepResult(forward.code, loss, reconstruction, revival, sse))

@@ -81,7 +81,7 @@ class Start:
         if not sae.cfg.tied:
             norm = tensors["W_dec"].norm(dim=1)
             norm = torch.where(norm > 0, norm, 1.0)
-            if hasattr(sae.cfg.activation, "k") and float(norm.max() / norm.min()) > 1 + 1e-4:
+            if sae.arch.sparse and float(norm.max() / norm.min()) > 1 + 1e-4:
                 raise UserError(
                     f"the SAE to start from at {hook} has decoder rows of lengths {norm.min():.3g} to {norm.max():.3g} "
                     f"here, and with rows of length 1, as training keeps them, {sae.cfg.activation.kind} would choose "
@@ -90,9 +90,10 @@ class Start:
             tensors["W_dec"] /= norm[:, None]
             tensors["W_enc"] *= norm
             tensors["b_enc"] *= norm
-            tensors["threshold"] *= norm.mean()
-            if "log_threshold" in tensors:
-                tensors["log_threshold"] += norm.log()
+            if "threshold" not in sae.arch.parameters:
+                tensors["threshold"] *= norm.mean()
+            for name, parameter in sae.arch.parameters.items():
+                tensors[name] *= norm**parameter.power
         found = SAE(member.sae_config(len(inputs.mean)))
         found.set_tensors({**tensors, "gamma": found.gamma})
         return found

@@ -1,12 +1,13 @@
 """One step by hand-written gradients on the Triton kernels; `wsae.train.step` is its specification.
 
 With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) of active latents:
-    dz = W_dec[j] . G[b] + l1 |W_dec[j]| / batch      dpre = dz where z > 0
+    dz = W_dec[j] . G[b]      dpre = dz dz/dpre, and what penalties add: by autograd at the pairs
     dW_dec[j] = sum z G[b]     dW_enc[j] = sum dpre (x - b_dec)[b]     db_enc[j] = sum dpre
     db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j]
-The residual that dead latents model is a second reconstruction, whose pairs join the sums over a latent.
+The residual that dead latents model is a second reconstruction, whose pairs join the sums over a latent; kinds with
+nested levels or a gate are not among those trained here.
 
-The host waits for the device only where a docstring says so: `find_codes` for batch Top-k, ReLU and JumpReLU,
+The host waits for the device only where a docstring says so: `find_pairs` for batch Top-k, ReLU and JumpReLU,
 `dead_latents` and `next_step` when what they read has changed, and the counters of a latent_variance gamma.
 """
 
@@ -26,19 +27,13 @@ from wsae.kernels.triton.sums import decode, pair_products, products, scatter
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
 from wsae.kernels.triton.update import adam_rows_, update_rows_
 from wsae.kernels.update import AdamStep, SparseGrad
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
+from wsae.sae.architectures import Above, Groups, Rows
+from wsae.sae.architectures import Batch as BatchChoice
 from wsae.sae.loss import weigh
 from wsae.sae.model import SAE
+from wsae.sae.stack import keep_positive_
 from wsae.train.config import TrainConfig
-from wsae.train.native import (
-    ActivePairs,
-    Losses,
-    activate,
-    moments,
-    relu_pairs,
-    step_result,
-    threshold_slopes,
-)
+from wsae.train.native import Losses, PairSlopes, PairValues, moments, step_result
 from wsae.train.state import Batch, MemberState, looked_at, record
 
 # What the host remembers of tensors on the device, so that a step need not wait for them.
@@ -172,20 +167,18 @@ class GradientTerms(NamedTuple):
     """Pairs of the first reconstruction."""
 
 
-def update(
-    member: MemberState, terms: GradientTerms, slopes: Float[Tensor, " first"] | None, rate: float
-) -> None:
+def update(member: MemberState, terms: GradientTerms, slopes: PairSlopes, rate: float) -> None:
     """Step every parameter at learning rate `rate`, decoder rows kept at unit norm where untied.
 
-    No gradient is a matrix. `slopes` are the parts of that in theta, one per pair of the first reconstruction.
+    No gradient is a matrix. `slopes` are those at the pairs of the first reconstruction.
     """
     sae = member.sae
     adam = AdamStep(rate, next_step(member))
-    if sae.log_threshold is not None and slopes is not None:
-        theta = sae.log_threshold.detach().exp()
-        _step_vector(member, sae.log_threshold, _of_first(terms, slopes) * theta, adam)
+    for name, slope in slopes.own.items():
+        _step_vector(member, sae.get_parameter(name), _of_first(terms, slope), adam)
+    keep_positive_(sae)
     if sae.W_enc_t is None or sae.b_enc is None or sae.b_dec is None:
-        _update_tied(member, terms, adam)
+        _update_tied(member, terms, slopes, adam)
         return
     plan, batch = terms.plan, len(terms.centred)
     db_enc = per_latent(plan, terms.dpre)
@@ -200,20 +193,22 @@ def update(
     _step_vector(member, sae.b_dec, db_dec, adam)
 
 
-def _update_tied(member: MemberState, terms: GradientTerms, adam: AdamStep) -> None:
-    """Step the one matrix: both gradients are terms of one sum, and L1 pulls at the norms of the rows.
+def _update_tied(
+    member: MemberState, terms: GradientTerms, slopes: PairSlopes, adam: AdamStep
+) -> None:
+    """Step the one matrix: both gradients are terms of one sum, and penalties pull at the norms of the rows.
 
-    The pull, l1 / batch * sum_b z W_j / |W_j|, is no such term: with it the gradient is made a matrix.
+    The pull, that of L1 being l1 / batch * sum_b z W_j / |W_j|, is no such term: with it the gradient is made a matrix.
     """
     W, plan, batch = member.sae.W_dec.detach(), terms.plan, len(terms.centred)
     m, v = _moments(member, member.sae.W_dec)
     both = twice(plan, plan.latent_rows % batch + len(terms.G))
     weights, rows = torch.cat([terms.z, terms.dpre]), torch.cat([terms.G, terms.centred])
-    if not member.cfg.l1:
+    if slopes.norms is None:
         update_rows_(W, SparseGrad(both, weights, rows), m, v, adam, unit=False)
         return
     norms = torch.linalg.vector_norm(W, dim=1).clamp_min_(1e-12)
-    pull = member.cfg.l1 / batch * _of_first(terms, terms.z[: terms.first]) / norms
+    pull = _of_first(terms, slopes.norms) / norms
     gradient = scatter(both, weights, rows).addcmul_(pull[:, None], W)
     adam_rows_(W, gradient, m, v, adam, unit=False)
 
@@ -240,30 +235,27 @@ ROWS = 256
 """Rows at once where the choice needs a whole product of the dead latents."""
 
 
-def find_codes(sae: SAE, centred: Float[Tensor, "batch d_in"], dtype: torch.dtype) -> ActivePairs:
-    """Choose the active latents as `wsae.sae.forward` does; the values are those of float32, whatever the dtype.
+def find_pairs(sae: SAE, centred: Float[Tensor, "batch d_in"], dtype: torch.dtype) -> SparseCode:
+    """Choose the latents that may be active as `wsae.sae.forward` does; the values are those of float32 in any dtype.
 
     Top-k and group Top-k do not wait for the device; the kinds without a fixed number of pairs do, to learn it.
     """
     W, bias = sae.encoder_rows.detach(), None if sae.b_enc is None else sae.b_enc.detach()
-    match sae.cfg.activation:
-        case TopK(k=k):
-            return activate(sae, code_from_topk(*topk_encode(centred, W, bias, k, dtype)))
-        case GroupTopK(k=k):
+    match sae.choice:
+        case Rows(k=k):
+            return code_from_topk(*topk_encode(centred, W, bias, k, dtype))
+        case Groups(k=k):
             winners = group_topk_encode(centred, W, bias, k, dtype)
-            chosen = code_from_topk(winners.float(), winners)
-            return activate(sae, _valued(centred, W, bias, chosen))
-        case BatchTopK(k=k):
+            return _valued(centred, W, bias, code_from_topk(winners.float(), winners))
+        case BatchChoice(k=k):
             rows, latents = select_batch_topk(centred, W, bias, k, dtype)
-        case ReLU():
-            rows, latents = above(centred, W, bias, centred.new_zeros(()), dtype)
-        case JumpReLU(bandwidth=width):
-            assert sae.log_threshold is not None
-            # the thresholds' gradient reaches half the width below them
-            floor = sae.log_threshold.detach().exp() - width / 2
-            rows, latents = above(centred, W, bias, floor, dtype)
+        case Above(floor=floor):
+            at = floor.detach() if isinstance(floor, Tensor) else centred.new_tensor(floor)
+            rows, latents = above(centred, W, bias, at, dtype)
+        case choice:
+            raise AssertionError(choice)  # `wsae.train.step.unfit_triton` has refused it
     chosen = SparseCode(centred.new_empty(0), latents, offsets_of(rows, len(centred)))
-    return activate(sae, _valued(centred, W, bias, chosen))
+    return _valued(centred, W, bias, chosen)
 
 
 def revive(
@@ -272,18 +264,18 @@ def revive(
     dead: Dead,
     k: int,
     dtype: torch.dtype,
-) -> ActivePairs:
-    """Choose the k largest of each row among dead latents; fused as Top-k is, unless k is too large for that kernel."""
+) -> SparseCode:
+    """Return ReLU of the k largest of each row among dead latents; fused as Top-k is, unless k is too large."""
     W = sae.encoder_rows.detach().index_select(0, dead.latents)
     bias = dead.floor if sae.b_enc is None else dead.floor + sae.b_enc.detach()[dead.latents]
     if min(2 * BUCKETS_PER_CHOICE * k, len(W)) <= MAX_CANDIDATES:
         values, picked = topk_encode(centred, W, bias, k, dtype)
-        return relu_pairs(code_from_topk(values, dead.latents[picked]))
+        return code_from_topk(values.relu(), dead.latents[picked])
     low = W.to(dtype).T
     parts = [(rows.to(dtype) @ low + bias).topk(k, sorted=False)[1] for rows in centred.split(ROWS)]
     picked = torch.cat(parts)
     code = _valued(centred, W, bias, code_from_topk(picked.float(), picked))
-    return relu_pairs(code_from_topk(code.values.view(-1, k), dead.latents[picked]))
+    return code_from_topk(code.values.view(-1, k).relu(), dead.latents[picked])
 
 
 def _valued(centred: Tensor, W: Tensor, bias: Tensor | None, chosen: SparseCode) -> SparseCode:
@@ -299,7 +291,6 @@ class Reconstruction(NamedTuple):
     """In order of row only."""
     z: Float[Tensor, " pairs"]
     dz: Float[Tensor, " pairs"]
-    dpre: Float[Tensor, " pairs"]
     G: Float[Tensor, "batch d_in"]
     error: Float[Tensor, "batch d_in"]
     """x_hat - x."""
@@ -314,47 +305,40 @@ def triton_step(
     sae, cfg, x = member.sae, member.cfg, batch.x.contiguous()
     centred = sae.centre(x)
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
-    codes = find_codes(sae, centred, dtype)
-    main = _reconstruct(member, codes, x, sae.b_dec)
-    if cfg.l1:  # the rows of an untied decoder have norm 1
-        price = cfg.l1 / len(x)
-        if sae.cfg.tied:
-            price = price * torch.linalg.vector_norm(sae.W_dec, dim=1)[main.plan.indices]
-        dz, losses = main.dz + price, main.losses._replace(penalty=(main.z * price).sum())
-        main = main._replace(dz=dz, dpre=dz * codes.passes, losses=losses)
-    parts = [main]
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1) if sae.cfg.tied else None
+    values = PairValues(sae, find_pairs(sae, centred, dtype), norms)
+    main = _reconstruct(member, values.code, x, sae.b_dec)
+    slopes = values.back(member, main.dz)
+    parts, dpre = [main], [slopes.pre]
     dead = dead_latents(member.dead)
     if cfg.auxk and dead.number:
         k = min(cfg.revived(x.shape[1]), dead.number)
         revival = _reconstruct(member, revive(sae, centred, dead, k, dtype), -main.error, None)
-        parts.append(revival._replace(dpre=cfg.auxk * revival.dpre, G=cfg.auxk * revival.G))
+        parts.append(revival._replace(G=cfg.auxk * revival.G))
+        dpre.append(cfg.auxk * revival.dz * (revival.z > 0))
     plan = sort_by_latent(joined([part.plan for part in parts]), sae.cfg.d_sae)
-    z, dpre, G = (
-        torch.cat(each) for each in zip(*((p.z, p.dpre, p.G) for p in parts), strict=True)
-    )
-    terms = GradientTerms(plan, z, dpre, G, centred, len(main.z))
-    slopes = None if sae.log_threshold is None else threshold_slopes(member, codes, main.dz)
+    z, G = (torch.cat(each) for each in zip(*((p.z, p.G) for p in parts), strict=True))
+    terms = GradientTerms(plan, z, torch.cat(dpre), G, centred, len(main.z))
     update(member, terms, slopes, rate)
     code = SparseCode(main.z, main.plan.indices, main.plan.offsets)
     aux = parts[1].losses.reconstruction if len(parts) > 1 else None
     shown = looked_at(member, batch)
-    losses = main.losses._replace(error=main.error[:shown] if shown else None)
+    losses = main.losses._replace(more=slopes.penalty, error=main.error[:shown] if shown else None)
     record(member, batch, step_result(member, code, losses, aux), step, run)
     return code
 
 
 def _reconstruct(
-    member: MemberState, codes: ActivePairs, target: Tensor, start: Tensor | None
+    member: MemberState, code: SparseCode, target: Tensor, start: Tensor | None
 ) -> Reconstruction:
     """Decode, starting from a vector if one is given, and take the loss ||Gamma (x_hat - target)||^2 back to z."""
-    sae, plan, batch = member.sae, in_row_order(codes.pre), len(target)
+    sae, plan, batch = member.sae, in_row_order(code), len(target)
     W = sae.W_dec.detach()
-    x_hat = decode(codes.z, W, plan)
+    x_hat = decode(code.values, W, plan)
     x_hat = x_hat if start is None else x_hat.add_(start)
     error = x_hat.sub_(target)
     weighted = weigh(error, sae.gamma)
     # Gamma^T Gamma e: the transpose shows only where Gamma is a matrix
     G = weigh(weighted, sae.gamma if sae.gamma.ndim == 1 else sae.gamma.T).mul_(2 / batch)
-    dz = pair_products(G, W, plan)
-    losses = Losses(weighted.square().sum() / batch, error.square().sum(), 0.0)
-    return Reconstruction(plan, codes.z, dz, dz * codes.passes, G, error, losses)
+    losses = Losses(weighted.square().sum() / batch, error.square().sum())
+    return Reconstruction(plan, code.values, pair_products(G, W, plan), G, error, losses)

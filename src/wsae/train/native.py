@@ -1,9 +1,10 @@
 """One step by hand-written gradients on the compiled kernels; `wsae.train.step` is its specification.
 
 With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) of active latents:
-    dz = W_dec[j] . G[b] + l1 |W_dec[j]| / batch      dpre = dz where z > 0
+    dz = W_dec[j] . G[b]      dpre = dz dz/dpre, and what penalties add: by autograd at the pairs
     dW_dec[j] = sum z G[b]     dW_enc[j] = sum dpre (x - b_dec)[b]     db_enc[j] = sum dpre
     db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j]
+Nested levels have a G each: a pair of level l has the sum of those of the levels from l on.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from wsae.kernels.native.select import Centred, dimension_scales, select_above, 
 from wsae.kernels.native.slices import (
     Residual,
     Slices,
+    SortedPairs,
     dots,
     from_slices,
     residual,
@@ -28,28 +30,16 @@ from wsae.kernels.native.slices import (
 )
 from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weights
 from wsae.kernels.update import AdamStep, adam_rows_
-from wsae.sae.config import BatchTopK, GroupTopK, JumpReLU, ReLU, TopK
-from wsae.sae.loss import weigh
-from wsae.sae.model import SAE
+from wsae.sae.architectures import Above, Groups, Nested, Rows, relu
+from wsae.sae.architectures import Batch as BatchChoice
+from wsae.sae.forward import Entries, dead_by_level, level_by_latent, level_by_rank, up_to
+from wsae.sae.loss import penalty, weigh
+from wsae.sae.model import SAE, at_latents
+from wsae.sae.stack import keep_positive_
 from wsae.train.config import TrainConfig
 from wsae.train.state import Batch, MemberState, StepResult, looked_at, record
 
 # What the steps by hand-written gradients share, whatever sums over their pairs (row, active latent).
-
-
-class ActivePairs(NamedTuple):
-    """The pairs of a batch that carry values or gradients, in order of row."""
-
-    pre: SparseCode
-    """Pre-activations of the pairs."""
-    z: Float[Tensor, " pairs"]
-    passes: Float[Tensor, " pairs"]
-    """dz / dpre: 1 where the latent is active, else 0."""
-
-    @property
-    def code(self) -> SparseCode:
-        """The latents."""
-        return SparseCode(self.z, self.pre.indices, self.pre.offsets)
 
 
 class Losses(NamedTuple):
@@ -59,51 +49,94 @@ class Losses(NamedTuple):
     """Mean over the batch of ||Gamma e||^2."""
     sse: Float[Tensor, ""]
     """Sum over the batch of ||e||^2."""
-    penalty: float | Float[Tensor, ""]
-    """l1 * mean over the batch of sum_j z_j |W_dec[j]|, before the step."""
+    more: float | Float[Tensor, ""] = 0.0
+    """Penalties, and the losses of nested levels and gates, before the step."""
     error: Float[Tensor, "rows d_in"] | None = None
     """x_hat - x of the rows `looked_at`."""
 
 
-def relu_pairs(pre: SparseCode) -> ActivePairs:
-    """Apply ReLU to the pre-activations of chosen pairs."""
-    return ActivePairs(pre, pre.values.relu(), (pre.values > 0).float())
+class PairSlopes(NamedTuple):
+    """The gradients at a step's pairs, in order of row."""
+
+    pre: Float[Tensor, " pairs"]
+    own: dict[str, Float[Tensor, " pairs"]]
+    """Each pair's part of those in its kind's parameters, and in b_enc where its values look at it themselves."""
+    norms: Float[Tensor, " pairs"] | None
+    """Each pair's part of those in the lengths of the decoder's rows (tied)."""
+    penalty: float | Float[Tensor, ""]
 
 
-def activate(sae: SAE, pre: SparseCode) -> ActivePairs:
-    """Apply the SAE's activation function to the pre-activations of chosen pairs."""
-    if sae.log_threshold is not None:
-        on = (pre.values > sae.log_threshold.detach().exp()[pre.indices]).float()
-        return ActivePairs(pre, pre.values * on, on)
-    return relu_pairs(pre)
+class PairValues:
+    """The values of chosen pairs, and the way back from their gradients to what they were made of."""
 
+    def __init__(
+        self, sae: SAE, pre: SparseCode, norms: Float[Tensor, " d_sae"] | None = None
+    ) -> None:
+        """`norms` are the lengths of the decoder's rows where they are not 1."""
+        self.pre, self._sae = pre, sae
+        self.simple = sae.arch.values is relu and sae.arch.gate is None
+        """Whether dz/dpre is 1 where z > 0, and all there is to know without penalties."""
+        self.gate: Float[Tensor, " pairs"] | None = None
+        if self.simple:
+            self.z = pre.values.relu()
+            self._norms = None if norms is None else norms[pre.indices]
+            return
+        with torch.enable_grad():
+            self._pre = pre.values.detach().requires_grad_()
+            own = at_latents({n: t.detach() for n, t in sae.own.items()}, pre.indices)
+            self._own = {n: t.requires_grad_() for n, t in own.items() if t.ndim}
+            self._norms = None if norms is None else norms[pre.indices].requires_grad_()
+            self._entries = Entries.of(
+                sae.arch, sae.cfg.activation, self._pre, {**own, **self._own}, self._norms
+            )
+            self.gate = None if sae.arch.gate is None else sae.arch.gate(self._pre)
+        self.z = self._entries.z.detach()
 
-def threshold_slopes(
-    member: MemberState, codes: ActivePairs, dz: Float[Tensor, " pairs"]
-) -> Float[Tensor, " pairs"]:
-    """Return each pair's part of the loss's gradient in the thresholds theta (`wsae.sae.forward`).
+    @property
+    def code(self) -> SparseCode:
+        """The latents."""
+        return self.pre._replace(values=self.z)
 
-    -(dz theta + l0 / batch) rect((pre - theta) / width) / width, theta the latent's threshold. That in log theta is
-    theta times as large.
-    """
-    sae, activation = member.sae, member.sae.cfg.activation
-    assert sae.log_threshold is not None
-    assert isinstance(activation, JumpReLU)
-    pre = codes.pre
-    here = sae.log_threshold.detach().exp()[pre.indices]
-    near = ((pre.values - here).abs() < activation.bandwidth / 2) / activation.bandwidth
-    return -(dz * here + member.cfg.l0 / pre.batch) * near
+    def back(
+        self,
+        member: MemberState,
+        dz: Float[Tensor, " pairs"],
+        dgate: Float[Tensor, " pairs"] | None = None,
+    ) -> PairSlopes:
+        """Return the gradients of the loss, given those of its reconstructions in z (and in the gate's code)."""
+        cfg, batch = member.cfg, self.pre.batch
+        if self.simple:
+            return self._simply(cfg.l1, dz)
+        with torch.enable_grad():
+            price = penalty(self._entries, cfg.l1, cfg.l0, batch)
+            total = price + (self._entries.z * dz).sum()
+            if dgate is not None and self.gate is not None:
+                total = total + (self.gate * dgate).sum()
+        wanted = [self._pre, *self._own.values()]
+        wanted += [] if self._norms is None else [self._norms]
+        found = torch.autograd.grad(total, wanted, materialize_grads=True)
+        own = dict(zip(self._own, found[1:], strict=False))
+        norms = None if self._norms is None else found[-1]
+        return PairSlopes(found[0], own, norms, price.detach())
+
+    def _simply(self, l1: float, dz: Float[Tensor, " pairs"]) -> PairSlopes:
+        """Do the same for ReLU, without the cost of a graph."""
+        passes = (self.z > 0).float()
+        if not l1:
+            return PairSlopes(dz * passes, {}, None, 0.0)
+        price = l1 / self.pre.batch
+        norms = None if self._norms is None else price * self.z
+        each = price if self._norms is None else price * self._norms
+        return PairSlopes((dz + each) * passes, {}, norms, (self.z * each).sum())
 
 
 def step_result(
     member: MemberState, code: SparseCode, losses: Losses, revival: Float[Tensor, ""] | None
 ) -> StepResult:
     """Return the step's loss and its parts; `revival` is the mean of ||Gamma (e - e_hat)||^2, None without."""
-    cfg, reconstruction = member.cfg, losses.reconstruction
+    reconstruction = losses.reconstruction
     aux = reconstruction.new_zeros(()) if revival is None else revival
-    loss = reconstruction + cfg.auxk * aux + losses.penalty
-    if cfg.l0:
-        loss = loss + cfg.l0 * torch.count_nonzero(code.values) / code.batch
+    loss = reconstruction + member.cfg.auxk * aux + losses.more
     return StepResult(code, loss, reconstruction, aux, losses.sse, losses.error)
 
 
@@ -113,10 +146,8 @@ def step_result(
 def enter(member: MemberState) -> Weights:
     """Move a member's matrices and their Adam moments into slices, if they are not there; returns them."""
     if member.weights is None:
-        cfg = member.sae.cfg
-        group = (
-            cfg.d_sae // cfg.activation.k if isinstance(cfg.activation, GroupTopK) else cfg.d_sae
-        )
+        cfg, choice = member.sae.cfg, member.sae.choice
+        group = cfg.d_sae // choice.k if isinstance(choice, Groups) else cfg.d_sae
         matrices = []
         for p in _matrices(member):
             state = moments(member, p)
@@ -185,22 +216,20 @@ ROUNDING = 2.0**-23
 """A float32 product of two vectors errs by at most this share of their lengths per dimension."""
 
 
-def find_codes(sae: SAE, weights: Weights, centred: Centred) -> ActivePairs:
-    """Choose the active latents as `wsae.sae.forward` does and compute their values in float32."""
+def find_pairs(sae: SAE, weights: Weights, centred: Centred) -> SparseCode:
+    """Choose the latents that may be active as `wsae.sae.forward` does; their pre-activations in float32."""
     rounded, W = weights.rounded, weights.encoder_rows
     bias = None if sae.b_enc is None else sae.b_enc.detach()
-    match sae.cfg.activation:
-        case TopK(k=k) | GroupTopK(k=k):
-            pre = select_topk(rounded, W, bias, centred, k)
-        case BatchTopK(k=k):
-            pre = _batch_topk(weights, bias, centred, k)
-        case ReLU():
-            pre = select_above(rounded, W, bias, centred, 0.0)
-        case JumpReLU(bandwidth=width):
-            assert sae.log_threshold is not None
-            floor = sae.log_threshold.detach().exp()
-            pre = select_above(rounded, W, bias, centred, -width / 2, floor)
-    return activate(sae, pre)
+    match sae.choice:
+        case Rows(k=k) | Groups(k=k):
+            return select_topk(rounded, W, bias, centred, k)
+        case BatchChoice(k=k):
+            return _batch_topk(weights, bias, centred, k)
+        case Above(floor=floor):
+            floor = floor.detach() if isinstance(floor, Tensor) else floor
+            return select_above(rounded, W, bias, centred, floor)
+        case choice:
+            raise AssertionError(choice)  # `wsae.train.step.unfit_native` has refused it
 
 
 def _batch_topk(weights: Weights, bias: Tensor | None, centred: Centred, k: int) -> SparseCode:
@@ -229,22 +258,40 @@ def _batch_topk(weights: Weights, bias: Tensor | None, centred: Centred, k: int)
     return code
 
 
-class PairGradients(NamedTuple):
+class Reconstructed(NamedTuple):
     """One reconstruction (of x, or of the residual by dead latents): its gradients and its loss."""
 
-    terms: Terms
+    terms: list[Terms]
+    """One for each nested level, `v` not known yet."""
+    places: list[Int64[Tensor, " of_level"]]
+    """Where the pairs of each stood in the code."""
     dz: Float[Tensor, " pairs"]
-    """Sorted by latent."""
+    """In order of row."""
     left: Residual
-    penalty: float | Float[Tensor, ""] = 0.0
-    """l1 * mean over the batch of sum_j z_j |W_dec[j]|, before the step."""
+    """Of the main level."""
+    lefts: list[Residual]
+    """Of every level."""
+    total: Float[Tensor, " d_in"]
+    """Sum over the batch of dL/dx_hat."""
+    more: float | Float[Tensor, ""] = 0.0
+    """The weighted losses of the other levels."""
     shown: Float[Tensor, "rows d_in"] | None = None
     """x_hat - target of the first rows, where asked for."""
 
     @property
     def reconstruction(self) -> Float[Tensor, ""]:
         """Mean over the batch of ||Gamma e||^2."""
-        return self.left.errors[:, 1].sum() / len(self.left.errors)
+        return weighted_error(self.left)
+
+    def with_slopes(self, slopes: Float[Tensor, " pairs"]) -> list[Terms]:
+        """Return the terms with the gradients in pre, given in order of row."""
+        both = zip(self.terms, self.places, strict=True)
+        return [terms._replace(v=slopes[place]) for terms, place in both]
+
+
+def weighted_error(left: Residual) -> Float[Tensor, ""]:
+    """Return the mean over the batch of ||Gamma e||^2."""
+    return left.errors[:, 1].sum() / len(left.errors)
 
 
 @torch.no_grad()
@@ -252,57 +299,142 @@ def native_step(
     member: MemberState, batch: Batch, rate: float, run: TrainConfig, step: int
 ) -> SparseCode:
     """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
-    weights, sae, cfg, x = enter(member), member.sae, member.cfg, batch.x.contiguous()
+    weights, sae, x = enter(member), member.sae, batch.x.contiguous()
     b_dec = None if sae.b_dec is None else sae.b_dec.detach()
     centred = Centred(x if b_dec is None else x - b_dec, to_slices(x, b_dec))
-    codes = find_codes(sae, weights, centred)
-    main = _reconstruct(weights, codes, x, sae.gamma, b_dec, shown=looked_at(member, batch))
-    if cfg.l1:
-        order, z, norms = main.terms.pairs.order, main.terms.z, weights.norms
-        price = cfg.l1 / len(x) * (1.0 if norms is None else norms[codes.pre.indices[order]])
-        dz = main.dz + price
-        terms = main.terms._replace(v=dz * codes.passes[order])
-        main = main._replace(terms=terms, dz=dz, penalty=(z * price).sum())
-    parts, aux = [main], None
-    dead = member.dead.nonzero()[:, 0]
-    if cfg.auxk and len(dead):
+    values = PairValues(sae, find_pairs(sae, weights, centred), weights.norms)
+    nested = sae.nested
+    code, shown, gated = values.code, looked_at(member, batch), None
+    if nested is None:
+        main = _reconstruct(weights, code, x, sae.gamma, b_dec, shown=shown)
+    else:
+        level = _level(nested, values.pre)
+        main = _reconstruct_levels(weights, code, nested, level, x, sae.gamma, b_dec, shown)
+        code = up_to(code, level, nested.main)
+    if values.gate is not None:
+        by_gate = values.pre._replace(values=values.gate.detach())
+        gated = _reconstruct(weights, by_gate, x, sae.gamma, b_dec)
+    slopes = values.back(member, main.dz, None if gated is None else gated.dz)
+    parts = main.with_slopes(slopes.pre)
+    revived, aux = _revive(member, weights, centred, main, x)
+    parts += revived
+    _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate)
+    more = slopes.penalty + main.more + (0.0 if gated is None else gated.reconstruction)
+    losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), more, main.shown)
+    record(member, batch, step_result(member, code, losses, aux), step, run, weights.W_dec)
+    return code
+
+
+class Revival(NamedTuple):
+    """What dead latents model: pairs, gradients included, and the mean of ||Gamma (e - e_hat)||^2; None without any."""
+
+    terms: list[Terms]
+    loss: Float[Tensor, ""] | None
+
+
+def _revive(
+    member: MemberState, weights: Weights, centred: Centred, main: Reconstructed, x: Tensor
+) -> Revival:
+    """Let the dead latents model what is left: by all latents, or by the levels up to their own."""
+    cfg, nested, terms, losses = member.cfg, member.sae.nested, [], []
+    if not cfg.auxk:
+        return Revival([], None)
+    if nested is None or not nested.level_auxk:
+        groups = [(main.left, member.dead)]
+    else:
+        groups = list(zip(main.lefts, dead_by_level(nested, member.dead), strict=True))
+    for left, mask in groups:
+        dead = mask.nonzero()[:, 0]
+        if not len(dead):
+            continue
         chosen = _revived(member, weights, centred, dead)
-        target = _error(member, main.left, x)
-        parts.append(_reconstruct(weights, relu_pairs(chosen), target, sae.gamma, None, cfg.auxk))
-        aux = parts[1].reconstruction
-    _update(member, weights, parts, codes.code, centred.slices, rate)
-    if sae.log_threshold is not None:
-        dz = torch.empty_like(main.dz).index_copy_(0, main.terms.pairs.order, main.dz)
-        slopes, theta = threshold_slopes(member, codes, dz), sae.log_threshold.detach().exp()
-        total = torch.bincount(codes.pre.indices, slopes, minlength=len(theta))
-        _adam(member, sae.log_threshold, total.float() * theta, rate)
-    sse = main.left.errors[:, 0].sum()
-    losses = Losses(main.reconstruction, sse, main.penalty, main.shown)
-    record(member, batch, step_result(member, codes.code, losses, aux), step, run, weights.W_dec)
-    return codes.code
+        code = chosen._replace(values=chosen.values.relu())
+        target = _error(member, left, x)
+        found = _reconstruct(weights, code, target, member.sae.gamma, None, cfg.auxk)
+        terms += found.with_slopes(found.dz * (code.values > 0))
+        losses.append(found.reconstruction)
+    return Revival(terms, torch.stack(losses).sum() if losses else None)
+
+
+def _level(nested: Nested, pre: SparseCode) -> Int64[Tensor, " pairs"]:
+    """Return the level of each pair."""
+    if nested.widths is None:
+        return level_by_rank(pre, nested.k)
+    return level_by_latent(pre.indices, nested.widths)
 
 
 def _reconstruct(
     weights: Weights,
-    codes: ActivePairs,
+    code: SparseCode,
     target: Tensor,
     gamma: Tensor,
     start: Tensor | None,
     share: float = 1.0,
     shown: int = 0,
-) -> PairGradients:
+) -> Reconstructed:
     """Decode, starting from a vector if one is given, and take share * ||Gamma (x_hat - target)||^2 back to z."""
-    pairs = sort_pairs(codes.pre, weights.d_sae)
-    z, passes = codes.z[pairs.order], codes.passes[pairs.order]
+    pairs = sort_pairs(code, weights.d_sae)
+    z = code.values[pairs.order]
     x_hat = weights.decode(pairs, z, len(target), start)
-    first = x_hat[:, :shown].contiguous()  # before the residual takes its place
-    error = from_slices(first, target.shape[1]).sub_(target[:shown]) if shown else None
+    error = _first_errors(x_hat, target, shown)  # before the residual takes its place
     left = _weighted_residual(x_hat, target, gamma)
     if share != 1:
         left.gradient.mul_(share)
     along = weights.dots(pairs, left.gradient)
-    terms = Terms(pairs, z, along * passes, along, left.gradient)
-    return PairGradients(terms, along, left, shown=error)
+    dz = torch.empty_like(along).index_copy_(0, pairs.order, along)
+    return Reconstructed(
+        [Terms(pairs, z, along, along, left.gradient)],
+        [pairs.order],
+        dz,
+        left,
+        [left],
+        left.total,
+        shown=error,
+    )
+
+
+def _first_errors(x_hat: Slices, target: Tensor, rows: int) -> Float[Tensor, "shown d_in"] | None:
+    """Return x_hat - target of the first rows; None where there are none."""
+    if not rows:
+        return None
+    return from_slices(x_hat[:, :rows].contiguous(), target.shape[1]).sub_(target[:rows])
+
+
+def _reconstruct_levels(  # noqa: PLR0913
+    weights: Weights,
+    code: SparseCode,
+    nested: Nested,
+    level: Int64[Tensor, " pairs"],
+    target: Tensor,
+    gamma: Tensor,
+    start: Tensor | None,
+    shown: int,
+) -> Reconstructed:
+    """Decode level upon level and take the weighted sum of ||Gamma (x_hat - target)||^2 back to z."""
+    rows, x_hat, error, places, pairs, left = code.rows(), None, None, [], [], []
+    for number in range(len(nested.weights)):
+        here = (level == number).nonzero()[:, 0]
+        part = SparseCode(code.values[here], code.indices[here], offsets_of(rows[here], code.batch))
+        pairs.append(sort_pairs(part, weights.d_sae))
+        places.append(here[pairs[-1].order])
+        more = weights.decode(pairs[-1], code.values[places[-1]], len(target), start)
+        x_hat, start = more if x_hat is None else x_hat.add_(more), None
+        error = _first_errors(x_hat, target, shown) if number == nested.main else error
+        left.append(_weighted_residual(x_hat.clone(), target, gamma))
+    terms, dz, gradient = [], torch.empty_like(code.values), torch.zeros_like(left[0].gradient)
+    for number in reversed(range(len(pairs))):
+        gradient = gradient.add(left[number].gradient, alpha=nested.weights[number])
+        along = weights.dots(pairs[number], gradient)
+        dz.index_copy_(0, places[number], along)
+        z = code.values[places[number]]
+        terms.insert(0, Terms(pairs[number], z, along, along, gradient))
+    parts = list(zip(nested.weights, left, strict=True))
+    total = torch.stack([weight * part.total for weight, part in parts]).sum(0)
+    parts.pop(nested.main)
+    more = torch.stack([weight * weighted_error(part) for weight, part in parts]).sum()
+    weight = nested.weights[nested.main]
+    assert weight == 1  # so that what is called the reconstruction is its share of the loss
+    return Reconstructed(terms, places, dz, left[nested.main], left, total, more, error)
 
 
 def _weighted_residual(x_hat: Slices, x: Tensor, gamma: Tensor) -> Residual:
@@ -358,28 +490,43 @@ def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "bat
 def _update(
     member: MemberState,
     weights: Weights,
-    parts: list[PairGradients],
-    code: SparseCode,
+    parts: list[Terms],
+    pre: SparseCode,
+    slopes: PairSlopes,
+    total: Float[Tensor, " d_in"],
     centred: Slices,
     rate: float,
 ) -> None:
+    """Step every parameter; `total` is the sum over the batch of dL/dx_hat."""
     sae, state, bias, pull = member.sae, member.optimizer.state, None, None
     for parameter in (sae.W_dec, sae.W_enc_t):
         if parameter is not None:
             state[parameter]["step"] += 1
-    if sae.b_enc is not None:
+    if slopes.norms is not None and weights.norms is not None:  # tied: it pulls at row j's length
+        found = torch.bincount(pre.indices, slopes.norms, minlength=weights.d_sae)
+        pull = (found / weights.norms.clamp_min(1e-12)).float()
+    of_bias, through = None, None
+    if sae.b_enc is not None and "b_enc" in slopes.own:  # its gradient is not that of pre alone
+        of_bias = torch.stack([_per_latent(t.v, t.pairs) for t in parts]).sum(0)
+        through = of_bias @ from_slices(weights.encoder_rows, weights.d_in)
+    elif sae.b_enc is not None:
         own = moments(member, sae.b_enc)
         own["step"] += 1
         bias = Bias(sae.b_enc.detach(), own["exp_avg"], own["exp_avg_sq"])
-    if (
-        member.cfg.l1 and weights.norms is not None
-    ):  # tied: l1 / batch * sum_b z / |W_j| pulls at row j
-        total = torch.bincount(code.indices, code.values, minlength=weights.d_sae)
-        pull = (member.cfg.l1 / code.batch * total / weights.norms.clamp_min(1e-12)).float()
     adam = AdamStep(rate, int(state[sae.W_dec]["step"]))
-    through = weights.update([part.terms for part in parts], centred, adam, bias, pull)
+    by_bias = weights.update(parts, centred, adam, bias, pull)
+    for name, slope in slopes.own.items():
+        grad = torch.bincount(pre.indices, slope, minlength=weights.d_sae).float()
+        grad = grad if name != "b_enc" or of_bias is None else grad + of_bias
+        _adam(member, sae.get_parameter(name), grad, rate)
+    keep_positive_(sae)
     if sae.b_dec is not None:
-        _adam(member, sae.b_dec, parts[0].left.total - through, rate)
+        _adam(member, sae.b_dec, total - (by_bias if through is None else through), rate)
+
+
+def _per_latent(weights: Float[Tensor, " pairs"], pairs: SortedPairs) -> Float[Tensor, " d_sae"]:
+    """Return the sum of the weights of each latent's pairs, which are sorted by latent."""
+    return torch.segment_reduce(weights, "sum", offsets=pairs.offsets, unsafe=True, initial=0)
 
 
 def _adam(member: MemberState, parameter: nn.Parameter, grad: Tensor, rate: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wsae.kernels import SparseCode
 from wsae.kernels.native.weights import Weights
-from wsae.sae.config import BatchTopK
+from wsae.sae.architectures import Batch as BatchChoice
 from wsae.sae.forward import WHOLE, Whole
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.sae.loss import weigh
@@ -53,7 +53,7 @@ class MemberState:
     spread: Float[Tensor, " d_in"]
     """Standard deviation per dimension, in scaled units: the compiled kernels round by it."""
     sparse: Bool[Tensor, ""]
-    """Whether few enough latents are active for the compiled kernels (ReLU and JumpReLU; Top-k always)."""
+    """Whether few enough latents are active for the compiled kernels (kinds without a k; Top-k always)."""
     inside: Preconditioner | None = None
     """The map P where the SAE is trained on P x; all other vectors here are then of P x too."""
     weights: Weights | None = None
@@ -102,7 +102,7 @@ def make_member(
         latent_moments=torch.zeros(2, d_sae, dtype=torch.float64),
         window=torch.zeros(len(SUMS), dtype=torch.float64),
         spread=(spread / scale if spread is not None else torch.ones_like(mean)).float(),
-        sparse=torch.tensor(hasattr(cfg.activation, "k")),
+        sparse=torch.tensor(sae.arch.sparse),
     )
 
 
@@ -171,9 +171,9 @@ def record(
     sae, code, part = member.sae, result.code, member.part
     rows = part.batch or len(batch.x)
     fired = torch.zeros_like(member.dead, dtype=torch.int32)
-    fired.index_add_(0, code.indices, (code.values > 0).int())
+    fired.index_add_(0, code.indices, (code.values != 0).int())
     member.since_fired.add_(rows).masked_fill_(part.over_rows(fired) > 0, 0)
-    if isinstance(sae.cfg.activation, BatchTopK):
+    if isinstance(sae.choice, BatchChoice):
         positive = torch.where(code.values > 0, code.values, torch.inf)
         least = positive.min() if len(positive) else positive.new_tensor(torch.inf)
         follow_threshold(sae.threshold, part.least(least))

@@ -18,11 +18,11 @@ from wsae.kernels import SparseCode
 from wsae.kernels.native import kernel_threads, why_not
 from wsae.kernels.native.select import LARGEST_SHARE
 from wsae.kernels.triton import unsupported
-from wsae.sae.config import GroupTopK, JumpReLU, ReLU, TopK
-from wsae.sae.forward import WHOLE, Forward, training_forward
-from wsae.sae.loss import auxk_loss, weighted_reconstruction_loss
+from wsae.sae.architectures import Above, Every, Groups, Rows
+from wsae.sae.forward import WHOLE, Forward, dead_by_level, training_forward
+from wsae.sae.loss import also_loss, auxk_loss, penalty, weighted_reconstruction_loss
 from wsae.sae.model import SAE
-from wsae.sae.stack import Stack
+from wsae.sae.stack import Stack, keep_positive_
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.native import leave, native_step
@@ -56,8 +56,10 @@ def descend(
     sae, cfg, x, part = member.sae, member.cfg, batch.x, member.part
     reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma, part.batch)
     revival = revival_loss(member, x, forward)
-    fit = (reconstruction if aim is None else aim) + cfg.auxk * revival
-    loss = fit + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
+    fit = reconstruction if aim is None else aim
+    fit = fit + also_loss(x, forward, sae.gamma, part.batch) + cfg.auxk * revival
+    price = penalty(forward.entries, cfg.l1, cfg.l0, part.batch or len(x))
+    loss = fit + price
     member.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     part.settle()
@@ -67,10 +69,11 @@ def descend(
         remove_radial_gradient(sae)
         member.optimizer.step()
         unit_rows_(sae)
+        keep_positive_(sae)
         x_hat = forward.x_hat.detach()
         sse = F.mse_loss(x_hat, x, reduction="sum")
         error = None if member.inside is None else x_hat - x
-        whole = part.once(fit.detach()) + cfg.l1 * forward.l1 + cfg.l0 * forward.l0
+        whole = part.once(fit.detach()) + price
         whole = whole if aim is None else whole / member.scale**2  # the record multiplies by it
         losses = (whole, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
@@ -83,8 +86,17 @@ def revival_loss(
     """Return the loss by which dead latents model the residual; 0 where the member has no revival."""
     if member.cfg.auxk == 0:
         return x.new_zeros(())
-    residual, k_aux = x - forward.x_hat.detach(), member.cfg.revived(x.shape[1])
-    return auxk_loss(member.sae, residual, forward, member.dead, k_aux, member.part)
+    k_aux, dead, part = member.cfg.revived(x.shape[1]), member.dead, member.part
+    nested = member.sae.nested
+    if nested is None or not nested.level_auxk:
+        residual = x - forward.x_hat.detach()
+        return auxk_loss(member.sae, residual, forward, dead, k_aux, part)
+    x_hats = [*(also.x_hat for also in forward.also), forward.x_hat]
+    losses = [
+        auxk_loss(member.sae, x - x_hat.detach(), forward, of_level, k_aux, part)
+        for x_hat, of_level in zip(x_hats, dead_by_level(nested, dead), strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 def remove_radial_gradient(sae: SAE | Stack) -> None:
@@ -134,7 +146,7 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     """One optimiser step; metrics are summed into the member. Raises UserError where `kernels` cannot be had."""
     rate = member.cfg.learning_rate(member.sae.cfg.d_in)
     rate *= lr_factor(step, run.steps, run.warmup, run.decay)
-    varies = isinstance(member.sae.cfg.activation, ReLU | JumpReLU)
+    varies = isinstance(member.sae.choice, Above)
     kernels = chosen(member, run, batch.x) if member.part is WHOLE else "eager"
     if kernels == "eager" or (varies and not bool(member.sparse)):
         leave(member)
@@ -182,24 +194,28 @@ def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
 
 def unfit_native(member: MemberState, x: Tensor) -> str | None:
     """Return why the compiled kernels cannot train this member here, or None if they can."""
-    cfg = member.sae.cfg
-    k = getattr(cfg.activation, "k", 1)
+    cfg, choice = member.sae.cfg, member.sae.choice
+    k = getattr(choice, "k", 1)
     if x.device.type != "cpu":
         return f"the compiled kernels are for the CPU, not {x.device.type}"
     if x.dtype != torch.float32:
         return f"the compiled kernels take float32, not {str(x.dtype).removeprefix('torch.')}"
     if k * LARGEST_SHARE > cfg.d_sae and cfg.d_sae > LARGEST_SHARE:
         return f"k = {k} of {cfg.d_sae} latents is not sparse (more than one in {LARGEST_SHARE})"
+    if isinstance(choice, Every):
+        return f"the kind {cfg.activation.kind} does not say which latents may be active"
     return why_not()
 
 
 def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
     """Return why the Triton kernels cannot train this member here, or None if they can. Imports no Triton."""
-    activation, W = member.sae.cfg.activation, member.sae.W_dec.detach()
+    choice, W, arch = member.sae.choice, member.sae.W_dec.detach(), member.sae.arch
+    if isinstance(choice, Every) or arch.nested is not None or arch.gate is not None:
+        return f"the Triton kernels have no {arch.kind}"
     # batch Top-k compares with a threshold: its k bounds nothing
-    k = activation.k if isinstance(activation, TopK | GroupTopK) else None
+    k = choice.k if isinstance(choice, Rows | Groups) else None
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
-    return unsupported(W, dtype, k, isinstance(activation, GroupTopK)) or _fails(W.device)
+    return unsupported(W, dtype, k, isinstance(choice, Groups)) or _fails(W.device)
 
 
 @functools.cache

@@ -156,10 +156,11 @@ def select_above(
     W: Slices,
     bias: Tensor | None,
     centred: Centred,
-    above: float,
-    floor: Float[Tensor, " d_sae"] | None = None,
+    above: float | Float[Tensor, "*per_latent"],
 ) -> SparseCode:
-    """Return every pre-activation with pre - floor > above, in order of row and latent."""
+    """Return every pre-activation above a bound, or above each latent's own, in order of row and latent."""
+    floor = above.float() if isinstance(above, Tensor) and above.ndim else None
+    above = float(above) if floor is None else 0.0
     if not encoder.int8:
         values, indices, where = [], [], []
         for i, pre in enumerate(_products(W, bias, centred.rows)):

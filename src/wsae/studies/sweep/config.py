@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from wsae.core.config import Config
 from wsae.evals.config import RecoveryConfig
-from wsae.sae.config import GammaConfig, Kind, ReLU
+from wsae.sae.config import KINDS, GammaConfig, Kind, ReLU
 from wsae.toy.config import (
     FAST,
     EqualImportance,
@@ -149,7 +149,7 @@ def methods(d_sae: int, **fields: Any) -> tuple[Method, ...]:
     )
 
 
-TOP_K = ("topk", "group_topk", "batch_topk")
+TOP_K = tuple(kind for kind, made in KINDS.items() if "k" in made.model_fields)
 ONLY = {"tied": "relu", "l1": "relu", "l0": "jumprelu"}
 """Fields of a member that one kind alone takes from the sweep."""
 

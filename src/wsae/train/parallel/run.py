@@ -40,7 +40,7 @@ from wsae.train.run import about, begun_from, finish_run, identity_of, write_mem
 from wsae.train.start import start_family
 from wsae.train.state import MemberState
 
-_ROWS = ("sae.W_dec", "sae.b_enc", "sae.log_threshold", "since_fired", "dead")
+_ROWS = ("sae.W_dec", "sae.b_enc", "since_fired", "dead")
 _COLUMNS = ("sae.W_enc", "latent_moments")
 AGREE_S, AGREE_STEPS = 1.0, 100
 """Ranks ask each other whether to save or stop about so often, and at least every so many steps."""
@@ -96,7 +96,8 @@ class ShardsJob(FamilyJob):
         for hook, member in self.family.all():
             parameters = member.optimizer.param_groups[0]["params"]
             for key, value in member_tensors(member).items():
-                dim = 0 if key in _ROWS else 1 if key in _COLUMNS else None
+                of_kind = key.removeprefix("sae.") in member.sae.arch.parameters
+                dim = 0 if key in _ROWS or of_kind else 1 if key in _COLUMNS else None
                 if key.startswith("adam.") and value.ndim:
                     dim = None if parameters[int(key.split(".")[1])] is member.sae.b_dec else 0
                 tensor = value.detach().contiguous() if to_write else value.detach()

@@ -13,8 +13,8 @@ from torch.autograd import Function
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.kernels import SparseCode, code_from_topk, offsets_of, select_batch_topk
-from wsae.sae.config import BatchTopK, GroupTopK, TopK
-from wsae.sae.forward import Whole
+from wsae.sae.architectures import Batch, Choice, Groups, Nested, Rows
+from wsae.sae.forward import Whole, level_by_latent
 from wsae.sae.model import SAE
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import Inputs, to_device
@@ -169,19 +169,30 @@ class Shard(Whole):
         self.pending: list[dist.Work] = []
         """Sums of gradients under way."""
 
-    def choose(self, sae: SAE, pre: Float[Tensor, "rows own"]) -> SparseCode:
-        """Return this rank's pairs among those that a Top-k kind makes active over all ranks."""
+    def choose(self, choice: Choice, pre: Float[Tensor, "rows own"]) -> SparseCode:
+        """Return this rank's pairs among those that a choice of Top-k makes active over all ranks."""
         latents = self.place.latents
-        match sae.cfg.activation:
-            case TopK(k=k):
+        match choice:
+            case Rows(k=k):
                 rows, columns = choose_topk(pre, k, latents)
-            case GroupTopK(k=k):
+            case Groups(k=k):
                 rows, columns = choose_groups(pre, self.first, self.d_sae // k, k, latents)
-            case BatchTopK(k=k):
+            case Batch(k=k):
                 rows, columns = choose_batch_topk(pre, self.batch * k, self.place)
             case _:
-                raise AssertionError(sae.cfg.activation)
+                raise AssertionError(choice)
         return SparseCode(pre[rows, columns], columns, offsets_of(rows, len(pre)))
+
+    def level(
+        self, nested: Nested, pre: Float[Tensor, "rows own"], code: SparseCode
+    ) -> Int64[Tensor, " nnz"]:
+        """Return the level of each of this rank's pairs."""
+        if nested.widths is not None:
+            return level_by_latent(code.indices + self.first, nested.widths)
+        rows, columns = choose_topk(pre, nested.k, self.place.latents)
+        top = torch.zeros_like(pre, dtype=torch.bool)
+        top[rows, columns] = True
+        return (~top[code.rows(), code.indices]).long()
 
     def choose_dead(self, pre: Float[Tensor, "rows dead"], k: int) -> SparseCode | None:
         """Return this rank's share of the k largest; where every dead latent is wanted nothing is gathered."""
@@ -259,10 +270,6 @@ class Shard(Whole):
         return self.dead / self.d_sae
 
 
-ROWS = ("W_dec", "W_enc_t", "b_enc", "log_threshold")
-"""Tensors of an SAE that have a row, or an entry, for each latent."""
-
-
 def make_shard(
     name: str,
     cfg: MemberConfig,
@@ -294,7 +301,8 @@ def make_shard(
     else:
         for key, mine in sae.state_dict().items():
             value = begun.state_dict()[key]
-            mine.copy_(value[part] if len(mine.shape) and key in ROWS else value)
+            of_latents = key in ("W_dec", "W_enc_t", "b_enc") or key in sae.arch.parameters
+            mine.copy_(value[part] if of_latents else value)
     spread = inputs.variance.sqrt()
     member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae)
     member = to_device(member, world.device)
