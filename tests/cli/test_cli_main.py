@@ -489,6 +489,25 @@ def test_json_on_stdout_cannot_steer_a_terminal() -> None:
     assert all(char.isprintable() or char == "\n" for char in text)
 
 
+def test_training_goes_on_with_what_a_run_made(array, capsys) -> None:
+    """Kind, width and k come with the SAE, from a run or a member's folder; another width is refused in a line."""
+    at = array.parent
+    words = ["train", str(array), "--tokens", "128", "--batch-size", "64", "--json", "--out"]
+    first = [*words, str(at / "a"), "--activation", "group_topk", "--k", "2", "4", "--d-sae", "16"]
+    assert main.main(first) == 0
+    assert main.main([*words, str(at / "b"), "--init-from", str(at / "a")]) == 2
+    assert "2 SAEs at" in capsys.readouterr().err
+    (place,) = (at / "a" / "members").glob("*/plain-group-topk-k4")
+    assert main.main([*words, str(at / "b"), "--init-from", str(place), "--lr", "1e-3"]) == 0
+    (member,) = json.loads((at / "b" / "config.json").read_text())["train"]["members"]
+    assert (member["d_sae"], member["activation"]) == (16, {"kind": "group_topk", "k": 4})
+    again = ["train", str(array), "--resume", "--out", str(at / "b")]
+    assert main.main(again) == 0  # it finds the SAE again
+    assert main.main([*words, str(at / "c"), "--init-from", str(place), "--d-sae", "32"]) == 2
+    assert "has d_sae 16, and d_sae 32 is to be trained" in capsys.readouterr().err
+    assert not (at / "c").exists()
+
+
 def test_sigterm_ends_training_without_a_traceback(array) -> None:
     run = array.parent / "run"
     words = f"train {array} --out {run} --k 2 --d-sae 16 --tokens 40000000 --batch-size 64"
