@@ -264,6 +264,8 @@ class Call(NamedTuple):
     """The tokens; none where the model was given their vectors."""
     positions: Int64[Tensor, "batch seq"]
     """Places from the start of each sequence, what a cache holds counted and padding left out; -1 at padding."""
+    read: Float[Tensor, "batch seq _"] | None = None
+    """The rows of another hook that are read where those of one are replaced; none: they are the same."""
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> "Call":
@@ -289,12 +291,15 @@ Swap = Callable[[Float[Tensor, "batch seq d_in"], Call], Tensor | None]
 
 
 @contextlib.contextmanager
-def splice(model: nn.Module, hook: str | HookPoint, replace: Swap) -> Iterator[None]:
+def splice(
+    model: nn.Module, hook: str | HookPoint, replace: Swap, read: HookPoint | None = None
+) -> Iterator[None]:
     """Within the context, `replace(x, call)` takes the place of the hook's rows x in every pass on tokens.
 
     The rest of an output or input passes unchanged; the result is cast to the dtype of x. A hook that is named is
-    probed first. Raises UserError when no module, or more than one, has this name, and inside when the module runs
-    outside a call of `model`.
+    probed first. With `read`, that hook's rows, which come up earlier in the pass, are `call.read`. Raises UserError
+    when no module, or more than one, has this name, and inside when the module runs outside a call of `model`, or
+    before the one that is read.
     """
     point = hook if isinstance(hook, HookPoint) else one_hook(model, hook)
     names = [name for name in inspect.signature(model.forward).parameters if name != "args"]
@@ -312,18 +317,58 @@ def splice(model: nn.Module, hook: str | HookPoint, replace: Swap) -> Iterator[N
         if call is None:
             raise UserError(f"hook {point.name!r}: ran outside a call of its model; call that one")
         x = rows_of(point, value, tuple(call.positions.shape))
+        if read is not None and call.read is None:
+            raise UserError(
+                f"hook {point.name!r}: runs before {read.name!r}; name them the other way round"
+            )
         new = replace(x, call)
         if new is None:
             return None
         assert new.shape[1:] == x.shape[1:], f"{tuple(new.shape)} in place of {tuple(x.shape)}"
         return with_rows(point, value, new.to(x.dtype))
 
+    def keep(value: Any) -> None:
+        nonlocal call
+        if call is not None and read is not None:
+            call = call._replace(read=rows_of(read, value, tuple(call.positions.shape)))
+
     with contextlib.ExitStack() as stack:
+        if read is not None:
+            stack.enter_context(replaced(model, read, keep))
         first = model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
         stack.callback(first.remove)
         stack.callback(model.register_forward_hook(end, always_call=True).remove)
         stack.enter_context(replaced(model, point, swap))
         yield
+
+
+_PROBE_TOKENS = 32
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference of logits allowed to the widened pass, relative to the largest logit."""
+
+
+@torch.no_grad()
+def logits_by_row(model: nn.Module, hook: HookPoint, ids: Int64[Tensor, " length"]) -> int:
+    """Return the number of logits per token where a batch may be made at the hook, and reach the logits row by row.
+
+    The layers before it then run on one sequence for all. 0 where several sequences do not give a plain pass's logits.
+    """
+    ids = ids[:_PROBE_TOKENS].to(input_device(model))
+    plain = model(input_ids=ids[None], use_cache=False).logits
+    try:
+        with splice(model, hook, lambda x, _call: x.repeat(2, 1, 1)):
+            wide = model(input_ids=ids[None], use_cache=False).logits
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+        AssertionError,
+    ):  # shapes do not broadcast: one by one always works
+        return 0
+    if wide.shape != (2, *plain.shape[1:]):
+        return 0
+    tolerance = _PROBE_TOLERANCE.get(plain.dtype, 1e-3) * float(plain.abs().max())
+    return plain.shape[-1] if float((wide - plain).abs().max()) <= tolerance else 0
 
 
 def one_hook(model: nn.Module, name: str) -> HookPoint:

@@ -17,7 +17,7 @@ from wsae.cli.flags import (
     Switch,
     mirrored,
 )
-from wsae.cli.live import LiveFlags, MixingFlags, PlanFlags, labelled, open_data
+from wsae.cli.live import LiveFlags, MixingFlags, PlanFlags, labelled, open_data, open_sides
 from wsae.cli.runner import device, how_to_go_on, together
 from wsae.cli.ui import UI
 from wsae.core.artifact import CONFIG, MEMBERS, METRICS_FILE
@@ -55,6 +55,11 @@ class Flags(Config):
     hub:owner/name, RELEASE:ID or whatever wsae import reads. Its kind and width are kept, its k unless --k is given."""
     labels: MaybePlace = None
     """A .npy array of one class per row of an array, for --gamma consistency."""
+    hook_out: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
+    ] = ()
+    """Train transcoders, which read --hook and are to give this: "layers.9.mlp" of --hook "layers.9.mlp.input"; for an
+    array or a store, another one with the same rows may be named."""
     mesh: MaybeName = None
     """How the processes that torchrun started share the work: "data=2,latents=4"; axes are layers (hooks and SAEs),
     data (rows of a batch) and latents (of each SAE). Default: they all share the rows."""
@@ -87,6 +92,8 @@ class Flags(Config):
                 **source.get("mixing", {}),
             }
             said["text"] = said.pop("path", None)
+            if cfg.hook_out is not None:
+                said["hooks"] = tuple(cfg.hook_out)
         flags = {FLAG_OF.get(name, name): value for name, value in said.items()}
         known = {**LiveFlags.model_fields, **MixingFlags.model_fields}
         return (
@@ -94,6 +101,7 @@ class Flags(Config):
             | {name: value for name, value in cfg if name in PlanFlags.model_fields}
             | {"members": cfg.to_dict()["members"], "seed": cfg.seed}
             | ({"init_from": source["init_from"]} if "init_from" in source else {})
+            | ({} if cfg.hook_out is None else {"hook_out": tuple(cfg.hook_out.values())})
             | ({} if place is None else {"source": place})
         )
 
@@ -141,17 +149,24 @@ def _opened(flags: Flags, where: str) -> _Opened:
     """Return what there is before training; raises UserError for shapes that cannot be."""
     plan, seed = flags.plan, flags.common.seed
     rest = {"dtype": plan.dtype, **({} if plan.tokens is None else {"tokens": plan.tokens})}
-    source = open_data(flags.source, flags.live, flags.mixing, seed, where, **rest)
-    source = labelled(source, flags.labels)
-    start = _start(flags, source)
+    hook_out: dict[str, str] | None = None
+    if flags.hook_out:
+        about = (flags.hook_out, flags.live, flags.mixing, seed, where)
+        source, hook_out = open_sides(flags.source, *about, **rest)
+    else:
+        source = open_data(flags.source, flags.live, flags.mixing, seed, where, **rest)
+        source = labelled(source, flags.labels)
+    start = _start(flags, [*(hook_out or source.hooks)])
     cfg = config(flags, source.n_rows, start)
+    cfg = cfg if hook_out is None else cfg.model_copy(update={"hook_out": hook_out})
     for member in cfg.members:  # before anything is written
-        for d_in in source.hooks.values():
-            member.sae_config(d_in)
+        for hook in cfg.read(source.hooks):
+            out = cfg.given(hook)
+            member.sae_config(source.hooks[hook], None if out is None else source.hooks[out])
     return _Opened(cfg, source, start)
 
 
-def _start(flags: Flags, source: "ActivationSource") -> "Start | None":
+def _start(flags: Flags, hooks: list[str]) -> "Start | None":
     """Return the SAE of each hook that --init-from names, or that the run to resume started from."""
     address = flags.init_from
     if address is None and flags.resume and (flags.out / CONFIG).exists():
@@ -163,10 +178,10 @@ def _start(flags: Flags, source: "ActivationSource") -> "Start | None":
     from wsae.train.family import Start
 
     found, saes = open_run(address), {}
-    for hook in source.hooks:
-        if found.single and len(source.hooks) > 1:
+    for hook in hooks:
+        if found.single and len(hooks) > 1:
             raise UserError(
-                f"--init-from {address}: is one SAE, and there are {len(source.hooks)} hooks; name one with --hook"
+                f"--init-from {address}: is one SAE, and there are {len(hooks)} hooks; name one with --hook"
             )
         there = next(iter(found.members)) if found.single else among(hook, found.members)
         if there is None:
@@ -193,7 +208,7 @@ _PROBE_S = 2.0
 
 def _tell_cost(cfg: TrainConfig, source: "ActivationSource", where: str, ui: UI) -> None:
     """Say what a grid of SAEs will need, before anything is trained."""
-    if len(cfg.members) >= _MANY:
+    if len(cfg.members) >= _MANY and cfg.hook_out is None:
         from wsae.doctor.cost import told
 
         ui.note(told(cfg, source, where, _PROBE_S))
@@ -202,7 +217,8 @@ def _tell_cost(cfg: TrainConfig, source: "ActivationSource", where: str, ui: UI)
 def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:
     """Return what makes the run's SAEs worth little, as far as its settings tell."""
     notes = [*cfg.doubts()]
-    for hook, d_in in source.hooks.items():
+    for hook in cfg.read(source.hooks):
+        d_in = source.hooks[hook]
         dense = [
             f"{name} (k = {getattr(m.activation, 'k', 0)})"
             for name, m in zip(cfg.names(), cfg.members, strict=True)

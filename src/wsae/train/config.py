@@ -1,11 +1,12 @@
 """What a training run is, as values: a family of members over the same batches. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from wsae.core.config import Config
+from wsae.core.errors import UserError
 from wsae.sae.config import Activation, GammaConfig, PreconditionConfig, SAEConfig, TopK
 
 FEW_STEPS = 100
@@ -43,6 +44,8 @@ class MemberConfig(Config):
     kinds, near the scale of least squared error (rows of norm 1 start with too long reconstructions), 1 for others."""
     label: str | None = None
     """Name of the member; by default made from what it is."""
+    skip: bool | None = None
+    """Of a transcoder: add a linear map of the input, x @ W_skip^T."""
 
     @model_validator(mode="after")
     def _a_map_unties(self) -> "MemberConfig":
@@ -86,19 +89,24 @@ class MemberConfig(Config):
         """Return d_sae for activations of width d_in."""
         return self.d_sae if self.d_sae is not None else self.expansion * d_in
 
-    def sae_config(self, d_in: int) -> SAEConfig:
-        """Return the SAE's shape for activations of width d_in; raises UserError when k does not fit."""
+    def sae_config(self, d_in: int, d_out: int | None = None) -> SAEConfig:
+        """Return the SAE's shape for activations of width d_in (a transcoder's: to d_out).
+
+        Raises UserError when k does not fit, or what is of transcoders alone has no d_out.
+        """
         data = {
             "d_in": d_in,
             "d_sae": self.width(d_in),
             "activation": self.activation,
             "tied": self.tied,
+            "d_out": d_out,
+            "skip": self.skip,
         }
         return SAEConfig.parse(data, where="SAE")
 
-    def revived(self, d_in: int) -> int:
-        """Return how many dead latents model the residual."""
-        return self.k_aux or max(1, d_in // 2)
+    def revived(self, d_out: int) -> int:
+        """Return how many dead latents model the residual, which is d_out wide."""
+        return self.k_aux or max(1, d_out // 2)
 
     def start_scale(self) -> float:
         """Return the norm of the encoder's rows at the start."""
@@ -142,6 +150,25 @@ class TrainConfig(Config):
     reconstruction's error."""
     init_from: str | None = None
     """Digest of the SAEs that training starts from (`wsae.train.family.Start`); None: from new ones."""
+    hook_out: dict[str, str] | None = None
+    """Of transcoders: each hook that they read, and the hook whose activations they are to give."""
+
+    def read(self, hooks: Iterable[str]) -> list[str]:
+        """Return which of the data's hooks SAEs read: all, or those of transcoders; UserError where one is missing."""
+        hooks = list(hooks)
+        if self.hook_out is None:
+            return hooks
+        for hook in (*self.hook_out, *self.hook_out.values()):
+            if hook not in hooks:
+                raise UserError(
+                    f"hook {hook!r}: a transcoder needs a module's input and its output, and the data have "
+                    f"{', '.join(hooks)}"
+                )
+        return list(self.hook_out)
+
+    def given(self, hook: str) -> str | None:
+        """Return the hook that transcoders of `hook` are to give; none for SAEs."""
+        return (self.hook_out or {}).get(hook)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "TrainConfig":
@@ -159,6 +186,8 @@ class TrainConfig(Config):
             )
         if self.loss is not None and self.kernels in ("native", "triton"):
             raise ValueError(f"loss {self.loss} is computed by PyTorch; leave the kernels out")
+        if self.loss is not None and self.hook_out is not None:
+            raise ValueError(f"loss {self.loss} is for SAEs, which give what they read")
         return self
 
     @property
@@ -193,7 +222,7 @@ PENALTIES = ("l1", "l0")
 def told_apart(members: Sequence[MemberConfig]) -> list[list[str]]:
     """Return what sets each member apart from the others beside weights and preconditioner: topk-k32, lr0.003 ..."""
     fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
-    fields += ("auxk", "k_aux", "encoder_scale")
+    fields += ("auxk", "k_aux", "encoder_scale", "skip")
     varying = [f for f in fields if len({str(getattr(m, f)) for m in members}) > 1]
     return [_parts(member, varying) for member in members]
 
@@ -207,6 +236,8 @@ def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
             parts.append(value.kind.replace("_", "-") + (f"-k{k}" if k else ""))
         elif field == "tied":
             parts.append("tied" if value else "untied")
+        elif field == "skip":
+            parts += ["skip"] if value else []
         elif value is not None and (field not in PENALTIES or value):
             gap = "-" if field in PENALTIES else ""
             parts.append(f"{field.replace('_', '-')}{gap}{value:g}")

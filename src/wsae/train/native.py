@@ -5,6 +5,7 @@ With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) 
     dW_dec[j] = sum z G[b]     dW_enc[j] = sum dpre (x - b_dec)[b]     db_enc[j] = sum dpre
     db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j]
 Nested levels have a G each: a pair of level l has the sum of those of the levels from l on.
+A transcoder's inputs are x, not x - b_dec, so the last sum is not there; dW_skip = sum_b G[b] x[b]^T.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ class Losses(NamedTuple):
     """Sum over the batch of ||e||^2."""
     more: float | Float[Tensor, ""] = 0.0
     """Penalties, and the losses of nested levels and gates, before the step."""
-    error: Float[Tensor, "rows d_in"] | None = None
+    error: Float[Tensor, "rows d_out"] | None = None
     """x_hat - x of the rows `looked_at`."""
 
 
@@ -155,7 +156,7 @@ def enter(member: MemberState) -> Weights:
             _clear(member, p)
         encoder = matrices[1] if len(matrices) > 1 else None
         dim = dimension_scales(member.spread)
-        member.weights = make_weights(matrices[0], encoder, cfg.d_in, group, dim)
+        member.weights = make_weights(matrices[0], encoder, cfg.d_in, group, dim, cfg.d_out)
     return member.weights
 
 
@@ -299,30 +300,47 @@ def native_step(
     member: MemberState, batch: Batch, rate: float, run: TrainConfig, step: int
 ) -> SparseCode:
     """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
-    weights, sae, x = enter(member), member.sae, batch.x.contiguous()
-    b_dec = None if sae.b_dec is None else sae.b_dec.detach()
-    centred = Centred(x if b_dec is None else x - b_dec, to_slices(x, b_dec))
+    weights, sae, x, nested = enter(member), member.sae, batch.x.contiguous(), member.sae.nested
+    b_dec, b_in = (None if b is None else b.detach() for b in (sae.b_dec, sae.b_in))
+    centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
     values = PairValues(sae, find_pairs(sae, weights, centred), weights.norms)
-    nested = sae.nested
-    code, shown, gated = values.code, looked_at(member, batch), None
+    target, code, shown, gated = (
+        left_by_skip(sae, batch),
+        values.code,
+        looked_at(member, batch),
+        None,
+    )
     if nested is None:
-        main = _reconstruct(weights, code, x, sae.gamma, b_dec, shown=shown)
+        main = _reconstruct(weights, code, target, sae.gamma, b_dec, shown=shown)
     else:
         level = _level(nested, values.pre)
-        main = _reconstruct_levels(weights, code, nested, level, x, sae.gamma, b_dec, shown)
+        main = _reconstruct_levels(weights, code, nested, level, target, sae.gamma, b_dec, shown)
         code = up_to(code, level, nested.main)
     if values.gate is not None:
         by_gate = values.pre._replace(values=values.gate.detach())
-        gated = _reconstruct(weights, by_gate, x, sae.gamma, b_dec)
+        gated = _reconstruct(weights, by_gate, target, sae.gamma, b_dec)
     slopes = values.back(member, main.dz, None if gated is None else gated.dz)
     parts = main.with_slopes(slopes.pre)
-    revived, aux = _revive(member, weights, centred, main, x)
+    revived, aux = _revive(member, weights, centred, main, target)
     parts += revived
     _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate)
+    if sae.W_skip is not None:
+        with dense_threads():
+            skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
+        _adam(member, sae.W_skip, skip, rate)
     more = slopes.penalty + main.more + (0.0 if gated is None else gated.reconstruction)
     losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), more, main.shown)
     record(member, batch, step_result(member, code, losses, aux), step, run, weights.W_dec)
     return code
+
+
+def left_by_skip(sae: SAE, batch: Batch) -> Float[Tensor, "batch d_out"]:
+    """Return what a transcoder's skip leaves for its latents: the target where it has none."""
+    target = batch.target.contiguous()
+    if sae.W_skip is None:
+        return target
+    with dense_threads():
+        return torch.addmm(target, batch.x, sae.W_skip.detach().T, alpha=-1)
 
 
 class Revival(NamedTuple):
@@ -333,7 +351,7 @@ class Revival(NamedTuple):
 
 
 def _revive(
-    member: MemberState, weights: Weights, centred: Centred, main: Reconstructed, x: Tensor
+    member: MemberState, weights: Weights, centred: Centred, main: Reconstructed, target: Tensor
 ) -> Revival:
     """Let the dead latents model what is left: by all latents, or by the levels up to their own."""
     cfg, nested, terms, losses = member.cfg, member.sae.nested, [], []
@@ -349,8 +367,8 @@ def _revive(
             continue
         chosen = _revived(member, weights, centred, dead)
         code = chosen._replace(values=chosen.values.relu())
-        target = _error(member, left, x)
-        found = _reconstruct(weights, code, target, member.sae.gamma, None, cfg.auxk)
+        rest = _error(member, left, target)
+        found = _reconstruct(weights, code, rest, member.sae.gamma, None, cfg.auxk)
         terms += found.with_slopes(found.dz * (code.values > 0))
         losses.append(found.reconstruction)
     return Revival(terms, torch.stack(losses).sum() if losses else None)
@@ -460,7 +478,7 @@ def _revived(
     with dense_threads():
         pre = centred.rows @ rows.T
     pre = pre if bias is None else pre.add_(bias[dead])
-    k = min(member.cfg.revived(weights.d_in), len(dead))
+    k = min(member.cfg.revived(weights.d_out), len(dead))
     values, picked = pre.topk(k, dim=1, sorted=False)
     slack = (
         ROUNDING * weights.d_in * centred.rows.norm(dim=1, keepdim=True) * rows.norm(dim=1).max()
@@ -521,7 +539,8 @@ def _update(
         _adam(member, sae.get_parameter(name), grad, rate)
     keep_positive_(sae)
     if sae.b_dec is not None:
-        _adam(member, sae.b_dec, total - (by_bias if through is None else through), rate)
+        through = by_bias if through is None else through
+        _adam(member, sae.b_dec, total if sae.b_in is None else total - through, rate)
 
 
 def _per_latent(weights: Float[Tensor, " pairs"], pairs: SortedPairs) -> Float[Tensor, " d_sae"]:
@@ -533,5 +552,5 @@ def _adam(member: MemberState, parameter: nn.Parameter, grad: Tensor, rate: floa
     state = moments(member, parameter)
     state["step"] += 1
     tensors = (parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
-    W, grad, m, v = (tensor.unsqueeze(0) for tensor in tensors)
+    W, grad, m, v = (tensor.view(1, -1) for tensor in tensors)
     adam_rows_(W, grad, m, v, AdamStep(rate, int(state["step"])), unit=False)

@@ -100,7 +100,7 @@ def train_run(
 def begun_from(cfg: TrainConfig, source: ActivationSource, start: Start | None) -> TrainConfig:
     """Return the config with the digest of what training starts from; raises UserError where it does not fit."""
     if start is not None:
-        start.check(source.hooks, cfg.members)
+        start.check(cfg, source.hooks)
     return cfg.model_copy(update={"init_from": None if start is None else start.digest()})
 
 

@@ -53,12 +53,12 @@ def descend(
 
     `aim`, in its own unit, takes the place of the weighted reconstruction loss.
     """
-    sae, cfg, x, part = member.sae, member.cfg, batch.x, member.part
-    reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma, part.batch)
-    revival = revival_loss(member, x, forward)
+    sae, cfg, part, target = member.sae, member.cfg, member.part, batch.target
+    reconstruction = weighted_reconstruction_loss(target, forward.x_hat, sae.gamma, part.batch)
+    revival = revival_loss(member, target, forward)
     fit = reconstruction if aim is None else aim
-    fit = fit + also_loss(x, forward, sae.gamma, part.batch) + cfg.auxk * revival
-    price = penalty(forward.entries, cfg.l1, cfg.l0, part.batch or len(x))
+    fit = fit + also_loss(target, forward, sae.gamma, part.batch) + cfg.auxk * revival
+    price = penalty(forward.entries, cfg.l1, cfg.l0, part.batch or len(target))
     loss = fit + price
     member.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -71,8 +71,8 @@ def descend(
         unit_rows_(sae)
         keep_positive_(sae)
         x_hat = forward.x_hat.detach()
-        sse = F.mse_loss(x_hat, x, reduction="sum")
-        error = None if member.inside is None else x_hat - x
+        sse = F.mse_loss(x_hat, target, reduction="sum")
+        error = None if member.back is None else x_hat - target
         whole = part.once(fit.detach()) + price
         whole = whole if aim is None else whole / member.scale**2  # the record multiplies by it
         losses = (whole, reconstruction.detach(), revival.detach())
@@ -81,19 +81,19 @@ def descend(
 
 
 def revival_loss(
-    member: MemberState, x: Float[Tensor, "batch d_in"], forward: Forward
+    member: MemberState, target: Float[Tensor, "batch d_out"], forward: Forward
 ) -> Float[Tensor, ""]:
     """Return the loss by which dead latents model the residual; 0 where the member has no revival."""
     if member.cfg.auxk == 0:
-        return x.new_zeros(())
-    k_aux, dead, part = member.cfg.revived(x.shape[1]), member.dead, member.part
+        return target.new_zeros(())
+    k_aux, dead, part = member.cfg.revived(target.shape[1]), member.dead, member.part
     nested = member.sae.nested
     if nested is None or not nested.level_auxk:
-        residual = x - forward.x_hat.detach()
+        residual = target - forward.x_hat.detach()
         return auxk_loss(member.sae, residual, forward, dead, k_aux, part)
     x_hats = [*(also.x_hat for also in forward.also), forward.x_hat]
     losses = [
-        auxk_loss(member.sae, x - x_hat.detach(), forward, of_level, k_aux, part)
+        auxk_loss(member.sae, target - x_hat.detach(), forward, of_level, k_aux, part)
         for x_hat, of_level in zip(x_hats, dead_by_level(nested, dead), strict=True)
     ]
     return torch.stack(losses).sum()
@@ -210,6 +210,8 @@ def unfit_native(member: MemberState, x: Tensor) -> str | None:
 def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
     """Return why the Triton kernels cannot train this member here, or None if they can. Imports no Triton."""
     choice, W, arch = member.sae.choice, member.sae.W_dec.detach(), member.sae.arch
+    if member.sae.cfg.transcoder:
+        return "the Triton kernels have no transcoders yet"
     if isinstance(choice, Every) or arch.nested is not None or arch.gate is not None:
         return f"the Triton kernels have no {arch.kind}"
     # batch Top-k compares with a threshold: its k bounds nothing

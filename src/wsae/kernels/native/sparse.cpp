@@ -138,7 +138,7 @@ struct Matrix {  // weights and Adam moments, in slices
 };
 
 struct Update {
-  int64_t d_sae, d_in, tokens, terms;
+  int64_t d_sae, d_in, d_out, tokens, terms;  // d_out: width of the decoder's rows, d_in that of the encoder's
   const Terms* term;
   const float* centred;                  // slices of [tokens]
   Matrix decoder, encoder;               // encoder.W is null when tied
@@ -200,7 +200,7 @@ inline void gather(const Pairs& pairs, const float* weight, const float* rows, i
 
 void update_decoder(const Update& u, int64_t first, int64_t last, const float* along) {
   const Rates rates(u);
-  const int64_t slices = (u.d_in + SLICE - 1) / SLICE;
+  const int64_t slices = (u.d_out + SLICE - 1) / SLICE;
   std::vector<float> square(last - first, 0);
   for (int64_t s = 0; s < slices; s++)
     for (int64_t j = first; j < last; j++) {

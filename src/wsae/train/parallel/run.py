@@ -276,6 +276,10 @@ def train_parallel(
     Raises UserError as `train_run` does and for a mesh that does not fit, `Stopped` on all ranks when one is
     interrupted, and RuntimeError from torch.distributed when a rank is gone.
     """
+    if cfg.hook_out is not None:
+        raise UserError(
+            "transcoders (--hook-out) train in one process; start wsae train without torchrun"
+        )
     _check(cfg, source, world)
     cfg = begun_from(cfg, source, start)
     identity = identity_of(cfg, source, start) if world.first else {}
