@@ -117,6 +117,10 @@ class Whole:
 
     batch: int = 0
     """Rows of the whole batch, where they are not all here."""
+    unfit: str | None = None
+    """Why the compiled kernels cannot train this part of an SAE."""
+    leads: bool = True
+    """Whether this part speaks for all."""
     d_sae: int = 0
     """Latents of the whole SAE, where they are not all here."""
     first: int = 0
@@ -147,6 +151,18 @@ class Whole:
         if not pre.shape[1]:
             return None
         return code_from_topk(*pre.topk(min(k, pre.shape[1]), dim=1, sorted=False))
+
+    def among(self, choice: Choice, pre: SparseCode) -> SparseCode:  # noqa: ARG002
+        """Return the pairs that are active over all parts, of those that would be if only the latents here were."""
+        return pre
+
+    def among_dead(self, pre: SparseCode, k: int) -> SparseCode:  # noqa: ARG002
+        """Return those of dead latents that are among their row's k largest over all parts."""
+        return pre
+
+    def any_dead(self, dead: Bool[Tensor, " d_sae"]) -> bool:
+        """Return whether a latent of any part is dead."""
+        return bool(dead.any())
 
     def summed(self, part: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the sum of what each part of the latents gives, differentiable in each."""

@@ -147,7 +147,7 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     rate = member.cfg.learning_rate(member.sae.cfg.d_in)
     rate *= lr_factor(step, run.steps, run.warmup, run.decay)
     varies = isinstance(member.sae.choice, Above)
-    kernels = chosen(member, run, batch.x) if member.part is WHOLE else "eager"
+    kernels = chosen(member, run, batch.x)
     if kernels == "eager" or (varies and not bool(member.sparse)):
         leave(member)
         code = eager_step(member, batch, rate, run, step)
@@ -161,8 +161,10 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
             code = triton_step(member, batch, rate, run, step)
     look_for_dead(member, step, run)
     if (step + 1) % LOOK_EVERY == 0 and varies:
-        share = float(torch.count_nonzero(code.values)) / max(1, code.batch * len(member.dead))
-        member.sparse = torch.tensor(share < FEW)
+        entries = torch.tensor([code.batch * len(member.dead), 0], device=code.values.device)
+        entries[1] = torch.count_nonzero(code.values)
+        entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
+        member.sparse = torch.tensor(entries[1] < FEW * entries[0])
 
 
 def look_for_dead(member: MemberState, step: int, run: TrainConfig) -> None:
@@ -186,7 +188,7 @@ def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
         raise UserError(
             f"kernels '{wanted}' cannot train {member.name}: {reason}; use auto or eager"
         )
-    if reason not in _told:
+    if reason not in _told and member.part.leads:
         _told.add(reason)
         _log.warning("training %s with PyTorch's own kernels: %s", member.name, reason)
     return "eager"
@@ -198,6 +200,8 @@ def unfit_native(member: MemberState, x: Tensor) -> str | None:
     k = getattr(choice, "k", 1)
     if x.device.type != "cpu":
         return f"the compiled kernels are for the CPU, not {x.device.type}"
+    if member.part.unfit:
+        return member.part.unfit
     if x.dtype != torch.float32:
         return f"the compiled kernels take float32, not {str(x.dtype).removeprefix('torch.')}"
     if k * LARGEST_SHARE > cfg.d_sae and cfg.d_sae > LARGEST_SHARE:
