@@ -320,9 +320,12 @@ def _check_numbers(flags: Config) -> None:
 
 
 def check_known(kind: type[Config], words: list[str]) -> None:
-    """Raise UserError for the first flag that does not exist, with the nearest that do."""
+    """Raise UserError for the first flag that does not exist, with the nearest that do, or has no value of several."""
     known = set(flag_names(kind))
-    for word in words:
+    several = {f"--{flag_name(path[-1])}" for path, f in leaves(kind) if OneOrSeveral in f.metadata}
+    for word, after in itertools.pairwise([*words, "--"]):
+        if word.replace("_", "-") in several and after.startswith("--"):
+            raise UserError(f"no value for '{word}'")
         if word.startswith("--") and word != "--":
             flag = word.split("=", 1)[0].replace("_", "-")
             if flag not in known:
