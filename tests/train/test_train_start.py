@@ -9,6 +9,7 @@ from halting import Halting
 from test_train import config, files_of, weighted, world
 
 from wsae.acts.source import ArraySource
+from wsae.api import fit_family
 from wsae.core.errors import UserError
 from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
@@ -121,3 +122,14 @@ def test_rows_that_would_choose_other_latents_are_refused(tmp_path: Path) -> Non
     mapped = config(weighted("none", precondition=WHITE))
     with pytest.raises(UserError, match="rows of lengths .* topk would choose other latents"):
         train_run(mapped, ArraySource(world()), tmp_path / "run", start=Start({"acts": sae}))
+
+
+def test_a_skip_transcoder_goes_on_too() -> None:
+    x = world()[:1_000]
+    y = x[:, :8].relu() @ torch.randn(8, 12, generator=torch.Generator().manual_seed(1)) + 1
+    member = weighted("none", skip=True, precondition=WHITE)
+    still = member.model_copy(update=STILL)
+    data = {"target": y, "tokens": 400, "batch_size": 200}
+    first = fit_family(x, [member], **data).saes[0]
+    again = fit_family(x, [still], **data, init_from=first).saes[0]
+    torch.testing.assert_close(again(x), first(x), rtol=1e-5, atol=1e-4)

@@ -218,7 +218,7 @@ class PlanFlags(
         ]
 
 
-def _has(kind: Kind, name: str) -> bool:
+def _has(kind: str, name: str) -> bool:
     """Return whether a kind of SAE has a setting."""
     mine = name in KINDS[kind].model_fields
     return kind in OF_KINDS[name] if name in OF_KINDS else mine or name in MEMBER_GRID

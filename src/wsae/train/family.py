@@ -109,7 +109,7 @@ def _check_alike(hook: str, there: SAEConfig, here: SAEConfig) -> None:
     ours = {**here.to_dict(), "activation": here.activation.kind}
     theirs = {**there.to_dict(), "activation": there.activation.kind}
     for name, value in ours.items():
-        if theirs[name] != value:
+        if (theirs[name] or None) != (value or None):
             raise UserError(
                 f"the SAE to start from at {hook} has {name} {theirs[name]}, and {name} {value} is to be trained; "
                 "leave the flag out, or start from another"
