@@ -36,11 +36,28 @@ def eager_step(
 
     Nothing is read back from a GPU.
     """
+    forward = training_forward(member.sae, batch.x, run.dtype == "bfloat16", member.part)
+    return descend(member, batch, forward, None, rate, run, step)
+
+
+def descend(
+    member: MemberState,
+    batch: Batch,
+    forward: Forward,
+    aim: Float[Tensor, ""] | None,
+    rate: float,
+    run: TrainConfig,
+    step: int,
+) -> SparseCode:
+    """Take the step of a training forward pass: its loss, penalties and revival included, update and record.
+
+    `aim`, in its own unit, takes the place of the weighted reconstruction loss.
+    """
     sae, cfg, part, target = member.sae, member.cfg, member.part, batch.target
-    forward = training_forward(sae, batch.x, run.dtype == "bfloat16", part)
     reconstruction = weighted_reconstruction_loss(target, forward.x_hat, sae.gamma, part.batch)
     revival = revival_loss(member, target, forward)
-    fit = reconstruction + also_loss(target, forward, sae.gamma, part.batch) + cfg.auxk * revival
+    fit = reconstruction if aim is None else aim
+    fit = fit + also_loss(target, forward, sae.gamma, part.batch) + cfg.auxk * revival
     price = penalty(forward.entries, cfg.l1, cfg.l0, part.batch or len(target))
     loss = fit + price
     member.optimizer.zero_grad(set_to_none=True)
@@ -56,7 +73,9 @@ def eager_step(
         x_hat = forward.x_hat.detach()
         sse = F.mse_loss(x_hat, target, reduction="sum")
         error = None if member.back is None else x_hat - target
-        losses = (part.once(fit.detach()) + price, reconstruction.detach(), revival.detach())
+        whole = part.once(fit.detach()) + price
+        whole = whole if aim is None else whole / member.scale**2  # the record multiplies by it
+        losses = (whole, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
     return forward.code
 
@@ -140,14 +159,19 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         # Triton launches on the current device, whichever the tensors are on
         with torch.cuda.device_of(batch.x):
             code = triton_step(member, batch, rate, run, step)
-    if (step + 1) % GAMMA_EVERY == 0:
-        member.dead = member.since_fired > run.dead_tokens
-        member.part.note_dead(member.dead)
+    look_for_dead(member, step, run)
     if (step + 1) % LOOK_EVERY == 0 and varies:
         entries = torch.tensor([code.batch * len(member.dead), 0], device=code.values.device)
         entries[1] = torch.count_nonzero(code.values)
         entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
         member.sparse = torch.tensor(entries[1] < FEW * entries[0])
+
+
+def look_for_dead(member: MemberState, step: int, run: TrainConfig) -> None:
+    """Say now and then which latents are dead."""
+    if (step + 1) % GAMMA_EVERY == 0:
+        member.dead = member.since_fired > run.dead_tokens
+        member.part.note_dead(member.dead)
 
 
 def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
