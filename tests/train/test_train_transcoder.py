@@ -106,11 +106,10 @@ CASES = {
         "activation": {"kind": "batch_topk", "k": 4},
     },
     "jumprelu": {"activation": {"kind": "jumprelu", "threshold": 0.3}, "l0": 3e-3},
-    "gated": {"activation": {"kind": "gated"}, "l1": 0.1, "skip": True},
-    "nested": {
-        "activation": {"kind": "matryoshka", "k": 4, "widths": (24, 96)},
+    "gated, skip": {"activation": {"kind": "gated"}, "l1": 0.05, "skip": True},
+    "matryoshka, skip": {
+        "activation": {"kind": "matryoshka", "k": 4, "widths": (8, 20)},
         "skip": True,
-        "gamma": {"rule": "whiten"},
     },
 }
 

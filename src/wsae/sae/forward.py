@@ -70,7 +70,7 @@ class Entries(NamedTuple):
 class Also(NamedTuple):
     """Another reconstruction of x, which the loss adds."""
 
-    x_hat: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_out"]
     weight: float
 
 
@@ -117,6 +117,10 @@ class Whole:
 
     batch: int = 0
     """Rows of the whole batch, where they are not all here."""
+    unfit: str | None = None
+    """Why the compiled kernels cannot train this part of an SAE."""
+    leads: bool = True
+    """Whether this part speaks for all."""
     d_sae: int = 0
     """Latents of the whole SAE, where they are not all here."""
     first: int = 0
@@ -147,6 +151,18 @@ class Whole:
         if not pre.shape[1]:
             return None
         return code_from_topk(*pre.topk(min(k, pre.shape[1]), dim=1, sorted=False))
+
+    def among(self, choice: Choice, pre: SparseCode) -> SparseCode:  # noqa: ARG002
+        """Return the pairs that are active over all parts, of those that would be if only the latents here were."""
+        return pre
+
+    def among_dead(self, pre: SparseCode, k: int) -> SparseCode:  # noqa: ARG002
+        """Return those of dead latents that are among their row's k largest over all parts."""
+        return pre
+
+    def any_dead(self, dead: Bool[Tensor, " d_sae"]) -> bool:
+        """Return whether a latent of any part is dead."""
+        return bool(dead.any())
 
     def summed(self, part: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the sum of what each part of the latents gives, differentiable in each."""
@@ -213,19 +229,18 @@ def training_forward(
     own = at_latents(sae.own, chosen.indices)
     entries = Entries.of(sae.arch, sae.cfg.activation, at, own, norms)
     code = SparseCode(entries.z.detach(), chosen.indices, chosen.offsets)
-    base = sae.base(x)
     if sae.arch.nested is None:
-        x_hat = part.summed(decode(entries.z, sae.W_dec, plan)) + base
+        x_hat = sae.completed(part.summed(decode(entries.z, sae.W_dec, plan)), x)
         return Forward(x_hat, entries, code, pre.detach(), centred.detach())
     nested = sae.arch.nested(sae.cfg.activation, part.d_sae or sae.cfg.d_sae)
     level = part.level(nested, pre, chosen)
-    x_hat, found = base, []
+    decoded, found = 0, []
     for number, weight in enumerate(nested.weights):
         here = level == number
         rows, indices = plan.rows[here], chosen.indices[here]
         own_plan = Plan.build(indices, offsets_of(rows, len(x)), len(sae.W_dec))
-        x_hat = x_hat + part.summed(decode(entries.z[here], sae.W_dec, own_plan))
-        found.append(Also(x_hat, weight))
+        decoded = decoded + part.summed(decode(entries.z[here], sae.W_dec, own_plan))
+        found.append(Also(sae.completed(decoded, x), weight))
     main = found.pop(nested.main)
     code = up_to(code, level, nested.main)
     return Forward(main.x_hat, entries, code, pre.detach(), centred.detach(), tuple(found))
@@ -237,14 +252,13 @@ def _dense_forward(sae: SAE, x: Tensor, bf16: bool, part: Whole) -> Forward:
     pre = _product(sae, centred, bf16).to(x.dtype)
     norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else None
     entries = dense_entries(sae.arch, sae.cfg.activation, pre, sae.own, norms)
-    base, also = sae.base(x), ()
-    x_hat = part.summed(entries.z @ sae.W_dec) + base
+    x_hat, also = part.summed(entries.z @ sae.W_dec), ()
     if sae.arch.gate is not None:
         from_gate = part.summed(sae.arch.gate(pre) @ sae.W_dec.detach())
-        fixed_base = base.detach() if isinstance(base, Tensor) else base
-        also = (Also(from_gate + fixed_base, 1.0),)
+        frozen = sae.completed(torch.zeros_like(from_gate), x).detach()
+        also = (Also(from_gate + frozen, 1.0),)
     code = code_from_dense(entries.z.detach())
-    return Forward(x_hat, entries, code, pre.detach(), centred.detach(), also)
+    return Forward(sae.completed(x_hat, x), entries, code, pre.detach(), centred.detach(), also)
 
 
 def level_by_latent(

@@ -5,6 +5,7 @@ With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) 
     dW_dec[j] = sum z G[b]     dW_enc[j] = sum dpre (x - b_dec)[b]     db_enc[j] = sum dpre
     db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j]
 Nested levels have a G each: a pair of level l has the sum of those of the levels from l on.
+A transcoder's inputs are x, not x - b_dec, so the last sum is not there; dW_skip = sum_b G[b] x[b]^T.
 """
 
 import contextlib
@@ -12,17 +13,22 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from wsae.kernels import SparseCode, offsets_of
-from wsae.kernels.native import dense_threads
-from wsae.kernels.native.select import Centred, dimension_scales, select_above, select_topk
+from wsae.kernels.native.select import (
+    Centred,
+    RoundedEncoder,
+    dimension_scales,
+    select_above,
+    select_positive,
+    select_topk,
+)
 from wsae.kernels.native.slices import (
     Residual,
     Slices,
     SortedPairs,
-    dots,
     from_slices,
     residual,
     sort_pairs,
@@ -51,7 +57,7 @@ class Losses(NamedTuple):
     """Sum over the batch of ||e||^2."""
     more: float | Float[Tensor, ""] = 0.0
     """Penalties, and the losses of nested levels and gates, before the step."""
-    error: Float[Tensor, "rows d_in"] | None = None
+    error: Float[Tensor, "rows d_out"] | None = None
     """x_hat - x of the rows `looked_at`."""
 
 
@@ -136,7 +142,7 @@ def step_result(
     """Return the step's loss and its parts; `revival` is the mean of ||Gamma (e - e_hat)||^2, None without."""
     reconstruction = losses.reconstruction
     aux = reconstruction.new_zeros(()) if revival is None else revival
-    loss = reconstruction + member.cfg.auxk * aux + losses.more
+    loss = member.part.once(reconstruction + member.cfg.auxk * aux) + losses.more
     return StepResult(code, loss, reconstruction, aux, losses.sse, losses.error)
 
 
@@ -212,8 +218,6 @@ def _put(member: MemberState, weights: Weights) -> None:
 
 SAMPLE = 256
 """Rows of the batch from which a first batch Top-k threshold is guessed."""
-ROUNDING = 2.0**-23
-"""A float32 product of two vectors errs by at most this share of their lengths per dimension."""
 
 
 def find_pairs(sae: SAE, weights: Weights, centred: Centred) -> SparseCode:
@@ -302,41 +306,40 @@ def native_step(
     weights, sae, x = enter(member), member.sae, batch.x.contiguous()
     b_dec, b_in = (None if b is None else b.detach() for b in (sae.b_dec, sae.b_in))
     centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
-    target = _left_to_latents(sae, batch)
-    values = PairValues(sae, find_pairs(sae, weights, centred), weights.norms)
-    nested = sae.nested
+    part, nested, target = member.part, sae.nested, left_by_skip(sae, batch)
+    chosen = part.among(sae.choice, find_pairs(sae, weights, centred))
+    values = PairValues(sae, chosen, weights.norms)
     code, shown, gated = values.code, looked_at(member, batch), None
     if nested is None:
-        main = _reconstruct(weights, code, target, sae.gamma, b_dec, shown=shown)
+        main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
     else:
         level = _level(nested, values.pre)
         main = _reconstruct_levels(weights, code, nested, level, target, sae.gamma, b_dec, shown)
         code = up_to(code, level, nested.main)
     if values.gate is not None:
         by_gate = values.pre._replace(values=values.gate.detach())
-        gated = _reconstruct(weights, by_gate, target, sae.gamma, b_dec)
+        gated = _reconstruct(member, weights, by_gate, target, b_dec)
     slopes = values.back(member, main.dz, None if gated is None else gated.dz)
     parts = main.with_slopes(slopes.pre)
     revived, aux = _revive(member, weights, centred, main, target)
     parts += revived
     _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate)
     if sae.W_skip is not None:
-        with dense_threads():
-            skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
+        skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
         _adam(member, sae.W_skip, skip, rate)
-    more = slopes.penalty + main.more + (0.0 if gated is None else gated.reconstruction)
+    also = main.more + (0.0 if gated is None else gated.reconstruction)
+    more = slopes.penalty + (part.once(also) if isinstance(also, Tensor) else also)
     losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), more, main.shown)
     record(member, batch, step_result(member, code, losses, aux), step, run, weights.W_dec)
     return code
 
 
-def _left_to_latents(sae: SAE, batch: Batch) -> Float[Tensor, "batch d_out"]:
-    """Return what latents and b_dec are to give: of a skip transcoder what x @ W_skip^T leaves."""
+def left_by_skip(sae: SAE, batch: Batch) -> Float[Tensor, "batch d_out"]:
+    """Return what a transcoder's skip leaves for its latents: the target where it has none."""
     target = batch.target.contiguous()
     if sae.W_skip is None:
         return target
-    with dense_threads():
-        return torch.addmm(target, batch.x, sae.W_skip.detach().T, alpha=-1)
+    return torch.addmm(target, batch.x, sae.W_skip.detach().T, alpha=-1)
 
 
 class Revival(NamedTuple):
@@ -358,14 +361,11 @@ def _revive(
     else:
         groups = list(zip(main.lefts, dead_by_level(nested, member.dead), strict=True))
     for left, mask in groups:
-        dead = mask.nonzero()[:, 0]
-        if not len(dead):
+        if not member.part.any_dead(mask):
             continue
-        chosen = _revived(member, weights, centred, dead)
-        code = chosen._replace(values=chosen.values.relu())
-        rest = _error(member, left, target)
-        found = _reconstruct(weights, code, rest, member.sae.gamma, None, cfg.auxk)
-        terms += found.with_slopes(found.dz * (code.values > 0))
+        code = _revived(member, weights, centred, mask)
+        found = _reconstruct(member, weights, code, _error(member, left, target), share=cfg.auxk)
+        terms += found.with_slopes(found.dz)
         losses.append(found.reconstruction)
     return Revival(terms, torch.stack(losses).sum() if losses else None)
 
@@ -378,20 +378,21 @@ def _level(nested: Nested, pre: SparseCode) -> Int64[Tensor, " pairs"]:
 
 
 def _reconstruct(
+    member: MemberState,
     weights: Weights,
     code: SparseCode,
     target: Tensor,
-    gamma: Tensor,
-    start: Tensor | None,
+    start: Tensor | None = None,
     share: float = 1.0,
     shown: int = 0,
 ) -> Reconstructed:
     """Decode, starting from a vector if one is given, and take share * ||Gamma (x_hat - target)||^2 back to z."""
     pairs = sort_pairs(code, weights.d_sae)
     z = code.values[pairs.order]
-    x_hat = weights.decode(pairs, z, len(target), start)
+    start = None if start is None else member.part.once(start)
+    x_hat = member.part.over_latents(weights.decode(pairs, z, len(target), start))
     error = _first_errors(x_hat, target, shown)  # before the residual takes its place
-    left = _weighted_residual(x_hat, target, gamma)
+    left = _weighted_residual(x_hat, target, member.sae.gamma)
     if share != 1:
         left.gradient.mul_(share)
     along = weights.dots(pairs, left.gradient)
@@ -462,31 +463,21 @@ def _weighted_residual(x_hat: Slices, x: Tensor, gamma: Tensor) -> Residual:
 
 
 def _revived(
-    member: MemberState, weights: Weights, centred: Centred, dead: Int64[Tensor, " dead"]
+    member: MemberState, weights: Weights, centred: Centred, mask: Bool[Tensor, " d_sae"]
 ) -> SparseCode:
-    """Return the positive pre-activations among each row's largest ones of dead latents: the others change nothing.
-
-    A dense product says which may be positive. Its last bits depend on the number of threads, those of the values here
-    do not.
-    """
-    rows = from_slices(weights.encoder_rows.index_select(1, dead), weights.d_in)
-    bias = None if member.sae.b_enc is None else member.sae.b_enc.detach()
-    with dense_threads():
-        pre = centred.rows @ rows.T
-    pre = pre if bias is None else pre.add_(bias[dead])
-    k = min(member.cfg.revived(weights.d_out), len(dead))
-    values, picked = pre.topk(k, dim=1, sorted=False)
-    slack = (
-        ROUNDING * weights.d_in * centred.rows.norm(dim=1, keepdim=True) * rows.norm(dim=1).max()
-    )
-    row, place = (values > -slack).nonzero(as_tuple=True)
-    latents, offsets = dead[picked[row, place]], offsets_of(row, len(pre))
-    pairs = sort_pairs(SparseCode(values[row, place], latents, offsets), weights.d_sae)
-    exact = dots(pairs, centred.slices, weights.encoder_rows, None, weights.d_in)
-    z = torch.empty_like(exact).index_copy_(0, pairs.order, exact)
-    z = z if bias is None else z.add_(bias[latents])
-    keep = z > 0
-    return SparseCode(z[keep], latents[keep], offsets_of(row[keep], len(pre)))
+    """Return the positive pre-activations among each row's largest ones of dead latents: the others change nothing."""
+    dead, W = mask.nonzero()[:, 0], weights.encoder_rows
+    k = member.cfg.revived(weights.d_out)
+    if not len(dead):  # other processes have some
+        none = dead.new_zeros(len(centred.rows) + 1)
+        return member.part.among_dead(SparseCode(member.mean.new_zeros(0), dead, none), k)
+    rows = W.index_select(1, dead)
+    bias = None if member.sae.b_enc is None else member.sae.b_enc.detach()[dead]
+    rounded = RoundedEncoder(len(dead), weights.d_in, len(dead), weights.rounded.dim)
+    rounded.measure(rows)
+    rounded.pack(rows)
+    found = select_positive(rounded, rows, bias, centred, min(k, len(dead)))
+    return member.part.among_dead(found._replace(indices=dead[found.indices]), k)
 
 
 def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "batch d_in"]:
@@ -535,7 +526,7 @@ def _update(
         _adam(member, sae.get_parameter(name), grad, rate)
     keep_positive_(sae)
     if sae.b_dec is not None:
-        through = by_bias if through is None else through
+        through = member.part.over_latents(by_bias if through is None else through)
         _adam(member, sae.b_dec, total if sae.b_in is None else total - through, rate)
 
 

@@ -128,7 +128,7 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     rate = member.cfg.learning_rate(member.sae.cfg.d_in)
     rate *= lr_factor(step, run.steps, run.warmup, run.decay)
     varies = isinstance(member.sae.choice, Above)
-    kernels = chosen(member, run, batch.x) if member.part is WHOLE else "eager"
+    kernels = chosen(member, run, batch.x)
     if kernels == "eager" or (varies and not bool(member.sparse)):
         leave(member)
         code = eager_step(member, batch, rate, run, step)
@@ -144,8 +144,10 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         member.dead = member.since_fired > run.dead_tokens
         member.part.note_dead(member.dead)
     if (step + 1) % LOOK_EVERY == 0 and varies:
-        share = float(torch.count_nonzero(code.values)) / max(1, code.batch * len(member.dead))
-        member.sparse = torch.tensor(share < FEW)
+        entries = torch.tensor([code.batch * len(member.dead), 0], device=code.values.device)
+        entries[1] = torch.count_nonzero(code.values)
+        entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
+        member.sparse = torch.tensor(entries[1] < FEW * entries[0])
 
 
 def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
@@ -162,7 +164,7 @@ def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
         raise UserError(
             f"kernels '{wanted}' cannot train {member.name}: {reason}; use auto or eager"
         )
-    if reason not in _told:
+    if reason not in _told and member.part.leads:
         _told.add(reason)
         _log.warning("training %s with PyTorch's own kernels: %s", member.name, reason)
     return "eager"
@@ -174,6 +176,8 @@ def unfit_native(member: MemberState, x: Tensor) -> str | None:
     k = getattr(choice, "k", 1)
     if x.device.type != "cpu":
         return f"the compiled kernels are for the CPU, not {x.device.type}"
+    if member.part.unfit:
+        return member.part.unfit
     if x.dtype != torch.float32:
         return f"the compiled kernels take float32, not {str(x.dtype).removeprefix('torch.')}"
     if k * LARGEST_SHARE > cfg.d_sae and cfg.d_sae > LARGEST_SHARE:
@@ -185,9 +189,9 @@ def unfit_native(member: MemberState, x: Tensor) -> str | None:
 
 def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
     """Return why the Triton kernels cannot train this member here, or None if they can. Imports no Triton."""
+    choice, W, arch = member.sae.choice, member.sae.W_dec.detach(), member.sae.arch
     if member.sae.cfg.transcoder:
         return "the Triton kernels have no transcoders yet"
-    choice, W, arch = member.sae.choice, member.sae.W_dec.detach(), member.sae.arch
     if isinstance(choice, Every) or arch.nested is not None or arch.gate is not None:
         return f"the Triton kernels have no {arch.kind}"
     # batch Top-k compares with a threshold: its k bounds nothing
