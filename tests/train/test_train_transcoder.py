@@ -11,7 +11,6 @@ from wsae.acts.source import AlignedSource, ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.evals.config import EvalConfig
-from wsae.kernels.native import why_not
 from wsae.sae import SAE, SAEConfig
 from wsae.sae.config import make_activation
 from wsae.train.config import MemberConfig, TrainConfig
@@ -113,20 +112,6 @@ CASES = {
         "skip": True,
     },
 }
-
-
-@pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
-@pytest.mark.parametrize("case", CASES)
-def test_compiled_training_follows_autograd(case: str) -> None:
-    one, sums = trained(kernels="eager", **CASES[case])
-    two, others = trained(kernels="native", **CASES[case])
-    for name in ("loss", "auxk", "sse", "l0", "rows"):
-        assert others[name] == pytest.approx(sums[name], rel=2e-3, abs=1e-9), name
-    for name, tensor in one.tensors().items():
-        difference = (two.tensors()[name] - tensor).double().norm()
-        assert float(difference) <= 5e-3 * max(1.0, float(tensor.double().norm())), name
-    if case.endswith("dead latents"):
-        assert sums["auxk"] > 0
 
 
 def test_a_preconditioner_maps_what_is_read_and_gamma_weighs_what_is_given() -> None:

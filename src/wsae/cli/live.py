@@ -368,7 +368,7 @@ def open_data(
     return LiveSource(cfg, LiveConfig.parse(config_values(mixing, LiveConfig), where=FLAGS))
 
 
-class BothSides(NamedTuple):
+class SidesData(NamedTuple):
     """Activations of transcoders: a source with what they read and what they are to give, and the hooks of each."""
 
     source: "ActivationSource"
@@ -383,13 +383,13 @@ def open_sides(
     seed: int,
     device: str,
     **rest: object,
-) -> BothSides:
+) -> SidesData:
     """Return the activations of both sides of modules: of a store or a live model, or of two stores or arrays."""
     read = live.hook
     if not is_data(source):
         asked = live.model_copy(update={"hook": (*read, *hook_out)})
         both = open_data(source, asked, mixing, seed, device, **rest)
-        return BothSides(both, pairs(both.hooks, read, hook_out))
+        return SidesData(both, pairs(both.hooks, read, hook_out))
     both = open_data(source, live.model_copy(update={"hook": ()}), mixing, seed, device)
     elsewhere = Path(hook_out[0])
     if len(hook_out) == 1 and elsewhere.exists():
@@ -399,13 +399,13 @@ def open_sides(
         one, given = _named_alone(source, both, read), _named_alone(str(elsewhere), other, ())
         if next(iter(one.hooks)) in given.hooks and one.digest() == given.digest():
             raise UserError(f"--hook-out {elsewhere}: is what is read; name another for the output")
-        return BothSides(
+        return SidesData(
             AlignedSource(one, given), {next(iter(one.hooks)): next(iter(given.hooks))}
         )
     read = read or tuple(hook for hook in both.hooks if among(hook, hook_out) is None)
     found = pairs(both.hooks, read, hook_out)
     named = dict.fromkeys([*found, *found.values()])
-    return BothSides(
+    return SidesData(
         both if len(named) == len(both.hooks) else _opened(source, tuple(named)), found
     )
 
