@@ -37,7 +37,7 @@ from wsae.kernels import (
     select_group_topk,
     select_topk,
 )
-from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
+from wsae.sae.architectures import Above, Choice, Groups, Rows, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
@@ -133,12 +133,6 @@ class SAE(nn.Module):
                 f"an SAE whose rows are normalised ({self.cfg.input_norm}) is not trained here"
             )
         return self.arch.choose(self.cfg.activation, self.own)
-
-    @property
-    def nested(self) -> Nested | None:
-        """The levels of its code, where its kind has any."""
-        make = self.arch.nested
-        return None if make is None else make(self.cfg.activation, self.cfg.d_sae)
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:

@@ -87,7 +87,7 @@ def revival_loss(
     if member.cfg.auxk == 0:
         return target.new_zeros(())
     k_aux, dead, part = member.cfg.revived(target.shape[1]), member.dead, member.part
-    nested = member.sae.nested
+    nested = part.nested(member.sae)
     if nested is None or not nested.level_auxk:
         residual = target - forward.x_hat.detach()
         return auxk_loss(member.sae, residual, forward, dead, k_aux, part)

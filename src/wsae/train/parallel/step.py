@@ -354,7 +354,10 @@ def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
     fewest, k = last.stop - last.start, getattr(whole.activation, "k", 1)
     if parts == 1:
         return None
-    if whole.activation.kind == "group_topk" or architecture_of(whole.activation).nested:
+    make = architecture_of(whole.activation).nested
+    nested = None if make is None else make(whole.activation, whole.d_sae)
+    by_rank = nested is not None and (nested.widths is None or nested.level_auxk)
+    if by_rank or whole.activation.kind == "group_topk":
         return "its groups or levels lie on several processes"
     if k * LARGEST_SHARE > fewest:
         return f"k = {k} of the {fewest} latents of a process is not sparse"
