@@ -335,7 +335,10 @@ def test_misfits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with a_world_of_one(monkeypatch) as world:
         for layout, says in (
             (Layout(data=64), "data=64: a batch of 62 rows leaves a rank without"),
-            (Layout(layers=10), "layers=10: there are 1 hooks of 9 members to divide; use at most 9"),
+            (
+                Layout(layers=10),
+                "layers=10: there are 1 hooks of 9 members to divide; use at most 9",
+            ),
         ):
             world.layout = layout
             with pytest.raises(UserError, match=says):

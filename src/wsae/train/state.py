@@ -88,7 +88,8 @@ def make_member(
 
     `mean` and `spread` (standard deviations; by default equal ones) are in the activations' own units. An `sae` is
     taken as it is, in place of a new one. A transcoder has a `target`: its b_dec starts at the target's mean, its b_enc
-    at -mean @ W_enc, as if the mean had been subtracted from its inputs.
+    at -mean @ W_enc, as if the mean had been subtracted from its inputs, and its decoder at 0: a latent's first
+    gradient gives its row the direction, which is then brought to norm 1 (as in sparsify).
     """
     d_in = len(mean)
     scale_in, centre_in = scale, (mean / scale).float()
@@ -119,10 +120,11 @@ def make_member(
 
 
 def centred(sae: SAE, read: Float[Tensor, " d_in"], given: Float[Tensor, " d_out"]) -> SAE:
-    """Return a new SAE with its biases at the means, in scaled units, of what it reads and what it is to give."""
+    """Return a new SAE at the means, in scaled units, of what it reads and what it is to give (`make_member`)."""
     if sae.cfg.transcoder:
         assert sae.b_enc is not None
         sae.b_enc.data.copy_(-read @ sae.W_enc)
+        sae.W_dec.data.zero_()
     if sae.b_dec is not None:
         sae.b_dec.data.copy_(given)
     return sae
