@@ -9,7 +9,7 @@ Tied: W_dec = W_enc^T and no biases. What z is the kind says (`wsae.sae.architec
 import contextlib
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
-from wsae.sae.architectures import Above, Choice, Groups, Rows, architecture_of
+from wsae.sae.architectures import Above, Architecture, Choice, Groups, Rows, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
@@ -68,6 +68,14 @@ class SAE(nn.Module):
         if "threshold" not in self.arch.parameters:
             self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
         self.register_buffer("gamma", torch.ones(cfg.d_in, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
+        """Cast or move every tensor; thresholds keep at least float32, where steps of a learning rate still count."""
+        kept = self.threshold.detach()
+        super()._apply(fn, recurse)
+        if self.threshold.dtype.itemsize < torch.float32.itemsize:
+            self.threshold.data = kept.to(self.threshold.device)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -365,11 +373,16 @@ def at_latents(own: Mapping[str, Tensor], indices: Int64[Tensor, "*pairs"]) -> d
     return {name: t[indices] if t.ndim else t for name, t in own.items()}
 
 
+def thresholds(arch: Architecture, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters of a kind that may not be negative, detached, of all its own."""
+    kept = [name for name, parameter in arch.parameters.items() if parameter.positive]
+    return {name: own[name].detach() for name in kept}
+
+
 def keep_positive_(sae: SAE) -> None:
     """Bring back the parameters of the SAE's kind that may not be negative."""
-    for name, parameter in sae.arch.parameters.items():
-        if parameter.positive:
-            sae.own[name].clamp_min_(0)
+    for threshold in thresholds(sae.arch, sae.own).values():
+        threshold.clamp_min_(0)
 
 
 SparseAutoencoder = SAE
