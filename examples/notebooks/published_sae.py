@@ -166,12 +166,11 @@ largest = index.numbers([key])[key]["max"]
 strengths = (0.5, 1.0, 2.0, 4.0)
 steered = steer(
     language,
-    sae,
-    HOOK,
+    {HOOK: sae},
     "the cat sat" if SMALL else "I went to the market and",
     [AskedEdit("set", latent, 1.0, of_peak=True)],
     strengths,
-    {latent: largest},
+    {str(latent): largest},
     SteerConfig(new_tokens=5 if SMALL else 24),
 )
 for one in steered.continuations:

@@ -131,12 +131,11 @@ saes = run.saes[HOOK]
 largest = index.numbers([key])[key]["max"]
 steered = steer(
     language,
-    saes[weighted.name],
-    HOOK,
+    {HOOK: saes[weighted.name]},
     "the cat sat" if SMALL else "The first thing to know is",
     [AskedEdit("set", latent, 1.0, of_peak=True)],
     (1.0, 2.0, 4.0),
-    {latent: largest},
+    {str(latent): largest},
     SteerConfig(new_tokens=5 if SMALL else 24),
 )
 for one in steered.continuations:

@@ -20,7 +20,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.evals.probing.run import probe
 from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
-from wsae.sae.config import make_activation
+from wsae.sae.config import ActivationConfig, make_activation
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.sae.model import SAE
 from wsae.train.bank import fits_a_bank, train_batched
@@ -54,7 +54,7 @@ _MAP = ("power", "shrinkage")
 def Member(  # noqa: N802  (reads as the value it makes)
     gamma: object = "none",
     k: int = 32,
-    activation: str = "topk",
+    activation: str | ActivationConfig = "topk",
     precondition: str = "none",
     **fields: Any,
 ) -> MemberConfig:
@@ -84,7 +84,8 @@ def Member(  # noqa: N802  (reads as the value it makes)
                 f"gamma: shape {tuple(proxy.shape)}; give one value per dimension, [d_in]"
             )
         weights |= {"rule": "vector", "vector": tuple(proxy.double().tolist())}
-    kind = make_activation(activation, k)
+    known = isinstance(activation, ActivationConfig)
+    kind = activation if known else make_activation(activation, k)
     data = {"gamma": weights, "activation": kind, "precondition": mapped, **fields}
     return MemberConfig.parse(data, where="member")
 

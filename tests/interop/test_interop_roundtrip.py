@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from wsae import SAE, UserError
 from wsae.core.torchfile import load_state, save_state
 from wsae.interop import Provenance, load, save
-from wsae.interop.format import NamedTensors, assemble, centred, log_threshold, uncentred, unit_rows
+from wsae.interop.format import NamedTensors, assemble, centred, uncentred, unit_rows
 from wsae.interop.saebench import SAEBenchSAE
 from wsae.sae import SAEConfig, make_activation
 
@@ -38,8 +38,8 @@ def make(kind: str, d_in: int = 5, groups: int = 3, k: int = 2, tied: bool = Fal
         for name, t in sae.tensors().items()
     }
     tensors["gamma"] = tensors["gamma"].abs()
-    tensors["threshold"] = torch.rand((), generator=generator, dtype=torch.float64)
-    if kind != "batch_topk":
+    tensors["threshold"] = torch.rand(sae.threshold.shape, generator=generator, dtype=torch.float64)
+    if kind not in ("batch_topk", "jumprelu"):
         tensors["threshold"] *= 0
     if seed % 3 == 0:
         tensors["gamma"] = torch.rand(d_in, d_in, generator=generator)
@@ -126,14 +126,13 @@ def test_folding_is_algebra():
 
 
 def test_thresholds_of_zero_and_below_act_as_zero_exactly():
-    levels = log_threshold(torch.tensor([0.0, -1.0, 0.5, 1e-30])).exp()
-    assert levels[:2].tolist() == [0.0, 0.0]
-    torch.testing.assert_close(levels[2:], torch.tensor([0.5, 1e-30]), rtol=1e-5, atol=0)
     cfg = SAEConfig(d_in=1, d_sae=2, activation=make_activation("jumprelu"))
     ones, zeros = torch.ones(1, 2), torch.zeros(2)
-    weights = NamedTensors(ones, ones.T, zeros, zeros[:1], torch.tensor([0.0, 1e-3]))
-    sae = assemble(cfg, weights)
-    assert sae.encode(torch.tensor([[1e-20]])).tolist() == [[pytest.approx(1e-20), 0.0]]
+    for low in (0.0, -1.0):
+        weights = NamedTensors(ones, ones.T, zeros, zeros[:1], torch.tensor([low, 1e-3]))
+        sae = assemble(cfg, weights)
+        assert sae.encode(torch.tensor([[1e-20]])).tolist() == [[pytest.approx(1e-20), 0.0]]
+        assert sae.encode(torch.tensor([[-0.5]])).tolist() == [[0.0, 0.0]]
 
 
 def test_a_changed_export_is_found_out(tmp_path):
@@ -281,3 +280,12 @@ def test_files_of_an_export_are_those_upstream_reads(tmp_path):
         weights = next(p for p in folder.glob("sae*.safetensors"))
         assert set(load_file(weights)) == wanted
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", ["multi_topk", "matryoshka", "gated"])
+def test_kinds_that_other_tools_do_not_know_are_written_in_their_plain_form(tmp_path, kind):
+    sae, x = make(kind), torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
+    back = load(save(sae, tmp_path / "sae", "saelens")).sae
+    assert back.cfg.activation.kind == sae.plain().cfg.activation.kind
+    torch.testing.assert_close(back.encode(x), sae.encode(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(back(x), sae(x), rtol=1e-5, atol=1e-5)

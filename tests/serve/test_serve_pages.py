@@ -532,7 +532,7 @@ def test_a_steered_text_is_what_the_library_writes(client: Client, run: Path, mo
     language, sae = load_language(str(model)), sae_of(run, "plain")
     wanted = [AskedEdit("add", 3, 7.0)]
     expected = steer(
-        language, sae, HOOK, "the cat sat", wanted, cfg=SteerConfig(new_tokens=NEW_TOKENS)
+        language, {HOOK: sae}, "the cat sat", wanted, cfg=SteerConfig(new_tokens=NEW_TOKENS)
     )
     assert isinstance(found, dict)
     for one, other in zip(found["continuations"], expected.continuations, strict=True):

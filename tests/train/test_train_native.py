@@ -84,6 +84,10 @@ CASES = {
         "activation": {"kind": "matryoshka", "k": 6, "over": "topk"},
         "lr": 3e-2,
     },
+    "matryoshka by level, dead latents": {
+        "activation": {"kind": "matryoshka", "k": 6, "widths": (40, 90), "level_auxk": True},
+        "lr": 3e-2,
+    },
     "gated": {"activation": {"kind": "gated"}, "l1": 0.3},
     "jumprelu, held, quadratic": {
         "activation": {

@@ -80,6 +80,27 @@ def test_integrated_gradients_add_up_to_what_the_rows_change(model, sae, ids, ki
     assert at.total == pytest.approx(sum(e.effect for e in at.effects) + sum(at.errors))
 
 
+def test_a_model_in_which_sequences_disturb_each_other_is_given_one_at_a_time(model, sae, ids):
+    class Mixing(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, **rest):
+            return self.layer(x + 3 * torch.arange(len(x))[:, None, None], **rest)
+
+    mixing = llama()
+    mixing.model.layers[1] = Mixing(mixing.model.layers[1])
+    found, plain = (
+        attribute(m, {HOOK: sae}, ids, Logit(7), method="integrated", verify=3)
+        for m in (mixing, model)
+    )
+    for one, other in zip(found.verified, plain.verified, strict=True):
+        assert one.predicted.latent == other.predicted.latent
+        assert one.true == pytest.approx(other.true, abs=1e-5)
+    assert found.hooks[HOOK].total == pytest.approx(plain.hooks[HOOK].total, rel=1e-4)
+
+
 def test_the_largest_effects_of_all_hooks_are_verified_by_ablation(model, sae, ids):
     saes = {HOOK: sae, "layers.1": make(JumpReLU(threshold=0.3), seed=1)}
     found = attribute(model, saes, ids, Logit(7), method="gradient", verify=6)

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wsae
-from wsae.acts.capture import one_hook
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import Flow
 from wsae.acts.language import load_language
@@ -57,10 +56,12 @@ def place(base, sae, tmp_path_factory):
 @given(st.integers(0, 10**6), st.floats(-1e4, 1e4).map(lambda x: round(x, 3)), st.booleans())
 def test_an_edit_is_read_as_it_is_written(latent, value, of_peak):
     said = f"{latent}={value}{'x' if of_peak else ''}"
-    wanted = AskedEdit.parse("set", said)
-    assert wanted == ("set", latent, value, of_peak)
-    edit = wanted.edit({latent: 3.0}, strength=0.5)
+    for hook in (None, "layers.9", "blocks.9.hook_resid_post"):
+        wanted = AskedEdit.parse("set", said if hook is None else f"{hook}:{said}")
+        assert wanted == ("set", latent, value, of_peak, hook)
+    edit = wanted.edit({wanted.name: 3.0}, strength=0.5)
     assert isinstance(edit, Set)
+    assert edit.hook == "blocks.9.hook_resid_post"
     assert edit.value == value * (3.0 if of_peak else 1.0) * 0.5
 
 
@@ -74,10 +75,10 @@ def test_what_is_no_edit_is_refused(said):
         AskedEdit.parse("scale", "5=2x")
 
 
-def by_hand(language, sae, prompt, edits, n):
+def by_hand(language, saes, prompt, edits, n):
     """Decode greedily without a cache, the whole text anew for every token."""
     ids = prompt
-    with torch.inference_mode(), attach(language.model, {HOOK: sae}) as attached:
+    with torch.inference_mode(), attach(language.model, saes) as attached:
         language.model(input_ids=ids)  # the rule's medians are of the prompt without edits
         attached.edit(*edits)
         for _ in range(n):
@@ -94,14 +95,14 @@ def test_continuations_are_those_decoded_by_hand_at_each_strength(language, sae)
         AskedEdit("add", 7, 15.0),
         AskedEdit("scale", 5, 0.0),
     ]
-    strengths, peaks = (0.0, 0.5, 2.0), {3: 2.5}
-    found = steer(language, sae, HOOK, "the cat sat on", wanted, strengths, peaks, SHORT)
+    strengths, peaks = (0.0, 0.5, 2.0), {"3": 2.5}
+    found = steer(language, {HOOK: sae}, "the cat sat on", wanted, strengths, peaks, SHORT)
     prompt = Prompt.of(language, "the cat sat on").ids
     assert [c.strength for c in found.continuations] == [None, *strengths]
     texts = []
     for one in found.continuations:
         edits = [] if one.strength is None else [w.edit(peaks, one.strength) for w in wanted]
-        assert one.ids == by_hand(language, sae, prompt, edits, SHORT.new_tokens)
+        assert one.ids == by_hand(language, {HOOK: sae}, prompt, edits, SHORT.new_tokens)
         ids = torch.cat([prompt[0], torch.tensor(one.ids)])
         losses = torch.nn.functional.cross_entropy(
             language.model(input_ids=ids[None]).logits[0, :-1].double(), ids[1:], reduction="none"
@@ -111,13 +112,43 @@ def test_continuations_are_those_decoded_by_hand_at_each_strength(language, sae)
     assert texts[0] != texts[3]  # this edit does something
     first = found.continuations[0].cross_entropy
     assert all(one.cross_entropy > first for one in found.continuations if one.ids != texts[0])
-    assert found.peaks == {3: 2.5}
+    assert found.peaks == {"3": 2.5}
+
+
+def test_edits_name_their_hook_where_several_saes_are_attached(language, sae):
+    other = wsae.SAE(SAEConfig(d_in=WIDTH, d_sae=9, activation=TopK(k=2)), 1)
+    saes = {HOOK: sae, "layers.0": other}
+    wanted = [
+        AskedEdit.parse("set", "blocks.0.hook_resid_post:8=9"),
+        AskedEdit("add", 7, 15.0, hook=HOOK),
+    ]
+    found = steer(language, saes, "the cat sat on", wanted, cfg=SHORT)
+    prompt = Prompt.of(language, "the cat sat on").ids
+    edits = [Set(8, 9.0, hook="layers.0"), Add(7, 15.0, hook=HOOK)]
+    assert found.continuations[1].ids == by_hand(language, saes, prompt, edits, SHORT.new_tokens)
+    assert found.edits == ["set blocks.0.hook_resid_post:8=9", "add layers.1:7=15"]
+    for said, error in (
+        ("8=9", "say which hook: layers.1, layers.0"),
+        ("layers.0:9=1", "9 latents, 0 to 8"),
+        ("layers.7:9=1", "no SAE is attached at 'layers.7'"),
+    ):
+        with pytest.raises(UserError, match=error):
+            steer(language, saes, "the cat", [AskedEdit.parse("set", said)])
+
+
+def test_an_edit_that_no_model_can_take_is_named(language, sae):
+    wanted = [AskedEdit("add", 1, 1.0), AskedEdit("set", 3, 1e30)]
+    with pytest.raises(
+        UserError, match=r"edit Set of latent 3: at position 1 the activation becomes too large"
+    ):
+        steer(language, {HOOK: sae}, "the cat", wanted)
+    steer(language, {HOOK: sae}, "the cat", wanted, (1e-27,), cfg=SHORT)
 
 
 def test_a_random_choice_is_the_same_at_the_same_seed_and_leaves_the_state_alone(language, sae):
     state = torch.random.get_rng_state()
     texts = [
-        steer(language, sae, HOOK, "the", [AskedEdit("add", 1, 0.0)], (1.0,), {},
+        steer(language, {HOOK: sae}, "the", [AskedEdit("add", 1, 0.0)], (1.0,), {},
               SteerConfig(new_tokens=12, temperature=1.5, seed=seed)).continuations
         for seed in (0, 0, 1)
     ]  # fmt: skip
@@ -168,7 +199,7 @@ def test_lm_eval_files_hold_sums_of_adds_or_one_set(sae):
 def test_lm_eval_steers_by_our_file_as_we_do(base, language, sae, tmp_path):
     theirs = pytest.importorskip("lm_eval.models.hf_steered").SteeredModel
     edits, path = [Add(3, 4.0), Add(9, -2.0)], tmp_path / "steer.pt"
-    file = lm_eval_file(language, one_hook(language.model, HOOK), sae, edits)
+    file = lm_eval_file(language, {HOOK: sae}, edits)
     save_plain(path, file)
     made = theirs(str(base), steer_path=str(path), device="cpu", dtype="float32")
     ids = Prompt.of(language, "two dogs run over green hills").ids
@@ -213,6 +244,7 @@ def test_bad_input_of_the_command_is_one_line(place, sae, tmp_path, capsys):
         (["--sae", str(place)], "no edit"),
         (["--sae", str(place), "--set", "24=1"], "has 24 latents, 0 to 23"),
         (["--sae", str(place), "--set", "1"], "not LATENT=VALUE"),
+        (["--sae", str(place), "--set", "layers.0:1=2"], "no SAE is attached at 'layers.0'"),
         (["--sae", str(place), "--set", "1=1", "--chat"], "no chat template"),
         (["--sae", str(place), "--set", "1=1", "--new-tokens", "500"], "128 positions"),
         (["--sae", str(place), "--scale", "1=2", "--lm-eval", str(tmp_path / "x.pt")], "--lm-eval"),

@@ -326,6 +326,35 @@ def splice(model: nn.Module, hook: str | HookPoint, replace: Swap) -> Iterator[N
         yield
 
 
+_PROBE_TOKENS = 32
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest difference of logits allowed to the widened pass, relative to the largest logit."""
+
+
+@torch.no_grad()
+def logits_by_row(model: nn.Module, hook: HookPoint, ids: Int64[Tensor, " length"]) -> int:
+    """Return the number of logits per token where a batch may be made at the hook, and reach the logits row by row.
+
+    The layers before it then run on one sequence for all. 0 where several sequences do not give a plain pass's logits.
+    """
+    ids = ids[:_PROBE_TOKENS].to(input_device(model))
+    plain = model(input_ids=ids[None], use_cache=False).logits
+    try:
+        with splice(model, hook, lambda x, _call: x.repeat(2, 1, 1)):
+            wide = model(input_ids=ids[None], use_cache=False).logits
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+        AssertionError,
+    ):  # shapes do not broadcast: one by one always works
+        return 0
+    if wide.shape != (2, *plain.shape[1:]):
+        return 0
+    tolerance = _PROBE_TOLERANCE.get(plain.dtype, 1e-3) * float(plain.abs().max())
+    return plain.shape[-1] if float((wide - plain).abs().max()) <= tolerance else 0
+
+
 def one_hook(model: nn.Module, name: str) -> HookPoint:
     """Return the one hook point that a name or pattern means, probed; raises UserError where it means several."""
     return hooks_named(model, [name])[name]

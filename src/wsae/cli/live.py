@@ -154,8 +154,8 @@ class PlanFlags(
             raise UserError(
                 f"--k {self.k}: {self.activation} has no k; leave it out, or use --activation topk"
             )
-        k = {} if self.k is None else {"k": self.k}
-        return {"kind": self.activation, **config_values(self, made), **k}
+        own = config_values(self, made) | {"kind": self.activation}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":

@@ -50,11 +50,12 @@ class Flags(Config):
     """Flags of `wsae steer`."""
 
     at: tyro.conf.OmitArgPrefixes[SaeFlags] = SaeFlags()
-    """The model and the SAE."""
+    """The model and the SAEs."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
     """What the model is to continue; give it once for each prompt."""
     set: Edits = ()
-    """Set a latent's activation at every token; give it once for each latent."""
+    """Set a latent's activation at every token; give it once for each latent. Where several SAEs are named, say at
+    which hook: layers.9:1234=8."""
     add: Edits = ()
     """Add to a latent's activation."""
     scale: Edits = ()
@@ -80,7 +81,6 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Steer and return the continuations."""
     from wsae.core.torchfile import save_plain
-    from wsae.use.attach import hooks_named
     from wsae.use.steer import Prompt, check_latents, lm_eval_file, steer
 
     if not flags.prompt:
@@ -90,22 +90,21 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         config_values(flags.how, SteerConfig) | {"seed": flags.common.seed}, where=FLAGS
     )
     opened = flags.at.opened(device(flags.common.device))
-    if len(opened.saes) > 1:
-        raise UserError(f"--sae: {len(opened.saes)} SAEs are named; steer with one")
-    language, rule, ((hook, sae),) = opened.language, opened.rule, opened.saes.items()
-    check_latents(wanted, sae)
+    language, saes = opened.language, opened.saes
+    check_latents(wanted, saes)
     prompts = [Prompt.of(language, text, flags.chat) for text in flags.prompt]
     peaks = largest_of(opened, wanted, flags, ui)
     file = None
     if flags.lm_eval is not None:
-        (point,) = hooks_named(language.model, [hook]).values()
-        file = lm_eval_file(language, point, sae, [one.edit(peaks) for one in wanted])
+        file = lm_eval_file(language, saes, [one.edit(peaks) for one in wanted])
     strengths = flags.sweep or (1.0,)
     found = [
-        steer(language, sae, hook, one, wanted, strengths, peaks, cfg, rule, ui.progress)
+        steer(language, saes, one, wanted, strengths, peaks, cfg, opened.rule, ui.progress)
         for one in prompts
     ]
-    result = {"model": language.name, "sae": str(flags.at.sae[0]), **together(found)}
+    paths = [str(path) for path in flags.at.sae]
+    which = {"sae": paths[0]} if len(paths) == 1 else {"saes": paths}
+    result = {"model": language.name, **which, **together(found)}
     if file is not None and flags.lm_eval is not None:
         save_plain(flags.lm_eval, file)
         result["lm_eval"] = str(flags.lm_eval)
@@ -117,8 +116,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 def together(found: "Sequence[Steered]") -> dict[str, Any]:
     """Return what one set of edits did to several prompts, as JSON."""
     records = [one.record() for one in found]
-    shared = {key: records[0][key] for key in ("hook", "edits", "peaks")}
     own = ("prompt", "continuations")
+    shared = {key: value for key, value in records[0].items() if key not in own}
     return {**shared, "prompts": [{key: record[key] for key in own} for record in records]}
 
 
@@ -131,17 +130,29 @@ def asked(flags: Flags) -> "list[AskedEdit]":
 
 def largest_of(
     opened: "Opened", wanted: "Sequence[AskedEdit]", flags: Flags, ui: UI
-) -> dict[int, float]:
+) -> dict[str, float]:
     """Return the largest activations that edits count in: as the run's evaluation says, else measured on a text."""
-    needed = {one.latent for one in wanted if one.of_peak}
-    known = {latent: peak for latent, peak in _recorded(flags.at).items() if latent in needed}
-    unknown = sorted(needed - known.keys())
-    if not unknown:
-        return known
+    from wsae.use.attach import hook_meant
+
+    peaks: dict[str, float] = {}
+    for path, hook in zip(flags.at.sae, opened.saes, strict=True):
+        here = [
+            one for one in wanted if one.of_peak and hook_meant("", one.hook, opened.saes) == hook
+        ]
+        known = _recorded(path, flags.at)
+        unknown = sorted({one.latent for one in here} - known.keys())
+        known |= _measured(opened, hook, unknown, flags, ui) if unknown else {}
+        peaks |= {one.name: known[one.latent] for one in here}
+    return peaks
+
+
+def _measured(
+    opened: "Opened", hook: str, latents: list[int], flags: Flags, ui: UI
+) -> dict[int, float]:
+    """Return the largest activations of latents at a hook on --text."""
     from wsae.acts.flow import Flow
     from wsae.use.steer import largest
 
-    ((hook, sae),) = opened.saes.items()
     cfg = HarvestConfig.parse(
         {
             "text": TextConfig(path=flags.text),
@@ -154,19 +165,19 @@ def largest_of(
     flow = Flow(cfg, opened.language)
     flow.calibrate()
     steps, (name,) = flow.steps(heldout=False), flow.hooks
-    found = largest(sae, name, unknown, steps, flags.text_tokens, ui.progress)
+    found = largest(opened.saes[hook], name, latents, steps, flags.text_tokens, ui.progress)
     for latent, peak in found.items():
         ui.note(
             f"latent {latent}: largest activation {peak:.4g} in {flags.text_tokens:,} tokens of {flags.text}"
         )
-    return known | found
+    return found
 
 
-def _recorded(at: SaeFlags) -> dict[int, float]:
+def _recorded(path: Path, at: SaeFlags) -> dict[int, float]:
     """Return the largest activations that a run's evaluation recorded."""
     from wsae.interop.runs import choose, open_run
 
-    run = open_run(at.sae[0])
+    run = open_run(path)
     if not run.has(EVALUATION_PART):
         return {}
     place = choose(run.path, at.member, None if run.single else at.hook)[0].place
@@ -180,6 +191,7 @@ def _recorded(at: SaeFlags) -> dict[int, float]:
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print each prompt's continuations."""
     edits = ", ".join(result["edits"])
+    where = result.get("hook") or ", ".join(result["hooks"])
     for found in result["prompts"]:
         rows = [
             [
@@ -191,7 +203,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
             for one in found["continuations"]
         ]
         columns = ("strength", "cross-entropy", "distinct 1-, 2-, 3-grams", "continuation")
-        ui.table(f"{found['prompt']!r}, {edits} at {result['hook']}", columns, rows)
+        ui.table(f"{found['prompt']!r}, {edits} at {where}", columns, rows)
     if "lm_eval" in result:
         path = Path(result["lm_eval"])
         ui.say(f"lm-eval: --model steered --model_args pretrained=MODEL,steer_path={path}")

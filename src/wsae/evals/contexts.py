@@ -5,6 +5,7 @@ number of tokens. Rows arrive sequence by sequence (the order `heldout` promises
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +64,8 @@ NO_FIRINGS = Firings(_NONE, _NONE, _NONE, _NONE.astype(np.float32))
 
 def places(groups: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """Return each entry's place in its group, from 0 on; the groups ascend."""
-    return np.arange(len(groups)) - np.searchsorted(groups, groups)
+    starts = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))
+    return np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
 
 
 class Wanted(NamedTuple):
@@ -122,6 +124,34 @@ _KEPT = Kept(
 )
 CHUNK = 1 << 18
 """Firings gathered before they are looked at."""
+CELLS = 1 << 24
+"""Pairs of latent and sequence looked at together, at most (a byte each)."""
+
+
+class _Rows(NamedTuple):
+    """Rows in the text's order, and what fires in them."""
+
+    seq: Int64[np.ndarray, " rows"]
+    pos: Int64[np.ndarray, " rows"]
+    row: Int64[np.ndarray, " n"]
+    latent: Int64[np.ndarray, " n"]
+    value: Float32[np.ndarray, " n"]
+
+    @staticmethod
+    def join(parts: "list[_Rows]") -> "_Rows":
+        """Concatenate."""
+        starts = np.cumsum([0, *(len(part.seq) for part in parts)]).tolist()
+        moved = [
+            part._replace(row=part.row + start)
+            for part, start in zip(parts, starts[:-1], strict=True)
+        ]
+        return _Rows(*(np.concatenate(columns) for columns in zip(*moved, strict=True)))
+
+    def part(self, first: int, last: int) -> "_Rows":
+        """Return the rows from one to before another."""
+        rows, inside = slice(first, last), slice(*np.searchsorted(self.row, [first, last]))
+        columns = (self.row[inside] - first, self.latent[inside], self.value[inside])
+        return _Rows(self.seq[rows], self.pos[rows], *columns)
 
 
 def spans_of(
@@ -133,7 +163,17 @@ def spans_of(
 
 def by_latent(latent: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """Return the order by latent that keeps the order within one; narrow numbers sort faster."""
+    if len(latent) and latent.max() < 1 << 16:
+        return latent.astype(np.uint16).argsort(kind="stable")
     return torch.from_numpy(latent.astype(np.int32)).argsort(stable=True).numpy()
+
+
+def by_strength(
+    latent: Int64[np.ndarray, " n"], value: Float32[np.ndarray, " n"]
+) -> Int64[np.ndarray, " n"]:
+    """Return the order by latent, its largest value first (values above 0); ties keep their order."""
+    key = latent << 32 | (1 << 31) - value.view(np.int32).astype(np.int64)
+    return torch.from_numpy(key).argsort(stable=True).numpy()
 
 
 def kept_bytes(wanted: Wanted, latents: int) -> int:
@@ -149,7 +189,7 @@ class TopContexts:
     """Running contexts of some latents of one member; the result does not depend on how the rows were split.
 
     A firing is looked at twice: is it above the weakest of its latent's strongest, is its draw below the largest of its
-    latent's random ones? Few are, and only these are ranked.
+    latent's random ones? Few are, and only these are ranked, with what fires in their sequences.
     """
 
     def __init__(self, latents: Int64[Tensor, " latents"], d_sae: int, wanted: Wanted) -> None:
@@ -158,8 +198,9 @@ class TopContexts:
         """In how many sequences each of them fires."""
         self._is_shown = torch.zeros(d_sae, dtype=torch.bool)
         self._is_shown[latents] = True
-        self._open: list[Firings] = []
-        self._kept, self._sorted = _KEPT, 0
+        self._open: list[_Rows] = []
+        self._kept, self._unsorted = _KEPT, 0
+        self._fresh: list[Kept] = []
         self._floor = np.zeros(d_sae, dtype=np.float32)
         self._ceiling = np.full(d_sae, 1 << 32 if wanted.random else 0)
 
@@ -169,81 +210,99 @@ class TopContexts:
         """Add the codes of some rows; `seq` and `pos` place each row."""
         if not len(seq):
             return
-        shown = self._is_shown[entries.indices]
-        rows = entries.rows[shown]
-        columns = (entries.indices[shown], seq[rows], pos[rows], entries.values[shown].float())
-        self._open.append(Firings(*(column.numpy() for column in columns)))
+        columns = (entries.rows, entries.indices, entries.values)
+        if len(self.latents) < len(self._is_shown):
+            shown = self._is_shown[entries.indices]
+            columns = tuple(column[shown] for column in columns)
+        row, latent, value = (column.numpy() for column in columns)
+        self._open.append(_Rows(seq.numpy(), pos.numpy(), row, latent, value.astype(np.float32)))
         if sum(len(part.latent) for part in self._open) >= CHUNK:
-            firings = Firings.join(*self._open)
-            rest = firings.window == int(seq[-1])
-            self._open = [firings.take(rest)]
-            self._add(firings.take(~rest))
+            rows = _Rows.join(self._open)
+            whole = int(np.argmax(rows.seq == rows.seq[-1]))
+            self._open = [rows.part(whole, len(rows.seq))]
+            self._add(rows.part(0, whole))
 
-    def _add(self, firings: Firings) -> None:
-        """Look at the firings of some whole sequences."""
-        if not len(firings.latent):
+    def _add(self, rows: _Rows) -> None:
+        """Look at some whole sequences, as many together as have room."""
+        number = np.cumsum(np.diff(rows.seq, prepend=rows.seq[:1]) != 0)
+        together = max(1, CELLS // len(self._floor))
+        edges = [*np.flatnonzero(np.diff(number // together, prepend=-1)).tolist(), len(number)]
+        for first, last in pairwise(edges):
+            self._look(rows.part(first, last), number[first:last] - number[first])
+
+    def _look(self, rows: _Rows, number: Int64[np.ndarray, " rows"]) -> None:
+        """Pass on what fires in the same sequences as a firing that may be kept; `number` counts the sequences."""
+        latent, n = rows.latent, int(number[-1]) + 1
+        place = (rows.seq.astype(np.uint64) << np.uint64(32)) | rows.pos.astype(np.uint64)
+        draw = (mix64(place, self.wanted.seed) >> np.uint64(32)).astype(np.int64)
+        cell = latent * n + number[rows.row]
+        seen = np.zeros(len(self._floor) * n, dtype=bool)
+        seen[cell] = True
+        self.sequences += np.count_nonzero(seen.reshape(-1, n), axis=1)
+        may = (rows.value > self._floor[latent]) | (draw[rows.row] < self._ceiling[latent])
+        seen[:] = False
+        seen[cell[may]] = True
+        near = np.flatnonzero(seen[cell])
+        near = near[by_latent(latent[near])]
+        row = rows.row[near]
+        firings = Firings(latent[near], rows.seq[row], rows.pos[row], rows.value[near])
+        self._keep(firings, cell[near], draw[row], may[near])
+
+    def _keep(
+        self,
+        firings: Firings,
+        group: Int64[np.ndarray, " n"],
+        draw: Int64[np.ndarray, " n"],
+        may: Bool[np.ndarray, " n"],
+    ) -> None:
+        """Keep those that may be, where they are the strongest of their sequence or drawn; groups ascend."""
+        if not len(group):
             return
-        number = np.cumsum(np.diff(firings.window, prepend=firings.window[0]) != 0)
-        order = by_latent(firings.latent)
-        latent, seq, pos, value = firings = firings.take(order)
+        latent, _, pos, value = firings
         reach = self.wanted.width - 1
-        span = int(pos.max()) + reach + 2
-        group = latent * (int(number[-1]) + 1) + number[order]
-        where = group * span + pos  # ascends; more than `reach` lies between two sequences
-        starts = np.flatnonzero(np.diff(group, prepend=-1))
-        self.sequences += np.bincount(latent[starts], minlength=len(self.sequences))
+        where = group * (int(pos.max()) + reach + 2) + pos
+        starts = np.flatnonzero(np.diff(group, prepend=-1))  # more than `reach` lies between two
         peak = np.repeat(np.maximum.reduceat(value, starts), np.diff(starts, append=len(group)))
         high = np.flatnonzero(value == peak)
         best = np.zeros(len(group), dtype=bool)
         best[high[np.diff(group[high], prepend=-1) != 0]] = True
-        place = (seq.astype(np.uint64) << np.uint64(32)) | pos.astype(np.uint64)
-        draw = (mix64(place, self.wanted.seed) >> np.uint64(32)).astype(np.int64)
-        enters = (best & (value > self._floor[latent])) | (draw < self._ceiling[latent])
-        at = np.flatnonzero(enters)
+        at = np.flatnonzero(may & (best | (draw < self._ceiling[latent])))
         first = np.searchsorted(where, where[at] - reach)
         count = np.searchsorted(where, where[at] + reach, side="right") - first
         inside = spans_of(first, count)
         offset = (pos[inside] - np.repeat(pos[at], count)).astype(np.int16)
         no = np.zeros(len(at), dtype=bool)
         columns = (*firings.take(at), draw[at], best[at], no, no, count, offset, value[inside])
-        pairs = zip(self._kept, columns, strict=True)
-        self._kept = Kept(*(np.concatenate(pair) for pair in pairs))
-        if len(self._kept.latent) > (1 + SLACK) * self._sorted:
+        self._fresh.append(Kept._make(columns))
+        self._unsorted += len(at)
+        if self._unsorted > SLACK * len(self._kept.latent):
             self._prune()
 
     def _prune(self) -> None:
         """Drop what is among neither the strongest nor the random of its latent, and renew what is asked of others."""
-        kept = self._kept
-        bits = kept.value.view(np.int32).astype(np.int64)
-        best = np.flatnonzero(kept.best)
-        top, last = self._first(best, (1 << 31) - bits[best], self.wanted.strongest)
-        self._floor[kept.latent[last]] = kept.value[last]
-        rows = np.arange(len(kept.latent))
-        random, last = self._first(rows, kept.draw, self.wanted.random)
-        self._ceiling[kept.latent[last]] = kept.draw[last]
-        stays = np.flatnonzero(top | random)
-        stays = stays[by_latent(kept.latent[stays])]
-        self._kept = kept._replace(top=top, random=random).take(stays)
-        self._sorted = len(stays)
-
-    def _first(
-        self, rows: Int64[np.ndarray, " n"], key: Int64[np.ndarray, " n"], n: int
-    ) -> "Ranked":
-        """Return which contexts are among the n of smallest key of their latent, and each full latent's n-th.
-
-        Ties go to the earlier place in the text: contexts lie in its order within a latent.
-        """
-        chosen = np.zeros(len(self._kept.latent), dtype=bool)
-        latent = self._kept.latent[rows]
-        order = torch.from_numpy(latent << 32 | key).argsort(stable=True).numpy()
-        rank = places(latent[order])
-        chosen[rows[order[rank < n]]] = True
-        return Ranked(chosen, rows[order[rank == n - 1]])
+        parts = [self._kept, *self._fresh]
+        kept = Kept(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        del parts, self._fresh[:]
+        no = np.zeros(len(kept.latent), dtype=bool)
+        kept, self._unsorted = kept._replace(top=no, random=no.copy()), 0
+        rows = np.flatnonzero(kept.best & (kept.value >= self._floor[kept.latent]))
+        rows = rows[by_strength(kept.latent[rows], kept.value[rows])]
+        chosen, last = first_of_each(kept.latent[rows], self.wanted.strongest)
+        kept.top[rows[chosen]] = True
+        self._floor[kept.latent[rows[last]]] = kept.value[rows[last]]
+        rows = np.flatnonzero(kept.draw <= self._ceiling[kept.latent])
+        key = torch.from_numpy(kept.latent[rows] << 32 | kept.draw[rows])
+        rows = rows[key.argsort(stable=True).numpy()]
+        chosen, last = first_of_each(kept.latent[rows], self.wanted.random)
+        kept.random[rows[chosen]] = True
+        self._ceiling[kept.latent[rows[last]]] = kept.draw[rows[last]]
+        stays = np.flatnonzero(kept.top | kept.random)
+        self._kept = kept.take(stays[by_latent(kept.latent[stays])])
 
     def kept(self) -> Kept:
         """Return the contexts of all latents, when all rows have gone by."""
         if self._open:
-            self._add(Firings.join(*self._open))
+            self._add(_Rows.join(self._open))
             self._open = []
         self._prune()
         return self._kept
@@ -252,7 +311,7 @@ class TopContexts:
         """Return each latent's strongest contexts, strongest first: the peak and every activation in its reach."""
         kept = self.kept()
         rows = np.flatnonzero(kept.top)
-        rows = rows[np.lexsort((-kept.value[rows], kept.latent[rows]))]
+        rows = rows[by_strength(kept.latent[rows], kept.value[rows])]
         out: dict[int, list[Context]] = {int(latent): [] for latent in self.latents}
         for latent, found in zip(
             kept.latent[rows].tolist(), kept.take(rows).contexts(), strict=True
@@ -262,10 +321,16 @@ class TopContexts:
 
 
 class Ranked(NamedTuple):
-    """Which contexts are among the first of their latent, and each full latent's last of these."""
+    """Which entries are among the first of their latent, and each full latent's last of these."""
 
-    chosen: Bool[np.ndarray, " contexts"]
+    chosen: Bool[np.ndarray, " n"]
     last: Int64[np.ndarray, " latents"]
+
+
+def first_of_each(latent: Int64[np.ndarray, " n"], n: int) -> Ranked:
+    """Return the first n entries of each latent; the latents ascend."""
+    rank = places(latent)
+    return Ranked(rank < n, np.flatnonzero(rank == n - 1))
 
 
 def span_of(pos: int, length: int, width: int) -> slice:

@@ -5,8 +5,8 @@ The rows at the hook are replaced at every kept position (those the SAE was trai
 and KL(p_clean || p_spliced) are summed per sequence over the next tokens that are not special, in nats.
 
 One sequence runs at a time, and its variants (clean, ablated, one per member) share the layers before the hook:
-there the batch has one row, and the hook widens it to one row per variant. A probe compares this with the plain
-forward pass first; a model that does not take it runs once per variant.
+there the batch has one row, and the hook widens it to one row per variant. A model that does not take it
+(`wsae.acts.capture.logits_by_row`) runs once per variant.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.acts.capture import Call, splice
+from wsae.acts.capture import Call, logits_by_row, splice
 from wsae.acts.hookpoints import HookPoint, Probed
 from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.acts.tokens import TokenTable
@@ -32,9 +32,6 @@ Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_in"]]
 
 _ROWS = 128
 """Positions whose log-probabilities are held at once."""
-_PROBE_TOKENS = 32
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest difference of logits allowed to the widened pass, relative to the largest logit."""
 
 
 class SplicedSequence(NamedTuple):
@@ -81,7 +78,7 @@ def spliced_losses(
     sequences = [s.trimmed() for s in sequences if s.kept.any()]
     sequences = [s for s in sequences if s.target[1:].any()]
     rows: list[Tensor] = []
-    vocabulary = _shared_vocabulary(model, hook, sequences[0].ids) if sequences else 0
+    vocabulary = logits_by_row(model, hook, sequences[0].ids) if sequences else 0
     with progress("splice", sum(len(s.ids) for s in sequences), "tokens") as tick:
         for sequence in sequences:
             at_once = max_logits // (vocabulary * len(sequence.ids)) if vocabulary else 1
@@ -166,24 +163,6 @@ def run_variants(
     if len(logits) != len(variants):
         raise RuntimeError("the hooked module's output does not reach the logits by batch row")
     return logits
-
-
-def _shared_vocabulary(model: nn.Module, hook: HookPoint, ids: Int64[Tensor, " length"]) -> int:
-    """Return the number of logits per token, or 0 when rows made at the hook do not give a plain pass's logits."""
-    ids = ids[:_PROBE_TOKENS].to(input_device(model))
-    plain = model(input_ids=ids[None], use_cache=False).logits
-    kept = torch.zeros_like(ids, dtype=torch.bool)
-    try:
-        wide = run_variants(model, hook, ids, kept, [None, None])
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-        AssertionError,
-    ):  # shapes do not broadcast: one by one always works
-        return 0
-    tolerance = _PROBE_TOLERANCE.get(plain.dtype, 1e-3) * float(plain.abs().max())
-    return plain.shape[-1] if float((wide - plain).abs().max()) <= tolerance else 0
 
 
 def splice_sequences(tokens: TokenTable, cfg: EvalConfig) -> list[int]:

@@ -95,8 +95,8 @@ def save(
     Raises UserError, before anything is written, when the format has no equal for this SAE, or the folder holds
     something else (with `force` another export gives way).
     """
-    kind, path = find(format, KINDS), Path(path)
-    packed = kind.pack(sae.plain(), about)
+    kind, path, sae = find(format, KINDS), Path(path), sae.plain()
+    packed = kind.pack(sae, about)
     named = kind.rename(packed, format)
     held = {name: getattr(named, name) for name in _SHARED}
     side = {

@@ -89,6 +89,8 @@ class Nested(NamedTuple):
     """The level whose code and reconstruction are the SAE's."""
     k: int = 0
     """Pairs of a row in the first level, without widths."""
+    level_auxk: bool = False
+    """Whether dead latents model what the levels up to their own leave."""
 
 
 def relu(pre: Values, own: Parameters, cfg: Any) -> Values:  # noqa: ARG001
@@ -258,7 +260,8 @@ def _plain_gated(cfg: Gated, tensors: Mapping[str, Tensor]) -> Plain:  # noqa: A
 
 def _nested(cfg: Matryoshka, d_sae: int) -> Nested:
     widths = cfg.nested(d_sae)
-    return Nested(widths, (1.0,) * len(widths), len(widths) - 1)
+    last = len(widths) - 1
+    return Nested(widths, (1.0,) * len(widths), last, level_auxk=cfg.level_auxk)
 
 
 def _plain_matryoshka(cfg: Matryoshka, tensors: Mapping[str, Tensor]) -> Plain:

@@ -209,6 +209,8 @@ class Matryoshka(ActivationConfig):
     of d_sae, and d_sae."""
     over: Literal["batch_topk", "topk"] = "batch_topk"
     """How a Matryoshka SAE chooses its active latents."""
+    level_auxk: bool = False
+    """Whether dead latents of a Matryoshka SAE model what the levels up to their own leave, not what all leave."""
 
     @model_validator(mode="after")
     def _widths_increase(self) -> "Matryoshka":
@@ -270,7 +272,7 @@ _OWN = frozenset(KINDS)
 
 def _origin(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return "built_in" if kind in _OWN else "registered"
+    return "built_in" if isinstance(kind, str) and kind in _OWN else "registered"
 
 
 def _registered(value: Any) -> ActivationConfig:

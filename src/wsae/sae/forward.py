@@ -274,6 +274,14 @@ def level_by_latent(
     return torch.searchsorted(bounds, indices, right=True)
 
 
+def dead_by_level(nested: Nested, dead: Bool[Tensor, " d_sae"]) -> list[Bool[Tensor, " d_sae"]]:
+    """Return the dead latents of each nested width that no narrower one has."""
+    assert nested.widths is not None
+    every = torch.arange(len(dead), device=dead.device)
+    level = level_by_latent(every, nested.widths)
+    return [dead & (level == number) for number in range(len(nested.widths))]
+
+
 def level_by_rank(code: SparseCode, k: int) -> Int64[Tensor, " nnz"]:
     """Return 0 for the k largest of each row and 1 for the rest; every row has the same number of pairs."""
     values = code.values.view(code.batch, -1)

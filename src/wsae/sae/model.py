@@ -25,7 +25,7 @@ from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
-from wsae.sae.architectures import Above, Architecture, Choice, Groups, Rows, architecture_of
+from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
@@ -107,6 +107,12 @@ class SAE(nn.Module):
     def choice(self) -> Choice:
         """Which latents of a batch may be active in training."""
         return self.arch.choose(self.cfg.activation, self.own)
+
+    @property
+    def nested(self) -> Nested | None:
+        """The levels of its code, where its kind has any."""
+        make = self.arch.nested
+        return None if make is None else make(self.cfg.activation, self.cfg.d_sae)
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:
@@ -371,18 +377,6 @@ class SAE(nn.Module):
 def at_latents(own: Mapping[str, Tensor], indices: Int64[Tensor, "*pairs"]) -> dict[str, Tensor]:
     """Return a kind's parameters at these latents; what is one number for all stays."""
     return {name: t[indices] if t.ndim else t for name, t in own.items()}
-
-
-def thresholds(arch: Architecture, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of a kind that may not be negative, detached, of all its own."""
-    kept = [name for name, parameter in arch.parameters.items() if parameter.positive]
-    return {name: own[name].detach() for name in kept}
-
-
-def keep_positive_(sae: SAE) -> None:
-    """Bring back the parameters of the SAE's kind that may not be negative."""
-    for threshold in thresholds(sae.arch, sae.own).values():
-        threshold.clamp_min_(0)
 
 
 SparseAutoencoder = SAE

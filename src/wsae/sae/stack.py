@@ -121,3 +121,16 @@ def stack_forward(stack: Stack, x: Float[Tensor, "members batch d_in"]) -> Stack
     count = entries.z.detach().ne(0).to(pre.dtype) if count is None else count
     l1, l0 = entries.l1().sum((1, 2)) / batch, count.sum((1, 2)) / batch
     return StackForward(x_hat, entries, l1, l0)
+
+
+def thresholds(trained: SAE | Stack) -> dict[str, Float[Tensor, "..."]]:
+    """Return the parameters of a kind that may not be negative, detached."""
+    parameters = architecture_of(trained.cfg.activation).parameters.items()
+    kept = [name for name, parameter in parameters if parameter.positive]
+    return {name: trained.own[name].detach() for name in kept}
+
+
+def keep_positive_(trained: SAE | Stack) -> None:
+    """Bring back the parameters of a kind that may not be negative."""
+    for threshold in thresholds(trained).values():
+        threshold.clamp_min_(0)

@@ -5,6 +5,7 @@ A context in an index is a place in the text and what fires around it; the text 
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,9 +20,10 @@ from wsae.acts.tokens import TokenTable, alone
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.contexts import Kept, TopContexts, Wanted, kept_bytes, places, span_of
+from wsae.evals.contexts import Kept, TopContexts, Wanted, by_strength, kept_bytes, places, span_of
 from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries
+from wsae.kernels import SparseCode
 from wsae.sae import SAE
 from wsae.sae.encoding import Encoder
 from wsae.serve.config import IndexConfig
@@ -49,8 +51,9 @@ class Seen:
         self.peak = torch.zeros(d_sae, dtype=torch.float64)
         self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int32)
 
-    def update(self, entries: Entries, seq: Tensor, pos: Tensor) -> None:
+    def update(self, code: SparseCode, seq: Tensor, pos: Tensor) -> None:
         """Add some rows."""
+        entries = Entries(code)
         self.top.update(entries, seq.long(), pos.long())
         self.n += entries.batch
         self.count += torch.bincount(entries.indices, minlength=len(self.count))
@@ -114,11 +117,15 @@ def collect(
     total = int(table.lengths.sum())
 
     def add(chunk: HeldoutRows) -> None:
-        for member in members:
-            code = encoders[member.id](chunk.x[member.hook])
-            out.seen[member.id].update(Entries(code), chunk.seq, chunk.pos)
+        codes = {m.id: encoders[m.id](chunk.x[m.hook]) for m in members}
+        work = [
+            pool.submit(out.seen[number].update, code, chunk.seq, chunk.pos)
+            for number, code in codes.items()
+        ]
+        for one in work:
+            one.result()
 
-    with torch.inference_mode():
+    with torch.inference_mode(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         chunks = data.heldout(cfg.batch_size)
         first = next(iter(_timed(chunks, add)), None)
         if first is None:
@@ -166,12 +173,11 @@ class MemberContexts:
         token = gathered.table.ids.numpy()[kept.seq, kept.pos].astype(np.int64)
         self._fires = most_frequent(kept.latent[kept.random], token[kept.random])
         self._peaks = most_frequent(kept.latent[kept.top], token[kept.top])
-        drawn = np.unique(kept.latent[kept.random], return_counts=True)
-        self._drawn = dict(zip(*(column.tolist() for column in drawn), strict=True))
+        self._drawn = np.bincount(kept.latent[kept.random])
         spread = quantiles(kept, gathered.cfg.samples)
         rows = np.concatenate([np.flatnonzero(kept.top), spread])
         sample = np.arange(len(rows)) >= len(rows) - len(spread)
-        order = np.lexsort((-kept.value[rows], sample, kept.latent[rows]))
+        order = by_strength(kept.latent[rows] << 1 | sample, kept.value[rows])
         self._kept, self._sample = kept.take(rows[order]), sample[order]
         self._ends = np.cumsum(self._kept.size)
 
@@ -199,8 +205,8 @@ class MemberContexts:
 
     def shares(self, latent: int) -> bytes:
         """Return shares of the random firings (float32), then the tokens they are on (int32)."""
-        found, n = self._fires.of(latent), self._drawn.get(latent, 0)
-        shares = np.array([times / n for _, times in found], dtype=np.float32)
+        found = self._fires.of(latent)
+        shares = np.array([times / self._drawn[latent] for _, times in found], dtype=np.float32)
         return shares.tobytes() + np.array([t for t, _ in found], dtype=np.int32).tobytes()
 
     def packed(self, latent: int) -> bytes | None:
@@ -237,7 +243,7 @@ def quantiles(kept: Kept, n: int) -> Int64[np.ndarray, " rows"]:
     Those that are among the strongest contexts are left out.
     """
     rows = np.flatnonzero(kept.random)
-    rows = rows[np.lexsort((-kept.value[rows], kept.latent[rows]))]
+    rows = rows[by_strength(kept.latent[rows], kept.value[rows])]
     latent = kept.latent[rows]
     rank, size = places(latent), np.bincount(latent)[latent] if len(rows) else latent
     chosen = (rank + 1) * n // np.maximum(size, n) > rank * n // np.maximum(size, n)

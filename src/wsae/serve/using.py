@@ -77,11 +77,10 @@ class _Steering(NamedTuple):
 
         found = steer(
             language,
-            sae,
-            self.member.hook,
+            {self.member.hook: sae},
             prompt,
             [self.wanted],
-            peaks={self.wanted.latent: self.peak},
+            peaks={self.wanted.name: self.peak},
             cfg=SteerConfig(new_tokens=NEW_TOKENS),
             exclude=as_trained(Run(self.run.path), language),
         )

@@ -18,13 +18,21 @@ from torch import Tensor
 from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.sae.architectures import Batch, architecture_of
+from wsae.sae.architectures import Batch
 from wsae.sae.config import ReLU
 from wsae.sae.forward import training_forward
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.sae.loss import Price, penalty, weighted_reconstruction_loss
-from wsae.sae.model import SAE, thresholds
-from wsae.sae.stack import Stack, StackForward, stack_forward, stack_saes, stackable
+from wsae.sae.model import SAE
+from wsae.sae.stack import (
+    Stack,
+    StackForward,
+    keep_positive_,
+    stack_forward,
+    stack_saes,
+    stackable,
+    thresholds,
+)
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.penalty import at_own_pace, threshold_pace
@@ -234,9 +242,10 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
         group["lr"] = rate
     with torch.no_grad():
         remove_radial_gradient(stack)
-        with at_own_pace(thresholds(architecture_of(stack.cfg.activation), stack.own), chunk.pace):
+        with at_own_pace(thresholds(stack), chunk.pace):
             chunk.optimizer.step()
         unit_rows_(stack)
+        keep_positive_(stack)
         chunk.loss_sum += reconstruction
         if chunk.follows_dead:
             chunk.since_fired.add_(z.shape[1]).masked_fill_((z != 0).any(1), 0)

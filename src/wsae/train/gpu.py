@@ -30,7 +30,8 @@ from wsae.kernels.update import AdamStep, SparseGrad
 from wsae.sae.architectures import Above, Groups, Rows
 from wsae.sae.architectures import Batch as BatchChoice
 from wsae.sae.loss import weigh
-from wsae.sae.model import SAE, keep_positive_, thresholds
+from wsae.sae.model import SAE
+from wsae.sae.stack import keep_positive_, thresholds
 from wsae.train.config import TrainConfig
 from wsae.train.native import Losses, PairSlopes, PairValues, moments, step_result
 from wsae.train.penalty import anneal, price_at, threshold_pace
@@ -176,7 +177,7 @@ def update(
     times as far.
     """
     sae = member.sae
-    adam, kept = AdamStep(rate, next_step(member)), thresholds(sae.arch, sae.own)
+    adam, kept = AdamStep(rate, next_step(member)), thresholds(sae)
     for name, slope in slopes.own.items():
         own = adam._replace(lr=rate * pace) if name in kept else adam
         _step_vector(member, sae.get_parameter(name), _of_first(terms, slope), own)

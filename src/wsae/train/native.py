@@ -32,9 +32,10 @@ from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weigh
 from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.architectures import Above, Groups, Nested, Rows, relu
 from wsae.sae.architectures import Batch as BatchChoice
-from wsae.sae.forward import Entries, level_by_latent, level_by_rank, up_to
+from wsae.sae.forward import Entries, dead_by_level, level_by_latent, level_by_rank, up_to
 from wsae.sae.loss import Price, penalty, weigh
-from wsae.sae.model import SAE, at_latents, keep_positive_, thresholds
+from wsae.sae.model import SAE, at_latents
+from wsae.sae.stack import keep_positive_, thresholds
 from wsae.train.config import TrainConfig
 from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import Batch, MemberState, StepResult, looked_at, record
@@ -265,6 +266,8 @@ class Reconstructed(NamedTuple):
     """In order of row."""
     left: Residual
     """Of the main level."""
+    lefts: list[Residual]
+    """Of every level."""
     total: Float[Tensor, " d_in"]
     """Sum over the batch of dL/dx_hat."""
     more: float | Float[Tensor, ""] = 0.0
@@ -293,12 +296,12 @@ def native_step(
     member: MemberState, batch: Batch, rate: float, run: TrainConfig, step: int
 ) -> SparseCode:
     """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
-    weights, sae, cfg, x = enter(member), member.sae, member.cfg, batch.x.contiguous()
+    weights, sae, x = enter(member), member.sae, batch.x.contiguous()
     b_dec = None if sae.b_dec is None else sae.b_dec.detach()
     centred = Centred(x if b_dec is None else x - b_dec, to_slices(x, b_dec))
     price = price_at(member, run, step)
     values = PairValues(sae, find_pairs(sae, weights, centred), price, weights.norms)
-    nested = None if sae.arch.nested is None else sae.arch.nested(sae.cfg.activation, sae.cfg.d_sae)
+    nested = sae.nested
     code, shown, gated = values.code, looked_at(member, batch), None
     if nested is None:
         main = _reconstruct(weights, code, x, sae.gamma, b_dec, shown=shown)
@@ -310,16 +313,10 @@ def native_step(
         by_gate = values.pre._replace(values=values.gate.detach())
         gated = _reconstruct(weights, by_gate, x, sae.gamma, b_dec)
     slopes = values.back(main.dz, None if gated is None else gated.dz)
-    parts, aux = main.with_slopes(slopes.pre), None
-    dead = member.dead.nonzero()[:, 0]
-    if cfg.auxk and len(dead):
-        chosen = _revived(member, weights, centred, dead)
-        target = _error(member, main.left, x)
-        z = chosen._replace(values=chosen.values.relu())
-        revival = _reconstruct(weights, z, target, sae.gamma, None, cfg.auxk)
-        parts += revival.with_slopes(revival.dz * (z.values > 0))
-        aux = revival.reconstruction
-    pace = threshold_pace(cfg, sae.cfg.d_in, run.steps)
+    parts = main.with_slopes(slopes.pre)
+    revived, aux = _revive(member, weights, centred, main, x)
+    parts += revived
+    pace = threshold_pace(member.cfg, sae.cfg.d_in, run.steps)
     _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate, pace)
     more = slopes.penalty + main.more + (0.0 if gated is None else gated.reconstruction)
     losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), more, main.shown)
@@ -327,6 +324,37 @@ def native_step(
     if values.entries is not None:
         anneal(member, values.entries, run, step)
     return code
+
+
+class Revival(NamedTuple):
+    """What dead latents model: pairs, gradients included, and the mean of ||Gamma (e - e_hat)||^2; None without any."""
+
+    terms: list[Terms]
+    loss: Float[Tensor, ""] | None
+
+
+def _revive(
+    member: MemberState, weights: Weights, centred: Centred, main: Reconstructed, x: Tensor
+) -> Revival:
+    """Let the dead latents model what is left: by all latents, or by the levels up to their own."""
+    cfg, nested, terms, losses = member.cfg, member.sae.nested, [], []
+    if not cfg.auxk:
+        return Revival([], None)
+    if nested is None or not nested.level_auxk:
+        groups = [(main.left, member.dead)]
+    else:
+        groups = list(zip(main.lefts, dead_by_level(nested, member.dead), strict=True))
+    for left, mask in groups:
+        dead = mask.nonzero()[:, 0]
+        if not len(dead):
+            continue
+        chosen = _revived(member, weights, centred, dead)
+        code = chosen._replace(values=chosen.values.relu())
+        target = _error(member, left, x)
+        found = _reconstruct(weights, code, target, member.sae.gamma, None, cfg.auxk)
+        terms += found.with_slopes(found.dz * (code.values > 0))
+        losses.append(found.reconstruction)
+    return Revival(terms, torch.stack(losses).sum() if losses else None)
 
 
 def _level(nested: Nested, pre: SparseCode) -> Int64[Tensor, " pairs"]:
@@ -360,6 +388,7 @@ def _reconstruct(
         [pairs.order],
         dz,
         left,
+        [left],
         left.total,
         shown=error,
     )
@@ -406,7 +435,7 @@ def _reconstruct_levels(  # noqa: PLR0913
     more = torch.stack([weight * weighted_error(part) for weight, part in parts]).sum()
     weight = nested.weights[nested.main]
     assert weight == 1  # so that what is called the reconstruction is its share of the loss
-    return Reconstructed(terms, places, dz, left[nested.main], total, more, error)
+    return Reconstructed(terms, places, dz, left[nested.main], left, total, more, error)
 
 
 def _weighted_residual(x_hat: Slices, x: Tensor, gamma: Tensor) -> Residual:
@@ -486,7 +515,7 @@ def _update(
         own = moments(member, sae.b_enc)
         own["step"] += 1
         bias = Bias(sae.b_enc.detach(), own["exp_avg"], own["exp_avg_sq"])
-    adam, kept = AdamStep(rate, int(state[sae.W_dec]["step"])), thresholds(sae.arch, sae.own)
+    adam, kept = AdamStep(rate, int(state[sae.W_dec]["step"])), thresholds(sae)
     by_bias = weights.update(parts, centred, adam, bias, pull)
     for name, slope in slopes.own.items():
         grad = torch.bincount(pre.indices, slope, minlength=weights.d_sae).float()

@@ -38,11 +38,11 @@ def threshold_pace(cfg: MemberConfig, d_in: int, steps: int) -> float:
 
 @contextmanager
 def at_own_pace(thresholds: Mapping[str, Tensor], pace: float) -> Iterator[None]:
-    """Let what moves thresholds while inside move them `pace` times as far, and no threshold below 0."""
+    """Let what moves thresholds while inside move them `pace` times as far."""
     before = [threshold.clone() for threshold in thresholds.values()]
     yield
     for threshold, start in zip(thresholds.values(), before, strict=True):
-        threshold.sub_(start).mul_(pace).add_(start).clamp_min_(0)
+        threshold.sub_(start).mul_(pace).add_(start)
 
 
 HALVINGS = 24

@@ -19,7 +19,7 @@ from wsae.kernels.native import kernel_threads, why_not
 from wsae.kernels.native.select import LARGEST_SHARE
 from wsae.kernels.triton import unsupported
 from wsae.sae.architectures import Above, Every, Groups, Rows
-from wsae.sae.forward import WHOLE, Forward, training_forward
+from wsae.sae.forward import WHOLE, Forward, dead_by_level, training_forward
 from wsae.sae.loss import (
     also_loss,
     auxk_loss,
@@ -27,8 +27,8 @@ from wsae.sae.loss import (
     pre_act_loss,
     weighted_reconstruction_loss,
 )
-from wsae.sae.model import SAE, thresholds
-from wsae.sae.stack import Stack
+from wsae.sae.model import SAE
+from wsae.sae.stack import Stack, keep_positive_, thresholds
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.native import leave, native_step
@@ -68,9 +68,10 @@ def eager_step(
     with torch.no_grad():
         remove_radial_gradient(sae)
         pace = threshold_pace(cfg, sae.cfg.d_in, run.steps)
-        with at_own_pace(thresholds(sae.arch, sae.own), pace):
+        with at_own_pace(thresholds(sae), pace):
             member.optimizer.step()
         unit_rows_(sae)
+        keep_positive_(sae)
         x_hat = forward.x_hat.detach()
         sse = F.mse_loss(x_hat, x, reduction="sum")
         error = None if member.inside is None else x_hat - x
@@ -86,8 +87,17 @@ def revival_loss(
     """Return the loss by which dead latents model the residual; 0 where the member has no revival."""
     if member.cfg.auxk == 0:
         return x.new_zeros(())
-    residual, k_aux = x - forward.x_hat.detach(), member.cfg.revived(x.shape[1])
-    return auxk_loss(member.sae, residual, forward, member.dead, k_aux, member.part)
+    k_aux, dead, part = member.cfg.revived(x.shape[1]), member.dead, member.part
+    nested = member.sae.nested
+    if nested is None or not nested.level_auxk:
+        residual = x - forward.x_hat.detach()
+        return auxk_loss(member.sae, residual, forward, dead, k_aux, part)
+    x_hats = [*(also.x_hat for also in forward.also), forward.x_hat]
+    losses = [
+        auxk_loss(member.sae, x - x_hat.detach(), forward, of_level, k_aux, part)
+        for x_hat, of_level in zip(x_hats, dead_by_level(nested, dead), strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 def remove_radial_gradient(sae: SAE | Stack) -> None:

@@ -10,7 +10,7 @@ left out (first, special, padding, attention sinks; `wsae.acts.flow.SkipRule`) a
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -186,7 +186,9 @@ class _Site:
         if not self._error:
             new = new.index_copy(0, kept, self.sae.decode_code(code).to(new.dtype))
         if self.edits:
-            new = new + self._moved(codes).to(new.dtype)
+            moves = self._moves(codes)
+            new = new + (moves.change @ self.sae.W_dec[moves.latents]).to(new.dtype)
+            self._refuse_overflow(new.to(x.dtype), rows, moves, call)
         elif self._error:
             return None
         return new.view(x.shape).to(x.device)
@@ -209,8 +211,28 @@ class _Site:
             return self.sae.encode_code(rows)
         return self._encoder(rows.to(self.sae.W_dec.dtype))
 
-    def _moved(self, codes: Codes) -> Float[Tensor, "tokens d_in"]:
-        """Return sum_j (z'_j - z_j) W_dec[j] over the edited latents j."""
+    def _refuse_overflow(
+        self,
+        new: Float[Tensor, "tokens d_in"],
+        old: Float[Tensor, "tokens d_in"],
+        moves: "_Moves",
+        call: Call,
+    ) -> None:
+        """Raise UserError for the first row that edits made too large, as the norms see it that models square."""
+        bad = ~new.float().square().sum(1).isfinite()
+        if not bool(bad.any()):
+            return
+        row = int(bad.nonzero()[0])
+        if bool(old[row].float().square().sum().isfinite()):
+            latent = moves.latents[int(moves.change[row].abs().nan_to_num(math.inf).argmax())]
+            edit = next(edit for edit in self.edits if edit.latent == latent)
+            raise UserError(
+                f"{edit}: at position {int(call.positions.flatten()[row])} the activation becomes too large for the "
+                f"model (hook {self.point.name}); give a smaller value"
+            )
+
+    def _moves(self, codes: Codes) -> "_Moves":
+        """Return z'_j - z_j of the edited latents j."""
         old: dict[int, Tensor] = {}
         new: dict[int, Tensor] = {}
         for edit in self.edits:
@@ -223,8 +245,7 @@ class _Site:
             if edit.condition is not None:
                 where = where & edit.condition(codes)
             new[edit.latent] = torch.where(where, edit.new(z), z)
-        change = torch.stack([(new[j] - old[j]).flatten() for j in old], dim=1)
-        return change @ self.sae.W_dec[list(old)]
+        return _Moves([*old], torch.stack([(new[j] - old[j]).flatten() for j in old], dim=1))
 
     def _note_places(self, codes: Codes) -> None:
         for _, places in self._idle:
@@ -236,11 +257,23 @@ class _Site:
                     places[place] = f"is left alone ({REASONS[found[0]]})"
 
 
+class _Moves(NamedTuple):
+    """By how much edits move latents at each token."""
+
+    latents: list[int]
+    change: Float[Tensor, "tokens latents"]
+
+
 class Attached:
     """What `attach` gives: `acts[hook]` are the latents of the last pass, `edit` says what the next ones change."""
 
     def __init__(self, sites: dict[str, _Site]) -> None:
         self._sites = sites
+
+    @property
+    def points(self) -> dict[str, HookPoint]:
+        """Where the SAEs are."""
+        return {name: site.point for name, site in self._sites.items()}
 
     @property
     def acts(self) -> dict[str, Codes]:
@@ -256,7 +289,7 @@ class Attached:
         self.check()
         chosen: dict[str, list[Edit]] = {name: [] for name in self._sites}
         for edit in edits:
-            name = self._name(edit)
+            name = hook_meant(str(edit), edit.hook, self._sites)
             d_sae = self._sites[name].sae.cfg.d_sae
             if not 0 <= edit.latent < d_sae:
                 raise UserError(
@@ -271,17 +304,17 @@ class Attached:
         for site in self._sites.values():
             site.check()
 
-    def _name(self, edit: Edit) -> str:
-        if edit.hook is not None:
-            name = among(edit.hook, self._sites)
-            if name is None:
-                raise UserError(
-                    f"{edit}: no SAE is attached at {edit.hook!r}{nearest(edit.hook, self._sites)}"
-                )
-            return name
-        if len(self._sites) > 1:
-            raise UserError(f"{edit}: say which hook: {', '.join(self._sites)}")
-        return next(iter(self._sites))
+
+def hook_meant(edit: str, hook: str | None, hooks: Collection[str]) -> str:
+    """Return the hook among those with an SAE that an edit means; raises UserError where it is none, or any of some."""
+    if hook is None:
+        if len(hooks) > 1:
+            raise UserError(f"{edit}: say which hook: {', '.join(hooks)}")
+        return next(iter(hooks))
+    name = among(hook, hooks)
+    if name is None:
+        raise UserError(f"{edit}: no SAE is attached at {hook!r}{nearest(hook, hooks)}")
+    return name
 
 
 Exclude = SkipRule | None | Literal["as in training"]

@@ -12,18 +12,19 @@ Tokens that training left out (`wsae.use.attach`) keep their row and have no eff
 
 import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.acts.capture import Call, Swap, hooks_named, splice
+from wsae.acts.capture import Call, Swap, logits_by_row, splice
 from wsae.acts.flow import REASONS
+from wsae.acts.hookpoints import HookPoint
 from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
@@ -31,10 +32,14 @@ from wsae.sae.model import SAE
 from wsae.use.attach import Codes, Exclude, attach
 
 Method = Literal["gradient", "integrated"]
-STEPS = (8, 16, 32)
-"""Parts of the way from b_dec to h, halved until effects are complete to `CLOSE`. They are short near b_dec (the share
-of the way is a square, u^2), where tokens are nearly alike and models change fastest."""
-CLOSE = 0.05
+PARTS = 8
+"""Parts of the way from b_dec to h at first, and how many of them are halved at once. They are short near b_dec (the
+share of the way is a square, u^2), where tokens are nearly alike and models change fastest."""
+CLOSE = 0.03
+"""Parts are halved until effects are complete to this share of the metric's change."""
+MOST_PARTS = 40
+AT_ONCE = 512
+"""Tokens in one pass, about."""
 MOST = 1000
 """Effects that a hook lists."""
 
@@ -194,7 +199,7 @@ def attribute(
     refuse_without_logits(model)
     passes = _GradientPasses(model, saes, ids, metric)
     found: dict[str, AtHook] = {}
-    with progress("attribute", 1 + len(saes) + verify, "passes") as tick:
+    with progress("attribute", 1 + 2 * len(saes), "hooks") as tick:
         base = passes.base(exclude)
         tick(1)
         for hook in saes:
@@ -202,10 +207,12 @@ def attribute(
             tick(1)
         effects = [one for at in found.values() for one in at.effects]
         effects.sort(key=lambda one: -abs(one.effect))
-        verified = []
-        for one in effects[:verify]:
-            verified.append(Verified(one, base.value - passes.without(base, one)))
+        true: dict[Effect, float] = {}
+        for hook in saes:
+            here = [one for one in effects[:verify] if one.hook == hook]
+            true |= zip(here, passes.lost(base, hook, here), strict=True)
             tick(1)
+    verified = [Verified(one, true[one]) for one in effects[:verify]]
     return Attribution(method, base.value, ids.tolist(), found, verified)
 
 
@@ -236,6 +243,13 @@ class _Base(NamedTuple):
     gradients: dict[str, Float[Tensor, "seq d_in"]]
 
 
+class _Slopes(NamedTuple):
+    """A metric at several places, and its gradients there."""
+
+    values: Float[Tensor, " batch"]
+    gradients: Float[Tensor, "batch seq d_in"]
+
+
 class _GradientPasses:
     """Passes of a model over one text, with other rows at a hook."""
 
@@ -243,7 +257,8 @@ class _GradientPasses:
         self, model: nn.Module, saes: Mapping[str, SAE], ids: Int64[Tensor, " seq"], metric: Metric
     ) -> None:
         self.model, self.saes, self.metric = model, saes, metric
-        self.points = hooks_named(model, saes)
+        self.points: Mapping[str, HookPoint] = {}
+        self._together: dict[str, int] = {}
         self.ids = ids.to(input_device(model))
         can_cut = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": metric.reach(len(ids))} if can_cut else {}
@@ -259,7 +274,8 @@ class _GradientPasses:
             return rows[name].clone()
 
         with attach(self.model, self.saes, exclude=exclude) as attached:
-            value = self._value({name: partial(keep, name) for name in self.saes})
+            self.points = attached.points
+            (value,) = self._values({name: partial(keep, name) for name in self.saes})
             codes = attached.acts
         found = torch.autograd.grad(value, [*rows.values()])
         gradients = {name: g[0] for name, g in zip(rows, found, strict=True)}
@@ -270,25 +286,39 @@ class _GradientPasses:
         return _Base(float(value.detach()), codes, own, gradients)
 
     @torch.enable_grad()
-    def gradient(self, hook: str, rows: Float[Tensor, "seq d_in"]) -> Float[Tensor, "seq d_in"]:
-        """Return the metric's gradient where a hook's rows are these."""
-        leaf = rows.detach()[None].clone().requires_grad_()
-        value = self._value({hook: lambda _x, _call: leaf.clone()})
-        return torch.autograd.grad(value, leaf)[0][0]
+    def slopes(self, hook: str, rows: Float[Tensor, "batch seq d_in"]) -> _Slopes:
+        """Return the metric and its gradient where a hook's rows are these."""
+        values, gradients = [], []
+        for some in self._some(hook, rows):
+            leaf = some.detach().clone().requires_grad_()
+            found = self._values({hook: lambda _x, _call: leaf.clone()})  # noqa: B023
+            gradients.append(torch.autograd.grad(found.sum(), leaf)[0])
+            values.append(found.detach())
+        return _Slopes(torch.cat(values), torch.cat(gradients))
 
     @torch.no_grad()
-    def value(self, hook: str, rows: Float[Tensor, "seq d_in"]) -> float:
+    def values(self, hook: str, rows: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, " batch"]:
         """Return the metric where a hook's rows are these."""
-        return float(self._value({hook: lambda _x, _call: rows[None]}))
+        parts = self._some(hook, rows)
+        return torch.cat([self._values({hook: lambda _x, _call: some}) for some in parts])  # noqa: B023
 
-    def without(self, base: _Base, one: Effect) -> float:
-        """Return the metric without one latent at one token, all else of the row as it was."""
-        rows = base.rows[one.hook].clone()
-        row = self.saes[one.hook].W_dec[one.latent].detach().to(rows)
-        rows[one.position] -= one.activation * row
-        return self.value(one.hook, rows)
+    def _some(self, hook: str, rows: Tensor) -> Sequence[Tensor]:
+        """Return the rows in parts that go through the model at once, the layers before the hook run for one."""
+        if hook not in self._together:
+            by_row = logits_by_row(self.model, self.points[hook], self.ids)
+            self._together[hook] = max(1, AT_ONCE // len(self.ids)) if by_row else 1
+        return rows.split(self._together[hook])
 
-    def _value(self, swaps: Mapping[str, Swap]) -> Float[Tensor, " 1"]:
+    def lost(self, base: _Base, hook: str, effects: Sequence[Effect]) -> list[float]:
+        """Return what the metric loses without each latent at its token, all else of the row as it was."""
+        rows = base.rows[hook].repeat(1 + len(effects), 1, 1)
+        for changed, one in zip(rows[1:], effects, strict=True):
+            row = self.saes[hook].W_dec[one.latent].detach().to(rows)
+            changed[one.position] -= one.activation * row
+        values = self.values(hook, rows).tolist() if effects else [base.value]
+        return [values[0] - without for without in values[1:]]
+
+    def _values(self, swaps: Mapping[str, Swap]) -> Float[Tensor, " batch"]:
         with contextlib.ExitStack() as stack:
             for name, swap in swaps.items():
                 stack.enter_context(splice(self.model, self.points[name], swap))
@@ -303,9 +333,13 @@ def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) ->
     code, kept = codes.code, codes.kept[0].to(x.device)
     start = torch.zeros_like(x[0]) if sae.b_dec is None else sae.b_dec.detach().to(x)
     gone = torch.where(kept[:, None], start, x)
-    change, slope = base.value - passes.value(hook, gone), base.gradients[hook]
+    slopes = partial(passes.slopes, hook)
     if method == "integrated":
-        slope = _integrated(lambda rows: passes.gradient(hook, rows), slope, x - gone, gone, change)
+        end = _Slopes(torch.tensor([base.value]), base.gradients[hook][None])
+        change, slope = _integrated(slopes, gone, x - gone, end)
+    else:
+        change = base.value - float(passes.values(hook, gone[None]))
+        slope = base.gradients[hook]
     slope = slope.to(sae.W_dec)
     rows, latents, z = code.rows(), code.indices, code.values.detach()
     effect = z * (slope @ sae.W_dec.T)[rows, latents]
@@ -325,23 +359,42 @@ def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) ->
     )
 
 
-def _integrated(
-    gradient: Callable[[Float[Tensor, "seq d_in"]], Float[Tensor, "seq d_in"]],
-    last: Float[Tensor, "seq d_in"],
-    way: Float[Tensor, "seq d_in"],
-    start: Float[Tensor, "seq d_in"],
-    change: float,
-) -> Float[Tensor, "seq d_in"]:
-    """Return the mean gradient on the way from `start`, `last` at its end: the trapezoidal rule in u, share = u^2.
+class _Integrated(NamedTuple):
+    """What a metric changes by on the way, and its mean gradient there."""
 
-    The integral of g(u^2) 2u over u in [0, 1]; the first point has weight 0. Points of a coarser rule are kept.
+    change: float
+    slope: Float[Tensor, "seq d_in"]
+
+
+def _integrated(
+    slopes: Callable[[Float[Tensor, "batch seq d_in"]], _Slopes],
+    start: Float[Tensor, "seq d_in"],
+    way: Float[Tensor, "seq d_in"],
+    end: _Slopes,
+) -> _Integrated:
+    """Return the change and the mean gradient on the way from `start` to `end`, by the trapezoidal rule in u.
+
+    With share = u^2, m(u_2) - m(u_1) is the integral of 2u w . g from u_1 to u_2 along the way w: the rule's error is
+    known in every part, and the parts where it is largest are halved.
     """
-    total, mean, before = last.clone(), last, 1
-    for parts in STEPS:
-        fresh = [i for i in range(1, parts) if parts == STEPS[0] or i % (parts // before)]
-        for u in (i / parts for i in fresh):
-            total += 2 * u * gradient(start + u * u * way)
-        mean, before = total / parts, parts
-        if abs(float((mean * way).double().sum()) - change) <= CLOSE * abs(change):
+
+    def at(u: Float64[Tensor, " batch"]) -> _Slopes:
+        return slopes(start + (u * u).to(way)[:, None, None] * way)
+
+    u = torch.arange(PARTS + 1, dtype=torch.float64, device=way.device) / PARTS
+    values, gradients = map(torch.cat, zip(at(u[:-1]), (x.to(way) for x in end), strict=True))
+    while True:
+        order = u.argsort()
+        u, values, gradients = u[order], values[order], gradients[order]
+        along = 2 * u * (gradients * way).double().sum((1, 2))
+        parts, moved = u.diff(), values.double().diff()
+        off = parts * (along[1:] + along[:-1]) / 2 - moved
+        change = float(moved.sum())
+        if len(parts) >= MOST_PARTS or abs(float(off.sum())) <= CLOSE * abs(change):
             break
-    return mean
+        fresh = (u[:-1] + parts / 2)[off.abs().topk(PARTS).indices]
+        u = torch.cat([u, fresh])
+        values, gradients = map(torch.cat, zip((values, gradients), at(fresh), strict=True))
+    edge = parts.new_zeros(1)
+    weight = u * (torch.cat([edge, parts]) + torch.cat([parts, edge]))
+    return _Integrated(change, torch.einsum("u,usd->sd", weight.to(way), gradients))

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import GenerationConfig
 
+from wsae.acts.capture import hooks_named
 from wsae.acts.flow import Step
 from wsae.acts.hookpoints import HookPoint, text_config
 from wsae.acts.language import LanguageModel
@@ -25,14 +26,15 @@ from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.sae.encoding import Encoder
 from wsae.sae.model import SAE
-from wsae.use.attach import Add, Edit, Exclude, Scale, Set, attach
+from wsae.use.attach import Add, Edit, Exclude, Scale, Set, attach, hook_meant
 from wsae.use.config import SteerConfig
 
 Kind = Literal["set", "add", "scale"]
 KINDS: dict[Kind, type[Edit]] = {"set": Set, "add": Add, "scale": Scale}
 NGRAMS = (1, 2, 3)
 _ASKED = re.compile(
-    r"(?P<latent>\d{1,9})=(?P<value>[-+]?[0-9.]+(?:e[-+]?\d+)?)(?P<of_peak>x?)", re.I
+    r"(?:(?P<hook>[^=]+):)?(?P<latent>\d{1,9})=(?P<value>[-+]?[0-9.]+(?:e[-+]?\d+)?)(?P<of_peak>x?)",
+    re.I,
 )
 
 
@@ -43,10 +45,17 @@ class AskedEdit(NamedTuple):
     latent: int
     value: float
     of_peak: bool = False
+    hook: str | None = None
+    """The hook whose SAE is meant; none: the only one."""
+
+    @property
+    def name(self) -> str:
+        """The latent as it is asked for."""
+        return str(self.latent) if self.hook is None else f"{self.hook}:{self.latent}"
 
     @classmethod
     def parse(cls, kind: Kind, said: str) -> "AskedEdit":
-        """Read "1234=8" or "1234=2x"; raises UserError for anything else."""
+        """Read "1234=8", "1234=2x" or "layers.9:1234=8"; raises UserError for anything else."""
         found = _ASKED.fullmatch(said.strip())
         try:
             value = float(found["value"]) if found else math.nan
@@ -54,19 +63,23 @@ class AskedEdit(NamedTuple):
             value = math.nan
         if found is None or not math.isfinite(value):
             raise UserError(
-                f"--{kind} {said}: not LATENT=VALUE; write for example 1234=8, or 1234=2x for twice the latent's "
-                "largest activation"
+                f"--{kind} {said}: not LATENT=VALUE; write for example 1234=8, 1234=2x for twice the latent's "
+                "largest activation, or layers.9:1234=8 where several SAEs are named"
             )
         if found["of_peak"] and kind == "scale":
             raise UserError(
                 f"--scale {said}: scales an activation by a plain number; leave out the x, or use --set"
             )
-        return cls(kind, int(found["latent"]), value, bool(found["of_peak"]))
+        return cls(kind, int(found["latent"]), value, bool(found["of_peak"]), found["hook"])
 
-    def edit(self, peaks: Mapping[int, float], strength: float = 1.0) -> Edit:
-        """Return the edit with its value times a strength."""
-        unit = peaks[self.latent] if self.of_peak else 1.0
-        return KINDS[self.kind](self.latent, self.value * unit * strength)
+    def edit(self, peaks: Mapping[str, float], strength: float = 1.0) -> Edit:
+        """Return the edit with its value times a strength; `peaks` are by name."""
+        unit = peaks[self.name] if self.of_peak else 1.0
+        return KINDS[self.kind](self.latent, self.value * unit * strength, hook=self.hook)
+
+    def said(self, peaks: Mapping[str, float]) -> str:
+        """Return the edit in words, with its value as a number."""
+        return f"{self.kind} {self.name}={self.edit(peaks).value:g}"
 
 
 class Continuation(NamedTuple):
@@ -86,10 +99,11 @@ class Steered(NamedTuple):
     """A prompt and its continuations, the first without edits."""
 
     prompt: str
-    hook: str
+    hooks: list[str]
+    """Where SAEs are attached."""
     edits: list[str]
     """The edits at strength 1, in words."""
-    peaks: dict[int, float]
+    peaks: dict[str, float]
     """Largest activations that strengths are multiples of."""
     continuations: list[Continuation]
 
@@ -99,20 +113,21 @@ class Steered(NamedTuple):
             {**one._asdict(), "distinct": {str(n): share for n, share in one.distinct.items()}}
             for one in self.continuations
         ]
-        peaks = {str(latent): peak for latent, peak in self.peaks.items()}
-        return {**self._asdict(), "peaks": peaks, "continuations": lines}
+        where = {"hook": self.hooks[0]} if len(self.hooks) == 1 else {"hooks": self.hooks}
+        own = {"prompt": self.prompt, **where, "edits": self.edits, "peaks": self.peaks}
+        return {**own, "continuations": lines}
 
 
-def check_latents(wanted: Iterable[AskedEdit], sae: SAE) -> None:
-    """Raise UserError for a latent that an SAE does not have, or where nothing is asked for."""
+def check_latents(wanted: Iterable[AskedEdit], saes: Mapping[str, SAE]) -> None:
+    """Raise UserError for a hook without SAE, a latent that an SAE lacks, or where nothing is asked for."""
     wanted = list(wanted)
     if not wanted:
         raise UserError("no edit: say what to change, for example --set 1234=8")
     for one in wanted:
-        if one.latent >= sae.cfg.d_sae:
-            raise UserError(
-                f"--{one.kind} {one.latent}=...: the SAE has {sae.cfg.d_sae:,} latents, 0 to {sae.cfg.d_sae - 1}"
-            )
+        asked = f"--{one.kind} {one.name}=..."
+        size = saes[hook_meant(asked, one.hook, saes)].cfg.d_sae
+        if one.latent >= size:
+            raise UserError(f"{asked}: the SAE has {size:,} latents, 0 to {size - 1}")
 
 
 @torch.no_grad()
@@ -180,30 +195,30 @@ class Prompt(NamedTuple):
 
 def steer(
     language: LanguageModel,
-    sae: SAE,
-    hook: str,
+    saes: Mapping[str, SAE],
     prompt: str | Prompt,
     wanted: Sequence[AskedEdit],
     strengths: Sequence[float] = (1.0,),
-    peaks: Mapping[int, float] | None = None,
+    peaks: Mapping[str, float] | None = None,
     cfg: SteerConfig = SteerConfig(),  # noqa: B008  (frozen)
     exclude: Exclude = "as in training",
     progress: Progress = quiet,
 ) -> Steered:
     """Return what a model writes after a prompt, without edits and with them at each strength.
 
-    `exclude` as in `attach`; `peaks` are the largest activations of the latents whose edits count in them. Raises
-    UserError for a model that continues no text, a latent that the SAE does not have, and a prompt that leaves no room.
+    `saes` by hook and `exclude` as in `attach`; `peaks` are the largest activations of the latents whose edits count in
+    them, by `AskedEdit.name`. Raises UserError for a model that continues no text, a latent that its SAE does not have,
+    a prompt that leaves no room, and an edit too strong for the model.
     """
     refuse_unable_to_continue(language.model)
-    check_latents(wanted, sae)
+    check_latents(wanted, saes)
     read = Prompt.of(language, prompt) if isinstance(prompt, str) else prompt
     _check_room(language, read, cfg)
     known = dict(peaks or {})
     written: list[tuple[float | None, Int64[Tensor, " new"]]] = []
     steps = [None, *strengths]
     with (
-        attach(language.model, {hook: sae}, exclude=exclude) as attached,
+        attach(language.model, saes, exclude=exclude) as attached,
         progress("steer", len(steps), "texts") as tick,
     ):
         for strength in steps:
@@ -212,14 +227,11 @@ def steer(
             written.append((strength, _continue(language, read, cfg)))
             tick(1)
         attached.edit()
-        name = next(iter(attached.acts))
+        hooks = list(attached.acts)
     lines = [_measured(language, read, strength, ids) for strength, ids in written]
-    said = [
-        f"{type(e).__name__.lower()} {e.latent}={e.value:g}"
-        for e in (o.edit(known) for o in wanted)
-    ]
-    used = {one.latent: known[one.latent] for one in wanted if one.of_peak}
-    return Steered(read.text, name, said, used, lines)
+    said = [one.said(known) for one in wanted]
+    used = {one.name: known[one.name] for one in wanted if one.of_peak}
+    return Steered(read.text, hooks, said, used, lines)
 
 
 def _check_room(language: LanguageModel, prompt: Prompt, cfg: SteerConfig) -> None:
@@ -295,7 +307,7 @@ def distinct(ids: Sequence[int], n: int) -> float | None:
 
 
 def lm_eval_file(
-    language: LanguageModel, point: HookPoint, sae: SAE, edits: Sequence[Edit]
+    language: LanguageModel, saes: Mapping[str, SAE], edits: Sequence[Edit]
 ) -> dict[str, dict[str, Any]]:
     """Return edits as lm-eval's steering file holds them; raises UserError for those that it has no equal of.
 
@@ -303,7 +315,14 @@ def lm_eval_file(
     A single Set is its "clamp" at value |W_dec[j]|: of the length of h - b_dec along the row, where ours is of the
     latent's activation.
     """
-    return {lm_eval_hook(language, point): lm_eval_entry(sae, edits)}
+    points = hooks_named(language.model, saes)
+    at: dict[str, list[Edit]] = {}
+    for edit in edits:
+        at.setdefault(hook_meant(str(edit), edit.hook, saes), []).append(edit)
+    return {
+        lm_eval_hook(language, points[hook]): lm_eval_entry(saes[hook], some)
+        for hook, some in at.items()
+    }
 
 
 def lm_eval_hook(language: LanguageModel, point: HookPoint) -> str:
