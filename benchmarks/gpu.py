@@ -1,22 +1,37 @@
-"""What each Triton kernel and a whole step cost on a GPU, beside the eager twins and the device's limits. Prints JSON.
+"""The first minutes of a GPU: every Triton test on the device, a step beside sparsify's, each kernel and its limits.
 
-    python benchmarks/gpu.py [--size 768 24576 4096] [--k 32] [--tflops 790] [--bandwidth 4.3] [--rounds 3]
+    python benchmarks/gpu.py --out FOLDER [--minutes 10] [--tflops 790] [--bandwidth 4.3]
+    python benchmarks/gpu.py --out FOLDER --rehearse
 
-`--size` is d_in, d_sae and batch, and may be repeated. A row's `roofline` is the time its arithmetic and the bytes it
-cannot avoid would take at the rates given (the defaults are an H200's, bf16); `eager` is None where it ran out of
-memory. Kernels and twins alternate, round after round; medians of the rounds' medians, in milliseconds. `step` is the
-arithmetic of a step alone, `train_step` one as a run takes it, with its counters and metrics; `waits` says how often
-the host waited for the device in it.
+Stages in this order, each written to FOLDER/gpu.json and gpu.md when it is done, so that an end in between keeps what
+came before: the cases of the Triton tests (at most a third of the time); a training step at sizes B and A against
+sparsify's trainer, where it is installed, in turn; then every kernel beside its eager twin at A and at 4,096 ->
+131,072, with the time that its arithmetic and the bytes it cannot avoid would take at the rates given (`roofline`; the
+defaults are an H200's, bf16). Times are medians in milliseconds with a cold cache; `eager` is empty where it ran out of
+memory. `step` is the arithmetic of a step alone, `train_step` one as a run takes it, with its counters and metrics;
+`waits` says how often the host waited for the device in it. `--rehearse` goes through all of it on a CPU, under
+Triton's interpreter, at tiny sizes.
 """
 
 import argparse
+import gc
+import importlib.metadata
 import json
+import os
 import statistics
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+if "--rehearse" in sys.argv:  # Triton decides when it is imported whether it interprets
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +45,9 @@ from wsae.train.config import TrainConfig
 from wsae.train.family import to_device
 from wsae.train.state import Batch, MemberState, make_batch, make_member
 from wsae.train.step import eager_step
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = ("tests/kernels/triton_cases.py", "tests/train/train_gpu_cases.py")
 
 
 class Size(NamedTuple):
@@ -143,9 +161,11 @@ def step(ops: SimpleNamespace, state: State, x: Tensor, k: int, adam: AdamStep) 
     return x_hat
 
 
-def cases(ops: SimpleNamespace, size: Size) -> dict[str, tuple[Callable[[], object], Cost]]:
+def cases(
+    ops: SimpleNamespace, size: Size, device: str
+) -> dict[str, tuple[Callable[[], object], Cost]]:
     """Return what is timed, with the arithmetic and traffic that cannot be avoided."""
-    state, device = make_state(size, "cuda"), "cuda"
+    state = make_state(size, device)
     x, adam = torch.randn(size.batch, size.d_in, device=device), AdamStep(1e-4, 10)
     W_enc_t, W_dec, (m, v, *_), b_enc, _ = state
     bf16 = torch.bfloat16
@@ -181,19 +201,25 @@ def cases(ops: SimpleNamespace, size: Size) -> dict[str, tuple[Callable[[], obje
     }
 
 
-def milliseconds(work: Callable[[], object]) -> float | None:
+def milliseconds(work: Callable[[], object], device: str) -> float | None:
     """Return the median time of the work with a cold cache, or None where memory ran out."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - begin)
     from triton.testing import do_bench
 
     try:
-        return do_bench(work, warmup=50, rep=300, return_mode="median")
+        return do_bench(work, warmup=50, rep=200, return_mode="median")
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None
 
 
-def waits(work: Callable[[], object]) -> int:
+def waits(work: Callable[[], object], device: str) -> int | None:
     """Return how often the host waits for the device in the work, once its kernels are tuned."""
+    if device == "cpu":
+        return None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -202,68 +228,243 @@ def waits(work: Callable[[], object]) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def measure(size: Size, args: argparse.Namespace) -> dict[str, object]:
+def median(times: list[float | None]) -> float | None:
+    known = [time for time in times if time is not None]
+    return statistics.median(known) if known and len(known) == len(times) else None
+
+
+def over(one: float | None, other: float | None) -> float | None:
+    """Return one / other where both were measured."""
+    return one / other if one and other else None
+
+
+# the stages
+
+
+def tests(at: argparse.Namespace) -> dict[str, object]:
+    """Run the Triton tests' cases on the device."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "on_device"]
+    folders = [str(ROOT / "tests" / name) for name in ("support", "train", "kernels")]
+    path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "WSAE_TEST_DEVICE": at.device, "PYTHONPATH": path}
+    begin, limit = time.monotonic(), 60 * at.minutes / 3
+    try:
+        done = subprocess.run(
+            [*words, *CASES],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit,
+        )
+        text = done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        text = (error.stdout or b"").decode() + f"\nnot finished within {limit:.0f} s"
+    (at.out / "tests.txt").write_text(text)
+    last = text.strip().splitlines()[-1]
+    failed = [line for line in text.splitlines() if line.startswith("FAILED")]
+    return {"summary": last, "failed": failed, "seconds": time.monotonic() - begin}
+
+
+def peer(size: Size, optimizer: str, device: str) -> Callable[[], object] | None:
+    """Return sparsify's training step in bf16 on a random batch, or None where it is not installed."""
+    if find_spec("sparsify") is None:
+        return None
+    from wsae_bench import peers
+
+    job = SimpleNamespace(**size._asdict(), lr=None, seed=0, dtype="bfloat16", device=device)
+    job.library, job.settings = "eai-sparsify", {"optimizer": optimizer}
+    subject = peers.make(job, peers.load(job), torch.empty(0))
+    x = torch.randn(size.batch, size.d_in, device=device)
+    return lambda: subject.step(1, x)
+
+
+def steps(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]:
+    """Time our step and the peer's in turn until the time is over, at least once each, with their peak memory."""
+    ops = kernels()
+
+    def ours() -> Callable[[], object]:
+        training = make_training(size, at.device)
+        return lambda: ops.train_step(*training)
+
+    makers: dict[str, Callable[[], Callable[[], object] | None]] = {"wsae": ours}
+    for optimizer in ("signum", "adam"):
+        makers[f"sparsify-{optimizer}"] = lambda o=optimizer: peer(size, o, at.device)
+    taken: dict[str, list[float | None]] = {}
+    peak: dict[str, float] = {}
+    while True:
+        for name, make in makers.items():
+            gc.collect()
+            if at.device != "cpu":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            work = make()
+            if work is None:
+                continue
+            work()
+            if at.device != "cpu":
+                peak[name] = torch.cuda.max_memory_allocated() / 2**20
+            taken.setdefault(name, []).append(milliseconds(work, at.device))
+        if time.monotonic() > until:
+            break
+    ms = {name: median(times) for name, times in taken.items()}
+    fastest = min((t for name, t in ms.items() if t and name != "wsae"), default=None)
+    rows = {
+        name: {
+            "ms": one,
+            "tokens_per_s": over(1e3 * size.batch, one),
+            "of_fastest_peer": over(fastest, one),
+            "peak_mib": peak.get(name),
+        }
+        for name, one in ms.items()
+    }
+    return {**size._asdict(), "rounds": len(taken["wsae"]), "rows": rows}
+
+
+def each_kernel(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]:
+    """Time the kernels and their twins in turn until the time is over, at least once each."""
     sides = {"triton": kernels(), "eager": eager()}
     taken: dict[tuple[str, str], list[float | None]] = {}
     costs: dict[str, Cost] = {}
-    waited: dict[str, int] = {}
-    for _ in range(args.rounds):
+    waited: dict[str, int | None] = {}
+    while True:
         for side, ops in sides.items():
-            for name, (work, cost) in cases(ops, size).items():
-                taken.setdefault((name, side), []).append(milliseconds(work))
+            for name, (work, cost) in cases(ops, size, at.device).items():
+                taken.setdefault((name, side), []).append(milliseconds(work, at.device))
                 costs[name] = cost
                 if (name, side) == ("train_step", "triton"):
-                    waited[name] = waits(work)
+                    waited[name] = waits(work, at.device)
+        if time.monotonic() > until:
+            break
     rows = {}
     for name, cost in costs.items():
         ours, theirs = (median(taken[name, side]) for side in ("triton", "eager"))
-        roofline = 1e3 * max(
-            cost.flops / (args.tflops * 1e12), cost.bytes / (args.bandwidth * 1e12)
-        )
+        roofline = 1e3 * max(cost.flops / (at.tflops * 1e12), cost.bytes / (at.bandwidth * 1e12))
         rows[name] = {
             "triton_ms": ours,
             "eager_ms": theirs,
             "roofline_ms": roofline,
-            "share_of_roofline": roofline / ours if ours else None,
-            "eager_over_triton": theirs / ours if ours and theirs else None,
+            "share_of_roofline": over(roofline, ours),
+            "eager_over_triton": over(theirs, ours),
             "waits": waited.get(name),
         }
     return {**size._asdict(), "rows": rows}
 
 
-def median(times: list[float | None]) -> float | None:
-    known = [time for time in times if time is not None]
-    return statistics.median(known) if len(known) == len(times) else None
+# what is written
+
+
+def cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def table(rows: dict[str, dict[str, Any]], columns: dict[str, tuple[str, str]], first: str) -> str:
+    """Return rows as a table of docs/benchmarks.md."""
+    lines = [f"| {first} | {' | '.join(columns)} |", f"|---{'|--:' * len(columns)}|"]
+    for name, row in rows.items():
+        cells = [cell(row[key], form) for key, form in columns.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+STEP_COLUMNS = {
+    "ms a step": ("ms", ",.2f"),
+    "tokens/s": ("tokens_per_s", ",.0f"),
+    "x fastest peer": ("of_fastest_peer", ".2f"),
+    "peak MiB": ("peak_mib", ",.0f"),
+}
+KERNEL_COLUMNS = {
+    "ms": ("triton_ms", ",.3f"),
+    "eager, ms": ("eager_ms", ",.3f"),
+    "eager / ours": ("eager_over_triton", ".2f"),
+    "roofline, ms": ("roofline_ms", ",.3f"),
+    "share of roofline": ("share_of_roofline", ".0%"),
+    "waits": ("waits", "d"),
+}
+
+
+def shape(found: dict[str, Any]) -> str:
+    return "d_in {d_in:,}, d_sae {d_sae:,}, k {k}, batch {batch:,}".format(**found)
+
+
+def page(report: dict[str, Any]) -> str:
+    """Return what was measured so far as a section of docs/benchmarks.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    parts = [
+        f"## GPU: {report['device']}",
+        "    python benchmarks/gpu.py --out gpu",
+        f"{versions}.",
+    ]
+    if "tests" in report:
+        ran = report["tests"]
+        parts.append(f"The Triton tests' cases on the device: {ran['summary'].strip('= ')}.")
+    for found in report["steps"]:
+        parts.append(f"A training step, {shape(found)}, bf16 products, {found['rounds']} rounds:")
+        parts.append(table(found["rows"], STEP_COLUMNS, "trainer"))
+    for found in report["kernels"]:
+        parts.append(f"Kernels, {shape(found)}:")
+        parts.append(table(found["rows"], KERNEL_COLUMNS, "kernel"))
+    return "\n\n".join(parts) + "\n"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "triton", "eai-sparsify"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def work_through(at: argparse.Namespace) -> dict[str, Any]:
+    """Take every stage; what is done is written after each."""
+    end = time.monotonic() + 60 * at.minutes
+    name = "a rehearsal on a CPU" if at.rehearse else torch.cuda.get_device_name()
+    report: dict[str, Any] = {"device": name, "versions": versions(), "steps": [], "kernels": []}
+
+    def keep() -> None:
+        (at.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (at.out / "gpu.md").write_text(page(report))
+
+    sizes = {"B": Size(576, 4608, 2048, 32), "A": Size(768, 24_576, 4096, 32)}
+    large = Size(4096, 131_072, 4096, 32)
+    if at.rehearse:
+        sizes, large = {"tiny": Size(9, 24, 3, 2)}, Size(7, 20, 2, 2)
+    stages = [(steps, size) for size in sizes.values()]
+    stages += [(each_kernel, size) for size in (sizes["A"], large)] if "A" in sizes else []
+    stages += [(each_kernel, large)] if at.rehearse else []
+    report["tests"] = tests(at)
+    keep()
+    for number, (stage, size) in enumerate(stages):
+        left = end - time.monotonic()
+        if left < 0:
+            print(f"out of time before {stage.__name__} at {size}", file=sys.stderr)
+            break
+        share = 0 if at.rehearse else left / (len(stages) - number) / 2  # a round ends beyond it
+        until = time.monotonic() + share
+        report["steps" if stage is steps else "kernels"].append(stage(size, at, until))
+        keep()
+    return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, nargs=3, action="append", metavar="N")
-    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--tflops", type=float, default=790.0, help="bf16 products")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s")
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/gpu.py: no CUDA device here, so there is nothing to measure")
-    from wsae.kernels.triton import unsupported
-
-    results = []
-    for d_in, d_sae, batch in args.size or [(768, 24_576, 4_096), (4_096, 131_072, 4_096)]:
-        size = Size(d_in, d_sae, batch, args.k)
-        reason = unsupported(torch.empty(d_sae, d_in, device="cuda"), torch.bfloat16, args.k)
-        if reason is not None:
-            sys.exit(f"benchmarks/gpu.py: d_in {d_in}, d_sae {d_sae}: {reason}")
-        results.append(measure(size, args))
-        torch.cuda.empty_cache()
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "tflops": args.tflops,
-        "bandwidth": args.bandwidth,
-        "sizes": results,
-    }
-    print(json.dumps(report, indent=1))
+    parser.add_argument("--rehearse", action="store_true")
+    at = parser.parse_args()
+    at.device = "cpu" if at.rehearse else "cuda"
+    if not at.rehearse and not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py: no CUDA device here; --rehearse goes through it on a CPU")
+    if find_spec("triton") is None:
+        sys.exit("benchmarks/gpu.py: triton is not installed")
+    at.out.mkdir(parents=True, exist_ok=True)
+    report = work_through(at)
+    print((at.out / "gpu.md").read_text())
+    if report["tests"]["failed"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

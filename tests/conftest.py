@@ -31,8 +31,8 @@ WORKERS = 8
 """At most: each holds PyTorch (about 1 GB), and a file's tests stay together."""
 
 FIRST = (
-    *("test_cli_reproduce", "test_cli_theory", "test_studies_tables", "test_kernels_triton"),
-    *("test_train", "test_train_gpu", "test_train_parallel", "test_train_parallel_killed"),
+    *("test_cli_reproduce", "test_cli_theory", "test_studies_tables", "test_gpu"),
+    *("test_train", "test_train_parallel", "test_train_parallel_killed"),
 )
 """Files of long tests, which at the end would keep one worker busy alone."""
 

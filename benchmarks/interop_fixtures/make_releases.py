@@ -117,7 +117,7 @@ def main() -> None:
     kept = {}
     for name, release in registry.items():
         loader = release.get("conversion_func") or "sae_lens"
-        if loader not in LOADERS or "transcoder" in name:
+        if loader not in LOADERS:
             continue
         keep = {
             k: release[k]

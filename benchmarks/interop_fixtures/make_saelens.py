@@ -10,6 +10,8 @@ from sae_lens import SAE
 from sae_lens.registry import get_sae_class, get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
+D_OUT = 5
+"""Of transcoders."""
 WIDTHS = {"d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu"}
 
 
@@ -19,7 +21,7 @@ def inference(name: str, architecture: str, seed: int, **fields) -> None:
     torch.manual_seed(seed)
     sae = kind(config(**WIDTHS, **fields))
     shake(sae, seed)
-    if architecture == "jumprelu":
+    if "jumprelu" in architecture:
         with torch.no_grad():
             sae.threshold.copy_(torch.rand(D_SAE) * 1.5)
             sae.threshold[0], sae.threshold[1] = 0.0, -0.5
@@ -27,6 +29,8 @@ def inference(name: str, architecture: str, seed: int, **fields) -> None:
     sae.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
     sae.cfg.metadata.context_size = 64
     sae.cfg.metadata.prepend_bos = True
+    if "transcoder" in architecture:
+        sae.cfg.metadata.hook_name_out = "blocks.3.hook_mlp_out"
     sae.save_model(folder(name))
     check(name)
 
@@ -51,7 +55,8 @@ def trained(name: str, architecture: str, seed: int, steps: int = 60, **fields) 
 
 def check(name: str) -> None:
     sae = SAE.load_from_disk(folder(name))
-    record(name, sae.encode, sae.decode)
+    transcoder = "transcoder" in sae.cfg.architecture()
+    record(name, sae.encode, lambda z: sae(inputs()) if transcoder else sae.decode(z))
 
 
 def main() -> None:
@@ -66,6 +71,11 @@ def main() -> None:
     inference("saelens-gated", "gated", 9)
     inference("saelens-matching-pursuit", "matching_pursuit", 10)
     inference("saelens-layer-norm", "topk", 11, k=K, normalize_activations="layer_norm")
+    gives = {"d_out": D_OUT, "apply_b_dec_to_input": False}
+    inference("saelens-transcoder", "transcoder", 14, **gives)
+    inference("saelens-skip-transcoder", "skip_transcoder", 15, **gives)
+    inference("saelens-jumprelu-transcoder", "jumprelu_transcoder", 16, **gives)
+    inference("saelens-jumprelu-skip-transcoder", "jumprelu_skip_transcoder", 17, **gives)
     trained("saelens-batchtopk", "batchtopk", 12, k=float(K))
     trained("saelens-topk-trained", "topk", 13, k=K)
     halve("saelens-topk-bf16")

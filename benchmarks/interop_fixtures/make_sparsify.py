@@ -5,7 +5,7 @@ python benchmarks/interop_fixtures/make_sparsify.py
 """
 
 import torch
-from common import D_IN, D_SAE, K, folder, record, shake
+from common import D_IN, D_SAE, K, folder, inputs, record, shake
 from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor
 
@@ -22,7 +22,12 @@ def make(name: str, seed: int, **fields) -> None:
         found = coder.encode(x)
         return torch.zeros(len(x), coder.num_latents).scatter(1, found.top_indices, found.top_acts)
 
-    record(name, encode, lambda z: coder.decode(*z.topk(K, dim=1)))
+    whole = coder.W_skip is not None
+    record(
+        name,
+        encode,
+        lambda z: coder(inputs()).sae_out if whole else coder.decode(*z.topk(K, dim=1)),
+    )
 
 
 def main() -> None:
@@ -33,6 +38,7 @@ def main() -> None:
     make("sparsify-multi-topk", 5, multi_topk=True)
     make("sparsify-transcoder", 6, transcode=True)
     make("sparsify-skip", 7, skip_connection=True)
+    make("sparsify-skip-transcoder", 8, skip_connection=True, transcode=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What `wsae bench` measures, as values: sizes, variants, and the blocks of jobs that alternate. No torch here."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from wsae.core.config import Config
+from wsae.sae.config import KINDS
 
 Dtype = Literal["float32", "bfloat16"]
 Kind = Literal["speed", "fit", "families", "kinds", "scaling"]
@@ -53,6 +55,8 @@ class Variant(Config):
     settings: dict[str, Any] = {}
     """What its driver reads."""
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    kind: str = "topk"
+    """The kind of SAE that it trains."""
     adam: bool = True
     """Whether it trains with Adam, so that a common learning rate compares like with like."""
 
@@ -99,11 +103,15 @@ PEERS = (
         name="sparsify-groupmax",
         library="eai-sparsify",
         settings={"optimizer": "signum", "activation": "groupmax"},
+        kind="group_topk",
         adam=False,
     ),
     Variant(name="dl-topk", library="dictionary-learning", settings={"trainer": "top_k"}),
     Variant(
-        name="dl-batchtopk", library="dictionary-learning", settings={"trainer": "batch_top_k"}
+        name="dl-batchtopk",
+        library="dictionary-learning",
+        settings={"trainer": "batch_top_k"},
+        kind="batch_topk",
     ),
     Variant(name="saelens", library="sae-lens"),
     Variant(
@@ -119,13 +127,32 @@ OURS = (
     Variant(name="wsae-eager", library="wsae", settings={"kernels": "eager"}),
 )
 FLOOR = Variant(name=LIMITS, library="limits")
-_KINDS: dict[str, dict[str, Any]] = {
-    "topk": {},
-    "group_topk": {},
-    "batch_topk": {},
+_PENALTIES: dict[str, dict[str, Any]] = {
     "relu": {"l1": 0.01},
+    "gated": {"l1": 0.01},
     "jumprelu": {"l0": 0.01},
 }
+"""What a kind is sparse by, where it is not by its k."""
+
+
+def _other(name: str, library: str, kind: str, **settings: object) -> Variant:
+    return Variant(name=name, library=library, kind=kind, settings=settings)
+
+
+_DL, _LENS = "dictionary-learning", "sae-lens"
+PEERS_OF_KINDS = (
+    _other("sparsify-multi", "eai-sparsify", "multi_topk", optimizer="signum", multi_topk=True),
+    _other("dl-matryoshka", _DL, "matryoshka", trainer="matryoshka"),
+    _other("dl-standard", _DL, "relu", trainer="standard"),
+    _other("dl-gated", _DL, "gated", trainer="gated"),
+    _other("dl-jumprelu", _DL, "jumprelu", trainer="jumprelu"),
+    _other("saelens-batchtopk", _LENS, "batch_topk", sae="batchtopk"),
+    _other("saelens-matryoshka", _LENS, "matryoshka", sae="matryoshka_batchtopk"),
+    _other("saelens-standard", _LENS, "relu", sae="standard"),
+    _other("saelens-gated", _LENS, "gated", sae="gated"),
+    _other("saelens-jumprelu", _LENS, "jumprelu", sae="jumprelu"),
+)
+"""Peers' trainers of the other kinds, for the comparison by kind alone."""
 FAMILIES = (1, 2, 4)
 FACTORS: dict[Axis, tuple[float, ...]] = {
     "d_sae": (0.5, 1, 2, 4),
@@ -136,17 +163,11 @@ FACTORS: dict[Axis, tuple[float, ...]] = {
 """One of these is varied at a time, to see how the trainer's time and memory grow."""
 
 
-def kinds() -> list[Variant]:
-    """Return every activation function, with and without compiled kernels."""
-    return [
-        Variant(
-            name=f"{kind}{'' if kernels == 'native' else '-eager'}",
-            library="wsae",
-            settings={"kernels": kernels, "activation": kind, **penalty},
-        )
-        for kind, penalty in _KINDS.items()
-        for kernels in ("native", "eager")
-    ]
+def of_kind(kind: str) -> list[Variant]:
+    """Return what trains a kind of SAE: wsae, with compiled kernels and without, and every peer that has it."""
+    settings = {"activation": kind, **_PENALTIES.get(kind, {})}
+    ours = [v.model_copy(update={"settings": v.settings | settings, "kind": kind}) for v in OURS]
+    return [*ours, *(peer for peer in (*PEERS, *PEERS_OF_KINDS) if peer.kind == kind)]
 
 
 def family(n: int, name: str) -> Variant:
@@ -170,7 +191,7 @@ class BenchConfig(Config):
     families: bool = True
     """Measure what 2 and 4 members cost beside one."""
     kinds: bool = False
-    """Measure every activation function too."""
+    """Measure every kind of SAE too, beside the peers that have it."""
     scaling: bool = False
     """Instead measure how our time and memory grow with d_sae, k, batch and members."""
     acts: Path | None = None
@@ -186,9 +207,13 @@ class BenchConfig(Config):
 
 def blocks(cfg: BenchConfig, installed: set[str], native: bool = True) -> list[Block]:
     """Return what to measure, in order, with the peers that are installed; compiled kernels only if `native`."""
-    peers = [peer for peer in PEERS if peer.library in installed]
-    ours = [v for v in OURS if native or v.settings["kernels"] != "native"]
-    main = [v for v in (*ours, *peers) if not cfg.only or v.name in cfg.only]
+
+    def here(variants: Iterable[Variant]) -> list[Variant]:
+        able = {v.name for v in OURS if native or v.settings["kernels"] != "native"}
+        found = [v for v in variants if v.library in installed or v.name in able]
+        return [v for v in found if not cfg.only or v.name in cfg.only]
+
+    main = here([*OURS, *PEERS])
     found: list[Block] = []
     for size in cfg.sizes:
         for threads in cfg.threads:
@@ -197,12 +222,9 @@ def blocks(cfg: BenchConfig, installed: set[str], native: bool = True) -> list[B
         if cfg.families:
             every = [family(n, f"members-{n}") for n in FAMILIES]
             found.append(_block("families", size, [FLOOR, *every], cfg.dtypes[0], cfg.threads[0]))
-        if cfg.kinds:
-            possible = [v for v in kinds() if native or v.settings["kernels"] != "native"]
-            everything = [FLOOR, *possible]
-            found += [
-                _block("kinds", size, everything, dtype, cfg.threads[0]) for dtype in cfg.dtypes
-            ]
+        for kind in KINDS if cfg.kinds else ():
+            if of := here(of_kind(kind)):
+                found.append(_block("kinds", size, of, cfg.dtypes[0], cfg.threads[0]))
     if cfg.lr is not None:
         found.append(_fit(cfg, main))
     return found
@@ -222,8 +244,9 @@ def _block(
         if dtype in v.dtypes
     )
     words = {"fit": f", lr {lr:g} for every Adam" if lr else ""}.get(kind, "")
+    of = f" {variants[-1].kind}" if kind == "kinds" else ""
     title = (
-        f"{kind}, size {size.name}: d_in {size.d_in}, d_sae {size.d_sae:,}, k {size.k}, batch {size.batch:,}; "
+        f"{kind}{of}, size {size.name}: d_in {size.d_in}, d_sae {size.d_sae:,}, k {size.k}, batch {size.batch:,}; "
         f"{dtype}, {threads} thread{'s' if threads > 1 else ''}{words}"
     )
     return Block(kind=kind, title=title, jobs=jobs)

@@ -1,7 +1,9 @@
-"""What this machine can do: the primitives of a training step, timed one by one. Needs torch alone; loaded by path.
+"""What this machine can do: the primitives of a training step, timed one by one. Loaded by path.
 
 The floor of a step is the encoder product into a buffer that is used again, in fp32 or bf16, whichever is faster, and
-torch's fused Adam over both weight matrices: no exact trainer that computes the whole product can be faster.
+torch's fused Adam over both weight matrices: no exact trainer that computes the whole product can be faster. One that
+finds the active latents with 8-bit integers is held against the 8-bit floor: that product alone, nothing compared or
+kept, and the same Adam.
 """
 
 import math
@@ -11,6 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from wsae.kernels.native import why_not
+from wsae.kernels.native.build import has_int8
+from wsae.kernels.native.select import RoundedEncoder, dimension_scales, product_int8
+from wsae.kernels.native.slices import to_slices
 
 SLOW = 3.0
 """A product that takes so many times the other's time is no candidate for the floor and is not timed again."""
@@ -41,6 +48,7 @@ class Limits:
         self.pre = torch.empty(job.batch, job.d_sae, dtype=torch.float32)
         self.low = torch.empty(job.batch, job.d_sae, dtype=torch.bfloat16)
         self.codes, self.values = self._codes(x)
+        self.rounded = self._rounded(rows)
         self.best: dict[str, bool] = {}
         self.slow: dict[str, float] = {}
 
@@ -64,6 +72,7 @@ class Limits:
         parts = {
             "mm_fp32": fp32,
             "mm_bf16": bf16,
+            **self._eight_bits(x),
             "cast_to_bf16": timed(lambda: (x.bfloat16(), self.rows.bfloat16())),
             "topk": timed(lambda: self.pre.topk(self.job.k, sorted=False)),
             "embedding_bag": timed(self._bag),
@@ -72,6 +81,23 @@ class Limits:
             "copy_matrix": timed(lambda: self.rows.detach().copy_(self.decoder)),
         }
         return parts | {name: timed(adam.step) for name, adam in self.adams.items()}
+
+    def _rounded(self, rows: Tensor) -> Any:
+        """Return the compiled kernels' 8-bit encoder, None where they have none."""
+        if why_not() is not None or not has_int8():
+            return None
+        d_sae, d_in = rows.shape
+        self.slices = to_slices(rows)
+        rounded = RoundedEncoder(d_sae, d_in, d_sae, dimension_scales(torch.ones(d_in)))
+        rounded.measure(self.slices)
+        rounded.pack(self.slices)
+        return rounded
+
+    def _eight_bits(self, x: Tensor) -> dict[str, float]:
+        """Time the 8-bit product of the compiled kernels, which is faster than torch._int_mm."""
+        if self.rounded is None:
+            return {}
+        return {"mm_int8": timed(lambda: product_int8(self.rounded, self.slices, x))}
 
     def _bag(self) -> Tensor:
         weights = torch.ones(self.codes.shape, dtype=torch.float32)

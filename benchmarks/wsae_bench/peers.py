@@ -6,6 +6,7 @@ all else is the library's default. wsae is not imported: the peers live in an en
 
 import contextlib
 import importlib
+import itertools
 import sys
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 MODULES = {
     "eai-sparsify": ("sparsify.config", "sparsify.sparse_coder", "sparsify.sign_sgd"),
     "dictionary-learning": ("dictionary_learning.trainers",),
-    "sae-lens": ("sae_lens.config", "sae_lens.saes.topk_sae", "sae_lens.training.sae_trainer"),
+    "sae-lens": ("sae_lens.config", "sae_lens.training.sae_trainer"),
     "overcomplete": ("overcomplete.sae", "overcomplete.sae.train"),
 }
 
@@ -27,7 +28,12 @@ def load(job: Any) -> list[ModuleType]:
         _without_vision()
     if job.settings.get("optimizer") == "signum":
         importlib.import_module("schedulefree")
-    return [importlib.import_module(name) for name in MODULES[job.library]]
+    names = list(MODULES[job.library])
+    if job.library == "sae-lens":
+        names.append(f"sae_lens.saes.{job.settings.get('sae', 'topk')}_sae")
+    if job.settings.get("trainer") == "matryoshka":  # not among the names of its package
+        names = ["dictionary_learning.trainers.matryoshka_batch_top_k"]
+    return [importlib.import_module(name) for name in names]
 
 
 def make(job: Any, modules: list[ModuleType], _x: Tensor) -> Any:
@@ -41,10 +47,15 @@ def make(job: Any, modules: list[ModuleType], _x: Tensor) -> Any:
     return kinds[job.library](job, *modules)
 
 
+def device(job: Any) -> str:
+    """Return where a job trains: `wsae bench` measures CPUs, `benchmarks/gpu.py` says another device."""
+    return getattr(job, "device", "cpu")
+
+
 def autocast(job: Any) -> Any:
-    """Return bf16 autocast on the CPU for a bf16 job, else nothing."""
+    """Return bf16 autocast for a bf16 job, else nothing."""
     if job.dtype == "bfloat16":
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast(device(job), dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
@@ -59,8 +70,11 @@ class Sparsify:
         self.job = job
         torch.manual_seed(job.seed)
         activation = job.settings.get("activation", "topk")
-        cfg = config.SparseCoderConfig(activation=activation, num_latents=job.d_sae, k=job.k)
-        self.sae = coder.SparseCoder(job.d_in, cfg, "cpu", dtype=torch.float32)
+        multi = job.settings.get("multi_topk", False)
+        cfg = config.SparseCoderConfig(
+            activation=activation, num_latents=job.d_sae, k=job.k, multi_topk=multi
+        )
+        self.sae = coder.SparseCoder(job.d_in, cfg, device(job), dtype=torch.float32)
         adam = job.settings["optimizer"] == "adam"
         self.lr = job.lr or (2e-4 if adam else 5e-3) / (job.d_sae / 2**14) ** 0.5
         self.optimizer: Any
@@ -70,8 +84,8 @@ class Sparsify:
             wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper
             self.optimizer = wrapper(sign.SignSGD(self.sae.parameters(), self.lr), momentum=0.95)
             self.optimizer.train()
-        self.since_fired = torch.zeros(job.d_sae, dtype=torch.long)
-        self.fired = torch.zeros(job.d_sae, dtype=torch.bool)
+        self.since_fired = torch.zeros(job.d_sae, dtype=torch.long, device=device(job))
+        self.fired = torch.zeros(job.d_sae, dtype=torch.bool, device=device(job))
 
     def step(self, i: int, x: Tensor) -> None:
         """Trainer's hook, then its optimiser step and its count of dead latents."""
@@ -96,27 +110,44 @@ class Sparsify:
         """The forward pass at the weights its checkpoint would hold."""
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
-        out = self.sae(x)
-        return out.sae_out, int((out.latent_acts > 0).sum())
+        code = self.sae.encode(x)  # of its own k, also where a wider one is trained
+        return self.sae(x).sae_out, int((code.top_acts > 0).sum())
+
+
+FRACTIONS = (1 / 32, 2 / 32, 4 / 32, 8 / 32, 17 / 32)
+"""Shares of the latents that each level of a Matryoshka SAE adds."""
 
 
 class DictionaryLearning:
-    """`TopKTrainer.update` or `BatchTopKTrainer.update`, in autocast as `trainSAE` does on CUDA."""
+    """A trainer's `update`, in autocast as `trainSAE` does on CUDA; warm-up of the penalty is off too."""
+
+    CLASSES = {
+        "top_k": "TopKTrainer",
+        "batch_top_k": "BatchTopKTrainer",
+        "matryoshka": "MatryoshkaBatchTopKTrainer",
+        "standard": "StandardTrainer",
+        "gated": "GatedSAETrainer",
+        "jumprelu": "JumpReluTrainer",
+    }
 
     def __init__(self, job: Any, trainers: Any) -> None:
-        self.job, self.top_k = job, job.settings["trainer"] == "top_k"
-        kind = trainers.TopKTrainer if self.top_k else trainers.BatchTopKTrainer
-        self.trainer = kind(
+        which = job.settings["trainer"]
+        self.job, self.by_k = job, which in ("top_k", "batch_top_k", "matryoshka")
+        own: dict[str, Any] = {"k": job.k, "lr": job.lr} if self.by_k else {}
+        if not self.by_k:
+            own = {"sparsity_warmup_steps": None, **({"lr": job.lr} if job.lr else {})}
+        if which == "matryoshka":
+            own["group_fractions"] = list(FRACTIONS)
+        self.trainer = getattr(trainers, self.CLASSES[which])(
             steps=job.steps,
             activation_dim=job.d_in,
             dict_size=job.d_sae,
-            k=job.k,
             layer=0,
             lm_name="bench",
-            lr=job.lr,
             warmup_steps=0,
             seed=job.seed,
             device="cpu",
+            **own,
         )
         self.lr = self.trainer.lr
 
@@ -128,24 +159,38 @@ class DictionaryLearning:
     def reconstruct(self, x: Tensor) -> tuple[Tensor, int]:
         """Its forward pass, batch Top-k over the batch: its threshold is not learned before step 1000."""
         ae = self.trainer.ae
-        z = ae.encode(x, use_threshold=False)
+        z = ae.encode(x, use_threshold=False) if self.by_k else ae.encode(x)
         return ae.decode(z), int((z > 0).sum())
 
 
 class SAELens:
-    """`SAETrainer.step` on a `TopKTrainingSAE`; bf16 is its own `autocast=True`.
+    """`SAETrainer.step` on a training SAE; bf16 is its own `autocast=True`.
 
     With sparse activations the rescaling by decoder norms is off: its backward fails on a CPU.
     """
 
-    def __init__(self, job: Any, config: Any, topk: Any, training: Any) -> None:
-        sparse = bool(job.settings.get("sparse"))
-        extra = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
-        cfg = topk.TopKTrainingSAEConfig(
-            d_in=job.d_in, d_sae=job.d_sae, k=job.k, **(extra if sparse else {})
-        )
+    CLASSES = {
+        "topk": "TopKTrainingSAE",
+        "batchtopk": "BatchTopKTrainingSAE",
+        "matryoshka_batchtopk": "MatryoshkaBatchTopKTrainingSAE",
+        "standard": "StandardTrainingSAE",
+        "gated": "GatedTrainingSAE",
+        "jumprelu": "JumpReLUTrainingSAE",
+    }
+
+    def __init__(self, job: Any, config: Any, training: Any, saes: Any) -> None:
+        which = job.settings.get("sae", "topk")
+        own: dict[str, Any] = {"k": job.k} if which.endswith("topk") else {}
+        if job.settings.get("sparse"):
+            own |= {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
+        if which == "matryoshka_batchtopk":
+            ends = itertools.accumulate(FRACTIONS)
+            own["matryoshka_widths"] = [round(job.d_sae * end) for end in ends]
+        name = self.CLASSES[which]
         torch.manual_seed(job.seed)
-        self.sae = topk.TopKTrainingSAE(cfg)
+        self.sae = getattr(saes, name)(
+            getattr(saes, f"{name}Config")(d_in=job.d_in, d_sae=job.d_sae, **own)
+        )
         rate = {"lr": job.lr} if job.lr else {}
         run = config.SAETrainerConfig(
             total_training_samples=job.batch * job.steps,

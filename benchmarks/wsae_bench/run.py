@@ -158,7 +158,12 @@ def write_files(
 def results(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one row for each variant and setting, with the hardware beside it."""
     return [
-        {**result["machine"], **row, "floor_ms": block["floor_ms"], "block": block["kind"]}
+        {
+            **result["machine"],
+            **row,
+            **{key: block[key] for key in ("floor_ms", "floor_8_ms")},
+            "block": block["kind"],
+        }
         for block in result["blocks"]
         for row in block["rows"]
     ]

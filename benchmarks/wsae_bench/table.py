@@ -108,6 +108,7 @@ def _save(figure: Any, path: Path) -> Path:
 PRIMITIVES = {
     "mm_fp32": "encoder product, fp32",
     "mm_bf16": "encoder product, bf16",
+    "mm_int8": "encoder product, 8 bits",
     "cast_to_bf16": "cast batch and weights to bf16",
     "topk": "torch.topk of the whole product",
     "embedding_bag": "sparse decode (embedding_bag)",
@@ -123,8 +124,8 @@ Row = dict[str, Any]
 def summarise(block: Block, samples: Sequence[Samples]) -> dict[str, Any]:
     """Return a block's rows, its primitives in ms and its floor."""
     limits = primitives(next((s for s in samples if s.job.name == LIMITS), None))
-    floor = floor_ms(limits)
-    rows = [row(block, s, floor) for s in samples if s.job.name != LIMITS]
+    floors = {"floor": floor_ms(limits), "floor_8": floor_8_ms(limits)}
+    rows = [row(block, s, floors) for s in samples if s.job.name != LIMITS]
     add_ratios(rows)
     failed = [f"{s.job.name}: {s.error}" for s in samples if s.error]
     return {
@@ -132,7 +133,7 @@ def summarise(block: Block, samples: Sequence[Samples]) -> dict[str, Any]:
         "title": block.title,
         "rows": rows,
         "primitives": limits,
-        "floor_ms": floor,
+        **{f"{name}_ms": ms for name, ms in floors.items()},
         "failed": failed,
     }
 
@@ -144,10 +145,10 @@ def primitives(of: Samples | None) -> dict[str, dict[str, float]]:
     found = {}
     size = of.job.size
     operations = 2.0 * size.batch * size.d_in * size.d_sae
-    for name in PRIMITIVES:
+    for name in (name for name in PRIMITIVES if name in of.steps[0]):
         times = [step[name] for step in of.steps]
         found[name] = {"ms": 1e3 * median(times), "min_ms": 1e3 * min(times)}
-        if name in ("mm_fp32", "mm_bf16", "grad_dense"):
+        if name in ("mm_fp32", "mm_bf16", "mm_int8", "grad_dense"):
             found[name]["gflops"] = operations / median(times) / 1e9
     return found
 
@@ -160,7 +161,12 @@ def floor_ms(limits: dict[str, dict[str, float]]) -> float | None:
     return product + limits["adam_fused"]["ms"]
 
 
-def row(block: Block, of: Samples, floor: float | None) -> Row:
+def floor_8_ms(limits: dict[str, dict[str, float]]) -> float | None:
+    """Return the 8-bit encoder product plus fused Adam, medians in ms; None where no kernel multiplies 8 bits."""
+    return limits["mm_int8"]["ms"] + limits["adam_fused"]["ms"] if "mm_int8" in limits else None
+
+
+def row(block: Block, of: Samples, floors: dict[str, float | None]) -> Row:
     """Return one job's row; without measured steps it holds names and the error only."""
     job, size = of.job, of.job.size
     found: Row = {
@@ -186,7 +192,10 @@ def row(block: Block, of: Samples, floor: float | None) -> Row:
         "ms_max": 1e3 * max(wall),
         "cpu_ms": 1e3 * median(step["cpu_s"] for step in of.steps),
         "tokens_per_s": 1e3 * size.batch / ms,
-        "floor_share": members(job) * floor / ms if floor is not None else None,
+        **{
+            f"{name}_share": members(job) * floor / ms if floor is not None else None
+            for name, floor in floors.items()
+        },
         "other_load": median(step["other_load"] for step in of.steps),
         "peak_mib": of.peak_mib,
         "extra_mib": of.peak_mib - base,
@@ -269,8 +278,11 @@ def shown(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
             for name, words in PRIMITIVES.items()
             if name in found
         ]
-        floor = ["floor: faster encoder product + fused Adam", f"{block['floor_ms']:,.1f}", "", ""]
-        yield title, ["primitive", *PRIMITIVE_COLUMNS], [*rows, floor], [""]
+        for words, key in FLOORS.items():
+            if block[key] is not None:
+                rows.append([words, f"{block[key]:,.1f}", "", ""])
+        yield title, ["primitive", *PRIMITIVE_COLUMNS], rows, [""]
+    yield from by_kind(result["blocks"])
     if result["scaling"]:
         rows = [
             [
@@ -285,6 +297,38 @@ def shown(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
         yield "how cost grows", ["cost", "against", "exponent", "95 % interval", "points"], rows, []
 
 
+def by_kind(
+    blocks: Sequence[dict[str, Any]],
+) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """Yield a table per size: a row for each kind of SAE, a column for wsae and each library that trains it."""
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    for block in blocks:
+        if block["kind"] == "kinds":
+            kind, _, rest = block["title"].removeprefix("kinds ").partition(", ")
+            cells = tables.setdefault(rest, {}).setdefault(kind, {})
+            for row in block["rows"]:
+                column = "wsae-eager" if row["variant"] == "wsae-eager" else row["library"]
+                if "ms" in row and column not in cells:  # a library's first way is its own default
+                    cells[column] = ", ".join(
+                        f"{words}{_cell(row[key], form)}"
+                        for words, (key, form) in KIND_CELLS.items()
+                    )
+    for rest, kinds in tables.items():
+        columns = list(dict.fromkeys(column for cells in kinds.values() for column in cells))
+        rows = [[kind, *(cells.get(c, "") for c in columns)] for kind, cells in kinds.items()]
+        yield f"every kind: tokens/s, memory, FVU, L0; {rest}", ["kind", *columns], rows, [""]
+
+
+KIND_CELLS = {
+    "": ("tokens_per_s", ",.0f"),
+    "MiB ": ("extra_mib", ",.0f"),
+    "FVU ": ("fvu", ".3f"),
+    "L0 ": ("l0", ".0f"),
+}
+FLOORS = {
+    "floor: faster encoder product + fused Adam": "floor_ms",
+    "8-bit floor: 8-bit encoder product + fused Adam": "floor_8_ms",
+}
 PRIMITIVE_COLUMNS = {
     "ms (median)": ("ms", ",.1f"),
     "min": ("min_ms", ",.1f"),
@@ -294,7 +338,7 @@ PRIMITIVE_COLUMNS = {
 
 def speeds(block: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return a block's variants: time, speed and its ratios, memory, fit and what else the machine did."""
-    ours = block["kind"] in ("families", "kinds", "scaling")
+    ours = block["kind"] in ("families", "scaling")
     ratio, words = ("cost_of_first", "x first") if ours else ("of_fastest_peer", "x fastest peer")
     tokens = [row["fvu_tokens"] for row in block["rows"] if "ms" in row]
     columns = {
@@ -303,6 +347,7 @@ def speeds(block: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "tokens/s": ("tokens_per_s", ",.0f"),
         words: (ratio, ".2f"),
         "share of floor": ("floor_share", ".0%"),
+        "of 8-bit floor": ("floor_8_share", ".0%"),
         "extra MiB": ("extra_mib", ",.0f"),
         "peak MiB": ("peak_mib", ",.0f"),
         "lr": ("lr", ".2e"),

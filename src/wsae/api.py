@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from wsae.acts.source import (
     ActivationSource,
+    AlignedSource,
     ArraySource,
     StoreSource,
     as_path,
@@ -109,7 +110,8 @@ def fit(
 ) -> SAE:
     """Train one SAE on activations (see `Acts`); all rows are trained on, those of a store but for its held-out ones.
 
-    `options` are those of `Member` and of `fit_family`; `labels` [rows] serve the rule consistency. Raises UserError
+    `options` are those of `Member` and of `fit_family`; `labels` [rows] serve the rule consistency, `target` [rows,
+    d_out] makes it a transcoder. Raises UserError
     for data or options that do not fit.
     """
     run = {key: options.pop(key) for key in list(options) if key in _RUN}
@@ -124,17 +126,22 @@ def fit_family(
     tokens: int | None = None,
     labels: object = None,
     progress: Progress = quiet,
+    target: object = None,
     **options: Any,
 ) -> Family:
     """Train members on the same batches from the same start; all rows of an array or a file of one are trained on.
 
-    `tokens`: rows per member (default: four passes over the data). `options` are TrainConfig's: batch_size, warmup,
-    decay, dtype, dead_after, seed, log_every ..., and `device`. Many small members (batch x d_sae x 4 bytes at
-    most 512 KiB each) train in one batched computation. Raises UserError for data or options that do not fit.
+    `target` [rows, d_out] makes transcoders of them, which are to give it; of a store with several hooks the option
+    `hook_out` = {HOOK: HOOK_OUT} does. `tokens`: rows per member (default: four passes over the data). `options` are
+    TrainConfig's: batch_size, warmup, decay, dtype, dead_after, seed, log_every ..., and `device`. Many small members
+    (batch x d_sae x 4 bytes at most 512 KiB each) train in one batched computation. Raises UserError for data or
+    options that do not fit.
     """
     device = usable_device(str(options.pop("device", "cpu")))
     given = [members] if isinstance(members, MemberConfig) else list(members)
-    source = _source(acts, labels)
+    source = _source(acts, labels, options.get("hook_out") is not None)
+    if target is not None:
+        source, options["hook_out"] = _both(source, target)
     rows = EPOCHS * (source.n_rows or 0) if tokens is None else tokens
     if source.n_rows is not None and "batch_size" not in options:
         options["batch_size"] = min(2048, source.n_rows)
@@ -170,11 +177,28 @@ def _train_in_turn(
         run_steps(cfg, family, stream, 0, tick, on_step)
 
 
-_RUN = frozenset(TrainConfig.model_fields) - {"members"} | {"labels", "progress", "device"}
+_RUN = frozenset(TrainConfig.model_fields) - {"members"} | {
+    "labels",
+    "progress",
+    "device",
+    "target",
+}
 
 
-def _source(acts: Acts, labels: object) -> ActivationSource:
-    """Return the data with one hook, nothing held out; raises UserError for several."""
+class _Sides(NamedTuple):
+    source: ActivationSource
+    hook_out: dict[str, str]
+
+
+def _both(source: ActivationSource, target: object) -> _Sides:
+    """Return both sides of transcoders, row by row; raises UserError where the rows are not as many."""
+    (hook,) = source.hooks
+    given = target if isinstance(target, ActivationSource) else ArraySource(target, 0.0, "target")
+    return _Sides(AlignedSource(source, given), {hook: next(iter(given.hooks))})
+
+
+def _source(acts: Acts, labels: object, several: bool = False) -> ActivationSource:
+    """Return the data with one hook, nothing held out; raises UserError for others, unless `several` are wanted."""
     path = as_path(acts)
     store = path is not None and path.is_dir() and not is_folder_of_arrays(path)
     if isinstance(acts, ActivationSource) or store:
@@ -186,7 +210,7 @@ def _source(acts: Acts, labels: object) -> ActivationSource:
         source = open_source(acts, heldout_fraction=0.0)
         if labels is not None and isinstance(source, ArraySource):
             source.with_labels(_classes(labels))
-    if len(source.hooks) != 1:
+    if len(source.hooks) != 1 and not several:
         few = ", ".join(list(source.hooks)[:4])
         raise UserError(
             f"the data have {len(source.hooks)} hooks ({few}); give one: open_source(path, hooks=(NAME,))"

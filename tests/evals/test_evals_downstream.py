@@ -18,7 +18,7 @@ from transformers import (
 from wsae.acts.capture import one_hook, splice
 from wsae.core.errors import UserError
 from wsae.evals import downstream
-from wsae.evals.downstream import SplicedSequence, spliced_losses
+from wsae.evals.downstream import Place, SplicedSequence, spliced_losses
 
 VOCABULARY, WIDTH, LENGTH = 50, 16, 12
 BIG = 1 << 27
@@ -71,7 +71,7 @@ VARIANTS = {
 
 
 def losses_at(model, hook, *rest):
-    return spliced_losses(model, one_hook(model, hook), *rest)
+    return spliced_losses(model, Place(one_hook(model, hook)), *rest)
 
 
 def direct(model, hook, sequence, replace):
@@ -203,7 +203,7 @@ def test_a_model_that_cannot_be_widened_runs_once_per_variant():
     hook = one_hook(model, "layers.1")
     model.model.layers[2] = OneRow(model.model.layers[2])
     data = sequences(2)
-    found = spliced_losses(model, hook, data, VARIANTS, BIG)
+    found = spliced_losses(model, Place(hook), data, VARIANTS, BIG)
     assert not found.shared
     whole = losses_at(llama(), "layers.1", data, VARIANTS, BIG)
     for name in VARIANTS:
@@ -223,7 +223,7 @@ def test_a_model_that_mixes_batch_rows_is_not_widened():
 
     hook = one_hook(model, "layers.1")
     model.model.layers[2] = Mixing(model.model.layers[2])
-    assert not spliced_losses(model, hook, sequences(1), VARIANTS, BIG).shared
+    assert not spliced_losses(model, Place(hook), sequences(1), VARIANTS, BIG).shared
 
 
 def test_no_hook_is_left_behind():

@@ -91,7 +91,7 @@ def test_gemma_scope_without_its_folder_says_that_the_hook_is_not_known(gemma, t
     ],
 )
 def test_the_release_is_read_from_the_path(path, model, hook):
-    assert origin(Path(path)) == (model, hook)
+    assert origin(Path(path))[:2] == (model, hook)
 
 
 def test_gemma_scope_2(tmp_path):
@@ -106,8 +106,6 @@ def test_gemma_scope_2(tmp_path):
     assert found.about.model == "google/gemma-3-4b-pt"
     assert found.about.hook == "model.layers.9.output"
     for key, value, match in (
-        ("hf_hook_point_out", "model.layers.9.mlp.output", "transcoder"),
-        ("affine_connection", True, "affine_connection = True"),
         ("architecture", "gated", "architecture = 'gated'"),
         ("input_scale", 2.0, "input_scale = 2.0 is a key"),
     ):
@@ -116,6 +114,29 @@ def test_gemma_scope_2(tmp_path):
     (tmp_path / "config.json").unlink()
     save_file({**small, "affine_skip_connection": torch.eye(D)}, tmp_path / "params.safetensors")
     refuse(tmp_path, "affine_skip_connection")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_of_gemma_scope_2_gives_the_output_of_its_module(tmp_path, skip):
+    w = arrays()
+    w["W_dec"] = w["W_dec"][:, : D - 1]
+    w["b_dec"] = w["b_dec"][: D - 1]
+    affine = torch.randn(D, D - 1, generator=torch.Generator().manual_seed(3))
+    small = {name.replace("W_", "w_"): tensor.contiguous() for name, tensor in w.items()}
+    extra = {"affine_skip_connection": affine} if skip else {}
+    save_file(small | extra, tmp_path / "params.safetensors")
+    config = {"architecture": "jump_relu", "affine_connection": skip}
+    ends = ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output")
+    config |= dict(
+        zip(("hf_hook_point_in", "hf_hook_point_out"), (f"layers.9.{e}" for e in ends), strict=True)
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = load(tmp_path)
+    pre = X @ w["W_enc"] + w["b_enc"]
+    z = torch.relu(pre) * (pre > w["threshold"])
+    agrees(found.sae, z, z @ w["W_dec"] + w["b_dec"] + (X @ affine if skip else 0))
+    assert (found.sae.cfg.d_out, found.sae.cfg.skip) == (D - 1, skip or None)
+    assert (found.about.hook, found.about.hook_out) == tuple(f"layers.9.{e}" for e in ends)
 
 
 def test_gemma_scopes_embedding_is_read_where_it_is_scaled(gemma, tmp_path):
@@ -131,10 +152,20 @@ def test_gemma_scopes_embedding_is_read_where_it_is_scaled(gemma, tmp_path):
 
 def test_a_transcoder_of_gemma_scope_is_not_an_sae(gemma, tmp_path):
     """Its arrays have the same names and shapes; only the folder's name tells."""
-    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3"
+    release = tmp_path / "gemma-scope-2b-pt-transcoders"
+    folder = release / "layer_3" / "width_16k"
     folder.mkdir(parents=True)
     (gemma / "params.npz").rename(folder / "params.npz")
-    refuse(folder, "transcoder")
+    found = load(folder)
+    agrees(found.sae, *jumprelu(arrays()))
+    assert found.sae.cfg.transcoder
+    assert (found.about.model, found.about.hook_out) == (
+        "google/gemma-2-2b",
+        "blocks.3.hook_mlp_out",
+    )
+    assert "before its weight" in found.about.notes[-1]
+    (folder / "params.npz").rename(release / "params.npz")
+    refuse(release, "transcoder, and not of which layer")
 
 
 def test_damaged_and_altered_arrays_are_refused(gemma):

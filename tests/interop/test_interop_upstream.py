@@ -18,8 +18,6 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
 REFUSED = {
     "saelens-matching-pursuit": "architecture 'matching_pursuit'",
     "saelens-layer-norm": "normalize_activations = 'layer_norm'",
-    "sparsify-transcoder": "transcode",
-    "sparsify-skip": "skip",
 }
 ALL = sorted(p.name for p in FIXTURES.iterdir())
 READ = [name for name in ALL if name not in REFUSED]
@@ -33,6 +31,9 @@ KINDS = {
     "dl-jumprelu": "jumprelu",
     "dl-gated": "jumprelu",
     "saelens-gated": "jumprelu",
+    "saelens-skip-transcoder": "relu",
+    "saelens-jumprelu-skip-transcoder": "jumprelu",
+    "sparsify-skip-transcoder": "topk",
     "dl-matryoshka": "batch_topk",
 }
 

@@ -194,6 +194,36 @@ def kissane(place: Path) -> None:
     place.with_name(f"{place.stem}_cfg.json").write_text(json.dumps(config))
 
 
+def gemma_3_affine(place: Path) -> None:
+    gemma_3(place)
+    small = {name.replace("W_", "w_"): tensor for name, tensor in weights().items()}
+    affine = torch.randn(D, D, generator=torch.Generator().manual_seed(7))
+    save_file(small | {"affine_skip_connection": affine}, place / "params.safetensors")
+    at = "model.layers.9."
+    config = {"architecture": "jump_relu", "model_name": "gemma-v3-4b-pt"}
+    config |= {"hf_hook_point_in": at + "pre_feedforward_layernorm.output"}
+    config |= {"hf_hook_point_out": at + "post_feedforward_layernorm.output"}
+    (place / "config.json").write_text(json.dumps(config | {"affine_connection": True}))
+
+
+def qwen_transcoder(place: Path) -> None:
+    """As circuit-tracer's sets, with the config of their training beside it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    w = weights()
+    save_file(
+        {"W_enc": w["W_enc"].T.contiguous(), **{k: w[k] for k in ("W_dec", "b_enc", "b_dec")}},
+        place,
+    )
+    hooks = "feature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n"
+    said = f"model_name: Qwen/Qwen3-4B\nmodel_kind: transcoder_set\n{hooks}"
+    place.with_name("config.yaml").write_text(said)
+    trained = "".join(
+        f"{key}:\n  value: {value}\n"
+        for key, value in (("d_model", D), ("d_feature", M), ("batch_size", 8))
+    )
+    place.with_name("wandb-config.yaml").write_text(trained)
+
+
 RELEASES: dict[str, Callable[[Path], None]] = {
     "gpt2-small-res-jb:blocks.8.hook_resid_pre": native,
     "pythia-70m-deduped-res-sm:blocks.3.hook_resid_post": topk,
@@ -215,6 +245,9 @@ RELEASES: dict[str, Callable[[Path], None]] = {
     "goodfire-llama-3.1-8b-instruct:layer_19": goodfire,
     "deepseek-r1-distill-llama-8b-qresearch:blocks.19.hook_resid_post": deepseek,
     "gpt2-small-hook-z-kk:blocks.5.hook_z": kissane,
+    "gemma-scope-2b-pt-transcoders:layer_3/width_16k/average_l0_54": gemma_2,
+    "gemma-scope-2-4b-pt-transcoders:transcoder/layer_9_width_16k_l0_big_affine": gemma_3_affine,
+    "mwhanna-qwen3-4b-transcoders:layer_5": qwen_transcoder,
 }
 
 
@@ -256,7 +289,7 @@ def test_patterns_stand_for_ids_and_paths():
 def test_the_table_says_what_saelens_registry_says():
     """All that can be opened here is in it: the same ids, repositories, paths, loaders and scales."""
     table = Registry("wsae", _split((files("wsae.interop") / "releases.yaml").read_text()))
-    assert len(table.texts) == 141
+    assert len(table.texts) == 167
     if importlib.util.find_spec("sae_lens") is None:
         assert registry() == table
         return
@@ -281,6 +314,8 @@ FORMULAS = {
     "qwen-scope-3-1.7b-base-w32k-l50:layer7": (50, False, None),
     "deepseek-r1-distill-llama-8b-qresearch:blocks.19.hook_resid_post": ("relu", False, None),
     "gpt2-small-hook-z-kk:blocks.5.hook_z": ("relu", True, None),
+    "gemma-scope-2b-pt-transcoders:layer_3/width_16k/average_l0_54": ("jump", False, None),
+    "mwhanna-qwen3-4b-transcoders:layer_5": ("relu", False, None),
 }
 """Release -> its activation, whether b_dec is subtracted from the input, and what the input is multiplied by."""
 
@@ -288,7 +323,7 @@ FORMULAS = {
 @pytest.mark.parametrize("target", FORMULAS)
 def test_a_release_is_what_its_formula_says(target, cache):
     publish(cache, target)
-    (kind, centred, _), w = FORMULAS[target], weights(unit="qwen" not in target)
+    (kind, centred, _), w = FORMULAS[target], weights(unit="qwen-scope" not in target)
     scale = registry().release(target.partition(":")[0])[target.partition(":")[2]].scale or 1.0
     x = rows() * scale
     pre = (x - w["b_dec"] if centred else x) @ w["W_enc"] + w["b_enc"]

@@ -74,6 +74,11 @@ def test_topk_finds_the_same_latents_and_their_exact_values(b, d, f, share, seed
     at = pre.gather(1, code.indices.view(b, k))
     torch.testing.assert_close(found, at, rtol=1e-4, atol=1e-5 * float(x.abs().max() * W.norm()))
     assert (code.indices.view(b, k).diff(dim=1) > 0).all()
+    positive = native.select_positive(
+        rounded(W, x), to_slices(W), bias, Centred(x, to_slices(x)), k
+    )
+    for part, whole in zip(positive, code.where(code.values > 0), strict=True):
+        assert torch.equal(part, whole)
 
 
 def test_the_selected_sets_agree_over_many_tokens() -> None:

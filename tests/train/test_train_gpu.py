@@ -1,11 +1,6 @@
-"""Training with the Triton kernels: the step itself under the interpreter, and who gets it."""
+"""Who is trained with the Triton kernels; `train_gpu_cases` holds the step itself to autograd."""
 
 import logging
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,25 +9,6 @@ from wsae.core.errors import UserError
 from wsae.train import step as dispatch
 from wsae.train.config import TrainConfig
 from wsae.train.state import MemberState, make_member
-
-CASES = Path(__file__).with_name("train_gpu_cases.py")
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton runs on Linux")
-
-
-@needs_triton
-def test_under_the_interpreter_the_step_is_autograds() -> None:
-    """Triton decides once per process whether it interprets, so the cases run in one of their own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-        cwd=CASES.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout
 
 
 def member_of(kernels: str) -> tuple[MemberState, TrainConfig]:

@@ -1,4 +1,4 @@
-"""A step on the Triton kernels against autograd. `test_train_gpu` runs this file, under Triton's interpreter.
+"""A step on the Triton kernels against autograd. `test_gpu` runs this file, under Triton's interpreter.
 
 The interpreter is slow, so only a few steps take the kernels themselves; the others take their twins, to which
 `triton_cases` holds the kernels.

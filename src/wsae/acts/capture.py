@@ -264,6 +264,8 @@ class Call(NamedTuple):
     """The tokens; none where the model was given their vectors."""
     positions: Int64[Tensor, "batch seq"]
     """Places from the start of each sequence, what a cache holds counted and padding left out; -1 at padding."""
+    read: Float[Tensor, "batch seq _"] | None = None
+    """The rows of another hook that are read where those of one are replaced; none: they are the same."""
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> "Call":
@@ -289,12 +291,15 @@ Swap = Callable[[Float[Tensor, "batch seq d_in"], Call], Tensor | None]
 
 
 @contextlib.contextmanager
-def splice(model: nn.Module, hook: str | HookPoint, replace: Swap) -> Iterator[None]:
+def splice(
+    model: nn.Module, hook: str | HookPoint, replace: Swap, read: HookPoint | None = None
+) -> Iterator[None]:
     """Within the context, `replace(x, call)` takes the place of the hook's rows x in every pass on tokens.
 
     The rest of an output or input passes unchanged; the result is cast to the dtype of x. A hook that is named is
-    probed first. Raises UserError when no module, or more than one, has this name, and inside when the module runs
-    outside a call of `model`.
+    probed first. With `read`, that hook's rows, which come up earlier in the pass, are `call.read`. Raises UserError
+    when no module, or more than one, has this name, and inside when the module runs outside a call of `model`, or
+    before the one that is read.
     """
     point = hook if isinstance(hook, HookPoint) else one_hook(model, hook)
     names = [name for name in inspect.signature(model.forward).parameters if name != "args"]
@@ -312,13 +317,24 @@ def splice(model: nn.Module, hook: str | HookPoint, replace: Swap) -> Iterator[N
         if call is None:
             raise UserError(f"hook {point.name!r}: ran outside a call of its model; call that one")
         x = rows_of(point, value, tuple(call.positions.shape))
+        if read is not None and call.read is None:
+            raise UserError(
+                f"hook {point.name!r}: runs before {read.name!r}; name them the other way round"
+            )
         new = replace(x, call)
         if new is None:
             return None
         assert new.shape[1:] == x.shape[1:], f"{tuple(new.shape)} in place of {tuple(x.shape)}"
         return with_rows(point, value, new.to(x.dtype))
 
+    def keep(value: Any) -> None:
+        nonlocal call
+        if call is not None and read is not None:
+            call = call._replace(read=rows_of(read, value, tuple(call.positions.shape)))
+
     with contextlib.ExitStack() as stack:
+        if read is not None:
+            stack.enter_context(replaced(model, read, keep))
         first = model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
         stack.callback(first.remove)
         stack.callback(model.register_forward_hook(end, always_call=True).remove)

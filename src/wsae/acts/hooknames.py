@@ -102,6 +102,7 @@ _GATED = {
     "hook_mlp_out": "mlp",
     "attn.hook_z": "self_attn.o_proj.input",
     **_projections("self_attn"),
+    "mlp.hook_in": "mlp.input",
     "mlp.hook_pre": "mlp.gate_proj",
     "mlp.hook_pre_linear": "mlp.up_proj",
     "mlp.hook_post": "mlp.down_proj.input",
@@ -118,6 +119,7 @@ _GPT2 = {
     "hook_attn_out": "attn",
     "hook_mlp_out": "mlp",
     "attn.hook_z": "attn.c_proj.input",
+    "mlp.hook_in": "mlp.input",
     "mlp.hook_pre": "mlp.c_fc",
     "mlp.hook_post": "mlp.c_proj.input",
 }
@@ -125,6 +127,7 @@ _NEOX = {
     "hook_attn_out": "attention",
     "hook_mlp_out": "mlp",
     "attn.hook_z": "attention.dense.input",
+    "mlp.hook_in": "mlp.input",
     "mlp.hook_pre": "mlp.dense_h_to_4h",
     "mlp.hook_post": "mlp.dense_4h_to_h.input",
 }
@@ -292,7 +295,7 @@ _BACK: dict[str, str] = {
     f".{tail}": name
     for places in _FAMILIES.values()
     for name, tail in places.items()
-    if name in ("attn.hook_z", "mlp.hook_post")
+    if name in ("attn.hook_z", "mlp.hook_in", "mlp.hook_post")
 } | {
     "": "hook_resid_post",
     ".input": "hook_resid_pre",
@@ -307,7 +310,8 @@ def hook_name(hook: str) -> HookName:
     """Return TransformerLens' name of a place.
 
     A block's output ("layers.9", "h.9", "gpt_neox.layers.9") is `blocks.9.hook_resid_post`, its input
-    `blocks.9.hook_resid_pre`, what an attention's or MLP's last matrix takes `attn.hook_z` or `mlp.hook_post`. Other
+    `blocks.9.hook_resid_pre`, what an attention's or MLP's last matrix takes `attn.hook_z` or `mlp.hook_post`, what an
+    MLP takes `mlp.hook_in` (circuit-tracer's name). Other
     modules inside a block keep their name: where norms and biases are applied differs between models. TransformerLens'
     own names stay as they are.
     """
@@ -348,6 +352,59 @@ def among(name: str, hooks: Iterable[str], sure: bool = False) -> str | None:
         if len(found := [hook for hook in hooks if same(hook)]) == 1:
             return found[0]
     return None
+
+
+class Sides(NamedTuple):
+    """The hook that a transcoder reads, and the one whose activations it is to give."""
+
+    read: str
+    given: str
+
+
+def sides(hooks: Iterable[str], read: str | None, given: str | None) -> Sides:
+    """Return both sides among recorded hooks; what is not named is the other of two. Raises UserError without one."""
+    hooks = list(hooks)
+    there = [None if name is None else among(name, hooks) for name in (read, given)]
+    if len(hooks) == 2 and (there[0] is None) != (there[1] is None):
+        rest = next(hook for hook in hooks if hook not in there)
+        there = [hook or rest for hook in there]
+    if there[0] is None or there[1] is None:
+        names = [name or side for name, side in ((read, "its input"), (given, "its output"))]
+        raise UserError(
+            f"a transcoder needs both sides of its module ({' and '.join(names)}); the data have {', '.join(hooks)}"
+        )
+    return Sides(there[0], there[1])
+
+
+def pairs(hooks: Iterable[str], read: Iterable[str], given: Iterable[str]) -> dict[str, str]:
+    """Return each hook that transcoders read with the one that they are to give, of patterns in the same order.
+
+    `*` stands for characters other than a dot. Raises UserError for a pattern without a recorded hook, and where there
+    are more of one side.
+    """
+    hooks = list(hooks)
+
+    def found(patterns: Iterable[str]) -> list[str]:
+        named: list[str] = []
+        for pattern in patterns:
+            one = among(pattern, hooks)
+            several = [one] if one is not None else [place.path for place in match(pattern, hooks)]
+            named += [hook for hook in several if hook not in named]
+        return named
+
+    ins, outs = found(read), found(given)
+    if len(ins) != len(outs):
+        raise UserError(
+            f"transcoders read {len(ins)} hooks ({', '.join(ins[:3])}) and are to give {len(outs)} "
+            f"({', '.join(outs[:3])}); name as many of each"
+        )
+    return dict(zip(ins, outs, strict=True))
+
+
+def lens_name(hook: str) -> str:
+    """Return TransformerLens' name of a place as `hook_name` does, or the one that it has in some kinds of models."""
+    may = _lens_names(_bare(hook))
+    return next(iter(may)) if len(may) == 1 else hook_name(hook).name
 
 
 def _lens_names(hook: str) -> set[str]:

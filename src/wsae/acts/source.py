@@ -19,6 +19,7 @@ from wsae.acts.store import Store
 from wsae.acts.stream import (
     ActivationSource,
     Batch,
+    BatchStream,
     HeldoutRows,
     ShuffledStream,
     State,
@@ -411,6 +412,91 @@ class StoreSource:
 
     def _train(self, index: np.ndarray) -> Batch:
         return self.store.rows("train", index)
+
+
+class AlignedSource:
+    """Sources of the same rows as one with the hooks of all: both sides of a module, or two models on one text.
+
+    Row i of each is of the same token or image, and the same are held out. Raises UserError for a live model, whose
+    rows have no numbers, for another number of rows, other sequences of a store, and a hook's name in two of them.
+    """
+
+    def __init__(self, *sources: ActivationSource) -> None:
+        self._sources, self.hooks = sources, dict[str, int]()
+        first, n_rows = sources[0], [source.n_rows for source in sources]
+        self.n_rows: int | None = n_rows[0]
+        for source, rows in zip(sources, n_rows, strict=True):
+            here, there = (next(iter(s.hooks)) for s in (source, first))
+            if rows is None or rows != n_rows[0]:
+                raise UserError(
+                    f"{here} has {rows} training rows and {there} {n_rows[0]}: they are not of the same "
+                    "tokens or images, row by row"
+                )
+            if not _same_places(source, first):
+                raise UserError(
+                    f"{here} and {there}: their rows are not of the same tokens; harvest both from one text with the "
+                    "same settings"
+                )
+            if twice := self.hooks.keys() & source.hooks.keys():
+                raise UserError(
+                    f"hook {min(twice)!r}: is in two of the sources; rename one of the files"
+                )
+            self.hooks |= source.hooks
+
+    def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
+        """Return the statistics of every hook."""
+        return {h: s for source in self._sources for h, s in source.stats(progress).items()}
+
+    def stream(self, batch_size: int, seed: int, state: State | None = None) -> "_AlignedStream":
+        """Return training batches from the start or from a state."""
+        return _AlignedStream([s.stream(batch_size, seed, state) for s in self._sources])
+
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
+        """Yield the held-out rows; raises UserError where they are not the same ones."""
+        for parts in zip(*(s.heldout(batch_size) for s in self._sources), strict=False):
+            if not all(torch.equal(part.seq, parts[0].seq) for part in parts):
+                raise UserError(f"{', '.join(self.hooks)}: other rows are held out in each")
+            x = {hook: rows for part in parts for hook, rows in part.x.items()}
+            yield HeldoutRows(x, parts[0].seq, parts[0].pos)
+
+    def tokens(self) -> TokenTable | None:
+        """Return the held-out sequences' tokens, as the first source has them."""
+        return self._sources[0].tokens()
+
+    def digest(self) -> str:
+        """Return a name for the data of all."""
+        return digest([source.digest() for source in self._sources])
+
+    def describe(self) -> dict[str, Any]:
+        """Return where each source's data come from."""
+        parts = [source.describe() for source in self._sources]
+        return {"kind": "aligned", "sources": parts, "hooks": list(self.hooks)}
+
+
+class _AlignedStream:
+    """The streams of several sources, step by step: of one seed and number of rows, they go through the same rows."""
+
+    def __init__(self, streams: list[BatchStream]) -> None:
+        self._streams = streams
+
+    def next(self) -> Batch:
+        """Return the next batch by hook, float32."""
+        return {hook: rows for stream in self._streams for hook, rows in stream.next().items()}
+
+    def state(self) -> State:
+        """Return the exact position, which is that of each."""
+        return self._streams[0].state()
+
+
+def _same_places(a: ActivationSource, b: ActivationSource) -> bool:
+    """Return whether the rows of two sources come from the same places, as far as they know: stores alone do."""
+    if not isinstance(a, StoreSource) or not isinstance(b, StoreSource):
+        return isinstance(a, StoreSource) == isinstance(b, StoreSource)
+    return a is b or all(
+        torch.equal(one, other)
+        for split in ("train", "heldout")
+        for one, other in zip(a.store.places(split), b.store.places(split), strict=True)
+    )
 
 
 def open_source(

@@ -20,7 +20,7 @@ from wsae.cli.flags import (
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae_bench.config import OURS, PEERS, SIZES, BenchConfig, Dtype, Size
+from wsae_bench.config import OURS, PEERS, PEERS_OF_KINDS, SIZES, BenchConfig, Dtype, Size
 
 ABOUT = """\
 Train at the same sizes with wsae, with every peer that is installed (sparsify, dictionary_learning, SAELens,
@@ -120,7 +120,7 @@ def _check(flags: Flags) -> None:
         raise UserError(f"--device {device}: wsae bench measures CPUs; use --device cpu")
     if flags.acts is not None and not flags.acts.is_file():
         raise UserError(f"--acts {flags.acts}: no such file")
-    known = [variant.name for variant in (*OURS, *PEERS)]
+    known = [variant.name for variant in (*OURS, *PEERS, *PEERS_OF_KINDS)]
     for name in flags.only:
         if name not in known:
             raise UserError(f"--only {name}: no such variant; there are {', '.join(known)}")

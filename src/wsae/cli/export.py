@@ -1,4 +1,4 @@
-"""`wsae export`: SAEs as SAELens, sparsify or dictionary_learning read them."""
+"""`wsae export`: SAEs as SAELens, sparsify, dictionary_learning or circuit-tracer read them."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,8 @@ class Flags(Config):
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder; with --all one below it for each SAE, HOOK/NAME."""
     format: Annotated[FormatName, tyro.conf.arg(metavar="NAME")] = "saelens"
-    """saelens, sparsify or dictionary_learning."""
+    """saelens, sparsify, dictionary_learning, or of transcoders circuit_tracer (with --all a model's layers go into
+    one folder, of several members NAME below it)."""
     member: MaybeName = None
     """Which member of a run."""
     hook: MaybeName = None
@@ -42,6 +43,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
     from wsae.interop.runs import choose
 
     chosen = choose(flags.sae, flags.member, flags.hook, flags.all)
+    if flags.all and flags.format == "circuit_tracer":
+        return {"format": flags.format, "written": _sets(chosen, flags), "refused": []}
     written: list[dict[str, Any]] = []
     refused: list[dict[str, str]] = []
     for one in chosen:
@@ -74,6 +77,21 @@ def _export(one: Any, out: Path, flags: Flags) -> bool:
     return True
 
 
+def _sets(chosen: list[Any], flags: Flags) -> list[dict[str, Any]]:
+    """Write each member's transcoders of all layers as one folder."""
+    from wsae.interop.circuit_tracer import save_set
+    from wsae.sae import SAE
+
+    written, names = [], list(dict.fromkeys(one.about.member or "" for one in chosen))
+    for name in names:
+        own = {one.about.hook: one for one in chosen if (one.about.member or "") == name}
+        out = flags.out / name if len(names) > 1 else flags.out
+        saes = {hook: SAE.load(one.path) for hook, one in own.items()}
+        layers = save_set(saes, {h: one.about for h, one in own.items()}, out, flags.force)
+        written.append({"sae": name, "path": str(out), "new": True, "layers": layers})
+    return written
+
+
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print where the folders lie, what was left out, and how the other tool opens one."""
     for entry in result["written"]:
@@ -86,5 +104,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
         "sparsify": f"from sparsify import SparseCoder; SparseCoder.load_from_disk({path!r})",
         "dictionary_learning": "from dictionary_learning.utils import load_dictionary; "
         f"load_dictionary({path!r}, 'cpu')",
+        "circuit_tracer": "from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder; "
+        f"load_transcoder({path!r} + '/layer_N.safetensors', layer=N); its sets have every layer from 0 on",
     }
     ui.say(f"open it: {opens[result['format']]}")

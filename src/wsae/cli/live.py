@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
-from wsae.acts.hooknames import among
+from wsae.acts.hooknames import among, pairs, sides
 from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.cli.flags import (
     MaybeCount,
     MaybeName,
     MaybeNumber,
     MaybePlace,
+    Switch,
     config_flags,
     config_values,
     flag_name,
@@ -58,7 +59,8 @@ class PlanFlags(
         Matryoshka,
         PreconditionConfig,
         TrainConfig,
-        omit=("label", "rule", "kind", "k", "vector", "tokens", "alpha", "power", "members"),
+        omit=("label", "rule", "kind", "k", "vector", "tokens", "alpha", "power", "members")
+        + ("hook_out",),
     )
 ):
     """The SAEs: their shape, their loss weights and their training."""
@@ -79,6 +81,8 @@ class PlanFlags(
     divides each dimension by its standard deviation, whiten uses the whole covariance."""
     power: Annotated[tuple[float, ...], tyro.conf.arg(metavar="P ...")] = (1.0,)
     """How far --precondition goes, from 0 (not at all) to 1 (variances all 1); each gives one SAE per alpha."""
+    skip: Switch = False
+    """With --hook-out: add a linear map of the input to each transcoder."""
     twin: bool = True
     """Train the plain SAE beside them, for comparison."""
     tokens: MaybeCount = None
@@ -136,6 +140,7 @@ class PlanFlags(
             "gamma": gamma,
             "precondition": precondition,
             "activation": self._activation(),
+            "skip": self.skip or None,
         }
         return MemberConfig.parse(config_values(self, MemberConfig) | own, where=FLAGS)
 
@@ -282,6 +287,57 @@ def open_data(
     return LiveSource(cfg, LiveConfig.parse(config_values(mixing, LiveConfig), where=FLAGS))
 
 
+class BothSides(NamedTuple):
+    """Activations of transcoders: a source with what they read and what they are to give, and the hooks of each."""
+
+    source: "ActivationSource"
+    hook_out: dict[str, str]
+
+
+def open_sides(
+    source: str,
+    hook_out: tuple[str, ...],
+    live: LiveFlags,
+    mixing: MixingFlags,
+    seed: int,
+    device: str,
+    **rest: object,
+) -> BothSides:
+    """Return the activations of both sides of modules: of a store or a live model, or of two stores or arrays."""
+    read = live.hook
+    if not is_data(source):
+        asked = live.model_copy(update={"hook": (*read, *hook_out)})
+        both = open_data(source, asked, mixing, seed, device, **rest)
+        return BothSides(both, pairs(both.hooks, read, hook_out))
+    both = open_data(source, live.model_copy(update={"hook": ()}), mixing, seed, device)
+    elsewhere = Path(hook_out[0])
+    if len(hook_out) == 1 and elsewhere.exists():
+        from wsae.acts.source import AlignedSource
+
+        other = _opened(str(elsewhere), ())
+        one, given = _named_alone(source, both, read), _named_alone(str(elsewhere), other, ())
+        if next(iter(one.hooks)) in given.hooks and one.digest() == given.digest():
+            raise UserError(f"--hook-out {elsewhere}: is what is read; name another for the output")
+        return BothSides(
+            AlignedSource(one, given), {next(iter(one.hooks)): next(iter(given.hooks))}
+        )
+    read = read or tuple(hook for hook in both.hooks if among(hook, hook_out) is None)
+    found = pairs(both.hooks, read, hook_out)
+    named = dict.fromkeys([*found, *found.values()])
+    return BothSides(
+        both if len(named) == len(both.hooks) else _opened(source, tuple(named)), found
+    )
+
+
+def _named_alone(
+    place: str, data: "ActivationSource", names: tuple[str, ...]
+) -> "ActivationSource":
+    """Return the data at one hook, that of `names` where there are several; raises UserError where it is not said."""
+    if names or len(data.hooks) == 1:
+        return _opened(place, names or tuple(data.hooks))
+    raise UserError(f"{place}: has hooks {', '.join(data.hooks)}; harvest one of them alone")
+
+
 def _opened(source: str, hooks: tuple[str, ...]) -> "ActivationSource":
     """Return a store's hooks (none given: all), or an array, which has none of its own and takes a single name."""
     from wsae.acts.source import ArraySource, is_folder_of_arrays, open_source
@@ -299,6 +355,8 @@ class HookFlags(Config):
     hook: MaybeName = None
     """The module whose activations the SAE takes, in Hugging Face's or TransformerLens' words; default: the one that
     its files name."""
+    hook_out: MaybeName = None
+    """Of a transcoder: the module whose activations it is to give; default: the one that its files name."""
     seq_len: MaybeCount = None
     """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
 
@@ -315,7 +373,7 @@ class ReadingFlags(HookFlags):
         """Return the text and how it is read; raises UserError for flags that go with a text where there is none."""
         if self.text is None:
             refuse(self, "goes with --text")
-        return GivenText(self.text, self.model, self.hook, self.seq_len)
+        return GivenText(self.text, self.model, self.hook, self.seq_len, hook_out=self.hook_out)
 
 
 class GivenText(NamedTuple):
@@ -326,6 +384,7 @@ class GivenText(NamedTuple):
     hook: str | None = None
     seq_len: int | None = None
     model_flag: str = "model"
+    hook_out: str | None = None
 
 
 NO_TEXT = GivenText()
@@ -348,22 +407,27 @@ def data_of(
             raise UserError(
                 f"--text {name}: is for one SAE alone; a run is measured on its own data, or on --source"
             )
-        data = on_text(asked, _about(opened), seed=seed, device=device)
+        data = on_text(opened, asked, seed=seed, device=device)
     return _fitting(opened, data, source) if opened.single else data
 
 
 def _fitting(opened: Run, data: "ActivationSource", source: str | None) -> "ActivationSource":
     """Return the data of one SAE alone; raises UserError where their width is not the SAE's."""
     assert isinstance(opened.config, SingleConfig)
-    ((hook, width),) = data.hooks.items()
-    if width != opened.config.sae.d_in:
-        about = _about(opened)
-        trained = f" (trained at {about.hook})" if about.hook else ""
-        raise UserError(
-            f"{opened.path}: takes activations of width {opened.config.sae.d_in}{trained}, and "
-            f"{source or 'the data'} has {width} at {hook}; give activations of the SAE's model and hook "
-            "(--model, --hook)"
-        )
+    about, sae = _about(opened), opened.config.sae
+    if sae.transcoder:
+        read, given = sides(data.hooks, about.hook, about.hook_out)
+    else:
+        (read,) = (given,) = data.hooks
+    for hook, does, width in ((read, "takes", sae.d_in), (given, "gives", sae.width_out)):
+        found = data.hooks[hook]
+        if found != width:
+            trained = f" (trained at {about.hook})" if about.hook else ""
+            raise UserError(
+                f"{opened.path}: {does} activations of width {width}{trained}, and "
+                f"{source or 'the data'} has {found} at {hook}; give activations of the SAE's model and hook "
+                "(--model, --hook)"
+            )
     return data
 
 
@@ -377,7 +441,7 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
     """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place."""
     opened = Run(run)
     if opened.single and (elsewhere is not None or not opened.source):
-        return of_single(run, _about(opened), elsewhere)
+        return of_single(opened, elsewhere)
     with understood(opened.manifest and run / CONFIG):
         record = opened.source
         hooks = tuple(record.get("hooks", ()))
@@ -400,10 +464,14 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
         return _opened(path, hooks)
 
 
-def of_single(path: Path, about: Provenance, source: str | None) -> "ActivationSource":
-    """Return a store or an array at one SAE's hook; raises UserError without one, or where it has other hooks alone."""
+def of_single(opened: Run, source: str | None) -> "ActivationSource":
+    """Return a store or an array at one SAE's hook; raises UserError without one, or where it has other hooks alone.
+
+    Of a transcoder it is a store with both sides of its module.
+    """
     from wsae.acts.source import open_source
 
+    path, about = opened.path, _about(opened)
     if source is None:
         open_ends = [
             f" --{name} {name.upper()}" for name in ("model", "hook") if not getattr(about, name)
@@ -413,6 +481,10 @@ def of_single(path: Path, about: Provenance, source: str | None) -> "ActivationS
             f"wsae evaluate {path} --text FILE{''.join(open_ends)}"
         )
     data, hook = open_source(source), about.hook
+    assert isinstance(opened.config, SingleConfig)
+    if opened.config.sae.transcoder:
+        both = sides(data.hooks, hook, about.hook_out)
+        return open_source(source, hooks=(both.read, both.given))
     if len(data.hooks) == 1:
         return data
     mine = among(hook, data.hooks) if hook else None
@@ -424,23 +496,28 @@ def of_single(path: Path, about: Provenance, source: str | None) -> "ActivationS
     return open_source(source, hooks=(mine,))
 
 
-def on_text(asked: GivenText, about: Provenance, **rest: object) -> "ActivationSource":
+def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource":
     """Return what an SAE's model gives at its hook on a text; raises UserError where model or hook is not known."""
+    assert isinstance(opened.config, SingleConfig)
+    about, transcoder = _about(opened), opened.config.sae.transcoder
     text = asked.text if isinstance(asked.text, TextConfig) else TextConfig(path=str(asked.text))
     model, hook = asked.model or about.model, asked.hook or about.hook
-    for name, flag, value in (("model", asked.model_flag, model), ("hook", "hook", hook)):
+    out = (asked.hook_out or about.hook_out) if transcoder else hook
+    known = [("model", asked.model_flag, model), ("hook", "hook", hook)]
+    for name, flag, value in (*known, ("output", "hook-out", out)):
         if not value:
             raise UserError(
                 f"--text {text.path}: the SAE's files do not say its {name}; add --{flag} {name.upper()}"
             )
     most = HarvestConfig.model_fields["seq_len"].default
     seq_len = asked.seq_len or min(about.context or most, most)
-    data = {"model": model, "text": text.to_dict(), "hooks": (hook,), "seq_len": seq_len}
+    hooks = tuple(dict.fromkeys((hook, out)))
+    data = {"model": model, "text": text.to_dict(), "hooks": hooks, "seq_len": seq_len}
     cfg = HarvestConfig.parse(data | rest, where=FLAGS)
     from wsae.acts.live import LiveSource
 
     source = LiveSource(cfg)
-    if len(source.hooks) > 1:
+    if len(source.hooks) > len(hooks):
         first = next(iter(source.hooks))
         raise UserError(
             f"--hook {hook}: means {len(source.hooks)} modules; name one, for example {first}"

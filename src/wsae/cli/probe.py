@@ -121,7 +121,7 @@ def _asked(flags: Flags, text: TextConfig | None, opened: Run) -> GivenText:
     if text is None or not opened.single or (flags.labels.label is not None and known):
         refuse(reading, "goes with --text, for one SAE whose data are not known")
         return NO_TEXT
-    return GivenText(text, reading.model, reading.hook, reading.seq_len)
+    return GivenText(text, reading.model, reading.hook, reading.seq_len, hook_out=reading.hook_out)
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

@@ -73,6 +73,6 @@ def show(result: dict[str, Any], ui: UI) -> None:
     ui.table(f"releases ({result['registry']})", ("release", "model", "SAEs", "for example"), rows)
     if left := len(releases) - len(opened):
         ui.say(
-            f"left out: {left} releases of transcoders or temporal SAEs, which have no equal here"
+            f"left out: {left} releases of cross-layer transcoders or temporal SAEs, which have no equal here"
         )
     ui.say("list one: wsae releases RELEASE; open one: wsae import RELEASE:ID --out DIR")

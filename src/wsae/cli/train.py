@@ -16,7 +16,7 @@ from wsae.cli.flags import (
     Switch,
     mirrored,
 )
-from wsae.cli.live import LiveFlags, MixingFlags, PlanFlags, labelled, open_data
+from wsae.cli.live import LiveFlags, MixingFlags, PlanFlags, labelled, open_data, open_sides
 from wsae.cli.runner import device, how_to_go_on, together
 from wsae.cli.ui import UI
 from wsae.core.artifact import CONFIG, METRICS_FILE
@@ -49,6 +49,11 @@ class Flags(Config):
     """Continue an interrupted run in --out; its own config is used where no flag says otherwise."""
     labels: MaybePlace = None
     """A .npy array of one class per row of an array, for --gamma consistency."""
+    hook_out: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
+    ] = ()
+    """Train transcoders, which read --hook and are to give this: "layers.9.mlp" of --hook "layers.9.mlp.input"; for an
+    array or a store, another one with the same rows may be named."""
     mesh: MaybeName = None
     """How the processes that torchrun started share the work: "data=2,latents=4"; axes are layers (hooks and SAEs),
     data (rows of a batch) and latents (of each SAE). Default: they all share the rows."""
@@ -81,12 +86,15 @@ class Flags(Config):
                 **source.get("mixing", {}),
             }
             said["text"] = said.pop("path", None)
+            if cfg.hook_out is not None:
+                said["hooks"] = tuple(cfg.hook_out)
         flags = {FLAG_OF.get(name, name): value for name, value in said.items()}
         known = {**LiveFlags.model_fields, **MixingFlags.model_fields}
         return (
             {name: value for name, value in flags.items() if name in known}
             | {name: value for name, value in cfg if name in PlanFlags.model_fields}
             | {"members": cfg.to_dict()["members"], "seed": cfg.seed}
+            | ({} if cfg.hook_out is None else {"hook_out": tuple(cfg.hook_out.values())})
             | ({} if place is None else {"source": place})
         )
 
@@ -122,19 +130,26 @@ def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
     """Return the run's config and its data."""
     plan, seed = flags.plan, flags.common.seed
     rest = {"dtype": plan.dtype, **({} if plan.tokens is None else {"tokens": plan.tokens})}
-    source = open_data(flags.source, flags.live, flags.mixing, seed, where, **rest)
-    source = labelled(source, flags.labels)
-    cfg = config(flags, source.n_rows)
+    if flags.hook_out:
+        about = (flags.hook_out, flags.live, flags.mixing, seed, where)
+        source, hook_out = open_sides(flags.source, *about, **rest)
+        cfg = config(flags, source.n_rows).model_copy(update={"hook_out": hook_out})
+    else:
+        source = open_data(flags.source, flags.live, flags.mixing, seed, where, **rest)
+        source = labelled(source, flags.labels)
+        cfg = config(flags, source.n_rows)
     for member in cfg.members:  # shapes that cannot be are refused before anything is written
-        for d_in in source.hooks.values():
-            member.sae_config(d_in)
+        for hook in cfg.read(source.hooks):
+            out = cfg.given(hook)
+            member.sae_config(source.hooks[hook], None if out is None else source.hooks[out])
     return cfg, source
 
 
 def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:
     """Return what makes the run's SAEs worth little, as far as its settings tell."""
     notes = [*cfg.doubts()]
-    for hook, d_in in source.hooks.items():
+    for hook in cfg.read(source.hooks):
+        d_in = source.hooks[hook]
         dense = [
             f"{name} (k = {getattr(m.activation, 'k', 0)})"
             for name, m in zip(cfg.names(), cfg.members, strict=True)

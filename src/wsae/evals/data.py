@@ -1,6 +1,7 @@
 """What an evaluation needs of its data: held-out rows in a fixed order, and their tokens where there are any."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 from wsae.acts.source import HeldoutRows, as_path, open_matrix
 from wsae.acts.tokens import TokenTable
+from wsae.core.errors import UserError
 
 
 @runtime_checkable
@@ -62,6 +64,27 @@ class Pictures(Protocol):
     def thumbnail(self, image: int) -> str:
         """Return a small PNG in base64; raises UserError where the image cannot be read."""
         ...
+
+
+class BothSides:
+    """Two sources of the same rows as one with the hooks of both: what a transcoder reads, and what it is to give."""
+
+    def __init__(self, read: HeldOut, given: HeldOut) -> None:
+        self._parts = (read, given)
+        self.hooks = {**read.hooks, **given.hooks}
+
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
+        """Yield the rows in order; raises UserError where one side has more of them."""
+        for a, b in zip_longest(*(part.heldout(batch_size) for part in self._parts)):
+            if a is None or b is None or len(a.seq) != len(b.seq):
+                raise UserError(
+                    f"{' and '.join(self.hooks)} have different numbers of rows; they must be of the same tokens"
+                )
+            yield HeldoutRows({**a.x, **b.x}, a.seq, a.pos)
+
+    def tokens(self) -> TokenTable | None:
+        """Return the tokens of what is read."""
+        return self._parts[0].tokens()
 
 
 class MatrixRows:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from wsae.acts.capture import Call, logits_by_row, splice
-from wsae.acts.hookpoints import HookPoint, Probed
+from wsae.acts.hookpoints import HookPoint
 from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
@@ -27,8 +27,8 @@ from wsae.evals.data import Language
 from wsae.evals.measure import HeldOutPositions
 from wsae.sae import SAE
 
-Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_in"]]
-"""What to put in place of the kept activations (fp32 in, fp32 out)."""
+Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_out"]]
+"""What to put in place of the kept activations (fp32 in, fp32 out), from what the SAE reads."""
 
 _ROWS = 128
 """Positions whose log-probabilities are held at once."""
@@ -60,16 +60,25 @@ class SplicedLosses(NamedTuple):
     """Whether the variants shared the layers before the hook."""
 
 
+class Place(NamedTuple):
+    """Where rows are replaced, and of transcoders where those that are read come up, earlier in the pass."""
+
+    hook: HookPoint
+    read: HookPoint | None = None
+    causal: bool | None = None
+    """Whether nothing depends on a later token, where that is known."""
+
+
 @torch.inference_mode()
 def spliced_losses(
     model: nn.Module,
-    hook: HookPoint,
+    place: Place,
     sequences: list[SplicedSequence],
     variants: dict[str, Replace],
     max_logits: int,
     progress: Progress = quiet,
 ) -> SplicedLosses:
-    """Return cross-entropy and KL of every variant spliced at `hook`, per sequence.
+    """Return cross-entropy and KL of every variant spliced at a place, per sequence.
 
     KL(p_clean || p_spliced) = sum_v p_clean(v) (log p_clean(v) - log p_spliced(v)). Raises UserError when a variant
     makes the model's loss NaN or infinite.
@@ -78,11 +87,11 @@ def spliced_losses(
     sequences = [s.trimmed() for s in sequences if s.kept.any()]
     sequences = [s for s in sequences if s.target[1:].any()]
     rows: list[Tensor] = []
-    vocabulary = logits_by_row(model, hook, sequences[0].ids) if sequences else 0
+    vocabulary = logits_by_row(model, place.hook, sequences[0].ids) if sequences else 0
     with progress("splice", sum(len(s.ids) for s in sequences), "tokens") as tick:
         for sequence in sequences:
             at_once = max_logits // (vocabulary * len(sequence.ids)) if vocabulary else 1
-            rows.append(_losses(model, hook, sequence, [*variants.values()], max(1, at_once)))
+            rows.append(_losses(model, place, sequence, [*variants.values()], max(1, at_once)))
             tick(len(sequence.ids))
     sums = torch.stack(rows) if rows else torch.zeros(0, 2, 1 + len(variants), dtype=torch.float64)
     bad = (~sums.isfinite()).any(1).any(0).nonzero()[:, 0].tolist()
@@ -104,7 +113,7 @@ def spliced_losses(
 
 def _losses(
     model: nn.Module,
-    hook: HookPoint,
+    place: Place,
     sequence: SplicedSequence,
     variants: list[Replace],
     at_once: int,
@@ -118,7 +127,7 @@ def _losses(
     clean: Tensor | None = None
     for start in range(0, 1 + len(variants), at_once):
         group = [None, *variants][start : start + at_once]
-        logits = run_variants(model, hook, ids, kept, group)
+        logits = run_variants(model, place, ids, kept, group)
         clean = logits[0, scored] if clean is None else clean
         columns += [_compare(clean, row[scored], targets) for row in logits]
     return torch.stack(columns, dim=1)
@@ -142,23 +151,24 @@ def _compare(
 
 def run_variants(
     model: nn.Module,
-    hook: HookPoint,
+    place: Place,
     ids: Int64[Tensor, " length"],
     kept: Bool[Tensor, " length"],
     variants: list[Replace | None],
 ) -> Float[Tensor, "variants length vocabulary"]:
     """Return the logits with each variant in place at `kept` of the hook's rows; None leaves them untouched."""
 
-    def widened(hidden: Float[Tensor, "1 length d_in"], _call: Call) -> Tensor:
+    def widened(hidden: Float[Tensor, "1 length d_out"], call: Call) -> Tensor:
         wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
         at = kept.to(hidden.device)
-        x = hidden[0, at].float()
+        read = hidden if call.read is None else call.read.to(hidden.device)
+        x = read[0, at].float()
         for row, replace in zip(wide, variants, strict=True):
             if replace is not None:
                 row[at] = replace(x).to(row)
         return wide
 
-    with splice(model, hook, widened):
+    with splice(model, place.hook, widened, place.read):
         logits = model(input_ids=ids[None], use_cache=False).logits
     if len(logits) != len(variants):
         raise RuntimeError("the hooked module's output does not reach the logits by batch row")
@@ -174,9 +184,9 @@ def splice_sequences(tokens: TokenTable, cfg: EvalConfig) -> list[int]:
 
 def splice_arrays(
     language: Language,
-    probed: Probed,
+    place: Place,
     saes: dict[str, SAE],
-    mean: Float64[Tensor, " d_in"],
+    mean: Float64[Tensor, " d_out"],
     sequences: list[SplicedSequence],
     cfg: EvalConfig,
     progress: Progress = quiet,
@@ -192,16 +202,14 @@ def splice_arrays(
 
     constant = mean.float()
     variants: dict[str, Replace] = {
-        "zero": torch.zeros_like,
-        "mean": lambda x: constant.to(x.device).expand_as(x),
+        "zero": lambda x: x.new_zeros(len(x), len(constant)),
+        "mean": lambda x: constant.to(x.device).expand(len(x), -1),
     }
     variants |= {f"sae {name}": reconstruction(sae) for name, sae in saes.items()}
-    losses = spliced_losses(
-        language.model, probed.hooks[0], sequences, variants, cfg.splice_logits, progress
-    )
+    losses = spliced_losses(language.model, place, sequences, variants, cfg.splice_logits, progress)
     common = {"splice_seq": losses.seq, "splice_targets": losses.targets}
     kl = {name: {**common, "splice_kl": losses.kl[f"sae {name}"]} for name in saes}
-    if probed.causal is False:
+    if place.causal is False:
         return kl
     clean = {
         "splice_ce_clean": losses.ce_clean,

@@ -31,7 +31,7 @@ from wsae.kernels import SparseCode
 from wsae.sae import SAE
 from wsae.sae.encoding import Encoder
 from wsae.sae.loss import Weights, dimension_weights, weigh
-from wsae.stats.moments import Moments
+from wsae.stats.moments import Moments, check_finite
 
 
 class SequenceSums:
@@ -59,26 +59,39 @@ class SequenceSums:
 
 
 class Survey:
-    """First pass over one hook: held-out moments, and each member's latent activity."""
+    """First pass over one hook: held-out moments (those of `out` for transcoders), each member's latent activity."""
 
-    def __init__(self, hook: str, saes: dict[str, SAE], d_in: int) -> None:
+    def __init__(
+        self, hook: str, saes: dict[str, SAE], widths: dict[str, int], out: str | None = None
+    ) -> None:
+        for name in (hook, out or hook):
+            if name not in widths:
+                why = "" if out is None else "; a transcoder needs its input and its output"
+                raise UserError(
+                    f"the data have no hook {name!r}; they have {', '.join(widths)}{why}"
+                )
         for name, sae in saes.items():
-            check_width(f"{hook}/{name}", sae.cfg.d_in, d_in)
-        self.hook = hook
+            check_width(f"{hook}/{name}", sae.cfg.d_in, widths[hook])
+            if out is not None:
+                check_width(f"{hook}/{name}", sae.cfg.width_out, widths[out], "gives")
+        self.hook, self.out = hook, out or hook
         self.saes = saes
-        self.moments = Moments(d_in)
+        self.moments = Moments(widths[self.out])
         self.activity = {name: LatentActivity(sae.cfg.d_sae) for name, sae in saes.items()}
         self._encoders = {name: Encoder(sae) for name, sae in saes.items()}
 
-    def update(self, x: Float[Tensor, "rows d_in"]) -> dict[str, SparseCode]:
-        """Add some rows and return each member's code of them.
+    def update(self, rows: dict[str, Float[Tensor, "rows _"]]) -> dict[str, SparseCode]:
+        """Add some rows, by hook, and return each member's code of them.
 
         Raises UserError naming the hook, row and dimension of a NaN or infinity.
         """
+        x = rows[self.hook]
         try:
-            self.moments.update(x)
+            self.moments.update(rows[self.out])
+            if self.out != self.hook:
+                check_finite(x, where=self.hook)
         except UserError as error:
-            raise UserError(f"held-out data of {self.hook}: {error}") from error
+            raise UserError(f"held-out data of {self.out}: {error}") from error
         codes = {
             name: encode(x.to(self.saes[name].W_dec.device))
             for name, encode in self._encoders.items()
@@ -88,11 +101,11 @@ class Survey:
         return codes
 
 
-def check_width(name: str, sae_width: int, data_width: int) -> None:
-    """Raise UserError unless the SAE takes rows of the data's width."""
+def check_width(name: str, sae_width: int, data_width: int, what: str = "takes") -> None:
+    """Raise UserError unless the SAE takes (or gives) rows of the data's width."""
     if sae_width != data_width:
         raise UserError(
-            f"{name}: this SAE takes activations of width {sae_width}, "
+            f"{name}: this SAE {what} activations of width {sae_width}, "
             f"but the data have width {data_width}; evaluate it on the hook it was trained on"
         )
 
@@ -175,6 +188,8 @@ class EvaluatedSaes:
     """member -> name of the member it is matched and compared with."""
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     """member -> fields added to its entry beside the metrics (config, gamma)."""
+    out: str | None = None
+    """The hook whose activations transcoders are to give."""
 
 
 @dataclass
@@ -274,17 +289,16 @@ def measure(
     items = Replay(source, cfg)
     surveys: dict[str, Survey] = {}
     for hook, family in families.items():
-        if hook not in source.hooks:
-            known = ", ".join(source.hooks)
-            raise UserError(f"the data have no hook {hook!r}; they have {known}")
-        surveys[hook] = Survey(hook, family.saes, source.hooks[hook])
-    first: dict[str, list[Tensor]] = {hook: [] for hook in families}
+        surveys[hook] = Survey(hook, family.saes, source.hooks, family.out)
+    read = {name for survey in surveys.values() for name in (survey.hook, survey.out)}
+    first: dict[str, list[Tensor]] = {hook: [] for hook in read}
     n_rows = 0
     with progress("survey", None, "rows") as tick:
         for chunk, codes in items:
             for hook, survey in surveys.items():
-                found = survey.update(chunk.x[hook])
+                found = survey.update(chunk.x)
                 codes |= {(hook, name): code for name, code in found.items()}
+            for hook in read:
                 first[hook].append(chunk.x[hook][: max(0, FITTED_ROWS - n_rows)])
             if kept is not None:
                 kept.update(chunk)
@@ -292,9 +306,9 @@ def measure(
             tick(len(chunk.seq))
     if not n_rows:
         raise UserError("there are no held-out rows to evaluate on; hold out more data")
+    rows = {hook: torch.cat(parts) for hook, parts in first.items()}
     passes = {
-        hook: _MeasuringPass(surveys[hook], family, torch.cat(first.pop(hook)), cfg)
-        for hook, family in families.items()
+        hook: _MeasuringPass(surveys[hook], family, rows, cfg) for hook, family in families.items()
     }
     with progress("evaluate", n_rows, "rows") as tick:
         for item in items:
@@ -308,7 +322,11 @@ class _MeasuringPass:
     """The second pass over one hook."""
 
     def __init__(
-        self, survey: Survey, family: EvaluatedSaes, first: Tensor, cfg: EvalConfig
+        self,
+        survey: Survey,
+        family: EvaluatedSaes,
+        first: dict[str, Float[Tensor, "rows _"]],
+        cfg: EvalConfig,
     ) -> None:
         self.survey, self.family, self.cfg = survey, family, cfg
         mean = survey.moments.mean
@@ -318,7 +336,7 @@ class _MeasuringPass:
             name = next(iter(family.twins.values()), next(iter(self.saes)))
             l0 = survey.activity[name].l0
             self.saes[CONTROL] = random_control(self.saes[name], mean, l0, cfg.seed)
-            fit_scale(self.saes[CONTROL], first)
+            fit_scale(self.saes[CONTROL], first[survey.hook], first[survey.out])
         self.encoders = {name: Encoder(sae) for name, sae in self.saes.items()}
         self.matching: dict[str, Matching] = {}
         for member, twin in family.twins.items():
@@ -350,13 +368,14 @@ class _MeasuringPass:
         """Add one chunk of rows."""
         chunk, hook = item.chunk, self.survey.hook
         x = chunk.x[hook]
-        wide = x.double().cpu()
+        wide = chunk.x[self.survey.out].double().cpu()
         self.errors.add_rows(wide, chunk.seq)
         for name, sae in self.saes.items():
             code = item.codes.get((hook, name))
-            code = self.encoders[name](x.to(sae.W_dec.device)) if code is None else code
+            here = x.to(sae.W_dec.device)
+            code = self.encoders[name](here) if code is None else code
             entries = Entries(code)
-            error = wide - sae.decode_code(code).double().cpu()
+            error = wide - sae.decode_code(code, here).double().cpu()
             self.errors.add_member(name, error, entries.l0(), chunk.seq)
             if name in self.contexts:
                 self.contexts[name].update(entries, chunk.seq, chunk.pos)

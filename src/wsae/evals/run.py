@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wsae.acts.capture import one_hook
 from wsae.acts.capture import tokens as token_manner
+from wsae.acts.hooknames import sides
 from wsae.acts.hookpoints import SEES_LATER, probe
 from wsae.acts.loading import PREDICTS_NOTHING, predictions
 from wsae.acts.source import as_path, is_folder_of_arrays, open_source
@@ -34,8 +36,8 @@ from wsae.evals.compare import ComparedMember, compare_members, member_metrics
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
-from wsae.evals.data import HeldOut, Language, MatrixRows, Pictures
-from wsae.evals.downstream import splice_arrays, splice_sequences, token_sequences
+from wsae.evals.data import BothSides, HeldOut, Language, MatrixRows, Pictures
+from wsae.evals.downstream import Place, splice_arrays, splice_sequences, token_sequences
 from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.latents import density_histogram
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
@@ -80,10 +82,13 @@ def evaluate_families(
     if language is not None and tokens is not None and kept is not None:
         sequences = token_sequences(tokens, kept, language.tokenizer.all_special_ids)
         for hook, found in measured.items():
-            probed = probe(language.model, [hook], token_manner())
+            out = found.survey.out
+            probed = probe(language.model, [out], token_manner())
             sees_later |= probed.causal is False
+            read = None if out == hook else one_hook(language.model, hook)
+            place = Place(probed.hooks[0], read, probed.causal)
             mean, saes = found.survey.moments.mean, families[hook].saes
-            extra = splice_arrays(language, probed, saes, mean, sequences, cfg, progress)
+            extra = splice_arrays(language, place, saes, mean, sequences, cfg, progress)
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
     first = next(iter(measured.values()))
@@ -193,12 +198,14 @@ def evaluate(
     acts: object,
     cfg: EvalConfig = EvalConfig(n_latents=0),  # noqa: B008  (frozen)
     progress: Progress = quiet,
+    target: object = None,
 ) -> Json:
     """Measure one SAE on activations it was not trained on: {"metrics": {name: {value, low, high}}, "arrays": {...}}.
 
     `acts` are numbers [rows, d_in] or [n, seq, d_in] in memory, in a file or a folder of files, of which all rows are
     used; or a store (or its path) or another source with one hook, of which the held-out rows are. Formulas:
-    `wsae.evals.glossary`. Raises UserError for another width, NaN, infinity, or no rows.
+    `wsae.evals.glossary`. A transcoder is measured on the `target` that it is to give, rows beside those of `acts`.
+    Raises UserError for another width, NaN, infinity, no rows, or a target for an SAE (a transcoder without one).
     """
     if not isinstance(sae, SAE):
         raise UserError(f"evaluate: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
@@ -211,14 +218,24 @@ def evaluate(
         raise UserError(
             f"the data have {len(source.hooks)} hooks ({', '.join(source.hooks)}); give one"
         )
+    if sae.cfg.transcoder == (target is None):
+        wanted = "give its target" if target is None else "is for transcoders"
+        raise UserError(f"target: {wanted}; this is {_kind(sae)}")
     (hook,) = source.hooks
-    found = measure(source, {hook: EvaluatedSaes({"sae": sae})}, cfg, progress=progress)[hook]
+    if target is not None:
+        source = BothSides(source, MatrixRows(target, "target"))
+    subject = {hook: EvaluatedSaes({"sae": sae}, out=None if target is None else "target")}
+    found = measure(source, subject, cfg, progress=progress)[hook]
     arrays = _as_numpy(found.arrays["sae"])
     out: Json = {"metrics": member_metrics("sae", arrays, cfg), "arrays": arrays}
     if CONTROL in found.arrays:
         control = _as_numpy(found.arrays[CONTROL])
         out["control"] = member_metrics(CONTROL, control, cfg)
     return out
+
+
+def _kind(sae: SAE) -> str:
+    return "a transcoder" if sae.cfg.transcoder else "an SAE"
 
 
 def _as_numpy(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -269,7 +286,7 @@ def evaluate_run(
         info = {}
         if opened.single:  # which knows no data of its own
             described = getattr(source, "describe", dict)()
-            info = {"hook": next(iter(source.hooks)), "source": described}
+            info = {"hook": next(iter(subject)), "source": described}
         write_manifest(out, EVALUATION_PART, cfg.to_dict(), files, inputs=inputs, info=info)
     return found.record
 
@@ -283,10 +300,14 @@ def run_subject(run: Path, source: HeldOut | None = None) -> dict[str, Evaluated
     train, gamma = opened.config, opened.gamma_record
     if not isinstance(train, TrainConfig):
         ((own, saes),) = opened.saes.items()
-        hook = own if source is None else next(iter(source.hooks))
+        hook, out = own, None
+        if source is not None and train.sae.transcoder:
+            hook, out = sides(source.hooks, own, opened.provenance.hook_out)
+        elif source is not None:
+            hook = next(iter(source.hooks))
         plain = {"rule": "none"} if bool((saes[SINGLE].gamma == 1).all()) else {}
         about = {"config": train.to_dict(), "gamma": gamma[own][SINGLE] or plain}
-        return {hook: EvaluatedSaes(saes, {}, {SINGLE: about})}
+        return {hook: EvaluatedSaes(saes, {}, {SINGLE: about}, out)}
     if any(set(saes) != set(train.names()) for saes in opened.saes.values()):
         raise UserError(f"{run / CONFIG}: names other members than the run has (altered)")
     if opened.saes.keys() != gamma.keys():
@@ -295,7 +316,7 @@ def run_subject(run: Path, source: HeldOut | None = None) -> dict[str, Evaluated
     out = {}
     for hook, saes in opened.saes.items():
         about = {n: {"config": members[n], "gamma": gamma[hook].get(n)} for n in saes}
-        out[hook] = EvaluatedSaes(saes, find_twins(train), about)
+        out[hook] = EvaluatedSaes(saes, find_twins(train), about, train.given(hook))
     return out
 
 

@@ -28,6 +28,8 @@ from wsae.core.errors import UserError, nearest
 from wsae.core.files import read_json, sha256_file
 from wsae.core.hub import local_folder, snapshot
 from wsae.core.tensors import load_tensors, save_tensors
+from wsae.interop.circuit_tracer import CIRCUIT_TRACER, LAYER
+from wsae.interop.circuit_tracer import CONFIG as SET
 from wsae.interop.config import FormatName, SourceName
 from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
 from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
@@ -40,7 +42,9 @@ from wsae.sae.model import SAE, WEIGHTS
 
 SIDE = "wsae.safetensors"
 """What an export holds that the other tool's files cannot, to the bit."""
-KINDS: dict[FormatName, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
+KINDS: dict[FormatName, Format] = {
+    f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER)
+}
 """What can be written, too."""
 READERS: dict[SourceName, Reader] = {
     reader.name: reader
@@ -48,7 +52,7 @@ READERS: dict[SourceName, Reader] = {
 }
 
 
-_SHARED = ("W_enc", "W_dec", "b_enc", "b_dec")
+_SHARED = ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip")
 """Tensors that other tools' files may hold to the bit."""
 _MODULE = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.\d+(?:\.\w+)*", flags=re.ASCII)
 R = TypeVar("R", bound=Reader)
@@ -102,14 +106,14 @@ def save(
     side = {
         name: tensor
         for name, tensor in sae.tensors().items()
-        if name not in held or not torch.equal(held[name], tensor.cpu())
+        if held.get(name) is None or not torch.equal(held[name], tensor.cpu())
     }
     config = {"format": kind.name, "sae": sae.cfg.to_dict(), "provenance": about.to_dict()}
     free(path, "export", force)
     with replacing(path, "export"):
-        kind.write(packed, path)
+        files = kind.write(packed, path)
         save_tensors(path / SIDE, side)
-        write_manifest(path, "export", config, [*kind.files, SIDE], inputs=inputs)
+        write_manifest(path, "export", config, [*files, SIDE], inputs=inputs)
     return path
 
 
@@ -156,13 +160,16 @@ def from_pretrained(release: str, sae_id: str) -> Loaded:
 def fetched(found: Published) -> Path:
     """Return the folder, or the file, of a published SAE, fetched from the hub; UserError where it cannot be had."""
     kind, where = READERS[LOADERS[found.loader]], f"{found.release}:{found.sae_id}"
-    if kind is TORCH:
+    file = kind in (TORCH, CIRCUIT_TRACER)
+    if kind is CIRCUIT_TRACER:
+        wanted = [found.path, str(Path(found.path).with_name(SET))]
+    elif kind is TORCH:
         wanted = [found.path, str(beside(Path(found.path)))]
     else:
         wanted = [f"{found.path}/{name}" for name in (*kind.files, SCALER)]
     root = snapshot(found.repo, wanted, [], None, where)
     place = root / found.path
-    if not (place.is_file() if kind is TORCH else kind.detect(place)):
+    if not (place.is_file() if file else kind.detect(place)):
         raise UserError(
             f"{where}: {found.repo} has no such files, or the hub cannot be reached and they are not in the cache "
             f"({', '.join(wanted[:3])})"
@@ -192,7 +199,8 @@ def identity(place: Path) -> dict[str, Any]:
     """Return what decides what `load` makes of a folder or a file: where it lies, and the digest of each file."""
     folder = _folder(place)
     if folder.is_file():
-        files = [file for file in (folder, beside(folder)) if file.is_file()]
+        aside = folder.with_name(SET) if LAYER.fullmatch(folder.name) else beside(folder)
+        files = [file for file in (folder, aside) if file.is_file()]
     else:
         names = {MANIFEST, SIDE, WEIGHTS, PROVENANCE, CONFIG, SCALER}
         names |= {name for kind in READERS.values() for name in kind.files if name}
@@ -205,12 +213,14 @@ def readable(place: Path) -> bool:
     """Return whether a folder, or a file in it, holds what some reader takes for an SAE."""
     folder = _folder(place)
     if folder.is_file():
-        return folder.suffix in (".pt", ".pth")
+        return folder.suffix in (".pt", ".pth") or bool(LAYER.fullmatch(folder.name))
     return any(kind.detect(folder) for kind in READERS.values())
 
 
 def _folder(place: Path) -> Path:
     """Return the folder of a config or weights that were named in place of it, and the one .pt file of a folder."""
+    if place.is_file() and LAYER.fullmatch(place.name):
+        return place
     if not place.is_file():
         alone = [*place.glob("*.pt"), *place.glob("*.pth")] if place.is_dir() else []
         known = any(kind.detect(place) for kind in READERS.values()) or (place / MANIFEST).exists()
@@ -226,7 +236,7 @@ def _folder(place: Path) -> Path:
 def detect(place: Path) -> Reader:
     """Return the reader of a folder's weights, or of one file of torch.save; raises UserError when there are none."""
     if place.is_file() and readable(place):
-        return TORCH
+        return CIRCUIT_TRACER if LAYER.fullmatch(place.name) else TORCH
     if not place.is_dir():
         what = "holds no SAE that this reads" if place.exists() else "no such file or directory"
         raise UserError(f"{place}: {what}; give the folder that holds an SAE")
@@ -263,7 +273,8 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SAE:
     if not isinstance(config, dict) or SIDE not in manifest.files:
         raise UserError(f"{folder / MANIFEST}: lacks the SAE's config or {SIDE}; export it again")
     cfg = SAEConfig.parse(config, where=str(folder / MANIFEST))
-    if named.widths != {"d_in": cfg.d_in, "d_sae": cfg.d_sae}:
+    found = named.widths(cfg.transcoder)
+    if found != {name: getattr(cfg, name) or None for name in found}:
         raise UserError(
             f"{folder / MANIFEST}: its widths are not those of the weights; export it again"
         )

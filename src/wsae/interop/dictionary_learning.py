@@ -186,6 +186,10 @@ def _about(foreign: Foreign) -> Provenance:
 
 def _pack(sae: SAE, about: Provenance) -> Foreign:
     activation = sae.cfg.activation
+    if sae.cfg.transcoder:
+        raise UserError(
+            "a transcoder has no equal in dictionary_learning; sparsify has (--format sparsify)"
+        )
     if activation.kind not in _CLASSES:
         raise UserError(
             f"activation {activation.kind} has no equal in dictionary_learning; sparsify has (--format sparsify)"

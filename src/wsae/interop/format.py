@@ -41,13 +41,16 @@ class NamedTensors(NamedTuple):
     W_enc: Float[Tensor, "d_in d_sae"]
     W_dec: Float[Tensor, "d_sae d_in"]
     b_enc: Float[Tensor, " d_sae"]
-    b_dec: Float[Tensor, " d_in"]
+    b_dec: Float[Tensor, " d_out"]
     threshold: Float[Tensor, "..."] | None = None
+    W_skip: Float[Tensor, "d_out d_in"] | None = None
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """d_in and d_sae as the decoder has them."""
-        return {"d_in": int(self.W_dec.shape[1]), "d_sae": int(self.W_dec.shape[0])}
+    def widths(self, transcoder: bool) -> dict[str, int | bool | None]:
+        """Return the fields of SAEConfig that shapes say."""
+        d_sae, d_out = (int(n) for n in self.W_dec.shape)
+        known = {"d_in": int(self.W_enc.shape[0]), "d_sae": d_sae}
+        skip = None if self.W_skip is None else True
+        return {**known, "d_out": d_out if transcoder else None, "skip": skip}
 
 
 class Meaning(NamedTuple):
@@ -55,6 +58,8 @@ class Meaning(NamedTuple):
 
     weights: NamedTensors
     activation: dict[str, Any]
+    transcoder: bool = False
+    """Whether it gives other activations than it reads, from which b_dec is then not subtracted."""
 
 
 def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> list[Tensor]:
@@ -86,18 +91,24 @@ def gated(
 
 
 def check_shapes(
-    weights: NamedTensors, where: str, d_in: object = None, d_sae: object = None
+    weights: NamedTensors,
+    where: str,
+    d_in: object = None,
+    d_sae: object = None,
+    transcoder: bool = False,
 ) -> NamedTensors:
     """Return the weights; raises UserError where shapes do not fit one another or the widths of the config."""
     if weights.W_dec.ndim != 2:
         raise UserError(f"{where}: the decoder is {tuple(weights.W_dec.shape)}, not a matrix")
     m, d = weights.W_dec.shape
+    read = weights.W_enc.shape[0] if transcoder and weights.W_enc.ndim == 2 else d
     if m != d and (weights.b_enc.shape, weights.b_dec.shape) == ((d,), (m,)):
         raise UserError(
             f"{where}: W_enc and W_dec look transposed: the decoder is {(m, d)}, the biases say {d} latents of "
             f"width {m}"
         )
-    wanted = {"W_enc": (d, m), "b_enc": (m,), "b_dec": (d,)}
+    wanted = {"W_enc": (read, m), "b_enc": (m,), "b_dec": (d,)}
+    wanted |= {} if weights.W_skip is None else {"W_skip": (d, read)}
     for name, shape in wanted.items():
         found = tuple(getattr(weights, name).shape)
         if found != shape:
@@ -108,7 +119,7 @@ def check_shapes(
         raise UserError(
             f"{where}: threshold is {tuple(weights.threshold.shape)}, {m} latents need ({m},)"
         )
-    for key, said, is_ in (("d_in", d_in, d), ("d_sae", d_sae, m)):
+    for key, said, is_ in (("d_in", d_in, read), ("d_sae", d_sae, m)):
         if said is not None and said != is_:
             raise UserError(f"{where}: the config says {key} = {said!r}, the weights have {is_}")
     if not m or not d:
@@ -117,10 +128,10 @@ def check_shapes(
     return weights
 
 
-def check_finite(tensors: Mapping[str, Tensor | None], where: str) -> None:
+def check_finite(tensors: Mapping[str, object], where: str) -> None:
     """Raise UserError naming the first tensor with NaN or infinite values."""
     for name, tensor in tensors.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{where}: tensor {name} holds NaN or infinite values")
 
 
@@ -153,11 +164,10 @@ def unit_rows(weights: NamedTensors) -> NamedTensors:
     """
     norms = weights.W_dec.double().norm(dim=1)
     scale = weights.threshold if weights.threshold is None else (weights.threshold * norms).float()
-    return NamedTensors(
+    return weights._replace(
         W_enc=(weights.W_enc.double() * norms).float(),
         W_dec=(weights.W_dec.double() / norms.clamp(min=1e-30)[:, None]).float(),
         b_enc=(weights.b_enc.double() * norms).float(),
-        b_dec=weights.b_dec,
         threshold=scale,
     )
 
@@ -166,6 +176,8 @@ def assemble(cfg: SAEConfig, weights: NamedTensors) -> SAE:
     """Return an SAE of ours with these weights, its thresholds where its kind has any, and gamma 1."""
     sae = SAE(cfg)
     tensors = {name: getattr(weights, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    if weights.W_skip is not None:
+        tensors["W_skip"] = weights.W_skip
     if weights.threshold is not None:  # 0 and below a ReLU cannot tell
         tensors["threshold"] = weights.threshold.clamp(min=0)
     sae.set_tensors({**sae.tensors(), **tensors})
@@ -186,6 +198,7 @@ def named(sae: SAE) -> NamedTensors:
         if sae.b_dec is None
         else sae.b_dec.detach().float().cpu(),
         threshold=thresholds(sae),
+        W_skip=None if sae.W_skip is None else sae.W_skip.detach().float().cpu(),
     )
 
 
@@ -231,7 +244,8 @@ class Reader:
     def sae(self, foreign: Foreign, where: str) -> SAE:
         """Return the SAE that files are of."""
         found = self.understand(foreign, self.rename(foreign, where), where)
-        data = {**found.weights.widths, "activation": found.activation}
+        widths = found.weights.widths(found.transcoder)
+        data = {**widths, "activation": found.activation}
         return assemble(SAEConfig.parse(data, where=where), found.weights)
 
 
@@ -242,11 +256,12 @@ class Format(Reader):
     name: FormatName
     pack: Callable[[SAE, Provenance], Foreign]
 
-    def write(self, foreign: Foreign, path: Path) -> None:
-        """Write the library's files."""
+    def write(self, foreign: Foreign, path: Path) -> list[str]:
+        """Write the library's files; return their names."""
         config, weights = self.files
         (save_state if weights.endswith(".pt") else save_tensors)(path / weights, foreign.tensors)
         write_json(path / config, foreign.config)
+        return [config, weights]
 
 
 class Switch(NamedTuple):
@@ -337,6 +352,7 @@ def plain(data: dict[str, Any]) -> dict[str, Any]:
 _TYPES = {
     "model": str,
     "hook": str,
+    "hook_out": str,
     "context": int,
     "prepend_bos": bool,
     "dataset": str,

@@ -12,7 +12,8 @@
 | qresearch       | a .pt file with encoder.weight ..., by its release | ReLU(x @ W + b_enc)                      |
 | Kissane et al.  | a .pt file, NAME_cfg.json beside it                | ReLU((x - b_dec) @ W_enc + b_enc)        |
 
-None but OpenAI's and Kissane's subtracts b_dec from its input. Llama Scope's s is sqrt(d) / the mean norm of its
+Gemma Scope's transcoders have the same files, with `affine_skip_connection` [d_in, d_out] where there is a skip. None
+but OpenAI's and Kissane's subtracts b_dec from its input. Llama Scope's s is sqrt(d) / the mean norm of its
 activations: weights are for s x, its threshold for x. With `sparsity_include_decoder_norm` it compares pre-activations
 times the norms of their decoder rows. Gemma Scope's SAEs of the embedding are for it before Gemma multiplies it by
 sqrt(d), and become ones for what the first block takes.
@@ -53,18 +54,18 @@ from wsae.sae.config import Provenance
 
 NPZ, SAFE, CONFIG = "params.npz", "params.safetensors", "config.json"
 HYPER, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
-_FACTOR = "scaling_factor"
+_FACTOR, _SKIP = "scaling_factor", "affine_skip_connection"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-_TRANSCODER = "a transcoder has no equal here"
+_TRANSCODER = "a transcoder of Llama Scope has no equal here"
 _GEMMA_KEYS = Keys(
-    used=frozenset({"model_name", "hf_hook_point_in"}),
+    used=frozenset(
+        {"model_name", "hf_hook_point_in", "hf_hook_point_out", "affine_connection", "note"}
+    ),
     harmless=frozenset(
         {"width", "l0", "type", "layer", "release", "dtype", "num_latents", "d_in", "d_sae"}
     ),
     switches={
         "architecture": Switch(("jump_relu", None), "Gemma Scope's jump_relu has an equal here"),
-        "hf_hook_point_out": Switch((None, ""), _TRANSCODER),
-        "affine_connection": Switch((None, False), "a skip connection has no equal here"),
     },
 )
 _LLAMA_SWITCHES = {
@@ -85,9 +86,16 @@ class Origin(NamedTuple):
 
     model: str | None
     hook: str | None
+    hook_out: str | None = None
+    """Of a transcoder."""
+    note: str | None = None
 
 
-_GEMMA_2 = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)")
+_GEMMA_2 = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)")
+_NORMED = (
+    "reads what the norm before the MLP gives before its weight (1 + w) multiplies it, which no module gives: divide "
+    "that module's output by 1 + w"
+)
 _GEMMA_3 = re.compile(r"gemma-scope-2-(\d+[bm])-(pt|it)")
 _SITES = {
     "res": "hook_resid_post",
@@ -112,15 +120,30 @@ def origin(folder: Path) -> Origin:
         model = f"google/gemma-3-{found[1]}-{found[2]}"
     if name == "res" and "embedding/" in path:
         return Origin(model, "hook_embed")
+    if "transcoder" in path and layer is not None:
+        if _GEMMA_3.search(path) is not None:  # as the config of those that have one says
+            at = f"model.layers.{layer[1]}."
+            ends = ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output")
+            return Origin(model, at + ends[0], at + ends[1])
+        at = f"blocks.{layer[1]}."
+        return Origin(model, at + "ln2.hook_normalized", at + "hook_mlp_out", _NORMED)
     return Origin(model, f"blocks.{layer[1]}.{_SITES[name]}" if layer and name else None)
 
 
 def _read_gemma(path: Path) -> Foreign:
-    if re.search(r"transcoder|/clt", path.absolute().as_posix()):
-        raise UserError(f"{path}: {_TRANSCODER}, and the folder's name says that this is one")
+    if re.search(r"/clt", path.absolute().as_posix()):
+        raise UserError(
+            f"{path}: a cross-layer transcoder has no equal here, and the folder's name says that this is one"
+        )
     config = read_config(path / CONFIG) if (path / CONFIG).is_file() else {}
     found = origin(path)
-    config = {"model_name": found.model, "hf_hook_point_in": found.hook} | config
+    said = {"model_name": found.model, "hf_hook_point_in": found.hook}
+    config = said | {"hf_hook_point_out": found.hook_out, "note": found.note} | config
+    if "transcoder" in path.absolute().as_posix() and not config.get("hf_hook_point_out"):
+        raise UserError(
+            f"{path}: the folder's name says that it is a transcoder, and not of which layer; name the folder as in "
+            "the release, layer_N/..."
+        )
     npz = (path / NPZ).is_file()
     raw = _load_npz(path / NPZ) if npz else load_tensors(path / SAFE)
     tensors = {re.sub(r"^w_", "W_", name): tensor for name, tensor in raw.items()}
@@ -146,16 +169,27 @@ def _load_npz(path: Path) -> dict[str, Tensor]:
 
 def _rename_gemma(foreign: Foreign, where: str) -> NamedTensors:
     check_keys(foreign.config, _GEMMA_KEYS, where)
-    if "affine_skip_connection" in foreign.tensors:
-        raise UserError(f"{where}: tensor affine_skip_connection: {_TRANSCODER}")
     tensors = dict(foreign.tensors)
+    names = (*_NAMES, _SKIP) if _SKIP in tensors else _NAMES
     factor = tensors.get(_FACTOR)
     if factor is not None and bool((factor == 1).all()):
         del tensors[_FACTOR]
-    return check_shapes(NamedTensors(*take(tensors, _NAMES, where)), where)
+    weights = NamedTensors(*take(tensors, names, where))
+    if weights.W_skip is not None:
+        weights = weights._replace(W_skip=_matrix(weights.W_skip, _SKIP, where).contiguous())
+        if not _gives(foreign):
+            raise UserError(f"{where}: tensor {_SKIP} is a transcoder's, and no hf_hook_point_out")
+    return check_shapes(weights, where, transcoder=_gives(foreign))
+
+
+def _gives(foreign: Foreign) -> bool:
+    """Return whether it is a transcoder's."""
+    return bool(foreign.config.get("hf_hook_point_out"))
 
 
 def _understand_gemma(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:  # noqa: ARG001
+    if _gives(foreign):
+        return Meaning(weights, {"kind": "jumprelu"}, transcoder=True)
     return Meaning(rescaled(centred(weights), foreign.scale or 1.0), {"kind": "jumprelu"})
 
 
@@ -164,7 +198,8 @@ def _about_gemma(foreign: Foreign) -> Provenance:
     notes = check_keys(config, _GEMMA_KEYS, CONFIG)
     if config.get("hf_hook_point_in") is None:
         notes = (*notes, "neither files nor folder name the hook; the page of the release does")
-    keys = {"model": "model_name", "hook": "hf_hook_point_in"}
+    notes = (*notes, config["note"]) if config.get("note") else notes
+    keys = {"model": "model_name", "hook": "hf_hook_point_in", "hook_out": "hf_hook_point_out"}
     about = provenance("gemma_scope", config, keys, notes)
     model = (
         (about.model or "")

@@ -29,12 +29,12 @@ LOADERS: dict[str, SourceName] = {
     "qwen_scope": "torch",
     "goodfire": "torch",
     "deepseek_r1": "torch",
+    "gemma_2_transcoder": "gemma_scope",
+    "mwhanna_transcoder": "circuit_tracer",
     "connor_rob_hook_z": "torch",
 }
 """SAELens' name of a loader -> our reader."""
 _NO_EQUAL = {
-    "gemma_2_transcoder": "a transcoder has no equal here",
-    "mwhanna_transcoder": "a transcoder has no equal here",
     "mntss_clt_layer_transcoder": "a cross-layer transcoder has no equal here",
     "temporal": "a temporal SAE reads earlier tokens, which has no equal here",
 }
@@ -61,8 +61,8 @@ class Published(NamedTuple):
     def refusal(self) -> str | None:
         """Why it cannot be opened here, as far as the registry tells; None where it can."""
         if self.loader in LOADERS:
-            transcoder = re.search(r"transcoder|(?:^|/)clt", self.path)
-            return _NO_EQUAL["gemma_2_transcoder"] if transcoder else None
+            across = re.search(r"(?:^|/)clt", self.path)
+            return _NO_EQUAL["mntss_clt_layer_transcoder"] if across else None
         return _NO_EQUAL.get(self.loader, f"its loader {self.loader!r} is unknown here")
 
 
@@ -130,7 +130,7 @@ def _published(name: str, data: dict[str, Any]) -> Iterator[Published]:
     for entry in data["saes"]:
         sae = entry if isinstance(entry, dict) else {"id": entry}
         ids = expanded(str(sae["id"]))
-        paths = along(str(sae.get("path", sae["id"])), str(sae["id"]))
+        paths = along(str(sae["path"]), str(sae["id"])) if "path" in sae else ids
         factor = sae.get("norm_scaling_factor")
         factors = [None] * len(ids) if factor is None else along(str(factor), str(sae["id"]))
         for one, path, scale in zip(ids, paths, factors, strict=True):

@@ -147,6 +147,7 @@ def about_member(run: Run | Path, hook: str, name: str) -> Provenance:
     with understood(opened.path / CONFIG):
         return Provenance(
             hook=hook,
+            hook_out=getattr(opened.config, "given", {}.get)(hook),
             member=name,
             tokens=opened.config.tokens,
             gamma={key: gamma[key] for key in _GAMMA if gamma.get(key) is not None},

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from wsae.acts.hooknames import hook_name
+from wsae.core.errors import UserError
 from wsae.interop.format import named
 from wsae.sae.config import Provenance
 from wsae.sae.model import SAE
@@ -66,6 +67,8 @@ class SAEBenchSAE(nn.Module):
         **fields: Any,
     ) -> None:
         super().__init__()
+        if sae.cfg.transcoder:
+            raise UserError("SAEBench measures SAEs; a transcoder has no equal there")
         self._sae = copy.deepcopy(sae).requires_grad_(False)
         weights = named(sae)
         norms = weights.W_dec.norm(dim=1)

@@ -2,6 +2,9 @@
 
     z = act((x - apply_b_dec_to_input * b_dec) @ W_enc + b_enc)        x_hat = z @ W_dec + b_dec
 
+Transcoders never subtract b_dec, whose width is that of the output; a skip transcoder adds x @ W_skip^T. SAELens has
+them with ReLU and JumpReLU.
+
 Top-k with `rescale_acts_by_decoder_norm` chooses by pre * ||W_dec[j]|| and divides the norm out again: the norms are
 folded. Without it latents and choice do not depend on the norms, so they stay as they are.
 
@@ -53,6 +56,13 @@ _ARCHITECTURES = {
     "jumprelu": "jumprelu",
     "relu": "standard",
 }
+_TRANSCODERS = {
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+"""Architectures of transcoders -> what they compute with."""
 _TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 _GATED = ("W_enc", "W_dec", "b_mag", "b_dec", "b_gate", "r_mag")
 SCALER = "activation_scaler.json"
@@ -68,11 +78,12 @@ _RENAMED = {
 _KNOWN = {
     **{"model": "model_name", "hook": "hook_name", "context": "context_size"},
     **{"prepend_bos": "prepend_bos", "dataset": "dataset_path", "tokens": "training_tokens"},
+    "hook_out": "hook_name_out",
 }
 """What both sides know of an SAE: our name -> theirs."""
 _META = (
     *("model_name", "hook_name", "hook_layer", "hook_head_index", "context_size", "prepend_bos"),
-    *("dataset_path", "training_tokens", "model_from_pretrained_kwargs"),
+    *("dataset_path", "training_tokens", "model_from_pretrained_kwargs", "hook_name_out"),
 )
 """What version 6 keeps in `metadata`, in this order."""
 _OURS = ("wsae_hook", "wsae_version")
@@ -99,7 +110,7 @@ _KEYS = Keys(
         (
             *("architecture", "d_in", "d_sae", "k", "metadata", "normalize_activations", *_META),
             *("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "activation_fn_kwargs"),
-            *("finetuning_scaling_factor", "sae_lens_version"),
+            *("finetuning_scaling_factor", "sae_lens_version", "d_out"),
         )
     ),
     harmless=frozenset(
@@ -109,6 +120,7 @@ _KEYS = Keys(
             *("hook_eval", "hook_point_eval", "streaming", "is_dataset_tokenized", "dataset"),
             *("use_cached_activations", "cached_activations_path", "jump_relu_threshold"),
             *("hf_hook_name", "training_architecture", "training_architecture_details"),
+            *("hf_hook_name_out", "hook_head_index_out", "hook_layer_out"),
             *_TRAINING.split(),
         )
     ),
@@ -120,8 +132,6 @@ _KEYS = Keys(
         "reshape_activations": Switch(
             ("none", "hook_z", None), "none and hook_z (heads side by side) have an equal here"
         ),
-        "hook_name_out": Switch((None, ""), "a transcoder has no equal here"),
-        "d_out": Switch((None,), "a transcoder has no equal here"),
     },
 )
 _PER_TOKEN = (
@@ -197,6 +207,18 @@ def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
 def _architecture(config: dict[str, Any], where: str) -> str:
     """Return topk, jumprelu, gated or standard; raises UserError for what our forward pass cannot be."""
     kind = config.get("architecture")
+    if not isinstance(kind, str) or kind not in _TRANSCODERS:
+        for key in ("d_out", "hook_name_out"):
+            if config.get(key):
+                raise UserError(
+                    f"{where}: {key} = {config[key]!r} is a transcoder's, not of {kind}"
+                )
+    elif config.get("apply_b_dec_to_input"):
+        raise UserError(
+            f"{where}: apply_b_dec_to_input = True: a transcoder's b_dec is its output's"
+        )
+    else:
+        return _TRANSCODERS[kind]
     if kind == "batchtopk":
         raise UserError(
             f"{where}: a training checkpoint of a batch Top-k SAE; give the folder of its inference SAE "
@@ -204,7 +226,8 @@ def _architecture(config: dict[str, Any], where: str) -> str:
         )
     if kind not in ("topk", "jumprelu", "gated", "standard"):
         raise UserError(
-            f"{where}: architecture {kind!r} has no equal here; topk, jumprelu, gated and standard have"
+            f"{where}: architecture {kind!r} has no equal here; topk, jumprelu, gated, standard and their transcoders "
+            "have"
         )
     return kind
 
@@ -231,8 +254,19 @@ def _rename(foreign: Foreign, where: str) -> NamedTensors:
         weights = gated(NamedTensors(*parts), gate, stretch)
     else:
         names = (*_TENSORS, "threshold") if kind == "jumprelu" else _TENSORS
-        weights = NamedTensors(*take(tensors, names, where))
-    return check_shapes(weights, where, config.get("d_in"), config.get("d_sae"))
+        names = (*names, "W_skip") if "skip" in config["architecture"] else names
+        weights = NamedTensors(**dict(zip(names, take(tensors, names, where), strict=True)))
+        if _transcoder(config) and config.get("d_out") != weights.W_dec.shape[-1]:
+            raise UserError(
+                f"{where}: the config says d_out = {config.get('d_out')!r}, the decoder is "
+                f"{tuple(weights.W_dec.shape)}"
+            )
+    widths = (config.get("d_in"), config.get("d_sae"))
+    return check_shapes(weights, where, *widths, _transcoder(config))
+
+
+def _transcoder(config: dict[str, Any]) -> bool:
+    return config["architecture"] in _TRANSCODERS
 
 
 def _factor(foreign: Foreign, weights: NamedTensors, where: str) -> Tensor | None:
@@ -258,7 +292,7 @@ def _factor(foreign: Foreign, weights: NamedTensors, where: str) -> Tensor | Non
 def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
     config = _settings(foreign.config, where)
     factor = _factor(foreign, weights, where)
-    if not truth(config, "apply_b_dec_to_input", True, where):
+    if not truth(config, "apply_b_dec_to_input", True, where) and not _transcoder(config):
         weights = centred(weights)
     match _architecture(config, where):
         case "topk":
@@ -271,9 +305,11 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
             activation = {"kind": "relu"}
     if factor is not None:
         weights = weights._replace(W_dec=weights.W_dec * factor[:, None])
-    if foreign.scale is not None:
+    if foreign.scale is not None and _transcoder(config):  # neither output nor skip is scaled there
+        weights = weights._replace(W_enc=(weights.W_enc.double() * foreign.scale).float())
+    elif foreign.scale is not None:
         weights = rescaled(weights, foreign.scale)
-    return Meaning(weights, activation)
+    return Meaning(weights, activation, _transcoder(config))
 
 
 def _about(foreign: Foreign) -> Provenance:
@@ -298,29 +334,45 @@ def _about(foreign: Foreign) -> Provenance:
 
 def _pack(sae: SAE, about: Provenance) -> Foreign:
     activation = sae.cfg.activation
-    kind = _ARCHITECTURES.get(activation.kind)
+    kind = _architecture_of(sae)
     if kind is None:
+        what = f"a transcoder of {activation.kind}" if sae.cfg.transcoder else activation.kind
         raise UserError(
-            f"activation {activation.kind} has no equal in SAELens; sparsify has (--format sparsify)"
+            f"activation {what} has no equal in SAELens; sparsify has (--format sparsify)"
         )
     weights = named(sae)
     config: dict[str, Any] = {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
-    config |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
+    if sae.cfg.transcoder:
+        config["d_out"] = sae.cfg.d_out
+    applied = not sae.cfg.transcoder
+    config |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": applied}
     config |= {"normalize_activations": "none", "reshape_activations": "none"}
     if isinstance(activation, TopK):
         config |= {"k": activation.k, "rescale_acts_by_decoder_norm": False}
     config |= {"metadata": _metadata(activation.kind, about), "architecture": kind}
     tensors = {name: getattr(weights, name) for name in _TENSORS}
+    if weights.W_skip is not None:
+        tensors["W_skip"] = weights.W_skip
     if not isinstance(activation, TopK | ReLU):
         assert weights.threshold is not None
         tensors["threshold"] = weights.threshold.expand(sae.cfg.d_sae)
     return Foreign(config, tensors)
 
 
+def _architecture_of(sae: SAE) -> str | None:
+    """Return SAELens' name of what an SAE is; None where it has none."""
+    kind = _ARCHITECTURES.get(sae.cfg.activation.kind)
+    if not sae.cfg.transcoder:
+        return kind
+    named = {"standard": "", "jumprelu": "jumprelu_"}.get(kind or "")
+    return None if named is None else f"{named}{'skip_' if sae.cfg.skip else ''}transcoder"
+
+
 def _metadata(kind: str, about: Provenance) -> dict[str, Any]:
     hook = hook_name(about.hook) if about.hook else None
     known = {theirs: getattr(about, ours) for ours, theirs in _KNOWN.items()}
     known |= {"hook_name": hook and hook.name, "hook_layer": hook and hook.layer}
+    known["hook_name_out"] = hook_name(about.hook_out).name if about.hook_out else None
     known |= dict(zip(_OURS, (about.hook, about.wsae_version), strict=True))
     return {
         "sae_lens_version": VERSION,

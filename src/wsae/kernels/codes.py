@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
@@ -23,6 +23,11 @@ class SparseCode(NamedTuple):
         """Return the row of each entry."""
         counts = self.offsets.diff()
         return torch.repeat_interleave(counts, output_size=len(self.indices))
+
+    def where(self, kept: Bool[Tensor, " nnz"]) -> "SparseCode":
+        """Return the entries for which `kept` is true."""
+        offsets = offsets_of(self.rows()[kept], self.batch)
+        return SparseCode(self.values[kept], self.indices[kept], offsets)
 
     def padded(self) -> tuple[Float[Tensor, "batch k"], Int64[Tensor, "batch k"]]:
         """Return values and indices as rectangles; shorter rows end in value 0, index 0."""

@@ -69,8 +69,8 @@ def encode_at(
     """Return the pre-activations at the plan's pairs, centred . W_enc[:, j] + b_enc[j], differentiably.
 
     `centred` is x - b_dec as a constant: the gradient to b_dec is added here as a vector product. A tied SAE has no
-    biases. `pre` is used when it holds the values in full precision; otherwise (a lower-precision product was good
-    enough to choose the latents) they are computed afresh.
+    biases, a transcoder no b_dec here. `pre` is used when it holds the values in full precision; otherwise (a
+    lower-precision product was good enough to choose the latents) they are computed afresh.
     """
     if pre is not None and pre.dtype == W_enc_t.dtype:
         values = pre.detach()[plan.rows, plan.indices]
@@ -100,7 +100,7 @@ class _EncodeAt(Function):
     @staticmethod
     def forward(ctx, centred, W_enc_t, b_enc, b_dec, values, plan):  # noqa: ARG004, PLR0913
         ctx.save_for_backward(centred, W_enc_t)
-        ctx.plan, ctx.has_bias = plan, b_enc is not None
+        ctx.plan, ctx.has_bias, ctx.centred = plan, b_enc is not None, b_dec is not None
         return values.clone()
 
     @staticmethod
@@ -110,7 +110,7 @@ class _EncodeAt(Function):
         grad_b_enc = grad_b_dec = None
         if ctx.has_bias:
             grad_b_enc = ctx.plan.per_latent(grad)
-            grad_b_dec = -(grad_b_enc @ W_enc_t)
+            grad_b_dec = -(grad_b_enc @ W_enc_t) if ctx.centred else None
         return None, ctx.plan.scatter(grad, centred), grad_b_enc, grad_b_dec, None, None
 
 

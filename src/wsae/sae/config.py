@@ -319,7 +319,7 @@ def make_activation(kind: str, k: int = 32) -> ActivationConfig:
 
 
 class SAEConfig(Config):
-    """Shape and form of one SAE (paper Eq. 2 and 3)."""
+    """Shape and form of one SAE (paper Eq. 2 and 3), or with d_out of a transcoder (Dunefsky et al. 2024)."""
 
     d_in: PositiveInt
     """Width of the activations."""
@@ -328,10 +328,33 @@ class SAEConfig(Config):
     activation: Activation = TopK()
     tied: bool = False
     """Tied is the theory's form, W_dec = W_enc^T without biases; untied has biases and unit-norm decoder rows."""
+    d_out: PositiveInt | None = None
+    """Width of the activations that a transcoder predicts from those of width d_in; none: an SAE, which predicts its
+    own input."""
+    skip: bool | None = None
+    """Whether a transcoder adds a linear map of its input (Paulo et al. 2025)."""
+
+    @property
+    def transcoder(self) -> bool:
+        """Return whether it predicts other activations than it reads."""
+        return self.d_out is not None
+
+    @property
+    def width_out(self) -> int:
+        """Return the width of what it gives."""
+        return self.d_out or self.d_in
+
+    @model_validator(mode="after")
+    def _transcoders_are_untied(self) -> "SAEConfig":
+        if self.skip and not self.transcoder:
+            raise ValueError("skip: is of transcoders, whose output is another activation (d_out)")
+        if self.tied and self.transcoder:
+            raise ValueError("tied: is of SAEs; a transcoder's decoder is of another space")
+        return self
 
     @model_validator(mode="after")
     def _k_fits(self) -> "SAEConfig":
-        if self.d_in * self.d_sae > MOST_VALUES:
+        if max(self.d_in, self.width_out) * self.d_sae > MOST_VALUES:
             raise ValueError(
                 f"d_sae = {self.d_sae} latents of width {self.d_in}: more than any machine holds"
             )
@@ -366,6 +389,8 @@ class Provenance(Config):
     """The model whose activations it was trained on."""
     hook: str | None = None
     """The hook point, in the words of whoever trained it."""
+    hook_out: str | None = None
+    """Of a transcoder: the hook point whose activations it predicts."""
     context: int | None = None
     """Tokens per sequence."""
     prepend_bos: bool | None = None

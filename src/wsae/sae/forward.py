@@ -90,21 +90,21 @@ class Entries(NamedTuple):
 class Also(NamedTuple):
     """Another reconstruction of x, which the loss adds."""
 
-    x_hat: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_out"]
     weight: float
 
 
 class Forward(NamedTuple):
     """One training forward pass; everything but `code`, `pre` and `centred` carries gradients."""
 
-    x_hat: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_out"]
     entries: Entries
     code: SparseCode
     """The latents, detached."""
     pre: Float[Tensor, "batch d_sae"]
     """All pre-activations, detached, perhaps in bf16."""
     centred: Float[Tensor, "batch d_in"]
-    """x - b_dec, detached."""
+    """x - b_dec (of a transcoder x), detached."""
     also: tuple[Also, ...] = ()
     """Of nested levels, or of a gate."""
 
@@ -137,6 +137,10 @@ class Whole:
 
     batch: int = 0
     """Rows of the whole batch, where they are not all here."""
+    unfit: str | None = None
+    """Why the compiled kernels cannot train this part of an SAE."""
+    leads: bool = True
+    """Whether this part speaks for all."""
     d_sae: int = 0
     """Latents of the whole SAE, where they are not all here."""
     first: int = 0
@@ -167,6 +171,18 @@ class Whole:
         if not pre.shape[1]:
             return None
         return code_from_topk(*pre.topk(min(k, pre.shape[1]), dim=1, sorted=False))
+
+    def among(self, choice: Choice, pre: SparseCode) -> SparseCode:  # noqa: ARG002
+        """Return the pairs that are active over all parts, of those that would be if only the latents here were."""
+        return pre
+
+    def among_dead(self, pre: SparseCode, k: int) -> SparseCode:  # noqa: ARG002
+        """Return those of dead latents that are among their row's k largest over all parts."""
+        return pre
+
+    def any_dead(self, dead: Bool[Tensor, " d_sae"]) -> bool:
+        """Return whether a latent of any part is dead."""
+        return bool(dead.any())
 
     def summed(self, part: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the sum of what each part of the latents gives, differentiable in each."""
@@ -227,25 +243,24 @@ def training_forward(
         pre = _product(sae, centred, bf16)
         chosen = part.choose(choice, pre)
     plan = Plan.build(chosen.indices, chosen.offsets, len(sae.W_dec))
-    b_dec = None if sae.b_dec is None else part.shared(sae.b_dec)
-    at = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_dec, pre)
+    b_in = None if sae.b_in is None else part.shared(sae.b_in)
+    at = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_in, pre)
     norms = sae.W_dec.norm(dim=1)[chosen.indices] if sae.cfg.tied else None
     own = at_latents(sae.own, chosen.indices)
     entries = Entries.of(sae.arch, sae.cfg.activation, at, own, norms, chosen)
     code = SparseCode(entries.z.detach(), chosen.indices, chosen.offsets)
-    bias = 0 if sae.b_dec is None else sae.b_dec
     if sae.arch.nested is None:
-        x_hat = part.summed(decode(entries.z, sae.W_dec, plan)) + bias
+        x_hat = sae.completed(part.summed(decode(entries.z, sae.W_dec, plan)), x)
         return Forward(x_hat, entries, code, pre.detach(), centred.detach())
     nested = sae.arch.nested(sae.cfg.activation, part.d_sae or sae.cfg.d_sae)
     level = part.level(nested, pre, chosen)
-    x_hat, found = bias, []
+    decoded, found = 0, []
     for number, weight in enumerate(nested.weights):
         here = level == number
         rows, indices = plan.rows[here], chosen.indices[here]
         own_plan = Plan.build(indices, offsets_of(rows, len(x)), len(sae.W_dec))
-        x_hat = x_hat + part.summed(decode(entries.z[here], sae.W_dec, own_plan))
-        found.append(Also(x_hat, weight))
+        decoded = decoded + part.summed(decode(entries.z[here], sae.W_dec, own_plan))
+        found.append(Also(sae.completed(decoded, x), weight))
     main = found.pop(nested.main)
     code = up_to(code, level, nested.main)
     return Forward(main.x_hat, entries, code, pre.detach(), centred.detach(), tuple(found))
@@ -253,17 +268,17 @@ def training_forward(
 
 def _dense_forward(sae: SAE, x: Tensor, bf16: bool, part: Whole) -> Forward:
     """Run a kind that may have any number of active latents."""
-    centred = x if sae.b_dec is None else x - part.shared(sae.b_dec)
+    centred = x if sae.b_in is None else x - part.shared(sae.b_in)
     pre = _product(sae, centred, bf16).to(x.dtype)
     norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else None
     entries = dense_entries(sae.arch, sae.cfg.activation, pre, sae.own, norms)
     x_hat, also = part.summed(entries.z @ sae.W_dec), ()
     if sae.arch.gate is not None:
         from_gate = part.summed(sae.arch.gate(pre) @ sae.W_dec.detach())
-        also = (Also(from_gate if sae.b_dec is None else from_gate + sae.b_dec.detach(), 1.0),)
-    x_hat = x_hat if sae.b_dec is None else x_hat + sae.b_dec
+        frozen = sae.completed(torch.zeros_like(from_gate), x).detach()
+        also = (Also(from_gate + frozen, 1.0),)
     code = code_from_dense(entries.z.detach())
-    return Forward(x_hat, entries, code, pre.detach(), centred.detach(), also)
+    return Forward(sae.completed(x_hat, x), entries, code, pre.detach(), centred.detach(), also)
 
 
 def level_by_latent(
@@ -300,11 +315,11 @@ def up_to(code: SparseCode, level: Int64[Tensor, " nnz"], last: int) -> SparseCo
 
 def revived(
     sae: SAE, forward: Forward, chosen: SparseCode, part: Whole
-) -> Float[Tensor, "rows d_in"]:
+) -> Float[Tensor, "rows d_out"]:
     """Return what the decoder makes, without b_dec, of ReLU(pre) at chosen pairs; differentiable at these."""
     plan = Plan.build(chosen.indices, chosen.offsets, len(sae.W_dec))
-    b_dec = None if sae.b_dec is None else part.shared(sae.b_dec)
-    pre = encode_at(forward.centred, sae.encoder_rows, plan, sae.b_enc, b_dec, forward.pre)
+    b_in = None if sae.b_in is None else part.shared(sae.b_in)
+    pre = encode_at(forward.centred, sae.encoder_rows, plan, sae.b_enc, b_in, forward.pre)
     return part.summed(decode(pre.relu(), sae.W_dec, plan))
 
 

@@ -2,7 +2,12 @@
 
     pre   = (x - b_dec) @ W_enc + b_enc          z = activation(pre)          x_hat = z @ W_dec + b_dec
 
-Tied: W_dec = W_enc^T and no biases. What z is the kind says (`wsae.sae.architectures`); the training pass lives in
+Tied: W_dec = W_enc^T and no biases. What z is the kind says (`wsae.sae.architectures`). A transcoder predicts the
+output y of a module from its input x:
+
+    pre   = x @ W_enc + b_enc          z = activation(pre)          y_hat = z @ W_dec + b_dec + x @ W_skip^T
+
+(Dunefsky et al. 2024; W_skip as in Paulo et al. 2025, absent without `skip`). The training pass lives in
 `wsae.sae.forward`.
 """
 
@@ -38,13 +43,14 @@ def fixed(choice: Rows | Groups, pre: Float[Tensor, "*rows d_sae"]) -> Int64[Ten
 
 
 class SAE(nn.Module):
-    """One SAE: `encode` gives latents [..., d_sae] of [..., d_in], `decode` gives x_hat [..., d_in].
+    """One SAE: `encode` gives latents [..., d_sae] of [..., d_in], `decode` gives x_hat [..., d_out], d_out = d_in.
 
-    Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_in],
-    `b_enc` [d_sae], `b_dec` [d_in], and those of its kind, [d_sae] each: `threshold` (JumpReLU), `r_mag` and `b_mag`
-    (gated). Buffers: `threshold` (one number, of batch Top-k) where it is no parameter, and `gamma` [d_in] (a matrix
-    [d_in, d_in] for the rule whiten), the loss weights of training: they act on the loss only, nothing is folded at
-    inference.
+    Parameters: `W_enc_t` [d_sae, d_in] (the encoder, one row a latent; absent when tied), `W_dec` [d_sae, d_out],
+    `b_enc` [d_sae], `b_dec` [d_out], `W_skip` [d_out, d_in] (skip transcoders), and those of its kind, [d_sae] each:
+    `threshold` (JumpReLU), `r_mag` and `b_mag` (gated). Buffers: `threshold` (one number, of batch Top-k) where it is
+    no parameter, and `gamma` [d_out] (a matrix [d_out, d_out] for the rule whiten), the loss weights of training: they
+    act on the loss only, nothing is folded at inference. Of a transcoder d_out is a width of its own, and x_hat stands
+    for the activations that it predicts.
     """
 
     gamma: Tensor
@@ -56,18 +62,25 @@ class SAE(nn.Module):
         super().__init__()
         self.cfg, self.arch = cfg, architecture_of(cfg.activation)
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
-        rows = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
-        self.W_dec = nn.Parameter(F.normalize(rows, dim=1))
-        self.W_enc_t = None if cfg.tied else nn.Parameter(self.W_dec.detach() * encoder_scale)
+        drawn = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
+        rows, width = F.normalize(drawn, dim=1), cfg.width_out
+        if cfg.transcoder:  # its two spaces have no direction in common
+            drawn = torch.randn(cfg.d_sae, width, generator=generator, dtype=torch.float32)
+            self.W_dec = nn.Parameter(F.normalize(drawn, dim=1))
+        else:
+            self.W_dec = nn.Parameter(rows)
+        self.W_enc_t = None if cfg.tied else nn.Parameter(rows * encoder_scale)
         self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae, dtype=torch.float32))
-        self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_in, dtype=torch.float32))
+        self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(width, dtype=torch.float32))
         for name, parameter in self.arch.parameters.items():
             start = parameter.start(cfg.activation)
             own = torch.full((cfg.d_sae,), start, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(own))
+        skip = torch.zeros(width, cfg.d_in, dtype=torch.float32) if cfg.skip else None
+        self.W_skip = None if skip is None else nn.Parameter(skip)
         if "threshold" not in self.arch.parameters:
             self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("gamma", torch.ones(cfg.d_in, dtype=torch.float32))
+        self.register_buffer("gamma", torch.ones(width, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
         """Cast or move every tensor; thresholds keep at least float32, where steps of a learning rate still count."""
@@ -119,9 +132,14 @@ class SAE(nn.Module):
         """(b_enc, b_dec), or None when tied."""
         return None if self.b_enc is None or self.b_dec is None else (self.b_enc, self.b_dec)
 
+    @property
+    def b_in(self) -> Tensor | None:
+        """What is subtracted from inputs: b_dec, and nothing of a tied SAE or a transcoder."""
+        return None if self.cfg.transcoder else self.b_dec
+
     def centre(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """Return x - b_dec."""
-        return x if self.b_dec is None else x - self.b_dec
+        """Return x - b_dec, or of a transcoder x."""
+        return x if self.b_in is None else x - self.b_in
 
     def pre(self, centred: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Return the pre-activations of centred inputs."""
@@ -157,16 +175,32 @@ class SAE(nn.Module):
         with self._own_type():
             return self._code(self.pre(self.centre(rows)))
 
-    def decode(self, z: object) -> Float[Tensor, "*batch d_in"]:
-        """Return x_hat = z @ W_dec + b_dec of latents [..., d_sae], given as `encode` takes activations."""
-        rows, lead = self._rows(z, self.cfg.d_sae)
-        with self._own_type():
-            x_hat = rows @ self.W_dec
-            x_hat = x_hat if self.b_dec is None else x_hat + self.b_dec
-        return x_hat.reshape(*lead, self.cfg.d_in)
+    def decode(self, z: object, x: object = None) -> Float[Tensor, "*batch d_out"]:
+        """Return x_hat = z @ W_dec + b_dec of latents [..., d_sae], given as `encode` takes activations.
 
-    def decode_code(self, code: SparseCode) -> Float[Tensor, "batch d_in"]:
-        """Return x_hat of a sparse code."""
+        A skip transcoder wants its input x too; raises UserError without it.
+        """
+        rows, lead = self._rows(z, self.cfg.d_sae)
+        given = None if x is None or self.W_skip is None else self._rows(x, self.cfg.d_in)[0]
+        with self._own_type():
+            x_hat = self.completed(rows @ self.W_dec, given)
+        return x_hat.reshape(*lead, self.cfg.width_out)
+
+    def completed(
+        self, x_hat: Float[Tensor, "batch d_out"], x: Float[Tensor, "batch d_in"] | None
+    ) -> Float[Tensor, "batch d_out"]:
+        """Return what the latents give, with b_dec and x @ W_skip^T; raises UserError where x is wanted and none."""
+        x_hat = x_hat if self.b_dec is None else x_hat + self.b_dec
+        if self.W_skip is None:
+            return x_hat
+        if x is None:
+            raise UserError("decode: a skip transcoder needs its input too; decode(z, x)")
+        return torch.addmm(x_hat, x, self.W_skip.T)
+
+    def decode_code(
+        self, code: SparseCode, x: Float[Tensor, "batch d_in"] | None = None
+    ) -> Float[Tensor, "batch d_out"]:
+        """Return x_hat of a sparse code; a skip transcoder wants its input x too."""
         with self._own_type():
             x_hat = F.embedding_bag(
                 code.indices,
@@ -175,12 +209,12 @@ class SAE(nn.Module):
                 mode="sum",
                 per_sample_weights=code.values,
             )
-            return x_hat if self.b_dec is None else x_hat + self.b_dec
+            return self.completed(x_hat, None if x is None else x.to(self.dtype))
 
-    def forward(self, x: object) -> Float[Tensor, "*batch d_in"]:
+    def forward(self, x: object) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstruction x_hat of activations [..., d_in], given as `encode` takes them."""
         rows, lead = self._rows(x, self.cfg.d_in)
-        return self.decode_code(self.encode_code(rows)).reshape(*lead, self.cfg.d_in)
+        return self.decode_code(self.encode_code(rows), rows).reshape(*lead, self.cfg.width_out)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor under its public name; W_enc is [d_in, d_sae]."""
@@ -210,18 +244,18 @@ class SAE(nn.Module):
         self.load_state_dict(state)
 
     def set_gamma(self, gamma: Float[Tensor, "..."]) -> None:
-        """Take loss weights [d_in] or [d_in, d_in]; raises UserError for another shape."""
+        """Take loss weights [d_out] or [d_out, d_out]; raises UserError for another shape."""
         if gamma.shape != self.gamma.shape and not self._is_gamma("gamma", gamma):
-            d_in = self.cfg.d_in
+            width = self.cfg.width_out
             raise UserError(
-                f"gamma of shape {tuple(gamma.shape)}: this SAE takes [{d_in}] or [{d_in}, {d_in}]"
+                f"gamma of shape {tuple(gamma.shape)}: this SAE takes [{width}] or [{width}, {width}]"
             )
         self.gamma = gamma.to(self.gamma, copy=True)
 
     def _is_gamma(self, name: str, tensor: Tensor) -> bool:
         """Return whether a tensor is gamma in one of its two forms."""
-        d_in = self.cfg.d_in
-        return name == "gamma" and tuple(tensor.shape) in ((d_in,), (d_in, d_in))
+        width = self.cfg.width_out
+        return name == "gamma" and tuple(tensor.shape) in ((width,), (width, width))
 
     def save(self, path: Path | str, about: Provenance | None = None) -> None:
         """Write the SAE to a directory: what is known `about` it, sae.safetensors, config.json, manifest.json last."""
@@ -246,10 +280,11 @@ class SAE(nn.Module):
         decoder = tensors.get("W_dec")
         if decoder is not None and tuple(decoder.shape) != (
             cfg.d_sae,
-            cfg.d_in,
+            cfg.width_out,
         ):  # before anything is allocated
+            needed = (cfg.d_sae, cfg.width_out)
             raise UserError(
-                f"{path / WEIGHTS}: tensor W_dec is {tuple(decoder.shape)}, config.json says {(cfg.d_sae, cfg.d_in)}"
+                f"{path / WEIGHTS}: tensor W_dec is {tuple(decoder.shape)}, config.json says {needed}"
             )
         sae = cls(cfg)
         sae.set_tensors(tensors, str(path / WEIGHTS))
@@ -268,13 +303,16 @@ class SAE(nn.Module):
         convert = importlib.import_module("wsae.interop.convert")
         return convert.from_pretrained(release, sae_id).sae.to(device)
 
-    def scaled(self, scale: float) -> "SAE":
-        """Return the SAE of scale * x that gives scale * z and scale * x_hat.
+    def scaled(self, scale: float, read: float | None = None) -> "SAE":
+        """Return the SAE of scale * x that gives scale * z and scale * x_hat; a transcoder's inputs are read * x.
 
-        Every activation function here is homogeneous, so only biases and thresholds change; with a power of two
-        the two SAEs agree to the bit.
+        Every activation function here is homogeneous, so only biases and thresholds change, and of a transcoder what
+        takes x; with powers of two the two SAEs agree to the bit.
         """
         tensors = {name: t.clone() for name, t in self.tensors().items()}
+        if read is not None and read != scale:
+            for name in tensors.keys() & {"W_enc", "W_skip"}:
+                tensors[name] *= scale / read
         for name in ("b_enc", "b_dec", "threshold"):
             if name in tensors and name not in self.arch.parameters:
                 tensors[name] *= scale

@@ -3,7 +3,8 @@
 With y = P x the SAE computes pre = (y - b) W_enc + b_enc and y_hat = z W_dec + b. As P is symmetric, the same latents
 come from x by W_enc' = P W_enc and b' = P^-1 b, and x_hat = P^-1 y_hat by W_dec' = W_dec P^-1. Folding is exact, so
 the folded decoder's rows are not of norm 1: to make them so would scale the latents, and other ones would be largest.
-The loss ||Gamma (y - y_hat)||^2 is ||Gamma P (x - x_hat)||^2: Gamma P is the folded SAE's gamma.
+The loss ||Gamma (y - y_hat)||^2 is ||Gamma P (x - x_hat)||^2: Gamma P is the folded SAE's gamma. Of a transcoder P maps
+what it reads alone: W_enc' = P W_enc and W_skip' = W_skip P, and nothing else changes.
 """
 
 from dataclasses import dataclass
@@ -99,14 +100,17 @@ class Preconditioner:
         return (mapped + mapped.T) / 2
 
     def fold(self, sae: SAE) -> SAE:
-        """Return the SAE of x with the latents of `sae`, which is one of P x; its gamma is Gamma P."""
+        """Return the SAE of x with the latents of `sae`, which is one of P x; an SAE's gamma is Gamma P."""
         P = self.map.double().cpu()
         inverse = 1 / P if P.ndim == 1 else torch.linalg.inv(P)  # of P as it was rounded to train
         tensors = {name: tensor.double().cpu() for name, tensor in sae.tensors().items()}
         tensors["W_enc"] = weigh(tensors["W_enc"].T, P).T
-        for name in ("W_dec", "b_dec"):
+        if "W_skip" in tensors:
+            tensors["W_skip"] = weigh(tensors["W_skip"], P)
+        for name in () if sae.cfg.transcoder else ("W_dec", "b_dec"):
             tensors[name] = weigh(tensors[name], inverse)
-        tensors["gamma"] = combined(tensors["gamma"], P)
+        if not sae.cfg.transcoder:
+            tensors["gamma"] = combined(tensors["gamma"], P)
         folded = SAE(sae.cfg)
         folded.set_tensors(tensors)
         return folded

@@ -427,7 +427,8 @@ def fits_a_bank(cfg: TrainConfig, family: FamilyState, source: ActivationSource)
     """Return whether the members are many and small enough to train in one batched computation on a CPU.
 
     Most must be alike but for their weights, gamma and seed, each must leave room in the cache for others, and none
-    may ask for what a bank lacks: bfloat16, chosen kernels, or a latent_variance gamma on the paper's raw scale. Every
+    may ask for what a bank lacks: bfloat16, chosen kernels, transcoders, or a latent_variance gamma on the paper's raw
+    scale. Every
     group reads the data for itself, so a live model does not serve.
     """
     members = [member for _, member in family.all()]
@@ -437,7 +438,7 @@ def fits_a_bank(cfg: TrainConfig, family: FamilyState, source: ActivationSource)
         and len(family.members) == 1
         and len(members) >= TOGETHER * len({shared(m.sae, m.cfg) for m in members})
         and max(codes) * ROOM <= CHUNK_BYTES
-        and (cfg.dtype, cfg.kernels) == ("float32", "auto")
+        and (cfg.dtype, cfg.kernels, cfg.hook_out) == ("float32", "auto", None)
         and all(member.mean.device.type == "cpu" for member in members)
         and all(member.inside is None and stackable(member.sae.arch) for member in members)
         and not any(unbanked(member.cfg) for member in members)
@@ -494,11 +495,11 @@ def _measure(member: MemberState, x: Float[Tensor, "batch d_in"]) -> None:
     """Put one batch, seen by the trained member, into its sums."""
     batch = make_batch(x, member)
     forward = training_forward(member.sae, batch.x)
-    reconstruction = weighted_reconstruction_loss(batch.x, forward.x_hat, member.sae.gamma)
-    revival = revival_loss(member, batch.x, forward)
+    reconstruction = weighted_reconstruction_loss(batch.target, forward.x_hat, member.sae.gamma)
+    revival = revival_loss(member, batch.target, forward)
     cfg = member.cfg
     price = penalty(forward.entries, Price(cfg.l1, cfg.l0), len(x))
     loss = reconstruction + cfg.auxk * revival + price
-    sse = F.mse_loss(forward.x_hat, batch.x, reduction="sum")
+    sse = F.mse_loss(forward.x_hat, batch.target, reduction="sum")
     member.window.zero_()
     add_sums(member, batch, StepResult(forward.code, loss, reconstruction, revival, sse))

@@ -1,5 +1,6 @@
 """What a training run is, as values: a family of members over the same batches. No torch here."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -60,6 +61,8 @@ class MemberConfig(Config):
     reconstructions), 1 for others."""
     label: str | None = None
     """Name of the member; by default made from what it is."""
+    skip: bool | None = None
+    """Of a transcoder: add a linear map of the input, x @ W_skip^T."""
 
     @model_validator(mode="after")
     def _a_map_unties(self) -> "MemberConfig":
@@ -113,13 +116,18 @@ class MemberConfig(Config):
         """Return d_sae for activations of width d_in."""
         return self.d_sae if self.d_sae is not None else self.expansion * d_in
 
-    def sae_config(self, d_in: int) -> SAEConfig:
-        """Return the SAE's shape for activations of width d_in; raises UserError when k does not fit."""
+    def sae_config(self, d_in: int, d_out: int | None = None) -> SAEConfig:
+        """Return the SAE's shape for activations of width d_in (a transcoder's: to d_out).
+
+        Raises UserError when k does not fit, or what is of transcoders alone has no d_out.
+        """
         data = {
             "d_in": d_in,
             "d_sae": self.width(d_in),
             "activation": self.activation,
             "tied": self.tied,
+            "d_out": d_out,
+            "skip": self.skip,
         }
         if self.target_l0 is not None and self.target_l0 > self.width(d_in):
             raise UserError(
@@ -127,9 +135,9 @@ class MemberConfig(Config):
             )
         return SAEConfig.parse(data, where="SAE")
 
-    def revived(self, d_in: int) -> int:
-        """Return how many dead latents model the residual."""
-        return self.k_aux or max(1, d_in // 2)
+    def revived(self, d_out: int) -> int:
+        """Return how many dead latents model the residual, which is d_out wide."""
+        return self.k_aux or max(1, d_out // 2)
 
     def start_scale(self) -> float:
         """Return the norm of the encoder's rows at the start."""
@@ -172,6 +180,25 @@ class TrainConfig(Config):
     log_every: PositiveInt = 20
     """Steps per row of metrics.jsonl (means over those steps)."""
     seed: int = 0
+    hook_out: dict[str, str] | None = None
+    """Of transcoders: each hook that they read, and the hook whose activations they are to give."""
+
+    def read(self, hooks: Iterable[str]) -> list[str]:
+        """Return which of the data's hooks SAEs read: all, or those of transcoders; UserError where one is missing."""
+        hooks = list(hooks)
+        if self.hook_out is None:
+            return hooks
+        for hook in (*self.hook_out, *self.hook_out.values()):
+            if hook not in hooks:
+                raise UserError(
+                    f"hook {hook!r}: a transcoder needs a module's input and its output, and the data have "
+                    f"{', '.join(hooks)}"
+                )
+        return list(self.hook_out)
+
+    def given(self, hook: str) -> str | None:
+        """Return the hook that transcoders of `hook` are to give; none for SAEs."""
+        return (self.hook_out or {}).get(hook)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "TrainConfig":
@@ -203,8 +230,8 @@ class TrainConfig(Config):
     def names(self) -> list[str]:
         """Return the members' names: the gamma rule and the preconditioner, then whatever else sets them apart."""
         fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
-        fields += ("auxk", "k_aux", "encoder_scale", "l0_penalty", "target_l0", "penalty_warmup")
-        fields += ("pre_act", "p_end", "anneal_from")
+        fields += ("auxk", "k_aux", "encoder_scale", "skip", "l0_penalty", "target_l0")
+        fields += ("penalty_warmup", "pre_act", "p_end", "anneal_from")
         varying = [f for f in fields if len({str(getattr(m, f)) for m in self.members}) > 1]
         return [m.label or "-".join([*_rules(m), *_parts(m, varying)]) for m in self.members]
 
@@ -226,6 +253,8 @@ def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
             parts.append(value.kind.replace("_", "-") + (f"-k{k}" if k else ""))
         elif field == "tied":
             parts.append("tied" if value else "untied")
+        elif field == "skip":
+            parts += ["skip"] if value else []
         elif value is not None:
             shown = value if isinstance(value, str) else f"{value:g}"
             parts.append(f"{field.replace('_', '-')}{shown}")

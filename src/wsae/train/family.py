@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float64
@@ -24,7 +24,7 @@ from wsae.sae.precondition import Preconditioner
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.native import leave
-from wsae.train.state import MemberState, make_member
+from wsae.train.state import MemberState, Target, make_member
 
 
 @dataclass
@@ -48,6 +48,8 @@ class Inputs:
     scale: float
     """Activations are divided by this power of two for training."""
     inside: Preconditioner | None = None
+    target: Target | None = None
+    """Of what transcoders are to give."""
 
 
 def inputs_of(
@@ -90,12 +92,14 @@ def make_family(
     """
 
     def whole(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState:  # noqa: ARG001
-        made = make_member(name, member, cfg, inputs.mean, inputs.scale, inputs.variance.sqrt())
+        spread, target = inputs.variance.sqrt(), inputs.target
+        made = make_member(name, member, cfg, inputs.mean, inputs.scale, spread, target=target)
         return to_device(made, device)
 
     members, record = {}, {}
-    for hook, s in stats.items():
-        covariance = (covariances or {}).get(hook)
+    for hook in cfg.read(stats):
+        s, out, covariance = stats[hook], cfg.given(hook), (covariances or {}).get(hook)
+        goal = None if out is None else _goal(stats[out], (covariances or {}).get(out))
         members[hook], record[hook], known = [], {}, {}
         mapping: dict[PreconditionConfig | None, Preconditioner] = {}  # members map a batch once
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
@@ -103,17 +107,35 @@ def make_family(
             if chosen not in known:
                 known[chosen] = inputs_of(chosen, s.kept, covariance, cfg.dtype == "bfloat16")
             inputs = known[chosen]
+            weighed = goal or Weighed(s, inputs, covariance)
+            if goal is not None:
+                inputs = replace(inputs, target=Target(goal.inputs.mean, goal.inputs.scale))
             member = (make or whole)(hook, name, member_cfg, inputs)
             if member is None:
                 continue
             left = (residuals or {}).get(hook, {}).get(name)
-            gamma = initial_gamma(member_cfg.gamma, s, inputs, covariance, left)
+            gamma = initial_gamma(member_cfg.gamma, *weighed, left)
             member.sae.set_gamma(gamma)
             if inputs.inside is not None:
                 member.inside = mapping.setdefault(chosen, inputs.inside.to(member.mean))
             members[hook].append(member)
-            record[hook][name] = gamma_record(member_cfg.gamma, gamma, s, inputs, covariance)
+            record[hook][name] = gamma_record(member_cfg.gamma, gamma, *weighed)
+            if inputs.inside is not None:
+                record[hook][name]["precondition"] = inputs.inside.record
     return FamilyState(members, record)
+
+
+class Weighed(NamedTuple):
+    """What loss weights are made of: the moments of the activations whose errors they weigh."""
+
+    stats: SourceStats
+    inputs: Inputs
+    covariance: Covariance | None
+
+
+def _goal(stats: SourceStats, covariance: Covariance | None) -> Weighed:
+    """Return the moments of what transcoders are to give, which no preconditioner maps."""
+    return Weighed(stats, inputs_of(None, stats.kept, None), covariance)
 
 
 def power_of_two_scale(variance: Float64[Tensor, " d_in"], rows: int) -> float:
@@ -198,8 +220,6 @@ def gamma_record(
     record = describe_gamma(cfg, gamma, unmasked)
     if cfg.needs_covariance and covariance is not None:
         record["covariance_rows"] = covariance.n
-    if inputs.inside is not None:
-        record["precondition"] = inputs.inside.record
     return {**record, "tokens": stats.kept.n, "skipped": stats.skipped}
 
 
@@ -222,7 +242,7 @@ def finished(member: MemberState) -> SAE:
 
 def folded(member: MemberState, sae: SAE) -> SAE:
     """Return a member's SAE with its scale and its preconditioner folded into the weights, on the CPU."""
-    sae = sae.scaled(member.scale).cpu()
+    sae = sae.scaled(member.scale, member.scale_in).cpu()
     if member.inside is not None:
         sae = member.inside.fold(sae)
     return sae.requires_grad_(False)

@@ -127,8 +127,9 @@ def run_steps(
         for step in range(first, cfg.steps):
             batch = stream.next()
             for hook, members in family.members.items():
-                x = batch[hook].to(members[0].mean.device)
-                step_all(members, make_batches(x, members), step)
+                device, out = members[0].mean.device, cfg.given(hook)
+                y = None if out is None else batch[out].to(device)
+                step_all(members, make_batches(batch[hook].to(device), members, y), step)
             on_step(step + 1)
             tick(cfg.batch_size)
 

@@ -5,6 +5,7 @@ With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) 
     dW_dec[j] = sum z G[b]     dW_enc[j] = sum dpre (x - b_dec)[b]     db_enc[j] = sum dpre
     db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j]
 Nested levels have a G each: a pair of level l has the sum of those of the levels from l on.
+A transcoder's inputs are x, not x - b_dec, so the last sum is not there; dW_skip = sum_b G[b] x[b]^T.
 """
 
 import contextlib
@@ -12,17 +13,22 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from wsae.kernels import SparseCode, offsets_of
-from wsae.kernels.native import dense_threads
-from wsae.kernels.native.select import Centred, dimension_scales, select_above, select_topk
+from wsae.kernels.native.select import (
+    Centred,
+    RoundedEncoder,
+    dimension_scales,
+    select_above,
+    select_positive,
+    select_topk,
+)
 from wsae.kernels.native.slices import (
     Residual,
     Slices,
     SortedPairs,
-    dots,
     from_slices,
     residual,
     sort_pairs,
@@ -32,7 +38,15 @@ from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weigh
 from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.architectures import Above, Groups, Nested, Rows, relu
 from wsae.sae.architectures import Batch as BatchChoice
-from wsae.sae.forward import Entries, dead_by_level, level_by_latent, level_by_rank, up_to
+from wsae.sae.forward import (
+    WHOLE,
+    Entries,
+    Whole,
+    dead_by_level,
+    level_by_latent,
+    level_by_rank,
+    up_to,
+)
 from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
 from wsae.sae.stack import keep_positive_, thresholds
@@ -52,7 +66,7 @@ class Losses(NamedTuple):
     """Sum over the batch of ||e||^2."""
     more: float | Float[Tensor, ""] = 0.0
     """Penalties, and the losses of nested levels and gates, before the step."""
-    error: Float[Tensor, "rows d_in"] | None = None
+    error: Float[Tensor, "rows d_out"] | None = None
     """x_hat - x of the rows `looked_at`."""
 
 
@@ -99,13 +113,16 @@ class PairValues:
         return self.pre._replace(values=self.z)
 
     def back(
-        self, dz: Float[Tensor, " pairs"], dgate: Float[Tensor, " pairs"] | None = None
+        self,
+        dz: Float[Tensor, " pairs"],
+        dgate: Float[Tensor, " pairs"] | None = None,
+        part: Whole = WHOLE,
     ) -> PairSlopes:
         """Return the gradients of the loss, given those of its reconstructions in z (and in the gate's code)."""
         if self.entries is None:
             return self._simply(dz)
         with torch.enable_grad():
-            price = penalty(self.entries, self._price, self.pre.batch)
+            price = penalty(self.entries, self._price, self.pre.batch, part)
             total = price + (self.entries.z * dz).sum()
             if dgate is not None and self.gate is not None:
                 total = total + (self.gate * dgate).sum()
@@ -133,7 +150,7 @@ def step_result(
     """Return the step's loss and its parts; `revival` is the mean of ||Gamma (e - e_hat)||^2, None without."""
     reconstruction = losses.reconstruction
     aux = reconstruction.new_zeros(()) if revival is None else revival
-    loss = reconstruction + member.cfg.auxk * aux + losses.more
+    loss = member.part.once(reconstruction + member.cfg.auxk * aux) + losses.more
     return StepResult(code, loss, reconstruction, aux, losses.sse, losses.error)
 
 
@@ -152,7 +169,7 @@ def enter(member: MemberState) -> Weights:
             _clear(member, p)
         encoder = matrices[1] if len(matrices) > 1 else None
         dim = dimension_scales(member.spread)
-        member.weights = make_weights(matrices[0], encoder, cfg.d_in, group, dim)
+        member.weights = make_weights(matrices[0], encoder, cfg.d_in, group, dim, cfg.d_out)
     return member.weights
 
 
@@ -209,8 +226,6 @@ def _put(member: MemberState, weights: Weights) -> None:
 
 SAMPLE = 256
 """Rows of the batch from which a first batch Top-k threshold is guessed."""
-ROUNDING = 2.0**-23
-"""A float32 product of two vectors errs by at most this share of their lengths per dimension."""
 
 
 def find_pairs(sae: SAE, weights: Weights, centred: Centred) -> SparseCode:
@@ -297,33 +312,48 @@ def native_step(
 ) -> SparseCode:
     """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
     weights, sae, x = enter(member), member.sae, batch.x.contiguous()
-    b_dec = None if sae.b_dec is None else sae.b_dec.detach()
-    centred = Centred(x if b_dec is None else x - b_dec, to_slices(x, b_dec))
-    price = price_at(member, run, step)
-    values = PairValues(sae, find_pairs(sae, weights, centred), price, weights.norms)
-    nested = sae.nested
+    b_dec, b_in = (None if b is None else b.detach() for b in (sae.b_dec, sae.b_in))
+    centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
+    part, nested, target = member.part, sae.nested, left_by_skip(sae, batch)
+    chosen, price = (
+        part.among(sae.choice, find_pairs(sae, weights, centred)),
+        price_at(member, run, step),
+    )
+    values = PairValues(sae, chosen, price, weights.norms)
     code, shown, gated = values.code, looked_at(member, batch), None
     if nested is None:
-        main = _reconstruct(weights, code, x, sae.gamma, b_dec, shown=shown)
+        main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
     else:
         level = _level(nested, values.pre)
-        main = _reconstruct_levels(weights, code, nested, level, x, sae.gamma, b_dec, shown)
+        main = _reconstruct_levels(weights, code, nested, level, target, sae.gamma, b_dec, shown)
         code = up_to(code, level, nested.main)
     if values.gate is not None:
         by_gate = values.pre._replace(values=values.gate.detach())
-        gated = _reconstruct(weights, by_gate, x, sae.gamma, b_dec)
-    slopes = values.back(main.dz, None if gated is None else gated.dz)
+        gated = _reconstruct(member, weights, by_gate, target, b_dec)
+    slopes = values.back(main.dz, None if gated is None else gated.dz, part)
     parts = main.with_slopes(slopes.pre)
-    revived, aux = _revive(member, weights, centred, main, x)
+    revived, aux = _revive(member, weights, centred, main, target)
     parts += revived
     pace = threshold_pace(member.cfg, sae.cfg.d_in, run.steps)
     _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate, pace)
-    more = slopes.penalty + main.more + (0.0 if gated is None else gated.reconstruction)
+    if sae.W_skip is not None:
+        skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
+        _adam(member, sae.W_skip, skip, rate)
+    also = main.more + (0.0 if gated is None else gated.reconstruction)
+    more = slopes.penalty + (part.once(also) if isinstance(also, Tensor) else also)
     losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), more, main.shown)
     record(member, batch, step_result(member, code, losses, aux), step, run, weights.W_dec)
     if values.entries is not None:
         anneal(member, values.entries, run, step)
     return code
+
+
+def left_by_skip(sae: SAE, batch: Batch) -> Float[Tensor, "batch d_out"]:
+    """Return what a transcoder's skip leaves for its latents: the target where it has none."""
+    target = batch.target.contiguous()
+    if sae.W_skip is None:
+        return target
+    return torch.addmm(target, batch.x, sae.W_skip.detach().T, alpha=-1)
 
 
 class Revival(NamedTuple):
@@ -334,7 +364,7 @@ class Revival(NamedTuple):
 
 
 def _revive(
-    member: MemberState, weights: Weights, centred: Centred, main: Reconstructed, x: Tensor
+    member: MemberState, weights: Weights, centred: Centred, main: Reconstructed, target: Tensor
 ) -> Revival:
     """Let the dead latents model what is left: by all latents, or by the levels up to their own."""
     cfg, nested, terms, losses = member.cfg, member.sae.nested, [], []
@@ -345,14 +375,11 @@ def _revive(
     else:
         groups = list(zip(main.lefts, dead_by_level(nested, member.dead), strict=True))
     for left, mask in groups:
-        dead = mask.nonzero()[:, 0]
-        if not len(dead):
+        if not member.part.any_dead(mask):
             continue
-        chosen = _revived(member, weights, centred, dead)
-        code = chosen._replace(values=chosen.values.relu())
-        target = _error(member, left, x)
-        found = _reconstruct(weights, code, target, member.sae.gamma, None, cfg.auxk)
-        terms += found.with_slopes(found.dz * (code.values > 0))
+        code = _revived(member, weights, centred, mask)
+        found = _reconstruct(member, weights, code, _error(member, left, target), share=cfg.auxk)
+        terms += found.with_slopes(found.dz)
         losses.append(found.reconstruction)
     return Revival(terms, torch.stack(losses).sum() if losses else None)
 
@@ -365,20 +392,21 @@ def _level(nested: Nested, pre: SparseCode) -> Int64[Tensor, " pairs"]:
 
 
 def _reconstruct(
+    member: MemberState,
     weights: Weights,
     code: SparseCode,
     target: Tensor,
-    gamma: Tensor,
-    start: Tensor | None,
+    start: Tensor | None = None,
     share: float = 1.0,
     shown: int = 0,
 ) -> Reconstructed:
     """Decode, starting from a vector if one is given, and take share * ||Gamma (x_hat - target)||^2 back to z."""
     pairs = sort_pairs(code, weights.d_sae)
     z = code.values[pairs.order]
-    x_hat = weights.decode(pairs, z, len(target), start)
+    start = None if start is None else member.part.once(start)
+    x_hat = member.part.over_latents(weights.decode(pairs, z, len(target), start))
     error = _first_errors(x_hat, target, shown)  # before the residual takes its place
-    left = _weighted_residual(x_hat, target, gamma)
+    left = _weighted_residual(x_hat, target, member.sae.gamma)
     if share != 1:
         left.gradient.mul_(share)
     along = weights.dots(pairs, left.gradient)
@@ -449,31 +477,21 @@ def _weighted_residual(x_hat: Slices, x: Tensor, gamma: Tensor) -> Residual:
 
 
 def _revived(
-    member: MemberState, weights: Weights, centred: Centred, dead: Int64[Tensor, " dead"]
+    member: MemberState, weights: Weights, centred: Centred, mask: Bool[Tensor, " d_sae"]
 ) -> SparseCode:
-    """Return the positive pre-activations among each row's largest ones of dead latents: the others change nothing.
-
-    A dense product says which may be positive. Its last bits depend on the number of threads, those of the values here
-    do not.
-    """
-    rows = from_slices(weights.encoder_rows.index_select(1, dead), weights.d_in)
-    bias = None if member.sae.b_enc is None else member.sae.b_enc.detach()
-    with dense_threads():
-        pre = centred.rows @ rows.T
-    pre = pre if bias is None else pre.add_(bias[dead])
-    k = min(member.cfg.revived(weights.d_in), len(dead))
-    values, picked = pre.topk(k, dim=1, sorted=False)
-    slack = (
-        ROUNDING * weights.d_in * centred.rows.norm(dim=1, keepdim=True) * rows.norm(dim=1).max()
-    )
-    row, place = (values > -slack).nonzero(as_tuple=True)
-    latents, offsets = dead[picked[row, place]], offsets_of(row, len(pre))
-    pairs = sort_pairs(SparseCode(values[row, place], latents, offsets), weights.d_sae)
-    exact = dots(pairs, centred.slices, weights.encoder_rows, None, weights.d_in)
-    z = torch.empty_like(exact).index_copy_(0, pairs.order, exact)
-    z = z if bias is None else z.add_(bias[latents])
-    keep = z > 0
-    return SparseCode(z[keep], latents[keep], offsets_of(row[keep], len(pre)))
+    """Return the positive pre-activations among each row's largest ones of dead latents: the others change nothing."""
+    dead, W = mask.nonzero()[:, 0], weights.encoder_rows
+    k = member.cfg.revived(weights.d_out)
+    if not len(dead):  # other processes have some
+        none = dead.new_zeros(len(centred.rows) + 1)
+        return member.part.among_dead(SparseCode(member.mean.new_zeros(0), dead, none), k)
+    rows = W.index_select(1, dead)
+    bias = None if member.sae.b_enc is None else member.sae.b_enc.detach()[dead]
+    rounded = RoundedEncoder(len(dead), weights.d_in, len(dead), weights.rounded.dim)
+    rounded.measure(rows)
+    rounded.pack(rows)
+    found = select_positive(rounded, rows, bias, centred, min(k, len(dead)))
+    return member.part.among_dead(found._replace(indices=dead[found.indices]), k)
 
 
 def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "batch d_in"]:
@@ -523,7 +541,8 @@ def _update(
         _adam(member, sae.get_parameter(name), grad, rate * (pace if name in kept else 1))
     keep_positive_(sae)
     if sae.b_dec is not None:
-        _adam(member, sae.b_dec, total - (by_bias if through is None else through), rate)
+        through = member.part.over_latents(by_bias if through is None else through)
+        _adam(member, sae.b_dec, total if sae.b_in is None else total - through, rate)
 
 
 def _per_latent(weights: Float[Tensor, " pairs"], pairs: SortedPairs) -> Float[Tensor, " d_sae"]:
@@ -535,5 +554,5 @@ def _adam(member: MemberState, parameter: nn.Parameter, grad: Tensor, rate: floa
     state = moments(member, parameter)
     state["step"] += 1
     tensors = (parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
-    W, grad, m, v = (tensor.unsqueeze(0) for tensor in tensors)
+    W, grad, m, v = (tensor.view(1, -1) for tensor in tensors)
     adam_rows_(W, grad, m, v, AdamStep(rate, int(state["step"])), unit=False)

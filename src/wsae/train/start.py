@@ -124,6 +124,8 @@ def _left(
         batch = stream.next()
         for hook, member in family.all():
             with as_usual(member):
-                x = make_batch(batch[hook].to(member.mean.device), member).x
-                found[hook][member.name].update((x - member.sae(x)) * member.scale)
+                out, device = cfg.given(hook), member.mean.device
+                y = None if out is None else batch[out].to(device)
+                made = make_batch(batch[hook].to(device), member, y)
+                found[hook][member.name].update((made.target - member.sae(made.x)) * member.scale)
     return found

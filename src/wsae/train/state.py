@@ -39,10 +39,12 @@ class MemberState:
     cfg: MemberConfig
     sae: SAE
     optimizer: torch.optim.Adam
-    mean: Float[Tensor, " d_in"]
-    """Mean activation, in scaled units: FVU is taken about it."""
+    mean: Float[Tensor, " d_out"]
+    """Mean of what it is to give, in scaled units: FVU is taken about it."""
     scale: float
-    """Activations are divided by this power of two for training."""
+    """What it is to give is divided by this power of two for training."""
+    scale_in: float
+    """What it reads is divided by this one; of an SAE it is the same."""
     since_fired: Int64[Tensor, " d_sae"]
     """Tokens since each latent last fired."""
     dead: Bool[Tensor, " d_sae"]
@@ -57,11 +59,16 @@ class MemberState:
     annealed: Float64[Tensor, "3"] | None = None
     """With p-annealing: the factor of l1 by now, and the sums behind the next one (`wsae.train.penalty`)."""
     inside: Preconditioner | None = None
-    """The map P where the SAE is trained on P x; all other vectors here are then of P x too."""
+    """The map P where the SAE is trained on P x; all other vectors of x here are then of P x too."""
     weights: Weights | None = None
     """The large tensors while the compiled kernels train them; the SAE's own are empty then."""
     part: Whole = WHOLE
     """Which of its rows and latents are here."""
+
+    @property
+    def back(self) -> Preconditioner | None:
+        """The map that its errors are taken back by: P, unless it gives other activations than it reads."""
+        return None if self.sae.cfg.transcoder else self.inside
 
     @property
     def sums(self) -> dict[str, Float64[Tensor, ""]]:
@@ -77,16 +84,23 @@ def make_member(
     scale: float,
     spread: Float[Tensor, " d_in"] | None = None,
     sae: SAE | None = None,
+    target: "Target | None" = None,
 ) -> MemberState:
     """Return a member at its start: b_dec at the data's mean, encoder along the decoder, gamma all 1.
 
     `mean` and `spread` (standard deviations; by default equal ones) are in the activations' own units. An `sae` is
-    taken in place of a new one.
+    taken in place of a new one. A transcoder has a `target`: its b_dec starts at the target's mean, its b_enc at
+    -mean @ W_enc, as if the mean had been subtracted from its inputs.
     """
     d_in = len(mean)
     seed = run.seed if cfg.seed is None else cfg.seed
-    sae = sae or SAE(cfg.sae_config(d_in), seed, cfg.start_scale())
-    centre = (mean / scale).float()
+    d_out = None if target is None else len(target.mean)
+    sae = sae or SAE(cfg.sae_config(d_in, d_out), seed, cfg.start_scale())
+    scale_in, centre = scale, (mean / scale).float()
+    if target is not None:
+        assert sae.b_enc is not None
+        sae.b_enc.data.copy_(-centre @ sae.W_enc)
+        scale, centre = target.scale, (target.mean / target.scale).float()
     if sae.b_dec is not None:
         sae.b_dec.data.copy_(centre)
     d_sae = sae.cfg.d_sae
@@ -98,39 +112,58 @@ def make_member(
         optimizer=torch.optim.Adam(parameters, lr=cfg.learning_rate(d_in), fused=True),
         mean=centre,
         scale=scale,
+        scale_in=scale_in,
         since_fired=torch.zeros(d_sae, dtype=torch.int64),
         dead=torch.zeros(d_sae, dtype=torch.bool),
         latent_moments=torch.zeros(2, d_sae, dtype=torch.float64),
         window=torch.zeros(len(SUMS), dtype=torch.float64),
-        spread=(spread / scale if spread is not None else torch.ones_like(mean)).float(),
+        spread=(spread / scale_in if spread is not None else torch.ones_like(mean)).float(),
         sparse=torch.tensor(sae.arch.sparse),
         annealed=None if cfg.p_end is None else torch.tensor([1.0, 0, 0], dtype=torch.float64),
     )
+
+
+class Target(NamedTuple):
+    """The moments of what a transcoder is to give, as `make_member` takes those of what it reads."""
+
+    mean: Float[Tensor, " d_out"]
+    scale: float
 
 
 class Batch(NamedTuple):
     """One step's activations as a member sees them: mapped by its preconditioner, scaled."""
 
     x: Float[Tensor, "batch d_in"]
-    deviation: Float[Tensor, " d_in"]
-    """Sum over the rows of the squared deviation from the data's mean, per dimension."""
+    deviation: Float[Tensor, " d_out"]
+    """Sum over the rows of the target's squared deviation from the data's mean, per dimension."""
     given: Float[Tensor, "batch d_in"]
     """The activations as they were."""
+    target: Float[Tensor, "batch d_out"]
+    """What it is to give, scaled: x itself, or the output of a transcoder's module."""
 
 
-def make_batch(x: Float[Tensor, "batch d_in"], member: MemberState) -> Batch:
-    """Map and scale activations as a member is trained on them."""
+def make_batch(
+    x: Float[Tensor, "batch d_in"],
+    member: MemberState,
+    y: Float[Tensor, "batch d_out"] | None = None,
+) -> Batch:
+    """Map and scale activations as a member is trained on them; `y` is what a transcoder is to give."""
     inside = member.inside
-    mapped = (x if inside is None else inside.rows(x)) / member.scale
-    return Batch(mapped, (mapped - member.mean).square_().sum(0), x)
+    mapped = (x if inside is None else inside.rows(x)) / member.scale_in
+    target = mapped if y is None else y / member.scale
+    return Batch(mapped, (target - member.mean).square_().sum(0), x, target)
 
 
-def make_batches(x: Float[Tensor, "batch d_in"], members: list[MemberState]) -> list[Batch]:
+def make_batches(
+    x: Float[Tensor, "batch d_in"],
+    members: list[MemberState],
+    y: Float[Tensor, "batch d_out"] | None = None,
+) -> list[Batch]:
     """Return each member's batch; those of one hook with the same preconditioner share it."""
     made: dict[int, Batch] = {}
     for member in members:
         if id(member.inside) not in made:
-            made[id(member.inside)] = make_batch(x, member)
+            made[id(member.inside)] = make_batch(x, member, y)
     return [made[id(member.inside)] for member in members]
 
 
@@ -155,7 +188,7 @@ class StepResult(NamedTuple):
     sse: Float[Tensor, ""]
     """Sum over the batch of |x_hat - x|^2, in scaled units."""
     error: Float[Tensor, "rows d_in"] | None = None
-    """x_hat - x of all or the first rows (`looked_at`), where the member has a preconditioner."""
+    """x_hat - x of all or the first rows (`looked_at`), where errors are of P x."""
 
 
 def record(
@@ -208,10 +241,10 @@ def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
     # the sum over rows of ||Gamma (x - mean)||^2: a vector needs only the sums per dimension
     weighted = (deviation * gamma.square()).sum() if gamma.ndim == 1 else None
     if weighted is None:
-        weighted = weigh(batch.x - member.mean, gamma).square().sum()
+        weighted = weigh(batch.target - member.mean, gamma).square().sum()
     sse, variance = result.sse, deviation.sum()
-    if member.inside is not None and result.error is not None:
-        inverse = member.inside.inverse
+    if member.back is not None and result.error is not None:
+        inverse = member.back.inverse
         here = batch.given[: len(result.error)] / member.scale - weigh(member.mean, inverse)
         sse, variance = weigh(result.error, inverse).square().sum(), here.square().sum()
     losses = (result.loss, result.reconstruction, result.revival, sse)
@@ -222,8 +255,8 @@ def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
 
 
 def looked_at(member: MemberState, batch: Batch) -> int:
-    """Return how many of a batch's first rows tell the fast kernels the error in x; 0 without a preconditioner."""
-    return 0 if member.inside is None else -(-len(batch.x) // LOOKED_AT)
+    """Return how many of a batch's first rows tell the fast kernels the error in x; 0 where errors are of x."""
+    return 0 if member.back is None else -(-len(batch.x) // LOOKED_AT)
 
 
 def latent_variance(

@@ -50,12 +50,12 @@ def eager_step(
 
     Nothing is read back from a GPU.
     """
-    sae, cfg, x, part = member.sae, member.cfg, batch.x, member.part
-    forward = training_forward(sae, x, run.dtype == "bfloat16", part)
-    reconstruction = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma, part.batch)
-    revival = revival_loss(member, x, forward)
-    fit = reconstruction + also_loss(x, forward, sae.gamma, part.batch) + cfg.auxk * revival
-    cost, rows = price_at(member, run, step), part.batch or len(x)
+    sae, cfg, part, target = member.sae, member.cfg, member.part, batch.target
+    forward = training_forward(sae, batch.x, run.dtype == "bfloat16", part)
+    reconstruction = weighted_reconstruction_loss(target, forward.x_hat, sae.gamma, part.batch)
+    revival = revival_loss(member, target, forward)
+    fit = reconstruction + also_loss(target, forward, sae.gamma, part.batch) + cfg.auxk * revival
+    cost, rows = price_at(member, run, step), part.batch or len(target)
     price = penalty(forward.entries, cost, rows, part)
     if cost.pre_act:
         price = price + cost.pre_act * pre_act_loss(forward.entries, member.dead, rows)
@@ -73,8 +73,8 @@ def eager_step(
         unit_rows_(sae)
         keep_positive_(sae)
         x_hat = forward.x_hat.detach()
-        sse = F.mse_loss(x_hat, x, reduction="sum")
-        error = None if member.inside is None else x_hat - x
+        sse = F.mse_loss(x_hat, target, reduction="sum")
+        error = None if member.back is None else x_hat - target
         losses = (part.once(fit.detach()) + price, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
         anneal(member, forward.entries, run, step)
@@ -82,19 +82,19 @@ def eager_step(
 
 
 def revival_loss(
-    member: MemberState, x: Float[Tensor, "batch d_in"], forward: Forward
+    member: MemberState, target: Float[Tensor, "batch d_out"], forward: Forward
 ) -> Float[Tensor, ""]:
     """Return the loss by which dead latents model the residual; 0 where the member has no revival."""
     if member.cfg.auxk == 0:
-        return x.new_zeros(())
-    k_aux, dead, part = member.cfg.revived(x.shape[1]), member.dead, member.part
+        return target.new_zeros(())
+    k_aux, dead, part = member.cfg.revived(target.shape[1]), member.dead, member.part
     nested = member.sae.nested
     if nested is None or not nested.level_auxk:
-        residual = x - forward.x_hat.detach()
+        residual = target - forward.x_hat.detach()
         return auxk_loss(member.sae, residual, forward, dead, k_aux, part)
     x_hats = [*(also.x_hat for also in forward.also), forward.x_hat]
     losses = [
-        auxk_loss(member.sae, x - x_hat.detach(), forward, of_level, k_aux, part)
+        auxk_loss(member.sae, target - x_hat.detach(), forward, of_level, k_aux, part)
         for x_hat, of_level in zip(x_hats, dead_by_level(nested, dead), strict=True)
     ]
     return torch.stack(losses).sum()
@@ -148,10 +148,10 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     pace = lr_factor(step, run.steps, run.warmup, run.decay)
     rate = pace * member.cfg.learning_rate(member.sae.cfg.d_in)
     varies = isinstance(member.sae.choice, Above)
-    if step == 0 and (target := member.cfg.target_l0) is not None:
+    if step == 0 and (wanted := member.cfg.target_l0) is not None:
         start_thresholds(member, batch.x)
-        member.sparse = torch.tensor(target < FEW * (member.part.d_sae or len(member.dead)))
-    kernels = chosen(member, run, batch.x) if member.part is WHOLE else "eager"
+        member.sparse = torch.tensor(wanted < FEW * (member.part.d_sae or len(member.dead)))
+    kernels = chosen(member, run, batch.x)
     if kernels == "eager" or (varies and not bool(member.sparse)):
         leave(member)
         code = eager_step(member, batch, rate, run, step)
@@ -169,8 +169,10 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         member.dead = member.since_fired > run.dead_tokens
         member.part.note_dead(member.dead)
     if (step + 1) % LOOK_EVERY == 0 and varies:
-        share = float(torch.count_nonzero(code.values)) / max(1, code.batch * len(member.dead))
-        member.sparse = torch.tensor(share < FEW)
+        entries = torch.tensor([code.batch * len(member.dead), 0], device=code.values.device)
+        entries[1] = torch.count_nonzero(code.values)
+        entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
+        member.sparse = torch.tensor(entries[1] < FEW * entries[0])
 
 
 def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
@@ -187,7 +189,7 @@ def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
         raise UserError(
             f"kernels '{wanted}' cannot train {member.name}: {reason}; use auto or eager"
         )
-    if reason not in _told:
+    if reason not in _told and member.part.leads:
         _told.add(reason)
         _log.warning("training %s with PyTorch's own kernels: %s", member.name, reason)
     return "eager"
@@ -199,6 +201,8 @@ def unfit_native(member: MemberState, x: Tensor) -> str | None:
     k = getattr(choice, "k", 1)
     if x.device.type != "cpu":
         return f"the compiled kernels are for the CPU, not {x.device.type}"
+    if member.part.unfit:
+        return member.part.unfit
     if x.dtype != torch.float32:
         return f"the compiled kernels take float32, not {str(x.dtype).removeprefix('torch.')}"
     if k * LARGEST_SHARE > cfg.d_sae and cfg.d_sae > LARGEST_SHARE:
@@ -218,6 +222,8 @@ def _unfit_penalty(member: MemberState) -> str | None:
 def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
     """Return why the Triton kernels cannot train this member here, or None if they can. Imports no Triton."""
     choice, W, arch = member.sae.choice, member.sae.W_dec.detach(), member.sae.arch
+    if member.sae.cfg.transcoder:
+        return "the Triton kernels have no transcoders yet"
     if isinstance(choice, Every) or arch.nested is not None or arch.gate is not None:
         return f"the Triton kernels have no {arch.kind}"
     if (unfit := _unfit_penalty(member)) is not None:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -146,10 +147,21 @@ class Zero(Edit):
 
 
 class _Site:
-    """One SAE at its hook: what it finds in a pass, and what the edits make of the hook's rows."""
+    """One SAE at its hook: what it finds in a pass, and what the edits make of the hook's rows.
 
-    def __init__(self, point: HookPoint, sae: SAE, rule: SkipRule | None, error: bool) -> None:
+    A transcoder finds it in the rows of `read`, earlier in the pass.
+    """
+
+    def __init__(
+        self,
+        point: HookPoint,
+        sae: SAE,
+        rule: SkipRule | None,
+        error: bool,
+        read: HookPoint | None = None,
+    ) -> None:
         self.point, self.sae, self._rule, self._error = point, sae, rule, error
+        self.read = read
         self._encoder = Encoder(sae)
         self.codes: Codes | None = None
         self.edits: list[Edit] = []
@@ -170,21 +182,24 @@ class _Site:
                 last = int(self.codes.call.positions.max())
                 raise UserError(f"{edit}: position {place} {why}; the last of the pass was {last}")
 
-    def __call__(self, x: Float[Tensor, "batch seq d_in"], call: Call) -> Tensor | None:
+    def __call__(self, x: Float[Tensor, "batch seq d_out"], call: Call) -> Tensor | None:
         """Return the rows with the edits, none where nothing changes."""
         device = self.sae.W_dec.device
         rows = x.to(device).flatten(0, 1)
+        read = rows if call.read is None else call.read.to(device).flatten(0, 1)
         call = Call(None if call.ids is None else call.ids.to(device), call.positions.to(device))
-        reasons = self._reasons(rows, call)
+        seen = {(self.read or self.point).name: read, self.point.name: rows}
+        reasons = self._reasons(seen, call)
         kept = (reasons == KEPT).nonzero()[:, 0]
-        code = self._encode(rows if len(kept) == len(rows) else rows[kept])
+        read = read if len(kept) == len(rows) else read[kept]
+        code = self._encode(read)
         shape = call.positions.shape
         codes = Codes(_spread(code, kept, len(rows)), self.sae.cfg.d_sae, call, reasons.view(shape))
         self.codes = codes
         self._note_places(codes)
         new = rows.to(torch.promote_types(rows.dtype, self.sae.W_dec.dtype))
         if not self._error:
-            new = new.index_copy(0, kept, self.sae.decode_code(code).to(new.dtype))
+            new = new.index_copy(0, kept, self.sae.decode_code(code, read).to(new.dtype))
         if self.edits:
             moves = self._moves(codes)
             new = new + (moves.change @ self.sae.W_dec[moves.latents]).to(new.dtype)
@@ -193,14 +208,16 @@ class _Site:
             return None
         return new.view(x.shape).to(x.device)
 
-    def _reasons(self, rows: Float[Tensor, "tokens d_in"], call: Call) -> Int[Tensor, " tokens"]:
+    def _reasons(
+        self, rows: dict[str, Float[Tensor, "tokens _"]], call: Call
+    ) -> Int[Tensor, " tokens"]:
         ids = torch.full_like(call.positions, -1) if call.ids is None else call.ids
         rule = self._rule
         if rule is None:
             return torch.where(call.positions < 0, PADDING, KEPT).flatten()
         reasons = rule.by_token(ids, call.positions).flatten()
-        norms = {self.point.name: torch.linalg.vector_norm(rows.detach().float(), dim=1)}
-        known = rule.medians is not None and self.point.name in rule.medians
+        norms = {n: torch.linalg.vector_norm(x.detach().float(), dim=1) for n, x in rows.items()}
+        known = rule.medians is not None and norms.keys() <= rule.medians.keys()
         if not known and bool((reasons == KEPT).any()):
             rule.calibrate(norms, reasons)
             known = True
@@ -330,36 +347,59 @@ def attach(
     *,
     error: bool = True,
     exclude: Exclude = "as in training",
+    hook_out: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Attached]:
     """Within the context, every pass of the model has its latents read, and edited as said: {hook: SAE}.
 
     `error`: add what the SAE does not explain, so that without edits nothing changes; else reconstructions take the
-    rows' place. `exclude`: the rule of tokens to leave alone (default: as `wsae harvest`, special tokens by the model's
-    config); none: padding alone. The hooks are gone when the context ends. Raises UserError for a hook that the
-    model lacks, another width, a model that has SAEs attached already, and, at the end, for a position at which an edit
-    had no effect.
+    rows' place. A transcoder is named by the hook that it reads, and changes the rows of `hook_out[hook]`: by default
+    of "layers.9.mlp.input" those of "layers.9.mlp". `exclude`: the rule of tokens to leave alone (default: as
+    `wsae harvest`, special tokens by the model's config); none: padding alone. The hooks are gone when the context
+    ends. Raises UserError for a hook that the model lacks, another width, a model that has SAEs attached already, and,
+    at the end, for a position at which an edit had no effect.
     """
     if model in _ATTACHED:
         raise UserError("this model has SAEs attached; give them all to one attach")
     rule = SkipRule(HarvestConfig(), special_ids(model)) if isinstance(exclude, str) else exclude
-    points = hooks_named(model, saes)
+    outs = {name: _changed(name, sae, hook_out) for name, sae in saes.items()}
+    points = hooks_named(model, dict.fromkeys([*saes, *outs.values()]))
     names: dict[tuple[str, str], str] = {}
-    for name, point in points.items():
-        if saes[name].cfg.d_in != point.d_in:
-            raise UserError(
-                f"hook {name!r}: {point.d_in} wide, and its SAE takes rows {saes[name].cfg.d_in} wide"
-            )
+    sites: dict[str, _Site] = {}
+    for name, sae in saes.items():
+        read, point = points[name], points[outs[name]]
+        for hook, does, width in (
+            (read, "takes", sae.cfg.d_in),
+            (point, "gives", sae.cfg.width_out),
+        ):
+            if hook.d_in != width:
+                at = name if hook is read else outs[name]
+                raise UserError(
+                    f"hook {at!r}: {hook.d_in} wide, and its SAE {does} rows {width} wide"
+                )
         other = names.setdefault((point.path, point.side), name)
         if other != name:
             raise UserError(f"hook {name!r}: the same place as {other!r}; attach one SAE there")
-    attached = Attached({n: _Site(p, saes[n], rule, error) for n, p in points.items()})
+        sites[name] = _Site(point, sae, rule, error, read if sae.cfg.transcoder else None)
+    attached = Attached(sites)
     with contextlib.ExitStack() as stack:
         _ATTACHED.add(model)
         stack.callback(_ATTACHED.discard, model)
         for site in attached._sites.values():
-            stack.enter_context(splice(model, site.point, site))
+            stack.enter_context(splice(model, site.point, site, site.read))
         yield attached
     attached.check()
+
+
+def _changed(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
+    """Return the hook whose rows an SAE's edits change; raises UserError where nobody says a transcoder's."""
+    if not sae.cfg.transcoder:
+        return name
+    out = hook_out.get(name, name.removesuffix(".input"))
+    if out == name:
+        raise UserError(
+            f"hook {name!r}: its SAE is a transcoder, so say what it is to give: hook_out={{{name!r}: HOOK}}"
+        )
+    return out
 
 
 def as_trained(run: Run, language: LanguageModel) -> SkipRule:

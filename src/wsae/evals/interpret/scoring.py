@@ -166,15 +166,13 @@ def survey_hooks(
 
     Raises UserError when there are no rows, a width differs, or the data hold NaN.
     """
-    surveys = {
-        hook: Survey(hook, family.saes, source.hooks[hook]) for hook, family in families.items()
-    }
+    surveys = {hook: Survey(hook, family.saes, source.hooks) for hook, family in families.items()}
     covariances = {h: Covariance(source.hooks[h]) for h in families if "pca" in cfg.controls}
     n_rows = 0
     with progress("survey", None, "rows") as tick:
         for chunk in source.heldout(cfg.batch_size):
             for hook, survey in surveys.items():
-                survey.update(chunk.x[hook])
+                survey.update(chunk.x)
                 if hook in covariances:
                     covariances[hook].update(chunk.x[hook])
             n_rows += len(chunk.seq)

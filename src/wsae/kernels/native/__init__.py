@@ -5,10 +5,9 @@ The eager code in `wsae.kernels.select`, `wsae.kernels.sparse` and `wsae.kernels
 
 from wsae.kernels.native.build import (
     Unavailable,
-    dense_threads,
     kernel_threads,
     library,
     why_not,
 )
 
-__all__ = ["Unavailable", "dense_threads", "kernel_threads", "library", "why_not"]
+__all__ = ["Unavailable", "kernel_threads", "library", "why_not"]

@@ -17,7 +17,7 @@ from wsae.core.cache import cached, cached_privately
 
 FOLDER = Path(__file__).parent
 LIBRARY = "kernels.so"
-SOURCES = ("common.h", "select.cpp", "sparse.cpp")
+SOURCES = ("common.h", "tasks.h", "select.cpp", "sparse.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-O3",
@@ -33,7 +33,6 @@ FLAGS = (
 KERNELS = {
     "has_int8": "",
     "set_threads": "N",
-    "get_threads": "",
     "to_slices": "PPNNP",
     "from_slices": "PPNNP",
     "sort_pairs": "PPNNNPPP",
@@ -45,6 +44,7 @@ KERNELS = {
     "padded_latents": "NN",
     "packed_bytes": "NNN",
     "select_int8": "PPPNNPP",
+    "product_int8": "PPNN",
     "new_lists": "",
     "free_lists": "P",
     "collect": "PPP",
@@ -92,17 +92,6 @@ def kernel_threads(n: int) -> Iterator[None]:
         yield
     finally:
         library().set_threads(0)
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def dense_threads() -> Iterator[None]:
-    """Let PyTorch use the kernels' threads, for a large product among them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(library().get_threads())
-    try:
-        yield
-    finally:
         torch.set_num_threads(before)
 
 

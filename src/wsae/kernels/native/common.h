@@ -1,20 +1,13 @@
 // Small vector helpers in the compiler's own vector types: lowered to whatever the machine has.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <new>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads() { return 1; }
-#endif
 
-extern thread_local int own_threads;  // those of the calling thread's kernels; 0: as many as OpenMP would take
-static inline int team() { return own_threads > 0 ? own_threads : std::max(1, omp_get_max_threads()); }
+#include "tasks.h"
 
 typedef float vf __attribute__((vector_size(64)));  // 16 floats
 constexpr int64_t SLICE = 32;                        // dimensions of a slice: two vectors
@@ -34,21 +27,6 @@ static inline float sum(vf v) {
   c += d;
   return (c[0] + c[1]) + (c[2] + c[3]);
 }
-
-// Running out of memory in a thread of a parallel region: noted there (an exception must not leave it), thrown after it.
-struct Memory {
-  std::atomic<bool> out{false};
-  template <class F> void inside(F work) noexcept {
-    try {
-      if (!out) work();
-    } catch (const std::bad_alloc&) {
-      out = true;
-    }
-  }
-  void check() const {
-    if (out) throw std::bad_alloc();
-  }
-};
 
 // What a function called from Python returns: 0, or 1 when memory ran out.
 template <class F> static inline int64_t status_of(F work) noexcept {
@@ -83,7 +61,7 @@ static inline void sort_by_latent(const Index* latents, const int64_t* token_off
     }
 }
 
-// Tasks that so many threads take one by one: a thread that another program holds up keeps the others for one task only.
+// Into how many tasks a pass over the latents is cut: a thread that is held up keeps the others for one of them at most.
 static inline int64_t parts_for(int64_t threads) { return threads > 1 ? 8 * threads : 1; }
 
 // Split the latents into `parts` runs of about the same work; borders are multiples of `block`.

@@ -25,6 +25,7 @@ constexpr float FINE = 254;           // steps of a 16-bit token's second row in
 constexpr float MARGIN = 4;             // standard deviations of the rounding error allowed for, each side
 constexpr float LOWEST = -3.0e38f;
 constexpr int HALVINGS = 20;
+constexpr int64_t TOGETHER = 64;  // tokens of a task where there is little to do for each
 constexpr float GUESS_QUANTILE = 0.01f, CAUTION = 0.9f;  // a guess too high costs more than one too low
 
 struct Pair {
@@ -50,7 +51,7 @@ struct Encoder {
 
 struct Selection {
   int64_t k;           // wanted per group; 0: everything above `above`
-  float above;         // used when k is 0
+  float above;         // nothing else is wanted; -infinity: everything is
   float guess, trend;  // in and out: k-th pre-activation per unit norm of the token, as first guessed; its last quantile
   int64_t keep;        // entries returned per token (k > 0)
   float* values;       // [batch, keep]
@@ -87,8 +88,7 @@ void pack(const float* W, const float* dim, const float* largest, const float* s
           int64_t group, uint8_t* packed, float* scale, float* norm) {
   const int64_t per_group = (group + PANEL - 1) / PANEL * PANEL, panels = padded_latents(d_sae, group) / PANEL;
   const int64_t steps = (d_in + 3) / 4, slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for num_threads(team()) schedule(dynamic, 4)
-  for (int64_t panel = 0; panel < panels; panel++) {
+  share_out(panels, 4, [=](int64_t begin, int64_t end) { for (int64_t panel = begin; panel < end; panel++) {
     const int64_t within = panel * PANEL % per_group, first = panel * PANEL / per_group * group + within;
     const int64_t real = std::min<int64_t>(PANEL, group - within);
     float inverse[PANEL];
@@ -111,7 +111,7 @@ void pack(const float* W, const float* dim, const float* largest, const float* s
         for (int64_t k = 0; k < SLICE / 4 && s * (SLICE / 4) + k < steps; k++)
           std::memcpy(out + ((s * (SLICE / 4) + k) * PANEL + i) * 4, q + 4 * k, 4);
       }
-  }
+  } });
 }
 
 }  // extern "C"
@@ -311,7 +311,8 @@ void prepare(const Job& job, const float* x, int64_t count, bool guess, Chunk& w
       round_token(job, x + t * job.e.d_in, token, q, &w.start[block * TOKENS + lane]);
       if (guess) token.guess = job.s.guess * token.norm;
     }
-    const float start = job.s.k == 0 ? job.s.above / token.step : guess ? token.guess / token.step : LOWEST;
+    // above LOWEST: what fills up a panel has none
+    const float start = std::max(LOWEST, std::max(guess ? token.guess : LOWEST, job.s.above) / token.step);
     const float own = job.lanes > 1 ? std::sqrt(token.kappa(job.e.d_in)) : 1;
     w.candidates[t] = {w.upper.data() + t * room, w.index.data() + t * room, 0, 0, (int32_t)job.capacity,
                        (int32_t)job.s.k, idle ? -LOWEST : start, MARGIN / std::sqrt(12.0f) * own, false};
@@ -377,6 +378,20 @@ void scan(const Job& job, Chunk& w) {
   }
 }
 
+// The product of `scan` with nothing compared: what no selection from it can be faster than. Returns a sum of some entries.
+int64_t product(const Job& job, Chunk& w) {
+  const int64_t blocks = w.tokens.size() / job.held();
+  alignas(64) int32_t acc[TOKENS * PANEL];
+  int64_t total = 0;
+  for (int64_t place = 0; place < job.groups * job.panels; place++)
+    for (int64_t b = 0; b < blocks; b++) {
+      const uint8_t* panel = job.e.packed + place * PANEL * job.steps * 4;
+      tile(w.q.data() + b * job.steps * TOKENS * 4, panel, job.steps, &w.start[b * TOKENS], acc);
+      total += acc[b % TOKENS * PANEL];
+    }
+  return total;
+}
+
 // Keep the k largest, ties to the lower index, in order of index.
 void keep_largest(std::vector<Pair>& pairs, size_t k) {
   const auto better = [](const Pair& a, const Pair& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); };
@@ -414,38 +429,30 @@ struct Round {
 
 // Scan all tokens, chunk by chunk.
 void find_candidates(const Job& job, const float* x, int64_t count, int64_t chunk, bool guess, Round& r) {
-  const int64_t chunks = (count + chunk - 1) / chunk;
   r.tokens.resize(count);
   r.failed.assign(count, 0);
   r.offsets.assign(count + 1, 0);
-  r.chunk_latents.assign(chunks, {});
-  int64_t exhaustive = 0;
-  Memory memory;
-#pragma omp parallel num_threads(team()) reduction(+ : exhaustive)
-  {
+  r.chunk_latents.assign((count + chunk - 1) / chunk, {});
+  std::atomic<int64_t> exhaustive{0};
+  share_out(count, chunk, [&](int64_t first, int64_t last) {
     Chunk w;
-#pragma omp for schedule(dynamic)
-    for (int64_t c = 0; c < chunks; c++) memory.inside([&] {
-      const int64_t first = c * chunk, tokens = std::min(chunk, count - first);
-      prepare(job, x + first * job.e.d_in, tokens, guess, w);
-      scan(job, w);
-      for (int64_t t = 0; t < tokens; t++) {
-        const Candidates& found = w.candidates[t];
-        std::vector<int32_t>& out = r.chunk_latents[c];
-        const size_t before = out.size();
-        r.failed[first + t] = found.overflow && job.lanes == 1 && job.s.k > 0;
-        if (w.tokens[t].broken || (found.overflow && !r.failed[first + t])) {
-          for (int64_t j = 0; j < job.e.d_sae; j++) out.push_back((int32_t)j);
-          exhaustive++;
-        } else if (!r.failed[first + t]) {
-          out.insert(out.end(), found.index, found.index + found.count);
-        }
-        r.tokens[first + t] = w.tokens[t];
-        r.offsets[first + t + 1] = out.size() - before;
+    prepare(job, x + first * job.e.d_in, last - first, guess, w);
+    scan(job, w);
+    std::vector<int32_t>& out = r.chunk_latents[first / chunk];
+    for (int64_t t = first; t < last; t++) {
+      const Candidates& found = w.candidates[t - first];
+      const size_t before = out.size();
+      r.failed[t] = found.overflow && job.lanes == 1 && job.s.k > 0;
+      r.tokens[t] = w.tokens[t - first];
+      if (r.tokens[t].broken || (found.overflow && !r.failed[t])) {
+        for (int64_t j = 0; j < job.e.d_sae; j++) out.push_back((int32_t)j);
+        exhaustive++;
+      } else if (!r.failed[t]) {
+        out.insert(out.end(), found.index, found.index + found.count);
       }
-    });
-  }
-  memory.check();
+      r.offsets[t + 1] = out.size() - before;
+    }
+  });
   r.exhaustive = exhaustive;
   for (int64_t t = 0; t < count; t++) r.offsets[t + 1] += r.offsets[t];
   r.latents.reserve(r.offsets[count]);
@@ -465,9 +472,9 @@ void compute_exactly(const Job& job, const float* slices_of_x, int64_t count, Ro
   sort_by_latent(r.latents.data(), r.offsets.data(), count, e.d_sae, offsets.data(), order.data(), tokens.data());
   const Pairs pairs{offsets.data(), tokens.data()};
   const std::vector<int64_t> borders = split(offsets.data(), e.d_sae, parts, PANEL, 1);
-#pragma omp parallel for num_threads(team()) schedule(dynamic, 1)
-  for (int64_t part = 0; part < parts; part++)
+  share_out(parts, 1, [&](int64_t part, int64_t) {
     dot_range(pairs, slices_of_x, e.W, nullptr, borders[part], borders[part + 1], e.d_sae, count, slices, sorted.data());
+  });
   r.values.resize(n);
   for (int64_t p = 0; p < n; p++) {
     const int32_t j = r.latents[order[p]];
@@ -481,7 +488,7 @@ bool choose(const Job& job, Round& r, int64_t t) {
   std::vector<Pair>& pairs = r.chosen[t];
   for (int64_t p = r.offsets[t]; p < r.offsets[t + 1]; p++) {
     const int32_t j = r.latents[p];
-    if (job.s.k > 0 || r.values[p] - (e.floor ? e.floor[j] : 0) > job.s.above) pairs.push_back({r.values[p], j});
+    if (job.s.above == -INFINITY || r.values[p] - (e.floor ? e.floor[j] : 0) > job.s.above) pairs.push_back({r.values[p], j});
   }
   if (job.s.k == 0) return true;
   if (job.groups > 1) {
@@ -502,10 +509,9 @@ Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_
   find_candidates(job, x, count, chunk, guess, r);
   compute_exactly(job, slices_of_x, count, r);
   r.chosen.resize(count);
-  Memory memory;
-#pragma omp parallel for num_threads(team()) schedule(dynamic, 64)
-  for (int64_t t = 0; t < count; t++) memory.inside([&] { r.failed[t] = r.failed[t] || !choose(job, r, t); });
-  memory.check();
+  share_out(count, TOGETHER, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) r.failed[t] = r.failed[t] || !choose(job, r, t);
+  });
   return r;
 }
 
@@ -518,12 +524,12 @@ Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch
   // variance of a latent's error is (own^2 + kappa step^2) / 12: own = norm, or norm / FINE with 16 bits. For all tokens
   // spread^2 = own^2 + most kappa step^2 bounds the bracket. With 16 bits own hardly counts and kappa differs, so there
   // spread^2 = own^2 / least kappa + step^2, times each token's kappa.
+  std::vector<float> kappa(batch);
+  share_out(batch, TOGETHER, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) kappa[t] = measure(e, job.inverse_dim.data(), x + t * e.d_in).kappa(e.d_in);
+  });
   float least = INFINITY, most = 0;
-#pragma omp parallel for num_threads(team()) schedule(dynamic, 64) reduction(min : least) reduction(max : most)
-  for (int64_t t = 0; t < batch; t++) {
-    const float kappa = measure(e, job.inverse_dim.data(), x + t * e.d_in).kappa(e.d_in);
-    least = std::min(least, kappa), most = std::max(most, kappa);
-  }
+  for (const float one : kappa) least = std::min(least, one), most = std::max(most, one);
   const float narrow = lanes > 1 ? 1 / (FINE * FINE * least) : 1, wide = lanes > 1 ? 1 : most;
   const int64_t padded = padded_latents(e.d_sae, e.group);
   job.spread.resize(padded);
@@ -597,9 +603,23 @@ int64_t select_int8(const Encoder* encoder, const float* x, const float* slices_
   return status_of([&] { select_all(encoder, x, slices_of_x, batch, chunk, s, lists); });
 }
 
+// The 8-bit product alone, of a batch with all latents; returns a sum of some entries.
+int64_t product_int8(const Encoder* encoder, const float* x, int64_t batch, int64_t chunk) {
+  const Selection nothing{1, -INFINITY};
+  const Job job = make_job(*encoder, nothing, x, batch, 1);
+  std::atomic<int64_t> total{0};
+  share_out(batch, chunk, [&](int64_t first, int64_t last) {
+    Chunk w;
+    prepare(job, x + first * encoder->d_in, last - first, false, w);
+    total += product(job, w);
+  });
+  return total;
+}
+
 }  // extern "C"
 #else
 extern "C" int64_t select_int8(const Encoder*, const float*, const float*, int64_t, int64_t, Selection*, Lists*) { return 0; }
+extern "C" int64_t product_int8(const Encoder*, const float*, int64_t, int64_t) { return 0; }
 #endif
 
 extern "C" {

@@ -145,7 +145,7 @@ def select_topk(
         raise ValueError(f"{k} of {encoder.d_sae} latents in groups of {encoder.group}")
     batch = len(centred.rows)
     values, indices = empty(batch, k), empty(batch, k, dtype=torch.int64)
-    asked = CSelection(k=1 if groups else k, keep=k)
+    asked = CSelection(k=1 if groups else k, keep=k, above=-math.inf)
     asked.values, asked.indices = values.data_ptr(), indices.data_ptr()
     _run(encoder, W, bias, None, centred, asked, None)
     return code_from_topk(values, indices)
@@ -170,10 +170,33 @@ def select_above(
             where.append(row + i * ROWS)
         offsets = offsets_of(torch.cat(where), len(centred.rows))
         return SparseCode(torch.cat(values), torch.cat(indices), offsets)
+    return _listed(encoder, W, bias, floor, centred, CSelection(k=0, above=above))
+
+
+def select_positive(
+    encoder: RoundedEncoder, W: Slices, bias: Tensor | None, centred: Centred, k: int
+) -> SparseCode:
+    """Return the positive pre-activations among the k largest of each row, in order of row and latent."""
+    if not encoder.int8:
+        found = select_topk(encoder, W, bias, centred, k)
+        return found.where(found.values > 0)
+    if not 1 <= k <= encoder.d_sae or encoder.group < encoder.d_sae:
+        raise ValueError(f"{k} of {encoder.d_sae} latents in groups of {encoder.group}")
+    return _listed(encoder, W, bias, None, centred, CSelection(k=k, keep=k, above=0.0))
+
+
+def _listed(
+    encoder: RoundedEncoder,
+    W: Slices,
+    bias: Tensor | None,
+    floor: Tensor | None,
+    centred: Centred,
+    asked: CSelection,
+) -> SparseCode:
+    """Run a selection of any number of entries a row."""
     lib = library()
     lists = lib.new_lists()
     try:
-        asked = CSelection(k=0, above=above)
         counts = _run(encoder, W, bias, floor, centred, asked, lists)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         n = int(offsets[-1])
@@ -200,25 +223,17 @@ def _run(
     lists: int | None,
 ) -> Int64[Tensor, " batch"]:
     rows, slices = centred
-    batch, d_sae, padded = len(rows), encoder.d_sae, len(encoder.scale)
-    shape = (slice_count(encoder.d_in), d_sae, SLICE)
+    batch = len(rows)
     counts = empty(batch, dtype=torch.int64)
-    vectors = [address(t, d_sae) for t in (bias, floor)]
-    copies = [
-        address(encoder.packed, len(encoder.packed), dtype=torch.uint8),
-        *(address(t, padded) for t in (encoder.scale, encoder.norm)),
-        address(encoder.dim, shape[0] * SLICE),
-    ]
-    c_encoder = CEncoder(address(W, *shape), *vectors, d_sae, encoder.d_in, encoder.group, *copies)
+    vectors = [address(t, encoder.d_sae) for t in (bias, floor)]
+    c_encoder = _encoder(encoder, W, *vectors)
     asked.counts, asked.guess, asked.trend = counts.data_ptr(), encoder.guess, encoder.trend
-    threads = torch.get_num_threads()
-    chunk = max(14, min(CHUNK, -(-batch // threads) // 14 * 14))
     given = (
         ctypes.byref(c_encoder),
         address(rows, batch, encoder.d_in),
-        address(slices, shape[0], batch, SLICE),
+        address(slices, slice_count(encoder.d_in), batch, SLICE),
     )
-    library().select_int8(*given, batch, chunk, ctypes.byref(asked), lists)
+    library().select_int8(*given, batch, _chunk(batch), ctypes.byref(asked), lists)
     if asked.k:
         encoder.guess, encoder.trend = asked.guess, asked.trend
     effort = encoder.effort
@@ -227,3 +242,28 @@ def _run(
     effort.exhaustive += asked.exhaustive
     effort.repeated += asked.repeated
     return counts
+
+
+def product_int8(encoder: RoundedEncoder, W: Slices, rows: Float[Tensor, "batch d_in"]) -> None:
+    """Compute the 8-bit product from which latents are selected, and nothing else: a bound to measure."""
+    batch = len(rows)
+    x = address(rows, batch, encoder.d_in)
+    library().product_int8(ctypes.byref(_encoder(encoder, W)), x, batch, _chunk(batch))
+
+
+def _encoder(
+    encoder: RoundedEncoder, W: Slices, bias: int | None = None, floor: int | None = None
+) -> CEncoder:
+    d_sae, d_in, padded = encoder.d_sae, encoder.d_in, len(encoder.scale)
+    shape = (slice_count(d_in), d_sae, SLICE)
+    copies = [
+        address(encoder.packed, len(encoder.packed), dtype=torch.uint8),
+        *(address(t, padded) for t in (encoder.scale, encoder.norm)),
+        address(encoder.dim, shape[0] * SLICE),
+    ]
+    return CEncoder(address(W, *shape), bias, floor, d_sae, d_in, encoder.group, *copies)
+
+
+def _chunk(batch: int) -> int:
+    """Return how many tokens are scanned together."""
+    return max(14, min(CHUNK, -(-batch // torch.get_num_threads()) // 14 * 14))

@@ -11,10 +11,7 @@ template <class F>
 void over_latents(const Pairs& pairs, int64_t d_sae, F work) {
   const int64_t parts = parts_for(team());
   const std::vector<int64_t> borders = split(pairs.offsets, d_sae, parts, BLOCK, WORK_PER_LATENT);
-  Memory memory;
-#pragma omp parallel for num_threads(team()) schedule(dynamic, 1)
-  for (int64_t part = 0; part < parts; part++) memory.inside([&] { work(borders[part], borders[part + 1]); });
-  memory.check();
+  share_out(parts, 1, [&](int64_t part, int64_t) { work(borders[part], borders[part + 1]); });
 }
 }  // namespace
 
@@ -23,29 +20,30 @@ thread_local int own_threads = 0;
 extern "C" {
 
 int64_t set_threads(int64_t n) { own_threads = (int)n; return 0; }
-int64_t get_threads(void) { return team(); }
 
 // [rows][d_in] less `centre` to [slices][rows][32], padded with zeros.
 void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for num_threads(team()) schedule(dynamic, BLOCK)
-  for (int64_t r = 0; r < n; r++)
-    for (int64_t s = 0; s < slices; s++) {
-      float* to = out + (s * n + r) * SLICE;
-      const int64_t width = std::min(SLICE, d_in - s * SLICE);
-      for (int64_t i = 0; i < width; i++) to[i] = rows[r * d_in + s * SLICE + i] - (centre ? centre[s * SLICE + i] : 0);
-      for (int64_t i = width; i < SLICE; i++) to[i] = 0;
-    }
+  share_out(n, BLOCK, [=](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++)
+      for (int64_t s = 0; s < slices; s++) {
+        float* to = out + (s * n + r) * SLICE;
+        const int64_t width = std::min(SLICE, d_in - s * SLICE);
+        for (int64_t i = 0; i < width; i++) to[i] = rows[r * d_in + s * SLICE + i] - (centre ? centre[s * SLICE + i] : 0);
+        for (int64_t i = width; i < SLICE; i++) to[i] = 0;
+      }
+  });
 }
 
 // Back to [rows][d_in], each row times its scale.
 void from_slices(const float* in, const float* scale, int64_t n, int64_t d_in, float* rows) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for num_threads(team()) schedule(dynamic, BLOCK)
-  for (int64_t r = 0; r < n; r++)
-    for (int64_t s = 0; s < slices; s++)
-      for (int64_t i = 0; i < std::min(SLICE, d_in - s * SLICE); i++)
-        rows[r * d_in + s * SLICE + i] = in[(s * n + r) * SLICE + i] * (scale ? scale[r] : 1);
+  share_out(n, BLOCK, [=](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++)
+      for (int64_t s = 0; s < slices; s++)
+        for (int64_t i = 0; i < std::min(SLICE, d_in - s * SLICE); i++)
+          rows[r * d_in + s * SLICE + i] = in[(s * n + r) * SLICE + i] * (scale ? scale[r] : 1);
+  });
 }
 
 // 2 when a latent or an offset is out of its range.
@@ -62,8 +60,7 @@ int64_t sort_pairs(const int64_t* latents, const int64_t* token_offsets, int64_t
 void decode(const Pairs* pairs, const float* values, const float* W, const float* row_scale, const float* start,
             int64_t d_sae, int64_t tokens, int64_t d_in, float* out) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for num_threads(team()) schedule(dynamic)
-  for (int64_t s = 0; s < slices; s++) {
+  share_out(slices, 1, [=](int64_t s, int64_t) {
     float first[SLICE] = {};
     if (start) std::copy_n(start + s * SLICE, std::min(SLICE, d_in - s * SLICE), first);
     float* y = out + s * tokens * SLICE;
@@ -80,7 +77,7 @@ void decode(const Pairs* pairs, const float* values, const float* W, const float
         store(row + 16, load(row + 16) + z * w1);
       }
     }
-  }
+  });
 }
 
 // values[p] = row_scale * <W[latent], left[token]>.
@@ -98,10 +95,10 @@ int64_t dots(const Pairs* pairs, const float* left, const float* W, const float*
 void residual(float* slab, const float* target, const float* gamma, int64_t batch, int64_t d_in, double* errors, float* partial) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
   const float two = 2.0f / batch;
-#pragma omp parallel for num_threads(team()) schedule(dynamic)
-  for (int64_t block = 0; block < (batch + BLOCK - 1) / BLOCK; block++) {
+  share_out(batch, BLOCK, [=](int64_t begin, int64_t end) {
+    const int64_t block = begin / BLOCK;
     std::memset(partial + block * d_in, 0, d_in * sizeof(float));
-    for (int64_t t = block * BLOCK; t < std::min(batch, (block + 1) * BLOCK); t++) {
+    for (int64_t t = begin; t < end; t++) {
       double plain = 0, weighted = 0;
       for (int64_t s = 0; s < slices; s++) {
         float* g = slab + (s * batch + t) * SLICE;
@@ -123,7 +120,7 @@ void residual(float* slab, const float* target, const float* gamma, int64_t batc
       errors[2 * t] = plain;
       errors[2 * t + 1] = weighted;
     }
-  }
+  });
 }
 
 struct Terms {  // one set of pairs and what they weigh: decoder gradient sum z G, encoder gradient sum v c
@@ -138,7 +135,7 @@ struct Matrix {  // weights and Adam moments, in slices
 };
 
 struct Update {
-  int64_t d_sae, d_in, tokens, terms;
+  int64_t d_sae, d_in, d_out, tokens, terms;  // d_out: width of the decoder's rows, d_in that of the encoder's
   const Terms* term;
   const float* centred;                  // slices of [tokens]
   Matrix decoder, encoder;               // encoder.W is null when tied
@@ -200,7 +197,7 @@ inline void gather(const Pairs& pairs, const float* weight, const float* rows, i
 
 void update_decoder(const Update& u, int64_t first, int64_t last, const float* along) {
   const Rates rates(u);
-  const int64_t slices = (u.d_in + SLICE - 1) / SLICE;
+  const int64_t slices = (u.d_out + SLICE - 1) / SLICE;
   std::vector<float> square(last - first, 0);
   for (int64_t s = 0; s < slices; s++)
     for (int64_t j = first; j < last; j++) {
@@ -298,17 +295,18 @@ int64_t update_latents(const Update* update) {
 // largest[j], square[j] of the rows of W times dim.
 void measure_rows(const float* W, const float* dim, int64_t d_sae, int64_t d_in, float* largest, float* square) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
-#pragma omp parallel for num_threads(team()) schedule(dynamic, BLOCK)
-  for (int64_t j = 0; j < d_sae; j++) {
-    float most = 0, total = 0;
-    for (int64_t s = 0; s < slices; s++)
-      for (int64_t i = 0; i < SLICE; i++) {
-        const float w = W[(s * d_sae + j) * SLICE + i] * dim[s * SLICE + i];
-        most = std::max(most, std::fabs(w));
-        total += w * w;
-      }
-    largest[j] = most, square[j] = total;
-  }
+  share_out(d_sae, BLOCK, [=](int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; j++) {
+      float most = 0, total = 0;
+      for (int64_t s = 0; s < slices; s++)
+        for (int64_t i = 0; i < SLICE; i++) {
+          const float w = W[(s * d_sae + j) * SLICE + i] * dim[s * SLICE + i];
+          most = std::max(most, std::fabs(w));
+          total += w * w;
+        }
+      largest[j] = most, square[j] = total;
+    }
+  });
 }
 
 }  // extern "C"

@@ -51,7 +51,7 @@ class CUpdate(ctypes.Structure):
     """struct Update of sparse.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("d_sae", "d_in", "tokens", "terms")),
+        *((name, ctypes.c_int64) for name in ("d_sae", "d_in", "d_out", "tokens", "terms")),
         ("term", ctypes.c_void_p),
         ("centred", ctypes.c_void_p),
         ("decoder", CMatrix),
@@ -131,6 +131,8 @@ class Weights:
     """An SAE's large tensors during compiled training."""
 
     d_in: int
+    d_out: int
+    """Width of the decoder's rows; an SAE's is d_in."""
     decoder: Matrix
     encoder: Matrix | None
     """None when tied."""
@@ -162,25 +164,25 @@ class Weights:
 
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
         """Return the decoder's rows in the usual layout."""
-        return from_slices(self.decoder.W, self.d_in, self.scale)
+        return from_slices(self.decoder.W, self.d_out, self.scale)
 
     def decode(
         self,
         pairs: SortedPairs,
         z: Float[Tensor, " pairs"],
         batch: int,
-        start: Float[Tensor, " d_in"] | None = None,
+        start: Float[Tensor, " d_out"] | None = None,
     ) -> Slices:
         """Return start + sum over a token's pairs of z * W_dec[latent]."""
-        return decode(pairs, z, self.decoder.W, self.scale, batch, self.d_in, start)
+        return decode(pairs, z, self.decoder.W, self.scale, batch, self.d_out, start)
 
     def dots(self, pairs: SortedPairs, left: Slices) -> Float[Tensor, " pairs"]:
         """Return W_dec[latent] . left[token] for every pair."""
-        return dots(pairs, left, self.decoder.W, self.scale, self.d_in)
+        return dots(pairs, left, self.decoder.W, self.scale, self.d_out)
 
     def dense(self) -> "tuple[DenseMatrix, ...]":
         """Return decoder and (untied) encoder in the usual layout, decoder rows normalised."""
-        decoder = self.decoder.dense(self.d_in, self.scale)
+        decoder = self.decoder.dense(self.d_out, self.scale)
         return (decoder,) if self.encoder is None else (decoder, self.encoder.dense(self.d_in))
 
     def update(
@@ -196,11 +198,13 @@ class Weights:
         `pull` is added to the decoder's gradient times the row (tied L1).
         """
         d_sae, slices, batch = self.d_sae, slice_count(self.d_in), centred.shape[1]
+        given = slice_count(self.d_out)
         u = CUpdate()
-        keep = (CTerms * len(terms))(*(t.c(d_sae, slices, batch) for t in terms))
-        u.d_sae, u.d_in, u.tokens, u.terms = d_sae, self.d_in, batch, len(terms)
+        keep = (CTerms * len(terms))(*(t.c(d_sae, given, batch) for t in terms))
+        u.d_sae, u.d_in, u.d_out = d_sae, self.d_in, self.d_out
+        u.tokens, u.terms = batch, len(terms)
         u.term, u.centred = ctypes.addressof(keep), address(centred, slices, batch, SLICE)
-        u.decoder = self.decoder.c(slices, d_sae)
+        u.decoder = self.decoder.c(given, d_sae)
         u.encoder = CMatrix() if self.encoder is None else self.encoder.c(slices, d_sae)
         u.lr, u.beta1, u.beta2, u.eps = rates.lr, rates.beta1, rates.beta2, rates.eps
         u.correction1 = 1 - rates.beta1**rates.step
@@ -228,12 +232,13 @@ def make_weights(
     d_in: int,
     group: int,
     dim: Float[Tensor, " padded_d_in"],
+    d_out: int | None = None,
 ) -> Weights:
-    """Return the state of one SAE at any point of its training."""
+    """Return the state of one SAE at any point of its training; a transcoder's decoder has rows of width d_out."""
     d_sae = decoder.W.shape[1]
     rounded = RoundedEncoder(d_sae, d_in, group, dim)
     rows = decoder.W if encoder is None else encoder.W
     rounded.measure(rows)
     rounded.pack(rows)
     norm = torch.linalg.vector_norm(decoder.W, dim=(0, 2))
-    return Weights(d_in, decoder, encoder, torch.ones_like(norm), norm, rounded)
+    return Weights(d_in, d_out or d_in, decoder, encoder, torch.ones_like(norm), norm, rounded)

@@ -5,11 +5,13 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,6 +24,7 @@ from wsae.core.artifact import GAMMA_FILE, FileRecord, check_file, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import as_user_error, read_json, refusals, write_json
 from wsae.core.progress import Progress, quiet
+from wsae.kernels.native import why_not
 from wsae.sae.model import SAE
 from wsae.train.checkpoint import (
     PLACE,
@@ -34,8 +37,8 @@ from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, Inputs, folded
 from wsae.train.loop import FamilyJob, Team, TrainJob, enter, held, train_job
 from wsae.train.parallel.config import even_part
-from wsae.train.parallel.step import Shard, make_shard
-from wsae.train.parallel.world import MAX, Mesh
+from wsae.train.parallel.step import Shard, make_shard, unfit_shard
+from wsae.train.parallel.world import MAX, MIN, Mesh, MeshAxis, by_latents
 from wsae.train.run import about, finish_run, identity_of, write_member
 from wsae.train.start import start_family
 from wsae.train.state import MemberState
@@ -67,10 +70,22 @@ class ShardsJob(FamilyJob):
         """`keys`: every member of the run as HOOK|NAME, in the order of one process."""
 
     def open(self, place: State | None) -> BatchStream:
-        """Return this rank's rows of the batches from a stream's place on, or from the start."""
-        data, size = self.world.place.data, self.cfg.batch_size
-        part = even_part(size, data.size, data.index)
-        return rows_of(self.source, size, self.cfg.seed, place, part)
+        """Return this rank's rows of the batches from a stream's place on, or from the start.
+
+        Where the rows of all ranks are trained on here, those of the others come from them.
+        """
+        size, readers, whole = (
+            self.cfg.batch_size,
+            self.world.readers,
+            self.world.place.data.size == 1,
+        )
+        part = even_part(size, readers.size, readers.index)
+        stream = self.source.stream(size, self.cfg.seed, place)
+        if isinstance(stream, ShuffledStream):  # stores and arrays read no other rows
+            gather = stream._gather
+            stream._gather = lambda index: gather(index[part])
+            return _Gathered(stream, readers, size) if whole and readers.size > 1 else stream
+        return stream if whole else _Rows(stream, part)  # every rank runs a live model
 
     def rows(self, done: int) -> Iterator[dict[str, Any]]:
         """Yield every member's metrics since its last row; called by all ranks, as they add up their parts."""
@@ -217,19 +232,26 @@ class MeshTeam(Team):
         return place
 
 
-def rows_of(
-    source: ActivationSource, batch_size: int, seed: int, state: State | None, rows: slice
-) -> BatchStream:
-    """Return the source's stream of batches with these rows of each only.
+class _Gathered:
+    """The whole batches of which each rank's stream has some rows."""
 
-    Stores and arrays read no other rows; a live model computes all of them, so every rank runs it.
-    """
-    stream = source.stream(batch_size, seed, state)
-    if isinstance(stream, ShuffledStream):
-        whole = stream._gather
-        stream._gather = lambda index: whole(index[rows])
-        return stream
-    return _Rows(stream, rows)
+    def __init__(self, stream: BatchStream, readers: MeshAxis, size: int) -> None:
+        self._stream, self._readers, self._size = stream, readers, size
+
+    def next(self) -> Batch:
+        """Return all rows of the next batch by hook."""
+        return {hook: self._all(x) for hook, x in self._stream.next().items()}
+
+    def _all(self, x: Tensor) -> Tensor:
+        size, parts = self._size, self._readers.size
+        most = -(-size // parts)
+        everyone = self._readers.gather(F.pad(x, (0, 0, 0, most - len(x))))
+        counts = [len(range(size)[even_part(size, parts, i)]) for i in range(parts)]
+        return torch.cat([rows[:n] for rows, n in zip(everyone, counts, strict=True)])
+
+    def state(self) -> State:
+        """Return the exact position as JSON."""
+        return self._stream.state()
 
 
 class _Rows:
@@ -275,7 +297,12 @@ def train_parallel(
     Raises UserError as `train_run` does and for a mesh that does not fit, `Stopped` on all ranks when one is
     interrupted, and RuntimeError from torch.distributed when a rank is gone.
     """
+    if cfg.hook_out is not None:
+        raise UserError(
+            "transcoders (--hook-out) train in one process; start wsae train without torchrun"
+        )
     _check(cfg, source, world)
+    world = suited(cfg, source, world)
     identity = identity_of(cfg, source) if world.first else {}
     with held(out) if world.first else contextlib.nullcontext():
         if not world.from_first(lambda: enter(out, "run", identity, resume)):
@@ -326,8 +353,22 @@ def _check(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> None:
             f"--mesh layers={layout.layers}: there are {len(source.hooks)} hooks of {len(cfg.members)} members to "
             f"divide; use at most {pairs}"
         )
-    if cfg.kernels == "native":
-        raise UserError("kernels 'native' are for one process; use auto or eager on several")
+
+
+def suited(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> Mesh:
+    """Return the mesh on which the compiled kernels train the members where they can, else `world`.
+
+    They have no gradient matrix to sum over rows, so ranks that share rows share latents there. Every rank calls this.
+    """
+    if cfg.kernels == "eager" or torch.device(world.device).type != "cpu":
+        return world
+    able = world.reduce_(torch.tensor(int(why_not() is None)), MIN)
+    if not able:
+        return replace(world, unfit=why_not() or "they do not work on another process")
+    parts = world.layout.data * world.layout.latents
+    wholes = [member.sae_config(d_in) for member in cfg.members for d_in in source.hooks.values()]
+    fits = not any(unfit_shard(whole, parts) for whole in wholes)
+    return by_latents(world) if fits and world.layout.data > 1 else world
 
 
 def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:

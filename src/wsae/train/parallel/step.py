@@ -13,7 +13,9 @@ from torch.autograd import Function
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.kernels import SparseCode, code_from_topk, offsets_of, select_batch_topk
-from wsae.sae.architectures import Batch, Choice, Groups, Nested, Rows
+from wsae.kernels.native.select import LARGEST_SHARE
+from wsae.sae.architectures import Batch, Choice, Groups, Nested, Rows, architecture_of
+from wsae.sae.config import SAEConfig
 from wsae.sae.forward import Whole, level_by_latent
 from wsae.sae.model import SAE
 from wsae.train.config import MemberConfig, TrainConfig
@@ -42,13 +44,15 @@ def choose_topk(pre: Float[Tensor, "batch own"], k: int, latents: MeshAxis) -> P
     is much counted (`_by_counting`); column numbers stay here.
     """
     values, columns = pre.topk(min(k, pre.shape[1]), dim=1)
-    values = values.float()
-    if (latents.size - 1) * k <= _FEW:
-        kept = _by_gathering(values, k, latents)
-    else:
-        kept = _by_counting(values, k, MeshPlace(latents=latents))
-    rows, place = kept.nonzero(as_tuple=True)
+    rows, place = _largest(values.float(), k, latents).nonzero(as_tuple=True)
     return rows, columns[rows, place]
+
+
+def _largest(values: Float[Tensor, "batch own"], k: int, latents: MeshAxis) -> Mask:
+    """Say which of at most k values a row are among the k largest of all ranks."""
+    if (latents.size - 1) * k <= _FEW:
+        return _by_gathering(values, k, latents)
+    return _by_counting(values, k, MeshPlace(latents=latents))
 
 
 def _by_gathering(values: Float[Tensor, "batch own"], k: int, latents: MeshAxis) -> Mask:
@@ -164,6 +168,7 @@ class Shard(Whole):
 
     def __init__(self, first: int, d_sae: int, place: MeshPlace, batch: int) -> None:
         self.first, self.d_sae, self.place, self.batch = first, d_sae, place, batch
+        self.leads = place.leads
         self.dead = 0
         """Dead latents on all ranks."""
         self.pending: list[dist.Work] = []
@@ -203,6 +208,28 @@ class Shard(Whole):
             return SparseCode(pre[rows, columns], columns, offsets_of(rows, len(pre)))
         every = torch.arange(pre.shape[1], device=pre.device)
         return code_from_topk(pre, every.expand(pre.shape))
+
+    def among(self, choice: Choice, pre: SparseCode) -> SparseCode:
+        """Return this rank's pairs among those that are active over all ranks; `pre` are those active among its own."""
+        match choice:
+            case Rows(k=k):
+                own = pre.values.view(pre.batch, -1)
+                return pre.where(_largest(own, k, self.place.latents).flatten())
+            case Batch(k=k):
+                return pre.where(among_largest(pre.values, self.batch * k, self.place))
+        return pre
+
+    def among_dead(self, pre: SparseCode, k: int) -> SparseCode:
+        """Return this rank's share of the k largest; `pre` are positive, at most k a row."""
+        if self.dead <= k:
+            return pre
+        values, rows = pre.padded()[0], pre.rows()
+        kept = _largest(values, k, self.place.latents)
+        return pre.where(kept[rows, torch.arange(len(rows)) - pre.offsets[rows]])
+
+    def any_dead(self, dead: Bool[Tensor, " own"]) -> bool:  # noqa: ARG002
+        """Return whether a latent of any rank is dead."""
+        return self.dead > 0
 
     def summed(self, part: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the sum of the ranks' parts, differentiable in each."""
@@ -301,8 +328,24 @@ def make_shard(
         state = dict(zip(("step", "exp_avg", "exp_avg_sq"), (zero, *moments), strict=True))
         member.optimizer.state[parameter] = state
     member.part = shard = Shard(part.start, whole.d_sae, world.place, run.batch_size)
+    shard.unfit = world.unfit or unfit_shard(whole, latents.size)
+    if world.place.data.size > 1:
+        shard.unfit = "its rows lie on several processes"
     shard.sum_gradients(member.sae.parameters())
     return member
+
+
+def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
+    """Return why the compiled kernels cannot train an SAE cut into so many parts, or None; the same on all ranks."""
+    last = chunk_part(whole.d_sae, parts, parts - 1)
+    fewest, k = last.stop - last.start, getattr(whole.activation, "k", 1)
+    if parts == 1:
+        return None
+    if whole.activation.kind == "group_topk" or architecture_of(whole.activation).nested:
+        return "its groups or levels lie on several processes"
+    if k * LARGEST_SHARE > fewest:
+        return f"k = {k} of the {fewest} latents of a process is not sparse"
+    return None
 
 
 def initial_rows(

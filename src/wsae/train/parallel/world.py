@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,10 @@ class Mesh:
     place: MeshPlace = field(default_factory=MeshPlace)
     layer: int = 0
     sub: DeviceMesh | None = None
+    readers: MeshAxis = MeshAxis()
+    """Those that read other rows than this rank: the axis `data`, also where they then share latents (`by_latents`)."""
+    unfit: str | None = None
+    """Why the compiled kernels cannot run on every rank."""
     _told: int = 0
 
     @property
@@ -284,4 +288,12 @@ def lay_out(layout: Layout, rank: int, device: str, store: dist.Store) -> Mesh:
         for name, size in zip(AXES, sizes, strict=True)
     )
     sub = mesh["data", "latents"]
-    return Mesh(rank, layout, device, store, MeshPlace(data, latents), layers.index, sub)
+    return Mesh(rank, layout, device, store, MeshPlace(data, latents), layers.index, sub, data)
+
+
+def by_latents(world: Mesh) -> Mesh:
+    """Return the mesh in which ranks that share rows share latents instead; each reads the rows that it read."""
+    layout = world.layout
+    latents = Layout(layers=layout.layers, latents=layout.data * layout.latents)
+    other = lay_out(latents, world.rank, world.device, world.store)
+    return replace(world, place=other.place, sub=other.sub)

@@ -1,0 +1,133 @@
+// Tasks that a few threads take one by one.
+//
+// The calling thread works too, and waits at the end only for helpers in the middle of a task: one that another program
+// keeps from its core is not waited for before it has begun. (OpenMP's teams meet whole at the end of every region.)
+// Who waits spins for a moment and then sleeps, so that its core is free for whoever it waits for.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+#endif
+
+extern thread_local int own_threads;  // those of the calling thread's kernels; 0: as many as OpenMP would take
+static inline int team() { return own_threads > 0 ? own_threads : std::max(1, omp_get_max_threads()); }
+
+constexpr int SPINS = 2000;  // looks before sleeping: some 50 microseconds, what two passes of a step are apart
+
+static inline void breathe() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Numbers 0 .. count - 1 to call a function with.
+struct Tasks {
+  void (*call)(const void*, int64_t);
+  const void* with;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};  // an exception must not leave a helper: noted there, thrown by the caller
+
+  void work() noexcept {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) try {
+        if (!out_of_memory) call(with, i);
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
+      }
+  }
+};
+
+// The helpers of one calling thread: made when first needed, asleep between jobs.
+class Helpers {
+  std::mutex lock;
+  std::condition_variable wake, left;
+  std::atomic<uint64_t> posted{0};
+  std::atomic<int> inside{0};
+  Tasks* job = nullptr;
+  int wanted = 0;
+  bool over = false;
+  std::vector<std::thread> threads;
+
+  void help() {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int i = 0; i < SPINS && posted.load(std::memory_order_acquire) == seen; i++) breathe();
+      std::unique_lock<std::mutex> held(lock);
+      wake.wait(held, [&] { return over || posted != seen; });
+      if (over) return;
+      seen = posted;
+      if (!job || inside >= wanted) continue;
+      Tasks* mine = job;
+      inside++;
+      held.unlock();
+      mine->work();
+      held.lock();
+      if (--inside == 0) left.notify_one();
+    }
+  }
+
+ public:
+  const pid_t process = getpid();  // a forked child has the object but not the threads
+
+  void run(Tasks& tasks, int helpers) {
+    {
+      std::lock_guard<std::mutex> held(lock);
+      try {
+        while ((int)threads.size() < helpers) threads.emplace_back([this] { help(); });
+      } catch (const std::system_error&) {  // no more threads are allowed here
+        helpers = (int)threads.size();
+      }
+      job = &tasks, wanted = helpers;
+      posted++;
+    }
+    for (int i = 0; i < helpers; i++) wake.notify_one();
+    tasks.work();
+    {
+      std::lock_guard<std::mutex> held(lock);
+      job = nullptr;
+    }
+    for (int i = 0; i < SPINS && inside.load(std::memory_order_acquire); i++) breathe();
+    std::unique_lock<std::mutex> held(lock);
+    left.wait(held, [&] { return inside == 0; });
+  }
+
+  ~Helpers() {
+    {
+      std::lock_guard<std::mutex> held(lock);
+      over = true;
+    }
+    wake.notify_all();
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+inline Helpers& own_helpers() {
+  static thread_local std::unique_ptr<Helpers> own;
+  if (own && own->process != getpid()) own.release();
+  if (!own) own = std::make_unique<Helpers>();
+  return *own;
+}
+
+// Call work(first, last) for runs of `grain` out of 0 .. count, in any order and on any thread.
+template <class F> static inline void share_out(int64_t count, int64_t grain, F work) {
+  const auto run = [&](int64_t i) { work(i * grain, std::min(count, (i + 1) * grain)); };
+  Tasks tasks{[](const void* with, int64_t i) { (*static_cast<const decltype(run)*>(with))(i); }, &run, (count + grain - 1) / grain};
+  const int helpers = (int)std::min<int64_t>(team(), tasks.count) - 1;
+  if (helpers < 1) {
+    tasks.work();
+  } else {
+    own_helpers().run(tasks, helpers);
+  }
+  if (tasks.out_of_memory) throw std::bad_alloc();
+}
