@@ -71,6 +71,8 @@ def main() -> None:
     inference("saelens-gated", "gated", 9)
     inference("saelens-matching-pursuit", "matching_pursuit", 10)
     inference("saelens-layer-norm", "topk", 11, k=K, normalize_activations="layer_norm")
+    rescale = {"normalize_activations": "constant_norm_rescale", "apply_b_dec_to_input": False}
+    inference("saelens-norm-rescale", "jumprelu", 14, **rescale)
     gives = {"d_out": D_OUT, "apply_b_dec_to_input": False}
     inference("saelens-transcoder", "transcoder", 14, **gives)
     inference("saelens-skip-transcoder", "skip_transcoder", 15, **gives)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from interop_hub import serving
 from test_interop_roundtrip import make, same_bits
+from test_releases import llama
 
 from wsae import SAE, UserError
 from wsae.acts.source import open_source
@@ -22,7 +23,7 @@ from wsae.cli.live import reopen
 from wsae.cli.main import main
 from wsae.core.artifact import record
 from wsae.core.files import locked, seal
-from wsae.core.hub import HubPlace, hub_errors, hub_place
+from wsae.core.hub import LLAMA_CONFIG, LLAMA_WEIGHTS, HubPlace, hub_errors, hub_place
 from wsae.evals.compare import read_evaluation
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run, run_subject
@@ -443,6 +444,20 @@ def test_pushed_and_loaded_through_the_hubs_protocol(run, tmp_path):
     for code, _, error in refused:
         assert (code, error.count("\n")) == (2, 1), error
     assert not Path(no).exists()
+
+
+def test_weights_that_lie_in_a_folder_below_are_fetched_too(tmp_path):
+    """Llama Scope's, of which `hub:` names the folder above."""
+    llama(tmp_path / "it")
+    files = {p: (tmp_path / "it" / p).read_bytes() for p in (LLAMA_CONFIG, LLAMA_WEIGHTS)}
+    with serving() as hub:
+        hub.repos["fnlp/scope"] = {f"L0R/{name}": data for name, data in files.items()}
+        hub.repos["fnlp/scope"]["L0R/checkpoints/early.safetensors"] = b"not wanted"
+        where = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url}
+        words = ["import", "hub:fnlp/scope/L0R", "--out", str(tmp_path / "run")]
+        ((code, _, error),) = elsewhere([words], **where)
+    assert code == 0, error
+    assert set(hub.fetched) == {f"L0R/{name}" for name in files}
 
 
 def test_the_errors_of_the_hubs_transport_are_known():

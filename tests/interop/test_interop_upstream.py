@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wsae import SAE, UserError
-from wsae.interop import load
+from wsae.interop import load, save
+from wsae.sae.encoding import Encoder
+from wsae.sae.forward import training_forward
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
 REFUSED = {
     "saelens-matching-pursuit": "architecture 'matching_pursuit'",
-    "saelens-layer-norm": "normalize_activations = 'layer_norm'",
 }
 ALL = sorted(p.name for p in FIXTURES.iterdir())
 READ = [name for name in ALL if name not in REFUSED]
@@ -45,9 +46,44 @@ def test_latents_and_reconstructions_are_upstreams(name):
     with torch.no_grad():
         z = sae.encode(expected["x"])
         x_hat = sae(expected["x"])
+        decoded = sae.decode(expected["z"], expected["x"])
     assert (z != 0).sum() > len(z)  # something speaks
     torch.testing.assert_close(z, expected["z"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x_hat, expected["x_hat"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoded, expected["x_hat"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["saelens-layer-norm", "saelens-norm-rescale"])
+def test_rows_normalised_one_by_one_stay_so_in_files_and_codes(name, tmp_path):
+    x = upstream(name)["x"]
+    with torch.no_grad():
+        sae = load(FIXTURES / name).sae
+        sae.save(tmp_path / "ours")
+        save(sae, tmp_path / "theirs", "saelens")
+        theirs = json.loads((tmp_path / "theirs" / "cfg.json").read_text())
+        said = json.loads((FIXTURES / name / "cfg.json").read_text())
+        assert theirs["normalize_activations"] == said["normalize_activations"]
+        (tmp_path / "theirs" / "manifest.json").unlink()  # read it as theirs alone
+        for other in (SAE.load(tmp_path / "ours"), load(tmp_path / "theirs").sae):
+            torch.testing.assert_close(other(x), sae(x), atol=1e-6, rtol=1e-6)
+        many = torch.cat([x * 2**i for i in range(-3, 4)])
+        code = Encoder(sae)(many)
+        torch.testing.assert_close(
+            code.dense(sae.cfg.d_sae), sae.encode(many), atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(sae.decode_code(code, many), sae(many), atol=1e-5, rtol=1e-5)
+        assert sae(torch.zeros(1, 6)).isfinite().all()
+        folded = sae.fold_decoder_norm() if name == "saelens-norm-rescale" else sae
+        torch.testing.assert_close(folded(x), sae(x), atol=1e-5, rtol=1e-5)
+    for refused, says in (
+        (lambda: sae.decode(sae.encode(x)), "needs its input too; decode\\(z, x\\)"),
+        (lambda: training_forward(sae, x), "is not trained here"),
+        (lambda: sae.scaled(2.0), "same latents at every scale"),
+        (lambda: save(sae.plain(), tmp_path / "no", "dictionary_learning"), "no equal there"),
+    ):
+        with pytest.raises(UserError, match=says):
+            refused()
+    assert not (tmp_path / "no").exists()
 
 
 def test_every_trap_is_in_a_fixture():
@@ -293,7 +329,7 @@ def test_finetuning_factors_are_folded_into_the_decoder(tmp_path):
     agrees(load(folder).sae, expected["x"], expected["z"], expected["x_hat"])
 
 
-def test_a_constant_scale_is_folded_and_scales_of_each_token_are_not(tmp_path):
+def test_a_constant_scale_is_folded(tmp_path):
     expected, scale = upstream("saelens-topk-rescale"), 0.37
     folder = copied(tmp_path, "saelens-topk-rescale")
     edited(folder, "cfg.json", normalize_activations="expected_average_only_in")
@@ -305,8 +341,6 @@ def test_a_constant_scale_is_folded_and_scales_of_each_token_are_not(tmp_path):
     for bad in (0, -1, "2", None, True, 1e300):
         (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": bad}))
         refuse(folder, "scaling_factor = .* is not a positive number")
-    for how in ("layer_norm", "constant_norm_rescale"):
-        refuse(edited(folder, "cfg.json", normalize_activations=how), "every token .* your")
     refuse(edited(folder, "cfg.json", normalize_activations="covariance_whitening"), "whitened")
     refuse(edited(folder, "cfg.json", normalize_activations=["none"]), "normalize_activations")
 

@@ -366,7 +366,7 @@ def test_a_release_is_imported_and_opened_by_its_name(cache, tmp_path, capsys):
         ("gpt2-small-res-jb:blocks.8.hook_resid_pr", "nearest: blocks.8.hook_resid_pre"),
         ("gpt2-small-res-jb:blocks.7.hook_resid_pre", "not in the cache"),
         ("pythia-70m-deduped-res-sm:blocks.3.hook_resid_post", "sae_weights.safetensors"),
-        ("gpt2-small-resid-post-v5-32k:blocks.11.hook_resid_post", "normalize_activations"),
+        ("gpt2-small-resid-post-v5-32k:blocks.11.hook_resid_post", "covariance_whitening"),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(target, says, cache, tmp_path, capsys):
@@ -374,7 +374,7 @@ def test_what_cannot_be_opened_is_one_line(target, says, cache, tmp_path, capsys
         weights = publish(cache, target) / "sae_weights.safetensors"
         weights.write_bytes(weights.read_bytes()[:-9])
     if "v5-32k" in target:
-        RELEASES[target] = lambda place: native(place, normalize_activations="layer_norm")
+        RELEASES[target] = lambda place: native(place, normalize_activations="covariance_whitening")
         publish(cache, target)
     for words in (["import", target, "--out", str(tmp_path / "out")], ["report", target]):
         assert main(words) == 2

@@ -172,7 +172,11 @@ def test_a_text_is_read_by_the_model_that_the_files_or_the_flags_name(model, tmp
     words = ["evaluate", "--device", "cpu", "--draws", "20", "--n-latents", "4"]
     found = told(capsys, [*words, str(known), *text])
     reading = ["--seq-len", "32", "--hook", "layers.1"]
-    again = told(capsys, [*words, str(open_ends), *text, "--model", str(model), *reading])
+    lines = [json.loads(line) for line in (model.parent / "text.jsonl").read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"body": line["text"]}) + "\n" for line in lines))
+    renamed = ["--text", str(other), "--field", "body", "--model", str(model), *reading]
+    again = told(capsys, [*words, str(open_ends), *renamed])
     assert found["hooks"] == again["hooks"]
     assert found["notes"] == again["notes"]
     store = ["--out", str(tmp_path / "store"), "--tokens", "200", *reading, *text]
@@ -203,6 +207,9 @@ def test_interpreting_on_a_text_says_which_flag_is_missing(model, tmp_path, caps
     assert "has one hook" in failed(capsys, [*words, *text, *two])
 
 
+PLACE = ["--model", "MODEL", "--hook", "layers.1"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -217,6 +224,9 @@ def test_interpreting_on_a_text_says_which_flag_is_missing(model, tmp_path, caps
         (["--text", "TEXT", "--source", "x.npy"], "give one of them"),
         (["--model", "MODEL"], "--model: goes with --text"),
         (["--seq-len", "9"], "--seq-len: goes with --text"),
+        (["--field", "body"], "--field: goes with --text"),
+        (["--text", "TEXT", *PLACE, "--field", "body"], "body"),
+        (["--text", "TEXT", *PLACE, "--roles", "assistant"], "has no chat template"),
         (["--source", "gone.npy"], "gone.npy: no such"),
         ([], "--text FILE --model MODEL --hook HOOK"),
     ],

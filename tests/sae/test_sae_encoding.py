@@ -18,16 +18,18 @@ def rows(n: int, seed: int = 0) -> torch.Tensor:
     return x
 
 
+@pytest.mark.parametrize("norm", [None, "layer_norm"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=[k.kind for k in KINDS])
-def test_codes_are_those_of_encode_code(kind, tied):
-    sae = SAE(SAEConfig(d_in=24, d_sae=160, activation=kind, tied=tied), seed=1)
+def test_codes_are_those_of_encode_code(kind, tied, norm):
+    cfg = SAEConfig(d_in=24, d_sae=160, activation=kind, tied=tied, input_norm=norm)
+    sae = SAE(cfg, seed=1)
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         sae.W_dec.add_(0.3 * torch.randn(160, 24, generator=g))
         if not tied:
             sae.b_enc.copy_(0.2 * torch.randn(160, generator=g))
-            sae.b_dec.copy_(rows(500).mean(0))
+            sae.b_dec.copy_(sae.normalised(rows(500)).rows.mean(0))
         sae.threshold.fill_(2.5)
     encode = Encoder(sae)
     for n, seed in ((300, 3), (64, 4), (5, 5), (0, 6)):

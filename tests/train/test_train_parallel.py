@@ -57,7 +57,7 @@ def features(n: int = 3000, d_in: int = 16, seed: int = 0) -> Tensor:
 
 def member(kind: str, label: str, **fields: object) -> MemberConfig:
     activation: dict[str, object] = {"kind": kind}
-    if kind in ("topk", "group_topk", "batch_topk"):
+    if kind not in ("relu", "gated", "jumprelu"):
         activation["k"] = fields.pop("k", 4)
     defaults: dict[str, object] = {"d_sae": 230, "lr": 3e-3, "auxk": 0.25, "label": label}
     return MemberConfig.parse({"activation": activation, **defaults, **fields})
@@ -71,6 +71,9 @@ def config(**fields: object) -> TrainConfig:
         member("jumprelu", "jump", l0=0.05, l0_penalty="quadratic", target_l0=9, pre_act=1e-3),
         member("group_topk", "group", k=5, gamma={"rule": "variance"}),
         member("relu", "tied", tied=True, l1=0.01, p_end=0.5),
+        member("matryoshka", "nested"),
+        member("multi_topk", "multi"),
+        member("gated", "gated", l1=0.01),
         member("topk", "white", gamma={"rule": "whiten"}, precondition={"kind": "whiten"}),
     ]
     data = {"members": members, "tokens": STEPS * ROWS, "batch_size": ROWS, "log_every": 6}
@@ -332,7 +335,10 @@ def test_misfits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with a_world_of_one(monkeypatch) as world:
         for layout, says in (
             (Layout(data=64), "data=64: a batch of 62 rows leaves a rank without"),
-            (Layout(layers=7), "layers=7: there are 1 hooks of 6 members to divide; use at most 6"),
+            (
+                Layout(layers=10),
+                "layers=10: there are 1 hooks of 9 members to divide; use at most 9",
+            ),
         ):
             world.layout = layout
             with pytest.raises(UserError, match=says):

@@ -20,7 +20,7 @@ from wsae.train.loop import run_steps
 from wsae.train.run import train_run
 from wsae.train.start import start_family
 from wsae.train.state import make_batch
-from wsae.train.step import eager_step
+from wsae.train.step import eager_step, unit_rows_
 
 D_IN, D_OUT = 24, 17
 
@@ -72,6 +72,9 @@ def test_the_first_step_descends_the_gradient_of_the_dense_equations(kind: str) 
     sae, g = member.sae, torch.Generator().manual_seed(1)
     assert sae.W_skip is not None
     sae.W_skip.data.normal_(0, 0.1, generator=g)
+    sae.W_dec.data.normal_(generator=g)
+    with torch.no_grad():
+        unit_rows_(sae)
     x, y = X[:100] / member.scale_in, Y[:100] / member.scale
     assert (member.scale_in, member.scale) == (1.0, 128.0)
     eager_step(member, make_batch(X[:100], member, Y[:100]), 0.0, cfg, 0)

@@ -46,8 +46,9 @@ def sae():
     return make(TopK(k=4))
 
 
-def make(activation, seed=0):
-    made = wsae.SAE(SAEConfig(d_in=WIDTH, d_sae=LATENTS, activation=activation), seed)
+def make(activation, seed=0, input_norm=None):
+    cfg = SAEConfig(d_in=WIDTH, d_sae=LATENTS, activation=activation, input_norm=input_norm)
+    made = wsae.SAE(cfg, seed)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         made.W_dec *= torch.rand(LATENTS, 1, generator=g) + 0.5
@@ -100,19 +101,28 @@ EDITS = {
 
 
 @pytest.mark.parametrize(
-    "activation", [TopK(k=4), BatchTopK(k=4), JumpReLU(threshold=0.3), ReLU()], ids=lambda a: a.kind
+    ("activation", "norm"),
+    [
+        (TopK(k=4), None),
+        (BatchTopK(k=4), None),
+        (JumpReLU(threshold=0.3), None),
+        (ReLU(), None),
+        (TopK(k=4), "layer_norm"),
+    ],
+    ids=lambda a: getattr(a, "kind", a),
 )
 def test_an_edit_moves_the_hook_by_the_latents_decoder_row_times_the_change(
-    model, rows, activation
+    model, rows, activation, norm
 ):
-    made, ids = make(activation), some_ids()
+    made, ids = make(activation, input_norm=norm), some_ids()
     x = rows(ids)
     z = made.encode(x)
+    scale = torch.ones(2, 7) if norm is None else x.std(2)
     expected = x.clone()
     for edit, new in EDITS.items():
         change = new(z[..., edit.latent]) - z[..., edit.latent]
         change[:, 0] = 0
-        expected += change[..., None] * made.W_dec[edit.latent].detach()
+        expected += (scale * change)[..., None] * made.W_dec[edit.latent].detach()
     with attach(model, {HOOK: made}) as a:
         a.edit(*EDITS)
         seen = rows(ids)

@@ -19,7 +19,7 @@ from wsae.cli.flags import (
     config_flags,
     config_values,
 )
-from wsae.cli.live import NO_TEXT, GivenText, data_of, language_of, refuse
+from wsae.cli.live import GivenText, TextFlags, data_of, language_of
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
@@ -142,11 +142,9 @@ class ContextFlags(config_flags(ContextConfig)):
     """Which contexts stand for a latent."""
 
 
-class TextFlags(Config):
+class JudgedTextFlags(TextFlags):
     """A text for the model of one SAE alone; at which hook, --hook says."""
 
-    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
     text_model: MaybeName = None
     """The model that reads --text; default: the one that the SAE's files name."""
     seq_len: MaybeCount = None
@@ -154,14 +152,13 @@ class TextFlags(Config):
 
     def asked(self, hooks: tuple[str, ...]) -> GivenText:
         """Return the text and how it is read; raises UserError for flags that do not go together."""
-        if self.text is None:
-            refuse(self, "goes with --text")
-            return NO_TEXT
-        if len(hooks) > 1:
+        if self.text is not None and len(hooks) > 1:
             raise UserError(f"--hook {hooks[1]}: one SAE alone has one hook")
-        return GivenText(
-            self.text, self.text_model, next(iter(hooks), None), self.seq_len, "text-model"
-        )
+        found, hook = self.given(), next(iter(hooks), None)
+        if found.text is None:
+            return found
+        own = {"model": self.text_model, "hook": hook, "seq_len": self.seq_len}
+        return found._replace(**own, model_flag="text-model")
 
 
 class Flags(Config):
@@ -169,7 +166,7 @@ class Flags(Config):
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A finished run's directory; or one SAE: its folder, whatever wsae import reads, RELEASE:ID included."""
-    reading: tyro.conf.OmitArgPrefixes[TextFlags] = TextFlags()
+    reading: tyro.conf.OmitArgPrefixes[JudgedTextFlags] = JudgedTextFlags()
     """A text for the model of one SAE alone."""
     scoring: tyro.conf.OmitArgPrefixes[ScoringFlags] = ScoringFlags()
     """What is scored, and how sure the numbers are."""

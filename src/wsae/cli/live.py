@@ -175,12 +175,29 @@ def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":
     return values.copy()
 
 
+class TextFlags(config_flags(TextConfig, omit=("path",))):
+    """A text as people have it."""
+
+    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
+    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE ...", help_behavior_hint="")] = ()
+    """Keep what these say in conversations alone (assistant); the model reads all of it. Default: everybody's words."""
+
+    def given(self) -> "GivenText":
+        """Return the text, if any; raises UserError for flags that go with one where there is none."""
+        if self.text is None:
+            refuse(self, "goes with --text")
+            return NO_TEXT
+        data = config_values(self, TextConfig) | {"path": self.text}
+        return GivenText(TextConfig.parse(data, where=FLAGS), roles=self.roles or None)
+
+
 class LiveFlags(
     config_flags(
         HarvestConfig,
-        TextConfig,
-        omit=("path", "model", "tokens", "dtype", "store_dtype", "shard_tokens", "roles"),
-    )
+        omit=("model", "tokens", "dtype", "store_dtype", "shard_tokens", "roles"),
+    ),
+    TextFlags,
 ):
     """A model's text, and the rows to keep."""
 
@@ -191,8 +208,6 @@ class LiveFlags(
         tuple[str, ...], tyro.conf.arg(metavar="PATTERN ...", help_behavior_hint="")
     ] = ()
     """Modules to read: "layers.9", "layers.*", "layers.9.mlp"; several are read in one pass. It names an array's."""
-    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE ...", help_behavior_hint="")] = ()
-    """Keep what these say in conversations alone (assistant); the model reads all of it. Default: everybody's words."""
     heldout_fraction: MaybeNumber = None
     """Share of the documents or images kept for evaluation; default: 0.1 of documents, 0.2 of images."""
 
@@ -361,30 +376,28 @@ class HookFlags(Config):
     """Tokens per sequence of --text; default: as in the SAE's training, at most 256."""
 
 
-class ReadingFlags(HookFlags):
+class ReadingFlags(HookFlags, TextFlags):
     """A text for the model of one SAE alone."""
 
-    text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
     model: MaybeName = None
     """The model that reads --text; default: the one that the SAE's files name."""
 
     def asked(self) -> "GivenText":
-        """Return the text and how it is read; raises UserError for flags that go with a text where there is none."""
-        if self.text is None:
-            refuse(self, "goes with --text")
-        return GivenText(self.text, self.model, self.hook, self.seq_len, hook_out=self.hook_out)
+        """Return the text and how it is read; raises UserError as `given` does."""
+        own = {"model": self.model, "hook": self.hook, "seq_len": self.seq_len}
+        return self.given()._replace(**own, hook_out=self.hook_out)
 
 
 class GivenText(NamedTuple):
     """A text, or none, for the model of one SAE alone, and what is said in place of the SAE's files."""
 
-    text: str | TextConfig | None = None
+    text: TextConfig | None = None
     model: str | None = None
     hook: str | None = None
     seq_len: int | None = None
     model_flag: str = "model"
     hook_out: str | None = None
+    roles: tuple[str, ...] | None = None
 
 
 NO_TEXT = GivenText()
@@ -400,7 +413,7 @@ def data_of(
     if asked.text is None:
         data = reopen(opened.path, device, source)
     else:
-        name = asked.text if isinstance(asked.text, str) else asked.text.path
+        name = asked.text.path
         if source is not None:
             raise UserError(f"--source {source} and --text {name}: give one of them")
         if not opened.single:
@@ -500,7 +513,8 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
     """Return what an SAE's model gives at its hook on a text; raises UserError where model or hook is not known."""
     assert isinstance(opened.config, SingleConfig)
     about, transcoder = _about(opened), opened.config.sae.transcoder
-    text = asked.text if isinstance(asked.text, TextConfig) else TextConfig(path=str(asked.text))
+    text = asked.text
+    assert text is not None, "data_of asks for a text"
     model, hook = asked.model or about.model, asked.hook or about.hook
     out = (asked.hook_out or about.hook_out) if transcoder else hook
     known = [("model", asked.model_flag, model), ("hook", "hook", hook)]
@@ -512,8 +526,8 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
     most = HarvestConfig.model_fields["seq_len"].default
     seq_len = asked.seq_len or min(about.context or most, most)
     hooks = tuple(dict.fromkeys((hook, out)))
-    data = {"model": model, "text": text.to_dict(), "hooks": hooks, "seq_len": seq_len}
-    cfg = HarvestConfig.parse(data | rest, where=FLAGS)
+    data = {"model": model, "text": text.to_dict(), "roles": asked.roles, "seq_len": seq_len}
+    cfg = HarvestConfig.parse(data | {"hooks": hooks} | rest, where=FLAGS)
     from wsae.acts.live import LiveSource
 
     source = LiveSource(cfg)

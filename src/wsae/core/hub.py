@@ -103,6 +103,10 @@ def hub_errors() -> tuple[type[Exception], ...]:
 _PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?", flags=re.ASCII)
 
 
+LLAMA_CONFIG, LLAMA_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
+"""A folder with this file keeps its weights in a folder below."""
+
+
 class HubPlace(NamedTuple):
     """`hub:owner/name[@revision][/subfolder]`: a repository of the model hub, or a folder in it."""
 
@@ -134,8 +138,8 @@ def hub_place(place: Path | str) -> HubPlace | None:
 def local_folder(place: Path | str) -> Path:
     """Return a path as it is, and for `hub:owner/name[@revision][/folder]` the folder fetched from the hub.
 
-    Only .safetensors, .json and params.npz files are fetched, into the hub library's cache. HF_TOKEN, HF_ENDPOINT and
-    HF_HUB_OFFLINE are heeded. Raises UserError when it is not there or cannot be reached.
+    Only .safetensors, .json and params.npz files are fetched (and Llama Scope's weights), into the hub library's cache.
+    HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are heeded. Raises UserError when it is not there or cannot be reached.
     """
     there = hub_place(place)
     if there is None:
@@ -145,6 +149,9 @@ def local_folder(place: Path | str) -> Path:
     folder = root / there.subfolder
     if not folder.is_dir():
         raise UserError(f"{place}: no folder {there.subfolder!r} with an SAE in {there.repo}")
+    if (folder / LLAMA_CONFIG).is_file():
+        below = f"{there.subfolder}/{LLAMA_WEIGHTS}".lstrip("/")
+        snapshot(there.repo, [below], [], there.revision, str(place))
     return folder
 
 

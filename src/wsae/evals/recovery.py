@@ -591,9 +591,10 @@ def recovery(
         raise UserError(
             "acts: given as None; give the activations [rows, d_in] behind the features"
         )
-    latents = sae.encode(truth.acts.to(sae.W_dec.device, sae.W_dec.dtype))
+    acts = truth.acts.to(sae.W_dec.device, sae.W_dec.dtype)
+    latents = sae.encode(acts)
     alone = None if truth.W_p is None else isolated(truth, truth.W_p, sae)
-    return score_codes(truth, latents, sae.W_dec, sae.decode(latents), alone, cfg)
+    return score_codes(truth, latents, sae.W_dec, sae.decode(latents, acts), alone, cfg)
 
 
 @own_settings()

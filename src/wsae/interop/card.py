@@ -84,7 +84,7 @@ tags:
 import wsae
 sae = wsae.SAE.load("{place}")
 z = sae.encode(x)        # [batch, d_sae]
-x_hat = sae.decode(z)    # [batch, d_in]
+x_hat = sae(x)           # [batch, d_in]
 ```
 
 For other tools: `wsae export {place} --format saelens --out DIR` (or sparsify, dictionary_learning).

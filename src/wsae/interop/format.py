@@ -60,6 +60,8 @@ class Meaning(NamedTuple):
     activation: dict[str, Any]
     transcoder: bool = False
     """Whether it gives other activations than it reads, from which b_dec is then not subtracted."""
+    input_norm: str | None = None
+    """How rows are normalised one by one, in SAELens' words."""
 
 
 def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> list[Tensor]:
@@ -184,8 +186,15 @@ def assemble(cfg: SAEConfig, weights: NamedTensors) -> SAE:
     return sae
 
 
-def named(sae: SAE) -> NamedTensors:
-    """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T."""
+def named(sae: SAE, by_row: bool = False) -> NamedTensors:
+    """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T.
+
+    Raises UserError for an SAE that normalises its rows, unless its tool can do so too (`by_row`).
+    """
+    if sae.cfg.input_norm is not None and not by_row:
+        raise UserError(
+            f"an SAE that normalises its rows ({sae.cfg.input_norm}) has no equal there; SAELens has (--format saelens)"
+        )
     W_dec, W_enc = sae.W_dec.detach().float().cpu(), sae.W_enc.detach().float().cpu()
     m, d = W_dec.shape
     return NamedTensors(
@@ -244,8 +253,11 @@ class Reader:
     def sae(self, foreign: Foreign, where: str) -> SAE:
         """Return the SAE that files are of."""
         found = self.understand(foreign, self.rename(foreign, where), where)
-        widths = found.weights.widths(found.transcoder)
-        data = {**widths, "activation": found.activation}
+        data = {
+            **found.weights.widths(found.transcoder),
+            "activation": found.activation,
+            "input_norm": found.input_norm,
+        }
         return assemble(SAEConfig.parse(data, where=where), found.weights)
 
 

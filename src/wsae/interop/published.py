@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from wsae.core.errors import UserError
+from wsae.core.hub import LLAMA_CONFIG, LLAMA_WEIGHTS
 from wsae.core.npy import npz_arrays
 from wsae.core.tensors import load_tensors
 from wsae.core.torchfile import load_state
@@ -53,7 +54,6 @@ from wsae.interop.format import (
 from wsae.sae.config import Provenance
 
 NPZ, SAFE, CONFIG = "params.npz", "params.safetensors", "config.json"
-HYPER, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
 _FACTOR, _SKIP = "scaling_factor", "affine_skip_connection"
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _TRANSCODER = "a transcoder of Llama Scope has no equal here"
@@ -215,17 +215,17 @@ GEMMA_SCOPE = Reader(
 
 
 def _read_llama(path: Path) -> Foreign:
-    config = read_config(path / HYPER)
+    config = read_config(path / LLAMA_CONFIG)
     for key, switch in _LLAMA_SWITCHES.items():
         if config.get(key) not in (*switch.off, None):
             raise UserError(f"{path}: {key} = {config[key]!r}: {switch.otherwise}")
     norms = config.get("dataset_average_activation_norm")
     norm = norms.get("in") if isinstance(norms, dict) else None
-    mean = positive(norm, "dataset_average_activation_norm.in", str(path / HYPER))
+    mean = positive(norm, "dataset_average_activation_norm.in", str(path / LLAMA_CONFIG))
     if isinstance(norms, dict) and norms.get("out", norm) != norm:
         raise UserError(f"{path}: input and output have different norms: {_TRANSCODER}")
-    scale = whole(config, "d_model", str(path / HYPER)) ** 0.5 / mean
-    return Foreign(config, load_tensors(path / FINAL), scale)
+    scale = whole(config, "d_model", str(path / LLAMA_CONFIG)) ** 0.5 / mean
+    return Foreign(config, load_tensors(path / LLAMA_WEIGHTS), scale)
 
 
 def _rename_llama(foreign: Foreign, where: str) -> NamedTensors:
@@ -265,7 +265,12 @@ def _about_llama(foreign: Foreign) -> Provenance:
 
 
 LLAMA_SCOPE = Reader(
-    "llama_scope", (HYPER, FINAL), _read_llama, _rename_llama, _understand_llama, _about_llama
+    "llama_scope",
+    (LLAMA_CONFIG, LLAMA_WEIGHTS),
+    _read_llama,
+    _rename_llama,
+    _understand_llama,
+    _about_llama,
 )
 
 R1_CONFIG, R1_WEIGHTS = "config.json", "sae_weights.safetensors"

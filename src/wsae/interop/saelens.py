@@ -134,14 +134,8 @@ _KEYS = Keys(
         ),
     },
 )
-_PER_TOKEN = (
-    "every token is scaled by a number of its own, which no fixed weights can do. Use the SAE in SAELens; or, for "
-    'activations that you have normalised in this way yourself, set the key to "none" in a copy of cfg.json and import '
-    "that"
-)
+_BY_ROW = ("layer_norm", "constant_norm_rescale")
 _NORMALISED = {
-    "layer_norm": _PER_TOKEN,
-    "constant_norm_rescale": _PER_TOKEN,
     "expected_average_only_in": "activations are multiplied by one number, sqrt(d_in) / their mean norm, which is not "
     f'in this folder; write it beside the weights into {SCALER} as {{"scaling_factor": NUMBER}}, as SAELens 6 '
     "does, and it is folded; or give the folder of the finished SAE, into which SAELens has folded it",
@@ -233,9 +227,9 @@ def _architecture(config: dict[str, Any], where: str) -> str:
 
 
 def _check_normalised(foreign: Foreign, where: str) -> None:
-    """Raise UserError for a normalisation that is not "none" and whose scale is not known."""
+    """Raise UserError for a normalisation of which too little is known."""
     how = _normalised(foreign.config)
-    if how == "none" or foreign.scale is not None:
+    if how in ("none", *_BY_ROW) or foreign.scale is not None:
         return
     why = _NORMALISED.get(how, "is unknown here") if isinstance(how, str) else "is unknown here"
     raise UserError(f"{where}: normalize_activations = {how!r}: {why}")
@@ -309,7 +303,9 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
         weights = weights._replace(W_enc=(weights.W_enc.double() * foreign.scale).float())
     elif foreign.scale is not None:
         weights = rescaled(weights, foreign.scale)
-    return Meaning(weights, activation, _transcoder(config))
+    how = _normalised(foreign.config)
+    norm = str(how) if how in _BY_ROW else None
+    return Meaning(weights, activation, _transcoder(config), norm)
 
 
 def _about(foreign: Foreign) -> Provenance:
@@ -340,13 +336,13 @@ def _pack(sae: SAE, about: Provenance) -> Foreign:
         raise UserError(
             f"activation {what} has no equal in SAELens; sparsify has (--format sparsify)"
         )
-    weights = named(sae)
+    weights = named(sae, by_row=True)
     config: dict[str, Any] = {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
     if sae.cfg.transcoder:
         config["d_out"] = sae.cfg.d_out
     applied = not sae.cfg.transcoder
     config |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": applied}
-    config |= {"normalize_activations": "none", "reshape_activations": "none"}
+    config |= {"normalize_activations": sae.cfg.input_norm or "none", "reshape_activations": "none"}
     if isinstance(activation, TopK):
         config |= {"k": activation.k, "rescale_acts_by_decoder_norm": False}
     config |= {"metadata": _metadata(activation.kind, about), "architecture": kind}

@@ -328,6 +328,9 @@ class SAEConfig(Config):
     activation: Activation = TopK()
     tied: bool = False
     """Tied is the theory's form, W_dec = W_enc^T without biases; untied has biases and unit-norm decoder rows."""
+    input_norm: Literal["layer_norm", "constant_norm_rescale"] | None = None
+    """What is done to each row of activations before it is encoded, and undone after it is decoded, in SAELens' words;
+    such SAEs are read, used and exported, not trained."""
     d_out: PositiveInt | None = None
     """Width of the activations that a transcoder predicts from those of width d_in; none: an SAE, which predicts its
     own input."""
@@ -350,6 +353,10 @@ class SAEConfig(Config):
             raise ValueError("skip: is of transcoders, whose output is another activation (d_out)")
         if self.tied and self.transcoder:
             raise ValueError("tied: is of SAEs; a transcoder's decoder is of another space")
+        if self.input_norm is not None and self.transcoder:
+            raise ValueError(
+                f"input_norm {self.input_norm}: is of SAEs; a transcoder has no equal here"
+            )
         return self
 
     @model_validator(mode="after")

@@ -47,6 +47,7 @@ class Encoder:
 
     def _select(self, x: Tensor) -> SparseCode:
         sae, activation = self._sae, self._sae.cfg.activation
+        x = sae.normalised(x).rows
         rounded = self._prepared(x)
         rows = sae.centre(x).contiguous()
         centred = Centred(rows, to_slices(rows))

@@ -2,8 +2,8 @@
 
     pre   = (x - b_dec) @ W_enc + b_enc          z = activation(pre)          x_hat = z @ W_dec + b_dec
 
-Tied: W_dec = W_enc^T and no biases. What z is the kind says (`wsae.sae.architectures`). A transcoder predicts the
-output y of a module from its input x:
+Tied: W_dec = W_enc^T and no biases. With `input_norm` x is normalised row by row before, and x_hat brought back after.
+What z is the kind says (`wsae.sae.architectures`). A transcoder predicts the output y of a module from its input x:
 
     pre   = x @ W_enc + b_enc          z = activation(pre)          y_hat = z @ W_dec + b_dec + x @ W_skip^T
 
@@ -16,6 +16,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +30,33 @@ from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.kernels import SparseCode, code_from_dense, code_from_topk, select_group_topk, select_topk
+from wsae.kernels import (
+    SparseCode,
+    code_from_dense,
+    code_from_topk,
+    select_group_topk,
+    select_topk,
+)
 from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
+LAYER_EPS = 1e-5
 
 
 def fixed(choice: Rows | Groups, pre: Float[Tensor, "*rows d_sae"]) -> Int64[Tensor, "*rows k"]:
     """Return the latents of each row that a choice with the same number in every row makes active."""
     chosen = select_topk if isinstance(choice, Rows) else select_group_topk
     return chosen(pre, choice.k)
+
+
+class Normalised(NamedTuple):
+    """Rows as they are encoded, and what brings them back."""
+
+    rows: Float[Tensor, "batch d_in"]
+    factor: Float[Tensor, " batch"]
+    shift: Float[Tensor, " batch"]
+    """x = factor rows + shift, of layer_norm but for `LAYER_EPS`."""
 
 
 class SAE(nn.Module):
@@ -118,7 +135,11 @@ class SAE(nn.Module):
 
     @property
     def choice(self) -> Choice:
-        """Which latents of a batch may be active in training."""
+        """Which latents of a batch may be active in training; UserError for an SAE that cannot be trained here."""
+        if self.cfg.input_norm is not None:
+            raise UserError(
+                f"an SAE whose rows are normalised ({self.cfg.input_norm}) is not trained here"
+            )
         return self.arch.choose(self.cfg.activation, self.own)
 
     @property
@@ -147,6 +168,26 @@ class SAE(nn.Module):
             return centred @ self.W_enc
         return torch.addmm(self.b_enc, centred, self.W_enc)
 
+    def normalised(self, x: Float[Tensor, "batch d_in"]) -> "Normalised":
+        """Return rows as they are encoded, and what brings them back, by `input_norm` as SAELens has it.
+
+        layer_norm: (x - mean) / (std + 1e-5), std of d_in - 1; constant_norm_rescale: sqrt(d_in) x / |x|. A row of
+        zeros stays.
+        """
+        ones, zeros = x.new_ones(len(x)), x.new_zeros(len(x))
+        match self.cfg.input_norm:
+            case "layer_norm":
+                mean = x.mean(1)
+                x = x - mean[:, None]
+                std = (x.square().sum(1) / (self.cfg.d_in - 1)).sqrt()
+                return Normalised(x / (std + LAYER_EPS)[:, None], std, mean)
+            case "constant_norm_rescale":
+                size = x.norm(dim=1) / self.cfg.d_in**0.5
+                tiny = torch.finfo(x.dtype).tiny
+                return Normalised(x / size.clamp_min(tiny)[:, None], size, zeros)
+            case _:
+                return Normalised(x, ones, zeros)
+
     def encode(self, x: object) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents z, dense, of activations [..., d_in]: a tensor, an array or lists, of any real type.
 
@@ -155,6 +196,7 @@ class SAE(nn.Module):
         """
         rows, lead = self._rows(x, self.cfg.d_in)
         with self._own_type():
+            rows = self.normalised(rows).rows
             pre, choice = self.pre(self.centre(rows)), self._used()
             fits = isinstance(choice, Rows | Groups)
             z = self._code(pre).dense(self.cfg.d_sae) if fits else self._dense(pre, choice)
@@ -173,15 +215,16 @@ class SAE(nn.Module):
         """Return the latents in row-compressed form, leading axes as one; Top-k kinds give k entries per row."""
         rows, _ = self._rows(x, self.cfg.d_in)
         with self._own_type():
-            return self._code(self.pre(self.centre(rows)))
+            return self._code(self.pre(self.centre(self.normalised(rows).rows)))
 
     def decode(self, z: object, x: object = None) -> Float[Tensor, "*batch d_out"]:
         """Return x_hat = z @ W_dec + b_dec of latents [..., d_sae], given as `encode` takes activations.
 
-        A skip transcoder wants its input x too; raises UserError without it.
+        A skip transcoder, and an SAE with `input_norm`, want the x that z is of too; raises UserError without it.
         """
         rows, lead = self._rows(z, self.cfg.d_sae)
-        given = None if x is None or self.W_skip is None else self._rows(x, self.cfg.d_in)[0]
+        wanted = self.W_skip is not None or self.cfg.input_norm is not None
+        given = self._rows(x, self.cfg.d_in)[0] if wanted and x is not None else None
         with self._own_type():
             x_hat = self.completed(rows @ self.W_dec, given)
         return x_hat.reshape(*lead, self.cfg.width_out)
@@ -189,18 +232,27 @@ class SAE(nn.Module):
     def completed(
         self, x_hat: Float[Tensor, "batch d_out"], x: Float[Tensor, "batch d_in"] | None
     ) -> Float[Tensor, "batch d_out"]:
-        """Return what the latents give, with b_dec and x @ W_skip^T; raises UserError where x is wanted and none."""
+        """Return what the latents give, with b_dec and x @ W_skip^T, at the scale of x where that was taken away.
+
+        Raises UserError where x is wanted and none.
+        """
         x_hat = x_hat if self.b_dec is None else x_hat + self.b_dec
-        if self.W_skip is None:
+        if self.W_skip is None and self.cfg.input_norm is None:
             return x_hat
         if x is None:
-            raise UserError("decode: a skip transcoder needs its input too; decode(z, x)")
+            what = (
+                f"an SAE of {self.cfg.input_norm}" if self.W_skip is None else "a skip transcoder"
+            )
+            raise UserError(f"decode: {what} needs its input too; decode(z, x)")
+        if self.W_skip is None:
+            found = self.normalised(x)
+            return x_hat * found.factor[:, None] + found.shift[:, None]
         return torch.addmm(x_hat, x, self.W_skip.T)
 
     def decode_code(
         self, code: SparseCode, x: Float[Tensor, "batch d_in"] | None = None
     ) -> Float[Tensor, "batch d_out"]:
-        """Return x_hat of a sparse code; a skip transcoder wants its input x too."""
+        """Return x_hat of a sparse code; x as in `decode`."""
         with self._own_type():
             x_hat = F.embedding_bag(
                 code.indices,
@@ -308,7 +360,12 @@ class SAE(nn.Module):
 
         Every activation function here is homogeneous, so only biases and thresholds change, and of a transcoder what
         takes x; with powers of two the two SAEs agree to the bit.
+        Raises UserError with `input_norm`, which takes every scale away.
         """
+        if self.cfg.input_norm is not None:
+            raise UserError(
+                f"an SAE of {self.cfg.input_norm} gives the same latents at every scale"
+            )
         tensors = {name: t.clone() for name, t in self.tensors().items()}
         if read is not None and read != scale:
             for name in tensors.keys() & {"W_enc", "W_skip"}:

@@ -90,7 +90,8 @@ def make_member(
 
     `mean` and `spread` (standard deviations; by default equal ones) are in the activations' own units. An `sae` is
     taken in place of a new one. A transcoder has a `target`: its b_dec starts at the target's mean, its b_enc at
-    -mean @ W_enc, as if the mean had been subtracted from its inputs.
+    -mean @ W_enc, as if the mean had been subtracted from its inputs, and its decoder at 0: a latent's first gradient
+    gives its row the direction, which is then brought to norm 1 (as in sparsify).
     """
     d_in = len(mean)
     seed = run.seed if cfg.seed is None else cfg.seed
@@ -100,6 +101,7 @@ def make_member(
     if target is not None:
         assert sae.b_enc is not None
         sae.b_enc.data.copy_(-centre @ sae.W_enc)
+        sae.W_dec.data.zero_()
         scale, centre = target.scale, (target.mean / target.scale).float()
     if sae.b_dec is not None:
         sae.b_dec.data.copy_(centre)

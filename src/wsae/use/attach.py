@@ -3,8 +3,9 @@
     h' = h + sum_j (z'_j - z_j) W_dec[j]        with the error term: what the SAE does not explain stays as it is
     h' = z' @ W_dec + b_dec                     without
 
-The sum is over the edited latents, so that without edits a pass is the model's own to the bit. Tokens that training
-left out (first, special, padding, attention sinks; `wsae.acts.flow.SkipRule`) are left alone.
+Where an SAE normalises its rows, W_dec[j] counts by the row's own scale. The sum is over the edited latents, so that
+without edits a pass is the model's own to the bit. Tokens that training left out (first, special, padding, attention
+sinks; `wsae.acts.flow.SkipRule`) are left alone.
 """
 
 import contextlib
@@ -202,7 +203,9 @@ class _Site:
             new = new.index_copy(0, kept, self.sae.decode_code(code, read).to(new.dtype))
         if self.edits:
             moves = self._moves(codes)
-            new = new + (moves.change @ self.sae.W_dec[moves.latents]).to(new.dtype)
+            factor = self.sae.normalised(rows.to(self.sae.dtype)).factor
+            moved = (factor[:, None] * moves.change) @ self.sae.W_dec[moves.latents]
+            new = new + moved.to(new.dtype)
             self._refuse_overflow(new.to(x.dtype), rows, moves, call)
         elif self._error:
             return None
@@ -230,8 +233,8 @@ class _Site:
 
     def _refuse_overflow(
         self,
-        new: Float[Tensor, "tokens d_in"],
-        old: Float[Tensor, "tokens d_in"],
+        new: Float[Tensor, "tokens d_out"],
+        old: Float[Tensor, "tokens d_out"],
         moves: "_Moves",
         call: Call,
     ) -> None:

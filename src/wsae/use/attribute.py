@@ -311,10 +311,11 @@ class _GradientPasses:
 
     def lost(self, base: _Base, hook: str, effects: Sequence[Effect]) -> list[float]:
         """Return what the metric loses without each latent at its token, all else of the row as it was."""
-        rows = base.rows[hook].repeat(1 + len(effects), 1, 1)
+        own, sae = base.rows[hook], self.saes[hook]
+        factor, rows = sae.normalised(own.to(sae.W_dec)).factor, own.repeat(1 + len(effects), 1, 1)
         for changed, one in zip(rows[1:], effects, strict=True):
-            row = self.saes[hook].W_dec[one.latent].detach().to(rows)
-            changed[one.position] -= one.activation * row
+            row = factor[one.position] * sae.W_dec[one.latent].detach()
+            changed[one.position] -= one.activation * row.to(rows)
         values = self.values(hook, rows).tolist() if effects else [base.value]
         return [values[0] - without for without in values[1:]]
 
@@ -331,8 +332,11 @@ def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) ->
     """Return the effects at one hook."""
     sae, codes, x = passes.saes[hook], base.codes[hook], base.rows[hook]
     code, kept = codes.code, codes.kept[0].to(x.device)
-    start = torch.zeros_like(x[0]) if sae.b_dec is None else sae.b_dec.detach().to(x)
-    gone = torch.where(kept[:, None], start, x)
+    silent = code._replace(
+        values=code.values[:0], indices=code.indices[:0], offsets=code.offsets * 0
+    )
+    own = x.to(sae.W_dec)
+    gone = torch.where(kept[:, None], sae.decode_code(silent, own).to(x), x)
     slopes = partial(passes.slopes, hook)
     if method == "integrated":
         end = _Slopes(torch.tensor([base.value]), base.gradients[hook][None])
@@ -342,12 +346,12 @@ def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) ->
         slope = base.gradients[hook]
     slope = slope.to(sae.W_dec)
     rows, latents, z = code.rows(), code.indices, code.values.detach()
-    effect = z * (slope @ sae.W_dec.T)[rows, latents]
+    effect = z * sae.normalised(own).factor[rows] * (slope @ sae.W_dec.T)[rows, latents]
     order = effect.abs().argsort(descending=True, stable=True)
     order = order[z[order] != 0]
     listed = order[:MOST]
     columns = (rows[listed], latents[listed], z[listed], effect[listed])
-    error = (x.to(sae.W_dec) - sae.decode_code(code)) * kept[:, None].to(sae.W_dec.device)
+    error = (own - sae.decode_code(code, own)) * kept[:, None].to(sae.W_dec.device)
     reasons = codes.reasons[0].tolist()
     return AtHook(
         [Effect(hook, *one) for one in zip(*(c.tolist() for c in columns), strict=True)],

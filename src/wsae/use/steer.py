@@ -338,6 +338,11 @@ def lm_eval_hook(language: LanguageModel, point: HookPoint) -> str:
 
 def lm_eval_entry(sae: SAE, edits: Sequence[Edit]) -> dict[str, Any]:
     """Return the entry of one hook."""
+    if sae.cfg.input_norm is not None:
+        raise UserError(
+            f"--lm-eval: an edit of an SAE that normalises its rows ({sae.cfg.input_norm}) is of another size at every "
+            "token, and lm-eval's of one; leave out --lm-eval"
+        )
     rows = sae.W_dec.detach().float().cpu()
     if edits and all(isinstance(edit, Add) for edit in edits):
         vector = sum((edit.value * rows[edit.latent] for edit in edits), torch.zeros_like(rows[0]))

@@ -366,7 +366,11 @@ def suited(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> Mesh:
     if not able:
         return replace(world, unfit=why_not() or "they do not work on another process")
     parts = world.layout.data * world.layout.latents
-    wholes = [member.sae_config(d_in) for member in cfg.members for d_in in source.hooks.values()]
+    wholes = [
+        member.sae_config(source.hooks[hook], source.hooks.get(cfg.given(hook) or ""))
+        for member in cfg.members
+        for hook in cfg.read(source.hooks)
+    ]
     fits = not any(unfit_shard(whole, parts) for whole in wholes)
     return by_latents(world) if fits and world.layout.data > 1 else world
 
