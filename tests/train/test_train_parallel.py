@@ -70,9 +70,9 @@ def config(**fields: object) -> TrainConfig:
     members = [
         member("topk", "topk", gamma={"rule": "latent_variance"}),
         member("batch_topk", "batch", k_aux=300),
-        member("jumprelu", "jump", l0=0.05),
+        member("jumprelu", "jump", l0=0.05, l0_penalty="quadratic", target_l0=9, pre_act=1e-3),
         member("group_topk", "group", k=5, gamma={"rule": "variance"}),
-        member("relu", "tied", tied=True, l1=0.01),
+        member("relu", "tied", tied=True, l1=0.01, p_end=0.5),
         member("matryoshka", "nested"),
         member("multi_topk", "multi"),
         member("gated", "gated", l1=0.01),

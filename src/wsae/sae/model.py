@@ -14,7 +14,7 @@ What z is the kind says (`wsae.sae.architectures`). A transcoder predicts the ou
 import contextlib
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +98,14 @@ class SAE(nn.Module):
         if "threshold" not in self.arch.parameters:
             self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
         self.register_buffer("gamma", torch.ones(width, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
+        """Cast or move every tensor; thresholds keep at least float32, where steps of a learning rate still count."""
+        kept = self.threshold.detach()
+        super()._apply(fn, recurse)
+        if self.threshold.dtype.itemsize < torch.float32.itemsize:
+            self.threshold.data = kept.to(self.threshold.device)
+        return self
 
     @property
     def device(self) -> torch.device:

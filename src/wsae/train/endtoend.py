@@ -30,7 +30,7 @@ from wsae.sae.loss import weigh
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.state import Batch, MemberState, make_batch
-from wsae.train.step import descend, look_for_dead, lr_factor
+from wsae.train.step import after_step, descend, lr_factor
 
 
 def live(cfg: TrainConfig, source: ActivationSource) -> LiveSource:
@@ -107,8 +107,8 @@ def _step(
             f"loss {cfg.loss}: NaN or infinite with {member.name} in place of {point.name} at step {step + 1}; lower "
             "--lr, or run the model in float32"
         )
-    descend(member, found.batch, found.forward, found.loss, rate, cfg, step)
-    look_for_dead(member, step, cfg)
+    code = descend(member, found.batch, found.forward, found.loss, rate, cfg, step)
+    after_step(member, code, step, cfg)
 
 
 @contextlib.contextmanager

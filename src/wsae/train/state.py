@@ -56,6 +56,8 @@ class MemberState:
     """Standard deviation per dimension, in scaled units: the compiled kernels round by it."""
     sparse: Bool[Tensor, ""]
     """Whether few enough latents are active for the compiled kernels (kinds without a k; Top-k always)."""
+    annealed: Float64[Tensor, "3"] | None = None
+    """With p-annealing: the factor of l1 by now, and the sums behind the next one (`wsae.train.penalty`)."""
     inside: Preconditioner | None = None
     """The map P where the SAE is trained on P x; all other vectors of x here are then of P x too."""
     weights: Weights | None = None
@@ -114,6 +116,7 @@ def make_member(
         window=torch.zeros(len(SUMS), dtype=torch.float64),
         spread=(spread / scale_in if spread is not None else torch.ones_like(mean)).float(),
         sparse=torch.tensor(sae.arch.sparse),
+        annealed=None if cfg.p_end is None else torch.tensor([1.0, 0, 0], dtype=torch.float64),
     )
 
 
