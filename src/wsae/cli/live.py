@@ -52,9 +52,11 @@ TOKENS = 250_000
 """Training tokens where neither --tokens nor the data say how many."""
 
 
-MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0")
+MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0", "target_l0")
 """Settings of a member whose flags take several values."""
-OF_KINDS: dict[str, tuple[Kind, ...]] = {"l0": ("jumprelu",)}
+OF_KINDS: dict[str, tuple[Kind, ...]] = dict.fromkeys(
+    ("l0", "target_l0", "l0_penalty", "pre_act"), ("jumprelu",)
+)
 """Settings of a member that only some kinds have."""
 OF_ACTIVATION = {
     name: field.default
@@ -199,8 +201,9 @@ class PlanFlags(
     def _of_kind(self, kind: Kind) -> list[dict[str, object]]:
         activations = self._grid([name for name in OF_ACTIVATION if _has(kind, name)])
         settings = self._grid([name for name in MEMBER_GRID if _has(kind, name)])
+        others = [name for name in OF_KINDS if not _has(kind, name)]
         return [
-            {name: MemberConfig.model_fields[name].default for name in MEMBER_GRID}
+            {name: MemberConfig.model_fields[name].default for name in {*MEMBER_GRID, *others}}
             | {"activation": {"kind": kind, **activation}, **own}
             for activation in activations
             for own in settings
