@@ -196,6 +196,7 @@ def test_two_files_of_the_same_rows_are_trained_and_evaluated_on(tmp_path: Path,
     sides_ = [str(tmp_path / "read.npy"), "--hook-out", str(tmp_path / "given.npy")]
     shape = ["--d-sae", "96", "--k", "4", "--batch-size", "100", "--tokens", "1000", "--skip"]
     assert main(["train", *sides_, *shape, "--out", out]) == 0
+    capsys.readouterr()
     few = ["--draws", "10", "--n-latents", "0", "--no-random-control"]
     assert main(["evaluate", out, *few, "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["hooks"]["read"]["members"][

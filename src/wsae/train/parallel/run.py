@@ -307,7 +307,7 @@ def train_parallel(
         pairs = [(hook, name) for hook in cfg.read(source.hooks) for name in cfg.names()]
         own = pairs[even_part(len(pairs), world.layout.layers, world.layer)]
         hooks = tuple(dict.fromkeys(hook for hook, _ in own))
-        given = {hook: out for hook in hooks if (out := cfg.given(hook)) is not None}
+        given = {hook: goal for hook in hooks if (goal := cfg.given(hook)) is not None}
         cfg = cfg.model_copy(update={"hook_out": given or None})
         part, wanted = source, tuple(dict.fromkeys([*hooks, *given.values()]))
         if isinstance(source, StoreSource) and wanted != tuple(source.hooks):
