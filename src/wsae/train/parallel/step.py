@@ -22,7 +22,7 @@ from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import Inputs, to_device
 from wsae.train.parallel.config import chunk_part
 from wsae.train.parallel.world import MIN, Mesh, MeshAxis, MeshPlace
-from wsae.train.state import SUMS, MemberState, make_member
+from wsae.train.state import SUMS, MemberState, centred, make_member
 
 # Which latents are active when they lie on several ranks: exactly those that one process could choose. Each rank sees
 # the pre-activations of its own latents and returns the pairs (row, column) that are active among these. Ties at the
@@ -318,27 +318,20 @@ def make_shard(
     part = chunk_part(whole.d_sae, latents.size, latents.index)
     # a copy of a valid config: k counts over all ranks, so it may exceed the latents here
     sae = SAE(whole.model_copy(update={"d_sae": part.stop - part.start}))
-<<<<<<< HEAD
     if begun is None:
-        rows = initial_rows(whole.d_sae, d_in, run.seed if cfg.seed is None else cfg.seed, part)
-        sae.W_dec.data.copy_(rows)
+        seed = run.seed if cfg.seed is None else cfg.seed
+        rows = initial_rows(whole.d_sae, d_in, seed, part, transcoder=whole.transcoder)
+        if not whole.transcoder:
+            sae.W_dec.data.copy_(rows)
         if sae.W_enc_t is not None:
             sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
-        if sae.b_dec is not None:
-            sae.b_dec.data.copy_(inputs.mean / inputs.scale)
+        read = (inputs.mean / inputs.scale).float()
+        centred(sae, read, read if target is None else (target.mean / target.scale).float())
     else:
         for key, mine in sae.state_dict().items():
             value = begun.state_dict()[key]
             of_latents = key in ("W_dec", "W_enc_t", "b_enc") or key in sae.arch.parameters
             mine.copy_(value[part] if of_latents else value)
-=======
-    seed = run.seed if cfg.seed is None else cfg.seed
-    rows = initial_rows(whole.d_sae, d_in, seed, part, transcoder=whole.transcoder)
-    if not whole.transcoder:  # whose decoder starts at 0
-        sae.W_dec.data.copy_(rows)
-    if sae.W_enc_t is not None:
-        sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
->>>>>>> f-cross
     spread = inputs.variance.sqrt()
     member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae, target)
     member = to_device(member, world.device)
