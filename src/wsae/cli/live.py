@@ -52,10 +52,13 @@ TOKENS = 250_000
 """Training tokens where neither --tokens nor the data say how many."""
 
 
-MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0")
+MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0", "target_l0")
 """Settings of a member whose flags take several values."""
-OF_KINDS: dict[str, tuple[Kind, ...]] = {"l0": ("jumprelu",)}
+OF_KINDS: dict[str, tuple[Kind, ...]] = dict.fromkeys(
+    ("l0", "l0_penalty", "target_l0", "pre_act"), ("jumprelu",)
+)
 """Settings of a member that only some kinds have."""
+OF_MEMBER = tuple(dict.fromkeys((*MEMBER_GRID, *OF_KINDS)))
 OF_ACTIVATION = {
     name: field.default
     for made in KINDS.values()
@@ -187,7 +190,7 @@ class PlanFlags(
         """Return what each SAE without weights is: every kind, with every combination of what is asked of it."""
         kinds: tuple[Kind, ...] = self.activation or ("topk",)
         for name in (*OF_ACTIVATION, *OF_KINDS):
-            able = [kind for kind in KINDS if _has(kind, name)]
+            able = [kind for kind in KINDS if self._has(kind, name)]
             asked = getattr(self, name)
             if asked != type(self).model_fields[name].default and not {*kinds} & {*able}:
                 none = f"{' and '.join(kinds)} {'has' if len(kinds) == 1 else 'have'} no {name}"
@@ -197,10 +200,10 @@ class PlanFlags(
         return [shape for kind in kinds for shape in self._of_kind(kind)]
 
     def _of_kind(self, kind: Kind) -> list[dict[str, object]]:
-        activations = self._grid([name for name in OF_ACTIVATION if _has(kind, name)])
-        settings = self._grid([name for name in MEMBER_GRID if _has(kind, name)])
+        activations = self._grid([name for name in OF_ACTIVATION if self._has(kind, name)])
+        settings = self._grid([name for name in OF_MEMBER if self._has(kind, name)])
         return [
-            {name: MemberConfig.model_fields[name].default for name in MEMBER_GRID}
+            {name: MemberConfig.model_fields[name].default for name in OF_MEMBER}
             | {"activation": {"kind": kind, **activation}, **own}
             for activation in activations
             for own in settings
@@ -217,11 +220,12 @@ class PlanFlags(
             dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())
         ]
 
-
-def _has(kind: str, name: str) -> bool:
-    """Return whether a kind of SAE has a setting."""
-    mine = name in KINDS[kind].model_fields
-    return kind in OF_KINDS[name] if name in OF_KINDS else mine or name in MEMBER_GRID
+    def _has(self, kind: str, name: str) -> bool:
+        """Return whether a kind of SAE has a setting."""
+        if name in OF_KINDS:
+            for_all = self.l0_penalty == "tanh" and name in ("l0", "l0_penalty")
+            return for_all or kind in OF_KINDS[name]
+        return name in KINDS[kind].model_fields or name in MEMBER_GRID
 
 
 def _shown(value: object) -> str:
