@@ -328,3 +328,37 @@ def test_what_does_not_fit_is_refused_and_no_hook_stays_behind(model, sae):
         model.model(input_ids=ids)
     assert torch.equal(logits(model, ids), plain)
     assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("named", ["default", "by name"])
+def test_a_transcoder_reads_a_modules_input_and_changes_its_output(model, named):
+    cfg = SAEConfig(d_in=WIDTH, d_sae=LATENTS, activation=TopK(k=4), d_out=WIDTH, skip=True)
+    coder, ids = wsae.SAE(cfg, 1).requires_grad_(False), some_ids()
+    coder.W_skip.normal_(generator=torch.Generator().manual_seed(2))
+    hook, more = "layers.0.mlp.input", {}
+    if named == "by name":  # what the norm gives is what the MLP takes
+        hook = "layers.0.post_attention_layernorm"
+        more = {"hook_out": {hook: "layers.0.mlp"}}
+    mlp = model.model.layers[0].mlp
+    with mlp.register_forward_hook(lambda _module, args, _out: coder(args[0])):
+        wanted = logits(model, ids)
+    with attach(model, {hook: coder}, error=False, exclude=None, **more):
+        torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-5, atol=1e-5)
+    latent = 7
+    with mlp.register_forward_hook(
+        lambda _module, args, out: (
+            out + (2.0 - coder.encode(args[0])[..., latent, None]) * coder.W_dec[latent]
+        )
+    ):
+        wanted = logits(model, ids)
+    plain = logits(model, ids)
+    with attach(model, {hook: coder}, exclude=None, **more) as a:
+        assert torch.equal(logits(model, ids), plain)
+        a.edit(Set(latent, 2.0))
+        torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_transcoder_that_does_not_say_what_it_changes_is_refused(model):
+    cfg = SAEConfig(d_in=WIDTH, d_sae=LATENTS, d_out=WIDTH)
+    with pytest.raises(UserError, match="hook_out=.*HOOK"), attach(model, {HOOK: wsae.SAE(cfg)}):
+        pass

@@ -233,8 +233,8 @@ class _Site:
 
     def _refuse_overflow(
         self,
-        new: Float[Tensor, "tokens d_in"],
-        old: Float[Tensor, "tokens d_in"],
+        new: Float[Tensor, "tokens d_out"],
+        old: Float[Tensor, "tokens d_out"],
         moves: "_Moves",
         call: Call,
     ) -> None:

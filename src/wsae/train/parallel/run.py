@@ -34,12 +34,12 @@ from wsae.train.checkpoint import (
     place_of,
 )
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, Inputs, folded
+from wsae.train.family import FamilyState, Inputs, Start, folded
 from wsae.train.loop import FamilyJob, Team, TrainJob, enter, held, train_job
 from wsae.train.parallel.config import even_part
 from wsae.train.parallel.step import Shard, make_shard, unfit_shard
 from wsae.train.parallel.world import MAX, MIN, Mesh, MeshAxis, by_latents
-from wsae.train.run import about, finish_run, identity_of, write_member
+from wsae.train.run import about, begun_from, finish_run, identity_of, write_member
 from wsae.train.start import start_family
 from wsae.train.state import MemberState
 
@@ -114,7 +114,8 @@ class ShardsJob(FamilyJob):
                 of_kind = key.removeprefix("sae.") in member.sae.arch.parameters
                 dim = 0 if key in _ROWS or of_kind else 1 if key in _COLUMNS else None
                 if key.startswith("adam.") and value.ndim:
-                    dim = None if parameters[int(key.split(".")[1])] is member.sae.b_dec else 0
+                    of = parameters[int(key.split(".")[1])]
+                    dim = None if of is member.sae.b_dec or of is member.sae.W_skip else 0
                 tensor = value.detach().contiguous() if to_write else value.detach()
                 if dim is not None:
                     tensor = self._cut(tensor, dim, member)
@@ -290,6 +291,7 @@ def train_parallel(
     world: Mesh,
     progress: Progress = quiet,
     resume: bool = False,
+    start: Start | None = None,
 ) -> Path:
     """Train a family into the directory `out` with all ranks of `world`, and return `out`; every rank calls this.
 
@@ -297,30 +299,31 @@ def train_parallel(
     Raises UserError as `train_run` does and for a mesh that does not fit, `Stopped` on all ranks when one is
     interrupted, and RuntimeError from torch.distributed when a rank is gone.
     """
-    if cfg.hook_out is not None:
-        raise UserError(
-            "transcoders (--hook-out) train in one process; start wsae train without torchrun"
-        )
     _check(cfg, source, world)
+    cfg = begun_from(cfg, source, start)
     world = suited(cfg, source, world)
-    identity = identity_of(cfg, source) if world.first else {}
+    identity = identity_of(cfg, source, start) if world.first else {}
     with held(out) if world.first else contextlib.nullcontext():
         if not world.from_first(lambda: enter(out, "run", identity, resume)):
             return out
-        pairs = [(hook, name) for hook in source.hooks for name in cfg.names()]
+        pairs = [(hook, name) for hook in cfg.read(source.hooks) for name in cfg.names()]
         own = pairs[even_part(len(pairs), world.layout.layers, world.layer)]
         hooks = tuple(dict.fromkeys(hook for hook, _ in own))
-        part = source
-        if isinstance(source, StoreSource) and hooks != tuple(source.hooks):
-            part = StoreSource(source.store.path, hooks, verify=False)  # rank 0 checked the files
+        given = {hook: goal for hook in hooks if (goal := cfg.given(hook)) is not None}
+        cfg = cfg.model_copy(update={"hook_out": given or None})
+        part, wanted = source, tuple(dict.fromkeys([*hooks, *given.values()]))
+        if isinstance(source, StoreSource) and wanted != tuple(source.hooks):
+            part = StoreSource(source.store.path, wanted, verify=False)  # rank 0 checked the files
         every = part.stats(progress)
-        stats = {hook: every[hook] for hook in hooks}
+        stats = {hook: every[hook] for hook in wanted}
 
         def make(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState | None:
-            mine = (hook, name) in own
-            return make_shard(name, member, cfg, inputs, world) if mine else None
+            if (hook, name) not in own:
+                return None
+            begun = None if start is None else start.begun(hook, member, inputs)
+            return make_shard(name, member, cfg, inputs, world, begun)
 
-        family = start_family(cfg, part, stats, world.device, progress, make)
+        family = start_family(cfg, part, stats, world.device, progress, make, start)
         own_told = {"gamma": family.gamma_record, **about(stats)} if world.place.leads else {}
         told = _merged(world.to_first(own_told))
         if world.first:
@@ -330,7 +333,8 @@ def train_parallel(
         train_job(job, out, progress, MeshTeam(world, cfg.steps))
         last, gamma = place_of(out, cfg.steps), {hook: {} for hook in hooks}
         for hook, member in family.all() if world.place.leads else ():
-            sae = SAE(member.cfg.sae_config(len(member.mean)))
+            whole = {"d_sae": member.part.d_sae or member.sae.cfg.d_sae}
+            sae = SAE(member.sae.cfg.model_copy(update=whole))
             sae.set_tensors(read_whole(last, f"{hook}|{member.name}|sae."), str(last))
             sae = folded(member, sae)
             gamma[hook][member.name] = write_member(out, hook, member, sae)
@@ -343,16 +347,19 @@ def train_parallel(
 
 
 def _check(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> None:
-    layout, pairs = world.layout, len(source.hooks) * len(cfg.members)
+    hooks = cfg.read(source.hooks)
+    layout, pairs = world.layout, len(hooks) * len(cfg.members)
     if layout.data > cfg.batch_size:
         raise UserError(
             f"--mesh data={layout.data}: a batch of {cfg.batch_size} rows leaves a rank without; use fewer"
         )
     if layout.layers > pairs:
         raise UserError(
-            f"--mesh layers={layout.layers}: there are {len(source.hooks)} hooks of {len(cfg.members)} members to "
+            f"--mesh layers={layout.layers}: there are {len(hooks)} hooks of {len(cfg.members)} members to "
             f"divide; use at most {pairs}"
         )
+    if cfg.loss is not None:
+        raise UserError(f"loss {cfg.loss} runs through one model; train it in one process")
 
 
 def suited(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> Mesh:
@@ -366,7 +373,11 @@ def suited(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> Mesh:
     if not able:
         return replace(world, unfit=why_not() or "they do not work on another process")
     parts = world.layout.data * world.layout.latents
-    wholes = [member.sae_config(d_in) for member in cfg.members for d_in in source.hooks.values()]
+    wholes = [
+        member.sae_config(source.hooks[hook], source.hooks.get(cfg.given(hook) or ""))
+        for member in cfg.members
+        for hook in cfg.read(source.hooks)
+    ]
     fits = not any(unfit_shard(whole, parts) for whole in wholes)
     return by_latents(world) if fits and world.layout.data > 1 else world
 
