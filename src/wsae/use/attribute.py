@@ -32,7 +32,7 @@ from wsae.sae.model import SAE
 from wsae.use.attach import Codes, Exclude, attach
 
 Method = Literal["gradient", "integrated"]
-PARTS = 8
+PARTS, HALVED = 8, 6
 """Parts of the way from b_dec to h at first, and how many of them are halved at once. They are short near b_dec (the
 share of the way is a square, u^2), where tokens are nearly alike and models change fastest."""
 CLOSE = 0.03
@@ -402,7 +402,7 @@ def _integrated(
         change = float(moved.sum())
         if len(parts) >= MOST_PARTS or abs(float(off.sum())) <= CLOSE * abs(change):
             break
-        fresh = (u[:-1] + parts / 2)[off.abs().topk(PARTS).indices]
+        fresh = (u[:-1] + parts / 2)[off.abs().topk(HALVED).indices]
         u = torch.cat([u, fresh])
         values, gradients = map(torch.cat, zip((values, gradients), at(fresh), strict=True))
     edge = parts.new_zeros(1)
