@@ -1,13 +1,16 @@
 """Transcoders and skip transcoders in training: their equations, the compiled step, preconditioners, scales, resume."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import wsae
 from wsae.acts.source import AlignedSource, ArraySource
+from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.evals.config import EvalConfig
@@ -184,3 +187,25 @@ def test_one_side_alone_is_refused_in_one_line(call, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_two_files_of_the_same_rows_are_trained_and_evaluated_on(tmp_path: Path, capsys) -> None:
+    for name, array in (("read", X), ("given", Y)):
+        np.save(tmp_path / f"{name}.npy", array.numpy())
+    out = str(tmp_path / "run")
+    sides_ = [str(tmp_path / "read.npy"), "--hook-out", str(tmp_path / "given.npy")]
+    shape = ["--d-sae", "96", "--k", "4", "--batch-size", "100", "--tokens", "1000", "--skip"]
+    assert main(["train", *sides_, *shape, "--out", out]) == 0
+    capsys.readouterr()
+    few = ["--draws", "10", "--n-latents", "0", "--no-random-control"]
+    assert main(["evaluate", out, *few, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["hooks"]["read"]["members"][
+        "plain"
+    ]
+    sae = SAE.load(tmp_path / "run/members/read/plain")
+    held = ArraySource(X.numpy(), name="read").heldout_rows
+    x, y = X[held], Y[held]
+    fvu = (sae(x) - y).double().square().sum() / (y - y.mean(0)).double().square().sum()
+    assert found["metrics"]["fvu"]["value"] == pytest.approx(float(fvu), rel=1e-4)
+    assert main(["evaluate", out, "--source", sides_[0]]) == 2
+    assert "a transcoder needs its input and its output" in capsys.readouterr().err

@@ -84,6 +84,7 @@ class SAE(nn.Module):
         rows = self.W_dec.detach()
         if cfg.transcoder:
             # another space; uniform as torch.nn.Linear, so that no latent begins with an outlier dimension alone
+            generator.manual_seed(seed_for(seed, "transcoder-init"))
             rows = torch.rand(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
             rows = (2 * rows - 1) * math.sqrt(3 / cfg.d_in)
         self.W_enc_t = None if cfg.tied else nn.Parameter(rows * encoder_scale)

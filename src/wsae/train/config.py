@@ -290,7 +290,7 @@ def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
         elif field == "skip":
             parts += ["skip"] if value else []
         elif value is not None and (field not in PENALTIES or value):
-            gap = "-" if field in PENALTIES else ""
+            gap = "-" if field[-1].isdigit() else ""
             shown = value if isinstance(value, str) else f"{value:g}"
             parts.append(f"{field.replace('_', '-')}{gap}{shown}")
     return parts
