@@ -1,6 +1,6 @@
 """What a training run is, as values: a family of members over the same batches. No torch here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -108,6 +108,20 @@ class MemberConfig(Config):
         return self.gamma.rule == "none" and self.precondition is None
 
     @property
+    def weights(self) -> str:
+        """The names of the gamma rule and the preconditioner, which make it another SAE than the plain one."""
+        if self.precondition is None:
+            return self.gamma.label
+        label = self.precondition.label
+        return label if self.gamma.rule == "none" else f"{self.gamma.label}-{label}"
+
+    @property
+    def shape(self) -> "MemberConfig":
+        """What it is without its weights, preconditioner and name."""
+        own = {"gamma": GammaConfig(), "precondition": None, "label": None}
+        return self.model_copy(update=own)
+
+    @property
     def needs_covariance(self) -> bool:
         """Whether its loss weights or its preconditioner come from the covariance of the activations."""
         return self.gamma.needs_covariance or self.precondition is not None
@@ -180,6 +194,12 @@ class TrainConfig(Config):
     log_every: PositiveInt = 20
     """Steps per row of metrics.jsonl (means over those steps)."""
     seed: int = 0
+    loss: Literal["ce", "kl"] | None = None
+    """What is minimised through the model, with reconstructions in place of its activations (a live model only): ce,
+    the cross-entropy of the next token, or kl, the divergence from the untouched model's predictions. Default: the
+    reconstruction's error."""
+    init_from: str | None = None
+    """Digest of the SAEs that training starts from (`wsae.train.family.Start`); None: from new ones."""
     hook_out: dict[str, str] | None = None
     """Of transcoders: each hook that they read, and the hook whose activations they are to give."""
 
@@ -208,6 +228,18 @@ class TrainConfig(Config):
             raise ValueError(f"two members are called '{twice[0]}'; give them different labels")
         return self
 
+    @model_validator(mode="after")
+    def _a_loss_through_the_model_weighs_no_dimensions(self) -> "TrainConfig":
+        if self.loss is not None and any(m.gamma.rule != "none" for m in self.members):
+            raise ValueError(
+                f"loss {self.loss} has no errors by dimension to weigh; leave the gamma rules out"
+            )
+        if self.loss is not None and self.kernels in ("native", "triton"):
+            raise ValueError(f"loss {self.loss} is computed by PyTorch; leave the kernels out")
+        if self.loss is not None and self.hook_out is not None:
+            raise ValueError(f"loss {self.loss} is for SAEs, which give what they read")
+        return self
+
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
@@ -229,19 +261,21 @@ class TrainConfig(Config):
 
     def names(self) -> list[str]:
         """Return the members' names: the gamma rule and the preconditioner, then whatever else sets them apart."""
-        fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
-        fields += ("auxk", "k_aux", "encoder_scale", "skip", "l0_penalty", "target_l0")
-        fields += ("penalty_warmup", "pre_act", "p_end", "anneal_from")
-        varying = [f for f in fields if len({str(getattr(m, f)) for m in self.members}) > 1]
-        return [m.label or "-".join([*_rules(m), *_parts(m, varying)]) for m in self.members]
+        apart = zip(self.members, told_apart(self.members), strict=True)
+        return [m.label or "-".join([m.weights, *parts]) for m, parts in apart]
 
 
-def _rules(member: MemberConfig) -> list[str]:
-    """Return the names of what makes it another SAE than the plain one."""
-    if member.precondition is None:
-        return [member.gamma.label]
-    weights = [] if member.gamma.rule == "none" else [member.gamma.label]
-    return [*weights, member.precondition.label]
+PENALTIES = ("l1", "l0")
+"""Coefficients that are not named where they are 0."""
+
+
+def told_apart(members: Sequence[MemberConfig]) -> list[list[str]]:
+    """Return what sets each member apart from the others beside weights and preconditioner: topk-k32, lr0.003 ..."""
+    fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
+    fields += ("auxk", "k_aux", "encoder_scale", "skip", "l0_penalty", "target_l0")
+    fields += ("penalty_warmup", "pre_act", "p_end", "anneal_from")
+    varying = [f for f in fields if len({str(getattr(m, f)) for m in members}) > 1]
+    return [_parts(member, varying) for member in members]
 
 
 def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
@@ -255,9 +289,10 @@ def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
             parts.append("tied" if value else "untied")
         elif field == "skip":
             parts += ["skip"] if value else []
-        elif value is not None:
+        elif value is not None and (field not in PENALTIES or value):
+            gap = "-" if field[-1].isdigit() else ""
             shown = value if isinstance(value, str) else f"{value:g}"
-            parts.append(f"{field.replace('_', '-')}{shown}")
+            parts.append(f"{field.replace('_', '-')}{gap}{shown}")
     return parts
 
 
@@ -265,8 +300,7 @@ def family(members: list[MemberConfig], twin: bool = True) -> tuple[MemberConfig
     """Return the members with a plain twin first for each distinct setting that has none (unless twin is False)."""
     out: list[MemberConfig] = []
     for member in members:
-        own = {"gamma": GammaConfig(), "precondition": None, "label": None}
-        plain = member.model_copy(update=own)
+        plain = member.shape
         if twin and plain not in out and plain not in members:
             out.append(plain)
         if member not in out:

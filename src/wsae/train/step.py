@@ -50,11 +50,28 @@ def eager_step(
 
     Nothing is read back from a GPU.
     """
+    forward = training_forward(member.sae, batch.x, run.dtype == "bfloat16", member.part)
+    return descend(member, batch, forward, None, rate, run, step)
+
+
+def descend(
+    member: MemberState,
+    batch: Batch,
+    forward: Forward,
+    aim: Float[Tensor, ""] | None,
+    rate: float,
+    run: TrainConfig,
+    step: int,
+) -> SparseCode:
+    """Take the step of a training forward pass: its loss, penalties and revival included, update and record.
+
+    `aim`, in its own unit, takes the place of the weighted reconstruction loss.
+    """
     sae, cfg, part, target = member.sae, member.cfg, member.part, batch.target
-    forward = training_forward(sae, batch.x, run.dtype == "bfloat16", part)
     reconstruction = weighted_reconstruction_loss(target, forward.x_hat, sae.gamma, part.batch)
     revival = revival_loss(member, target, forward)
-    fit = reconstruction + also_loss(target, forward, sae.gamma, part.batch) + cfg.auxk * revival
+    fit = reconstruction if aim is None else aim
+    fit = fit + also_loss(target, forward, sae.gamma, part.batch) + cfg.auxk * revival
     cost, rows = price_at(member, run, step), part.batch or len(target)
     price = penalty(forward.entries, cost, rows, part)
     if cost.pre_act:
@@ -75,7 +92,9 @@ def eager_step(
         x_hat = forward.x_hat.detach()
         sse = F.mse_loss(x_hat, target, reduction="sum")
         error = None if member.back is None else x_hat - target
-        losses = (part.once(fit.detach()) + price, reconstruction.detach(), revival.detach())
+        whole = part.once(fit.detach()) + price
+        whole = whole if aim is None else whole / member.scale**2  # the record multiplies by it
+        losses = (whole, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
         anneal(member, forward.entries, run, step)
     return forward.code
@@ -145,8 +164,8 @@ _told: set[str] = set()
 
 def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -> None:
     """One optimiser step; metrics are summed into the member. Raises UserError where `kernels` cannot be had."""
-    pace = lr_factor(step, run.steps, run.warmup, run.decay)
-    rate = pace * member.cfg.learning_rate(member.sae.cfg.d_in)
+    rate = member.cfg.learning_rate(member.sae.cfg.d_in)
+    rate *= lr_factor(step, run.steps, run.warmup, run.decay)
     varies = isinstance(member.sae.choice, Above)
     if step == 0 and (wanted := member.cfg.target_l0) is not None:
         start_thresholds(member, batch.x)
@@ -163,16 +182,21 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         # Triton launches on the current device, whichever the tensors are on
         with torch.cuda.device_of(batch.x):
             code = triton_step(member, batch, rate, run, step)
-    if member.cfg.target_l0 is not None:
-        hold_l0(member, code, pace)
-    if (step + 1) % GAMMA_EVERY == 0:
-        member.dead = member.since_fired > run.dead_tokens
-        member.part.note_dead(member.dead)
+    look_after(member, code, step, run)
     if (step + 1) % LOOK_EVERY == 0 and varies:
         entries = torch.tensor([code.batch * len(member.dead), 0], device=code.values.device)
         entries[1] = torch.count_nonzero(code.values)
         entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
         member.sparse = torch.tensor(entries[1] < FEW * entries[0])
+
+
+def look_after(member: MemberState, code: SparseCode, step: int, run: TrainConfig) -> None:
+    """Hold a member at its target L0 after a step, and say now and then which latents are dead."""
+    if member.cfg.target_l0 is not None:
+        hold_l0(member, code, lr_factor(step, run.steps, run.warmup, run.decay))
+    if (step + 1) % GAMMA_EVERY == 0:
+        member.dead = member.since_fired > run.dead_tokens
+        member.part.note_dead(member.dead)
 
 
 def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:

@@ -298,9 +298,14 @@ class Shard(Whole):
 
 
 def make_shard(
-    name: str, cfg: MemberConfig, run: TrainConfig, inputs: Inputs, world: Mesh
+    name: str,
+    cfg: MemberConfig,
+    run: TrainConfig,
+    inputs: Inputs,
+    world: Mesh,
+    begun: SAE | None = None,
 ) -> MemberState:
-    """Return this rank's part of the member that `make_member` would make.
+    """Return this rank's part of the member that `make_member` would make, or that goes on with an SAE.
 
     Raises UserError when there are more ranks than latents.
     """
@@ -313,10 +318,18 @@ def make_shard(
     part = chunk_part(whole.d_sae, latents.size, latents.index)
     # a copy of a valid config: k counts over all ranks, so it may exceed the latents here
     sae = SAE(whole.model_copy(update={"d_sae": part.stop - part.start}))
-    rows = initial_rows(whole.d_sae, d_in, run.seed if cfg.seed is None else cfg.seed, part)
-    sae.W_dec.data.copy_(rows)
-    if sae.W_enc_t is not None:
-        sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
+    if begun is None:
+        rows = initial_rows(whole.d_sae, d_in, run.seed if cfg.seed is None else cfg.seed, part)
+        sae.W_dec.data.copy_(rows)
+        if sae.W_enc_t is not None:
+            sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
+        if sae.b_dec is not None:
+            sae.b_dec.data.copy_(inputs.mean / inputs.scale)
+    else:
+        for key, mine in sae.state_dict().items():
+            value = begun.state_dict()[key]
+            of_latents = key in ("W_dec", "W_enc_t", "b_enc") or key in sae.arch.parameters
+            mine.copy_(value[part] if of_latents else value)
     spread = inputs.variance.sqrt()
     member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae)
     member = to_device(member, world.device)
