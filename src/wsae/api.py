@@ -26,8 +26,9 @@ from wsae.sae.gamma import gamma_from_proxy
 from wsae.sae.model import SAE
 from wsae.train.bank import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, finished
-from wsae.train.loop import run_steps
+from wsae.train.family import FamilyState, Start, finished
+from wsae.train.loop import batches, run_steps
+from wsae.train.run import begun_from
 from wsae.train.start import start_family
 from wsae.train.state import metrics_row
 
@@ -126,16 +127,17 @@ def fit_family(
     tokens: int | None = None,
     labels: object = None,
     progress: Progress = quiet,
+    init_from: SAE | None = None,
     target: object = None,
     **options: Any,
 ) -> Family:
     """Train members on the same batches from the same start; all rows of an array or a file of one are trained on.
 
     `target` [rows, d_out] makes transcoders of them, which are to give it; of a store with several hooks the option
-    `hook_out` = {HOOK: HOOK_OUT} does. `tokens`: rows per member (default: four passes over the data). `options` are
-    TrainConfig's: batch_size, warmup, decay, dtype, dead_after, seed, log_every ..., and `device`. Many small members
-    (batch x d_sae x 4 bytes at most 512 KiB each) train in one batched computation. Raises UserError for data or
-    options that do not fit.
+    `hook_out` = {HOOK: HOOK_OUT} does. `tokens`: rows per member (default: four passes over the data). `init_from`: an
+    SAE of the members' kind and width that they go on with. `options` are TrainConfig's: batch_size, warmup, decay,
+    dtype, dead_after, seed, log_every ..., and `device`. Many small members (batch x d_sae x 4 bytes at most 512 KiB
+    each) train in one batched computation. Raises UserError for data or options that do not fit.
     """
     device = usable_device(str(options.pop("device", "cpu")))
     given = [members] if isinstance(members, MemberConfig) else list(members)
@@ -146,10 +148,11 @@ def fit_family(
     if source.n_rows is not None and "batch_size" not in options:
         options["batch_size"] = min(2048, source.n_rows)
     data = {"members": tuple(given), "tokens": rows, **options}
-    cfg = TrainConfig.parse(data, where="fit")
+    start = None if init_from is None else Start(dict.fromkeys(source.hooks, init_from))
+    cfg = begun_from(TrainConfig.parse(data, where="fit"), source, start)
     stats = source.stats(progress)
-    family = start_family(cfg, source, stats, device, progress)
-    if fits_a_bank(cfg, family, source):
+    family = start_family(cfg, source, stats, device, progress, start=start)
+    if cfg.loss is None and fits_a_bank(cfg, family, source):
         train_batched(cfg, family, source, progress)
     else:
         _train_in_turn(cfg, family, source, progress)
@@ -166,7 +169,7 @@ def fit_family(
 def _train_in_turn(
     cfg: TrainConfig, family: FamilyState, source: ActivationSource, progress: Progress
 ) -> None:
-    stream = source.stream(cfg.batch_size, cfg.seed)
+    stream = batches(cfg, source)
     with progress("train", cfg.steps * cfg.batch_size, "tokens") as tick:
 
         def on_step(done: int) -> None:

@@ -352,11 +352,11 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(
         return json.loads(capsys.readouterr().out)
 
     read = told()
-    assert (read["source"], read["out"], read["k"], read["lr"]) == ("here", "there", 7, 1e-3)
-    assert (read["alpha"], read["twin"], read["resume"], read["expansion"]) == ([0.5], False, True, 8)  # fmt: skip
+    assert (read["source"], read["out"], read["k"], read["lr"]) == ("here", "there", [7], [1e-3])
+    assert (read["alpha"], read["twin"], read["resume"], read["warmup"]) == ([0.5], False, True, 0.05)  # fmt: skip
     assert read["hook"] == ["a", "--b"]
     over = told("other", "--k", "9", "--twin", "--alpha", "1", "2")
-    assert over == read | {"source": "other", "k": 9, "twin": True, "alpha": [1.0, 2.0]}
+    assert over == read | {"source": "other", "k": [9], "twin": True, "alpha": [1.0, 2.0]}
     file.write_text("k: 7\n")
     assert main.main(["train", "--config", str(file)]) == 2
     assert "missing: SOURCE, --out" in capsys.readouterr().err
@@ -370,7 +370,7 @@ def test_a_flags_file_without_a_suffix_may_be_either(tmp_path, capsys) -> None:
         (tmp_path / "flags").write_text(text)
         words = ["train", "--config", str(tmp_path / "flags"), "--json", "--print-config"]
         assert main.main(words) == 0
-        assert json.loads(capsys.readouterr().out)["k"] == 3
+        assert json.loads(capsys.readouterr().out)["k"] == [3]
 
 
 @pytest.fixture(scope="module")

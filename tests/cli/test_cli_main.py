@@ -184,6 +184,19 @@ def test_several_alphas_make_one_member_each_beside_one_plain_twin():
     assert alone.tokens == plan.TOKENS
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"k": 4, "activation": ("relu", "jumprelu")},
+         "--k 4: relu and jumprelu have no k; leave it out, or use --activation topk"),
+        ({"l0": (0.1, 1.0)}, "--l0 0.1 1.0: topk has no l0; leave it out, or use --activation jumprelu"),
+    ],
+)  # fmt: skip
+def test_a_grid_is_refused_where_no_kind_has_what_is_asked(flags: dict, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        plan.PlanFlags(**flags).config(1000, 0)
+
+
 def test_a_gamma_vector_is_read_from_a_file(tmp_path):
     np.save(tmp_path / "g.npy", np.array([1.0, 2.0]))
     made = plan.PlanFlags(gamma="vector", gamma_file=tmp_path / "g.npy").config(None, 0)
@@ -476,6 +489,25 @@ def test_json_on_stdout_cannot_steer_a_terminal() -> None:
     assert all(char.isprintable() or char == "\n" for char in text)
 
 
+def test_training_goes_on_with_what_a_run_made(array, capsys) -> None:
+    """Kind, width and k come with the SAE, from a run or a member's folder; another width is refused in a line."""
+    at = array.parent
+    words = ["train", str(array), "--tokens", "128", "--batch-size", "64", "--json", "--out"]
+    first = [*words, str(at / "a"), "--activation", "group_topk", "--k", "2", "4", "--d-sae", "16"]
+    assert main.main(first) == 0
+    assert main.main([*words, str(at / "b"), "--init-from", str(at / "a")]) == 2
+    assert "2 SAEs at" in capsys.readouterr().err
+    (place,) = (at / "a" / "members").glob("*/plain-group-topk-k4")
+    assert main.main([*words, str(at / "b"), "--init-from", str(place), "--lr", "1e-3"]) == 0
+    (member,) = json.loads((at / "b" / "config.json").read_text())["train"]["members"]
+    assert (member["d_sae"], member["activation"]) == (16, {"kind": "group_topk", "k": 4})
+    again = ["train", str(array), "--resume", "--out", str(at / "b")]
+    assert main.main(again) == 0  # it finds the SAE again
+    assert main.main([*words, str(at / "c"), "--init-from", str(place), "--d-sae", "32"]) == 2
+    assert "has d_sae 16, and d_sae 32 is to be trained" in capsys.readouterr().err
+    assert not (at / "c").exists()
+
+
 def test_sigterm_ends_training_without_a_traceback(array) -> None:
     run = array.parent / "run"
     words = f"train {array} --out {run} --k 2 --d-sae 16 --tokens 40000000 --batch-size 64"
@@ -504,6 +536,13 @@ def test_sigterm_ends_training_without_a_traceback(array) -> None:
             {"precondition": "standardise", "alpha": (0.5,)},
             ["plain", "variance-a0.5-standardise-input-p1"],
         ),
+        (
+            {"activation": ("topk", "jumprelu"), "k": (4, 8), "l0": (0.0, 0.1), "gamma": ("none", "gap")},
+            ["plain-topk-k4", "gap-a1-topk-k4", "plain-topk-k8", "gap-a1-topk-k8"]
+            + ["plain-jumprelu", "gap-a1-jumprelu", "plain-jumprelu-l0-0.1", "gap-a1-jumprelu-l0-0.1"],
+        ),
+        ({"d_sae": (8, 16), "lr": (1e-3, 1e-2), "twin": False},
+         [f"plain-lr{lr}-d-sae{d}" for d in (8, 16) for lr in (0.001, 0.01)]),
     ],
 )  # fmt: skip
 def test_train_makes_the_plain_sae_and_what_is_asked_for(flags: dict, names: list[str]) -> None:

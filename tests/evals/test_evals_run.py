@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from acts_models import make_kind, make_model, make_text
+from hypothesis import given
+from hypothesis import strategies as st
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
@@ -17,7 +19,7 @@ from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
-from wsae.evals.compare import compare
+from wsae.evals.compare import compare, fronts
 from wsae.evals.config import EvalConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS
@@ -222,6 +224,47 @@ def test_comparing_one_run_repeats_the_lines_of_its_evaluation(world):
     found = compare([root / "run"], CFG)
     lines = [line for line in record["hooks"][HOOK]["comparisons"] if line["b"] == "plain"]
     assert found["hooks"][HOOK] == lines
+
+
+@given(
+    points=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(0, 6), st.sampled_from((4, 8)), st.booleans()),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_the_front_is_what_nobody_beats(points):
+    """Walking from the sparsest member on, the front are the strict records of fit (and who ties with one)."""
+    members = {}
+    for number, (l0, fvu, k, weighted) in enumerate(points):
+        gamma = GammaConfig(rule="variance" if weighted else "none")
+        config = MemberConfig(gamma=gamma, activation=TopK(k=k)).to_dict()
+        values = {"l0": l0, "fvu": fvu, "ce_loss_recovered_zero": -fvu}
+        metrics = {
+            name: {"value": value, "low": None, "high": None} for name, value in values.items()
+        }
+        members[str(number)] = {"config": config, "metrics": metrics}
+    found = fronts(members)
+    if len({k for _, _, k, _ in points}) < 2:
+        assert found == {}  # they differ in their weights alone
+        return
+    expected, best = set(), float("inf")
+    for l0, fvu in sorted({(l0, fvu) for l0, fvu, _, _ in points}):
+        if fvu < best:
+            expected.add((l0, fvu))
+            best = fvu
+    for metric, sign in (("fvu", 1), ("ce_loss_recovered_zero", -1)):
+        drawn = found[metric]
+        assert len(drawn) == len(points)
+        assert [point["l0"] for point in drawn] == sorted(l0 for l0, *_ in points)
+        for point in drawn:
+            l0, fvu, k, weighted = points[int(point["member"])]
+            assert point["front"] == ((l0, fvu) in expected)
+            assert point["value"] == sign * fvu
+            assert (point["group"], point["label"]) == (
+                "topk" + ", variance-a1" * weighted,
+                f"k{k}",
+            )
 
 
 def test_a_run_compared_with_its_copy_differs_by_nothing(world):

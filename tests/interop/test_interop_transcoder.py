@@ -33,9 +33,10 @@ def make(kind: str, skip: bool, d_out: int = D, seed: int = 0) -> SAE:
     )
     for parameter in sae.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=g), alpha=0.3)
-    sae.threshold.data.abs_()
-    if kind == "batch_topk":
-        sae.threshold.fill_(0.4)
+    if kind == "jumprelu":
+        sae.threshold.data.abs_()
+    else:
+        sae.threshold.fill_(0.4 if kind == "batch_topk" else 0.0)
     sae.set_gamma(torch.rand(d_out, generator=g) + 0.5)
     return sae.requires_grad_(False)
 

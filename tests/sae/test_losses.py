@@ -18,7 +18,7 @@ from wsae.sae.gamma import (
     latent_variance_proxy,
     robust_proxy,
 )
-from wsae.sae.loss import auxk_loss, penalty, weighted_reconstruction_loss
+from wsae.sae.loss import Price, auxk_loss, penalty, weighted_reconstruction_loss
 
 S = torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)
 
@@ -170,7 +170,7 @@ def test_gradients_of_the_whole_loss_equal_a_dense_reference(kind: str, tied: bo
         sae, x = sae_and_batch(kind, tied)
     forward = training_forward(sae, x)
     loss = weighted_reconstruction_loss(x, forward.x_hat, sae.gamma) + penalty(
-        forward.entries, 0.1, 0.0, len(x)
+        forward.entries, Price(l1=0.1), len(x)
     )
     loss.backward()
     grads = {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}

@@ -17,7 +17,7 @@ from wsae.sae import SAE, SAEConfig, make_activation
 from wsae.sae.architectures import jumprelu, step
 from wsae.sae.config import JumpReLU, Matryoshka
 from wsae.sae.forward import training_forward
-from wsae.sae.loss import also_loss, penalty, weighted_reconstruction_loss
+from wsae.sae.loss import Price, also_loss, penalty, weighted_reconstruction_loss
 
 KINDS = (
     "topk",
@@ -109,12 +109,12 @@ def test_training_pass_equals_inference(kind: str, tied: bool) -> None:
     torch.testing.assert_close(forward.x_hat, sae(x))
     torch.testing.assert_close(forward.code.dense(16), sae.encode(x))
     norms = sae.W_dec.norm(dim=1) if tied else torch.ones(16, dtype=torch.float64)
-    price = penalty(forward.entries, 1.0, 0.0, len(x))
+    price = penalty(forward.entries, Price(l1=1.0), len(x))
     if kind in ("topk", "group_topk", "relu"):
         torch.testing.assert_close(price, (sae.encode(x) * norms).sum(1).mean())
     if kind == "jumprelu":
         active = (sae.encode(x) > 0).double().sum(1).mean()
-        torch.testing.assert_close(penalty(forward.entries, 0.0, 2.0, len(x)), 2 * active)
+        torch.testing.assert_close(penalty(forward.entries, Price(l0=2.0), len(x)), 2 * active)
 
 
 def test_batch_topk_trains_on_the_batch_and_infers_by_threshold() -> None:
@@ -378,7 +378,9 @@ def test_a_gates_own_reconstruction_leaves_the_decoder_alone() -> None:
     wanted = (x - (gate @ sae.W_dec.detach() + sae.b_dec.detach())).square().sum(1).mean()
     loss = also_loss(x, forward, sae.gamma)
     torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(penalty(forward.entries, 0.3, 0.0, len(x)), 0.3 * gate.sum(1).mean())
+    torch.testing.assert_close(
+        penalty(forward.entries, Price(l1=0.3), len(x)), 0.3 * gate.sum(1).mean()
+    )
     grads = torch.autograd.grad(loss, list(sae.parameters()), allow_unused=True)
     by_name = dict(zip((name for name, _ in sae.named_parameters()), grads, strict=True))
     assert by_name["W_dec"] is None

@@ -95,7 +95,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig
         [
             weighted(),
             weighted("latent_variance", activation={"kind": "batch_topk", "k": 3}),
-            weighted(activation={"kind": "jumprelu"}, l0=0.01),
+            weighted(activation={"kind": "jumprelu"}, l0=0.01, target_l0=4),
+            weighted(activation={"kind": "relu"}, l1=0.01, p_end=0.5),
         ]
     )
     cfg = config(*members, tokens=12_000, dead_after=600)

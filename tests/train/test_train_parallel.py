@@ -61,6 +61,8 @@ def member(kind: str, label: str, **fields: object) -> MemberConfig:
     activation: dict[str, object] = {"kind": kind}
     if kind not in ("relu", "gated", "jumprelu"):
         activation["k"] = fields.pop("k", 4)
+    if kind == "matryoshka":
+        activation["widths"] = (40, 150)  # the second exceeds what one of four ranks has
     defaults: dict[str, object] = {"d_sae": 230, "lr": 3e-3, "auxk": 0.25, "label": label}
     return MemberConfig.parse({"activation": activation, **defaults, **fields})
 
@@ -70,9 +72,9 @@ def config(**fields: object) -> TrainConfig:
     members = [
         member("topk", "topk", gamma={"rule": "latent_variance"}),
         member("batch_topk", "batch", k_aux=300),
-        member("jumprelu", "jump", l0=0.05),
+        member("jumprelu", "jump", l0=0.05, l0_penalty="quadratic", target_l0=9, pre_act=1e-3),
         member("group_topk", "group", k=5, gamma={"rule": "variance"}),
-        member("relu", "tied", tied=True, l1=0.01),
+        member("relu", "tied", tied=True, l1=0.01, p_end=0.5),
         member("matryoshka", "nested"),
         member("multi_topk", "multi"),
         member("gated", "gated", l1=0.01),
@@ -88,6 +90,7 @@ def compiled() -> TrainConfig:
         member("topk", "topk", gamma={"rule": "latent_variance"}),
         member("batch_topk", "batch", k_aux=300),
         member("topk", "tied", tied=True, l1=0.01),
+        member("matryoshka", "nested"),
         member("topk", "white", gamma={"rule": "whiten"}, precondition={"kind": "whiten"}),
     ]
     return config(members=members, kernels="native")

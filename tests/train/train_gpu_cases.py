@@ -132,6 +132,11 @@ KINDS = {
     "batch": {"activation": {"kind": "batch_topk", "k": 4}},
     "relu": {"activation": {"kind": "relu"}, "l1": 0.1},
     "jumprelu": {"activation": {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.2}, "l0": 0.01},
+    "jumprelu, held": {
+        "activation": {"kind": "jumprelu", "bandwidth": 0.2, "ste_to_input": True},
+        "l0": 0.01, "l0_penalty": "quadratic", "target_l0": 6,
+    },
+    "relu, annealed": {"activation": {"kind": "relu"}, "l1": 0.1, "p_end": 0.5},
     "tied": {"tied": True},
     "tied, l1": {"tied": True, "l1": 0.1},
     "tied jumprelu": {"tied": True, "activation": {"kind": "jumprelu", "threshold": 0.3}, "l0": 0.01},

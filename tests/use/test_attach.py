@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from acts_models import VOCABULARY, WIDTH, untrained
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import wsae
@@ -12,28 +13,15 @@ from wsae.core.errors import UserError
 from wsae.sae import BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
 from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
 
-VOCABULARY, WIDTH, LATENTS, EOS = 50, 16, 40, 2
+LATENTS, EOS = 40, 2
 HOOK = "layers.0"
 
 
-def config(kind, **more):
-    return kind(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        intermediate_size=32,
-        num_attention_heads=2,
-        initializer_range=0.5,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        **more,
-    )
+SPECIAL = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config(LlamaConfig)).eval().requires_grad_(False)
+    return untrained(LlamaForCausalLM, LlamaConfig, **SPECIAL)
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +229,7 @@ def test_several_saes_each_see_what_the_edits_before_them_made(model, sae, rows)
 
 
 def test_a_model_in_bfloat16_keeps_its_bits_and_its_edits(sae):
-    torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(config(GPTNeoXConfig)).eval().to(torch.bfloat16)
+    model = untrained(GPTNeoXForCausalLM, GPTNeoXConfig, **SPECIAL).to(torch.bfloat16)
     ids = some_ids()
     capture = Capture(model, [one_hook(model, HOOK)])
     plain, x = logits(model, ids), capture(ids)[HOOK].clone()

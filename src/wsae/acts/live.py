@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,11 +17,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from wsae.acts.config import HarvestConfig, LiveConfig
-from wsae.acts.flow import Flow, Step
+from wsae.acts.flow import Flow, Step, TokenBatch, stacked
 from wsae.acts.language import LanguageModel, language_for
 from wsae.acts.stream import Batch, HeldoutRows, State, check_batch_size, position, restored
 from wsae.acts.tally import SourceStats, Tally
-from wsae.acts.text import START, Packer, Position, fingerprint
+from wsae.acts.text import START, Packer, Position, TokenSequence, fingerprint
 from wsae.acts.tokens import TokenTable, decode_table
 from wsae.core.errors import UserError
 from wsae.core.files import digest
@@ -278,6 +279,66 @@ class LiveStream:
         return _Block(place, x, order[: have - have % self._batch_size].to(where), end)
 
 
+class SequenceStream:
+    """Batches of the source's training sequences, as many whole ones as `batch_size` tokens hold, for another pass.
+
+    They are shuffled in blocks of about `shuffle_tokens` tokens; each epoch's and block's order is one of its own.
+    """
+
+    def __init__(
+        self, source: LiveSource, batch_size: int, seed: int, state: State | None = None
+    ) -> None:
+        self.source, self._batch_size, self._seed = source, batch_size, seed
+        self._size = batch_size // source.cfg.seq_len
+        if not self._size:
+            raise UserError(
+                f"batch size {batch_size}: less than a sequence of {source.cfg.seq_len} tokens; raise --batch-size, "
+                "or lower --seq-len"
+            )
+        self._epoch, self._batch, self._number, self._start = 0, 0, 0, START
+        if state is not None:
+            self._epoch, self._batch = restored(state, batch_size, seed)
+            self._number, *start = _block_state(state, 4)
+            self._start = Position(*start)
+        self._block: list[TokenSequence] | None = None
+        self._end: Position | None = None
+        """Where the block after this one begins; none where the text has ended."""
+
+    def next(self) -> TokenBatch:
+        """Return the next batch."""
+        if self._block is None:
+            self._block = self._take()
+        while (self._batch + 1) * self._size > len(self._block):
+            if self._end is not None:
+                self._number, self._start = self._number + 1, self._end
+            elif self._start == START and len(self._block) < self._size:
+                raise UserError(
+                    f"batch size {self._batch_size}: the text has fewer training tokens; lower --batch-size"
+                )
+            else:
+                self._epoch, self._number, self._start = self._epoch + 1, 0, START
+            self._batch, self._block = 0, self._take()
+        first = self._batch * self._size
+        self._batch += 1
+        return stacked(self._block[first : first + self._size])
+
+    def state(self) -> State:
+        """Return the exact position as JSON."""
+        at = position(self._batch_size, self._seed, self._epoch, self._batch)
+        return {**at, "block": [self._number, *self._start]}
+
+    def _take(self) -> list[TokenSequence]:
+        """Return the block that begins here, in its order, and note where it ends."""
+        source = self.source
+        count = max(1, source.live.shuffle_tokens // source.cfg.seq_len // self._size) * self._size
+        packer = Packer(source.cfg, source.language.tokenizer, heldout=False)
+        found = list(islice(packer.sequences(self._start), count))
+        self._end = found[-1].after if len(found) == count else None
+        seed = seed_for(self._seed, "sequences", self._epoch, self._number)
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
+        return [found[place] for place in order.tolist()]
+
+
 def _limited(steps: Iterator[Step], rows: int) -> Iterator[Step]:
     """Yield steps until there are `rows` kept rows, the last one cut."""
     while rows > 0 and (step := next(steps, None)) is not None:
@@ -300,8 +361,10 @@ def _recut(parts: list[HeldoutRows], size: int) -> list[HeldoutRows]:
     ]
 
 
-def _block_state(state: State) -> list[int]:
+def _block_state(state: State, numbers: int = 6) -> list[int]:
     block = state.get("block")
-    if not (isinstance(block, list) and len(block) == 6 and all(isinstance(n, int) for n in block)):
+    if not (
+        isinstance(block, list) and len(block) == numbers and all(isinstance(n, int) for n in block)
+    ):
         raise UserError(f"data position is damaged: block {block!r}; start again")
     return block

@@ -25,7 +25,7 @@ from typing import (
 )
 
 import tyro
-from pydantic import Field, TypeAdapter, ValidationError, create_model
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from wsae.cli.ui import UI
@@ -165,12 +165,22 @@ Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavi
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
 
+OneOrSeveral = BeforeValidator(
+    lambda value: value if isinstance(value, list | tuple) else () if value is None else (value,)
+)
+"""What lets Python and flags files give one value where several may be given, and null for none."""
+
+
 def config_flags(
-    *kinds: type[Config], omit: Collection[str] = (), only: Collection[str] = (), prefix: str = ""
+    *kinds: type[Config],
+    omit: Collection[str] = (),
+    only: Collection[str] = (),
+    prefix: str = "",
+    several: Collection[str] = (),
 ) -> Any:
     """Return the base of a class of flags: one for every field of these configs (or `only` some), but not `omit`.
 
-    Nested configs have flags of their own.
+    Nested configs have flags of their own. A flag of `several` takes any number of values, none by default.
 
     Limits are left to the config, which `config_values` fills, so that a bad value has one message everywhere. Every
     config's `seed` is --seed and its `device` --device. (Any: a type checker sees no class made at run time.)
@@ -183,15 +193,21 @@ def config_flags(
             if left_out or not _is_plain(bare):
                 continue
             optional = type(None) in get_args(bare)
-            several = " ..." if get_origin(bare) is tuple else ""
+            more = " ..." if get_origin(bare) is tuple else ""
             inner = next((k for k in (bare, *get_args(bare)) if k in _METAVARS), None)
-            shown: dict[str, Any] = {"metavar": _METAVARS[inner] + several} if inner else {}
-            default = field.get_default(call_default_factory=True)
+            shown: dict[str, Any] = {"metavar": _METAVARS[inner] + more} if inner else {}
+            default, about = field.get_default(call_default_factory=True), field.description
+            if name in several:
+                says_so = optional or "efault" in (about or "")
+                about = f"{about} Several: an SAE for each."
+                about += "" if says_so else f" Default: {default:g}."
+                default, bare = (), Annotated[tuple[inner, ...], OneOrSeveral]
+                shown["metavar"] += " ..."
             if optional or default in ("", ()):
                 shown["help_behavior_hint"] = ""
             mark = Annotated[bare, tyro.conf.arg(**shown)]
             flag = FLAG_OF.get(name, prefix + name)
-            fields[flag] = (mark, Field(default, description=field.description))
+            fields[flag] = (mark, Field(default, description=about))
     return create_model("ConfigFlags", __base__=Config, __module__=__name__, **fields)
 
 
@@ -304,9 +320,12 @@ def _check_numbers(flags: Config) -> None:
 
 
 def check_known(kind: type[Config], words: list[str]) -> None:
-    """Raise UserError for the first flag that does not exist, with the nearest that do."""
+    """Raise UserError for the first flag that does not exist, with the nearest that do, or has no value of several."""
     known = set(flag_names(kind))
-    for word in words:
+    several = {f"--{flag_name(path[-1])}" for path, f in leaves(kind) if OneOrSeveral in f.metadata}
+    for word, after in itertools.pairwise([*words, "--"]):
+        if word.replace("_", "-") in several and after.startswith("--"):
+            raise UserError(f"no value for '{word}'")
         if word.startswith("--") and word != "--":
             flag = word.split("=", 1)[0].replace("_", "-")
             if flag not in known:

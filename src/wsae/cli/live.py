@@ -1,5 +1,6 @@
 """Flags that name a model's text and hook points, and the source of activations they lead to."""
 
+import itertools
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -14,6 +15,7 @@ from wsae.cli.flags import (
     MaybeName,
     MaybeNumber,
     MaybePlace,
+    OneOrSeveral,
     Switch,
     config_flags,
     config_values,
@@ -26,12 +28,11 @@ from wsae.run import Run
 from wsae.sae.config import (
     KINDS,
     GammaConfig,
-    JumpReLU,
     Kind,
-    Matryoshka,
     PreconditionConfig,
     Provenance,
     Rule,
+    SAEConfig,
     SingleConfig,
 )
 from wsae.train.config import MemberConfig, TrainConfig, family
@@ -51,35 +52,60 @@ TOKENS = 250_000
 """Training tokens where neither --tokens nor the data say how many."""
 
 
+MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0", "target_l0")
+"""Settings of a member whose flags take several values."""
+OF_KINDS: dict[str, tuple[Kind, ...]] = dict.fromkeys(
+    ("l0", "target_l0", "l0_penalty", "pre_act"), ("jumprelu",)
+)
+"""Settings of a member that only some kinds have."""
+OF_ACTIVATION = {
+    name: field.default
+    for made in KINDS.values()
+    for name, field in made.model_fields.items()
+    if name != "kind"
+}
+"""Settings of the activations, of all kinds together, with their defaults."""
+SWEPT = (
+    *MEMBER_GRID,
+    *(name for name, value in OF_ACTIVATION.items() if type(value) in (int, float)),
+)
+"""Settings whose flags take several values."""
+
+
 class PlanFlags(
     config_flags(
         MemberConfig,
         GammaConfig,
-        JumpReLU,
-        Matryoshka,
+        *KINDS.values(),
         PreconditionConfig,
         TrainConfig,
-        omit=("label", "rule", "kind", "k", "vector", "tokens", "alpha", "power", "members")
-        + ("hook_out",),
+        omit=("label", "rule", "kind", "vector", "tokens", "alpha", "power", "members")
+        + ("init_from", "hook_out"),
+        several=SWEPT,
     )
 ):
-    """The SAEs: their shape, their loss weights and their training."""
+    """The SAEs: their shape, their loss weights and their training. Flags with several values make a grid of SAEs."""
 
-    k: MaybeCount = None
-    """Active latents per sample of the Top-k kinds; default: 32."""
-    activation: Kind = "topk"
-    """Which latents may be active."""
-    gamma: Annotated[Rule | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """What the loss weights follow; "vector" reads --gamma-file. Default: none, the plain SAE, or with --alpha or
-    --robust variance, the paper's."""
-    alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="A ...", help_behavior_hint="")] = ()
+    k: Annotated[
+        tuple[int, ...], OneOrSeveral, tyro.conf.arg(metavar="N ...", help_behavior_hint="")
+    ] = ()
+    """Active latents per sample of the Top-k kinds. Several: an SAE for each. Default: 32."""
+    activation: Annotated[tuple[Kind, ...], OneOrSeveral, tyro.conf.arg(help_behavior_hint="")] = ()
+    """Which latents may be active. Several: SAEs of each kind, with those of the other flags that it has. Default:
+    topk."""
+    gamma: Annotated[tuple[Rule, ...], OneOrSeveral, tyro.conf.arg(help_behavior_hint="")] = ()
+    """What the loss weights follow; "vector" reads --gamma-file. Several: an SAE for each. Default: none, the plain
+    SAE, or with --alpha or --robust variance, the paper's."""
+    alpha: Annotated[
+        tuple[float, ...], OneOrSeveral, tyro.conf.arg(metavar="A ...", help_behavior_hint="")
+    ] = ()
     """Exponents of the weights; each gives one SAE on the same batches. Default: 1."""
     gamma_file: MaybePlace = None
     """A .npy vector of width d_in for --gamma vector."""
     precondition: Literal["none", "standardise", "whiten"] = "none"
     """The map of the activations in which the SAEs are trained, folded into them when they are saved: standardise
     divides each dimension by its standard deviation, whiten uses the whole covariance."""
-    power: Annotated[tuple[float, ...], tyro.conf.arg(metavar="P ...")] = (1.0,)
+    power: Annotated[tuple[float, ...], OneOrSeveral, tyro.conf.arg(metavar="P ...")] = (1.0,)
     """How far --precondition goes, from 0 (not at all) to 1 (variances all 1); each gives one SAE per alpha."""
     skip: Switch = False
     """With --hook-out: add a linear map of the input to each transcoder."""
@@ -90,12 +116,22 @@ class PlanFlags(
     members: Annotated[tuple[MemberConfig, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
     """In a file alone: the SAEs one by one, in place of the flags that make them; empty means that the flags do."""
 
-    def config(self, rows: int | None, seed: int) -> TrainConfig:
-        """Return the run these flags describe over `rows` rows of data; raises UserError in one line."""
+    def config(self, rows: int | None, seed: int, like: SAEConfig | None = None) -> TrainConfig:
+        """Return the run these flags describe over `rows` rows of data; raises UserError in one line.
+
+        What is not given of the SAEs' shape is that of `like`, where there is one.
+        """
         if self.members:
             ours = "the SAEs of --config are taken as they are; leave the flag out, or give all by flags"
             refuse(self, ours, TrainConfig.model_fields)
-        made = [self._member(g, p) for g in self._gammas() for p in self._preconditioners()]
+        shaped = self if like is None else self._shaped(like)
+        alike = config_values(shaped, MemberConfig) | {"skip": shaped.skip or None}
+        made = [
+            MemberConfig.parse(alike | shape | {"gamma": g, "precondition": p}, where=FLAGS)
+            for shape in shaped._shapes()
+            for g in self._gammas()
+            for p in self._preconditioners()
+        ]
         members = self.members or family(made, self.twin)
         tokens = self.tokens if self.tokens is not None else (rows or TOKENS)
         own = {"members": members, "tokens": tokens, "seed": seed}
@@ -103,16 +139,20 @@ class PlanFlags(
 
     def _gammas(self) -> list[dict[str, object]]:
         weighted = self.alpha or self.robust != "none" or self.gamma_file is not None
-        rule = self.gamma or ("variance" if weighted else "none")
+        rules: tuple[Rule, ...] = self.gamma or ("variance" if weighted else "none",)
+        if rules == ("none",) and self.robust != "none":
+            raise UserError(
+                f"--robust {self.robust}: the plain loss has no proxy to tame; for the plain loss without outlier "
+                "dimensions use --gamma variance --alpha 0 --robust drop"
+            )
+        return [gamma for rule in rules for gamma in self._of_rule(rule)]
+
+    def _of_rule(self, rule: Rule) -> list[dict[str, object]]:
+        """Return a rule with each exponent."""
         if rule == "none":
-            if self.robust != "none":
-                raise UserError(
-                    f"--robust {self.robust}: the plain loss has no proxy to tame; for the plain loss without outlier "
-                    "dimensions use --gamma variance --alpha 0 --robust drop"
-                )
             return [{}]
         vector = None
-        if self.gamma_file is not None:
+        if self.gamma_file is not None and (rule == "vector" or "vector" not in self.gamma):
             needed = "one number per input dimension"
             vector = read_vector("--gamma-file", self.gamma_file, "fiu", needed).tolist()
         base = config_values(self, GammaConfig) | {"rule": rule, "vector": vector}
@@ -124,43 +164,72 @@ class PlanFlags(
             for name in ("power", "shrinkage"):
                 value = getattr(self, name)
                 if value != type(self).model_fields[name].default:
-                    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                     raise UserError(
-                        f"--{name} {shown}: is of a preconditioner; add --precondition whiten or standardise"
+                        f"--{name} {_shown(value)}: is of a preconditioner; add --precondition whiten or standardise"
                     )
             return [None]
         if not self.power:
             raise UserError("--power: give at least one number")
         return [{**base, "kind": self.precondition, "power": power} for power in self.power]
 
-    def _member(
-        self, gamma: dict[str, object], precondition: dict[str, object] | None
-    ) -> MemberConfig:
-        own = {
-            "gamma": gamma,
-            "precondition": precondition,
-            "activation": self._activation(),
-            "skip": self.skip or None,
+    def _shaped(self, like: SAEConfig) -> "PlanFlags":
+        """Return the flags with the shape of an SAE where they do not say another."""
+        kind, tied = like.activation.kind, self.tied or like.tied
+        own = like.activation.to_dict() if self.activation in ((), (kind,)) else {}
+        known = {**own, "activation": (kind,)}
+        known |= {} if self.expansion else {"d_sae": like.d_sae}
+        left = {
+            name: (value,) if name in SWEPT else value
+            for name, value in known.items()
+            if name != "kind" and getattr(self, name) == type(self).model_fields[name].default
         }
-        return MemberConfig.parse(config_values(self, MemberConfig) | own, where=FLAGS)
+        return self.model_copy(update={**left, "tied": tied, "skip": bool(self.skip or like.skip)})
 
-    def _activation(self) -> dict[str, object]:
-        """Return the kind and what its own flags say; raises UserError for a flag of another kind."""
-        made = KINDS[self.activation]
-        for kind in (JumpReLU, Matryoshka):
-            for name, value in config_values(self, kind).items():
-                if name not in made.model_fields and value != kind.model_fields[name].default:
-                    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                    raise UserError(
-                        f"--{name} {shown}: {self.activation} has no {name}; leave it out, or use "
-                        f"--activation {kind.model_fields['kind'].default}"
-                    )
-        if self.k is not None and "k" not in made.model_fields:
-            raise UserError(
-                f"--k {self.k}: {self.activation} has no k; leave it out, or use --activation topk"
-            )
-        own = config_values(self, made) | {"kind": self.activation}
-        return {name: value for name, value in own.items() if value is not None}
+    def _shapes(self) -> list[dict[str, object]]:
+        """Return what each SAE without weights is: every kind, with every combination of what is asked of it."""
+        kinds: tuple[Kind, ...] = self.activation or ("topk",)
+        for name in (*OF_ACTIVATION, *OF_KINDS):
+            able = [kind for kind in KINDS if _has(kind, name)]
+            asked = getattr(self, name)
+            if asked != type(self).model_fields[name].default and not {*kinds} & {*able}:
+                none = f"{' and '.join(kinds)} {'has' if len(kinds) == 1 else 'have'} no {name}"
+                raise UserError(
+                    f"--{flag_name(name)} {_shown(asked)}: {none}; leave it out, or use --activation {able[0]}"
+                )
+        return [shape for kind in kinds for shape in self._of_kind(kind)]
+
+    def _of_kind(self, kind: Kind) -> list[dict[str, object]]:
+        activations = self._grid([name for name in OF_ACTIVATION if _has(kind, name)])
+        settings = self._grid([name for name in MEMBER_GRID if _has(kind, name)])
+        others = [name for name in OF_KINDS if not _has(kind, name)]
+        return [
+            {name: MemberConfig.model_fields[name].default for name in {*MEMBER_GRID, *others}}
+            | {"activation": {"kind": kind, **activation}, **own}
+            for activation in activations
+            for own in settings
+        ]
+
+    def _grid(self, names: Collection[str]) -> list[dict[str, object]]:
+        """Return every combination of the values given for these fields; one not given is not in it."""
+        asked: dict[str, tuple[object, ...]] = {}
+        for name in names:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                asked[name] = value if name in SWEPT else (value,)
+        return [
+            dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())
+        ]
+
+
+def _has(kind: str, name: str) -> bool:
+    """Return whether a kind of SAE has a setting."""
+    mine = name in KINDS[kind].model_fields
+    return kind in OF_KINDS[name] if name in OF_KINDS else mine or name in MEMBER_GRID
+
+
+def _shown(value: object) -> str:
+    """Return a flag's value or values as they were given."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":

@@ -75,6 +75,7 @@ COMMANDS = (
         "a family of SAEs from a store, arrays (.npy, .npz, .safetensors, .pt) or a live model",
         (
             "wsae train acts --out runs/first --expansion 8 --k 32 --gamma variance --alpha 1 0.5",
+            "wsae train acts --out runs/grid --activation topk batch_topk --k 16 32 64",
             "wsae train gpt2 --text notes.txt --hook h.6 --out runs/live --gamma variance",
             "wsae train acts --out runs/first --resume",
         ),

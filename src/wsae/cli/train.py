@@ -2,10 +2,11 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from wsae.acts.hooknames import among
 from wsae.cli.flags import (
     Common,
     CommonFlags,
@@ -19,21 +20,23 @@ from wsae.cli.flags import (
 from wsae.cli.live import LiveFlags, MixingFlags, PlanFlags, labelled, open_data, open_sides
 from wsae.cli.runner import device, how_to_go_on, together
 from wsae.cli.ui import UI
-from wsae.core.artifact import CONFIG, METRICS_FILE
+from wsae.core.artifact import CONFIG, MEMBERS, METRICS_FILE
 from wsae.core.config import FLAG_OF, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.progress import quiet
+from wsae.run import Run
 from wsae.train.config import TrainConfig
 from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.config import launched
 
 if TYPE_CHECKING:
     from wsae.acts.source import ActivationSource
+    from wsae.train.family import Start
 
 ABOUT = """\
 Train SAEs on activations: the plain one, and with --alpha, --gamma or --precondition others beside it as its twins, all
-on the same batches."""
+on the same batches. Flags of the SAEs' shape take several values, which make a grid: --k 16 32 --lr 1e-3 3e-3."""
 
 SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac")
 
@@ -47,6 +50,9 @@ class Flags(Config):
     """Directory of the run."""
     resume: Switch = False
     """Continue an interrupted run in --out; its own config is used where no flag says otherwise."""
+    init_from: MaybeName = None
+    """An SAE to go on with (fine-tuning), in place of new ones: a run or its member's folder, one SAE's folder,
+    hub:owner/name, RELEASE:ID or whatever wsae import reads. Its kind and width are kept, its k unless --k is given."""
     labels: MaybePlace = None
     """A .npy array of one class per row of an array, for --gamma consistency."""
     hook_out: Annotated[
@@ -94,6 +100,7 @@ class Flags(Config):
             {name: value for name, value in flags.items() if name in known}
             | {name: value for name, value in cfg if name in PlanFlags.model_fields}
             | {"members": cfg.to_dict()["members"], "seed": cfg.seed}
+            | ({"init_from": source["init_from"]} if "init_from" in source else {})
             | ({} if cfg.hook_out is None else {"hook_out": tuple(cfg.hook_out.values())})
             | ({} if place is None else {"source": place})
         )
@@ -101,16 +108,19 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Train and return the run's path and each member's last metrics."""
-    config(flags, None)  # bad flags are refused before anything is loaded
+    if flags.init_from is None:
+        config(flags, None)  # bad flags are refused before anything is loaded
     loggers = flags.loggers.made()
     if launched():
         from wsae.train.parallel.run import train_parallel
 
         with together(flags.common, flags.out, ui, flags.mesh) as world:
-            cfg, source = _opened(flags, world.device)
+            cfg, source, start = _opened(flags, world.device)
+            if world.first:
+                _tell_cost(cfg, source, world.device, ui)
             progress = ui.progress if world.first else quiet
             with mirrored(loggers, ui, world.first):
-                train_parallel(cfg, source, flags.out, world, progress, flags.resume)
+                train_parallel(cfg, source, flags.out, world, progress, flags.resume, start)
     elif flags.mesh is not None:
         raise UserError(
             f"--mesh {flags.mesh}: is for several processes; start them with "
@@ -120,29 +130,88 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         from wsae.train.run import train_run
 
         where = device(flags.common.device)
-        cfg, source = _opened(flags, where)
+        cfg, source, start = _opened(flags, where)
+        _tell_cost(cfg, source, where, ui)
         with mirrored(loggers, ui):
-            train_run(cfg, source, flags.out, ui.progress, flags.resume, where)
+            train_run(cfg, source, flags.out, ui.progress, flags.resume, where, start)
     return {"run": str(flags.out), "members": last_metrics(flags.out), "notes": _notes(cfg, source)}
 
 
-def _opened(flags: Flags, where: str) -> "tuple[TrainConfig, ActivationSource]":
-    """Return the run's config and its data."""
+class _Opened(NamedTuple):
+    """A run's config, its data, and what it starts from."""
+
+    cfg: TrainConfig
+    source: "ActivationSource"
+    start: "Start | None"
+
+
+def _opened(flags: Flags, where: str) -> _Opened:
+    """Return what there is before training; raises UserError for shapes that cannot be."""
     plan, seed = flags.plan, flags.common.seed
     rest = {"dtype": plan.dtype, **({} if plan.tokens is None else {"tokens": plan.tokens})}
+    hook_out: dict[str, str] | None = None
     if flags.hook_out:
         about = (flags.hook_out, flags.live, flags.mixing, seed, where)
         source, hook_out = open_sides(flags.source, *about, **rest)
-        cfg = config(flags, source.n_rows).model_copy(update={"hook_out": hook_out})
     else:
         source = open_data(flags.source, flags.live, flags.mixing, seed, where, **rest)
         source = labelled(source, flags.labels)
-        cfg = config(flags, source.n_rows)
-    for member in cfg.members:  # shapes that cannot be are refused before anything is written
+    start = _start(flags, [*(hook_out or source.hooks)])
+    cfg = config(flags, source.n_rows, start)
+    cfg = cfg if hook_out is None else cfg.model_copy(update={"hook_out": hook_out})
+    for member in cfg.members:  # before anything is written
         for hook in cfg.read(source.hooks):
             out = cfg.given(hook)
             member.sae_config(source.hooks[hook], None if out is None else source.hooks[out])
-    return cfg, source
+    return _Opened(cfg, source, start)
+
+
+def _start(flags: Flags, hooks: list[str]) -> "Start | None":
+    """Return the SAE of each hook that --init-from names, or that the run to resume started from."""
+    address = flags.init_from
+    if address is None and flags.resume and (flags.out / CONFIG).exists():
+        address = Run(flags.out).source.get("init_from")
+    if address is None:
+        return None
+    from wsae.interop.runs import open_run
+    from wsae.sae.model import SAE
+    from wsae.train.family import Start
+
+    found, saes = open_run(address), {}
+    for hook in hooks:
+        if found.single and len(hooks) > 1:
+            raise UserError(
+                f"--init-from {address}: is one SAE, and there are {len(hooks)} hooks; name one with --hook"
+            )
+        there = next(iter(found.members)) if found.single else among(hook, found.members)
+        if there is None:
+            raise UserError(
+                f"--init-from {address}: has no SAE of {hook}; it has those of {', '.join(found.members)}"
+            )
+        names = found.members[there]
+        if len(names) > 1:
+            few = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            raise UserError(
+                f"--init-from {address}: {len(names)} SAEs at {there} ({few}); give one: "
+                f"{Path(address) / MEMBERS / there / names[0]}"
+            )
+        saes[hook] = SAE.load(found.place(there, names[0]))
+    local = Path(address)
+    return Start(saes, str(local.resolve()) if local.exists() else address)
+
+
+_MANY = 3
+"""SAEs from which on a run is told of before it begins."""
+_PROBE_S = 2.0
+"""Seconds of steps behind what is said of its time."""
+
+
+def _tell_cost(cfg: TrainConfig, source: "ActivationSource", where: str, ui: UI) -> None:
+    """Say what a grid of SAEs will need, before anything is trained."""
+    if len(cfg.members) >= _MANY and cfg.hook_out is None:
+        from wsae.doctor.cost import told
+
+        ui.note(told(cfg, source, where, _PROBE_S))
 
 
 def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:
@@ -163,14 +232,15 @@ def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:
     return notes
 
 
-def config(flags: Flags, rows: int | None) -> TrainConfig:
+def config(flags: Flags, rows: int | None, start: "Start | None" = None) -> TrainConfig:
     """Return the config that the flags describe, or that of the run to resume where no flag speaks of it."""
     stored = flags.out / CONFIG
     if flags.resume and flags.plan == PlanFlags() and stored.exists():
         data = read_json(stored)
         if isinstance(data, dict) and isinstance(data.get("train"), dict):
             return TrainConfig.parse(data["train"], where=str(stored))
-    return flags.plan.config(rows, flags.common.seed)
+    like = None if start is None else next(iter(start.saes.values())).cfg
+    return flags.plan.config(rows, flags.common.seed, like)
 
 
 def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float | int]]]:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.config import HarvestConfig
+from wsae.acts.stream import ActivationSource
 from wsae.core.memory import duration, proc, size
 from wsae.doctor.probe import Check, room, warned
 from wsae.kernels.native import why_not
@@ -189,6 +190,31 @@ def memory(
         rows=0,
         step=fixed + int(max(*largest, ending)),
     )
+
+
+def planned(run: TrainConfig, saes: Sequence[SAEConfig], device: str) -> Memory:
+    """Return the memory of training all SAEs of a run, those of every hook."""
+    kernels = [kernels_of(run.kernels, device, sae) for sae in saes]
+    together = min(torch.get_num_threads(), len(run.members))
+    return memory(saes, kernels, run.batch_size, run.dtype == "bfloat16", together)
+
+
+def told(run: TrainConfig, source: ActivationSource, device: str, budget_s: float) -> str:
+    """Return in a line how many SAEs a run trains, and its memory and time on this machine.
+
+    The time is that of a few steps (`seconds_per_step`); of a live model, whose rows cost more, none is told.
+    """
+    saes = [member.sae_config(width) for width in source.hooks.values() for member in run.members]
+    held = held_memory(device)
+    need = planned(run, saes, device)._replace(held=int(held))
+    room = size(free_memory(device) + held)
+    line = f"{len(saes)} SAEs on the same batches: {size(need.total)} of {room} free memory"
+    if source.n_rows is None:
+        return line
+    rows = source.stream(min(run.batch_size, source.n_rows), run.seed).next()
+    budget = budget_s / len(rows)
+    step = sum(seconds_per_step(x, run, device, budget) for x in rows.values())
+    return f"{line}, about {duration(step * run.steps)} of training"
 
 
 def _step(cfg: SAEConfig, kernels: str, batch_size: int, bf16: bool) -> float:

@@ -67,14 +67,7 @@ def check_costs(
     held = cost.held_memory(cfg.device)
     # a live model's first block exists twice: as the rows behind the statistics, and in the block
     mixing = 2 * 4 * live.mixed_rows * sum(widths) if live else 0
-    need = cost.memory(
-        saes,
-        [cost.kernels_of(cfg.train.kernels, cfg.device, sae) for sae in saes],
-        cfg.train.batch_size,
-        bf16=cfg.train.dtype == "bfloat16",
-        together=min(torch.get_num_threads(), len(cfg.train.members)),
-    )
-    need = need._replace(held=int(held), rows=mixing)
+    need = cost.planned(cfg.train, saes, cfg.device)._replace(held=int(held), rows=mixing)
     checks = [cost.check_memory(need, cost.free_memory(cfg.device) + held)]
     finite = all(bool(torch.isfinite(x).all()) for x in sample.values())
     if checks[0].status == "fail" or not finite:

@@ -3,7 +3,8 @@
 Arrays in, numbers out: nothing here reads a model. Differences are a - b on the same held-out data.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from wsae.evals.intervals import (
     unpaired_difference,
 )
 from wsae.run import ARRAYS, EVALUATION_PART, SINGLE, Json, Run
+from wsae.sae.config import SAEConfig
+from wsae.train.config import MemberConfig, told_apart
 
 Arrays = dict[str, np.ndarray]
 """One member's arrays by name (`arrays.safetensors` without the hook and member prefix)."""
@@ -157,13 +160,60 @@ def across_runs(b: ComparedMember, a: ComparedMember) -> ComparedMember:
     return b._replace(arrays=arrays)
 
 
+# Which members of a sweep nobody else beats: fit against sparsity.
+
+FRONTS = {"fvu": 1, "ce_loss_recovered_zero": -1}
+"""What stands against L0 -> 1 where lower values are better, -1 where higher ones are."""
+
+
+def fronts(members: Mapping[str, Json]) -> dict[str, list[Json]]:
+    """Return metric -> the evaluated members by L0: member, group, label, l0, value, low, high, front.
+
+    `front`: no other member has an L0 as low and a value as good, and one of the two better (Pareto). `group` is the
+    kind and its weights, `label` what tells members of a group apart. {} where members differ in their weights alone:
+    a family is compared by differences. Raises UserError for configurations that are none.
+    """
+    made = {name: _swept(entry["config"]) for name, entry in members.items() if "config" in entry}
+    if len({str(member.shape) for member in made.values()}) < 2:
+        return {}
+    labels = dict(zip(made, told_apart([*made.values()]), strict=True))
+    out: dict[str, list[Json]] = {}
+    for metric, sign in FRONTS.items():
+        points = []
+        for name, member in made.items():
+            l0, found = (members[name]["metrics"].get(key) or {} for key in ("l0", metric))
+            both = (l0.get("value"), found.get("value"))
+            if all(value is not None and math.isfinite(value) for value in both):
+                kind = member.activation.kind
+                parts = [part.removeprefix(kind.replace("_", "-")) for part in labels[name]]
+                weights = "" if member.plain else f", {member.weights}"
+                about = {"member": name, "group": f"{kind}{weights}"}
+                about["label"] = " ".join(part.removeprefix("-") for part in parts if part)
+                points.append(about | {"l0": l0["value"], **found})
+        at = [(point["l0"], sign * point["value"]) for point in points]
+        for point, (x, y) in zip(points, at, strict=True):
+            point["front"] = not any(a <= x and b <= y and (a, b) != (x, y) for a, b in at)
+        if points:
+            out[metric] = sorted(points, key=lambda point: point["l0"])
+    return out
+
+
+def _swept(config: Json) -> MemberConfig:
+    """Return how a member was trained; of one SAE alone, what is known of it."""
+    if "sae" not in config:
+        return MemberConfig.parse(config, where="config of a member")
+    shape = SAEConfig.parse(config["sae"], where="config of an SAE")
+    return MemberConfig(d_sae=shape.d_sae, activation=shape.activation, tied=shape.tied)
+
+
 class Evaluated(NamedTuple):
-    """A run's evaluation, read back: its label and, per hook, the data's digest, members' arrays, matchings."""
+    """A run's evaluation, read back: its label and, per hook, data's digest, members' arrays, matchings, records."""
 
     label: str
     data: dict[str, str]
     arrays: dict[str, dict[str, Arrays]]
     matching: dict[str, dict[str, Json]]
+    members: dict[str, dict[str, Json]]
 
     def side(self, hook: str, member: str, prefix: bool = True) -> ComparedMember:
         """Return a member, labelled with its run or without."""
@@ -172,7 +222,9 @@ class Evaluated(NamedTuple):
 
 
 def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: B008  (frozen)
-    """Return {"runs", "hooks": {hook: [comparison, ...]}, "matching", "probing", "glossary"}, intervals from `cfg`.
+    """Return {"runs", "hooks": {hook: [comparison, ...]}, "matching", "fronts", "probing", "glossary"}.
+
+    Intervals are those of `cfg`; `fronts` are those of all runs' members together (see `fronts`).
 
     One run: each weighted member against its plain twin. Several: also each run's members against those of the same
     name in the first run, and one SAE alone against all of a run's. Raises UserError when a run has no evaluation, two
@@ -194,6 +246,11 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
                 a, b = (one.side(hook, name, several) for name in (member, match["with"]))
                 lines += compare_members(a, b, cfg)
                 named[f"{label}{member}"] = match | {"with": f"{label}{match['with']}"}
+    swept: dict[str, dict[str, Json]] = {}
+    for one in read:
+        for hook, found in one.members.items():
+            there = swept.setdefault(among(hook, swept) or hook, {})
+            there |= {f"{one.label}:{m}" if several else m: entry for m, entry in found.items()}
     for other in read[1:]:
         for hook, lines in _between(other, read[0], cfg).items():
             hooks.setdefault(hook, []).extend(lines)
@@ -201,6 +258,7 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
         "runs": [str(path) for path in runs],
         "hooks": hooks,
         "matching": matching,
+        "fronts": {hook: found for hook, all_ in swept.items() if (found := fronts(all_))},
         "probing": probed({one.label: path for one, path in zip(read, runs, strict=True)}, cfg),
         "glossary": glossary(METRICS, MATCHING),
     }
@@ -305,7 +363,8 @@ def read_evaluation(run: Path) -> Evaluated:
             hook: {member: _summary(found) for member, found in entry["matching"].items()}
             for hook, entry in hooks.items()
         }
-    return Evaluated(run.resolve().name, data, arrays, matching)
+        members = {hook: entry["members"] for hook, entry in hooks.items()}
+    return Evaluated(run.resolve().name, data, arrays, matching, members)
 
 
 def _summary(found: Json) -> Json:

@@ -43,7 +43,7 @@ from wsae.evals.latents import density_histogram
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
 from wsae.run import SINGLE, Run
 from wsae.sae import SAE
-from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.config import TrainConfig
 
 Show = Callable[[Context], Json]
 
@@ -341,14 +341,10 @@ def find_twins(train: TrainConfig) -> dict[str, str]:
 
     Where there is none, the first plain member; a family without one has no twins.
     """
-
-    def rest(member: MemberConfig) -> MemberConfig:
-        return member.model_copy(update={"gamma": None, "precondition": None, "label": None})
-
     named = list(zip(train.names(), train.members, strict=True))
     plain = [(name, member) for name, member in named if member.plain]
     return {
-        name: next((p for p, m in plain if rest(m) == rest(member)), plain[0][0])
+        name: next((p for p, m in plain if m.shape == member.shape), plain[0][0])
         for name, member in named
         if plain and not member.plain
     }

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from wsae.report.rundata import DensityForm, RunData, finite, is_control
-from wsae.report.words import number
+from wsae.report.rundata import COLOURS, DensityForm, RunData, finite, is_control
+from wsae.report.words import metric_name, number
 from wsae.run import Json
 
 WIDTH, HEIGHT = 440, 280
@@ -223,6 +223,8 @@ class Figure:
     help: str
     svg: Markup
     log: Markup | None = None
+    keys: Sequence[tuple[str, str]] = ()
+    """Colour class and name of each group of points."""
 
 
 def thinned(count: int, limit: int = MAX_POINTS) -> np.ndarray:
@@ -270,6 +272,29 @@ def gamma_figures(run: RunData, hook: str) -> list[Figure]:
     return [Figure("Which dimensions gained weight", text, chart.svg())]
 
 
+def front_figures(run: RunData, hook: str) -> list[Figure]:
+    """Draw each metric of a grid's members against L0, and a line through those that no other beats."""
+    return [
+        _front(metric_name(metric), points) for metric, points in run.fronts.get(hook, {}).items()
+    ]
+
+
+def _front(name: str, points: list[Json]) -> Figure:
+    groups = list(dict.fromkeys(str(point["group"]) for point in points))
+    x = scale("L0: active latents per row (log)", [p["l0"] for p in points], log=True)
+    chart = Chart(name, x, scale(name, [p["value"] for p in points]), 560, 340)
+    best = [point for point in points if point["front"]]
+    chart.line([p["l0"] for p in best], [p["value"] for p in best], "front", "front")
+    for point in points:
+        kind = f"s{groups.index(point['group']) % COLOURS}"
+        tip = f"{point['member']}: L0 {number(point['l0'])}, {name} {number(point['value'])}"
+        chart.spot(point["l0"], point["value"], kind, tip, str(point["label"]))
+    keys = [(f"s{place % COLOURS}", group) for place, group in enumerate(groups)]
+    named = ", ".join(str(point["member"]) for point in best)
+    text = f"On the line, no other SAE is as sparse and fits better: {named}."
+    return Figure(name, text, chart.svg(), keys=keys)
+
+
 CURVES = {
     "fvu": (
         "Plain FVU",
@@ -295,8 +320,8 @@ def training_figures(run: RunData, hook: str) -> list[Figure]:
         if any(finite(row.get(key)) is not None for member in rows.values() for row in member):
             series = {m: _series(rows[m], key) for m in run.members(hook) if m in rows}
             label = unit.format(unit=run.unit)
-            charts = (_curves(run, hook, label, series, log) for log in (False, True))
-            out.append(Figure(title, text, *charts))
+            linear, logged = (_curves(run, hook, label, series, log) for log in (False, True))
+            out.append(Figure(title, text, linear, logged))
     return out
 
 

@@ -12,9 +12,11 @@ from jaxtyping import Float
 from pydantic import Field, field_validator
 
 from wsae.core.errors import UserError, understood
+from wsae.evals.compare import fronts
 from wsae.run import (
     CLASSES_PART,
     CONTEXTS_FILE,
+    EVALUATION,
     EVALUATION_PART,
     INTERPRETATION_PART,
     METRICS_FILE,
@@ -51,6 +53,12 @@ class RunData:
             run.has(part) for part in (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
         )
         self.evaluation: Json = run.evaluation_record if evaluated else {}
+        with understood(run.path / EVALUATION_PART / EVALUATION):
+            self.fronts = {
+                hook: fronts(entry.get("members", {}))
+                for hook, entry in self.evaluation.get("hooks", {}).items()
+            }
+            """hook -> metric -> the members of a grid against L0 (`wsae.evals.compare.fronts`)."""
         self.arrays = run.numbers(EVALUATION_PART) if evaluated else {}
         self.interpretation: Json = run.interpretation_record if interpreted else {}
         self.classes: Json = _as_interpretation(run.class_record) if labelled else {}

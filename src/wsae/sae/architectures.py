@@ -178,17 +178,22 @@ def architecture_of(cfg: ActivationConfig) -> Architecture:
 #
 # JumpReLU(z) = z H(z - theta), d/dtheta = -(theta / width) rect((z - theta) / width)
 # step(z) = H(z - theta),       d/dtheta = -(1 / width) rect((z - theta) / width)
-# with rect(u) = 1 for |u| < 1/2, which integrates to 1, so the width scales no gradient on average.
+# with rect(u) = 1 for |u| < 1/2, which integrates to 1, so the width scales no gradient on average. Both depend on the
+# threshold as on -z, so with `ste_to_input` z has the same gradients with the other sign, besides JumpReLU's own.
 
 
-def jumprelu(pre: Values, threshold: Float[Tensor, "..."], bandwidth: float) -> Values:
+def jumprelu(
+    pre: Values, threshold: Float[Tensor, "..."], bandwidth: float, ste_to_input: bool = False
+) -> Values:
     """Return pre where it exceeds the threshold, else 0."""
-    return _JumpReLU.apply(pre, threshold, bandwidth)
+    return _JumpReLU.apply(pre, threshold, bandwidth, ste_to_input)
 
 
-def step(pre: Values, threshold: Float[Tensor, "..."], bandwidth: float) -> Values:
+def step(
+    pre: Values, threshold: Float[Tensor, "..."], bandwidth: float, ste_to_input: bool = False
+) -> Values:
     """Return 1 where pre exceeds the threshold, else 0 (their sum is L0)."""
-    return _Step.apply(pre, threshold, bandwidth)
+    return _Step.apply(pre, threshold, bandwidth, ste_to_input)
 
 
 def _rectangle(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -197,32 +202,33 @@ def _rectangle(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 class _JumpReLU(Function):
     @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
+    def forward(ctx, pre, threshold, bandwidth, ste_to_input):
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.ste_to_input = bandwidth, ste_to_input
         return pre * (pre > threshold)
 
     @staticmethod
     def backward(ctx, *grads):
         pre, threshold = ctx.saved_tensors
-        summands = grads[0] * _rectangle(pre, threshold, ctx.bandwidth)
-        grad_threshold = -summands.sum_to_size(threshold.shape) * threshold
-        return grads[0] * (pre > threshold), grad_threshold, None
+        near = grads[0] * _rectangle(pre, threshold, ctx.bandwidth)
+        through = grads[0] * (pre > threshold)
+        through = through + near * threshold if ctx.ste_to_input else through
+        return through, -near.sum_to_size(threshold.shape) * threshold, None, None
 
 
 class _Step(Function):
     @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
+    def forward(ctx, pre, threshold, bandwidth, ste_to_input):
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.ste_to_input = bandwidth, ste_to_input
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
     def backward(ctx, *grads):
         pre, threshold = ctx.saved_tensors
-        summands = grads[0] * _rectangle(pre, threshold, ctx.bandwidth)
-        grad_threshold = -summands.sum_to_size(threshold.shape)
-        return torch.zeros_like(pre), grad_threshold, None
+        near = grads[0] * _rectangle(pre, threshold, ctx.bandwidth)
+        through = near if ctx.ste_to_input else torch.zeros_like(pre)
+        return through, -near.sum_to_size(threshold.shape), None, None
 
 
 # The kinds that come with wsae.
@@ -315,8 +321,12 @@ JUMPRELU = register(
         # the thresholds' gradient reaches half the width below them
         lambda cfg, own: Above(own["threshold"] - cfg.bandwidth / 2),
         encode=_over_threshold,
-        values=lambda pre, own, cfg: jumprelu(pre, own["threshold"], cfg.bandwidth),
+        values=lambda pre, own, cfg: jumprelu(
+            pre, own["threshold"], cfg.bandwidth, bool(cfg.ste_to_input)
+        ),
         parameters={"threshold": Parameter(lambda cfg: cfg.threshold, 1, positive=True)},
-        count=lambda pre, own, cfg: step(pre, own["threshold"], cfg.bandwidth),
+        count=lambda pre, own, cfg: step(
+            pre, own["threshold"], cfg.bandwidth, bool(cfg.ste_to_input)
+        ),
     )
 )

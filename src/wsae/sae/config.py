@@ -253,6 +253,9 @@ class JumpReLU(ActivationConfig):
     """Starting threshold of JumpReLU, in units of the (scaled) activations."""
     bandwidth: PositiveFloat = 0.1
     """Width of the rectangle that stands in for the derivative of JumpReLU's step."""
+    ste_to_input: bool | None = None
+    """Whether that derivative reaches the pre-activations, and so the encoder, too (Anthropic's way); by default the
+    thresholds alone (Rajamanoharan et al. 2024b)."""
 
 
 _BUILT_IN = TopK | GroupTopK | MultiTopK | BatchTopK | Matryoshka | ReLU | Gated | JumpReLU

@@ -42,6 +42,8 @@ class Entries(NamedTuple):
     z: Float[Tensor, "*entries"]
     norms: Float[Tensor, "*per_entry"] | None
     """Lengths of the decoder's rows, where they are not 1."""
+    pairs: SparseCode | None = None
+    """Where they are, of chosen pairs alone (its values are not read)."""
 
     @classmethod
     def of(
@@ -51,14 +53,32 @@ class Entries(NamedTuple):
         pre: Float[Tensor, "*entries"],
         own: Parameters,
         norms: Float[Tensor, "*per_entry"] | None = None,
+        pairs: SparseCode | None = None,
     ) -> "Entries":
         """Compute z."""
-        return cls(arch, cfg, pre, own, arch.values(pre, own, cfg), norms)
+        return cls(arch, cfg, pre, own, arch.values(pre, own, cfg), norms, pairs)
 
-    def l1(self) -> Float[Tensor, "*entries"]:
-        """Return what the L1 penalty sums: z_j ||W_dec[j]||, with the gate's code for z where it has one."""
-        penalised = self.z if self.arch.gate is None else self.arch.gate(self.pre)
-        return penalised if self.norms is None else penalised * self.norms
+    def lengths(self) -> Float[Tensor, "*entries"]:
+        """Return z_j ||W_dec[j]||."""
+        return self.z if self.norms is None else self.z * self.norms
+
+    def l1(self, p: float | None = None) -> Float[Tensor, "*entries"]:
+        """Return what the L1 penalty sums: (z_j ||W_dec[j]||)^p, with the gate's code for z where it has one.
+
+        `p` is 1 where it is not given.
+        """
+        gated = self if self.arch.gate is None else self._replace(z=self.arch.gate(self.pre))
+        lengths = gated.lengths()
+        if p is None:
+            return lengths
+        positive = lengths > 0  # the slope of z^p at 0 is infinite
+        return torch.where(positive, lengths, 1.0).pow(p) * positive
+
+    def by_row(self, values: Float[Tensor, "*entries"]) -> Float[Tensor, "*rows"]:
+        """Return the sum of one value per entry over each row."""
+        if self.pairs is None:
+            return values.sum(-1)
+        return values.new_zeros(self.pairs.batch).index_add(0, self.pairs.rows(), values)
 
     def active(self) -> Float[Tensor, "*entries"] | None:
         """Return what the L0 penalty sums, differentiable; None for kinds where nothing moves it."""
@@ -125,6 +145,11 @@ class Whole:
     """Latents of the whole SAE, where they are not all here."""
     first: int = 0
     """The number of the first of those here."""
+
+    def nested(self, sae: SAE) -> Nested | None:
+        """Return the levels of the whole SAE's code, where its kind has any."""
+        make = sae.arch.nested
+        return None if make is None else make(sae.cfg.activation, self.d_sae or sae.cfg.d_sae)
 
     def level(
         self,
@@ -227,12 +252,12 @@ def training_forward(
     at = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_in, pre)
     norms = sae.W_dec.norm(dim=1)[chosen.indices] if sae.cfg.tied else None
     own = at_latents(sae.own, chosen.indices)
-    entries = Entries.of(sae.arch, sae.cfg.activation, at, own, norms)
+    entries = Entries.of(sae.arch, sae.cfg.activation, at, own, norms, chosen)
     code = SparseCode(entries.z.detach(), chosen.indices, chosen.offsets)
-    if sae.arch.nested is None:
+    nested = part.nested(sae)
+    if nested is None:
         x_hat = sae.completed(part.summed(decode(entries.z, sae.W_dec, plan)), x)
         return Forward(x_hat, entries, code, pre.detach(), centred.detach())
-    nested = sae.arch.nested(sae.cfg.activation, part.d_sae or sae.cfg.d_sae)
     level = part.level(nested, pre, chosen)
     decoded, found = 0, []
     for number, weight in enumerate(nested.weights):

@@ -1,9 +1,12 @@
 """The reconstruction loss and dead-latent revival, both weighted by the same gamma."""
 
+from typing import Literal, NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from wsae.sae.architectures import Architecture
 from wsae.sae.forward import WHOLE, Entries, Forward, Whole, revived
 from wsae.sae.model import SAE
 
@@ -63,13 +66,63 @@ def also_loss(
     return torch.stack(losses).sum() if losses else x.new_zeros(())
 
 
-def penalty(entries: Entries, l1: float, l0: float, batch: int) -> Float[Tensor, ""]:
-    """Return l1 * sum_j z_j ||W_dec[j]|| + l0 * L0, means over a batch of so many rows."""
+Form = Literal["step", "tanh", "quadratic"]
+TANH_SCALE = 4.0
+
+
+class Price(NamedTuple):
+    """What the penalties of a step cost."""
+
+    l1: float | Float[Tensor, ""] = 0.0
+    l0: float = 0.0
+    form: Form = "step"
+    """What the L0 penalty sums over a row."""
+    target: float = 1.0
+    """The L0 that the form quadratic draws to."""
+    p: float | None = None
+    """The power of what the L1 penalty sums, where it is annealed; else 1."""
+    pre_act: float = 0.0
+    """Of dead latents' distances below their thresholds."""
+
+    def only_l1(self, arch: Architecture) -> bool:
+        """Return whether a kind of SAE has no other penalty than sum_j z_j ||W_dec[j]||."""
+        moved = self.form == "tanh" or arch.count is not None
+        return self.p is None and not self.pre_act and not (self.l0 and moved)
+
+
+def penalty(entries: Entries, price: Price, batch: int, part: Whole = WHOLE) -> Float[Tensor, ""]:
+    """Return l1 * sum_j (z_j ||W_dec[j]||)^p + l0 * L0, means over a batch of so many rows.
+
+    In place of L0 = sum_j H(pre_j - theta_j), the form tanh has sum_j tanh(4 z_j ||W_dec[j]||), and the form quadratic
+    2 / target (L0 - target)^2.
+    """
     total = entries.z.new_zeros(())
-    if l1:
-        total = total + l1 * (entries.l1().sum() / batch)
-    count = entries.active() if l0 else None
-    return total if count is None else total + l0 * (count.sum() / batch)
+    if isinstance(price.l1, Tensor) or price.l1:
+        total = total + price.l1 * (entries.l1(price.p).sum() / batch)
+    if not price.l0:
+        return total
+    if price.form == "tanh":
+        return total + price.l0 * (torch.tanh(TANH_SCALE * entries.lengths()).sum() / batch)
+    count = entries.active()
+    if count is None:
+        return total
+    if price.form == "step":
+        return total + price.l0 * (count.sum() / batch)
+    L0 = part.summed(entries.by_row(count))
+    off = 2 / price.target * (L0 - price.target).square().sum() / batch
+    # every part of the latents has the gradient, one of them the value
+    return total + price.l0 * (off - off.detach() + part.once(off.detach()))
+
+
+def pre_act_loss(entries: Entries, dead: Bool[Tensor, " d_sae"], batch: int) -> Float[Tensor, ""]:
+    """Return the mean over the batch of sum_j relu(theta_j - pre_j) ||W_dec[j]|| over dead latents j, dense.
+
+    It draws the encoder of a latent that never fires towards the data, and its threshold down (Anthropic, January
+    2025 update).
+    """
+    below = (entries.own["threshold"] - entries.pre).relu() * dead
+    below = below if entries.norms is None else below * entries.norms
+    return below.sum() / batch
 
 
 def auxk_loss(

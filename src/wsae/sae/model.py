@@ -14,7 +14,7 @@ What z is the kind says (`wsae.sae.architectures`). A transcoder predicts the ou
 import contextlib
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from wsae.kernels import (
     select_group_topk,
     select_topk,
 )
-from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
+from wsae.sae.architectures import Above, Choice, Groups, Rows, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
@@ -100,6 +100,14 @@ class SAE(nn.Module):
             self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
         self.register_buffer("gamma", torch.ones(width, dtype=torch.float32))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
+        """Cast or move every tensor; thresholds keep at least float32, where steps of a learning rate still count."""
+        kept = self.threshold.detach()
+        super()._apply(fn, recurse)
+        if self.threshold.dtype.itemsize < torch.float32.itemsize:
+            self.threshold.data = kept.to(self.threshold.device)
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -134,12 +142,6 @@ class SAE(nn.Module):
                 f"an SAE whose rows are normalised ({self.cfg.input_norm}) is not trained here"
             )
         return self.arch.choose(self.cfg.activation, self.own)
-
-    @property
-    def nested(self) -> Nested | None:
-        """The levels of its code, where its kind has any."""
-        make = self.arch.nested
-        return None if make is None else make(self.cfg.activation, self.cfg.d_sae)
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:

@@ -115,6 +115,12 @@ class Preconditioner:
         folded.set_tensors(tensors)
         return folded
 
+    def unfold(self, sae: SAE) -> SAE:
+        """Return the SAE of P x with the latents of `sae`, which is one of x: the inverse of `fold`."""
+        P = self.map.double().cpu()
+        inverse = 1 / P if P.ndim == 1 else torch.linalg.inv(P)
+        return Preconditioner(inverse, P, self.record).fold(sae)
+
 
 def combined(gamma: Weights, P: Weights) -> Weights:
     """Return Gamma P: a vector where both are."""

@@ -123,8 +123,14 @@ def stack_forward(stack: Stack, x: Float[Tensor, "members batch d_in"]) -> Stack
     return StackForward(x_hat, entries, l1, l0)
 
 
+def thresholds(trained: SAE | Stack) -> dict[str, Float[Tensor, "..."]]:
+    """Return the parameters of a kind that may not be negative, detached."""
+    parameters = architecture_of(trained.cfg.activation).parameters.items()
+    kept = [name for name, parameter in parameters if parameter.positive]
+    return {name: trained.own[name].detach() for name in kept}
+
+
 def keep_positive_(trained: SAE | Stack) -> None:
     """Bring back the parameters of a kind that may not be negative."""
-    for name, parameter in architecture_of(trained.cfg.activation).parameters.items():
-        if parameter.positive:
-            trained.own[name].detach().clamp_min_(0)
+    for threshold in thresholds(trained).values():
+        threshold.clamp_min_(0)

@@ -165,7 +165,8 @@ def scatter_figure(panels: Sequence[dict[str, Any]], path: Path, columns: int = 
     """Draw panels side by side: lines first, then a named point with its interval for each member; returns both paths.
 
     A panel has title, xlabel and ylabel; lines: [{label, x, y}]; points: [{label, group, x, y, low, high}]. Points of
-    one group share colour and marker. `path` is without suffix. Raises UserError without matplotlib.
+    one group share colour and marker. With `log` the x axis is one of powers of two. `path`
+    is without suffix. Raises UserError without matplotlib.
     """
     groups = list(dict.fromkeys(p["group"] for panel in panels for p in panel["points"]))
     columns = min(columns, len(panels))
@@ -186,6 +187,9 @@ def _draw_scatter(ax: "Axes", panel: dict[str, Any], groups: list[str]) -> None:
         if point["low"] is not None:
             ax.plot([x, x], [point["low"], point["high"]], color=colour, lw=1, alpha=0.6, zorder=2)
         ax.plot([x], [y], marker, color=colour, ms=4.5, ls="none", label=point["group"], zorder=3)
+    if panel.get("log"):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
     _name(ax, panel["points"])
     ax.set_title(panel["title"], loc="left", fontsize=9.5)
     ax.set_xlabel(panel["xlabel"])
@@ -195,7 +199,7 @@ def _draw_scatter(ax: "Axes", panel: dict[str, Any], groups: list[str]) -> None:
 
 def _name(ax: "Axes", points: Sequence[dict[str, Any]]) -> None:
     """Write every point's name to its right, on the nearest line that is free; where none is, on its own."""
-    x0, x1, bottom, top = (float(edge) for edge in (*ax.get_xlim(), *ax.get_ylim()))
+    inside = ax.transData + ax.transAxes.inverted()
     taken: list[tuple[float, float, float]] = []  # left, right, middle
 
     def is_free(line: float) -> bool:
@@ -205,8 +209,8 @@ def _name(ax: "Axes", points: Sequence[dict[str, Any]]) -> None:
         )
 
     for point in sorted(points, key=lambda point: (point["x"], point["y"])):
-        x = (float(point["x"]) - x0) / (x1 - x0) + 0.015
-        y = (float(point["y"]) - bottom) / (top - bottom)
+        x, y = (float(place) for place in inside.transform((point["x"], point["y"])))
+        x += 0.015
         width = _GLYPH * len(point["label"])
         lines = [y + shift * _LINE for shift in _SHIFTS]
         line = next(filter(is_free, lines), lines[0])

@@ -22,7 +22,7 @@ from wsae.sae.architectures import Batch
 from wsae.sae.config import ReLU
 from wsae.sae.forward import training_forward
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
-from wsae.sae.loss import penalty, weighted_reconstruction_loss
+from wsae.sae.loss import Price, penalty, weighted_reconstruction_loss
 from wsae.sae.model import SAE
 from wsae.sae.stack import (
     Stack,
@@ -31,9 +31,11 @@ from wsae.sae.stack import (
     stack_forward,
     stack_saes,
     stackable,
+    thresholds,
 )
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.family import FamilyState
+from wsae.train.penalty import at_own_pace, threshold_pace
 from wsae.train.state import (
     GAMMA_EVERY,
     MemberState,
@@ -173,9 +175,12 @@ class Chunk:
         self.stack = stack_saes([entry.sae for entry in entries], device, dtype)
         self.world = torch.tensor([worlds.index(e.world) for e in entries], device=device)
         self.lr = first.learning_rate(self.stack.cfg.d_in)
+        self.pace = 1.0
+        """How many times that the learning rate of thresholds is."""
         self.optimizer: torch.optim.Optimizer
         if cfg.optimizer == "adam":
             self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=self.lr, fused=True)
+            self.pace = threshold_pace(first, self.stack.cfg.d_in, cfg.steps)
         else:
             self.optimizer = torch.optim.SGD(self.stack.parameters(), lr=self.lr)
         gammas = [g if g.ndim == 2 else g[None] for g in (entry.sae.gamma for entry in entries)]
@@ -237,7 +242,8 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
         group["lr"] = rate
     with torch.no_grad():
         remove_radial_gradient(stack)
-        chunk.optimizer.step()
+        with at_own_pace(thresholds(stack), chunk.pace):
+            chunk.optimizer.step()
         unit_rows_(stack)
         keep_positive_(stack)
         chunk.loss_sum += reconstruction
@@ -342,6 +348,11 @@ def make_chunks(
     entries: Sequence[Entry], data: Data, cfg: BankConfig, device: str = "cpu", threads: int = 1
 ) -> list[Chunk]:
     """Return the entries grouped by what one batched computation must share, in chunks of bounded size."""
+    for entry in entries:
+        if lacks := unbanked(entry.cfg):
+            raise UserError(
+                f"{lacks}: a bank of SAEs has no such thing; train it alone (wsae train)"
+            )
     batch = data([entries[0].world])(0).shape[1]
     cohorts: dict[tuple, list[int]] = {}
     for i, entry in enumerate(entries):
@@ -358,6 +369,12 @@ def make_chunks(
             own = [entries[i] for i in part]
             chunks.append(Chunk(part, own, worlds, batch, data(worlds), cfg, device))
     return chunks
+
+
+def unbanked(cfg: MemberConfig) -> str | None:
+    """Return the name of what a member has that banks lack, or None."""
+    names = ("l0_penalty", "target_l0", "penalty_warmup", "pre_act", "p_end")
+    return next((name for name in names if getattr(cfg, name) is not None), None)
 
 
 def shared(sae: SAE, cfg: MemberConfig) -> tuple:
@@ -424,6 +441,7 @@ def fits_a_bank(cfg: TrainConfig, family: FamilyState, source: ActivationSource)
         and (cfg.dtype, cfg.kernels, cfg.hook_out) == ("float32", "auto", None)
         and all(member.mean.device.type == "cpu" for member in members)
         and all(member.inside is None and stackable(member.sae.arch) for member in members)
+        and not any(unbanked(member.cfg) for member in members)
         and all(
             m.cfg.gamma.rule != "latent_variance" or m.cfg.gamma.normalise != "none"
             for m in members
@@ -480,7 +498,7 @@ def _measure(member: MemberState, x: Float[Tensor, "batch d_in"]) -> None:
     reconstruction = weighted_reconstruction_loss(batch.target, forward.x_hat, member.sae.gamma)
     revival = revival_loss(member, batch.target, forward)
     cfg = member.cfg
-    price = penalty(forward.entries, cfg.l1, cfg.l0, len(x))
+    price = penalty(forward.entries, Price(cfg.l1, cfg.l0), len(x))
     loss = reconstruction + cfg.auxk * revival + price
     sse = F.mse_loss(forward.x_hat, batch.target, reduction="sum")
     member.window.zero_()

@@ -105,6 +105,8 @@ def member_tensors(member: MemberState) -> dict[str, Tensor]:
     tensors["since_fired"], tensors["dead"] = member.since_fired, member.dead
     tensors["sparse"] = member.sparse
     tensors["latent_moments"] = member.latent_moments
+    if member.annealed is not None:
+        tensors["annealed"] = member.annealed
     return tensors
 
 
@@ -132,3 +134,5 @@ def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: s
         value = tensors[name]
         assert isinstance(value, torch.Tensor)
         setattr(member, name, value.to(device))
+    if "annealed" in tensors:
+        member.annealed = tensors["annealed"].to(device)

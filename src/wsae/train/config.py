@@ -1,6 +1,6 @@
 """What a training run is, as values: a family of members over the same batches. No torch here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -32,16 +32,33 @@ class MemberConfig(Config):
     seed: int | None = None
     """Initial weights; by default the run's seed, so that members start alike."""
     l1: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Coefficient of the L1 penalty sum_j z_j ||W_dec[j]||."""
+    """Coefficient of the L1 penalty sum_j z_j ||W_dec[j]|| (of gated kinds: of the gate's z)."""
     l0: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Coefficient of the L0 penalty (moves JumpReLU thresholds)."""
+    l0_penalty: Literal["step", "tanh", "quadratic"] | None = None
+    """What the L0 penalty sums. step: the active latents (default); tanh: tanh(4 z_j ||W_dec[j]||) over all, which
+    moves any kind (Anthropic); quadratic: 2 / target_l0 (L0 - target_l0)^2 (Gemma Scope 2)."""
+    target_l0: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    """Mean number of active latents at which a JumpReLU SAE is held: after each step all thresholds are multiplied by
+    1 + 0.3 (L0 / target - 1), with the batch's L0 (0.3 falls with the root of the learning rate)."""
+    penalty_warmup: float | None = Field(default=None, gt=0, le=1)
+    """Share of the steps over which the coefficients of penalties rise from 0; default: none."""
+    pre_act: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Coefficient of the pre-activation loss, which draws dead JumpReLU latents up to their thresholds (Anthropic:
+    3e-6); default: none."""
+    p_end: float | None = Field(default=None, gt=0, lt=1)
+    """Anneal the L1 penalty to sum_j z_j^p: p falls from 1 to this in steps, and the coefficient follows, so that the
+    penalty keeps its size (Karvonen et al. 2024); default: p stays 1."""
+    anneal_from: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps after which p falls; default: 0.1."""
     auxk: float = Field(default=1 / 32, ge=0, allow_inf_nan=False)
     """Coefficient of the loss that revives dead latents; 0 revives none."""
     k_aux: PositiveInt | None = None
     """Dead latents that model the residual; default: d_in / 2."""
     encoder_scale: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
     """Norm of the encoder's rows at the start (untied; the decoder's are 1). Default: 1 / sqrt(3) for the Top-k
-    kinds, near the scale of least squared error (rows of norm 1 start with too long reconstructions), 1 for others."""
+    kinds and with target_l0, near the scale of least squared error (rows of norm 1 start with too long
+    reconstructions), 1 for others."""
     label: str | None = None
     """Name of the member; by default made from what it is."""
     skip: bool | None = None
@@ -61,10 +78,48 @@ class MemberConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _penalties_meet_something(self) -> "MemberConfig":
+        kind, thresholds = self.activation.kind, hasattr(self.activation, "threshold")
+        if self.target_l0 is not None and not thresholds:
+            raise ValueError(
+                f"target_l0 {self.target_l0:g}: is held by thresholds, and {kind} has none; use jumprelu, or "
+                + ("k" if hasattr(self.activation, "k") else "the coefficient l1")
+            )
+        if self.pre_act is not None and not thresholds:
+            raise ValueError(f"pre_act {self.pre_act:g}: {kind} has no thresholds; use jumprelu")
+        if self.l0_penalty == "quadratic" and self.target_l0 is None:
+            raise ValueError("l0_penalty quadratic needs target_l0, the L0 it draws to")
+        if self.l0_penalty is not None and not self.l0:
+            raise ValueError(
+                f"l0_penalty {self.l0_penalty}: costs nothing without a coefficient, l0"
+            )
+        if self.p_end is not None and not self.l1:
+            raise ValueError(
+                f"p_end {self.p_end:g}: anneals the L1 penalty; give its coefficient, l1"
+            )
+        if self.anneal_from is not None and self.p_end is None:
+            raise ValueError(f"anneal_from {self.anneal_from:g}: goes with p_end")
+        return self
+
     @property
     def plain(self) -> bool:
         """Whether nothing is weighted or mapped: the twin that others are compared with."""
         return self.gamma.rule == "none" and self.precondition is None
+
+    @property
+    def weights(self) -> str:
+        """The names of the gamma rule and the preconditioner, which make it another SAE than the plain one."""
+        if self.precondition is None:
+            return self.gamma.label
+        label = self.precondition.label
+        return label if self.gamma.rule == "none" else f"{self.gamma.label}-{label}"
+
+    @property
+    def shape(self) -> "MemberConfig":
+        """What it is without its weights, preconditioner and name."""
+        own = {"gamma": GammaConfig(), "precondition": None, "label": None}
+        return self.model_copy(update=own)
 
     @property
     def needs_covariance(self) -> bool:
@@ -88,6 +143,10 @@ class MemberConfig(Config):
             "d_out": d_out,
             "skip": self.skip,
         }
+        if self.target_l0 is not None and self.target_l0 > self.width(d_in):
+            raise UserError(
+                f"target_l0 {self.target_l0:g}: more than all d_sae = {self.width(d_in)} latents; lower it"
+            )
         return SAEConfig.parse(data, where="SAE")
 
     def revived(self, d_out: int) -> int:
@@ -98,7 +157,12 @@ class MemberConfig(Config):
         """Return the norm of the encoder's rows at the start."""
         if self.encoder_scale is not None:
             return self.encoder_scale
-        return 3**-0.5 if hasattr(self.activation, "k") else 1.0
+        sparse = hasattr(self.activation, "k") or self.target_l0 is not None
+        return 3**-0.5 if sparse else 1.0
+
+    def anneal_start(self, steps: int) -> int:
+        """Return the step after which p-annealing begins."""
+        return int((0.1 if self.anneal_from is None else self.anneal_from) * steps)
 
     def learning_rate(self, d_in: int) -> float:
         """Return the peak learning rate."""
@@ -130,6 +194,12 @@ class TrainConfig(Config):
     log_every: PositiveInt = 20
     """Steps per row of metrics.jsonl (means over those steps)."""
     seed: int = 0
+    loss: Literal["ce", "kl"] | None = None
+    """What is minimised through the model, with reconstructions in place of its activations (a live model only): ce,
+    the cross-entropy of the next token, or kl, the divergence from the untouched model's predictions. Default: the
+    reconstruction's error."""
+    init_from: str | None = None
+    """Digest of the SAEs that training starts from (`wsae.train.family.Start`); None: from new ones."""
     hook_out: dict[str, str] | None = None
     """Of transcoders: each hook that they read, and the hook whose activations they are to give."""
 
@@ -158,6 +228,18 @@ class TrainConfig(Config):
             raise ValueError(f"two members are called '{twice[0]}'; give them different labels")
         return self
 
+    @model_validator(mode="after")
+    def _a_loss_through_the_model_weighs_no_dimensions(self) -> "TrainConfig":
+        if self.loss is not None and any(m.gamma.rule != "none" for m in self.members):
+            raise ValueError(
+                f"loss {self.loss} has no errors by dimension to weigh; leave the gamma rules out"
+            )
+        if self.loss is not None and self.kernels in ("native", "triton"):
+            raise ValueError(f"loss {self.loss} is computed by PyTorch; leave the kernels out")
+        if self.loss is not None and self.hook_out is not None:
+            raise ValueError(f"loss {self.loss} is for SAEs, which give what they read")
+        return self
+
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
@@ -179,18 +261,21 @@ class TrainConfig(Config):
 
     def names(self) -> list[str]:
         """Return the members' names: the gamma rule and the preconditioner, then whatever else sets them apart."""
-        fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
-        fields += ("auxk", "k_aux", "encoder_scale", "skip")
-        varying = [f for f in fields if len({str(getattr(m, f)) for m in self.members}) > 1]
-        return [m.label or "-".join([*_rules(m), *_parts(m, varying)]) for m in self.members]
+        apart = zip(self.members, told_apart(self.members), strict=True)
+        return [m.label or "-".join([m.weights, *parts]) for m, parts in apart]
 
 
-def _rules(member: MemberConfig) -> list[str]:
-    """Return the names of what makes it another SAE than the plain one."""
-    if member.precondition is None:
-        return [member.gamma.label]
-    weights = [] if member.gamma.rule == "none" else [member.gamma.label]
-    return [*weights, member.precondition.label]
+PENALTIES = ("l1", "l0")
+"""Coefficients that are not named where they are 0."""
+
+
+def told_apart(members: Sequence[MemberConfig]) -> list[list[str]]:
+    """Return what sets each member apart from the others beside weights and preconditioner: topk-k32, lr0.003 ..."""
+    fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
+    fields += ("auxk", "k_aux", "encoder_scale", "skip", "l0_penalty", "target_l0")
+    fields += ("penalty_warmup", "pre_act", "p_end", "anneal_from")
+    varying = [f for f in fields if len({str(getattr(m, f)) for m in members}) > 1]
+    return [_parts(member, varying) for member in members]
 
 
 def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
@@ -204,8 +289,10 @@ def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
             parts.append("tied" if value else "untied")
         elif field == "skip":
             parts += ["skip"] if value else []
-        elif value is not None:
-            parts.append(f"{field.replace('_', '-')}{value:g}")
+        elif value is not None and (field not in PENALTIES or value):
+            gap = "-" if field[-1].isdigit() else ""
+            shown = value if isinstance(value, str) else f"{value:g}"
+            parts.append(f"{field.replace('_', '-')}{gap}{shown}")
     return parts
 
 
@@ -213,8 +300,7 @@ def family(members: list[MemberConfig], twin: bool = True) -> tuple[MemberConfig
     """Return the members with a plain twin first for each distinct setting that has none (unless twin is False)."""
     out: list[MemberConfig] = []
     for member in members:
-        own = {"gamma": GammaConfig(), "precondition": None, "label": None}
-        plain = member.model_copy(update=own)
+        plain = member.shape
         if twin and plain not in out and plain not in members:
             out.append(plain)
         if member not in out:

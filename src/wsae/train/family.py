@@ -1,5 +1,6 @@
 """A family: every hook's members, made from the run's config and the data's statistics."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
-from wsae.sae.config import GammaConfig, PreconditionConfig
+from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig
 from wsae.sae.gamma import (
     describe_gamma,
     gamma_from_covariance,
@@ -37,6 +38,82 @@ class FamilyState:
     def all(self) -> list[tuple[str, MemberState]]:
         """Return (hook, member) pairs in training order."""
         return [(hook, m) for hook, members in self.members.items() for m in members]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The SAEs that training goes on with, by hook, and the address where they were found, if any."""
+
+    saes: dict[str, SAE]
+    address: str | None = None
+
+    def digest(self) -> str:
+        """Return a hash of their kinds and weights: what `TrainConfig.init_from` records."""
+        sha = hashlib.sha256()
+        for hook, sae in sorted(self.saes.items()):
+            sha.update(f"{hook} {sae.cfg.activation.kind}".encode())
+            for name, tensor in sorted(sae.tensors().items()):
+                sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                sha.update(
+                    tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                )
+        return sha.hexdigest()
+
+    def check(self, cfg: TrainConfig, hooks: dict[str, int]) -> None:
+        """Raise UserError where there is none for a hook {hook: width}, or it is of another shape than a member."""
+        for hook in cfg.read(hooks):
+            if hook not in self.saes:
+                raise UserError(f"no SAE to start from at {hook}, only at {', '.join(self.saes)}")
+            out = cfg.given(hook)
+            d_out = None if out is None else hooks[out]
+            for member in cfg.members:
+                _check_alike(hook, self.saes[hook].cfg, member.sae_config(hooks[hook], d_out))
+
+    def begun(self, hook: str, member: MemberConfig, inputs: "Inputs") -> SAE:
+        """Return a hook's SAE as a member goes on with it: of P x / scale, decoder rows of norm 1 (see `folded`).
+
+        Its loss weights are left to the member. Raises UserError for Top-k kinds whose rows, brought to norm 1, would
+        choose other latents.
+        """
+        sae = self.saes[hook]
+        if inputs.inside is not None:
+            sae = inputs.inside.unfold(sae)
+        target = inputs.target
+        scale = inputs.scale if target is None else target.scale
+        sae = sae.scaled(1 / scale, 1 / inputs.scale)
+        tensors = {name: tensor.double().cpu() for name, tensor in sae.tensors().items()}
+        if not sae.cfg.tied:
+            norm = tensors["W_dec"].norm(dim=1)
+            norm = torch.where(norm > 0, norm, 1.0)
+            if sae.arch.sparse and float(norm.max() / norm.min()) > 1 + 1e-4:
+                raise UserError(
+                    f"the SAE to start from at {hook} has decoder rows of lengths {norm.min():.3g} to {norm.max():.3g} "
+                    f"here, and with rows of length 1, as training keeps them, {sae.cfg.activation.kind} would choose "
+                    "other latents; one that was trained with --precondition goes on with the same"
+                )
+            tensors["W_dec"] /= norm[:, None]
+            tensors["W_enc"] *= norm
+            tensors["b_enc"] *= norm
+            if "threshold" not in sae.arch.parameters:
+                tensors["threshold"] *= norm.mean()
+            for name, parameter in sae.arch.parameters.items():
+                tensors[name] *= norm**parameter.power
+        d_out = None if target is None else len(target.mean)
+        found = SAE(member.sae_config(len(inputs.mean), d_out))
+        found.set_tensors({**tensors, "gamma": found.gamma})
+        return found
+
+
+def _check_alike(hook: str, there: SAEConfig, here: SAEConfig) -> None:
+    """Raise UserError naming the first thing in which an SAE to start from differs from a member; k may."""
+    ours = {**here.to_dict(), "activation": here.activation.kind}
+    theirs = {**there.to_dict(), "activation": there.activation.kind}
+    for name, value in ours.items():
+        if (theirs[name] or None) != (value or None):
+            raise UserError(
+                f"the SAE to start from at {hook} has {name} {theirs[name]}, and {name} {value} is to be trained; "
+                "leave the flag out, or start from another"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,17 +160,19 @@ def make_family(
     covariances: dict[str, Covariance] | None = None,
     residuals: dict[str, dict[str, Covariance]] | None = None,
     make: Callable[[str, str, MemberConfig, Inputs], MemberState | None] | None = None,
+    start: Start | None = None,
 ) -> FamilyState:
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
 
     `covariances` of each hook serve preconditioners and the rules gap and whiten, `residuals` of each hook and member
     the residual rules (`wsae.train.start` takes both). `make` makes a hook's member called so in place of
-    `make_member`, or none.
+    `make_member`, or none. With a `start` members go on with its SAEs.
     """
 
-    def whole(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState:  # noqa: ARG001
+    def whole(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState:
+        begun = None if start is None else start.begun(hook, member, inputs)
         spread, target = inputs.variance.sqrt(), inputs.target
-        made = make_member(name, member, cfg, inputs.mean, inputs.scale, spread, target=target)
+        made = make_member(name, member, cfg, inputs.mean, inputs.scale, spread, begun, target)
         return to_device(made, device)
 
     members, record = {}, {}
@@ -230,6 +309,7 @@ def to_device(member: MemberState, device: str) -> MemberState:
         names = ("mean", "since_fired", "dead", "latent_moments", "spread", "sparse", "window")
         for name in names:
             setattr(member, name, getattr(member, name).to(device))
+        member.annealed = None if member.annealed is None else member.annealed.to(device)
     return member
 
 

@@ -31,9 +31,10 @@ from wsae.sae.architectures import Above, Groups, Rows
 from wsae.sae.architectures import Batch as BatchChoice
 from wsae.sae.loss import weigh
 from wsae.sae.model import SAE
-from wsae.sae.stack import keep_positive_
+from wsae.sae.stack import keep_positive_, thresholds
 from wsae.train.config import TrainConfig
 from wsae.train.native import Losses, PairSlopes, PairValues, moments, step_result
+from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import Batch, MemberState, looked_at, record
 
 # What the host remembers of tensors on the device, so that a step need not wait for them.
@@ -167,15 +168,19 @@ class GradientTerms(NamedTuple):
     """Pairs of the first reconstruction."""
 
 
-def update(member: MemberState, terms: GradientTerms, slopes: PairSlopes, rate: float) -> None:
+def update(
+    member: MemberState, terms: GradientTerms, slopes: PairSlopes, rate: float, pace: float = 1.0
+) -> None:
     """Step every parameter at learning rate `rate`, decoder rows kept at unit norm where untied.
 
-    No gradient is a matrix. `slopes` are those at the pairs of the first reconstruction.
+    No gradient is a matrix. `slopes` are those at the pairs of the first reconstruction; thresholds are moved `pace`
+    times as far.
     """
     sae = member.sae
-    adam = AdamStep(rate, next_step(member))
+    adam, kept = AdamStep(rate, next_step(member)), thresholds(sae)
     for name, slope in slopes.own.items():
-        _step_vector(member, sae.get_parameter(name), _of_first(terms, slope), adam)
+        own = adam._replace(lr=rate * pace) if name in kept else adam
+        _step_vector(member, sae.get_parameter(name), _of_first(terms, slope), own)
     keep_positive_(sae)
     if sae.W_enc_t is None or sae.b_enc is None or sae.b_dec is None:
         _update_tied(member, terms, slopes, adam)
@@ -306,9 +311,10 @@ def triton_step(
     centred = sae.centre(x)
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1) if sae.cfg.tied else None
-    values = PairValues(sae, find_pairs(sae, centred, dtype), norms)
+    price = price_at(member, run, step)
+    values = PairValues(sae, find_pairs(sae, centred, dtype), price, norms)
     main = _reconstruct(member, values.code, x, sae.b_dec)
-    slopes = values.back(member, main.dz)
+    slopes = values.back(main.dz)
     parts, dpre = [main], [slopes.pre]
     dead = dead_latents(member.dead)
     if cfg.auxk and dead.number:
@@ -319,12 +325,14 @@ def triton_step(
     plan = sort_by_latent(joined([part.plan for part in parts]), sae.cfg.d_sae)
     z, G = (torch.cat(each) for each in zip(*((p.z, p.G) for p in parts), strict=True))
     terms = GradientTerms(plan, z, torch.cat(dpre), G, centred, len(main.z))
-    update(member, terms, slopes, rate)
+    update(member, terms, slopes, rate, threshold_pace(cfg, sae.cfg.d_in, run.steps))
     code = SparseCode(main.z, main.plan.indices, main.plan.offsets)
     aux = parts[1].losses.reconstruction if len(parts) > 1 else None
     shown = looked_at(member, batch)
     losses = main.losses._replace(more=slopes.penalty, error=main.error[:shown] if shown else None)
     record(member, batch, step_result(member, code, losses, aux), step, run)
+    if values.entries is not None:
+        anneal(member, values.entries, run, step)
     return code
 
 

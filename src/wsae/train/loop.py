@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from wsae.acts.live import SequenceStream
 from wsae.acts.stream import ActivationSource, BatchStream
 from wsae.core.artifact import CHECKPOINTS, CONFIG, MANIFEST, METRICS_FILE, SPEED, read_manifest
 from wsae.core.errors import UserError, understood
@@ -25,6 +26,7 @@ from wsae.train.checkpoint import (
     set_family_tensors,
 )
 from wsae.train.config import TrainConfig
+from wsae.train.endtoend import live, run_spliced
 from wsae.train.family import FamilyState
 from wsae.train.loggers import current
 from wsae.train.metrics import JsonLines
@@ -114,15 +116,30 @@ class Team:
 ALONE = Team()
 
 
+def batches(
+    cfg: TrainConfig, source: ActivationSource, place: dict[str, Any] | None = None
+) -> BatchStream | SequenceStream:
+    """Return a run's batches from a place on: rows, or sequences for a loss through the model.
+
+    Raises UserError for such a loss without a live model.
+    """
+    if cfg.loss is None:
+        return source.stream(cfg.batch_size, cfg.seed, place)
+    return SequenceStream(live(cfg, source), cfg.batch_size, cfg.seed, place)
+
+
 def run_steps(
     cfg: TrainConfig,
     family: FamilyState,
-    stream: BatchStream,
+    stream: BatchStream | SequenceStream,
     first: int,
     tick: Tick,
     on_step: Callable[[int], None],
 ) -> None:
     """Train from step `first` to the end; `on_step(n)` is called after each step with the number done."""
+    if isinstance(stream, SequenceStream):
+        run_spliced(cfg, family, stream, first, tick, on_step)
+        return
     with side_by_side(cfg, family) as step_all:
         for step in range(first, cfg.steps):
             batch = stream.next()
@@ -322,9 +339,9 @@ class FamilyJob:
         self.stream = self.open(place)
         run_steps(self.cfg, self.family, self.stream, first, tick, on_step)
 
-    def open(self, place: dict[str, Any] | None) -> BatchStream:
+    def open(self, place: dict[str, Any] | None) -> BatchStream | SequenceStream:
         """Return the batches from a stream's place on, or from the start."""
-        return self.source.stream(self.cfg.batch_size, self.cfg.seed, place)
+        return batches(self.cfg, self.source, place)
 
     def due(self, done: int) -> bool:
         """Return whether a row of metrics is due: every `log_every` steps and at the end."""

@@ -38,11 +38,20 @@ from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weigh
 from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.architectures import Above, Groups, Nested, Rows, relu
 from wsae.sae.architectures import Batch as BatchChoice
-from wsae.sae.forward import Entries, dead_by_level, level_by_latent, level_by_rank, up_to
-from wsae.sae.loss import penalty, weigh
+from wsae.sae.forward import (
+    WHOLE,
+    Entries,
+    Whole,
+    dead_by_level,
+    level_by_latent,
+    level_by_rank,
+    up_to,
+)
+from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
-from wsae.sae.stack import keep_positive_
+from wsae.sae.stack import keep_positive_, thresholds
 from wsae.train.config import TrainConfig
+from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import Batch, MemberState, StepResult, looked_at, record
 
 # What the steps by hand-written gradients share, whatever sums over their pairs (row, active latent).
@@ -76,14 +85,14 @@ class PairValues:
     """The values of chosen pairs, and the way back from their gradients to what they were made of."""
 
     def __init__(
-        self, sae: SAE, pre: SparseCode, norms: Float[Tensor, " d_sae"] | None = None
+        self, sae: SAE, pre: SparseCode, price: Price, norms: Float[Tensor, " d_sae"] | None = None
     ) -> None:
         """`norms` are the lengths of the decoder's rows where they are not 1."""
-        self.pre, self._sae = pre, sae
-        self.simple = sae.arch.values is relu and sae.arch.gate is None
-        """Whether dz/dpre is 1 where z > 0, and all there is to know without penalties."""
+        self.pre, self._sae, self._price = pre, sae, price
+        self.entries: Entries | None = None
+        """None where dz/dpre is 1 where z > 0 and no penalty but L1 is there: no graph is needed then."""
         self.gate: Float[Tensor, " pairs"] | None = None
-        if self.simple:
+        if sae.arch.values is relu and sae.arch.gate is None and price.only_l1(sae.arch):
             self.z = pre.values.relu()
             self._norms = None if norms is None else norms[pre.indices]
             return
@@ -92,11 +101,11 @@ class PairValues:
             own = at_latents({n: t.detach() for n, t in sae.own.items()}, pre.indices)
             self._own = {n: t.requires_grad_() for n, t in own.items() if t.ndim}
             self._norms = None if norms is None else norms[pre.indices].requires_grad_()
-            self._entries = Entries.of(
-                sae.arch, sae.cfg.activation, self._pre, {**own, **self._own}, self._norms
+            self.entries = Entries.of(
+                sae.arch, sae.cfg.activation, self._pre, {**own, **self._own}, self._norms, pre
             )
             self.gate = None if sae.arch.gate is None else sae.arch.gate(self._pre)
-        self.z = self._entries.z.detach()
+        self.z = self.entries.z.detach()
 
     @property
     def code(self) -> SparseCode:
@@ -105,17 +114,16 @@ class PairValues:
 
     def back(
         self,
-        member: MemberState,
         dz: Float[Tensor, " pairs"],
         dgate: Float[Tensor, " pairs"] | None = None,
+        part: Whole = WHOLE,
     ) -> PairSlopes:
         """Return the gradients of the loss, given those of its reconstructions in z (and in the gate's code)."""
-        cfg, batch = member.cfg, self.pre.batch
-        if self.simple:
-            return self._simply(cfg.l1, dz)
+        if self.entries is None:
+            return self._simply(dz)
         with torch.enable_grad():
-            price = penalty(self._entries, cfg.l1, cfg.l0, batch)
-            total = price + (self._entries.z * dz).sum()
+            price = penalty(self.entries, self._price, self.pre.batch, part)
+            total = price + (self.entries.z * dz).sum()
             if dgate is not None and self.gate is not None:
                 total = total + (self.gate * dgate).sum()
         wanted = [self._pre, *self._own.values()]
@@ -125,12 +133,12 @@ class PairValues:
         norms = None if self._norms is None else found[-1]
         return PairSlopes(found[0], own, norms, price.detach())
 
-    def _simply(self, l1: float, dz: Float[Tensor, " pairs"]) -> PairSlopes:
+    def _simply(self, dz: Float[Tensor, " pairs"]) -> PairSlopes:
         """Do the same for ReLU, without the cost of a graph."""
         passes = (self.z > 0).float()
-        if not l1:
+        if not self._price.l1:
             return PairSlopes(dz * passes, {}, None, 0.0)
-        price = l1 / self.pre.batch
+        price = self._price.l1 / self.pre.batch
         norms = None if self._norms is None else price * self.z
         each = price if self._norms is None else price * self._norms
         return PairSlopes((dz + each) * passes, {}, norms, (self.z * each).sum())
@@ -306,24 +314,26 @@ def native_step(
     weights, sae, x = enter(member), member.sae, batch.x.contiguous()
     b_dec, b_in = (None if b is None else b.detach() for b in (sae.b_dec, sae.b_in))
     centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
-    part, nested, target = member.part, sae.nested, left_by_skip(sae, batch)
+    part, target = member.part, left_by_skip(sae, batch)
+    nested, price = part.nested(sae), price_at(member, run, step)
     chosen = part.among(sae.choice, find_pairs(sae, weights, centred))
-    values = PairValues(sae, chosen, weights.norms)
+    values = PairValues(sae, chosen, price, weights.norms)
     code, shown, gated = values.code, looked_at(member, batch), None
     if nested is None:
         main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
     else:
-        level = _level(nested, values.pre)
-        main = _reconstruct_levels(weights, code, nested, level, target, sae.gamma, b_dec, shown)
+        level = _level(nested, values.pre, part.first)
+        main = _reconstruct_levels(member, weights, code, nested, level, target, b_dec, shown)
         code = up_to(code, level, nested.main)
     if values.gate is not None:
         by_gate = values.pre._replace(values=values.gate.detach())
         gated = _reconstruct(member, weights, by_gate, target, b_dec)
-    slopes = values.back(member, main.dz, None if gated is None else gated.dz)
+    slopes = values.back(main.dz, None if gated is None else gated.dz, part)
     parts = main.with_slopes(slopes.pre)
     revived, aux = _revive(member, weights, centred, main, target)
     parts += revived
-    _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate)
+    pace = threshold_pace(member.cfg, sae.cfg.d_in, run.steps)
+    _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate, pace)
     if sae.W_skip is not None:
         skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
         _adam(member, sae.W_skip, skip, rate)
@@ -331,6 +341,8 @@ def native_step(
     more = slopes.penalty + (part.once(also) if isinstance(also, Tensor) else also)
     losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), more, main.shown)
     record(member, batch, step_result(member, code, losses, aux), step, run, weights.W_dec)
+    if values.entries is not None:
+        anneal(member, values.entries, run, step)
     return code
 
 
@@ -353,7 +365,7 @@ def _revive(
     member: MemberState, weights: Weights, centred: Centred, main: Reconstructed, target: Tensor
 ) -> Revival:
     """Let the dead latents model what is left: by all latents, or by the levels up to their own."""
-    cfg, nested, terms, losses = member.cfg, member.sae.nested, [], []
+    cfg, nested, terms, losses = member.cfg, member.part.nested(member.sae), [], []
     if not cfg.auxk:
         return Revival([], None)
     if nested is None or not nested.level_auxk:
@@ -370,11 +382,11 @@ def _revive(
     return Revival(terms, torch.stack(losses).sum() if losses else None)
 
 
-def _level(nested: Nested, pre: SparseCode) -> Int64[Tensor, " pairs"]:
-    """Return the level of each pair."""
+def _level(nested: Nested, pre: SparseCode, first: int) -> Int64[Tensor, " pairs"]:
+    """Return the level of each pair; `first` is the number of the first latent here."""
     if nested.widths is None:
         return level_by_rank(pre, nested.k)
-    return level_by_latent(pre.indices, nested.widths)
+    return level_by_latent(pre.indices + first, nested.widths)
 
 
 def _reconstruct(
@@ -416,26 +428,28 @@ def _first_errors(x_hat: Slices, target: Tensor, rows: int) -> Float[Tensor, "sh
 
 
 def _reconstruct_levels(  # noqa: PLR0913
+    member: MemberState,
     weights: Weights,
     code: SparseCode,
     nested: Nested,
     level: Int64[Tensor, " pairs"],
     target: Tensor,
-    gamma: Tensor,
     start: Tensor | None,
     shown: int,
 ) -> Reconstructed:
     """Decode level upon level and take the weighted sum of ||Gamma (x_hat - target)||^2 back to z."""
     rows, x_hat, error, places, pairs, left = code.rows(), None, None, [], [], []
+    start = None if start is None else member.part.once(start)
     for number in range(len(nested.weights)):
         here = (level == number).nonzero()[:, 0]
         part = SparseCode(code.values[here], code.indices[here], offsets_of(rows[here], code.batch))
         pairs.append(sort_pairs(part, weights.d_sae))
         places.append(here[pairs[-1].order])
         more = weights.decode(pairs[-1], code.values[places[-1]], len(target), start)
+        more = member.part.over_latents(more)
         x_hat, start = more if x_hat is None else x_hat.add_(more), None
         error = _first_errors(x_hat, target, shown) if number == nested.main else error
-        left.append(_weighted_residual(x_hat.clone(), target, gamma))
+        left.append(_weighted_residual(x_hat.clone(), target, member.sae.gamma))
     terms, dz, gradient = [], torch.empty_like(code.values), torch.zeros_like(left[0].gradient)
     for number in reversed(range(len(pairs))):
         gradient = gradient.add(left[number].gradient, alpha=nested.weights[number])
@@ -501,8 +515,9 @@ def _update(
     total: Float[Tensor, " d_in"],
     centred: Slices,
     rate: float,
+    pace: float,
 ) -> None:
-    """Step every parameter; `total` is the sum over the batch of dL/dx_hat."""
+    """Step every parameter, thresholds `pace` times as far; `total` is the sum over the batch of dL/dx_hat."""
     sae, state, bias, pull = member.sae, member.optimizer.state, None, None
     for parameter in (sae.W_dec, sae.W_enc_t):
         if parameter is not None:
@@ -518,12 +533,12 @@ def _update(
         own = moments(member, sae.b_enc)
         own["step"] += 1
         bias = Bias(sae.b_enc.detach(), own["exp_avg"], own["exp_avg_sq"])
-    adam = AdamStep(rate, int(state[sae.W_dec]["step"]))
+    adam, kept = AdamStep(rate, int(state[sae.W_dec]["step"])), thresholds(sae)
     by_bias = weights.update(parts, centred, adam, bias, pull)
     for name, slope in slopes.own.items():
         grad = torch.bincount(pre.indices, slope, minlength=weights.d_sae).float()
         grad = grad if name != "b_enc" or of_bias is None else grad + of_bias
-        _adam(member, sae.get_parameter(name), grad, rate)
+        _adam(member, sae.get_parameter(name), grad, rate * (pace if name in kept else 1))
     keep_positive_(sae)
     if sae.b_dec is not None:
         through = member.part.over_latents(by_bias if through is None else through)

@@ -27,7 +27,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.sae.gamma import describe_gamma
 from wsae.sae.model import SAE, WEIGHTS
 from wsae.train.config import TrainConfig
-from wsae.train.family import finished, power_of_two_scale
+from wsae.train.family import Start, finished, power_of_two_scale
 from wsae.train.loop import FamilyJob, enter, held, train_job
 from wsae.train.start import start_family
 from wsae.train.state import MemberState
@@ -69,20 +69,24 @@ def train_run(
     progress: Progress = quiet,
     resume: bool = False,
     device: str = "cpu",
+    start: Start | None = None,
 ) -> RunResult:
-    """Train a family into the directory `out`; a killed run continues bit for bit with `resume`.
+    """Train a family into the directory `out`, from the SAEs of `start` or from new ones.
+
+    A killed run continues bit for bit with `resume`.
 
     A finished run of the same config and data is returned as it is. Raises UserError when `out` holds another run
     or an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt) when interrupted, after
     writing a checkpoint.
     """
-    identity = identity_of(cfg, source)
+    cfg = begun_from(cfg, source, start)
+    identity = identity_of(cfg, source, start)
     with held(out):
         if not enter(out, "run", identity, resume):
             return load_run(out)
         with explained("training", lambda: training_buffers(cfg, source.hooks)):
             stats = source.stats(progress)
-            family = start_family(cfg, source, stats, device, progress)
+            family = start_family(cfg, source, stats, device, progress, start=start)
             write_json(out / GAMMA_FILE, family.gamma_record)
             train_job(FamilyJob(cfg, family, source), out, progress)
             saes: dict[str, dict[str, SAE]] = {}
@@ -93,9 +97,20 @@ def train_run(
             return RunResult(out, saes)
 
 
-def identity_of(cfg: TrainConfig, source: ActivationSource) -> dict[str, Any]:
-    """Return what a run is, as its config.json keeps it."""
-    return {"train": cfg.to_dict(), "data": source.digest(), "source": source.describe()}
+def begun_from(cfg: TrainConfig, source: ActivationSource, start: Start | None) -> TrainConfig:
+    """Return the config with the digest of what training starts from; raises UserError where it does not fit."""
+    if start is not None:
+        start.check(cfg, source.hooks)
+    return cfg.model_copy(update={"init_from": None if start is None else start.digest()})
+
+
+def identity_of(
+    cfg: TrainConfig, source: ActivationSource, start: Start | None = None
+) -> dict[str, Any]:
+    """Return what a run is, as its config.json keeps it; where things lie may change."""
+    found = {"init_from": start.address} if start is not None else {}
+    places = {**source.describe(), **found}
+    return {"train": cfg.to_dict(), "data": source.digest(), "source": places}
 
 
 def load_run(path: Path) -> RunResult:
@@ -145,5 +160,7 @@ def finish_run(
             place = Path(MEMBERS) / hook / name
             files += [str(place / file) for file in (CONFIG, WEIGHTS, MANIFEST)]
     info = {"members": members, **told}
-    write_manifest(out, "run", identity, files, inputs={"data": identity["data"]}, info=info)
+    inputs = {"data": identity["data"]}
+    inputs |= {} if cfg.init_from is None else {"init_from": cfg.init_from}
+    write_manifest(out, "run", identity, files, inputs=inputs, info=info)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

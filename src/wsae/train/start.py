@@ -11,7 +11,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.sae.config import GammaConfig
 from wsae.stats import Covariance
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, Inputs, make_family
+from wsae.train.family import FamilyState, Inputs, Start, make_family
 from wsae.train.loop import run_steps
 from wsae.train.native import as_usual
 from wsae.train.state import MemberState, make_batch
@@ -61,15 +61,17 @@ def start_family(
     device: str = "cpu",
     progress: Progress = quiet,
     make: Callable[[str, str, MemberConfig, Inputs], MemberState | None] | None = None,
+    start: Start | None = None,
 ) -> FamilyState:
     """Return every hook's members at step 0, with what the data say of their loss weights and preconditioners.
 
-    `make` is that of `make_family`; with one, pilots are trained on the CPU, where all processes get the same bits.
+    `make` and `start` are those of `make_family`; pilots start there too. With a `make`, pilots are trained on the CPU,
+    where all processes get the same bits.
     """
     found = covariances(cfg, source, stats, progress)
     pilots = "cpu" if make else device
-    left = residuals(cfg, source, stats, found, pilots, progress)
-    return make_family(cfg, stats, device, found, left, make)
+    left = residuals(cfg, source, stats, found, pilots, progress, start)
+    return make_family(cfg, stats, device, found, left, make, start)
 
 
 def residuals(
@@ -79,6 +81,7 @@ def residuals(
     covariances: dict[str, Covariance],
     device: str = "cpu",
     progress: Progress = quiet,
+    start: Start | None = None,
 ) -> dict[str, dict[str, Covariance]]:
     """Return hook -> member -> covariance of the residual x - x_hat of its pilot, for members of the residual rules.
 
@@ -98,7 +101,7 @@ def residuals(
         tokens = max(cfg.batch_size, cfg.tokens // PILOT)
         own = {"members": tuple(pilots.values()), "tokens": tokens}
         pilot = cfg.model_copy(update=own)
-        family = make_family(pilot, stats, device, covariances, left)
+        family = make_family(pilot, stats, device, covariances, left, start=start)
         stream = source.stream(pilot.batch_size, pilot.seed)
         with progress(f"pilot {number}", pilot.steps * pilot.batch_size, "tokens") as tick:
             run_steps(pilot, family, stream, 0, tick, lambda _: None)

@@ -56,6 +56,8 @@ class MemberState:
     """Standard deviation per dimension, in scaled units: the compiled kernels round by it."""
     sparse: Bool[Tensor, ""]
     """Whether few enough latents are active for the compiled kernels (kinds without a k; Top-k always)."""
+    annealed: Float64[Tensor, "3"] | None = None
+    """With p-annealing: the factor of l1 by now, and the sums behind the next one (`wsae.train.penalty`)."""
     inside: Preconditioner | None = None
     """The map P where the SAE is trained on P x; all other vectors of x here are then of P x too."""
     weights: Weights | None = None
@@ -87,22 +89,17 @@ def make_member(
     """Return a member at its start: b_dec at the data's mean, encoder along the decoder, gamma all 1.
 
     `mean` and `spread` (standard deviations; by default equal ones) are in the activations' own units. An `sae` is
-    taken in place of a new one. A transcoder has a `target`: its b_dec starts at the target's mean, its b_enc at
-    -mean @ W_enc, as if the mean had been subtracted from its inputs, and its decoder at 0: a latent's first gradient
-    gives its row the direction, which is then brought to norm 1 (as in sparsify).
+    taken as it is, in place of a new one (`centred`). A transcoder has a `target`.
     """
     d_in = len(mean)
-    seed = run.seed if cfg.seed is None else cfg.seed
-    d_out = None if target is None else len(target.mean)
-    sae = sae or SAE(cfg.sae_config(d_in, d_out), seed, cfg.start_scale())
-    scale_in, centre = scale, (mean / scale).float()
+    scale_in, centre_in = scale, (mean / scale).float()
+    centre = centre_in
     if target is not None:
-        assert sae.b_enc is not None
-        sae.b_enc.data.copy_(-centre @ sae.W_enc)
-        sae.W_dec.data.zero_()
         scale, centre = target.scale, (target.mean / target.scale).float()
-    if sae.b_dec is not None:
-        sae.b_dec.data.copy_(centre)
+    if sae is None:
+        seed = run.seed if cfg.seed is None else cfg.seed
+        d_out = None if target is None else len(target.mean)
+        sae = centred(SAE(cfg.sae_config(d_in, d_out), seed, cfg.start_scale()), centre_in, centre)
     d_sae = sae.cfg.d_sae
     parameters = [p for p in sae.parameters() if p.requires_grad]
     return MemberState(
@@ -119,7 +116,24 @@ def make_member(
         window=torch.zeros(len(SUMS), dtype=torch.float64),
         spread=(spread / scale_in if spread is not None else torch.ones_like(mean)).float(),
         sparse=torch.tensor(sae.arch.sparse),
+        annealed=None if cfg.p_end is None else torch.tensor([1.0, 0, 0], dtype=torch.float64),
     )
+
+
+def centred(sae: SAE, read: Float[Tensor, " d_in"], given: Float[Tensor, " d_out"]) -> SAE:
+    """Return a new SAE with its biases at the means, in scaled units, of what it reads and what it is to give.
+
+    b_dec of an SAE is its mean. A transcoder's b_dec starts at the mean of what it is to give, its b_enc at
+    -mean @ W_enc, as if the mean had been subtracted from its inputs, and its decoder at 0: a latent's first gradient
+    gives its row the direction, which is then brought to norm 1 (as in sparsify).
+    """
+    if sae.cfg.transcoder:
+        assert sae.b_enc is not None
+        sae.b_enc.data.copy_(-read @ sae.W_enc)
+        sae.W_dec.data.zero_()
+    if sae.b_dec is not None:
+        sae.b_dec.data.copy_(given)
+    return sae
 
 
 class Target(NamedTuple):

@@ -20,12 +20,26 @@ from wsae.kernels.native.select import LARGEST_SHARE
 from wsae.kernels.triton import unsupported
 from wsae.sae.architectures import Above, Every, Groups, Rows
 from wsae.sae.forward import WHOLE, Forward, dead_by_level, training_forward
-from wsae.sae.loss import also_loss, auxk_loss, penalty, weighted_reconstruction_loss
+from wsae.sae.loss import (
+    also_loss,
+    auxk_loss,
+    penalty,
+    pre_act_loss,
+    weighted_reconstruction_loss,
+)
 from wsae.sae.model import SAE
-from wsae.sae.stack import Stack, keep_positive_
+from wsae.sae.stack import Stack, keep_positive_, thresholds
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.native import leave, native_step
+from wsae.train.penalty import (
+    anneal,
+    at_own_pace,
+    hold_l0,
+    price_at,
+    start_thresholds,
+    threshold_pace,
+)
 from wsae.train.state import GAMMA_EVERY, Batch, MemberState, StepResult, record
 
 
@@ -36,12 +50,32 @@ def eager_step(
 
     Nothing is read back from a GPU.
     """
+    forward = training_forward(member.sae, batch.x, run.dtype == "bfloat16", member.part)
+    return descend(member, batch, forward, None, rate, run, step)
+
+
+def descend(
+    member: MemberState,
+    batch: Batch,
+    forward: Forward,
+    aim: Float[Tensor, ""] | None,
+    rate: float,
+    run: TrainConfig,
+    step: int,
+) -> SparseCode:
+    """Take the step of a training forward pass: its loss, penalties and revival included, update and record.
+
+    `aim`, in its own unit, takes the place of the weighted reconstruction loss.
+    """
     sae, cfg, part, target = member.sae, member.cfg, member.part, batch.target
-    forward = training_forward(sae, batch.x, run.dtype == "bfloat16", part)
     reconstruction = weighted_reconstruction_loss(target, forward.x_hat, sae.gamma, part.batch)
     revival = revival_loss(member, target, forward)
-    fit = reconstruction + also_loss(target, forward, sae.gamma, part.batch) + cfg.auxk * revival
-    price = penalty(forward.entries, cfg.l1, cfg.l0, part.batch or len(target))
+    fit = reconstruction if aim is None else aim
+    fit = fit + also_loss(target, forward, sae.gamma, part.batch) + cfg.auxk * revival
+    cost, rows = price_at(member, run, step), part.batch or len(target)
+    price = penalty(forward.entries, cost, rows, part)
+    if cost.pre_act:
+        price = price + cost.pre_act * pre_act_loss(forward.entries, member.dead, rows)
     loss = fit + price
     member.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -50,14 +84,19 @@ def eager_step(
         group["lr"] = rate
     with torch.no_grad():
         remove_radial_gradient(sae)
-        member.optimizer.step()
+        pace = threshold_pace(cfg, sae.cfg.d_in, run.steps)
+        with at_own_pace(thresholds(sae), pace):
+            member.optimizer.step()
         unit_rows_(sae)
         keep_positive_(sae)
         x_hat = forward.x_hat.detach()
         sse = F.mse_loss(x_hat, target, reduction="sum")
         error = None if member.back is None else x_hat - target
-        losses = (part.once(fit.detach()) + price, reconstruction.detach(), revival.detach())
+        whole = part.once(fit.detach()) + price
+        whole = whole if aim is None else whole / member.scale**2  # the record multiplies by it
+        losses = (whole, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
+        anneal(member, forward.entries, run, step)
     return forward.code
 
 
@@ -68,7 +107,7 @@ def revival_loss(
     if member.cfg.auxk == 0:
         return target.new_zeros(())
     k_aux, dead, part = member.cfg.revived(target.shape[1]), member.dead, member.part
-    nested = member.sae.nested
+    nested = part.nested(member.sae)
     if nested is None or not nested.level_auxk:
         residual = target - forward.x_hat.detach()
         return auxk_loss(member.sae, residual, forward, dead, k_aux, part)
@@ -128,6 +167,9 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     rate = member.cfg.learning_rate(member.sae.cfg.d_in)
     rate *= lr_factor(step, run.steps, run.warmup, run.decay)
     varies = isinstance(member.sae.choice, Above)
+    if step == 0 and (wanted := member.cfg.target_l0) is not None:
+        start_thresholds(member, batch.x)
+        member.sparse = torch.tensor(wanted < FEW * (member.part.d_sae or len(member.dead)))
     kernels = chosen(member, run, batch.x)
     if kernels == "eager" or (varies and not bool(member.sparse)):
         leave(member)
@@ -140,14 +182,21 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         # Triton launches on the current device, whichever the tensors are on
         with torch.cuda.device_of(batch.x):
             code = triton_step(member, batch, rate, run, step)
-    if (step + 1) % GAMMA_EVERY == 0:
-        member.dead = member.since_fired > run.dead_tokens
-        member.part.note_dead(member.dead)
+    after_step(member, code, step, run)
     if (step + 1) % LOOK_EVERY == 0 and varies:
         entries = torch.tensor([code.batch * len(member.dead), 0], device=code.values.device)
         entries[1] = torch.count_nonzero(code.values)
         entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
         member.sparse = torch.tensor(entries[1] < FEW * entries[0])
+
+
+def after_step(member: MemberState, code: SparseCode, step: int, run: TrainConfig) -> None:
+    """Hold the number of active latents where that is asked for, and say now and then which are dead."""
+    if member.cfg.target_l0 is not None:
+        hold_l0(member, code, lr_factor(step, run.steps, run.warmup, run.decay))
+    if (step + 1) % GAMMA_EVERY == 0:
+        member.dead = member.since_fired > run.dead_tokens
+        member.part.note_dead(member.dead)
 
 
 def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
@@ -184,7 +233,14 @@ def unfit_native(member: MemberState, x: Tensor) -> str | None:
         return f"k = {k} of {cfg.d_sae} latents is not sparse (more than one in {LARGEST_SHARE})"
     if isinstance(choice, Every):
         return f"the kind {cfg.activation.kind} does not say which latents may be active"
-    return why_not()
+    return _unfit_penalty(member) or why_not()
+
+
+def _unfit_penalty(member: MemberState) -> str | None:
+    """Return why no kernel that follows chosen pairs alone can have a member's penalties."""
+    if not member.cfg.pre_act:
+        return None
+    return "the pre-activation loss has a gradient at every row of each dead latent, chosen or not"
 
 
 def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
@@ -194,6 +250,8 @@ def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
         return "the Triton kernels have no transcoders yet"
     if isinstance(choice, Every) or arch.nested is not None or arch.gate is not None:
         return f"the Triton kernels have no {arch.kind}"
+    if (unfit := _unfit_penalty(member)) is not None:
+        return unfit
     # batch Top-k compares with a threshold: its k bounds nothing
     k = choice.k if isinstance(choice, Rows | Groups) else None
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32

@@ -156,7 +156,7 @@ def random_model(
     language, name = reinitialised(language, seed_for(seed, "random model")), NAMES["random_model"]
     members = dict(zip(train.names(), train.members, strict=True))
     alone = members[member].model_copy(update={"label": name})
-    train = train.model_copy(update={"members": (alone,)})
+    train = train.model_copy(update={"members": (alone,), "init_from": None, "loss": None})
     known, identity = place / IDENTITY, digest([cfg.to_dict(), language.digest, train.to_dict()])
     if place.is_dir() and (not known.is_file() or read_json(known) != identity):
         shutil.rmtree(place)  # of another model, text or training

@@ -34,12 +34,12 @@ from wsae.train.checkpoint import (
     place_of,
 )
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.family import FamilyState, Inputs, folded
+from wsae.train.family import FamilyState, Inputs, Start, folded
 from wsae.train.loop import FamilyJob, Team, TrainJob, enter, held, train_job
 from wsae.train.parallel.config import even_part
 from wsae.train.parallel.step import Shard, make_shard, unfit_shard
 from wsae.train.parallel.world import MAX, MIN, Mesh, MeshAxis, by_latents
-from wsae.train.run import about, finish_run, identity_of, write_member
+from wsae.train.run import about, begun_from, finish_run, identity_of, write_member
 from wsae.train.start import start_family
 from wsae.train.state import MemberState
 
@@ -291,6 +291,7 @@ def train_parallel(
     world: Mesh,
     progress: Progress = quiet,
     resume: bool = False,
+    start: Start | None = None,
 ) -> Path:
     """Train a family into the directory `out` with all ranks of `world`, and return `out`; every rank calls this.
 
@@ -299,8 +300,9 @@ def train_parallel(
     interrupted, and RuntimeError from torch.distributed when a rank is gone.
     """
     _check(cfg, source, world)
+    cfg = begun_from(cfg, source, start)
     world = suited(cfg, source, world)
-    identity = identity_of(cfg, source) if world.first else {}
+    identity = identity_of(cfg, source, start) if world.first else {}
     with held(out) if world.first else contextlib.nullcontext():
         if not world.from_first(lambda: enter(out, "run", identity, resume)):
             return out
@@ -316,10 +318,12 @@ def train_parallel(
         stats = {hook: every[hook] for hook in wanted}
 
         def make(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState | None:
-            mine = (hook, name) in own
-            return make_shard(name, member, cfg, inputs, world) if mine else None
+            if (hook, name) not in own:
+                return None
+            begun = None if start is None else start.begun(hook, member, inputs)
+            return make_shard(name, member, cfg, inputs, world, begun)
 
-        family = start_family(cfg, part, stats, world.device, progress, make)
+        family = start_family(cfg, part, stats, world.device, progress, make, start)
         own_told = {"gamma": family.gamma_record, **about(stats)} if world.place.leads else {}
         told = _merged(world.to_first(own_told))
         if world.first:
@@ -354,6 +358,8 @@ def _check(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> None:
             f"--mesh layers={layout.layers}: there are {len(hooks)} hooks of {len(cfg.members)} members to "
             f"divide; use at most {pairs}"
         )
+    if cfg.loss is not None:
+        raise UserError(f"loss {cfg.loss} runs through one model; train it in one process")
 
 
 def suited(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> Mesh:

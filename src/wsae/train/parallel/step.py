@@ -22,7 +22,7 @@ from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import Inputs, to_device
 from wsae.train.parallel.config import chunk_part
 from wsae.train.parallel.world import MIN, Mesh, MeshAxis, MeshPlace
-from wsae.train.state import SUMS, MemberState, make_member
+from wsae.train.state import SUMS, MemberState, centred, make_member
 
 # Which latents are active when they lie on several ranks: exactly those that one process could choose. Each rank sees
 # the pre-activations of its own latents and returns the pairs (row, column) that are active among these. Ties at the
@@ -298,9 +298,14 @@ class Shard(Whole):
 
 
 def make_shard(
-    name: str, cfg: MemberConfig, run: TrainConfig, inputs: Inputs, world: Mesh
+    name: str,
+    cfg: MemberConfig,
+    run: TrainConfig,
+    inputs: Inputs,
+    world: Mesh,
+    begun: SAE | None = None,
 ) -> MemberState:
-    """Return this rank's part of the member that `make_member` would make.
+    """Return this rank's part of the member that `make_member` would make, or that goes on with an SAE.
 
     Raises UserError when there are more ranks than latents.
     """
@@ -313,12 +318,20 @@ def make_shard(
     part = chunk_part(whole.d_sae, latents.size, latents.index)
     # a copy of a valid config: k counts over all ranks, so it may exceed the latents here
     sae = SAE(whole.model_copy(update={"d_sae": part.stop - part.start}))
-    seed = run.seed if cfg.seed is None else cfg.seed
-    rows = initial_rows(whole.d_sae, d_in, seed, part, transcoder=whole.transcoder)
-    if not whole.transcoder:  # whose decoder starts at 0
-        sae.W_dec.data.copy_(rows)
-    if sae.W_enc_t is not None:
-        sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
+    if begun is None:
+        seed = run.seed if cfg.seed is None else cfg.seed
+        rows = initial_rows(whole.d_sae, d_in, seed, part, transcoder=whole.transcoder)
+        if not whole.transcoder:
+            sae.W_dec.data.copy_(rows)
+        if sae.W_enc_t is not None:
+            sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
+        read = (inputs.mean / inputs.scale).float()
+        centred(sae, read, read if target is None else (target.mean / target.scale).float())
+    else:
+        for key, mine in sae.state_dict().items():
+            value = begun.state_dict()[key]
+            of_latents = key in ("W_dec", "W_enc_t", "b_enc") or key in sae.arch.parameters
+            mine.copy_(value[part] if of_latents else value)
     spread = inputs.variance.sqrt()
     member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae, target)
     member = to_device(member, world.device)
@@ -343,7 +356,10 @@ def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
     fewest, k = last.stop - last.start, getattr(whole.activation, "k", 1)
     if parts == 1:
         return None
-    if whole.activation.kind == "group_topk" or architecture_of(whole.activation).nested:
+    make = architecture_of(whole.activation).nested
+    nested = None if make is None else make(whole.activation, whole.d_sae)
+    by_rank = nested is not None and (nested.widths is None or nested.level_auxk)
+    if by_rank or whole.activation.kind == "group_topk":
         return "its groups or levels lie on several processes"
     if k * LARGEST_SHARE > fewest:
         return f"k = {k} of the {fewest} latents of a process is not sparse"
