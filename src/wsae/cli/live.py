@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -55,9 +55,10 @@ TOKENS = 250_000
 MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0", "target_l0")
 """Settings of a member whose flags take several values."""
 OF_KINDS: dict[str, tuple[Kind, ...]] = dict.fromkeys(
-    ("l0", "target_l0", "l0_penalty", "pre_act"), ("jumprelu",)
+    ("l0", "l0_penalty", "target_l0", "pre_act"), ("jumprelu",)
 )
 """Settings of a member that only some kinds have."""
+OF_MEMBER = tuple(dict.fromkeys((*MEMBER_GRID, *OF_KINDS)))
 OF_ACTIVATION = {
     name: field.default
     for made in KINDS.values()
@@ -189,7 +190,7 @@ class PlanFlags(
         """Return what each SAE without weights is: every kind, with every combination of what is asked of it."""
         kinds: tuple[Kind, ...] = self.activation or ("topk",)
         for name in (*OF_ACTIVATION, *OF_KINDS):
-            able = [kind for kind in KINDS if _has(kind, name)]
+            able = [kind for kind in KINDS if self._has(kind, name)]
             asked = getattr(self, name)
             if asked != type(self).model_fields[name].default and not {*kinds} & {*able}:
                 none = f"{' and '.join(kinds)} {'has' if len(kinds) == 1 else 'have'} no {name}"
@@ -199,11 +200,10 @@ class PlanFlags(
         return [shape for kind in kinds for shape in self._of_kind(kind)]
 
     def _of_kind(self, kind: Kind) -> list[dict[str, object]]:
-        activations = self._grid([name for name in OF_ACTIVATION if _has(kind, name)])
-        settings = self._grid([name for name in MEMBER_GRID if _has(kind, name)])
-        others = [name for name in OF_KINDS if not _has(kind, name)]
+        activations = self._grid([name for name in OF_ACTIVATION if self._has(kind, name)])
+        settings = self._grid([name for name in OF_MEMBER if self._has(kind, name)])
         return [
-            {name: MemberConfig.model_fields[name].default for name in {*MEMBER_GRID, *others}}
+            {name: MemberConfig.model_fields[name].default for name in OF_MEMBER}
             | {"activation": {"kind": kind, **activation}, **own}
             for activation in activations
             for own in settings
@@ -220,11 +220,12 @@ class PlanFlags(
             dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())
         ]
 
-
-def _has(kind: str, name: str) -> bool:
-    """Return whether a kind of SAE has a setting."""
-    mine = name in KINDS[kind].model_fields
-    return kind in OF_KINDS[name] if name in OF_KINDS else mine or name in MEMBER_GRID
+    def _has(self, kind: str, name: str) -> bool:
+        """Return whether a kind of SAE has a setting."""
+        if name in OF_KINDS:
+            for_all = self.l0_penalty == "tanh" and name in ("l0", "l0_penalty")
+            return for_all or kind in OF_KINDS[name]
+        return name in KINDS[kind].model_fields or name in MEMBER_GRID
 
 
 def _shown(value: object) -> str:
@@ -536,21 +537,14 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
 
             data = {**record["harvest"], "device": device}
             return LiveSource(HarvestConfig.parse(data, where=str(run)))
-        if record.get("kind") == "aligned":
-            from wsae.acts.source import AlignedSource
-
-            return AlignedSource(*(_recorded(run, part) for part in record["sources"]))
-        return _recorded(run, record)
-
-
-def _recorded(run: Path, record: dict[str, Any]) -> "ActivationSource":
-    """Return the store or the array that a run's config.json names; raises UserError where it is not there."""
-    path = record.get("path")
-    if path is None:
-        raise UserError(f"{run}: was trained on an array in memory; name the data with --source")
-    if not Path(path).exists():
-        raise UserError(f"{path}: the run's data are no longer there; name them with --source")
-    return _opened(path, tuple(record.get("hooks", ())))
+        path = record.get("path")
+        if path is None:
+            raise UserError(
+                f"{run}: was trained on an array in memory; name the data with --source"
+            )
+        if not Path(path).exists():
+            raise UserError(f"{path}: the run's data are no longer there; name them with --source")
+        return _opened(path, hooks)
 
 
 def of_single(opened: Run, source: str | None) -> "ActivationSource":
