@@ -46,7 +46,7 @@ def live(cfg: TrainConfig, source: ActivationSource) -> LiveSource:
     return source
 
 
-class Scored(NamedTuple):
+class Targets(NamedTuple):
     """A batch of sequences on the model's device, and which of its tokens are scored."""
 
     tokens: TokenBatch
@@ -98,7 +98,7 @@ def _step(
     source: LiveSource,
     point: HookPoint,
     member: MemberState,
-    scored: Scored,
+    scored: Targets,
     step: int,
     read: HookPoint | None = None,
 ) -> None:
@@ -127,14 +127,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def scored_batch(cfg: TrainConfig, source: LiveSource, tokens: TokenBatch) -> Scored:
+def scored_batch(cfg: TrainConfig, source: LiveSource, tokens: TokenBatch) -> Targets:
     """Return a batch on the model's device with its targets, for kl also what the untouched model predicts there."""
     device = source.language.device
     said = None if tokens.said is None else tokens.said.to(device)
     tokens = TokenBatch(tokens.ids.to(device), tokens.positions.to(device), said)
     special = torch.tensor(source.language.tokenizer.all_special_ids, device=device)
     target = (tokens.positions >= 0) & ~torch.isin(tokens.ids, special)
-    scored = Scored(tokens, target[:, 1:], None)
+    scored = Targets(tokens, target[:, 1:], None)
     if cfg.loss == "ce":
         return scored
     with torch.no_grad():
@@ -146,7 +146,7 @@ def spliced(
     source: LiveSource,
     point: HookPoint,
     member: MemberState,
-    scored: Scored,
+    scored: Targets,
     read: HookPoint | None = None,
 ) -> Spliced:
     """Return the loss of a batch with a member's reconstructions in place at its hook; raises UserError without rows.
@@ -189,7 +189,7 @@ def _kept(
     return (rule.by_norm(norms, reasons) == KEPT).nonzero()[:, 0]
 
 
-def _predicted(source: LiveSource, scored: Scored) -> Float[Tensor, "scored vocabulary"]:
+def _predicted(source: LiveSource, scored: Targets) -> Float[Tensor, "scored vocabulary"]:
     """Return the model's log-probabilities of the scored tokens."""
     ids, positions, _ = scored.tokens
     mask = positions >= 0
