@@ -95,6 +95,8 @@ def saelens(args: argparse.Namespace, seed: int, target: float, coefficient: flo
         )
     )
     sae.b_dec.data.copy_(mean / scale)
+    if args.threshold is not None:
+        sae.threshold.data.fill_(args.threshold)
 
     def loss(x: Tensor, step: int) -> Tensor:  # noqa: ARG001
         given = TrainStepInput(x, {"l0": coefficient}, None, 0, False)
@@ -125,6 +127,8 @@ def dictionary_learning(
     )  # fmt: skip
     ae = trainer.ae
     ae.b_dec.data.copy_(mean / scale)
+    if args.threshold is not None:
+        ae.threshold.data.fill_(args.threshold)
 
     def after() -> None:
         ae.W_dec.data = set_decoder_norm_to_unit_norm(ae.W_dec.T, len(mean), args.d_sae).T
@@ -150,6 +154,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--targets", type=float, nargs="+", default=[32.0])
     parser.add_argument("--coefficients", type=float, nargs="+", default=[0.1, 1.0])
+    about = "where the others' thresholds start, rows having variance 1 (default: as they do)"
+    parser.add_argument("--threshold", type=float, help=about)
     parser.add_argument("--tools", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
