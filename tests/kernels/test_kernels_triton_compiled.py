@@ -88,9 +88,9 @@ def test_what_they_do(d_sae, d_in, k, grouped, monkeypatch) -> None:
     assert unsupported(meta(d_sae, d_in), torch.bfloat16, k, grouped) is None
 
 
-def test_the_gpu_benchmark_says_that_there_is_no_device() -> None:
+def test_the_gpu_benchmark_says_that_there_is_no_device(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu.py")],
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path / "gpu")],
         capture_output=True,
         text=True,
         check=False,
@@ -98,4 +98,6 @@ def test_the_gpu_benchmark_says_that_there_is_no_device() -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 1
-    assert done.stderr == "benchmarks/gpu.py: no CUDA device here, so there is nothing to measure\n"
+    said = "benchmarks/gpu.py: no CUDA device here; --rehearse goes through it on a CPU\n"
+    assert done.stderr == said
+    assert not (tmp_path / "gpu").exists()
