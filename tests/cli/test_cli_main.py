@@ -541,6 +541,10 @@ def test_sigterm_ends_training_without_a_traceback(array) -> None:
             ["plain-topk-k4", "gap-a1-topk-k4", "plain-topk-k8", "gap-a1-topk-k8"]
             + ["plain-jumprelu", "gap-a1-jumprelu", "plain-jumprelu-l0-0.1", "gap-a1-jumprelu-l0-0.1"],
         ),
+        (
+            {"activation": ("topk", "jumprelu"), "target_l0": (4, 8)},
+            ["plain-topk-k32", "plain-jumprelu-target-l0-4", "plain-jumprelu-target-l0-8"],
+        ),
         ({"d_sae": (8, 16), "lr": (1e-3, 1e-2), "twin": False},
          [f"plain-lr{lr}-d-sae{d}" for d in (8, 16) for lr in (0.001, 0.01)]),
     ],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from acts_models import VOCABULARY, WIDTH, untrained
 from torch import nn
 from transformers import (
     GPTNeoXConfig,
@@ -20,34 +21,16 @@ from wsae.core.errors import UserError
 from wsae.evals import downstream
 from wsae.evals.downstream import Place, SplicedSequence, spliced_losses
 
-VOCABULARY, WIDTH, LENGTH = 50, 16, 12
+LENGTH = 12
 BIG = 1 << 27
 
 
 def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=3,
-        intermediate_size=32,
-        num_attention_heads=2,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return untrained(LlamaForCausalLM, LlamaConfig, 3)
 
 
 def neox():
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=3,
-        intermediate_size=32,
-        num_attention_heads=2,
-        initializer_range=0.5,
-    )
-    return GPTNeoXForCausalLM(config).eval().requires_grad_(False)
+    return untrained(GPTNeoXForCausalLM, GPTNeoXConfig, 3)
 
 
 def sequences(n=4):
@@ -112,19 +95,30 @@ def test_sae_equal_whole_forward_passes_one_variant_at_a_time(make, hook, max_lo
         )
 
 
+def test_a_transcoder_is_spliced_where_its_module_gives_from_what_it_takes():
+    model, data = llama(), sequences(2)
+    W = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5))
+    place = Place(one_hook(model, "layers.1.mlp"), one_hook(model, "layers.1.mlp.input"))
+    found = spliced_losses(model, place, data, {"map": lambda x: x @ W}, BIG)
+    assert found.shared
+    for i, full in enumerate(data):
+        s = full.trimmed()
+
+        def put(_module, args, out, s=s):
+            new = out.clone()
+            new[0, s.kept] = args[0][0, s.kept] @ W
+            return new
+
+        with model.model.layers[1].mlp.register_forward_hook(put):
+            logs = model(input_ids=s.ids[None]).logits[0].double().log_softmax(-1)
+        scored = [t for t in range(len(s.ids) - 1) if s.target[t + 1]]
+        ce = -sum(float(logs[t, s.ids[t + 1]]) for t in scored)
+        assert float(found.ce["map"][i]) == pytest.approx(ce, rel=1e-4)
+
+
 def mixtral():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        initializer_range=0.5,
-    )
-    return MixtralForCausalLM(config).eval().requires_grad_(False)
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4}
+    return untrained(MixtralForCausalLM, MixtralConfig, **experts)
 
 
 def xlnet():

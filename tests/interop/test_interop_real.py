@@ -9,6 +9,10 @@ import pytest
 import torch
 from acts_models import WIDTH, make_model, some_ids
 from test_interop_roundtrip import EQUALS, make
+from test_interop_transcoder import ABOUT, X
+from test_interop_transcoder import CASES as TRANSCODERS
+from test_interop_transcoder import D as WIDE
+from test_interop_transcoder import make as transcoder
 from test_releases import RELEASES, D, M, empty_cache, publish, rows, weights
 
 import wsae
@@ -16,6 +20,8 @@ from wsae.acts.hooknames import among
 from wsae.interop import Provenance, load, save
 from wsae.interop.releases import registry
 from wsae.sae import SAE, JumpReLU, SAEConfig, TopK
+from wsae.sae.forward import training_forward
+from wsae.sae.loss import auxk_loss, weighted_reconstruction_loss
 from wsae.use.attach import Scale, Set, attach
 
 PACKAGES = {
@@ -158,3 +164,55 @@ def test_attached_and_edited_a_model_answers_as_in_saelens_with_its_error_term(
         )
         torch.testing.assert_close(mine(input_ids=ids).logits, moved, atol=1e-6, rtol=1e-5)
     assert (moved - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "skip"), [c for c in TRANSCODERS if c[0] != "circuit_tracer"]
+)
+def test_transcoders_in_the_tools_own_classes_give_our_output(tmp_path, name, kind, skip) -> None:
+    sae = transcoder(kind, skip)
+    folder = save(sae, tmp_path / "it", name, ABOUT)
+    if name == "saelens":
+        from sae_lens import SAE as Theirs
+
+        found = Theirs.load_from_disk(folder)
+        y_hat = found(X)
+        torch.testing.assert_close(found.encode(X), sae.encode(X), rtol=1e-5, atol=1e-5)
+        assert found.cfg.metadata.hook_name_out == "layers.0.mlp"
+    else:
+        from sparsify import SparseCoder
+
+        y_hat = SparseCoder.load_from_disk(folder)(X).sae_out
+    torch.testing.assert_close(y_hat, sae(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_loss_and_gradients_are_sparsifys(tmp_path, skip) -> None:
+    """sparsify's loss is the sum of squared errors over the batch's variance, ours their mean over its rows."""
+    from sparsify import SparseCoder
+
+    sae = transcoder("topk", skip).requires_grad_(True)
+    sae.set_gamma(torch.ones(WIDE))
+    coder = SparseCoder.load_from_disk(save(sae, tmp_path / "it", "sparsify", ABOUT))
+    y = torch.randn(len(X), WIDE, generator=torch.Generator().manual_seed(1)) * 3 - 1
+    dead = torch.arange(20) % 3 == 0
+    found = coder(X, y, dead_mask=dead)
+    share = (y - y.mean(0)).square().sum() / len(X)
+    forward = training_forward(sae, X)
+    loss = weighted_reconstruction_loss(y, forward.x_hat, sae.gamma)
+    rest = auxk_loss(sae, y - forward.x_hat.detach(), forward, dead, WIDE // 2)
+    torch.testing.assert_close(loss, found.fvu * share, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rest, found.auxk_loss * share, rtol=1e-5, atol=1e-5)
+    pairs = {"W_enc_t": coder.encoder.weight, "b_enc": coder.encoder.bias}
+    pairs |= {name: coder.get_parameter(name) for name in ("W_dec", "b_dec")}
+    pairs |= {"W_skip": coder.W_skip} if skip else {}
+    (found.fvu * share).backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    for name, other in pairs.items():
+        torch.testing.assert_close(sae.get_parameter(name).grad, other.grad, rtol=1e-5, atol=1e-5)
+    encoder = coder.encoder.weight.grad.clone()
+    (found.auxk_loss * share).backward()
+    rest.backward()
+    torch.testing.assert_close(sae.W_dec.grad, coder.W_dec.grad, rtol=1e-5, atol=1e-5)
+    assert torch.equal(coder.encoder.weight.grad, encoder)  # its AuxK never reaches the encoder
+    assert not torch.equal(sae.get_parameter("W_enc_t").grad, encoder)

@@ -1,6 +1,5 @@
 """Transcoders to other tools' files and back: to the bit with our own beside them, and by the tools' equations."""
 
-import importlib.util
 import itertools
 from pathlib import Path
 
@@ -118,26 +117,3 @@ def test_what_a_tool_does_not_have_is_refused_by_name(tmp_path, name, kind, d_ou
     with pytest.raises(UserError, match=message):
         save(make(kind, False, d_out), tmp_path / "it", name, ABOUT)
     assert not (tmp_path / "it").exists()
-
-
-HAVE = all(importlib.util.find_spec(name) for name in ("sae_lens", "sparsify"))
-
-
-@pytest.mark.skipif(not HAVE, reason="needs sae_lens and sparsify (extra interop)")
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("name", "kind", "skip"), [c for c in CASES if c[0] != "circuit_tracer"])
-def test_the_tools_own_classes_give_our_output(tmp_path, name, kind, skip) -> None:
-    sae = make(kind, skip)
-    folder = save(sae, tmp_path / "it", name, ABOUT)
-    if name == "saelens":
-        from sae_lens import SAE as Theirs
-
-        found = Theirs.load_from_disk(folder)
-        y_hat = found(X)
-        torch.testing.assert_close(found.encode(X), sae.encode(X), rtol=1e-5, atol=1e-5)
-        assert found.cfg.metadata.hook_name_out == "layers.0.mlp"
-    else:
-        from sparsify import SparseCoder
-
-        y_hat = SparseCoder.load_from_disk(folder)(X).sae_out
-    torch.testing.assert_close(y_hat, sae(X), rtol=1e-5, atol=1e-5)

@@ -112,7 +112,7 @@ def test_everything_above_a_threshold_is_found(above: float) -> None:
     floor = torch.rand(500)
     encoder = rounded(W, x)
     both = Centred(x, to_slices(x))
-    code = native.select_above(encoder, to_slices(W), bias, both, above, floor)
+    code = native.select_above(encoder, to_slices(W), bias, both, above + floor)
     pre = x @ W.T + bias
     margin = (pre - floor - above).abs()
     clear = margin > 1e-4  # a value on the border may fall on either side
@@ -370,7 +370,7 @@ ENTRIES = {
     "encoder": (encoder, Ws, dim),
     "topk": (lambda W, b, r, s: select_topk(fine, W, b, Centred(r, s), K), Ws, bias, x, xs),
     "above": (
-        lambda W, b, r, s, f: select_above(fine, W, b, Centred(r, s), 0.0, f),
+        lambda W, b, r, s, f: select_above(fine, W, b, Centred(r, s), f),
         Ws, bias, x, xs, torch.zeros(F),
     ),
     "update": (

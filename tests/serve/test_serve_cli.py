@@ -14,7 +14,7 @@ from report_fixture import write_run
 from serve_world import SHAPE, write_world
 
 from wsae.cli.main import main
-from wsae.serve import server
+from wsae.serve import build, server
 
 START = "from wsae.cli.main import main; raise SystemExit(main())"
 
@@ -33,6 +33,23 @@ def test_index_only_says_what_it_made_and_finds_it_again(run: Path, tmp_path: Pa
         assert Path(told["index"]) == tmp_path / "place" / "run.sqlite"
         assert told["bytes"] == Path(told["index"]).stat().st_size
     assert not (run / "browser.sqlite").exists()
+
+
+def test_an_interrupted_index_leaves_nothing_and_is_made_by_the_same_command(
+    run: Path, tmp_path: Path, capsys, monkeypatch
+):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    place = tmp_path / "place"
+    words = ["serve", str(run), "--index-only", "--out", str(place)]
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_packed", interrupt)  # tables are filled before
+        assert main(words) == 130
+    assert "the same command" in capsys.readouterr().err
+    assert not [path for path in place.iterdir() if not path.name.endswith(".lock")]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["made"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from wsae.acts.hookpoints import HookPoint, probe
 SENTENCE = "the cat sat on a mat and saw two dogs run over green hills while rain fell all day"
 WORDS = SENTENCE.split()
 WIDTH, LAYERS = 16, 3
+VOCABULARY = 50
+"""Of models without a tokenizer."""
 
 
 def make_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
@@ -55,6 +57,21 @@ def make_model(path: Path, kind: str = "llama", bos: bool = False, positions: in
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def untrained(kind: type, config: type, layers: int = 2, **more: object) -> nn.Module:
+    """Return a tiny frozen model with weights large enough that its logits differ from token to token."""
+    torch.manual_seed(0)
+    made = config(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=layers,
+        intermediate_size=32,
+        num_attention_heads=2,
+        initializer_range=0.5,
+        **more,
+    )
+    return kind(made).eval().requires_grad_(False)
 
 
 def make_bert(path: Path) -> Path:

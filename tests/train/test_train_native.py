@@ -4,6 +4,8 @@ import logging
 
 import pytest
 import torch
+from test_train_transcoder import CASES as TRANSCODERS
+from test_train_transcoder import trained as transcoder
 from torch import Tensor
 
 import wsae
@@ -125,6 +127,19 @@ def test_compiled_training_follows_autograd(case: str) -> None:
         assert float(difference) <= 5e-3 * max(1.0, float(tensor.double().norm())), name
     if case.startswith("outlier"):
         assert one.gamma.nonzero()[:, 0].tolist() == [i for i in range(48) if i != 5]
+    if case.endswith("dead latents"):
+        assert sums["auxk"] > 0
+
+
+@pytest.mark.parametrize("case", TRANSCODERS)
+def test_compiled_training_of_transcoders_follows_autograd(case: str) -> None:
+    one, sums = transcoder(kernels="eager", **TRANSCODERS[case])
+    two, others = transcoder(kernels="native", **TRANSCODERS[case])
+    for name in ("loss", "auxk", "sse", "l0", "rows"):
+        assert others[name] == pytest.approx(sums[name], rel=2e-3, abs=1e-9), name
+    for name, tensor in one.tensors().items():
+        difference = (two.tensors()[name] - tensor).double().norm()
+        assert float(difference) <= 5e-3 * max(1.0, float(tensor.double().norm())), name
     if case.endswith("dead latents"):
         assert sums["auxk"] > 0
 

@@ -42,6 +42,8 @@ LAYOUTS = {
     "data2-latents2": Layout(data=2, latents=2),
     "layers2-data2": Layout(layers=2, data=2),
 }
+SIDES = ("eager", "auto")
+"""What trains transcoders."""
 RELATIVE = 1e-5
 """Largest difference to one process, as a share of the largest entry: fp32 sums in another order, nothing else."""
 
@@ -59,6 +61,8 @@ def member(kind: str, label: str, **fields: object) -> MemberConfig:
     activation: dict[str, object] = {"kind": kind}
     if kind not in ("relu", "gated", "jumprelu"):
         activation["k"] = fields.pop("k", 4)
+    if kind == "matryoshka":
+        activation["widths"] = (40, 150)  # the second exceeds what one of four ranks has
     defaults: dict[str, object] = {"d_sae": 230, "lr": 3e-3, "auxk": 0.25, "label": label}
     return MemberConfig.parse({"activation": activation, **defaults, **fields})
 
@@ -86,6 +90,7 @@ def compiled() -> TrainConfig:
         member("topk", "topk", gamma={"rule": "latent_variance"}),
         member("batch_topk", "batch", k_aux=300),
         member("topk", "tied", tied=True, l1=0.01),
+        member("matryoshka", "nested"),
         member("topk", "white", gamma={"rule": "whiten"}, precondition={"kind": "whiten"}),
     ]
     return config(members=members, kernels="native")
@@ -94,6 +99,15 @@ def compiled() -> TrainConfig:
 def two_hooks() -> TrainConfig:
     members = [member("topk", "topk"), member("batch_topk", "batch", d_sae=None, expansion=4)]
     return config(members=members)
+
+
+def two_sides(kernels: str) -> TrainConfig:
+    """Transcoders from the store's hook a to its hook b."""
+    members = [
+        member("topk", "topk", skip=True, gamma={"rule": "whiten"}),
+        member("batch_topk", "batch", precondition={"kind": "whiten"}),
+    ]
+    return config(members=members, kernels=kernels, hook_out={"a": "b"})
 
 
 def write_store(place: Path) -> None:
@@ -165,6 +179,10 @@ def work(rank: int, port: int, out: Path) -> None:
         if why_not() is None:
             both = again(world, "compiled", LAYOUTS["data2-latents2"])
             train_parallel(compiled(), source, out / "compiled", both)
+        for kernels in SIDES:
+            both = again(world, f"sides {kernels}", LAYOUTS["data2-latents2"])
+            store = StoreSource(out / "store")
+            train_parallel(two_sides(kernels), store, out / f"sides-{kernels}", both)
         moved = out / "latents4+layers2-data2"
         with halting(), pytest.raises(Stopped, match=f"step {HALF} of"):
             train_parallel(cfg, source, moved, again(world, "begin", LAYOUTS["latents4"]))
@@ -255,6 +273,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_run(two_hooks(), StoreSource(out / "store"), out / "one-hooks")
     if why_not() is None:
         train_run(compiled(), ArraySource(features()), out / "one-compiled")
+    for kernels in SIDES:
+        train_run(two_sides(kernels), StoreSource(out / "store"), out / f"one-sides-{kernels}")
     with pytest.raises(Stopped, match=f"step {HALF} of"):
         train_run(config(), Interrupted(features(), HALF), out / "1+latents4")
     torch.set_num_threads(threads)
@@ -316,6 +336,11 @@ def test_compiled_kernels_on_several_ranks_equal_those_of_one_process(runs: Path
     rows = {row["member"]: row for row in read_json_lines(runs / "compiled" / "metrics.jsonl")}
     assert rows["topk"]["auxk"] > 0
     assert rows["batch"]["auxk"] > 0
+
+
+@pytest.mark.parametrize("kernels", SIDES)
+def test_transcoders_on_several_ranks_equal_those_of_one_process(runs: Path, kernels: str) -> None:
+    check_same(runs / f"sides-{kernels}", runs / f"one-sides-{kernels}")
 
 
 @pytest.mark.parametrize("name", ["latents4+layers2-data2", "1+latents4"])
@@ -391,7 +416,10 @@ def test_parts_cover_everything_once() -> None:
 def test_a_rank_starts_from_the_same_rows_without_drawing_all(d_sae: int, d_in: int) -> None:
     cfg = SAEConfig.parse({"d_in": d_in, "d_sae": d_sae, "activation": {"kind": "relu"}})
     whole = SAE(cfg, seed=3).W_dec.detach()
+    coder = SAE(cfg.model_copy(update={"d_out": 5}), seed=3).encoder_rows.detach()
     for parts in (1, 3):
         for index in range(parts):
             part = chunk_part(d_sae, parts, index)
             assert torch.equal(initial_rows(d_sae, d_in, 3, part, block=16), whole[part])
+            encoder = initial_rows(d_sae, d_in, 3, part, block=16, transcoder=True)
+            assert torch.equal(encoder, coder[part])

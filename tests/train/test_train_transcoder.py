@@ -1,17 +1,19 @@
 """Transcoders and skip transcoders in training: their equations, the compiled step, preconditioners, scales, resume."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import wsae
 from wsae.acts.source import AlignedSource, ArraySource
+from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.evals.config import EvalConfig
-from wsae.kernels.native import why_not
 from wsae.sae import SAE, SAEConfig
 from wsae.sae.config import make_activation
 from wsae.train.config import MemberConfig, TrainConfig
@@ -115,20 +117,6 @@ CASES = {
 }
 
 
-@pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
-@pytest.mark.parametrize("case", CASES)
-def test_compiled_training_follows_autograd(case: str) -> None:
-    one, sums = trained(kernels="eager", **CASES[case])
-    two, others = trained(kernels="native", **CASES[case])
-    for name in ("loss", "auxk", "sse", "l0", "rows"):
-        assert others[name] == pytest.approx(sums[name], rel=2e-3, abs=1e-9), name
-    for name, tensor in one.tensors().items():
-        difference = (two.tensors()[name] - tensor).double().norm()
-        assert float(difference) <= 5e-3 * max(1.0, float(tensor.double().norm())), name
-    if case.endswith("dead latents"):
-        assert sums["auxk"] > 0
-
-
 def test_a_preconditioner_maps_what_is_read_and_gamma_weighs_what_is_given() -> None:
     cfg = config(precondition={"kind": "whiten"}, gamma={"rule": "variance"}, skip=True)
     (member,) = start_family(cfg, BOTH, BOTH.stats()).members["in"]
@@ -199,3 +187,25 @@ def test_one_side_alone_is_refused_in_one_line(call, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_two_files_of_the_same_rows_are_trained_and_evaluated_on(tmp_path: Path, capsys) -> None:
+    for name, array in (("read", X), ("given", Y)):
+        np.save(tmp_path / f"{name}.npy", array.numpy())
+    out = str(tmp_path / "run")
+    sides_ = [str(tmp_path / "read.npy"), "--hook-out", str(tmp_path / "given.npy")]
+    shape = ["--d-sae", "96", "--k", "4", "--batch-size", "100", "--tokens", "1000", "--skip"]
+    assert main(["train", *sides_, *shape, "--out", out]) == 0
+    capsys.readouterr()
+    few = ["--draws", "10", "--n-latents", "0", "--no-random-control"]
+    assert main(["evaluate", out, *few, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["hooks"]["read"]["members"][
+        "plain"
+    ]
+    sae = SAE.load(tmp_path / "run/members/read/plain")
+    held = ArraySource(X.numpy(), name="read").heldout_rows
+    x, y = X[held], Y[held]
+    fvu = (sae(x) - y).double().square().sum() / (y - y.mean(0)).double().square().sum()
+    assert found["metrics"]["fvu"]["value"] == pytest.approx(float(fvu), rel=1e-4)
+    assert main(["evaluate", out, "--source", sides_[0]]) == 2
+    assert "a transcoder needs its input and its output" in capsys.readouterr().err

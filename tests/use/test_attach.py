@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from acts_models import VOCABULARY, WIDTH, untrained
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import wsae
@@ -12,28 +13,15 @@ from wsae.core.errors import UserError
 from wsae.sae import BatchTopK, JumpReLU, ReLU, SAEConfig, TopK
 from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
 
-VOCABULARY, WIDTH, LATENTS, EOS = 50, 16, 40, 2
+LATENTS, EOS = 40, 2
 HOOK = "layers.0"
 
 
-def config(kind, **more):
-    return kind(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        intermediate_size=32,
-        num_attention_heads=2,
-        initializer_range=0.5,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        **more,
-    )
+SPECIAL = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config(LlamaConfig)).eval().requires_grad_(False)
+    return untrained(LlamaForCausalLM, LlamaConfig, **SPECIAL)
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +229,7 @@ def test_several_saes_each_see_what_the_edits_before_them_made(model, sae, rows)
 
 
 def test_a_model_in_bfloat16_keeps_its_bits_and_its_edits(sae):
-    torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(config(GPTNeoXConfig)).eval().to(torch.bfloat16)
+    model = untrained(GPTNeoXForCausalLM, GPTNeoXConfig, **SPECIAL).to(torch.bfloat16)
     ids = some_ids()
     capture = Capture(model, [one_hook(model, HOOK)])
     plain, x = logits(model, ids), capture(ids)[HOOK].clone()
@@ -341,3 +328,37 @@ def test_what_does_not_fit_is_refused_and_no_hook_stays_behind(model, sae):
         model.model(input_ids=ids)
     assert torch.equal(logits(model, ids), plain)
     assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("named", ["default", "by name"])
+def test_a_transcoder_reads_a_modules_input_and_changes_its_output(model, named):
+    cfg = SAEConfig(d_in=WIDTH, d_sae=LATENTS, activation=TopK(k=4), d_out=WIDTH, skip=True)
+    coder, ids = wsae.SAE(cfg, 1).requires_grad_(False), some_ids()
+    coder.W_skip.normal_(generator=torch.Generator().manual_seed(2))
+    hook, more = "layers.0.mlp.input", {}
+    if named == "by name":  # what the norm gives is what the MLP takes
+        hook = "layers.0.post_attention_layernorm"
+        more = {"hook_out": {hook: "layers.0.mlp"}}
+    mlp = model.model.layers[0].mlp
+    with mlp.register_forward_hook(lambda _module, args, _out: coder(args[0])):
+        wanted = logits(model, ids)
+    with attach(model, {hook: coder}, error=False, exclude=None, **more):
+        torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-5, atol=1e-5)
+    latent = 7
+    with mlp.register_forward_hook(
+        lambda _module, args, out: (
+            out + (2.0 - coder.encode(args[0])[..., latent, None]) * coder.W_dec[latent]
+        )
+    ):
+        wanted = logits(model, ids)
+    plain = logits(model, ids)
+    with attach(model, {hook: coder}, exclude=None, **more) as a:
+        assert torch.equal(logits(model, ids), plain)
+        a.edit(Set(latent, 2.0))
+        torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_transcoder_that_does_not_say_what_it_changes_is_refused(model):
+    cfg = SAEConfig(d_in=WIDTH, d_sae=LATENTS, d_out=WIDTH)
+    with pytest.raises(UserError, match="hook_out=.*HOOK"), attach(model, {HOOK: wsae.SAE(cfg)}):
+        pass

@@ -388,7 +388,9 @@ def pairs(hooks: Iterable[str], read: Iterable[str], given: Iterable[str]) -> di
         named: list[str] = []
         for pattern in patterns:
             one = among(pattern, hooks)
-            several = [one] if one is not None else [place.path for place in match(pattern, hooks)]
+            several = [one] if one is not None else _ending(pattern, hooks)
+            if not several:
+                raise UserError(f"hook {pattern!r}: is not in the data{nearest(pattern, hooks)}")
             named += [hook for hook in several if hook not in named]
         return named
 

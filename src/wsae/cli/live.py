@@ -54,8 +54,11 @@ TOKENS = 250_000
 
 MEMBER_GRID = ("d_sae", "expansion", "lr", "l1", "l0", "target_l0")
 """Settings of a member whose flags take several values."""
-OF_KINDS: dict[str, tuple[Kind, ...]] = {"l0": ("jumprelu",), "target_l0": ("jumprelu",)}
+OF_KINDS: dict[str, tuple[Kind, ...]] = dict.fromkeys(
+    ("l0", "l0_penalty", "target_l0", "pre_act"), ("jumprelu",)
+)
 """Settings of a member that only some kinds have."""
+OF_MEMBER = tuple(dict.fromkeys((*MEMBER_GRID, *OF_KINDS)))
 OF_ACTIVATION = {
     name: field.default
     for made in KINDS.values()
@@ -187,7 +190,7 @@ class PlanFlags(
         """Return what each SAE without weights is: every kind, with every combination of what is asked of it."""
         kinds: tuple[Kind, ...] = self.activation or ("topk",)
         for name in (*OF_ACTIVATION, *OF_KINDS):
-            able = [kind for kind in KINDS if _has(kind, name)]
+            able = [kind for kind in KINDS if self._has(kind, name)]
             asked = getattr(self, name)
             if asked != type(self).model_fields[name].default and not {*kinds} & {*able}:
                 none = f"{' and '.join(kinds)} {'has' if len(kinds) == 1 else 'have'} no {name}"
@@ -197,10 +200,10 @@ class PlanFlags(
         return [shape for kind in kinds for shape in self._of_kind(kind)]
 
     def _of_kind(self, kind: Kind) -> list[dict[str, object]]:
-        activations = self._grid([name for name in OF_ACTIVATION if _has(kind, name)])
-        settings = self._grid([name for name in MEMBER_GRID if _has(kind, name)])
+        activations = self._grid([name for name in OF_ACTIVATION if self._has(kind, name)])
+        settings = self._grid([name for name in OF_MEMBER if self._has(kind, name)])
         return [
-            {name: MemberConfig.model_fields[name].default for name in MEMBER_GRID}
+            {name: MemberConfig.model_fields[name].default for name in OF_MEMBER}
             | {"activation": {"kind": kind, **activation}, **own}
             for activation in activations
             for own in settings
@@ -217,11 +220,12 @@ class PlanFlags(
             dict(zip(asked, values, strict=True)) for values in itertools.product(*asked.values())
         ]
 
-
-def _has(kind: str, name: str) -> bool:
-    """Return whether a kind of SAE has a setting."""
-    mine = name in KINDS[kind].model_fields
-    return kind in OF_KINDS[name] if name in OF_KINDS else mine or name in MEMBER_GRID
+    def _has(self, kind: str, name: str) -> bool:
+        """Return whether a kind of SAE has a setting."""
+        if name in OF_KINDS:
+            for_all = self.l0_penalty == "tanh" and name in ("l0", "l0_penalty")
+            return for_all or kind in OF_KINDS[name]
+        return name in KINDS[kind].model_fields or name in MEMBER_GRID
 
 
 def _shown(value: object) -> str:
@@ -368,7 +372,7 @@ def open_data(
     return LiveSource(cfg, LiveConfig.parse(config_values(mixing, LiveConfig), where=FLAGS))
 
 
-class BothSides(NamedTuple):
+class SidesData(NamedTuple):
     """Activations of transcoders: a source with what they read and what they are to give, and the hooks of each."""
 
     source: "ActivationSource"
@@ -383,13 +387,13 @@ def open_sides(
     seed: int,
     device: str,
     **rest: object,
-) -> BothSides:
+) -> SidesData:
     """Return the activations of both sides of modules: of a store or a live model, or of two stores or arrays."""
     read = live.hook
     if not is_data(source):
         asked = live.model_copy(update={"hook": (*read, *hook_out)})
         both = open_data(source, asked, mixing, seed, device, **rest)
-        return BothSides(both, pairs(both.hooks, read, hook_out))
+        return SidesData(both, pairs(both.hooks, read, hook_out))
     both = open_data(source, live.model_copy(update={"hook": ()}), mixing, seed, device)
     elsewhere = Path(hook_out[0])
     if len(hook_out) == 1 and elsewhere.exists():
@@ -399,13 +403,13 @@ def open_sides(
         one, given = _named_alone(source, both, read), _named_alone(str(elsewhere), other, ())
         if next(iter(one.hooks)) in given.hooks and one.digest() == given.digest():
             raise UserError(f"--hook-out {elsewhere}: is what is read; name another for the output")
-        return BothSides(
+        return SidesData(
             AlignedSource(one, given), {next(iter(one.hooks)): next(iter(given.hooks))}
         )
     read = read or tuple(hook for hook in both.hooks if among(hook, hook_out) is None)
     found = pairs(both.hooks, read, hook_out)
     named = dict.fromkeys([*found, *found.values()])
-    return BothSides(
+    return SidesData(
         both if len(named) == len(both.hooks) else _opened(source, tuple(named)), found
     )
 

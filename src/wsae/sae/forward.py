@@ -146,6 +146,11 @@ class Whole:
     first: int = 0
     """The number of the first of those here."""
 
+    def nested(self, sae: SAE) -> Nested | None:
+        """Return the levels of the whole SAE's code, where its kind has any."""
+        make = sae.arch.nested
+        return None if make is None else make(sae.cfg.activation, self.d_sae or sae.cfg.d_sae)
+
     def level(
         self,
         nested: Nested,
@@ -249,10 +254,10 @@ def training_forward(
     own = at_latents(sae.own, chosen.indices)
     entries = Entries.of(sae.arch, sae.cfg.activation, at, own, norms, chosen)
     code = SparseCode(entries.z.detach(), chosen.indices, chosen.offsets)
-    if sae.arch.nested is None:
+    nested = part.nested(sae)
+    if nested is None:
         x_hat = sae.completed(part.summed(decode(entries.z, sae.W_dec, plan)), x)
         return Forward(x_hat, entries, code, pre.detach(), centred.detach())
-    nested = sae.arch.nested(sae.cfg.activation, part.d_sae or sae.cfg.d_sae)
     level = part.level(nested, pre, chosen)
     decoded, found = 0, []
     for number, weight in enumerate(nested.weights):

@@ -37,7 +37,7 @@ from wsae.kernels import (
     select_group_topk,
     select_topk,
 )
-from wsae.sae.architectures import Above, Choice, Groups, Nested, Rows, architecture_of
+from wsae.sae.architectures import Above, Choice, Groups, Rows, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
@@ -79,13 +79,14 @@ class SAE(nn.Module):
         super().__init__()
         self.cfg, self.arch = cfg, architecture_of(cfg.activation)
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
-        drawn = torch.randn(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
-        rows, width = F.normalize(drawn, dim=1), cfg.width_out
-        if cfg.transcoder:  # its two spaces have no direction in common
-            drawn = torch.randn(cfg.d_sae, width, generator=generator, dtype=torch.float32)
-            self.W_dec = nn.Parameter(F.normalize(drawn, dim=1))
-        else:
-            self.W_dec = nn.Parameter(rows)
+        drawn = torch.randn(cfg.d_sae, cfg.width_out, generator=generator, dtype=torch.float32)
+        self.W_dec, width = nn.Parameter(F.normalize(drawn, dim=1)), cfg.width_out
+        rows = self.W_dec.detach()
+        if cfg.transcoder:
+            # another space; uniform as torch.nn.Linear, so that no latent begins with an outlier dimension alone
+            generator.manual_seed(seed_for(seed, "transcoder-init"))
+            rows = torch.rand(cfg.d_sae, cfg.d_in, generator=generator, dtype=torch.float32)
+            rows = (2 * rows - 1) * math.sqrt(3 / cfg.d_in)
         self.W_enc_t = None if cfg.tied else nn.Parameter(rows * encoder_scale)
         self.b_enc = None if cfg.tied else nn.Parameter(torch.zeros(cfg.d_sae, dtype=torch.float32))
         self.b_dec = None if cfg.tied else nn.Parameter(torch.zeros(width, dtype=torch.float32))
@@ -141,12 +142,6 @@ class SAE(nn.Module):
                 f"an SAE whose rows are normalised ({self.cfg.input_norm}) is not trained here"
             )
         return self.arch.choose(self.cfg.activation, self.own)
-
-    @property
-    def nested(self) -> Nested | None:
-        """The levels of its code, where its kind has any."""
-        make = self.arch.nested
-        return None if make is None else make(self.cfg.activation, self.cfg.d_sae)
 
     @property
     def biases(self) -> tuple[Tensor, Tensor] | None:

@@ -439,7 +439,7 @@ def _fill(
                 tick(member.size)
                 continue
             shown |= set() if contexts is None else contexts.sequences
-            fits = out is not None and sae.cfg.d_in == out.rows.shape[1]
+            fits = out is not None and sae.cfg.width_out == out.rows.shape[1]
             tokens = _logit_blobs(sae, out if fits else None, source.cfg.logits, used)
             near = _near_blobs(sae, source.cfg.neighbours)
             seen = _seen_blobs(member.size, source.seen(member), contexts)

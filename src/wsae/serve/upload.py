@@ -25,6 +25,7 @@ from wsae.evals.interpret.llm.client import (
     TryAgain,
     error_text,
     key_from,
+    passing,
     retry_after,
 )
 from wsae.serve.neuronpedia import Latent, Source, upload_body
@@ -32,7 +33,6 @@ from wsae.serve.neuronpedia import Latent, Source, upload_body
 KEY = "NEURONPEDIA_API_KEY"
 SITE = "https://www.neuronpedia.org"
 MOST_DESCRIPTION = 127
-_PASSING = (408, 409, 425, 429)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -198,15 +198,11 @@ class Neuronpedia:
                 for part in response.iter_bytes():
                     data += part
                     if time.monotonic() > end:
-                        raise TryAgain("timed out")
+                        raise TryAgain("time-out")
                     if len(data) > MAX_REPLY_BYTES:
                         raise TryAgain("a reply without end")
-        except httpx.TimeoutException:
-            raise TryAgain("timed out") from None
-        except httpx.ConnectError:
-            raise TryAgain("cannot connect") from None
         except httpx.TransportError as error:
-            raise TryAgain(f"broken connection ({type(error).__name__})") from None
+            raise TryAgain.after(error) from None
         except httpx.DecodingError:
             raise TryAgain("a reply that cannot be unpacked") from None
         text = data.decode("utf-8", "replace").replace(self._key, "***")
@@ -222,7 +218,7 @@ class Neuronpedia:
             body = ...
         if status == 200 and body is not ...:
             return body
-        if status in _PASSING or status >= 500 or status == 200:
+        if passing(status) or status == 200:
             reason = "an answer that is no JSON" if status == 200 else f"HTTP {status}"
             raise TryAgain(reason, retry_after(response.headers))
         if status in (401, 403):

@@ -265,8 +265,8 @@ class TrainConfig(Config):
         return [m.label or "-".join([m.weights, *parts]) for m, parts in apart]
 
 
-PENALTIES = ("l1", "l0")
-"""Coefficients that are not named where they are 0."""
+PENALTIES = ("l1", "l0", "target_l0")
+"""What is not named where it is 0, and else with a hyphen before the value, as the name ends in a digit."""
 
 
 def told_apart(members: Sequence[MemberConfig]) -> list[list[str]]:

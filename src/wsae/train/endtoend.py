@@ -30,7 +30,7 @@ from wsae.sae.loss import weigh
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.state import Batch, MemberState, make_batch
-from wsae.train.step import descend, look_after, lr_factor
+from wsae.train.step import after_step, descend, lr_factor
 
 
 def live(cfg: TrainConfig, source: ActivationSource) -> LiveSource:
@@ -108,7 +108,7 @@ def _step(
             "--lr, or run the model in float32"
         )
     code = descend(member, found.batch, found.forward, found.loss, rate, cfg, step)
-    look_after(member, code, step, cfg)
+    after_step(member, code, step, cfg)
 
 
 @contextlib.contextmanager

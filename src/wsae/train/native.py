@@ -314,18 +314,16 @@ def native_step(
     weights, sae, x = enter(member), member.sae, batch.x.contiguous()
     b_dec, b_in = (None if b is None else b.detach() for b in (sae.b_dec, sae.b_in))
     centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
-    part, nested, target = member.part, sae.nested, left_by_skip(sae, batch)
-    chosen, price = (
-        part.among(sae.choice, find_pairs(sae, weights, centred)),
-        price_at(member, run, step),
-    )
+    part, target = member.part, left_by_skip(sae, batch)
+    nested, price = part.nested(sae), price_at(member, run, step)
+    chosen = part.among(sae.choice, find_pairs(sae, weights, centred))
     values = PairValues(sae, chosen, price, weights.norms)
     code, shown, gated = values.code, looked_at(member, batch), None
     if nested is None:
         main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
     else:
-        level = _level(nested, values.pre)
-        main = _reconstruct_levels(weights, code, nested, level, target, sae.gamma, b_dec, shown)
+        level = _level(nested, values.pre, part.first)
+        main = _reconstruct_levels(member, weights, code, nested, level, target, b_dec, shown)
         code = up_to(code, level, nested.main)
     if values.gate is not None:
         by_gate = values.pre._replace(values=values.gate.detach())
@@ -367,7 +365,7 @@ def _revive(
     member: MemberState, weights: Weights, centred: Centred, main: Reconstructed, target: Tensor
 ) -> Revival:
     """Let the dead latents model what is left: by all latents, or by the levels up to their own."""
-    cfg, nested, terms, losses = member.cfg, member.sae.nested, [], []
+    cfg, nested, terms, losses = member.cfg, member.part.nested(member.sae), [], []
     if not cfg.auxk:
         return Revival([], None)
     if nested is None or not nested.level_auxk:
@@ -384,11 +382,11 @@ def _revive(
     return Revival(terms, torch.stack(losses).sum() if losses else None)
 
 
-def _level(nested: Nested, pre: SparseCode) -> Int64[Tensor, " pairs"]:
-    """Return the level of each pair."""
+def _level(nested: Nested, pre: SparseCode, first: int) -> Int64[Tensor, " pairs"]:
+    """Return the level of each pair; `first` is the number of the first latent here."""
     if nested.widths is None:
         return level_by_rank(pre, nested.k)
-    return level_by_latent(pre.indices, nested.widths)
+    return level_by_latent(pre.indices + first, nested.widths)
 
 
 def _reconstruct(
@@ -430,26 +428,28 @@ def _first_errors(x_hat: Slices, target: Tensor, rows: int) -> Float[Tensor, "sh
 
 
 def _reconstruct_levels(  # noqa: PLR0913
+    member: MemberState,
     weights: Weights,
     code: SparseCode,
     nested: Nested,
     level: Int64[Tensor, " pairs"],
     target: Tensor,
-    gamma: Tensor,
     start: Tensor | None,
     shown: int,
 ) -> Reconstructed:
     """Decode level upon level and take the weighted sum of ||Gamma (x_hat - target)||^2 back to z."""
     rows, x_hat, error, places, pairs, left = code.rows(), None, None, [], [], []
+    start = None if start is None else member.part.once(start)
     for number in range(len(nested.weights)):
         here = (level == number).nonzero()[:, 0]
         part = SparseCode(code.values[here], code.indices[here], offsets_of(rows[here], code.batch))
         pairs.append(sort_pairs(part, weights.d_sae))
         places.append(here[pairs[-1].order])
         more = weights.decode(pairs[-1], code.values[places[-1]], len(target), start)
+        more = member.part.over_latents(more)
         x_hat, start = more if x_hat is None else x_hat.add_(more), None
         error = _first_errors(x_hat, target, shown) if number == nested.main else error
-        left.append(_weighted_residual(x_hat.clone(), target, gamma))
+        left.append(_weighted_residual(x_hat.clone(), target, member.sae.gamma))
     terms, dz, gradient = [], torch.empty_like(code.values), torch.zeros_like(left[0].gradient)
     for number in reversed(range(len(pairs))):
         gradient = gradient.add(left[number].gradient, alpha=nested.weights[number])

@@ -107,7 +107,7 @@ def revival_loss(
     if member.cfg.auxk == 0:
         return target.new_zeros(())
     k_aux, dead, part = member.cfg.revived(target.shape[1]), member.dead, member.part
-    nested = member.sae.nested
+    nested = part.nested(member.sae)
     if nested is None or not nested.level_auxk:
         residual = target - forward.x_hat.detach()
         return auxk_loss(member.sae, residual, forward, dead, k_aux, part)
@@ -182,7 +182,7 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         # Triton launches on the current device, whichever the tensors are on
         with torch.cuda.device_of(batch.x):
             code = triton_step(member, batch, rate, run, step)
-    look_after(member, code, step, run)
+    after_step(member, code, step, run)
     if (step + 1) % LOOK_EVERY == 0 and varies:
         entries = torch.tensor([code.batch * len(member.dead), 0], device=code.values.device)
         entries[1] = torch.count_nonzero(code.values)
@@ -190,8 +190,8 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         member.sparse = torch.tensor(entries[1] < FEW * entries[0])
 
 
-def look_after(member: MemberState, code: SparseCode, step: int, run: TrainConfig) -> None:
-    """Hold a member at its target L0 after a step, and say now and then which latents are dead."""
+def after_step(member: MemberState, code: SparseCode, step: int, run: TrainConfig) -> None:
+    """Hold the number of active latents where that is asked for, and say now and then which are dead."""
     if member.cfg.target_l0 is not None:
         hold_l0(member, code, lr_factor(step, run.steps, run.warmup, run.decay))
     if (step + 1) % GAMMA_EVERY == 0:

@@ -194,9 +194,15 @@ def attribute(
 ) -> Attribution:
     """Return the effects of latents on a metric of a text, the `verify` largest of them checked by ablation.
 
-    Raises UserError as `attach` and the metrics do, and for a model without logits.
+    Raises UserError as `attach` and the metrics do, for a model without logits, and for a transcoder.
     """
     refuse_without_logits(model)
+    for hook, sae in saes.items():
+        if sae.cfg.transcoder:
+            raise UserError(
+                f"hook {hook!r}: its SAE is a transcoder, whose latents are not attributed to yet; steer with it, or "
+                "export it to circuit-tracer"
+            )
     passes = _GradientPasses(model, saes, ids, metric)
     found: dict[str, AtHook] = {}
     with progress("attribute", 1 + 2 * len(saes), "hooks") as tick:

@@ -338,6 +338,10 @@ def lm_eval_hook(language: LanguageModel, point: HookPoint) -> str:
 
 def lm_eval_entry(sae: SAE, edits: Sequence[Edit]) -> dict[str, Any]:
     """Return the entry of one hook."""
+    if sae.cfg.transcoder:
+        raise UserError(
+            "--lm-eval: a transcoder is read at one place and acts at another, which lm-eval has not; leave it out"
+        )
     if sae.cfg.input_norm is not None:
         raise UserError(
             f"--lm-eval: an edit of an SAE that normalises its rows ({sae.cfg.input_norm}) is of another size at every "

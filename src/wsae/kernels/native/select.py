@@ -159,7 +159,7 @@ def select_above(
     above: float | Float[Tensor, "*per_latent"],
 ) -> SparseCode:
     """Return every pre-activation above a bound, or above each latent's own, in order of row and latent."""
-    floor = above.float() if isinstance(above, Tensor) and above.ndim else None
+    floor = above if isinstance(above, Tensor) and above.ndim else None
     above = float(above) if floor is None else 0.0
     if not encoder.int8:
         values, indices, where = [], [], []

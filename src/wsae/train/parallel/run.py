@@ -114,7 +114,8 @@ class ShardsJob(FamilyJob):
                 of_kind = key.removeprefix("sae.") in member.sae.arch.parameters
                 dim = 0 if key in _ROWS or of_kind else 1 if key in _COLUMNS else None
                 if key.startswith("adam.") and value.ndim:
-                    dim = None if parameters[int(key.split(".")[1])] is member.sae.b_dec else 0
+                    of = parameters[int(key.split(".")[1])]
+                    dim = None if of is member.sae.b_dec or of is member.sae.W_skip else 0
                 tensor = value.detach().contiguous() if to_write else value.detach()
                 if dim is not None:
                     tensor = self._cut(tensor, dim, member)
@@ -298,10 +299,6 @@ def train_parallel(
     Raises UserError as `train_run` does and for a mesh that does not fit, `Stopped` on all ranks when one is
     interrupted, and RuntimeError from torch.distributed when a rank is gone.
     """
-    if cfg.hook_out is not None:
-        raise UserError(
-            "transcoders (--hook-out) train in one process; start wsae train without torchrun"
-        )
     _check(cfg, source, world)
     cfg = begun_from(cfg, source, start)
     world = suited(cfg, source, world)
@@ -309,14 +306,16 @@ def train_parallel(
     with held(out) if world.first else contextlib.nullcontext():
         if not world.from_first(lambda: enter(out, "run", identity, resume)):
             return out
-        pairs = [(hook, name) for hook in source.hooks for name in cfg.names()]
+        pairs = [(hook, name) for hook in cfg.read(source.hooks) for name in cfg.names()]
         own = pairs[even_part(len(pairs), world.layout.layers, world.layer)]
         hooks = tuple(dict.fromkeys(hook for hook, _ in own))
-        part = source
-        if isinstance(source, StoreSource) and hooks != tuple(source.hooks):
-            part = StoreSource(source.store.path, hooks, verify=False)  # rank 0 checked the files
+        given = {hook: goal for hook in hooks if (goal := cfg.given(hook)) is not None}
+        cfg = cfg.model_copy(update={"hook_out": given or None})
+        part, wanted = source, tuple(dict.fromkeys([*hooks, *given.values()]))
+        if isinstance(source, StoreSource) and wanted != tuple(source.hooks):
+            part = StoreSource(source.store.path, wanted, verify=False)  # rank 0 checked the files
         every = part.stats(progress)
-        stats = {hook: every[hook] for hook in hooks}
+        stats = {hook: every[hook] for hook in wanted}
 
         def make(hook: str, name: str, member: MemberConfig, inputs: Inputs) -> MemberState | None:
             if (hook, name) not in own:
@@ -334,7 +333,8 @@ def train_parallel(
         train_job(job, out, progress, MeshTeam(world, cfg.steps))
         last, gamma = place_of(out, cfg.steps), {hook: {} for hook in hooks}
         for hook, member in family.all() if world.place.leads else ():
-            sae = SAE(member.cfg.sae_config(len(member.mean)))
+            whole = {"d_sae": member.part.d_sae or member.sae.cfg.d_sae}
+            sae = SAE(member.sae.cfg.model_copy(update=whole))
             sae.set_tensors(read_whole(last, f"{hook}|{member.name}|sae."), str(last))
             sae = folded(member, sae)
             gamma[hook][member.name] = write_member(out, hook, member, sae)
@@ -347,14 +347,15 @@ def train_parallel(
 
 
 def _check(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> None:
-    layout, pairs = world.layout, len(source.hooks) * len(cfg.members)
+    hooks = cfg.read(source.hooks)
+    layout, pairs = world.layout, len(hooks) * len(cfg.members)
     if layout.data > cfg.batch_size:
         raise UserError(
             f"--mesh data={layout.data}: a batch of {cfg.batch_size} rows leaves a rank without; use fewer"
         )
     if layout.layers > pairs:
         raise UserError(
-            f"--mesh layers={layout.layers}: there are {len(source.hooks)} hooks of {len(cfg.members)} members to "
+            f"--mesh layers={layout.layers}: there are {len(hooks)} hooks of {len(cfg.members)} members to "
             f"divide; use at most {pairs}"
         )
     if cfg.loss is not None:

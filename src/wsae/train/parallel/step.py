@@ -22,7 +22,7 @@ from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import Inputs, to_device
 from wsae.train.parallel.config import chunk_part
 from wsae.train.parallel.world import MIN, Mesh, MeshAxis, MeshPlace
-from wsae.train.state import SUMS, MemberState, make_member
+from wsae.train.state import SUMS, MemberState, centred, make_member
 
 # Which latents are active when they lie on several ranks: exactly those that one process could choose. Each rank sees
 # the pre-activations of its own latents and returns the pairs (row, column) that are active among these. Ties at the
@@ -309,8 +309,8 @@ def make_shard(
 
     Raises UserError when there are more ranks than latents.
     """
-    d_in, latents = len(inputs.mean), world.place.latents
-    whole = cfg.sae_config(d_in)
+    d_in, latents, target = len(inputs.mean), world.place.latents, inputs.target
+    whole = cfg.sae_config(d_in, None if target is None else len(target.mean))
     if chunk_part(whole.d_sae, latents.size, latents.size - 1).start >= whole.d_sae:
         raise UserError(
             f"--mesh latents={latents.size}: {whole.d_sae} latents of {name} leave a rank without; use fewer"
@@ -319,19 +319,21 @@ def make_shard(
     # a copy of a valid config: k counts over all ranks, so it may exceed the latents here
     sae = SAE(whole.model_copy(update={"d_sae": part.stop - part.start}))
     if begun is None:
-        rows = initial_rows(whole.d_sae, d_in, run.seed if cfg.seed is None else cfg.seed, part)
-        sae.W_dec.data.copy_(rows)
+        seed = run.seed if cfg.seed is None else cfg.seed
+        rows = initial_rows(whole.d_sae, d_in, seed, part, transcoder=whole.transcoder)
+        if not whole.transcoder:
+            sae.W_dec.data.copy_(rows)
         if sae.W_enc_t is not None:
             sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
-        if sae.b_dec is not None:
-            sae.b_dec.data.copy_(inputs.mean / inputs.scale)
+        read = (inputs.mean / inputs.scale).float()
+        centred(sae, read, read if target is None else (target.mean / target.scale).float())
     else:
         for key, mine in sae.state_dict().items():
             value = begun.state_dict()[key]
             of_latents = key in ("W_dec", "W_enc_t", "b_enc") or key in sae.arch.parameters
             mine.copy_(value[part] if of_latents else value)
     spread = inputs.variance.sqrt()
-    member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae)
+    member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae, target)
     member = to_device(member, world.device)
     for (
         parameter
@@ -354,7 +356,10 @@ def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
     fewest, k = last.stop - last.start, getattr(whole.activation, "k", 1)
     if parts == 1:
         return None
-    if whole.activation.kind == "group_topk" or architecture_of(whole.activation).nested:
+    make = architecture_of(whole.activation).nested
+    nested = None if make is None else make(whole.activation, whole.d_sae)
+    by_rank = nested is not None and (nested.widths is None or nested.level_auxk)
+    if by_rank or whole.activation.kind == "group_topk":
         return "its groups or levels lie on several processes"
     if k * LARGEST_SHARE > fewest:
         return f"k = {k} of the {fewest} latents of a process is not sparse"
@@ -362,14 +367,15 @@ def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
 
 
 def initial_rows(
-    d_sae: int, d_in: int, seed: int, part: slice, block: int = BLOCK
+    d_sae: int, d_in: int, seed: int, part: slice, block: int = BLOCK, transcoder: bool = False
 ) -> Float[Tensor, "own d_in"]:
-    """Return rows `part` of the decoder with which `SAE(cfg, seed)` starts, drawn block by block.
+    """Return rows `part` of the encoder with which `SAE(cfg, seed)` starts, at scale 1, drawn block by block.
 
     Blocks are whole multiples of the 16 numbers that PyTorch draws at a time, the last one takes the rest, so the
     stream of random numbers is that of one draw.
     """
-    generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
+    draw, name = (torch.rand, "transcoder-init") if transcoder else (torch.randn, "sae-init")
+    generator = torch.Generator().manual_seed(seed_for(seed, name))
     found = torch.empty(part.stop - part.start, d_in, dtype=torch.float32)
     blocks = max(1, d_sae // block)
     for number in range(blocks):
@@ -377,8 +383,8 @@ def initial_rows(
         last = d_sae if number == blocks - 1 else first + block
         if first >= part.stop:
             break
-        rows = torch.randn(last - first, d_in, generator=generator, dtype=torch.float32)
+        rows = draw(last - first, d_in, generator=generator, dtype=torch.float32)
         low, high = max(first, part.start), min(last, part.stop)
         if high > low:
             found[low - part.start : high - part.start] = rows[low - first : high - first]
-    return F.normalize(found, dim=1)
+    return (2 * found - 1) * math.sqrt(3 / d_in) if transcoder else F.normalize(found, dim=1)

@@ -47,6 +47,20 @@ class TryAgain(Exception):
         self.may_cost = may_cost
         """Whether the prompt may have been paid for: it counts as spent then."""
 
+    @classmethod
+    def after(cls, error: TimeoutError | httpx.TransportError) -> "TryAgain":
+        """Return what a request that got no answer says."""
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return cls("cannot connect")
+        if isinstance(error, TimeoutError | httpx.TimeoutException):
+            return cls("time-out", may_cost=True)
+        return cls(f"broken connection ({type(error).__name__})", may_cost=True)
+
+
+def passing(status: int) -> bool:
+    """Return whether a later request may fare better than one that was answered with this HTTP status."""
+    return status in (408, 409, 425, 429) or status >= 500
+
 
 class Endpoint(Llm):
     """A model behind an OpenAI-compatible `/chat/completions`."""
@@ -171,12 +185,8 @@ class Endpoint(Llm):
                     data += part
                     if len(data) > MAX_REPLY_BYTES:
                         break
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            raise TryAgain("cannot connect") from None
-        except (TimeoutError, httpx.TimeoutException):
-            raise TryAgain("time-out", may_cost=True) from None
-        except httpx.TransportError as error:
-            raise TryAgain(f"broken connection ({type(error).__name__})", may_cost=True) from None
+        except (TimeoutError, httpx.TransportError) as error:
+            raise TryAgain.after(error) from None
         except (httpx.InvalidURL, httpx.DecodingError) as error:
             raise UserError(f"{self.cfg.url}: {type(error).__name__}") from None
         self._reached = True
@@ -219,7 +229,7 @@ class Endpoint(Llm):
         if 300 <= status < 400:
             to = one_line(response.headers.get("location", "elsewhere"), _SHOWN)
             raise UserError(f"{where}: moved to {to}; give that address")
-        if status in (408, 409, 425, 429) or status >= 500:
+        if passing(status):
             raise TryAgain(f"HTTP {status}", retry_after(response.headers))
         return Answer("failed", reason=f"HTTP {status}: {message}" if message else f"HTTP {status}")
 
