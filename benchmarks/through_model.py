@@ -1,6 +1,6 @@
 """What training through the model gains: one SAE of SmolLM2-135M's block 9 goes on in three ways on the same tokens.
 
-    python benchmarks/through_model.py SAE --out DIR --seeds 0 1 2        (about 15 minutes a seed on one free core)
+    python benchmarks/through_model.py SAE --out DIR --seeds 0 1 2
 
 The reconstruction's error (mse), the cross-entropy of the next token (ce) and the divergence from the untouched model's
 predictions (kl), at one learning rate, on the shipped text in sequences of 128 tokens. Then the SAE as it was and all

@@ -143,6 +143,46 @@ def test_the_loss_and_its_gradients_are_those_made_by_hand(
     assert float(error) < 1e-8
 
 
+def test_a_transcoder_takes_its_modules_place(live: Callable[[], LiveSource]) -> None:
+    first = live()
+    sides = ("layers.1.mlp.input", "layers.1.mlp")
+    cfg = first.cfg.model_copy(update={"hooks": sides, "sink_norm_ratio": None})
+    source = LiveSource(cfg, language=first.language)
+    run = run_of(skip=True).model_copy(update={"hook_out": {sides[0]: sides[1]}})
+    (member,) = start_family(run, source, source.stats()).members[sides[0]]
+    model, sae = source.language.model, member.sae
+    for parameter in sae.parameters():
+        parameter.data += 0.05 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(0)
+        )
+    tokens = SequenceStream(source, 20 * SEQ, 0).next()
+    points = {point.name: point for point in source.flow.probed.hooks}
+    with frozen(model):
+        scored = scored_batch(run, source, tokens)
+        found = spliced(run, source, points[sides[1]], member, scored, points[sides[0]])
+        found.loss.backward()
+    mine = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    kept = source.flow.rule.by_token(tokens.ids, tokens.positions) == 0
+
+    def put(_module: torch.nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        x = args[0][kept] / member.scale_in
+        pre = x @ sae.W_enc_t.T + sae.b_enc
+        values, index = pre.topk(3)
+        z = torch.zeros_like(pre).scatter(1, index, values.relu())
+        y = (z @ sae.W_dec + sae.b_dec + x @ sae.W_skip.T) * member.scale
+        return out.masked_scatter(kept[..., None], y)
+
+    with frozen(model), model.model.layers[1].mlp.register_forward_hook(put):
+        mask = (tokens.positions >= 0).long()
+        logits = model(input_ids=tokens.ids, attention_mask=mask).logits[:, :-1]
+        loss = F.cross_entropy(logits[scored.target], tokens.ids[:, 1:][scored.target])
+        loss.backward()
+    torch.testing.assert_close(found.loss, loss, rtol=1e-5, atol=1e-6)
+    for name, parameter in sae.named_parameters():
+        torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_the_loss_falls_and_a_stopped_run_ends_the_same(
     tmp_path: Path, live: Callable[[], LiveSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,10 +199,8 @@ def test_two_files_of_the_same_rows_are_trained_and_evaluated_on(tmp_path: Path,
     capsys.readouterr()
     few = ["--draws", "10", "--n-latents", "0", "--no-random-control"]
     assert main(["evaluate", out, *few, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["hooks"]["read"]["members"][
-        "plain"
-    ]
-    sae = SAE.load(tmp_path / "run/members/read/plain")
+    found = json.loads(capsys.readouterr().out)["hooks"]["read"]["members"]["plain"]
+    sae = SAE.load(tmp_path / "run/members/read/plain").requires_grad_(False)
     held = ArraySource(X.numpy(), name="read").heldout_rows
     x, y = X[held], Y[held]
     fvu = (sae(x) - y).double().square().sum() / (y - y.mean(0)).double().square().sum()

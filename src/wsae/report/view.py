@@ -410,8 +410,10 @@ def cards(run: RunData) -> list[tuple[str, str]]:
         )
     sizes = [len(array) for name, array in run.arrays.items() if name.endswith("|density")]
     measured = ", ".join(f"{size:,}" for size in dict.fromkeys(sizes))
+    goals = find(run.config, "hook_out")  # of transcoders
     out: dict[str, object] = {
         "Hook point" if len(run.hooks) == 1 else "Hook points": ", ".join(run.hooks),
+        "Predicts": ", ".join(map(str, goals.values())) if isinstance(goals, dict) else goals,
         "Model": settings.pop("Model"),
         "Latents (d_sae)": measured or distinct("d_sae"),
         f"Active per {run.unit} (k)": distinct("k"),

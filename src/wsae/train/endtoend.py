@@ -86,7 +86,9 @@ def run_spliced(
         for step in range(first, cfg.steps):
             scored = scored_batch(cfg, source, stream.next())
             for hook, member in family.all():
-                _step(cfg, source, points[hook], member, scored, step)
+                out = cfg.given(hook)
+                read = None if out is None else points[hook]
+                _step(cfg, source, points[out or hook], member, scored, step, read)
             on_step(step + 1)
             tick(cfg.batch_size)
 
@@ -98,10 +100,11 @@ def _step(
     member: MemberState,
     scored: Scored,
     step: int,
+    read: HookPoint | None = None,
 ) -> None:
     rate = member.cfg.learning_rate(member.sae.cfg.d_in)
     rate *= lr_factor(step, cfg.steps, cfg.warmup, cfg.decay)
-    found = spliced(cfg, source, point, member, scored)
+    found = spliced(cfg, source, point, member, scored, read)
     if not bool(found.loss.isfinite()):
         raise UserError(
             f"loss {cfg.loss}: NaN or infinite with {member.name} in place of {point.name} at step {step + 1}; lower "
@@ -139,25 +142,34 @@ def scored_batch(cfg: TrainConfig, source: LiveSource, tokens: TokenBatch) -> Sc
 
 
 def spliced(
-    cfg: TrainConfig, source: LiveSource, point: HookPoint, member: MemberState, scored: Scored
+    cfg: TrainConfig,
+    source: LiveSource,
+    point: HookPoint,
+    member: MemberState,
+    scored: Scored,
+    read: HookPoint | None = None,
 ) -> Spliced:
     """Return the loss of a batch with a member's reconstructions in place at its hook; raises UserError without rows.
 
-    The rows of its batch are those that training keeps; what is spliced in is back in their own units.
+    The rows of its batch are those that training keeps; what is spliced in is back in their own units. A transcoder
+    reads those of `read`, earlier in the pass.
     """
     passed: list[tuple[Batch, Forward]] = []
 
-    def swap(x: Float[Tensor, "batch seq d_in"], _call: Call) -> Tensor:
+    def swap(x: Float[Tensor, "batch seq d_out"], call: Call) -> Tensor:
         rows = x.flatten(0, 1).float()
-        kept = _kept(source, point, scored.tokens, rows)
-        batch = make_batch(rows[kept].to(member.mean.device), member)
+        given = rows if call.read is None else call.read.flatten(0, 1).float()
+        seen = {point.name: rows} | ({} if read is None else {read.name: given})
+        kept, device = _kept(source, scored.tokens, seen), member.mean.device
+        y = None if read is None else rows[kept].to(device)
+        batch = make_batch(given[kept].to(device), member, y)
         forward = training_forward(member.sae, batch.x, cfg.dtype == "bfloat16", member.part)
         passed.append((batch, forward))
         x_hat = forward.x_hat * member.scale
-        x_hat = x_hat if member.inside is None else weigh(x_hat, member.inside.inverse)
+        x_hat = x_hat if member.back is None else weigh(x_hat, member.back.inverse)
         return rows.index_copy(0, kept, x_hat.to(rows)).view(x.shape)
 
-    with splice(source.language.model, point, swap):
+    with splice(source.language.model, point, swap, read):
         log_q = _predicted(source, scored)
     ((batch, forward),) = passed
     if scored.clean is None:
@@ -168,12 +180,12 @@ def spliced(
 
 
 def _kept(
-    source: LiveSource, point: HookPoint, tokens: TokenBatch, rows: Float[Tensor, "tokens d_in"]
+    source: LiveSource, tokens: TokenBatch, rows: dict[str, Float[Tensor, "tokens _"]]
 ) -> Int64[Tensor, " kept"]:
-    """Return which of a batch's rows training keeps at a hook."""
+    """Return which of a batch's rows training keeps at some hooks."""
     rule = source.flow.rule
     reasons = rule.by_token(*tokens).flatten()
-    norms = {point.name: torch.linalg.vector_norm(rows, dim=1)}
+    norms = {hook: torch.linalg.vector_norm(x, dim=1) for hook, x in rows.items()}
     return (rule.by_norm(norms, reasons) == KEPT).nonzero()[:, 0]
 
 

@@ -93,7 +93,8 @@ def descend(
         sse = F.mse_loss(x_hat, target, reduction="sum")
         error = None if member.back is None else x_hat - target
         whole = part.once(fit.detach()) + price
-        whole = whole if aim is None else whole / member.scale**2  # the record multiplies by it
+        if aim is not None:  # alone, in its own unit: the record multiplies by the scale
+            whole = aim.detach() / member.scale**2
         losses = (whole, reconstruction.detach(), revival.detach())
         record(member, batch, StepResult(forward.code, *losses, sse, error), step, run)
         anneal(member, forward.entries, run, step)
