@@ -36,19 +36,19 @@ Parameters = Mapping[str, Float[Tensor, "..."]]
 # Which latents may be active: all others are 0 and have no gradient.
 
 
-class Rows(NamedTuple):
+class PerRow(NamedTuple):
     """The k largest pre-activations of each row."""
 
     k: int
 
 
-class Groups(NamedTuple):
+class PerGroup(NamedTuple):
     """The largest of each of k contiguous groups of a row."""
 
     k: int
 
 
-class Batch(NamedTuple):
+class PerBatch(NamedTuple):
     """The rows * k largest positive ones of a batch."""
 
     k: int
@@ -64,7 +64,7 @@ class Every(NamedTuple):
     """All of them; for kinds whose values no rule here foresees. No compiled kernel has it."""
 
 
-Choice = Rows | Groups | Batch | Above | Every
+Choice = PerRow | PerGroup | PerBatch | Above | Every
 
 
 class Parameter(NamedTuple):
@@ -270,7 +270,7 @@ def _plain_matryoshka(cfg: Matryoshka, tensors: Mapping[str, Tensor]) -> Plain:
 
 
 def _by_rows(cfg: TopK | MultiTopK, own: Parameters) -> Choice:  # noqa: ARG001
-    return Rows(cfg.k)
+    return PerRow(cfg.k)
 
 
 def _over_threshold(cfg: ActivationConfig, own: Parameters) -> Choice:  # noqa: ARG001
@@ -281,24 +281,24 @@ WIDER = 4
 """How many times k latents the second code of multi_topk has."""
 
 TOPK = register(Architecture(TopK, _by_rows))
-GROUP_TOPK = register(Architecture(GroupTopK, lambda cfg, own: Groups(cfg.k)))  # noqa: ARG005
+GROUP_TOPK = register(Architecture(GroupTopK, lambda cfg, own: PerGroup(cfg.k)))  # noqa: ARG005
 MULTI_TOPK = register(
     Architecture(
         MultiTopK,
-        lambda cfg, own: Rows(WIDER * cfg.k),  # noqa: ARG005
+        lambda cfg, own: PerRow(WIDER * cfg.k),  # noqa: ARG005
         encode=_by_rows,
         nested=lambda cfg, d_sae: Nested(None, (1.0, 1 / 8), 0, cfg.k),  # noqa: ARG005
         plain=lambda cfg, tensors: Plain(TopK(k=cfg.k), dict(tensors)),
     )
 )
 BATCH_TOPK = register(
-    Architecture(BatchTopK, lambda cfg, own: Batch(cfg.k), encode=_over_threshold)  # noqa: ARG005
+    Architecture(BatchTopK, lambda cfg, own: PerBatch(cfg.k), encode=_over_threshold)  # noqa: ARG005
 )
 MATRYOSHKA = register(
     Architecture(
         Matryoshka,
-        lambda cfg, own: Rows(cfg.k) if cfg.over == "topk" else Batch(cfg.k),  # noqa: ARG005
-        encode=lambda cfg, own: Rows(cfg.k) if cfg.over == "topk" else Above(own["threshold"]),
+        lambda cfg, own: PerRow(cfg.k) if cfg.over == "topk" else PerBatch(cfg.k),  # noqa: ARG005
+        encode=lambda cfg, own: PerRow(cfg.k) if cfg.over == "topk" else Above(own["threshold"]),
         nested=_nested,
         plain=_plain_matryoshka,
     )

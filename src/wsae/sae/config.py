@@ -149,7 +149,7 @@ class PreconditionConfig(Config):
 
 
 MOST_VALUES = 1 << 44
-"""Entries of a weight matrix: 64 TiB in float32."""
+"""Coded of a weight matrix: 64 TiB in float32."""
 
 
 class ActivationConfig(Config):

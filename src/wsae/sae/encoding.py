@@ -16,7 +16,7 @@ from wsae.kernels.native.select import (
     select_topk,
 )
 from wsae.kernels.native.slices import to_slices
-from wsae.sae.architectures import Above, Every, Groups, Rows
+from wsae.sae.architectures import Above, Every, PerGroup, PerRow
 from wsae.sae.model import SAE, at_latents
 
 FEW = 64
@@ -53,7 +53,7 @@ class Encoder:
         centred = Centred(rows, to_slices(rows))
         bias = None if sae.b_enc is None else sae.b_enc.detach()
         choice = sae.arch.used(activation, sae.own)
-        if isinstance(choice, Rows | Groups):
+        if isinstance(choice, PerRow | PerGroup):
             pre = select_topk(rounded, self._rows, bias, centred, choice.k)
         else:
             assert isinstance(choice, Above)
@@ -66,7 +66,7 @@ class Encoder:
         if self._rounded is None:
             cfg = self._sae.cfg
             choice = self._sae.arch.used(cfg.activation, self._sae.own)
-            groups = choice.k if isinstance(choice, Groups) else 1
+            groups = choice.k if isinstance(choice, PerGroup) else 1
             scales = dimension_scales(x.std(0).nan_to_num(1.0, 1.0))
             self._rows = to_slices(self._sae.encoder_rows.detach())
             self._rounded = RoundedEncoder(cfg.d_sae, cfg.d_in, cfg.d_sae // groups, scales)
@@ -79,7 +79,7 @@ def _compiled(sae: SAE) -> bool:
     weights, choice = sae.W_dec, sae.arch.used(sae.cfg.activation, sae.own)
     if weights.device.type != "cpu" or weights.dtype != torch.float32 or why_not() is not None:
         return False
-    if isinstance(choice, Rows):
+    if isinstance(choice, PerRow):
         return has_int8() and choice.k * LARGEST_SHARE <= sae.cfg.d_sae
     # above 0 a code may be dense, and then the whole product is faster
     dense = isinstance(choice, Every) or (

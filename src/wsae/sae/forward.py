@@ -19,19 +19,19 @@ from wsae.kernels import (
 from wsae.sae.architectures import (
     Above,
     Architecture,
-    Batch,
     Choice,
     Every,
-    Groups,
     Nested,
     Parameters,
-    Rows,
+    PerBatch,
+    PerGroup,
+    PerRow,
 )
 from wsae.sae.config import ActivationConfig
 from wsae.sae.model import SAE, at_latents, fixed
 
 
-class Entries(NamedTuple):
+class Coded(NamedTuple):
     """The latents of a batch, differentiable: all of them [..., batch, d_sae], or chosen pairs alone [pairs]."""
 
     arch: Architecture
@@ -54,7 +54,7 @@ class Entries(NamedTuple):
         own: Parameters,
         norms: Float[Tensor, "*per_entry"] | None = None,
         pairs: SparseCode | None = None,
-    ) -> "Entries":
+    ) -> "Coded":
         """Compute z."""
         return cls(arch, cfg, pre, own, arch.values(pre, own, cfg), norms, pairs)
 
@@ -98,7 +98,7 @@ class Forward(NamedTuple):
     """One training forward pass; everything but `code`, `pre` and `centred` carries gradients."""
 
     x_hat: Float[Tensor, "batch d_out"]
-    entries: Entries
+    entries: Coded
     code: SparseCode
     """The latents, detached."""
     pre: Float[Tensor, "batch d_sae"]
@@ -115,13 +115,13 @@ def dense_entries(
     pre: Float[Tensor, "*members batch d_sae"],
     own: Parameters,
     norms: Float[Tensor, "*per d_sae"] | None = None,
-) -> Entries:
+) -> Coded:
     """Return z of a batch in training, dense: 0 wherever the kind does not choose."""
-    choice, entries = arch.choose(cfg, own), Entries.of(arch, cfg, pre, own, norms)
+    choice, entries = arch.choose(cfg, own), Coded.of(arch, cfg, pre, own, norms)
     match choice:
-        case Rows() | Groups():
+        case PerRow() | PerGroup():
             index = fixed(choice, pre.detach())
-        case Batch(k=k):
+        case PerBatch(k=k):
             flat = pre.detach().flatten(-2)
             index = flat.topk(min(k * pre.shape[-2], flat.shape[-1]), dim=-1, sorted=False).indices
             kept = torch.zeros_like(flat).scatter_(-1, index, 1.0).view_as(pre)
@@ -164,8 +164,8 @@ class Whole:
 
     def choose(self, choice: Choice, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
         """Return the pairs that a choice of Top-k makes active, in order of row (their values are not read)."""
-        assert isinstance(choice, Rows | Groups | Batch)
-        if isinstance(choice, Batch):
+        assert isinstance(choice, PerRow | PerGroup | PerBatch)
+        if isinstance(choice, PerBatch):
             rows, latents = select_batch_topk(pre, choice.k)
             return SparseCode(pre[rows, latents], latents, offsets_of(rows, len(pre)))
         indices = fixed(choice, pre)
@@ -252,7 +252,7 @@ def training_forward(
     at = encode_at(centred, sae.encoder_rows, plan, sae.b_enc, b_in, pre)
     norms = sae.W_dec.norm(dim=1)[chosen.indices] if sae.cfg.tied else None
     own = at_latents(sae.own, chosen.indices)
-    entries = Entries.of(sae.arch, sae.cfg.activation, at, own, norms, chosen)
+    entries = Coded.of(sae.arch, sae.cfg.activation, at, own, norms, chosen)
     code = SparseCode(entries.z.detach(), chosen.indices, chosen.offsets)
     nested = part.nested(sae)
     if nested is None:

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from wsae.sae.architectures import Architecture
-from wsae.sae.forward import WHOLE, Entries, Forward, Whole, revived
+from wsae.sae.forward import WHOLE, Coded, Forward, Whole, revived
 from wsae.sae.model import SAE
 
 # Where gamma meets a residual: one weight per dimension, or a matrix.
@@ -90,7 +90,7 @@ class Price(NamedTuple):
         return self.p is None and not self.pre_act and not (self.l0 and moved)
 
 
-def penalty(entries: Entries, price: Price, batch: int, part: Whole = WHOLE) -> Float[Tensor, ""]:
+def penalty(entries: Coded, price: Price, batch: int, part: Whole = WHOLE) -> Float[Tensor, ""]:
     """Return l1 * sum_j (z_j ||W_dec[j]||)^p + l0 * L0, means over a batch of so many rows.
 
     In place of L0 = sum_j H(pre_j - theta_j), the form tanh has sum_j tanh(4 z_j ||W_dec[j]||), and the form quadratic
@@ -114,7 +114,7 @@ def penalty(entries: Entries, price: Price, batch: int, part: Whole = WHOLE) -> 
     return total + price.l0 * (off - off.detach() + part.once(off.detach()))
 
 
-def pre_act_loss(entries: Entries, dead: Bool[Tensor, " d_sae"], batch: int) -> Float[Tensor, ""]:
+def pre_act_loss(entries: Coded, dead: Bool[Tensor, " d_sae"], batch: int) -> Float[Tensor, ""]:
     """Return the mean over the batch of sum_j relu(theta_j - pre_j) ||W_dec[j]|| over dead latents j, dense.
 
     It draws the encoder of a latent that never fires towards the data, and its threshold down (Anthropic, January

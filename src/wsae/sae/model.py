@@ -37,16 +37,16 @@ from wsae.kernels import (
     select_group_topk,
     select_topk,
 )
-from wsae.sae.architectures import Above, Choice, Groups, Rows, architecture_of
+from wsae.sae.architectures import Above, Choice, PerGroup, PerRow, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
 
 WEIGHTS = "sae.safetensors"
 LAYER_EPS = 1e-5
 
 
-def fixed(choice: Rows | Groups, pre: Float[Tensor, "*rows d_sae"]) -> Int64[Tensor, "*rows k"]:
+def fixed(choice: PerRow | PerGroup, pre: Float[Tensor, "*rows d_sae"]) -> Int64[Tensor, "*rows k"]:
     """Return the latents of each row that a choice with the same number in every row makes active."""
-    chosen = select_topk if isinstance(choice, Rows) else select_group_topk
+    chosen = select_topk if isinstance(choice, PerRow) else select_group_topk
     return chosen(pre, choice.k)
 
 
@@ -193,7 +193,7 @@ class SAE(nn.Module):
         with self._own_type():
             rows = self.normalised(rows).rows
             pre, choice = self.pre(self.centre(rows)), self._used()
-            fits = isinstance(choice, Rows | Groups)
+            fits = isinstance(choice, PerRow | PerGroup)
             z = self._code(pre).dense(self.cfg.d_sae) if fits else self._dense(pre, choice)
         return z.reshape(*lead, self.cfg.d_sae)
 
@@ -398,9 +398,7 @@ class SAE(nn.Module):
         if isinstance(choice, Above) and not self.arch.parameters:
             floor = float(choice.floor)
             activation = JumpReLU() if floor > 0 else ReLU()
-            tensors["threshold"] = (
-                floor * norm if floor > 0 else torch.zeros((), device=norm.device)
-            )
+            tensors["threshold"] = floor * norm if floor > 0 else norm.new_zeros(())
         cfg = self.cfg.model_copy(update={"tied": False, "activation": activation})
         return self._like(cfg, tensors)
 
@@ -428,7 +426,7 @@ class SAE(nn.Module):
 
     def _code(self, pre: Tensor) -> SparseCode:
         choice = self._used()
-        if not isinstance(choice, Rows | Groups):
+        if not isinstance(choice, PerRow | PerGroup):
             return code_from_dense(self._dense(pre, choice))
         indices = fixed(choice, pre.detach())
         own = at_latents(self.own, indices)

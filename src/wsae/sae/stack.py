@@ -13,7 +13,7 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.sae.architectures import Architecture, Choice, architecture_of
 from wsae.sae.config import SAEConfig
-from wsae.sae.forward import Entries, dense_entries
+from wsae.sae.forward import Coded, dense_entries
 from wsae.sae.model import SAE
 
 
@@ -61,7 +61,7 @@ class StackForward(NamedTuple):
     """One training pass of a stack; as `Forward`, with an axis of members."""
 
     x_hat: Float[Tensor, "members batch d_in"]
-    entries: Entries
+    entries: Coded
     """Latents and pre-activations [members, batch, d_sae]."""
     l1: Float[Tensor, " members"]
     l0: Float[Tensor, " members"]
@@ -94,7 +94,7 @@ def stack_saes(
     if not stackable(first.arch):
         raise UserError(f"{first.arch.kind} has more than one reconstruction: it cannot be stacked")
     own = {name: stacked(name) for name in first.arch.parameters}
-    buffers = [torch.zeros(()) if "threshold" in own else sae.threshold for sae in saes]
+    buffers = [W_dec.new_zeros(()) if "threshold" in own else sae.threshold for sae in saes]
     return Stack(
         first.cfg,
         W_dec,

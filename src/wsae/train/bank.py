@@ -18,7 +18,7 @@ from torch import Tensor
 from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.sae.architectures import Batch
+from wsae.sae.architectures import PerBatch
 from wsae.sae.config import ReLU
 from wsae.sae.forward import training_forward
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
@@ -252,7 +252,7 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
         if chunk.follows_dead and (step + 1) % GAMMA_EVERY == 0:
             chunk.dead = chunk.since_fired > chunk.dead_rows
             chunk.any_dead = bool(chunk.dead.any())
-        if isinstance(stack.choice, Batch):
+        if isinstance(stack.choice, PerBatch):
             follow_threshold(stack.threshold, torch.where(z > 0, z, torch.inf).amin((1, 2)))
         _track_latents(chunk, z, step, cfg.latent_variance_decay)
 

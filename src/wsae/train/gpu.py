@@ -27,8 +27,7 @@ from wsae.kernels.triton.sums import decode, pair_products, products, scatter
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
 from wsae.kernels.triton.update import adam_rows_, update_rows_
 from wsae.kernels.update import AdamStep, SparseGrad
-from wsae.sae.architectures import Above, Groups, Rows
-from wsae.sae.architectures import Batch as BatchChoice
+from wsae.sae.architectures import Above, PerBatch, PerGroup, PerRow
 from wsae.sae.loss import weigh
 from wsae.sae.model import SAE
 from wsae.sae.stack import keep_positive_, thresholds
@@ -247,12 +246,12 @@ def find_pairs(sae: SAE, centred: Float[Tensor, "batch d_in"], dtype: torch.dtyp
     """
     W, bias = sae.encoder_rows.detach(), None if sae.b_enc is None else sae.b_enc.detach()
     match sae.choice:
-        case Rows(k=k):
+        case PerRow(k=k):
             return code_from_topk(*topk_encode(centred, W, bias, k, dtype))
-        case Groups(k=k):
+        case PerGroup(k=k):
             winners = group_topk_encode(centred, W, bias, k, dtype)
             return _valued(centred, W, bias, code_from_topk(winners.float(), winners))
-        case BatchChoice(k=k):
+        case PerBatch(k=k):
             rows, latents = select_batch_topk(centred, W, bias, k, dtype)
         case Above(floor=floor):
             at = floor.detach() if isinstance(floor, Tensor) else centred.new_tensor(floor)

@@ -36,11 +36,10 @@ from wsae.kernels.native.slices import (
 )
 from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weights
 from wsae.kernels.update import AdamStep, adam_rows_
-from wsae.sae.architectures import Above, Groups, Nested, Rows, relu
-from wsae.sae.architectures import Batch as BatchChoice
+from wsae.sae.architectures import Above, Nested, PerBatch, PerGroup, PerRow, relu
 from wsae.sae.forward import (
     WHOLE,
-    Entries,
+    Coded,
     Whole,
     dead_by_level,
     level_by_latent,
@@ -89,7 +88,7 @@ class PairValues:
     ) -> None:
         """`norms` are the lengths of the decoder's rows where they are not 1."""
         self.pre, self._sae, self._price = pre, sae, price
-        self.entries: Entries | None = None
+        self.entries: Coded | None = None
         """None where dz/dpre is 1 where z > 0 and no penalty but L1 is there: no graph is needed then."""
         self.gate: Float[Tensor, " pairs"] | None = None
         if sae.arch.values is relu and sae.arch.gate is None and price.only_l1(sae.arch):
@@ -101,7 +100,7 @@ class PairValues:
             own = at_latents({n: t.detach() for n, t in sae.own.items()}, pre.indices)
             self._own = {n: t.requires_grad_() for n, t in own.items() if t.ndim}
             self._norms = None if norms is None else norms[pre.indices].requires_grad_()
-            self.entries = Entries.of(
+            self.entries = Coded.of(
                 sae.arch, sae.cfg.activation, self._pre, {**own, **self._own}, self._norms, pre
             )
             self.gate = None if sae.arch.gate is None else sae.arch.gate(self._pre)
@@ -161,7 +160,7 @@ def enter(member: MemberState) -> Weights:
     """Move a member's matrices and their Adam moments into slices, if they are not there; returns them."""
     if member.weights is None:
         cfg, choice = member.sae.cfg, member.sae.choice
-        group = cfg.d_sae // choice.k if isinstance(choice, Groups) else cfg.d_sae
+        group = cfg.d_sae // choice.k if isinstance(choice, PerGroup) else cfg.d_sae
         matrices = []
         for p in _matrices(member):
             state = moments(member, p)
@@ -233,9 +232,9 @@ def find_pairs(sae: SAE, weights: Weights, centred: Centred) -> SparseCode:
     rounded, W = weights.rounded, weights.encoder_rows
     bias = None if sae.b_enc is None else sae.b_enc.detach()
     match sae.choice:
-        case Rows(k=k) | Groups(k=k):
+        case PerRow(k=k) | PerGroup(k=k):
             return select_topk(rounded, W, bias, centred, k)
-        case BatchChoice(k=k):
+        case PerBatch(k=k):
             return _batch_topk(weights, bias, centred, k)
         case Above(floor=floor):
             floor = floor.detach() if isinstance(floor, Tensor) else floor

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.kernels import SparseCode
-from wsae.sae.forward import Entries
+from wsae.sae.forward import Coded
 from wsae.sae.loss import Price
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.state import MemberState
@@ -139,7 +139,7 @@ def price_at(member: MemberState, run: TrainConfig, step: int) -> Price:
 
 
 @torch.no_grad()
-def anneal(member: MemberState, entries: Entries, run: TrainConfig, step: int) -> None:
+def anneal(member: MemberState, entries: Coded, run: TrainConfig, step: int) -> None:
     """Follow what the penalty was and what it would be with the next p, and at a change of p keep its size.
 
     The coefficient is multiplied by the ratio of the means of both over the last 10 steps.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wsae.kernels import SparseCode
 from wsae.kernels.native.weights import Weights
-from wsae.sae.architectures import Batch as BatchChoice
+from wsae.sae.architectures import PerBatch
 from wsae.sae.forward import WHOLE, Whole
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
 from wsae.sae.loss import weigh
@@ -221,7 +221,7 @@ def record(
     fired = torch.zeros_like(member.dead, dtype=torch.int32)
     fired.index_add_(0, code.indices, (code.values != 0).int())
     member.since_fired.add_(rows).masked_fill_(part.over_rows(fired) > 0, 0)
-    if isinstance(sae.choice, BatchChoice):
+    if isinstance(sae.choice, PerBatch):
         positive = torch.where(code.values > 0, code.values, torch.inf)
         least = positive.min() if len(positive) else positive.new_tensor(torch.inf)
         follow_threshold(sae.threshold, part.least(least))

@@ -18,7 +18,7 @@ from wsae.kernels import SparseCode
 from wsae.kernels.native import kernel_threads, why_not
 from wsae.kernels.native.select import LARGEST_SHARE
 from wsae.kernels.triton import unsupported
-from wsae.sae.architectures import Above, Every, Groups, Rows
+from wsae.sae.architectures import Above, Every, PerGroup, PerRow
 from wsae.sae.forward import WHOLE, Forward, dead_by_level, training_forward
 from wsae.sae.loss import (
     also_loss,
@@ -254,9 +254,9 @@ def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
     if (unfit := _unfit_penalty(member)) is not None:
         return unfit
     # batch Top-k compares with a threshold: its k bounds nothing
-    k = choice.k if isinstance(choice, Rows | Groups) else None
+    k = choice.k if isinstance(choice, PerRow | PerGroup) else None
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
-    return unsupported(W, dtype, k, isinstance(choice, Groups)) or _fails(W.device)
+    return unsupported(W, dtype, k, isinstance(choice, PerGroup)) or _fails(W.device)
 
 
 @functools.cache

@@ -85,7 +85,7 @@ class ShardsJob(FamilyJob):
             gather = stream._gather
             stream._gather = lambda index: gather(index[part])
             return _Gathered(stream, readers, size) if whole and readers.size > 1 else stream
-        return stream if whole else _Rows(stream, part)  # every rank runs a live model
+        return stream if whole else _Owned(stream, part)  # every rank runs a live model
 
     def rows(self, done: int) -> Iterator[dict[str, Any]]:
         """Yield every member's metrics since its last row; called by all ranks, as they add up their parts."""
@@ -255,7 +255,7 @@ class _Gathered:
         return self._stream.state()
 
 
-class _Rows:
+class _Owned:
     """Some rows of every batch of a stream."""
 
     def __init__(self, stream: BatchStream, rows: slice) -> None:

@@ -14,7 +14,7 @@ from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.kernels import SparseCode, code_from_topk, offsets_of, select_batch_topk
 from wsae.kernels.native.select import LARGEST_SHARE
-from wsae.sae.architectures import Batch, Choice, Groups, Nested, Rows, architecture_of
+from wsae.sae.architectures import Choice, Nested, PerBatch, PerGroup, PerRow, architecture_of
 from wsae.sae.config import SAEConfig
 from wsae.sae.forward import Whole, level_by_latent
 from wsae.sae.model import SAE
@@ -178,11 +178,11 @@ class Shard(Whole):
         """Return this rank's pairs among those that a choice of Top-k makes active over all ranks."""
         latents = self.place.latents
         match choice:
-            case Rows(k=k):
+            case PerRow(k=k):
                 rows, columns = choose_topk(pre, k, latents)
-            case Groups(k=k):
+            case PerGroup(k=k):
                 rows, columns = choose_groups(pre, self.first, self.d_sae // k, k, latents)
-            case Batch(k=k):
+            case PerBatch(k=k):
                 rows, columns = choose_batch_topk(pre, self.batch * k, self.place)
             case _:
                 raise AssertionError(choice)
@@ -212,10 +212,10 @@ class Shard(Whole):
     def among(self, choice: Choice, pre: SparseCode) -> SparseCode:
         """Return this rank's pairs among those that are active over all ranks; `pre` are those active among its own."""
         match choice:
-            case Rows(k=k):
+            case PerRow(k=k):
                 own = pre.values.view(pre.batch, -1)
                 return pre.where(_largest(own, k, self.place.latents).flatten())
-            case Batch(k=k):
+            case PerBatch(k=k):
                 return pre.where(among_largest(pre.values, self.batch * k, self.place))
         return pre
 
