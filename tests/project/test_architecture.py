@@ -24,7 +24,7 @@ FILE_LINES, FUNCTION_LINES = 760, 60
 FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 253, 26.9, 0, 0, 0
 """Ratchets: they only go down, but for the files of a new subject."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
-IGNORES, SKIPS = 1, 14
+IGNORES, SKIPS = 1, 15
 """Ratchets: how many `type: ignore` (src) and unconditional or conditional skips (tests) there may be."""
 
 

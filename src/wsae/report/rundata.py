@@ -16,7 +16,6 @@ from wsae.evals.compare import fronts
 from wsae.run import (
     CLASSES_PART,
     CONTEXTS_FILE,
-    EVALUATION,
     EVALUATION_PART,
     INTERPRETATION_PART,
     METRICS_FILE,
@@ -53,7 +52,7 @@ class RunData:
             run.has(part) for part in (EVALUATION_PART, INTERPRETATION_PART, CLASSES_PART)
         )
         self.evaluation: Json = run.evaluation_record if evaluated else {}
-        with understood(run.path / EVALUATION_PART / EVALUATION):
+        with understood(run.path / EVALUATION_PART):
             self.fronts = {
                 hook: fronts(entry.get("members", {}))
                 for hook, entry in self.evaluation.get("hooks", {}).items()
