@@ -198,7 +198,8 @@ def _shared(at: Path) -> list[Target]:
     from wsae.serve.index import Index
 
     run, member = str(at / "run"), ("--member", "variance-a1")
-    for name in FORMATS:
+    formats = [name for name in FORMATS if name != "circuit_tracer"]  # which takes transcoders
+    for name in formats:
         command("export", run, *member, "--format", name, "--out", str(at / f"as-{name}"))
     command("push", run, "somebody/saes", *member, "--dry-run", "--out", str(at / "pushed"))
 
@@ -215,7 +216,7 @@ def _shared(at: Path) -> list[Target]:
     shutil.copytree(run, browsed)
     indexed(browsed)
     read = ("manifest.json", "evaluation/*", "interpretation/*", "members/**/*")
-    exports = [at / f"as-{name}" for name in FORMATS]
+    exports = [at / f"as-{name}" for name in formats]
     return [
         *(Target(f"export {place.name}", place, files(place, "*"), imported) for place in exports),
         Target("pushed", pushed, files(pushed, "*.safetensors", "[mcp]*.json"), imported),

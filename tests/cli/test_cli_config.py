@@ -200,6 +200,8 @@ def test_every_field_of_a_config_has_a_flag(
         "members": "alpha",
         "label": "alpha",
         "path": "text",
+        "init_from": "activation",
+        "hook_out": "activation",
     }
     keys = [path[-1] for path, _ in flagfile.leaves(COMMANDS[command])]
     assert len(keys) == len(set(keys))

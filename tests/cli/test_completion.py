@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from wsae.cli import completion as shells
 from wsae.cli import flags, main, runner, table
+from wsae.sae.config import Kind
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -50,7 +52,7 @@ printf '%s\n' "${COMPREPLY[@]}"
     return set(done.stdout.splitlines()) - {""}
 
 
-KINDS = {"relu", "jumprelu", "topk", "group_topk", "batch_topk"}
+KINDS = {*get_args(Kind)}
 CASES = [
     ("wsae tr", {"train"}),
     ("wsae ", set(table.names())),
@@ -59,7 +61,16 @@ CASES = [
     ("wsae train --activation gr", {"group_topk"}),
     ("wsae train --activation topk --dtype ", {"float32", "bfloat16"}),
     ("wsae train --logger tensorboard ", {"tensorboard", "wandb"}),
-    ("wsae train --no-", {"--no-tied", "--no-twin", "--no-pack", "--no-skip-special"}),
+    (
+        "wsae train --no-",
+        {
+            "--no-tied",
+            "--no-twin",
+            "--no-pack",
+            "--no-skip-special",
+            "--no-level-auxk",
+        },
+    ),
     ("wsae train acts.", {"acts.npy"}),
     ("wsae train acts --out ac", {"acts", "acts.npy"}),
     ("wsae train acts --labels acts.", {"acts.npy"}),

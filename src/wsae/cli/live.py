@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -537,14 +537,21 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
 
             data = {**record["harvest"], "device": device}
             return LiveSource(HarvestConfig.parse(data, where=str(run)))
-        path = record.get("path")
-        if path is None:
-            raise UserError(
-                f"{run}: was trained on an array in memory; name the data with --source"
-            )
-        if not Path(path).exists():
-            raise UserError(f"{path}: the run's data are no longer there; name them with --source")
-        return _opened(path, hooks)
+        if record.get("kind") == "aligned":
+            from wsae.acts.source import AlignedSource
+
+            return AlignedSource(*(_recorded(run, part) for part in record["sources"]))
+        return _recorded(run, record)
+
+
+def _recorded(run: Path, record: dict[str, Any]) -> "ActivationSource":
+    """Return the store or the array that a run's config.json names; raises UserError where it is not there."""
+    path = record.get("path")
+    if path is None:
+        raise UserError(f"{run}: was trained on an array in memory; name the data with --source")
+    if not Path(path).exists():
+        raise UserError(f"{path}: the run's data are no longer there; name them with --source")
+    return _opened(path, tuple(record.get("hooks", ())))
 
 
 def of_single(opened: Run, source: str | None) -> "ActivationSource":

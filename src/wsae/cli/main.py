@@ -76,6 +76,8 @@ def _guarded(call: Callable[[], int], debug: bool) -> int:
     except UserError as error:
         return _error(str(error), BAD_INPUT, debug)
     except Exception as error:  # the last resort: name it, never hide it
+        if isinstance(error, OSError) and error.errno == errno.EBADF and not error.filename:
+            raise  # stdout is closed
         return _unexpected(error, debug)
 
 

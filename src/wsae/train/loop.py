@@ -8,11 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
-from wsae.acts.live import SequenceStream
 from wsae.acts.stream import ActivationSource, BatchStream
 from wsae.core.artifact import CHECKPOINTS, CONFIG, MANIFEST, METRICS_FILE, SPEED, read_manifest
 from wsae.core.errors import UserError, understood
@@ -26,12 +25,14 @@ from wsae.train.checkpoint import (
     set_family_tensors,
 )
 from wsae.train.config import TrainConfig
-from wsae.train.endtoend import live, run_spliced
 from wsae.train.family import FamilyState
 from wsae.train.loggers import current
 from wsae.train.metrics import JsonLines
 from wsae.train.state import make_batches, metrics_row
 from wsae.train.step import lr_factor, side_by_side
+
+if TYPE_CHECKING:
+    from wsae.acts.live import SequenceStream
 
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is due after this long, or after 20 times what the last one took to write, if that is longer."""
@@ -118,28 +119,34 @@ ALONE = Team()
 
 def batches(
     cfg: TrainConfig, source: ActivationSource, place: dict[str, Any] | None = None
-) -> BatchStream | SequenceStream:
+) -> "BatchStream | SequenceStream":
     """Return a run's batches from a place on: rows, or sequences for a loss through the model.
 
     Raises UserError for such a loss without a live model.
     """
     if cfg.loss is None:
         return source.stream(cfg.batch_size, cfg.seed, place)
+    from wsae.acts.live import SequenceStream  # transformers are slow to import
+    from wsae.train.endtoend import live
+
     return SequenceStream(live(cfg, source), cfg.batch_size, cfg.seed, place)
 
 
 def run_steps(
     cfg: TrainConfig,
     family: FamilyState,
-    stream: BatchStream | SequenceStream,
+    stream: "BatchStream | SequenceStream",
     first: int,
     tick: Tick,
     on_step: Callable[[int], None],
 ) -> None:
     """Train from step `first` to the end; `on_step(n)` is called after each step with the number done."""
-    if isinstance(stream, SequenceStream):
-        run_spliced(cfg, family, stream, first, tick, on_step)
+    if cfg.loss is not None:
+        from wsae.train.endtoend import run_spliced
+
+        run_spliced(cfg, family, cast("SequenceStream", stream), first, tick, on_step)
         return
+    stream = cast(BatchStream, stream)
     with side_by_side(cfg, family) as step_all:
         for step in range(first, cfg.steps):
             batch = stream.next()
@@ -339,7 +346,7 @@ class FamilyJob:
         self.stream = self.open(place)
         run_steps(self.cfg, self.family, self.stream, first, tick, on_step)
 
-    def open(self, place: dict[str, Any] | None) -> BatchStream | SequenceStream:
+    def open(self, place: dict[str, Any] | None) -> "BatchStream | SequenceStream":
         """Return the batches from a stream's place on, or from the start."""
         return batches(self.cfg, self.source, place)
 
