@@ -479,7 +479,7 @@ def asks_again(parts: Mapping[str, Json]) -> bool:
 
 
 def sae_digest(sae: SAE) -> str:
-    """Return a hash of an SAE's settings, but for those left at None, and tensors: a new one leaves old hashes alone."""
+    """Return a hash of an SAE's tensors and settings, but for those left at None: a new one leaves old hashes alone."""
     made = {name: value for name, value in sae.cfg.to_dict().items() if value is not None}
     sha = hashlib.sha256(repr(made).encode())
     for name, tensor in sorted(sae.tensors().items()):
