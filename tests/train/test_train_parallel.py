@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,21 @@ from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
 from wsae.train.checkpoint import checkpoints
 from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.family import inputs_of
 from wsae.train.loop import Stopped
 from wsae.train.metrics import read_json_lines
 from wsae.train.parallel import run as loop
 from wsae.train.parallel import step as choose
 from wsae.train.parallel.config import Layout, chunk_part, even_part, parse_layout
 from wsae.train.parallel.run import train_parallel
-from wsae.train.parallel.step import among_largest, choose_groups, choose_topk, initial_rows
-from wsae.train.parallel.world import Mesh, joined, lay_out
+from wsae.train.parallel.step import (
+    among_largest,
+    choose_groups,
+    choose_topk,
+    initial_rows,
+    make_shard,
+)
+from wsae.train.parallel.world import Mesh, MeshAxis, MeshPlace, joined, lay_out
 from wsae.train.run import load_run, train_run
 
 STEPS, HALF, ROWS = 12, 10, 62
@@ -370,6 +378,15 @@ def test_misfits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 train_parallel(config(), source, tmp_path / "run", world)
         world.layout = Layout()
         assert not (tmp_path / "run").exists()
+        levels = member("matryoshka", "levels")
+        apart = levels.activation.model_copy(update={"level_auxk": True})
+        levels = levels.model_copy(update={"activation": apart})
+        cut = replace(world, place=MeshPlace(latents=MeshAxis(size=2)))
+        inputs = inputs_of(None, source.stats()["acts"].kept, None)
+        with pytest.raises(
+            UserError, match="levels by which m revives dead latents lie on several"
+        ):
+            make_shard("m", levels, config(), inputs, cut)
 
 
 @pytest.mark.parametrize(

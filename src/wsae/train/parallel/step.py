@@ -315,6 +315,11 @@ def make_shard(
         raise UserError(
             f"--mesh latents={latents.size}: {whole.d_sae} latents of {name} leave a rank without; use fewer"
         )
+    if getattr(whole.activation, "level_auxk", False) and latents.size > 1:
+        raise UserError(
+            f"--mesh latents={latents.size}: the levels by which {name} revives dead latents lie on several ranks; "
+            "leave level_auxk out, or use --mesh data"
+        )
     part = chunk_part(whole.d_sae, latents.size, latents.index)
     # a copy of a valid config: k counts over all ranks, so it may exceed the latents here
     sae = SAE(whole.model_copy(update={"d_sae": part.stop - part.start}))
