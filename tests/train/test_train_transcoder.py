@@ -195,6 +195,9 @@ def test_two_files_of_the_same_rows_are_trained_and_evaluated_on(tmp_path: Path,
     out = str(tmp_path / "run")
     sides_ = [str(tmp_path / "read.npy"), "--hook-out", str(tmp_path / "given.npy")]
     shape = ["--d-sae", "96", "--k", "4", "--batch-size", "100", "--tokens", "1000", "--skip"]
+    missing = ["--hook-out", str(tmp_path / "nothing.npy")]
+    assert main(["train", sides_[0], *missing, *shape, "--out", out]) == 2
+    assert "nothing.npy: no such file" in capsys.readouterr().err
     assert main(["train", *sides_, *shape, "--out", out]) == 0
     capsys.readouterr()
     few = ["--draws", "10", "--n-latents", "0", "--no-random-control"]

@@ -406,6 +406,8 @@ def open_sides(
         return SidesData(
             AlignedSource(one, given), {next(iter(one.hooks)): next(iter(given.hooks))}
         )
+    if len(hook_out) == 1 and elsewhere.suffix in (".npy", ".npz", ".safetensors", ".pt"):
+        raise UserError(f"--hook-out {elsewhere}: no such file")
     read = read or tuple(hook for hook in both.hooks if among(hook, hook_out) is None)
     found = pairs(both.hooks, read, hook_out)
     named = dict.fromkeys([*found, *found.values()])

@@ -12,6 +12,7 @@ from pydantic import (
     PositiveInt,
     SerializeAsAny,
     Tag,
+    field_validator,
     model_validator,
 )
 
@@ -212,11 +213,12 @@ class Matryoshka(ActivationConfig):
     level_auxk: bool = False
     """Whether dead latents of a Matryoshka SAE model what the levels up to their own leave, not what all leave."""
 
-    @model_validator(mode="after")
-    def _widths_increase(self) -> "Matryoshka":
-        if any(b <= a for a, b in itertools.pairwise(self.widths)):
-            raise ValueError(f"widths {_listed(self.widths)} do not increase")
-        return self
+    @field_validator("widths")
+    @classmethod
+    def _widths_increase(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if any(b <= a for a, b in itertools.pairwise(widths)):
+            raise ValueError(f"{_listed(widths)} do not increase; give each width once, rising")
+        return widths
 
     def nested(self, d_sae: int) -> tuple[int, ...]:
         """Return every width, that of the whole last; raises UserError for one that exceeds it."""
