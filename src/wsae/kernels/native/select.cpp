@@ -230,8 +230,9 @@ struct Chunk {
   std::vector<int8_t> q;       // [blocks][steps][14][4]
   std::vector<int32_t> start;  // -128 * sum of a token's rounded entries: undoes the 128 added to the weights
   std::vector<Token> tokens;
-  std::vector<float> upper, scratch;
-  std::vector<int32_t> index;
+  std::vector<float> scratch;
+  std::unique_ptr<float[]> upper;  // not filled with zeros: most of the room is for few tokens
+  std::unique_ptr<int32_t[]> index;
   std::vector<Candidates> candidates;
 };
 
@@ -354,8 +355,8 @@ void prepare(const Job& job, const float* rows, int64_t first, int64_t count, bo
   w.start.assign(blocks * TOKENS, 0);
   w.tokens.assign(blocks * held, {});
   w.candidates.resize(blocks * held);
-  w.upper.resize(blocks * held * room);
-  w.index.resize(blocks * held * room);
+  w.upper.reset(new float[blocks * held * room]);
+  w.index.reset(new int32_t[blocks * held * room]);
   for (int64_t t = 0; t < blocks * held; t++) {
     Token& token = w.tokens[t];
     if (t < count) token = job.tokens[first + t];
@@ -369,7 +370,7 @@ void prepare(const Job& job, const float* rows, int64_t first, int64_t count, bo
     // above LOWEST: what fills up a panel has none
     const float start = std::max(LOWEST, std::max(guess ? token.guess : LOWEST, job.s.above) / token.step);
     const float own = job.lanes > 1 ? std::sqrt(token.kappa(job.e.d_in)) : 1;
-    w.candidates[t] = {w.upper.data() + t * room, w.index.data() + t * room, 0, 0, (int32_t)job.capacity,
+    w.candidates[t] = {w.upper.get() + t * room, w.index.get() + t * room, 0, 0, (int32_t)job.capacity,
                        (int32_t)job.s.k, idle ? -LOWEST : start, MARGIN / std::sqrt(12.0f) * own, false};
   }
 }
@@ -589,7 +590,7 @@ Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_
 
 Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch, int lanes) {
   Job job{e, s, {}, {}, std::vector<Token>(batch), (e.d_in + 3) / 4, (e.group + PANEL - 1) / PANEL, e.d_sae / e.group, 0, lanes};
-  job.capacity = s.k > 0 ? 2 * job.groups * s.k + s.k / 2 + 128 : std::max<int64_t>(1024, e.d_sae / 16);
+  job.capacity = s.k > 0 ? 2 * job.groups * s.k + s.k / 2 + 128 : std::max<int64_t>(1024, e.d_sae / 4);
   job.inverse_dim.resize(e.d_in);
   for (int64_t i = 0; i < e.d_in; i++) job.inverse_dim[i] = 1 / e.dim[i];
   // Rounding errors are uniform in one step, so of variance step^2 / 12 per entry. In units of the token's step the
