@@ -539,7 +539,7 @@ void compute_exactly(const Job& job, const float* slices_of_x, int64_t count, Ro
   std::vector<int64_t> offsets(e.d_sae + 1);
   std::vector<int32_t> order(n), tokens(n);
   std::vector<float> sorted(n);
-  sort_by_latent(r.latents.data(), r.offsets.data(), count, e.d_sae, offsets.data(), order.data(), tokens.data());
+  sort_by_latent(r.latents.data(), r.offsets.data(), count, e.d_sae, offsets.data(), order.data(), tokens.data(), every_pair);
   const Pairs pairs{offsets.data(), tokens.data()};
   const std::vector<int64_t> borders = split(offsets.data(), e.d_sae, parts, PANEL, 1);
   share_out(parts, 1, [&](int64_t part, int64_t) {
@@ -689,6 +689,20 @@ void free_lists(Lists* lists) { delete lists; }
 void collect(const Lists* lists, float* values, int64_t* indices) {
   std::copy(lists->values.begin(), lists->values.end(), values);
   std::copy(lists->indices.begin(), lists->indices.end(), indices);
+}
+
+// level [batch, wide]: 0 for the k largest of a row, ties to the first, and 1 for the rest.
+int64_t rank_levels(const float* values, int64_t batch, int64_t wide, int64_t k, int64_t* level) {
+  return status_of([=] {
+    share_out(batch, TOGETHER, [=](int64_t first, int64_t last) {
+      std::vector<int32_t> scratch;
+      for (int64_t t = first; t < last; t++) {
+        const float *row = values + t * wide, least = kth_largest(row, wide, k, scratch);
+        int64_t room = k - std::count_if(row, row + wide, [=](float v) { return v > least; });
+        for (int64_t i = 0; i < wide; i++) level[t * wide + i] = !(row[i] > least || (!(row[i] < least) && room-- > 0));
+      }
+    });
+  });
 }
 
 // Of the entries that this one of `parts` selections found [batch, k], keep those among each token's k largest of all
