@@ -165,6 +165,10 @@ class Whole:
             return level_by_rank(code, nested.k)
         return level_by_latent(code.indices + self.first, nested.widths)
 
+    def best(self, code: SparseCode, k: int) -> Bool[Tensor, " nnz"] | None:  # noqa: ARG002
+        """Say which pairs are among their row's k largest over all parts; None where all are here."""
+        return None
+
     def choose(self, choice: Choice, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
         """Return the pairs that a choice of Top-k makes active, in order of row (their values are not read)."""
         assert isinstance(choice, PerRow | PerGroup | PerBatch)
