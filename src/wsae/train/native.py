@@ -42,8 +42,7 @@ from wsae.sae.forward import (
     Coded,
     Whole,
     dead_by_level,
-    level_by_latent,
-    level_by_rank,
+    level_of,
     up_to,
 )
 from wsae.sae.loss import Price, penalty, weigh
@@ -321,7 +320,7 @@ def native_step(
     if nested is None:
         main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
     else:
-        level = _level(nested, values.pre, part.first)
+        level = level_of(nested, values.pre, part.first)
         main = _reconstruct_levels(member, weights, code, nested, level, target, b_dec, shown)
         code = up_to(code, level, nested.main)
     if values.gate is not None:
@@ -379,13 +378,6 @@ def _revive(
         terms += found.with_slopes(found.dz)
         losses.append(found.reconstruction)
     return Revival(terms, torch.stack(losses).sum() if losses else None)
-
-
-def _level(nested: Nested, pre: SparseCode, first: int) -> Int64[Tensor, " pairs"]:
-    """Return the level of each pair; `first` is the number of the first latent here."""
-    if nested.widths is None:
-        return level_by_rank(pre, nested.k)
-    return level_by_latent(pre.indices + first, nested.widths)
 
 
 def _reconstruct(
