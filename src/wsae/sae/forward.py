@@ -1,5 +1,6 @@
 """The training forward pass: x to x_hat through the chosen latents, with every quantity the losses need."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,8 @@ class Whole:
     """Latents of the whole SAE, where they are not all here."""
     first: int = 0
     """The number of the first of those here."""
+    part: int = 0
+    """Which part of the latents this is."""
 
     def nested(self, sae: SAE) -> Nested | None:
         """Return the levels of the whole SAE's code, where its kind has any."""
@@ -174,6 +177,10 @@ class Whole:
         if not pre.shape[1]:
             return None
         return code_from_topk(*pre.topk(min(k, pre.shape[1]), dim=1, sorted=False))
+
+    def gatherer(self, k: int) -> Callable[[Tensor], Tensor] | None:  # noqa: ARG002
+        """Return what stacks the parts' tensors of k numbers a row; None where all is here, or that would be much."""
+        return None
 
     def among(self, choice: Choice, pre: SparseCode) -> SparseCode:  # noqa: ARG002
         """Return the pairs that are active over all parts, of those that would be if only the latents here were."""

@@ -24,6 +24,7 @@ from wsae.kernels.native.select import (
     select_above,
     select_positive,
     select_topk,
+    select_topk_shared,
 )
 from wsae.kernels.native.slices import (
     Residual,
@@ -226,19 +227,21 @@ SAMPLE = 256
 """Rows of the batch from which a first batch Top-k threshold is guessed."""
 
 
-def find_pairs(sae: SAE, weights: Weights, centred: Centred) -> SparseCode:
+def find_pairs(sae: SAE, weights: Weights, centred: Centred, part: Whole = WHOLE) -> SparseCode:
     """Choose the latents that may be active as `wsae.sae.forward` does; their pre-activations in float32."""
     rounded, W = weights.rounded, weights.encoder_rows
     bias = None if sae.b_enc is None else sae.b_enc.detach()
-    match sae.choice:
+    match choice := sae.choice:
+        case PerRow(k=k) if (gather := part.gatherer(k)) is not None:
+            return select_topk_shared(rounded, W, bias, centred, k, gather, part.part)
         case PerRow(k=k) | PerGroup(k=k):
-            return select_topk(rounded, W, bias, centred, k)
+            return part.among(choice, select_topk(rounded, W, bias, centred, k))
         case PerBatch(k=k):
-            return _batch_topk(weights, bias, centred, k)
+            return part.among(choice, _batch_topk(weights, bias, centred, k))
         case Above(floor=floor):
             floor = floor.detach() if isinstance(floor, Tensor) else floor
             return select_above(rounded, W, bias, centred, floor)
-        case choice:
+        case _:
             raise AssertionError(choice)  # `wsae.train.step.unfit_native` has refused it
 
 
@@ -314,7 +317,7 @@ def native_step(
     centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
     part, target = member.part, left_by_skip(sae, batch)
     nested, price = part.nested(sae), price_at(member, run, step)
-    chosen = part.among(sae.choice, find_pairs(sae, weights, centred))
+    chosen = find_pairs(sae, weights, centred, part)
     values = PairValues(sae, chosen, price, weights.norms)
     code, shown, gated = values.code, looked_at(member, batch), None
     if nested is None:
