@@ -284,33 +284,58 @@ def test_either_step_continues_the_other() -> None:
     same(three, two)
 
 
-@pytest.mark.usefixtures("twins")
-def test_a_run_goes_through_the_kernels_and_resumes_bit_for_bit(monkeypatch) -> None:
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch, twins: None) -> list[int]:  # noqa: ARG001
+    """The steps that the kernels take of runs, which may have them here."""
+    steps: list[int] = []
     monkeypatch.setattr(dispatch, "unfit_triton", lambda *_: None)
-    taken = []
     monkeypatch.setattr(
-        gpu, "triton_step", lambda *a, old=gpu.triton_step: taken.append(a[-1]) or old(*a)
+        gpu, "triton_step", lambda *a, old=gpu.triton_step: steps.append(a[-1]) or old(*a)
     )
-    run, source = config(k_aux=3), ArraySource(rows(3, 200))
-    whole, cut = (make_family(run, source.stats()) for _ in range(2))
+    return steps
 
-    def go(family, first: int, last: int, place=None):
-        stream = source.stream(BATCH, 0, place)
-        short = run.model_copy(update={"tokens": last * BATCH, "warmup": 0.0, "decay": 0.0})
-        with quiet("train", None, "tokens") as tick:
-            run_steps(short, family, stream, first, tick, lambda _: None)
-        return stream.state()
 
-    go(whole, 0, 14)
-    place = go(cut, 0, 12)  # the dead latents were found after step 10
-    again = make_family(run, source.stats())
+def go(run: TrainConfig, family, first: int, last: int, place=None):
+    """Take a run's steps from one to another; returns its place in the data."""
+    stream = ArraySource(rows(3, 200)).stream(BATCH, 0, place)
+    short = run.model_copy(update={"tokens": last * BATCH, "warmup": 0.0, "decay": 0.0})
+    with quiet("train", None, "tokens") as tick:
+        run_steps(short, family, stream, first, tick, lambda _: None)
+    return stream.state()
+
+
+def test_a_run_goes_through_the_kernels_and_resumes_bit_for_bit(taken) -> None:
+    run, stats = config(k_aux=3), ArraySource(rows(3, 200)).stats()
+    whole, cut = (make_family(run, stats) for _ in range(2))
+    go(run, whole, 0, 14)
+    place = go(run, cut, 0, 12)  # the dead latents were found after step 10
+    again = make_family(run, stats)
     (old,), (new,), (one,) = (f.members["acts"] for f in (cut, again, whole))
     assert old.dead.any()
     set_member_tensors(new, {k: v.clone() for k, v in member_tensors(old).items()}, "here")
-    go(again, 12, 14, place)
+    go(run, again, 12, 14, place)
     assert taken == [*range(14), *range(12), 12, 13]
     for name, tensor in member_tensors(one).items():
         assert torch.equal(tensor, member_tensors(new)[name]), name
+
+
+@pytest.mark.parametrize("kind", ["gated", "jumprelu"])
+def test_kinds_without_a_k_move_to_the_kernels_once_sparse_and_back(
+    kind: str, taken, monkeypatch
+) -> None:
+    run, stats = config(**KINDS[kind]), ArraySource(rows(3, 200)).stats()
+    ours, eager = (make_family(run, stats) for _ in range(2))
+    monkeypatch.setattr(dispatch, "LOOK_EVERY", 2)
+    for first, few in ((0, 1.0), (4, 0.0)):
+        monkeypatch.setattr(dispatch, "FEW", few)
+        go(run, ours, first, first + 4)
+    assert taken == [2, 3, 4, 5]
+    alone = run.model_copy(update={"kernels": "eager"})
+    for first in (0, 4):
+        go(alone, eager, first, first + 4)
+    (one,), (two,) = (family.members["acts"] for family in (ours, eager))
+    one.sparse = two.sparse
+    same(one, two)
 
 
 @pytest.mark.usefixtures("twins")
