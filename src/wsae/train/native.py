@@ -45,7 +45,8 @@ from wsae.sae.forward import (
     Coded,
     Whole,
     dead_by_level,
-    level_by_latent,
+    level_of,
+    up_to,
 )
 from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
@@ -330,7 +331,7 @@ def native_step(
         level = _level(nested, values.pre, part)
         main = _reconstruct_levels(member, weights, code, nested, level, target, b_dec, shown)
         if nested.main < len(nested.weights) - 1:  # the others' are no part of the code
-            code = code._replace(values=code.values * (level <= nested.main))
+            code = up_to(code, level, nested.main)
     if values.gate is not None:
         by_gate = values.pre._replace(values=values.gate.detach())
         gated = _reconstruct(member, weights, by_gate, target, b_dec)
@@ -391,7 +392,7 @@ def _revive(
 def _level(nested: Nested, pre: SparseCode, part: Whole) -> Int64[Tensor, " pairs"]:
     """Return the level of each pair."""
     if nested.widths is not None:
-        return level_by_latent(pre.indices + part.first, nested.widths)
+        return level_of(nested, pre, part.first)
     best = part.best(pre, nested.k)
     return rank_levels(pre, nested.k) if best is None else (~best).long()
 

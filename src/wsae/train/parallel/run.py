@@ -376,7 +376,9 @@ def suited(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> Mesh:
         return replace(world, unfit=why_not() or "they do not work on another process")
     parts = world.layout.data * world.layout.latents
     wholes = [
-        member.sae_config(source.hooks[hook], source.hooks.get(cfg.given(hook) or ""))
+        member.sae_config(
+            source.hooks[hook], source.hooks.get(cfg.given(hook) or ""), cfg.crosscoder
+        )
         for member in cfg.members
         for hook in cfg.read(source.hooks)
     ]

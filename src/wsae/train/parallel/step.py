@@ -333,7 +333,7 @@ def make_shard(
     Raises UserError when there are more ranks than latents.
     """
     d_in, latents, target = len(inputs.mean), world.place.latents, inputs.target
-    whole = cfg.sae_config(d_in, None if target is None else len(target.mean))
+    whole = cfg.sae_config(d_in, None if target is None else len(target.mean), run.crosscoder)
     if chunk_part(whole.d_sae, latents.size, latents.size - 1).start >= whole.d_sae:
         raise UserError(
             f"--mesh latents={latents.size}: {whole.d_sae} latents of {name} leave a rank without; use fewer"
