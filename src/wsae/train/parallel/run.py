@@ -246,6 +246,8 @@ class _Gathered:
     def _all(self, x: Tensor) -> Tensor:
         size, parts = self._size, self._readers.size
         most = -(-size // parts)
+        if size % parts == 0:
+            return self._readers.gather(x).flatten(0, 1)
         everyone = self._readers.gather(F.pad(x, (0, 0, 0, most - len(x))))
         counts = [len(range(size)[even_part(size, parts, i)]) for i in range(parts)]
         return torch.cat([rows[:n] for rows, n in zip(everyone, counts, strict=True)])
