@@ -171,6 +171,8 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     if step == 0 and (wanted := member.cfg.target_l0) is not None:
         start_thresholds(member, batch.x)
         member.sparse = torch.tensor(wanted < FEW * (member.part.d_sae or len(member.dead)))
+    if step == 0 and member.sae.cfg.transcoder:
+        start_decoder(member, batch)
     kernels = chosen(member, run, batch.x)
     if kernels == "eager" or (varies and not bool(member.sparse)):
         leave(member)
@@ -189,6 +191,41 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         entries[1] = torch.count_nonzero(code.values)
         entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
         member.sparse = torch.tensor(entries[1] < FEW * entries[0])
+
+
+LEAST_SCALE = 0.1
+"""By which the encoder of a transcoder is multiplied at least at its start, however little its first batch says."""
+
+
+@torch.no_grad()
+def start_decoder(member: MemberState, batch: Batch) -> None:
+    """Give a new transcoder's decoder its directions and its encoder the scale of least squares, from the first batch.
+
+    With e = y - b_dec: W_dec[j] = g_j / |g_j| with g_j = sum_b z_bj e_b, and the encoder is multiplied by
+    s = sum_b <y_b, e_b> / sum_b |z_b W_dec|^2, y_b what z_b makes of directions to which its own row adds nothing (else
+    a latent that is active once would seem to be always right), unless `encoder_scale` is set. (Adam would give the
+    rows the signs of their first gradient alone.) A decoder that something has moved already stays.
+    """
+    sae, part = member.sae, member.part
+    if bool(sae.W_dec.any()):
+        return
+    forward = training_forward(sae, batch.x, part=part)
+    z, error = forward.code.dense(len(sae.W_dec)), batch.target - forward.x_hat
+    sums = part.over_rows(z.T @ error)
+    sae.W_dec.copy_(sums)
+    unit_rows_(sae)
+    if member.cfg.encoder_scale is not None:
+        return
+    made = part.summed(z @ sae.W_dec)
+    lengths = torch.linalg.vector_norm(sums, dim=1)
+    share = torch.where(lengths > 0, 1 / lengths, 0.0)
+    own = part.over_latents((z.square() @ share) @ error.square().sum(1))
+    found = torch.stack([(made * error).sum() - own, made.square().sum()])
+    along, size = part.over_rows(found).tolist()
+    scale = max(LEAST_SCALE, along / size) if size else 1.0
+    powers = {name: parameter.power for name, parameter in sae.arch.parameters.items()}
+    for name, power in {"W_enc_t": 1, "b_enc": 1, **powers}.items():
+        getattr(sae, name).mul_(scale**power)
 
 
 def after_step(member: MemberState, code: SparseCode, step: int, run: TrainConfig) -> None:
