@@ -5,12 +5,13 @@
 
 Stages in this order, each written to FOLDER/gpu.json and gpu.md when it is done, so that an end in between keeps what
 came before: the cases of the Triton tests (at most a third of the time); a training step at sizes B and A against
-sparsify's trainer, where it is installed, in turn; then every kernel beside its eager twin at A and at 4,096 ->
-131,072, with the time that its arithmetic and the bytes it cannot avoid would take at the rates given (`roofline`; the
-defaults are an H200's, bf16). Times are medians in milliseconds with a cold cache; `eager` is empty where it ran out of
-memory. `step` is the arithmetic of a step alone, `train_step` one as a run takes it, with its counters and metrics;
-`waits` says how often the host waited for the device in it. `--rehearse` goes through all of it on a CPU, under
-Triton's interpreter, at tiny sizes.
+sparsify's trainer, where it is installed, in turn; a step of every kind of SAE and of a skip transcoder at A beside
+PyTorch's own; then every kernel beside its eager twin at A and at 4,096 -> 131,072, with the time that its arithmetic
+and the bytes it cannot avoid would take at the rates given (`roofline`; the defaults are an H200's, bf16). Times are
+medians in milliseconds with a cold cache; `eager` is empty where it ran out of memory. `step` is the arithmetic of a
+step alone, `train_step` one as a run takes it, with its counters and metrics; `waits` says how often the host waited
+for the device in it. Kinds without a k are timed with about k active latents a row. `--rehearse` goes through all of it
+on a CPU, under Triton's interpreter, at tiny sizes.
 """
 
 import argparse
@@ -25,10 +26,11 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 if "--rehearse" in sys.argv:  # Triton decides when it is imported whether it interprets
     os.environ["TRITON_INTERPRET"] = "1"
@@ -41,12 +43,15 @@ from wsae.kernels import code_from_topk, select_batch_topk, select_group_topk, s
 from wsae.kernels import update as eager_update
 from wsae.kernels.sparse import Plan
 from wsae.kernels.update import AdamStep, SparseGrad
+from wsae.sae.architectures import Above
+from wsae.sae.config import Kind, make_activation
 from wsae.train.config import TrainConfig
 from wsae.train.family import to_device
-from wsae.train.state import Batch, MemberState, make_batch, make_member
+from wsae.train.state import Batch, MemberState, Target, make_batch, make_member
 from wsae.train.step import eager_step
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKED = "wsae.train.gpu,wsae.kernels.triton"
 CASES = ("tests/kernels/triton_cases.py", "tests/train/train_gpu_cases.py")
 
 
@@ -81,16 +86,31 @@ def make_state(size: Size, device: str) -> State:
     return State(W, W.clone(), moments, *zero)
 
 
-def make_training(size: Size, device: str) -> tuple[MemberState, Batch, float, TrainConfig, int]:
-    """Return the arguments of a training step: a Top-k member at its start, no latent dead."""
-    settings = {"d_sae": size.d_sae, "activation": {"kind": "topk", "k": size.k}}
+TRANSCODER = "topk, skip transcoder"
+
+
+def make_training(
+    size: Size, device: str, kind: str = "topk"
+) -> tuple[MemberState, Batch, float, TrainConfig, int]:
+    """Return the arguments of a training step: a member of a kind near its start, no latent dead."""
+    skip = kind == TRANSCODER
+    activation = make_activation(kind.partition(",")[0], size.k)
+    settings = {"d_sae": size.d_sae, "activation": activation, "skip": skip or None}
+    settings |= {"l1": 0.01} if kind in ("relu", "gated") else {}
+    settings |= {"l0": 0.01} if kind == "jumprelu" else {}
     data = {"members": (settings,), "tokens": size.batch, "batch_size": size.batch}
     run = TrainConfig.parse({**data, "dtype": "bfloat16"})
-    member = make_member("topk", run.members[0], run, torch.zeros(size.d_in), 1.0)
-    member = to_device(member, device)
+    mean = torch.zeros(size.d_in)
+    target = Target(mean, 1.0) if skip else None
+    member = make_member(kind, run.members[0], run, mean, 1.0, target=target)
+    member, sae = to_device(member, device), member.sae
     torch.manual_seed(0)
-    x = torch.randn(size.batch, size.d_in, device=device)
-    return member, make_batch(x, member), 1e-4, run, 0
+    x, y = torch.randn(2, size.batch, size.d_in, device=device)
+    if isinstance(sae.choice, Above) and sae.b_enc is not None:
+        some = x[:64]
+        most = sae.pre(some).flatten().topk(size.k * len(some)).values
+        sae.b_enc.data.sub_(most[-1].detach())
+    return member, make_batch(x, member, y if skip else None), 1e-4, run, 0
 
 
 def eager() -> SimpleNamespace:
@@ -228,6 +248,18 @@ def waits(work: Callable[[], object], device: str) -> int | None:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
+def begin_peak(device: str) -> None:
+    """Let go of what memory is not in use, and follow its peak from here."""
+    if device != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_mib(device: str) -> float | None:
+    return None if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+
+
 def median(times: list[float | None]) -> float | None:
     known = [time for time in times if time is not None]
     return statistics.median(known) if known and len(known) == len(times) else None
@@ -244,6 +276,8 @@ def over(one: float | None, other: float | None) -> float | None:
 def tests(at: argparse.Namespace) -> dict[str, object]:
     """Run the Triton tests' cases on the device."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "on_device"]
+    # shapes are checked where it counts: to check all of the package takes longer than many a case
+    words += ["-o", f"addopts=--jaxtyping-packages={CHECKED},beartype.beartype"]
     folders = [str(ROOT / "tests" / name) for name in ("support", "train", "kernels")]
     path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "WSAE_TEST_DEVICE": at.device, "PYTHONPATH": path}
@@ -292,19 +326,15 @@ def steps(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]
     for optimizer in ("signum", "adam"):
         makers[f"sparsify-{optimizer}"] = lambda o=optimizer: peer(size, o, at.device)
     taken: dict[str, list[float | None]] = {}
-    peak: dict[str, float] = {}
+    peak: dict[str, float | None] = {}
     while True:
         for name, make in makers.items():
-            gc.collect()
-            if at.device != "cpu":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+            begin_peak(at.device)
             work = make()
             if work is None:
                 continue
             work()
-            if at.device != "cpu":
-                peak[name] = torch.cuda.max_memory_allocated() / 2**20
+            peak[name] = peak_mib(at.device)
             taken.setdefault(name, []).append(milliseconds(work, at.device))
         if time.monotonic() > until:
             break
@@ -320,6 +350,29 @@ def steps(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]
         for name, one in ms.items()
     }
     return {**size._asdict(), "rounds": len(taken["wsae"]), "rows": rows}
+
+
+def each_kind(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]:
+    """Time a step of every kind by Triton and by PyTorch in turn until the time is over, at least once each."""
+    sides = {"triton": kernels().train_step, "eager": eager().train_step}
+    taken: dict[tuple[str, str], list[float | None]] = {}
+    rows: dict[str, dict[str, float | None]] = {kind: {} for kind in (*get_args(Kind), TRANSCODER)}
+    while True:
+        for kind, row in rows.items():
+            for side, take in sides.items():
+                begin_peak(at.device)
+                training = make_training(size, at.device, kind)
+                ms = milliseconds(lambda t=training, take=take: take(*t), at.device)
+                taken.setdefault((kind, side), []).append(ms)
+                row[f"{side}_mib"] = None if ms is None else peak_mib(at.device)
+                if side == "triton":
+                    row["waits"] = waits(lambda t=training: sides["triton"](*t), at.device)
+        if time.monotonic() > until:
+            break
+    for kind, row in rows.items():
+        ours, theirs = (median(taken[kind, side]) for side in sides)
+        row |= {"triton_ms": ours, "eager_ms": theirs, "eager_over_triton": over(theirs, ours)}
+    return {**size._asdict(), "rows": rows}
 
 
 def each_kernel(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]:
@@ -374,6 +427,14 @@ STEP_COLUMNS = {
     "x fastest peer": ("of_fastest_peer", ".2f"),
     "peak MiB": ("peak_mib", ",.0f"),
 }
+KIND_COLUMNS = {
+    "ms a step": ("triton_ms", ",.2f"),
+    "PyTorch, ms": ("eager_ms", ",.2f"),
+    "PyTorch / ours": ("eager_over_triton", ".2f"),
+    "peak MiB": ("triton_mib", ",.0f"),
+    "PyTorch, peak MiB": ("eager_mib", ",.0f"),
+    "waits": ("waits", "d"),
+}
 KERNEL_COLUMNS = {
     "ms": ("triton_ms", ",.3f"),
     "eager, ms": ("eager_ms", ",.3f"),
@@ -402,6 +463,9 @@ def page(report: dict[str, Any]) -> str:
     for found in report["steps"]:
         parts.append(f"A training step, {shape(found)}, bf16 products, {found['rounds']} rounds:")
         parts.append(table(found["rows"], STEP_COLUMNS, "trainer"))
+    for found in report["kinds"]:
+        parts.append(f"A training step of each kind, {shape(found)}, bf16 products:")
+        parts.append(table(found["rows"], KIND_COLUMNS, "kind"))
     for found in report["kernels"]:
         parts.append(f"Kernels, {shape(found)}:")
         parts.append(table(found["rows"], KERNEL_COLUMNS, "kernel"))
@@ -416,11 +480,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+STAGES = {"steps": steps, "kinds": each_kind, "kernels": each_kernel}
+
+
 def work_through(at: argparse.Namespace) -> dict[str, Any]:
     """Take every stage; what is done is written after each."""
     end = time.monotonic() + 60 * at.minutes
     name = "a rehearsal on a CPU" if at.rehearse else torch.cuda.get_device_name()
-    report: dict[str, Any] = {"device": name, "versions": versions(), "steps": [], "kernels": []}
+    report: dict[str, Any] = {"device": name, "versions": versions()}
+    report |= {name: [] for name in STAGES}
 
     def keep() -> None:
         (at.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -429,20 +497,21 @@ def work_through(at: argparse.Namespace) -> dict[str, Any]:
     sizes = {"B": Size(576, 4608, 2048, 32), "A": Size(768, 24_576, 4096, 32)}
     large = Size(4096, 131_072, 4096, 32)
     if at.rehearse:
-        sizes, large = {"tiny": Size(9, 24, 3, 2)}, Size(7, 20, 2, 2)
-    stages = [(steps, size) for size in sizes.values()]
-    stages += [(each_kernel, size) for size in (sizes["A"], large)] if "A" in sizes else []
-    stages += [(each_kernel, large)] if at.rehearse else []
+        sizes, large = {"tiny": Size(5, 16, 2, 2)}, Size(3, 12, 2, 2)
+    last = list(sizes.values())[-1]
+    stages = [*(("steps", size) for size in sizes.values()), ("kinds", last), ("kernels", large)]
+    if not at.rehearse:
+        stages.insert(-1, ("kernels", last))
     report["tests"] = tests(at)
     keep()
     for number, (stage, size) in enumerate(stages):
         left = end - time.monotonic()
         if left < 0:
-            print(f"out of time before {stage.__name__} at {size}", file=sys.stderr)
+            print(f"out of time before {stage} at {size}", file=sys.stderr)
             break
         share = 0 if at.rehearse else left / (len(stages) - number) / 2  # a round ends beyond it
         until = time.monotonic() + share
-        report["steps" if stage is steps else "kernels"].append(stage(size, at, until))
+        report[stage].append(STAGES[stage](size, at, until))
         keep()
     return report
 
@@ -461,6 +530,9 @@ def main() -> None:
     if find_spec("triton") is None:
         sys.exit("benchmarks/gpu.py: triton is not installed")
     at.out.mkdir(parents=True, exist_ok=True)
+    if at.rehearse:
+        sys.path.append(str(ROOT / "tests" / "support"))
+        import_module("on_device").interpret_faster()
     report = work_through(at)
     print((at.out / "gpu.md").read_text())
     if report["tests"]["failed"]:

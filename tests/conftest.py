@@ -1,5 +1,6 @@
 """Shared by all tests: no network, one thread; the whole suite takes a process per core."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+import typecheck  # noqa: E402 (which lies in one of these folders)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -41,6 +44,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path.stem not in FIRST)
     if config.getoption("--fast"):
         keep_nearest(config, items)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
+
+
+def pytest_runtest_setup() -> None:
+    typecheck.again()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -1,6 +1,6 @@
 """What a notebook user types: fit, fit_family, evaluate, probe, recovery. Nothing is written to disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from wsae.acts.source import (
     ActivationSource,
     AlignedSource,
     ArraySource,
+    JoinedSource,
     StoreSource,
     as_path,
     is_folder_of_arrays,
@@ -46,7 +47,8 @@ __all__ = [
 
 Acts = object
 """Activations [rows, d_in] or [n, seq, d_in]: an array, a tensor, a table or lists (`wsae.core.calls.numbers`); the
-path of an array file, of a folder of them or of a store (`str` or `os.PathLike`); or a source with one hook."""
+path of an array file, of a folder of them or of a store (`str` or `os.PathLike`); or a source with one hook. A mapping
+{source: activations} of the same rows makes a crosscoder, which reads them side by side."""
 EPOCHS = 4
 """Passes over the data where no number of tokens is given."""
 _GAMMA = ("alpha", "normalise", "robust", "quantile", "ridge", "rounds")
@@ -144,6 +146,9 @@ def fit_family(
     source = _source(acts, labels, options.get("hook_out") is not None)
     if target is not None:
         source, options["hook_out"] = _both(source, target)
+    if isinstance(source, JoinedSource):
+        parts = source.parts.items()
+        options["crosscoder"] = [{"name": name, "width": width} for name, width in parts]
     rows = EPOCHS * (source.n_rows or 0) if tokens is None else tokens
     if source.n_rows is not None and "batch_size" not in options:
         options["batch_size"] = min(2048, source.n_rows)
@@ -202,6 +207,11 @@ def _both(source: ActivationSource, target: object) -> _Sides:
 
 def _source(acts: Acts, labels: object, several: bool = False) -> ActivationSource:
     """Return the data with one hook, nothing held out; raises UserError for others, unless `several` are wanted."""
+    if isinstance(acts, Mapping):
+        if labels is not None:
+            raise UserError("labels: go with one array")
+        parts = (ArraySource(x, 0.0, str(name)) for name, x in acts.items())
+        return JoinedSource(AlignedSource(*parts))
     path = as_path(acts)
     store = path is not None and path.is_dir() and not is_folder_of_arrays(path)
     if isinstance(acts, ActivationSource) or store:

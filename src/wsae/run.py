@@ -383,6 +383,7 @@ def reason(error: Exception) -> str:
 BY_LATENT = (
     *("density", "variance", "match_index", "match_cosine", "decoder_max_cosine"),
     *("consistency_top", "consistency_corrected", "selectivity", "information"),
+    "relative_norm",
 )
 BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
 """Arrays that are shown: those of one member, or hook, are equally long."""
@@ -391,7 +392,7 @@ BY_DIMENSION = ("ev_per_dim", "gamma", "input_variance")
 def _plausible(name: str, array: "np.ndarray") -> bool:
     import numpy as np
 
-    if name == "density":
+    if name in ("density", "relative_norm"):
         return bool(((array >= 0) & (array <= 1)).all())
     if name == "match_index":
         return bool(((array >= -1) & (array < 1 << 31) & (array == np.floor(array))).all())
@@ -644,6 +645,7 @@ class Run:
                 )
             array = out[key] = tensor.double().numpy()
             hook_member, _, name = key.rpartition("|")
+            name = name.partition("[")[0]
             if name not in BY_LATENT + BY_DIMENSION:
                 continue
             unit = hook_member if name in BY_LATENT else hook_member.partition("|")[0]

@@ -202,6 +202,7 @@ def test_every_field_of_a_config_has_a_flag(
         "path": "text",
         "init_from": "activation",
         "hook_out": "activation",
+        "crosscoder": "activation",
     }
     keys = [path[-1] for path, _ in flagfile.leaves(COMMANDS[command])]
     assert len(keys) == len(set(keys))

@@ -1,8 +1,11 @@
 """The compiled kernels against their eager twins: the same latents, values and gradients, whatever the shape."""
 
 import functools
+import itertools
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,6 +137,38 @@ def test_a_guess_from_other_data_changes_the_effort_only() -> None:
     for scale, code in codes:
         pre = scale * (x @ W.T)
         assert torch.equal(code.indices.view(200, 8), select_topk(pre, 8).sort(1).values)
+
+
+@pytest.mark.usefixtures("int8")
+def test_parts_that_share_their_best_find_what_one_finds() -> None:
+    """Three threads have a part of the latents each; the guess is too low, right, too high and wrong in turn."""
+    x, W, bias = data(60, 32, 400, seed=5)
+    cuts, meeting, told = (0, 100, 150, 400), threading.Barrier(3), [Tensor()] * 3
+    encoders = [rounded(W[a:b], x) for a, b in itertools.pairwise(cuts)]
+
+    def gather(part: int, values: Tensor) -> Tensor:
+        told[part] = values
+        meeting.wait(60)
+        every = torch.stack(told)
+        meeting.wait(60)
+        return every
+
+    def find(part: int, rows: Tensor) -> SparseCode:
+        torch.set_num_threads(1)
+        mine, b = slice(cuts[part], cuts[part + 1]), Centred(rows, to_slices(rows))
+        slices, tell = to_slices(W[mine]), functools.partial(gather, part)
+        return native.select_topk_shared(encoders[part], slices, bias[mine], b, 8, tell, part)
+
+    with ThreadPoolExecutor(3) as pool:
+        for rows in (x, x, 100 * x, 0.01 * x, torch.cat([x[:20], x[20:40] * 0.01, x[:20]])):
+            found = list(pool.map(find, range(3), [rows] * 3))
+            shown = torch.zeros(60, 400, dtype=torch.bool)
+            for code, first in zip(found, cuts, strict=False):
+                shown[code.rows(), code.indices + first] = True
+                values = (rows @ W.T + bias)[code.rows(), code.indices + first]
+                torch.testing.assert_close(code.values, values, rtol=1e-4, atol=1e-4)
+            wanted = select_topk(rows @ W.T + bias, 8)
+            assert torch.equal(shown, torch.zeros_like(shown).scatter_(1, wanted, True))
 
 
 def test_tokens_with_one_loud_dimension_need_no_exhaustive_search() -> None:

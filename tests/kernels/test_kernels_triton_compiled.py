@@ -65,7 +65,7 @@ def meta(d_sae: int, d_in: int, dtype: torch.dtype = torch.float32) -> torch.Ten
         (meta(64, 8, torch.float64), torch.float32, 2, False, "weights are float64"),
         (meta(64, 8), torch.float16, 2, False, "product in float16"),
         (meta(64, 8).T, torch.float32, 2, False, "strides"),
-        (meta(64, 8193), torch.float32, 2, False, "d_in = 8,193"),
+        (meta(64, 8193), torch.float32, 2, False, "a width of 8,193"),
         (meta((1 << 20) + 1, 8), torch.float32, None, False, "d_sae = 1,048,577"),
         (meta(131_072, 8), torch.bfloat16, 513, False, "k = 513 of 131,072"),
         (meta(96, 8), torch.bfloat16, 12, True, "groups of 8"),

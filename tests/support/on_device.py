@@ -6,7 +6,7 @@ Random numbers come from the generators that the tests give, which are a CPU's, 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from torch.overrides import TorchFunctionMode
@@ -33,3 +33,26 @@ class OnDevice(TorchFunctionMode):
 def on_device() -> Iterator[None]:
     with OnDevice(os.environ["WSAE_TEST_DEVICE"]):
         yield
+
+
+def interpret_faster() -> None:
+    """Let Triton's interpreter put its own functions into `triton.language` once, not at every call in a kernel too.
+
+    That is half of its time.
+    """
+    from triton.runtime import interpreter
+
+    done, patch = set[str](), interpreter._patch_lang
+
+    def once(function: Callable[..., object]) -> object:
+        if function.__module__ not in done:
+            done.add(function.__module__)
+            patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
+
+
+def pytest_configure() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpret_faster()

@@ -1,14 +1,19 @@
 """Who is trained with the Triton kernels; `train_gpu_cases` holds the step itself to autograd."""
 
 import logging
+from typing import Literal, get_args
 
 import pytest
 import torch
 
 from wsae.core.errors import UserError
+from wsae.sae import architectures
+from wsae.sae.architectures import Architecture, Every
+from wsae.sae.config import ActivationConfig, Kind, make_activation
+from wsae.sae.forward import Whole
 from wsae.train import step as dispatch
-from wsae.train.config import TrainConfig
-from wsae.train.state import MemberState, make_member
+from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.state import MemberState, Target, make_member
 
 
 def member_of(kernels: str) -> tuple[MemberState, TrainConfig]:
@@ -63,6 +68,47 @@ def test_a_member_is_asked_for_with_what_its_kernels_depend_on(
     member = make_member("plain", run.members[0], run, torch.zeros(3), 1.0)
     assert dispatch.unfit_triton(member, run) == "no"
     assert questions[0][1:] == (torch.bfloat16, *asked)
+
+
+class OfRows(ActivationConfig):
+    """A kind whose values look at whole rows."""
+
+    kind: Literal["of_whole_rows"] = "of_whole_rows"
+
+
+JUMP = {"kind": "jumprelu"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "part", "says"),
+    [
+        ({"activation": OfRows()}, {}, "the kind of_whole_rows does not say which latents"),
+        ({"activation": JUMP, "pre_act": 1e-5}, {}, "the pre-activation loss has a gradient at"),
+        ({}, {"unfit": "its rows lie on several processes"}, "its rows lie on several processes"),
+        ({}, {"d_sae": 16}, "its latents lie on several processes"),
+        *(
+            ({"activation": make_activation(kind, 2)}, {"d_sae": 8}, None)
+            for kind in get_args(Kind)
+        ),
+        ({"skip": True}, {}, None),
+    ],
+)
+def test_what_triton_does_not_train_is_said(
+    settings: dict[str, object], part: dict[str, object], says: str | None, monkeypatch
+) -> None:
+    for name in ("unsupported", "_fails"):
+        monkeypatch.setattr(dispatch, name, lambda *_: None)
+    if "activation" in settings and settings["activation"] == OfRows():
+        known = Architecture(OfRows, lambda cfg, own: Every())  # noqa: ARG005
+        monkeypatch.setitem(architectures._BY_CONFIG, OfRows, known)
+    member = {"d_sae": 8, "activation": {"kind": "topk", "k": 2}, **settings}
+    run = TrainConfig.parse({"members": (MemberConfig.parse(member),), "tokens": 1})
+    target = Target(torch.zeros(5), 1.0) if "skip" in settings else None
+    state = make_member("plain", run.members[0], run, torch.zeros(3), 1.0, target=target)
+    state.part = Whole()
+    vars(state.part).update(part)
+    reason = dispatch.unfit_triton(state, run)
+    assert reason is None if says is None else reason.startswith(says)
 
 
 def test_triton_that_does_not_start_is_a_reason() -> None:

@@ -40,7 +40,7 @@ from wsae.train.parallel.step import (
     initial_rows,
     make_shard,
 )
-from wsae.train.parallel.world import Mesh, MeshAxis, MeshPlace, joined, lay_out
+from wsae.train.parallel.world import HostMemory, Mesh, MeshAxis, MeshPlace, joined, lay_out
 from wsae.train.run import load_run, train_run
 
 STEPS, HALF, ROWS = 12, 10, 62
@@ -183,8 +183,10 @@ def work(rank: int, port: int, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4"}
     cfg, source = config(), ArraySource(features())
+    HostMemory.LEAST = 1024  # or nothing here is large enough
     with joined(None) as world:
         check_choices(world)
+        check_memory(world)
         for name, layout in LAYOUTS.items():
             train_parallel(cfg, source, out / name, again(world, name, layout))
         if why_not() is None:
@@ -256,6 +258,29 @@ def check_choices(world: Mesh) -> None:
         dist.all_reduce(every)
         top = values.topk(min(wanted, 400)).values
         assert torch.equal(values[every.bool()].sort(descending=True).values, top)
+
+
+def check_memory(world: Mesh) -> None:
+    """Tensors go through the machine's memory, whatever their sizes, unless one rank cannot have it."""
+    axis = again(world, "memory", Layout(latents=4)).place.latents
+    assert axis.group is not None
+    without, real = HostMemory(axis.group), getattr(os, "posix_fallocate", None)
+    for size in (3000, 400, 9000, 5000):
+        own = torch.arange(size).float() * (axis.index + 1)
+        assert torch.equal(axis.gather(own), torch.arange(size) * torch.arange(1, 5)[:, None])
+        assert torch.equal(axis.reduce_(own.clone()), torch.arange(size) * 10.0)
+        assert axis.memory is not None
+        assert (axis.memory.exchange(own) is None) == (not hasattr(os, "memfd_create"))
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    os.posix_fallocate = full if axis.index == 2 else real
+    for alone in (own, own.double()):
+        assert without.exchange(alone) is None
+        every = replace(axis, memory=without).gather(alone)
+        assert torch.equal(every[0], torch.arange(len(own)).to(alone))
+    os.posix_fallocate = real
 
 
 def together(pairs: tuple[Tensor, Tensor], first: int, shape: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wsae.acts.source import ArraySource
@@ -26,10 +27,10 @@ from wsae.train.checkpoint import member_tensors, set_member_tensors
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import make_family
 from wsae.train.loop import run_steps
-from wsae.train.state import MemberState, make_batch, make_member
+from wsae.train.state import MemberState, Target, make_batch, make_member
 from wsae.train.step import eager_step
 
-D_IN, D_SAE, BATCH = 20, 96, 17
+D_IN, D_OUT, D_SAE, BATCH = 20, 13, 96, 17
 STEPS = 2
 
 
@@ -50,7 +51,6 @@ TWINS = {
     "above": lambda x, W, b, limit, dtype: (product(x, W, b, dtype) > limit).nonzero().unbind(1),
     "products": lambda x, W, rows, indices: (x[rows] * W[indices]).sum(1),
     "decode": sparse.decode,
-    "pair_products": sparse._pair_products,
     "scatter": Plan.scatter,
     "adam_rows_": twin.adam_rows_,
     "update_rows_": twin.update_rows_,
@@ -66,14 +66,19 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("D_IN", 7), ("D_SAE", 24), ("BATCH", 3)):
+    for name, size in (("D_IN", 7), ("D_OUT", 5), ("D_SAE", 24), ("BATCH", 3)):
         monkeypatch.setitem(globals(), name, size)
 
 
 def config(**fields: object) -> TrainConfig:
     setting = {"d_sae": D_SAE, "activation": {"kind": "topk", "k": 4}, "lr": 3e-3, **fields}
-    dtype = setting.pop("dtype", "float32")
-    data = {"members": (MemberConfig.parse(setting),), "tokens": 30 * BATCH, "batch_size": BATCH}
+    dtype, out = setting.pop("dtype", "float32"), setting.pop("hook_out", None)
+    data = {
+        "hook_out": out,
+        "members": (MemberConfig.parse(setting),),
+        "tokens": 30 * BATCH,
+        "batch_size": BATCH,
+    }
     return TrainConfig.parse({**data, "dead_after": 60, "kernels": "triton", "dtype": dtype})
 
 
@@ -87,16 +92,20 @@ def rows(seed: int, batch: int) -> Tensor:
 def member_of(run: TrainConfig, dead: bool = False) -> MemberState:
     """A member some way into training: biases, thresholds, moments and rows are not those of the start."""
     g = torch.Generator().manual_seed(2)
-    member = make_member("m", run.members[0], run, torch.full((D_IN,), 0.4), 1.0)
-    sae = member.sae
-    gamma = torch.rand(D_IN, generator=g) + 0.5
+    target = None if run.hook_out is None else Target(torch.full((D_OUT,), 2.0), 4.0)
+    mean = torch.full((D_IN,), 0.4)
+    member = make_member("m", run.members[0], run, mean, 1.0, target=target)
+    sae, width = member.sae, member.sae.cfg.width_out
+    gamma = torch.rand(width, generator=g) + 0.5
     if run.members[0].gamma.rule == "whiten":
-        gamma = gamma + torch.rand(D_IN, D_IN, generator=g) / 4
+        gamma = gamma + torch.rand(width, width, generator=g) / 4
     if run.members[0].gamma.rule != "none":
         sae.set_gamma(gamma)
     for parameter in sae.parameters():
         noise = 0.1 * torch.randn(parameter.shape, generator=g)
         parameter.data += noise if parameter is not sae.W_dec or sae.cfg.tied else 0.0
+    if sae.cfg.transcoder:  # its decoder starts at 0
+        sae.W_dec.data = normalize(torch.randn(D_SAE, D_OUT, generator=g), dim=1)
     if cfg := run.members[0].precondition:
         seen = Covariance(D_IN)
         seen.update(rows(0, 500))
@@ -108,7 +117,10 @@ def member_of(run: TrainConfig, dead: bool = False) -> MemberState:
 
 def train(member: MemberState, run: TrainConfig, step, first: int = 0, last: int = STEPS) -> None:
     for number in range(first, last):
-        step(member, make_batch(rows(10 + number, BATCH), member), 3e-3, run, number)
+        x, y = rows(10 + number, BATCH), None
+        if member.sae.cfg.transcoder:
+            y = 3 * (x @ torch.linspace(-1, 1, D_IN * D_OUT).view(D_IN, D_OUT)).relu()
+        step(member, make_batch(x, member, y), 3e-3, run, number)
 
 
 def same(one: MemberState, two: MemberState) -> None:
@@ -120,6 +132,7 @@ def same(one: MemberState, two: MemberState) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=atol, msg=why)
 
 
+OUT = {"in": "out"}
 KINDS = {
     "topk": {},
     "l0": {"l0": 0.01},
@@ -137,38 +150,68 @@ KINDS = {
         "l0": 0.01, "l0_penalty": "quadratic", "target_l0": 6,
     },
     "relu, annealed": {"activation": {"kind": "relu"}, "l1": 0.1, "p_end": 0.5},
+    "multi": {"activation": {"kind": "multi_topk", "k": 3}, "gamma": {"rule": "variance"}},
+    "matryoshka": {
+        "activation": {"kind": "matryoshka", "k": 4, "widths": (10, 20)}, "gamma": {"rule": "whiten"},
+    },
+    "matryoshka, whitened input": {
+        "activation": {"kind": "matryoshka", "k": 4, "over": "topk"},
+        "precondition": {"kind": "whiten", "power": 0.5}, "l1": 0.1,
+    },
+    "matryoshka by level": {
+        "activation": {"kind": "matryoshka", "k": 4, "widths": (10, 20), "level_auxk": True},
+    },
+    "gated": {"activation": {"kind": "gated"}, "l1": 0.1, "gamma": {"rule": "variance"}},
+    "gated, annealed": {"activation": {"kind": "gated"}, "l1": 0.1, "p_end": 0.5},
+    "transcoder": {"hook_out": OUT, "skip": True, "gamma": {"rule": "whiten"}},
+    "transcoder, latent variance": {"hook_out": OUT,
+        "activation": {"kind": "batch_topk", "k": 4}, "gamma": {"rule": "latent_variance"},
+        "precondition": {"kind": "whiten", "power": 0.5},
+    },
+    "transcoder, multi": {"hook_out": OUT, "activation": {"kind": "multi_topk", "k": 3}},
+    "transcoder, nested": {"hook_out": OUT, "activation": {"kind": "matryoshka", "k": 4}, "skip": True},
+    "transcoder, gated": {"hook_out": OUT, "activation": {"kind": "gated"}, "l1": 0.1, "skip": True},
+    "transcoder, jumprelu": {"hook_out": OUT,
+        "activation": {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.2}, "l0": 0.01,
+    },
     "tied": {"tied": True},
     "tied, l1": {"tied": True, "l1": 0.1},
     "tied jumprelu": {"tied": True, "activation": {"kind": "jumprelu", "threshold": 0.3}, "l0": 0.01},
 }  # fmt: skip
 
 
+LONG = ("matryoshka by level", "transcoder, multi", "transcoder, gated")
+
+
 @pytest.mark.usefixtures("twins")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dead", [False, True])
-def test_the_step_is_autograds(kind: str, dead: bool) -> None:
-    both(kind, dead, STEPS)
+def test_steps_without_and_with_dead_latents_are_autograds(kind: str) -> None:
+    both(kind, [False, *[True] * (19 if kind in LONG else 1)])
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
-    ("kind", "dead", "steps"),
+    ("kind", "dead"),
     [
-        ("topk", True, 2), ("group", False, 1), ("batch", False, 1), ("relu", False, 1),
-        ("jumprelu", True, 1), ("tied", True, 1), ("tied, l1", False, 1),
+        ("transcoder, multi", True), ("matryoshka by level", True), ("group", False),
+        ("gated", False), ("jumprelu", True), ("tied", True), ("tied, l1", False),
     ],
 )  # fmt: skip
-def test_the_step_on_the_kernels_is_autograds(kind: str, dead: bool, steps: int) -> None:
-    both(kind, dead, steps)
+def test_the_step_on_the_kernels_is_autograds(kind: str, dead: bool) -> None:
+    both(kind, [dead])
 
 
-def both(kind: str, dead: bool, steps: int) -> None:
+def both(kind: str, dead: list[bool]) -> None:
+    """Train by both steps, at each one with some dead latents or none."""
     run = config(**KINDS[kind], auxk=0.3, k_aux=5)
-    one, two = (member_of(run, dead) for _ in range(2))
-    train(one, run, gpu.triton_step, 0, steps)
-    train(two, run, eager_step, 0, steps)
+    one, two = (member_of(run) for _ in range(2))
+    mask = torch.rand(D_SAE, generator=torch.Generator().manual_seed(4)) < 0.3
+    for number, some in enumerate(dead):
+        for member, step in ((one, gpu.triton_step), (two, eager_step)):
+            member.dead = mask & some
+            train(member, run, step, number, number + 1)
+        assert (float(one.sums["auxk"]) > 0) == any(dead[: number + 1])
     same(one, two)
-    assert (float(one.sums["auxk"]) > 0) == dead
 
 
 @pytest.mark.usefixtures("twins")
@@ -282,7 +325,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("kind", ["topk", "tied"])
+@pytest.mark.parametrize("kind", ["multi", "tied"])
 def test_steps_do_not_wait_for_the_device(kind: str) -> None:
     run = config(**KINDS[kind], k_aux=2)
     member = member_of(run, dead=True)
@@ -296,29 +339,25 @@ def test_steps_do_not_wait_for_the_device(kind: str) -> None:
 
 def test_what_is_remembered_follows_its_tensor() -> None:
     mask = torch.tensor([True, False, True])
-    assert gpu.dead_latents(mask).latents[:2].tolist() == [0, 2]
+    (dead,) = gpu.dead_latents(mask)
+    assert dead.latents[:2].tolist() == [0, 2]
     assert gpu.dead_latents(mask) is gpu.dead_latents(mask)
     mask[0] = False
-    dead = gpu.dead_latents(mask)
+    (dead,) = gpu.dead_latents(mask)
     assert (dead.number, dead.latents[0], len(dead.latents)) == (1, 2, 16)
     assert torch.equal(dead.floor.isinf(), torch.arange(16) > 0)
 
 
 def test_pairs_are_sorted_as_a_plan_is() -> None:
     g = torch.Generator().manual_seed(0)
-    parts = []
-    for _ in range(2):
-        counts = torch.randint(0, 4, (9,), generator=g)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        indices = torch.randint(0, 6, (int(counts.sum()),), generator=g)
-        code = gpu.SparseCode(torch.randn(len(indices), generator=g), indices, offsets)
-        parts.append((code, gpu.in_row_order(code)))
-    plan = gpu.sort_by_latent(gpu.joined([plan for _, plan in parts]), 7)
-    offsets = torch.cat([parts[0][0].offsets, parts[0][0].offsets[-1] + parts[1][0].offsets[1:]])
-    indices = torch.cat([code.indices for code, _ in parts])
-    for ours, theirs in zip(plan, gpu.Plan.build(indices, offsets, 7), strict=True):
-        assert torch.equal(ours, theirs)
-    weights = torch.cat([code.values for code, _ in parts])
+    counts = torch.randint(0, 4, (18,), generator=g)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    indices = torch.randint(0, 6, (int(counts.sum()),), generator=g)
+    rows = torch.arange(18).repeat_interleave(counts)
+    plan, wanted = gpu.sorted_by_latent(indices, rows, 7), gpu.Plan.build(indices, offsets, 7)
+    for name in ("indices", "rows", "order", "latent_offsets", "latent_rows"):
+        assert torch.equal(getattr(plan, name), getattr(wanted, name)), name
+    weights = torch.randn(len(indices), generator=g)
     torch.testing.assert_close(gpu.per_latent(plan, weights), plan.per_latent(weights))
     x = torch.randn(18, 3, generator=g)
     both = gpu.twice(plan, plan.latent_rows.flip(0))

@@ -5,9 +5,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ _CHUNK_VALUES = 1 << 21
 NAMES = ("acts", "activations", "hidden_states", "features", "embeddings", "x", "X", "data")
 """What the matrix among several arrays of a file may be called, the first that is there."""
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class ArraySource:
@@ -418,11 +420,13 @@ class AlignedSource:
     """Sources of the same rows as one with the hooks of all: both sides of a module, or two models on one text.
 
     Row i of each is of the same token or image, and the same are held out. Raises UserError for a live model, whose
-    rows have no numbers, for another number of rows, other sequences of a store, and a hook's name in two of them.
+    rows have no numbers, for another number of rows, other sequences of a store, and a hook's name in two of them,
+    unless each source has a name in `apart` that follows its hooks' names: layers.9@base.
     """
 
-    def __init__(self, *sources: ActivationSource) -> None:
+    def __init__(self, *sources: ActivationSource, apart: Sequence[str] = ()) -> None:
         self._sources, self.hooks = sources, dict[str, int]()
+        self._apart = tuple(apart)
         first, n_rows = sources[0], [source.n_rows for source in sources]
         self.n_rows: int | None = n_rows[0]
         for source, rows in zip(sources, n_rows, strict=True):
@@ -437,26 +441,27 @@ class AlignedSource:
                     f"{here} and {there}: their rows are not of the same tokens; harvest both from one text with the "
                     "same settings"
                 )
-            if twice := self.hooks.keys() & source.hooks.keys():
+        for named in self._named([source.hooks for source in sources]):
+            if twice := self.hooks.keys() & named.keys():
                 raise UserError(
-                    f"hook {min(twice)!r}: is in two of the sources; rename one of the files"
+                    f"hook {min(twice)!r}: is in two of the sources; name another, or rename one of the files"
                 )
-            self.hooks |= source.hooks
+            self.hooks |= named
 
     def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
         """Return the statistics of every hook."""
-        return {h: s for source in self._sources for h, s in source.stats(progress).items()}
+        return self._together([source.stats(progress) for source in self._sources])
 
-    def stream(self, batch_size: int, seed: int, state: State | None = None) -> "_AlignedStream":
+    def stream(self, batch_size: int, seed: int, state: State | None = None) -> "_Stream":
         """Return training batches from the start or from a state."""
-        return _AlignedStream([s.stream(batch_size, seed, state) for s in self._sources])
+        return _Stream([s.stream(batch_size, seed, state) for s in self._sources], self._together)
 
     def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
         """Yield the held-out rows; raises UserError where they are not the same ones."""
         for parts in zip(*(s.heldout(batch_size) for s in self._sources), strict=False):
             if not all(torch.equal(part.seq, parts[0].seq) for part in parts):
                 raise UserError(f"{', '.join(self.hooks)}: other rows are held out in each")
-            x = {hook: rows for part in parts for hook, rows in part.x.items()}
+            x = self._together([part.x for part in parts])
             yield HeldoutRows(x, parts[0].seq, parts[0].pos)
 
     def tokens(self) -> TokenTable | None:
@@ -470,18 +475,90 @@ class AlignedSource:
     def describe(self) -> dict[str, Any]:
         """Return where each source's data come from."""
         parts = [source.describe() for source in self._sources]
-        return {"kind": "aligned", "sources": parts, "hooks": list(self.hooks)}
+        apart = {"apart": list(self._apart)} if self._apart else {}
+        return {"kind": "aligned", "sources": parts, "hooks": list(self.hooks), **apart}
+
+    def _named(self, parts: Sequence[Mapping[str, _T]]) -> list[dict[str, _T]]:
+        """Return what each source has by hook, under the hooks' names here."""
+        ends = [f"@{name}" for name in self._apart] or [""] * len(parts)
+        return [
+            {f"{hook}{end}": value for hook, value in part.items()}
+            for part, end in zip(parts, ends, strict=True)
+        ]
+
+    def _together(self, parts: Sequence[Mapping[str, _T]]) -> dict[str, _T]:
+        return {hook: value for part in self._named(parts) for hook, value in part.items()}
 
 
-class _AlignedStream:
-    """The streams of several sources, step by step: of one seed and number of rows, they go through the same rows."""
+class JoinedSource:
+    """The hooks of a source side by side as one hook, whose rows a crosscoder reads: layers.9+layers.19.
 
-    def __init__(self, streams: list[BatchStream]) -> None:
-        self._streams = streams
+    `parts` {hook: width} are the hooks in order. Raises UserError where there is one alone.
+    """
+
+    def __init__(self, source: ActivationSource) -> None:
+        self.whole, self.parts = source, dict(source.hooks)
+        names = [*self.parts]
+        if len(names) < 2:
+            raise UserError(
+                f"a crosscoder reads several hooks, and there is {names[0]} alone; name another hook, or another store "
+                "or array of the same rows"
+            )
+        name = "+".join(names)
+        if len(name) > _LONGEST_NAME:
+            name = f"{names[0]}+{len(names) - 2}more+{names[-1]}"
+        self.name, self.hooks = name, {name: sum(self.parts.values())}
+
+    @property
+    def n_rows(self) -> int | None:
+        """Training rows per epoch."""
+        return self.whole.n_rows
+
+    def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
+        """Return the statistics of the rows side by side."""
+        found = self.whole.stats(progress)
+        return {self.name: SourceStats.beside([found[hook] for hook in self.parts])}
+
+    def stream(self, batch_size: int, seed: int, state: State | None = None) -> "_Stream":
+        """Return training batches from the start or from a state."""
+        return _Stream([self.whole.stream(batch_size, seed, state)], lambda got: self._join(got[0]))
+
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
+        """Yield the held-out rows."""
+        for chunk in self.whole.heldout(batch_size):
+            yield chunk._replace(x=self._join(chunk.x))
+
+    def tokens(self) -> TokenTable | None:
+        """Return the held-out sequences' tokens, as the source has them."""
+        return self.whole.tokens()
+
+    def digest(self) -> str:
+        """Return a name for the data and the order of the hooks."""
+        return digest([self.whole.digest(), list(self.parts)])
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the data come from."""
+        return {"kind": "joined", "of": self.whole.describe(), "hooks": [self.name]}
+
+    def _join(self, rows: Batch) -> Batch:
+        return {self.name: torch.cat([rows[hook] for hook in self.parts], 1)}
+
+
+_LONGEST_NAME = 120
+"""A run keeps a hook's SAEs in a folder of its name."""
+
+
+class _Stream:
+    """Streams of the same rows step by step (of one seed and number of rows), each step's batches made one."""
+
+    def __init__(
+        self, streams: list[BatchStream], together: Callable[[list[Batch]], Batch]
+    ) -> None:
+        self._streams, self._together = streams, together
 
     def next(self) -> Batch:
         """Return the next batch by hook, float32."""
-        return {hook: rows for stream in self._streams for hook, rows in stream.next().items()}
+        return self._together([stream.next() for stream in self._streams])
 
     def state(self) -> State:
         """Return the exact position, which is that of each."""
@@ -492,11 +569,36 @@ def _same_places(a: ActivationSource, b: ActivationSource) -> bool:
     """Return whether the rows of two sources come from the same places, as far as they know: stores alone do."""
     if not isinstance(a, StoreSource) or not isinstance(b, StoreSource):
         return isinstance(a, StoreSource) == isinstance(b, StoreSource)
-    return a is b or all(
+    if a is b:
+        return True
+    texts = [source.tokens() for source in (a, b)]
+    ids = [torch.empty(0) if text is None else text.ids for text in texts]
+    return torch.equal(*ids) and all(
         torch.equal(one, other)
         for split in ("train", "heldout")
         for one, other in zip(a.store.places(split), b.store.places(split), strict=True)
     )
+
+
+def side_by_side(*sources: ActivationSource) -> JoinedSource:
+    """Return the hooks of one or several sources of the same rows side by side, as a crosscoder reads them.
+
+    Where two sources have a hook of the same name, the hooks get that of their model, or else of their place, too.
+    Raises UserError as `JoinedSource` and `AlignedSource` do.
+    """
+    if len(sources) == 1:
+        return JoinedSource(sources[0])
+    hooks = [hook for source in sources for hook in source.hooks]
+    if len({*hooks}) == len(hooks):
+        return JoinedSource(AlignedSource(*sources))
+    said = [source.describe() for source in sources]
+    own = [Path(str(place.get("path") or "")) for place in said]
+    models = [Path(str(place.get("model") or "")).name for place in said]
+    for names in (models, [path.name for path in own], [path.parent.name for path in own]):
+        apart = [re.sub(r"[^\w.-]", "-", name) for name in names]
+        if all(apart) and len({*apart}) == len(apart):
+            return JoinedSource(AlignedSource(*sources, apart=apart))
+    return JoinedSource(AlignedSource(*sources))  # which says which hook is there twice
 
 
 def open_source(

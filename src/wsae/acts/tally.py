@@ -1,8 +1,9 @@
 """Statistics of a stream of steps: exact moments of the kept and of all rows, and skipped tokens by reason."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
@@ -22,6 +23,14 @@ class SourceStats(NamedTuple):
     skipped: dict[str, int]
     consistency: Float64[Tensor, " d_in"] | None = None
     """Semantic consistency of each dimension, where the rows are labelled."""
+
+    @classmethod
+    def beside(cls, parts: "Sequence[SourceStats]") -> "SourceStats":
+        """Return the statistics of rows that hold those of several hooks side by side."""
+        kept, every = (Moments.beside(m) for m in zip(*(part[:2] for part in parts), strict=True))
+        betas = [part.consistency for part in parts if part.consistency is not None]
+        beta = torch.cat(betas) if len(betas) == len(parts) else None
+        return cls(kept, every, parts[0].skipped, beta)
 
 
 class Tally:

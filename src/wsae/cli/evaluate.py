@@ -137,6 +137,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where=FLAGS)
+    from wsae.acts.source import JoinedSource
     from wsae.evals.control import CONTROL
     from wsae.evals.run import evaluate_run
     from wsae.interop.runs import open_run
@@ -151,6 +152,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         if not opened.single:
             raise
         notes.append(f"not spliced into the model: {error}")
+    if isinstance(source, JoinedSource) and cfg.splice_tokens > 0:
+        notes.append("not spliced into the model: a crosscoder reads several hooks together")
     record = evaluate_run(opened.path, source, cfg, seen, ui.progress, where)
     notes += [*_foreign(opened, flags.source, source), *record.get("notes", [])]
     record |= {"notes": notes} if notes else {}
@@ -211,13 +214,28 @@ def show_scores(result: dict[str, Any], ui: UI) -> None:
         ui.say(f"note: {note}")
     for hook, found in result["hooks"].items():
         members = found["members"]
+        metrics = [member["metrics"] for member in members.values()]
+        sources = next(
+            (member["sources"] for member in members.values() if "sources" in member), {}
+        )
+        by_source = [f"fvu[{name}]" for name in sources.get("alone", ())]
         rows = [
-            [key, *(interval(member["metrics"].get(key)) for member in members.values())]
-            for key in SHOWN
+            [key, *(interval(one.get(key)) for one in metrics)]
+            for key in ("fvu", *by_source, *SHOWN[1:])
         ]
         known = [row for row in rows if set(row[1:]) != {"-"}]
         ui.table(f"{hook}: held-out data", ("metric", *members), known)
+        for name, member in members.items():
+            if "sources" in member:
+                ui.say(f"{name}: live latents {owners(member['sources'])}")
         show_matching(found.get("matching", {}), ui)
+
+
+def owners(sources: dict[str, Any]) -> str:
+    """Return how many of a crosscoder's live latents are each source's alone, how many of all."""
+    alone = [f"{n:,} of {name} alone" for name, n in sources["alone"].items()]
+    of_all = sources["of_all"]
+    return f"{', '.join(alone)}, {of_all['evenly']:,} of all evenly, {of_all['between']:,} between"
 
 
 def show_matching(matching: dict[str, Any], ui: UI) -> None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from wsae.acts.images.harvest import Gallery
     from wsae.acts.language import LanguageModel
-    from wsae.acts.source import ActivationSource
+    from wsae.acts.source import ActivationSource, JoinedSource
 
 # Flags that say which SAEs to train and for how long.
 
@@ -81,7 +81,7 @@ class PlanFlags(
         PreconditionConfig,
         TrainConfig,
         omit=("label", "rule", "kind", "vector", "tokens", "alpha", "power", "members")
-        + ("init_from", "hook_out"),
+        + ("init_from", "hook_out", "crosscoder"),
         several=SWEPT,
     )
 ):
@@ -421,6 +421,36 @@ def open_sides(
     )
 
 
+def open_joined(
+    source: str,
+    others: tuple[str, ...],
+    live: LiveFlags,
+    mixing: MixingFlags,
+    seed: int,
+    device: str,
+    **rest: object,
+) -> "JoinedSource":
+    """Return what a crosscoder reads: hooks of a store or a live model, or the hooks of several stores or arrays."""
+    from wsae.acts.source import side_by_side
+
+    data = [name for name in others if is_data(source) and is_data(name)]
+    wrong = [name for name in others if name not in data]
+    if wrong and (data or Path(wrong[0]).suffix in (".npy", ".npz", ".safetensors", ".pt")):
+        raise UserError(
+            f"--crosscoder {wrong[0]}: is no store or array; name hooks of {source}, or other data"
+        )
+    if data:
+        first = open_data(source, live, mixing, seed, device)
+        return side_by_side(first, *(_opened(name, live.hook) for name in data))
+    if live.hook:
+        raise UserError(f"--hook {' '.join(live.hook)}: --crosscoder names the hooks; leave it out")
+    asked = live.model_copy(update={"hook": others})
+    found = open_data(source, asked, mixing, seed, device, **rest)
+    if len({*others}) < len(others) or 1 < len(found.hooks) < len(others):
+        raise UserError(f"--crosscoder {' '.join(others)}: names a hook twice")
+    return side_by_side(found)
+
+
 def _named_alone(
     place: str, data: "ActivationSource", names: tuple[str, ...]
 ) -> "ActivationSource":
@@ -533,32 +563,35 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
     if opened.single and (elsewhere is not None or not opened.source):
         return of_single(opened, elsewhere)
     with understood(opened.manifest and run / CONFIG):
-        record = opened.source
-        hooks = tuple(record.get("hooks", ()))
-        if not all(isinstance(hook, str) for hook in hooks):
-            raise UserError(f"{run}: the hooks in its config.json are not all names (altered)")
-        if elsewhere is not None:
-            return _opened(elsewhere, hooks)
-        if record.get("kind") == "live":
-            from wsae.acts.live import LiveSource
-
-            data = {**record["harvest"], "device": device}
-            return LiveSource(HarvestConfig.parse(data, where=str(run)))
-        if record.get("kind") == "aligned":
-            from wsae.acts.source import AlignedSource
-
-            return AlignedSource(*(_recorded(run, part) for part in record["sources"]))
-        return _recorded(run, record)
+        return _recorded(run, opened.source, device, elsewhere)
 
 
-def _recorded(run: Path, record: dict[str, Any]) -> "ActivationSource":
-    """Return the store or the array that a run's config.json names; raises UserError where it is not there."""
-    path = record.get("path")
+def _recorded(
+    run: Path, record: dict[str, Any], device: str, elsewhere: str | None = None
+) -> "ActivationSource":
+    """Return the source that a run's config.json describes; raises UserError where the data are not there."""
+    from wsae.acts.source import AlignedSource, JoinedSource
+
+    kind, path, hooks = record.get("kind"), record.get("path"), tuple(record.get("hooks", ()))
+    if not all(isinstance(hook, str) for hook in hooks):
+        raise UserError(f"{run}: the hooks in its config.json are not all names (altered)")
+    if kind == "joined":
+        return JoinedSource(_recorded(run, record["of"], device, elsewhere))
+    if elsewhere is not None:
+        return _opened(elsewhere, hooks)
+    if kind == "live":
+        from wsae.acts.live import LiveSource
+
+        data = {**record["harvest"], "device": device}
+        return LiveSource(HarvestConfig.parse(data, where=str(run)))
+    if kind == "aligned":
+        parts = (_recorded(run, part, device) for part in record["sources"])
+        return AlignedSource(*parts, apart=record.get("apart", ()))
     if path is None:
         raise UserError(f"{run}: was trained on an array in memory; name the data with --source")
     if not Path(path).exists():
         raise UserError(f"{path}: the run's data are no longer there; name them with --source")
-    return _opened(path, tuple(record.get("hooks", ())))
+    return _opened(path, hooks)
 
 
 def of_single(opened: Run, source: str | None) -> "ActivationSource":
@@ -566,7 +599,7 @@ def of_single(opened: Run, source: str | None) -> "ActivationSource":
 
     Of a transcoder it is a store with both sides of its module.
     """
-    from wsae.acts.source import open_source
+    from wsae.acts.source import open_source, side_by_side
 
     path, about = opened.path, _about(opened)
     if source is None:
@@ -579,6 +612,8 @@ def of_single(opened: Run, source: str | None) -> "ActivationSource":
         )
     data, hook = open_source(source), about.hook
     assert isinstance(opened.config, SingleConfig)
+    if (parts := opened.config.sae.sources) is not None and len(data.hooks) > 1:
+        return side_by_side(open_source(source, hooks=tuple(part.name for part in parts)))
     if opened.config.sae.transcoder:
         both = sides(data.hooks, hook, about.hook_out)
         return open_source(source, hooks=(both.read, both.given))
@@ -599,6 +634,8 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
     about, transcoder = _about(opened), opened.config.sae.transcoder
     text = asked.text
     assert text is not None, "data_of asks for a text"
+    if opened.config.sae.sources is not None:
+        raise UserError(f"--text {text.path}: is for SAEs of one hook; a crosscoder takes --source")
     model, hook = asked.model or about.model, asked.hook or about.hook
     out = (asked.hook_out or about.hook_out) if transcoder else hook
     known = [("model", asked.model_flag, model), ("hook", "hook", hook)]

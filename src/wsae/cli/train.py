@@ -17,11 +17,19 @@ from wsae.cli.flags import (
     Switch,
     mirrored,
 )
-from wsae.cli.live import LiveFlags, MixingFlags, PlanFlags, labelled, open_data, open_sides
+from wsae.cli.live import (
+    LiveFlags,
+    MixingFlags,
+    PlanFlags,
+    labelled,
+    open_data,
+    open_joined,
+    open_sides,
+)
 from wsae.cli.runner import device, how_to_go_on, together
 from wsae.cli.ui import UI
 from wsae.core.artifact import CONFIG, MEMBERS, METRICS_FILE
-from wsae.core.config import FLAG_OF, Config
+from wsae.core.config import FLAG_OF, FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.progress import quiet
@@ -60,6 +68,11 @@ class Flags(Config):
     ] = ()
     """Train transcoders, which read --hook and are to give this: "layers.9.mlp" of --hook "layers.9.mlp.input"; for an
     array or a store, another one with the same rows may be named."""
+    crosscoder: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="HOOK|DATA ...", help_behavior_hint="")
+    ] = ()
+    """Train crosscoders, which read several hooks of each row at once: name the hooks ("layers.9 layers.19"), or other
+    stores or arrays with the same rows, another model's on the same text, to be read beside SOURCE at --hook."""
     mesh: MaybeName = None
     """How the processes that torchrun started share the work: "data=2,latents=4"; axes are layers (hooks and SAEs),
     data (rows of a batch) and latents (of each SAE). Default: they all share the rows."""
@@ -81,7 +94,7 @@ class Flags(Config):
             return data
         cfg = TrainConfig.parse(data["train"], where=f"{path}: train")
         with understood(path):
-            source = dict(data["source"] or {})
+            source, crosscoder = _as_given(dict(data["source"] or {}))
             harvest = dict(source.get("harvest") or {})
             place = harvest.pop("model", source.get("path"))
             text = harvest.pop("text", {})
@@ -102,8 +115,26 @@ class Flags(Config):
             | {"members": cfg.to_dict()["members"], "seed": cfg.seed}
             | ({"init_from": source["init_from"]} if "init_from" in source else {})
             | ({} if cfg.hook_out is None else {"hook_out": tuple(cfg.hook_out.values())})
+            | ({"crosscoder": crosscoder} if crosscoder else {})
             | ({} if place is None else {"source": place})
         )
+
+
+class _Given(NamedTuple):
+    source: dict[str, Any]
+    crosscoder: tuple[str, ...]
+
+
+def _as_given(source: dict[str, Any]) -> _Given:
+    """Return the record of a run's source as it is without --crosscoder, and what that flag said."""
+    if source.get("kind") != "joined":
+        return _Given(source, ())
+    inner = source["of"]
+    rest = {key: value for key, value in source.items() if key not in ("kind", "of", "hooks")}
+    if inner["kind"] != "aligned":
+        return _Given({**inner, **rest, "hooks": ()}, tuple(inner["hooks"]))
+    first, *others = inner["sources"]
+    return _Given({**first, **rest}, tuple(other["path"] for other in others))
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -150,7 +181,13 @@ def _opened(flags: Flags, where: str) -> _Opened:
     plan, seed = flags.plan, flags.common.seed
     rest = {"dtype": plan.dtype, **({} if plan.tokens is None else {"tokens": plan.tokens})}
     hook_out: dict[str, str] | None = None
-    if flags.hook_out:
+    parts: list[dict[str, object]] | None = None
+    if flags.crosscoder:
+        _alone(flags)
+        about = (flags.crosscoder, flags.live, flags.mixing, seed, where)
+        source = open_joined(flags.source, *about, **rest)
+        parts = [{"name": name, "width": width} for name, width in source.parts.items()]
+    elif flags.hook_out:
         about = (flags.hook_out, flags.live, flags.mixing, seed, where)
         source, hook_out = open_sides(flags.source, *about, **rest)
     else:
@@ -159,11 +196,25 @@ def _opened(flags: Flags, where: str) -> _Opened:
     start = _start(flags, [*(hook_out or source.hooks)])
     cfg = config(flags, source.n_rows, start)
     cfg = cfg if hook_out is None else cfg.model_copy(update={"hook_out": hook_out})
+    if parts is not None:
+        cfg = TrainConfig.parse(cfg.to_dict() | {"crosscoder": parts}, where=FLAGS)
     for member in cfg.members:  # before anything is written
         for hook in cfg.read(source.hooks):
             out = cfg.given(hook)
-            member.sae_config(source.hooks[hook], None if out is None else source.hooks[out])
+            d_out = None if out is None else source.hooks[out]
+            member.sae_config(source.hooks[hook], d_out, cfg.crosscoder)
     return _Opened(cfg, source, start)
+
+
+def _alone(flags: Flags) -> None:
+    """Raise UserError for flags that do not go with --crosscoder."""
+    for name, given in (("hook-out", flags.hook_out), ("skip", flags.plan.skip)):
+        if given:
+            raise UserError(
+                f"--{name}: is of transcoders; a crosscoder gives what it reads, so leave it out"
+            )
+    if flags.labels is not None:
+        raise UserError(f"--labels {flags.labels}: goes with one array; leave --crosscoder out")
 
 
 def _start(flags: Flags, hooks: list[str]) -> "Start | None":

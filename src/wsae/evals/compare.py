@@ -41,6 +41,10 @@ UNPAIRED = {"dead_frac", "dense_frac"}
 def fvu(arrays: Arrays, under: str | None = None) -> Ratio | None:
     """Return FVU as a ratio over sequences; `under` names the member whose Gamma weighs it (None: plain)."""
     suffix = f"@{under}" if under else ""
+    return _fvu(arrays, suffix)
+
+
+def _fvu(arrays: Arrays, suffix: str) -> Ratio | None:
     if f"seq_sse{suffix}" not in arrays:
         return None
     seen = arrays["seq_rows"] > 0
@@ -50,11 +54,16 @@ def fvu(arrays: Arrays, under: str | None = None) -> Ratio | None:
 def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
     """Return the metrics whose independent unit is the sequence, as ratios of sums; absent arrays give no metric.
 
-    fvu_weighted is under the Gamma of member `under`; cross-entropies are over the scored tokens of spliced sequences.
+    fvu[S] is that of a crosscoder's source S alone, fvu_weighted under the Gamma of member `under`; cross-entropies are
+    over the scored tokens of spliced sequences.
     """
     out: dict[str, Ratio] = {}
     if (plain := fvu(arrays)) is not None:
         out["fvu"] = plain
+    for key in arrays:
+        name, bracket, source = key.partition("[")
+        if name == "seq_sse" and bracket and (one := _fvu(arrays, f"[{source}")) is not None:
+            out[f"fvu[{source}"] = one
     if "seq_l0" in arrays:
         seen = arrays["seq_rows"] > 0
         out["l0"] = Ratio(arrays["seq_l0"][seen], arrays["seq_rows"][seen])
@@ -131,7 +140,9 @@ def compare_members(a: ComparedMember, b: ComparedMember, cfg: EvalConfig) -> li
     left, right = (by_sequence(side.arrays, a.member) for side in (a, b))
     spliced = _same(a.arrays, b.arrays, "splice_seq", "splice_targets")
     for metric in left:
+        of_source = metric.startswith("fvu[")
         wanted = metric in COMPARED if spliced else metric in ("fvu", "l0", "fvu_weighted")
+        wanted = wanted or of_source
         if wanted and metric in right:
             add(metric, paired_difference(left[metric], right[metric], cfg), "sequence", True)
     of_a, of_b = by_latent(a.arrays, cfg), by_latent(b.arrays, cfg)
@@ -153,7 +164,7 @@ def _same(a: Arrays, b: Arrays, *keys: str) -> bool:
 
 def across_runs(b: ComparedMember, a: ComparedMember) -> ComparedMember:
     """Return `b` for comparison with `a` of another run: weighted sums stay only where both have the same gamma."""
-    arrays = {key: value for key, value in b.arrays.items() if "@" not in key}
+    arrays = {key: value for key, value in b.arrays.items() if "@" not in key.partition("[")[0]}
     if "gamma" in b.arrays and _same(a.arrays, b.arrays, "gamma", "gamma_matrix"):
         for key in ("seq_sse", "seq_var"):
             arrays[f"{key}@{a.member}"] = b.arrays[f"{key}@{b.member}"]

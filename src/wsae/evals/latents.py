@@ -84,6 +84,25 @@ def density_histogram(
     }
 
 
+RELATIVE_NORM = "relative_norm"
+"""Array of a crosscoder's latents: their decoder rows' share in a source, named behind it in brackets."""
+ALONE, EVEN = 0.9, 0.8
+
+
+def whose(
+    relative: dict[str, Float64[Tensor, " d_sae"]], density: Float64[Tensor, " d_sae"]
+) -> dict[str, dict[str, int]]:
+    """Return how many live latents of a crosscoder are one source's (r > 0.9), shared evenly by all, or neither.
+
+    Shared evenly: no source has under 0.8 of its even share (of two: r between 0.4 and 0.6).
+    """
+    r = torch.stack([*relative.values()])[:, density > 0]
+    alone, even = r > ALONE, r.amin(0) >= EVEN / len(r)
+    found = dict(zip(relative, alone.sum(1).tolist(), strict=True))
+    between = int((~even & ~alone.any(0)).sum())
+    return {"alone": found, "of_all": {"evenly": int(even.sum()), "between": between}}
+
+
 def unit_rows(W: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
     """Scale each row to length 1 (fp32); a row of zeros stays zero."""
     return torch.nn.functional.normalize(W.detach().float(), dim=1)

@@ -25,10 +25,11 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import TopContexts, Wanted, sample_latents
 from wsae.evals.control import CONTROL, FITTED_ROWS, fit_scale, random_control
 from wsae.evals.data import HeldOut
-from wsae.evals.latents import Entries, LatentActivity, decoder_max_cosine
+from wsae.evals.latents import RELATIVE_NORM, Entries, LatentActivity, decoder_max_cosine
 from wsae.evals.matching import LiveDecoder, Matching, match
 from wsae.kernels import SparseCode
 from wsae.sae import SAE
+from wsae.sae.config import SourcePart
 from wsae.sae.encoding import Encoder
 from wsae.sae.loss import Weights, dimension_weights, weigh
 from wsae.stats.moments import Moments, check_finite
@@ -113,11 +114,22 @@ def check_width(name: str, sae_width: int, data_width: int, what: str = "takes")
 class Errors:
     """Second pass over one hook: squared errors about the exact mean, plain and under every member's weights.
 
-    Per sequence there are columns: the plain sum, that under each of `names`, and last a count (rows, or L0).
+    Per sequence there are columns: the plain sum, that under each of `names`, and last a count (rows, or L0). The names
+    are "@M" of member M's Gamma, and of a crosscoder "[S]" of source S, whose dimensions alone count.
     """
 
-    def __init__(self, mean: Float64[Tensor, " d_in"], gammas: dict[str, Weights]) -> None:
+    def __init__(
+        self,
+        mean: Float64[Tensor, " d_in"],
+        gammas: dict[str, Weights],
+        sources: tuple[SourcePart, ...] = (),
+    ) -> None:
         self.mean = mean
+        of = torch.arange(len(sources)).repeat_interleave(
+            torch.tensor([s.width for s in sources]).long()
+        )
+        gammas = {f"@{name}": gamma for name, gamma in gammas.items()}
+        gammas |= {f"[{s.name}]": (of == number).to(mean) for number, s in enumerate(sources)}
         self.names = list(gammas)
         wide = [gamma.detach().double().cpu() for gamma in gammas.values()]
         squares = [g.square() if g.ndim == 1 else torch.zeros_like(mean) for g in wide]
@@ -163,10 +175,10 @@ class Errors:
         sums.add(seq, torch.cat([weighted, count[:, None]], dim=1))
 
     def arrays(self, name: str) -> dict[str, Tensor]:
-        """Return the member's per-sequence sums; `seq_sse@M` and `seq_var@M` are weighted by member M's Gamma."""
+        """Return the member's per-sequence sums: `seq_sse` and `seq_var`, with each of `names` behind it too."""
         sse, var = self._members[name].sums, self._data.sums
         out = {"seq_rows": var[:, -1], "seq_l0": sse[:, -1]}
-        for column, suffix in enumerate(["", *(f"@{other}" for other in self.names)]):
+        for column, suffix in enumerate(["", *self.names]):
             out |= {f"seq_sse{suffix}": sse[:, column], f"seq_var{suffix}": var[:, column]}
         return {key: value.clone() for key, value in out.items()}
 
@@ -330,7 +342,9 @@ class _MeasuringPass:
     ) -> None:
         self.survey, self.family, self.cfg = survey, family, cfg
         mean = survey.moments.mean
-        self.errors = Errors(mean, {name: sae.gamma for name, sae in family.saes.items()})
+        sources = next((sae.cfg.sources for sae in family.saes.values()), None)
+        gammas = {name: sae.gamma for name, sae in family.saes.items()}
+        self.errors = Errors(mean, gammas, sources or ())
         self.saes = dict(family.saes)
         if cfg.random_control and self.saes:
             name = next(iter(family.twins.values()), next(iter(self.saes)))
@@ -404,4 +418,7 @@ class _MeasuringPass:
                 out["gamma_matrix"] = gamma
             out["density"], out["variance"] = activity.density, activity.variance
             out["decoder_max_cosine"] = decoder_max_cosine(sae.W_dec)
+            if sae.cfg.sources is not None:
+                for source, share in zip(sae.cfg.sources, sae.relative_norms(), strict=True):
+                    out[f"{RELATIVE_NORM}[{source.name}]"] = share.cpu()
         return out

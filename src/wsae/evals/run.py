@@ -1,7 +1,7 @@
 """Evaluate a training run on held-out data into RUN/evaluation, or one SAE on an array."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from wsae.evals.downstream import (
     unrecovered,
 )
 from wsae.evals.glossary import MATCHING, METRICS, glossary
-from wsae.evals.latents import density_histogram
+from wsae.evals.latents import RELATIVE_NORM, density_histogram, whose
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
 from wsae.run import SINGLE, Run
 from wsae.sae import SAE
@@ -105,7 +105,7 @@ def evaluate_families(
         "heldout_sequences": int((first.errors.rows > 0).sum()),
         "config": cfg.to_dict(),
         "hooks": hooks,
-        "glossary": glossary(METRICS, MATCHING),
+        "glossary": glossary(METRICS, MATCHING) | _of_sources(hooks),
     }
     if sees_later:
         record["causal"] = False
@@ -131,6 +131,7 @@ def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Jso
         members[name] = {"metrics": member_metrics(name, named, cfg), **family.about.get(name, {})}
         if "density" in named:
             members[name]["density_histogram"] = density_histogram(found.arrays[name]["density"])
+            members[name] |= _by_source(found.arrays[name])
     sides = {name: ComparedMember(name, name, named) for name, named in arrays.items()}
     plain = dict.fromkeys(family.twins.values())
     pairs = [*family.twins.items(), *((twin, CONTROL) for twin in plain if CONTROL in sides)]
@@ -138,6 +139,23 @@ def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Jso
     matching = {m: {"with": family.twins[m], **f.summary()} for m, f in found.matching.items()}
     record = {"data": data_digest(found), "members": members, "comparisons": lines}
     return finite(record | {"matching": matching})
+
+
+def _of_sources(hooks: Json) -> Json:
+    """Return the glossary's entries of a crosscoder's metrics by source."""
+    members = [member for found in hooks.values() for member in found["members"].values()]
+    keys = dict.fromkeys(key for member in members for key in member["metrics"] if "[" in key)
+    return {key: METRICS["fvu"]._replace(name=f"Plain FVU{key[3:]}")._asdict() for key in keys}
+
+
+def _by_source(arrays: dict[str, Tensor]) -> Json:
+    """Return whose a crosscoder's latents are; nothing of an SAE of one hook."""
+    relative = {
+        key.removeprefix(f"{RELATIVE_NORM}[")[:-1]: values
+        for key, values in arrays.items()
+        if key.startswith(RELATIVE_NORM)
+    }
+    return {"sources": whose(relative, arrays["density"])} if relative else {}
 
 
 def data_digest(found: Measured) -> str:
@@ -213,11 +231,13 @@ def evaluate(
 
     `acts` are numbers [rows, d_in] or [n, seq, d_in] in memory, in a file or a folder of files, of which all rows are
     used; or a store (or its path) or another source with one hook, of which the held-out rows are. Formulas:
-    `wsae.evals.glossary`. A transcoder is measured on the `target` that it is to give, rows beside those of `acts`.
-    Raises UserError for another width, NaN, infinity, no rows, or a target for an SAE (a transcoder without one).
+    `wsae.evals.glossary`. A crosscoder takes {source: activations} too. A transcoder is measured on the `target` that
+    it is to give, rows beside those of `acts`. Raises UserError for another width, NaN, infinity, no rows, or a target
+    for an SAE (a transcoder without one).
     """
     if not isinstance(sae, SAE):
         raise UserError(f"evaluate: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
+    acts = sae.join(acts) if isinstance(acts, Mapping) else acts
     path = as_path(acts)
     if path is not None and path.is_dir() and not is_folder_of_arrays(path):
         source: HeldOut = open_source(path)
@@ -314,7 +334,7 @@ def run_subject(run: Path, source: HeldOut | None = None) -> dict[str, Evaluated
             hook, out = sides(source.hooks, own, opened.provenance.hook_out)
         elif source is not None:
             hook = next(iter(source.hooks))
-        plain = {"rule": "none"} if bool((saes[SINGLE].gamma == 1).all()) else {}
+        plain = {"rule": "none"} if saes[SINGLE].unweighted else {}
         about = {"config": train.to_dict(), "gamma": gamma[own][SINGLE] or plain}
         return {hook: EvaluatedSaes(saes, {}, {SINGLE: about}, out)}
     if any(set(saes) != set(train.names()) for saes in opened.saes.values()):

@@ -189,8 +189,10 @@ def assemble(cfg: SAEConfig, weights: NamedTensors) -> SAE:
 def named(sae: SAE, by_row: bool = False) -> NamedTensors:
     """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T.
 
-    Raises UserError for an SAE that normalises its rows, unless its tool can do so too (`by_row`).
+    Raises UserError for a crosscoder, and for an SAE that normalises its rows, unless its tool can too (`by_row`).
     """
+    if sae.cfg.sources is not None:
+        raise UserError("a crosscoder has no equal there; wsae push shares it as it is")
     if sae.cfg.input_norm is not None and not by_row:
         raise UserError(
             f"an SAE that normalises its rows ({sae.cfg.input_norm}) has no equal there; SAELens has (--format saelens)"

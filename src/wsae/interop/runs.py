@@ -160,6 +160,8 @@ def about_member(run: Run | Path, hook: str, name: str) -> Provenance:
 
 def _source(source: dict[str, Any]) -> dict[str, Any]:
     """Return model, context and dataset of a run's source; of a store that is still there also what only it knows."""
+    if source.get("kind") == "joined":
+        return _source(source["of"])
     if source.get("kind") == "live":
         harvest = source["harvest"]
         return _language(harvest, harvest["model"])

@@ -320,8 +320,21 @@ def make_activation(kind: str, k: int = 32) -> ActivationConfig:
     return made.parse({"k": k} if "k" in made.model_fields else {}, where="activation")
 
 
+class SourcePart(Config):
+    """One of the sources whose activations a crosscoder reads side by side: a hook's, or another model's."""
+
+    name: str
+    """The hook, and of which model where several have it."""
+    width: PositiveInt
+    scale: PositiveFloat = 1.0
+    """What its activations are multiplied by for training, so that all sources vary alike; folded into the weights."""
+
+
 class SAEConfig(Config):
-    """Shape and form of one SAE (paper Eq. 2 and 3), or with d_out of a transcoder (Dunefsky et al. 2024)."""
+    """Shape and form of one SAE (paper Eq. 2 and 3), or with d_out of a transcoder (Dunefsky et al. 2024).
+
+    With `sources` it is a crosscoder (Lindsey et al. 2024).
+    """
 
     d_in: PositiveInt
     """Width of the activations."""
@@ -338,6 +351,8 @@ class SAEConfig(Config):
     own input."""
     skip: bool | None = None
     """Whether a transcoder adds a linear map of its input (Paulo et al. 2025)."""
+    sources: Annotated[tuple[SourcePart, ...], Field(min_length=2)] | None = None
+    """Of a crosscoder: what its activations are side by side, in order; none: they are one hook's."""
 
     @property
     def transcoder(self) -> bool:
@@ -359,6 +374,22 @@ class SAEConfig(Config):
             raise ValueError(
                 f"input_norm {self.input_norm}: is of SAEs; a transcoder has no equal here"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_fill_the_width(self) -> "SAEConfig":
+        if self.sources is None:
+            return self
+        total = sum(source.width for source in self.sources)
+        if total != self.d_in:
+            raise ValueError(f"sources of {total} dimensions together, and d_in is {self.d_in}")
+        if len({source.name for source in self.sources}) < len(self.sources):
+            raise ValueError("sources: two have the same name")
+        for what, given in (("d_out", self.transcoder), ("input_norm", self.input_norm)):
+            if given:
+                raise ValueError(f"{what}: is not for a crosscoder, which gives what it reads")
+        if self.tied:
+            raise ValueError("tied: is not for a crosscoder, whose sources have a scale each")
         return self
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """The training forward pass: x to x_hat through the chosen latents, with every quantity the losses need."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,8 @@ class Whole:
     """Latents of the whole SAE, where they are not all here."""
     first: int = 0
     """The number of the first of those here."""
+    part: int = 0
+    """Which part of the latents this is."""
 
     def nested(self, sae: SAE) -> Nested | None:
         """Return the levels of the whole SAE's code, where its kind has any."""
@@ -158,9 +161,7 @@ class Whole:
         code: SparseCode,
     ) -> Int64[Tensor, " nnz"]:
         """Return the level of each chosen pair; another part's also depends on `pre`, all pre-activations."""
-        if nested.widths is None:
-            return level_by_rank(code, nested.k)
-        return level_by_latent(code.indices + self.first, nested.widths)
+        return level_of(nested, code, self.first)
 
     def choose(self, choice: Choice, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
         """Return the pairs that a choice of Top-k makes active, in order of row (their values are not read)."""
@@ -176,6 +177,10 @@ class Whole:
         if not pre.shape[1]:
             return None
         return code_from_topk(*pre.topk(min(k, pre.shape[1]), dim=1, sorted=False))
+
+    def gatherer(self, k: int) -> Callable[[Tensor], Tensor] | None:  # noqa: ARG002
+        """Return what stacks the parts' tensors of k numbers a row; None where all is here, or that would be much."""
+        return None
 
     def among(self, choice: Choice, pre: SparseCode) -> SparseCode:  # noqa: ARG002
         """Return the pairs that are active over all parts, of those that would be if only the latents here were."""
@@ -286,12 +291,21 @@ def _dense_forward(sae: SAE, x: Tensor, bf16: bool, part: Whole) -> Forward:
     return Forward(sae.completed(x_hat, x), entries, code, pre.detach(), centred.detach(), also)
 
 
+def level_of(nested: Nested, pre: SparseCode, first: int = 0) -> Int64[Tensor, " nnz"]:
+    """Return the level of each pair of a row's pre-activations; `first` is the number of the first latent here."""
+    if nested.widths is None:
+        return level_by_rank(pre, nested.k)
+    return level_by_latent(pre.indices + first, nested.widths)
+
+
 def level_by_latent(
     indices: Int64[Tensor, " nnz"], widths: tuple[int, ...]
 ) -> Int64[Tensor, " nnz"]:
     """Return which of the nested widths is the first that holds each latent."""
-    bounds = torch.tensor(widths, device=indices.device)
-    return torch.searchsorted(bounds, indices, right=True)
+    level = torch.zeros_like(indices)
+    for width in widths[:-1]:  # a table of them would have to wait for a GPU
+        level += indices >= width
+    return level
 
 
 def dead_by_level(nested: Nested, dead: Bool[Tensor, " d_sae"]) -> list[Bool[Tensor, " d_sae"]]:
@@ -310,12 +324,8 @@ def level_by_rank(code: SparseCode, k: int) -> Int64[Tensor, " nnz"]:
 
 
 def up_to(code: SparseCode, level: Int64[Tensor, " nnz"], last: int) -> SparseCode:
-    """Return the pairs of a code up to a level."""
-    if bool((level <= last).all()):
-        return code
-    keep = level <= last
-    rows = code.rows()[keep]
-    return SparseCode(code.values[keep], code.indices[keep], offsets_of(rows, code.batch))
+    """Return a code with the pairs beyond a level at 0, which is inactive."""
+    return code._replace(values=code.values * (level <= last))
 
 
 def revived(

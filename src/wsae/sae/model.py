@@ -38,7 +38,7 @@ from wsae.kernels import (
     select_topk,
 )
 from wsae.sae.architectures import Above, Choice, PerGroup, PerRow, architecture_of
-from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig
+from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig, SourcePart
 
 WEIGHTS = "sae.safetensors"
 LAYER_EPS = 1e-5
@@ -124,6 +124,14 @@ class SAE(nn.Module):
         return self.encoder_rows.T
 
     @property
+    def unweighted(self) -> bool:
+        """Whether gamma weighs nothing: it is 1, or for each source of a crosscoder that source's scale."""
+        sources = self.cfg.sources or ()
+        scales = [self.gamma.new_full((s.width,), s.scale) for s in sources]
+        flat = torch.cat(scales) if scales else torch.ones_like(self.gamma)
+        return self.gamma.ndim == 1 and torch.equal(self.gamma, flat)
+
+    @property
     def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
         """The encoder with one row per latent: W_dec itself when tied."""
         return self.W_dec if self.W_enc_t is None else self.W_enc_t
@@ -186,8 +194,8 @@ class SAE(nn.Module):
     def encode(self, x: object) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents z, dense, of activations [..., d_in]: a tensor, an array or lists, of any real type.
 
-        They are computed, and returned, in the SAE's own type and on its device, under autocast too. Raises UserError
-        for another width, or a tensor on another device.
+        They are computed, and returned, in the SAE's own type and on its device, under autocast too. A crosscoder takes
+        {source: activations} as well. Raises UserError for another width, or a tensor on another device.
         """
         rows, lead = self._rows(x, self.cfg.d_in)
         with self._own_type():
@@ -262,6 +270,49 @@ class SAE(nn.Module):
         """Return the reconstruction x_hat of activations [..., d_in], given as `encode` takes them."""
         rows, lead = self._rows(x, self.cfg.d_in)
         return self.decode_code(self.encode_code(rows), rows).reshape(*lead, self.cfg.width_out)
+
+    def split(self, x: Float[Tensor, "*batch d_in"]) -> dict[str, Float[Tensor, "*batch _"]]:
+        """Return what a crosscoder takes or gives by source (views); raises UserError for an SAE of one hook."""
+        widths = [source.width for source in self._sources]
+        names = [source.name for source in self._sources]
+        return dict(zip(names, x.split(widths, -1), strict=True))
+
+    def source_norms(self) -> Float[Tensor, "sources d_sae"]:
+        """Return the norm of each decoder row in each source of a crosscoder: scale_s ||W_dec[j, dims of s]||.
+
+        With the scales all sources vary alike (`SourcePart`). Raises UserError for an SAE of one hook.
+        """
+        rows = self.split(self.W_dec.detach().double()).values()
+        scales = [source.scale for source in self._sources]
+        return torch.stack([c * part.norm(dim=1) for c, part in zip(scales, rows, strict=True)])
+
+    def relative_norms(self) -> Float[Tensor, "sources d_sae"]:
+        """Return r_sj = n_sj / sum_t n_tj of `source_norms` n: 1 where latent j is of source s alone (Lindsey 2024)."""
+        norms = self.source_norms()
+        return norms / norms.sum(0).clamp_min(torch.finfo(norms.dtype).tiny)
+
+    @property
+    def _sources(self) -> tuple[SourcePart, ...]:
+        if self.cfg.sources is None:
+            raise UserError("this SAE is of one hook; sources are a crosscoder's")
+        return self.cfg.sources
+
+    def join(self, parts: Mapping[str, object]) -> Tensor:
+        """Return activations by source side by side, in their order; raises UserError for other sources or shapes."""
+        names = [source.name for source in self._sources]
+        if sorted(parts) != sorted(names):
+            raise UserError(
+                f"input: has {', '.join(map(str, parts))}; this crosscoder reads {', '.join(names)}"
+            )
+        given = [parts[name] for name in names]
+        found = [x if isinstance(x, Tensor) else tensor(x, "input") for x in given]
+        for source, x in zip(self._sources, found, strict=True):
+            if x.shape[:-1] != found[0].shape[:-1] or x.shape[-1:] != (source.width,):
+                raise UserError(
+                    f"input: {source.name} of shape {tuple(x.shape)} where this crosscoder needs "
+                    f"[{', '.join(map(str, (*found[0].shape[:-1], source.width)))}]"
+                )
+        return torch.cat([x.to(self.W_dec) for x in found], -1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor under its public name; W_enc is [d_in, d_sae]."""
@@ -441,6 +492,8 @@ class SAE(nn.Module):
 
     def _rows(self, x: object, width: int) -> tuple[Float[Tensor, "rows width"], torch.Size]:
         """Return x [..., width] as rows in the SAE's type, and its leading axes."""
+        if isinstance(x, Mapping):
+            x = self.join(x)
         given = x if isinstance(x, Tensor) else tensor(x, "input").to(self.W_dec.device)
         if given.ndim == 0 or given.shape[-1] != width:
             raise UserError(

@@ -4,10 +4,11 @@ With y = P x the SAE computes pre = (y - b) W_enc + b_enc and y_hat = z W_dec + 
 come from x by W_enc' = P W_enc and b' = P^-1 b, and x_hat = P^-1 y_hat by W_dec' = W_dec P^-1. Folding is exact, so
 the folded decoder's rows are not of norm 1: to make them so would scale the latents, and other ones would be largest.
 The loss ||Gamma (y - y_hat)||^2 is ||Gamma P (x - x_hat)||^2: Gamma P is the folded SAE's gamma. Of a transcoder P maps
-what it reads alone: W_enc' = P W_enc and W_skip' = W_skip P, and nothing else changes.
+what it reads alone: W_enc' = P W_enc and W_skip' = W_skip P, and nothing else changes. Of a crosscoder S, one number
+for each source, comes before P, and is all where no P is asked for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.sae.config import PreconditionConfig
+from wsae.sae.config import PreconditionConfig, SourcePart
 from wsae.sae.loss import Weights, weigh
 from wsae.sae.model import SAE
 from wsae.stats import Covariance
@@ -32,10 +33,42 @@ class Preconditioner:
     """What a run keeps of it: how it was made, from how many rows, and its condition number."""
     half: bool = False
     """Whether activations and what becomes of them are rounded to bfloat16 on the way: by 2^-9 at most."""
+    before: "Preconditioner | None" = None
+    """A map that comes before this one: x is mapped by both."""
+    sources: tuple[SourcePart, ...] | None = None
+    """Where it makes a crosscoder's sources alike: each with its scale."""
 
     @classmethod
-    def of(cls, cfg: PreconditionConfig, covariance: Covariance) -> "Preconditioner":
+    def alike(
+        cls, sources: tuple[SourcePart, ...], variance: Float64[Tensor, " d_in"]
+    ) -> "Preconditioner":
+        """Return the diagonal S that makes the sum of variances of all sources the same, trace(S S) = d_in.
+
+        Sources that have a scale already, not all 1, keep it. Raises UserError for a source without variance.
+        """
+        if all(source.scale == 1 for source in sources):
+            sums = [float(v.sum()) for v in variance.split([s.width for s in sources])]
+            for source, total in zip(sources, sums, strict=True):
+                if total == 0:
+                    raise UserError(f"{source.name}: all its activations are the same vector")
+            share = sum(s.width / v for s, v in zip(sources, sums, strict=True)) / len(variance)
+            sources = tuple(
+                source.model_copy(update={"scale": (total * share) ** -0.5})
+                for source, total in zip(sources, sums, strict=True)
+            )
+        S = torch.cat([variance.new_full((s.width,), s.scale) for s in sources])
+        return cls(S, 1 / S, {source.name: source.scale for source in sources}, sources=sources)
+
+    @classmethod
+    def of(
+        cls,
+        cfg: PreconditionConfig,
+        covariance: Covariance,
+        before: "Preconditioner | None" = None,
+    ) -> "Preconditioner":
         """Return P = (shrunk C)^(-power / 2), scaled to trace(P P) = d_in, from the covariance of activations.
+
+        With a map `before` C is that of what it makes of them.
 
         Raises UserError for too few rows (unless Ledoit and Wolf's estimate is used, which is made for them), and where
         C is singular and nothing is added to it.
@@ -47,7 +80,7 @@ class Preconditioner:
                 f"{what}: {n} rows cannot give the covariance of {d_in} dimensions; give at least {d_in + 1}, better "
                 f"{10 * d_in}, or use shrinkage ledoit-wolf"
             )
-        C = covariance.covariance
+        C = covariance.covariance if before is None else before.covariance(covariance.covariance)
         mean = C.trace() / d_in
         if cfg.shrinkage == "ledoit-wolf":
             share = covariance.ledoit_wolf()
@@ -72,8 +105,9 @@ class Preconditioner:
             "condition": float(power.max() / power.min()),
         }
         if vectors is None:
-            return cls(power, 1 / power, record)
-        return cls((vectors * power) @ vectors.T, (vectors / power) @ vectors.T, record)
+            return cls(power, 1 / power, record, before=before)
+        P, inverse = ((vectors * values) @ vectors.T for values in (power, 1 / power))
+        return cls(P, inverse, record, before=before)
 
     def rounded(self) -> "Preconditioner":
         """Return it with a P that bfloat16 holds, each entry moved by 2^-9 of it at most, to map in bfloat16 with.
@@ -83,19 +117,27 @@ class Preconditioner:
         if self.map.ndim == 1:
             return self
         P = self.map.bfloat16().to(self.map)
-        return Preconditioner(P, torch.linalg.inv(P), self.record, half=True)
+        return replace(self, map=P, inverse=torch.linalg.inv(P), half=True)
 
     def to(self, like: Tensor) -> "Preconditioner":
         """Return it in the type and on the device of `like`, to map activations with."""
         P = self.map.to(like.device, torch.bfloat16 if self.half else like.dtype)
-        return Preconditioner(P, self.inverse.to(like), self.record, self.half)
+        before = None if self.before is None else self.before.to(like)
+        return replace(self, map=P, inverse=self.inverse.to(like), before=before)
 
-    def rows(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+    def rows(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
         """Return P x of rows."""
+        x = x if self.before is None else self.before.rows(x)
         return weigh(x.to(self.map.dtype), self.map).to(x.dtype)
+
+    def undo(self, y: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_in"]:
+        """Return P^-1 y of rows."""
+        x = weigh(y, self.inverse)
+        return x if self.before is None else self.before.undo(x)
 
     def covariance(self, C: Float64[Tensor, "d_in d_in"]) -> Float64[Tensor, "d_in d_in"]:
         """Return the covariance of P x from that of x."""
+        C = C if self.before is None else self.before.covariance(C)
         mapped = weigh(weigh(C, self.map).T, self.map)
         return (mapped + mapped.T) / 2
 
@@ -111,12 +153,14 @@ class Preconditioner:
             tensors[name] = weigh(tensors[name], inverse)
         if not sae.cfg.transcoder:
             tensors["gamma"] = combined(tensors["gamma"], P)
-        folded = SAE(sae.cfg)
+        scales = {} if self.sources is None else {"sources": self.sources}
+        folded = SAE(sae.cfg.model_copy(update=scales))
         folded.set_tensors(tensors)
-        return folded
+        return folded if self.before is None else self.before.fold(folded)
 
     def unfold(self, sae: SAE) -> SAE:
         """Return the SAE of P x with the latents of `sae`, which is one of x: the inverse of `fold`."""
+        sae = sae if self.before is None else self.before.unfold(sae)
         P = self.map.double().cpu()
         inverse = 1 / P if P.ndim == 1 else torch.linalg.inv(P)
         return Preconditioner(inverse, P, self.record).fold(sae)

@@ -27,6 +27,7 @@ from wsae.core.files import as_user_error, digest, locked_file, writing
 from wsae.core.progress import Progress, quiet
 from wsae.evals.contexts import sample_latents
 from wsae.evals.data import HeldOut
+from wsae.evals.latents import RELATIVE_NORM
 from wsae.report.contexts import shown_token
 from wsae.report.rundata import RunData, counted, is_control, read_run
 from wsae.report.view import glossary, meaning, overview, score_name
@@ -304,7 +305,17 @@ def measures(run: RunData) -> list[Measure]:
     by_class = (key for key in CLASSES if any(n.endswith(f"|{key}") for n in run.by_class))
     basic = {measure.key for measure in BASIC}
     names = [key for key in dict.fromkeys([*scores, *by_class]) if key not in basic]
-    return [*BASIC, *(Measure(key, score_name(key), meaning(told.get(key, {}))) for key in names)]
+    shares = dict.fromkeys(
+        key.rpartition("|")[2] for key in run.arrays if f"|{RELATIVE_NORM}[" in key
+    )
+    return [
+        *BASIC,
+        *(Measure(key, key.partition("[")[2][:-1], _SHARE) for key in shares),
+        *(Measure(key, score_name(key), meaning(told.get(key, {}))) for key in names),
+    ]
+
+
+_SHARE = "the source's share of the decoder row: its norm there over the sum of all; sources at the same scale"
 
 
 def entries(run: RunData, member: Member) -> dict[int, Json]:
@@ -329,6 +340,10 @@ def columns(
     found["gamma"] = None if sae is None else influence(sae.W_dec, sae.gamma).numpy()
     place = f"{member.hook}|{member.name}|"
     found |= {key: run.by_class.get(place + key) for key in CLASSES}
+    own = (
+        key.removeprefix(place) for key in run.arrays if key.startswith(f"{place}{RELATIVE_NORM}")
+    )
+    found |= {key: run.arrays[place + key] for key in own}
     out = {key: values for key, values in found.items() if values is not None}
     for latent, entry in stored.items():
         values = {"max": entry.get("max"), **entry.get("scores", {})}

@@ -1,5 +1,6 @@
 """Streaming mean and variance of activations, exact under any split and mergeable (the statistics behind gamma)."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -116,6 +117,15 @@ class Moments:
         self.n += other.n
         self._sum.merge(other._sum)
         self._square.merge(other._square)
+
+    @classmethod
+    def beside(cls, parts: "Sequence[Moments]") -> "Moments":
+        """Return the statistics of rows whose dimensions are those of all parts, which are of the same rows."""
+        joined = cls(sum(part.d_in for part in parts))
+        joined.n = parts[0].n
+        joined._sum.digits = torch.cat([part._sum.digits for part in parts], 1)
+        joined._square.digits = torch.cat([part._square.digits for part in parts], 1)
+        return joined
 
     @property
     def mean(self) -> Float64[Tensor, " d_in"]:

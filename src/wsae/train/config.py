@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.sae.config import Activation, GammaConfig, PreconditionConfig, SAEConfig, TopK
+from wsae.sae.config import Activation, GammaConfig, PreconditionConfig, SAEConfig, SourcePart, TopK
 
 FEW_STEPS = 100
 """Steps below which a run is called too short."""
@@ -131,8 +131,13 @@ class MemberConfig(Config):
         """Return d_sae for activations of width d_in."""
         return self.d_sae if self.d_sae is not None else self.expansion * d_in
 
-    def sae_config(self, d_in: int, d_out: int | None = None) -> SAEConfig:
-        """Return the SAE's shape for activations of width d_in (a transcoder's: to d_out).
+    def sae_config(
+        self,
+        d_in: int,
+        d_out: int | None = None,
+        sources: tuple[SourcePart, ...] | None = None,
+    ) -> SAEConfig:
+        """Return the SAE's shape for activations of width d_in (a transcoder's: to d_out; a crosscoder's: of sources).
 
         Raises UserError when k does not fit, or what is of transcoders alone has no d_out.
         """
@@ -143,6 +148,7 @@ class MemberConfig(Config):
             "tied": self.tied,
             "d_out": d_out,
             "skip": self.skip,
+            "sources": sources,
         }
         if self.target_l0 is not None and self.target_l0 > self.width(d_in):
             raise UserError(
@@ -208,6 +214,8 @@ class TrainConfig(Config):
     """Digest of the SAEs that training starts from (`wsae.train.family.Start`); None: from new ones."""
     hook_out: dict[str, str] | None = None
     """Of transcoders: each hook that they read, and the hook whose activations they are to give."""
+    crosscoder: tuple[SourcePart, ...] | None = None
+    """Of crosscoders: the sources that the rows of the data are side by side (`wsae.acts.source.JoinedSource`)."""
 
     def read(self, hooks: Iterable[str]) -> list[str]:
         """Return which of the data's hooks SAEs read: all, or those of transcoders; UserError where one is missing."""
@@ -244,6 +252,20 @@ class TrainConfig(Config):
             raise ValueError(f"loss {self.loss} is computed by PyTorch; leave the kernels out")
         if self.loss is not None and self.hook_out is not None:
             raise ValueError(f"loss {self.loss} is for SAEs, which give what they read")
+        return self
+
+    @model_validator(mode="after")
+    def _a_crosscoder_reads_all_its_sources_together(self) -> "TrainConfig":
+        if self.crosscoder is None:
+            return self
+        if self.hook_out is not None:
+            raise ValueError("hook_out: is of transcoders; a crosscoder gives what it reads")
+        if self.loss is not None:
+            raise ValueError(
+                f"loss {self.loss}: is for SAEs of one hook; a crosscoder reads several, and is trained on its error"
+            )
+        if any(m.precondition and m.precondition.shrinkage == "ledoit-wolf" for m in self.members):
+            raise ValueError("shrinkage ledoit-wolf: is not for crosscoders; give a number")
         return self
 
     @property

@@ -26,7 +26,6 @@ from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Tick
 from wsae.sae.forward import Forward, training_forward
-from wsae.sae.loss import weigh
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.state import Batch, MemberState, make_batch
@@ -166,7 +165,7 @@ def spliced(
         forward = training_forward(member.sae, batch.x, cfg.dtype == "bfloat16", member.part)
         passed.append((batch, forward))
         x_hat = forward.x_hat * member.scale
-        x_hat = x_hat if member.back is None else weigh(x_hat, member.back.inverse)
+        x_hat = x_hat if member.back is None else member.back.undo(x_hat)
         return rows.index_copy(0, kept, x_hat.to(rows)).view(x.shape)
 
     with splice(source.language.model, point, swap, read):

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from wsae.acts.tally import SourceStats
 from wsae.core.errors import UserError
-from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig
+from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig, SourcePart
 from wsae.sae.gamma import (
     describe_gamma,
     gamma_from_covariance,
     gamma_from_proxy,
     gamma_from_residual,
 )
-from wsae.sae.loss import Weights, weigh
+from wsae.sae.loss import Weights
 from wsae.sae.model import SAE
 from wsae.sae.precondition import Preconditioner
 from wsae.stats import Covariance, Moments
@@ -67,7 +67,8 @@ class Start:
             out = cfg.given(hook)
             d_out = None if out is None else hooks[out]
             for member in cfg.members:
-                _check_alike(hook, self.saes[hook].cfg, member.sae_config(hooks[hook], d_out))
+                shape = member.sae_config(hooks[hook], d_out, cfg.crosscoder)
+                _check_alike(hook, self.saes[hook].cfg, shape)
 
     def begun(self, hook: str, member: MemberConfig, inputs: "Inputs") -> SAE:
         """Return a hook's SAE as a member goes on with it: of P x / scale, decoder rows of norm 1 (see `folded`).
@@ -99,21 +100,27 @@ class Start:
             for name, parameter in sae.arch.parameters.items():
                 tensors[name] *= norm**parameter.power
         d_out = None if target is None else len(target.mean)
-        found = SAE(member.sae_config(len(inputs.mean), d_out))
+        found = SAE(member.sae_config(len(inputs.mean), d_out, self.saes[hook].cfg.sources))
         found.set_tensors({**tensors, "gamma": found.gamma})
         return found
 
 
 def _check_alike(hook: str, there: SAEConfig, here: SAEConfig) -> None:
     """Raise UserError naming the first thing in which an SAE to start from differs from a member; k may."""
-    ours = {**here.to_dict(), "activation": here.activation.kind}
-    theirs = {**there.to_dict(), "activation": there.activation.kind}
+    ours, theirs = (
+        {**shape.to_dict(), "activation": shape.activation.kind, "sources": _named(shape.sources)}
+        for shape in (here, there)
+    )
     for name, value in ours.items():
         if (theirs[name] or None) != (value or None):
             raise UserError(
                 f"the SAE to start from at {hook} has {name} {theirs[name]}, and {name} {value} is to be trained; "
                 "leave the flag out, or start from another"
             )
+
+
+def _named(sources: tuple[SourcePart, ...] | None) -> str | None:
+    return None if sources is None else " ".join(f"{s.name} [{s.width}]" for s in sources)
 
 
 @dataclass(frozen=True)
@@ -134,23 +141,28 @@ def inputs_of(
     stats: Moments,
     covariance: Covariance | None,
     half: bool = False,
+    sources: tuple[SourcePart, ...] | None = None,
 ) -> Inputs:
-    """Return the moments of P x, `half`: of a P in bfloat16.
+    """Return the moments of P x, `half`: of a P in bfloat16; those of a crosscoder's sources are made alike before.
 
     Raises UserError where there is no such P, or no covariance to make it of.
     """
+    before = None if sources is None else Preconditioner.alike(sources, stats.variance)
     if cfg is None:
-        return Inputs(stats.mean, stats.variance, power_of_two_scale(stats.variance, stats.n))
+        mean, variance = stats.mean, stats.variance
+        if before is not None:
+            mean, variance = before.rows(mean), variance * before.map.square()
+        return Inputs(mean, variance, power_of_two_scale(variance, stats.n), before)
     if covariance is None or covariance.d_in != stats.d_in:
         given = "none" if covariance is None else f"one of width {covariance.d_in}"
         raise UserError(
             f"precondition {cfg.kind} needs the covariance of {stats.d_in} dimensions; given: {given}"
         )
-    inside = Preconditioner.of(cfg, covariance)
+    inside = Preconditioner.of(cfg, covariance, before)
     inside = inside.rounded() if half else inside
     variance = inside.covariance(covariance.covariance).diagonal().clone()
     scale = power_of_two_scale(variance, covariance.n)
-    return Inputs(weigh(stats.mean, inside.map), variance, scale, inside)
+    return Inputs(inside.rows(stats.mean), variance, scale, inside)
 
 
 def make_family(
@@ -178,13 +190,15 @@ def make_family(
     members, record = {}, {}
     for hook in cfg.read(stats):
         s, out, covariance = stats[hook], cfg.given(hook), (covariances or {}).get(hook)
+        sources = cfg.crosscoder if start is None else start.saes[hook].cfg.sources
         goal = None if out is None else _goal(stats[out], (covariances or {}).get(out))
         members[hook], record[hook], known = [], {}, {}
         mapping: dict[PreconditionConfig | None, Preconditioner] = {}  # members map a batch once
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
             chosen = member_cfg.precondition
             if chosen not in known:
-                known[chosen] = inputs_of(chosen, s.kept, covariance, cfg.dtype == "bfloat16")
+                half = cfg.dtype == "bfloat16"
+                known[chosen] = inputs_of(chosen, s.kept, covariance, half, sources)
             inputs = known[chosen]
             weighed = goal or Weighed(s, inputs, covariance)
             if goal is not None:
@@ -199,9 +213,17 @@ def make_family(
                 member.inside = mapping.setdefault(chosen, inputs.inside.to(member.mean))
             members[hook].append(member)
             record[hook][name] = gamma_record(member_cfg.gamma, gamma, *weighed)
-            if inputs.inside is not None:
-                record[hook][name]["precondition"] = inputs.inside.record
+            record[hook][name] |= _mapped(inputs.inside)
     return FamilyState(members, record)
+
+
+def _mapped(inside: Preconditioner | None) -> dict[str, Any]:
+    """Return what gamma.json keeps of a map: the preconditioner, the scales of a crosscoder's sources."""
+    if inside is None:
+        return {}
+    if inside.sources is not None:
+        return {"sources": inside.record}
+    return {"precondition": inside.record, **_mapped(inside.before)}
 
 
 class Weighed(NamedTuple):

@@ -3,9 +3,10 @@
 With G = dL/dx_hat = (2 / batch) Gamma^T Gamma (x_hat - x) and the pairs (b, j) of active latents:
     dz = W_dec[j] . G[b]      dpre = dz dz/dpre, and what penalties add: by autograd at the pairs
     dW_dec[j] = sum z G[b]     dW_enc[j] = sum dpre (x - b_dec)[b]     db_enc[j] = sum dpre
-    db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j]
-The residual that dead latents model is a second reconstruction, whose pairs join the sums over a latent; kinds with
-nested levels or a gate are not among those trained here.
+    db_dec = sum_b G[b] - sum_j db_enc[j] W_enc[j], of a transcoder the first sum      dW_skip = sum_b G[b] x[b]^T
+Nested levels have a G each, one batch below another: a pair of level l has the sum of those of the levels from l on.
+The residual that dead latents model is a reconstruction of its own, whose pairs join the sums over a latent; that of a
+gate's code, whose decoder is fixed, is only taken back to the gate.
 
 The host waits for the device only where a docstring says so: `find_pairs` for batch Top-k, ReLU and JumpReLU,
 `dead_latents` and `next_step` when what they read has changed, and the counters of a latent_variance gamma.
@@ -23,16 +24,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from wsae.kernels import Plan, SparseCode, code_from_topk, offsets_of
 from wsae.kernels.triton.encode import above, group_topk_encode, select_batch_topk, topk_encode
-from wsae.kernels.triton.sums import decode, pair_products, products, scatter
+from wsae.kernels.triton.sums import decode, products, scatter
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
 from wsae.kernels.triton.update import adam_rows_, update_rows_
 from wsae.kernels.update import AdamStep, SparseGrad
-from wsae.sae.architectures import Above, PerBatch, PerGroup, PerRow
+from wsae.sae.architectures import Above, Nested, PerBatch, PerGroup, PerRow
+from wsae.sae.forward import dead_by_level, level_of, up_to
 from wsae.sae.loss import weigh
 from wsae.sae.model import SAE
 from wsae.sae.stack import keep_positive_, thresholds
 from wsae.train.config import TrainConfig
-from wsae.train.native import Losses, PairSlopes, PairValues, moments, step_result
+from wsae.train.native import (
+    Losses,
+    PairSlopes,
+    PairValues,
+    left_by_skip,
+    moments,
+    step_result,
+)
 from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import Batch, MemberState, looked_at, record
 
@@ -51,8 +60,11 @@ class Dead(NamedTuple):
     """0, and -inf for what only fills up: added to pre-activations it keeps those from being chosen."""
 
 
-def dead_latents(mask: Bool[Tensor, " d_sae"]) -> Dead:
-    """Return the dead latents; waits for the device only when the mask has changed since it was last asked."""
+def dead_latents(mask: Bool[Tensor, " d_sae"], nested: Nested | None = None) -> list[Dead]:
+    """Return the dead latents, of a `nested` code those of each level.
+
+    Waits for the device only when the mask has changed since it was last asked.
+    """
 
     def find(mask: Tensor) -> Dead:
         latents = mask.nonzero()[:, 0]
@@ -62,7 +74,8 @@ def dead_latents(mask: Bool[Tensor, " d_sae"]) -> Dead:
         floor[number:] = -torch.inf
         return Dead(number, torch.cat([latents, latents.new_zeros(filling)]), floor)
 
-    return _remembered(mask, find)
+    masks = [mask] if nested is None else dead_by_level(nested, mask)
+    return _remembered(mask, lambda _: [find(each) for each in masks])
 
 
 def next_step(member: MemberState) -> int:
@@ -93,46 +106,29 @@ def _remember(tensor: Tensor, value: Any) -> Any:
     return value
 
 
-# The pairs (row, latent) of a step, sorted by latent, without waiting for the device.
-#
-# `Plan.build` does the same where waiting costs nothing: bincount reads the largest index back.
+# The pairs (row, latent) of a step, without waiting for the device: `Plan.build` does (bincount asks for the largest).
 
 
 def in_row_order(code: SparseCode) -> Plan:
-    """Return a plan with its pairs in order of row alone: enough to decode and for products of pairs."""
+    """Return a plan of which the order by row is known alone: enough to decode."""
     none = code.indices[:0]
-    return Plan(code.indices, code.offsets, code.rows(), none, none, none)
+    return Plan(code.indices, code.offsets, none, none, none, none)
 
 
-def joined(plans: list[Plan]) -> Plan:
-    """Return plans over the same batch as one, in order of row alone; the rows of the second follow the first's."""
-    if len(plans) == 1:
-        return plans[0]
-    batch, pairs = 0, 0
-    offsets, rows = [plans[0].offsets[:1]], []
-    for plan in plans:
-        offsets.append(plan.offsets[1:] + pairs)
-        rows.append(plan.rows + batch)
-        batch, pairs = batch + len(plan.offsets) - 1, pairs + len(plan.indices)
-    indices = torch.cat([plan.indices for plan in plans])
-    none = indices[:0]
-    return Plan(indices, torch.cat(offsets), torch.cat(rows), none, none, none)
-
-
-def sort_by_latent(plan: Plan, d_sae: int) -> Plan:
-    """Return the plan with its pairs sorted by latent too (stable, so sums are in row order and reproducible)."""
-    latents, order = plan.indices.int().sort(stable=True)
+def sorted_by_latent(
+    indices: Int64[Tensor, " nnz"], rows: Int64[Tensor, " nnz"], d_sae: int
+) -> Plan:
+    """Return a plan of which the order by latent is known alone; of one latent the pairs stay in theirs."""
+    latents, order = indices.int().sort(stable=True)
     bounds = torch.arange(d_sae + 1, dtype=torch.int32, device=latents.device)
     latent_offsets = torch.searchsorted(latents, bounds, out_int32=len(latents) < 2**31)
-    return plan._replace(
-        order=order, latent_offsets=latent_offsets, latent_rows=plan.rows[order].int()
-    )
+    return Plan(indices, indices[:0], rows, order, latent_offsets, rows[order].int())
 
 
 def twice(plan: Plan, rows: Int32[Tensor, " nnz"]) -> Plan:
     """Return the plan with each pair followed by a second one of the same latent, in row `rows[p]`.
 
-    Of the weights the first half belongs to the plan's pairs, the second to the added ones. Sorted by latent only.
+    Of the weights the first half belongs to the plan's pairs, the second to the added ones.
     """
     order = plan.order
     return plan._replace(
@@ -157,11 +153,11 @@ class GradientTerms(NamedTuple):
     """The gradients of a step: dW_dec[j] = sum z G[b], dW_enc[j] = sum dpre centred[b mod batch] over j's pairs."""
 
     plan: Plan
-    """The pairs (b, j) of all reconstructions, those of the first one first, sorted by latent too."""
+    """The pairs (b, j) of all reconstructions, those of the first one first, sorted by latent."""
     z: Float[Tensor, " pairs"]
     dpre: Float[Tensor, " pairs"]
-    G: Float[Tensor, "rows d_in"]
-    """One batch below another, a reconstruction each; the rows of `plan` count through them."""
+    G: Float[Tensor, "rows d_out"]
+    """One batch below another, a level of a reconstruction each; the rows of `plan` count through them."""
     centred: Float[Tensor, "batch d_in"]
     first: int
     """Pairs of the first reconstruction."""
@@ -177,24 +173,30 @@ def update(
     """
     sae = member.sae
     adam, kept = AdamStep(rate, next_step(member)), thresholds(sae)
-    for name, slope in slopes.own.items():
-        own = adam._replace(lr=rate * pace) if name in kept else adam
-        _step_vector(member, sae.get_parameter(name), _of_first(terms, slope), own)
+    own = {name: _of_first(terms, slope) for name, slope in slopes.own.items()}
+    for_bias = own.pop("b_enc", None)
+    for name, grad in own.items():
+        rates = adam._replace(lr=rate * pace) if name in kept else adam
+        _step_vector(member, sae.get_parameter(name), grad, rates)
     keep_positive_(sae)
     if sae.W_enc_t is None or sae.b_enc is None or sae.b_dec is None:
         _update_tied(member, terms, slopes, adam)
         return
     plan, batch = terms.plan, len(terms.centred)
-    db_enc = per_latent(plan, terms.dpre)
-    db_dec = terms.G[:batch].sum(0) - db_enc @ sae.W_enc_t
+    db_enc, db_dec = per_latent(plan, terms.dpre), terms.G[:batch].sum(0)
+    if sae.b_in is not None:
+        db_dec -= db_enc @ sae.W_enc_t
     decoder = SparseGrad(plan, terms.z, terms.G)
     encoder = SparseGrad(
         plan._replace(latent_rows=plan.latent_rows % batch), terms.dpre, terms.centred
     )
     update_rows_(sae.W_dec.detach(), decoder, *_moments(member, sae.W_dec), adam, unit=True)
     update_rows_(sae.W_enc_t.detach(), encoder, *_moments(member, sae.W_enc_t), adam, unit=False)
-    _step_vector(member, sae.b_enc, db_enc, adam)
+    _step_vector(member, sae.b_enc, db_enc if for_bias is None else db_enc + for_bias, adam)
     _step_vector(member, sae.b_dec, db_dec, adam)
+    if sae.W_skip is not None:
+        skip = terms.G[:batch].T @ terms.centred
+        adam_rows_(sae.W_skip.detach(), skip, *_moments(member, sae.W_skip), adam, unit=False)
 
 
 def _update_tied(
@@ -288,17 +290,24 @@ def _valued(centred: Tensor, W: Tensor, bias: Tensor | None, chosen: SparseCode)
     return chosen._replace(values=values if bias is None else values + bias[chosen.indices])
 
 
-class Reconstruction(NamedTuple):
-    """One reconstruction (of x, or of the residual by dead latents): its gradients and its losses."""
+ONE = Nested(None, (1.0,), 0)
+"""The levels of a code without any."""
 
-    plan: Plan
-    """In order of row only."""
+
+class Reconstruction(NamedTuple):
+    """One reconstruction (of x, or of the residual by dead latents), level upon level: its gradients and its losses."""
+
+    indices: Int64[Tensor, " pairs"]
+    rows: Int64[Tensor, " pairs"]
+    """Of G, to which each pair belongs."""
     z: Float[Tensor, " pairs"]
     dz: Float[Tensor, " pairs"]
-    G: Float[Tensor, "batch d_in"]
-    error: Float[Tensor, "batch d_in"]
-    """x_hat - x."""
-    losses: Losses
+    G: Float[Tensor, "rows d_out"]
+    """dL/dx_hat, one batch below another, of what a level's pairs add: to its own x_hat and to those of the next."""
+    errors: Float[Tensor, "levels batch d_out"]
+    """x_hat - target of each level."""
+    losses: Float[Tensor, " levels"]
+    """Mean over the batch of ||Gamma e||^2."""
 
 
 @torch.no_grad()
@@ -306,46 +315,112 @@ def triton_step(
     member: MemberState, batch: Batch, rate: float, run: TrainConfig, step: int
 ) -> SparseCode:
     """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
-    sae, cfg, x = member.sae, member.cfg, batch.x.contiguous()
-    centred = sae.centre(x)
+    sae, cfg = member.sae, member.cfg
+    centred, target = sae.centre(batch.x.contiguous()), left_by_skip(sae, batch)
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1) if sae.cfg.tied else None
-    price = price_at(member, run, step)
+    nested, price = member.part.nested(sae) or ONE, price_at(member, run, step)
     values = PairValues(sae, find_pairs(sae, centred, dtype), price, norms)
-    main = _reconstruct(member, values.code, x, sae.b_dec)
-    slopes = values.back(main.dz)
-    parts, dpre = [main], [slopes.pre]
-    dead = dead_latents(member.dead)
-    if cfg.auxk and dead.number:
-        k = min(cfg.revived(x.shape[1]), dead.number)
-        revival = _reconstruct(member, revive(sae, centred, dead, k, dtype), -main.error, None)
+    level = None if nested is ONE else level_of(nested, values.pre)
+    main = _reconstruct(sae, values.code, target, sae.b_dec, nested, level)
+    gated = None
+    if values.gate is not None:
+        by_gate = values.pre._replace(values=values.gate.detach())
+        gated = _reconstruct(sae, by_gate, target, sae.b_dec)
+    slopes = values.back(main.dz, None if gated is None else gated.dz)
+    parts, dpre, aux = [main], [slopes.pre], None
+    for revival in _revivals(member, centred, main, nested, dtype):
         parts.append(revival._replace(G=cfg.auxk * revival.G))
         dpre.append(cfg.auxk * revival.dz * (revival.z > 0))
-    plan = sort_by_latent(joined([part.plan for part in parts]), sae.cfg.d_sae)
-    z, G = (torch.cat(each) for each in zip(*((p.z, p.G) for p in parts), strict=True))
-    terms = GradientTerms(plan, z, torch.cat(dpre), G, centred, len(main.z))
+        aux = revival.losses[0] if aux is None else aux + revival.losses[0]
+    terms = _joined(parts, dpre, centred, sae.cfg.d_sae)
     update(member, terms, slopes, rate, threshold_pace(cfg, sae.cfg.d_in, run.steps))
-    code = SparseCode(main.z, main.plan.indices, main.plan.offsets)
-    aux = parts[1].losses.reconstruction if len(parts) > 1 else None
-    shown = looked_at(member, batch)
-    losses = main.losses._replace(more=slopes.penalty, error=main.error[:shown] if shown else None)
-    record(member, batch, step_result(member, code, losses, aux), step, run)
+    losses = _losses(main, nested, looked_at(member, batch))
+    more = losses.more + slopes.penalty + (0.0 if gated is None else gated.losses[0])
+    code = values.code if level is None else up_to(values.code, level, nested.main)
+    record(member, batch, step_result(member, code, losses._replace(more=more), aux), step, run)
     if values.entries is not None:
         anneal(member, values.entries, run, step)
     return code
 
 
-def _reconstruct(
-    member: MemberState, code: SparseCode, target: Tensor, start: Tensor | None
+def _reconstruct(  # noqa: PLR0913
+    sae: SAE,
+    code: SparseCode,
+    target: Float[Tensor, "batch d_out"],
+    start: Tensor | None = None,
+    nested: Nested = ONE,
+    level: Int64[Tensor, " pairs"] | None = None,
 ) -> Reconstruction:
-    """Decode, starting from a vector if one is given, and take the loss ||Gamma (x_hat - target)||^2 back to z."""
-    sae, plan, batch = member.sae, in_row_order(code), len(target)
-    W = sae.W_dec.detach()
-    x_hat = decode(code.values, W, plan)
-    x_hat = x_hat if start is None else x_hat.add_(start)
-    error = x_hat.sub_(target)
-    weighted = weigh(error, sae.gamma)
+    """Decode, from a vector on if one is given, and take sum_l weight_l ||Gamma (x_hat_l - target)||^2 back to z."""
+    W, rows, ordered, levels = sae.W_dec.detach(), code.rows(), code, len(nested.weights)
+    if level is not None:
+        rows = level * code.batch + rows
+        ordered = _level_by_level(code, rows, levels)
+    decoded = decode(ordered.values, W, in_row_order(ordered))
+    errors = decoded.view(levels, *target.shape)
+    errors[0].sub_(target if start is None else target - start)
+    for number in range(1, levels):
+        errors[number].add_(errors[number - 1])
+    weighted = weigh(errors, sae.gamma)
+    losses = weighted.square().sum((1, 2)) / len(target)
     # Gamma^T Gamma e: the transpose shows only where Gamma is a matrix
-    G = weigh(weighted, sae.gamma if sae.gamma.ndim == 1 else sae.gamma.T).mul_(2 / batch)
-    losses = Losses(weighted.square().sum() / batch, error.square().sum())
-    return Reconstruction(plan, code.values, pair_products(G, W, plan), G, error, losses)
+    G = weigh(weighted, sae.gamma if sae.gamma.ndim == 1 else sae.gamma.T)
+    for number in reversed(range(levels)):
+        G[number].mul_(2 / len(target) * nested.weights[number])
+        if number + 1 < levels:
+            G[number].add_(G[number + 1])
+    G = G.view(-1, W.shape[1])
+    dz = products(G, W, rows, code.indices)
+    return Reconstruction(code.indices, rows, code.values, dz, G, errors, losses)
+
+
+def _level_by_level(code: SparseCode, rows: Int64[Tensor, " pairs"], levels: int) -> SparseCode:
+    """Return the pairs of a code in order of `rows`, which count through the batches of all levels."""
+    ordered, order = rows.sort(stable=True)
+    bounds = torch.arange(levels * code.batch + 1, device=rows.device)
+    offsets = torch.searchsorted(ordered, bounds)
+    return SparseCode(code.values[order], code.indices[order], offsets)
+
+
+def _revivals(
+    member: MemberState,
+    centred: Tensor,
+    main: Reconstruction,
+    nested: Nested,
+    dtype: torch.dtype,
+) -> list[Reconstruction]:
+    """Return what dead latents make of what is left: by all latents, or by the levels up to their own."""
+    if not member.cfg.auxk:
+        return []
+    left, found = main.errors if nested.level_auxk else main.errors[nested.main, None], []
+    groups = dead_latents(member.dead, nested if nested.level_auxk else None)
+    for dead, errors in zip(groups, left, strict=True):
+        if dead.number:
+            k = min(member.cfg.revived(errors.shape[1]), dead.number)
+            code = revive(member.sae, centred, dead, k, dtype)
+            found.append(_reconstruct(member.sae, code, -errors))
+    return found
+
+
+def _joined(
+    parts: list[Reconstruction], dpre: list[Tensor], centred: Tensor, d_sae: int
+) -> GradientTerms:
+    """Return the gradients of all reconstructions."""
+    rows, before = [], 0
+    for part in parts:
+        rows.append(part.rows + before)
+        before += len(part.G)
+    plan = sorted_by_latent(torch.cat([p.indices for p in parts]), torch.cat(rows), d_sae)
+    z, G = (torch.cat(each) for each in zip(*((p.z, p.G) for p in parts), strict=True))
+    return GradientTerms(plan, z, torch.cat(dpre), G, centred, len(parts[0].z))
+
+
+def _losses(main: Reconstruction, nested: Nested, shown: int) -> Losses:
+    """Return what the reconstruction came to, with the errors of its first rows."""
+    own, error = nested.main, main.errors[nested.main]
+    assert nested.weights[own] == 1  # what is called the reconstruction is its share of the loss
+    others = [w * main.losses[level] for level, w in enumerate(nested.weights) if level != own]
+    return Losses(
+        main.losses[own], error.square().sum(), sum(others), error[:shown] if shown else None
+    )

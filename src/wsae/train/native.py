@@ -24,6 +24,7 @@ from wsae.kernels.native.select import (
     select_above,
     select_positive,
     select_topk,
+    select_topk_shared,
 )
 from wsae.kernels.native.slices import (
     Residual,
@@ -42,8 +43,7 @@ from wsae.sae.forward import (
     Coded,
     Whole,
     dead_by_level,
-    level_by_latent,
-    level_by_rank,
+    level_of,
     up_to,
 )
 from wsae.sae.loss import Price, penalty, weigh
@@ -227,19 +227,21 @@ SAMPLE = 256
 """Rows of the batch from which a first batch Top-k threshold is guessed."""
 
 
-def find_pairs(sae: SAE, weights: Weights, centred: Centred) -> SparseCode:
+def find_pairs(sae: SAE, weights: Weights, centred: Centred, part: Whole = WHOLE) -> SparseCode:
     """Choose the latents that may be active as `wsae.sae.forward` does; their pre-activations in float32."""
     rounded, W = weights.rounded, weights.encoder_rows
     bias = None if sae.b_enc is None else sae.b_enc.detach()
-    match sae.choice:
+    match choice := sae.choice:
+        case PerRow(k=k) if (gather := part.gatherer(k)) is not None:
+            return select_topk_shared(rounded, W, bias, centred, k, gather, part.part)
         case PerRow(k=k) | PerGroup(k=k):
-            return select_topk(rounded, W, bias, centred, k)
+            return part.among(choice, select_topk(rounded, W, bias, centred, k))
         case PerBatch(k=k):
-            return _batch_topk(weights, bias, centred, k)
+            return part.among(choice, _batch_topk(weights, bias, centred, k))
         case Above(floor=floor):
             floor = floor.detach() if isinstance(floor, Tensor) else floor
             return select_above(rounded, W, bias, centred, floor)
-        case choice:
+        case _:
             raise AssertionError(choice)  # `wsae.train.step.unfit_native` has refused it
 
 
@@ -315,13 +317,13 @@ def native_step(
     centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
     part, target = member.part, left_by_skip(sae, batch)
     nested, price = part.nested(sae), price_at(member, run, step)
-    chosen = part.among(sae.choice, find_pairs(sae, weights, centred))
+    chosen = find_pairs(sae, weights, centred, part)
     values = PairValues(sae, chosen, price, weights.norms)
     code, shown, gated = values.code, looked_at(member, batch), None
     if nested is None:
         main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
     else:
-        level = _level(nested, values.pre, part.first)
+        level = level_of(nested, values.pre, part.first)
         main = _reconstruct_levels(member, weights, code, nested, level, target, b_dec, shown)
         code = up_to(code, level, nested.main)
     if values.gate is not None:
@@ -379,13 +381,6 @@ def _revive(
         terms += found.with_slopes(found.dz)
         losses.append(found.reconstruction)
     return Revival(terms, torch.stack(losses).sum() if losses else None)
-
-
-def _level(nested: Nested, pre: SparseCode, first: int) -> Int64[Tensor, " pairs"]:
-    """Return the level of each pair; `first` is the number of the first latent here."""
-    if nested.widths is None:
-        return level_by_rank(pre, nested.k)
-    return level_by_latent(pre.indices + first, nested.widths)
 
 
 def _reconstruct(

@@ -99,8 +99,8 @@ def make_member(
     if sae is None:
         seed = run.seed if cfg.seed is None else cfg.seed
         d_out = None if target is None else len(target.mean)
-        start = cfg.start_scale(d_in)
-        sae = centred(SAE(cfg.sae_config(d_in, d_out), seed, start), centre_in, centre)
+        shape = cfg.sae_config(d_in, d_out, run.crosscoder)
+        sae = centred(SAE(shape, seed, cfg.start_scale(d_in)), centre_in, centre)
     d_sae = sae.cfg.d_sae
     parameters = [p for p in sae.parameters() if p.requires_grad]
     return MemberState(
@@ -258,9 +258,9 @@ def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
         weighted = weigh(batch.target - member.mean, gamma).square().sum()
     sse, variance = result.sse, deviation.sum()
     if member.back is not None and result.error is not None:
-        inverse = member.back.inverse
-        here = batch.given[: len(result.error)] / member.scale - weigh(member.mean, inverse)
-        sse, variance = weigh(result.error, inverse).square().sum(), here.square().sum()
+        undo = member.back.undo
+        here = batch.given[: len(result.error)] / member.scale - undo(member.mean)
+        sse, variance = undo(result.error).square().sum(), here.square().sum()
     losses = (result.loss, result.reconstruction, result.revival, sse)
     scaled = torch.stack([value.double() for value in (*losses, variance, weighted)])
     counts = [torch.count_nonzero(result.code.values), zero + len(batch.x), zero + 1]

@@ -269,13 +269,14 @@ def unfit_native(member: MemberState, x: Tensor) -> str | None:
         return f"the compiled kernels take float32, not {str(x.dtype).removeprefix('torch.')}"
     if k * LARGEST_SHARE > cfg.d_sae and cfg.d_sae > LARGEST_SHARE:
         return f"k = {k} of {cfg.d_sae} latents is not sparse (more than one in {LARGEST_SHARE})"
-    if isinstance(choice, Every):
-        return f"the kind {cfg.activation.kind} does not say which latents may be active"
-    return _unfit_penalty(member) or why_not()
+    return _unfit_pairs(member) or why_not()
 
 
-def _unfit_penalty(member: MemberState) -> str | None:
-    """Return why no kernel that follows chosen pairs alone can have a member's penalties."""
+def _unfit_pairs(member: MemberState) -> str | None:
+    """Return why no kernel that follows chosen pairs alone can train a member."""
+    if isinstance(member.sae.choice, Every):
+        kind = member.sae.arch.kind
+        return f"the kind {kind} does not say which latents may be active"
     if not member.cfg.pre_act:
         return None
     return "the pre-activation loss has a gradient at every row of each dead latent, chosen or not"
@@ -283,17 +284,15 @@ def _unfit_penalty(member: MemberState) -> str | None:
 
 def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
     """Return why the Triton kernels cannot train this member here, or None if they can. Imports no Triton."""
-    choice, W, arch = member.sae.choice, member.sae.W_dec.detach(), member.sae.arch
-    if member.sae.cfg.transcoder:
-        return "the Triton kernels have no transcoders yet"
-    if isinstance(choice, Every) or arch.nested is not None or arch.gate is not None:
-        return f"the Triton kernels have no {arch.kind}"
-    if (unfit := _unfit_penalty(member)) is not None:
-        return unfit
+    sae, choice, part = member.sae, member.sae.choice, member.part
+    if part.unfit or part.d_sae not in (0, sae.cfg.d_sae):
+        return part.unfit or "its latents lie on several processes"
     # batch Top-k compares with a threshold: its k bounds nothing
     k = choice.k if isinstance(choice, PerRow | PerGroup) else None
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
-    return unsupported(W, dtype, k, isinstance(choice, PerGroup)) or _fails(W.device)
+    asked = (dtype, k, isinstance(choice, PerGroup))
+    reasons = (unsupported(W.detach(), *asked) for W in (sae.W_dec, sae.encoder_rows))
+    return _unfit_pairs(member) or next(filter(None, reasons), None) or _fails(sae.device)
 
 
 @functools.cache

@@ -358,8 +358,8 @@ def attach(
     rows' place. A transcoder is named by the hook that it reads, and changes the rows of `hook_out[hook]`: by default
     of "layers.9.mlp.input" those of "layers.9.mlp". `exclude`: the rule of tokens to leave alone (default: as
     `wsae harvest`, special tokens by the model's config); none: padding alone. The hooks are gone when the context
-    ends. Raises UserError for a hook that the model lacks, another width, a model that has SAEs attached already, and,
-    at the end, for a position at which an edit had no effect.
+    ends. Raises UserError for a crosscoder, a hook that the model lacks, another width, a model that has SAEs attached
+    already, and, at the end, for a position at which an edit had no effect.
     """
     if model in _ATTACHED:
         raise UserError("this model has SAEs attached; give them all to one attach")
@@ -395,6 +395,11 @@ def attach(
 
 def _changed(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
     """Return the hook whose rows an SAE's edits change; raises UserError where nobody says a transcoder's."""
+    if sae.cfg.sources is not None:
+        raise UserError(
+            f"hook {name!r}: its SAE is a crosscoder, which reads {len(sae.cfg.sources)} hooks together and "
+            "is not put into a model; use an SAE of one hook"
+        )
     if not sae.cfg.transcoder:
         return name
     out = hook_out.get(name, name.removesuffix(".input"))

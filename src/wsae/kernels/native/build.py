@@ -48,10 +48,11 @@ KERNELS = {
     "new_lists": "",
     "free_lists": "P",
     "collect": "PPP",
+    "keep_shared": "PNNNNPPPPP",
     "update_latents": "P",
 }
 """What each kernel takes: pointers (P) and 64-bit numbers (N)."""
-ALLOCATING = ("select_int8", "sort_pairs", "dots", "update_latents")
+ALLOCATING = ("select_int8", "keep_shared", "sort_pairs", "dots", "update_latents")
 """Kernels with working memory of their own: they return 1 when there is none left, 2 for a code that does not fit."""
 TIMEOUT = 300
 SWITCH = "WSAE_NATIVE"

@@ -24,14 +24,56 @@ constexpr int TOKENS = 14, PANEL = 32;  // a tile: 14 tokens by 32 latents fill 
 constexpr float FINE = 254;           // steps of a 16-bit token's second row in one of its first
 constexpr float MARGIN = 4;             // standard deviations of the rounding error allowed for, each side
 constexpr float LOWEST = -3.0e38f;
-constexpr int HALVINGS = 20;
+constexpr int HALVINGS = 10;  // enough: what stays a candidate without need costs one exact value
 constexpr int64_t TOGETHER = 64;  // tokens of a task where there is little to do for each
 constexpr float GUESS_QUANTILE = 0.01f, CAUTION = 0.9f;  // a guess too high costs more than one too low
 
-struct Pair {
-  float value;
-  int32_t index;
-};
+// The guess for the next batch: low enough for all but a small share of this batch's tokens, and lower where it falls.
+void learn_guess(std::vector<float>& reached, float& guess, float& trend) {
+  if (reached.empty()) {
+    guess = trend = NAN;
+    return;
+  }
+  const size_t n = (size_t)(GUESS_QUANTILE * reached.size());
+  std::nth_element(reached.begin(), reached.begin() + n, reached.end());
+  const float fall = std::isfinite(trend) && trend > 0 ? std::min(1.0f, reached[n] / trend) : NAN;
+  trend = reached[n];
+  guess = reached[n] > 0 ? CAUTION * fall * reached[n] : NAN;
+}
+
+// The k-th largest of n >= k numbers, by halving the range of their bit patterns, which are ordered as the numbers are.
+// NaN counts as -infinity, -0 as 0.
+float kth_largest(const float* values, int64_t n, int64_t k, std::vector<int32_t>& keys) {
+  keys.resize(n);
+  int32_t least = INT32_MAX, most = INT32_MIN;
+#pragma omp simd reduction(min : least) reduction(max : most)
+  for (int64_t i = 0; i < n; i++) {
+    const float v = values[i] == values[i] ? values[i] + 0.0f : -INFINITY;
+    int32_t bits;
+    std::memcpy(&bits, &v, 4);
+    keys[i] = bits ^ (bits >> 31 & INT32_MAX);
+    least = std::min(least, keys[i]), most = std::max(most, keys[i]);
+  }
+  int64_t low = least, high = (int64_t)most + 1;
+  while (high - low > 1) {
+    const int32_t middle = (int32_t)(low + (high - low) / 2);
+    int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; i++) count += keys[i] >= middle;
+    (count >= k ? low : high) = middle;
+    if (count == k) {  // none between the k-th and the rest is asked about again
+      least = INT32_MAX;
+#pragma omp simd reduction(min : least)
+      for (int64_t i = 0; i < n; i++) least = std::min(least, keys[i] >= middle ? keys[i] : INT32_MAX);
+      low = least;
+      break;
+    }
+  }
+  const int32_t bits = (int32_t)low ^ ((int32_t)low >> 31 & INT32_MAX);
+  float found;
+  std::memcpy(&found, &bits, 4);
+  return found;
+}
 
 }  // namespace
 
@@ -54,6 +96,8 @@ struct Selection {
   float above;         // nothing else is wanted; -infinity: everything is
   float guess, trend;  // in and out: k-th pre-activation per unit norm of the token, as first guessed; its last quantile
   int64_t keep;        // entries returned per token (k > 0)
+  float* norms;        // [batch] or null. Given, other selections have more latents, and of a token that has a guess
+                       // what is below it is not wanted: fewer than `keep` may be returned, and no guess is learned
   float* values;       // [batch, keep]
   int64_t* indices;    // [batch, keep]
   int64_t* counts;     // [batch]
@@ -174,6 +218,7 @@ struct Job {
   const Selection& s;
   std::vector<float> inverse_dim;  // [d_in]
   std::vector<float> spread;       // [padded]: what bounds a latent's rounding error, see make_job
+  std::vector<Token> tokens;       // as measured, not rounded yet
   int64_t steps, panels, groups, capacity;
   int lanes;  // rows of 8 bits a token takes: 1, or 2 for 16 bits
 
@@ -254,16 +299,25 @@ float reached_by(float* values, int n, int wanted) {
 void prune(const Job& job, Candidates& c, int64_t shift, std::vector<float>& scratch) {
   const int n = c.count - c.fixed;
   if (c.wanted == 0 || n < c.wanted) return;
-  scratch.resize(n + 16);
-  const float* spread = job.spread.data() + shift;
-  for (int i = 0; i < n; i++) scratch[i] = c.upper[c.fixed + i] - 2 * c.reach * spread[c.index[c.fixed + i]];
+  scratch.resize(n + 32);
+  const __m512 twice = _mm512_set1_ps(2 * c.reach);
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 real = n - i < 16 ? (1 << (n - i)) - 1 : 0xffff;
+    const __m512i place = _mm512_maskz_loadu_epi32(real, c.index + c.fixed + i);
+    const __m512 spread = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, place, job.spread.data() + shift, 4);
+    _mm512_storeu_ps(&scratch[i], _mm512_fnmadd_ps(twice, spread, _mm512_maskz_loadu_ps(real, c.upper + c.fixed + i)));
+  }
   c.threshold = std::max(c.threshold, reached_by(scratch.data(), n, c.wanted));
   int kept = c.fixed;
-  for (int i = c.fixed; i < c.count; i++)
-    if (c.upper[i] >= c.threshold) {
-      c.upper[kept] = c.upper[i];
-      c.index[kept++] = c.index[i];
-    }
+  for (int i = c.fixed; i < c.count; i += 16) {
+    const __mmask16 real = c.count - i < 16 ? (1 << (c.count - i)) - 1 : 0xffff;
+    const __m512 upper = _mm512_maskz_loadu_ps(real, c.upper + i);
+    const __m512i index = _mm512_maskz_loadu_epi32(real, c.index + i);
+    const __mmask16 mask = _mm512_mask_cmp_ps_mask(real, upper, _mm512_set1_ps(c.threshold), _CMP_GE_OQ);
+    _mm512_storeu_ps(c.upper + kept, _mm512_maskz_compress_ps(mask, upper));
+    _mm512_storeu_si512(c.index + kept, _mm512_maskz_compress_epi32(mask, index));
+    kept += __builtin_popcount(mask);
+  }
   c.count = kept;
 }
 
@@ -293,7 +347,8 @@ inline void push(const Job& job, Candidates& c, __m512 upper, __mmask16 mask, in
 }
 
 // Round a chunk's tokens and set up their candidates.
-void prepare(const Job& job, const float* x, int64_t count, bool guess, Chunk& w) {
+void prepare(const Job& job, const float* rows, int64_t first, int64_t count, bool guess, Chunk& w) {
+  const float* x = rows + first * job.e.d_in;
   const int64_t held = job.held(), blocks = (count + held - 1) / held, room = job.capacity + 16;
   w.q.assign(blocks * job.steps * TOKENS * 4, 0);
   w.start.assign(blocks * TOKENS, 0);
@@ -303,7 +358,7 @@ void prepare(const Job& job, const float* x, int64_t count, bool guess, Chunk& w
   w.index.resize(blocks * held * room);
   for (int64_t t = 0; t < blocks * held; t++) {
     Token& token = w.tokens[t];
-    if (t < count) token = measure(job.e, job.inverse_dim.data(), x + t * job.e.d_in);
+    if (t < count) token = job.tokens[first + t];
     const bool idle = t >= count || token.broken;
     if (!idle) {
       const int64_t block = t / held, lane = t % held * job.lanes;
@@ -392,27 +447,39 @@ int64_t product(const Job& job, Chunk& w) {
   return total;
 }
 
-// Keep the k largest, ties to the lower index, in order of index.
-void keep_largest(std::vector<Pair>& pairs, size_t k) {
-  const auto better = [](const Pair& a, const Pair& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); };
-  if (k < pairs.size()) {
-    std::nth_element(pairs.begin(), pairs.begin() + k, pairs.end(), better);
-    pairs.resize(k);
+// A token's candidates, in order of latent; what is chosen of them is moved to the front.
+struct Found {
+  int32_t* latent;
+  float* value;
+  int64_t count;
+
+  template <class F> void keep(F kept) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < count; i++)
+      if (kept(value[i], latent[i])) latent[n] = latent[i], value[n++] = value[i];
+    count = n;
   }
-  std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.index < b.index; });
+};
+
+// Keep the k largest, ties to the lower index.
+void keep_largest(Found& found, int64_t k, std::vector<int32_t>& scratch) {
+  if (k >= found.count) return;
+  const float last = kth_largest(found.value, found.count, k, scratch);
+  int64_t room = k - std::count_if(found.value, found.value + found.count, [=](float v) { return v > last; });
+  found.keep([&](float v, int32_t) { return v > last || (!(v < last) && room-- > 0); });
 }
 
-// Keep the largest of each group; the pairs come group by group.
-void keep_winners(std::vector<Pair>& pairs, int64_t group) {
-  size_t n = 0;
-  for (size_t i = 0; i < pairs.size();) {
-    const int64_t g = pairs[i].index / group;
-    Pair best = pairs[i];
-    for (; i < pairs.size() && pairs[i].index / group == g; i++)
-      if (pairs[i].value > best.value) best = pairs[i];
-    pairs[n++] = best;
+// Keep the largest of each group; the candidates come group by group.
+void keep_winners(Found& found, int64_t group) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < found.count;) {
+    const int64_t g = found.latent[i] / group;
+    int64_t best = i;
+    for (; i < found.count && found.latent[i] / group == g; i++)
+      if (found.value[i] > found.value[best]) best = i;
+    found.latent[n] = found.latent[best], found.value[n++] = found.value[best];
   }
-  pairs.resize(n);
+  found.count = n;
 }
 
 // What is known of a set of tokens after its scan: their candidates, and then what was chosen of them.
@@ -422,9 +489,11 @@ struct Round {
   std::vector<int64_t> offsets;  // [tokens + 1] into latents
   std::vector<int32_t> latents;
   std::vector<float> values;     // exact pre-activations of the candidates
-  std::vector<std::vector<Pair>> chosen;
+  std::vector<int64_t> chosen;   // how many of a token's candidates were, moved to their front
   std::vector<uint8_t> failed;   // 8 bits or the guess did not settle it
   int64_t exhaustive = 0;
+
+  Found found(int64_t t) { return {latents.data() + offsets[t], values.data() + offsets[t], offsets[t + 1] - offsets[t]}; }
 };
 
 // Scan all tokens, chunk by chunk.
@@ -436,7 +505,7 @@ void find_candidates(const Job& job, const float* x, int64_t count, int64_t chun
   std::atomic<int64_t> exhaustive{0};
   share_out(count, chunk, [&](int64_t first, int64_t last) {
     Chunk w;
-    prepare(job, x + first * job.e.d_in, last - first, guess, w);
+    prepare(job, x, first, last - first, guess, w);
     scan(job, w);
     std::vector<int32_t>& out = r.chunk_latents[first / chunk];
     for (int64_t t = first; t < last; t++) {
@@ -483,25 +552,27 @@ void compute_exactly(const Job& job, const float* slices_of_x, int64_t count, Ro
 }
 
 // Choose among a token's candidates; says whether its guess was low enough.
-bool choose(const Job& job, Round& r, int64_t t) {
+bool choose(const Job& job, Round& r, int64_t t, std::vector<int32_t>& scratch) {
   const Encoder& e = job.e;
-  std::vector<Pair>& pairs = r.chosen[t];
-  for (int64_t p = r.offsets[t]; p < r.offsets[t + 1]; p++) {
-    const int32_t j = r.latents[p];
-    if (job.s.above == -INFINITY || r.values[p] - (e.floor ? e.floor[j] : 0) > job.s.above) pairs.push_back({r.values[p], j});
-  }
-  if (job.s.k == 0) return true;
+  Found found = r.found(t);
+  Token& token = r.tokens[t];
+  if (job.s.above != -INFINITY) found.keep([&](float v, int32_t j) { return v - (e.floor ? e.floor[j] : 0) > job.s.above; });
+  bool enough = true;
   if (job.groups > 1) {
-    keep_winners(pairs, e.group);
-    return true;
+    keep_winners(found, e.group);
+  } else if (job.s.k > 0) {
+    keep_largest(found, job.s.keep, scratch);
+    if (job.s.norms) {
+      found.keep([&](float v, int32_t) { return !(v < token.guess); });
+    } else {
+      float kth = INFINITY;
+      for (int64_t i = 0; i < found.count; i++) kth = std::min(kth, found.value[i]);
+      enough = (found.count >= job.s.keep && kth >= token.guess) || token.guess == LOWEST || token.broken;
+      if (enough && token.norm > 0) token.guess = kth / token.norm;  // what the next batch may learn
+    }
   }
-  keep_largest(pairs, job.s.keep);
-  float kth = INFINITY;
-  for (const Pair& p : pairs) kth = std::min(kth, p.value);
-  const bool enough = (int64_t)pairs.size() >= job.s.keep && kth >= r.tokens[t].guess;
-  if (!enough && r.tokens[t].guess > LOWEST && !r.tokens[t].broken) return false;
-  if (r.tokens[t].norm > 0) r.tokens[t].guess = kth / r.tokens[t].norm;  // what the next batch may learn
-  return true;
+  r.chosen[t] = found.count;
+  return enough;
 }
 
 Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_t count, int64_t chunk, bool guess) {
@@ -510,13 +581,14 @@ Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_
   compute_exactly(job, slices_of_x, count, r);
   r.chosen.resize(count);
   share_out(count, TOGETHER, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t++) r.failed[t] = r.failed[t] || !choose(job, r, t);
+    std::vector<int32_t> scratch;
+    for (int64_t t = first; t < last; t++) r.failed[t] = r.failed[t] || !choose(job, r, t, scratch);
   });
   return r;
 }
 
 Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch, int lanes) {
-  Job job{e, s, {}, {}, (e.d_in + 3) / 4, (e.group + PANEL - 1) / PANEL, e.d_sae / e.group, 0, lanes};
+  Job job{e, s, {}, {}, std::vector<Token>(batch), (e.d_in + 3) / 4, (e.group + PANEL - 1) / PANEL, e.d_sae / e.group, 0, lanes};
   job.capacity = s.k > 0 ? 2 * job.groups * s.k + s.k / 2 + 128 : std::max<int64_t>(1024, e.d_sae / 16);
   job.inverse_dim.resize(e.d_in);
   for (int64_t i = 0; i < e.d_in; i++) job.inverse_dim[i] = 1 / e.dim[i];
@@ -524,31 +596,17 @@ Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch
   // variance of a latent's error is (own^2 + kappa step^2) / 12: own = norm, or norm / FINE with 16 bits. For all tokens
   // spread^2 = own^2 + most kappa step^2 bounds the bracket. With 16 bits own hardly counts and kappa differs, so there
   // spread^2 = own^2 / least kappa + step^2, times each token's kappa.
-  std::vector<float> kappa(batch);
   share_out(batch, TOGETHER, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t++) kappa[t] = measure(e, job.inverse_dim.data(), x + t * e.d_in).kappa(e.d_in);
+    for (int64_t t = first; t < last; t++) job.tokens[t] = measure(e, job.inverse_dim.data(), x + t * e.d_in);
   });
   float least = INFINITY, most = 0;
-  for (const float one : kappa) least = std::min(least, one), most = std::max(most, one);
+  for (const Token& token : job.tokens) least = std::min(least, token.kappa(e.d_in)), most = std::max(most, token.kappa(e.d_in));
   const float narrow = lanes > 1 ? 1 / (FINE * FINE * least) : 1, wide = lanes > 1 ? 1 : most;
   const int64_t padded = padded_latents(e.d_sae, e.group);
   job.spread.resize(padded);
   for (int64_t j = 0; j < padded; j++)
     job.spread[j] = std::sqrt(narrow * e.norm[j] * e.norm[j] + wide * e.scale[j] * e.scale[j]);
   return job;
-}
-
-// The guess for the next batch: low enough for all but a small share of this batch's tokens, and lower where it falls.
-void learn_guess(std::vector<float>& reached, Selection& s) {
-  if (reached.empty()) {
-    s.guess = s.trend = NAN;
-    return;
-  }
-  const size_t n = (size_t)(GUESS_QUANTILE * reached.size());
-  std::nth_element(reached.begin(), reached.begin() + n, reached.end());
-  const float fall = std::isfinite(s.trend) && s.trend > 0 ? std::min(1.0f, reached[n] / s.trend) : NAN;
-  s.trend = reached[n];
-  s.guess = reached[n] > 0 ? CAUTION * fall * reached[n] : NAN;
 }
 
 }  // namespace
@@ -562,7 +620,7 @@ static void select_all(const Encoder* encoder, const float* x, const float* slic
   const Job job = make_job(*encoder, *s, x, batch, 1);
   const int64_t d = encoder->d_in;
   const bool guess = s->k > 0 && job.groups == 1 && std::isfinite(s->guess);
-  Round r = run_round(job, x, slices_of_x, batch, chunk, guess);
+  Round r = run_round(job, x, slices_of_x, batch, chunk, guess), second;
   std::vector<int64_t> rest;
   for (int64_t t = 0; t < batch; t++)
     if (r.failed[t]) rest.push_back(t);
@@ -573,29 +631,28 @@ static void select_all(const Encoder* encoder, const float* x, const float* slic
     for (int64_t i = 0; i < left; i++) std::copy_n(x + rest[i] * d, d, rows.begin() + i * d);
     to_slices(rows.data(), nullptr, left, d, again.data());
     const Job finer = make_job(*encoder, *s, rows.data(), left, 2);
-    Round second = run_round(finer, rows.data(), again.data(), left, std::min<int64_t>(chunk, 2 * TOKENS), false);
+    second = run_round(finer, rows.data(), again.data(), left, std::min<int64_t>(chunk, 2 * TOKENS), false);
     s->examined += second.latents.size(), s->exhaustive += second.exhaustive;
-    for (int64_t i = 0; i < left; i++) {
-      r.chosen[rest[i]] = std::move(second.chosen[i]);
-      r.tokens[rest[i]] = second.tokens[i];
-    }
   }
   std::vector<float> known;
-  for (int64_t t = 0; t < batch; t++) {
-    const std::vector<Pair>& pairs = r.chosen[t];
-    s->counts[t] = pairs.size();
-    for (size_t i = 0; i < pairs.size(); i++) {
-      if (lists) {
-        lists->values.push_back(pairs[i].value);
-        lists->indices.push_back(pairs[i].index);
-      } else {
-        s->values[t * s->keep + i] = pairs[i].value;
-        s->indices[t * s->keep + i] = pairs[i].index;
-      }
+  for (int64_t t = 0, done = 0; t < batch; t++) {
+    const bool again = r.failed[t];
+    Round& from = again ? second : r;
+    const int64_t i = again ? done++ : t, n = from.chosen[i];
+    const Found found = from.found(i);
+    const Token& token = from.tokens[i];
+    s->counts[t] = n;
+    if (s->norms) s->norms[t] = token.norm;
+    if (lists) {
+      lists->values.insert(lists->values.end(), found.value, found.value + n);
+      lists->indices.insert(lists->indices.end(), found.latent, found.latent + n);
+    } else {
+      std::copy_n(found.value, n, s->values + t * s->keep);
+      std::copy_n(found.latent, n, s->indices + t * s->keep);
     }
-    if (r.tokens[t].norm > 0 && std::isfinite(r.tokens[t].guess) && r.tokens[t].guess > LOWEST) known.push_back(r.tokens[t].guess);
+    if (token.norm > 0 && std::isfinite(token.guess) && token.guess > LOWEST) known.push_back(token.guess);
   }
-  if (s->k > 0 && job.groups == 1) learn_guess(known, *s);
+  if (s->k > 0 && job.groups == 1 && !s->norms) learn_guess(known, s->guess, s->trend);
 }
 
 int64_t select_int8(const Encoder* encoder, const float* x, const float* slices_of_x, int64_t batch, int64_t chunk,
@@ -610,7 +667,7 @@ int64_t product_int8(const Encoder* encoder, const float* x, int64_t batch, int6
   std::atomic<int64_t> total{0};
   share_out(batch, chunk, [&](int64_t first, int64_t last) {
     Chunk w;
-    prepare(job, x + first * encoder->d_in, last - first, false, w);
+    prepare(job, x, first, last - first, false, w);
     total += product(job, w);
   });
   return total;
@@ -631,6 +688,46 @@ void free_lists(Lists* lists) { delete lists; }
 void collect(const Lists* lists, float* values, int64_t* indices) {
   std::copy(lists->values.begin(), lists->values.end(), values);
   std::copy(lists->indices.begin(), lists->indices.end(), indices);
+}
+
+// Of the entries that this one of `parts` selections found [batch, k], keep those among each token's k largest of all
+// [parts, batch, k], ties to the lower part, then to the earlier entry. What a part lacks is -infinity. Kept entries stand
+// without gaps at the beginning of values and indices then; offsets [batch + 1] say where. The guess for the next batch
+// comes from `norms` [batch].
+int64_t keep_shared(const float* all, int64_t parts, int64_t own, int64_t batch, int64_t k, const float* norms, float* values,
+                    int64_t* indices, int64_t* offsets, float* guess) {
+  return status_of([=] {
+    std::vector<float> row(parts * k + 1), reached;
+    std::vector<int32_t> scratch;
+    int64_t n = offsets[0] = 0;
+    for (int64_t t = 0; t < batch; t++) {
+      int64_t found = 0, before = 0;  // before: in the parts before this one
+      for (int64_t part = 0; part < parts; part++) {
+        if (part == own) before = found;
+        for (int64_t i = 0; i < k; i++) {
+          row[found] = all[(part * batch + t) * k + i];
+          found += row[found] > -INFINITY;  // no NaN either
+        }
+      }
+      float last = -INFINITY;
+      int64_t room = k;
+      if (found > k) {
+        last = kth_largest(row.data(), found, k, scratch);
+        room -= std::count_if(row.begin(), row.begin() + found, [=](float v) { return v > last; });
+        room -= std::count(row.begin(), row.begin() + before, last);
+      } else if (found == k) {
+        last = *std::min_element(row.begin(), row.begin() + k);
+      }
+      for (int64_t i = 0; i < k; i++) {
+        const float value = values[t * k + i];
+        if (!(value > last || (value == last && value > -INFINITY && room-- > 0))) continue;
+        values[n] = value, indices[n++] = indices[t * k + i];
+      }
+      offsets[t + 1] = n;
+      if (norms[t] > 0 && std::isfinite(last)) reached.push_back(last / norms[t]);
+    }
+    learn_guess(reached, guess[0], guess[1]);
+  });
 }
 
 }  // extern "C"

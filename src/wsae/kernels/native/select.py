@@ -6,7 +6,7 @@ surely the 8-bit product finds the same latents.
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class CSelection(ctypes.Structure):
         ("k", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("above", "guess", "trend")),
         ("keep", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("values", "indices", "counts")),
+        *((name, ctypes.c_void_p) for name in ("norms", "values", "indices", "counts")),
         *((name, ctypes.c_int64) for name in ("examined", "exhaustive", "repeated")),
     )
 
@@ -151,6 +151,75 @@ def select_topk(
     return code_from_topk(values, indices)
 
 
+def select_topk_shared(
+    encoder: RoundedEncoder,
+    W: Slices,
+    bias: Tensor | None,
+    centred: Centred,
+    k: int,
+    gather: Callable[[Tensor], Tensor],
+    part: int,
+) -> SparseCode:
+    """Return which of each row's k largest pre-activations are of these latents, where others have more.
+
+    `gather` returns everyone's tensors of one shape, stacked; this is part `part` of them. The guess from the batch
+    before is of the k-th largest of all; rows for which the parts find fewer than k above it are done again without.
+    Ties go to the lower part.
+    """
+    batch = len(centred.rows)
+    norms, guess = empty(batch), torch.tensor([encoder.guess, encoder.trend], dtype=torch.float32)
+    values, indices = _best(encoder, W, bias, centred, k, norms)
+    everyone = gather(values)
+    short = ((everyone > -math.inf).sum((0, 2)) < k).nonzero()[:, 0]
+    if len(short):
+        encoder.guess = math.nan
+        again = Centred(centred.rows[short], centred.slices[:, short].contiguous())
+        values[short], indices[short] = _best(encoder, W, bias, again, k, empty(len(short)))
+        everyone[:, short] = gather(values[short])
+    offsets = empty(batch + 1, dtype=torch.int64)
+    library().keep_shared(
+        address(everyone, len(everyone), batch, k),
+        *(len(everyone), part, batch, k),
+        address(norms, batch),
+        address(values, batch, k),
+        address(indices, batch, k, dtype=torch.int64),
+        address(offsets, batch + 1, dtype=torch.int64),
+        address(guess, 2),
+    )
+    encoder.guess, encoder.trend = guess.tolist()
+    n = int(offsets[-1])
+    return SparseCode(values.view(-1)[:n], indices.view(-1)[:n], offsets)
+
+
+class _Best(NamedTuple):
+    """Each row's k largest pre-activations, or those of them above its guess; -infinity where there are fewer."""
+
+    values: Float[Tensor, "batch k"]
+    indices: Int64[Tensor, "batch k"]
+
+
+def _best(
+    encoder: RoundedEncoder,
+    W: Slices,
+    bias: Tensor | None,
+    centred: Centred,
+    k: int,
+    norms: Float[Tensor, " batch"],
+) -> _Best:
+    """Return what these latents have, and fill in the rows' norms."""
+    batch = len(centred.rows)
+    if not encoder.int8:
+        norms.copy_(torch.linalg.vector_norm(centred.rows, dim=1))
+        code = select_topk(encoder, W, bias, centred, k)
+        return _Best(code.values.view(batch, k), code.indices.view(batch, k))
+    values, indices = empty(batch, k), empty(batch, k, dtype=torch.int64)
+    asked = CSelection(k=k, keep=k, above=-math.inf, norms=norms.data_ptr())
+    asked.values, asked.indices = values.data_ptr(), indices.data_ptr()
+    counts = _run(encoder, W, bias, None, centred, asked, None)
+    values.masked_fill_(torch.arange(k) >= counts[:, None], -math.inf)
+    return _Best(values, indices)
+
+
 def select_above(
     encoder: RoundedEncoder,
     W: Slices,
@@ -234,7 +303,7 @@ def _run(
         address(slices, slice_count(encoder.d_in), batch, SLICE),
     )
     library().select_int8(*given, batch, _chunk(batch), ctypes.byref(asked), lists)
-    if asked.k:
+    if asked.k and not asked.norms:
         encoder.guess, encoder.trend = asked.guess, asked.trend
     effort = encoder.effort
     effort.tokens += batch

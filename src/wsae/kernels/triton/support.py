@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MAX_D_IN = 8_192
+MAX_WIDTH = 8_192
 """The update holds a whole row of W, its gradient and both moments in one program's registers."""
 MAX_CANDIDATES = 8_192
 """One program sorts a row's candidates."""
@@ -62,9 +62,9 @@ def _wrong_type(W: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def _wrong_shape(W: Tensor, k: int | None, grouped: bool) -> str | None:
-    d_sae, d_in = W.shape
-    if d_in > MAX_D_IN:
-        return f"d_in = {d_in:,} is above {MAX_D_IN:,}, what one program holds of a row"
+    d_sae, width = W.shape
+    if width > MAX_WIDTH:
+        return f"a width of {width:,} is above {MAX_WIDTH:,}, what one program holds of a row"
     if d_sae > MAX_D_SAE:
         return f"d_sae = {d_sae:,} is above {MAX_D_SAE:,} latents"
     if k is None:

@@ -246,6 +246,8 @@ class _Gathered:
     def _all(self, x: Tensor) -> Tensor:
         size, parts = self._size, self._readers.size
         most = -(-size // parts)
+        if size % parts == 0:
+            return self._readers.gather(x).flatten(0, 1)
         everyone = self._readers.gather(F.pad(x, (0, 0, 0, most - len(x))))
         counts = [len(range(size)[even_part(size, parts, i)]) for i in range(parts)]
         return torch.cat([rows[:n] for rows, n in zip(everyone, counts, strict=True)])
@@ -374,7 +376,9 @@ def suited(cfg: TrainConfig, source: ActivationSource, world: Mesh) -> Mesh:
         return replace(world, unfit=why_not() or "they do not work on another process")
     parts = world.layout.data * world.layout.latents
     wholes = [
-        member.sae_config(source.hooks[hook], source.hooks.get(cfg.given(hook) or ""))
+        member.sae_config(
+            source.hooks[hook], source.hooks.get(cfg.given(hook) or ""), cfg.crosscoder
+        )
         for member in cfg.members
         for hook in cfg.read(source.hooks)
     ]

@@ -1,7 +1,7 @@
 """What one rank has of a member whose rows or latents are shared out: `eager_step` with every sum over all ranks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -50,9 +50,13 @@ def choose_topk(pre: Float[Tensor, "batch own"], k: int, latents: MeshAxis) -> P
 
 def _largest(values: Float[Tensor, "batch own"], k: int, latents: MeshAxis) -> Mask:
     """Say which of at most k values a row are among the k largest of all ranks."""
-    if (latents.size - 1) * k <= _FEW:
+    if _few(k, latents):
         return _by_gathering(values, k, latents)
     return _by_counting(values, k, MeshPlace(latents=latents))
+
+
+def _few(k: int, latents: MeshAxis) -> bool:
+    return (latents.size - 1) * k <= _FEW
 
 
 def _by_gathering(values: Float[Tensor, "batch own"], k: int, latents: MeshAxis) -> Mask:
@@ -168,7 +172,7 @@ class Shard(Whole):
 
     def __init__(self, first: int, d_sae: int, place: MeshPlace, batch: int) -> None:
         self.first, self.d_sae, self.place, self.batch = first, d_sae, place, batch
-        self.leads = place.leads
+        self.leads, self.part = place.leads, place.latents.index
         self.dead = 0
         """Dead latents on all ranks."""
         self.pending: list[dist.Work] = []
@@ -208,6 +212,11 @@ class Shard(Whole):
             return SparseCode(pre[rows, columns], columns, offsets_of(rows, len(pre)))
         every = torch.arange(pre.shape[1], device=pre.device)
         return code_from_topk(pre, every.expand(pre.shape))
+
+    def gatherer(self, k: int) -> Callable[[Tensor], Tensor] | None:
+        """Return what stacks the ranks' tensors of k numbers a row; None where counting moves fewer bytes."""
+        latents = self.place.latents
+        return latents.gather if latents.size > 1 and _few(k, latents) else None
 
     def among(self, choice: Choice, pre: SparseCode) -> SparseCode:
         """Return this rank's pairs among those that are active over all ranks; `pre` are those active among its own."""
@@ -310,7 +319,7 @@ def make_shard(
     Raises UserError when there are more ranks than latents.
     """
     d_in, latents, target = len(inputs.mean), world.place.latents, inputs.target
-    whole = cfg.sae_config(d_in, None if target is None else len(target.mean))
+    whole = cfg.sae_config(d_in, None if target is None else len(target.mean), run.crosscoder)
     if chunk_part(whole.d_sae, latents.size, latents.size - 1).start >= whole.d_sae:
         raise UserError(
             f"--mesh latents={latents.size}: {whole.d_sae} latents of {name} leave a rank without; use fewer"
