@@ -76,7 +76,22 @@ def test_one_sae_is_probed_where_it_lies(place, capsys):
     assert set(found["tokens"]["hooks"]["layers.1"]["members"]) == {"sae"}
 
 
+ROLES = ["--roles", "assistant"]
+WHOLE = "--roles assistant: labelled documents are read whole"
+
+
+@pytest.mark.parametrize(
+    ("label", "says"), [([], "has no chat template"), (["--label", "kind"], WHOLE)]
+)
+def test_what_roles_say_is_probed_for_one_sae_on_a_text(place, label, says, capsys):
+    sae = str(place / "run" / "members" / "layers.1" / "plain")
+    text = ["--text", str(place / "text.jsonl"), "--model", str(place / "model")]
+    assert main(["probe", sae, *text, *ROLES, *label, *SMALL]) == 2
+    assert says in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 WRONG = {
+    "roles": (ROLES, "--roles: goes with --text"),
     "no text": (["--label", "kind"], "--label kind: goes with --text"),
     "no label": (["--text", "text.jsonl"], "needs --label"),
     "no column": (

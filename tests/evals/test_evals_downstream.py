@@ -1,9 +1,12 @@
 """Splicing reconstructions into a model, against one plain forward pass per variant computed by hand."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from acts_models import VOCABULARY, WIDTH, untrained
+from acts_models import VOCABULARY, WIDTH, make_tokenizer, untrained
 from torch import nn
 from transformers import (
     GPTNeoXConfig,
@@ -19,7 +22,16 @@ from transformers import (
 from wsae.acts.capture import one_hook, splice
 from wsae.core.errors import UserError
 from wsae.evals import downstream
-from wsae.evals.downstream import Place, SplicedSequence, spliced_losses
+from wsae.evals.config import EvalConfig
+from wsae.evals.downstream import (
+    Place,
+    SplicedSequence,
+    splice_arrays,
+    spliced_losses,
+    unrecovered,
+)
+from wsae.sae import SAE, SAEConfig
+from wsae.sae.config import TopK
 
 LENGTH = 12
 BIG = 1 << 27
@@ -154,6 +166,25 @@ def test_a_perfect_reconstruction_costs_nothing_and_an_ablation_costs_something(
     assert found.kl["same"].abs().max() < 1e-4
     assert (found.kl["zero"] > 1e-3).all()
     assert all((kl > -1e-4).all() for kl in found.kl.values()), "KL is not negative"
+
+
+def test_an_ablation_that_costs_nothing_is_named():
+    model = llama()
+    head = model.get_output_embeddings()
+    head.weight.data = torch.zeros_like(head.weight)  # all tokens as likely, whatever is spliced
+    sae, mean = SAE(SAEConfig(d_in=WIDTH, d_sae=WIDTH, activation=TopK(k=2))), torch.zeros(WIDTH)
+    place, language = (
+        Place(one_hook(model, "layers.1")),
+        SimpleNamespace(model=model, tokenizer=make_tokenizer()),
+    )
+    found = splice_arrays(language, place, {"sae": sae}, mean.double(), sequences(), EvalConfig())
+    zero, average = unrecovered("layers.1", found["sae"])
+    nats = f"{np.log(VOCABULARY):.4g}"
+    assert zero.startswith("layers.1: cross-entropy recovered (zero) is not defined")
+    assert zero.endswith(f"({nats} nats a token, untouched {nats})")
+    assert "(mean)" in average
+    better = {**found["sae"], "splice_ce_zero": found["sae"]["splice_ce_zero"] + 1}
+    assert unrecovered("layers.1", better) == [average]
 
 
 def test_the_direction_is_kl_of_clean_from_spliced():

@@ -106,6 +106,7 @@ CASES = {
     },
     "jumprelu, tanh": {
         "activation": {"kind": "jumprelu", "threshold": 0.3, "bandwidth": 0.2},
+        "encoder_scale": 1.0,
         "l0": 0.1,
         "l0_penalty": "tanh",
     },
@@ -215,7 +216,7 @@ def test_relu_moves_to_the_compiled_step_once_few_latents_are_active() -> None:
         {
             "members": (
                 MemberConfig.parse(
-                    {"d_sae": 192, "activation": {"kind": "relu"}, "l1": 3.0, "lr": 3e-3}
+                    {"d_sae": 192, "activation": {"kind": "relu"}, "l1": 6.0, "lr": 3e-3}
                 ),
             ),
             "tokens": 400 * 200,

@@ -110,10 +110,13 @@ def two_hooks() -> TrainConfig:
 
 
 def two_sides(kernels: str) -> TrainConfig:
-    """Transcoders from the store's hook a to its hook b."""
+    """Transcoders from the store's hook a to its hook b, of so few latents that each is active in several rows.
+
+    A row of the decoder that starts along one row's errors has a gradient of rounding alone, and Adam makes much of it.
+    """
     members = [
-        member("topk", "topk", skip=True, gamma={"rule": "whiten"}),
-        member("batch_topk", "batch", precondition={"kind": "whiten"}),
+        member("topk", "topk", d_sae=66, skip=True, gamma={"rule": "whiten"}),
+        member("batch_topk", "batch", d_sae=66, precondition={"kind": "whiten"}),
     ]
     return config(members=members, kernels=kernels, hook_out={"a": "b"})
 

@@ -8,6 +8,7 @@ from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.sae import SAE, SAEConfig
+from wsae.sae.config import ReLU
 from wsae.sae.forward import training_forward
 from wsae.sae.loss import Price, penalty, pre_act_loss
 from wsae.train.config import MemberConfig, TrainConfig
@@ -26,6 +27,24 @@ def world() -> Tensor:
 
 
 X = ArraySource(world())
+
+
+@pytest.mark.parametrize("d_sae", [64, 256, 1024])
+def test_a_dense_sae_starts_at_the_scale_of_least_squared_error(d_sae: int) -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 64)
+    scale = MemberConfig.parse({"d_sae": d_sae, "activation": {"kind": "relu"}}).start_scale(64)
+    errors = {}
+    for factor in (0.7, 1, 1.4):
+        starts = [
+            SAE(SAEConfig(d_in=64, d_sae=d_sae, activation=ReLU()), s, factor * scale)
+            for s in range(8)
+        ]
+        with torch.no_grad():
+            errors[factor] = sum(float((sae(x) - x).square().sum()) for sae in starts) / 8
+    assert min(errors, key=errors.__getitem__) == 1
+    assert errors[1] / float(x.square().sum()) == pytest.approx(
+        scale, rel=0.06
+    )  # FVU 1 / (1 + m) too
 
 
 def l0_of(tokens: int = 16_000, batch_size: int = ROWS, **fields: object) -> float:

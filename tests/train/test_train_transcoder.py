@@ -23,7 +23,7 @@ from wsae.train.loop import run_steps
 from wsae.train.run import train_run
 from wsae.train.start import start_family
 from wsae.train.state import make_batch
-from wsae.train.step import eager_step
+from wsae.train.step import eager_step, start_decoder
 
 D_IN, D_OUT = 24, 17
 
@@ -99,6 +99,28 @@ def test_the_first_step_descends_the_gradient_of_the_dense_equations(kind: str) 
     radial = (leaves["W_dec"].grad * leaves["W_dec"]).sum(1, keepdim=True)
     tangent = leaves["W_dec"].grad - radial * leaves["W_dec"]
     torch.testing.assert_close(found["W_dec"].double(), tangent, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["topk", "gated", "jumprelu"])
+def test_a_decoder_starts_along_its_errors_and_the_encoder_at_least_squares(kind: str) -> None:
+    cfg = config(activation=make_activation(kind, 4))
+    (member,) = start_family(cfg, BOTH, BOTH.stats()).members["in"]
+    sae, batch = member.sae, make_batch(X[:300], member, Y[:300])
+    before, code = sae.W_enc.detach().clone(), sae.encode(batch.x).double().detach()
+    start_decoder(member, batch)
+    error = (batch.target - sae.b_dec.detach()).double()
+    sums = code.T @ error
+    along = torch.nn.functional.normalize(sums, dim=1)
+    torch.testing.assert_close(sae.W_dec.detach().double(), along, rtol=1e-4, atol=1e-5)
+    others = sums - code[:, :, None] * error[:, None]  # without each row's own share
+    made = torch.einsum("bj,bjd->bd", code, others / sums.norm(dim=1).clamp_min(1e-9)[:, None])
+    scale = (made * error).sum() / (code @ along).square().sum()
+    torch.testing.assert_close(sae.W_enc.detach(), before * scale.float(), rtol=1e-4, atol=1e-6)
+    found = sae.encode(batch.x).detach().double()  # the same latents, each as much smaller
+    torch.testing.assert_close(found, code * scale, rtol=1e-3, atol=1e-5)
+    kept = sae.W_dec.detach().clone()
+    start_decoder(member, make_batch(X[300:600], member, Y[300:600]))
+    assert torch.equal(kept, sae.W_dec.detach())  # what has moved stays
 
 
 CASES = {

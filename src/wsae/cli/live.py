@@ -245,13 +245,18 @@ def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":
     return values.copy()
 
 
-class TextFlags(config_flags(TextConfig, omit=("path",))):
+class RoleFlags(Config):
+    """Whose words of a conversation count."""
+
+    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE ...", help_behavior_hint="")] = ()
+    """Keep what these say in conversations alone (assistant); the model reads all of it. Default: everybody's words."""
+
+
+class TextFlags(config_flags(TextConfig, omit=("path",)), RoleFlags):
     """A text as people have it."""
 
     text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
-    roles: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROLE ...", help_behavior_hint="")] = ()
-    """Keep what these say in conversations alone (assistant); the model reads all of it. Default: everybody's words."""
 
     def given(self) -> "GivenText":
         """Return the text, if any; raises UserError for flags that go with one where there is none."""

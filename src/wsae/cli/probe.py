@@ -16,7 +16,15 @@ from wsae.cli.flags import (
     config_flags,
     config_values,
 )
-from wsae.cli.live import NO_TEXT, GivenText, HookFlags, data_of, language_of, refuse
+from wsae.cli.live import (
+    NO_TEXT,
+    GivenText,
+    HookFlags,
+    RoleFlags,
+    data_of,
+    language_of,
+    refuse,
+)
 from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
@@ -60,7 +68,7 @@ class LabelFlags(config_flags(TextConfig, omit=("path",))):
         return TextConfig.parse(config_values(self, TextConfig) | {"path": self.text}, where=FLAGS)
 
 
-class ModelFlags(HookFlags):
+class ModelFlags(HookFlags, RoleFlags):
     """What reads --text where the data of one SAE alone are not known."""
 
     model: MaybeName = None
@@ -123,7 +131,12 @@ def _asked(flags: Flags, text: TextConfig | None, opened: Run) -> GivenText:
     if text is None or not opened.single or (flags.labels.label is not None and known):
         refuse(reading, "goes with --text, for one SAE whose data are not known")
         return NO_TEXT
-    return GivenText(text, reading.model, reading.hook, reading.seq_len, hook_out=reading.hook_out)
+    if reading.roles and flags.labels.label is not None:
+        raise UserError(
+            f"--roles {' '.join(reading.roles)}: labelled documents are read whole; leave it out, or --label"
+        )
+    own = reading.model, reading.hook, reading.seq_len
+    return GivenText(text, *own, hook_out=reading.hook_out, roles=reading.roles or None)
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

@@ -219,6 +219,22 @@ def splice_arrays(
     return {name: {**kl[name], **clean, "splice_ce": losses.ce[f"sae {name}"]} for name in saes}
 
 
+def unrecovered(hook: str, arrays: dict[str, Tensor]) -> list[str]:
+    """Return why there is no share of recovered cross-entropy: an ablation that costs the model nothing."""
+    if "splice_ce_clean" not in arrays:
+        return []
+    per_token = {
+        name: float(arrays[f"splice_ce_{name}"].sum() / arrays["splice_targets"].sum())
+        for name in ("clean", "zero", "mean")
+    }
+    return [
+        f"{hook}: cross-entropy recovered ({name}) is not defined, as the model predicts no worse with the {what} in "
+        f"place of its activations ({per_token[name]:.4g} nats a token, untouched {per_token['clean']:.4g})"
+        for name, what in (("zero", "value 0"), ("mean", "mean"))
+        if per_token[name] <= per_token["clean"]
+    ]
+
+
 def token_sequences(
     tokens: TokenTable, kept: HeldOutPositions, special: list[int]
 ) -> list[SplicedSequence]:

@@ -37,7 +37,13 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
 from wsae.evals.data import BothSides, HeldOut, Language, MatrixRows, Pictures
-from wsae.evals.downstream import Place, splice_arrays, splice_sequences, token_sequences
+from wsae.evals.downstream import (
+    Place,
+    splice_arrays,
+    splice_sequences,
+    token_sequences,
+    unrecovered,
+)
 from wsae.evals.glossary import MATCHING, METRICS, glossary
 from wsae.evals.latents import RELATIVE_NORM, density_histogram, whose
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
@@ -78,7 +84,7 @@ def evaluate_families(
         silent = predictions(language.model) is None
         kept = None if silent else HeldOutPositions(splice_sequences(tokens, cfg))
     measured = measure(source, families, cfg, kept, progress)
-    sees_later = False
+    sees_later, notes = False, []
     if language is not None and tokens is not None and kept is not None:
         sequences = token_sequences(tokens, kept, language.tokenizer.all_special_ids)
         for hook, found in measured.items():
@@ -91,6 +97,7 @@ def evaluate_families(
             extra = splice_arrays(language, place, saes, mean, sequences, cfg, progress)
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
+            notes += unrecovered(out, next(iter(extra.values())))
     first = next(iter(measured.values()))
     hooks = {hook: _hook_record(m, families[hook], cfg) for hook, m in measured.items()}
     record = {
@@ -101,9 +108,11 @@ def evaluate_families(
         "glossary": glossary(METRICS, MATCHING) | _of_sources(hooks),
     }
     if sees_later:
-        record |= {"causal": False, "notes": [SEES_LATER]}
+        record["causal"] = False
+        notes.append(SEES_LATER)
     if silent:
-        record["notes"] = [PREDICTS_NOTHING]
+        notes.append(PREDICTS_NOTHING)
+    record |= {"notes": notes} if notes else {}
     show = _shown_by(tokens, pictures, cfg)
     contexts = {hook: _contexts(m, families[hook], show) for hook, m in measured.items()}
     arrays = {

@@ -71,7 +71,7 @@ def make_entry(
     """Return a member at its start, as a lone run would have it; `seed` serves where the member names none."""
     d_in = gamma.shape[-1]
     seed = seed if cfg.seed is None else cfg.seed
-    sae = SAE(cfg.sae_config(d_in), seed, cfg.start_scale())
+    sae = SAE(cfg.sae_config(d_in), seed, cfg.start_scale(d_in))
     sae.set_gamma(gamma.detach().float())
     if sae.b_dec is not None and mean is not None:
         sae.b_dec.data.copy_(mean)

@@ -100,7 +100,7 @@ def make_member(
         seed = run.seed if cfg.seed is None else cfg.seed
         d_out = None if target is None else len(target.mean)
         shape = cfg.sae_config(d_in, d_out, run.crosscoder)
-        sae = centred(SAE(shape, seed, cfg.start_scale()), centre_in, centre)
+        sae = centred(SAE(shape, seed, cfg.start_scale(d_in)), centre_in, centre)
     d_sae = sae.cfg.d_sae
     parameters = [p for p in sae.parameters() if p.requires_grad]
     return MemberState(
@@ -125,8 +125,8 @@ def centred(sae: SAE, read: Float[Tensor, " d_in"], given: Float[Tensor, " d_out
     """Return a new SAE with its biases at the means, in scaled units, of what it reads and what it is to give.
 
     b_dec of an SAE is its mean. A transcoder's b_dec starts at the mean of what it is to give, its b_enc at
-    -mean @ W_enc, as if the mean had been subtracted from its inputs, and its decoder at 0: a latent's first gradient
-    gives its row the direction, which is then brought to norm 1 (as in sparsify).
+    -mean @ W_enc, as if the mean had been subtracted from its inputs, and its decoder at 0, until its first batch says
+    more (`wsae.train.step.start_decoder`).
     """
     if sae.cfg.transcoder:
         assert sae.b_enc is not None

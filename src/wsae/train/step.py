@@ -28,7 +28,7 @@ from wsae.sae.loss import (
     weighted_reconstruction_loss,
 )
 from wsae.train.config import TrainConfig
-from wsae.train.descent import dense_step, fits, move_
+from wsae.train.descent import dense_step, fits, move_, unit_rows_
 from wsae.train.family import FamilyState
 from wsae.train.native import leave, native_step
 from wsae.train.penalty import (
@@ -147,6 +147,8 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     if step == 0 and (wanted := member.cfg.target_l0) is not None:
         start_thresholds(member, batch.x)
         member.sparse = torch.tensor(wanted < few * (member.part.d_sae or len(member.dead)))
+    if step == 0 and member.sae.cfg.transcoder:
+        start_decoder(member, batch)
     dense = varies and not bool(member.sparse)
     if kernels == "eager" or dense:
         leave(member)
@@ -166,6 +168,41 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         entries[1] = code.active()
         entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
         member.sparse = torch.tensor(entries[1] < few * entries[0])
+
+
+LEAST_SCALE = 0.1
+"""By which the encoder of a transcoder is multiplied at least at its start, however little its first batch says."""
+
+
+@torch.no_grad()
+def start_decoder(member: MemberState, batch: Batch) -> None:
+    """Give a new transcoder's decoder its directions and its encoder the scale of least squares, from the first batch.
+
+    With e = y - b_dec: W_dec[j] = g_j / |g_j| with g_j = sum_b z_bj e_b, and the encoder is multiplied by
+    s = sum_b <y_b, e_b> / sum_b |z_b W_dec|^2, y_b what z_b makes of directions to which its own row adds nothing (else
+    a latent that is active once would seem to be always right), unless `encoder_scale` is set. (Adam would give the
+    rows the signs of their first gradient alone.) A decoder that something has moved already stays.
+    """
+    sae, part = member.sae, member.part
+    if bool(sae.W_dec.any()):
+        return
+    forward = training_forward(sae, batch.x, part=part)
+    z, error = forward.code.dense(len(sae.W_dec)), batch.target - forward.x_hat
+    sums = part.over_rows(z.T @ error)
+    sae.W_dec.copy_(sums)
+    unit_rows_(sae)
+    if member.cfg.encoder_scale is not None:
+        return
+    made = part.summed(z @ sae.W_dec)
+    lengths = torch.linalg.vector_norm(sums, dim=1)
+    share = torch.where(lengths > 0, 1 / lengths, 0.0)
+    own = part.over_latents((z.square() @ share) @ error.square().sum(1))
+    found = torch.stack([(made * error).sum() - own, made.square().sum()])
+    along, size = part.over_rows(found).tolist()
+    scale = max(LEAST_SCALE, along / size) if size else 1.0
+    powers = {name: parameter.power for name, parameter in sae.arch.parameters.items()}
+    for name, power in {"W_enc_t": 1, "b_enc": 1, **powers}.items():
+        getattr(sae, name).mul_(scale**power)
 
 
 def after_step(

@@ -338,7 +338,7 @@ def make_shard(
         if not whole.transcoder:
             sae.W_dec.data.copy_(rows)
         if sae.W_enc_t is not None:
-            sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale())
+            sae.W_enc_t.data.copy_(rows).mul_(cfg.start_scale(d_in))
         read = (inputs.mean / inputs.scale).float()
         centred(sae, read, read if target is None else (target.mean / target.scale).float())
     else:
