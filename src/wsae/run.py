@@ -134,19 +134,13 @@ class ComparisonForm(Form):
     paired: bool = True
 
 
-class SourcesForm(Form):
-    """Whose a crosscoder's live latents are: counts by source, and of those of several."""
-
-    alone: dict[Text, Count]
-    of_all: dict[Text, Count] = {}
-
-
 class EvaluatedMember(Form):
     """A member's metrics."""
 
     metrics: dict[Text, MetricForm] = {}
     gamma: GammaForm | None = None
-    sources: SourcesForm | None = None
+    sources: dict[Text, dict[Text, Count]] | None = None
+    """Whose a crosscoder's live latents are (`wsae.evals.latents.whose`)."""
 
 
 class EvaluatedHook(Form):

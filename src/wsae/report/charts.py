@@ -412,7 +412,8 @@ def _density_bars(chart: Chart, low: float, dead: int, kind: str, tip: str) -> N
 def source_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw whose the live latents of each crosscoder are: histograms of their relative norms, over the plain twin's."""
     found = run.evaluated(hook).get("members", {})
-    names = list(next((m["sources"]["alone"] for m in found.values() if m.get("sources")), ()))
+    counted = (m["sources"] for m in found.values() if m.get("sources"))
+    names = list(next(counted, {}).get("alone", ()))
     text = (
         "Norm of a live latent's decoder row in one source, divided by the sum of its norms in all; "
         "all sources at the same scale. Line: the same in each. Grey: the plain twin."
