@@ -46,8 +46,7 @@ def unit_rows_(sae: SAE | Stack) -> None:
 def move_(member: MemberState, rate: float, run: TrainConfig) -> None:
     """Let the optimiser take its step at this learning rate, and keep what is kept: unit rows, positive thresholds."""
     sae = member.sae
-    for group in member.optimizer.param_groups:
-        group["lr"] = rate
+    member.optimizer.lr = rate
     remove_radial_gradient(sae)
     with at_own_pace(thresholds(sae), threshold_pace(member.cfg, sae.cfg.d_in, run.steps)):
         member.optimizer.step()

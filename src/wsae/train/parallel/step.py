@@ -349,13 +349,8 @@ def make_shard(
     spread = inputs.variance.sqrt()
     member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae, target)
     member = to_device(member, world.device)
-    for (
-        parameter
-    ) in member.sae.parameters():  # Adam's state now: a checkpoint finds tensors to fill
-        zero = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments = (torch.zeros_like(parameter.detach()) for _ in range(2))
-        state = dict(zip(("step", "exp_avg", "exp_avg_sq"), (zero, *moments), strict=True))
-        member.optimizer.state[parameter] = state
+    for parameter in member.optimizer.parameters:  # now: a checkpoint finds tensors to fill
+        member.optimizer.moments(parameter)
     member.part = shard = Shard(part.start, whole.d_sae, world.place, run.batch_size)
     shard.unfit = world.unfit or unfit_shard(whole, latents.size)
     if world.place.data.size > 1:
