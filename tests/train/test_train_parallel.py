@@ -99,6 +99,8 @@ def compiled() -> TrainConfig:
         member("batch_topk", "batch", k_aux=300),
         member("topk", "tied", tied=True, l1=0.01),
         member("matryoshka", "nested"),
+        member("multi_topk", "multi", k=1),  # 4 of the 56 latents of the last rank
+        member("group_topk", "group", k=8, d_sae=240),
         member("topk", "white", gamma={"rule": "whiten"}, precondition={"kind": "whiten"}),
     ]
     return config(members=members, kernels="native")

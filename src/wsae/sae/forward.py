@@ -163,6 +163,10 @@ class Whole:
         """Return the level of each chosen pair; another part's also depends on `pre`, all pre-activations."""
         return level_of(nested, code, self.first)
 
+    def best(self, code: SparseCode, k: int) -> Bool[Tensor, " nnz"] | None:  # noqa: ARG002
+        """Say which pairs are among their row's k largest over all parts; None where all are here."""
+        return None
+
     def choose(self, choice: Choice, pre: Float[Tensor, "rows d_sae"]) -> SparseCode:
         """Return the pairs that a choice of Top-k makes active, in order of row (their values are not read)."""
         assert isinstance(choice, PerRow | PerGroup | PerBatch)

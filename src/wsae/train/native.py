@@ -46,6 +46,7 @@ from wsae.sae.forward import (
     Whole,
     dead_by_level,
     level_of,
+    up_to,
 )
 from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
@@ -161,7 +162,8 @@ def enter(member: MemberState) -> Weights:
     """Move a member's matrices and their Adam moments into slices, if they are not there; returns them."""
     if member.weights is None:
         cfg, choice = member.sae.cfg, member.sae.choice
-        group = cfg.d_sae // choice.k if isinstance(choice, PerGroup) else cfg.d_sae
+        whole = member.part.d_sae or cfg.d_sae
+        group = whole // choice.k if isinstance(choice, PerGroup) else cfg.d_sae
         matrices = []
         for p in _matrices(member):
             state = member.optimizer.moments(p)
@@ -225,8 +227,10 @@ def find_pairs(sae: SAE, weights: Weights, centred: Centred, part: Whole = WHOLE
     match choice := sae.choice:
         case PerRow(k=k) if (gather := part.gatherer(k)) is not None:
             return select_topk_shared(rounded, W, bias, centred, k, gather, part.part)
-        case PerRow(k=k) | PerGroup(k=k):
+        case PerRow(k=k):
             return part.among(choice, select_topk(rounded, W, bias, centred, k))
+        case PerGroup():  # none lies on several ranks
+            return select_topk(rounded, W, bias, centred, weights.d_sae // rounded.group)
         case PerBatch(k=k):
             return part.among(choice, _batch_topk(weights, bias, centred, k))
         case Above(floor=floor):
@@ -314,10 +318,10 @@ def native_step(
     if nested is None:
         main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
     else:
-        level = _level(nested, values.pre, part.first)
+        level = _level(nested, values.pre, part)
         main = _reconstruct_levels(member, weights, code, nested, level, target, b_dec, shown)
         if nested.main < len(nested.weights) - 1:  # the others' are no part of the code
-            code = code._replace(values=code.values * (level <= nested.main))
+            code = up_to(code, level, nested.main)
     if values.gate is not None:
         by_gate = values.pre._replace(values=values.gate.detach())
         gated = _reconstruct(member, weights, by_gate, target, b_dec)
@@ -375,9 +379,12 @@ def _revive(
     return Revival(terms, torch.stack(losses).sum() if losses else None)
 
 
-def _level(nested: Nested, pre: SparseCode, first: int) -> Int64[Tensor, " pairs"]:
-    """Return the level of each pair; `first` is the number of the first latent here."""
-    return rank_levels(pre, nested.k) if nested.widths is None else level_of(nested, pre, first)
+def _level(nested: Nested, pre: SparseCode, part: Whole) -> Int64[Tensor, " pairs"]:
+    """Return the level of each pair."""
+    if nested.widths is not None:
+        return level_of(nested, pre, part.first)
+    best = part.best(pre, nested.k)
+    return rank_levels(pre, nested.k) if best is None else (~best).long()
 
 
 def _reconstruct(

@@ -240,15 +240,17 @@ def chosen(member: MemberState, run: TrainConfig, x: Tensor) -> str:
 def unfit_native(member: MemberState, x: Tensor) -> str | None:
     """Return why the compiled kernels cannot train this member here, or None if they can."""
     cfg, choice = member.sae.cfg, member.sae.choice
-    k = getattr(choice, "k", 1)
+    k, d_sae = getattr(choice, "k", 1), cfg.d_sae
+    if isinstance(choice, PerGroup) and member.part.d_sae:  # of groups some are elsewhere
+        d_sae = member.part.d_sae
     if x.device.type != "cpu":
         return f"the compiled kernels are for the CPU, not {x.device.type}"
     if member.part.unfit:
         return member.part.unfit
     if x.dtype != torch.float32:
         return f"the compiled kernels take float32, not {str(x.dtype).removeprefix('torch.')}"
-    if k * LARGEST_SHARE > cfg.d_sae and cfg.d_sae > LARGEST_SHARE:
-        return f"k = {k} of {cfg.d_sae} latents is not sparse (more than one in {LARGEST_SHARE})"
+    if k * LARGEST_SHARE > d_sae and d_sae > LARGEST_SHARE:
+        return f"k = {k} of {d_sae} latents is not sparse (more than one in {LARGEST_SHARE})"
     return _unfit_pairs(member) or why_not()
 
 

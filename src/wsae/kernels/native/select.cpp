@@ -537,14 +537,13 @@ void compute_exactly(const Job& job, const float* slices_of_x, int64_t count, Ro
   sort_by_latent(r.latents.data(), r.offsets.data(), count, e.d_sae, offsets.data(), order.data(), tokens.data(), every_pair);
   const Pairs pairs{offsets.data(), tokens.data()};
   const std::vector<int64_t> borders = split(offsets.data(), e.d_sae, parts, PANEL, 1);
-  share_out(parts, 1, [&](int64_t part, int64_t) {
-    dot_range(pairs, slices_of_x, e.W, nullptr, borders[part], borders[part + 1], e.d_sae, count, slices, sorted.data());
-  });
   r.values.resize(n);
-  for (int64_t p = 0; p < n; p++) {
-    const int32_t j = r.latents[order[p]];
-    r.values[order[p]] = sorted[p] + (e.bias ? e.bias[j] : 0);
-  }
+  share_out(parts, 1, [&](int64_t part, int64_t) {
+    const int64_t first = borders[part], last = borders[part + 1];
+    dot_range(pairs, slices_of_x, e.W, nullptr, first, last, e.d_sae, count, slices, sorted.data());
+    for (int64_t j = first; j < last; j++)
+      for (int64_t p = offsets[j]; p < offsets[j + 1]; p++) r.values[order[p]] = sorted[p] + (e.bias ? e.bias[j] : 0);
+  });
 }
 
 // Choose among a token's candidates; says whether its guess was low enough.

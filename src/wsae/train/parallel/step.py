@@ -228,6 +228,20 @@ class Shard(Whole):
                 return pre.where(among_largest(pre.values, self.batch * k, self.place))
         return pre
 
+    def best(self, code: SparseCode, k: int) -> Bool[Tensor, " nnz"] | None:
+        """Say which pairs are among their row's k largest over all ranks; None where all are here."""
+        if self.place.latents.size == 1:
+            return None
+        rows, counts = code.rows(), code.offsets.diff()
+        place = torch.arange(len(rows)) - code.offsets[rows]
+        width = max(k, int(counts.max()))
+        values = code.values.new_full((code.batch, width), -math.inf)
+        values[rows, place] = code.values
+        own, columns = values.topk(k, dim=1)
+        kept = _largest(own, k, self.place.latents)
+        top = torch.zeros_like(values, dtype=torch.bool).scatter_(1, columns, kept)
+        return top[rows, place]
+
     def among_dead(self, pre: SparseCode, k: int) -> SparseCode:
         """Return this rank's share of the k largest; `pre` are positive, at most k a row."""
         if self.dead <= k:
@@ -361,15 +375,21 @@ def make_shard(
 
 def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
     """Return why the compiled kernels cannot train an SAE cut into so many parts, or None; the same on all ranks."""
-    last = chunk_part(whole.d_sae, parts, parts - 1)
-    fewest, k = last.stop - last.start, getattr(whole.activation, "k", 1)
     if parts == 1:
         return None
-    make = architecture_of(whole.activation).nested
-    nested = None if make is None else make(whole.activation, whole.d_sae)
-    by_rank = nested is not None and (nested.widths is None or nested.level_auxk)
-    if by_rank or whole.activation.kind == "group_topk":
-        return "its groups or levels lie on several processes"
+    last, arch = chunk_part(whole.d_sae, parts, parts - 1), architecture_of(whole.activation)
+    names = [*arch.parameters, "threshold", "b_enc"]
+    choice = arch.choose(whole.activation, dict.fromkeys(names, torch.zeros(())))
+    groups, k = isinstance(choice, PerGroup), getattr(choice, "k", 1)
+    fewest = (
+        whole.d_sae if groups else last.stop - last.start
+    )  # groups are shared out, a row's k are not
+    nested = None if arch.nested is None else arch.nested(whole.activation, whole.d_sae)
+    if nested is not None and nested.level_auxk:
+        return "the levels by which it revives dead latents lie on several processes"
+    size = whole.d_sae // k if groups else 1
+    if any(chunk_part(whole.d_sae, parts, i).start % size for i in range(parts)):
+        return f"a group of {size} latents lies on several processes"
     if k * LARGEST_SHARE > fewest:
         return f"k = {k} of the {fewest} latents of a process is not sparse"
     return None
