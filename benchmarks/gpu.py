@@ -497,7 +497,7 @@ def work_through(at: argparse.Namespace) -> dict[str, Any]:
     sizes = {"B": Size(576, 4608, 2048, 32), "A": Size(768, 24_576, 4096, 32)}
     large = Size(4096, 131_072, 4096, 32)
     if at.rehearse:
-        sizes, large = {"tiny": Size(5, 16, 2, 2)}, Size(3, 12, 2, 2)
+        sizes, large = {"tiny": Size(5, 8, 2, 1)}, Size(3, 6, 2, 2)
     last = list(sizes.values())[-1]
     stages = [*(("steps", size) for size in sizes.values()), ("kinds", last), ("kernels", large)]
     if not at.rehearse:

@@ -18,10 +18,19 @@ from wsae.kernels import SparseCode, select_group_topk, select_topk
 from wsae.kernels.native import build, why_not
 from wsae.kernels.native import select as native
 from wsae.kernels.native.select import Centred, RoundedEncoder, dimension_scales
-from wsae.kernels.native.slices import decode, dots, from_slices, residual, sort_pairs, to_slices
+from wsae.kernels.native.slices import (
+    Level,
+    decode,
+    dots,
+    from_slices,
+    residual,
+    sort_pairs,
+    to_slices,
+)
 from wsae.kernels.native.weights import Bias, Matrix, Terms, make_weights
 from wsae.kernels.sparse import Plan
 from wsae.kernels.update import AdamStep, adam_rows_
+from wsae.sae.forward import level_by_rank
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
 
@@ -106,6 +115,22 @@ def test_group_topk_finds_the_largest_of_each_group(f: int, k: int) -> None:
     x, W, bias = data(37, 24, f, seed=f)
     code = topk(W, x, bias, k, groups=k > 1)
     assert torch.equal(code.indices.view(37, k), select_group_topk(x @ W.T + bias, k))
+
+
+def test_levels_are_those_of_the_eager_code_and_sorted_apart() -> None:
+    x, W, _ = data(50, 24, 90, seed=2)
+    code = topk(W, x, None, 20)
+    level = native.rank_levels(code, 6)
+    assert torch.equal(level, level_by_rank(code, 6))
+    tied = code._replace(values=code.values.round())
+    assert torch.equal(native.rank_levels(tied, 6).view(50, 20).sum(1), torch.full((50,), 14))
+    for number in (0, 1):
+        part = code.where(level == number)
+        one = sort_pairs(code, 90, Level(level, number))
+        two = sort_pairs(part, 90)
+        assert torch.equal(one.offsets, two.offsets)
+        assert torch.equal(one.tokens, two.tokens)
+        assert torch.equal(code.values[one.order], part.values[two.order])
 
 
 @pytest.mark.usefixtures("int8")
@@ -366,7 +391,7 @@ ENTRIES = """
 import torch
 from wsae.kernels import SparseCode
 from wsae.kernels.native.select import Centred, RoundedEncoder, select_above, select_topk
-from wsae.kernels.native.slices import decode, dots, from_slices, residual, sort_pairs, to_slices
+from wsae.kernels.native.slices import Level, decode, dots, from_slices, residual, sort_pairs, to_slices
 from wsae.kernels.native.weights import Matrix, Terms, make_weights
 from wsae.kernels.update import AdamStep
 

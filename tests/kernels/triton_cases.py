@@ -41,7 +41,7 @@ def largest(pre: Tensor, k: int) -> Tensor:
     ("batch", "d_in", "d_sae", "k", "dtype"),
     [
         (1, 1, 5, 1, FP32), (1, 7, 5, 5, BF16), (3, 7, 64, 3, BF16), (33, 33, 64, 1, BF16),
-        (17, 33, 129, 1, FP32), (1, 100, 129, 129, FP32), (3, 100, 1000, 3, BF16),
+        (17, 33, 129, 1, FP32), (1, 40, 129, 129, FP32), (2, 40, 1000, 3, BF16),
         (1, 33, 1000, 31, BF16),
     ],
 )  # fmt: skip
@@ -52,7 +52,7 @@ def test_topk_encode_is_topk_of_the_product(batch, d_in, d_sae, k, dtype) -> Non
     assert torch.equal(values, pre.gather(1, indices))
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 40), st.data())
 def test_topk_encode_with_many_ties(seed, batch, d_sae, data) -> None:
     k = data.draw(st.integers(1, min(d_sae, 6)))
@@ -111,7 +111,7 @@ def test_candidates_stay_few() -> None:
 
 @pytest.mark.parametrize(
     ("batch", "d_in", "d_sae", "k"),
-    [(1, 1, 5, 5), (17, 33, 64, 4), (65, 7, 129, 3), (3, 100, 1000, 2), (3, 7, 1000, 8)],
+    [(1, 1, 5, 5), (17, 33, 64, 4), (33, 7, 129, 3), (2, 40, 1000, 2), (3, 7, 1000, 8)],
 )
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_group_topk_is_the_first_largest_of_each_group(batch, d_in, d_sae, k, dtype) -> None:
@@ -123,7 +123,7 @@ def test_group_topk_is_the_first_largest_of_each_group(batch, d_in, d_sae, k, dt
 
 
 @pytest.mark.parametrize(
-    ("batch", "d_in", "d_sae"), [(1, 1, 5), (3, 33, 129), (65, 7, 64), (17, 70, 300)]
+    ("batch", "d_in", "d_sae"), [(1, 1, 5), (3, 33, 129), (33, 7, 64), (5, 40, 300)]
 )
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_pairs_above_a_threshold(batch, d_in, d_sae, dtype) -> None:
@@ -167,7 +167,7 @@ def matrix(plan: Plan, weights: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("batch", "d_in", "d_sae", "dtype"),
-    [(1, 1, 5, FP32), (3, 300, 7, FP64), (17, 33, 65, FP32), (135, 7, 6, FP64), (9, 7, 6, FP32)],
+    [(1, 1, 5, FP32), (3, 300, 7, FP64), (17, 33, 65, FP32), (95, 7, 6, FP64), (9, 7, 6, FP32)],
 )
 def test_sums_over_pairs(batch, d_in, d_sae, dtype) -> None:
     plan, weights = ragged(batch, batch, d_sae, dtype)
@@ -184,16 +184,16 @@ def test_sums_over_pairs(batch, d_in, d_sae, dtype) -> None:
 
 
 def test_a_latent_in_every_row_is_summed_in_chunks() -> None:
-    batch = 5 * sums.CHUNK + 3
+    batch = 3 * sums.CHUNK + 3
     indices = torch.tensor([[0, 1]]).expand(batch, 2).clone()
     indices[: sums.CHUNK, 1] = 2  # exactly one full chunk
     weights = integers(0, batch, 2)
     code, x = code_from_topk(weights, indices), integers(1, batch, 5)
     plan = Plan.build(code.indices, code.offsets, 4)
     chunks = sums.sum_chunks(plan, code.values, x)
-    assert chunks.offsets.diff().tolist() == [5, 4, 1, 0]
+    assert chunks.offsets.diff().tolist() == [3, 2, 1, 0]
     left = (plan.latent_offsets[1:] - chunks.rest).tolist()
-    assert left == [3, batch - 5 * sums.CHUNK, 0, 0]
+    assert left == [3, batch - 3 * sums.CHUNK, 0, 0]
     assert torch.equal(sums.scatter(plan, code.values, x), matrix(plan, code.values).T @ x)
 
 
@@ -235,7 +235,7 @@ def test_gradcheck_with_the_kernels_plugged_in(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("unit", [False, True])
-@pytest.mark.parametrize(("batch", "d_in", "d_sae"), [(1, 1, 5), (17, 33, 16), (135, 100, 6)])
+@pytest.mark.parametrize(("batch", "d_in", "d_sae"), [(1, 1, 5), (17, 33, 16), (95, 40, 6)])
 def test_updates_are_the_eager_twins(batch, d_in, d_sae, unit) -> None:
     """The gradients' terms are whole: their sum is exact, for Adam makes much of an error where it is near 0."""
     g = torch.Generator().manual_seed(8)

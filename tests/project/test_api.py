@@ -113,7 +113,7 @@ def test_a_source_with_several_hooks_is_refused() -> None:
 
 NOT_NUMBERS = {
     "nothing": (None, "given as NoneType"),
-    "dict": ({"a": 1}, "given as dict"),
+    "dict": ({"a": 1}, "given as (dict|int)"),  # of several activations it makes a crosscoder
     "number": (3, "given as int"),
     "generator": ((row for row in [[1.0]]), "given as generator"),
     "bytes": (b"x.npy", "given as bytes"),

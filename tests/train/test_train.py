@@ -15,7 +15,7 @@ from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.sae import SAE, make_activation
-from wsae.sae.config import GammaConfig, JumpReLU
+from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig, family
 from wsae.train.family import FamilyState, finished, make_family
 from wsae.train.loop import Stopped, run_steps
@@ -104,7 +104,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig
     return cfg, files_of(train_run(cfg, ArraySource(world()), place).path)
 
 
-@pytest.mark.parametrize("stop", [1, 7, 10, 23, 59])
+@pytest.mark.parametrize("stop", [1, 10, 23, 59])
 def test_a_stopped_and_resumed_run_ends_bit_for_bit_the_same(
     tmp_path: Path, uninterrupted: tuple[TrainConfig, dict[str, bytes]], stop: int
 ) -> None:
@@ -257,19 +257,13 @@ def test_batch_topk_threshold_keeps_k_latents_at_inference(tmp_path: Path) -> No
     assert l0 == pytest.approx(4, rel=0.15)
 
 
-def test_penalties_make_codes_sparser(tmp_path: Path) -> None:
-    l0 = {}
-    for label, fields in {
-        "relu": {"activation": {"kind": "relu"}},
-        "relu-l1": {"activation": {"kind": "relu"}, "l1": 2.0},
-        "jump": {"activation": JumpReLU()},
-        "jump-l0": {"activation": JumpReLU(), "l0": 1.0},
-    }.items():
-        cfg = config(weighted("none", **fields), tokens=36_000)
-        train_run(cfg, ArraySource(world()), tmp_path / label)
-        l0[label] = read_json_lines(tmp_path / label / "metrics.jsonl")[-1]["l0"]
-    assert l0["relu-l1"] < 0.5 * l0["relu"]
-    assert l0["jump-l0"] < 0.9 * l0["jump"]
+def test_an_l1_penalty_makes_codes_sparser(tmp_path: Path) -> None:
+    relu = {"activation": {"kind": "relu"}}
+    members = weighted("none", **relu, label="free"), weighted("none", **relu, l1=2.0, label="l1")
+    train_run(config(*members, tokens=18_000), ArraySource(world()), tmp_path / "run")
+    rows = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    l0 = {row["member"]: row["l0"] for row in rows}
+    assert l0["l1"] < 0.5 * l0["free"]
 
 
 def test_bf16_product_changes_the_fit_little(tmp_path: Path) -> None:

@@ -173,6 +173,9 @@ def test_the_commands_train_resume_measure_and_show_a_crosscoder(
     assert main([*words, "--out", str(tmp_path / "whole"), "--alpha", "0.5"]) == 0
     record = json.loads((tmp_path / "whole" / "config.json").read_text())
     cfg, source = TrainConfig.parse(record["train"]), reopen(tmp_path / "whole", "cpu")
+    again = ["train", "--config", str(tmp_path / "whole" / "config.json")]
+    assert main([*again, "--out", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == record
     monkeypatch.setattr("wsae.train.loop.CHECKPOINT_SECONDS", -1.0)
     assert isinstance(source, JoinedSource)
     with pytest.raises(RuntimeError, match="halted"):

@@ -6,13 +6,17 @@ from typing import Literal, get_args
 import pytest
 import torch
 
+from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
+from wsae.core.progress import quiet
 from wsae.sae import architectures
 from wsae.sae.architectures import Architecture, Every
 from wsae.sae.config import ActivationConfig, Kind, make_activation
 from wsae.sae.forward import Whole
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig
+from wsae.train.family import make_family
+from wsae.train.loop import run_steps
 from wsae.train.state import MemberState, Target, make_member
 
 
@@ -109,6 +113,25 @@ def test_what_triton_does_not_train_is_said(
     vars(state.part).update(part)
     reason = dispatch.unfit_triton(state, run)
     assert reason is None if says is None else reason.startswith(says)
+
+
+def test_a_member_that_triton_does_not_train_is_refused_before_another_takes_a_step(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_fails", lambda *_: None)
+    refused = {"d_sae": 8, "activation": JUMP, "pre_act": 1e-5, "label": "jumps"}
+    data = {"members": [{"d_sae": 8, "activation": {"kind": "topk", "k": 2}}, refused]}
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    source, run = ArraySource(x.numpy()), {"tokens": 64, "batch_size": 8, "kernels": "triton"}
+    cfg = TrainConfig.parse({**data, **run})
+    family = make_family(cfg, source.stats())
+    with (
+        quiet("train", None, "tokens") as tick,
+        pytest.raises(UserError, match="^kernels 'triton' cannot train jumps: the pre-activation"),
+    ):
+        run_steps(cfg, family, source.stream(8, 0), 0, tick, lambda _: None)
+    assert not any(member.sums["rows"] for _, member in family.all())
 
 
 def test_triton_that_does_not_start_is_a_reason() -> None:

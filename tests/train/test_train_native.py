@@ -16,12 +16,13 @@ from wsae.kernels.native import why_not
 from wsae.kernels.native.slices import to_slices
 from wsae.sae import SAE
 from wsae.sae.loss import weigh
-from wsae.train import native
+from wsae.train import descent, native
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family
 from wsae.train.loop import run_steps
 from wsae.train.start import start_family
+from wsae.train.state import make_batch
 from wsae.train.step import Crew
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
@@ -130,6 +131,41 @@ def test_compiled_training_follows_autograd(case: str) -> None:
         assert one.gamma.nonzero()[:, 0].tolist() == [i for i in range(48) if i != 5]
     if case.endswith("dead latents"):
         assert sums["auxk"] > 0
+
+
+DENSE = {
+    **{case: CASES[case] for case in ("relu", "jumprelu", "jumprelu, tanh", "gated", "tied relu")},
+    "quadratic": CASES["jumprelu, held, quadratic"] | {"target_l0": 60},
+    "variance of latents": {"activation": {"kind": "relu"}, "gamma": {"rule": "latent_variance"}},
+    "whiten": {
+        "activation": {"kind": "gated"},
+        "gamma": {"rule": "whiten"},
+        "precondition": {"kind": "whiten"},
+    },
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_steps_of_dense_codes_follow_autograd(case: str) -> None:
+    """Rows in parts, the last of them shorter."""
+    assert 600 % descent.ROWS > 0
+    setting = {"d_sae": 192, "lr": 1e-3, "auxk": 0, **DENSE[case]}
+    fields = {"members": (MemberConfig.parse(setting),), "tokens": 3 * 600, "batch_size": 600}
+    sides = []
+    for kernels in ("eager", "native"):
+        cfg = TrainConfig.parse({**fields, "kernels": kernels})
+        (member,) = start_family(cfg, X, X.stats()).members["acts"]
+        stream = X.stream(600, 0)
+        for step in range(3):
+            member.sparse.fill_(False)
+            dispatch.train_step(member, make_batch(stream.next()["acts"], member), step, cfg)
+        sides.append(member)
+    one, two = sides
+    torch.testing.assert_close(two.window, one.window, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(two.latent_moments, one.latent_moments, rtol=1e-5, atol=1e-9)
+    for name, tensor in one.sae.tensors().items():
+        difference = (two.sae.tensors()[name] - tensor).double().norm()
+        assert float(difference) <= 1e-5 * max(1.0, float(tensor.double().norm())), name
 
 
 @pytest.mark.parametrize("case", TRANSCODERS)

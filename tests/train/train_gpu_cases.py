@@ -154,7 +154,7 @@ KINDS = {
     "matryoshka": {
         "activation": {"kind": "matryoshka", "k": 4, "widths": (10, 20)}, "gamma": {"rule": "whiten"},
     },
-    "matryoshka, whitened input": {
+    "matryoshka over topk": {
         "activation": {"kind": "matryoshka", "k": 4, "over": "topk"},
         "precondition": {"kind": "whiten", "power": 0.5}, "l1": 0.1,
     },
@@ -180,6 +180,26 @@ KINDS = {
 }  # fmt: skip
 
 
+class Waits(TorchDispatchMode):
+    """Notes the operations for which a host waits for its device (those a step might take)."""
+
+    KNOWN = ("nonzero", "_local_scalar_dense", "bincount", "masked_select", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if masks or name in self.KNOWN:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+WAITLESS = ("transcoder, multi", "matryoshka over topk", "group", "tied", "tied, l1")
 LONG = ("matryoshka by level", "transcoder, multi", "transcoder, gated")
 
 
@@ -198,20 +218,24 @@ def test_steps_without_and_with_dead_latents_are_autograds(kind: str) -> None:
     ],
 )  # fmt: skip
 def test_the_step_on_the_kernels_is_autograds(kind: str, dead: bool) -> None:
-    both(kind, [dead])
+    waits = both(kind, [dead])
+    if kind in WAITLESS:  # for the dead latents, and Adam's count
+        assert sorted(waits.found) == ["_local_scalar_dense", "nonzero"]
 
 
-def both(kind: str, dead: list[bool]) -> None:
-    """Train by both steps, at each one with some dead latents or none."""
-    run = config(**KINDS[kind], auxk=0.3, k_aux=5)
+def both(kind: str, dead: list[bool]) -> Waits:
+    """Train by both steps, at each one with some dead latents or none; returns when the kernels' step waited."""
+    run, waits = config(**KINDS[kind], auxk=0.3, k_aux=5), Waits()
     one, two = (member_of(run) for _ in range(2))
     mask = torch.rand(D_SAE, generator=torch.Generator().manual_seed(4)) < 0.3
     for number, some in enumerate(dead):
-        for member, step in ((one, gpu.triton_step), (two, eager_step)):
-            member.dead = mask & some
-            train(member, run, step, number, number + 1)
+        one.dead = two.dead = mask & some
+        with waits:
+            train(one, run, gpu.triton_step, number, number + 1)
+        train(two, run, eager_step, number, number + 1)
         assert (float(one.sums["auxk"]) > 0) == any(dead[: number + 1])
     same(one, two)
+    return waits
 
 
 @pytest.mark.usefixtures("twins")
@@ -260,33 +284,58 @@ def test_either_step_continues_the_other() -> None:
     same(three, two)
 
 
-@pytest.mark.usefixtures("twins")
-def test_a_run_goes_through_the_kernels_and_resumes_bit_for_bit(monkeypatch) -> None:
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch, twins: None) -> list[int]:  # noqa: ARG001
+    """The steps that the kernels take of runs, which may have them here."""
+    steps: list[int] = []
     monkeypatch.setattr(dispatch, "unfit_triton", lambda *_: None)
-    taken = []
     monkeypatch.setattr(
-        gpu, "triton_step", lambda *a, old=gpu.triton_step: taken.append(a[-1]) or old(*a)
+        gpu, "triton_step", lambda *a, old=gpu.triton_step: steps.append(a[-1]) or old(*a)
     )
-    run, source = config(k_aux=3), ArraySource(rows(3, 200))
-    whole, cut = (make_family(run, source.stats()) for _ in range(2))
+    return steps
 
-    def go(family, first: int, last: int, place=None):
-        stream = source.stream(BATCH, 0, place)
-        short = run.model_copy(update={"tokens": last * BATCH, "warmup": 0.0, "decay": 0.0})
-        with quiet("train", None, "tokens") as tick:
-            run_steps(short, family, stream, first, tick, lambda _: None)
-        return stream.state()
 
-    go(whole, 0, 14)
-    place = go(cut, 0, 12)  # the dead latents were found after step 10
-    again = make_family(run, source.stats())
+def go(run: TrainConfig, family, first: int, last: int, place=None):
+    """Take a run's steps from one to another; returns its place in the data."""
+    stream = ArraySource(rows(3, 200)).stream(BATCH, 0, place)
+    short = run.model_copy(update={"tokens": last * BATCH, "warmup": 0.0, "decay": 0.0})
+    with quiet("train", None, "tokens") as tick:
+        run_steps(short, family, stream, first, tick, lambda _: None)
+    return stream.state()
+
+
+def test_a_run_goes_through_the_kernels_and_resumes_bit_for_bit(taken) -> None:
+    run, stats = config(k_aux=3), ArraySource(rows(3, 200)).stats()
+    whole, cut = (make_family(run, stats) for _ in range(2))
+    go(run, whole, 0, 14)
+    place = go(run, cut, 0, 12)  # the dead latents were found after step 10
+    again = make_family(run, stats)
     (old,), (new,), (one,) = (f.members["acts"] for f in (cut, again, whole))
     assert old.dead.any()
     set_member_tensors(new, {k: v.clone() for k, v in member_tensors(old).items()}, "here")
-    go(again, 12, 14, place)
+    go(run, again, 12, 14, place)
     assert taken == [*range(14), *range(12), 12, 13]
     for name, tensor in member_tensors(one).items():
         assert torch.equal(tensor, member_tensors(new)[name]), name
+
+
+@pytest.mark.parametrize("kind", ["gated", "jumprelu"])
+def test_kinds_without_a_k_move_to_the_kernels_once_sparse_and_back(
+    kind: str, taken, monkeypatch
+) -> None:
+    run, stats = config(**KINDS[kind]), ArraySource(rows(3, 200)).stats()
+    ours, eager = (make_family(run, stats) for _ in range(2))
+    monkeypatch.setattr(dispatch, "LOOK_EVERY", 2)
+    for first, few in ((0, 1.0), (4, 0.0)):
+        monkeypatch.setattr(dispatch, "FEW", few)
+        go(run, ours, first, first + 4)
+    assert taken == [2, 3, 4, 5]
+    alone = run.model_copy(update={"kernels": "eager"})
+    for first in (0, 4):
+        go(alone, eager, first, first + 4)
+    (one,), (two,) = (family.members["acts"] for family in (ours, eager))
+    one.sparse = two.sparse
+    same(one, two)
 
 
 @pytest.mark.usefixtures("twins")
@@ -305,34 +354,13 @@ def test_the_benchmark_trains_the_same_member_both_ways() -> None:
     assert float(one[0].sums["sse"]) == pytest.approx(float(two[0].sums["sse"]), rel=0.05)
 
 
-class Waits(TorchDispatchMode):
-    """Notes the operations for which a host waits for its device (those a step might take)."""
-
-    KNOWN = ("nonzero", "_local_scalar_dense", "bincount", "masked_select", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put_") and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        if masks or name in self.KNOWN:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("kind", ["multi", "tied"])
-def test_steps_do_not_wait_for_the_device(kind: str) -> None:
+@pytest.mark.usefixtures("twins")
+@pytest.mark.parametrize("kind", WAITLESS)
+def test_later_steps_do_not_wait_for_the_device(kind: str) -> None:
     run = config(**KINDS[kind], k_aux=2)
     member = member_of(run, dead=True)
+    train(member, run, gpu.triton_step, 0, 1)
     with Waits() as waits:
-        train(member, run, gpu.triton_step, 0, 1)
-        assert waits.found.count("nonzero") == 1  # the dead latents, once
-        waits.found.clear()
         train(member, run, gpu.triton_step, 1, 2)
     assert waits.found == []
 

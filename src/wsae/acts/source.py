@@ -572,7 +572,7 @@ def _same_places(a: ActivationSource, b: ActivationSource) -> bool:
     if a is b:
         return True
     texts = [source.tokens() for source in (a, b)]
-    ids = [torch.empty(0) if text is None else text.ids for text in texts]
+    ids = [torch.empty(0, dtype=torch.int64) if text is None else text.ids for text in texts]
     return torch.equal(*ids) and all(
         torch.equal(one, other)
         for split in ("train", "heldout")

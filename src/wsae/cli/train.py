@@ -98,6 +98,8 @@ class Flags(Config):
             harvest = dict(source.get("harvest") or {})
             place = harvest.pop("model", source.get("path"))
             text = harvest.pop("text", {})
+            if crosscoder:
+                harvest.pop("hooks", None)
             said: dict[str, Any] = {
                 "hooks": source.get("hooks", ()),
                 **text,
@@ -106,15 +108,15 @@ class Flags(Config):
             }
             said["text"] = said.pop("path", None)
             if cfg.hook_out is not None:
-                said["hooks"] = tuple(cfg.hook_out)
-        flags = {FLAG_OF.get(name, name): value for name, value in said.items()}
+                said["hooks"] = list(cfg.hook_out)
+        flags = {FLAG_OF.get(name, name): value for name, value in said.items() if value != ()}
         known = {**LiveFlags.model_fields, **MixingFlags.model_fields}
         return (
             {name: value for name, value in flags.items() if name in known}
             | {name: value for name, value in cfg if name in PlanFlags.model_fields}
             | {"members": cfg.to_dict()["members"], "seed": cfg.seed}
             | ({"init_from": source["init_from"]} if "init_from" in source else {})
-            | ({} if cfg.hook_out is None else {"hook_out": tuple(cfg.hook_out.values())})
+            | ({} if cfg.hook_out is None else {"hook_out": list(cfg.hook_out.values())})
             | ({"crosscoder": crosscoder} if crosscoder else {})
             | ({} if place is None else {"source": place})
         )
@@ -122,19 +124,21 @@ class Flags(Config):
 
 class _Given(NamedTuple):
     source: dict[str, Any]
-    crosscoder: tuple[str, ...]
+    crosscoder: list[str]
 
 
 def _as_given(source: dict[str, Any]) -> _Given:
     """Return the record of a run's source as it is without --crosscoder, and what that flag said."""
     if source.get("kind") != "joined":
-        return _Given(source, ())
+        return _Given(source, [])
     inner = source["of"]
     rest = {key: value for key, value in source.items() if key not in ("kind", "of", "hooks")}
     if inner["kind"] != "aligned":
-        return _Given({**inner, **rest, "hooks": ()}, tuple(inner["hooks"]))
+        return _Given({**inner, **rest, "hooks": ()}, inner["hooks"])
     first, *others = inner["sources"]
-    return _Given({**first, **rest}, tuple(other["path"] for other in others))
+    alike = all(other["hooks"] == first["hooks"] for other in others)  # else each has one alone
+    own = {**first, **rest, "hooks": first["hooks"] if alike else ()}
+    return _Given(own, [other["path"] for other in others])
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:

@@ -125,9 +125,8 @@ class Errors:
         sources: tuple[SourcePart, ...] = (),
     ) -> None:
         self.mean = mean
-        of = torch.arange(len(sources)).repeat_interleave(
-            torch.tensor([s.width for s in sources]).long()
-        )
+        widths = torch.tensor([source.width for source in sources], dtype=torch.int64)
+        of = torch.arange(len(sources), dtype=torch.int64).repeat_interleave(widths)
         gammas = {f"@{name}": gamma for name, gamma in gammas.items()}
         gammas |= {f"[{s.name}]": (of == number).to(mean) for number, s in enumerate(sources)}
         self.names = list(gammas)

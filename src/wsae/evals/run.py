@@ -237,7 +237,7 @@ def evaluate(
     """
     if not isinstance(sae, SAE):
         raise UserError(f"evaluate: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
-    acts = sae.join(acts) if isinstance(acts, Mapping) else acts
+    acts = sae.join(acts) if isinstance(acts, Mapping) and sae.cfg.sources else acts
     path = as_path(acts)
     if path is not None and path.is_dir() and not is_folder_of_arrays(path):
         source: HeldOut = open_source(path)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
 
@@ -24,6 +24,20 @@ class SparseCode(NamedTuple):
         counts = self.offsets.diff()
         return torch.repeat_interleave(counts, output_size=len(self.indices))
 
+    def active(self) -> Int64[Tensor, ""]:
+        """Return the number of active latents, all rows together."""
+        return torch.count_nonzero(self.values)
+
+    def sums(self, d_sae: int, moments: bool) -> "CodeSums":
+        """Return sums over the rows; those of z and z^2 where asked for."""
+        fired = torch.zeros(d_sae, dtype=torch.int32, device=self.indices.device)
+        fired.index_add_(0, self.indices, (self.values != 0).int())
+        if not moments:
+            return CodeSums(self.batch, fired)
+        z = self.values.double()
+        both = [torch.bincount(self.indices, w, minlength=d_sae) for w in (z, z * z)]
+        return CodeSums(self.batch, fired, torch.stack(both))
+
     def where(self, kept: Bool[Tensor, " nnz"]) -> "SparseCode":
         """Return the entries for which `kept` is true."""
         offsets = offsets_of(self.rows()[kept], self.batch)
@@ -42,6 +56,24 @@ class SparseCode(NamedTuple):
         """Return z [batch, d_sae]."""
         z = self.values.new_zeros(self.batch, d_sae)
         return z.index_put((self.rows(), self.indices), self.values, accumulate=True)
+
+
+class CodeSums(NamedTuple):
+    """A batch's codes by their sums over the rows alone."""
+
+    batch: int
+    fired: Int[Tensor, " d_sae"]
+    """Rows in which each latent is active."""
+    moments: Float64[Tensor, "2 d_sae"] | None = None
+    """Of z and z^2."""
+
+    def active(self) -> Int64[Tensor, ""]:
+        """Return the number of active latents, all rows together."""
+        return self.fired.sum()
+
+    def sums(self, d_sae: int, moments: bool) -> "CodeSums":  # noqa: ARG002
+        """Return itself."""
+        return self
 
 
 def code_from_topk(

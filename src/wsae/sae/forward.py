@@ -250,7 +250,7 @@ def training_forward(
         return _dense_forward(sae, x, bf16, part)
     with torch.no_grad():
         centred = sae.centre(x)
-        pre = _product(sae, centred, bf16)
+        pre = product(sae, centred, bf16)
         chosen = part.choose(choice, pre)
     plan = Plan.build(chosen.indices, chosen.offsets, len(sae.W_dec))
     b_in = None if sae.b_in is None else part.shared(sae.b_in)
@@ -279,7 +279,7 @@ def training_forward(
 def _dense_forward(sae: SAE, x: Tensor, bf16: bool, part: Whole) -> Forward:
     """Run a kind that may have any number of active latents."""
     centred = x if sae.b_in is None else x - part.shared(sae.b_in)
-    pre = _product(sae, centred, bf16).to(x.dtype)
+    pre = product(sae, centred, bf16).to(x.dtype)
     norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else None
     entries = dense_entries(sae.arch, sae.cfg.activation, pre, sae.own, norms)
     x_hat, also = part.summed(entries.z @ sae.W_dec), ()
@@ -338,7 +338,8 @@ def revived(
     return part.summed(decode(pre.relu(), sae.W_dec, plan))
 
 
-def _product(sae: SAE, centred: Tensor, bf16: bool) -> Tensor:
+def product(sae: SAE, centred: Tensor, bf16: bool) -> Tensor:
+    """Return the pre-activations of centred rows, in bfloat16 where that is asked for."""
     if not bf16:
         return sae.pre(centred)
     low = centred.bfloat16() @ sae.W_enc.bfloat16()

@@ -492,7 +492,7 @@ class SAE(nn.Module):
 
     def _rows(self, x: object, width: int) -> tuple[Float[Tensor, "rows width"], torch.Size]:
         """Return x [..., width] as rows in the SAE's type, and its leading axes."""
-        if isinstance(x, Mapping):
+        if isinstance(x, Mapping) and self.cfg.sources is not None:
             x = self.join(x)
         given = x if isinstance(x, Tensor) else tensor(x, "input").to(self.W_dec.device)
         if given.ndim == 0 or given.shape[-1] != width:

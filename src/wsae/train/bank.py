@@ -34,6 +34,7 @@ from wsae.sae.stack import (
     thresholds,
 )
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig
+from wsae.train.descent import remove_radial_gradient, unit_rows_
 from wsae.train.family import FamilyState
 from wsae.train.penalty import at_own_pace, threshold_pace
 from wsae.train.state import (
@@ -45,7 +46,7 @@ from wsae.train.state import (
     latent_variance,
     make_batch,
 )
-from wsae.train.step import lr_factor, remove_radial_gradient, revival_loss, unit_rows_
+from wsae.train.step import lr_factor, revival_loss
 
 
 @dataclass

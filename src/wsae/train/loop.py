@@ -29,7 +29,7 @@ from wsae.train.family import FamilyState
 from wsae.train.loggers import current
 from wsae.train.metrics import JsonLines
 from wsae.train.state import make_batches, metrics_row
-from wsae.train.step import lr_factor, side_by_side
+from wsae.train.step import chosen, lr_factor, side_by_side
 
 if TYPE_CHECKING:
     from wsae.acts.live import SequenceStream
@@ -140,13 +140,18 @@ def run_steps(
     tick: Tick,
     on_step: Callable[[int], None],
 ) -> None:
-    """Train from step `first` to the end; `on_step(n)` is called after each step with the number done."""
+    """Train from step `first` to the end; `on_step(n)` is called after each step with the number done.
+
+    Raises UserError where `kernels` cannot train a member.
+    """
     if cfg.loss is not None:
         from wsae.train.endtoend import run_spliced
 
         run_spliced(cfg, family, cast("SequenceStream", stream), first, tick, on_step)
         return
     stream = cast(BatchStream, stream)
+    for _, member in family.all():
+        chosen(member, cfg, member.mean)  # refuses before any of them takes a step
     with side_by_side(cfg, family) as step_all:
         for step in range(first, cfg.steps):
             batch = stream.next()

@@ -21,12 +21,14 @@ from wsae.kernels.native.select import (
     Centred,
     RoundedEncoder,
     dimension_scales,
+    rank_levels,
     select_above,
     select_positive,
     select_topk,
     select_topk_shared,
 )
 from wsae.kernels.native.slices import (
+    Level,
     Residual,
     Slices,
     SortedPairs,
@@ -44,7 +46,6 @@ from wsae.sae.forward import (
     Whole,
     dead_by_level,
     level_of,
-    up_to,
 )
 from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
@@ -323,9 +324,10 @@ def native_step(
     if nested is None:
         main = _reconstruct(member, weights, code, target, b_dec, shown=shown)
     else:
-        level = level_of(nested, values.pre, part.first)
+        level = _level(nested, values.pre, part.first)
         main = _reconstruct_levels(member, weights, code, nested, level, target, b_dec, shown)
-        code = up_to(code, level, nested.main)
+        if nested.main < len(nested.weights) - 1:  # the others' are no part of the code
+            code = code._replace(values=code.values * (level <= nested.main))
     if values.gate is not None:
         by_gate = values.pre._replace(values=values.gate.detach())
         gated = _reconstruct(member, weights, by_gate, target, b_dec)
@@ -383,6 +385,11 @@ def _revive(
     return Revival(terms, torch.stack(losses).sum() if losses else None)
 
 
+def _level(nested: Nested, pre: SparseCode, first: int) -> Int64[Tensor, " pairs"]:
+    """Return the level of each pair; `first` is the number of the first latent here."""
+    return rank_levels(pre, nested.k) if nested.widths is None else level_of(nested, pre, first)
+
+
 def _reconstruct(
     member: MemberState,
     weights: Weights,
@@ -432,21 +439,22 @@ def _reconstruct_levels(  # noqa: PLR0913
     shown: int,
 ) -> Reconstructed:
     """Decode level upon level and take the weighted sum of ||Gamma (x_hat - target)||^2 back to z."""
-    rows, x_hat, error, places, pairs, left = code.rows(), None, None, [], [], []
+    x_hat, error, places, pairs, left = None, None, [], [], []
+    last = len(nested.weights) - 1
     start = None if start is None else member.part.once(start)
-    for number in range(len(nested.weights)):
-        here = (level == number).nonzero()[:, 0]
-        part = SparseCode(code.values[here], code.indices[here], offsets_of(rows[here], code.batch))
-        pairs.append(sort_pairs(part, weights.d_sae))
-        places.append(here[pairs[-1].order])
+    for number in range(last + 1):
+        pairs.append(sort_pairs(code, weights.d_sae, Level(level, number)))
+        places.append(pairs[-1].order)
         more = weights.decode(pairs[-1], code.values[places[-1]], len(target), start)
         more = member.part.over_latents(more)
         x_hat, start = more if x_hat is None else x_hat.add_(more), None
         error = _first_errors(x_hat, target, shown) if number == nested.main else error
-        left.append(_weighted_residual(x_hat.clone(), target, member.sae.gamma))
-    terms, dz, gradient = [], torch.empty_like(code.values), torch.zeros_like(left[0].gradient)
-    for number in reversed(range(len(pairs))):
-        gradient = gradient.add(left[number].gradient, alpha=nested.weights[number])
+        x_hat_here = x_hat if number == last else x_hat.clone()  # the residual takes its place
+        left.append(_weighted_residual(x_hat_here, target, member.sae.gamma))
+    terms, dz, gradient = [], torch.empty_like(code.values), None
+    for number in reversed(range(last + 1)):
+        own, weight = left[number].gradient, nested.weights[number]
+        gradient = own * weight if gradient is None else gradient.add(own, alpha=weight)
         along = weights.dots(pairs[number], gradient)
         dz.index_copy_(0, places[number], along)
         z = code.values[places[number]]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wsae.kernels import SparseCode
+from wsae.kernels import CodeSums, SparseCode
 from wsae.sae.forward import Coded
 from wsae.sae.loss import Price
 from wsae.train.config import MemberConfig, TrainConfig
@@ -76,7 +76,7 @@ HOLD = 0.3
 
 
 @torch.no_grad()
-def hold_l0(member: MemberState, code: SparseCode, pace: float) -> None:
+def hold_l0(member: MemberState, code: SparseCode | CodeSums, pace: float) -> None:
     """Multiply all thresholds by 1 + 0.3 sqrt(pace) (L0 / target - 1), with a batch's L0, twice the target at most.
 
     L0 falls where thresholds rise, whatever the learning rate, so this holds it where penalties alone leave it to how
@@ -85,7 +85,7 @@ def hold_l0(member: MemberState, code: SparseCode, pace: float) -> None:
     and the noise of single batches go.
     """
     assert member.cfg.target_l0 is not None
-    count, part = torch.count_nonzero(code.values).double(), member.part
+    count, part = code.active().double(), member.part
     L0 = part.over_latents(part.over_rows(count)) / (part.batch or code.batch)
     off = (L0 / member.cfg.target_l0 - 1).clamp_max(1)
     threshold = member.sae.own["threshold"]

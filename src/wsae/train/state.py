@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from wsae.kernels import SparseCode
+from wsae.kernels import CodeSums, SparseCode
 from wsae.kernels.native.weights import Weights
 from wsae.sae.architectures import PerBatch
 from wsae.sae.forward import WHOLE, Whole
@@ -195,7 +195,7 @@ THRESHOLD_DECAY = 0.95
 class StepResult(NamedTuple):
     """What one step found, detached."""
 
-    code: SparseCode
+    code: SparseCode | CodeSums
     loss: Float[Tensor, ""]
     reconstruction: Float[Tensor, ""]
     revival: Float[Tensor, ""]
@@ -219,19 +219,18 @@ def record(
     """
     sae, code, part = member.sae, result.code, member.part
     rows = part.batch or len(batch.x)
-    fired = torch.zeros_like(member.dead, dtype=torch.int32)
-    fired.index_add_(0, code.indices, (code.values != 0).int())
+    varies = member.cfg.gamma.rule == "latent_variance"
+    fired, moments = code.sums(len(member.dead), varies)[1:]
     member.since_fired.add_(rows).masked_fill_(part.over_rows(fired) > 0, 0)
-    if isinstance(sae.choice, PerBatch):
+    if isinstance(sae.choice, PerBatch) and isinstance(code, SparseCode):
         positive = torch.where(code.values > 0, code.values, torch.inf)
         least = positive.min() if len(positive) else positive.new_tensor(torch.inf)
         follow_threshold(sae.threshold, part.least(least))
     add_sums(member, batch, result)
-    if member.cfg.gamma.rule != "latent_variance":
+    if moments is None:
         return
-    z, decay = code.values.double(), run.latent_variance_decay
-    sums = [torch.bincount(code.indices, w, minlength=len(member.dead)) for w in (z, z * z)]
-    member.latent_moments.lerp_(part.over_rows(torch.stack(sums)) / rows, 1 - decay)
+    decay = run.latent_variance_decay
+    member.latent_moments.lerp_(part.over_rows(moments) / rows, 1 - decay)
     if (step + 1) % GAMMA_EVERY == 0:
         variance = latent_variance(member.latent_moments, step, decay) * member.scale**2
         decoder = sae.W_dec.detach() if W_dec is None else W_dec()
@@ -263,7 +262,7 @@ def add_sums(member: MemberState, batch: Batch, result: StepResult) -> None:
         sse, variance = undo(result.error).square().sum(), here.square().sum()
     losses = (result.loss, result.reconstruction, result.revival, sse)
     scaled = torch.stack([value.double() for value in (*losses, variance, weighted)])
-    counts = [torch.count_nonzero(result.code.values), zero + len(batch.x), zero + 1]
+    counts = [result.code.active(), zero + len(batch.x), zero + 1]
     sums = torch.cat([scaled * member.scale**2, torch.stack([n.double() for n in counts])])
     member.window += member.part.window(sums)
 

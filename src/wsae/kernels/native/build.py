@@ -35,7 +35,7 @@ KERNELS = {
     "set_threads": "N",
     "to_slices": "PPNNP",
     "from_slices": "PPNNP",
-    "sort_pairs": "PPNNNPPP",
+    "sort_pairs": "PPNNNPNPPP",
     "decode": "PPPPPNNNP",
     "dots": "PPPPNNNP",
     "residual": "PPPNNPP",
@@ -48,11 +48,12 @@ KERNELS = {
     "new_lists": "",
     "free_lists": "P",
     "collect": "PPP",
+    "rank_levels": "PNNNP",
     "keep_shared": "PNNNNPPPPP",
     "update_latents": "P",
 }
 """What each kernel takes: pointers (P) and 64-bit numbers (N)."""
-ALLOCATING = ("select_int8", "keep_shared", "sort_pairs", "dots", "update_latents")
+ALLOCATING = ("select_int8", "keep_shared", "rank_levels", "sort_pairs", "dots", "update_latents")
 """Kernels with working memory of their own: they return 1 when there is none left, 2 for a code that does not fit."""
 TIMEOUT = 300
 SWITCH = "WSAE_NATIVE"

@@ -44,22 +44,25 @@ struct Pairs {
   const int32_t* tokens;   // [pairs]
 };
 
-// Counting sort of token-major pairs by latent. `order` [pairs]: where each sorted pair stood.
-template <class Index>
+// Counting sort of token-major pairs by latent, of those for which `wanted(p)`. `order` [pairs]: where each stood.
+template <class Index, class Wanted>
 static inline void sort_by_latent(const Index* latents, const int64_t* token_offsets, int64_t tokens, int64_t d_sae,
-                                  int64_t* offsets, int32_t* order, int32_t* sorted_tokens) {
+                                  int64_t* offsets, int32_t* order, int32_t* sorted_tokens, Wanted wanted) {
   std::fill(offsets, offsets + d_sae + 1, 0);
   const int64_t pairs = token_offsets[tokens];
-  for (int64_t p = 0; p < pairs; p++) offsets[latents[p] + 1]++;
+  for (int64_t p = 0; p < pairs; p++) offsets[latents[p] + 1] += wanted(p);
   for (int64_t j = 0; j < d_sae; j++) offsets[j + 1] += offsets[j];
   std::vector<int64_t> next(offsets, offsets + d_sae);
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t p = token_offsets[t]; p < token_offsets[t + 1]; p++) {
+      if (!wanted(p)) continue;
       const int64_t place = next[latents[p]]++;
       order[place] = (int32_t)p;
       sorted_tokens[place] = (int32_t)t;
     }
 }
+
+static inline bool every_pair(int64_t) { return true; }
 
 // Into how many tasks a pass over the latents is cut: a thread that is held up keeps the others for one of them at most.
 static inline int64_t parts_for(int64_t threads) { return threads > 1 ? 8 * threads : 1; }

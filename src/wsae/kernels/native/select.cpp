@@ -201,6 +201,7 @@ struct Candidates {
   int32_t* index;
   int32_t count, fixed, capacity, wanted;
   float threshold;  // no latent below it is among the best
+  float inverse;    // 1 / the token's step
   float reach;      // a bound's distance from the approximation, per unit spread of the latent
   bool overflow;
 };
@@ -218,6 +219,7 @@ struct Job {
   const Selection& s;
   std::vector<float> inverse_dim;  // [d_in]
   std::vector<float> spread;       // [padded]: what bounds a latent's rounding error, see make_job
+  std::vector<float> offset;       // [padded]: bias less floor; what fills up a panel is out of reach
   std::vector<Token> tokens;       // as measured, not rounded yet
   int64_t steps, panels, groups, capacity;
   int lanes;  // rows of 8 bits a token takes: 1, or 2 for 16 bits
@@ -230,8 +232,9 @@ struct Chunk {
   std::vector<int8_t> q;       // [blocks][steps][14][4]
   std::vector<int32_t> start;  // -128 * sum of a token's rounded entries: undoes the 128 added to the weights
   std::vector<Token> tokens;
-  std::vector<float> upper, scratch;
-  std::vector<int32_t> index;
+  std::vector<float> scratch;
+  std::unique_ptr<float[]> upper;  // not filled with zeros: most of the room is for few tokens
+  std::unique_ptr<int32_t[]> index;
   std::vector<Candidates> candidates;
 };
 
@@ -354,8 +357,8 @@ void prepare(const Job& job, const float* rows, int64_t first, int64_t count, bo
   w.start.assign(blocks * TOKENS, 0);
   w.tokens.assign(blocks * held, {});
   w.candidates.resize(blocks * held);
-  w.upper.resize(blocks * held * room);
-  w.index.resize(blocks * held * room);
+  w.upper.reset(new float[blocks * held * room]);
+  w.index.reset(new int32_t[blocks * held * room]);
   for (int64_t t = 0; t < blocks * held; t++) {
     Token& token = w.tokens[t];
     if (t < count) token = job.tokens[first + t];
@@ -369,24 +372,25 @@ void prepare(const Job& job, const float* rows, int64_t first, int64_t count, bo
     // above LOWEST: what fills up a panel has none
     const float start = std::max(LOWEST, std::max(guess ? token.guess : LOWEST, job.s.above) / token.step);
     const float own = job.lanes > 1 ? std::sqrt(token.kappa(job.e.d_in)) : 1;
-    w.candidates[t] = {w.upper.data() + t * room, w.index.data() + t * room, 0, 0, (int32_t)job.capacity,
-                       (int32_t)job.s.k, idle ? -LOWEST : start, MARGIN / std::sqrt(12.0f) * own, false};
+    w.candidates[t] = {w.upper.get() + t * room, w.index.get() + t * room, 0, 0, (int32_t)job.capacity,
+                       (int32_t)job.s.k, idle ? -LOWEST : start, 1 / token.step, MARGIN / std::sqrt(12.0f) * own, false};
   }
 }
 
 // Compare one tile with the tokens' thresholds.
-inline void sift(const Job& job, const int32_t* acc, const float* scale, const float* offset, const float* spread,
-                 int32_t first, int64_t shift, const Token* tokens, Candidates* candidates, std::vector<float>& scratch) {
-  const __m512 s0 = _mm512_load_ps(scale), s1 = _mm512_load_ps(scale + 16);
-  const __m512 o0 = _mm512_load_ps(offset), o1 = _mm512_load_ps(offset + 16);
-  const __m512 r0 = _mm512_load_ps(spread), r1 = _mm512_load_ps(spread + 16);
-  for (int m = 0; m < job.held(); m++) {
+inline void sift(const Job& job, const int32_t* acc, int64_t place, int32_t first, int64_t shift, Candidates* candidates, std::vector<float>& scratch) {
+  const float *scale = job.e.scale + place, *offset = job.offset.data() + place, *spread = job.spread.data() + place;
+  const __m512 s0 = _mm512_loadu_ps(scale), s1 = _mm512_loadu_ps(scale + 16);
+  const __m512 o0 = _mm512_loadu_ps(offset), o1 = _mm512_loadu_ps(offset + 16);
+  const __m512 r0 = _mm512_loadu_ps(spread), r1 = _mm512_loadu_ps(spread + 16);
+  const int lanes = job.lanes, held = job.held();
+  for (int m = 0; m < held; m++) {
     Candidates& c = candidates[m];
-    const __m512 inverse = _mm512_set1_ps(1 / tokens[m].step), reach = _mm512_set1_ps(c.reach);
+    const __m512 inverse = _mm512_set1_ps(c.inverse), reach = _mm512_set1_ps(c.reach);
     __m512 limit = _mm512_set1_ps(c.threshold);
-    const int32_t* row = acc + m * job.lanes * PANEL;
+    const int32_t* row = acc + m * lanes * PANEL;
     __m512 a0 = _mm512_cvtepi32_ps(_mm512_load_si512(row)), a1 = _mm512_cvtepi32_ps(_mm512_load_si512(row + 16));
-    if (job.lanes > 1) {
+    if (lanes > 1) {
       const __m512 narrow = _mm512_set1_ps(1 / FINE);
       a0 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(row + PANEL)), narrow, a0);
       a1 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(row + PANEL + 16)), narrow, a1);
@@ -412,21 +416,13 @@ void scan(const Job& job, Chunk& w) {
   const Encoder& e = job.e;
   const int64_t held = job.held(), blocks = w.tokens.size() / held;
   alignas(64) int32_t acc[TOKENS * PANEL];
-  alignas(64) float scale[PANEL], offset[PANEL], spread[PANEL];
   for (int64_t g = 0; g < job.groups; g++) {
     const int64_t shift = g * (job.panels * PANEL - e.group);
     for (int64_t p = 0; p < job.panels; p++) {
       const int64_t place = (g * job.panels + p) * PANEL, first = g * e.group + p * PANEL;
-      const int64_t real = std::min<int64_t>(PANEL, e.group - p * PANEL);
-      for (int64_t i = 0; i < PANEL; i++) {
-        const bool there = i < real;
-        scale[i] = there ? e.scale[place + i] : 0;
-        spread[i] = there ? job.spread[place + i] : 0;
-        offset[i] = there ? (e.bias ? e.bias[first + i] : 0) - (e.floor ? e.floor[first + i] : 0) : -INFINITY;
-      }
       for (int64_t b = 0; b < blocks; b++) {
         tile(w.q.data() + b * job.steps * TOKENS * 4, e.packed + place * job.steps * 4, job.steps, &w.start[b * TOKENS], acc);
-        sift(job, acc, scale, offset, spread, (int32_t)first, shift, &w.tokens[b * held], &w.candidates[b * held], w.scratch);
+        sift(job, acc, place, (int32_t)first, shift, &w.candidates[b * held], w.scratch);
       }
     }
     for (Candidates& c : w.candidates) close_group(job, c, shift, w.scratch, g + 1 == job.groups);
@@ -538,7 +534,7 @@ void compute_exactly(const Job& job, const float* slices_of_x, int64_t count, Ro
   std::vector<int64_t> offsets(e.d_sae + 1);
   std::vector<int32_t> order(n), tokens(n);
   std::vector<float> sorted(n);
-  sort_by_latent(r.latents.data(), r.offsets.data(), count, e.d_sae, offsets.data(), order.data(), tokens.data());
+  sort_by_latent(r.latents.data(), r.offsets.data(), count, e.d_sae, offsets.data(), order.data(), tokens.data(), every_pair);
   const Pairs pairs{offsets.data(), tokens.data()};
   const std::vector<int64_t> borders = split(offsets.data(), e.d_sae, parts, PANEL, 1);
   share_out(parts, 1, [&](int64_t part, int64_t) {
@@ -588,8 +584,8 @@ Round run_round(const Job& job, const float* x, const float* slices_of_x, int64_
 }
 
 Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch, int lanes) {
-  Job job{e, s, {}, {}, std::vector<Token>(batch), (e.d_in + 3) / 4, (e.group + PANEL - 1) / PANEL, e.d_sae / e.group, 0, lanes};
-  job.capacity = s.k > 0 ? 2 * job.groups * s.k + s.k / 2 + 128 : std::max<int64_t>(1024, e.d_sae / 16);
+  Job job{e, s, {}, {}, {}, std::vector<Token>(batch), (e.d_in + 3) / 4, (e.group + PANEL - 1) / PANEL, e.d_sae / e.group, 0, lanes};
+  job.capacity = s.k > 0 ? 2 * job.groups * s.k + s.k / 2 + 128 : std::max<int64_t>(1024, e.d_sae / 4);
   job.inverse_dim.resize(e.d_in);
   for (int64_t i = 0; i < e.d_in; i++) job.inverse_dim[i] = 1 / e.dim[i];
   // Rounding errors are uniform in one step, so of variance step^2 / 12 per entry. In units of the token's step the
@@ -604,6 +600,9 @@ Job make_job(const Encoder& e, const Selection& s, const float* x, int64_t batch
   const float narrow = lanes > 1 ? 1 / (FINE * FINE * least) : 1, wide = lanes > 1 ? 1 : most;
   const int64_t padded = padded_latents(e.d_sae, e.group);
   job.spread.resize(padded);
+  job.offset.assign(padded, -INFINITY);
+  for (int64_t j = 0; j < e.d_sae; j++)
+    job.offset[j / e.group * job.panels * PANEL + j % e.group] = (e.bias ? e.bias[j] : 0) - (e.floor ? e.floor[j] : 0);
   for (int64_t j = 0; j < padded; j++)
     job.spread[j] = std::sqrt(narrow * e.norm[j] * e.norm[j] + wide * e.scale[j] * e.scale[j]);
   return job;
@@ -688,6 +687,20 @@ void free_lists(Lists* lists) { delete lists; }
 void collect(const Lists* lists, float* values, int64_t* indices) {
   std::copy(lists->values.begin(), lists->values.end(), values);
   std::copy(lists->indices.begin(), lists->indices.end(), indices);
+}
+
+// level [batch, wide]: 0 for the k largest of a row, ties to the first, and 1 for the rest.
+int64_t rank_levels(const float* values, int64_t batch, int64_t wide, int64_t k, int64_t* level) {
+  return status_of([=] {
+    share_out(batch, TOGETHER, [=](int64_t first, int64_t last) {
+      std::vector<int32_t> scratch;
+      for (int64_t t = first; t < last; t++) {
+        const float *row = values + t * wide, least = kth_largest(row, wide, k, scratch);
+        int64_t room = k - std::count_if(row, row + wide, [=](float v) { return v > least; });
+        for (int64_t i = 0; i < wide; i++) level[t * wide + i] = !(row[i] > least || (!(row[i] < least) && room-- > 0));
+      }
+    });
+  });
 }
 
 // Of the entries that this one of `parts` selections found [batch, k], keep those among each token's k largest of all

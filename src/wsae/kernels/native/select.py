@@ -220,6 +220,15 @@ def _best(
     return _Best(values, indices)
 
 
+def rank_levels(code: SparseCode, k: int) -> Int64[Tensor, " pairs"]:
+    """Return 0 for the k largest of each row and 1 for the rest (as `wsae.sae.forward.level_by_rank`)."""
+    n, batch = len(code.values), code.batch
+    values, level = code.values.contiguous(), empty(n, dtype=torch.int64)
+    wide = n // max(1, batch)
+    library().rank_levels(address(values, n), batch, wide, k, address(level, n, dtype=torch.int64))
+    return level
+
+
 def select_above(
     encoder: RoundedEncoder,
     W: Slices,

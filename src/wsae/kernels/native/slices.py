@@ -93,13 +93,25 @@ class SortedPairs(NamedTuple):
         )
 
 
-def sort_pairs(code: SparseCode, d_sae: int) -> SortedPairs:
-    """Sort a code's pairs by latent (as `wsae.kernels.sparse.Plan`); raises ValueError for a latent that is none."""
+class Level(NamedTuple):
+    """One of the levels of a code's pairs."""
+
+    of: Int64[Tensor, " pairs"]
+    """The level of each pair."""
+    number: int
+
+
+def sort_pairs(code: SparseCode, d_sae: int, level: Level | None = None) -> SortedPairs:
+    """Sort a code's pairs, or those of a level, by latent (as `wsae.kernels.sparse.Plan`).
+
+    Raises ValueError for a latent that is none.
+    """
     n, long, short = len(code.indices), torch.int64, torch.int32
+    kept = n if level is None else int((level.of == level.number).sum())
     offsets, order, tokens = (
         empty(d_sae + 1, dtype=long),
-        empty(n, dtype=short),
-        empty(n, dtype=short),
+        empty(kept, dtype=short),
+        empty(kept, dtype=short),
     )
     indices, starts = code.indices.contiguous(), code.offsets.contiguous()
     library().sort_pairs(
@@ -108,9 +120,11 @@ def sort_pairs(code: SparseCode, d_sae: int) -> SortedPairs:
         code.batch,
         n,
         d_sae,
+        address(None if level is None else level.of, n, dtype=long),
+        0 if level is None else level.number,
         address(offsets, d_sae + 1, dtype=long),
-        address(order, n, dtype=short),
-        address(tokens, n, dtype=short),
+        address(order, kept, dtype=short),
+        address(tokens, kept, dtype=short),
     )
     return SortedPairs(offsets, tokens, order.long())
 

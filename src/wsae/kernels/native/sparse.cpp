@@ -46,14 +46,19 @@ void from_slices(const float* in, const float* scale, int64_t n, int64_t d_in, f
   });
 }
 
-// 2 when a latent or an offset is out of its range.
+// With `level` [pairs] those of one level alone. 2 when a latent or an offset is out of its range.
 int64_t sort_pairs(const int64_t* latents, const int64_t* token_offsets, int64_t tokens, int64_t pairs, int64_t d_sae,
-                   int64_t* offsets, int32_t* order, int32_t* sorted_tokens) {
+                   const int64_t* level, int64_t number, int64_t* offsets, int32_t* order, int32_t* sorted_tokens) {
   bool fits = tokens >= 0 && token_offsets[0] == 0 && token_offsets[tokens] == pairs;
   for (int64_t t = 0; t < tokens; t++) fits &= token_offsets[t] <= token_offsets[t + 1];
   for (int64_t p = 0; p < pairs; p++) fits &= (uint64_t)latents[p] < (uint64_t)d_sae;
   if (!fits) return 2;
-  return status_of([&] { sort_by_latent(latents, token_offsets, tokens, d_sae, offsets, order, sorted_tokens); });
+  return status_of([&] {
+    if (level)
+      sort_by_latent(latents, token_offsets, tokens, d_sae, offsets, order, sorted_tokens, [=](int64_t p) { return level[p] == number; });
+    else
+      sort_by_latent(latents, token_offsets, tokens, d_sae, offsets, order, sorted_tokens, every_pair);
+  });
 }
 
 // out[token] = start + sum of values * row_scale * W[latent].
