@@ -91,7 +91,7 @@ class _Sums:
             self.moments += torch.stack([exact.sum(0), exact.square().sum(0)])
 
 
-class _Rows(NamedTuple):
+class _Piece(NamedTuple):
     """Some rows of a batch."""
 
     x: Float[Tensor, "rows d_in"]
@@ -115,7 +115,7 @@ def dense_step(
     norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else None
     for first in range(0, n, ROWS):
         part = slice(first, first + ROWS)
-        rows = _Rows(batch.x[part], batch.target[part], n, first == 0)
+        rows = _Piece(batch.x[part], batch.target[part], n, first == 0)
         _add_rows(sums, member, rows, norms, price, run.dtype == "bfloat16")
     _set_gradients(sums, norms)
     move_(member, rate, run)
@@ -132,7 +132,7 @@ def dense_step(
 def _add_rows(
     sums: _Sums,
     member: MemberState,
-    rows: _Rows,
+    rows: _Piece,
     norms: Tensor | None,
     price: Price,
     bf16: bool,
@@ -173,7 +173,7 @@ def _add_rows(
 
 
 def _residual(
-    sums: _Sums, name: str, z: Float[Tensor, "rows d_sae"], rows: _Rows
+    sums: _Sums, name: str, z: Float[Tensor, "rows d_sae"], rows: _Piece
 ) -> tuple[Float[Tensor, "rows d_out"], Float[Tensor, "rows d_out"]]:
     """Return x_hat - x and dL/dx_hat of a code, and add to its loss."""
     sae = sums.sae

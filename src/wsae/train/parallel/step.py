@@ -379,11 +379,12 @@ def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
         return None
     last, arch = chunk_part(whole.d_sae, parts, parts - 1), architecture_of(whole.activation)
     names = [*arch.parameters, "threshold", "b_enc"]
-    choice = arch.choose(whole.activation, dict.fromkeys(names, torch.zeros(())))
+    choice = arch.choose(
+        whole.activation, dict.fromkeys(names, torch.zeros((), dtype=torch.float32))
+    )
     groups, k = isinstance(choice, PerGroup), getattr(choice, "k", 1)
-    fewest = (
-        whole.d_sae if groups else last.stop - last.start
-    )  # groups are shared out, a row's k are not
+    # groups are shared out, a row's k are not
+    fewest = whole.d_sae if groups else last.stop - last.start
     nested = None if arch.nested is None else arch.nested(whole.activation, whole.d_sae)
     if nested is not None and nested.level_auxk:
         return "the levels by which it revives dead latents lie on several processes"
