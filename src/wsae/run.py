@@ -139,6 +139,8 @@ class EvaluatedMember(Form):
 
     metrics: dict[Text, MetricForm] = {}
     gamma: GammaForm | None = None
+    sources: dict[Text, dict[Text, Count]] | None = None
+    """Whose a crosscoder's live latents are (`wsae.evals.latents.whose`)."""
 
 
 class EvaluatedHook(Form):

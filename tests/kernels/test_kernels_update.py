@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from wsae.kernels import code_from_topk
 from wsae.kernels.sparse import Plan
-from wsae.kernels.update import AdamStep, SparseGrad, adam_rows_, update_rows_
+from wsae.kernels.update import SGD, Adam, AdamStep, SparseGrad, adam_rows_, update_rows_
 
 
 @pytest.mark.parametrize("unit", [False, True])
@@ -36,6 +37,34 @@ def test_a_run_equals_torch_adam_with_unit_rows(unit, dtype, shape) -> None:
     state = optimizer.state[theirs]
     assert torch.equal(m, state["exp_avg"])
     assert torch.equal(v, state["exp_avg_sq"])
+
+
+def test_the_optimisers_are_torchs_to_the_bit() -> None:
+    """Parameters of two types, one without a gradient at times, a learning rate that moves."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {torch.float32: [(5, 7), (3,)], torch.float64: [(2, 2)]}
+    starts = [torch.randn(*s, generator=g, dtype=t) for t, found in shapes.items() for s in found]
+    for mine, its in ((Adam, {"fused": True}), (SGD, None)):
+        ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+        own = mine(ours, 0.1)
+        other = (
+            torch.optim.SGD(theirs, 0.1) if its is None else torch.optim.Adam(theirs, 0.1, **its)
+        )
+        for step in range(1, 7):
+            own.lr = other.param_groups[0]["lr"] = 0.1 / step
+            for number, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+                grad = torch.randn(p.shape, generator=g, dtype=p.dtype)
+                some = number != 1 or step % 2 == 0
+                p.grad, q.grad = (grad.clone() if some else None for _ in range(2))
+            own.step()
+            other.step()
+            assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+        if isinstance(own, Adam):
+            for p, q in zip(ours, theirs, strict=True):
+                assert own.state[p].keys() == other.state[q].keys()
+                assert all(
+                    torch.equal(own.state[p][key], other.state[q][key]) for key in own.state[p]
+                )
 
 
 def test_betas_and_eps_are_torchs() -> None:

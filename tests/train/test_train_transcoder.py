@@ -131,7 +131,7 @@ CASES = {
         "gamma": {"rule": "latent_variance"},
         "activation": {"kind": "batch_topk", "k": 4},
     },
-    "jumprelu": {"activation": {"kind": "jumprelu", "threshold": 0.3}, "l0": 3e-3},
+    "jumprelu": {"activation": {"kind": "jumprelu", "threshold": 0.1}, "l0": 3e-3},
     "gated, skip": {"activation": {"kind": "gated"}, "l1": 0.05, "skip": True},
     "matryoshka, skip": {
         "activation": {"kind": "matryoshka", "k": 4, "widths": (8, 20)},

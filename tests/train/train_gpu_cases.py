@@ -327,7 +327,7 @@ def test_kinds_without_a_k_move_to_the_kernels_once_sparse_and_back(
     ours, eager = (make_family(run, stats) for _ in range(2))
     monkeypatch.setattr(dispatch, "LOOK_EVERY", 2)
     for first, few in ((0, 1.0), (4, 0.0)):
-        monkeypatch.setattr(dispatch, "FEW", few)
+        monkeypatch.setattr(dispatch, "FEW_ON_GPU", few)
         go(run, ours, first, first + 4)
     assert taken == [2, 3, 4, 5]
     alone = run.model_copy(update={"kernels": "eager"})

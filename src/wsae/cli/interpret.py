@@ -233,7 +233,10 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         planned = plan_run(opened.path, source, cfg, ui.progress, llm=judges.get("llm"))
         return {"run": str(flags.run), "plan": {name: vars(part) for name, part in planned.items()}}
     if "surprisal" in cfg.scores or "random_model" in cfg.controls:
-        judges["language"] = language_of(source, where)
+        whole = getattr(source, "whole", source)  # of a crosscoder's hooks
+        if whole is not source and "random_model" in cfg.controls:
+            raise UserError("control random_model: is for SAEs of one hook; leave it out")
+        judges["language"] = language_of(whole, where)
     from wsae.evals.interpret.run import interpret_run
     from wsae.evals.interpret.summary import agreement
 

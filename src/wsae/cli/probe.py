@@ -109,6 +109,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         raise UserError(f"--text {text.path}: needs --label COLUMN, the class of each record")
     source = data_of(opened, where, flags.source, _asked(flags, text, opened), flags.common.seed)
     if text is not None and label is not None:
+        if hasattr(source, "whole"):  # a crosscoder's
+            raise UserError(f"--label {label}: is for SAEs of one hook; leave --text and it out")
         corpus = read_corpus(text, label, flags.labels.spurious, cfg, ui.progress)
     language = None if corpus is None else language_of(source, where)
     record = probe_run(opened.path, source, cfg, corpus, language, ui.progress, where)

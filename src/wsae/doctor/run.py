@@ -379,9 +379,11 @@ def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check
 
 
 def _run_data(cfg: DoctorConfig, source: dict[str, Any], progress: Progress) -> list[Check]:
-    """Check the data that a run was trained on: its store, its array, or its model's hooks."""
+    """Check the data that a run was trained on: its stores, its arrays, or its model's hooks."""
     if source.get("kind") == "live":
         return examine_live(source.get("harvest"), cfg.device)
+    if parts := source.get("sources") or ([source["of"]] if "of" in source else []):
+        return [check for part in parts for check in _run_data(cfg, part, progress)]
     path = source.get("path")
     if path is None or not Path(path).exists():
         value = "an array in memory" if path is None else f"{path}: no longer there"

@@ -3,11 +3,12 @@
 This is the CPU path and the specification of the kernels in `wsae.kernels.triton.update`.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsae.kernels.sparse import Plan
 
@@ -20,6 +21,87 @@ class AdamStep(NamedTuple):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+
+
+class Adam:
+    """torch.optim.Adam with `fused`, to the bit.
+
+    The constructor of PyTorch's own loads its compiler, which takes a second in every process that trains.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        self.parameters, self.lr = list(parameters), lr
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        """What each has by now: the number of its steps, and the running means of its gradients and their squares."""
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return a parameter's state, made where there is none."""
+        if not (state := self.state.setdefault(parameter, {})):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter.detach())
+            state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+        return state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                by_type.setdefault(parameter.dtype, []).append(parameter)
+        for moved in by_type.values():
+            states = [self.moments(parameter) for parameter in moved]
+            for state, parameter in zip(states, moved, strict=True):
+                state["step"] = state["step"].to(parameter.device)  # a checkpoint's lies on the CPU
+            counts = [state["step"] for state in states]
+            torch._foreach_add_(counts, 1)
+            _fused_adam_(
+                [parameter.detach() for parameter in moved],
+                [parameter.grad for parameter in moved if parameter.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                counts,
+                AdamStep(self.lr, 0),
+            )
+
+
+class SGD:
+    """Plain gradient descent."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        self.parameters, self.lr = list(parameters), lr
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.add_(parameter.grad, alpha=-self.lr)
+
+
+def _fused_adam_(
+    W: list[Tensor],
+    grad: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    counts: list[Tensor],
+    adam: AdamStep,
+) -> None:
+    torch._fused_adam_(
+        W,
+        grad,
+        m,
+        v,
+        [],  # no running maximum of v: amsgrad is off
+        counts,
+        lr=adam.lr,
+        beta1=adam.beta1,
+        beta2=adam.beta2,
+        weight_decay=0.0,
+        eps=adam.eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class SparseGrad(NamedTuple):
@@ -53,21 +135,8 @@ def adam_rows_(
     """
     if unit:
         grad.addcmul_(W, torch.linalg.vecdot(grad, W, dim=1)[:, None], value=-1)
-    torch._fused_adam_(
-        [W],
-        [grad],
-        [m],
-        [v],
-        [],  # no running maximum of v: amsgrad is off
-        [torch.tensor(float(adam.step), dtype=torch.float32, device=W.device)],
-        lr=adam.lr,
-        beta1=adam.beta1,
-        beta2=adam.beta2,
-        weight_decay=0.0,
-        eps=adam.eps,
-        amsgrad=False,
-        maximize=False,
-    )
+    count = torch.tensor(float(adam.step), dtype=torch.float32, device=W.device)
+    _fused_adam_([W], [grad], [m], [v], [count], adam)
     if unit:
         unit_rows_(W)
 

@@ -412,13 +412,18 @@ def _density_bars(chart: Chart, low: float, dead: int, kind: str, tip: str) -> N
 def source_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw whose the live latents of each crosscoder are: histograms of their relative norms, over the plain twin's."""
     found = run.evaluated(hook).get("members", {})
-    out = []
-    names = list(next((m["sources"]["alone"] for m in found.values() if "sources" in m), ()))
+    counted = (m["sources"] for m in found.values() if m.get("sources"))
+    names = list(next(counted, {}).get("alone", ()))
+    text = (
+        "Norm of a live latent's decoder row in one source, divided by the sum of its norms in all; "
+        "all sources at the same scale. Line: the same in each. Grey: the plain twin."
+    )
+    density, out = _pool(run, hook, "density"), []
     for source in names[1:] if len(names) == 2 else names:
         pool = _pool(run, hook, f"{RELATIVE_NORM}[{source}]")
-        live = {name: _pool(run, hook, "density")[name] > 0 for name in pool}
-        bars = {name: np.histogram(r[live[name]], _SHARES)[0] for name, r in pool.items()}
-        top = max(1.0, 1.06 * max(float(counts.max()) for counts in bars.values()))
+        pool = {name: r[density[name] > 0] for name, r in pool.items() if name in density}
+        bars = {name: np.histogram(r, _SHARES)[0].astype(float) for name, r in pool.items()}
+        top = max([1.0, *(1.06 * float(counts.max()) for counts in bars.values())])
         label = f"relative norm: 0 is {names[0]} alone, 1 is {source} alone"
         label = label if len(names) == 2 else f"relative norm of {source}"
         for title, twin, member in _beside(run, hook, pool):
@@ -426,14 +431,9 @@ def source_figures(run: RunData, hook: str) -> list[Figure]:
             chart = Chart(f"Relative norms of {member} in {source}", x, y)
             chart.rule(1 / len(names), 0.0, 1 / len(names), top)
             for name in filter(None, dict.fromkeys((twin, member))):
-                chart.steps(_SHARES, bars[name].astype(float).tolist(), run.kind(hook, name), name)
-            text = (
-                "Norm of a live latent's decoder row in one source, divided by the sum of its norms in all; "
-                "all sources at the same scale. Line: the same in each. Grey: the plain twin."
-            )
-            out.append(
-                Figure(title if len(names) == 2 else f"{source}: {title}", text, chart.svg())
-            )
+                chart.steps(_SHARES, bars[name].tolist(), run.kind(hook, name), name)
+            title = title if len(names) == 2 else f"{source}: {title}"
+            out.append(Figure(title, text, chart.svg()))
     return out
 
 

@@ -305,13 +305,12 @@ def measures(run: RunData) -> list[Measure]:
     by_class = (key for key in CLASSES if any(n.endswith(f"|{key}") for n in run.by_class))
     basic = {measure.key for measure in BASIC}
     names = [key for key in dict.fromkeys([*scores, *by_class]) if key not in basic]
-    shares = dict.fromkeys(
-        key.rpartition("|")[2] for key in run.arrays if f"|{RELATIVE_NORM}[" in key
-    )
+    evaluated = (m for hook in run.hooks for m in run.evaluated(hook).get("members", {}).values())
+    sources = dict.fromkeys(s for m in evaluated for s in (m.get("sources") or {}).get("alone", ()))
     return [
         *BASIC,
-        *(Measure(key, key.partition("[")[2][:-1], _SHARE) for key in shares),
         *(Measure(key, score_name(key), meaning(told.get(key, {}))) for key in names),
+        *(Measure(f"{RELATIVE_NORM}[{name}]", f"in {name}", _SHARE) for name in sources),
     ]
 
 

@@ -38,6 +38,10 @@ def model_of(run: Path) -> ModelName:
     harvest = source.get("harvest") or _store_config(source)
     name = harvest.get("model") or source.get("model")
     if not isinstance(name, str):
+        if source.get("kind") == "joined":
+            return ModelName(
+                "", "a crosscoder reads several hooks together and is not put into a model"
+            )
         return ModelName("", "the run's data are arrays, not the activations of a known model")
     if harvest.get("images") is not None or (harvest and "text" not in harvest):
         return ModelName("", "the run's data are of images")

@@ -18,6 +18,7 @@ from torch import Tensor
 from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
+from wsae.kernels.update import SGD, Adam
 from wsae.sae.architectures import PerBatch
 from wsae.sae.config import ReLU
 from wsae.sae.forward import training_forward
@@ -178,12 +179,9 @@ class Chunk:
         self.lr = first.learning_rate(self.stack.cfg.d_in)
         self.pace = 1.0
         """How many times that the learning rate of thresholds is."""
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer = {"adam": Adam, "sgd": SGD}[cfg.optimizer](self.stack.parameters(), self.lr)
         if cfg.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(self.stack.parameters(), lr=self.lr, fused=True)
             self.pace = threshold_pace(first, self.stack.cfg.d_in, cfg.steps)
-        else:
-            self.optimizer = torch.optim.SGD(self.stack.parameters(), lr=self.lr)
         gammas = [g if g.ndim == 2 else g[None] for g in (entry.sae.gamma for entry in entries)]
         self.gamma = torch.stack(gammas).to(device, dtype)
         """[members, rows, d_in]; rows is 1 for weights per dimension, d_in for a matrix."""
@@ -239,8 +237,7 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
             parameter.grad = None
         loss.sum().backward()
     rate = chunk.lr * lr_factor(step, cfg.steps, cfg.warmup, cfg.decay)
-    for group in chunk.optimizer.param_groups:
-        group["lr"] = rate
+    chunk.optimizer.lr = rate
     with torch.no_grad():
         remove_radial_gradient(stack)
         with at_own_pace(thresholds(stack), chunk.pace):

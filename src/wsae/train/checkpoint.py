@@ -98,7 +98,7 @@ def member_tensors(member: MemberState) -> dict[str, Tensor]:
     """Return everything of a member that changes during training."""
     with as_usual(member):
         tensors = {f"sae.{k}": v for k, v in member.sae.tensors().items()}
-        for i, parameter in enumerate(member.optimizer.param_groups[0]["params"]):
+        for i, parameter in enumerate(member.optimizer.parameters):
             for key, value in member.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{i}.{key}"] = value
     tensors |= {f"sum.{k}": v for k, v in member.sums.items()}
@@ -119,7 +119,7 @@ def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: s
         if rest:
             parts[head][rest] = value
     member.sae.set_tensors(parts["sae"], where)
-    for i, parameter in enumerate(member.optimizer.param_groups[0]["params"]):
+    for i, parameter in enumerate(member.optimizer.parameters):
         prefix = f"{i}."
         state = {
             k.removeprefix(prefix): v for k, v in parts["adam"].items() if k.startswith(prefix)

@@ -56,10 +56,9 @@ class MemberConfig(Config):
     k_aux: PositiveInt | None = None
     """Dead latents that model the residual; default: d_in / 2."""
     encoder_scale: PositiveFloat | None = Field(default=None, allow_inf_nan=False)
-    """Norm of the encoder's rows at the start (untied; the decoder's are 1). Default, near the scale of least squared
-    error: 1 / sqrt(3) for the Top-k kinds and with target_l0, 1 / (1 + d_sae / (2 d_in)) for others, of whose latents
-    half begin active (rows of norm 1 start with too long reconstructions); a transcoder's is found from its first
-    batch."""
+    """Norm of the encoder's rows at the start (untied; the decoder's are 1). Default: 1 / sqrt(3) for the Top-k kinds
+    and with target_l0, near the scale of least squared error; for others, of whose latents half begin active, 0.1 or,
+    if less, that scale: 1 / (1 + d_sae / (2 d_in)). A transcoder's is found from its first batch."""
     label: str | None = None
     """Name of the member; by default made from what it is."""
     skip: bool | None = None
@@ -165,12 +164,13 @@ class MemberConfig(Config):
 
         With unit rows w_j and r = sum_j max(w_j . x, 0) w_j, E <r, x> = m |x|^2 and E |r|^2 = (m + m^2) |x|^2 for
         m = d_sae / (2 d_in) and any x, so that s r is nearest to x at s = 1 / (1 + m), with an FVU of 1 / (1 + m) too.
+        Under penalties a code that starts shorter, and grows where it pays, ends better: 0.1.
         """
         if self.encoder_scale is not None:
             return self.encoder_scale
         if hasattr(self.activation, "k") or self.target_l0 is not None:
             return 3**-0.5
-        return 1 / (1 + self.width(d_in) / (2 * d_in))
+        return min(0.1, 1 / (1 + self.width(d_in) / (2 * d_in)))
 
     def anneal_start(self, steps: int) -> int:
         """Return the step after which p-annealing begins."""

@@ -46,8 +46,7 @@ def unit_rows_(sae: SAE | Stack) -> None:
 def move_(member: MemberState, rate: float, run: TrainConfig) -> None:
     """Let the optimiser take its step at this learning rate, and keep what is kept: unit rows, positive thresholds."""
     sae = member.sae
-    for group in member.optimizer.param_groups:
-        group["lr"] = rate
+    member.optimizer.lr = rate
     remove_radial_gradient(sae)
     with at_own_pace(thresholds(sae), threshold_pace(member.cfg, sae.cfg.d_in, run.steps)):
         member.optimizer.step()
@@ -92,7 +91,7 @@ class _Sums:
             self.moments += torch.stack([exact.sum(0), exact.square().sum(0)])
 
 
-class _Rows(NamedTuple):
+class _Piece(NamedTuple):
     """Some rows of a batch."""
 
     x: Float[Tensor, "rows d_in"]
@@ -116,7 +115,7 @@ def dense_step(
     norms = sae.W_dec.norm(dim=1) if sae.cfg.tied else None
     for first in range(0, n, ROWS):
         part = slice(first, first + ROWS)
-        rows = _Rows(batch.x[part], batch.target[part], n, first == 0)
+        rows = _Piece(batch.x[part], batch.target[part], n, first == 0)
         _add_rows(sums, member, rows, norms, price, run.dtype == "bfloat16")
     _set_gradients(sums, norms)
     move_(member, rate, run)
@@ -133,7 +132,7 @@ def dense_step(
 def _add_rows(
     sums: _Sums,
     member: MemberState,
-    rows: _Rows,
+    rows: _Piece,
     norms: Tensor | None,
     price: Price,
     bf16: bool,
@@ -174,7 +173,7 @@ def _add_rows(
 
 
 def _residual(
-    sums: _Sums, name: str, z: Float[Tensor, "rows d_sae"], rows: _Rows
+    sums: _Sums, name: str, z: Float[Tensor, "rows d_sae"], rows: _Piece
 ) -> tuple[Float[Tensor, "rows d_out"], Float[Tensor, "rows d_out"]]:
     """Return x_hat - x and dL/dx_hat of a code, and add to its loss."""
     sae = sums.sae

@@ -39,7 +39,6 @@ from wsae.train.native import (
     PairSlopes,
     PairValues,
     left_by_skip,
-    moments,
     step_result,
 )
 from wsae.train.penalty import anneal, price_at, threshold_pace
@@ -84,7 +83,7 @@ def next_step(member: MemberState) -> int:
     The counts are put beside the moments, where torch's fused Adam wants them. Waits for the device only when another
     optimiser or a checkpoint has written them since.
     """
-    states = [moments(member, p) for p in member.optimizer.param_groups[0]["params"]]
+    states = [member.optimizer.moments(p) for p in member.optimizer.parameters]
     for state in states:
         state["step"] = state["step"].to(state["exp_avg"].device)
     counts = [state["step"] for state in states]
@@ -231,7 +230,7 @@ def _step_vector(member: MemberState, vector: nn.Parameter, grad: Tensor, adam: 
 
 
 def _moments(member: MemberState, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-    state = moments(member, parameter)
+    state = member.optimizer.moments(parameter)
     return state["exp_avg"], state["exp_avg_sq"]
 
 

@@ -166,7 +166,7 @@ def enter(member: MemberState) -> Weights:
         group = whole // choice.k if isinstance(choice, PerGroup) else cfg.d_sae
         matrices = []
         for p in _matrices(member):
-            state = moments(member, p)
+            state = member.optimizer.moments(p)
             matrices.append(Matrix.of(p.detach(), state["exp_avg"], state["exp_avg_sq"]))
             _clear(member, p)
         encoder = matrices[1] if len(matrices) > 1 else None
@@ -195,16 +195,6 @@ def as_usual(member: MemberState) -> Iterator[None]:
         if weights is not None:
             for p in _matrices(member):
                 _clear(member, p)
-
-
-def moments(member: MemberState, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return a parameter's Adam state, made as torch.optim.Adam makes it where there is none."""
-    state = member.optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        state["exp_avg"] = torch.zeros_like(parameter.detach())
-        state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
-    return state
 
 
 def _matrices(member: MemberState) -> list[nn.Parameter]:
@@ -539,7 +529,7 @@ def _update(
         of_bias = torch.stack([_per_latent(t.v, t.pairs) for t in parts]).sum(0)
         through = of_bias @ from_slices(weights.encoder_rows, weights.d_in)
     elif sae.b_enc is not None:
-        own = moments(member, sae.b_enc)
+        own = member.optimizer.moments(sae.b_enc)
         own["step"] += 1
         bias = Bias(sae.b_enc.detach(), own["exp_avg"], own["exp_avg_sq"])
     adam, kept = AdamStep(rate, int(state[sae.W_dec]["step"])), thresholds(sae)
@@ -560,7 +550,7 @@ def _per_latent(weights: Float[Tensor, " pairs"], pairs: SortedPairs) -> Float[T
 
 
 def _adam(member: MemberState, parameter: nn.Parameter, grad: Tensor, rate: float) -> None:
-    state = moments(member, parameter)
+    state = member.optimizer.moments(parameter)
     state["step"] += 1
     tensors = (parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
     W, grad, m, v = (tensor.view(1, -1) for tensor in tensors)

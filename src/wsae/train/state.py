@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wsae.kernels import CodeSums, SparseCode
 from wsae.kernels.native.weights import Weights
+from wsae.kernels.update import Adam
 from wsae.sae.architectures import PerBatch
 from wsae.sae.forward import WHOLE, Whole
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
@@ -38,7 +39,7 @@ class MemberState:
     name: str
     cfg: MemberConfig
     sae: SAE
-    optimizer: torch.optim.Adam
+    optimizer: Adam
     mean: Float[Tensor, " d_out"]
     """Mean of what it is to give, in scaled units: FVU is taken about it."""
     scale: float
@@ -107,7 +108,7 @@ def make_member(
         name=name,
         cfg=cfg,
         sae=sae,
-        optimizer=torch.optim.Adam(parameters, lr=cfg.learning_rate(d_in), fused=True),
+        optimizer=Adam(parameters, cfg.learning_rate(d_in)),
         mean=centre,
         scale=scale,
         scale_in=scale_in,

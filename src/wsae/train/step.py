@@ -74,7 +74,8 @@ def descend(
     if cost.pre_act:
         price = price + cost.pre_act * pre_act_loss(forward.entries, member.dead, rows)
     loss = fit + price
-    member.optimizer.zero_grad(set_to_none=True)
+    for parameter in member.optimizer.parameters:
+        parameter.grad = None
     loss.backward()
     part.settle()
     move_(member, rate, run)

@@ -6,7 +6,7 @@ Beside the members stand a random SAE as sparse as the plain one, and the activa
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import Flow
-from wsae.acts.language import LanguageModel
 from wsae.acts.text import Document, Packer, TextCounts, TokenSequence, labelled
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
@@ -27,6 +26,9 @@ from wsae.evals.measure import EvaluatedSaes, check_width, first_rows
 from wsae.evals.probing.config import ProbeConfig
 from wsae.evals.probing.rules import RULES, label
 from wsae.sae.encoding import Encoder
+
+if TYPE_CHECKING:
+    from wsae.acts.language import LanguageModel
 
 RAW = "activations"
 """Name of the model's own dimensions in results."""
@@ -221,7 +223,7 @@ class DocumentReader:
     """A model that reads documents one by one, as a run's activations were made; `medians`: norms that mark sinks."""
 
     def __init__(
-        self, cfg: HarvestConfig, language: LanguageModel, medians: dict[str, float] | None
+        self, cfg: HarvestConfig, language: "LanguageModel", medians: dict[str, float] | None
     ) -> None:
         self._flow, self._packer = Flow(cfg, language), Packer(cfg, language.tokenizer, False)
         self._flow.rule.medians = medians or dict.fromkeys(self._flow.hooks, float("inf"))

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse
 from jaxtyping import Int64
 
 from wsae.acts.config import HarvestConfig
-from wsae.acts.language import LanguageModel
-from wsae.acts.live import LiveSource
 from wsae.acts.source import StoreSource, open_matrix, open_source
 from wsae.core.artifact import MANIFEST, PROBING, PROBING_PART, write_manifest
 from wsae.core.calls import own_settings
@@ -61,6 +60,9 @@ from wsae.evals.probing.scores import (
 from wsae.evals.run import run_subject
 from wsae.run import SINGLE, Run
 from wsae.sae import SAE
+
+if TYPE_CHECKING:
+    from wsae.acts.language import LanguageModel
 
 TOKENS, DOCUMENTS = "tokens", "documents"
 """The two kinds of labelled evaluation."""
@@ -418,9 +420,11 @@ def _compared(
 
 
 def document_reader(
-    source: HeldOut, hooks: Sequence[str], language: LanguageModel | None, cfg: ProbeConfig
+    source: HeldOut, hooks: Sequence[str], language: "LanguageModel | None", cfg: ProbeConfig
 ) -> DocumentReader:
     """Return what reads documents as a source's activations were made; UserError where the source is no text's."""
+    from wsae.acts.live import LiveSource  # loads transformers, which numbers in memory do without
+
     if isinstance(source, StoreSource) and language is not None:
         made = HarvestConfig.parse(source.store.manifest.config, where="store")
         medians = source.store.manifest.info.get("median_norm")
@@ -440,7 +444,7 @@ def probe_run(
     source: HeldOut,
     cfg: ProbeConfig = ProbeConfig(),  # noqa: B008  (frozen)
     corpus: Corpus | None = None,
-    language: LanguageModel | None = None,
+    language: "LanguageModel | None" = None,
     progress: Progress = quiet,
     device: str = "cpu",
 ) -> Json:
@@ -470,7 +474,7 @@ def _probed(
     source: HeldOut,
     cfg: ProbeConfig,
     corpus: Corpus | None,
-    language: LanguageModel | None,
+    language: "LanguageModel | None",
     progress: Progress,
 ) -> Json:
     """Return {"tokens" or "documents": the record of these members}."""

@@ -109,7 +109,7 @@ class ShardsJob(FamilyJob):
         """
         found: dict[str, Any] = {}
         for hook, member in self.family.all():
-            parameters = member.optimizer.param_groups[0]["params"]
+            parameters = member.optimizer.parameters
             for key, value in member_tensors(member).items():
                 of_kind = key.removeprefix("sae.") in member.sae.arch.parameters
                 dim = 0 if key in _ROWS or of_kind else 1 if key in _COLUMNS else None

@@ -363,13 +363,8 @@ def make_shard(
     spread = inputs.variance.sqrt()
     member = make_member(name, cfg, run, inputs.mean, inputs.scale, spread, sae, target)
     member = to_device(member, world.device)
-    for (
-        parameter
-    ) in member.sae.parameters():  # Adam's state now: a checkpoint finds tensors to fill
-        zero = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments = (torch.zeros_like(parameter.detach()) for _ in range(2))
-        state = dict(zip(("step", "exp_avg", "exp_avg_sq"), (zero, *moments), strict=True))
-        member.optimizer.state[parameter] = state
+    for parameter in member.optimizer.parameters:  # now: a checkpoint finds tensors to fill
+        member.optimizer.moments(parameter)
     member.part = shard = Shard(part.start, whole.d_sae, world.place, run.batch_size)
     shard.unfit = world.unfit or unfit_shard(whole, latents.size)
     if world.place.data.size > 1:
@@ -384,11 +379,12 @@ def unfit_shard(whole: SAEConfig, parts: int) -> str | None:
         return None
     last, arch = chunk_part(whole.d_sae, parts, parts - 1), architecture_of(whole.activation)
     names = [*arch.parameters, "threshold", "b_enc"]
-    choice = arch.choose(whole.activation, dict.fromkeys(names, torch.zeros(())))
+    choice = arch.choose(
+        whole.activation, dict.fromkeys(names, torch.zeros((), dtype=torch.float32))
+    )
     groups, k = isinstance(choice, PerGroup), getattr(choice, "k", 1)
-    fewest = (
-        whole.d_sae if groups else last.stop - last.start
-    )  # groups are shared out, a row's k are not
+    # groups are shared out, a row's k are not
+    fewest = whole.d_sae if groups else last.stop - last.start
     nested = None if arch.nested is None else arch.nested(whole.activation, whole.d_sae)
     if nested is not None and nested.level_auxk:
         return "the levels by which it revives dead latents lie on several processes"
