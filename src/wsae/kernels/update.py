@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from wsae.kernels.sparse import Plan
 
@@ -29,12 +29,12 @@ class Adam:
     The constructor of PyTorch's own loads its compiler, which takes a second in every process that trains.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.parameters, self.lr = list(parameters), lr
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
         """What each has by now: the number of its steps, and the running means of its gradients and their squares."""
 
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return a parameter's state, made where there is none."""
         if not (state := self.state.setdefault(parameter, {})):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -45,7 +45,7 @@ class Adam:
     @torch.no_grad()
     def step(self) -> None:
         """Move every parameter that has a gradient."""
-        by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+        by_type: dict[torch.dtype, list[Tensor]] = {}
         for parameter in self.parameters:
             if parameter.grad is not None:
                 by_type.setdefault(parameter.dtype, []).append(parameter)
@@ -68,7 +68,7 @@ class Adam:
 class SGD:
     """Plain gradient descent."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.parameters, self.lr = list(parameters), lr
 
     @torch.no_grad()
