@@ -196,9 +196,12 @@ def test_the_commands_train_resume_measure_and_show_a_crosscoder(
     counted = found["sources"]
     assert sum(counted["alone"].values()) + sum(counted["of_all"].values()) <= 24
     assert main(["report", str(tmp_path / "whole"), "--out", str(tmp_path / "page.html")]) == 0
-    assert (
-        "relative norm: 0 is small alone, 1 is large alone" in (tmp_path / "page.html").read_text()
-    )
+    page = (tmp_path / "page.html").read_text()
+    rows = [
+        page.index(f">{name}</") for name in ("Plain FVU", "Plain FVU of small", "Weighted FVU")
+    ]
+    assert rows == sorted(rows)  # a source's fit stands beside the whole's
+    assert "relative norm: 0 is small alone, 1 is large alone" in page
     for command in (["export", "--format", "saelens"], ["export", "--format", "sparsify"]):
         place = str(tmp_path / "whole" / "members" / "small+large" / "plain")
         assert main([command[0], place, *command[1:], "--out", str(tmp_path / "x")]) == 2

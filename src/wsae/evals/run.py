@@ -145,7 +145,9 @@ def _of_sources(hooks: Json) -> Json:
     """Return the glossary's entries of a crosscoder's metrics by source."""
     members = [member for found in hooks.values() for member in found["members"].values()]
     keys = dict.fromkeys(key for member in members for key in member["metrics"] if "[" in key)
-    return {key: METRICS["fvu"]._replace(name=f"Plain FVU{key[3:]}")._asdict() for key in keys}
+    return {
+        key: METRICS["fvu"]._replace(name=f"Plain FVU of {key[4:-1]}")._asdict() for key in keys
+    }
 
 
 def _by_source(arrays: dict[str, Tensor]) -> Json:

@@ -158,9 +158,9 @@ def _groups(run: RunData, hook: str) -> list[tuple[str, list[RowForm]]]:
     found = run.evaluated(hook).get("members", {})
     keys = dict.fromkeys(key for member in found.values() for key in member.get("metrics", {}))
     out: dict[str, list[RowForm]] = {}
-    for key in [key for key in METRICS if key in keys] + [
-        key for key in keys if key not in METRICS
-    ]:
+    places = {key: place for place, key in enumerate(METRICS)}
+    whole = {key: key.partition("[")[0] for key in keys}  # fvu[S] of a crosscoder's source S: fvu
+    for key in sorted(keys, key=lambda key: places.get(whole[key], len(places))):
         cells = []
         for name in run.members(hook):
             record = found.get(name, {}).get("metrics", {}).get(key, {})
@@ -169,7 +169,7 @@ def _groups(run: RunData, hook: str) -> list[tuple[str, list[RowForm]]]:
             if low is None or high is None or digits(low, high) is None:
                 cell.bounds = ""
             cells.append(cell)
-        group = METRICS.get(key, ("", OTHER, ""))[1]
+        group = METRICS.get(whole[key], ("", OTHER))[1]
         row = _row(key, glossary, metric_name(key), direction(key, glossary), cells)
         out.setdefault(group, []).append(row)
     return list(out.items())
