@@ -85,7 +85,7 @@ def library() -> ctypes.CDLL:
 def kernel_threads(n: int) -> Iterator[None]:
     """Let the kernels called here use n threads and PyTorch one, whose small tasks are not worth waiting for others.
 
-    No bit of a kernel's result depends on n.
+    With as many threads as cores each has a core to itself meanwhile (Linux). No bit of a kernel's result depends on n.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

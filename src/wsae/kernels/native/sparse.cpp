@@ -16,10 +16,15 @@ void over_latents(const Pairs& pairs, int64_t d_sae, F work) {
 }  // namespace
 
 thread_local int own_threads = 0;
+thread_local Cores own_cores;
 
 extern "C" {
 
-int64_t set_threads(int64_t n) { own_threads = (int)n; return 0; }
+int64_t set_threads(int64_t n) {
+  own_threads = (int)n;
+  own_cores.take((int)n);
+  return 0;
+}
 
 // [rows][d_in] less `centre` to [slices][rows][32], padded with zeros.
 void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out) {
