@@ -33,6 +33,7 @@ FLAGS = (
 KERNELS = {
     "has_int8": "",
     "set_threads": "N",
+    "meet_ranks": "PNNNN",
     "to_slices": "PPNNP",
     "from_slices": "PPNNP",
     "sort_pairs": "PPNNNPNPPP",

@@ -5,6 +5,7 @@
 // Who waits spins for a moment and then sleeps, so that its core is free for whoever it waits for.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -15,7 +16,9 @@
 #include <vector>
 #include <unistd.h>
 #ifdef __linux__
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -179,4 +182,30 @@ template <class F> static inline void share_out(int64_t count, int64_t grain, F 
     own_helpers().run(tasks, helpers);
   }
   if (tasks.out_of_memory) throw std::bad_alloc();
+}
+
+// The seats of a meeting lie in memory that several processes see. Each takes its own (stores `turn`, one more each time)
+// and waits until nobody's is behind it; false when that has not come to pass in so many microseconds.
+static inline bool meet(int32_t* const* seats, int64_t ranks, int64_t own, int32_t turn, int64_t patience) {
+#ifdef __linux__
+  const auto behind = [&](int64_t r) { return turn - __atomic_load_n(seats[r], __ATOMIC_ACQUIRE) > 0; };
+  const auto futex = [](int32_t* seat, int call, int32_t value, const timespec* limit) {
+    syscall(SYS_futex, seat, call, value, limit, nullptr, 0);
+  };
+  __atomic_store_n(seats[own], turn, __ATOMIC_RELEASE);
+  futex(seats[own], FUTEX_WAKE, INT32_MAX, nullptr);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(patience);
+  for (int64_t r = 0; r < ranks; r++) {
+    for (int i = 0; i < SPINS && behind(r); i++) breathe();
+    while (behind(r)) {
+      const auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(end - std::chrono::steady_clock::now()).count();
+      if (left <= 0) return false;
+      const timespec limit{(time_t)(left / 1000000000), (long)(left % 1000000000)};
+      futex(seats[r], FUTEX_WAIT, turn - 1, &limit);
+    }
+  }
+  return true;
+#else
+  return false;
+#endif
 }
