@@ -24,9 +24,8 @@ from wsae.acts.images.sets import open_images
 from wsae.acts.source import StoreSource
 from wsae.api import Member
 from wsae.core.files import read_json
-from wsae.evals.classes.config import ClassesConfig
 from wsae.evals.classes.run import labels_of, score_run
-from wsae.evals.config import EvalConfig
+from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run

@@ -21,9 +21,7 @@ from wsae.core.config import FLAG_OF, Config
 from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
-from wsae.evals.config import EvalConfig
-from wsae.evals.interpret.config import ContextConfig, InterpretConfig
-from wsae.evals.interpret.llm.config import LlmConfig
+from wsae.evals.config import ContextConfig, EvalConfig, InterpretConfig, LlmConfig
 from wsae.sae.config import GammaConfig, JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.metrics import read_json_lines

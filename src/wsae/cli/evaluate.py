@@ -24,8 +24,7 @@ from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.progress import Progress
-from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.config import EvalConfig
+from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.run import Run
 
 if TYPE_CHECKING:

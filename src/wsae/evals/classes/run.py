@@ -32,7 +32,6 @@ from wsae.core.files import digest, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.evals.classes.config import ClassControl, ClassesConfig
 from wsae.evals.classes.tally import (
     Encode,
     Ground,
@@ -46,6 +45,7 @@ from wsae.evals.classes.tally import (
     scored,
     tally,
 )
+from wsae.evals.config import ClassControl, ClassesConfig
 from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.glossary import CLASS_SCORES, glossary

@@ -16,7 +16,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import Json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.classes.config import ClassesConfig
+from wsae.evals.config import ClassesConfig
 from wsae.evals.data import HeldOut
 from wsae.evals.glossary import CLASS_SCORES
 from wsae.evals.intervals import estimate, mean, resampled_means

@@ -20,10 +20,10 @@ from wsae.acts.text import Document, Packer, TextCounts, TokenSequence, labelled
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
+from wsae.evals.config import ProbeConfig
 from wsae.evals.control import CONTROL, random_control
 from wsae.evals.data import HeldOut
 from wsae.evals.measure import EvaluatedSaes, check_width, first_rows
-from wsae.evals.probing.config import ProbeConfig
 from wsae.evals.probing.rules import RULES, label
 from wsae.sae.encoding import Encoder
 
