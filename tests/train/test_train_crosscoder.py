@@ -224,6 +224,32 @@ def test_fit_takes_sources_by_name() -> None:
             sae.encode(x)
 
 
+def test_directions_and_the_random_control_are_at_the_scale_where_sources_vary_alike() -> None:
+    sae = wsae.fit(X, k=2, d_sae=24, tokens=1000, batch_size=100)
+    parts = sae.split(sae.directions)
+    norms = torch.stack([part.norm(dim=1) for part in parts.values()]).double()
+    torch.testing.assert_close(norms, sae.source_norms(), rtol=1e-5, atol=0)
+    found = wsae.evaluate(sae, X, EvalConfig(n_latents=0, draws=100))["control"]
+    small, large = (found[f"fvu[{name}]"]["value"] for name in NAMES)
+    assert 0.8 < small / large < 1.25, "in their own units the larger source would be all"
+    assert large < 1
+
+
+def test_numbers_that_are_no_crosscoders_are_refused_in_one_line() -> None:
+    shape = {"k": 2, "d_sae": 24, "tokens": 100, "batch_size": 100}
+    parts = [{"name": "a", "width": 30}, {"name": "b", "width": 3}]
+    for acts, options, message in (
+        ({}, {}, "names no source"),
+        (X, {"target": X["small"]}, "target: is of transcoders"),
+        (JOINED, {"crosscoder": parts}, "sources of 33 dimensions together, and the data have 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            wsae.fit(acts, **shape, **options)
+    sae = wsae.fit(X, **shape)
+    with pytest.raises(UserError, match="this crosscoder has"):
+        sae.split(X["small"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

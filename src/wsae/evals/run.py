@@ -88,12 +88,10 @@ def evaluate_families(
     if language is not None and tokens is not None and kept is not None:
         sequences = token_sequences(tokens, kept, language.tokenizer.all_special_ids)
         for hook, found in measured.items():
-            out = found.survey.out
-            probed = probe(language.model, [out], token_manner())
-            sees_later |= probed.causal is False
-            read = None if out == hook else one_hook(language.model, hook)
-            place = Place(probed.hooks[0], read, probed.causal)
-            mean, saes = found.survey.moments.mean, families[hook].saes
+            out, saes = found.survey.out, families[hook].saes
+            place = _place(language, hook, out, saes)
+            sees_later |= place.causal is False
+            mean = found.survey.moments.mean
             extra = splice_arrays(language, place, saes, mean, sequences, cfg, progress)
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
@@ -124,6 +122,17 @@ def evaluate_families(
     return Evaluation(record, contexts, arrays, _thumbnails(contexts, pictures))
 
 
+def _place(language: Language, hook: str, out: str, saes: dict[str, SAE]) -> Place:
+    """Return where SAEs are put into their model; a transcoder where its module gives, a crosscoder at all sources."""
+    sources = next((sae.cfg.sources for sae in saes.values()), None)
+    names = [out] if sources is None else [source.name for source in sources]
+    probed = probe(language.model, names, token_manner())
+    read = None if out == hook else one_hook(language.model, hook)
+    points = {point.name: point for point in probed.hooks}
+    beside = () if sources is None else tuple(points[name] for name in names)
+    return Place(probed.hooks[0], read, probed.causal, beside)
+
+
 def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Json:
     arrays = {name: _as_numpy(named) for name, named in found.arrays.items()}
     members = {}
@@ -145,9 +154,12 @@ def _of_sources(hooks: Json) -> Json:
     """Return the glossary's entries of a crosscoder's metrics by source."""
     members = [member for found in hooks.values() for member in found["members"].values()]
     keys = dict.fromkeys(key for member in members for key in member["metrics"] if "[" in key)
-    return {
-        key: METRICS["fvu"]._replace(name=f"Plain FVU of {key[4:-1]}")._asdict() for key in keys
-    }
+    out = {}
+    for key in keys:
+        whole, _, source = key.partition("[")
+        entry = METRICS[whole]
+        out[key] = entry._replace(name=f"{entry.name} of {source[:-1]}")._asdict()
+    return out
 
 
 def _by_source(arrays: dict[str, Tensor]) -> Json:

@@ -249,7 +249,7 @@ def _matched(a: Scored, b: Scored, cfg: ClassesConfig) -> Matching:
     assert a.sae is not None
     assert b.sae is not None
     live = [side.arrays["support"].nonzero()[:, 0] for side in (a, b)]
-    left, right = LiveDecoder(a.sae.W_dec, live[0]), LiveDecoder(b.sae.W_dec, live[1])
+    left, right = LiveDecoder(a.sae.directions, live[0]), LiveDecoder(b.sae.directions, live[1])
     return match(left, right, cfg.assignment_max, cfg.seed)
 
 

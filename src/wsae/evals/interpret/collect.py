@@ -485,7 +485,7 @@ def collect(
             member.close(slab, slots)
     _check_sides(tiling)
     found = {
-        key: RoleAssignment(tracked[key], pool, sae.W_dec, cfg).contexts(given[key])
+        key: RoleAssignment(tracked[key], pool, sae.directions, cfg).contexts(given[key])
         for key, sae in saes.items()
     }
     kept = {

@@ -186,7 +186,9 @@ def survey_hooks(
             n, names = cfg.contexts.n_latents, ("interpret", hook, name)
             sample[name] = sample_latents(live.density, n, cfg.seed, *names).tolist()
         for member, twin in family.twins.items():
-            a, b = (LiveDecoder(family.saes[n].W_dec, activity[n].alive) for n in (member, twin))
+            a, b = (
+                LiveDecoder(family.saes[n].directions, activity[n].alive) for n in (member, twin)
+            )
             matching[member] = match(a, b, ASSIGNMENT_MAX, cfg.seed)
         reference = next(iter(family.twins.values()), next(iter(family.saes)))
         covariance = covariances.get(hook)
