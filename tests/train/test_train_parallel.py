@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 from halting import Halting as Interrupted
 from torch import Tensor
 
+from wsae.acts.flow import Tally
 from wsae.acts.source import ArraySource, StoreSource
-from wsae.acts.tally import Tally
 from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json

@@ -58,7 +58,7 @@ def class_scores(
     run: Path, source: "ActivationSource", cfg: EvalConfig, progress: Progress
 ) -> dict[str, Any]:
     """Score latents against the data's classes, into RUN/classes; nothing where the data have none."""
-    from wsae.evals.classes.run import labels_of, score_run
+    from wsae.evals.classes import labels_of, score_run
 
     labels = labels_of(source)
     if labels is None:

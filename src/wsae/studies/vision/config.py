@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
+from wsae.acts.config import ImageHarvestConfig, ImagesConfig
 from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
 from wsae.core.artifact import read_manifest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import ClassesConfig, EvalConfig
