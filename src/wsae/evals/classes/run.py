@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from wsae.acts.source import ArraySource, StoreSource
+from wsae.acts.source import ArraySource, JoinedSource, StoreSource
 from wsae.acts.store import IMAGES
 from wsae.core.artifact import (
     ARRAYS,
@@ -68,6 +68,7 @@ from wsae.stats.classes import Chance, Hits, OverImages, chance_levels, jackknif
 
 def labels_of(source: HeldOut) -> Labels | None:
     """Return the class of every image, or row of an array, by number (-1: not held out); none without classes."""
+    source = source.whole if isinstance(source, JoinedSource) else source
     if isinstance(source, ArraySource):
         return source.labels
     if not isinstance(source, StoreSource) or source.labels() is None:
