@@ -121,7 +121,7 @@ class Flags(Config):
     out: MaybePlace = None
     """Write the result as JSON here too."""
     source: MaybeName = None
-    """Store or array to measure on; default: the run's own data."""
+    """Store or array to measure on, of a crosscoder of two A+B; default: the run's own data."""
     reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
     """A text for the model of one SAE alone."""
     labels: MaybePlace = None

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
-from wsae.acts.source import ArraySource, StoreSource
+from wsae.acts.source import ArraySource, JoinedSource, StoreSource
 from wsae.acts.store import IMAGES
 from wsae.core.artifact import (
     ARRAYS,
@@ -297,6 +297,7 @@ def _spread(found: OverImages, cfg: ClassesConfig) -> Json:
 
 def labels_of(source: HeldOut) -> Labels | None:
     """Return the class of every image, or row of an array, by number (-1: not held out); none without classes."""
+    source = source.whole if isinstance(source, JoinedSource) else source
     if isinstance(source, ArraySource):
         return source.labels
     if not isinstance(source, StoreSource) or source.labels() is None:

@@ -253,8 +253,10 @@ def splice_arrays(
     }
     variants |= {f"sae {name}": reconstruction(sae) for name, sae in saes.items()}
     out: dict[str, dict[str, Tensor]] = {name: {} for name in saes}
-    for alone in (None, *place.beside):
-        where, end = place._replace(alone=alone), "" if alone is None else f"[{alone.name}]"
+    sources = next((sae.cfg.sources for sae in saes.values()), None) or ()
+    ends = ["", *(f"[{source.name}]" for source in sources)]
+    for alone, end in zip((None, *place.beside), ends, strict=True):
+        where = place._replace(alone=alone)
         args = (sequences, variants, cfg.splice_logits, progress)
         losses = spliced_losses(language.model, where, *args)
         common = {"splice_seq": losses.seq, "splice_targets": losses.targets}

@@ -14,7 +14,7 @@ from wsae.acts.capture import tokens as token_manner
 from wsae.acts.hooknames import sides
 from wsae.acts.hookpoints import SEES_LATER, probe
 from wsae.acts.loading import PREDICTS_NOTHING, predictions
-from wsae.acts.source import as_path, is_folder_of_arrays, open_source
+from wsae.acts.source import JoinedSource, as_path, is_folder_of_arrays, open_source
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import (
     ARRAYS,
@@ -88,10 +88,10 @@ def evaluate_families(
     if language is not None and tokens is not None and kept is not None:
         sequences = token_sequences(tokens, kept, language.tokenizer.all_special_ids)
         for hook, found in measured.items():
-            out, saes = found.survey.out, families[hook].saes
-            place = _place(language, hook, out, saes)
+            out = found.survey.out
+            place = _place(language, hook, out, source)
             sees_later |= place.causal is False
-            mean = found.survey.moments.mean
+            mean, saes = found.survey.moments.mean, families[hook].saes
             extra = splice_arrays(language, place, saes, mean, sequences, cfg, progress)
             for name, arrays in extra.items():
                 found.arrays[name] |= arrays
@@ -122,15 +122,13 @@ def evaluate_families(
     return Evaluation(record, contexts, arrays, _thumbnails(contexts, pictures))
 
 
-def _place(language: Language, hook: str, out: str, saes: dict[str, SAE]) -> Place:
+def _place(language: Language, hook: str, out: str, source: HeldOut) -> Place:
     """Return where SAEs are put into their model; a transcoder where its module gives, a crosscoder at all sources."""
-    sources = next((sae.cfg.sources for sae in saes.values()), None)
-    names = [out] if sources is None else [source.name for source in sources]
-    probed = probe(language.model, names, token_manner())
+    beside = [*source.parts] if isinstance(source, JoinedSource) else []
+    probed = probe(language.model, beside or [out], token_manner())
     read = None if out == hook else one_hook(language.model, hook)
     points = {point.name: point for point in probed.hooks}
-    beside = () if sources is None else tuple(points[name] for name in names)
-    return Place(probed.hooks[0], read, probed.causal, beside)
+    return Place(probed.hooks[0], read, probed.causal, tuple(points[name] for name in beside))
 
 
 def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Json:

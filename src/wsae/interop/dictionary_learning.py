@@ -317,7 +317,7 @@ def _understand_crosscoder(foreign: Foreign, weights: NamedTensors, where: str) 
     activation: dict[str, Any] = {"kind": "relu"}
     if weights.threshold is not None:  # -1: never set, every positive latent speaks
         activation = {"kind": "batch_topk", "k": _k_of(foreign, foreign.config, _BESIDE, where)}
-    parts = tuple(SourcePart(name=str(number), width=d) for number in range(sources))
+    parts = tuple(SourcePart(name=f"source {number}", width=d) for number in range(sources))
     return Meaning(found, activation, sources=parts)
 
 
@@ -359,10 +359,10 @@ def _pack_crosscoder(sae: SAE, about: Provenance) -> Foreign:  # noqa: ARG001  (
         "decoder.weight": weights.W_dec.unflatten(1, size).transpose(0, 1),
         "encoder.bias": weights.b_enc,
         "decoder.bias": weights.b_dec.view(size),
-        "target_rms": torch.tensor(1.0),
-        _MEAN: torch.full(size, torch.nan),
-        _STD: torch.full(size, torch.nan),
-        _SCALE: torch.tensor(1.0),
+        "target_rms": torch.tensor(1.0, dtype=torch.float32),
+        _MEAN: torch.full(size, torch.nan, dtype=torch.float32),
+        _STD: torch.full(size, torch.nan, dtype=torch.float32),
+        _SCALE: torch.tensor(1.0, dtype=torch.float32),
         "code_normalization_id": torch.tensor(1 + _NORMS.index("NONE")),
     }
     config: dict[str, Any] = {
