@@ -16,9 +16,9 @@
 #include <vector>
 #include <unistd.h>
 #ifdef __linux__
-#include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <time.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -189,6 +189,7 @@ template <class F> static inline void share_out(int64_t count, int64_t grain, F 
 static inline bool meet(int32_t* const* seats, int64_t ranks, int64_t own, int32_t turn, int64_t patience) {
 #ifdef __linux__
   const auto behind = [&](int64_t r) { return turn - __atomic_load_n(seats[r], __ATOMIC_ACQUIRE) > 0; };
+  constexpr int FUTEX_WAIT = 0, FUTEX_WAKE = 1;  // linux/futex.h, which not every system with a compiler has
   const auto futex = [](int32_t* seat, int call, int32_t value, const timespec* limit) {
     syscall(SYS_futex, seat, call, value, limit, nullptr, 0);
   };
