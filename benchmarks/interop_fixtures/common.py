@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 D_IN, D_SAE, K, ROWS = 6, 16, 4, 16
-REFUSED = {"saelens-matching-pursuit"}
+REFUSED = {"saelens-matching-pursuit", "crosscoder-decoupled"}
 OUT = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "interop"
 
 

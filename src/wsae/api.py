@@ -145,6 +145,8 @@ def fit_family(
     given = [members] if isinstance(members, MemberConfig) else list(members)
     source = _source(acts, labels, options.get("hook_out") is not None)
     if target is not None:
+        if isinstance(source, JoinedSource):
+            raise UserError("target: is of transcoders; a crosscoder gives what it reads")
         source, options["hook_out"] = _both(source, target)
     if isinstance(source, JoinedSource):
         parts = source.parts.items()
@@ -210,6 +212,8 @@ def _source(acts: Acts, labels: object, several: bool = False) -> ActivationSour
     if isinstance(acts, Mapping):
         if labels is not None:
             raise UserError("labels: go with one array")
+        if not acts:
+            raise UserError("acts: {} names no source; give {NAME: activations, ...}")
         parts = (ArraySource(x, 0.0, str(name)) for name, x in acts.items())
         return JoinedSource(AlignedSource(*parts))
     path = as_path(acts)

@@ -19,7 +19,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from wsae.acts.capture import one_hook, splice
+from wsae.acts.capture import Capture, one_hook, splice
 from wsae.core.errors import UserError
 from wsae.evals import downstream
 from wsae.evals.config import EvalConfig
@@ -31,7 +31,7 @@ from wsae.evals.downstream import (
     unrecovered,
 )
 from wsae.sae import SAE, SAEConfig
-from wsae.sae.config import TopK
+from wsae.sae.config import ReLU, TopK
 
 LENGTH = 12
 BIG = 1 << 27
@@ -158,6 +158,72 @@ def test_inputs_and_other_orders_are_spliced_as_whole_forward_passes(make, hook,
             ce, kl = direct(model, hook, full.trimmed(), replace)
             assert float(found.ce[name][i]) == pytest.approx(ce, rel=1e-4)
             assert float(found.kl[name][i]) == pytest.approx(kl, rel=1e-3, abs=1e-5)
+
+
+BESIDE = ("layers.2.mlp", "layers.1")
+"""Not in the order in which they run."""
+
+
+def beside(model):
+    points = tuple(one_hook(model, name) for name in BESIDE)
+    return Place(points[0], beside=points)
+
+
+def two_saes():
+    """Return an SAE for each hook, and the crosscoder that is both: its weights are theirs in blocks."""
+    saes = [SAE(SAEConfig(d_in=WIDTH, d_sae=24, activation=ReLU()), seed) for seed in (0, 1)]
+    parts = [{"name": name, "width": WIDTH} for name in BESIDE]
+    cfg = SAEConfig(d_in=2 * WIDTH, d_sae=48, activation=ReLU(), sources=parts)
+    both = SAE(cfg)
+    for sae in saes:
+        torch.nn.init.normal_(sae.requires_grad_(False).b_dec, std=0.3)
+    one, other = (sae.tensors() for sae in saes)
+    for name, tensor in both.state_dict().items():
+        mine, theirs = (t.get(name, t["W_enc"].T) for t in (one, other))
+        if name.startswith("W_"):
+            tensor.copy_(torch.block_diag(mine, theirs))
+        elif tensor.ndim:
+            tensor.copy_(torch.cat([mine, theirs]))
+    return saes, both
+
+
+@pytest.mark.parametrize("max_logits", [BIG, 1])
+def test_a_crosscoders_hooks_are_replaced_by_their_parts_of_an_untouched_passes_code(max_logits):
+    model, data, (saes, both) = llama(), sequences(), two_saes()
+    language = SimpleNamespace(model=model, tokenizer=make_tokenizer())
+    cfg = EvalConfig(splice_logits=max_logits)
+    mean = torch.zeros(2 * WIDTH, dtype=torch.float64)
+    found = splice_arrays(language, beside(model), {"both": both}, mean, data, cfg)["both"]
+    points = beside(model).beside
+    for i, full in enumerate(data):
+        s, clean = full.trimmed(), Capture(model, points)(full.trimmed().ids[None])
+        for name, sae in zip(BESIDE, saes, strict=True):  # alone: as the SAE of that hook
+            ce, kl = direct(model, name, s, sae)
+            assert float(found[f"splice_ce[{name}]"][i]) == pytest.approx(ce, rel=1e-4)
+            assert float(found[f"splice_kl[{name}]"][i]) == pytest.approx(kl, rel=1e-3, abs=1e-5)
+            zero, _ = direct(model, name, s, torch.zeros_like)
+            assert float(found[f"splice_ce_zero[{name}]"][i]) == pytest.approx(zero, rel=1e-4)
+
+        first, last = (
+            sae(clean[name][0, s.kept].clone()) for name, sae in zip(BESIDE, saes, strict=True)
+        )
+
+        def put(x, _call, s=s, first=first):
+            new = x.clone()
+            new[0, s.kept] = first
+            return new
+
+        with splice(model, points[0], put):
+            whole, _ = direct(model, points[1], s, lambda _, last=last: last)
+        assert float(found["splice_ce"][i]) == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_crosscoder_that_gives_all_back_costs_nothing():
+    model, data = llama(), sequences()
+    for alone in (None, *beside(model).beside):
+        place = beside(model)._replace(alone=alone)
+        found = spliced_losses(model, place, data, {"same": lambda x: x}, BIG)
+        torch.testing.assert_close(found.ce["same"], found.ce_clean, rtol=1e-5, atol=0)
 
 
 def test_a_perfect_reconstruction_costs_nothing_and_an_ablation_costs_something():

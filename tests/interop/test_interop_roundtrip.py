@@ -106,6 +106,46 @@ def test_kinds_without_an_equal_are_refused_before_anything_is_written(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def crosscoder(kind: str, widths: tuple[int, ...] = (3, 3)) -> SAE:
+    """A crosscoder with every number set at random, its sources at scales of their own."""
+    sae = make(kind, sum(widths), groups=5, k=3, seed=1)
+    parts = [{"name": f"h{i}", "width": w, "scale": 2.0 + i} for i, w in enumerate(widths)]
+    other = SAE(SAEConfig.parse({**sae.cfg.to_dict(), "sources": parts}))
+    other.set_tensors(sae.tensors())
+    return other
+
+
+@pytest.mark.parametrize("kind", ["relu", "batch_topk"])
+def test_crosscoders_go_there_and_back(tmp_path, kind):
+    sae, about = crosscoder(kind), Provenance(model="m", hook="h0+h1")
+    folder = save(sae, tmp_path / "sae", "crosscoder", about)
+    loaded = load(folder)
+    assert same_bits(loaded.sae, sae)
+    assert (loaded.about, loaded.format) == (about, "crosscoder")
+    for ours in ("manifest.json", "wsae.safetensors"):
+        (folder / ours).unlink()
+    alone = load(folder).sae
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(alone.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone(x), sae(x), atol=1e-5, rtol=1e-5)
+        by_layer = load_file(folder / "model.safetensors")["decoder.weight"]
+        for got, part in zip(by_layer, sae.split(sae.W_dec).values(), strict=True):
+            assert torch.equal(got, part)
+
+
+def test_what_no_crosscoder_there_is_like_is_refused(tmp_path):
+    for sae, name in (
+        (crosscoder("topk"), "crosscoder"),
+        (crosscoder("relu", (2, 4)), "crosscoder"),
+        (make("relu"), "crosscoder"),
+        (crosscoder("relu"), "saelens"),
+    ):
+        with pytest.raises(UserError, match="no equal"):
+            save(sae, tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
+
+
 def test_folding_is_algebra():
     """Of the three foldings, the equations they stand for, in fp64."""
     g = torch.Generator().manual_seed(0)

@@ -19,6 +19,7 @@ from wsae.sae.forward import training_forward
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
 REFUSED = {
     "saelens-matching-pursuit": "architecture 'matching_pursuit'",
+    "crosscoder-decoupled": "code_normalization 'DECOUPLED'",
 }
 ALL = sorted(p.name for p in FIXTURES.iterdir())
 READ = [name for name in ALL if name not in REFUSED]
@@ -36,6 +37,8 @@ KINDS = {
     "saelens-jumprelu-skip-transcoder": "jumprelu",
     "sparsify-skip-transcoder": "topk",
     "dl-matryoshka": "batch_topk",
+    "crosscoder-relu": "relu",
+    "crosscoder-mixed": "batch_topk",
 }
 
 
@@ -217,11 +220,24 @@ def edited(folder: Path, file: str, **changes: object) -> Path:
         ("dl-topk", {"dict_class": None}, "dict_class"),
         ("dl-topk", {"apply_b_dec_to_input": True}, "apply_b_dec_to_input = True is a key"),
         ("dl-topk", {"dict_size": 3}, "d_sae = 3"),
+        ("crosscoder-batchtopk", {"k": 5}, "k is 4 in model.safetensors and 5"),
+        ("crosscoder-batchtopk", {"num_layers": 3}, "num_layers = 3, the weights have 2"),
+        ("crosscoder-batchtopk", {"dict_size": 3}, "d_sae = 3"),
+        ("crosscoder-batchtopk", {"code_normalization": "none"}, "code_normalization 'none'"),
+        ("crosscoder-relu", {"encoder_layers": [0]}, r"encoder_layers = \[0\]: an encoder of some"),
+        ("crosscoder-relu", {"decoder_bias": False, "x": 1}, "x = 1 is a key"),
     ],
 )
 def test_configs_that_contradict_the_weights_are_refused(tmp_path, name, changes, match):
-    file = "config.json" if name.startswith("dl") else "cfg.json"
+    file = "config.json" if name.startswith(("dl", "crosscoder")) else "cfg.json"
     refuse(edited(copied(tmp_path, name), file, **changes), match)
+
+
+def test_a_language_model_is_no_crosscoder(tmp_path):
+    model = copied(tmp_path, "crosscoder-relu")
+    (model / "config.json").write_text('{"num_layers": 2}')
+    refuse(model, "holds no SAE that this reads")
+    refuse(tmp_path, "a .pt\\); if SAELens reads it")  # nor is it pointed at
 
 
 def test_a_folder_without_an_sae_says_what_was_looked_for(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from acts_models import make_model, make_text
 from torch import Tensor
 
 import wsae
@@ -193,6 +194,17 @@ def test_the_commands_train_resume_measure_and_show_a_crosscoder(
         x = X[name][index]
         wanted = (x_hat - x).double().square().sum() / (x - x.mean(0)).double().square().sum()
         assert found["metrics"][f"fvu[{name}]"]["value"] == pytest.approx(float(wanted), rel=1e-4)
+    place = str(tmp_path / "whole" / "members" / "small+large" / "plain")
+    both = ["--source", f"{small}+{large}", "--draws", "100", "--json"]
+    for target in (str(tmp_path / "whole"), place):  # a run of two sources, and one of its SAEs
+        assert main(["evaluate", target, *both]) == 0
+        again = json.loads(capsys.readouterr().out)["hooks"]["small+large"]["members"]
+        values = [
+            (again.get("plain") or again["sae"])["metrics"][key]["value"] for key in ("fvu", "l0")
+        ]
+        assert values == [found["metrics"][key]["value"] for key in ("fvu", "l0")]
+        assert main(["evaluate", target, "--source", f"{small}+{large}+{large}"]) == 2
+        assert "3 where 2 are read side by side" in capsys.readouterr().err
     counted = found["sources"]
     assert sum(counted["alone"].values()) + sum(counted["of_all"].values()) <= 24
     assert main(["report", str(tmp_path / "whole"), "--out", str(tmp_path / "page.html")]) == 0
@@ -203,9 +215,36 @@ def test_the_commands_train_resume_measure_and_show_a_crosscoder(
     assert rows == sorted(rows)  # a source's fit stands beside the whole's
     assert "relative norm: 0 is small alone, 1 is large alone" in page
     for command in (["export", "--format", "saelens"], ["export", "--format", "sparsify"]):
-        place = str(tmp_path / "whole" / "members" / "small+large" / "plain")
         assert main([command[0], place, *command[1:], "--out", str(tmp_path / "x")]) == 2
         assert "a crosscoder has no equal there" in capsys.readouterr().err
+
+
+def test_a_crosscoder_of_one_model_is_put_into_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    language, text = make_model(tmp_path / "model"), make_text(tmp_path / "text.jsonl", 20)
+    acts, run, hooks = str(tmp_path / "acts"), str(tmp_path / "run"), ["layers.1", "layers.0.mlp"]
+    reading = ["--text", str(text), "--seq-len", "32"]
+    assert main(["harvest", str(language), *reading, "--hook", *hooks, "--out", acts]) == 0
+    flags = ["--d-sae", "24", "--k", "2", "--tokens", "300", "--batch-size", "100", "--out", run]
+    assert main(["train", acts, "--crosscoder", *hooks, *flags]) == 0
+    capsys.readouterr()
+    quick = ["--draws", "50", "--splice-tokens", "200", "--json"]
+    assert main(["evaluate", run, *quick]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not any("not spliced" in note for note in found.get("notes", ()))
+    metrics = found["hooks"]["layers.1+layers.0.mlp"]["members"]["plain"]["metrics"]
+    for key in ("kl", "ce_delta"):
+        assert {key, *(f"{key}[{hook}]" for hook in hooks)} <= metrics.keys()
+    assert {f"kl[{hook}]" for hook in hooks} <= found["glossary"].keys()
+    place = f"{run}/members/layers.1+layers.0.mlp/plain"
+    assert main(["evaluate", place, "--model", str(language), *reading, *quick]) == 0
+    alone = json.loads(capsys.readouterr().out)["hooks"]["layers.1+layers.0.mlp"]["members"]
+    assert alone["sae"]["metrics"]["fvu"]["value"] == pytest.approx(
+        metrics["fvu"]["value"], rel=1e-3
+    )
+    assert main(["report", run, "--out", str(tmp_path / "page.html")]) == 0
+    assert "KL divergence of layers.0.mlp" in (tmp_path / "page.html").read_text()
 
 
 def test_fit_takes_sources_by_name() -> None:
@@ -222,6 +261,32 @@ def test_fit_takes_sources_by_name() -> None:
     ):
         with pytest.raises(UserError, match=message):
             sae.encode(x)
+
+
+def test_directions_and_the_random_control_are_at_the_scale_where_sources_vary_alike() -> None:
+    sae = wsae.fit(X, k=2, d_sae=24, tokens=1000, batch_size=100)
+    parts = sae.split(sae.directions)
+    norms = torch.stack([part.norm(dim=1) for part in parts.values()]).double()
+    torch.testing.assert_close(norms, sae.source_norms(), rtol=1e-5, atol=0)
+    found = wsae.evaluate(sae, X, EvalConfig(n_latents=0, draws=100))["control"]
+    small, large = (found[f"fvu[{name}]"]["value"] for name in NAMES)
+    assert 0.8 < small / large < 1.25, "in their own units the larger source would be all"
+    assert large < 1
+
+
+def test_numbers_that_are_no_crosscoders_are_refused_in_one_line() -> None:
+    shape = {"k": 2, "d_sae": 24, "tokens": 100, "batch_size": 100}
+    parts = [{"name": "a", "width": 30}, {"name": "b", "width": 3}]
+    for acts, options, message in (
+        ({}, {}, "names no source"),
+        (X, {"target": X["small"]}, "target: is of transcoders"),
+        (JOINED, {"crosscoder": parts}, "sources of 33 dimensions together, and the data have 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            wsae.fit(acts, **shape, **options)
+    sae = wsae.fit(X, **shape)
+    with pytest.raises(UserError, match="this crosscoder has"):
+        sae.split(X["small"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from acts_models import WIDTH, make_model
 from test_attach import HOOK, VOCABULARY, llama, make, some_ids
 
-from wsae.acts.capture import splice
+from wsae.acts.capture import one_hook, splice
 from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import SkipRule
 from wsae.acts.language import load_language
@@ -128,6 +128,55 @@ def test_the_largest_effects_of_all_hooks_are_verified_by_ablation(model, sae, i
             assert v.true == pytest.approx(found.value - without, abs=1e-4)
     pairs = torch.tensor([[v.predicted.effect, v.true] for v in found.verified]).T
     assert found.correlation == pytest.approx(float(pairs.corrcoef()[0, 1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoders_latents_act_where_its_module_gives(model, ids, skip):
+    shape = {"d_in": WIDTH, "d_sae": 40, "d_out": WIDTH, "skip": skip}
+    coder = SAE(SAEConfig(**shape, activation=TopK(k=4)), 3).requires_grad_(False)
+    coder.b_dec.normal_(generator=torch.Generator().manual_seed(4))
+    if skip:
+        coder.W_skip.normal_(std=0.2, generator=torch.Generator().manual_seed(5))
+    read, given = "layers.0.mlp.input", "layers.0.mlp"
+    saes = {read: coder}
+    point, before = (one_hook(model, name) for name in (given, read))
+    scales = torch.ones(9, 40, requires_grad=True)
+    errors = torch.ones(9, 1, requires_grad=True)
+
+    def scaled(y, call):
+        x = call.read[0].detach()
+        z, rest = coder.encode(x), y[0].detach() - coder(x)
+        new = coder.decode(scales * z, x) + errors * rest
+        return torch.cat([y[0, :1], new[1:]])[None]
+
+    with splice(model, point, scaled, before):
+        value = by_hand(model, ids, "logit")
+    wanted, wanted_errors = torch.autograd.grad(value, [scales, errors])
+    found = attribute(model, saes, ids, Logit(7), method="gradient", verify=5)
+    at = found.hooks[read]
+    mine = torch.zeros(9, 40)
+    for one in at.effects:
+        mine[one.position, one.latent] = one.effect
+    torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(at.errors), wanted_errors[:, 0], rtol=1e-3, atol=1e-4)
+    assert found.value == pytest.approx(float(value.detach()), rel=1e-5)
+    with attach(model, saes) as a, torch.no_grad():
+        for v in found.verified:
+            a.edit(Zero(v.predicted.latent, positions=v.predicted.position))
+            without = float(model(input_ids=ids[None]).logits[0, -1, 7])
+            assert v.true == pytest.approx(found.value - without, abs=1e-4)
+
+    def silent(y, call):
+        x = call.read[0]
+        gone = coder.b_dec + (x @ coder.W_skip.T if skip else 0 * x)
+        return torch.cat([y[0, :1], gone[1:]])[None]
+
+    with splice(model, point, silent, before), torch.no_grad():
+        left = float(by_hand(model, ids, "logit"))
+    outs = {"hook_out": {read: given}}
+    whole = attribute(model, saes, ids, Logit(7), method="integrated", verify=0, **outs).hooks[read]
+    assert whole.change == pytest.approx(found.value - left, rel=1e-3)
+    assert whole.total == pytest.approx(whole.change, rel=0.03)
 
 
 def test_what_cannot_be_attributed_is_refused(model, sae, ids):

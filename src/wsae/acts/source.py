@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wsae.acts.flow import MOST_CLASSES, SourceStats, Tally
 from wsae.acts.hooknames import natural_key
 from wsae.acts.store import Store
 from wsae.acts.stream import (
@@ -25,7 +26,6 @@ from wsae.acts.stream import (
     ShuffledStream,
     State,
 )
-from wsae.acts.tally import MOST_CLASSES, SourceStats, Tally
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.calls import numbers
@@ -493,11 +493,15 @@ class AlignedSource:
 class JoinedSource:
     """The hooks of a source side by side as one hook, whose rows a crosscoder reads: layers.9+layers.19.
 
-    `parts` {hook: width} are the hooks in order. Raises UserError where there is one alone.
+    `parts` {hook: width} are the hooks in order, the source's own unless one is given. Raises UserError where there is
+    one alone.
     """
 
-    def __init__(self, source: ActivationSource) -> None:
-        self.whole, self.parts = source, dict(source.hooks)
+    def __init__(self, source: ActivationSource, order: Sequence[str] = ()) -> None:
+        self.whole, self.parts = (
+            source,
+            {hook: source.hooks[hook] for hook in order or source.hooks},
+        )
         names = [*self.parts]
         if len(names) < 2:
             raise UserError(

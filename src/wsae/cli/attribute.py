@@ -63,7 +63,7 @@ class SaeFlags(Config):
         model = self.model or (names.pop() if len(names) == 1 else None)
         if model is None:
             raise UserError(f"{self.sae[0]}: does not say of which model it is; give MODEL first")
-        saes = {}
+        saes, outs = {}, {}
         for path, run, one in zip(self.sae, runs, chosen, strict=True):
             hook = (self.hook if run.single else None) or one.about.hook
             if hook is None:
@@ -71,15 +71,17 @@ class SaeFlags(Config):
             if hook in saes:
                 raise UserError(f"--sae {path}: a second one at {hook}; attach one SAE there")
             saes[hook] = SAE.load(one.path).to(device)
+            outs |= {hook: one.about.hook_out} if one.about.hook_out else {}
         language = load_language(model, device=device)
-        return Opened(language, saes, as_trained(runs[0], language))
+        return Opened(language, saes, outs, as_trained(runs[0], language))
 
 
 class Opened(NamedTuple):
-    """A model, the SAEs at its hooks, and which tokens are left alone."""
+    """A model, the SAEs at its hooks, what transcoders give, and which tokens are left alone."""
 
     language: "LanguageModel"
     saes: dict[str, "SAE"]
+    outs: dict[str, str]
     rule: "SkipRule"
 
 
@@ -130,6 +132,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         method=flags.method,
         verify=flags.verify,
         exclude=opened.rule,
+        hook_out=opened.outs,
         progress=ui.progress,
     )
     table = decode_table(tokenizer, ids)

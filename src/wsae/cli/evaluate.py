@@ -24,8 +24,7 @@ from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.progress import Progress
-from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.config import EvalConfig
+from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.run import Run
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def class_scores(
     run: Path, source: "ActivationSource", cfg: EvalConfig, progress: Progress
 ) -> dict[str, Any]:
     """Score latents against the data's classes, into RUN/classes; nothing where the data have none."""
-    from wsae.evals.classes.run import labels_of, score_run
+    from wsae.evals.classes import labels_of, score_run
 
     labels = labels_of(source)
     if labels is None:
@@ -122,7 +121,7 @@ class Flags(Config):
     out: MaybePlace = None
     """Write the result as JSON here too."""
     source: MaybeName = None
-    """Store or array to measure on; default: the run's own data."""
+    """Store or array to measure on, of a crosscoder of two A+B; default: the run's own data."""
     reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
     """A text for the model of one SAE alone."""
     labels: MaybePlace = None
@@ -137,7 +136,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Evaluate and return the content of evaluation.json, with the run's path."""
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where=FLAGS)
-    from wsae.acts.source import JoinedSource
+    from wsae.acts.source import AlignedSource, JoinedSource
     from wsae.evals.control import CONTROL
     from wsae.evals.run import evaluate_run
     from wsae.interop.runs import open_run
@@ -146,14 +145,15 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     asked = flags.reading.asked()
     source = labelled(data_of(opened, where, flags.source, asked, cfg.seed), flags.labels)
     seen, notes = None, []
+    whole = source.whole if isinstance(source, JoinedSource) else source
     try:
-        seen = behind(source, where, language=cfg.splice_tokens > 0)
+        seen = behind(whole, where, language=cfg.splice_tokens > 0)
     except UserError as error:
         if not opened.single:
             raise
         notes.append(f"not spliced into the model: {error}")
-    if isinstance(source, JoinedSource) and cfg.splice_tokens > 0:
-        notes.append("not spliced into the model: a crosscoder reads several hooks together")
+    if isinstance(whole, AlignedSource) and cfg.splice_tokens > 0:
+        notes.append("not spliced into a model: its rows are of several sources")
     record = evaluate_run(opened.path, source, cfg, seen, ui.progress, where)
     notes += [*_foreign(opened, flags.source, source), *record.get("notes", [])]
     record |= {"notes": notes} if notes else {}
@@ -218,11 +218,9 @@ def show_scores(result: dict[str, Any], ui: UI) -> None:
         sources = next(
             (member["sources"] for member in members.values() if "sources" in member), {}
         )
-        by_source = [f"fvu[{name}]" for name in sources.get("alone", ())]
-        rows = [
-            [key, *(interval(one.get(key)) for one in metrics)]
-            for key in ("fvu", *by_source, *SHOWN[1:])
-        ]
+        ends = [f"[{name}]" for name in sources.get("alone", ())]
+        keys = (key for one in SHOWN for key in (one, *(f"{one}{end}" for end in ends)))
+        rows = [[key, *(interval(one.get(key)) for one in metrics)] for key in keys]
         known = [row for row in rows if set(row[1:]) != {"-"}]
         ui.table(f"{hook}: held-out data", ("metric", *members), known)
         for name, member in members.items():

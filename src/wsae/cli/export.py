@@ -104,6 +104,8 @@ def show(result: dict[str, Any], ui: UI) -> None:
         "sparsify": f"from sparsify import SparseCoder; SparseCoder.load_from_disk({path!r})",
         "dictionary_learning": "from dictionary_learning.utils import load_dictionary; "
         f"load_dictionary({path!r}, 'cpu')",
+        "crosscoder": "from dictionary_learning.dictionary import CrossCoder, BatchTopKCrossCoder  # jkminder's; the "
+        f"latter where there is a k: BatchTopKCrossCoder.from_pretrained({path!r}, from_hub=True)",
         "circuit_tracer": "from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder; "
         f"load_transcoder({path!r} + '/layer_N.safetensors', layer=N); its sets have every layer from 0 on",
     }

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
+from wsae.acts.config import HarvestConfig, ImageHarvestConfig, ImagesConfig, LiveConfig, TextConfig
 from wsae.acts.hooknames import among, pairs, sides
-from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.cli.flags import (
     MaybeCount,
     MaybeName,
@@ -577,7 +576,8 @@ def _recorded(
         raise UserError(f"{run}: the hooks in its config.json are not all names (altered)")
     if kind == "joined":
         return JoinedSource(_recorded(run, record["of"], device, elsewhere))
-    if elsewhere is not None:
+    apart = record.get("apart", ())
+    if elsewhere is not None and not (kind == "aligned" and (apart or "+" in elsewhere)):
         return _opened(elsewhere, hooks)
     if kind == "live":
         from wsae.acts.live import LiveSource
@@ -585,13 +585,26 @@ def _recorded(
         data = {**record["harvest"], "device": device}
         return LiveSource(HarvestConfig.parse(data, where=str(run)))
     if kind == "aligned":
-        parts = (_recorded(run, part, device) for part in record["sources"])
-        return AlignedSource(*parts, apart=record.get("apart", ()))
+        sources = record["sources"]
+        places = _places(elsewhere, len(sources)) if elsewhere else [None] * len(sources)
+        both = zip(sources, places, strict=True)
+        parts = (_recorded(run, part, device, place) for part, place in both)
+        return AlignedSource(*parts, apart=apart)
     if path is None:
         raise UserError(f"{run}: was trained on an array in memory; name the data with --source")
     if not Path(path).exists():
         raise UserError(f"{path}: the run's data are no longer there; name them with --source")
     return _opened(path, hooks)
+
+
+def _places(source: str, wanted: int) -> list[str]:
+    """Return the data that A+B names, of several sources one by one; raises UserError for another number of them."""
+    places = source.split("+")
+    if len(places) != wanted:
+        raise UserError(
+            f"--source {source}: {len(places)} where {wanted} are read side by side; name them in order, A+B"
+        )
+    return places
 
 
 def of_single(opened: Run, source: str | None) -> "ActivationSource":
@@ -610,22 +623,31 @@ def of_single(opened: Run, source: str | None) -> "ActivationSource":
             f"{path}: a single SAE knows no data; name a store or an array with --source, or a text for its model: "
             f"wsae evaluate {path} --text FILE{''.join(open_ends)}"
         )
-    data, hook = open_source(source), about.hook
     assert isinstance(opened.config, SingleConfig)
-    if (parts := opened.config.sae.sources) is not None and len(data.hooks) > 1:
+    if (parts := opened.config.sae.sources) is not None and "+" in source:
+        names = (part.name.partition("@")[0] for part in parts)
+        own = zip(_places(source, len(parts)), names, strict=True)
+        return side_by_side(*(_at(open_source(place), place, name) for place, name in own))
+    data, hook = open_source(source), about.hook
+    if parts is not None and len(data.hooks) > 1:
         return side_by_side(open_source(source, hooks=tuple(part.name for part in parts)))
     if opened.config.sae.transcoder:
         both = sides(data.hooks, hook, about.hook_out)
         return open_source(source, hooks=(both.read, both.given))
+    return _at(data, source, hook)
+
+
+def _at(data: "ActivationSource", place: str, hook: str | None) -> "ActivationSource":
+    """Return data at one hook, the only one or that of this name; raises UserError where it is not there."""
     if len(data.hooks) == 1:
         return data
     mine = among(hook, data.hooks) if hook else None
     if mine is None:
         raise UserError(
-            f"{source}: has hooks {', '.join(data.hooks)}, and the SAE is of {hook or 'a hook it does not name'}; "
+            f"{place}: has hooks {', '.join(data.hooks)}, and the SAE is of {hook or 'a hook it does not name'}; "
             "harvest that hook alone, or give an array"
         )
-    return open_source(source, hooks=(mine,))
+    return _opened(place, (mine,))
 
 
 def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource":
@@ -634,9 +656,12 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
     about, transcoder = _about(opened), opened.config.sae.transcoder
     text = asked.text
     assert text is not None, "data_of asks for a text"
-    if opened.config.sae.sources is not None:
-        raise UserError(f"--text {text.path}: is for SAEs of one hook; a crosscoder takes --source")
     model, hook = asked.model or about.model, asked.hook or about.hook
+    names = tuple(part.name for part in opened.config.sae.sources or ())
+    if any("@" in name for name in names):
+        raise UserError(
+            f"--text {text.path}: the SAE reads two models; give their data, --source A+B"
+        )
     out = (asked.hook_out or about.hook_out) if transcoder else hook
     known = [("model", asked.model_flag, model), ("hook", "hook", hook)]
     for name, flag, value in (*known, ("output", "hook-out", out)):
@@ -646,10 +671,11 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
             )
     most = HarvestConfig.model_fields["seq_len"].default
     seq_len = asked.seq_len or min(about.context or most, most)
-    hooks = tuple(dict.fromkeys((hook, out)))
+    hooks = names or tuple(dict.fromkeys((hook, out)))
     data = {"model": model, "text": text.to_dict(), "roles": asked.roles, "seq_len": seq_len}
     cfg = HarvestConfig.parse(data | {"hooks": hooks} | rest, where=FLAGS)
     from wsae.acts.live import LiveSource
+    from wsae.acts.source import JoinedSource
 
     source = LiveSource(cfg)
     if len(source.hooks) > len(hooks):
@@ -657,7 +683,7 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
         raise UserError(
             f"--hook {hook}: means {len(source.hooks)} modules; name one, for example {first}"
         )
-    return source
+    return JoinedSource(source, names) if names else source
 
 
 def language_of(source: "ActivationSource", device: str) -> "LanguageModel | None":

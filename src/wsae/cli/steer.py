@@ -90,7 +90,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         config_values(flags.how, SteerConfig) | {"seed": flags.common.seed}, where=FLAGS
     )
     opened = flags.at.opened(device(flags.common.device))
-    language, saes = opened.language, opened.saes
+    language, saes, outs = opened.language, opened.saes, opened.outs
     check_latents(wanted, saes)
     prompts = [Prompt.of(language, text, flags.chat) for text in flags.prompt]
     peaks = largest_of(opened, wanted, flags, ui)
@@ -99,7 +99,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         file = lm_eval_file(language, saes, [one.edit(peaks) for one in wanted])
     strengths = flags.sweep or (1.0,)
     found = [
-        steer(language, saes, one, wanted, strengths, peaks, cfg, opened.rule, ui.progress)
+        steer(language, saes, one, wanted, strengths, peaks, cfg, opened.rule, ui.progress, outs)
         for one in prompts
     ]
     paths = [str(path) for path in flags.at.sae]

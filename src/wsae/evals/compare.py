@@ -54,8 +54,8 @@ def _fvu(arrays: Arrays, suffix: str) -> Ratio | None:
 def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
     """Return the metrics whose independent unit is the sequence, as ratios of sums; absent arrays give no metric.
 
-    fvu[S] is that of a crosscoder's source S alone, fvu_weighted under the Gamma of member `under`; cross-entropies are
-    over the scored tokens of spliced sequences.
+    fvu[S] is that of a crosscoder's source S alone, as is what ends so of those below; fvu_weighted is under the Gamma
+    of member `under`; cross-entropies are over the scored tokens of spliced sequences.
     """
     out: dict[str, Ratio] = {}
     if (plain := fvu(arrays)) is not None:
@@ -67,15 +67,17 @@ def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
     if "seq_l0" in arrays:
         seen = arrays["seq_rows"] > 0
         out["l0"] = Ratio(arrays["seq_l0"][seen], arrays["seq_rows"][seen])
-    if "splice_ce" in arrays:
-        clean, spliced = arrays["splice_ce_clean"], arrays["splice_ce"]
-        for key, nats in (("clean", clean), ("spliced", spliced), ("delta", spliced - clean)):
-            out[f"ce_{key}"] = Ratio(nats, arrays["splice_targets"])
-        for ablation in ("zero", "mean"):
-            ablated = arrays[f"splice_ce_{ablation}"]
-            out[f"ce_loss_recovered_{ablation}"] = Ratio(ablated - spliced, ablated - clean)
-    if "splice_kl" in arrays:
-        out["kl"] = Ratio(arrays["splice_kl"], arrays["splice_targets"])
+    for end in (key.removeprefix("splice_kl") for key in arrays if key.startswith("splice_kl")):
+        if f"splice_ce{end}" in arrays:
+            clean, spliced = arrays[f"splice_ce_clean{end}"], arrays[f"splice_ce{end}"]
+            for key, nats in (("clean", clean), ("spliced", spliced), ("delta", spliced - clean)):
+                out[f"ce_{key}{end}"] = Ratio(nats, arrays["splice_targets"])
+            for ablation in ("zero", "mean"):
+                ablated = arrays[f"splice_ce_{ablation}{end}"]
+                out[f"ce_loss_recovered_{ablation}{end}"] = Ratio(
+                    ablated - spliced, ablated - clean
+                )
+        out[f"kl{end}"] = Ratio(arrays[f"splice_kl{end}"], arrays["splice_targets"])
     if (weighted := fvu(arrays, under)) is not None:
         out["fvu_weighted"] = weighted
     return out
@@ -140,9 +142,8 @@ def compare_members(a: ComparedMember, b: ComparedMember, cfg: EvalConfig) -> li
     left, right = (by_sequence(side.arrays, a.member) for side in (a, b))
     spliced = _same(a.arrays, b.arrays, "splice_seq", "splice_targets")
     for metric in left:
-        of_source = metric.startswith("fvu[")
-        wanted = metric in COMPARED if spliced else metric in ("fvu", "l0", "fvu_weighted")
-        wanted = wanted or of_source
+        whole = metric.partition("[")[0]  # fvu[S] of a crosscoder's source S: fvu
+        wanted = whole in COMPARED if spliced else whole in ("fvu", "l0", "fvu_weighted")
         if wanted and metric in right:
             add(metric, paired_difference(left[metric], right[metric], cfg), "sequence", True)
     of_a, of_b = by_latent(a.arrays, cfg), by_latent(b.arrays, cfg)

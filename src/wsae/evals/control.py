@@ -15,15 +15,21 @@ def random_control(like: SAE, mean: Float64[Tensor, " d_in"], l0: float, seed: i
     """Return an untied Top-k SAE: random unit decoder rows, encoder = transpose, b_dec = held-out mean, k = L0.
 
     Its seed is another than any member's start, so it shares no direction with them. No order of activations depends on
-    the scale of its encoder, but its errors do: see `fit_scale`.
+    the scale of its encoder, but its errors do: see `fit_scale`. Of a crosscoder the rows are random at the scale at
+    which its sources vary alike.
     """
     k = min(max(1, round(l0)), like.cfg.d_sae)
     widths = {"d_in": like.cfg.d_in, "d_sae": like.cfg.d_sae, "d_out": like.cfg.d_out}
     cfg = SAEConfig(**widths, activation=TopK(k=k))
     control = SAE(cfg, seed=seed_for(seed, "evals", CONTROL))
     assert control.b_dec is not None
+    assert control.W_enc_t is not None
     with torch.no_grad():
         control.b_dec.copy_(mean)
+        if like.cfg.sources is not None:
+            scales = like.scales.to(control.W_dec)
+            control.W_enc_t.mul_(scales)
+            control.W_dec.div_(scales)
     return control.to(like.W_dec.device).requires_grad_(False)
 
 

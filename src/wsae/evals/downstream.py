@@ -7,8 +7,12 @@ and KL(p_clean || p_spliced) are summed per sequence over the next tokens that a
 One sequence runs at a time, and its variants (clean, ablated, one per member) share the layers before the hook:
 there the batch has one row, and the hook widens it to one row per variant. A model that does not take it
 (`wsae.acts.capture.logits_by_row`) runs once per variant.
+
+A crosscoder's code is that of an untouched pass. In a second one its hooks' rows are replaced by their parts of x_hat:
+all of them, and each alone, as what is put in at a later place hides what an earlier one did to the rows there.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.acts.capture import Call, logits_by_row, splice
+from wsae.acts.capture import Call, Capture, Swap, logits_by_row, splice
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.acts.tokens import TokenTable
@@ -29,6 +33,7 @@ from wsae.sae import SAE
 
 Replace = Callable[[Float[Tensor, "kept d_in"]], Float[Tensor, "kept d_out"]]
 """What to put in place of the kept activations (fp32 in, fp32 out), from what the SAE reads."""
+Variants = list[Replace | None]
 
 _ROWS = 128
 """Positions whose log-probabilities are held at once."""
@@ -67,6 +72,10 @@ class Place(NamedTuple):
     read: HookPoint | None = None
     causal: bool | None = None
     """Whether nothing depends on a later token, where that is known."""
+    beside: tuple[HookPoint, ...] = ()
+    """Of crosscoders: the hooks whose rows they read side by side."""
+    alone: HookPoint | None = None
+    """The one of these that is replaced; none: all of them."""
 
 
 @torch.inference_mode()
@@ -154,11 +163,31 @@ def run_variants(
     place: Place,
     ids: Int64[Tensor, " length"],
     kept: Bool[Tensor, " length"],
-    variants: list[Replace | None],
+    variants: Variants,
 ) -> Float[Tensor, "variants length vocabulary"]:
     """Return the logits with each variant in place at `kept` of the hook's rows; None leaves them untouched."""
+    batch, swaps = ids[None], [(place.hook, _widened(kept, variants))]
+    if place.beside:
+        batch = ids.expand(len(variants), -1)
+        parts = _by_hook(model, place.beside, ids, kept, variants)
+        swaps = [
+            (hook, _widened(kept, here))
+            for hook, here in zip(place.beside, parts, strict=True)
+            if place.alone in (None, hook)
+        ]
+    with contextlib.ExitStack() as stack:
+        for hook, swap in swaps:
+            stack.enter_context(splice(model, hook, swap, place.read))
+        logits = model(input_ids=batch, use_cache=False).logits
+    if len(logits) != len(variants):
+        raise RuntimeError("the hooked module's output does not reach the logits by batch row")
+    return logits
 
-    def widened(hidden: Float[Tensor, "1 length d_out"], call: Call) -> Tensor:
+
+def _widened(kept: Bool[Tensor, " length"], variants: Variants) -> Swap:
+    """Return what makes of a hook's rows, of one sequence, those of each variant."""
+
+    def widened(hidden: Float[Tensor, "_ length d_out"], call: Call) -> Tensor:
         wide = hidden.expand(len(variants), *hidden.shape[1:]).clone()
         at = kept.to(hidden.device)
         read = hidden if call.read is None else call.read.to(hidden.device)
@@ -168,11 +197,28 @@ def run_variants(
                 row[at] = replace(x).to(row)
         return wide
 
-    with splice(model, place.hook, widened, place.read):
-        logits = model(input_ids=ids[None], use_cache=False).logits
-    if len(logits) != len(variants):
-        raise RuntimeError("the hooked module's output does not reach the logits by batch row")
-    return logits
+    return widened
+
+
+def _by_hook(
+    model: nn.Module,
+    hooks: tuple[HookPoint, ...],
+    ids: Int64[Tensor, " length"],
+    kept: Bool[Tensor, " length"],
+    variants: Variants,
+) -> list[Variants]:
+    """Return each hook's part of what the variants make of the rows side by side in an untouched pass."""
+    seen = Capture(model, hooks)(ids[None])
+    x = torch.cat([rows[0].to(ids.device)[kept].float() for rows in seen.values()], 1)
+    made = [None if v is None else v(x).split([h.d_in for h in hooks], 1) for v in variants]
+    return [
+        [None if parts is None else _constant(parts[number]) for parts in made]
+        for number in range(len(hooks))
+    ]
+
+
+def _constant(rows: Float[Tensor, "kept d_out"]) -> Replace:
+    return lambda _: rows
 
 
 def splice_sequences(tokens: TokenTable, cfg: EvalConfig) -> list[int]:
@@ -206,33 +252,43 @@ def splice_arrays(
         "mean": lambda x: constant.to(x.device).expand(len(x), -1),
     }
     variants |= {f"sae {name}": reconstruction(sae) for name, sae in saes.items()}
-    losses = spliced_losses(language.model, place, sequences, variants, cfg.splice_logits, progress)
-    common = {"splice_seq": losses.seq, "splice_targets": losses.targets}
-    kl = {name: {**common, "splice_kl": losses.kl[f"sae {name}"]} for name in saes}
-    if place.causal is False:
-        return kl
-    clean = {
-        "splice_ce_clean": losses.ce_clean,
-        "splice_ce_zero": losses.ce["zero"],
-        "splice_ce_mean": losses.ce["mean"],
-    }
-    return {name: {**kl[name], **clean, "splice_ce": losses.ce[f"sae {name}"]} for name in saes}
+    out: dict[str, dict[str, Tensor]] = {name: {} for name in saes}
+    sources = next((sae.cfg.sources for sae in saes.values()), None) or ()
+    ends = ["", *(f"[{source.name}]" for source in sources)]
+    for alone, end in zip((None, *place.beside), ends, strict=True):
+        where = place._replace(alone=alone)
+        args = (sequences, variants, cfg.splice_logits, progress)
+        losses = spliced_losses(language.model, where, *args)
+        common = {"splice_seq": losses.seq, "splice_targets": losses.targets}
+        if place.causal is not False:
+            common |= {
+                f"splice_ce_clean{end}": losses.ce_clean,
+                f"splice_ce_zero{end}": losses.ce["zero"],
+                f"splice_ce_mean{end}": losses.ce["mean"],
+            }
+        for name, arrays in out.items():
+            arrays |= {**common, f"splice_kl{end}": losses.kl[f"sae {name}"]}
+            if place.causal is not False:
+                arrays[f"splice_ce{end}"] = losses.ce[f"sae {name}"]
+    return out
 
 
 def unrecovered(hook: str, arrays: dict[str, Tensor]) -> list[str]:
     """Return why there is no share of recovered cross-entropy: an ablation that costs the model nothing."""
-    if "splice_ce_clean" not in arrays:
-        return []
-    per_token = {
-        name: float(arrays[f"splice_ce_{name}"].sum() / arrays["splice_targets"].sum())
-        for name in ("clean", "zero", "mean")
-    }
-    return [
-        f"{hook}: cross-entropy recovered ({name}) is not defined, as the model predicts no worse with the {what} in "
-        f"place of its activations ({per_token[name]:.4g} nats a token, untouched {per_token['clean']:.4g})"
-        for name, what in (("zero", "value 0"), ("mean", "mean"))
-        if per_token[name] <= per_token["clean"]
-    ]
+    found = []
+    for end in (key.removeprefix("splice_ce_clean") for key in arrays if "ce_clean" in key):
+        per_token = {
+            name: float(arrays[f"splice_ce_{name}{end}"].sum() / arrays["splice_targets"].sum())
+            for name in ("clean", "zero", "mean")
+        }
+        found += [
+            f"{end[1:-1] or hook}: cross-entropy recovered ({name}) is not defined, as the model predicts no worse "
+            f"with the {what} in place of its activations ({per_token[name]:.4g} nats a token, untouched "
+            f"{per_token['clean']:.4g})"
+            for name, what in (("zero", "value 0"), ("mean", "mean"))
+            if per_token[name] <= per_token["clean"]
+        ]
+    return found
 
 
 def token_sequences(

@@ -354,7 +354,7 @@ class _MeasuringPass:
         self.matching: dict[str, Matching] = {}
         for member, twin in family.twins.items():
             a, b = (
-                LiveDecoder(self.saes[name].W_dec, survey.activity[name].alive)
+                LiveDecoder(self.saes[name].directions, survey.activity[name].alive)
                 for name in (member, twin)
             )
             self.matching[member] = match(a, b, cfg.assignment_max, cfg.seed)
@@ -416,7 +416,7 @@ class _MeasuringPass:
             if gamma.ndim == 2:  # two runs may agree per dimension alone
                 out["gamma_matrix"] = gamma
             out["density"], out["variance"] = activity.density, activity.variance
-            out["decoder_max_cosine"] = decoder_max_cosine(sae.W_dec)
+            out["decoder_max_cosine"] = decoder_max_cosine(sae.directions)
             if sae.cfg.sources is not None:
                 for source, share in zip(sae.cfg.sources, sae.relative_norms(), strict=True):
                     out[f"{RELATIVE_NORM}[{source.name}]"] = share.cpu()

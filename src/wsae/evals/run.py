@@ -14,7 +14,7 @@ from wsae.acts.capture import tokens as token_manner
 from wsae.acts.hooknames import sides
 from wsae.acts.hookpoints import SEES_LATER, probe
 from wsae.acts.loading import PREDICTS_NOTHING, predictions
-from wsae.acts.source import as_path, is_folder_of_arrays, open_source
+from wsae.acts.source import JoinedSource, as_path, is_folder_of_arrays, open_source
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import (
     ARRAYS,
@@ -89,10 +89,8 @@ def evaluate_families(
         sequences = token_sequences(tokens, kept, language.tokenizer.all_special_ids)
         for hook, found in measured.items():
             out = found.survey.out
-            probed = probe(language.model, [out], token_manner())
-            sees_later |= probed.causal is False
-            read = None if out == hook else one_hook(language.model, hook)
-            place = Place(probed.hooks[0], read, probed.causal)
+            place = _place(language, hook, out, source)
+            sees_later |= place.causal is False
             mean, saes = found.survey.moments.mean, families[hook].saes
             extra = splice_arrays(language, place, saes, mean, sequences, cfg, progress)
             for name, arrays in extra.items():
@@ -124,6 +122,15 @@ def evaluate_families(
     return Evaluation(record, contexts, arrays, _thumbnails(contexts, pictures))
 
 
+def _place(language: Language, hook: str, out: str, source: HeldOut) -> Place:
+    """Return where SAEs are put into their model; a transcoder where its module gives, a crosscoder at all sources."""
+    beside = [*source.parts] if isinstance(source, JoinedSource) else []
+    probed = probe(language.model, beside or [out], token_manner())
+    read = None if out == hook else one_hook(language.model, hook)
+    points = {point.name: point for point in probed.hooks}
+    return Place(probed.hooks[0], read, probed.causal, tuple(points[name] for name in beside))
+
+
 def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Json:
     arrays = {name: _as_numpy(named) for name, named in found.arrays.items()}
     members = {}
@@ -145,9 +152,12 @@ def _of_sources(hooks: Json) -> Json:
     """Return the glossary's entries of a crosscoder's metrics by source."""
     members = [member for found in hooks.values() for member in found["members"].values()]
     keys = dict.fromkeys(key for member in members for key in member["metrics"] if "[" in key)
-    return {
-        key: METRICS["fvu"]._replace(name=f"Plain FVU of {key[4:-1]}")._asdict() for key in keys
-    }
+    out = {}
+    for key in keys:
+        whole, _, source = key.partition("[")
+        entry = METRICS[whole]
+        out[key] = entry._replace(name=f"{entry.name} of {source[:-1]}")._asdict()
+    return out
 
 
 def _by_source(arrays: dict[str, Tensor]) -> Json:

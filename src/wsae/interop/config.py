@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-FormatName = Literal["saelens", "sparsify", "dictionary_learning", "circuit_tracer"]
+FormatName = Literal["saelens", "sparsify", "dictionary_learning", "circuit_tracer", "crosscoder"]
 INDEX = "wsae.json"
 """The list of SAEs at the top of a shared folder."""
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)

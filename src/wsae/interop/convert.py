@@ -31,7 +31,7 @@ from wsae.core.tensors import load_tensors, save_tensors
 from wsae.interop.circuit_tracer import CIRCUIT_TRACER, LAYER
 from wsae.interop.circuit_tracer import CONFIG as SET
 from wsae.interop.config import FormatName, SourceName
-from wsae.interop.dictionary_learning import DICTIONARY_LEARNING
+from wsae.interop.dictionary_learning import CROSSCODER, DICTIONARY_LEARNING
 from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, LLAMA_SCOPE_R1, TORCH, beside
 from wsae.interop.releases import LOADERS, Published, hub_model, named, of_repository, published
@@ -43,7 +43,7 @@ from wsae.sae.model import SAE, WEIGHTS
 SIDE = "wsae.safetensors"
 """What an export holds that the other tool's files cannot, to the bit."""
 KINDS: dict[FormatName, Format] = {
-    f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER)
+    f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER, CROSSCODER)
 }
 """What can be written, too."""
 READERS: dict[SourceName, Reader] = {
@@ -245,7 +245,7 @@ def detect(place: Path) -> Reader:
             return kind
     listed = (name for kind in READERS.values() for name in kind.files[1:] if name)
     names = list(dict.fromkeys(listed))
-    inside = [place / p for p in sorted({p for n in names for p in place.glob(f"*/{n}")})]
+    inside = [p for p in sorted({p for n in names for p in place.glob(f"*/{n}")}) if readable(p)]
     inside += sorted([*place.glob("*.pt"), *place.glob("*.pth")])
     hint = f"; there is one in {_folder(inside[0])}" if inside else ""
     raise UserError(

@@ -11,6 +11,15 @@
 | MatryoshkaBatchTopKSAE | as BatchTopKSAE; its groups act on training     | batch_topk |
 
 AutoEncoderTopK's `threshold` is off there unless asked for (`use_threshold=True`), so it is kept as provenance only.
+
+Crosscoders are those of its fork (jkminder/dictionary_learning), as the hub's mixin writes them: config.json (what the
+class was made with) + model.safetensors, encoder.weight [sources, d, m], decoder.weight [sources, m, d]:
+
+    f = ReLU(sum_s c (x_s - mean_s) W_s + b)        x_hat_s = (f D_s + b_s) / (c + 1e-8) + mean_s
+
+(mean 0 and c = 1 where activation_mean is NaN). A CrossCoder is all of f, a BatchTopKCrossCoder f where f_j n_j is
+above one threshold, n_j by `code_normalization`: sum_s |D_sj|, |D_j|, a mixture, or 1. Ours is z_j = f_j n_j, its
+`get_activations`.
 """
 
 import re
@@ -22,6 +31,7 @@ from torch import Tensor
 
 from wsae.acts.hooknames import hook_name
 from wsae.core.errors import UserError
+from wsae.core.tensors import load_tensors
 from wsae.core.torchfile import load_state
 from wsae.interop.format import (
     Foreign,
@@ -29,12 +39,14 @@ from wsae.interop.format import (
     Keys,
     Meaning,
     NamedTensors,
+    Switch,
     centred,
     check_keys,
     check_shapes,
     gated,
     maybe,
     named,
+    positive,
     provenance,
     read_config,
     take,
@@ -42,7 +54,7 @@ from wsae.interop.format import (
     unit_rows,
     whole,
 )
-from wsae.sae.config import Provenance
+from wsae.sae.config import Provenance, SourcePart
 from wsae.sae.model import SAE
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -156,16 +168,17 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
 
 
 def _k(foreign: Foreign, where: str) -> int:
-    trainer = _trainer(foreign, where)
+    return _k_of(foreign, _trainer(foreign, where), WEIGHTS, where)
+
+
+def _k_of(foreign: Foreign, config: dict[str, Any], weights: str, where: str) -> int:
     inside = foreign.tensors.get("k")
     if inside is None:
-        return whole(trainer, "k", where)
+        return whole(config, "k", where)
     if inside.numel() != 1 or inside.is_floating_point() or int(inside) < 1:
-        raise UserError(f"{where}: k in {WEIGHTS} is not a positive whole number")
-    if trainer.get("k") not in (None, int(inside)):
-        raise UserError(
-            f"{where}: k is {int(inside)} in {WEIGHTS} and {trainer['k']!r} in {CONFIG}"
-        )
+        raise UserError(f"{where}: k in {weights} is not a positive whole number")
+    if config.get("k") not in (None, int(inside)):
+        raise UserError(f"{where}: k is {int(inside)} in {weights} and {config['k']!r} in {CONFIG}")
     return int(inside)
 
 
@@ -227,6 +240,153 @@ def _state(kind: str, weights: NamedTensors, k: int | None) -> dict[str, Tensor]
     return state
 
 
+_BESIDE = "model.safetensors"
+_LAYERS = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
+_MEAN, _STD, _SCALE = "activation_mean", "activation_std", "activation_global_scale"
+_BUFFERS = ("target_rms", _MEAN, _STD, _SCALE, "code_normalization_id", "k", "threshold")
+_NORMS = ("CROSSCODER", "SAE", "MIXED", "NONE", "DECOUPLED")
+"""In the order of their ids, from 1."""
+_CROSS_USED = """
+    activation_dim dict_size num_layers num_decoder_layers k code_normalization code_normalization_alpha_sae
+    code_normalization_alpha_cc
+"""
+_CROSS_HARMLESS = """
+    same_init_for_all_layers norm_init_scale init_with_transpose target_rms activation_mean activation_std
+"""
+_CROSS_KEYS = Keys(
+    used=frozenset(_CROSS_USED.split()),
+    harmless=frozenset(_CROSS_HARMLESS.split()),
+    switches={
+        "encoder_layers": Switch((None,), "an encoder of some sources alone has no equal here"),
+        "latent_processor": Switch((None,), "what it does to the latents is not in the files"),
+    },
+)
+
+
+class _Crosscoders(Format):
+    def detect(self, path: Path) -> bool:
+        """Return whether a folder holds a crosscoder: language models have files of these names too."""
+        if not super().detect(path) or not (path / CONFIG).is_file():
+            return False
+        return "dict_size" in read_config(path / CONFIG)
+
+
+def _read_crosscoder(path: Path) -> Foreign:
+    return Foreign(read_config(path / CONFIG), load_tensors(path / _BESIDE))
+
+
+def _rename_crosscoder(foreign: Foreign, where: str) -> NamedTensors:
+    check_keys(foreign.config, _CROSS_KEYS, where)
+    if (name := _norm_name(foreign)) not in _NORMS[:4]:
+        raise UserError(
+            f"{where}: code_normalization {name!r}: a code for each source has no equal here"
+        )
+    weights = {name: t for name, t in foreign.tensors.items() if name not in _BUFFERS}
+    W, D, b_enc, b_dec = take(weights, _LAYERS, where)
+    if W.ndim != 3 or (*W.shape[:1], *W.shape[:0:-1]) != D.shape or b_dec.shape != W.shape[:2]:
+        found = ", ".join(f"{name} {tuple(weights[name].shape)}" for name in _LAYERS)
+        raise UserError(
+            f"{where}: {found}; needed: [sources, d, m], [sources, m, d], [m], [sources, d]"
+        )
+    for key, is_ in zip(("num_layers", "activation_dim"), W.shape, strict=False):
+        if foreign.config.get(key, is_) != is_:
+            said = foreign.config[key]
+            raise UserError(f"{where}: the config says {key} = {said!r}, the weights have {is_}")
+    threshold = foreign.tensors.get("threshold")
+    threshold = threshold if threshold is None else threshold.float()
+    named = NamedTensors(
+        W.flatten(0, 1), D.transpose(0, 1).flatten(1), b_enc, b_dec.flatten(), threshold
+    )
+    return check_shapes(named, where, None, foreign.config.get("dict_size"))
+
+
+def _understand_crosscoder(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
+    sources, d, _ = foreign.tensors["encoder.weight"].shape
+    W, D, b, b_dec = (
+        t.double() for t in (weights.W_enc, weights.W_dec, weights.b_enc, weights.b_dec)
+    )
+    n = _code_norm(foreign, D.unflatten(1, (sources, d)), where)
+    mean, std = (foreign.tensors.get(name) for name in (_MEAN, _STD))
+    if mean is not None and std is not None and not bool(mean.isnan().any() | std.isnan().any()):
+        mean, c = mean.double().flatten(), foreign.tensors[_SCALE].double()
+        b = b - c * mean @ W
+        W, D, b_dec = c * W, D / (c + 1e-8), b_dec / (c + 1e-8) + mean
+    b = (b + b_dec @ W) * n  # ours subtracts b_dec
+    W, D = W * n, D / n.clamp(min=1e-30)[:, None]
+    found = NamedTensors(W.float(), D.float(), b.float(), b_dec.float(), weights.threshold)
+    activation: dict[str, Any] = {"kind": "relu"}
+    if weights.threshold is not None:  # -1: never set, every positive latent speaks
+        activation = {"kind": "batch_topk", "k": _k_of(foreign, foreign.config, _BESIDE, where)}
+    parts = tuple(SourcePart(name=f"source {number}", width=d) for number in range(sources))
+    return Meaning(found, activation, sources=parts)
+
+
+def _norm_name(foreign: Foreign) -> object:
+    number = foreign.tensors.get("code_normalization_id")
+    usual = _NORMS[0 if number is None else int(number) - 1]
+    return foreign.config.get("code_normalization") or usual
+
+
+def _code_norm(foreign: Foreign, D: Tensor, where: str) -> Tensor:
+    """Return n_j of decoder rows [m, sources, d]."""
+    each, of_row = D.norm(dim=2).sum(1), D.flatten(1).norm(dim=1)
+    match _norm_name(foreign):
+        case "CROSSCODER":
+            return each
+        case "SAE":
+            return of_row
+        case "MIXED":
+            usual = {"code_normalization_alpha_sae": 1.0, "code_normalization_alpha_cc": 0.1}
+            a, b = (positive(foreign.config.get(k, v), k, where) for k, v in usual.items())
+            return a * of_row + b * each
+        case _:
+            return torch.ones_like(each)
+
+
+def _pack_crosscoder(sae: SAE, about: Provenance) -> Foreign:  # noqa: ARG001  (its config has no room for it)
+    parts, activation = sae.cfg.sources, sae.cfg.activation
+    if parts is None:
+        raise UserError("an SAE of one hook has no equal among crosscoders; leave --format out")
+    if len({part.width for part in parts}) > 1 or activation.kind not in ("relu", "batch_topk"):
+        widths = ", ".join(str(part.width) for part in parts)
+        raise UserError(
+            f"a crosscoder of {activation.kind} over widths {widths} has no equal there: relu and batch_topk over one "
+            "width have; wsae push shares it as it is"
+        )
+    weights, size = uncentred(named(sae, by_source=True)), (len(parts), parts[0].width)
+    state = {
+        "encoder.weight": weights.W_enc.unflatten(0, size),
+        "decoder.weight": weights.W_dec.unflatten(1, size).transpose(0, 1),
+        "encoder.bias": weights.b_enc,
+        "decoder.bias": weights.b_dec.view(size),
+        "target_rms": torch.tensor(1.0, dtype=torch.float32),
+        _MEAN: torch.full(size, torch.nan, dtype=torch.float32),
+        _STD: torch.full(size, torch.nan, dtype=torch.float32),
+        _SCALE: torch.tensor(1.0, dtype=torch.float32),
+        "code_normalization_id": torch.tensor(1 + _NORMS.index("NONE")),
+    }
+    config: dict[str, Any] = {
+        "activation_dim": size[1],
+        "dict_size": sae.cfg.d_sae,
+        "num_layers": size[0],
+        "code_normalization": "NONE",
+        "target_rms": 1.0,
+    }
+    if weights.threshold is not None:
+        config["k"] = getattr(activation, "k", None)
+        state |= {"k": torch.tensor(config["k"], dtype=torch.int32), "threshold": weights.threshold}
+    return Foreign(config, state)
+
+
+CROSSCODER = _Crosscoders(
+    "crosscoder",
+    (CONFIG, _BESIDE),
+    _read_crosscoder,
+    _rename_crosscoder,
+    _understand_crosscoder,
+    lambda foreign: provenance("crosscoder", foreign.config, {}),
+    _pack_crosscoder,
+)
 DICTIONARY_LEARNING = Format(
     "dictionary_learning", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack
 )

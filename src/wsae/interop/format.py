@@ -19,7 +19,7 @@ from wsae.core.torchfile import save_state
 from wsae.interop.config import FormatName, SourceName
 from wsae.interop.releases import hub_model
 from wsae.sae.architectures import gated_as_jumprelu
-from wsae.sae.config import Provenance, SAEConfig
+from wsae.sae.config import Provenance, SAEConfig, SourcePart
 from wsae.sae.model import SAE
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,6 +62,8 @@ class Meaning(NamedTuple):
     """Whether it gives other activations than it reads, from which b_dec is then not subtracted."""
     input_norm: str | None = None
     """How rows are normalised one by one, in SAELens' words."""
+    sources: tuple[SourcePart, ...] | None = None
+    """Of a crosscoder."""
 
 
 def take(tensors: Mapping[str, Tensor], names: Iterable[str], where: str) -> list[Tensor]:
@@ -186,13 +188,14 @@ def assemble(cfg: SAEConfig, weights: NamedTensors) -> SAE:
     return sae
 
 
-def named(sae: SAE, by_row: bool = False) -> NamedTensors:
+def named(sae: SAE, by_row: bool = False, by_source: bool = False) -> NamedTensors:
     """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T.
 
-    Raises UserError for a crosscoder, and for an SAE that normalises its rows, unless its tool can too (`by_row`).
+    Raises UserError for a crosscoder, and for an SAE that normalises its rows, unless its tool has such (`by_source`,
+    `by_row`).
     """
-    if sae.cfg.sources is not None:
-        raise UserError("a crosscoder has no equal there; wsae push shares it as it is")
+    if sae.cfg.sources is not None and not by_source:
+        raise UserError("a crosscoder has no equal there; it has one with --format crosscoder")
     if sae.cfg.input_norm is not None and not by_row:
         raise UserError(
             f"an SAE that normalises its rows ({sae.cfg.input_norm}) has no equal there; SAELens has (--format saelens)"
@@ -259,6 +262,7 @@ class Reader:
             **found.weights.widths(found.transcoder),
             "activation": found.activation,
             "input_norm": found.input_norm,
+            "sources": found.sources,
         }
         return assemble(SAEConfig.parse(data, where=where), found.weights)
 

@@ -126,10 +126,18 @@ class SAE(nn.Module):
     @property
     def unweighted(self) -> bool:
         """Whether gamma weighs nothing: it is 1, or for each source of a crosscoder that source's scale."""
-        sources = self.cfg.sources or ()
-        scales = [self.gamma.new_full((s.width,), s.scale) for s in sources]
-        flat = torch.cat(scales) if scales else torch.ones_like(self.gamma)
-        return self.gamma.ndim == 1 and torch.equal(self.gamma, flat)
+        return self.gamma.ndim == 1 and torch.equal(self.gamma, self.scales.to(self.gamma))
+
+    @property
+    def scales(self) -> Float[Tensor, " d_out"]:
+        """What a crosscoder's sources are multiplied by to vary alike (`SourcePart`), for each dimension; else 1."""
+        sources = self.cfg.sources or (SourcePart(name="", width=self.cfg.width_out),)
+        return torch.cat([self.W_dec.new_full((s.width,), s.scale) for s in sources])
+
+    @property
+    def directions(self) -> Float[Tensor, "d_sae d_out"]:
+        """The decoder's rows as they are compared: those of a crosscoder with its sources at their scales."""
+        return self.W_dec if self.cfg.sources is None else self.W_dec * self.scales
 
     @property
     def encoder_rows(self) -> Float[Tensor, "d_sae d_in"]:
@@ -272,9 +280,16 @@ class SAE(nn.Module):
         return self.decode_code(self.encode_code(rows), rows).reshape(*lead, self.cfg.width_out)
 
     def split(self, x: Float[Tensor, "*batch d_in"]) -> dict[str, Float[Tensor, "*batch _"]]:
-        """Return what a crosscoder takes or gives by source (views); raises UserError for an SAE of one hook."""
+        """Return what a crosscoder takes or gives by source (views).
+
+        Raises UserError for an SAE of one hook, and another width.
+        """
         widths = [source.width for source in self._sources]
         names = [source.name for source in self._sources]
+        if x.shape[-1:] != (self.cfg.d_in,):
+            raise UserError(
+                f"input of shape {tuple(x.shape)} where this crosscoder has [..., {self.cfg.d_in}]"
+            )
         return dict(zip(names, x.split(widths, -1), strict=True))
 
     def source_norms(self) -> Float[Tensor, "sources d_sae"]:

@@ -44,10 +44,16 @@ class Preconditioner:
     ) -> "Preconditioner":
         """Return the diagonal S that makes the sum of variances of all sources the same, trace(S S) = d_in.
 
-        Sources that have a scale already, not all 1, keep it. Raises UserError for a source without variance.
+        Sources that have a scale already, not all 1, keep it. Raises UserError for a source without variance, and for
+        another width than theirs together.
         """
+        widths = [source.width for source in sources]
+        if sum(widths) != len(variance):
+            raise UserError(
+                f"crosscoder: sources of {sum(widths)} dimensions together, and the data have {len(variance)}"
+            )
         if all(source.scale == 1 for source in sources):
-            sums = [float(v.sum()) for v in variance.split([s.width for s in sources])]
+            sums = [float(v.sum()) for v in variance.split(widths)]
             for source, total in zip(sources, sums, strict=True):
                 if total == 0:
                     raise UserError(f"{source.name}: all its activations are the same vector")

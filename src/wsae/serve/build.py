@@ -600,7 +600,7 @@ def _near_blobs(sae: SAE, n: int) -> Iterator[bytes | None]:
     if n == 0 or sae.cfg.d_sae < 2:
         yield from [None] * sae.cfg.d_sae
         return
-    for cosine, where in neighbours(sae.W_dec, n):
+    for cosine, where in neighbours(sae.directions, n):
         values, places = cosine.numpy(), where.numpy().astype(np.int32)
         yield from (v.tobytes() + i.tobytes() for v, i in zip(values, places, strict=True))
 

@@ -187,8 +187,9 @@ class _Site:
         """Return the rows with the edits, none where nothing changes."""
         device = self.sae.W_dec.device
         rows = x.to(device).flatten(0, 1)
-        read = rows if call.read is None else call.read.to(device).flatten(0, 1)
-        call = Call(None if call.ids is None else call.ids.to(device), call.positions.to(device))
+        ids, before = (None if x is None else x.to(device) for x in (call.ids, call.read))
+        call = Call(ids, call.positions.to(device), before)
+        read = rows if before is None else before.flatten(0, 1)
         seen = {(self.read or self.point).name: read, self.point.name: rows}
         reasons = self._reasons(seen, call)
         kept = (reasons == KEPT).nonzero()[:, 0]

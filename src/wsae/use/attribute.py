@@ -7,6 +7,7 @@ Written with its error e, a row at the hook is h = b_dec + sum_j z_j W_dec[j] + 
 
 and the error of every token has an effect alike, e_t . dm/dh_t. Integrated gradients are complete: up to the quadrature
 all effects add up to m(h) - m(b_dec), the rows of all tokens changed at once; gradients so far as the model is linear.
+Of a transcoder h is what its module gives, z what it finds in the module's input, and b_dec + x W_skip^T stays of h.
 Tokens that training left out (`wsae.use.attach`) keep their row and have no effect.
 """
 
@@ -15,6 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -190,23 +192,19 @@ def attribute(
     method: Method = "gradient",
     verify: int = 10,
     exclude: Exclude = "as in training",
+    hook_out: Mapping[str, str] = MappingProxyType({}),
     progress: Progress = quiet,
 ) -> Attribution:
     """Return the effects of latents on a metric of a text, the `verify` largest of them checked by ablation.
 
-    Raises UserError as `attach` and the metrics do, for a model without logits, and for a transcoder.
+    `hook_out`: what transcoders give, as `attach` has it. Raises UserError as `attach` and the metrics do, and for a
+    model without logits.
     """
     refuse_without_logits(model)
-    for hook, sae in saes.items():
-        if sae.cfg.transcoder:
-            raise UserError(
-                f"hook {hook!r}: its SAE is a transcoder, whose latents are not attributed to yet; steer with it, or "
-                "export it to circuit-tracer"
-            )
     passes = _GradientPasses(model, saes, ids, metric)
     found: dict[str, AtHook] = {}
     with progress("attribute", 1 + 2 * len(saes), "hooks") as tick:
-        base = passes.base(exclude)
+        base = passes.base(exclude, hook_out)
         tick(1)
         for hook in saes:
             found[hook] = _at_hook(passes, base, hook, method)
@@ -241,12 +239,13 @@ def likeliest(model: nn.Module, ids: Int64[Tensor, " seq"], count: int = 1) -> l
 
 
 class _Base(NamedTuple):
-    """The model's own pass: the metric, and at each hook latents, rows and the metric's gradient."""
+    """The model's own pass: the metric, and for each SAE latents, what it reads, rows and the metric's gradient."""
 
     value: float
     codes: dict[str, Codes]
-    rows: dict[str, Float[Tensor, "seq d_in"]]
-    gradients: dict[str, Float[Tensor, "seq d_in"]]
+    read: dict[str, Float[Tensor, "seq d_in"]]
+    rows: dict[str, Float[Tensor, "seq d_out"]]
+    gradients: dict[str, Float[Tensor, "seq d_out"]]
 
 
 class _Slopes(NamedTuple):
@@ -271,7 +270,7 @@ class _GradientPasses:
         """What spares the model the logits that the metric does not read."""
 
     @torch.enable_grad()
-    def base(self, exclude: Exclude) -> _Base:
+    def base(self, exclude: Exclude, hook_out: Mapping[str, str]) -> _Base:
         """Return what the model's own pass gives."""
         rows: dict[str, Tensor] = {}
 
@@ -279,17 +278,16 @@ class _GradientPasses:
             rows[name] = x if x.requires_grad else x.detach().requires_grad_()
             return rows[name].clone()
 
-        with attach(self.model, self.saes, exclude=exclude) as attached:
+        with attach(self.model, self.saes, exclude=exclude, hook_out=hook_out) as attached:
             self.points = attached.points
             (value,) = self._values({name: partial(keep, name) for name in self.saes})
             codes = attached.acts
         found = torch.autograd.grad(value, [*rows.values()])
         gradients = {name: g[0] for name, g in zip(rows, found, strict=True)}
-        own = {
-            name: x.detach()[0].to(torch.promote_types(x.dtype, torch.float32))
-            for name, x in rows.items()
-        }
-        return _Base(float(value.detach()), codes, own, gradients)
+        own = {name: _wide(x) for name, x in rows.items()}
+        reads = {name: codes[name].call.read for name in rows}
+        read = {name: own[name] if x is None else _wide(x) for name, x in reads.items()}
+        return _Base(float(value.detach()), codes, read, own, gradients)
 
     @torch.enable_grad()
     def slopes(self, hook: str, rows: Float[Tensor, "batch seq d_in"]) -> _Slopes:
@@ -318,7 +316,8 @@ class _GradientPasses:
     def lost(self, base: _Base, hook: str, effects: Sequence[Effect]) -> list[float]:
         """Return what the metric loses without each latent at its token, all else of the row as it was."""
         own, sae = base.rows[hook], self.saes[hook]
-        factor, rows = sae.normalised(own.to(sae.W_dec)).factor, own.repeat(1 + len(effects), 1, 1)
+        factor = sae.normalised(base.read[hook].to(sae.W_dec)).factor
+        rows = own.repeat(1 + len(effects), 1, 1)
         for changed, one in zip(rows[1:], effects, strict=True):
             row = factor[one.position] * sae.W_dec[one.latent].detach()
             changed[one.position] -= one.activation * row.to(rows)
@@ -333,6 +332,10 @@ class _GradientPasses:
         return self.metric(logits, self.ids)
 
 
+def _wide(x: Float[Tensor, "1 seq width"]) -> Float[Tensor, "seq width"]:
+    return x.detach()[0].to(torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.no_grad()
 def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) -> AtHook:
     """Return the effects at one hook."""
@@ -341,8 +344,8 @@ def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) ->
     silent = code._replace(
         values=code.values[:0], indices=code.indices[:0], offsets=code.offsets * 0
     )
-    own = x.to(sae.W_dec)
-    gone = torch.where(kept[:, None], sae.decode_code(silent, own).to(x), x)
+    own, read = x.to(sae.W_dec), base.read[hook].to(sae.W_dec)
+    gone = torch.where(kept[:, None], sae.decode_code(silent, read).to(x), x)
     slopes = partial(passes.slopes, hook)
     if method == "integrated":
         end = _Slopes(torch.tensor([base.value]), base.gradients[hook][None])
@@ -352,12 +355,12 @@ def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) ->
         slope = base.gradients[hook]
     slope = slope.to(sae.W_dec)
     rows, latents, z = code.rows(), code.indices, code.values.detach()
-    effect = z * sae.normalised(own).factor[rows] * (slope @ sae.W_dec.T)[rows, latents]
+    effect = z * sae.normalised(read).factor[rows] * (slope @ sae.W_dec.T)[rows, latents]
     order = effect.abs().argsort(descending=True, stable=True)
     order = order[z[order] != 0]
     listed = order[:MOST]
     columns = (rows[listed], latents[listed], z[listed], effect[listed])
-    error = (own - sae.decode_code(code, own)) * kept[:, None].to(sae.W_dec.device)
+    error = (own - sae.decode_code(code, read)) * kept[:, None].to(sae.W_dec.device)
     reasons = codes.reasons[0].tolist()
     return AtHook(
         [Effect(hook, *one) for one in zip(*(c.tolist() for c in columns), strict=True)],

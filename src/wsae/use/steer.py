@@ -9,6 +9,7 @@ Strengths may be multiples of a latent's largest activation ("2x"). Beside each 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -203,12 +204,13 @@ def steer(
     cfg: SteerConfig = SteerConfig(),  # noqa: B008  (frozen)
     exclude: Exclude = "as in training",
     progress: Progress = quiet,
+    hook_out: Mapping[str, str] = MappingProxyType({}),
 ) -> Steered:
     """Return what a model writes after a prompt, without edits and with them at each strength.
 
-    `saes` by hook and `exclude` as in `attach`; `peaks` are the largest activations of the latents whose edits count in
-    them, by `AskedEdit.name`. Raises UserError for a model that continues no text, a latent that its SAE does not have,
-    a prompt that leaves no room, and an edit too strong for the model.
+    `saes` by hook, `exclude` and `hook_out` as in `attach`; `peaks` are the largest activations of the latents whose
+    edits count in them, by `AskedEdit.name`. Raises UserError for a model that continues no text, a latent that its SAE
+    does not have, a prompt that leaves no room, and an edit too strong for the model.
     """
     refuse_unable_to_continue(language.model)
     check_latents(wanted, saes)
@@ -218,7 +220,7 @@ def steer(
     written: list[tuple[float | None, Int64[Tensor, " new"]]] = []
     steps = [None, *strengths]
     with (
-        attach(language.model, saes, exclude=exclude) as attached,
+        attach(language.model, saes, exclude=exclude, hook_out=hook_out) as attached,
         progress("steer", len(steps), "texts") as tick,
     ):
         for strength in steps:

@@ -25,11 +25,11 @@ from wsae.core.errors import UserError
 from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
+from wsae.evals.config import FREE, Control, FragmentConfig, InterpretConfig, Score
 from wsae.evals.contexts import sample_latents
 from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut, Language
 from wsae.evals.interpret.collect import Latents, Members, collect, fragments
-from wsae.evals.interpret.config import FREE, Control, FragmentConfig, InterpretConfig, Score
 from wsae.evals.interpret.controls import NAMES, neurons, pca, random_model, shuffled, subset
 from wsae.evals.interpret.embedding import Memo, TextEncoder, embedding_scores, load_encoder
 from wsae.evals.interpret.llm.asking import NO_EXPLANATION, AnswerTally, Llm
@@ -186,7 +186,9 @@ def survey_hooks(
             n, names = cfg.contexts.n_latents, ("interpret", hook, name)
             sample[name] = sample_latents(live.density, n, cfg.seed, *names).tolist()
         for member, twin in family.twins.items():
-            a, b = (LiveDecoder(family.saes[n].W_dec, activity[n].alive) for n in (member, twin))
+            a, b = (
+                LiveDecoder(family.saes[n].directions, activity[n].alive) for n in (member, twin)
+            )
             matching[member] = match(a, b, ASSIGNMENT_MAX, cfg.seed)
         reference = next(iter(family.twins.values()), next(iter(family.saes)))
         covariance = covariances.get(hook)
