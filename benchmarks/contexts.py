@@ -26,9 +26,9 @@ import torch
 
 from wsae.acts.source import HeldoutRows, StoreSource
 from wsae.acts.tokens import TokenTable
+from wsae.evals.config import ContextConfig
 from wsae.evals.data import HeldOut
 from wsae.evals.interpret.collect import Members, collect, member_bytes
-from wsae.evals.interpret.config import ContextConfig
 from wsae.run import Run
 from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.encoding import Encoder

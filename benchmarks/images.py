@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from wsae.acts.config import ImageHarvestConfig, ImagesConfig
 from wsae.acts.hookpoints import probe
-from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.acts.images.harvest import harvest_images
 from wsae.acts.images.model import EncoderConfig, ImageEncoder, VisionModel, load_vision
 

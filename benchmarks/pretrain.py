@@ -16,11 +16,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
 from wsae.acts.images.sets import ArrayImages, ImageSet, open_images
 from wsae.vision.config import PRESETS, preset
 from wsae.vision.data import make_data
-from wsae.vision.pretrainer import Pretrainer
+from wsae.vision.pretrain import Pretrainer
 
 
 def noise(size: int, grey: bool, n: int = 2048) -> ArrayImages:

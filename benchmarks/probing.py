@@ -31,8 +31,8 @@ import torch
 
 from wsae import SAE
 from wsae.acts.source import open_source
+from wsae.evals.config import ProbeConfig
 from wsae.evals.measure import EvaluatedSaes, first_rows
-from wsae.evals.probing.config import ProbeConfig
 from wsae.evals.probing.reading import RAW, Coder
 from wsae.evals.probing.run import probe_tokens
 from wsae.evals.probing.scores import (

@@ -21,6 +21,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import typecheck  # noqa: E402 (which lies in one of these folders)
 
+# a hundred processes are started: each would compile the package anew
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = (

@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.reliability.common import write
 from benchmarks.reliability.world import (
     OUTPUTS,
+    Reference,
     commands,
     contents,
     finish,
@@ -45,30 +46,32 @@ def main() -> None:
     args = parser.parse_args()
     prepare()
     with tempfile.TemporaryDirectory() as folder:
-        result = matrix(Path(folder), args.kills, args.seed, args.stages)
+        at = Path(folder)
+        result = matrix(at, undisturbed(at), args.kills, args.seed, args.stages)
     write(args.out, result)
     raise SystemExit(1 if result["differ"] else 0)
 
 
-def matrix(at: Path, kills: int, seed: int, stages: list[str]) -> dict[str, Any]:
+def matrix(
+    at: Path, reference: Reference, kills: int, seed: int, stages: list[str]
+) -> dict[str, Any]:
     """Kill in whole rounds over the stages until there are `kills`; return the counts and what differed."""
     pick, begin = random.Random(seed), time.monotonic()
     counts: dict[str, Counter[str]] = {stage: Counter() for stage in stages}
     chosen = {stage: words for stage, words in commands(at).items() if stage in stages}
     differ: list[dict[str, Any]] = []
-    with undisturbed(at) as reference:
+    for stage, words in chosen.items():
+        with restored(at, stage):
+            forget(at, stage)
+            finish(words, at / "log")
+            differ += compare(at, stage, reference[stage][1], ["never killed"])
+    while not differ and sum(c["kills"] for c in counts.values()) < kills:
         for stage, words in chosen.items():
+            seconds, expected = reference[stage]
             with restored(at, stage):
-                forget(at, stage)
-                finish(words, at / "log")
-                differ += compare(at, stage, reference[stage][1], ["never killed"])
-        while not differ and sum(c["kills"] for c in counts.values()) < kills:
-            for stage, words in chosen.items():
-                seconds, expected = reference[stage]
-                with restored(at, stage):
-                    moments = trial(at, stage, words, seconds, pick)
-                    differ += compare(at, stage, expected, moments)
-                counts[stage].update(trials=1, kills=len(moments))
+                moments = trial(at, stage, words, seconds, pick)
+                differ += compare(at, stage, expected, moments)
+            counts[stage].update(trials=1, kills=len(moments))
     return {
         "kills": sum(c["kills"] for c in counts.values()),
         "by_stage": {stage: dict(c) for stage, c in counts.items()},

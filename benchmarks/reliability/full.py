@@ -23,6 +23,7 @@ from benchmarks.reliability.common import write
 from benchmarks.reliability.preload import arm, preload, spread, writes
 from benchmarks.reliability.world import (
     OUTPUTS,
+    Reference,
     commands,
     contents,
     finish,
@@ -50,22 +51,24 @@ def main() -> None:
     preload()
     prepare()
     with tempfile.TemporaryDirectory() as folder:
-        result = every_write(Path(folder).resolve(), args.points, args.kinds, args.stages)
+        at = Path(folder).resolve()
+        result = every_write(at, undisturbed(at), args.points, args.kinds, args.stages)
     write(args.out, result)
     raise SystemExit(1 if result["wrong"] else 0)
 
 
-def every_write(at: Path, points: int, kinds: list[str], stages: list[str]) -> dict[str, Any]:
+def every_write(
+    at: Path, reference: Reference, points: int, kinds: list[str], stages: list[str]
+) -> dict[str, Any]:
     """Refuse the writes of stages; return the counts and what went wrong."""
     begin, wrong, found = time.monotonic(), [], {}
-    with undisturbed(at) as reference:
-        for stage in stages:
-            words, expected = commands(at)[stage], reference[stage][1]
-            with restored(at, stage):
-                for kind in kinds:
-                    counts, worse = refuse(at, stage, words, (kind, points, expected))
-                    found.setdefault(stage, {})[kind] = counts
-                    wrong += worse
+    for stage in stages:
+        words, expected = commands(at)[stage], reference[stage][1]
+        with restored(at, stage):
+            for kind in kinds:
+                counts, worse = refuse(at, stage, words, (kind, points, expected))
+                found.setdefault(stage, {})[kind] = counts
+                wrong += worse
     minutes = round((time.monotonic() - begin) / 60, 2)
     total = sum(c["refused"] for kinds_of in found.values() for c in kinds_of.values())
     return {"refused": total, "by_stage": found, "wrong": wrong, "minutes": minutes}

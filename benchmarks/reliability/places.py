@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.reliability.common import write
 from benchmarks.reliability.world import (
     OUTPUTS,
+    Reference,
     commands,
     contents,
     finish,
@@ -44,35 +45,35 @@ def main() -> None:
     args = parser.parse_args()
     prepare()
     with tempfile.TemporaryDirectory() as folder:
-        result = every_stage(Path(folder).resolve())
+        at = Path(folder).resolve()
+        result = every_stage(at, undisturbed(at))
     write(args.out, result)
     raise SystemExit(1 if result["wrong"] else 0)
 
 
 def every_stage(
-    at: Path, mounts: bool = True, stages: tuple[str, ...] = tuple(OUTPUTS)
+    at: Path, reference: Reference, mounts: bool = True, stages: tuple[str, ...] = tuple(OUTPUTS)
 ) -> dict[str, Any]:
     """Try stages in every place; return the lines they ended with and what went wrong."""
     said: dict[str, dict[str, str]] = {}
     wrong: list[str] = []
-    with undisturbed(at) as reference:
-        for stage in stages:
-            words = commands(at)[stage]
-            place, expected = at / OUTPUTS[stage], reference[stage][1]
-            kept = at / "kept"
-            shutil.copytree(place, kept)
-            found = said.setdefault(stage, {})
-            for name, refused in (("full", small(place, expected)), ("read-only", locked(place))):
-                if mounts and can_mount(at):
-                    forget(at, stage)
-                    with refused:
-                        found[name] = line(words, at / "line", wrong)
-                    wrong += again(at, stage, words, expected)
-            found["second process"] = second(at, stage, words, wrong)
-            if contents(place) != expected:
-                wrong.append(f"{stage}: another result after two processes")
-            forget(at, stage)
-            kept.rename(place)
+    for stage in stages:
+        words = commands(at)[stage]
+        place, expected = at / OUTPUTS[stage], reference[stage][1]
+        kept = at / "kept"
+        shutil.copytree(place, kept)
+        found = said.setdefault(stage, {})
+        for name, refused in (("full", small(place, expected)), ("read-only", locked(place))):
+            if mounts and can_mount(at):
+                forget(at, stage)
+                with refused:
+                    found[name] = line(words, at / "line", wrong)
+                wrong += again(at, stage, words, expected)
+        found["second process"] = second(at, stage, words, wrong)
+        if contents(place) != expected:
+            wrong.append(f"{stage}: another result after two processes")
+        forget(at, stage)
+        kept.rename(place)
     return {"said": said, "wrong": wrong, "mounted": mounts and can_mount(at)}
 
 

@@ -31,6 +31,7 @@ from benchmarks.reliability.common import write
 from benchmarks.reliability.preload import arm_power, preload, spread, writes
 from benchmarks.reliability.world import (
     OUTPUTS,
+    Reference,
     commands,
     contents,
     finish,
@@ -70,19 +71,19 @@ def main() -> None:
     if args.no_flush:
         os.fsync = lambda _: None
     with tempfile.TemporaryDirectory() as folder:
-        result = every_stage(Path(folder).resolve(), args)
+        at = Path(folder).resolve()
+        result = every_stage(at, undisturbed(at), args)
     write(args.out, result)
     raise SystemExit(1 if result["wrong"] else 0)
 
 
-def every_stage(at: Path, args: argparse.Namespace) -> dict[str, Any]:
+def every_stage(at: Path, reference: Reference, args: argparse.Namespace) -> dict[str, Any]:
     """Cut the power in stages; return the counts and what went wrong."""
     begin, wrong, found = time.monotonic(), [], {}
-    with undisturbed(at) as reference:
-        for stage in args.stages:
-            with restored(at, stage):
-                found[stage], worse = cuts_of(at, stage, args, reference[stage][1])
-            wrong += worse
+    for stage in args.stages:
+        with restored(at, stage):
+            found[stage], worse = cuts_of(at, stage, args, reference[stage][1])
+        wrong += worse
     minutes = round((time.monotonic() - begin) / 60, 2)
     total = {key: sum(f[key] for f in found.values()) for key in ("cuts", "names", "content")}
     return total | {"by_stage": found, "wrong": wrong, "seed": args.seed, "minutes": minutes}

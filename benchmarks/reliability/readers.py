@@ -55,7 +55,7 @@ def _tensors(path: Path) -> Any:
 
 
 def _images(path: Path) -> Any:
-    from wsae.acts.images.config import ImagesConfig
+    from wsae.acts.config import ImagesConfig
     from wsae.acts.images.pixels import ImageError
     from wsae.acts.images.sets import open_images
 
@@ -77,7 +77,7 @@ def _folder(path: Path) -> Any:
 
 
 def _config(path: Path) -> Any:
-    from wsae.core.configfile import read_config
+    from wsae.core.config import read_config
 
     return read_config(path).data
 
@@ -108,7 +108,7 @@ def _manifest(path: Path) -> Any:
     from wsae.sae import SAE
     from wsae.toy.model import ToyModels
     from wsae.train.run import load_run
-    from wsae.vision.run import load_pretrained
+    from wsae.vision.pretrain import load_pretrained
 
     kind = _kind(path)
     (path.parent.parent / "config.json").write_text("{}")  # the folder of an evaluation is in a run

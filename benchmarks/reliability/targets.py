@@ -306,13 +306,13 @@ def _vision(at: Path) -> list[Target]:
     import numpy as np
     from images_models import make_vision
 
-    from wsae.acts.images.config import ImagesConfig
+    from wsae.acts.config import ImagesConfig
     from wsae.acts.images.sets import open_images
     from wsae.acts.source import open_source
     from wsae.core.artifact import read_manifest
     from wsae.studies.vision.study import top_consistency
     from wsae.vision.config import preset
-    from wsae.vision.run import load_pretrained, pretrain
+    from wsae.vision.pretrain import load_pretrained, pretrain
 
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), rng.integers(0, 3, 40)

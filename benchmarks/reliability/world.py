@@ -186,12 +186,15 @@ def restored(at: Path, stage: str) -> Iterator[None]:
     kept.rename(at / OUTPUTS[stage])
 
 
-@contextlib.contextmanager
-def undisturbed(at: Path) -> Iterator[dict[str, tuple[float, dict[str, bytes]]]]:
-    """Make the world and run every stage without a kill; yield stage -> (seconds, content)."""
+Reference = dict[str, tuple[float, dict[str, bytes]]]
+"""Stage -> the seconds it took undisturbed, and what it wrote."""
+
+
+def undisturbed(at: Path) -> Reference:
+    """Make the world and run every stage without a kill."""
     make(at)
-    found: dict[str, tuple[float, dict[str, bytes]]] = {}
+    found: Reference = {}
     for stage, words in commands(at).items():
         seconds = finish(words, at / "log")
         found[stage] = (seconds, contents(at / OUTPUTS[stage]))
-    yield found
+    return found

@@ -18,20 +18,19 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
+from wsae.acts.config import ImageHarvestConfig, ImagesConfig
 from wsae.acts.images.harvest import Gallery, harvest_images
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import StoreSource
 from wsae.api import Member
 from wsae.core.files import read_json
-from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.classes.run import labels_of, score_run
-from wsae.evals.config import EvalConfig
+from wsae.evals.classes import labels_of, score_run
+from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
 from wsae.vision.config import preset
-from wsae.vision.run import pretrain
+from wsae.vision.pretrain import pretrain
 
 SMALL = bool(os.environ.get("WSAE_NOTEBOOK_SMALL"))  # the test suite runs it small
 work = Path(tempfile.mkdtemp(prefix="wsae-notebook-"))

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers import SwinConfig, SwinModel, ViTMAEConfig, ViTMAEModel
 
+from wsae.acts.config import ImagesConfig
 from wsae.acts.hookpoints import probe
-from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.model import VisionModel
 from wsae.acts.images.sets import open_images
 from wsae.core.errors import UserError

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel
 
 from wsae.acts import store as ledger
-from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
+from wsae.acts.config import ImageHarvestConfig, ImagesConfig
 from wsae.acts.images.harvest import harvest_images, heldout_images, store_images
 from wsae.acts.images.model import load_vision
 from wsae.acts.source import StoreSource

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from wsae.acts.config import ImagesConfig
 from wsae.acts.images import sets
-from wsae.acts.images.config import ImagesConfig
 from wsae.acts.images.pixels import Failures, ImageError, batches
 from wsae.acts.images.sets import open_images
 from wsae.core.errors import UserError

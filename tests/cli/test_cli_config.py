@@ -13,17 +13,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
-from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
+from wsae.acts.config import HarvestConfig, ImageHarvestConfig, ImagesConfig, LiveConfig, TextConfig
 from wsae.cli import flags, harvest, main, runner, table, train
 from wsae.cli import flags as flagfile
-from wsae.core.config import FLAG_OF, Config
-from wsae.core.configfile import MOST_BYTES, MOST_DEPTH, read_config, yaml_value
+from wsae.core.config import FLAG_OF, MOST_BYTES, MOST_DEPTH, Config, read_config, yaml_value
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
-from wsae.evals.config import EvalConfig
-from wsae.evals.interpret.config import ContextConfig, InterpretConfig
-from wsae.evals.interpret.llm.config import LlmConfig
+from wsae.evals.config import ContextConfig, EvalConfig, InterpretConfig, LlmConfig
 from wsae.sae.config import GammaConfig, JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.metrics import read_json_lines

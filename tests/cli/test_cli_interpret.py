@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 from wsae.cli import interpret
 from wsae.cli.main import main
 from wsae.core.files import read_json
-from wsae.evals.interpret.config import InterpretConfig
+from wsae.evals.config import InterpretConfig
 
 HOOK = "layers.1"
 SMALL = (

@@ -11,9 +11,8 @@ import torch
 from wsae.acts.source import ArraySource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
-from wsae.evals.classes.config import CONTROLS, ClassesConfig
-from wsae.evals.classes.run import CLASSES, _within, score_classes, score_run
-from wsae.evals.classes.tally import Labelled, Scored, look
+from wsae.evals.classes import CLASSES, Labelled, Scored, _within, look, score_classes, score_run
+from wsae.evals.config import CONTROLS, ClassesConfig
 from wsae.evals.glossary import CLASS_SCORES
 from wsae.evals.measure import EvaluatedSaes
 from wsae.sae import SAE, SAEConfig, TopK

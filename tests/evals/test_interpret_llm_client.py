@@ -16,9 +16,9 @@ import pytest
 from interpret_server import KEY, Reply, config, error, said, serving
 
 from wsae.core.errors import UserError
+from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.llm.asking import ChatMessage, Request, Unparsed, ask_all
 from wsae.evals.interpret.llm.client import Endpoint, retry_after
-from wsae.evals.interpret.llm.config import LlmConfig
 from wsae.evals.interpret.llm.local import open_llm
 
 
@@ -446,7 +446,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_interpret_llm_client import requests
 from wsae.evals.interpret.llm.client import Endpoint
-from wsae.evals.interpret.llm.config import LlmConfig
+from wsae.evals.config import LlmConfig
 cfg = LlmConfig(endpoint=sys.argv[2], model="mock", cache=sys.argv[3], concurrency=int(sys.argv[4]), timeout_s=60)
 print(sum(a.state == "answered" for a in Endpoint(cfg).ask(requests(24))))
 """

@@ -12,9 +12,9 @@ from interpret_llm_worlds import N_LATENTS, collected, word_fragments
 from interpret_server import Reply, config, serving
 
 from wsae.core.errors import UserError
+from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.llm.asking import ChatMessage, Request
 from wsae.evals.interpret.llm.client import Endpoint
-from wsae.evals.interpret.llm.config import LlmConfig
 from wsae.evals.interpret.llm.judges import (
     detection_scores,
     dry_run,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.llm.asking import (
     Answer,
     AnswerToken,
@@ -20,7 +21,6 @@ from wsae.evals.interpret.llm.asking import (
     one_line,
     turns,
 )
-from wsae.evals.interpret.llm.config import LlmConfig
 from wsae.evals.interpret.llm.judges import (
     Case,
     Tokens,

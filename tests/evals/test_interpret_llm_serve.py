@@ -15,8 +15,8 @@ from acts_models import make_model
 from interpret_llm_worlds import N_LATENTS, collected
 from transformers import AutoTokenizer
 
+from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.llm.client import Endpoint
-from wsae.evals.interpret.llm.config import LlmConfig
 from wsae.evals.interpret.llm.judges import detection_scores, dry_run, explain_latents
 
 pytestmark = pytest.mark.skipif(

@@ -12,9 +12,9 @@ from interpret_world import CFG, D_IN, HOOK, TOPICS, BagEncoder, KeywordLlm, Tex
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
+from wsae.evals.config import InterpretConfig
 from wsae.evals.data import MatrixRows
 from wsae.evals.glossary import SCORES, glossary
-from wsae.evals.interpret.config import InterpretConfig
 from wsae.evals.interpret.run import interpret_run, plan_run
 from wsae.evals.interpret.scoring import selected, survey_hooks
 from wsae.evals.interpret.summary import (

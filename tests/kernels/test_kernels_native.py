@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -317,6 +319,27 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         torch.set_num_threads(before)
     for a, b in zip(one, three, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_thread_for_every_core_has_one_to_itself_while_kernels_work() -> None:
+    cores, rows = os.sched_getaffinity(0), torch.randn(50_000, 64)
+    others = set(os.listdir("/proc/self/task"))
+
+    def places(threads: int, wanted: list[set[int]]) -> list[set[int]]:
+        """Where the calling thread and its helpers stand, at the latest after some seconds of work."""
+        end, found = time.monotonic() + 20, []
+        with build.kernel_threads(threads):
+            while found != wanted and time.monotonic() < end:
+                to_slices(rows)
+                new = set(os.listdir("/proc/self/task")) - others
+                found = sorted((os.sched_getaffinity(int(t)) for t in new), key=min)
+        assert os.sched_getaffinity(0) == cores
+        return found
+
+    one_each, anywhere = [{c} for c in sorted(cores)], [cores] * (len(cores) + 1)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(places, len(cores), one_each).result() == one_each
+        assert pool.submit(places, len(cores) + 1, anywhere).result() == anywhere
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_the_names_of_a_runs_files_are_spelled_once():
     [
         ("EVALUATION", {"evals/run.py"}),
         ("INTERPRETATION", {"evals/interpret/run.py"}),
-        ("CLASSES", {"evals/classes/run.py"}),
+        ("CLASSES", {"evals/classes.py"}),
         ("GAMMA_FILE", {"train/run.py", "train/parallel/run.py"}),
     ],
 )

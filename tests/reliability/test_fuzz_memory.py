@@ -23,8 +23,7 @@ from acts_models import make_tokenizer
 from benchmarks.reliability.mutate import mutated
 from benchmarks.reliability.readers import READERS
 
-from wsae.acts.config import HarvestConfig, TextConfig
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import HarvestConfig, ImagesConfig, TextConfig
 from wsae.acts.images.sets import open_images
 from wsae.acts.source import open_source
 from wsae.acts.text import PIECE, Packer, documents, pieces
@@ -311,7 +310,7 @@ def test_a_chunk_that_claims_gigabytes_takes_no_memory(tmp_path, little_room) ->
 
 READ = """
 import sys
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
 from wsae.acts.images.sets import open_images
 from wsae.core.errors import UserError
 import pyarrow.parquet as pq
@@ -415,7 +414,7 @@ def test_no_record_leads_outside_its_directory(tmp_path) -> None:
 def test_a_string_of_quotes_is_no_reason_to_wait(tmp_path) -> None:
     """Looking for the lines of keys inside strings took a time that grew with the square of their length."""
     code = (
-        "from pathlib import Path\nfrom wsae.core.configfile import read_config\n"
+        "from pathlib import Path\nfrom wsae.core.config import read_config\n"
         "import sys\nprint(len(read_config(Path(sys.argv[1])).data['a']))"
     )
     path = tmp_path / "x.json"

@@ -1,67 +1,13 @@
-"""Full and read-only disks, and two processes in one place; `benchmarks.reliability.full` and `.places`: long forms."""
+"""A result or a row that cannot be written; test_reliability_stages.py has full disks for every stage."""
 
-import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 FULL = Path("/dev/full")
-needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build fault.c")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
-
-
-def long_form(name: str, *words: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"benchmarks.reliability.{name}", *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(Path(words[-1]).read_text())
-
-
-@needs_cc
-def test_a_disk_that_fills_up_leaves_nothing_half_and_costs_nothing(tmp_path: Path) -> None:
-    out = str(tmp_path / "full.json")
-    found = long_form(
-        "full", "--points", "1", "--kinds", "full", "--stages", "train", "report", "--out", out
-    )
-    assert not found["wrong"]
-    assert all(kinds["full"]["refused"] == 1 for kinds in found["by_stage"].values())
-
-
-def test_a_second_process_in_the_same_place_is_refused(tmp_path: Path) -> None:
-    code = (
-        "import sys, json, pathlib\n"
-        "from benchmarks.reliability.places import every_stage, prepare\n"
-        "prepare()\n"
-        "found = every_stage(pathlib.Path(sys.argv[1]), False, ('train', 'interpret'))\n"
-        "print(json.dumps(found))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert not found["wrong"]
-    for stage in ("train", "interpret"):
-        said = found["said"][stage]["second process"]
-        assert "another wsae process is writing here" in said
 
 
 @needs_full

@@ -27,7 +27,7 @@ from wsae.acts.source import ArraySource, open_source
 from wsae.acts.store import PROGRESS, Ledger
 from wsae.cli import main
 from wsae.core.artifact import read_manifest, replacing
-from wsae.core.configfile import read_config
+from wsae.core.config import read_config
 from wsae.core.errors import UserError
 from wsae.core.files import locked, read_json, read_sealed, seal, sha256_file, write_json
 from wsae.core.progress import quiet

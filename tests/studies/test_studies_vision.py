@@ -9,7 +9,7 @@ import torch
 from halting import HaltingProgress
 from safetensors.torch import load_file
 
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
 from wsae.acts.source import StoreSource
 from wsae.cli.main import main
 from wsae.core.errors import UserError

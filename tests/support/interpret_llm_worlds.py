@@ -10,8 +10,8 @@ from interpret_server import Reply, error, prompt, said
 
 from wsae.acts.source import HeldoutRows
 from wsae.acts.tokens import TokenTable
+from wsae.evals.config import FragmentConfig
 from wsae.evals.interpret.collect import fragments
-from wsae.evals.interpret.config import FragmentConfig
 from wsae.evals.interpret.windows import Collected, LatentContexts, Shown, Windows
 from wsae.sae import SAE, SAEConfig, TopK
 

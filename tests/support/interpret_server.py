@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from wsae.evals.interpret.llm.config import LlmConfig
+from wsae.evals.config import LlmConfig
 
 KEY = "sk-very-secret-0123456789"
 

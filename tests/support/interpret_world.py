@@ -12,9 +12,8 @@ from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import write_manifest
 from wsae.core.files import digest, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.evals.interpret.config import ContextConfig, InterpretConfig
+from wsae.evals.config import ContextConfig, InterpretConfig, LlmConfig
 from wsae.evals.interpret.llm.asking import Answer, Llm, Request
-from wsae.evals.interpret.llm.config import LlmConfig
 from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig

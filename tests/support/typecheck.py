@@ -17,11 +17,12 @@ _unchecked: list[Callable] = []
 
 def first_calls(fn: Callable) -> Callable:
     """Check as beartype does, and tell jaxtyping to leave the function alone once it was checked CHECKS times."""
-    check, key = beartype(fn), (fn.__module__, fn.__qualname__)
+    key = (fn.__module__, fn.__qualname__)
+    made = functools.cache(lambda: beartype(fn))  # at the first call: most functions have none
 
-    @functools.wraps(check)
+    @functools.wraps(fn)
     def counting(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        result = check(*args, **kwargs)
+        result = made()(*args, **kwargs)
         _counts[key] = _counts.get(key, 0) + 1
         if _counts[key] == CHECKS and (found := _function(*key)):
             found.__no_type_check__ = True  # type: ignore[attr-defined]

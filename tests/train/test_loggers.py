@@ -27,7 +27,7 @@ from wsae.train.loop import Stopped
 from wsae.train.metrics import JsonLines, read_json_lines, scalars
 from wsae.train.parallel.run import train_parallel
 from wsae.train.run import train_run
-from wsae.vision.run import pretrain
+from wsae.vision.pretrain import pretrain
 
 CFG = config(*family([weighted()]), tokens=12_000, dead_after=600, log_every=5)
 Copied = dict[str, list[tuple[int, float]]]

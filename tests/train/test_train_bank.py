@@ -5,8 +5,8 @@ import torch
 
 from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, make_activation
+from wsae.sae.forward import stack_forward, stack_saes
 from wsae.sae.model import SAE
-from wsae.sae.stack import stack_forward, stack_saes
 from wsae.train import bank
 from wsae.train.bank import Entry, Scratch, make_entry, relu_gradients, train_bank
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +16,8 @@ import torch.multiprocessing as mp
 from halting import Halting as Interrupted
 from torch import Tensor
 
+from wsae.acts.flow import Tally
 from wsae.acts.source import ArraySource, StoreSource
-from wsae.acts.tally import Tally
 from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
@@ -40,7 +41,17 @@ from wsae.train.parallel.step import (
     initial_rows,
     make_shard,
 )
-from wsae.train.parallel.world import HostMemory, Mesh, MeshAxis, MeshPlace, joined, lay_out
+from wsae.train.parallel.world import (
+    ALIVE_S,
+    MAX,
+    MIN,
+    HostMemory,
+    Mesh,
+    MeshAxis,
+    MeshPlace,
+    joined,
+    lay_out,
+)
 from wsae.train.run import load_run, train_run
 
 STEPS, HALF, ROWS = 12, 10, 62
@@ -185,7 +196,6 @@ def work(rank: int, port: int, out: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4"}
     cfg, source = config(), ArraySource(features())
-    HostMemory.LEAST = 1024  # or nothing here is large enough
     with joined(None) as world:
         check_choices(world)
         check_memory(world)
@@ -266,16 +276,30 @@ def check_memory(world: Mesh) -> None:
     """Tensors go through the machine's memory, whatever their sizes, unless one rank cannot have it."""
     axis = again(world, "memory", Layout(latents=4)).place.latents
     assert axis.group is not None
-    without, real = HostMemory(axis.group), getattr(os, "posix_fallocate", None)
+    looks: list[int] = []
+    without = HostMemory(axis.group, lambda: looks.append(1))
+    real = getattr(os, "posix_fallocate", None)
     for size in (3000, 400, 9000, 5000):
         own = torch.arange(size).float() * (axis.index + 1)
         assert torch.equal(axis.gather(own), torch.arange(size) * torch.arange(1, 5)[:, None])
         assert torch.equal(axis.reduce_(own.clone()), torch.arange(size) * 10.0)
         assert axis.memory is not None
-        assert (axis.memory.exchange(own) is None) == (not hasattr(os, "memfd_create"))
+        able = hasattr(os, "memfd_create") and why_not() is None
+        assert (axis.memory.exchange(own) is None) != able
+    for op, found in ((MAX, 4.0), (MIN, 1.0)):
+        assert float(axis.reduce_(torch.tensor(axis.index + 1.0), op)) == found
 
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
+
+    if able:
+        late = HostMemory(axis.group, lambda: looks.append(1))
+        late.exchange(own)
+        time.sleep(1.4 * ALIVE_S if axis.index == 2 else 0)
+        every = late.exchange(own)
+        assert every is not None
+        assert torch.equal(torch.stack(every), torch.arange(size) * torch.arange(1, 5)[:, None])
+        assert looks or axis.index == 2  # whether a rank is gone, while they waited
 
     os.posix_fallocate = full if axis.index == 2 else real
     for alone in (own, own.double()):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from wsae.train.step import warmup_cosine
 from wsae.vision.config import preset
-from wsae.vision.pretrainer import LARS, info_nce
-from wsae.vision.run import knn_accuracy, linear_probe, pixels
+from wsae.vision.pretrain import LARS, info_nce, knn_accuracy, linear_probe, pixels
 
 
 def naive(z: Tensor, temperature: float) -> float:

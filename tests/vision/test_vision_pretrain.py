@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
 from wsae.acts.images.harvest import heldout_images
 from wsae.acts.images.model import EncoderConfig, ImageEncoder, Projector, load_encoder
 from wsae.acts.images.sets import ArrayImages, open_images
@@ -21,8 +21,7 @@ from wsae.train.loop import Stopped
 from wsae.train.metrics import read_json_lines
 from wsae.vision.config import PretrainConfig, preset
 from wsae.vision.data import make_data
-from wsae.vision.pretrainer import Pretrainer
-from wsae.vision.run import load_pretrained, pretrain
+from wsae.vision.pretrain import Pretrainer, load_pretrained, pretrain
 
 
 def stripes(n: int = 150, size: int = 8, channels: int = 0, seed: int = 0) -> ArrayImages:

@@ -18,8 +18,7 @@ from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.world import Mesh, joined
 from wsae.vision.config import PretrainConfig, preset
 from wsae.vision.data import make_data
-from wsae.vision.pretrainer import Pretrainer, Ranks
-from wsae.vision.run import pretrain_parallel
+from wsae.vision.pretrain import Pretrainer, Ranks, pretrain_parallel
 
 RANKS, STOP = 2, 3
 
@@ -94,7 +93,7 @@ def test_two_processes_train_as_one_and_resume_bit_for_bit(tmp_path: Path) -> No
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
-    mp.set_forkserver_preload(["wsae.vision.run"])
+    mp.set_forkserver_preload(["wsae.vision.pretrain"])
     mp.start_processes(work, (port, tmp_path), RANKS, start_method="forkserver")
     assert not (tmp_path / "uneven").exists()
     runs = [tmp_path / "whole", tmp_path / "cut"]

@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
 from wsae.acts.images.sets import open_images
 from wsae.core.errors import UserError
 from wsae.vision.config import AugmentConfig, PretrainConfig, preset
 from wsae.vision.data import Augment, crops_from, make_data
-from wsae.vision.pretrainer import Pretrainer
-from wsae.vision.run import pretrain
+from wsae.vision.pretrain import Pretrainer, pretrain
 
 
 def photos(root: Path, n: int = 30) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from wsae.acts.config import HarvestConfig
-from wsae.acts.flow import Flow
+from wsae.acts.flow import Flow, Tally
 from wsae.acts.language import LanguageModel, language_for, locate
 from wsae.acts.language import fingerprint as model_fingerprint
 from wsae.acts.store import (
@@ -23,7 +23,6 @@ from wsae.acts.store import (
     write_store,
     written,
 )
-from wsae.acts.tally import Tally
 from wsae.acts.text import Packer, TextCounts, documents, survey, told
 from wsae.acts.text import fingerprint as text_fingerprint
 from wsae.acts.tokens import decode_table, texts_json

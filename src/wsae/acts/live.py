@@ -17,10 +17,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from wsae.acts.config import HarvestConfig, LiveConfig
-from wsae.acts.flow import Flow, Step, TokenBatch, stacked
+from wsae.acts.flow import Flow, SourceStats, Step, Tally, TokenBatch, stacked
 from wsae.acts.language import LanguageModel, language_for
 from wsae.acts.stream import Batch, HeldoutRows, State, check_batch_size, position, restored
-from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import START, Packer, Position, TokenSequence, fingerprint
 from wsae.acts.tokens import TokenTable, decode_table
 from wsae.core.errors import UserError

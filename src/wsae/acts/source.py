@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wsae.acts.flow import MOST_CLASSES, SourceStats, Tally
 from wsae.acts.hooknames import natural_key
 from wsae.acts.store import Store
 from wsae.acts.stream import (
@@ -25,7 +26,6 @@ from wsae.acts.stream import (
     ShuffledStream,
     State,
 )
-from wsae.acts.tally import MOST_CLASSES, SourceStats, Tally
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.calls import numbers

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wsae.acts.flow import NonFiniteError, Step
+from wsae.acts.flow import NonFiniteError, SourceStats, Step, Tally
 from wsae.acts.hooknames import among
-from wsae.acts.tally import SourceStats, Tally
 from wsae.acts.text import Position
 from wsae.acts.tokens import Texts, TokenTable, likely_ends, texts_of
 from wsae.core.artifact import (

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wsae.acts.tally import SourceStats
+from wsae.acts.flow import SourceStats
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet

@@ -24,8 +24,7 @@ from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.progress import Progress
-from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.config import EvalConfig
+from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.run import Run
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def class_scores(
     run: Path, source: "ActivationSource", cfg: EvalConfig, progress: Progress
 ) -> dict[str, Any]:
     """Score latents against the data's classes, into RUN/classes; nothing where the data have none."""
-    from wsae.evals.classes.run import labels_of, score_run
+    from wsae.evals.classes import labels_of, score_run
 
     labels = labels_of(source)
     if labels is None:

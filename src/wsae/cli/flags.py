@@ -29,8 +29,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, creat
 from pydantic.fields import FieldInfo
 
 from wsae.cli.ui import UI
-from wsae.core.config import FLAG_OF, FLAGS, Config
-from wsae.core.configfile import Read, read_config, yaml_value
+from wsae.core.config import FLAG_OF, FLAGS, Config, Read, read_config, yaml_value
 from wsae.core.errors import UserError, nearest
 from wsae.train import loggers as copies
 from wsae.train.loggers import Logger, LoggerName, Mirror, WandbConfig

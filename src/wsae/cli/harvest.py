@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.acts.config import HarvestConfig
-from wsae.acts.images.config import ImageHarvestConfig
+from wsae.acts.config import HarvestConfig, ImageHarvestConfig
 from wsae.cli.flags import Common, CommonFlags, Place, config_flags, config_values
 from wsae.cli.live import ImageFlags, LiveFlags, refuse
 from wsae.cli.runner import device

@@ -26,8 +26,7 @@ from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import write_json
-from wsae.evals.interpret.config import FREE, ContextConfig, Control, InterpretConfig, Score
-from wsae.evals.interpret.llm.config import LlmConfig
+from wsae.evals.config import FREE, ContextConfig, Control, InterpretConfig, LlmConfig, Score
 
 if TYPE_CHECKING:
     from wsae.evals.interpret.scoring import ScorerModels

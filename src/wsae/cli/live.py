@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
+from wsae.acts.config import HarvestConfig, ImageHarvestConfig, ImagesConfig, LiveConfig, TextConfig
 from wsae.acts.hooknames import among, pairs, sides
-from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
 from wsae.cli.flags import (
     MaybeCount,
     MaybeName,

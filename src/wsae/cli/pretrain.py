@@ -72,7 +72,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg = config(flags)
     loggers = flags.loggers.made()
     from wsae.acts.images.sets import open_images
-    from wsae.vision.run import pretrain, pretrain_parallel
+    from wsae.vision.pretrain import pretrain, pretrain_parallel
 
     if launched():
         with together(flags.common, flags.out, ui) as world:

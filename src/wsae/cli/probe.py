@@ -30,7 +30,7 @@ from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
-from wsae.evals.probing.config import ProbeConfig
+from wsae.evals.config import ProbeConfig
 from wsae.run import Run
 
 ABOUT = """\

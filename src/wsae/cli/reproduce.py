@@ -10,8 +10,7 @@ from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.evals.interpret.config import Control, Score
-from wsae.evals.interpret.llm.config import LOCAL, LlmConfig
+from wsae.evals.config import LOCAL, Control, LlmConfig, Score
 from wsae.studies.tables.config import StageName, TableChoices
 from wsae.studies.vision.config import VisionChoices
 

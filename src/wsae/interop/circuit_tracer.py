@@ -14,7 +14,7 @@ from typing import Any
 
 from wsae.acts.hooknames import hook_name, lens_name
 from wsae.core.artifact import free, replacing, write_manifest
-from wsae.core.configfile import read_config
+from wsae.core.config import read_config
 from wsae.core.errors import UserError
 from wsae.core.files import write_text
 from wsae.core.tensors import load_tensors, save_tensors

@@ -16,9 +16,9 @@ from scipy import stats
 
 from wsae.core.config import Config
 from wsae.core.seeds import seed_for
+from wsae.evals.config import ProbeConfig
 from wsae.evals.control import CONTROL
 from wsae.evals.latents import unit_rows
-from wsae.evals.probing.config import ProbeConfig
 from wsae.evals.probing.reading import RAW
 from wsae.evals.probing.run import TOKENS, probe_run
 from wsae.run import Run

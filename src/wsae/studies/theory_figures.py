@@ -11,7 +11,7 @@ from torch import Tensor
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.studies.drawing import need_matplotlib, new_figure, save_figure
-from wsae.theory.claims.assumptions import turned_digons
+from wsae.theory.claims.minima import turned_digons
 from wsae.theory.claims.ours import (
     ACTIVE,
     alpha_norm,

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, Shaped
 from torch import Tensor
 
+from wsae.acts.flow import SourceStats, Tally
 from wsae.acts.stream import Batch, HeldoutRows, State, check_batch_size, position, restored
-from wsae.acts.tally import SourceStats, Tally
 from wsae.core.errors import UserError
 from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet

@@ -21,11 +21,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.kernels.update import SGD, Adam
 from wsae.sae.architectures import PerBatch
 from wsae.sae.config import ReLU
-from wsae.sae.forward import training_forward
-from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
-from wsae.sae.loss import Price, penalty, weighted_reconstruction_loss
-from wsae.sae.model import SAE
-from wsae.sae.stack import (
+from wsae.sae.forward import (
     Stack,
     StackForward,
     keep_positive_,
@@ -33,7 +29,11 @@ from wsae.sae.stack import (
     stack_saes,
     stackable,
     thresholds,
+    training_forward,
 )
+from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
+from wsae.sae.loss import Price, penalty, weighted_reconstruction_loss
+from wsae.sae.model import SAE
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig
 from wsae.train.descent import remove_radial_gradient, unit_rows_
 from wsae.train.family import FamilyState

@@ -14,10 +14,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from wsae.kernels.codes import CodeSums
-from wsae.sae.forward import WHOLE, Coded, product
+from wsae.sae.forward import WHOLE, Coded, Stack, keep_positive_, product, thresholds
 from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE
-from wsae.sae.stack import Stack, keep_positive_, thresholds
 from wsae.train.config import TrainConfig
 from wsae.train.penalty import at_own_pace, price_at, threshold_pace
 from wsae.train.state import Batch, MemberState, StepResult, record

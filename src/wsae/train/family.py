@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from wsae.acts.tally import SourceStats
+from wsae.acts.flow import SourceStats
 from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig, SourcePart
 from wsae.sae.gamma import (

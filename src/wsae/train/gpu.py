@@ -29,10 +29,9 @@ from wsae.kernels.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
 from wsae.kernels.triton.update import adam_rows_, update_rows_
 from wsae.kernels.update import AdamStep, SparseGrad
 from wsae.sae.architectures import Above, Nested, PerBatch, PerGroup, PerRow
-from wsae.sae.forward import dead_by_level, level_of, up_to
+from wsae.sae.forward import dead_by_level, keep_positive_, level_of, thresholds, up_to
 from wsae.sae.loss import weigh
 from wsae.sae.model import SAE
-from wsae.sae.stack import keep_positive_, thresholds
 from wsae.train.config import TrainConfig
 from wsae.train.native import (
     Losses,

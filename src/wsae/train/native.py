@@ -45,12 +45,13 @@ from wsae.sae.forward import (
     Coded,
     Whole,
     dead_by_level,
+    keep_positive_,
     level_of,
+    thresholds,
     up_to,
 )
 from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
-from wsae.sae.stack import keep_positive_, thresholds
 from wsae.train.config import TrainConfig
 from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import Batch, MemberState, StepResult, looked_at, record

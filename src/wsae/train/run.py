@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wsae.acts.flow import SourceStats
 from wsae.acts.stream import ActivationSource
-from wsae.acts.tally import SourceStats
 from wsae.core.artifact import (
     CHECKPOINTS,
     CONFIG,

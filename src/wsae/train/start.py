@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from wsae.acts.flow import SourceStats
 from wsae.acts.stream import ActivationSource
-from wsae.acts.tally import SourceStats
 from wsae.core.progress import Progress, quiet
 from wsae.sae.config import GammaConfig
 from wsae.stats import Covariance

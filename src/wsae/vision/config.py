@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from wsae.acts.images.config import ImagesConfig, Stem
+from wsae.acts.config import ImagesConfig, Stem
 from wsae.core.config import Config
 
 Method = Literal["ncl", "simclr"]

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from wsae.acts.capture import Capture
-from wsae.acts.flow import ONE_PASS, NonFiniteError, Step, running
+from wsae.acts.config import ImageHarvestConfig
+from wsae.acts.flow import ONE_PASS, NonFiniteError, Step, Tally, running
 from wsae.acts.hookpoints import probe
-from wsae.acts.images.config import ImageHarvestConfig
 from wsae.acts.images.model import VisionModel, load_vision, model_fingerprint
 from wsae.acts.images.pixels import NAMED, Failures, ImageError, ImageSet, batches
 from wsae.acts.images.sets import open_images
@@ -32,7 +32,6 @@ from wsae.acts.store import (
     write_store,
     written,
 )
-from wsae.acts.tally import Tally
 from wsae.acts.text import Position
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError

@@ -22,8 +22,8 @@ from transformers import (
     ResNetModel,
 )
 
+from wsae.acts.config import ImagesConfig, Resample, Stem
 from wsae.acts.hookpoints import Inputs, Modality, Probing
-from wsae.acts.images.config import ImagesConfig, Resample, Stem
 from wsae.acts.language import fingerprint, locate, read_config, resolve_device
 from wsae.acts.loading import from_pretrained, load_weights, tell_unloaded
 from wsae.core.config import Config

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
 from wsae.core.errors import UserError, first_line
 
 _FILTERS = {name.lower(): value for name, value in Image.Resampling.__members__.items()}

@@ -17,10 +17,10 @@ from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
+from wsae.acts.flow import MOST_CLASSES
 from wsae.acts.images.pixels import ImageError, ImageSet, decoded
 from wsae.acts.tables import arrow_errors
-from wsae.acts.tally import MOST_CLASSES
 from wsae.core.errors import UserError, first_line, nearest
 from wsae.core.files import digest, sha256_file
 from wsae.core.hub import hub_dataset, is_hub_name

@@ -23,9 +23,9 @@ from wsae.core.errors import UserError
 from wsae.core.files import digest, read_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
+from wsae.evals.config import Control
 from wsae.evals.control import CONTROL
 from wsae.evals.data import HeldOut, Language
-from wsae.evals.interpret.config import Control
 from wsae.evals.interpret.windows import Collected, Fragments
 from wsae.sae import SAE, SAEConfig, TopK
 from wsae.train.config import TrainConfig

@@ -27,10 +27,9 @@ from wsae.core.artifact import (
 )
 from wsae.core.files import Json, digest, locked, read_json
 from wsae.core.progress import Progress, quiet
-from wsae.evals.config import EvalConfig
+from wsae.evals.config import Asked, EvalConfig, InterpretConfig
 from wsae.evals.data import HeldOut
 from wsae.evals.glossary import SCORES, glossary
-from wsae.evals.interpret.config import Asked, InterpretConfig
 from wsae.evals.interpret.controls import ABOUT
 from wsae.evals.interpret.llm.judges import Planned, dry_run
 from wsae.evals.interpret.scoring import (

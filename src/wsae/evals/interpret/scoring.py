@@ -25,11 +25,11 @@ from wsae.core.errors import UserError
 from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
+from wsae.evals.config import FREE, Control, FragmentConfig, InterpretConfig, Score
 from wsae.evals.contexts import sample_latents
 from wsae.evals.control import random_control
 from wsae.evals.data import HeldOut, Language
 from wsae.evals.interpret.collect import Latents, Members, collect, fragments
-from wsae.evals.interpret.config import FREE, Control, FragmentConfig, InterpretConfig, Score
 from wsae.evals.interpret.controls import NAMES, neurons, pca, random_model, shuffled, subset
 from wsae.evals.interpret.embedding import Memo, TextEncoder, embedding_scores, load_encoder
 from wsae.evals.interpret.llm.asking import NO_EXPLANATION, AnswerTally, Llm

@@ -15,8 +15,7 @@ from jaxtyping import Float64
 
 from wsae.core.files import Json
 from wsae.core.seeds import seed_for
-from wsae.evals.config import EvalConfig
-from wsae.evals.interpret.config import FREE, InterpretConfig, Score
+from wsae.evals.config import FREE, EvalConfig, InterpretConfig, Score
 from wsae.evals.intervals import (
     Difference,
     Estimate,

@@ -18,8 +18,8 @@ from jaxtyping import Float32, Int32, Int64
 from wsae.acts.tokens import REACH, TokenTable
 from wsae.core.errors import UserError
 from wsae.core.seeds import mix64, seed_for
+from wsae.evals.config import FragmentConfig
 from wsae.evals.data import HeldOut
-from wsae.evals.interpret.config import FragmentConfig
 
 EXPLAIN, SCORE = 0, 1
 SIDES = ("explain", "score")

@@ -24,10 +24,10 @@ from wsae.core.errors import UserError
 from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
+from wsae.evals.config import ProbeConfig
 from wsae.evals.data import HeldOut
 from wsae.evals.glossary import glossary, numbered
 from wsae.evals.measure import EvaluatedSaes
-from wsae.evals.probing.config import ProbeConfig
 from wsae.evals.probing.reading import (
     FAMILIES,
     FLOOR,

@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float64, Int64
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from wsae.evals.config import ProbeConfig
 from wsae.evals.intervals import Difference, Ratio, estimate, mean, paired_difference
-from wsae.evals.probing.config import ProbeConfig
 
 Table = Any
 """What a member makes of tokens or documents, [rows, columns]: a NumPy array or a sparse one of SciPy, by rows."""

@@ -33,6 +33,7 @@ FLAGS = (
 KERNELS = {
     "has_int8": "",
     "set_threads": "N",
+    "meet_ranks": "PNNNN",
     "to_slices": "PPNNP",
     "from_slices": "PPNNP",
     "sort_pairs": "PPNNNPNPPP",
@@ -85,7 +86,7 @@ def library() -> ctypes.CDLL:
 def kernel_threads(n: int) -> Iterator[None]:
     """Let the kernels called here use n threads and PyTorch one, whose small tasks are not worth waiting for others.
 
-    No bit of a kernel's result depends on n.
+    With as many threads as cores each has a core to itself meanwhile (Linux). No bit of a kernel's result depends on n.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,6 +6,9 @@
 #include <cstring>
 #include <new>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "tasks.h"
 
@@ -16,7 +19,14 @@ static inline vf load(const float* p) { vf v; std::memcpy(&v, p, 64); return v; 
 static inline void store(float* p, vf v) { std::memcpy(p, &v, 64); }
 static inline vf splat(float x) { return vf{} + x; }
 
+// In halves: 8 + 8, 4 + 4, then (0 + 1) + (2 + 3).
 static inline float sum(vf v) {
+#ifdef __AVX512F__  // the compiler would go by way of memory
+  const __m512d all = (__m512d)v;
+  const __m256 a = (__m256)_mm512_castpd512_pd256(all) + (__m256)_mm512_extractf64x4_pd(all, 1);
+  const __m128 c = _mm256_castps256_ps128(a) + _mm256_extractf128_ps(a, 1), d = c + _mm_movehdup_ps(c);
+  return d[0] + d[2];
+#else
   typedef float v8 __attribute__((vector_size(32)));
   typedef float v4 __attribute__((vector_size(16)));
   v8 a, b;
@@ -26,6 +36,7 @@ static inline float sum(vf v) {
   std::memcpy(&c, &a, 16), std::memcpy(&d, (char*)&a + 16, 16);
   c += d;
   return (c[0] + c[1]) + (c[2] + c[3]);
+#endif
 }
 
 // What a function called from Python returns: 0, or 1 when memory ran out.
@@ -78,28 +89,37 @@ static inline std::vector<int64_t> split(const int64_t* offsets, int64_t d_sae, 
   return borders;
 }
 
+// values[p] = or, from the second pass on, += row_scale * <W[latent], left[token]> in the n slices from s on.
+template <int n>
+static inline void dot_slices(const Pairs& pairs, const float* left, const float* W, const float* row_scale, int64_t first,
+                              int64_t last, int64_t d_sae, int64_t tokens, int64_t s, float* values) {
+  for (int64_t j = first; j < last; j++) {
+    const vf scale = splat(row_scale ? row_scale[j] : 1);
+    vf w[2 * n];  // scaled, as rows are when saved
+    for (int i = 0; i < 2 * n; i++) w[i] = load(W + ((s + i / 2) * d_sae + j) * SLICE + i % 2 * 16) * scale;
+    for (int64_t p = pairs.offsets[j]; p < pairs.offsets[j + 1]; p++) {
+      const float* row = left + (s * tokens + pairs.tokens[p]) * SLICE;
+      vf total{};
+      for (int i = 0; i < n; i++) {
+        const float* b = row + i * tokens * SLICE;
+        total += w[2 * i] * load(b) + w[2 * i + 1] * load(b + 16);
+      }
+      values[p] = s ? values[p] + sum(total) : sum(total);
+    }
+  }
+}
+
 // values[p] = row_scale * <W[latent], left[token]> over the latents first .. last. The tokens' part of the slices of one
 // pass stays in the second-level cache while the weights stream by.
 constexpr int64_t CACHED = 512 << 10;
 
 static inline void dot_range(const Pairs& pairs, const float* left, const float* W, const float* row_scale, int64_t first,
                              int64_t last, int64_t d_sae, int64_t tokens, int64_t slices, float* values) {
-  const int64_t together = std::max<int64_t>(1, CACHED / (tokens * SLICE * 4));
-  for (int64_t s = 0; s < slices; s += together) {
-    const int64_t n = std::min(together, slices - s);
-    for (int64_t j = first; j < last; j++) {
-      const float* w = W + (s * d_sae + j) * SLICE;
-      const vf scale = splat(row_scale ? row_scale[j] : 1);
-      for (int64_t p = pairs.offsets[j]; p < pairs.offsets[j + 1]; p++) {
-        const float* row = left + (s * tokens + pairs.tokens[p]) * SLICE;
-        vf total{};
-        for (int64_t i = 0; i < n; i++) {
-          const float *a = w + i * d_sae * SLICE, *b = row + i * tokens * SLICE;
-          total += (load(a) * scale) * load(b) + (load(a + 16) * scale) * load(b + 16);  // scaled rows, as stored when saved
-        }
-        const float part = sum(total);
-        values[p] = s ? values[p] + part : part;
-      }
-    }
+  const int64_t fit = CACHED / (tokens * SLICE * (int64_t)sizeof(float));
+  for (int64_t s = 0, n; s < slices; s += n) {
+    const int64_t room = std::min(fit, slices - s);
+    n = room >= 4 ? 4 : room >= 2 ? 2 : 1;
+    const auto some = n == 4 ? dot_slices<4> : n == 2 ? dot_slices<2> : dot_slices<1>;
+    some(pairs, left, W, row_scale, first, last, d_sae, tokens, s, values);
   }
 }

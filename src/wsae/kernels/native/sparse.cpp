@@ -3,6 +3,13 @@
 // tokens' slice (batch * 128 bytes) stays in the second-level cache. Sums have a fixed order whatever the number of threads.
 #include "common.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+// What a step frees stays at hand for the next, as it does anyhow in a process that happens to have freed something as
+// large: pages given back to the system come back cleared, one fault each, a tenth of a step.
+static const int kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) + mallopt(M_TRIM_THRESHOLD, 64 << 20);
+#endif
+
 namespace {
 constexpr int64_t BLOCK = 64;         // latents or tokens whose sums form one partial sum
 constexpr int64_t WORK_PER_LATENT = 4;  // what updating a latent costs beside its pairs, in pairs
@@ -16,10 +23,19 @@ void over_latents(const Pairs& pairs, int64_t d_sae, F work) {
 }  // namespace
 
 thread_local int own_threads = 0;
+thread_local Cores own_cores;
 
 extern "C" {
 
-int64_t set_threads(int64_t n) { own_threads = (int)n; return 0; }
+int64_t set_threads(int64_t n) {
+  own_threads = (int)n;
+  own_cores.take((int)n);
+  return 0;
+}
+
+int64_t meet_ranks(int32_t* const* seats, int64_t ranks, int64_t own, int64_t turn, int64_t patience) {
+  return meet(seats, ranks, own, (int32_t)turn, patience);
+}
 
 // [rows][d_in] less `centre` to [slices][rows][32], padded with zeros.
 void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out) {

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from wsae.core.seeds import seed_for
-from wsae.evals.interpret.config import InterpretConfig
+from wsae.evals.config import InterpretConfig
 from wsae.run import EVALUATION_PART, INTERPRETATION_PART, Run
 from wsae.studies.drawing import panels_figure, scatter_figure
 from wsae.studies.results import (

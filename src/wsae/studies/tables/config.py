@@ -10,9 +10,7 @@ from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
 from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.evals.config import EvalConfig
-from wsae.evals.interpret.config import ContextConfig, Control, InterpretConfig, Score
-from wsae.evals.interpret.llm.config import LlmConfig
+from wsae.evals.config import ContextConfig, Control, EvalConfig, InterpretConfig, LlmConfig, Score
 from wsae.sae.config import Activation, GammaConfig, GroupTopK, PreconditionConfig, TopK
 from wsae.studies.sweep.config import Preset
 from wsae.theory.record import TableName

@@ -24,7 +24,7 @@ from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
 from wsae.doctor.config import DoctorConfig
 from wsae.doctor.run import examine
-from wsae.evals.interpret.config import InterpretConfig
+from wsae.evals.config import InterpretConfig
 from wsae.studies.engine import PaperStudy, Stage, StudyRun, markdown
 from wsae.studies.results import Row, select
 from wsae.studies.sweep.config import Preset

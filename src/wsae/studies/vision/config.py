@@ -5,12 +5,11 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from wsae.acts.images.config import ImageHarvestConfig, ImagesConfig
+from wsae.acts.config import ImageHarvestConfig, ImagesConfig
 from wsae.core.artifact import read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.config import EvalConfig
+from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.sae.config import GammaConfig, TopK
 from wsae.studies.sweep.config import Preset
 from wsae.train.config import MemberConfig, TrainConfig

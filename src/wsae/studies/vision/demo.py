@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from wsae.acts.images.config import ImagesConfig
+from wsae.acts.config import ImagesConfig
 from wsae.core.artifact import read_manifest
 from wsae.core.progress import Progress, quiet
-from wsae.evals.classes.config import ClassesConfig
-from wsae.evals.config import EvalConfig
+from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.run import Run
 from wsae.studies.demo import SAFE, Say, reported
 from wsae.studies.engine import StudyRun

@@ -22,7 +22,7 @@ from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
 from wsae.core.memory import duration, size
-from wsae.evals.classes.run import score_run
+from wsae.evals.classes import score_run
 from wsae.evals.glossary import CLASS_SCORES
 from wsae.run import Run
 from wsae.stats.classes import Hits, Strongest
@@ -47,7 +47,7 @@ from wsae.studies.results import (
 )
 from wsae.studies.vision.config import PLAIN, Backbone, BackboneRun, VisionConfig
 from wsae.train.config import TrainConfig
-from wsae.vision.run import pretrain
+from wsae.vision.pretrain import pretrain
 
 # The proxy "top": consistency of each input dimension among its strongest training images, as the
 # paper words it.
@@ -254,7 +254,7 @@ class FigureStudy(PaperStudy[VisionConfig]):
 # classes. JSON-ready.
 
 WAYS = ("all", "matched", "density", "adjusted", "within", "images")
-"""Over what a member is compared with the plain one (`wsae.evals.classes.run`)."""
+"""Over what a member is compared with the plain one (`wsae.evals.classes`)."""
 
 
 def run_rows(planned: BackboneRun, path: Path) -> list[Row]:

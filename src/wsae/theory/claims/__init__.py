@@ -2,10 +2,10 @@
 
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.theory.claims import assumptions, limits, minima, ours, weights
+from wsae.theory.claims import limits, minima, ours, weights
 from wsae.theory.record import Check, Claim
 
-MODULES = (assumptions, minima, weights, limits, ours)
+MODULES = (minima, weights, limits, ours)
 """The modules of checks, in the order of the paper (Appendix A last), and our own theorems after them."""
 
 

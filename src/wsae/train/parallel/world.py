@@ -1,6 +1,8 @@
 """The ranks of a job: who this one is, whom it shares work with, and what they tell each other."""
 
 import contextlib
+import ctypes
+import functools
 import json
 import os
 import signal
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from wsae.core.errors import UserError
+from wsae.kernels.native import library, why_not
 from wsae.train.parallel.config import AXES, Layout, parse_layout
 
 PATIENCE_S = 3.0
@@ -108,6 +111,14 @@ def gone_ranks(store: dist.Store, rank: int, ranks: int) -> str:
     return f"{who} gone (killed, or out of memory)"
 
 
+def _look(store: dist.Store, rank: int, ranks: int) -> None:
+    """Raise RankLost where waiting for the other ranks is of no use."""
+    if gone := gone_ranks(store, rank, ranks):
+        raise RankLost(gone)
+    if store.check([SPEAKER]):
+        raise RankLost("another rank has ended the job")
+
+
 def _machine() -> str:
     """Name what makes two process numbers comparable: the host, and on Linux the container's view of processes."""
     view = Path("/proc/self/ns/pid")
@@ -131,40 +142,45 @@ finished members) is waited for without limit."""
 ALIVE_S = 0.5
 """Seconds between looks at the other ranks while waiting for them."""
 SUM, MAX, MIN = dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN
+_OPERATIONS = {SUM: torch.add, MAX: torch.maximum, MIN: torch.minimum}
 
 
 class HostMemory:
-    """Memory that all ranks of a group see, where they run on one machine: large tensors need no socket there.
+    """Memory that all ranks of a group see, where they run on one machine: they meet and exchange tensors in it.
 
     Each rank writes to its own part, and reads the others' once all have met. There are two of each in turn, so one
-    meeting an exchange is enough. The memory has no name and goes with the processes.
+    meeting an exchange is enough. The memory has no name and goes with the processes. A meeting takes microseconds;
+    over a socket, on cores that are busy, a millisecond.
     """
 
-    LEAST = 1 << 16
-    """Bytes of a tensor that is worth it."""
+    SEAT = 4096
+    """Bytes before a part, of which the first four say at which meeting its rank is."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group, self._turn = group, 0
+    def __init__(self, group: dist.ProcessGroup, look: Callable[[], None]) -> None:
+        self._group, self._own, self._look = group, dist.get_rank(group), look
         self._parts: list[Tensor] = []
         """Of each rank [2, bytes]."""
-        self._able = hasattr(os, "memfd_create")
+        self._seats = (ctypes.c_void_p * 0)()
+        self._met, self._able = 0, True
 
     def exchange(self, tensor: Tensor) -> list[Tensor] | None:
         """Return every rank's tensor of one shape, to be read before the next exchange; None where that cannot be."""
         size = tensor.nbytes
-        if not self._able or tensor.device.type != "cpu" or size < self.LEAST:
+        if not self._able or tensor.device.type != "cpu":
             return None
         if not self._parts or self._parts[0].shape[1] < size:
-            self._parts = self._shared(size)
-            self._able = bool(self._parts)
+            self._able = self._share(size)
         if not self._able:
             return None
-        self._turn = 1 - self._turn
+        self._met += 1
         every = [
-            part[self._turn, :size].view(tensor.dtype).view(tensor.shape) for part in self._parts
+            part[self._met % 2, :size].view(tensor.dtype).view(tensor.shape) for part in self._parts
         ]
-        every[dist.get_rank(self._group)].copy_(tensor)
-        self._told(0)
+        every[self._own].copy_(tensor)
+        while not library().meet_ranks(
+            self._seats, len(every), self._own, self._met, int(ALIVE_S * 1e6)
+        ):
+            self._look()
         return every
 
     def _told(self, *numbers: int) -> Int64[Tensor, "ranks numbers"]:
@@ -174,33 +190,37 @@ class HostMemory:
         dist.all_gather(every, own, group=self._group)
         return torch.stack(every)
 
-    def _shared(self, size: int) -> list[Tensor]:
-        """Return new memory of every rank, at least [2, size] bytes each; [] where one of them cannot have it."""
-        size = -(-size // 4096) * 4096
-        place, parts = zlib.crc32(_machine().encode()), []
-        file = os.memfd_create("wsae")
+    def _share(self, size: int) -> bool:
+        """Take new memory of every rank, at least [2, size] bytes each; False where one of them cannot have it."""
+        size = -(-size // self.SEAT) * self.SEAT
+        whole, file = self.SEAT + 2 * size, None
+        place = zlib.crc32(_machine().encode())
         try:
-            try:
-                os.posix_fallocate(file, 0, 2 * size)
-            except OSError:
+            if hasattr(os, "memfd_create") and why_not() is None:
+                file = os.memfd_create("wsae")
+                with contextlib.suppress(OSError):  # no room: the file stays shorter than asked for
+                    os.posix_fallocate(file, 0, whole)
+            if file is None or os.fstat(file).st_size < whole:
                 place = -1
-            told = self._told(place, os.getpid(), file)
-            if place < 0 or bool((told[:, 0] != place).any()):
-                able = False
-            else:
-                try:
-                    parts = [_mapped(f"/proc/{pid}/fd/{fd}", size) for _, pid, fd in told.tolist()]
-                except RuntimeError:  # another user's, or no /proc
-                    parts = []
-                able = bool(parts)
-            every = self._told(able)
+            told = self._told(place, os.getpid(), -1 if file is None else file)
+            memory = []
+            if place >= 0 and bool((told[:, 0] == place).all()):
+                with contextlib.suppress(RuntimeError):  # another user's, or no /proc
+                    memory = [
+                        _mapped(f"/proc/{pid}/fd/{fd}", whole) for _, pid, fd in told.tolist()
+                    ]
+            met = self._told(len(memory) == len(told))
         finally:
-            os.close(file)
-        return parts if bool(every.all()) else []
+            if file is not None:
+                os.close(file)
+        self._parts = [part[self.SEAT :].view(2, size) for part in memory]
+        self._seats = (ctypes.c_void_p * len(memory))(*(part.data_ptr() for part in memory))
+        self._met = 0
+        return bool(met.all())
 
 
 def _mapped(path: str, size: int) -> Tensor:
-    return torch.from_file(path, shared=True, size=2 * size, dtype=torch.uint8).view(2, size)
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -216,13 +236,14 @@ class MeshAxis:
         """Replace a tensor by its sum (or largest, smallest) over the axis; every rank gets the same bits."""
         if self.size == 1:
             return tensor
-        every = self.memory.exchange(tensor) if self.memory is not None and op == SUM else None
+        every = None if self.memory is None else self.memory.exchange(tensor)
         if every is None:
             dist.all_reduce(tensor, op=op, group=self.group)
             return tensor
-        torch.add(every[0], every[1], out=tensor)
-        for other in every[2:]:
-            tensor.add_(other)
+        of_two, (first, second, *others) = _OPERATIONS[op], every
+        of_two(first, second, out=tensor)
+        for other in others:
+            of_two(tensor, other, out=tensor)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -316,10 +337,7 @@ class Mesh:
         pause = 0.01
         while not self.store.check([key]):
             if pause >= ALIVE_S:
-                if gone := gone_ranks(self.store, self.rank, self.layout.ranks):
-                    raise RankLost(gone)
-                if self.store.check([SPEAKER]):
-                    raise RankLost("another rank has ended the job")
+                _look(self.store, self.rank, self.layout.ranks)
             time.sleep(pause)
             pause = min(ALIVE_S, 1.5 * pause)
         return self.store.get(key)
@@ -366,16 +384,16 @@ def lay_out(layout: Layout, rank: int, device: str, store: dist.Store) -> Mesh:
     """Return the world of a process group that is there already, in this layout."""
     sizes = tuple(getattr(layout, name) for name in AXES)
     mesh = init_device_mesh(torch.device(device).type, sizes, mesh_dim_names=AXES)
-    layers, data, latents = (
-        _axis(size, mesh.get_local_rank(name), mesh.get_group(name))
-        for name, size in zip(AXES, sizes, strict=True)
-    )
+    look = functools.partial(_look, store, rank, layout.ranks)
+
+    def axis(name: str, size: int) -> MeshAxis:
+        group = mesh.get_group(name)
+        memory = HostMemory(group, look) if size > 1 else None
+        return MeshAxis(size, mesh.get_local_rank(name), group, memory)
+
+    layers, data, latents = map(axis, AXES, sizes)
     sub = mesh["data", "latents"]
     return Mesh(rank, layout, device, store, MeshPlace(data, latents), layers.index, sub, data)
-
-
-def _axis(size: int, index: int, group: dist.ProcessGroup) -> MeshAxis:
-    return MeshAxis(size, index, group, HostMemory(group) if size > 1 else None)
 
 
 def by_latents(world: Mesh) -> Mesh:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from wsae.core.files import LINE_BYTES, Json, as_user_error, digest, opened, parse_json, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.evals.interpret.llm.config import LlmConfig
+from wsae.evals.config import LlmConfig
 
 NO_EXPLANATION = "no explanation"
 TOKENS_PER_BYTE = 1 / 3

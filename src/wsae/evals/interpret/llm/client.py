@@ -21,6 +21,7 @@ import httpx
 
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
+from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.llm.asking import (
     TOP_LOGPROBS,
     Answer,
@@ -30,7 +31,6 @@ from wsae.evals.interpret.llm.asking import (
     Request,
     one_line,
 )
-from wsae.evals.interpret.llm.config import LlmConfig
 
 MAX_REPLY_BYTES = 1 << 24
 """A longer reply is cut off: no answer of ours needs a thousandth of it."""

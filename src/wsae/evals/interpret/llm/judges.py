@@ -39,7 +39,7 @@ from jaxtyping import Float, Float64
 
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.interpret.config import Asked
+from wsae.evals.config import Asked, LlmConfig
 from wsae.evals.interpret.llm.asking import (
     Answer,
     AnswerTally,
@@ -54,7 +54,6 @@ from wsae.evals.interpret.llm.asking import (
     marked,
     requests_about,
 )
-from wsae.evals.interpret.llm.config import LlmConfig
 from wsae.evals.interpret.summary import LatentScore, Verdicts, judge
 from wsae.evals.interpret.windows import (
     Collected,

@@ -21,6 +21,7 @@ from torch import Tensor
 from wsae.acts.language import LanguageModel, load_language
 from wsae.acts.loading import refuse_unable_to_continue
 from wsae.core.errors import UserError
+from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.llm.asking import (
     TOP_LOGPROBS,
     Answer,
@@ -30,7 +31,6 @@ from wsae.evals.interpret.llm.asking import (
     Llm,
     Request,
 )
-from wsae.evals.interpret.llm.config import LlmConfig
 
 
 def open_llm(cfg: LlmConfig) -> Llm:
