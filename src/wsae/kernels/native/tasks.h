@@ -16,9 +16,9 @@
 #include <vector>
 #include <unistd.h>
 #ifdef __linux__
-#include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <time.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -189,11 +189,12 @@ template <class F> static inline void share_out(int64_t count, int64_t grain, F 
 static inline bool meet(int32_t* const* seats, int64_t ranks, int64_t own, int32_t turn, int64_t patience) {
 #ifdef __linux__
   const auto behind = [&](int64_t r) { return turn - __atomic_load_n(seats[r], __ATOMIC_ACQUIRE) > 0; };
+  constexpr int SLEEP = 0, WAKE = 1;  // of linux/futex.h, which not every system with a compiler has
   const auto futex = [](int32_t* seat, int call, int32_t value, const timespec* limit) {
     syscall(SYS_futex, seat, call, value, limit, nullptr, 0);
   };
   __atomic_store_n(seats[own], turn, __ATOMIC_RELEASE);
-  futex(seats[own], FUTEX_WAKE, INT32_MAX, nullptr);
+  futex(seats[own], WAKE, INT32_MAX, nullptr);
   const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(patience);
   for (int64_t r = 0; r < ranks; r++) {
     for (int i = 0; i < SPINS && behind(r); i++) breathe();
@@ -201,7 +202,7 @@ static inline bool meet(int32_t* const* seats, int64_t ranks, int64_t own, int32
       const auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(end - std::chrono::steady_clock::now()).count();
       if (left <= 0) return false;
       const timespec limit{(time_t)(left / 1000000000), (long)(left % 1000000000)};
-      futex(seats[r], FUTEX_WAIT, turn - 1, &limit);
+      futex(seats[r], SLEEP, turn - 1, &limit);
     }
   }
   return true;
