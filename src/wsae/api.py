@@ -22,7 +22,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.evals.probing.run import probe
 from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
-from wsae.sae.config import ActivationConfig, make_activation
+from wsae.sae.config import ActivationConfig, GammaConfig, make_activation
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.sae.model import SAE
 from wsae.train.bank import fits_a_bank, train_batched
@@ -58,13 +58,13 @@ _MAP = ("power", "shrinkage")
 def Member(  # noqa: N802  (reads as the value it makes)
     gamma: object = "none",
     k: int = 32,
-    activation: str | ActivationConfig = "topk",
+    activation: str | Mapping[str, Any] | ActivationConfig = "topk",
     precondition: str = "none",
     **fields: Any,
 ) -> MemberConfig:
     """Return one member of a family: a gamma rule's name (or the proxy itself, one value per dimension) and the rest.
 
-    `precondition` is standardise or whiten, to train on mapped activations. `fields` are those of MemberConfig (d_sae,
+    Gamma and activation may be configs too, an activation what a run's config.json says of one. `precondition` is standardise or whiten, to train on mapped activations. `fields` are those of MemberConfig (d_sae,
     expansion, tied, lr, seed, l1, l0, target_l0, auxk, k_aux, label, ...), of GammaConfig (alpha, normalise, robust,
     quantile, ridge, rounds) and of PreconditionConfig (power, shrinkage). Raises UserError naming an unknown one, or a
     value that does not fit.
@@ -81,6 +81,8 @@ def Member(  # noqa: N802  (reads as the value it makes)
     weights: dict[str, Any] = {key: fields.pop(key) for key in _GAMMA if key in fields}
     if isinstance(gamma, str):
         weights["rule"] = gamma
+    elif isinstance(gamma, GammaConfig):
+        weights = gamma.model_dump() | weights
     else:
         proxy = tensor(gamma, "gamma").detach()
         if proxy.ndim != 1:
@@ -88,8 +90,7 @@ def Member(  # noqa: N802  (reads as the value it makes)
                 f"gamma: shape {tuple(proxy.shape)}; give one value per dimension, [d_in]"
             )
         weights |= {"rule": "vector", "vector": tuple(proxy.double().tolist())}
-    known = isinstance(activation, ActivationConfig)
-    kind = activation if known else make_activation(activation, k)
+    kind = make_activation(activation, k) if isinstance(activation, str) else activation
     data = {"gamma": weights, "activation": kind, "precondition": mapped, **fields}
     return MemberConfig.parse(data, where="member")
 

@@ -67,6 +67,19 @@ def test_the_whole_way_from_images_to_a_report(base, capsys):
     assert "needs the model behind" in refused(capsys, "interpret", run, "--score", "surprisal")
 
 
+def test_a_crosscoder_of_images_has_class_scores_and_pictures(base, capsys, tmp_path):
+    make_vision(tmp_path / "vit", "vit")
+    store, run, hooks = tmp_path / "store", tmp_path / "run", ("layers.0", "layers.1")
+    images = ["--images", base / "x.npz", "--batch-size", 32]
+    ran(capsys, "harvest", tmp_path / "vit", *images, "--hook", *hooks, "--out", store)
+    small = ["--k", 2, "--d-sae", 32, "--tokens", 640, "--batch-size", 64, "--out", run]
+    ran(capsys, "train", store, "--crosscoder", *hooks, *small)
+    found = ran(capsys, "evaluate", run, "--draws", 20)
+    (scores,) = found["classes"]["hooks"].values()
+    assert len(scores["class_totals"]) == CLASSES
+    assert "thumbnails.json" in {path.name for path in (run / "evaluation").iterdir()}
+
+
 def test_harvest_says_what_was_read(base, capsys):
     words = ["harvest", base / "model", "--images", base / "x.npz", "--out", base / "store"]
     assert main([*map(str, words), "--hook", "pooler", "--batch-size", "32"]) == 0

@@ -17,6 +17,7 @@ import wsae
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.sae import SAE, SAEConfig, TopK
+from wsae.sae.config import GammaConfig
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.train.bank import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
@@ -228,6 +229,15 @@ def test_a_family_shares_batches_and_equals_the_run_on_disk(tmp_path: Path) -> N
         assert torch.equal(sae.W_dec, on_disk[name].W_dec)
     assert "members/acts/plain/sae.safetensors" in files_of(tmp_path / "run")
     assert family.gamma["variance-a0.5"]["heaviest"][0][0] == 5
+
+
+def test_a_config_or_what_a_file_says_of_it_stands_for_the_words() -> None:
+    words = wsae.Member(gamma="variance", alpha=0.5, k=4)
+    gamma, kind = GammaConfig(rule="variance", alpha=0.5), {"kind": "topk", "k": 4}
+    assert wsae.Member(gamma=gamma, activation=kind) == words
+    assert wsae.Member(gamma=GammaConfig(rule="variance"), alpha=0.5, activation=TopK(k=4)) == words
+    with pytest.raises(UserError, match=r"unknown key .activation.*kk"):
+        wsae.Member(activation={"kind": "topk", "kk": 4})
 
 
 def test_gamma_may_be_a_vector_or_come_from_labels() -> None:
