@@ -191,6 +191,9 @@ def _runs(at: Path) -> list[Target]:
 
 def _shared(at: Path) -> list[Target]:
     """What of a run goes elsewhere: other tools' folders, a folder for the hub, the browser's index."""
+    import numpy as np
+
+    import wsae
     from wsae.interop import load
     from wsae.interop.config import FORMATS
     from wsae.serve.build import ensure_index
@@ -199,8 +202,12 @@ def _shared(at: Path) -> list[Target]:
 
     run, member = str(at / "run"), ("--member", "variance-a1")
     formats = [name for name in FORMATS if name != "circuit_tracer"]  # which takes transcoders
+    rows = np.random.default_rng(0).normal(size=(2, 400, 8))
+    both = wsae.fit({"a": rows[0], "b": rows[1]}, activation="batch_topk", k=2, d_sae=24)
+    both.save(at / "both")
     for name in formats:
-        command("export", run, *member, "--format", name, "--out", str(at / f"as-{name}"))
+        of = [str(at / "both")] if name == "crosscoder" else [run, *member]
+        command("export", *of, "--format", name, "--out", str(at / f"as-{name}"))
     command("push", run, "somebody/saes", *member, "--dry-run", "--out", str(at / "pushed"))
 
     def imported(place: Path) -> Any:
