@@ -174,7 +174,6 @@ def run_benchmark(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
     n, seeds, steps, toy_steps = sizes[at.preset]
     scored = {"unit_scale": True, "rows": 512 if at.preset == "tiny" else 2048}
     cfg = preset_training(at.preset, steps=steps).model_copy(update=scored)
-    kinds = {name: grid[: 2 if at.preset == "tiny" else None] for name, grid in KINDS.items()}
     toys = [
         ToyModelConfig(
             features=FeatureConfig(n_features=n, sparsity=level),
@@ -189,7 +188,7 @@ def run_benchmark(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
     ]
     settings = {
         "training": cfg.to_dict(),
-        "methods": [method.to_dict() for method in benchmark_methods(n, kinds)],
+        "methods": [method.to_dict() for method in benchmark_methods(n)],
         "toys": [toy.to_dict() for toy in toys],
     }
     place = at.out / "recovery"
@@ -199,13 +198,13 @@ def run_benchmark(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
         rows = []
         for group in _groups(models, n, seeds, at.seed):
             width = group[0].world.n_features
-            methods = benchmark_methods(width, kinds)
+            methods = benchmark_methods(width)
             at.say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
             trained = train_trials(group, methods, cfg, at.device, at.progress)
             rows += score_trials(group, trained, cfg, at.progress)
         write_rows(rows, settings, place)
     worlds = list(dict.fromkeys(row["world"] for row in rows))
-    chosen = best_of_grid(rows, kinds)
+    chosen = best_of_grid(rows)
     tables = {f"{score}, plain": plain_table(chosen, worlds, score) for score in SCORES}
     tables |= {f"{score}, rule minus plain": rule_table(chosen, worlds, score) for score in SCORES}
     return {"tables": tables, "saes": len(rows)}, [place / ROWS]

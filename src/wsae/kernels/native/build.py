@@ -89,9 +89,9 @@ def kernel_threads(n: int) -> Iterator[None]:
     With as many threads as cores each has a core to itself meanwhile (Linux). No bit of a kernel's result depends on n.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    library().set_threads(n)
     try:
+        torch.set_num_threads(1)
+        library().set_threads(n)
         yield
     finally:
         library().set_threads(0)
