@@ -53,8 +53,7 @@ from wsae.evals.intervals import (
     resampled_means,
     unpaired_difference,
 )
-from wsae.evals.latents import Entries
-from wsae.evals.matching import LiveDecoder, Matching, match
+from wsae.evals.latents import Entries, LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, check_width
 from wsae.evals.run import run_subject
 from wsae.run import Run

@@ -37,7 +37,7 @@ from wsae.evals.interpret.llm.judges import explain_latents, judged, simulation_
 from wsae.evals.interpret.summary import METRIC
 from wsae.evals.interpret.surprisal import TEMPLATES, PrefixReader, surprisal_scores
 from wsae.evals.interpret.windows import Collected, Fragments
-from wsae.evals.matching import LiveDecoder, Matching, match
+from wsae.evals.latents import LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, Survey
 from wsae.run import Run
 from wsae.sae import SAE
