@@ -355,7 +355,7 @@ def _answers(at: Path) -> Target:
     """Answers of a language model: a damaged one is asked again, and named."""
     from wsae.core.errors import UserError
     from wsae.core.files import digest
-    from wsae.evals.interpret.llm.asking import Answer, AnswerToken, Cache
+    from wsae.evals.interpret.asking import Answer, AnswerToken, Cache
 
     asked = {"model": "a", "messages": [["user", "Text 1: the cat"]]}
     answer = Answer(

@@ -44,8 +44,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Examine the subject and return the report."""
-    from wsae.doctor.config import DoctorConfig
-    from wsae.doctor.run import examine
+    from wsae.doctor.run import DoctorConfig, examine
 
     where = device(flags.common.device)
     live = flags.live

@@ -255,7 +255,7 @@ def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "
 
         judges["encoder"] = load_encoder(flags.encoder, device=where)
     if any(score not in FREE for score in cfg.scores):
-        from wsae.evals.interpret.llm.local import open_llm
+        from wsae.evals.interpret.local import open_llm
 
         judges["llm"] = open_llm(llm)
     return judges

@@ -22,8 +22,7 @@ from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
-from wsae.doctor.config import DoctorConfig
-from wsae.doctor.run import examine
+from wsae.doctor.run import DoctorConfig, examine
 from wsae.evals.config import InterpretConfig
 from wsae.studies.engine import PaperStudy, Stage, StudyRun, markdown
 from wsae.studies.results import Row, select
@@ -236,7 +235,7 @@ class TableStudy(PaperStudy[StudyConfig]):
         return stages[: STAGES.index(self.choices.until)]
 
     def _interpret(self, run: StudyRun) -> None:
-        from wsae.evals.interpret.llm.local import open_llm
+        from wsae.evals.interpret.local import open_llm
         from wsae.evals.interpret.run import interpret_run
 
         cfg, judge = self.cfg.interpretation(run.number), self.cfg.judge
