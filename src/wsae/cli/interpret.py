@@ -18,9 +18,9 @@ from wsae.cli.flags import (
     Switch,
     config_flags,
     config_values,
+    device,
 )
 from wsae.cli.live import GivenText, TextFlags, data_of, language_of
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
 from wsae.core.config import FLAGS, Config

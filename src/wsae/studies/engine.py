@@ -19,7 +19,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run
 from wsae.studies.results import Row, Table
-from wsae.studies.sweep.config import Preset
+from wsae.studies.sweep_config import Preset
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
 
