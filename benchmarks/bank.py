@@ -23,8 +23,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from wsae.sae.config import ReLU
-from wsae.studies.sweep.config import LEVELS
-from wsae.studies.sweep.run import Rows, Trial
+from wsae.studies.sweep import Rows, Trial
+from wsae.studies.sweep_config import LEVELS
 from wsae.theory.geometry import random_unit
 from wsae.toy.config import FeatureConfig
 from wsae.train.bank import make_entry, train_bank

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from wsae.acts.source import HeldoutRows, StoreSource
+from wsae.acts.stream import HeldOut
 from wsae.acts.tokens import TokenTable
 from wsae.evals.config import ContextConfig
-from wsae.evals.data import HeldOut
 from wsae.evals.interpret.collect import Members, collect, member_bytes
 from wsae.run import Run
 from wsae.sae import SAE, SAEConfig, TopK

@@ -286,7 +286,7 @@ def _compared(place: Path) -> Any:
 
 
 def _toys(at: Path) -> list[Target]:
-    from wsae.studies.sweep.run import read_rows, write_rows
+    from wsae.studies.sweep import read_rows, write_rows
     from wsae.toy.config import FeatureConfig, ToyModelConfig
     from wsae.toy.model import ToyModels, train_toy_models
 
@@ -317,7 +317,7 @@ def _vision(at: Path) -> list[Target]:
     from wsae.acts.images.sets import open_images
     from wsae.acts.source import open_source
     from wsae.core.artifact import read_manifest
-    from wsae.studies.vision.study import top_consistency
+    from wsae.studies.vision import top_consistency
     from wsae.vision.config import preset
     from wsae.vision.pretrain import load_pretrained, pretrain
 
@@ -355,7 +355,7 @@ def _answers(at: Path) -> Target:
     """Answers of a language model: a damaged one is asked again, and named."""
     from wsae.core.errors import UserError
     from wsae.core.files import digest
-    from wsae.evals.interpret.llm.asking import Answer, AnswerToken, Cache
+    from wsae.evals.interpret.asking import Answer, AnswerToken, Cache
 
     asked = {"model": "a", "messages": [["user", "Text 1: the cat"]]}
     answer = Answer(

@@ -21,8 +21,8 @@ from wsae.acts.source import StoreSource
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Asked, Index, find
-from wsae.studies.config import DemoConfig
 from wsae.studies.demo import run_demo
+from wsae.studies.demo_config import DemoConfig
 from wsae.use.attribute import LogitDifference, attribute
 from wsae.use.config import SteerConfig
 from wsae.use.steer import AskedEdit, Prompt, steer

@@ -7,8 +7,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
+from wsae.core import __version__
 from wsae.core.errors import UserError
-from wsae.core.version import __version__
 
 # A thread that waits for others spins for 2 ms and then sleeps: OpenMP's usual fifteenfold would take the core from the
 # one waited for when other programs run. OpenMP reads this when PyTorch is first imported.

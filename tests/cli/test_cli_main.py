@@ -71,7 +71,7 @@ def test_no_words_at_all_show_the_help(capsys):
 
 def test_version_is_the_packages(capsys):
     assert main.main(["--version"]) == 0
-    from wsae.core.version import __version__
+    from wsae.core import __version__
 
     assert capsys.readouterr().out == f"wsae {__version__}\n"
 

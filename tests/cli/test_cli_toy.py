@@ -17,8 +17,8 @@ from wsae.cli import toy
 from wsae.cli.flags import parse
 from wsae.cli.main import main
 from wsae.evals.glossary import RECOVERY
-from wsae.studies.sweep import run as sweep_run
-from wsae.studies.sweep.run import twin_of
+from wsae.studies import sweep as sweep_run
+from wsae.studies.sweep import twin_of
 from wsae.toy.config import Anisotropic, Isotropic, LowRank
 from wsae.toy.model import ToyModels, importances
 

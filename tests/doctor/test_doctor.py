@@ -20,10 +20,9 @@ from wsae.doctor import cost
 from wsae.doctor import cost as machine
 from wsae.doctor import probe as activations
 from wsae.doctor import probe as shape
-from wsae.doctor.config import DoctorConfig
 from wsae.doctor.cost import Memory, check_memory
 from wsae.doctor.probe import Check, report
-from wsae.doctor.run import examine
+from wsae.doctor.run import DoctorConfig, examine
 from wsae.sae import TopK
 from wsae.sae.config import GammaConfig, GroupTopK
 from wsae.train.config import MemberConfig, TrainConfig

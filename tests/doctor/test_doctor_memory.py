@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from wsae.acts.source import ArraySource
 from wsae.doctor import cost
-from wsae.doctor.config import DoctorConfig
+from wsae.doctor.run import DoctorConfig
 from wsae.doctor.run import examine
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run

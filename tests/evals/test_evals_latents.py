@@ -7,18 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsae.evals import latents, matching
+from wsae.evals import latents
 from wsae.evals.contexts import TopContexts, Wanted, one_per_stratum, sample_latents
 from wsae.evals.latents import (
     HISTOGRAM_EDGES,
     Entries,
     LatentActivity,
+    LiveDecoder,
     decoder_max_cosine,
     density_histogram,
+    match,
     nearest,
     unit_rows,
 )
-from wsae.evals.matching import LiveDecoder, match
 from wsae.kernels import SparseCode, code_from_topk
 
 
@@ -129,7 +130,7 @@ def test_mutual_pairs_choose_each_other():
         for i in range(30)
         if int(cosine[:, cosine[i].argmax()].argmax()) == i
     ]
-    rows, columns = matching._mutual(a, b)
+    rows, columns = latents._mutual(a, b)
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == direct
 
 

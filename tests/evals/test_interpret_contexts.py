@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest
 from wsae.acts.live import LiveSource
-from wsae.acts.source import HeldoutRows, StoreSource
+from wsae.acts.source import HeldoutRows, MatrixRows, StoreSource
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.evals.config import ContextConfig
 from wsae.evals.contexts import Context
-from wsae.evals.data import MatrixRows
 from wsae.evals.interpret.collect import NEIGHBOURS, Pool, Tracked, collect, member_bytes, priority
 from wsae.evals.interpret.windows import EXPLAIN, SCORE, Documents, blocks, cut_windows, side_of
 from wsae.sae import SAE, ReLU, SAEConfig, TopK

@@ -13,8 +13,7 @@ from wsae.acts.language import load_language, reinitialised
 from wsae.acts.live import LiveSource
 from wsae.acts.source import ArraySource, StoreSource
 from wsae.core.errors import UserError
-from wsae.evals.interpret import controls as module
-from wsae.evals.interpret.controls import (
+from wsae.evals.control import (
     derangement,
     neurons,
     pca,
@@ -217,7 +216,7 @@ def test_a_finished_control_is_opened_and_another_seed_makes_another(
     source = StoreSource(root / "store")
     first, _ = control(source, language, tmp_path / "c")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train_run", None)
+        patch.setattr("wsae.train.run.train_run", None)
         again, _ = control(source, language, tmp_path / "c")
     assert torch.equal(first[HOOK].W_dec, again[HOOK].W_dec)
     other, _ = control(source, language, tmp_path / "c", seed=1)
@@ -233,7 +232,7 @@ def test_a_killed_control_goes_on_and_ends_alike(world, tmp_path, monkeypatch) -
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train_run", killed)
+        patch.setattr("wsae.train.run.train_run", killed)
         with pytest.raises(KeyboardInterrupt):
             control(source, language, tmp_path / "cut")
     assert (tmp_path / "cut" / "store" / "manifest.json").exists(), "the harvest is kept"

@@ -17,9 +17,9 @@ from interpret_server import KEY, Reply, config, error, said, serving
 
 from wsae.core.errors import UserError
 from wsae.evals.config import LlmConfig
-from wsae.evals.interpret.llm.asking import ChatMessage, Request, Unparsed, ask_all
-from wsae.evals.interpret.llm.client import Endpoint, retry_after
-from wsae.evals.interpret.llm.local import open_llm
+from wsae.evals.interpret.asking import ChatMessage, Request, Unparsed, ask_all
+from wsae.evals.interpret.endpoint import Endpoint, retry_after
+from wsae.evals.interpret.local import open_llm
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_retry_after_as_a_date():
 
 
 def test_back_off_doubles_with_seeded_jitter():
-    from wsae.evals.interpret.llm.client import TryAgain
+    from wsae.evals.interpret.endpoint import TryAgain
 
     llm = Endpoint(LlmConfig(endpoint="http://h/v1", model="m", backoff_s=1.0, max_wait_s=5.0))
     waits = [llm._wait(TryAgain("x"), "key", attempt) for attempt in range(6)]
@@ -247,9 +247,9 @@ def test_attempts_end(tmp_path):
 
 
 def test_an_endless_reply_is_cut(tmp_path, monkeypatch):
-    from wsae.evals.interpret.llm import client
+    from wsae.evals.interpret import endpoint
 
-    monkeypatch.setattr(client, "MAX_REPLY_BYTES", 1 << 16)
+    monkeypatch.setattr(endpoint, "MAX_REPLY_BYTES", 1 << 16)
     with serving(always(said("x" * (1 << 20)))) as chat:
         (answer,) = ask(chat, tmp_path, retries=0)
         assert (answer.state, answer.reason) == ("failed", "not JSON")
@@ -445,7 +445,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_interpret_llm_client import requests
-from wsae.evals.interpret.llm.client import Endpoint
+from wsae.evals.interpret.endpoint import Endpoint
 from wsae.evals.config import LlmConfig
 cfg = LlmConfig(endpoint=sys.argv[2], model="mock", cache=sys.argv[3], concurrency=int(sys.argv[4]), timeout_s=60)
 print(sum(a.state == "answered" for a in Endpoint(cfg).ask(requests(24))))

@@ -13,15 +13,15 @@ from interpret_server import Reply, config, serving
 
 from wsae.core.errors import UserError
 from wsae.evals.config import LlmConfig
-from wsae.evals.interpret.llm.asking import ChatMessage, Request
-from wsae.evals.interpret.llm.client import Endpoint
-from wsae.evals.interpret.llm.judges import (
+from wsae.evals.interpret.asking import ChatMessage, Request
+from wsae.evals.interpret.endpoint import Endpoint
+from wsae.evals.interpret.judges import (
     detection_scores,
     dry_run,
     explain_latents,
     simulation_scores,
 )
-from wsae.evals.interpret.llm.local import UNKNOWN, LocalModel, SlotReader, open_llm
+from wsae.evals.interpret.local import UNKNOWN, LocalModel, SlotReader, open_llm
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant:"
@@ -164,7 +164,7 @@ def numbers(llm, prompt, slots, split):
 
 
 def test_slots_are_read_in_one_pass_as_many_passes_would(model, tmp_path, monkeypatch):
-    from wsae.evals.interpret.llm import local as slots
+    from wsae.evals.interpret import local as slots
 
     monkeypatch.setattr(slots, "_NEGLIGIBLE", 0.0)
     llm = local(model, tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsae.evals.config import LlmConfig
-from wsae.evals.interpret.llm.asking import (
+from wsae.evals.interpret.asking import (
     Answer,
     AnswerToken,
     Unparsed,
@@ -21,7 +21,7 @@ from wsae.evals.interpret.llm.asking import (
     one_line,
     turns,
 )
-from wsae.evals.interpret.llm.judges import (
+from wsae.evals.interpret.judges import (
     Case,
     Tokens,
     expected_rows,

@@ -16,8 +16,8 @@ from interpret_server import config, error, prompt, said, serving
 
 from wsae.core.errors import UserError
 from wsae.evals.interpret.collect import FEW_FRAGMENTS
-from wsae.evals.interpret.llm.client import Endpoint
-from wsae.evals.interpret.llm.judges import (
+from wsae.evals.interpret.endpoint import Endpoint
+from wsae.evals.interpret.judges import (
     HARD,
     NEGATIVE,
     POSITIVE,

@@ -16,8 +16,8 @@ from interpret_llm_worlds import N_LATENTS, collected
 from transformers import AutoTokenizer
 
 from wsae.evals.config import LlmConfig
-from wsae.evals.interpret.llm.client import Endpoint
-from wsae.evals.interpret.llm.judges import detection_scores, dry_run, explain_latents
+from wsae.evals.interpret.endpoint import Endpoint
+from wsae.evals.interpret.judges import detection_scores, dry_run, explain_latents
 
 pytestmark = pytest.mark.skipif(
     not all(find_spec(name) for name in ("fastapi", "uvicorn", "openai")),

@@ -9,11 +9,11 @@ import pytest
 import torch
 from interpret_world import CFG, D_IN, HOOK, TOPICS, BagEncoder, KeywordLlm, Text, write_planted_run
 
+from wsae.acts.source import MatrixRows
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.evals.config import InterpretConfig
-from wsae.evals.data import MatrixRows
 from wsae.evals.glossary import SCORES, glossary
 from wsae.evals.interpret.run import interpret_run, plan_run
 from wsae.evals.interpret.scoring import selected, survey_hooks

@@ -12,9 +12,9 @@ from acts_models import make_model, make_text
 from test_interop_roundtrip import make, same_bits
 
 import wsae
+from wsae.acts.source import MatrixRows
 from wsae.cli.main import main
 from wsae.evals.config import EvalConfig
-from wsae.evals.data import MatrixRows
 from wsae.evals.measure import Survey
 from wsae.evals.run import evaluate_run
 from wsae.interop import Provenance, load

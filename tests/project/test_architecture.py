@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "wsae"
 SOURCES = sorted(SRC.rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 760, 60
-FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 241, 25.5, 0, 0, 0
+FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 230, 24.8, 0, 0, 0
 """Ratchets: they only go down, but for the files of a new subject."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
 IGNORES, SKIPS = 1, 15
@@ -73,7 +73,7 @@ def test_the_help_of_no_command_loads_torch():
 
 
 def test_config_modules_are_torch_free():
-    paths = [path.relative_to(SRC.parent) for path in SOURCES if path.name == "config.py"]
+    paths = [path.relative_to(SRC.parent) for path in SOURCES if path.name.endswith("config.py")]
     names = [".".join(path.with_suffix("").parts) for path in paths]
     lines = [f"import {name}" for name in names]
     for name, found in zip(names, loaded_by(lines, ("pydantic",)), strict=True):

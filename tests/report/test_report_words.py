@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from report_fixture import CONTROL, edit_evaluation, write_run
 
 from wsae.report.rundata import finite, read_run
-from wsae.report.words import clause, interval, judge, judgements, number, verdict
+from wsae.report.view import clause, interval, judge, judgements, number, verdict
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ from test_train import config, files_of, weighted, world
 from torch import Tensor
 
 import wsae
-from wsae.acts.source import ArraySource
+from wsae.acts.source import ArraySource, MatrixRows
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.evals.compare import ComparedMember, across_runs, member_metrics
 from wsae.evals.config import EvalConfig
-from wsae.evals.data import MatrixRows
 from wsae.evals.measure import EvaluatedSaes, measure
 from wsae.sae.config import GammaConfig
 from wsae.sae.gamma import gamma_from_covariance

@@ -18,7 +18,7 @@ from wsae.serve import schema
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.serve.index import Asked, Index, Served, asked, beside, find, match_of
-from wsae.serve.worth import ALIKE, compared, worth
+from wsae.serve.pages import ALIKE, compared, worth
 
 
 @pytest.fixture(scope="module")

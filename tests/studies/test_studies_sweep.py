@@ -43,19 +43,7 @@ from wsae.studies.results import (
     series,
     steps_down,
 )
-from wsae.studies.sweep.config import (
-    PLAIN,
-    RAW,
-    SCALED,
-    UNIT,
-    WSAE,
-    ToySweepConfig,
-    TrainingConfig,
-    methods,
-    paper_method,
-    toy_sweep,
-)
-from wsae.studies.sweep.run import (
+from wsae.studies.sweep import (
     CLOSED_FORM,
     RANDOM,
     Rows,
@@ -67,6 +55,18 @@ from wsae.studies.sweep.run import (
     train_trials,
     trial_statistics,
     world_gamma,
+)
+from wsae.studies.sweep_config import (
+    PLAIN,
+    RAW,
+    SCALED,
+    UNIT,
+    WSAE,
+    ToySweepConfig,
+    TrainingConfig,
+    methods,
+    paper_method,
+    toy_sweep,
 )
 from wsae.theory import geometry
 from wsae.theory.losses import grid, ground_truth_loss

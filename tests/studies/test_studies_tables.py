@@ -12,9 +12,16 @@ from wsae.cli.harvest import Flags as HarvestFlags
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.studies.tables import analysis
-from wsae.studies.tables.analysis import Point, at_fvu, bracket
-from wsae.studies.tables.config import (
+from wsae.studies.tables import (
+    BagEncoder,
+    TableStudy,
+    analysis,
+    announce,
+    refuse_or_estimate,
+    tiny_model,
+)
+from wsae.studies.tables_analysis import Point, at_fvu, bracket
+from wsae.studies.tables_config import (
     HARVESTS,
     SAES,
     StudyConfig,
@@ -23,13 +30,6 @@ from wsae.studies.tables.config import (
     all_rules,
     study_config,
     table_plan,
-)
-from wsae.studies.tables.study import (
-    BagEncoder,
-    TableStudy,
-    announce,
-    refuse_or_estimate,
-    tiny_model,
 )
 from wsae.theory.record import HALF, ONE, PAPER, PLAIN
 

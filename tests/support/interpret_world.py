@@ -13,7 +13,7 @@ from wsae.core.artifact import write_manifest
 from wsae.core.files import digest, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import ContextConfig, InterpretConfig, LlmConfig
-from wsae.evals.interpret.llm.asking import Answer, Llm, Request
+from wsae.evals.interpret.asking import Answer, Llm, Request
 from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig

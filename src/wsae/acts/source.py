@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from wsae.acts.stream import (
     ActivationSource,
     Batch,
     BatchStream,
+    HeldOut,
     HeldoutRows,
     ShuffledStream,
     State,
@@ -550,6 +552,47 @@ class JoinedSource:
 
 _LONGEST_NAME = 120
 """A run keeps a hook's SAEs in a folder of its name."""
+
+
+class BothSides:
+    """Two sources of the same rows as one with the hooks of both: what a transcoder reads, and what it is to give."""
+
+    def __init__(self, read: HeldOut, given: HeldOut) -> None:
+        self._parts = (read, given)
+        self.hooks = {**read.hooks, **given.hooks}
+
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
+        """Yield the rows in order; raises UserError where one side has more of them."""
+        for a, b in zip_longest(*(part.heldout(batch_size) for part in self._parts)):
+            if a is None or b is None or len(a.seq) != len(b.seq):
+                raise UserError(
+                    f"{' and '.join(self.hooks)} have different numbers of rows; they must be of the same tokens"
+                )
+            yield HeldoutRows({**a.x, **b.x}, a.seq, a.pos)
+
+    def tokens(self) -> TokenTable | None:
+        """Return the tokens of what is read."""
+        return self._parts[0].tokens()
+
+
+class MatrixRows:
+    """Activations in memory, in a file or a folder of files (`open_matrix`), all evaluated, each row by itself."""
+
+    def __init__(self, x: object, name: str = "acts") -> None:
+        self._x = open_matrix(x, str(as_path(x) or name))
+        self._name = name
+        self.hooks = {name: self._x.shape[1]}
+
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
+        """Yield the rows in order, as fp32."""
+        for start in range(0, self._x.shape[0], batch_size):
+            index = np.arange(start, min(start + batch_size, self._x.shape[0]))
+            seq = torch.from_numpy(index)
+            yield HeldoutRows({self._name: self._x.take(index)}, seq, torch.zeros_like(seq))
+
+    def tokens(self) -> TokenTable | None:
+        """Arrays have no tokens."""
+        return None
 
 
 class _Stream:

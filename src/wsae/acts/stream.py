@@ -1,11 +1,11 @@
-"""What a trainer sees of any data: the source interface, chunks, and epochs of shuffled rows."""
+"""What training and evaluation see of any data: the interfaces of sources, and epochs of shuffled rows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsae.acts.flow import SourceStats
 from wsae.acts.tokens import TokenTable
@@ -74,6 +74,65 @@ class ActivationSource(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return where the data come from as JSON: kind (store, array, live), path or harvest, hooks."""
         ...
+
+
+# What an evaluation sees of them: held-out rows in a fixed order, and the model or the images behind.
+
+
+@runtime_checkable
+class HeldOut(Protocol):
+    """The part of an activation source that evaluation uses."""
+
+    hooks: dict[str, int]
+
+    def heldout(self, batch_size: int) -> Iterator[HeldoutRows]:
+        """Yield every held-out row once, sequence by sequence."""
+        ...
+
+    def tokens(self) -> TokenTable | None:
+        """Return the held-out sequences' tokens; None for arrays."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What splicing needs of a tokenizer."""
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the tokens that are not text."""
+        ...
+
+
+@runtime_checkable
+class Language(Protocol):
+    """The model behind the activations (`wsae.acts.language.LanguageModel`; not imported: it needs transformers)."""
+
+    @property
+    def model(self) -> nn.Module:
+        """A causal language model."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+        ...
+
+
+@runtime_checkable
+class Pictures(Protocol):
+    """The images behind the activations (`wsae.acts.images.harvest.Gallery`; not imported: it needs Pillow)."""
+
+    def label(self, image: int) -> str:
+        """Return the name of an image's class."""
+        ...
+
+    def thumbnail(self, image: int) -> str:
+        """Return a small PNG in base64; raises UserError where the image cannot be read."""
+        ...
+
+
+# Epochs of shuffled rows.
 
 
 class ShuffledStream:

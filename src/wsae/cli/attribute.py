@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace
-from wsae.cli.runner import device
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace, device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError

@@ -14,11 +14,11 @@ from wsae.cli.flags import (
     Place,
     config_flags,
     config_values,
+    device,
 )
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.errors import UserError
-from wsae.studies.config import DemoConfig
+from wsae.studies.demo_config import DemoConfig
 
 ABOUT = """\
 Read a text with a language model, train WSAEs and their plain twin on one layer's activations,
@@ -74,7 +74,7 @@ def run_vision(flags: Flags, ui: UI) -> dict[str, Any]:
             raise UserError(
                 f"--{name.replace('_', '-')}: is for the demo on text, not for --vision"
             )
-    from wsae.studies.vision.demo import run_vision_demo
+    from wsae.studies.demo import run_vision_demo
 
     where, seed = device(flags.common.device), flags.common.seed
     return run_vision_demo(flags.out, seed, where, ui.progress, ui.note)

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsae.acts.config import LiveConfig
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, config_values
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, config_values, device
 from wsae.cli.live import TOKENS, LiveFlags, MixingFlags, PlanFlags, is_data
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 
@@ -44,8 +43,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Examine the subject and return the report."""
-    from wsae.doctor.config import DoctorConfig
-    from wsae.doctor.run import examine
+    from wsae.doctor.run import DoctorConfig, examine
 
     where = device(flags.common.device)
     live = flags.live

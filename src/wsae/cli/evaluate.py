@@ -15,9 +15,9 @@ from wsae.cli.flags import (
     MaybePlace,
     config_flags,
     config_values,
+    device,
 )
 from wsae.cli.live import GivenText, ReadingFlags, behind, data_of, labelled
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST
 from wsae.core.config import FLAGS, Config

@@ -275,6 +275,19 @@ class Common(Config):
     """Show the traceback of an error."""
 
 
+def device(name: str) -> str:
+    """Return the device to use; raises UserError for one this machine lacks."""
+    import torch
+
+    from wsae.core.calls import usable_device
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    return usable_device(name, "--device")
+
+
 CommonFlags = tyro.conf.OmitArgPrefixes[Common]
 """The last flags of every command: `common: CommonFlags = Common()`."""
 

@@ -18,9 +18,9 @@ from wsae.cli.flags import (
     Switch,
     config_flags,
     config_values,
+    device,
 )
 from wsae.cli.live import GivenText, TextFlags, data_of, language_of
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
 from wsae.core.config import FLAGS, Config
@@ -255,7 +255,7 @@ def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "
 
         judges["encoder"] = load_encoder(flags.encoder, device=where)
     if any(score not in FREE for score in cfg.scores):
-        from wsae.evals.interpret.llm.local import open_llm
+        from wsae.evals.interpret.local import open_llm
 
         judges["llm"] = open_llm(llm)
     return judges

@@ -36,8 +36,6 @@ from wsae.sae.config import (
 )
 from wsae.train.config import MemberConfig, TrainConfig, family
 
-Precision = Literal["float32", "bfloat16"]
-
 if TYPE_CHECKING:
     import numpy as np
 

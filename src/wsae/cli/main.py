@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from wsae.cli import table
+from wsae.core import __version__
 from wsae.core.errors import UserError, nearest, printable
-from wsae.core.version import __version__
 
 EXTRAS = {
     **dict.fromkeys(("transformers", "tokenizers", "gguf", "accelerate", "pyarrow"), "lm"),

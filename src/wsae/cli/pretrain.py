@@ -14,9 +14,10 @@ from wsae.cli.flags import (
     MaybeName,
     Place,
     Switch,
+    device,
     mirrored,
 )
-from wsae.cli.runner import device, how_to_go_on, together
+from wsae.cli.runner import how_to_go_on, together
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError

@@ -15,6 +15,7 @@ from wsae.cli.flags import (
     MaybePlace,
     config_flags,
     config_values,
+    device,
 )
 from wsae.cli.live import (
     NO_TEXT,
@@ -25,7 +26,6 @@ from wsae.cli.live import (
     language_of,
     refuse,
 )
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError

@@ -5,14 +5,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place
-from wsae.cli.runner import device
+from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place, device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.config import LOCAL, Control, LlmConfig, Score
-from wsae.studies.tables.config import StageName, TableChoices
-from wsae.studies.vision.config import VisionChoices
+from wsae.studies.tables_config import StageName, TableChoices
+from wsae.studies.vision_config import VisionChoices
 
 ABOUT = """\
 Measure a figure or table of the paper again and print its statement beside what was found.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from wsae.cli.flags import Common, as_json, as_yaml, parse
+from wsae.cli.flags import Common, as_json, as_yaml, device, parse
 from wsae.cli.table import Command
 from wsae.cli.ui import UI
 from wsae.core.artifact import CHECKPOINTS
@@ -113,19 +113,6 @@ def _bound_memory() -> None:
     with contextlib.suppress(OSError):
         limits = [n for n in (soft, hard, most_memory()) if n != resource.RLIM_INFINITY]
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-
-
-def device(name: str) -> str:
-    """Return the device to use; raises UserError for one this machine lacks."""
-    import torch
-
-    from wsae.core.calls import usable_device
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    return usable_device(name, "--device")
 
 
 # Runs that torchrun may have started, and that a checkpoint lets go on.

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from wsae.cli.evaluate import measured
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybePlace, Name, Switch
+from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybePlace, Name, Switch, device
 from wsae.cli.live import ReadingFlags, reopen
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError

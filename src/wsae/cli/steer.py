@@ -17,8 +17,8 @@ from wsae.cli.flags import (
     Switch,
     config_flags,
     config_values,
+    device,
 )
-from wsae.cli.runner import device
 from wsae.cli.ui import UI
 from wsae.core.artifact import EVALUATION_PART
 from wsae.core.config import FLAGS, Config

@@ -6,14 +6,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybeNumber, Number, Place
-from wsae.cli.runner import device
+from wsae.cli.flags import (
+    Common,
+    CommonFlags,
+    Count,
+    MaybeCount,
+    MaybeNumber,
+    Number,
+    Place,
+    device,
+)
 from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.glossary import RECOVERY
 from wsae.sae.config import GammaConfig, Kind, Normalise
-from wsae.studies.sweep.config import TOP_K, ToySweepConfig, toy_methods
+from wsae.studies.sweep_config import TOP_K, ToySweepConfig, toy_methods
 
 ABOUT = """\
 Train toy models of superposition over sparsity levels S, and on each a family of SAEs: every kind with every
@@ -145,7 +153,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Run the sweep and return its rows, summaries and differences."""
-    from wsae.studies.sweep.run import run_toy
+    from wsae.studies.sweep import run_toy
 
     cfg = config(flags)
     where = "cpu" if flags.common.device == "auto" else device(flags.common.device)

@@ -15,6 +15,7 @@ from wsae.cli.flags import (
     MaybePlace,
     Place,
     Switch,
+    device,
     mirrored,
 )
 from wsae.cli.live import (
@@ -26,7 +27,7 @@ from wsae.cli.live import (
     open_joined,
     open_sides,
 )
-from wsae.cli.runner import device, how_to_go_on, together
+from wsae.cli.runner import how_to_go_on, together
 from wsae.cli.ui import UI
 from wsae.core.artifact import CONFIG, MEMBERS, METRICS_FILE
 from wsae.core.config import FLAG_OF, FLAGS, Config

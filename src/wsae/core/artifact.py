@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from wsae.core import __version__
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import (
@@ -24,7 +25,6 @@ from wsae.core.files import (
     unsealed,
     write_json,
 )
-from wsae.core.version import __version__
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

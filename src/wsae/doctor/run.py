@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from wsae.acts.capture import Capture, tokens
-from wsae.acts.config import HarvestConfig
+from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.acts.hookpoints import SEES_LATER, HookPoint, Probed
 from wsae.acts.hookpoints import probe as probe_hooks
 from wsae.acts.language import LanguageModel, language_for, locate
@@ -19,15 +20,38 @@ from wsae.acts.store import Store
 from wsae.acts.text import told
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import MANIFEST, kind_of, read_manifest
+from wsae.core.config import Config
 from wsae.core.errors import UserError, named, understood
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.doctor import cost, probe
-from wsae.doctor.config import DoctorConfig
 from wsae.doctor.probe import Check, report, warned
 from wsae.run import EVALUATION_PART, Run
 from wsae.train.config import FEW_STEPS, TrainConfig
 
 # The planned SAEs: do their shapes fit, and what will they take of memory and time?
+
+
+class DoctorConfig(Config):
+    """The run to be examined, and how long to look."""
+
+    train: TrainConfig
+    """The SAEs and the training that are planned."""
+    harvest: HarvestConfig | None = None
+    """The model, text and hook points; none when the subject is a store or an array."""
+    mixing: LiveConfig = LiveConfig()
+    """How its rows are mixed when they go straight to training."""
+    data: str | None = None
+    """A store's directory or an array file."""
+    d_in: PositiveInt | None = None
+    """The width the caller expects, if any."""
+    out: str = "."
+    """Where a store would be written (free space is looked up there)."""
+    device: str = "cpu"
+    """Where the model and the SAEs would run."""
+    probe_seqs: PositiveInt = 8
+    """Sequences run through the model."""
+    probe_seconds: float = Field(default=2.0, gt=0)
+    """Time spent on measuring training steps, about."""
 
 
 class LiveCost(NamedTuple):

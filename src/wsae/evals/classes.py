@@ -26,6 +26,7 @@ from torch import Tensor
 
 from wsae.acts.source import ArraySource, JoinedSource, StoreSource
 from wsae.acts.store import IMAGES
+from wsae.acts.stream import HeldOut
 from wsae.core.artifact import (
     ARRAYS,
     CLASSES,
@@ -39,10 +40,8 @@ from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
 from wsae.evals.config import ClassControl, ClassesConfig
-from wsae.evals.control import random_control
-from wsae.evals.data import HeldOut
+from wsae.evals.control import pca, random_control
 from wsae.evals.glossary import CLASS_SCORES, glossary
-from wsae.evals.interpret.controls import pca
 from wsae.evals.interpret.summary import Sample, density_adjusted, matched_density
 from wsae.evals.intervals import (
     Difference,
@@ -53,8 +52,7 @@ from wsae.evals.intervals import (
     resampled_means,
     unpaired_difference,
 )
-from wsae.evals.latents import Entries
-from wsae.evals.matching import LiveDecoder, Matching, match
+from wsae.evals.latents import Entries, LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, check_width
 from wsae.evals.run import run_subject
 from wsae.run import Run

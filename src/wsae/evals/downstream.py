@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from wsae.acts.capture import Call, Capture, Swap, logits_by_row, splice
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.loading import input_device, refuse_without_logits
+from wsae.acts.stream import Language
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
-from wsae.evals.data import Language
 from wsae.evals.measure import HeldOutPositions
 from wsae.sae import SAE
 

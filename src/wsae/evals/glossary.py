@@ -14,7 +14,7 @@ class Metric(NamedTuple):
     unit: str = ""
 
 
-LOWER, HIGHER = "lower is better", "higher is better"
+LOWER = "lower is better"
 
 
 def read_metrics(text: str) -> dict[str, Metric]:

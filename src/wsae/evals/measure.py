@@ -18,15 +18,21 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from wsae.acts.source import HeldoutRows
+from wsae.acts.stream import HeldOut, HeldoutRows
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import TopContexts, Wanted, sample_latents
 from wsae.evals.control import CONTROL, FITTED_ROWS, fit_scale, random_control
-from wsae.evals.data import HeldOut
-from wsae.evals.latents import RELATIVE_NORM, Entries, LatentActivity, decoder_max_cosine
-from wsae.evals.matching import LiveDecoder, Matching, match
+from wsae.evals.latents import (
+    RELATIVE_NORM,
+    Entries,
+    LatentActivity,
+    LiveDecoder,
+    Matching,
+    decoder_max_cosine,
+    match,
+)
 from wsae.kernels import SparseCode
 from wsae.sae import SAE
 from wsae.sae.config import SourcePart

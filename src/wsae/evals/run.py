@@ -14,7 +14,15 @@ from wsae.acts.capture import tokens as token_manner
 from wsae.acts.hooknames import sides
 from wsae.acts.hookpoints import SEES_LATER, probe
 from wsae.acts.loading import PREDICTS_NOTHING, predictions
-from wsae.acts.source import JoinedSource, as_path, is_folder_of_arrays, open_source
+from wsae.acts.source import (
+    BothSides,
+    JoinedSource,
+    MatrixRows,
+    as_path,
+    is_folder_of_arrays,
+    open_source,
+)
+from wsae.acts.stream import HeldOut, Language, Pictures
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import (
     ARRAYS,
@@ -36,7 +44,6 @@ from wsae.evals.compare import ComparedMember, compare_members, member_metrics
 from wsae.evals.config import EvalConfig
 from wsae.evals.contexts import Context
 from wsae.evals.control import CONTROL
-from wsae.evals.data import BothSides, HeldOut, Language, MatrixRows, Pictures
 from wsae.evals.downstream import (
     Place,
     splice_arrays,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wsae.core import __version__
 from wsae.core.artifact import MANIFEST, Manifest, free, read_manifest, replacing, unfinished
 from wsae.core.errors import UserError, reason
 from wsae.core.files import write_json, write_text
 from wsae.core.hub import hub_errors, quiet_hub
-from wsae.core.version import __version__
 from wsae.interop.config import INDEX
 from wsae.interop.runs import Chosen
 from wsae.sae.config import Provenance

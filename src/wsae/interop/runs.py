@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from wsae.acts.hooknames import among
 from wsae.acts.store import Store
+from wsae.core import __version__
 from wsae.core.artifact import CONFIG, EVALUATION_PART, MANIFEST, MEMBERS, begun, kind_of
 from wsae.core.cache import kept
 from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import digest, locked_file, read_json
 from wsae.core.hub import hub_place, local_folder
-from wsae.core.version import __version__
 from wsae.interop.config import INDEX
 from wsae.interop.convert import detect, fetched, identity, load, readable
 from wsae.interop.releases import named

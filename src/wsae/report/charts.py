@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from wsae.evals.latents import RELATIVE_NORM
 from wsae.report.rundata import COLOURS, DensityForm, RunData, finite, is_control
-from wsae.report.words import metric_name, number
+from wsae.report.view import metric_name, number
 from wsae.run import Json
 
 WIDTH, HEIGHT = 440, 280

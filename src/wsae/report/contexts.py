@@ -9,7 +9,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from wsae.report.rundata import RunData
-from wsae.report.words import number, score_name
+from wsae.report.view import number, score_name
 from wsae.run import Json
 
 LEVELS = 6

@@ -13,13 +13,13 @@ from pathlib import Path
 import jinja2  # torch brings it along, so it is always there
 from markupsafe import Markup
 
+from wsae.core import __version__
 from wsae.core.errors import UserError
 from wsae.core.files import write_text
-from wsae.core.version import __version__
 from wsae.report import charts, view
 from wsae.report.contexts import pack_contexts, shown_token, visible
 from wsae.report.rundata import RunData, read_run
-from wsae.report.words import number
+from wsae.report.view import number
 
 REPORT_NAME = "report.html"
 _ASSETS = files("wsae.report") / "assets"

@@ -38,10 +38,9 @@ from wsae.serve.index import (
     weights_digest,
 )
 from wsae.serve.model import load
-from wsae.serve.pages import latent_view, list_view
+from wsae.serve.pages import compared, latent_view, list_view
 from wsae.serve.server import Gate, Guard
 from wsae.serve.using import Ask, Work, ask_of, attributing, steering
-from wsae.serve.worth import compared
 
 if TYPE_CHECKING:
     from wsae.acts.capture import Capture

@@ -16,12 +16,12 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from wsae.acts.source import HeldoutRows
+from wsae.acts.stream import HeldOut
 from wsae.acts.tokens import TokenTable, alone
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.contexts import Kept, TopContexts, Wanted, by_strength, kept_bytes, places, span_of
-from wsae.evals.data import HeldOut
 from wsae.evals.latents import Entries
 from wsae.kernels import SparseCode
 from wsae.sae import SAE

@@ -19,8 +19,8 @@ import httpx
 from wsae.core.errors import UserError
 from wsae.core.files import Json
 from wsae.core.progress import Progress, quiet
-from wsae.evals.interpret.llm.asking import one_line
-from wsae.evals.interpret.llm.client import (
+from wsae.evals.interpret.asking import one_line
+from wsae.evals.interpret.endpoint import (
     MAX_REPLY_BYTES,
     TryAgain,
     error_text,

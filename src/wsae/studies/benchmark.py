@@ -28,8 +28,7 @@ from wsae.studies.results import (
     select,
     series,
 )
-from wsae.studies.sweep.config import Method, preset_training
-from wsae.studies.sweep.run import (
+from wsae.studies.sweep import (
     RANDOM,
     ROWS,
     Trial,
@@ -39,6 +38,7 @@ from wsae.studies.sweep.run import (
     train_trials,
     write_rows,
 )
+from wsae.studies.sweep_config import Method, preset_training
 from wsae.theory import geometry
 from wsae.toy.config import (
     Anisotropic,

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from wsae.acts.source import ActivationSource
+from wsae.acts.stream import ActivationSource, Language, Pictures
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.config import Config
 from wsae.core.files import write_json, write_text
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
-from wsae.evals.run import Language, Pictures, evaluate_run
+from wsae.evals.run import evaluate_run
 from wsae.studies.results import Row, Table
-from wsae.studies.sweep.config import Preset
+from wsae.studies.sweep_config import Preset
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
 

@@ -32,7 +32,8 @@ from wsae.studies.results import (
     span,
     steps_down,
 )
-from wsae.studies.sweep.config import (
+from wsae.studies.sweep import CLOSED_FORM, RANDOM, run_sweep
+from wsae.studies.sweep_config import (
     LR,
     PLAIN,
     SCALED,
@@ -45,7 +46,6 @@ from wsae.studies.sweep.config import (
     preset_training,
     toy_sweep,
 )
-from wsae.studies.sweep.run import CLOSED_FORM, RANDOM, run_sweep
 from wsae.toy.config import (
     Anisotropic,
     DecayingImportance,

@@ -25,8 +25,8 @@ from wsae.run import Run
 from wsae.studies.drawing import forest_figure
 from wsae.studies.engine import Stage, StudyRun, markdown
 from wsae.studies.results import Mean, Row, Table, cell, mean_interval, select, span
-from wsae.studies.tables.config import STAGES
-from wsae.studies.tables.study import TableStudy
+from wsae.studies.tables import TableStudy
+from wsae.studies.tables_config import STAGES
 from wsae.theory.record import PLAIN
 
 PRIMARY = "probe_1"

@@ -9,10 +9,10 @@ from wsae.studies.drawing import panels_figure
 from wsae.studies.engine import Reproduction, reproduce_study
 from wsae.studies.figures import figure2, figure3, run_readings, run_worlds
 from wsae.studies.results import Panel
-from wsae.studies.sweep.config import toy_sweep
-from wsae.studies.sweep.run import run_sweep
-from wsae.studies.tables.config import StudyName, TableChoices, study_config
-from wsae.studies.vision.config import FigureName, VisionChoices, vision_config
+from wsae.studies.sweep import run_sweep
+from wsae.studies.sweep_config import toy_sweep
+from wsae.studies.tables_config import StudyName, TableChoices, study_config
+from wsae.studies.vision_config import FigureName, VisionChoices, vision_config
 
 Name = (
     Literal["figure2", "figure3", "readings", "worlds", "recovery", "noise"]
@@ -55,7 +55,7 @@ def reproduce(
             case "noise":
                 result, files = run_noise(at)
             case "figure4" | "figure5":  # as the tables: brings transformers
-                from wsae.studies.vision.study import FigureStudy
+                from wsae.studies.vision import FigureStudy
 
                 cfg = vision_config(name, at.preset, vision, at.seed, at.device)
                 study = FigureStudy(cfg, out / "vision", at.progress, at.say, at.device)
@@ -63,7 +63,7 @@ def reproduce(
                 result, files = reproduce_study(study, out / name)
             case _:  # brings transformers, which the toy models do not need
                 from wsae.studies.remedy import RemedyStudy
-                from wsae.studies.tables.study import TableStudy
+                from wsae.studies.tables import TableStudy
 
                 cfg = study_config(name, at.preset, out, tables, at.seed, at.device)
                 where = (out / name, at.progress, at.say, at.device)

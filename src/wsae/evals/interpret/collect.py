@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8, UInt64
 from torch import Tensor
 
+from wsae.acts.stream import HeldOut
 from wsae.core.errors import UserError, nearest
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import mix64, seed_for
 from wsae.evals.config import ContextConfig, FragmentConfig
 from wsae.evals.contexts import NO_FIRINGS, Firings, one_per_stratum, places, sample_latents
-from wsae.evals.data import HeldOut
 from wsae.evals.interpret.windows import (
     EXPLAIN,
     SCORE,

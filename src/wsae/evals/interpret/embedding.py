@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from wsae.acts.loading import refuse_unloaded
+from wsae.acts.stream import Tokenizer
 from wsae.core.errors import UserError, reason
 from wsae.core.progress import Progress, quiet
-from wsae.evals.data import Tokenizer
 from wsae.evals.interpret.summary import LatentScore, Verdicts, half_way, judge
 from wsae.evals.interpret.windows import Collected
 

@@ -16,6 +16,7 @@ from typing import Unpack
 
 import numpy as np
 
+from wsae.acts.stream import HeldOut
 from wsae.acts.tokens import owner_of
 from wsae.core.artifact import (
     CONTEXTS_FILE,
@@ -28,10 +29,9 @@ from wsae.core.artifact import (
 from wsae.core.files import Json, digest, locked, read_json
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import Asked, EvalConfig, InterpretConfig
-from wsae.evals.data import HeldOut
+from wsae.evals.control import ABOUT
 from wsae.evals.glossary import SCORES, glossary
-from wsae.evals.interpret.controls import ABOUT
-from wsae.evals.interpret.llm.judges import Planned, dry_run
+from wsae.evals.interpret.judges import Planned, dry_run
 from wsae.evals.interpret.scoring import (
     Interpreted,
     InterpretedMember,

@@ -21,23 +21,22 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from wsae.acts.hooknames import among
+from wsae.acts.stream import HeldOut, Language
 from wsae.core.errors import UserError
 from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.config import FREE, Control, FragmentConfig, InterpretConfig, Score
 from wsae.evals.contexts import sample_latents
-from wsae.evals.control import random_control
-from wsae.evals.data import HeldOut, Language
+from wsae.evals.control import NAMES, neurons, pca, random_control, random_model, shuffled, subset
+from wsae.evals.interpret.asking import NO_EXPLANATION, AnswerTally, Llm
 from wsae.evals.interpret.collect import Latents, Members, collect, fragments
-from wsae.evals.interpret.controls import NAMES, neurons, pca, random_model, shuffled, subset
 from wsae.evals.interpret.embedding import Memo, TextEncoder, embedding_scores, load_encoder
-from wsae.evals.interpret.llm.asking import NO_EXPLANATION, AnswerTally, Llm
-from wsae.evals.interpret.llm.judges import explain_latents, judged, simulation_scores
+from wsae.evals.interpret.judges import explain_latents, judged, simulation_scores
 from wsae.evals.interpret.summary import METRIC
 from wsae.evals.interpret.surprisal import TEMPLATES, PrefixReader, surprisal_scores
 from wsae.evals.interpret.windows import Collected, Fragments
-from wsae.evals.matching import LiveDecoder, Matching, match
+from wsae.evals.latents import LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, Survey
 from wsae.run import Run
 from wsae.sae import SAE

@@ -23,9 +23,9 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from wsae.acts.loading import input_device, refuse_unable_to_continue
+from wsae.acts.stream import Language
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.data import Language
 from wsae.evals.interpret.summary import LatentScore, Verdicts, half_way, judge
 from wsae.evals.interpret.windows import Collected, LatentContexts
 

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
+from wsae.acts.stream import HeldOut
 from wsae.acts.tokens import REACH, TokenTable
 from wsae.core.errors import UserError
 from wsae.core.seeds import mix64, seed_for
 from wsae.evals.config import FragmentConfig
-from wsae.evals.data import HeldOut
 
 EXPLAIN, SCORE = 0, 1
 SIDES = ("explain", "score")

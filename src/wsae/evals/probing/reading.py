@@ -18,13 +18,13 @@ from torch import Tensor
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import Flow
+from wsae.acts.stream import HeldOut
 from wsae.acts.text import Document, Packer, TextCounts, TokenSequence, labelled
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.config import ProbeConfig
 from wsae.evals.control import CONTROL, random_control
-from wsae.evals.data import HeldOut
 from wsae.evals.measure import EvaluatedSaes, check_width, first_rows
 from wsae.sae.encoding import Encoder
 

@@ -18,6 +18,7 @@ from jaxtyping import Int64
 
 from wsae.acts.config import HarvestConfig
 from wsae.acts.source import StoreSource, open_matrix, open_source
+from wsae.acts.stream import HeldOut
 from wsae.core.artifact import MANIFEST, PROBING, PROBING_PART, write_manifest
 from wsae.core.calls import own_settings
 from wsae.core.errors import UserError
@@ -25,7 +26,6 @@ from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.config import ProbeConfig
-from wsae.evals.data import HeldOut
 from wsae.evals.glossary import glossary, numbered
 from wsae.evals.measure import EvaluatedSaes
 from wsae.evals.probing.reading import (

@@ -22,7 +22,7 @@ from wsae.acts.language import LanguageModel, load_language
 from wsae.acts.loading import refuse_unable_to_continue
 from wsae.core.errors import UserError
 from wsae.evals.config import LlmConfig
-from wsae.evals.interpret.llm.asking import (
+from wsae.evals.interpret.asking import (
     TOP_LOGPROBS,
     Answer,
     AnswerToken,
@@ -47,7 +47,7 @@ def open_llm(cfg: LlmConfig) -> Llm:
         raise UserError(f"{package} is not installed; run: pip install 'wsae[{extra}]'")
     if cfg.local is not None:
         return LocalModel(cfg)
-    from wsae.evals.interpret.llm.client import Endpoint
+    from wsae.evals.interpret.endpoint import Endpoint
 
     return Endpoint(cfg)
 

@@ -22,15 +22,14 @@ from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
-from wsae.doctor.config import DoctorConfig
-from wsae.doctor.run import examine
+from wsae.doctor.run import DoctorConfig, examine
 from wsae.evals.config import InterpretConfig
+from wsae.studies import tables_analysis as analysis
 from wsae.studies.engine import PaperStudy, Stage, StudyRun, markdown
 from wsae.studies.results import Row, select
-from wsae.studies.sweep.config import Preset
-from wsae.studies.tables import analysis
-from wsae.studies.tables.analysis import draw, run_rows, scores_of
-from wsae.studies.tables.config import SAES, STAGES, StudyConfig, TableChoices
+from wsae.studies.sweep_config import Preset
+from wsae.studies.tables_analysis import draw, run_rows, scores_of
+from wsae.studies.tables_config import SAES, STAGES, StudyConfig, TableChoices
 from wsae.theory.record import ONE, PAPER, PLAIN
 from wsae.train.config import TrainConfig
 
@@ -236,7 +235,7 @@ class TableStudy(PaperStudy[StudyConfig]):
         return stages[: STAGES.index(self.choices.until)]
 
     def _interpret(self, run: StudyRun) -> None:
-        from wsae.evals.interpret.llm.local import open_llm
+        from wsae.evals.interpret.local import open_llm
         from wsae.evals.interpret.run import interpret_run
 
         cfg, judge = self.cfg.interpretation(run.number), self.cfg.judge

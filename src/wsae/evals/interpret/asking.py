@@ -100,7 +100,7 @@ _NAME = re.compile(r"\{\{(\w+)\}\}")
 @functools.cache
 def turns(prompt: Prompt) -> tuple[ChatMessage, ...]:
     """Return a prompt's turns, unfilled."""
-    file = resources.files("wsae.evals.interpret.llm") / "prompts" / f"{prompt}.txt"
+    file = resources.files("wsae.evals.interpret") / "prompts" / f"{prompt}.txt"
     parts = _TURN.split(file.read_text(encoding="utf-8"))[1:]
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return tuple(ChatMessage(role, text.rstrip("\n")) for role, text in pairs)

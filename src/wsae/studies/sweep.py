@@ -24,7 +24,7 @@ from wsae.sae.loss import Weights
 from wsae.sae.model import SAE
 from wsae.stats.moments import Covariance
 from wsae.studies.results import Mean, Row, differences, select, series
-from wsae.studies.sweep.config import Method, ToySweepConfig, TrainingConfig
+from wsae.studies.sweep_config import Method, ToySweepConfig, TrainingConfig
 from wsae.toy.config import FeatureConfig, ToyModelConfig
 from wsae.toy.features import FeatureStream
 from wsae.toy.model import ToyModels, train_toy_models

@@ -40,7 +40,7 @@ from jaxtyping import Float, Float64
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.config import Asked, LlmConfig
-from wsae.evals.interpret.llm.asking import (
+from wsae.evals.interpret.asking import (
     Answer,
     AnswerTally,
     AnswerToken,

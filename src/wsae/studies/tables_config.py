@@ -12,7 +12,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.config import ContextConfig, Control, EvalConfig, InterpretConfig, LlmConfig, Score
 from wsae.sae.config import Activation, GammaConfig, GroupTopK, PreconditionConfig, TopK
-from wsae.studies.sweep.config import Preset
+from wsae.studies.sweep_config import Preset
 from wsae.theory.record import TableName
 from wsae.train.config import MemberConfig, TrainConfig
 

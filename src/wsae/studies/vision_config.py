@@ -11,7 +11,7 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.sae.config import GammaConfig, TopK
-from wsae.studies.sweep.config import Preset
+from wsae.studies.sweep_config import Preset
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.vision.config import Method, PretrainConfig, preset
 

@@ -1,7 +1,7 @@
 """From rows to answers: does weighting raise the score, and is it the weighting, the density or the FVU?
 
 Four differences from the plain twin stand side by side: over all latents, over matched latents, over latents of equal
-density (all three from the interpretation), and from plain SAEs of equal FVU (`wsae.studies.tables.analysis`).
+density (all three from the interpretation), and from plain SAEs of equal FVU (`wsae.studies.tables_analysis`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ from wsae.studies.results import (
     rank_correlation,
     select,
 )
-from wsae.studies.tables.config import StudyConfig, TableSAEs
+from wsae.studies.tables_config import StudyConfig, TableSAEs
 from wsae.theory.record import HALF, ONE, PAPER, PLAIN, TableName
 
 # A weighted SAE beside a plain one of the same FVU.

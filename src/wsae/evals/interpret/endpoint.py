@@ -22,7 +22,7 @@ import httpx
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.evals.config import LlmConfig
-from wsae.evals.interpret.llm.asking import (
+from wsae.evals.interpret.asking import (
     TOP_LOGPROBS,
     Answer,
     AnswerToken,

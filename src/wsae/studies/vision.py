@@ -45,7 +45,7 @@ from wsae.studies.results import (
     select,
     span,
 )
-from wsae.studies.vision.config import PLAIN, Backbone, BackboneRun, VisionConfig
+from wsae.studies.vision_config import PLAIN, Backbone, BackboneRun, VisionConfig
 from wsae.train.config import TrainConfig
 from wsae.vision.pretrain import pretrain
 
@@ -248,6 +248,22 @@ class FigureStudy(PaperStudy[VisionConfig]):
     def draw(self, rows: list[Row], out: Path) -> list[Path]:
         """Draw the panels."""
         return draw(self.cfg.plan.name, self.panels(rows), out)
+
+
+class ImageDemo(FigureStudy):
+    """The study of one run, as the demo has it: each stage in a directory of its own."""
+
+    def model(self, backbone: str) -> Path:  # noqa: ARG002
+        """Return the directory of the pretraining."""
+        return self.out / "pretrain"
+
+    def store(self, backbone: str) -> Path:  # noqa: ARG002
+        """Return the directory of the embeddings."""
+        return self.out / "store"
+
+    def runs(self) -> list[StudyRun]:
+        """Return the one run."""
+        return [StudyRun(0, ("pooler",), self.out / "run")]
 
 
 # One row per SAE or control: what it is, how well it reconstructs, how its latents go with the
