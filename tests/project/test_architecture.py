@@ -24,8 +24,8 @@ FILE_LINES, FUNCTION_LINES = 760, 60
 FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 230, 24.8, 0, 0, 0
 """Ratchets: they only go down, but for the files of a new subject."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
-IGNORES, SKIPS = 1, 15
-"""Ratchets: how many `type: ignore` (src) and unconditional or conditional skips (tests) there may be."""
+IGNORES, SKIPS = 5, 18
+"""Ratchets: how many checks of types are ignored (src) and unconditional or conditional skips (tests) there may be."""
 
 
 FORKS = """
@@ -109,10 +109,13 @@ def edges() -> set[tuple[str, str]]:
     found = set()
     for name, tree in TREES.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module:
+            if isinstance(node, ast.ImportFrom):
+                assert node.module, f"{name}:{node.lineno}: a relative import"
                 for alias in node.names:
                     whole = f"{node.module}.{alias.name}"
                     found.add((name, whole if whole in TREES else node.module))
+            if isinstance(node, ast.Import):
+                found |= {(name, alias.name) for alias in node.names}
     return {(a, b) for a, b in found if b in TREES and a != b}
 
 
@@ -141,7 +144,7 @@ def test_no_parameter_is_an_anonymous_tuple():
         for name, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for arg in [*node.args.args, *node.args.kwonlyargs]
+        for arg in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         if arg.annotation is not None
         and ast.unparse(arg.annotation).startswith("tuple[")
         and "..." not in ast.unparse(arg.annotation)
@@ -241,10 +244,11 @@ def test_every_config_field_is_read_somewhere():
 
 def test_every_config_field_says_what_it_means_to_the_command_line():
     """Fields of command-line flags carry the help text."""
-    for kind in configs():
-        if kind.__module__.startswith("wsae.cli."):
-            for name, field in kind.model_fields.items():
-                assert field.description, f"{kind.__module__}.{kind.__name__}.{name} has no help"
+    flags = [kind for kind in configs() if kind.__module__.startswith("wsae.cli.")]
+    assert {kind.__module__ for kind in flags} >= {command.module for command in table.COMMANDS}
+    for kind in flags:
+        for name, field in kind.model_fields.items():
+            assert field.description, f"{kind.__module__}.{kind.__name__}.{name} has no help"
 
 
 def tracked() -> list[Path]:
@@ -290,10 +294,11 @@ def test_every_version_is_pinned_and_the_ranges_admit_the_pins():
 
 
 def test_debts_only_shrink():
-    ignores = sum(path.read_text().count("type: ignore") for path in SOURCES)
+    ignores = sum(len(re.findall(r"(?:type|pyright): ignore", p.read_text())) for p in SOURCES)
     tests = [p for p in (ROOT / "tests").rglob("test_*.py") if p != Path(__file__)]
     skips = sum(
-        len(re.findall(r"\bpytest\.(?:mark\.)?skip(?:if)?\b", p.read_text())) for p in tests
+        len(re.findall(r"\bpytest\.(?:(?:mark\.)?skip(?:if)?|importorskip)\b", p.read_text()))
+        for p in tests
     )
     assert ignores <= IGNORES
     assert skips <= SKIPS

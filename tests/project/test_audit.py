@@ -62,6 +62,7 @@ def test_the_installed_versions_admit_each_other() -> None:
         [sys.executable, "-m", "pip", "check", "--disable-pip-version-check"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+    assert done.stdout.strip(), done.stderr  # it says so when nothing is wrong
     lines = [line for line in done.stdout.splitlines() if not line.startswith(WEIGHTS)]
     ours = needed("wsae", frozenset({"all"}), set())
     wrong = [line for line in lines if canonicalize_name(line.split()[0]) in ours]

@@ -102,19 +102,44 @@ def test_every_command_in_the_docs_is_understood(
     assert code == 0 or (of_a_run and "give it to --config as it is" in said), said
 
 
+NAMES = r"(?:`(?![\w.]+\.(?:py|h)`)[\w.]+`(?: \([^)]*\))?(?:, | and | or )?)+"
+FILES = r"`[\w/.-]+\.(?:py|h)`(?:(?:, | and | or )`[\w/.-]+\.(?:py|h)`)*"
+
+
+def placed(text: str) -> list[tuple[str, str]]:
+    """Return each name that a text places in a file: `a.py` (`name`, `Other`); `name` and `Other` of `a.py`."""
+    after = re.findall(r"(`[\w/.-]+\.py`) \(((?:`\w+`(?:, | or )?)+)[^)]*\)", text)
+    before = [
+        (files, names) for names, files in re.findall(rf"({NAMES}) (?:of|in) ({FILES})", text)
+    ]
+    return [
+        (path, name.rpartition(".")[2])
+        for files, names in after + before
+        for path in re.findall(r"`([^`]+)`", files)
+        for name in re.findall(r"`([\w.]+)`", names)
+    ]
+
+
 def test_every_file_and_name_of_the_architecture_exists() -> None:
-    """`a/b.py` (`name`, `Other`): each name stands in the file before it."""
     text = (ROOT / "docs/architecture.md").read_text()
-    found = re.findall(r"`([\w/.-]+\.py|[\w/-]+/)`(?: \(((?:`\w+`(?:, | or )?)+)[^)]*\))?", text)
-    assert len(found) >= 40
-    assert sum(bool(names) for _, names in found) >= 15
-    for path, names in found:
-        if path == "cli/NAME.py":
-            continue
-        file = next((top / path for top in (SRC, ROOT) if (top / path).exists()), None)
-        assert file, f"architecture.md names {path}"
-        for name in re.findall(r"`(\w+)`", names):
-            assert re.search(rf"\b{name}\b", file.read_text()), f"{path} has no {name}"
+    paths = set(re.findall(r"`([\w/.-]+\.(?:py|h)|[\w/-]+/)`", text)) - {"cli/NAME.py", "config.py"}
+    where = {p: next((t / p for t in (SRC, ROOT) if (t / p).exists()), None) for p in paths}
+    assert len(paths) >= 40
+    assert not [path for path, file in where.items() if file is None]
+    names = placed(text)
+    assert len(names) >= 80
+    for path, name in names:
+        file = where[path]
+        assert file is not None
+        assert re.search(rf"\b{name}\b", file.read_text()), f"{path} has no {name}"
+
+
+def test_a_name_is_placed_before_or_after_its_file() -> None:
+    text = "its sums in `a.py` (`x`, `Y` or so), `z` and `w.u` (why) of `b/c.py` and `d.h`; `e.py`"
+    assert placed(text) == [
+        *(("a.py", "x"), ("a.py", "Y")),
+        *(("b/c.py", "z"), ("b/c.py", "u"), ("d.h", "z"), ("d.h", "u")),
+    ]
 
 
 def test_every_package_has_a_line_in_the_map() -> None:

@@ -89,7 +89,7 @@ def test_the_cells_run(name, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") >= 10
 
 
-def test_a_broken_cell_is_told_from_a_sound_one(tmp_path):
+def test_cells_are_text_and_code_in_the_order_of_their_source(tmp_path):
     source = tmp_path / "x.py"
     source.write_text(
         '"""Doc."""\n\n# %% [markdown]\n# # Title\n#\n# Text.\n\n# %%\na = 1\n\nb = 2\n'

@@ -120,6 +120,15 @@ def test_what_is_worth_looking_at_and_two_members_agree_with_the_evaluation(
     assert {(p["b"]["latent"], p["a"]["latent"]) for p in twin["both"]} <= {
         (i, int(one["match_index"][i])) for i in range(D_SAE)
     }
+    turned = compared(served, index.by_slug["variance-a1"], index.by_slug["plain"])
+    sides = {"both": "both", "only_a": "only_b", "only_b": "only_a"}
+    assert turned["counts"] == {side: twin["counts"][other] for side, other in sides.items()}
+    assert {(p["a"]["latent"], p["b"]["latent"]) for p in turned["both"]} <= {
+        (i, int(one["match_index"][i])) for i in range(D_SAE)
+    }
+    alone = compared(served, index.by_slug["plain"], index.by_slug["plain"])
+    assert not alone["paired"], "nothing was matched with itself"
+    assert alone["counts"] == {}
 
 
 def test_search_finds_words_of_scripts_without_spaces_in_the_midst_of_a_sentence(tmp_path: Path):

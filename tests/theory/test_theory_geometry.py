@@ -57,7 +57,6 @@ def test_blocks_of_a_direct_sum_do_not_interfere():
     found = describe(direct_sum(orthogonal(2), polygon(3), digons(1)))
     assert found.blocks == ((2, 3, 4), (5, 6), (0,), (1,))
     assert found.features_of == ((0,), (1,), (3, 4), (2, 3, 4), (5, 6))
-    assert found.superposed == (2, 3, 4)
     assert found.interferers == (0, 0, 2, 2, 2, 1, 1)
     assert (found.rank, found.d_in, found.n_features) == (5, 5, 7)
     assert found.unit_norm

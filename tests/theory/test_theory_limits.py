@@ -167,7 +167,12 @@ def test_the_search_for_zeros_tells_unique_from_not_unique():
 def test_without_interference_nothing_shrinks():
     found = shrinkage(orthogonal(3), 0.4)
     assert torch.allclose(found.ratio, torch.ones(3).double())
-    assert float(found.vanished.max()) == float(found.spurious.max()) == found.top_changed == 0
+    assert (
+        float(found.vanished.max())
+        == float(found.spurious.max())
+        == float(found.top_lost.sum())
+        == 0
+    )
     assert found.latents == pytest.approx(found.features)
     assert found.latents == pytest.approx(3 * 0.6)
 

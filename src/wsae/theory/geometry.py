@@ -169,11 +169,6 @@ class Geometry:
     """Whether all columns have length 1."""
 
     @property
-    def superposed(self) -> tuple[int, ...]:
-        """The dimensions that carry more than one feature."""
-        return tuple(i for i, found in enumerate(self.features_of) if len(found) > 1)
-
-    @property
     def nonpositive(self) -> bool:
         """Return whether no pair interferes positively (Section 3's assumption)."""
         return self.most_positive <= TOLERANCE

@@ -33,7 +33,8 @@ class Shrinkage:
     spurious: Float64[Tensor, " n"]
     """P(x_m,i > 0 | x_i = 0): the latent speaks although its feature is silent (0 where S = 0)."""
     top_lost: Float64[Tensor, " n"]
-    """P(i is the largest feature, no largest latent is a largest feature's): the code names another top feature."""
+    """P(i is the largest feature, no largest latent is a largest feature's): the code names another top feature, or
+    none."""
     latents: float
     """E[number of active latents]."""
     features: float
@@ -42,11 +43,6 @@ class Shrinkage:
     """E[number of non-zero dimensions of x_p]."""
     fewer_than_dimensions: float
     """P(fewer latents are active than x_p has non-zero dimensions), as in Example 2."""
-
-    @property
-    def top_changed(self) -> float:
-        """P(the top feature changes): ties count for the code, a silent code against it."""
-        return float(self.top_lost.sum())
 
 
 def shrinkage(
