@@ -190,9 +190,10 @@ plt.show()
 # ## 5. Ask it why
 #
 # The model reads the latent's strongest context up to the token it peaks on. Which latents, at which tokens, brought about
-# what it says next? Integrated gradients give every latent, and what the SAE does not explain, an effect on the logit. Two
-# checks stand beside them: how far all effects add up to what the logit loses when the SAE's bias takes the place of
-# all rows, and, for the largest, what the logit does lose when that latent alone is set to 0 at that token.
+# what it says next? What a latent writes times the logit's gradient is its effect, and what the SAE does not explain has
+# one alike. Two checks stand beside them. For the largest, what the logit does lose when that latent alone is set to 0 at
+# that token: this is what a gradient is near to. And what the logit loses when the SAE's bias takes the place of all rows:
+# that far the model is not linear, and the effects do not add up to it (those of `method="integrated"` do).
 
 # %%
 context = index.record(key)["contexts"][0]

@@ -36,7 +36,7 @@ os.chdir(tempfile.mkdtemp(prefix="wsae-notebook-"))
 # ## 1. The demo, made small
 #
 # In a shell: `wsae demo --tokens 24000 --heldout-tokens 12000 --alpha 0.5 --expansion 4 --out demo`. With its defaults it
-# takes ten minutes and 300,000 tokens; a run this short shows how the parts work, not how good SAEs are.
+# takes some minutes and 300,000 tokens; a run this short shows how the parts work, not how good SAEs are.
 
 # %%
 demo = DemoConfig(
@@ -146,7 +146,9 @@ for one in steered.continuations:
 # ## 5. The same question to both members
 #
 # Why does the model go on as it does, and not with its second choice? The difference of the two logits is split into
-# effects of latents, once with each member's SAE at the hook; what an SAE leaves unexplained has an effect too.
+# effects of latents, once with each member's SAE at the hook; what an SAE leaves unexplained has an effect too. Effects
+# are by the gradient, near to what taking one latent away does ("true"). Together they need not come to what taking all
+# away does, which stands last: so far away the model is not linear.
 
 # %%
 text = "the cat sat on a mat and the" if SMALL else "The President of the United States of"

@@ -233,6 +233,32 @@ def test_configs_that_contradict_the_weights_are_refused(tmp_path, name, changes
     refuse(edited(copied(tmp_path, name), file, **changes), match)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "match"),
+    [
+        ({"code_normalization_id": torch.tensor(6)}, "code_normalization_id .* from 1 to 5"),
+        (
+            {"code_normalization_id": torch.tensor([1, 2])},
+            "code_normalization_id .* not one number",
+        ),
+        ({"code_normalization_id": torch.tensor(torch.nan)}, "code_normalization_id"),
+        ({"activation_mean": torch.ones(3)}, r"activation_mean is \(3,\)"),
+        ({"activation_global_scale": torch.ones(3)}, r"activation_global_scale \[1.0, 1.0, 1.0\]"),
+        ({"activation_global_scale": torch.tensor(0.0)}, "one number above 0"),
+        ({"activation_global_scale": None}, r"activation_global_scale \[\]"),
+    ],
+)
+def test_a_crosscoder_whose_buffers_are_damaged_is_refused(tmp_path, tensors, match):
+    folder = edited(copied(tmp_path, "crosscoder-relu"), "config.json", code_normalization=None)
+    held = load_file(folder / "model.safetensors")
+    held |= {name: torch.full((2, 3), 0.1) for name in ("activation_mean", "activation_std")}
+    save_file(held, folder / "model.safetensors")
+    assert load(folder).format == "crosscoder"
+    held = {name: t for name, t in (held | tensors).items() if t is not None}
+    save_file(held, folder / "model.safetensors")
+    refuse(folder, match)
+
+
 def test_a_language_model_is_no_crosscoder(tmp_path):
     model = copied(tmp_path, "crosscoder-relu")
     (model / "config.json").write_text('{"num_layers": 2}')

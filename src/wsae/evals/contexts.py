@@ -161,6 +161,23 @@ def spans_of(
     return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 
 
+def within(
+    where: Int64[np.ndarray, " all"], at: Int64[np.ndarray, " n"], reach: int, step: int
+) -> Int64[np.ndarray, " n"]:
+    """Return how many entries before (step -1) or after (1) each entry at `at` are in its reach; `where` ascends.
+
+    Few have any: a step at a time, with those that are still in reach, takes a third of two binary searches.
+    """
+    many = np.zeros(len(at), dtype=np.int64)
+    fenced = np.concatenate([where[:1] - reach - 1, where, where[-1:] + reach + 1])
+    left, look, of = np.arange(len(at)), at + 1 + step, where[at]
+    while len(left):
+        inside = np.flatnonzero(np.abs(fenced[look] - of) <= reach)
+        left, look, of = left[inside], look[inside] + step, of[inside]
+        many[left] += 1
+    return many
+
+
 def by_latent(latent: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """Return the order by latent that keeps the order within one; narrow numbers sort faster."""
     if len(latent) and latent.max() < 1 << 16:
@@ -241,7 +258,7 @@ class TopContexts:
         self.sequences += np.count_nonzero(seen.reshape(-1, n), axis=1)
         may = (rows.value > self._floor[latent]) | (draw[rows.row] < self._ceiling[latent])
         seen[:] = False
-        seen[cell[may]] = True
+        seen[cell[np.flatnonzero(may)]] = True  # by number: several times as fast as by mask
         near = np.flatnonzero(seen[cell])
         near = near[by_latent(latent[near])]
         row = rows.row[near]
@@ -267,9 +284,9 @@ class TopContexts:
         best = np.zeros(len(group), dtype=bool)
         best[high[np.diff(group[high], prepend=-1) != 0]] = True
         at = np.flatnonzero(may & (best | (draw < self._ceiling[latent])))
-        first = np.searchsorted(where, where[at] - reach)
-        count = np.searchsorted(where, where[at] + reach, side="right") - first
-        inside = spans_of(first, count)
+        before, after = within(where, at, reach, -1), within(where, at, reach, 1)
+        count = before + 1 + after
+        inside = spans_of(at - before, count)
         offset = (pos[inside] - np.repeat(pos[at], count)).astype(np.int16)
         no = np.zeros(len(at), dtype=bool)
         columns = (*firings.take(at), draw[at], best[at], no, no, count, offset, value[inside])
@@ -296,8 +313,7 @@ class TopContexts:
         chosen, last = first_of_each(kept.latent[rows], self.wanted.random)
         kept.random[rows[chosen]] = True
         self._ceiling[kept.latent[rows[last]]] = kept.draw[rows[last]]
-        stays = np.flatnonzero(kept.top | kept.random)
-        self._kept = kept.take(stays[by_latent(kept.latent[stays])])
+        self._kept = kept.take(np.flatnonzero(kept.top | kept.random))
 
     def kept(self) -> Kept:
         """Return the contexts of all latents, when all rows have gone by."""
@@ -305,7 +321,7 @@ class TopContexts:
             self._add(_Rows.join(self._open))
             self._open = []
         self._prune()
-        return self._kept
+        return self._kept.take(by_latent(self._kept.latent))
 
     def result(self) -> dict[int, list["Context"]]:
         """Return each latent's strongest contexts, strongest first: the peak and every activation in its reach."""
@@ -329,8 +345,11 @@ class Ranked(NamedTuple):
 
 def first_of_each(latent: Int64[np.ndarray, " n"], n: int) -> Ranked:
     """Return the first n entries of each latent; the latents ascend."""
-    rank = places(latent)
-    return Ranked(rank < n, np.flatnonzero(rank == n - 1))
+    chosen, full = np.ones(len(latent), dtype=bool), np.zeros(len(latent), dtype=bool)
+    chosen[n:] = latent[n:] != latent[: max(0, len(latent) - n)]
+    before = max(0, n - 1)
+    full[before:] = latent[before:] == latent[: max(0, len(latent) - before)]
+    return Ranked(chosen, np.flatnonzero(chosen & full))
 
 
 def span_of(pos: int, length: int, width: int) -> slice:

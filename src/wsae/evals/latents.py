@@ -24,11 +24,13 @@ class Entries:
     """The active entries of a code on the CPU in fp64: exact zeros (padding of the top-k kinds) are left out."""
 
     def __init__(self, code: SparseCode) -> None:
-        active = code.values != 0
+        rows, indices, values = code.rows(), code.indices, code.values
+        if not bool((active := values != 0).all()):
+            rows, indices, values = rows[active], indices[active], values[active]
         self.batch = code.batch
-        self.rows: Int64[Tensor, " nnz"] = code.rows()[active].cpu()
-        self.indices: Int64[Tensor, " nnz"] = code.indices[active].cpu()
-        self.values: Float64[Tensor, " nnz"] = code.values[active].double().cpu()
+        self.rows: Int64[Tensor, " nnz"] = rows.cpu()
+        self.indices: Int64[Tensor, " nnz"] = indices.cpu()
+        self.values: Float64[Tensor, " nnz"] = values.double().cpu()
 
     def l0(self) -> Float64[Tensor, " batch"]:
         """Active latents per row."""

@@ -22,6 +22,7 @@ above one threshold, n_j by `code_normalization`: sum_s |D_sj|, |D_j|, a mixture
 `get_activations`.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -277,9 +278,9 @@ def _read_crosscoder(path: Path) -> Foreign:
 
 def _rename_crosscoder(foreign: Foreign, where: str) -> NamedTensors:
     check_keys(foreign.config, _CROSS_KEYS, where)
-    if (name := _norm_name(foreign)) not in _NORMS[:4]:
+    if (name := _norm_name(foreign, where)) not in _NORMS[:4]:
         raise UserError(
-            f"{where}: code_normalization {name!r}: a code for each source has no equal here"
+            f"{where}: code_normalization {name!r} has no equal here; {', '.join(_NORMS[:4])} have"
         )
     weights = {name: t for name, t in foreign.tensors.items() if name not in _BUFFERS}
     W, D, b_enc, b_dec = take(weights, _LAYERS, where)
@@ -308,7 +309,13 @@ def _understand_crosscoder(foreign: Foreign, weights: NamedTensors, where: str) 
     n = _code_norm(foreign, D.unflatten(1, (sources, d)), where)
     mean, std = (foreign.tensors.get(name) for name in (_MEAN, _STD))
     if mean is not None and std is not None and not bool(mean.isnan().any() | std.isnan().any()):
-        mean, c = mean.double().flatten(), foreign.tensors[_SCALE].double()
+        c = foreign.tensors.get(_SCALE, torch.empty(0)).double()
+        if mean.shape != (sources, d) or c.numel() != 1 or not 0 < float(c) < math.inf:
+            raise UserError(
+                f"{where}: {_MEAN} is {tuple(mean.shape)} and {_SCALE} {c.tolist()}; needed: {(sources, d)} and one "
+                "number above 0"
+            )
+        mean, c = mean.double().flatten(), c.reshape(())
         b = b - c * mean @ W
         W, D, b_dec = c * W, D / (c + 1e-8), b_dec / (c + 1e-8) + mean
     b = (b + b_dec @ W) * n  # ours subtracts b_dec
@@ -321,16 +328,21 @@ def _understand_crosscoder(foreign: Foreign, weights: NamedTensors, where: str) 
     return Meaning(found, activation, sources=parts)
 
 
-def _norm_name(foreign: Foreign) -> object:
-    number = foreign.tensors.get("code_normalization_id")
-    usual = _NORMS[0 if number is None else int(number) - 1]
-    return foreign.config.get("code_normalization") or usual
+def _norm_name(foreign: Foreign, where: str) -> object:
+    if name := foreign.config.get("code_normalization"):
+        return name
+    number = foreign.tensors.get("code_normalization_id", torch.tensor(1))
+    if number.numel() != 1 or number.item() not in range(1, 1 + len(_NORMS)):
+        raise UserError(
+            f"{where}: code_normalization_id in {_BESIDE} is not one number from 1 to {len(_NORMS)}"
+        )
+    return _NORMS[int(number) - 1]
 
 
 def _code_norm(foreign: Foreign, D: Tensor, where: str) -> Tensor:
     """Return n_j of decoder rows [m, sources, d]."""
     each, of_row = D.norm(dim=2).sum(1), D.flatten(1).norm(dim=1)
-    match _norm_name(foreign):
+    match _norm_name(foreign, where):
         case "CROSSCODER":
             return each
         case "SAE":

@@ -364,7 +364,10 @@ def _groups(run: RunData, hook: str) -> list[tuple[str, list[RowForm]]]:
     out: dict[str, list[RowForm]] = {}
     places = {key: place for place, key in enumerate(METRICS)}
     whole = {key: key.partition("[")[0] for key in keys}  # fvu[S] of a crosscoder's source S: fvu
-    for key in sorted(keys, key=lambda key: places.get(whole[key], len(places))):
+    named = (member["sources"] for member in found.values() if member.get("sources"))
+    ends = {f"[{source}]": place for place, source in enumerate(next(named, {}).get("alone", ()))}
+    order = {key: ends.get(key.removeprefix(whole[key]), -1) for key in keys}
+    for key in sorted(keys, key=lambda key: (places.get(whole[key], len(places)), order[key])):
         cells = []
         for name in run.members(hook):
             record = found.get(name, {}).get("metrics", {}).get(key, {})

@@ -5,7 +5,7 @@ A context in an index is a place in the text and what fires around it; the text 
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -58,7 +58,7 @@ class Seen:
         self.n += entries.batch
         self.count += torch.bincount(entries.indices, minlength=len(self.count))
         self.peak.scatter_reduce_(0, entries.indices, entries.values, "amax")
-        flat = entries.indices * BINS + bin_of(entries.values)
+        flat = bin_of(entries.values).add_(entries.indices, alpha=BINS)
         ones = torch.ones_like(flat, dtype=torch.int32)
         self.histogram.view(-1).scatter_add_(0, flat, ones)
 
@@ -116,14 +116,19 @@ def collect(
     encoders = {member.id: Encoder(member.sae) for member in members}
     total = int(table.lengths.sum())
 
+    work: list[Future[None]] = []
+
+    def finish() -> None:
+        for one in work:
+            one.result()
+
     def add(chunk: HeldoutRows) -> None:
         codes = {m.id: encoders[m.id](chunk.x[m.hook]) for m in members}
-        work = [
+        finish()  # the chunk before is kept while this one is encoded, so that no core stands idle
+        work[:] = [
             pool.submit(out.seen[number].update, code, chunk.seq, chunk.pos)
             for number, code in codes.items()
         ]
-        for one in work:
-            one.result()
 
     with torch.inference_mode(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         chunks = data.heldout(cfg.batch_size)
@@ -137,6 +142,7 @@ def collect(
             for chunk in chunks:
                 add(chunk)
                 tick(len(chunk.seq))
+        finish()
     return out
 
 
@@ -266,7 +272,8 @@ class Frequent(NamedTuple):
 
 def most_frequent(latent: Int64[np.ndarray, " n"], token: Int64[np.ndarray, " n"]) -> Frequent:
     """Count the tokens of each latent."""
-    pair, times = np.unique(latent << 32 | token, return_counts=True)
+    pairs = torch.from_numpy(latent << 32 | token).sort().values
+    pair, times = (a.numpy() for a in pairs.unique_consecutive(return_counts=True))
     order = np.lexsort((-times, pair >> 32))
     order = order[places(pair[order] >> 32) < TYPICAL]
     return Frequent(pair[order] >> 32, pair[order] & 0xFFFFFFFF, times[order])

@@ -24,6 +24,8 @@ LIST_SCORES = 3
 
 def shown_number(key: str, value: float | None) -> str:
     """Return a measure as readers see it."""
+    if value is not None and key == "sequences":
+        return f"{value:,.0f}"
     return f"{number(100 * value)} %" if value is not None and key == "density" else number(value)
 
 

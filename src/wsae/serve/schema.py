@@ -29,7 +29,8 @@ PER_DECADE, LOWEST, BINS = 8, -4, 72
 
 def bin_of(values: Float64[Tensor, " nnz"]) -> Int64[Tensor, " nnz"]:
     """Return the bin of some activations above 0."""
-    return ((values.log10() - LOWEST) * PER_DECADE).floor().long().clamp(0, BINS - 1)
+    bins = values.log10().sub_(LOWEST).mul_(PER_DECADE)
+    return bins.long().clamp_(0, BINS - 1)  # cut off, not rounded down: what is under 0 becomes 0
 
 
 def occupied(counts: list[int]) -> tuple[list[float], list[int]]:
