@@ -269,6 +269,10 @@ def test_the_residual_is_the_gradient_of_the_weighted_loss() -> None:
     torch.testing.assert_close(left.total, x_hat.grad.sum(0), rtol=1e-4, atol=1e-6)
 
 
+SCALES = {1: 1.0, 2: 0.25}
+"""What the gradients of two steps are multiplied by."""
+
+
 def one_update(threads: int) -> list[Tensor]:
     b, d, f, k = 90, 70, 200, 6
     x, W, bias = data(b, d, f, seed=11)
@@ -286,8 +290,10 @@ def one_update(threads: int) -> list[Tensor]:
         along = dots(pairs, to_slices(G), weights.decoder.W, weights.row_scale, d)
         terms = [Terms(pairs, z, v, along, to_slices(G))]
         packed = Bias(bias, moments[0], moments[1])
-        through = weights.update(terms, to_slices(x), AdamStep(1e-2, step), packed)
-    return [*weights.dense()[0], *weights.dense()[1], bias, through, weights.rounded.packed.float()]
+        adam = AdamStep(1e-2, step, scale=torch.tensor(SCALES[step]))
+        through, square = weights.update(terms, to_slices(x), adam, packed)
+    dense = (*weights.dense()[0], *weights.dense()[1])
+    return [*dense, bias, through, square, weights.rounded.packed.float()]
 
 
 def test_an_update_equals_gradient_matrices_and_adam() -> None:
@@ -302,12 +308,16 @@ def test_an_update_equals_gradient_matrices_and_adam() -> None:
     dec, enc, b_m = torch.zeros(2, f, d), torch.zeros(2, f, d), torch.zeros(2, 1, f)
     for step in (1, 2):
         adam, db = AdamStep(1e-2, step), plan.per_latent(v)
-        through = db @ W_enc
-        adam_rows_(W_dec, plan.scatter(code.values, G), dec[0], dec[1], adam, unit=True)
-        adam_rows_(W_enc, plan.scatter(v, x), enc[0], enc[1], adam, unit=False)
-        adam_rows_(bias[None], db[None].clone(), b_m[0], b_m[1], adam, unit=False)
-    found = one_update(threads=1)
-    for a, b_ in zip(found, [W_dec, *dec, W_enc, *enc, bias, through], strict=False):
+        through, scale = db @ W_enc, SCALES[step]
+        D, E = plan.scatter(code.values, G), plan.scatter(v, x)
+        D -= (D * W_dec).sum(1, keepdim=True) * W_dec
+        square = sum(float(t.double().square().sum()) for t in (D, E, db))
+        adam_rows_(W_dec, scale * D, dec[0], dec[1], adam, unit=True)
+        adam_rows_(W_enc, scale * E, enc[0], enc[1], adam, unit=False)
+        adam_rows_(bias[None], scale * db[None], b_m[0], b_m[1], adam, unit=False)
+    found, expected = one_update(threads=1), [W_dec, *dec, W_enc, *enc, bias, through]
+    assert float(found[8]) == pytest.approx(square, rel=1e-5)
+    for a, b_ in zip(found, expected, strict=False):
         torch.testing.assert_close(a, b_, rtol=2e-4, atol=2e-5)
 
 

@@ -35,7 +35,7 @@ def test_they_compile_for_hopper(tmp_path) -> None:
     """Encoders use tensor cores (fp32 must not: no TF32); nothing adds atomically, so sums have one order."""
     out = run([str(HERE / "triton_compile.py")], TRITON_CACHE_DIR=str(tmp_path))
     found = json.loads(out)
-    assert len(found) == 11
+    assert len(found) == 12
     exact, encoders = found[0], {"_candidates", "_winners", "_compare"}
     assert exact["tensor_core"] == 0
     for kernel in found:

@@ -79,6 +79,21 @@ def test_betas_and_eps_are_torchs() -> None:
 
 
 @pytest.mark.parametrize("unit", [False, True])
+def test_a_scaled_gradient_is_measured_before_it_is_scaled(unit) -> None:
+    g = torch.Generator().manual_seed(3)
+    W = torch.nn.functional.normalize(torch.randn(5, 4, generator=g), dim=1)
+    grad, scale = torch.randn(5, 4, generator=g), torch.tensor(0.125)
+    tangent = grad - (grad * W).sum(1, keepdim=True) * W if unit else grad
+    one, two = ([W.clone(), torch.zeros(5, 4), torch.zeros(5, 4)] for _ in range(2))
+    square = adam_rows_(one[0], grad.clone(), one[1], one[2], AdamStep(0.1, 1, scale=scale), unit)
+    assert adam_rows_(two[0], scale * grad, two[1], two[2], AdamStep(0.1, 1), unit) is None
+    assert square is not None
+    assert float(square) == pytest.approx(float(tangent.norm()) ** 2)
+    for ours, theirs in zip(one, two, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("unit", [False, True])
 def test_a_gradient_given_by_its_terms_is_their_sum(unit) -> None:
     """Latents without a pair take Adam's step with gradient zero: their momentum moves them on."""
     g = torch.Generator().manual_seed(1)

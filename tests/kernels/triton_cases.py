@@ -246,11 +246,17 @@ def test_updates_are_the_eager_twins(batch, d_in, d_sae, unit) -> None:
     for number in (1, 2):
         plan, weights = ragged(number, batch, d_sae, FP32)
         grad = SparseGrad(plan, (2 * weights).round(), integers(number, batch, d_in))
-        adam = AdamStep(0.03 / number, number, 0.8, 0.95, 1e-6)
+        scale = None if number == 1 else torch.tensor(0.25)
+        adam = AdamStep(0.03 / number, number, 0.8, 0.95, 1e-6, scale)
         dense = grad.dense()
-        twin.update_rows_(expected[0], grad, expected[1], expected[2], adam, unit)
-        update.update_rows_(terms[0], grad, terms[1], terms[2], adam, unit)
-        update.adam_rows_(given[0], dense, given[1], given[2], adam, unit)
+        square = twin.update_rows_(expected[0], grad, expected[1], expected[2], adam, unit)
+        for found in (
+            update.update_rows_(terms[0], grad, terms[1], terms[2], adam, unit),
+            update.adam_rows_(given[0], dense, given[1], given[2], adam, unit),
+        ):
+            assert (found is None) == (scale is None)
+            if found is not None and square is not None:
+                torch.testing.assert_close(found, square, rtol=1e-5, atol=1e-5)
     for name, want, ours, also in zip("Wmv", expected, terms, given, strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5, msg=name)
         torch.testing.assert_close(also, want, rtol=1e-4, atol=1e-5, msg=name)

@@ -79,8 +79,9 @@ def main() -> None:
         compiled(sums._sums, dict(rows)),
         compiled(sums._sums, {**rows, **no_order}, columns="*i64", ends="*i64"),
         compiled(sums._products, dict(rows), w="*fp32", rows="*i64"),
-        compiled(update._step, dict(step)),
-        compiled(update._step, {**step, **given}),
+        compiled(update._step, {**step, "factor": None, "squares": None}),
+        compiled(update._step, dict(step), factor="*fp32", squares="*fp32"),
+        compiled(update._step, {**step, **given}, factor="*fp32", squares="*fp32"),
     ]
     sys.stdout.write(json.dumps(found))
 

@@ -93,7 +93,7 @@ def test_a_member_is_what_the_main_trainer_makes_of_it(kind, fields, weights):
         train_step(alone, make_batch(batches(step)[1], alone), step, run)
 
     entry = make_entry(cfg, gamma(0), mean, world=1)
-    shared = BankConfig(steps=steps, warmup=0.1, decay=0.3, dead_after=40)
+    shared = BankConfig(steps=steps, warmup=0.1, decay=0.3, dead_after=40, max_grad_norm=1.0)
     train_bank([make_entry(member(tied=True), gamma(2)), entry], data, shared)
     for name, tensor in alone.sae.state_dict().items():
         torch.testing.assert_close(

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.kernels.sparse import Plan
@@ -21,6 +21,8 @@ class AdamStep(NamedTuple):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    scale: Float[Tensor, ""] | None = None
+    """What the gradient is multiplied by; None stands for 1, and for one whose size is not asked for."""
 
 
 class Adam:
@@ -41,6 +43,10 @@ class Adam:
             state["exp_avg"] = torch.zeros_like(parameter.detach())
             state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
         return state
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return both moments of every parameter that has any."""
+        return [(state["exp_avg"], state["exp_avg_sq"]) for state in self.state.values()]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -77,6 +83,18 @@ class SGD:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.add_(parameter.grad, alpha=-self.lr)
+
+
+def limit_of(limit: float, norms: Float64[Tensor, "*members"]) -> Float[Tensor, "*members"]:
+    """Return min(1, limit / norm), 1 for a norm of 0."""
+    return (limit / norms).clamp(max=1).float()
+
+
+def rescale_(moments: Iterable[tuple[Tensor, Tensor]], scale: Float[Tensor, "..."]) -> None:
+    """Make moments what they would be of gradients multiplied by `scale`."""
+    for m, v in moments:
+        m.mul_(scale)
+        v.mul_(scale * scale)
 
 
 def _fused_adam_(
@@ -126,19 +144,25 @@ def adam_rows_(
     v: Float[Tensor, "n d"],
     adam: AdamStep,
     unit: bool,
-) -> None:
+) -> Float[Tensor, ""] | None:
     """Take one step of Adam on W [n, d] in place, exactly as torch.optim.Adam does; `grad` may be overwritten.
 
     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  bias corrections c_i = 1 - beta_i^step,
     W -= lr (m / c_1) / (sqrt(v / c_2) + eps). With `unit` the part of g along each (unit) row is dropped before,
-    g -= (g . W_j) W_j, and each row is divided by max(|W_j|, 1e-12) after.
+    g -= (g . W_j) W_j, and each row is divided by max(|W_j|, 1e-12) after. With `adam.scale` g is then multiplied by
+    it; returns the sum of squares of g before that (else None).
     """
     if unit:
         grad.addcmul_(W, torch.linalg.vecdot(grad, W, dim=1)[:, None], value=-1)
+    square = None
+    if adam.scale is not None:
+        square = grad.double().square().sum()
+        grad.mul_(adam.scale)
     count = torch.tensor(float(adam.step), dtype=torch.float32, device=W.device)
     _fused_adam_([W], [grad], [m], [v], [count], adam)
     if unit:
         unit_rows_(W)
+    return square
 
 
 def update_rows_(
@@ -148,9 +172,9 @@ def update_rows_(
     v: Float[Tensor, "n d"],
     adam: AdamStep,
     unit: bool,
-) -> None:
+) -> Float[Tensor, ""] | None:
     """Take the step of `adam_rows_` on W [n, d] with the gradient given by its terms."""
-    adam_rows_(W, grad.dense(), m, v, adam, unit)
+    return adam_rows_(W, grad.dense(), m, v, adam, unit)
 
 
 def unit_rows_(W: Float[Tensor, "n d"]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.kernels.update import SGD, Adam
+from wsae.kernels.update import SGD, Adam, limit_of, rescale_
 from wsae.sae.architectures import PerBatch
 from wsae.sae.config import ReLU
 from wsae.sae.forward import (
@@ -198,6 +198,8 @@ class Chunk:
         self.since_fired = torch.zeros(shape, dtype=torch.int64, device=device)
         self.dead = torch.zeros(shape, dtype=torch.bool, device=device)
         self.latent_moments = torch.zeros(2, *shape, dtype=torch.float64, device=device)
+        self.norms = torch.zeros(len(entries), dtype=torch.float64, device=device)
+        """Norm of each member's gradient in the step before."""
         self.loss_sum = torch.zeros(len(entries), dtype=torch.float64, device=device)
         """Sum over steps of the weighted reconstruction loss."""
         by_hand = isinstance(self.stack.cfg.activation, ReLU) and not first.auxk and not first.l0
@@ -240,8 +242,12 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
     chunk.optimizer.lr = rate
     with torch.no_grad():
         remove_radial_gradient(stack)
+        _limit_gradients(chunk)
         with at_own_pace(thresholds(stack), chunk.pace):
             chunk.optimizer.step()
+        if cfg.max_grad_norm is not None and step == 0 and isinstance(chunk.optimizer, Adam):
+            first = limit_of(cfg.max_grad_norm, chunk.norms)[:, None, None]
+            rescale_(chunk.optimizer.pairs(), first.to(x))
         unit_rows_(stack)
         keep_positive_(stack)
         chunk.loss_sum += reconstruction
@@ -253,6 +259,19 @@ def chunk_step(chunk: Chunk, x: Float[Tensor, "worlds batch d_in"], step: int) -
         if isinstance(stack.choice, PerBatch):
             follow_threshold(stack.threshold, torch.where(z > 0, z, torch.inf).amin((1, 2)))
         _track_latents(chunk, z, step, cfg.latent_variance_decay)
+
+
+def _limit_gradients(chunk: Chunk) -> None:
+    """Scale each member's gradient as `wsae.train.state.gradient_scale` says, and take notice of its norm."""
+    if chunk.cfg.max_grad_norm is None:
+        return
+    scale = limit_of(chunk.cfg.max_grad_norm, chunk.norms)[:, None, None]
+    square = torch.zeros_like(chunk.norms)
+    for parameter in chunk.stack.parameters():
+        assert parameter.grad is not None
+        square += parameter.grad.flatten(1).double().square().sum(1)
+        parameter.grad.mul_(scale.to(parameter.grad))
+    chunk.norms = square.sqrt()
 
 
 def _weighted(residual: Tensor, gamma: Tensor) -> Tensor:
@@ -477,6 +496,7 @@ def train_batched(
         dead_after=cfg.dead_tokens,
         latent_variance_decay=cfg.latent_variance_decay,
         log_every=cfg.log_every,
+        max_grad_norm=cfg.max_grad_norm,
         count_dead=True,
     )
     entries = [Entry(member.sae, member.cfg) for member in members]

@@ -105,8 +105,9 @@ def member_tensors(member: MemberState) -> dict[str, Tensor]:
     tensors["since_fired"], tensors["dead"] = member.since_fired, member.dead
     tensors["sparse"] = member.sparse
     tensors["latent_moments"] = member.latent_moments
-    if member.annealed is not None:
-        tensors["annealed"] = member.annealed
+    for name in ("annealed", "norm"):
+        if (value := getattr(member, name)) is not None:
+            tensors[name] = value
     return tensors
 
 
@@ -134,5 +135,8 @@ def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: s
         value = tensors[name]
         assert isinstance(value, torch.Tensor)
         setattr(member, name, value.to(device))
-    if "annealed" in tensors:
-        member.annealed = tensors["annealed"].to(device)
+    for name in (
+        "annealed",
+        "norm",
+    ):  # a run that began without a limit to its gradients goes on so
+        setattr(member, name, tensors[name].to(device) if name in tensors else None)

@@ -198,6 +198,9 @@ class TrainConfig(Config):
     kernels: Literal["auto", "eager", "native", "triton"] = "auto"
     """What computes a step: compiled CPU kernels (native), Triton's on a CUDA device (triton), PyTorch (eager), or the
     fast ones of the device where they work, else PyTorch (auto)."""
+    max_grad_norm: PositiveFloat | None = Field(default=1.0, allow_inf_nan=False)
+    """A member's gradient is multiplied by this over the norm of its step before, where that is more than this (the
+    compiled kernels move each row before the norm of all is known); None: by nothing."""
     dead_after: PositiveInt | None = None
     """Tokens without firing after which a latent counts as dead; default: 10 M, or a fifth of all
     tokens if less."""
@@ -347,6 +350,8 @@ class BankConfig(Config):
     """Share of the steps, at the end, over which it falls to 0."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam without weight decay, or plain gradient descent."""
+    max_grad_norm: PositiveFloat | None = None
+    """As in TrainConfig."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of weights and updates."""
     dead_after: PositiveInt | None = None

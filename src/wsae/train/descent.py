@@ -19,10 +19,19 @@ from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE
 from wsae.train.config import TrainConfig
 from wsae.train.penalty import at_own_pace, price_at, threshold_pace
-from wsae.train.state import Batch, MemberState, StepResult, record
+from wsae.train.state import (
+    Batch,
+    MemberState,
+    StepResult,
+    gradient_scale,
+    note_gradient,
+    record,
+)
 
 ROWS = 256
 """Rows whose codes exist at a time."""
+SHARED = ("b_dec", "W_skip")
+"""The parameters that are not a latent's own."""
 
 
 def remove_radial_gradient(sae: SAE | Stack) -> None:
@@ -42,15 +51,35 @@ def unit_rows_(sae: SAE | Stack) -> None:
 
 
 @torch.no_grad()
-def move_(member: MemberState, rate: float, run: TrainConfig) -> None:
+def move_(member: MemberState, rate: float, run: TrainConfig, step: int) -> None:
     """Let the optimiser take its step at this learning rate, and keep what is kept: unit rows, positive thresholds."""
     sae = member.sae
     member.optimizer.lr = rate
     remove_radial_gradient(sae)
+    squares = _limit_gradient(member, run)
     with at_own_pace(thresholds(sae), threshold_pace(member.cfg, sae.cfg.d_in, run.steps)):
         member.optimizer.step()
     unit_rows_(sae)
     keep_positive_(sae)
+    note_gradient(member, run, step, *squares)
+
+
+def _limit_gradient(
+    member: MemberState, run: TrainConfig
+) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+    """Scale all gradients as `gradient_scale` says; returns the sums of squares that they had.
+
+    First that of the parameters of which each latent has its own.
+    """
+    of_all, of_latents = [member.mean.new_zeros((), dtype=torch.float64) for _ in range(2)]
+    if (scale := gradient_scale(member, run)) is None:
+        return of_latents, of_all
+    for name, parameter in member.sae.named_parameters():
+        if parameter.grad is not None:
+            total = of_all if name in SHARED else of_latents
+            total += parameter.grad.double().square().sum()
+            parameter.grad.mul_(scale)
+    return of_latents, of_all
 
 
 def fits(member: MemberState) -> bool:
@@ -117,7 +146,7 @@ def dense_step(
         rows = _Piece(batch.x[part], batch.target[part], n, first == 0)
         _add_rows(sums, member, rows, norms, price, run.dtype == "bfloat16")
     _set_gradients(sums, norms)
-    move_(member, rate, run)
+    move_(member, rate, run, step)
     losses = sums.losses
     reconstruction, zero = losses["reconstruction"], losses["reconstruction"].new_zeros(())
     whole = reconstruction + losses.get("gate", zero) + losses["penalty"]

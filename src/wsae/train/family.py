@@ -331,7 +331,9 @@ def to_device(member: MemberState, device: str) -> MemberState:
         names = ("mean", "since_fired", "dead", "latent_moments", "spread", "sparse", "window")
         for name in names:
             setattr(member, name, getattr(member, name).to(device))
-        member.annealed = None if member.annealed is None else member.annealed.to(device)
+        for name in ("annealed", "norm"):
+            if (value := getattr(member, name)) is not None:
+                setattr(member, name, value.to(device))
     return member
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float, Float64, Int32, Int64
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -41,7 +41,14 @@ from wsae.train.native import (
     step_result,
 )
 from wsae.train.penalty import anneal, price_at, threshold_pace
-from wsae.train.state import Batch, MemberState, looked_at, record
+from wsae.train.state import (
+    Batch,
+    MemberState,
+    gradient_scale,
+    looked_at,
+    note_gradient,
+    record,
+)
 
 # What the host remembers of tensors on the device, so that a step need not wait for them.
 
@@ -162,23 +169,29 @@ class GradientTerms(NamedTuple):
 
 
 def update(
-    member: MemberState, terms: GradientTerms, slopes: PairSlopes, rate: float, pace: float = 1.0
+    member: MemberState,
+    terms: GradientTerms,
+    slopes: PairSlopes,
+    rate: float,
+    run: TrainConfig,
+    step: int,
 ) -> None:
-    """Step every parameter at learning rate `rate`, decoder rows kept at unit norm where untied.
+    """Step every parameter at learning rate `rate`, thresholds at their own pace; untied, decoder rows keep unit norm.
 
-    No gradient is a matrix. `slopes` are those at the pairs of the first reconstruction; thresholds are moved `pace`
-    times as far.
+    No gradient is a matrix. `slopes` are those at the pairs of the first reconstruction.
     """
-    sae = member.sae
-    adam, kept = AdamStep(rate, next_step(member)), thresholds(sae)
+    sae, pace = member.sae, threshold_pace(member.cfg, member.sae.cfg.d_in, run.steps)
+    adam = AdamStep(rate, next_step(member), scale=gradient_scale(member, run))
+    kept, squares, of_all = thresholds(sae), [], []
     own = {name: _of_first(terms, slope) for name, slope in slopes.own.items()}
     for_bias = own.pop("b_enc", None)
     for name, grad in own.items():
         rates = adam._replace(lr=rate * pace) if name in kept else adam
-        _step_vector(member, sae.get_parameter(name), grad, rates)
+        squares.append(_step_vector(member, sae.get_parameter(name), grad, rates))
     keep_positive_(sae)
     if sae.W_enc_t is None or sae.b_enc is None or sae.b_dec is None:
-        _update_tied(member, terms, slopes, adam)
+        squares.append(_update_tied(member, terms, slopes, adam))
+        note_gradient(member, run, step, _sum(member, squares), _sum(member, of_all))
         return
     plan, batch = terms.plan, len(terms.centred)
     db_enc, db_dec = per_latent(plan, terms.dpre), terms.G[:batch].sum(0)
@@ -188,18 +201,32 @@ def update(
     encoder = SparseGrad(
         plan._replace(latent_rows=plan.latent_rows % batch), terms.dpre, terms.centred
     )
-    update_rows_(sae.W_dec.detach(), decoder, *_moments(member, sae.W_dec), adam, unit=True)
-    update_rows_(sae.W_enc_t.detach(), encoder, *_moments(member, sae.W_enc_t), adam, unit=False)
-    _step_vector(member, sae.b_enc, db_enc if for_bias is None else db_enc + for_bias, adam)
-    _step_vector(member, sae.b_dec, db_dec, adam)
+    bias = db_enc if for_bias is None else db_enc + for_bias
+    squares += [
+        update_rows_(sae.W_dec.detach(), decoder, *_moments(member, sae.W_dec), adam, unit=True),
+        update_rows_(
+            sae.W_enc_t.detach(), encoder, *_moments(member, sae.W_enc_t), adam, unit=False
+        ),
+        _step_vector(member, sae.b_enc, bias, adam),
+    ]
+    of_all.append(_step_vector(member, sae.b_dec, db_dec, adam))
     if sae.W_skip is not None:
-        skip = terms.G[:batch].T @ terms.centred
-        adam_rows_(sae.W_skip.detach(), skip, *_moments(member, sae.W_skip), adam, unit=False)
+        skip, moments = terms.G[:batch].T @ terms.centred, _moments(member, sae.W_skip)
+        of_all.append(adam_rows_(sae.W_skip.detach(), skip, *moments, adam, unit=False))
+    note_gradient(member, run, step, _sum(member, squares), _sum(member, of_all))
+
+
+def _sum(member: MemberState, squares: list[Tensor | None]) -> Float64[Tensor, ""]:
+    """Return the sum of what is known."""
+    total = member.mean.new_zeros((), dtype=torch.float64)
+    for square in squares:
+        total = total if square is None else total + square
+    return total
 
 
 def _update_tied(
     member: MemberState, terms: GradientTerms, slopes: PairSlopes, adam: AdamStep
-) -> None:
+) -> Tensor | None:
     """Step the one matrix: both gradients are terms of one sum, and penalties pull at the norms of the rows.
 
     The pull, that of L1 being l1 / batch * sum_b z W_j / |W_j|, is no such term: with it the gradient is made a matrix.
@@ -209,12 +236,11 @@ def _update_tied(
     both = twice(plan, plan.latent_rows % batch + len(terms.G))
     weights, rows = torch.cat([terms.z, terms.dpre]), torch.cat([terms.G, terms.centred])
     if slopes.norms is None:
-        update_rows_(W, SparseGrad(both, weights, rows), m, v, adam, unit=False)
-        return
+        return update_rows_(W, SparseGrad(both, weights, rows), m, v, adam, unit=False)
     norms = torch.linalg.vector_norm(W, dim=1).clamp_min_(1e-12)
     pull = _of_first(terms, slopes.norms) / norms
     gradient = scatter(both, weights, rows).addcmul_(pull[:, None], W)
-    adam_rows_(W, gradient, m, v, adam, unit=False)
+    return adam_rows_(W, gradient, m, v, adam, unit=False)
 
 
 def _of_first(terms: GradientTerms, weights: Tensor) -> Tensor:
@@ -222,10 +248,12 @@ def _of_first(terms: GradientTerms, weights: Tensor) -> Tensor:
     return per_latent(terms.plan, F.pad(weights, (0, len(terms.z) - len(weights))))
 
 
-def _step_vector(member: MemberState, vector: nn.Parameter, grad: Tensor, adam: AdamStep) -> None:
+def _step_vector(
+    member: MemberState, vector: nn.Parameter, grad: Tensor, adam: AdamStep
+) -> Tensor | None:
     tensors = (vector.detach(), grad, *_moments(member, vector))
     W, grad, m, v = (tensor.view(-1, math.gcd(len(vector), WIDTH)) for tensor in tensors)
-    adam_rows_(W, grad, m, v, adam, unit=False)
+    return adam_rows_(W, grad, m, v, adam, unit=False)
 
 
 def _moments(member: MemberState, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -332,7 +360,7 @@ def triton_step(
         dpre.append(cfg.auxk * revival.dz * (revival.z > 0))
         aux = revival.losses[0] if aux is None else aux + revival.losses[0]
     terms = _joined(parts, dpre, centred, sae.cfg.d_sae)
-    update(member, terms, slopes, rate, threshold_pace(cfg, sae.cfg.d_in, run.steps))
+    update(member, terms, slopes, rate, run, step)
     losses = _losses(main, nested, looked_at(member, batch))
     more = losses.more + slopes.penalty + (0.0 if gated is None else gated.losses[0])
     code = values.code if level is None else up_to(values.code, level, nested.main)

@@ -287,6 +287,9 @@ def enter(out: Path, kind: str, identity: dict[str, Any], resume: bool) -> bool:
             raise UserError(
                 f"{out}: holds an unfinished run of this config; add --resume to continue it, or use another --out"
             )
+        if checkpoints(out):  # of an earlier release it goes on without what that did not have
+            places = {"source": identity["source"]} if "source" in identity else {}
+            identity = {**read_json(out / CONFIG), **places}
     elif any(p.name != ".lock" and not is_temporary(p) for p in out.iterdir()):
         raise UserError(f"{out}: is not empty and not a wsae run; use another --out")
     write_json(out / CONFIG, identity)  # also anew: the data may lie elsewhere now
@@ -296,7 +299,7 @@ def enter(out: Path, kind: str, identity: dict[str, Any], resume: bool) -> bool:
 def same_run(out: Path, identity: dict[str, Any]) -> None:
     """Raise UserError naming the first setting in which `out` differs from this run.
 
-    Data may move: they are compared by digest, not by path.
+    Data may move: they are compared by digest, not by path. What an earlier release had no setting for is not compared.
     """
     path, here = out / CONFIG, json.loads(json.dumps(identity))
     with understood(path):
@@ -309,9 +312,9 @@ def same_run(out: Path, identity: dict[str, Any]) -> None:
 
 def _differences(a: object, b: object, place: str = "") -> Iterator[tuple[str, object, object]]:
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(k for k in b if k not in a)]:
+        for key in a:
             inner = f"{place}.{key}" if place else str(key)
-            yield from _differences(a.get(key), b.get(key), inner)
+            yield from _differences(a[key], b.get(key), inner)
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (u, v) in enumerate(zip(a, b, strict=True)):
             yield from _differences(u, v, f"{place}.{i}")

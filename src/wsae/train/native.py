@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from wsae.kernels import SparseCode, offsets_of
@@ -54,7 +54,15 @@ from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
 from wsae.train.config import TrainConfig
 from wsae.train.penalty import anneal, price_at, threshold_pace
-from wsae.train.state import Batch, MemberState, StepResult, looked_at, record
+from wsae.train.state import (
+    Batch,
+    MemberState,
+    StepResult,
+    gradient_scale,
+    looked_at,
+    note_gradient,
+    record,
+)
 
 # What the steps by hand-written gradients share, whatever sums over their pairs (row, active latent).
 
@@ -330,11 +338,11 @@ def native_step(
     parts = main.with_slopes(slopes.pre)
     revived, aux = _revive(member, weights, centred, main, target)
     parts += revived
-    pace = threshold_pace(member.cfg, sae.cfg.d_in, run.steps)
-    _update(member, weights, parts, values.pre, slopes, main.total, centred.slices, rate, pace)
+    skip = None
     if sae.W_skip is not None:
         skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
-        _adam(member, sae.W_skip, skip, rate)
+    gradients = Gradients(parts, values.pre, slopes, main.total, skip)
+    _update(member, weights, gradients, centred.slices, rate, run, step)
     also = main.more + (0.0 if gated is None else gated.reconstruction)
     more = slopes.penalty + (part.once(also) if isinstance(also, Tensor) else also)
     losses = Losses(main.reconstruction, main.left.errors[:, 0].sum(), more, main.shown)
@@ -506,19 +514,32 @@ def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "bat
     return from_slices(left.gradient, x.shape[1]).div_(divisor)
 
 
+class Gradients(NamedTuple):
+    """What the gradients of a step are made of."""
+
+    parts: list[Terms]
+    pre: SparseCode
+    slopes: PairSlopes
+    """Those at the pairs of `pre`."""
+    total: Float[Tensor, " d_out"]
+    """Sum over the batch of dL/dx_hat."""
+    skip: Float[Tensor, "d_out d_in"] | None
+    """That of a transcoder's skip."""
+
+
 def _update(
     member: MemberState,
     weights: Weights,
-    parts: list[Terms],
-    pre: SparseCode,
-    slopes: PairSlopes,
-    total: Float[Tensor, " d_in"],
+    gradients: Gradients,
     centred: Slices,
     rate: float,
-    pace: float,
+    run: TrainConfig,
+    step: int,
 ) -> None:
-    """Step every parameter, thresholds `pace` times as far; `total` is the sum over the batch of dL/dx_hat."""
+    """Step every parameter, thresholds at their own pace."""
+    parts, pre, slopes, total, skip = gradients
     sae, state, bias, pull = member.sae, member.optimizer.state, None, None
+    pace, scale = threshold_pace(member.cfg, sae.cfg.d_in, run.steps), gradient_scale(member, run)
     for parameter in (sae.W_dec, sae.W_enc_t):
         if parameter is not None:
             state[parameter]["step"] += 1
@@ -533,16 +554,22 @@ def _update(
         own = member.optimizer.moments(sae.b_enc)
         own["step"] += 1
         bias = Bias(sae.b_enc.detach(), own["exp_avg"], own["exp_avg_sq"])
-    adam, kept = AdamStep(rate, int(state[sae.W_dec]["step"])), thresholds(sae)
-    by_bias = weights.update(parts, centred, adam, bias, pull)
+    adam = AdamStep(rate, int(state[sae.W_dec]["step"]), scale=scale)
+    kept, (by_bias, square) = thresholds(sae), weights.update(parts, centred, adam, bias, pull)
     for name, slope in slopes.own.items():
         grad = torch.bincount(pre.indices, slope, minlength=weights.d_sae).float()
         grad = grad if name != "b_enc" or of_bias is None else grad + of_bias
-        _adam(member, sae.get_parameter(name), grad, rate * (pace if name in kept else 1))
+        lr = rate * (pace if name in kept else 1)
+        square = square + _adam(member, sae.get_parameter(name), grad, lr, scale)
     keep_positive_(sae)
+    of_all = torch.zeros_like(square)
     if sae.b_dec is not None:
         through = member.part.over_latents(by_bias if through is None else through)
-        _adam(member, sae.b_dec, total if sae.b_in is None else total - through, rate)
+        grad = total if sae.b_in is None else total - through
+        of_all += _adam(member, sae.b_dec, grad, rate, scale)
+    if sae.W_skip is not None and skip is not None:
+        of_all += _adam(member, sae.W_skip, skip, rate, scale)
+    note_gradient(member, run, step, square, of_all)
 
 
 def _per_latent(weights: Float[Tensor, " pairs"], pairs: SortedPairs) -> Float[Tensor, " d_sae"]:
@@ -550,9 +577,14 @@ def _per_latent(weights: Float[Tensor, " pairs"], pairs: SortedPairs) -> Float[T
     return torch.segment_reduce(weights, "sum", offsets=pairs.offsets, unsafe=True, initial=0)
 
 
-def _adam(member: MemberState, parameter: nn.Parameter, grad: Tensor, rate: float) -> None:
+def _adam(
+    member: MemberState, parameter: nn.Parameter, grad: Tensor, rate: float, scale: Tensor | None
+) -> Float64[Tensor, ""]:
+    """Step a parameter; returns the gradient's sum of squares, 0 where nobody asks for it."""
     state = member.optimizer.moments(parameter)
     state["step"] += 1
     tensors = (parameter.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
     W, grad, m, v = (tensor.view(1, -1) for tensor in tensors)
-    adam_rows_(W, grad, m, v, AdamStep(rate, int(state["step"])), unit=False)
+    adam = AdamStep(rate, int(state["step"]), scale=scale)
+    square = adam_rows_(W, grad, m, v, adam, unit=False)
+    return torch.zeros((), dtype=torch.float64) if square is None else square

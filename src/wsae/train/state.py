@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wsae.kernels import CodeSums, SparseCode
 from wsae.kernels.native.weights import Weights
-from wsae.kernels.update import Adam
+from wsae.kernels.update import Adam, limit_of, rescale_
 from wsae.sae.architectures import PerBatch
 from wsae.sae.forward import WHOLE, Whole
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
@@ -59,6 +59,8 @@ class MemberState:
     """Whether few enough latents are active for the compiled kernels (kinds without a k; Top-k always)."""
     annealed: Float64[Tensor, "3"] | None = None
     """With p-annealing: the factor of l1 by now, and the sums behind the next one (`wsae.train.penalty`)."""
+    norm: Float64[Tensor, ""] | None = None
+    """Norm of the gradient of the step before, 0 before the first; None where `max_grad_norm` limits nothing."""
     inside: Preconditioner | None = None
     """The map P where the SAE is trained on P x; all other vectors of x here are then of P x too."""
     weights: Weights | None = None
@@ -119,6 +121,7 @@ def make_member(
         spread=(spread / scale_in if spread is not None else torch.ones_like(mean)).float(),
         sparse=torch.tensor(sae.arch.sparse),
         annealed=None if cfg.p_end is None else torch.tensor([1.0, 0, 0], dtype=torch.float64),
+        norm=None if run.max_grad_norm is None else torch.zeros((), dtype=torch.float64),
     )
 
 
@@ -180,6 +183,39 @@ def make_batches(
         if id(member.inside) not in made:
             made[id(member.inside)] = make_batch(x, member, y)
     return [made[id(member.inside)] for member in members]
+
+
+def gradient_scale(member: MemberState, run: TrainConfig) -> Float[Tensor, ""] | None:
+    """Return what a step's gradient is multiplied by: min(1, max_grad_norm / norm of the step before's); None: nothing.
+
+    Adam remembers squares for a thousand steps, and gradients fall several times over in the first of them: unlimited,
+    later steps would be divided by what the first were.
+    """
+    if member.norm is None or run.max_grad_norm is None:
+        return None
+    return limit_of(run.max_grad_norm, member.norm)
+
+
+def note_gradient(
+    member: MemberState,
+    run: TrainConfig,
+    step: int,
+    of_latents: Float64[Tensor, ""],
+    of_all: Float64[Tensor, ""],
+) -> None:
+    """Take notice, for the next step, of the sums of squares of the latents' gradients and of what all latents share.
+
+    The first step's moments are made what they would be had its norm been known: what Adam did then is the same.
+    """
+    if member.norm is None:
+        return
+    part = member.part
+    member.norm = part.over_latents(of_latents + part.once(of_all)).sqrt()
+    if step == 0 and (scale := gradient_scale(member, run)) is not None:
+        weights = member.weights
+        matrices = [] if weights is None else [weights.decoder, weights.encoder]
+        elsewhere = [(matrix.m, matrix.v) for matrix in matrices if matrix is not None]
+        rescale_([*member.optimizer.pairs(), *elsewhere], scale)
 
 
 LOOKED_AT = 16

@@ -78,7 +78,7 @@ def descend(
         parameter.grad = None
     loss.backward()
     part.settle()
-    move_(member, rate, run)
+    move_(member, rate, run, step)
     with torch.no_grad():
         x_hat = forward.x_hat.detach()
         sse = F.mse_loss(x_hat, target, reduction="sum")

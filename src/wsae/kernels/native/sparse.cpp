@@ -169,6 +169,8 @@ struct Update {
   float* partial;                        // [blocks of 64 latents][slices * 32]: sums of encoder rows times bias gradients
   const float* dim;                      // [slices * 32] scale of each dimension for rounding, or null
   float *largest, *square;               // [d_sae] out: of the scaled encoder row
+  float factor;                          // what gradients are multiplied by
+  float* slope;                          // [d_sae] out, before that: sum of squares of each latent's gradient
 };
 
 }  // extern "C"
@@ -176,10 +178,10 @@ struct Update {
 namespace {
 
 struct Rates {
-  vf rise1, rise2, beta2, step, root, eps;
+  vf rise1, rise2, beta2, step, root, eps, factor;
   explicit Rates(const Update& u)
       : rise1(splat(1 - u.beta1)), rise2(splat(1 - u.beta2)), beta2(splat(u.beta2)), step(splat(u.lr / u.correction1)),
-        root(splat(1 / std::sqrt(u.correction2))), eps(splat(u.eps)) {}
+        root(splat(1 / std::sqrt(u.correction2))), eps(splat(u.eps)), factor(splat(u.factor)) {}
 };
 
 inline vf root_of(vf x) {
@@ -191,6 +193,7 @@ inline vf root_of(vf x) {
 }
 
 inline vf adam(vf W, float* m, float* v, vf g, const Rates& r) {
+  g *= r.factor;
   const vf first = load(m) + r.rise1 * (g - load(m)), second = r.beta2 * load(v) + r.rise2 * g * g;
   store(m, first);
   store(v, second);
@@ -219,7 +222,7 @@ inline void gather(const Pairs& pairs, const float* weight, const float* rows, i
 void update_decoder(const Update& u, int64_t first, int64_t last, const float* along) {
   const Rates rates(u);
   const int64_t slices = (u.d_out + SLICE - 1) / SLICE;
-  std::vector<float> square(last - first, 0);
+  std::vector<float> square(last - first, 0), slope(last - first, 0);
   for (int64_t s = 0; s < slices; s++)
     for (int64_t j = first; j < last; j++) {
       const int64_t at = (s * u.d_sae + j) * SLICE;
@@ -232,6 +235,7 @@ void update_decoder(const Update& u, int64_t first, int64_t last, const float* a
       }
       const vf pull = splat((u.pull ? u.pull[j] : 0) - (u.unit ? along[j - first] : 0));
       g0 += pull * w0, g1 += pull * w1;
+      slope[j - first] += sum(g0 * g0 + g1 * g1);
       const vf a = adam(w0, u.decoder.m + at, u.decoder.v + at, g0, rates);
       const vf b = adam(w1, u.decoder.m + at + 16, u.decoder.v + at + 16, g1, rates);
       store(u.decoder.W + at, a);
@@ -239,7 +243,7 @@ void update_decoder(const Update& u, int64_t first, int64_t last, const float* a
       square[j - first] += sum(a * a + b * b);
     }
   for (int64_t j = first; j < last; j++) {
-    u.norm[j] = std::sqrt(square[j - first]);
+    u.norm[j] = std::sqrt(square[j - first]), u.slope[j] = slope[j - first];
     if (u.unit) u.row_scale[j] = 1 / std::max(u.norm[j], 1e-12f);
   }
 }
@@ -267,6 +271,7 @@ void update_encoder(const Update& u, int64_t first, int64_t last, const float* b
       if (!tied) {
         vf g0{}, g1{};
         for (int64_t k = 0; k < u.terms; k++) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
+        u.slope[j] += sum(g0 * g0 + g1 * g1);
         w0 = adam(w0, u.encoder.m + at, u.encoder.v + at, g0, rates);
         w1 = adam(w1, u.encoder.m + at + 16, u.encoder.v + at + 16, g1, rates);
         store(W, w0);
@@ -304,7 +309,8 @@ int64_t update_latents(const Update* update) {
     update_encoder(u, first, last, bias_grad.data());
     if (u.b_enc)
       for (int64_t j = first; j < last; j++) {
-        const float g = bias_grad[j - first];
+        u.slope[j] += bias_grad[j - first] * bias_grad[j - first];
+        const float g = u.factor * bias_grad[j - first];
         u.b_enc_m[j] += (1 - u.beta1) * (g - u.b_enc_m[j]);
         u.b_enc_v[j] = u.beta2 * u.b_enc_v[j] + (1 - u.beta2) * g * g;
         u.b_enc[j] -= u.lr / u.correction1 * u.b_enc_m[j] / (std::sqrt(u.b_enc_v[j]) / std::sqrt(u.correction2) + u.eps);

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.kernels.native.build import library
@@ -62,6 +62,8 @@ class CUpdate(ctypes.Structure):
         ("unit", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("row_scale", "norm", "pull")),
         *((name, ctypes.c_void_p) for name in ("partial", "dim", "largest", "square")),
+        ("factor", ctypes.c_float),
+        ("slope", ctypes.c_void_p),
     )
 
 
@@ -124,6 +126,15 @@ class Terms(NamedTuple):
         pairs = [address(t, len(self.pairs.tokens)) for t in (self.z, self.v, self.along)]
         gradient = address(self.gradient, slices, batch, SLICE)
         return CTerms(self.pairs.c(d_sae), *pairs, gradient)
+
+
+class Updated(NamedTuple):
+    """What a step's gradients came to, before the step."""
+
+    by_bias: Float[Tensor, " d_in"]
+    """sum_j db_enc[j] W_enc[j]."""
+    square: Float64[Tensor, ""]
+    """Sum of squares of the gradients of both matrices and b_enc, not multiplied by the scale."""
 
 
 @dataclass
@@ -192,8 +203,8 @@ class Weights:
         rates: AdamStep,
         bias: Bias | None = None,
         pull: Float[Tensor, " d_sae"] | None = None,
-    ) -> Float[Tensor, " d_in"]:
-        """Take one Adam step on both matrices and b_enc; returns sum_j db_enc[j] W_enc[j] (before the step).
+    ) -> Updated:
+        """Take one Adam step on both matrices and b_enc.
 
         `pull` is added to the decoder's gradient times the row (tied L1).
         """
@@ -221,9 +232,14 @@ class Weights:
         u.largest, u.square = (
             address(t, d_sae) for t in (self.rounded.largest, self.rounded.square)
         )
+        slope = empty(d_sae)
+        u.factor = 1 if rates.scale is None else float(rates.scale)
+        u.slope = slope.data_ptr()
         library().update_latents(ctypes.byref(u))
         self.rounded.pack(self.encoder_rows)
-        return empty(self.d_in).zero_() if partial is None else partial.sum(0)[: self.d_in]
+        none = empty(self.d_in).zero_()
+        by_bias = none if partial is None else partial.sum(0)[: self.d_in]
+        return Updated(by_bias, slope.sum(dtype=torch.float64))
 
 
 def make_weights(

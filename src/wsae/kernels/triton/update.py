@@ -10,7 +10,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from wsae.kernels.triton.sums import add_rows, sum_chunks
@@ -25,9 +25,9 @@ def adam_rows_(
     v: Float32[Tensor, "n d"],
     adam: AdamStep,
     unit: bool,
-) -> None:
+) -> Float[Tensor, ""] | None:
     """Take the step of `wsae.kernels.update.adam_rows_` on contiguous W, m, v [n, d] in place; `grad` stays."""
-    _launch(W, m, v, (grad.contiguous(), *[None] * 7), adam, unit)
+    return _launch(W, m, v, (grad.contiguous(), *[None] * 7), adam, unit)
 
 
 def update_rows_(
@@ -37,17 +37,17 @@ def update_rows_(
     v: Float32[Tensor, "n d"],
     adam: AdamStep,
     unit: bool,
-) -> None:
+) -> Float[Tensor, ""] | None:
     """Take the step of `wsae.kernels.update.update_rows_` on contiguous W, m, v [n, d] in place."""
     plan, rows = grad.plan, grad.rows.contiguous()
     chunks = sum_chunks(plan, grad.weights, rows)
     pairs = (plan.latent_rows, grad.weights, plan.order, chunks.rest, plan.latent_offsets[1:])
-    _launch(W, m, v, (rows, *pairs, chunks.sums, chunks.offsets), adam, unit)
+    return _launch(W, m, v, (rows, *pairs, chunks.sums, chunks.offsets), adam, unit)
 
 
 def _launch(
     W: Tensor, m: Tensor, v: Tensor, terms: tuple[Tensor | None, ...], adam: AdamStep, unit: bool
-) -> None:
+) -> Tensor | None:
     n, d = W.shape
     for tensor in (W, m, v):  # rows are addressed by their number
         check(W.device, tensor, n, d)
@@ -59,22 +59,24 @@ def _launch(
     elif rows is not None:
         check(W.device, rows, len(rows), d)
         check(W.device, weights, len(columns))
+    squares = None if adam.scale is None else W.new_zeros(n)
     if n == 0 or d == 0:
-        return
+        return None if squares is None else squares.double().sum()
     block = triton.next_power_of_2(d)
     warps = min(16, max(1, block // 256))
     correction1, correction2 = 1 - adam.beta1**adam.step, 1 - adam.beta2**adam.step
     numbers = (adam.lr / correction1, correction2**-0.5, adam.eps, 1 - adam.beta1)
     _step[(n,)](
-        *(W, m, v, *terms, *numbers, adam.beta2, 1 - adam.beta2, d),
+        *(W, m, v, *terms, adam.scale, squares, *numbers, adam.beta2, 1 - adam.beta2, d),
         UNIT=unit, PAIRS=4 if block <= 1024 else 2, BD=block, num_warps=warps,
     )  # fmt: skip
+    return None if squares is None else squares.double().sum()
 
 
 @triton.jit
 @no_type_check
 def _step(
-    W, m, v, rows, columns, weights, order, starts, ends, chunk_sums, chunk_offsets,
+    W, m, v, rows, columns, weights, order, starts, ends, chunk_sums, chunk_offsets, factor, squares,
     rate, scale, eps, new1, old2, new2, D,
     UNIT: tl.constexpr, PAIRS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +96,9 @@ def _step(
     w = tl.load(W + at, mask=live, other=0.0)
     if UNIT:
         g -= tl.sum(g * w) * w
+    if factor is not None:
+        tl.store(squares + j, tl.sum(g * g))
+        g *= tl.load(factor)
     mean = tl.load(m + at, mask=live, other=0.0)
     mean += new1 * (g - mean)
     square = old2 * tl.load(v + at, mask=live, other=0.0) + new2 * g * g

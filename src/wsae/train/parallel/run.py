@@ -221,8 +221,15 @@ class MeshTeam(Team):
             raise UserError(
                 f"{error}; remove {path} to resume from the checkpoint before"
             ) from error
-        tensors, reader = job.parts(), HuggingFaceStorageReader(str(path))
-        if not tensors.keys() <= reader.read_metadata().state_dict_metadata.keys():
+        reader = HuggingFaceStorageReader(str(path))
+        there = reader.read_metadata().state_dict_metadata.keys()
+        for hook, member in job.family.all():
+            if (
+                f"{hook}|{member.name}|norm" not in there
+            ):  # it began without a limit to its gradients
+                member.norm = None
+        tensors = job.parts()
+        if not tensors.keys() <= there:
             raise UserError(
                 f"{path}: holds other members than this run's config; use another --out"
             )
