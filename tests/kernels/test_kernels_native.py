@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -319,6 +320,23 @@ def test_an_update_equals_gradient_matrices_and_adam() -> None:
     assert float(found[8]) == pytest.approx(square, rel=1e-5)
     for a, b_ in zip(found, expected, strict=False):
         torch.testing.assert_close(a, b_, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("guess", [math.nan, 0.0, 10.0])
+def test_what_the_batch_before_was_like_changes_no_bit(guess: float) -> None:
+    """Rows whose guess was too high are done again, a few at a time: a resumed run has no guess."""
+    b, d, f, k = 1500, 160, 256, 4
+    x, W, bias = data(b, d, f, seed=3)
+    encoder, slices = RoundedEncoder(f, d, f, torch.ones(d)), to_slices(W)
+    encoder.measure(slices)
+    encoder.pack(slices)
+    expected = native.select_topk(encoder, slices, bias, Centred(x, to_slices(x)), k)
+    before = encoder.effort.repeated
+    encoder.guess = guess * encoder.trend
+    found = native.select_topk(encoder, slices, bias, Centred(x, to_slices(x)), k)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.values, expected.values)
+    assert encoder.effort.repeated - before == (b if guess == 10.0 else 0) or not encoder.int8
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

@@ -341,7 +341,7 @@ def native_step(
     skip = None
     if sae.W_skip is not None:
         skip = from_slices(main.terms[0].gradient, weights.d_out).T @ x
-    gradients = Gradients(parts, values.pre, slopes, main.total, skip)
+    gradients = Slopes(parts, values.pre, slopes, main.total, skip)
     _update(member, weights, gradients, centred.slices, rate, run, step)
     also = main.more + (0.0 if gated is None else gated.reconstruction)
     more = slopes.penalty + (part.once(also) if isinstance(also, Tensor) else also)
@@ -514,7 +514,7 @@ def _error(member: MemberState, left: Residual, x: Tensor) -> Float[Tensor, "bat
     return from_slices(left.gradient, x.shape[1]).div_(divisor)
 
 
-class Gradients(NamedTuple):
+class Slopes(NamedTuple):
     """What the gradients of a step are made of."""
 
     parts: list[Terms]
@@ -530,7 +530,7 @@ class Gradients(NamedTuple):
 def _update(
     member: MemberState,
     weights: Weights,
-    gradients: Gradients,
+    gradients: Slopes,
     centred: Slices,
     rate: float,
     run: TrainConfig,

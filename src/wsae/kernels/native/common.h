@@ -110,12 +110,13 @@ static inline void dot_slices(const Pairs& pairs, const float* left, const float
 }
 
 // values[p] = row_scale * <W[latent], left[token]> over the latents first .. last. The tokens' part of the slices of one
-// pass stays in the second-level cache while the weights stream by.
+// pass stays in the second-level cache while the weights stream by. Of a batch of `whole` tokens these are all or some: the
+// bits of a value must not depend on which others are computed beside it, so the passes are those of the batch.
 constexpr int64_t CACHED = 512 << 10;
 
 static inline void dot_range(const Pairs& pairs, const float* left, const float* W, const float* row_scale, int64_t first,
-                             int64_t last, int64_t d_sae, int64_t tokens, int64_t slices, float* values) {
-  const int64_t fit = CACHED / (tokens * SLICE * (int64_t)sizeof(float));
+                             int64_t last, int64_t d_sae, int64_t tokens, int64_t whole, int64_t slices, float* values) {
+  const int64_t fit = CACHED / (whole * SLICE * (int64_t)sizeof(float));
   for (int64_t s = 0, n; s < slices; s += n) {
     const int64_t room = std::min(fit, slices - s);
     n = room >= 4 ? 4 : room >= 2 ? 2 : 1;

@@ -96,6 +96,7 @@ struct Selection {
   float above;         // nothing else is wanted; -infinity: everything is
   float guess, trend;  // in and out: k-th pre-activation per unit norm of the token, as first guessed; its last quantile
   int64_t keep;        // entries returned per token (k > 0)
+  int64_t whole;       // tokens of the batch of which these are all or some: it decides in what order terms are added
   float* norms;        // [batch] or null. Given, other selections have more latents, and of a token that has a guess
                        // what is below it is not wanted: fewer than `keep` may be returned, and no guess is learned
   float* values;       // [batch, keep]
@@ -540,7 +541,7 @@ void compute_exactly(const Job& job, const float* slices_of_x, int64_t count, Ro
   r.values.resize(n);
   share_out(parts, 1, [&](int64_t part, int64_t) {
     const int64_t first = borders[part], last = borders[part + 1];
-    dot_range(pairs, slices_of_x, e.W, nullptr, first, last, e.d_sae, count, slices, sorted.data());
+    dot_range(pairs, slices_of_x, e.W, nullptr, first, last, e.d_sae, count, job.s.whole, slices, sorted.data());
     for (int64_t j = first; j < last; j++)
       for (int64_t p = offsets[j]; p < offsets[j + 1]; p++) r.values[order[p]] = sorted[p] + (e.bias ? e.bias[j] : 0);
   });

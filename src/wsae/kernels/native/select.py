@@ -43,7 +43,7 @@ class CSelection(ctypes.Structure):
     _fields_ = (
         ("k", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("above", "guess", "trend")),
-        ("keep", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("keep", "whole")),
         *((name, ctypes.c_void_p) for name in ("norms", "values", "indices", "counts")),
         *((name, ctypes.c_int64) for name in ("examined", "exhaustive", "repeated")),
     )
@@ -168,13 +168,14 @@ def select_topk_shared(
     """
     batch = len(centred.rows)
     norms, guess = empty(batch), torch.tensor([encoder.guess, encoder.trend], dtype=torch.float32)
-    values, indices = _best(encoder, W, bias, centred, k, norms)
+    values, indices = _best(encoder, W, bias, centred, k, norms, batch)
     everyone = gather(values)
     short = ((everyone > -math.inf).sum((0, 2)) < k).nonzero()[:, 0]
     if len(short):
         encoder.guess = math.nan
         again = Centred(centred.rows[short], centred.slices[:, short].contiguous())
-        values[short], indices[short] = _best(encoder, W, bias, again, k, empty(len(short)))
+        best = _best(encoder, W, bias, again, k, empty(len(short)), batch)
+        values[short], indices[short] = best
         everyone[:, short] = gather(values[short])
     offsets = empty(batch + 1, dtype=torch.int64)
     library().keep_shared(
@@ -205,15 +206,16 @@ def _best(
     centred: Centred,
     k: int,
     norms: Float[Tensor, " batch"],
+    whole: int,
 ) -> _Best:
-    """Return what these latents have, and fill in the rows' norms."""
+    """Return what these latents have, and fill in the rows' norms; they are all or some of a batch of `whole` rows."""
     batch = len(centred.rows)
     if not encoder.int8:
         norms.copy_(torch.linalg.vector_norm(centred.rows, dim=1))
         code = select_topk(encoder, W, bias, centred, k)
         return _Best(code.values.view(batch, k), code.indices.view(batch, k))
     values, indices = empty(batch, k), empty(batch, k, dtype=torch.int64)
-    asked = CSelection(k=k, keep=k, above=-math.inf, norms=norms.data_ptr())
+    asked = CSelection(k=k, keep=k, whole=whole, above=-math.inf, norms=norms.data_ptr())
     asked.values, asked.indices = values.data_ptr(), indices.data_ptr()
     counts = _run(encoder, W, bias, None, centred, asked, None)
     values.masked_fill_(torch.arange(k) >= counts[:, None], -math.inf)
@@ -305,6 +307,7 @@ def _run(
     counts = empty(batch, dtype=torch.int64)
     vectors = [address(t, encoder.d_sae) for t in (bias, floor)]
     c_encoder = _encoder(encoder, W, *vectors)
+    asked.whole = asked.whole or batch
     asked.counts, asked.guess, asked.trend = counts.data_ptr(), encoder.guess, encoder.trend
     given = (
         ctypes.byref(c_encoder),

@@ -106,7 +106,7 @@ int64_t dots(const Pairs* pairs, const float* left, const float* W, const float*
              int64_t tokens, int64_t d_in, float* values) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
   const auto some = [&](int64_t first, int64_t last) {
-    dot_range(*pairs, left, W, row_scale, first, last, d_sae, tokens, slices, values);
+    dot_range(*pairs, left, W, row_scale, first, last, d_sae, tokens, tokens, slices, values);
   };
   return status_of([&] { over_latents(*pairs, d_sae, some); });
 }
