@@ -309,7 +309,7 @@ def _understand_crosscoder(foreign: Foreign, weights: NamedTensors, where: str) 
     n = _code_norm(foreign, D.unflatten(1, (sources, d)), where)
     mean, std = (foreign.tensors.get(name) for name in (_MEAN, _STD))
     if mean is not None and std is not None and not bool(mean.isnan().any() | std.isnan().any()):
-        c = foreign.tensors.get(_SCALE, torch.empty(0)).double()
+        c = foreign.tensors.get(_SCALE, torch.empty(0, dtype=torch.float32)).double()
         if mean.shape != (sources, d) or c.numel() != 1 or not 0 < float(c) < math.inf:
             raise UserError(
                 f"{where}: {_MEAN} is {tuple(mean.shape)} and {_SCALE} {c.tolist()}; needed: {(sources, d)} and one "
