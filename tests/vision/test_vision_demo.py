@@ -16,7 +16,7 @@ from wsae.core.artifact import read_manifest, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
 from wsae.report.rundata import read_run
-from wsae.studies.vision import demo
+from wsae.studies import demo
 from wsae.vision.config import preset
 
 

@@ -287,9 +287,10 @@ def enter(out: Path, kind: str, identity: dict[str, Any], resume: bool) -> bool:
             raise UserError(
                 f"{out}: holds an unfinished run of this config; add --resume to continue it, or use another --out"
             )
-        if checkpoints(out):  # of an earlier release it goes on without what that did not have
-            places = {"source": identity["source"]} if "source" in identity else {}
-            identity = {**read_json(out / CONFIG), **places}
+        if checkpoints(out) and "train" in identity:  # without what an earlier release did not have
+            there = read_json(out / CONFIG)["train"]
+            train = {k: v if k in there else None for k, v in identity["train"].items()}
+            identity = {**identity, "train": train}
     elif any(p.name != ".lock" and not is_temporary(p) for p in out.iterdir()):
         raise UserError(f"{out}: is not empty and not a wsae run; use another --out")
     write_json(out / CONFIG, identity)  # also anew: the data may lie elsewhere now

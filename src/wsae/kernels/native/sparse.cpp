@@ -170,7 +170,7 @@ struct Update {
   const float* dim;                      // [slices * 32] scale of each dimension for rounding, or null
   float *largest, *square;               // [d_sae] out: of the scaled encoder row
   float factor;                          // what gradients are multiplied by
-  float* slope;                          // [d_sae] out, before that: sum of squares of each latent's gradient
+  float* slope;                          // [blocks of 64 latents] out: sums of squares of the gradients before that
 };
 
 }  // extern "C"
@@ -219,11 +219,20 @@ inline void gather(const Pairs& pairs, const float* weight, const float* rows, i
   g0 += h0, g1 += h1;
 }
 
+// Add a gradient's squares to those of its block of latents, the same whoever computes which blocks.
+inline void add_square(const Update& u, vf& block, vf g0, vf g1, int64_t j, int64_t last) {
+  block += g0 * g0 + g1 * g1;
+  if ((j + 1) % BLOCK && j + 1 != last) return;
+  u.slope[j / BLOCK] += sum(block);
+  block = vf{};
+}
+
 void update_decoder(const Update& u, int64_t first, int64_t last, const float* along) {
   const Rates rates(u);
   const int64_t slices = (u.d_out + SLICE - 1) / SLICE;
-  std::vector<float> square(last - first, 0), slope(last - first, 0);
-  for (int64_t s = 0; s < slices; s++)
+  std::vector<float> square(last - first, 0);
+  for (int64_t s = 0; s < slices; s++) {
+    vf slope{};
     for (int64_t j = first; j < last; j++) {
       const int64_t at = (s * u.d_sae + j) * SLICE;
       const vf scale = splat(u.unit ? u.row_scale[j] : 1);
@@ -235,15 +244,16 @@ void update_decoder(const Update& u, int64_t first, int64_t last, const float* a
       }
       const vf pull = splat((u.pull ? u.pull[j] : 0) - (u.unit ? along[j - first] : 0));
       g0 += pull * w0, g1 += pull * w1;
-      slope[j - first] += sum(g0 * g0 + g1 * g1);
+      add_square(u, slope, g0, g1, j, last);
       const vf a = adam(w0, u.decoder.m + at, u.decoder.v + at, g0, rates);
       const vf b = adam(w1, u.decoder.m + at + 16, u.decoder.v + at + 16, g1, rates);
       store(u.decoder.W + at, a);
       store(u.decoder.W + at + 16, b);
       square[j - first] += sum(a * a + b * b);
     }
+  }
   for (int64_t j = first; j < last; j++) {
-    u.norm[j] = std::sqrt(square[j - first]), u.slope[j] = slope[j - first];
+    u.norm[j] = std::sqrt(square[j - first]);
     if (u.unit) u.row_scale[j] = 1 / std::max(u.norm[j], 1e-12f);
   }
 }
@@ -254,7 +264,7 @@ void update_encoder(const Update& u, int64_t first, int64_t last, const float* b
   const bool tied = !u.encoder.W;
   for (int64_t j = first; j < last; j++) u.largest[j] = u.square[j] = 0;
   for (int64_t s = 0; s < slices; s++) {
-    vf b0{}, b1{};
+    vf b0{}, b1{}, slope{};
     const vf d0 = u.dim ? load(u.dim + s * SLICE) : vf{}, d1 = u.dim ? load(u.dim + s * SLICE + 16) : vf{};
     for (int64_t j = first; j < last; j++) {
       const int64_t at = (s * u.d_sae + j) * SLICE;
@@ -271,7 +281,7 @@ void update_encoder(const Update& u, int64_t first, int64_t last, const float* b
       if (!tied) {
         vf g0{}, g1{};
         for (int64_t k = 0; k < u.terms; k++) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
-        u.slope[j] += sum(g0 * g0 + g1 * g1);
+        add_square(u, slope, g0, g1, j, last);
         w0 = adam(w0, u.encoder.m + at, u.encoder.v + at, g0, rates);
         w1 = adam(w1, u.encoder.m + at + 16, u.encoder.v + at + 16, g1, rates);
         store(W, w0);
@@ -299,6 +309,7 @@ int64_t update_latents(const Update* update) {
   const Update& u = *update;
   const auto some = [&](int64_t first, int64_t last) {
     std::vector<float> along(last - first, 0), bias_grad(last - first, 0);
+    std::fill(u.slope + (first + BLOCK - 1) / BLOCK, u.slope + (last + BLOCK - 1) / BLOCK, 0.0f);
     for (int64_t k = 0; k < u.terms; k++)
       for (int64_t j = first; j < last; j++)
         for (int64_t p = u.term[k].pairs.offsets[j]; p < u.term[k].pairs.offsets[j + 1]; p++) {
@@ -309,7 +320,7 @@ int64_t update_latents(const Update* update) {
     update_encoder(u, first, last, bias_grad.data());
     if (u.b_enc)
       for (int64_t j = first; j < last; j++) {
-        u.slope[j] += bias_grad[j - first] * bias_grad[j - first];
+        u.slope[j / BLOCK] += bias_grad[j - first] * bias_grad[j - first];
         const float g = u.factor * bias_grad[j - first];
         u.b_enc_m[j] += (1 - u.beta1) * (g - u.b_enc_m[j]);
         u.b_enc_v[j] = u.beta2 * u.b_enc_v[j] + (1 - u.beta2) * g * g;

@@ -232,7 +232,7 @@ class Weights:
         u.largest, u.square = (
             address(t, d_sae) for t in (self.rounded.largest, self.rounded.square)
         )
-        slope = empty(d_sae)
+        slope = empty(math.ceil(d_sae / BLOCK))
         u.factor = 1 if rates.scale is None else float(rates.scale)
         u.slope = slope.data_ptr()
         library().update_latents(ctypes.byref(u))
