@@ -24,11 +24,13 @@ from wsae.vision.config import preset
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "SAE", demo.SAE.model_copy(update={"passes": 4, "d_sae": 64}))
+        patch.setattr(
+            demo, "DIGIT_SAES", demo.DIGIT_SAES.model_copy(update={"passes": 4, "d_sae": 64})
+        )
         patch.setattr(
             demo,
             "pretraining",
-            lambda seed: preset("tiny", images=demo.IMAGES, seed=seed, epochs=1),
+            lambda seed: preset("tiny", images=demo.DIGITS, seed=seed, epochs=1),
         )
         assert main(["demo", "--vision", "--out", str(out), "--device", "cpu"]) == 0
         before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
