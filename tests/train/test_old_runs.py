@@ -62,7 +62,10 @@ def test_an_old_checkpoint_goes_on_to_the_end_of_the_run_that_was_not_cut(
     assert len(checkpoints(old / "cut")) == 1
     size = ["--d-sae", "24", "--k", "4", "--batch-size", "64", "--tokens", "1280", "--alpha", "1"]
     words = ["train", str(old / "store"), "--out", str(old / "cut"), *size, "--resume"]
+    assert main([*words, "--penalty-warmup", "0.5"]) == 2  # its release had no such setting
+    assert "penalty_warmup is None there, 0.5 here" in capsys.readouterr().err
     assert main(words) == 0, capsys.readouterr().err
+    assert json.loads((old / "cut" / "config.json").read_text())["train"]["max_grad_norm"] is None
     whole, cut = wsae.Run(old / "run").saes["layers.1"], wsae.Run(old / "cut").saes["layers.1"]
     for name, sae in whole.items():
         for key, tensor in sae.tensors().items():

@@ -135,8 +135,6 @@ def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: s
         value = tensors[name]
         assert isinstance(value, torch.Tensor)
         setattr(member, name, value.to(device))
-    for name in (
-        "annealed",
-        "norm",
-    ):  # a run that began without a limit to its gradients goes on so
+    # a run that began without a limit to its gradients goes on so
+    for name in ("annealed", "norm"):
         setattr(member, name, tensors[name].to(device) if name in tensors else None)

@@ -276,6 +276,7 @@ def enter(out: Path, kind: str, identity: dict[str, Any], resume: bool) -> bool:
 
     Raises UserError when `out` holds anything else.
     """
+    identity = _as_begun(out, identity)
     if (out / MANIFEST).exists():
         read_manifest(out, kind)
         same_run(out, identity)
@@ -287,20 +288,26 @@ def enter(out: Path, kind: str, identity: dict[str, Any], resume: bool) -> bool:
             raise UserError(
                 f"{out}: holds an unfinished run of this config; add --resume to continue it, or use another --out"
             )
-        if checkpoints(out) and "train" in identity:  # without what an earlier release did not have
-            there = read_json(out / CONFIG)["train"]
-            train = {k: v if k in there else None for k, v in identity["train"].items()}
-            identity = {**identity, "train": train}
     elif any(p.name != ".lock" and not is_temporary(p) for p in out.iterdir()):
         raise UserError(f"{out}: is not empty and not a wsae run; use another --out")
     write_json(out / CONFIG, identity)  # also anew: the data may lie elsewhere now
     return True
 
 
+def _as_begun(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity as the run in `out` has it: one of an earlier release goes on with unlimited gradients."""
+    limit, begun = "max_grad_norm", (out / MANIFEST).exists() or bool(checkpoints(out))
+    if "train" not in identity or not begun or not (out / CONFIG).exists():
+        return identity
+    with understood(out / CONFIG):
+        there = read_json(out / CONFIG).get("train", {})
+    return identity if limit in there else {**identity, "train": {**identity["train"], limit: None}}
+
+
 def same_run(out: Path, identity: dict[str, Any]) -> None:
     """Raise UserError naming the first setting in which `out` differs from this run.
 
-    Data may move: they are compared by digest, not by path. What an earlier release had no setting for is not compared.
+    Data may move: they are compared by digest, not by path.
     """
     path, here = out / CONFIG, json.loads(json.dumps(identity))
     with understood(path):
@@ -313,9 +320,9 @@ def same_run(out: Path, identity: dict[str, Any]) -> None:
 
 def _differences(a: object, b: object, place: str = "") -> Iterator[tuple[str, object, object]]:
     if isinstance(a, dict) and isinstance(b, dict):
-        for key in a:
+        for key in [*a, *(k for k in b if k not in a)]:
             inner = f"{place}.{key}" if place else str(key)
-            yield from _differences(a[key], b.get(key), inner)
+            yield from _differences(a.get(key), b.get(key), inner)
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (u, v) in enumerate(zip(a, b, strict=True)):
             yield from _differences(u, v, f"{place}.{i}")

@@ -224,10 +224,8 @@ class MeshTeam(Team):
         reader = HuggingFaceStorageReader(str(path))
         there = reader.read_metadata().state_dict_metadata.keys()
         for hook, member in job.family.all():
-            if (
-                f"{hook}|{member.name}|norm" not in there
-            ):  # it began without a limit to its gradients
-                member.norm = None
+            if f"{hook}|{member.name}|norm" not in there:
+                member.norm = None  # it began without a limit to its gradients
         tensors = job.parts()
         if not tensors.keys() <= there:
             raise UserError(
