@@ -448,7 +448,7 @@ def latent_values(W_p: Tensor, Sigma: Tensor, x_p: Tensor, how: str) -> Tensor:
 
 def most_likely(W_p: Tensor, Sigma: Tensor, x_p: Tensor) -> Tensor:
     """Return the feature whose density, at its best amplitude >= 0, is largest: golden sections of the amplitude."""
-    noise = torch.distributions.MultivariateNormal(torch.zeros(len(W_p)).double(), Sigma)
+    noise = torch.distributions.MultivariateNormal(torch.zeros(len(W_p), dtype=Sigma.dtype), Sigma)
 
     def density(a: Tensor) -> Tensor:
         return noise.log_prob(x_p[:, None] - a[..., None] * W_p.T)
