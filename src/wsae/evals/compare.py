@@ -68,6 +68,15 @@ def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
     if "seq_l0" in arrays:
         seen = arrays["seq_rows"] > 0
         out["l0"] = Ratio(arrays["seq_l0"][seen], arrays["seq_rows"][seen])
+    out |= _of_predictions(arrays)
+    if (weighted := fvu(arrays, under)) is not None:
+        out["fvu_weighted"] = weighted
+    return out
+
+
+def _of_predictions(arrays: Arrays) -> dict[str, Ratio]:
+    """Return what splicing does to the model's predictions, of all of a crosscoder's sources and of each alone."""
+    out: dict[str, Ratio] = {}
     for end in (key.removeprefix("splice_kl") for key in arrays if key.startswith("splice_kl")):
         if f"splice_ce{end}" in arrays:
             clean, spliced = arrays["splice_ce_clean"], arrays[f"splice_ce{end}"]
@@ -81,8 +90,6 @@ def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
         out[f"kl{end}"] = Ratio(arrays[f"splice_kl{end}"], arrays["splice_targets"])
     if "splice_ce_clean" in arrays:
         out["ce_clean"] = Ratio(arrays["splice_ce_clean"], arrays["splice_targets"])
-    if (weighted := fvu(arrays, under)) is not None:
-        out["fvu_weighted"] = weighted
     return out
 
 
