@@ -92,7 +92,7 @@ def test_relative_norms_tell_shared_features_from_those_of_one_source() -> None:
     assert float(began.max()) < 0.7
 
 
-MAPS = [None, {"kind": "standardise", "power": 0.5}, {"kind": "whiten", "power": 0.5}]
+MAPS = [None, *({"kind": kind, "power": 0.5} for kind in ("standardise", "whiten", "residual"))]
 
 
 @pytest.mark.parametrize("precondition", MAPS)
