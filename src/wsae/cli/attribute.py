@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace, device
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, Count, MaybeName, MaybePlace, device
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import finite, write_json

@@ -8,7 +8,8 @@ import tyro
 
 from wsae.acts.config import BUILTIN
 from wsae.acts.hooknames import among
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     MaybeName,
@@ -18,7 +19,6 @@ from wsae.cli.flags import (
     device,
 )
 from wsae.cli.live import GivenText, ReadingFlags, behind, data_of, labelled
-from wsae.cli.ui import UI
 from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError

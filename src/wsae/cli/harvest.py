@@ -6,9 +6,8 @@ from typing import Annotated, Any
 import tyro
 
 from wsae.acts.config import HarvestConfig, ImageHarvestConfig
-from wsae.cli.flags import Common, CommonFlags, Place, config_flags, config_values, device
+from wsae.cli.common import UI, Common, CommonFlags, Place, config_flags, config_values, device
 from wsae.cli.live import ImageFlags, LiveFlags, refuse
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 
 ABOUT = "Run a text or images through a model once and keep the activations of the named modules on disk."

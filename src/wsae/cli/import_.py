@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Switch
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, Switch
 from wsae.core.config import Config
 from wsae.interop.config import SourceName
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.evaluate import counted, interval, kept, likeness, scored
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     MaybeCount,
@@ -20,8 +20,8 @@ from wsae.cli.flags import (
     config_values,
     device,
 )
+from wsae.cli.evaluate import counted, interval, kept, likeness, scored
 from wsae.cli.live import GivenText, TextFlags, data_of, language_of
-from wsae.cli.ui import UI
 from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood

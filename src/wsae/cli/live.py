@@ -9,7 +9,7 @@ import tyro
 
 from wsae.acts.config import HarvestConfig, ImageHarvestConfig, ImagesConfig, LiveConfig, TextConfig
 from wsae.acts.hooknames import among, pairs, sides
-from wsae.cli.flags import (
+from wsae.cli.common import (
     MaybeCount,
     MaybeName,
     MaybeNumber,

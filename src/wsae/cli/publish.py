@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Name, Switch
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, MaybePlace, Name, Switch
 from wsae.cli.live import reopen
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.serve.config import IndexConfig

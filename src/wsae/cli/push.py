@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, Switch
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, Switch
 from wsae.core.config import Config
 
 ABOUT = """\

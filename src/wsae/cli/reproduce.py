@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place, device
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, MaybePlace, Place, device
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.config import LOCAL, Control, LlmConfig, Score

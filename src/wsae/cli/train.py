@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from wsae.acts.hooknames import among
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     LoggerFlags,
@@ -28,7 +29,6 @@ from wsae.cli.live import (
     open_sides,
 )
 from wsae.cli.runner import how_to_go_on, together
-from wsae.cli.ui import UI
 from wsae.core.artifact import CONFIG, MEMBERS, METRICS_FILE
 from wsae.core.config import FLAG_OF, FLAGS, Config
 from wsae.core.errors import UserError, understood
