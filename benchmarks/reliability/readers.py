@@ -95,7 +95,7 @@ def _sealed(path: Path) -> Any:
 
 
 def _metrics(path: Path) -> Any:
-    from wsae.train.metrics import read_json_lines
+    from wsae.train.loggers import read_json_lines
 
     return read_json_lines(path)
 

@@ -21,7 +21,7 @@ from wsae.core.files import read_json
 from wsae.evals.config import ContextConfig, EvalConfig, InterpretConfig, LlmConfig
 from wsae.sae.config import GammaConfig, JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.metrics import read_json_lines
+from wsae.train.loggers import read_json_lines
 
 COMMANDS = {command.name: runner.load(command).Flags for command in table.COMMANDS}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -27,8 +27,7 @@ from wsae.stats import Covariance
 from wsae.train.config import MemberConfig, TrainConfig, family
 from wsae.train.family import finished
 from wsae.train.loop import Recorder, Stopped
-from wsae.train.run import train_run
-from wsae.train.start import start_family
+from wsae.train.run import start_family, train_run
 from wsae.train.state import make_batch, metrics_row
 from wsae.train.step import train_step
 

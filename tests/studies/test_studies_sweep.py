@@ -9,7 +9,7 @@ from scipy import stats
 
 from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, make_activation
-from wsae.sae.loss import weigh
+from wsae.sae.forward import weigh
 from wsae.studies.benchmark import (
     NOISE_KINDS,
     NOISE_RULES,

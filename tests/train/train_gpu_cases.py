@@ -23,10 +23,9 @@ from wsae.sae.precondition import Preconditioner
 from wsae.stats import Covariance
 from wsae.train import gpu, state
 from wsae.train import step as dispatch
-from wsae.train.checkpoint import member_tensors, set_member_tensors
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import make_family
-from wsae.train.loop import run_steps
+from wsae.train.loop import member_tensors, run_steps, set_member_tensors
 from wsae.train.state import MemberState, Target, make_batch, make_member
 from wsae.train.step import eager_step
 

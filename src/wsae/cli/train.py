@@ -36,7 +36,7 @@ from wsae.core.files import read_json
 from wsae.core.progress import quiet
 from wsae.run import Run
 from wsae.train.config import TrainConfig
-from wsae.train.metrics import read_json_lines
+from wsae.train.loggers import read_json_lines
 from wsae.train.parallel.config import launched
 
 if TYPE_CHECKING:

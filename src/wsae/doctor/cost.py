@@ -26,7 +26,7 @@ from wsae.sae.config import SAEConfig
 from wsae.stats import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, power_of_two_scale, to_device
-from wsae.train.start import MAX_ROWS
+from wsae.train.run import MAX_ROWS
 from wsae.train.state import make_batches, make_member
 from wsae.train.step import side_by_side
 

@@ -34,10 +34,9 @@ from wsae.evals.latents import (
     match,
 )
 from wsae.kernels import SparseCode
-from wsae.sae import SAE
 from wsae.sae.config import SourcePart
-from wsae.sae.encoding import Encoder
-from wsae.sae.loss import Weights, dimension_weights, weigh
+from wsae.sae.forward import Weights, dimension_weights, weigh
+from wsae.sae.model import SAE, Encoder
 from wsae.stats.moments import Moments, check_finite
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.sae.config import PreconditionConfig, SourcePart
-from wsae.sae.loss import Weights, weigh
+from wsae.sae.forward import Weights, weigh
 from wsae.sae.model import SAE
 from wsae.stats import Covariance
 

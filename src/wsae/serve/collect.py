@@ -24,8 +24,7 @@ from wsae.core.seeds import seed_for
 from wsae.evals.contexts import Kept, TopContexts, Wanted, by_strength, kept_bytes, places, span_of
 from wsae.evals.latents import Entries
 from wsae.kernels import SparseCode
-from wsae.sae import SAE
-from wsae.sae.encoding import Encoder
+from wsae.sae.model import SAE, Encoder
 from wsae.serve.config import IndexConfig
 from wsae.serve.schema import BINS, bin_of
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from wsae.acts.flow import SourceStats
 from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig, SourcePart
+from wsae.sae.forward import Weights
 from wsae.sae.gamma import (
     describe_gamma,
     gamma_from_covariance,
     gamma_from_proxy,
     gamma_from_residual,
 )
-from wsae.sae.loss import Weights
 from wsae.sae.model import SAE
 from wsae.sae.precondition import Preconditioner
 from wsae.stats import Covariance, Moments
@@ -177,7 +177,7 @@ def make_family(
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
 
     `covariances` of each hook serve preconditioners and the rules gap and whiten, `residuals` of each hook and member
-    the residual rules (`wsae.train.start` takes both). `make` makes a hook's member called so in place of
+    the residual rules (`wsae.train.run` takes both). `make` makes a hook's member called so in place of
     `make_member`, or none. With a `start` members go on with its SAEs.
     """
 

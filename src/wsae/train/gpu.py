@@ -29,8 +29,7 @@ from wsae.kernels.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
 from wsae.kernels.triton.update import adam_rows_, update_rows_
 from wsae.kernels.update import AdamStep, SparseGrad
 from wsae.sae.architectures import Above, Nested, PerBatch, PerGroup, PerRow
-from wsae.sae.forward import dead_by_level, keep_positive_, level_of, thresholds, up_to
-from wsae.sae.loss import weigh
+from wsae.sae.forward import dead_by_level, keep_positive_, level_of, thresholds, up_to, weigh
 from wsae.sae.model import SAE
 from wsae.train.config import TrainConfig
 from wsae.train.native import (
@@ -40,14 +39,16 @@ from wsae.train.native import (
     left_by_skip,
     step_result,
 )
-from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import (
     Batch,
     MemberState,
+    anneal,
     gradient_scale,
     looked_at,
     note_gradient,
+    price_at,
     record,
+    threshold_pace,
 )
 
 # What the host remembers of tensors on the device, so that a step need not wait for them.

@@ -43,25 +43,29 @@ from wsae.sae.architectures import Above, Nested, PerBatch, PerGroup, PerRow, re
 from wsae.sae.forward import (
     WHOLE,
     Coded,
+    Price,
     Whole,
     dead_by_level,
     keep_positive_,
     level_of,
+    penalty,
     thresholds,
     up_to,
+    weigh,
 )
-from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
 from wsae.train.config import TrainConfig
-from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import (
     Batch,
     MemberState,
     StepResult,
+    anneal,
     gradient_scale,
     looked_at,
     note_gradient,
+    price_at,
     record,
+    threshold_pace,
 )
 
 # What the steps by hand-written gradients share, whatever sums over their pairs (row, active latent).

@@ -32,8 +32,7 @@ from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
 from wsae.kernels import SparseCode
 from wsae.run import Run
-from wsae.sae.encoding import Encoder
-from wsae.sae.model import SAE
+from wsae.sae.model import SAE, Encoder
 
 
 class Codes(NamedTuple):

@@ -22,8 +22,8 @@ from wsae.core.errors import UserError
 from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.core.seeds import seed_for
+from wsae.train.loggers import read_json_lines
 from wsae.train.loop import Team, enter, held, train_job
-from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.world import MAX, Mesh
 from wsae.train.step import warmup_cosine
 from wsae.vision.config import PretrainConfig

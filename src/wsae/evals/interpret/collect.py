@@ -40,8 +40,7 @@ from wsae.evals.interpret.windows import (
 )
 from wsae.evals.latents import unit_rows
 from wsae.kernels import SparseCode
-from wsae.sae import SAE
-from wsae.sae.encoding import Encoder
+from wsae.sae.model import SAE, Encoder
 
 Members = dict[str, dict[str, SAE]]
 """Hook -> member name -> SAE."""
