@@ -46,7 +46,7 @@ class SaeFlags(Config):
     def opened(self, device: str) -> "Opened":
         """Return model and SAEs; raises UserError where none is given, or model or hook are not known."""
         from wsae.acts.language import load_language
-        from wsae.interop.runs import choose, open_run
+        from wsae.interop.saes import choose, open_run
         from wsae.sae import SAE
         from wsae.use.attach import as_trained
 

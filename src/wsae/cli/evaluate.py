@@ -40,7 +40,7 @@ def measured(target: Path, asked: GivenText, common: Common, ui: UI) -> Run:
     Raises UserError as `data_of` does.
     """
     from wsae.evals.run import evaluate_run
-    from wsae.interop.runs import open_run
+    from wsae.interop.saes import open_run
 
     opened = open_run(target)
     if asked.text is None:
@@ -139,7 +139,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     from wsae.acts.source import AlignedSource, JoinedSource
     from wsae.evals.control import CONTROL
     from wsae.evals.run import evaluate_run
-    from wsae.interop.runs import open_run
+    from wsae.interop.saes import open_run
 
     where, opened = device(flags.common.device), open_run(flags.run)
     asked = flags.reading.asked()
@@ -178,7 +178,7 @@ def kept(opened: Run, target: Path) -> dict[str, Any]:
 def _foreign(opened: Run, elsewhere: str | None, source: "ActivationSource") -> list[str]:
     """Return what speaks against the SAEs on these activations."""
     if opened.single:
-        from wsae.interop.runs import about_sae
+        from wsae.interop.saes import about_sae
 
         about = about_sae(opened.path)
         return [*about.notes, *strangers(about.model, about.hook, source)]

@@ -221,7 +221,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         )
     where = device(flags.common.device)
     llm_cfg = flags.llm.config(where, flags.common.seed)
-    from wsae.interop.runs import open_run
+    from wsae.interop.saes import open_run
 
     opened, asked = open_run(flags.run), flags.reading.asked(cfg.hooks)
     source = data_of(opened, where, flags.source, asked, flags.common.seed)
@@ -251,7 +251,7 @@ def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "
     """Open what the scores ask, except the model behind the activations."""
     judges: ScorerModels = {}
     if "embedding" in cfg.scores and not flags.dry_run:
-        from wsae.evals.interpret.embedding import load_encoder
+        from wsae.evals.interpret.detection import load_encoder
 
         judges["encoder"] = load_encoder(flags.encoder, device=where)
     if any(score not in FREE for score in cfg.scores):

@@ -549,7 +549,7 @@ def _fitting(opened: Run, data: "ActivationSource", source: str | None) -> "Acti
 
 
 def _about(opened: Run) -> Provenance:
-    from wsae.interop.runs import about_sae
+    from wsae.interop.saes import about_sae
 
     return about_sae(opened.path)
 

@@ -101,7 +101,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg, text = ProbeConfig.parse(data, where=FLAGS), flags.labels.config()
     from wsae.evals.probing.reading import read_corpus
     from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_run
-    from wsae.interop.runs import about_sae, open_run
+    from wsae.interop.saes import about_sae, open_run
 
     where, label, corpus, notes = device(flags.common.device), flags.labels.label, None, []
     opened = open_run(flags.run)

@@ -13,7 +13,7 @@ from wsae.core.errors import UserError
 from wsae.serve.config import IndexConfig
 
 if TYPE_CHECKING:
-    from wsae.interop.runs import Chosen
+    from wsae.interop.saes import Chosen
     from wsae.run import Run
     from wsae.serve.neuronpedia import Source
     from wsae.serve.upload import Neuronpedia
@@ -51,7 +51,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Write or send one SAE's latents, and return what was done and how many were left out."""
-    from wsae.interop.runs import choose, open_run
+    from wsae.interop.saes import choose, open_run
     from wsae.serve.neuronpedia import source_of
 
     opened = open_run(flags.run)

@@ -175,7 +175,7 @@ def _measured(
 
 def _recorded(path: Path, at: SaeFlags) -> dict[int, float]:
     """Return the largest activations that a run's evaluation recorded."""
-    from wsae.interop.runs import choose, open_run
+    from wsae.interop.saes import choose, open_run
 
     run = open_run(path)
     if not run.has(EVALUATION_PART):

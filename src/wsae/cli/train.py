@@ -229,7 +229,7 @@ def _start(flags: Flags, hooks: list[str]) -> "Start | None":
         address = Run(flags.out).source.get("init_from")
     if address is None:
         return None
-    from wsae.interop.runs import open_run
+    from wsae.interop.saes import open_run
     from wsae.sae.model import SAE
     from wsae.train.family import Start
 

@@ -22,7 +22,6 @@ from wsae.acts.stream import HeldOut, HeldoutRows
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.evals.config import EvalConfig
-from wsae.evals.contexts import TopContexts, Wanted, sample_latents
 from wsae.evals.control import CONTROL, FITTED_ROWS, fit_scale, random_control
 from wsae.evals.latents import (
     RELATIVE_NORM,
@@ -30,8 +29,11 @@ from wsae.evals.latents import (
     LatentActivity,
     LiveDecoder,
     Matching,
+    TopContexts,
+    Wanted,
     decoder_max_cosine,
     match,
+    sample_latents,
 )
 from wsae.kernels import SparseCode
 from wsae.sae.config import SourcePart

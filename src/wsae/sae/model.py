@@ -424,7 +424,7 @@ class SAE(nn.Module):
         names, or what has no equal here.
         """
         # the readers of other tools' files lie layers above the SAE, and no layer imports upwards
-        convert = importlib.import_module("wsae.interop.convert")
+        convert = importlib.import_module("wsae.interop.saes")
         return convert.from_pretrained(release, sae_id).sae.to(device)
 
     def scaled(self, scale: float, read: float | None = None) -> "SAE":
