@@ -23,7 +23,7 @@ from wsae.evals.latents import (
     sample_latents,
     unit_rows,
 )
-from wsae.kernels import SparseCode, code_from_topk
+from wsae.kernels.eager import SparseCode, code_from_topk
 
 
 def padded_code(rows: int, d_sae: int, k: int, seed: int) -> SparseCode:

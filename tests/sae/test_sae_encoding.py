@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae import SAE, BatchTopK, GroupTopK, ReLU, SAEConfig, TopK
 from wsae.sae.model import Encoder
 

@@ -18,7 +18,7 @@ from wsae.core.errors import UserError
 from wsae.evals.run import find_twins
 from wsae.interop import load as load_export
 from wsae.interop import save as save_export
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae import SAE
 from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig, make_activation
 from wsae.sae.gamma import gamma_from_residual

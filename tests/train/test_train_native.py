@@ -12,7 +12,7 @@ import wsae
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.kernels.native.slices import to_slices
 from wsae.sae import SAE
 from wsae.sae.forward import weigh

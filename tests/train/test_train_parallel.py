@@ -22,7 +22,7 @@ from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import MappedTensor, save_tensors
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
 from wsae.train.config import MemberConfig, TrainConfig

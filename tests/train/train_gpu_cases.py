@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wsae.acts.source import ArraySource
 from wsae.core.progress import quiet
-from wsae.kernels import select_batch_topk, select_group_topk, select_topk, sparse
-from wsae.kernels import update as twin
-from wsae.kernels.sparse import Plan
+from wsae.kernels import eager
+from wsae.kernels.eager import Plan, select_batch_topk, select_group_topk, select_topk
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE
 from wsae.sae.precondition import Preconditioner
 from wsae.stats import Covariance
@@ -49,10 +48,10 @@ TWINS = {
     "select_batch_topk": lambda x, W, b, k, dtype: select_batch_topk(product(x, W, b, dtype), k),
     "above": lambda x, W, b, limit, dtype: (product(x, W, b, dtype) > limit).nonzero().unbind(1),
     "products": lambda x, W, rows, indices: (x[rows] * W[indices]).sum(1),
-    "decode": sparse.decode,
+    "decode": eager.decode,
     "scatter": Plan.scatter,
-    "adam_rows_": twin.adam_rows_,
-    "update_rows_": twin.update_rows_,
+    "adam_rows_": eager.adam_rows_,
+    "update_rows_": eager.update_rows_,
 }
 
 

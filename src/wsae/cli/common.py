@@ -36,8 +36,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, creat
 from pydantic.fields import FieldInfo
 
 from wsae.core.config import FLAG_OF, FLAGS, Config, Read, read_config, yaml_value
-from wsae.core.errors import UserError, nearest, printable
-from wsae.core.memory import duration
+from wsae.core.errors import UserError, duration, nearest, printable
 from wsae.core.progress import Tick
 from wsae.train import loggers as copies
 from wsae.train.loggers import Logger, LoggerName, Mirror, WandbConfig

@@ -74,7 +74,7 @@ def describe(flags: Flags) -> dict[str, Any]:
 
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print what lies on disk and what to do next."""
-    from wsae.core.memory import size
+    from wsae.core.errors import size
 
     rows, dropped = result["rows"], result["skipped"]["train"]
     widths = ", ".join(f"{hook} ({d_in})" for hook, d_in in result["hooks"].items())

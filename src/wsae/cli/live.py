@@ -232,7 +232,7 @@ def _shown(value: object) -> str:
 
 def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":
     """Return the one-dimensional .npy array at `path` with a dtype among `kinds`; raises UserError else."""
-    from wsae.core.npy import mapped_npy
+    from wsae.core.tensors import mapped_npy
 
     values = mapped_npy(path, f"{flag} {path}")
     if values.ndim != 1 or values.dtype.kind not in kinds:

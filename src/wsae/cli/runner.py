@@ -106,7 +106,7 @@ def _bound_memory() -> None:
         return
     import resource
 
-    from wsae.core.memory import most_memory
+    from wsae.core.errors import most_memory
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     with contextlib.suppress(OSError):

@@ -265,9 +265,9 @@ _PROBE_S = 2.0
 def _tell_cost(cfg: TrainConfig, source: "ActivationSource", where: str, ui: UI) -> None:
     """Say what a grid of SAEs will need, before anything is trained."""
     if len(cfg.members) >= _MANY and cfg.hook_out is None:
-        from wsae.doctor.cost import told
+        from wsae.doctor.measure import forecast
 
-        ui.note(told(cfg, source, where, _PROBE_S))
+        ui.note(forecast(cfg, source, where, _PROBE_S))
 
 
 def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:

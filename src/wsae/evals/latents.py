@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wsae.acts.tokens import REACH
 from wsae.core.seeds import mix64, seed_for
-from wsae.kernels import SparseCode
+from wsae.kernels.eager import SparseCode
 
 HISTOGRAM_EDGES = [-7.0 + 0.25 * i for i in range(29)]
 """Edges of the log10-density histogram: 1e-7 to 1, four bins per decade."""

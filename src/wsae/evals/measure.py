@@ -35,7 +35,7 @@ from wsae.evals.latents import (
     match,
     sample_latents,
 )
-from wsae.kernels import SparseCode
+from wsae.kernels.eager import SparseCode
 from wsae.sae.config import SourcePart
 from wsae.sae.forward import Weights, dimension_weights, weigh
 from wsae.sae.model import SAE, Encoder

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.kernels import (
+from wsae.kernels.eager import (
     Plan,
     SparseCode,
     code_from_dense,

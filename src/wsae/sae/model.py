@@ -30,15 +30,14 @@ from wsae.core.files import read_json, write_json
 from wsae.core.hub import local_folder
 from wsae.core.seeds import seed_for
 from wsae.core.tensors import load_tensors, save_tensors
-from wsae.kernels import (
+from wsae.kernels.eager import (
     SparseCode,
     code_from_dense,
     code_from_topk,
     select_group_topk,
     select_topk,
 )
-from wsae.kernels.native import why_not
-from wsae.kernels.native.build import has_int8
+from wsae.kernels.native.build import has_int8, why_not
 from wsae.kernels.native.select import (
     LARGEST_SHARE,
     Centred,

@@ -31,7 +31,7 @@ from wsae.evals.latents import (
     places,
     span_of,
 )
-from wsae.kernels import SparseCode
+from wsae.kernels.eager import SparseCode
 from wsae.sae.model import SAE, Encoder
 from wsae.serve.config import IndexConfig
 from wsae.serve.schema import BINS, bin_of

@@ -19,9 +19,8 @@ from wsae.acts.images.harvest import Gallery, harvest_images
 from wsae.acts.images.sets import ImageSet, open_images
 from wsae.acts.source import StoreSource
 from wsae.core.artifact import read_manifest
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, duration, size
 from wsae.core.files import read_sealed, seal, write_json
-from wsae.core.memory import duration, size
 from wsae.evals.classes import score_run
 from wsae.evals.glossary import CLASS_SCORES
 from wsae.run import Run

@@ -18,7 +18,7 @@ from torch import Tensor
 from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.kernels.update import SGD, Adam, limit_of, rescale_
+from wsae.kernels.eager import SGD, Adam, limit_of, rescale_
 from wsae.sae.architectures import PerBatch
 from wsae.sae.config import ReLU
 from wsae.sae.forward import (

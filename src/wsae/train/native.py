@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.kernels import SparseCode, offsets_of
+from wsae.kernels.eager import AdamStep, SparseCode, adam_rows_, offsets_of
 from wsae.kernels.native.select import (
     Centred,
     RoundedEncoder,
@@ -38,7 +38,6 @@ from wsae.kernels.native.slices import (
     to_slices,
 )
 from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weights
-from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.architectures import Above, Nested, PerBatch, PerGroup, PerRow, relu
 from wsae.sae.forward import (
     WHOLE,

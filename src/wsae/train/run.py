@@ -26,9 +26,8 @@ from wsae.core.artifact import (
     write_manifest,
 )
 from wsae.core.calls import own_settings
-from wsae.core.errors import understood
+from wsae.core.errors import Buffer, explained, understood
 from wsae.core.files import write_json
-from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.sae.config import GammaConfig
 from wsae.sae.gamma import describe_gamma

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from wsae.kernels import CodeSums, SparseCode
+from wsae.kernels.eager import Adam, CodeSums, SparseCode, limit_of, rescale_
 from wsae.kernels.native.weights import Weights
-from wsae.kernels.update import Adam, limit_of, rescale_
 from wsae.sae.architectures import PerBatch
 from wsae.sae.forward import WHOLE, Coded, Price, Whole, weigh
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy

@@ -22,10 +22,10 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.kernels import CodeSums, SparseCode
-from wsae.kernels.native import kernel_threads, why_not
+from wsae.kernels.eager import CodeSums, SparseCode
+from wsae.kernels.native.build import kernel_threads, why_not
 from wsae.kernels.native.select import LARGEST_SHARE
-from wsae.kernels.triton import unsupported
+from wsae.kernels.triton.support import unsupported
 from wsae.sae.architectures import Above, Every, PerGroup, PerRow
 from wsae.sae.forward import (
     WHOLE,
@@ -506,8 +506,8 @@ def unfit_triton(member: MemberState, run: TrainConfig) -> str | None:
 def _fails(device: torch.device) -> str | None:
     """Try one small kernel: Triton needs a C compiler and a driver that fits, and finds out when it launches."""
     try:
+        from wsae.kernels.eager import AdamStep
         from wsae.kernels.triton.update import adam_rows_
-        from wsae.kernels.update import AdamStep
 
         W, grad, m, v = torch.zeros(4, 1, 1, dtype=torch.float32, device=device)
         with torch.cuda.device(device):

@@ -45,7 +45,7 @@ from wsae.evals.latents import (
     sample_latents,
     unit_rows,
 )
-from wsae.kernels import SparseCode
+from wsae.kernels.eager import SparseCode
 from wsae.sae.model import SAE, Encoder
 
 Members = dict[str, dict[str, SAE]]

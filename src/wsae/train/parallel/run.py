@@ -24,7 +24,7 @@ from wsae.core.artifact import GAMMA_FILE, FileRecord, check_file, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import as_user_error, read_json, refusals, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae.model import SAE
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, Inputs, Start, folded
