@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from wsae.evals.control import CONTROL
 from wsae.evals.latents import unit_rows
 from wsae.studies.engine import Reproduction
-from wsae.studies.remedy import (
+from wsae.studies.reproduce import reproduce
+from wsae.studies.tables import (
     Arm,
     _like,
     arm_names,
@@ -20,7 +21,6 @@ from wsae.studies.remedy import (
     nearest_cosine,
     told_from_random,
 )
-from wsae.studies.reproduce import reproduce
 
 HOOKS = tuple(f"layers.{i}" for i in range(6))
 OFFSETS = np.array([0.3, -0.3, 0.2, -0.2, 0.1, -0.1])

@@ -23,7 +23,7 @@ from wsae.sae.forward import Weights
 from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy, normalise_matrix, whitening
 from wsae.sae.model import SAE
 from wsae.stats.moments import Covariance
-from wsae.studies.results import Mean, Row, differences, select, series
+from wsae.studies.engine import Mean, Row, differences, select, series
 from wsae.studies.sweep_config import Method, ToySweepConfig, TrainingConfig
 from wsae.toy.config import FeatureConfig, ToyModelConfig
 from wsae.toy.features import FeatureStream

@@ -26,12 +26,14 @@ from wsae.evals.glossary import CLASS_SCORES
 from wsae.run import Run
 from wsae.stats.classes import Hits, Strongest
 from wsae.studies.drawing import panels_figure
-from wsae.studies.engine import PaperStudy, Stage, StudyRun
-from wsae.studies.results import (
+from wsae.studies.engine import (
     NONE,
     Mean,
     Panel,
+    PaperStudy,
     Row,
+    Stage,
+    StudyRun,
     Table,
     Verdict,
     as_series,
@@ -44,7 +46,7 @@ from wsae.studies.results import (
     select,
     span,
 )
-from wsae.studies.vision_config import PLAIN, Backbone, BackboneRun, VisionConfig
+from wsae.studies.reproduce_config import PLAIN, Backbone, BackboneRun, VisionConfig
 from wsae.train.config import TrainConfig
 from wsae.vision.pretrain import pretrain
 
