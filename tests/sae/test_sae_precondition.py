@@ -23,7 +23,7 @@ from wsae.sae import SAE
 from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig, make_activation
 from wsae.sae.gamma import gamma_from_residual
 from wsae.sae.precondition import Preconditioner
-from wsae.stats import Covariance
+from wsae.stats.moments import Covariance
 from wsae.train.config import MemberConfig, TrainConfig, family
 from wsae.train.family import finished
 from wsae.train.loop import Recorder, Stopped

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsae.evals.control import CONTROL
+from wsae.evals.config import CONTROL
 from wsae.evals.latents import unit_rows
 from wsae.studies.engine import Reproduction
 from wsae.studies.reproduce import reproduce

@@ -19,7 +19,7 @@ from wsae.kernels import eager
 from wsae.kernels.eager import Plan, select_batch_topk, select_group_topk, select_topk
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE
 from wsae.sae.precondition import Preconditioner
-from wsae.stats import Covariance
+from wsae.stats.moments import Covariance
 from wsae.train import gpu, state
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig

@@ -24,7 +24,7 @@ from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.progress import Progress
-from wsae.evals.config import ClassesConfig, EvalConfig
+from wsae.evals.config import CONTROL, ClassesConfig, EvalConfig
 from wsae.run import Run
 
 if TYPE_CHECKING:
@@ -137,7 +137,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where=FLAGS)
     from wsae.acts.source import AlignedSource, JoinedSource
-    from wsae.evals.control import CONTROL
     from wsae.evals.run import evaluate_run
     from wsae.interop.saes import open_run
 

@@ -33,7 +33,7 @@ from wsae.kernels.native.build import why_not
 from wsae.sae.architectures import architecture_of
 from wsae.sae.config import GammaConfig, SAEConfig
 from wsae.sae.gamma import gamma_from_proxy
-from wsae.stats import Covariance, Moments
+from wsae.stats.moments import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, power_of_two_scale, to_device
 from wsae.train.run import MAX_ROWS

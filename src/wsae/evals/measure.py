@@ -21,8 +21,8 @@ from torch import Tensor
 from wsae.acts.stream import HeldOut, HeldoutRows
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.evals.config import EvalConfig
-from wsae.evals.control import CONTROL, FITTED_ROWS, fit_scale, random_control
+from wsae.evals.config import CONTROL, EvalConfig
+from wsae.evals.control import FITTED_ROWS, fit_scale, random_control
 from wsae.evals.latents import (
     RELATIVE_NORM,
     Entries,

@@ -41,8 +41,7 @@ from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.compare import ComparedMember, compare_members, member_metrics
-from wsae.evals.config import EvalConfig
-from wsae.evals.control import CONTROL
+from wsae.evals.config import CONTROL, EvalConfig
 from wsae.evals.downstream import (
     Place,
     splice_arrays,

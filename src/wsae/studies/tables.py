@@ -33,8 +33,7 @@ from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.doctor.run import DoctorConfig, examine
-from wsae.evals.config import InterpretConfig, ProbeConfig
-from wsae.evals.control import CONTROL
+from wsae.evals.config import CONTROL, InterpretConfig, ProbeConfig
 from wsae.evals.latents import unit_rows
 from wsae.evals.probing.reading import RAW
 from wsae.evals.probing.run import TOKENS, probe_run

@@ -22,7 +22,7 @@ from wsae.sae.gamma import (
 )
 from wsae.sae.model import SAE
 from wsae.sae.precondition import Preconditioner
-from wsae.stats import Covariance, Moments
+from wsae.stats.moments import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.native import leave
 from wsae.train.state import MemberState, Target, make_member

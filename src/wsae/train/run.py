@@ -32,7 +32,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.sae.config import GammaConfig
 from wsae.sae.gamma import describe_gamma
 from wsae.sae.model import SAE, WEIGHTS
-from wsae.stats import Covariance
+from wsae.stats.moments import Covariance
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, Inputs, Start, finished, make_family, power_of_two_scale
 from wsae.train.loop import FamilyJob, enter, held, run_steps, train_job

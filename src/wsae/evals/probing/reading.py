@@ -23,8 +23,8 @@ from wsae.acts.text import Document, Packer, TextCounts, TokenSequence, labelled
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.config import ProbeConfig
-from wsae.evals.control import CONTROL, random_control
+from wsae.evals.config import CONTROL, ProbeConfig
+from wsae.evals.control import random_control
 from wsae.evals.measure import EvaluatedSaes, check_width, first_rows
 from wsae.sae.model import Encoder
 
