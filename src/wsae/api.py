@@ -64,17 +64,17 @@ def Member(  # noqa: N802  (reads as the value it makes)
     """Return one member of a family: a gamma rule's name (or the proxy itself, one value per dimension) and the rest.
 
     Gamma and activation may be configs too, an activation what a run's config.json says of one. `precondition` is
-    standardise or whiten, to train on mapped activations. `fields` are those of MemberConfig (d_sae, expansion, tied,
-    lr, seed, l1, l0, target_l0, auxk, k_aux, label, ...), of GammaConfig (alpha, normalise, robust, quantile, ridge,
-    rounds) and of PreconditionConfig (power, shrinkage). Raises UserError naming an unknown one, or a value that does
-    not fit.
+    standardise, whiten or residual, to train on mapped activations. `fields` are those of MemberConfig (d_sae,
+    expansion, tied, lr, seed, l1, l0, target_l0, auxk, k_aux, label, ...), of GammaConfig (alpha, normalise, robust,
+    quantile, ridge, rounds) and of PreconditionConfig (power, shrinkage). Raises UserError naming an unknown one, or a
+    value that does not fit.
     """
     mapped: dict[str, Any] | None = {key: fields.pop(key) for key in _MAP if key in fields}
     if precondition != "none":
         mapped = {"kind": precondition, **mapped}
     elif mapped:
         raise UserError(
-            f"member: {next(iter(mapped))} is of a preconditioner; give precondition 'whiten' or 'standardise' too"
+            f"member: {next(iter(mapped))} is of a preconditioner; give precondition too, 'whiten' say"
         )
     else:
         mapped = None

@@ -518,6 +518,22 @@ def test_activations_with_labels_are_told_apart_by_row_or_by_document():
     assert wsae.probe(identity(), Planted(), cfg=cfg).hooks["h"].tasks
 
 
+def test_the_random_sae_is_centred_on_all_classes_however_few_rows_are_read_at_once(monkeypatch):
+    labels = np.repeat(np.arange(3), 100)
+    x = 2 * np.eye(16, dtype=np.float32)[labels]
+    means = []
+
+    def seen(like, mean, l0, seed):
+        means.append(mean.numpy())
+        return random_control(like, mean, l0, seed)
+
+    monkeypatch.setattr("wsae.evals.probing.reading.random_control", seen)
+    for rows in (1000, 50):
+        wsae.probe(identity(), x, labels, ProbeConfig(k=(1,), least=30, draws=50, batch_size=rows))
+    np.testing.assert_allclose(means[0], x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(means[1], x.mean(0), atol=0.05)
+
+
 BAD = {
     "labels for others": (Corpus(["a"] * 3, ["x"] * 2), "2 for 3 texts"),
     "one class": (Corpus(["a"] * 3, ["x"] * 3), "only one class \\('x'\\)"),

@@ -27,7 +27,7 @@ from wsae.stats.moments import Covariance
 from wsae.train.config import MemberConfig, TrainConfig, family
 from wsae.train.family import finished
 from wsae.train.loop import Recorder, Stopped
-from wsae.train.run import start_family, train_run
+from wsae.train.run import residuals, start_family, train_run
 from wsae.train.state import make_batch, metrics_row
 from wsae.train.step import train_step
 
@@ -213,7 +213,7 @@ def test_in_bfloat16_the_map_is_the_rounded_one_and_folding_takes_it_back() -> N
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch) -> None:
     again = member(None, gamma="residual_covariance", rounds=2)
-    members = member(power=0.5), member("standardise", gamma="residual"), again
+    members = member(power=0.5), member("standardise", gamma="residual"), again, member("residual")
     cfg, source = config(*members), ArraySource(world())
     train_run(cfg, source, tmp_path / "whole")
     normal = Recorder.on_step
@@ -232,7 +232,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch) -> None:
         for run in (tmp_path / "whole", tmp_path / "cut")
     )
     assert whole == cut
-    assert len(whole) == 3
+    assert len(whole) == 4
 
 
 @pytest.mark.parametrize(
@@ -274,6 +274,46 @@ def test_the_record_says_how_the_map_was_made(tmp_path: Path) -> None:
     assert record["condition"] == pytest.approx((before[-1] / before[0]) ** 0.25, rel=1e-3)
 
 
+def test_a_residual_map_is_made_of_what_a_plain_sae_leaves() -> None:
+    x = world()
+    source = ArraySource(x, heldout_fraction=0.0)
+    members = member("residual", power=0.5, shrinkage=0.1), member("residual", gamma="variance")
+    first, second = start_family(config(*members, seed=2), source, source.stats()).members["acts"]
+    run = {"tokens": 500, "batch_size": 100, "seed": 2}
+    (pilot,) = wsae.fit_family(source, member(None), **run).saes
+    with torch.no_grad():
+        left = torch.cov((x - pilot(x)).double().T, correction=0)
+    for state, root, ridge in ((first, 4, 0.1), (second, 2, 0.01)):
+        P = torch.linalg.matrix_power(state.inside.map.double(), root)
+        whole = P @ (left + ridge * left.diagonal().mean() * torch.eye(D_IN))
+        torch.testing.assert_close(whole / whole[0, 0], torch.eye(D_IN).double(), atol=1e-3, rtol=0)
+        mapped = x.double() @ state.inside.map.double()
+        torch.testing.assert_close(
+            state.mean.double() * state.scale, mapped.mean(0), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_one_pilot_serves_all_that_differ_in_weights_and_maps_alone() -> None:
+    source = ArraySource(world(), heldout_fraction=0.0)
+    members = [member("residual", power=power) for power in (0.5, 1.0)]
+    members += [member(None, gamma="residual"), member("residual", seed=5)]
+    cfg = config(*members)
+    left = residuals(cfg, source, source.stats(), {})["acts"]
+    half, whole, weighted, other = (left[name] for name in cfg.names())
+    assert half is whole
+    assert half is weighted
+    assert not torch.equal(half.covariance, other.covariance)
+
+
+def test_what_a_residual_map_does_not_go_with_is_told() -> None:
+    x = world()
+    begun = wsae.fit(x, k=4, d_sae=48, **QUICK)
+    with pytest.raises(UserError, match="leave out one of --precondition and --init-from"):
+        wsae.fit(x, k=4, d_sae=48, init_from=begun, precondition="residual", **QUICK)
+    with pytest.raises(UserError, match="a transcoder's are of what it gives; use whiten"):
+        config(member("residual"), hook_out={"here": "there"})
+
+
 def test_residual_weights_are_one_over_what_is_left() -> None:
     e = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)).double()
     turned = torch.linalg.qr(torch.ones(4, 4).double() + torch.eye(4))[0]
@@ -311,7 +351,8 @@ def test_a_pilot_finds_the_noisy_dimensions_and_round_two_looks_again() -> None:
         ({"precondition": "whiten", "tied": True}, "does not go with tied weights"),
         ({"precondition": "whiten", "power": 1.5}, "power"),
         ({"power": 0.5}, "power is of a preconditioner; give precondition"),
-        ({"precondition": "sphere"}, "'standardise' or 'whiten'"),
+        ({"precondition": "sphere"}, "'standardise', 'whiten' or 'residual'"),
+        ({"precondition": "residual", "gamma": "residual"}, "leave one of them out"),
         ({"precondition": "whiten", "gamma": "consistency"}, "leave the preconditioner out"),
         ({"gamma": "variance", "rounds": 2}, "rounds belong to the residual rules"),
         ({"gamma": "residual_covariance", "robust": "rank"}, "use a larger ridge"),

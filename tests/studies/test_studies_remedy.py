@@ -1,4 +1,4 @@
-"""The study of remedies: its analysis on made-up rows, and the whole of it on a tiny model."""
+"""The study of remedies: its analysis on made-up rows, the whole of it on a tiny model, and on a few images."""
 
 from pathlib import Path
 
@@ -8,9 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsae.evals.config import CONTROL
+from remedy_images import ARMS, ImageRemedy, ImageRemedyConfig, over_images
+from wsae.acts.config import ImageHarvestConfig, ImagesConfig
+from wsae.acts.images.harvest import harvest_images
+from wsae.acts.images.sets import open_images
+from wsae.cli.main import main
+from wsae.evals.config import CONTROL, ClassesConfig, EvalConfig, ProbeConfig
 from wsae.evals.latents import unit_rows
-from wsae.studies.engine import Reproduction
+from wsae.studies.engine import Reproduction, reproduce_study
 from wsae.studies.reproduce import reproduce
 from wsae.studies.tables import (
     Arm,
@@ -21,6 +26,8 @@ from wsae.studies.tables import (
     nearest_cosine,
     told_from_random,
 )
+from wsae.vision.config import preset
+from wsae.vision.pretrain import pretrain
 
 HOOKS = tuple(f"layers.{i}" for i in range(6))
 OFFSETS = np.array([0.3, -0.3, 0.2, -0.2, 0.1, -0.1])
@@ -127,3 +134,51 @@ def test_the_whole_study_on_a_tiny_model(tmp_path: Path) -> None:
     assert all(Path(file).is_file() for file in result["files"])
     again = reproduce("remedy", Reproduction("tiny", tmp_path))  # nothing is run twice
     assert again["arms"] == result["arms"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place, digits = tmp_path_factory.mktemp("images"), ImagesConfig(path="digits")
+    cfg = preset("tiny", images=digits, epochs=1, limit=900, method="ncl")
+    model = str(pretrain(cfg, open_images(digits), place / "ncl").path)
+    harvest = {"model": model, "images": digits, "hooks": ("pooler", "projector"), "limit": 900}
+    return harvest_images(ImageHarvestConfig(**harvest), place / "store").path
+
+
+@pytest.mark.parametrize("name", ["remedy", "table1"])
+def test_a_store_of_images_is_refused_at_the_start(name, store, tmp_path, capsys) -> None:
+    assert main(["reproduce", name, "--store", str(store), "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--store {store}: {name} is about tokens, and these rows are of images" in line
+
+
+def test_the_whole_study_on_a_few_images(store: Path, tmp_path: Path) -> None:
+    few = {"draws": 50, "permutations": 10, "min_support": 3, "n_top": 3}
+    cfg = ImageRemedyConfig(
+        store=store,
+        seeds=(3, 5),
+        d_sae=16,
+        k=2,
+        passes=2,
+        batch_size=128,
+        evaluation=EvalConfig(splice_tokens=0, n_latents=0, assignment_max=0, draws=50),
+        classes=ClassesConfig(groups=0, assignment_max=1, minibatch=0, **few),
+        probing=ProbeConfig(k=(1, 16), least=3, draws=50, ablated=()),
+    )
+    said: list[str] = []
+    result, _ = reproduce_study(ImageRemedy(cfg, tmp_path / "runs", say=said.append), tmp_path)
+    arms = [arm for found in result["arms"].values() for arm in found]
+    tests = 2 * (len(ARMS) - 1)  # at two hooks, those too that constant dimensions leave out
+    assert 0 < tests - len(arms) <= 2
+    least = min(arms, key=lambda arm: arm["p"])
+    assert least["corrected"] == pytest.approx(min(1.0, tests * least["p"]))
+    assert "Agreement of two seeds" in (tmp_path / "tables.md").read_text()
+    study, again = ImageRemedy(cfg, tmp_path / "runs", say=said.append), len(said)
+    rows = [row for run in study.runs() for row in study.rows(run)]
+    for hook in ("pooler", "projector"):
+        for arm in result["arms"][hook]:
+            gap = over_images(rows, hook, arm["name"], cfg.probing)
+            assert 100 * gap.difference == pytest.approx(arm["differences"]["probe_1"][0])
+            assert gap.low <= gap.difference <= gap.high
+    study.run()
+    assert len(said) == again  # nothing is run twice

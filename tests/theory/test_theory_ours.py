@@ -10,6 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wsae.sae import SAE
+from wsae.sae.config import SAEConfig, TopK
+from wsae.sae.precondition import Preconditioner
 from wsae.theory.claims import ours
 from wsae.theory.geometry import digons, direct_sum, orthogonal, polygon, random_unit
 from wsae.theory.losses import code, sampled, superpose
@@ -62,6 +65,29 @@ def test_the_numbers_behind_each_theorem_carry_it(seed: int):
     for S in (0.99, 0.995, 0.999):
         assert n["sample_size"][f"missed_S{S:g}"] < 0.07
         assert n["sample_size"][f"missed_half_S{S:g}"] > 0.5
+    latents = n["significance"]
+    assert latents["apart"] == 0
+    assert latents["right_significance"] > latents["right_plain"] + 0.05
+    assert latents["right_plain"] > latents["right_amplitude"] + 0.05
+    assert latents["most_by_noise_significance"] < latents["most_by_noise_amplitude"] - 0.05
+
+
+def test_an_sae_folded_from_the_noises_coordinates_chooses_the_likeliest_feature():
+    W_p, made = random_unit(5, 8, seed=3), torch.Generator().manual_seed(0)
+    root = torch.randn(5, 5, generator=made, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(root @ root.T)
+    P, inverse = ((vectors * values**power) @ vectors.T for power in (-0.5, 0.5))
+    rows = torch.nn.functional.normalize((P @ W_p).T, dim=1)
+    sae = SAE(SAEConfig(d_in=5, d_sae=8, activation=TopK(k=1))).double()
+    sae.set_tensors(
+        {**sae.tensors(), "W_enc": rows.T, "W_dec": rows} | {"b_enc": torch.zeros(8).double()}
+    )
+    x_p = torch.randn(500, 5, generator=made, dtype=torch.float64) @ root.T
+    chosen = Preconditioner(P, inverse, {}).fold(sae).encode(x_p)
+    likely = ours.most_likely(W_p, root @ root.T, x_p)
+    some = chosen.max(1).values > 0
+    assert some.double().mean() > 0.9
+    assert torch.equal(chosen.argmax(1)[some], likely[some])
 
 
 @given(st.integers(0, 10_000), st.integers(2, 4))

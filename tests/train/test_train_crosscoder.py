@@ -91,7 +91,7 @@ def test_relative_norms_tell_shared_features_from_those_of_one_source() -> None:
     assert float(began.max()) < 0.7
 
 
-MAPS = [None, {"kind": "standardise", "power": 0.5}, {"kind": "whiten", "power": 0.5}]
+MAPS = [None, *({"kind": kind, "power": 0.5} for kind in ("standardise", "whiten", "residual"))]
 
 
 @pytest.mark.parametrize("precondition", MAPS)
@@ -235,7 +235,9 @@ def test_a_crosscoder_of_one_model_is_put_into_it(
     metrics = found["hooks"]["layers.1+layers.0.mlp"]["members"]["plain"]["metrics"]
     for key in ("kl", "ce_delta"):
         assert {key, *(f"{key}[{hook}]" for hook in hooks)} <= metrics.keys()
-    assert {f"kl[{hook}]" for hook in hooks} <= found["glossary"].keys()
+    explained = [key for key in found["glossary"] if key.startswith(("kl[", "fvu["))]
+    assert explained == [f"{key}[{hook}]" for key in ("fvu", "kl") for hook in hooks]
+    assert [key for key in metrics if key.startswith("ce_clean")] == ["ce_clean"]
     place = f"{run}/members/layers.1+layers.0.mlp/plain"
     assert main(["evaluate", place, "--model", str(language), *reading, *quick]) == 0
     alone = json.loads(capsys.readouterr().out)["hooks"]["layers.1+layers.0.mlp"]["members"]
@@ -243,7 +245,8 @@ def test_a_crosscoder_of_one_model_is_put_into_it(
         metrics["fvu"]["value"], rel=1e-3
     )
     assert main(["report", run, "--out", str(tmp_path / "page.html")]) == 0
-    assert "KL divergence of layers.0.mlp" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert page.index('id="g-kl[layers.1]"') < page.index('id="g-kl[layers.0.mlp]"')
 
 
 def test_fit_takes_sources_by_name() -> None:

@@ -100,9 +100,10 @@ class PlanFlags(
     """Exponents of the weights; each gives one SAE on the same batches. Default: 1."""
     gamma_file: MaybePlace = None
     """A .npy vector of width d_in for --gamma vector."""
-    precondition: Literal["none", "standardise", "whiten"] = "none"
+    precondition: Literal["none", "standardise", "whiten", "residual"] = "none"
     """The map of the activations in which the SAEs are trained, folded into them when they are saved: standardise
-    divides each dimension by its standard deviation, whiten uses the whole covariance."""
+    divides each dimension by its standard deviation, whiten uses the whole covariance, residual that of what a plain
+    SAE, trained on a quarter of the rows before, leaves."""
     power: Annotated[tuple[float, ...], OneOrSeveral, tyro.conf.arg(metavar="P ...")] = (1.0,)
     """How far --precondition goes, from 0 (not at all) to 1 (variances all 1); each gives one SAE per alpha."""
     skip: Switch = False
@@ -163,7 +164,7 @@ class PlanFlags(
                 value = getattr(self, name)
                 if value != type(self).model_fields[name].default:
                     raise UserError(
-                        f"--{name} {_shown(value)}: is of a preconditioner; add --precondition whiten or standardise"
+                        f"--{name} {_shown(value)}: is of a preconditioner; add --precondition, whiten say"
                     )
             return [None]
         if not self.power:

@@ -53,8 +53,9 @@ def _fvu(arrays: Arrays, suffix: str) -> Ratio | None:
 def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
     """Return the metrics whose independent unit is the sequence, as ratios of sums; absent arrays give no metric.
 
-    fvu[S] is that of a crosscoder's source S alone, as is what ends so of those below; fvu_weighted is under the Gamma
-    of member `under`; cross-entropies are over the scored tokens of spliced sequences.
+    fvu[S] is that of a crosscoder's source S alone, as is what ends so of those below (not ce_clean, in which nothing
+    is spliced); fvu_weighted is under the Gamma of member `under`; cross-entropies are over the scored tokens of
+    spliced sequences.
     """
     out: dict[str, Ratio] = {}
     if (plain := fvu(arrays)) is not None:
@@ -66,10 +67,19 @@ def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
     if "seq_l0" in arrays:
         seen = arrays["seq_rows"] > 0
         out["l0"] = Ratio(arrays["seq_l0"][seen], arrays["seq_rows"][seen])
+    out |= _of_predictions(arrays)
+    if (weighted := fvu(arrays, under)) is not None:
+        out["fvu_weighted"] = weighted
+    return out
+
+
+def _of_predictions(arrays: Arrays) -> dict[str, Ratio]:
+    """Return what splicing does to the model's predictions, of all of a crosscoder's sources and of each alone."""
+    out: dict[str, Ratio] = {}
     for end in (key.removeprefix("splice_kl") for key in arrays if key.startswith("splice_kl")):
         if f"splice_ce{end}" in arrays:
-            clean, spliced = arrays[f"splice_ce_clean{end}"], arrays[f"splice_ce{end}"]
-            for key, nats in (("clean", clean), ("spliced", spliced), ("delta", spliced - clean)):
+            clean, spliced = arrays["splice_ce_clean"], arrays[f"splice_ce{end}"]
+            for key, nats in (("spliced", spliced), ("delta", spliced - clean)):
                 out[f"ce_{key}{end}"] = Ratio(nats, arrays["splice_targets"])
             for ablation in ("zero", "mean"):
                 ablated = arrays[f"splice_ce_{ablation}{end}"]
@@ -77,8 +87,8 @@ def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
                     ablated - spliced, ablated - clean
                 )
         out[f"kl{end}"] = Ratio(arrays[f"splice_kl{end}"], arrays["splice_targets"])
-    if (weighted := fvu(arrays, under)) is not None:
-        out["fvu_weighted"] = weighted
+    if "splice_ce_clean" in arrays:
+        out["ce_clean"] = Ratio(arrays["splice_ce_clean"], arrays["splice_targets"])
     return out
 
 

@@ -262,7 +262,7 @@ def splice_arrays(
         common = {"splice_seq": losses.seq, "splice_targets": losses.targets}
         if place.causal is not False:
             common |= {
-                f"splice_ce_clean{end}": losses.ce_clean,
+                "splice_ce_clean": losses.ce_clean,  # the same wherever is spliced
                 f"splice_ce_zero{end}": losses.ce["zero"],
                 f"splice_ce_mean{end}": losses.ce["mean"],
             }
@@ -276,10 +276,11 @@ def splice_arrays(
 def unrecovered(hook: str, arrays: dict[str, Tensor]) -> list[str]:
     """Return why there is no share of recovered cross-entropy: an ablation that costs the model nothing."""
     found = []
-    for end in (key.removeprefix("splice_ce_clean") for key in arrays if "ce_clean" in key):
+    for end in (key.removeprefix("splice_ce_zero") for key in arrays if "ce_zero" in key):
+        keys = {"clean": "clean", "zero": f"zero{end}", "mean": f"mean{end}"}
         per_token = {
-            name: float(arrays[f"splice_ce_{name}{end}"].sum() / arrays["splice_targets"].sum())
-            for name in ("clean", "zero", "mean")
+            name: float(arrays[f"splice_ce_{key}"].sum() / arrays["splice_targets"].sum())
+            for name, key in keys.items()
         }
         found += [
             f"{end[1:-1] or hook}: cross-entropy recovered ({name}) is not defined, as the model predicts no worse "

@@ -154,15 +154,16 @@ def _hook_record(found: Measured, family: EvaluatedSaes, cfg: EvalConfig) -> Jso
 
 
 def _of_sources(hooks: Json) -> Json:
-    """Return the glossary's entries of a crosscoder's metrics by source."""
+    """Return the glossary's entries of a crosscoder's metrics by source, in the order of its sources."""
     members = [member for found in hooks.values() for member in found["members"].values()]
-    keys = dict.fromkeys(key for member in members for key in member["metrics"] if "[" in key)
-    out = {}
-    for key in keys:
-        whole, _, source = key.partition("[")
-        entry = METRICS[whole]
-        out[key] = entry._replace(name=f"{entry.name} of {source[:-1]}")._asdict()
-    return out
+    known = {key for member in members for key in member["metrics"]}
+    names = dict.fromkeys(s for m in members for s in m.get("sources", {}).get("alone", ()))
+    return {
+        f"{key}[{source}]": entry._replace(name=f"{entry.name} of {source}")._asdict()
+        for key, entry in METRICS.items()
+        for source in names
+        if f"{key}[{source}]" in known
+    }
 
 
 def _by_source(arrays: dict[str, Tensor]) -> Json:

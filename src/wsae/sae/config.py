@@ -129,17 +129,24 @@ class GammaConfig(Config):
 class PreconditionConfig(Config):
     """The linear map P in which an SAE is trained: it sees P x, and is folded so that saved it takes x and gives x_hat.
 
-    P = (C + shrinkage m I) ^ (-power / 2) with C the covariance and m its mean eigenvalue (whiten), or with C's
-    diagonal alone in its place (standardise). gamma weights the errors of P x.
+    P = (C + shrinkage m I) ^ (-power / 2) with C the covariance of the activations and m its mean eigenvalue (whiten),
+    with C's diagonal alone in its place (standardise), or with the covariance of what a plain pilot SAE leaves of them
+    (residual). gamma weights the errors of P x.
     """
 
-    kind: Literal["standardise", "whiten"]
-    """standardise: each dimension by its own variance; whiten: by the covariance."""
+    kind: Literal["standardise", "whiten", "residual"]
+    """standardise: each dimension by its own variance; whiten: by the covariance; residual: by that of what a plain
+    SAE, trained before, leaves."""
     power: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
     """How far: 1 makes all variances 1, 0.5 takes the square root of that way (C^-1/4), 0 leaves x as it is."""
     shrinkage: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["ledoit-wolf"] = RIDGE
     """What is added to every eigenvalue of C before, as a share of their mean (a ridge); ledoit-wolf: C moves towards
     m I by the share of least expected error (Ledoit & Wolf 2004)."""
+
+    @property
+    def needs_pilot(self) -> bool:
+        """Return whether P comes from what another SAE, trained before, leaves."""
+        return self.kind == "residual"
 
     @property
     def label(self) -> str:

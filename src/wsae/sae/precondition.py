@@ -74,7 +74,8 @@ class Preconditioner:
     ) -> "Preconditioner":
         """Return P = (shrunk C)^(-power / 2), scaled to trace(P P) = d_in, from the covariance of activations.
 
-        With a map `before` C is that of what it makes of them.
+        With a map `before` C is that of what it makes of them; of kind residual `covariance` is that of what a pilot
+        left of it.
 
         Raises UserError for too few rows (unless Ledoit and Wolf's estimate is used, which is made for them), and where
         C is singular and nothing is added to it.
@@ -86,7 +87,9 @@ class Preconditioner:
                 f"{what}: {n} rows cannot give the covariance of {d_in} dimensions; give at least {d_in + 1}, better "
                 f"{10 * d_in}, or use shrinkage ledoit-wolf"
             )
-        C = covariance.covariance if before is None else before.covariance(covariance.covariance)
+        C = covariance.covariance
+        if before is not None and not cfg.needs_pilot:
+            C = before.covariance(C)
         mean = C.trace() / d_in
         if cfg.shrinkage == "ledoit-wolf":
             share = covariance.ledoit_wolf()
@@ -94,7 +97,7 @@ class Preconditioner:
         else:
             share = cfg.shrinkage
             C = C + share * mean * torch.eye(d_in, dtype=C.dtype)
-        whole = cfg.kind == "whiten"
+        whole = cfg.kind != "standardise"
         values, vectors = torch.linalg.eigh(C) if whole else (C.diagonal(), None)
         flat = int((values <= values.max() * d_in * torch.finfo(values.dtype).eps).sum())
         if flat:

@@ -398,6 +398,11 @@ def _harvest(name: StudyName, preset: Preset, out: Path, choices: TableChoices) 
                     f"{flag} {value}: {choices.store} holds activations already; leave one"
                 )
         manifest = read_manifest(choices.store, "store", verify=False)
+        if manifest.info.get("kind") == "images":
+            raise UserError(
+                f"--store {choices.store}: {name} is about tokens, and these rows are of images; give a store of text, "
+                "or reproduce figure4 or figure5, which are about images"
+            )
         return {**manifest.config, "hooks": choices.hooks or tuple(manifest.info["hooks"])}
     data = dict(HARVESTS[preset])
     if preset == "tiny":

@@ -432,7 +432,17 @@ class Arm(Config):
     """The same by Holm's method over all arms."""
     detectable: float
     """The smallest difference that would be seen with 80 % probability, uncorrected."""
-    verdict: str
+    verdict: str = UNSURE
+
+    def at(self, corrected: float) -> "Arm":
+        """Return the arm with this corrected p-value and the verdict that follows."""
+        verdict = UNSURE
+        if corrected < LEVEL and self.differences[PRIMARY].value < 0:
+            verdict = "hurts"
+        elif corrected < LEVEL:
+            cheap = self.fvu_ratio <= WORSE_FVU and self.differences["dead_frac"].value <= MORE_DEAD
+            verdict = "helps" if cheap else "better probes at a price"
+        return self.model_copy(update={"corrected": corrected, "verdict": verdict})
 
 
 def arm_names(rows: Sequence[Row]) -> list[str]:
@@ -466,23 +476,15 @@ def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
         n, spread = len(found[name][PRIMARY]), float(np.std(found[name][PRIMARY], ddof=1))
         seen = float(stats.t.ppf(1 - LEVEL / 2, n - 1) + stats.t.ppf(0.8, n - 1)) * spread / n**0.5
         ratio = float(np.mean([*_ratios(rows, hooks, name)]))
-        verdict = UNSURE
-        if corrected < LEVEL and means[PRIMARY].value < 0:
-            verdict = "hurts"
-        elif corrected < LEVEL:
-            cheap = ratio <= WORSE_FVU and means["dead_frac"].value <= MORE_DEAD
-            verdict = "helps" if cheap else "better probes at a price"
-        arms.append(
-            Arm(
-                name=name,
-                differences=means,
-                fvu_ratio=ratio,
-                p=own,
-                corrected=corrected,
-                detectable=seen,
-                verdict=verdict,
-            )
+        arm = Arm(
+            name=name,
+            differences=means,
+            fvu_ratio=ratio,
+            p=own,
+            corrected=corrected,
+            detectable=seen,
         )
+        arms.append(arm.at(corrected))
     return arms
 
 
@@ -520,7 +522,7 @@ def told_from_random(rows: Sequence[Row], hook: str) -> Mean:
     return mean_interval(list(100 * (np.array(plain[by_task]) - np.array(random[by_task]))))
 
 
-def seed_agreement(study: RemedyStudy) -> Iterator[Row]:
+def seed_agreement(study: PaperStudy[Any]) -> Iterator[Row]:
     """Yield, for each arm and block with several seeds, how alike the decoders of the first two seeds are.
 
     The mean over latents of the largest cosine with a latent of the other seed, less the same of as many random rows

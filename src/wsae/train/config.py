@@ -76,6 +76,11 @@ class MemberConfig(Config):
             raise ValueError(
                 "gamma rule consistency is one of the activations' own dimensions; leave the preconditioner out"
             )
+        if self.precondition.needs_pilot and self.gamma.needs_pilot:
+            raise ValueError(
+                f"gamma rule {self.gamma.rule} weighs by a pilot's residual, which precondition residual does by "
+                "itself; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -120,6 +125,12 @@ class MemberConfig(Config):
         """What it is without its weights, preconditioner and name."""
         own = {"gamma": GammaConfig(), "precondition": None, "label": None}
         return self.model_copy(update=own)
+
+    @property
+    def needs_pilot(self) -> bool:
+        """Whether its loss weights or its preconditioner come from what another SAE, trained before, leaves."""
+        mapped = self.precondition is not None and self.precondition.needs_pilot
+        return mapped or self.gamma.needs_pilot
 
     @property
     def needs_covariance(self) -> bool:
@@ -255,6 +266,17 @@ class TrainConfig(Config):
             raise ValueError(f"loss {self.loss} is computed by PyTorch; leave the kernels out")
         if self.loss is not None and self.hook_out is not None:
             raise ValueError(f"loss {self.loss} is for SAEs, which give what they read")
+        return self
+
+    @model_validator(mode="after")
+    def _residuals_are_of_what_is_read(self) -> "TrainConfig":
+        if self.hook_out is not None and any(
+            m.precondition and m.precondition.needs_pilot for m in self.members
+        ):
+            raise ValueError(
+                "precondition residual: maps by the errors of what is read, and a transcoder's are of what it gives; "
+                "use whiten"
+            )
         return self
 
     @model_validator(mode="after")

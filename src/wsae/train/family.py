@@ -142,8 +142,11 @@ def inputs_of(
     covariance: Covariance | None,
     half: bool = False,
     sources: tuple[SourcePart, ...] | None = None,
+    left: Covariance | None = None,
 ) -> Inputs:
     """Return the moments of P x, `half`: of a P in bfloat16; those of a crosscoder's sources are made alike before.
+
+    `left` is what a pilot left, of which a P of kind residual is made.
 
     Raises UserError where there is no such P, or no covariance to make it of.
     """
@@ -158,7 +161,9 @@ def inputs_of(
         raise UserError(
             f"precondition {cfg.kind} needs the covariance of {stats.d_in} dimensions; given: {given}"
         )
-    inside = Preconditioner.of(cfg, covariance, before)
+    if cfg.needs_pilot and left is None:
+        raise UserError(f"precondition {cfg.kind} needs what a pilot SAE leaves; give it")
+    inside = Preconditioner.of(cfg, covariance if left is None else left, before)
     inside = inside.rounded() if half else inside
     variance = inside.covariance(covariance.covariance).diagonal().clone()
     scale = power_of_two_scale(variance, covariance.n)
@@ -177,7 +182,7 @@ def make_family(
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
 
     `covariances` of each hook serve preconditioners and the rules gap and whiten, `residuals` of each hook and member
-    the residual rules (`wsae.train.run` takes both). `make` makes a hook's member called so in place of
+    what is called residual (`wsae.train.run` takes both). `make` makes a hook's member called so in place of
     `make_member`, or none. With a `start` members go on with its SAEs.
     """
 
@@ -193,12 +198,15 @@ def make_family(
         sources = cfg.crosscoder if start is None else start.saes[hook].cfg.sources
         goal = None if out is None else _goal(stats[out], (covariances or {}).get(out))
         members[hook], record[hook], known = [], {}, {}
-        mapping: dict[PreconditionConfig | None, Preconditioner] = {}  # members map a batch once
+        mapping = {}  # members map a batch once
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
-            chosen = member_cfg.precondition
+            left = (residuals or {}).get(hook, {}).get(name)
+            mapped = member_cfg.precondition
+            own = left if mapped is not None and mapped.needs_pilot else None
+            chosen = (mapped, id(own))
             if chosen not in known:
                 half = cfg.dtype == "bfloat16"
-                known[chosen] = inputs_of(chosen, s.kept, covariance, half, sources)
+                known[chosen] = inputs_of(mapped, s.kept, covariance, half, sources, own)
             inputs = known[chosen]
             weighed = goal or Weighed(s, inputs, covariance)
             if goal is not None:
@@ -206,7 +214,6 @@ def make_family(
             member = (make or whole)(hook, name, member_cfg, inputs)
             if member is None:
                 continue
-            left = (residuals or {}).get(hook, {}).get(name)
             gamma = initial_gamma(member_cfg.gamma, *weighed, left)
             member.sae.set_gamma(gamma)
             if inputs.inside is not None:

@@ -26,7 +26,7 @@ from wsae.core.artifact import (
     write_manifest,
 )
 from wsae.core.calls import own_settings
-from wsae.core.errors import Buffer, explained, understood
+from wsae.core.errors import Buffer, UserError, explained, understood
 from wsae.core.files import write_json
 from wsae.core.progress import Progress, quiet
 from wsae.sae.config import GammaConfig
@@ -106,30 +106,48 @@ def residuals(
     progress: Progress = quiet,
     start: Start | None = None,
 ) -> dict[str, dict[str, Covariance]]:
-    """Return hook -> member -> covariance of the residual x - x_hat of its pilot, for members of the residual rules.
+    """Return hook -> member -> covariance of the residual x - x_hat of its pilot, for members that ask for one.
 
-    A pilot is the member without weights (in round 2: with those of round 1), trained on the run's first batches, a
-    quarter of all; the covariance is taken over shuffled training rows, 131,072 at most, of what the SAE sees: with a
-    preconditioner that is P x. Pilots are not kept: a resumed run trains them again, to the same bits on a CPU.
+    A pilot is the member without weights (in round 2: with those of round 1) and without a map made of what it leaves,
+    trained on the run's first batches, a quarter of all; the covariance is taken over shuffled training rows, 131,072
+    at most, of what the SAE sees: with another preconditioner that is P x. Members that differ in nothing else share
+    one. Pilots are not kept: a resumed run trains them again, to the same bits on a CPU. Raises UserError for a map
+    made of what a pilot leaves with a `start`, whose rows are of norm 1 in other coordinates.
     """
     asked = dict(zip(cfg.names(), cfg.members, strict=True))
-    asked = {name: member for name, member in asked.items() if member.gamma.needs_pilot}
+    asked = {name: member for name, member in asked.items() if member.needs_pilot}
+    if start is not None and any(not m.gamma.needs_pilot for m in asked.values()):
+        raise UserError(
+            "precondition residual: does not go on with an SAE, whose rows are of norm 1 elsewhere; leave out one of "
+            "--precondition and --init-from"
+        )
     left: dict[str, dict[str, Covariance]] = {}
     for number in range(1, 1 + max((m.gamma.rounds or 1 for m in asked.values()), default=0)):
-        pilots = {}
+        alike: dict[MemberConfig, list[str]] = {}
         for name, member in asked.items():
             if (member.gamma.rounds or 1) >= number:
-                plain = GammaConfig() if number == 1 else member.gamma
-                pilots[name] = member.model_copy(update={"gamma": plain, "label": name})
+                alike.setdefault(_pilot(member, number), []).append(name)
+        named = tuple(
+            pilot.model_copy(update={"label": names[0]}) for pilot, names in alike.items()
+        )
         tokens = max(cfg.batch_size, cfg.tokens // PILOT)
-        own = {"members": tuple(pilots.values()), "tokens": tokens}
-        pilot = cfg.model_copy(update=own)
+        pilot = cfg.model_copy(update={"members": named, "tokens": tokens})
         family = make_family(pilot, stats, device, covariances, left, start=start)
         stream = source.stream(pilot.batch_size, pilot.seed)
         with progress(f"pilot {number}", pilot.steps * pilot.batch_size, "tokens") as tick:
             run_steps(pilot, family, stream, 0, tick, lambda _: None)
         left = _left(pilot, family, source, stats, left)
+        for found in left.values():
+            found |= {name: found[names[0]] for names in alike.values() for name in names}
     return left
+
+
+def _pilot(member: MemberConfig, number: int) -> MemberConfig:
+    """Return the SAE, unnamed, whose errors a member's weights or map are made of in a round."""
+    mapped = member.precondition
+    own = {"gamma": GammaConfig()} if number == 1 else {}
+    own |= {"precondition": None} if mapped is not None and mapped.needs_pilot else {}
+    return member.model_copy(update={**own, "label": None})
 
 
 @torch.no_grad()

@@ -193,10 +193,10 @@ class Coder:
     @torch.inference_mode()
     def add(self, x: Mapping[str, Float[Tensor, "rows _"]], pool: Any = None) -> None:
         """Add rows by hook; `pool` [units, rows] makes units of them, whose numbers are sums over rows."""
-        for hook, family in self._families.items():
+        for hook in self._families:
             rows = x[hook]
             if hook not in self._parts:
-                self._begin(hook, family, rows)
+                self.begin(hook, rows)
             parts = self._parts[hook]
             raw = rows.cpu().numpy()
             parts.setdefault(RAW, []).append(raw if pool is None else np.asarray(pool @ raw))
@@ -208,7 +208,10 @@ class Coder:
                 table = scipy.sparse.csr_array((values, indices, offsets), shape=shape)
                 parts.setdefault(name, []).append(table if pool is None else pool @ table)
 
-    def _begin(self, hook: str, family: EvaluatedSaes, rows: Tensor) -> None:
+    @torch.inference_mode()
+    def begin(self, hook: str, rows: Float[Tensor, "rows _"]) -> None:
+        """Centre the random SAE on these rows, and make it as sparse as the plain one is there; else the first do."""
+        family = self._families[hook]
         for name, sae in family.saes.items():
             check_width(f"{hook}/{name}", sae.cfg.d_in, rows.shape[1])
         plain = next(iter(family.twins.values()), next(iter(family.saes)))

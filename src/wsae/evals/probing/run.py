@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from wsae.acts.config import HarvestConfig
 from wsae.acts.source import StoreSource, open_matrix, open_source
@@ -187,11 +188,17 @@ def probe(
     each, corpus = rows.shape[0] // len(names), Corpus(names, names)
     chosen, skipped = choose_documents(corpus, cfg)
     coder, families = Coder({"acts": family}, cfg.seed), {"acts": family}
-    for start in range(0, len(chosen), max(1, cfg.batch_size // each)):
-        number = chosen[start : start + max(1, cfg.batch_size // each)]
-        index = (number[:, None] * each + np.arange(each)).ravel()
+    at_once = max(1, cfg.batch_size // each)
+
+    def taken(number: Int64[np.ndarray, " documents"]) -> Float[Tensor, "rows _"]:
+        return rows.take((number[:, None] * each + np.arange(each)).ravel())
+
+    of_all = chosen[:: -(-len(chosen) // at_once)]  # one class follows another
+    coder.begin("acts", taken(of_all))
+    for start in range(0, len(chosen), at_once):
+        number = chosen[start : start + at_once]
         pool = scipy.sparse.kron(scipy.sparse.eye_array(len(number)), np.full((1, each), 1 / each))
-        coder.add({"acts": rows.take(index)}, pool.tocsr().astype(np.float32))
+        coder.add({"acts": taken(number)}, pool.tocsr().astype(np.float32))
     found = _tell_documents(coder, chosen, corpus, cfg, progress)
     counts = {"classes": _classes(found), "rows": len(chosen)}
     return _probes(found, families, "rows", counts, skipped, cfg)
