@@ -150,6 +150,8 @@ def _locate(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:
     return dtype, shape, 8 + length + begin
 
 
+# NumPy's files.
+
 MOST_UNPACKED = 8 << 30
 """Bytes of packed data that are unpacked into memory."""
 PLAIN_UNPACKED, MOST_TIMES = 256 << 20, 100

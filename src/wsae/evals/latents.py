@@ -242,6 +242,8 @@ def _random_level(a: Tensor, b: Tensor, seed: int) -> float:
     return float(nearest(a, unit_rows(random))[0].double().mean())
 
 
+# Contexts: where latents fire.
+
 BEFORE = 2 / 3
 """Share of a window that lies before its strongest token: a latent reacts to what came earlier."""
 

@@ -294,6 +294,8 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SAE:
     return sae
 
 
+# Which SAEs a path names, and what the run knows about them.
+
 SCORES = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
 """The scores of an evaluation that travel with an SAE."""
 _GAMMA = (

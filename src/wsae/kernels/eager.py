@@ -113,6 +113,8 @@ def _zeros(batch: int, like: Tensor) -> Tensor:
     return torch.zeros(batch + 1, dtype=torch.int64, device=like.device)
 
 
+# Which latents are active.
+
 _SAMPLE = 1 << 16
 """Entries looked at to guess the batch Top-k threshold."""
 
@@ -162,6 +164,8 @@ def _at_least(flat: Float[Tensor, " n"], wanted: int) -> Int64[Tensor, " m"]:
             return found
     return (flat > 0).nonzero()[:, 0]
 
+
+# Encode and decode at chosen latents only, with gradients that touch only those.
 
 with warnings.catch_warnings():  # PyTorch warns once per process that sparse CSR is in beta
     warnings.simplefilter("ignore")
@@ -277,6 +281,9 @@ class _Decode(Function):
         values, W_dec = ctx.saved_tensors
         grad_values = _pair_products(grad, W_dec, ctx.plan)
         return grad_values, ctx.plan.scatter(values, grad), None
+
+
+# The optimiser's step on one matrix of rows: Adam, with rows kept at unit norm on request.
 
 
 class AdamStep(NamedTuple):

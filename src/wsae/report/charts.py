@@ -167,6 +167,8 @@ def _short(value: object) -> float | int | None:
     return int(rounded) if rounded == int(rounded) else rounded
 
 
+# Charts.
+
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 30, 44
 _MAX_LOG_TICKS = 8

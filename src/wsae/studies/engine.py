@@ -25,6 +25,8 @@ from wsae.studies.sweep_config import Preset
 from wsae.train.config import TrainConfig
 from wsae.train.run import train_run
 
+# What rows say.
+
 Row = dict[str, Any]
 """One SAE or control with its labels and scores, ready for JSON."""
 Table = dict[str, Any]

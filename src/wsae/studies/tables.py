@@ -328,6 +328,8 @@ def announce(cfg: StudyConfig) -> str:
     )
 
 
+# The study of remedies.
+
 PRIMARY = "probe_1"
 ALL = ("probe_1", "probe_16", "fvu", "dead_frac")
 """What is compared: probes in points (accuracy in %), FVU, and the dead share in points."""

@@ -265,6 +265,9 @@ def _weighed(residual: Tensor, gamma: Weights | None) -> Tensor:
     return residual if gamma is None else weigh(residual, gamma)
 
 
+# The best tied SAE for a given W_p.
+
+
 @dataclass(frozen=True)
 class Optimum:
     """The best W_m found, and every start's loss."""

@@ -132,6 +132,8 @@ def steps_of(run: Path) -> Iterator[tuple[int, dict[str, float]]]:
         yield step, scalars(of_step)
 
 
+# Copies of the metrics elsewhere.
+
 LoggerName = Literal["tensorboard", "wandb"]
 WandbMode = Literal["online", "offline"]
 

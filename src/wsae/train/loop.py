@@ -166,6 +166,8 @@ def set_member_tensors(member: MemberState, tensors: dict[str, Tensor], where: s
         setattr(member, name, tensors[name].to(device) if name in tensors else None)
 
 
+# The loop.
+
 CHECKPOINT_SECONDS = 60.0
 """A checkpoint is due after this long, or after 20 times what the last one took to write, if that is longer."""
 

@@ -175,6 +175,8 @@ def _left(
     return found
 
 
+# The run and its directory.
+
 _SHAPE = "--d-sae, --expansion or the number of members"
 
 

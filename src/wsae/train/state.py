@@ -335,6 +335,8 @@ def metrics_row(member: MemberState) -> dict[str, float]:
     }
 
 
+# What penalties cost a member, and how its sparsity is steered.
+
 ANNEALS, QUEUE = 10, 10
 """Times at which p-annealing changes p (the first and the last change nothing), and steps before each one whose
 penalties tell the new coefficient (dictionary_learning's PAnnealTrainer)."""

@@ -265,6 +265,9 @@ def _set_gradients(sums: _Sums, norms: Tensor | None) -> None:
             parameter.grad = grads[name].to(parameter)
 
 
+# One step of a member, and which code takes it.
+
+
 def eager_step(
     member: MemberState, batch: Batch, rate: float, run: TrainConfig, step: int
 ) -> SparseCode:

@@ -301,6 +301,8 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
+# Surprisal: how much likelier an explanation makes a text.
+
 LOGITS = 1 << 25
 """Logits held at once (4 bytes each, twice: 268 MB)."""
 KEYS = 1 << 13
