@@ -21,7 +21,7 @@ from wsae.acts.capture import Capture, hooks_named
 from wsae.acts.config import HarvestConfig
 from wsae.acts.flow import SkipRule
 from wsae.acts.language import LanguageModel, load_language
-from wsae.sae.encoding import Encoder
+from wsae.sae.model import Encoder
 
 TEXT = (
     "When Mary and John went to the store in the old town, they met a friend who had just come back from a long "

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 import torch
 
 from training_step import SIZES, Variant, mixture
-from wsae.kernels.native import kernel_threads
+from wsae.kernels.native.build import kernel_threads
 from wsae.train.state import make_batch
 from wsae.train.step import Crew
 

@@ -31,7 +31,7 @@ from wsae.evals.config import ContextConfig
 from wsae.evals.interpret.collect import Members, collect, member_bytes
 from wsae.run import Run
 from wsae.sae import SAE, SAEConfig, TopK
-from wsae.sae.encoding import Encoder
+from wsae.sae.model import Encoder
 from wsae.serve.build import ensure_index
 from wsae.serve.collect import Watched
 from wsae.serve.collect import collect as collect_every

@@ -14,7 +14,7 @@ import torch
 
 from training_step import SIZES, mixture
 from wsae.sae import SAE, SAEConfig, TopK
-from wsae.sae.encoding import Encoder
+from wsae.sae.model import Encoder
 
 
 def measure(size: str, threads: int, rounds: int) -> dict[str, object]:

@@ -21,7 +21,7 @@ import wsae
 from wsae.acts.source import StoreSource
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.loop import run_steps
-from wsae.train.start import start_family
+from wsae.train.run import start_family
 from wsae.train.state import make_batches
 from wsae.train.step import train_step
 

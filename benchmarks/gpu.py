@@ -39,10 +39,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsae.kernels import code_from_topk, select_batch_topk, select_group_topk, select_topk, sparse
-from wsae.kernels import update as eager_update
-from wsae.kernels.sparse import Plan
-from wsae.kernels.update import AdamStep, SparseGrad
+from wsae.kernels import eager
+from wsae.kernels.eager import (
+    AdamStep,
+    Plan,
+    SparseGrad,
+    code_from_topk,
+    select_batch_topk,
+    select_group_topk,
+    select_topk,
+)
 from wsae.sae.architectures import Above
 from wsae.sae.config import Kind, make_activation
 from wsae.train.config import TrainConfig
@@ -113,7 +119,7 @@ def make_training(
     return member, make_batch(x, member, y if skip else None), 1e-4, run, 0
 
 
-def eager() -> SimpleNamespace:
+def plain() -> SimpleNamespace:
     def product(x: Tensor, W: Tensor, b: Tensor | None, dtype: torch.dtype) -> Tensor:
         pre = x.to(dtype) @ W.to(dtype).T
         return pre if b is None else pre + b.to(dtype)
@@ -122,7 +128,7 @@ def eager() -> SimpleNamespace:
         indices = select_topk(product(x, W, b, dtype), k)
         code = code_from_topk(indices.float(), indices)
         plan = Plan.build(code.indices, code.offsets, len(W))
-        values = sparse._pair_products(x, W, plan)
+        values = eager._pair_products(x, W, plan)
         return (values if b is None else values + b[plan.indices]).view(-1, k), indices
 
     def decode(values: Tensor, W: Tensor, plan: Plan) -> Tensor:
@@ -135,10 +141,10 @@ def eager() -> SimpleNamespace:
         group_topk_encode=lambda x, W, b, k, dtype: select_group_topk(product(x, W, b, dtype), k),
         select_batch_topk=lambda x, W, b, k, dtype: select_batch_topk(product(x, W, b, dtype), k),
         decode=decode,
-        pair_products=sparse._pair_products,
+        pair_products=eager._pair_products,
         scatter=Plan.scatter,
-        update_rows_=eager_update.update_rows_,
-        adam_rows_=eager_update.adam_rows_,
+        update_rows_=eager.update_rows_,
+        adam_rows_=eager.adam_rows_,
         train_step=eager_step,
     )
 
@@ -354,7 +360,7 @@ def steps(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]
 
 def each_kind(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]:
     """Time a step of every kind by Triton and by PyTorch in turn until the time is over, at least once each."""
-    sides = {"triton": kernels().train_step, "eager": eager().train_step}
+    sides = {"triton": kernels().train_step, "eager": plain().train_step}
     taken: dict[tuple[str, str], list[float | None]] = {}
     rows: dict[str, dict[str, float | None]] = {kind: {} for kind in (*get_args(Kind), TRANSCODER)}
     while True:
@@ -377,7 +383,7 @@ def each_kind(size: Size, at: argparse.Namespace, until: float) -> dict[str, obj
 
 def each_kernel(size: Size, at: argparse.Namespace, until: float) -> dict[str, object]:
     """Time the kernels and their twins in turn until the time is over, at least once each."""
-    sides = {"triton": kernels(), "eager": eager()}
+    sides = {"triton": kernels(), "eager": plain()}
     taken: dict[tuple[str, str], list[float | None]] = {}
     costs: dict[str, Cost] = {}
     waited: dict[str, int | None] = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 from wsae import SAE, UserError
 from wsae.acts.store import Store
 from wsae.interop import load, save
-from wsae.interop.runs import about_member
+from wsae.interop.saes import about_member
 
 Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 

@@ -19,9 +19,14 @@ from wsae.acts.config import TextConfig
 from wsae.acts.language import LanguageModel, load_language, load_tokenizer
 from wsae.acts.text import documents
 from wsae.acts.tokens import decode_table, joined
-from wsae.evals.interpret.embedding import Memo, embedding_scores, load_encoder
+from wsae.evals.interpret.detection import (
+    Memo,
+    PrefixReader,
+    embedding_scores,
+    load_encoder,
+    surprisal_scores,
+)
 from wsae.evals.interpret.summary import LatentScore
-from wsae.evals.interpret.surprisal import PrefixReader, surprisal_scores
 from wsae.evals.interpret.windows import Collected, LatentContexts, Shown, Windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))

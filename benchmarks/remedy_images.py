@@ -22,13 +22,25 @@ from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, write_json
 from wsae.evals.classes import labels_of, score_run
-from wsae.evals.config import ClassesConfig, EvalConfig, ProbeConfig
-from wsae.evals.control import CONTROL
+from wsae.evals.config import CONTROL, ClassesConfig, EvalConfig, ProbeConfig
 from wsae.evals.intervals import Difference, Ratio, paired_difference
 from wsae.run import Run
 from wsae.sae.config import GammaConfig, PreconditionConfig, TopK
-from wsae.studies.engine import PaperStudy, Stage, StudyRun, markdown, reproduce_study
-from wsae.studies.remedy import (
+from wsae.studies.engine import (
+    Mean,
+    PaperStudy,
+    Row,
+    Stage,
+    StudyRun,
+    Table,
+    cell,
+    markdown,
+    mean_interval,
+    reproduce_study,
+    select,
+    span,
+)
+from wsae.studies.tables import (
     UNSURE,
     Arm,
     agreement_table,
@@ -38,7 +50,6 @@ from wsae.studies.remedy import (
     level_table,
     seed_agreement,
 )
-from wsae.studies.results import Mean, Row, Table, cell, mean_interval, select, span
 from wsae.theory.record import PLAIN
 from wsae.train.config import MemberConfig, TrainConfig
 

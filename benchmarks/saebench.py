@@ -21,7 +21,7 @@ from torch import nn
 
 from wsae import SAE
 from wsae.interop import SAEBenchSAE
-from wsae.interop.runs import about_member
+from wsae.interop.saes import about_member
 
 
 def meta_structure(saes: list[tuple[str, nn.Module]], out: Path) -> dict[str, float]:

@@ -16,13 +16,12 @@ import torch
 from wsae.acts.source import ArraySource
 from wsae.core.progress import quiet
 from wsae.sae import make_activation
-from wsae.sae.forward import training_forward
-from wsae.sae.loss import weighted_reconstruction_loss
+from wsae.sae.forward import training_forward, weighted_reconstruction_loss
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.descent import remove_radial_gradient, unit_rows_
 from wsae.train.family import make_family
 from wsae.train.loop import run_steps
 from wsae.train.state import MemberState
+from wsae.train.step import remove_radial_gradient, unit_rows_
 
 
 def arithmetic(member: MemberState, x: torch.Tensor, bf16: bool) -> None:

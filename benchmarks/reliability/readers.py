@@ -95,7 +95,7 @@ def _sealed(path: Path) -> Any:
 
 
 def _metrics(path: Path) -> Any:
-    from wsae.train.metrics import read_json_lines
+    from wsae.train.loggers import read_json_lines
 
     return read_json_lines(path)
 
@@ -150,7 +150,7 @@ def _shared(format: str) -> dict[str, bytes]:
     """Return the files of an SAE as another tool has them: without ours beside, which hold checksums."""
     from wsae import SAE
     from wsae.interop import save
-    from wsae.interop.convert import KINDS
+    from wsae.interop.saes import KINDS
     from wsae.sae.config import SAEConfig
 
     cfg = SAEConfig.parse({"d_in": 4, "d_sae": 6, "activation": {"kind": "topk", "k": 2}})

@@ -95,7 +95,7 @@ def _world(at: Path) -> None:
 
 def _interrupted(words: list[str], watched: str, after: int) -> None:
     """Run a command until the task `watched` has done `after` units, then stop it as Ctrl-C does."""
-    from wsae.cli.ui import UI
+    from wsae.cli.common import UI
     from wsae.train import loop
 
     done, shown, seconds = [0], UI.progress, loop.CHECKPOINT_SECONDS

@@ -38,7 +38,7 @@ def prepare() -> None:
     import wsae.cli.runner
     import wsae.cli.serve
     import wsae.cli.train
-    import wsae.evals.interpret.embedding
+    import wsae.evals.interpret.detection
     import wsae.evals.interpret.run
     import wsae.evals.run
     import wsae.interop.card

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsae.kernels.native import why_not
-from wsae.kernels.native.build import has_int8
+from wsae.kernels.native.build import has_int8, why_not
 from wsae.kernels.native.select import RoundedEncoder, dimension_scales, product_int8
 from wsae.kernels.native.slices import to_slices
 

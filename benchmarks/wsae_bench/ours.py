@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.source import ArraySource
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae.config import make_activation
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family

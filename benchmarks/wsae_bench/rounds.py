@@ -15,7 +15,7 @@ from typing import Any
 
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, Tick, quiet
-from wsae.doctor.cost import free_memory
+from wsae.doctor.measure import free_memory
 from wsae_bench.config import HELDOUT, LIMITS, Block, Job
 
 # The parent's side of a worker: requests with a time limit, and every ending of the process as one

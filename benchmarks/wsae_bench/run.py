@@ -21,10 +21,10 @@ from torch import Tensor
 from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import locked, write_json, write_text, writing
-from wsae.core.npy import mapped_npy
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
-from wsae.kernels.native import why_not
+from wsae.core.tensors import mapped_npy
+from wsae.kernels.native.build import why_not
 from wsae_bench.config import HELDOUT, PEERS, PINS, BenchConfig, Block, blocks, scaling_blocks
 from wsae_bench.rounds import Samples, Setting, installed, run_block
 from wsae_bench.table import (

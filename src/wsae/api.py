@@ -29,8 +29,7 @@ from wsae.train.bank import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, Start, finished
 from wsae.train.loop import batches, run_steps
-from wsae.train.run import begun_from
-from wsae.train.start import start_family
+from wsae.train.run import begun_from, start_family
 from wsae.train.state import metrics_row
 
 __all__ = [

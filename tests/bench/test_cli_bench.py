@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from wsae.cli.bench import show
+from wsae.cli.common import UI
 from wsae.cli.main import main
-from wsae.cli.ui import UI
 from wsae.core.artifact import read_manifest
 
 SMALL = ("--d-in", "16", "--d-sae", "64", "--k", "4", "--batch", "64", "--rounds", "2",

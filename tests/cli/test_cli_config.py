@@ -14,15 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsae.acts.config import HarvestConfig, ImageHarvestConfig, ImagesConfig, LiveConfig, TextConfig
-from wsae.cli import flags, harvest, main, runner, table, train
-from wsae.cli import flags as flagfile
+from wsae.cli import common, harvest, main, runner, table, train
 from wsae.core.config import FLAG_OF, MOST_BYTES, MOST_DEPTH, Config, read_config, yaml_value
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.evals.config import ContextConfig, EvalConfig, InterpretConfig, LlmConfig
 from wsae.sae.config import GammaConfig, JumpReLU
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.metrics import read_json_lines
+from wsae.train.loggers import read_json_lines
 
 COMMANDS = {command.name: runner.load(command).Flags for command in table.COMMANDS}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -58,7 +57,7 @@ def flags_of(kind: type[Config]) -> st.SearchStrategy[Config]:
     """Return flags of a command with every value drawn, nested ones included."""
     fields = {
         name: flags_of(field.annotation) if isinstance(field.annotation, type) and issubclass(field.annotation, Config)
-        else st.just(field.default) if name in (*flagfile.NOT_IN_A_FILE, "members") else values_of(field.annotation)
+        else st.just(field.default) if name in (*common.NOT_IN_A_FILE, "members") else values_of(field.annotation)
         for name, field in kind.model_fields.items()
     }  # fmt: skip
     return st.fixed_dictionaries(fields).map(kind.model_validate)
@@ -74,14 +73,14 @@ def test_what_print_config_writes_is_read_as_the_same_flags(
     @given(flags_of(kind))
     def check(wanted: Config) -> None:
         for path, text in (
-            (place / "f.yaml", flagfile.as_yaml(wanted, f"wsae {command}")),
-            (place / "f.json", flagfile.as_json(wanted)),
+            (place / "f.yaml", common.as_yaml(wanted, f"wsae {command}")),
+            (place / "f.json", common.as_json(wanted)),
         ):
             path.write_text(text, encoding="utf-8")
-            read = flags.parse(kind, "wsae", ["--config", str(path)], "")
-            assert flagfile.as_file(read) == flagfile.as_file(wanted), path
-            common: Any = read
-            assert common.common.config == path
+            read = common.parse(kind, "wsae", ["--config", str(path)], "")
+            assert common.as_file(read) == common.as_file(wanted), path
+            known: Any = read
+            assert known.common.config == path
 
     check()
 
@@ -89,23 +88,23 @@ def test_what_print_config_writes_is_read_as_the_same_flags(
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_printed_file_has_every_flag_below_its_help(command: str, capsys) -> None:
     kind = COMMANDS[command]
-    needed = [p for p, f in flagfile.leaves(kind) if f.is_required()]
+    needed = [p for p, f in common.leaves(kind) if f.is_required()]
     placed = "figure3" if command == "reproduce" else "bash" if command == "completion" else "x"
     words = [
-        placed for p in needed if f"--{flagfile.flag_name(p[-1])}" not in flags.flag_names(kind)
+        placed for p in needed if f"--{common.flag_name(p[-1])}" not in common.flag_names(kind)
     ]
     for path in needed:
-        flag = f"--{flagfile.flag_name(path[-1])}"
-        words += [flag, "x"] if flag in flags.flag_names(kind) else []
+        flag = f"--{common.flag_name(path[-1])}"
+        words += [flag, "x"] if flag in common.flag_names(kind) else []
     assert main.main([command, *words, "--print-config"]) == 0
     text = capsys.readouterr().out
     read = yaml.safe_load(text)  # by the rules of YAML 1.1, too
     assert main.main([command, *words, "--print-config", "--json"]) == 0
     assert read | {"json": True} == json.loads(capsys.readouterr().out)
     blocks = {block.splitlines()[-1].split(":")[0]: block for block in text.split("\n\n")[1:]}
-    for path, field in flagfile.leaves(kind):
-        if path[-1] not in flagfile.NOT_IN_A_FILE:
-            *comment, _ = blocks[flagfile.key_of(path)].splitlines()
+    for path, field in common.leaves(kind):
+        if path[-1] not in common.NOT_IN_A_FILE:
+            *comment, _ = blocks[common.key_of(path)].splitlines()
             said = " ".join(line.removeprefix("# ") for line in comment)
             assert said == " ".join((field.description or "").split())
 
@@ -144,16 +143,16 @@ OLD_FLAGS = {
 def test_every_flag_of_old_is_still_read(command: str) -> None:
     """Each by itself, with a value that is not its default, lands in the field of its name."""
     kind = COMMANDS[command]
-    fields, paths = dict(flagfile.leaves(kind)), flags.flag_names(kind)
+    fields, paths = dict(common.leaves(kind)), common.flag_names(kind)
     needed = ["x", "--out", "y"] if command in ("train", "harvest") else ["x"]
     for name in OLD_FLAGS[command].split():
         path = paths[f"--{name}"]
         field = fields[path]
         word = word_for(field.annotation, field.default)
-        made = flags.parse(
+        made = common.parse(
             kind, "wsae", [*needed, f"--{name}", *([] if word is None else [word])], ""
         )
-        value = flagfile.as_file(made)[flagfile.key_of(path)]
+        value = common.as_file(made)[common.key_of(path)]
         if word is None:
             assert value is not name.startswith("no-")
         elif isinstance(value, list):
@@ -200,7 +199,7 @@ def test_every_field_of_a_config_has_a_flag(
         "hook_out": "activation",
         "crosscoder": "activation",
     }
-    keys = [path[-1] for path, _ in flagfile.leaves(COMMANDS[command])]
+    keys = [path[-1] for path, _ in common.leaves(COMMANDS[command])]
     assert len(keys) == len(set(keys))
     for config in configs:
         for name in config.model_fields:
@@ -211,7 +210,7 @@ def test_every_field_of_a_config_has_a_flag(
 def test_fields_that_had_no_flag_reach_the_config() -> None:
     words = "x --out y --activation jumprelu --threshold 0.2 --bandwidth 0.3 --warmup 0.1 --decay 0.4 --kernels eager"
     more = "--dead-after 99 --log-every 3 --latent-variance-decay 0.5 --auxk 0 --k-aux 5 --encoder-scale 0.25"
-    made = flags.parse(train.Flags, "wsae", [*words.split(), *more.split()], "")
+    made = common.parse(train.Flags, "wsae", [*words.split(), *more.split()], "")
     cfg = train.config(made, 1000)
     assert (cfg.warmup, cfg.decay, cfg.kernels, cfg.dead_after) == (0.1, 0.4, "eager", 99)
     assert (cfg.log_every, cfg.latent_variance_decay, cfg.tokens) == (3, 0.5, 1000)
@@ -228,7 +227,7 @@ def test_fields_that_had_no_flag_reach_the_config() -> None:
     ):
         with pytest.raises(UserError) as caught:
             train.config(
-                flags.parse(train.Flags, "wsae", ["x", "--out", "y", *wrong.split()], ""), 1000
+                common.parse(train.Flags, "wsae", ["x", "--out", "y", *wrong.split()], ""), 1000
             )
         assert str(caught.value) == says
 
@@ -493,7 +492,7 @@ def test_a_live_runs_record_stands_for_the_flags_that_made_it(tmp_path: Path) ->
     """Text, hooks, the rows that are kept and how they are mixed; what is said beside it wins."""
     words = "gpt2 --out y --text t.txt --hook layers.* --seq-len 32 --sink-norm-ratio 0 --heldout-fraction 0.3"
     more = "--shuffle-tokens 99 --stats-tokens 77 --k 3 --tokens 5000 --alpha 1 2 --seed 4"
-    made = flags.parse(train.Flags, "wsae", [*words.split(), *more.split()], "")
+    made = common.parse(train.Flags, "wsae", [*words.split(), *more.split()], "")
     cfg = train.config(made, None)
     text = made.live.config("gpt2", seed=4, tokens=5000)
     assert (text.heldout_fraction, text.sink_norm_ratio) == (0.3, None)
@@ -502,7 +501,7 @@ def test_a_live_runs_record_stands_for_the_flags_that_made_it(tmp_path: Path) ->
     record = {"train": cfg.to_dict(), "data": "digest", "source": source}
     (tmp_path / "r.json").write_text(json.dumps(record))
     again = ["--config", str(tmp_path / "r.json"), "--out", "y"]
-    read = flags.parse(train.Flags, "wsae", again, "")
+    read = common.parse(train.Flags, "wsae", again, "")
     assert (read.source, read.live, read.mixing, read.common.seed) == (
         "gpt2",
         made.live.model_copy(update={"sink_norm_ratio": None}),
@@ -510,16 +509,16 @@ def test_a_live_runs_record_stands_for_the_flags_that_made_it(tmp_path: Path) ->
         4,
     )
     assert train.config(read, None) == cfg
-    (tmp_path / "f.yaml").write_text(flagfile.as_yaml(read, "wsae train"))
-    printed = flags.parse(train.Flags, "wsae", ["--config", str(tmp_path / "f.yaml")], "")
+    (tmp_path / "f.yaml").write_text(common.as_yaml(read, "wsae train"))
+    printed = common.parse(train.Flags, "wsae", ["--config", str(tmp_path / "f.yaml")], "")
     assert train.config(printed, None) == cfg
-    other = flags.parse(train.Flags, "wsae", ["gpt2-medium", *again, "--seq-len", "64"], "")
+    other = common.parse(train.Flags, "wsae", ["gpt2-medium", *again, "--seq-len", "64"], "")
     assert (other.source, other.live.seq_len) == ("gpt2-medium", 64)
 
 
 def test_flags_of_images_that_would_do_nothing_are_refused() -> None:
     def config(*words: str) -> Any:
-        made = flags.parse(harvest.Flags, "wsae", ["m", "--out", "y", "--images", "p", *words], "")
+        made = common.parse(harvest.Flags, "wsae", ["m", "--out", "y", "--images", "p", *words], "")
         return made.vision.config(made.model, made.live)
 
     assert config("--size", "8", "--resize", "9").images.resize == 9

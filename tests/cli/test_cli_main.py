@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from wsae.cli import flags, main, runner, table, train
-from wsae.cli import flags as flagfile
+from wsae.cli import common, main, runner, table, train
 from wsae.cli import live as plan
 from wsae.core.errors import UserError
 from wsae.core.files import finite
@@ -214,10 +213,10 @@ def test_json_has_no_words_for_nan():
 
 
 def test_every_flag_of_a_nested_config_is_known_once():
-    names = [path for path, _ in flags.leaves(train.Flags)]
-    keys = [flagfile.key_of(path) for path in names]
+    names = [path for path, _ in common.leaves(train.Flags)]
+    keys = [common.key_of(path) for path in names]
     assert len(keys) == len(set(keys))
-    known = flags.flag_names(train.Flags)
+    known = common.flag_names(train.Flags)
     assert {"--d-sae", "--no-twin", "--json", "--resume", "--text"} <= set(known)
     assert "--no-resume" not in known
     assert "--source" not in known
@@ -342,14 +341,14 @@ def numeric(command: str) -> list[tuple[str, type]]:
     """Return the flags of a command that take numbers, and of which kind."""
     module = runner.load(table.find(command))  # type: ignore[arg-type]
     found = []
-    for path, field in flags.leaves(module.Flags):
+    for path, field in common.leaves(module.Flags):
         kinds = [
             kind
             for kind in (float, int)
             if re.search(rf"\b{kind.__name__}\b", str(field.annotation))
         ]
-        if kinds and not flags.is_positional(field):
-            found.append((f"--{flags.flag_name(path[-1])}", kinds[0]))
+        if kinds and not common.is_positional(field):
+            found.append((f"--{common.flag_name(path[-1])}", kinds[0]))
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from wsae.cli import toy
-from wsae.cli.flags import parse
+from wsae.cli.common import parse
 from wsae.cli.main import main
 from wsae.evals.glossary import RECOVERY
 from wsae.studies import sweep as sweep_run

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from wsae.cli.ui import UI, Lines, fields_text, rate_text
-from wsae.core.memory import duration, size
+from wsae.cli.common import UI, Lines, fields_text, rate_text
+from wsae.core.errors import duration, size
 from wsae.core.progress import Progress
 
 

@@ -13,8 +13,8 @@ from typing import get_args
 
 import pytest
 
+from wsae.cli import common, main, runner, table
 from wsae.cli import completion as shells
-from wsae.cli import flags, main, runner, table
 from wsae.sae.config import Kind
 
 
@@ -95,7 +95,7 @@ def test_bash_completes_after_an_equals_sign(place: Path, capsys) -> None:
 def test_every_flag_of_every_command_is_completed(place: Path, capsys) -> None:
     (place / "wsae.bash").write_text(script("bash", capsys))
     for command in table.COMMANDS:
-        known = flags.flag_names(runner.load(command).Flags)
+        known = common.flag_names(runner.load(command).Flags)
         found = in_bash(place / "wsae.bash", f"wsae {command.name} --")
         assert found == {*known, "--help"}, command.name
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from wsae.core.errors import UserError
-from wsae.core.memory import Buffer, explained, is_out_of_memory
+from wsae.core.errors import Buffer, UserError, explained, is_out_of_memory
 from wsae.sae.config import TopK
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import training_buffers
@@ -89,7 +88,7 @@ import numpy as np
 import torch._dynamo
 from wsae.api import Member, fit_family
 from wsae.core.errors import UserError
-from wsae.core.memory import explained
+from wsae.core.errors import explained
 from wsae.train.config import TrainConfig
 from wsae.train.run import training_buffers
 

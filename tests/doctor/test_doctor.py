@@ -16,12 +16,8 @@ from wsae.cli.main import main
 from wsae.core.artifact import read_manifest, record, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json, seal, write_json
-from wsae.doctor import cost
-from wsae.doctor import cost as machine
-from wsae.doctor import probe as activations
-from wsae.doctor import probe as shape
-from wsae.doctor.cost import Memory, check_memory
-from wsae.doctor.probe import Check, report
+from wsae.doctor import measure
+from wsae.doctor.measure import Check, Memory, check_memory, report
 from wsae.doctor.run import DoctorConfig, examine
 from wsae.sae import TopK
 from wsae.sae.config import GammaConfig, GroupTopK
@@ -38,7 +34,7 @@ def plan(k: int = 2, **member) -> TrainConfig:
 
 
 def test_spread_of_a_hand_made_variance():
-    found = activations.spread(torch.tensor([1.0, 1.0, 2.0, 4.0], dtype=torch.float64))
+    found = measure.spread(torch.tensor([1.0, 1.0, 2.0, 4.0], dtype=torch.float64))
     assert found.top_dim == 3
     assert found.top_share == 0.5
     assert found.largest_over_median == 4.0
@@ -46,7 +42,7 @@ def test_spread_of_a_hand_made_variance():
 
 
 def test_spread_of_constant_dimensions_does_not_divide_by_zero():
-    found = activations.spread(torch.zeros(4, dtype=torch.float64))
+    found = measure.spread(torch.zeros(4, dtype=torch.float64))
     assert found.top_share == 0
     assert math.isinf(found.largest_over_median)
 
@@ -54,10 +50,10 @@ def test_spread_of_constant_dimensions_does_not_divide_by_zero():
 def test_weighted_loss_of_an_outlier_dimension_is_the_variance_cubed():
     variance = torch.ones(100, dtype=torch.float64)
     variance[7] = 10.0
-    plain, weighted = activations.check_outliers("h", variance, [GammaConfig(rule="variance")])
+    plain, weighted = measure.check_outliers("h", variance, [GammaConfig(rule="variance")])
     assert (plain.status, weighted.status) == ("ok", "warn")
     assert f"{100 * 1000 / 1099:.3g} %" in weighted.value  # 10^3 of 10^3 + 99
-    tamed = activations.check_outliers("h", variance, [GammaConfig(rule="variance", robust="rank")])
+    tamed = measure.check_outliers("h", variance, [GammaConfig(rule="variance", robust="rank")])
     assert tamed[1].status == "ok"
 
 
@@ -66,22 +62,22 @@ def test_a_sink_at_the_first_position_is_fine_while_the_mask_drops_it():
     x[:, 0] *= 30
     kept = torch.ones(2, 5, dtype=torch.bool)
     kept[:, 0] = False
-    assert activations.check_sinks("h", x, kept).status == "ok"
-    assert "30 x" in activations.check_sinks("h", x, kept).value
-    assert activations.check_sinks("h", x, torch.ones_like(kept)).status == "warn"
+    assert measure.check_sinks("h", x, kept).status == "ok"
+    assert "30 x" in measure.check_sinks("h", x, kept).value
+    assert measure.check_sinks("h", x, torch.ones_like(kept)).status == "warn"
 
 
 def test_nan_is_found_with_its_place():
     x = torch.zeros(4, 3)
     x[2, 1] = float("nan")
-    found = activations.check_finite("h", x)
+    found = measure.check_finite("h", x)
     assert found.status == "fail"
     assert "row 2, dimension 1" in found.value
 
 
 def test_rounding_costs_what_rounding_costs():
     x = 1000 + torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
-    bf16, fp16 = activations.check_rounding("h", x, "bfloat16")
+    bf16, fp16 = measure.check_rounding("h", x, "bfloat16")
     error = (x.bfloat16().double() - x.double()).square().mean(0)
     share = error.sum() / x.double().var(0, correction=0).sum()
     assert share > 0.5  # bfloat16 steps by 4 just below 1024
@@ -92,11 +88,11 @@ def test_rounding_costs_what_rounding_costs():
 @pytest.mark.parametrize(("storage", "status"), [("float16", "fail"), ("float32", "ok")])
 def test_values_beyond_float16_fail_only_where_float16_is_wanted(storage, status):
     x = torch.tensor([[7e4, 0.0], [1.0, 2.0]])
-    assert activations.check_rounding("h", x, storage)[1].status == status
+    assert measure.check_rounding("h", x, storage)[1].status == status
 
 
 def test_group_k_that_does_not_divide_names_the_nearest_that_does():
-    found = shape.check_member("h", 16, MemberConfig(d_sae=100, activation=GroupTopK(k=30)))
+    found = measure.check_member("h", 16, MemberConfig(d_sae=100, activation=GroupTopK(k=30)))
     assert found.status == "fail"
     assert "90 or 120" in found.value
 
@@ -106,16 +102,16 @@ def test_group_k_that_does_not_divide_names_the_nearest_that_does():
 )
 def test_shapes_that_cannot_or_should_not_be(d_sae, k, status):
     assert (
-        shape.check_member("h", 16, MemberConfig(d_sae=d_sae, activation=TopK(k=k))).status
+        measure.check_member("h", 16, MemberConfig(d_sae=d_sae, activation=TopK(k=k))).status
         == status
     )
 
 
 def test_text_is_compared_with_what_is_wanted():
-    assert shape.check_text(0, 10, whole=True).status == "fail"
-    assert shape.check_text(5, 10, whole=True).status == "warn"
-    assert shape.check_text(5, 10, whole=False).status == "ok"
-    assert shape.check_text(15, 10, whole=True).status == "ok"
+    assert measure.check_text(0, 10, whole=True).status == "fail"
+    assert measure.check_text(5, 10, whole=True).status == "warn"
+    assert measure.check_text(5, 10, whole=False).status == "ok"
+    assert measure.check_text(15, 10, whole=True).status == "ok"
 
 
 def test_memory_is_compared_with_what_is_free():
@@ -130,21 +126,21 @@ def test_memory_is_compared_with_what_is_free():
 
 def test_a_stores_size_is_rows_times_widths():
     cfg = HarvestConfig(tokens=1000, heldout_tokens=100, store_dtype="bfloat16")
-    assert cost.store_bytes(cfg, [10, 30]) == 1100 * (40 * 2 + 16)
-    assert cost.check_disk(100, 50.0).status == "fail"
+    assert measure.store_bytes(cfg, [10, 30]) == 1100 * (40 * 2 + 16)
+    assert measure.check_disk(100, 50.0).status == "fail"
 
 
 def test_a_step_takes_about_as_long_as_it_takes():
     x = torch.randn(512, 32, generator=torch.Generator().manual_seed(0))
-    per_step = cost.seconds_per_step(x, plan(), "cpu", budget_s=0.1)
+    per_step = measure.seconds_per_step(x, plan(), "cpu", budget_s=0.1)
     assert 1e-5 < per_step < 1.0
-    assert "training" in cost.check_time(plan(), per_step, None).value
+    assert "training" in measure.check_time(plan(), per_step, None).value
 
 
 def test_the_machine_has_memory_and_disk(tmp_path):
-    assert machine.free_memory("cpu") > 1e6
-    assert machine.free_disk(str(tmp_path / "not" / "yet")) > 1e6
-    assert "torch" in machine.check_versions().value
+    assert measure.free_memory("cpu") > 1e6
+    assert measure.free_disk(str(tmp_path / "not" / "yet")) > 1e6
+    assert "torch" in measure.check_versions().value
 
 
 def test_a_report_counts_its_findings():

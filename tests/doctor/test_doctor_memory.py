@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from wsae.doctor.cost import check_covariance, kernels_of, memory, parameters
-from wsae.kernels.native import why_not
+from wsae.doctor.measure import check_covariance, kernels_of, memory, parameters
+from wsae.kernels.native.build import why_not
 from wsae.sae import SAE, SAEConfig, TopK
 from wsae.sae.config import GammaConfig, JumpReLU, PreconditionConfig
 from wsae.train.config import MemberConfig
@@ -19,7 +19,7 @@ import json, sys, tempfile
 from pathlib import Path
 import numpy as np
 from wsae.acts.source import ArraySource
-from wsae.doctor import cost
+from wsae.doctor import measure
 from wsae.doctor.run import DoctorConfig
 from wsae.doctor.run import examine
 from wsae.train.config import TrainConfig
@@ -34,7 +34,7 @@ cfg = TrainConfig.parse(job["train"], where="test")
 doctor = DoctorConfig(train=cfg, data=str(place / "x.npy"), probe_seconds=1e-9)
 value = next(c["value"] for c in examine(doctor)["checks"] if c["name"] == "memory")
 train_run(cfg, ArraySource(place / "x.npy"), place / "run")
-print(json.dumps([value, cost.held_memory('cpu', 'VmHWM')]))
+print(json.dumps([value, measure.held_memory('cpu', 'VmHWM')]))
 """
 UNITS = {"MB": 1e6, "GB": 1e9}
 

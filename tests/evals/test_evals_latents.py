@@ -8,19 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsae.evals import latents
-from wsae.evals.contexts import TopContexts, Wanted, one_per_stratum, sample_latents
 from wsae.evals.latents import (
     HISTOGRAM_EDGES,
     Entries,
     LatentActivity,
     LiveDecoder,
+    TopContexts,
+    Wanted,
     decoder_max_cosine,
     density_histogram,
     match,
     nearest,
+    one_per_stratum,
+    sample_latents,
     unit_rows,
 )
-from wsae.kernels import SparseCode, code_from_topk
+from wsae.kernels.eager import SparseCode, code_from_topk
 
 
 def padded_code(rows: int, d_sae: int, k: int, seed: int) -> SparseCode:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from wsae.acts.source import HeldoutRows, MatrixRows
 from wsae.core.errors import UserError
 from wsae.evals.compare import member_metrics
-from wsae.evals.config import EvalConfig
-from wsae.evals.control import CONTROL, fit_scale, random_control
+from wsae.evals.config import CONTROL, EvalConfig
+from wsae.evals.control import fit_scale, random_control
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS, PROBES, glossary
 from wsae.evals.measure import (
     EvaluatedSaes,

@@ -17,8 +17,8 @@ from wsae.acts.language import load_language
 from wsae.acts.source import HeldoutRows
 from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
-from wsae.evals.config import ProbeConfig
-from wsae.evals.control import CONTROL, random_control
+from wsae.evals.config import CONTROL, ProbeConfig
+from wsae.evals.control import random_control
 from wsae.evals.measure import EvaluatedSaes
 from wsae.evals.probing.reading import RAW, RULES, Corpus, DocumentReader, label, read_corpus
 from wsae.evals.probing.run import (

@@ -20,8 +20,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
 from wsae.evals.compare import compare, fronts
-from wsae.evals.config import EvalConfig
-from wsae.evals.control import CONTROL
+from wsae.evals.config import CONTROL, EvalConfig
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS
 from wsae.evals.run import evaluate_families, evaluate_run, find_twins, run_subject
 from wsae.sae import TopK

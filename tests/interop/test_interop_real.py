@@ -20,8 +20,7 @@ from wsae.acts.hooknames import among
 from wsae.interop import Provenance, load, save
 from wsae.interop.releases import registry
 from wsae.sae import SAE, JumpReLU, SAEConfig, TopK
-from wsae.sae.forward import training_forward
-from wsae.sae.loss import auxk_loss, weighted_reconstruction_loss
+from wsae.sae.forward import auxk_loss, training_forward, weighted_reconstruction_loss
 from wsae.use.attach import Scale, Set, attach
 
 PACKAGES = {

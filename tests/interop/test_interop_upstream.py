@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from wsae import SAE, UserError
 from wsae.interop import load, save
-from wsae.sae.encoding import Encoder
 from wsae.sae.forward import training_forward
+from wsae.sae.model import Encoder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
 REFUSED = {

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from wsae import SAE, UserError
 from wsae.cli.main import main
 from wsae.interop.releases import Registry, _split, along, expanded, registry
-from wsae.interop.runs import open_run
+from wsae.interop.saes import open_run
 
 D, M = 16, 64
 Weights = dict[str, torch.Tensor]

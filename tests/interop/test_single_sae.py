@@ -18,7 +18,7 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.measure import Survey
 from wsae.evals.run import evaluate_run
 from wsae.interop import Provenance, load
-from wsae.interop.runs import choose, open_run
+from wsae.interop.saes import choose, open_run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 STORE = FIXTURES / "before-fold" / "store"

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from wsae.sae import SAE
-from wsae.sae.forward import training_forward
-from wsae.sae.loss import also_loss, penalty, pre_act_loss, weighted_reconstruction_loss
+from wsae.sae.forward import (
+    also_loss,
+    penalty,
+    pre_act_loss,
+    training_forward,
+    weighted_reconstruction_loss,
+)
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.penalty import anneal, price_at
-from wsae.train.state import MemberState, make_member
+from wsae.train.state import MemberState, anneal, make_member, price_at
 
 MISSING = [n for n in ("sae_lens", "dictionary_learning") if importlib.util.find_spec(n) is None]
 pytestmark = [

@@ -6,17 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wsae.kernels import (
+from wsae.kernels.eager import (
+    Plan,
+    SparseCode,
     code_from_dense,
     code_from_topk,
     decode,
     encode_at,
+    offsets_of,
     select_batch_topk,
     select_group_topk,
     select_topk,
 )
-from wsae.kernels.codes import SparseCode, offsets_of
-from wsae.kernels.sparse import Plan
 
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5))
 

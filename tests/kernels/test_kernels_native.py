@@ -17,9 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wsae.kernels import SparseCode, select_group_topk, select_topk
-from wsae.kernels.native import build, why_not
+from wsae.kernels.eager import (
+    AdamStep,
+    Plan,
+    SparseCode,
+    adam_rows_,
+    select_group_topk,
+    select_topk,
+)
+from wsae.kernels.native import build
 from wsae.kernels.native import select as native
+from wsae.kernels.native.build import why_not
 from wsae.kernels.native.select import Centred, RoundedEncoder, dimension_scales
 from wsae.kernels.native.slices import (
     Level,
@@ -31,8 +39,6 @@ from wsae.kernels.native.slices import (
     to_slices,
 )
 from wsae.kernels.native.weights import Bias, Matrix, Terms, make_weights
-from wsae.kernels.sparse import Plan
-from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.forward import level_by_rank
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"compiled kernels: {why_not()}")
@@ -408,7 +414,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def loaded_elsewhere() -> str:
     """Return what a new process says of its kernels: a damaged library would end it by a signal."""
-    script = "from wsae.kernels.native import why_not; print(why_not())"
+    script = "from wsae.kernels.native.build import why_not; print(why_not())"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr)
@@ -442,11 +448,10 @@ def test_a_compiler_may_have_a_helper_before_it(
 
 ENTRIES = """
 import torch
-from wsae.kernels import SparseCode
+from wsae.kernels.eager import AdamStep, SparseCode
 from wsae.kernels.native.select import Centred, RoundedEncoder, select_above, select_topk
 from wsae.kernels.native.slices import Level, decode, dots, from_slices, residual, sort_pairs, to_slices
 from wsae.kernels.native.weights import Matrix, Terms, make_weights
-from wsae.kernels.update import AdamStep
 
 B, D, F, K = 20, 40, 64, 2
 g = torch.Generator().manual_seed(0)
@@ -576,7 +581,7 @@ KERNEL = """
 import resource
 import torch
 from wsae.core.errors import UserError
-from wsae.core.memory import explained
+from wsae.core.errors import explained
 from wsae.kernels.native import select
 from wsae.kernels.native.slices import to_slices
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsae.kernels.triton import support, unsupported
+from wsae.kernels.triton import support
+from wsae.kernels.triton.support import unsupported
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton runs on Linux")
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -48,8 +49,8 @@ def test_they_compile_for_hopper(tmp_path) -> None:
 def test_nothing_but_the_kernels_needs_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch, wsae.kernels, wsae.kernels.update\n"
-        "from wsae.kernels.triton import unsupported\n"
+        "import torch, wsae.kernels.eager\n"
+        "from wsae.kernels.triton.support import unsupported\n"
         "print(unsupported(torch.zeros(4, 4), torch.float32, 2))"
     )
     assert run(["-c", code]).strip() == ("the kernels run on CUDA devices, the weights are on cpu")

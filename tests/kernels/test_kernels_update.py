@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from wsae.kernels import code_from_topk
-from wsae.kernels.sparse import Plan
-from wsae.kernels.update import SGD, Adam, AdamStep, SparseGrad, adam_rows_, update_rows_
+from wsae.kernels.eager import (
+    SGD,
+    Adam,
+    AdamStep,
+    Plan,
+    SparseGrad,
+    adam_rows_,
+    code_from_topk,
+    update_rows_,
+)
 
 
 @pytest.mark.parametrize("unit", [False, True])

@@ -10,13 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wsae.kernels import code_from_topk, select_batch_topk, select_group_topk, sparse
-from wsae.kernels import update as twin
-from wsae.kernels.codes import offsets_of
-from wsae.kernels.sparse import Plan
+from wsae.kernels import eager
+from wsae.kernels.eager import (
+    AdamStep,
+    Plan,
+    SparseGrad,
+    code_from_topk,
+    offsets_of,
+    select_batch_topk,
+    select_group_topk,
+)
 from wsae.kernels.triton import encode, sums, update
 from wsae.kernels.triton.support import MAX_CANDIDATES
-from wsae.kernels.update import AdamStep, SparseGrad
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -215,22 +220,22 @@ def test_without_pairs_sums_are_zero() -> None:
 
 
 def test_gradcheck_with_the_kernels_plugged_in(monkeypatch) -> None:
-    monkeypatch.setattr(sparse, "_pair_products", sums.pair_products)
+    monkeypatch.setattr(eager, "_pair_products", sums.pair_products)
     monkeypatch.setattr(Plan, "scatter", sums.scatter)
 
     def bag(indices, W, offsets, mode, per_sample_weights):  # noqa: ARG001
         return sums.decode(per_sample_weights.detach(), W.detach(), plan)
 
-    monkeypatch.setattr(sparse, "F", SimpleNamespace(embedding_bag=bag))
+    monkeypatch.setattr(eager, "F", SimpleNamespace(embedding_bag=bag))
     plan, values = ragged(4, 3, 5, FP64)
     x = torch.randn(3, 2, dtype=FP64)
     leaves = [torch.randn(*s, dtype=FP64, requires_grad=True) for s in ((5, 2), (5,), (2,))]
     assert torch.autograd.gradcheck(
-        lambda W, b, c: sparse.encode_at((x - c).detach(), W, plan, b, c), leaves, fast_mode=True
+        lambda W, b, c: eager.encode_at((x - c).detach(), W, plan, b, c), leaves, fast_mode=True
     )
     W = torch.randn(5, 2, dtype=FP64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda v, w: sparse.decode(v, w, plan), (values.requires_grad_(), W), fast_mode=True
+        lambda v, w: eager.decode(v, w, plan), (values.requires_grad_(), W), fast_mode=True
     )
 
 
@@ -249,7 +254,7 @@ def test_updates_are_the_eager_twins(batch, d_in, d_sae, unit) -> None:
         scale = None if number == 1 else torch.tensor(0.25)
         adam = AdamStep(0.03 / number, number, 0.8, 0.95, 1e-6, scale)
         dense = grad.dense()
-        square = twin.update_rows_(expected[0], grad, expected[1], expected[2], adam, unit)
+        square = eager.update_rows_(expected[0], grad, expected[1], expected[2], adam, unit)
         for found in (
             update.update_rows_(terms[0], grad, terms[1], terms[2], adam, unit),
             update.adam_rows_(given[0], dense, given[1], given[2], adam, unit),
@@ -283,7 +288,7 @@ def test_the_benchmarks_whole_step_is_the_eager_one() -> None:
     states = [gpu.make_state(size, "cpu") for _ in range(2)]
     ours, theirs = (
         gpu.step(ops, state, x, size.k, AdamStep(0.01, 1))
-        for ops, state in zip((gpu.kernels(), gpu.eager()), states, strict=True)
+        for ops, state in zip((gpu.kernels(), gpu.plain()), states, strict=True)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     for one, other in zip(states[0][:2], states[1][:2], strict=True):

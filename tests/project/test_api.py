@@ -21,8 +21,7 @@ from wsae.sae.config import GammaConfig
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.train.bank import fits_a_bank
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.run import train_run
-from wsae.train.start import start_family
+from wsae.train.run import start_family, train_run
 
 QUICK = {"tokens": 8_000, "batch_size": 200, "seed": 3}
 

@@ -31,8 +31,7 @@ from wsae.cli.live import read_vector
 from wsae.core.artifact import contained, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
-from wsae.core.npy import MOST_TIMES, PLAIN_UNPACKED, check_unpacked
-from wsae.core.tensors import load_tensors
+from wsae.core.tensors import MOST_TIMES, PLAIN_UNPACKED, check_unpacked, load_tensors
 from wsae.sae import SAE, SAEConfig, TopK
 from wsae.train.run import load_run
 

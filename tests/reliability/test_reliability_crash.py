@@ -14,7 +14,7 @@ from wsae.core.files import is_temporary, locked, writing
 from wsae.sae import TopK
 from wsae.train import loop as directory
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.metrics import JsonLines
+from wsae.train.loggers import JsonLines
 from wsae.train.run import train_run
 
 

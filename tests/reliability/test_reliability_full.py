@@ -30,7 +30,7 @@ HALF_A_ROW = """
 import resource, signal, sys
 from pathlib import Path
 from wsae.core.errors import UserError
-from wsae.train.metrics import JsonLines
+from wsae.train.loggers import JsonLines
 lines = JsonLines(Path(sys.argv[1]))
 lines.write({"step": 1})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

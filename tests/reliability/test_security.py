@@ -39,7 +39,7 @@ from wsae.sae import TopK
 from wsae.serve.build import ensure_index
 from wsae.serve.config import IndexConfig
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.metrics import read_json_lines
+from wsae.train.loggers import read_json_lines
 from wsae.train.run import train_run
 
 SRC = Path(__file__).resolve().parents[2] / "src" / "wsae"

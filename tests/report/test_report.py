@@ -13,7 +13,7 @@ from report_fixture import CONTROL, MEMBERS, edit_evaluation, write_run
 from report_text import HOSTILE, Shape
 
 from wsae.core.errors import UserError
-from wsae.report.contexts import pack_contexts
+from wsae.report.charts import pack_contexts
 from wsae.report.html import json_block, policy, write_report
 from wsae.report.rundata import read_run
 

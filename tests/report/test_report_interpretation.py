@@ -17,7 +17,7 @@ from report_fixture import (
 from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
-from wsae.report.contexts import pack_contexts
+from wsae.report.charts import pack_contexts
 from wsae.report.html import write_report
 from wsae.report.rundata import read_run
 from wsae.report.view import ScoresForm, scores_form

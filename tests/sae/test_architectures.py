@@ -13,7 +13,7 @@ import wsae
 from wsae.acts.source import ArraySource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
-from wsae.interop.convert import save
+from wsae.interop.saes import save
 from wsae.sae import SAE, ActivationConfig, Architecture, SAEConfig, register
 from wsae.sae.architectures import _BY_CONFIG, Every, architecture_of
 from wsae.sae.config import KINDS

@@ -11,14 +11,19 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.sae import SAE, SAEConfig, TopK, make_activation
 from wsae.sae.config import GammaConfig
-from wsae.sae.forward import training_forward
+from wsae.sae.forward import (
+    Price,
+    auxk_loss,
+    penalty,
+    training_forward,
+    weighted_reconstruction_loss,
+)
 from wsae.sae.gamma import (
     describe_gamma,
     gamma_from_proxy,
     latent_variance_proxy,
     robust_proxy,
 )
-from wsae.sae.loss import Price, auxk_loss, penalty, weighted_reconstruction_loss
 
 S = torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)
 

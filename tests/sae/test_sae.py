@@ -16,8 +16,13 @@ from wsae.evals.run import evaluate
 from wsae.sae import SAE, SAEConfig, make_activation
 from wsae.sae.architectures import jumprelu, step
 from wsae.sae.config import JumpReLU, Matryoshka
-from wsae.sae.forward import training_forward
-from wsae.sae.loss import Price, also_loss, penalty, weighted_reconstruction_loss
+from wsae.sae.forward import (
+    Price,
+    also_loss,
+    penalty,
+    training_forward,
+    weighted_reconstruction_loss,
+)
 
 KINDS = (
     "topk",

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae import SAE, BatchTopK, GroupTopK, ReLU, SAEConfig, TopK
-from wsae.sae.encoding import Encoder
+from wsae.sae.model import Encoder
 
 KINDS = [TopK(k=5), GroupTopK(k=8), BatchTopK(k=5), ReLU()]
 

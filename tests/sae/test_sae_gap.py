@@ -13,7 +13,14 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.sae import SAE, SAEConfig, make_activation
 from wsae.sae.config import GammaConfig
-from wsae.sae.forward import training_forward
+from wsae.sae.forward import (
+    auxk_loss,
+    dimension_weights,
+    effective_dimensions,
+    training_forward,
+    weigh,
+    weighted_reconstruction_loss,
+)
 from wsae.sae.gamma import (
     describe_gamma,
     gamma_from_covariance,
@@ -23,13 +30,6 @@ from wsae.sae.gamma import (
     normalise_gamma,
     normalise_matrix,
     whitening,
-)
-from wsae.sae.loss import (
-    auxk_loss,
-    dimension_weights,
-    effective_dimensions,
-    weigh,
-    weighted_reconstruction_loss,
 )
 
 CORRELATED = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.7], [0.9, 0.7, 1.0]], dtype=torch.float64)

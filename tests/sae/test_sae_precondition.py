@@ -18,17 +18,16 @@ from wsae.core.errors import UserError
 from wsae.evals.run import find_twins
 from wsae.interop import load as load_export
 from wsae.interop import save as save_export
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae import SAE
 from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig, make_activation
 from wsae.sae.gamma import gamma_from_residual
 from wsae.sae.precondition import Preconditioner
-from wsae.stats import Covariance
+from wsae.stats.moments import Covariance
 from wsae.train.config import MemberConfig, TrainConfig, family
 from wsae.train.family import finished
 from wsae.train.loop import Recorder, Stopped
-from wsae.train.run import train_run
-from wsae.train.start import residuals, start_family
+from wsae.train.run import residuals, start_family, train_run
 from wsae.train.state import make_batch, metrics_row
 from wsae.train.step import train_step
 

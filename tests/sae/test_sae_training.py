@@ -18,12 +18,11 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.measure import EvaluatedSaes, measure
 from wsae.sae.config import GammaConfig
 from wsae.sae.gamma import gamma_from_covariance
-from wsae.train import start as rows_behind
+from wsae.train import run as rows_behind
 from wsae.train.config import TrainConfig
 from wsae.train.family import make_family
 from wsae.train.loop import Recorder, Stopped
-from wsae.train.run import load_run, train_run
-from wsae.train.start import covariances
+from wsae.train.run import covariances, load_run, train_run
 from wsae.train.state import make_batch, metrics_row
 from wsae.train.step import train_step
 

@@ -14,7 +14,7 @@ from serve_world import D_SAE, HOOK, arrays_of, edit_contexts, latents_of, tiny_
 
 from wsae.cli.main import main
 from wsae.core.errors import UserError
-from wsae.interop.runs import about_member
+from wsae.interop.saes import about_member
 from wsae.run import NamedLatent, Run
 from wsae.sae.config import Provenance
 from wsae.serve import neuronpedia, upload

@@ -11,7 +11,7 @@ from report_fixture import EXPLANATION
 from serve_world import D_SAE, arrays_of, latents_of, write_world
 
 from wsae.core.errors import UserError
-from wsae.report.contexts import matched, spans, visible
+from wsae.report.charts import matched, spans, visible
 from wsae.serve import build as stored
 from wsae.serve import index as listing
 from wsae.serve import schema

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wsae.core.errors import UserError
-from wsae.stats import ConsistencyCounts, Moments
+from wsae.stats.classes import ConsistencyCounts
+from wsae.stats.moments import Moments
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 matrices = hnp.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 4)), elements=floats)

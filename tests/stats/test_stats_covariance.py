@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wsae.core.errors import UserError
-from wsae.stats import Covariance
+from wsae.stats.moments import Covariance
 
 
 def rows(n: int, d_in: int = 4, seed: int = 0, offset: float = 0.0) -> Tensor:

@@ -13,11 +13,11 @@ from wsae.acts.config import ImageHarvestConfig, ImagesConfig
 from wsae.acts.images.harvest import harvest_images
 from wsae.acts.images.sets import open_images
 from wsae.cli.main import main
-from wsae.evals.config import ClassesConfig, EvalConfig, ProbeConfig
-from wsae.evals.control import CONTROL
+from wsae.evals.config import CONTROL, ClassesConfig, EvalConfig, ProbeConfig
 from wsae.evals.latents import unit_rows
 from wsae.studies.engine import Reproduction, reproduce_study
-from wsae.studies.remedy import (
+from wsae.studies.reproduce import reproduce
+from wsae.studies.tables import (
     Arm,
     _like,
     arm_names,
@@ -26,7 +26,6 @@ from wsae.studies.remedy import (
     nearest_cosine,
     told_from_random,
 )
-from wsae.studies.reproduce import reproduce
 from wsae.vision.config import preset
 from wsae.vision.pretrain import pretrain
 

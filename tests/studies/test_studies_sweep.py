@@ -9,7 +9,7 @@ from scipy import stats
 
 from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, make_activation
-from wsae.sae.loss import weigh
+from wsae.sae.forward import weigh
 from wsae.studies.benchmark import (
     NOISE_KINDS,
     NOISE_RULES,
@@ -24,16 +24,7 @@ from wsae.studies.benchmark import (
     over_worlds,
     trials,
 )
-from wsae.studies.figures import (
-    figure2,
-    figure3,
-    low_differences,
-    relative,
-    world_readings,
-    world_sweep,
-    worlds_table,
-)
-from wsae.studies.results import (
+from wsae.studies.engine import (
     Mean,
     differences,
     judged,
@@ -42,6 +33,15 @@ from wsae.studies.results import (
     select,
     series,
     steps_down,
+)
+from wsae.studies.figures import (
+    figure2,
+    figure3,
+    low_differences,
+    relative,
+    world_readings,
+    world_sweep,
+    worlds_table,
 )
 from wsae.studies.sweep import (
     CLOSED_FORM,

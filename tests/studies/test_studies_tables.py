@@ -12,6 +12,16 @@ from wsae.cli.harvest import Flags as HarvestFlags
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
+from wsae.studies.reproduce_config import (
+    HARVESTS,
+    TABLE_SAES,
+    StudyConfig,
+    TableChoices,
+    TableSAEs,
+    all_rules,
+    study_config,
+    table_plan,
+)
 from wsae.studies.tables import (
     BagEncoder,
     TableStudy,
@@ -21,16 +31,6 @@ from wsae.studies.tables import (
     tiny_model,
 )
 from wsae.studies.tables_analysis import Point, at_fvu, bracket
-from wsae.studies.tables_config import (
-    HARVESTS,
-    SAES,
-    StudyConfig,
-    TableChoices,
-    TableSAEs,
-    all_rules,
-    study_config,
-    table_plan,
-)
 from wsae.theory.record import HALF, ONE, PAPER, PLAIN
 
 HERE = Path("somewhere")
@@ -157,7 +157,7 @@ def test_every_preset_gives_a_valid_study_and_the_papers_sizes() -> None:
         "meta-llama"
     )
     assert "hooks: 12" in announce(paper)
-    assert set(SAES) == set(HARVESTS) == {"tiny", "small", "paper"}
+    assert set(TABLE_SAES) == set(HARVESTS) == {"tiny", "small", "paper"}
 
 
 def test_a_study_goes_by_hook_so_that_memory_does_not_grow_with_hooks(tmp_path) -> None:

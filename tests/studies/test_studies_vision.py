@@ -13,9 +13,9 @@ from wsae.acts.config import ImagesConfig
 from wsae.acts.source import StoreSource
 from wsae.cli.main import main
 from wsae.core.errors import UserError
-from wsae.studies import vision_config as presets
+from wsae.studies import reproduce_config as presets
+from wsae.studies.reproduce_config import VisionChoices, vision_config
 from wsae.studies.vision import FigureStudy, announce, figure4, figure5, top_consistency
-from wsae.studies.vision_config import VisionChoices, vision_config
 
 NONE = VisionChoices()
 

@@ -11,18 +11,20 @@ from wsae.core.errors import UserError
 from wsae.theory.claims.weights import unfinished
 from wsae.theory.geometry import nonpositive, orthogonal, polygon, random_unit
 from wsae.theory.losses import (
+    Problem,
+    agree,
     closed_form,
     code,
     gap,
     grid,
     ground_truth_loss,
+    minimise,
     recovers,
     sae_loss,
     sampled,
     superpose,
     uniform,
 )
-from wsae.theory.optimise import Problem, agree, minimise
 
 SEEDS = st.integers(0, 2**31)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import wsae
 from wsae.acts.source import ActivationSource
 from wsae.core.errors import UserError
-from wsae.kernels import SparseCode
+from wsae.kernels.eager import SparseCode
 from wsae.theory.geometry import digons, direct_sum, orthogonal, polygon, random_unit, simplex
 from wsae.toy.config import (
     Anisotropic,

@@ -22,9 +22,17 @@ from wsae.cli import main
 from wsae.core.errors import UserError
 from wsae.core.files import read_json
 from wsae.train import loggers
-from wsae.train.loggers import Logger, WandbConfig, mirrored, tensorboard, wandb
+from wsae.train.loggers import (
+    JsonLines,
+    Logger,
+    WandbConfig,
+    mirrored,
+    read_json_lines,
+    scalars,
+    tensorboard,
+    wandb,
+)
 from wsae.train.loop import Stopped
-from wsae.train.metrics import JsonLines, read_json_lines, scalars
 from wsae.train.parallel.run import train_parallel
 from wsae.train.run import train_run
 from wsae.vision.pretrain import pretrain

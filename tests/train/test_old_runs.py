@@ -14,8 +14,8 @@ import torch
 import wsae
 from wsae.acts.source import StoreSource
 from wsae.cli.main import main
-from wsae.evals.control import CONTROL
-from wsae.train.checkpoint import checkpoints
+from wsae.evals.config import CONTROL
+from wsae.train.loop import checkpoints
 
 OLD = Path(__file__).parents[1] / "fixtures" / "before-fold"
 

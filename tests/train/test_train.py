@@ -18,8 +18,8 @@ from wsae.sae import SAE, make_activation
 from wsae.sae.config import GammaConfig
 from wsae.train.config import MemberConfig, TrainConfig, family
 from wsae.train.family import FamilyState, finished, make_family
+from wsae.train.loggers import read_json_lines
 from wsae.train.loop import Stopped, run_steps
-from wsae.train.metrics import read_json_lines
 from wsae.train.run import load_run, train_run
 from wsae.train.state import GAMMA_EVERY
 from wsae.train.step import lr_factor

@@ -17,12 +17,11 @@ from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.evals.config import EvalConfig
 from wsae.sae import SAE
-from wsae.sae.loss import weigh
+from wsae.sae.forward import weigh
 from wsae.train.config import TrainConfig
 from wsae.train.family import finished
 from wsae.train.loop import run_steps
-from wsae.train.run import load_run, train_run
-from wsae.train.start import start_family
+from wsae.train.run import load_run, start_family, train_run
 from wsae.train.state import make_batch
 from wsae.train.step import eager_step
 

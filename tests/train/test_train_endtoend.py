@@ -18,10 +18,9 @@ from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.train.config import TrainConfig
 from wsae.train.endtoend import frozen, scored_batch, spliced
+from wsae.train.loggers import read_json_lines
 from wsae.train.loop import Stopped
-from wsae.train.metrics import read_json_lines
-from wsae.train.run import train_run
-from wsae.train.start import start_family
+from wsae.train.run import start_family, train_run
 from wsae.train.state import MemberState
 
 HOOK, SEQ = "layers.1", 16

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wsae.acts.source import ArraySource
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae import SAE
 from wsae.train.config import TrainConfig
 from wsae.train.family import make_family

@@ -12,16 +12,16 @@ import wsae
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.kernels.native.slices import to_slices
 from wsae.sae import SAE
-from wsae.sae.loss import weigh
-from wsae.train import descent, native
+from wsae.sae.forward import weigh
+from wsae.train import native
 from wsae.train import step as dispatch
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family
 from wsae.train.loop import run_steps
-from wsae.train.start import start_family
+from wsae.train.run import start_family
 from wsae.train.state import make_batch
 from wsae.train.step import Crew
 
@@ -161,7 +161,7 @@ DENSE = {
 @pytest.mark.parametrize("case", DENSE)
 def test_steps_of_dense_codes_follow_autograd(case: str) -> None:
     """Rows in parts, the last of them shorter."""
-    assert 600 % descent.ROWS > 0
+    assert 600 % dispatch.ROWS > 0
     setting = {"d_sae": 192, "lr": 1e-3, "auxk": 0, **DENSE[case]}
     fields = {"members": (MemberConfig.parse(setting),), "tokens": 3 * 600, "batch_size": 600}
     sides = []

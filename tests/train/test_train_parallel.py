@@ -22,14 +22,13 @@ from wsae.core.artifact import write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.tensors import MappedTensor, save_tensors
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae import SAE
 from wsae.sae.config import SAEConfig
-from wsae.train.checkpoint import checkpoints
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import inputs_of
-from wsae.train.loop import Stopped
-from wsae.train.metrics import read_json_lines
+from wsae.train.loggers import read_json_lines
+from wsae.train.loop import Stopped, checkpoints
 from wsae.train.parallel import run as loop
 from wsae.train.parallel import step as choose
 from wsae.train.parallel.config import Layout, chunk_part, even_part, parse_layout

@@ -15,8 +15,8 @@ from test_train_parallel import features, free_port, run_ranks
 from wsae.acts.source import open_source
 from wsae.core.files import read_json
 from wsae.train import loop as recording
-from wsae.train.checkpoint import checkpoints
 from wsae.train.config import TrainConfig
+from wsae.train.loop import checkpoints
 from wsae.train.parallel import run as loop
 from wsae.train.parallel.run import train_parallel
 from wsae.train.parallel.world import joined, lay_out

@@ -9,12 +9,11 @@ from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.sae import SAE, SAEConfig
 from wsae.sae.config import ReLU
-from wsae.sae.forward import training_forward
-from wsae.sae.loss import Price, penalty, pre_act_loss
+from wsae.sae.forward import Price, penalty, pre_act_loss, training_forward
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family
 from wsae.train.loop import run_steps
-from wsae.train.penalty import annealing
+from wsae.train.state import annealing
 
 ROWS = 200
 

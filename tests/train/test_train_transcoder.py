@@ -17,13 +17,11 @@ from wsae.evals.config import EvalConfig
 from wsae.sae import SAE, SAEConfig
 from wsae.sae.config import make_activation
 from wsae.train.config import MemberConfig, TrainConfig
-from wsae.train.descent import unit_rows_
 from wsae.train.family import finished
 from wsae.train.loop import run_steps
-from wsae.train.run import train_run
-from wsae.train.start import start_family
+from wsae.train.run import start_family, train_run
 from wsae.train.state import make_batch
-from wsae.train.step import eager_step, start_decoder
+from wsae.train.step import eager_step, start_decoder, unit_rows_
 
 D_IN, D_OUT = 24, 17
 

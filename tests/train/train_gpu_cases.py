@@ -15,18 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wsae.acts.source import ArraySource
 from wsae.core.progress import quiet
-from wsae.kernels import select_batch_topk, select_group_topk, select_topk, sparse
-from wsae.kernels import update as twin
-from wsae.kernels.sparse import Plan
+from wsae.kernels import eager
+from wsae.kernels.eager import Plan, select_batch_topk, select_group_topk, select_topk
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE
 from wsae.sae.precondition import Preconditioner
-from wsae.stats import Covariance
+from wsae.stats.moments import Covariance
 from wsae.train import gpu, state
 from wsae.train import step as dispatch
-from wsae.train.checkpoint import member_tensors, set_member_tensors
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import make_family
-from wsae.train.loop import run_steps
+from wsae.train.loop import member_tensors, run_steps, set_member_tensors
 from wsae.train.state import MemberState, Target, make_batch, make_member
 from wsae.train.step import eager_step
 
@@ -50,10 +48,10 @@ TWINS = {
     "select_batch_topk": lambda x, W, b, k, dtype: select_batch_topk(product(x, W, b, dtype), k),
     "above": lambda x, W, b, limit, dtype: (product(x, W, b, dtype) > limit).nonzero().unbind(1),
     "products": lambda x, W, rows, indices: (x[rows] * W[indices]).sum(1),
-    "decode": sparse.decode,
+    "decode": eager.decode,
     "scatter": Plan.scatter,
-    "adam_rows_": twin.adam_rows_,
-    "update_rows_": twin.update_rows_,
+    "adam_rows_": eager.adam_rows_,
+    "update_rows_": eager.update_rows_,
 }
 
 
@@ -349,7 +347,7 @@ def test_the_benchmark_trains_the_same_member_both_ways() -> None:
     size = benchmark.Size(d_in=9, d_sae=17, batch=3, k=2)
     one, two = (benchmark.make_training(size, "cpu") for _ in range(2))
     benchmark.kernels().train_step(*one)
-    benchmark.eager().train_step(*two)
+    benchmark.plain().train_step(*two)
     assert one[3].dtype == "bfloat16"
     assert float(one[0].sums["sse"]) == pytest.approx(float(two[0].sums["sse"]), rel=0.05)
 

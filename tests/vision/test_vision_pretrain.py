@@ -17,8 +17,8 @@ from wsae.acts.images.sets import ArrayImages, open_images
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
+from wsae.train.loggers import read_json_lines
 from wsae.train.loop import Stopped
-from wsae.train.metrics import read_json_lines
 from wsae.vision.config import PretrainConfig, preset
 from wsae.vision.data import make_data
 from wsae.vision.pretrain import Pretrainer, load_pretrained, pretrain

@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from wsae.acts.images.sets import ArrayImages
 from wsae.core.artifact import read_manifest
 from wsae.core.errors import UserError
+from wsae.train.loggers import read_json_lines
 from wsae.train.loop import Stopped
-from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.world import Mesh, joined
 from wsae.vision.config import PretrainConfig, preset
 from wsae.vision.data import make_data

@@ -15,8 +15,7 @@ from wsae.acts.capture import Capture, token_positions, tokens
 from wsae.acts.config import HarvestConfig
 from wsae.acts.hookpoints import probe
 from wsae.acts.text import START, Packer, Position, TokenSequence, heard
-from wsae.core.errors import UserError
-from wsae.core.memory import Buffer, explained
+from wsae.core.errors import Buffer, UserError, explained
 from wsae.stats.classes import ConsistencyCounts
 from wsae.stats.moments import Moments
 

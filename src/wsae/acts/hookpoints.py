@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from wsae.acts.hooknames import HookPlace, Side, canonical_names, match, natural_key, short_name
 from wsae.acts.loading import refuse_unloaded
-from wsae.core.errors import UserError
-from wsae.core.memory import is_out_of_memory
+from wsae.core.errors import UserError, is_out_of_memory
 
 Inputs = dict[str, Any]
 """Keyword arguments of a forward pass; the first is the model's main input."""

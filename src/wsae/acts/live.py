@@ -22,9 +22,8 @@ from wsae.acts.language import LanguageModel, language_for
 from wsae.acts.stream import Batch, HeldoutRows, State, check_batch_size, position, restored
 from wsae.acts.text import START, Packer, Position, TokenSequence, fingerprint
 from wsae.acts.tokens import TokenTable, decode_table
-from wsae.core.errors import UserError
+from wsae.core.errors import Buffer, UserError, explained
 from wsae.core.files import digest
-from wsae.core.memory import Buffer, explained
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 

@@ -33,10 +33,9 @@ from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.calls import numbers
 from wsae.core.errors import UserError
 from wsae.core.files import digest, sha256_file
-from wsae.core.npy import mapped_npy, npz_arrays
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
-from wsae.core.tensors import MappedTensor
+from wsae.core.tensors import MappedTensor, mapped_npy, npz_arrays
 from wsae.core.torchfile import map_tensors
 from wsae.stats.moments import check_finite
 

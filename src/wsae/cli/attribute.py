@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeName, MaybePlace, device
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, Count, MaybeName, MaybePlace, device
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import finite, write_json
@@ -47,7 +46,7 @@ class SaeFlags(Config):
     def opened(self, device: str) -> "Opened":
         """Return model and SAEs; raises UserError where none is given, or model or hook are not known."""
         from wsae.acts.language import load_language
-        from wsae.interop.runs import choose, open_run
+        from wsae.interop.saes import choose, open_run
         from wsae.sae import SAE
         from wsae.use.attach import as_trained
 

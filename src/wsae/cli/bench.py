@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import tyro
 
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     MaybeCount,
@@ -17,7 +18,6 @@ from wsae.cli.flags import (
     config_flags,
     config_values,
 )
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae_bench.config import OURS, PEERS, PEERS_OF_KINDS, SIZES, BenchConfig, Dtype, Size

@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from wsae.cli.common import UI, Common, CommonFlags, MaybePlace, config_flags, config_values
 from wsae.cli.evaluate import interval, measured, show_differences, show_matching
-from wsae.cli.flags import Common, CommonFlags, MaybePlace, config_flags, config_values
 from wsae.cli.live import ReadingFlags
-from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json

@@ -5,10 +5,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import tyro
 
-from wsae.cli import flags as flagfile
-from wsae.cli import runner, table
-from wsae.cli.flags import Common, CommonFlags, MaybePlace, flag_names, is_positional
-from wsae.cli.ui import UI
+from wsae.cli import common, runner, table
+from wsae.cli.common import UI, Common, CommonFlags, MaybePlace, flag_names, is_positional
 from wsae.core.config import Config
 from wsae.core.files import write_text
 
@@ -51,7 +49,7 @@ def commands() -> list[Words]:
     found = []
     for command in table.COMMANDS:
         kind = runner.load(command).Flags
-        fields = dict(flagfile.leaves(kind))
+        fields = dict(common.leaves(kind))
         placed = [_word("", f) for f in fields.values() if is_positional(f)]
         flags = [_word(flag, fields[path]) for flag, path in flag_names(kind).items()]
         flags.append(Word("--help", "Show the flags, with defaults and examples"))

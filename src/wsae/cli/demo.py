@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.evaluate import show_classes, show_differences, show_scores
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     MaybeName,
@@ -16,7 +16,7 @@ from wsae.cli.flags import (
     config_values,
     device,
 )
-from wsae.cli.ui import UI
+from wsae.cli.evaluate import show_classes, show_differences, show_scores
 from wsae.core.errors import UserError
 from wsae.studies.demo_config import DemoConfig
 

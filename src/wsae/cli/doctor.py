@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from wsae.acts.config import LiveConfig
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, config_values, device
+from wsae.cli.common import UI, Common, CommonFlags, Count, MaybeCount, config_values, device
 from wsae.cli.live import TOKENS, LiveFlags, MixingFlags, PlanFlags, is_data
-from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 
 ABOUT = """\

@@ -8,7 +8,8 @@ import tyro
 
 from wsae.acts.config import BUILTIN
 from wsae.acts.hooknames import among
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     MaybeName,
@@ -18,13 +19,12 @@ from wsae.cli.flags import (
     device,
 )
 from wsae.cli.live import GivenText, ReadingFlags, behind, data_of, labelled
-from wsae.cli.ui import UI
 from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.progress import Progress
-from wsae.evals.config import ClassesConfig, EvalConfig
+from wsae.evals.config import CONTROL, ClassesConfig, EvalConfig
 from wsae.run import Run
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def measured(target: Path, asked: GivenText, common: Common, ui: UI) -> Run:
     Raises UserError as `data_of` does.
     """
     from wsae.evals.run import evaluate_run
-    from wsae.interop.runs import open_run
+    from wsae.interop.saes import open_run
 
     opened = open_run(target)
     if asked.text is None:
@@ -137,9 +137,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     data = config_values(flags.measured, EvalConfig) | {"seed": flags.common.seed}
     cfg = EvalConfig.parse(data, where=FLAGS)
     from wsae.acts.source import AlignedSource, JoinedSource
-    from wsae.evals.control import CONTROL
     from wsae.evals.run import evaluate_run
-    from wsae.interop.runs import open_run
+    from wsae.interop.saes import open_run
 
     where, opened = device(flags.common.device), open_run(flags.run)
     asked = flags.reading.asked()
@@ -178,7 +177,7 @@ def kept(opened: Run, target: Path) -> dict[str, Any]:
 def _foreign(opened: Run, elsewhere: str | None, source: "ActivationSource") -> list[str]:
     """Return what speaks against the SAEs on these activations."""
     if opened.single:
-        from wsae.interop.runs import about_sae
+        from wsae.interop.saes import about_sae
 
         about = about_sae(opened.path)
         return [*about.notes, *strangers(about.model, about.hook, source)]

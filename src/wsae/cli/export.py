@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, Switch
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, Switch
 from wsae.core.config import Config
 from wsae.interop.config import FormatName
 
@@ -40,7 +39,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
     """Export and return what was written where, and what was refused why."""
     from wsae.core.errors import UserError
-    from wsae.interop.runs import choose
+    from wsae.interop.saes import choose
 
     chosen = choose(flags.sae, flags.member, flags.hook, flags.all)
     if flags.all and flags.format == "circuit_tracer":
@@ -67,7 +66,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
 def _export(one: Any, out: Path, flags: Flags) -> bool:
     """Write one SAE unless the same export lies there already; returns whether it was written."""
     from wsae.core.artifact import read_manifest
-    from wsae.interop.convert import same, save
+    from wsae.interop.saes import same, save
     from wsae.sae import SAE
 
     inputs = {"sae": read_manifest(one.path, "sae").digest()}

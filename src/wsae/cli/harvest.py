@@ -6,9 +6,8 @@ from typing import Annotated, Any
 import tyro
 
 from wsae.acts.config import HarvestConfig, ImageHarvestConfig
-from wsae.cli.flags import Common, CommonFlags, Place, config_flags, config_values, device
+from wsae.cli.common import UI, Common, CommonFlags, Place, config_flags, config_values, device
 from wsae.cli.live import ImageFlags, LiveFlags, refuse
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 
 ABOUT = "Run a text or images through a model once and keep the activations of the named modules on disk."
@@ -75,7 +74,7 @@ def describe(flags: Flags) -> dict[str, Any]:
 
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print what lies on disk and what to do next."""
-    from wsae.core.memory import size
+    from wsae.core.errors import size
 
     rows, dropped = result["rows"], result["skipped"]["train"]
     widths = ", ".join(f"{hook} ({d_in})" for hook, d_in in result["hooks"].items())

@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, Switch
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, Switch
 from wsae.core.config import Config
 from wsae.interop.config import SourceName
 
@@ -36,7 +35,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
     """Convert and return where the SAE lies and what it is."""
     from wsae.core.artifact import MANIFEST, begun
     from wsae.core.errors import UserError
-    from wsae.interop.convert import load
+    from wsae.interop.saes import load
     from wsae.run import Run
 
     loaded = load(flags.path, flags.format)

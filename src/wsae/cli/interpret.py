@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.evaluate import counted, interval, kept, likeness, scored
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     MaybeCount,
@@ -20,8 +20,8 @@ from wsae.cli.flags import (
     config_values,
     device,
 )
+from wsae.cli.evaluate import counted, interval, kept, likeness, scored
 from wsae.cli.live import GivenText, TextFlags, data_of, language_of
-from wsae.cli.ui import UI
 from wsae.core.artifact import INTERPRETATION, INTERPRETATION_PART
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
@@ -221,7 +221,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         )
     where = device(flags.common.device)
     llm_cfg = flags.llm.config(where, flags.common.seed)
-    from wsae.interop.runs import open_run
+    from wsae.interop.saes import open_run
 
     opened, asked = open_run(flags.run), flags.reading.asked(cfg.hooks)
     source = data_of(opened, where, flags.source, asked, flags.common.seed)
@@ -251,7 +251,7 @@ def _judges(flags: Flags, cfg: InterpretConfig, llm: LlmConfig, where: str) -> "
     """Open what the scores ask, except the model behind the activations."""
     judges: ScorerModels = {}
     if "embedding" in cfg.scores and not flags.dry_run:
-        from wsae.evals.interpret.embedding import load_encoder
+        from wsae.evals.interpret.detection import load_encoder
 
         judges["encoder"] = load_encoder(flags.encoder, device=where)
     if any(score not in FREE for score in cfg.scores):

@@ -9,7 +9,7 @@ import tyro
 
 from wsae.acts.config import HarvestConfig, ImageHarvestConfig, ImagesConfig, LiveConfig, TextConfig
 from wsae.acts.hooknames import among, pairs, sides
-from wsae.cli.flags import (
+from wsae.cli.common import (
     MaybeCount,
     MaybeName,
     MaybeNumber,
@@ -233,7 +233,7 @@ def _shown(value: object) -> str:
 
 def read_vector(flag: str, path: Path, kinds: str, needed: str) -> "np.ndarray":
     """Return the one-dimensional .npy array at `path` with a dtype among `kinds`; raises UserError else."""
-    from wsae.core.npy import mapped_npy
+    from wsae.core.tensors import mapped_npy
 
     values = mapped_npy(path, f"{flag} {path}")
     if values.ndim != 1 or values.dtype.kind not in kinds:
@@ -550,7 +550,7 @@ def _fitting(opened: Run, data: "ActivationSource", source: str | None) -> "Acti
 
 
 def _about(opened: Run) -> Provenance:
-    from wsae.interop.runs import about_sae
+    from wsae.interop.saes import about_sae
 
     return about_sae(opened.path)
 

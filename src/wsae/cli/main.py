@@ -85,7 +85,7 @@ def _unexpected(error: Exception, debug: bool) -> int:
     mended = _mendable(error)
     if mended is not None:
         return _error(str(mended), BAD_INPUT, debug)
-    from wsae.core.memory import is_out_of_memory
+    from wsae.core.errors import is_out_of_memory
 
     if is_out_of_memory(error):
         return _error(

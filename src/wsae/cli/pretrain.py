@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     LoggerFlags,
@@ -18,7 +19,6 @@ from wsae.cli.flags import (
     mirrored,
 )
 from wsae.cli.runner import how_to_go_on, together
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet

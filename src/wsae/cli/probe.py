@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import tyro
 
 from wsae.acts.config import TextConfig
-from wsae.cli.evaluate import interval, kept, show_differences, strangers
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     MaybeName,
@@ -17,6 +17,7 @@ from wsae.cli.flags import (
     config_values,
     device,
 )
+from wsae.cli.evaluate import interval, kept, show_differences, strangers
 from wsae.cli.live import (
     NO_TEXT,
     GivenText,
@@ -26,7 +27,6 @@ from wsae.cli.live import (
     language_of,
     refuse,
 )
-from wsae.cli.ui import UI
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
@@ -101,7 +101,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg, text = ProbeConfig.parse(data, where=FLAGS), flags.labels.config()
     from wsae.evals.probing.reading import read_corpus
     from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_run
-    from wsae.interop.runs import about_sae, open_run
+    from wsae.interop.saes import about_sae, open_run
 
     where, label, corpus, notes = device(flags.common.device), flags.labels.label, None, []
     opened = open_run(flags.run)

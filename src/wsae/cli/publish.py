@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Name, Switch
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, MaybePlace, Name, Switch
 from wsae.cli.live import reopen
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.serve.config import IndexConfig
 
 if TYPE_CHECKING:
-    from wsae.interop.runs import Chosen
+    from wsae.interop.saes import Chosen
     from wsae.run import Run
     from wsae.serve.neuronpedia import Source
     from wsae.serve.upload import Neuronpedia
@@ -52,7 +51,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Write or send one SAE's latents, and return what was done and how many were left out."""
-    from wsae.interop.runs import choose, open_run
+    from wsae.interop.saes import choose, open_run
     from wsae.serve.neuronpedia import source_of
 
     opened = open_run(flags.run)

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, Switch
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, Switch
 from wsae.core.config import Config
 
 ABOUT = """\
@@ -53,7 +52,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
 
 def _push(flags: Flags, out: Path) -> dict[str, Any]:
     from wsae.interop.card import upload, write_folder
-    from wsae.interop.runs import choose, open_run
+    from wsae.interop.saes import choose, open_run
 
     every = not open_run(flags.sae).single
     chosen = choose(flags.sae, flags.member, flags.hook, every=every)

@@ -4,8 +4,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, MaybePlace
 from wsae.core.config import Config
 from wsae.core.errors import UserError, nearest
 from wsae.core.files import write_json

@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from wsae.cli.common import UI, Common, CommonFlags
 from wsae.cli.evaluate import measured
-from wsae.cli.flags import Common, CommonFlags
 from wsae.cli.live import ReadingFlags
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 
 ABOUT = (

@@ -1,17 +1,22 @@
 """`wsae reproduce`: a figure or table of the paper, measured again."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace, Place, device
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, MaybePlace, Place, device
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.config import LOCAL, Control, LlmConfig, Score
-from wsae.studies.tables_config import StageName, TableChoices
-from wsae.studies.vision_config import VisionChoices
+from wsae.studies.reproduce_config import (
+    FigureName,
+    Name,
+    StageName,
+    StudyName,
+    TableChoices,
+    VisionChoices,
+)
 
 ABOUT = """\
 Measure a figure or table of the paper again and print its statement beside what was found.
@@ -26,24 +31,8 @@ language: the same with every gamma rule, both Top-k variants, several seeds, an
 remedy: does any loss weight or preconditioner make latents better? Judged by a plan written before (docs/remedy.md).
 What is finished in OUT is not run again."""
 
-Name = Literal[
-    "figure2",
-    "figure3",
-    "figure4",
-    "figure5",
-    "readings",
-    "worlds",
-    "recovery",
-    "noise",
-    "table1",
-    "table2",
-    "table3",
-    "language",
-    "remedy",
-]
 LLM = LlmConfig()
-STUDIES = ("table1", "table2", "table3", "language", "remedy")
-VISION = ("figure4", "figure5")
+STUDIES, VISION = get_args(StudyName), get_args(FigureName)
 
 
 class StudyFlags(Config):

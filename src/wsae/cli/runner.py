@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from wsae.cli.flags import Common, as_json, as_yaml, device, parse
+from wsae.cli.common import UI, Common, as_json, as_yaml, device, parse
 from wsae.cli.table import Command
-from wsae.cli.ui import UI
 from wsae.core.artifact import CHECKPOINTS
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -107,7 +106,7 @@ def _bound_memory() -> None:
         return
     import resource
 
-    from wsae.core.memory import most_memory
+    from wsae.core.errors import most_memory
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     with contextlib.suppress(OSError):

@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from wsae.cli.common import (
+    UI,
+    Common,
+    CommonFlags,
+    Count,
+    MaybeCount,
+    MaybePlace,
+    Name,
+    Switch,
+    device,
+)
 from wsae.cli.evaluate import measured
-from wsae.cli.flags import Common, CommonFlags, Count, MaybeCount, MaybePlace, Name, Switch, device
 from wsae.cli.live import ReadingFlags, reopen
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.serve.config import IndexConfig

@@ -8,7 +8,8 @@ import tyro
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.cli.attribute import SaeFlags
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     Count,
@@ -19,7 +20,6 @@ from wsae.cli.flags import (
     config_values,
     device,
 )
-from wsae.cli.ui import UI
 from wsae.core.artifact import EVALUATION_PART
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
@@ -175,7 +175,7 @@ def _measured(
 
 def _recorded(path: Path, at: SaeFlags) -> dict[int, float]:
     """Return the largest activations that a run's evaluation recorded."""
-    from wsae.interop.runs import choose, open_run
+    from wsae.interop.saes import choose, open_run
 
     run = open_run(path)
     if not run.has(EVALUATION_PART):

@@ -3,8 +3,7 @@
 import shlex
 from typing import Any
 
-from wsae.cli.flags import Common, CommonFlags, MaybeName, MaybePlace
-from wsae.cli.ui import UI
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, MaybePlace
 from wsae.core.config import Config
 from wsae.core.files import write_json
 

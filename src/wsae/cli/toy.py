@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     Count,
@@ -16,7 +17,6 @@ from wsae.cli.flags import (
     Place,
     device,
 )
-from wsae.cli.ui import UI
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.evals.glossary import RECOVERY

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from wsae.acts.hooknames import among
-from wsae.cli.flags import (
+from wsae.cli.common import (
+    UI,
     Common,
     CommonFlags,
     LoggerFlags,
@@ -28,7 +29,6 @@ from wsae.cli.live import (
     open_sides,
 )
 from wsae.cli.runner import how_to_go_on, together
-from wsae.cli.ui import UI
 from wsae.core.artifact import CONFIG, MEMBERS, METRICS_FILE
 from wsae.core.config import FLAG_OF, FLAGS, Config
 from wsae.core.errors import UserError, understood
@@ -36,7 +36,7 @@ from wsae.core.files import read_json
 from wsae.core.progress import quiet
 from wsae.run import Run
 from wsae.train.config import TrainConfig
-from wsae.train.metrics import read_json_lines
+from wsae.train.loggers import read_json_lines
 from wsae.train.parallel.config import launched
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _start(flags: Flags, hooks: list[str]) -> "Start | None":
         address = Run(flags.out).source.get("init_from")
     if address is None:
         return None
-    from wsae.interop.runs import open_run
+    from wsae.interop.saes import open_run
     from wsae.sae.model import SAE
     from wsae.train.family import Start
 
@@ -265,9 +265,9 @@ _PROBE_S = 2.0
 def _tell_cost(cfg: TrainConfig, source: "ActivationSource", where: str, ui: UI) -> None:
     """Say what a grid of SAEs will need, before anything is trained."""
     if len(cfg.members) >= _MANY and cfg.hook_out is None:
-        from wsae.doctor.cost import told
+        from wsae.doctor.measure import forecast
 
-        ui.note(told(cfg, source, where, _PROBE_S))
+        ui.note(forecast(cfg, source, where, _PROBE_S))
 
 
 def _notes(cfg: TrainConfig, source: "ActivationSource") -> list[str]:

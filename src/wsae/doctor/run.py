@@ -23,8 +23,8 @@ from wsae.core.artifact import MANIFEST, kind_of, read_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError, named, understood
 from wsae.core.progress import Progress, Tick, quiet
-from wsae.doctor import cost, probe
-from wsae.doctor.probe import Check, report, warned
+from wsae.doctor import measure
+from wsae.doctor.measure import Check, report, warned
 from wsae.run import EVALUATION_PART, Run
 from wsae.train.config import FEW_STEPS, TrainConfig
 
@@ -65,8 +65,8 @@ def check_shapes(cfg: DoctorConfig, widths: dict[str, int]) -> list[Check]:
     """Check each hook's width and every form of SAE on it."""
     checks: list[Check] = []
     for hook, d_in in widths.items():
-        checks.append(probe.check_width(hook, d_in, cfg.d_in))
-        found = (probe.check_member(hook, d_in, member) for member in cfg.train.members)
+        checks.append(measure.check_width(hook, d_in, cfg.d_in))
+        found = (measure.check_member(hook, d_in, member) for member in cfg.train.members)
         checks += dict.fromkeys(found)  # members of one form say the same
     return checks
 
@@ -88,21 +88,21 @@ def check_costs(
         return []
     if not saes:
         return []
-    held = cost.held_memory(cfg.device)
+    held = measure.held_memory(cfg.device)
     # a live model's first block exists twice: as the rows behind the statistics, and in the block
     mixing = 2 * 4 * live.mixed_rows * sum(widths) if live else 0
-    need = cost.planned(cfg.train, saes, cfg.device)._replace(held=int(held), rows=mixing)
-    checks = [cost.check_memory(need, cost.free_memory(cfg.device) + held)]
+    need = measure.planned(cfg.train, saes, cfg.device)._replace(held=int(held), rows=mixing)
+    checks = [measure.check_memory(need, measure.free_memory(cfg.device) + held)]
     finite = all(bool(torch.isfinite(x).all()) for x in sample.values())
     if checks[0].status == "fail" or not finite:
         return checks
     for hook, x in sample.items():
-        checks += cost.check_covariance(hook, x, cfg.train.members, rows)
+        checks += measure.check_covariance(hook, x, cfg.train.members, rows)
     per_step = sum(
-        cost.seconds_per_step(x, cfg.train, cfg.device, cfg.probe_seconds / len(sample))
+        measure.seconds_per_step(x, cfg.train, cfg.device, cfg.probe_seconds / len(sample))
         for x in sample.values()
     )
-    return [*checks, cost.check_time(cfg.train, per_step, live and live.tokens_per_s)]
+    return [*checks, measure.check_time(cfg.train, per_step, live and live.tokens_per_s)]
 
 
 # The pre-flight of a language model, its text and its hook points; a store's rows against its
@@ -111,7 +111,7 @@ def check_costs(
 
 def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list[Check]:
     """Load the model, run a few sequences and a few training steps."""
-    checks = [cost.check_versions(), cost.check_device(cfg.device)]
+    checks = [measure.check_versions(), measure.check_device(cfg.device)]
     language = language_for(harvest, cfg.device)
     tick(1)
     lacking = named(language.not_loaded)
@@ -121,8 +121,8 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     bos = tokenizer.bos_token_id is not None and ids and ids[0] == tokenizer.bos_token_id
     said = f"adds {tokenizer.bos_token}; the mask drops it" if bos else "adds none"
     checks.append(Check("begin-of-text token", "ok", f"the tokenizer {said}"))
-    have = probe.text_size(harvest, language)
-    checks.append(probe.check_text(have.tokens, harvest.tokens, have.whole))
+    have = measure.text_size(harvest, language)
+    checks.append(measure.check_text(have.tokens, harvest.tokens, have.whole))
     checks += [Check("text", "warn", line) for line in have.told]
     try:
         probed = probe_hooks(language.model, harvest.hooks, tokens(harvest.seq_len))
@@ -132,7 +132,7 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     checks += check_probed(probed, harvest.seq_len)
     checks += check_shapes(cfg, {hook.name: hook.d_in for hook in hooks})
     tick(1)
-    look = probe.probe_model(harvest, language, hooks, cfg.probe_seqs)
+    look = measure.probe_model(harvest, language, hooks, cfg.probe_seqs)
     tick(1)
     for hook in hooks:
         checks += _check_hook(cfg, harvest, look, hook)
@@ -140,9 +140,9 @@ def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list
     mixed = min(cfg.mixing.shuffle_tokens, harvest.tokens)
     behind_stats = min(cfg.mixing.stats_tokens, harvest.tokens)
     checks += check_costs(cfg, rows, behind_stats, LiveCost(look.tokens_per_s, mixed))
-    need = cost.store_bytes(harvest, [hook.d_in for hook in hooks])
+    need = measure.store_bytes(harvest, [hook.d_in for hook in hooks])
     tick(1)
-    return [*checks, cost.check_disk(need, cost.free_disk(cfg.out))]
+    return [*checks, measure.check_disk(need, measure.free_disk(cfg.out))]
 
 
 def check_probed(probed: Probed, seq_len: int) -> list[Check]:
@@ -242,19 +242,19 @@ def _check_weights(lacking: str, fix: str) -> Check:
 
 
 def _check_hook(
-    cfg: DoctorConfig, harvest: HarvestConfig, look: probe.Probe, hook: HookPoint
+    cfg: DoctorConfig, harvest: HarvestConfig, look: measure.Probe, hook: HookPoint
 ) -> Iterable[Check]:
     rows = look.rows(hook.name)
-    finite = probe.check_finite(hook.name, look.x[hook.name].flatten(0, 1))
+    finite = measure.check_finite(hook.name, look.x[hook.name].flatten(0, 1))
     if finite.status == "fail":
         return [finite]
     variance = rows.double().var(0, correction=0)
     gammas = [member.gamma for member in cfg.train.members]
     return [
         finite,
-        probe.check_sinks(hook.name, look.x[hook.name], look.kept),
-        *probe.check_outliers(hook.name, variance, gammas),
-        *probe.check_rounding(hook.name, rows, harvest.store_dtype),
+        measure.check_sinks(hook.name, look.x[hook.name], look.kept),
+        *measure.check_outliers(hook.name, variance, gammas),
+        *measure.check_rounding(hook.name, rows, harvest.store_dtype),
     ]
 
 
@@ -284,7 +284,7 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
 
     Of a store also what can be wrong in it, and a few of its rows against those of its model.
     """
-    checks = [cost.check_versions(), cost.check_device(cfg.device)]
+    checks = [measure.check_versions(), measure.check_device(cfg.device)]
     try:
         source = open_source(path)
         stats = source.stats(progress)
@@ -303,12 +303,12 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
         variance = stats[hook].kept.variance
         norm = x.double().norm(dim=1)
         ratio = float(norm.max()) / max(float(norm.median()), 1e-300)
-        sinks = ratio > probe.SINK_RATIO
+        sinks = ratio > measure.SINK_RATIO
         fix = "attention sinks are among them: harvest with --sink-norm-ratio 10" if sinks else ""
         norms = warned(f"norms at {hook}", f"the largest is {ratio:.3g} x the median", fix)
-        checks += [probe.check_constant(hook, variance), norms]
-        checks += probe.check_outliers(hook, variance, gammas)
-        checks += probe.check_rounding(hook, x, "float32")
+        checks += [measure.check_constant(hook, variance), norms]
+        checks += measure.check_outliers(hook, variance, gammas)
+        checks += measure.check_rounding(hook, x, "float32")
     return checks + check_costs(cfg, batch, rows, None)
 
 
@@ -384,7 +384,7 @@ def _beginnings(table: TokenTable | None) -> list[bytes]:
 
 def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check]:
     """Check a run: its files, how long it was trained, the data it is of, and what its evaluation says."""
-    checks = [cost.check_versions(), cost.check_device(cfg.device)]
+    checks = [measure.check_versions(), measure.check_device(cfg.device)]
     try:
         manifest = read_manifest(path, "run")
         run = Run(path)

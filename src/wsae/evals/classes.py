@@ -56,8 +56,7 @@ from wsae.evals.latents import Entries, LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, check_width
 from wsae.evals.run import run_subject
 from wsae.run import Run
-from wsae.sae import SAE
-from wsae.sae.encoding import Encoder
+from wsae.sae.model import SAE, Encoder
 from wsae.stats.classes import (
     Chance,
     ClassTable,

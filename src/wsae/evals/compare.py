@@ -13,8 +13,7 @@ import numpy as np
 from wsae.acts.hooknames import among
 from wsae.core.artifact import EVALUATION, PROBING_PART
 from wsae.core.errors import UserError, understood
-from wsae.evals.config import EvalConfig
-from wsae.evals.control import CONTROL
+from wsae.evals.config import CONTROL, EvalConfig
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS, glossary
 from wsae.evals.intervals import (
     Column,

@@ -13,6 +13,10 @@ Size = Annotated[int, Field(ge=0)]
 AtLeastZero = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
+CONTROL = "control-random"
+"""Name of the untrained member in results."""
+
+
 class EvalConfig(Config):
     """How held-out data are measured, and how sure the numbers are."""
 

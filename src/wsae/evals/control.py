@@ -25,7 +25,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import digest, read_json, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.config import Control
+from wsae.evals.config import CONTROL, Control
 from wsae.evals.interpret.windows import Collected, Fragments
 from wsae.sae import SAE, SAEConfig, TopK
 from wsae.train.config import TrainConfig
@@ -33,9 +33,6 @@ from wsae.train.config import TrainConfig
 if TYPE_CHECKING:
     from wsae.acts.config import HarvestConfig
     from wsae.acts.live import LiveSource
-
-CONTROL = "control-random"
-"""Name of the untrained member in results."""
 
 
 def random_control(like: SAE, mean: Float64[Tensor, " d_in"], l0: float, seed: int) -> SAE:

@@ -21,23 +21,24 @@ from torch import Tensor
 from wsae.acts.stream import HeldOut, HeldoutRows
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.evals.config import EvalConfig
-from wsae.evals.contexts import TopContexts, Wanted, sample_latents
-from wsae.evals.control import CONTROL, FITTED_ROWS, fit_scale, random_control
+from wsae.evals.config import CONTROL, EvalConfig
+from wsae.evals.control import FITTED_ROWS, fit_scale, random_control
 from wsae.evals.latents import (
     RELATIVE_NORM,
     Entries,
     LatentActivity,
     LiveDecoder,
     Matching,
+    TopContexts,
+    Wanted,
     decoder_max_cosine,
     match,
+    sample_latents,
 )
-from wsae.kernels import SparseCode
-from wsae.sae import SAE
+from wsae.kernels.eager import SparseCode
 from wsae.sae.config import SourcePart
-from wsae.sae.encoding import Encoder
-from wsae.sae.loss import Weights, dimension_weights, weigh
+from wsae.sae.forward import Weights, dimension_weights, weigh
+from wsae.sae.model import SAE, Encoder
 from wsae.stats.moments import Moments, check_finite
 
 

@@ -41,9 +41,7 @@ from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
 from wsae.core.tensors import save_tensors
 from wsae.evals.compare import ComparedMember, compare_members, member_metrics
-from wsae.evals.config import EvalConfig
-from wsae.evals.contexts import Context
-from wsae.evals.control import CONTROL
+from wsae.evals.config import CONTROL, EvalConfig
 from wsae.evals.downstream import (
     Place,
     splice_arrays,
@@ -52,7 +50,7 @@ from wsae.evals.downstream import (
     unrecovered,
 )
 from wsae.evals.glossary import MATCHING, METRICS, glossary
-from wsae.evals.latents import RELATIVE_NORM, density_histogram, whose
+from wsae.evals.latents import RELATIVE_NORM, Context, density_histogram, whose
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
 from wsae.run import SINGLE, Run
 from wsae.sae import SAE

@@ -13,13 +13,13 @@ from wsae.interop.config import FORMATS, FormatName
 from wsae.sae.config import Provenance
 
 if TYPE_CHECKING:
-    from wsae.interop.convert import Loaded, load, save
     from wsae.interop.saebench import SAEBenchSAE
+    from wsae.interop.saes import Loaded, load, save
 
 _WHERE = {
-    "Loaded": "wsae.interop.convert",
-    "load": "wsae.interop.convert",
-    "save": "wsae.interop.convert",
+    "Loaded": "wsae.interop.saes",
+    "load": "wsae.interop.saes",
+    "save": "wsae.interop.saes",
     "SAEBenchSAE": "wsae.interop.saebench",
 }
 

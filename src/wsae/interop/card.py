@@ -13,7 +13,7 @@ from wsae.core.errors import UserError, reason
 from wsae.core.files import write_json, write_text
 from wsae.core.hub import hub_errors, quiet_hub
 from wsae.interop.config import INDEX
-from wsae.interop.runs import Chosen
+from wsae.interop.saes import Chosen
 from wsae.sae.config import Provenance
 from wsae.sae.model import SAE
 

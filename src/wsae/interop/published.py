@@ -29,8 +29,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.core.hub import LLAMA_CONFIG, LLAMA_WEIGHTS
-from wsae.core.npy import npz_arrays
-from wsae.core.tensors import load_tensors
+from wsae.core.tensors import load_tensors, npz_arrays
 from wsae.core.torchfile import load_state
 from wsae.interop.format import (
     THROUGH_SAELENS,

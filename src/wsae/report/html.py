@@ -17,7 +17,7 @@ from wsae.core import __version__
 from wsae.core.errors import UserError
 from wsae.core.files import write_text
 from wsae.report import charts, view
-from wsae.report.contexts import pack_contexts, shown_token, visible
+from wsae.report.charts import pack_contexts, shown_token, visible
 from wsae.report.rundata import RunData, read_run
 from wsae.report.view import number
 

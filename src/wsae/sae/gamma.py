@@ -13,7 +13,7 @@ from torch import Tensor
 from wsae.core.calls import tensor
 from wsae.core.errors import UserError
 from wsae.sae.config import OUTLIER_RATIO, RIDGE, GammaConfig, Normalise, Robust
-from wsae.sae.loss import Weights, dimension_weights, effective_dimensions
+from wsae.sae.forward import Weights, dimension_weights, effective_dimensions
 
 # Weights that close the gap of Theorem 5: gamma from the covariance of x_p.
 #

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.sae.config import PreconditionConfig, SourcePart
-from wsae.sae.loss import Weights, weigh
+from wsae.sae.forward import Weights, weigh
 from wsae.sae.model import SAE
-from wsae.stats import Covariance
+from wsae.stats.moments import Covariance
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ from wsae.acts.tokens import TokenTable, decode_table, owner_of
 from wsae.core.errors import UserError
 from wsae.core.files import as_user_error, digest, locked_file, writing
 from wsae.core.progress import Progress, quiet
-from wsae.evals.contexts import sample_latents
-from wsae.evals.latents import RELATIVE_NORM
-from wsae.report.contexts import shown_token
+from wsae.evals.latents import RELATIVE_NORM, sample_latents
+from wsae.report.charts import shown_token
 from wsae.report.rundata import RunData, counted, is_control, read_run
 from wsae.report.view import glossary, meaning, overview, score_name
 from wsae.run import Json, Run

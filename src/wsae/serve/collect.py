@@ -21,11 +21,18 @@ from wsae.acts.tokens import TokenTable, alone
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.contexts import Kept, TopContexts, Wanted, by_strength, kept_bytes, places, span_of
-from wsae.evals.latents import Entries
-from wsae.kernels import SparseCode
-from wsae.sae import SAE
-from wsae.sae.encoding import Encoder
+from wsae.evals.latents import (
+    Entries,
+    Kept,
+    TopContexts,
+    Wanted,
+    by_strength,
+    kept_bytes,
+    places,
+    span_of,
+)
+from wsae.kernels.eager import SparseCode
+from wsae.sae.model import SAE, Encoder
 from wsae.serve.config import IndexConfig
 from wsae.serve.schema import BINS, bin_of
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from wsae.acts.tokens import alone, joined
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, nearest
-from wsae.evals.contexts import Context
+from wsae.evals.latents import Context
 from wsae.report.rundata import DensityForm
 from wsae.report.view import OverviewForm
 from wsae.run import (

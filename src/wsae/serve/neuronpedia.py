@@ -19,7 +19,7 @@ from wsae.acts.hooknames import hook_name
 from wsae.core.artifact import free, replacing, write_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import Json, write_json, writing
-from wsae.report.contexts import CONTINUED
+from wsae.report.charts import CONTINUED
 from wsae.sae.config import Provenance
 from wsae.serve.build import clean
 from wsae.serve.index import Index, Member, Pairs

@@ -7,8 +7,7 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from wsae.report.charts import acts_chart, member_densities
-from wsae.report.contexts import Span, spans, visible
+from wsae.report.charts import Span, acts_chart, member_densities, spans, visible
 from wsae.report.html import environment
 from wsae.report.view import number
 from wsae.run import NAME_CHARS, Json, NamedLatent

@@ -19,7 +19,7 @@ from torch import Tensor
 from wsae.core.artifact import record
 from wsae.core.errors import UserError
 from wsae.core.files import read_sealed, seal, write_json
-from wsae.evals.contexts import Context, Kept
+from wsae.evals.latents import Context, Kept
 
 # The bins in which activations are counted: eight per decade, the same for every latent.
 

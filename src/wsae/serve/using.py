@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from wsae.core.errors import UserError
-from wsae.report.contexts import level_of
+from wsae.report.charts import level_of
 from wsae.run import Json, Run
 from wsae.serve.index import Member, Served, whole
 

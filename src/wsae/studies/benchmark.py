@@ -16,14 +16,16 @@ from wsae.core.files import write_text
 from wsae.core.seeds import seed_for
 from wsae.sae.config import GammaConfig, make_activation
 from wsae.studies.drawing import panels_figure
-from wsae.studies.engine import TABLES, Reproduction, markdown
-from wsae.studies.results import (
+from wsae.studies.engine import (
+    TABLES,
     Mean,
+    Reproduction,
     Row,
     Table,
     as_series,
     cell,
     differences,
+    markdown,
     mean_interval,
     select,
     series,

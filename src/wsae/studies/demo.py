@@ -19,7 +19,7 @@ from wsae.report.html import write_report
 from wsae.run import Run
 from wsae.studies.demo_config import DemoConfig
 from wsae.studies.engine import Stage, Study, StudyRun
-from wsae.studies.vision_config import (
+from wsae.studies.reproduce_config import (
     Backbone,
     BackboneRun,
     FigurePlan,

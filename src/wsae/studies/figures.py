@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from wsae.core.config import Config
 from wsae.sae.config import GammaConfig
-from wsae.studies.engine import Reproduction
-from wsae.studies.results import (
+from wsae.studies.engine import (
     Mean,
     Panel,
+    Reproduction,
     Row,
     Series,
     Table,

@@ -1,24 +1,22 @@
 """`wsae reproduce`: a figure or table of the paper, measured again, the paper's statement beside ours."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from wsae.core.files import locked, write_json
 from wsae.studies.benchmark import run_benchmark, run_noise
 from wsae.studies.drawing import panels_figure
-from wsae.studies.engine import Reproduction, reproduce_study
+from wsae.studies.engine import Panel, Reproduction, reproduce_study
 from wsae.studies.figures import figure2, figure3, run_readings, run_worlds
-from wsae.studies.results import Panel
+from wsae.studies.reproduce_config import (
+    Name,
+    TableChoices,
+    VisionChoices,
+    study_config,
+    vision_config,
+)
 from wsae.studies.sweep import run_sweep
 from wsae.studies.sweep_config import toy_sweep
-from wsae.studies.tables_config import StudyName, TableChoices, study_config
-from wsae.studies.vision_config import FigureName, VisionChoices, vision_config
-
-Name = (
-    Literal["figure2", "figure3", "readings", "worlds", "recovery", "noise"]
-    | StudyName
-    | FigureName
-)
 
 TITLES = {
     "gt_raw": "ground-truth loss (Eq. 10)",
@@ -62,8 +60,7 @@ def reproduce(
                 study.torchrun_hint = at.preset == "paper"
                 result, files = reproduce_study(study, out / name)
             case _:  # brings transformers, which the toy models do not need
-                from wsae.studies.remedy import RemedyStudy
-                from wsae.studies.tables import TableStudy
+                from wsae.studies.tables import RemedyStudy, TableStudy
 
                 cfg = study_config(name, at.preset, out, tables, at.seed, at.device)
                 where = (out / name, at.progress, at.say, at.device)

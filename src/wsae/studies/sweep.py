@@ -19,11 +19,11 @@ from wsae.core.seeds import seed_for
 from wsae.evals.glossary import RECOVERY
 from wsae.evals.recovery import GroundTruth, ground_truth, isolated, score_codes
 from wsae.sae.config import GammaConfig, Normalise, ReLU, SAEConfig
+from wsae.sae.forward import Weights
 from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy, normalise_matrix, whitening
-from wsae.sae.loss import Weights
 from wsae.sae.model import SAE
 from wsae.stats.moments import Covariance
-from wsae.studies.results import Mean, Row, differences, select, series
+from wsae.studies.engine import Mean, Row, differences, select, series
 from wsae.studies.sweep_config import Method, ToySweepConfig, TrainingConfig
 from wsae.toy.config import FeatureConfig, ToyModelConfig
 from wsae.toy.features import FeatureStream

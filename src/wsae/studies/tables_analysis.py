@@ -15,7 +15,7 @@ from wsae.core.seeds import seed_for
 from wsae.evals.config import InterpretConfig
 from wsae.run import EVALUATION_PART, INTERPRETATION_PART, Run
 from wsae.studies.drawing import panels_figure, scatter_figure
-from wsae.studies.results import (
+from wsae.studies.engine import (
     NONE,
     PART,
     Mean,
@@ -28,7 +28,7 @@ from wsae.studies.results import (
     rank_correlation,
     select,
 )
-from wsae.studies.tables_config import StudyConfig, TableSAEs
+from wsae.studies.reproduce_config import StudyConfig, TableSAEs
 from wsae.theory.record import HALF, ONE, PAPER, PLAIN, TableName
 
 # A weighted SAE beside a plain one of the same FVU.

@@ -27,10 +27,10 @@ from wsae.theory.losses import (
     code,
     grid,
     ground_truth_loss,
+    minimise,
     sae_loss,
     superpose,
 )
-from wsae.theory.optimise import minimise
 from wsae.theory.shrinkage import shrinkage, simplex_shrinkage
 
 if TYPE_CHECKING:

@@ -19,20 +19,21 @@ from wsae.acts.images.harvest import Gallery, harvest_images
 from wsae.acts.images.sets import ImageSet, open_images
 from wsae.acts.source import StoreSource
 from wsae.core.artifact import read_manifest
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, duration, size
 from wsae.core.files import read_sealed, seal, write_json
-from wsae.core.memory import duration, size
 from wsae.evals.classes import score_run
 from wsae.evals.glossary import CLASS_SCORES
 from wsae.run import Run
 from wsae.stats.classes import Hits, Strongest
 from wsae.studies.drawing import panels_figure
-from wsae.studies.engine import PaperStudy, Stage, StudyRun
-from wsae.studies.results import (
+from wsae.studies.engine import (
     NONE,
     Mean,
     Panel,
+    PaperStudy,
     Row,
+    Stage,
+    StudyRun,
     Table,
     Verdict,
     as_series,
@@ -45,7 +46,7 @@ from wsae.studies.results import (
     select,
     span,
 )
-from wsae.studies.vision_config import PLAIN, Backbone, BackboneRun, VisionConfig
+from wsae.studies.reproduce_config import PLAIN, Backbone, BackboneRun, VisionConfig
 from wsae.train.config import TrainConfig
 from wsae.vision.pretrain import pretrain
 

@@ -18,10 +18,10 @@ from wsae.theory.losses import (
     grid,
     keep_largest,
     magnitudes,
+    minimise,
     sae_residual,
     superpose,
 )
-from wsae.theory.optimise import minimise
 
 
 def support_terms(

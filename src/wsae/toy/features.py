@@ -13,8 +13,7 @@ from torch import Tensor
 
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.kernels import SparseCode
-from wsae.kernels.codes import offsets_of
+from wsae.kernels.eager import SparseCode, offsets_of
 from wsae.toy.config import (
     Correlated,
     EqualRates,

@@ -17,7 +17,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
-from wsae.kernels import SparseCode
+from wsae.kernels.eager import SparseCode
 from wsae.theory.geometry import check_W_p
 from wsae.toy.config import Anisotropic, FeatureConfig, Isotropic, LowRank, Noise
 from wsae.toy.features import (

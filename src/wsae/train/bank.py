@@ -18,36 +18,38 @@ from torch import Tensor
 from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.kernels.update import SGD, Adam, limit_of, rescale_
+from wsae.kernels.eager import SGD, Adam, limit_of, rescale_
 from wsae.sae.architectures import PerBatch
 from wsae.sae.config import ReLU
 from wsae.sae.forward import (
+    Price,
     Stack,
     StackForward,
     keep_positive_,
+    penalty,
     stack_forward,
     stack_saes,
     stackable,
     thresholds,
     training_forward,
+    weighted_reconstruction_loss,
 )
 from wsae.sae.gamma import gamma_from_proxy, latent_variance_proxy
-from wsae.sae.loss import Price, penalty, weighted_reconstruction_loss
 from wsae.sae.model import SAE
 from wsae.train.config import BankConfig, MemberConfig, TrainConfig
-from wsae.train.descent import remove_radial_gradient, unit_rows_
 from wsae.train.family import FamilyState
-from wsae.train.penalty import at_own_pace, threshold_pace
 from wsae.train.state import (
     GAMMA_EVERY,
     MemberState,
     StepResult,
     add_sums,
+    at_own_pace,
     follow_threshold,
     latent_variance,
     make_batch,
+    threshold_pace,
 )
-from wsae.train.step import lr_factor, revival_loss
+from wsae.train.step import lr_factor, remove_radial_gradient, revival_loss, unit_rows_
 
 
 @dataclass

@@ -13,16 +13,16 @@ from torch import Tensor
 from wsae.acts.flow import SourceStats
 from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, PreconditionConfig, SAEConfig, SourcePart
+from wsae.sae.forward import Weights
 from wsae.sae.gamma import (
     describe_gamma,
     gamma_from_covariance,
     gamma_from_proxy,
     gamma_from_residual,
 )
-from wsae.sae.loss import Weights
 from wsae.sae.model import SAE
 from wsae.sae.precondition import Preconditioner
-from wsae.stats import Covariance, Moments
+from wsae.stats.moments import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.native import leave
 from wsae.train.state import MemberState, Target, make_member
@@ -182,7 +182,7 @@ def make_family(
     """Return every hook's members at step 0, their gamma set from the statistics of the kept rows.
 
     `covariances` of each hook serve preconditioners and the rules gap and whiten, `residuals` of each hook and member
-    what is called residual (`wsae.train.start` takes both). `make` makes a hook's member called so in place of
+    what is called residual (`wsae.train.run` takes both). `make` makes a hook's member called so in place of
     `make_member`, or none. With a `start` members go on with its SAEs.
     """
 

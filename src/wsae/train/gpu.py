@@ -22,15 +22,13 @@ from jaxtyping import Bool, Float, Float64, Int32, Int64
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from wsae.kernels import Plan, SparseCode, code_from_topk, offsets_of
+from wsae.kernels.eager import AdamStep, Plan, SparseCode, SparseGrad, code_from_topk, offsets_of
 from wsae.kernels.triton.encode import above, group_topk_encode, select_batch_topk, topk_encode
 from wsae.kernels.triton.sums import decode, products, scatter
 from wsae.kernels.triton.support import BUCKETS_PER_CHOICE, MAX_CANDIDATES
 from wsae.kernels.triton.update import adam_rows_, update_rows_
-from wsae.kernels.update import AdamStep, SparseGrad
 from wsae.sae.architectures import Above, Nested, PerBatch, PerGroup, PerRow
-from wsae.sae.forward import dead_by_level, keep_positive_, level_of, thresholds, up_to
-from wsae.sae.loss import weigh
+from wsae.sae.forward import dead_by_level, keep_positive_, level_of, thresholds, up_to, weigh
 from wsae.sae.model import SAE
 from wsae.train.config import TrainConfig
 from wsae.train.native import (
@@ -40,14 +38,16 @@ from wsae.train.native import (
     left_by_skip,
     step_result,
 )
-from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import (
     Batch,
     MemberState,
+    anneal,
     gradient_scale,
     looked_at,
     note_gradient,
+    price_at,
     record,
+    threshold_pace,
 )
 
 # What the host remembers of tensors on the device, so that a step need not wait for them.

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.kernels import SparseCode, offsets_of
+from wsae.kernels.eager import AdamStep, SparseCode, adam_rows_, offsets_of
 from wsae.kernels.native.select import (
     Centred,
     RoundedEncoder,
@@ -38,30 +38,33 @@ from wsae.kernels.native.slices import (
     to_slices,
 )
 from wsae.kernels.native.weights import Bias, Matrix, Terms, Weights, make_weights
-from wsae.kernels.update import AdamStep, adam_rows_
 from wsae.sae.architectures import Above, Nested, PerBatch, PerGroup, PerRow, relu
 from wsae.sae.forward import (
     WHOLE,
     Coded,
+    Price,
     Whole,
     dead_by_level,
     keep_positive_,
     level_of,
+    penalty,
     thresholds,
     up_to,
+    weigh,
 )
-from wsae.sae.loss import Price, penalty, weigh
 from wsae.sae.model import SAE, at_latents
 from wsae.train.config import TrainConfig
-from wsae.train.penalty import anneal, price_at, threshold_pace
 from wsae.train.state import (
     Batch,
     MemberState,
     StepResult,
+    anneal,
     gradient_scale,
     looked_at,
     note_gradient,
+    price_at,
     record,
+    threshold_pace,
 )
 
 # What the steps by hand-written gradients share, whatever sums over their pairs (row, active latent).

@@ -30,10 +30,9 @@ from wsae.acts.language import LanguageModel
 from wsae.acts.store import Store
 from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
-from wsae.kernels import SparseCode
+from wsae.kernels.eager import SparseCode
 from wsae.run import Run
-from wsae.sae.encoding import Encoder
-from wsae.sae.model import SAE
+from wsae.sae.model import SAE, Encoder
 
 
 class Codes(NamedTuple):

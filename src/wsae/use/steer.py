@@ -25,8 +25,7 @@ from wsae.acts.loading import refuse_unable_to_continue
 from wsae.acts.text import automatic_bos
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.sae.encoding import Encoder
-from wsae.sae.model import SAE
+from wsae.sae.model import SAE, Encoder
 from wsae.use.attach import Add, Edit, Exclude, Scale, Set, attach, hook_meant
 from wsae.use.config import SteerConfig
 

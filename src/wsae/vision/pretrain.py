@@ -18,12 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from wsae.acts.images.model import EncoderConfig, ImageEncoder, load_encoder
 from wsae.acts.images.sets import ImageSet
 from wsae.core.artifact import CHECKPOINTS, CONFIG, METRICS_FILE, read_manifest, write_manifest
-from wsae.core.errors import UserError
-from wsae.core.memory import Buffer, explained
+from wsae.core.errors import Buffer, UserError, explained
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.core.seeds import seed_for
+from wsae.train.loggers import read_json_lines
 from wsae.train.loop import Team, enter, held, train_job
-from wsae.train.metrics import read_json_lines
 from wsae.train.parallel.world import MAX, Mesh
 from wsae.train.step import warmup_cosine
 from wsae.vision.config import PretrainConfig
@@ -220,7 +219,7 @@ Views = tuple[Int64[np.ndarray, " batch"], Float[Tensor, "views 3 size size"]]
 
 
 class Pretrainer:
-    """Pretrains an encoder and, beside it, a linear probe; see `wsae.train.loop.Job`."""
+    """Pretrains an encoder and, beside it, a linear probe; see `wsae.train.loop.TrainJob`."""
 
     task, unit = "pretrain", "images"
 

@@ -24,7 +24,7 @@ from wsae.acts.tables import arrow_errors
 from wsae.core.errors import UserError, first_line, nearest
 from wsae.core.files import digest, sha256_file
 from wsae.core.hub import hub_dataset, is_hub_name
-from wsae.core.npy import check_unpacked, npz_arrays
+from wsae.core.tensors import check_unpacked, npz_arrays
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLITS = ("train", "val", "valid", "validation", "test")

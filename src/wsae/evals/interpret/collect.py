@@ -22,7 +22,6 @@ from wsae.core.errors import UserError, nearest
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import mix64, seed_for
 from wsae.evals.config import ContextConfig, FragmentConfig
-from wsae.evals.contexts import NO_FIRINGS, Firings, one_per_stratum, places, sample_latents
 from wsae.evals.interpret.windows import (
     EXPLAIN,
     SCORE,
@@ -38,10 +37,16 @@ from wsae.evals.interpret.windows import (
     Tiling,
     documents_of,
 )
-from wsae.evals.latents import unit_rows
-from wsae.kernels import SparseCode
-from wsae.sae import SAE
-from wsae.sae.encoding import Encoder
+from wsae.evals.latents import (
+    NO_FIRINGS,
+    Firings,
+    one_per_stratum,
+    places,
+    sample_latents,
+    unit_rows,
+)
+from wsae.kernels.eager import SparseCode
+from wsae.sae.model import SAE, Encoder
 
 Members = dict[str, dict[str, SAE]]
 """Hook -> member name -> SAE."""

@@ -302,12 +302,6 @@ def judged(
     return Judged(scores, tally)
 
 
-detection_scores = partial(judged, "detection")
-"""Judge whether held-out windows hold each explained pattern."""
-fuzzing_scores = partial(judged, "fuzzing")
-"""Judge whether the marked tokens are the explained ones."""
-
-
 _NUMBERS = {str(v): v for v in range(11)}
 
 

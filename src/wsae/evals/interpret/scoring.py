@@ -27,16 +27,22 @@ from wsae.core.files import Json, digest, finite, read_sealed, seal, write_text
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.config import FREE, Control, FragmentConfig, InterpretConfig, Score
-from wsae.evals.contexts import sample_latents
 from wsae.evals.control import NAMES, neurons, pca, random_control, random_model, shuffled, subset
 from wsae.evals.interpret.asking import NO_EXPLANATION, AnswerTally, Llm
 from wsae.evals.interpret.collect import Latents, Members, collect, fragments
-from wsae.evals.interpret.embedding import Memo, TextEncoder, embedding_scores, load_encoder
+from wsae.evals.interpret.detection import (
+    TEMPLATES,
+    Memo,
+    PrefixReader,
+    TextEncoder,
+    embedding_scores,
+    load_encoder,
+    surprisal_scores,
+)
 from wsae.evals.interpret.judges import explain_latents, judged, simulation_scores
 from wsae.evals.interpret.summary import METRIC
-from wsae.evals.interpret.surprisal import TEMPLATES, PrefixReader, surprisal_scores
 from wsae.evals.interpret.windows import Collected, Fragments
-from wsae.evals.latents import LiveDecoder, Matching, match
+from wsae.evals.latents import LiveDecoder, Matching, match, sample_latents
 from wsae.evals.measure import EvaluatedSaes, Survey
 from wsae.run import Run
 from wsae.sae import SAE

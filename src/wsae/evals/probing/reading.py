@@ -23,10 +23,10 @@ from wsae.acts.text import Document, Packer, TextCounts, TokenSequence, labelled
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.evals.config import ProbeConfig
-from wsae.evals.control import CONTROL, random_control
+from wsae.evals.config import CONTROL, ProbeConfig
+from wsae.evals.control import random_control
 from wsae.evals.measure import EvaluatedSaes, check_width, first_rows
-from wsae.sae.encoding import Encoder
+from wsae.sae.model import Encoder
 
 Rule = Callable[[Sequence[str], int], bool]
 """(texts of a sequence's tokens, leading spaces included, and a place in it) -> whether the token is of the class."""

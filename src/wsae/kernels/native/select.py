@@ -1,6 +1,6 @@
 """Which latents are active and their exact values, from an 8-bit product that keeps no [batch, d_sae] array.
 
-The specification is `wsae.kernels.select` on (x - b_dec) @ W_enc + b_enc in float32; select.cpp says how and how
+The specification is `wsae.kernels.eager` on (x - b_dec) @ W_enc + b_enc in float32; select.cpp says how and how
 surely the 8-bit product finds the same latents.
 """
 
@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from wsae.kernels.codes import SparseCode, code_from_topk, offsets_of
+from wsae.kernels.eager import SparseCode, code_from_topk, offsets_of, select_group_topk
 from wsae.kernels.native.build import has_int8, library
 from wsae.kernels.native.slices import SLICE, Slices, address, empty, from_slices, slice_count
-from wsae.kernels.select import select_group_topk
 
 CHUNK = 84
 """Tokens scanned together: 6 tiles of 14, whose 8-bit rows and candidates stay in the second-level cache."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int32, Int64
 from torch import Tensor
 
-from wsae.kernels.codes import SparseCode
+from wsae.kernels.eager import SparseCode
 from wsae.kernels.native.build import library
 
 SLICE = 32
@@ -102,7 +102,7 @@ class Level(NamedTuple):
 
 
 def sort_pairs(code: SparseCode, d_sae: int, level: Level | None = None) -> SortedPairs:
-    """Sort a code's pairs, or those of a level, by latent (as `wsae.kernels.sparse.Plan`).
+    """Sort a code's pairs, or those of a level, by latent (as `wsae.kernels.eager.Plan`).
 
     Raises ValueError for a latent that is none.
     """
@@ -162,7 +162,7 @@ def dots(
     scale: Float[Tensor, " d_sae"] | None,
     d_in: int,
 ) -> Float[Tensor, " pairs"]:
-    """Return scale * W[latent] . left[token] for every pair (as `wsae.kernels.sparse._pair_products`)."""
+    """Return scale * W[latent] . left[token] for every pair (as `wsae.kernels.eager._pair_products`)."""
     d_sae, batch, slices = W.shape[1], left.shape[1], slice_count(d_in)
     out = empty(len(pairs.tokens)).zero_()
     library().dots(

@@ -1,6 +1,6 @@
 """One SAE's weights and Adam moments in slices, and their update from pairs without a gradient matrix.
 
-The specification is autograd through `wsae.kernels.sparse` followed by `wsae.kernels.update.adam_rows_`.
+The specification is autograd through `wsae.kernels.eager` followed by `wsae.kernels.eager.adam_rows_`.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from wsae.kernels.eager import AdamStep
 from wsae.kernels.native.build import library
 from wsae.kernels.native.select import RoundedEncoder
 from wsae.kernels.native.slices import (
@@ -27,7 +28,6 @@ from wsae.kernels.native.slices import (
     slice_count,
     to_slices,
 )
-from wsae.kernels.update import AdamStep
 
 BLOCK = 64
 

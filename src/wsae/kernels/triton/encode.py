@@ -167,7 +167,7 @@ def select_batch_topk(
 ) -> tuple[Int64[Tensor, " nnz"], Int64[Tensor, " nnz"]]:
     """Return rows and latents of the batch * k largest positive pre-activations, sorted by row; waits for the device.
 
-    Twin: `wsae.kernels.select.select_batch_topk` of the product. Exact: a threshold guessed from a sample of rows only
+    Twin: `wsae.kernels.eager.select_batch_topk` of the product. Exact: a threshold guessed from a sample of rows only
     narrows the candidates, and is lowered until they suffice.
     """
     wanted = min(len(centred) * k, len(centred) * len(W_enc_t))

@@ -1,6 +1,6 @@
 """Sums over the pairs of a sparse code: decode, its values' gradient and the weight gradients, without atomics.
 
-Twins: `wsae.kernels.sparse.decode`, its `_pair_products` and `Plan.scatter`. Every output is summed by one program in
+Twins: `wsae.kernels.eager.decode`, its `_pair_products` and `Plan.scatter`. Every output is summed by one program in
 the order of the pairs, so results are reproducible. A latent that fires in every row would keep its program busy long
 after the others: its pairs are first summed in chunks of CHUNK by programs of their own, so that none adds up more
 than CHUNK pairs and batch / CHUNK sums. (Atomic adds balance as well, but in no fixed order, and need the output
@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from wsae.kernels.sparse import Plan
+from wsae.kernels.eager import Plan
 from wsae.kernels.triton.support import check
 
 CHUNK = 64

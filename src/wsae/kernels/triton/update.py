@@ -1,4 +1,4 @@
-"""The optimiser's step on one weight matrix in one pass; twin: `wsae.kernels.update`.
+"""The optimiser's step on one weight matrix in one pass; twin: `wsae.kernels.eager`.
 
 One program per row forms the gradient (from its terms, or reads it), drops its radial part, takes Adam's step and
 renormalises: W, m and v are read and written once and the gradient's matrix never is.
@@ -13,9 +13,9 @@ import triton.language as tl
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from wsae.kernels.eager import AdamStep, SparseGrad
 from wsae.kernels.triton.sums import add_rows, sum_chunks
 from wsae.kernels.triton.support import check
-from wsae.kernels.update import AdamStep, SparseGrad
 
 
 def adam_rows_(
@@ -26,7 +26,7 @@ def adam_rows_(
     adam: AdamStep,
     unit: bool,
 ) -> Float[Tensor, ""] | None:
-    """Take the step of `wsae.kernels.update.adam_rows_` on contiguous W, m, v [n, d] in place; `grad` stays."""
+    """Take the step of `wsae.kernels.eager.adam_rows_` on contiguous W, m, v [n, d] in place; `grad` stays."""
     return _launch(W, m, v, (grad.contiguous(), *[None] * 7), adam, unit)
 
 
@@ -38,7 +38,7 @@ def update_rows_(
     adam: AdamStep,
     unit: bool,
 ) -> Float[Tensor, ""] | None:
-    """Take the step of `wsae.kernels.update.update_rows_` on contiguous W, m, v [n, d] in place."""
+    """Take the step of `wsae.kernels.eager.update_rows_` on contiguous W, m, v [n, d] in place."""
     plan, rows = grad.plan, grad.rows.contiguous()
     chunks = sum_chunks(plan, grad.weights, rows)
     pairs = (plan.latent_rows, grad.weights, plan.order, chunks.rest, plan.latent_offsets[1:])

@@ -31,11 +31,11 @@ from wsae.theory.losses import (
     code,
     grid,
     keep_largest,
+    minimise,
     sae_loss,
     sae_residual,
     superpose,
 )
-from wsae.theory.optimise import minimise
 from wsae.theory.record import Claim
 
 THRESHOLD = 0.25

@@ -26,12 +26,12 @@ from wsae.theory.losses import (
     code,
     grid,
     ground_truth_loss,
+    minimise,
     sae_loss,
     sampled,
     signed,
     superpose,
 )
-from wsae.theory.optimise import minimise
 from wsae.theory.record import Claim
 from wsae.theory.shrinkage import shrinkage, simplex_shrinkage
 

@@ -12,8 +12,8 @@ from scipy.optimize import minimize as scipy_minimize
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
+from wsae.sae.forward import weigh
 from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy
-from wsae.sae.loss import weigh
 from wsae.theory.claims.weights import RULES, weights_of
 from wsae.theory.geometry import (
     digons,
@@ -24,8 +24,15 @@ from wsae.theory.geometry import (
     random_unit,
     simplex,
 )
-from wsae.theory.losses import closed_form, grid, sae_loss, sampled, scaled_gap_norm, superpose
-from wsae.theory.optimise import minimise
+from wsae.theory.losses import (
+    closed_form,
+    grid,
+    minimise,
+    sae_loss,
+    sampled,
+    scaled_gap_norm,
+    superpose,
+)
 from wsae.theory.record import Claim
 
 ACTIVE = (1, 2, 3, 4, 5, 6, 7, 8, 10, 14)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from wsae.core.seeds import seed_for
 from wsae.sae.config import GammaConfig
+from wsae.sae.forward import Weights, weigh
 from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy, gap_weights
-from wsae.sae.loss import Weights, weigh
 from wsae.theory.claims.minima import TOWARDS_ONE
 from wsae.theory.geometry import (
     blocks,
@@ -29,6 +29,7 @@ from wsae.theory.geometry import (
     uneven,
 )
 from wsae.theory.losses import (
+    agree,
     closed_form,
     code,
     gap,
@@ -43,7 +44,6 @@ from wsae.theory.losses import (
     superpose,
     uniform,
 )
-from wsae.theory.optimise import agree
 from wsae.theory.record import HALF, ONE, PAPER, PLAIN, Claim
 
 RULES: dict[str, GammaConfig] = {
@@ -91,7 +91,7 @@ def reweighted(
 ) -> dict[str, Reweighted]:
     """Return the best minimiser of L_WSAE found under each rule (d_sae = n, x_i constant where active).
 
-    `starts` random starts for each of two searches, more where they disagree (`wsae.theory.optimise.agree`); W_p^T is
+    `starts` random starts for each of two searches, more where they disagree (`wsae.theory.losses.agree`); W_p^T is
     among those of one of them.
     """
     matrix = check_W_p(W_p)

@@ -24,23 +24,27 @@ from wsae.core.artifact import GAMMA_FILE, FileRecord, check_file, read_manifest
 from wsae.core.errors import UserError
 from wsae.core.files import as_user_error, read_json, refusals, write_json
 from wsae.core.progress import Progress, quiet
-from wsae.kernels.native import why_not
+from wsae.kernels.native.build import why_not
 from wsae.sae.model import SAE
-from wsae.train.checkpoint import (
-    PLACE,
-    checkpoints,
-    finish_checkpoint,
-    member_tensors,
-    place_of,
-)
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, Inputs, Start, folded
-from wsae.train.loop import FamilyJob, Team, TrainJob, enter, held, train_job
+from wsae.train.loop import (
+    PLACE,
+    FamilyJob,
+    Team,
+    TrainJob,
+    checkpoints,
+    enter,
+    finish_checkpoint,
+    held,
+    member_tensors,
+    place_of,
+    train_job,
+)
 from wsae.train.parallel.config import even_part
 from wsae.train.parallel.step import Shard, make_shard, unfit_shard
 from wsae.train.parallel.world import MAX, MIN, Mesh, MeshAxis, by_latents
-from wsae.train.run import about, begun_from, finish_run, identity_of, write_member
-from wsae.train.start import start_family
+from wsae.train.run import about, begun_from, finish_run, identity_of, start_family, write_member
 from wsae.train.state import MemberState
 
 _ROWS = ("sae.W_dec", "sae.b_enc", "since_fired", "dead")
@@ -53,7 +57,7 @@ class ShardsJob(FamilyJob):
     """Trains one rank's shards of a family on its rows of every batch; the rows of metrics are those of all ranks.
 
     Its checkpoints are torch.distributed.checkpoint's in safetensors, for any other number of ranks: each rank writes
-    the latents it holds to one file, with their offsets. The tensors have the names that `wsae.train.checkpoint` gives
+    the latents it holds to one file, with their offsets. The tensors have the names that `wsae.train.loop` gives
     them, so either kind of checkpoint resumes on any mesh.
     """
 

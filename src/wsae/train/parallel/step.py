@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
-from wsae.kernels import SparseCode, code_from_topk, offsets_of, select_batch_topk
+from wsae.kernels.eager import SparseCode, code_from_topk, offsets_of, select_batch_topk
 from wsae.kernels.native.select import LARGEST_SHARE
 from wsae.sae.architectures import Choice, Nested, PerBatch, PerGroup, PerRow, architecture_of
 from wsae.sae.config import SAEConfig

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from wsae.core.errors import UserError
-from wsae.kernels.native import library, why_not
+from wsae.kernels.native.build import library, why_not
 from wsae.train.parallel.config import AXES, Layout, parse_layout
 
 PATIENCE_S = 3.0
