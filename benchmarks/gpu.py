@@ -192,7 +192,8 @@ def cases(
 ) -> dict[str, tuple[Callable[[], object], Cost]]:
     """Return what is timed, with the arithmetic and traffic that cannot be avoided."""
     state = make_state(size, device)
-    x, adam = torch.randn(size.batch, size.d_in, device=device), AdamStep(1e-4, 10)
+    x = torch.randn(size.batch, size.d_in, device=device)
+    adam = AdamStep(1e-4, 10, scale=torch.tensor(0.5, device=device))
     W_enc_t, W_dec, (m, v, *_), b_enc, _ = state
     bf16 = torch.bfloat16
     # a plan that both sides share, whatever they would choose
