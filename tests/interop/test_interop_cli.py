@@ -4,11 +4,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from wsae.evals.compare import read_evaluation
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run, run_subject
 from wsae.interop import Provenance, load, save
+from wsae.interop.config import SourceName
 from wsae.interop.saes import choose
 from wsae.run import Run
 from wsae.sae import GroupTopK, TopK
@@ -224,6 +227,12 @@ def test_load_says_how_whatever_else_becomes_an_sae(run, tmp_path):
         UserError, match="is a wsae run; give one of its SAEs, for example .*members"
     ):
         load(run)
+
+
+def test_the_help_of_import_names_every_format_it_reads(capsys):
+    assert main(["import", "--help"]) == 0
+    said = re.findall(r"\w+", capsys.readouterr().out)
+    assert set(get_args(SourceName)) <= set(said)
 
 
 def test_what_import_has_to_say_is_printed_and_kept(tmp_path, capsys):

@@ -320,6 +320,8 @@ def test_marks_cover_words_across_tokens():
     assert matched([" wha", "le", " sea"], ["whale"]) == {0, 1}
     assert matched([" whale", " sea"], ["whale sea"]) == {0, 1}
     assert matched([" sea"], [""]) == set()
+    assert matched([" Ca", "fé", "s"], ["CAFE"]) == {0, 1}
+    assert matched([" cafe"], ["Cafe\u0301"]) == {0}
 
 
 def test_hidden_characters_stand_by_name():

@@ -326,7 +326,7 @@ def test_a_name_is_kept_beside_the_run_shown_as_text_found_and_listed_by_star(
     page = client.ask("/r/first/plain/5")
     assert "<b>Schiff" not in page.text
     assert "<b>Schiff</b> ☃ ⟨202E⟩back" in "".join(Strict(page.text).words)
-    for query in ("star=yes", "q=schiff", "q=SCHIFF+back", "q=schiff&sort=-density&star=yes"):
+    for query in ("star=yes", "q=schiff", "q=SCH%C3%8FFF+back", "q=schiff&sort=-density&star=yes"):
         found = client.json(f"/api/r/first/all?{query}")
         assert isinstance(found, dict)
         assert [(row["member"], row["latent"]) for row in found["latents"]] == [("plain", 5)]

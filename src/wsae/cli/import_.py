@@ -24,7 +24,8 @@ class Flags(Config):
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The SAE directory to write."""
     format: Annotated[Literal["auto"] | SourceName, tyro.conf.arg(metavar="NAME")] = "auto"
-    """saelens, sparsify, dictionary_learning, gemma_scope, llama_scope or torch; auto looks at the files."""
+    """saelens, sparsify, dictionary_learning, circuit_tracer, crosscoder, gemma_scope, llama_scope, llama_scope_r1 or
+    torch; auto looks at the files."""
     force: Switch = False
     """Write over an SAE that is already there."""
     common: CommonFlags = Common()

@@ -8,6 +8,7 @@ invisible, or would reorder the line, is shown by name.
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,17 +90,23 @@ def spans(context: Json, most: float | None, words: list[str]) -> list[Span]:
     return [span for span in out if span.text]
 
 
+def folded(text: str) -> str:
+    """Return a text as search compares it: without case and accents."""
+    split = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(char for char in split if not unicodedata.combining(char))
+
+
 def matched(tokens: list[str], words: list[str]) -> set[int]:
-    """Return the positions of tokens that some word of the search covers, in any case."""
+    """Return the positions of tokens that some word of the search covers, whatever the case and accents."""
     hits: set[int] = set()
     if not words:
         return hits
     starts, text = [], ""
     for token in tokens:
         starts.append(len(text))
-        text += token.lower()
+        text += folded(token)
     ends = [*starts[1:], len(text)]
-    for word in (word.lower() for word in words if word):
+    for word in filter(None, map(folded, words)):
         at = text.find(word)
         while at >= 0:
             for i, (start, end) in enumerate(zip(starts, ends, strict=True)):

@@ -30,6 +30,7 @@ from wsae.acts.tokens import alone, joined
 from wsae.core.artifact import MANIFEST, read_manifest
 from wsae.core.errors import UserError, nearest
 from wsae.evals.latents import Context
+from wsae.report.charts import folded
 from wsae.report.rundata import DensityForm
 from wsae.report.view import OverviewForm
 from wsae.run import (
@@ -632,11 +633,11 @@ class Served:
     def asked(self, params: Mapping[str, str]) -> Asked:
         """Return what an address asks, with the users' names and stars; raises UserError as `asked` does."""
         ask = asked(params, self.index)
-        words = [word.casefold() for word in words_of(ask.query)]
+        words = [folded(word) for word in words_of(ask.query)]
         called = [
             key
             for key, named in self.names.items()
-            if words and all(word in named.name.casefold() for word in words)
+            if words and all(word in folded(named.name) for word in words)
         ]
         starred = [key for key, named in self.names.items() if named.star]
         return replace(ask, starred=tuple(sorted(starred)), called=tuple(sorted(called)))
