@@ -89,12 +89,13 @@ def replacement(member: MemberState, kept: Tensor) -> Callable[[Tensor], Tensor]
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
-@pytest.mark.parametrize("kind", ["topk", "jumprelu whiten"])
+@pytest.mark.parametrize("kind", ["topk", "jumprelu whiten", "topk residual"])
 def test_the_loss_and_its_gradients_are_those_made_by_hand(
     live: Callable[[], LiveSource], loss: str, kind: str
 ) -> None:
     source = live()
-    mapped = {"precondition": {"kind": "whiten", "power": 0.5}} if "whiten" in kind else {}
+    _, _, map_ = kind.partition(" ")
+    mapped = {"precondition": {"kind": map_, "power": 0.5}} if map_ else {}
     own = {"activation": {"kind": "jumprelu", "bandwidth": 0.5}} if "jump" in kind else {}
     cfg = run_of(loss, **mapped, **own)
     (member,) = start_family(cfg, source, source.stats()).members[HOOK]

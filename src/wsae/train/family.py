@@ -198,7 +198,7 @@ def make_family(
         sources = cfg.crosscoder if start is None else start.saes[hook].cfg.sources
         goal = None if out is None else _goal(stats[out], (covariances or {}).get(out))
         members[hook], record[hook], known = [], {}, {}
-        mapping = {}  # members map a batch once
+        mapping: dict[object, Preconditioner] = {}  # members map a batch once
         for name, member_cfg in zip(cfg.names(), cfg.members, strict=True):
             left = (residuals or {}).get(hook, {}).get(name)
             mapped = member_cfg.precondition

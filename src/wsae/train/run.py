@@ -109,10 +109,10 @@ def residuals(
     """Return hook -> member -> covariance of the residual x - x_hat of its pilot, for members that ask for one.
 
     A pilot is the member without weights (in round 2: with those of round 1) and without a map made of what it leaves,
-    trained on the run's first batches, a quarter of all; the covariance is taken over shuffled training rows, 131,072
-    at most, of what the SAE sees: with another preconditioner that is P x. Members that differ in nothing else share
-    one. Pilots are not kept: a resumed run trains them again, to the same bits on a CPU. Raises UserError for a map
-    made of what a pilot leaves with a `start`, whose rows are of norm 1 in other coordinates.
+    trained on the run's first batches, a quarter of all, by its squared error; the covariance is taken over shuffled
+    training rows, 131,072 at most, of what the SAE sees: with another preconditioner that is P x. Members that differ
+    in nothing else share one. Pilots are not kept: a resumed run trains them again, to the same bits on a CPU. Raises
+    UserError for a map made of what a pilot leaves with a `start`, whose rows are of norm 1 in other coordinates.
     """
     asked = dict(zip(cfg.names(), cfg.members, strict=True))
     asked = {name: member for name, member in asked.items() if member.needs_pilot}
@@ -131,7 +131,7 @@ def residuals(
             pilot.model_copy(update={"label": names[0]}) for pilot, names in alike.items()
         )
         tokens = max(cfg.batch_size, cfg.tokens // PILOT)
-        pilot = cfg.model_copy(update={"members": named, "tokens": tokens})
+        pilot = cfg.model_copy(update={"members": named, "tokens": tokens, "loss": None})
         family = make_family(pilot, stats, device, covariances, left, start=start)
         stream = source.stream(pilot.batch_size, pilot.seed)
         with progress(f"pilot {number}", pilot.steps * pilot.batch_size, "tokens") as tick:
