@@ -34,7 +34,7 @@ SIZES = {"A": (768, 24_576, 4096), "B": (576, 4608, 2048)}
 PARTS = {
     "select": (native, "select_topk"),
     "sort": (native, "sort_pairs"),
-    "to slices": (native, "to_slices"),
+    "to slices": (native.Centred, "of"),
     "decode": (weights, "decode"),
     "residual": (native, "residual"),
     "products": (weights, "dots"),
@@ -98,13 +98,12 @@ def timed_parts() -> None:
 
 def same_sets(member: MemberState, x: Tensor) -> dict[str, float]:
     """Compare the latents that training would select with those of a float32 product."""
-    from wsae.kernels.native.select import Centred
-    from wsae.kernels.native.slices import from_slices, to_slices
+    from wsae.kernels.native.slices import Centred, from_slices
 
     weights, k = member.weights, 32
     assert weights is not None
     rows = x - member.sae.b_dec.detach()
-    both = Centred(rows, to_slices(rows))
+    both = Centred.of(rows)
     found = selection.select_topk(weights.rounded, weights.encoder_rows, member.sae.b_enc, both, k)
     pre = rows @ from_slices(weights.encoder_rows, weights.d_in).T + member.sae.b_enc.detach()
     wanted = pre.topk(k, 1)

@@ -28,8 +28,9 @@ from wsae.kernels.eager import (
 from wsae.kernels.native import build
 from wsae.kernels.native import select as native
 from wsae.kernels.native.build import why_not
-from wsae.kernels.native.select import Centred, RoundedEncoder, dimension_scales
+from wsae.kernels.native.select import RoundedEncoder, dimension_scales
 from wsae.kernels.native.slices import (
+    Centred,
     Level,
     decode,
     dots,
@@ -56,7 +57,7 @@ def rounded(W: Tensor, x: Tensor, group: int | None = None) -> RoundedEncoder:
 
 def topk(W: Tensor, x: Tensor, bias: Tensor | None, k: int, groups: bool = False) -> SparseCode:
     encoder = rounded(W, x, len(W) // k if groups else None)
-    return native.select_topk(encoder, to_slices(W), bias, Centred(x, to_slices(x)), k)
+    return native.select_topk(encoder, to_slices(W), bias, Centred.of(x), k)
 
 
 def data(b: int, d: int, f: int, seed: int, outlier: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,9 +96,7 @@ def test_topk_finds_the_same_latents_and_their_exact_values(b, d, f, share, seed
     at = pre.gather(1, code.indices.view(b, k))
     torch.testing.assert_close(found, at, rtol=1e-4, atol=1e-5 * float(x.abs().max() * W.norm()))
     assert (code.indices.view(b, k).diff(dim=1) > 0).all()
-    positive = native.select_positive(
-        rounded(W, x), to_slices(W), bias, Centred(x, to_slices(x)), k
-    )
+    positive = native.select_positive(rounded(W, x), to_slices(W), bias, Centred.of(x), k)
     for part, whole in zip(positive, code.where(code.values > 0), strict=True):
         assert torch.equal(part, whole)
 
@@ -148,7 +147,7 @@ def test_everything_above_a_threshold_is_found(above: float) -> None:
     x, W, bias = data(33, 40, 500, seed=7)
     floor = torch.rand(500)
     encoder = rounded(W, x)
-    both = Centred(x, to_slices(x))
+    both = Centred.of(x)
     code = native.select_above(encoder, to_slices(W), bias, both, above + floor)
     pre = x @ W.T + bias
     margin = (pre - floor - above).abs()
@@ -165,7 +164,7 @@ def test_a_guess_from_other_data_changes_the_effort_only() -> None:
     codes = []
     for scale in (1.0, 1.0, 100.0, 0.01, 1.0):
         rows = x * scale
-        both = Centred(rows, to_slices(rows))
+        both = Centred.of(rows)
         codes.append((scale, native.select_topk(encoder, slices, None, both, 8)))
     assert encoder.effort.repeated > 0 or encoder.effort.examined > 0
     for scale, code in codes:
@@ -189,7 +188,7 @@ def test_parts_that_share_their_best_find_what_one_finds() -> None:
 
     def find(part: int, rows: Tensor) -> SparseCode:
         torch.set_num_threads(1)
-        mine, b = slice(cuts[part], cuts[part + 1]), Centred(rows, to_slices(rows))
+        mine, b = slice(cuts[part], cuts[part + 1]), Centred.of(rows)
         slices, tell = to_slices(W[mine]), functools.partial(gather, part)
         return native.select_topk_shared(encoders[part], slices, bias[mine], b, 8, tell, part)
 
@@ -212,7 +211,7 @@ def test_tokens_with_one_loud_dimension_need_no_exhaustive_search() -> None:
     W[:, 3] *= 0.05
     x[::50, 3] = 400.0
     encoder = rounded(W, torch.randn(300, 64))
-    both, slices = Centred(x, to_slices(x)), to_slices(W)
+    both, slices = Centred.of(x), to_slices(W)
     for _ in range(2):  # without a guess, and with one
         found = native.select_topk(encoder, slices, bias, both, 8).indices.view(300, 8)
         assert torch.equal(found, select_topk(x @ W.T + bias, 8).sort(1).values)
@@ -336,10 +335,10 @@ def test_what_the_batch_before_was_like_changes_no_bit(guess: float) -> None:
     encoder, slices = RoundedEncoder(f, d, f, torch.ones(d)), to_slices(W)
     encoder.measure(slices)
     encoder.pack(slices)
-    expected = native.select_topk(encoder, slices, bias, Centred(x, to_slices(x)), k)
+    expected = native.select_topk(encoder, slices, bias, Centred.of(x), k)
     before = encoder.effort.repeated
     encoder.guess = guess * encoder.trend
-    found = native.select_topk(encoder, slices, bias, Centred(x, to_slices(x)), k)
+    found = native.select_topk(encoder, slices, bias, Centred.of(x), k)
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.values, expected.values)
     if encoder.int8:
@@ -449,8 +448,8 @@ def test_a_compiler_may_have_a_helper_before_it(
 ENTRIES = """
 import torch
 from wsae.kernels.eager import AdamStep, SparseCode
-from wsae.kernels.native.select import Centred, RoundedEncoder, select_above, select_topk
-from wsae.kernels.native.slices import Level, decode, dots, from_slices, residual, sort_pairs, to_slices
+from wsae.kernels.native.select import RoundedEncoder, select_above, select_topk
+from wsae.kernels.native.slices import Centred, Level, decode, dots, from_slices, residual, sort_pairs, to_slices
 from wsae.kernels.native.weights import Matrix, Terms, make_weights
 
 B, D, F, K = 20, 40, 64, 2
@@ -476,7 +475,7 @@ def update(W, m, v, z, along, gradient, centred, b, bm, bv):
     weights.update([terms], centred, AdamStep(1e-3, 1), (b, bm, bv), pull)
 
 ENTRIES = {
-    "to_slices": (to_slices, x, torch.zeros(D)),
+    "centred": (Centred.of, x, torch.zeros(D)),
     "from_slices": (lambda s, c: from_slices(s, D, c), Ws, torch.ones(F)),
     "sort_pairs": (lambda i, o: sort_pairs(SparseCode(z, i, o), F), code.indices, code.offsets),
     "decode": (
@@ -517,7 +516,7 @@ for name, (call, *tensors) in ENTRIES.items():
     call(*tensors)
     for place, tensor in enumerate(tensors):
         for what, spoil in WRONG.items():
-            if name == "to_slices" and place == 0 and what in ("fewer rows", "empty"):
+            if name == "centred" and place == 0 and what in ("fewer rows", "empty"):
                 continue  # any number of rows is right
             given = list(tensors)
             given[place] = spoil(tensor)
@@ -583,7 +582,7 @@ import torch
 from wsae.core.errors import UserError
 from wsae.core.errors import explained
 from wsae.kernels.native import select
-from wsae.kernels.native.slices import to_slices
+from wsae.kernels.native.slices import Centred, to_slices
 
 torch.set_num_threads(2)
 W, x = torch.randn(64, 32), torch.randn(300, 32)
@@ -591,7 +590,7 @@ encoder = select.RoundedEncoder(64, 32, 64, torch.ones(32))
 rows = to_slices(W)
 encoder.measure(rows)
 encoder.pack(rows)
-centred = select.Centred(x, to_slices(x))
+centred = Centred.of(x)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
 asked = select.CSelection(k=2**33, keep=1)  # working memory for so many candidates is not to be had

@@ -40,13 +40,12 @@ from wsae.kernels.eager import (
 from wsae.kernels.native.build import has_int8, why_not
 from wsae.kernels.native.select import (
     LARGEST_SHARE,
-    Centred,
     RoundedEncoder,
     dimension_scales,
     select_above,
 )
 from wsae.kernels.native.select import select_topk as compiled_topk
-from wsae.kernels.native.slices import to_slices
+from wsae.kernels.native.slices import Centred, to_slices
 from wsae.sae.architectures import Above, Choice, Every, PerGroup, PerRow, architecture_of
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig, SourcePart
 
@@ -602,7 +601,7 @@ class Encoder:
         x = sae.normalised(x).rows
         rounded = self._prepared(x)
         rows = sae.centre(x).contiguous()
-        centred = Centred(rows, to_slices(rows))
+        centred = Centred.of(rows)
         bias = None if sae.b_enc is None else sae.b_enc.detach()
         choice = sae.arch.used(activation, sae.own)
         if isinstance(choice, PerRow | PerGroup):

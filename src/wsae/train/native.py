@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from wsae.kernels.eager import AdamStep, SparseCode, adam_rows_, offsets_of
 from wsae.kernels.native.select import (
-    Centred,
     RoundedEncoder,
     dimension_scales,
     rank_levels,
@@ -28,6 +27,7 @@ from wsae.kernels.native.select import (
     select_topk_shared,
 )
 from wsae.kernels.native.slices import (
+    Centred,
     Level,
     Residual,
     Slices,
@@ -282,7 +282,7 @@ class Reconstructed(NamedTuple):
     """One reconstruction (of x, or of the residual by dead latents): its gradients and its loss."""
 
     terms: list[Terms]
-    """One for each nested level, `v` not known yet."""
+    """One for each nested level, `v` the gradients in z: those in pre are not known yet."""
     places: list[Int64[Tensor, " of_level"]]
     """Where the pairs of each stood in the code."""
     dz: Float[Tensor, " pairs"]
@@ -306,7 +306,7 @@ class Reconstructed(NamedTuple):
     def with_slopes(self, slopes: Float[Tensor, " pairs"]) -> list[Terms]:
         """Return the terms with the gradients in pre, given in order of row."""
         both = zip(self.terms, self.places, strict=True)
-        return [terms._replace(v=slopes[place]) for terms, place in both]
+        return [terms._replace(v=slopes.index_select(0, place)) for terms, place in both]
 
 
 def weighted_error(left: Residual) -> Float[Tensor, ""]:
@@ -321,7 +321,7 @@ def native_step(
     """One optimiser step at learning rate `rate`; metrics are summed into the member; returns the code."""
     weights, sae, x = enter(member), member.sae, batch.x.contiguous()
     b_dec, b_in = (None if b is None else b.detach() for b in (sae.b_dec, sae.b_in))
-    centred = Centred(x if b_in is None else x - b_in, to_slices(x, b_in))
+    centred = Centred.of(x, b_in)
     part, target = member.part, left_by_skip(sae, batch)
     nested, price = part.nested(sae), price_at(member, run, step)
     chosen = find_pairs(sae, weights, centred, part)
@@ -386,7 +386,7 @@ def _revive(
             continue
         code = _revived(member, weights, centred, mask)
         found = _reconstruct(member, weights, code, _error(member, left, target), share=cfg.auxk)
-        terms += found.with_slopes(found.dz)
+        terms += found.terms
         losses.append(found.reconstruction)
     return Revival(terms, torch.stack(losses).sum() if losses else None)
 
@@ -410,7 +410,7 @@ def _reconstruct(
 ) -> Reconstructed:
     """Decode, starting from a vector if one is given, and take share * ||Gamma (x_hat - target)||^2 back to z."""
     pairs = sort_pairs(code, weights.d_sae)
-    z = code.values[pairs.order]
+    z = code.values.index_select(0, pairs.order)
     start = None if start is None else member.part.once(start)
     x_hat = member.part.over_latents(weights.decode(pairs, z, len(target), start))
     error = _first_errors(x_hat, target, shown)  # before the residual takes its place
@@ -418,7 +418,7 @@ def _reconstruct(
     if share != 1:
         left.gradient.mul_(share)
     along = weights.dots(pairs, left.gradient)
-    dz = torch.empty_like(along).index_copy_(0, pairs.order, along)
+    dz = torch.empty_like(along).scatter_(0, pairs.order, along)
     return Reconstructed(
         [Terms(pairs, z, along, along, left.gradient)],
         [pairs.order],
@@ -454,7 +454,9 @@ def _reconstruct_levels(  # noqa: PLR0913
     for number in range(last + 1):
         pairs.append(sort_pairs(code, weights.d_sae, Level(level, number)))
         places.append(pairs[-1].order)
-        more = weights.decode(pairs[-1], code.values[places[-1]], len(target), start)
+        more = weights.decode(
+            pairs[-1], code.values.index_select(0, places[-1]), len(target), start
+        )
         more = member.part.over_latents(more)
         x_hat, start = more if x_hat is None else x_hat.add_(more), None
         error = _first_errors(x_hat, target, shown) if number == nested.main else error
@@ -465,8 +467,8 @@ def _reconstruct_levels(  # noqa: PLR0913
         own, weight = left[number].gradient, nested.weights[number]
         gradient = own * weight if gradient is None else gradient.add(own, alpha=weight)
         along = weights.dots(pairs[number], gradient)
-        dz.index_copy_(0, places[number], along)
-        z = code.values[places[number]]
+        dz.scatter_(0, places[number], along)
+        z = code.values.index_select(0, places[number])
         terms.insert(0, Terms(pairs[number], z, along, along, gradient))
     parts = list(zip(nested.weights, left, strict=True))
     total = torch.stack([weight * part.total for weight, part in parts]).sum(0)

@@ -34,7 +34,7 @@ KERNELS = {
     "has_int8": "",
     "set_threads": "N",
     "meet_ranks": "PNNNN",
-    "to_slices": "PPNNP",
+    "to_slices": "PPNNPP",
     "from_slices": "PPNNP",
     "sort_pairs": "PPNNNPNPPP",
     "decode": "PPPPPNNNP",

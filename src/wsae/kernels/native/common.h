@@ -76,7 +76,7 @@ static inline void sort_by_latent(const Index* latents, const int64_t* token_off
 static inline bool every_pair(int64_t) { return true; }
 
 // Into how many tasks a pass over the latents is cut: a thread that is held up keeps the others for one of them at most.
-static inline int64_t parts_for(int64_t threads) { return threads > 1 ? 8 * threads : 1; }
+static inline int64_t parts_for(int64_t threads) { return threads > 1 ? 4 * threads : 1; }
 
 // Split the latents into `parts` runs of about the same work; borders are multiples of `block`.
 static inline std::vector<int64_t> split(const int64_t* offsets, int64_t d_sae, int64_t parts, int64_t block, int64_t per_latent) {

@@ -16,7 +16,7 @@
 #define HAVE_INT8 1
 #endif
 
-extern "C" void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out);
+extern "C" void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out, float* less);
 
 namespace {
 
@@ -628,7 +628,7 @@ static void select_all(const Encoder* encoder, const float* x, const float* slic
     const int64_t left = rest.size(), slices = (d + SLICE - 1) / SLICE;
     std::vector<float> rows(left * d), again(left * slices * SLICE);
     for (int64_t i = 0; i < left; i++) std::copy_n(x + rest[i] * d, d, rows.begin() + i * d);
-    to_slices(rows.data(), nullptr, left, d, again.data());
+    to_slices(rows.data(), nullptr, left, d, again.data(), nullptr);
     const Job finer = make_job(*encoder, *s, rows.data(), left, 2);
     second = run_round(finer, rows.data(), again.data(), left, std::min<int64_t>(chunk, 2 * TOKENS), false);
     s->examined += second.latents.size(), s->exhaustive += second.exhaustive;

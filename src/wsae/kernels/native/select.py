@@ -16,7 +16,15 @@ from torch import Tensor
 
 from wsae.kernels.eager import SparseCode, code_from_topk, offsets_of, select_group_topk
 from wsae.kernels.native.build import has_int8, library
-from wsae.kernels.native.slices import SLICE, Slices, address, empty, from_slices, slice_count
+from wsae.kernels.native.slices import (
+    SLICE,
+    Centred,
+    Slices,
+    address,
+    empty,
+    from_slices,
+    slice_count,
+)
 
 CHUNK = 84
 """Tokens scanned together: 6 tiles of 14, whose 8-bit rows and candidates stay in the second-level cache."""
@@ -119,13 +127,6 @@ def dimension_scales(spread: Float[Tensor, " d_in"]) -> Float[Tensor, " padded_d
     scales = empty(slice_count(d_in) * SLICE).fill_(1)
     scales[:d_in] = (spread.float() / typical).clamp_min(1e-3).sqrt()
     return scales
-
-
-class Centred(NamedTuple):
-    """Centred activations x - b_dec twice: as rows and in slices."""
-
-    rows: Float[Tensor, "batch d_in"]
-    slices: Slices
 
 
 def select_topk(

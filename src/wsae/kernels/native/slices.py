@@ -44,16 +44,34 @@ def slice_count(d_in: int) -> int:
     return -(-d_in // SLICE)
 
 
-def to_slices(
-    rows: Float[Tensor, "rows d_in"], centre: Float[Tensor, " d_in"] | None = None
-) -> Slices:
-    """Return rows - centre in slices, padded with zeros."""
-    n, d_in = rows.shape
-    rows, out = rows.contiguous(), empty(slice_count(d_in), n, SLICE)
-    library().to_slices(
-        address(rows, n, d_in), address(centre, d_in), n, d_in, address(out, *out.shape)
-    )
-    return out
+def to_slices(rows: Float[Tensor, "rows d_in"]) -> Slices:
+    """Return rows in slices, padded with zeros."""
+    return Centred.of(rows).slices
+
+
+class Centred(NamedTuple):
+    """Activations less a centre, x - b_dec, twice: as rows and in slices padded with zeros."""
+
+    rows: Float[Tensor, "batch d_in"]
+    slices: Slices
+
+    @classmethod
+    def of(
+        cls, x: Float[Tensor, "batch d_in"], centre: Float[Tensor, " d_in"] | None = None
+    ) -> "Centred":
+        """Centre rows."""
+        n, d_in = x.shape
+        x, out = x.contiguous(), empty(slice_count(d_in), n, SLICE)
+        rows = x if centre is None else empty(n, d_in)
+        library().to_slices(
+            address(x, n, d_in),
+            address(centre, d_in),
+            n,
+            d_in,
+            address(out, *out.shape),
+            None if centre is None else address(rows, n, d_in),
+        )
+        return cls(rows, out)
 
 
 def from_slices(

@@ -37,8 +37,8 @@ int64_t meet_ranks(int32_t* const* seats, int64_t ranks, int64_t own, int64_t tu
   return meet(seats, ranks, own, (int32_t)turn, patience);
 }
 
-// [rows][d_in] less `centre` to [slices][rows][32], padded with zeros.
-void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out) {
+// [rows][d_in] less `centre` to [slices][rows][32], padded with zeros; to `less` [rows][d_in] too, where that is asked for.
+void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, float* out, float* less) {
   const int64_t slices = (d_in + SLICE - 1) / SLICE;
   share_out(n, BLOCK, [=](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++)
@@ -47,6 +47,7 @@ void to_slices(const float* rows, const float* centre, int64_t n, int64_t d_in, 
         const int64_t width = std::min(SLICE, d_in - s * SLICE);
         for (int64_t i = 0; i < width; i++) to[i] = rows[r * d_in + s * SLICE + i] - (centre ? centre[s * SLICE + i] : 0);
         for (int64_t i = width; i < SLICE; i++) to[i] = 0;
+        if (less) std::copy_n(to, width, less + r * d_in + s * SLICE);
       }
   });
 }
@@ -219,84 +220,109 @@ inline void gather(const Pairs& pairs, const float* weight, const float* rows, i
   g0 += h0, g1 += h1;
 }
 
-// Add a gradient's squares to those of its block of latents, the same whoever computes which blocks.
-inline void add_square(const Update& u, vf& block, vf g0, vf g1, int64_t j, int64_t last) {
+// What the slices leave of an update, to be summed in their order: a slice is one thread's, whoever computes it.
+struct Shares {
+  int64_t d_sae, blocks;
+  std::vector<float> along, bias_grad;                 // [d_sae]: sums over a latent's pairs
+  std::unique_ptr<float[]> decoder, encoder, largest;  // [slices][d_sae]: squares of the new rows; their largest entries
+  std::vector<float> slope;                            // [slices of the decoder, then of the encoder][blocks]
+
+  Shares(const Update& u, int64_t given, int64_t taken)
+      : d_sae(u.d_sae), blocks((u.d_sae + BLOCK - 1) / BLOCK), along(d_sae, 0), bias_grad(d_sae, 0),
+        decoder(new float[given * d_sae]), encoder(new float[taken * d_sae]), largest(new float[taken * d_sae]),
+        slope((given + taken) * blocks, 0) {}
+};
+
+// Add a gradient's squares to those of its block of latents.
+inline void add_square(float* slope, vf& block, vf g0, vf g1, int64_t j, int64_t last) {
   block += g0 * g0 + g1 * g1;
   if ((j + 1) % BLOCK && j + 1 != last) return;
-  u.slope[j / BLOCK] += sum(block);
+  slope[j / BLOCK] = sum(block);
   block = vf{};
 }
 
-void update_decoder(const Update& u, int64_t first, int64_t last, const float* along) {
+void update_decoder(const Update& u, int64_t s, const Shares& shares, float* square, float* slope) {
   const Rates rates(u);
-  const int64_t slices = (u.d_out + SLICE - 1) / SLICE;
-  std::vector<float> square(last - first, 0);
-  for (int64_t s = 0; s < slices; s++) {
-    vf slope{};
-    for (int64_t j = first; j < last; j++) {
-      const int64_t at = (s * u.d_sae + j) * SLICE;
-      const vf scale = splat(u.unit ? u.row_scale[j] : 1);
-      const vf w0 = load(u.decoder.W + at) * scale, w1 = load(u.decoder.W + at + 16) * scale;
-      vf g0{}, g1{};
-      for (int64_t k = 0; k < u.terms; k++) {
-        gather(u.term[k].pairs, u.term[k].z, u.term[k].G + s * u.tokens * SLICE, j, g0, g1);
-        if (!u.encoder.W) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
-      }
-      const vf pull = splat((u.pull ? u.pull[j] : 0) - (u.unit ? along[j - first] : 0));
-      g0 += pull * w0, g1 += pull * w1;
-      add_square(u, slope, g0, g1, j, last);
-      const vf a = adam(w0, u.decoder.m + at, u.decoder.v + at, g0, rates);
-      const vf b = adam(w1, u.decoder.m + at + 16, u.decoder.v + at + 16, g1, rates);
-      store(u.decoder.W + at, a);
-      store(u.decoder.W + at + 16, b);
-      square[j - first] += sum(a * a + b * b);
+  vf block{};
+  for (int64_t j = 0; j < u.d_sae; j++) {
+    const int64_t at = (s * u.d_sae + j) * SLICE;
+    const vf scale = splat(u.unit ? u.row_scale[j] : 1);
+    const vf w0 = load(u.decoder.W + at) * scale, w1 = load(u.decoder.W + at + 16) * scale;
+    vf g0{}, g1{};
+    for (int64_t k = 0; k < u.terms; k++) {
+      gather(u.term[k].pairs, u.term[k].z, u.term[k].G + s * u.tokens * SLICE, j, g0, g1);
+      if (!u.encoder.W) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
     }
-  }
-  for (int64_t j = first; j < last; j++) {
-    u.norm[j] = std::sqrt(square[j - first]);
-    if (u.unit) u.row_scale[j] = 1 / std::max(u.norm[j], 1e-12f);
+    const vf pull = splat((u.pull ? u.pull[j] : 0) - (u.unit ? shares.along[j] : 0));
+    g0 += pull * w0, g1 += pull * w1;
+    add_square(slope, block, g0, g1, j, u.d_sae);
+    const vf a = adam(w0, u.decoder.m + at, u.decoder.v + at, g0, rates);
+    const vf b = adam(w1, u.decoder.m + at + 16, u.decoder.v + at + 16, g1, rates);
+    store(u.decoder.W + at, a);
+    store(u.decoder.W + at + 16, b);
+    square[j] = sum(a * a + b * b);
   }
 }
 
-void update_encoder(const Update& u, int64_t first, int64_t last, const float* bias_grad) {
+void update_encoder(const Update& u, int64_t s, const Shares& shares, float* square, float* largest, float* slope) {
   const Rates rates(u);
   const int64_t slices = (u.d_in + SLICE - 1) / SLICE;
   const bool tied = !u.encoder.W;
-  for (int64_t j = first; j < last; j++) u.largest[j] = u.square[j] = 0;
-  for (int64_t s = 0; s < slices; s++) {
-    vf b0{}, b1{}, slope{};
-    const vf d0 = u.dim ? load(u.dim + s * SLICE) : vf{}, d1 = u.dim ? load(u.dim + s * SLICE + 16) : vf{};
-    for (int64_t j = first; j < last; j++) {
-      const int64_t at = (s * u.d_sae + j) * SLICE;
-      float* W = (tied ? u.decoder.W : u.encoder.W) + at;
-      vf w0 = load(W), w1 = load(W + 16);
-      if (u.partial) {
-        b0 += splat(bias_grad[j - first]) * w0, b1 += splat(bias_grad[j - first]) * w1;
-        if ((j + 1) % BLOCK == 0 || j + 1 == last) {
-          float* partial = u.partial + (j / BLOCK * slices + s) * SLICE;
-          store(partial, b0), store(partial + 16, b1);
-          b0 = b1 = vf{};
-        }
-      }
-      if (!tied) {
-        vf g0{}, g1{};
-        for (int64_t k = 0; k < u.terms; k++) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
-        add_square(u, slope, g0, g1, j, last);
-        w0 = adam(w0, u.encoder.m + at, u.encoder.v + at, g0, rates);
-        w1 = adam(w1, u.encoder.m + at + 16, u.encoder.v + at + 16, g1, rates);
-        store(W, w0);
-        store(W + 16, w1);
-      }
-      if (u.dim) {
-        const vf q0 = w0 * d0, q1 = w1 * d1;
-        u.square[j] += sum(q0 * q0 + q1 * q1);
-        float a[SLICE], most = u.largest[j];
-        store(a, q0), store(a + 16, q1);
-#pragma omp simd reduction(max : most)
-        for (int i = 0; i < SLICE; i++) most = std::max(most, std::fabs(a[i]));
-        u.largest[j] = most;
+  vf b0{}, b1{}, block{};
+  const vf d0 = u.dim ? load(u.dim + s * SLICE) : vf{}, d1 = u.dim ? load(u.dim + s * SLICE + 16) : vf{};
+  for (int64_t j = 0; j < u.d_sae; j++) {
+    const int64_t at = (s * u.d_sae + j) * SLICE;
+    float* W = (tied ? u.decoder.W : u.encoder.W) + at;
+    vf w0 = load(W), w1 = load(W + 16);
+    if (u.partial) {
+      b0 += splat(shares.bias_grad[j]) * w0, b1 += splat(shares.bias_grad[j]) * w1;
+      if ((j + 1) % BLOCK == 0 || j + 1 == u.d_sae) {
+        float* partial = u.partial + (j / BLOCK * slices + s) * SLICE;
+        store(partial, b0), store(partial + 16, b1);
+        b0 = b1 = vf{};
       }
     }
+    if (!tied) {
+      vf g0{}, g1{};
+      for (int64_t k = 0; k < u.terms; k++) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
+      add_square(slope, block, g0, g1, j, u.d_sae);
+      w0 = adam(w0, u.encoder.m + at, u.encoder.v + at, g0, rates);
+      w1 = adam(w1, u.encoder.m + at + 16, u.encoder.v + at + 16, g1, rates);
+      store(W, w0);
+      store(W + 16, w1);
+    }
+    const vf q0 = u.dim ? w0 * d0 : vf{}, q1 = u.dim ? w1 * d1 : vf{};
+    square[j] = sum(q0 * q0 + q1 * q1);
+    float a[SLICE], most = 0;
+    store(a, q0), store(a + 16, q1);
+#pragma omp simd reduction(max : most)
+    for (int i = 0; i < SLICE; i++) most = std::max(most, std::fabs(a[i]));
+    largest[j] = most;
+  }
+}
+
+// What a latent has of its own, once all slices are done.
+void update_rest(const Update& u, int64_t first, int64_t last, int64_t given, int64_t taken, const Shares& shares) {
+  for (int64_t j = first; j < last; j++) {
+    float square = 0;
+    for (int64_t s = 0; s < given; s++) square += shares.decoder[s * u.d_sae + j];
+    u.norm[j] = std::sqrt(square);
+    if (u.unit) u.row_scale[j] = 1 / std::max(u.norm[j], 1e-12f);
+    u.largest[j] = u.square[j] = 0;
+    for (int64_t s = 0; s < taken; s++) {
+      u.square[j] += shares.encoder[s * u.d_sae + j];
+      u.largest[j] = std::max(u.largest[j], shares.largest[s * u.d_sae + j]);
+    }
+  }
+  float& slope = u.slope[first / BLOCK] = 0;
+  for (int64_t s = 0; s < given + taken; s++) slope += shares.slope[s * shares.blocks + first / BLOCK];
+  if (!u.b_enc) return;
+  for (int64_t j = first; j < last; j++) {
+    slope += shares.bias_grad[j] * shares.bias_grad[j];
+    const float g = u.factor * shares.bias_grad[j];
+    u.b_enc_m[j] += (1 - u.beta1) * (g - u.b_enc_m[j]);
+    u.b_enc_v[j] = u.beta2 * u.b_enc_v[j] + (1 - u.beta2) * g * g;
+    u.b_enc[j] -= u.lr / u.correction1 * u.b_enc_m[j] / (std::sqrt(u.b_enc_v[j]) / std::sqrt(u.correction2) + u.eps);
   }
 }
 
@@ -304,30 +330,35 @@ void update_encoder(const Update& u, int64_t first, int64_t last, const float* b
 
 extern "C" {
 
-// Gradients of both matrices, Adam and unit norm, latent by latent and slice by slice. No gradient matrix exists.
+// Gradients of both matrices, Adam and unit norm, slice by slice: a thread that has one keeps the tokens' part of it in its
+// second-level cache, and no other needs it. No gradient matrix exists.
 int64_t update_latents(const Update* update) {
   const Update& u = *update;
-  const auto some = [&](int64_t first, int64_t last) {
-    std::vector<float> along(last - first, 0), bias_grad(last - first, 0);
-    std::fill(u.slope + (first + BLOCK - 1) / BLOCK, u.slope + (last + BLOCK - 1) / BLOCK, 0.0f);
-    for (int64_t k = 0; k < u.terms; k++)
-      for (int64_t j = first; j < last; j++)
-        for (int64_t p = u.term[k].pairs.offsets[j]; p < u.term[k].pairs.offsets[j + 1]; p++) {
-          along[j - first] += u.term[k].z[p] * u.term[k].along[p];
-          bias_grad[j - first] += u.term[k].v[p];
-        }
-    update_decoder(u, first, last, along.data());
-    update_encoder(u, first, last, bias_grad.data());
-    if (u.b_enc)
-      for (int64_t j = first; j < last; j++) {
-        u.slope[j / BLOCK] += bias_grad[j - first] * bias_grad[j - first];
-        const float g = u.factor * bias_grad[j - first];
-        u.b_enc_m[j] += (1 - u.beta1) * (g - u.b_enc_m[j]);
-        u.b_enc_v[j] = u.beta2 * u.b_enc_v[j] + (1 - u.beta2) * g * g;
-        u.b_enc[j] -= u.lr / u.correction1 * u.b_enc_m[j] / (std::sqrt(u.b_enc_v[j]) / std::sqrt(u.correction2) + u.eps);
+  return status_of([&] {
+    const int64_t given = (u.d_out + SLICE - 1) / SLICE, taken = (u.d_in + SLICE - 1) / SLICE;
+    Shares shares(u, given, taken);
+    over_latents(u.term[0].pairs, u.d_sae, [&](int64_t first, int64_t last) {
+      std::vector<float> products;  // rounded before they are added, by whatever compiler
+      for (int64_t k = 0; k < u.terms; k++) {
+        const Terms& t = u.term[k];
+        const int64_t begin = t.pairs.offsets[first], end = t.pairs.offsets[last];
+        products.resize(end - begin);
+        for (int64_t p = begin; p < end; p++) products[p - begin] = t.z[p] * t.along[p];
+        for (int64_t j = first; j < last; j++)
+          for (int64_t p = t.pairs.offsets[j]; p < t.pairs.offsets[j + 1]; p++)
+            shares.along[j] += products[p - begin], shares.bias_grad[j] += t.v[p];
       }
-  };
-  return status_of([&] { over_latents(u.term[0].pairs, u.d_sae, some); });
+    });
+    const auto decoder = [&](int64_t s) { update_decoder(u, s, shares, &shares.decoder[s * u.d_sae], &shares.slope[s * shares.blocks]); };
+    const auto encoder = [&](int64_t s) {
+      update_encoder(u, s, shares, &shares.encoder[s * u.d_sae], &shares.largest[s * u.d_sae], &shares.slope[(given + s) * shares.blocks]);
+    };
+    if (u.encoder.W)
+      share_out(given + taken, 1, [&](int64_t s, int64_t) { s < given ? decoder(s) : encoder(s - given); });
+    else  // the same rows
+      share_out(given, 1, [&](int64_t s, int64_t) { decoder(s), encoder(s); });
+    share_out(u.d_sae, BLOCK, [&](int64_t first, int64_t last) { update_rest(u, first, last, given, taken, shares); });
+  });
 }
 
 // largest[j], square[j] of the rows of W times dim.
