@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from halting import Halting
@@ -178,6 +179,9 @@ def test_a_finished_run_is_returned_and_another_config_refused(tmp_path: Path) -
         train_run(other, source, tmp_path / "run", resume=True)
     with pytest.raises(UserError, match="data is"):
         train_run(cfg, ArraySource(world(seed=9)), tmp_path / "run")
+    labelled = ArraySource(world()).with_labels(np.arange(len(world())) % 3)
+    with pytest.raises(UserError, match="data is"):
+        train_run(cfg, labelled, tmp_path / "run")
 
 
 def test_a_directory_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:

@@ -441,15 +441,20 @@ def _as_begun(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 def same_run(out: Path, identity: dict[str, Any]) -> None:
     """Raise UserError naming the first setting in which `out` differs from this run.
 
-    Data may move: they are compared by digest, not by path.
+    Data may move: they are compared by digest and by the hooks that are read of them, not by path.
     """
     path, here = out / CONFIG, json.loads(json.dumps(identity))
     with understood(path):
-        there = {**read_json(path), "source": None}
-    for key, a, b in _differences(there, here | {"source": None}):
+        there = _anywhere(read_json(path))
+    for key, a, b in _differences(there, _anywhere(here)):
         raise UserError(
             f"{path}: holds a run of another config ({key} is {a!r} there, {b!r} here); use another --out"
         )
+
+
+def _anywhere(identity: dict[str, Any]) -> dict[str, Any]:
+    source = identity.get("source") or {}
+    return {**identity, "source": {"hooks": source.get("hooks")}}
 
 
 def _differences(a: object, b: object, place: str = "") -> Iterator[tuple[str, object, object]]:
