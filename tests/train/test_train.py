@@ -184,6 +184,17 @@ def test_a_finished_run_is_returned_and_another_config_refused(tmp_path: Path) -
         train_run(cfg, labelled, tmp_path / "run")
 
 
+@pytest.mark.parametrize("rule", ["none", "residual"])
+def test_a_loss_that_is_lost_ends_the_run_in_a_line_of_the_member(
+    tmp_path: Path, rule: str
+) -> None:
+    """Soon, and not as NaN weights at the end; a pilot's too."""
+    cfg = config(weighted("variance"), weighted(rule, lr=1e10, label="fast"), tokens=200_000)
+    with pytest.raises(UserError, match=r"fast: its loss is nan by step 10; lower .* \(1e\+10\)"):
+        train_run(cfg, ArraySource(world()), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="is not empty and not a wsae run"):

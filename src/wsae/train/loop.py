@@ -35,7 +35,7 @@ from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.loggers import JsonLines, current
 from wsae.train.native import as_usual, leave
-from wsae.train.state import SUMS, MemberState, make_batches, metrics_row
+from wsae.train.state import SUMS, MemberState, make_batches, metrics_row, refuse_lost
 from wsae.train.step import chosen, lr_factor, side_by_side
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def run_steps(
 ) -> None:
     """Train from step `first` to the end; `on_step(n)` is called after each step with the number done.
 
-    Raises UserError where `kernels` cannot train a member.
+    Raises UserError where `kernels` cannot train a member, or a member's loss is not finite.
     """
     if cfg.loss is not None:
         from wsae.train.endtoend import run_spliced
@@ -293,6 +293,9 @@ def run_steps(
                 device, out = members[0].mean.device, cfg.given(hook)
                 y = None if out is None else batch[out].to(device)
                 step_all(members, make_batches(batch[hook].to(device), members, y), step)
+            if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+                for _, member in family.all():
+                    refuse_lost(member, step + 1)
             on_step(step + 1)
             tick(cfg.batch_size)
 
