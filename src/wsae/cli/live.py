@@ -362,8 +362,9 @@ def open_data(
 ) -> "ActivationSource":
     """Return the activations of a store or an array, or of a live model on --text."""
     if is_data(source):
-        others = set(LiveFlags.model_fields) - {"text", "heldout_fraction"}
-        refuse(live, f"{source} holds activations already; leave the flag out", others)
+        ours = f"{source} holds activations already; leave the flag out"
+        refuse(live, ours, ("hook",))
+        refuse(mixing, ours)
         return _opened(source, live.hook)
     if live.text is None:
         raise UserError(
