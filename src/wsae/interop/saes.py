@@ -40,7 +40,7 @@ from wsae.interop.circuit_tracer import CIRCUIT_TRACER, LAYER
 from wsae.interop.circuit_tracer import CONFIG as SET
 from wsae.interop.config import INDEX, FormatName, SourceName
 from wsae.interop.dictionary_learning import CROSSCODER, DICTIONARY_LEARNING
-from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
+from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader, as_known
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, LLAMA_SCOPE_R1, TORCH, beside
 from wsae.interop.releases import LOADERS, Published, hub_model, named, of_repository, published
 from wsae.interop.saelens import SAELENS, SCALER, as_registered
@@ -108,7 +108,7 @@ def save(
     Raises UserError, before anything is written, when the format has no equal for this SAE, or the folder holds
     something else (with `force` another export gives way).
     """
-    kind, path, sae = find(format, KINDS), Path(path), sae.plain()
+    kind, path, sae = find(format, KINDS), Path(path), as_known(sae)
     packed = kind.pack(sae, about)
     named = kind.rename(packed, format)
     held = {name: getattr(named, name) for name in _SHARED}
@@ -140,7 +140,7 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     kind = detect(place) if format == "auto" else find(format, READERS)
     foreign = kind.read(place)
     where = str(place)
-    if manifest is None or not isinstance(kind, Format):
+    if manifest is None or not isinstance(kind, Format) or "layers" in manifest.config:  # a set's
         sae, about = kind.sae(foreign, where), kind.about(foreign)
         name = place.absolute().name
         if about.hook is None and _MODULE.fullmatch(name):  # only the folder says it, as sparsify's
