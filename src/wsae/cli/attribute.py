@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.cli.common import UI, Common, CommonFlags, Count, MaybeName, MaybePlace, device
+from wsae.cli.common import UI, Common, CommonFlags, Count, MaybeName, ResultFile, device
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import finite, write_json
@@ -103,7 +103,7 @@ class Flags(Config):
     on the way to them from the SAE's bias at all tokens, whose effects add up to the whole change."""
     verify: Count = 10
     """How many of the largest effects are checked by ablation."""
-    out: MaybePlace = None
+    out: ResultFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
     """Flags of every command."""

@@ -37,6 +37,7 @@ from pydantic.fields import FieldInfo
 
 from wsae.core.config import FLAG_OF, FLAGS, Config, Read, read_config, yaml_value
 from wsae.core.errors import UserError, duration, nearest, printable
+from wsae.core.files import check_writable
 from wsae.core.progress import Tick
 from wsae.train import loggers as copies
 from wsae.train.loggers import Logger, LoggerName, Mirror, WandbConfig
@@ -352,6 +353,9 @@ MaybeCount = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint
 MaybeNumber = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 MaybeName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 MaybePlace = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_RESULT = object()
+ResultFile = Annotated[MaybePlace, _RESULT]
+"""A file for the result: whether it can be written is seen before the work (`check_result_file`)."""
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
 # Configs as flags: a config's fields are its flags, with the same names, defaults and help.
@@ -524,6 +528,14 @@ def _check_numbers(flags: Config) -> None:
                 raise UserError(f"{said} is not a number to work with; give a finite one")
             if isinstance(one, int) and not 0 <= one <= most:
                 raise UserError(f"{said:.60} is not between 0 and {most:,}")
+
+
+def check_result_file(flags: Config) -> None:
+    """Raise UserError where the command's result cannot be written to the file that is asked for."""
+    for path, field in leaves(type(flags)):
+        given = getattr(flags, path[0]) if _RESULT in field.metadata else None
+        if given is not None:
+            check_writable(given)
 
 
 def check_known(kind: type[Config], words: list[str]) -> None:
