@@ -211,7 +211,7 @@ def random_model(
         raise UserError(
             "control random_model: this run's data have no language model behind them; leave it out"
         )
-    language, name = reinitialised(language, seed_for(seed, "random model")), NAMES["random_model"]
+    language, name = reinitialised(language, seed_for(seed, "random model")), "random-model"
     members = dict(zip(train.names(), train.members, strict=True))
     alone = members[member].model_copy(update={"label": name})
     train = train.model_copy(update={"members": (alone,), "init_from": None, "loss": None})
