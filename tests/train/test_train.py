@@ -311,6 +311,18 @@ def test_families_name_their_members_and_bring_the_twin() -> None:
 
 
 @pytest.mark.parametrize(
+    "label", ["a|b", "..", "a/../../b", "/a", "a/", ".", "x" * 101, "a\nb", "\u202eab"]
+)
+def test_a_label_that_cannot_name_a_folder_is_refused_before_training(label):
+    with pytest.raises(UserError, match="label: cannot name a folder and results"):
+        MemberConfig.parse({"label": label}, where="member")
+    for name in ("lr/0.1", "ü <b>", "controlled"):
+        assert MemberConfig(label=name).label == name
+    with pytest.raises(UserError, match="begin with control-"):
+        MemberConfig.parse({"label": "control-random"}, where="member")
+
+
+@pytest.mark.parametrize(
     ("x", "fields", "says"),
     [
         (torch.ones(50, 4), {}, "all .* activations are the same vector"),

@@ -656,7 +656,9 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
     about, transcoder = _about(opened), opened.config.sae.transcoder
     text = asked.text
     assert text is not None, "data_of asks for a text"
-    model, hook = asked.model or about.model, asked.hook or about.hook
+    from wsae.interop.saes import model_behind
+
+    model, hook = asked.model or model_behind(opened.path), asked.hook or about.hook
     names = tuple(part.name for part in opened.config.sae.sources or ())
     if any("@" in name for name in names):
         raise UserError(
