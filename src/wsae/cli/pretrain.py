@@ -69,7 +69,9 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Pretrain and return the run's path and what its manifest says."""
-    _check_installed()
+    for module in ("transformers", "kornia", "PIL"):  # other extras bring some of them
+        if find_spec(module) is None:
+            raise UserError(f"{module} is not installed; pip install 'wsae[vision]'")
     cfg = config(flags)
     loggers = flags.loggers.made()
     from wsae.acts.images.sets import open_images
@@ -87,13 +89,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         with mirrored(loggers, ui):
             result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
     return {"run": str(result.path), **result.info}
-
-
-def _check_installed() -> None:
-    """Raise UserError when the extra is missing, whichever other one has brought a part of it."""
-    for module in ("transformers", "kornia", "PIL"):
-        if find_spec(module) is None:
-            raise UserError(f"{module} is not installed; pip install 'wsae[vision]'")
 
 
 def config(flags: Flags) -> "PretrainConfig":

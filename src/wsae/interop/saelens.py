@@ -252,8 +252,7 @@ def _rename(foreign: Foreign, where: str) -> NamedTensors:
         weights = NamedTensors(**dict(zip(names, take(tensors, names, where), strict=True)))
         if _transcoder(config) and config.get("d_out") != weights.W_dec.shape[-1]:
             raise UserError(
-                f"{where}: the config says d_out = {config.get('d_out')!r}, the decoder is "
-                f"{tuple(weights.W_dec.shape)}"
+                f"{where}: the config says d_out = {config.get('d_out')!r}, the decoder is {tuple(weights.W_dec.shape)}"
             )
     widths = (config.get("d_in"), config.get("d_sae"))
     return check_shapes(weights, where, *widths, _transcoder(config))
