@@ -148,10 +148,7 @@ class _Captured(NamedTuple):
 
 
 class Flow:
-    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position.
-
-    Rows are left on `keep_on`.
-    """
+    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position."""
 
     def __init__(
         self, cfg: HarvestConfig, language: "LanguageModel", keep_on: torch.device | str = "cpu"
@@ -317,10 +314,7 @@ class SourceStats(NamedTuple):
 
 
 class Tally:
-    """Running statistics per hook; exact, so their order and grouping do not matter.
-
-    With classes, kept rows bring labels and their consistency is counted.
-    """
+    """Running statistics per hook; exact, so their order and grouping do not matter."""
 
     def __init__(self, hooks: Mapping[str, int], n_classes: int = 0) -> None:
         self.classes = {
