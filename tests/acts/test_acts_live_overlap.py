@@ -12,7 +12,8 @@ from acts_models import LAYERS, make_model, make_text
 
 from wsae.acts.config import HarvestConfig, LiveConfig, TextConfig
 from wsae.acts.language import load_language
-from wsae.acts.live import LiveSource, LiveStream, ahead
+from wsae.acts.live import LiveSource, LiveStream
+from wsae.acts.stream import ahead
 from wsae.core.errors import UserError
 from wsae.sae.config import TopK
 from wsae.train.config import MemberConfig, TrainConfig
@@ -117,7 +118,7 @@ def test_a_value_computed_ahead_comes_with_its_error():
 def test_a_program_ends_at_once_while_a_value_is_computed_ahead():
     code = """
 import time
-from wsae.acts.live import ahead, leaving
+from wsae.acts.stream import ahead, leaving
 
 def work():
     for _ in range(6000):

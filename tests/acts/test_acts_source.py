@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
 from itertools import islice
 
@@ -19,7 +20,9 @@ from wsae.acts.harvest import harvest
 from wsae.acts.language import load_language
 from wsae.acts.live import LiveSource
 from wsae.acts.source import ActivationSource, ArraySource, StoreSource, open_source
+from wsae.acts.stream import ShuffledStream
 from wsae.core.errors import UserError
+from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import save_tensors
 
 TRAIN, HELDOUT = 500, 90
@@ -173,6 +176,50 @@ def check_restore(source, position, size):
 
 def json_round_trip(value):
     return json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(70_000, 300), (10, 10), (7, 2)])
+def test_rows_read_ahead_are_those_of_the_epoch_s_order(rows, size):
+    seen: list[int] = []
+
+    def gather(index):
+        seen.append(threading.get_ident())
+        return {"x": torch.from_numpy(index[:, None].astype(np.float32))}
+
+    stream = ShuffledStream(rows, gather, size, seed=5)
+    for step in range(2 * (rows // size) + 1):
+        epoch, batch = divmod(step, rows // size)
+        at = np.arange(batch * size, (batch + 1) * size)
+        expected = Permutation(rows, seed_for(5, "epoch", epoch))(at)
+        assert np.array_equal(stream.next()["x"][:, 0].numpy(), expected)
+        stream.begin()
+        stream.begin()
+        assert (stream.state()["epoch"], stream.state()["batch"]) == (epoch, batch + 1)
+    assert seen[0] == threading.get_ident()
+    assert threading.get_ident() not in seen[1:]
+
+
+def test_a_batch_that_cannot_be_read_ahead_fails_when_it_is_asked_for_and_can_be_asked_for_again():
+    broken = [False]
+
+    def gather(index):
+        if broken[0]:
+            raise OSError("the disk is gone")
+        return {"x": torch.from_numpy(index[:, None].astype(np.float32))}
+
+    stream, whole = (ShuffledStream(40, gather, 4, seed=1) for _ in range(2))
+    expected = [whole.next()["x"] for _ in range(4)]
+    assert torch.equal(stream.next()["x"], expected[0])
+    stream.begin()
+    assert stream._begun.exception(timeout=10) is None
+    broken[0] = True
+    assert torch.equal(stream.next()["x"], expected[1])
+    stream.begin()
+    with pytest.raises(OSError, match="the disk is gone"):
+        stream.next()
+    broken[0] = False
+    assert torch.equal(stream.next()["x"], expected[2])
+    assert stream.state()["batch"] == 3
 
 
 def test_heldout_rows_come_once_in_one_order_and_are_never_trained_on(source):

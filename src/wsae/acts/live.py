@@ -4,12 +4,10 @@ A block of rows is filled, handed out in random order and replaced. The position
 block starts and how much of it is used, so restoring computes one block again.
 """
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,42 +17,22 @@ from torch import Tensor
 from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.acts.flow import Flow, SourceStats, Step, Tally, TokenBatch, stacked
 from wsae.acts.language import LanguageModel, language_for
-from wsae.acts.stream import Batch, HeldoutRows, State, check_batch_size, position, restored
+from wsae.acts.stream import (
+    Batch,
+    HeldoutRows,
+    State,
+    ahead,
+    check_batch_size,
+    leaving,
+    position,
+    restored,
+)
 from wsae.acts.text import START, Packer, Position, TokenSequence, fingerprint
 from wsae.acts.tokens import TokenTable, decode_table
 from wsae.core.errors import Buffer, UserError, explained
 from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-
-T = TypeVar("T")
-
-
-def leaving() -> bool:
-    """Return whether the program is at its end, so that nobody wants a result any more."""
-    return not threading.main_thread().is_alive()
-
-
-def ahead(work: Callable[[], T], stream: torch.cuda.Stream | None = None) -> Future[T]:
-    """Return a value that another thread computes meanwhile.
-
-    On a GPU it is computed on `stream`, and there when the result is. The interpreter waits for it at its end: long
-    work should give up when `leaving()`.
-    """
-    value: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                found = work()
-            if stream is not None:
-                stream.synchronize()
-            value.set_result(found)
-        except BaseException as error:  # handed to the caller's thread
-            value.set_exception(error)
-
-    threading.Thread(target=run, name="wsae-ahead").start()
-    return value
 
 
 class LiveSource:
@@ -216,6 +194,9 @@ class LiveStream:
         self._batch += 1
         chosen = self._block.order[first : first + self._batch_size]
         return {hook: x[chosen] for hook, x in self._block.x.items()}
+
+    def begin(self) -> None:
+        """Do nothing: blocks are computed ahead."""
 
     def state(self) -> State:
         """Return the exact position as JSON: the block's start in the text, and the batches used of it."""

@@ -603,6 +603,11 @@ class _Stream:
         """Return the next batch by hook, float32."""
         return self._together([stream.next() for stream in self._streams])
 
+    def begin(self) -> None:
+        """Begin to read each stream's next batch."""
+        for stream in self._streams:
+            stream.begin()
+
     def state(self) -> State:
         """Return the exact position, which is that of each."""
         return self._streams[0].state()

@@ -1,9 +1,13 @@
 """What training and evaluation see of any data: the interfaces of sources, and epochs of shuffled rows."""
 
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from concurrent.futures import Future
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -32,6 +36,10 @@ class BatchStream(Protocol):
 
     def next(self) -> Batch:
         """Return the next batch by hook, float32."""
+        ...
+
+    def begin(self) -> None:
+        """Begin to read the batch after it in another thread, where that helps."""
         ...
 
     def state(self) -> State:
@@ -134,6 +142,47 @@ class Pictures(Protocol):
 
 # Epochs of shuffled rows.
 
+T = TypeVar("T")
+
+
+def leaving() -> bool:
+    """Return whether the program is at its end, so that nobody wants a result any more."""
+    return not threading.main_thread().is_alive()
+
+
+def ahead(work: Callable[[], T], stream: torch.cuda.Stream | None = None) -> Future[T]:
+    """Return a value that another thread computes meanwhile.
+
+    On a GPU it is computed on `stream`, and there when the result is. The interpreter waits for it at its end: long
+    work should give up when `leaving()`.
+    """
+    value: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                found = work()
+            if stream is not None:
+                stream.synchronize()
+            value.set_result(found)
+        except BaseException as error:  # handed to the caller's thread
+            value.set_exception(error)
+
+    threading.Thread(target=run, name="wsae-ahead").start()
+    return value
+
+
+ORDERED = 65_536
+"""Rows whose order is computed at a time: one batch's alone takes five times as long."""
+
+
+class _Order(NamedTuple):
+    """The rows at some positions of an epoch."""
+
+    epoch: int
+    first: int
+    rows: Int[np.ndarray, " rows"]
+
 
 class ShuffledStream:
     """Batches of `n_rows` indexed rows, permuted by (seed, epoch); `gather` reads rows at any positions."""
@@ -150,19 +199,35 @@ class ShuffledStream:
         self._n_rows, self._gather = n_rows, gather
         self._batch_size, self._seed = batch_size, seed
         self._epoch, self._batch = (0, 0) if state is None else restored(state, batch_size, seed)
-        self._permutation: Permutation | None = None
+        self._order = _Order(-1, 0, np.empty(0, np.int64))
+        self._begun: Future[Batch] | None = None
 
     def next(self) -> Batch:
         """Return the next batch by hook, float32."""
-        if self._batch >= self._n_rows // self._batch_size:
-            self._epoch, self._batch, self._permutation = self._epoch + 1, 0, None
-        if self._permutation is None:
-            self._permutation = Permutation(
-                self._n_rows, seed_for(self._seed, "epoch", self._epoch)
-            )
-        first = self._batch * self._batch_size
+        begun, self._begun = self._begun, None
+        batch = self._read(*self._place()) if begun is None else begun.result()
+        self._epoch, self._batch = self._place()
         self._batch += 1
-        return self._gather(self._permutation(np.arange(first, first + self._batch_size)))
+        return batch
+
+    def begin(self) -> None:
+        """Begin to read the next batch in another thread; `next` gives it, or its error."""
+        place = self._place()
+        self._begun = self._begun or ahead(lambda: self._read(*place))
+
+    def _place(self) -> tuple[int, int]:
+        """Return epoch and number of the next batch."""
+        over = self._batch >= self._n_rows // self._batch_size
+        return (self._epoch + 1, 0) if over else (self._epoch, self._batch)
+
+    def _read(self, epoch: int, batch: int) -> Batch:
+        first, size = batch * self._batch_size, self._batch_size
+        order = self._order
+        if epoch != order.epoch or not 0 <= first - order.first <= len(order.rows) - size:
+            permutation = Permutation(self._n_rows, seed_for(self._seed, "epoch", epoch))
+            last = min(first + max(1, ORDERED // size) * size, self._n_rows)
+            self._order = order = _Order(epoch, first, permutation(np.arange(first, last)))
+        return self._gather(order.rows[first - order.first :][:size])
 
     def state(self) -> State:
         """Return the exact position as JSON."""

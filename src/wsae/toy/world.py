@@ -394,6 +394,9 @@ class BlockStream:
         (name,) = self._source.hooks
         return {name: torch.cat(parts)}
 
+    def begin(self) -> None:
+        """Do nothing: rows are drawn when they are wanted."""
+
     def state(self) -> State:
         """Return the exact position as JSON."""
         return position(self._batch_size, self._seed, self._epoch, self._batch)

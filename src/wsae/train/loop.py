@@ -292,7 +292,9 @@ def run_steps(
             for hook, members in family.members.items():
                 device, out = members[0].mean.device, cfg.given(hook)
                 y = None if out is None else batch[out].to(device)
-                step_all(members, make_batches(batch[hook].to(device), members, y), step)
+                made = make_batches(batch[hook].to(device), members, y)
+                stream.begin()  # not before: PyTorch's threads would wait for a core that reading has
+                step_all(members, made, step)
             on_step(step + 1)
             tick(cfg.batch_size)
 

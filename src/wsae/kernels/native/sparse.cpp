@@ -222,15 +222,15 @@ inline void gather(const Pairs& pairs, const float* weight, const float* rows, i
 
 // What the slices leave of an update, to be summed in their order: a slice is one thread's, whoever computes it.
 struct Shares {
-  int64_t d_sae, blocks;
+  int64_t d_sae, given, taken, blocks;                 // slices of the decoder's rows, of the encoder's; blocks of latents
   std::vector<float> along, bias_grad;                 // [d_sae]: sums over a latent's pairs
   std::unique_ptr<float[]> decoder, encoder, largest;  // [slices][d_sae]: squares of the new rows; their largest entries
   std::vector<float> slope;                            // [slices of the decoder, then of the encoder][blocks]
 
-  Shares(const Update& u, int64_t given, int64_t taken)
-      : d_sae(u.d_sae), blocks((u.d_sae + BLOCK - 1) / BLOCK), along(d_sae, 0), bias_grad(d_sae, 0),
-        decoder(new float[given * d_sae]), encoder(new float[taken * d_sae]), largest(new float[taken * d_sae]),
-        slope((given + taken) * blocks, 0) {}
+  explicit Shares(const Update& u)
+      : d_sae(u.d_sae), given((u.d_out + SLICE - 1) / SLICE), taken((u.d_in + SLICE - 1) / SLICE),
+        blocks((u.d_sae + BLOCK - 1) / BLOCK), along(d_sae, 0), bias_grad(d_sae, 0), decoder(new float[given * d_sae]),
+        encoder(new float[taken * d_sae]), largest(new float[taken * d_sae]), slope((given + taken) * blocks, 0) {}
 };
 
 // Add a gradient's squares to those of its block of latents.
@@ -241,10 +241,11 @@ inline void add_square(float* slope, vf& block, vf g0, vf g1, int64_t j, int64_t
   block = vf{};
 }
 
-void update_decoder(const Update& u, int64_t s, const Shares& shares, float* square, float* slope) {
+void update_decoder(const Update& u, int64_t s, int64_t first, int64_t last, Shares& shares) {
   const Rates rates(u);
+  float *square = &shares.decoder[s * u.d_sae], *slope = &shares.slope[s * shares.blocks];
   vf block{};
-  for (int64_t j = 0; j < u.d_sae; j++) {
+  for (int64_t j = first; j < last; j++) {
     const int64_t at = (s * u.d_sae + j) * SLICE;
     const vf scale = splat(u.unit ? u.row_scale[j] : 1);
     const vf w0 = load(u.decoder.W + at) * scale, w1 = load(u.decoder.W + at + 16) * scale;
@@ -255,7 +256,7 @@ void update_decoder(const Update& u, int64_t s, const Shares& shares, float* squ
     }
     const vf pull = splat((u.pull ? u.pull[j] : 0) - (u.unit ? shares.along[j] : 0));
     g0 += pull * w0, g1 += pull * w1;
-    add_square(slope, block, g0, g1, j, u.d_sae);
+    add_square(slope, block, g0, g1, j, last);
     const vf a = adam(w0, u.decoder.m + at, u.decoder.v + at, g0, rates);
     const vf b = adam(w1, u.decoder.m + at + 16, u.decoder.v + at + 16, g1, rates);
     store(u.decoder.W + at, a);
@@ -264,19 +265,21 @@ void update_decoder(const Update& u, int64_t s, const Shares& shares, float* squ
   }
 }
 
-void update_encoder(const Update& u, int64_t s, const Shares& shares, float* square, float* largest, float* slope) {
+void update_encoder(const Update& u, int64_t s, int64_t first, int64_t last, Shares& shares) {
   const Rates rates(u);
   const int64_t slices = (u.d_in + SLICE - 1) / SLICE;
   const bool tied = !u.encoder.W;
+  float *square = &shares.encoder[s * u.d_sae], *largest = &shares.largest[s * u.d_sae];
+  float* slope = &shares.slope[(shares.given + s) * shares.blocks];
   vf b0{}, b1{}, block{};
   const vf d0 = u.dim ? load(u.dim + s * SLICE) : vf{}, d1 = u.dim ? load(u.dim + s * SLICE + 16) : vf{};
-  for (int64_t j = 0; j < u.d_sae; j++) {
+  for (int64_t j = first; j < last; j++) {
     const int64_t at = (s * u.d_sae + j) * SLICE;
     float* W = (tied ? u.decoder.W : u.encoder.W) + at;
     vf w0 = load(W), w1 = load(W + 16);
     if (u.partial) {
       b0 += splat(shares.bias_grad[j]) * w0, b1 += splat(shares.bias_grad[j]) * w1;
-      if ((j + 1) % BLOCK == 0 || j + 1 == u.d_sae) {
+      if ((j + 1) % BLOCK == 0 || j + 1 == last) {
         float* partial = u.partial + (j / BLOCK * slices + s) * SLICE;
         store(partial, b0), store(partial + 16, b1);
         b0 = b1 = vf{};
@@ -285,7 +288,7 @@ void update_encoder(const Update& u, int64_t s, const Shares& shares, float* squ
     if (!tied) {
       vf g0{}, g1{};
       for (int64_t k = 0; k < u.terms; k++) gather(u.term[k].pairs, u.term[k].v, u.centred + s * u.tokens * SLICE, j, g0, g1);
-      add_square(slope, block, g0, g1, j, u.d_sae);
+      add_square(slope, block, g0, g1, j, last);
       w0 = adam(w0, u.encoder.m + at, u.encoder.v + at, g0, rates);
       w1 = adam(w1, u.encoder.m + at + 16, u.encoder.v + at + 16, g1, rates);
       store(W, w0);
@@ -302,20 +305,20 @@ void update_encoder(const Update& u, int64_t s, const Shares& shares, float* squ
 }
 
 // What a latent has of its own, once all slices are done.
-void update_rest(const Update& u, int64_t first, int64_t last, int64_t given, int64_t taken, const Shares& shares) {
+void update_rest(const Update& u, int64_t first, int64_t last, const Shares& shares) {
   for (int64_t j = first; j < last; j++) {
     float square = 0;
-    for (int64_t s = 0; s < given; s++) square += shares.decoder[s * u.d_sae + j];
+    for (int64_t s = 0; s < shares.given; s++) square += shares.decoder[s * u.d_sae + j];
     u.norm[j] = std::sqrt(square);
     if (u.unit) u.row_scale[j] = 1 / std::max(u.norm[j], 1e-12f);
     u.largest[j] = u.square[j] = 0;
-    for (int64_t s = 0; s < taken; s++) {
+    for (int64_t s = 0; s < shares.taken; s++) {
       u.square[j] += shares.encoder[s * u.d_sae + j];
       u.largest[j] = std::max(u.largest[j], shares.largest[s * u.d_sae + j]);
     }
   }
   float& slope = u.slope[first / BLOCK] = 0;
-  for (int64_t s = 0; s < given + taken; s++) slope += shares.slope[s * shares.blocks + first / BLOCK];
+  for (int64_t s = 0; s < shares.given + shares.taken; s++) slope += shares.slope[s * shares.blocks + first / BLOCK];
   if (!u.b_enc) return;
   for (int64_t j = first; j < last; j++) {
     slope += shares.bias_grad[j] * shares.bias_grad[j];
@@ -331,12 +334,11 @@ void update_rest(const Update& u, int64_t first, int64_t last, int64_t given, in
 extern "C" {
 
 // Gradients of both matrices, Adam and unit norm, slice by slice: a thread that has one keeps the tokens' part of it in its
-// second-level cache, and no other needs it. No gradient matrix exists.
+// second-level cache, and others need it only where there are more threads than slices. No gradient matrix exists.
 int64_t update_latents(const Update* update) {
   const Update& u = *update;
   return status_of([&] {
-    const int64_t given = (u.d_out + SLICE - 1) / SLICE, taken = (u.d_in + SLICE - 1) / SLICE;
-    Shares shares(u, given, taken);
+    Shares shares(u);
     over_latents(u.term[0].pairs, u.d_sae, [&](int64_t first, int64_t last) {
       std::vector<float> products;  // rounded before they are added, by whatever compiler
       for (int64_t k = 0; k < u.terms; k++) {
@@ -349,15 +351,16 @@ int64_t update_latents(const Update* update) {
             shares.along[j] += products[p - begin], shares.bias_grad[j] += t.v[p];
       }
     });
-    const auto decoder = [&](int64_t s) { update_decoder(u, s, shares, &shares.decoder[s * u.d_sae], &shares.slope[s * shares.blocks]); };
-    const auto encoder = [&](int64_t s) {
-      update_encoder(u, s, shares, &shares.encoder[s * u.d_sae], &shares.largest[s * u.d_sae], &shares.slope[(given + s) * shares.blocks]);
-    };
-    if (u.encoder.W)
-      share_out(given + taken, 1, [&](int64_t s, int64_t) { s < given ? decoder(s) : encoder(s - given); });
-    else  // the same rows
-      share_out(given, 1, [&](int64_t s, int64_t) { decoder(s), encoder(s); });
-    share_out(u.d_sae, BLOCK, [&](int64_t first, int64_t last) { update_rest(u, first, last, given, taken, shares); });
+    const int64_t slices = u.encoder.W ? shares.given + shares.taken : shares.given;
+    const int64_t parts = (parts_for(team()) + slices - 1) / slices;
+    const std::vector<int64_t> borders = split(u.term[0].pairs.offsets, u.d_sae, parts, BLOCK, WORK_PER_LATENT);
+    share_out(slices * parts, 1, [&](int64_t task, int64_t) {
+      const int64_t s = task / parts, first = borders[task % parts], last = borders[task % parts + 1];
+      if (s < shares.given) update_decoder(u, s, first, last, shares);
+      if (!u.encoder.W) update_encoder(u, s, first, last, shares);  // the same rows
+      if (s >= shares.given) update_encoder(u, s - shares.given, first, last, shares);
+    });
+    share_out(u.d_sae, BLOCK, [&](int64_t first, int64_t last) { update_rest(u, first, last, shares); });
   });
 }
 

@@ -249,6 +249,10 @@ class _Gathered:
         """Return all rows of the next batch by hook."""
         return {hook: self._all(x) for hook, x in self._stream.next().items()}
 
+    def begin(self) -> None:
+        """Begin to read this rank's rows; they are exchanged in `next`."""
+        self._stream.begin()
+
     def _all(self, x: Tensor) -> Tensor:
         size, parts = self._size, self._readers.size
         most = -(-size // parts)
@@ -272,6 +276,10 @@ class _Owned:
     def next(self) -> Batch:
         """Return the rows of the next batch by hook."""
         return {hook: x[self._rows] for hook, x in self._stream.next().items()}
+
+    def begin(self) -> None:
+        """Begin to read the stream's next batch."""
+        self._stream.begin()
 
     def state(self) -> State:
         """Return the exact position as JSON."""
