@@ -148,10 +148,7 @@ class _Captured(NamedTuple):
 
 
 class Flow:
-    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position.
-
-    Rows are left on `keep_on`.
-    """
+    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position."""
 
     def __init__(
         self, cfg: HarvestConfig, language: "LanguageModel", keep_on: torch.device | str = "cpu"
@@ -198,7 +195,8 @@ class Flow:
 
     def steps(self, heldout: bool, start: Position = START) -> Iterator[Step]:
         """Yield steps from a position on until the text ends; raises NonFiniteError at a NaN or infinity."""
-        yield from self.through(self._batches(heldout, start), start.sequence)
+        sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
+        yield from self.through(_batched(sequences, self.cfg.batch_seqs), start.sequence)
 
     def through(
         self, batches: Iterable[tuple[TokenSequence, ...]], number: int = 0
@@ -207,10 +205,6 @@ class Flow:
         for batch in batches:
             yield self._step(batch, number)
             number += len(batch)
-
-    def _batches(self, heldout: bool, start: Position) -> Iterator[tuple[TokenSequence, ...]]:
-        sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
-        return _batched(sequences, self.cfg.batch_seqs)
 
     def _run(self, batch: tuple[TokenSequence, ...]) -> _Captured:
         ids, positions, said = stacked(batch)
@@ -320,10 +314,7 @@ class SourceStats(NamedTuple):
 
 
 class Tally:
-    """Running statistics per hook; exact, so their order and grouping do not matter.
-
-    With classes, kept rows bring labels and their consistency is counted.
-    """
+    """Running statistics per hook; exact, so their order and grouping do not matter."""
 
     def __init__(self, hooks: Mapping[str, int], n_classes: int = 0) -> None:
         self.classes = {

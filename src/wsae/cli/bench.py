@@ -1,7 +1,4 @@
-"""`wsae bench`: the trainer against every installed peer and against the machine's floor.
-
-A door to `wsae_bench`, a package of its own, which nothing else here imports.
-"""
+"""`wsae bench`: the trainer against every installed peer and against the machine's floor."""
 
 from typing import Any, Literal
 

@@ -20,10 +20,9 @@ from wsae.cli.common import (
     config_values,
     flag_name,
 )
-from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
-from wsae.run import Run
+from wsae.run import CONFIG, MANIFEST, Run
 from wsae.sae.config import (
     KINDS,
     GammaConfig,
@@ -227,7 +226,6 @@ class PlanFlags(
 
 
 def _shown(value: object) -> str:
-    """Return a flag's value or values as they were given."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -543,9 +541,8 @@ def _fitting(opened: Run, data: "ActivationSource", source: str | None) -> "Acti
         if found != width:
             trained = f" (trained at {about.hook})" if about.hook else ""
             raise UserError(
-                f"{opened.path}: {does} activations of width {width}{trained}, and "
-                f"{source or 'the data'} has {found} at {hook}; give activations of the SAE's model and hook "
-                "(--model, --hook)"
+                f"{opened.path}: {does} activations of width {width}{trained}, and {source or 'the data'} has {found} "
+                f"at {hook}; give activations of the SAE's model and hook (--model, --hook)"
             )
     return data
 

@@ -69,31 +69,26 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Pretrain and return the run's path and what its manifest says."""
-    _check_installed()
+    for module in ("transformers", "kornia", "PIL"):  # other extras bring some of them
+        if find_spec(module) is None:
+            raise UserError(f"{module} is not installed; pip install 'wsae[vision]'")
     cfg = config(flags)
     loggers = flags.loggers.made()
     from wsae.acts.images.sets import open_images
-    from wsae.vision.pretrain import pretrain, pretrain_parallel
+    from wsae.vision.pretrain import pretrain
 
     if launched():
         with together(flags.common, flags.out, ui) as world:
             progress = ui.progress if world.first else quiet
             images = open_images(cfg.images)
             with mirrored(loggers, ui, world.first):
-                result = pretrain_parallel(cfg, images, flags.out, world, progress, flags.resume)
+                result = pretrain(cfg, images, flags.out, progress, flags.resume, world=world)
     else:
         where = device(flags.common.device)
         images = open_images(cfg.images)
         with mirrored(loggers, ui):
             result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
     return {"run": str(result.path), **result.info}
-
-
-def _check_installed() -> None:
-    """Raise UserError when the extra is missing, whichever other one has brought a part of it."""
-    for module in ("transformers", "kornia", "PIL"):
-        if find_spec(module) is None:
-            raise UserError(f"{module} is not installed; pip install 'wsae[vision]'")
 
 
 def config(flags: Flags) -> "PretrainConfig":

@@ -29,12 +29,11 @@ from wsae.cli.live import (
     open_sides,
 )
 from wsae.cli.runner import how_to_go_on, together
-from wsae.core.artifact import CONFIG, MEMBERS, METRICS_FILE
 from wsae.core.config import FLAG_OF, FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.progress import quiet
-from wsae.run import Run
+from wsae.run import CONFIG, MEMBERS, METRICS_FILE, Run
 from wsae.train.config import TrainConfig
 from wsae.train.loggers import read_json_lines
 from wsae.train.parallel.config import launched
@@ -174,7 +173,11 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         _tell_cost(cfg, source, where, ui)
         with mirrored(loggers, ui):
             train_run(cfg, source, flags.out, ui.progress, flags.resume, where, start)
-    return {"run": str(flags.out), "members": last_metrics(flags.out), "notes": _notes(cfg, source)}
+    found: dict[str, dict[str, dict[str, float | int]]] = {}
+    for row in read_json_lines(flags.out / METRICS_FILE):
+        kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
+        found.setdefault(row["hook"], {})[row["member"]] = kept
+    return {"run": str(flags.out), "members": found, "notes": _notes(cfg, source)}
 
 
 class _Opened(NamedTuple):
@@ -300,15 +303,6 @@ def config(flags: Flags, rows: int | None, start: "Start | None" = None) -> Trai
             return TrainConfig.parse(data["train"] | asked, where=str(stored))
     like = None if start is None else next(iter(start.saes.values())).cfg
     return flags.plan.config(rows, flags.common.seed, like)
-
-
-def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float | int]]]:
-    """Return hook -> member -> the last row of its metrics."""
-    found: dict[str, dict[str, dict[str, float | int]]] = {}
-    for row in read_json_lines(run / METRICS_FILE):
-        kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
-        found.setdefault(row["hook"], {})[row["member"]] = kept
-    return found
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

@@ -120,7 +120,6 @@ class Live:
         return {"member": member.slug, "tokens": tokens, "latents": overall}
 
     def _used(self, run: Served, member: Member, text: str, work: Work) -> Json:
-        """Return what some work makes of a prompt."""
         from wsae.use.steer import Prompt
 
         language, sae = self._language(run.index.model["name"]), self._member(run.path, member)
@@ -416,7 +415,13 @@ async def _latent(site: Site, request: Request, posted: dict[str, str] | None) -
     key = f"?key={site.key}"
 
     def handler(run: Served, request: Request) -> Response:
-        return _latent_page(run, request, key)
+        member, latent = _latent_of(run, request)
+        if _is_api(request):
+            return _told(run, {"run": run.slug, **latent_view(run, member, latent)})
+        ask = run.asked(request.query_params)
+        scope = None if request.query_params.get("in") == ALL else member
+        view = latent_view(run, member, latent)
+        return HTMLResponse(pages.latent(run, scope, member, ask, view, key))
 
     return await _worked(site.on_run, request, handler)
 
@@ -443,16 +448,6 @@ def _latent_of(run: Served, request: Request) -> tuple[Member, int]:
     if member is None or not 0 <= latent < member.size:
         raise HTTPException(404, "no such latent")
     return member, latent
-
-
-def _latent_page(run: Served, request: Request, key: str) -> Response:
-    member, latent = _latent_of(run, request)
-    if _is_api(request):
-        return _told(run, {"run": run.slug, **latent_view(run, member, latent)})
-    ask = run.asked(request.query_params)
-    scope = None if request.query_params.get("in") == ALL else member
-    view = latent_view(run, member, latent)
-    return HTMLResponse(pages.latent(run, scope, member, ask, view, key))
 
 
 def _compare(run: Served, request: Request) -> Response:

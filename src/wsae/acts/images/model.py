@@ -1,7 +1,4 @@
-"""A vision model and how its images are prepared: from the hub, a local directory or a run of `wsae pretrain`.
-
-No code that comes with a model is run.
-"""
+"""A vision model and how its images are prepared: from the hub, a local directory or a run of `wsae pretrain`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

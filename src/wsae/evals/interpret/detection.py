@@ -94,9 +94,8 @@ class TransformerEncoder:
         found = tokenizer([*distinct], return_special_tokens_mask=True, **options)
         ids, masks = found["input_ids"], found["special_tokens_mask"]
         lengths = np.array([len(one) for one in ids])
-        order = np.argsort(
-            -lengths, kind="stable"
-        )  # longest first: too little memory shows at once
+        # longest first: too little memory shows at once
+        order = np.argsort(-lengths, kind="stable")
         rows, start = [], 0
         with progress("embed", len(ids), "texts") as tick:
             while start < len(order):
@@ -133,7 +132,6 @@ class Memo:
         self._rows: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Return how many distinct texts there are."""
         return len(self._place)
 
     def encode(self, texts: Sequence[str], progress: Progress = quiet) -> Vectors:
