@@ -461,11 +461,6 @@ def _free(
             )
         return part_of(job, score, found)
 
-    # but for settings left at None: a new one leaves old hashes alone
-    said = {name: value for name, value in member.sae.cfg.to_dict().items() if value is not None}
-    sha = hashlib.sha256(repr(said).encode())
-    for name, tensor in sorted(member.sae.tensors().items()):
-        sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return kept_part(
         parts,
         {
@@ -473,7 +468,7 @@ def _free(
             "scorer": scorer_identity(job, score),
             "place": [hook, name],
             "data": job.data,
-            "sae": sha.hexdigest(),
+            "sae": sae_digest(member.sae),
             "contexts": cfg.contexts.to_dict(),
             "shuffled": cfg.seed if member.control == "shuffled" else None,
             "latents": [contexts.latent for contexts in collected.latents],
@@ -488,6 +483,15 @@ def asks_again(parts: Mapping[str, Json]) -> bool:
     tallies = (part.get(kind) for part in parts.values() for kind in ("tally", "explaining"))
     reasons = (reason for tally in tallies if tally for reason in tally["reasons"])
     return any(not reason.startswith(_FINAL) for reason in reasons)
+
+
+def sae_digest(sae: SAE) -> str:
+    """Return a hash of an SAE's tensors and settings, but for those left at None: a new one leaves old hashes alone."""
+    made = {name: value for name, value in sae.cfg.to_dict().items() if value is not None}
+    sha = hashlib.sha256(repr(made).encode())
+    for name, tensor in sorted(sae.tensors().items()):
+        sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def all_fragments(
