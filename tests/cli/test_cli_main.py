@@ -94,6 +94,29 @@ def test_the_flags_of_every_example_in_the_help_are_real(example, capsys):
     assert yaml.safe_load(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("flag", ["--out", "--lm-eval"])
+@pytest.mark.parametrize(
+    "command",
+    ["attribute x --prompt a", "compare x", "evaluate x", "interpret x", "probe x", "releases", "steer x --prompt a"],
+)  # fmt: skip
+def test_where_a_result_cannot_be_written_is_said_before_the_work(command, flag, tmp_path, capsys):
+    """Before the run is even opened; nothing is left behind."""
+    if flag == "--lm-eval" and not command.startswith("steer"):
+        return
+    (tmp_path / "file").write_text("mine")
+    for place, says in (
+        (tmp_path, "a directory is in the way"),
+        (tmp_path / "file" / "x.json", "a file is in the way"),
+        (tmp_path / ("x" * 250), "a longer name than this system has"),
+    ):
+        assert main.main([*command.split(), flag, str(place)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert SAYS_ONE_LINE.match(err), err
+        assert says in err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -109,6 +132,9 @@ def test_the_flags_of_every_example_in_the_help_are_real(example, capsys):
         (["train"], "missing: SOURCE, --out"),
         (["train", "x", "y", "--out", "z"], "left over: y"),
         (["train", "x", "--out", "y", "--k"], "no value for '--k'"),
+        (["train", "x", "--out", "y", "--crosscoder"], "no value for '--crosscoder'"),
+        (["train", "x", "--out", "y", "--hook", "a", "--hook=b"], "twice; give all its values after one: --hook A B"),
+        (["interpret", "x", "--member", "a", "--member", "b"], "--member is given twice"),
         (["train", "x", "--out", "y", "--k", "0"], "greater than 0 (got 0)"),
         (["train", "x", "--out", "y", "--k", "3", "--activation", "relu"], "relu has no k"),
         (["train", "nowhere.npy", "--out", "y"], "nowhere.npy: no such store or array"),
@@ -268,6 +294,8 @@ def test_a_finished_run_is_resumed_from_its_own_config(trained, capsys):
     words = ["train", str(array), "--out", str(array.parent / "run"), "--resume", "--json"]
     assert main.main(words) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(first.stdout)
+    assert main.main([*words, "--seed", "5"]) == 2
+    assert "train.seed is 0 there, 5 here" in capsys.readouterr().err
 
 
 def test_a_file_in_the_way_of_the_run_is_named(array, capsys):

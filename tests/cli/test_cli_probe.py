@@ -60,6 +60,13 @@ def test_a_run_is_probed_with_rules_and_with_labels_and_reported(place, capsys):
     itself = json.loads(capsys.readouterr().out)["probing"]["documents"]["layers.1"]
     assert {line["metric"] for line in itself} >= {"probe_1", "tpp_2"}
     assert all(line["difference"] == 0 for line in itself)
+    renamed = place / "renamed.jsonl"  # as many classes and documents, of other names
+    renamed.write_text((place / "text.jsonl").read_text().replace('"kind": 1', '"kind": "b"'))
+    other = ["--text", str(renamed), "--label", "kind"]
+    assert main(["probe", str(place / "again"), *other, *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["compare", run, str(place / "again"), "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["probing"]) == ["tokens"]
     assert main(["compare", run]) == 0
     assert "layers.1, probes of tokens: paired differences" in capsys.readouterr().out
     assert main(["report", run, "--out", str(place / "run.html")]) == 0

@@ -191,7 +191,7 @@ def test_importance_and_normalise_reach_the_sweep():
     cfg = config(*SMALL, "--importance", "decay", "--normalise", "none", "--gamma", "variance")
     assert cfg.toy_models()[0].importance.kind == "decay"
     assert cfg.methods[1].member.gamma.normalise == "none"
-    assert config(*SMALL, "--sparsity", "0.5", "0.5").sparsities == (0.5,)
+    assert config("--sparsity", "0.5", "0.5").sparsities == (0.5,)
     power = config(*SMALL, "--importance", "power").toy_models()[0]
     assert importances(power).tolist() == pytest.approx([0.9**i for i in range(12)])
     fixed = config(*SMALL, "--toy-sparsity", "0.7", "--toy-seeds", "one")

@@ -20,7 +20,15 @@ from wsae.core.errors import UserError
 from wsae.evals.config import CONTROL, ProbeConfig
 from wsae.evals.control import random_control
 from wsae.evals.measure import EvaluatedSaes
-from wsae.evals.probing.reading import RAW, RULES, Corpus, DocumentReader, label, read_corpus
+from wsae.evals.probing.reading import (
+    RAW,
+    RULES,
+    Coder,
+    Corpus,
+    DocumentReader,
+    label,
+    read_corpus,
+)
 from wsae.evals.probing.run import (
     choose_documents,
     document_tasks,
@@ -41,7 +49,7 @@ from wsae.evals.probing.scores import (
     sparse_right,
     targeted,
 )
-from wsae.sae import SAE, ReLU, SAEConfig
+from wsae.sae import SAE, ReLU, SAEConfig, make_activation
 
 UPSTREAM = {
     1: [0.725, 0.6083333333333333, 0.6, 0.775],
@@ -513,6 +521,9 @@ def test_activations_with_labels_are_told_apart_by_row_or_by_document():
     assert by_row.record["hooks"]["acts"]["members"]["sae"]["summary"]["tpp_1"]["value"] > 0.2
     with pytest.raises(UserError, match="labels: 7 for 300 rows; give one for each"):
         wsae.probe(identity(), tokens.mean(1), labels[:7], cfg)
+    for acts, n in ((tokens.mean(1), 150), (tokens, 600)):  # no pairs of rows, nor halves
+        with pytest.raises(UserError, match=f"labels: {n} for 300 rows"):
+            wsae.probe(identity(), acts, np.resize(labels, n), cfg)
     with pytest.raises(UserError, match="width 16, .*width 15"):
         wsae.probe(identity(), tokens.mean(1)[:, :15], labels, cfg)
     assert wsae.probe(identity(), Planted(), cfg=cfg).hooks["h"].tasks
@@ -532,6 +543,48 @@ def test_the_random_sae_is_centred_on_all_classes_however_few_rows_are_read_at_o
         wsae.probe(identity(), x, labels, ProbeConfig(k=(1,), least=30, draws=50, batch_size=rows))
     np.testing.assert_allclose(means[0], x.mean(0), rtol=1e-6)
     np.testing.assert_allclose(means[1], x.mean(0), atol=0.05)
+
+
+def test_what_latents_write_counts_at_their_rows_own_scale():
+    """What is written is the reconstruction less what it is without latents, in units of rows too."""
+    cfg = SAEConfig(
+        d_in=8, d_sae=20, activation=make_activation("topk", 3), input_norm="layer_norm"
+    )
+    sae = SAE(cfg, 1).requires_grad_(False)
+    sae.b_dec += 0.3
+    x = (
+        torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+        * torch.arange(1, 31)[:, None]
+    )
+    pool = scipy.sparse.csr_array(np.kron(np.eye(10), np.full((1, 3), 1 / 3)).astype(np.float32))
+    silent = sae.decode(torch.zeros(30, 20), x)
+    for units, make in ((pool, lambda rows: pool @ rows.numpy()), (None, torch.Tensor.numpy)):
+        coder = Coder({"h": EvaluatedSaes({"sae": sae})}, 0)
+        coder.add({"h": x}, units)
+        tables = coder.tables()["h"]
+        (own, _) = coder.written("h", tables)
+        wanted = make(sae(x) - silent)
+        np.testing.assert_allclose(own.codes @ own.decoder, wanted, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(tables["sae"].toarray(), make(sae.encode(x)), atol=1e-5)
+
+
+def test_a_transcoder_is_probed_but_its_latents_are_not_taken_out_of_what_it_reads():
+    """Beside a random one whose latents see the rows about their mean."""
+    made = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    x = made.random((300, 16)).astype(np.float32) + 50
+    x[:, :3] += 2 * np.eye(3, dtype=np.float32)[labels]
+    cfg = SAEConfig(d_in=16, d_out=5, d_sae=40, activation=make_activation("topk", 4))
+    found = wsae.probe(
+        {"b": identity(), "a": SAE(cfg)}, x, labels, ProbeConfig(least=30, k=(1,), draws=50)
+    )
+    members = found.record["hooks"]["acts"]["members"]
+    assert set(members["a"]["summary"]) == {"probe_1", "probe_all"}
+    assert {"tpp_5"} <= set(members["b"]["summary"]) <= set(found.record["glossary"])
+    control = random_control(SAE(cfg), torch.from_numpy(x).double().mean(0), 4.0, 0)
+    assert control.b_enc is not None
+    pre = torch.from_numpy(x) @ control.W_enc + control.b_enc
+    torch.testing.assert_close(pre.mean(0), torch.zeros(40), atol=1e-3, rtol=0)
 
 
 BAD = {

@@ -97,6 +97,19 @@ def test_the_other_tools_files_alone_give_the_same_latents(tmp_path, name, kind,
         torch.testing.assert_close(alone(x), sae(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gated", "batch_topk", "matryoshka"])
+def test_weights_in_half_precision_are_exported_as_they_are(tmp_path, kind, dtype):
+    """The other tool's SAE in float32 has the latents of ours with the same weights in float32."""
+    half = make(kind, d_in=6, groups=5, k=3, seed=1).to(dtype)
+    sae = SAE(half.cfg)
+    sae.set_tensors(half.tensors())
+    folder = save(half, tmp_path / "sae", "saelens")
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(load(folder).sae.encode(x), sae.encode(x), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [(n, k) for n in EQUALS for k in KINDS if k not in EQUALS[n]]
 )

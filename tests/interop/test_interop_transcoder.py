@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wsae.core.errors import UserError
@@ -101,6 +101,25 @@ def test_a_models_layers_are_one_folder_of_which_each_is_read_by_its_file(tmp_pa
     with pytest.raises(UserError, match="a second transcoder of layer 2|another kind"):
         save_set(other, about, tmp_path / "mixed")
     assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize("kind", ["gated", "multi_topk", "matryoshka"])
+def test_a_set_takes_the_kinds_that_one_layer_takes(tmp_path: Path, kind: str) -> None:
+    sae = make(kind, skip=True)
+    save_set({"layers.0.mlp.input": sae}, {"layers.0.mlp.input": ABOUT}, tmp_path / "set")
+    for place in ("set", "set/layer_0.safetensors"):
+        found = load(tmp_path / place)
+        torch.testing.assert_close(found.sae.encode(X), sae.encode(X), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.sae(X), sae(X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_of_no_dimension_is_refused(tmp_path: Path) -> None:
+    folder = save(make("relu", True), tmp_path / "it", "saelens", ABOUT)
+    (folder / "manifest.json").unlink()
+    file = folder / "sae_weights.safetensors"
+    save_file({**load_file(file), "W_dec": torch.tensor(1.0)}, file)
+    with pytest.raises(UserError, match=r"the decoder is \(\), not a matrix"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -270,8 +270,11 @@ def test_filters_keep_exactly_what_lies_between(index: Index, data: st.DataObjec
 
 
 def test_an_address_says_what_was_asked(index: Index):
-    ask = Asked("a b", "density", True, "yes", "contexts", {"gamma": 0.5}, {"variance": 2.0}, 3)
+    ask = Asked(
+        "a b", "density", True, "yes", "contexts", {"gamma": 0.123456789}, {"variance": 2.0}, 3
+    )
     assert asked(ask.address(), index) == ask
+    assert ask.address()["max.variance"] == "2"
     assert Asked().address() == {}
 
 

@@ -337,7 +337,9 @@ def test_a_name_is_kept_beside_the_run_shown_as_text_found_and_listed_by_star(
     body = urlencode({"name": "", "star": "on"})  # as the form sends it
     assert client.ask("/r/first/plain/5", "POST", body, FORM).status == 200
     assert json.loads((run / "names.json").read_text())[HOOK]["plain"]["5"]["star"]
-    assert named(client, "plain", 5)["star"] is False
+    assert named(client, "plain", 5, name="boat")["star"] is True  # what is left out stays
+    assert named(client, "plain", 5, star=False)["name"] == "boat"
+    assert named(client, "plain", 5, name="")["star"] is False
     assert json.loads((run / "names.json").read_text()) == {HOOK: {"plain": {}}}
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from halting import Halting
@@ -178,6 +179,20 @@ def test_a_finished_run_is_returned_and_another_config_refused(tmp_path: Path) -
         train_run(other, source, tmp_path / "run", resume=True)
     with pytest.raises(UserError, match="data is"):
         train_run(cfg, ArraySource(world(seed=9)), tmp_path / "run")
+    labelled = ArraySource(world()).with_labels(np.arange(len(world())) % 3)
+    with pytest.raises(UserError, match="data is"):
+        train_run(cfg, labelled, tmp_path / "run")
+
+
+@pytest.mark.parametrize("rule", ["none", "residual"])
+def test_a_loss_that_is_lost_ends_the_run_in_a_line_of_the_member(
+    tmp_path: Path, rule: str
+) -> None:
+    """Soon, and not as NaN weights at the end; a pilot's too."""
+    cfg = config(weighted("variance"), weighted(rule, lr=1e10, label="fast"), tokens=200_000)
+    with pytest.raises(UserError, match=r"fast: its loss is nan by step 10; lower .* \(1e\+10\)"):
+        train_run(cfg, ArraySource(world()), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:
@@ -293,6 +308,18 @@ def test_families_name_their_members_and_bring_the_twin() -> None:
     assert len(family([weighted()], twin=False)) == 1
     with pytest.raises(UserError, match="two members are called 'a'"):
         config(weighted(label="a"), weighted("none", label="a"))
+
+
+@pytest.mark.parametrize(
+    "label", ["a|b", "..", "a/../../b", "/a", "a/", ".", "x" * 101, "a\nb", "\u202eab"]
+)
+def test_a_label_that_cannot_name_a_folder_is_refused_before_training(label):
+    with pytest.raises(UserError, match="label: cannot name a folder and results"):
+        MemberConfig.parse({"label": label}, where="member")
+    for name in ("lr/0.1", "ü <b>", "controlled"):
+        assert MemberConfig(label=name).label == name
+    with pytest.raises(UserError, match="begin with control-"):
+        MemberConfig.parse({"label": "control-random"}, where="member")
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,42 @@ def test_the_command_prints_continuations_and_writes_files(place, tmp_path, caps
     assert found["edits"] == [f"add 3={found['peaks']['3']:g}"]
 
 
+def test_a_run_on_a_model_of_this_machine_is_steered_by_that_model(base, tmp_path, capsys):
+    """By the run, its member's folder and with the store gone; what is shared has no path of this machine."""
+    text, store, run = make_text(tmp_path / "a.jsonl"), tmp_path / "acts", tmp_path / "run"
+    own = ["--device", "cpu"]
+    words = ["--text", str(text), "--hook", HOOK, "--seq-len", "16", "--tokens", "300", *own]
+    assert main(["harvest", str(base), "--out", str(store), *words]) == 0
+    words = ["--k", "2", "--expansion", "2", "--batch-size", "64", "--tokens", "128", *own]
+    assert main(["train", str(store), "--out", str(run), *words]) == 0
+    for gone in (False, True):
+        for sae in (run, run / "members" / HOOK / "plain"):
+            capsys.readouterr()
+            words = ["--set", "1=2", "--prompt", "the cat", "--new-tokens", "2", "--json", *own]
+            assert main(["steer", "--sae", str(sae), *words]) == 0
+            assert json.loads(capsys.readouterr().out)["prompts"]
+        out = tmp_path / f"shared-{gone}"
+        assert main(["export", str(run), "--out", str(out)]) == 0
+        assert json.loads((out / "cfg.json").read_text())["metadata"]["model_name"] == base.name
+        assert all(str(base) not in file.read_text(errors="replace") for file in out.iterdir())
+        store = store.rename(tmp_path / f"moved-{gone}")
+
+
+def test_a_crosscoder_is_refused_before_a_model_is_loaded(tmp_path, capsys):
+    parts = [{"name": name, "width": 8} for name in ("layers.0", "layers.1")]
+    made = wsae.SAE(
+        SAEConfig.parse(
+            {"d_in": 16, "d_sae": 8, "activation": {"kind": "topk", "k": 2}, "sources": parts}
+        )
+    )
+    made.save(
+        tmp_path / "cc", Provenance(model=str(tmp_path / "nowhere"), hook="layers.0+layers.1")
+    )
+    words = ["--set", "1=2x", "--prompt", "the cat", "--device", "cpu"]
+    assert main(["steer", "--sae", str(tmp_path / "cc"), *words]) == 2
+    assert "its SAE is a crosscoder" in capsys.readouterr().err
+
+
 def test_bad_input_of_the_command_is_one_line(place, sae, tmp_path, capsys):
     bert = make_bert(tmp_path / "bert")
     nowhere = tmp_path / "nowhere"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -101,6 +101,11 @@ class ArraySource:
         """Training rows per epoch."""
         return self._total - self._n_heldout
 
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """Rows in all, held-out ones among them, and the seed that chooses these: what row is where in an epoch."""
+        return self._total, self._n_heldout, self._seed
+
     @functools.cached_property
     def heldout_rows(self) -> Int[np.ndarray, " rows"]:
         """Row numbers that are never trained on, ascending."""
@@ -146,7 +151,7 @@ class ArraySource:
 
     @functools.cache  # noqa: B019  (a source lives as long as its run)
     def digest(self) -> str:
-        """Return a hash of the file or of the array's bytes, and of the split."""
+        """Return a hash of the file or of the array's bytes, of the split, and of the labels if there are any."""
         if self._path is not None:
             content = self._rows.digest()
         else:
@@ -157,7 +162,8 @@ class ArraySource:
                     self._take(np.arange(first, min(first + step, self._total))).numpy().data
                 )
             content = sha.hexdigest()
-        return digest([content, self._n_heldout, self._seed, self._name])
+        classes = [] if self.labels is None else [self.labels.tolist()]
+        return digest([content, self._n_heldout, self._seed, self._name, *classes])
 
     def describe(self) -> dict[str, Any]:
         """Return the file's place, if it is one."""
@@ -180,13 +186,21 @@ Part = np.ndarray | Tensor | MappedTensor
 """A matrix in memory or on disk."""
 
 
+class FlatPart(NamedTuple):
+    """A matrix [rows, d_in], and how many items it has along its first axis: its rows, or n of [n, seq, d_in]."""
+
+    rows: Part
+    items: int
+
+
 class RowMatrix:
     """Rows of one or several matrices of one width, as float32 tensors; `files` are those they lie in, if any."""
 
-    def __init__(self, parts: list[Part], files: list[Path]) -> None:
-        self._parts, self._files = parts, files
-        self._ends = np.cumsum([int(part.shape[0]) for part in parts])
-        self.shape = (int(self._ends[-1]), int(parts[0].shape[1]))
+    def __init__(self, parts: list[FlatPart], files: list[Path]) -> None:
+        self._parts, self._files = [part.rows for part in parts], files
+        self._ends = np.cumsum([int(part.shape[0]) for part in self._parts])
+        self.shape = (int(self._ends[-1]), int(self._parts[0].shape[1]))
+        self.items = sum(part.items for part in parts)
 
     def take(self, index: np.ndarray) -> Tensor:
         """Return the rows at these numbers, in their order."""
@@ -233,23 +247,24 @@ def open_matrix(x: object, where: str) -> RowMatrix:
     return matrix
 
 
-def _flat(part: Part, where: str) -> Part:
+def _flat(part: Part, where: str) -> FlatPart:
     """Return a matrix [rows, d_in], of [n, seq, d_in] too."""
     shape = tuple(int(n) for n in part.shape)
     if len(shape) == 3:
         place = os.path.dirname(where) if os.path.isfile(where) else where
         _tell_axes(place, shape[1], shape[2])
         rows = (shape[0] * shape[1], shape[2])
-        return part.as_rows() if isinstance(part, MappedTensor) else part.reshape(rows)
+        flat = part.as_rows() if isinstance(part, MappedTensor) else part.reshape(rows)
+        return FlatPart(flat, shape[0])
     if len(shape) != 2:
         raise UserError(
             f"{where}: shape {shape}; activations must be [rows, d_in] or [n, seq, d_in], so reshape them"
         )
     if isinstance(part, np.ndarray):
-        return np.asarray(part)  # without the subclass of a map, which is slow to index
+        part = np.asarray(part)  # without the subclass of a map, which is slow to index
     if isinstance(part, Tensor) and part.is_floating_point() and part.element_size() == 1:
-        return part.float()  # 8-bit floats cannot be indexed
-    return part
+        part = part.float()  # 8-bit floats cannot be indexed
+    return FlatPart(part, shape[0])
 
 
 @functools.cache
@@ -279,10 +294,10 @@ def _folder(folder: Path) -> RowMatrix:
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         _log.warning("%s: not read: %d that are no array files (%s)", folder, len(others), shown)
-    parts: list[Part] = []
+    parts: list[FlatPart] = []
     for path in files:
         parts += (found := _file(path))
-        width, first = found[0].shape[1], parts[0].shape[1]
+        width, first = found[0].rows.shape[1], parts[0].rows.shape[1]
         if width != first:
             raise UserError(
                 f"{path}: rows of width {width} where {files[0].name} has {first}; give each width a folder of its own"
@@ -290,7 +305,7 @@ def _folder(folder: Path) -> RowMatrix:
     return RowMatrix(parts, files)
 
 
-def _file(path: Path) -> list[Part]:
+def _file(path: Path) -> list[FlatPart]:
     if not path.is_file():
         raise UserError(f"{path}: no such array file")
     reader = READERS.get(path.suffix.lower())
@@ -439,7 +454,7 @@ class AlignedSource:
             if not _same_places(source, first):
                 raise UserError(
                     f"{here} and {there}: their rows are not of the same tokens; harvest both from one text with the "
-                    "same settings"
+                    "same settings, or give arrays of the same number of rows"
                 )
         for named in self._named([source.hooks for source in sources]):
             if twice := self.hooks.keys() & named.keys():
@@ -614,7 +629,12 @@ class _Stream:
 
 
 def _same_places(a: ActivationSource, b: ActivationSource) -> bool:
-    """Return whether the rows of two sources come from the same places, as far as they know: stores alone do."""
+    """Return whether the rows of two sources come from the same places, as far as they know.
+
+    Stores know their tokens' places; arrays which of how many rows are held out, in what order.
+    """
+    if isinstance(a, ArraySource) and isinstance(b, ArraySource):
+        return a.split == b.split
     if not isinstance(a, StoreSource) or not isinstance(b, StoreSource):
         return isinstance(a, StoreSource) == isinstance(b, StoreSource)
     if a is b:

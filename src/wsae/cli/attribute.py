@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.cli.common import UI, Common, CommonFlags, Count, MaybeName, MaybePlace, device
+from wsae.cli.common import UI, Common, CommonFlags, Count, MaybeName, ResultFile, device
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import finite, write_json
@@ -48,7 +48,7 @@ class SaeFlags(Config):
         from wsae.acts.language import load_language
         from wsae.interop.saes import choose, open_run
         from wsae.sae import SAE
-        from wsae.use.attach import as_trained
+        from wsae.use.attach import as_trained, changed_hook
 
         if not self.sae:
             raise UserError("--sae: name at least one, for example --sae runs/first")
@@ -57,7 +57,7 @@ class SaeFlags(Config):
             choose(run.path, *((None, None) if run.single else (self.member, self.hook)))[0]
             for run in runs
         ]
-        names = {one.about.model for one in chosen if one.about.model}
+        names = {one.model for one in chosen if one.model}
         model = self.model or (names.pop() if len(names) == 1 else None)
         if model is None:
             raise UserError(f"{self.sae[0]}: does not say of which model it is; give MODEL first")
@@ -70,6 +70,7 @@ class SaeFlags(Config):
                 raise UserError(f"--sae {path}: a second one at {hook}; attach one SAE there")
             saes[hook] = SAE.load(one.path).to(device)
             outs |= {hook: one.about.hook_out} if one.about.hook_out else {}
+            changed_hook(hook, saes[hook], outs)  # before a model is loaded
         language = load_language(model, device=device)
         return Opened(language, saes, outs, as_trained(runs[0], language))
 
@@ -102,7 +103,7 @@ class Flags(Config):
     on the way to them from the SAE's bias at all tokens, whose effects add up to the whole change."""
     verify: Count = 10
     """How many of the largest effects are checked by ablation."""
-    out: MaybePlace = None
+    out: ResultFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
     """Flags of every command."""

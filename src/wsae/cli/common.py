@@ -37,6 +37,7 @@ from pydantic.fields import FieldInfo
 
 from wsae.core.config import FLAG_OF, FLAGS, Config, Read, read_config, yaml_value
 from wsae.core.errors import UserError, duration, nearest, printable
+from wsae.core.files import check_writable
 from wsae.core.progress import Tick
 from wsae.train import loggers as copies
 from wsae.train.loggers import Logger, LoggerName, Mirror, WandbConfig
@@ -350,6 +351,9 @@ MaybeCount = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint
 MaybeNumber = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 MaybeName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 MaybePlace = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+_RESULT = object()
+ResultFile = Annotated[MaybePlace, _RESULT]
+"""A file for the result: whether it can be written is seen before the work (`check_result_file`)."""
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
 # Configs as flags: a config's fields are its flags, with the same names, defaults and help.
@@ -524,19 +528,45 @@ def _check_numbers(flags: Config) -> None:
                 raise UserError(f"{said:.60} is not between 0 and {most:,}")
 
 
+def check_result_file(flags: Config) -> None:
+    """Raise UserError where the command's result cannot be written to the file that is asked for."""
+    for path, field in leaves(type(flags)):
+        given = getattr(flags, path[0]) if _RESULT in field.metadata else None
+        if given is not None:
+            check_writable(given)
+
+
 def check_known(kind: type[Config], words: list[str]) -> None:
-    """Raise UserError for the first flag that does not exist, with the nearest that do, or has no value of several."""
+    """Raise UserError for the first flag that does not exist, with the nearest that do, or has too few or many values.
+
+    What takes several values at once is given once, as the later would take the place of the earlier, and not without
+    one where that is as if it were left out.
+    """
     known = set(flag_names(kind))
-    several = {f"--{flag_name(path[-1])}" for path, f in leaves(kind) if OneOrSeveral in f.metadata}
+    several = {f"--{flag_name(p[-1])}": f for p, f in leaves(kind) if _takes_several(f)}
+    seen: set[str] = set()
     for word, after in itertools.pairwise([*words, "--"]):
-        if word.replace("_", "-") in several and after.startswith("--"):
+        if not word.startswith("--") or word == "--":
+            continue
+        flag = word.split("=", 1)[0].replace("_", "-")
+        if flag not in known:
+            close = difflib.get_close_matches(flag, known, n=3, cutoff=0.6)
+            mend = f" (nearest: {', '.join(close)})" if close else "; see --help"
+            raise UserError(f"unknown flag {flag}{mend}")
+        none = "=" not in word and after.startswith("--")
+        if none and flag in several and several[flag].default == ():
             raise UserError(f"no value for '{word}'")
-        if word.startswith("--") and word != "--":
-            flag = word.split("=", 1)[0].replace("_", "-")
-            if flag not in known:
-                close = difflib.get_close_matches(flag, known, n=3, cutoff=0.6)
-                mend = f" (nearest: {', '.join(close)})" if close else "; see --help"
-                raise UserError(f"unknown flag {flag}{mend}")
+        if flag in several and flag in seen:
+            raise UserError(f"{flag} is given twice; give all its values after one: {flag} A B")
+        seen.add(flag)
+
+
+def _takes_several(field: FieldInfo) -> bool:
+    """Return whether a flag takes all its values at once."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return tyro.conf.UseAppendAction not in field.metadata and any(
+        get_origin(one) is tuple for one in kinds
+    )
 
 
 def flag_names(kind: type[Config]) -> dict[str, tuple[str, ...]]:

@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.common import UI, Common, CommonFlags, MaybePlace, config_flags, config_values
+from wsae.cli.common import (
+    UI,
+    Common,
+    CommonFlags,
+    MaybePlace,
+    ResultFile,
+    config_flags,
+    config_values,
+)
 from wsae.cli.evaluate import interval, measured, show_differences, show_matching
 from wsae.cli.live import ReadingFlags
 from wsae.core.config import FLAGS, Config
@@ -30,7 +38,7 @@ class Flags(Config):
     whatever wsae import reads."""
     reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
     """A text on which SAEs alone are evaluated first."""
-    out: MaybePlace = None
+    out: ResultFile = None
     """Write the result as JSON here too."""
     picture: MaybePlace = None
     """Of SAEs that differ in more than their weights (a grid): draw FVU, and cross-entropy recovered where the model

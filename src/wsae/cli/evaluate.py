@@ -14,6 +14,7 @@ from wsae.cli.common import (
     CommonFlags,
     MaybeName,
     MaybePlace,
+    ResultFile,
     config_flags,
     config_values,
     device,
@@ -117,7 +118,7 @@ class Flags(Config):
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A finished run's directory; or one SAE (with --source or --text): its folder, hub:owner/name, RELEASE:ID or
     whatever wsae import reads."""
-    out: MaybePlace = None
+    out: ResultFile = None
     """Write the result as JSON here too."""
     source: MaybeName = None
     """Store or array to measure on, of a crosscoder of two A+B; default: the run's own data."""

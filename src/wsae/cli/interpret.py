@@ -12,9 +12,9 @@ from wsae.cli.common import (
     CommonFlags,
     MaybeCount,
     MaybeName,
-    MaybePlace,
     Name,
     Place,
+    ResultFile,
     Switch,
     config_flags,
     config_values,
@@ -176,7 +176,7 @@ class Flags(Config):
     """Store to take the text from; default: the run's own data."""
     force: Switch = False
     """Score again what is there already."""
-    out: MaybePlace = None
+    out: ResultFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
     """Flags of every command."""

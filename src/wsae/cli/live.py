@@ -360,8 +360,9 @@ def open_data(
 ) -> "ActivationSource":
     """Return the activations of a store or an array, or of a live model on --text."""
     if is_data(source):
-        others = set(LiveFlags.model_fields) - {"text", "heldout_fraction"}
-        refuse(live, f"{source} holds activations already; leave the flag out", others)
+        ours = f"{source} holds activations already; leave the flag out"
+        refuse(live, ours, ("hook",))
+        refuse(mixing, ours)
         return _opened(source, live.hook)
     if live.text is None:
         raise UserError(
@@ -652,7 +653,9 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
     about, transcoder = _about(opened), opened.config.sae.transcoder
     text = asked.text
     assert text is not None, "data_of asks for a text"
-    model, hook = asked.model or about.model, asked.hook or about.hook
+    from wsae.interop.saes import model_behind
+
+    model, hook = asked.model or model_behind(opened.path), asked.hook or about.hook
     names = tuple(part.name for part in opened.config.sae.sources or ())
     if any("@" in name for name in names):
         raise UserError(

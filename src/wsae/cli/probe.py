@@ -12,7 +12,7 @@ from wsae.cli.common import (
     Common,
     CommonFlags,
     MaybeName,
-    MaybePlace,
+    ResultFile,
     config_flags,
     config_values,
     device,
@@ -89,7 +89,7 @@ class Flags(Config):
     """Store whose held-out text, and whose model, is taken; default: the run's own data."""
     probing: tyro.conf.OmitArgPrefixes[ProbeFlags] = ProbeFlags()
     """What is probed, and how sure the numbers are."""
-    out: MaybePlace = None
+    out: ResultFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
     """Flags of every command."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.common import UI, Common, CommonFlags, MaybeName, MaybePlace
+from wsae.cli.common import UI, Common, CommonFlags, MaybeName, ResultFile
 from wsae.core.config import Config
 from wsae.core.errors import UserError, nearest
 from wsae.core.files import write_json
@@ -24,7 +24,7 @@ class Flags(Config):
     """A release, whose SAEs are listed; none: all releases."""
     model: MaybeName = None
     """Only those of this model, or of models with this in their name."""
-    out: MaybePlace = None
+    out: ResultFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
     """Flags of every command."""

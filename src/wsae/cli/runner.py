@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from wsae.cli.common import UI, Common, as_json, as_yaml, device, parse
+from wsae.cli.common import UI, Common, as_json, as_yaml, check_result_file, device, parse
 from wsae.cli.table import Command
 from wsae.core.artifact import CHECKPOINTS
 from wsae.core.config import Config
@@ -61,6 +61,7 @@ def run_command(command: Command, words: list[str]) -> int:
         raise UserError(
             f"the current folder is gone ({error.strerror}); change to another"
         ) from error
+    check_result_file(parsed)
     _bound_memory()
     ui = UI(sys.stdout, sys.stderr)
     stdout = sys.stderr if common.as_json else sys.stdout  # for whatever a library writes

@@ -13,8 +13,8 @@ from wsae.cli.common import (
     Common,
     CommonFlags,
     Count,
-    MaybePlace,
     Name,
+    ResultFile,
     Switch,
     config_flags,
     config_values,
@@ -70,9 +70,9 @@ class Flags(Config):
     """Tokens of --text that are read for them."""
     how: tyro.conf.OmitArgPrefixes[SteerFlags] = SteerFlags()
     """How it continues."""
-    lm_eval: MaybePlace = None
+    lm_eval: ResultFile = None
     """Write the edits here as the steering file (.pt) of lm-eval's "steered" model."""
-    out: MaybePlace = None
+    out: ResultFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
     """Flags of every command."""

@@ -171,6 +171,17 @@ def refusals(path: Path) -> Iterator[None]:
         raise as_user_error(error, path) from error
 
 
+def check_writable(path: Path) -> None:
+    """Raise UserError, or OSError, where no file can be written at `path`: before the work that it is to hold."""
+    if path.is_dir():
+        raise UserError(f"{path}: {_REFUSED[errno.EISDIR]}")
+    near = path.parent
+    with refusals(path):
+        while not near.exists():
+            near = near.parent
+        drop(_new_beside(near / path.name))
+
+
 def is_temporary(path: Path) -> bool:
     """Return whether a name is one of those that `writing` gives to files that are not finished."""
     return _TEMPORARY.fullmatch(path.name) is not None

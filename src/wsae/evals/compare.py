@@ -279,6 +279,10 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
     }
 
 
+_CLASSES = ("tasks", "letters", "pairs")
+"""What a score's values by task are of."""
+
+
 def probed(runs: dict[str, Path], cfg: EvalConfig) -> dict[str, dict[str, list[Comparison]]]:
     """Return kind of labels -> hook -> differences of probes, class by class, of the runs that were probed.
 
@@ -304,10 +308,12 @@ def probed(runs: dict[str, Path], cfg: EvalConfig) -> dict[str, dict[str, list[C
             against = read[first].get(kind, {})
             same = all(found.get(key) == against.get(key) for key in ("counts", "skipped"))
             for hook in found["hooks"].keys() & against.get("hooks", {}).keys() if same else ():
-                sides = [
-                    (name, side["hooks"][hook]) for name, side in ((label, found), (first, against))
-                ]
-                out.setdefault(kind, {}).setdefault(hook, []).extend(_class_by_class(sides, cfg))
+                both = found["hooks"][hook], against["hooks"][hook]
+                if all(both[0].get(key) == both[1].get(key) for key in _CLASSES):
+                    sides = list(zip((label, first), both, strict=True))
+                    out.setdefault(kind, {}).setdefault(hook, []).extend(
+                        _class_by_class(sides, cfg)
+                    )
     return out
 
 

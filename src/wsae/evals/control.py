@@ -36,20 +36,25 @@ if TYPE_CHECKING:
 
 
 def random_control(like: SAE, mean: Float64[Tensor, " d_in"], l0: float, seed: int) -> SAE:
-    """Return an untied Top-k SAE: random unit decoder rows, encoder = transpose, b_dec = held-out mean, k = L0.
+    """Return an untied Top-k SAE: random unit decoder rows, encoder = transpose, k = L0, centred on the mean of rows.
 
-    Its seed is another than any member's start, so it shares no direction with them. No order of activations depends on
-    the scale of its encoder, but its errors do: see `fit_scale`. Of a crosscoder the rows are random at the scale at
-    which its sources vary alike.
+    Its b_dec is that mean, of what it reads; a transcoder's b_enc takes it off in place of that, and its encoder is
+    random by itself. Its seed is another than any member's start, so it shares no direction with them. No order of
+    activations depends on the scale of its encoder, but its errors do: see `fit_scale`. Of a crosscoder the rows are
+    random at the scale at which its sources vary alike.
     """
     k = min(max(1, round(l0)), like.cfg.d_sae)
     widths = {"d_in": like.cfg.d_in, "d_sae": like.cfg.d_sae, "d_out": like.cfg.d_out}
     cfg = SAEConfig(**widths, activation=TopK(k=k))
     control = SAE(cfg, seed=seed_for(seed, "evals", CONTROL))
     assert control.b_dec is not None
+    assert control.b_enc is not None
     assert control.W_enc_t is not None
     with torch.no_grad():
-        control.b_dec.copy_(mean)
+        if cfg.transcoder:
+            control.b_enc.copy_(-mean.to(control.W_enc) @ control.W_enc)
+        else:
+            control.b_dec.copy_(mean)
         if like.cfg.sources is not None:
             scales = like.scales.to(control.W_dec)
             control.W_enc_t.mul_(scales)
@@ -70,7 +75,7 @@ def fit_scale(
 
     With codes z and y = x_hat - b_dec at the old scale, s = sum (x - b_dec) . y / sum |y|^2 >= 0, because the code of
     s W_enc is s z. Where every code is 0 nothing changes (s = 1). A transcoder is to give the `target` in place of x:
-    its b_enc takes the mean of the rows off first, and s may be 0, as its directions know nothing of the target's.
+    s may be 0, as its directions know nothing of the target's.
     """
     assert control.b_dec is not None
     assert control.W_enc_t is not None
@@ -78,8 +83,6 @@ def fit_scale(
     with torch.no_grad():
         x = rows.to(control.W_dec.device)
         goal = x if target is None else target.to(x.device)
-        if control.cfg.transcoder:
-            control.b_enc.copy_(-x.mean(0) @ control.W_enc)
         y = (control.decode(control.encode(x)) - control.b_dec).double()
         power = float(y.square().sum())
         scale = float(((goal - control.b_dec).double() * y).sum()) / power if power else 1.0
@@ -208,7 +211,7 @@ def random_model(
         raise UserError(
             "control random_model: this run's data have no language model behind them; leave it out"
         )
-    language, name = reinitialised(language, seed_for(seed, "random model")), NAMES["random_model"]
+    language, name = reinitialised(language, seed_for(seed, "random model")), "random-model"
     members = dict(zip(train.names(), train.members, strict=True))
     alone = members[member].model_copy(update={"label": name})
     train = train.model_copy(update={"members": (alone,), "init_from": None, "loss": None})

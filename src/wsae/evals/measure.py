@@ -355,8 +355,12 @@ class _MeasuringPass:
         if cfg.random_control and self.saes:
             name = next(iter(family.twins.values()), next(iter(self.saes)))
             l0 = survey.activity[name].l0
-            self.saes[CONTROL] = random_control(self.saes[name], mean, l0, cfg.seed)
-            fit_scale(self.saes[CONTROL], first[survey.hook], first[survey.out])
+            like, x = self.saes[name], first[survey.hook]
+            read = x.mean(0).double() if like.cfg.transcoder else mean
+            control = self.saes[CONTROL] = random_control(like, read, l0, cfg.seed)
+            assert control.b_dec is not None
+            control.b_dec.copy_(mean)
+            fit_scale(control, x, first[survey.out])
         self.encoders = {name: Encoder(sae) for name, sae in self.saes.items()}
         self.matching: dict[str, Matching] = {}
         for member, twin in family.twins.items():

@@ -121,10 +121,10 @@ def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
     elif (out / MANIFEST).is_file():
         free(out, "sae", force=True)  # a lone SAE of a former push; nothing else is written over
     manifests: dict[str, Manifest] = {}
-    abouts = {"" if len(chosen) == 1 else place: about for _, place, about in chosen}
+    abouts = {"" if len(chosen) == 1 else one.place: one.about for one in chosen}
     with replacing(out, "hub folder"):
-        for (path, _, about), name in zip(chosen, abouts, strict=True):
-            sae = SAE.load(path)
+        for one, (name, about) in zip(chosen, abouts.items(), strict=True):
+            sae = SAE.load(one.path)
             if name:
                 free(out / name, "sae", force=True)
             with unfinished(out / name, "sae"):

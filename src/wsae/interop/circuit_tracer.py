@@ -23,6 +23,7 @@ from wsae.interop.format import (
     Format,
     Meaning,
     NamedTensors,
+    as_known,
     check_shapes,
     named,
     provenance,
@@ -167,7 +168,7 @@ def save_set(
     """
     packed: dict[int, Foreign] = {}
     for hook, sae in saes.items():
-        one = _pack(sae, about[hook])
+        one = _pack(as_known(sae), about[hook])
         layer = one.config["layer"]
         first = next(iter(packed.values()), one)
         if layer in packed:

@@ -188,6 +188,15 @@ def assemble(cfg: SAEConfig, weights: NamedTensors) -> SAE:
     return sae
 
 
+def as_known(sae: SAE) -> SAE:
+    """Return the SAE as other tools know it (`SAE.plain`), in float32: a gate folded in half precision is another."""
+    if sae.dtype == torch.float32:
+        return sae.plain()
+    wide = SAE(sae.cfg)
+    wide.set_tensors(sae.tensors())
+    return wide.plain()
+
+
 def named(sae: SAE, by_row: bool = False, by_source: bool = False) -> NamedTensors:
     """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T.
 

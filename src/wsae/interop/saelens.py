@@ -250,12 +250,14 @@ def _rename(foreign: Foreign, where: str) -> NamedTensors:
         names = (*_TENSORS, "threshold") if kind == "jumprelu" else _TENSORS
         names = (*names, "W_skip") if "skip" in config["architecture"] else names
         weights = NamedTensors(**dict(zip(names, take(tensors, names, where), strict=True)))
-        if _transcoder(config) and config.get("d_out") != weights.W_dec.shape[-1]:
-            raise UserError(
-                f"{where}: the config says d_out = {config.get('d_out')!r}, the decoder is {tuple(weights.W_dec.shape)}"
-            )
     widths = (config.get("d_in"), config.get("d_sae"))
-    return check_shapes(weights, where, *widths, _transcoder(config))
+    weights = check_shapes(weights, where, *widths, _transcoder(config))
+    if _transcoder(config) and config.get("d_out") != weights.W_dec.shape[1]:
+        raise UserError(
+            f"{where}: the config says d_out = {config.get('d_out')!r}, the decoder is "
+            f"{tuple(weights.W_dec.shape)}"
+        )
+    return weights
 
 
 def _transcoder(config: dict[str, Any]) -> bool:

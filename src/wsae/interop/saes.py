@@ -40,7 +40,7 @@ from wsae.interop.circuit_tracer import CIRCUIT_TRACER, LAYER
 from wsae.interop.circuit_tracer import CONFIG as SET
 from wsae.interop.config import INDEX, FormatName, SourceName
 from wsae.interop.dictionary_learning import CROSSCODER, DICTIONARY_LEARNING
-from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader
+from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader, as_known
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, LLAMA_SCOPE_R1, TORCH, beside
 from wsae.interop.releases import LOADERS, Published, hub_model, named, of_repository, published
 from wsae.interop.saelens import SAELENS, SCALER, as_registered
@@ -108,7 +108,7 @@ def save(
     Raises UserError, before anything is written, when the format has no equal for this SAE, or the folder holds
     something else (with `force` another export gives way).
     """
-    kind, path, sae = find(format, KINDS), Path(path), sae.plain()
+    kind, path, sae = find(format, KINDS), Path(path), as_known(sae)
     packed = kind.pack(sae, about)
     named = kind.rename(packed, format)
     held = {name: getattr(named, name) for name in _SHARED}
@@ -140,7 +140,7 @@ def load(path: Path | str, format: str = "auto") -> Loaded:
     kind = detect(place) if format == "auto" else find(format, READERS)
     foreign = kind.read(place)
     where = str(place)
-    if manifest is None or not isinstance(kind, Format):
+    if manifest is None or not isinstance(kind, Format) or "layers" in manifest.config:  # a set's
         sae, about = kind.sae(foreign, where), kind.about(foreign)
         name = place.absolute().name
         if about.hook is None and _MODULE.fullmatch(name):  # only the folder says it, as sparsify's
@@ -349,6 +349,8 @@ class Chosen(NamedTuple):
     path: Path
     place: str
     about: Provenance
+    model: str | None
+    """The model to load: of a local one the whole path, where what is shared has the last name."""
 
 
 def choose(
@@ -367,7 +369,7 @@ def choose(
                 "--hook belong to runs"
             )
         known = {} if about.hook or not hook else {"hook": hook}
-        return [Chosen(run.path, "", about.model_copy(update=known))]
+        return [Chosen(run.path, "", about.model_copy(update=known), model_behind(run.path))]
     members = run.members
     if not members:
         raise UserError(
@@ -392,7 +394,8 @@ def choose(
             f"{path}: {len(found)} SAEs fit ({shown}); choose with --member NAME and --hook HOOK"
             f"{'' if every is None else ', or take --all'}"
         )
-    return [Chosen(run.place(h, n), f"{h}/{n}", about_member(run, h, n)) for h, n in found]
+    model = model_behind(run.path)
+    return [Chosen(run.place(h, n), f"{h}/{n}", about_member(run, h, n), model) for h, n in found]
 
 
 def _members(folder: Path) -> str:
@@ -409,11 +412,26 @@ def about_sae(folder: Path) -> Provenance:
         measured = _scores(alone, *next((h, n) for h, (n,) in alone.members.items()))
         known = {"metrics": measured} if measured else {}
         return alone.provenance.model_copy(update=known)
-    members = folder.resolve().parents[1] if len(folder.resolve().parents) > 2 else folder
-    run = members.parent
-    if members.name == MEMBERS and (run / MANIFEST).is_file():
+    run = _home(folder)
+    if run is not None:
         return about_member(run, folder.resolve().parent.name, folder.resolve().name)
     return alone.provenance
+
+
+def _home(folder: Path) -> Run | None:
+    """Return the run that an SAE's folder lies in."""
+    members = folder.resolve().parents[1] if len(folder.resolve().parents) > 2 else folder
+    lies = members.name == MEMBERS and (members.parent / MANIFEST).is_file()
+    return Run(members.parent) if lies else None
+
+
+def model_behind(folder: Path) -> str | None:
+    """Return the model to load for a run, or for an SAE by itself: a local one by the path that was given for it."""
+    opened = Run(folder)
+    if opened.single and opened.provenance != Provenance():
+        return opened.provenance.model
+    run = _home(folder) if opened.single else opened
+    return None if run is None else _model(run.source)
 
 
 def about_member(run: Run | Path, hook: str, name: str) -> Provenance:
@@ -440,17 +458,30 @@ def _source(source: dict[str, Any]) -> dict[str, Any]:
     if source.get("kind") == "joined":
         return _source(source["of"])
     if source.get("kind") == "live":
-        harvest = source["harvest"]
-        return _language(harvest, harvest["model"])
+        return _language(source["harvest"], _model(source))
     if source.get("kind") != "store":
         path = source.get("path")
         return {"dataset": dataset_name(path)} if path else {}
     manifest = Path(source["path"]) / MANIFEST
     if not manifest.is_file():  # the store has moved; the run knows its model
-        return {"model": source.get("model")}
+        return {"model": _shared(_model(source))}
     store = Store(manifest.parent, verify=False)
-    model = str(store.info.get("model") or source.get("model"))
+    model = store.info.get("model") or _model(source)
     return {**_language(store.manifest.config, model), "prepend_bos": _begins_alike(store)}
+
+
+def _model(source: dict[str, Any]) -> str | None:
+    """Return the model behind a run's source, as it was named when the activations were made."""
+    if source.get("kind") == "joined":
+        return _model(source["of"])
+    if source.get("kind") == "live":
+        return source["harvest"]["model"]
+    return source.get("model")
+
+
+def _shared(model: str | None) -> str | None:
+    """Return a model's name without the path of a local one."""
+    return Path(model).name if model and Path(model).is_absolute() else model
 
 
 def _begins_alike(store: Store) -> bool | None:
@@ -461,11 +492,11 @@ def _begins_alike(store: Store) -> bool | None:
     return bool((table.ids[:, 0] == table.ids[0, 0]).all())
 
 
-def _language(harvest: dict[str, Any], model: str) -> dict[str, Any]:
+def _language(harvest: dict[str, Any], model: str | None) -> dict[str, Any]:
     text = harvest.get("text") or harvest.get("images") or {}
     path = text.get("path") if isinstance(text, dict) else text
     return {
-        "model": Path(model).name if Path(model).is_absolute() else model,
+        "model": _shared(model),
         "context": harvest.get("seq_len"),
         "dataset": dataset_name(path) if isinstance(path, str) else None,
     }

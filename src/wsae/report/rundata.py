@@ -25,12 +25,12 @@ from wsae.run import (
     Json,
     Run,
 )
+from wsae.train.config import CONTROLS
 
 SHOWN = ("consistency_top", "consistency_corrected", "information")
 """Class scores beside each latent in the browser."""
 TWIN_NAME = "plain"
 COLOURS = 7
-CONTROL_PREFIX = "control"
 """Members whose names start like this were not trained: a floor, no competitors."""
 
 
@@ -209,7 +209,7 @@ def _merged(evaluated: Json, interpreted: Json, by_class: dict[str, np.ndarray])
 
 def is_control(member: str) -> bool:
     """Return whether a member is an untrained control."""
-    return member.startswith(CONTROL_PREFIX)
+    return member.startswith(CONTROLS)
 
 
 def find(config: object, key: str) -> object:

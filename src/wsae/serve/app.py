@@ -427,14 +427,19 @@ async def _latent(site: Site, request: Request, posted: dict[str, str] | None) -
 
 
 def _rename(site: Site, request: Request, posted: dict[str, str]) -> None:
-    """Keep a latent's name and star; raises UserError for a name that is too long, or cannot be kept."""
+    """Keep a latent's name and star; what a program leaves out stays, what a form leaves out is not ticked.
+
+    Raises UserError for a name that is too long, or cannot be kept.
+    """
     run = site.shelf(request).now()
     member, latent = _latent_of(run, request)
-    name = " ".join(posted.get("name", "").split())
+    none = NamedLatent()
+    known = run.names.get(member.key(latent), none) if _is_api(request) else none
+    name = " ".join(posted.get("name", known.name).split())
     if len(name) > NAME_CHARS:
         raise UserError(f"name: {len(name):,} characters, at most {NAME_CHARS} are kept")
-    named = NamedLatent(name=name, star=posted.get("star", "") in ("1", "on"))
-    Run(run.path).name_latent(member.hook, member.name, latent, named)
+    star = posted["star"] in ("1", "on") if "star" in posted else known.star
+    Run(run.path).name_latent(member.hook, member.name, latent, NamedLatent(name=name, star=star))
 
 
 def _latent_of(run: Served, request: Request) -> tuple[Member, int]:

@@ -425,8 +425,8 @@ class Asked:
             "alive": self.alive,
             "shown": self.shown,
             "star": self.star,
-            **{f"min.{key}": f"{value:g}" for key, value in self.low.items()},
-            **{f"max.{key}": f"{value:g}" for key, value in self.high.items()},
+            **{f"min.{key}": repr(value).removesuffix(".0") for key, value in self.low.items()},
+            **{f"max.{key}": repr(value).removesuffix(".0") for key, value in self.high.items()},
             "page": str(self.page),
         } | {key: str(value) for key, value in changes.items()}
         plain = {

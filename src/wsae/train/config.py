@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from wsae.core.config import Config
 from wsae.core.errors import UserError
@@ -11,6 +11,8 @@ from wsae.sae.config import Activation, GammaConfig, PreconditionConfig, SAEConf
 
 FEW_STEPS = 100
 """Steps below which a run is called too short."""
+CONTROLS = "control-"
+"""How the names of the controls begin that results have beside members."""
 
 
 class MemberConfig(Config):
@@ -60,9 +62,22 @@ class MemberConfig(Config):
     and with target_l0, near the scale of least squared error; for others, of whose latents half begin active, 0.1 or,
     if less, that scale: 1 / (1 + d_sae / (2 d_in)). A transcoder's is found from its first batch."""
     label: str | None = None
-    """Name of the member; by default made from what it is."""
+    """Name of the member, and of its folder; by default made from what it is."""
     skip: bool | None = None
     """Of a transcoder: add a linear map of the input, x @ W_skip^T."""
+
+    @field_validator("label")
+    @classmethod
+    def _is_a_folder_of_its_own(cls, label: str | None) -> str | None:
+        if not label:
+            return label
+        parts = label.split("/")
+        free = label.isprintable() and "|" not in label and not {"", ".", ".."} & {*parts}
+        if not free or max(len(part.encode()) for part in parts) > 100:
+            raise ValueError("cannot name a folder and results; give letters, digits, . _ and -")
+        if label.startswith(CONTROLS):
+            raise ValueError(f"names that begin with {CONTROLS} are of what stands beside members")
+        return label
 
     @model_validator(mode="after")
     def _a_map_unties(self) -> "MemberConfig":

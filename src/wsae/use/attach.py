@@ -360,7 +360,7 @@ def attach(
     if model in _ATTACHED:
         raise UserError("this model has SAEs attached; give them all to one attach")
     rule = SkipRule(HarvestConfig(), special_ids(model)) if isinstance(exclude, str) else exclude
-    outs = {name: _changed(name, sae, hook_out) for name, sae in saes.items()}
+    outs = {name: changed_hook(name, sae, hook_out) for name, sae in saes.items()}
     points = hooks_named(model, dict.fromkeys([*saes, *outs.values()]))
     names: dict[tuple[str, str], str] = {}
     sites: dict[str, _Site] = {}
@@ -389,7 +389,7 @@ def attach(
     attached.check()
 
 
-def _changed(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
+def changed_hook(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
     """Return the hook whose rows an SAE's edits change; raises UserError where nobody says a transcoder's."""
     if sae.cfg.sources is not None:
         raise UserError(

@@ -189,6 +189,8 @@ class Coder:
         self._saes = {hook: dict(family.saes) for hook, family in families.items()}
         self._encoders: dict[str, dict[str, Encoder]] = {}
         self._parts: dict[str, dict[str, list[Any]]] = {}
+        self._scaled: dict[str, dict[str, list[Any]]] = {}
+        """Codes times their rows' scale, of SAEs that take it away."""
 
     @torch.inference_mode()
     def add(self, x: Mapping[str, Float[Tensor, "rows _"]], pool: Any = None) -> None:
@@ -202,11 +204,16 @@ class Coder:
             parts.setdefault(RAW, []).append(raw if pool is None else np.asarray(pool @ raw))
             for name, encode in self._encoders[hook].items():
                 sae = self._saes[hook][name]
-                code = encode(rows.to(sae.W_dec.device, torch.float32))
-                values, indices, offsets = (part.cpu().numpy() for part in code)
+                here = rows.to(sae.W_dec.device, torch.float32)
+                values, indices, offsets = (part.cpu().numpy() for part in encode(here))
                 shape = (len(rows), sae.cfg.d_sae)
                 table = scipy.sparse.csr_array((values, indices, offsets), shape=shape)
                 parts.setdefault(name, []).append(table if pool is None else pool @ table)
+                if sae.cfg.input_norm is not None:
+                    factor = scipy.sparse.diags_array(sae.normalised(here).factor.cpu().numpy())
+                    table = scipy.sparse.csr_array(factor @ table)
+                    scaled = self._scaled[hook].setdefault(name, [])
+                    scaled.append(table if pool is None else pool @ table)
 
     @torch.inference_mode()
     def begin(self, hook: str, rows: Float[Tensor, "rows _"]) -> None:
@@ -220,24 +227,40 @@ class Coder:
         control = random_control(like, rows.double().mean(0), l0, self._seed)
         self._saes[hook][CONTROL] = control
         self._encoders[hook] = {name: Encoder(sae) for name, sae in self._saes[hook].items()}
-        self._parts[hook] = {}
+        self._parts[hook], self._scaled[hook] = {}, {}
 
-    def decoders(self, hook: str) -> Iterator[tuple[str, Float64[np.ndarray, "d_sae d_in"]]]:
-        """Yield the members and the random SAE of a hook that rows were added to, with their decoders."""
+    def written(self, hook: str, tables: Mapping[str, Any]) -> "Iterator[WrittenCodes]":
+        """Yield what the members and the random SAE of a hook write into its rows, given its `tables`.
+
+        Transcoders write elsewhere, and are left out.
+        """
         for name, sae in self._saes[hook].items():
-            yield name, sae.W_dec.detach().double().cpu().numpy()
+            if not sae.cfg.transcoder:
+                scaled = self._scaled[hook].get(name)
+                codes = tables[name] if scaled is None else _stacked(scaled)
+                yield WrittenCodes(name, codes, sae.W_dec.detach().double().cpu().numpy())
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Return hook -> member (the activations and the random SAE too) -> what it makes of all rows or units."""
         return {
-            hook: {
-                name: np.concatenate(parts)
-                if isinstance(parts[0], np.ndarray)
-                else scipy.sparse.csr_array(scipy.sparse.vstack(parts))
-                for name, parts in named.items()
-            }
+            hook: {name: _stacked(parts) for name, parts in named.items()}
             for hook, named in self._parts.items()
         }
+
+
+def _stacked(parts: list[Any]) -> Any:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return scipy.sparse.csr_array(scipy.sparse.vstack(parts))
+
+
+class WrittenCodes(NamedTuple):
+    """What a member writes into rows or units: codes @ decoder."""
+
+    name: str
+    codes: Any
+    """Its latents, times their rows' scale where the SAE normalises its rows."""
+    decoder: Float64[np.ndarray, "d_sae d_in"]
 
 
 class LabelledTokens(NamedTuple):

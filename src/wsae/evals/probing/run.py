@@ -104,8 +104,8 @@ def probe_tokens(
                 if f1(probe.logits(raw[task.test]) > 0, task.test_y) >= LEAST_F1:
                     known.append(LetterWords(task, probe))
             findings.letters.extend(word.task.name for word in known)
-            for name, decoder in read.coder.decoders(hook) if known else ():
-                findings.scores[name] |= score_absorption(tables[RAW], tables[name], decoder, known)
+            for name, codes, decoder in read.coder.written(hook, tables) if known else ():
+                findings.scores[name] |= score_absorption(tables[RAW], codes, decoder, known)
             found[hook] = findings
     counts = {"classes": len(tasks.tasks), "tokens": len(read.seq), "sequences": tasks.units}
     return _probes(found, families, "sequences", counts, skipped, cfg)
@@ -151,8 +151,8 @@ def _tell_documents(
             findings, probes = score_probes(tables, tasks, cfg, tick)
             along = [fit_all(tables[RAW][task.train], task.train_y) for task in pairs]
             findings.pairs.extend(task.name for task in pairs[::3])
-            for name, decoder in coder.decoders(hook):
-                removal = Removal(tables[RAW], tables[name], decoder, tasks.tasks, probes[RAW])
+            for name, codes, decoder in coder.written(hook, tables):
+                removal = Removal(tables[RAW], codes, decoder, tasks.tasks, probes[RAW])
                 findings.scores[name] |= targeted(removal, tasks, cfg.ablated)
                 if pairs:
                     removal = removal._replace(tasks=pairs, probes=along)
@@ -185,8 +185,8 @@ def probe(
             )
         return probe_tokens(dict.fromkeys(source.hooks, family), source, cfg, progress)
     rows, names = open_matrix(acts, "acts"), [str(one) for one in np.asarray(labels).tolist()]
-    if not names or rows.shape[0] % len(names):
-        raise UserError(f"labels: {len(names):,} for {rows.shape[0]:,} rows; give one for each")
+    if len(names) != rows.items:
+        raise UserError(f"labels: {len(names):,} for {rows.items:,} rows; give one for each")
     each, corpus = rows.shape[0] // len(names), Corpus(names, names)
     chosen, skipped = choose_documents(corpus, cfg)
     coder, families = Coder({"acts": family}, cfg.seed), {"acts": family}
@@ -387,7 +387,8 @@ def _probes(
             "controls": {name: entries[name] for name in (FLOOR, RAW)},
             "comparisons": lines,
         }
-    keys = {key: None for findings in found.values() for key in findings.scores[FLOOR]}
+    scores = [score for findings in found.values() for score in findings.scores.values()]
+    keys = {key: None for score in scores for key in score}
     names = glossary(numbered(keys))
     record = {"hooks": hooks, "counts": counts, "skipped": skipped, "glossary": names}
     return Probes(found, finite(record | {"config": cfg.to_dict()}))
@@ -412,6 +413,8 @@ def _compared(
     out = []
     for a, b in [*twins.items(), *((name, FLOOR) for name in members)]:
         for key, score in findings.scores[a].items():
+            if key not in findings.scores[b]:  # what removing latents does, beside a transcoder
+                continue
             found = differences(score, findings.scores[b][key], unit, cfg)
             for over, gap in found.items():
                 out.append({"a": a, "b": b, "metric": key, "over": over, **gap._asdict()})
