@@ -18,7 +18,7 @@ from wsae.cli.common import (
     device,
     mirrored,
 )
-from wsae.cli.runner import how_to_go_on, together
+from wsae.cli.runner import together
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
@@ -137,8 +137,3 @@ def show(result: dict[str, Any], ui: UI) -> None:
         ui.say(f"{bad['count']:,} times an image was unreadable, first: {bad['first'][0]}")
     ui.say(f"loss: {result['loss']:.4g} after {result['steps']:,} steps")
     ui.say(f"run: {result['run']}")
-
-
-def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
-    """Return what is kept and how to go on."""
-    return how_to_go_on("pretrain", flags.out, words, error)

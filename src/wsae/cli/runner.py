@@ -69,8 +69,11 @@ def run_command(command: Command, words: list[str]) -> int:
         with contextlib.redirect_stdout(stdout), ui:
             result = module.run(parsed, ui)
     except KeyboardInterrupt as interrupt:
-        describe = getattr(module, "interrupted", None)
-        kept = describe(parsed, words, interrupt) if describe else "nothing was written"
+        kept = getattr(module, "KEPT", "nothing was written").format(flags=parsed)
+        if describe := getattr(module, "interrupted", None):
+            kept = describe(parsed, words, interrupt)
+        elif hasattr(parsed, "resume"):
+            kept = how_to_go_on(command.name, cast(Any, parsed).out, words, interrupt)
         raise KeyboardInterrupt(kept) from None
     if common.as_json:
         shape = getattr(module, "as_json", None)  # a command's JSON may be more than a dict

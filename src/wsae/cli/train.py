@@ -28,7 +28,7 @@ from wsae.cli.live import (
     open_joined,
     open_sides,
 )
-from wsae.cli.runner import how_to_go_on, together
+from wsae.cli.runner import together
 from wsae.core.config import FLAG_OF, FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
@@ -319,8 +319,3 @@ def show(result: dict[str, Any], ui: UI) -> None:
     ui.say(
         f"run: {result['run']}\nnext: wsae evaluate {place}, then wsae report {place} --out report.html"
     )
-
-
-def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
-    """Return what is kept and how to go on."""
-    return how_to_go_on("train", flags.out, words, error)
