@@ -21,7 +21,7 @@ from transformers import (
 
 from wsae.acts.capture import Capture, one_hook, splice
 from wsae.core.errors import UserError
-from wsae.evals import run as downstream
+from wsae.evals import downstream
 from wsae.evals.config import EvalConfig
 from wsae.evals.run import (
     Place,

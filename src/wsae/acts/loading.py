@@ -88,24 +88,7 @@ def load_weights(kind: Any, source: Path | str, model: str, **options: Any) -> A
     shapes = {key: (list(there), list(here)) for key, there, here in info["mismatched_keys"]}
     missing = _trained({*info["missing_keys"], *shapes})
     unexpected = _trained(set(info["unexpected_keys"]))
-    adapters = [key for key in unexpected if "lora_" in key or ".base_layer." in key]
-    if adapters:
-        raise UserError(
-            f"model {model}: its files hold an adapter that is not merged ({named(adapters)}); load it with peft and "
-            "save it with model.merge_and_unload().save_pretrained(FOLDER)"
-        )
-    # a file of the model without its head lacks the first part of a name, too
-    wanted = {*missing, *(name.partition(".")[2] for name in missing)}
-    wrapped = [key for key in unexpected if _bare(key) != key and _bare(key) in wanted]
-    mark = next((mark for mark in _WRAPPERS if wrapped and mark in wrapped[0]), "")
-    mark = mark or _prefix(missing, unexpected)
-    if mark:
-        keys = wrapped or unexpected
-        place = "begin with" if keys[0].startswith(mark) else "contain"
-        raise UserError(
-            f"model {model}: {len(missing):,} of its weights are not in its files, whose keys {place} '{mark}' "
-            f"({named(keys)}); save the unwrapped model{_WRAPPERS.get(mark, '')}"
-        )
+    _refuse_renamed(missing, unexpected, model)
     if missing and {name for name, _ in loaded.named_parameters()} <= set(missing):
         is_training = {"state_dict", "model_state_dict", "model"} & set(unexpected)
         other = "config.json is of another model"
@@ -222,6 +205,28 @@ def _poison(loaded: Any, missing: Sequence[str], model: str) -> None:
         if not tensor.is_floating_point():
             raise UserError(f"model {model}: its files lack {name}; get the whole checkpoint")
         tensor.fill_(torch.nan)
+
+
+def _refuse_renamed(missing: Sequence[str], unexpected: Sequence[str], model: str) -> None:
+    """Raise UserError when missing weights are in the files under names that a wrapper or an adapter gave them."""
+    adapters = [key for key in unexpected if "lora_" in key or ".base_layer." in key]
+    if adapters:
+        raise UserError(
+            f"model {model}: its files hold an adapter that is not merged ({named(adapters)}); load it with peft and "
+            "save it with model.merge_and_unload().save_pretrained(FOLDER)"
+        )
+    # a file of the model without its head lacks the first part of a name, too
+    wanted = {*missing, *(name.partition(".")[2] for name in missing)}
+    wrapped = [key for key in unexpected if _bare(key) != key and _bare(key) in wanted]
+    mark = next((mark for mark in _WRAPPERS if wrapped and mark in wrapped[0]), "")
+    mark = mark or _prefix(missing, unexpected)
+    if mark:
+        keys = wrapped or unexpected
+        place = "begin with" if keys[0].startswith(mark) else "contain"
+        raise UserError(
+            f"model {model}: {len(missing):,} of its weights are not in its files, whose keys {place} '{mark}' "
+            f"({named(keys)}); save the unwrapped model{_WRAPPERS.get(mark, '')}"
+        )
 
 
 def _bare(key: str) -> str:

@@ -191,24 +191,7 @@ def _listed(value: list, row: Mapping[str, object], field: str, where: str) -> C
         beside = ".".join([*field.split(".")[:-1], _MASK])  # the mask that goes with the ids
         return Content("", ids=_ids(value, _value(row, beside), where))
     if kinds <= {dict}:
-        messages, whole = [], True
-        for turn in value:
-            role = _role(turn)
-            if role is None:
-                raise UserError(
-                    f"{where}: field {field!r} is a list of objects with {', '.join(map(str, turn)) or 'nothing'}; "
-                    "messages have role and content, or from and value"
-                )
-            content = turn.get("content", turn.get("value"))
-            parts = [content] if isinstance(content, str) else content or []
-            if not isinstance(parts, list):
-                raise UserError(f"{where}: a message whose content is a {type(content).__name__}")
-            texts = [t for part in parts if (t := _part(part)) is not None]
-            whole &= len(texts) == len(parts) and not turn.get("tool_calls")
-            messages.append(Turn(role, whole_text("\n".join(texts), where)))
-        return Content(
-            as_lines(messages), messages=tuple(messages), note="" if whole else NO_TEXT_PARTS
-        )
+        return _conversation(value, field, where)
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     raise UserError(
         f"{where}: field {field!r} is a list of {names}; a list is read of text, of messages or of token ids"
@@ -235,6 +218,27 @@ def _role(message: Mapping[str, object]) -> str | None:
         return None
     role = message.get("role", message.get("from"))
     return _ROLES.get(role.lower(), role) if isinstance(role, str) else None
+
+
+def _conversation(value: list[dict[str, object]], field: str, where: str) -> Content:
+    messages, whole = [], True
+    for turn in value:
+        role = _role(turn)
+        if role is None:
+            raise UserError(
+                f"{where}: field {field!r} is a list of objects with {', '.join(map(str, turn)) or 'nothing'}; "
+                "messages have role and content, or from and value"
+            )
+        content = turn.get("content", turn.get("value"))
+        parts = [content] if isinstance(content, str) else content or []
+        if not isinstance(parts, list):
+            raise UserError(f"{where}: a message whose content is a {type(content).__name__}")
+        texts = [t for part in parts if (t := _part(part)) is not None]
+        whole &= len(texts) == len(parts) and not turn.get("tool_calls")
+        messages.append(Turn(role, whole_text("\n".join(texts), where)))
+    return Content(
+        as_lines(messages), messages=tuple(messages), note="" if whole else NO_TEXT_PARTS
+    )
 
 
 def _part(part: object) -> str | None:

@@ -78,20 +78,24 @@ def _guarded(call: Callable[[], int], debug: bool) -> int:
     except Exception as error:  # the last resort: name it, never hide it
         if isinstance(error, OSError) and error.errno == errno.EBADF and not error.filename:
             raise  # stdout is closed
-        mended = _mendable(error)
-        if mended is not None:
-            return _error(str(mended), BAD_INPUT, debug)
-        from wsae.core.errors import is_out_of_memory
+        return _unexpected(error, debug)
 
-        if is_out_of_memory(error):
-            return _error(
-                "out of memory; lower --batch-size or --d-sae (`wsae doctor` estimates the need)",
-                BAD_INPUT,
-                debug,
-            )
-        text = " ".join(str(error).split()) or "no message"
-        hint = "" if debug else "; run again with --debug for the traceback"
-        return _error(f"unexpected {type(error).__name__}: {text}{hint}", BROKEN, debug)
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    mended = _mendable(error)
+    if mended is not None:
+        return _error(str(mended), BAD_INPUT, debug)
+    from wsae.core.errors import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return _error(
+            "out of memory; lower --batch-size or --d-sae (`wsae doctor` estimates the need)",
+            BAD_INPUT,
+            debug,
+        )
+    text = " ".join(str(error).split()) or "no message"
+    hint = "" if debug else "; run again with --debug for the traceback"
+    return _error(f"unexpected {type(error).__name__}: {text}{hint}", BROKEN, debug)
 
 
 def _mendable(error: Exception) -> UserError | None:

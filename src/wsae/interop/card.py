@@ -156,17 +156,6 @@ def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance
     else:
         what += f", converted from {other} by wsae {__version__}," if other else " trained"
     digests = [(name or ".", manifest.digest()) for name, manifest in manifests.items()]
-    rows: list[tuple[object, ...]] = [
-        ("model", first.model),
-        ("hook", first.hook),
-        ("text or images", first.dataset),
-        ("tokens per sequence", first.context),
-        ("training tokens", first.tokens),
-        ("begin-of-text token", first.prepend_bos),
-        ("wsae", first.wsae_version),
-        ("written by", first.origin.get("format")),
-        *((f"digest of {name}", value) for name, value in first.inputs.items()),
-    ]
     return _PAGE.format(
         front=front,
         title=_text(repo.split("/")[-1]),
@@ -177,7 +166,7 @@ def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance
         shapes=_table(_SHAPE, [_shape(name, m.config) for name, m in manifests.items()]),
         scores=_scores(abouts),
         gammas=_table(_GAMMA, [_gamma(name, about) for name, about in abouts.items()]),
-        provenance=_table(("", ""), [row for row in rows if row[1] is not None]),
+        provenance=_table(("", ""), _provenance(first)),
         digests=_table(("SAE", "SHA-256 of its manifest"), digests),
     )
 
@@ -216,6 +205,21 @@ def _gamma(name: str, about: Provenance) -> tuple[object, ...]:
     dimensions = gamma.get("effective_dimensions")
     rule = gamma.get("rule") if gamma else "not recorded"
     return (name or ".", rule, *shown, "-" if dimensions is None else f"{dimensions:.4g}")
+
+
+def _provenance(about: Provenance) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = [
+        ("model", about.model),
+        ("hook", about.hook),
+        ("text or images", about.dataset),
+        ("tokens per sequence", about.context),
+        ("training tokens", about.tokens),
+        ("begin-of-text token", about.prepend_bos),
+        ("wsae", about.wsae_version),
+        ("written by", about.origin.get("format")),
+        *((f"digest of {name}", value) for name, value in about.inputs.items()),
+    ]
+    return [row for row in rows if row[1] is not None]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:

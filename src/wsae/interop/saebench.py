@@ -81,20 +81,7 @@ class SAEBenchSAE(nn.Module):
         self.b_enc = nn.Parameter(weights.b_enc * norms, requires_grad=False)
         self.b_dec = nn.Parameter(weights.b_dec.clone(), requires_grad=False)
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        hook = hook_name(about.hook or "")
-        known: dict[str, Any] = {
-            "model_name": about.model or "",
-            "hook_name": hook.name,
-            "hook_layer": hook.layer if hook.layer is not None else -1,
-            "context_size": about.context or 128,
-            "prepend_bos": bool(about.prepend_bos),
-            "dataset_path": about.dataset or "",
-            "training_tokens": about.tokens or -1,
-            "architecture": sae.cfg.activation.kind,
-            "d_in": sae.cfg.d_in,
-            "d_sae": sae.cfg.d_sae,
-        }
-        self.cfg = SAEBenchConfig(**(known | fields))
+        self.cfg = _config(sae, about, fields)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents, times their decoder row's norm."""
@@ -116,3 +103,20 @@ class SAEBenchSAE(nn.Module):
         self.cfg.device = str(self.device)
         self.cfg.dtype = str(self.dtype).removeprefix("torch.")
         return self
+
+
+def _config(sae: SAE, about: Provenance, fields: dict[str, Any]) -> SAEBenchConfig:
+    hook = hook_name(about.hook or "")
+    known: dict[str, Any] = {
+        "model_name": about.model or "",
+        "hook_name": hook.name,
+        "hook_layer": hook.layer if hook.layer is not None else -1,
+        "context_size": about.context or 128,
+        "prepend_bos": bool(about.prepend_bos),
+        "dataset_path": about.dataset or "",
+        "training_tokens": about.tokens or -1,
+        "architecture": sae.cfg.activation.kind,
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
+    }
+    return SAEBenchConfig(**(known | fields))

@@ -461,12 +461,7 @@ def _fill(
                 tick(1)
     texts = {} if language is None else decode_table(language.tokenizer, sorted(used))
     if source.gathered is not None:
-        ids_used: set[int] = set()
-        for seq in sorted(shown):
-            ids = source.gathered.ids(seq).numpy().astype(np.int32)
-            ids_used.update(np.unique(ids).tolist())
-            connection.execute("INSERT INTO text VALUES(?, ?)", (seq, ids.tobytes()))
-        texts |= source.gathered.table.texts(sorted(ids_used))
+        texts |= _write_text(connection, source.gathered, sorted(shown))
     rows = ((t, clean(text) if isinstance(text, str) else text) for t, text in texts.items())
     connection.executemany("INSERT INTO token VALUES(?, ?)", rows)
     for number, data in source.run.thumbnails.items():
@@ -584,6 +579,18 @@ def _seen_blobs(
     for latent in range(size):
         blobs = contexts.shares(latent), contexts.packed(latent)
         yield SeenBlobs(counts[latent].tobytes(), *blobs)
+
+
+def _write_text(
+    connection: sqlite3.Connection, gathered: Gathered, sequences: list[int]
+) -> dict[int, str | bytes]:
+    """Write the token ids of some sequences; return what these read."""
+    used: set[int] = set()
+    for seq in sequences:
+        ids = gathered.ids(seq).numpy().astype(np.int32)
+        used.update(np.unique(ids).tolist())
+        connection.execute("INSERT INTO text VALUES(?, ?)", (seq, ids.tobytes()))
+    return gathered.table.texts(sorted(used))
 
 
 def _near_blobs(sae: SAE, n: int) -> Iterator[bytes | None]:

@@ -46,7 +46,7 @@ from wsae.studies.engine import (
     select,
     span,
 )
-from wsae.studies.reproduce_config import PLAIN, BackboneRun, VisionConfig
+from wsae.studies.reproduce_config import PLAIN, Backbone, BackboneRun, VisionConfig
 from wsae.train.config import TrainConfig
 from wsae.vision.pretrain import pretrain
 
@@ -101,13 +101,7 @@ def announce(cfg: VisionConfig, images: int, torchrun_hint: bool = False) -> lis
     ]
     for backbone in cfg.used():
         if backbone.run is None:
-            how = backbone.pretrain
-            narrow = (how.widths[-1] / 512) ** 2
-            each = (
-                FORWARD[how.stem] * how.size**2 * narrow * 2 * 3
-            )  # views; backward is twice forward
-            used = min(how.limit or images, images) * (1 - how.heldout_fraction)
-            seconds = each * used * how.epochs / rate
+            seconds = pretraining_operations(backbone, images) / rate
             lines.append(
                 f"pretraining {backbone.name}: {backbone.pretrain.epochs} epochs, about {duration(seconds)} if nothing "
                 "waits for images"
@@ -130,6 +124,15 @@ def announce(cfg: VisionConfig, images: int, torchrun_hint: bool = False) -> lis
             "--pretrained RUN"
         )
     return lines
+
+
+def pretraining_operations(backbone: Backbone, images: int) -> float:
+    """Return the operations of a pretraining run: two views, forward and backward (twice the forward)."""
+    cfg = backbone.pretrain
+    narrow = (cfg.widths[-1] / 512) ** 2
+    each = FORWARD[cfg.stem] * cfg.size**2 * narrow * 2 * 3
+    used = min(cfg.limit or images, images) * (1 - cfg.heldout_fraction)
+    return each * used * cfg.epochs
 
 
 # From images to scored SAEs: pretrain, harvest, then train, evaluate and score run after run.

@@ -323,6 +323,19 @@ class Tracked:
         self.carried = rest._replace(window=np.zeros_like(rest.window))
         if not slab.closed:
             return
+        self._note_pool(firings, slab, slots)
+        kept = (self.tracked[firings.latent] & (slab.side[firings.window] >= 0)).nonzero()[0]
+        key = firings.window[kept] * self._d_sae + firings.latent[kept]
+        firings = firings.take(kept[np.argsort(key, kind="stable")])
+        side, number = slab.side[firings.window], slab.number[firings.window]
+        self.reservoirs.add(
+            firings._replace(window=number), side, self.tracked, varying=self._varying
+        )
+
+    def _note_pool(
+        self, firings: Firings, slab: Slab, slots: Int64[np.ndarray, " windows"]
+    ) -> None:
+        """Write which latents are active in the windows that entered the pool."""
         entering = (slots >= 0).nonzero()[0]
         size = max(1, _DENSE // self._d_sae)
         for first in range(0, len(entering), size):
@@ -334,13 +347,6 @@ class Tracked:
             mine = (at >= 0).nonzero()[0]
             dense[at[mine], firings.latent[mine]] = True
             self.active[slots[windows]] = np.packbits(dense, axis=1)
-        kept = (self.tracked[firings.latent] & (slab.side[firings.window] >= 0)).nonzero()[0]
-        key = firings.window[kept] * self._d_sae + firings.latent[kept]
-        firings = firings.take(kept[np.argsort(key, kind="stable")])
-        side, number = slab.side[firings.window], slab.number[firings.window]
-        self.reservoirs.add(
-            firings._replace(window=number), side, self.tracked, varying=self._varying
-        )
 
 
 NEIGHBOURS = 10
