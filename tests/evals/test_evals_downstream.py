@@ -23,7 +23,7 @@ from wsae.acts.capture import Capture, one_hook, splice
 from wsae.core.errors import UserError
 from wsae.evals import downstream
 from wsae.evals.config import EvalConfig
-from wsae.evals.run import (
+from wsae.evals.downstream import (
     Place,
     SplicedSequence,
     splice_arrays,

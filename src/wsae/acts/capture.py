@@ -62,6 +62,7 @@ class TokenLayout(NamedTuple):
         return ordered.flatten(0, 1).unflatten(1, rest).movedim(0, self.batch)
 
     def __str__(self) -> str:
+        """Return it in words."""
         if self.batch == self.position:
             how = "sequence after sequence" if self.by_sequence else "position after position"
             return f"[tokens, width], {how}"

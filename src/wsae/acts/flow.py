@@ -148,7 +148,10 @@ class _Captured(NamedTuple):
 
 
 class Flow:
-    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position."""
+    """A model, its hook points and the rule for keeping rows; `steps` runs the text from any position.
+
+    Rows are left on `keep_on`.
+    """
 
     def __init__(
         self, cfg: HarvestConfig, language: "LanguageModel", keep_on: torch.device | str = "cpu"
@@ -314,7 +317,10 @@ class SourceStats(NamedTuple):
 
 
 class Tally:
-    """Running statistics per hook; exact, so their order and grouping do not matter."""
+    """Running statistics per hook; exact, so their order and grouping do not matter.
+
+    With classes, kept rows bring labels and their consistency is counted.
+    """
 
     def __init__(self, hooks: Mapping[str, int], n_classes: int = 0) -> None:
         self.classes = {

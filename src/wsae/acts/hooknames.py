@@ -259,6 +259,7 @@ def _blocks(layer: str, paths: list[str]) -> list[str]:
 
 
 def _top(name: str, paths: list[str], model_type: str) -> list[HookPlace]:
+    """Return a place outside the blocks."""
     if name in ("hook_embed", "embed") and model_type in _SCALED:
         return [HookPlace(block, "input") for block in _blocks("0", paths)]
     ends = _TOP.get(name, ())

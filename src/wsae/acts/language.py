@@ -382,6 +382,7 @@ def _in_directory(path: Path) -> Path:
 
 
 def _adapter_message(path: Path) -> str:
+    """Return what to do with a folder that holds an adapter."""
     config = read_json(path / _ADAPTER)
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
@@ -505,7 +506,10 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def reinitialised(language: LanguageModel, seed: int) -> LanguageModel:
-    """Return a model of the same config, its weights drawn anew by the architecture's own rule; same tokenizer."""
+    """Return a model of the same config, its weights drawn anew by the architecture's own rule; same tokenizer.
+
+    The global random state is left as it was.
+    """
     trained = language.model
     with torch.random.fork_rng():
         torch.manual_seed(seed)

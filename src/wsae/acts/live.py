@@ -164,7 +164,10 @@ class _Block(NamedTuple):
 
 
 class LiveStream:
-    """Batches of a live source: blocks of about `shuffle_tokens` rows, each a multiple of the batch size."""
+    """Batches of a live source: blocks of about `shuffle_tokens` rows, each a multiple of the batch size.
+
+    With the source's `overlap` the model computes the next block in another thread while this one is trained on.
+    """
 
     def __init__(self, source: LiveSource, batch_size: int, seed: int, state: State | None) -> None:
         rows = max(1, source.live.shuffle_tokens // batch_size) * batch_size

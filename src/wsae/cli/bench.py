@@ -1,4 +1,7 @@
-"""`wsae bench`: the trainer against every installed peer and against the machine's floor."""
+"""`wsae bench`: the trainer against every installed peer and against the machine's floor.
+
+A door to `wsae_bench`, a package of its own, which nothing else here imports.
+"""
 
 from typing import Any, Literal
 

@@ -226,6 +226,7 @@ class PlanFlags(
 
 
 def _shown(value: object) -> str:
+    """Return a flag's value or values as they were given."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -59,7 +59,10 @@ def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
 
 @contextlib.contextmanager
 def understood(path: PathLike[str] | str) -> Iterator[None]:
-    """Turn what reading a file of another form raises inside into a UserError naming `path`."""
+    """Turn what reading a file of another form raises inside into a UserError naming `path`.
+
+    For content that is whole, by its checksum, and yet not what wsae writes: made by hand or by an attacker.
+    """
     try:
         yield
     except UserError:

@@ -226,6 +226,7 @@ def check_unpacked(unpacked: int, packed: int, where: str, fix: str) -> None:
 
 
 def _entry(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> np.ndarray:
+    """Return one array of an .npz file."""
     what = f"{where}: {entry.filename}"
     with archive.open(entry) as file:
         header = _header(file, what)

@@ -430,7 +430,11 @@ SLACK = 0.5
 
 
 class TopContexts:
-    """Running contexts of some latents of one member; the result does not depend on how the rows were split."""
+    """Running contexts of some latents of one member; the result does not depend on how the rows were split.
+
+    A firing is looked at twice: is it above the weakest of its latent's strongest, is its draw below the largest of its
+    latent's random ones? Few are, and only these are ranked, with what fires in their sequences.
+    """
 
     def __init__(self, latents: Int64[Tensor, " latents"], d_sae: int, wanted: Wanted) -> None:
         self.latents, self.wanted = latents, wanted

@@ -643,6 +643,7 @@ def score_codes(
 
 
 def _reconstruction(x_p: Float64[Tensor, "rows d_in"], given: Matrix) -> Scores:
+    """Return how good a reconstruction is."""
     x_hat = matrix("x_hat", given, "[rows, d_in]").to(x_p.device)
     if x_hat.shape != x_p.shape:
         raise UserError(f"x_hat has shape {tuple(x_hat.shape)} where acts have {tuple(x_p.shape)}")

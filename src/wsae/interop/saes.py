@@ -509,6 +509,7 @@ def dataset_name(path: str) -> str:
 
 
 def _scores(run: Run, hook: str, name: str) -> dict[str, Any]:
+    """Return a member's scores, where the run was evaluated."""
     found = run.evaluation_record.get("hooks", {}) if run.has(EVALUATION_PART) else {}
     metrics = found.get(hook, {}).get("members", {}).get(name, {}).get("metrics", {})
     return {key: metrics[key] for key in SCORES if key in metrics}

@@ -120,6 +120,7 @@ class Live:
         return {"member": member.slug, "tokens": tokens, "latents": overall}
 
     def _used(self, run: Served, member: Member, text: str, work: Work) -> Json:
+        """Return what some work makes of a prompt."""
         from wsae.use.steer import Prompt
 
         language, sae = self._language(run.index.model["name"]), self._member(run.path, member)

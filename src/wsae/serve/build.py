@@ -529,6 +529,7 @@ def write_member(
 def _numbers(
     source: Indexing, member: Member, found: dict[str, np.ndarray], known: set[int]
 ) -> Iterator[tuple[object, ...]]:
+    """Yield the rows of the table `latent`."""
     missing = np.full(member.size, np.nan)
     table = np.stack([found.get(m.key, missing) for m in source.measures], axis=1).astype(float)
     partner = None if member.twin is None else source.members[member.twin]

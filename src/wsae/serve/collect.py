@@ -244,6 +244,7 @@ class MemberContexts:
         return [self._around(int(self._kept.seq[row]), int(self._kept.pos[row])) for row in rows]
 
     def _around(self, seq: int, pos: int) -> str:
+        """Return the text of a window."""
         texts = self._gathered.texts(seq)
         part = span_of(pos, len(texts), self._gathered.cfg.window)
         return "".join(texts[part])

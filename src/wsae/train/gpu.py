@@ -217,6 +217,7 @@ def update(
 
 
 def _sum(member: MemberState, squares: list[Tensor | None]) -> Float64[Tensor, ""]:
+    """Return the sum of what is known."""
     total = member.mean.new_zeros((), dtype=torch.float64)
     for square in squares:
         total = total if square is None else total + square
@@ -310,6 +311,7 @@ def revive(
 
 
 def _valued(centred: Tensor, W: Tensor, bias: Tensor | None, chosen: SparseCode) -> SparseCode:
+    """Return the pre-activations of chosen pairs."""
     values = products(centred, W, chosen.rows(), chosen.indices)
     return chosen._replace(values=values if bias is None else values + bias[chosen.indices])
 
@@ -430,6 +432,7 @@ def _revivals(
 def _joined(
     parts: list[Reconstruction], dpre: list[Tensor], centred: Tensor, d_sae: int
 ) -> GradientTerms:
+    """Return the gradients of all reconstructions."""
     rows, before = [], 0
     for part in parts:
         rows.append(part.rows + before)

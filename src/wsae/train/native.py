@@ -392,6 +392,7 @@ def _revive(
 
 
 def _level(nested: Nested, pre: SparseCode, part: Whole) -> Int64[Tensor, " pairs"]:
+    """Return the level of each pair."""
     if nested.widths is not None:
         return level_of(nested, pre, part.first)
     best = part.best(pre, nested.k)

@@ -88,6 +88,7 @@ class Edit:
             raise UserError(f"{self}: positions count from 0, the start of the sequence")
 
     def __str__(self) -> str:
+        """Name it in a message."""
         return f"edit {type(self).__name__} of latent {self.latent}"
 
     @property

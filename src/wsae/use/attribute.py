@@ -338,6 +338,7 @@ def _wide(x: Float[Tensor, "1 seq width"]) -> Float[Tensor, "seq width"]:
 
 @torch.no_grad()
 def _at_hook(passes: _GradientPasses, base: _Base, hook: str, method: Method) -> AtHook:
+    """Return the effects at one hook."""
     sae, codes, x = passes.saes[hook], base.codes[hook], base.rows[hook]
     code, kept = codes.code, codes.kept[0].to(x.device)
     silent = code._replace(

@@ -1,4 +1,7 @@
-"""A vision model and how its images are prepared: from the hub, a local directory or a run of `wsae pretrain`."""
+"""A vision model and how its images are prepared: from the hub, a local directory or a run of `wsae pretrain`.
+
+No code that comes with a model is run.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

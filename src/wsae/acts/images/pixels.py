@@ -58,6 +58,7 @@ class ImageSet:
         self.cfg, self._n, self.labels, self.names, self._digest = cfg, n, labels, names, digest
 
     def __len__(self) -> int:
+        """Return how many images there are."""
         return self._n
 
     def decoded(self, index: int) -> Image.Image:

@@ -369,6 +369,7 @@ class ParquetColumn:
         self._starts = np.cumsum(rows)
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> object:

@@ -132,6 +132,7 @@ class Memo:
         self._rows: np.ndarray | None = None
 
     def __len__(self) -> int:
+        """Return how many distinct texts there are."""
         return len(self._place)
 
     def encode(self, texts: Sequence[str], progress: Progress = quiet) -> Vectors:

@@ -42,6 +42,7 @@ class Windows:
     """The ids just before and just after each window, as many of each: a character may be split there."""
 
     def __len__(self) -> int:
+        """Return how many there are."""
         return len(self.ids)
 
     def tokens(self, window: int) -> list[str]:
@@ -86,6 +87,7 @@ class Shown:
     acts: Float32[np.ndarray, "n width"]
 
     def __len__(self) -> int:
+        """Return how many there are."""
         return len(self.window)
 
 
