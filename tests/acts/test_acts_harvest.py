@@ -202,6 +202,17 @@ def test_one_document_a_sequence_pads_and_never_keeps_padding(base, tmp_path):
     assert made.info["skipped"]["train"]["padding"] > 0
 
 
+def test_a_text_may_begin_with_documents_too_short_to_keep(base, tmp_path):
+    text = tmp_path / "text.jsonl"
+    short = '{"text": "a"}\n' * 40
+    text.write_text(short + (base / "a.jsonl").read_text())
+    found = harvest(config(base, text=TextConfig(path=str(text)), pack=False), tmp_path / "s")
+    assert found.n_rows["train"] > 0
+    text.write_text(short)
+    with pytest.raises(UserError, match="the text has no token to calibrate on"):
+        harvest(config(base, text=TextConfig(path=str(text)), pack=False), tmp_path / "t")
+
+
 def test_the_two_halves_share_no_document(base, store):
     cfg = config(base, pack=False, tokens=5000, heldout_tokens=5000)
     whole = harvest(cfg, store.path.parent / "unpacked")

@@ -16,12 +16,13 @@ from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.live import LiveSource, SequenceStream
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
+from wsae.core.progress import quiet
 from wsae.train.config import TrainConfig
 from wsae.train.endtoend import frozen, scored_batch, spliced
 from wsae.train.loggers import read_json_lines
-from wsae.train.loop import Stopped
+from wsae.train.loop import Stopped, batches, run_steps
 from wsae.train.run import start_family, train_run
-from wsae.train.state import MemberState
+from wsae.train.state import MemberState, metrics_row
 
 HOOK, SEQ = "layers.1", 16
 
@@ -107,6 +108,7 @@ def test_the_loss_and_its_gradients_are_those_made_by_hand(
     (point,) = source.flow.probed.hooks
     with frozen(model):
         found = spliced(cfg, source, point, member, scored_batch(cfg, source, tokens))
+        assert found is not None
         found.loss.backward()
     assert all(p.grad is None for p in model.parameters())
     mine = {name: p.grad.clone() for name, p in sae.named_parameters()}
@@ -160,6 +162,7 @@ def test_a_transcoder_takes_its_modules_place(live: Callable[[], LiveSource]) ->
     with frozen(model):
         scored = scored_batch(run, source, tokens)
         found = spliced(run, source, points[sides[1]], member, scored, points[sides[0]])
+        assert found is not None
         found.loss.backward()
     mine = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
@@ -206,6 +209,39 @@ def test_the_loss_falls_and_a_stopped_run_ends_the_same(
         train_run(cfg, live(), tmp_path / "cut")
     train_run(cfg, live(), tmp_path / "cut", resume=True)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_batches_without_a_row_to_replace_or_a_token_to_score_teach_nothing(
+    tmp_path: Path, live: Callable[[], LiveSource], loss: str
+) -> None:
+    """One sequence a batch: of one token, so that nothing follows; of sinks alone; of as many others."""
+    text, first = tmp_path / "text.jsonl", live()
+    long = Path(first.cfg.text.path).read_text().splitlines()[:20]
+    text.write_text("\n".join(line for one in long for line in ('{"text": ""}', one)) + "\n")
+    own = {"text": TextConfig(path=str(text)), "skip_first": 0}
+    cfg = run_of(loss, activation={"kind": "batch_topk", "k": 3})
+    cfg = cfg.model_copy(update={"batch_size": SEQ, "tokens": 40 * SEQ, "log_every": 1})
+    source = LiveSource(first.cfg.model_copy(update=own), language=first.language)
+    train_run(cfg, source, tmp_path / "run")
+    assert len(read_json_lines(tmp_path / "run" / "metrics.jsonl")) == 40
+    text.write_text('{"text": "</s></s>"}\n' * 40)
+    source = LiveSource(
+        source.cfg.model_copy(update={"skip_special": False}), language=first.language
+    )
+    with pytest.raises(UserError, match="no sequence has a row to replace and a token to score"):
+        train_run(cfg, source, tmp_path / "none")
+
+
+def test_a_new_member_starts_from_its_first_batch(live: Callable[[], LiveSource]) -> None:
+    cfg, source = run_of(activation={"kind": "jumprelu"}, target_l0=3), live()
+    cfg = cfg.model_copy(update={"tokens": 64})
+    family = start_family(cfg, source, source.stats())
+    with quiet("train", None, "tokens") as tick:
+        run_steps(cfg, family, batches(cfg, source), 0, tick, lambda _: None)
+    (member,) = family.members[HOOK]
+    row = metrics_row(member)
+    assert row["l0"] == pytest.approx(3, abs=0.5)
 
 
 def test_what_has_no_loss_through_a_model_is_refused(

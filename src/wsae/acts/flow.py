@@ -60,7 +60,7 @@ class SkipRule:
         kept = reasons == KEPT
         if not bool(kept.any()):
             raise UserError(
-                "the first batch has no token to calibrate on: all are padding, special or first; "
+                "the text has no token to calibrate on: all are padding, special or first; "
                 "raise seq_len or lower skip_first"
             )
         found = {hook: float(norm[kept].double().median()) for hook, norm in norms.items()}
@@ -185,11 +185,11 @@ class Flow:
             raise UserError(
                 f"text {self.cfg.text.path}: no text for training in it; give more documents"
             )
-        if self.cfg.roles is None:
-            return first
         for batch in chain([first], batches):
             if bool((self.rule.by_token(*stacked(batch)) == KEPT).any()):
                 return batch
+        if self.cfg.roles is None:
+            return first
         roles = " or ".join(self.cfg.roles)
         raise UserError(
             f"text {self.cfg.text.path}: no token to keep is of the role {roles}{heard(packer.roles)}; name others "

@@ -279,8 +279,6 @@ class TrainConfig(Config):
             )
         if self.loss is not None and self.kernels in ("native", "triton"):
             raise ValueError(f"loss {self.loss} is computed by PyTorch; leave the kernels out")
-        if self.loss is not None and self.hook_out is not None:
-            raise ValueError(f"loss {self.loss} is for SAEs, which give what they read")
         return self
 
     @model_validator(mode="after")

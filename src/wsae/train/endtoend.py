@@ -29,7 +29,7 @@ from wsae.sae.forward import Forward, training_forward
 from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.state import Batch, MemberState, make_batch
-from wsae.train.step import after_step, descend, lr_factor
+from wsae.train.step import after_step, descend, look, lr_factor
 
 
 def live(cfg: TrainConfig, source: ActivationSource) -> LiveSource:
@@ -76,14 +76,14 @@ def run_spliced(
 ) -> None:
     """Train on a stream of sequences from step `first` to the end, each member spliced in alone at its hook.
 
-    Raises UserError where the loss is not finite.
+    Raises UserError where the loss is not finite, or the text has no token to score.
     """
     source = stream.source
     source.forget()
     points = {point.name: point for point in source.flow.probed.hooks}
     with frozen(source.language.model):
         for step in range(first, cfg.steps):
-            scored = scored_batch(cfg, source, stream.next())
+            scored = scored_batch(cfg, source, _next(source, stream))
             for hook, member in family.all():
                 out = cfg.given(hook)
                 read = None if out is None else points[hook]
@@ -104,6 +104,8 @@ def _step(
     rate = member.cfg.learning_rate(member.sae.cfg.d_in)
     rate *= lr_factor(step, cfg.steps, cfg.warmup, cfg.decay)
     found = spliced(cfg, source, point, member, scored, read)
+    if found is None:
+        return
     if not bool(found.loss.isfinite()):
         raise UserError(
             f"loss {cfg.loss}: NaN or infinite with {member.name} in place of {point.name} at step {step + 1}; lower "
@@ -126,14 +128,34 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _next(source: LiveSource, stream: SequenceStream) -> TokenBatch:
+    """Return the next batch that has a token to score and a row that its token does not leave out."""
+    begun = stream.state()["epoch"]
+    while True:
+        tokens = stream.next()
+        kept = source.flow.rule.by_token(*tokens) == KEPT
+        if bool(kept.any()) and bool(_scored(source, tokens).any()):
+            return tokens
+        epoch = stream.state()["epoch"]
+        if isinstance(begun, int) and isinstance(epoch, int) and epoch > begun + 1:
+            raise UserError(
+                f"text {source.cfg.text.path}: no sequence has a row to replace and a token to score; give longer "
+                "documents"
+            )
+
+
+def _scored(source: LiveSource, tokens: TokenBatch) -> Bool[Tensor, "batch nexts"]:
+    """Return whether the token after each one is scored."""
+    special = torch.tensor(source.language.tokenizer.all_special_ids, device=tokens.ids.device)
+    return ((tokens.positions >= 0) & ~torch.isin(tokens.ids, special))[:, 1:]
+
+
 def scored_batch(cfg: TrainConfig, source: LiveSource, tokens: TokenBatch) -> Targets:
     """Return a batch on the model's device with its targets, for kl also what the untouched model predicts there."""
     device = source.language.device
     said = None if tokens.said is None else tokens.said.to(device)
     tokens = TokenBatch(tokens.ids.to(device), tokens.positions.to(device), said)
-    special = torch.tensor(source.language.tokenizer.all_special_ids, device=device)
-    target = (tokens.positions >= 0) & ~torch.isin(tokens.ids, special)
-    scored = Targets(tokens, target[:, 1:], None)
+    scored = Targets(tokens, _scored(source, tokens), None)
     if cfg.loss == "ce":
         return scored
     with torch.no_grad():
@@ -147,8 +169,8 @@ def spliced(
     member: MemberState,
     scored: Targets,
     read: HookPoint | None = None,
-) -> Spliced:
-    """Return the loss of a batch with a member's reconstructions in place at its hook; raises UserError without rows.
+) -> Spliced | None:
+    """Return the loss of a batch with a member's reconstructions in place at its hook; None where all rows are sinks.
 
     The rows of its batch are those that training keeps; what is spliced in is back in their own units. A transcoder
     reads those of `read`, earlier in the pass.
@@ -160,8 +182,12 @@ def spliced(
         given = rows if call.read is None else call.read.flatten(0, 1).float()
         seen = {point.name: rows} | ({} if read is None else {read.name: given})
         kept, device = _kept(source, scored.tokens, seen), member.mean.device
+        if not len(kept):
+            return x
         y = None if read is None else rows[kept].to(device)
         batch = make_batch(given[kept].to(device), member, y)
+        if not member.optimizer.state:
+            look(member, batch)
         forward = training_forward(member.sae, batch.x, cfg.dtype == "bfloat16", member.part)
         passed.append((batch, forward))
         x_hat = forward.x_hat * member.scale
@@ -170,6 +196,8 @@ def spliced(
 
     with splice(source.language.model, point, swap, read):
         log_q = _predicted(source, scored)
+    if not passed:
+        return None
     ((batch, forward),) = passed
     if scored.clean is None:
         loss = F.nll_loss(log_q, scored.tokens.ids[:, 1:][scored.target])

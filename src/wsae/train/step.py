@@ -373,11 +373,10 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
     varies = isinstance(member.sae.choice, Above)
     kernels = chosen(member, run, batch.x)
     few = FEW_ON_GPU if kernels == "triton" else FEW
-    if step == 0 and (wanted := member.cfg.target_l0) is not None:
-        start_thresholds(member, batch.x)
-        member.sparse = torch.tensor(wanted < few * (member.part.d_sae or len(member.dead)))
-    if step == 0 and member.sae.cfg.transcoder:
-        start_decoder(member, batch)
+    if step == 0:
+        look(member, batch)
+        if (wanted := member.cfg.target_l0) is not None:
+            member.sparse = torch.tensor(wanted < few * (member.part.d_sae or len(member.dead)))
     dense = varies and not bool(member.sparse)
     if kernels == "eager" or dense:
         leave(member)
@@ -397,6 +396,14 @@ def train_step(member: MemberState, batch: Batch, step: int, run: TrainConfig) -
         entries[1] = code.active()
         entries = member.part.over_latents(member.part.over_rows(entries)).tolist()
         member.sparse = torch.tensor(entries[1] < few * entries[0])
+
+
+def look(member: MemberState, batch: Batch) -> None:
+    """Start what a new member has from its first batch: thresholds for a target L0, a transcoder's decoder."""
+    if member.cfg.target_l0 is not None:
+        start_thresholds(member, batch.x)
+    if member.sae.cfg.transcoder:
+        start_decoder(member, batch)
 
 
 LEAST_SCALE = 0.1
