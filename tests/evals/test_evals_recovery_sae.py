@@ -108,6 +108,13 @@ def test_the_closed_form_equals_the_direct_encoding(monkeypatch):
     )
 
 
+def test_a_transcoder_is_no_reconstruction_of_what_it_reads():
+    features = torch.eye(6).repeat(3, 1)
+    transcoder = SAE(SAEConfig(d_in=6, d_sae=8, d_out=6, activation=ReLU()))
+    with pytest.raises(UserError, match="a transcoder gives other activations than it reads"):
+        recovery(transcoder, features, features)
+
+
 def test_activated_features_are_counted_latent_by_latent():
     response = torch.tensor(
         [[0.5, 0.0, 0.3], [0.5, 0.0, 0.02], [0.5, 0.0, 0.04], [0.0, 0.0, 0.0]]

@@ -581,11 +581,17 @@ def recovery(
 
     `W_p` [d_in, n] holds the features' directions as columns; scores that need it are absent without it. `options`
     are those of RecoveryConfig (threshold, mean_threshold, relative_threshold, found_correlation, seed). Raises
-    UserError for shapes that do not fit, values that are not finite, negative features, or features without signal.
+    UserError for a transcoder, shapes that do not fit, values that are not finite, negative features, or features
+    without signal.
     """
     cfg = RecoveryConfig.parse(dict(options), where="recovery")
     if not isinstance(sae, SAE):
         raise UserError(f"recovery: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
+    if sae.cfg.transcoder:
+        raise UserError(
+            "recovery: a transcoder gives other activations than it reads; its latents alone have scores: "
+            "wsae.evals.recovery.score_codes"
+        )
     truth = ground_truth(features, acts, W_p)
     if truth.acts is None:
         raise UserError(

@@ -293,7 +293,9 @@ def run_steps(
                 device, out = members[0].mean.device, cfg.given(hook)
                 y = None if out is None else batch[out].to(device)
                 made = make_batches(batch[hook].to(device), members, y)
-                if step + 1 < cfg.steps:  # not before: PyTorch's threads would wait for a core that reading has
+                if (
+                    step + 1 < cfg.steps
+                ):  # not before: PyTorch's threads would wait for a core that reading has
                     stream.begin()
                 step_all(members, made, step)
             on_step(step + 1)
