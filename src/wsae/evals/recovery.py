@@ -405,9 +405,10 @@ def isolated(truth: GroundTruth, W_p: Float64[Tensor, "d_in n"], sae: SAE) -> Is
 
 
 def is_homogeneous(sae: SAE) -> bool:
-    """Return whether h(c v) = c h(v) for every c > 0: no bias, no threshold."""
+    """Return whether h(c v) = c h(v) for every c > 0: no bias, no threshold, and no scale taken from rows."""
     biases = sae.biases
     free = biases is None or not any(bool(bias.any()) for bias in biases)
+    free = free and sae.cfg.input_norm is None
     return free and isinstance(sae.cfg.activation, ReLU | TopK | MultiTopK | GroupTopK)
 
 
