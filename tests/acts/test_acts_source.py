@@ -280,6 +280,11 @@ def test_a_state_of_another_run_is_refused(source):
 # ---- live against stored
 
 
+def test_how_rows_are_mixed_is_part_of_the_data(base, language):
+    one, other = (LiveSource(config(base), LiveConfig(stats_tokens=n), language) for n in (64, 32))
+    assert one.digest() != other.digest()
+
+
 def test_a_live_block_mixes_the_rows_of_the_text(base, language, store):
     source = LiveSource(config(base), LiveConfig(shuffle_tokens=120), language)
     straight = [key(row) for row in store.rows("train", np.arange(TRAIN))[HOOKS[0]]]

@@ -294,6 +294,8 @@ def test_a_finished_run_is_resumed_from_its_own_config(trained, capsys):
     words = ["train", str(array), "--out", str(array.parent / "run"), "--resume", "--json"]
     assert main.main(words) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(first.stdout)
+    assert main.main([*words, "--seed", "5"]) == 2
+    assert "train.seed is 0 there, 5 here" in capsys.readouterr().err
 
 
 def test_a_file_in_the_way_of_the_run_is_named(array, capsys):

@@ -97,17 +97,22 @@ def test_training_reads_one_hook_of_a_store_when_asked(place, tmp_path, capsys):
     ]
     found = result(words, capsys)
     assert list(found["members"]) == ["layers.1"]
+    words[words.index("layers.1")] = "layers.2.mlp"
+    assert main(words) == 2
+    assert "source.hooks.0 is 'layers.1' there, 'layers.2.mlp' here" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("run")
-def test_a_store_takes_no_text(place, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flag", [("--text", "builtin"), ("--seq-len", "8"), ("--shuffle-tokens", "64")]
+)
+def test_a_store_takes_no_text_nor_a_way_to_read_it(flag, place, tmp_path, capsys):
     words = [
         "train",
         str(place / "acts"),
         "--out",
         str(tmp_path / "x"),
-        "--text",
-        "builtin",
+        *flag,
         *SMALL,
     ]
     assert main(words) == 2

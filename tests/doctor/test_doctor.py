@@ -12,6 +12,7 @@ from acts_models import make_bert, make_model, make_text, rewritten
 
 from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.harvest import harvest as harvest_store
+from wsae.acts.source import ArraySource
 from wsae.cli.main import main
 from wsae.core.artifact import read_manifest, record, write_manifest
 from wsae.core.errors import UserError
@@ -19,7 +20,7 @@ from wsae.core.files import read_json, seal, write_json
 from wsae.doctor import measure
 from wsae.doctor.measure import Check, Memory, check_memory, report
 from wsae.doctor.run import DoctorConfig, examine
-from wsae.sae import TopK
+from wsae.sae import ReLU, TopK
 from wsae.sae.config import GammaConfig, GroupTopK
 from wsae.train.config import MemberConfig, TrainConfig
 
@@ -135,6 +136,16 @@ def test_a_step_takes_about_as_long_as_it_takes():
     per_step = measure.seconds_per_step(x, plan(), "cpu", budget_s=0.1)
     assert 1e-5 < per_step < 1.0
     assert "training" in measure.check_time(plan(), per_step, None).value
+
+
+def test_a_forecast_refuses_nothing_that_training_takes():
+    """A first batch of one row, fewer steps than are timed; of rows that training refuses it tells no time."""
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    relu = MemberConfig(activation=ReLU(), d_sae=8, l1=0.1, p_end=0.5, anneal_from=0.9)
+    cfg = TrainConfig(members=(relu,), tokens=1, batch_size=1)
+    assert "of training" in measure.forecast(cfg, ArraySource(x), "cpu", 0.01)
+    x[:] = torch.nan
+    assert "of training" not in measure.forecast(cfg, ArraySource(x), "cpu", 0.01)
 
 
 def test_the_machine_has_memory_and_disk(tmp_path):

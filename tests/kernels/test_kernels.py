@@ -86,6 +86,13 @@ def test_duplicate_pairs_and_empty_rows_are_summed_and_zero() -> None:
     assert torch.allclose(dense @ W, x_hat)
 
 
+def test_sums_of_a_code_without_entries_are_zeros_in_double() -> None:
+    none = torch.zeros(0)
+    code = SparseCode(none, none.long(), torch.zeros(4, dtype=torch.int64))
+    moments = code.sums(5, moments=True).moments
+    torch.testing.assert_close(moments, torch.zeros(2, 5, dtype=torch.float64))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     batch=st.integers(1, 6),

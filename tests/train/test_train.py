@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from halting import Halting
@@ -178,6 +179,20 @@ def test_a_finished_run_is_returned_and_another_config_refused(tmp_path: Path) -
         train_run(other, source, tmp_path / "run", resume=True)
     with pytest.raises(UserError, match="data is"):
         train_run(cfg, ArraySource(world(seed=9)), tmp_path / "run")
+    labelled = ArraySource(world()).with_labels(np.arange(len(world())) % 3)
+    with pytest.raises(UserError, match="data is"):
+        train_run(cfg, labelled, tmp_path / "run")
+
+
+@pytest.mark.parametrize("rule", ["none", "residual"])
+def test_a_loss_that_is_lost_ends_the_run_in_a_line_of_the_member(
+    tmp_path: Path, rule: str
+) -> None:
+    """Soon, and not as NaN weights at the end; a pilot's too."""
+    cfg = config(weighted("variance"), weighted(rule, lr=1e10, label="fast"), tokens=200_000)
+    with pytest.raises(UserError, match=r"fast: its loss is nan by step 10; lower .* \(1e\+10\)"):
+        train_run(cfg, ArraySource(world()), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:

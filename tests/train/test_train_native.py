@@ -13,7 +13,7 @@ from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.kernels.native.build import why_not
-from wsae.kernels.native.slices import to_slices
+from wsae.kernels.native.slices import Centred, to_slices
 from wsae.sae import SAE
 from wsae.sae.forward import weigh
 from wsae.train import native
@@ -83,6 +83,7 @@ CASES = {
     "multi": {"activation": {"kind": "multi_topk", "k": 6}},
     "multi, whiten": {"activation": {"kind": "multi_topk", "k": 6}, "gamma": {"rule": "whiten"}},
     "matryoshka": {"activation": {"kind": "matryoshka", "k": 6, "widths": (20, 90)}},
+    "matryoshka of one level": {"activation": {"kind": "matryoshka", "k": 6, "widths": (192,)}},
     "matryoshka over topk, dead latents": {
         "activation": {"kind": "matryoshka", "k": 6, "over": "topk"},
         "lr": 3e-2,
@@ -144,6 +145,18 @@ def test_compiled_training_follows_autograd(case: str) -> None:
         if case.endswith("dead latents"):
             assert sums["auxk"] > 0
     assert min(found) <= NEAR, found
+
+
+def test_batch_topk_of_all_latents_takes_every_pair_that_is_positive() -> None:
+    """No threshold that leaves as many as are wanted is below all of them."""
+    setting = {"d_sae": 4, "activation": {"kind": "batch_topk", "k": 4}}
+    cfg = TrainConfig.parse({"members": (setting,), "tokens": 200, "batch_size": 200})
+    (member,) = make_family(cfg, X.stats()).members["acts"]
+    assert member.sae.b_enc is not None
+    member.sae.b_enc.data.fill_(1e3)
+    x = make_batch(world()[:200], member).x
+    found = native.find_pairs(member.sae, native.enter(member), Centred.of(x, member.sae.b_in))
+    assert len(found.values) == 4 * 200
 
 
 DENSE = {

@@ -198,6 +198,10 @@ def test_fit_takes_a_target_and_evaluate_scores_it() -> None:
     ("call", "message"),
     [
         (lambda: wsae.fit(X, target=Y[:-1]), "1199 training rows and .* 1200.*row by row"),
+        (
+            lambda: AlignedSource(*(ArraySource(np.ones((n, 2)), name=str(n)) for n in (545, 546))),
+            "rows are not of the same tokens",  # 491 of each to train on
+        ),
         (lambda: wsae.fit(X, skip=True), "skip: is of transcoders"),
         (lambda: wsae.fit(X, target=Y, tied=True), "tied: is of SAEs"),
         (lambda: wsae.evaluate(SAE(SAEConfig(d_in=24, d_sae=48, d_out=17)), X), "give its target"),
@@ -221,6 +225,16 @@ def test_two_files_of_the_same_rows_are_trained_and_evaluated_on(tmp_path: Path,
     assert "nothing.npy: no such file" in capsys.readouterr().err
     assert main(["train", *sides_, *shape, "--out", out]) == 0
     capsys.readouterr()
+    weights = [Path(at) / "members/read/plain/sae.safetensors" for at in (out, f"{out}-again")]
+    again = ["--config", f"{out}/config.json", "--out", f"{out}-again"]
+    assert main(["train", *again]) == 0
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    for more, says in (
+        (["--precondition", "residual"], "maps by the errors of what is read"),
+        (["--labels", sides_[0]], "goes with an array file"),
+    ):
+        assert main(["train", *sides_, *shape, *more, "--out", f"{out}-no"]) == 2
+        assert says in capsys.readouterr().err
     few = ["--draws", "10", "--n-latents", "0", "--no-random-control"]
     assert main(["evaluate", out, *few, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["hooks"]["read"]["members"]["plain"]

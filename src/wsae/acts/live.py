@@ -138,8 +138,10 @@ class LiveSource:
         return Packer(self.cfg, self.language.tokenizer, heldout=True)
 
     def digest(self) -> str:
-        """Return a hash of config, model files and text files."""
-        return digest([self.cfg.to_dict(), self.language.digest, fingerprint(self.cfg.text)])
+        """Return a hash of config, model files, text files, and how rows are mixed where that is not as always."""
+        mixing = [] if self.live == LiveConfig() else [self.live.to_dict()]
+        said = [self.cfg.to_dict(), self.language.digest, fingerprint(self.cfg.text)]
+        return digest([*said, *mixing])
 
 
 class _Place(NamedTuple):

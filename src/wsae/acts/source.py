@@ -101,6 +101,11 @@ class ArraySource:
         """Training rows per epoch."""
         return self._total - self._n_heldout
 
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """Rows in all, held-out ones among them, and the seed that chooses these: what row is where in an epoch."""
+        return self._total, self._n_heldout, self._seed
+
     @functools.cached_property
     def heldout_rows(self) -> Int[np.ndarray, " rows"]:
         """Row numbers that are never trained on, ascending."""
@@ -146,7 +151,7 @@ class ArraySource:
 
     @functools.cache  # noqa: B019  (a source lives as long as its run)
     def digest(self) -> str:
-        """Return a hash of the file or of the array's bytes, and of the split."""
+        """Return a hash of the file or of the array's bytes, of the split, and of the labels if there are any."""
         if self._path is not None:
             content = self._rows.digest()
         else:
@@ -157,7 +162,8 @@ class ArraySource:
                     self._take(np.arange(first, min(first + step, self._total))).numpy().data
                 )
             content = sha.hexdigest()
-        return digest([content, self._n_heldout, self._seed, self._name])
+        classes = [] if self.labels is None else [self.labels.tolist()]
+        return digest([content, self._n_heldout, self._seed, self._name, *classes])
 
     def describe(self) -> dict[str, Any]:
         """Return the file's place, if it is one."""
@@ -294,8 +300,7 @@ def _folder(folder: Path) -> RowMatrix:
         width, first = found[0].rows.shape[1], parts[0].rows.shape[1]
         if width != first:
             raise UserError(
-                f"{path}: rows of width {width} where {files[0].name} has {first}; "
-                "give each width a folder of its own"
+                f"{path}: rows of width {width} where {files[0].name} has {first}; give each width a folder of its own"
             )
     return RowMatrix(parts, files)
 
@@ -449,7 +454,7 @@ class AlignedSource:
             if not _same_places(source, first):
                 raise UserError(
                     f"{here} and {there}: their rows are not of the same tokens; harvest both from one text with the "
-                    "same settings"
+                    "same settings, or give arrays of the same number of rows"
                 )
         for named in self._named([source.hooks for source in sources]):
             if twice := self.hooks.keys() & named.keys():
@@ -508,10 +513,8 @@ class JoinedSource:
     """
 
     def __init__(self, source: ActivationSource, order: Sequence[str] = ()) -> None:
-        self.whole, self.parts = (
-            source,
-            {hook: source.hooks[hook] for hook in order or source.hooks},
-        )
+        self.whole = source
+        self.parts = {hook: source.hooks[hook] for hook in order or source.hooks}
         names = [*self.parts]
         if len(names) < 2:
             raise UserError(
@@ -626,7 +629,12 @@ class _Stream:
 
 
 def _same_places(a: ActivationSource, b: ActivationSource) -> bool:
-    """Return whether the rows of two sources come from the same places, as far as they know: stores alone do."""
+    """Return whether the rows of two sources come from the same places, as far as they know.
+
+    Stores know their tokens' places; arrays which of how many rows are held out, in what order.
+    """
+    if isinstance(a, ArraySource) and isinstance(b, ArraySource):
+        return a.split == b.split
     if not isinstance(a, StoreSource) or not isinstance(b, StoreSource):
         return isinstance(a, StoreSource) == isinstance(b, StoreSource)
     if a is b:

@@ -135,11 +135,15 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         progress=ui.progress,
     )
     table = decode_table(tokenizer, ids)
+    data: dict[str, Any] = dict(vars(metric))
+    for name in ("token", "other"):
+        if name in data:
+            data[f"{name}_text"] = tokenizer.decode([data[name]])
     result = {
         "model": opened.language.name,
         "saes": [str(path) for path in flags.at.sae],
         "prompt": flags.prompt,
-        "metric": {"kind": flags.metric, **_words(metric, tokenizer)},
+        "metric": {"kind": flags.metric, **data},
         "tokens": joined([table[i] for i in ids]),
         **found.to_dict(),
     }
@@ -169,15 +173,6 @@ def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":
     if flags.metric == "logit":
         return Logit(token)
     return LogitDifference(token, first[0] if other is None else other)
-
-
-def _words(metric: "Metric", tokenizer: Any) -> dict[str, Any]:
-    """Return a metric's numbers, its tokens with their text."""
-    data: dict[str, Any] = dict(vars(metric))
-    for name in ("token", "other"):
-        if name in data:
-            data[f"{name}_text"] = tokenizer.decode([data[name]])
-    return data
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

@@ -89,22 +89,19 @@ def _drawn(fronts: dict[str, Any], path: Path) -> list[str]:
 _AXES = (("x", "l0"), ("y", "value"))
 
 
-def _show_fronts(hook: str, found: dict[str, Any], ui: UI) -> None:
-    """Print the SAEs of a grid by L0, and which of them no other beats."""
-    cells: dict[str, dict[str, str]] = {}
-    for metric, points in found.items():
-        for point in points:
-            row = cells.setdefault(point["member"], {"l0": f"{point['l0']:.3g}"})
-            row[metric] = interval(point) + (" *" if point["front"] else "")
-    rows = [[name, *(row.get(key, "-") for key in ("l0", *found))] for name, row in cells.items()]
-    columns = ("member", "L0", *(_NAMES[metric] for metric in found))
-    ui.table(f"{hook}: fit against L0 (*: on the front)", columns, rows)
-
-
 def show(result: dict[str, Any], ui: UI) -> None:
     """Print each hook's differences, and who is on the front of a grid."""
     for hook, found in result["fronts"].items():
-        _show_fronts(hook, found, ui)
+        cells: dict[str, dict[str, str]] = {}
+        for metric, points in found.items():
+            for point in points:
+                row = cells.setdefault(point["member"], {"l0": f"{point['l0']:.3g}"})
+                row[metric] = interval(point) + (" *" if point["front"] else "")
+        rows = [
+            [name, *(row.get(key, "-") for key in ("l0", *found))] for name, row in cells.items()
+        ]
+        columns = ("member", "L0", *(_NAMES[metric] for metric in found))
+        ui.table(f"{hook}: fit against L0 (*: on the front)", columns, rows)
     if "pictures" in result:
         ui.say(f"pictures: {', '.join(result['pictures'])}")
     for hook, lines in result["hooks"].items():

@@ -39,11 +39,6 @@ class Words(NamedTuple):
     flags: list[Word]
 
 
-def script_for(shell: str) -> str:
-    """Return the script for bash, zsh or fish."""
-    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands())
-
-
 def commands() -> list[Words]:
     """Return the words of every command."""
     found = []
@@ -231,7 +226,7 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Return the shell and its script, written to --out where that is given."""
-    script = script_for(flags.shell)
+    script = {"bash": _bash, "zsh": _zsh, "fish": _fish}[flags.shell](commands())
     if flags.out is not None:
         write_text(Path(flags.out), script)
         ui.note(f"{flags.shell} reads it from {PLACES[flags.shell]}")

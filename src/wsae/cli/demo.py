@@ -60,24 +60,19 @@ def config(flags: Flags, device: str) -> DemoConfig:
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Run the demo and return the evaluation with the paths of run and report."""
     if flags.vision:
-        return run_vision(flags, ui)
+        for name, field in Flags.model_fields.items():
+            if name not in ("out", "vision", "common") and getattr(flags, name) != field.default:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: is for the demo on text, not for --vision"
+                )
+        from wsae.studies.demo import run_vision_demo
+
+        where, seed = device(flags.common.device), flags.common.seed
+        return run_vision_demo(flags.out, seed, where, ui.progress, ui.note)
     config(flags, "cpu")  # bad flags are refused before anything is loaded
     from wsae.studies.demo import run_demo
 
     return run_demo(config(flags, device(flags.common.device)), flags.out, ui.progress, ui.note)
-
-
-def run_vision(flags: Flags, ui: UI) -> dict[str, Any]:
-    """Run the demo on images; raises UserError for a flag of the other one."""
-    for name, field in Flags.model_fields.items():
-        if name not in ("out", "vision", "common") and getattr(flags, name) != field.default:
-            raise UserError(
-                f"--{name.replace('_', '-')}: is for the demo on text, not for --vision"
-            )
-    from wsae.studies.demo import run_vision_demo
-
-    where, seed = device(flags.common.device), flags.common.seed
-    return run_vision_demo(flags.out, seed, where, ui.progress, ui.note)
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

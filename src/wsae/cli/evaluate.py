@@ -20,13 +20,12 @@ from wsae.cli.common import (
     device,
 )
 from wsae.cli.live import GivenText, ReadingFlags, behind, data_of, labelled
-from wsae.core.artifact import CLASSES_PART, EVALUATION_PART, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.progress import Progress
 from wsae.evals.config import CONTROL, ClassesConfig, EvalConfig
-from wsae.run import Run
+from wsae.run import CLASSES_PART, EVALUATION_PART, MANIFEST, Run
 
 if TYPE_CHECKING:
     from wsae.acts.stream import ActivationSource

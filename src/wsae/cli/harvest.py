@@ -107,6 +107,4 @@ def _show_images(result: dict[str, Any], ui: UI) -> None:
         ui.say(f"unreadable: {unread - len(result['unreadable']):,} more")
 
 
-def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Say what is kept and how to go on."""
-    return f"{flags.out} keeps every whole shard; the same command goes on from there"
+KEPT = "{flags.out} keeps every whole shard; the same command goes on from there"

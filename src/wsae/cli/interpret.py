@@ -93,13 +93,6 @@ def unanswered(found: dict[str, Any]) -> list[str]:
     return out
 
 
-def show_agreement(lines: list[dict[str, Any]], ui: UI) -> None:
-    """Print the rank correlations."""
-    if lines:
-        rows = [[line["score"], line["with"], interval(line), str(line["n"])] for line in lines]
-        ui.table("agreement", ("score", "with", "Spearman", "latents"), rows)
-
-
 ABOUT = """\
 Score how well it can be told when a latent fires, from what it fired on in other documents, into RUN/interpretation.
 embedding and surprisal need no language model that follows instructions; detection, fuzzing and simulation ask one
@@ -270,7 +263,10 @@ def show(result: dict[str, Any], ui: UI) -> None:
         ui.say(f"kept in {result['kept']}")
     with understood(Path(result.get("kept", result["run"])) / INTERPRETATION_PART / INTERPRETATION):
         show_scores(result, ui)  # what is finished is shown as it was written
-    show_agreement(result.get("agreement", []), ui)
+    lines = result.get("agreement", [])
+    if lines:
+        rows = [[line["score"], line["with"], interval(line), str(line["n"])] for line in lines]
+        ui.table("agreement", ("score", "with", "Spearman", "latents"), rows)
     ui.say(f"next: wsae report {shlex.quote(result['run'])}")
 
 

@@ -20,10 +20,9 @@ from wsae.cli.common import (
     config_values,
     flag_name,
 )
-from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
-from wsae.run import Run
+from wsae.run import CONFIG, MANIFEST, Run
 from wsae.sae.config import (
     KINDS,
     GammaConfig,
@@ -362,8 +361,9 @@ def open_data(
 ) -> "ActivationSource":
     """Return the activations of a store or an array, or of a live model on --text."""
     if is_data(source):
-        others = set(LiveFlags.model_fields) - {"text", "heldout_fraction"}
-        refuse(live, f"{source} holds activations already; leave the flag out", others)
+        ours = f"{source} holds activations already; leave the flag out"
+        refuse(live, ours, ("hook",))
+        refuse(mixing, ours)
         return _opened(source, live.hook)
     if live.text is None:
         raise UserError(
@@ -542,9 +542,8 @@ def _fitting(opened: Run, data: "ActivationSource", source: str | None) -> "Acti
         if found != width:
             trained = f" (trained at {about.hook})" if about.hook else ""
             raise UserError(
-                f"{opened.path}: {does} activations of width {width}{trained}, and "
-                f"{source or 'the data'} has {found} at {hook}; give activations of the SAE's model and hook "
-                "(--model, --hook)"
+                f"{opened.path}: {does} activations of width {width}{trained}, and {source or 'the data'} has {found} "
+                f"at {hook}; give activations of the SAE's model and hook (--model, --hook)"
             )
     return data
 

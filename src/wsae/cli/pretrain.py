@@ -18,7 +18,7 @@ from wsae.cli.common import (
     device,
     mirrored,
 )
-from wsae.cli.runner import how_to_go_on, together
+from wsae.cli.runner import together
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
@@ -69,7 +69,9 @@ class Flags(Config):
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Pretrain and return the run's path and what its manifest says."""
-    _check_installed()
+    for module in ("transformers", "kornia", "PIL"):  # other extras bring some of them
+        if find_spec(module) is None:
+            raise UserError(f"{module} is not installed; pip install 'wsae[vision]'")
     cfg = config(flags)
     loggers = flags.loggers.made()
     from wsae.acts.images.sets import open_images
@@ -87,13 +89,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         with mirrored(loggers, ui):
             result = pretrain(cfg, images, flags.out, ui.progress, flags.resume, where)
     return {"run": str(result.path), **result.info}
-
-
-def _check_installed() -> None:
-    """Raise UserError when the extra is missing, whichever other one has brought a part of it."""
-    for module in ("transformers", "kornia", "PIL"):
-        if find_spec(module) is None:
-            raise UserError(f"{module} is not installed; pip install 'wsae[vision]'")
 
 
 def config(flags: Flags) -> "PretrainConfig":
@@ -142,8 +137,3 @@ def show(result: dict[str, Any], ui: UI) -> None:
         ui.say(f"{bad['count']:,} times an image was unreadable, first: {bad['first'][0]}")
     ui.say(f"loss: {result['loss']:.4g} after {result['steps']:,} steps")
     ui.say(f"run: {result['run']}")
-
-
-def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
-    """Return what is kept and how to go on."""
-    return how_to_go_on("pretrain", flags.out, words, error)

@@ -118,6 +118,4 @@ def show(result: dict[str, Any], ui: UI) -> None:
         ui.say(f"{result['url']}: {result['sent']} latents sent{before}{out}")
 
 
-def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Return what is left of an interrupted publication."""
-    return "what there is of the folder is marked unfinished; the same command writes it again and sends nothing twice"
+KEPT = "what there is of the folder is marked unfinished; the same command writes it again and sends nothing twice"

@@ -164,9 +164,7 @@ def show(result: dict[str, Any], ui: UI) -> None:
     ui.say("files: " + ", ".join(result["files"]))
 
 
-def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Return what is kept."""
-    return f"{flags.out} keeps the finished parts; the same command goes on from there"
+KEPT = "{flags.out} keeps the finished parts; the same command goes on from there"
 
 
 def _reading(reading: dict[str, Any]) -> str:

@@ -50,7 +50,11 @@ def run_command(command: Command, words: list[str]) -> int:
     if common.print_config:
         sys.stdout.write(as_json(parsed) if common.as_json else as_yaml(parsed, prog))
         return 0
-    _calm_libraries(common.debug)
+    # threads that spin while they wait make a training step 20 % slower beside one other busy process
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not common.debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         os.getcwd()  # PyTorch's libraries end the process where there is none
     except OSError as error:
@@ -65,8 +69,11 @@ def run_command(command: Command, words: list[str]) -> int:
         with contextlib.redirect_stdout(stdout), ui:
             result = module.run(parsed, ui)
     except KeyboardInterrupt as interrupt:
-        describe = getattr(module, "interrupted", None)
-        kept = describe(parsed, words, interrupt) if describe else "nothing was written"
+        kept = getattr(module, "KEPT", "nothing was written").format(flags=parsed)
+        if describe := getattr(module, "interrupted", None):
+            kept = describe(parsed, words, interrupt)
+        elif hasattr(parsed, "resume"):
+            kept = how_to_go_on(command.name, cast(Any, parsed).out, words, interrupt)
         raise KeyboardInterrupt(kept) from None
     if common.as_json:
         shape = getattr(module, "as_json", None)  # a command's JSON may be more than a dict
@@ -84,17 +91,6 @@ def json_text(value: Any) -> str:
     return "".join(
         char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text
     )
-
-
-def _calm_libraries(debug: bool) -> None:
-    """Keep the libraries' chatter out of the way and idle threads off the cores; the environment wins.
-
-    Threads that spin while they wait make a training step 20 % slower beside one other busy process.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _bound_memory() -> None:

@@ -141,6 +141,4 @@ def show(result: dict[str, Any], ui: UI) -> None:
         ui.say(f"index: {told['index']} ({told['bytes'] / 1e6:.1f} MB)")
 
 
-def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:  # noqa: ARG001
-    """Say what is kept and how to go on."""
-    return "an index is written whole or not at all; the same command keeps those that are there and makes the others"
+KEPT = "an index is written whole or not at all; the same command keeps those that are there and makes the others"

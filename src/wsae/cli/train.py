@@ -28,13 +28,12 @@ from wsae.cli.live import (
     open_joined,
     open_sides,
 )
-from wsae.cli.runner import how_to_go_on, together
-from wsae.core.artifact import CONFIG, MEMBERS, METRICS_FILE
+from wsae.cli.runner import together
 from wsae.core.config import FLAG_OF, FLAGS, Config
 from wsae.core.errors import UserError, understood
 from wsae.core.files import read_json
 from wsae.core.progress import quiet
-from wsae.run import Run
+from wsae.run import CONFIG, MEMBERS, METRICS_FILE, Run
 from wsae.train.config import TrainConfig
 from wsae.train.loggers import read_json_lines
 from wsae.train.parallel.config import launched
@@ -95,7 +94,7 @@ class Flags(Config):
             return data
         cfg = TrainConfig.parse(data["train"], where=f"{path}: train")
         with understood(path):
-            source, crosscoder = _as_given(dict(data["source"] or {}))
+            source, crosscoder, given = _as_given(dict(data["source"] or {}), cfg)
             harvest = dict(source.get("harvest") or {})
             place = harvest.pop("model", source.get("path"))
             text = harvest.pop("text", {})
@@ -117,7 +116,7 @@ class Flags(Config):
             | {name: value for name, value in cfg if name in PlanFlags.model_fields}
             | {"members": cfg.to_dict()["members"], "seed": cfg.seed}
             | ({"init_from": source["init_from"]} if "init_from" in source else {})
-            | ({} if cfg.hook_out is None else {"hook_out": list(cfg.hook_out.values())})
+            | ({"hook_out": given} if given else {})
             | ({"crosscoder": crosscoder} if crosscoder else {})
             | ({} if place is None else {"source": place})
         )
@@ -126,20 +125,24 @@ class Flags(Config):
 class _Given(NamedTuple):
     source: dict[str, Any]
     crosscoder: list[str]
+    hook_out: list[str]
 
 
-def _as_given(source: dict[str, Any]) -> _Given:
-    """Return the record of a run's source as it is without --crosscoder, and what that flag said."""
+def _as_given(source: dict[str, Any], cfg: TrainConfig) -> _Given:
+    """Return the record of a run's source as it is without --crosscoder or --hook-out, and what these said."""
+    if source.get("kind") == "aligned":
+        read, given = source["sources"]
+        return _Given(read, [], [given["path"]])
     if source.get("kind") != "joined":
-        return _Given(source, [])
+        return _Given(source, [], list((cfg.hook_out or {}).values()))
     inner = source["of"]
     rest = {key: value for key, value in source.items() if key not in ("kind", "of", "hooks")}
     if inner["kind"] != "aligned":
-        return _Given({**inner, **rest, "hooks": ()}, inner["hooks"])
+        return _Given({**inner, **rest, "hooks": ()}, inner["hooks"], [])
     first, *others = inner["sources"]
     alike = all(other["hooks"] == first["hooks"] for other in others)  # else each has one alone
     own = {**first, **rest, "hooks": first["hooks"] if alike else ()}
-    return _Given(own, [other["path"] for other in others])
+    return _Given(own, [other["path"] for other in others], [])
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -170,7 +173,11 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         _tell_cost(cfg, source, where, ui)
         with mirrored(loggers, ui):
             train_run(cfg, source, flags.out, ui.progress, flags.resume, where, start)
-    return {"run": str(flags.out), "members": last_metrics(flags.out), "notes": _notes(cfg, source)}
+    found: dict[str, dict[str, dict[str, float | int]]] = {}
+    for row in read_json_lines(flags.out / METRICS_FILE):
+        kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
+        found.setdefault(row["hook"], {})[row["member"]] = kept
+    return {"run": str(flags.out), "members": found, "notes": _notes(cfg, source)}
 
 
 class _Opened(NamedTuple):
@@ -197,12 +204,12 @@ def _opened(flags: Flags, where: str) -> _Opened:
         source, hook_out = open_sides(flags.source, *about, **rest)
     else:
         source = open_data(flags.source, flags.live, flags.mixing, seed, where, **rest)
-        source = labelled(source, flags.labels)
+    source = labelled(source, flags.labels)
     start = _start(flags, [*(hook_out or source.hooks)])
     cfg = config(flags, source.n_rows, start)
-    cfg = cfg if hook_out is None else cfg.model_copy(update={"hook_out": hook_out})
-    if parts is not None:
-        cfg = TrainConfig.parse(cfg.to_dict() | {"crosscoder": parts}, where=FLAGS)
+    if hook_out or parts:
+        both = {"hook_out": hook_out, "crosscoder": parts}
+        cfg = TrainConfig.parse(cfg.to_dict() | both, where=FLAGS)
     for member in cfg.members:  # before anything is written
         for hook in cfg.read(source.hooks):
             out = cfg.given(hook)
@@ -218,8 +225,6 @@ def _alone(flags: Flags) -> None:
             raise UserError(
                 f"--{name}: is of transcoders; a crosscoder gives what it reads, so leave it out"
             )
-    if flags.labels is not None:
-        raise UserError(f"--labels {flags.labels}: goes with one array; leave --crosscoder out")
 
 
 def _start(flags: Flags, hooks: list[str]) -> "Start | None":
@@ -294,18 +299,10 @@ def config(flags: Flags, rows: int | None, start: "Start | None" = None) -> Trai
     if flags.resume and flags.plan == PlanFlags() and stored.exists():
         data = read_json(stored)
         if isinstance(data, dict) and isinstance(data.get("train"), dict):
-            return TrainConfig.parse(data["train"], where=str(stored))
+            asked = {"seed": flags.common.seed} if flags.common.seed else {}
+            return TrainConfig.parse(data["train"] | asked, where=str(stored))
     like = None if start is None else next(iter(start.saes.values())).cfg
     return flags.plan.config(rows, flags.common.seed, like)
-
-
-def last_metrics(run: Path) -> dict[str, dict[str, dict[str, float | int]]]:
-    """Return hook -> member -> the last row of its metrics."""
-    found: dict[str, dict[str, dict[str, float | int]]] = {}
-    for row in read_json_lines(run / METRICS_FILE):
-        kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
-        found.setdefault(row["hook"], {})[row["member"]] = kept
-    return found
 
 
 def show(result: dict[str, Any], ui: UI) -> None:
@@ -322,8 +319,3 @@ def show(result: dict[str, Any], ui: UI) -> None:
     ui.say(
         f"run: {result['run']}\nnext: wsae evaluate {place}, then wsae report {place} --out report.html"
     )
-
-
-def interrupted(flags: Flags, words: list[str], error: KeyboardInterrupt) -> str:
-    """Return what is kept and how to go on."""
-    return how_to_go_on("train", flags.out, words, error)

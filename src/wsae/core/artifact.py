@@ -31,13 +31,8 @@ MANIFEST = "manifest.json"
 
 # The files of a run, which its stages write and `wsae.run.Run` reads.
 
-CONFIG, GAMMA_FILE, METRICS_FILE, SPEED = (
-    "config.json",
-    "gamma.json",
-    "metrics.jsonl",
-    "speed.jsonl",
-)
-PROVENANCE = "provenance.json"
+CONFIG, GAMMA_FILE, PROVENANCE = "config.json", "gamma.json", "provenance.json"
+METRICS_FILE, SPEED = "metrics.jsonl", "speed.jsonl"
 NAMES_FILE = "names.json"
 """What users call latents, and which they starred: no part of what the run's digest names."""
 MEMBERS, CHECKPOINTS = "members", "checkpoints"

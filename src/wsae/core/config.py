@@ -184,9 +184,8 @@ def yaml_value(value: Any) -> str:
     return yaml.safe_dump(text, default_style='"', width=math.inf, allow_unicode=True).rstrip("\n")
 
 
-C = TypeVar(
-    "C", bound="Config"
-)  # not typing.Self: the runtime type checker of the tests rejects it
+# not typing.Self: the runtime type checker of the tests rejects it
+C = TypeVar("C", bound="Config")
 
 
 FLAGS = "flags"

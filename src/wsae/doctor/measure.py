@@ -485,7 +485,8 @@ def planned(run: TrainConfig, saes: Sequence[SAEConfig], device: str) -> Memory:
 def forecast(run: TrainConfig, source: ActivationSource, device: str, budget_s: float) -> str:
     """Return in a line how many SAEs a run trains, and its memory and time on this machine.
 
-    The time is that of a few steps (`seconds_per_step`); of a live model, whose rows cost more, none is told.
+    The time is that of a few steps (`seconds_per_step`); of a live model, whose rows cost more, none is told, nor of
+    rows that training will refuse.
     """
     saes = [member.sae_config(width) for width in source.hooks.values() for member in run.members]
     held = held_memory(device)
@@ -495,6 +496,8 @@ def forecast(run: TrainConfig, source: ActivationSource, device: str, budget_s: 
     if source.n_rows is None:
         return line
     rows = source.stream(min(run.batch_size, source.n_rows), run.seed).next()
+    if not all(bool(torch.isfinite(x).all()) for x in rows.values()):
+        return line
     budget = budget_s / len(rows)
     step = sum(seconds_per_step(x, run, device, budget) for x in rows.values())
     return f"{line}, about {duration(step * run.steps)} of training"
@@ -573,14 +576,17 @@ def seconds_per_step(
     """
     moments = Moments(x.shape[1])
     moments.update(x[:1024].cpu())
-    scale = power_of_two_scale(moments.variance, moments.n)
-    forms: dict[str, list[MemberConfig]] = {}
-    for member in cfg.members:  # members of one shape take the same time
-        forms.setdefault(member.sae_config(x.shape[1]).model_dump_json(), []).append(member)
+    varies = bool(moments.variance.any())  # one row alone does not
+    scale = power_of_two_scale(moments.variance, moments.n) if varies else 1.0
+    cfg = cfg.model_copy(update={"tokens": max(cfg.tokens, (STEPS + 1) * cfg.batch_size)})
+    forms: dict[str, dict[str, MemberConfig]] = {}
+    for name, member in zip(cfg.names(), cfg.members, strict=True):
+        form = member.sae_config(x.shape[1]).model_dump_json()  # those of one take the same time
+        forms.setdefault(form, {})[name] = member
     total = 0.0
     for alike in forms.values():
-        some = alike[: torch.get_num_threads()]  # as many as may train side by side
-        states = [make_member("probe", m, cfg, moments.mean, scale) for m in some]
+        some = list(alike)[: torch.get_num_threads()]  # as many as may train side by side
+        states = [make_member(name, alike[name], cfg, moments.mean, scale) for name in some]
         family = FamilyState({"probe": [to_device(m, device) for m in states]}, {})
         left, rows = budget_s / len(forms), min(cfg.batch_size, 256)
         before, best = (0, 0.0), _seconds(family, cfg, device, x, rows)

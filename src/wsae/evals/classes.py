@@ -27,18 +27,11 @@ from torch import Tensor
 from wsae.acts.source import ArraySource, JoinedSource, StoreSource
 from wsae.acts.store import IMAGES
 from wsae.acts.stream import HeldOut
-from wsae.core.artifact import (
-    ARRAYS,
-    CLASSES,
-    CLASSES_PART,
-    MANIFEST,
-    write_manifest,
-)
 from wsae.core.errors import UserError
-from wsae.core.files import Json, digest, locked, write_json
+from wsae.core.files import Json, digest
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
-from wsae.core.tensors import load_tensors, save_tensors
+from wsae.core.tensors import load_tensors
 from wsae.evals.config import ClassControl, ClassesConfig
 from wsae.evals.control import pca, random_control
 from wsae.evals.glossary import CLASS_SCORES, glossary
@@ -54,8 +47,8 @@ from wsae.evals.intervals import (
 )
 from wsae.evals.latents import Entries, LiveDecoder, Matching, match
 from wsae.evals.measure import EvaluatedSaes, check_width
-from wsae.evals.run import run_subject
-from wsae.run import Run
+from wsae.evals.run import run_subject, write_part
+from wsae.run import ARRAYS, CLASSES, CLASSES_PART
 from wsae.sae.model import SAE, Encoder
 from wsae.stats.classes import (
     Chance,
@@ -410,16 +403,8 @@ def score_run(
         record["hooks"][hook] = found.record
         for name, scores in (found.members | found.controls).items():
             arrays |= {f"{hook}|{name}|{key}": value for key, value in scores.arrays.items()}
-    out = run / CLASSES_PART
-    with locked(out, top=run):
-        (out / MANIFEST).unlink(missing_ok=True)
-        write_json(out / CLASSES, record)
-        save_tensors(out / ARRAYS, arrays)
-        inputs = {
-            "run": Run(run).manifest.digest(),
-            "labels": digest(np.asarray(labels).tolist()),
-        }
-        write_manifest(out, CLASSES_PART, cfg.to_dict(), [CLASSES, ARRAYS], inputs=inputs)
+    inputs = {"labels": digest(np.asarray(labels).tolist())}
+    write_part(run, CLASSES_PART, cfg, {CLASSES: record, ARRAYS: arrays}, inputs)
     return record
 
 

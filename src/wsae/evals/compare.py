@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from wsae.acts.hooknames import among
-from wsae.core.artifact import EVALUATION, PROBING_PART
 from wsae.core.errors import UserError, understood
 from wsae.evals.config import CONTROL, EvalConfig
 from wsae.evals.glossary import COMPARED, MATCHING, METRICS, glossary
@@ -25,7 +24,7 @@ from wsae.evals.intervals import (
     paired_difference,
     unpaired_difference,
 )
-from wsae.run import ARRAYS, EVALUATION_PART, SINGLE, Json, Run
+from wsae.run import ARRAYS, EVALUATION, EVALUATION_PART, PROBING_PART, SINGLE, Json, Run
 from wsae.sae.config import SAEConfig
 from wsae.train.config import MemberConfig, told_apart
 

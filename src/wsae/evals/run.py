@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from wsae.core.artifact import (
     write_manifest,
 )
 from wsae.core.calls import own_settings
+from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.files import Json, finite, locked, write_json
 from wsae.core.progress import Progress, quiet
@@ -316,26 +318,34 @@ def evaluate_run(
     notes = [*opened.config.doubts(), *doubts(found.record["hooks"])]
     if notes:
         found.record["notes"] = [*found.record.get("notes", []), *notes]
-    out = run / EVALUATION_PART
+    files = {EVALUATION: found.record, CONTEXTS_FILE: found.contexts, ARRAYS: found.arrays}
+    if found.thumbnails:
+        files[THUMBNAILS_FILE] = found.thumbnails
+    inputs = {f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()}
+    info = {}
+    if opened.single:  # which knows no data of its own
+        described = getattr(source, "describe", dict)()
+        info = {"hook": next(iter(subject)), "source": described}
+    write_part(run, EVALUATION_PART, cfg, files, inputs, info)
+    return found.record
+
+
+def write_part(
+    run: Path,
+    part: str,
+    cfg: Config,
+    files: Mapping[str, Any],
+    inputs: dict[str, str],
+    info: Json | None = None,
+) -> None:
+    """Write RUN/part, which is whole or has no manifest: by a file's name JSON, or of `ARRAYS` tensors."""
+    out = run / part
     with locked(out, top=run):
         (out / MANIFEST).unlink(missing_ok=True)
-        write_json(out / EVALUATION, found.record)
-        write_json(out / CONTEXTS_FILE, found.contexts)
-        save_tensors(out / ARRAYS, found.arrays)
-        inputs = {
-            "run": opened.manifest.digest(),
-            **{f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()},
-        }
-        files = [EVALUATION, CONTEXTS_FILE, ARRAYS]
-        if found.thumbnails:
-            write_json(out / THUMBNAILS_FILE, found.thumbnails)
-            files.append(THUMBNAILS_FILE)
-        info = {}
-        if opened.single:  # which knows no data of its own
-            described = getattr(source, "describe", dict)()
-            info = {"hook": next(iter(subject)), "source": described}
-        write_manifest(out, EVALUATION_PART, cfg.to_dict(), files, inputs=inputs, info=info)
-    return found.record
+        for name, content in files.items():
+            (save_tensors if name == ARRAYS else write_json)(out / name, content)
+        made_from = {"run": Run(run).manifest.digest()} | inputs
+        write_manifest(out, part, cfg.to_dict(), [*files], inputs=made_from, info=info)
 
 
 def run_subject(run: Path, source: HeldOut | None = None) -> dict[str, EvaluatedSaes]:

@@ -123,10 +123,8 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def _published(name: str, data: dict[str, Any]) -> Iterator[Published]:
     common = (str(data["model"]), str(data["repo_id"]))
-    loader, overrides = (
-        data.get("conversion_func") or "sae_lens",
-        data.get("config_overrides") or {},
-    )
+    loader = data.get("conversion_func") or "sae_lens"
+    overrides = data.get("config_overrides") or {}
     for entry in data["saes"]:
         sae = entry if isinstance(entry, dict) else {"id": entry}
         ids = expanded(str(sae["id"]))

@@ -46,7 +46,8 @@ class SparseCode(NamedTuple):
             return CodeSums(self.batch, fired)
         z = self.values.double()
         both = [torch.bincount(self.indices, w, minlength=d_sae) for w in (z, z * z)]
-        return CodeSums(self.batch, fired, torch.stack(both))
+        # of no entries, bincount forgets the type of their weights
+        return CodeSums(self.batch, fired, torch.stack(both).double())
 
     def where(self, kept: Bool[Tensor, " nnz"]) -> "SparseCode":
         """Return the entries for which `kept` is true."""

@@ -607,9 +607,8 @@ _SHARES = [i / 40 for i in range(41)]
 def explained_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw explained variance per input dimension, each weighted member against the plain twin."""
     text = (
-        "One point per input dimension. Above the diagonal the weighted SAE explains more of it, below "
-        "less. Larger points: its heaviest dimensions. "
-        "Points on the lower edge lie below it."
+        "One point per input dimension. Above the diagonal the weighted SAE explains more of it, below less. Larger "
+        "points: its heaviest dimensions. Points on the lower edge lie below it."
     )
     pool = _pool(run, hook, "ev_per_dim")
     return [

@@ -98,8 +98,7 @@ def policy(script: str, style: str) -> str:
         for text in (script, style)
     )
     return (
-        f"default-src 'none'; img-src data:; script-src 'sha256-{script_hash}'; "
-        f"style-src 'sha256-{style_hash}'; "
+        f"default-src 'none'; img-src data:; script-src 'sha256-{script_hash}'; style-src 'sha256-{style_hash}'; "
         "base-uri 'none'; form-action 'none'"
     )
 

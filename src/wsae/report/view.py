@@ -101,10 +101,8 @@ def judge(comparison: Json, glossary: Json) -> Judgement | None:
         return None
     way, risen = direction(line.metric, glossary), "higher" if difference > 0 else "lower"
     outcome = ("better" if way == risen else "worse") if way else risen
-    mark, text = (
-        f"{'▲' if difference > 0 else '▼'} {outcome}",
-        interval(difference, low, high, True),
-    )
+    mark = f"{'▲' if difference > 0 else '▼'} {outcome}"
+    text = interval(difference, low, high, True)
     if low is None or high is None:
         outcome, mark = "unknown", "no interval"
     elif difference == low == high == 0:
@@ -126,11 +124,8 @@ def judgements(run: RunData, hook: str) -> dict[tuple[str, str], Judgement]:
 
 def weighting(record: Json, member: str) -> str:
     """Name a member's weighting in words: 'variance weighting (α = 1)', 'whitened input (power 0.5)'."""
-    rule, alpha, inside = (
-        record.get("rule"),
-        finite(record.get("alpha")),
-        record.get("precondition"),
-    )
+    rule, inside = record.get("rule"), record.get("precondition")
+    alpha = finite(record.get("alpha"))
     if not rule:
         return f"member {member}"
     found = []

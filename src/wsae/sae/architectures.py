@@ -17,6 +17,7 @@ from torch.autograd import Function
 from wsae.core.errors import UserError
 from wsae.sae.config import (
     KINDS,
+    WIDER,
     ActivationConfig,
     BatchTopK,
     Gated,
@@ -276,9 +277,6 @@ def _by_rows(cfg: TopK | MultiTopK, own: Parameters) -> Choice:  # noqa: ARG001
 def _over_threshold(cfg: ActivationConfig, own: Parameters) -> Choice:  # noqa: ARG001
     return Above(own["threshold"])
 
-
-WIDER = 4
-"""How many times k latents the second code of multi_topk has."""
 
 TOPK = register(Architecture(TopK, _by_rows))
 GROUP_TOPK = register(Architecture(GroupTopK, lambda cfg, own: PerGroup(cfg.k)))  # noqa: ARG005

@@ -182,6 +182,10 @@ class GroupTopK(ActivationConfig):
     """Number of groups, so active latents per sample; d_sae must be a multiple of it."""
 
 
+WIDER = 4
+"""How many times k latents the second code of multi_topk has."""
+
+
 class MultiTopK(ActivationConfig):
     """Top-k that is trained to be a Top-4k too: an eighth of the loss with 4 k latents is added (Gao et al. 2025)."""
 
@@ -409,6 +413,11 @@ class SAEConfig(Config):
         if k is not None and k > self.d_sae:
             raise ValueError(
                 f"k = {k} active latents of only d_sae = {self.d_sae}; lower k or raise d_sae"
+            )
+        if isinstance(self.activation, MultiTopK) and WIDER * self.activation.k > self.d_sae:
+            raise ValueError(
+                f"multi_topk with k = {k} is trained with {WIDER * self.activation.k} active latents too, of only "
+                f"d_sae = {self.d_sae}; lower k or raise d_sae"
             )
         if isinstance(self.activation, GroupTopK):
             check_groups(self.d_sae, self.activation.k)

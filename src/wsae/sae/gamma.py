@@ -188,9 +188,8 @@ def normalise_gamma(
     gamma: Float64[Tensor, " d_in"], normalise: Normalise
 ) -> Float64[Tensor, " d_in"]:
     """Scale gamma: mean gamma^2 = 1 (rms), max gamma = 1 (max), or leave it (none)."""
-    gamma = (
-        gamma if normalise == "none" else gamma / gamma.max()
-    )  # first, so that squares cannot overflow
+    # first by the largest, so that squares cannot overflow
+    gamma = gamma if normalise == "none" else gamma / gamma.max()
     return gamma / gamma.square().mean().sqrt() if normalise == "rms" else gamma
 
 

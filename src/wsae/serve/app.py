@@ -416,7 +416,13 @@ async def _latent(site: Site, request: Request, posted: dict[str, str] | None) -
     key = f"?key={site.key}"
 
     def handler(run: Served, request: Request) -> Response:
-        return _latent_page(run, request, key)
+        member, latent = _latent_of(run, request)
+        if _is_api(request):
+            return _told(run, {"run": run.slug, **latent_view(run, member, latent)})
+        ask = run.asked(request.query_params)
+        scope = None if request.query_params.get("in") == ALL else member
+        view = latent_view(run, member, latent)
+        return HTMLResponse(pages.latent(run, scope, member, ask, view, key))
 
     return await _worked(site.on_run, request, handler)
 
@@ -443,16 +449,6 @@ def _latent_of(run: Served, request: Request) -> tuple[Member, int]:
     if member is None or not 0 <= latent < member.size:
         raise HTTPException(404, "no such latent")
     return member, latent
-
-
-def _latent_page(run: Served, request: Request, key: str) -> Response:
-    member, latent = _latent_of(run, request)
-    if _is_api(request):
-        return _told(run, {"run": run.slug, **latent_view(run, member, latent)})
-    ask = run.asked(request.query_params)
-    scope = None if request.query_params.get("in") == ALL else member
-    view = latent_view(run, member, latent)
-    return HTMLResponse(pages.latent(run, scope, member, ask, view, key))
 
 
 def _compare(run: Served, request: Request) -> Response:

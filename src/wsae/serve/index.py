@@ -528,8 +528,7 @@ def _where(index: Index, member: Member | None, ask: Asked) -> tuple[str, str, l
     source, tests, values = "latent", [], []
     if ask.query and ask.called:
         tests.append(
-            "latent.key IN (SELECT rowid FROM words WHERE words MATCH ? "
-            "UNION SELECT value FROM json_each(?))"
+            "latent.key IN (SELECT rowid FROM words WHERE words MATCH ? UNION SELECT value FROM json_each(?))"
         )
         values += [match_of(ask.query) or '""', json.dumps(ask.called)]
     elif ask.query:
@@ -568,10 +567,7 @@ def find(index: Index, member: Member | None, ask: Asked) -> Found:
     source, where, values = _where(index, member, ask)
     ((total,),) = index.rows(f"SELECT count(*) FROM {source} WHERE {where}", values)
     skip = (ask.page - 1) * PER_PAGE
-    sql = (
-        f"SELECT latent.key FROM {source} WHERE {where} "
-        f"ORDER BY {_order(index, ask)}, latent.key LIMIT ? OFFSET ?"
-    )
+    sql = f"SELECT latent.key FROM {source} WHERE {where} ORDER BY {_order(index, ask)}, latent.key LIMIT ? OFFSET ?"
     return Found(index.keys(sql, [*values, PER_PAGE, skip]) if skip < total else [], total)
 
 

@@ -160,7 +160,14 @@ def unembedding(model: nn.Module) -> Unembedding | None:
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
     rows = weight.detach().float()
-    norm = final_norm(model, rows.shape[1])
+    found = [  # the norm before the unembedding is the last one of this width outside the blocks
+        module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and not any(part.isdigit() for part in name.split("."))
+        and getattr(getattr(module, "weight", None), "shape", None) == (rows.shape[1],)
+    ]
+    norm = found[-1] if found else None
     if any(bool(x.isnan().any()) for x in (rows, *(norm.parameters() if norm else ()))):
         return None
     if norm is None:
@@ -173,18 +180,6 @@ def unembedding(model: nn.Module) -> Unembedding | None:
     return Unembedding(
         rows - rows.mean(1, keepdim=True), f"gain and centring of the final {kind} folded in"
     )
-
-
-def final_norm(model: nn.Module, d_model: int) -> nn.Module | None:
-    """Return the norm before the unembedding: the last one of this width outside the blocks."""
-    found = [
-        module
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-        and not any(part.isdigit() for part in name.split("."))
-        and getattr(getattr(module, "weight", None), "shape", None) == (d_model,)
-    ]
-    return found[-1] if found else None
 
 
 @torch.no_grad()

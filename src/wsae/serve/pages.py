@@ -252,10 +252,7 @@ def compared(run: Served, a: Member, b: Member) -> Json:
     ((n,),) = index.rows(f"SELECT count(*) FROM ({alike})", values)
     counts, only = {"both": n}, {}
     for side, member in (("a", a), ("b", b)):
-        where = (
-            "FROM latent WHERE alive = 1 AND key BETWEEN ? AND ? "
-            f"AND key NOT IN (SELECT {side} FROM ({alike}))"
-        )
+        where = f"FROM latent WHERE alive = 1 AND key BETWEEN ? AND ? AND key NOT IN (SELECT {side} FROM ({alike}))"
         bound = [*member.keys, *values]
         ((counts[f"only_{side}"],),) = index.rows(f"SELECT count(*) {where}", bound)
         sql = f"SELECT key {where} ORDER BY {strength} DESC, key LIMIT {PAIRS}"
@@ -279,9 +276,8 @@ def _pairs(index: Index, a: Member, b: Member) -> tuple[str, list[int]]:
     if a.twin is None or a.twin != b.twin:
         return "", []
     sql = (
-        f"SELECT x.key AS a, y.key AS b, min(x.{match}, y.{match}) AS cosine "
-        "FROM latent AS x JOIN latent AS y ON x.twin = y.twin "
-        "WHERE x.key BETWEEN ? AND ? AND y.key BETWEEN ? AND ?"
+        f"SELECT x.key AS a, y.key AS b, min(x.{match}, y.{match}) AS cosine FROM latent AS x JOIN latent AS y ON "
+        "x.twin = y.twin WHERE x.key BETWEEN ? AND ? AND y.key BETWEEN ? AND ?"
     )
     return sql, [*a.keys, *b.keys]
 

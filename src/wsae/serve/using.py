@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
     from wsae.sae import SAE
     from wsae.use.attribute import Attribution, Metric
-    from wsae.use.steer import AskedEdit, Prompt
+    from wsae.use.steer import Prompt
 
 Kind = Literal["set", "add", "scale"]
 KINDS: tuple[Kind, ...] = ("set", "add", "scale")
@@ -60,31 +60,24 @@ def steering(run: Served, ask: Ask) -> Work:
         raise UserError(
             f"value: the largest activation of latent {ask.latent} is not known; give a plain number"
         )
-    return _Steering(run, ask.member, wanted, float(peak or 0.0))
 
-
-class _Steering(NamedTuple):
-    run: Served
-    member: Member
-    wanted: "AskedEdit"
-    peak: float
-
-    def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
-        """Return the continuations."""
+    def continuations(language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
         from wsae.use.attach import as_trained
         from wsae.use.config import SteerConfig
         from wsae.use.steer import steer
 
         found = steer(
             language,
-            {self.member.hook: sae},
+            {ask.member.hook: sae},
             prompt,
-            [self.wanted],
-            peaks={self.wanted.name: self.peak},
+            [wanted],
+            peaks={wanted.name: float(peak or 0.0)},
             cfg=SteerConfig(new_tokens=NEW_TOKENS),
-            exclude=as_trained(Run(self.run.path), language),
+            exclude=as_trained(Run(run.path), language),
         )
-        return {"member": self.member.slug, "latent": self.wanted.latent, **found.record()}
+        return {"member": ask.member.slug, "latent": wanted.latent, **found.record()}
+
+    return continuations
 
 
 def attributing(run: Served, ask: Ask) -> Work:

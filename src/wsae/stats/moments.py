@@ -55,9 +55,8 @@ class ExactSum:
             if top < unit / 2:
                 continue  # no value reaches this digit
             magic = 1.5 * 2.0**52 * unit
-            digit = torch.add(rest, magic, out=scratch).sub_(
-                magic
-            )  # rounded to a multiple of `unit`
+            # rounded to a multiple of `unit`
+            digit = torch.add(rest, magic, out=scratch).sub_(magic)
             self.digits[k - LOWEST] += digit.sum(0).mul_(1.0 / unit).to(torch.int64).cpu()
             top = _largest(rest.sub_(digit))
             if top == 0.0:

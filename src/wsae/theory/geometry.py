@@ -6,8 +6,10 @@ A column is one feature's direction. Interference is the cosine between two colu
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Shaped
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from wsae.core.errors import UserError
@@ -180,11 +182,13 @@ def describe(W_p: Float[Tensor, "d_in n"]) -> Geometry:
     cosines = interference(matrix)
     linked = cosines.abs() > TOLERANCE
     norms = matrix.norm(dim=0)
+    count, block_of = connected_components(linked.numpy(), directed=False)
+    blocks = [tuple(np.flatnonzero(block_of == block).tolist()) for block in range(count)]
     return Geometry(
         d_in=matrix.shape[0],
         n_features=matrix.shape[1],
         rank=int(torch.linalg.matrix_rank(matrix)),
-        blocks=_components(linked),
+        blocks=tuple(sorted(blocks, key=lambda block: (-len(block), block))),
         features_of=tuple(
             tuple((row.abs() > TOLERANCE * norms).nonzero()[:, 0].tolist()) for row in matrix
         ),
@@ -193,14 +197,6 @@ def describe(W_p: Float[Tensor, "d_in n"]) -> Geometry:
         most_negative=float(cosines.min()),
         unit_norm=bool((norms - 1).abs().max() <= TOLERANCE),
     )
-
-
-def _components(linked: Tensor) -> tuple[tuple[int, ...], ...]:
-    reach = linked | torch.eye(len(linked), dtype=torch.bool)
-    for _ in range(max(1, math.ceil(math.log2(len(linked))))):  # paths of doubling length
-        reach = (reach.double() @ reach.double()) > 0
-    found = {tuple(row.nonzero()[:, 0].tolist()) for row in reach}
-    return tuple(sorted(found, key=lambda block: (-len(block), block)))
 
 
 def _obtuse(p: int, made: torch.Generator, extra: float) -> Tensor:

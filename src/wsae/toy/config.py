@@ -50,8 +50,7 @@ class Correlated(Config):
     def _possible(self) -> "Correlated":
         if self.rho < -1 / (self.group - 1):
             raise ValueError(
-                f"rho {self.rho:g} is impossible between {self.group} features; "
-                f"at least {-1 / (self.group - 1):.3g}"
+                f"rho {self.rho:g} is impossible between {self.group} features; at least {-1 / (self.group - 1):.3g}"
             )
         return self
 

@@ -108,8 +108,7 @@ class World:
         matrix = check_W_p(self.W_p)
         if matrix.shape[1] != self.features.n_features:
             raise UserError(
-                f"W_p has {matrix.shape[1]} columns for n_features = {self.features.n_features}; "
-                "one column per feature"
+                f"W_p has {matrix.shape[1]} columns for n_features = {self.features.n_features}; one column per feature"
             )
         if self.features.sparsity == 1:
             raise UserError(

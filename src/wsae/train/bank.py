@@ -126,9 +126,8 @@ def relu_gradients(
         weighed = torch.bmm(gamma, residual)
         g = torch.bmm(gamma.mT, weighed).mul_(-2 / batch)
     loss = weighed.square_().sum((1, 2)) / batch
-    torch.bmm(
-        W_dec, g, out=dz
-    )  # g is the loss's gradient with respect to x_hat, [members, d_in, batch]
+    # g is the loss's gradient with respect to x_hat, [members, d_in, batch]
+    torch.bmm(W_dec, g, out=dz)
     norms = None
     if l1 is not None:
         rate = l1[:, None, None] / batch

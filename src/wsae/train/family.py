@@ -90,7 +90,7 @@ class Start:
                 raise UserError(
                     f"the SAE to start from at {hook} has decoder rows of lengths {norm.min():.3g} to {norm.max():.3g} "
                     f"here, and with rows of length 1, as training keeps them, {sae.cfg.activation.kind} would choose "
-                    "other latents; one that was trained with --precondition goes on with the same"
+                    "other latents; one that was trained with --precondition goes on with the same, and with --no-twin"
                 )
             tensors["W_dec"] /= norm[:, None]
             tensors["W_enc"] *= norm

@@ -35,7 +35,7 @@ from wsae.train.config import TrainConfig
 from wsae.train.family import FamilyState
 from wsae.train.loggers import JsonLines, current
 from wsae.train.native import as_usual, leave
-from wsae.train.state import SUMS, MemberState, make_batches, metrics_row
+from wsae.train.state import SUMS, MemberState, make_batches, metrics_row, refuse_lost
 from wsae.train.step import chosen, lr_factor, side_by_side
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def run_steps(
 ) -> None:
     """Train from step `first` to the end; `on_step(n)` is called after each step with the number done.
 
-    Raises UserError where `kernels` cannot train a member.
+    Raises UserError where `kernels` cannot train a member, or a member's loss is not finite.
     """
     if cfg.loss is not None:
         from wsae.train.endtoend import run_spliced
@@ -298,6 +298,9 @@ def run_steps(
                 ):  # not before: PyTorch's threads would wait for a core that reading has
                     stream.begin()
                 step_all(members, made, step)
+            if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+                for _, member in family.all():
+                    refuse_lost(member, step + 1)
             on_step(step + 1)
             tick(cfg.batch_size)
 
@@ -446,15 +449,20 @@ def _as_begun(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 def same_run(out: Path, identity: dict[str, Any]) -> None:
     """Raise UserError naming the first setting in which `out` differs from this run.
 
-    Data may move: they are compared by digest, not by path.
+    Data may move: they are compared by digest and by the hooks that are read of them, not by path.
     """
     path, here = out / CONFIG, json.loads(json.dumps(identity))
     with understood(path):
-        there = {**read_json(path), "source": None}
-    for key, a, b in _differences(there, here | {"source": None}):
+        there = _anywhere(read_json(path))
+    for key, a, b in _differences(there, _anywhere(here)):
         raise UserError(
             f"{path}: holds a run of another config ({key} is {a!r} there, {b!r} here); use another --out"
         )
+
+
+def _anywhere(identity: dict[str, Any]) -> dict[str, Any]:
+    source = identity.get("source") or {}
+    return {**identity, "source": {"hooks": source.get("hooks")}}
 
 
 def _differences(a: object, b: object, place: str = "") -> Iterator[tuple[str, object, object]]:

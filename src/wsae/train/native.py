@@ -258,7 +258,7 @@ def _batch_topk(weights: Weights, bias: Tensor | None, centred: Centred, k: int)
     wanted = min(len(rows) * k, len(rows) * weights.d_sae)
     cut, share = rounded.guess, 1.0
     while True:
-        if not cut > 0:  # what a growing share of a sample exceeds
+        if not cut > 0 and share < 8:  # what a growing share of a sample exceeds, at last any
             share *= 1.5
             pre = rows[:: max(1, len(rows) // SAMPLE)] @ from_slices(W, weights.d_in).T
             pre = pre if bias is None else pre + bias
@@ -267,7 +267,7 @@ def _batch_topk(weights: Weights, bias: Tensor | None, centred: Centred, k: int)
         code = select_above(rounded, W, bias, centred, max(cut, 0.0))
         if len(code.values) >= wanted or cut <= 0:
             break
-        cut = 0.0 if share > 8 else -1.0
+        cut = 0.0
     if len(code.values) > wanted:
         keep = code.values.topk(wanted, sorted=False).indices.sort().values
         offsets = offsets_of(code.rows()[keep], code.batch)
@@ -473,7 +473,8 @@ def _reconstruct_levels(  # noqa: PLR0913
     parts = list(zip(nested.weights, left, strict=True))
     total = torch.stack([weight * part.total for weight, part in parts]).sum(0)
     parts.pop(nested.main)
-    more = torch.stack([weight * weighted_error(part) for weight, part in parts]).sum()
+    others = [weight * weighted_error(part) for weight, part in parts]
+    more = torch.stack(others).sum() if others else 0.0
     weight = nested.weights[nested.main]
     assert weight == 1  # so that what is called the reconstruction is its share of the loss
     return Reconstructed(terms, places, dz, left[nested.main], left, total, more, error)

@@ -3,6 +3,7 @@
 What penalties cost it: warm-up, p-annealing, a target L0.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from wsae.core.errors import UserError
 from wsae.kernels.eager import Adam, CodeSums, SparseCode, limit_of, rescale_
 from wsae.kernels.native.weights import Weights
 from wsae.sae.architectures import PerBatch
@@ -317,6 +319,16 @@ def latent_variance(
     """Return Var(z_j) from the running means of z and z^2 after step `step`, which began at 0."""
     mean, square = moments / (1 - decay ** (step + 1))
     return (square - mean * mean).clamp_min(0)
+
+
+def refuse_lost(member: MemberState, step: int) -> None:
+    """Raise UserError where a member's loss is not finite any more: nothing brings it back."""
+    loss = float(member.sums["loss"])
+    if not math.isfinite(loss):
+        rate = member.cfg.learning_rate(member.sae.cfg.d_in)
+        raise UserError(
+            f"{member.name}: its loss is {loss} by step {step}; lower its learning rate ({rate:g})"
+        )
 
 
 def metrics_row(member: MemberState) -> dict[str, float]:

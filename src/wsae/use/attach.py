@@ -197,7 +197,13 @@ class _Site:
         shape = call.positions.shape
         codes = Codes(_spread(code, kept, len(rows)), self.sae.cfg.d_sae, call, reasons.view(shape))
         self.codes = codes
-        self._note_places(codes)
+        for _, places in self._idle:
+            for place in list(places):
+                found = codes.reasons[codes.call.positions == place].tolist()
+                if KEPT in found:
+                    del places[place]
+                elif found:
+                    places[place] = f"is left alone ({REASONS[found[0]]})"
         new = rows.to(torch.promote_types(rows.dtype, self.sae.W_dec.dtype))
         if not self._error:
             new = new.index_copy(0, kept, self.sae.decode_code(code, read).to(new.dtype))
@@ -266,15 +272,6 @@ class _Site:
                 where = where & edit.condition(codes)
             new[edit.latent] = torch.where(where, edit.new(z), z)
         return _Moves([*old], torch.stack([(new[j] - old[j]).flatten() for j in old], dim=1))
-
-    def _note_places(self, codes: Codes) -> None:
-        for _, places in self._idle:
-            for place in list(places):
-                found = codes.reasons[codes.call.positions == place].tolist()
-                if KEPT in found:
-                    del places[place]
-                elif found:
-                    places[place] = f"is left alone ({REASONS[found[0]]})"
 
 
 class _Moves(NamedTuple):

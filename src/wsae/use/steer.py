@@ -214,7 +214,13 @@ def steer(
     refuse_unable_to_continue(language.model)
     check_latents(wanted, saes)
     read = Prompt.of(language, prompt) if isinstance(prompt, str) else prompt
-    _check_room(language, read, cfg)
+    limit = getattr(text_config(language.model), "max_position_embeddings", None)
+    length = read.ids.shape[1]
+    if isinstance(limit, int) and length + cfg.new_tokens > limit:
+        raise UserError(
+            f"prompt: {length:,} tokens and {cfg.new_tokens:,} to write are more than the model's {limit:,} positions; "
+            "shorten one of them"
+        )
     known = dict(peaks or {})
     written: list[tuple[float | None, Int64[Tensor, " new"]]] = []
     steps = [None, *strengths]
@@ -233,16 +239,6 @@ def steer(
     said = [one.said(known) for one in wanted]
     used = {one.name: known[one.name] for one in wanted if one.of_peak}
     return Steered(read.text, hooks, said, used, lines)
-
-
-def _check_room(language: LanguageModel, prompt: Prompt, cfg: SteerConfig) -> None:
-    limit = getattr(text_config(language.model), "max_position_embeddings", None)
-    length = prompt.ids.shape[1]
-    if isinstance(limit, int) and length + cfg.new_tokens > limit:
-        raise UserError(
-            f"prompt: {length:,} tokens and {cfg.new_tokens:,} to write are more than the model's {limit:,} positions; "
-            "shorten one of them"
-        )
 
 
 def _continue(language: LanguageModel, prompt: Prompt, cfg: SteerConfig) -> Int64[Tensor, " new"]:

@@ -246,9 +246,8 @@ class Pretrainer:
             groups.append({"params": list(self.model.classifier.parameters()), "decay": 0.0})
         self.optimizer = LARS(groups, cfg.lars.eta, cfg.lars.momentum, cfg.lars.weight_decay)
         self.augment = Augment(cfg.augment, cfg.size, data.grey, cropped=not data.in_memory)
-        self.sums = torch.zeros(
-            3, device=device, dtype=torch.float32
-        )  # loss, share of right answers, steps
+        # loss, share of right answers, steps
+        self.sums = torch.zeros(3, device=device, dtype=torch.float32)
 
     def run(
         self, position: dict[str, Any] | None, tick: Tick, on_step: Callable[[int], None]

@@ -94,9 +94,8 @@ class TransformerEncoder:
         found = tokenizer([*distinct], return_special_tokens_mask=True, **options)
         ids, masks = found["input_ids"], found["special_tokens_mask"]
         lengths = np.array([len(one) for one in ids])
-        order = np.argsort(
-            -lengths, kind="stable"
-        )  # longest first: too little memory shows at once
+        # longest first: too little memory shows at once
+        order = np.argsort(-lengths, kind="stable")
         rows, start = [], 0
         with progress("embed", len(ids), "texts") as tick:
             while start < len(order):

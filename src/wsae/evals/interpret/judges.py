@@ -536,10 +536,8 @@ def dry_run(
     wanted = set(scores)
     if collected is not None and wanted & {"detection", "fuzzing"}:
         requests = explanation_requests(collected)
-        out["explanation"], texts = (
-            _planned(llm, [*requests.values()]),
-            _planned_texts(llm, requests),
-        )
+        out["explanation"] = _planned(llm, [*requests.values()])
+        texts = _planned_texts(llm, requests)
         for kind in ("detection", "fuzzing"):
             if kind in wanted:
                 build = partial(judging_request, kind, cfg=llm.cfg)

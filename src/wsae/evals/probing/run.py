@@ -20,10 +20,9 @@ from torch import Tensor
 from wsae.acts.config import HarvestConfig
 from wsae.acts.source import StoreSource, open_matrix, open_source
 from wsae.acts.stream import HeldOut
-from wsae.core.artifact import MANIFEST, PROBING, PROBING_PART, write_manifest
 from wsae.core.calls import own_settings
 from wsae.core.errors import UserError
-from wsae.core.files import Json, finite, locked, write_json
+from wsae.core.files import Json, finite
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.config import ProbeConfig
@@ -45,7 +44,6 @@ from wsae.evals.probing.scores import (
     ProbeFindings,
     ProbeTask,
     Removal,
-    Table,
     TaskSet,
     balanced,
     differences,
@@ -58,8 +56,8 @@ from wsae.evals.probing.scores import (
     summary,
     targeted,
 )
-from wsae.evals.run import run_subject
-from wsae.run import SINGLE, Run
+from wsae.evals.run import run_subject, write_part
+from wsae.run import PROBING, PROBING_PART, SINGLE, Run
 from wsae.sae import SAE
 
 if TYPE_CHECKING:
@@ -100,7 +98,11 @@ def probe_tokens(
     with progress("probes", total, "probes") as tick:
         for hook, tables in by_hook.items():
             findings, _ = score_probes(tables, tasks, cfg, tick)
-            known = known_letters(letters, tables[RAW])
+            raw, known = tables[RAW], []
+            for task in letters:  # those that a probe on the activations finds
+                probe = fit_all(raw[task.train], task.train_y, balanced(task.train_y))
+                if f1(probe.logits(raw[task.test]) > 0, task.test_y) >= LEAST_F1:
+                    known.append(LetterWords(task, probe))
             findings.letters.extend(word.task.name for word in known)
             for name, codes, decoder in read.coder.written(hook, tables) if known else ():
                 findings.scores[name] |= score_absorption(tables[RAW], codes, decoder, known)
@@ -254,16 +256,6 @@ def letter_tasks(read: LabelledTokens, cfg: ProbeConfig) -> list[ProbeTask]:
         if all(y.sum() >= max(1, cfg.least // 2) and not y.all() for y in ys):
             tasks.append(ProbeTask(f"begins with {letter}", rows[train], ys[0], rows[test], ys[1]))
     return tasks
-
-
-def known_letters(tasks: Sequence[ProbeTask], raw: Table) -> list[LetterWords]:
-    """Return the letters that a probe on the activations finds, with it."""
-    out = []
-    for task in tasks:
-        probe = fit_all(raw[task.train], task.train_y, balanced(task.train_y))
-        if f1(probe.logits(raw[task.test]) > 0, task.test_y) >= LEAST_F1:
-            out.append(LetterWords(task, probe))
-    return out
 
 
 def choose_documents(
@@ -470,12 +462,7 @@ def probe_run(
     found = _probed(families, source, cfg, corpus, language, progress)
     former = opened.probing_record if opened.has(PROBING_PART) else {}
     record = {**former, **found}
-    out = run / PROBING_PART
-    with locked(out, top=run):
-        (out / MANIFEST).unlink(missing_ok=True)
-        write_json(out / PROBING, record)
-        inputs = {"run": opened.manifest.digest()}
-        write_manifest(out, PROBING_PART, cfg.to_dict(), [PROBING], inputs=inputs)
+    write_part(run, PROBING_PART, cfg, {PROBING: record}, {})
     return record
 
 

@@ -126,11 +126,8 @@ def sort_pairs(code: SparseCode, d_sae: int, level: Level | None = None) -> Sort
     """
     n, long, short = len(code.indices), torch.int64, torch.int32
     kept = n if level is None else int((level.of == level.number).sum())
-    offsets, order, tokens = (
-        empty(d_sae + 1, dtype=long),
-        empty(kept, dtype=short),
-        empty(kept, dtype=short),
-    )
+    offsets = empty(d_sae + 1, dtype=long)
+    order, tokens = empty(kept, dtype=short), empty(kept, dtype=short)
     indices, starts = code.indices.contiguous(), code.offsets.contiguous()
     library().sort_pairs(
         address(indices, n, dtype=long),

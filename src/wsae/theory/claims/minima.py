@@ -103,9 +103,8 @@ def reconstruction_identifies(seed: int) -> Claim:
     members = torch.stack(bases)
     losses = sae_loss(members, W_p, features, probability) / given
     truth = ground_truth_loss(members, W_p, features, probability) / signal
-    acts = superpose(
-        W_p, features
-    )  # the best multiple of W_p^T: x_p projected on W_p ReLU(W_p^T x_p)
+    # the best multiple of W_p^T: x_p projected on W_p ReLU(W_p^T x_p)
+    acts = superpose(W_p, features)
     x_hat = superpose(W_p, code(closed_form(W_p), acts))
     agree, power = (float((x_hat * other).sum(1) @ probability) for other in (acts, x_hat))
     own = (given - agree**2 / power) / given

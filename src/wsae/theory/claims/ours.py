@@ -68,13 +68,11 @@ def every_minimiser(seed: int) -> Claim:
         "and sum_u a_u^2 u u^T = I. So the minimisers do not depend on W_p, and n_m >= 2 n_p is necessary.",
         source="Ours 1",
         verdict="holds",
-        evidence=f"{len(built)} random balanced W_m in 2 to 4 dimensions: loss at most {max(losses):.0e} of "
-        "E|x_p|^2, and "
-        f"{min(broken):.0e} or more when one row is 1 % longer. Searches with n_m = 2 n_p reach {max(found):.0e}, "
-        "and the rows "
-        f"found are balanced to {max(left):.0e}; with one row fewer the best loss found is {min(short):.0e}. Where "
-        "the columns do not "
-        f"span (e_1, e_2 and one between them) less is needed: the rows e_1, e_2 have loss {inside:.0e}.",
+        evidence=f"{len(built)} random balanced W_m in 2 to 4 dimensions: loss at most {max(losses):.0e} of E|x_p|^2, "
+        f"and {min(broken):.0e} or more when one row is 1 % longer. Searches with n_m = 2 n_p reach {max(found):.0e}, "
+        f"and the rows found are balanced to {max(left):.0e}; with one row fewer the best loss found is "
+        f"{min(short):.0e}. Where the columns do not span (e_1, e_2 and one between them) less is needed: the rows "
+        f"e_1, e_2 have loss {inside:.0e}.",
         instances=2 * len(built) + len(found) + len(short) + 1,
         numbers={"balanced": max(losses), "broken": min(broken), "inside_a_cone": inside}
         | {"found": max(found), "imbalance": max(left), "one_fewer": min(short)},
@@ -129,16 +127,14 @@ def noise_decides_the_weights(seed: int) -> Claim:
     least = min(float(np.min(np.divide(errors[name], errors["noise"]))) for name in RULES)
     return Claim(
         claim="For x_p = W_p x + noise of covariance Sigma, and a code that is least squares under Gamma on a known "
-        "support "
-        "of independent columns, the mean squared error of the code is least, for every support at once, at Gamma^T "
-        "Gamma = c Sigma^-1 (Gauss-Markov), and only there if n > n_p columns are in general position.",
+        "support of independent columns, the mean squared error of the code is least, for every support at once, at "
+        "Gamma^T Gamma = c Sigma^-1 (Gauss-Markov), and only there if n > n_p columns are in general position.",
         source="Ours 3",
         verdict="holds",
         evidence="Mean squared error of the code, 2 of 10 features in 6 dimensions, uneven noise: "
         + ", ".join(f"{name} {mean[name]:.3f}" for name in RULES)
         + f", the noise's inverse {mean['noise']:.3f}. It is the best in each of {len(errors['noise'])} worlds (the "
-        "next is "
-        f"{least:.2f} times as large or more), also against {len(margins)} random changes of it (at least "
+        f"next is {least:.2f} times as large or more), also against {len(margins)} random changes of it (at least "
         f"{min(margins):.2f} times).",
         instances=len(errors) * len(errors["noise"]) + len(margins),
         numbers={f"error_{name.replace(' ', '_')}": value for name, value in mean.items()}
@@ -168,21 +164,19 @@ def matched_filter(seed: int) -> Claim:
         gains.append(whole / plain)
         bound = max(bound, (whole / plain) ** 2 / ((kappa + 1) ** 2 / (4 * kappa)))
     half = [
-        float(readout(C, W_p[:, 0], 0.5) / readout(C, W_p[:, 0], 0.0)) for W_p, C in _uneven(seed)
+        float(readout(C, W_p[:, 0], 0.5) / readout(C, W_p[:, 0], 0.0))
+        for W_p, C in (uneven_world(seed_for(seed, "filter", i)) for i in range(8))
     ]
     return Claim(
         claim="Of all linear readouts of feature i the one along C^-1 w_i correlates best with it, C the covariance of "
         "x_p; along C^-p w_i the correlation never falls up to p = 1 and never rises after it. Power p = 0 is the "
-        "plain "
-        "readout w_i, p < 0 what weights that grow with variance favour.",
+        "plain readout w_i, p < 0 what weights that grow with variance favour.",
         source="Ours 4",
         verdict="holds",
         evidence=f"{len(gains)} uneven worlds: a search over all readouts ends within {max(apart):.0e} of C^-1 w; no "
-        "step of "
-        f"{len(powers)} powers goes the wrong way (worst {worst_step:.0e}). C^-1 raises the correlation "
-        f"{_span(gains)} times, "
-        f"C^-1/2 {_span(half)} times; Kantorovich's bound (kappa + 1)^2 / (4 kappa) on its square is used up to "
-        f"{bound:.0%}.",
+        f"step of {len(powers)} powers goes the wrong way (worst {worst_step:.0e}). C^-1 raises the correlation "
+        f"{_span(gains)} times, C^-1/2 {_span(half)} times; Kantorovich's bound (kappa + 1)^2 / (4 kappa) on its "
+        f"square is used up to {bound:.0%}.",
         instances=len(gains) * (len(powers) + 1),
         numbers={"search_apart": max(apart), "worst_step": worst_step, "share_of_bound": bound}
         | {"gain_least": min(gains), "gain_most": max(gains)}
@@ -231,22 +225,19 @@ def top_1_identifies(seed: int) -> Claim:
     for i in range(10):
         W_p = _spanning(3, 5, seed_for(seed, "spare", i))
         spans += _silent_direction(W_p) is None
-        half = torch.cat(
-            [W_p[:2], W_p[2:].abs()]
-        )  # all columns in a half-space: they do not positively span
+        # all columns in a half-space: they do not positively span
+        half = torch.cat([W_p[:2], W_p[2:].abs()])
         opens += _silent_direction(half) is not None
     return Claim(
         claim="For distinct unit columns, any number of them, a tied Top-1 SAE with n_m = n has loss 0 on 1-sparse x "
-        "if "
-        "and only if W_m = W_p^T up to order. A spare row of a ReLU SAE must satisfy w . W_p,u <= 0 for all u, and "
+        "if and only if W_m = W_p^T up to order. A spare row of a ReLU SAE must satisfy w . W_p,u <= 0 for all u, and "
         "only w = 0 does if and only if the columns positively span.",
         source="Ours 6",
         verdict="holds",
         evidence=f"{len(worlds)} random W_p, 6 in 3 and 40 in 5 dimensions: loss {own:.0e} at W_p^T, at least "
-        f"{other:.0e} of "
-        f"E|x_p|^2 beside it; the triangle's other ReLU solution has {mirrored:.2f}. A linear program finds no "
-        "silent row "
-        f"for {spans:.0f} of 10 W_p whose columns positively span, and one for {opens:.0f} of 10 in a half-space.",
+        f"{other:.0e} of E|x_p|^2 beside it; the triangle's other ReLU solution has {mirrored:.2f}. A linear program "
+        f"finds no silent row for {spans:.0f} of 10 W_p whose columns positively span, and one for {opens:.0f} of 10 "
+        "in a half-space.",
         instances=4 * len(worlds) + 21,
         numbers={
             "own": own,
@@ -271,16 +262,13 @@ def variance_is_anti_optimal(seed: int) -> Claim:
         at_zero.append(float(norms[least] / alpha_norm(W_p, 0.0)))
         at_one.append(alpha_norm(W_p, 1.0) / alpha_norm(W_p, 0.0))
     return Claim(
-        claim="For iid features and orthogonal rows of W_p the least ||c W_p^T Gamma^2 W_p - I|| under gamma = "
-        "s^alpha is "
-        "sqrt(n - (sum a_i)^2 / sum a_i^2), a_i = s_i^(1 + 2 alpha): least at alpha = -1/2, strictly larger the "
-        "further "
-        "alpha is from it, unless all variances are equal.",
+        claim="For iid features and orthogonal rows of W_p the least ||c W_p^T Gamma^2 W_p - I|| under gamma = s^alpha "
+        "is sqrt(n - (sum a_i)^2 / sum a_i^2), a_i = s_i^(1 + 2 alpha): least at alpha = -1/2, strictly larger the "
+        "further alpha is from it, unless all variances are equal.",
         source="Ours 7",
         verdict="holds",
         evidence=f"20 W_p, {len(alphas)} values of alpha: no step goes the wrong way (worst {wrong:.0e}). Against "
-        "plain, "
-        f"alpha = -1/2 has {_span(at_zero)} times the norm, the paper's alpha = 1 {_span(at_one)} times.",
+        f"plain, alpha = -1/2 has {_span(at_zero)} times the norm, the paper's alpha = 1 {_span(at_one)} times.",
         instances=20 * len(alphas),
         numbers={"worst_step": wrong, "minus_half_most": max(at_zero), "one_least": min(at_one)},
     )
@@ -407,11 +395,8 @@ def imbalance(W_m: Tensor, tolerance: float = 1e-6) -> float:
     Rows whose cosine is within `tolerance` of 1 or -1 lie on one line; rows of a squared length below it count as zero.
     """
     rows = W_m[W_m.square().sum(1) > tolerance]
-    worst, total, left = (
-        0.0,
-        torch.zeros(W_m.shape[1], W_m.shape[1], dtype=torch.float64),
-        list(range(len(rows))),
-    )
+    worst, left = 0.0, list(range(len(rows)))
+    total = torch.zeros(W_m.shape[1], W_m.shape[1], dtype=torch.float64)
     while left:
         u = rows[left[0]] / rows[left[0]].norm()
         cosine = {j: float(rows[j] @ u / rows[j].norm()) for j in left}
@@ -542,9 +527,8 @@ def _span(values: list[float]) -> str:
 
 def _balanced(d: int, lines: int, seed: int) -> Tensor:
     """Return rows that Ours 1 calls balanced: a tight frame, each line's two sides split unevenly into rows."""
-    frame = torch.linalg.qr(
-        _normal(seed, lines, d)
-    ).Q  # lines x d, orthonormal columns: sum of u u^T a_u^2 = I
+    # lines x d, orthonormal columns: sum of u u^T a_u^2 = I
+    frame = torch.linalg.qr(_normal(seed, lines, d)).Q
     share = torch.rand(lines, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     share = share / share.sum(1, keepdim=True)
     plus = share.sqrt()[:, :, None] * frame[:, None, :]  # three rows of one direction
@@ -602,10 +586,6 @@ def _gram(W_p: Tensor, Sigma: Tensor, rule: str) -> Tensor:
     )
     root = weigh(torch.eye(len(C), dtype=torch.float64), gamma)
     return root @ root.T
-
-
-def _uneven(seed: int) -> list[tuple[Tensor, Tensor]]:
-    return [uneven_world(seed_for(seed, "filter", i)) for i in range(8)]
 
 
 def _best_readout(C: Tensor, w: Tensor, seed: int) -> float:

@@ -408,12 +408,11 @@ def direction(seed: int) -> Claim:
         source="Section 4.3.2",
         verdict="counterexample",
         condition="The norm of the gap's matrix is meant (next claim), or interference is positive.",
-        evidence="For unit columns and non-positive interference r = x - x_m >= 0, so the plain gap, the sum of "
-        "W_i^T W_j r_i r_j over i != j, is <= 0 for every x. Smaller weights only lower E|Gamma W_p r|^2, so the gap "
-        f"widens. {len(random)} random W_p: r >= {-residual:.0e}, gap <= {largest:.0e}. {len(built)} built of blocks: "
-        f"gamma^2 = 1/2 on the shared dimensions widens it in {wider}; variance with alpha = 1, which favours them, "
-        f"narrows it in {narrower} (one + triangle: plain {plain[0]:.3f}, halved {halved[0]:.3f}, variance "
-        f"{loud[0]:.3f}).",
+        evidence="For unit columns and non-positive interference r = x - x_m >= 0, so the plain gap, the sum of W_i^T "
+        "W_j r_i r_j over i != j, is <= 0 for every x. Smaller weights only lower E|Gamma W_p r|^2, so the gap widens. "
+        f"{len(random)} random W_p: r >= {-residual:.0e}, gap <= {largest:.0e}. {len(built)} built of blocks: gamma^2 "
+        f"= 1/2 on the shared dimensions widens it in {wider}; variance with alpha = 1, which favours them, narrows it "
+        f"in {narrower} (one + triangle: plain {plain[0]:.3f}, halved {halved[0]:.3f}, variance {loud[0]:.3f}).",
         instances=len(random) + 3 * len(built),
         numbers={"most_negative_residual": residual, "largest_gap": largest}
         | {"widened_by_half": wider / len(built), "narrowed_by_variance": narrower / len(built)}

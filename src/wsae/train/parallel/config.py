@@ -44,7 +44,12 @@ def parse_layout(text: str | None, ranks: int) -> Layout:
     rest: str | None = None
     for word in text.split(","):
         name, equals, size = (part.strip() for part in word.partition("="))
-        _check_axis(text, name, {*sizes, rest})
+        if name not in AXES:
+            raise UserError(
+                f"--mesh {text}: no axis '{name}'{nearest(name, AXES)}; use {', '.join(AXES)}"
+            )
+        if name in {*sizes, rest}:
+            raise UserError(f"--mesh {text}: {name} is given twice")
         if not equals:
             if rest is not None:
                 raise UserError(f"--mesh {text}: only one axis may come without a size")
@@ -63,15 +68,6 @@ def parse_layout(text: str | None, ranks: int) -> Layout:
             "change the sizes or torchrun's --nproc-per-node"
         )
     return layout
-
-
-def _check_axis(text: str, name: str, taken: set[str | None]) -> None:
-    if name not in AXES:
-        raise UserError(
-            f"--mesh {text}: no axis '{name}'{nearest(name, AXES)}; use {', '.join(AXES)}"
-        )
-    if name in taken:
-        raise UserError(f"--mesh {text}: {name} is given twice")
 
 
 def even_part(total: int, parts: int, index: int) -> slice:

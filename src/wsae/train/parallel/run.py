@@ -78,11 +78,8 @@ class ShardsJob(FamilyJob):
 
         Where the rows of all ranks are trained on here, those of the others come from them.
         """
-        size, readers, whole = (
-            self.cfg.batch_size,
-            self.world.readers,
-            self.world.place.data.size == 1,
-        )
+        size, readers = self.cfg.batch_size, self.world.readers
+        whole = self.world.place.data.size == 1
         part = even_part(size, readers.size, readers.index)
         stream = self.source.stream(size, self.cfg.seed, place)
         if isinstance(stream, ShuffledStream):  # stores and arrays read no other rows

@@ -130,9 +130,8 @@ def _ended(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    status = Path(
-        f"/proc/{pid}/stat"
-    )  # a zombie has a pid; where there is no /proc it is reaped soon
+    # a zombie has a pid; where there is no /proc it is reaped soon
+    status = Path(f"/proc/{pid}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
