@@ -76,6 +76,15 @@ def test_a_run_is_probed_with_rules_and_with_labels_and_reported(place, capsys):
     assert re.search(r"Sparse probe, latents: 4", page)
 
 
+def test_a_class_may_have_a_single_token(place, capsys):
+    """And a letter no word to test on: it is left out."""
+    words = ["--least", "1", "--draws", "10", "--k", "1", "--device", "cpu"]
+    sae = str(place / "run" / "members" / "layers.1" / "plain")
+    assert main(["probe", sae, "--source", str(place / "acts"), *words, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["tokens"]["hooks"].values()
+    assert found["tasks"]
+
+
 def test_one_sae_is_probed_where_it_lies(place, capsys):
     sae = str(place / "run" / "members" / "layers.1" / "plain")
     assert main(["probe", sae, "--source", str(place / "acts"), *SMALL, "--json"]) == 0

@@ -108,6 +108,23 @@ def test_the_closed_form_equals_the_direct_encoding(monkeypatch):
     )
 
 
+def test_features_shown_alone_to_an_sae_that_takes_the_scale_away_are_encoded():
+    x, _, W_p = world()
+    truth = ground_truth(x, None, W_p)
+    assert truth.W_p is not None
+    cfg = SAEConfig(d_in=len(W_p), d_sae=8, activation=ReLU(), input_norm="constant_norm_rescale")
+    sae = SAE(cfg).requires_grad_(False)
+    direct = isolated_encoded(truth, truth.W_p, lambda v: sae.encode(v.float()))
+    torch.testing.assert_close(isolated(truth, truth.W_p, sae).total, direct.total)
+
+
+def test_a_transcoder_is_no_reconstruction_of_what_it_reads():
+    features = torch.eye(6).repeat(3, 1)
+    transcoder = SAE(SAEConfig(d_in=6, d_sae=8, d_out=6, activation=ReLU()))
+    with pytest.raises(UserError, match="a transcoder gives other activations than it reads"):
+        recovery(transcoder, features, features)
+
+
 def test_activated_features_are_counted_latent_by_latent():
     response = torch.tensor(
         [[0.5, 0.0, 0.3], [0.5, 0.0, 0.02], [0.5, 0.0, 0.04], [0.0, 0.0, 0.0]]

@@ -163,6 +163,19 @@ def test_report_is_deterministic(run: Path, tmp_path: Path) -> None:
 # --- missing parts, refusals -----------------------------------------------------------------------------
 
 
+def test_a_run_without_weights_speaks_of_none(tmp_path: Path, monkeypatch) -> None:
+    """As `wsae train` makes them by default."""
+    monkeypatch.setattr("report_fixture.MEMBERS", {"plain": 0.0})
+    page = write_report(write_run(tmp_path / "run"), tmp_path / "report.html").read_text()
+    assert "<h1>Sparse autoencoders</h1>" in page
+    words = page[page.index("<h1>") : page.index("<script")]
+    for word in ("verdict", "weighted member", "plain twin</em>"):
+        assert word not in words.lower(), word
+    monkeypatch.undo()
+    page = write_report(write_run(tmp_path / "two"), tmp_path / "two.html").read_text()
+    assert "<h1>Weighted sparse autoencoders beside their plain twin</h1>" in page
+
+
 def test_training_only_report_says_so(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", evaluation=False)
     text = write_report(path).read_text(encoding="utf-8")

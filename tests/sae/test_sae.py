@@ -177,6 +177,16 @@ def test_folding_the_decoders_norms_keeps_latents_up_to_them_and_reconstructions
     assert (folded.dtype, folded.device) == (torch.float64, sae.device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_length_1_in_half_precision_are_of_one_length(dtype: torch.dtype) -> None:
+    sae = SAE(SAEConfig(d_in=32, d_sae=200, activation=make_activation("topk", 4))).to(dtype)
+    lengths = sae.W_dec.double().norm(dim=1)
+    assert lengths.max() / lengths.min() > 1 + 1e-4  # as rounding leaves them
+    folded = sae.fold_decoder_norm()
+    torch.testing.assert_close(folded.W_dec.double().norm(dim=1), lengths, rtol=0.02, atol=0)
+    assert folded.dtype == dtype
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_x_through_the_active_latents(kind: str) -> None:
     sae, x = make(kind), batch().requires_grad_()

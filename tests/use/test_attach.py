@@ -272,6 +272,7 @@ BAD = [
     (lambda a: a.edit(Set(-1, 1.0)), "0 to 39"),
     (lambda a: a.edit(Zero(3, hook="layers.1")), r"'layers.1' \(nearest: layers.0\)"),
     (lambda _a: Set(3, float("nan")), "nan is no finite number"),
+    (lambda a: a.edit(Set(3, -1e39)), "-1e[+]39 is beyond 3.40282e[+]38"),
     (lambda _a: Set(3, 1.0, positions=[-1]), "positions count from 0"),
 ]
 

@@ -405,9 +405,10 @@ def isolated(truth: GroundTruth, W_p: Float64[Tensor, "d_in n"], sae: SAE) -> Is
 
 
 def is_homogeneous(sae: SAE) -> bool:
-    """Return whether h(c v) = c h(v) for every c > 0: no bias, no threshold."""
+    """Return whether h(c v) = c h(v) for every c > 0: no bias, no threshold, and no scale taken from rows."""
     biases = sae.biases
     free = biases is None or not any(bool(bias.any()) for bias in biases)
+    free = free and sae.cfg.input_norm is None
     return free and isinstance(sae.cfg.activation, ReLU | TopK | MultiTopK | GroupTopK)
 
 
@@ -581,11 +582,17 @@ def recovery(
 
     `W_p` [d_in, n] holds the features' directions as columns; scores that need it are absent without it. `options`
     are those of RecoveryConfig (threshold, mean_threshold, relative_threshold, found_correlation, seed). Raises
-    UserError for shapes that do not fit, values that are not finite, negative features, or features without signal.
+    UserError for a transcoder, shapes that do not fit, values that are not finite, negative features, or features
+    without signal.
     """
     cfg = RecoveryConfig.parse(dict(options), where="recovery")
     if not isinstance(sae, SAE):
         raise UserError(f"recovery: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
+    if sae.cfg.transcoder:
+        raise UserError(
+            "recovery: a transcoder gives other activations than it reads; its latents alone have scores: "
+            "wsae.evals.recovery.score_codes"
+        )
     truth = ground_truth(features, acts, W_p)
     if truth.acts is None:
         raise UserError(

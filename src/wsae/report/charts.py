@@ -507,11 +507,15 @@ def _series(rows: list[Json], key: str) -> tuple[np.ndarray, np.ndarray]:
     return kept[:, 0], kept[:, 1]
 
 
+def _grey(run: RunData) -> str:
+    return " Grey: the plain twin." if run.weighted else ""
+
+
 def density_figures(run: RunData, hook: str) -> list[Figure]:
     """Draw how often the latents of each member fire, over its plain twin."""
     text = (
         "How often each latent fires on held-out data. Left bar: never (dead). Towards 1: fires on "
-        f"nearly every {run.unit} (dense). Grey: the plain twin."
+        f"nearly every {run.unit} (dense).{_grey(run)}"
     )
     return _densities(run, hook, _pool(run, hook, "density"), text)
 
@@ -575,7 +579,7 @@ def source_figures(run: RunData, hook: str) -> list[Figure]:
     names = list(next(counted, {}).get("alone", ()))
     text = (
         "Norm of a live latent's decoder row in one source, divided by the sum of its norms in all; "
-        "all sources at the same scale. Line: the same in each. Grey: the plain twin."
+        f"all sources at the same scale. Line: the same in each.{_grey(run)}"
     )
     density, out = _pool(run, hook, "density"), []
     for source in names[1:] if len(names) == 2 else names:

@@ -63,8 +63,12 @@ def environment(*packages: str) -> jinja2.Environment:
 def render(run: RunData) -> str:
     """Return the page of a run as text (always encodable as UTF-8)."""
     style, script = ((_ASSETS / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    weighted = "Weighted sparse autoencoders beside their plain twin"
-    what = "One sparse autoencoder" if run.single else weighted
+    several = (
+        "Weighted sparse autoencoders beside their plain twin"
+        if run.weighted
+        else "Sparse autoencoders"
+    )
+    what = "One sparse autoencoder" if run.single else several
     manifest = {key: value for key, value in run.manifest.items() if key != "config"}
     page = (
         environment("wsae.report")

@@ -125,14 +125,24 @@ class RunData:
         return sorted(names, key=lambda name: (is_control(name), not self.is_plain(hook, name)))
 
     def kind(self, hook: str, member: str) -> str:
-        """Return the colour class of a member: `s0` for the plain twin, then in order."""
-        return f"s{self.members(hook).index(member) % COLOURS}"
+        """Return the colour class of a member: `s0` for the plain twin alone, then in order, over and over."""
+        place = self.members(hook).index(member)
+        return f"s{place if place < COLOURS else 1 + (place - 1) % (COLOURS - 1)}"
 
     def is_plain(self, hook: str, member: str) -> bool:
         """Return whether a trained member is neither weighted nor preconditioned: by its record, else by its name."""
         record = self.gamma_record(hook, member)
         rule = member == TWIN_NAME if record.get("rule") is None else record["rule"] == "none"
         return rule and record.get("precondition") is None and not is_control(member)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some member is weighted or preconditioned, so that it stands beside a plain twin."""
+        return any(
+            not is_control(member) and not self.is_plain(hook, member)
+            for hook in self.hooks
+            for member in self.members(hook)
+        )
 
     def twin_of(self, hook: str, member: str) -> str | None:
         """Name the plain twin of a member: the one it was compared with, else the first plain one of the hook."""

@@ -138,13 +138,14 @@ def weighting(record: Json, member: str) -> str:
 
 
 def verdict(run: RunData, hook: str) -> str:
-    """One sentence on the main weighted member against its plain twin, from the numbers alone."""
+    """One sentence on the main weighted member against its plain twin, from the numbers alone; "" without one."""
     judged = judgements(run, hook)
     main = main_member(run, hook)
     if not run.evaluation:
         return "Training only: nothing has been measured on held-out data yet, so no verdict."
     if main is None:
-        return "No weighted member was compared with a plain twin, so there is no verdict."
+        none = "No weighted member was compared with a plain twin, so there is no verdict."
+        return none if run.weighted else ""
     mine = [judged[main, metric] for metric in HEADLINE if (main, metric) in judged]
     mine = (mine or [j for (member, _), j in judged.items() if member == main])[:3]
     subject = weighting(run.gamma_record(hook, main), main)

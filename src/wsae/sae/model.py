@@ -456,7 +456,8 @@ class SAE(nn.Module):
         norm = self.W_dec.detach().double().norm(dim=1)
         norm = torch.where(norm > 0, norm, 1.0)
         choice, activation = self._used(), self.cfg.activation
-        if not isinstance(choice, Above) and float(norm.max() / norm.min()) > 1 + 1e-4:
+        equal = 1 + max(1e-4, 4 * torch.finfo(self.dtype).eps)  # rows of length 1 in half precision
+        if not isinstance(choice, Above) and float(norm.max() / norm.min()) > equal:
             raise UserError(
                 f"fold_decoder_norm: rows of lengths {norm.min():.3g} to {norm.max():.3g}, and {activation.kind} "
                 "would choose other latents; keep it as it is"

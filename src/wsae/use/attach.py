@@ -300,14 +300,17 @@ class Attached:
     def edit(self, *edits: Edit) -> None:
         """Put these edits, made in this order, in place of the earlier ones; none: the model is as it was.
 
-        Raises UserError for a hook without SAE, a latent that the SAE does not have, and a position of an earlier edit
-        at which it had no effect.
+        Raises UserError for a hook without SAE, a latent or a value that the SAE cannot have, and a position of an
+        earlier edit at which it had no effect.
         """
         self.check()
         chosen: dict[str, list[Edit]] = {name: [] for name in self._sites}
         for edit in edits:
             name = hook_meant(str(edit), edit.hook, self._sites)
-            d_sae = self._sites[name].sae.cfg.d_sae
+            sae = self._sites[name].sae
+            d_sae, largest = sae.cfg.d_sae, torch.finfo(sae.dtype).max
+            if abs(edit.value) > largest:
+                raise UserError(f"{edit}: {edit.value:g} is beyond {largest:g}, its SAE's largest")
             if not 0 <= edit.latent < d_sae:
                 raise UserError(
                     f"{edit}: the SAE at {name} has {d_sae:,} latents, 0 to {d_sae - 1}"

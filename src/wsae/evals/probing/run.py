@@ -252,8 +252,8 @@ def letter_tasks(read: LabelledTokens, cfg: ProbeConfig) -> list[ProbeTask]:
             yes, no = side[first[side] == letter], side[first[side] != letter]
             sides.append(np.concatenate([yes, no[: OTHERS * len(yes)]]))
         train, test = sides
-        if min(int((first[side] == letter).sum()) for side in sides) >= cfg.least // 2:
-            ys = [first[side] == letter for side in sides]
+        ys = [first[side] == letter for side in sides]
+        if all(y.sum() >= max(1, cfg.least // 2) and not y.all() for y in ys):
             tasks.append(ProbeTask(f"begins with {letter}", rows[train], ys[0], rows[test], ys[1]))
     return tasks
 
