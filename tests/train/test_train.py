@@ -306,6 +306,11 @@ def test_families_name_their_members_and_bring_the_twin() -> None:
     assert sum(n.startswith("plain") for n in names) == 3
     assert family([weighted("none")]) == (weighted("none"),)
     assert len(family([weighted()], twin=False)) == 1
+    kinds = [{"kind": "jumprelu", "threshold": t} for t in (0.1, 0.2)] + [{"kind": "topk", "k": 4}]
+    apart = config(*(weighted("none", activation=kind) for kind in kinds)).names()
+    assert apart == ["plain-jumprelu-threshold0.1", "plain-jumprelu-threshold0.2", "plain-topk-k4"]
+    also = [weighted("none", activation=kind, l0=i) for i, kind in enumerate(kinds[:2])]
+    assert config(*also).names() == ["plain-jumprelu", "plain-jumprelu-l0-1"]  # as they always were
     with pytest.raises(UserError, match="two members are called 'a'"):
         config(weighted(label="a"), weighted("none", label="a"))
 

@@ -196,7 +196,7 @@ def fronts(members: Mapping[str, Json]) -> dict[str, list[Json]]:
     made = {name: _swept(entry["config"]) for name, entry in members.items() if "config" in entry}
     if len({str(member.shape) for member in made.values()}) < 2:
         return {}
-    labels = dict(zip(made, told_apart([*made.values()]), strict=True))
+    labels = dict(zip(made, told_apart([*made.values()], numbers=True), strict=True))
     out: dict[str, list[Json]] = {}
     for metric, sign in FRONTS.items():
         points = []

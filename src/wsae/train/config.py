@@ -326,31 +326,55 @@ class TrainConfig(Config):
         return self.dead_after or max(self.batch_size, min(10_000_000, self.tokens // 5))
 
     def names(self) -> list[str]:
-        """Return the members' names: the gamma rule and the preconditioner, then whatever else sets them apart."""
-        apart = zip(self.members, told_apart(self.members), strict=True)
-        return [m.label or "-".join([m.weights, *parts]) for m, parts in apart]
+        """Return the members' names: the gamma rule and the preconditioner, then whatever else sets them apart.
+
+        Thresholds and other numbers of a kind are named only where two would be called the same without.
+        """
+        names: list[str] = []
+        for numbers in (False, True):
+            apart = zip(self.members, told_apart(self.members, numbers), strict=True)
+            names = [m.label or "-".join([m.weights, *parts]) for m, parts in apart]
+            if len({*names}) == len(names):
+                break
+        return names
 
 
 PENALTIES = ("l1", "l0", "target_l0")
 """What is not named where it is 0, and else with a hyphen before the value, as the name ends in a digit."""
 
 
-def told_apart(members: Sequence[MemberConfig]) -> list[list[str]]:
-    """Return what sets each member apart from the others beside weights and preconditioner: topk-k32, lr0.003 ..."""
+def told_apart(members: Sequence[MemberConfig], numbers: bool = False) -> list[list[str]]:
+    """Return what sets each member apart from the others beside weights and preconditioner: topk-k32, lr0.003 ...
+
+    With `numbers`, those of its kind beside k too: threshold0.1.
+    """
     fields = ("activation", "tied", "lr", "seed", "l1", "l0", "d_sae", "expansion")
     fields += ("auxk", "k_aux", "encoder_scale", "skip", "l0_penalty", "target_l0")
     fields += ("penalty_warmup", "pre_act", "p_end", "anneal_from")
     varying = [f for f in fields if len({str(getattr(m, f)) for m in members}) > 1]
-    return [_parts(member, varying) for member in members]
+    return [
+        _parts(member, varying, _numbers_apart(member, members) if numbers else [])
+        for member in members
+    ]
 
 
-def _parts(member: MemberConfig, varying: list[str]) -> list[str]:
+def _numbers_apart(member: MemberConfig, members: Sequence[MemberConfig]) -> list[str]:
+    own = dict(member.activation)
+    alike = [dict(m.activation) for m in members if m.activation.kind == own["kind"]]
+    return [
+        f"{name.replace('_', '-')}{value:g}"
+        for name, value in own.items()
+        if name != "k" and type(value) in (int, float) and len({a[name] for a in alike}) > 1
+    ]
+
+
+def _parts(member: MemberConfig, varying: list[str], numbers: list[str]) -> list[str]:
     parts = []
     for field in varying:
         value = getattr(member, field)
         if field == "activation":
             k = getattr(value, "k", None)
-            parts.append(value.kind.replace("_", "-") + (f"-k{k}" if k else ""))
+            parts += [value.kind.replace("_", "-") + (f"-k{k}" if k else ""), *numbers]
         elif field == "tied":
             parts.append("tied" if value else "untied")
         elif field == "skip":
