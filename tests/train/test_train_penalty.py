@@ -8,7 +8,7 @@ from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.sae import SAE, SAEConfig
-from wsae.sae.config import ReLU
+from wsae.sae.config import MultiTopK, ReLU
 from wsae.sae.forward import Price, penalty, pre_act_loss, training_forward
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import finished, make_family
@@ -158,3 +158,9 @@ def test_penalties_that_move_nothing_are_refused(fields: dict[str, object], word
 def test_a_target_beyond_all_latents_is_refused_before_training() -> None:
     with pytest.raises(UserError, match="target_l0 200: more than all d_sae = 192 latents"):
         l0_of(target_l0=200)
+
+
+def test_multi_topk_of_more_than_all_latents_is_refused_before_training() -> None:
+    member = MemberConfig(d_sae=16, activation=MultiTopK(k=5))
+    with pytest.raises(UserError, match="trained with 20 active latents too, of only d_sae = 16"):
+        member.sae_config(8)

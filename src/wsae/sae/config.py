@@ -414,11 +414,6 @@ class SAEConfig(Config):
             raise ValueError(
                 f"k = {k} active latents of only d_sae = {self.d_sae}; lower k or raise d_sae"
             )
-        if isinstance(self.activation, MultiTopK) and WIDER * self.activation.k > self.d_sae:
-            raise ValueError(
-                f"multi_topk with k = {k} is trained with {WIDER * self.activation.k} active latents too, of only "
-                f"d_sae = {self.d_sae}; lower k or raise d_sae"
-            )
         if isinstance(self.activation, GroupTopK):
             check_groups(self.d_sae, self.activation.k)
         if isinstance(self.activation, Matryoshka):

@@ -7,7 +7,16 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.sae.config import Activation, GammaConfig, PreconditionConfig, SAEConfig, SourcePart, TopK
+from wsae.sae.config import (
+    WIDER,
+    Activation,
+    GammaConfig,
+    MultiTopK,
+    PreconditionConfig,
+    SAEConfig,
+    SourcePart,
+    TopK,
+)
 
 FEW_STEPS = 100
 """Steps below which a run is called too short."""
@@ -175,6 +184,12 @@ class MemberConfig(Config):
             "skip": self.skip,
             "sources": sources,
         }
+        kind = self.activation
+        if isinstance(kind, MultiTopK) and WIDER * kind.k > self.width(d_in):
+            raise UserError(
+                f"multi_topk with k = {kind.k} is trained with {WIDER * kind.k} active latents too, of only d_sae = "
+                f"{self.width(d_in)}; lower k or raise d_sae"
+            )
         if self.target_l0 is not None and self.target_l0 > self.width(d_in):
             raise UserError(
                 f"target_l0 {self.target_l0:g}: more than all d_sae = {self.width(d_in)} latents; lower it"
