@@ -402,18 +402,20 @@ def over_images(
     score: Callable[[Int64[Tensor, "units n_classes"]], Values],
     units: Bool[Tensor, " units"],
 ) -> OverImages | None:
-    """Return the mean score of the marked units, with all images and without each group; None for no units or groups.
+    """Return the mean score of the marked units, with all images and without each group; None where that has no spread.
 
+    That is: no units, fewer than two groups, or a group that holds all images on which the units are active.
     The units stay the same when a group is left out (a unit whose support sinks below a minimum still counts). Groups
     are left out rather than images drawn with replacement: a sample drawn twice agrees with itself, which would raise
     every share.
     """
-    if not bool(units.any()) or not table.n_groups:
+    if not bool(units.any()) or table.n_groups < 2:
         return None
     counts = table.counts[units]
     whole = float(score(counts).nanmean())
     parts = (score(counts - group[units]) for group in table.group_counts)
-    return OverImages(whole, np.array([float(part.nanmean()) for part in parts]))
+    without = np.array([float(part.nanmean()) for part in parts])
+    return OverImages(whole, without) if np.isfinite(without).all() else None
 
 
 def jackknife(found: OverImages, confidence: float = 0.95) -> tuple[float, float]:
