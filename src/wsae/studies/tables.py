@@ -33,7 +33,7 @@ from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.doctor.run import DoctorConfig, examine
-from wsae.evals.config import CONTROL, InterpretConfig, ProbeConfig
+from wsae.evals.config import CONTROL, FREE, InterpretConfig, ProbeConfig
 from wsae.evals.latents import unit_rows
 from wsae.evals.probing.reading import RAW
 from wsae.evals.probing.run import TOKENS, probe_run
@@ -256,9 +256,19 @@ class TableStudy(PaperStudy[StudyConfig]):
         stages = [
             self.trained(),
             self.evaluated(self.cfg.evaluation, lambda: None),
-            Stage("interpret", self._interpret, settings, "interpretation"),
+            Stage("interpret", self._interpret, settings, "interpretation", lambda _: self._judges),
         ]
         return stages[: STAGES.index(self.choices.until)]
+
+    @cached_property
+    def _judges(self) -> dict[str, str]:
+        """Who judges the asked scores, as manifests have it."""
+        from wsae.evals.interpret.local import open_llm
+        from wsae.evals.interpret.run import judges_of
+
+        asked = tuple(score for score in self.cfg.interpret.scores if score not in FREE)
+        judge = open_llm(self.cfg.judge) if asked and self.cfg.judge else None
+        return judges_of(asked, lambda _: judge)
 
     def _interpret(self, run: StudyRun) -> None:
         from wsae.evals.interpret.local import open_llm
