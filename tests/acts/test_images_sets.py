@@ -101,6 +101,25 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path, target):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_a_line_of_pixels_the_middle_is_read_in_little_memory(tmp_path, monkeypatch, turned):
+    """Resized whole, its shorter side to 8 pixels, it would be of 8 x 400,000."""
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *how: made.append(how[0]) or resize(self, *how)
+    )
+    line = np.full((1, 50_000, 3), 200, np.uint8)
+    line[:, 24_000:26_000] = 50
+    line[:, 25_000:] += 5
+    picture = Image.fromarray(line.swapaxes(0, 1) if turned else line)
+    picture.save(tmp_path / "line.png")
+    square = opened(tmp_path, size=8).square(0)
+    assert max(made[0]) <= 16 * 8
+    square = square.transpose(1, 2) if turned else square
+    assert int(square[0, 0, 0]) in (49, 50)
+    assert int(square[0, 0, -1]) in (55, 56)
+
+
 def test_classes_may_be_named_like_splits(tmp_path):
     for name in ("train", "plane"):
         (tmp_path / name).mkdir()
