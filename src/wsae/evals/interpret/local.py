@@ -77,7 +77,7 @@ class SlotReader:
         """Return E at every slot of the continued prompt."""
         ids, places = list(prompt), []
         for slot in slots:
-            ids += self._plain(slot)
+            ids += self._plain(slot, "\n")
             places.append(len(ids) - 1)
             ids += self._plain(UNKNOWN)
         self.length = len(ids)
@@ -111,8 +111,13 @@ class SlotReader:
             ten[i] = one[i] * out.logits[0, -1].float().softmax(-1).double()[zero]
         return ten
 
-    def _plain(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _plain(self, text: str, before: str = "\t") -> list[int]:
+        """Return the ids of a text after another: at the start many tokenizers add a space, as a token of its own."""
+        lead, both, alone = (
+            self._tokenizer(one, add_special_tokens=False)["input_ids"]
+            for one in (before, before + text, text)
+        )
+        return (both[len(lead) :] if both[: len(lead)] == lead else []) or alone
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.int64, device=self._device)
@@ -138,7 +143,8 @@ class LocalModel(Llm):
             "messages": [message._asdict() for message in request.messages],
             "max_tokens": request.max_tokens + self.cfg.thinking_tokens,
             "logprobs": request.logprobs,
-            "slots": list(request.slots),
+            # numbers were once read as a text of their own
+            "slots": ["in place", *request.slots] if request.slots else [],
         }
 
     @torch.inference_mode()
