@@ -24,6 +24,7 @@ from wsae.evals.interpret.judges import (
     simulation_scores,
 )
 from wsae.evals.interpret.local import UNKNOWN, LocalModel, SlotReader, open_llm
+from wsae.use.attribute import one_token
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant:"
@@ -213,6 +214,7 @@ def test_numbers_are_told_apart_where_a_text_begins_with_a_space_of_its_own():
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     assert tokenizer("5")["input_ids"] == [1, signs.index("5")]
+    assert one_token(tokenizer, "5", "--answer") == signs.index("5")
     asked = []
 
     class Seven:
