@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from wsae.core.errors import UserError
 from wsae.evals.config import LlmConfig
 from wsae.evals.interpret import judges
-from wsae.evals.interpret.asking import ChatMessage, Request
+from wsae.evals.interpret.asking import ChatMessage, Request, ask_all
 from wsae.evals.interpret.endpoint import Endpoint
 from wsae.evals.interpret.judges import (
     dry_run,
@@ -24,6 +25,7 @@ from wsae.evals.interpret.judges import (
     simulation_scores,
 )
 from wsae.evals.interpret.local import UNKNOWN, LocalModel, SlotReader, open_llm
+from wsae.evals.interpret.scoring import asks_again
 from wsae.use.attribute import one_token
 
 CHATML = (
@@ -229,6 +231,16 @@ def test_numbers_are_told_apart_where_a_text_begins_with_a_space_of_its_own():
     reader = SlotReader(Seven(), tokenizer, torch.device("cpu"))
     assert reader.expected([0], ("1\ta\t", "2\tb\t")) == pytest.approx([7.0, 7.0])
     assert "".join(signs[i] for i in asked[0][1:]) == "1\ta\tunknown\n2\tb\tunknown\n"
+
+
+def test_what_a_model_cannot_take_leaves_nothing_to_ask_again(model, tmp_path):
+    llm = local(model, tmp_path)
+    long = Request((ChatMessage("user", "the cat sat " * 200),), 6, 3)
+    tallies = [
+        ask_all(llm, [one], lambda _, answer: answer.text, "t")[1] for one in (long, QUESTION)
+    ]
+    assert tallies[0].failed == 1
+    assert not any(asks_again({"detection": {"tally": asdict(tally)}}) for tally in tallies)
 
 
 def test_every_score_runs_on_a_local_model_and_its_babble_is_counted_as_failed(model, tmp_path):

@@ -323,8 +323,8 @@ def collect_members(
 
 SCHEMA = 2
 """Of a part: another way of scoring is another number."""
-_FINAL = (NO_EXPLANATION, "unparsed")
-"""Beginnings of the reasons that asking again would not fix: the answer on disk is what it is."""
+_FINAL = (NO_EXPLANATION, "unparsed", "empty content", "longer than the model's")
+"""Beginnings of the reasons that asking again would not fix: the answer on disk, or the model, is what it is."""
 
 
 def kept_part(place: Path, key: Json, make: Callable[[], Json]) -> Json:
