@@ -1,6 +1,7 @@
 """The SAE by its equations: every activation's definition, tied and untied, files, scaling."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +224,17 @@ def test_files_bring_back_the_same_sae(tmp_path: Path, kind: str, tied: bool) ->
     for name, tensor in sae.tensors().items():
         assert torch.equal(tensor, back.tensors()[name]), name
     assert torch.equal(back(x), sae(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pytorchs_own_ways_of_keeping_a_module_bring_back_the_same_sae(kind: str) -> None:
+    sae, x = make(kind), batch()
+    sae.set_gamma(torch.eye(6) + 1)  # as of the rule whiten
+    other = SAE(sae.cfg).double()
+    held = torch.nn.ModuleDict({"sae": other})
+    held.load_state_dict(torch.nn.ModuleDict({"sae": sae}).state_dict())
+    for again in (other, copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        assert torch.equal(again(x), sae(x)) and torch.equal(again.gamma, sae.gamma)
 
 
 def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:

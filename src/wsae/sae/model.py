@@ -16,7 +16,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,15 @@ from wsae.kernels.native.select import (
 )
 from wsae.kernels.native.select import select_topk as compiled_topk
 from wsae.kernels.native.slices import Centred, to_slices
-from wsae.sae.architectures import Above, Choice, Every, PerGroup, PerRow, architecture_of
+from wsae.sae.architectures import (
+    Above,
+    Architecture,
+    Choice,
+    Every,
+    PerGroup,
+    PerRow,
+    architecture_of,
+)
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig, SourcePart
 
 WEIGHTS = "sae.safetensors"
@@ -86,7 +94,7 @@ class SAE(nn.Module):
     def __init__(self, cfg: SAEConfig, seed: int = 0, encoder_scale: float = 1.0) -> None:
         """Start with random unit decoder rows and (untied) the encoder `encoder_scale` times their transpose."""
         super().__init__()
-        self.cfg, self.arch = cfg, architecture_of(cfg.activation)
+        self.cfg = cfg
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
         drawn = torch.randn(cfg.d_sae, cfg.width_out, generator=generator, dtype=torch.float32)
         self.W_dec, width = nn.Parameter(F.normalize(drawn, dim=1)), cfg.width_out
@@ -116,6 +124,11 @@ class SAE(nn.Module):
         if self.threshold.dtype.itemsize < torch.float32.itemsize:
             self.threshold.data = kept.to(self.threshold.device)
         return self
+
+    @property
+    def arch(self) -> Architecture:
+        """What its kind computes: looked up, so that an SAE can be pickled."""
+        return architecture_of(self.cfg.activation)
 
     @property
     def device(self) -> torch.device:
@@ -361,9 +374,14 @@ class SAE(nn.Module):
                 raise UserError(f"{where}: tensor {name} is {found}, config.json says {needed}")
             if not bool(torch.isfinite(state[name]).all()):
                 raise UserError(f"{where}: tensor {name} holds NaN or infinite values")
-        if state["gamma"].shape != self.gamma.shape:
-            self.gamma = self.gamma.new_empty(state["gamma"].shape)
         self.load_state_dict(state)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Take gamma in either of its forms."""
+        gamma = state.get(f"{prefix}gamma", self.gamma)
+        if gamma.shape != self.gamma.shape and self._is_gamma("gamma", gamma):
+            self.gamma = self.gamma.new_empty(gamma.shape)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def set_gamma(self, gamma: Float[Tensor, "..."]) -> None:
         """Take loss weights [d_out] or [d_out, d_out]; raises UserError for another shape."""
