@@ -24,7 +24,7 @@ from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
 from wsae.sae.config import ActivationConfig, GammaConfig, make_activation
 from wsae.sae.gamma import gamma_from_proxy
-from wsae.sae.model import SAE
+from wsae.sae.model import SAE, an_sae
 from wsae.train.bank import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, Start, finished
@@ -156,7 +156,9 @@ def fit_family(
     if source.n_rows is not None and "batch_size" not in options:
         options["batch_size"] = min(2048, source.n_rows)
     data = {"members": tuple(given), "tokens": rows, **options}
-    start = None if init_from is None else Start(dict.fromkeys(source.hooks, init_from))
+    start = None
+    if init_from is not None:
+        start = Start(dict.fromkeys(source.hooks, an_sae(init_from, "init_from")))
     cfg = begun_from(TrainConfig.parse(data, where="fit"), source, start)
     stats = source.stats(progress)
     family = start_family(cfg, source, stats, device, progress, start=start)

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,6 +145,34 @@ def test_what_is_no_array_is_refused_by_its_type(kind: str) -> None:
         with pytest.raises(UserError, match=says) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+NO_SAES = """
+import sys, torch, wsae, wsae.interop
+x, model = torch.randn(50, 16), torch.nn.Linear(16, 16)
+calls = {
+    "evaluate": lambda sae: wsae.evaluate(sae, x),
+    "recovery": lambda sae: wsae.recovery(sae, x.abs(), x),
+    "probe": lambda sae: wsae.probe(sae, x, [0, 1] * 25),
+    "probe by name": lambda sae: wsae.probe({"a": sae}, x, [0, 1] * 25),
+    "attach": lambda sae: wsae.attach(model, {"": sae}).__enter__(),
+    "save": lambda sae: wsae.interop.save(sae, sys.argv[1]),
+    "fit": lambda sae: wsae.fit(x, k=2, d_sae=32, tokens=100, init_from=[sae]),
+}
+for name, call in calls.items():
+    for value in ("path", x, None, wsae.SAE):
+        try:
+            call(value)
+        except wsae.UserError as error:
+            assert "in place of an SAE" in str(error), (name, error)
+        else:
+            raise AssertionError(name)
+"""
+
+
+def test_what_is_no_sae_is_refused_by_its_type(tmp_path: Path) -> None:
+    # in a process of its own: the checks of types that run in the tests would see it first
+    subprocess.run([sys.executable, "-c", NO_SAES, tmp_path / "sae"], check=True, timeout=250)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from wsae.api import fit
 from wsae.core.errors import UserError
 from wsae.evals.run import evaluate
 from wsae.sae import SAE, SAEConfig, make_activation
@@ -186,6 +187,12 @@ def test_rows_of_length_1_in_half_precision_are_of_one_length(dtype: torch.dtype
     folded = sae.fold_decoder_norm()
     torch.testing.assert_close(folded.W_dec.double().norm(dim=1), lengths, rtol=0.02, atol=0)
     assert folded.dtype == dtype
+    read = SAE(sae.cfg)  # as from a file: the same numbers in float32
+    read.set_tensors(sae.tensors())
+    read.fold_decoder_norm()
+    for start in (sae, read):
+        begun = fit(torch.randn(200, 32), 4, 200, tokens=200, batch_size=100, init_from=start)
+        assert begun.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -234,7 +241,8 @@ def test_pytorchs_own_ways_of_keeping_a_module_bring_back_the_same_sae(kind: str
     held = torch.nn.ModuleDict({"sae": other})
     held.load_state_dict(torch.nn.ModuleDict({"sae": sae}).state_dict())
     for again in (other, copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
-        assert torch.equal(again(x), sae(x)) and torch.equal(again.gamma, sae.gamma)
+        assert torch.equal(again(x), sae(x))
+        assert torch.equal(again.gamma, sae.gamma)
 
 
 def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -474,8 +474,7 @@ class SAE(nn.Module):
         norm = self.W_dec.detach().double().norm(dim=1)
         norm = torch.where(norm > 0, norm, 1.0)
         choice, activation = self._used(), self.cfg.activation
-        equal = 1 + max(1e-4, 4 * torch.finfo(self.dtype).eps)  # rows of length 1 in half precision
-        if not isinstance(choice, Above) and float(norm.max() / norm.min()) > equal:
+        if not isinstance(choice, Above) and not even(norm, self.W_dec):
             raise UserError(
                 f"fold_decoder_norm: rows of lengths {norm.min():.3g} to {norm.max():.3g}, and {activation.kind} "
                 "would choose other latents; keep it as it is"
@@ -556,6 +555,21 @@ class SAE(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.autocast(kind, enabled=False)
         return contextlib.nullcontext()
+
+
+def an_sae(value: object, what: str) -> SAE:
+    """Return an SAE as it is; raises UserError beginning with `what` for anything else."""
+    if not isinstance(value, SAE):
+        raise UserError(f"{what}: given {type(value).__name__} in place of an SAE; SAE.load(path)")
+    return value
+
+
+def even(norm: Float[Tensor, " rows"], rows: Float[Tensor, "rows _"]) -> bool:
+    """Return whether lengths of rows are one, but for the rounding of the coarsest type that holds the rows."""
+    halves = (torch.bfloat16, torch.float16)
+    types = (t for t in halves if torch.equal(rows.to(t).to(rows.dtype), rows))
+    eps = torch.finfo(next(types, rows.dtype)).eps
+    return float(norm.max() / norm.min()) <= 1 + max(1e-4, 4 * eps)
 
 
 def at_latents(own: Mapping[str, Tensor], indices: Int64[Tensor, "*pairs"]) -> dict[str, Tensor]:

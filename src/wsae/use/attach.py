@@ -32,7 +32,7 @@ from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
 from wsae.kernels.eager import SparseCode
 from wsae.run import Run
-from wsae.sae.model import SAE, Encoder
+from wsae.sae.model import SAE, Encoder, an_sae
 
 
 class Codes(NamedTuple):
@@ -395,7 +395,7 @@ def attach(
 
 def changed_hook(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
     """Return the hook whose rows an SAE's edits change; raises UserError where nobody says a transcoder's."""
-    if sae.cfg.sources is not None:
+    if an_sae(sae, f"hook {name!r}").cfg.sources is not None:
         raise UserError(
             f"hook {name!r}: its SAE is a crosscoder, which reads {len(sae.cfg.sources)} hooks together and "
             "is not put into a model; use an SAE of one hook"

@@ -59,6 +59,7 @@ from wsae.evals.probing.scores import (
 from wsae.evals.run import run_subject, write_part
 from wsae.run import PROBING, PROBING_PART, SINGLE, Run
 from wsae.sae import SAE
+from wsae.sae.model import an_sae
 
 if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
@@ -176,7 +177,8 @@ def probe(
     are token tasks by rule. `.hooks[hook].accuracy("sae", k)` is by task; `.record` has intervals and comparisons.
     Raises UserError for another width, labels of one class or of another number, or too little data.
     """
-    family = EvaluatedSaes({SINGLE: sae} if isinstance(sae, SAE) else dict(sae))
+    given = sae if isinstance(sae, Mapping) else {SINGLE: sae}
+    family = EvaluatedSaes({name: an_sae(one, "probe") for name, one in given.items()})
     if labels is None:
         source = acts if isinstance(acts, HeldOut) else open_source(acts)
         if len(source.hooks) != 1:
