@@ -376,12 +376,14 @@ class SAE(nn.Module):
                 raise UserError(f"{where}: tensor {name} holds NaN or infinite values")
         self.load_state_dict(state)
 
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Take gamma in either of its forms."""
-        gamma = state.get(f"{prefix}gamma", self.gamma)
+        gamma = state_dict.get(f"{prefix}gamma", self.gamma)
         if gamma.shape != self.gamma.shape and self._is_gamma("gamma", gamma):
             self.gamma = self.gamma.new_empty(gamma.shape)
-        super()._load_from_state_dict(state, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_gamma(self, gamma: Float[Tensor, "..."]) -> None:
         """Take loss weights [d_out] or [d_out, d_out]; raises UserError for another shape."""

@@ -395,7 +395,8 @@ def attach(
 
 def changed_hook(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
     """Return the hook whose rows an SAE's edits change; raises UserError where nobody says a transcoder's."""
-    if an_sae(sae, f"hook {name!r}").cfg.sources is not None:
+    an_sae(sae, f"hook {name!r}")
+    if sae.cfg.sources is not None:
         raise UserError(
             f"hook {name!r}: its SAE is a crosscoder, which reads {len(sae.cfg.sources)} hooks together and "
             "is not put into a model; use an SAE of one hook"
