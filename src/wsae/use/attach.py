@@ -10,6 +10,7 @@ sinks; `wsae.acts.flow.SkipRule`) are left alone.
 
 import contextlib
 import math
+import operator
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
@@ -81,7 +83,11 @@ class Edit:
     condition: Condition | None = None
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value that is not finite, or a position before the start."""
+        """Raise UserError for numbers that are not whole, a value that is not finite, a position before the start."""
+        try:  # a tensor is a key of its own: of two edits of one latent the first would be lost
+            object.__setattr__(self, "latent", operator.index(self.latent))
+        except TypeError as error:
+            raise UserError(f"{self}: give the latent's number") from error
         if not math.isfinite(self.value):
             raise UserError(f"{self}: {self.value} is no finite number")
         if any(place < 0 for place in self.places or ()):
@@ -96,7 +102,10 @@ class Edit:
         """Return the positions as numbers."""
         if self.positions is None:
             return None
-        return (self.positions,) if isinstance(self.positions, int) else tuple(self.positions)
+        found = np.atleast_1d(np.asarray(self.positions))
+        if found.size and found.dtype.kind not in "iu":
+            raise UserError(f"{self}: positions {self.positions!r} are no whole numbers")
+        return tuple(found.tolist())
 
     def new(self, z: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
         """Return z'."""
@@ -363,6 +372,8 @@ def attach(
     """
     if model in _ATTACHED:
         raise UserError("this model has SAEs attached; give them all to one attach")
+    if isinstance(exclude, str) and exclude != "as in training":
+        raise UserError(f"exclude {exclude!r}: give 'as in training', a SkipRule, or None")
     rule = SkipRule(HarvestConfig(), special_ids(model)) if isinstance(exclude, str) else exclude
     outs = {name: changed_hook(name, sae, hook_out) for name, sae in saes.items()}
     points = hooks_named(model, dict.fromkeys([*saes, *outs.values()]))

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from wsae.acts.capture import Call, Swap, logits_by_row, splice
 from wsae.acts.flow import REASONS
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.loading import input_device, refuse_without_logits
+from wsae.core.calls import tensor
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.sae.model import SAE
@@ -197,9 +198,14 @@ def attribute(
 ) -> Attribution:
     """Return the effects of latents on a metric of a text, the `verify` largest of them checked by ablation.
 
-    `hook_out`: what transcoders give, as `attach` has it. Raises UserError as `attach` and the metrics do, and for a
-    model without logits.
+    `hook_out`: what transcoders give, as `attach` has it. Raises UserError as `attach` and the metrics do, for a model
+    without logits, another method, and tokens that are not those of one text.
     """
+    if method not in get_args(Method):
+        raise UserError(f"method {method!r}: is neither of {', '.join(get_args(Method))}")
+    ids = tensor(ids, "ids").long()
+    if ids.ndim != 1 or not len(ids):
+        raise UserError(f"ids: shape {tuple(ids.shape)}; give the tokens of one text, [seq]")
     refuse_without_logits(model)
     passes = _GradientPasses(model, saes, ids, metric)
     found: dict[str, AtHook] = {}
