@@ -440,7 +440,9 @@ class Run:
 
         Raises UserError where the directory holds something else (with `force` another SAE gives way).
         """
-        path = Path(path)
+        from wsae.sae.model import an_sae
+
+        path, sae = Path(path), an_sae(sae, "of_sae")
         free(path, "sae", force)
         with replacing(path, "sae"):
             sae.save(path, about)

@@ -157,6 +157,7 @@ calls = {
     "probe by name": lambda sae: wsae.probe({"a": sae}, x, [0, 1] * 25),
     "attach": lambda sae: wsae.attach(model, {"": sae}).__enter__(),
     "save": lambda sae: wsae.interop.save(sae, sys.argv[1]),
+    "of_sae": lambda sae: wsae.Run.of_sae(sae, sys.argv[2], force=True),
     "fit": lambda sae: wsae.fit(x, k=2, d_sae=32, tokens=100, init_from=[sae]),
 }
 for name, call in calls.items():
@@ -172,7 +173,11 @@ for name, call in calls.items():
 
 def test_what_is_no_sae_is_refused_by_its_type(tmp_path: Path) -> None:
     # in a process of its own: the checks of types that run in the tests would see it first
-    subprocess.run([sys.executable, "-c", NO_SAES, tmp_path / "sae"], check=True, timeout=250)
+    kept = SAE(SAEConfig(d_in=16, d_sae=32, activation=TopK(k=2)))
+    kept.save(tmp_path / "kept")
+    words = [sys.executable, "-c", NO_SAES, tmp_path / "sae", tmp_path / "kept"]
+    subprocess.run(words, check=True, timeout=250)
+    assert torch.equal(SAE.load(tmp_path / "kept").W_dec, kept.W_dec)
 
 
 @contextlib.contextmanager

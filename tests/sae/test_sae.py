@@ -245,6 +245,18 @@ def test_pytorchs_own_ways_of_keeping_a_module_bring_back_the_same_sae(kind: str
         assert torch.equal(again.gamma, sae.gamma)
 
 
+@pytest.mark.parametrize("theirs", ["config.json", "manifest.json"])
+def test_an_sae_is_not_saved_over_a_run_a_store_or_a_model(tmp_path: Path, theirs: str) -> None:
+    (tmp_path / theirs).write_text("{}")
+    with pytest.raises(UserError, match=f"its {theirs} is of no SAE"):
+        make("topk").save(tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(theirs, "{}")]
+    make("topk").save(tmp_path / "sae")
+    other = make("relu")
+    other.save(tmp_path / "sae")
+    assert SAE.load(tmp_path / "sae").cfg == other.cfg
+
+
 def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:
     make("topk").float().save(tmp_path / "sae")
     weights = tmp_path / "sae" / "sae.safetensors"

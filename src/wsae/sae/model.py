@@ -400,8 +400,14 @@ class SAE(nn.Module):
         return name == "gamma" and tuple(tensor.shape) in ((width,), (width, width))
 
     def save(self, path: Path | str, about: Provenance | None = None) -> None:
-        """Write the SAE to a directory: what is known `about` it, sae.safetensors, config.json, manifest.json last."""
+        """Write the SAE to a directory: what is known `about` it, sae.safetensors, config.json, manifest.json last.
+
+        Another SAE there gives way; raises UserError where something else would: a run, a store or a model.
+        """
         path, beside = Path(path), []
+        for name in (CONFIG, MANIFEST):
+            if (path / name).is_file() and not (path / WEIGHTS).is_file():
+                raise UserError(f"{path}: its {name} is of no SAE; save to a folder of its own")
         if about is not None:
             write_json(path / PROVENANCE, about.to_dict())
             beside.append(PROVENANCE)
