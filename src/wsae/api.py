@@ -17,7 +17,7 @@ from wsae.acts.source import (
     open_source,
 )
 from wsae.core.calls import own_settings, tensor, usable_device
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, nearest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.probing.run import probe
 from wsae.evals.recovery import Recovery, recovery
@@ -118,6 +118,8 @@ def fit(
     d_out] makes it a transcoder. Raises UserError
     for data or options that do not fit.
     """
+    for key in options.keys() - _OPTIONS:
+        raise UserError(f"fit: unknown key {key!r}{nearest(key, _OPTIONS)}")
     run = {key: options.pop(key) for key in list(options) if key in _RUN}
     member = Member(gamma=gamma, k=k, d_sae=d_sae, **options)
     return fit_family(acts, [member], **run).saes[0]
@@ -196,6 +198,10 @@ _RUN = frozenset(TrainConfig.model_fields) - {"members"} | {
     "device",
     "target",
 }
+
+
+_OPTIONS = _RUN | set(MemberConfig.model_fields) | {*_GAMMA, *_MAP}
+"""All that `fit` takes beside its own parameters."""
 
 
 class _Sides(NamedTuple):

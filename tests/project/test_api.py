@@ -106,6 +106,12 @@ def test_every_form_of_the_same_data_gives_the_same_sae_and_scores(tmp_path: Pat
             assert torch.equal(reference.encode(form).reshape(z.shape), z), name
 
 
+def test_an_unknown_key_is_named_with_the_nearest_of_the_members_and_the_runs() -> None:
+    for option, near in (("batchsize", "batch_size"), ("expanson", "expansion")):
+        with pytest.raises(UserError, match=rf"unknown key '{option}' \(nearest: {near}"):
+            wsae.fit(world(50), k=2, d_sae=32, **{option: 5})
+
+
 def test_a_source_with_several_hooks_is_refused() -> None:
     source = ArraySource(world(100), heldout_fraction=0.0)
     source.hooks = {"a": 16, "b": 16}
