@@ -630,8 +630,7 @@ class Run:
         """Return the arrays of a part, by name; empty where it has none."""
         from wsae.core.tensors import load_tensors
 
-        place = self._whole(part)
-        listed = ARRAYS in self._part(part).files
+        place, listed = self._whole(part), ARRAYS in self._part(part).files
         return load_tensors(place / ARRAYS) if listed else {}
 
     def numbers(self, part: str) -> "dict[str, np.ndarray]":
