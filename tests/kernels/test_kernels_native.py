@@ -204,6 +204,46 @@ def test_parts_that_share_their_best_find_what_one_finds() -> None:
             assert torch.equal(shown, torch.zeros_like(shown).scatter_(1, wanted, True))
 
 
+@pytest.mark.usefixtures("int8")
+def test_parts_that_share_their_best_compute_little_more_than_is_wanted() -> None:
+    """Two parts tell one another their bounds: alone, each would compute the k best of its own and more."""
+    x, W, _ = data(84, 64, 1024, seed=2)
+    halves, meeting, told = (W[:512], W[512:]), threading.Barrier(2), [Tensor()] * 2
+    encoders = [rounded(half, x) for half in halves]
+
+    def find(part: int) -> None:
+        def gather(values: Tensor) -> Tensor:
+            told[part] = values
+            meeting.wait(60)
+            every = torch.stack(told)
+            meeting.wait(60)
+            return every
+
+        torch.set_num_threads(1)
+        slices, both = to_slices(halves[part]), Centred.of(x)
+        native.select_topk_shared(encoders[part], slices, None, both, 32, gather, part)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(find, range(2)))
+    alone = rounded(W, x)
+    native.select_topk(alone, to_slices(W), None, Centred.of(x), 32)
+    together = sum(encoder.effort.examined for encoder in encoders)
+    if alone.int8:  # else all are computed
+        assert 84 * 32 <= together <= 1.1 * alone.effort.examined
+
+
+@pytest.mark.usefixtures("int8")
+def test_what_stops_the_parts_from_telling_one_another_is_raised() -> None:
+    """An exception does not pass through C: it is kept, and raised again behind it."""
+    x, W, _ = data(20, 16, 64, seed=1)
+
+    def lost(_values: Tensor) -> Tensor:
+        raise KeyboardInterrupt("rank 1 is gone")
+
+    with pytest.raises(KeyboardInterrupt, match="rank 1 is gone"):
+        native.select_topk_shared(rounded(W, x), to_slices(W), None, Centred.of(x), 4, lost, 0)
+
+
 def test_tokens_with_one_loud_dimension_need_no_exhaustive_search() -> None:
     """Their 8 bits say too little of the other dimensions; 16 do, without which all 3,000 latents were computed."""
     x, W, bias = data(300, 64, 3000, seed=11)

@@ -222,17 +222,17 @@ def work(rank: int, port: int, out: Path) -> None:
 def check_reads(world: Mesh, out: Path) -> None:
     """Train two hooks on layers=2,data=2: a rank reads its own hook and its own rows of each batch."""
     source, read = StoreSource(out / "store"), []
-    take = MappedTensor.take
+    whole = MappedTensor.read
 
-    def noting(self, index):  # noqa: ANN001, ANN202
+    def noting(self, index, out):  # noqa: ANN001, ANN202
         read.append((self.path.parent.name, len(index)))
-        return take(self, index)
+        whole(self, index, out)
 
-    MappedTensor.take = noting  # type: ignore[method-assign]
+    MappedTensor.read = noting  # type: ignore[method-assign]
     train_parallel(
         two_hooks(), source, out / "hooks", again(world, "hooks", LAYOUTS["layers2-data2"])
     )
-    MappedTensor.take = take  # type: ignore[method-assign]
+    MappedTensor.read = whole  # type: ignore[method-assign]
     assert {hook for hook, _ in read} == {"a" if world.rank < 2 else "b"}
     assert sum(rows for _, rows in read) == STEPS * ROWS // 2
 

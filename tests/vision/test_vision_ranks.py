@@ -18,7 +18,7 @@ from wsae.train.loop import Stopped
 from wsae.train.parallel.world import Mesh, joined
 from wsae.vision.config import PretrainConfig, preset
 from wsae.vision.data import make_data
-from wsae.vision.pretrain import Pretrainer, Ranks, pretrain_parallel
+from wsae.vision.pretrain import Pretrainer, Ranks, pretrain
 
 RANKS, STOP = 2, 3
 
@@ -62,7 +62,7 @@ def check_one_batch(world: Mesh) -> None:
 
 def check_resuming(world: Mesh, out: Path) -> None:
     """The last rank is asked to stop: all stop after that step, and go on as if nothing had been."""
-    whole = pretrain_parallel(config(), images(), out / "whole", world)
+    whole = pretrain(config(), images(), out / "whole", world=world)
     assert whole.info["images"]["train"] > 40
     take = Pretrainer.step
 
@@ -73,9 +73,9 @@ def check_resuming(world: Mesh, out: Path) -> None:
 
     Pretrainer.step = step  # type: ignore[method-assign]
     with pytest.raises(Stopped, match=f"step {STOP} of"):
-        pretrain_parallel(config(), images(), out / "cut", world)
+        pretrain(config(), images(), out / "cut", world=world)
     Pretrainer.step = take  # type: ignore[method-assign]
-    pretrain_parallel(config(), images(), out / "cut", world, resume=True)
+    pretrain(config(), images(), out / "cut", world=world, resume=True)
 
 
 def work(rank: int, port: int, out: Path) -> None:
@@ -86,7 +86,7 @@ def work(rank: int, port: int, out: Path) -> None:
         check_one_batch(world)
         check_resuming(world, out)
         with pytest.raises(UserError, match="use a multiple of 2"):
-            pretrain_parallel(config(batch_size=13), images(), out / "uneven", world)
+            pretrain(config(batch_size=13), images(), out / "uneven", world=world)
 
 
 def test_two_processes_train_as_one_and_resume_bit_for_bit(tmp_path: Path) -> None:

@@ -340,12 +340,19 @@ class Store:
         ordered = index[order]
         bounds = np.concatenate([[0], np.cumsum(self._shards[split], dtype=np.int64)])
         cuts = np.searchsorted(ordered, bounds)
-        out = {hook: np.empty((len(index), d_in), np.float32) for hook, d_in in self.hooks.items()}
-        for shard, (first, lo, hi) in enumerate(zip(bounds, cuts, cuts[1:], strict=False)):
-            if hi > lo:
-                for hook, rows in out.items():
-                    rows[order[lo:hi]] = self._maps[split, hook][shard].take(ordered[lo:hi] - first)
-        return {hook: torch.from_numpy(rows) for hook, rows in out.items()}
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        places = list(zip(bounds, cuts, cuts[1:], strict=False))
+        found = {
+            hook: torch.empty(0, d_in, dtype=torch.float32) for hook, d_in in self.hooks.items()
+        }
+        for hook, d_in in self.hooks.items() if len(index) else ():
+            maps = self._maps[split, hook]
+            own = np.empty((len(index), d_in), maps[0].dtype)
+            for shard, (first, lo, hi) in zip(maps, places, strict=False):
+                shard.read(ordered[lo:hi] - first, own[lo:hi])
+            found[hook] = torch.from_numpy(maps[0].wide(own[back]))
+        return found
 
     def places(self, split: str) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
         """Return sequence number and position of every row of a split (int64)."""

@@ -65,11 +65,9 @@ class UI:
         self.bars: Bars | None = None
 
     def __enter__(self) -> "UI":
-        """Start drawing."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop drawing and give the cursor back."""
         if self.bars is not None:
             self.bars.stop()
             self.bars = None
@@ -579,14 +577,9 @@ def flag_names(kind: type[Config]) -> dict[str, tuple[str, ...]]:
             continue
         name = flag_name(path[-1])
         flags[f"--{name}"] = path
-        if field.annotation is bool and not is_switch(field):
+        if field.annotation is bool and tyro.conf.FlagCreatePairsOff not in field.metadata:
             flags[f"--no-{name}"] = path
     return flags
-
-
-def is_switch(field: FieldInfo) -> bool:
-    """Return whether the flag has no --no- form."""
-    return tyro.conf.FlagCreatePairsOff in field.metadata
 
 
 def is_positional(field: FieldInfo) -> bool:

@@ -75,14 +75,14 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg = config(flags)
     loggers = flags.loggers.made()
     from wsae.acts.images.sets import open_images
-    from wsae.vision.pretrain import pretrain, pretrain_parallel
+    from wsae.vision.pretrain import pretrain
 
     if launched():
         with together(flags.common, flags.out, ui) as world:
             progress = ui.progress if world.first else quiet
             images = open_images(cfg.images)
             with mirrored(loggers, ui, world.first):
-                result = pretrain_parallel(cfg, images, flags.out, world, progress, flags.resume)
+                result = pretrain(cfg, images, flags.out, progress, flags.resume, world=world)
     else:
         where = device(flags.common.device)
         images = open_images(cfg.images)

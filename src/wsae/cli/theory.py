@@ -1,6 +1,7 @@
 """`wsae theory`: the ledger of the paper's claims and of our theorems, each checked numerically."""
 
 import shlex
+from dataclasses import asdict
 from typing import Any
 
 from wsae.cli.common import UI, Common, CommonFlags, MaybeName, MaybePlace
@@ -36,7 +37,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         from wsae.studies.drawing import need_matplotlib
 
         need_matplotlib()
-    claims = [claim.as_dict() for claim in ledger(flags.common.seed, flags.only, ui.progress)]
+    claims = [asdict(claim) for claim in ledger(flags.common.seed, flags.only, ui.progress)]
     result: dict[str, Any] = {"claims": claims, "files": []}
     if flags.out is not None:
         from wsae.studies.theory_figures import theory_figures

@@ -16,6 +16,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from safetensors.torch import load, load_file
 from torch import Tensor
 
@@ -113,14 +114,23 @@ class MappedTensor:
 
     def rows(self, index: np.ndarray | slice) -> Tensor:
         """Return the rows at `index` as a new tensor (half precisions and float64 become float32)."""
-        return torch.from_numpy(self.take(index))
-
-    def take(self, index: np.ndarray | slice) -> np.ndarray:
-        """Return the rows at `index` as a new array, like `rows` but without a copy through torch's allocator."""
         part = np.array(self._map[index]) if isinstance(index, slice) else self._map[index]
+        return torch.from_numpy(self.wide(part))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the file's own numbers, as numpy has it: bfloat16 as its bits."""
+        return self._map.dtype
+
+    def read(self, index: Int[np.ndarray, " rows"], out: np.ndarray) -> None:
+        """Copy the rows at `index`, none of them outside, into `out`: the file's own numbers, for `wide`."""
+        np.take(self._map, index, axis=0, out=out, mode="clip")  # any other mode copies twice
+
+    def wide(self, own: np.ndarray) -> np.ndarray:
+        """Return the file's own numbers as float32 (or the integer type)."""
         if self._bf16:
-            return np.left_shift(part, 16, dtype=np.uint32).view(np.float32)
-        return part.astype(np.float32) if part.dtype in (np.float16, np.float64) else part
+            return np.left_shift(own, 16, dtype=np.uint32).view(np.float32)
+        return own.astype(np.float32) if own.dtype in (np.float16, np.float64) else own
 
 
 def _locate(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:

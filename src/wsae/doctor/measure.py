@@ -108,7 +108,6 @@ class Spread(NamedTuple):
     """1 / sum of squared shares: the number of dimensions that matter."""
 
     def __str__(self) -> str:
-        """Return it in words."""
         return (
             f"dimension {self.top_dim} holds {100 * self.top_share:.3g} %, {self.largest_over_median:,.0f} x the "
             f"median; {self.effective:.0f} dimensions matter"
@@ -289,11 +288,9 @@ def probe_model(
     return Probe(x, (rule.by_norm(norms, reasons) == KEPT).view(ids.shape), speed)
 
 
-def text_size(
-    cfg: HarvestConfig, language: LanguageModel, seconds: float = TEXT_SECONDS
-) -> TextSize:
-    """Estimate the training tokens of the text, reading it for at most `seconds`."""
-    end = time.monotonic() + seconds
+def text_size(cfg: HarvestConfig, language: LanguageModel) -> TextSize:
+    """Estimate the training tokens of the text, reading it for at most `TEXT_SECONDS`."""
+    end = time.monotonic() + TEXT_SECONDS
     chars, given, sample, taken, whole = 0, 0, [], 0, True
     reading, repeats = TextCounts(), Repeats()
     for document in documents(cfg.text, reading=reading):
@@ -600,7 +597,6 @@ def seconds_per_step(
 
 
 def _seconds(family: FamilyState, cfg: TrainConfig, device: str, x: Tensor, rows: int) -> float:
-    """Return the seconds of a step of `rows` rows."""
     (members,), times = family.members.values(), []
     data = x.repeat(-(-rows // len(x)), 1)[:rows].to(device)
     with side_by_side(cfg, family) as step_all:

@@ -36,13 +36,8 @@ UNPAIRED = {"dead_frac", "dense_frac"}
 """Shares over all latents: matched pairs (live in both) could not show a difference in dead ones."""
 
 
-def fvu(arrays: Arrays, under: str | None = None) -> Ratio | None:
-    """Return FVU as a ratio over sequences; `under` names the member whose Gamma weighs it (None: plain)."""
-    suffix = f"@{under}" if under else ""
-    return _fvu(arrays, suffix)
-
-
-def _fvu(arrays: Arrays, suffix: str) -> Ratio | None:
+def fvu(arrays: Arrays, suffix: str = "") -> Ratio | None:
+    """Return FVU as a ratio over sequences: plain, under member M's Gamma ("@M") or of source S ("[S]")."""
     if f"seq_sse{suffix}" not in arrays:
         return None
     seen = arrays["seq_rows"] > 0
@@ -61,13 +56,13 @@ def by_sequence(arrays: Arrays, under: str) -> dict[str, Ratio]:
         out["fvu"] = plain
     for key in arrays:
         name, bracket, source = key.partition("[")
-        if name == "seq_sse" and bracket and (one := _fvu(arrays, f"[{source}")) is not None:
+        if name == "seq_sse" and bracket and (one := fvu(arrays, f"[{source}")) is not None:
             out[f"fvu[{source}"] = one
     if "seq_l0" in arrays:
         seen = arrays["seq_rows"] > 0
         out["l0"] = Ratio(arrays["seq_l0"][seen], arrays["seq_rows"][seen])
     out |= _of_predictions(arrays)
-    if (weighted := fvu(arrays, under)) is not None:
+    if (weighted := fvu(arrays, f"@{under}")) is not None:
         out["fvu_weighted"] = weighted
     return out
 

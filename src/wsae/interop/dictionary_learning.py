@@ -61,7 +61,7 @@ from wsae.sae.model import SAE
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _TOPK = ("encoder.weight", "decoder.weight", "encoder.bias", "b_dec")
 _PLAIN = ("encoder.weight", "decoder.weight", "encoder.bias", "bias")
-_NEW = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
+_LAYERS = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
 _JUMP = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 _GATED = ("encoder.weight", "decoder.weight", "mag_bias", "decoder_bias", "gate_bias", "r_mag")
 _MATRYOSHKA = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -69,7 +69,7 @@ _TENSORS = {
     "AutoEncoderTopK": _TOPK,
     "BatchTopKSAE": _TOPK,
     "AutoEncoder": _PLAIN,
-    "AutoEncoderNew": _NEW,
+    "AutoEncoderNew": _LAYERS,
     "JumpReluAutoEncoder": _JUMP,
     "GatedAutoEncoder": _GATED,
     "MatryoshkaBatchTopKSAE": _MATRYOSHKA,
@@ -103,10 +103,6 @@ _KEYS = Keys(
     switches={},
 )
 """Of `trainer`."""
-
-
-def _read(path: Path) -> Foreign:
-    return Foreign(read_config(path / CONFIG), load_state(path / WEIGHTS))
 
 
 def _trainer(foreign: Foreign, where: str) -> dict[str, Any]:
@@ -149,15 +145,16 @@ def _rename(foreign: Foreign, where: str) -> NamedTensors:
 
 
 def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
-    match _trainer(foreign, where)["dict_class"]:
+    trainer = _trainer(foreign, where)
+    match trainer["dict_class"]:
         case "AutoEncoderTopK":
-            return Meaning(weights, {"kind": "topk", "k": _k(foreign, where)})
+            return Meaning(weights, {"kind": "topk", "k": _k_of(foreign, trainer, WEIGHTS, where)})
         case "GatedAutoEncoder":
             return Meaning(weights, {"kind": "jumprelu"})
-        case (
-            "BatchTopKSAE" | "MatryoshkaBatchTopKSAE"
-        ):  # its threshold -1 means "never set": every positive latent speaks
-            return Meaning(weights, {"kind": "batch_topk", "k": _k(foreign, where)})
+        case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
+            # its threshold -1 means "never set": every positive latent speaks
+            k = _k_of(foreign, trainer, WEIGHTS, where)
+            return Meaning(weights, {"kind": "batch_topk", "k": k})
         case "AutoEncoder":
             norms = weights.W_dec.norm(dim=1)
             unit = torch.allclose(norms, torch.ones_like(norms))  # as its from_pretrained decides
@@ -166,10 +163,6 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
             return Meaning(centred(weights), {"kind": "relu"})
         case _:
             return Meaning(centred(weights), {"kind": "jumprelu"})
-
-
-def _k(foreign: Foreign, where: str) -> int:
-    return _k_of(foreign, _trainer(foreign, where), WEIGHTS, where)
 
 
 def _k_of(foreign: Foreign, config: dict[str, Any], weights: str, where: str) -> int:
@@ -242,7 +235,6 @@ def _state(kind: str, weights: NamedTensors, k: int | None) -> dict[str, Tensor]
 
 
 _BESIDE = "model.safetensors"
-_LAYERS = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
 _MEAN, _STD, _SCALE = "activation_mean", "activation_std", "activation_global_scale"
 _BUFFERS = ("target_rms", _MEAN, _STD, _SCALE, "code_normalization_id", "k", "threshold")
 _NORMS = ("CROSSCODER", "SAE", "MIXED", "NONE", "DECOUPLED")
@@ -270,10 +262,6 @@ class _Crosscoders(Format):
         if not super().detect(path) or not (path / CONFIG).is_file():
             return False
         return "dict_size" in read_config(path / CONFIG)
-
-
-def _read_crosscoder(path: Path) -> Foreign:
-    return Foreign(read_config(path / CONFIG), load_tensors(path / _BESIDE))
 
 
 def _rename_crosscoder(foreign: Foreign, where: str) -> NamedTensors:
@@ -393,12 +381,15 @@ def _pack_crosscoder(sae: SAE, about: Provenance) -> Foreign:  # noqa: ARG001  (
 CROSSCODER = _Crosscoders(
     "crosscoder",
     (CONFIG, _BESIDE),
-    _read_crosscoder,
+    lambda path: Foreign(read_config(path / CONFIG), load_tensors(path / _BESIDE)),
     _rename_crosscoder,
     _understand_crosscoder,
     lambda foreign: provenance("crosscoder", foreign.config, {}),
     _pack_crosscoder,
 )
 DICTIONARY_LEARNING = Format(
-    "dictionary_learning", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack
+    "dictionary_learning",
+    (CONFIG, WEIGHTS),
+    lambda path: Foreign(read_config(path / CONFIG), load_state(path / WEIGHTS)),
+    *(_rename, _understand, _about, _pack),
 )

@@ -210,16 +210,15 @@ def named(sae: SAE, by_row: bool = False, by_source: bool = False) -> NamedTenso
             f"an SAE that normalises its rows ({sae.cfg.input_norm}) has no equal there; SAELens has (--format saelens)"
         )
     W_dec, W_enc = sae.W_dec.detach().float().cpu(), sae.W_enc.detach().float().cpu()
-    m, d = W_dec.shape
+    b_enc, b_dec = (
+        torch.zeros(width, dtype=torch.float32) if bias is None else bias.detach().float().cpu()
+        for width, bias in zip(W_dec.shape, (sae.b_enc, sae.b_dec), strict=True)
+    )
     return NamedTensors(
         W_enc=W_enc.clone() if sae.cfg.tied else W_enc,  # two tensors of a file share no memory
         W_dec=W_dec,
-        b_enc=torch.zeros(m, dtype=torch.float32)
-        if sae.b_enc is None
-        else sae.b_enc.detach().float().cpu(),
-        b_dec=torch.zeros(d, dtype=torch.float32)
-        if sae.b_dec is None
-        else sae.b_dec.detach().float().cpu(),
+        b_enc=b_enc,
+        b_dec=b_dec,
         threshold=thresholds(sae),
         W_skip=None if sae.W_skip is None else sae.W_skip.detach().float().cpu(),
     )

@@ -275,10 +275,6 @@ LLAMA_SCOPE = Reader(
 R1_CONFIG, R1_WEIGHTS = "config.json", "sae_weights.safetensors"
 
 
-def _read_r1(path: Path) -> Foreign:
-    return Foreign(read_config(path / R1_CONFIG), load_tensors(path / R1_WEIGHTS))
-
-
 def _rename_r1(foreign: Foreign, where: str) -> NamedTensors:
     config = foreign.config
     if foreign.scale is None:
@@ -289,21 +285,21 @@ def _rename_r1(foreign: Foreign, where: str) -> NamedTensors:
     for key, off in (("use_glu_encoder", (False, None)), ("act_fn", ("jumprelu", None))):
         if config.get(key) not in off:
             raise UserError(f"{where}: {key} = {config[key]!r} has no equal here")
-    names = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
-    *parts, logs = take(foreign.tensors, (*names, "log_jumprelu_threshold"), where)
+    *parts, logs = take(foreign.tensors, (*_LINEAR, "log_jumprelu_threshold"), where)
     rows, columns = (
-        _matrix(part, name, where) for part, name in zip(parts, names[:2], strict=False)
+        _matrix(part, name, where) for part, name in zip(parts, _LINEAR[:2], strict=False)
     )
     weights = NamedTensors(rows, columns, parts[2], parts[3], logs.exp())
     return check_shapes(weights, where, config.get("d_model"))
 
 
-def _about_r1(foreign: Foreign) -> Provenance:
-    return provenance("llama_scope_r1", foreign.config, {"hook": "hook_point_in"})
-
-
 LLAMA_SCOPE_R1 = Reader(
-    "llama_scope_r1", (R1_CONFIG, R1_WEIGHTS), _read_r1, _rename_r1, _understand_llama, _about_r1
+    "llama_scope_r1",
+    (R1_CONFIG, R1_WEIGHTS),
+    lambda path: Foreign(read_config(path / R1_CONFIG), load_tensors(path / R1_WEIGHTS)),
+    _rename_r1,
+    _understand_llama,
+    lambda foreign: provenance("llama_scope_r1", foreign.config, {"hook": "hook_point_in"}),
 )
 """Opened by its release alone: its weights have the name of SAELens', its scale is nowhere in the files."""
 

@@ -9,7 +9,6 @@ before the choice there and after it here, which changes no latent: a chosen pre
 SAE with a skip connection is read as a transcoder whose output is its input.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +39,6 @@ from wsae.sae.model import SAE
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _TENSORS = ("encoder.weight", "W_dec", "encoder.bias", "b_dec")
 _KINDS = {"topk": "topk", "groupmax": "group_topk"}
-_ELSEWHERE = "use it with the sparsify that wrote it"
 _KEYS = Keys(
     used=frozenset(
         {"d_in", "num_latents", "expansion_factor", "k", "activation"}
@@ -51,14 +49,10 @@ _KEYS = Keys(
         "signed": Switch(
             (False, None),
             "latents are chosen by magnitude and keep their sign (sparsify of June to August 2024), which has no "
-            f"equal here; {_ELSEWHERE}",
+            "equal here; use it with the sparsify that wrote it",
         ),
     },
 )
-
-
-def _read(path: Path) -> Foreign:
-    return Foreign(read_config(path / CONFIG), load_tensors(path / WEIGHTS))
 
 
 def _rename(foreign: Foreign, where: str) -> NamedTensors:
@@ -94,10 +88,6 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
     return Meaning(weights, {"kind": _KINDS[kind], "k": k}, transcode)
 
 
-def _about(foreign: Foreign) -> Provenance:
-    return provenance("sparsify", foreign.config, {}, check_keys(foreign.config, _KEYS, CONFIG))
-
-
 def _pack(sae: SAE, about: Provenance) -> Foreign:  # noqa: ARG001  (the config has no room for it)
     activation = sae.cfg.activation
     if not isinstance(activation, TopK | GroupTopK):
@@ -130,4 +120,12 @@ def _pack(sae: SAE, about: Provenance) -> Foreign:  # noqa: ARG001  (the config 
     return Foreign(config, tensors)
 
 
-SPARSIFY = Format("sparsify", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack)
+SPARSIFY = Format(
+    "sparsify",
+    (CONFIG, WEIGHTS),
+    lambda path: Foreign(read_config(path / CONFIG), load_tensors(path / WEIGHTS)),
+    _rename,
+    _understand,
+    lambda found: provenance("sparsify", found.config, {}, check_keys(found.config, _KEYS, CONFIG)),
+    _pack,
+)

@@ -1,4 +1,7 @@
-"""Figures of the paper as PNG and SVG: panels of lines, and scatters with named points. Needs matplotlib."""
+"""Figures of the paper: panels of lines, and scatters with named points.
+
+Paths are without suffix: PNG and SVG are written. Raises UserError where matplotlib is not installed.
+"""
 
 import functools
 import importlib.util
@@ -40,8 +43,6 @@ def panels_figure(
     """Draw panels (title, ylabel, series) side by side, one line a method with its 95 % band; returns both paths.
 
     A panel may have `log`, the `bottom` its axis reaches down to (0), and `ticks`, names of the places 0, 1, ...
-
-    `path` is without suffix; PNG and SVG are written. Raises UserError when matplotlib is not installed.
     """
     names = list(dict.fromkeys(line["method"] for panel in panels for line in panel["series"]))
     columns = min(columns, len(panels))
@@ -142,8 +143,7 @@ _SHIFTS = (0.0, -1.1, 1.1, -2.2, 2.2, -3.3, 3.3, -4.4, 4.4)
 def forest_figure(panels: Sequence[dict[str, Any]], path: Path) -> list[Path]:
     """Draw panels (title, lines) side by side, a row for each line's name: its points, its mean and interval.
 
-    A line has `name`, `points`, `mean` (value, low, high) and `sure`, which gives it the stronger colour. `path` is
-    without suffix; PNG and SVG are written. Raises UserError when matplotlib is not installed.
+    A line has `name`, `points`, `mean` (value, low, high) and `sure`, which gives it the stronger colour.
     """
     names = [line["name"] for line in panels[0]["lines"]]
     figure = new_figure(4.6 * len(panels), 0.3 * len(names) + 1.1)
@@ -165,8 +165,7 @@ def scatter_figure(panels: Sequence[dict[str, Any]], path: Path, columns: int = 
     """Draw panels side by side: lines first, then a named point with its interval for each member; returns both paths.
 
     A panel has title, xlabel and ylabel; lines: [{label, x, y}]; points: [{label, group, x, y, low, high}]. Points of
-    one group share colour and marker. With `log` the x axis is one of powers of two. `path`
-    is without suffix. Raises UserError without matplotlib.
+    one group share colour and marker. With `log` the x axis is one of powers of two.
     """
     groups = list(dict.fromkeys(p["group"] for panel in panels for p in panel["points"]))
     columns = min(columns, len(panels))

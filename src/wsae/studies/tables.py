@@ -209,8 +209,7 @@ class TableStudy(PaperStudy[StudyConfig]):
     @cached_property
     def language(self) -> LanguageModel:
         """The model under study, loaded once, when first needed."""
-        wanted = self.cfg.harvest
-        return language_for(wanted)
+        return language_for(self.cfg.harvest)
 
     def introduce(self) -> None:
         """Tell what will be done; on a live model its memory, disk and time too."""
@@ -249,16 +248,16 @@ class TableStudy(PaperStudy[StudyConfig]):
 
     def stages(self) -> list[Stage]:
         """Return the stages up to the last one asked for."""
+        stages = [self.trained(), self.evaluated(self.cfg.evaluation, lambda: None), self.scored()]
+        return stages[: STAGES.index(self.choices.until)]
+
+    def scored(self) -> Stage:
+        """Return the stage that interprets a run."""
 
         def settings(run: StudyRun) -> InterpretConfig:
             return self.cfg.interpretation(run.number)
 
-        stages = [
-            self.trained(),
-            self.evaluated(self.cfg.evaluation, lambda: None),
-            Stage("interpret", self._interpret, settings, "interpretation"),
-        ]
-        return stages[: STAGES.index(self.choices.until)]
+        return Stage("interpret", self._interpret, settings, "interpretation")
 
     def _interpret(self, run: StudyRun) -> None:
         from wsae.evals.interpret.local import open_llm
@@ -344,25 +343,14 @@ WORSE_FVU, MORE_DEAD = 1.1, 1.0
 class RemedyStudy(TableStudy):
     """The recipe of the study of remedies: trained, evaluated, probed."""
 
-    def stages(self) -> list[Stage]:
-        """Return the stages up to the last one asked for."""
-        cfg = self.probing
+    def scored(self) -> Stage:
+        """Return the stage that probes a run by the rule tasks."""
+        cfg = ProbeConfig(k=(1, 16), least=2 if self.preset == "tiny" else ProbeConfig().least)
 
         def probe(run: StudyRun) -> None:
             probe_run(run.path, self.source(run), cfg, progress=self.progress)
 
-        stages = [
-            self.trained(),
-            self.evaluated(self.cfg.evaluation, lambda: None),
-            Stage("probe", probe, lambda _: cfg, "probing"),
-        ]
-        return stages[: STAGES.index(self.choices.until)]
-
-    @property
-    def probing(self) -> ProbeConfig:
-        """The settings of the rule tasks."""
-        least = 2 if self.preset == "tiny" else ProbeConfig().least
-        return ProbeConfig(k=(1, 16), least=least)
+        return Stage("probe", probe, lambda _: cfg, "probing")
 
     def rows(self, run: StudyRun) -> list[Row]:
         """Return one row per SAE, random SAE and raw activations of a run: what was measured."""

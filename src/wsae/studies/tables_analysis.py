@@ -417,47 +417,41 @@ def paper_table(name: TableName) -> Table:
     return {"header": [f"{table.model}, layer", *map(str, table.layers), "mean"], "rows": rows}
 
 
-def score_table(rows: Sequence[Row], hooks: Sequence[str], score: str) -> Table:
-    """Return member x hook -> mean score over latents of the first seed with its interval, and the mean over hooks."""
-    out = []
-    for name in dict.fromkeys(row["member"] for row in rows):
-        found = [_first(rows, name, hook) for hook in hooks]
-        cells = [_of(row["scores"].get(score, {}) if row else {}) for row in found]
-        if any(cell != NONE for cell in cells):
-            mean = _mean(
-                [row["scores"].get(score, {}).get("value") if row else None for row in found]
-            )
-            out.append([name, *cells, NONE if mean is None else f"{100 * mean:.1f}"])
-    return {"header": ["", *hooks, "mean"], "rows": out}
+def first_seeds(rows: Sequence[Row], hooks: Sequence[str]) -> dict[str, list[Row]]:
+    """Return member -> its row of the first seed at each hook, {} where it has none."""
+    return {
+        name: [
+            min(select(rows, member=name, hook=hook), key=lambda row: row["seed"], default={})
+            for hook in hooks
+        ]
+        for name in dict.fromkeys(row["member"] for row in rows)
+    }
 
 
-def fvu_table(rows: Sequence[Row], hooks: Sequence[str]) -> Table:
-    """Return member x hook -> plain FVU of the first seed."""
-    out = []
-    for name in dict.fromkeys(row["member"] for row in rows):
-        found = [_first(rows, name, hook) for hook in hooks]
-        fvus = [row["metrics"].get("fvu", {}).get("value") if row else None for row in found]
-        if any(v is not None for v in fvus):
-            out.append([name, *(NONE if v is None else f"{v:.3f}" for v in fvus)])
-    return {"header": ["", *hooks], "rows": out}
+def score_table(firsts: dict[str, list[Row]], hooks: Sequence[str], score: str) -> Table:
+    """Return member x hook -> mean score over latents with its interval, and the mean over hooks."""
+    lines = []
+    for name, found in firsts.items():
+        scored = [row.get("scores", {}).get(score, {}) for row in found]
+        mean = _mean([one.get("value") for one in scored])
+        lines.append([name, *map(_of, scored), NONE if mean is None else f"{100 * mean:.1f}"])
+    return _table([*hooks, "mean"], lines)
 
 
-def latents_table(rows: Sequence[Row], hooks: Sequence[str]) -> Table:
-    """Return member x hook -> latents scored of those sampled, those left out by reason, and how alike pairs are.
-
-    Of the first seed. The cosine is the mean over the one-to-one pairs with the plain twin.
-    """
-    out = []
-    for name in dict.fromkeys(row["member"] for row in rows):
-        cells = [_sampled(_first(rows, name, hook)) for hook in hooks]
-        if any(cell != NONE for cell in cells):
-            out.append([name, *cells])
-    return {"header": ["", *hooks], "rows": out}
+def _table(columns: Sequence[str], lines: Iterable[list[str]]) -> Table:
+    kept = [line for line in lines if any(cell != NONE for cell in line[1:])]
+    return {"header": ["", *columns], "rows": kept}
 
 
-def _sampled(row: Row | None) -> str:
-    counts = row["counts"] if row else {}
-    if not row or not counts:
+def _fvu(row: Row) -> str:
+    value = row.get("metrics", {}).get("fvu", {}).get("value")
+    return NONE if value is None else f"{value:.3f}"
+
+
+def _sampled(row: Row) -> str:
+    """Return the latents scored of those sampled, those left out by reason, and how alike pairs with the twin are."""
+    counts = row.get("counts")
+    if not counts:
         return NONE
     said = [f"{counts['scored']} of {counts['sampled']}"]
     said += [f"{n} {reason}" for reason, n in counts["skipped"].items() if n]
@@ -498,18 +492,14 @@ def tables(
     hooks: Sequence[str],
 ) -> dict[str, Table]:
     """Return every table of our own results, by title."""
-    out = {}
+    out, firsts = {}, first_seeds(rows, hooks)
     for score in scores_of(rows):
-        out[f"{score}: score in % [95 % interval over latents]"] = score_table(rows, hooks, score)
+        out[f"{score}: score in % [95 % interval over latents]"] = score_table(firsts, hooks, score)
         out[f"{score}: weighted minus plain, points"] = gain_table(lines, means, hooks, score)
-    out["latents scored, of those sampled; pairs with the plain twin"] = latents_table(rows, hooks)
-    out["plain FVU"] = fvu_table(rows, hooks)
+    sampled = ([name, *map(_sampled, found)] for name, found in firsts.items())
+    out["latents scored, of those sampled; pairs with the plain twin"] = _table(hooks, sampled)
+    out["plain FVU"] = _table(hooks, ([name, *map(_fvu, found)] for name, found in firsts.items()))
     return {title: table for title, table in out.items() if table["rows"]}
-
-
-def _first(rows: Sequence[Row], name: str, hook: str) -> Row | None:
-    found = select(rows, member=name, hook=hook)
-    return min(found, key=lambda row: row["seed"]) if found else None
 
 
 def _of(record: dict[str, Any], sign: bool = False) -> str:

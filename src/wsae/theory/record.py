@@ -1,8 +1,8 @@
 """What the paper says: the form of a checked claim, and the numbers of Tables 1 to 3. No torch here."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from wsae.core.config import Config
 
@@ -33,10 +33,6 @@ class Claim:
     """How many instances were tried."""
     numbers: dict[str, float] = field(default_factory=dict)
     """The numbers behind the evidence, by name."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the claim as JSON-ready values."""
-        return asdict(self)
 
 
 Check = Callable[[int], Claim]

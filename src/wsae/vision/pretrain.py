@@ -434,10 +434,7 @@ def knn_accuracy(
     k: int = K,
     temperature: float = 0.07,
 ) -> float:
-    """Return the accuracy of the k nearest by cosine, each voting with exp(cosine / temperature).
-
-    As solo-learn has it.
-    """
+    """Return the accuracy of the k nearest by cosine, each voting with exp(cosine / temperature) (solo-learn)."""
     train, test = nn.functional.normalize(train, dim=1), nn.functional.normalize(test, dim=1)
     k, classes = min(k, len(train)), int(train_labels.max()) + 1
     right, rows = 0, max(1, _CELLS // len(train))
@@ -537,42 +534,19 @@ def pretrain(
     progress: Progress = quiet,
     resume: bool = False,
     device: str = "cpu",
+    world: Mesh | None = None,
 ) -> PretrainResult:
     """Pretrain an encoder into the directory `out`; a killed run continues bit for bit with `resume`.
 
-    A finished run of the same config and images is returned as it is. Raises UserError when `out` holds another run or
-    an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt) when interrupted, after writing a
-    checkpoint.
-    """
-    return _pretrained(cfg, images, out, Ranks(), device, progress, resume)
-
-
-def pretrain_parallel(
-    cfg: PretrainConfig,
-    images: ImageSet,
-    out: Path,
-    world: Mesh,
-    progress: Progress = quiet,
-    resume: bool = False,
-) -> PretrainResult:
-    """Pretrain with all processes of `world`, each on an equal part of every batch; every one calls this.
-
+    With a `world` every one of its processes calls this, on its device, and takes an equal part of every batch.
     Negatives are gathered from all; batch normalisation is over all on GPUs, over each process's part on CPUs. The run
-    continues with `resume` on any number of processes. Raises what `pretrain` raises, `Stopped` on all processes when
-    one is interrupted.
+    continues on any number of processes.
+
+    A finished run of the same config and images is returned as it is. Raises UserError when `out` holds another run or
+    an unfinished one and `resume` is not set, and `Stopped` (a KeyboardInterrupt, on all processes) when interrupted,
+    after writing a checkpoint.
     """
-    return _pretrained(cfg, images, out, Ranks(world), world.device, progress, resume)
-
-
-def _pretrained(
-    cfg: PretrainConfig,
-    images: ImageSet,
-    out: Path,
-    ranks: Ranks,
-    device: str,
-    progress: Progress,
-    resume: bool,
-) -> PretrainResult:
+    ranks, device = Ranks(world), device if world is None else world.device
     ranks.part(cfg.batch_size)  # raises where there are no equal parts
     with held(out) if ranks.first else contextlib.nullcontext():
         identity = ranks.from_first(lambda: _entered(cfg, images, out, resume))

@@ -55,7 +55,8 @@ KERNELS = {
 }
 """What each kernel takes: pointers (P) and 64-bit numbers (N)."""
 ALLOCATING = ("select_int8", "keep_shared", "rank_levels", "sort_pairs", "dots", "update_latents")
-"""Kernels with working memory of their own: they return 1 when there is none left, 2 for a code that does not fit."""
+"""Kernels with working memory of their own: they return 1 when there is none left, 2 for a code that does not fit, 3
+when a function that they were given failed."""
 TIMEOUT = 300
 SWITCH = "WSAE_NATIVE"
 """Environment variable: 0 turns the compiled kernels off, float32 the 8-bit selection alone."""
@@ -136,6 +137,8 @@ def _opened(path: Path) -> ctypes.CDLL:
 def _succeeded(status: int, function: object, _arguments: object) -> int:
     """Raise what a kernel says: memory ran out, or a code names latents or tokens that there are not."""
     name = getattr(function, "__name__", "a kernel")
+    if status == 3:
+        raise RuntimeError(f"what the compiled kernel {name} asked for failed")
     if status == 2:
         raise ValueError(f"a sparse code that does not fit in the compiled kernel {name}")
     if status:

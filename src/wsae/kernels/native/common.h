@@ -39,13 +39,18 @@ static inline float sum(vf v) {
 #endif
 }
 
-// What a function called from Python returns: 0, or 1 when memory ran out.
+// A function of Python's that was called here failed.
+struct Unheard {};
+
+// What a function called from Python returns: 0, 1 when memory ran out, 3 when what it called there failed.
 template <class F> static inline int64_t status_of(F work) noexcept {
   try {
     work();
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
+  } catch (const Unheard&) {
+    return 3;
   }
 }
 

@@ -99,6 +99,9 @@ struct Selection {
   int64_t whole;       // tokens of the batch of which these are all or some: it decides in what order terms are added
   float* norms;        // [batch] or null. Given, other selections have more latents, and of a token that has a guess
                        // what is below it is not wanted: fewer than `keep` may be returned, and no guess is learned
+  float* lower;        // [batch, keep], with `norms`: lower bounds of each token's best candidates here, in its steps
+  const float* (*agree)(void);  // returns everyone's `lower` [parts, batch, keep], null where that failed
+  int64_t parts;       // how many selections share the batch
   float* values;       // [batch, keep]
   int64_t* indices;    // [batch, keep]
   int64_t* counts;     // [batch]
@@ -483,6 +486,7 @@ void keep_winners(Found& found, int64_t group) {
 struct Round {
   std::vector<Token> tokens;
   std::vector<std::vector<int32_t>> chunk_latents;
+  std::vector<std::vector<float>> chunk_upper;  // their upper bounds, while others are still to be heard
   std::vector<int64_t> offsets;  // [tokens + 1] into latents
   std::vector<int32_t> latents;
   std::vector<float> values;     // exact pre-activations of the candidates
@@ -493,12 +497,61 @@ struct Round {
   Found found(int64_t t) { return {latents.data() + offsets[t], values.data() + offsets[t], offsets[t + 1] - offsets[t]}; }
 };
 
+// Note the upper bounds of a token's candidates, and the lower bounds of the best of them for the others to know.
+void tell(const Job& job, const Candidates& c, float* lower, std::vector<float>& upper) {
+  upper.insert(upper.end(), c.upper, c.upper + c.count);
+  const float threshold = c.count > job.s.keep ? c.threshold : -INFINITY;
+  for (int64_t i = 0, n = 0; i < c.count && n < job.s.keep; i++) {
+    const float bound = c.upper[i] - 2 * c.reach * job.spread[c.index[i]];
+    lower[n] = bound, n += bound >= threshold;
+  }
+}
+
+// Drop the candidates that everyone's lower bounds leave no place for: those of a batch shared by `parts` selections.
+void hear(const Job& job, int64_t count, int64_t chunk, Round& r) {
+  const float* all = job.s.agree();
+  if (!all) throw Unheard();
+  const int64_t k = job.s.keep;
+  share_out(count, chunk, [&](int64_t first, int64_t last) {
+    std::vector<float> bounds(job.s.parts * k + 32);
+    std::vector<int32_t>& latents = r.chunk_latents[first / chunk];
+    std::vector<float>& upper = r.chunk_upper[first / chunk];
+    int64_t from = 0, to = 0;
+    for (int64_t t = first; t < last; t++) {
+      int n = 0;
+      for (int64_t part = 0; part < job.s.parts; part++)
+        for (int64_t i = 0; i < k; i += 16) {
+          const __mmask16 real = k - i < 16 ? (1 << (k - i)) - 1 : 0xffff;
+          const __m512 bound = _mm512_maskz_loadu_ps(real, all + (part * count + t) * k + i);
+          const __mmask16 told = _mm512_mask_cmp_ps_mask(real, bound, _mm512_set1_ps(LOWEST), _CMP_GT_OQ);
+          _mm512_storeu_ps(&bounds[n], _mm512_maskz_compress_ps(told, bound));
+          n += __builtin_popcount(told);
+        }
+      const bool every = r.tokens[t].broken || n < k;
+      const float threshold = every ? -INFINITY : reached_by(bounds.data(), n, k);
+      const int64_t begin = to;
+      for (const int64_t end = from + r.offsets[t + 1]; from < end; from++) {
+        latents[to] = latents[from];
+        to += every || upper[from] >= threshold;
+      }
+      r.offsets[t + 1] = to - begin;
+    }
+    latents.resize(to);
+    upper = {};
+  });
+}
+
 // Scan all tokens, chunk by chunk.
 void find_candidates(const Job& job, const float* x, int64_t count, int64_t chunk, bool guess, Round& r) {
   r.tokens.resize(count);
   r.failed.assign(count, 0);
   r.offsets.assign(count + 1, 0);
   r.chunk_latents.assign((count + chunk - 1) / chunk, {});
+  const bool shared = job.s.agree && job.lanes == 1;
+  if (shared) {
+    r.chunk_upper.assign(r.chunk_latents.size(), {});
+    std::fill(job.s.lower, job.s.lower + count * job.s.keep, -INFINITY);
+  }
   std::atomic<int64_t> exhaustive{0};
   share_out(count, chunk, [&](int64_t first, int64_t last) {
     Chunk w;
@@ -512,14 +565,17 @@ void find_candidates(const Job& job, const float* x, int64_t count, int64_t chun
       r.tokens[t] = w.tokens[t - first];
       if (r.tokens[t].broken || (found.overflow && !r.failed[t])) {
         for (int64_t j = 0; j < job.e.d_sae; j++) out.push_back((int32_t)j);
+        if (shared) r.chunk_upper[first / chunk].resize(out.size(), INFINITY);
         exhaustive++;
       } else if (!r.failed[t]) {
         out.insert(out.end(), found.index, found.index + found.count);
+        if (shared) tell(job, found, job.s.lower + t * job.s.keep, r.chunk_upper[first / chunk]);
       }
       r.offsets[t + 1] = out.size() - before;
     }
   });
   r.exhaustive = exhaustive;
+  if (shared) hear(job, count, chunk, r);
   for (int64_t t = 0; t < count; t++) r.offsets[t + 1] += r.offsets[t];
   r.latents.reserve(r.offsets[count]);
   for (std::vector<int32_t>& part : r.chunk_latents) {

@@ -34,6 +34,9 @@ ROWS = 256
 """Rows whose pre-activations exist at a time on a CPU without 8-bit dot products."""
 
 
+_AGREE = ctypes.CFUNCTYPE(ctypes.c_void_p)
+
+
 class CEncoder(ctypes.Structure):
     """struct Encoder of select.cpp."""
 
@@ -51,7 +54,10 @@ class CSelection(ctypes.Structure):
         ("k", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("above", "guess", "trend")),
         *((name, ctypes.c_int64) for name in ("keep", "whole")),
-        *((name, ctypes.c_void_p) for name in ("norms", "values", "indices", "counts")),
+        *((name, ctypes.c_void_p) for name in ("norms", "lower")),
+        ("agree", _AGREE),
+        ("parts", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("values", "indices", "counts")),
         *((name, ctypes.c_int64) for name in ("examined", "exhaustive", "repeated")),
     )
 
@@ -162,19 +168,20 @@ def select_topk_shared(
 ) -> SparseCode:
     """Return which of each row's k largest pre-activations are of these latents, where others have more.
 
-    `gather` returns everyone's tensors of one shape, stacked; this is part `part` of them. The guess from the batch
-    before is of the k-th largest of all; rows for which the parts find fewer than k above it are done again without.
-    Ties go to the lower part.
+    `gather` returns everyone's tensors of one shape, stacked; this is part `part` of them. Lower bounds from the 8-bit
+    product are gathered first, so that few more than k exact values a row are computed by all parts together. The guess
+    from the batch before is of the k-th largest of all; rows for which the parts find fewer than k above it are done
+    again without. Ties go to the lower part.
     """
     batch = len(centred.rows)
     norms, guess = empty(batch), torch.tensor([encoder.guess, encoder.trend], dtype=torch.float32)
-    values, indices = _best(encoder, W, bias, centred, k, norms, batch)
+    values, indices = _best(encoder, W, bias, centred, k, norms, batch, gather)
     everyone = gather(values)
     short = ((everyone > -math.inf).sum((0, 2)) < k).nonzero()[:, 0]
     if len(short):
         encoder.guess = math.nan
         again = Centred(centred.rows[short], centred.slices[:, short].contiguous())
-        best = _best(encoder, W, bias, again, k, empty(len(short)), batch)
+        best = _best(encoder, W, bias, again, k, empty(len(short)), batch, gather)
         values[short], indices[short] = best
         everyone[:, short] = gather(values[short])
     offsets = empty(batch + 1, dtype=torch.int64)
@@ -207,17 +214,37 @@ def _best(
     k: int,
     norms: Float[Tensor, " batch"],
     whole: int,
+    gather: Callable[[Tensor], Tensor],
 ) -> _Best:
     """Return what these latents have, and fill in the rows' norms; they are all or some of a batch of `whole` rows."""
     batch = len(centred.rows)
+    lower = empty(batch, k).fill_(-math.inf)
     if not encoder.int8:
+        gather(lower)  # others may have bounds to tell
         norms.copy_(torch.linalg.vector_norm(centred.rows, dim=1))
         code = select_topk(encoder, W, bias, centred, k)
         return _Best(code.values.view(batch, k), code.indices.view(batch, k))
     values, indices = empty(batch, k), empty(batch, k, dtype=torch.int64)
     asked = CSelection(k=k, keep=k, whole=whole, above=-math.inf, norms=norms.data_ptr())
     asked.values, asked.indices = values.data_ptr(), indices.data_ptr()
-    counts = _run(encoder, W, bias, None, centred, asked, None)
+    told: list[Tensor] = []
+    failed: list[BaseException] = []
+
+    def agree() -> int | None:
+        try:
+            told.append(gather(lower))
+        except BaseException as error:  # noqa: BLE001  raised below: nothing passes through C
+            failed.append(error)
+            return None
+        asked.parts = len(told[0])
+        return told[0].data_ptr()
+
+    asked.lower, asked.agree = lower.data_ptr(), _AGREE(agree)
+    try:
+        counts = _run(encoder, W, bias, None, centred, asked, None)
+    finally:
+        if failed:
+            raise failed[0] from None
     values.masked_fill_(torch.arange(k) >= counts[:, None], -math.inf)
     return _Best(values, indices)
 
