@@ -360,4 +360,8 @@ def test_data_that_changed_since_training_are_not_measured_as_if_they_had_not(
         bare = [*evaluate, "--splice-tokens", "0"]
         assert main(bare) == (0 if (changed, live) == ("model", False) else 2)
     if not live:
+        steer = ["steer", "--sae", run, "--set", "1=2", "--prompt", "the cat", "--device", "cpu"]
+        steer += ["--new-tokens", "2"]
+        assert main(steer) == (2 if changed == "model" else 0)
+        assert main([*steer, str(model)]) == 0  # asked for
         assert model_of(Path(run)).why_not.count("another than") == (changed == "model")

@@ -712,11 +712,7 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
     language = language_for(cfg, device)
-    if language.digest != store.manifest.inputs["model"]:
-        raise UserError(
-            f"{store.path}: its activations are of another model than {cfg.model} is now (its files differ); "
-            "put it back, or harvest again"
-        )
+    store.check_model(language.digest)
     return language
 
 

@@ -425,9 +425,7 @@ def changed_hook(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
 def as_trained(run: Run, language: LanguageModel) -> SkipRule:
     """Return the rule by which a run's tokens were left out, the norms of its sinks included where they are known."""
     data, medians = run.source.get("harvest"), None
-    place = run.source.get("path")
-    if run.source.get("kind") == "store" and place and (Path(place) / MANIFEST).is_file():
-        store = Store(Path(place), verify=False)
+    if (store := stored(run)) is not None:
         data, medians = store.manifest.config, store.info.get("median_norm")
     cfg = HarvestConfig()
     if isinstance(data, dict) and "text" in data:
@@ -435,6 +433,13 @@ def as_trained(run: Run, language: LanguageModel) -> SkipRule:
     rule = SkipRule(cfg, language.tokenizer.all_special_ids)
     rule.medians = medians
     return rule
+
+
+def stored(run: Run) -> Store | None:
+    """Return the store of a run's activations; none where it has none, or it has moved."""
+    place = run.source.get("path") or ""
+    there = run.source.get("kind") == "store" and place and (Path(place) / MANIFEST).is_file()
+    return Store(Path(place), verify=False) if there else None
 
 
 def _spread(code: SparseCode, kept: Int64[Tensor, " kept"], tokens: int) -> SparseCode:
