@@ -166,6 +166,9 @@ calls = {
     "of_sae": lambda sae: wsae.Run.of_sae(sae, sys.argv[2], force=True),
     "fit": lambda sae: wsae.fit(x, k=2, d_sae=32, tokens=100, init_from=[sae]),
 }
+sae = wsae.fit(x, k=2, d_sae=32, tokens=100)
+compiled = torch.compile(sae, backend="eager")
+assert wsae.evaluate(compiled, x)["metrics"]["fvu"] == wsae.evaluate(sae, x)["metrics"]["fvu"]
 for name, call in calls.items():
     for value in ("path", x, None, wsae.SAE):
         try:

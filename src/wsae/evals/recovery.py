@@ -587,7 +587,8 @@ def recovery(
     without signal.
     """
     cfg = RecoveryConfig.parse(dict(options), where="recovery")
-    if an_sae(sae, "recovery").cfg.transcoder:
+    sae = an_sae(sae, "recovery")
+    if sae.cfg.transcoder:
         raise UserError(
             "recovery: a transcoder gives other activations than it reads; its latents alone have scores: "
             "wsae.evals.recovery.score_codes"

@@ -256,7 +256,7 @@ def evaluate(
     it is to give, rows beside those of `acts`. Raises UserError for another width, NaN, infinity, no rows, or a target
     for an SAE (a transcoder without one).
     """
-    an_sae(sae, "evaluate")
+    sae = an_sae(sae, "evaluate")
     acts = sae.join(acts) if isinstance(acts, Mapping) and sae.cfg.sources else acts
     path = as_path(acts)
     if path is not None and path.is_dir() and not is_folder_of_arrays(path):

@@ -566,7 +566,8 @@ class SAE(nn.Module):
 
 
 def an_sae(value: object, what: str) -> SAE:
-    """Return an SAE as it is; raises UserError beginning with `what` for anything else."""
+    """Return an SAE, compiled ones as they were; raises UserError beginning with `what` for anything else."""
+    value = getattr(value, "_orig_mod", value)
     if not isinstance(value, SAE):
         raise UserError(f"{what}: given {type(value).__name__} in place of an SAE; SAE.load(path)")
     return value

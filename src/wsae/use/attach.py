@@ -375,6 +375,7 @@ def attach(
     if isinstance(exclude, str) and exclude != "as in training":
         raise UserError(f"exclude {exclude!r}: give 'as in training', a SkipRule, or None")
     rule = SkipRule(HarvestConfig(), special_ids(model)) if isinstance(exclude, str) else exclude
+    saes = {name: an_sae(sae, f"hook {name!r}") for name, sae in saes.items()}
     outs = {name: changed_hook(name, sae, hook_out) for name, sae in saes.items()}
     points = hooks_named(model, dict.fromkeys([*saes, *outs.values()]))
     names: dict[tuple[str, str], str] = {}
@@ -406,7 +407,6 @@ def attach(
 
 def changed_hook(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
     """Return the hook whose rows an SAE's edits change; raises UserError where nobody says a transcoder's."""
-    an_sae(sae, f"hook {name!r}")
     if sae.cfg.sources is not None:
         raise UserError(
             f"hook {name!r}: its SAE is a crosscoder, which reads {len(sae.cfg.sources)} hooks together and "

@@ -31,7 +31,7 @@ from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.core.calls import tensor
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.sae.model import SAE
+from wsae.sae.model import SAE, an_sae
 from wsae.use.attach import Codes, Exclude, attach
 
 Method = Literal["gradient", "integrated"]
@@ -267,7 +267,8 @@ class _GradientPasses:
     def __init__(
         self, model: nn.Module, saes: Mapping[str, SAE], ids: Int64[Tensor, " seq"], metric: Metric
     ) -> None:
-        self.model, self.saes, self.metric = model, saes, metric
+        self.model, self.metric = model, metric
+        self.saes = {hook: an_sae(sae, f"hook {hook!r}") for hook, sae in saes.items()}
         self.points: Mapping[str, HookPoint] = {}
         self._together: dict[str, int] = {}
         self.ids = ids.to(input_device(model))
