@@ -82,6 +82,61 @@ def test_train_and_val_are_splits_also_in_several_parts(tmp_path):
         opened(tmp_path, split="test")
 
 
+@pytest.mark.parametrize("beside", ["val/a", "Testing/a", "__MACOSX", "docs"])
+@pytest.mark.parametrize("name", ["train", "Train", "training"])
+def test_splits_are_no_classes_however_they_are_written(tmp_path, name, beside):
+    for place in (f"{name}/a", f"{name}/b", beside):
+        (tmp_path / place).mkdir(parents=True)
+        if place[-2] == "/":
+            Image.fromarray(PIXELS[0]).save(tmp_path / place / "x.png")
+    (tmp_path / beside / "._x.png").write_bytes(b"")
+    assert opened(tmp_path).names == ("a", "b")
+
+
+@pytest.mark.parametrize("target", ["gone.png", "b.png"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path, target):
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(target)
+    with pytest.raises(UserError, match="b.png: a link that leads nowhere"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_a_line_of_pixels_the_middle_is_read_in_little_memory(tmp_path, monkeypatch, turned):
+    """Resized whole, its shorter side to 8 pixels, it would be of 8 x 400,000."""
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *how: made.append(how[0]) or resize(self, *how)
+    )
+    line = np.full((1, 50_000, 3), 200, np.uint8)
+    line[:, 24_000:26_000] = 50
+    line[:, 25_000:] += 5
+    picture = Image.fromarray(line.swapaxes(0, 1) if turned else line)
+    picture.save(tmp_path / "line.png")
+    square = opened(tmp_path, size=8).square(0)
+    assert max(made[0]) <= 16 * 8
+    square = square.transpose(1, 2) if turned else square
+    assert int(square[0, 0, 0]) in (49, 50)
+    assert int(square[0, 0, -1]) in (55, 56)
+
+
+def test_classes_may_be_named_like_splits(tmp_path):
+    for name in ("train", "plane"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(PIXELS[0]).save(tmp_path / name / "x.png")
+    assert opened(tmp_path).names == ("plane", "train")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_file_without_the_column_of_labels_is_named(tmp_path, first):
+    (tmp_path / "t").mkdir()
+    for number in (0, 1):
+        columns = {"image": [b""]} | ({"label": [0]} if number == first else {})
+        pq.write_table(pa.table(columns), tmp_path / "t" / f"{number}.parquet")
+    with pytest.raises(UserError, match=f"{1 - first}.parquet: no column 'label'"):
+        opened(tmp_path / "t")
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("channels", [0, 1, 3, 4])
 def test_npz_gives_rgb_whatever_its_channels(tmp_path, save, channels):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from wsae.acts.source import ArraySource
+from wsae.acts.stream import HeldoutRows
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.evals.classes import CLASSES, Labelled, Scored, _within, look, score_classes, score_run
@@ -70,6 +71,35 @@ def test_class_latents_score_one_and_blind_latents_zero() -> None:
     p = float(arrays["density"][0])
     entropy = -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
     assert float(arrays["information"][0]) == pytest.approx(entropy, abs=0.005)
+
+
+@pytest.mark.parametrize("batch_size", [3, 7, 300])
+def test_a_sample_is_an_image_however_many_rows_it_has(batch_size) -> None:
+    """Twelve rows of each image: scores are those of one row, by chance too; L0 is of rows."""
+    once, cfg = labelled(n=400), CFG.model_copy(update={"batch_size": batch_size})
+
+    class Patches:
+        hooks = once.source.hooks
+
+        def heldout(self, size):
+            (chunk,) = once.source.heldout(10_000)
+            x, seq = (part.repeat_interleave(12, 0) for part in (chunk.x["acts"], chunk.seq))
+            for part, number in zip(x.split(size), seq.split(size), strict=True):
+                yield HeldoutRows({"acts": part}, number, torch.zeros_like(number))
+
+        def tokens(self):
+            return None
+
+    family = EvaluatedSaes({"plain": reader()})
+    wanted = score_classes(family, once, CFG)
+    found = score_classes(family, Labelled(Patches(), "acts", once.labels), cfg)
+    assert found.record["class_totals"] == wanted.record["class_totals"]
+    assert (found.record["images"], found.record["rows"]) == (200, 2400)
+    for name, member in (wanted.members | wanted.controls).items():
+        other = (found.members | found.controls)[name]
+        assert other.summary["l0"] == member.summary["l0"]
+        for score in ("support", "density", *CLASS_SCORES):
+            assert torch.allclose(other.arrays[score], member.arrays[score], equal_nan=True)
 
 
 def test_only_held_out_rows_count() -> None:

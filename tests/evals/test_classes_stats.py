@@ -264,6 +264,15 @@ def test_the_jackknife_of_a_mean_is_the_textbook_interval() -> None:
     assert (high + low) / 2 == pytest.approx(values.mean())
 
 
+@pytest.mark.parametrize("groups", [1, 20])
+def test_what_one_group_of_images_decides_has_no_interval(groups) -> None:
+    x = torch.zeros(6, 2)
+    x[0] = 1.0
+    table = ClassTable(2, 2, n_top=2, n_groups=groups)
+    table.update(Hits.of_dense(x), torch.tensor([0, 1] * 3), torch.arange(6))
+    assert over_images(table, largest_share, table.support > 0) is None
+
+
 def test_one_minibatch_overrates_consistency() -> None:
     rng = torch.Generator().manual_seed(0)
     x = (torch.rand(4096, 200, generator=rng) < 0.01).double()  # knows no class of 20

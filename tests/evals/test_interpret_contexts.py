@@ -547,3 +547,8 @@ def test_a_character_split_at_a_windows_border_stands_whole_in_both_windows():
     context = Context(seq=0, pos=5, value=2.0, acts={5: 2.0})
     shown = context.window(ids[0].long(), table.decode, 3)
     assert (shown["tokens"], shown["peak"]) == (["日", "本", ""], 2)
+
+
+def test_a_latent_that_no_window_would_explain_is_refused():
+    with pytest.raises(ValueError, match="n_top and n_quantile: both are 0"):
+        ContextConfig(n_top=0, n_quantile=0)

@@ -355,6 +355,18 @@ def test_adjusted_differences_of_too_few_latents_are_none_and_unscored_ones_are_
         assert same.n == 3
 
 
+def test_a_regression_with_no_more_latents_than_terms_says_nothing():
+    rng = np.random.default_rng(0)
+    few = [Sample(rng.uniform(0.1, 0.9, 3), rng.random(3)) for _ in range(2)]
+    assert density_adjusted(*few, CFG) == (None, None, None, None, 3)
+    alike = [Sample(np.full(3, 0.1), one.score) for one in few]  # two terms: a mean of each
+    found = density_adjusted(*alike, CFG)
+    x, y = (one.score for one in alike)
+    assert found.difference == pytest.approx(x.mean() - y.mean())
+    pooled = np.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2)
+    assert found.effect_size == pytest.approx((x.mean() - y.mean()) / pooled)
+
+
 def test_pooled_accuracy_resamples_latents_with_all_their_contexts():
     rng = np.random.default_rng(0)
     scores = [

@@ -20,6 +20,7 @@ from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.asking import ChatMessage, Request, Unparsed, ask_all
 from wsae.evals.interpret.endpoint import Endpoint, retry_after
 from wsae.evals.interpret.local import open_llm
+from wsae.evals.interpret.scoring import scorer_identity
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,21 @@ def test_the_key_is_in_no_file_no_answer_and_no_error_even_if_the_server_repeats
     with serving(always(error(401, f"bad key {KEY}"))) as chat, pytest.raises(UserError) as caught:
         ask(chat, tmp_path)
     assert KEY not in str(caught.value)
+
+
+def test_a_judge_is_another_where_it_is_asked_or_thinks_otherwise(tmp_path):
+    def identity(url="http://one/v1", **more):
+        return scorer_identity("detection", Endpoint(LlmConfig(endpoint=url, model="m", **more)))
+
+    assert identity() == identity(concurrency=2, retries=0, cache=str(tmp_path))
+    others = [identity("http://two/v1"), identity(thinking_tokens=9), identity(temperature=None)]
+    assert all(other != identity() for other in others)
+
+
+def test_what_stands_in_for_a_key_stays_in_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSAE_TEST_KEY", "none")
+    with serving(always(said("none of them"))) as chat:
+        assert ask(chat, tmp_path)[0].text == "none of them"
 
 
 @pytest.mark.parametrize(

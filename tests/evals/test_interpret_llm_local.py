@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from acts_models import make_kind, make_model, rewritten
 from interpret_llm_worlds import N_LATENTS, collected, word_fragments
 from interpret_server import Reply, config, serving
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from wsae.core.errors import UserError
 from wsae.evals.config import LlmConfig
 from wsae.evals.interpret import judges
-from wsae.evals.interpret.asking import ChatMessage, Request
+from wsae.evals.interpret.asking import ChatMessage, Request, ask_all
 from wsae.evals.interpret.endpoint import Endpoint
 from wsae.evals.interpret.judges import (
     dry_run,
@@ -22,6 +25,8 @@ from wsae.evals.interpret.judges import (
     simulation_scores,
 )
 from wsae.evals.interpret.local import UNKNOWN, LocalModel, SlotReader, open_llm
+from wsae.evals.interpret.scoring import asks_again
+from wsae.use.attribute import one_token
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}<s>assistant:"
@@ -200,6 +205,42 @@ def test_a_ten_of_one_token_is_read_directly():
 
     reader = SlotReader(Model(), Tokenizer(), torch.device("cpu"))
     assert reader.expected([0], ("x", "y")) == pytest.approx([8.5, 8.5])
+
+
+def test_numbers_are_told_apart_where_a_text_begins_with_a_space_of_its_own():
+    """As Llama 2, Mistral and Phi 3 write it: "5" alone is two tokens, of which all numbers share the first."""
+    signs = ["<unk>", "\u2581", "\t", "\n", *"0123456789abcdefghijklmnopqrstuvwxyz"]
+    raw = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, [], unk_token="<unk>"))
+    raw.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert tokenizer("5")["input_ids"] == [1, signs.index("5")]
+    assert one_token(tokenizer, "5", "--answer") == signs.index("5")
+    asked = []
+
+    class Seven:
+        def forward(self, input_ids, **_):
+            asked.append(input_ids[0].tolist())
+            logits = torch.full((1, input_ids.shape[1], len(signs)), -30.0)
+            logits[:, :, signs.index("7")] = 0.0
+            return type("Out", (), {"logits": logits, "past_key_values": None})
+
+        __call__ = forward
+
+    reader = SlotReader(Seven(), tokenizer, torch.device("cpu"))
+    assert reader.expected([0], ("1\ta\t", "2\tb\t")) == pytest.approx([7.0, 7.0])
+    assert "".join(signs[i] for i in asked[0][1:]) == "1\ta\tunknown\n2\tb\tunknown\n"
+
+
+def test_what_a_model_cannot_take_leaves_nothing_to_ask_again(model, tmp_path):
+    llm = local(model, tmp_path)
+    long = Request((ChatMessage("user", "the cat sat " * 200),), 6, 3)
+    tallies = [
+        ask_all(llm, [one], lambda _, answer: answer.text, "t")[1] for one in (long, QUESTION)
+    ]
+    assert tallies[0].failed == 1
+    assert not any(asks_again({"detection": {"tally": asdict(tally)}}) for tally in tallies)
 
 
 def test_every_score_runs_on_a_local_model_and_its_babble_is_counted_as_failed(model, tmp_path):

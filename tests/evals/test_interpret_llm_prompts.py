@@ -70,6 +70,7 @@ def test_marks_and_levels_at_the_edges():
 @pytest.mark.parametrize("text", [
     "[EXPLANATION]: Names of\n months. ", "So.\n[EXPLANATION]:Names of months.",
     "<think>[EXPLANATION]: no</think> [EXPLANATION]: Names of months.",
+    "Perhaps [EXPLANATION]: no\n</think>\n[EXPLANATION]: Names of months.",
 ])  # fmt: skip
 def test_an_explanation_is_what_follows_the_marker(text):
     assert parse_explanation(answer(text)) == "Names of months."
@@ -107,7 +108,7 @@ def test_a_list_of_the_right_form_is_read(text):
 @pytest.mark.parametrize("text", [
     "", "1, 0, 1", "[1, 0]", "[1, 0, 1, 0]", "[]", "[1, 0, 2]", "[1, 0, 01]", "[1, 0, 1.0]", "[true, false, true]",
     "[1, 0, ]", "[1 0 1]", "[1, 0, 1][1, 0, 1]", "[1, 0, 1] or [0, 0, 1]", "[[1, 0, 1]", "[1, 0,", "[1, 0, \uff11]",
-    "[-1, 0, 1]", '["1", "0", "1"]', "[Text 1, Text 3]",
+    "[-1, 0, 1]", '["1", "0", "1"]', "[Text 1, Text 3]", "<think>Perhaps [1, 0, 1]. But Text 2",
 ])  # fmt: skip
 def test_any_other_list_is_none(text):
     expected = text == "[[1, 0, 1]"

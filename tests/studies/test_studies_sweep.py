@@ -49,12 +49,14 @@ from wsae.studies.sweep import (
     Rows,
     Trial,
     oracle_gamma,
+    read_rows,
     run_sweep,
     score_trials,
     toy_trials,
     train_trials,
     trial_statistics,
     world_gamma,
+    write_rows,
 )
 from wsae.studies.sweep_config import (
     PLAIN,
@@ -70,7 +72,14 @@ from wsae.studies.sweep_config import (
 )
 from wsae.theory import geometry
 from wsae.theory.losses import grid, ground_truth_loss
-from wsae.toy.config import Anisotropic, FeatureConfig, Isotropic, LowRank, Noise
+from wsae.toy.config import (
+    Anisotropic,
+    FeatureConfig,
+    Isotropic,
+    LowRank,
+    Noise,
+    ToyModelConfig,
+)
 from wsae.toy.model import train_toy_models
 from wsae.toy.world import World
 from wsae.train.config import BankConfig
@@ -445,3 +454,23 @@ def test_the_table_of_readings_marks_what_is_sure():
     assert [line[:2] for line in lines] == [["one", "0.5"], ["one", "1"], ["one", "2"]]
     assert all(line[2].startswith("-") and line[2].endswith("*") for line in lines)
     assert all(line[3].startswith("+0.00") and not line[3].endswith("*") for line in lines)
+
+
+def test_a_sweep_killed_where_it_replaces_another_is_run_again(tmp_path, monkeypatch) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    features = FeatureConfig(n_features=4, sparsity=0.5)
+    models = train_toy_models([ToyModelConfig(features=features, d_in=2, steps=2)])
+    write_rows([{"row": 0}], {"of": "old"}, tmp_path / "sweep")
+    models.save(tmp_path / "toy")
+    monkeypatch.setattr("wsae.studies.sweep.write_manifest", killed)
+    monkeypatch.setattr("wsae.toy.model.write_manifest", killed)
+    for write in (
+        lambda: write_rows([{"row": 1}], {"of": "new"}, tmp_path / "sweep"),
+        lambda: models.save(tmp_path / "toy"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert read_rows({"of": "new"}, tmp_path / "sweep") is None
+    assert not (tmp_path / "toy" / "manifest.json").exists()

@@ -2,18 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from halting import HaltingProgress
+from interpret_server import config, said, serving
 from scipy import stats
 
+from wsae.acts.harvest import harvest
 from wsae.cli.harvest import Flags as HarvestFlags
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
 from wsae.studies.reproduce_config import (
     HARVESTS,
+    STAGES,
     TABLE_SAES,
     StudyConfig,
     TableChoices,
@@ -303,6 +307,30 @@ def test_a_killed_study_goes_on_and_ends_as_an_unbroken_one(tmp_path) -> None:
     again: list[str] = []
     TableStudy(configs[broken], broken / "table2", choices=choices, say=again.append).run()
     assert again == []
+
+
+def test_a_finished_study_is_of_its_data_and_its_judge(tmp_path) -> None:
+    def study(until: Any, say=lambda _: None, **choices: Any) -> TableStudy:
+        given = TableChoices(until=until, controls=(), hooks=("layers.0",), **choices)
+        cfg = study_config("table2", "tiny", tmp_path, given)
+        return TableStudy(cfg, tmp_path / "table2", choices=given, say=say)
+
+    with serving(lambda _body, _before: said("no explanation")) as chat:
+
+        def judged(name: str) -> list[str]:
+            told: list[str] = []
+            judge = config(chat, tmp_path / "answers").model_copy(update={"model": name})
+            study("interpret", told.append, scores=("detection",), judge=judge).run()
+            return told
+
+        assert judged("one") == [f"{stage} 1 of 1: layers.0, seed 0" for stage in STAGES[1:]]
+        assert judged("one") == []
+        assert judged("another") == ["interpret 1 of 1: layers.0, seed 0"]
+    first = study("train")
+    other = first.cfg.harvest.model_copy(update={"seed": 1})
+    harvest(other, tmp_path / "other")
+    with pytest.raises(UserError, match="holds a run of another config .data is"):
+        study("train", store=tmp_path / "other").run()
 
 
 @pytest.mark.parametrize(

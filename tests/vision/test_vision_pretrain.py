@@ -259,6 +259,26 @@ def test_without_two_classes_the_probes_are_left_out(
     assert "loss" in row
 
 
+def test_a_class_that_is_held_out_alone_leaves_no_probe() -> None:
+    labels = np.where(heldout_images(80, 0.2, 0), 1, 0)
+    data = make_data(config(), ArrayImages(stripes(80)._images, labels, ("a", "b"), "apart"))
+    assert data.labels is None
+
+
+def test_accuracy_on_the_way_is_of_every_class_though_images_are_sorted(monkeypatch) -> None:
+    images, cfg = stripes(300), config()
+    assert images.labels is not None
+    order = np.argsort(images.labels)
+    images = ArrayImages(images._images[order], images.labels[order], images.names, "sorted")
+    job, asked = Pretrainer(cfg, make_data(cfg, images)), []
+    embed = job.embed
+    monkeypatch.setattr("wsae.vision.pretrain.EPOCH_TEST", 15)
+    monkeypatch.setattr(job, "embed", lambda index: asked.append(index) or embed(index))
+    job._heldout_accuracy()
+    assert len(asked[0]) == 15
+    assert set(images.labels[asked[0]]) == {0, 1, 2}
+
+
 def test_digits_can_be_opened_and_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     images = open_images(ImagesConfig())
     losses = [

@@ -125,6 +125,17 @@ def test_a_run_on_files_learns_and_names_the_unreadable(tmp_path: Path) -> None:
     assert not (tmp_path / "strict").exists()
 
 
+def test_a_run_ends_though_no_held_out_image_can_be_read(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 40)
+    cfg = config(tmp_path / "photos", epochs=1)
+    images = open_images(cfg.images)
+    for number in make_data(cfg, images).heldout:
+        images._path(int(number)).write_bytes(b"lost")
+    result = pretrain(cfg, images, tmp_path / "run")
+    assert result.info["probes"] is None
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_both_views_of_a_batch_reach_the_encoder_normalised(tmp_path: Path) -> None:
     cfg = config(photos(tmp_path))
     data = make_data(cfg, open_images(cfg.images))

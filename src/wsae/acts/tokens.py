@@ -24,6 +24,15 @@ def _alphabet() -> dict[str, int]:
     return {char: byte for byte, char in bytes_to_unicode().items()}
 
 
+def ids_behind(tokenizer: Any, text: str, before: str = "\n") -> list[int]:
+    """Return the ids of a text that goes on after another: at a beginning many tokenizers put a space of their own."""
+    lead, both, alone = (
+        list(tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"])
+        for one in (before, before + text, text)
+    )
+    return (both[len(lead) :] if both[: len(lead)] == lead else []) or alone
+
+
 def decode_table(
     tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]
 ) -> dict[int, str | bytes]:

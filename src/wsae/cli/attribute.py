@@ -115,7 +115,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     """Attribute and return the effects, with the tokens' texts."""
     import torch
 
-    from wsae.acts.tokens import decode_table, joined
+    from wsae.acts.tokens import decode_table, ids_behind, joined
     from wsae.use.attribute import attribute
     from wsae.use.steer import Prompt
 
@@ -124,7 +124,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     ids = Prompt.of(opened.language, flags.prompt).ids[0].tolist()
     metric = _metric(flags, opened, ids)
     if flags.metric == "loss" and flags.answer is not None:
-        ids += tokenizer(flags.answer, add_special_tokens=False)["input_ids"]
+        ids += ids_behind(tokenizer, flags.answer)
     found = attribute(
         opened.language.model,
         opened.saes,

@@ -195,8 +195,9 @@ def config(flags: Flags) -> InterpretConfig:
             "(or --endpoint local:MODEL), or leave it out"
         )
     named = (n for c in flags.scoring.controls for n in (CHEAP if c == "all" else (c,)))
+    contexts = config_values(flags.contexts, ContextConfig) | {"seed": seed}
     data = config_values(flags.scoring, InterpretConfig) | {
-        "contexts": config_values(flags.contexts, ContextConfig) | {"seed": seed},
+        "contexts": ContextConfig.parse(contexts, where=FLAGS),
         "scores": tuple(scores),
         "controls": tuple(dict.fromkeys(named)),
         "seed": seed,

@@ -55,6 +55,7 @@ from wsae.stats.classes import (
     ClassTable,
     Hits,
     OverImages,
+    by_image,
     chance_levels,
     corrected_information,
     corrected_share,
@@ -82,13 +83,15 @@ class Labelled:
     labels: Labels
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield activations, classes and image numbers of some rows; raises UserError for a row without a class."""
+        """Yield activations, classes and image numbers of about so many rows, those of an image together.
+
+        Raises UserError for a row without a class.
+        """
         if self.hook not in self.source.hooks:
             known = ", ".join(self.source.hooks)
             raise UserError(f"the data have no hook {self.hook!r}; they have {known}")
         labels = torch.from_numpy(np.asarray(self.labels, dtype=np.int64))
-        for chunk in self.source.heldout(size):
-            image = chunk.seq.long()
+        for x, image in self._images(size):
             known = image < len(labels)
             classes = torch.where(known, labels[image.clamp_max(len(labels) - 1)], -1)
             if bool((classes < 0).any()):
@@ -96,7 +99,22 @@ class Labelled:
                 raise UserError(
                     f"held-out image {first} has no class; give every held-out image one, numbered from 0"
                 )
-            yield chunk.x[self.hook], classes, image
+            yield x, classes, image
+
+    def _images(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the source's chunks, rows that end an image moved to the chunk in which it begins."""
+        x, image = None, torch.zeros(0, dtype=torch.int64)
+        for chunk in self.source.heldout(size):
+            rows, number = chunk.x[self.hook], chunk.seq.long()
+            if x is not None and (cut := int((number == image[-1]).int().cumprod(0).sum())):
+                x, image = torch.cat([x, rows[:cut]]), torch.cat([image, number[:cut]])
+                rows, number = rows[cut:], number[cut:]
+            if len(number):
+                if x is not None:
+                    yield x, image
+                x, image = rows, number
+        if x is not None:
+            yield x, image
 
     def permuted(self, ground: "Ground", seed: int) -> "Labelled":
         """Return the same rows with the held-out images' classes in a random order."""
@@ -113,7 +131,7 @@ class Ground:
 
     rows: int
     totals: Int64[Tensor, " n_classes"]
-    """Rows of each class; at least two are not 0."""
+    """Images of each class; at least two are not 0."""
     images: Int64[Tensor, " images"]
     """The held-out images' numbers, ascending."""
     mean: Float64[Tensor, " d_in"]
@@ -129,7 +147,8 @@ def look(data: Labelled, cfg: ClassesConfig) -> Ground:
         covariance = covariance or Covariance(x.shape[1])
         covariance.update(x)
         above.append((x > 0).any(0))
-        images.append(image.unique())
+        _, classes, image = by_image(Hits.of_dense(x[:0]), classes, image)
+        images.append(image)
         counts.append(torch.bincount(classes))
     if covariance is None:
         raise UserError("there are no held-out images to score on; hold out more data")
@@ -187,13 +206,15 @@ def one_minibatch(
     rng = np.random.default_rng(seed_for(cfg.seed, "classes", "minibatch", data.hook))
     picked = rng.choice(len(ground.images), cfg.minibatch, replace=False)
     chosen = ground.images[torch.from_numpy(picked)]
-    rows, labels = [], []
+    rows, labels, images = [], [], []
     for x, classes, image in data.batches(cfg.batch_size):
         keep = torch.isin(image, chosen)
         rows.append(x[keep])
         labels.append(classes[keep])
-    x, classes = torch.cat(rows), torch.cat(labels)
+        images.append(image[keep])
+    x = torch.cat(rows)
     hits = encode(x).active(len(x))
+    hits, classes, _ = by_image(hits, torch.cat(labels), torch.cat(images))
     return minibatch_consistency(hits.row, hits.unit, classes)
 
 
@@ -266,7 +287,7 @@ def scored(name: str, table: ClassTable, chance: Chance, cfg: ClassesConfig) -> 
             "supported": float(supported.double().mean()),
             "top": float(np.mean(table.strongest.full())),
         },
-        "l0": float(support.sum()) / max(1, int(table.totals.sum())),
+        "l0": table.entries / max(1, table.rows),
         "density": {
             f"{q:g}": float(np.quantile(density, q)) if len(density) else None for q in QUANTILES
         },
@@ -365,7 +386,7 @@ def score_classes(
         if data.hook in data.source.hooks:
             check_width(name, sae.cfg.d_in, data.source.hooks[data.hook])
     ground = look(data, cfg)
-    chance = chance_levels(ground.totals.numpy(), ground.rows, cfg.permutations, cfg.seed)
+    chance = chance_levels(ground.totals.numpy(), len(ground.images), cfg.permutations, cfg.seed)
     bench = _Bench(data, ground, chance, cfg, progress)
     members = {name: bench.score_sae(name, sae) for name, sae in family.saes.items()}
     reference = next(iter(family.twins.values()), next(iter(family.saes)))

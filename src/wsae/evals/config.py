@@ -178,6 +178,14 @@ class ContextConfig(Config):
     """Random windows kept per side, the same for all latents."""
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _explained(self) -> "ContextConfig":
+        if not self.n_top + self.n_quantile:
+            raise ValueError(
+                "n_top and n_quantile: both are 0; a latent needs windows to explain it"
+            )
+        return self
+
 
 class FragmentConfig(Config):
     """What simulation is scored on."""

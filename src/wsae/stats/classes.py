@@ -22,8 +22,7 @@ class Chance(NamedTuple):
     """Expected scores of a latent that knows nothing of the classes, by the number s of samples it is active on.
 
     Under a random permutation of the labels its class counts are one draw from the multivariate hypergeometric
-    distribution of the class totals. Samples are taken as exchangeable: right for one row an image, too low a chance
-    level for several rows of each image. Entry 0 is NaN.
+    distribution of the class totals. Entry 0 is NaN.
     """
 
     share: Float64[np.ndarray, " supports"]
@@ -272,17 +271,26 @@ class Hits(NamedTuple):
         norm = square.sqrt().clamp_min(1e-12)
         return self.take(self.value.abs() > ACTIVE * norm[self.row])
 
-    def take(self, keep: Bool[Tensor, " hits"]) -> "Hits":
+    def of_images(self, place: Int64[Tensor, " rows"]) -> "Hits":
+        """Return the largest entry of every unit on every image, its row the image's: `place` is each row's image."""
+        image = place[self.row]
+        order = np.lexsort((-self.value.numpy(), self.unit.numpy(), image.numpy()))
+        kept = Hits(image, self.unit, self.value).take(torch.from_numpy(order))
+        new = torch.ones(len(order), dtype=torch.bool)
+        new[1:] = (kept.row.diff() != 0) | (kept.unit.diff() != 0)
+        return kept.take(new)
+
+    def take(self, keep: Bool[Tensor, " hits"] | Int64[Tensor, " kept"]) -> "Hits":
         """Return some of the entries."""
         return Hits(*(column[keep] for column in self))
 
 
 class ClassTable:
-    """Counts, sums and strongest samples of every unit by class.
+    """Counts, sums and strongest samples of every unit by class. A sample is an image: of its rows the largest value.
 
     `counts` [units, classes] says on how many samples of a class a unit is active, `sums` adds the positive parts of
     its values, `group_counts` [groups, units, classes] splits the counts by a hash of the image's number, so that
-    scores can be computed again without each group (all rows of an image are in one group).
+    scores can be computed again without each group.
     """
 
     def __init__(self, units: int, n_classes: int, n_top: int = 20, n_groups: int = 20) -> None:
@@ -295,15 +303,19 @@ class ClassTable:
         self.sums = torch.zeros(units, n_classes, dtype=torch.float64)
         self.group_counts = torch.zeros(n_groups, units, n_classes, dtype=torch.int32)
         self.totals: Int64[Tensor, " n_classes"] = torch.zeros(n_classes, dtype=torch.int64)
+        self.rows = self.entries = 0
+        """Rows, and active entries in them."""
         self.strongest = Strongest(units, n_top)
 
     def update(
         self, hits: Hits, labels: Int64[Tensor, " labels"], image: Int64[Tensor, " rows"]
     ) -> None:
-        """Add rows: their entries, classes and image numbers; raises UserError for a label out of range."""
+        """Add all rows of some images: entries, classes, image numbers; raises UserError for a label out of range."""
         check_labels(labels, len(image), self.n_classes)
-        self.totals += torch.bincount(labels, minlength=self.n_classes)
         hits = hits.active(len(labels))
+        self.rows, self.entries = self.rows + len(labels), self.entries + len(hits.row)
+        hits, labels, image = by_image(hits, labels, image)
+        self.totals += torch.bincount(labels, minlength=self.n_classes)
         label = labels[hits.row]
         key = hits.unit * self.n_classes + label
         self.counts.view(-1).index_add_(0, key, torch.ones_like(key))
@@ -321,6 +333,16 @@ class ClassTable:
     def support(self) -> Int64[Tensor, " units"]:
         """On how many samples each unit is active."""
         return self.counts.sum(1)
+
+
+def by_image(
+    hits: Hits, labels: Int64[Tensor, " rows"], image: Int64[Tensor, " rows"]
+) -> tuple[Hits, Int64[Tensor, " images"], Int64[Tensor, " images"]]:
+    """Return the entries, classes and numbers of the images that rows belong to; the rows' own where each is one."""
+    number, place = image.unique(return_inverse=True)
+    if len(number) == len(image):
+        return hits, labels, image
+    return hits.of_images(place), labels.new_zeros(len(number)).scatter(0, place, labels), number
 
 
 def group_of(image: Int64[Tensor, " rows"], n_groups: int) -> Int64[Tensor, " rows"]:
@@ -402,18 +424,20 @@ def over_images(
     score: Callable[[Int64[Tensor, "units n_classes"]], Values],
     units: Bool[Tensor, " units"],
 ) -> OverImages | None:
-    """Return the mean score of the marked units, with all images and without each group; None for no units or groups.
+    """Return the mean score of the marked units, with all images and without each group; None where that has no spread.
 
+    That is: no units, fewer than two groups, or a group that holds all images on which the units are active.
     The units stay the same when a group is left out (a unit whose support sinks below a minimum still counts). Groups
     are left out rather than images drawn with replacement: a sample drawn twice agrees with itself, which would raise
     every share.
     """
-    if not bool(units.any()) or not table.n_groups:
+    if not bool(units.any()) or table.n_groups < 2:
         return None
     counts = table.counts[units]
     whole = float(score(counts).nanmean())
     parts = (score(counts - group[units]) for group in table.group_counts)
-    return OverImages(whole, np.array([float(part.nanmean()) for part in parts]))
+    without = np.array([float(part.nanmean()) for part in parts])
+    return OverImages(whole, without) if np.isfinite(without).all() else None
 
 
 def jackknife(found: OverImages, confidence: float = 0.95) -> tuple[float, float]:

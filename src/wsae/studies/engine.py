@@ -247,20 +247,22 @@ class Stage:
     settings: Callable[[StudyRun], Config]
     kind: str
     """The kind of the directory, which is its name too; "run" is the run's directory itself."""
+    inputs: Callable[[StudyRun], dict[str, str]] = lambda _: {}
+    """What it is made from beside the run, as its manifest has it."""
 
     def finished(self, run: StudyRun) -> bool:
-        """Return whether the stage is there, made with these settings from the run that is there now."""
-        if not (run.path / MANIFEST).exists():
-            return False
-        trained = read_manifest(run.path, "run", verify=False)
-        if self.kind == "run":
-            return trained.config["train"] == self.settings(run).to_dict()
-        place = run.path / self.kind
-        if not (place / MANIFEST).exists():
+        """Return whether the stage is there, made so from the run and the data that are there now."""
+        place = run.path if self.kind == "run" else run.path / self.kind
+        if not (run.path / MANIFEST).exists() or not (place / MANIFEST).exists():
             return False
         made = read_manifest(place, self.kind, verify=False)
-        same = made.config == self.settings(run).to_dict()
-        return same and made.inputs["run"] == trained.digest() and not made.info.get("unfinished")
+        config, inputs = made.config, self.inputs(run)
+        if self.kind == "run":
+            config = config["train"]
+        else:
+            inputs = {"run": read_manifest(run.path, "run", verify=False).digest(), **inputs}
+        same = config == self.settings(run).to_dict() and inputs.items() <= made.inputs.items()
+        return same and not made.info.get("unfinished")
 
 
 @dataclass
@@ -301,7 +303,10 @@ class Study(ABC, Generic[Settings]):
             cfg, source = self.training(run), self.source(run)
             train_run(cfg, source, run.path, self.progress, resume=True, device=self.device)
 
-        return Stage("train", train, self.training, "run")
+        def data(run: StudyRun) -> dict[str, str]:
+            return {"data": self.source(run).digest()}
+
+        return Stage("train", train, self.training, "run", data)
 
     def evaluated(self, cfg: EvalConfig, behind: Callable[[], Language | Pictures | None]) -> Stage:
         """Return the stage that evaluates a run; `behind` gives the model or the images behind the activations."""

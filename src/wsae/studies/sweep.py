@@ -300,6 +300,7 @@ def run_sweep(
 
 def write_rows(rows: list[Row], settings: dict[str, Any], out: Path) -> None:
     """Write the rows of a finished sweep, its settings in the manifest."""
+    (out / MANIFEST).unlink(missing_ok=True)  # of other settings
     write_json(out / ROWS, rows)
     write_manifest(out, "sweep", settings, [ROWS], info={"rows": len(rows)})
 

@@ -33,7 +33,7 @@ from wsae.core.hub import hub_reachable, quiet_hub
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.doctor.run import DoctorConfig, examine
-from wsae.evals.config import CONTROL, InterpretConfig, ProbeConfig
+from wsae.evals.config import CONTROL, FREE, InterpretConfig, ProbeConfig, Score
 from wsae.evals.latents import unit_rows
 from wsae.evals.probing.reading import RAW
 from wsae.evals.probing.run import TOKENS, probe_run
@@ -257,7 +257,19 @@ class TableStudy(PaperStudy[StudyConfig]):
         def settings(run: StudyRun) -> InterpretConfig:
             return self.cfg.interpretation(run.number)
 
-        return Stage("interpret", self._interpret, settings, "interpretation")
+        return Stage(
+            "interpret", self._interpret, settings, "interpretation", lambda _: self._judges
+        )
+
+    @cached_property
+    def _judges(self) -> dict[str, str]:
+        """Who judges the asked scores, as manifests have it."""
+        from wsae.evals.interpret.local import open_llm
+        from wsae.evals.interpret.run import judges_of
+
+        asked: list[Score] = [s for s in self.cfg.interpret.scores if s not in FREE]
+        judge = open_llm(self.cfg.judge) if asked and self.cfg.judge else None
+        return judges_of(asked, lambda _: judge)
 
     def _interpret(self, run: StudyRun) -> None:
         from wsae.evals.interpret.local import open_llm

@@ -253,6 +253,7 @@ class ToyModels:
     def save(self, path: Path | str) -> None:
         """Write the models to a directory: toy.safetensors, manifest.json last."""
         path = Path(path)
+        (path / MANIFEST).unlink(missing_ok=True)  # of other models
         save_tensors(path / WEIGHTS, {"W_p": self.W_p, "b": self.b, "loss": self.loss})
         config = {"models": [cfg.to_dict() for cfg in self.configs]}
         info = {"loss": self.loss.tolist(), "represented": self.represented()}

@@ -28,6 +28,7 @@ from wsae.acts.capture import Call, Swap, logits_by_row, splice
 from wsae.acts.flow import REASONS
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.loading import input_device, refuse_without_logits
+from wsae.acts.tokens import ids_behind
 from wsae.core.calls import tensor
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
@@ -228,7 +229,7 @@ def attribute(
 
 def one_token(tokenizer: Any, text: str, name: str) -> int:
     """Return the token that a text is; raises UserError, naming the flag or field, where it is several, or none."""
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = ids_behind(tokenizer, text)
     if len(ids) != 1:
         parts = " ".join(tokenizer.convert_ids_to_tokens(ids))
         what = f"{len(ids)} tokens ({parts})" if ids else "no token"

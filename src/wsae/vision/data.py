@@ -82,7 +82,7 @@ class Data:
     """Numbers of the images trained on."""
     heldout: Int64[np.ndarray, " heldout"]
     labels: Int64[Tensor, " images"] | None
-    """Class of every image; none where fewer than two classes are there."""
+    """Class of every image; none where fewer than two classes are trained on."""
     classes: int
     grey: bool
     """Return whether no image has colour, so that one channel says all."""
@@ -131,7 +131,7 @@ def make_data(cfg: PretrainConfig, images: ImageSet) -> Data:
     labels, classes, several = None, 0, False
     if images.labels is not None:
         classes = int(images.labels.max()) + 1
-        several = len(np.unique(images.labels[used])) > 1
+        several = len(np.unique(images.labels[train])) > 1
         labels = torch.from_numpy(np.ascontiguousarray(images.labels, dtype=np.int64))
     failures = Failures(cfg.images.on_error)
     mean, std = IMAGENET if cfg.normalise == "imagenet" else _moments(cfg, images, train, failures)

@@ -362,19 +362,21 @@ class Pretrainer:
         }
         if self.data.labels is not None:
             row["accuracy"] = right / steps
-            if done % self.per_epoch == 0 and len(self.data.heldout):
-                row["heldout_accuracy"] = self._heldout_accuracy()
+            if done % self.per_epoch == 0 and (found := self._heldout_accuracy()) is not None:
+                row["heldout_accuracy"] = found
         shown = ("loss", "accuracy", "heldout_accuracy")
         self.fields |= {key: row[key] for key in shown if key in row}
         yield row
 
     @torch.no_grad()
-    def _heldout_accuracy(self) -> float:
-        index, h = self.embed(self.data.heldout[:EPOCH_TEST])
+    def _heldout_accuracy(self) -> float | None:
+        if not len(self.data.heldout):
+            return None
+        index, h = self.embed(_some(self.data.heldout, EPOCH_TEST))
         logits, labels = self.model.logits(h), self.labels(index)
         assert logits is not None
         assert labels is not None
-        return float((logits.argmax(1) == labels).float().mean())
+        return float((logits.argmax(1) == labels).float().mean()) if len(index) else None
 
     def position(self) -> dict[str, Any]:
         """Return nothing: the step decides images and views."""
@@ -481,7 +483,7 @@ def pixels(images: Tensor, side: int = 32) -> Float[Tensor, "batch pixels"]:
 
 
 def probes(job: Pretrainer, progress: Progress) -> dict[str, Any] | None:
-    """Return held-out accuracies of embeddings and of raw pixels; none without two classes or held-out images."""
+    """Return held-out accuracies of embeddings and of raw pixels; none without two classes or images to test on."""
     data = job.data
     if data.labels is None or not len(data.heldout):
         return None
@@ -489,6 +491,8 @@ def probes(job: Pretrainer, progress: Progress) -> dict[str, Any] | None:
     with progress("embed", len(train) + len(test), "images") as tick:
         (train, x), (test, x_test) = job.embed(train, tick), job.embed(test, tick)
     y, y_test = (data.labels[torch.from_numpy(index)] for index in (train, test))
+    if not len(test) or len(y.unique()) < 2:
+        return None
     near = _some(np.arange(len(train)), KNN_TRAIN)
     with progress("probe", 3, "probes") as tick:
         knn = knn_accuracy(x[near], y[near].to(x.device), x_test, y_test.to(x.device))

@@ -21,6 +21,8 @@ from wsae.core.errors import UserError, first_line
 _FILTERS = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _TOP = 65_535
+_STRIP = 16
+"""Of longer images, in shorter sides, the middle alone is resized."""
 _PLAIN_PIXELS, _MOST_PER_BYTE = 1 << 24, 1000
 """More pixels than the first are refused where there are more than the second for each byte of the file."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -131,7 +133,11 @@ def middle_square(image: Image.Image, cfg: ImagesConfig, side: int) -> Image.Ima
 
     Where `resize` is none it is `side`; where it is smaller the borders are black.
     """
-    short, (width, height) = cfg.resize or side, image.size
+    short = cfg.resize or side
+    most = _STRIP * min(image.size) * -(-side // short)
+    if max(image.size) > most:  # resized whole, a line of pixels would take all memory
+        image = _middle(image, min(image.width, most), min(image.height, most))
+    width, height = image.size
     size = (
         (short, int(short * height / width))
         if width <= height
@@ -139,8 +145,12 @@ def middle_square(image: Image.Image, cfg: ImagesConfig, side: int) -> Image.Ima
     )
     if size != image.size:
         image = image.resize(size, _FILTERS[cfg.resample])
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    return _middle(image, side, side)
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 height width"]:

@@ -27,7 +27,7 @@ from wsae.core.hub import hub_dataset, is_hub_name
 from wsae.core.tensors import check_unpacked, npz_arrays
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-SPLITS = ("train", "val", "valid", "validation", "test")
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _IDX_SPLITS = {"train": ("train",), "test": ("t10k", "test")}
 _SAMPLES = 256
@@ -155,25 +155,32 @@ def _found(root: Path, cfg: ImagesConfig) -> list[tuple[str, str]]:
 
 
 def _parts(root: Path, split: str | None) -> list[Path]:
-    """Return the folders that hold the classes: the root, or those of a split ("train", or "train.X1", ...)."""
+    """Return the folders that hold the classes: the root, or those of a split ("train", "train.X1", ...).
+
+    Folders are splits where all that hold images are named so.
+    """
     inside = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    kinds = {p.name.split(".")[0] for p in inside}
-    if split is None and not (kinds and kinds <= set(SPLITS)):
+    kinds = {p: p.name.split(".")[0].lower() for p in inside}
+    named = [kind for kind in kinds.values() if kind in SPLITS]
+    others = (p for p, kind in kinds.items() if kind not in SPLITS)
+    if split is None and not (named and all(next(_image_files(p), None) is None for p in others)):
         return [root]
-    wanted = split or "train"
+    wanted = split or next((kind for kind in SPLITS[:2] if kind in named), SPLITS[0])
     parts = [p for p in inside if p.name == wanted] or [
-        p for p in inside if p.name.split(".")[0] == wanted
+        p for p, kind in kinds.items() if kind == wanted
     ]
     if not parts:
-        has = ", ".join(sorted(kinds)) or "no folders"
-        raise UserError(f"images {root}: no split {wanted!r}; it has {has}{nearest(wanted, kinds)}")
+        has = ", ".join(dict.fromkeys(kinds.values())) or "no folders"
+        raise UserError(
+            f"images {root}: no split {wanted!r}; it has {has}{nearest(wanted, kinds.values())}"
+        )
     return parts
 
 
 def _image_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iterator[Path]:
     """Yield the image files below a folder, each folder's own first, sorted. Links are followed: they are the user's.
 
-    Raises UserError where links lead to a folder twice: in circles, or to an image under two classes.
+    Raises UserError where links lead nowhere, or to a folder twice: in circles, or to an image under two classes.
     """
     seen = set() if seen is None else seen
     try:
@@ -188,6 +195,10 @@ def _image_files(folder: Path, seen: set[tuple[int, int]] | None = None) -> Iter
         raise UserError(f"images {folder}: links lead to this folder twice; remove one of them")
     seen.add((status.st_dev, status.st_ino))
     for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise UserError(
+                f"images {entry.path}: a link that leads nowhere; fetch what it is of, or remove it"
+            )
         if entry.name.lower().endswith(SUFFIXES) and entry.is_file():
             yield Path(entry.path)
     for entry in entries:
@@ -346,6 +357,8 @@ class ParquetColumn:
 
     def __init__(self, files: list[Path], field: str) -> None:
         self.files, self._field, self.schema = files, field, None
+        self.names: set[str] = set()
+        """Of the columns of any file."""
         self.roots = tuple(dict.fromkeys(file.resolve().parent for file in files))
         """Folders in which images may lie that a cell only names."""
         self._opened: dict[int, Any] = {}
@@ -361,6 +374,7 @@ class ParquetColumn:
                 near = nearest(field, schema.names)
                 raise UserError(f"{path}: no column {field!r}{near}; see --image-field")
             self.schema = self.schema or schema
+            self.names |= {*schema.names}
             for group in range(file.metadata.num_row_groups):
                 # of all columns: asked for one column's, Arrow ends the process where its statistics are damaged
                 record = file.metadata.row_group(group)
@@ -398,8 +412,13 @@ class ParquetColumn:
         return batch.column(0)[row - first].as_py()
 
     def whole(self, name: str) -> np.ndarray:
-        """Return another column whole."""
-        parts = [self._open(n).read([name]).column(0).to_numpy() for n in range(len(self.files))]
+        """Return another column whole; raises UserError for a file without it."""
+        parts = []
+        for number, path in enumerate(self.files):
+            table = self._open(number).read([name])
+            if not table.num_columns:
+                raise UserError(f"{path}: no column {name!r}, which other files here have")
+            parts.append(table.column(0).to_numpy())
         return np.concatenate(parts)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -496,10 +515,10 @@ def _parquet_images(path: Path, files: list[Path], cfg: ImagesConfig) -> TableIm
         files = files if path.is_file() else _of_split(files, path, cfg.split)
         cells, labels = ParquetColumn(files, cfg.image_field), None
         assert cells.schema is not None
-        if cfg.label_field in cells.schema.names:
+        if cfg.label_field in cells.names:
             labels = cells.whole(cfg.label_field)
         elif cfg.label_field != ImagesConfig().label_field:
-            near = nearest(cfg.label_field, cells.schema.names)
+            near = nearest(cfg.label_field, cells.names)
             raise UserError(f"{files[0]}: no column {cfg.label_field!r}{near}; see --label-field")
     if not len(cells):
         raise UserError(f"{where}: no rows in it")

@@ -23,7 +23,8 @@ TOKENS_PER_MESSAGE = 8
 """What chat templates add around a turn."""
 TOP_LOGPROBS = 20
 """Alternatives asked for at each token: the most that services give, and eleven numbers must be among them."""
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_THOUGHTS = re.compile(r"\A(?:.*?</think>|\s*<think>.*)", re.DOTALL)
+"""Some chat templates open thoughts in the prompt, and some thoughts are cut off before they end."""
 T = TypeVar("T")
 
 

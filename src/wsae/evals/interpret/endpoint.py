@@ -34,6 +34,8 @@ from wsae.evals.interpret.asking import (
 
 MAX_REPLY_BYTES = 1 << 24
 """A longer reply is cut off: no answer of ours needs a thousandth of it."""
+_SECRET = 16
+"""Characters of the shortest key that is kept out of answers."""
 _SHOWN = 160
 """Characters of a server's message that are repeated."""
 
@@ -191,7 +193,8 @@ class Endpoint(Llm):
             raise UserError(f"{self.cfg.url}: {type(error).__name__}") from None
         self._reached = True
         text = data[:MAX_REPLY_BYTES].decode("utf-8", errors="replace").lstrip()
-        text = text.replace(self._key, "***") if self._key else text
+        # what servers without keys are given ("none", "x") is no secret, and a word of many answers
+        text = text.replace(self._key, "***") if len(self._key) >= _SECRET else text
         return self._understood(response, text, request.logprobs)
 
     def _understood(self, response: httpx.Response, text: str, logprobs: bool) -> Answer:

@@ -315,7 +315,7 @@ class WrittenActivation(NamedTuple):
 def rows_of(answer: Answer, n: int) -> list[WrittenActivation]:
     """Return the activations of n lines `number, tab, token, tab, activation`, in order; raises Unparsed."""
     text = answer.said
-    place = len(answer.text[: answer.text.index(text)].encode())
+    place = len(answer.text[: answer.text.rindex(text)].encode())
     out = []
     for line in text.split("\n"):
         parts = line.split("\t")

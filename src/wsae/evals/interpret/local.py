@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wsae.acts.language import LanguageModel, load_language
 from wsae.acts.loading import refuse_unable_to_continue
+from wsae.acts.tokens import ids_behind
 from wsae.core.errors import UserError
 from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.asking import (
@@ -71,15 +72,15 @@ class SlotReader:
         self._model, self._tokenizer, self._device = model, tokenizer, device
         self.length = 0
         """Tokens run through the model."""
-        self._digits = [self._plain(str(v)) for v in range(11)]
+        self._digits = [ids_behind(tokenizer, str(v), "\t") for v in range(11)]
 
     def expected(self, prompt: list[int], slots: Sequence[str]) -> list[float]:
         """Return E at every slot of the continued prompt."""
         ids, places = list(prompt), []
         for slot in slots:
-            ids += self._plain(slot)
+            ids += ids_behind(self._tokenizer, slot)
             places.append(len(ids) - 1)
-            ids += self._plain(UNKNOWN)
+            ids += ids_behind(self._tokenizer, UNKNOWN, "\t")
         self.length = len(ids)
         out = self._model(
             input_ids=self._tensor(ids), use_cache=True, **logits_at(self._model, places, len(ids))
@@ -111,9 +112,6 @@ class SlotReader:
             ten[i] = one[i] * out.logits[0, -1].float().softmax(-1).double()[zero]
         return ten
 
-    def _plain(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.int64, device=self._device)
 
@@ -138,7 +136,8 @@ class LocalModel(Llm):
             "messages": [message._asdict() for message in request.messages],
             "max_tokens": request.max_tokens + self.cfg.thinking_tokens,
             "logprobs": request.logprobs,
-            "slots": list(request.slots),
+            # numbers were once read as a text of their own
+            "slots": ["in place", *request.slots] if request.slots else [],
         }
 
     @torch.inference_mode()

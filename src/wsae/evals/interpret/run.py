@@ -11,8 +11,9 @@ differently.
 import hashlib
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from wsae.core.artifact import (
 )
 from wsae.core.files import Json, digest, locked, read_json
 from wsae.core.progress import Progress, quiet
-from wsae.evals.config import Asked, EvalConfig, InterpretConfig
+from wsae.evals.config import Asked, EvalConfig, InterpretConfig, Score
 from wsae.evals.control import ABOUT
 from wsae.evals.glossary import SCORES, glossary
 from wsae.evals.interpret.judges import Planned, dry_run
@@ -327,7 +328,7 @@ def interpret_run(
         inputs = {
             "run": Run(run).manifest.digest(),
             "data": job.data,
-            **{f"judge/{score}": digest(scorer_identity(job, score)) for score in cfg.scores},
+            **judges_of(cfg.scores, job.judge),
         }
         if force:
             shutil.rmtree(parts, ignore_errors=True)
@@ -347,6 +348,11 @@ def interpret_run(
         files = [INTERPRETATION, CONTEXTS_FILE]
         write_manifest(place, INTERPRETATION_PART, cfg.to_dict(), files, inputs=inputs, info=info)
         return read_json(place / INTERPRETATION)
+
+
+def judges_of(scores: Sequence[Score], judge: Callable[[Score], Any]) -> dict[str, str]:
+    """Return what a manifest says of who judged by each score, and how."""
+    return {f"judge/{score}": digest(scorer_identity(score, judge(score))) for score in scores}
 
 
 def data_digest(source: HeldOut) -> str:

@@ -28,7 +28,7 @@ from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.evals.config import FREE, Control, FragmentConfig, InterpretConfig, Score
 from wsae.evals.control import NAMES, neurons, pca, random_control, random_model, shuffled, subset
-from wsae.evals.interpret.asking import NO_EXPLANATION, AnswerTally, Llm
+from wsae.evals.interpret.asking import NO_EXPLANATION, AnswerTally, Llm, Request
 from wsae.evals.interpret.collect import Latents, Members, collect, fragments
 from wsae.evals.interpret.detection import (
     TEMPLATES,
@@ -87,8 +87,12 @@ class InterpretJob:
 
     def judge_name(self, score: Score) -> str:
         """Return what results call the model behind a score."""
-        judge = self.judge(score)
-        return str(getattr(judge, "name", type(judge).__name__))
+        return name_of(self.judge(score))
+
+
+def name_of(judge: Any) -> str:
+    """Return what results call a model."""
+    return str(getattr(judge, "name", type(judge).__name__))
 
 
 def needed_models(cfg: InterpretConfig, given: ScorerModels) -> dict[str, Any]:
@@ -319,8 +323,8 @@ def collect_members(
 
 SCHEMA = 2
 """Of a part: another way of scoring is another number."""
-_FINAL = (NO_EXPLANATION, "unparsed")
-"""Beginnings of the reasons that asking again would not fix: the answer on disk is what it is."""
+_FINAL = (NO_EXPLANATION, "unparsed", "empty content", "longer than the model's")
+"""Beginnings of the reasons that asking again would not fix: the answer on disk, or the model, is what it is."""
 
 
 def kept_part(place: Path, key: Json, make: Callable[[], Json]) -> Json:
@@ -356,16 +360,15 @@ def part_of(
     }
 
 
-def scorer_identity(job: InterpretJob, score: Score) -> Json:
+def scorer_identity(score: Score, judge: Any) -> Json:
     """Return what a score depends on beside the contexts: who judges, and how."""
-    own = getattr(job.judge(score), "digest", "")
-    found: Json = {"score": score, "judge": job.judge_name(score), "digest": own}
+    found: Json = {"score": score, "judge": name_of(judge), "digest": getattr(judge, "digest", "")}
     if score == "surprisal":
         found["prompts"] = digest(TEMPLATES)
     if score not in FREE:
-        assert job.llm is not None
-        names = ("probabilities", "hard", "per_prompt", "simulator", "temperature", "seed")
-        found |= {name: getattr(job.llm.cfg, name) for name in names}
+        names = ("probabilities", "hard", "per_prompt", "simulator", "seed")
+        found |= {name: getattr(judge.cfg, name) for name in names}
+        found["asked"] = digest(judge.question(Request((), 0, 0)))  # where, and how long it thinks
     return found
 
 
@@ -465,7 +468,7 @@ def _free(
         parts,
         {
             "schema": SCHEMA,
-            "scorer": scorer_identity(job, score),
+            "scorer": scorer_identity(score, job.judge(score)),
             "place": [hook, name],
             "data": job.data,
             "sae": sae_digest(member.sae),

@@ -243,7 +243,8 @@ def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     """Return delta of the least squares fit score = delta [a] + c_0 + c_1 d + sum_j c_j (d - knot_j)_+.
 
     Knots are the 0.1, 0.5 and 0.9 quantiles of the pooled d. Each member's latents are resampled on their own and
-    the fit repeated. effect_size divides delta by the standard deviation of the residuals.
+    the fit repeated. effect_size divides delta by the standard deviation of the residuals; where there are no more
+    latents than terms these say nothing, and there is no difference.
     """
     sides = _known(a), _known(b)
     n = min(len(side.score) for side in sides)
@@ -259,7 +260,10 @@ def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     moments = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
     fit = _solve(moments.sum(0))
     residual = score - design @ fit
-    spread = float(np.sqrt((residual**2).sum() / max(1, len(score) - design.shape[1])))
+    free = len(score) - int(np.linalg.matrix_rank(design))
+    if not free:
+        return Difference(None, None, None, None, n)
+    spread = float(np.sqrt((residual**2).sum() / free))
     cut = len(sides[0].score)
     sums = sum(
         resampled_sums(part, cfg.draws, seed_for(cfg.seed, "adjusted", side))
