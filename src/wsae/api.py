@@ -17,14 +17,14 @@ from wsae.acts.source import (
     open_source,
 )
 from wsae.core.calls import own_settings, tensor, usable_device
-from wsae.core.errors import UserError
+from wsae.core.errors import UserError, nearest
 from wsae.core.progress import Progress, quiet
 from wsae.evals.probing.run import probe
 from wsae.evals.recovery import Recovery, recovery
 from wsae.evals.run import evaluate
 from wsae.sae.config import ActivationConfig, GammaConfig, make_activation
 from wsae.sae.gamma import gamma_from_proxy
-from wsae.sae.model import SAE
+from wsae.sae.model import SAE, an_sae
 from wsae.train.bank import fits_a_bank, train_batched
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.family import FamilyState, Start, finished
@@ -118,6 +118,8 @@ def fit(
     d_out] makes it a transcoder. Raises UserError
     for data or options that do not fit.
     """
+    for key in options.keys() - _OPTIONS:
+        raise UserError(f"fit: unknown key {key!r}{nearest(key, _OPTIONS)}")
     run = {key: options.pop(key) for key in list(options) if key in _RUN}
     member = Member(gamma=gamma, k=k, d_sae=d_sae, **options)
     return fit_family(acts, [member], **run).saes[0]
@@ -156,7 +158,9 @@ def fit_family(
     if source.n_rows is not None and "batch_size" not in options:
         options["batch_size"] = min(2048, source.n_rows)
     data = {"members": tuple(given), "tokens": rows, **options}
-    start = None if init_from is None else Start(dict.fromkeys(source.hooks, init_from))
+    start = None
+    if init_from is not None:
+        start = Start(dict.fromkeys(source.hooks, an_sae(init_from, "init_from")))
     cfg = begun_from(TrainConfig.parse(data, where="fit"), source, start)
     stats = source.stats(progress)
     family = start_family(cfg, source, stats, device, progress, start=start)
@@ -194,6 +198,10 @@ _RUN = frozenset(TrainConfig.model_fields) - {"members"} | {
     "device",
     "target",
 }
+
+
+_OPTIONS = _RUN | set(MemberConfig.model_fields) | {*_GAMMA, *_MAP}
+"""All that `fit` takes beside its own parameters."""
 
 
 class _Sides(NamedTuple):

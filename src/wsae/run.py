@@ -440,7 +440,9 @@ class Run:
 
         Raises UserError where the directory holds something else (with `force` another SAE gives way).
         """
-        path = Path(path)
+        from wsae.sae.model import an_sae
+
+        path, sae = Path(path), an_sae(sae, "of_sae")
         free(path, "sae", force)
         with replacing(path, "sae"):
             sae.save(path, about)
@@ -628,8 +630,7 @@ class Run:
         """Return the arrays of a part, by name; empty where it has none."""
         from wsae.core.tensors import load_tensors
 
-        place = self._whole(part)
-        listed = ARRAYS in self._part(part).files
+        place, listed = self._whole(part), ARRAYS in self._part(part).files
         return load_tensors(place / ARRAYS) if listed else {}
 
     def numbers(self, part: str) -> "dict[str, np.ndarray]":

@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from acts_models import make_model, make_text
+from safetensors.torch import load_file, save_file
 
 from wsae.cli.main import main
+from wsae.serve.model import model_of
 from wsae.train.run import load_run
 
 SMALL = ("--k", "2", "--expansion", "2", "--batch-size", "64", "--tokens", "640", "--device", "cpu")
@@ -321,3 +324,44 @@ def test_labels_give_the_consistency_rule_its_classes(tmp_path, capsys):
     assert main([*words, "--labels", str(tmp_path / "y.npy")]) == 0
     gamma = json.loads((tmp_path / "run" / "gamma.json").read_text())["x"]["consistency-a1"]
     assert gamma["heaviest"][0][0] == 0, "the dimension that tells a class apart weighs most"
+
+
+@pytest.mark.parametrize("changed", ["model", "text", "store"])
+@pytest.mark.parametrize("live", [False, True])
+def test_data_that_changed_since_training_are_not_measured_as_if_they_had_not(
+    live, changed, tmp_path, capsys
+):
+    model, text = make_model(tmp_path / "model"), make_text(tmp_path / "text.jsonl", 120)
+    store, run = str(tmp_path / "acts"), str(tmp_path / "run")
+    where = ["--text", str(text), "--hook", "layers.1", "--seq-len", "32"]
+    where += ["--heldout-tokens", "64", "--device", "cpu"]
+    train = ["train", store, "--out", run, *SMALL]
+    harvest = ["harvest", str(model), "--out", store, "--tokens", "1500", *where]
+    if live:
+        train[1:2] = [str(model), *where[:-2], "--shuffle-tokens", "64", "--stats-tokens", "256"]
+    else:
+        assert main(harvest) == 0
+    assert main(train) == 0
+    evaluate = ["evaluate", run, "--draws", "20", "--splice-tokens", "64", "--device", "cpu"]
+    assert main(evaluate) == 0  # mixing of its own included
+    if changed == "model":
+        weights = load_file(model / "model.safetensors")
+        save_file({k: 2 * v for k, v in weights.items()}, model / "model.safetensors")
+    elif changed == "text":
+        make_text(text, 120, seed=1)
+    elif not live:
+        shutil.rmtree(store)
+        assert main([*harvest, "--seed", "1"]) == 0
+    capsys.readouterr()
+    same = (changed, live) in (("text", False), ("store", True))
+    assert main([*evaluate, "--seed", "1"]) == (0 if same else 2)
+    if not same:
+        assert re.search("not as it was in training|another model than", capsys.readouterr().err)
+        bare = [*evaluate, "--splice-tokens", "0"]
+        assert main(bare) == (0 if (changed, live) == ("model", False) else 2)
+    if not live:
+        steer = ["steer", "--sae", run, "--set", "1=2", "--prompt", "the cat", "--device", "cpu"]
+        steer += ["--new-tokens", "2"]
+        assert main(steer) == (2 if changed == "model" else 0)
+        assert main([*steer, str(model)]) == 0  # asked for
+        assert model_of(Path(run)).why_not.count("another than") == (changed == "model")

@@ -587,6 +587,20 @@ def test_a_transcoder_is_probed_but_its_latents_are_not_taken_out_of_what_it_rea
     torch.testing.assert_close(pre.mean(0), torch.zeros(40), atol=1e-3, rtol=0)
 
 
+def test_rows_that_are_not_finite_are_refused_and_half_precision_is_probed_alike():
+    labels, rng = np.arange(300) % 3, np.random.default_rng(0)
+    x = rng.standard_normal((300, 16)).astype(np.float32) + labels[:, None]
+    cfg = ProbeConfig(least=30, k=(1,), draws=50)
+    half = wsae.probe(identity().bfloat16(), x, labels, cfg).hooks["acts"]
+    full = wsae.probe(identity(), x, labels, cfg).hooks["acts"]
+    np.testing.assert_allclose(half.accuracy("sae", 1), full.accuracy("sae", 1), atol=0.1)
+    x[7, 3] = np.nan
+    with pytest.raises(UserError, match="acts: activation is nan at row 7, dimension 3"):
+        wsae.probe(identity(), x, labels, cfg)
+    with pytest.raises(UserError, match="names none"):
+        wsae.probe({}, x, labels, cfg)
+
+
 BAD = {
     "labels for others": (Corpus(["a"] * 3, ["x"] * 2), "2 for 3 texts"),
     "one class": (Corpus(["a"] * 3, ["x"] * 3), "only one class \\('x'\\)"),

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +106,12 @@ def test_every_form_of_the_same_data_gives_the_same_sae_and_scores(tmp_path: Pat
             assert torch.equal(reference.encode(form).reshape(z.shape), z), name
 
 
+def test_an_unknown_key_is_named_with_the_nearest_of_the_members_and_the_runs() -> None:
+    for option, near in (("batchsize", "batch_size"), ("expanson", "expansion")):
+        with pytest.raises(UserError, match=rf"unknown key '{option}' \(nearest: {near}"):
+            wsae.fit(world(50), k=2, d_sae=32, **{option: 5})
+
+
 def test_a_source_with_several_hooks_is_refused() -> None:
     source = ArraySource(world(100), heldout_fraction=0.0)
     source.hooks = {"a": 16, "b": 16}
@@ -143,6 +151,42 @@ def test_what_is_no_array_is_refused_by_its_type(kind: str) -> None:
         with pytest.raises(UserError, match=says) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+NO_SAES = """
+import sys, torch, wsae, wsae.interop
+x, model = torch.randn(50, 16), torch.nn.Linear(16, 16)
+calls = {
+    "evaluate": lambda sae: wsae.evaluate(sae, x),
+    "recovery": lambda sae: wsae.recovery(sae, x.abs(), x),
+    "probe": lambda sae: wsae.probe(sae, x, [0, 1] * 25),
+    "probe by name": lambda sae: wsae.probe({"a": sae}, x, [0, 1] * 25),
+    "attach": lambda sae: wsae.attach(model, {"": sae}).__enter__(),
+    "save": lambda sae: wsae.interop.save(sae, sys.argv[1]),
+    "of_sae": lambda sae: wsae.Run.of_sae(sae, sys.argv[2], force=True),
+    "fit": lambda sae: wsae.fit(x, k=2, d_sae=32, tokens=100, init_from=[sae]),
+}
+sae = wsae.fit(x, k=2, d_sae=32, tokens=100)
+compiled = torch.compile(sae, backend="eager")
+assert wsae.evaluate(compiled, x)["metrics"]["fvu"] == wsae.evaluate(sae, x)["metrics"]["fvu"]
+for name, call in calls.items():
+    for value in ("path", x, None, wsae.SAE):
+        try:
+            call(value)
+        except wsae.UserError as error:
+            assert "in place of an SAE" in str(error), (name, error)
+        else:
+            raise AssertionError(name)
+"""
+
+
+def test_what_is_no_sae_is_refused_by_its_type(tmp_path: Path) -> None:
+    # in a process of its own: the checks of types that run in the tests would see it first
+    kept = SAE(SAEConfig(d_in=16, d_sae=32, activation=TopK(k=2)))
+    kept.save(tmp_path / "kept")
+    words = [sys.executable, "-c", NO_SAES, tmp_path / "sae", tmp_path / "kept"]
+    subprocess.run(words, check=True, timeout=250)
+    assert torch.equal(SAE.load(tmp_path / "kept").W_dec, kept.W_dec)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The SAE by its equations: every activation's definition, tied and untied, files, scaling."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from wsae.api import fit
 from wsae.core.errors import UserError
 from wsae.evals.run import evaluate
 from wsae.sae import SAE, SAEConfig, make_activation
@@ -185,6 +187,12 @@ def test_rows_of_length_1_in_half_precision_are_of_one_length(dtype: torch.dtype
     folded = sae.fold_decoder_norm()
     torch.testing.assert_close(folded.W_dec.double().norm(dim=1), lengths, rtol=0.02, atol=0)
     assert folded.dtype == dtype
+    read = SAE(sae.cfg)  # as from a file: the same numbers in float32
+    read.set_tensors(sae.tensors())
+    read.fold_decoder_norm()
+    for start in (sae, read):
+        begun = fit(torch.randn(200, 32), 4, 200, tokens=200, batch_size=100, init_from=start)
+        assert begun.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,6 +231,30 @@ def test_files_bring_back_the_same_sae(tmp_path: Path, kind: str, tied: bool) ->
     for name, tensor in sae.tensors().items():
         assert torch.equal(tensor, back.tensors()[name]), name
     assert torch.equal(back(x), sae(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pytorchs_own_ways_of_keeping_a_module_bring_back_the_same_sae(kind: str) -> None:
+    sae, x = make(kind), batch()
+    sae.set_gamma(torch.eye(6) + 1)  # as of the rule whiten
+    other = SAE(sae.cfg).double()
+    held = torch.nn.ModuleDict({"sae": other})
+    held.load_state_dict(torch.nn.ModuleDict({"sae": sae}).state_dict())
+    for again in (other, copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        assert torch.equal(again(x), sae(x))
+        assert torch.equal(again.gamma, sae.gamma)
+
+
+@pytest.mark.parametrize("theirs", ["config.json", "manifest.json"])
+def test_an_sae_is_not_saved_over_a_run_a_store_or_a_model(tmp_path: Path, theirs: str) -> None:
+    (tmp_path / theirs).write_text("{}")
+    with pytest.raises(UserError, match=f"its {theirs} is of no SAE"):
+        make("topk").save(tmp_path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(theirs, "{}")]
+    make("topk").save(tmp_path / "sae")
+    other = make("relu")
+    other.save(tmp_path / "sae")
+    assert SAE.load(tmp_path / "sae").cfg == other.cfg
 
 
 def test_damaged_or_foreign_files_are_refused(tmp_path: Path) -> None:

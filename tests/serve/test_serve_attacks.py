@@ -310,7 +310,7 @@ def test_an_index_that_is_damaged_while_it_is_served_is_one_line(
     monkeypatch.setattr(served, "PATIENCE_S", 0.2)
     place = tmp_path / "served.sqlite"
     put(index, place)
-    with serving(("first", run, place)) as client:
+    with serving(("first", run, place), ("other", run, index)) as client:
         assert client.ask("/r/first/plain/3").status == 200
         if harm == "gone":
             place.unlink()
@@ -326,6 +326,12 @@ def test_an_index_that_is_damaged_while_it_is_served_is_one_line(
             told = capfd.readouterr().err
             assert len(told.splitlines()) == 1
             assert str(place) in told
+        for path in ("/", "/api/runs"):  # the other run is there
+            answer = client.ask(path)
+            assert answer.status == 200
+            assert "other" in answer.text
+            assert "the index of this run is gone or damaged" in answer.text
+        assert client.ask("/r/other/plain/3").status == 200
         put(index, place)
         assert client.ask("/r/first/plain/3").status == 200
 

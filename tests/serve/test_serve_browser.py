@@ -151,6 +151,7 @@ def test_a_phone_is_wide_enough_and_contrast_holds(
 ):
     page.size(390, 844, phone=True, dark=dark)
     go(page, client, path.format(next(iter(latents_of(run, "evaluation", "variance-a1")))))
+    page.js("for (const fold of document.querySelectorAll('details')) fold.open = true")
     assert page.js("return document.documentElement.scrollWidth") == 390
     ratio = page.js(CONTRAST)
     assert isinstance(ratio, int | float)

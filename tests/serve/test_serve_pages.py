@@ -531,6 +531,8 @@ def test_a_steered_text_is_what_the_library_writes(client: Client, run: Path, mo
     assert 'action="../../../r/first/steer?key=' in page
     given = {"text": "the cat sat", "latent": 3, "value": "7", "kind": "add", "member": "plain"}
     found = client.json("/api/r/first/steer", method="POST", body=json.dumps(given), headers=JSON)
+    number = json.dumps({**given, "value": 7.0})
+    assert client.json("/api/r/first/steer", method="POST", body=number, headers=JSON) == found
     language, sae = load_language(str(model)), sae_of(run, "plain")
     wanted = [AskedEdit("add", 3, 7.0)]
     expected = steer(

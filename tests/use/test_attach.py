@@ -1,5 +1,8 @@
 """SAEs in a running model: what a pass finds, what edits move, and that nothing else changes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from acts_models import VOCABULARY, WIDTH, untrained
@@ -281,6 +284,34 @@ BAD = [
 def test_an_edit_that_cannot_be_is_refused_in_one_line(model, sae, do, says):
     with pytest.raises(UserError, match=says), attach(model, {HOOK: sae}) as a:
         do(a)
+
+
+NEWCOMERS = """
+import numpy as np, torch, wsae
+for number in (np.int64, torch.tensor):
+    made = wsae.Set(number(5), 1.0, positions=number(2))
+    assert made == wsae.Set(5, 1.0, positions=number(2)) and made.places == (2,)
+assert wsae.Zero(3, positions=torch.tensor([1, 2])).places == (1, 2)
+bad = {
+    "Set of latent 1.5: give the latent's number": lambda: wsae.Set(1.5, 1.0),
+    "Set of latent 5: positions 'abc' are no whole numbers": lambda: wsae.Set(5, 1.0, positions="abc"),
+    "exclude 'none': give": lambda: wsae.attach(torch.nn.Linear(1, 1), {}, exclude="none").__enter__(),
+    "method 'ig': is neither": lambda: wsae.attribute(None, {}, [1], wsae.Loss(), method="ig"),
+    "ids: shape (1, 2); give the tokens of one": lambda: wsae.attribute(None, {}, [[1, 2]], wsae.Loss()),
+}
+for says, call in bad.items():
+    try:
+        call()
+    except wsae.UserError as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(says)
+"""
+
+
+def test_what_newcomers_type_is_understood_or_refused_by_name():
+    # in a process of its own: the checks of types that run in the tests would see it first
+    subprocess.run([sys.executable, "-c", NEWCOMERS], check=True, timeout=250)
 
 
 @pytest.mark.parametrize(

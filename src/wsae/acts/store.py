@@ -370,6 +370,14 @@ class Store:
         """Return whether rows come from images, so that a sequence's number is an image's."""
         return self.info.get("kind") == "images"
 
+    def check_model(self, digest: str) -> None:
+        """Raise UserError where a model of this digest is not the one that the activations are of."""
+        if digest != self.manifest.inputs["model"]:
+            raise UserError(
+                f"{self.path}: its activations are of another model than {self.manifest.config['model']} is now "
+                "(files differ); put it back, or harvest again"
+            )
+
     def labels(self, split: str) -> Int[Tensor, " rows"] | None:
         """Return the class of every row of a split (int64), or none where rows have none."""
         if not self.of_images or not self.info.get("labelled"):

@@ -48,7 +48,7 @@ class SaeFlags(Config):
         from wsae.acts.language import load_language
         from wsae.interop.saes import choose, open_run
         from wsae.sae import SAE
-        from wsae.use.attach import as_trained, changed_hook
+        from wsae.use.attach import as_trained, changed_hook, stored
 
         if not self.sae:
             raise UserError("--sae: name at least one, for example --sae runs/first")
@@ -72,6 +72,8 @@ class SaeFlags(Config):
             outs |= {hook: one.about.hook_out} if one.about.hook_out else {}
             changed_hook(hook, saes[hook], outs)  # before a model is loaded
         language = load_language(model, device=device)
+        for store in () if self.model else filter(None, map(stored, runs)):
+            store.check_model(language.digest)
         return Opened(language, saes, outs, as_trained(runs[0], language))
 
 

@@ -513,7 +513,7 @@ def data_of(
 ) -> "ActivationSource":
     """Return a run's data: those it was trained or measured on, `source`, or for one SAE alone a text for its model.
 
-    Raises UserError where they are not known, or are of another width than the SAE.
+    Raises UserError where they are not known, not those of training any more, or of another width than the SAE.
     """
     if asked.text is None:
         data = reopen(opened.path, device, source)
@@ -560,7 +560,21 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
     if opened.single and (elsewhere is not None or not opened.source):
         return of_single(opened, elsewhere)
     with understood(opened.manifest and run / CONFIG):
-        return _recorded(run, opened.source, device, elsewhere)
+        data = _recorded(run, opened.source, device, elsewhere)
+        trained = opened.record.get("data")
+        alike = elsewhere is not None or trained is None or _of_arrays(opened.source)
+        if not alike and trained != data.digest():
+            raise UserError(
+                f"{run}: its store, text or model is not as it was in training (files differ); put it back, or name "
+                "other data with --source"
+            )
+        return data
+
+
+def _of_arrays(record: dict[str, Any]) -> bool:
+    """Return whether data are not compared with those of training: arrays would be read whole for it."""
+    parts = [record["of"]] if record.get("kind") == "joined" else record.get("sources", ())
+    return record.get("kind") == "array" or any(map(_of_arrays, parts))
 
 
 def _recorded(
@@ -578,10 +592,12 @@ def _recorded(
     if elsewhere is not None and not (kind == "aligned" and (apart or "+" in elsewhere)):
         return _opened(elsewhere, hooks)
     if kind == "live":
+        from wsae.acts.language import language_for
         from wsae.acts.live import LiveSource
 
-        data = {**record["harvest"], "device": device}
-        return LiveSource(HarvestConfig.parse(data, where=str(run)))
+        cfg = HarvestConfig.parse(record["harvest"], where=str(run))
+        mixing = LiveConfig.parse(record.get("mixing", {}), where=str(run))
+        return LiveSource(cfg, mixing, language_for(cfg, device))
     if kind == "aligned":
         sources = record["sources"]
         places = _places(elsewhere, len(sources)) if elsewhere else [None] * len(sources)
@@ -695,7 +711,9 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
     from wsae.acts.language import language_for
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
-    return language_for(cfg, device)
+    language = language_for(cfg, device)
+    store.check_model(language.digest)
+    return language
 
 
 def labelled(source: "ActivationSource", labels: Path | None) -> "ActivationSource":

@@ -20,6 +20,7 @@ from wsae.core.seeds import seed_for
 from wsae.evals.config import RecoveryConfig
 from wsae.evals.glossary import RECOVERY
 from wsae.sae import SAE, GroupTopK, MultiTopK, ReLU, TopK
+from wsae.sae.model import an_sae
 
 Scores = dict[str, float]
 Matrix = object
@@ -586,8 +587,7 @@ def recovery(
     without signal.
     """
     cfg = RecoveryConfig.parse(dict(options), where="recovery")
-    if not isinstance(sae, SAE):
-        raise UserError(f"recovery: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
+    sae = an_sae(sae, "recovery")
     if sae.cfg.transcoder:
         raise UserError(
             "recovery: a transcoder gives other activations than it reads; its latents alone have scores: "

@@ -56,6 +56,7 @@ from wsae.evals.latents import RELATIVE_NORM, Context, density_histogram, whose
 from wsae.evals.measure import EvaluatedSaes, HeldOutPositions, Measured, measure
 from wsae.run import SINGLE, Run
 from wsae.sae import SAE
+from wsae.sae.model import an_sae
 from wsae.train.config import TrainConfig
 
 Show = Callable[[Context], Json]
@@ -255,8 +256,7 @@ def evaluate(
     it is to give, rows beside those of `acts`. Raises UserError for another width, NaN, infinity, no rows, or a target
     for an SAE (a transcoder without one).
     """
-    if not isinstance(sae, SAE):
-        raise UserError(f"evaluate: given {type(sae).__name__} in place of an SAE; SAE.load(path)")
+    sae = an_sae(sae, "evaluate")
     acts = sae.join(acts) if isinstance(acts, Mapping) and sae.cfg.sources else acts
     path = as_path(acts)
     if path is not None and path.is_dir() and not is_folder_of_arrays(path):

@@ -47,7 +47,7 @@ from wsae.interop.saelens import SAELENS, SCALER, as_registered
 from wsae.interop.sparsify import SPARSIFY
 from wsae.run import Run
 from wsae.sae.config import Provenance, SAEConfig
-from wsae.sae.model import SAE, WEIGHTS
+from wsae.sae.model import SAE, WEIGHTS, an_sae
 
 SIDE = "wsae.safetensors"
 """What an export holds that the other tool's files cannot, to the bit."""
@@ -108,7 +108,7 @@ def save(
     Raises UserError, before anything is written, when the format has no equal for this SAE, or the folder holds
     something else (with `force` another export gives way).
     """
-    kind, path, sae = find(format, KINDS), Path(path), as_known(sae)
+    kind, path, sae = find(format, KINDS), Path(path), as_known(an_sae(sae, "save"))
     packed = kind.pack(sae, about)
     named = kind.rename(packed, format)
     held = {name: getattr(named, name) for name in _SHARED}

@@ -16,7 +16,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,15 @@ from wsae.kernels.native.select import (
 )
 from wsae.kernels.native.select import select_topk as compiled_topk
 from wsae.kernels.native.slices import Centred, to_slices
-from wsae.sae.architectures import Above, Choice, Every, PerGroup, PerRow, architecture_of
+from wsae.sae.architectures import (
+    Above,
+    Architecture,
+    Choice,
+    Every,
+    PerGroup,
+    PerRow,
+    architecture_of,
+)
 from wsae.sae.config import JumpReLU, Provenance, ReLU, SAEConfig, SourcePart
 
 WEIGHTS = "sae.safetensors"
@@ -86,7 +94,7 @@ class SAE(nn.Module):
     def __init__(self, cfg: SAEConfig, seed: int = 0, encoder_scale: float = 1.0) -> None:
         """Start with random unit decoder rows and (untied) the encoder `encoder_scale` times their transpose."""
         super().__init__()
-        self.cfg, self.arch = cfg, architecture_of(cfg.activation)
+        self.cfg = cfg
         generator = torch.Generator().manual_seed(seed_for(seed, "sae-init"))
         drawn = torch.randn(cfg.d_sae, cfg.width_out, generator=generator, dtype=torch.float32)
         self.W_dec, width = nn.Parameter(F.normalize(drawn, dim=1)), cfg.width_out
@@ -116,6 +124,11 @@ class SAE(nn.Module):
         if self.threshold.dtype.itemsize < torch.float32.itemsize:
             self.threshold.data = kept.to(self.threshold.device)
         return self
+
+    @property
+    def arch(self) -> Architecture:
+        """What its kind computes: looked up, so that an SAE can be pickled."""
+        return architecture_of(self.cfg.activation)
 
     @property
     def device(self) -> torch.device:
@@ -361,9 +374,16 @@ class SAE(nn.Module):
                 raise UserError(f"{where}: tensor {name} is {found}, config.json says {needed}")
             if not bool(torch.isfinite(state[name]).all()):
                 raise UserError(f"{where}: tensor {name} holds NaN or infinite values")
-        if state["gamma"].shape != self.gamma.shape:
-            self.gamma = self.gamma.new_empty(state["gamma"].shape)
         self.load_state_dict(state)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take gamma in either of its forms."""
+        gamma = state_dict.get(f"{prefix}gamma", self.gamma)
+        if gamma.shape != self.gamma.shape and self._is_gamma("gamma", gamma):
+            self.gamma = self.gamma.new_empty(gamma.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def set_gamma(self, gamma: Float[Tensor, "..."]) -> None:
         """Take loss weights [d_out] or [d_out, d_out]; raises UserError for another shape."""
@@ -380,8 +400,14 @@ class SAE(nn.Module):
         return name == "gamma" and tuple(tensor.shape) in ((width,), (width, width))
 
     def save(self, path: Path | str, about: Provenance | None = None) -> None:
-        """Write the SAE to a directory: what is known `about` it, sae.safetensors, config.json, manifest.json last."""
+        """Write the SAE to a directory: what is known `about` it, sae.safetensors, config.json, manifest.json last.
+
+        Another SAE there gives way; raises UserError where something else would: a run, a store or a model.
+        """
         path, beside = Path(path), []
+        for name in (CONFIG, MANIFEST):
+            if (path / name).is_file() and not (path / WEIGHTS).is_file():
+                raise UserError(f"{path}: its {name} is of no SAE; save to a folder of its own")
         if about is not None:
             write_json(path / PROVENANCE, about.to_dict())
             beside.append(PROVENANCE)
@@ -456,8 +482,7 @@ class SAE(nn.Module):
         norm = self.W_dec.detach().double().norm(dim=1)
         norm = torch.where(norm > 0, norm, 1.0)
         choice, activation = self._used(), self.cfg.activation
-        equal = 1 + max(1e-4, 4 * torch.finfo(self.dtype).eps)  # rows of length 1 in half precision
-        if not isinstance(choice, Above) and float(norm.max() / norm.min()) > equal:
+        if not isinstance(choice, Above) and not even(norm, self.W_dec):
             raise UserError(
                 f"fold_decoder_norm: rows of lengths {norm.min():.3g} to {norm.max():.3g}, and {activation.kind} "
                 "would choose other latents; keep it as it is"
@@ -538,6 +563,22 @@ class SAE(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.autocast(kind, enabled=False)
         return contextlib.nullcontext()
+
+
+def an_sae(value: object, what: str) -> SAE:
+    """Return an SAE, compiled ones as they were; raises UserError beginning with `what` for anything else."""
+    value = getattr(value, "_orig_mod", value)
+    if not isinstance(value, SAE):
+        raise UserError(f"{what}: given {type(value).__name__} in place of an SAE; SAE.load(path)")
+    return value
+
+
+def even(norm: Float[Tensor, " rows"], rows: Float[Tensor, "rows _"]) -> bool:
+    """Return whether lengths of rows are one, but for the rounding of the coarsest type that holds the rows."""
+    halves = (torch.bfloat16, torch.float16)
+    types = (t for t in halves if torch.equal(rows.to(t).to(rows.dtype), rows))
+    eps = torch.finfo(next(types, rows.dtype)).eps
+    return float(norm.max() / norm.min()) <= 1 + max(1e-4, 4 * eps)
 
 
 def at_latents(own: Mapping[str, Tensor], indices: Int64[Tensor, "*pairs"]) -> dict[str, Tensor]:

@@ -234,8 +234,8 @@ async def read_text(request: Request) -> dict[str, str]:
         raise UserError("a JSON object is needed")
     out = {name: found[name] for name in FIELDS if found.get(name) is not None}
     for name, value in out.items():
-        if type(value) is {"latent": int, "star": bool}.get(name):
-            out[name] = str(int(value))
+        if type(value) in {"latent": (int,), "star": (bool,), "value": (int, float)}.get(name, ()):
+            out[name] = str(value if name == "value" else int(value))
         elif not isinstance(value, str):
             raise UserError(f"{name}: is not text")
         else:
@@ -254,6 +254,7 @@ LINE = 300
 """Characters of a message that a visitor gets."""
 ALL = "all"
 RETRY = {"retry-after": "2"}
+GONE = f"the index of this run is gone or damaged; {REMAKE}"
 _LOG = logging.getLogger("uvicorn.error")
 
 
@@ -382,10 +383,20 @@ def _member_of(run: Served, request: Request) -> Member | None:
 
 def _overview(site: Site, request: Request) -> Response:
     root = root_of(request)
-    found = [shelf.now(root) for shelf in site.runs.values()]
+    found: list[Served] = []
+    gone: list[str] = []
+    for shelf in site.runs.values():
+        try:
+            found.append(shelf.now(root))
+        except DamagedIndexError as error:
+            if len(site.runs) == 1:
+                raise
+            _LOG.error("%s", error)
+            gone.append(shelf.slug)
     if _is_api(request):
-        return _json([{"run": run.slug, "name": run.index.name} for run in found])
-    return HTMLResponse(pages.overview(found, root))
+        told = [{"run": slug, "error": GONE} for slug in gone]
+        return _json([*({"run": run.slug, "name": run.index.name} for run in found), *told])
+    return HTMLResponse(pages.overview(found, [f"{slug}: {GONE}" for slug in gone], root))
 
 
 def _run(run: Served, request: Request) -> Response:
@@ -542,7 +553,7 @@ def _failed(request: Request, error: Exception) -> Response:
             status, line = 408, "the request did not come to its end in time"
         case DamagedIndexError():
             _LOG.error("%s", error)
-            status, line = 500, f"the index of this run is gone or damaged; {REMAKE}"
+            status, line = 500, GONE
     line = line if len(line) <= LINE else f"{line[: LINE - 1]}…"
     headers = RETRY if status == 503 else None
     if _is_api(request):

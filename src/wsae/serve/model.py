@@ -35,7 +35,8 @@ class ModelName(NamedTuple):
 def model_of(run: Path) -> ModelName:
     """Name the language model that the activations are of, when it can be loaded without a network."""
     source: Json = Run(run).source
-    harvest = source.get("harvest") or _store_config(source)
+    store = _store(source)
+    harvest = source.get("harvest") or store.get("config", {})
     name = harvest.get("model") or source.get("model")
     if not isinstance(name, str):
         if source.get("kind") == "joined":
@@ -45,11 +46,12 @@ def model_of(run: Path) -> ModelName:
         return ModelName("", "the run's data are arrays, not the activations of a known model")
     if harvest.get("images") is not None or (harvest and "text" not in harvest):
         return ModelName("", "the run's data are of images")
-    return (
-        ModelName(name, "")
-        if is_local(name)
-        else ModelName("", f"the model {name} is not on this machine")
-    )
+    if not is_local(name):
+        return ModelName("", f"the model {name} is not on this machine")
+    made = store.get("inputs", {}).get("model")
+    if made not in (None, fingerprint_of(name)):
+        return ModelName("", f"the model {name} is another than it was in training (files differ)")
+    return ModelName(name, "")
 
 
 def is_local(name: str) -> bool:
@@ -87,14 +89,15 @@ def load(name: str, device: str) -> "LanguageModel":
     return load_language(name, device=device)
 
 
-def _store_config(source: Json) -> Json:
+def _store(source: Json) -> Json:
+    """Return config and inputs of a run's store; empty where there is none."""
     path = source.get("path")
     manifest = Path(path) / MANIFEST if isinstance(path, str) else None
     if manifest is None or source.get("kind") != "store" or not manifest.is_file():
         return {}
     found = read_json(manifest)
-    config = found.get("config") if isinstance(found, dict) else None
-    return config if isinstance(config, dict) else {}
+    parts = found if isinstance(found, dict) else {}
+    return {k: parts[k] for k in ("config", "inputs") if isinstance(parts.get(k), dict)}
 
 
 BLOCK = 1 << 24

@@ -330,9 +330,11 @@ def problem(status: int, line: str, root: str) -> str:
     return _render("problem", None, root, title=f"{status}", line=line)
 
 
-def overview(runs: list[Served], root: str) -> str:
-    """Return the first page: the runs that are served."""
-    return run(runs[0]) if len(runs) == 1 else _render("runs", None, root, title="Runs", runs=runs)
+def overview(runs: list[Served], problems: list[str], root: str) -> str:
+    """Return the first page: the runs that are served, and why others are not."""
+    if len(runs) == 1 and not problems:
+        return run(runs[0])
+    return _render("runs", None, root, title="Runs", runs=runs, problems=problems)
 
 
 def run(served: Served) -> str:

@@ -20,7 +20,7 @@ from wsae.sae.gamma import (
     gamma_from_proxy,
     gamma_from_residual,
 )
-from wsae.sae.model import SAE
+from wsae.sae.model import SAE, even
 from wsae.sae.precondition import Preconditioner
 from wsae.stats.moments import Covariance, Moments
 from wsae.train.config import MemberConfig, TrainConfig
@@ -86,7 +86,7 @@ class Start:
         if not sae.cfg.tied:
             norm = tensors["W_dec"].norm(dim=1)
             norm = torch.where(norm > 0, norm, 1.0)
-            if sae.arch.sparse and float(norm.max() / norm.min()) > 1 + 1e-4:
+            if sae.arch.sparse and not even(norm, sae.W_dec):
                 raise UserError(
                     f"the SAE to start from at {hook} has decoder rows of lengths {norm.min():.3g} to {norm.max():.3g} "
                     f"here, and with rows of length 1, as training keeps them, {sae.cfg.activation.kind} would choose "

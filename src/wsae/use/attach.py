@@ -10,6 +10,7 @@ sinks; `wsae.acts.flow.SkipRule`) are left alone.
 
 import contextlib
 import math
+import operator
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from wsae.core.artifact import MANIFEST
 from wsae.core.errors import UserError, nearest
 from wsae.kernels.eager import SparseCode
 from wsae.run import Run
-from wsae.sae.model import SAE, Encoder
+from wsae.sae.model import SAE, Encoder, an_sae
 
 
 class Codes(NamedTuple):
@@ -81,7 +83,11 @@ class Edit:
     condition: Condition | None = None
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value that is not finite, or a position before the start."""
+        """Raise UserError for numbers that are not whole, a value that is not finite, a position before the start."""
+        try:  # a tensor is a key of its own: of two edits of one latent the first would be lost
+            object.__setattr__(self, "latent", operator.index(self.latent))
+        except TypeError as error:
+            raise UserError(f"{self}: give the latent's number") from error
         if not math.isfinite(self.value):
             raise UserError(f"{self}: {self.value} is no finite number")
         if any(place < 0 for place in self.places or ()):
@@ -96,7 +102,10 @@ class Edit:
         """Return the positions as numbers."""
         if self.positions is None:
             return None
-        return (self.positions,) if isinstance(self.positions, int) else tuple(self.positions)
+        found = np.atleast_1d(np.asarray(self.positions))
+        if found.size and found.dtype.kind not in "iu":
+            raise UserError(f"{self}: positions {self.positions!r} are no whole numbers")
+        return tuple(found.tolist())
 
     def new(self, z: Float[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
         """Return z'."""
@@ -363,7 +372,10 @@ def attach(
     """
     if model in _ATTACHED:
         raise UserError("this model has SAEs attached; give them all to one attach")
+    if isinstance(exclude, str) and exclude != "as in training":
+        raise UserError(f"exclude {exclude!r}: give 'as in training', a SkipRule, or None")
     rule = SkipRule(HarvestConfig(), special_ids(model)) if isinstance(exclude, str) else exclude
+    saes = {name: an_sae(sae, f"hook {name!r}") for name, sae in saes.items()}
     outs = {name: changed_hook(name, sae, hook_out) for name, sae in saes.items()}
     points = hooks_named(model, dict.fromkeys([*saes, *outs.values()]))
     names: dict[tuple[str, str], str] = {}
@@ -413,9 +425,7 @@ def changed_hook(name: str, sae: SAE, hook_out: Mapping[str, str]) -> str:
 def as_trained(run: Run, language: LanguageModel) -> SkipRule:
     """Return the rule by which a run's tokens were left out, the norms of its sinks included where they are known."""
     data, medians = run.source.get("harvest"), None
-    place = run.source.get("path")
-    if run.source.get("kind") == "store" and place and (Path(place) / MANIFEST).is_file():
-        store = Store(Path(place), verify=False)
+    if (store := stored(run)) is not None:
         data, medians = store.manifest.config, store.info.get("median_norm")
     cfg = HarvestConfig()
     if isinstance(data, dict) and "text" in data:
@@ -423,6 +433,13 @@ def as_trained(run: Run, language: LanguageModel) -> SkipRule:
     rule = SkipRule(cfg, language.tokenizer.all_special_ids)
     rule.medians = medians
     return rule
+
+
+def stored(run: Run) -> Store | None:
+    """Return the store of a run's activations; none where it has none, or it has moved."""
+    place = run.source.get("path") or ""
+    there = run.source.get("kind") == "store" and place and (Path(place) / MANIFEST).is_file()
+    return Store(Path(place), verify=False) if there else None
 
 
 def _spread(code: SparseCode, kept: Int64[Tensor, " kept"], tokens: int) -> SparseCode:

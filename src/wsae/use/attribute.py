@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,9 +29,10 @@ from wsae.acts.flow import REASONS
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.loading import input_device, refuse_without_logits
 from wsae.acts.tokens import ids_behind
+from wsae.core.calls import tensor
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
-from wsae.sae.model import SAE
+from wsae.sae.model import SAE, an_sae
 from wsae.use.attach import Codes, Exclude, attach
 
 Method = Literal["gradient", "integrated"]
@@ -198,9 +199,14 @@ def attribute(
 ) -> Attribution:
     """Return the effects of latents on a metric of a text, the `verify` largest of them checked by ablation.
 
-    `hook_out`: what transcoders give, as `attach` has it. Raises UserError as `attach` and the metrics do, and for a
-    model without logits.
+    `hook_out`: what transcoders give, as `attach` has it. Raises UserError as `attach` and the metrics do, for a model
+    without logits, another method, and tokens that are not those of one text.
     """
+    if method not in get_args(Method):
+        raise UserError(f"method {method!r}: is neither of {', '.join(get_args(Method))}")
+    ids = tensor(ids, "ids").long()
+    if ids.ndim != 1 or not len(ids):
+        raise UserError(f"ids: shape {tuple(ids.shape)}; give the tokens of one text, [seq]")
     refuse_without_logits(model)
     passes = _GradientPasses(model, saes, ids, metric)
     found: dict[str, AtHook] = {}
@@ -262,7 +268,8 @@ class _GradientPasses:
     def __init__(
         self, model: nn.Module, saes: Mapping[str, SAE], ids: Int64[Tensor, " seq"], metric: Metric
     ) -> None:
-        self.model, self.saes, self.metric = model, saes, metric
+        self.model, self.metric = model, metric
+        self.saes = {hook: an_sae(sae, f"hook {hook!r}") for hook, sae in saes.items()}
         self.points: Mapping[str, HookPoint] = {}
         self._together: dict[str, int] = {}
         self.ids = ids.to(input_device(model))

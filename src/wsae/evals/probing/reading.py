@@ -205,9 +205,10 @@ class Coder:
             for name, encode in self._encoders[hook].items():
                 sae = self._saes[hook][name]
                 here = rows.to(sae.W_dec.device, torch.float32)
-                values, indices, offsets = (part.cpu().numpy() for part in encode(here))
+                code = encode(here)
+                code = code._replace(values=code.values.float())  # NumPy has no bfloat16
                 shape = (len(rows), sae.cfg.d_sae)
-                table = scipy.sparse.csr_array((values, indices, offsets), shape=shape)
+                table = scipy.sparse.csr_array(tuple(t.cpu().numpy() for t in code), shape=shape)
                 parts.setdefault(name, []).append(table if pool is None else pool @ table)
                 if sae.cfg.input_norm is not None:
                     factor = scipy.sparse.diags_array(sae.normalised(here).factor.cpu().numpy())

@@ -59,6 +59,8 @@ from wsae.evals.probing.scores import (
 from wsae.evals.run import run_subject, write_part
 from wsae.run import PROBING, PROBING_PART, SINGLE, Run
 from wsae.sae import SAE
+from wsae.sae.model import an_sae
+from wsae.stats.moments import check_finite
 
 if TYPE_CHECKING:
     from wsae.acts.language import LanguageModel
@@ -174,9 +176,12 @@ def probe(
     `acts` are numbers [n, d_in], or [n, seq, d_in] whose mean over seq counts, in memory or in a file, and `labels` the
     n classes. Without labels `acts` is a store of text (or its path), or another source with one hook, and the classes
     are token tasks by rule. `.hooks[hook].accuracy("sae", k)` is by task; `.record` has intervals and comparisons.
-    Raises UserError for another width, labels of one class or of another number, or too little data.
+    Raises UserError for another width, NaN, infinity, labels of one class or of another number, or too little data.
     """
-    family = EvaluatedSaes({SINGLE: sae} if isinstance(sae, SAE) else dict(sae))
+    given = sae if isinstance(sae, Mapping) else {SINGLE: sae}
+    family = EvaluatedSaes({name: an_sae(one, "probe") for name, one in given.items()})
+    if not given:
+        raise UserError("sae: {} names none; give {NAME: sae, ...}")
     if labels is None:
         source = acts if isinstance(acts, HeldOut) else open_source(acts)
         if len(source.hooks) != 1:
@@ -193,7 +198,11 @@ def probe(
     at_once = max(1, cfg.batch_size // each)
 
     def taken(number: Int64[np.ndarray, " documents"]) -> Float[Tensor, "rows _"]:
-        return rows.take((number[:, None] * each + np.arange(each)).ravel())
+        index = (number[:, None] * each + np.arange(each)).ravel()
+        x = rows.take(index)
+        for bad in (~x.isfinite().all(1)).nonzero()[:1, 0].tolist():
+            check_finite(x[bad : bad + 1], int(index[bad]), "acts")
+        return x
 
     of_all = chosen[:: -(-len(chosen) // at_once)]  # one class follows another
     coder.begin("acts", taken(of_all))
