@@ -56,14 +56,15 @@ _MAP = ("power", "shrinkage")
 
 def Member(  # noqa: N802  (reads as the value it makes)
     gamma: object = "none",
-    k: int = 32,
+    k: int | None = None,
     activation: str | Mapping[str, Any] | ActivationConfig = "topk",
     precondition: str = "none",
     **fields: Any,
 ) -> MemberConfig:
     """Return one member of a family: a gamma rule's name (or the proxy itself, one value per dimension) and the rest.
 
-    Gamma and activation may be configs too, an activation what a run's config.json says of one. `precondition` is
+    Gamma and activation may be configs too, an activation what a run's config.json says of one; the name of a Top-k
+    kind takes `k` (default 32). `precondition` is
     standardise, whiten or residual, to train on mapped activations. `fields` are those of MemberConfig (d_sae,
     expansion, tied, lr, seed, l1, l0, target_l0, auxk, k_aux, label, ...), of GammaConfig (alpha, normalise, robust,
     quantile, ridge, rounds) and of PreconditionConfig (power, shrinkage). Raises UserError naming an unknown one, or a
@@ -90,7 +91,15 @@ def Member(  # noqa: N802  (reads as the value it makes)
                 f"gamma: shape {tuple(proxy.shape)}; give one value per dimension, [d_in]"
             )
         weights |= {"rule": "vector", "vector": tuple(proxy.double().tolist())}
-    kind = make_activation(activation, k) if isinstance(activation, str) else activation
+    kind: object = activation
+    if isinstance(activation, str):
+        kind = make_activation(activation, 32 if k is None else k)
+    elif k is not None:
+        own = activation if isinstance(activation, Mapping) else activation.model_dump()
+        if own.get("k") != k:
+            raise UserError(
+                f"member: k is {k}, the activation's own is {own.get('k')}; give one of them"
+            )
     data = {"gamma": weights, "activation": kind, "precondition": mapped, **fields}
     return MemberConfig.parse(data, where="member")
 
@@ -107,16 +116,15 @@ class Family:
 
 def fit(
     acts: Acts,
-    k: int = 32,
+    k: int | None = None,
     d_sae: int | None = None,
     gamma: object = "none",
     **options: Any,
 ) -> SAE:
     """Train one SAE on activations (see `Acts`); all rows are trained on, those of a store but for its held-out ones.
 
-    `options` are those of `Member` and of `fit_family`; `labels` [rows] serve the rule consistency, `target` [rows,
-    d_out] makes it a transcoder. Raises UserError
-    for data or options that do not fit.
+    `options` are those of `Member` (where k is 32 by default) and of `fit_family`; `labels` [rows] serve the rule
+    consistency, `target` [rows, d_out] makes it a transcoder. Raises UserError for data or options that do not fit.
     """
     for key in options.keys() - _OPTIONS:
         raise UserError(f"fit: unknown key {key!r}{nearest(key, _OPTIONS)}")

@@ -521,6 +521,12 @@ def test_activations_with_labels_are_told_apart_by_row_or_by_document():
     assert by_row.record["hooks"]["acts"]["members"]["sae"]["summary"]["tpp_1"]["value"] > 0.2
     with pytest.raises(UserError, match="labels: 7 for 300 rows; give one for each"):
         wsae.probe(identity(), tokens.mean(1), labels[:7], cfg)
+    for missing in (
+        np.where(labels == 1, np.nan, labels),
+        [None if one == 1 else one for one in labels],
+    ):
+        with pytest.raises(UserError, match=r"labels\[1\] is (nan|None); leave such rows out"):
+            wsae.probe(identity(), tokens.mean(1), missing, cfg)
     for acts, n in ((tokens.mean(1), 150), (tokens, 600)):  # no pairs of rows, nor halves
         with pytest.raises(UserError, match=f"labels: {n} for 300 rows"):
             wsae.probe(identity(), acts, np.resize(labels, n), cfg)

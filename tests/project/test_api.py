@@ -18,7 +18,7 @@ from test_train import files_of, world
 import wsae
 from wsae.acts.source import ArraySource
 from wsae.core.errors import UserError
-from wsae.sae import SAE, SAEConfig, TopK
+from wsae.sae import SAE, ReLU, SAEConfig, TopK
 from wsae.sae.config import GammaConfig
 from wsae.sae.gamma import gamma_from_proxy
 from wsae.train.bank import fits_a_bank
@@ -36,6 +36,14 @@ def test_fit_returns_an_sae_that_reconstructs() -> None:
         assert int((sae.encode(x) != 0).sum(1).max()) <= 4
     assert fvu < 0.3
     assert torch.equal(sae.gamma, torch.ones(16))
+
+
+def test_a_k_beside_an_activation_with_another_is_refused_not_ignored() -> None:
+    for activation in (TopK(k=3), {"kind": "topk", "k": 3}, ReLU()):
+        with pytest.raises(UserError, match="k is 9, the activation's own is (3|None)"):
+            wsae.fit(world(), k=9, activation=activation, **QUICK)
+    assert wsae.Member(k=3, activation=TopK(k=3)).activation == TopK(k=3)
+    assert repr(wsae.fit(world(), k=5, d_sae=64, **QUICK)) == "SAE(topk, d_in=16, d_sae=64, k=5)"
 
 
 class Array:

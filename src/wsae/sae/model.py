@@ -125,6 +125,14 @@ class SAE(nn.Module):
             self.threshold.data = kept.to(self.threshold.device)
         return self
 
+    def extra_repr(self) -> str:
+        """Return what `repr` says of it."""
+        activation = self.cfg.activation
+        k = getattr(activation, "k", None)
+        out = f", d_out={self.cfg.width_out}" if self.cfg.transcoder else ""
+        said = f"{activation.kind}, d_in={self.cfg.d_in}{out}, d_sae={self.cfg.d_sae}"
+        return said if k is None else f"{said}, k={k}"
+
     @property
     def arch(self) -> Architecture:
         """What its kind computes: looked up, so that an SAE can be pickled."""

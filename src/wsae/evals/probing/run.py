@@ -5,6 +5,7 @@ tested on as many rows of the class as of the rest: chance is 1/2 (SAEBench's sp
 rows and draws.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,11 @@ def probe(
                 f"the data have {len(source.hooks)} hooks ({', '.join(source.hooks)}); give one"
             )
         return probe_tokens(dict.fromkeys(source.hooks, family), source, cfg, progress)
-    rows, names = open_matrix(acts, "acts"), [str(one) for one in np.asarray(labels).tolist()]
+    rows, classes = open_matrix(acts, "acts"), np.asarray(labels).tolist()
+    for row, one in enumerate(classes):
+        if one is None or (isinstance(one, float) and math.isnan(one)):
+            raise UserError(f"labels[{row}] is {one}; leave such rows out, or give them a class")
+    names = [str(one) for one in classes]
     if len(names) != rows.items:
         raise UserError(f"labels: {len(names):,} for {rows.items:,} rows; give one for each")
     each, corpus = rows.shape[0] // len(names), Corpus(names, names)
