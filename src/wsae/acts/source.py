@@ -32,7 +32,7 @@ from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.calls import numbers
 from wsae.core.errors import UserError
-from wsae.core.files import digest, sha256_file
+from wsae.core.files import digest, sha256_file, whole
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor, mapped_npy, npz_arrays
@@ -167,7 +167,7 @@ class ArraySource:
 
     def describe(self) -> dict[str, Any]:
         """Return the file's place, if it is one."""
-        path = None if self._path is None else str(self._path.resolve())
+        path = None if self._path is None else whole(self._path)
         return {"kind": "array", "path": path, "hooks": [self._name]}
 
     def _train(self, index: Int[np.ndarray, " rows"]) -> Batch:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from wsae.acts.config import same_place
 from wsae.acts.flow import NonFiniteError, SourceStats, Step, Tally
 from wsae.acts.hooknames import among
 from wsae.acts.text import Position
@@ -132,7 +133,7 @@ def refuse_other(
 ) -> None:
     """Raise UserError when a directory was made with another config or from other data."""
     for key in {**made.config, **config}:
-        if (old := made.config.get(key)) != (value := config.get(key)):
+        if not _alike(old := made.config.get(key), value := config.get(key)):
             raise UserError(
                 f"{out}: was made with {key}={old!r}, not {value!r}; choose another --out or remove it"
             )
@@ -141,6 +142,13 @@ def refuse_other(
             raise UserError(
                 f"{out}: was made from another {name} (its files differ); choose another --out or remove it"
             )
+
+
+def _alike(old: object, value: object) -> bool:
+    """Return whether two settings say the same, however the place of a model, text or images is written."""
+    if isinstance(old, dict) and isinstance(value, dict):
+        return all(_alike(old.get(key), value.get(key)) for key in {**old, **value})
+    return same_place(old, value)
 
 
 def clean_up_if_nothing_done(out: Path, created: bool) -> None:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.acts.config import HarvestConfig, ImageHarvestConfig, ImagesConfig, LiveConfig, TextConfig
+from wsae.acts.config import (
+    HarvestConfig,
+    ImageHarvestConfig,
+    ImagesConfig,
+    LiveConfig,
+    TextConfig,
+    located,
+)
 from wsae.acts.hooknames import among, pairs, sides
 from wsae.cli.common import (
     MaybeCount,
@@ -283,15 +290,15 @@ class LiveFlags(
     heldout_fraction: MaybeNumber = None
     """Share of the documents or images kept for evaluation; default: 0.1 of documents, 0.2 of images."""
 
-    def config(self, model: str, **rest: object) -> HarvestConfig:
+    def config(self, model: str, /, **rest: object) -> HarvestConfig:
         """Return the harvest these flags describe; raises UserError in one line."""
         if not self.hook:
             raise UserError('no --hook: name the modules to read, for example --hook "layers.9"')
         if self.text is None:
             raise UserError("no --text: give a file of text, or --text builtin for the shipped one")
         data = config_values(self, HarvestConfig) | {
-            "model": model,
-            "text": config_values(self, TextConfig) | {"path": self.text},
+            "model": located(model),
+            "text": config_values(self, TextConfig) | {"path": located(self.text)},
             "sink_norm_ratio": self.sink_norm_ratio or None,
             "roles": self.roles or None,
         }
@@ -693,7 +700,7 @@ def on_text(opened: Run, asked: GivenText, **rest: object) -> "ActivationSource"
     from wsae.acts.live import LiveSource
     from wsae.acts.source import JoinedSource
 
-    source = LiveSource(cfg)
+    source = LiveSource(cfg.located())
     if len(source.hooks) > len(hooks):
         first = next(iter(source.hooks))
         raise UserError(
@@ -711,7 +718,12 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
     from wsae.acts.language import language_for
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
-    language = language_for(cfg, device)
+    try:
+        language = language_for(cfg, device)
+    except UserError as error:
+        raise UserError(
+            f"{error} (named by {store.path}; evaluate does without it: --splice-tokens 0)"
+        ) from error
     store.check_model(language.digest)
     return language
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from wsae.acts.config import TextConfig, same_place
 from wsae.acts.hooknames import among
 from wsae.cli.common import (
     UI,
@@ -16,6 +17,7 @@ from wsae.cli.common import (
     MaybePlace,
     Place,
     Switch,
+    config_values,
     device,
     mirrored,
 )
@@ -192,6 +194,7 @@ def _opened(flags: Flags, where: str) -> _Opened:
     """Return what there is before training; raises UserError for shapes that cannot be."""
     plan, seed = flags.plan, flags.common.seed
     rest = {"dtype": plan.dtype, **({} if plan.tokens is None else {"tokens": plan.tokens})}
+    rest |= _named_as_begun(flags)
     hook_out: dict[str, str] | None = None
     parts: list[dict[str, object]] | None = None
     if flags.crosscoder:
@@ -216,6 +219,20 @@ def _opened(flags: Flags, where: str) -> _Opened:
             d_out = None if out is None else source.hooks[out]
             member.sae_config(source.hooks[hook], d_out, cfg.crosscoder)
     return _Opened(cfg, source, start)
+
+
+def _named_as_begun(flags: Flags) -> dict[str, object]:
+    """Return model and text as the live run in --out names them, where they are the ones that the flags name."""
+    source = Run(flags.out).source if (flags.out / CONFIG).exists() else {}
+    with understood(flags.out / CONFIG):
+        harvest = source.get("of", source).get("harvest")
+        if harvest is None or flags.live.text is None:
+            return {}
+        names = (harvest["model"], flags.source), (harvest["text"]["path"], flags.live.text)
+        if not all(same_place(*pair) for pair in names):
+            return {}
+        text = config_values(flags.live, TextConfig) | {"path": harvest["text"]["path"]}
+        return {"model": harvest["model"], "text": text}
 
 
 def _alone(flags: Flags) -> None:

@@ -51,6 +51,11 @@ class GivenTwice(ValueError):
     """A JSON object has two values for one key: readers would not agree on what it says."""
 
 
+def whole(path: Path) -> str:
+    """Return a path from the root. A link stays one: what a cache keeps behind it has no name that says what it is."""
+    return str(path.parent.resolve() / path.name)
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Yield a new, empty file beside `path`; when done flush it to disk, rename it over `path` and flush the name.

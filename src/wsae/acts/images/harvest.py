@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from wsae.acts.capture import Capture
-from wsae.acts.config import ImageHarvestConfig
+from wsae.acts.config import ImageHarvestConfig, located
 from wsae.acts.flow import ONE_PASS, NonFiniteError, Step, Tally, running
 from wsae.acts.hookpoints import probe
 from wsae.acts.images.model import VisionModel, load_vision, model_fingerprint
@@ -172,11 +172,10 @@ def harvest_images(
     a hook the model lacks, hooks with different numbers of rows an image, images none of which can be read (or any,
     with on_error "raise"), NaN or infinite activations, a full disk, or a directory that belongs to another config.
     """
-    out, place = Path(out), Path(cfg.images.path)
+    out = Path(out)
     # what decides the rows: neither the number of workers nor how the place of a file is written
-    path = str(place.resolve()) if place.exists() else cfg.images.path
-    plain = cfg.images.model_copy(update={"workers": 0, "path": path})
-    config = cfg.model_copy(update={"images": plain}).to_dict()
+    plain = cfg.images.model_copy(update={"workers": 0, "path": located(cfg.images.path)})
+    config = cfg.model_copy(update={"images": plain, "model": located(cfg.model)}).to_dict()
     found = None
     if not (out / MANIFEST).exists():
         found = vision or load_vision(cfg.model, cfg.dtype, cfg.device)

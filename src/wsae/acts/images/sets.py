@@ -17,7 +17,7 @@ from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
-from wsae.acts.config import ImagesConfig
+from wsae.acts.config import DIGITS, ImagesConfig
 from wsae.acts.flow import MOST_CLASSES
 from wsae.acts.images.pixels import ImageError, ImageSet, decoded
 from wsae.acts.tables import arrow_errors
@@ -41,7 +41,7 @@ def open_images(cfg: ImagesConfig) -> ImageSet:
 
     Raises UserError in one line where there are none, or where names, columns and labels do not fit together.
     """
-    if cfg.path == "digits":
+    if cfg.path == DIGITS:
         return _digits(cfg)
     path = Path(cfg.path).expanduser()
     if not cfg.path.strip() or not path.exists():
