@@ -374,8 +374,10 @@ def test_data_that_changed_since_training_are_not_measured_as_if_they_had_not(
 
 def test_a_place_is_the_same_however_and_from_wherever_it_is_named(tmp_path, monkeypatch, capsys):
     home, away = tmp_path / "home", tmp_path / "away"
-    home.mkdir(), away.mkdir()
-    make_model(home / "model"), make_text(home / "text.jsonl", 120)
+    home.mkdir()
+    away.mkdir()
+    make_model(home / "model")
+    make_text(home / "text.jsonl", 120)
     (home / "link").symlink_to(home / "model")
     monkeypatch.setenv("HOME", str(home))
     rest = ["--hook", "layers.1", "--seq-len", "32", "--heldout-tokens", "64", "--device", "cpu"]

@@ -149,7 +149,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         seen = behind(whole, where, language=cfg.splice_tokens > 0)
     except UserError as error:
         if not opened.single:
-            raise
+            raise UserError(f"{error} (evaluate does without it: --splice-tokens 0)") from error
         notes.append(f"not spliced into the model: {error}")
     if isinstance(whole, AlignedSource) and cfg.splice_tokens > 0:
         notes.append("not spliced into a model: its rows are of several sources")

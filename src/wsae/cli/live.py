@@ -718,12 +718,7 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
     from wsae.acts.language import language_for
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
-    try:
-        language = language_for(cfg, device)
-    except UserError as error:
-        raise UserError(
-            f"{error} (named by {store.path}; evaluate does without it: --splice-tokens 0)"
-        ) from error
+    language = language_for(cfg, device)
     store.check_model(language.digest)
     return language
 

@@ -222,13 +222,17 @@ def _swept(config: Json) -> MemberConfig:
 
 
 class Evaluated(NamedTuple):
-    """A run's evaluation, read back: its label and, per hook, data's digest, members' arrays, matchings, records."""
+    """A run's evaluation, read back: its label and, per hook, data's digest, members' arrays, matchings, records.
+
+    `dense`: the share of tokens from which on it called a latent dense.
+    """
 
     label: str
     data: dict[str, str]
     arrays: dict[str, dict[str, Arrays]]
     matching: dict[str, dict[str, Json]]
     members: dict[str, dict[str, Json]]
+    dense: float
 
     def side(self, hook: str, member: str, prefix: bool = True) -> ComparedMember:
         """Return a member, labelled with its run or without."""
@@ -239,7 +243,8 @@ class Evaluated(NamedTuple):
 def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: B008  (frozen)
     """Return {"runs", "hooks": {hook: [comparison, ...]}, "matching", "fronts", "probing", "glossary"}.
 
-    Intervals are those of `cfg`; `fronts` are those of all runs' members together (see `fronts`).
+    Intervals are those of `cfg`, and latents are dense as the first run's evaluation said; `fronts` are those of all
+    runs' members together (see `fronts`).
 
     One run: each weighted member against its plain twin. Several: also each run's members against those of the same
     name in the first run, and one SAE alone against all of a run's. Raises UserError when a run has no evaluation, two
@@ -250,6 +255,7 @@ def compare(runs: list[Path], cfg: EvalConfig = EvalConfig()) -> Json:  # noqa: 
     read = [read_evaluation(path) for path in runs]
     if len({one.label for one in read}) < len(read):
         read = [one._replace(label=str(path)) for one, path in zip(read, runs, strict=True)]
+    cfg = cfg.model_copy(update={"dense_threshold": read[0].dense})
     several = len(read) > 1
     hooks: dict[str, list[Comparison]] = {}
     matching: dict[str, dict[str, Json]] = {}
@@ -385,7 +391,8 @@ def read_evaluation(run: Path) -> Evaluated:
             for hook, entry in hooks.items()
         }
         members = {hook: entry["members"] for hook, entry in hooks.items()}
-    return Evaluated(run.resolve().name, data, arrays, matching, members)
+        dense = float(record["config"]["dense_threshold"])
+    return Evaluated(run.resolve().name, data, arrays, matching, members, dense)
 
 
 def _summary(found: Json) -> Json:
