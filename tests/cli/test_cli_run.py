@@ -373,7 +373,7 @@ def test_data_that_changed_since_training_are_not_measured_as_if_they_had_not(
 
 
 def test_a_place_is_the_same_however_and_from_wherever_it_is_named(tmp_path, monkeypatch, capsys):
-    home, away = tmp_path / "home", tmp_path / "away"
+    home, away = tmp_path / "here", tmp_path / "away"
     home.mkdir()
     away.mkdir()
     make_model(home / "model")
@@ -390,10 +390,10 @@ def test_a_place_is_the_same_however_and_from_wherever_it_is_named(tmp_path, mon
     assert main(["train", "acts", "--out", "run", *SMALL]) == 0
     monkeypatch.chdir(away)
     measure = ["--draws", "20", "--splice-tokens", "64", "--device", "cpu"]
-    for place in (live, f"../home/./run{os.sep}"):
+    for place in (live, f"../here/./run{os.sep}"):
         assert main(["evaluate", place, *measure]) == 0, "its model and text are found from here"
     first = json.loads(Path(live, "config.json").read_text())
-    for model, text in (("../home/model", "~/text.jsonl"), ("../home/link/", "../home/text.jsonl")):
+    for model, text in (("../here/model", "~/text.jsonl"), ("../here/link/", "../here/text.jsonl")):
         asked = ["train", model, f"--text={text}", "--out", live, *rest, *mixed]
         assert main(asked) == 0, "the same run, in other words"
         assert main(["harvest", model, f"--text={text}", "--out", store, *rest, *rows]) == 0
@@ -402,7 +402,7 @@ def test_a_place_is_the_same_however_and_from_wherever_it_is_named(tmp_path, mon
         assert (other["data"] == first["data"]) == ("link" not in model)
         shutil.rmtree("other")
     shutil.copytree(home / "model", away / "model")
-    refused = ["train", "model", "--text", "../home/text.jsonl", "--out", live, *rest, *mixed]
+    refused = ["train", "model", "--text", "../here/text.jsonl", "--out", live, *rest, *mixed]
     assert main(refused) == 2, "a copy elsewhere is another"
 
     typed = {**first["source"]["harvest"], "model": "model", "text": {"path": "text.jsonl"}}

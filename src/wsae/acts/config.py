@@ -16,8 +16,9 @@ DIGITS = "digits"
 
 
 def model_title(name: str) -> str:
-    """Return what readers know a model by."""
-    return "SmolLM2-135M" if name in BUILTIN else name
+    """Return what readers know a model by: of a local one the last part of its path."""
+    local = Path(name).name if Path(name).is_absolute() else name
+    return "SmolLM2-135M" if name in BUILTIN else local
 
 
 def located(name: str) -> str:

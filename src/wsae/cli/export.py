@@ -22,8 +22,8 @@ class Flags(Config):
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder; with --all one below it for each SAE, HOOK/NAME."""
     format: Annotated[FormatName, tyro.conf.arg(metavar="NAME")] = "saelens"
-    """saelens, sparsify, dictionary_learning, or of transcoders circuit_tracer (with --all a model's layers go into
-    one folder, of several members NAME below it)."""
+    """saelens, sparsify, dictionary_learning, of crosscoders crosscoder, or of transcoders circuit_tracer (with --all a
+    model's layers go into one folder, of several members NAME below it)."""
     member: MaybeName = None
     """Which member of a run."""
     hook: MaybeName = None
