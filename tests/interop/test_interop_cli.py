@@ -34,7 +34,7 @@ from wsae.interop.config import SourceName
 from wsae.interop.saes import choose
 from wsae.run import Run
 from wsae.sae import GroupTopK, TopK
-from wsae.sae.config import GammaConfig
+from wsae.sae.config import GammaConfig, SAEConfig
 from wsae.train.config import MemberConfig, TrainConfig
 from wsae.train.run import load_run, train_run
 
@@ -374,6 +374,38 @@ def test_a_hostile_name_cannot_leave_its_place_in_the_card(tmp_path):
     assert "\n- evil" not in text
     assert "<script>" not in text
     assert "\n# title" not in text
+
+
+@pytest.mark.parametrize(
+    ("cfg", "noun", "form", "gives"),
+    [
+        ({}, "sparse autoencoder", "saelens", "x_hat = sae(x)           # [batch, d_in]"),
+        ({"d_out": 4}, "transcoder", "sparsify", "y_hat = sae(x)           # [batch, d_out]"),
+        (
+            {"sources": [{"name": "a", "width": 2}, {"name": "b", "width": 2}]},
+            *("crosscoder", "crosscoder", "x_hat = sae(x)           # [batch, d_in]"),
+        ),
+    ],
+)
+def test_the_card_says_what_it_is_of_and_names_formats_that_have_its_like(
+    cfg, noun, form, gives, tmp_path
+):
+    from wsae.core.artifact import read_manifest
+    from wsae.interop.card import card
+    from wsae.interop.saes import KINDS
+
+    made = {"d_in": 4, "d_sae": 8, "activation": {"kind": "relu"}, **cfg}
+    if noun != "sparse autoencoder":
+        made["activation"] = {"kind": "topk" if form == "sparsify" else "batch_topk", "k": 2}
+    sae = SAE(SAEConfig.parse(made, where="test"))
+    about = Provenance(model="m", hook="h", hook_out="o" if noun == "transcoder" else None)
+    sae.save(tmp_path / "sae", about)
+    text = card("me/x", {"": read_manifest(tmp_path / "sae", "sae")}, {"": about})
+    assert f"A {noun} trained on activations of m at h" in text
+    assert ("which gives those of o" in text) == (noun == "transcoder")
+    assert gives in text
+    assert f"--format {form} --out DIR`" in text
+    KINDS[form].pack(sae, about)  # it has an equal there
 
 
 def test_addresses_on_the_hub():

@@ -65,6 +65,12 @@ _TITLES = {
     "dead_frac": "dead latents",
     "ce_loss_recovered_zero": "CE loss recovered",
 }
+_FORMATS = {
+    "sparse autoencoder": "saelens --out DIR` (or sparsify, dictionary_learning)",
+    "transcoder": "sparsify --out DIR` (or circuit_tracer)",
+    "crosscoder": "crosscoder --out DIR`",
+}
+"""What an SAE is called, and what others write the like as."""
 _SHAPE = ("SAE", "d_in", "d_sae", "activation", "k", "tied")
 _GAMMA = ("SAE", "rule", "alpha", "normalisation", "outliers", "effective dimensions")
 _PAGE = """\
@@ -84,10 +90,10 @@ tags:
 import wsae
 sae = wsae.SAE.load("{place}")
 z = sae.encode(x)        # [batch, d_sae]
-x_hat = sae(x)           # [batch, d_in]
+{out} = sae(x)           # [batch, {width}]
 ```
 
-For other tools: `wsae export {place} --format saelens --out DIR` (or sparsify, dictionary_learning).
+For other tools, where they have an equal: `wsae export {place} --format {formats}.
 
 ## Configuration
 
@@ -149,7 +155,11 @@ def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance
         front += f"base_model: {json.dumps(first.model)}\n"
     if first.dataset and first.dataset.count("/") == 1:
         front += f"datasets:\n- {json.dumps(first.dataset)}\n"
-    what = "A sparse autoencoder" if len(names) == 1 else f"{len(names)} sparse autoencoders"
+    shape = next(iter(manifests.values())).config
+    noun = "transcoder" if shape.get("d_out") else "sparse autoencoder"
+    noun = "crosscoder" if shape.get("sources") else noun
+    what = f"A {noun}" if len(names) == 1 else f"{len(names)} {noun}s"
+    given = f", which gives those of {_text(first.hook_out)}" if first.hook_out else ""
     other = first.origin.get("format")
     if first.wsae_version:
         what += f" trained with wsae {first.wsae_version}"
@@ -161,7 +171,10 @@ def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance
         title=_text(repo.split("/")[-1]),
         what=what,
         model=_text(first.model or "a model not recorded"),
-        at=f" at {_text(first.hook)}" if first.hook and len(names) == 1 else "",
+        at=f" at {_text(first.hook)}{given}" if first.hook and len(names) == 1 else "",
+        out="y_hat" if noun == "transcoder" else "x_hat",
+        width="d_out" if noun == "transcoder" else "d_in",
+        formats=_FORMATS[noun],
         place=f"hub:{repo}/{names[0]}" if names[0] else f"hub:{repo}",
         shapes=_table(_SHAPE, [_shape(name, m.config) for name, m in manifests.items()]),
         scores=_scores(abouts),
@@ -211,6 +224,7 @@ def _provenance(about: Provenance) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = [
         ("model", about.model),
         ("hook", about.hook),
+        ("hook of the output", about.hook_out),
         ("text or images", about.dataset),
         ("tokens per sequence", about.context),
         ("training tokens", about.tokens),
