@@ -16,6 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
     from wsae.api import Family, Member, evaluate, fit, fit_family, probe, recovery
+    from wsae.core.progress import progress
     from wsae.run import Run
     from wsae.sae import SAE, SparseAutoencoder
     from wsae.use.attach import Add, Clamp, Scale, Set, Zero, attach
@@ -32,6 +33,7 @@ _WHERE = {
     "evaluate": "wsae.api",
     "probe": "wsae.api",
     "recovery": "wsae.api",
+    "progress": "wsae.core.progress",
     **dict.fromkeys(("attribute", "Logit", "LogitDifference", "Loss"), "wsae.use.attribute"),
     **dict.fromkeys(("attach", "Set", "Add", "Scale", "Zero", "Clamp"), "wsae.use.attach"),
 }
@@ -58,6 +60,7 @@ __all__ = [
     "fit",
     "fit_family",
     "probe",
+    "progress",
     "recovery",
 ]
 

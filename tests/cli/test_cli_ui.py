@@ -2,12 +2,15 @@
 
 import io
 import re
+import sys
 
+import numpy as np
 import pytest
 
-from wsae.cli.common import UI, Lines, fields_text, rate_text
+import wsae
+from wsae.cli.common import UI
 from wsae.core.errors import duration, size
-from wsae.core.progress import Progress
+from wsae.core.progress import Drawn, Lines, Progress, fields_text, rate_text
 
 
 class Terminal(io.StringIO):
@@ -36,7 +39,7 @@ def test_short_work_off_a_terminal_prints_nothing():
 
 
 def test_a_resumed_tasks_rate_counts_only_what_was_done_now():
-    lines = Lines(UI(io.StringIO(), io.StringIO()), "train", 1000, "tokens", done=900)
+    lines = Lines(Drawn(io.StringIO()), "train", 1000, "tokens", done=900)
     lines.tick(50)
     assert lines.line(lines.start + 10).startswith(
         "train: 950/1,000 tokens (95 %), 5 tokens/s, 10 s left"
@@ -44,7 +47,7 @@ def test_a_resumed_tasks_rate_counts_only_what_was_done_now():
 
 
 def test_an_unknown_total_shows_no_share_and_no_time_left():
-    lines = Lines(UI(io.StringIO(), io.StringIO()), "read", None, "rows", done=0)
+    lines = Lines(Drawn(io.StringIO()), "read", None, "rows", done=0)
     lines.tick(30)
     assert lines.line(lines.start + 10) == "read: 30 rows, 3 rows/s"
 
@@ -65,7 +68,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_the_cursor_given_back(monkeypatch):
     assert "fvu=0.5" in drawn
     assert "[not markup]" in drawn
     assert drawn.rstrip().endswith("\x1b[?25h")
-    assert ui.bars is None
+    assert ui._bars is None
 
 
 def test_an_error_inside_a_task_passes_through_and_ends_the_bar(monkeypatch):
@@ -73,13 +76,18 @@ def test_an_error_inside_a_task_passes_through_and_ends_the_bar(monkeypatch):
     ui = UI(io.StringIO(), Terminal())
     with pytest.raises(RuntimeError, match="inside"), ui, ui.progress("train", 10, "tokens"):
         raise RuntimeError("inside")
-    assert ui.bars is None
+    assert ui._bars is None
 
 
-def test_the_terminal_is_a_progress():
-    progress: Progress = UI(io.StringIO(), io.StringIO()).progress
-    with progress("x", None, "y") as tick:
-        tick(1)
+def test_a_call_from_python_draws_a_bar_with_rate_and_time_left(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    progress: Progress = wsae.progress
+    acts = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
+    wsae.fit(acts, k=2, d_sae=16, tokens=4_000, batch_size=200, progress=progress)
+    drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", sys.stderr.getvalue())
+    assert re.search(r"train .*4000/4000 .*tokens/s .* left", drawn)
+    assert sys.stderr.getvalue().rstrip().endswith("\x1b[?25h")
 
 
 def test_a_table_goes_to_stdout_whole_and_without_markup():
