@@ -20,7 +20,7 @@ from test_interop_roundtrip import make, same_bits
 from test_releases import llama
 
 from wsae import SAE, UserError
-from wsae.acts.source import open_source
+from wsae.acts.source import ArraySource, open_source
 from wsae.cli.live import reopen
 from wsae.cli.main import main
 from wsae.core.artifact import record
@@ -31,7 +31,7 @@ from wsae.evals.config import EvalConfig
 from wsae.evals.run import evaluate_run, run_subject
 from wsae.interop import Provenance, load, save
 from wsae.interop.config import SourceName
-from wsae.interop.saes import choose
+from wsae.interop.saes import about_member, about_sae, choose
 from wsae.run import Run
 from wsae.sae import GroupTopK, TopK
 from wsae.sae.config import GammaConfig, SAEConfig
@@ -557,3 +557,14 @@ def test_an_imported_sae_is_evaluated_like_any_other(run, tmp_path, capsys):
     )
     for key in ("fvu", "l0", "dead_frac"):
         assert ours[key]["value"] == pytest.approx(theirs[key]["value"], rel=1e-6)
+
+
+def test_a_member_named_like_a_folder_in_a_folder_is_of_its_run(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(400, 8)).astype("float32")
+    members = (MemberConfig(d_sae=8, activation=TopK(k=2), label="a/b"),)
+    cfg = TrainConfig(members=members, tokens=400, batch_size=100)
+    train_run(cfg, ArraySource(rows, name="acts"), tmp_path / "run")
+    place = tmp_path / "run" / "members" / "acts" / "a" / "b"
+    about = about_sae(place)
+    assert (about.hook, about.member, about.tokens) == ("acts", "a/b", 400)
+    assert about == about_member(Run(tmp_path / "run"), "acts", "a/b")

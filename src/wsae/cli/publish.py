@@ -84,9 +84,8 @@ def _publish(
         opened.path, None, cfg, lambda run: reopen(run, "cpu"), ui.progress, ui.note
     )
     index = Index(path)
-    hook, _, name = chosen.place.rpartition("/")
-    of_place = (m for m in index.members if not chosen.place or (m.hook, m.name) == (hook, name))
-    member = next(of_place, None)
+    places = {f"{member.hook}/{member.name}": member for member in index.members}
+    member = places.get(chosen.place or next(iter(places), ""))
     if member is None:
         raise UserError(f"{flags.run}: its evaluation knows no latents of {chosen.place}")
     named = opened.names.get(member.hook, {}).get(member.name, {})

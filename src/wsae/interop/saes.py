@@ -414,15 +414,16 @@ def about_sae(folder: Path) -> Provenance:
         return alone.provenance.model_copy(update=known)
     run = _home(folder)
     if run is not None:
-        return about_member(run, folder.resolve().parent.name, folder.resolve().name)
+        hook, *name = folder.resolve().relative_to(run.path / MEMBERS).parts
+        return about_member(run, hook, "/".join(name))
     return alone.provenance
 
 
 def _home(folder: Path) -> Run | None:
     """Return the run that an SAE's folder lies in."""
-    members = folder.resolve().parents[1] if len(folder.resolve().parents) > 2 else folder
-    lies = members.name == MEMBERS and (members.parent / MANIFEST).is_file()
-    return Run(members.parent) if lies else None
+    around = folder.resolve().parents[1:]  # a label may have a folder of its own
+    places = (p.parent for p in around if p.name == MEMBERS and (p.parent / MANIFEST).is_file())
+    return next(map(Run, places), None)
 
 
 def model_behind(folder: Path) -> str | None:
