@@ -76,7 +76,7 @@ def test_class_latents_score_one_and_blind_latents_zero() -> None:
 @pytest.mark.parametrize("batch_size", [3, 7, 300])
 def test_a_sample_is_an_image_however_many_rows_it_has(batch_size) -> None:
     """Twelve rows of each image: scores are those of one row, by chance too; L0 is of rows."""
-    once, cfg = labelled(n=400), CFG.model_copy(update={"batch_size": batch_size})
+    once, cfg = labelled(n=100), CFG.model_copy(update={"batch_size": batch_size})
 
     class Patches:
         hooks = once.source.hooks
@@ -94,7 +94,7 @@ def test_a_sample_is_an_image_however_many_rows_it_has(batch_size) -> None:
     wanted = score_classes(family, once, CFG)
     found = score_classes(family, Labelled(Patches(), "acts", once.labels), cfg)
     assert found.record["class_totals"] == wanted.record["class_totals"]
-    assert (found.record["images"], found.record["rows"]) == (200, 2400)
+    assert (found.record["images"], found.record["rows"]) == (50, 600)
     for name, member in (wanted.members | wanted.controls).items():
         other = (found.members | found.controls)[name]
         assert other.summary["l0"] == member.summary["l0"]
