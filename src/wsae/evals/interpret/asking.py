@@ -50,13 +50,19 @@ def harmless(text: str) -> str:
     marks, invisible, tag, private and unassigned characters U+2426. The joiners U+200C and U+200D stay: scripts and
     emoji need them. A text that gives orders stays readable as such; the prompts say that texts are data.
     """
+    return _MARKER.sub("\u27e6", text.translate(_SIGN_OF))
 
-    def sign(char: str) -> str:
-        if char < " ":
-            return _SIGNS.get(char, chr(0x2400 + ord(char)))
-        return _SIGNS.get(char, _GONE if unicodedata.category(char) in _HIDDEN else char)
 
-    return _MARKER.sub("\u27e6", "".join(map(sign, text)))
+class _SignOf(dict[int, str]):
+    """What stands in a character's place, by code point; each is looked up once."""
+
+    def __missing__(self, code: int) -> str:
+        hidden = unicodedata.category(chr(code)) in _HIDDEN
+        self[code] = chr(0x2400 + code) if code < 32 else _GONE if hidden else chr(code)
+        return self[code]
+
+
+_SIGN_OF = _SignOf({ord(char): sign for char, sign in _SIGNS.items()})
 
 
 def harmless_tokens(tokens: Sequence[str]) -> list[str]:
