@@ -33,7 +33,7 @@ from pydantic.fields import FieldInfo
 from wsae.core.config import FLAG_OF, FLAGS, Config, Read, read_config, yaml_value
 from wsae.core.errors import UserError, nearest, printable
 from wsae.core.files import check_writable
-from wsae.core.progress import EVERY_S, Drawn, Stream, harmless
+from wsae.core.progress import EVERY_S, Drawn, Stream, printable_lines
 from wsae.train import loggers as copies
 from wsae.train.loggers import Logger, LoggerName, Mirror, WandbConfig
 
@@ -50,7 +50,7 @@ class UI(Drawn):
 
     def say(self, text: str) -> None:
         """Print a line of the result (stdout)."""
-        self.stdout.write(harmless(text) + "\n")
+        self.stdout.write(printable_lines(text) + "\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Print a table of the result (stdout): fitted to a terminal, one line per row elsewhere."""

@@ -75,7 +75,7 @@ class Drawn:
 
     def note(self, text: str) -> None:
         """Tell the user something while work goes on."""
-        text = harmless(text)
+        text = printable_lines(text)
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
         else:
@@ -180,7 +180,7 @@ class Lines:
         return ", ".join([*parts, *fields_text(self.fields)])
 
 
-def harmless(text: str) -> str:
+def printable_lines(text: str) -> str:
     """Return lines of text in which nothing steers a terminal."""
     return "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
 
