@@ -39,6 +39,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
     """Export and return what was written where, and what was refused why."""
     from wsae.core.errors import UserError
+    from wsae.interop.format import NoEqual
     from wsae.interop.saes import choose
 
     chosen = choose(flags.sae, flags.member, flags.hook, flags.all)
@@ -50,8 +51,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
         out = flags.out / one.place if flags.all else flags.out
         try:
             new = _export(one, out, flags)
-        except UserError as error:
-            if not flags.all or "no equal" not in str(error):
+        except NoEqual as error:
+            if not flags.all:
                 raise
             refused.append({"sae": one.place, "reason": str(error)})
             continue
