@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from wsae.acts.stream import (
     ShuffledStream,
     State,
 )
+from wsae.acts.tables import arrow_batches, arrow_errors
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.calls import numbers
@@ -38,6 +39,9 @@ from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor, mapped_npy, npz_arrays
 from wsae.core.torchfile import map_tensors
 from wsae.stats.moments import check_finite
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # An array [n, seq, d_in] is read as n * seq rows. Files in a folder are one matrix, in the natural
 # order of their names.
@@ -251,7 +255,7 @@ def _flat(part: Part, where: str) -> FlatPart:
     """Return a matrix [rows, d_in], of [n, seq, d_in] too."""
     shape = tuple(int(n) for n in part.shape)
     if len(shape) == 3:
-        place = os.path.dirname(where) if os.path.isfile(where) else where
+        place = os.path.dirname(where) or where if os.path.isfile(where) else where
         _tell_axes(place, shape[1], shape[2])
         rows = (shape[0] * shape[1], shape[2])
         flat = part.as_rows() if isinstance(part, MappedTensor) else part.reshape(rows)
@@ -347,6 +351,44 @@ def _safetensors(path: Path) -> list[Part]:
     return [MappedTensor(path, _chosen(shapes, path))]
 
 
+def _arrow(path: Path) -> list[Part]:
+    """Return the only column of floating-point lists, a part for each batch of the file, mapped."""
+    found: dict[str, list[Part]] = {}
+    with arrow_errors(str(path), "Arrow"):
+        for batch in filter(len, arrow_batches(path, _of_numbers)):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                found.setdefault(name, []).append(_unpacked(column, f"{path}: column {name}"))
+    return found[_chosen({name: parts[0].shape for name, parts in found.items()}, path)]
+
+
+def _of_numbers(schema: "pa.Schema") -> list[str]:
+    """Return the columns whose cells are lists, or lists of lists, of floating-point numbers."""
+    from pyarrow import types
+
+    names = []
+    for column in schema:
+        kind = getattr(column.type, "storage_type", column.type)  # of a type with a name
+        while (within := getattr(kind, "value_type", None)) is not None:
+            kind = within
+        if types.is_floating(kind):
+            names.append(str(column.name))
+    return names
+
+
+def _unpacked(column: Any, where: str) -> np.ndarray:
+    """Return a column's numbers as an array that looks into the file."""
+    from pyarrow import compute
+
+    column, shape = getattr(column, "storage", column), [len(column)]
+    while hasattr(column.type, "value_type"):
+        lengths = set(compute.list_value_length(column).unique().to_pylist())
+        if len(lengths) != 1 or None in lengths:
+            raise UserError(f"{where}: lists of several lengths, or none; rows need one width")
+        shape.append(lengths.pop())
+        column = column.flatten()
+    return column.to_numpy(zero_copy_only=True).reshape(shape)
+
+
 def _chosen(shapes: Mapping[str, Sequence[int] | None], path: Path) -> str:
     """Return the name of the only matrix, or of the one that is called as activations are."""
     matrices = [name for name, shape in shapes.items() if shape is None or len(shape) in (2, 3)]
@@ -367,14 +409,13 @@ READERS: dict[str, Callable[[Path], list[Part]]] = {
     ".pt": _torch,
     ".pth": _torch,
     ".bin": _torch,
+    ".arrow": _arrow,
 }
 """The end of a file's name -> what reads it."""
 REFUSED = {
     **dict.fromkeys((".csv", ".tsv", ".txt"), "np.save('x.npy', np.loadtxt(file, delimiter=','))"),
     **dict.fromkeys((".h5", ".hdf5"), "np.save('x.npy', h5py.File(file)[NAME][:])"),
-    **dict.fromkeys(
-        (".parquet", ".arrow", ".feather"), "np.save('x.npy', pandas.read_parquet(file))"
-    ),
+    **dict.fromkeys((".parquet", ".feather"), "np.save('x.npy', pandas.read_parquet(file))"),
     **dict.fromkeys((".pkl", ".pickle"), "a pickle can run code and is not opened"),
 }
 """The end of a name that is not read -> how to come to one that is."""
@@ -675,7 +716,7 @@ def open_source(
     verify: bool = True,
     heldout_fraction: float = 0.1,
 ) -> ActivationSource:
-    """Open a store, an array file (.npy, .npz, .safetensors, .pt), a folder of array files, or numbers in memory.
+    """Open a store, an array file (its name ends as `READERS` says), a folder of array files, or numbers in memory.
 
     `hooks` and `verify` concern stores, `heldout_fraction` arrays. Raises UserError when there is no such thing.
     """
