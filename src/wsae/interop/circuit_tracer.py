@@ -191,5 +191,9 @@ def save_set(
 
 
 CIRCUIT_TRACER = _CircuitTracer(
-    "circuit_tracer", (CONFIG, "layer_0.safetensors"), _read, _rename, _understand, _about, _pack
+    "circuit_tracer",
+    (CONFIG, "layer_0.safetensors"),
+    *(_read, _rename, _understand, _about, _pack),
+    "from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder; "
+    "load_transcoder({path!r} + '/layer_N.safetensors', layer=N); its sets have every layer from 0 on",
 )

@@ -383,10 +383,13 @@ CROSSCODER = _Crosscoders(
     _understand_crosscoder,
     lambda foreign: provenance("crosscoder", foreign.config, {}),
     _pack_crosscoder,
+    "from dictionary_learning.dictionary import CrossCoder, BatchTopKCrossCoder  # jkminder's; the latter where there "
+    "is a k: BatchTopKCrossCoder.from_pretrained({path!r}, from_hub=True)",
 )
 DICTIONARY_LEARNING = Format(
     "dictionary_learning",
     (CONFIG, WEIGHTS),
     lambda path: Foreign(read_config(path / CONFIG), load_state(path / WEIGHTS)),
     *(_rename, _understand, _about, _pack),
+    "from dictionary_learning.utils import load_dictionary; load_dictionary({path!r}, 'cpu')",
 )

@@ -283,6 +283,8 @@ class Format(Reader):
 
     name: FormatName
     pack: Callable[[SAE, Provenance], Foreign]
+    opens: str
+    """The Python with which its own tool opens `{path!r}`."""
 
     def write(self, foreign: Foreign, path: Path) -> list[str]:
         """Write the library's files; return their names."""

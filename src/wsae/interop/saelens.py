@@ -378,4 +378,9 @@ def _metadata(kind: str, about: Provenance) -> dict[str, Any]:
     }
 
 
-SAELENS = Format("saelens", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack)
+SAELENS = Format(
+    "saelens",
+    (CONFIG, WEIGHTS),
+    *(_read, _rename, _understand, _about, _pack),
+    "from sae_lens import SAE; SAE.load_from_disk({path!r})",
+)

@@ -37,6 +37,7 @@ from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import digest, locked_file, read_json, sha256_file
 from wsae.core.hub import hub_place, local_folder, snapshot
 from wsae.core.tensors import load_tensors, save_tensors
+from wsae.evals.glossary import HEADLINES
 from wsae.interop.circuit_tracer import CIRCUIT_TRACER, LAYER
 from wsae.interop.circuit_tracer import CONFIG as SET
 from wsae.interop.config import INDEX, FormatName, SourceName
@@ -319,8 +320,6 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SAE:
 
 # Which SAEs a path names, and what the run knows about them.
 
-SCORES = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
-"""The scores of an evaluation that travel with an SAE."""
 _GAMMA = (
     *("rule", "alpha", "normalise", "robust", "quantile", "ridge"),
     *("effective_dimensions", "max_over_median", "tokens", "precondition"),
@@ -536,4 +535,4 @@ def _scores(run: Run, hook: str, name: str) -> dict[str, Any]:
     """Return a member's scores, where the run was evaluated."""
     found = run.evaluation_record.get("hooks", {}) if run.has(EVALUATION_PART) else {}
     metrics = found.get(hook, {}).get("members", {}).get(name, {}).get("metrics", {})
-    return {key: metrics[key] for key in SCORES if key in metrics}
+    return {key: metrics[key] for key in HEADLINES if key in metrics}

@@ -128,4 +128,5 @@ SPARSIFY = Format(
     _understand,
     lambda found: provenance("sparsify", found.config, {}, check_keys(found.config, _KEYS, CONFIG)),
     _pack,
+    "from sparsify import SparseCoder; SparseCoder.load_from_disk({path!r})",
 )
