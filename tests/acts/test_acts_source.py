@@ -496,6 +496,24 @@ def test_every_form_on_disk_holds_the_same_rows(tmp_path, caplog):
     assert "arrays [n, 12, 16], read as rows of width 16" in note
 
 
+def test_of_sequences_whole_ones_are_held_out():
+    """A row tells much of its neighbours: held out by itself it would be known, and count as independent."""
+    x = matrix(240)
+    source = ArraySource(x.view(40, 6, 16))
+    rows = source.heldout_rows.reshape(-1, 6)
+    assert len(rows) == 4
+    assert (rows == rows[:, :1] // 6 * 6 + np.arange(6)).all()
+    chunks = list(source.heldout(5))
+    assert torch.cat([chunk.seq for chunk in chunks]).tolist() == (rows // 6).ravel().tolist()
+    assert torch.cat([chunk.pos for chunk in chunks]).tolist() == [*range(6)] * 4
+    trained = source.stream(216, seed=0).next()["acts"]
+    everything = torch.cat([trained, *(chunk.x["acts"] for chunk in chunks)])
+    assert torch.equal(everything.sort(0).values, x.sort(0).values)
+    assert (
+        ArraySource(x.view(2, 120, 16)).n_rows == ArraySource(x).n_rows
+    )  # too few to hold one out
+
+
 def test_a_folder_of_arrays_says_what_does_not_fit(tmp_path, caplog):
     np.save(tmp_path / "1.npy", np.zeros((5, 4)))
     np.save(tmp_path / "2.npy", np.zeros((5, 3)))

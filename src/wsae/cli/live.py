@@ -530,7 +530,8 @@ def data_of(
             raise UserError(f"--source {source} and --text {name}: give one of them")
         if not opened.single:
             raise UserError(
-                f"--text {name}: is for one SAE alone; a run is measured on its own data, or on --source"
+                f"--text {name}: is for one SAE alone, {opened.path}/members/HOOK/NAME; a run is measured on its own "
+                "data, or on --source"
             )
         data = on_text(opened, asked, seed=seed, device=device)
     return _fitting(opened, data, source) if opened.single else data
