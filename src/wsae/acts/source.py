@@ -514,7 +514,7 @@ class AlignedSource:
             if not _same_places(source, first):
                 raise UserError(
                     f"{here} and {there}: their rows are not of the same tokens; harvest both from one text with the "
-                    "same settings, or give arrays of the same number of rows"
+                    "same settings, or give arrays of the same rows in one shape"
                 )
         for named in self._named([source.hooks for source in sources]):
             if twice := self.hooks.keys() & named.keys():
