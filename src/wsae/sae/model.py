@@ -249,7 +249,7 @@ class SAE(nn.Module):
         """Return (values, indices), each [..., k]; kinds without a fixed k are padded with value 0, index 0."""
         rows, lead = self._rows(x, self.cfg.d_in)
         values, indices = self.encode_code(rows).padded()
-        width = values.shape[1]
+        width = values.shape[1] if len(rows) else getattr(self._used(), "k", 0)
         return values.reshape(*lead, width), indices.reshape(*lead, width)
 
     def encode_code(self, x: object) -> SparseCode:
@@ -426,7 +426,10 @@ class SAE(nn.Module):
     @classmethod
     @own_settings()
     def load(cls, path: Path | str) -> "SAE":
-        """Read an SAE from a directory or `hub:owner/name`; raises UserError when it is missing, cut or altered."""
+        """Read an SAE from a directory or `hub:owner/name`, in float32 whatever type it was saved in.
+
+        Raises UserError when it is missing, cut or altered.
+        """
         path = _native(local_folder(path))
         manifest = read_manifest(path, "sae")
         for name in (WEIGHTS, CONFIG):
