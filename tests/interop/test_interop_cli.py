@@ -443,7 +443,12 @@ def test_pushed_and_loaded_through_the_hubs_protocol(run, tmp_path):
     with serving() as hub:
         hub.repos[repo] = {"acts/plain/evil.pt": b"pickle"}
         hub.flipped = {"acts/weighted/sae.safetensors"}
-        hub.instead = {"proxied": (200, b"<html>"), "locked": (403, b'{"error": "gated"}')}
+        about = {"id": "public/saes", "private": False, "tags": [], "siblings": []}
+        hub.instead = {
+            "public": (200, json.dumps(about).encode()),
+            "proxied": (200, b"<html>"),
+            "locked": (403, b'{"error": "gated"}'),
+        }
         pushed, fetched, several, nothing, altered, *odd = elsewhere(
             [
                 ["push", str(run), repo, "--private", "--json"],
@@ -453,6 +458,7 @@ def test_pushed_and_loaded_through_the_hubs_protocol(run, tmp_path):
                 ["export", f"hub:{repo}/acts/weighted", "--out", no],
                 ["export", "hub:proxied/saes", "--out", no],
                 ["push", str(run), "proxied/saes"],
+                ["push", str(run), "public/saes", "--private"],
                 ["export", "hub:locked/saes", "--out", no],
             ],
             **where,
@@ -471,7 +477,7 @@ def test_pushed_and_loaded_through_the_hubs_protocol(run, tmp_path):
     assert same_bits(load(out).sae, SAE.load(member(run, "plain")))
     assert load(out).about.member == "plain"
     reasons = ("acts/plain, acts/weighted", "not to be had from the hub", "checksum differs",
-               "JSONDecodeError", "not sent to the hub (JSONDecodeError", "403")  # fmt: skip
+               "JSONDecodeError", "not sent to the hub (JSONDecodeError", "and public", "403")  # fmt: skip
     for (code, _, error), reason in zip((several, nothing, altered, *odd), reasons, strict=True):
         assert (code, error.count("\n")) == (2, 1), error
         assert reason in error

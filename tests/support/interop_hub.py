@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
                 "modelId": repo,
                 "sha": COMMIT,
                 "siblings": siblings,
-                "private": False,
+                "private": repo in self.server.created,
                 "tags": [],
             }
         )

@@ -45,12 +45,18 @@ def upload(folder: Path, files: list[str], repo: str, private: bool) -> str:
     try:
         with quiet_hub():
             api.create_repo(repo, private=private, exist_ok=True)
+            if private and not api.repo_info(repo).private:
+                raise UserError(
+                    f"{repo}: is on the hub already, and public; make it private there, or leave out --private"
+                )
             done = api.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
                 allow_patterns=files,
                 commit_message="SAEs trained with wsae",
             )
+    except UserError:
+        raise
     except Exception as error:  # the library's own, httpx's, OSError; KeyError of a proxy's page
         raise UserError(f"{repo}: not sent to the hub ({told(error)})") from error
     return str(done.commit_url)

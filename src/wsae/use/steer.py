@@ -257,9 +257,11 @@ def _continue(language: LanguageModel, prompt: Prompt, cfg: SteerConfig) -> Int6
     with torch.inference_mode(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(cfg.seed)
         model: Any = language.model
-        found = model.generate(
-            prompt.ids, attention_mask=torch.ones_like(prompt.ids), generation_config=generation
-        )
+        model.generation_config = generation  # what a config leaves open is taken from the model's
+        try:
+            found = model.generate(prompt.ids, attention_mask=torch.ones_like(prompt.ids))
+        finally:
+            model.generation_config = own
     return found[0, prompt.ids.shape[1] :]
 
 
