@@ -644,8 +644,9 @@ class Encoder:
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         """Return the latents of some rows."""
         here = x.shape[1] == self._sae.cfg.d_in and x.device.type == "cpu"
-        if not (self._fast and here) or len(x) < FEW or x.dtype != torch.float32:
-            return self._sae.encode_code(x)
+        whole = x.dtype == torch.float32 and len(x) >= FEW
+        if not (self._fast and here and whole and bool(x.isfinite().all())):
+            return self._sae.encode_code(x)  # of NaN the compiled selection would make silence
         with torch.no_grad():
             return self._select(x)
 
