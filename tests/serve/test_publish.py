@@ -258,6 +258,10 @@ def test_the_command_sends_it_all_and_a_refusal_is_one_line_without_the_key(
     assert "--set 'A b'" in refused("--model-id", "tiny", "--set", "A b")
     site.latents[SOURCE.id, min(expected(run))]["activations"].pop()
     assert "with other contexts" in refused(*mine)
+    moved = Reply("", 308, {"location": "https://www.example.org/api"})
+    site.faulty = lambda *_: Fault(moved)
+    assert "moved to https://www.example.org/api; give that address" in refused(*mine)
+    site.faulty = lambda *_: None
     monkeypatch.setenv(upload.KEY, f"{KEY}0")
     assert "HTTP 401" in refused(*mine)
     monkeypatch.setenv(upload.KEY, "")
