@@ -8,6 +8,7 @@ from collections import Counter
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from acts_models import WIDTH, make_model, make_text
@@ -397,6 +398,10 @@ def test_files_that_are_no_activations_are_refused(tmp_path):
     whole = tmp_path / "cut.npy"
     np.save(whole, np.zeros((50, 4)))
     whole.write_bytes(whole.read_bytes()[:-8])
+    (tmp_path / "bad.arrow").write_bytes(b"hello")
+    ragged = pa.table({"x": [[1.0], [1.0, 2.0]]})
+    with pa.ipc.new_file(str(tmp_path / "ragged.arrow"), ragged.schema) as stream:
+        stream.write_table(ragged)
     for name, message in [
         ("bad.npy", "not a readable .npy"),
         ("objects.npy", "not a readable .npy"),
@@ -412,6 +417,8 @@ def test_files_that_are_no_activations_are_refused(tmp_path):
         ("deep.pt", "a is a dict, not a tensor"),
         ("two.npz", "found a, b"),
         ("objects.npz", "not a readable .npy"),
+        ("bad.arrow", "not a readable Arrow file"),
+        ("ragged.arrow", "column x: lists of several lengths"),
         ("none.npy", "no such"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
@@ -445,6 +452,16 @@ def written(x: torch.Tensor, folder) -> dict[str, object]:
     torch.save({"activations": half, "mask": torch.ones(3, 3)}, folder / "dict.pth")
     torch.save(list(x.split(17)), folder / "batches.bin")
     save_file({"hidden": half.reshape(10, -1, x.shape[1])}, folder / "three_axes.safetensors")
+    cells = {"hook": arrays.reshape(10, -1, x.shape[1]).tolist(), "token_ids": [[1, 2]] * 10}
+    kind = pa.list_(
+        pa.list_(pa.float32())
+    )  # as datasets keeps Array2D, and SAELens' cached activations
+    table = pa.table(cells, schema=pa.schema([("hook", kind), ("token_ids", pa.list_(pa.int32()))]))
+    with (
+        pa.OSFile(str(folder / "cached.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as stream,
+    ):
+        stream.write_table(table, max_chunksize=4)
     paths: dict[str, object] = {path.name: path for path in folder.iterdir()}
     shards = folder / "shards"
     shards.mkdir()
@@ -474,9 +491,27 @@ def test_every_form_on_disk_holds_the_same_rows(tmp_path, caplog):
         assert again.digest() == source.digest()
         assert list(again.hooks) == list(source.hooks)
         digests.add(source.digest())
-    assert len(digests) == 9
+    assert len(digests) == 10
     (note,) = caplog.messages
     assert "arrays [n, 12, 16], read as rows of width 16" in note
+
+
+def test_of_sequences_whole_ones_are_held_out():
+    """A row tells much of its neighbours: held out by itself it would be known, and count as independent."""
+    x = matrix(240)
+    source = ArraySource(x.view(40, 6, 16))
+    rows = source.heldout_rows.reshape(-1, 6)
+    assert len(rows) == 4
+    assert (rows == rows[:, :1] // 6 * 6 + np.arange(6)).all()
+    chunks = list(source.heldout(5))
+    assert torch.cat([chunk.seq for chunk in chunks]).tolist() == (rows // 6).ravel().tolist()
+    assert torch.cat([chunk.pos for chunk in chunks]).tolist() == [*range(6)] * 4
+    trained = source.stream(216, seed=0).next()["acts"]
+    everything = torch.cat([trained, *(chunk.x["acts"] for chunk in chunks)])
+    assert torch.equal(everything.sort(0).values, x.sort(0).values)
+    assert (
+        ArraySource(x.view(2, 120, 16)).n_rows == ArraySource(x).n_rows
+    )  # too few to hold one out
 
 
 def test_a_folder_of_arrays_says_what_does_not_fit(tmp_path, caplog):

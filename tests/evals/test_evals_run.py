@@ -21,7 +21,7 @@ from wsae.core.files import read_json
 from wsae.core.tensors import load_tensors
 from wsae.evals.compare import compare, fronts
 from wsae.evals.config import CONTROL, EvalConfig
-from wsae.evals.glossary import COMPARED, MATCHING, METRICS
+from wsae.evals.glossary import COMPARED, HEADINGS, MATCHING, METRICS
 from wsae.evals.run import evaluate_families, evaluate_run, find_twins, run_subject
 from wsae.sae import TopK
 from wsae.sae.config import GammaConfig
@@ -173,6 +173,7 @@ def test_splicing_used_the_models_own_activations(world):
         for k in ("seq", "targets", "ce", "ce_clean", "ce_zero", "kl")
     }
     metrics = record["hooks"][HOOK]["members"]["plain"]["metrics"]
+    assert {*metrics} == {*METRICS} == {key for keys in HEADINGS.values() for key in keys}
     zero, clean, sae = (float(get[k].sum()) for k in ("ce_zero", "ce_clean", "ce"))
     if zero > clean:
         assert metrics["ce_loss_recovered_zero"]["value"] == pytest.approx(

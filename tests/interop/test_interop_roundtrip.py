@@ -114,9 +114,11 @@ def test_weights_in_half_precision_are_exported_as_they_are(tmp_path, kind, dtyp
     ("name", "kind"), [(n, k) for n in EQUALS for k in KINDS if k not in EQUALS[n]]
 )
 def test_kinds_without_an_equal_are_refused_before_anything_is_written(tmp_path, name, kind):
-    with pytest.raises(UserError, match=f"activation {kind} has no equal"):
+    with pytest.raises(UserError, match=f"activation {kind} has no equal") as caught:
         save(make(kind), tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
+    advised = str(caught.value).rpartition("--format ")[2].split(" or ")
+    assert advised == [other for other in EQUALS if kind in EQUALS[other]]
 
 
 def crosscoder(kind: str, widths: tuple[int, ...] = (3, 3)) -> SAE:

@@ -3,12 +3,17 @@
 import importlib
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from wsae.cli.main import main
+from wsae.evals.config import Control
+from wsae.sae.config import Kind, Rule
+from wsae.train.loggers import LoggerName
 
 ROOT = Path(__file__).parents[2]
 REFERENCES = sorted(
@@ -140,6 +145,20 @@ def test_a_name_is_placed_before_or_after_its_file() -> None:
         *(("a.py", "x"), ("a.py", "Y")),
         *(("b/c.py", "z"), ("b/c.py", "u"), ("d.h", "z"), ("d.h", "u")),
     ]
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("kinds.md", get_args(Kind)),
+        ("gamma.md", get_args(Rule)),
+        ("how-to.md", [name for name in get_args(Control) if name not in ("neurons", "pca")]),
+        ("configuration.md", get_args(LoggerName)),
+    ],
+)
+def test_every_choice_has_a_row_on_its_page(page: str, names: Sequence[str]) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / page).read_text(), re.M)
+    assert not {*names} - {*rows}
 
 
 def test_every_package_has_a_line_in_the_map() -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from wsae.acts.stream import (
     ShuffledStream,
     State,
 )
+from wsae.acts.tables import arrow_batches, arrow_errors
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.calls import numbers
@@ -38,6 +39,9 @@ from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor, mapped_npy, npz_arrays
 from wsae.core.torchfile import map_tensors
 from wsae.stats.moments import check_finite
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # An array [n, seq, d_in] is read as n * seq rows. Files in a folder are one matrix, in the natural
 # order of their names.
@@ -54,9 +58,10 @@ class ArraySource:
 
     `x` is a file, a folder of files (see `open_matrix`) or whatever `wsae.core.calls.numbers` takes.
 
-    A fixed random `heldout_fraction` of the rows (at least one, unless it is 0) is held out. `labels` [rows], if given,
-    are kept beside the rows: a held-out chunk's `seq` holds row numbers. Raises UserError for a missing or unreadable
-    file, another number of axes, an empty or non-numeric array, or labels of another length.
+    A fixed random `heldout_fraction` of the rows (at least one, unless it is 0) is held out, of [n, seq, d_in] whole
+    sequences where it comes to one. `labels` [rows], if given, are kept beside the rows: a held-out chunk's `seq` then
+    holds row numbers. Raises UserError for a missing or unreadable file, another number of axes, an empty or
+    non-numeric array, or labels of another length.
     """
 
     def __init__(
@@ -75,8 +80,13 @@ class ArraySource:
             raise UserError(f"heldout_fraction {heldout_fraction}: must be at least 0 and under 1")
         self.hooks = {name: d_in}
         self._name, self._total, self._seed = name, total, seed
-        self._n_heldout = max(1, round(total * heldout_fraction)) if heldout_fraction else 0
-        self._split = Permutation(total, seed_for(seed, "heldout"))
+        whole_sequences = round(total // self._rows.each * heldout_fraction) >= 1
+        self._each = self._rows.each if whole_sequences else 1
+        """Rows in a row that are held out together."""
+        items = total // self._each
+        held = max(1, round(items * heldout_fraction)) if heldout_fraction else 0
+        self._n_heldout = held * self._each
+        self._split = Permutation(items, seed_for(seed, "heldout"))
         self.labels: Int[np.ndarray, " rows"] | None = None
         if labels is not None:
             self.with_labels(labels)
@@ -102,14 +112,14 @@ class ArraySource:
         return self._total - self._n_heldout
 
     @property
-    def split(self) -> tuple[int, int, int]:
-        """Rows in all, held-out ones among them, and the seed that chooses these: what row is where in an epoch."""
-        return self._total, self._n_heldout, self._seed
+    def split(self) -> tuple[int, int, int, int]:
+        """Rows in all, held out, and at a time, and the seed that chooses these: what row is where in an epoch."""
+        return self._total, self._n_heldout, self._each, self._seed
 
     @functools.cached_property
     def heldout_rows(self) -> Int[np.ndarray, " rows"]:
         """Row numbers that are never trained on, ascending."""
-        return np.sort(self._split(np.arange(self._n_heldout)))
+        return np.sort(self._place(np.arange(self._n_heldout)))
 
     def stats(self, progress: Progress = quiet) -> dict[str, SourceStats]:
         """Return the training rows' statistics; raises UserError at the first NaN or infinity of any row."""
@@ -143,8 +153,8 @@ class ArraySource:
         """Yield the held-out rows by ascending row number."""
         for first in range(0, self._n_heldout, batch_size):
             index = self.heldout_rows[first : first + batch_size]
-            seq = torch.from_numpy(index.copy())
-            yield HeldoutRows({self._name: self._take(index)}, seq, torch.zeros_like(seq))
+            each = self._rows.each if self.labels is None else 1
+            yield _heldout(self._name, self._rows, index, each)
 
     def tokens(self) -> None:
         """Return none: an array has no text."""
@@ -162,8 +172,9 @@ class ArraySource:
                     self._take(np.arange(first, min(first + step, self._total))).numpy().data
                 )
             content = sha.hexdigest()
-        classes = [] if self.labels is None else [self.labels.tolist()]
-        return digest([content, self._n_heldout, self._seed, self._name, *classes])
+        more = [] if self.labels is None else [self.labels.tolist()]
+        more += [] if self._rows.each == 1 else [self._rows.each]
+        return digest([content, self._n_heldout, self._seed, self._name, *more])
 
     def describe(self) -> dict[str, Any]:
         """Return the file's place, if it is one."""
@@ -171,7 +182,10 @@ class ArraySource:
         return {"kind": "array", "path": path, "hooks": [self._name]}
 
     def _train(self, index: Int[np.ndarray, " rows"]) -> Batch:
-        return {self._name: self._take(self._split(index + self._n_heldout))}
+        return {self._name: self._take(self._place(index + self._n_heldout))}
+
+    def _place(self, index: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+        return self._split(index // self._each) * self._each + index % self._each
 
     def _take(self, index: Int[np.ndarray, " rows"]) -> Float[Tensor, "rows d_in"]:
         return self._rows.take(index)
@@ -201,6 +215,9 @@ class RowMatrix:
         self._ends = np.cumsum([int(part.shape[0]) for part in self._parts])
         self.shape = (int(self._ends[-1]), int(self._parts[0].shape[1]))
         self.items = sum(part.items for part in parts)
+        lengths = {int(part.rows.shape[0]) // part.items for part in parts if part.items}
+        self.each = lengths.pop() if len(lengths) == 1 else 1
+        """Rows of an item, 1 where files differ in it."""
 
     def take(self, index: np.ndarray) -> Tensor:
         """Return the rows at these numbers, in their order."""
@@ -219,6 +236,12 @@ class RowMatrix:
         if len(self._files) == 1:
             return sha256_file(self._files[0])
         return digest([[path.name, sha256_file(path)] for path in self._files])
+
+
+def _heldout(name: str, rows: RowMatrix, index: Int[np.ndarray, " rows"], each: int) -> HeldoutRows:
+    """Return some rows, `each` in a row of one sequence."""
+    seq, pos = (torch.from_numpy(at) for at in np.divmod(index, each))
+    return HeldoutRows({name: rows.take(index)}, seq, pos)
 
 
 def _rows_of(part: Part, index: np.ndarray) -> Tensor:
@@ -251,7 +274,7 @@ def _flat(part: Part, where: str) -> FlatPart:
     """Return a matrix [rows, d_in], of [n, seq, d_in] too."""
     shape = tuple(int(n) for n in part.shape)
     if len(shape) == 3:
-        place = os.path.dirname(where) if os.path.isfile(where) else where
+        place = os.path.dirname(where) or where if os.path.isfile(where) else where
         _tell_axes(place, shape[1], shape[2])
         rows = (shape[0] * shape[1], shape[2])
         flat = part.as_rows() if isinstance(part, MappedTensor) else part.reshape(rows)
@@ -347,6 +370,44 @@ def _safetensors(path: Path) -> list[Part]:
     return [MappedTensor(path, _chosen(shapes, path))]
 
 
+def _arrow(path: Path) -> list[Part]:
+    """Return the only column of floating-point lists, a part for each batch of the file, mapped."""
+    found: dict[str, list[Part]] = {}
+    with arrow_errors(str(path), "Arrow"):
+        for batch in filter(len, arrow_batches(path, _of_numbers)):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                found.setdefault(name, []).append(_unpacked(column, f"{path}: column {name}"))
+    return found[_chosen({name: parts[0].shape for name, parts in found.items()}, path)]
+
+
+def _of_numbers(schema: "pa.Schema") -> list[str]:
+    """Return the columns whose cells are lists, or lists of lists, of floating-point numbers."""
+    from pyarrow import types
+
+    names = []
+    for column in schema:
+        kind = getattr(column.type, "storage_type", column.type)  # of a type with a name
+        while (within := getattr(kind, "value_type", None)) is not None:
+            kind = within
+        if types.is_floating(kind):
+            names.append(str(column.name))
+    return names
+
+
+def _unpacked(column: Any, where: str) -> np.ndarray:
+    """Return a column's numbers as an array that looks into the file."""
+    from pyarrow.compute import call_function
+
+    column, shape = getattr(column, "storage", column), [len(column)]
+    while hasattr(column.type, "value_type"):
+        lengths = set(call_function("list_value_length", [column]).unique().to_pylist())
+        if len(lengths) != 1 or None in lengths:
+            raise UserError(f"{where}: lists of several lengths, or none; rows need one width")
+        shape.append(lengths.pop())
+        column = column.flatten()
+    return column.to_numpy(zero_copy_only=True).reshape(shape)
+
+
 def _chosen(shapes: Mapping[str, Sequence[int] | None], path: Path) -> str:
     """Return the name of the only matrix, or of the one that is called as activations are."""
     matrices = [name for name, shape in shapes.items() if shape is None or len(shape) in (2, 3)]
@@ -367,14 +428,13 @@ READERS: dict[str, Callable[[Path], list[Part]]] = {
     ".pt": _torch,
     ".pth": _torch,
     ".bin": _torch,
+    ".arrow": _arrow,
 }
 """The end of a file's name -> what reads it."""
 REFUSED = {
     **dict.fromkeys((".csv", ".tsv", ".txt"), "np.save('x.npy', np.loadtxt(file, delimiter=','))"),
     **dict.fromkeys((".h5", ".hdf5"), "np.save('x.npy', h5py.File(file)[NAME][:])"),
-    **dict.fromkeys(
-        (".parquet", ".arrow", ".feather"), "np.save('x.npy', pandas.read_parquet(file))"
-    ),
+    **dict.fromkeys((".parquet", ".feather"), "np.save('x.npy', pandas.read_parquet(file))"),
     **dict.fromkeys((".pkl", ".pickle"), "a pickle can run code and is not opened"),
 }
 """The end of a name that is not read -> how to come to one that is."""
@@ -454,7 +514,7 @@ class AlignedSource:
             if not _same_places(source, first):
                 raise UserError(
                     f"{here} and {there}: their rows are not of the same tokens; harvest both from one text with the "
-                    "same settings, or give arrays of the same number of rows"
+                    "same settings, or give arrays of the same rows in one shape"
                 )
         for named in self._named([source.hooks for source in sources]):
             if twice := self.hooks.keys() & named.keys():
@@ -587,7 +647,7 @@ class BothSides:
 
 
 class MatrixRows:
-    """Activations in memory, in a file or a folder of files (`open_matrix`), all evaluated, each row by itself."""
+    """Activations in memory, in a file or a folder of files (`open_matrix`), all evaluated."""
 
     def __init__(self, x: object, name: str = "acts") -> None:
         self._x = open_matrix(x, str(as_path(x) or name))
@@ -598,8 +658,7 @@ class MatrixRows:
         """Yield the rows in order, as fp32."""
         for start in range(0, self._x.shape[0], batch_size):
             index = np.arange(start, min(start + batch_size, self._x.shape[0]))
-            seq = torch.from_numpy(index)
-            yield HeldoutRows({self._name: self._x.take(index)}, seq, torch.zeros_like(seq))
+            yield _heldout(self._name, self._x, index, self._x.each)
 
     def tokens(self) -> TokenTable | None:
         """Arrays have no tokens."""
@@ -675,7 +734,7 @@ def open_source(
     verify: bool = True,
     heldout_fraction: float = 0.1,
 ) -> ActivationSource:
-    """Open a store, an array file (.npy, .npz, .safetensors, .pt), a folder of array files, or numbers in memory.
+    """Open a store, an array file (its name ends as `READERS` says), a folder of array files, or numbers in memory.
 
     `hooks` and `verify` concern stores, `heldout_fraction` arrays. Raises UserError when there is no such thing.
     """

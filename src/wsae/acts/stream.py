@@ -23,7 +23,7 @@ State = dict[str, int | list[int]]
 
 
 class HeldoutRows(NamedTuple):
-    """Held-out rows by hook in float32, and where they came from: sequence (row number for arrays) and position."""
+    """Held-out rows by hook in float32, and their sequence (of an array [rows, d_in] the row) and position in it."""
 
     x: dict[str, Float[Tensor, "rows _"]]
     seq: Int[Tensor, " rows"]

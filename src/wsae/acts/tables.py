@@ -290,23 +290,34 @@ def parquet_records(path: Path, field: str) -> Iterator[Record]:
 def arrow_records(path: Path, field: str) -> Iterator[Record]:
     """Yield the column `field` of an Arrow file or stream (`save_to_disk`, the hub's cache), a few rows at a time."""
     where = f"text {path}"
-    with arrow_errors(where, "Arrow"):
-        import pyarrow as pa
 
-        with pa.memory_map(str(path)) as source:
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            reader: Any = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
-            names = {name.split(".")[0]: None for name in _columns(reader.schema, where, field)}
-            numbers = range(reader.num_record_batches) if is_file else ()
-            row = 0
-            for batch in map(reader.get_batch, numbers) if is_file else reader:
-                chosen = batch.select([*names])
-                chosen.validate(full=True)  # a damaged one would end the process
-                for start in range(0, chosen.num_rows, _BATCH_ROWS):
-                    part = chosen.slice(start, _BATCH_ROWS)
-                    yield from _batch_records(part, field, where, row)
-                    row += part.num_rows
+    def names(schema: "pa.Schema") -> list[str]:
+        return list(dict.fromkeys(name.split(".")[0] for name in _columns(schema, where, field)))
+
+    with arrow_errors(where, "Arrow"):
+        row = 0
+        for batch in arrow_batches(path, names):
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                part = batch.slice(start, _BATCH_ROWS)
+                yield from _batch_records(part, field, where, row)
+                row += part.num_rows
+
+
+def arrow_batches(
+    path: Path, names: Callable[["pa.Schema"], list[str]]
+) -> Iterator["pa.RecordBatch"]:
+    """Yield the batches of an Arrow file or stream, mapped, with the columns that `names` chooses of its schema."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader: Any = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
+        numbers = range(reader.num_record_batches) if is_file else ()
+        for batch in map(reader.get_batch, numbers) if is_file else reader:
+            chosen = batch.select(names(reader.schema))
+            chosen.validate(full=True)  # a damaged one would end the process
+            yield chosen
 
 
 def _columns(schema: "pa.Schema", where: str, field: str) -> list[str]:

@@ -25,6 +25,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import write_json
 from wsae.core.progress import Progress
 from wsae.evals.config import CONTROL, ClassesConfig, EvalConfig
+from wsae.evals.glossary import HEADLINES
 from wsae.run import CLASSES_PART, EVALUATION_PART, MANIFEST, Run
 
 if TYPE_CHECKING:
@@ -105,7 +106,6 @@ def _model(name: str) -> str:
 ABOUT = """\
 Measure every SAE of a run on held-out data, with intervals, into RUN/evaluation. Where the data have classes, its
 latents are scored against them too, into RUN/classes."""
-SHOWN = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
 
 
 class EvalFlags(config_flags(EvalConfig)):
@@ -216,7 +216,7 @@ def show_scores(result: dict[str, Any], ui: UI) -> None:
             (member["sources"] for member in members.values() if "sources" in member), {}
         )
         ends = [f"[{name}]" for name in sources.get("alone", ())]
-        keys = (key for one in SHOWN for key in (one, *(f"{one}{end}" for end in ends)))
+        keys = (key for one in HEADLINES for key in (one, *(f"{one}{end}" for end in ends)))
         rows = [[key, *(interval(one.get(key)) for one in metrics)] for key in keys]
         known = [row for row in rows if set(row[1:]) != {"-"}]
         ui.table(f"{hook}: held-out data", ("metric", *members), known)

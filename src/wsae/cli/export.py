@@ -39,19 +39,19 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
     """Export and return what was written where, and what was refused why."""
     from wsae.core.errors import UserError
-    from wsae.interop.saes import choose
+    from wsae.interop.format import NoEqual
+    from wsae.interop.saes import KINDS, choose
 
     chosen = choose(flags.sae, flags.member, flags.hook, flags.all)
-    if flags.all and flags.format == "circuit_tracer":
-        return {"format": flags.format, "written": _sets(chosen, flags), "refused": []}
-    written: list[dict[str, Any]] = []
     refused: list[dict[str, str]] = []
-    for one in chosen:
+    sets = flags.all and flags.format == "circuit_tracer"
+    written: list[dict[str, Any]] = _sets(chosen, flags) if sets else []
+    for one in () if sets else chosen:
         out = flags.out / one.place if flags.all else flags.out
         try:
             new = _export(one, out, flags)
-        except UserError as error:
-            if not flags.all or "no equal" not in str(error):
+        except NoEqual as error:
+            if not flags.all:
                 raise
             refused.append({"sae": one.place, "reason": str(error)})
             continue
@@ -60,7 +60,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
         raise UserError(
             f"{flags.sae}: nothing written; {refused[0]['sae']}: {refused[0]['reason']}"
         )
-    return {"format": flags.format, "written": written, "refused": refused}
+    opens = KINDS[flags.format].opens.format(path=written[0]["path"])
+    return {"format": flags.format, "written": written, "refused": refused, "open": opens}
 
 
 def _export(one: Any, out: Path, flags: Flags) -> bool:
@@ -97,15 +98,4 @@ def show(result: dict[str, Any], ui: UI) -> None:
         ui.say(f"{entry['path']}" + ("" if entry["new"] else " (already there)"))
     for entry in result["refused"]:
         ui.say(f"left out {entry['sae']}: {entry['reason']}")
-    path = result["written"][0]["path"]
-    opens = {
-        "saelens": f"from sae_lens import SAE; SAE.load_from_disk({path!r})",
-        "sparsify": f"from sparsify import SparseCoder; SparseCoder.load_from_disk({path!r})",
-        "dictionary_learning": "from dictionary_learning.utils import load_dictionary; "
-        f"load_dictionary({path!r}, 'cpu')",
-        "crosscoder": "from dictionary_learning.dictionary import CrossCoder, BatchTopKCrossCoder  # jkminder's; the "
-        f"latter where there is a k: BatchTopKCrossCoder.from_pretrained({path!r}, from_hub=True)",
-        "circuit_tracer": "from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder; "
-        f"load_transcoder({path!r} + '/layer_N.safetensors', layer=N); its sets have every layer from 0 on",
-    }
-    ui.say(f"open it: {opens[result['format']]}")
+    ui.say(f"open it: {result['open']}")

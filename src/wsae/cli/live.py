@@ -406,9 +406,9 @@ def open_sides(
         return SidesData(both, pairs(both.hooks, read, hook_out))
     both = open_data(source, live.model_copy(update={"hook": ()}), mixing, seed, device)
     elsewhere = Path(hook_out[0])
-    if len(hook_out) == 1 and elsewhere.exists():
-        from wsae.acts.source import AlignedSource
+    from wsae.acts.source import READERS, AlignedSource
 
+    if len(hook_out) == 1 and elsewhere.exists():
         other = _opened(str(elsewhere), ())
         one, given = _named_alone(source, both, read), _named_alone(str(elsewhere), other, ())
         if next(iter(one.hooks)) in given.hooks and one.digest() == given.digest():
@@ -416,7 +416,7 @@ def open_sides(
         return SidesData(
             AlignedSource(one, given), {next(iter(one.hooks)): next(iter(given.hooks))}
         )
-    if len(hook_out) == 1 and elsewhere.suffix in (".npy", ".npz", ".safetensors", ".pt"):
+    if len(hook_out) == 1 and elsewhere.suffix in READERS:
         raise UserError(f"--hook-out {elsewhere}: no such file")
     read = read or tuple(hook for hook in both.hooks if among(hook, hook_out) is None)
     found = pairs(both.hooks, read, hook_out)
@@ -436,11 +436,11 @@ def open_joined(
     **rest: object,
 ) -> "JoinedSource":
     """Return what a crosscoder reads: hooks of a store or a live model, or the hooks of several stores or arrays."""
-    from wsae.acts.source import side_by_side
+    from wsae.acts.source import READERS, side_by_side
 
     data = [name for name in others if is_data(source) and is_data(name)]
     wrong = [name for name in others if name not in data]
-    if wrong and (data or Path(wrong[0]).suffix in (".npy", ".npz", ".safetensors", ".pt")):
+    if wrong and (data or Path(wrong[0]).suffix in READERS):
         raise UserError(
             f"--crosscoder {wrong[0]}: is no store or array; name hooks of {source}, or other data"
         )
@@ -530,7 +530,8 @@ def data_of(
             raise UserError(f"--source {source} and --text {name}: give one of them")
         if not opened.single:
             raise UserError(
-                f"--text {name}: is for one SAE alone; a run is measured on its own data, or on --source"
+                f"--text {name}: is for one SAE alone, {opened.path}/members/HOOK/NAME; a run is measured on its own "
+                "data, or on --source"
             )
         data = on_text(opened, asked, seed=seed, device=device)
     return _fitting(opened, data, source) if opened.single else data

@@ -55,7 +55,8 @@ class Flags(Config):
     """Flags of `wsae train`."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A store, an array (.npy, .npz, .safetensors, .pt), a folder of arrays, or a model with --text and --hook."""
+    """A store, an array (.npy, .npz, .safetensors, .pt, .arrow) or a folder of them, or a model with --text and
+    --hook."""
     out: Place
     """Directory of the run."""
     resume: Switch = False

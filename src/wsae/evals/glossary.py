@@ -65,6 +65,8 @@ kl: KL divergence; lower is better; nats per token
     mean over scored tokens of KL(p_clean || p_spliced) = sum_v p_clean(v) log(p_clean(v) / p_spliced(v))
 """)
 """Metrics of a member."""
+HEADLINES = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_delta", "ce_loss_recovered_zero")
+"""Those that `wsae evaluate` prints, and that travel with an SAE."""
 
 HEADINGS: dict[str, tuple[str, ...]] = {
     "Reconstruction": ("fvu", "fvu_weighted", "ev_dim_mean", "ev_dim_min"),

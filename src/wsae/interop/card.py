@@ -68,6 +68,7 @@ _TITLES = {
     "fvu_weighted": "FVU, weighted",
     "l0": "L0",
     "dead_frac": "dead latents",
+    "ce_delta": "CE increase, nats",
     "ce_loss_recovered_zero": "CE loss recovered",
 }
 _FORMATS = {

@@ -23,6 +23,7 @@ from wsae.interop.format import (
     Format,
     Meaning,
     NamedTensors,
+    NoEqual,
     as_known,
     check_shapes,
     named,
@@ -109,11 +110,11 @@ def _pack(sae: SAE, about: Provenance) -> Foreign:
     kind = sae.cfg.activation.kind
     if not sae.cfg.transcoder or sae.cfg.d_out != sae.cfg.d_in:
         what = "an SAE" if not sae.cfg.transcoder else "a transcoder between other widths"
-        raise UserError(
+        raise NoEqual(
             f"{what} has no equal in circuit-tracer, which takes transcoders of one width (wsae train --hook-out)"
         )
     if kind not in _ACTIVATIONS:
-        raise UserError(f"activation {kind} has no equal in circuit-tracer; topk has")
+        raise NoEqual(f"activation {kind} has no equal in circuit-tracer")
     layer = hook_name(about.hook or "").layer
     if layer is None:
         raise UserError(
@@ -190,5 +191,9 @@ def save_set(
 
 
 CIRCUIT_TRACER = _CircuitTracer(
-    "circuit_tracer", (CONFIG, "layer_0.safetensors"), _read, _rename, _understand, _about, _pack
+    "circuit_tracer",
+    (CONFIG, "layer_0.safetensors"),
+    *(_read, _rename, _understand, _about, _pack),
+    "from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder; "
+    "load_transcoder({path!r} + '/layer_N.safetensors', layer=N); its sets have every layer from 0 on",
 )

@@ -40,6 +40,7 @@ from wsae.interop.format import (
     Keys,
     Meaning,
     NamedTensors,
+    NoEqual,
     Switch,
     centred,
     check_keys,
@@ -194,13 +195,9 @@ def _about(foreign: Foreign) -> Provenance:
 def _pack(sae: SAE, about: Provenance) -> Foreign:
     activation = sae.cfg.activation
     if sae.cfg.transcoder:
-        raise UserError(
-            "a transcoder has no equal in dictionary_learning; sparsify has (--format sparsify)"
-        )
+        raise NoEqual("a transcoder has no equal in dictionary_learning")
     if activation.kind not in _CLASSES:
-        raise UserError(
-            f"activation {activation.kind} has no equal in dictionary_learning; sparsify has (--format sparsify)"
-        )
+        raise NoEqual(f"activation {activation.kind} has no equal in dictionary_learning")
     kind, trainer_class = _CLASSES[activation.kind]
     weights = named(sae)
     hook = hook_name(about.hook) if about.hook else None
@@ -346,12 +343,12 @@ def _code_norm(foreign: Foreign, D: Tensor, where: str) -> Tensor:
 def _pack_crosscoder(sae: SAE, about: Provenance) -> Foreign:  # noqa: ARG001  (its config has no room for it)
     parts, activation = sae.cfg.sources, sae.cfg.activation
     if parts is None:
-        raise UserError("an SAE of one hook has no equal among crosscoders; leave --format out")
+        raise NoEqual("an SAE of one hook has no equal among crosscoders")
     if len({part.width for part in parts}) > 1 or activation.kind not in ("relu", "batch_topk"):
         widths = ", ".join(str(part.width) for part in parts)
-        raise UserError(
+        raise NoEqual(
             f"a crosscoder of {activation.kind} over widths {widths} has no equal there: relu and batch_topk over one "
-            "width have; wsae push shares it as it is"
+            "width have"
         )
     weights, size = uncentred(named(sae, by_source=True)), (len(parts), parts[0].width)
     state = {
@@ -386,10 +383,13 @@ CROSSCODER = _Crosscoders(
     _understand_crosscoder,
     lambda foreign: provenance("crosscoder", foreign.config, {}),
     _pack_crosscoder,
+    "from dictionary_learning.dictionary import CrossCoder, BatchTopKCrossCoder  # jkminder's; the latter where there "
+    "is a k: BatchTopKCrossCoder.from_pretrained({path!r}, from_hub=True)",
 )
 DICTIONARY_LEARNING = Format(
     "dictionary_learning",
     (CONFIG, WEIGHTS),
     lambda path: Foreign(read_config(path / CONFIG), load_state(path / WEIGHTS)),
     *(_rename, _understand, _about, _pack),
+    "from dictionary_learning.utils import load_dictionary; load_dictionary({path!r}, 'cpu')",
 )

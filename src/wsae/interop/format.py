@@ -26,6 +26,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What weights may be stored as; integers and 8-bit floats are quantised, with scales that lie elsewhere."""
 
 
+class NoEqual(UserError):
+    """An SAE of a form that another tool has not."""
+
+
 class Foreign(NamedTuple):
     """The content of another tool's files."""
 
@@ -200,15 +204,13 @@ def as_known(sae: SAE) -> SAE:
 def named(sae: SAE, by_row: bool = False, by_source: bool = False) -> NamedTensors:
     """Return an SAE's weights in float32 on the CPU, a tied one's as if it were not: zero biases, W_enc = W_dec^T.
 
-    Raises UserError for a crosscoder, and for an SAE that normalises its rows, unless its tool has such (`by_source`,
+    Raises NoEqual for a crosscoder, and for an SAE that normalises its rows, unless its tool has such (`by_source`,
     `by_row`).
     """
     if sae.cfg.sources is not None and not by_source:
-        raise UserError("a crosscoder has no equal there; it has one with --format crosscoder")
+        raise NoEqual("a crosscoder has no equal there")
     if sae.cfg.input_norm is not None and not by_row:
-        raise UserError(
-            f"an SAE that normalises its rows ({sae.cfg.input_norm}) has no equal there; SAELens has (--format saelens)"
-        )
+        raise NoEqual(f"an SAE that normalises its rows ({sae.cfg.input_norm}) has no equal there")
     W_dec, W_enc = sae.W_dec.detach().float().cpu(), sae.W_enc.detach().float().cpu()
     b_enc, b_dec = (
         torch.zeros(width, dtype=torch.float32) if bias is None else bias.detach().float().cpu()
@@ -281,6 +283,8 @@ class Format(Reader):
 
     name: FormatName
     pack: Callable[[SAE, Provenance], Foreign]
+    opens: str
+    """The Python with which its own tool opens `{path!r}`."""
 
     def write(self, foreign: Foreign, path: Path) -> list[str]:
         """Write the library's files; return their names."""

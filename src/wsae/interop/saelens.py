@@ -27,6 +27,7 @@ from wsae.interop.format import (
     Keys,
     Meaning,
     NamedTensors,
+    NoEqual,
     Switch,
     centred,
     check_keys,
@@ -334,9 +335,7 @@ def _pack(sae: SAE, about: Provenance) -> Foreign:
     kind = _architecture_of(sae)
     if kind is None:
         what = f"a transcoder of {activation.kind}" if sae.cfg.transcoder else activation.kind
-        raise UserError(
-            f"activation {what} has no equal in SAELens; sparsify has (--format sparsify)"
-        )
+        raise NoEqual(f"activation {what} has no equal in SAELens")
     weights = named(sae, by_row=True)
     config: dict[str, Any] = {"d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae}
     if sae.cfg.transcoder:
@@ -379,4 +378,9 @@ def _metadata(kind: str, about: Provenance) -> dict[str, Any]:
     }
 
 
-SAELENS = Format("saelens", (CONFIG, WEIGHTS), _read, _rename, _understand, _about, _pack)
+SAELENS = Format(
+    "saelens",
+    (CONFIG, WEIGHTS),
+    *(_read, _rename, _understand, _about, _pack),
+    "from sae_lens import SAE; SAE.load_from_disk({path!r})",
+)

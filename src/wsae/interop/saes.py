@@ -6,6 +6,7 @@ whatever the format cannot hold to the bit) and `manifest.json` (the SAE's confi
 written last. With them the way back is exact to the bit; without them gamma is 1 and the files alone speak.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -36,11 +37,19 @@ from wsae.core.errors import UserError, nearest, understood
 from wsae.core.files import digest, locked_file, read_json, sha256_file
 from wsae.core.hub import hub_place, local_folder, snapshot
 from wsae.core.tensors import load_tensors, save_tensors
+from wsae.evals.glossary import HEADLINES
 from wsae.interop.circuit_tracer import CIRCUIT_TRACER, LAYER
 from wsae.interop.circuit_tracer import CONFIG as SET
 from wsae.interop.config import INDEX, FormatName, SourceName
 from wsae.interop.dictionary_learning import CROSSCODER, DICTIONARY_LEARNING
-from wsae.interop.format import THROUGH_SAELENS, Format, NamedTensors, Reader, as_known
+from wsae.interop.format import (
+    THROUGH_SAELENS,
+    Format,
+    NamedTensors,
+    NoEqual,
+    Reader,
+    as_known,
+)
 from wsae.interop.published import GEMMA_SCOPE, LLAMA_SCOPE, LLAMA_SCOPE_R1, TORCH, beside
 from wsae.interop.releases import LOADERS, Published, hub_model, named, of_repository, published
 from wsae.interop.saelens import SAELENS, SCALER, as_registered
@@ -109,7 +118,10 @@ def save(
     something else (with `force` another export gives way).
     """
     kind, path, sae = find(format, KINDS), Path(path), as_known(an_sae(sae, "save"))
-    packed = kind.pack(sae, about)
+    try:
+        packed = kind.pack(sae, about)
+    except NoEqual as error:
+        raise NoEqual(f"{error}; {_instead(sae, about)}") from None
     named = kind.rename(packed, format)
     held = {name: getattr(named, name) for name in _SHARED}
     side = {
@@ -124,6 +136,18 @@ def save(
         save_tensors(path / SIDE, side)
         write_manifest(path, "export", config, [*files, SIDE], inputs=inputs)
     return path
+
+
+def _instead(sae: SAE, about: Provenance) -> str:
+    """Say which formats have what one has not."""
+    others = []
+    for other in KINDS.values():
+        with contextlib.suppress(UserError):
+            other.pack(sae, about)
+            others.append(other.name)
+    if not others:
+        return "no format has: `wsae push` shares it as it is"
+    return f"it has one with --format {' or '.join(others)}"
 
 
 def load(path: Path | str, format: str = "auto") -> Loaded:
@@ -296,8 +320,6 @@ def _restored(manifest: Manifest, named: NamedTensors, folder: Path) -> SAE:
 
 # Which SAEs a path names, and what the run knows about them.
 
-SCORES = ("fvu", "fvu_weighted", "l0", "dead_frac", "ce_loss_recovered_zero")
-"""The scores of an evaluation that travel with an SAE."""
 _GAMMA = (
     *("rule", "alpha", "normalise", "robust", "quantile", "ridge"),
     *("effective_dimensions", "max_over_median", "tokens", "precondition"),
@@ -513,4 +535,4 @@ def _scores(run: Run, hook: str, name: str) -> dict[str, Any]:
     """Return a member's scores, where the run was evaluated."""
     found = run.evaluation_record.get("hooks", {}) if run.has(EVALUATION_PART) else {}
     metrics = found.get(hook, {}).get("members", {}).get(name, {}).get("metrics", {})
-    return {key: metrics[key] for key in SCORES if key in metrics}
+    return {key: metrics[key] for key in HEADLINES if key in metrics}

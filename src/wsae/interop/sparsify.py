@@ -22,6 +22,7 @@ from wsae.interop.format import (
     Keys,
     Meaning,
     NamedTensors,
+    NoEqual,
     Switch,
     check_keys,
     check_shapes,
@@ -91,12 +92,11 @@ def _understand(foreign: Foreign, weights: NamedTensors, where: str) -> Meaning:
 def _pack(sae: SAE, about: Provenance) -> Foreign:  # noqa: ARG001  (the config has no room for it)
     activation = sae.cfg.activation
     if not isinstance(activation, TopK | GroupTopK):
-        raise UserError(
-            f"activation {activation.kind} has no equal in sparsify, which has Top-k and groupmax only; "
-            "SAELens has (--format saelens)"
+        raise NoEqual(
+            f"activation {activation.kind} has no equal in sparsify, which has Top-k and groupmax only"
         )
     if sae.cfg.width_out != sae.cfg.d_in:
-        raise UserError(
+        raise NoEqual(
             f"a transcoder from width {sae.cfg.d_in} to {sae.cfg.width_out} has no equal in sparsify, whose "
             "transcoders give as many dimensions as they read"
         )
@@ -128,4 +128,5 @@ SPARSIFY = Format(
     _understand,
     lambda found: provenance("sparsify", found.config, {}, check_keys(found.config, _KEYS, CONFIG)),
     _pack,
+    "from sparsify import SparseCoder; SparseCoder.load_from_disk({path!r})",
 )

@@ -94,7 +94,7 @@ def probe_tokens(
     if not tasks.tasks:
         raise UserError(
             f"{len(read.seq):,} held-out tokens: no task has {cfg.least} tokens of its class on either side; probe "
-            "more text, or lower --least"
+            "more text, or lower `least`"
         )
     by_hook, letters, found = read.coder.tables(), letter_tasks(read, cfg), {}
     total = sum(len(named) for named in by_hook.values()) * len(tasks.tasks)
@@ -145,7 +145,7 @@ def _tell_documents(
     if corpus.beside is not None and not pairs:
         raise UserError(
             f"the second label: no two of its values have {3 * cfg.least} documents each with two classes of the "
-            "first; give more text, or lower --least"
+            "first; give more text, or lower `least`"
         )
     by_hook, found = coder.tables(), {}
     total = sum(len(named) for named in by_hook.values()) * len(tasks.tasks)
@@ -291,8 +291,8 @@ def choose_documents(
     if len(sizes) - len(skipped) < 2:
         name, n = sizes.most_common(2)[1]
         raise UserError(
-            f"labels: fewer than two classes have {least} documents ({name!r} has {n}); give more text, or lower "
-            "--least"
+            f"labels: fewer than two classes have {least} documents, 3 times `least` ({name!r} has {n}); give more, or "
+            "lower it"
         )
     rng = np.random.default_rng(seed_for(cfg.seed, "choose documents"))
     cells: dict[tuple[str, str], list[int]] = {}
