@@ -176,6 +176,11 @@ def test_a_second_process_is_refused_the_directory(tmp_path: Path) -> None:
             pass
     with locked(tmp_path / "run"):
         pass
+    assert not (tmp_path / "run").exists()  # made for the lock alone
+    (tmp_path / "own").mkdir()
+    with locked(tmp_path / "own"):
+        pass
+    assert (tmp_path / "own").is_dir()
 
 
 def test_a_message_is_one_line_of_what_prints_whatever_a_file_puts_into_it() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -418,6 +419,23 @@ def test_a_reader_agrees_with_whole_passes_however_texts_are_batched(language, m
     assert PrefixReader(language).read("", []).shape == (0,)
     bare = by_whole_passes(language, "", "a cat")
     assert PrefixReader(language).read("", ["a cat"]) == pytest.approx(bare, abs=1e-5)
+
+
+def test_a_text_is_read_behind_its_prefix_whatever_its_tokenizer_begins_a_text_with(language):
+    """Llama 2's puts a space before every text: a window that begins with one had two."""
+    own = language.tokenizer
+
+    class Spaced:
+        bos_token_id = own.bos_token_id
+
+        def __call__(self, text, **how):
+            many = [" " + one for one in text] if isinstance(text, list) else " " + text
+            return own(many, **how)
+
+    spaced = types.SimpleNamespace(model=language.model, tokenizer=Spaced())
+    texts, prefix = [" dogs run", "ing over", "the cat"], "Text:\n"
+    found = PrefixReader(spaced).read(prefix, texts)
+    np.testing.assert_allclose(found, PrefixReader(language).read(" " + prefix, texts), rtol=1e-5)
 
 
 def test_a_prefix_longer_than_the_model_reads_loses_its_beginning(language):

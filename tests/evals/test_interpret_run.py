@@ -301,7 +301,7 @@ def test_the_sample_is_alike_from_run_to_run_and_never_dead(run) -> None:
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        (("surprisal",), "score surprisal: needs the model"),
+        (("surprisal",), "score surprisal: needs the one model"),
         (("detection",), "score detection: asks"),
     ],
 )

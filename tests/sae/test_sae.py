@@ -101,6 +101,7 @@ def test_encode_decode_and_forward_follow_the_definition(kind: str, tied: bool) 
     torch.testing.assert_close(torch.zeros_like(z).scatter_add(1, indices, values.detach()), z)
     if kind in BY_K:
         assert values.shape == (9, 4)
+        assert sae.encode_sparse(x[:0])[1].shape == (0, 4)
     torch.testing.assert_close(sae.decode(z), z @ sae.W_dec + bias)
     torch.testing.assert_close(sae(x), z @ sae.W_dec + bias)
     if tied:

@@ -38,6 +38,11 @@ def test_codes_are_those_of_encode_code(kind, tied, norm):
             found, wanted = encode(x), sae.encode_code(x)
         torch.testing.assert_close(found.dense(160), wanted.dense(160), rtol=1e-4, atol=1e-4)
         assert found.batch == wanted.batch == n
+    broken = rows(80)
+    broken[3, 2] = torch.nan
+    with torch.no_grad():  # what is broken is not silent
+        found, wanted = (code(broken).dense(160) for code in (encode, sae.encode_code))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_the_compiled_way_is_taken_where_it_serves():

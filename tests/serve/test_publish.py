@@ -222,6 +222,18 @@ def test_a_killed_upload_goes_on_where_it_stopped(index: Index, run: Path, site:
     assert_once(site, run)
 
 
+def test_batches_that_begin_elsewhere_are_sent_where_they_lack_latents(
+    index: Index, run: Path, site: Site
+):
+    assert send(index, site, size=2).there == 0
+    assert not any(path.startswith("feature/tiny") for path in site.paths)  # a new set is empty
+    numbers = sorted(expected(run))
+    for gone in (numbers[1], numbers[-1]):  # an upload of other latents, or stopped within a batch
+        del site.latents[SOURCE.id, gone]
+    assert send(index, site, size=3) == Sent(new=2, there=len(numbers) - 2)
+    assert_once(site, run)
+
+
 def test_the_command_sends_it_all_and_a_refusal_is_one_line_without_the_key(
     run: Path, site: Site, capsys, monkeypatch
 ):
@@ -246,6 +258,10 @@ def test_the_command_sends_it_all_and_a_refusal_is_one_line_without_the_key(
     assert "--set 'A b'" in refused("--model-id", "tiny", "--set", "A b")
     site.latents[SOURCE.id, min(expected(run))]["activations"].pop()
     assert "with other contexts" in refused(*mine)
+    moved = Reply("", 308, {"location": "https://www.example.org/api"})
+    site.faulty = lambda *_: Fault(moved)
+    assert "moved to https://www.example.org/api; give that address" in refused(*mine)
+    site.faulty = lambda *_: None
     monkeypatch.setenv(upload.KEY, f"{KEY}0")
     assert "HTTP 401" in refused(*mine)
     monkeypatch.setenv(upload.KEY, "")

@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(ThreadingHTTPServer):
     """`repos` {name: {path: bytes}}, `created` what was asked of each, `tokens` every authorisation seen.
 
-    Of the paths in `flipped` the last byte is sent with a bit turned.
+    Of the paths in `flipped` the last byte is sent with a bit turned; of the owners in `instead` this status and body.
     """
 
     def __init__(self) -> None:
@@ -24,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         self.tokens: set[str | None] = set()
         self.fetched: list[str] = []
         self.flipped: set[str] = set()
+        self.instead: dict[str, tuple[int, bytes]] = {}
 
     @property
     def url(self) -> str:
@@ -45,6 +46,8 @@ class Handler(BaseHTTPRequestHandler):
         if parts == ["api", "validate-yaml"]:
             return self._json({"errors": [], "warnings": []})
         repo = "/".join(parts[2:4])
+        if parts[2] in self.server.instead:
+            return self._instead(parts[2])
         if parts[4] == "preupload":
             files = [f["path"] for f in json.loads(body)["files"]]
             modes = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]
@@ -79,6 +82,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers.get("authorization"))
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
+            if parts[2] in self.server.instead:
+                return self._instead(parts[2])
             return self._api("/".join(parts[2:4]), parts[4:])
         repo, path = "/".join(parts[:2]), "/".join(parts[4:])
         content = self.server.repos.get(repo, {}).get(path)
@@ -97,6 +102,10 @@ class Handler(BaseHTTPRequestHandler):
         )
         return None
 
+    def _instead(self, owner: str) -> None:
+        code, content = self.server.instead[owner]
+        self._send(content, code, {}, len(content))
+
     def _api(self, repo: str, rest: list[str]) -> None:
         files = self.server.repos.get(repo)
         if files is None:
@@ -114,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
                 "modelId": repo,
                 "sha": COMMIT,
                 "siblings": siblings,
-                "private": False,
+                "private": repo in self.server.created,
                 "tags": [],
             }
         )

@@ -80,6 +80,9 @@ def test_a_pass_without_edits_is_the_models_own_to_the_bit_and_its_latents_are_t
     torch.testing.assert_close(acts.dense(), expected)
     j = int(acts.code.indices[0])
     torch.testing.assert_close(acts.latent(j), expected[..., j])
+    for none in (-1, LATENTS):
+        with pytest.raises(UserError, match=f"latent {none}: the SAE has 40 latents"):
+            acts.latent(none)
 
 
 EDITS = {
@@ -297,7 +300,12 @@ bad = {
     "Set of latent 5: positions 'abc' are no whole numbers": lambda: wsae.Set(5, 1.0, positions="abc"),
     "exclude 'none': give": lambda: wsae.attach(torch.nn.Linear(1, 1), {}, exclude="none").__enter__(),
     "method 'ig': is neither": lambda: wsae.attribute(None, {}, [1], wsae.Loss(), method="ig"),
-    "ids: shape (1, 2); give the tokens of one": lambda: wsae.attribute(None, {}, [[1, 2]], wsae.Loss()),
+    "ids: torch.int64 of shape (1, 2); give the": lambda: wsae.attribute(None, {}, [[1, 2]], wsae.Loss()),
+    "ids: torch.float64 of": lambda: wsae.attribute(None, {}, [1.5, 2.0], wsae.Loss()),
+    "verify -1: give how many": lambda: wsae.attribute(None, {}, [1], wsae.Loss(), verify=-1),
+    "saes: give the SAE at each hook": lambda: wsae.attach(torch.nn.Linear(1, 1), {}).__enter__(),
+    "Set of latent 5: '8' is no finite": lambda: wsae.Set(5, "8"),
+    "edit: given list": lambda: wsae.use.attach.Attached({}).edit([wsae.Set(5, 1.0)]),
 }
 for says, call in bad.items():
     try:

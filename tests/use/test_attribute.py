@@ -187,6 +187,14 @@ def test_what_cannot_be_attributed_is_refused(model, sae, ids):
         with pytest.raises(UserError, match=says):
             attribute(model, {HOOK: sae}, ids, metric)
     assert attribute(model, {HOOK: sae}, ids[:1], Logit(3)).hooks[HOOK].effects == []
+    with pytest.raises(UserError, match="tokens are more than the model's 2,048 posit"):
+        attribute(model, {HOOK: sae}, ids.repeat(250), Logit(3))
+
+
+def test_attribution_has_gradients_where_the_caller_has_switched_them_off(model, sae, ids):
+    wanted = attribute(model, {HOOK: sae}, ids, Logit(7), verify=2)
+    with torch.inference_mode():
+        assert attribute(model, {HOOK: sae}, ids.clone(), Logit(7), verify=2) == wanted
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from acts_models import WIDTH, make_bert, make_model, make_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 import wsae
 from wsae.acts.config import HarvestConfig, TextConfig
@@ -154,6 +155,23 @@ def test_a_random_choice_is_the_same_at_the_same_seed_and_leaves_the_state_alone
     ]  # fmt: skip
     assert torch.equal(state, torch.random.get_rng_state())
     assert texts[0][0].ids == texts[0][1].ids == texts[1][0].ids != texts[2][0].ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_continuation_takes_nothing_from_the_models_own_generation_settings(
+    language, sae, monkeypatch, temperature
+):
+    cfg, model = SteerConfig(new_tokens=8, temperature=temperature), language.model
+
+    def written():
+        wanted = [AskedEdit("add", 1, 0.0)]
+        return steer(language, {HOOK: sae}, "the", wanted, cfg=cfg).continuations[0].ids
+
+    plain = written()
+    own = GenerationConfig(suppress_tokens=plain, no_repeat_ngram_size=1, min_p=0.9, top_k=1)
+    monkeypatch.setattr(model, "generation_config", own)
+    assert written() == plain
+    assert model.generation_config is own
 
 
 @given(st.lists(st.integers(0, 3), max_size=9), st.integers(1, 3))

@@ -159,6 +159,16 @@ def _config_limit(model: nn.Module) -> tuple[str, int] | None:
     return None
 
 
+def refuse_too_long(model: nn.Module, read: int, written: int = 0) -> None:
+    """Raise UserError where a prompt's tokens, with those to write behind it, pass the model's last position."""
+    known = _config_limit(model)
+    if known and read + written > known[1]:
+        more = f" and {written:,} to write" if written else ""
+        raise UserError(
+            f"prompt: {read:,} tokens{more} are more than the model's {known[1]:,} positions; shorten it"
+        )
+
+
 def _too_long(seq: int, limit: int, why: str) -> UserError:
     return UserError(
         f"--seq-len {seq}: the model has {limit} positions ({why}); give --seq-len {limit} or less"

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from io import BufferedReader, FileIO
@@ -364,16 +365,21 @@ def unsealed(value: Any, path: Path) -> dict[str, Any]:
 def locked(directory: Path, top: Path | None = None) -> Iterator[None]:
     """Hold the directory for this process; a second process is refused with a UserError.
 
-    `top`: the directory of the user's that this one is a part of. It may be a link; below it none is written through:
-    raises UserError for a folder that is a link.
+    A directory made for it in which nothing was written goes again. `top`: the directory of the user's that this one is
+    a part of. It may be a link; below it none is written through: raises UserError for a folder that is a link.
     """
     _refuse_links(directory, top or directory)
+    made = not directory.exists()
     with refusals(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with locked_file(directory / ".lock") as held:
         if not held:
             raise UserError(f"{directory}: another wsae process is writing here")
-        yield
+        try:
+            yield
+        finally:
+            if made and directory.is_dir() and os.listdir(directory) == [".lock"]:
+                shutil.rmtree(directory)
 
 
 def _refuse_links(directory: Path, top: Path) -> None:

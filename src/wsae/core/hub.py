@@ -1,4 +1,4 @@
-"""The model hub: is it there at all, its libraries' chatter, and folders fetched from it."""
+"""The model hub: is it there at all, its libraries' chatter, folders fetched from it; keys of servers."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
-from wsae.core.errors import UserError, first_line
+from wsae.core.errors import UserError, first_line, reason
 
 _NOISY = ("huggingface_hub", "datasets", "transformers", "httpx")
 
@@ -92,12 +92,12 @@ def is_hub_name(name: str, suffixes: tuple[str, ...]) -> bool:
     return not looks_local and name.count("/") <= 1 and bool(name.strip())
 
 
-def hub_errors() -> tuple[type[Exception], ...]:
-    """Return what the hub's library raises when the hub refuses, is not there, or a name is malformed."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    transport = (kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-    return HfHubHTTPError, HFValidationError, OSError, *transport  # httpx, httpx2 or requests
+def key_from(variable: str) -> str:
+    """Return the key in a variable of the environment, "" without one; raises UserError for what no header carries."""
+    key = os.environ.get(variable, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"{variable}: holds characters that no key has; set it again")
+    return key
 
 
 _PLACE = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?", flags=re.ASCII)
@@ -164,22 +164,31 @@ def snapshot(
     """
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise UserError(f"{place}: needs the extra hub (pip install 'wsae[hub]')") from error
+    token = key_from("HF_TOKEN") or False
     try:
         with quiet_hub(bars=sys.stderr.isatty()):
-            return Path(
-                snapshot_download(
-                    repo,
-                    revision=revision,
-                    allow_patterns=wanted,
-                    ignore_patterns=unwanted,
-                    token=os.environ.get("HF_TOKEN") or False,
-                )
+            found = snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
+                token=token,
             )
-    except LocalEntryNotFoundError as error:
-        raise UserError(f"{place}: the hub cannot be reached and it is not in the cache") from error
-    except hub_errors() as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{place}: not to be had from the hub ({reason})") from error
+    except Exception as error:  # the library's own, httpx's, OSError; KeyError of a proxy's page
+        absent = isinstance(error, LocalEntryNotFoundError)
+        if absent and not isinstance(error.__cause__, HfHubHTTPError):
+            raise UserError(
+                f"{place}: the hub cannot be reached and it is not in the cache"
+            ) from error
+        said = told(error.__cause__ if absent and error.__cause__ else error)
+        raise UserError(f"{place}: not to be had from the hub ({said})") from error
+    return Path(found)
+
+
+def told(error: BaseException) -> str:
+    """Return what the hub's library says, without the advice where to read about a status."""
+    text = reason(error).split(" For more information check", 1)[0]
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"

@@ -1,7 +1,6 @@
 """A folder for the model hub: SAE directories of ours, an index, and a model card that says what they are."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 
 from wsae.core import __version__
 from wsae.core.artifact import MANIFEST, Manifest, free, read_manifest, replacing, unfinished
-from wsae.core.errors import UserError, reason
+from wsae.core.errors import UserError
 from wsae.core.files import write_json, write_text
-from wsae.core.hub import hub_errors, quiet_hub
+from wsae.core.hub import key_from, quiet_hub, told
 from wsae.interop.config import INDEX
 from wsae.interop.saes import Chosen
 from wsae.sae.config import Provenance
@@ -33,7 +32,7 @@ def upload(folder: Path, files: list[str], repo: str, private: bool) -> str:
     The token comes from HF_TOKEN and is written nowhere. Raises UserError without a token, without the extra, or with
     the hub's own reason.
     """
-    token = os.environ.get("HF_TOKEN")
+    token = key_from("HF_TOKEN")
     if not token:
         raise UserError(
             "no token for the hub: put one with write access into HF_TOKEN, or add --dry-run to write the folder only"
@@ -46,14 +45,20 @@ def upload(folder: Path, files: list[str], repo: str, private: bool) -> str:
     try:
         with quiet_hub():
             api.create_repo(repo, private=private, exist_ok=True)
+            if private and not api.repo_info(repo).private:
+                raise UserError(
+                    f"{repo}: is on the hub already, and public; make it private there, or leave out --private"
+                )
             done = api.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
                 allow_patterns=files,
                 commit_message="SAEs trained with wsae",
             )
-    except hub_errors() as error:
-        raise UserError(f"{repo}: not sent to the hub ({reason(error)})") from error
+    except UserError:
+        raise
+    except Exception as error:  # the library's own, httpx's, OSError; KeyError of a proxy's page
+        raise UserError(f"{repo}: not sent to the hub ({told(error)})") from error
     return str(done.commit_url)
 
 

@@ -249,7 +249,7 @@ class SAE(nn.Module):
         """Return (values, indices), each [..., k]; kinds without a fixed k are padded with value 0, index 0."""
         rows, lead = self._rows(x, self.cfg.d_in)
         values, indices = self.encode_code(rows).padded()
-        width = values.shape[1]
+        width = values.shape[1] if len(rows) else getattr(self._used(), "k", 0)
         return values.reshape(*lead, width), indices.reshape(*lead, width)
 
     def encode_code(self, x: object) -> SparseCode:
@@ -426,7 +426,10 @@ class SAE(nn.Module):
     @classmethod
     @own_settings()
     def load(cls, path: Path | str) -> "SAE":
-        """Read an SAE from a directory or `hub:owner/name`; raises UserError when it is missing, cut or altered."""
+        """Read an SAE from a directory or `hub:owner/name`, in float32 whatever type it was saved in.
+
+        Raises UserError when it is missing, cut or altered.
+        """
         path = _native(local_folder(path))
         manifest = read_manifest(path, "sae")
         for name in (WEIGHTS, CONFIG):
@@ -641,8 +644,9 @@ class Encoder:
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> SparseCode:
         """Return the latents of some rows."""
         here = x.shape[1] == self._sae.cfg.d_in and x.device.type == "cpu"
-        if not (self._fast and here) or len(x) < FEW or x.dtype != torch.float32:
-            return self._sae.encode_code(x)
+        whole = x.dtype == torch.float32 and len(x) >= FEW
+        if not (self._fast and here and whole and bool(x.isfinite().all())):
+            return self._sae.encode_code(x)  # of NaN the compiled selection would make silence
         with torch.no_grad():
             return self._select(x)
 

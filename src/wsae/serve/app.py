@@ -133,6 +133,7 @@ class Live:
         """Return the tokens of a text and the latents that fire on each, strongest first: (latent, activation)."""
         import torch
 
+        from wsae.acts.capture import refuse_too_long
         from wsae.acts.text import automatic_bos
         from wsae.acts.tokens import decode_table, joined
 
@@ -143,6 +144,7 @@ class Live:
         if len(body) > MAX_TOKENS:
             raise UserError(f"text: {len(body)} tokens, at most {MAX_TOKENS} are read")
         ids = [*automatic_bos(language.tokenizer), *body]
+        refuse_too_long(language.model, len(ids))
         capture = self._capture(language, member.hook)
         x = next(iter(capture(torch.tensor([ids], device=language.device)).values()))[0]
         with torch.inference_mode():  # what was captured may enter no gradient

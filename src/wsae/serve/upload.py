@@ -1,8 +1,9 @@
 """Sending an SAE to Neuronpedia: each batch once, over a network that times out, refuses and breaks off.
 
-The site adds what it gets a second time to what it got the first time, so before each attempt it is asked whether the
-batch is there: a request that timed out may have arrived. That is also how a killed upload goes on, without notes of
-its own. Nothing the site says is trusted, and the key is in no message.
+The site adds what it gets a second time to what it got the first time, so it is asked of each latent whether it is
+there, unless the set was made just now: before each first attempt, as batches of an earlier upload may have begun
+elsewhere, and before each later one, as a request that timed out may have arrived. That is also how a killed upload
+goes on, without notes of its own. Nothing the site says is trusted, and the key is in no message.
 """
 
 import contextlib
@@ -11,20 +12,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 
 from wsae.core.errors import UserError
 from wsae.core.files import Json
+from wsae.core.hub import key_from
 from wsae.core.progress import Progress, quiet
 from wsae.evals.interpret.asking import one_line
 from wsae.evals.interpret.endpoint import (
     MAX_REPLY_BYTES,
     TryAgain,
     error_text,
-    key_from,
     passing,
     retry_after,
 )
@@ -33,6 +35,7 @@ from wsae.serve.neuronpedia import Latent, Source, upload_body
 KEY = "NEURONPEDIA_API_KEY"
 SITE = "https://www.neuronpedia.org"
 MOST_DESCRIPTION = 127
+T = TypeVar("T")
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -102,28 +105,46 @@ class Neuronpedia:
 
         Raises UserError when the site refuses, holds other latents in that place, or cannot be reached for long.
         """
-        self._once(lambda: self._has_source(source), lambda: self._make_set(source))
+        fresh = False
+
+        def prepare() -> None:
+            nonlocal fresh
+            if not self._has_source(source):
+                fresh = True
+                self._make_set(source)
+
+        self._patiently(prepare)
         sent = Sent()
         with progress("upload", total, "latents") as tick:
             for batch in batches:
                 try:
-                    new = self._once(*self._steps(batch, source))
+                    new = self._send(batch, source, fresh)
                 except UserError as error:
                     raise UserError(
                         f"{error}; {sent.new + sent.there} latents are there, the same command goes on"
                     ) from error
-                sent.new += new * len(batch)
-                sent.there += (not new) * len(batch)
+                sent.new += new
+                sent.there += len(batch) - new
                 tick(len(batch))
         return sent
 
-    def _steps(
-        self, batch: list[Latent], source: Source
-    ) -> tuple[Callable[[], bool], Callable[[], None]]:
-        def post() -> None:
-            self._ask("POST", "feature/upload-batch", upload_body(batch, source))
+    def _send(self, batch: list[Latent], source: Source, fresh: bool) -> int:
+        """Send what is not there of a batch, and return how many latents that are."""
+        left = batch if fresh else self._missing(batch, source)
+        new, tried = len(left), False
 
-        return lambda: self._has(batch[0], source), post
+        def post() -> None:
+            nonlocal left, tried
+            left = self._missing(left, source) if tried else left
+            tried = True
+            if left:
+                self._ask("POST", "feature/upload-batch", upload_body(left, source))
+
+        self._patiently(post)
+        return new
+
+    def _missing(self, batch: list[Latent], source: Source) -> list[Latent]:
+        return [one for one in batch if not self._patiently(partial(self._has, one, source))]
 
     def _has_source(self, source: Source) -> bool:
         """Return whether the set is there; raises UserError when it has no source for the layer."""
@@ -157,16 +178,12 @@ class Neuronpedia:
             )
         return True
 
-    def _once(self, there: Callable[[], bool], send: Callable[[], None]) -> bool:
-        """Send what is not there, and return whether it had to be sent; raises UserError when no attempt is left."""
-        sent, reason = False, ""
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """Return what some work gives, tried anew where it may pass; raises UserError when no attempt is left."""
+        reason = ""
         for attempt in range(self._patience.attempts):
             try:
-                if there():
-                    return sent
-                sent = True
-                send()
-                return True
+                return work()
             except TryAgain as trouble:
                 reason = trouble.reason
                 self._wait(trouble, attempt)
@@ -223,6 +240,9 @@ class Neuronpedia:
             raise TryAgain(reason, retry_after(response.headers))
         if status in (401, 403):
             raise UserError(f"{self.url}: HTTP {status}: the key in {KEY} is not accepted")
+        if 300 <= status < 400:
+            to = one_line(response.headers.get("location", "elsewhere"), 160)
+            raise UserError(f"{self.url}: HTTP {status}: moved to {to}; give that address as --url")
         said = error_text(body)
         hint = "; give its name there with --model-id" if "model not found" in said.lower() else ""
         raise UserError(f"{self.url}: HTTP {status}{': ' + said if said else ''}{hint}")

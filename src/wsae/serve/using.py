@@ -54,7 +54,11 @@ def steering(run: Served, ask: Ask) -> Work:
     if kind not in KINDS:
         raise UserError(f"kind: {kind[:20]!r} is none of {', '.join(KINDS)}")
     value = ask.given.get("value", "").strip() or USUAL
-    wanted = AskedEdit.parse(cast(Kind, kind), f"{ask.latent}={value[:40]}")
+    try:
+        wanted = AskedEdit.parse(cast(Kind, kind), f"{ask.latent}={value}")
+    except UserError as error:
+        peaks = "" if kind == "scale" else ", or 2x for twice the latent's largest activation"
+        raise UserError(f"value: {value[:20]!r} is none; give a number such as 8{peaks}") from error
     peak = run.index.numbers([ask.member.key(ask.latent)])[ask.member.key(ask.latent)].get("max")
     if wanted.of_peak and not peak:
         raise UserError(
@@ -62,7 +66,6 @@ def steering(run: Served, ask: Ask) -> Work:
         )
 
     def continuations(language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
-        from wsae.use.attach import as_trained
         from wsae.use.config import SteerConfig
         from wsae.use.steer import steer
 
@@ -73,11 +76,25 @@ def steering(run: Served, ask: Ask) -> Work:
             [wanted],
             peaks={wanted.name: float(peak or 0.0)},
             cfg=SteerConfig(new_tokens=NEW_TOKENS),
-            exclude=as_trained(Run(run.path), language),
+            **_placed(run, ask.member, language),
         )
         return {"member": ask.member.slug, "latent": wanted.latent, **found.record()}
 
     return continuations
+
+
+def _placed(run: Served, member: Member, language: "LanguageModel") -> Json:
+    """Return which tokens are left alone, and what a transcoder gives, as in training."""
+    from wsae.interop.saes import about_sae
+    from wsae.use.attach import as_trained
+
+    opened = Run(run.path)
+    place = opened.weights(member.hook, member.name)
+    out = None if place is None else about_sae(place).hook_out
+    return {
+        "exclude": as_trained(opened, language),
+        "hook_out": {member.hook: out} if out else {},
+    }
 
 
 def attributing(run: Served, ask: Ask) -> Work:
@@ -92,14 +109,12 @@ class _Attributing(NamedTuple):
     def __call__(self, language: "LanguageModel", sae: "SAE", prompt: "Prompt") -> Json:
         """Return the effects on the answer's logit, or on how far it is above another's."""
         from wsae.acts.tokens import decode_table, joined
-        from wsae.use.attach import as_trained
         from wsae.use.attribute import attribute
 
         metric, said = self._metric(language, prompt)
         ids = prompt.ids[0]
-        rule = as_trained(Run(self.run.path), language)
-        hook = self.ask.member.hook
-        found = attribute(language.model, {hook: sae}, ids, metric, verify=CHECKED, exclude=rule)
+        hook, placed = self.ask.member.hook, _placed(self.run, self.ask.member, language)
+        found = attribute(language.model, {hook: sae}, ids, metric, verify=CHECKED, **placed)
         table = decode_table(language.tokenizer, ids.unique().tolist())
         tokens = joined([table[i] for i in found.ids])
         return {

@@ -54,7 +54,11 @@ class Codes(NamedTuple):
         return self.reasons == KEPT
 
     def latent(self, latent: int) -> Float[Tensor, "batch seq"]:
-        """Return one latent's activations."""
+        """Return one latent's activations; raises UserError for one that the SAE does not have."""
+        if not 0 <= latent < self.d_sae:
+            raise UserError(
+                f"latent {latent}: the SAE has {self.d_sae:,} latents, 0 to {self.d_sae - 1}"
+            )
         here = self.code.indices == latent
         z = self.code.values.new_zeros(self.reasons.numel())
         z = z.index_put((self.code.rows()[here],), self.code.values[here])
@@ -88,8 +92,12 @@ class Edit:
             object.__setattr__(self, "latent", operator.index(self.latent))
         except TypeError as error:
             raise UserError(f"{self}: give the latent's number") from error
-        if not math.isfinite(self.value):
-            raise UserError(f"{self}: {self.value} is no finite number")
+        try:
+            finite = math.isfinite(self.value)
+        except (TypeError, ValueError):  # a word, several numbers
+            finite = False
+        if not finite:
+            raise UserError(f"{self}: {self.value!r} is no finite number")
         if any(place < 0 for place in self.places or ()):
             raise UserError(f"{self}: positions count from 0, the start of the sequence")
 
@@ -315,6 +323,8 @@ class Attached:
         self.check()
         chosen: dict[str, list[Edit]] = {name: [] for name in self._sites}
         for edit in edits:
+            if not isinstance(edit, Edit):
+                raise UserError(f"edit: given {type(edit).__name__}; give edit(Set(5, 8.0), ...)")
             name = hook_meant(str(edit), edit.hook, self._sites)
             sae = self._sites[name].sae
             d_sae, largest = sae.cfg.d_sae, torch.finfo(sae.dtype).max
@@ -337,8 +347,8 @@ class Attached:
 def hook_meant(edit: str, hook: str | None, hooks: Collection[str]) -> str:
     """Return the hook among those with an SAE that an edit means; raises UserError where it is none, or any of some."""
     if hook is None:
-        if len(hooks) > 1:
-            raise UserError(f"{edit}: say which hook: {', '.join(hooks)}")
+        if len(hooks) != 1:
+            raise UserError(f"{edit}: say which hook: {', '.join(hooks) or 'no SAE is given'}")
         return next(iter(hooks))
     name = among(hook, hooks)
     if name is None:
@@ -367,13 +377,15 @@ def attach(
     rows' place. A transcoder is named by the hook that it reads, and changes the rows of `hook_out[hook]`: by default
     of "layers.9.mlp.input" those of "layers.9.mlp". `exclude`: the rule of tokens to leave alone (default: as
     `wsae harvest`, special tokens by the model's config); none: padding alone. The hooks are gone when the context
-    ends. Raises UserError for a crosscoder, a hook that the model lacks, another width, a model that has SAEs attached
-    already, and, at the end, for a position at which an edit had no effect.
+    ends. Raises UserError for no SAE, a crosscoder, a hook that the model lacks, another width, a model that has SAEs
+    attached already, and, at the end, for a position at which an edit had no effect.
     """
     if model in _ATTACHED:
         raise UserError("this model has SAEs attached; give them all to one attach")
     if isinstance(exclude, str) and exclude != "as in training":
         raise UserError(f"exclude {exclude!r}: give 'as in training', a SkipRule, or None")
+    if not isinstance(saes, Mapping) or not saes:
+        raise UserError("saes: give the SAE at each hook, {'layers.9': sae}")
     rule = SkipRule(HarvestConfig(), special_ids(model)) if isinstance(exclude, str) else exclude
     saes = {name: an_sae(sae, f"hook {name!r}") for name, sae in saes.items()}
     outs = {name: changed_hook(name, sae, hook_out) for name, sae in saes.items()}

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from wsae.acts.capture import Call, Swap, logits_by_row, splice
+from wsae.acts.capture import Call, Swap, logits_by_row, refuse_too_long, splice
 from wsae.acts.flow import REASONS
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.loading import input_device, refuse_without_logits
@@ -185,6 +185,7 @@ class Attribution:
         return {**asdict(self), "hooks": hooks, "correlation": self.correlation}
 
 
+@torch.inference_mode(False)
 def attribute(
     model: nn.Module,
     saes: Mapping[str, SAE],
@@ -200,13 +201,19 @@ def attribute(
     """Return the effects of latents on a metric of a text, the `verify` largest of them checked by ablation.
 
     `hook_out`: what transcoders give, as `attach` has it. Raises UserError as `attach` and the metrics do, for a model
-    without logits, another method, and tokens that are not those of one text.
+    without logits, another method, and tokens that are not those of one text, or more than the model takes.
     """
     if method not in get_args(Method):
         raise UserError(f"method {method!r}: is neither of {', '.join(get_args(Method))}")
-    ids = tensor(ids, "ids").long()
-    if ids.ndim != 1 or not len(ids):
-        raise UserError(f"ids: shape {tuple(ids.shape)}; give the tokens of one text, [seq]")
+    if verify < 0:
+        raise UserError(f"verify {verify}: give how many effects to check, 0 or more")
+    ids = tensor(ids, "ids").clone()  # those of inference mode may enter no gradient
+    if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+        raise UserError(
+            f"ids: {ids.dtype} of shape {tuple(ids.shape)}; give the tokens of one text, whole numbers [seq]"
+        )
+    ids = ids.long()
+    refuse_too_long(model, len(ids))
     refuse_without_logits(model)
     passes = _GradientPasses(model, saes, ids, metric)
     found: dict[str, AtHook] = {}

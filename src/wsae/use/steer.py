@@ -17,9 +17,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import GenerationConfig
 
-from wsae.acts.capture import hooks_named
+from wsae.acts.capture import hooks_named, refuse_too_long
 from wsae.acts.flow import Step
-from wsae.acts.hookpoints import HookPoint, text_config
+from wsae.acts.hookpoints import HookPoint
 from wsae.acts.language import LanguageModel
 from wsae.acts.loading import refuse_unable_to_continue
 from wsae.acts.text import automatic_bos
@@ -173,7 +173,7 @@ class Prompt(NamedTuple):
     def of(cls, language: LanguageModel, text: str, chat: bool = False) -> "Prompt":
         """Read a prompt, with `chat` as what a user says by the model's chat template.
 
-        Raises UserError where it holds no token, or the tokenizer has no template.
+        Raises UserError where it holds no token or more than the model takes, or the tokenizer has no template.
         """
         tokenizer, written = language.tokenizer, text
         if chat:
@@ -190,6 +190,7 @@ class Prompt(NamedTuple):
         ids = body if body[: len(start)] == start else [*start, *body]
         if not body:
             raise UserError("prompt: holds no tokens; type some words")
+        refuse_too_long(language.model, len(ids))
         return cls(text, torch.tensor([ids], device=language.device))
 
 
@@ -214,13 +215,7 @@ def steer(
     refuse_unable_to_continue(language.model)
     check_latents(wanted, saes)
     read = Prompt.of(language, prompt) if isinstance(prompt, str) else prompt
-    limit = getattr(text_config(language.model), "max_position_embeddings", None)
-    length = read.ids.shape[1]
-    if isinstance(limit, int) and length + cfg.new_tokens > limit:
-        raise UserError(
-            f"prompt: {length:,} tokens and {cfg.new_tokens:,} to write are more than the model's {limit:,} positions; "
-            "shorten one of them"
-        )
+    refuse_too_long(language.model, read.ids.shape[1], cfg.new_tokens)
     known = dict(peaks or {})
     written: list[tuple[float | None, Int64[Tensor, " new"]]] = []
     steps = [None, *strengths]
@@ -262,9 +257,11 @@ def _continue(language: LanguageModel, prompt: Prompt, cfg: SteerConfig) -> Int6
     with torch.inference_mode(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(cfg.seed)
         model: Any = language.model
-        found = model.generate(
-            prompt.ids, attention_mask=torch.ones_like(prompt.ids), generation_config=generation
-        )
+        model.generation_config = generation  # what a config leaves open is taken from the model's
+        try:
+            found = model.generate(prompt.ids, attention_mask=torch.ones_like(prompt.ids))
+        finally:
+            model.generation_config = own
     return found[0, prompt.ids.shape[1] :]
 
 

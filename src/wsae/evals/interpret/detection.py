@@ -39,6 +39,7 @@ from torch.nn.functional import normalize
 
 from wsae.acts.loading import input_device, refuse_unable_to_continue, refuse_unloaded
 from wsae.acts.stream import Language, Tokenizer
+from wsae.acts.tokens import ids_behind
 from wsae.core.errors import UserError, reason
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
@@ -339,11 +340,11 @@ class PrefixReader:
         out = np.full(len(texts), np.nan)
         if not texts:
             return out
-        ids = self._ids(texts)
+        ids = [ids_behind(self._tokenizer, text) for text in texts]  # prefixes end in a line
         order = sorted((i for i, one in enumerate(ids) if one), key=lambda i: -len(ids[i]))
         if not order:
             return out
-        head = self._lead + self._ids([prefix])[0]
+        head = self._lead + self._tokenizer(prefix, add_special_tokens=False)["input_ids"]
         head = head[-max(1, self._limit - len(ids[order[0]])) :]
         first = self._model(torch.tensor([head], device=self._device), use_cache=True)
         start = 0
@@ -354,9 +355,6 @@ class PrefixReader:
             out[batch] = self._read_batch(first, [ids[i] for i in batch])
             start += len(batch)
         return out
-
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def _read_batch(self, first: Any, ids: list[list[int]]) -> Float64[np.ndarray, " batch"]:
         """Return the means over each row's tokens; rows are padded on the right, where causal models do not look."""

@@ -9,7 +9,6 @@ import datetime
 import email.utils
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from wsae.core.errors import UserError
+from wsae.core.hub import key_from
 from wsae.core.seeds import seed_for
 from wsae.evals.config import LlmConfig
 from wsae.evals.interpret.asking import (
@@ -273,14 +273,6 @@ class Endpoint(Llm):
         if request.logprobs:
             out |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         return out
-
-
-def key_from(variable: str) -> str:
-    """Return the key in a variable of the environment, "" without one; raises UserError for what no header carries."""
-    key = os.environ.get(variable, "").strip()
-    if not key.isascii() or not key.isprintable():
-        raise UserError(f"{variable}: holds characters that no key has; set it again")
-    return key
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

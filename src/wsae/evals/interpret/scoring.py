@@ -103,7 +103,8 @@ def needed_models(cfg: InterpretConfig, given: ScorerModels) -> dict[str, Any]:
     if "surprisal" in cfg.scores:
         if out["language"] is None:
             raise UserError(
-                "score surprisal: needs the model behind the data, and these have none; leave it out"
+                "score surprisal: needs the one model behind the data, and these are arrays or of two models; leave it "
+                "out (--score embedding)"
             )
         out["reader"] = PrefixReader(out["language"])
     asked = [score for score in cfg.scores if score not in FREE]
