@@ -30,9 +30,10 @@ from wsae.acts.stream import (
 )
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import CONFIG, MANIFEST
+from wsae.core.cache import content_digest
 from wsae.core.calls import numbers
 from wsae.core.errors import UserError
-from wsae.core.files import digest, sha256_file, whole
+from wsae.core.files import digest, whole
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor, mapped_npy, npz_arrays
@@ -166,9 +167,11 @@ class ArraySource:
         return digest([content, self._n_heldout, self._seed, self._name, *classes])
 
     def describe(self) -> dict[str, Any]:
-        """Return the file's place, if it is one."""
-        path = None if self._path is None else whole(self._path)
-        return {"kind": "array", "path": path, "hooks": [self._name]}
+        """Return the place and content of the file, if it is one."""
+        told = {"kind": "array", "path": None, "hooks": [self._name]}
+        if self._path is None:
+            return told
+        return {**told, "path": whole(self._path), "content": self._rows.digest()}
 
     def _train(self, index: Int[np.ndarray, " rows"]) -> Batch:
         return {self._name: self._take(self._split(index + self._n_heldout))}
@@ -217,8 +220,8 @@ class RowMatrix:
     def digest(self) -> str:
         """Return a hash of the files."""
         if len(self._files) == 1:
-            return sha256_file(self._files[0])
-        return digest([[path.name, sha256_file(path)] for path in self._files])
+            return content_digest(self._files[0])
+        return digest([[path.name, content_digest(path)] for path in self._files])
 
 
 def _rows_of(part: Part, index: np.ndarray) -> Tensor:
@@ -549,9 +552,9 @@ class JoinedSource:
         """Return the held-out sequences' tokens, as the source has them."""
         return self.whole.tokens()
 
-    def digest(self) -> str:
-        """Return a name for the data and the order of the hooks."""
-        return digest([self.whole.digest(), list(self.parts)])
+    def digest(self, **how: bool) -> str:
+        """Return a name for the data, told how as the source itself, and the order of the hooks."""
+        return digest([self.whole.digest(**how), list(self.parts)])
 
     def describe(self) -> dict[str, Any]:
         """Return where the data come from."""

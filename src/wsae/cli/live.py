@@ -571,15 +571,21 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
         trained = opened.record.get("data")
         alike = elsewhere is not None or trained is None or _of_arrays(opened.source)
         if not alike and trained != data.digest():
-            raise UserError(
-                f"{run}: its store, text or model is not as it was in training (files differ); put it back, or name "
-                "other data with --source"
-            )
+            live = hasattr(getattr(data, "whole", data), "language")
+            if not live or trained != data.digest(formerly=True):
+                raise _changed(run)
         return data
 
 
+def _changed(run: Path) -> UserError:
+    return UserError(
+        f"{run}: its array, store, text or model is not as it was in training (files differ); put it back, or name "
+        "other data with --source"
+    )
+
+
 def _of_arrays(record: dict[str, Any]) -> bool:
-    """Return whether data are not compared with those of training: arrays would be read whole for it."""
+    """Return whether data are compared by their files alone: labels and splits are no longer at hand."""
     parts = [record["of"]] if record.get("kind") == "joined" else record.get("sources", ())
     return record.get("kind") == "array" or any(map(_of_arrays, parts))
 
@@ -615,7 +621,10 @@ def _recorded(
         raise UserError(f"{run}: was trained on an array in memory; name the data with --source")
     if not Path(path).exists():
         raise UserError(f"{path}: the run's data are no longer there; name them with --source")
-    return _opened(path, hooks)
+    found = _opened(path, hooks)
+    if record.get("content") not in (None, found.describe().get("content")):
+        raise _changed(run)
+    return found
 
 
 def _places(source: str, wanted: int) -> list[str]:
@@ -719,7 +728,7 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
     language = language_for(cfg, device)
-    store.check_model(language.digest)
+    store.check_model(language.digest, language.formerly)
     return language
 
 
