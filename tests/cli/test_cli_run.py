@@ -461,3 +461,25 @@ def test_a_model_is_known_by_its_weights_and_its_chat_template(tmp_path, monkeyp
         formerly.add(fingerprint(folder, formerly=True))
     assert len(found) == 3
     assert len(formerly) == 1
+
+
+def test_what_goes_on_elsewhere_than_it_began_is_told(tmp_path, capsys):
+    store, hooks = str(tmp_path / "acts"), ["layers.1.mlp.input", "layers.1.mlp", "layers.2.mlp"]
+    model, text = make_model(tmp_path / "model"), make_text(tmp_path / "text.jsonl")
+    where = ["--text", str(text), "--hook", *hooks, "--seq-len", "32", "--heldout-tokens", "64"]
+    assert main(["harvest", str(model), "--out", store, "--tokens", "600", *where]) == 0
+
+    def notes(out: str, given: str, *more: str) -> list[str]:
+        both = ["--hook", hooks[0], "--hook-out", given]
+        capsys.readouterr()
+        assert main(["train", store, *both, *SMALL, "--json", "--out", out, *more]) == 0
+        return json.loads(capsys.readouterr().out)["notes"]
+
+    first = str(tmp_path / "first")
+    alike = notes(first, hooks[1])
+    assert notes(str(tmp_path / "same"), hooks[1], "--init-from", first) == alike
+    told, *rest = notes(str(tmp_path / "other"), hooks[2], "--init-from", first)
+    assert rest == alike
+    assert told.startswith(
+        f"the SAE was trained at {hooks[1]}, these activations are of {hooks[2]}"
+    )

@@ -672,6 +672,28 @@ def side_by_side(*sources: ActivationSource) -> JoinedSource:
     return JoinedSource(AlignedSource(*sources))  # which says which hook is there twice
 
 
+def as_described(source: ActivationSource, record: Mapping[str, Any], named: str | None) -> bool:
+    """Return whether data are those of a `describe()`, which had the digest `named`.
+
+    Arrays are compared by their files: labels and splits are no longer at hand. What an earlier version recorded is
+    taken as it was.
+    """
+    if arrays := _contents(record):
+        return all(
+            a in (None, b) for a, b in zip(arrays, _contents(source.describe()), strict=True)
+        )
+    known: Any = source
+    live = hasattr(getattr(source, "whole", source), "language")
+    return named in (None, source.digest()) or (live and named == known.digest(formerly=True))
+
+
+def _contents(record: Mapping[str, Any]) -> list[str | None]:
+    """Return the digest of each array's files in a record of data; None where there is none."""
+    parts = [record["of"]] if record.get("kind") == "joined" else record.get("sources", ())
+    own = [record.get("content")] if record.get("kind") == "array" else []
+    return own + [found for part in parts for found in _contents(part)]
+
+
 def open_source(
     spec: object,
     hooks: tuple[str, ...] | None = None,

@@ -240,7 +240,7 @@ def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json
     }
 
 
-@own_settings()
+@own_settings
 def evaluate(
     sae: SAE,
     acts: object,
@@ -295,7 +295,7 @@ def _as_numpy(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:
     }
 
 
-@own_settings()
+@own_settings
 def evaluate_run(
     run: Path,
     source: HeldOut,
