@@ -571,7 +571,8 @@ def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationS
         return of_single(opened, elsewhere)
     with understood(opened.manifest and run / CONFIG):
         data = _recorded(run, opened.source, device, elsewhere)
-        if elsewhere is None and not as_described(data, opened.source, opened.record.get("data")):
+        own = elsewhere is None and not opened.single
+        if own and not as_described(data, opened.source, opened.record.get("data")):
             raise UserError(
                 f"{run}: its array, store, text or model is not as it was in training (files differ); put it back, or "
                 "name other data with --source"
