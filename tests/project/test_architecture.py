@@ -267,12 +267,14 @@ def test_every_config_field_is_read_where_its_config_is_known():
 
 
 def test_every_config_field_says_what_it_means_to_the_command_line():
-    """Fields of command-line flags carry the help text."""
+    """Fields of command-line flags carry the help text; that of a group is its class's unless the field has another."""
     flags = [kind for kind in configs() if kind.__module__.startswith("wsae.cli.")]
     assert {kind.__module__ for kind in flags} >= {command.module for command in table.COMMANDS}
     for kind in flags:
         for name, field in kind.model_fields.items():
-            assert field.description, f"{kind.__module__}.{kind.__name__}.{name} has no help"
+            group = isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+            told = field.description or (group and field.annotation.__doc__)
+            assert told, f"{kind.__module__}.{kind.__name__}.{name} has no help"
 
 
 def tracked() -> list[Path]:

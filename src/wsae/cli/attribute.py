@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from wsae.cli.common import UI, Common, CommonFlags, Count, MaybeName, ResultFile, device
+from wsae.cli.common import UI, Common, CommonFlags, Count, JsonFile, MaybeName, device
 from wsae.core.config import Config
 from wsae.core.errors import UserError
-from wsae.core.files import finite, write_json
 
 if TYPE_CHECKING:
     from wsae.acts.flow import SkipRule
@@ -105,10 +104,9 @@ class Flags(Config):
     on the way to them from the SAE's bias at all tokens, whose effects add up to the whole change."""
     verify: Count = 10
     """How many of the largest effects are checked by ablation."""
-    out: ResultFile = None
+    out: JsonFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -141,7 +139,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     for name in ("token", "other"):
         if name in data:
             data[f"{name}_text"] = tokenizer.decode([data[name]])
-    result = {
+    return {
         "model": opened.language.name,
         "saes": [str(path) for path in flags.at.sae],
         "prompt": flags.prompt,
@@ -149,9 +147,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         "tokens": joined([table[i] for i in ids]),
         **found.to_dict(),
     }
-    if flags.out is not None:
-        write_json(flags.out, finite(result))
-    return result
 
 
 def _metric(flags: Flags, opened: Opened, ids: list[int]) -> "Metric":

@@ -68,7 +68,6 @@ class Flags(config_flags(BenchConfig, omit=("dtypes", "lr", "timeout_s", "second
     out: MaybePlace = None
     """Directory for results.csv, steps.csv, bench.json and pictures; default: they are only printed."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -84,8 +83,8 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
 def config(flags: Flags) -> BenchConfig:
     """Return the run these flags describe; raises UserError in one line."""
     _check(flags)
-    shape = {key: value for key, value in flags.shape.to_dict().items() if value is not None}
-    changed = {**shape, **({"name": "custom"} if shape else {})}
+    shape = flags.shape.model_dump(exclude_none=True)
+    changed = shape | ({"name": "custom"} if shape else {})
     changed |= QUICK_ROUNDS if flags.quick else {}
     changed |= {} if flags.rounds is None else {"rounds": flags.rounds}
     names = ["B"] if flags.quick or shape else dict.fromkeys(flags.size)

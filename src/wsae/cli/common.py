@@ -15,6 +15,8 @@ import re
 import textwrap
 from collections.abc import Collection, Iterable, Sequence, Set
 from contextlib import AbstractContextManager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import (
     Annotated,
@@ -32,7 +34,7 @@ from pydantic.fields import FieldInfo
 
 from wsae.core.config import FLAG_OF, FLAGS, Config, Read, read_config, yaml_value
 from wsae.core.errors import UserError, nearest, printable
-from wsae.core.files import check_writable
+from wsae.core.files import check_writable, finite, write_json
 from wsae.core.progress import EVERY_S, Drawn, Stream, printable_lines
 from wsae.train import loggers as copies
 from wsae.train.loggers import Logger, LoggerName, Mirror, WandbConfig
@@ -166,15 +168,9 @@ def _checked(read: Read, key: str, field: FieldInfo, value: Any) -> Any:
 
 def as_file(flags: Config) -> dict[str, Any]:
     """Return the flags as the object that `--config` reads."""
-    values: dict[str, Any] = {}
     data = flags.to_dict()
-    for path, _ in leaves(type(flags)):
-        if path[-1] not in NOT_IN_A_FILE:
-            value: Any = data
-            for step in path:
-                value = value[step]
-            values[key_of(path)] = value
-    return values
+    paths = (path for path, _ in leaves(type(flags)) if path[-1] not in NOT_IN_A_FILE)
+    return {key_of(path): reduce(getitem, path, data) for path in paths}
 
 
 def as_json(flags: Config) -> str:
@@ -204,9 +200,11 @@ MaybeCount = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint
 MaybeNumber = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 MaybeName = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 MaybePlace = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-_RESULT = object()
+_RESULT, _WRITTEN = object(), object()
 ResultFile = Annotated[MaybePlace, _RESULT]
-"""A file for the result: whether it can be written is seen before the work (`check_result_file`)."""
+"""A file for the result: whether it can be written is seen before the work (`check_result`)."""
+JsonFile = Annotated[ResultFile, _WRITTEN]
+"""The same for what `run` returns, which is written there as JSON (`write_result`)."""
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
 
 # Configs as flags: a config's fields are its flags, with the same names, defaults and help.
@@ -369,9 +367,7 @@ def parse(kind: type[F], prog: str, words: list[str], about: str) -> F:
 def _check_numbers(flags: Config) -> None:
     """Raise UserError for a number that no command can work with: not finite, a count below 0 or far too large."""
     for path, _ in leaves(type(flags)):
-        value: Any = flags
-        for step in path:
-            value = getattr(value, step)
+        value: Any = reduce(getattr, path, flags)
         most = _MOST.get(path[-1], _LARGEST)
         for one in value if isinstance(value, tuple) else (value,):
             said = f"--{flag_name(path[-1])}: {one}"
@@ -381,12 +377,21 @@ def _check_numbers(flags: Config) -> None:
                 raise UserError(f"{said:.60} is not between 0 and {most:,}")
 
 
-def check_result_file(flags: Config) -> None:
+def check_result(flags: Config) -> None:
     """Raise UserError where the command's result cannot be written to the file that is asked for."""
-    for path, field in leaves(type(flags)):
-        given = getattr(flags, path[0]) if _RESULT in field.metadata else None
-        if given is not None:
-            check_writable(given)
+    for path in _files(flags, _RESULT):
+        check_writable(path)
+
+
+def write_result(flags: Config, result: dict[str, Any]) -> None:
+    """Write what a command returned to the file that is asked for."""
+    for path in _files(flags, _WRITTEN):
+        write_json(path, finite(result))
+
+
+def _files(flags: Config, mark: object) -> list[Path]:
+    marked = (getattr(flags, p[0]) for p, field in leaves(type(flags)) if mark in field.metadata)
+    return [path for path in marked if path is not None]
 
 
 def check_known(kind: type[Config], words: list[str]) -> None:

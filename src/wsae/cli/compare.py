@@ -9,8 +9,8 @@ from wsae.cli.common import (
     UI,
     Common,
     CommonFlags,
+    JsonFile,
     MaybePlace,
-    ResultFile,
     config_flags,
     config_values,
 )
@@ -18,7 +18,6 @@ from wsae.cli.evaluate import interval, measured, show_differences, show_matchin
 from wsae.cli.live import ReadingFlags
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
-from wsae.core.files import write_json
 from wsae.evals.config import EvalConfig
 
 ABOUT = """\
@@ -38,15 +37,13 @@ class Flags(Config):
     whatever wsae import reads."""
     reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
     """A text on which SAEs alone are evaluated first."""
-    out: ResultFile = None
+    out: JsonFile = None
     """Write the result as JSON here too."""
     picture: MaybePlace = None
     """Of SAEs that differ in more than their weights (a grid): draw FVU, and cross-entropy recovered where the model
     was spliced, against L0 into PATH.png and PATH.svg."""
     sure: tyro.conf.OmitArgPrefixes[SureFlags] = SureFlags()
-    """How sure the numbers are."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -59,8 +56,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     result = compare(runs, EvalConfig.parse(data, where=FLAGS))
     if flags.picture is not None:
         result["pictures"] = _drawn(result["fronts"], flags.picture)
-    if flags.out is not None:
-        write_json(flags.out, result)
     return dict(result)
 
 

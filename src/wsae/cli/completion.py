@@ -221,7 +221,6 @@ class Flags(Config):
     out: MaybePlace = None
     """Write the script there; default: to stdout."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:

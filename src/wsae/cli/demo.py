@@ -44,7 +44,6 @@ class Flags(config_flags(DemoConfig, omit=("text",))):
     subset: MaybeName = None
     """Configuration of a hub dataset that has several."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def config(flags: Flags, device: str) -> DemoConfig:

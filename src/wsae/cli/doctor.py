@@ -37,7 +37,6 @@ class Flags(Config):
     mixing: tyro.conf.OmitArgPrefixes[MixingFlags] = MixingFlags()
     """How a live model's rows are mixed."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:

@@ -132,13 +132,11 @@ class Flags(Config):
     source: MaybeName = None
     """Store or array to measure on, of a crosscoder of two A+B; default: the run's own data."""
     reading: tyro.conf.OmitArgPrefixes[ReadingFlags] = ReadingFlags()
-    """A text for the model of one SAE alone."""
     labels: MaybePlace = None
     """For arrays: a .npy file with the class of every row, numbered from 0; stores of images have their own."""
     measured: tyro.conf.OmitArgPrefixes[EvalFlags] = EvalFlags()
     """How held-out data are measured."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -163,7 +161,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     if isinstance(whole, AlignedSource) and cfg.splice_tokens > 0:
         notes.append("not spliced into a model: its rows are of several sources")
     record = evaluate_run(opened.path, source, cfg, seen, ui.progress, where)
-    notes += [*_foreign(opened, flags.source, source), *record.get("notes", [])]
+    notes += [*foreign(opened, flags.source, source), *record.get("notes", [])]
     record |= {"notes": notes} if notes else {}
     record |= class_scores(opened.path, source, cfg, ui.progress)
     if not opened.single:
@@ -183,7 +181,7 @@ def kept(opened: Run, target: Path) -> dict[str, Any]:
     return {} if opened.path == target else {"kept": str(opened.path)}
 
 
-def _foreign(opened: Run, elsewhere: str | None, source: "ActivationSource") -> list[str]:
+def foreign(opened: Run, elsewhere: str | None, source: "ActivationSource") -> list[str]:
     """Return what speaks against the SAEs on these activations."""
     if opened.single:
         from wsae.interop.saes import about_sae

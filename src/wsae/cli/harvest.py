@@ -28,13 +28,11 @@ class Flags(Config):
     out: Place
     """Directory of the store."""
     store: tyro.conf.OmitArgPrefixes[StoreFlags] = StoreFlags()
-    """How many rows, and how they are stored."""
     live: tyro.conf.OmitArgPrefixes[LiveFlags] = LiveFlags()
     """The text and the rows to keep."""
     vision: tyro.conf.OmitArgPrefixes[ImageFlags] = ImageFlags()
     """Or images."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:

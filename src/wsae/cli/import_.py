@@ -29,7 +29,6 @@ class Flags(Config):
     force: Switch = False
     """Write over an SAE that is already there."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)

@@ -161,13 +161,10 @@ class Flags(Config):
     reading: tyro.conf.OmitArgPrefixes[JudgedTextFlags] = JudgedTextFlags()
     """A text for the model of one SAE alone."""
     scoring: tyro.conf.OmitArgPrefixes[ScoringFlags] = ScoringFlags()
-    """What is scored, and how sure the numbers are."""
     contexts: tyro.conf.OmitArgPrefixes[ContextFlags] = ContextFlags()
-    """Which contexts stand for a latent."""
     encoder: Name = "builtin"
     """Sentence encoder of the embedding score: builtin, a directory or a hub id."""
     llm: tyro.conf.OmitArgPrefixes[LlmFlags] = LlmFlags()
-    """The language model that explains and judges."""
     dry_run: Switch = False
     """Print the requests and tokens each score would take, and stop."""
     agreement: Switch = False
@@ -179,7 +176,6 @@ class Flags(Config):
     out: ResultFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def config(flags: Flags) -> InterpretConfig:

@@ -62,9 +62,7 @@ class Flags(Config):
     resume: Switch = False
     """Continue an interrupted run in --out."""
     loggers: tyro.conf.OmitArgPrefixes[LoggerFlags] = LoggerFlags()
-    """Copies of the metrics for other tools."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -95,9 +93,8 @@ def config(flags: Flags) -> "PretrainConfig":
     """Return the run's config: the preset's, changed by the flags."""
     from wsae.vision.config import PRESETS, preset
 
-    names = ("epochs", "batch_size", "limit", "dtype")
-    given = {name: getattr(flags, name) for name in names}
-    changes = {name: value for name, value in given.items() if value is not None}
+    own = {"epochs", "batch_size", "limit", "dtype"}
+    changes = flags.model_dump(include=own, exclude_none=True)
     workers = flags.workers if flags.workers is not None else os.cpu_count() or 1
     images = {
         "path": flags.images,

@@ -11,13 +11,13 @@ from wsae.cli.common import (
     UI,
     Common,
     CommonFlags,
+    JsonFile,
     MaybeName,
-    ResultFile,
     config_flags,
     config_values,
     device,
 )
-from wsae.cli.evaluate import interval, kept, show_differences, strangers
+from wsae.cli.evaluate import foreign, interval, kept, show_differences
 from wsae.cli.live import (
     NO_TEXT,
     GivenText,
@@ -29,7 +29,6 @@ from wsae.cli.live import (
 )
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
-from wsae.core.files import write_json
 from wsae.evals.config import ProbeConfig
 from wsae.run import Run
 
@@ -82,17 +81,13 @@ class Flags(Config):
     """A finished run's directory; or one SAE (with --source or --text): its folder, hub:owner/name, RELEASE:ID or
     whatever wsae import reads."""
     reading: tyro.conf.OmitArgPrefixes[ModelFlags] = ModelFlags()
-    """What reads --text where the data of one SAE alone are not known."""
     labels: tyro.conf.OmitArgPrefixes[LabelFlags] = LabelFlags()
-    """Text with labels."""
     source: MaybeName = None
     """Store whose held-out text, and whose model, is taken; default: the run's own data."""
     probing: tyro.conf.OmitArgPrefixes[ProbeFlags] = ProbeFlags()
-    """What is probed, and how sure the numbers are."""
-    out: ResultFile = None
+    out: JsonFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -101,9 +96,9 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     cfg, text = ProbeConfig.parse(data, where=FLAGS), flags.labels.config()
     from wsae.evals.probing.reading import read_corpus
     from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_run
-    from wsae.interop.saes import about_sae, open_run
+    from wsae.interop.saes import open_run
 
-    where, label, corpus, notes = device(flags.common.device), flags.labels.label, None, []
+    where, label, corpus = device(flags.common.device), flags.labels.label, None
     opened = open_run(flags.run)
     if text is not None and label is None and not opened.single:
         raise UserError(f"--text {text.path}: needs --label COLUMN, the class of each record")
@@ -114,15 +109,10 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         corpus = read_corpus(text, label, flags.labels.spurious, cfg, ui.progress)
     language = None if corpus is None else language_of(source, where)
     record = probe_run(opened.path, source, cfg, corpus, language, ui.progress, where)
-    if opened.single:
-        about = about_sae(opened.path)
-        notes = [*about.notes, *strangers(about.model, about.hook, source)]
+    notes = foreign(opened, None, source)
     kind = TOKENS if corpus is None else DOCUMENTS
     result = {"run": str(flags.run), **kept(opened, flags.run), "kind": kind, **record}
-    result |= {"notes": notes} if notes else {}
-    if flags.out is not None:
-        write_json(flags.out, result)
-    return result
+    return result | ({"notes": notes} if notes else {})
 
 
 def _asked(flags: Flags, text: TextConfig | None, opened: Run) -> GivenText:

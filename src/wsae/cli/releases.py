@@ -4,10 +4,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from wsae.cli.common import UI, Common, CommonFlags, MaybeName, ResultFile
+from wsae.cli.common import UI, Common, CommonFlags, JsonFile, MaybeName
 from wsae.core.config import Config
 from wsae.core.errors import UserError, nearest
-from wsae.core.files import write_json
 
 ABOUT = """\
 List published SAEs under the names of SAELens' registry: the releases, or the ids of one. RELEASE:ID then stands
@@ -24,10 +23,9 @@ class Flags(Config):
     """A release, whose SAEs are listed; none: all releases."""
     model: MaybeName = None
     """Only those of this model, or of models with this in their name."""
-    out: ResultFile = None
+    out: JsonFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
@@ -52,10 +50,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command
         raise UserError(
             f"--model {flags.model}: no release is of such a model{nearest(str(flags.model), models)}"
         )
-    result = {"registry": known.whose, "releases": found}
-    if flags.out is not None:
-        write_json(flags.out, result)
-    return result
+    return {"registry": known.whose, "releases": found}
 
 
 def show(result: dict[str, Any], ui: UI) -> None:

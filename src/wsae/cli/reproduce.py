@@ -126,11 +126,8 @@ class Flags(Config):
     """Directory of the results; figure2 and figure3 share their training there, figure4 and figure5 theirs, the tables
     their store."""
     study: tyro.conf.OmitArgPrefixes[StudyFlags] = StudyFlags()
-    """For the tables, language and remedy: what to use in place of the preset's."""
     vision: tyro.conf.OmitArgPrefixes[VisionFlags] = VisionFlags()
-    """For figure4 and figure5: what to use in place of the preset's."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from wsae.cli.common import UI, Common, as_json, as_yaml, check_result_file, device, parse
+from wsae.cli.common import UI, Common, as_json, as_yaml, check_result, device, parse, write_result
 from wsae.cli.table import Command
 from wsae.core.artifact import CHECKPOINTS
 from wsae.core.config import Config
@@ -61,13 +61,14 @@ def run_command(command: Command, words: list[str]) -> int:
         raise UserError(
             f"the current folder is gone ({error.strerror}); change to another"
         ) from error
-    check_result_file(parsed)
+    check_result(parsed)
     _bound_memory()
     ui = UI(sys.stdout, sys.stderr)
     stdout = sys.stderr if common.as_json else sys.stdout  # for whatever a library writes
     try:
         with contextlib.redirect_stdout(stdout), ui:
             result = module.run(parsed, ui)
+            write_result(parsed, result)
     except KeyboardInterrupt as interrupt:
         kept = getattr(module, "KEPT", "nothing was written").format(flags=parsed)
         if describe := getattr(module, "interrupted", None):

@@ -67,7 +67,6 @@ class Flags(Config):
     out: MaybePlace = None
     """Directory for the index, where the run's own cannot be written."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:

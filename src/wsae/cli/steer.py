@@ -13,6 +13,7 @@ from wsae.cli.common import (
     Common,
     CommonFlags,
     Count,
+    JsonFile,
     Name,
     ResultFile,
     Switch,
@@ -23,7 +24,6 @@ from wsae.cli.common import (
 from wsae.core.artifact import EVALUATION_PART
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError
-from wsae.core.files import write_json
 from wsae.use.config import SteerConfig
 
 if TYPE_CHECKING:
@@ -69,13 +69,11 @@ class Flags(Config):
     text_tokens: Count = 8192
     """Tokens of --text that are read for them."""
     how: tyro.conf.OmitArgPrefixes[SteerFlags] = SteerFlags()
-    """How it continues."""
     lm_eval: ResultFile = None
     """Write the edits here as the steering file (.pt) of lm-eval's "steered" model."""
-    out: ResultFile = None
+    out: JsonFile = None
     """Write the result as JSON here too."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -108,8 +106,6 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     if file is not None and flags.lm_eval is not None:
         save_plain(flags.lm_eval, file)
         result["lm_eval"] = str(flags.lm_eval)
-    if flags.out is not None:
-        write_json(flags.out, result)
     return result
 
 

@@ -25,7 +25,6 @@ class Flags(Config):
     out: MaybePlace = None
     """Write ledger.json and the pictures (PNG and SVG) into this directory; without it nothing is written."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:

@@ -99,9 +99,8 @@ class NoiseFlags(Config):
 
     def chosen(self) -> dict[str, Any]:
         """Return the noise as values; raises UserError for a flag that this kind does not take."""
-        given = self.to_dict()
+        given = self.model_dump(exclude_none=True)
         kind = given.pop("noise")
-        given = {name: value for name, value in given.items() if value is not None}
         for name in given:
             if kind not in NOISE_OF[name]:
                 takers = " or ".join(NOISE_OF[name])
@@ -134,9 +133,7 @@ class Flags(Config):
     toy_seeds: Literal["one", "each"] = "each"
     """one: a level's toy model serves all its seeds, as in the paper; each: every seed has a world of its own."""
     noise: tyro.conf.OmitArgPrefixes[NoiseFlags] = NoiseFlags()
-    """Noise on the activations."""
     saes: tyro.conf.OmitArgPrefixes[SAEFlags] = SAEFlags()
-    """The SAEs and their training."""
     score: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = (
         "fvu",
         "mcc_direction",
@@ -148,7 +145,6 @@ class Flags(Config):
     out: Place = Path("toy-out")
     """Directory of the toy models and the results."""
     common: CommonFlags = Common()
-    """Flags of every command."""
 
 
 def run(flags: Flags, ui: UI) -> dict[str, Any]:
@@ -165,8 +161,7 @@ def config(flags: Flags) -> ToySweepConfig:
     """Return the sweep these flags describe; raises UserError in one line."""
     _check(flags)
     saes = flags.saes
-    names = ("tied", "l1", "l0", "lr")
-    fields = {name: getattr(saes, name) for name in names}
+    fields = saes.model_dump(include={"tied", "l1", "l0", "lr"})
     fields["d_sae"] = flags.n_features if saes.d_sae is None else saes.d_sae
     data = {
         "n_features": flags.n_features,

@@ -111,11 +111,10 @@ def check_costs(
 
 def examine_model(cfg: DoctorConfig, harvest: HarvestConfig, tick: Tick) -> list[Check]:
     """Load the model, run a few sequences and a few training steps."""
-    checks = [measure.check_versions(), measure.check_device(cfg.device)]
     language = language_for(harvest, cfg.device)
     tick(1)
     lacking = named(language.not_loaded)
-    checks += [_check_weights(lacking, "a hook or a prediction that depends on them is refused")]
+    checks = [_check_weights(lacking, "a hook or a prediction that depends on them is refused")]
     tokenizer = language.tokenizer
     ids = tokenizer("a", verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id is not None and ids and ids[0] == tokenizer.bos_token_id
@@ -271,12 +270,13 @@ def examine(cfg: DoctorConfig, progress: Progress = quiet) -> dict[str, Any]:
 
     Raises UserError when the subject itself cannot be read (no such model, file or text).
     """
+    checks = [measure.check_versions(), measure.check_device(cfg.device)]
     if cfg.harvest is not None:
         with progress("doctor", 4, "stages") as tick:
-            return report(cfg.harvest.model, examine_model(cfg, cfg.harvest, tick))
+            return report(cfg.harvest.model, checks + examine_model(cfg, cfg.harvest, tick))
     assert cfg.data is not None, "a subject: harvest or data"
     look = _examine_run if kind_of(Path(cfg.data)) == "run" else examine_data
-    return report(cfg.data, look(cfg, cfg.data, progress)) | {"on_disk": True}
+    return report(cfg.data, checks + look(cfg, cfg.data, progress)) | {"on_disk": True}
 
 
 def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> list[Check]:
@@ -284,15 +284,14 @@ def examine_data(cfg: DoctorConfig, path: str, progress: Progress = quiet) -> li
 
     Of a store also what can be wrong in it, and a few of its rows against those of its model.
     """
-    checks = [measure.check_versions(), measure.check_device(cfg.device)]
     try:
         source = open_source(path)
         stats = source.stats(progress)
     except UserError as error:
-        return [*checks, Check("data", "fail", str(error))]
+        return [Check("data", "fail", str(error))]
     rows, batch_size = source.n_rows or 0, cfg.train.batch_size
     few = f"fewer than one batch of {batch_size}: lower --batch-size" if rows < batch_size else ""
-    checks.append(warned("data", f"{rows:,} training rows, all values finite", few))
+    checks = [warned("data", f"{rows:,} training rows, all values finite", few)]
     if isinstance(source, StoreSource):
         checks += check_store(source.store, cfg.device)
     checks += check_shapes(cfg, source.hooks)
@@ -384,21 +383,21 @@ def _beginnings(table: TokenTable | None) -> list[bytes]:
 
 def _examine_run(cfg: DoctorConfig, path: str, progress: Progress) -> list[Check]:
     """Check a run: its files, how long it was trained, the data it is of, and what its evaluation says."""
-    checks = [measure.check_versions(), measure.check_device(cfg.device)]
     try:
         manifest = read_manifest(path, "run")
         run = Run(path)
         train, source = run.config, run.source
     except UserError as error:
-        return [*checks, Check("run", "fail", str(error))]
-    checks.append(Check("run", "ok", f"whole, made by wsae {manifest.wsae_version}"))
+        return [Check("run", "fail", str(error))]
     assert isinstance(train, TrainConfig), "one SAE alone is not examined as a run"
     value = f"{train.steps:,} of {train.batch_size:,} rows"
     fix = "hardly trained: give more --tokens, or a smaller --batch-size"
-    checks.append(warned("steps", value, fix if train.steps < FEW_STEPS else ""))
-    data = _run_data(cfg, source, progress)
-    checks += data
-    sees_later = any(check.name == "later tokens" and check.status == "warn" for check in data)
+    checks = [
+        Check("run", "ok", f"whole, made by wsae {manifest.wsae_version}"),
+        warned("steps", value, fix if train.steps < FEW_STEPS else ""),
+        *_run_data(cfg, source, progress),
+    ]
+    sees_later = any(check.name == "later tokens" and check.status == "warn" for check in checks)
     return checks + _check_evaluation(run, sees_later)
 
 

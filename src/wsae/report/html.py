@@ -23,13 +23,6 @@ from wsae.report.view import number
 
 REPORT_NAME = "report.html"
 _ASSETS = files("wsae.report") / "assets"
-_ESCAPES = {
-    "<": "\\u003c",
-    ">": "\\u003e",
-    "&": "\\u0026",
-    "\u2028": "\\u2028",
-    "\u2029": "\\u2029",
-}
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -106,6 +99,4 @@ def policy(script: str, style: str) -> str:
 def json_block(value: object) -> Markup:
     """Return JSON that cannot end its script element: pure ASCII, with `<`, `>` and `&` escaped."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    for char, escaped in _ESCAPES.items():
-        text = text.replace(char, escaped)
-    return Markup(text)
+    return Markup(text.translate({ord(char): f"\\u{ord(char):04x}" for char in "<>&"}))

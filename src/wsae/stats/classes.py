@@ -240,13 +240,9 @@ class Strongest:
 
     def share(self) -> Float64[np.ndarray, " units"]:
         """Return the share of the most frequent class among the n strongest samples; NaN where there are fewer."""
-        ordered = np.sort(self.label, axis=1)
-        run = np.ones(len(ordered), dtype=np.int64)
-        best = run.copy()
-        for j in range(1, self.n):
-            run = np.where(ordered[:, j] == ordered[:, j - 1], run + 1, 1)
-            best = np.maximum(best, run)
-        return np.where(self.full(), best / self.n, np.nan)
+        label = torch.from_numpy(self.label)
+        most = (label == label.mode(1, keepdim=True).values).sum(1)
+        return np.where(self.full(), most.numpy() / self.n, np.nan)
 
 
 class Hits(NamedTuple):

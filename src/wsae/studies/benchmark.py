@@ -18,7 +18,6 @@ from wsae.sae.config import GammaConfig, make_activation
 from wsae.studies.drawing import panels_figure
 from wsae.studies.engine import (
     TABLES,
-    Mean,
     Reproduction,
     Row,
     Table,
@@ -34,13 +33,12 @@ from wsae.studies.sweep import (
     RANDOM,
     ROWS,
     Trial,
-    read_rows,
+    kept_rows,
     score_trials,
     toy_models,
     train_trials,
-    write_rows,
 )
-from wsae.studies.sweep_config import Method, preset_training
+from wsae.studies.sweep_config import Method, TrainingConfig, preset_training
 from wsae.theory import geometry
 from wsae.toy.config import (
     Anisotropic,
@@ -65,7 +63,6 @@ class WorldKind(NamedTuple):
     """One kind of world: a recipe for W_p by seed, and how its features fire."""
 
     name: str
-    words: str
     W_p: Callable[[int], Float[Tensor, "d_in n_features"]]
     features: FeatureConfig
 
@@ -90,27 +87,18 @@ def made_worlds(d_in: int, n: int, active: int = 3) -> list[WorldKind]:
         scale = 10 ** (torch.rand(d_in, 1, generator=generator, dtype=torch.float64) - 0.5)
         return random(seed) * scale
 
-    sparse = 1 - active / n
-    base = FeatureConfig(n_features=n, sparsity=sparse)
-    crowd = {"structure": Correlated(group=5, rho=0.7)}
-    family = {"structure": Hierarchical(children=4, given_parent=0.5)}
-    blocks = FeatureConfig(n_features=29, sparsity=0.8)
+    def firing(**fields: Any) -> FeatureConfig:
+        return FeatureConfig(**{"n_features": n, "sparsity": 1 - active / n, **fields})
+
+    crowd, family = Correlated(group=5, rho=0.7), Hierarchical(children=4, given_parent=0.5)
     return [
-        WorldKind(
-            "mixed", "29 features in digons, triangles and single axes", lambda _: mixed(), blocks
-        ),
-        WorldKind("random", "few of n features active", random, base),
-        WorldKind(
-            "random, dense", "a fifth active", random, base.model_copy(update={"sparsity": 0.8})
-        ),
-        WorldKind(
-            "zipf", "frequencies 1 / rank", random, base.model_copy(update={"rates": ZipfRates()})
-        ),
-        WorldKind("correlated", "groups of 5 fire together", random, base.model_copy(update=crowd)),
-        WorldKind(
-            "hierarchical", "children need their parent", random, base.model_copy(update=family)
-        ),
-        WorldKind("uneven", "dimensions' scales span a decade", uneven, base),
+        WorldKind("mixed", lambda _: mixed(), firing(n_features=29, sparsity=0.8)),
+        WorldKind("random", random, firing()),  # few of n features active
+        WorldKind("random, dense", random, firing(sparsity=0.8)),  # a fifth active
+        WorldKind("zipf", random, firing(rates=ZipfRates())),  # frequencies 1 / rank
+        WorldKind("correlated", random, firing(structure=crowd)),  # groups of 5 fire together
+        WorldKind("hierarchical", random, firing(structure=family)),  # children need their parent
+        WorldKind("uneven", uneven, firing()),  # dimensions' scales span a decade
     ]
 
 
@@ -151,15 +139,13 @@ KINDS: Kinds = {
 _TOY = (0.5, 0.9, 0.99)
 
 
-def benchmark_methods(
-    d_sae: int, kinds: Kinds = KINDS, rules: Rules = RULES, lr: float = 3e-3
-) -> list[Method]:
+def benchmark_methods(d_sae: int, kinds: Kinds = KINDS, rules: Rules = RULES) -> list[Method]:
     """Return every kind, penalty and rule as a method called "kind | rule | place in the grid"."""
     methods = []
     for kind, grid in kinds.items():
         for place, settings in enumerate(grid):
             for rule, own in rules.items():
-                fields = {"auxk": 0.0, "lr": lr, "d_sae": d_sae, **settings, **own}
+                fields = {"auxk": 0.0, "lr": 3e-3, "d_sae": d_sae, **settings, **own}
                 outer = {key: fields.pop(key) for key in own if key in Method.model_fields}
                 fields["encoder_scale"] = 1.0
                 fields["activation"] = make_activation(settings["activation"], 1)
@@ -194,22 +180,30 @@ def run_benchmark(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
         "toys": [toy.to_dict() for toy in toys],
     }
     place = at.out / "recovery"
-    rows = read_rows(settings, place)
-    if rows is None:
+
+    def made() -> list[Row]:
         models = toy_models(toys, at.out / "toy-recovery", at.device, at.progress)
         rows = []
         for group in _groups(models, n, seeds, at.seed):
-            width = group[0].world.n_features
-            methods = benchmark_methods(width)
-            at.say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
-            trained = train_trials(group, methods, cfg, at.device, at.progress)
-            rows += score_trials(group, trained, cfg, at.progress)
-        write_rows(rows, settings, place)
+            rows += _rows(at, cfg, group, benchmark_methods(group[0].world.n_features))
+        return rows
+
+    rows = kept_rows(settings, place, made)
     worlds = list(dict.fromkeys(row["world"] for row in rows))
     chosen = best_of_grid(rows)
     tables = {f"{score}, plain": plain_table(chosen, worlds, score) for score in SCORES}
     tables |= {f"{score}, rule minus plain": rule_table(chosen, worlds, score) for score in SCORES}
     return {"tables": tables, "saes": len(rows)}, [place / ROWS]
+
+
+def _rows(
+    at: Reproduction, cfg: TrainingConfig, group: list[Trial], methods: list[Method]
+) -> list[Row]:
+    """Train and score every method on a group of worlds of one width."""
+    width = group[0].world.n_features
+    at.say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {width} features")
+    trained = train_trials(group, methods, cfg, at.device, at.progress)
+    return score_trials(group, trained, cfg, at.progress)
 
 
 def _groups(models: ToyModels, n: int, seeds: int, seed: int) -> list[list[Trial]]:
@@ -336,12 +330,7 @@ def run_noise(at: Reproduction) -> tuple[dict[str, Any], list[Path]]:
         "methods": [method.to_dict() for method in methods],
         "worlds": [{**trial.labels, **trial.world.describe()} for trial in group],
     }
-    rows = read_rows(settings, place)
-    if rows is None:
-        at.say(f"{len(group) * len(methods)} SAEs on {len(group)} worlds of {n} features")
-        trained = train_trials(group, methods, cfg, at.device, at.progress)
-        rows = score_trials(group, trained, cfg, at.progress)
-        write_rows(rows, settings, place)
+    rows = kept_rows(settings, place, lambda: _rows(at, cfg, group, methods))
     tables = noise_tables(rows)
     write_text(place / TABLES, markdown(tables))
     pictures = panels_figure(
@@ -388,10 +377,11 @@ def _noise_plain(rows: Sequence[Row], score: str) -> Table:
     found = {method: series(rows, method, score, "noise") for method in methods}
     if score == PRIMARY:
         found["random directions"] = series(rows, RANDOM, "mcc_direction_chance", "noise")
-    header = ["noise", *found]
-    lines = [[noise, *(cell(line[noise], form=".3f") for line in found.values())]
-             for noise in found[RANDOM]]  # fmt: skip
-    return {"header": header, "rows": lines}
+    lines = [
+        [noise, *(cell(line[noise], form=".3f") for line in found.values())]
+        for noise in found[RANDOM]
+    ]
+    return {"header": ["noise", *found], "rows": lines}
 
 
 def _noise_rules(rows: Sequence[Row], score: str) -> Table:
@@ -420,18 +410,12 @@ def noise_panels(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for kind in NOISE_KINDS:
         for shape in NOISES:
             places = {NO_NOISE: 0.0} | {f"{shape} {level:g}": level**0.5 for level in LEVELS}
-
-            def line(name: str, method: str, places: dict[str, float] = places) -> dict[str, Any]:
-                found: dict[str, Mean] = series(pooled, method, PRIMARY, "noise")
-                return as_series(name, {x: found[key] for key, x in places.items()}).to_dict()
-
-            lines = [line(rule, f"{kind} | {rule}") for rule in NOISE_RULES]
-            panels.append(
-                {
-                    "title": f"{kind}, {shape} noise",
-                    "ylabel": "direction MCC",
-                    "series": [*lines, line("untrained", RANDOM)],
-                    "bottom": 0.3,
-                }
-            )
+            methods = {rule: f"{kind} | {rule}" for rule in NOISE_RULES} | {"untrained": RANDOM}
+            lines = []
+            for name, method in methods.items():
+                found = series(pooled, method, PRIMARY, "noise")
+                line = as_series(name, {x: found[key] for key, x in places.items()})
+                lines.append(line.to_dict())
+            about = {"title": f"{kind}, {shape} noise", "ylabel": "direction MCC", "bottom": 0.3}
+            panels.append(about | {"series": lines})
     return panels

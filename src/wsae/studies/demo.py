@@ -4,7 +4,6 @@ Each stage reads the directory before and writes its own; a stage already done i
 goes on where it stopped.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from wsae.evals.config import ClassesConfig, EvalConfig
 from wsae.report.html import write_report
 from wsae.run import Run
 from wsae.studies.demo_config import DemoConfig
-from wsae.studies.engine import Stage, Study, StudyRun
+from wsae.studies.engine import Say, Stage, Study, StudyRun
 from wsae.studies.reproduce_config import (
     Backbone,
     BackboneRun,
@@ -30,7 +29,6 @@ from wsae.studies.reproduce_config import (
 from wsae.train.config import TrainConfig
 from wsae.vision.config import PretrainConfig, preset
 
-Say = Callable[[str], None]
 SAFE = "Ctrl-C is safe: the same command goes on from where it stopped."
 
 

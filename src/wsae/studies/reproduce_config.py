@@ -100,10 +100,6 @@ class HookRun(Config):
     seed: int
     members: tuple[MemberConfig, ...] = Field(min_length=1)
 
-    def kinds(self) -> list[str]:
-        """Return the kinds of Top-k among the members, in order."""
-        return list(dict.fromkeys(member.activation.kind for member in self.members))
-
 
 class TablePlan(Config):
     """All runs of a study."""
@@ -606,11 +602,7 @@ FIGURE_SAES: dict[Preset, FigureSAEs] = {
     "small": FigureSAEs(lr=2e-3, passes=6, batch_size=1024),
     "paper": FigureSAEs(lr=5e-4, passes=50, batch_size=4096),
 }
-MEMBERS: dict[Preset, dict[str, Any]] = {
-    "tiny": {"alphas": (0.5, 1.0), "seeds": 2},
-    "small": {},
-    "paper": {},
-}
+MEMBERS: dict[Preset, dict[str, Any]] = {"tiny": {"alphas": (0.5, 1.0), "seeds": 2}}
 """What of `figure_plan` is another than its default."""
 METHODS: dict[Preset, tuple[Method, ...]] = {
     "tiny": ("ncl",),
@@ -623,9 +615,7 @@ PRETRAINING: dict[Preset, tuple[str, dict[str, Any]]] = {
     "paper": ("imagenet100", {"heldout_fraction": 0.1}),
 }
 CLASSES: dict[Preset, ClassesConfig] = {
-    "tiny": ClassesConfig(n_top=10, min_support=10, groups=10, permutations=200, draws=500),
-    "small": ClassesConfig(),
-    "paper": ClassesConfig(),
+    "tiny": ClassesConfig(n_top=10, min_support=10, groups=10, permutations=200, draws=500)
 }
 SHOWN: dict[Preset, int] = {"tiny": 8, "small": 100, "paper": 200}
 """Latents per member whose strongest images are kept for the report."""
@@ -657,8 +647,8 @@ def vision_config(
     settings = {
         "images": images,
         "backbones": tuple(backbones),
-        "plan": figure_plan(name, FIGURE_SAES[size], methods, **MEMBERS[size], seed=seed),
-        "classes": CLASSES[size].model_copy(update={"seed": seed}),
+        "plan": figure_plan(name, FIGURE_SAES[size], methods, **MEMBERS.get(size, {}), seed=seed),
+        "classes": CLASSES.get(size, ClassesConfig()).model_copy(update={"seed": seed}),
         "evaluation": EvalConfig(
             splice_tokens=0, n_latents=SHOWN[size], assignment_max=2048, seed=seed
         ),

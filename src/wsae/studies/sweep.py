@@ -287,14 +287,22 @@ def run_sweep(
     Rows are written to `out`; a finished sweep of the same settings is read, not run again.
     Raises UserError as training does.
     """
-    done = read_rows(cfg.to_dict(), out)
-    if done is not None:
-        return done
-    models = toy_models(cfg.toy_models(), toys or out / "toy", device, progress)
-    trials = toy_trials(cfg, models)
-    trained = train_trials(trials, cfg.methods, cfg.training, device, progress)
-    rows = score_trials(trials, trained, cfg.training, progress)
-    write_rows(rows, cfg.to_dict(), out)
+
+    def made() -> list[Row]:
+        models = toy_models(cfg.toy_models(), toys or out / "toy", device, progress)
+        trials = toy_trials(cfg, models)
+        trained = train_trials(trials, cfg.methods, cfg.training, device, progress)
+        return score_trials(trials, trained, cfg.training, progress)
+
+    return kept_rows(cfg.to_dict(), out, made)
+
+
+def kept_rows(settings: dict[str, Any], out: Path, make: Callable[[], list[Row]]) -> list[Row]:
+    """Return the rows of a finished sweep of these settings in `out`, made and kept there where there are none."""
+    rows = read_rows(settings, out)
+    if rows is None:
+        rows = make()
+        write_rows(rows, settings, out)
     return rows
 
 

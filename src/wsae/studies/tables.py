@@ -454,12 +454,15 @@ def arm_names(rows: Sequence[Row]) -> list[str]:
 
 def by_hook(rows: Sequence[Row], hook: str, name: str, key: str) -> list[float]:
     """Return an arm's differences from plain at a block, one a seed."""
-    out = []
+    values = [(row[key], plain[key]) for row, plain in _beside_plain(rows, hook, name)]
+    return [own - plain for own, plain in values if own is not None and plain is not None]
+
+
+def _beside_plain(rows: Sequence[Row], hook: str, name: str) -> Iterator[tuple[Row, Row]]:
+    """Yield an arm's rows at a block, one a seed, each with the plain one of its seed."""
     for row in select(rows, hook=hook, member=name):
         (plain,) = select(rows, hook=hook, seed=row["seed"], member=PLAIN)
-        if row[key] is not None and plain[key] is not None:
-            out.append(row[key] - plain[key])
-    return out
+        yield row, plain
 
 
 def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
@@ -476,11 +479,11 @@ def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
         means = {key: mean_interval(values) for key, values in found[name].items()}
         n, spread = len(found[name][PRIMARY]), float(np.std(found[name][PRIMARY], ddof=1))
         seen = float(stats.t.ppf(1 - LEVEL / 2, n - 1) + stats.t.ppf(0.8, n - 1)) * spread / n**0.5
-        ratio = float(np.mean([*_ratios(rows, hooks, name)]))
+        pairs = (pair for hook in hooks for pair in _beside_plain(rows, hook, name))
         arm = Arm(
             name=name,
             differences=means,
-            fvu_ratio=ratio,
+            fvu_ratio=float(np.mean([row["fvu"] / plain["fvu"] for row, plain in pairs])),
             p=own,
             corrected=corrected,
             detectable=seen,
@@ -495,13 +498,6 @@ def _p_value(mean: Mean, values: Sequence[float]) -> float:
     if error == 0:
         return float(mean.value == 0)
     return 2 * float(stats.t.sf(abs(mean.value) / error, mean.n - 1))
-
-
-def _ratios(rows: Sequence[Row], hooks: Sequence[str], name: str) -> Iterator[float]:
-    for hook in hooks:
-        for row in select(rows, hook=hook, member=name):
-            (plain,) = select(rows, hook=hook, seed=row["seed"], member=PLAIN)
-            yield row["fvu"] / plain["fvu"]
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
 from wsae.studies.drawing import need_matplotlib, new_figure, save_figure
-from wsae.theory.claims.minima import turned_digons
+from wsae.theory.claims.minima import best_over_closed_form, turned_digons
 from wsae.theory.claims.ours import (
     ACTIVE,
     alpha_norm,
@@ -25,9 +24,9 @@ from wsae.theory.geometry import digons, polygon, simplex
 from wsae.theory.losses import (
     closed_form,
     code,
+    energy,
     grid,
     ground_truth_loss,
-    minimise,
     sae_loss,
     superpose,
 )
@@ -69,9 +68,8 @@ def _landscape(axes: "Axes", seed: int) -> None:  # noqa: ARG001  (nothing rando
     scales = torch.linspace(0.7, 1.5, 161, dtype=torch.float64)
     for S, colour in zip((0.2, 0.5, 0.8), COLOURS[1:], strict=False):
         features, probability = grid(3, S, 1)
-        given = superpose(W_p, features).square().sum(1) @ probability
-        members = scales[:, None, None] * closed_form(W_p)
-        loss = sae_loss(members, W_p, features, probability) / given
+        given = (W_p, features, probability)
+        loss = sae_loss(scales[:, None, None] * closed_form(W_p), *given) / energy(*given)
         best = int(loss.argmin())
         axes.plot(scales, loss, color=colour, lw=1.8, label=f"S = {S:g}")
         axes.plot(scales[best], loss[best], "o", color=colour, ms=6)
@@ -137,7 +135,7 @@ def _limit(axes: "Axes", seed: int) -> None:
         ("tetrahedron, one spare latent", simplex(4), 5),
     )
     for (name, W_p, d_sae), colour in zip(worlds, COLOURS[1:], strict=False):
-        lower = [_lower(W_p, d_sae, 1 - away, seed) for away in distances]
+        lower = [1 - best_over_closed_form(W_p, d_sae, 1 - x, seed, 12) for x in distances]
         axes.plot(distances, lower, "o-", color=colour, lw=1.8, ms=4, label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -145,13 +143,6 @@ def _limit(axes: "Axes", seed: int) -> None:
     _finish(axes, "Towards extreme sparsity", "1 - S  (sparser to the right)")
     axes.set_ylabel("best found is lower than $W_p^T$ by")
     axes.legend(fontsize=7.5)
-
-
-def _lower(W_p: Tensor, d_sae: int, S: float, seed: int) -> float:
-    features, probability = grid(W_p.shape[1], S, 1)
-    start = closed_form(W_p, d_sae)
-    best = minimise(W_p, d_sae, features, probability, init=start, starts=12, seed=seed, steps=200)
-    return 1 - best.loss / float(sae_loss(start, W_p, features, probability))
 
 
 def _mirror(axes: "Axes", seed: int) -> None:  # noqa: ARG001  (nothing random)
@@ -169,9 +160,7 @@ def _mirror(axes: "Axes", seed: int) -> None:  # noqa: ARG001  (nothing random)
     axes.set_ylim(-1.6, 1.3)
     axes.set_aspect("equal")
     axes.set_axis_off()
-    axes.set_title(
-        "Triangle: two SAEs without 1-sparse loss", loc="left", fontsize=10, fontweight="bold"
-    )
+    _finish(axes, "Triangle: two SAEs without 1-sparse loss")
     axes.legend(loc="lower right", title="rows of $W_m$")
 
 
@@ -220,7 +209,7 @@ def _alpha(axes: "Axes", seed: int) -> None:
     axes.set_ylabel("least $\\|c W_p^T \\Gamma^2 W_p - I\\|$ / plain")
 
 
-def _finish(axes: "Axes", title: str, x: str) -> None:
+def _finish(axes: "Axes", title: str, x: str = "") -> None:
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel(x)
 

@@ -58,11 +58,20 @@ def direct_sum(*blocks: Float[Tensor, "_ _"]) -> Float64[Tensor, "d_in n"]:
     return torch.block_diag(*(block.double() for block in blocks))
 
 
+def normal(seed: int, *shape: int) -> Tensor:
+    """Return standard normal numbers."""
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=made, dtype=torch.float64)
+
+
+def orthonormal(seed: int, rows: int, columns: int) -> Float64[Tensor, "rows columns"]:
+    """Return random orthonormal columns."""
+    return torch.linalg.qr(normal(seed, rows, columns)).Q
+
+
 def random_unit(d_in: int, n: int, seed: int) -> Float64[Tensor, "d_in n"]:
     """Return n independent directions, uniform on the unit sphere of d_in dimensions."""
-    made = torch.Generator().manual_seed(seed)
-    shape = (_positive(d_in, "d_in"), _positive(n, "n"))
-    W_p = torch.randn(*shape, generator=made, dtype=torch.float64)
+    W_p = normal(seed, _positive(d_in, "d_in"), _positive(n, "n"))
     return W_p / W_p.norm(dim=0)
 
 
@@ -98,8 +107,7 @@ def gram(W_p: Tensor) -> Tensor:
 
 def rotation(seed: int, number: int, d: int) -> Tensor:
     """Return a random orthogonal matrix [d, d]."""
-    made = torch.Generator().manual_seed(seed_for(seed, "rotation", number, d))
-    return torch.linalg.qr(torch.randn(d, d, generator=made, dtype=torch.float64)).Q
+    return orthonormal(seed_for(seed, "rotation", number, d), d, d)
 
 
 def blocks(seed: int, count: int) -> list[Tensor]:

@@ -126,9 +126,7 @@ KEPT = 24
 _ROUNDING = 1e-22
 
 
-def zero_solutions(
-    W_p: Float[Tensor, "d_in n"], starts: int = 128, seed: int = 0, d_sae: int | None = None
-) -> Zeros:
+def zero_solutions(W_p: Float[Tensor, "d_in n"], starts: int = 128, seed: int = 0) -> Zeros:
     """Search for W_m with zero 1-sparse loss from random starts, refined by Gauss-Newton to rounding.
 
     A search can miss solutions: that it finds others refutes uniqueness, that it finds none does not prove it.
@@ -137,11 +135,10 @@ def zero_solutions(
     n = matrix.shape[1]
     alone = torch.eye(n, dtype=torch.float64)
     weight = torch.full((n,), 1 / n, dtype=torch.float64)
-    width = n if d_sae is None else d_sae
-    found = minimise(matrix, width, alone, weight, starts=starts, seed=seed, polished=0)
+    found = minimise(matrix, n, alone, weight, starts=starts, seed=seed, polished=0)
     refined = gauss_newton(found.all_W_m[found.losses < 0.05], matrix)
     exact = refined[one_sparse_residuals(refined, matrix).sum(-1) < _ROUNDING * n]
-    truth = closed_form(matrix, width)
+    truth = closed_form(matrix)
     known = [truth]
     for W_m in exact:
         if len(known) <= KEPT and all(distance(W_m, other) > SAME for other in known):

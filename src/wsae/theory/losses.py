@@ -19,7 +19,7 @@ from torch import Tensor
 from wsae.core.errors import UserError
 from wsae.core.seeds import seed_for
 from wsae.sae.forward import Weights, weigh
-from wsae.theory.geometry import check_W_p
+from wsae.theory.geometry import check_W_p, normal
 
 Activation = Literal["relu", "topk", "jumprelu"]
 MAX_POINTS = 2_000_000
@@ -152,6 +152,27 @@ def sae_loss(
     return residual.square().sum(-1) @ probability
 
 
+def energy(
+    W_p: Float64[Tensor, "d_in n"],
+    features: Float64[Tensor, "points n"],
+    probability: Float64[Tensor, " points"],
+) -> float:
+    """Return E ||x_p||^2."""
+    return float(superpose(W_p, features).square().sum(-1) @ probability)
+
+
+def relative_loss(
+    W_m: Float64[Tensor, "d_sae d_in"],
+    W_p: Float64[Tensor, "d_in n"],
+    features: Float64[Tensor, "points n"],
+    probability: Float64[Tensor, " points"],
+    gamma: Weights | None = None,
+) -> float:
+    """Return the SAE loss over E ||x_p||^2."""
+    loss = sae_loss(W_m, W_p, features, probability, gamma)
+    return float(loss) / energy(W_p, features, probability)
+
+
 def ground_truth_loss(
     W_m: Float64[Tensor, "*members d_sae d_in"],
     W_p: Float64[Tensor, "d_in n"],
@@ -201,8 +222,8 @@ def gap(
 
 def scaled_gap_norm(W_p: Float64[Tensor, "d_in n"], gamma: Weights | None = None) -> float:
     """Return min_c ||c W_p^T Gamma^T Gamma W_p - I||_F = sqrt(n - tr(A)^2 / ||A||_F^2): the gap's size, scale aside."""
-    weighted = W_p if gamma is None else gamma[:, None] * W_p if gamma.ndim == 1 else gamma @ W_p
-    gram = weighted @ weighted.T  # the same trace and norm as W_p^T Gamma^T Gamma W_p
+    weighted = _weighed(W_p.T, gamma)
+    gram = weighted.T @ weighted  # the same trace and norm as W_p^T Gamma^T Gamma W_p
     left = W_p.shape[1] - float(gram.trace().square() / gram.square().sum())
     return max(left, 0.0) ** 0.5
 
@@ -265,6 +286,12 @@ def _weighed(residual: Tensor, gamma: Weights | None) -> Tensor:
     return residual if gamma is None else weigh(residual, gamma)
 
 
+def squared(gamma: Weights | None, d_in: int) -> Float64[Tensor, "d_in d_in"]:
+    """Return Gamma^T Gamma; I where there are no weights."""
+    transposed = _weighed(torch.eye(d_in, dtype=torch.float64), gamma)
+    return transposed @ transposed.T
+
+
 # The best tied SAE for a given W_p.
 
 
@@ -306,7 +333,7 @@ def minimise(
             f"features {list(features.shape)} and probability {list(probability.shape)} do not fit "
             f"W_p {list(matrix.shape)}; they must be [points, n_features] and [points]"
         )
-    acts_scale = float((features @ matrix.T).square().sum(1) @ probability)
+    acts_scale = energy(matrix, features, probability)
     if acts_scale == 0:
         raise UserError("every x_p is 0, so there is no signal to reconstruct; use S < 1")
 
@@ -367,7 +394,7 @@ def agree(
             for drawn, given in ((seed, init), (seed_for(seed, "again"), None))
         ]
         best, other = sorted(found, key=lambda one: one.loss)
-        floor = ZERO_LOSS * float(superpose(check_W_p(W_p), features).square().sum(1) @ probability)
+        floor = ZERO_LOSS * energy(check_W_p(W_p), features, probability)
         apart = (other.loss - best.loss) / max(other.loss, floor)
         pair = Agreement(best, other, starts, apart)
         if pair.agreed or starts >= most:
@@ -376,8 +403,7 @@ def agree(
 
 
 def _starts(init: Tensor | None, starts: int, seed: int, d_sae: int, d_in: int) -> Tensor:
-    made = torch.Generator().manual_seed(seed_for(seed, "minimise"))
-    rows = torch.randn(starts, d_sae, d_in, generator=made, dtype=torch.float64)
+    rows = normal(seed_for(seed, "minimise"), starts, d_sae, d_in)
     rows = rows / rows.norm(dim=-1, keepdim=True)
     given = rows[:0] if init is None else init.double().reshape(-1, *init.shape[-2:])
     if given.shape[1:] != rows.shape[1:]:
@@ -410,11 +436,11 @@ class Problem:
         gamma: Weights | None,
     ) -> "Problem":
         """Return the problem for a world and a gamma."""
-        acts = superpose(W_p, features)
-        unit = torch.eye(len(W_p), dtype=torch.float64)
-        root = unit if gamma is None else weigh(unit, gamma.double())
-        gram = root @ root.T  # weigh(I) is Gamma^T
-        column = probability[:, None]
+        acts, column, gram = (
+            superpose(W_p, features),
+            probability[:, None],
+            squared(gamma, len(W_p)),
+        )
         return cls(acts, column * (acts @ gram), column, gram)
 
     def value_and_gradient(

@@ -20,8 +20,9 @@ class Claim:
 
     claim: str
     """What the paper says, or we, in one sentence."""
-    source: str
-    """Where the paper says it: "Theorem 1", "Eq. 14", "Section 4.3.2" ...; "Ours 3" for a theorem of docs/theory.md."""
+    source: str = ""
+    """Where the paper says it: "Theorem 1", "Eq. 14", "Section 4.3.2" ...; "Ours 3" for a theorem of docs/theory.md.
+    The ledger fills it in, from the check's docstring."""
     verdict: Verdict
     slip: bool = False
     """Whether a counterexample is to the writing alone: put right, no conclusion of the paper changes."""
@@ -38,8 +39,8 @@ class Claim:
 Check = Callable[[int], Claim]
 """A check takes the seed and returns what it found.
 
-The first line of its docstring is "SOURCE: the claim in words." with the same SOURCE as the Claim it returns:
-`wsae theory --only` looks there, so that it need not run what was not asked for.
+The first line of its docstring is "SOURCE: the claim in words.": `wsae theory --only` looks there, so that it need not
+run what was not asked for.
 """
 
 

@@ -53,21 +53,17 @@ def feature_moments(
     cfg: FeatureConfig,
 ) -> tuple[Float64[Tensor, " n_features"], Float64[Tensor, " n_features"]]:
     """Return E[x_i] = p_i E[m] and E[x_i^2] = p_i E[m^2], each [n_features]; m is the magnitude."""
-    p, (first, second) = torch.from_numpy(activity(cfg)), _magnitude_moments(cfg.magnitudes)
+    p, (first, second) = torch.from_numpy(activity(cfg)), MOMENTS[cfg.magnitudes]
     return p * first, p * second
 
 
-def _magnitude_moments(magnitudes: Magnitudes) -> tuple[float, float]:
-    """Return E[m] and E[m^2] of an active feature."""
-    match magnitudes:
-        case "uniform":
-            return 1 / 2, 1 / 3
-        case "constant":
-            return 1.0, 1.0
-        case "exponential":
-            return 1.0, 2.0
-        case "half_normal":
-            return (2 / np.pi) ** 0.5, 1.0
+MOMENTS: dict[Magnitudes, tuple[float, float]] = {
+    "uniform": (1 / 2, 1 / 3),
+    "constant": (1.0, 1.0),
+    "exponential": (1.0, 2.0),
+    "half_normal": ((2 / np.pi) ** 0.5, 1.0),
+}
+"""E[m] and E[m^2] of an active feature."""
 
 
 class FeatureCovariance(NamedTuple):
@@ -103,7 +99,7 @@ def feature_covariance(cfg: FeatureConfig) -> FeatureCovariance:
         apart = (
             p[i] * p[j] * np.divide(1 - parent, parent, out=np.zeros_like(parent), where=parent > 0)
         )
-    value = apart * _magnitude_moments(cfg.magnitudes)[0] ** 2
+    value = apart * MOMENTS[cfg.magnitudes][0] ** 2
     return FeatureCovariance(variance, *(torch.from_numpy(x) for x in (i, j, value)))
 
 

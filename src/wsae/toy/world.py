@@ -18,7 +18,7 @@ from wsae.core.files import digest
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.kernels.eager import SparseCode
-from wsae.theory.geometry import check_W_p
+from wsae.theory.geometry import check_W_p, orthonormal
 from wsae.toy.config import Anisotropic, FeatureConfig, Isotropic, LowRank, Noise
 from wsae.toy.features import (
     FeatureStream,
@@ -81,9 +81,7 @@ def noise_shape(cfg: Noise, d_in: int) -> Float64[Tensor, "d_in d_in"]:
         case LowRank(rank=rank, floor=floor, seed=seed):
             if rank > d_in:
                 raise UserError(f"noise of rank {rank} in {d_in} dimensions; at most {d_in}")
-            drawn = torch.Generator().manual_seed(seed_for(seed, "noise", d_in))
-            normal = torch.randn(d_in, rank, generator=drawn, dtype=torch.float64)
-            U = torch.linalg.qr(normal).Q
+            U = orthonormal(seed_for(seed, "noise", d_in), d_in, rank)
             shape = (1 - floor) / rank * U @ U.T + floor / d_in * eye
     return shape / shape.trace()
 

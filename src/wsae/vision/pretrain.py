@@ -416,7 +416,6 @@ class Pretrainer:
 K, KNN_TRAIN = 20, 20_000
 PROBE_TRAIN, PROBE_TEST = 50_000, 20_000
 """Images at most behind each probe."""
-_CELLS = 5_000_000
 
 
 class ProbeResult(NamedTuple):
@@ -437,15 +436,12 @@ def knn_accuracy(
     temperature: float = 0.07,
 ) -> float:
     """Return the accuracy of the k nearest by cosine, each voting with exp(cosine / temperature) (solo-learn)."""
-    train, test = nn.functional.normalize(train, dim=1), nn.functional.normalize(test, dim=1)
-    k, classes = min(k, len(train)), int(train_labels.max()) + 1
-    right, rows = 0, max(1, _CELLS // len(train))
-    for part, truth in zip(test.split(rows), test_labels.split(rows), strict=True):
-        near = (part @ train.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device, dtype=torch.float32)
-        votes.scatter_add_(1, train_labels[near.indices], (near.values / temperature).exp())
-        right += int((votes.argmax(1) == truth).sum())
-    return right / len(test)
+    from sklearn.neighbors import KNeighborsClassifier
+
+    votes = {"weights": lambda distance: np.exp((1 - distance) / temperature), "metric": "cosine"}
+    model = KNeighborsClassifier(min(k, len(train)), **votes)
+    model.fit(train.numpy(), train_labels.numpy())
+    return float(model.score(test.numpy(), test_labels.numpy()))
 
 
 def linear_probe(
@@ -461,14 +457,14 @@ def linear_probe(
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler()
-    x, y = scaler.fit_transform(train.cpu().numpy()), train_labels.cpu().numpy()
+    x, y = scaler.fit_transform(train.numpy()), train_labels.numpy()
     model = LogisticRegression(max_iter=200, tol=1e-3, random_state=seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x, y)
-    right = model.predict(scaler.transform(test.cpu().numpy())) == test_labels.cpu().numpy()
+    right = float(model.score(scaler.transform(test.numpy()), test_labels.numpy()))
     unfinished = any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    return ProbeResult(float(np.mean(right)), len(train), len(test), not unfinished)
+    return ProbeResult(right, len(train), len(test), not unfinished)
 
 
 def pixels(images: Tensor, side: int = 32) -> Float[Tensor, "batch pixels"]:
@@ -490,14 +486,15 @@ def probes(job: Pretrainer, progress: Progress) -> dict[str, Any] | None:
     train, test = _some(data.train, PROBE_TRAIN), _some(data.heldout, PROBE_TEST)
     with progress("embed", len(train) + len(test), "images") as tick:
         (train, x), (test, x_test) = job.embed(train, tick), job.embed(test, tick)
+    x, x_test = x.cpu(), x_test.cpu()
     y, y_test = (data.labels[torch.from_numpy(index)] for index in (train, test))
     if not len(test) or len(y.unique()) < 2:
         return None
     near = _some(np.arange(len(train)), KNN_TRAIN)
     with progress("probe", 3, "probes") as tick:
-        knn = knn_accuracy(x[near], y[near].to(x.device), x_test, y_test.to(x.device))
+        knn = knn_accuracy(x[near], y[near], x_test, y_test)
         tick(1)
-        linear = linear_probe(x.cpu(), y, x_test.cpu(), y_test, job.cfg.seed)
+        linear = linear_probe(x, y, x_test, y_test, job.cfg.seed)
         tick(1)
         raw = linear_probe(_pixels(data, train), y, _pixels(data, test), y_test, job.cfg.seed)
         tick(1)

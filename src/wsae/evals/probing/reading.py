@@ -7,6 +7,7 @@ come from rules (`RULES`), those of documents from labels.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.flow import Flow
 from wsae.acts.stream import HeldOut
 from wsae.acts.text import Document, Packer, TextCounts, TokenSequence, labelled
+from wsae.acts.tokens import TokenTable
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import seed_for
@@ -121,18 +123,11 @@ RULES: dict[str, Rule] = {
     "begins with a vowel": lambda texts, i: (
         texts[i].strip()[:1].lower() in tuple("aeiou") and _begins(texts, i)
     ),
-    "begins with s": _first_letter("s"),
-    "begins with c": _first_letter("c"),
-    "begins with p": _first_letter("p"),
-    "begins with m": _first_letter("m"),
+    **{f"begins with {letter}": _first_letter(letter) for letter in "scpm"},
     "eight letters or more": lambda texts, i: (
         len(texts[i].strip()) >= 8 and texts[i].strip().isalpha()
     ),
-    "ends in -ing": _suffix("ing"),
-    "ends in -ed": _suffix("ed"),
-    "ends in -ly": _suffix("ly"),
-    "ends in -tion": _suffix("tion"),
-    "ends in -er": _suffix("er"),
+    **{f"ends in -{ending}": _suffix(ending) for ending in ("ing", "ed", "ly", "tion", "er")},
     "ends in -s": _suffix("s", but="ss"),
     "month": _matches(
         "January|February|March|April|May|June|July|August|September|October|November|December"
@@ -283,14 +278,21 @@ def read_tokens(
     for hook in families:
         if hook not in source.hooks:
             raise UserError(f"the data have no hook {hook!r}; they have {', '.join(source.hooks)}")
-    coder, by_seq = Coder(families, cfg.seed), _Ruled(source)
+    table = source.tokens()
+    if table is None:
+        raise UserError(
+            "the data have no tokens, which tasks by rule need; probe a store harvested from text, or give "
+            "labelled text: --text FILE --label COLUMN"
+        )
+    ruled = lru_cache(maxsize=1)(partial(_ruled, table))  # rows come sequence by sequence
+    coder = Coder(families, cfg.seed)
     seqs, texts, labels, whole = [], [], [], []
     with progress("tokens", cfg.tokens, "tokens") as tick:
         for chunk in first_rows(source.heldout(cfg.batch_size), cfg.tokens):
             coder.add(chunk.x)
             seqs.append(chunk.seq.numpy().astype(np.int64))
             for seq, pos in zip(chunk.seq.tolist(), chunk.pos.tolist(), strict=True):
-                found = by_seq[seq]
+                found = ruled(seq)
                 texts.append(found.texts[pos])
                 labels.append(found.labels[:, pos])
                 whole.append(found.whole[pos])
@@ -307,29 +309,14 @@ class _RuledSequence(NamedTuple):
     whole: list[bool]
 
 
-class _Ruled:
-    """The tokens of one sequence after another, with their labels."""
-
-    def __init__(self, source: HeldOut) -> None:
-        table = source.tokens()
-        if table is None:
-            raise UserError(
-                "the data have no tokens, which tasks by rule need; probe a store harvested from text, or give "
-                "labelled text: --text FILE --label COLUMN"
-            )
-        self._table, self._seq = table, -1
-        self._found = _RuledSequence([], np.zeros((len(RULES), 0), dtype=bool), [])
-
-    def __getitem__(self, seq: int) -> _RuledSequence:
-        if seq != self._seq:
-            texts = self._table.decode(self._table.ids[seq, : int(self._table.lengths[seq])])
-            ends = [*(not t[:1].isalnum() for t in texts[1:]), False]
-            whole = [
-                t[:1] == " " and t[1:].isalpha() and t.isascii() and end
-                for t, end in zip(texts, ends, strict=True)
-            ]
-            self._seq, self._found = seq, _RuledSequence(texts, label(texts), whole)
-        return self._found
+def _ruled(table: TokenTable, seq: int) -> _RuledSequence:
+    texts = table.decode(table.ids[seq, : int(table.lengths[seq])])
+    ends = [*(not t[:1].isalnum() for t in texts[1:]), False]
+    whole = [
+        t[:1] == " " and t[1:].isalpha() and t.isascii() and end
+        for t, end in zip(texts, ends, strict=True)
+    ]
+    return _RuledSequence(texts, label(texts), whole)
 
 
 class Corpus(NamedTuple):

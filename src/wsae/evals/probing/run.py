@@ -473,23 +473,12 @@ def probe_run(
     for family in families.values():
         for sae in family.saes.values():
             sae.to(device)
-    found = _probed(families, source, cfg, corpus, language, progress)
+    if corpus is None:
+        found = {TOKENS: probe_tokens(families, source, cfg, progress).record}
+    else:
+        reader = document_reader(source, list(families), language, cfg)
+        found = {DOCUMENTS: probe_documents(families, reader, corpus, cfg, progress).record}
     former = opened.probing_record if opened.has(PROBING_PART) else {}
     record = {**former, **found}
     write_part(run, PROBING_PART, cfg, {PROBING: record}, {})
     return record
-
-
-def _probed(
-    families: FAMILIES,
-    source: HeldOut,
-    cfg: ProbeConfig,
-    corpus: Corpus | None,
-    language: "LanguageModel | None",
-    progress: Progress,
-) -> Json:
-    """Return {"tokens" or "documents": the record of these members}."""
-    if corpus is None:
-        return {TOKENS: probe_tokens(families, source, cfg, progress).record}
-    reader = document_reader(source, list(families), language, cfg)
-    return {DOCUMENTS: probe_documents(families, reader, corpus, cfg, progress).record}

@@ -1,5 +1,7 @@
 """The ledger: every theorem, example and claim of the paper's theory, checked numerically; then our own."""
 
+from dataclasses import replace
+
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.theory.claims import limits, minima, ours, weights
@@ -19,7 +21,7 @@ def checks(only: str | None = None) -> list[Check]:
         return known
     found = [check for check in known if only.casefold() in title(check).casefold()]
     if not found:
-        sources = dict.fromkeys(title(check).split(":")[0] for check in known)
+        sources = dict.fromkeys(map(source, known))
         raise UserError(f"--only '{only}': no claim matches; the sources are {', '.join(sources)}")
     return found
 
@@ -27,6 +29,11 @@ def checks(only: str | None = None) -> list[Check]:
 def title(check: Check) -> str:
     """Return the first paragraph of a check's docstring: "SOURCE: the claim in words."."""
     return " ".join((check.__doc__ or "").split("\n\n")[0].split())
+
+
+def source(check: Check) -> str:
+    """Return where the claim of a check is made."""
+    return title(check).split(":")[0]
 
 
 def ledger(seed: int = 0, only: str | None = None, progress: Progress = quiet) -> list[Claim]:
@@ -38,6 +45,6 @@ def ledger(seed: int = 0, only: str | None = None, progress: Progress = quiet) -
     found = []
     with progress("claims", len(chosen), "claims") as tick:
         for check in chosen:
-            found.append(check(seed))
+            found.append(replace(check(seed), source=source(check)))
             tick(1)
     return found

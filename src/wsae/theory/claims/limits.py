@@ -4,7 +4,6 @@ import itertools
 import math
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
@@ -12,6 +11,7 @@ from wsae.theory.claims.minima import POLYSEMANTIC_IDENTITY, away_from_identity
 from wsae.theory.geometry import (
     interference,
     nonpositive,
+    normal,
     orthogonal,
     polygon,
     random_unit,
@@ -43,7 +43,7 @@ THRESHOLD = 0.25
 
 def jumprelu(seed: int) -> Claim:
     """Appendix A: JumpReLU(x, c) = ReLU(x - c)."""
-    x = _rows(seed, "jumprelu")
+    x = normal(seed_for(seed, "activations", "jumprelu"), 500, 6)
     true, paper = x * (x > THRESHOLD), (x - THRESHOLD).relu()
     active = true > 0
     same_support = bool((active == (paper > 0)).all())
@@ -52,7 +52,6 @@ def jumprelu(seed: int) -> Claim:
     at_zero = float((x * (x > 0) - x.relu()).abs().max())
     return Claim(
         claim="JumpReLU(x, c) = ReLU(x - c), so results for ReLU carry over.",
-        source="Appendix A",
         verdict="counterexample",
         slip=True,
         condition="c = 0; or ReLU(x - c) + c H(x - c) with H(0) = 0, which is JumpReLU.",
@@ -68,7 +67,7 @@ def jumprelu(seed: int) -> Claim:
 def top_k(seed: int) -> Claim:
     """Appendix A: Top-k(x) = ReLU(x - x_(k+1)) + x_(k+1) H(x - x_(k+1)), H(0) = 1."""
     example = torch.tensor([[3.0, 2.0, 1.0]], dtype=torch.float64)
-    x = _rows(seed, "topk")
+    x = normal(seed_for(seed, "activations", "topk"), 500, 6)
     sizes = range(1, x.shape[1])
     wrong = [int((_paper(x, k) != keep_largest(x, k)).any(1).sum()) for k in sizes]
     extra = [int((_paper(x, k) != 0).sum(1).max()) - k for k in sizes]
@@ -77,7 +76,6 @@ def top_k(seed: int) -> Claim:
     shown = _paper(example, 1)[0].tolist()
     return Claim(
         claim="Top-k(x) = ReLU(x - x_(k+1) 1) + x_(k+1) H(x - x_(k+1) 1) with H(x) = 1[x >= 0].",
-        source="Appendix A",
         verdict="counterexample",
         slip=True,
         condition="H(0) = 0 (a strict step) and the k-th and (k+1)-th entries differ.",
@@ -89,11 +87,6 @@ def top_k(seed: int) -> Claim:
         numbers={"wrong_share": sum(wrong) / (len(x) * len(wrong)), "extra_entries": float(max(extra))}
         | {"strict_error": strict, "entries_at_a_tie": float((tied != 0).sum())},
     )  # fmt: skip
-
-
-def _rows(seed: int, name: str) -> Float64[Tensor, "rows 6"]:
-    made = torch.Generator().manual_seed(seed_for(seed, "activations", name))
-    return torch.randn(500, 6, generator=made, dtype=torch.float64)
 
 
 def _paper(x: Tensor, k: int, strict: bool = False) -> Tensor:
@@ -118,7 +111,6 @@ def reordering(seed: int) -> Claim:
         worst = max(worst, abs(own - other) / own)
     return Claim(
         claim="If W_m minimises L_SAE, so does W_m with its rows reordered and zero rows added.",
-        source="Eq. 15",
         verdict="holds",
         evidence=f"Relative change of the loss at most {worst:.0e} over 24 random W_p, W_m, orders and paddings.",
         instances=24,
@@ -135,7 +127,6 @@ def zero_mean_residual(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     flat_mean, flat_slope = _mean_and_gradient(torch.zeros_like(eye), eye)
     return Claim(
         claim="The gradient of L_SAE vanishes if and only if the mean residual E[x_p - x_p_hat] does.",
-        source="Eq. 18",
         verdict="counterexample",
         condition="The residual is 0 for every x (digons, monosemantic dimensions); a zero mean is not enough, because "
         "the gradient is a correlation of the residual with the code and with x_p.",
@@ -171,7 +162,6 @@ def polygon_gram(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     positive = math.cos(2 * math.pi / 5)
     return Claim(
         claim="The columns of a digon or polygon of p features have W_p,i . W_p,j = -1/(p-1) for i != j.",
-        source="Eq. 19",
         verdict="holds if",
         condition="p = 2 or 3. For p >= 4 this Gram matrix is the simplex in p - 1 dimensions; a planar polygon has "
         "cos(2 pi (i-j) / p) and, for p >= 5, positive interference.",
@@ -194,10 +184,9 @@ def coefficient(seed: int) -> Claim:
     """Eq. 26: the 1-sparse part of the loss is n S^(n-1) (1-S) sum_u E L(x_u e_u)."""
     ours, papers = [], {}
     for i in range(12):
-        made = torch.Generator().manual_seed(seed_for(seed, "eq26", i))
         n, S = 2 + i % 4, (0.5, 0.9, 0.99)[i % 3]
         W_p = random_unit(2, n, seed_for(seed, "eq26", "W_p", i))
-        W_m = torch.randn(n, 2, generator=made, dtype=torch.float64)
+        W_m = normal(seed_for(seed, "eq26", i), n, 2)
         features, probability = grid(n, S, 2)
         lost = sae_residual(W_m, superpose(W_p, features)).square().sum(1)
         alone = (features > 0).sum(1) == 1
@@ -208,7 +197,6 @@ def coefficient(seed: int) -> Claim:
     worst = max(abs(ratio - 1) for ratio in ours)
     return Claim(
         claim="The 1-sparse part of L_SAE is n S^(n-1) (1-S) sum_u E[L(x_u e_u)].",
-        source="Eq. 26",
         verdict="counterexample",
         slip=True,
         condition="Without the factor n: C(n, 1) and the sum over u both count the choice of u. A positive "
@@ -232,7 +220,6 @@ def transposed(seed: int) -> Claim:
     )
     return Claim(
         claim="At W_m = (W_p, 0)^T, L_SAE = E||W_p x - W_p^T sigma(W_p^T W_p x)||^2 (also the last line of Eq. 26).",
-        source="Eq. 25",
         verdict="counterexample",
         slip=True,
         condition="W_p sigma(W_p^T W_p x), without the second transposition: (W_p, 0) times the code.",
@@ -254,7 +241,6 @@ def orders(seed: int) -> Claim:
     swaps = sum(sum(i != at for i, at in enumerate(order)) == 2 for order in every)
     return Claim(
         claim="The minimisers are I*(W_p, 0)^T with I* formed by swapping row i with row j != i of the identity.",
-        source="Theorem 1",
         verdict="counterexample",
         slip=True,
         condition="I* is any permutation matrix, a product of swaps; Eq. 15 uses only that (I*)^T I* = I.",
@@ -287,7 +273,6 @@ def zero_gradient(seed: int) -> Claim:
     flat = [W for W in stuck if _slope_of_alone(W, simplex(4)) < 1e-6]
     return Claim(
         claim="dL_u / dW_m = 0 if and only if W_p,u = W_m^T sigma(W_m W_p,u) (from Eq. 30 to Eq. 31).",
-        source="Eq. 31",
         verdict="counterexample",
         condition="Some row is active on W_p,u: with r the residual and a_k = relu(w_k . u), (w_k . r) u + a_k r = 0 "
         "makes r a multiple of u, and then r = 0. For the sum over u (Eq. 28) 'if' alone is right.",
@@ -322,7 +307,6 @@ def topk_recovery(seed: int) -> Claim:
             clean = max(clean, away_from_identity(topk_code(W_p, k)))
     return Claim(
         claim="Under positive interference Top-k with 1 < k <= n_m - p recovers 1-sparse features.",
-        source="Appendix A.2",
         verdict="counterexample",
         condition="k = 1 and distinct unit columns, whatever the interference; or non-positive interference, any "
         "k up to n_m - p. With 1 < k Top-k keeps the strongest positive interferer.",
@@ -348,7 +332,6 @@ def jumprelu_recovery(seed: int) -> Claim:
     )
     return Claim(
         claim="With JumpReLU, 1-sparse features can be recovered under positive interference.",
-        source="Appendix A.2",
         verdict="holds if",
         condition="largest interference x largest x <= threshold < smallest active x; impossible for x uniform on "
         "(0, 1], which is the paper's distribution.",
@@ -389,7 +372,6 @@ def identity_step(seed: int) -> Claim:
     return Claim(
         claim="In W_m = I + E_1 - E_2 + D (E_1, E_2 off-diagonal, D diagonal) E_2^T E_1 = D^T E_1 = E_2^T D = 0, "
         "so I is the only solution for W_p = I_2, and W_p^T for all W_p.",
-        source="Eq. 35",
         verdict="counterexample",
         condition="The conclusion is right for I_2 up to order (a case distinction on the signs of W_m shows it), "
         "and does not extend to other W_p.",

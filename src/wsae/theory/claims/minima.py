@@ -15,6 +15,7 @@ from wsae.theory.geometry import (
     direct_sum,
     interference,
     nonpositive,
+    normal,
     orthogonal,
     polygon,
     random_unit,
@@ -24,6 +25,7 @@ from wsae.theory.limits import Zeros, distance, one_sparse_residuals, support_te
 from wsae.theory.losses import (
     closed_form,
     code,
+    energy,
     grid,
     ground_truth_loss,
     minimise,
@@ -47,7 +49,6 @@ def negative_interference(seed: int) -> Claim:
     least = _least_interference(20, 200, seed, starts=1)
     return Claim(
         claim="Superposed features interfere non-positively: W_p,i . W_p,j <= 0 for i != j (assumed by Theorems 2, 3).",
-        source="Section 3",
         verdict="holds if",
         condition="n <= 2 n_p non-zero columns: no more vectors can be pairwise non-positive in n_p dimensions (Rankin "
         "1955). Section 5.1 has n = 200 and n_p = 20, so unless 160 columns are zero the theorems do not cover it.",
@@ -66,8 +67,7 @@ def _least_interference(d: int, n: int, seed: int, starts: int = 8) -> float:
 
     Minimises sum relu(cos)^q for growing q, which approaches the maximum.
     """
-    made = torch.Generator().manual_seed(seed_for(seed, "least", d, n))
-    W = torch.randn(starts, d, n, generator=made, dtype=torch.float64)
+    W = normal(seed_for(seed, "least", d, n), starts, d, n)
     for step in range(360):
         power = (2, 4, 8, 16, 32, 64)[step // 60]
         W.requires_grad_(True)
@@ -92,13 +92,12 @@ def reconstruction_identifies(seed: int) -> Claim:
     n, d, S = 200, 20, 0.9
     W_p = random_unit(d, n, seed_for(seed, "identify"))
     features, probability = sampled(n, S, 2000, seed_for(seed, "rows"))
-    given = float(superpose(W_p, features).square().sum(1) @ probability)
+    given = energy(W_p, features, probability)
     signal = float(features.square().sum(1) @ probability)
     copies = (1, 1, 2, 3, 5, 5)
     bases = []
     for i, count in enumerate(copies):
-        made = torch.Generator().manual_seed(seed_for(seed, i))
-        drawn = torch.randn(count, d, d, generator=made, dtype=torch.float64)
+        drawn = normal(seed_for(seed, i), count, d, d)
         bases.append(signed(torch.linalg.qr(drawn).Q.flatten(0, 1) / count**0.5, n))
     members = torch.stack(bases)
     losses = sae_loss(members, W_p, features, probability) / given
@@ -114,7 +113,6 @@ def reconstruction_identifies(seed: int) -> Claim:
     top1 = float(left.square().sum(1).mean())
     return Claim(
         claim="W_m* = argmin L_SAE defines the learned features (a definition), and recovery means that it gives x.",
-        source="Eq. 5",
         verdict="ill-posed",
         condition="With n_m >= 2 n_p the argmin is a continuum that ignores x. It goes with n_m < 2 n_p, with a "
         "sparsity penalty, or with Top-k and k < n_p.",
@@ -171,7 +169,6 @@ def theorem_1(seed: int) -> Claim:
     spare = float(sae_loss(enough, polygon(5), *grid(5, 0.5, 1)))
     return Claim(
         claim="W_m* = I*(W_p, 0)^T is in argmin L_SAE when the superposed columns of W_p form digons or polygons.",
-        source="Theorem 1",
         verdict="counterexample",
         condition="Every block is a digon or a monosemantic dimension: then the loss is 0 for every x (any n_m >= n).",
         evidence=f"Digons: loss {zero:g} over {tried} instances. Triangle of Example 2, x in {{0, 1}}^3, S = 1/2, in "
@@ -242,7 +239,6 @@ def shrinks_with_polysemanticity(seed: int) -> Claim:
     flat = ", ".join(f"{v:.3f}" for v in planar.values())
     return Claim(
         claim="A dimension that interferes with more features is more polysemantic, and its features shrink more.",
-        source="Section 4.1",
         verdict="holds if",
         condition="Blocks are regular simplices, the Gram matrix of Eq. 19 (total interference -1 each): the mean of "
         "more iid features is smaller in convex order. Otherwise the strength of interference decides, not the count.",
@@ -270,7 +266,6 @@ def monosemantic_features_win(seed: int) -> Claim:
         worst = max(worst, float(shrinkage(W_p, 0.5).top_lost[0]))
     return Claim(
         claim="The code favours monosemantic features: the top feature can change, and then to a monosemantic one.",
-        source="Section 4.1",
         verdict="holds",
         evidence="Two monosemantic features beside a digon: the code misses a polysemantic top feature in "
         f"{rates['digon_S0']:.0%} of dense x, {rates['digon_S0.5']:.1%} at S = 0.5, {rates['digon_S0.9']:.2%} at "
@@ -293,7 +288,6 @@ def example_1(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     changed = x.index(max(x)) == 1 and x_m.index(max(x_m)) == 0
     return Claim(
         claim="x = (0.5, 1, 0.8) gives x_p = (0.5, 0.2) and x_m = (0.5, 0.2, 0): shrinking, and another top feature.",
-        source="Example 1",
         verdict="holds" if agrees and changed else "counterexample",
         evidence=f"In rational arithmetic x_p = ({_joined(x_p)}) and x_m = ({_joined(x_m)}); the top feature goes from "
         "the second to the first.",
@@ -317,7 +311,6 @@ def vanishing(seed: int) -> Claim:
     always = min(*rates.values(), least) > 0
     return Claim(
         claim="Superposed features vanish from the code, which can have fewer effective dimensions than x_p.",
-        source="Section 4.1",
         verdict="holds" if always and min(fewer.values()) > 0 else "counterexample",
         evidence=f"P(x_m,i = 0 | x_i > 0) in a triangle: {rates['simplex_3_S0']:.2f} at S = 0, "
         f"{rates['simplex_3_S0.5']:.2f} at 0.5, {rates['simplex_3_S0.99']:.4f} at 0.99; never 0, also for "
@@ -341,7 +334,6 @@ def example_2(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     agrees = x_p == [Fraction(1, 10), Fraction(3, 10)] and x_m == [Fraction(3, 10), 0, 0]
     return Claim(
         claim="x = (0.7, 0.5, 0.3) gives x_p = (0.1 sqrt 3, 0.3) and x_m = (0.3, 0, 0): two of three features vanish.",
-        source="Example 2",
         verdict="holds" if agrees else "counterexample",
         evidence=f"In exact arithmetic over the rationals and sqrt 3: x_p = ({x_p[0]} sqrt 3, {x_p[1]}), x_m = "
         f"({_joined(x_m)}).",
@@ -369,13 +361,12 @@ def theorem_2(seed: int) -> Claim:
         float(one_sparse_residuals(closed_form(rows), column).sum())
         for rows in (column, column / column.norm(dim=0))
     )
-    triangle = {S: _best_over_closed_form(polygon(3), 3, S, seed) for S in TOWARDS_ONE}
-    spare = {S: _best_over_closed_form(simplex(4), 5, S, seed) for S in TOWARDS_ONE}
+    triangle = {S: best_over_closed_form(polygon(3), 3, S, seed) for S in TOWARDS_ONE}
+    spare = {S: best_over_closed_form(simplex(4), 5, S, seed) for S in TOWARDS_ONE}
     own = {S: sae_loss(closed_form(polygon(3)), polygon(3), *grid(3, S, 1)) for S in TOWARDS_ONE}
     path = ", ".join(f"{ratio:.4f}" for ratio in triangle.values())
     return Claim(
         claim="If interference is non-positive and S -> 1, W_m* = I*(W_p, 0)^T is in argmin L_SAE.",
-        source="Theorem 2",
         verdict="holds if",
         condition="Columns have unit length, and only the leading order in 1 - S counts (the 1-sparse loss, which "
         "is 0). At a fixed S < 1 other W_m are better; with n_m > n that stays so in the limit.",
@@ -409,7 +400,6 @@ def arbitrary_x(seed: int) -> Claim:
         points += len(features)
     return Claim(
         claim="Accordingly I* sigma(W_m* x_p) = x for arbitrary x.",
-        source="Theorem 2",
         verdict="counterexample",
         condition="No two active features interfere (for example x is 1-sparse); as S -> 1 such x have "
         "probability -> 1.",
@@ -431,7 +421,6 @@ def one_sparse_features(seed: int) -> Claim:
     short = 0.8**2
     return Claim(
         claim="Feature shrinking and vanishing do not happen to 1-sparse features.",
-        source="Section 4.2",
         verdict="holds if",
         condition="Columns have unit length (else x_m = ||w||^2 x). For x_m = x interference must also be "
         "non-positive.",
@@ -451,11 +440,13 @@ def _nonpositive_worlds(seed: int, count: int = 20) -> list[Tensor]:
     ]
 
 
-def _best_over_closed_form(W_p: Tensor, d_sae: int, S: float, seed: int) -> float:
+def best_over_closed_form(W_p: Tensor, d_sae: int, S: float, seed: int, starts: int = 24) -> float:
     """Return the least loss found over the loss of the padded closed form (x_i constant where active)."""
     features, probability = grid(W_p.shape[1], S, 1)
     start = closed_form(W_p, d_sae)
-    best = minimise(W_p, d_sae, features, probability, init=start, starts=24, seed=seed, steps=200)
+    best = minimise(
+        W_p, d_sae, features, probability, init=start, starts=starts, seed=seed, steps=200
+    )
     return best.loss / float(sae_loss(start, W_p, features, probability))
 
 
@@ -478,7 +469,6 @@ def theorem_3(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     identity = float(one_sparse_residuals(eye, orthogonal(3)).sum())
     return Claim(
         claim="For n_m = n and non-positive interference, W_m* = I* W_p^T is the unique minimiser as S -> 1.",
-        source="Theorem 3",
         verdict="counterexample",
         condition="An l1 tie-break or Top-1 restores it for n_m = n and unit columns: Eq. 33 gives ||x_m||_2 = 1 for "
         "1-sparse x, so ||x_m||_1 >= 1 with equality only for one latent per feature (l1 needs W_p^T to solve Eq. 33: "
@@ -508,7 +498,6 @@ def which_are_unique(seed: int) -> Claim:
     return Claim(
         claim="W_m = W_p^T is the unique solution of W_p = W_m^T sigma(W_m W_p) for all W_p (end of Theorem 3's "
         "proof).",
-        source="Theorem 3",
         verdict="counterexample",
         condition=f"No other solution found for: {', '.join(alone)}. Where others are isolated, W_p^T has the "
         "least 2-sparse loss and the least l1 norm: S slightly below 1 singles it out, and so does a penalty in the "

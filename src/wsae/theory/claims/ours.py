@@ -7,31 +7,33 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
+from scipy.optimize import linprog, root_scalar
 from scipy.optimize import minimize as scipy_minimize
+from scipy.stats import binom
 from torch import Tensor
 
 from wsae.core.seeds import seed_for
-from wsae.sae.forward import weigh
-from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy
-from wsae.theory.claims.weights import RULES, weights_of
+from wsae.theory.claims.weights import RULES, gamma_of, weights_of
 from wsae.theory.geometry import (
     digons,
     direct_sum,
     nonpositive,
+    normal,
     orthogonal,
+    orthonormal,
     polygon,
     random_unit,
     simplex,
 )
 from wsae.theory.losses import (
     closed_form,
+    energy,
     grid,
     minimise,
-    sae_loss,
+    relative_loss,
     sampled,
     scaled_gap_norm,
-    superpose,
+    squared,
 )
 from wsae.theory.record import Claim
 
@@ -54,19 +56,18 @@ def every_minimiser(seed: int) -> Claim:
     for i, d in enumerate((2, 2, 3)):
         W_p = _spanning(d, d + 2, seed_for(seed, "spanning", i))
         features, probability = grid(d + 2, 0.3, 2)
-        energy = float(superpose(W_p, features).square().sum(1) @ probability)
+        given = energy(W_p, features, probability)
         enough = minimise(W_p, 2 * d, features, probability, seed=seed + i, starts=24, polished=8)
-        found.append(enough.loss / energy)
+        found.append(enough.loss / given)
         left.append(imbalance(enough.W_m))
         few = minimise(W_p, 2 * d - 1, features, probability, seed=seed + i, starts=24, polished=8)
-        short.append(few.loss / energy)
+        short.append(few.loss / given)
     narrow = torch.tensor([[1.0, 0.0, 0.6], [0.0, 1.0, 0.8]], dtype=torch.float64)
     inside = _loss_of(orthogonal(2), narrow)
     return Claim(
         claim="If x_p takes every direction (the columns positively span, S < 1), a tied ReLU SAE has L_SAE = 0 if and "
         "only if along every line u the rows along +u and those along -u have the same sum of squared lengths a_u^2, "
         "and sum_u a_u^2 u u^T = I. So the minimisers do not depend on W_p, and n_m >= 2 n_p is necessary.",
-        source="Ours 1",
         verdict="holds",
         evidence=f"{len(built)} random balanced W_m in 2 to 4 dimensions: loss at most {max(losses):.0e} of E|x_p|^2, "
         f"and {min(broken):.0e} or more when one row is 1 % longer. Searches with n_m = 2 n_p reach {max(found):.0e}, "
@@ -82,7 +83,7 @@ def every_minimiser(seed: int) -> Claim:
 def zero_loss_of_W_p(seed: int) -> Claim:
     """Ours 2: for unit columns W_p^T has loss 0 if and only if features are alone or in digons."""
     yes = [orthogonal(3), digons(2), direct_sum(orthogonal(1), digons(1))]
-    turn = torch.linalg.qr(_normal(seed_for(seed, "turn"), 3, 3)).Q
+    turn = orthonormal(seed_for(seed, "turn"), 3, 3)
     yes.append(turn @ direct_sum(orthogonal(2), digons(1)))
     no = [polygon(3), polygon(5), simplex(4), direct_sum(orthogonal(1), polygon(3))]
     no += [nonpositive(3, 5, seed_for(seed, "iff", i)) for i in range(10)]
@@ -92,7 +93,6 @@ def zero_loss_of_W_p(seed: int) -> Claim:
     return Claim(
         claim="For unit columns and 0 < S < 1, L_SAE(W_p^T) = 0 if and only if any two features are orthogonal or "
         "opposite (alone, or in a digon).",
-        source="Ours 2",
         verdict="holds",
         evidence=f"Loss at most {max(zero):.0e} of E|x_p|^2 for {len(yes)} such W_p; {min(positive):.1e} or more for "
         f"{len(no)} others. So Theorem 1, read as 'W_p^T reconstructs without loss', is an 'if and only if'.",
@@ -118,7 +118,7 @@ def noise_decides_the_weights(seed: int) -> Claim:
         best = code_error(W_p, Sigma, torch.linalg.inv(Sigma), drawn)
         errors["noise"].append(best)
         for j in range(5):
-            tilt = 0.3 * _normal(seed_for(drawn, "tilt", j), d_in, d_in)
+            tilt = 0.3 * normal(seed_for(drawn, "tilt", j), d_in, d_in)
             root = torch.linalg.cholesky(torch.linalg.inv(Sigma)) @ (
                 torch.eye(d_in, dtype=torch.float64) + tilt
             )
@@ -129,7 +129,6 @@ def noise_decides_the_weights(seed: int) -> Claim:
         claim="For x_p = W_p x + noise of covariance Sigma, and a code that is least squares under Gamma on a known "
         "support of independent columns, the mean squared error of the code is least, for every support at once, at "
         "Gamma^T Gamma = c Sigma^-1 (Gauss-Markov), and only there if n > n_p columns are in general position.",
-        source="Ours 3",
         verdict="holds",
         evidence="Mean squared error of the code, 2 of 10 features in 6 dimensions, uneven noise: "
         + ", ".join(f"{name} {mean[name]:.3f}" for name in RULES)
@@ -171,7 +170,6 @@ def matched_filter(seed: int) -> Claim:
         claim="Of all linear readouts of feature i the one along C^-1 w_i correlates best with it, C the covariance of "
         "x_p; along C^-p w_i the correlation never falls up to p = 1 and never rises after it. Power p = 0 is the "
         "plain readout w_i, p < 0 what weights that grow with variance favour.",
-        source="Ours 4",
         verdict="holds",
         evidence=f"{len(gains)} uneven worlds: a search over all readouts ends within {max(apart):.0e} of C^-1 w; no "
         f"step of {len(powers)} powers goes the wrong way (worst {worst_step:.0e}). C^-1 raises the correlation "
@@ -193,7 +191,6 @@ def extremely_sparse(seed: int) -> Claim:
         claim="Even a linear program that knows W_p finds non-negative x from W_p x only below a number of active "
         "features (Donoho and Tanner's weak threshold): for n = 200 in n_p = 20 about 5, so that 'extremely sparse' "
         "means S above about 0.97.",
-        source="Ours 5",
         verdict="holds",
         evidence="Found of 60 x with "
         + ", ".join(f"{k} active {rate:.0%}" for k, rate in success.items())
@@ -232,7 +229,6 @@ def top_1_identifies(seed: int) -> Claim:
         claim="For distinct unit columns, any number of them, a tied Top-1 SAE with n_m = n has loss 0 on 1-sparse x "
         "if and only if W_m = W_p^T up to order. A spare row of a ReLU SAE must satisfy w . W_p,u <= 0 for all u, and "
         "only w = 0 does if and only if the columns positively span.",
-        source="Ours 6",
         verdict="holds",
         evidence=f"{len(worlds)} random W_p, 6 in 3 and 40 in 5 dimensions: loss {own:.0e} at W_p^T, at least "
         f"{other:.0e} of E|x_p|^2 beside it; the triangle's other ReLU solution has {mirrored:.2f}. A linear program "
@@ -265,7 +261,6 @@ def variance_is_anti_optimal(seed: int) -> Claim:
         claim="For iid features and orthogonal rows of W_p the least ||c W_p^T Gamma^2 W_p - I|| under gamma = s^alpha "
         "is sqrt(n - (sum a_i)^2 / sum a_i^2), a_i = s_i^(1 + 2 alpha): least at alpha = -1/2, strictly larger the "
         "further alpha is from it, unless all variances are equal.",
-        source="Ours 7",
         verdict="holds",
         evidence=f"20 W_p, {len(alphas)} values of alpha: no step goes the wrong way (worst {wrong:.0e}). Against "
         f"plain, alpha = -1/2 has {_span(at_zero)} times the norm, the paper's alpha = 1 {_span(at_one)} times.",
@@ -280,23 +275,16 @@ def tight_frames(seed: int) -> Claim:
     frames += [orthogonal_rows(4, 9, seed_for(seed, "tight", i), equal=True) for i in range(10)]
     worst = 0.0
     for i, W_p in enumerate(frames):
-        turned = torch.linalg.qr(_normal(seed_for(seed, "turn", i), len(W_p), len(W_p))).Q @ W_p
+        d = len(W_p)
+        turned = orthonormal(seed_for(seed, "turn", i), d, d) @ W_p
         for rule in RULES:
-            M = weigh(torch.eye(len(W_p), dtype=torch.float64), weights_of(turned, rule))
-            gram = M @ M.T
-            worst = max(
-                worst,
-                float(
-                    (gram - gram.trace() / len(W_p) * torch.eye(len(W_p), dtype=torch.float64))
-                    .abs()
-                    .max()
-                ),
-            )
+            gram = squared(weights_of(turned, rule), d)
+            away = gram - gram.trace() / d * torch.eye(d, dtype=torch.float64)
+            worst = max(worst, float(away.abs().max()))
     return Claim(
         claim="If W_p W_p^T = c I (polygons, simplices, any tight frame), the covariance of iid features' x_p is a "
         "multiple of I, and every rule that turns with it (variance, gap, whiten, whitening the input) is the plain "
         "loss.",
-        source="Ours 8",
         verdict="holds",
         evidence=f"{len(frames)} tight frames, turned at random, {len(RULES)} rules: Gamma^T Gamma is a multiple of "
         f"I to {worst:.0e}.",
@@ -317,7 +305,6 @@ def sample_size(seed: int) -> Claim:
         claim="With N rows of iid features, all n are active alone in some row with probability 1 - delta or more if "
         "N >= ln(n / delta) / ((1 - S) S^(n-1)); on the rows of one active feature the Top-1 SAE of loss 0 is then "
         "W_p^T.",
-        source="Ours 9",
         verdict="holds",
         evidence=f"n = {n}, delta = {delta:g}: "
         + ", ".join(
@@ -361,7 +348,6 @@ def significance(seed: int) -> Claim:
         claim="For one active feature of unknown amplitude in noise of covariance Sigma the likeliest is the one with "
         "the largest pre-activation of a unit row in y = Sigma^-1/2 x_p: an amplitude estimate in units of its own "
         "error. Loss weights Sigma^-1 alone leave Top-k to compare amplitudes, where the noisiest win by chance.",
-        source="Ours 10",
         verdict="holds",
         evidence=f"One of {n} features active in {d_in} dimensions, uneven noise, {6 * rows:,} rows: a search of the "
         f"likelihood differs in {apart} choices. Right choices: plain rows {mean['plain']:.0%}, amplitudes under the "
@@ -454,11 +440,10 @@ def most_likely(W_p: Tensor, Sigma: Tensor, x_p: Tensor) -> Tensor:
     return density((low + high) / 2).argmax(1)
 
 
-def uneven_world(seed: int, d_in: int = 8, n: int = 24) -> tuple[Tensor, Tensor]:
-    """Return a W_p whose dimensions differ in scale by up to 30, and the covariance of x_p (features of variance 1)."""
-    scale = torch.logspace(-0.75, 0.75, d_in, dtype=torch.float64)
-    turn = torch.linalg.qr(_normal(seed_for(seed, "turn"), d_in, d_in)).Q
-    W_p = turn @ (scale[:, None] * random_unit(d_in, n, seed))
+def uneven_world(seed: int) -> tuple[Tensor, Tensor]:
+    """Return a W_p [8, 24] whose dimensions differ in scale by up to 30, and the covariance of x_p (iid features)."""
+    scale = torch.logspace(-0.75, 0.75, 8, dtype=torch.float64)
+    W_p = orthonormal(seed_for(seed, "turn"), 8, 8) @ (scale[:, None] * random_unit(8, 24, seed))
     return W_p, W_p @ W_p.T
 
 
@@ -492,18 +477,13 @@ def recovered_share(success: dict[int, float], n: int, sparsity: float) -> float
     """Return the share of iid x that are found: success at Binomial(n, 1 - S) active, linear between the k tried."""
     k = np.arange(n + 1)
     rate = np.interp(k, [0, *success], [1.0, *success.values()])
-    log = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in k]
-    mass = np.exp(log + k * math.log(1 - sparsity) + (n - k) * math.log(sparsity))
-    return float(mass @ rate)
+    return float(binom.pmf(k, n, 1 - sparsity) @ rate)
 
 
 def sparsity_threshold(success: dict[int, float], n: int) -> float:
     """Return S*, at which half of all x are found."""
-    low, high = 0.5, 1 - 1e-9
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if recovered_share(success, n, middle) >= 0.5 else (middle, high)
-    return high
+    found = root_scalar(lambda S: recovered_share(success, n, S) - 0.5, bracket=(0.5, 1 - 1e-9))
+    return float(found.root)
 
 
 def alpha_norm(W_p: Tensor, alpha: float) -> float:
@@ -516,11 +496,6 @@ def one_alone(n: int, sparsity: float) -> float:
     return (1 - sparsity) * sparsity ** (n - 1)
 
 
-def _normal(seed: int, *shape: int) -> Tensor:
-    made = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=made, dtype=torch.float64)
-
-
 def _span(values: list[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
@@ -528,7 +503,7 @@ def _span(values: list[float]) -> str:
 def _balanced(d: int, lines: int, seed: int) -> Tensor:
     """Return rows that Ours 1 calls balanced: a tight frame, each line's two sides split unevenly into rows."""
     # lines x d, orthonormal columns: sum of u u^T a_u^2 = I
-    frame = torch.linalg.qr(_normal(seed, lines, d)).Q
+    frame = orthonormal(seed, lines, d)
     share = torch.rand(lines, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     share = share / share.sum(1, keepdim=True)
     plus = share.sqrt()[:, :, None] * frame[:, None, :]  # three rows of one direction
@@ -544,9 +519,7 @@ def _unbalanced(W_m: Tensor) -> Tensor:
 def _relative_loss(W_m: Tensor, seed: int) -> float:
     """Return the loss of W_m over E|x_p|^2 for a W_p of its width whose columns positively span."""
     W_p = _spanning(W_m.shape[1], 2 * W_m.shape[1] + 1, seed_for(seed, "any", *W_m.shape))
-    features, probability = sampled(W_p.shape[1], 0.5, 2000, seed)
-    energy = superpose(W_p, features).square().sum(1) @ probability
-    return float(sae_loss(W_m, W_p, features, probability) / energy)
+    return relative_loss(W_m, W_p, *sampled(W_p.shape[1], 0.5, 2000, seed))
 
 
 def _spanning(d: int, n: int, seed: int) -> Tensor:
@@ -558,9 +531,7 @@ def _spanning(d: int, n: int, seed: int) -> Tensor:
 
 def _loss_of(W_m: Tensor, W_p: Tensor) -> float:
     """Return L_SAE / E|x_p|^2 on an exact grid at S = 1/2."""
-    features, probability = grid(W_p.shape[1], 0.5, 2)
-    energy = superpose(W_p, features).square().sum(1) @ probability
-    return float(sae_loss(W_m, W_p, features, probability) / energy)
+    return relative_loss(W_m, W_p, *grid(W_p.shape[1], 0.5, 2))
 
 
 def _alone_or_in_digons(W_p: Tensor) -> bool:
@@ -571,21 +542,14 @@ def _alone_or_in_digons(W_p: Tensor) -> bool:
 
 def _noise_covariance(d_in: int, seed: int) -> Tensor:
     """Return a covariance with standard deviations from 0.03 to 0.6 along axes that are turned a little, at random."""
-    turn = torch.linalg.qr(torch.eye(d_in, dtype=torch.float64) + 0.3 * _normal(seed, d_in, d_in)).Q
+    turn = torch.linalg.qr(torch.eye(d_in, dtype=torch.float64) + 0.3 * normal(seed, d_in, d_in)).Q
     return turn @ torch.diag(torch.logspace(-1.5, -0.2, d_in, dtype=torch.float64) ** 2) @ turn.T
 
 
 def _gram(W_p: Tensor, Sigma: Tensor, rule: str) -> Tensor:
     """Return Gamma^T Gamma of a rule of the theory, made from the covariance of x_p, noise included."""
-    cfg = RULES[rule]
     C = W_p @ W_p.T * (0.2 * (1 / 3 - 0.2 / 4)) + Sigma  # 2 of 10 active, uniform on (0, 1)
-    gamma = (
-        gamma_from_covariance(cfg, C)
-        if cfg.rule in ("gap", "whiten")
-        else gamma_from_proxy(cfg, C.diagonal().contiguous())
-    )
-    root = weigh(torch.eye(len(C), dtype=torch.float64), gamma)
-    return root @ root.T
+    return squared(gamma_of(RULES[rule], C), len(C))
 
 
 def _best_readout(C: Tensor, w: Tensor, seed: int) -> float:
@@ -614,7 +578,7 @@ def _top_1_loss(W_m: Tensor, W_p: Tensor) -> float:
 
 
 def _nudged(W_p: Tensor, size: float, seed: int) -> Tensor:
-    rows = W_p.T + size * _normal(seed, *W_p.T.shape)
+    rows = W_p.T + size * normal(seed, *W_p.T.shape)
     return rows / rows.norm(dim=1, keepdim=True)
 
 
@@ -633,13 +597,8 @@ def _silent_direction(W_p: Tensor) -> np.ndarray | None:
 
 def orthogonal_rows(d_in: int, n: int, seed: int, equal: bool = False) -> Tensor:
     """Return a W_p with orthogonal rows of random lengths, or of equal ones (a tight frame)."""
-    rows = torch.linalg.qr(_normal(seed, n, d_in)).Q.T
-    scale = (
-        torch.ones(d_in, dtype=torch.float64)
-        if equal
-        else _normal(seed_for(seed, "scale"), d_in).exp()
-    )
-    return scale[:, None] * rows
+    rows = orthonormal(seed, n, d_in).T
+    return rows if equal else normal(seed_for(seed, "scale"), d_in, 1).exp() * rows
 
 
 def _missed_share(n: int, sparsity: float, rows: int, draws: int, seed: int) -> float:

@@ -20,6 +20,7 @@ from wsae.theory.geometry import (
     direct_sum,
     gram,
     nonpositive,
+    normal,
     orthogonal,
     polygon,
     random_unit,
@@ -36,6 +37,7 @@ from wsae.theory.losses import (
     grid,
     ground_truth_loss,
     matched_loss,
+    relative_loss,
     sae_loss,
     sae_residual,
     sampled,
@@ -58,11 +60,14 @@ RULES: dict[str, GammaConfig] = {
 
 def weights_of(W_p: Float[Tensor, "d_in n"], rule: str | GammaConfig) -> Weights:
     """Return gamma of a rule, or a name in RULES, for iid features: Cov(x_p) = W_p W_p^T up to a normalised factor."""
-    cfg, matrix = RULES[rule] if isinstance(rule, str) else rule, check_W_p(W_p)
-    G = matrix @ matrix.T
-    if cfg.rule in ("gap", "whiten"):
-        return gamma_from_covariance(cfg, G)
-    return gamma_from_proxy(cfg, G.diagonal().contiguous())
+    return gamma_of(RULES[rule] if isinstance(rule, str) else rule, gram(check_W_p(W_p)))
+
+
+def gamma_of(cfg: GammaConfig, covariance: Float64[Tensor, "d_in d_in"]) -> Weights:
+    """Return gamma of a rule for x_p of this covariance."""
+    if cfg.needs_covariance:
+        return gamma_from_covariance(cfg, covariance)
+    return gamma_from_proxy(cfg, covariance.diagonal().contiguous())
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,6 @@ def reweighted(
     n = matrix.shape[1]
     features, probability = grid(n, sparsity, 1)
     given = (matrix, features, probability)
-    energy = float(superpose(matrix, features).square().sum(1) @ probability)
     truth = float(features.square().sum(1) @ probability)
     found = {}
     for name, cfg in rules.items():
@@ -109,7 +113,7 @@ def reweighted(
         own, other = (matched_loss(one.W_m, *given) / truth for one in (pair.best, pair.other))
         found[name] = Reweighted(
             W_m=pair.best.W_m,
-            sae=float(sae_loss(pair.best.W_m, *given)) / energy,
+            sae=relative_loss(pair.best.W_m, *given),
             truth=own,
             gap=scaled_gap_norm(matrix, gamma),
             agreed=pair.agreed,
@@ -128,7 +132,6 @@ def theorem_4(seed: int) -> Claim:
     left = float(right @ probability)
     return Claim(
         claim="At W_m = W_p^T, L_SAE - L_GT = r^T (W_p^T W_p - I) r with r = x - sigma(W_p^T W_p x).",
-        source="Theorem 4",
         verdict="holds",
         evidence=f"It holds for every single x, to {worst:.0e} of its terms, over {len(worlds)} random W_p (columns of "
         "any length and interference). The paper's right side lacks the expectation over x that its left side "
@@ -154,7 +157,6 @@ def theorem_5(seed: int) -> Claim:
     )
     return Claim(
         claim="At W_m = W_p^T, L_WSAE - L_GT = r^T (W_p^T Gamma^T Gamma W_p - I) r.",
-        source="Theorem 5",
         verdict="holds",
         evidence=f"For every single x, to {vectors:.0e} of its terms over {len(worlds)} random W_p and gamma, and to "
         f"{matrices:.0e} for any matrix Gamma, not only a diagonal one. The right side lacks E_x, as in Eq. 11.",
@@ -172,7 +174,6 @@ def vanishing_gap(seed: int) -> Claim:
     paths = [", ".join(f"{value:.2g}" for value in found[1:]) for found in (relative, left)]
     return Claim(
         claim="When x is extremely sparse, x = sigma(W_p^T W_p x), and therefore the gap vanishes.",
-        source="Section 4.3.1",
         verdict="holds if",
         condition="Interference is non-positive and columns have unit length (as in Theorem 2); the gap is 0 for "
         "1-sparse x and, against E|x|^2, of order 1 - S.",
@@ -197,7 +198,6 @@ def equation_14(seed: int) -> Claim:
     smallest = min(errors)
     return Claim(
         claim="The entries of W_p^T Gamma^T Gamma W_p - I are gamma_i^2 - 1 and gamma_i^2 W_p,i^T W_p,j, i, j in [n].",
-        source="Eq. 14",
         verdict="holds if",
         condition="Columns have unit length, and gamma is constant on the dimensions of each block of features.",
         evidence="Gamma has n_p entries, the matrix n > n_p rows. Its (i, j) entry is sum_q gamma_q^2 W_p,qi W_p,qj: "
@@ -210,15 +210,14 @@ def equation_14(seed: int) -> Claim:
     )
 
 
-def _any_worlds(seed: int, count: int = 20) -> list[Tensor]:
+def _any_worlds(seed: int) -> list[Tensor]:
     """Return random W_p of several shapes, with columns of any length and positive interference too."""
     shapes = ((2, 3), (3, 5), (4, 4), (5, 3), (6, 20))
-    return [_random(seed, i, *shapes[i % len(shapes)]) for i in range(count)]
+    return [_random(seed, i, *shapes[i % len(shapes)]) for i in range(20)]
 
 
 def _random(seed: int, number: int, *shape: int) -> Tensor:
-    made = torch.Generator().manual_seed(seed_for(seed, "gap-claims", number, shape))
-    return torch.randn(*shape, generator=made, dtype=torch.float64)
+    return normal(seed_for(seed, "gap-claims", number, shape), *shape)
 
 
 def _identity_error(W_p: Tensor, gamma: Weights | None, seed: int) -> float:
@@ -293,7 +292,6 @@ def variance_proxy(seed: int) -> Claim:
     words = "; ".join(f"{r} {', '.join(f'{v:.2f}' for v in values)}" for r, values in shown.items())
     return Claim(
         claim="Larger variance of a dimension of x_p means more monosemantic, so gamma_i = s_i^alpha, alpha > 0.",
-        source="Section 5.1",
         verdict="counterexample",
         condition="Negative alpha (-1/2 is the optimum for orthogonal rows), the rules gap or whiten; or features that "
         "are not iid: those with a dimension of their own vary more than the superposed ones together.",
@@ -319,7 +317,7 @@ def basis(seed: int) -> Claim:
     turns = [rotation(seed, i, 2) for i in range(200)]
     ratios = [float(s.max() / s.min()) for s in (gram(Q @ EXAMPLE_1).diagonal() for Q in turns)]
     features, probability = grid(3, 0.5, 2)
-    W_m = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    W_m = normal(seed, 3, 2)
 
     def loss(rule: str, Q: Tensor) -> float:
         W_p = Q @ EXAMPLE_1
@@ -329,7 +327,6 @@ def basis(seed: int) -> Claim:
     moved = {r: max(abs(loss(r, Q) / own - 1) for Q in turns) for r, own in plain.items()}
     return Claim(
         claim="The variance of x_p in dimension i measures a property of the features there.",
-        source="Section 5.1",
         verdict="counterexample",
         condition="The basis of x_p is privileged, as after an element-wise non-linearity (the toy model's hidden "
         "layer is linear), or the rule does not depend on it (whiten).",
@@ -375,7 +372,6 @@ def narrowing(seed: int) -> Claim:
         closed = max(closed, abs(_mean_gap(W_p, constant)))
     return Claim(
         claim="A Gamma that narrows the gap at W_m = W_p^T thereby gives a better reconstruction of x.",
-        source="Section 4.3.2",
         verdict="counterexample",
         condition="What counts is not the gap but where Gamma moves the minimiser.",
         evidence=f"At W_m = W_p^T neither x_m nor L_GT contains Gamma: L_WSAE - gap is the same L_GT under all "
@@ -405,7 +401,6 @@ def direction(seed: int) -> Claim:
     narrower = sum(abs(v) < abs(p) for v, p in zip(loud, plain, strict=True))
     return Claim(
         claim="Smaller weights on polysemantic dimensions reduce the negative interference and narrow the gap.",
-        source="Section 4.3.2",
         verdict="counterexample",
         condition="The norm of the gap's matrix is meant (next claim), or interference is positive.",
         evidence="For unit columns and non-positive interference r = x - x_m >= 0, so the plain gap, the sum of W_i^T "
@@ -434,7 +429,6 @@ def principle(seed: int) -> Claim:
         ordered += bool(g[variance.argmax()] < g[variance.argmin()])
     return Claim(
         claim="For Eq. 14's matrix to be small, weigh monosemantic dimensions near 1 and polysemantic ones less.",
-        source="Section 4.3.2",
         verdict="holds if",
         condition="Small means the Frobenius norm, and polysemantic that a dimension carries much, ||W_p[i]||^2 (its "
         "variance for iid features), not that many features share it.",
@@ -467,7 +461,6 @@ def same_minimisers(seed: int) -> Claim:
     inside = float(sae_loss(closed_form(orthogonal(2), 3), cone, *sampled(3, 0.2, 500, seed)))
     return Claim(
         claim="Minimising L_WSAE instead of L_SAE gives another, better W_m (also for n_p = 20, n = n_m = 200).",
-        source="Section 4.3.2",
         verdict="counterexample",
         condition="No W_m reaches L_SAE = 0: x_p takes every direction and n_m < 2 n_p (Ours 1; without digons n_m < "
         "2 n_p alone is not enough); or something else keeps the loss up (Top-k, an L1 penalty, a training that stops "
@@ -502,7 +495,6 @@ def better_reconstruction(seed: int) -> Claim:
     agreed = [f[r].agreed and f[r].spread < FAR / 10 for f in found for r in RULES]
     return Claim(
         claim="Where L_SAE cannot reach 0, a Gamma that narrows the gap gives a better reconstruction of x.",
-        source="Section 4.3.2",
         verdict="counterexample",
         condition="No rule tried does so reliably, in some W_p one does: weights matter little until they make another "
         "local minimum the best one, and then either way.",
@@ -529,7 +521,6 @@ def robust_in_alpha(seed: int) -> Claim:
     zero = max(one.sae for one in blind.values())
     return Claim(
         claim="The experiments' results are relatively robust against the choice of alpha.",
-        source="Section 5.1",
         verdict="holds if",
         condition="L_SAE can reach 0, as in the experiments meant (n_m = 200 >= 2 n_p = 40): then no alpha changes the "
         "minimisers. Or the dimensions vary alike: then gamma is constant.",
@@ -559,7 +550,6 @@ def near_the_frontier(seed: int) -> Claim:
     return Claim(
         claim="The errors of x_p are comparable, so WSAEs do not lie far from the Pareto frontier of sparsity and "
         "reconstruction.",
-        source="Section 5.1",
         verdict="holds if",
         condition="The dimensions vary alike, since a minimiser of L_WSAE has at most (max gamma / min gamma)^2 times "
         "the least L_SAE; or L_SAE can reach 0.",
@@ -590,7 +580,6 @@ def variance_of_latents(seed: int) -> Claim:
     return Claim(
         claim="Monosemantic neurons have a high deviation of activation, so higher variance indicates stronger "
         "monosemanticity.",
-        source="Section 5.2.1",
         verdict="holds if",
         condition="W_m = W_p^T, iid features, simplices: what a latent loses to interference, its variance loses. Not "
         "across SAEs: a latent that mixes many features varies with all of them.",
@@ -611,7 +600,6 @@ def stronger_baseline(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     )
     return Claim(
         claim="The improvement is more significant where the plain SAE already has strong monosemanticity.",
-        source="Table 1",
         verdict="holds if",
         condition="alpha = 1 is meant; there the correlation has that sign and is within chance.",
         evidence=f"Spearman's correlation of plain score and gain over Table 1's own {len(table.layers)} layers: "
@@ -651,13 +639,9 @@ def _reaching_zero(W_p: Tensor, d_sae: int, number: int) -> Tensor:
 
 def _largest_zero_loss(W_p: Tensor, seed: int) -> float:
     """Return the largest loss of [Q; -Q; 0] under any rule, over E|x_p|^2."""
-    features, probability = sampled(W_p.shape[1], 0.5, 500, seed)
-    energy = float(superpose(W_p, features).square().sum(1) @ probability)
+    given = (W_p, *sampled(W_p.shape[1], 0.5, 500, seed))
     W_m = _reaching_zero(W_p, max(W_p.shape[1], 2 * len(W_p)), 1)
-    losses = [
-        float(sae_loss(W_m, W_p, features, probability, weights_of(W_p, rule))) for rule in RULES
-    ]
-    return max(losses) / energy
+    return max(relative_loss(W_m, *given, weights_of(W_p, rule)) for rule in RULES)
 
 
 def _sandwich(seed: int) -> tuple[float, float]:
