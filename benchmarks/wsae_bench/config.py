@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from wsae.core.config import Config
 from wsae.sae.config import KINDS
@@ -38,6 +38,12 @@ class Size(Config):
     rounds: PositiveInt = 6
     turn: PositiveInt = 3
     """Steps of one variant in a round, while the others idle."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "Size":
+        if self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} active latents of only d_sae = {self.d_sae}")
+        return self
 
 
 SIZES = {

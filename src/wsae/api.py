@@ -94,12 +94,10 @@ def Member(  # noqa: N802  (reads as the value it makes)
     kind: object = activation
     if isinstance(activation, str):
         kind = make_activation(activation, 32 if k is None else k)
-    elif k is not None:
-        own = activation if isinstance(activation, Mapping) else activation.model_dump()
-        if own.get("k") != k:
-            raise UserError(
-                f"member: k is {k}, the activation's own is {own.get('k')}; give one of them"
-            )
+    elif k is not None and isinstance(activation, Mapping | ActivationConfig):
+        own = dict(activation).get("k")
+        if own != k:
+            raise UserError(f"member: k is {k}, the activation's own is {own}; give one of them")
     data = {"gamma": weights, "activation": kind, "precondition": mapped, **fields}
     return MemberConfig.parse(data, where="member")
 
@@ -133,7 +131,7 @@ def fit(
     return fit_family(acts, [member], **run).saes[0]
 
 
-@own_settings()
+@own_settings
 def fit_family(
     acts: Acts,
     members: MemberConfig | Sequence[MemberConfig],

@@ -522,7 +522,7 @@ class Run:
         """config.json as it is written: `train`, `data`, `source`; of one SAE alone, what its files say."""
         if self.single:
             about = {"sae": self.config.to_dict()["sae"], "provenance": self.provenance.to_dict()}
-            return {**about, "source": self._measured.get("source")}
+            return about | {key: self._measured.get(key) for key in ("source", "data")}
         return _read(self.path / CONFIG, _RUN_CONFIG)
 
     @cached_property

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from wsae.acts.config import HarvestConfig, LiveConfig
 from wsae.acts.harvest import harvest
+from wsae.acts.language import fingerprint
 from wsae.acts.live import LiveSource
 from wsae.cli.main import main
+from wsae.core.cache import SMALL_BYTES
 from wsae.serve.model import model_of
 from wsae.train.config import TrainConfig
 from wsae.train.run import load_run, train_run
@@ -427,3 +429,57 @@ def test_an_array_behind_a_link_is_opened_again_by_its_name(tmp_path):
     run = str(tmp_path / "run")
     assert main(["train", str(tmp_path / "acts.npy"), "--out", run, *SMALL]) == 0
     assert main(["evaluate", run, "--draws", "20", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("target", [False, True])
+def test_an_array_that_changed_since_training_is_not_measured(target, tmp_path, capsys):
+    rows, run = tmp_path / "x.npy", str(tmp_path / "run")
+    y = tmp_path / "y.npy"
+    x = np.random.default_rng(0).normal(size=(600, 8)).astype("float32")
+    for path in (rows, y):
+        np.save(path, x)
+    sides = ["--hook-out", str(y)] if target else []
+    assert main(["train", str(rows), *sides, "--out", run, *SMALL]) == 0
+    evaluate = ["evaluate", run, "--draws", "20", "--device", "cpu"]
+    assert main(evaluate) == 0
+    np.save(y if target else rows, x[::-1])
+    capsys.readouterr()
+    assert main([*evaluate, "--seed", "1"]) == 2
+    assert "not as it was in training" in capsys.readouterr().err
+
+
+def test_a_model_is_known_by_its_weights_and_its_chat_template(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights, template = folder / "model.safetensors", folder / "chat_template.jinja"
+    found, formerly = set(), set()
+    for first, said in ((b"a", "x"), (b"b", "x"), (b"b", "y")):
+        weights.write_bytes(first + bytes(SMALL_BYTES))
+        template.write_text(said)
+        found.add(fingerprint(folder))
+        formerly.add(fingerprint(folder, formerly=True))
+    assert len(found) == 3
+    assert len(formerly) == 1
+
+
+def test_what_goes_on_elsewhere_than_it_began_is_told(tmp_path, capsys):
+    store, hooks = str(tmp_path / "acts"), ["layers.1.mlp.input", "layers.1.mlp", "layers.2.mlp"]
+    model, text = make_model(tmp_path / "model"), make_text(tmp_path / "text.jsonl")
+    where = ["--text", str(text), "--hook", *hooks, "--seq-len", "32", "--heldout-tokens", "64"]
+    assert main(["harvest", str(model), "--out", store, "--tokens", "600", *where]) == 0
+
+    def notes(out: str, given: str, *more: str) -> list[str]:
+        both = ["--hook", hooks[0], "--hook-out", given]
+        capsys.readouterr()
+        assert main(["train", store, *both, *SMALL, "--json", "--out", out, *more]) == 0
+        return json.loads(capsys.readouterr().out)["notes"]
+
+    first = str(tmp_path / "first")
+    alike = notes(first, hooks[1])
+    assert notes(str(tmp_path / "same"), hooks[1], "--init-from", first) == alike
+    told, *rest = notes(str(tmp_path / "other"), hooks[2], "--init-from", first)
+    assert rest == alike
+    assert told.startswith(
+        f"the SAE was trained at {hooks[1]}, these activations are of {hooks[2]}"
+    )

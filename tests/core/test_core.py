@@ -357,6 +357,23 @@ def _other_owner(path: Path) -> None:
     os.chown(path, 54321, 54321)
 
 
+def test_a_large_file_is_hashed_once_and_again_after_any_change(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WSAE_CACHE", str(tmp_path / "cache"))
+    path, read = tmp_path / "weights", []
+    path.write_bytes(bytes(cache.SMALL_BYTES + 1))
+    whole = cache.sha256_file
+    monkeypatch.setattr(cache, "sha256_file", lambda p: (read.append(p), whole(p))[1])
+    first, before = cache.content_digest(path), path.stat()
+    assert cache.content_digest(path) == first == whole(path)
+    assert read.count(path) == 1
+    with path.open("r+b") as file:  # of one size, and dated back
+        file.write(b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cache.content_digest(path) == whole(path) != first
+    monkeypatch.setenv("WSAE_CACHE", str(path))  # no folder: what cannot be kept is computed
+    assert cache.content_digest(path) == whole(path)
+
+
 SPOILED = {
     "cut": lambda entry: os.truncate(entry / "sub/code.so", 100),
     "zeroed": lambda entry: (entry / "sub/code.so").write_bytes(bytes(4000)),

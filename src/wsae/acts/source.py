@@ -31,9 +31,10 @@ from wsae.acts.stream import (
 from wsae.acts.tables import arrow_batches, arrow_errors
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import CONFIG, MANIFEST
+from wsae.core.cache import content_digest
 from wsae.core.calls import numbers
 from wsae.core.errors import UserError
-from wsae.core.files import digest, sha256_file, whole
+from wsae.core.files import digest, whole
 from wsae.core.progress import Progress, quiet
 from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor, mapped_npy, npz_arrays
@@ -177,9 +178,11 @@ class ArraySource:
         return digest([content, self._n_heldout, self._seed, self._name, *more])
 
     def describe(self) -> dict[str, Any]:
-        """Return the file's place, if it is one."""
-        path = None if self._path is None else whole(self._path)
-        return {"kind": "array", "path": path, "hooks": [self._name]}
+        """Return the place and content of the file, if it is one."""
+        told = {"kind": "array", "path": None, "hooks": [self._name]}
+        if self._path is None:
+            return told
+        return {**told, "path": whole(self._path), "content": self._rows.digest()}
 
     def _train(self, index: Int[np.ndarray, " rows"]) -> Batch:
         return {self._name: self._take(self._place(index + self._n_heldout))}
@@ -234,8 +237,8 @@ class RowMatrix:
     def digest(self) -> str:
         """Return a hash of the files."""
         if len(self._files) == 1:
-            return sha256_file(self._files[0])
-        return digest([[path.name, sha256_file(path)] for path in self._files])
+            return content_digest(self._files[0])
+        return digest([[path.name, content_digest(path)] for path in self._files])
 
 
 def _heldout(name: str, rows: RowMatrix, index: Int[np.ndarray, " rows"], each: int) -> HeldoutRows:
@@ -609,9 +612,9 @@ class JoinedSource:
         """Return the held-out sequences' tokens, as the source has them."""
         return self.whole.tokens()
 
-    def digest(self) -> str:
-        """Return a name for the data and the order of the hooks."""
-        return digest([self.whole.digest(), list(self.parts)])
+    def digest(self, **how: bool) -> str:
+        """Return a name for the data, told how as the source itself, and the order of the hooks."""
+        return digest([self.whole.digest(**how), list(self.parts)])
 
     def describe(self) -> dict[str, Any]:
         """Return where the data come from."""
@@ -726,6 +729,28 @@ def side_by_side(*sources: ActivationSource) -> JoinedSource:
         if all(apart) and len({*apart}) == len(apart):
             return JoinedSource(AlignedSource(*sources, apart=apart))
     return JoinedSource(AlignedSource(*sources))  # which says which hook is there twice
+
+
+def as_described(source: ActivationSource, record: Mapping[str, Any], named: str | None) -> bool:
+    """Return whether data are those of a `describe()`, which had the digest `named`.
+
+    Arrays are compared by their files: labels and splits are no longer at hand. What an earlier version recorded is
+    taken as it was.
+    """
+    if arrays := _contents(record):
+        return all(
+            a in (None, b) for a, b in zip(arrays, _contents(source.describe()), strict=True)
+        )
+    known: Any = source
+    live = hasattr(getattr(source, "whole", source), "language")
+    return named in (None, source.digest()) or (live and named == known.digest(formerly=True))
+
+
+def _contents(record: Mapping[str, Any]) -> list[str | None]:
+    """Return the digest of each array's files in a record of data; None where there is none."""
+    parts = [record["of"]] if record.get("kind") == "joined" else record.get("sources", ())
+    own = [record.get("content")] if record.get("kind") == "array" else []
+    return own + [found for part in parts for found in _contents(part)]
 
 
 def open_source(

@@ -48,7 +48,8 @@ def measured(target: Path, asked: GivenText, common: Common, ui: UI) -> Run:
         return opened
     where = device(common.device)
     data = data_of(opened, where, None, asked, common.seed)
-    if opened.has(EVALUATION_PART) and opened.source == data.describe():
+    same = opened.has(EVALUATION_PART) and opened.source == data.describe()
+    if same and opened.record["data"] in (None, data.digest()):
         return opened
     cfg = EvalConfig(seed=common.seed)
     evaluate_run(opened.path, data, cfg, behind(data, where), ui.progress, where)
@@ -68,24 +69,32 @@ def class_scores(
     return {"classes": score_run(run, source, labels, found, progress)}
 
 
-def strangers(model: str | None, hook: str | None, data: "ActivationSource") -> list[str]:
-    """Return what speaks against an SAE of this model and hook on these activations; nothing for arrays."""
+def strangers(
+    model: str | None,
+    hook: str | None,
+    data: "ActivationSource",
+    here: str | None = None,
+    so: str = "the scores say nothing of the SAE",
+) -> list[str]:
+    """Return what speaks against an SAE of this model and hook on the activations of `here`; nothing for arrays.
+
+    `here` is by default the data's first hook; `so`: what follows.
+    """
     place = data.describe()
     theirs = _model_of(place)
     if theirs is None:
         return []
     notes = []
-    (here, *_) = data.hooks
+    here = here or next(iter(data.hooks))
     if hook is not None and among(hook, [here], sure=True) is None:
         most = ", as in most kinds of models," if among(hook, [here]) else ""
         notes.append(
             f"the SAE was trained at {hook}, these activations are of {here}: unless that{most} is the same place in "
-            "the model, the scores say nothing of the SAE"
+            f"the model, {so}"
         )
     if model is not None and _model(model) != _model(str(theirs)):
         notes.append(
-            f"the SAE was trained on {model}, these activations are of {theirs}: unless that is the same model, the "
-            "scores say nothing of the SAE"
+            f"the SAE was trained on {model}, these activations are of {theirs}: unless that is the same model, {so}"
         )
     return notes
 

@@ -27,9 +27,10 @@ from wsae.cli.common import (
     config_values,
     flag_name,
 )
+from wsae.core.artifact import TINY_MODEL, kind_of
 from wsae.core.config import FLAGS, Config
 from wsae.core.errors import UserError, understood
-from wsae.run import CONFIG, MANIFEST, Run
+from wsae.run import CONFIG, Run
 from wsae.sae.config import (
     KINDS,
     GammaConfig,
@@ -359,7 +360,7 @@ def is_data(source: str) -> bool:
     if path.is_dir():
         of_model = ("config.json", "adapter_config.json", "model_index.json", "modules.json")
         known = any((path / name).exists() for name in of_model) or any(path.glob("*.gguf"))
-        return (path / MANIFEST).exists() or not known
+        return not known or kind_of(path) not in (None, TINY_MODEL)
     return path.exists() and path.suffix != ".gguf"
 
 
@@ -564,25 +565,20 @@ def _about(opened: Run) -> Provenance:
 
 def reopen(run: Path, device: str, elsewhere: str | None = None) -> "ActivationSource":
     """Return the source that a run was trained on, as its config.json describes it, or `elsewhere` in its place."""
+    from wsae.acts.source import as_described
+
     opened = Run(run)
     if opened.single and (elsewhere is not None or not opened.source):
         return of_single(opened, elsewhere)
     with understood(opened.manifest and run / CONFIG):
         data = _recorded(run, opened.source, device, elsewhere)
-        trained = opened.record.get("data")
-        alike = elsewhere is not None or trained is None or _of_arrays(opened.source)
-        if not alike and trained != data.digest():
+        own = elsewhere is None and not opened.single
+        if own and not as_described(data, opened.source, opened.record.get("data")):
             raise UserError(
-                f"{run}: its store, text or model is not as it was in training (files differ); put it back, or name "
-                "other data with --source"
+                f"{run}: its array, store, text or model is not as it was in training (files differ); put it back, or "
+                "name other data with --source"
             )
         return data
-
-
-def _of_arrays(record: dict[str, Any]) -> bool:
-    """Return whether data are not compared with those of training: arrays would be read whole for it."""
-    parts = [record["of"]] if record.get("kind") == "joined" else record.get("sources", ())
-    return record.get("kind") == "array" or any(map(_of_arrays, parts))
 
 
 def _recorded(
@@ -720,7 +716,7 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
     language = language_for(cfg, device)
-    store.check_model(language.digest)
+    store.check_model(language.digest, language.formerly)
     return language
 
 

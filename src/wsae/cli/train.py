@@ -1,6 +1,7 @@
 """`wsae train`: a family of SAEs over the same batches."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from wsae.cli.common import (
     device,
     mirrored,
 )
+from wsae.cli.evaluate import strangers
 from wsae.cli.live import (
     LiveFlags,
     MixingFlags,
@@ -157,7 +159,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         from wsae.train.parallel.run import train_parallel
 
         with together(flags.common, flags.out, ui, flags.mesh) as world:
-            cfg, source, start = _opened(flags, world.device)
+            cfg, source, start, strange = _opened(flags, world.device)
             if world.first:
                 _tell_cost(cfg, source, world.device, ui)
             progress = ui.progress if world.first else quiet
@@ -172,7 +174,7 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         from wsae.train.run import train_run
 
         where = device(flags.common.device)
-        cfg, source, start = _opened(flags, where)
+        cfg, source, start, strange = _opened(flags, where)
         _tell_cost(cfg, source, where, ui)
         with mirrored(loggers, ui):
             train_run(cfg, source, flags.out, ui.progress, flags.resume, where, start)
@@ -180,15 +182,16 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     for row in read_json_lines(flags.out / METRICS_FILE):
         kept = {name: row[name] for name in ("step", "tokens", *SHOWN) if name in row}
         found.setdefault(row["hook"], {})[row["member"]] = kept
-    return {"run": str(flags.out), "members": found, "notes": _notes(cfg, source)}
+    return {"run": str(flags.out), "members": found, "notes": [*strange, *_notes(cfg, source)]}
 
 
 class _Opened(NamedTuple):
-    """A run's config, its data, and what it starts from."""
+    """A run's config, its data, what it starts from, and what speaks against starting so."""
 
     cfg: TrainConfig
     source: "ActivationSource"
     start: "Start | None"
+    strange: list[str]
 
 
 def _opened(flags: Flags, where: str) -> _Opened:
@@ -209,7 +212,7 @@ def _opened(flags: Flags, where: str) -> _Opened:
     else:
         source = open_data(flags.source, flags.live, flags.mixing, seed, where, **rest)
     source = labelled(source, flags.labels)
-    start = _start(flags, [*(hook_out or source.hooks)])
+    start, strange = _start(flags, hook_out or dict.fromkeys(source.hooks), source)
     cfg = config(flags, source.n_rows, start)
     if hook_out or parts:
         both = {"hook_out": hook_out, "crosscoder": parts}
@@ -219,7 +222,7 @@ def _opened(flags: Flags, where: str) -> _Opened:
             out = cfg.given(hook)
             d_out = None if out is None else source.hooks[out]
             member.sae_config(source.hooks[hook], d_out, cfg.crosscoder)
-    return _Opened(cfg, source, start)
+    return _Opened(cfg, source, start, strange)
 
 
 def _named_as_begun(flags: Flags) -> dict[str, object]:
@@ -245,19 +248,26 @@ def _alone(flags: Flags) -> None:
             )
 
 
-def _start(flags: Flags, hooks: list[str]) -> "Start | None":
-    """Return the SAE of each hook that --init-from names, or that the run to resume started from."""
+class _Begun(NamedTuple):
+    """The SAEs to start from, and what speaks against them here."""
+
+    start: "Start | None" = None
+    strange: list[str] = []
+
+
+def _start(flags: Flags, hooks: Mapping[str, str | None], source: "ActivationSource") -> _Begun:
+    """Return the SAE of each hook {hook: what a transcoder gives} that --init-from names, or the resumed run began."""
     address = flags.init_from
     if address is None and flags.resume and (flags.out / CONFIG).exists():
         address = Run(flags.out).source.get("init_from")
     if address is None:
-        return None
-    from wsae.interop.saes import open_run
+        return _Begun()
+    from wsae.interop.saes import about_sae, open_run
     from wsae.sae.model import SAE
     from wsae.train.family import Start
 
-    found, saes = open_run(address), {}
-    for hook in hooks:
+    found, saes, strange = open_run(address), {}, []
+    for hook, out in hooks.items():
         if found.single and len(hooks) > 1:
             raise UserError(
                 f"--init-from {address}: is one SAE, and there are {len(hooks)} hooks; name one with --hook"
@@ -274,9 +284,15 @@ def _start(flags: Flags, hooks: list[str]) -> "Start | None":
                 f"--init-from {address}: {len(names)} SAEs at {there} ({few}); give one: "
                 f"{Path(address) / MEMBERS / there / names[0]}"
             )
-        saes[hook] = SAE.load(found.place(there, names[0]))
+        place = found.place(there, names[0])
+        saes[hook], about = SAE.load(place), about_sae(place)
+        so = "it begins as good as anew"
+        if saes[hook].cfg.sources is None:  # whose names are compared with the data's
+            strange += strangers(about.model, about.hook, source, hook, so)
+        if out is not None:
+            strange += strangers(None, about.hook_out, source, out, so)
     local = Path(address)
-    return Start(saes, str(local.resolve()) if local.exists() else address)
+    return _Begun(Start(saes, str(local.resolve()) if local.exists() else address), strange)
 
 
 _MANY = 3

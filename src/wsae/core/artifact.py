@@ -28,6 +28,8 @@ from wsae.core.files import (
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+TINY_MODEL = "tiny-model"
+"""The kind of a folder that is a model of transformers too, with a manifest of ours."""
 
 # The files of a run, which its stages write and `wsae.run.Run` reads.
 

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from wsae.core.files import flush, sha256_file
+from wsae.core.files import digest, flush, sha256_file
 
 LIST = "files.json"
 """The list of an entry: {name: sha256}."""
@@ -59,6 +59,30 @@ def cached(part: str, key: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         reason = _told(error)
     return cached_privately(part, key, make, reason)
+
+
+SMALL_BYTES, _SHA256 = 1 << 22, "sha256"
+
+
+def content_digest(path: Path) -> str:
+    """Return a file's SHA-256; that of a large file is kept until its place, size or one of its times is another.
+
+    The time of its last change is the system's own: neither a copy nor a program that sets times brings it back.
+    """
+    found = path.stat()
+    if found.st_size <= SMALL_BYTES:
+        return sha256_file(path)
+    times = found.st_mtime_ns, found.st_ctime_ns
+
+    def make(entry: Path) -> None:
+        (entry / _SHA256).write_text(sha256_file(path))
+
+    key = digest([os.fsencode(path.resolve()).hex(), found.st_ino, found.st_size, *times])
+    try:
+        entry = _entry(_own_folder("digests"), key, make)
+        return (entry / _SHA256).read_text()
+    except OSError:  # a cache that cannot be used, or a full disk, costs time alone
+        return sha256_file(path)
 
 
 def kept(part: str, key: str) -> Path:

@@ -1,25 +1,44 @@
 """What a call from Python brings: numbers in any container, a device, PyTorch set otherwise than at its start."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wsae.core.errors import UserError, reason
+from wsae.core.progress import quiet
 
 REAL = "fiu"
 """NumPy's kinds of real numbers."""
 
 
-@contextlib.contextmanager
-def own_settings() -> Iterator[None]:
-    """Set aside what the caller has set for all of PyTorch, inside: our numbers must not depend on it.
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    That is the default type and device, autocast, inference mode and switched-off gradients. Serves as a decorator.
+
+def own_settings(call: Callable[P, R]) -> Callable[P, R]:
+    """Make a call set aside what the caller has set for all of PyTorch: our numbers must not depend on it.
+
+    That is the default type and device, autocast, inference mode and switched-off gradients. Raises UserError for a
+    `progress` that cannot be called.
     """
+
+    @functools.wraps(call)
+    def made(*args: P.args, **named: P.kwargs) -> R:
+        if not callable(progress := named.get("progress", quiet)):
+            raise UserError(f"progress: {progress!r}; give wsae.progress, or leave it out")
+        with _usual_settings():
+            return call(*args, **named)
+
+    return made
+
+
+@contextlib.contextmanager
+def _usual_settings() -> Iterator[None]:
     default = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():

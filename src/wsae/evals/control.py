@@ -215,11 +215,11 @@ def random_model(
     members = dict(zip(train.names(), train.members, strict=True))
     alone = members[member].model_copy(update={"label": name})
     train = train.model_copy(update={"members": (alone,), "init_from": None, "loss": None})
-    known, identity = place / IDENTITY, digest([cfg.to_dict(), language.digest, train.to_dict()])
+    live, run, store = LiveSource(cfg, language=language), place / "run", place / "store"
+    known, identity = place / IDENTITY, digest([live.digest(), train.to_dict()])
     if place.is_dir() and (not known.is_file() or read_json(known) != identity):
         shutil.rmtree(place)  # of another model, text or training
     write_json(known, identity)
-    live, run, store = LiveSource(cfg, language=language), place / "run", place / "store"
     if not (run / MANIFEST).exists():
         data = live
         if not isinstance(source, LiveSource):

@@ -570,7 +570,7 @@ class Recovery:
     direction_signed."""
 
 
-@own_settings()
+@own_settings
 @torch.no_grad()
 def recovery(
     sae: SAE,
@@ -604,7 +604,7 @@ def recovery(
     return score_codes(truth, latents, sae.W_dec, sae.decode(latents, acts), alone, cfg)
 
 
-@own_settings()
+@own_settings
 @torch.no_grad()
 def score_codes(
     truth: GroundTruth,

@@ -23,7 +23,7 @@ from wsae.acts.source import (
     is_folder_of_arrays,
     open_source,
 )
-from wsae.acts.stream import HeldOut, Language, Pictures
+from wsae.acts.stream import ActivationSource, HeldOut, Language, Pictures
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import (
     ARRAYS,
@@ -240,7 +240,7 @@ def _latent(latent: int, found: Measured, member: str, twin: str | None) -> Json
     }
 
 
-@own_settings()
+@own_settings
 def evaluate(
     sae: SAE,
     acts: object,
@@ -295,7 +295,7 @@ def _as_numpy(arrays: dict[str, Tensor]) -> dict[str, np.ndarray]:
     }
 
 
-@own_settings()
+@own_settings
 def evaluate_run(
     run: Path,
     source: HeldOut,
@@ -324,8 +324,9 @@ def evaluate_run(
     inputs = {f"heldout/{hook}": entry["data"] for hook, entry in found.record["hooks"].items()}
     info = {}
     if opened.single:  # which knows no data of its own
-        described = getattr(source, "describe", dict)()
-        info = {"hook": next(iter(subject)), "source": described}
+        info = {"hook": next(iter(subject)), "source": {}}
+        if isinstance(source, ActivationSource):
+            info |= {"source": source.describe(), "data": source.digest()}
     write_part(run, EVALUATION_PART, cfg, files, inputs, info)
     return found.record
 

@@ -90,7 +90,7 @@ class SAE(nn.Module):
     gamma: Tensor
     threshold: Tensor
 
-    @own_settings()
+    @own_settings
     def __init__(self, cfg: SAEConfig, seed: int = 0, encoder_scale: float = 1.0) -> None:
         """Start with random unit decoder rows and (untied) the encoder `encoder_scale` times their transpose."""
         super().__init__()
@@ -424,7 +424,7 @@ class SAE(nn.Module):
         write_manifest(path, "sae", self.cfg.to_dict(), [WEIGHTS, CONFIG, *beside])
 
     @classmethod
-    @own_settings()
+    @own_settings
     def load(cls, path: Path | str) -> "SAE":
         """Read an SAE from a directory or `hub:owner/name`, in float32 whatever type it was saved in.
 

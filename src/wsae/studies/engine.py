@@ -359,11 +359,13 @@ def reproduce_study(study: PaperStudy[Any], out: Path) -> tuple[dict[str, Any], 
     """
     study.introduce()
     runs = study.run()
+    done = {"runs": [str(run.path) for run in runs], "config": study.cfg.to_dict()}
+    if not study.stages():  # what all runs read was asked for alone
+        return done, []
     rows = [row for run in runs for row in study.rows(run)]
     results = study.results(rows)
     write_json(out / ROWS, rows)
     write_text(out / TABLES, markdown(results["tables"]))
-    done = {"runs": [str(run.path) for run in runs], "config": study.cfg.to_dict()}
     return {**results, **done}, [out / ROWS, out / TABLES, *study.draw(rows, out)]
 
 

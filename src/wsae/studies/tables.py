@@ -26,7 +26,7 @@ from wsae.acts.language import LanguageModel, language_for, load_tokenizer, loca
 from wsae.acts.live import LiveSource
 from wsae.acts.source import StoreSource
 from wsae.acts.text import documents
-from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.artifact import MANIFEST, TINY_MODEL, read_manifest, write_manifest
 from wsae.core.config import Config
 from wsae.core.errors import UserError
 from wsae.core.hub import hub_reachable, quiet_hub
@@ -118,13 +118,12 @@ def _reachable(cfg: StudyConfig) -> None:
 WIDTH, LAYERS, VOCABULARY = 32, 2, 512
 _DOCUMENTS = 200
 """Documents the tokenizer is trained on."""
-READY = "tiny-model"
 
 
 def tiny_model(place: Path, seed: int = 0) -> Path:
     """Write a GPT-NeoX model (as Pythia) of random weights with a tokenizer to `place`, unless it is there."""
     if place.exists() and (place / MANIFEST).exists():
-        read_manifest(place, READY)
+        read_manifest(place, TINY_MODEL)
         return place
     shutil.rmtree(place, ignore_errors=True)  # what a killed command left
     import torch
@@ -146,7 +145,7 @@ def tiny_model(place: Path, seed: int = 0) -> Path:
         model.save_pretrained(place)
     tokenizer.save_pretrained(place)
     files = [path.name for path in place.iterdir() if path.is_file()]
-    write_manifest(place, READY, {"seed": seed, "width": WIDTH, "layers": LAYERS}, files)
+    write_manifest(place, TINY_MODEL, {"seed": seed, "width": WIDTH, "layers": LAYERS}, files)
     return place
 
 

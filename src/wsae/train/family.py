@@ -272,12 +272,7 @@ def initial_gamma(
         case "variance":
             return gamma_from_proxy(cfg, inputs.variance)
         case "consistency":
-            if stats.consistency is None:
-                raise UserError(
-                    "gamma rule consistency needs labels, one class per row; give --labels FILE, or a store of "
-                    "labelled images"
-                )
-            return gamma_from_proxy(cfg, stats.consistency)
+            return gamma_from_proxy(cfg, _consistency(stats))
         case "vector":
             assert cfg.vector is not None
             if len(cfg.vector) != kept.d_in:
@@ -291,6 +286,19 @@ def initial_gamma(
             return gamma_from_residual(cfg, residual.covariance)
         case "gap" | "whiten":
             return _from_covariance(cfg, inputs, covariance)
+
+
+def _consistency(stats: SourceStats) -> Float64[Tensor, " d_in"]:
+    found = stats.consistency
+    if found is None:
+        raise UserError(
+            "gamma rule consistency needs labels, one class per row; give --labels FILE, or a store of labelled images"
+        )
+    if len(found) > 1 and bool((found == found[0]).all()):
+        raise UserError(
+            "gamma rule consistency: every dimension has the same, as where all rows are of one class; give others"
+        )
+    return found
 
 
 def _from_covariance(

@@ -206,7 +206,7 @@ class RunResult:
     saes: dict[str, dict[str, SAE]]
 
 
-@own_settings()
+@own_settings
 def train_run(
     cfg: TrainConfig,
     source: ActivationSource,

@@ -126,7 +126,8 @@ def make_data(cfg: PretrainConfig, images: ImageSet) -> Data:
     if len(train) < cfg.batch_size:
         raise UserError(
             f"images {cfg.images.path}: {len(train)} to train on are fewer than a batch of {cfg.batch_size}; "
-            f"use --batch-size {max(2, len(train))} or less, or more images"
+            + (f"use --batch-size {len(train)} or less, or " if len(train) > 1 else "")
+            + "give more images"
         )
     labels, classes, several = None, 0, False
     if images.labels is not None:

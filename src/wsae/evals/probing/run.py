@@ -164,7 +164,7 @@ def _tell_documents(
     return found
 
 
-@own_settings()
+@own_settings
 def probe(
     sae: SAE | Mapping[str, SAE],
     acts: object,
