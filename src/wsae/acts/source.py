@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from wsae.acts.stream import (
     ShuffledStream,
     State,
 )
-from wsae.acts.tables import arrow_batches, arrow_errors
+from wsae.acts.tables import arrow_matrices
 from wsae.acts.tokens import TokenTable
 from wsae.core.artifact import CONFIG, MANIFEST
 from wsae.core.cache import content_digest
@@ -40,9 +40,6 @@ from wsae.core.seeds import Permutation, seed_for
 from wsae.core.tensors import MappedTensor, mapped_npy, npz_arrays
 from wsae.core.torchfile import map_tensors
 from wsae.stats.moments import check_finite
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # An array [n, seq, d_in] is read as n * seq rows. Files in a folder are one matrix, in the natural
 # order of their names.
@@ -374,41 +371,8 @@ def _safetensors(path: Path) -> list[Part]:
 
 
 def _arrow(path: Path) -> list[Part]:
-    """Return the only column of floating-point lists, a part for each batch of the file, mapped."""
-    found: dict[str, list[Part]] = {}
-    with arrow_errors(str(path), "Arrow"):
-        for batch in filter(len, arrow_batches(path, _of_numbers)):
-            for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                found.setdefault(name, []).append(_unpacked(column, f"{path}: column {name}"))
-    return found[_chosen({name: parts[0].shape for name, parts in found.items()}, path)]
-
-
-def _of_numbers(schema: "pa.Schema") -> list[str]:
-    """Return the columns whose cells are lists, or lists of lists, of floating-point numbers."""
-    from pyarrow import types
-
-    names = []
-    for column in schema:
-        kind = getattr(column.type, "storage_type", column.type)  # of a type with a name
-        while (within := getattr(kind, "value_type", None)) is not None:
-            kind = within
-        if types.is_floating(kind):
-            names.append(str(column.name))
-    return names
-
-
-def _unpacked(column: Any, where: str) -> np.ndarray:
-    """Return a column's numbers as an array that looks into the file."""
-    from pyarrow.compute import call_function
-
-    column, shape = getattr(column, "storage", column), [len(column)]
-    while hasattr(column.type, "value_type"):
-        lengths = set(call_function("list_value_length", [column]).unique().to_pylist())
-        if len(lengths) != 1 or None in lengths:
-            raise UserError(f"{where}: lists of several lengths, or none; rows need one width")
-        shape.append(lengths.pop())
-        column = column.flatten()
-    return column.to_numpy(zero_copy_only=True).reshape(shape)
+    found = arrow_matrices(path)
+    return [*found[_chosen({name: parts[0].shape for name, parts in found.items()}, path)]]
 
 
 def _chosen(shapes: Mapping[str, Sequence[int] | None], path: Path) -> str:
@@ -612,9 +576,9 @@ class JoinedSource:
         """Return the held-out sequences' tokens, as the source has them."""
         return self.whole.tokens()
 
-    def digest(self, **how: bool) -> str:
-        """Return a name for the data, told how as the source itself, and the order of the hooks."""
-        return digest([self.whole.digest(**how), list(self.parts)])
+    def digest(self) -> str:
+        """Return a name for the data and the order of the hooks."""
+        return digest([self.whole.digest(), list(self.parts)])
 
     def describe(self) -> dict[str, Any]:
         """Return where the data come from."""
@@ -734,16 +698,13 @@ def side_by_side(*sources: ActivationSource) -> JoinedSource:
 def as_described(source: ActivationSource, record: Mapping[str, Any], named: str | None) -> bool:
     """Return whether data are those of a `describe()`, which had the digest `named`.
 
-    Arrays are compared by their files: labels and splits are no longer at hand. What an earlier version recorded is
-    taken as it was.
+    Arrays are compared by their files: labels and splits are no longer at hand.
     """
     if arrays := _contents(record):
         return all(
             a in (None, b) for a, b in zip(arrays, _contents(source.describe()), strict=True)
         )
-    known: Any = source
-    live = hasattr(getattr(source, "whole", source), "language")
-    return named in (None, source.digest()) or (live and named == known.digest(formerly=True))
+    return named in (None, source.digest())
 
 
 def _contents(record: Mapping[str, Any]) -> list[str | None]:

@@ -378,9 +378,9 @@ class Store:
         """Return whether rows come from images, so that a sequence's number is an image's."""
         return self.info.get("kind") == "images"
 
-    def check_model(self, *digests: str) -> None:
-        """Raise UserError where a model of these digests is not the one that the activations are of."""
-        if self.manifest.inputs["model"] not in digests:
+    def check_model(self, digest: str) -> None:
+        """Raise UserError where a model of this digest is not the one that the activations are of."""
+        if digest != self.manifest.inputs["model"]:
             raise UserError(
                 f"{self.path}: its activations are of another model than {self.manifest.config['model']} is now "
                 "(files differ); put it back, or harvest again"

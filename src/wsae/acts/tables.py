@@ -1,4 +1,4 @@
-"""Records from columns: parquet and Arrow files (a few rows at a time), CSV, and hub datasets (streamed)."""
+"""Columns of files: records of parquet and Arrow (a few rows at a time), CSV, hub datasets (streamed); numbers of Arrow."""
 
 import contextlib
 import csv
@@ -318,6 +318,44 @@ def arrow_batches(
             chosen = batch.select(names(reader.schema))
             chosen.validate(full=True)  # a damaged one would end the process
             yield chosen
+
+
+def arrow_matrices(path: Path) -> dict[str, list[np.ndarray]]:
+    """Return the columns of floating-point lists of an Arrow file, an array for each batch that looks into the file."""
+    found: dict[str, list[np.ndarray]] = {}
+    with arrow_errors(str(path), "Arrow"):
+        for batch in filter(len, arrow_batches(path, _of_numbers)):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                found.setdefault(name, []).append(_unpacked(column, f"{path}: column {name}"))
+    return found
+
+
+def _of_numbers(schema: "pa.Schema") -> list[str]:
+    """Return the columns whose cells are lists, or lists of lists, of floating-point numbers."""
+    from pyarrow import types
+
+    names = []
+    for column in schema:
+        kind = getattr(column.type, "storage_type", column.type)  # of a type with a name
+        while (within := getattr(kind, "value_type", None)) is not None:
+            kind = within
+        if types.is_floating(kind):
+            names.append(str(column.name))
+    return names
+
+
+def _unpacked(column: Any, where: str) -> np.ndarray:
+    """Return a column's numbers as an array that looks into the file."""
+    from pyarrow.compute import call_function
+
+    column, shape = getattr(column, "storage", column), [len(column)]
+    while hasattr(column.type, "value_type"):
+        lengths = set(call_function("list_value_length", [column]).unique().to_pylist())
+        if len(lengths) != 1 or None in lengths:
+            raise UserError(f"{where}: lists of several lengths, or none; rows need one width")
+        shape.append(lengths.pop())
+        column = column.flatten()
+    return column.to_numpy(zero_copy_only=True).reshape(shape)
 
 
 def _columns(schema: "pa.Schema", where: str, field: str) -> list[str]:

@@ -72,7 +72,7 @@ class SaeFlags(Config):
             changed_hook(hook, saes[hook], outs)  # before a model is loaded
         language = load_language(model, device=device)
         for store in () if self.model else filter(None, map(stored, runs)):
-            store.check_model(language.digest, language.formerly)
+            store.check_model(language.digest)
         return Opened(language, saes, outs, as_trained(runs[0], language))
 
 

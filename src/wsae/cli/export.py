@@ -39,8 +39,7 @@ class Flags(Config):
 def run(flags: Flags, ui: UI) -> dict[str, Any]:  # noqa: ARG001  (every command takes the terminal)
     """Export and return what was written where, and what was refused why."""
     from wsae.core.errors import UserError
-    from wsae.interop.format import NoEqual
-    from wsae.interop.saes import KINDS, choose
+    from wsae.interop.saes import KINDS, NoEqual, choose
 
     chosen = choose(flags.sae, flags.member, flags.hook, flags.all)
     refused: list[dict[str, str]] = []

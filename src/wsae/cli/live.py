@@ -716,7 +716,7 @@ def language_of(source: "ActivationSource", device: str) -> "LanguageModel | Non
 
     cfg = HarvestConfig.parse(store.manifest.config, where="store")
     language = language_for(cfg, device)
-    store.check_model(language.digest, language.formerly)
+    store.check_model(language.digest)
     return language
 
 

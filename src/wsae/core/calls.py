@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from wsae.core.errors import UserError, reason
-from wsae.core.progress import quiet
 
 REAL = "fiu"
 """NumPy's kinds of real numbers."""
@@ -29,8 +28,8 @@ def own_settings(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def made(*args: P.args, **named: P.kwargs) -> R:
-        if not callable(progress := named.get("progress", quiet)):
-            raise UserError(f"progress: {progress!r}; give wsae.progress, or leave it out")
+        if "progress" in named and not callable(named["progress"]):
+            raise UserError(f"progress: {named['progress']!r}; give wsae.progress, or leave it out")
         with _usual_settings():
             return call(*args, **named)
 

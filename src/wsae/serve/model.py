@@ -49,7 +49,7 @@ def model_of(run: Path) -> ModelName:
     if not is_local(name):
         return ModelName("", f"the model {name} is not on this machine")
     made = store.get("inputs", {}).get("model")
-    if made not in (None, fingerprint_of(name), fingerprint_of(name, formerly=True)):
+    if made not in (None, fingerprint_of(name)):
         return ModelName("", f"the model {name} is another than it was in training (files differ)")
     return ModelName(name, "")
 
@@ -75,11 +75,11 @@ def is_local(name: str) -> bool:
         return False
 
 
-def fingerprint_of(name: str, formerly: bool = False) -> str:
+def fingerprint_of(name: str) -> str:
     """Return a digest of a local model's files (see `wsae.acts.language.fingerprint`)."""
     from wsae.acts.language import fingerprint, locate
 
-    return fingerprint(locate(name), formerly)
+    return fingerprint(locate(name))
 
 
 def load(name: str, device: str) -> "LanguageModel":

@@ -274,7 +274,7 @@ class StudyConfig(Config):
 
 # The sizes of the tables and of the wider study: tiny (seconds), small (two cores), paper.
 
-TINY_MODEL = "model"
+MODEL_FOLDER = "model"
 """Directory, under the output directory, of the model that the preset tiny makes."""
 
 TABLE_SAES: dict[Preset, TableSAEs] = {
@@ -402,7 +402,7 @@ def _harvest(name: StudyName, preset: Preset, out: Path, choices: TableChoices) 
         return {**manifest.config, "hooks": choices.hooks or tuple(manifest.info["hooks"])}
     data = dict(HARVESTS[preset])
     if preset == "tiny":
-        data["model"] = str(out / TINY_MODEL)
+        data["model"] = str(out / MODEL_FOLDER)
     if preset == "paper":
         data["hooks"] = PAPER_HOOKS[name]
         data["model"] = LLAMA if name == "table3" else data["model"]
