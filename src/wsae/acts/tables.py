@@ -1,4 +1,4 @@
-"""Columns of files: records of parquet and Arrow (a few rows at a time), CSV, hub datasets (streamed); numbers of Arrow."""
+"""Columns of files: records of Parquet and Arrow (a few rows at a time), CSV, hub datasets (streamed); Arrow's numbers."""
 
 import contextlib
 import csv
