@@ -1,4 +1,4 @@
-"""Columns of files: records of Parquet and Arrow (a few rows at a time), CSV, hub datasets (streamed); Arrow's numbers."""
+"""Columns of files: records of Parquet, Arrow (a few rows at a time), CSV and hub datasets; numbers of Arrow."""
 
 import contextlib
 import csv
