@@ -392,7 +392,7 @@ def test_the_card_says_what_it_is_of_and_names_formats_that_have_its_like(
 ):
     from wsae.core.artifact import read_manifest
     from wsae.interop.card import card
-    from wsae.interop.saes import KINDS
+    from wsae.interop.saes import KINDS, takers
 
     made = {"d_in": 4, "d_sae": 8, "activation": {"kind": "relu"}, **cfg}
     if noun != "sparse autoencoder":
@@ -400,12 +400,25 @@ def test_the_card_says_what_it_is_of_and_names_formats_that_have_its_like(
     sae = SAE(SAEConfig.parse(made, where="test"))
     about = Provenance(model="m", hook="h", hook_out="o" if noun == "transcoder" else None)
     sae.save(tmp_path / "sae", about)
-    text = card("me/x", {"": read_manifest(tmp_path / "sae", "sae")}, {"": about})
+    manifest = read_manifest(tmp_path / "sae", "sae")
+    text = card("me/x", {"": manifest}, {"": about}, takers(sae, about))
     assert f"A {noun} trained on activations of m at h" in text
     assert ("which gives those of o" in text) == (noun == "transcoder")
     assert gives in text
     assert f"--format {form} --out DIR`" in text
     KINDS[form].pack(sae, about)  # it has an equal there
+
+
+def test_the_card_names_no_format_that_refuses_the_sae(tmp_path):
+    from wsae.interop.card import write_folder
+
+    sources = [{"name": "a", "width": 2}, {"name": "b", "width": 2}]
+    made = {"d_in": 4, "d_sae": 8, "activation": {"kind": "topk", "k": 2}, "sources": sources}
+    SAE(SAEConfig.parse(made, where="test")).save(tmp_path / "sae")
+    write_folder(choose(tmp_path / "sae"), tmp_path / "hub", "me/x")
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "No other tool has its equal." in text
+    assert "--format" not in text
 
 
 def test_addresses_on_the_hub():

@@ -12,7 +12,7 @@ from wsae.core.errors import UserError
 from wsae.core.files import write_json, write_text
 from wsae.core.hub import key_from, quiet_hub, told
 from wsae.interop.config import INDEX
-from wsae.interop.saes import Chosen
+from wsae.interop.saes import Chosen, takers
 from wsae.sae.config import Provenance
 from wsae.sae.model import SAE
 
@@ -71,12 +71,6 @@ _TITLES = {
     "ce_delta": "CE increase, nats",
     "ce_loss_recovered_zero": "CE loss recovered",
 }
-_FORMATS = {
-    "sparse autoencoder": "saelens --out DIR` (or sparsify, dictionary_learning)",
-    "transcoder": "sparsify --out DIR` (or circuit_tracer)",
-    "crosscoder": "crosscoder --out DIR`",
-}
-"""What an SAE is called, and what others write the like as."""
 _SHAPE = ("SAE", "d_in", "d_sae", "activation", "k", "tied")
 _GAMMA = ("SAE", "rule", "alpha", "normalisation", "outliers", "effective dimensions")
 _PAGE = """\
@@ -99,7 +93,7 @@ z = sae.encode(x)        # [batch, d_sae]
 {out} = sae(x)           # [batch, {width}]
 ```
 
-For other tools, where they have an equal: `wsae export {place} --format {formats}.
+{formats}
 
 ## Configuration
 
@@ -133,16 +127,18 @@ def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
     elif (out / MANIFEST).is_file():
         free(out, "sae", force=True)  # a lone SAE of a former push; nothing else is written over
     manifests: dict[str, Manifest] = {}
+    formats: list[str] = []
     abouts = {"" if len(chosen) == 1 else one.place: one.about for one in chosen}
     with replacing(out, "hub folder"):
         for one, (name, about) in zip(chosen, abouts.items(), strict=True):
             sae = SAE.load(one.path)
+            formats = formats if manifests else takers(sae, one.about)
             if name:
                 free(out / name, "sae", force=True)
             with unfinished(out / name, "sae"):
                 sae.save(out / name, about)
             manifests[name] = read_manifest(out / name, "sae")
-        write_text(out / CARD, card(repo, manifests, abouts))
+        write_text(out / CARD, card(repo, manifests, abouts, formats))
         digests = {name or ".": manifest.digest() for name, manifest in manifests.items()}
         named = [name for name in manifests if name]
         index = {"saes": named, "digests": digests, "wsae_version": __version__}
@@ -153,8 +149,16 @@ def write_folder(chosen: list[Chosen], out: Path, repo: str) -> list[str]:
     return files
 
 
-def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance]) -> str:
-    """Return the model card: front matter, how to load, config, scores, loss weights and provenance of every SAE."""
+def card(
+    repo: str,
+    manifests: dict[str, Manifest],
+    abouts: dict[str, Provenance],
+    formats: Sequence[str] = (),
+) -> str:
+    """Return the model card: front matter, how to load, config, scores, loss weights and provenance of every SAE.
+
+    `formats`: those of other tools that have an equal of the first.
+    """
     first, names = next(iter(abouts.values())), list(manifests)
     front = ""  # JSON strings are YAML strings
     if first.model and first.model.count("/") == 1:
@@ -172,6 +176,11 @@ def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance
     else:
         what += f", converted from {other} by wsae {__version__}," if other else " trained"
     digests = [(name or ".", manifest.digest()) for name, manifest in manifests.items()]
+    place = f"hub:{repo}/{names[0]}" if names[0] else f"hub:{repo}"
+    export = "No other tool has its equal."
+    if formats:
+        others = f" (or {', '.join(formats[1:])})" if formats[1:] else ""
+        export = f"For other tools: `wsae export {place} --format {formats[0]} --out DIR`{others}."
     return _PAGE.format(
         front=front,
         title=_text(repo.split("/")[-1]),
@@ -180,8 +189,8 @@ def card(repo: str, manifests: dict[str, Manifest], abouts: dict[str, Provenance
         at=f" at {_text(first.hook)}{given}" if first.hook and len(names) == 1 else "",
         out="y_hat" if noun == "transcoder" else "x_hat",
         width="d_out" if noun == "transcoder" else "d_in",
-        formats=_FORMATS[noun],
-        place=f"hub:{repo}/{names[0]}" if names[0] else f"hub:{repo}",
+        formats=export,
+        place=place,
         shapes=_table(_SHAPE, [_shape(name, m.config) for name, m in manifests.items()]),
         scores=_scores(abouts),
         gammas=_table(_GAMMA, [_gamma(name, about) for name, about in abouts.items()]),

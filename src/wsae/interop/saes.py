@@ -121,7 +121,11 @@ def save(
     try:
         packed = kind.pack(sae, about)
     except NoEqual as error:
-        raise NoEqual(f"{error}; {_instead(sae, about)}") from None
+        others = " or ".join(takers(sae, about))
+        alone = "no format has: `wsae push` shares it as it is"
+        raise NoEqual(
+            f"{error}; {f'it has one with --format {others}' if others else alone}"
+        ) from None
     named = kind.rename(packed, format)
     held = {name: getattr(named, name) for name in _SHARED}
     side = {
@@ -138,16 +142,14 @@ def save(
     return path
 
 
-def _instead(sae: SAE, about: Provenance) -> str:
-    """Say which formats have what one has not."""
-    others = []
-    for other in KINDS.values():
+def takers(sae: SAE, about: Provenance) -> list[str]:
+    """Return the names of the formats that have an equal for this SAE, found by asking them."""
+    found = []
+    for kind in KINDS.values():
         with contextlib.suppress(UserError):
-            other.pack(sae, about)
-            others.append(other.name)
-    if not others:
-        return "no format has: `wsae push` shares it as it is"
-    return f"it has one with --format {' or '.join(others)}"
+            kind.pack(as_known(sae), about)
+            found.append(kind.name)
+    return found
 
 
 def load(path: Path | str, format: str = "auto") -> Loaded:
