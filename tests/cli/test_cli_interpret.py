@@ -147,7 +147,7 @@ def test_an_array_s_run_has_no_text(tmp_path, capsys) -> None:
     train += ["--expansion", "2", "--batch-size", "64", "--tokens", "640", "--device", "cpu"]
     assert main(train) == 0
     capsys.readouterr()
-    for score, says in (("embedding", "no text"), ("surprisal", "needs the model behind")):
+    for score, says in (("embedding", "no text"), ("surprisal", "model behind the data")):
         assert main(["interpret", str(tmp_path / "run"), "--score", score]) == 2
         assert says in capsys.readouterr().err
 

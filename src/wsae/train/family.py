@@ -296,7 +296,8 @@ def _consistency(stats: SourceStats) -> Float64[Tensor, " d_in"]:
         )
     if len(found) > 1 and bool((found == found[0]).all()):
         raise UserError(
-            "gamma rule consistency: every dimension has the same, as where all rows are of one class; give others"
+            "gamma rule consistency: every dimension has the same, as where all rows are of one class, or all "
+            "dimensions active on all rows; it would weigh nothing"
         )
     return found
 
