@@ -98,6 +98,12 @@ def test_penalties_sum_what_they_say(kind: str, tied: bool) -> None:
     torch.testing.assert_close(penalty(entries, Price(l0=0.7, form="tanh"), 9), tanh)
     annealed = 0.7 * ((z * lengths) ** 0.4).sum(1).mean()
     torch.testing.assert_close(penalty(entries, Price(l1=0.7, p=0.4), 9), annealed)
+    inputs = [parameter for name, parameter in sae.named_parameters() if name != "W_dec" or tied]
+    unchanged = [  # p at its start of 1 is the penalty without: thresholds below feel it too
+        torch.autograd.grad(penalty(entries, Price(l1=0.7, p=p), 9), inputs, retain_graph=True)
+        for p in (None, 1.0)
+    ]
+    torch.testing.assert_close(*unchanged)
     if kind == "topk":  # nothing moves its L0
         assert float(penalty(entries, Price(l0=0.7), 9)) == 0
         return

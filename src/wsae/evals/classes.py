@@ -528,4 +528,4 @@ def _within(a: Scored, b: Scored, score: str, cfg: ClassesConfig) -> Difference:
         at_one_mix([rng.integers(0, len(v), len(v)) for v in values]) for _ in range(cfg.draws)
     )
     draws = np.array([value for value in drawn if value is not None])
-    return Difference(difference, *percentiles(draws, cfg.confidence), None, n)
+    return Difference(difference, *percentiles(draws, cfg.confidence, n), None, n)

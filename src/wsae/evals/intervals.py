@@ -1,8 +1,8 @@
 """Bootstrap intervals over independent units (sequences or latents), in fp64 and seeded.
 
 Every estimate here is a ratio of sums R = sum_u num_u / sum_u den_u; a mean has den_u = 1. Resampling draws whole
-units with replacement and takes the ratio of the resampled sums (Efron & Tibshirani 1993, percentile interval).
-A paired comparison draws the same units for both members.
+units with replacement and takes the ratio of the resampled sums (Efron & Tibshirani 1993, percentile interval, its
+tails widened as Student's are for few units). A paired comparison draws the same units for both members.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Ratio(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A value with its percentile interval; None where it is undefined (one unit has no interval)."""
+    """A value with its percentile interval; None where it is undefined (few units have no interval)."""
 
     value: float | None
     low: float | None
@@ -80,9 +80,24 @@ def resampled_means(values: Column, draws: int, seed: int) -> Float64[np.ndarray
     return resampled_sums(values[:, None], draws, seed)[:, 0] / len(values)
 
 
-def percentiles(draws: Column, confidence: float) -> tuple[float, float]:
-    """Return the percentile interval of a resampled statistic."""
-    tail = (1 - confidence) / 2
+FEWEST_UNITS = 5
+"""Units below which there is no interval: draws of four hold their mean in nine cases of ten at most."""
+
+
+def percentiles(
+    draws: Column, confidence: float, n: int
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the interval of a statistic resampled from n units: its quantiles at a and 1 - a.
+
+    a = Phi(-sqrt(n / (n - 1)) t), t the (1 + confidence) / 2 quantile of Student's distribution of n - 1 degrees of
+    freedom: resampled units vary by a share (n - 1) / n of what they should, about a mean that is not known (Hesterberg
+    2015, the expanded percentile interval). None below 5 units.
+    """
+    if n < FEWEST_UNITS:
+        return None, None
+    from scipy.special import ndtr, stdtrit  # a tenth of a second to import, needed here only
+
+    tail = ndtr(-((n / (n - 1)) ** 0.5) * stdtrit(n - 1, (1 + confidence) / 2))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -101,13 +116,13 @@ def estimate(ratio: Ratio, cfg: EvalConfig) -> Estimate:
 
 def estimates(ratios: list[Ratio], cfg: EvalConfig) -> list[Estimate]:
     """Return several ratios over the same units, from one set of draws (much cheaper than one by one)."""
-    if not ratios or len(ratios[0].num) < 2:
+    if not ratios or (n := len(ratios[0].num)) < FEWEST_UNITS:
         return [Estimate(r.value, None, None) for r in ratios]
     columns = np.stack([column for r in ratios for column in r], axis=1)
     sums, out = resampled_sums(columns, cfg.draws, cfg.seed), []
     for ratio, num, den in zip(ratios, sums.T[::2], sums.T[1::2], strict=True):
         known = bool((den > 0).all())
-        edges = percentiles(num / den, cfg.confidence) if known else (None, None)
+        edges = percentiles(num / den, cfg.confidence, n) if known else (None, None)
         out.append(Estimate(ratio.value, *edges))
     return out
 
@@ -128,7 +143,7 @@ def paired_difference(a: Ratio, b: Ratio, cfg: EvalConfig) -> Difference:
     sums = resampled_sums(np.stack([*a, *b], axis=1), cfg.draws, cfg.seed)
     if not ((sums[:, 1] > 0) & (sums[:, 3] > 0)).all():
         return Difference(r_a - r_b, None, None, None, n)
-    edges = percentiles(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], cfg.confidence)
+    edges = percentiles(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], cfg.confidence, n)
     shares = (r_a - r_b) + _influence(a, r_a) - _influence(b, r_b)
     return Difference(r_a - r_b, *edges, effect_size(r_a - r_b, float(shares.std(ddof=1))), n)
 
@@ -159,5 +174,5 @@ def unpaired_difference(
     else:
         drawn = [means(0), means(1)]
     spread = float(np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
-    edges = percentiles(drawn[0] - drawn[1], cfg.confidence)
+    edges = percentiles(drawn[0] - drawn[1], cfg.confidence, n)
     return Difference(gap, *edges, effect_size(gap, spread), n)

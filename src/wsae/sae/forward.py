@@ -76,7 +76,7 @@ class Coded(NamedTuple):
         """
         gated = self if self.arch.gate is None else self._replace(z=self.arch.gate(self.pre))
         lengths = gated.lengths()
-        if p is None:
+        if p is None or p == 1:
             return lengths
         positive = lengths > 0  # the slope of z^p at 0 is infinite
         return torch.where(positive, lengths, 1.0).pow(p) * positive

@@ -59,7 +59,7 @@ def rank_correlation(values: Pairs, cfg: InterpretConfig) -> Estimate:
     rng = np.random.default_rng(cfg.seed)
     picks = rng.integers(0, len(values), size=(cfg.draws, len(values)))
     found = [rho for pick in picks if (rho := spearman(values[pick])) is not None]
-    return Estimate(value, *percentiles(np.array(found), cfg.confidence))
+    return Estimate(value, *percentiles(np.array(found), cfg.confidence, len(values)))
 
 
 def spearman(values: Pairs) -> float | None:
@@ -199,7 +199,8 @@ def pooled_accuracy(scores: Sequence[LatentScore], cfg: EvalConfig) -> Estimate:
     tp, fn, tn, fp = resampled_sums(columns, cfg.draws, cfg.seed).T
     if not ((tp + fn > 0) & (tn + fp > 0)).all():
         return Estimate(value, None, None)
-    return Estimate(value, *percentiles((tp / (tp + fn) + tn / (tn + fp)) / 2, cfg.confidence))
+    found = (tp / (tp + fn) + tn / (tn + fp)) / 2
+    return Estimate(value, *percentiles(found, cfg.confidence, len(scores)))
 
 
 def matched_density(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
@@ -228,14 +229,15 @@ def matched_density(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     )
     draws = np.zeros(cfg.draws)
     for k, (weight, pair) in enumerate(zip(weights, pairs, strict=True)):
-        x, y = (
-            resampled_means(part, cfg.draws, seed_for(cfg.seed, "density", "stratum", k, side))
-            for side, part in enumerate(pair)
-        )
-        draws += weight * (x - y)
+        for side, part in enumerate(pair):
+            seed, few = seed_for(cfg.seed, "density", "stratum", k, side), len(part)
+            found = resampled_means(part, cfg.draws, seed) - part.mean()
+            # draws of few latents vary by a share (n - 1) / n of what they should
+            draws += (1 - 2 * side) * weight * found * (few / (few - 1)) ** 0.5
+    draws += gap
     n = min(sum(len(pair[side]) for pair in pairs) for side in (0, 1))
     return Difference(
-        gap, *percentiles(draws, cfg.confidence), effect_size(gap, float(np.sqrt(spread))), n
+        gap, *percentiles(draws, cfg.confidence, n), effect_size(gap, float(np.sqrt(spread))), n
     )
 
 
@@ -271,7 +273,7 @@ def density_adjusted(a: Sample, b: Sample, cfg: EvalConfig) -> Difference:
     )
     draws = np.array([_solve(one)[0] for one in np.asarray(sums)])
     return Difference(
-        float(fit[0]), *percentiles(draws, cfg.confidence), effect_size(float(fit[0]), spread), n
+        float(fit[0]), *percentiles(draws, cfg.confidence, n), effect_size(float(fit[0]), spread), n
     )
 
 
