@@ -188,7 +188,7 @@ def _train_in_turn(
     cfg: TrainConfig, family: FamilyState, source: ActivationSource, progress: Progress
 ) -> None:
     stream = batches(cfg, source)
-    with progress("train", cfg.steps * cfg.batch_size, "tokens") as tick:
+    with progress("train", cfg.trained, "tokens") as tick:
 
         def on_step(done: int) -> None:
             if done % cfg.log_every == 0 and done < cfg.steps:

@@ -353,11 +353,11 @@ def test_the_shipped_text_has_its_five_sources_and_a_few_megabytes():
 
 
 def test_a_fingerprint_changes_with_the_text(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    first = fingerprint(TextConfig(path=str(path)))
-    assert first == fingerprint(TextConfig(path=str(path)))
-    write_jsonl(path, ["two"])
-    assert first != fingerprint(TextConfig(path=str(path)))
+    around, found = "x" * 2_100_000, []  # as many bytes, and the same at both ends
+    for word in ("one", "two", "two"):
+        path = write_jsonl(tmp_path / "a.jsonl", [around, word, around])
+        found.append(fingerprint(TextConfig(path=str(path))))
+    assert found[0] != found[1] == found[2]
 
 
 @pytest.mark.parametrize(

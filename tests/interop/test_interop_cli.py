@@ -579,7 +579,7 @@ def test_an_imported_sae_is_evaluated_like_any_other(run, tmp_path, capsys):
 def test_a_member_named_like_a_folder_in_a_folder_is_of_its_run(tmp_path):
     rows = np.random.default_rng(0).normal(size=(400, 8)).astype("float32")
     members = (MemberConfig(d_sae=8, activation=TopK(k=2), label="a/b"),)
-    cfg = TrainConfig(members=members, tokens=400, batch_size=100)
+    cfg = TrainConfig(members=members, tokens=450, batch_size=100)  # four steps
     train_run(cfg, ArraySource(rows, name="acts"), tmp_path / "run")
     place = tmp_path / "run" / "members" / "acts" / "a" / "b"
     about = about_sae(place)

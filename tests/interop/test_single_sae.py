@@ -178,7 +178,7 @@ def test_a_text_is_read_by_the_model_that_the_files_or_the_flags_name(model, tmp
     renamed = ["--text", str(other), "--field", "body", "--model", str(model), *reading]
     again = told(capsys, [*words, str(open_ends), *renamed])
     assert found["hooks"] == again["hooks"]
-    assert found["notes"] == again["notes"]
+    assert again["notes"] == ["nothing says what the SAE was trained on; on these rows, none is held out", *found["notes"]]
     store = ["--out", str(tmp_path / "store"), "--tokens", "200", *reading, *text]
     assert main(["harvest", str(model), "--device", "cpu", *store]) == 0
     capsys.readouterr()
@@ -260,7 +260,12 @@ def test_classes_are_scored_for_one_sae_too(tmp_path, acts, capsys):
     found = told(capsys, ["evaluate", str(tmp_path / "mine"), *data])
     assert set(found["classes"]["hooks"]["acts"]["members"]) == {"sae"}
     assert set(wsae.Run(tmp_path / "mine").class_record["hooks"]["acts"]["members"]) == {"sae"}
+    assert any("nothing says what the SAE was trained on" in note for note in found["notes"])
     assert Path(told(capsys, ["report", str(tmp_path / "mine")])["report"]).is_file()
+    for rows, left in ((acts, True), (tmp_path / "others.npy", False)):  # theirs, and of others
+        np.save(tmp_path / "others.npy", np.load(acts)[::2])
+        told(capsys, ["evaluate", str(tmp_path / "mine"), "--source", str(rows), *QUICK])
+        assert wsae.Run(tmp_path / "mine").has("classes") is left
 
 
 @pytest.fixture

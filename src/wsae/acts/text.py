@@ -32,6 +32,7 @@ from wsae.acts.tables import (
     turns_in,
 )
 from wsae.acts.tokens import TokenTable
+from wsae.core.cache import content_digest
 from wsae.core.errors import UserError
 from wsae.core.files import digest, parse_json
 from wsae.core.hub import is_hub_name
@@ -40,7 +41,6 @@ from wsae.core.seeds import seed_for
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SAMPLE_BYTES = 1 << 20
 _NAMES = 3
 """Files left out that are named, of each reason."""
 _ABOUT = re.compile(
@@ -267,20 +267,13 @@ def heard(turns: Mapping[str, int]) -> str:
 
 
 def fingerprint(cfg: TextConfig) -> str:
-    """Return a digest of the text's files: name, size and the first and last megabyte of each (a hub name as it is)."""
+    """Return a digest of the text's files: name, size and content of each (a hub name as it is)."""
     with resources.as_file(_builtin()) as builtin:
         path = builtin if cfg.path == "builtin" else Path(cfg.path)
         if not path.exists():
             return digest(cfg.to_dict())
-        samples = []
-        for place in _files(path, cfg.split).read:
-            size = place.stat().st_size
-            with place.open("rb") as file:
-                sha = hashlib.sha256(file.read(_SAMPLE_BYTES))
-                if size > _SAMPLE_BYTES:
-                    file.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
-                    sha.update(file.read())
-            samples.append([place.name, size, sha.hexdigest()])
+        read = _files(path, cfg.split).read
+        samples = [[place.name, place.stat().st_size, content_digest(place)] for place in read]
         return digest([cfg.field, samples])
 
 

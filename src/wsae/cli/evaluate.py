@@ -1,5 +1,6 @@
 """`wsae evaluate`: what a run's SAEs are worth on held-out tokens."""
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,7 +161,12 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
         notes.append(f"not spliced into the model: {error}")
     if isinstance(whole, AlignedSource) and cfg.splice_tokens > 0:
         notes.append("not spliced into a model: its rows are of several sources")
+    former = None
+    with contextlib.suppress(UserError):  # none, or a damaged one
+        former = _data(opened.evaluation_record)
     record = evaluate_run(opened.path, source, cfg, seen, ui.progress, where)
+    if former not in (None, _data(record)):  # class scores of other data would stand beside it
+        (opened.path / CLASSES_PART / MANIFEST).unlink(missing_ok=True)
     notes += [*foreign(opened, flags.source, source), *record.get("notes", [])]
     record |= {"notes": notes} if notes else {}
     record |= class_scores(opened.path, source, cfg, ui.progress)
@@ -176,6 +182,11 @@ def run(flags: Flags, ui: UI) -> dict[str, Any]:
     return result
 
 
+def _data(record: dict[str, Any]) -> dict[str, str]:
+    """Return the digest of the held-out rows of each hook."""
+    return {hook: entry["data"] for hook, entry in record["hooks"].items()}
+
+
 def kept(opened: Run, target: Path) -> dict[str, Any]:
     """Return where results lie, if not in the target itself."""
     return {} if opened.path == target else {"kept": str(opened.path)}
@@ -187,7 +198,12 @@ def foreign(opened: Run, elsewhere: str | None, source: "ActivationSource") -> l
         from wsae.interop.saes import about_sae
 
         about = about_sae(opened.path)
-        return [*about.notes, *strangers(about.model, about.hook, source)]
+        notes = [*about.notes, *strangers(about.model, about.hook, source)]
+        if not (about.inputs or about.dataset or about.model):
+            notes.append(
+                "nothing says what the SAE was trained on; on these rows, none is held out"
+            )
+        return notes
     return strangers(_model_of(opened.source), None, source) if elsewhere is not None else []
 
 

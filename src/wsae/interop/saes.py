@@ -469,7 +469,7 @@ def about_member(run: Run | Path, hook: str, name: str) -> Provenance:
             hook=hook,
             hook_out=getattr(opened.config, "given", {}.get)(hook),
             member=name,
-            tokens=opened.config.tokens,
+            tokens=getattr(opened.config, "trained", opened.config.tokens),
             gamma={key: gamma[key] for key in _GAMMA if gamma.get(key) is not None},
             metrics=_scores(opened, hook, name),
             inputs={**manifest.inputs, "run": manifest.digest()},

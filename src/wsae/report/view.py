@@ -587,7 +587,7 @@ def _plain(value: object) -> str:
 
 CARDS = {
     "Model": ("model",),
-    "Training {unit}s": ("tokens", "train_tokens"),
+    "Training {unit}s": ("tokens",),
     "Learning rate": ("lr",),
     "Seed": ("seed",),
 }
@@ -611,6 +611,9 @@ def cards(run: RunData) -> list[tuple[str, str]]:
         settings[name.format(unit=run.unit)] = (
             model_title(value) if isinstance(value, str) else value
         )
+    asked, batch = (find(run.config, key) for key in ("tokens", "batch_size"))
+    if isinstance(asked, int) and isinstance(batch, int):  # steps are whole
+        settings[f"Training {run.unit}s"] = max(1, asked // batch) * batch
     sizes = [len(array) for name, array in run.arrays.items() if name.endswith("|density")]
     measured = ", ".join(f"{size:,}" for size in dict.fromkeys(sizes))
     goals = find(run.config, "hook_out")  # of transcoders

@@ -326,6 +326,11 @@ class TrainConfig(Config):
         """Number of optimiser steps."""
         return max(1, self.tokens // self.batch_size)
 
+    @property
+    def trained(self) -> int:
+        """Rows that every member is trained on: those of whole steps."""
+        return self.steps * self.batch_size
+
     def doubts(self) -> tuple[str, ...]:
         """Return what to know of a run too short to have learned anything."""
         if self.steps >= FEW_STEPS:

@@ -134,7 +134,7 @@ def residuals(
         pilot = cfg.model_copy(update={"members": named, "tokens": tokens, "loss": None})
         family = make_family(pilot, stats, device, covariances, left, start=start)
         stream = source.stream(pilot.batch_size, pilot.seed)
-        with progress(f"pilot {number}", pilot.steps * pilot.batch_size, "tokens") as tick:
+        with progress(f"pilot {number}", pilot.trained, "tokens") as tick:
             run_steps(pilot, family, stream, 0, tick, lambda _: None)
         left = _left(pilot, family, source, stats, left)
         for found in left.values():
