@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "wsae"
 SOURCES = sorted(SRC.rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 760, 60
-FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 207, 21.7, 0, 0, 0
+FILES, EDGES, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 207, 1338, 0, 0, 0
 """Ratchets: they only go down, but for the files of a new subject."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
 IGNORES, SKIPS = 5, 18
@@ -134,8 +134,7 @@ def test_a_walk_through_the_package_stays_short():
         if n <= 80 and len(importers.get(name, ())) == 1 and name not in packages
     ]
     assert len(lone) <= LONE_MODULES, f"join each with its one importer: {lone}"
-    per_thousand = 1000 * len(edges()) / sum(lines.values())
-    assert per_thousand <= EDGES_PER_1000, f"{per_thousand:.1f} import edges per 1,000 lines"
+    assert len(edges()) <= EDGES, f"{len(edges())} import edges"
     assert len(lines) <= FILES, f"{len(lines)} files"
 
 
