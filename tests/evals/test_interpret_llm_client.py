@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from interpret_server import KEY, Reply, config, error, said, serving
@@ -458,18 +457,17 @@ def test_settings_that_cannot_work_are_refused(monkeypatch):
 
 RUN = """
 import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_interpret_llm_client import requests
-from wsae.evals.interpret.endpoint import Endpoint
 from wsae.evals.config import LlmConfig
-cfg = LlmConfig(endpoint=sys.argv[2], model="mock", cache=sys.argv[3], concurrency=int(sys.argv[4]), timeout_s=60)
-print(sum(a.state == "answered" for a in Endpoint(cfg).ask(requests(24))))
+from wsae.evals.interpret.asking import ChatMessage, Request
+from wsae.evals.interpret.endpoint import Endpoint
+cfg = LlmConfig(endpoint=sys.argv[1], model="mock", cache=sys.argv[2], concurrency=int(sys.argv[3]), timeout_s=60)
+requests = [Request((ChatMessage("user", f"question {i}"),), 20, 5) for i in range(24)]
+print(sum(a.state == "answered" for a in Endpoint(cfg).ask(requests)))
 """
 
 
 def run(chat, cache, concurrency):
-    arguments = [str(Path(__file__).parent), chat.url, str(cache), str(concurrency)]
+    arguments = [chat.url, str(cache), str(concurrency)]
     return subprocess.Popen([sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE)
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "wsae"
 SOURCES = sorted(SRC.rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 760, 60
-FILES, EDGES_PER_1000, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 207, 21.7, 0, 0, 0
+FILES, EDGES, LONE_MODULES, TUPLES, CLASS_NAMES_TWICE = 207, 1338, 0, 0, 0
 """Ratchets: they only go down, but for the files of a new subject."""
 HEAVY = ("torch", "numpy", "transformers", "scipy")
 IGNORES, SKIPS = 5, 18
@@ -134,8 +134,7 @@ def test_a_walk_through_the_package_stays_short():
         if n <= 80 and len(importers.get(name, ())) == 1 and name not in packages
     ]
     assert len(lone) <= LONE_MODULES, f"join each with its one importer: {lone}"
-    per_thousand = 1000 * len(edges()) / sum(lines.values())
-    assert per_thousand <= EDGES_PER_1000, f"{per_thousand:.1f} import edges per 1,000 lines"
+    assert len(edges()) <= EDGES, f"{len(edges())} import edges"
     assert len(lines) <= FILES, f"{len(lines)} files"
 
 
@@ -222,30 +221,37 @@ ELSEWHERE = {"Provenance.notes", "Flags.scale"}
 """Read where their class is not named: of what `about_sae` returns, and by the names in `wsae.use.steer.KINDS`."""
 
 
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
 def names_of(kinds: list[type[Config]]) -> dict[type[Config], set[str]]:
     """Return for each Config the names that a module which reads it holds: its own, its owners', of constants of it."""
     typed = [
-        node for tree in TREES.values() for node in tree.body if isinstance(node, ast.AnnAssign)
+        (node.target.id, words(ast.unparse(node.annotation)))
+        for tree in TREES.values()
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     ]
-    said = {kind: " ".join(str(f.annotation) for f in kind.model_fields.values()) for kind in kinds}
+    said = {
+        kind: words(" ".join(str(f.annotation) for f in kind.model_fields.values()))
+        for kind in kinds
+    }
     found = {kind: {kind.__name__, *(k.__name__ for k in kind.__subclasses__())} for kind in kinds}
     for _ in range(4):  # a TrainConfig holds a MemberConfig holds a GammaConfig
         for names in found.values():
-            pattern = re.compile(rf"\b({'|'.join(names)})\b")
-            names |= {owner.__name__ for owner in kinds if pattern.search(said[owner])}
+            names |= {owner.__name__ for owner in kinds if names & said[owner]}
     for names in found.values():
-        constants = [
-            n for n in typed if names.intersection(re.findall(r"\w+", ast.unparse(n.annotation)))
-        ]
-        names |= {node.target.id for node in constants if isinstance(node.target, ast.Name)}
+        names |= {constant for constant, of in typed if names & of}
     return found
 
 
 def test_every_config_field_is_read_where_its_config_is_known():
     """As an attribute, in a pattern, or by its name in quotes, in a module that names the config or one holding it."""
-    read: dict[str, set[str]] = {}
+    read = []
     for path in SOURCES:
-        got = read.setdefault(path.read_text(), set())
+        got = set[str]()
+        read.append((words(path.read_text()), got))
         for node in ast.walk(TREES[module_of(path)]):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 got.add(node.attr)
@@ -256,8 +262,7 @@ def test_every_config_field_is_read_where_its_config_is_known():
     for kind, names in names_of(configs()).items():
         if kind in WRITTEN_WHOLE or kind.__name__ == "ConfigFlags":
             continue
-        pattern = re.compile(rf"\b({'|'.join(names)})\b")
-        near = set().union(*(found for text, found in read.items() if pattern.search(text)))
+        near = set().union(*(found for text, found in read if names & text))
         made = [base.model_fields for base in kind.__mro__ if base.__name__ == "ConfigFlags"]
         unread = set(kind.model_fields).difference(
             near, *made

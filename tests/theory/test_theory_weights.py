@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wsae.sae.gamma import gap_norm
-from wsae.theory.claims import limits, title, weights
+from wsae.theory.claims import checks_in, limits, title, weights
 from wsae.theory.claims.weights import (
     EXAMPLE_1,
     RULES,
@@ -41,7 +41,7 @@ from wsae.theory.losses import (
 from wsae.theory.losses import gap as gap_of
 from wsae.theory.record import HALF, ONE, PAPER, PLAIN, Claim
 
-CHECKS = (*weights.CHECKS, limits.jumprelu, limits.top_k)
+CHECKS = (*checks_in(weights), limits.jumprelu, limits.top_k)
 CHECKS += (limits.transposed, limits.orders, limits.zero_gradient)
 SEARCHES = (weights.better_reconstruction, weights.robust_in_alpha, weights.near_the_frontier)
 """Checks that take seconds of searching: tests/cli/test_cli_theory.py has them."""

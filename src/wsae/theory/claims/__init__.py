@@ -1,6 +1,8 @@
 """The ledger: every theorem, example and claim of the paper's theory, checked numerically; then our own."""
 
 from dataclasses import replace
+from inspect import isfunction
+from types import ModuleType
 
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
@@ -8,7 +10,7 @@ from wsae.theory.claims import limits, minima, ours, weights
 from wsae.theory.record import Check, Claim
 
 MODULES = (minima, weights, limits, ours)
-"""The modules of checks, in the order of the paper (Appendix A last), and our own theorems after them."""
+"""The modules of checks, they and their checks in the order of the paper (Appendix A last); then our own theorems."""
 
 
 def checks(only: str | None = None) -> list[Check]:
@@ -16,7 +18,7 @@ def checks(only: str | None = None) -> list[Check]:
 
     Raises UserError when nothing matches.
     """
-    known = [check for module in MODULES for check in module.CHECKS]
+    known = [check for module in MODULES for check in checks_in(module)]
     if only is None:
         return known
     found = [check for check in known if only.casefold() in title(check).casefold()]
@@ -24,6 +26,12 @@ def checks(only: str | None = None) -> list[Check]:
         sources = dict.fromkeys(map(source, known))
         raise UserError(f"--only '{only}': no claim matches; the sources are {', '.join(sources)}")
     return found
+
+
+def checks_in(module: ModuleType) -> list[Check]:
+    """Return the functions of a module that return a `Claim`, in the order in which they are written."""
+    functions = filter(isfunction, vars(module).values())
+    return [f for f in functions if f.__annotations__.get("return") is Claim]
 
 
 def title(check: Check) -> str:

@@ -118,6 +118,26 @@ def reordering(seed: int) -> Claim:
     )
 
 
+def orders(seed: int) -> Claim:
+    """Theorem 1: I* is formed by swapping row i with row j != i of the identity (also Theorems 2, 3, Eq. 6)."""
+    W_p = nonpositive(3, 4, seed_for(seed, "orders"))
+    given = (W_p, *grid(4, 0.5, 2))
+    own = float(sae_loss(closed_form(W_p), *given))
+    every = list(itertools.permutations(range(4)))
+    worst = max(abs(float(sae_loss(closed_form(W_p, 4, order), *given)) - own) for order in every)
+    swaps = sum(sum(i != at for i, at in enumerate(order)) == 2 for order in every)
+    return Claim(
+        claim="The minimisers are I*(W_p, 0)^T with I* formed by swapping row i with row j != i of the identity.",
+        verdict="counterexample",
+        slip=True,
+        condition="I* is any permutation matrix, a product of swaps; Eq. 15 uses only that (I*)^T I* = I.",
+        evidence=f"Of the {len(every)} orders of four rows {swaps} are one swap; W_p^T itself (no swap) and the others "
+        f"have the same loss (to {worst:.0e}).",
+        instances=len(every),
+        numbers={"orders": float(len(every)), "swaps": float(swaps), "worst_difference": worst},
+    )
+
+
 def zero_mean_residual(seed: int) -> Claim:  # noqa: ARG001  (nothing random)
     """Eq. 18: the gradient of L_SAE is zero if and only if the mean residual E[x_p - W_m^T sigma(W_m x_p)] is zero."""
     triangle, tetrahedron = (
@@ -180,6 +200,29 @@ def _away_from_eq_19(W_p: Tensor) -> float:
     return float((W_p.T @ W_p - gram).abs().max())
 
 
+def transposed(seed: int) -> Claim:
+    """Eq. 25: at W_m = (W_p, 0)^T the loss is E ||W_p x - W_p^T sigma(W_p^T W_p x)||^2."""
+    W_p = random_unit(3, 3, seed_for(seed, "eq25"))
+    features, probability = grid(3, 0.5, 2)
+    true = float(sae_loss(closed_form(W_p), W_p, features, probability))
+    latents = code(closed_form(W_p), superpose(W_p, features))
+    right, written = (
+        float((superpose(W_p, features) - superpose(W, latents)).square().sum(1) @ probability)
+        for W in (W_p, W_p.T)
+    )
+    return Claim(
+        claim="At W_m = (W_p, 0)^T, L_SAE = E||W_p x - W_p^T sigma(W_p^T W_p x)||^2 (also the last line of Eq. 26).",
+        verdict="counterexample",
+        slip=True,
+        condition="W_p sigma(W_p^T W_p x), without the second transposition: (W_p, 0) times the code.",
+        evidence="W_p^T sigma(...) multiplies n x n_p by n: it has a shape only for n = n_p, which Section 3 excludes. "
+        f"There, for a random W_p of three features, it gives {written:.3f} where L_SAE is {true:.3f}; W_p sigma(...) "
+        f"gives {right:.3f}.",
+        instances=1,
+        numbers={"true": true, "as_written": written, "without_it": right},
+    )
+
+
 def coefficient(seed: int) -> Claim:
     """Eq. 26: the 1-sparse part of the loss is n S^(n-1) (1-S) sum_u E L(x_u e_u)."""
     ours, papers = [], {}
@@ -205,49 +248,6 @@ def coefficient(seed: int) -> Claim:
         f"times too large; S^(n-1) (1-S) sum_u agrees to {worst:.0e}.",
         instances=12,
         numbers={"worst_relative_error_without_n": worst, **papers},
-    )
-
-
-def transposed(seed: int) -> Claim:
-    """Eq. 25: at W_m = (W_p, 0)^T the loss is E ||W_p x - W_p^T sigma(W_p^T W_p x)||^2."""
-    W_p = random_unit(3, 3, seed_for(seed, "eq25"))
-    features, probability = grid(3, 0.5, 2)
-    true = float(sae_loss(closed_form(W_p), W_p, features, probability))
-    latents = code(closed_form(W_p), superpose(W_p, features))
-    right, written = (
-        float((superpose(W_p, features) - superpose(W, latents)).square().sum(1) @ probability)
-        for W in (W_p, W_p.T)
-    )
-    return Claim(
-        claim="At W_m = (W_p, 0)^T, L_SAE = E||W_p x - W_p^T sigma(W_p^T W_p x)||^2 (also the last line of Eq. 26).",
-        verdict="counterexample",
-        slip=True,
-        condition="W_p sigma(W_p^T W_p x), without the second transposition: (W_p, 0) times the code.",
-        evidence="W_p^T sigma(...) multiplies n x n_p by n: it has a shape only for n = n_p, which Section 3 excludes. "
-        f"There, for a random W_p of three features, it gives {written:.3f} where L_SAE is {true:.3f}; W_p sigma(...) "
-        f"gives {right:.3f}.",
-        instances=1,
-        numbers={"true": true, "as_written": written, "without_it": right},
-    )
-
-
-def orders(seed: int) -> Claim:
-    """Theorem 1: I* is formed by swapping row i with row j != i of the identity (also Theorems 2, 3, Eq. 6)."""
-    W_p = nonpositive(3, 4, seed_for(seed, "orders"))
-    given = (W_p, *grid(4, 0.5, 2))
-    own = float(sae_loss(closed_form(W_p), *given))
-    every = list(itertools.permutations(range(4)))
-    worst = max(abs(float(sae_loss(closed_form(W_p, 4, order), *given)) - own) for order in every)
-    swaps = sum(sum(i != at for i, at in enumerate(order)) == 2 for order in every)
-    return Claim(
-        claim="The minimisers are I*(W_p, 0)^T with I* formed by swapping row i with row j != i of the identity.",
-        verdict="counterexample",
-        slip=True,
-        condition="I* is any permutation matrix, a product of swaps; Eq. 15 uses only that (I*)^T I* = I.",
-        evidence=f"Of the {len(every)} orders of four rows {swaps} are one swap; W_p^T itself (no swap) and the others "
-        f"have the same loss (to {worst:.0e}).",
-        instances=len(every),
-        numbers={"orders": float(len(every)), "swaps": float(swaps), "worst_difference": worst},
     )
 
 
@@ -382,19 +382,3 @@ def identity_step(seed: int) -> Claim:
         numbers={"swap_error": solves, "D_E1": product, "others_I_2": float(two.others)}
         | {"reached_I_2": float(two.reached), "I_3_error": third},
     )
-
-
-CHECKS = (
-    jumprelu,
-    top_k,
-    reordering,
-    orders,
-    zero_mean_residual,
-    polygon_gram,
-    transposed,
-    coefficient,
-    zero_gradient,
-    topk_recovery,
-    jumprelu_recovery,
-    identity_step,
-)

@@ -556,20 +556,3 @@ def _two_sparse_and_l1(W_m: Tensor, W_p: Tensor) -> tuple[float, float]:
     """Return the 2-sparse loss and the l1 norm of the codes of 1-sparse features, both to 9 digits."""
     two = support_terms(W_m, W_p)[2] if W_p.shape[1] > 1 else torch.zeros((), dtype=torch.float32)
     return round(float(two), 9), round(float(code(W_m, W_p.T.contiguous()).sum()), 9)
-
-
-CHECKS = (
-    negative_interference,
-    reconstruction_identifies,
-    theorem_1,
-    shrinks_with_polysemanticity,
-    monosemantic_features_win,
-    example_1,
-    vanishing,
-    example_2,
-    theorem_2,
-    arbitrary_x,
-    one_sparse_features,
-    theorem_3,
-    which_are_unique,
-)

@@ -361,20 +361,6 @@ def significance(seed: int) -> Claim:
     )
 
 
-CHECKS = (
-    every_minimiser,
-    zero_loss_of_W_p,
-    noise_decides_the_weights,
-    matched_filter,
-    extremely_sparse,
-    top_1_identifies,
-    variance_is_anti_optimal,
-    tight_frames,
-    sample_size,
-    significance,
-)
-
-
 def imbalance(W_m: Tensor, tolerance: float = 1e-6) -> float:
     """Return how far rows are from Ours 1: the largest difference along a line, or of sum_u a_u^2 u u^T from I.
 

@@ -147,24 +147,6 @@ def theorem_4(seed: int) -> Claim:
     )
 
 
-def theorem_5(seed: int) -> Claim:
-    """Theorem 5: at W_m = W_p^T, L_WSAE - L_GT is the quadratic form of Eq. 13."""
-    worlds = _any_worlds(seed)
-    vectors = max(_identity_error(W_p, _random(seed, i, len(W_p)), seed) for i, W_p in enumerate(worlds))  # fmt: skip
-    matrices = max(
-        _identity_error(W_p, _random(seed, i, len(W_p), len(W_p)), seed)
-        for i, W_p in enumerate(worlds)
-    )
-    return Claim(
-        claim="At W_m = W_p^T, L_WSAE - L_GT = r^T (W_p^T Gamma^T Gamma W_p - I) r.",
-        verdict="holds",
-        evidence=f"For every single x, to {vectors:.0e} of its terms over {len(worlds)} random W_p and gamma, and to "
-        f"{matrices:.0e} for any matrix Gamma, not only a diagonal one. The right side lacks E_x, as in Eq. 11.",
-        instances=2 * len(worlds),
-        numbers={"worst_error_vector": vectors, "worst_error_matrix": matrices},
-    )
-
-
 def vanishing_gap(seed: int) -> Claim:
     """Section 4.3.1: the gap vanishes when x is extremely sparse."""
     worlds = [nonpositive(3, 5, seed_for(seed, "gap", i)) for i in range(20)]
@@ -184,6 +166,24 @@ def vanishing_gap(seed: int) -> Claim:
         numbers={"worst_one_sparse": worst, "pentagon": pentagon, "short_column": short}
         | {f"triangle_S{S:g}": value for S, value in zip(TOWARDS_ONE, relative, strict=True)}
         | {f"pentagon_S{S:g}": value for S, value in zip(TOWARDS_ONE, left, strict=True)},
+    )
+
+
+def theorem_5(seed: int) -> Claim:
+    """Theorem 5: at W_m = W_p^T, L_WSAE - L_GT is the quadratic form of Eq. 13."""
+    worlds = _any_worlds(seed)
+    vectors = max(_identity_error(W_p, _random(seed, i, len(W_p)), seed) for i, W_p in enumerate(worlds))  # fmt: skip
+    matrices = max(
+        _identity_error(W_p, _random(seed, i, len(W_p), len(W_p)), seed)
+        for i, W_p in enumerate(worlds)
+    )
+    return Claim(
+        claim="At W_m = W_p^T, L_WSAE - L_GT = r^T (W_p^T Gamma^T Gamma W_p - I) r.",
+        verdict="holds",
+        evidence=f"For every single x, to {vectors:.0e} of its terms over {len(worlds)} random W_p and gamma, and to "
+        f"{matrices:.0e} for any matrix Gamma, not only a diagonal one. The right side lacks E_x, as in Eq. 11.",
+        instances=2 * len(worlds),
+        numbers={"worst_error_vector": vectors, "worst_error_matrix": matrices},
     )
 
 
@@ -264,94 +264,6 @@ def unfinished(seed: int, count: int, d_in: int = 3, n: int = 5) -> list[Tensor]
             found.append(W_p)
         number += 1
     return found
-
-
-def variance_proxy(seed: int) -> Claim:
-    """Section 5.1: the variance of x_p's dimensions is a proxy for monosemanticity, gamma = s^alpha, alpha > 0."""
-    s, optimal = gram(EXAMPLE_1).diagonal(), gap_weights(gram(EXAMPLE_1))
-    families = {
-        "block-built": blocks(seed, 50),
-        "random": uneven(seed, 50),
-        "rotated": [rotation(seed, i, len(W)) @ W for i, W in enumerate(blocks(seed, 50))],
-    }
-    rules = [rule for rule in RULES if rule != "plain"]
-    ratio = {
-        name: torch.tensor(  # [worlds, rules] norms of the gap's matrix over the plain one's
-            [
-                [scaled_gap_norm(W, weights_of(W, r)) / scaled_gap_norm(W) for r in rules]
-                for W in worlds
-            ],
-            dtype=torch.float64,
-        )
-        for name, worlds in families.items()
-    }
-    everything = torch.cat(list(ratio.values()))
-    wider = (everything > 1 + 1e-9).double().mean(0).tolist()
-    means = {name: values.mean(0).tolist() for name, values in ratio.items()}
-    shown = {rule: [means[name][i] for name in families] for i, rule in enumerate(rules)}
-    words = "; ".join(f"{r} {', '.join(f'{v:.2f}' for v in values)}" for r, values in shown.items())
-    return Claim(
-        claim="Larger variance of a dimension of x_p means more monosemantic, so gamma_i = s_i^alpha, alpha > 0.",
-        verdict="counterexample",
-        condition="Negative alpha (-1/2 is the optimum for orthogonal rows), the rules gap or whiten; or features that "
-        "are not iid: those with a dimension of their own vary more than the superposed ones together.",
-        evidence=f"iid features: Var(x_p,i) = Var(x) ||W_p[i]||^2. In Example 1 the polysemantic dimension varies "
-        f"{float(s[1] / s[0]):.0f} times as much as the monosemantic one; alpha = 1 gives it gamma^2 "
-        f"{float((s[1] / s[0]) ** 2):.0f} times as large, the least norm {float(optimal[1] / optimal[0]):.2f} times. "
-        "Norm of Eq. 13's matrix against plain (scale aside; means over 50 block-built, 50 random and 50 rotated "
-        f"block-built W_p): {words}. alpha = 1 widens it in {wider[0]:.0%}, alpha = -1/2 in {wider[1]:.0%}.",
-        instances=len(everything) + 1,
-        numbers={
-            "variance_ratio": float(s[1] / s[0]),
-            "optimal_ratio": float(optimal[1] / optimal[0]),
-        }
-        | {f"wider {r}": wider[i] for i, r in enumerate(rules)}
-        | {f"{n} {r}": means[n][i] for n in families for i, r in enumerate(rules)},
-    )
-
-
-def basis(seed: int) -> Claim:
-    """Section 5.1: the variance of a dimension of x_p says something about the features."""
-    half = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / 2**0.5
-    even = gram(half @ EXAMPLE_1).diagonal()
-    turns = [rotation(seed, i, 2) for i in range(200)]
-    ratios = [float(s.max() / s.min()) for s in (gram(Q @ EXAMPLE_1).diagonal() for Q in turns)]
-    features, probability = grid(3, 0.5, 2)
-    W_m = normal(seed, 3, 2)
-
-    def loss(rule: str, Q: Tensor) -> float:
-        W_p = Q @ EXAMPLE_1
-        return float(sae_loss(W_m @ Q.T, W_p, features, probability, weights_of(W_p, rule)))
-
-    plain = {rule: loss(rule, torch.eye(2, dtype=torch.float64)) for rule in RULES}
-    moved = {r: max(abs(loss(r, Q) / own - 1) for Q in turns) for r, own in plain.items()}
-    return Claim(
-        claim="The variance of x_p in dimension i measures a property of the features there.",
-        verdict="counterexample",
-        condition="The basis of x_p is privileged, as after an element-wise non-linearity (the toy model's hidden "
-        "layer is linear), or the rule does not depend on it (whiten).",
-        evidence="Rotating x_p and W_m together changes no code and no reconstruction, but every variance. Example 1: "
-        f"a turn by 45 degrees makes both variances {float(even[0]):.1f}, so every alpha gives gamma = 1; over "
-        f"{len(turns)} random turns their ratio runs from {min(ratios):.2f} to {max(ratios):.2f}. The weighted loss of "
-        f"one and the same SAE moves by up to {moved['variance 1']:.0%} (variance, alpha 1), {moved['gap']:.0%} (gap), "
-        f"{moved['whiten']:.0e} (whiten).",
-        instances=len(turns) * len(RULES) + 1,
-        numbers={
-            "even_variance": float(even[0]),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-        }
-        | {f"moved {rule}": value for rule, value in moved.items()},
-    )
-
-
-TELLING = ((3, 4, 41), (4, 5, 43), (3, 4, 49), (4, 5, 51))
-"""nonpositive(d_in, n, seed) in which some rule moves the minimiser far, for better or worse (S = 1/2)."""
-FAR = 0.01
-"""Relative change of L_GT that counts."""
-SEARCHED = 128
-"""Random starts of each search in the ledger: four features need no more (tests compare with 256)."""
-ALPHAS = {f"alpha {a:g}": GammaConfig(rule="variance", alpha=a) for a in (0.0, 0.25, 0.5, 1.0, 2.0)}
 
 
 def narrowing(seed: int) -> Claim:
@@ -566,6 +478,94 @@ def near_the_frontier(seed: int) -> Claim:
     )
 
 
+def variance_proxy(seed: int) -> Claim:
+    """Section 5.1: the variance of x_p's dimensions is a proxy for monosemanticity, gamma = s^alpha, alpha > 0."""
+    s, optimal = gram(EXAMPLE_1).diagonal(), gap_weights(gram(EXAMPLE_1))
+    families = {
+        "block-built": blocks(seed, 50),
+        "random": uneven(seed, 50),
+        "rotated": [rotation(seed, i, len(W)) @ W for i, W in enumerate(blocks(seed, 50))],
+    }
+    rules = [rule for rule in RULES if rule != "plain"]
+    ratio = {
+        name: torch.tensor(  # [worlds, rules] norms of the gap's matrix over the plain one's
+            [
+                [scaled_gap_norm(W, weights_of(W, r)) / scaled_gap_norm(W) for r in rules]
+                for W in worlds
+            ],
+            dtype=torch.float64,
+        )
+        for name, worlds in families.items()
+    }
+    everything = torch.cat(list(ratio.values()))
+    wider = (everything > 1 + 1e-9).double().mean(0).tolist()
+    means = {name: values.mean(0).tolist() for name, values in ratio.items()}
+    shown = {rule: [means[name][i] for name in families] for i, rule in enumerate(rules)}
+    words = "; ".join(f"{r} {', '.join(f'{v:.2f}' for v in values)}" for r, values in shown.items())
+    return Claim(
+        claim="Larger variance of a dimension of x_p means more monosemantic, so gamma_i = s_i^alpha, alpha > 0.",
+        verdict="counterexample",
+        condition="Negative alpha (-1/2 is the optimum for orthogonal rows), the rules gap or whiten; or features that "
+        "are not iid: those with a dimension of their own vary more than the superposed ones together.",
+        evidence=f"iid features: Var(x_p,i) = Var(x) ||W_p[i]||^2. In Example 1 the polysemantic dimension varies "
+        f"{float(s[1] / s[0]):.0f} times as much as the monosemantic one; alpha = 1 gives it gamma^2 "
+        f"{float((s[1] / s[0]) ** 2):.0f} times as large, the least norm {float(optimal[1] / optimal[0]):.2f} times. "
+        "Norm of Eq. 13's matrix against plain (scale aside; means over 50 block-built, 50 random and 50 rotated "
+        f"block-built W_p): {words}. alpha = 1 widens it in {wider[0]:.0%}, alpha = -1/2 in {wider[1]:.0%}.",
+        instances=len(everything) + 1,
+        numbers={
+            "variance_ratio": float(s[1] / s[0]),
+            "optimal_ratio": float(optimal[1] / optimal[0]),
+        }
+        | {f"wider {r}": wider[i] for i, r in enumerate(rules)}
+        | {f"{n} {r}": means[n][i] for n in families for i, r in enumerate(rules)},
+    )
+
+
+def basis(seed: int) -> Claim:
+    """Section 5.1: the variance of a dimension of x_p says something about the features."""
+    half = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / 2**0.5
+    even = gram(half @ EXAMPLE_1).diagonal()
+    turns = [rotation(seed, i, 2) for i in range(200)]
+    ratios = [float(s.max() / s.min()) for s in (gram(Q @ EXAMPLE_1).diagonal() for Q in turns)]
+    features, probability = grid(3, 0.5, 2)
+    W_m = normal(seed, 3, 2)
+
+    def loss(rule: str, Q: Tensor) -> float:
+        W_p = Q @ EXAMPLE_1
+        return float(sae_loss(W_m @ Q.T, W_p, features, probability, weights_of(W_p, rule)))
+
+    plain = {rule: loss(rule, torch.eye(2, dtype=torch.float64)) for rule in RULES}
+    moved = {r: max(abs(loss(r, Q) / own - 1) for Q in turns) for r, own in plain.items()}
+    return Claim(
+        claim="The variance of x_p in dimension i measures a property of the features there.",
+        verdict="counterexample",
+        condition="The basis of x_p is privileged, as after an element-wise non-linearity (the toy model's hidden "
+        "layer is linear), or the rule does not depend on it (whiten).",
+        evidence="Rotating x_p and W_m together changes no code and no reconstruction, but every variance. Example 1: "
+        f"a turn by 45 degrees makes both variances {float(even[0]):.1f}, so every alpha gives gamma = 1; over "
+        f"{len(turns)} random turns their ratio runs from {min(ratios):.2f} to {max(ratios):.2f}. The weighted loss of "
+        f"one and the same SAE moves by up to {moved['variance 1']:.0%} (variance, alpha 1), {moved['gap']:.0%} (gap), "
+        f"{moved['whiten']:.0e} (whiten).",
+        instances=len(turns) * len(RULES) + 1,
+        numbers={
+            "even_variance": float(even[0]),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
+        | {f"moved {rule}": value for rule, value in moved.items()},
+    )
+
+
+TELLING = ((3, 4, 41), (4, 5, 43), (3, 4, 49), (4, 5, 51))
+"""nonpositive(d_in, n, seed) in which some rule moves the minimiser far, for better or worse (S = 1/2)."""
+FAR = 0.01
+"""Relative change of L_GT that counts."""
+SEARCHED = 128
+"""Random starts of each search in the ledger: four features need no more (tests compare with 256)."""
+ALPHAS = {f"alpha {a:g}": GammaConfig(rule="variance", alpha=a) for a in (0.0, 0.25, 0.5, 1.0, 2.0)}
+
+
 def variance_of_latents(seed: int) -> Claim:
     """Section 5.2.1: higher variance of a latent indicates stronger monosemanticity (also Figure 3d)."""
     blocks = {1: orthogonal(1), 2: digons(1), 3: polygon(3), 4: simplex(4)}
@@ -659,22 +659,3 @@ def _sandwich(seed: int) -> tuple[float, float]:
         )
         low, high = min(low, float(ratio / bounds[-1])), max(high, float(ratio / bounds[0]))
     return low, high
-
-
-CHECKS = (
-    theorem_4,
-    vanishing_gap,
-    theorem_5,
-    equation_14,
-    narrowing,
-    direction,
-    principle,
-    same_minimisers,
-    better_reconstruction,
-    robust_in_alpha,
-    near_the_frontier,
-    variance_proxy,
-    basis,
-    variance_of_latents,
-    stronger_baseline,
-)
