@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from wsae.core.errors import UserError
+from wsae.core.files import Json
 from wsae.core.hub import key_from
 from wsae.core.progress import Progress, quiet
 from wsae.evals.interpret.asking import one_line
@@ -29,7 +30,7 @@ from wsae.evals.interpret.endpoint import (
     passing,
     retry_after,
 )
-from wsae.serve.neuronpedia import Json, Latent, Source, upload_body
+from wsae.serve.neuronpedia import Latent, Source, upload_body
 
 KEY = "NEURONPEDIA_API_KEY"
 SITE = "https://www.neuronpedia.org"
