@@ -273,21 +273,24 @@ class Call(NamedTuple):
     """The rows of another hook that are read where those of one are replaced; none: they are the same."""
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any]) -> "Call":
-        """Read the keyword arguments of a call; positional ones must have been named."""
+    def of(cls, inputs: Mapping[str, Any], past: Int64[Tensor, "batch 1"] | int = 0) -> "Call":
+        """Read the keyword arguments of a call; positional ones must have been named.
+
+        `past` are the tokens that a state has read which does not count them; a cache does.
+        """
         ids, vectors = inputs.get("input_ids"), inputs.get("inputs_embeds")
         given = ids if isinstance(ids, Tensor) else vectors
         assert isinstance(given, Tensor), "a model is called with tokens, or with their vectors"
         batch, seq = given.shape[:2]
         cache = inputs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = past if cache is None else int(cache.get_seq_length())
         mask, given_places = inputs.get("attention_mask"), inputs.get("position_ids")
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= seq:
             counted = token_positions(mask != 0, past if mask.shape[1] == seq else 0)[:, -seq:]
         elif isinstance(given_places, Tensor) and given_places.ndim == 2:
             counted = given_places.expand(batch, seq)
         else:
-            counted = past + torch.arange(seq, device=given.device).expand(batch, seq)
+            counted = (past + torch.arange(seq, device=given.device)).expand(batch, seq)
         return cls(ids if isinstance(ids, Tensor) else None, counted.to(given.device))
 
 
@@ -309,13 +312,21 @@ def splice(
     point = hook if isinstance(hook, HookPoint) else one_hook(model, hook)
     names = [name for name in inspect.signature(model.forward).parameters if name != "args"]
     call: Call | None = None
+    state: object = None
+    """What a recurrent model (Mamba, RWKV) gave to go on from; it has read `past` tokens of each sequence."""
+    past: Tensor | int = 0
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal call
-        call = Call.of({**dict(zip(names or ["input_ids"], args, strict=False)), **kwargs})
+        inputs = {**dict(zip(names or ["input_ids"], args, strict=False)), **kwargs}
+        goes_on = state is not None and state is inputs.get("cache_params", inputs.get("state"))
+        call = Call.of(inputs, past if goes_on else 0)
 
-    def end(_module: nn.Module, _args: object, _output: object) -> None:
-        nonlocal call
+    def end(_module: nn.Module, _args: object, output: object) -> None:
+        nonlocal call, state, past
+        if call is not None:
+            state = getattr(output, "cache_params", getattr(output, "state", None))
+            past = call.positions.amax(1, keepdim=True) + 1
         call = None
 
     def swap(value: Any) -> Any:
