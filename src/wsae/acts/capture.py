@@ -294,6 +294,30 @@ class Call(NamedTuple):
         return cls(ids if isinstance(ids, Tensor) else None, counted.to(given.device))
 
 
+class _Calls:
+    """The call of a model that runs now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names = [name for name in inspect.signature(model.forward).parameters if name != "args"]
+        self._names = names or ["input_ids"]
+        self.now: Call | None = None
+        self._state: object = None
+        """What a recurrent model (Mamba, RWKV) gave to go on from; it has read `_past` tokens of each sequence."""
+        self._past: Tensor | int = 0
+
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        state = inputs.get("cache_params", inputs.get("state"))
+        goes_on = state is not None and state is self._state
+        self.now = Call.of(inputs, self._past if goes_on else 0)
+
+    def end(self, _module: nn.Module, _args: object, output: object) -> None:
+        if self.now is not None:
+            self._state = getattr(output, "cache_params", getattr(output, "state", None))
+            self._past = self.now.positions.amax(1, keepdim=True) + 1
+        self.now = None
+
+
 Swap = Callable[[Float[Tensor, "batch seq d_in"], Call], Tensor | None]
 """What to put in place of a hook's rows, of as many sequences as it likes; none leaves them as they are."""
 
@@ -310,27 +334,10 @@ def splice(
     before the one that is read.
     """
     point = hook if isinstance(hook, HookPoint) else one_hook(model, hook)
-    names = [name for name in inspect.signature(model.forward).parameters if name != "args"]
-    call: Call | None = None
-    state: object = None
-    """What a recurrent model (Mamba, RWKV) gave to go on from; it has read `past` tokens of each sequence."""
-    past: Tensor | int = 0
-
-    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal call
-        inputs = {**dict(zip(names or ["input_ids"], args, strict=False)), **kwargs}
-        goes_on = state is not None and state is inputs.get("cache_params", inputs.get("state"))
-        call = Call.of(inputs, past if goes_on else 0)
-
-    def end(_module: nn.Module, _args: object, output: object) -> None:
-        nonlocal call, state, past
-        if call is not None:
-            state = getattr(output, "cache_params", getattr(output, "state", None))
-            past = call.positions.amax(1, keepdim=True) + 1
-        call = None
+    calls = _Calls(model)
 
     def swap(value: Any) -> Any:
-        if call is None:
+        if (call := calls.now) is None:
             raise UserError(f"hook {point.name!r}: ran outside a call of its model; call that one")
         x = rows_of(point, value, tuple(call.positions.shape))
         if read is not None and call.read is None:
@@ -347,16 +354,15 @@ def splice(
         )
 
     def keep(value: Any) -> None:
-        nonlocal call
-        if call is not None and read is not None:
-            call = call._replace(read=rows_of(read, value, tuple(call.positions.shape)))
+        if (call := calls.now) is not None and read is not None:
+            calls.now = call._replace(read=rows_of(read, value, tuple(call.positions.shape)))
 
     with contextlib.ExitStack() as stack:
         if read is not None:
             stack.enter_context(replaced(model, read, keep))
-        first = model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+        first = model.register_forward_pre_hook(calls.begin, with_kwargs=True, prepend=True)
         stack.callback(first.remove)
-        stack.callback(model.register_forward_hook(end, always_call=True).remove)
+        stack.callback(model.register_forward_hook(calls.end, always_call=True).remove)
         stack.enter_context(replaced(model, point, swap))
         yield
 
