@@ -257,7 +257,9 @@ def rows_of(
     return rows
 
 
-def token_positions(real: Bool[Tensor, "batch seq"], start: int = 0) -> Int64[Tensor, "batch seq"]:
+def token_positions(
+    real: Bool[Tensor, "batch seq"], start: Int64[Tensor, "batch 1"] | int = 0
+) -> Int64[Tensor, "batch seq"]:
     """Return the places of real tokens in their sequences, counted from `start`; -1 at padding."""
     return (real.cumsum(1) - 1 + start).masked_fill(~real, -1)
 
