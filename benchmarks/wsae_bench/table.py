@@ -91,7 +91,11 @@ def _power(ax: "Axes", fit: dict[str, Any]) -> None:
     ax.loglog([x[0], x[-1]], ends, color=PEER, lw=1)
     ax.set_xticks(x, [f"{value:g}" for value in x], fontsize=7, minor=False)
     ax.set_ylim(min(y) / 1.5, max(y) * 1.5)
-    ax.set_yticks(y, [f"{value:,.3g}" for value in y], fontsize=7)
+    ticks: list[float] = []
+    for value in sorted(y):  # those too near to the one below would be printed over it
+        if not ticks or value > ticks[-1] * (2.25 * max(y) / min(y)) ** 0.06:
+            ticks.append(value)
+    ax.set_yticks(ticks, [f"{value:,.3g}" for value in ticks], fontsize=7)
     ax.minorticks_off()
     ax.set_title(f"exponent {fit['exponent']:.2f}", loc="left", fontsize=9)
     ax.set_xlabel(fit["axis"])

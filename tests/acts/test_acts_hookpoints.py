@@ -53,6 +53,7 @@ def test_modules_that_do_not_run_or_give_no_sequence_are_refused(language):
         ("mixtral", True, None),
         ("gemma3", True, None),
         ("bert", False, 16),
+        ("electra", False, 16),
         ("roberta", False, 16),
         ("xlnet", False, None),
     ],

@@ -112,7 +112,7 @@ WRONG = {
     "no label": (["--text", "text.jsonl"], "needs --label"),
     "no column": (
         ["--text", "text.jsonl", "--label", "kin"],
-        "no field 'kin' (nearest: kind, n); see --label",
+        "no field 'kin' (nearest: kind); see --label",
     ),
     "one class": (["--text", "one.jsonl", "--label", "kind"], "only one class ('0')"),
     "few": (

@@ -314,7 +314,7 @@ def test_a_score_without_its_judge_is_refused_before_anything_is_done(scores, sa
 def test_an_array_has_no_text_and_nothing_is_left_behind(run) -> None:
     rows = MatrixRows(torch.randn(50, D_IN), HOOK)
     with pytest.raises(UserError, match="no text"):
-        interpret_run(run, rows, CFG, encoder=BagEncoder())
+        interpret_run(run, rows)  # before the model that the scores lack
     assert not (run / "interpretation" / MANIFEST).exists()
 
 

@@ -333,6 +333,8 @@ def test_bad_requests_end_in_one_line(run, tmp_path, capsys):
     assert "single SAE" in failed(capsys, ["export", str(member(run, "plain")), "--all", *out])
     assert "no equal" in failed(capsys, ["export", str(run), "--member", "grouped", *out])
     assert "no such run" in failed(capsys, ["export", str(tmp_path / "no"), *out])
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "this is a model; an SAE or" in failed(capsys, ["compare", str(tmp_path)])
     assert "this is a wsae evaluation" in failed(capsys, ["export", str(run / "evaluation"), *out])
     assert "already" in failed(capsys, ["import", str(member(run, "plain")), *out])
     assert "owner/name" in failed(capsys, ["push", str(run), "name", "--dry-run", *out])

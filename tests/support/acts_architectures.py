@@ -44,6 +44,9 @@ MODELS = {
     ),
     "falcon": lambda t: t.FalconForCausalLM(t.FalconConfig(**SMALL)),
     "bert": lambda t: t.BertForMaskedLM(t.BertConfig(**USUAL, max_position_embeddings=16)),
+    "electra": lambda t: t.ElectraForPreTraining(
+        t.ElectraConfig(**USUAL, embedding_size=16, max_position_embeddings=16)
+    ),
     "roberta": lambda t: t.RobertaForMaskedLM(t.RobertaConfig(**USUAL, max_position_embeddings=18)),
     "xlnet": lambda t: t.XLNetLMHeadModel(
         t.XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=2, d_inner=32)
@@ -80,7 +83,7 @@ MODELS = {
 }
 BLOCKS = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "bloom", "falcon"), "h.0"),
-    **dict.fromkeys(("bert", "roberta", "xlnet"), "layer.0"),
+    **dict.fromkeys(("bert", "electra", "roberta", "xlnet"), "layer.0"),
 }
 """Where the first block is, of those that have it elsewhere than at `layers.0`."""
 

@@ -6,7 +6,14 @@ import sys
 import pytest
 import torch
 from acts_models import VOCABULARY, WIDTH, untrained
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import wsae
 from wsae.acts.capture import Capture, one_hook, splice
@@ -25,6 +32,13 @@ SPECIAL = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
 
 def llama():
     return untrained(LlamaForCausalLM, LlamaConfig, **SPECIAL)
+
+
+def mamba():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2}
+    made = MambaForCausalLM(MambaConfig(**sizes, state_size=4, initializer_range=0.5, **SPECIAL))
+    return made.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +138,10 @@ def test_an_edit_moves_the_hook_by_the_latents_decoder_row_times_the_change(
     assert torch.equal(seen[:, 0], x[:, 0])
 
 
-def test_every_token_of_a_generation_is_edited_as_in_one_pass_over_the_whole(model, sae):
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, MambaForCausalLM])
+def test_every_token_of_a_generation_is_edited_as_in_one_pass_over_the_whole(kind, model, sae):
+    if kind is MambaForCausalLM:  # its state does not say how many tokens it has read
+        model = mamba()
     prompt = some_ids(2, 5)
     prompt[1, 3] = EOS
     pads = torch.tensor([[0, 0], [0, 0]])

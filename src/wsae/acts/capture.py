@@ -257,7 +257,9 @@ def rows_of(
     return rows
 
 
-def token_positions(real: Bool[Tensor, "batch seq"], start: int = 0) -> Int64[Tensor, "batch seq"]:
+def token_positions(
+    real: Bool[Tensor, "batch seq"], start: Int64[Tensor, "batch 1"] | int = 0
+) -> Int64[Tensor, "batch seq"]:
     """Return the places of real tokens in their sequences, counted from `start`; -1 at padding."""
     return (real.cumsum(1) - 1 + start).masked_fill(~real, -1)
 
@@ -273,22 +275,49 @@ class Call(NamedTuple):
     """The rows of another hook that are read where those of one are replaced; none: they are the same."""
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any]) -> "Call":
-        """Read the keyword arguments of a call; positional ones must have been named."""
+    def of(cls, inputs: Mapping[str, Any], past: Int64[Tensor, "batch 1"] | int = 0) -> "Call":
+        """Read the keyword arguments of a call; positional ones must have been named.
+
+        `past` are the tokens that a state has read which does not count them; a cache does.
+        """
         ids, vectors = inputs.get("input_ids"), inputs.get("inputs_embeds")
         given = ids if isinstance(ids, Tensor) else vectors
         assert isinstance(given, Tensor), "a model is called with tokens, or with their vectors"
         batch, seq = given.shape[:2]
         cache = inputs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
+        past = past if cache is None else int(cache.get_seq_length())
         mask, given_places = inputs.get("attention_mask"), inputs.get("position_ids")
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= seq:
             counted = token_positions(mask != 0, past if mask.shape[1] == seq else 0)[:, -seq:]
         elif isinstance(given_places, Tensor) and given_places.ndim == 2:
             counted = given_places.expand(batch, seq)
         else:
-            counted = past + torch.arange(seq, device=given.device).expand(batch, seq)
+            counted = (past + torch.arange(seq, device=given.device)).expand(batch, seq)
         return cls(ids if isinstance(ids, Tensor) else None, counted.to(given.device))
+
+
+class _Calls:
+    """The call of a model that runs now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names = [name for name in inspect.signature(model.forward).parameters if name != "args"]
+        self._names = names or ["input_ids"]
+        self.now: Call | None = None
+        self._state: object = None
+        """What a recurrent model (Mamba, RWKV) gave to go on from; it has read `_past` tokens of each sequence."""
+        self._past: Tensor | int = 0
+
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        state = inputs.get("cache_params", inputs.get("state"))
+        goes_on = state is not None and state is self._state
+        self.now = Call.of(inputs, self._past if goes_on else 0)
+
+    def end(self, _module: nn.Module, _args: object, output: object) -> None:
+        if self.now is not None:
+            self._state = getattr(output, "cache_params", getattr(output, "state", None))
+            self._past = self.now.positions.amax(1, keepdim=True) + 1
+        self.now = None
 
 
 Swap = Callable[[Float[Tensor, "batch seq d_in"], Call], Tensor | None]
@@ -307,19 +336,10 @@ def splice(
     before the one that is read.
     """
     point = hook if isinstance(hook, HookPoint) else one_hook(model, hook)
-    names = [name for name in inspect.signature(model.forward).parameters if name != "args"]
-    call: Call | None = None
-
-    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal call
-        call = Call.of({**dict(zip(names or ["input_ids"], args, strict=False)), **kwargs})
-
-    def end(_module: nn.Module, _args: object, _output: object) -> None:
-        nonlocal call
-        call = None
+    calls = _Calls(model)
 
     def swap(value: Any) -> Any:
-        if call is None:
+        if (call := calls.now) is None:
             raise UserError(f"hook {point.name!r}: ran outside a call of its model; call that one")
         x = rows_of(point, value, tuple(call.positions.shape))
         if read is not None and call.read is None:
@@ -336,16 +356,15 @@ def splice(
         )
 
     def keep(value: Any) -> None:
-        nonlocal call
-        if call is not None and read is not None:
-            call = call._replace(read=rows_of(read, value, tuple(call.positions.shape)))
+        if (call := calls.now) is not None and read is not None:
+            calls.now = call._replace(read=rows_of(read, value, tuple(call.positions.shape)))
 
     with contextlib.ExitStack() as stack:
         if read is not None:
             stack.enter_context(replaced(model, read, keep))
-        first = model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+        first = model.register_forward_pre_hook(calls.begin, with_kwargs=True, prepend=True)
         stack.callback(first.remove)
-        stack.callback(model.register_forward_hook(end, always_call=True).remove)
+        stack.callback(model.register_forward_hook(calls.end, always_call=True).remove)
         stack.enter_context(replaced(model, point, swap))
         yield
 

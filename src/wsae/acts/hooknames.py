@@ -75,7 +75,9 @@ def match(pattern: str, paths: Iterable[str], model_type: str = "") -> list[Hook
     if _LENS.fullmatch(bare):
         return _translated(bare, paths, model_type)
     names = canonical_names(paths).values()
-    raise UserError(f"hook {pattern!r}: the model has no such module{nearest(bare, names)}")
+    raise UserError(
+        f"hook {pattern!r}: the model has no such module{nearest(bare, names, least=0.4)}"
+    )
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

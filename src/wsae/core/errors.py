@@ -51,9 +51,21 @@ def named(names: Sequence[str], n: int = 3) -> str:
     return ", ".join(names[:n]) + more
 
 
-def nearest(word: str, choices: Iterable[str], n: int = 3) -> str:
-    """Return ' (nearest: a, b)' for the choices closest to `word`, or '' when nothing is close."""
-    close = difflib.get_close_matches(word, list(choices), n=n, cutoff=0.4)
+def nearest(word: str, choices: Iterable[str], n: int = 3, least: float = 0.55) -> str:
+    """Return ' (nearest: a, b)' for the choices closest to `word`, or that hold it; '' when nothing is close.
+
+    Likeness is difflib's ratio, without leading dashes: at least `least`, and not far below the best.
+    """
+    bare = word.lstrip("-")
+    likeness = {
+        choice: max(
+            difflib.SequenceMatcher(None, choice.lstrip("-"), bare).ratio(),
+            least * (len(bare) > 2 and bare in choice),
+        )
+        for choice in choices
+    }
+    enough = max(least, max(likeness.values(), default=0) - 0.25)
+    close = sorted((c for c in likeness if likeness[c] >= enough), key=lambda c: -likeness[c])[:n]
     return f" (nearest: {', '.join(close)})" if close else ""
 
 

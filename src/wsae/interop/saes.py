@@ -346,8 +346,10 @@ def open_run(target: Path | str) -> Run:
         return Run(place)
     if kind in ("sae", "export") or (kind is None and readable(place)):
         return _converted(target, place)
-    if kind is not None:
-        raise UserError(f"{target}: this is a wsae {kind}; an SAE or a finished run is needed here")
+    plain = read_json(place / CONFIG) if kind is None and (place / CONFIG).is_file() else None
+    what = f"wsae {kind}" if kind else "model" if "model_type" in (plain or {}) else None
+    if what is not None:
+        raise UserError(f"{target}: this is a {what}; an SAE or a finished run is needed here")
     if place.is_dir() and not (place / CONFIG).is_file():
         if hint := _members(place):
             raise UserError(f"{target}: an SAE or a finished run is needed here{hint}")

@@ -170,10 +170,8 @@ def _parts(root: Path, split: str | None) -> list[Path]:
         p for p, kind in kinds.items() if kind == wanted
     ]
     if not parts:
-        has = ", ".join(dict.fromkeys(kinds.values())) or "no folders"
-        raise UserError(
-            f"images {root}: no split {wanted!r}; it has {has}{nearest(wanted, kinds.values())}"
-        )
+        has = ", ".join(dict.fromkeys(named)) or "none, its folders are classes: leave --split out"
+        raise UserError(f"images {root}: no split {wanted!r}; it has {has}")
     return parts
 
 

@@ -56,7 +56,7 @@ from wsae.evals.interpret.summary import (
     matched_density,
     pooled_accuracy,
 )
-from wsae.evals.interpret.windows import Collected, LatentContexts
+from wsae.evals.interpret.windows import Collected, LatentContexts, documents_of
 from wsae.evals.intervals import Difference, estimate, mean, paired_difference, unpaired_difference
 from wsae.evals.run import run_subject
 from wsae.run import Run
@@ -320,6 +320,7 @@ def interpret_run(
     its scores only. What was made from the same run, data, settings and judges is returned as it is unless `force`.
     Raises UserError when `run` is not a finished run, the data have no text, or a score lacks its judge.
     """
+    documents_of(source)  # data without text want no judge
     families = selected(run_subject(run, source), cfg)
     models = needed_models(cfg, judges)
     job = InterpretJob(run, source, families, cfg, data_digest(source), progress, **models)

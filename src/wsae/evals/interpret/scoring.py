@@ -103,7 +103,7 @@ def needed_models(cfg: InterpretConfig, given: ScorerModels) -> dict[str, Any]:
     if "surprisal" in cfg.scores:
         if out["language"] is None:
             raise UserError(
-                "score surprisal: needs the one model behind the data, and these are arrays or of two models; leave it "
+                "score surprisal: needs the one model behind the data, and there are two or it was not given; leave it "
                 "out (--score embedding)"
             )
         out["reader"] = PrefixReader(out["language"])
