@@ -508,9 +508,8 @@ class _Found:
         """Note whether rows before the changed place changed."""
         row, pos = self.given.at
         if pos is not None and b is not None:
-            change = torch.atleast_3d((a - b).nan_to_num().abs()).amax(
-                -1
-            )  # ELECTRA gives a number a token
+            apart = (a - b).nan_to_num().abs()
+            change = torch.atleast_3d(apart).amax(-1)  # ELECTRA gives a number a token
             others = torch.arange(len(a), device=a.device) != row
             least = max(8 * float(change[others].max()), _floor(a))
             self._sees_later |= bool((change[row, :pos] > least).any())
