@@ -64,7 +64,7 @@ def test_the_whole_way_from_images_to_a_report(base, capsys):
     page = base / "page.html"
     ran(capsys, "report", run, "--out", page)
     assert page.stat().st_size > 10_000
-    assert "model behind the data" in refused(capsys, "interpret", run, "--score", "surprisal")
+    assert "no text" in refused(capsys, "interpret", run, "--score", "surprisal")
 
 
 def test_a_crosscoder_of_images_has_class_scores_and_pictures(base, capsys, tmp_path):

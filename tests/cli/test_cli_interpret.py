@@ -147,9 +147,9 @@ def test_an_array_s_run_has_no_text(tmp_path, capsys) -> None:
     train += ["--expansion", "2", "--batch-size", "64", "--tokens", "640", "--device", "cpu"]
     assert main(train) == 0
     capsys.readouterr()
-    for score, says in (("embedding", "no text"), ("surprisal", "model behind the data")):
+    for score in ("embedding", "surprisal"):
         assert main(["interpret", str(tmp_path / "run"), "--score", score]) == 2
-        assert says in capsys.readouterr().err
+        assert "no text" in capsys.readouterr().err
 
 
 def test_flags_become_the_settings() -> None:

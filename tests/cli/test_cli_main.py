@@ -499,7 +499,8 @@ def test_any_name_can_be_printed_in_any_encoding(encoding: str, tmp_path: Path) 
     name = "acts-\u65e5\u672c-\ud800.npy".encode("utf-8", "surrogatepass") + b"\xff"
     shown = os.fsencode(tmp_path) + b"/" + name
     env = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
-    for words in (["report", shown], ["train", shown, "--out", "y", "--print-config"]):
+    refused = [["report", shown]] if encoding == "ascii" else []
+    for words in (*refused, ["train", shown, "--out", "y", "--print-config"]):
         done = subprocess.run(
             [sys.executable, "-m", "wsae.cli", *words, "--json"], env=env, capture_output=True, check=False
         )  # fmt: skip
