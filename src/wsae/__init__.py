@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from wsae.core import __version__
 from wsae.core.errors import UserError
 
-# A thread that waits for others spins for 2 ms and then sleeps: OpenMP's usual fifteenfold would take the core from the
-# one waited for when other programs run. OpenMP reads this when PyTorch is first imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# A thread that waits for others spins for 0.1 ms and then sleeps: as long as PyTorch's OpenMP (300 times that) and
+# NumPy's OpenBLAS (for ever) spin by themselves they take the core from the one waited for when other programs run.
+# Both are read when the library is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 if TYPE_CHECKING:
     from wsae.api import Family, Member, evaluate, fit, fit_family, probe, recovery

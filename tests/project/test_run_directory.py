@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from sources import parsed
 
 import wsae.core.artifact as names
 
@@ -20,7 +21,10 @@ OTHERS_CONFIG = {
     *("interop/dictionary_learning.py", "interop/published.py", "serve/model.py"),
 }
 """Who speaks of another config.json: of a model on the hub, an encoder of images, another tool's SAE."""
-TREES = {str(p.relative_to(SRC)): ast.parse(p.read_text()) for p in sorted(SRC.rglob("*.py"))}
+
+
+def trees() -> dict[str, ast.Module]:
+    return {str(path.relative_to(SRC)): tree for path, tree in parsed(SRC).items()}
 
 
 def spelled(tree: ast.AST) -> list[tuple[int, str]]:
@@ -64,7 +68,7 @@ def test_a_name_is_found(code: str, name: str):
 def test_the_names_of_a_runs_files_are_spelled_once():
     wrong = [
         f"{path}:{line} {name}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for line, name in spelled(tree)
         if path != OWNER and not (name == names.CONFIG and path in OTHERS_CONFIG)
     ]
@@ -84,7 +88,7 @@ def test_the_records_of_a_run_are_opened_by_run_and_its_writers_alone(name: str,
     in_messages = {"cli/interpret.py", "evals/compare.py", "evals/run.py"}  # they name a wrong file
     users = {
         path
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]
     }

@@ -1,13 +1,14 @@
-"""Types of arguments and results are checked at the first calls of every function in a test; checking all would take
-as long as the tests themselves."""
+"""Shapes and types of tensors are checked at the first calls, in a test, of every function that states them; checking
+all calls would take as long as the tests themselves, and what states no tensor is the static type checker's."""
 
 import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from beartype import beartype
+from jaxtyping import AbstractArray
 
 CHECKS = 20
 """Of each function in each test: a call has two, of its arguments and of its result."""
@@ -18,6 +19,8 @@ _unchecked: list[Callable] = []
 def first_calls(fn: Callable) -> Callable:
     """Check as beartype does, and tell jaxtyping to leave the function alone once it was checked CHECKS times."""
     key = (fn.__module__, fn.__qualname__)
+    if not any(map(_states_tensors, fn.__annotations__.values())):
+        return _left_alone(fn, key)
     made = functools.cache(lambda: beartype(fn))  # at the first call: most functions have none
 
     @functools.wraps(fn)
@@ -30,6 +33,28 @@ def first_calls(fn: Callable) -> Callable:
         return result
 
     return counting
+
+
+def _left_alone(fn: Callable, key: tuple[str, str]) -> Callable:
+    """Tell jaxtyping at the first call to leave the function alone for good."""
+
+    @functools.cache
+    def tell() -> None:
+        if found := _function(*key):
+            found.__no_type_check__ = True  # type: ignore[attr-defined]
+
+    @functools.wraps(fn)
+    def telling(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        tell()
+        return fn(*args, **kwargs)
+
+    return telling
+
+
+def _states_tensors(annotation: object) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, AbstractArray):
+        return True
+    return any(map(_states_tensors, get_args(annotation)))
 
 
 def again() -> None:

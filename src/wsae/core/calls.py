@@ -54,6 +54,20 @@ def _usual_settings() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread here, where tasks are small or share the cores already.
+
+    Threads wait for each other after every task: beside another busy process that makes small ones many times slower.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def usable_device(name: str, said: str = "device") -> str:
     """Return the name of a device that this machine has; raises UserError that lists those, `said` before the name."""
     try:

@@ -19,7 +19,6 @@ from wsae.core.seeds import seed_for
 from wsae.evals.glossary import RECOVERY
 from wsae.evals.recovery import GroundTruth, ground_truth, isolated, score_codes
 from wsae.sae.config import GammaConfig, Normalise, ReLU, SAEConfig
-from wsae.sae.forward import Weights
 from wsae.sae.gamma import gamma_from_covariance, gamma_from_proxy, normalise_matrix, whitening
 from wsae.sae.model import SAE
 from wsae.stats.moments import Covariance
@@ -183,7 +182,7 @@ def with_true_k(member: MemberConfig, features: FeatureConfig) -> MemberConfig:
 
 
 def _entry(method: Method, trial: Trial, statistics: Covariance, scale: float, world: int) -> Entry:
-    gamma: Weights = world_gamma(method.member.gamma, statistics.covariance)
+    gamma = world_gamma(method.member.gamma, statistics.covariance)
     if method.gamma_from_truth:
         gamma = oracle_gamma(trial.world, method.member.gamma.normalise)
     if method.scale_as is not None:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from wsae.core.artifact import MANIFEST, read_manifest, write_manifest
+from wsae.core.calls import one_thread
 from wsae.core.errors import UserError, understood
 from wsae.core.progress import Progress, Tick, quiet
 from wsae.core.seeds import seed_for
@@ -164,15 +165,14 @@ def side_by_side(job: ToyJob, tick: Tick) -> tuple[Parameters, Float64[Tensor, "
     if workers == 1:
         parts = [_train(job, tick)]
     else:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        pool = ThreadPoolExecutor(workers, "wsae-toy", torch.set_num_threads, (1,))
-        try:
-            parts = list(pool.map(trained, shares))
-        finally:
-            job.called_off.set()
-            pool.shutdown()
-            torch.set_num_threads(before)
+        with (
+            one_thread(),
+            ThreadPoolExecutor(workers, "wsae-toy", torch.set_num_threads, (1,)) as pool,
+        ):
+            try:
+                parts = list(pool.map(trained, shares))
+            finally:
+                job.called_off.set()
     weights, losses = zip(*parts, strict=True)
     return Parameters(*(torch.cat(both) for both in zip(*weights, strict=True))), torch.cat(losses)
 

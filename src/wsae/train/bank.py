@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wsae.acts.stream import ActivationSource
+from wsae.core.calls import one_thread
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.kernels.eager import SGD, Adam, limit_of, rescale_
@@ -422,17 +423,12 @@ def _workers(device: str, count: int):
     if device != "cpu":
         yield lambda jobs: [run_chunk(*job) for job in jobs]
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(count, "wsae-bank", initializer=torch.set_num_threads, initargs=(1,))
-    try:
+    each = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with one_thread(), ThreadPoolExecutor(count, "wsae-bank", **each) as pool:
         if count == 1:
             yield lambda jobs: [run_chunk(*job) for job in jobs]
         else:
             yield lambda jobs: list(pool.map(lambda job: run_chunk(*job), jobs))
-    finally:
-        pool.shutdown()
-        torch.set_num_threads(before)
 
 
 TOGETHER = 8

@@ -22,7 +22,6 @@ from wsae.acts.flow import KEPT, TokenBatch, running
 from wsae.acts.hookpoints import HookPoint
 from wsae.acts.live import LiveSource, SequenceStream
 from wsae.acts.loading import refuse_without_logits
-from wsae.acts.stream import ActivationSource
 from wsae.core.errors import UserError
 from wsae.core.progress import Tick
 from wsae.sae.forward import Forward, training_forward
@@ -32,7 +31,7 @@ from wsae.train.state import Batch, MemberState, make_batch
 from wsae.train.step import after_step, descend, look, lr_factor
 
 
-def live(cfg: TrainConfig, source: ActivationSource) -> LiveSource:
+def live(cfg: TrainConfig, source: object) -> LiveSource:
     """Return the source as the live model that a loss through it needs; raises UserError where it is none."""
     if not isinstance(source, LiveSource):
         raise UserError(

@@ -11,9 +11,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from wsae.core.cache import cached, cached_privately
+from wsae.core.calls import one_thread
 
 FOLDER = Path(__file__).parent
 LIBRARY = "kernels.so"
@@ -89,14 +88,12 @@ def kernel_threads(n: int) -> Iterator[None]:
 
     With as many threads as cores each has a core to itself meanwhile (Linux). No bit of a kernel's result depends on n.
     """
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with one_thread():
         library().set_threads(n)
-        yield
-    finally:
-        library().set_threads(0)
-        torch.set_num_threads(before)
+        try:
+            yield
+        finally:
+            library().set_threads(0)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from dataclasses import replace
 from inspect import isfunction
 from types import ModuleType
 
+from wsae.core.calls import one_thread
 from wsae.core.errors import UserError
 from wsae.core.progress import Progress, quiet
 from wsae.theory.claims import limits, minima, ours, weights
@@ -51,7 +52,7 @@ def ledger(seed: int = 0, only: str | None = None, progress: Progress = quiet) -
     """
     chosen = checks(only)
     found = []
-    with progress("claims", len(chosen), "claims") as tick:
+    with one_thread(), progress("claims", len(chosen), "claims") as tick:
         for check in chosen:
             found.append(replace(check(seed), source=source(check)))
             tick(1)
