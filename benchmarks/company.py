@@ -1,6 +1,7 @@
 """Training beside busy processes: rows per second of the compiled step with one and more threads. Prints JSON.
 
     python benchmarks/company.py [--threads 1 2 0] [--neighbours 0 1 2] [--seconds 1] [--rounds 5]
+    python benchmarks/company.py --commands "wsae theory --out /tmp/ledger" [--sources OLD/src src] [--rounds 2]
 
 Size B (576 -> 4,608, Top-k 32, batch 2,048) on synthetic activations. A neighbour is a process that counts. `threads`
 0 is the default: all, fewer where those are faster, after 32 steps to find out.
@@ -8,6 +9,8 @@ Size B (576 -> 4,608, Top-k 32, batch 2,048) on synthetic activations. A neighbo
 Each measurement is followed by one of as many counting processes in our place, beside the same neighbours: the cores
 they get are what the system gives to whoever never waits (`fair cores`), whatever else runs on the machine. `share` is
 rows/s as a share of what one thread makes of so many seconds of its processor.
+
+With commands, the seconds of each as a whole instead, beside the same neighbours, with every folder of sources in turn.
 """
 
 import wsae  # noqa: F401  # isort: skip  (first: it says how long OpenMP spins, which PyTorch reads)
@@ -15,6 +18,7 @@ import wsae  # noqa: F401  # isort: skip  (first: it says how long OpenMP spins,
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -91,15 +95,9 @@ class Stepper:
         return rows / (time.perf_counter() - begin), rows / (time.process_time() - used)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 0])
-    parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+def step_rates(args: argparse.Namespace) -> dict[str, object]:
+    """Return the rates of the compiled step, and their shares."""
     cores, stepper, found = len(os.sched_getaffinity(0)), Stepper(), defaultdict(list)
-    load = os.getloadavg()[0]
     for _ in range(args.rounds):
         for threads in args.threads:
             for n in args.neighbours:
@@ -113,7 +111,43 @@ def main() -> None:
         rate, fair, share = (statistics.median(column) for column in zip(*measured, strict=True))
         row = {"threads": threads, "neighbours": n, "rows/s": round(rate)}
         rows.append(row | {"fair cores": round(fair, 2), "share": round(share, 3)})
-    print(json.dumps({"cores": cores, "load before": load, "rows": rows}))
+    return {"cores": cores, "rows": rows}
+
+
+def command_seconds(args: argparse.Namespace) -> dict[str, object]:
+    """Return the seconds of whole commands, medians over the rounds."""
+    found = defaultdict(list)
+    for _ in range(args.rounds):
+        for command in args.commands:
+            for n in args.neighbours:
+                for source in args.sources:
+                    with neighbours(n):
+                        begin = time.perf_counter()
+                        env = {**os.environ, "PYTHONPATH": source}
+                        words = [sys.executable, "-m", "wsae.cli", *shlex.split(command)[1:]]
+                        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=env)
+                        found[command, n, source].append(time.perf_counter() - begin)
+    keys = ("command", "neighbours", "sources", "seconds")
+    return {
+        "rows": [
+            dict(zip(keys, (*case, round(statistics.median(seconds), 1)), strict=True))
+            for case, seconds in found.items()
+        ]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 0])
+    parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--commands", nargs="+", metavar="'wsae ...'")
+    parser.add_argument("--sources", nargs="+", default=["src"])
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    found = command_seconds(args) if args.commands else step_rates(args)
+    print(json.dumps({"load before": load, **found}))
 
 
 if __name__ == "__main__":

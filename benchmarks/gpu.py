@@ -57,7 +57,6 @@ from wsae.train.state import Batch, MemberState, Target, make_batch, make_member
 from wsae.train.step import eager_step
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKED = "wsae.train.gpu,wsae.kernels.triton"
 CASES = ("tests/kernels/triton_cases.py", "tests/train/train_gpu_cases.py")
 
 
@@ -283,8 +282,7 @@ def over(one: float | None, other: float | None) -> float | None:
 def tests(at: argparse.Namespace) -> dict[str, object]:
     """Run the Triton tests' cases on the device."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "on_device"]
-    # shapes are checked where it counts: to check all of the package takes longer than many a case
-    words += ["-o", f"addopts=--jaxtyping-packages={CHECKED},beartype.beartype"]
+    words += ["-o", "addopts="]
     folders = [str(ROOT / "tests" / name) for name in ("support", "train", "kernels")]
     path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "WSAE_TEST_DEVICE": at.device, "PYTHONPATH": path}

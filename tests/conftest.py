@@ -21,6 +21,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import typecheck  # noqa: E402 (which lies in one of these folders)
 
+typecheck.install("wsae", "wsae_bench")
+
 # a hundred processes are started: each would compile the package anew
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
