@@ -1,5 +1,7 @@
 """Sweeps on known worlds: pairing, scales, controls, verdicts; each against a reference of its own."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from scipy import stats
 from wsae.core.errors import UserError
 from wsae.sae.config import GammaConfig, make_activation
 from wsae.sae.forward import weigh
+from wsae.studies import drawing
 from wsae.studies.benchmark import (
     NOISE_KINDS,
     NOISE_RULES,
@@ -474,3 +477,23 @@ def test_a_sweep_killed_where_it_replaces_another_is_run_again(tmp_path, monkeyp
             write()
     assert read_rows({"of": "new"}, tmp_path / "sweep") is None
     assert not (tmp_path / "toy" / "manifest.json").exists()
+
+
+@settings(max_examples=10)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=30, unique=True))
+def test_names_in_a_scatter_cover_neither_each_other_nor_a_point(places: list[tuple[float, float]]):
+    points = [
+        {"label": f"variance-a{i}", "group": "g", "x": x, "y": y, "low": None, "high": None}
+        for i, (x, y) in enumerate(places)
+    ]
+    figure = drawing.new_figure(4.6, 3.9)
+    (ax,) = figure.subplots(1, 1, squeeze=False).flat
+    panel = {"title": "", "xlabel": "x", "ylabel": "y", "lines": [], "points": points}
+    drawing._draw_scatter(ax, panel, ["g"])
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert boxes or len(places) > 1
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.padded(-1).overlaps(b.padded(-1))
+    for centre in ax.transData.transform(places):
+        assert not any(box.contains(*centre) for box in boxes)

@@ -136,7 +136,9 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 150) -> list[Path]:
 
 _GLYPH, _LINE = 0.0135, 0.034
 """Width of a letter and height of a line of a point's name, in shares of a panel."""
-_SHIFTS = (0.0, -1.1, 1.1, -2.2, 2.2, -3.3, 3.3, -4.4, 4.4)
+_MARK = 0.01
+"""Half the width of a point, likewise."""
+_SHIFTS = (0.0, -1.1, 1.1, -2.2, 2.2)
 """Where a name may stand beside its point, in lines above it."""
 
 
@@ -197,21 +199,24 @@ def _draw_scatter(ax: "Axes", panel: dict[str, Any], groups: list[str]) -> None:
 
 
 def _name(ax: "Axes", points: Sequence[dict[str, Any]]) -> None:
-    """Write every point's name to its right, on the nearest line that is free; where none is, on its own."""
+    """Write every point's name beside it, on the nearest line free of other names and points; where none is, nowhere."""
+    ax.autoscale_view()  # which would come when the figure is drawn
     inside = ax.transData + ax.transAxes.inverted()
-    taken: list[tuple[float, float, float]] = []  # left, right, middle
+    placed = sorted(((*inside.transform((p["x"], p["y"])), p["label"]) for p in points))
+    taken = [(x - _MARK, x + _MARK, y) for x, y, _ in placed]  # left, right, middle
 
-    def is_free(line: float) -> bool:
+    def is_free(left: float, width: float, line: float) -> bool:
         return all(
-            x > right or left > x + width or abs(line - middle) >= _LINE
-            for left, right, middle in taken
+            start > left + width or left > end or abs(line - middle) >= _LINE
+            for start, end, middle in taken
         )
 
-    for point in sorted(points, key=lambda point: (point["x"], point["y"])):
-        x, y = (float(place) for place in inside.transform((point["x"], point["y"])))
-        x += 0.015
-        width = _GLYPH * len(point["label"])
-        lines = [y + shift * _LINE for shift in _SHIFTS]
-        line = next(filter(is_free, lines), lines[0])
-        taken.append((x, x + width, line))
-        ax.text(x, line, point["label"], transform=ax.transAxes, fontsize=6.5, va="center")
+    for x, y, label in placed:
+        width = _GLYPH * len(label)
+        sides = (x + 1.5 * _MARK, x - 2 * _MARK - width)
+        places = [(left, y + shift * _LINE) for shift in _SHIFTS for left in sides]
+        for left, line in places:
+            if left >= 0 and is_free(left, width, line):
+                taken.append((left, left + width, line))
+                ax.text(left, line, label, transform=ax.transAxes, fontsize=6.5, va="center")
+                break
