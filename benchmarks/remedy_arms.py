@@ -3,8 +3,9 @@
     python benchmarks/remedy_arms.py STORE OUT --arms plain residual-map --seeds 0 1 --measures rules
 
 STORE is a store harvested from text. Each arm is trained beside the plain SAE of the same hook and seed; a table gives
-its difference from that, the mean over a hook's seeds, and the mean over the hooks with Student's interval. What is
-finished in OUT is not run again.
+its difference from that, the mean over a hook's seeds, and the mean over the hooks with Student's interval and p-value,
+corrected by Holm over the arms named by `--tested`. What is finished in OUT is not run again. Tables have the hooks of
+other finished OUTs too (`--beside`), those of another model, say.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from wsae.acts.config import HarvestConfig, TextConfig
 from wsae.acts.language import language_for
 from wsae.acts.source import StoreSource
 from wsae.core.config import Config
+from wsae.core.files import read_json
 from wsae.evals.config import ContextConfig, EvalConfig, InterpretConfig, ProbeConfig
 from wsae.evals.interpret.run import interpret_run
 from wsae.evals.probing.reading import read_corpus
@@ -24,6 +26,7 @@ from wsae.evals.probing.run import DOCUMENTS, TOKENS, probe_run
 from wsae.run import Run
 from wsae.sae.config import GammaConfig, PreconditionConfig
 from wsae.studies.engine import (
+    ROWS,
     PaperStudy,
     Row,
     Stage,
@@ -33,9 +36,10 @@ from wsae.studies.engine import (
     markdown,
     mean_interval,
     reproduce_study,
+    select,
 )
 from wsae.studies.reproduce_config import TABLE_SAES
-from wsae.studies.tables import by_hook, level_table
+from wsae.studies.tables import by_hook, holm, level_table, p_value
 from wsae.theory.record import PLAIN
 from wsae.train.config import MemberConfig, TrainConfig
 
@@ -67,6 +71,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 SHOWN: dict[str, tuple[str, float, str]] = {
     "fvu": ("FVU", 1.0, ".3f"),
+    "fvu_ratio": ("FVU, ratio to plain's", 1.0, ".3f"),
     "dead_frac": ("dead latents, %", 100.0, ".1f"),
     "ce_delta": ("rise of cross-entropy, nats", 1.0, ".3f"),
     "probe_1": ("rule tasks, 1 latent, %", 100.0, ".1f"),
@@ -94,6 +99,8 @@ class ArmsConfig(Config):
     text: Path | None = None
     """Labelled documents, for the measure of that name."""
     label: str = "source"
+    tested: tuple[str, ...] = ()
+    beside: tuple[Path, ...] = ()
     evaluation: EvalConfig = EvalConfig(splice_tokens=0, n_latents=0, rows=16_384, draws=200)
     splicing: EvalConfig = EvalConfig(splice_tokens=4096, n_latents=0, draws=200)
     probing: ProbeConfig = ProbeConfig(k=(1, 16), tokens=196_608, ablated=(20,), draws=200)
@@ -205,22 +212,36 @@ class Arms(PaperStudy[ArmsConfig]):
 
     def results(self, rows: list[Row]) -> dict[str, Any]:
         """Return levels of every measure that was taken, and every arm's differences from plain."""
-        tables = {}
+        for other in self.cfg.beside:
+            rows = rows + [
+                row | {"hook": f"{other.name}/{row['hook']}"} for row in read_json(other / ROWS)
+            ]
+        hooks, tables = list(dict.fromkeys(row["hook"] for row in rows)), {}
+        for row in rows:
+            (plain,) = select(rows, hook=row["hook"], seed=row["seed"], member=PLAIN)
+            row["fvu_ratio"] = row["fvu"] and row["fvu"] / plain["fvu"]
         for key, (title, _, form) in SHOWN.items():
             if any(row[key] is not None for row in rows):
-                tables[title] = level_table(rows, self.hooks, key, form)
-                tables[f"{title}, less plain"] = self._less_plain(rows, key, form)
+                tables[title] = level_table(rows, hooks, key, form)
+                tables[f"{title}, less plain"] = self._less_plain(rows, hooks, key, form)
         return {"tables": tables}
 
-    def _less_plain(self, rows: list[Row], key: str, form: str) -> Table:
+    def _less_plain(self, rows: list[Row], hooks: list[str], key: str, form: str) -> Table:
+        """Return every arm's differences from plain; Student's test over hooks, Holm's correction."""
+        names = dict.fromkeys(row["member"] for row in rows if row["member"] != PLAIN)
+        found = {name: [by_hook(rows, hook, name, key) for hook in hooks] for name in names}
+        means = {name: [float(np.mean(d)) for d in each if d] for name, each in found.items()}
+        p = {name: p_value(mean_interval(d), d) for name, d in means.items() if len(d) > 1}
+        tested = [name for name in self.cfg.tested if name in p]
+        corrected = dict(zip(tested, holm([p[name] for name in tested]), strict=True))
         shown = []
-        for name in dict.fromkeys(row["member"] for row in rows):
-            found = [by_hook(rows, hook, name, key) for hook in self.hooks]
-            means = [float(np.mean(values)) for values in found if values]
-            if name != PLAIN and means:
-                each = [f"{np.mean(values):+{form}}" if values else "-" for values in found]
-                shown.append([name, cell(mean_interval(means), form=f"+{form}"), *each])
-        return {"header": ["", "mean over hooks", *self.hooks], "rows": shown}
+        for name, each in found.items():
+            if means[name]:
+                sure = f"{corrected[name]:.2g}" if name in corrected else "-"
+                by_each = [f"{np.mean(d):+{form}}" if d else "-" for d in each]
+                mean = cell(mean_interval(means[name]), form=f"+{form}")
+                shown.append([name, mean, sure, *by_each])
+        return {"header": ["", "mean over hooks", "corrected p", *hooks], "rows": shown}
 
     def draw(self, rows: list[Row], out: Path) -> list[Path]:  # noqa: ARG002
         """Draw nothing."""
@@ -238,6 +259,8 @@ def main() -> None:
     parser.add_argument("--measures", nargs="+", choices=get_args(Measure), default=["rules"])
     parser.add_argument("--text", type=Path, help="labelled documents, JSONL")
     parser.add_argument("--label", default="source", help="the column that is their label")
+    parser.add_argument("--tested", nargs="+", choices=list(ARMS), default=[])
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="OUT")
     args = vars(parser.parse_args())
     out: Path = args.pop("out")
     study = Arms(ArmsConfig.parse(args, where="remedy_arms"), out / "runs", say=print)

@@ -199,10 +199,10 @@ def _draw_scatter(ax: "Axes", panel: dict[str, Any], groups: list[str]) -> None:
 
 
 def _name(ax: "Axes", points: Sequence[dict[str, Any]]) -> None:
-    """Write every point's name beside it, on the nearest line free of other names and points; where none is, nowhere."""
+    """Write every point's name beside it, on the nearest line free of names and points; where none is, nowhere."""
     ax.autoscale_view()  # which would come when the figure is drawn
     inside = ax.transData + ax.transAxes.inverted()
-    placed = sorted(((*inside.transform((p["x"], p["y"])), p["label"]) for p in points))
+    placed = sorted((*inside.transform((p["x"], p["y"])), p["label"]) for p in points)
     taken = [(x - _MARK, x + _MARK, y) for x, y, _ in placed]  # left, right, middle
 
     def is_free(left: float, width: float, line: float) -> bool:

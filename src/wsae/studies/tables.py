@@ -473,7 +473,7 @@ def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
             key: [float(np.mean(d)) for hook in hooks if (d := by_hook(rows, hook, name, key))]
             for key in ALL
         }
-    p = [_p_value(mean_interval(found[name][PRIMARY]), found[name][PRIMARY]) for name in names]
+    p = [p_value(mean_interval(found[name][PRIMARY]), found[name][PRIMARY]) for name in names]
     arms = []
     for name, own, corrected in zip(names, p, holm(p), strict=True):
         means = {key: mean_interval(values) for key, values in found[name].items()}
@@ -492,7 +492,7 @@ def judged_arms(rows: Sequence[Row], hooks: Sequence[str]) -> list[Arm]:
     return arms
 
 
-def _p_value(mean: Mean, values: Sequence[float]) -> float:
+def p_value(mean: Mean, values: Sequence[float]) -> float:
     """Return the two-sided p-value of Student's test that values have mean 0."""
     error = float(np.std(values, ddof=1)) / mean.n**0.5
     if error == 0:
