@@ -1,5 +1,7 @@
 """The study of remedies: its analysis on made-up rows, the whole of it on a tiny model, and on a few images."""
 
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
+from remedy_arms import SHOWN, Arms, ArmsConfig
 from remedy_images import ARMS, ImageRemedy, ImageRemedyConfig, over_images
-from wsae.acts.config import ImageHarvestConfig, ImagesConfig
+from wsae.acts.config import HarvestConfig, ImageHarvestConfig, ImagesConfig, TextConfig
+from wsae.acts.harvest import harvest
 from wsae.acts.images.harvest import harvest_images
 from wsae.acts.images.sets import open_images
+from wsae.acts.text import documents
 from wsae.cli.main import main
+from wsae.core.files import read_json
 from wsae.evals.config import CONTROL, ClassesConfig, EvalConfig, ProbeConfig
 from wsae.evals.latents import unit_rows
 from wsae.studies.engine import Reproduction, reproduce_study
@@ -24,6 +31,7 @@ from wsae.studies.tables import (
     holm,
     judged_arms,
     nearest_cosine,
+    tiny_model,
     told_from_random,
 )
 from wsae.vision.config import preset
@@ -134,6 +142,43 @@ def test_the_whole_study_on_a_tiny_model(tmp_path: Path) -> None:
     assert all(Path(file).is_file() for file in result["files"])
     again = reproduce("remedy", Reproduction("tiny", tmp_path))  # nothing is run twice
     assert again["arms"] == result["arms"]
+
+
+def test_arms_are_measured_beside_plain_over_several_stores(tmp_path: Path) -> None:
+    made, text = ("layers.0", "layers.1"), tmp_path / "text.jsonl"
+    read = sorted((d.text for d in itertools.islice(documents(TextConfig()), 24)), key=len)
+    labelled = [{"text": t, "source": "short" if i < 12 else "long"} for i, t in enumerate(read)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    few = {"tokens": 2048, "heldout_tokens": 4096, "seq_len": 64, "heldout_fraction": 0.6}
+    model = str(tiny_model(tmp_path / "model"))
+    harvest(HarvestConfig(model=model, hooks=made, **few), tmp_path / "store")
+    cfg = ArmsConfig(
+        store=tmp_path / "store",
+        arms=("plain", "residual-map", "half"),
+        tested=("residual-map", "half"),
+        passes=1,
+        measures=("rules", "ce", "documents"),
+        text=text,
+        probing=ProbeConfig(k=(1, 16), least=2, draws=20, ablated=(20,), documents=12),
+        splicing=EvalConfig(splice_tokens=256, n_latents=0, draws=20),
+    )
+    first, second = tmp_path / "first", tmp_path / "second"
+    for out, hook, beside in ((first, made[0], ()), (second, made[1], (first,))):
+        here = cfg.model_copy(update={"hooks": (hook,), "beside": beside})
+        found, _ = reproduce_study(Arms(here, out / "runs"), out)
+    rows = [row for out in (first, second) for row in read_json(out / "rows.json")]
+    value = {(row["hook"], row["member"], key): row[key] for row in rows for key in row}
+    for key in ("fvu", "ce_delta", "probe_1", "documents_probe_1", "documents_tpp_20"):
+        title, _, form = SHOWN[key]
+        shown = found["tables"][f"{title}, less plain"]["rows"]
+        table = {name: cells for name, *cells in shown}
+        gaps = [[value[h, arm, key] - value[h, "plain", key] for h in made] for arm in cfg.tested]
+        p = [float(stats.ttest_1samp(own, 0)[1]) for own in gaps]
+        for arm, own, corrected in zip(cfg.tested, gaps, holm(p), strict=True):
+            mean, sure, *each = table[arm]
+            assert mean.startswith(f"{np.mean(own):+{form}}")
+            assert sure == f"{corrected:.2g}"
+            assert each == [f"{gap:+{form}}" for gap in reversed(own)]  # its own hooks first
 
 
 @pytest.fixture(scope="module")
