@@ -156,7 +156,9 @@ def test_the_report_is_one_file(run, tmp_path, capsys):
 def test_the_words_on_the_terminal_show_members_intervals_and_the_next_step(run, capsys):
     assert main(["compare", str(run), "--draws", "50"]) == 0
     text = capsys.readouterr().out
-    assert "layers.2.mlp: paired differences" in text
+    assert "layers.2.mlp: differences" in text
+    assert re.search(r"dead_frac .* latents, unpaired", text)
+    assert not re.search(r"fvu .*unpaired", text)
     assert "variance-a0.5" in text
     assert (
         main(["evaluate", str(run), "--draws", "20", "--n-latents", "0", "--splice-tokens", "0"])
@@ -311,7 +313,7 @@ def test_the_demo_runs_on_ones_own_model_and_text(place, tmp_path, capsys):
     assert main([*words, "--out", str(tmp_path / "demo")]) == 0
     out, err = capsys.readouterr()
     assert "This demo" in err, "it says first what it will do"
-    assert "paired differences" in out
+    assert ": differences" in out
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
 
 

@@ -273,10 +273,8 @@ def likeness(cosine: float, chance: float | None) -> str:
 
 def show_differences(hook: str, lines: list[dict[str, Any]], ui: UI) -> None:
     """Print differences with their intervals; where an interval leaves out 0 there is a star."""
-    columns = ("a", "b", "metric", "a - b", "interval", "effect", "paired by")
-    ui.table(
-        f"{hook}: paired differences (*: the interval leaves out 0)", columns, map(_row, lines)
-    )
+    columns = ("a", "b", "metric", "a - b", "interval", "effect", "over")
+    ui.table(f"{hook}: differences (*: the interval leaves out 0)", columns, map(_row, lines))
 
 
 def _row(line: dict[str, Any]) -> list[str]:
@@ -289,7 +287,7 @@ def _row(line: dict[str, Any]) -> list[str]:
         _signed(line["difference"], ".3g") + (" *" if sure else ""),
         "-" if low is None else f"[{low:+.3g}, {high:+.3g}]",
         _signed(line.get("effect_size"), ".2f"),
-        f"{line['n']:,} {line['unit']}s",
+        f"{line['n']:,} {line['unit']}s" + ("" if line["paired"] else ", unpaired"),
     ]
 
 

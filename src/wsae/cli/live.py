@@ -261,7 +261,7 @@ class TextFlags(config_flags(TextConfig, omit=("path",)), RoleFlags):
     """A text as people have it."""
 
     text: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """For one SAE alone, in place of --source: a text for its model, as in `wsae harvest`, or "builtin"."""
+    """For one SAE alone: a text for its model, as in `wsae harvest`, or "builtin"."""
 
     def given(self) -> "GivenText":
         """Return the text, if any; raises UserError for flags that go with one where there is none."""

@@ -383,9 +383,10 @@ def doubts(hooks: Json) -> list[str]:
     worse = []
     for hook, found in hooks.items():
         for name, entry in found["members"].items():
-            fvu = entry["metrics"].get("fvu", {}).get("value")
-            if name not in (CONTROL, "random") and fvu is not None and fvu > 1:
-                worse.append(f"{hook}/{name} (FVU {fvu:.3g})")
+            fvu = entry["metrics"].get("fvu", {})
+            least = fvu.get("value") if fvu.get("low") is None else fvu["low"]
+            if name not in (CONTROL, "random") and least is not None and least > 1:
+                worse.append(f"{hook}/{name} (FVU {fvu['value']:.3g})")
     if not worse:
         return []
     return [

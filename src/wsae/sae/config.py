@@ -318,7 +318,10 @@ def kind_named(kind: str) -> type[ActivationConfig]:
             found.load()
     if kind not in KINDS:
         *names, last = KINDS
-        raise UserError(f"activation '{kind}' is unknown; choose {', '.join(names)} or {last}")
+        raise UserError(
+            f"activation '{kind}' is unknown; choose {', '.join(names)} or {last}; a kind of "
+            "your own must be registered first, or installed with an entry point wsae.architectures"
+        )
     return KINDS[kind]
 
 
