@@ -230,6 +230,8 @@ def test_an_sae_of_another_place_or_model_is_told_beside_its_scores(run, place, 
     np.save(tmp_path / "small.npy", x)
     words = ["evaluate", str(lost), "--source", str(tmp_path / "small.npy"), "--draws", "5"]
     assert "worse than the mean" in result(words, capsys)["notes"][-1]
+    assert main(["compare", str(lost)]) == 0
+    assert "one SAE, and nothing to compare it with" in capsys.readouterr().out
 
 
 def test_an_sae_alone_where_a_run_is_needed_is_told_what_works_today(run, tmp_path, capsys):

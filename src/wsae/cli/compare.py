@@ -100,8 +100,10 @@ def show(result: dict[str, Any], ui: UI) -> None:
     if "pictures" in result:
         ui.say(f"pictures: {', '.join(result['pictures'])}")
     for hook, lines in result["hooks"].items():
-        if lines or hook not in result["fronts"]:
+        if lines:
             show_differences(hook, lines, ui)
+        elif hook not in result["fronts"]:
+            ui.say(f"{hook}: one SAE, and nothing to compare it with; name a second run")
         show_matching(result["matching"].get(hook, {}), ui)
     for kind, hooks in result["probing"].items():
         for hook, lines in hooks.items():
