@@ -68,7 +68,7 @@ def test_a_run_is_probed_with_rules_and_with_labels_and_reported(place, capsys):
     assert main(["compare", run, str(place / "again"), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["probing"]) == ["tokens"]
     assert main(["compare", run]) == 0
-    assert "layers.1, probes of tokens: paired differences" in capsys.readouterr().out
+    assert "layers.1, probes of tokens: differences" in capsys.readouterr().out
     assert main(["report", run, "--out", str(place / "run.html")]) == 0
     page = (place / "run.html").read_text()
     assert "Do a few latents tell classes apart?" in page

@@ -103,6 +103,8 @@ def test_what_is_worth_looking_at_and_two_members_agree_with_the_evaluation(
         for j in range(D_SAE)
         if one["match_index"][i] == other["match_index"][j]
         and min(one["match_cosine"][i], other["match_cosine"][j]) >= ALIKE
+        and alive["variance-a1"][i]
+        and alive["variance-a0.5"][j]
     }
     view = compared(served, *(index.by_slug[name] for name in ("variance-a1", "variance-a0.5")))
     assert view["counts"] == {
@@ -116,7 +118,9 @@ def test_what_is_worth_looking_at_and_two_members_agree_with_the_evaluation(
         ),
     }
     twin = compared(served, index.by_slug["plain"], index.by_slug["variance-a1"])
-    assert twin["counts"]["both"] == (one["match_cosine"] >= ALIKE).sum()
+    live = alive["variance-a1"] & alive["plain"][one["match_index"].astype(int)]
+    assert twin["counts"]["both"] == ((one["match_cosine"] >= ALIKE) & live).sum()
+    assert live.sum() < D_SAE, "some are dead, and the dead are alike from the start"
     assert {(p["b"]["latent"], p["a"]["latent"]) for p in twin["both"]} <= {
         (i, int(one["match_index"][i])) for i in range(D_SAE)
     }

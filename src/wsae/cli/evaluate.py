@@ -287,7 +287,7 @@ def _row(line: dict[str, Any]) -> list[str]:
         _signed(line["difference"], ".3g") + (" *" if sure else ""),
         "-" if low is None else f"[{low:+.3g}, {high:+.3g}]",
         _signed(line.get("effect_size"), ".2f"),
-        f"{line['n']:,} {line['unit']}s" + ("" if line["paired"] else ", unpaired"),
+        f"{line['n']:,} {line['unit']}s" + ("" if line.get("paired", True) else ", unpaired"),
     ]
 
 

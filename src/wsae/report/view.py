@@ -176,7 +176,7 @@ def clause(run: RunData, hook: str, judged: Judgement) -> str:
     if judged.outcome == "none":
         return f"showed no difference in {name} ({text} covers 0)"
     if judged.outcome == "unknown":
-        return f"measured {name} {text} apart (no interval was computed, so nothing is shown)"
+        return f"measured {name} {text} apart (no interval was computed, so this proves nothing)"
     verb = "raised" if (judged.line.difference or 0) > 0 else "lowered"
     worth = f"{judged.outcome}: " if judged.outcome in ("better", "worse") else ""
     return f"{verb} {name}{_from_to(run, hook, judged.line)} ({worth}{text})"

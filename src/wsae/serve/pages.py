@@ -265,19 +265,20 @@ def compared(run: Served, a: Member, b: Member) -> Json:
 
 
 def _pairs(index: Index, a: Member, b: Member) -> tuple[str, list[int]]:
-    """Return a query for pairs (a, b, cosine) of two members' latents, and its values; none where none were matched."""
+    """Return a query for pairs (a, b, cosine) of two members' live latents, and its values; none where none match."""
     match = index.column["match"]
+    live = "alive = 1 AND twin IN (SELECT key FROM latent WHERE alive = 1)"  # the dead are alike from the start
     if a.twin == b.id:
         sql = f"SELECT key AS a, twin AS b, {match} AS cosine FROM latent"
-        return f"{sql} WHERE key BETWEEN ? AND ? AND twin IS NOT NULL", [*a.keys]
+        return f"{sql} WHERE key BETWEEN ? AND ? AND {live}", [*a.keys]
     if b.twin == a.id:
         sql = f"SELECT twin AS a, key AS b, {match} AS cosine FROM latent"
-        return f"{sql} WHERE key BETWEEN ? AND ? AND twin IS NOT NULL", [*b.keys]
+        return f"{sql} WHERE key BETWEEN ? AND ? AND {live}", [*b.keys]
     if a.twin is None or a.twin != b.twin:
         return "", []
     sql = (
         f"SELECT x.key AS a, y.key AS b, min(x.{match}, y.{match}) AS cosine FROM latent AS x JOIN latent AS y ON "
-        "x.twin = y.twin WHERE x.key BETWEEN ? AND ? AND y.key BETWEEN ? AND ?"
+        "x.twin = y.twin WHERE x.key BETWEEN ? AND ? AND y.key BETWEEN ? AND ? AND x.alive = 1 AND y.alive = 1"
     )
     return sql, [*a.keys, *b.keys]
 
